@@ -1,0 +1,95 @@
+"""Every error that swsurgery raises on purpose, and the exit code each one means.
+
+    SwsurgeryError          exit 2: bad input, or something that cannot be done
+    ├── ManifestError       the manifest is wrong; carries every fault
+    ├── CheckpointError     the checkpoint on disk is wrong or ambiguous
+    │   └── ShardError      one safetensors file is malformed
+    ├── ArchitectureError   layer/row/col has no meaning for this model
+    ├── NumberError         a value that the dtype cannot hold
+    ├── PlanError           manifest and checkpoint do not fit; carries every misfit
+    ├── TargetError         the output cannot be written
+    ├── LookupFailed        no such known model or coordinate, or an ambiguous name
+    ├── ModelError          the model cannot be loaded or run
+    ├── CheckFailed         exit 1: the sanity check says no; the target was not made
+    └── Interrupted         exit 130: SIGINT or SIGTERM
+
+A message is one line, `what: where (remedy)`; an error that carries several
+faults prints one such line for each. Anything else that escapes is a bug (exit 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def printable(text: str) -> str:
+    """`text` with every control, bidirectional and surrogate character escaped, so that a name from a
+    file can neither break a line nor rewrite the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+class SwsurgeryError(Exception):
+    """Base of all known errors. `faults` holds one line for each thing that is wrong."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, where: object = "", remedy: str = ""):
+        line = printable(what)
+        if str(where):
+            line += f": {printable(str(where))}"
+        if remedy:
+            line += f" ({printable(remedy)})"
+        self.faults: tuple[str, ...] = (line,)
+        super().__init__(line)
+
+    @classmethod
+    def of(cls, faults: Iterable[str]) -> SwsurgeryError:
+        """One error that carries several faults, each already a line."""
+        error = cls.__new__(cls)
+        error.faults = tuple(printable(f) for f in faults)
+        Exception.__init__(error, "\n".join(error.faults))
+        return error
+
+
+class ManifestError(SwsurgeryError):
+    pass
+
+
+class CheckpointError(SwsurgeryError):
+    pass
+
+
+class ShardError(CheckpointError):
+    pass
+
+
+class ArchitectureError(SwsurgeryError):
+    pass
+
+
+class NumberError(SwsurgeryError):
+    pass
+
+
+class PlanError(SwsurgeryError):
+    pass
+
+
+class TargetError(SwsurgeryError):
+    pass
+
+
+class LookupFailed(SwsurgeryError):
+    pass
+
+
+class ModelError(SwsurgeryError):
+    pass
+
+
+class CheckFailed(SwsurgeryError):
+    exit_code = 1
+
+
+class Interrupted(SwsurgeryError):
+    exit_code = 130
