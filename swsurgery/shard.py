@@ -1,0 +1,260 @@
+"""One safetensors file: its header, read strictly, and single scalars out of it.
+
+The reader accepts a subset of what the official parser (safetensors 0.8.0) accepts and reads it the same
+way. It is stricter where that parser would silently pick one of two meanings (duplicate names, last wins)
+or takes forms that the specification does not name; an editor must not guess which tensor was meant.
+Files are read with pread, never mapped: a file truncated under a mapping kills the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swsurgery.dtypes import DTYPES, Dtype
+from swsurgery.errors import ShardError
+
+MAX_HEADER = 16 << 20
+"""Bytes of header accepted. The format allows 100 MB; the largest headers seen in published checkpoints are
+under 1 MB, and a hostile one of 68 MB costs any reader seconds and a gigabyte."""
+
+_NOT_SAFETENSORS = (
+    (b"version ", "is a git-lfs pointer, not the file itself", "run git lfs pull"),
+    (b"\x1f\x8b", "is a gzip file", "decompress it"),
+    (b"PK\x03\x04", "is a zip file, perhaps a pickled checkpoint", "convert it to safetensors"),
+    (b"GGUF", "is a GGUF file", "convert it to safetensors"),
+    (b"<!", "is an HTML page, perhaps a failed download", "download it again"),
+    (b"<htm", "is an HTML page, perhaps a failed download", "download it again"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a header. `data_offsets` are (begin, end) relative to the data section, as stored."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of data."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
+    def flat(self, index: tuple[int, ...]) -> int:
+        """The row-major position of `index`. Raises IndexError out of range or with the wrong rank."""
+        if len(index) != len(self.shape):
+            raise IndexError(f"index {list(index)} has {len(index)} numbers, shape {list(self.shape)} has rank "
+                             f"{len(self.shape)}")  # fmt: skip
+        position = 0
+        for i, length in zip(index, self.shape, strict=True):
+            if not 0 <= i < length:
+                raise IndexError(f"index {list(index)} is out of range for shape {list(self.shape)}")
+            position = position * length + i
+        return position
+
+    def index(self, flat: int) -> tuple[int, ...]:
+        """The index of a row-major position: the inverse of `flat`."""
+        index = []
+        for length in reversed(self.shape):
+            flat, i = divmod(flat, length)
+            index.append(i)
+        return tuple(reversed(index))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file, opened once: `tensors` by name in the order of their data."""
+
+    path: Path
+    size: int
+    header_size: int
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def data_start(self) -> int:
+        """Absolute offset of the data section: 8 bytes of length, then the header."""
+        return 8 + self.header_size
+
+    def offset(self, name: str, index: tuple[int, ...]) -> int:
+        """Absolute byte offset of one scalar. Raises KeyError, IndexError."""
+        info = self.tensors[name]
+        return self.data_start + info.data_offsets[0] + info.flat(index) * info.dtype.size
+
+    def read_scalar(self, name: str, index: tuple[int, ...]) -> bytes:
+        """The stored bytes of one scalar, little-endian. Raises ShardError, KeyError, IndexError."""
+        with opened(self.path) as fd:
+            return read_exactly(fd, self.tensors[name].dtype.size, self.offset(name, index), self.path)
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file; never blocks on a FIFO and never follows a link.
+
+    Raises ShardError for anything else.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        reason = "is a symbolic link" if path.is_symlink() else os.strerror(error.errno)
+        remedy = "give the directory that holds the real files" if path.is_symlink() else ""
+        raise ShardError(reason, path, remedy) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ShardError("is not a regular file", path)
+    return fd
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """open_regular for the length of a block."""
+    fd = open_regular(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_exactly(fd: int, size: int, offset: int, path: Path) -> bytes:
+    """`size` bytes at `offset`, however many calls that takes. Raises ShardError at an early end."""
+    parts = []
+    while size:
+        part = os.pread(fd, size, offset)
+        if not part:
+            raise ShardError("the file ended while it was read", path, "it was changed or truncated meanwhile")
+        parts.append(part)
+        size -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def open_shard(path: Path) -> Shard:
+    """Read and check the header of one safetensors file; no tensor data is read.
+
+    Raises ShardError, which names the rule that the file breaks.
+    """
+    with opened(path) as fd:
+        size = os.fstat(fd).st_size
+        start = read_exactly(fd, min(size, 8), 0, path)
+        if size < 8:
+            raise ShardError(f"is too short for a safetensors file ({size} bytes)", path, "download it again")
+        (header_size,) = struct.unpack("<Q", start)
+        if header_size > size - 8:
+            # Only now: a sound file may begin with any of these bytes, for they are its header's length.
+            for magic, what, remedy in _NOT_SAFETENSORS:
+                if start.startswith(magic):
+                    raise ShardError(what, path, remedy)
+            raise ShardError(f"is truncated: its header says {header_size} bytes, the file has {size}", path,
+                             "download it again")  # fmt: skip
+        if header_size > MAX_HEADER:
+            raise ShardError(f"has a header of {header_size} bytes, more than the {MAX_HEADER} accepted", path)
+        raw = read_exactly(fd, header_size, 8, path)
+    try:
+        tensors, metadata = parse_header(raw, size - 8 - header_size)
+    except ValueError as error:
+        raise ShardError(f"malformed safetensors header: {error}", path) from None
+    return Shard(path, size, header_size, tensors, metadata)
+
+
+def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Header bytes -> (tensors in the order of their data, metadata). Raises ValueError with the broken rule."""
+    if not raw.startswith(b"{"):
+        raise ValueError("it does not begin with {")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
+    try:
+        header = json.loads(
+            text,
+            object_pairs_hook=no_duplicates,
+            parse_int=_integer,
+            parse_float=_no_number,
+            parse_constant=_no_number,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg} at character {error.pos})") from None
+    metadata = header.pop("__metadata__", {})
+    if metadata is None:  # the official parser reads null as absent
+        metadata = {}
+    if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
+        raise ValueError("__metadata__ is not a map from string to string")
+    _no_surrogates(metadata.keys())
+    _no_surrogates(metadata.values())
+    _no_surrogates(header)
+    infos = sorted((_tensor_info(name, entry) for name, entry in header.items()), key=lambda info: info.data_offsets)
+    _check_layout(infos, data_size)
+    return {info.name: info for info in infos}, metadata
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's object_pairs_hook: Python keeps the last of two equal keys, other readers the first."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice!r} stands twice, so it is ambiguous")
+    return result
+
+
+def _integer(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 20 or (value := int(digits)) >= 1 << 64:
+        raise ValueError(f"{digits[:24]} is not an unsigned 64-bit integer")
+    return value
+
+
+def _no_number(digits: str) -> None:
+    raise ValueError(f"{digits[:24]} is not an unsigned 64-bit integer")
+
+
+def _no_surrogates(texts: Any) -> None:
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{text!r} holds half a surrogate pair") from None
+
+
+def _tensor_info(name: str, entry: Any) -> TensorInfo:
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
+    if type(entry["dtype"]) is not str or entry["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name!r} has an unknown dtype {entry['dtype']!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    # type() and not isinstance: JSON true would pass as the integer 1.
+    if type(shape) is not list or any(type(n) is not int for n in shape):
+        raise ValueError(f"tensor {name!r} has a shape that is not a list of integers")
+    if type(offsets) is not list or len(offsets) != 2 or any(type(n) is not int for n in offsets):
+        raise ValueError(f"tensor {name!r} has data_offsets that are not two integers")
+    return TensorInfo(name, DTYPES[entry["dtype"]], tuple(shape), (offsets[0], offsets[1]))
+
+
+def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
+    """Tensors tile the data section: no hole, no overlap, nothing behind; and each has the size its shape says."""
+    position = 0
+    for info in infos:
+        begin, end = info.data_offsets
+        if begin != position or end < begin:
+            raise ValueError(f"tensor {info.name!r} has data_offsets [{begin}, {end}] where {position} was due")
+        bits = info.dtype.bits
+        for length in info.shape:
+            bits *= length
+            if bits >= 1 << 64:
+                raise ValueError(f"tensor {info.name!r} has a shape that overflows 64 bits")
+        if bits % 8:
+            raise ValueError(f"tensor {info.name!r} does not fill whole bytes")
+        if bits // 8 != end - begin:
+            raise ValueError(f"tensor {info.name!r} has {end - begin} bytes where its shape needs {bits // 8}")
+        position = end
+    if position != data_size:
+        raise ValueError(f"the tensors end at byte {position} of the data, the file has {data_size}")
