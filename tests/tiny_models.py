@@ -1,0 +1,231 @@
+"""Tiny random models of every supported family, as transformers builds and saves them. No test lives here.
+
+Sizes: 16 residual channels, 24 neurons (12 per expert, 20 in a shared expert) and 2 layers, unless a family fixes
+another ratio; all different, so that an index in the wrong order does not fit. All experts are always routed to.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+transformers.utils.logging.disable_progress_bar()
+
+TOKENS = torch.tensor([[1, 5, 9, 13, 6, 3]])
+
+_TEXT = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_TEXT_8 = _TEXT | {"head_dim": 8}  # the families whose default head would be far larger than the model
+_GPT = {"vocab_size": 32, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2, "n_positions": 32}
+_GPT |= {"bos_token_id": 1, "eos_token_id": 2}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 4}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 12}
+_DEEPSEEK = _TEXT | {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LLAMA_4 = _TEXT_8 | {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 4,
+    "intermediate_size_mlp": 20,
+    "interleave_moe_layer_step": 2,
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_heads": 2,
+    "out_hidden_size": 16,
+    "patch_size": 4,
+}
+_QWEN_TOKENS = {"image_token_id": 31, "video_token_id": 30, "vision_start_token_id": 29, "vision_end_token_id": 28}
+_QWEN_3_VISION = _QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+_M_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+_IMAGE = {"image_token_index": 31, "boi_token_index": 29, "eoi_token_index": 30}
+
+TEXT_MODELS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("llama", "mistral", "smollm3", "granite", "stablelm", "phi3", "cohere", "cohere2"), _TEXT),
+    **dict.fromkeys(("olmo", "olmo2", "olmo3", "qwen2", "phi", "starcoder2", "gpt_neox"), _TEXT),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen3"), _TEXT_8),
+    "falcon": {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "ffn_hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+    "bloom": {"vocab_size": 32, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "gpt2": _GPT,
+    "gpt_bigcode": _GPT,
+    "gptj": _GPT | {"rotary_dim": 4},
+    "gpt_neo": {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "attention_types": [[["global"], 2]],
+        "max_position_embeddings": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "opt": {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    },
+    "mpt": {"vocab_size": 32, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 32},
+    "mixtral": _TEXT | _LOCAL,
+    "phimoe": _TEXT | {"num_local_experts": 2, "num_experts_per_tok": 2},
+    "qwen2_moe": _TEXT | _MOE | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
+    "qwen3_moe": _TEXT_8 | _MOE | {"mlp_only_layers": [0]},
+    "olmoe": _TEXT | {"num_experts": 4, "num_experts_per_tok": 4},
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "gpt_oss": _TEXT_8
+    | _LOCAL
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "layer_types": ["full_attention"] * 2},
+    "llama4_text": _LLAMA_4,
+    "granitemoe": _TEXT | _LOCAL,
+    "granitemoeshared": _TEXT | _LOCAL | {"shared_intermediate_size": 20},
+}
+
+VISION_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "llava": {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _VISION | {"model_type": "clip_vision_model"},
+        "image_token_index": 31,
+    },
+    "gemma3": {
+        "text_config": _TEXT_8,
+        "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        **_IMAGE,
+    },
+    "mistral3": {
+        "text_config": _TEXT | {"model_type": "mistral"},
+        "vision_config": _VISION | {"model_type": "pixtral"},
+        "image_token_index": 31,
+    },
+    "aya_vision": {
+        "text_config": _TEXT | {"model_type": "cohere2"},
+        "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+        "image_token_index": 31,
+    },
+    "smolvlm": {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _VISION | {"model_type": "smolvlm_vision"},
+        "image_token_id": 31,
+        "scale_factor": 2,
+    },
+    "qwen2_vl": {
+        "text_config": _TEXT | _M_ROPE,
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+        },
+        **_QWEN_TOKENS,
+    },
+    "qwen2_5_vl": {
+        "text_config": _TEXT | _M_ROPE,
+        "vision_config": _QWEN_VISION | {"fullatt_block_indexes": [1]},
+        **_QWEN_TOKENS,
+    },
+    "qwen3_vl": {"text_config": _TEXT_8 | _M_ROPE, "vision_config": _QWEN_3_VISION, **_QWEN_TOKENS},
+    "qwen3_vl_moe": {
+        "text_config": _TEXT_8 | _MOE | _M_ROPE | {"mlp_only_layers": [0]},
+        "vision_config": _QWEN_3_VISION,
+        **_QWEN_TOKENS,
+    },
+    "llama4": {
+        "text_config": _LLAMA_4,
+        "vision_config": _VISION
+        | {
+            "pixel_shuffle_ratio": 0.5,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+            "vision_output_dim": 16,
+        },
+        **_IMAGE,
+    },
+}
+
+MODELS = TEXT_MODELS | VISION_LANGUAGE_MODELS
+
+
+def build(name: str, *, base: bool = False, seed: int = 0) -> transformers.PreTrainedModel:
+    """One random float32 model, the same for the same seed; `base` leaves the language-modelling head away."""
+    config = transformers.AutoConfig.for_model(name, **MODELS[name])
+    loader = transformers.AutoModelForImageTextToText if name in VISION_LANGUAGE_MODELS else None
+    loader = transformers.AutoModel if base else loader or transformers.AutoModelForCausalLM
+    torch.manual_seed(seed)
+    model = loader.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # large enough that no activation is next to zero
+                parameter.normal_(0.0, 0.3)
+    return model.eval()
+
+
+def write(name: str, folder: Path, *, base: bool = False, **save: Any) -> None:
+    """Build one model and save it as config.json and model.safetensors."""
+    build(name, base=base).save_pretrained(folder, **save)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """config.json, and every stored tensor's name and shape, by the safetensors library."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return json.loads((folder / "config.json").read_text()), shapes
+
+
+def load(name: str, folder: Path) -> transformers.PreTrainedModel:
+    """The saved model with its head, in a form whose experts multiply one after another by plain matrix products.
+
+    A head that the file does not hold is random, but the same each time.
+    """
+    torch.manual_seed(0)
+    vision = name in VISION_LANGUAGE_MODELS
+    loader = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    return loader.from_pretrained(folder, experts_implementation="eager").eval()
