@@ -1,0 +1,36 @@
+"""The only room that knows torch and transformers: it loads a checkpoint as a model and looks at what it computes.
+
+    check.py      the sanity check on one page; start here
+    load.py       device, dtype, model and tokenizer from a local directory, quietly
+    forward.py    base and patched model in one forward pass
+    measure.py    the figures: perplexity, KL, stop-word mass, next tokens
+    stopwords.py  English function words
+    passage.txt   the built-in text, written for this check
+
+Importing this package, or `check`, does not load torch; running a check does. Nothing here reads shards for the
+purpose of editing them, and nothing here writes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from swsurgery.coordinate import Coordinate
+
+
+@dataclass(frozen=True)
+class ScalarChange:
+    """One edited scalar: where it is stored, and its exact value in the base and in the patched checkpoint."""
+
+    coordinate: Coordinate
+    base: float
+    patched: float
+
+
+def available() -> str | None:
+    """Why no model can be run here ("torch is not installed"), or None where it can. Loads neither library."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"

@@ -1,0 +1,149 @@
+"""The figures of the sanity check, from the logits of both models.
+
+This room turns text into windows of token ids and logits into numbers. It runs no model and passes no verdict.
+Everything is computed in float32 over slices of the vocabulary-wide logits, so that a large vocabulary costs tens of
+megabytes and not gigabytes, and summed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from swsurgery.errors import ModelError
+from swsurgery.model.forward import Outcome, Peak
+from swsurgery.model.stopwords import STOP_WORDS
+from swsurgery.report import Side, SuperActivation
+
+#: Logits taken at once: as float32, 16 MB for each of the handful of tensors that exist at the same time.
+LOGITS_AT_ONCE = 2**22
+
+TOP = 5
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] if `tokenizer` puts that token in front of what it encodes by default, else []. Tokens that it would
+    append (EOS) are never wanted here: they would end the text that is to be continued."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and full[:1] == [bos] != plain[:1] else []
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of `text`, with no special tokens added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def cut_windows(ids: Sequence[int], bos: Sequence[int], windows: int, window: int) -> list[list[int]]:
+    """The first `windows` non-overlapping runs of `window` tokens of the text, each with `bos` put in front of it.
+
+    A run that is not full is left out, unless there is no other. Raises ModelError where the text has fewer than
+    two tokens, so that none could be predicted, and where a window would have.
+    """
+    if windows < 1 or window < 2:
+        raise ModelError("no room for text", f"{windows} windows of {window} tokens", "at least one window of two")
+    if len(ids) < 2:
+        raise ModelError("the text is too short", f"{len(ids)} of at least 2 tokens", "give a longer one")
+    starts = range(0, max(1, len(ids) - window + 1), window)[:windows]
+    return [[*bos, *ids[start : start + window]] for start in starts]
+
+
+def stop_word_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[int]:
+    """The token ids below `vocabulary` that decode to a stop word, in any case, with or without one leading space."""
+    ids = range(min(vocabulary, len(tokenizer)))
+    decoded = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return [i for i, text in zip(ids, decoded, strict=True) if text.removeprefix(" ").lower() in STOP_WORDS]
+
+
+class Totals:
+    """Running sums over the scored positions of all windows; of both models, base first in every pair."""
+
+    def __init__(self, stop_tokens: Sequence[int]):
+        self.stop_tokens = list(stop_tokens)
+        self.scored = 0
+        self.windows = 0
+        self.kl = 0.0
+        self.nll = [0.0, 0.0]
+        self.stop_mass = [0.0, 0.0]
+        self.finite = [True, True]
+        self.peaks: list[SuperActivation | None] = [None, None]
+
+    def add_window(self, ids: Sequence[int], outcomes: Sequence[Outcome]) -> None:
+        """Count one window `ids` with the (base, patched) outcomes of it: every position that has a next token."""
+        self.look(outcomes)
+        logits = [outcome.logits for outcome in outcomes]
+        targets = torch.tensor(ids[1:], device=logits[0].device)
+        rows = max(1, LOGITS_AT_ONCE // logits[0].shape[-1])
+        for start in range(0, len(targets), rows):
+            stop = min(start + rows, len(targets))
+            self._add(targets[start:stop, None], [side[start:stop].float().log_softmax(-1) for side in logits])
+        self.scored += len(targets)
+        for side, outcome in enumerate(outcomes):
+            self.peaks[side] = _larger(self.peaks[side], outcome.peak, self.windows)
+        self.windows += 1
+
+    def look(self, outcomes: Sequence[Outcome]) -> None:
+        """Note whether all logits of (base, patched) are finite."""
+        for side, outcome in enumerate(outcomes):
+            self.finite[side] &= all(bool(part.isfinite().all()) for part in outcome.logits.split(256))
+
+    def _add(self, targets: Tensor, logs: Sequence[Tensor]) -> None:
+        base, patched = logs
+        self.kl += _sum((base.exp() * (base - patched)).sum(-1))
+        for side, log in enumerate(logs):
+            self.nll[side] -= _sum(log.gather(-1, targets))
+            self.stop_mass[side] += _sum(log[:, self.stop_tokens].exp().sum(-1))
+
+    def mean_kl(self) -> float:
+        """Mean KL(base || patched) per scored token in nats; rounding may not make it negative."""
+        return max(self.kl / self.scored, 0.0)
+
+    def perplexity_ratio(self) -> float:
+        """Perplexity of patched divided by that of base, finite even where both are too large for a float."""
+        return _exp((self.nll[1] - self.nll[0]) / self.scored)
+
+    def side(self, number: int) -> Side:
+        """The figures of base (0) or patched (1)."""
+        return Side(
+            perplexity=_exp(self.nll[number] / self.scored),
+            stopword_mass=self.stop_mass[number] / self.scored,
+            finite=self.finite[number],
+            super_activation=self.peaks[number],
+        )
+
+
+def top_tokens(tokenizer: PreTrainedTokenizerBase, logits: Tensor) -> tuple[tuple[str, float], ...]:
+    """The likeliest tokens after the last position of `logits` (tokens, vocabulary), as (text, probability).
+
+    Equal probabilities, common in bfloat16, come in the order of token ids. Empty where the logits are not finite.
+    """
+    last = logits[-1].float()
+    if not last.isfinite().all():
+        return ()
+    probabilities, ids = last.softmax(-1).sort(descending=True, stable=True)
+    texts = tokenizer.batch_decode([[i] for i in ids[:TOP].tolist()], clean_up_tokenization_spaces=False)
+    return tuple(zip(texts, probabilities[:TOP].tolist(), strict=True))
+
+
+def _larger(best: SuperActivation | None, peak: Peak | None, window: int) -> SuperActivation | None:
+    """Whichever is larger by magnitude; the earlier one of equals; anything not finite is the largest."""
+
+    def magnitude(value: float) -> float:
+        return abs(value) if math.isfinite(value) else math.inf
+
+    if peak is None or (best is not None and magnitude(peak.value) <= magnitude(best.value)):
+        return best
+    return SuperActivation(peak.layer, peak.token, peak.channel, peak.value, window)
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.double().sum())
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if not x > 709 else math.inf  # beyond it math.exp raises; a NaN passes through

@@ -1,0 +1,25 @@
+"""English function words: those that hold a sentence together and say little on their own.
+
+Articles, pronouns, prepositions, conjunctions, auxiliaries and a few adverbs of degree and time. Without its super
+weights a model puts more probability on such words (arXiv:2411.07191), so their share is one of the
+figures of the check. It is a measuring stick, not a grammar: the list must stay the same, or figures stop being
+comparable.
+"""
+
+from __future__ import annotations
+
+_LIST = """
+a an the this that these those
+i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its itself
+we us our ours ourselves they them their theirs themselves one
+who whom whose which what where when why how whoever whatever whichever
+some any all both each every either neither none no not nor few many much more most other another such own same
+and or but if then else than so because since as while although though unless until whether
+about above across after against along among around at before behind below beneath beside between beyond by
+despite down during except for from in inside into like near of off on onto out outside over past per
+through throughout to toward towards under up upon via with within without
+am is are was were be been being do does did doing done have has had having
+can could may might must shall should will would ought
+again also already always ever never just only even still too very quite rather yet once here there now
+"""
+STOP_WORDS = frozenset(_LIST.split())

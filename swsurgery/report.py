@@ -1,0 +1,164 @@
+"""The answer of the sanity check: figures of base and patched, and whether they are good enough.
+
+This room holds frozen values and the verdict on them. It knows neither torch nor models: `swsurgery/model/` measures,
+the manifest or the command line gives the bounds, the registry keeps what `to_json` returns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits, both inclusive, on the perplexity of patched divided by that of base; None sets no limit."""
+
+    max_perplexity_ratio: float | None = None
+    min_perplexity_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class SuperActivation:
+    """The largest hidden state by magnitude that left any decoder layer while the text was read (arXiv:2411.07191).
+    `token` is the position in the model's input, BOS included, of the text's window `window`;
+    both count from 0. A non-finite value counts as larger than any other."""
+
+    layer: int
+    token: int
+    channel: int
+    value: float
+    window: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """The figures of one of the two models. `finite`: every logit was, for the text and for the prompts.
+    `super_activation` is None where the model has no list of decoder layers to watch."""
+
+    perplexity: float
+    stopword_mass: float
+    finite: bool
+    super_activation: SuperActivation | None
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """The most likely next tokens after a prompt, likeliest first, as (text, probability); empty where the logits
+    are not finite."""
+
+    prompt: str
+    base: tuple[tuple[str, float], ...]
+    patched: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the forward check measured, by which means, and the verdict.
+
+    `kl` is the mean KL(base || patched) per scored token in nats; `windows` of at most `window_tokens` tokens were
+    read and `scored_tokens` predictions in them counted. `method` is "paired" (both models in one pass) or
+    "two passes". There is no date and no duration in it: the same inputs give the same report.
+    """
+
+    base: Side
+    patched: Side
+    perplexity_ratio: float
+    kl: float
+    prompts: tuple[Continuations, ...]
+    windows: int
+    window_tokens: int
+    scored_tokens: int
+    text_sha256: str
+    method: str
+    device: str
+    dtype: str
+    torch: str
+    transformers: str
+    bounds: Bounds = field(default_factory=Bounds)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """One line for each reason to reject the patched model; empty means that it passed.
+
+        Logits of the patched model that are not finite always fail. A ratio that is not finite, be it for
+        non-finite logits of the base, fails every bound there is.
+        """
+        lines = []
+        if not self.patched.finite:
+            lines.append("logits of the patched model are not finite: text or prompts (weaken the edits)")
+        ratio, most, least = self.perplexity_ratio, self.bounds.max_perplexity_ratio, self.bounds.min_perplexity_ratio
+        # written so that a NaN, which compares false to everything, lands on the failing side
+        if most is not None and not (math.isfinite(ratio) and ratio <= most):
+            lines.append(
+                f"perplexity ratio above the bound: {ratio:.6g}, at most {most:g} allowed "
+                "(weaken the edits or raise max_perplexity_ratio)"
+            )
+        if least is not None and not (math.isfinite(ratio) and ratio >= least):
+            lines.append(
+                f"perplexity ratio below the bound: {ratio:.6g}, at least {least:g} wanted "
+                "(strengthen the edits or lower min_perplexity_ratio)"
+            )
+        return tuple(lines)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of strict JSON types. Measured numbers have 6 significant digits, for float32 sums taken in another
+        order (other thread counts) differ beyond them; NaN and infinities, which JSON lacks, become None."""
+        return {
+            "base": _side(self.base),
+            "patched": _side(self.patched),
+            "perplexity_ratio": _number(self.perplexity_ratio),
+            "kl": _number(self.kl),
+            "stopword_mass": {
+                "base": _number(self.base.stopword_mass),
+                "patched": _number(self.patched.stopword_mass),
+            },
+            "prompts": [
+                {"prompt": p.prompt, "base": _tokens(p.base), "patched": _tokens(p.patched)} for p in self.prompts
+            ],
+            "text": {
+                "sha256": self.text_sha256,
+                "windows": self.windows,
+                "window_tokens": self.window_tokens,
+                "scored_tokens": self.scored_tokens,
+            },
+            "bounds": {
+                name: bound if bound is not None and math.isfinite(bound) else None
+                for name, bound in asdict(self.bounds).items()
+            },
+            "failures": list(self.failures),
+            "ok": self.ok,
+            "method": self.method,
+            "device": self.device,
+            "dtype": self.dtype,
+            "versions": {"torch": self.torch, "transformers": self.transformers},
+        }
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _side(side: Side) -> dict[str, Any]:
+    peak = side.super_activation
+    return {
+        "perplexity": _number(side.perplexity),
+        "finite": side.finite,
+        "super_activation": peak
+        and {
+            "layer": peak.layer,
+            "token": peak.token,
+            "channel": peak.channel,
+            "value": _number(peak.value),
+            "window": peak.window,
+        },
+    }
+
+
+def _tokens(tokens: tuple[tuple[str, float], ...]) -> list[list[Any]]:
+    return [[token, _number(probability)] for token, probability in tokens]
