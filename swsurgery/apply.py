@@ -1,0 +1,231 @@
+"""Copy a base with a plan's splices into a staged directory, hashing on the way.
+
+No tensor is built and no header re-written: files go over as bytes. A touched shard is read once, and its
+digest before and after comes out of that one reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from swsurgery import fsops
+from swsurgery.checkpoint import BaseFile
+from swsurgery.digests import DigestCache
+from swsurgery.dtypes import bits_of
+from swsurgery.errors import CheckpointError, PlanError, TargetError
+from swsurgery.progress import Progress
+from swsurgery.shard import open_regular
+from swsurgery.splice import Splice
+
+CHUNK = 1 << 20
+"""Bytes read at a time: big enough to keep the disk and the hash busy, small enough to stay in the cache."""
+
+Link = Literal["auto", "clone", "copy", "hard"]
+
+
+@dataclass(frozen=True)
+class AppliedFile:
+    """One file of the patched checkpoint. Digests are sha256 of the base's and of the patched bytes."""
+
+    name: str
+    size: int
+    base_digest: str
+    patched_digest: str
+    how: Literal["clone", "copy", "hard"]
+    hashed: bool
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was written into the staged directory."""
+
+    files: tuple[AppliedFile, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to copy: files of one checkpoint, the splices to make, and what the base's digests must be.
+
+    `pins` maps a file name to (digest, who says so).
+    """
+
+    files: tuple[BaseFile, ...]
+    splices: tuple[Splice, ...]
+    pins: dict[str, tuple[str, str]]
+    in_cache: bool = False
+
+
+def write_checkpoint(
+    source: Source, stage: Path, *, link: Link, digests: DigestCache, progress: Progress, rehash: bool = False
+) -> Applied:
+    """Write every file of `source` into the directory `stage`.
+
+    Raises PlanError (not the base that was meant), CheckpointError (base unreadable or changed meanwhile),
+    TargetError (cannot write).
+    """
+    if link == "hard" and source.in_cache:
+        raise TargetError("a hard link into a Hugging Face cache shares the file with every repo and revision there",
+                          stage.parent, "use --link auto")  # fmt: skip
+    for folder in sorted({os.path.dirname(f.name) for f in source.files} - {""}):
+        with fsops.reported(stage / folder):
+            fsops.make_directories(stage / folder)
+    progress.start(sum(f.size for f in source.files), "B", "copying")
+    try:
+        applied = _Copier(source, stage, link, digests, progress, rehash).run()
+    finally:
+        progress.close()
+    return Applied(tuple(sorted(applied, key=lambda f: f.name)))
+
+
+class _Copier:
+    """Copies files in a few threads; hashing, reading and writing all release the interpreter's lock."""
+
+    def __init__(self, source: Source, stage: Path, link: Link, digests: DigestCache, progress: Progress, rehash: bool):
+        self.source, self.stage, self.link = source, stage, link
+        self.digests, self.progress, self.rehash = digests, progress, rehash
+        self.stop = threading.Event()
+        self.lock = threading.Lock()
+
+    def run(self) -> list[AppliedFile]:
+        largest_first = sorted(self.source.files, key=lambda f: -f.size)
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            futures = [pool.submit(self.copy, f) for f in largest_first]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # also on SIGINT: the threads look at this after every chunk
+                self.stop.set()
+                for future in futures:
+                    future.cancel()
+        faults = [f.exception() for f in futures if not f.cancelled() and f.exception()]
+        if faults:
+            raise next((f for f in faults if not isinstance(f, _Stopped)), faults[0])
+        return [f.result() for f in futures]
+
+    def copy(self, file: BaseFile) -> AppliedFile:
+        splices = sorted((s for s in self.source.splices if s.file == file.name), key=lambda s: s.offset)
+        target = self.stage / file.name
+        known = None if self.rehash else file.digest or self.digests.get(file.path)
+        base = open_regular(file.path)
+        try:
+            before = os.fstat(base)
+            if self.link == "hard" and not splices:
+                with fsops.reported(target):
+                    fsops.hard_link(file.path, target)
+                how, digest = "hard", known or self.hash(base, file)
+                self.advance(file.size if known else 0)
+                patched = digest
+            else:
+                with fsops.reported(target):
+                    new = fsops.create(target)
+                    try:
+                        how, digest, patched = self.fill(base, new, file, splices, known)
+                        fsops.sync(new)
+                    finally:
+                        os.close(new)
+            after = os.fstat(base)
+        finally:
+            os.close(base)
+        # A hard link moves the ctime, so only size and mtime can be held against each other here.
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise CheckpointError("the base was changed while it was read", file.path, "run again when it rests")
+        self.check(file, digest)
+        with self.lock:
+            self.digests.put(file.path, digest)
+        return AppliedFile(file.name, file.size, digest, patched, how, known is None or bool(splices))
+
+    def fill(
+        self, base: int, new: int, file: BaseFile, splices: list[Splice], known: str | None
+    ) -> tuple[Literal["clone", "copy"], str, str]:
+        """Write one file. Returns (how, digest of the base, digest of what was written)."""
+        cloned = self.link in ("auto", "clone") and fsops.clone(base, new)
+        if self.link == "clone" and not cloned:
+            raise TargetError("this file system cannot clone", self.stage.parent, "use --link auto")
+        if known and not splices:
+            if not cloned:
+                self.copy_in_kernel(base, new, file)
+            else:
+                self.advance(file.size)
+            return "clone" if cloned else "copy", known, known
+        digest, patched = hashlib.sha256(), None
+        for offset, chunk in _chunks(base, file, splices):
+            inside = [s for s in splices if offset <= s.offset < offset + len(chunk)]
+            if inside and patched is None:
+                patched = digest.copy()  # up to here both files are the same
+            digest.update(chunk)
+            for splice in inside:
+                at = splice.offset - offset
+                stored = bytes(chunk[at : at + len(splice.old)])
+                if stored != splice.old:
+                    raise CheckpointError(
+                        f"{splice.coordinate} holds {bits_of(stored)}, not the planned {bits_of(splice.old)}",
+                        file.path,
+                        "the base was changed meanwhile",
+                    )
+                chunk[at : at + len(splice.new)] = splice.new
+                if cloned:
+                    fsops.write_at(new, splice.new, splice.offset)
+            if patched is not None:
+                patched.update(chunk)
+            if not cloned:
+                fsops.write_all(new, chunk)
+            self.advance(len(chunk))
+        return "clone" if cloned else "copy", digest.hexdigest(), (patched or digest).hexdigest()
+
+    def copy_in_kernel(self, base: int, new: int, file: BaseFile) -> None:
+        offset = 0
+        while offset < file.size:
+            copied = fsops.copy_range(base, new, offset, min(64 * CHUNK, file.size - offset))
+            if not copied:
+                raise CheckpointError("the file ended while it was read", file.path, "it was truncated meanwhile")
+            offset += copied
+            self.advance(copied)
+
+    def hash(self, base: int, file: BaseFile) -> str:
+        digest = hashlib.sha256()
+        for _, chunk in _chunks(base, file, []):
+            digest.update(chunk)
+            self.advance(len(chunk))
+        return digest.hexdigest()
+
+    def check(self, file: BaseFile, digest: str) -> None:
+        """Hold a digest of the base against everything that says what it must be."""
+        for wanted, who in (self.source.pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
+            if wanted and wanted != digest:
+                raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path,
+                                "is this the right checkpoint?")  # fmt: skip
+
+    def advance(self, size: int) -> None:
+        if self.stop.is_set():
+            raise _Stopped
+        with self.lock:
+            self.progress.advance(size)
+
+
+class _Stopped(Exception):
+    """Another thread failed, or the user interrupted: leave quietly."""
+
+
+def _chunks(base: int, file: BaseFile, splices: list[Splice]) -> Iterator[tuple[int, memoryview]]:
+    """(offset, bytes) over the whole file in one reused buffer; no splice lies across two chunks."""
+    buffer = memoryview(bytearray(CHUNK))
+    offset = 0
+    while offset < file.size:
+        end = min(offset + CHUNK, file.size)
+        for splice in splices:
+            if splice.offset < end < splice.offset + len(splice.old):
+                end = splice.offset
+        filled = 0
+        while filled < end - offset:
+            count = os.preadv(base, [buffer[filled : end - offset]], offset + filled)
+            if not count:
+                raise CheckpointError("the file ended while it was read", file.path, "it was truncated meanwhile")
+            filled += count
+        yield offset, buffer[: end - offset]
+        offset = end

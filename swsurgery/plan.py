@@ -1,0 +1,272 @@
+"""Manifest x Checkpoint -> Plan: which bytes of which shard become which. Reads headers and the named scalars
+only, writes nothing, and reports every misfit at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from swsurgery import architectures, known
+from swsurgery.checkpoint import OWN_FILES, Checkpoint
+from swsurgery.coordinate import Coordinate
+from swsurgery.edits import MeasuredValue, Scale, Target, expectation_fault
+from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError
+from swsurgery.known import KnownCoordinate, KnownModel
+from swsurgery.manifest import LoadedManifest
+from swsurgery.shard import TensorInfo
+from swsurgery.splice import Scalar, Splice
+
+COMPANIONS = (
+    "{stem}.weight_scale", "{stem}.weight_scale_inv", "{stem}.scales", "{stem}.SCB", "{name}.absmax",
+    "{name}.quant_map", "{name}_scale", "{name}_scale_inv", "{name}_scales", "{name}.scale", "{stem}.weight_scale_2",
+)  # fmt: skip
+"""Names under which quantised checkpoints keep the scales of tensor `name` (= `stem` + ".weight")."""
+
+PACKED = (".qweight", ".qzeros", ".weight_packed", "_blocks", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
+"""Endings of tensors whose elements are not weights: packed integers, scales, permutations."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that applying needs to know. `omitted` are files of the base that do not go into the patched one."""
+
+    loaded: LoadedManifest
+    checkpoint: Checkpoint
+    model: KnownModel | None
+    splices: tuple[Splice, ...]
+    protected: tuple[Scalar, ...]
+    omitted: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def splices_of(self, file: str) -> list[Splice]:
+        return sorted((s for s in self.splices if s.file == file), key=lambda s: s.offset)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "splices": [s.to_json() for s in self.splices],
+            "protected": [p.to_json() for p in self.protected],
+            "omitted": list(self.omitted),
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
+    """Turn every edit into splices and protected scalars. Raises PlanError with all misfits."""
+    faults = _base_faults(loaded, checkpoint)
+    manifest = loaded.manifest
+    try:
+        model = _known_model(loaded, checkpoint)
+    except LookupFailed as error:
+        faults += [f"{loaded.path}: base.model: {fault}" for fault in error.faults]
+        model = None
+    facts = _facts(model, checkpoint)
+    scalars: dict[Coordinate, tuple[int, Scalar]] = {}
+    # `known: all` stands for every known coordinate that no other edit names, so it goes last.
+    for number, edit in sorted(enumerate(manifest.edits), key=lambda item: (item[1].known == "all", item[0])):
+        where = loaded.where(number)
+        try:
+            targets = list(_targets(edit, checkpoint, model))
+        except (ArchitectureError, LookupFailed, PlanError) as error:
+            faults += [f"{where}: {fault}" for fault in error.faults]
+            continue
+        for coordinate, expect in targets:
+            if coordinate in scalars:
+                if edit.known != "all":
+                    first = scalars[coordinate][0]
+                    faults.append(f"{where}: {coordinate} has two operations (the other is edits[{first}])")
+                continue
+            try:
+                scalars[coordinate] = number, _scalar(edit, coordinate, expect, checkpoint, facts)
+            except (PlanError, NumberError) as error:
+                faults += [f"{where}: {fault}" for fault in error.faults]
+    splices = tuple(s for _, s in sorted(scalars.values(), key=lambda item: item[0]) if isinstance(s, Splice))
+    protected = tuple(s for _, s in sorted(scalars.values(), key=lambda item: item[0]) if not isinstance(s, Splice))
+    faults += _tied_faults(splices, checkpoint)
+    copies = manifest.base.copies
+    if splices and checkpoint.copies and copies is None:
+        faults.append(
+            f"{loaded.path}: the edit would not reach further copies of the weights: {', '.join(checkpoint.copies)} "
+            "(say base.copies: omit to leave them out, or keep to carry them along unedited)"
+        )
+    if faults:
+        raise PlanError.of(faults)
+    notes = [*checkpoint.notes]
+    if checkpoint.copies and copies == "keep":
+        notes.append(f"carried along unedited: {', '.join(checkpoint.copies)}")
+    omitted = checkpoint.copies if copies == "omit" else ()
+    if omitted:
+        notes.append(f"left out, for they hold the unedited weights: {', '.join(omitted)}")
+    if checkpoint.left_out:
+        notes.append(f"left out, for they are no part of a checkpoint: {', '.join(checkpoint.left_out)}")
+    return Plan(loaded, checkpoint, model, splices, protected, omitted, tuple(notes))
+
+
+def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
+    """Everything by which this checkpoint is visibly not the base that the manifest means."""
+    base, faults = loaded.manifest.base, []
+    for said, found, what in (
+        (base.repo_id, checkpoint.repo_id, "repo_id"),
+        (base.revision, checkpoint.revision, "revision"),
+    ):
+        if said and found and said != found:
+            faults.append(f"{loaded.path}: base.{what} is {said}, the checkpoint is {found} (give the right base)")
+    names = {f.name: f for f in checkpoint.files}
+    for name, digest in base.sha256.items():
+        if name not in names:
+            faults.append(f"{loaded.path}: base.sha256 names {name}, which the base does not have")
+        elif names[name].digest not in (None, digest):
+            faults.append(f"{loaded.path}: wrong base: {name} has digest {names[name].digest}, not {digest}")
+    if "swsurgery.json" not in names:
+        faults += [
+            f"{checkpoint.root / name}: the base has a file of the name that swsurgery writes (rename it)"
+            for name in OWN_FILES
+            if name in names
+        ]
+    return faults
+
+
+def _known_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownModel | None:
+    """The model of the registry that this base is. Only base.model has to be known: a repo_id need not be."""
+    base = loaded.manifest.base
+    if base.model:
+        return known.lookup(base.model)
+    for repo_id in (base.repo_id, checkpoint.repo_id):
+        for model in known.all_models() if repo_id else ():
+            if repo_id.lower() in (name.lower() for name in (model.hf_id, *model.aliases)):
+                return model
+    return None
+
+
+def _facts(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:
+    facts = {}
+    for entry in model.coordinates if model else ():
+        if entry.col is not None:
+            try:
+                facts[_located(entry, checkpoint)] = entry
+            except ArchitectureError:
+                continue  # the checkpoint is not quite that model; an edit that names the coordinate will say so
+    return facts
+
+
+def _located(target: Target | KnownCoordinate, checkpoint: Checkpoint) -> Coordinate:
+    return architectures.locate(
+        checkpoint.config, checkpoint.shapes, layer=target.layer, row=target.row, col=target.col, expert=target.expert
+    )
+
+
+def _targets(edit: Target, checkpoint: Checkpoint, model: KnownModel | None) -> Iterator[tuple[Coordinate, Any]]:
+    """(coordinate, expected value) for each scalar that the edit names."""
+    if edit.tensor is not None:
+        yield Coordinate(edit.tensor, edit.index), edit.expect
+    elif edit.layer is not None:
+        yield _located(edit, checkpoint), edit.expect
+    else:
+        if model is None:
+            raise PlanError("the registry knows nothing of this base", edit.known,
+                            "say which known model it is: base.model")  # fmt: skip
+        entries = known.addressable(model) if edit.known == "all" else [known.find(model, edit.known)]
+        if not entries:
+            raise PlanError(f"the registry has no whole coordinate of {model.hf_id}", edit.known)
+        for entry in entries:
+            if entry.col is None:
+                raise PlanError(f"only the row of {entry.id} is known, not the scalar", model.hf_id)
+            guard = MeasuredValue(value=entry.value, dtype=entry.dtype) if entry.dtype else None
+            yield _located(entry, checkpoint), guard
+
+
+def _scalar(
+    edit: Any, coordinate: Coordinate, expect: Any, checkpoint: Checkpoint, facts: dict[Coordinate, KnownCoordinate]
+) -> Scalar:
+    """Check one coordinate and read it. Raises PlanError, NumberError."""
+    info = _info(coordinate, checkpoint)
+    name, index = coordinate
+    if edit.writes:
+        _refuse_quantised(name, checkpoint)
+    if not _fits(info, index):
+        raise PlanError(f"index {list(index)} is out of range", f"{name} of shape {list(info.shape)}",
+                        _swap_hint(info, index))  # fmt: skip
+    if info.dtype.bits % 8:
+        raise PlanError(f"{info.dtype.name} {info.dtype.refusal}", coordinate)
+    file = checkpoint.weight_map[name]
+    shard = checkpoint.shards[file]
+    old = shard.read_scalar(name, index)
+    if expect is not None and (fault := expectation_fault(expect, info.dtype, old)):
+        hint = "is this the right base?"
+        swapped = index[::-1]
+        if len(index) == 2 and _fits(info, swapped):
+            other = shard.read_scalar(name, swapped)
+            if expectation_fault(expect, info.dtype, other) is None:
+                hint = f"row and col look swapped: {list(swapped)} holds it"
+        raise PlanError(fault, coordinate, hint)
+    facts_here = facts.get(coordinate)
+    common = dict(file=file, coordinate=coordinate, dtype=info.dtype, offset=shard.offset(name, index), old=old)
+    if not edit.writes:
+        return Scalar(**common, known=facts_here)
+    try:
+        new = edit.new_bytes(info.dtype, old)
+    except NumberError as error:
+        raise PlanError.of(f"cannot {edit.op} {coordinate}: {fault}" for fault in error.faults) from None
+    factor = edit.factor if isinstance(edit, Scale) else None
+    return Splice(**common, known=facts_here, op=edit.op, new=new, factor=factor)
+
+
+def _info(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
+    name = coordinate.tensor
+    if name in checkpoint.disagreements:
+        raise PlanError(f"index and shards disagree about {name}", checkpoint.disagreements[name])
+    if name not in checkpoint.weight_map:
+        if name == "lm_head.weight" and (partner := _embedding(checkpoint)):
+            raise PlanError(f"{name} is tied to {partner} and not stored", remedy=f"edit {partner}")
+        near = difflib.get_close_matches(name, list(checkpoint.weight_map)[:5000], 1, 0.8)
+        raise PlanError("no such tensor", name, f"did you mean {near[0]}?" if near else "")
+    return checkpoint.info(name)
+
+
+def _fits(info: TensorInfo, index: tuple[int, ...]) -> bool:
+    return len(index) == len(info.shape) and all(i < n for i, n in zip(index, info.shape, strict=True))
+
+
+def _swap_hint(info: TensorInfo, index: tuple[int, ...]) -> str:
+    if 0 in info.shape:
+        return "the tensor has no elements"
+    if len(index) == 2 and _fits(info, index[::-1]):
+        return f"row and col look swapped: {list(index[::-1])} would fit"
+    return ""
+
+
+def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
+    if name.endswith(PACKED):
+        raise PlanError("packed or scaling values of a quantised layer, not weights", name,
+                        "edit the model before it is quantised")  # fmt: skip
+    stem = name.removesuffix(".weight")
+    for pattern in COMPANIONS:
+        companion = pattern.format(name=name, stem=stem)
+        if companion in checkpoint.weight_map and companion != name:
+            raise PlanError(f"quantised: its elements count in units of {companion}", name,
+                            "edit the model before it is quantised")  # fmt: skip
+
+
+def _embedding(checkpoint: Checkpoint) -> str | None:
+    endings = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+    return next((t for t in checkpoint.weight_map if t.endswith(endings)), None)
+
+
+def _tied_faults(splices: tuple[Splice, ...], checkpoint: Checkpoint) -> list[str]:
+    """Where both tensors of a tied pair are stored, loaders keep one of them: edit both alike or none."""
+    head, embedding = "lm_head.weight", _embedding(checkpoint)
+    text_config = checkpoint.config.get("text_config") or checkpoint.config
+    tied = text_config.get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings"))
+    if not tied or not embedding or head not in checkpoint.weight_map:
+        return []
+    new = {s.coordinate: s.new for s in splices}
+    faults = []
+    for splice in splices:
+        tensor, index = splice.coordinate
+        if tensor in (head, embedding):
+            partner = Coordinate(embedding if tensor == head else head, index)
+            if new.get(partner) != splice.new:
+                faults.append(f"{splice.coordinate} is tied to {partner.tensor}, which is stored too: loaders keep "
+                              "one of the two (edit both alike)")  # fmt: skip
+    return faults

@@ -1,0 +1,211 @@
+"""The registry: what was done to a checkpoint, from which base, and the bytes that prove it and undo it.
+
+Lies in the patched checkpoint as `swsurgery.json`. The same inputs give the same bytes: sorted keys, and no
+clock unless SOURCE_DATE_EPOCH is set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from swsurgery import __version__, dtypes, known
+from swsurgery.checkpoint import OWN_FILES, is_cache_snapshot
+from swsurgery.coordinate import Coordinate
+from swsurgery.dtypes import DTYPES
+from swsurgery.edits import Position, Strict
+from swsurgery.errors import CheckpointError
+from swsurgery.jsonfile import parse_json, read_small
+
+if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
+    from swsurgery.apply import Applied
+    from swsurgery.plan import Plan
+    from swsurgery.splice import Scalar
+
+REGISTRY_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Bits = Annotated[str, Field(pattern=r"^0x[0-9a-f]+$")]
+Index = Annotated[tuple[Position, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+class FileRecord(Strict):
+    """One file: size in bytes and sha256 in the base and here."""
+
+    size: Position
+    base_sha256: Digest
+    sha256: Digest
+
+
+class ScalarRecord(Strict):
+    """One scalar as the base has it. `known` holds the registry's facts about the coordinate."""
+
+    file: str
+    tensor: str
+    index: Index
+    dtype: Literal[tuple(DTYPES)]
+    offset: Position
+    old: int | float | str | None
+    old_bits: Bits
+    known: dict[str, Any] | None = None
+
+    @property
+    def coordinate(self) -> Coordinate:
+        return Coordinate(self.tensor, self.index)
+
+    @property
+    def old_bytes(self) -> bytes:
+        """Raises NumberError where the bits are not of the dtype's width."""
+        return dtypes.from_bits(DTYPES[self.dtype], self.old_bits)
+
+
+class EditRecord(ScalarRecord):
+    """One changed scalar."""
+
+    op: Literal["zero", "scale", "set"]
+    new: int | float | str | None
+    new_bits: Bits
+    factor: float | None = None
+
+    @property
+    def new_bytes(self) -> bytes:
+        return dtypes.from_bits(DTYPES[self.dtype], self.new_bits)
+
+
+class BaseRecord(Strict):
+    """Which checkpoint the base was. `named_by` says how that is known: the cache it lay in, or the manifest only."""
+
+    repo_id: str | None
+    revision: str | None
+    named_by: Literal["cache", "manifest"] | None
+
+
+class HistoryStep(Strict):
+    """An earlier registry of this checkpoint (without its own history) and the manifest applied then."""
+
+    registry: dict[str, Any]
+    manifest: str
+
+
+class Registry(Strict):
+    """See the module. `files` are all files of the patched checkpoint but swsurgery's own three."""
+
+    registry_version: Literal[1]
+    swsurgery_version: str
+    created: int | None = None
+    base: BaseRecord
+    files: dict[str, FileRecord]
+    omitted: list[str]
+    edits: list[EditRecord]
+    protected: list[ScalarRecord]
+    known: dict[str, Any] | None
+    check: dict[str, Any]
+    manifest_sha256: Digest
+    history: list[HistoryStep]
+
+    def render(self) -> bytes:
+        """The bytes of swsurgery.json."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
+
+
+def build_registry(plan: Plan, applied: Applied, check: dict[str, Any], previous: Patched | None) -> Registry:
+    """The registry of a plan that was applied; `previous` where its base was itself patched."""
+    base, checkpoint = plan.loaded.manifest.base, plan.checkpoint
+    named_by = "cache" if checkpoint.repo_id else "manifest" if base.repo_id else None
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return Registry(
+        registry_version=1,
+        swsurgery_version=__version__,
+        created=int(epoch) if epoch.isdecimal() else None,
+        base=BaseRecord(
+            repo_id=checkpoint.repo_id or base.repo_id, revision=checkpoint.revision or base.revision, named_by=named_by
+        ),
+        files={
+            f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest) for f in applied.files
+        },
+        omitted=list(plan.omitted),
+        edits=[EditRecord(**s.to_json(), known=_facts(s)) for s in plan.splices],
+        protected=[ScalarRecord(**s.to_json(), known=_facts(s)) for s in plan.protected],
+        known=known.to_json(plan.model)["models"][0] if plan.model else None,
+        check=check,
+        manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
+        history=previous.as_history() if previous else [],
+    )
+
+
+def _facts(scalar: Scalar) -> dict[str, Any] | None:
+    entry = scalar.known
+    if entry is None:
+        return None
+    return {"id": entry.id, "status": entry.status, "causal_alone": entry.causal_alone, "sources": list(entry.sources)}
+
+
+@dataclass(frozen=True)
+class Patched:
+    """A patched checkpoint's own records, as read from its directory."""
+
+    registry: Registry
+    registry_raw: bytes
+    manifest_raw: bytes
+
+    def as_history(self) -> list[HistoryStep]:
+        """Its history with itself as the last step. Raises CheckpointError where that would not be reversible."""
+        if self.registry.render() != self.registry_raw or _sha256(self.manifest_raw) != self.registry.manifest_sha256:
+            raise CheckpointError("the base's registry or manifest was changed by hand", REGISTRY_NAME,
+                                  "restore it, or remove swsurgery's files to begin a new history")  # fmt: skip
+        own = {k: v for k, v in self.registry.model_dump(mode="json").items() if k != "history"}
+        return [*self.registry.history, HistoryStep(registry=own, manifest=self.manifest_raw.decode())]
+
+    def previous(self) -> Patched | None:
+        """The records of the checkpoint that this one was made from; None where that was no patched one.
+
+        Raises CheckpointError.
+        """
+        if not self.registry.history:
+            return None
+        *earlier, last = self.registry.history
+        data = last.registry | {"history": [step.model_dump(mode="json") for step in earlier]}
+        registry = _validated(data)
+        return Patched(registry, registry.render(), last.manifest.encode())
+
+    def own_files(self) -> dict[str, bytes]:
+        """Name -> bytes of swsurgery's own three files."""
+        sums = {name: record.sha256 for name, record in self.registry.files.items()}
+        sums |= {REGISTRY_NAME: _sha256(self.registry_raw), MANIFEST_NAME: _sha256(self.manifest_raw)}
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        return {REGISTRY_NAME: self.registry_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
+
+
+def read_patched(root: Path) -> Patched | None:
+    """The records in a directory; None where it has no registry. Raises CheckpointError for a damaged one."""
+    root = Path(os.path.realpath(root))
+    cached = is_cache_snapshot(root)
+    registry_path, manifest_path = (
+        Path(os.path.realpath(root / name)) if cached else root / name for name in (REGISTRY_NAME, MANIFEST_NAME)
+    )
+    if not os.path.lexists(registry_path):
+        return None
+    raw = read_small(registry_path, REGISTRY_NAME)
+    registry = _validated(parse_json(raw, REGISTRY_NAME))
+    if not os.path.lexists(manifest_path):
+        raise CheckpointError("the manifest beside the registry is missing", manifest_path)
+    return Patched(registry, raw, read_small(manifest_path, MANIFEST_NAME))
+
+
+def _validated(data: dict[str, Any]) -> Registry:
+    try:
+        return Registry.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"is not a sound registry: {place}: {first['msg']}", REGISTRY_NAME) from None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

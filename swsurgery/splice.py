@@ -1,0 +1,60 @@
+"""Splice: one scalar's place and bytes in a file, before and after. What a plan is made of and what copying needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from swsurgery import dtypes
+from swsurgery.coordinate import Coordinate
+from swsurgery.dtypes import Dtype
+from swsurgery.known import KnownCoordinate
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One stored scalar of the plan. `offset` is absolute in the file, bytes are little-endian."""
+
+    file: str
+    coordinate: Coordinate
+    dtype: Dtype
+    offset: int
+    old: bytes
+    known: KnownCoordinate | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "tensor": self.coordinate.tensor,
+            "index": list(self.coordinate.index),
+            "dtype": self.dtype.name,
+            "offset": self.offset,
+            "old": json_value(self.dtype, self.old),
+            "old_bits": dtypes.bits_of(self.old),
+        }
+
+
+@dataclass(frozen=True)
+class Splice(Scalar):
+    """One scalar to change: `old` is compared while copying and `new` written in its place."""
+
+    op: str = ""
+    new: bytes = b""
+    factor: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        extra = {"factor": self.factor} if self.factor is not None else {}
+        return super().to_json() | extra | {
+            "op": self.op,
+            "new": json_value(self.dtype, self.new),
+            "new_bits": dtypes.bits_of(self.new),
+        }  # fmt: skip
+
+
+def json_value(dtype: Dtype, data: bytes) -> int | float | str | None:
+    """A stored value for JSON: a number; "nan", "inf" or "-inf"; None where the dtype has no single value."""
+    if dtype.kind == "opaque":
+        return None
+    value = dtypes.decode(dtype, data)
+    return value if math.isfinite(value) else str(value)
