@@ -79,11 +79,13 @@ class EditRecord(ScalarRecord):
 
 
 class BaseRecord(Strict):
-    """Which checkpoint the base was. `named_by` says how that is known: the cache it lay in, or the manifest only."""
+    """Which checkpoint the base was. `named_by` says how that is known: the cache it lay in, or the manifest only.
+    `weights` is the choice between an index and a single file, where both were there."""
 
     repo_id: str | None
     revision: str | None
     named_by: Literal["cache", "manifest"] | None
+    weights: Literal["index", "single"] | None = None
 
 
 class HistoryStep(Strict):
@@ -124,7 +126,10 @@ def build_registry(plan: Plan, applied: Applied, check: dict[str, Any], previous
         swsurgery_version=__version__,
         created=int(epoch) if epoch.isdecimal() else None,
         base=BaseRecord(
-            repo_id=checkpoint.repo_id or base.repo_id, revision=checkpoint.revision or base.revision, named_by=named_by
+            repo_id=checkpoint.repo_id or base.repo_id,
+            revision=checkpoint.revision or base.revision,
+            named_by=named_by,
+            weights=base.weights,
         ),
         files={
             f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest) for f in applied.files

@@ -72,11 +72,10 @@ def verify(root: Path, progress: Progress, base: Path | None = None) -> Verifica
     patched = read_patched(root)
     if patched is None:
         raise CheckpointError("no registry", root / OWN_FILES[0], "only a checkpoint that swsurgery patched has one")
-    base_checkpoint = open_checkpoint(base) if base is not None else None
     registry = patched.registry
-    weights = "single" if any(f.endswith(".index.json") for f in registry.omitted) else None
+    base_checkpoint = open_checkpoint(base, registry.base.weights) if base is not None else None
     try:
-        checkpoint = open_checkpoint(root, weights)
+        checkpoint = open_checkpoint(root, registry.base.weights)
     except CheckpointError as error:
         findings = [Finding("structure", fault) for fault in error.faults]
         return Verification(tuple(findings), 0, 0, 0, (), False)

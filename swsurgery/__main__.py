@@ -1,0 +1,5 @@
+"""python -m swsurgery"""
+
+from swsurgery.cli import entry
+
+entry()

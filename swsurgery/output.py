@@ -1,0 +1,79 @@
+"""What people see: data on stdout, talk and progress on stderr. The only room that knows tqdm."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from swsurgery.errors import printable
+
+
+class Bar:
+    """A Progress drawn on stderr; nothing is drawn where stderr is no terminal, or when quiet."""
+
+    def __init__(self, quiet: bool = False):
+        self._hidden = quiet or not sys.stderr.isatty()
+        self._bar: tqdm | None = None
+
+    def start(self, total: int, unit: str, label: str) -> None:
+        self.close()
+        in_bytes = unit == "B"
+        self._bar = tqdm(
+            total=total, desc=label, unit=unit, unit_scale=in_bytes, unit_divisor=1000, file=sys.stderr,
+            disable=self._hidden, leave=False, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def advance(self, n: int) -> None:
+        if self._bar is not None:
+            self._bar.update(n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def say(line: str) -> None:
+    print(f"swsurgery: {printable(line)}", file=sys.stderr)
+
+
+def print_json(document: Any) -> None:
+    """One strict JSON document on stdout."""
+    json.dump(document, sys.stdout, indent=2, sort_keys=True, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def print_text(text: str) -> None:
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Columns as wide as their widest cell; numbers to the right."""
+    table = [[printable(str(cell)) for cell in row] for row in [header, *rows]]
+    numeric = [all(_is_number(row[i]) for row in table[1:]) for i in range(len(header))]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    number = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", ""))
+    except ValueError:
+        return False
+    return True

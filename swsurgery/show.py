@@ -1,0 +1,175 @@
+"""The library's values as lines and tables on stdout, for people. Nothing is computed here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from swsurgery.errors import printable
+from swsurgery.output import print_table, print_text, size
+
+if TYPE_CHECKING:
+    from swsurgery.diff import Difference
+    from swsurgery.plan import Plan
+    from swsurgery.registry import Registry
+    from swsurgery.surgery import Outcome
+    from swsurgery.verify import Verification
+
+MAX_ROWS = 40
+
+
+def plan(plan: Plan) -> None:
+    document = plan.to_json()
+    print_text(f"base      {printable(str(plan.checkpoint.root))}")
+    print_text(f"changes   {len(plan.splices)} scalars in {len({s.file for s in plan.splices})} of "
+               f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}")  # fmt: skip
+    _edits(document["splices"], document["protected"])
+    for note in plan.notes:
+        print_text(f"note      {printable(note)}")
+    print_text("nothing was written")
+
+
+def outcome(outcome: Outcome) -> None:
+    document = outcome.to_json()
+    _edits(document["splices"], document["protected"])
+    print_text("")
+    check(document["check"])
+    print_text("")
+    copied = {how: sum(f.size for f in outcome.applied.files if f.how == how) for how in ("clone", "copy", "hard")}
+    words = {"clone": "cloned", "copy": "copied", "hard": "hard linked"}
+    how = ", ".join(f"{size(n)} {words[k]}" for k, n in copied.items() if n)
+    print_text(f"wrote     {printable(str(outcome.output))} ({how})")
+    print_text(f"prove it  swsurgery verify {printable(str(outcome.output))}")
+    print_text(f"undo it   swsurgery revert {printable(str(outcome.output))} -o DIR")
+
+
+def registry(registry: Registry) -> None:
+    base = registry.base
+    name = f"{base.repo_id or 'a directory'}{'@' + base.revision if base.revision else ''}"
+    print_text(f"base      {printable(name)}")
+    print_text(f"steps     {len(registry.history) + 1}")
+    for number, step in enumerate(registry.history, 1):
+        print_text(f"\nstep {number}")
+        _edits(step.registry.get("edits", []), step.registry.get("protected", []))
+    print_text(f"\nstep {len(registry.history) + 1}")
+    document = registry.model_dump(mode="json")
+    _edits(document["edits"], document["protected"])
+    facts = [r for r in (*registry.edits, *registry.protected) if r.known]
+    for record in facts:
+        print_text(
+            f"known     {record.coordinate}: {record.known['status']}, zeroed alone {record.known['causal_alone']}"
+        )
+    print_text("")
+    check(document["check"])
+
+
+def check(document: dict[str, Any]) -> None:
+    """A check as the registry has it, or a report's JSON."""
+    if document.get("kind", "forward") != "forward":
+        print_text(f"check     no forward check was made: {printable(document['reason'])}")
+        return
+    base, patched, mass = document["base"], document["patched"], document["stopword_mass"]
+    rows = [
+        ("perplexity", base["perplexity"], patched["perplexity"]),
+        ("stop-word mass", mass["base"], mass["patched"]),
+        ("super activation", *(_activation(side["super_activation"]) for side in (base, patched))),
+        ("logits finite", *("yes" if side["finite"] else "NO" for side in (base, patched))),
+    ]
+    print_table(("", "base", "patched"), rows)
+    print_text(f"perplexity ratio {document['perplexity_ratio']}, KL(base || patched) {document['kl']} nats a token")
+    for prompt in document["prompts"]:
+        print_text(f"\n{printable(prompt['prompt'])!r}")
+        for side in ("base", "patched"):
+            tokens = ", ".join(f"{printable(token)!r} {p:.3f}" for token, p in prompt[side])
+            print_text(f"  {side:8} {tokens or 'no finite logits'}")
+    for failure in document["failures"]:
+        print_text(f"FAILED    {printable(failure)}")
+    text = document["text"]
+    print_text(f"\nmeasured on {text['scored_tokens']} tokens in {text['windows']} windows, {document['dtype']} on "
+               f"{document['device']}")  # fmt: skip
+
+
+def verification(verification: Verification) -> None:
+    for finding in verification.findings:
+        place = " ".join(
+            printable(str(x)) for x in (finding.file, finding.tensor, finding.index and list(finding.index)) if x
+        )
+        print_text(f"FINDING   {finding.rule}: {place}: {printable(finding.message)}")
+    if not verification.ok:
+        print_text(f"{len(verification.findings)} findings: this is not what its registry says")
+        return
+    print_text(f"verified  {verification.files} files have the registry's sha256")
+    print_text(f"proved    with {verification.edits} scalars put back, every file has the base's sha256")
+    print_text(f"protected {verification.protected} scalars have the base's bits")
+    if verification.compared_with_base:
+        print_text("compared  byte by byte with the base: nothing else differs")
+
+
+def difference(difference: Difference) -> None:
+    document = difference.to_json()
+    rows = [
+        (c["tensor"], _index(c["index"]) + (f" .. {_index(c['last'])}" if "last" in c else ""), c["old"], c["new"])
+        for c in document["changes"]
+    ]
+    if rows:
+        print_table(("tensor", "index", "a", "b"), rows[:MAX_ROWS])
+    if len(rows) > MAX_ROWS or difference.truncated:
+        print_text("... more scalars differ than are listed:")
+        print_table(("tensor", "changed", "of"), [(t, n, total) for t, (n, total) in difference.tensors.items()])
+    for tensor, why in difference.mismatched.items():
+        print_text(f"{printable(tensor)}: {why}")
+    for name, state in difference.files.items():
+        if state != "same":
+            print_text(f"file {printable(name)}: {state}")
+    if difference.same:
+        print_text("no scalar differs")
+
+
+def overview(document: dict[str, Any]) -> None:
+    print_text(f"{printable(document['checkpoint'])}: {document['model_type'] or 'unknown model type'}")
+    if document["repo_id"]:
+        print_text(f"{document['repo_id']}@{document['revision']}")
+    print_text("")
+    print_table(
+        ("file", "bytes", ""), [(f["file"], f["size"], "shard" if f["shard"] else "") for f in document["files"]]
+    )
+    print_text("")
+    print_table(
+        ("tensor", "dtype", "shape", "file"),
+        [(t["tensor"], t["dtype"], _index(t["shape"]), t["file"]) for t in document["tensors"]],
+    )
+    for copy in document["copies"]:
+        print_text(f"\nalso holds the weights: {printable(copy)}")
+    for tensor, why in document["disagreements"].items():
+        print_text(f"\nindex and shards disagree about {printable(tensor)}: {printable(why)}")
+    for note in document["notes"]:
+        print_text(f"\n{printable(note)}")
+
+
+def scalar(document: dict[str, Any]) -> None:
+    for key, value in document.items():
+        print_text(f"{key:13} {printable(_index(value) if isinstance(value, list) else str(value))}")
+
+
+def _edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) -> None:
+    rows = [
+        (e["op"], e["tensor"], _index(e["index"]), e["dtype"], e["old"], e["new"], e["file"], e["offset"])
+        for e in edits
+    ]
+    rows += [
+        ("protect", p["tensor"], _index(p["index"]), p["dtype"], p["old"], "", p["file"], p["offset"])
+        for p in protected
+    ]
+    if rows:
+        print_table(("op", "tensor", "index", "dtype", "old", "new", "file", "offset"), rows[:MAX_ROWS])
+    if len(rows) > MAX_ROWS:
+        print_text(f"... and {len(rows) - MAX_ROWS} more")
+
+
+def _index(numbers: list[int]) -> str:
+    return "[" + ", ".join(map(str, numbers)) + "]"
+
+
+def _activation(peak: dict[str, Any] | None) -> str:
+    if not peak:
+        return "-"
+    return f"{peak['value']} (layer {peak['layer']}, token {peak['token']}, channel {peak['channel']})"

@@ -1,0 +1,254 @@
+"""The whole operation on one page.
+
+    load_manifest        what the user asked                              manifest.py
+    open_checkpoint      which files there are, and their headers         checkpoint.py
+    make_plan            shard -> splices, every misfit at once           plan.py
+    write_checkpoint     byte copy with splices and digests, staged       apply.py
+    check                base and patched side by side                    model/check.py, the only torch
+    build_registry       what was done, and the proof of it               registry.py
+    staged               all of it gets its name at once, or nothing does fsops.py
+
+`revert` goes the other way, from the registry alone; `verify.py` proves the result without any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from swsurgery import fsops, model
+from swsurgery.apply import Applied, Link, Source, write_checkpoint
+from swsurgery.checkpoint import OWN_FILES, Checkpoint, open_checkpoint
+from swsurgery.digests import DigestCache
+from swsurgery.dtypes import DTYPES, decode
+from swsurgery.errors import CheckFailed, CheckpointError, ModelError
+from swsurgery.hub import cached_snapshot, parse_url
+from swsurgery.manifest import LoadedManifest, load_manifest
+from swsurgery.model.check import run_checks
+from swsurgery.plan import Plan, make_plan
+from swsurgery.progress import Progress, Silent
+from swsurgery.registry import Patched, Registry, build_registry, read_patched
+from swsurgery.report import Bounds, CheckReport
+from swsurgery.splice import Splice
+from swsurgery.verify import undeclared_changes
+
+Check = Literal["auto", "off", "weights", "forward"]
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How the sanity check is made. `text` None is the built-in passage; `bounds` None takes the manifest's."""
+
+    kind: Check = "auto"
+    device: str = "auto"
+    text: str | None = None
+    prompts: Sequence[str] | None = None
+    bounds: Bounds | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A patched checkpoint that is there."""
+
+    output: Path
+    plan: Plan
+    applied: Applied
+    registry: Registry
+
+    def to_json(self) -> dict[str, Any]:
+        files = {
+            f.name: {"size": f.size, "base_sha256": f.base_digest, "sha256": f.patched_digest, "how": f.how}
+            for f in self.applied.files
+        }
+        return {"output": str(self.output), **self.plan.to_json(), "check": self.registry.check, "files": files}
+
+
+def plan_manifest(manifest: Path, base: str | None = None) -> Plan:
+    """Read the manifest, open its base (or `base`: a directory or hf://ORG/NAME[@REV]) and plan; write nothing.
+
+    Raises ManifestError, CheckpointError, PlanError.
+    """
+    loaded = load_manifest(manifest)
+    checkpoint = open_checkpoint(base_directory(loaded, base), loaded.manifest.base.weights)
+    return make_plan(loaded, checkpoint)
+
+
+def apply_manifest(
+    manifest: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    link: Link = "auto",
+    check: CheckOptions | None = None,
+    rehash: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Make the patched checkpoint `output`, checked and with its registry, or nothing.
+
+    Raises ManifestError, CheckpointError, PlanError, TargetError, ModelError; CheckFailed where the check says no.
+    """
+    progress = progress or Silent()
+    check = check or CheckOptions()
+    plan = plan_manifest(manifest, base)
+    for note in plan.notes:
+        say(note)
+    previous = read_patched(plan.checkpoint.root)
+    digests = DigestCache()
+    with fsops.staged(output) as stage:
+        applied = write_checkpoint(
+            _source(plan, previous), stage, link=link, digests=digests, progress=progress, rehash=rehash
+        )
+        result = _check(plan, stage, check, progress, say)
+        registry = build_registry(plan, applied, result, previous)
+        _write_own_files(stage, Patched(registry, registry.render(), plan.loaded.raw))
+    for file in applied.files:
+        digests.put(output / file.name, file.patched_digest)
+    digests.save()
+    return Outcome(output, plan, applied, registry)
+
+
+def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress | None = None) -> list[str]:
+    """Write the base of the patched checkpoint `root` into `output`, byte for byte; of several manifests the last is
+    undone. Returns notes. Raises CheckpointError, PlanError (a file was changed since), TargetError."""
+    patched, checkpoint = open_patched(root)
+    registry, previous = patched.registry, patched.previous()
+    names = {f.name for f in checkpoint.files}
+    if missing := [name for name in registry.files if name not in names]:
+        raise CheckpointError(f"cannot be reverted, for it lacks {', '.join(missing)}", checkpoint.root)
+    source = Source(
+        files=tuple(f for f in checkpoint.files if f.name in registry.files),
+        splices=tuple(
+            Splice(e.file, e.coordinate, DTYPES[e.dtype], e.offset, e.new_bytes, op="set", new=e.old_bytes)
+            for e in registry.edits
+        ),
+        pins={name: (record.sha256, "its registry") for name, record in registry.files.items()},
+        in_cache=checkpoint.in_cache,
+    )
+    digests = DigestCache()
+    with fsops.staged(output) as stage:
+        applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress or Silent())
+        for file in applied.files:
+            if file.patched_digest != registry.files[file.name].base_sha256:
+                raise CheckpointError("does not give the base back: the registry was changed", file.name)
+        if previous:
+            _write_own_files(stage, previous)
+    digests.save()
+    if registry.omitted:
+        return [f"the base also had {', '.join(registry.omitted)}, which had been left out"]
+    return []
+
+
+def check_checkpoint(root: Path, options: CheckOptions, progress: Progress | None = None) -> CheckReport:
+    """The sanity check of a checkpoint that is there: against its base where it has a registry, else of it alone.
+
+    Raises CheckpointError, ModelError.
+    """
+    patched = read_patched(root)
+    registry = patched.registry if patched else None
+    checkpoint = open_checkpoint(root, registry.base.weights if registry else None)
+    changes = [
+        model.ScalarChange(
+            e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))
+        )
+        for e in (registry.edits if registry else ())
+    ]
+    return run_checks(
+        checkpoint.root, changes, config=checkpoint.config, text=options.text, prompts=options.prompts,
+        bounds=options.bounds, device=options.device, progress=progress,
+    )  # fmt: skip
+
+
+def open_patched(root: Path) -> tuple[Patched, Checkpoint]:
+    """A patched checkpoint and its records. Raises CheckpointError where it has none."""
+    patched = read_patched(root)
+    if patched is None:
+        raise CheckpointError("no registry", root / OWN_FILES[0], "only a checkpoint that swsurgery patched has one")
+    return patched, open_checkpoint(root, patched.registry.base.weights)
+
+
+def base_directory(loaded: LoadedManifest, base: str | None) -> Path:
+    """Where the base lies: `base` if given, else what the manifest says. Raises CheckpointError."""
+    said = loaded.manifest.base
+    if base is not None:
+        return cached_snapshot(*parse_url(base)) if base.startswith("hf://") else Path(base)
+    if said.path is not None:
+        return loaded.path.parent / said.path
+    return cached_snapshot(said.repo_id, said.revision)
+
+
+def _source(plan: Plan, previous: Patched | None) -> Source:
+    pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
+    if previous:
+        pins |= {name: (record.sha256, "its registry") for name, record in previous.registry.files.items()}
+    leave = {*plan.omitted, *OWN_FILES}
+    files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
+    return Source(files, plan.splices, pins, plan.checkpoint.in_cache)
+
+
+def _write_own_files(stage: Path, patched: Patched) -> None:
+    for name, data in patched.own_files().items():
+        fsops.write_file(stage / name, data)
+
+
+def _check(
+    plan: Plan, stage: Path, options: CheckOptions, progress: Progress, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Check the staged checkpoint; what is returned goes into the registry. Raises CheckFailed, ModelError."""
+    if options.kind == "off":
+        return {"kind": "off", "reason": "the check was turned off"}
+    weights = _check_weights(plan, stage, progress)
+    bounds = options.bounds or Bounds(**plan.loaded.manifest.check.model_dump())
+    reason = None
+    if options.kind == "weights":
+        reason = "only the weights were to be checked"
+    elif not plan.splices:
+        reason = "nothing was changed"
+    elif options.kind == "auto":
+        reason = model.available()
+    if reason is None:
+        try:
+            report = _check_forward(plan, stage, options, bounds, progress)
+        except ModelError as error:
+            # Bounds that cannot be measured are not met; without bounds the check is a courtesy.
+            if options.kind == "forward" or bounds != Bounds():
+                raise
+            reason = str(error)
+        else:
+            if not report.ok:
+                raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
+            return {"kind": "forward", "reason": None, "weights": weights, **report.to_json()}
+    if plan.splices:
+        say(f"no forward check was made: {reason}")
+    return {"kind": "weights", "reason": reason, "weights": weights}
+
+
+def _check_forward(plan: Plan, stage: Path, options: CheckOptions, bounds: Bounds, progress: Progress) -> CheckReport:
+    changes = [
+        model.ScalarChange(s.coordinate, float(decode(s.dtype, s.old)), float(decode(s.dtype, s.new)))
+        for s in plan.splices
+    ]
+    return run_checks(
+        stage, changes, config=plan.checkpoint.config, text=options.text, prompts=options.prompts, bounds=bounds,
+        device=options.device, progress=progress,
+    )  # fmt: skip
+
+
+def _check_weights(plan: Plan, stage: Path, progress: Progress) -> dict[str, Any]:
+    """Re-read the touched shards: exactly the planned scalars differ from the base, and have the planned values."""
+    staged = open_checkpoint(stage, plan.loaded.manifest.base.weights)
+    touched = sorted({s.file for s in plan.splices})
+    declared: dict[str, set[int]] = {}
+    for splice in plan.splices:
+        declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))
+    findings = undeclared_changes(staged, plan.checkpoint, touched, declared, progress)
+    wrong = [f"{f.file}: {f.message}" for f in findings]
+    for scalar in (*plan.splices, *plan.protected):
+        stored = staged.shards[scalar.file].read_scalar(*scalar.coordinate)
+        if stored != (scalar.new if isinstance(scalar, Splice) else scalar.old):
+            wrong.append(f"{scalar.coordinate} holds 0x{stored[::-1].hex()} after the edit")
+    if wrong:
+        raise CheckFailed.of(f"check failed: {line}" for line in wrong)
+    return {"changed_scalars": len(plan.splices), "protected_scalars": len(plan.protected), "shards": touched}
