@@ -85,7 +85,8 @@ def write_checkpoint(
 
 
 class _Copier:
-    """Copies files in a few threads; hashing, reading and writing all release the interpreter's lock."""
+    """Copies files in a few threads; hashing, reading and writing all release the interpreter's lock. More threads
+    than cores, so that the last of three shards is not copied on one core while the other rests."""
 
     def __init__(self, source: Source, stage: Path, link: Link, digests: DigestCache, progress: Progress, rehash: bool):
         self.source, self.stage, self.link = source, stage, link
@@ -95,7 +96,7 @@ class _Copier:
 
     def run(self) -> list[AppliedFile]:
         largest_first = sorted(self.source.files, key=lambda f: -f.size)
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max_workers=4) as pool:
             futures = [pool.submit(self.copy, f) for f in largest_first]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from swsurgery.errors import NumberError
 
@@ -35,11 +36,11 @@ class FloatFormat:
     bias: int
     special: str
 
-    @property
+    @cached_property
     def bits(self) -> int:
         return 1 + self.exponent + self.mantissa
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """The bits of the largest finite value."""
         all_ones = (1 << (self.bits - 1)) - 1
@@ -115,7 +116,7 @@ def decode(dtype: Dtype, data: bytes) -> Value:
     if magnitude > fmt.largest:
         infinite = fmt.special == "ieee" and magnitude == fmt.largest + 1
         return (-math.inf if negative else math.inf) if infinite else math.nan
-    value = float(_magnitude(fmt, magnitude))
+    value = _magnitude(fmt, magnitude)
     return -value if negative else value
 
 
@@ -138,7 +139,7 @@ def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False
         return zero(dtype) if not negative or fmt.special == "fnuz" else _pack(fmt, 1, 0)
     magnitude = _round(fmt, abs(exact))
     if magnitude > fmt.largest:
-        largest = float(_magnitude(fmt, fmt.largest))
+        largest = _magnitude(fmt, fmt.largest)
         raise NumberError(f"{show(value)} overflows {dtype.name}, whose largest value is {show(largest)}")
     if magnitude == 0:
         raise NumberError(f"{show(value)} underflows {dtype.name} to zero", remedy="zero it where zero is meant")
@@ -161,7 +162,8 @@ def scaled(dtype: Dtype, data: bytes, factor: float) -> bytes:
     value = decode(dtype, data)
     if not math.isfinite(value):
         raise NumberError(f"the stored value is {value}, which cannot be scaled", remedy="use set or zero")
-    product = Fraction(value) * Fraction(factor)
+    (a, b), (c, d) = value.as_integer_ratio(), factor.as_integer_ratio()
+    product = Fraction(a * c, b * d)
     return encode(dtype, product, negative_zero=math.copysign(1, value) * math.copysign(1, factor) < 0)
 
 
@@ -196,21 +198,26 @@ def show(value: Value | Fraction) -> str:
     return repr(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
 
 
-def _magnitude(fmt: FloatFormat, magnitude: int) -> Fraction:
+def _magnitude(fmt: FloatFormat, magnitude: int) -> float:
     exponent, mantissa = magnitude >> fmt.mantissa, magnitude & ((1 << fmt.mantissa) - 1)
     if exponent:
         mantissa += 1 << fmt.mantissa
-    return Fraction(mantissa) * Fraction(2) ** (max(exponent, 1) - fmt.bias - fmt.mantissa)
+    return math.ldexp(mantissa, max(exponent, 1) - fmt.bias - fmt.mantissa)  # exact: binary64 holds every format
 
 
 def _round(fmt: FloatFormat, exact: Fraction) -> int:
-    """Nearest pattern without its sign. Patterns are ordered like values, so a carry out of the mantissa
-    lands in the exponent by itself, and overflow shows as a pattern above `largest`."""
-    exponent = exact.numerator.bit_length() - exact.denominator.bit_length()
-    if exact < Fraction(2) ** exponent:
+    """Nearest pattern without its sign, half to even, in integers only. Patterns are ordered like values, so a carry
+    out of the mantissa lands in the exponent by itself, and overflow shows as a pattern above `largest`."""
+    numerator, denominator = exact.numerator, exact.denominator
+    exponent = numerator.bit_length() - denominator.bit_length()
+    if numerator << max(-exponent, 0) < denominator << max(exponent, 0):
         exponent -= 1
     exponent = max(exponent, 1 - fmt.bias)  # below that values are subnormal: their spacing stays
-    units = round(exact / Fraction(2) ** (exponent - fmt.mantissa))  # round() of a Fraction is half to even
+    shift = fmt.mantissa - exponent
+    unit = denominator << max(-shift, 0)
+    units, rest = divmod(numerator << max(shift, 0), unit)
+    if 2 * rest > unit or (2 * rest == unit and units & 1):
+        units += 1
     return units + ((exponent + fmt.bias - 1) << fmt.mantissa)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml import events as yaml_events
 from ruamel.yaml.error import YAMLError
@@ -66,10 +66,17 @@ class Bounds(Strict):
     min_perplexity_ratio: Ratio | None = None
 
 
+def _whole_number(value: Any) -> Any:
+    """A literal compares by ==, so true and 1.0 would pass for 1 even in strict mode."""
+    if type(value) is not int:
+        raise ValueError("should be a whole number")
+    return value
+
+
 class Manifest(Strict):
     """What to do to which scalars of which base."""
 
-    version: Literal[1]
+    version: Annotated[Literal[1], BeforeValidator(_whole_number)]
     name: Annotated[str, Field(pattern=FILE_NAME)] | None = None
     description: str | None = None
     base: Base
@@ -150,7 +157,11 @@ class _Reader:
             self.complete = self._read_document()
         except YAMLError as error:
             mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-            place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+            if mark:
+                place = mark.line + 1, mark.column + 1
+            else:  # a character that YAML does not allow: only its position is given
+                before = text[: getattr(error, "position", 0)]
+                place = before.count("\n") + 1, len(before) - before.rfind("\n")
             problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
             self.faults.append((place, f"not YAML: {problem}"))
 
@@ -264,7 +275,8 @@ def _fault(item: Any, reader: _Reader) -> tuple[tuple[int, int], str]:
     if kind == "missing":
         what = f"{leaf} is missing"
     elif kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(leaf), _FIELDS, 1)
+        # A field of another operation or place is spelled rightly: nothing to suggest.
+        near = difflib.get_close_matches(str(leaf), _FIELDS, 1) if leaf not in _FIELDS else []
         what = "unknown field" + (f" (did you mean {near[0]}?)" if near else "")
     elif kind == "union_tag_invalid":
         what = f"unknown op {_short(context['tag'])} (one of {context['expected_tags']})"
@@ -282,6 +294,7 @@ def _fault(item: Any, reader: _Reader) -> tuple[tuple[int, int], str]:
 
 _EXPECTED = {
     "expect": "should be a number, bits such as 0x40bc, or {value: ..., dtype: ...}",
+    "value": "should be a finite number",
     "bits": "should be hex bits of the dtype's width, such as 0x40bc",
     "revision": "should be the commit's 40 hex digits, in quotes",
     "index": "should be a list of whole numbers from 0, such as [3968, 7003]",

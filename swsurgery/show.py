@@ -20,7 +20,7 @@ MAX_ROWS = 40
 def plan(plan: Plan) -> None:
     document = plan.to_json()
     print_text(f"base      {printable(str(plan.checkpoint.root))}")
-    print_text(f"changes   {len(plan.splices)} scalars in {len({s.file for s in plan.splices})} of "
+    print_text(f"changes   {_count(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
                f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}")  # fmt: skip
     _edits(document["splices"], document["protected"])
     for note in plan.notes:
@@ -95,11 +95,11 @@ def verification(verification: Verification) -> None:
         )
         print_text(f"FINDING   {finding.rule}: {place}: {printable(finding.message)}")
     if not verification.ok:
-        print_text(f"{len(verification.findings)} findings: this is not what its registry says")
+        print_text(f"{_count(len(verification.findings), 'finding')}: this is not what its registry says")
         return
     print_text(f"verified  {verification.files} files have the registry's sha256")
-    print_text(f"proved    with {verification.edits} scalars put back, every file has the base's sha256")
-    print_text(f"protected {verification.protected} scalars have the base's bits")
+    print_text(f"proved    with {_count(verification.edits, 'scalar')} put back, every file has the base's sha256")
+    print_text(f"protected {_count(verification.protected, 'scalar')} with the base's bits")
     if verification.compared_with_base:
         print_text("compared  byte by byte with the base: nothing else differs")
 
@@ -163,6 +163,10 @@ def _edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) -> None
         print_table(("op", "tensor", "index", "dtype", "old", "new", "file", "offset"), rows[:MAX_ROWS])
     if len(rows) > MAX_ROWS:
         print_text(f"... and {len(rows) - MAX_ROWS} more")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _index(numbers: list[int]) -> str:

@@ -1,0 +1,37 @@
+"""Writes docs/commands.md and docs/manifest.schema.json from the code. usage: python docs/generate.py"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+COMMANDS = ("apply", "lookup", "inspect", "check", "verify", "diff", "revert", "schema")
+
+
+def commands() -> str:
+    """What `--help` of every command says, as one page."""
+    parts = ["# Commands\n\nMade from `--help` by `python docs/generate.py`.\n"]
+    for words in ([], *([name] for name in COMMANDS)):
+        text = subprocess.run(
+            [sys.executable, "-m", "swsurgery", *words, "--help"],
+            capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100", "TERMINAL_WIDTH": "100"},
+        ).stdout  # fmt: skip
+        lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
+        parts.append(f"## {' '.join(['swsurgery', *words])}\n\n```\n{lines}\n```\n")
+    return "\n".join(parts)
+
+
+def schema() -> str:
+    """The manifest's JSON Schema, as `swsurgery schema` prints it."""
+    from swsurgery.manifest import schema
+
+    return json.dumps(schema(), indent=2, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    (DOCS / "commands.md").write_text(commands())
+    (DOCS / "manifest.schema.json").write_text(schema())

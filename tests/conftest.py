@@ -1,0 +1,20 @@
+"""What holds for every test: nothing is remembered outside the test, and nothing uses more than one thread."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")  # read once, when numpy or torch is loaded
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """The digest cache lies in a folder of the test's own, for child processes too; returns that folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    return folder

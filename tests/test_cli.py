@@ -1,0 +1,238 @@
+"""The command line as a process: exit codes, what goes to stdout, and what goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from patched import DOWN, FIRST, flip, write_patched, write_shard
+
+from swsurgery import __version__
+from swsurgery.cli import main
+
+COMMANDS = {
+    "apply": ["--base", "--output", "--dry-run", "--link", "--check", "--device", "--text", "--prompt",
+              "--max-perplexity-ratio", "--min-perplexity-ratio", "--rehash", "--json", "--quiet", "--debug"],
+    "lookup": ["--status", "--manifest", "--factor", "--json", "--quiet"],
+    "inspect": ["--tensor", "--at", "--json", "--quiet"],
+    "check": ["--text", "--prompt", "--max-perplexity-ratio", "--min-perplexity-ratio", "--device", "--json"],
+    "verify": ["--base", "--json", "--quiet"],
+    "diff": ["--json", "--quiet"],
+    "revert": ["--output", "--link", "--json", "--quiet"],
+    "schema": [],
+}  # fmt: skip
+WITHOUT_MODEL = [
+    ["apply", "patched.yaml", "--dry-run"],
+    ["apply", "patched.yaml", "--check", "off", "-o", "new"],
+    ["lookup", "llama-7b"],
+    ["lookup", "./patched"],
+    ["inspect", "patched"],
+    ["inspect", "patched", "--tensor", DOWN, "--at", "1,2"],
+    ["verify", "patched"],
+    ["diff", "base", "patched"],
+    ["revert", "patched", "-o", "back"],
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
+        write_patched(directory)
+    return directory
+
+
+@pytest.fixture
+def run(directory, tmp_path):
+    """Run one command where `base`, `patched.yaml` and `patched` lie; new files go away with the test."""
+    for name in ("base", "patched", "patched.yaml"):
+        (tmp_path / name).symlink_to(directory / name)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "120"}
+        return subprocess.run(
+            [sys.executable, "-m", "swsurgery", *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    return run
+
+
+def test_the_version(run):
+    assert run("--version").stdout == f"{__version__}\n"
+
+
+def test_the_help_lists_every_command(run):
+    done = run("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    listed = {line.split()[0] for line in done.stdout.split("Commands:")[1].splitlines() if line.strip()}
+    assert set(COMMANDS) <= listed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_names_its_options(run, command):
+    done = run(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [option for option in COMMANDS[command] if option not in done.stdout] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["verify", "patched", "--fast"], ["lobotomy"], ["apply", "patched.yaml", "--link", "soft"]],
+    ids=["option", "command", "choice"],
+)
+def test_bad_usage_is_exit_2_without_a_traceback(run, arguments):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr and "Usage: swsurgery" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_MODEL, ids=" ".join)
+def test_json_is_one_document_and_quiet_is_silent(run, arguments):
+    done = run(*arguments, "--json", "--quiet")
+    assert done.returncode == (1 if arguments[0] == "diff" else 0), done.stderr
+    assert done.stderr == ""
+    assert isinstance(json.loads(done.stdout), dict)
+
+
+def test_text_is_not_json(run):
+    """The twin of the test above: --json is what makes the difference."""
+    done = run("inspect", "patched", "--tensor", DOWN, "--at", "1,2")
+    assert done.returncode == 0
+    with pytest.raises(ValueError):
+        json.loads(done.stdout)
+
+
+def test_the_shapes_that_scripts_rely_on(run):
+    planned = json.loads(run("apply", "patched.yaml", "--dry-run", "--json").stdout)
+    assert {"output", "splices", "protected", "check"} <= set(planned)
+    keys = {"file", "tensor", "index", "dtype", "op", "offset", "old", "new", "old_bits", "new_bits"}
+    assert all(keys <= set(splice) for splice in planned["splices"])
+    assert [s["index"] for s in planned["splices"]] == [[1, 2], [3, 5]]
+    models = json.loads(run("lookup", "llama-7b", "--json").stdout)["models"]
+    coordinate = {"layer", "row", "col", "expert", "tensor", "value", "status", "causal_alone", "sources"}
+    assert all(coordinate <= set(c) for c in models[0]["coordinates"])
+    assert {"hf_id", "aliases", "joint_sets"} <= set(models[0])
+    assert {"changes", "files"} <= set(json.loads(run("diff", "base", "patched", "--json").stdout))
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    assert "nothing was written" in run("apply", "patched.yaml", "--dry-run").stdout
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_each_fault_is_one_line(run, tmp_path):
+    (tmp_path / "bad.yaml").write_text(
+        "version: 1\nbase: {path: base}\nedits:\n  - {op: zero, tensor: nope, index: [0]}\n"
+        "  - {op: zero, tensor: " + DOWN + ", index: [99, 0]}\n"
+    )
+    done = run("apply", "bad.yaml", "--dry-run", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith("swsurgery: ") for line in lines)
+    assert "nope" in lines[0] and "99" in lines[1]
+
+
+def test_errors_are_said_also_when_quiet_and_debug_shows_where(run):
+    plain = run("verify", "base", "--quiet")
+    assert plain.returncode == 2
+    assert plain.stderr.startswith("swsurgery: no registry") and plain.stderr.count("\n") == 1
+    debug = run("verify", "base", "--quiet", "--debug")
+    assert debug.returncode == 2
+    assert "Traceback (most recent call last)" in debug.stderr
+    assert debug.stderr.endswith(plain.stderr)
+
+
+def test_an_unknown_model_names_the_nearest(run):
+    done = run("lookup", "lama-7b")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "llama-7b" in done.stderr.lower()
+    assert done.stderr.startswith("swsurgery: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["lookup", "llama-7b"], ["schema"]], ids=" ".join)
+def test_a_reader_that_leaves_gives_no_traceback(run, tmp_path, arguments):
+    """The pipe has no reader from the start, so that the first write meets it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "swsurgery", *arguments],
+        cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.stderr == ""
+
+
+def test_verify_says_no_with_exit_1(run, tmp_path):
+    assert run("revert", "patched", "-o", "back").returncode == 0
+    assert run("apply", "patched.yaml", "--check", "off", "-o", "new").returncode == 0
+    assert run("verify", "new").returncode == 0
+    flip(tmp_path / "new" / FIRST, -1)
+    done = run("verify", "new")
+    assert done.returncode == 1
+    assert f"digest: {FIRST}" in done.stdout and "Traceback" not in done.stderr
+
+
+HOSTILE = "evil\x1b[31m\nname\u202e\r"
+
+
+@pytest.fixture
+def hostile(tmp_path) -> tuple[Path, Path]:
+    """Two checkpoints of one tensor, whose name would colour, break and turn round the lines it is printed in."""
+    roots = tmp_path / "hostile", tmp_path / "other"
+    for value, root in enumerate(roots):
+        root.mkdir()
+        write_shard(root / "model.safetensors", {HOSTILE: np.full((2, 2), value, np.uint16)})
+        (root / "config.json").write_text('{"model_type": "llama\\u001b[2J"}')
+    return roots
+
+
+def raw_controls(text: str) -> set[str]:
+    return {c for c in text if not c.isprintable() and c != "\n"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect", "hostile"], ["inspect", "hostile", "--tensor", HOSTILE, "--at", "0,1"], ["diff", "hostile", "other"]],
+    ids=["inspect", "scalar", "diff"],
+)
+def test_names_from_a_file_are_printed_escaped(run, hostile, arguments):
+    done = run(*arguments)
+    assert done.returncode in (0, 1), done.stderr
+    assert raw_controls(done.stdout + done.stderr) == set()
+    assert r"evil\x1b[31m\nname\u202e\r" in done.stdout
+
+
+def test_names_from_a_file_are_escaped_in_errors_and_mismatches(run, hostile, tmp_path):
+    write_shard(tmp_path / "other" / "model.safetensors", {HOSTILE: np.zeros((4,), np.uint16)})
+    done = run("diff", "hostile", "other")
+    assert done.returncode == 1 and raw_controls(done.stdout) == set()
+    done = run("inspect", "hostile", "--tensor", "no\x1b[31m\nsuch")
+    assert done.returncode == 2 and raw_controls(done.stderr) == set()
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("at", ["1", "1,2,3", "-1,0", "9,9", "x,y", "", "1.5,0", "9" * 5000], ids=lambda at: at[:8])
+def test_an_impossible_place_is_one_line(directory, capsys, at):
+    assert main(["inspect", str(directory / "patched"), "--tensor", DOWN, f"--at={at}"]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("swsurgery: ") and len(streams.err.splitlines()) == 1
+
+
+def test_a_ratio_that_is_none_is_refused(run):
+    done = run("apply", "patched.yaml", "-o", "new", "--max-perplexity-ratio", "nan")
+    assert done.returncode == 2 and done.stderr.startswith("swsurgery: a perplexity ratio")
+
+
+def test_a_check_of_nothing_is_bad_input(run):
+    done = run("check", "patched/none", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr and done.stderr.startswith("swsurgery: ")
