@@ -1,1 +1,87 @@
+"""Change single scalars of a checkpoint: exactly, safely and provably.
+
+    from pathlib import Path
+    import swsurgery
+
+    swsurgery.apply_manifest(Path("edits.yaml"), Path("patched"))
+    assert swsurgery.verify_checkpoint(Path("patched"), swsurgery.Silent()).ok
+
+Rooms, each of which knows only those below it:
+
+    cli.py, show.py, output.py   commands, and what people see
+    surgery.py                   the whole operation on one page: apply, revert, check. Start here
+    verify.py, diff.py           what changed, from the registry and the files, or from two checkpoints
+    registry.py                  the record that proves a patched checkpoint and undoes it
+    model/                       the only torch: what the edited model computes
+    apply.py, plan.py            splices, and the copy that makes them
+    hub.py                       the only huggingface_hub
+    known/                       the super weights that were published or measured
+    manifest.py, edits.py        what a user may ask for
+    architectures.py             layer, row and column -> tensor and index
+    checkpoint.py, shard.py      the files, and the header of one of them
+    dtypes.py                    numbers and their bits
+    fsops.py, errors.py          every write to the disk, and every error on purpose
+
+The names below load their room when they are first used. Importing the package loads none, and none loads torch
+before a model is run.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from swsurgery.checkpoint import open_checkpoint
+    from swsurgery.diff import diff as diff_checkpoints
+    from swsurgery.errors import SwsurgeryError
+    from swsurgery.known import lookup
+    from swsurgery.manifest import load_manifest
+    from swsurgery.progress import Silent
+    from swsurgery.surgery import CheckOptions, apply_manifest, check_checkpoint, plan_manifest, revert
+    from swsurgery.verify import verify as verify_checkpoint
+
+# The name here -> the room, and the name there where it is another: `verify` and `diff` are rooms themselves.
+_PUBLIC = {
+    "CheckOptions": ("surgery", "CheckOptions"),
+    "Silent": ("progress", "Silent"),
+    "SwsurgeryError": ("errors", "SwsurgeryError"),
+    "apply_manifest": ("surgery", "apply_manifest"),
+    "check_checkpoint": ("surgery", "check_checkpoint"),
+    "diff_checkpoints": ("diff", "diff"),
+    "load_manifest": ("manifest", "load_manifest"),
+    "lookup": ("known", "lookup"),
+    "open_checkpoint": ("checkpoint", "open_checkpoint"),
+    "plan_manifest": ("surgery", "plan_manifest"),
+    "revert": ("surgery", "revert"),
+    "verify_checkpoint": ("verify", "verify"),
+}
+
+__all__ = [  # written out, for tools that read and do not run
+    "CheckOptions",
+    "Silent",
+    "SwsurgeryError",
+    "__version__",
+    "apply_manifest",
+    "check_checkpoint",
+    "diff_checkpoints",
+    "load_manifest",
+    "lookup",
+    "open_checkpoint",
+    "plan_manifest",
+    "revert",
+    "verify_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room, there = _PUBLIC[name]
+    return getattr(import_module(f"{__name__}.{room}"), there)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

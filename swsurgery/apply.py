@@ -220,11 +220,14 @@ def _chunks(base: int, file: BaseFile, splices: list[Splice]) -> Iterator[tuple[
     while offset < file.size:
         end = min(offset + CHUNK, file.size)
         for splice in splices:
-            if splice.offset < end < splice.offset + len(splice.old):
+            if offset < splice.offset < end < splice.offset + len(splice.old):
                 end = splice.offset
         filled = 0
         while filled < end - offset:
-            count = os.preadv(base, [buffer[filled : end - offset]], offset + filled)
+            try:
+                count = os.preadv(base, [buffer[filled : end - offset]], offset + filled)
+            except OSError as error:
+                raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", file.path) from error
             if not count:
                 raise CheckpointError("the file ended while it was read", file.path, "it was truncated meanwhile")
             filled += count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -43,12 +44,11 @@ def say(line: str) -> None:
 
 def print_json(document: Any) -> None:
     """One strict JSON document on stdout."""
-    json.dump(document, sys.stdout, indent=2, sort_keys=True, allow_nan=False)
-    sys.stdout.write("\n")
+    _write(json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def print_text(text: str) -> None:
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    _write(text if text.endswith("\n") else text + "\n")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -58,7 +58,16 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for row in table:
         cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
-        print("  ".join(cells).rstrip())
+        _write("  ".join(cells).rstrip() + "\n")
+
+
+def _write(text: str) -> None:
+    """Where the reader has left, as `head` does, nothing more is shown; the exit code stays the command's answer."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def size(count: int) -> str:

@@ -122,7 +122,7 @@ def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
         faults += [
             f"{checkpoint.root / name}: the base has a file of the name that swsurgery writes (rename it)"
             for name in OWN_FILES
-            if name in names
+            if any(n == name or n.startswith(f"{name}/") for n in names)
         ]
     return faults
 
@@ -256,7 +256,8 @@ def _embedding(checkpoint: Checkpoint) -> str | None:
 def _tied_faults(splices: tuple[Splice, ...], checkpoint: Checkpoint) -> list[str]:
     """Where both tensors of a tied pair are stored, loaders keep one of them: edit both alike or none."""
     head, embedding = "lm_head.weight", _embedding(checkpoint)
-    text_config = checkpoint.config.get("text_config") or checkpoint.config
+    text_config = checkpoint.config.get("text_config")
+    text_config = text_config if isinstance(text_config, dict) else checkpoint.config
     tied = text_config.get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings"))
     if not tied or not embedding or head not in checkpoint.weight_map:
         return []

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
 REGISTRY_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Bits = Annotated[str, Field(pattern=r"^0x[0-9a-f]+$")]
+Bits = Annotated[str, Field(pattern=r"^0x[0-9a-f]{1,16}$")]
 Index = Annotated[tuple[Position, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 

@@ -125,7 +125,7 @@ def difference(difference: Difference) -> None:
 
 
 def overview(document: dict[str, Any]) -> None:
-    print_text(f"{printable(document['checkpoint'])}: {document['model_type'] or 'unknown model type'}")
+    print_text(f"{printable(document['checkpoint'])}: {printable(str(document['model_type'] or 'unknown model type'))}")
     if document["repo_id"]:
         print_text(f"{document['repo_id']}@{document['revision']}")
     print_text("")

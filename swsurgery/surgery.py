@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from swsurgery.apply import Applied, Link, Source, write_checkpoint
 from swsurgery.checkpoint import OWN_FILES, Checkpoint, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
-from swsurgery.errors import CheckFailed, CheckpointError, ModelError
+from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
 from swsurgery.hub import cached_snapshot, parse_url
 from swsurgery.manifest import LoadedManifest, load_manifest
 from swsurgery.model.check import run_checks
@@ -93,6 +94,7 @@ def apply_manifest(
     progress = progress or Silent()
     check = check or CheckOptions()
     plan = plan_manifest(manifest, base)
+    _refuse_inside(output, plan.checkpoint.root)
     for note in plan.notes:
         say(note)
     previous = read_patched(plan.checkpoint.root)
@@ -114,6 +116,7 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
     """Write the base of the patched checkpoint `root` into `output`, byte for byte; of several manifests the last is
     undone. Returns notes. Raises CheckpointError, PlanError (a file was changed since), TargetError."""
     patched, checkpoint = open_patched(root)
+    _refuse_inside(output, checkpoint.root)
     registry, previous = patched.registry, patched.previous()
     names = {f.name for f in checkpoint.files}
     if missing := [name for name in registry.files if name not in names]:
@@ -177,6 +180,12 @@ def base_directory(loaded: LoadedManifest, base: str | None) -> Path:
     if said.path is not None:
         return loaded.path.parent / said.path
     return cached_snapshot(said.repo_id, said.revision)
+
+
+def _refuse_inside(output: Path, root: Path) -> None:
+    """A target inside the base would change the base, and be copied into the next one made from it."""
+    if Path(os.path.realpath(output)).is_relative_to(root):
+        raise TargetError("the target lies inside the base", output, "give another -o")
 
 
 def _source(plan: Plan, previous: Patched | None) -> Source:

@@ -17,6 +17,7 @@ from swsurgery.errors import CheckpointError, NumberError
 from swsurgery.progress import Progress
 from swsurgery.registry import EditRecord, Patched, Registry, ScalarRecord, read_patched
 from swsurgery.shard import opened, read_exactly
+from swsurgery.splice import json_value
 
 CHUNK = 1 << 20
 MAX_NAMED = 10
@@ -85,6 +86,7 @@ def verify(root: Path, progress: Progress, base: Path | None = None) -> Verifica
     findings += _file_list(registry, names) + _own_files(patched, names)
     for record in (*registry.edits, *registry.protected):
         findings += _placed(record, checkpoint)
+    findings += _named_twice(registry)
     present = [name for name in registry.files if name in names]
     proved = []
     progress.start(sum(names[n].size for n in present), "B", "verifying")
@@ -140,14 +142,31 @@ def _placed(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]:
     info = shard.tensors[record.tensor]
     try:
         offset = shard.offset(record.tensor, record.index)
-        recorded = record.new_bytes if is_edit else record.old_bytes
+        old = record.old_bytes
+        recorded = record.new_bytes if is_edit else old
     except (IndexError, NumberError) as error:
         return finding("registry", f"the registry's entry is not possible: {error}")
     if offset != record.offset or info.dtype.name != record.dtype:
         return finding("registry", f"the registry puts it at byte {record.offset} as {record.dtype}, "
                                    f"the header at byte {offset} as {info.dtype.name}")  # fmt: skip
+    values = [(record.old, old)] + ([(record.new, recorded)] if is_edit else [])
+    if any(value != json_value(info.dtype, bits) for value, bits in values):
+        return finding("registry", "the registry's values are not what its bits mean")
     stored = shard.read_scalar(record.tensor, record.index)
     return [] if stored == recorded else finding(rule, f"it holds 0x{stored[::-1].hex()}, not {wanted}")
+
+
+def _named_twice(registry: Registry) -> list[Finding]:
+    """A scalar that two records name: what is put back for one would vouch for the other."""
+    seen: set[tuple[str, int]] = set()
+    findings = []
+    for record in (*registry.edits, *registry.protected):
+        if (record.file, record.offset) in seen:
+            findings.append(
+                Finding("registry", "the registry names this scalar twice", record.file, record.tensor, record.index)
+            )
+        seen.add((record.file, record.offset))
+    return findings
 
 
 def _file_digests(file: BaseFile, registry: Registry, progress: Progress) -> list[Finding]:
@@ -168,6 +187,8 @@ def _file_digests(file: BaseFile, registry: Registry, progress: Progress) -> lis
             restored.update(chunk)
         progress.advance(len(chunk))
     findings = []
+    if file.size != record.size:
+        findings.append(Finding("digest", f"it has {file.size} bytes, not {record.size}", file.name))
     if here.hexdigest() != record.sha256:
         findings.append(Finding("digest", f"its sha256 is {here.hexdigest()}, not {record.sha256}", file.name))
     if (restored if old else here).hexdigest() != record.base_sha256:
@@ -184,7 +205,7 @@ def _chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int
         while offset < file.size:
             end = min(offset + CHUNK, file.size)
             for at, size in places:
-                if at < end < at + size:
+                if offset < at < end < at + size:
                     end = at
             yield offset, bytearray(read_exactly(fd, end - offset, offset, file.path))
             offset = end

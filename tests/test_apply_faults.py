@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -27,7 +28,7 @@ from checkpoints import (
 )
 
 from swsurgery import cli, fsops, surgery
-from swsurgery.errors import CheckFailed, ModelError, TargetError
+from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
 from swsurgery.surgery import CheckOptions, apply_manifest
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
@@ -111,6 +112,25 @@ def test_a_target_without_a_parent_is_refused(manifest, tmp_path):
         f"cannot write (No such file or directory): {target} (make the directory first)"
     )
     assert not target.parent.exists()
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_target_inside_the_base_is_refused(manifest, tmp_path, through_a_link):
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    target = tmp_path / ("link" if through_a_link else "base") / "out"
+    before = tree(tmp_path / "base")
+    assert refused(manifest, target) == f"the target lies inside the base: {target} (give another -o)"
+    assert tree(tmp_path / "base") == before
+
+
+def test_a_base_that_cannot_be_read_is_not_blamed_on_the_target(manifest, tmp_path, monkeypatch):
+    def broken(*args: object) -> int:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(CheckpointError, match=rf"^cannot read \(Input/output error\): {tmp_path / 'base'}/"):
+        apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_below_a_file_is_refused(manifest, tmp_path):

@@ -157,9 +157,13 @@ def test_an_unknown_model_names_the_nearest(run):
     assert done.stderr.startswith("swsurgery: ") and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["lookup", "llama-7b"], ["schema"]], ids=" ".join)
-def test_a_reader_that_leaves_gives_no_traceback(run, tmp_path, arguments):
-    """The pipe has no reader from the start, so that the first write meets it."""
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["lookup", "llama-7b"], 0), (["schema"], 0), (["verify", "patched"], 0), (["diff", "base", "patched"], 1)],
+    ids=["lookup", "schema", "verify", "diff"],
+)
+def test_a_reader_that_leaves_changes_no_answer(run, tmp_path, arguments, code):
+    """The pipe has no reader from the start, so that the first write meets it, as under `head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -167,7 +171,7 @@ def test_a_reader_that_leaves_gives_no_traceback(run, tmp_path, arguments):
         cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60,
     )  # fmt: skip
     os.close(writing)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_verify_says_no_with_exit_1(run, tmp_path):

@@ -223,6 +223,14 @@ def test_tied_tensors_that_are_both_stored_are_edited_alike(tmp_path):
     assert len(plan_manifest(write_manifest(tmp_path / "m.json", base, embed, head)).splices) == 2
 
 
+def test_a_text_config_that_is_no_map_is_passed_over(tmp_path):
+    same = tensor("F32", 3, HIDDEN)
+    config = {"tie_word_embeddings": True, "text_config": [1]}
+    base = write_single(tmp_path / "base", {EMBED: same, HEAD: same}, config)
+    (fault,) = faults(base, {"op": "zero", "tensor": HEAD, "index": [1, 2]})
+    assert "is tied to" in fault
+
+
 def test_untied_tensors_are_edited_alone(base, tmp_path):
     assert plan_manifest(
         write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": HEAD, "index": [0, 0]})
@@ -363,8 +371,11 @@ def test_protecting_alone_reaches_every_copy(base, tmp_path):
     assert (len(plan.protected), plan.omitted) == (1, ())
 
 
+@pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize("name", ["manifest.yaml", "SHA256SUMS"])
-def test_a_base_with_a_file_of_swsurgerys_own_name_is_refused(base, name):
-    (base / name).write_text("something else")
+def test_a_base_with_a_file_of_swsurgerys_own_name_is_refused(base, name, folder):
+    if folder:
+        (base / name).mkdir()
+    (base / name / "x" if folder else base / name).write_text("something else")
     (fault,) = faults(base, ZERO)
     assert fault.endswith(f"{base / name}: the base has a file of the name that swsurgery writes (rename it)")
