@@ -35,3 +35,10 @@ def cached_snapshot(repo_id: str, revision: str | None) -> Path:
         raise CheckpointError("not in the local Hugging Face cache", f"hf://{repo_id}{at}", remedy) from None
     except HFValidationError as error:
         raise CheckpointError(str(error), f"hf://{repo_id}{at}") from None
+
+
+def config_error() -> type[Exception]:
+    """What huggingface_hub raises, under transformers, for a config.json whose values contradict each other."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return StrictDataclassError

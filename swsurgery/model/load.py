@@ -22,12 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from swsurgery.errors import ModelError
+from swsurgery.hub import config_error
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
 COMFORTABLE_SHARE = 0.6
 
 #: What transformers is known to raise for a directory that it cannot load, lack of memory (a RuntimeError) included.
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
+    config_error(),
+)  # fmt: skip
 
 NO_CHECK = "--check weights"
 
