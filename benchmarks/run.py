@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -19,8 +21,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-import numpy as np
 
 SIZES = {  # hidden, intermediate, layers, key-value width, vocabulary, gigabytes a shard
     "0.3 GB": (1024, 2816, 10, 1024, 32000, 0.1),
@@ -78,12 +78,14 @@ def write_checkpoint(folder: Path, size: str) -> None:
     shards: list[list[str]] = [[]]
     room = gigabytes * 1e9
     for name, shape in shapes.items():
-        count = 2 * int(np.prod(shape))
+        count = 2 * math.prod(shape)
         if shards[-1] and count > room:
             shards.append([])
             room = gigabytes * 1e9
         shards[-1].append(name)
         room -= count
+    import numpy as np
+
     pool = (np.random.default_rng(0).standard_normal(1 << 23) * 0.02).astype(np.float16).tobytes()
     folder.mkdir(parents=True)
     weight_map, total = {}, 0
@@ -91,7 +93,7 @@ def write_checkpoint(folder: Path, size: str) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name in names:
-            begin, end = end, end + 2 * int(np.prod(shapes[name]))
+            begin, end = end, end + 2 * math.prod(shapes[name])
             header[name] = {"dtype": "F16", "shape": list(shapes[name]), "data_offsets": [begin, end]}
             weight_map[name] = file
         raw = json.dumps(header).encode()
@@ -161,7 +163,10 @@ def main() -> None:
     for size in [s for s in SIZES if s != "13.5 GB" or options.full]:
         base = work / size.replace(" ", "")
         if not base.exists():
-            write_checkpoint(base, size)
+            # In a process of its own: a command's peak memory counts from the fork, so this one must stay small.
+            writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(base, size))
+            writer.start()
+            writer.join()
         print(size, flush=True)
         copy = ["cp", "-r", str(base), str(out)]
         rounds = options.rounds if size == "5.6 GB" else 1
@@ -183,6 +188,7 @@ def main() -> None:
             config = work / "passthrough.yaml"
             config.write_text(f"merge_method: passthrough\ndtype: float16\nmodels:\n  - model: {base}\n")
             command = [options.mergekit, "-m", "mergekit.scripts.run_yaml", str(config), str(out)]
+            command.append("--no-copy-tokenizer")  # the checkpoint has none
             result = run(command, out, HF_HUB_OFFLINE="1")
             rows.append(("mergekit passthrough (copies, edits nothing)", *result, result[0] / reference))
     start = {

@@ -7,10 +7,12 @@ digest before and after comes out of that one reading.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import mmap
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +26,7 @@ from swsurgery.progress import Progress
 from swsurgery.shard import open_regular
 from swsurgery.splice import Splice
 
-CHUNK = 1 << 20
+CHUNK = 4 << 20
 """Bytes read at a time: big enough to keep the disk and the hash busy, small enough to stay in the cache."""
 
 Link = Literal["auto", "clone", "copy", "hard"]
@@ -155,29 +157,44 @@ class _Copier:
                 self.advance(file.size)
             return "clone" if cloned else "copy", known, known
         digest, patched = hashlib.sha256(), None
-        for offset, chunk in _chunks(base, file, splices):
-            inside = [s for s in splices if offset <= s.offset < offset + len(chunk)]
-            if inside and patched is None:
-                patched = digest.copy()  # up to here both files are the same
-            digest.update(chunk)
-            for splice in inside:
-                at = splice.offset - offset
-                stored = bytes(chunk[at : at + len(splice.old)])
-                if stored != splice.old:
-                    raise CheckpointError(
-                        f"{splice.coordinate} holds {bits_of(stored)}, not the planned {bits_of(splice.old)}",
-                        file.path,
-                        "the base was changed meanwhile",
-                    )
-                chunk[at : at + len(splice.new)] = splice.new
-                if cloned:
-                    fsops.write_at(new, splice.new, splice.offset)
-            if patched is not None:
-                patched.update(chunk)
-            if not cloned:
-                fsops.write_all(new, chunk)
-            self.advance(len(chunk))
+        jobs: list[Future] = []
+        if not cloned:
+            fsops.bypass_cache(new)
+        with ThreadPoolExecutor(max_workers=2) as lanes:  # one writes, one hashes what is written
+            for offset, chunk in _chunks(base, file):
+                inside = [s for s in splices if s.offset < offset + len(chunk) and offset < s.end]
+                if inside and patched is None:
+                    patched = digest.copy()  # up to here both files are the same
+                if inside:
+                    digest.update(chunk)
+                    self.splice(chunk, offset, inside, file)
+                for job in jobs:  # the chunk before: its buffer is the next to be read into
+                    job.result()
+                jobs = [lanes.submit(patched.update, chunk)] if patched is not None else []
+                if not cloned:
+                    jobs.append(lanes.submit(fsops.write_all, new, chunk))
+                if not inside:
+                    digest.update(chunk)
+                self.advance(len(chunk))
+            for job in jobs:
+                job.result()
+        for splice in splices if cloned else ():
+            fsops.write_at(new, splice.new, splice.offset)
         return "clone" if cloned else "copy", digest.hexdigest(), (patched or digest).hexdigest()
+
+    def splice(self, chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:
+        """Put the new bytes into a chunk that begins at `offset`, if the old ones are as planned. A scalar may lie
+        across two chunks."""
+        for splice in splices:
+            begin, end = max(splice.offset, offset), min(splice.end, offset + len(chunk))
+            part, at = slice(begin - splice.offset, end - splice.offset), slice(begin - offset, end - offset)
+            if chunk[at] != splice.old[part]:
+                raise CheckpointError(
+                    f"{splice.coordinate} does not hold the planned {bits_of(splice.old)}",
+                    file.path,
+                    "the base was changed meanwhile",
+                )
+            chunk[at] = splice.new[part]
 
     def copy_in_kernel(self, base: int, new: int, file: BaseFile) -> None:
         offset = 0
@@ -190,7 +207,7 @@ class _Copier:
 
     def hash(self, base: int, file: BaseFile) -> str:
         digest = hashlib.sha256()
-        for _, chunk in _chunks(base, file, []):
+        for _, chunk in _chunks(base, file):
             digest.update(chunk)
             self.advance(len(chunk))
         return digest.hexdigest()
@@ -213,23 +230,21 @@ class _Stopped(Exception):
     """Another thread failed, or the user interrupted: leave quietly."""
 
 
-def _chunks(base: int, file: BaseFile, splices: list[Splice]) -> Iterator[tuple[int, memoryview]]:
-    """(offset, bytes) over the whole file in one reused buffer; no splice lies across two chunks."""
-    buffer = memoryview(bytearray(CHUNK))
+def _chunks(base: int, file: BaseFile) -> Iterator[tuple[int, memoryview]]:
+    """(offset, bytes) over the whole file, in two buffers by turns. They begin at a page, which writing past the
+    page cache asks for."""
+    buffers = itertools.cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))])
     offset = 0
     while offset < file.size:
-        end = min(offset + CHUNK, file.size)
-        for splice in splices:
-            if offset < splice.offset < end < splice.offset + len(splice.old):
-                end = splice.offset
+        buffer = next(buffers)[: file.size - offset]
         filled = 0
-        while filled < end - offset:
+        while filled < len(buffer):
             try:
-                count = os.preadv(base, [buffer[filled : end - offset]], offset + filled)
+                count = os.preadv(base, [buffer[filled:]], offset + filled)
             except OSError as error:
                 raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", file.path) from error
             if not count:
                 raise CheckpointError("the file ended while it was read", file.path, "it was truncated meanwhile")
             filled += count
-        yield offset, buffer[: end - offset]
-        offset = end
+        yield offset, buffer
+        offset += len(buffer)

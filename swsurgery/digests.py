@@ -1,12 +1,14 @@
-"""sha256 of files that were hashed before and have not changed since: same device, inode, size, mtime and ctime.
+"""sha256 of files that were hashed before and have not changed since: same device, inode, size and mtime.
 
-Kept in the user's cache directory; a lost or damaged cache costs time, never correctness.
+Not the ctime: a hard link made or removed moves it. Kept in the user's cache directory; a lost or damaged cache
+costs time, never correctness.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -15,6 +17,9 @@ from swsurgery import fsops
 from swsurgery.errors import TargetError
 
 MAX_ENTRIES = 20_000
+
+CLOCK_TICK = 2.0
+"""Seconds between two mtimes that a file system can tell apart, at worst (FAT)."""
 
 
 class DigestCache:
@@ -35,6 +40,8 @@ class DigestCache:
         return self._entries.get(_identity(path))
 
     def put(self, path: Path, digest: str) -> None:
+        if time.time() - os.stat(path).st_mtime < CLOCK_TICK:
+            return  # it could change again without its mtime moving
         self._entries[_identity(path)] = digest
         self._changed = True
 
@@ -52,4 +59,4 @@ class DigestCache:
 
 def _identity(path: Path) -> str:
     s = os.stat(path)
-    return f"{s.st_dev}:{s.st_ino}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}"
+    return f"{s.st_dev}:{s.st_ino}:{s.st_size}:{s.st_mtime_ns}"

@@ -119,10 +119,33 @@ def create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
+def bypass_cache(fd: int) -> None:
+    """Have `write_all` write past the page cache, where the file system can.
+
+    A checkpoint written through the cache costs a page of memory for each page, pushes out what others had
+    there, and leaves all its writing to `sync`.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # tmpfs before Linux 6.6; other systems
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+
+
+def _use_cache(fd: int) -> bool:
+    """Undo `bypass_cache`. False where there was nothing to undo."""
+    flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
+    return bool(flags & direct)
+
+
 def write_all(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        try:
+            view = view[os.write(fd, view) :]
+        except OSError as error:
+            # Past the cache only whole blocks can be written, so the file's end, and what follows a short write,
+            # are refused and go through it.
+            if error.errno != errno.EINVAL or not _use_cache(fd):
+                raise
 
 
 def write_at(fd: int, data: bytes, offset: int) -> None:

@@ -6,11 +6,12 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from swsurgery.errors import printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class Bar:
@@ -21,6 +22,8 @@ class Bar:
         self._bar: tqdm | None = None
 
     def start(self, total: int, unit: str, label: str) -> None:
+        from tqdm import tqdm  # a tenth of the start-up, and most commands draw no bar
+
         self.close()
         in_bytes = unit == "B"
         self._bar = tqdm(

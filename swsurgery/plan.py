@@ -132,11 +132,8 @@ def _known_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownModel |
     base = loaded.manifest.base
     if base.model:
         return known.lookup(base.model)
-    for repo_id in (base.repo_id, checkpoint.repo_id):
-        for model in known.all_models() if repo_id else ():
-            if repo_id.lower() in (name.lower() for name in (model.hf_id, *model.aliases)):
-                return model
-    return None
+    models = (known.of_repo(repo_id) for repo_id in (base.repo_id, checkpoint.repo_id) if repo_id)
+    return next((model for model in models if model), None)
 
 
 def _facts(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:

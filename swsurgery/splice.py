@@ -23,6 +23,10 @@ class Scalar:
     old: bytes
     known: KnownCoordinate | None = None
 
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.old)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "file": self.file,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,12 @@ def apply(base: Path, output: Path, *edits: dict, **options) -> dict:
     manifest = write_manifest(output.with_suffix(".json"), base, *edits)
     apply_manifest(manifest, output, **{"check": OFF, **options})
     return json.loads((output / "swsurgery.json").read_text())
+
+
+def age(folder: Path) -> None:
+    """Let the files look as if they were written an hour ago."""
+    for file in folder.iterdir():
+        os.utime(file, (time.time() - 3600,) * 2)
 
 
 def expected(base: Path, *changes: tuple[str, str, tuple[int, ...], bytes]) -> dict[str, bytes]:
@@ -267,6 +275,7 @@ def test_a_clone_that_cannot_be_made_is_refused(base, tmp_path, monkeypatch):
 
 def test_a_known_digest_is_not_computed_again_unless_asked(base, tmp_path, own_cache):
     """Shown by a false entry: an untouched file's digest comes from the cache, a touched one's from its bytes."""
+    age(base)
     apply(base, tmp_path / "first", ZERO)
     path = own_cache / "swsurgery" / "digests.json"
     true, false = {sha256(base / name) for name in (FIRST, SECOND)}, "f" * 64
@@ -281,6 +290,48 @@ def test_a_known_digest_is_not_computed_again_unless_asked(base, tmp_path, own_c
         "sha256": sha256(tmp_path / "second" / SECOND),
     }
     assert apply(base, tmp_path / "third", ZERO, rehash=True)["files"][FIRST]["sha256"] == sha256(base / FIRST)
+
+
+def test_a_hard_link_made_or_removed_leaves_a_digest_known(base, tmp_path, own_cache):
+    age(base)
+    apply(base, tmp_path / "first", ZERO, link="hard")
+    known = json.loads((own_cache / "swsurgery" / "digests.json").read_text())
+    shutil.rmtree(tmp_path / "first")
+    apply(base, tmp_path / "second", ZERO, link="hard")
+    assert json.loads((own_cache / "swsurgery" / "digests.json").read_text()) == known
+
+
+def test_the_digest_of_a_file_that_was_written_just_now_is_not_kept(base, tmp_path, own_cache):
+    """Within one tick of the file system's clock it could change again unseen."""
+    age(base)
+    os.utime(base / FIRST)
+    apply(base, tmp_path / "out", ZERO)
+    kept = json.loads((own_cache / "swsurgery" / "digests.json").read_text()).values()
+    assert (sha256(base / FIRST) in kept, sha256(base / SECOND) in kept) == (False, True)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 4096, 4097])
+def test_chunks_of_any_size_write_the_same_bytes(base, tmp_path, monkeypatch, chunk):
+    """Also those that end in the middle of a scalar, or are not what writing past the page cache asks for."""
+    monkeypatch.setattr(sys.modules["swsurgery.apply"], "CHUNK", chunk)
+    files = apply(base, tmp_path / "out", ZERO, link="copy")["files"]
+    assert weights(tmp_path / "out") == expected(base, (SECOND, down(1), (2, 3), b"\0\0"))
+    assert files[SECOND]["base_sha256"] == sha256(base / SECOND)
+    assert files[SECOND]["sha256"] == sha256(tmp_path / "out" / SECOND)
+
+
+def test_short_writes_are_completed(base, tmp_path, monkeypatch):
+    """What follows a short write is aligned to nothing."""
+    write, lengths = os.write, []
+
+    def short(fd: int, data: bytes | memoryview) -> int:
+        lengths.append(write(fd, data[: max(1, len(data) // 3)]))
+        return lengths[-1]
+
+    monkeypatch.setattr(os, "write", short)
+    apply(base, tmp_path / "out", ZERO, link="copy")
+    assert len(lengths) > 50
+    assert weights(tmp_path / "out") == expected(base, (SECOND, down(1), (2, 3), b"\0\0"))
 
 
 def test_a_changed_file_is_hashed_again(base, tmp_path):

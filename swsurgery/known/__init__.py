@@ -21,7 +21,7 @@ moderate (x2 to x4), weak (x1.05 to x2), inert (below), untested. Where only a r
 Knows neither checkpoints nor networks, and imports neither torch nor numpy.
 """
 
-from swsurgery.known.data import addressable, all_models, find, lookup, names_of, to_json
+from swsurgery.known.data import addressable, all_models, find, lookup, names_of, of_repo, to_json
 from swsurgery.known.render import render_manifest, render_table
 from swsurgery.known.schema import CAUSAL, STATUSES, KnownCoordinate, KnownModel
 
@@ -35,6 +35,7 @@ __all__ = [
     "find",
     "lookup",
     "names_of",
+    "of_repo",
     "render_manifest",
     "render_table",
     "to_json",

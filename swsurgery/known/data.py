@@ -86,11 +86,20 @@ def names_of(model: KnownModel) -> tuple[str, ...]:
 def lookup(name: str) -> KnownModel:
     """The model of this name, whatever the case and punctuation; never a guess. Raises LookupFailed for a name that
     is unknown (with the nearest ones) or that several models have (with all of them)."""
+    return lookup_in(_near(name) or all_models(), name)
+
+
+def of_repo(repo_id: str) -> KnownModel | None:
+    """The model that is published under this very repo_id, if it is known."""
+    models = (m for m in _near(repo_id) if repo_id.lower() in (name.lower() for name in (m.hf_id, *m.aliases)))
+    return next(models, None)
+
+
+def _near(name: str) -> list[KnownModel]:
+    """The models of the families that have this name: a tenth of the work of opening all."""
     key = normalised(name)
     index = tomllib.loads((_FOLDER / _NAMES).read_text("utf-8"))
-    # The index only says which files to open, a tenth of the work of opening all; without it the answer is the same.
-    files = [family for family, names in index.items() if key in names]
-    return lookup_in([model for family in files for model in _family(family)] or all_models(), name)
+    return [model for family, names in index.items() if key in names for model in _family(family)]
 
 
 def render_names() -> str:
