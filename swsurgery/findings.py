@@ -1,0 +1,205 @@
+"""What a scan found: frozen values that the detectors make, and that tables, figures, manifests and JSON are made of.
+
+Three stages, each optional after the first: a detector lists super activations and candidates (`Candidate`), the
+causal test measures them (`Trial`), and the report (`ScanReport`) puts both together. Knows neither torch nor files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from swsurgery.coordinate import Coordinate
+
+Expert = int | Literal["shared"] | None
+Method = Literal["activations", "weights"]
+Verdict = Literal["critical alone", "critical jointly", "inert"]
+
+
+@dataclass(frozen=True)
+class PersistentActivation:
+    """A residual channel that is massive from `layer` on, through `last`, in `prompts` of the prompts.
+
+    `value` is its largest hidden state by magnitude, signed, at `token` of prompt number `prompt` after layer `peak`.
+    """
+
+    layer: int
+    last: int
+    channel: int
+    value: float
+    peak: int
+    token: int
+    prompt: int
+    prompts: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: _plain(value) for key, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One scalar that a detector takes for a super weight. What its method does not measure is None.
+
+    `score` orders the candidates of one scan; `rank` is that of its magnitude in its matrix, 1 the largest. From
+    activations: `input_spike` = x[col], `output_spike` = y[row] and `share` = x[col] * W[row, col] / y[row] where the
+    spike is largest, `prompts` that agree, and `round` 1 for what was found first. From weights: `z`, the robust
+    z-score of the score's logarithm among those of all neurons of the model.
+    """
+
+    coordinate: Coordinate
+    layer: int
+    row: int
+    col: int
+    expert: Expert
+    value: float
+    score: float
+    rank: int
+    z: float | None = None
+    input_spike: float | None = None
+    output_spike: float | None = None
+    share: float | None = None
+    prompts: int | None = None
+    round: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {key: _plain(value) for key, value in vars(self).items() if key != "coordinate"}
+        return {"tensor": self.coordinate.tensor, "index": list(self.coordinate.index), **fields}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What zeroing a set of scalars did: patched / base perplexity with a bootstrap interval, and mean KL in nats."""
+
+    ratio: float
+    low: float
+    high: float
+    kl: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: _plain(value) for key, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The causal test of one candidate: zeroed alone, and all others zeroed but not it (None where it is the only
+    one). `listed` is False for a companion that no detector named but that shares the column of a candidate."""
+
+    candidate: Candidate
+    alone: Effect
+    without: Effect | None
+    verdict: Verdict
+    listed: bool = True
+
+
+@dataclass(frozen=True)
+class JointSet:
+    """Scalars that matter together: zeroing all of them does more than their effects alone explain."""
+
+    coordinates: tuple[Coordinate, ...]
+    effect: Effect
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "coordinates": [{"tensor": c.tensor, "index": list(c.index)} for c in self.coordinates],
+            "effect": self.effect.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The causal test as a whole: trials, all candidates zeroed together, joint sets, and what zeroing random scalars
+    of like magnitude in the same matrices does (`null`, perplexity ratios)."""
+
+    trials: tuple[Trial, ...]
+    together: Effect
+    joint_sets: tuple[JointSet, ...]
+    null: tuple[float, ...]
+    base_perplexity: float
+    windows: int
+    window_tokens: int
+    text_sha256: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """By layer, over all prompts: the signed value that is largest by magnitude in the input and in the output of the
+    down projection and in the residual stream after the layer. NaN where a layer has none. Made before any scalar is
+    taken out."""
+
+    inputs: tuple[float, ...]
+    outputs: tuple[float, ...]
+    residuals: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: [_plain(v) for v in values] for key, values in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """Everything that one scan says. `notes` are lines for a person, such as why nothing was found."""
+
+    method: Method
+    model_type: str
+    layers: int
+    candidates: tuple[Candidate, ...]
+    activations: tuple[PersistentActivation, ...] = ()
+    profile: Profile | None = None
+    prompts: tuple[str, ...] = ()
+    confirmation: Confirmation | None = None
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def super_weights(self) -> tuple[Candidate, ...]:
+        """What the scan stands for: the critical ones where it was confirmed, else all candidates."""
+        if self.confirmation is None:
+            return self.candidates
+        return tuple(t.candidate for t in self.confirmation.trials if t.verdict != "inert")
+
+    def to_json(self) -> dict[str, Any]:
+        trials = {t.candidate.coordinate: t for t in (self.confirmation.trials if self.confirmation else ())}
+        listed = [t.candidate for t in trials.values()] or list(self.candidates)
+        document: dict[str, Any] = {
+            "method": self.method,
+            "model_type": self.model_type,
+            "layers": self.layers,
+            "super_weights": [_with_trial(c, trials.get(c.coordinate)) for c in listed],
+            "super_activations": [a.to_json() for a in self.activations],
+            "joint_sets": [s.to_json() for s in (self.confirmation.joint_sets if self.confirmation else ())],
+            "notes": list(self.notes),
+            "settings": {key: _plain(value) for key, value in self.settings.items()},
+        }
+        if self.profile:
+            document |= {"profile": self.profile.to_json(), "prompts": list(self.prompts)}
+        if self.confirmation:
+            keys = ("base_perplexity", "windows", "window_tokens", "text_sha256", "dtype", "device")
+            document["confirmation"] = {
+                "together": self.confirmation.together.to_json(),
+                "null_ratios": [_plain(ratio) for ratio in self.confirmation.null],
+                **{key: _plain(getattr(self.confirmation, key)) for key in keys},
+            }
+        return document
+
+
+def _with_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
+    if trial is None:
+        return candidate.to_json()
+    return candidate.to_json() | {
+        "verdict": trial.verdict,
+        "alone": trial.alone.to_json(),
+        "without": trial.without.to_json() if trial.without else None,
+        "listed": trial.listed,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """For strict JSON: what is not finite becomes a string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(v) for v in value]
+    return value
