@@ -185,6 +185,49 @@ class ScanReport:
         return document
 
 
+@dataclass(frozen=True)
+class SweepPoint:
+    """The model with the swept scalars at `factor` times their stored values. KL(base || this) is in nats; `peak` is
+    the signed largest hidden state after any layer (NaN where the model has no layers to look at)."""
+
+    factor: float
+    perplexity: float
+    ratio: float
+    kl: float
+    stopword_mass: float
+    finite: bool
+    peak: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: _plain(value) for key, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Quality as a function of the factor; `base` is the same at factor 1, as stored."""
+
+    coordinates: tuple[Coordinate, ...]
+    base: SweepPoint
+    points: tuple[SweepPoint, ...]
+    windows: int
+    window_tokens: int
+    text_sha256: str
+    dtype: str
+    device: str
+    method: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "coordinates": [{"tensor": c.tensor, "index": list(c.index)} for c in self.coordinates],
+            "base": self.base.to_json(),
+            "points": [point.to_json() for point in self.points],
+            **{
+                key: getattr(self, key)
+                for key in ("windows", "window_tokens", "text_sha256", "dtype", "device", "method")
+            },
+        }
+
+
 def _with_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
     if trial is None:
         return candidate.to_json()
