@@ -337,6 +337,11 @@ def loaded_candidates(
     return tuple(dict.fromkeys(candidates))
 
 
+def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What may stand in front of a tensor's name, stored or loaded: "model.", "language_model.model.", and so on."""
+    return tuple(dict.fromkeys(prefix for family in _families(config) for prefix in family.prefixes))
+
+
 # Choosing the family ------------------------------------------------------------------------------------------------
 
 

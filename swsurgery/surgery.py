@@ -27,6 +27,7 @@ from swsurgery.dtypes import DTYPES, decode
 from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
 from swsurgery.hub import cached_snapshot, parse_url
 from swsurgery.manifest import LoadedManifest, load_manifest
+from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.plan import Plan, make_plan
 from swsurgery.progress import Progress, Silent
@@ -44,6 +45,7 @@ class CheckOptions:
 
     kind: Check = "auto"
     device: str = "auto"
+    placement: Placement = "auto"
     text: str | None = None
     prompts: Sequence[str] | None = None
     bounds: Bounds | None = None
@@ -144,7 +146,12 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
     return []
 
 
-def check_checkpoint(root: Path, options: CheckOptions, progress: Progress | None = None) -> CheckReport:
+def check_checkpoint(
+    root: Path,
+    options: CheckOptions,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> CheckReport:
     """The sanity check of a checkpoint that is there: against its base where it has a registry, else of it alone.
 
     Raises CheckpointError, ModelError.
@@ -159,8 +166,8 @@ def check_checkpoint(root: Path, options: CheckOptions, progress: Progress | Non
         for e in (registry.edits if registry else ())
     ]
     return run_checks(
-        checkpoint.root, changes, config=checkpoint.config, text=options.text, prompts=options.prompts,
-        bounds=options.bounds, device=options.device, progress=progress,
+        checkpoint, changes, text=options.text, prompts=options.prompts, bounds=options.bounds, device=options.device,
+        placement=options.placement, progress=progress, say=say,
     )  # fmt: skip
 
 
@@ -219,7 +226,7 @@ def _check(
         reason = model.available()
     if reason is None:
         try:
-            report = _check_forward(plan, stage, options, bounds, progress)
+            report = _check_forward(plan, stage, options, bounds, progress, say)
         except ModelError as error:
             # Bounds that cannot be measured are not met; without bounds the check is a courtesy.
             if options.kind == "forward" or bounds != Bounds():
@@ -234,14 +241,16 @@ def _check(
     return {"kind": "weights", "reason": reason, "weights": weights}
 
 
-def _check_forward(plan: Plan, stage: Path, options: CheckOptions, bounds: Bounds, progress: Progress) -> CheckReport:
+def _check_forward(
+    plan: Plan, stage: Path, options: CheckOptions, bounds: Bounds, progress: Progress, say: Callable[[str], None]
+) -> CheckReport:
     changes = [
         model.ScalarChange(s.coordinate, float(decode(s.dtype, s.old)), float(decode(s.dtype, s.new)))
         for s in plan.splices
     ]
     return run_checks(
-        stage, changes, config=plan.checkpoint.config, text=options.text, prompts=options.prompts, bounds=bounds,
-        device=options.device, progress=progress,
+        open_checkpoint(stage, plan.loaded.manifest.base.weights), changes, text=options.text, prompts=options.prompts,
+        bounds=bounds, device=options.device, placement=options.placement, progress=progress, say=say,
     )  # fmt: skip
 
 

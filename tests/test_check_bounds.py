@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import DOWN, TEXT, Pair, change, write_pair
 
 from swsurgery import model
-from swsurgery.errors import ModelError
+from swsurgery.checkpoint import open_checkpoint
+from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model import check, load
 from swsurgery.progress import Silent
 from swsurgery.report import Bounds, CheckReport, Continuations, Side, SuperActivation
@@ -33,7 +34,7 @@ REPORT = CheckReport(
     window_tokens=8,
     scored_tokens=14,
     text_sha256="0" * 64,
-    method="paired",
+    method="layer by layer",
     device="cpu",
     dtype="float32",
     torch="2",
@@ -120,7 +121,7 @@ def test_json_without_a_super_activation_says_null() -> None:
 
 def run(pair: Pair, directory: Path | None = None, **options: Any) -> CheckReport:
     settings = {"text": TEXT, "prompts": ("The river",), "window": 24, "device": "cpu"} | options
-    return check.run_checks(directory or pair.patched, pair.changes, config=pair.config, **settings)
+    return check.run_checks(open_checkpoint(directory or pair.patched), pair.changes, **settings)
 
 
 def refusal(pair: Pair, directory: Path | None = None, **options: Any) -> str:
@@ -156,40 +157,25 @@ def test_an_overflowing_patch_fails_and_the_base_keeps_its_figures(tmp_path: Pat
     assert len(document["prompts"][0]["base"]) == 5
 
 
-def test_bfloat16_is_read_as_float32_where_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_read_as_float32_where_that_fits_and_streamed_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = write_pair(tmp_path, dtype=torch.bfloat16)
     wide = run(pair)
     monkeypatch.setattr(load, "_free_bytes", lambda device: 1000)
     narrow = run(pair)
-    assert (wide.dtype, narrow.dtype) == ("float32", "bfloat16")
+    assert (wide.dtype, wide.method) == ("float32", "layer by layer")
+    assert (narrow.dtype, narrow.method) == ("bfloat16", "streamed")
     assert narrow.patched.perplexity == pytest.approx(wide.patched.perplexity, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("needed", "free", "dtype"), [(1000, 4000, "auto"), (599, 4000, torch.float32), (600, 4000, torch.float32)]
-)
+@pytest.mark.parametrize(("free", "method"), [(0.99, "streamed"), (1.01, "layer by layer")])
 def test_float32_may_fill_three_fifths_of_the_free_memory(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, needed: int, free: int, dtype: Any
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, free: float, method: str
 ) -> None:
-    asked = []
-
-    def from_pretrained(directory: Path, **options: Any) -> None:
-        asked.append(options["dtype"])
-        raise OSError("seen enough")
-
-    monkeypatch.setattr(load, "_free_bytes", lambda device: free)
-    monkeypatch.setattr(load.transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    with pytest.raises(ModelError, match="seen enough"):
-        load.load_model(pair.patched, torch.device("cpu"), {"weight": (needed,)})
-    assert asked == [dtype]
-
-
-def test_shapes_are_those_of_all_shards(pair: Pair, tmp_path: Path) -> None:
-    single = load.stored_shapes(pair.base)
-    assert single == {name: tuple(t.shape) for name, t in load_file(pair.base / "model.safetensors").items()}
-    tiny_checkpoint.load(pair.base).save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    assert load.stored_shapes(tmp_path / "sharded") == single
+    needed = sum(tensor.numel() * 4 for tensor in load_file(pair.patched / "model.safetensors").values())
+    monkeypatch.setattr(load, "_free_bytes", lambda device: free * needed / 0.6)
+    assert run(pair).method == method
 
 
 def test_free_memory_is_a_plausible_number() -> None:
@@ -278,7 +264,8 @@ def test_a_device_that_runs_out_of_memory(pair: Pair, monkeypatch: pytest.Monkey
 
 def test_a_directory_without_weights(pair: Pair) -> None:
     (pair.patched / "model.safetensors").unlink()
-    assert refusal(pair).startswith("weights cannot be read: ")
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        run(pair)
 
 
 def test_weights_that_transformers_would_make_up(pair: Pair) -> None:

@@ -17,10 +17,11 @@ import torch
 import transformers
 from tiny_checkpoint import TEXT, Pair, write_pair
 
+from swsurgery.checkpoint import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import load, measure
 from swsurgery.model.check import PROMPTS, built_in_text, run_checks
-from swsurgery.model.forward import Outcome
+from swsurgery.model.forward import Outcomes
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.report import CheckReport
 
@@ -30,7 +31,7 @@ BEGINNINGS = ("The river was", "In practice it went")
 
 def check(pair: Pair, **options: Any) -> CheckReport:
     settings = {"text": TEXT, "prompts": BEGINNINGS, "window": WINDOW, "device": "cpu"} | options
-    return run_checks(pair.patched, pair.changes, config=pair.config, **settings)
+    return run_checks(open_checkpoint(pair.patched), pair.changes, **settings)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["no BOS", "BOS"])
@@ -151,7 +152,7 @@ def test_super_activation_is_the_largest_hidden_state_of_all_windows(pair: Pair,
 
 
 def test_without_changes_base_and_patched_are_one(pair: Pair) -> None:
-    report = run_checks(pair.base, (), config=pair.config, text=TEXT, prompts=BEGINNINGS, window=WINDOW, device="cpu")
+    report = run_checks(open_checkpoint(pair.base), (), text=TEXT, prompts=BEGINNINGS, window=WINDOW, device="cpu")
     assert report.base == report.patched
     assert (report.perplexity_ratio, report.kl) == (1.0, 0.0)
     assert report.base.perplexity == pytest.approx(check(pair).base.perplexity, rel=1e-5)
@@ -173,15 +174,15 @@ def test_a_second_run_reports_the_same(pair: Pair, report: CheckReport) -> None:
 
 
 def test_the_report_says_by_which_means(report: CheckReport) -> None:
-    assert (report.device, report.dtype, report.method) == ("cpu", "float32", "paired")
+    assert (report.device, report.dtype, report.method) == ("cpu", "float32", "layer by layer")
     assert (report.torch, report.transformers) == (torch.__version__, transformers.__version__)
 
 
 def test_a_perplexity_too_large_for_a_float_is_infinite_and_the_ratio_is_not() -> None:
     totals = measure.Totals([])
-    for logits in ((1500.0, 1501.0), (1500.0, 1500.0)):  # the wrong token is surer by so many nats
-        sides = [Outcome(torch.tensor([[0.0, height], [0.0, 0.0]]), None) for height in logits]
-        totals.add_window([0, 0], sides)
+    for heights in ((1500.0, 1501.0), (1500.0, 1500.0)):  # the wrong token is surer by so many nats
+        logits = tuple(torch.tensor([[0.0, height], [0.0, 0.0]]) for height in heights)
+        totals.add_window([0, 0], Outcomes(0, logits, (None, None)))
     assert [totals.side(number).perplexity for number in (0, 1)] == [math.inf, math.inf]
     assert totals.perplexity_ratio() == pytest.approx(math.exp(0.5))
 
@@ -254,11 +255,11 @@ class Recorder:
         self.calls.append(("close",))
 
 
-def test_progress_counts_every_pass(pair: Pair) -> None:
+def test_progress_counts_layers_and_sequences(pair: Pair) -> None:
     progress = Recorder()
     report = check(pair, progress=progress)
-    total = report.windows + len(BEGINNINGS)
-    assert progress.calls == [("start", total, "pass", "check"), *[("advance", 1)] * total, ("close",)]
+    total = 2 + report.windows + len(BEGINNINGS)
+    assert progress.calls == [("start", total, "step", "2 layers"), *[("advance", 1)] * total, ("close",)]
 
 
 def test_progress_is_closed_and_the_error_is_one_line_when_a_pass_fails(

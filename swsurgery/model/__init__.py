@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 from swsurgery.coordinate import Coordinate
+
+Placement = Literal["auto", "whole", "streamed"]
+"""Where the weights are while a model runs: all on the device, or two layers of them at a time."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ pay seconds for it, and a machine without torch gets one line.
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from swsurgery.checkpoint import Checkpoint
+from swsurgery.dtypes import decode
 from swsurgery.errors import ModelError
-from swsurgery.model import ScalarChange, available
-from swsurgery.progress import Progress, Silent
+from swsurgery.model import Placement, ScalarChange, available
+from swsurgery.progress import Progress
 from swsurgery.report import Bounds, CheckReport, Continuations
 
 #: Short beginnings whose continuation people can judge; the first is an example of arXiv:2411.07191.
@@ -33,19 +33,20 @@ def built_in_text() -> str:
 
 
 def run_checks(
-    directory: Path,
+    checkpoint: Checkpoint,
     changes: Sequence[ScalarChange],
     *,
-    config: Mapping[str, Any],
     text: str | None = None,
     prompts: Sequence[str] | None = None,
     bounds: Bounds | None = None,
     device: str = "auto",
     windows: int = 16,
     window: int = 512,
+    placement: Placement = "auto",
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> CheckReport:
-    """Compare the patched checkpoint in `directory` with the base, which differs from it by `changes`.
+    """Compare the patched `checkpoint` with its base, which differs from it by `changes`.
 
     Text: the first `windows` non-overlapping windows of `window` tokens of `text`, fewer where it is shorter; less
     than one window is read as it is. Each window is read on its own, with BOS in front of it if and only if the
@@ -56,7 +57,9 @@ def run_checks(
     their ratio; mean KL(base || patched) in nats; mean probability of all tokens that are a stop word, of both;
     the largest hidden state after any decoder layer, of both. For each prompt, the five likeliest next tokens.
 
-    `device` is "auto", "cpu", "cuda" or "cuda:N"; weights are in float32 where that fits, else in the stored dtype.
+    `device` is "auto", "cpu", "cuda" or "cuda:N". `placement` is "whole" (all weights in its memory), "streamed" (two
+    layers at a time, read from the shards) or "auto": streamed where the whole does not fit. Weights are in float32
+    where that fits, else in the stored dtype.
     Without `changes` the model is run alone and stands for both.
 
     Raises ModelError, one line, where the libraries are missing, the device does not work or is too small, model or
@@ -70,23 +73,20 @@ def run_checks(
         import transformers
 
         from swsurgery.model import load, measure
-        from swsurgery.model.forward import PairedForward
+        from swsurgery.model.forward import Variant
     except (ImportError, OSError) as error:  # installed but broken, a missing shared library for example
         raise ModelError(
             f"torch or transformers cannot be imported: {type(error).__name__}", error, "--check weights"
         ) from error
 
-    progress = progress or Silent()
     text = built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts
     with load.quiet():
-        target = load.pick_device(device)
-        tokenizer = load.load_tokenizer(directory)
-        shapes = load.stored_shapes(directory)
-        model = load.load_model(directory, target, shapes)
-
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        vocabulary = model.get_input_embeddings().num_embeddings
+        _compare(checkpoint, changes)
+        tokenizer = load.load_tokenizer(checkpoint.root)
+        paired = load.open_model(checkpoint, device=device, placement=placement, say=say)
+        vocabulary = paired.model.get_input_embeddings().num_embeddings
+        context = load.context_length(paired.model)
         bos = measure.bos_prefix(tokenizer)
         longest = min(window, context - len(bos))
         pieces = measure.cut_windows(measure.encode(tokenizer, text), bos, windows, longest)
@@ -95,40 +95,51 @@ def run_checks(
             if not 1 <= len(ids) <= context:
                 raise ModelError(f"prompt of {len(ids)} tokens", repr(prompt), f"the model reads 1 to {context}")
         if (largest := max(map(max, pieces + beginnings))) >= vocabulary:
-            raise ModelError(f"tokenizer gives token {largest}, the model has {vocabulary}", directory, load.NO_CHECK)
+            raise ModelError(
+                f"tokenizer gives token {largest}, the model has {vocabulary}", checkpoint.root, load.NO_CHECK
+            )
 
-        paired = PairedForward(model, changes, config, shapes)
+        base: Variant = {change.coordinate: change.base for change in changes}
+        variants = (base, {}) if changes else ({},)
+        totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary), len(variants))
         continuations = []
-        try:
-            progress.start(len(pieces) + len(beginnings), "pass", "check")
-            with load.running(target):
-                totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary))
-                for ids in pieces:
-                    totals.add_window(ids, paired(ids))
-                    progress.advance(1)
-                for prompt, ids in zip(prompts, beginnings, strict=True):
-                    outcomes = paired(ids)
-                    totals.look(outcomes)
-                    tops = [measure.top_tokens(tokenizer, outcome.logits) for outcome in outcomes]
-                    continuations.append(Continuations(prompt, *tops))
-                    progress.advance(1)
-        finally:
-            progress.close()
-
+        with load.running(paired.device):
+            for outcomes in paired.run([*pieces, *beginnings], variants, progress=progress):
+                number = outcomes.sequence - len(pieces)
+                if number < 0:
+                    totals.add_window(pieces[outcomes.sequence], outcomes)
+                    continue
+                totals.look(outcomes)
+                tops = [measure.top_tokens(tokenizer, logits) for logits in outcomes.logits]
+                continuations.append(Continuations(prompts[number], tops[0], tops[-1]))
+        last = len(variants) - 1
         return CheckReport(
             base=totals.side(0),
-            patched=totals.side(1),
-            perplexity_ratio=totals.perplexity_ratio(),
-            kl=totals.mean_kl(),
+            patched=totals.side(last),
+            perplexity_ratio=totals.perplexity_ratio(last),
+            kl=totals.mean_kl(last),
             prompts=tuple(continuations),
             windows=len(pieces),
             window_tokens=longest,
             scored_tokens=totals.scored,
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             method=paired.method,
-            device=load.device_name(target),
-            dtype=str(model.dtype).removeprefix("torch."),
+            device=load.device_name(paired.device),
+            dtype=str(paired.dtype).removeprefix("torch."),
             torch=torch.__version__,
             transformers=transformers.__version__,
             bounds=bounds or Bounds(),
         )
+
+
+def _compare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> None:
+    """Raises ModelError where the checkpoint does not hold what it is said to hold."""
+    for change in changes:
+        tensor, index = change.coordinate
+        try:
+            stored = checkpoint.shards[checkpoint.weight_map[tensor]].read_scalar(tensor, index)
+        except (KeyError, IndexError):
+            raise ModelError("no such scalar in the checkpoint", change.coordinate) from None
+        value = float(decode(checkpoint.info(tensor).dtype, stored))
+        if value != change.patched:
+            raise ModelError(f"holds {value:g}, not the patched value {change.patched:g}", change.coordinate)

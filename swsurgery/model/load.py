@@ -7,22 +7,27 @@ libraries' own bars, warnings and tracebacks end here. What the model computes i
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from swsurgery.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.hub import config_error
+from swsurgery.model import Placement
+from swsurgery.model.forward import LayeredModel, find_decoder_layers
+from swsurgery.model.stream import StreamedWeights, plan_weights
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
 COMFORTABLE_SHARE = 0.6
@@ -76,38 +81,98 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that transformers will load from `directory`, from the headers alone.
+def open_model(
+    checkpoint: Checkpoint,
+    *,
+    device: str = "auto",
+    placement: Placement = "auto",
+    say: Callable[[str], None] = lambda line: None,
+) -> LayeredModel:
+    """The model of `checkpoint` in evaluation mode, ready to run on `device` (as `pick_device`; "cuda" without a number
+    streams over all CUDA devices in turn).
 
-    Raises ModelError where the index or a shard cannot be read.
+    Whole: all weights on the device, in float32 where that is comfortable, else in the dtype that its config.json
+    names. Streamed: in that dtype, with two layers at a time in memory. "auto" is whole where float32 is comfortable.
+    A family that cannot be streamed is loaded whole, and `say` gets a line about it. Raises ModelError where
+    transformers cannot load it, where weights are missing (transformers would make them up), or where there is not
+    enough memory.
     """
-    index = directory / "model.safetensors.index.json"
-    files = ["model.safetensors"]  # transformers prefers it where both are there
-    shapes: dict[str, tuple[int, ...]] = {}
+    target = pick_device(device)
+    elements = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    comfortable = elements * 4 <= COMFORTABLE_SHARE * _free_bytes(target)
+    if placement == "streamed" or (placement == "auto" and not comfortable):
+        try:
+            return _open_streamed(checkpoint, target, device)
+        except ModelError as error:
+            if placement == "streamed" and not any("layer by layer" in fault for fault in error.faults):
+                raise
+            say(f"the model is loaded whole: {error}")
+    model = _load_whole(checkpoint, torch.float32 if comfortable else "auto")
+    with running(target):
+        return LayeredModel(model.to(target).eval(), checkpoint)
+
+
+def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> LayeredModel:
+    everywhere = target.type == "cuda" and ":" not in name
+    devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if everywhere else [target]
     try:
-        if not (directory / files[0]).is_file() and index.is_file():
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        for file in files:
-            with safe_open(directory / file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict: it has no iterator)
-                    shapes[name] = tuple(shard.get_slice(name).get_shape())
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.root, local_files_only=True, trust_remote_code=False
+        )
+        with _parameters_on_meta():
+            model = (
+                _auto_model(config)
+                .from_config(config, dtype=getattr(config, "dtype", None) or "auto", trust_remote_code=False)
+                .eval()
+            )
     except LOADING_ERRORS as error:
-        raise ModelError(f"weights cannot be read: {first_line(error)}", directory, NO_CHECK) from error
-    return shapes
+        raise ModelError(f"cannot be read layer by layer: {first_line(error)}", checkpoint.root) from error
+    layers = find_decoder_layers(model)
+    if not layers:
+        raise ModelError("cannot be read layer by layer: no list of decoder layers", checkpoint.root)
+    with running(target):
+        for module in model.modules():  # those that are computed, such as rotary frequencies
+            for buffer, tensor in module._buffers.items():
+                if tensor is not None and buffer in module._non_persistent_buffers_set:
+                    module._buffers[buffer] = tensor.to(target)
+        weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
+        streamed = LayeredModel(model, checkpoint, weights, devices[0])
+        if not streamed.layered([0, 1, 2]):
+            weights.close()
+            raise ModelError("cannot be read layer by layer: its layers are called in another way", checkpoint.root)
+    return streamed
 
 
-def load_model(directory: Path, device: torch.device, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
-    """The model in `directory` on `device`, in evaluation mode.
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are built meanwhile have no memory for their parameters; their buffers are computed as ever."""
+    register = nn.Module.register_parameter
 
-    It is in float32 where the tensors of `shapes` fit comfortably, else in the dtype that its config.json names.
-    Raises ModelError where transformers cannot load it, where weights are missing (transformers would make them
-    up), or where there is not enough memory.
-    """
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    dtype = torch.float32 if elements * 4 <= COMFORTABLE_SHARE * _free_bytes(device) else "auto"
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = type(parameter)(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _auto_model(config: PretrainedConfig) -> type:
+    """The class that builds a model of this config: a language model, alone or beside one that sees images."""
+    known = transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM if type(config) in known else transformers.AutoModelForImageTextToText
+
+
+def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
+    directory = checkpoint.root
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model, info = _auto_model(config).from_pretrained(
             directory,
+            config=config,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
@@ -118,8 +183,12 @@ def load_model(directory: Path, device: torch.device, shapes: Mapping[str, tuple
         raise ModelError(f"transformers cannot load the model: {first_line(error)}", directory, NO_CHECK) from error
     if invented := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise ModelError(f"weights that the model needs are missing: {invented[0]}", directory, NO_CHECK)
-    with running(device):
-        return model.to(device).eval()
+    return model
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that the model can read at once, as its config says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

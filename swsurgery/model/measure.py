@@ -1,4 +1,4 @@
-"""The figures of the sanity check, from the logits of both models.
+"""Figures from logits: perplexity, KL, stop-word mass, next tokens.
 
 This room turns text into windows of token ids and logits into numbers. It runs no model and passes no verdict.
 Everything is computed in float32 over slices of the vocabulary-wide logits, so that a large vocabulary costs tens of
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from swsurgery.errors import ModelError
-from swsurgery.model.forward import Outcome, Peak
+from swsurgery.model.forward import Outcomes, Peak
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.report import Side, SuperActivation
 
@@ -61,60 +61,74 @@ def stop_word_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> lis
 
 
 class Totals:
-    """Running sums over the scored positions of all windows; of both models, base first in every pair."""
+    """Running sums over the scored positions of all windows; of every variant, the base being number 0."""
 
-    def __init__(self, stop_tokens: Sequence[int]):
+    def __init__(self, stop_tokens: Sequence[int], variants: int = 2):
         self.stop_tokens = list(stop_tokens)
         self.scored = 0
         self.windows = 0
-        self.kl = 0.0
-        self.nll = [0.0, 0.0]
-        self.stop_mass = [0.0, 0.0]
-        self.finite = [True, True]
-        self.peaks: list[SuperActivation | None] = [None, None]
+        self.kl = [0.0] * variants
+        self.stop_mass = [0.0] * variants
+        self.finite = [True] * variants
+        self.peaks: list[SuperActivation | None] = [None] * variants
+        self.token_nll: list[list[Tensor]] = [[] for _ in range(variants)]
+        """For each variant and each window: negative log-likelihood of the scored tokens (float64, on the CPU)."""
 
-    def add_window(self, ids: Sequence[int], outcomes: Sequence[Outcome]) -> None:
-        """Count one window `ids` with the (base, patched) outcomes of it: every position that has a next token."""
-        self.look(outcomes)
-        logits = [outcome.logits for outcome in outcomes]
-        targets = torch.tensor(ids[1:], device=logits[0].device)
-        rows = max(1, LOGITS_AT_ONCE // logits[0].shape[-1])
-        for start in range(0, len(targets), rows):
-            stop = min(start + rows, len(targets))
-            self._add(targets[start:stop, None], [side[start:stop].float().log_softmax(-1) for side in logits])
+    def add_window(self, ids: Sequence[int], outcomes: Outcomes) -> None:
+        """Count one window `ids`: every position that has a next token."""
+        base = outcomes.logits[0]
+        targets = torch.tensor(ids[1:], device=base.device)
+        for number, peak in enumerate(outcomes.peaks):
+            logits = base if number == 0 else outcomes.logits[number]
+            self._look(number, logits)
+            scored = base[:-1], logits[:-1]
+            nll = [self._add(number, *scored, targets, part) for part in _parts(logits[:-1])]
+            self.token_nll[number].append(torch.cat(nll))
+            self.peaks[number] = _larger(self.peaks[number], peak, self.windows)
         self.scored += len(targets)
-        for side, outcome in enumerate(outcomes):
-            self.peaks[side] = _larger(self.peaks[side], outcome.peak, self.windows)
         self.windows += 1
 
-    def look(self, outcomes: Sequence[Outcome]) -> None:
-        """Note whether all logits of (base, patched) are finite."""
-        for side, outcome in enumerate(outcomes):
-            self.finite[side] &= all(bool(part.isfinite().all()) for part in outcome.logits.split(256))
+    def look(self, outcomes: Outcomes) -> None:
+        """Note whether all logits are finite, and nothing else."""
+        for number, logits in enumerate(outcomes.logits):
+            self._look(number, logits)
 
-    def _add(self, targets: Tensor, logs: Sequence[Tensor]) -> None:
-        base, patched = logs
-        self.kl += _sum((base.exp() * (base - patched)).sum(-1))
-        for side, log in enumerate(logs):
-            self.nll[side] -= _sum(log.gather(-1, targets))
-            self.stop_mass[side] += _sum(log[:, self.stop_tokens].exp().sum(-1))
+    def _look(self, number: int, logits: Tensor) -> None:
+        self.finite[number] &= all(bool(logits[part].isfinite().all()) for part in _parts(logits))
 
-    def mean_kl(self) -> float:
-        """Mean KL(base || patched) per scored token in nats; rounding may not make it negative."""
-        return max(self.kl / self.scored, 0.0)
+    def _add(self, number: int, base: Tensor, logits: Tensor, targets: Tensor, part: slice) -> Tensor:
+        log = logits[part].float().log_softmax(-1)
+        if number:
+            reference = base[part].float().log_softmax(-1)
+            self.kl[number] += _sum((reference.exp() * (reference - log)).sum(-1))
+        self.stop_mass[number] += _sum(log[:, self.stop_tokens].exp().sum(-1))
+        return -log.gather(-1, targets[part, None])[:, 0].double().cpu()
 
-    def perplexity_ratio(self) -> float:
-        """Perplexity of patched divided by that of base, finite even where both are too large for a float."""
-        return _exp((self.nll[1] - self.nll[0]) / self.scored)
+    def nll(self, number: int) -> float:
+        """Summed over all scored tokens, in nats."""
+        return sum(float(window.sum()) for window in self.token_nll[number])
+
+    def mean_kl(self, number: int = 1) -> float:
+        """Mean KL(base || variant) per scored token in nats; rounding may not make it negative."""
+        return max(self.kl[number] / self.scored, 0.0)
+
+    def perplexity_ratio(self, number: int = 1) -> float:
+        """Perplexity of a variant divided by that of base, finite even where both are too large for a float."""
+        return _exp((self.nll(number) - self.nll(0)) / self.scored)
 
     def side(self, number: int) -> Side:
-        """The figures of base (0) or patched (1)."""
+        """The figures of one variant."""
         return Side(
-            perplexity=_exp(self.nll[number] / self.scored),
+            perplexity=_exp(self.nll(number) / self.scored),
             stopword_mass=self.stop_mass[number] / self.scored,
             finite=self.finite[number],
             super_activation=self.peaks[number],
         )
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
 def top_tokens(tokenizer: PreTrainedTokenizerBase, logits: Tensor) -> tuple[tuple[str, float], ...]:

@@ -9,10 +9,10 @@ import tiny_checkpoint
 import torch
 from tiny_checkpoint import TEXT, write_pair
 
+from swsurgery.checkpoint import open_checkpoint
 from swsurgery.errors import ModelError
-from swsurgery.model import ScalarChange, load
+from swsurgery.model import Placement, ScalarChange, load
 from swsurgery.model.check import run_checks
-from swsurgery.model.forward import PairedForward
 from swsurgery.report import CheckReport
 
 pytestmark = [
@@ -23,26 +23,32 @@ pytestmark = [
 NORM = "model.norm.weight"
 
 
-def check(pair: tiny_checkpoint.Pair, device: str, changes: tuple[ScalarChange, ...] | None = None) -> CheckReport:
+def check(
+    pair: tiny_checkpoint.Pair,
+    device: str,
+    changes: tuple[ScalarChange, ...] | None = None,
+    placement: Placement = "auto",
+) -> CheckReport:
     return run_checks(
-        pair.patched,
+        open_checkpoint(pair.patched),
         pair.changes if changes is None else changes,
-        config=pair.config,
         text=TEXT,
         prompts=("The river was",),
         device=device,
+        placement=placement,
         window=24,
     )
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["no BOS", "BOS"])
-@pytest.mark.parametrize("two_passes", [False, True], ids=["paired", "two passes"])
-def test_figures_are_those_of_the_cpu(tmp_path: Path, bos: bool, two_passes: bool) -> None:
+@pytest.mark.parametrize("norm", [False, True], ids=["in layers", "outside too"])
+@pytest.mark.parametrize("placement", ["whole", "streamed"])
+def test_figures_are_those_of_the_cpu(tmp_path: Path, bos: bool, norm: bool, placement: str) -> None:
     pair = write_pair(tmp_path, [((3, 7), 5.0), ((9, 2), -4.0)], bos=bos)
-    more = (tiny_checkpoint.change((2,), patched=1.0, base=3.0, tensor=NORM),) if two_passes else ()
-    cuda, cpu = (check(pair, device, pair.changes + more) for device in ("auto", "cpu"))
+    more = (tiny_checkpoint.change((2,), patched=1.0, base=3.0, tensor=NORM),) if norm else ()
+    cuda, cpu = (check(pair, device, pair.changes + more, placement) for device in ("auto", "cpu"))
     assert cuda.device == torch.cuda.get_device_name()
-    assert cuda.method == cpu.method == ("two passes" if two_passes else "paired")
+    assert cuda.method == cpu.method == ("streamed" if placement == "streamed" else "layer by layer")
     assert (cuda.windows, cuda.scored_tokens, cuda.dtype) == (cpu.windows, cpu.scored_tokens, "float32")
     assert cuda.perplexity_ratio == pytest.approx(cpu.perplexity_ratio, rel=1e-4)
     assert cuda.kl == pytest.approx(cpu.kl, rel=1e-3)
@@ -53,15 +59,17 @@ def test_figures_are_those_of_the_cpu(tmp_path: Path, bos: bool, two_passes: boo
     assert [token for token, _ in cuda.prompts[0].base] == [token for token, _ in cpu.prompts[0].base]
 
 
-def test_both_models_equal_those_that_are_run_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", ["whole", "streamed"])
+def test_both_models_equal_those_that_are_run_alone(tmp_path: Path, placement: Placement) -> None:
     pair = write_pair(tmp_path)
     ids = list(range(5, 29))
-    model = load.load_model(pair.patched, torch.device("cuda"), load.stored_shapes(pair.patched))
-    outcomes = PairedForward(model, pair.changes, pair.config, load.stored_shapes(pair.patched))(ids)
-    for outcome, folder in zip(outcomes, (pair.base, pair.patched), strict=True):
-        with torch.no_grad():
-            alone = tiny_checkpoint.load(folder, "cuda")(input_ids=torch.tensor([ids], device="cuda")).logits[0]
-        torch.testing.assert_close(outcome.logits, alone, rtol=1e-4, atol=1e-4)
+    model = load.open_model(open_checkpoint(pair.patched), device="cuda", placement=placement)
+    base = {change.coordinate: change.base for change in pair.changes}
+    for outcomes in model.run([ids], [base, {}]):
+        for logits, folder in zip(outcomes.logits, (pair.base, pair.patched), strict=True):
+            with torch.no_grad():
+                alone = tiny_checkpoint.load(folder, "cuda")(input_ids=torch.tensor([ids], device="cuda")).logits[0]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_device_number_beyond_the_last_is_refused(tmp_path: Path) -> None:
