@@ -8,8 +8,10 @@
 
 Rooms, each of which knows only those below it:
 
-    cli.py, show.py, output.py   commands, and what people see
+    cli.py, output.py            commands; show.py, show_scan.py and figures.py are what people see
     surgery.py                   the whole operation on one page: apply, revert, check. Start here
+    scanning.py                  finding super weights and sweeping factors, on another
+    findings.py, entry.py        what a scan found, and what lookup and apply take of it
     verify.py, diff.py           what changed, from the registry and the files, or from two checkpoints
     registry.py                  the record that proves a patched checkpoint and undoes it
     model/                       the only torch: what the edited model computes

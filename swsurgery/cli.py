@@ -6,6 +6,7 @@ Rooms that take time to load are imported inside the command that needs them.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -35,7 +36,12 @@ Text = Annotated[Path | None, typer.Option(help="Text to measure on, instead of 
 Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to continue; may be repeated.")]
 MaxRatio = Annotated[float | None, typer.Option(help="Fail where patched/base perplexity is above this.")]
 MinRatio = Annotated[float | None, typer.Option(help="Fail where patched/base perplexity is below this.")]
-DeviceOption = Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where the forward check runs.")]
+DeviceOption = Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where the model runs.")]
+PlacementOption = Annotated[
+    Literal["auto", "whole", "streamed"],
+    typer.Option(help="All weights in memory, or two layers at a time; auto streams what does not fit."),
+]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to measure on.")]
 
 
 @app.command()
@@ -58,6 +64,7 @@ def apply(
         typer.Option(help="The sanity check: auto runs the model where torch is installed."),
     ] = "auto",
     device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
     text: Text = None,
     prompt: Prompt = None,
     max_perplexity_ratio: MaxRatio = None,
@@ -75,7 +82,7 @@ def apply(
         output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.plan(plan)
         return
     options = surgery.CheckOptions(
-        check, device, _read_text(text), prompt or None, _bounds(max_perplexity_ratio, min_perplexity_ratio)
+        check, device, placement, _read_text(text), prompt or None, _bounds(max_perplexity_ratio, min_perplexity_ratio)
     )
     target = directory or Path.cwd() / manifest.stem
     outcome = surgery.apply_manifest(
@@ -93,13 +100,23 @@ def lookup(
         Literal["zero", "scale", "protect"] | None, typer.Option(help="Print a manifest that apply takes.")
     ] = None,
     factor: Annotated[float | None, typer.Option(help="The factor, with --manifest scale.")] = None,
+    forget: Annotated[bool, typer.Option("--forget", help="Remove your own entry, which scan made.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show the known super weights of a model, or the registry of a patched checkpoint."""
+    """Show the known super weights of a model, your own scans included, or the registry of a patched checkpoint."""
     from swsurgery import known
 
+    if forget:
+        if status or manifest or factor is not None:
+            raise SwsurgeryError("--forget goes with no --status, --manifest or --factor")
+        removed = str(known.forget(model))
+        if json:
+            output.print_json({"forgotten": removed})
+        else:
+            output.print_text(f"{printable(removed)}: removed, the shipped facts stay")
+        return
     if os.sep in model and Path(model).is_dir() or Path(model, "swsurgery.json").is_file():
         from swsurgery import show, surgery
 
@@ -144,6 +161,7 @@ def check(
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
     device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -152,11 +170,75 @@ def check(
     from swsurgery import show, surgery
 
     bounds = _bounds(max_perplexity_ratio, min_perplexity_ratio)
-    options = surgery.CheckOptions("forward", device, _read_text(text), prompt or None, bounds)
-    report = surgery.check_checkpoint(checkpoint, options, output.Bar(quiet))
+    options = surgery.CheckOptions("forward", device, placement, _read_text(text), prompt or None, bounds)
+    report = surgery.check_checkpoint(checkpoint, options, output.Bar(quiet), _silent if quiet else output.say)
     output.print_json(report.to_json()) if json else show.check(report.to_json())
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def scan(
+    checkpoint: Annotated[str, typer.Argument(help="A directory, or hf://ORG/NAME[@REV].", show_default=False)],
+    method: Annotated[
+        Literal["activations", "weights"], typer.Option(help="Run prompts, or look at the weights alone.")
+    ] = "activations",
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt to run; may be repeated.")] = None,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Measure what zeroing each candidate does.")] = False,
+    manifest: Annotated[Path | None, typer.Option(help="Write a manifest of what was found.")] = None,
+    op: Annotated[Literal["zero", "scale", "protect"], typer.Option(help="What that manifest does.")] = "zero",
+    factor: Annotated[float | None, typer.Option(help="The factor, with --op scale.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figure: .png, .svg or .pdf.")] = None,
+    register: Annotated[str | None, typer.Option(help="Remember it: lookup finds it under this name.")] = None,
+    text: Text = None,
+    windows: Windows = 16,
+    device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Find the super weights of a checkpoint."""
+    from swsurgery import scanning, show_scan
+
+    if (op == "scale") != (factor is not None):
+        raise SwsurgeryError("--op scale and --factor go together")
+    say = _silent if quiet else output.say
+    command = _scan_command(method, prompt, confirm, text, windows)
+    outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
+    options = scanning.RunOptions(device, placement, _read_text(text), windows)
+    report = scanning.scan_checkpoint(
+        checkpoint, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs,
+        progress=output.Bar(quiet), say=say,
+    )  # fmt: skip
+    output.print_json(report.to_json()) if json else show_scan.show_scan(report)
+    for line in scanning.write_outputs(report, checkpoint, outputs):
+        say(line)
+
+
+@app.command()
+def sweep(
+    manifest: Annotated[Path, typer.Argument(help="What to change, in YAML or JSON.", show_default=False)],
+    factors: Annotated[str, typer.Option(help="Factors between commas, such as 0,0.5,1,1.5,2.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base: a directory or hf://ORG/NAME[@REV].")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figure: .png, .svg or .pdf.")] = None,
+    text: Text = None,
+    windows: Windows = 16,
+    device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure quality as a function of the factor by which a manifest's scalars are scaled."""
+    from swsurgery import scanning, show_scan
+
+    report = scanning.sweep_manifest(
+        manifest, _numbers(factors), base=base, plot=plot,
+        options=scanning.RunOptions(device, placement, _read_text(text), windows),
+        progress=output.Bar(quiet), say=_silent if quiet else output.say,
+    )  # fmt: skip
+    output.print_json(report.to_json()) if json else show_scan.show_sweep(report)
 
 
 @app.command()
@@ -288,6 +370,25 @@ def _read_text(path: Path | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise SwsurgeryError(f"cannot read the text ({reason})", path) from None
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise SwsurgeryError("factors are numbers between commas", repr(text), "such as 0,0.5,1,1.5,2") from None
+
+
+def _scan_command(method: str, prompts: list[str] | None, confirm: bool, text: Path | None, windows: int) -> str:
+    """The command that repeats a scan, without what is this machine's alone."""
+    words = ["swsurgery", "scan", "CHECKPOINT", "--method", method]
+    for prompt in prompts or ():
+        words += ["--prompt", shlex.quote(prompt)]
+    if confirm:
+        words += ["--confirm", "--windows", str(windows)]
+    if text is not None:
+        words += ["--text", shlex.quote(text.name)]
+    return " ".join(words)
 
 
 def _bounds(most: float | None, least: float | None):

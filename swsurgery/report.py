@@ -58,8 +58,9 @@ class CheckReport:
     """What the forward check measured, by which means, and the verdict.
 
     `kl` is the mean KL(base || patched) per scored token in nats; `windows` of at most `window_tokens` tokens were
-    read and `scored_tokens` predictions in them counted. `method` is "layer by layer"
-    (both models side by side), "streamed" (so, two layers at a time in memory) or "whole passes". There is no date and no duration in it: the same inputs give the same report.
+    read and `scored_tokens` predictions in them counted. `method` is "layer by layer" (both models side by side),
+    "streamed" (so, with two layers at a time in memory) or "whole passes". There is no date and no duration in it: the
+    same inputs give the same report.
     """
 
     base: Side

@@ -9,6 +9,7 @@ import pytest
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")  # read once, when numpy or torch is loaded
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["XDG_DATA_HOME"] = os.devnull  # while tests are collected too, the developer's own entries are not there
 
 
 @pytest.fixture(autouse=True)
@@ -17,4 +18,12 @@ def own_cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_data(tmp_path_factory, monkeypatch):
+    """So do the entries that scans make; returns the folder of the platform's data, where nothing lies yet."""
+    folder = tmp_path_factory.mktemp("data")
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder))
     return folder

@@ -25,6 +25,7 @@ WALLS = {
     "huggingface_hub": ("swsurgery.hub",),
     "typer": ("swsurgery.cli",),
     "tqdm": ("swsurgery.output",),
+    "matplotlib": ("swsurgery.figures",),
 }
 
 

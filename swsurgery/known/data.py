@@ -1,8 +1,9 @@
-"""Reading the shipped facts from the TOML files beside this one, and finding a model or a coordinate by name.
+"""Reading the shipped facts from the TOML files beside this one, and finding a name or a coordinate in them.
 
 One file per model family. `[sources]` lists what is cited, once; `[[models]]` follow, each with its coordinates,
 joint sets and effects. TOML, because it reads well in a diff and the standard library reads it in milliseconds. A
-file that breaks a rule of the schema is a bug and raises ValueError. This room opens no checkpoint and no network.
+file that breaks a rule of the schema is a bug and raises ValueError. This room opens no checkpoint and no network,
+and knows nothing of the user's own entries: that is overlay.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from swsurgery.known.schema import (
 
 _FOLDER = Path(__file__).parent
 _RELATED, _NAMES = "related.toml", "names.toml"
-_ID = re.compile(r"L(\d+)(?:\.E(\d+))?\.(\d+)\.(\d+|\*)")
+_ID = re.compile(r"L(\d+)(?:\.E(\d+|shared))?\.(\d+)\.(\d+|\*)")
 
 
 def load_file(path: Path) -> tuple[KnownModel, ...]:
@@ -49,8 +50,8 @@ def load_file(path: Path) -> tuple[KnownModel, ...]:
 
 
 @cache
-def all_models() -> tuple[KnownModel, ...]:
-    """Every known model, in the order of the files' names and of the models in each."""
+def shipped_models() -> tuple[KnownModel, ...]:
+    """Every shipped model, in the order of the files' names and of the models in each."""
     return tuple(model for family in families() for model in _family(family))
 
 
@@ -83,20 +84,15 @@ def names_of(model: KnownModel) -> tuple[str, ...]:
     return (*names, *(name.split("/")[-1] for name in names if "/" in name))
 
 
-def lookup(name: str) -> KnownModel:
-    """The model of this name, whatever the case and punctuation; never a guess. Raises LookupFailed for a name that
-    is unknown (with the nearest ones) or that several models have (with all of them)."""
-    return lookup_in(_near(name) or all_models(), name)
-
-
-def of_repo(repo_id: str) -> KnownModel | None:
-    """The model that is published under this very repo_id, if it is known."""
-    models = (m for m in _near(repo_id) if repo_id.lower() in (name.lower() for name in (m.hf_id, *m.aliases)))
+def shipped_of_repo(repo_id: str) -> KnownModel | None:
+    """The shipped model that is published under this very repo_id, if there is one."""
+    models = (m for m in shipped_near(repo_id) if repo_id.lower() in (name.lower() for name in (m.hf_id, *m.aliases)))
     return next(models, None)
 
 
-def _near(name: str) -> list[KnownModel]:
-    """The models of the families that have this name: a tenth of the work of opening all."""
+def shipped_near(name: str) -> list[KnownModel]:
+    """The shipped models of the families that have this name: a tenth of the work of opening all. Empty where no
+    shipped model has it."""
     key = normalised(name)
     index = tomllib.loads((_FOLDER / _NAMES).read_text("utf-8"))
     return [model for family, names in index.items() if key in names for model in _family(family)]
@@ -112,7 +108,8 @@ def render_names() -> str:
 
 
 def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
-    """As lookup, among the given models."""
+    """The model of this name, whatever the case and punctuation, among the given ones; never a guess. Raises
+    LookupFailed for a name that is unknown (with the nearest ones) or that several models have (with all of them)."""
     table: dict[str, dict[str, KnownModel]] = {}
     for model in models:
         for known_name in names_of(model):
@@ -167,7 +164,7 @@ class _Sources(dict[str, Source]):
 
 
 def _model(fields: dict[str, Any], sources: _Sources) -> KnownModel:
-    resolved = _effects(fields, sources)
+    resolved = _effects(fields, sources, "scans")
     resolved["coordinates"] = tuple(
         KnownCoordinate(**_place(c, fields.get("tensor", "")), **_effects(c, sources, "sources"))
         for c in fields.get("coordinates", ())
@@ -186,7 +183,9 @@ def _place(fields: dict[str, Any], template: str) -> dict[str, Any]:
     match = _ID.fullmatch(fields.get("id", ""))
     if match is None:
         raise ValueError(f"{fields.get('id')!r} is no id such as L2.3968.7003, L1.E68.940.711 or L11.507.*")
-    layer, expert, row, col = (int(part) if part and part != "*" else None for part in match.groups())
+    layer, expert, row, col = (int(p) if p and p.isdigit() else None for p in match.groups())
+    if match[2] == "shared":
+        expert = "shared"
     tensor = template.format(layer=layer, expert=expert)
     return {"layer": layer, "expert": expert, "row": row, "col": col, "tensor": tensor}
 

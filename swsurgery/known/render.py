@@ -1,4 +1,4 @@
-"""The shipped facts as text: a table for the terminal, and a manifest that `apply` takes.
+"""The facts as text: a table for the terminal, and a manifest that `apply` takes.
 
 Everything here is a pure function of the facts; the library prints nothing.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import textwrap
-from collections.abc import Collection, Iterable
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal
 
-from swsurgery.errors import LookupFailed, ManifestError
+from swsurgery.errors import LookupFailed, ManifestError, printable
 from swsurgery.known.data import addressable
 from swsurgery.known.schema import (
     STATUSES,
@@ -30,6 +32,9 @@ LARGE_RATIO = 4.0
 ASKED_RATIO = 2.0
 """... of at least this ratio: text and context of the check differ from the published ones."""
 
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._-]*(?:[/ ][A-Za-z0-9._-]+)*")
+_OTHER = re.compile(r"true|false|null|[0-9a-f]{40}")  # a commit is always quoted: many a one reads as a number
+
 
 def render_table(model: KnownModel, width: int = 100, status: str | Collection[str] | None = None) -> str:
     """What is known of one model, for a terminal of `width` columns: coordinates with tensor, value, status and what
@@ -43,13 +48,15 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
     out.line(
         f"{model.num_layers} layers, hidden {model.hidden_size}, intermediate {model.intermediate_size}"
         + (f", {model.num_experts} experts" if model.num_experts else "")
-        + f"; also called {', '.join(model.aliases)}"
+        + (f"; also called {', '.join(model.aliases)}" if model.aliases != (model.hf_id,) else "")
     )
+    if model.own:
+        out.line(f"with an own scan, which swsurgery lookup {shlex.quote(model.slug)} --forget removes")
     if model.revision_measured:
         out.line(f"measured at revision {model.revision_measured}")
     out.line()
     rows = [("coordinate", "value", "status", "zeroed alone")]
-    rows += [(c.id, short_value(c), c.status, _alone(c)) for c in shown]
+    rows += [(c.id, short_value(c), _status(c), _alone(c)) for c in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     head, *cells = ["  ".join([*(cell.ljust(w) for cell, w in zip(r, widths, strict=False)), r[3]]) for r in rows]
     out.line(head)
@@ -58,7 +65,7 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
         for detail in _details(model, coordinate, notes):
             out.line(detail, indent=4)
     if not shown:
-        out.line("none of this status")
+        out.line("none of this status" if model.coordinates else "none")
     ids = {c.id for c in shown}
     joint = [j for j in model.joint_sets if ids.intersection(j.coordinates)]
     if joint:
@@ -82,6 +89,7 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
         out.line("notes")
         for note in model.notes:
             out.line(f"- {note}", indent=2, hanging=2)
+    notes.mark(*model.scans)
     out.line()
     out.line("sources")
     for number, source in enumerate(notes.sources, 1):
@@ -102,36 +110,74 @@ def render_manifest(
     Without `status`, protect takes every addressable coordinate; zero and scale also leave out the insufficient ones,
     where no test has shown that they matter. Raises ManifestError for another operation or a factor that does not fit
     it, LookupFailed where no coordinate is left."""
-    if op not in ("zero", "scale", "protect"):
-        raise ManifestError("no such operation for known coordinates", op, "zero, scale or protect")
-    if (op == "scale") != (factor is not None):
-        raise ManifestError(f"{op} {'needs a' if op == 'scale' else 'takes no'} factor")
-    if factor is not None and (not math.isfinite(factor) or factor == 0):
-        raise ManifestError("the factor has to be a finite number other than 0", factor, "use zero to zero")
+    refuse_unfit(op, factor)
     chosen = status
     if status is None and op != "protect":
         chosen = set(STATUSES) - {"refuted", "insufficient"}
     coordinates = addressable(model, chosen)
     if not coordinates:
         raise LookupFailed(f"no whole coordinate to {op}", model.slug, _why_none(model, op, status))
-    name = f"{model.slug}-{op}" + (f"-{factor:g}" if factor is not None else "")
     what = f"{len(coordinates)} known coordinate{'s' if len(coordinates) > 1 else ''} of {model.hf_id}"
+    if model.path:
+        base = {"path": model.path, "model": model.hf_id}
+    else:
+        base = {"repo_id": model.hf_id, "revision": model.revision_measured}
+    return manifest_text(
+        head=[f"{model.hf_id}: printed by", f"  {_command(model, op, factor, status)}"],
+        name=f"{model.slug}-{op}" + (f"-{factor:g}" if factor is not None else ""),
+        description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
+        base=base,
+        edits=[(f"{c.id}: {_in_few_words(c)}", _edit(c, op, factor)) for c in coordinates],
+        damaging=op == "zero" and _largest_ratio(model, coordinates) >= LARGE_RATIO,
+    )
+
+
+def refuse_unfit(op: str, factor: float | None) -> None:
+    """Raises ManifestError for an operation that known coordinates do not have, or a factor that does not fit it."""
+    if op not in ("zero", "scale", "protect"):
+        raise ManifestError("no such operation for known coordinates", op, "zero, scale or protect")
+    if (op == "scale") != (factor is not None):
+        raise ManifestError(f"{op} {'needs a' if op == 'scale' else 'takes no'} factor")
+    if factor is not None and (not math.isfinite(factor) or factor == 0):
+        raise ManifestError("the factor has to be a finite number other than 0", factor, "use zero to zero")
+
+
+def manifest_text(
+    *,
+    head: Iterable[str],
+    name: str,
+    description: str,
+    base: Mapping[str, str | None],
+    edits: Iterable[tuple[str, Mapping[str, Any]]],
+    damaging: bool,
+) -> str:
+    """The YAML text of a manifest. `head` and the text of each edit become comments; fields of `base` that are None
+    are left out; `damaging` asks the sanity check to see damage."""
+    fitting = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-")[:200]
     lines = [
-        f"# {model.hf_id}: printed by",
-        f"#   {_command(model, op, factor, status)}",
+        *(f"# {printable(line)}" for line in head),
         "version: 1",
-        f"name: {name}",
-        f"description: {op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
+        *([f"name: {fitting}"] if fitting else []),
+        f"description: {_yaml(description)}",
         "base:",
-        f"  repo_id: {model.hf_id}",
-        *([f'  revision: "{model.revision_measured}"'] if model.revision_measured else []),
+        *(f"  {key}: {_yaml(value)}" for key, value in base.items() if value is not None),
         "edits:",
     ]
-    for coordinate in coordinates:
-        lines += [f"  # {coordinate.id}: {_in_few_words(coordinate)}", f"  - {_edit(coordinate, op, factor)}"]
-    if op == "zero" and _largest_ratio(model, coordinates) >= LARGE_RATIO:
+    for comment, fields in edits:
+        lines += [f"  # {printable(comment)}", f"  - {_yaml(fields)}"]
+    if damaging:
         lines += ["check:", f"  min_perplexity_ratio: {ASKED_RATIO!r}"]
     return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    """A scalar or a map in flow style. Words that YAML would read as text anyway stand without quotes; the escapes of
+    JSON and of `printable` are YAML's too."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and not _OTHER.fullmatch(value):
+        return value
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def describe(effect: Effect) -> str:
@@ -199,8 +245,11 @@ def _details(model: KnownModel, coordinate: KnownCoordinate, notes: _Footnotes) 
     stored = (coordinate.row, "*" if coordinate.col is None else coordinate.col)
     first, second = reversed(stored) if model.transposed else stored
     yield f"{coordinate.tensor}[{first}, {second}]" + (" (stored transposed)" if model.transposed else "")
-    for effect in coordinate.effects[:1]:
-        yield f"{_protocol(effect)}: {_measured(effect, notes)}"
+    # Of what was published the strongest stands for all; a scan's figures belong together.
+    for number, effect in enumerate(coordinate.effects):
+        if number == 0 or effect.conditions:
+            own = "own scan, " if effect.source.kind == "own scan" else ""
+            yield f"{own}{_protocol(effect)}: {_measured(effect, notes)}"
     if coordinate.value_printed:
         yield f"printed as {coordinate.value_printed}"
     for remark in (coordinate.role, coordinate.note):
@@ -228,7 +277,7 @@ def _measured(effect: Effect, notes: _Footnotes) -> str:
 def _warnings(model: KnownModel, shown: Iterable[KnownCoordinate]) -> list[str]:
     shown = list(shown)
     warnings = list(model.disputes)
-    alone = [c.id for c in shown if c.independent.location == 1]
+    alone = [c.id for c in shown if c.independent.location == 1 and c.status != "measured"]
     if alone:
         warnings.append(f"reported by one group only: {', '.join(alone)}")
     copied = [c.id for c in shown if c.independent.location == 0]
@@ -242,6 +291,12 @@ def _warnings(model: KnownModel, shown: Iterable[KnownCoordinate]) -> list[str]:
 
 def _protocol(effect: Effect) -> str:
     return {"zero": "zeroed", "zero row": "whole row zeroed"}.get(effect.protocol, effect.protocol)
+
+
+def _status(coordinate: KnownCoordinate) -> str:
+    if not coordinate.own:
+        return coordinate.status
+    return "own scan" if coordinate.status == "measured" else f"{coordinate.status}, own scan"
 
 
 def _alone(coordinate: KnownCoordinate) -> str:
@@ -258,7 +313,7 @@ def in_words(coordinate: KnownCoordinate) -> str:
 
 
 def _in_few_words(coordinate: KnownCoordinate) -> str:
-    return f"{coordinate.status}, alone {in_words(coordinate)}"
+    return f"{_status(coordinate)}, alone {in_words(coordinate)}"
 
 
 def short_value(coordinate: KnownCoordinate) -> str:
@@ -272,27 +327,29 @@ def _cite(source: Source) -> str:
     return f"{source.cite}@{source.commit[:12]}" if source.commit else source.cite
 
 
-def _edit(coordinate: KnownCoordinate, op: Operation, factor: float | None) -> str:
-    fields = [f"op: {op}", f"layer: {coordinate.layer}"]
-    if coordinate.expert is not None:
-        fields.append(f"expert: {coordinate.expert}")
-    fields += [f"row: {coordinate.row}", f"col: {coordinate.col}"]
-    if factor is not None:
-        fields.append(f"factor: {json.dumps(factor)}")
-    if coordinate.value is not None:
-        fields.append(f"expect: {{value: {json.dumps(coordinate.value)}, dtype: {coordinate.dtype}}}")
-    return "{" + ", ".join(fields) + "}"
+def _edit(coordinate: KnownCoordinate, op: Operation, factor: float | None) -> dict[str, Any]:
+    guard = {"value": coordinate.value, "dtype": coordinate.dtype} if coordinate.value is not None else None
+    return edit_fields(coordinate, op, factor, guard)
+
+
+def edit_fields(place: Any, op: Operation, factor: float | None, expect: Any) -> dict[str, Any]:
+    """The fields of one edit, in the order of print. `place` has layer, expert, row and col; what is None is left
+    out."""
+    fields = {"op": op, "layer": place.layer, "expert": place.expert, "row": place.row, "col": place.col}
+    return {k: v for k, v in (fields | {"factor": factor, "expect": expect}).items() if v is not None}
 
 
 def _command(model: KnownModel, op: Operation, factor: float | None, status: str | Collection[str] | None) -> str:
     words = [status] if isinstance(status, str) else [s for s in STATUSES if s in (status or ())]
     return " ".join(
-        [f"swsurgery lookup {model.slug}", *(f"--status {word}" for word in words), f"--manifest {op}"]
+        [f"swsurgery lookup {shlex.quote(model.slug)}", *(f"--status {word}" for word in words), f"--manifest {op}"]
         + ([f"--factor {factor!r}"] if factor is not None else [])
     )
 
 
 def _why_none(model: KnownModel, op: Operation, status: str | Collection[str] | None) -> str:
+    if not model.coordinates:
+        return "a scan found none"
     left = addressable(model)
     if status is None and left:
         return f"all are insufficient, none was shown to matter; --status insufficient would {op} them"
@@ -300,8 +357,8 @@ def _why_none(model: KnownModel, op: Operation, status: str | Collection[str] | 
 
 
 def _largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) -> float:
-    """The largest wikitext-2 perplexity ratio published for zeroing one of these, or a joint set all of which is among
-    them; 1 where none is. Second-hand figures do not count."""
+    """The largest perplexity ratio published on wikitext-2 or measured by a scan for zeroing one of these, or a joint
+    set all of which is among them; 1 where none is. Second-hand figures do not count."""
     coordinates = list(coordinates)
     ids = {c.id for c in coordinates}
     effects = [e for c in coordinates for e in c.effects if e.protocol == "zero"]
@@ -312,8 +369,8 @@ def _largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) ->
 
 
 def published_ratio(effect: Effect) -> float:
-    """The wikitext-2 perplexity ratio of one measurement; 1 where it has none or is second-hand."""
-    if effect.metric != "wikitext2_ppl" or effect.source.kind == "secondary":
+    """The perplexity ratio of one measurement on wikitext-2 or by a scan; 1 where it has none or is second-hand."""
+    if not (effect.metric == "wikitext2_ppl" or effect.conditions) or effect.source.kind == "secondary":
         return 1.0
     if isinstance(effect.ratio, float):
         return effect.ratio

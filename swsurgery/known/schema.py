@@ -1,4 +1,4 @@
-"""The schema of the shipped facts, and the vocabulary of their statuses. Knows neither files nor names."""
+"""The schema of facts, shipped or one's own, and the vocabulary of their statuses. Knows neither files nor names."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swsurgery.errors import LookupFailed
 
-Status = Literal["paper", "independent-detection", "code-only", "disputed", "refuted", "insufficient"]
+Status = Literal["paper", "measured", "independent-detection", "code-only", "disputed", "refuted", "insufficient"]
 Causal = Literal["catastrophic", "strong", "moderate", "weak", "inert", "untested"]
 Count = Annotated[int, Field(ge=0)]
-Figure = float | str
-"""A published figure: a number (infinity where the source says so), or its words ("+3.18%")."""
+Expert = Count | Literal["shared"] | None
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Figure = Annotated[float, Field(ge=-math.inf)] | str  # the bound is there to refuse NaN, which JSON cannot say
+"""A measured figure: a number (infinity where the source says so), or its words ("+3.18%")."""
 
 STATUSES: dict[str, str] = {
     "paper": "printed in a paper, in a table or in a sentence",
+    "measured": "found by `swsurgery scan`: by this project, or by yourself where it says own scan",
     "independent-detection": "found by a third party's detector, in no paper",
     "code-only": "only in the code of the authors or of a fork",
     "disputed": "sources disagree on where it is or whether it matters",
@@ -32,21 +35,41 @@ CAUSAL: dict[str, str] = {
     "inert": "perplexity below x1.05",
     "untested": "no published test",
 }
+_FLOORS = {"catastrophic": 30.0, "strong": 4.0, "moderate": 2.0, "weak": 1.05}
+
+
+def causal_class(ratio: float) -> Causal:
+    """The word for a perplexity ratio, patched / base. What is not finite broke the model: catastrophic."""
+    if math.isnan(ratio):
+        return "catastrophic"
+    return next((word for word, floor in _FLOORS.items() if ratio >= floor), "inert")
+
+
+def coordinate_id(layer: int, expert: Expert, row: int, col: int | None) -> str:
+    """`L2.3968.7003`, in a mixture of experts `L1.E68.940.711` or `L1.Eshared.940.711`; `*` for an unknown column."""
+    within = "" if expert is None else f".E{expert}"
+    return f"L{layer}{within}.{row}.{'*' if col is None else col}"
 
 
 class Strict(BaseModel):
     """No coercion, no unknown field, no change after loading."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
+    # Infinity is written as Python's json reads it, so that what is saved comes back as it was.
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, defer_build=True, ser_json_inf_nan="constants"
+    )  # fmt: skip
 
 
 class Source(Strict):
-    """Something citable. `commit` is of the repository that `cite` names; `secondary` means known second-hand."""
+    """Something citable. `commit` is of the repository that `cite` names; `secondary` means known second-hand.
+
+    `scan` is this project's own measurement, `own scan` the user's; both cite the command that repeats it."""
 
     key: str
     kind: Literal[
-        "paper", "code", "detection", "ablation", "detection+ablation", "structural", "notes", "blog", "secondary"
-    ]
+        "paper", "code", "detection", "ablation", "detection+ablation", "structural", "notes", "blog", "secondary",
+        "scan", "own scan",
+    ]  # fmt: skip
     cite: str
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     note: str | None = None
@@ -55,15 +78,29 @@ class Source(Strict):
         return f"{self.cite}@{self.commit}" if self.commit else self.cite
 
 
+class Conditions(Strict):
+    """What a scan measured on: `windows` of at most `window_tokens` tokens of the text with this sha256, run in
+    `dtype` on `device`."""
+
+    text_sha256: str
+    windows: Count
+    window_tokens: Count
+    dtype: str
+    device: str
+
+
 class Effect(Strict):
-    """One published measurement. `dose` pairs a scale factor with the metric, `dose_ratio` with its ratio to before."""
+    """One measurement. `dose` pairs a scale factor with the metric, `dose_ratio` with its ratio to before. `ci95` is
+    of the ratio; `kl`, the mean KL(before || after) per token in nats, and `conditions` come from scans."""
 
     protocol: str
     metric: str
     before: Figure | None = None
     after: Figure | None = None
     ratio: Figure | None = None
-    ci95: tuple[float, float] | None = None
+    ci95: tuple[Finite, Finite] | None = None
+    kl: Finite | None = None
+    conditions: Conditions | None = None
     dose: tuple[tuple[float, float], ...] = ()
     dose_ratio: tuple[tuple[float, float], ...] = ()
     note: str | None = None
@@ -82,7 +119,7 @@ class Independent(Strict):
 
 
 class KnownCoordinate(Strict):
-    """One published coordinate.
+    """One coordinate, published or measured.
 
     `row` is the output channel (below hidden_size) and `col` the intermediate neuron (below intermediate_size), None
     where only a row was published; such a row cannot be addressed. `tensor` is the stored tensor's published name.
@@ -94,9 +131,9 @@ class KnownCoordinate(Strict):
     layer: Count
     row: Count
     col: Count | None
-    expert: Count | None
+    expert: Expert
     tensor: str
-    value: float | None = None
+    value: Finite | None = None
     dtype: Literal["F16", "BF16", "F32"] | None = None
     value_printed: str | None = None
     status: Status
@@ -108,6 +145,11 @@ class KnownCoordinate(Strict):
     note: str | None = None
     effects: tuple[Effect, ...] = ()
     sources: tuple[Source, ...]
+
+    @property
+    def own(self) -> bool:
+        """Whether a scan of the user's own is among the sources."""
+        return any(source.kind == "own scan" for source in self.sources)
 
     @property
     def causal_scope(self) -> str:
@@ -123,6 +165,7 @@ class KnownCoordinate(Strict):
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(exclude={"sources", "effects", "located_by", "value_read_by"}) | {
             "causal_scope": self.causal_scope,
+            "own": self.own,
             "located_by": list(self.located_by),
             "value_read_by": list(self.value_read_by),
             "effects": [e.to_json() for e in self.effects],
@@ -149,7 +192,9 @@ class JointSet(Strict):
 
 class KnownModel(Strict):
     """One model. The first alias is its short name. `tensor` is a template with {layer} (and {expert});
-    `transposed` says that the checkpoint stores [col, row]; `revision_measured` is the commit that was measured."""
+    `transposed` says that the checkpoint stores [col, row]; `revision_measured` is the commit that was measured;
+    `path` is where a checkpoint lies that is no repository; `scans` are those of the whole model, also what found
+    nothing."""
 
     aliases: Annotated[tuple[str, ...], Field(min_length=1)]
     hf_id: str
@@ -162,6 +207,8 @@ class KnownModel(Strict):
     tensor: str
     transposed: bool = False
     revision_measured: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    path: str | None = None
+    scans: tuple[Source, ...] = ()
     disputes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     effects: tuple[Effect, ...] = ()
@@ -173,11 +220,16 @@ class KnownModel(Strict):
         return self.aliases[0]
 
     @property
+    def own(self) -> bool:
+        """Whether a scan of the user's own is part of this entry, be it one that found nothing."""
+        return any(source.kind == "own scan" for source in self.sources)
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         """Every source that this model cites, in order of first use."""
         effects = [*self.effects, *(e for j in self.joint_sets for e in j.effects)]
         cited = [s for c in self.coordinates for s in (*(e.source for e in c.effects), *c.sources)]
-        return tuple({s.key: s for s in [*cited, *(e.source for e in effects)]}.values())
+        return tuple({s.key: s for s in [*cited, *(e.source for e in effects), *self.scans]}.values())
 
     @model_validator(mode="after")
     def _ids(self) -> KnownModel:
@@ -194,6 +246,7 @@ class KnownModel(Strict):
             **self.model_dump(include={"hf_id", "family", "hidden_size", "intermediate_size", "num_layers"}),
             **self.model_dump(include={"num_experts", "tensor", "transposed", "revision_measured", "sizes_from"}),
             "slug": self.slug,
+            "own": self.own,
             "aliases": list(self.aliases),
             "coordinates": [c.to_json() for c in with_status(self, status)],
             "joint_sets": [j.to_json() for j in self.joint_sets],

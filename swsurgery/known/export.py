@@ -1,0 +1,71 @@
+"""An own entry as TOML: the text that makes it a shipped one, so that no figure is copied by hand.
+
+The standard library reads TOML and does not write it; the few forms that the schema needs are written here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from swsurgery.errors import LookupFailed
+from swsurgery.known.schema import Effect, KnownModel
+
+_TABLES = ("coordinates", "joint_sets")
+_FROM_ID = {"layer", "expert", "row", "col", "tensor"}
+
+
+def render_entry(model: KnownModel) -> str:
+    """The text of a family's file with this model alone, its own scans as this project's. Raises LookupFailed where
+    the tensor of a coordinate does not follow the model's template."""
+    for c in model.coordinates:
+        if c.tensor != model.tensor.format(layer=c.layer, expert=c.expert):
+            raise LookupFailed("not the tensor that the model's template gives", c.tensor, f"it is {model.tensor}")
+    fields = model.model_dump(exclude_defaults=True, exclude={*_TABLES, "path", "aliases", "scans", "effects"})
+    short = (model.hf_id.rpartition("/")[2].lower(),)
+    fields["aliases"] = short if model.aliases == (model.hf_id,) else model.aliases
+    if model.effects:
+        fields["effects"] = [_effect(e) for e in model.effects]
+    if model.scans:
+        fields["scans"] = [s.key for s in model.scans]
+    sources = {s.key: s.model_dump(exclude_none=True, exclude={"key"}) for s in model.sources}
+    for source in sources.values():
+        source["kind"] = "scan" if source["kind"] == "own scan" else source["kind"]
+    lines = [f"# {model.family}", "", "[sources]", *_assignments(sources), "", "[[models]]", *_assignments(fields)]
+    for c in model.coordinates:
+        entry = c.model_dump(exclude_defaults=True, exclude=_FROM_ID | {"sources", "effects"})
+        entry |= {"effects": [_effect(e) for e in c.effects], "sources": [s.key for s in c.sources]}
+        lines += ["", "[[models.coordinates]]", *_assignments(entry)]
+    for j in model.joint_sets:
+        entry = j.model_dump(exclude_defaults=True, exclude={"effects"})
+        lines += ["", "[[models.joint_sets]]", *_assignments(entry | {"effects": [_effect(e) for e in j.effects]})]
+    return "\n".join(lines) + "\n"
+
+
+def _effect(effect: Effect) -> dict[str, Any]:
+    return effect.model_dump(exclude_defaults=True, exclude={"source"}) | {"source": effect.source.key}
+
+
+def _assignments(fields: Mapping[str, Any]) -> Iterable[str]:
+    for name, value in fields.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            yield f"{name} = ["
+            yield from (f"  {_value(item)}," for item in value)
+            yield "]"
+        else:
+            yield f"{name} = {_value(value)}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped and JSON leaves.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)

@@ -1,0 +1,184 @@
+"""Finding super weights and measuring edits, on one page: what `scan` and `sweep` do.
+
+    open_base            the checkpoint's headers                          checkpoint.py, hub.py
+    scan_activations     where persistent activations come from            model/activations.py
+    scan_weights         which scalars could make one, from weights alone  model/weights.py
+    confirm              what zeroing them does, against random scalars    model/confirm.py
+    known_entry          what lookup finds from then on                    entry.py, known/overlay.py
+    scan_manifest        what apply takes                                  entry.py
+    sweep                quality as a function of a factor                 model/sweep.py
+
+Whatever has to be refused is refused before the long work begins; whatever is written is written after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from swsurgery import entry, figures, fsops, known, model
+from swsurgery.checkpoint import Checkpoint, open_checkpoint
+from swsurgery.errors import ModelError, PlanError, TargetError
+from swsurgery.findings import Method, ScanReport, SweepReport
+from swsurgery.hub import cached_snapshot, parse_url
+from swsurgery.model import Placement
+from swsurgery.progress import Progress, Silent
+from swsurgery.surgery import plan_manifest
+
+ManifestOp = Literal["zero", "scale", "protect"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run and on which text. `text` None is the built-in passage."""
+
+    device: str = "auto"
+    placement: Placement = "auto"
+    text: str | None = None
+    windows: int = 16
+    window: int = 512
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a scan leaves behind, each only where it is asked for: a manifest that does `op` (with `factor`) to what was
+    found, a figure, and an entry of the user's own under `register` that lookup finds. `command` is how the entry says
+    it was made."""
+
+    manifest: Path | None = None
+    op: ManifestOp = "zero"
+    factor: float | None = None
+    plot: Path | None = None
+    register: str | None = None
+    command: str = "swsurgery scan"
+
+
+def scan_checkpoint(
+    base: str | Path,
+    method: Method = "activations",
+    *,
+    prompts: Sequence[str] | None = None,
+    confirm: bool = False,
+    options: RunOptions | None = None,
+    outputs: Outputs | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> ScanReport:
+    """Find the super weights of `base`: a directory, or hf://ORG/NAME[@REV].
+
+    `outputs` is what `write_outputs` is to be asked for afterwards: what cannot be is refused here, before the work.
+    Raises CheckpointError, ArchitectureError, ModelError, TargetError.
+    """
+    options, progress = options or RunOptions(), progress or Silent()
+    checkpoint = open_base(base)
+    if outputs is not None:
+        _refuse(outputs)
+    if method == "activations" or confirm:
+        _need_a_model()
+    if method == "activations":
+        from swsurgery.model.activations import scan_activations
+
+        report = scan_activations(
+            checkpoint, prompts=prompts, device=options.device, placement=options.placement, progress=progress, say=say
+        )
+    else:
+        from swsurgery.model.weights import scan_weights
+
+        report = scan_weights(checkpoint, progress=progress)
+    if confirm and report.candidates:
+        from swsurgery.model.confirm import confirm as run
+
+        confirmation = run(checkpoint, report.candidates, **vars(options), progress=progress, say=say)
+        report = dataclasses.replace(report, confirmation=confirmation)
+    return report
+
+
+def write_outputs(report: ScanReport, base: str | Path, outputs: Outputs) -> list[str]:
+    """Leave behind what `outputs` asks for. Returns a line on each. Raises TargetError where one cannot be written."""
+    checkpoint, lines = open_base(base), []
+    if outputs.plot is not None:
+        figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
+        lines.append(f"figure: {outputs.plot}")
+    if outputs.register is not None:
+        found = entry.known_entry(
+            report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
+        )
+        known.save(found)
+        lines.append(f"registered: swsurgery lookup {found.hf_id}")
+    if outputs.manifest is not None and not report.super_weights:
+        lines.append(f"nothing was found, so there is no manifest: {outputs.manifest}")
+    elif outputs.manifest is not None:
+        text = entry.scan_manifest(
+            report, base=_as_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
+        )
+        fsops.write_file(outputs.manifest, text.encode())
+        lines.append(f"manifest: {outputs.manifest}")
+    return lines
+
+
+def sweep_manifest(
+    manifest: Path,
+    factors: Sequence[float],
+    *,
+    base: str | None = None,
+    options: RunOptions | None = None,
+    plot: Path | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> SweepReport:
+    """Measure the base of `manifest` with the scalars that it changes at each of `factors` times their stored values.
+
+    Raises ManifestError, CheckpointError, PlanError, NumberError, ModelError, TargetError.
+    """
+    options = options or RunOptions()
+    if plot is not None:
+        figures.check_figure_path(plot)
+    plan = plan_manifest(manifest, base)
+    coordinates = [splice.coordinate for splice in plan.splices]
+    if not coordinates:
+        raise PlanError(
+            "no scalar is changed, so there is nothing to sweep", manifest, "add an edit other than protect"
+        )
+    _need_a_model()
+    from swsurgery.model.sweep import sweep
+
+    report = sweep(plan.checkpoint, coordinates, factors, **vars(options), progress=progress or Silent(), say=say)
+    if plot is not None:
+        figures.plot_sweep(report, plot, _name(plan.checkpoint))
+    return report
+
+
+def open_base(base: str | Path) -> Checkpoint:
+    """A checkpoint by directory or by hf://ORG/NAME[@REV]. Raises CheckpointError."""
+    named = str(base)
+    return open_checkpoint(cached_snapshot(*parse_url(named)) if named.startswith("hf://") else Path(base))
+
+
+def _need_a_model() -> None:
+    if reason := model.available():
+        raise ModelError(reason, "a model has to be run", "pip install 'swsurgery[check]', or --method weights")
+
+
+def _refuse(outputs: Outputs) -> None:
+    if outputs.plot is not None:
+        figures.check_figure_path(outputs.plot)
+    if outputs.manifest is not None:
+        if os.path.lexists(outputs.manifest):
+            raise TargetError("the manifest exists", outputs.manifest, "give another name, or remove it")
+        if not outputs.manifest.absolute().parent.is_dir():
+            raise TargetError("no such directory", outputs.manifest.absolute().parent, "make it first")
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return checkpoint.repo_id or checkpoint.root.name
+
+
+def _as_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
+    """How a manifest names the checkpoint: by repo_id and revision from a cache, else by the path from itself."""
+    if checkpoint.repo_id and checkpoint.revision:
+        return {"repo_id": checkpoint.repo_id, "revision": checkpoint.revision}
+    return {"path": os.path.relpath(checkpoint.root, os.path.realpath(manifest.absolute().parent))}
