@@ -1,0 +1,141 @@
+"""Streaming one layer at a time against loading a whole model, on a Llama-7B-shaped checkpoint of random weights.
+
+usage: python benchmarks/stream.py [--work DIR] [--rounds N] [--device cpu|cuda] [--size SIZE] [--write]
+
+Each figure is a process of its own: seconds after the imports, and its peak of main and of device memory. On the CPU
+one prompt of 9 tokens is run; on CUDA base and patched are checked over 4 windows of 512 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from run import write_checkpoint
+
+PREAMBLE = """
+import json, resource, sys, time, warnings
+warnings.simplefilter("ignore")
+import torch, transformers
+from pathlib import Path
+folder, device = Path(sys.argv[1]), sys.argv[2]
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+generator = torch.Generator().manual_seed(0)
+windows = torch.randint(3, 32000, (1, 9) if device == "cpu" else (4, 512), generator=generator).tolist()
+if device == "cuda":
+    torch.ones(1, device=device)
+"""
+REPORT = """
+if device == "cuda":
+    torch.cuda.synchronize()
+print(json.dumps({
+    "seconds": time.perf_counter() - begin,
+    "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    "device": torch.cuda.max_memory_reserved() / 1e9 if device == "cuda" else 0.0,
+    "machine": torch.cuda.get_device_name() if device == "cuda" else "", "torch": torch.__version__,
+    "transformers": transformers.__version__,
+}))
+"""
+OURS = """
+from swsurgery.checkpoint import open_checkpoint
+from swsurgery.coordinate import Coordinate
+from swsurgery.model import load, measure
+PLACE = Coordinate("model.layers.2.mlp.down_proj.weight", (17, 90))
+begin = time.perf_counter()
+model = load.open_model(open_checkpoint(folder), device=device, placement="streamed", say=sys.exit)
+variants = [{PLACE: 3.5}, {}] if device == "cuda" else [{}]
+totals = measure.Totals([], len(variants))
+for outcomes in model.run(windows, variants):
+    totals.add_window(windows[outcomes.sequence], outcomes)
+assert model.method == "streamed" and totals.side(0).finite
+"""
+LOAD = """
+begin = time.perf_counter()
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype="auto", **({"device_map": device} if device == "cuda" else {})
+)
+"""
+RUN = """
+with torch.no_grad():
+    model(input_ids=torch.tensor(windows[:1], device=device)).logits.float().log_softmax(-1)
+"""
+JOBS = {
+    "swsurgery, streamed": OURS,
+    "transformers: load": LOAD,
+    "transformers: load, run base only": LOAD + RUN,
+}
+
+
+def measured(script: str, folder: Path, device: str) -> dict:
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + script + REPORT, str(folder), device], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr or done.stdout)
+    return json.loads(done.stdout.splitlines()[-1]) | {"process": time.perf_counter() - begin}
+
+
+def read_all(folder: Path) -> float:
+    """Seconds that one `cat` of the shards takes."""
+    begin = time.perf_counter()
+    subprocess.run(["cat", *map(str, sorted(folder.glob("*.safetensors")))], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build/bench"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", default="13.5 GB")
+    parser.add_argument("--only-ours", action="store_true", help="for checkpoints that nothing else can load")
+    parser.add_argument("--write", type=Path, help="where the table goes")
+    options = parser.parse_args()
+    folder = options.work.resolve() / options.size.replace(" ", "")
+    if not folder.exists():
+        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(folder, options.size))
+        writer.start()
+        writer.join()
+    jobs = {name: job for name, job in JOBS.items() if not options.only_ours or job is OURS}
+    runs: dict[str, list[dict]] = {name: [] for name in jobs}
+    cats = [read_all(folder)]
+    for _ in range(options.rounds):
+        for name, script in jobs.items():
+            runs[name].append(measured(script, folder, options.device))
+            print(f"  {name}: {runs[name][-1]}", flush=True)
+        cats.append(read_all(folder))
+    middle = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
+    first = next(iter(runs.values()))[0]
+    where = first["machine"] or f"{os.cpu_count()} cores"
+    lines = [
+        f"A Llama-7B-shaped F16 checkpoint ({options.size}), page cache warm where it fits. {where}, Linux",
+        f"{platform.release()}, torch {first['torch']}, transformers {first['transformers']}. Medians of",
+        f"{options.rounds} rounds in turn, in seconds after the imports. "
+        + ("One prompt of 9 tokens." if options.device == "cpu" else "4 windows of 512 tokens, base and patched."),
+        f"One `cat` of the shards takes {statistics.median(cats[1:]):.1f} s.",
+        "",
+        "| what | seconds | whole process | main memory | device memory | against load |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, found in runs.items():
+        process = statistics.median(run["process"] for run in found)
+        memory, device = (max(run[key] for run in found) for key in ("memory", "device"))
+        ratio = f"{middle[name] / middle['transformers: load']:.2f}" if "transformers: load" in middle else ""
+        lines.append(f"| {name} | {middle[name]:.2f} | {process:.1f} | {memory:.1f} GB | {device:.2f} GB | {ratio} |")
+    print("\n".join(lines))
+    if options.write:
+        options.write.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
