@@ -25,14 +25,19 @@ PREAMBLE = """
 import json, resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import torch, transformers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM  # loaded lazily otherwise
 from pathlib import Path
 folder, device = Path(sys.argv[1]), sys.argv[2]
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 generator = torch.Generator().manual_seed(0)
 windows = torch.randint(3, 32000, (1, 9) if device == "cpu" else (4, 512), generator=generator).tolist()
-if device == "cuda":
-    torch.ones(1, device=device)
+if device == "cuda":  # a process that has used the device before: its kernels are loaded
+    tiny = transformers.LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(tiny).to(device, torch.float16)(input_ids=torch.tensor(windows, device=device)).logits.float()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 """
 REPORT = """
 if device == "cuda":

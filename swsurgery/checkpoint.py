@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ class Checkpoint:
         """The header's entry of a tensor of the weight_map. Raises KeyError."""
         return self.shards[self.weight_map[tensor]].tensors[tensor]
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored shape of every tensor that the weight_map and the shards agree on."""
         return {t: self.info(t).shape for t in self.weight_map if t not in self.disagreements}

@@ -37,7 +37,7 @@ from swsurgery.progress import Progress, Silent
 Variant = Mapping[Coordinate, float]
 """Stored scalars and the value that each has in this variant; {} is the checkpoint as it is stored."""
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 """Tokens that go through a layer in one call: enough to keep a device busy, and what bounds its memory."""
 
 #: What the code of a model raises when it is called in a way that it does not expect.
@@ -99,8 +99,9 @@ class Weights(Protocol):
         """The layer has its weights, on the device that is given, while this lasts."""
         ...
 
-    def outside(self) -> AbstractContextManager[torch.device]:
-        """What is no layer's (embedding, last norm, head) has its weights, on the given device, while this lasts."""
+    def outside(self, head: bool) -> AbstractContextManager[torch.device]:
+        """What is no layer's (embedding, last norm, the head where it is asked for) has its weights, on the given
+        device, while this lasts."""
         ...
 
     def close(self) -> None:
@@ -245,7 +246,7 @@ class LayeredModel:
                     peaks.look(number, group)
             progress.advance(self.weights.sizes[number] if self.weights else 1)
         where = {number: (group, at) for group in groups for at, number in enumerate(group.sequences)}
-        with self._outside() as device:
+        with self._outside(head=True) as device:
             for number, ids in enumerate(sequences):
                 group, at = where[number]
                 state = group.state[at].to(device).expand(len(variants), -1, -1)
@@ -368,8 +369,8 @@ class LayeredModel:
     def _weights_of(self, number: int) -> AbstractContextManager[torch.device]:
         return self.weights.layer(number) if self.weights else contextlib.nullcontext(self.device)
 
-    def _outside(self) -> AbstractContextManager[torch.device]:
-        return self.weights.outside() if self.weights else contextlib.nullcontext(self.device)
+    def _outside(self, head: bool = False) -> AbstractContextManager[torch.device]:
+        return self.weights.outside(head) if self.weights else contextlib.nullcontext(self.device)
 
     def _tokens(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], device=self.device)
@@ -451,6 +452,8 @@ class LayeredModel:
                     continue
                 module, name = place.owners[0]
                 weight = module._parameters[name].data
+                if weight.device.type == "meta":  # the head, while only the embedding is there
+                    continue
                 held = weight[place.index].clone()
                 expected = torch.tensor(place.stored, dtype=torch.float64).to(weight.dtype)
                 if float(held) != float(expected):

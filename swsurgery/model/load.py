@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -119,6 +121,8 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.root, local_files_only=True, trust_remote_code=False
         )
+        if target.type == "cuda":
+            threading.Thread(target=_wake, args=(target, getattr(config, "dtype", None)), daemon=True).start()
         with _parameters_on_meta():
             model = (
                 _auto_model(config)
@@ -141,6 +145,16 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
             weights.close()
             raise ModelError("cannot be read layer by layer: its layers are called in another way", checkpoint.root)
     return streamed
+
+
+def _wake(device: torch.device, dtype: torch.dtype | None) -> None:
+    """Have CUDA load the kernels that every layer needs, which takes a second, while the model is still being built."""
+    with contextlib.suppress(RuntimeError), torch.no_grad():
+        x = torch.zeros(1, 64, 64, device=device, dtype=dtype)
+        functional.silu(functional.linear(x, x[0]))
+        functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)
+        functional.embedding(torch.zeros(8, dtype=torch.long, device=device), x[0])
+        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

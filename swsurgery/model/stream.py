@@ -34,7 +34,9 @@ from swsurgery.shard import open_regular
 PIECE = 16 << 20
 """Bytes read in one call."""
 
-READERS = 4
+READERS = max(2, min(8, os.cpu_count() or 2))
+"""Threads that read."""
+
 ALIGNMENT = 256
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -68,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter or buffer of a module, and what it is read from."""
+    """One parameter or buffer of a module, and what it is read from. `head` says that only the head needs it."""
 
     module: nn.Module
     name: str
@@ -76,6 +78,7 @@ class Slot:
     dtype: torch.dtype
     parts: tuple[Part, ...]
     owners: tuple[tuple[nn.Module, str], ...]
+    head: bool
 
     @property
     def size(self) -> int:
@@ -90,6 +93,7 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
     # A model that also sees images never needs what sees them here.
     needed = {id(module) for root in (model.get_decoder(), model.get_output_embeddings()) if root is not None
               for module in root.modules()}  # fmt: skip
+    head = {id(model.get_output_embeddings())}
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -114,7 +118,7 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
             raise ModelError(f"cannot be read layer by layer: stored as {parts[0].dtype}", holders[0][0])
         for place in places:
             mine = tuple((m, n) for _, m, n in holders if layer_of.get(id(m)) == place)
-            slot = Slot(*mine[0], tensor.shape, dtype, parts, mine)
+            slot = Slot(*mine[0], tensor.shape, dtype, parts, mine, all(id(module) in head for module, _ in mine))
             (outside if place is None else in_layers[place]).append(slot)
     return WeightPlan(tuple(tuple(slots) for slots in in_layers), tuple(outside))
 
@@ -203,21 +207,26 @@ def _part(name: str, element: int, checkpoint: Checkpoint) -> Part:
 class StreamedWeights:
     """Gives each layer its weights while it runs, in the order of the layers, reading ahead.
 
-    `devices` take the layers in turn. Raises CheckpointError where a shard cannot be read, ModelError where a device
-    has no room for two layers.
+    `devices` take the layers in turn; what is outside of them is on the first. Raises CheckpointError where a shard
+    cannot be read, and what torch raises where a device has no room for two layers.
     """
 
     def __init__(self, plan: WeightPlan, devices: Sequence[torch.device]):
         self.plan, self.devices = plan, list(devices)
         self.sizes = [sum(slot.size for slot in slots) for slots in plan.layers]
         self._meta = {id(s): getattr(s.module, s.name) for s in (*plan.outside, *(x for y in plan.layers for x in y))}
+        self._reader: _Reader | None = None
         self._loader: _Loader | None = None
+        self._bound: tuple[Slot, ...] = ()
+        self._in_use = 0
 
     @contextlib.contextmanager
     def layer(self, number: int) -> Iterator[torch.device]:
+        if not self._in_use:
+            self._release()
         if self._loader is None or self._loader.next != number:
-            self.close()
-            self._loader = _Loader(self.plan.layers, self.devices, number, self.plan.largest)
+            self._stop()
+            self._loader = _Loader(self.plan, self.devices, number, self._open())
         buffer = self._loader.take()
         slots = self.plan.layers[number]
         try:
@@ -225,32 +234,49 @@ class StreamedWeights:
             yield buffer.memory.device
         finally:
             self._unbind(slots)
-            if self._loader is not None:
-                self._loader.give(buffer)
-                if self._loader.next == len(self.plan.layers):
-                    self.close()
+            self._loader.give(buffer)
+            if self._loader.next == len(self.plan.layers):
+                self._stop()
 
     @contextlib.contextmanager
-    def outside(self) -> Iterator[torch.device]:
-        device = self.devices[0]
+    def outside(self, head: bool) -> Iterator[torch.device]:
+        """They stay until a layer is asked for, so that one use after another costs one reading."""
+        wanted = tuple(slot for slot in self.plan.outside if head or not slot.head)
+        if wanted != self._bound:
+            self._release()
+            memory = torch.empty(_layout(wanted)[1], dtype=torch.uint8, device=self.devices[0])
+            self._open().fill(wanted, memory, self.devices[0])
+            self._bind(wanted, memory)
+            self._bound = wanted
+        self._in_use += 1
         try:
-            begins, size = _layout(self.plan.outside)
-            memory = torch.empty(size, dtype=torch.uint8)
-            with _Files() as files:
-                for slot, begin in zip(self.plan.outside, begins, strict=True):
-                    for task in _tasks(slot, begin):
-                        task.read(files, memory)
-            self._bind(self.plan.outside, memory.to(device))
-            del memory
-            yield device
+            yield self.devices[0]
         finally:
-            self._unbind(self.plan.outside)
+            self._in_use -= 1
 
     def close(self) -> None:
-        """Stop reading ahead and give the buffers back."""
+        """Stop reading ahead and give all memory back."""
+        self._release()
+        self._stop()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _open(self) -> _Reader:
+        self._reader = self._reader or _Reader(self.devices)
+        return self._reader
+
+    def _stop(self) -> None:
         if self._loader is not None:
             self._loader.close()
             self._loader = None
+            torch.cuda.empty_cache()
+
+    def _release(self) -> None:
+        if self._bound:
+            self._unbind(self._bound)
+            self._bound = ()
+            torch.cuda.empty_cache()  # what was freed fits nothing that comes next
 
     def _bind(self, slots: Sequence[Slot], memory: Tensor) -> None:
         for slot, begin in zip(slots, _layout(slots)[0], strict=True):
@@ -304,10 +330,7 @@ class _Files:
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
@@ -329,34 +352,88 @@ class _Files:
             view, offset = view[count:], offset + count
 
 
+class _Reader:
+    """Fills memory from the shards, on several threads. For CUDA the bytes go through pinned pieces, and the copies
+    run on a stream of their own."""
+
+    def __init__(self, devices: Sequence[torch.device]):
+        self._files = _Files()
+        self._threads = ThreadPoolExecutor(READERS)
+        self._streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
+        self._pinned: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
+        for _ in range(2 * READERS if self._streams else 0):
+            self._pinned.put((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
+
+    def fill(self, slots: Sequence[Slot], memory: Tensor, device: torch.device) -> None:
+        """Read `slots` into `memory` on `device`; work that the current stream is given later finds it there."""
+        copied = self.start(slots, memory, device, None)
+        if copied is not None:
+            torch.cuda.current_stream(device).wait_event(copied)
+
+    def start(
+        self, slots: Sequence[Slot], memory: Tensor, device: torch.device, free: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        """As `fill`, but copying waits for the event `free`, and whoever uses the memory for the event returned."""
+        begins, _ = _layout(slots)
+        tasks = [task for slot, begin in zip(slots, begins, strict=True) for task in _tasks(slot, begin)]
+        stream = self._streams.get(device)
+        if stream is None:
+            list(self._threads.map(lambda task: task.read(self._files, memory), tasks))
+            return None
+        if free is None:  # memory that was just allocated may still be in use by what was given to the device before
+            stream.wait_stream(torch.cuda.current_stream(device))
+        else:
+            stream.wait_event(free)
+        list(self._threads.map(lambda task: self._through_pinned(task, memory, stream), tasks))
+        copied = torch.cuda.Event()
+        copied.record(stream)
+        return copied
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
+        self._threads.shutdown()
+        self._files.close()
+
+    def _through_pinned(self, task: _Task, memory: Tensor, stream: torch.cuda.Stream) -> None:
+        pinned, copied = self._pinned.get()
+        try:
+            copied.synchronize()
+            size = task.size // task.part.dtype.itemsize * task.dtype.itemsize
+            host = pinned if size <= PIECE else torch.empty(size, dtype=torch.uint8)
+            _Task(task.part, task.offset, task.size, 0, task.dtype).read(self._files, host)
+            with torch.cuda.stream(stream):
+                memory[task.begin : task.begin + size].copy_(host[:size], non_blocking=host is pinned)
+            copied.record(stream)
+        finally:
+            self._pinned.put((pinned, copied))
+
+
 class _Buffer:
     """Room for one layer on one device. For CUDA, `copied` is when its bytes are there and `used` when the layer that
     it last held has been computed."""
 
     def __init__(self, size: int, device: torch.device):
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.copied: torch.cuda.Event | None = None
         self.used = torch.cuda.Event() if device.type == "cuda" else None
+        if self.used is not None:
+            self.used.record(torch.cuda.current_stream(device))
 
 
 class _Loader:
-    """Reads layers in order on threads of its own, two buffers for each device. `take` gives the next, `give` returns
+    """Reads layers in order on a thread of its own, two buffers for each device. `take` gives the next, `give` returns
     it to be filled again."""
 
-    def __init__(self, layers: Sequence[Sequence[Slot]], devices: Sequence[torch.device], first: int, size: int):
+    def __init__(self, plan: WeightPlan, devices: Sequence[torch.device], first: int, reader: _Reader):
         self.next = first
-        self._layers, self._devices = layers, devices
-        self._free = [queue.SimpleQueue() for _ in devices]
+        self._layers, self._devices, self._reader = plan.layers, devices, reader
+        self._free: list[queue.SimpleQueue[_Buffer | None]] = [queue.SimpleQueue() for _ in devices]
         self._ready: queue.SimpleQueue[_Buffer | BaseException] = queue.SimpleQueue()
-        self._stopped = threading.Event()
-        self._pinned: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
-        on_cuda = any(device.type == "cuda" for device in devices)
-        self._streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for device in devices]
-        for _ in range(2 * READERS if on_cuda else 0):
-            self._pinned.put((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
         for device, free in zip(devices, self._free, strict=True):
             for _ in range(2):
-                free.put(_Buffer(size, device))
+                free.put(_Buffer(plan.largest, device))
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read_all, args=(first,), daemon=True)
         self._thread.start()
 
@@ -382,43 +459,13 @@ class _Loader:
 
     def _read_all(self, first: int) -> None:
         try:
-            with _Files() as files, ThreadPoolExecutor(READERS) as readers:
-                for number in range(first, len(self._layers)):
-                    at = number % len(self._devices)
-                    buffer = self._free[at].get()
-                    if buffer is None or self._stopped.is_set():
-                        return
-                    self._fill(self._layers[number], buffer, self._streams[at], files, readers)
-                    self._ready.put(buffer)
+            for number in range(first, len(self._layers)):
+                at = number % len(self._devices)
+                buffer = self._free[at].get()
+                if buffer is None or self._stopped.is_set():
+                    return
+                device = self._devices[at]
+                buffer.copied = self._reader.start(self._layers[number], buffer.memory, device, buffer.used)
+                self._ready.put(buffer)
         except BaseException as error:  # noqa: BLE001 (it is raised again where the layer is taken)
             self._ready.put(error)
-
-    def _fill(
-        self,
-        slots: Sequence[Slot],
-        buffer: _Buffer,
-        stream: torch.cuda.Stream | None,
-        files: _Files,
-        readers: ThreadPoolExecutor,
-    ) -> None:
-        begins, _ = _layout(slots)
-        tasks = [task for slot, begin in zip(slots, begins, strict=True) for task in _tasks(slot, begin)]
-        if stream is None:
-            list(readers.map(lambda task: task.read(files, buffer.memory), tasks))
-            return
-        stream.wait_event(buffer.used)
-        list(readers.map(lambda task: self._through_pinned(task, files, buffer.memory, stream), tasks))
-        buffer.copied.record(stream)
-
-    def _through_pinned(self, task: _Task, files: _Files, memory: Tensor, stream: torch.cuda.Stream) -> None:
-        pinned, copied = self._pinned.get()
-        try:
-            copied.synchronize()
-            size = task.size // task.part.dtype.itemsize * task.dtype.itemsize
-            host = pinned if size <= PIECE else torch.empty(size, dtype=torch.uint8)
-            _Task(task.part, task.offset, task.size, 0, task.dtype).read(files, host)
-            with torch.cuda.stream(stream):
-                memory[task.begin : task.begin + size].copy_(host[:size], non_blocking=host is pinned)
-            copied.record(stream)
-        finally:
-            self._pinned.put((pinned, copied))
