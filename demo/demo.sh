@@ -2,10 +2,10 @@
 # The whole job on a real model, told step by step. usage: demo.sh MODEL_DIRECTORY
 set -euo pipefail
 model=$1
-here=$(cd "$(dirname "$0")" && pwd)
 work=build/demo
 rm -rf "$work"
 mkdir -p "$work"
+export XDG_DATA_HOME="$PWD/$work/data" # what scan registers stays in the demo
 
 tell() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 run() {
@@ -15,30 +15,39 @@ run() {
   "$@"
 }
 
-tell "1. A checkpoint: SmolLM2-135M-Instruct, 135 million parameters in five shards. One scalar of it:"
-run swsurgery inspect "$model" --tensor model.layers.11.mlp.down_proj.weight --at 507,1229
+tell "1. A checkpoint: SmolLM2-135M-Instruct, 135 million parameters in five shards. Which of them carry it?
+   A few prompts are run; what makes a massive activation that persists is a candidate. Each candidate is then
+   zeroed, alone and with the others, beside random scalars of the same size (one to two minutes on two cores)."
+run swsurgery scan "$model" --confirm --windows 1 \
+  --manifest "$work/zero.yaml" --plot "$work/scan.png" --register smollm2-135m-instruct-demo
 
-tell "2. What is published about this family? Only the row is known there, not the scalar."
-run swsurgery lookup smollm2-135m
+tell "2. The weights alone, without running anything, point to the same neurons."
+run swsurgery scan "$model" --method weights
 
-tell "3. The plan for zeroing that one scalar. Nothing is written yet."
-run cat "$here/zero-one-scalar.yaml"
-run swsurgery apply "$here/zero-one-scalar.yaml" --base "$model" --dry-run
+tell "3. lookup now knows what was found here, beside what is published for 39 other models."
+run swsurgery lookup smollm2-135m-instruct-demo
 
-tell "4. The surgery: two bytes change, and the model is run with and without them (under a minute on a laptop)."
-run swsurgery apply "$here/zero-one-scalar.yaml" --base "$model" -o "$work/patched"
+tell "4. The manifest that scan wrote, and the plan. Nothing is changed yet."
+run cat "$work/zero.yaml"
+run swsurgery apply "$work/zero.yaml" --dry-run
 
-tell "5. The same comparison on a prompt of your own."
+tell "5. The surgery: a few bytes change, and the model is run with and without them (under a minute)."
+run swsurgery apply "$work/zero.yaml" -o "$work/patched"
+
+tell "6. The same comparison on a prompt of your own."
 run swsurgery check "$work/patched" --prompt "The largest planet of the solar system is"
 
-tell "6. The proof. It needs no base: with the old bytes put back, every file has the base's sha256."
+tell "7. The proof. It needs no base: with the old bytes put back, every file has the base's sha256."
 run swsurgery verify "$work/patched"
 
-tell "7. Which scalars differ? (diff answers 1 where any does.)"
+tell "8. Which scalars differ? (diff answers 1 where any does.)"
 run swsurgery diff "$model" "$work/patched" || test $? -eq 1
 
-tell "8. And back: the base again, byte for byte."
+tell "9. And back: the base again, byte for byte."
 run swsurgery revert "$work/patched" -o "$work/reverted"
 run diff -r "$model" "$work/reverted"
 
-tell "Done. The patched checkpoint and its registry (swsurgery.json) are in $work/patched."
+tell "10. Not all or nothing: quality by the factor on those scalars."
+run swsurgery sweep "$work/zero.yaml" --factors 0,0.5,0.8,1,1.2,1.5 --windows 1 --plot "$work/sweep.png"
+
+tell "Done. The patched checkpoint with its registry (swsurgery.json) and the figures are in $work."

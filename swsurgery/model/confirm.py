@@ -1,0 +1,492 @@
+"""The causal test of a scan: what does the model lose without each candidate, and without several of them at once?
+
+Every candidate is zeroed alone, all together, all but one, and in pairs; so are scalars of the same matrices and of
+like magnitude that nobody suspects, the null. All of these are variants of one run of the model. Scalars that share a
+candidate's column, so its input, and are outliers in it are tested too, though no detector named them: Llama-2-7B's
+best known super weight does little without such a companion (docs/known.md).
+
+This room draws the null, asks `forward.py` for losses, and passes verdicts. Of the shards it reads only down
+projections. It does not look for candidates and shows nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swsurgery.architectures import DownProjection, down_projection
+from swsurgery.checkpoint import Checkpoint
+from swsurgery.coordinate import Coordinate
+from swsurgery.errors import ModelError
+from swsurgery.findings import Candidate, Confirmation, Effect, Expert, JointSet, Trial, Verdict
+from swsurgery.model import Placement, load, measure
+from swsurgery.model.check import built_in_text
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.sweep import variants_at_once, windows_of
+from swsurgery.progress import Progress
+from swsurgery.shard import opened, read_exactly
+
+INERT = 1.05
+"""A perplexity ratio up to which a scalar counts as inert; docs/known.md draws the same line."""
+
+BLOCK, LEAST_BLOCKS = 64, 16
+"""Tokens that are resampled as one, for the losses of neighbours are not independent; and how many blocks there are at
+least: a shorter text is cut finer."""
+
+RESAMPLES, CONFIDENCE = 2000, 0.95
+
+PAIRS = 28
+"""Pairs that are tested at most: all of them up to eight candidates."""
+
+CONTEXT_NULLS = 6
+"""Nulls that are zeroed on top of all candidates too: in a broken model any change has a larger effect."""
+
+COMPANIONS, COMPANION_SHARE, COMPANION_SIGMAS = 2, 1 / 6, 8.0
+"""A companion has at least this share of the candidate's magnitude and is this many robust standard deviations from
+zero in its column; so many are tested for each candidate. Known ones have half the candidate's magnitude (Llama-2-7B,
+docs/known.md); in SmolLM2-135M the weakest that does something has a fifth, and 39 standard deviations."""
+
+BAND = 0.14
+"""In log2: magnitudes within 10% of the candidate's are like it."""
+
+PIECE = 1 << 22
+"""Elements of a matrix that are looked at in one go."""
+
+_ELEMENTS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+
+Place = tuple[int, Expert]
+"""Layer and expert: where a matrix is."""
+
+Zeroed = frozenset[Coordinate]
+"""Scalars that are zeroed together; the empty set is the model as it is stored."""
+
+Say = Callable[[str], None]
+
+
+def confirm(
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    *,
+    text: str | None = None,
+    device: str = "auto",
+    placement: Placement = "auto",
+    windows: int = 16,
+    window: int = 512,
+    nulls: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+    say: Say = lambda line: None,
+) -> Confirmation:
+    """Test `candidates` on the first `windows` windows of `window` tokens of `text` (None: the built-in one).
+
+    Windows, BOS and scored positions are those of `check.run_checks`. The rest is said at `confirm_windows`. Raises
+    ModelError where tokenizer or model cannot be loaded or run.
+    """
+    text = built_in_text() if text is None else text
+    with load.quiet():
+        tokenizer = load.load_tokenizer(checkpoint.root)
+        model = load.open_model(checkpoint, device=device, placement=placement, say=say)
+        pieces, longest = windows_of(model.model, tokenizer, text, windows, window)
+        found = confirm_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
+    return dataclasses.replace(found, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def confirm_windows(
+    model: LayeredModel,
+    candidates: Sequence[Candidate],
+    windows: Sequence[Sequence[int]],
+    *,
+    nulls: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+    say: Say = lambda line: None,
+) -> Confirmation:
+    """Test `candidates` on token ids, each of `windows` on its own.
+
+    The effect of zeroing some scalars is the model's perplexity without them divided by that with them; its interval
+    (95%) is a paired bootstrap over blocks of 64 scored tokens. An effect is clear where the low end of its interval is
+    above 1.05 and above what is common in the null: `nulls` scalars of the candidates' matrices in all, zeroed one at
+    a time, drawn with `seed` from those within 10% of a candidate's magnitude, else the nearest magnitudes there are,
+    and never from a candidate's column.
+
+    A scalar is "critical alone" where its effect is clear. It is "critical jointly" where it is not, but where leaving
+    it out of all candidates, or out of a joint set, takes clearly more away than its effect alone; some of the null,
+    zeroed on top of all candidates, set the bar for this too. A joint set is a group whose effect is clearly larger
+    than the product of the effects of the smaller joint sets within it and of its other scalars. Tested for it are
+    pairs of candidates and pairs within a column, and the group of all that matter for the effect of all candidates.
+    A companion is tested alone, on top of all candidates (so that the effect without it is that of all candidates),
+    and in pairs.
+
+    `say` gets a line where the null raises the bar, and for a scalar of the null that turns out to be critical.
+
+    The same inputs on the same machine give the same result. Raises ModelError where there is no candidate or no
+    window, where a candidate is not a scalar of the checkpoint's down projections, where the dtype has no single
+    weights, and where the model as stored gives losses that are not finite.
+    """
+    if not candidates:
+        raise ModelError("nothing to confirm", "no candidates")
+    if not windows or any(len(window) < 2 for window in windows):
+        raise ModelError("no room for text", f"{len(windows)} windows", "at least one, of at least two tokens each")
+    listed = list({candidate.coordinate: candidate for candidate in candidates}.values())
+    matrices = _matrices(model.checkpoint, listed)
+    tested = listed + _companions(listed, matrices)
+    null = _draw_nulls(listed, tested, matrices, nulls, seed)
+
+    losses = _Losses(model, windows, tested, seed)
+    names = [candidate.coordinate for candidate in tested]
+    alone = {name: frozenset({name}) for name in (*names, *null)}
+    together = frozenset(candidate.coordinate for candidate in listed)
+    pairs = _pairs(tested, together)
+    count = min(CONTEXT_NULLS, len(null)) if len(names) > 1 else 0
+    crowded = [null[number * len(null) // count] for number in range(count)]
+    losses.measure(
+        [
+            *alone.values(),
+            *(group for name in names for group in (together | {name}, together - {name})),
+            *pairs,
+            *(together | {scalar} for scalar in crowded),
+        ],
+        progress,
+    )
+    floor, joint_floor = _floors(losses, together, null, crowded, say)
+    # What adds to the others clearly more than its effect alone is part of something that they do together.
+    core = frozenset(
+        name for name in names if losses.gain(together | {name}, [together - {name}, alone[name]]).low > joint_floor
+    )
+    groups = list(dict.fromkeys([*pairs, core] if len(core) > 1 else pairs))
+    losses.measure(groups, progress)
+    joint = _joint_sets(losses, groups, joint_floor)
+
+    def verdict(name: Coordinate) -> Verdict:
+        if losses.gain(alone[name]).low > floor:
+            return "critical alone"
+        return "critical jointly" if name in core.union(*joint) else "inert"
+
+    trials = [
+        Trial(
+            candidate,
+            alone=losses.effect(alone[name]),
+            without=losses.effect(together - {name}) if together - {name} else None,
+            verdict=verdict(name),
+            listed=name in together,
+        )
+        for name, candidate in zip(names, tested, strict=True)
+    ]
+    return Confirmation(
+        trials=tuple(trials),
+        together=losses.effect(together),
+        joint_sets=tuple(JointSet(tuple(sorted(group, key=names.index)), losses.effect(group)) for group in joint),
+        null=tuple(losses.effect(alone[scalar]).ratio for scalar in null),
+        base_perplexity=losses.base_perplexity,
+        windows=len(windows),
+        window_tokens=max(map(len, windows)),
+        text_sha256="",
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=load.device_name(model.device),
+    )
+
+
+def _pairs(tested: Sequence[Candidate], listed: Zeroed) -> list[Zeroed]:
+    """Pairs of listed scalars, and of all that share a column; at most PAIRS: first those that share a column, then
+    those that share a row, then the best ranked."""
+
+    def same_column(one: Candidate, other: Candidate) -> bool:
+        return (one.layer, one.expert, one.col) == (other.layer, other.expert, other.col)
+
+    def order(pair: tuple[int, int]) -> tuple[bool, bool, int]:
+        one, other = (tested[place] for place in pair)
+        return not same_column(one, other), one.row != other.row, sum(pair)
+
+    chosen = [
+        frozenset({tested[one].coordinate, tested[other].coordinate})
+        for one, other in sorted(combinations(range(len(tested)), 2), key=order)
+        if same_column(tested[one], tested[other]) or {tested[one].coordinate, tested[other].coordinate} <= listed
+    ]
+    return chosen[:PAIRS]
+
+
+def _floors(
+    losses: _Losses, together: Zeroed, null: Sequence[Coordinate], crowded: Sequence[Coordinate], say: Say
+) -> tuple[float, float]:
+    """What an effect, and what an effect beyond the sum of its parts, must exceed to be clear: logarithms of ratios.
+
+    The first is the null's outer fence, the third quartile plus three times the distance between the quartiles
+    (J. W. Tukey, Exploratory Data Analysis, 1977), and not its largest: among scalars of a super weight's magnitude
+    there may be another super weight, which must not hide the first. Such a one is said.
+    """
+    alone = {scalar: losses.gain(frozenset({scalar})) for scalar in null}
+    floor = max(math.log(INERT), _outer_fence([gain.log for gain in alone.values()]))
+    if floor > math.log(INERT):
+        say(f"random scalars of like magnitude change perplexity too: only ratios above {_exp(floor):.3g} count")
+    for scalar in null:
+        if alone[scalar].low > floor:
+            ratio = f"x{_exp(alone[scalar].log):.3g} without it"
+            say(f"critical, though no candidate: {scalar} (drawn for comparison; perplexity is {ratio})")
+    common = [
+        losses.gain(together | {scalar}, [together, frozenset({scalar})]).log
+        for scalar in crowded
+        if alone[scalar].low <= floor
+    ]
+    # In a model that is broken beyond numbers nothing is learnt from what one more scalar does.
+    joint_floor = max([floor, *filter(math.isfinite, common)])
+    if joint_floor > floor:
+        least = f"x{_exp(joint_floor):.3g}"
+        say(f"without the candidates random scalars matter more: only joint effects above {least} count")
+    return floor, joint_floor
+
+
+def _outer_fence(values: Sequence[float]) -> float:
+    if not values:
+        return -math.inf
+    low, high = (sorted(values)[round(share * (len(values) - 1))] for share in (0.25, 0.75))
+    return high + 3 * (high - low) if math.isfinite(high) else math.inf
+
+
+def _joint_sets(losses: _Losses, groups: Sequence[Zeroed], floor: float) -> list[Zeroed]:
+    """The groups that do clearly more than the product of their parts: smaller joint sets, strongest first, and the
+    scalars that are in none of these. Strongest first."""
+    found: list[Zeroed] = []
+    for group in sorted(groups, key=len):
+        parts: list[Zeroed] = []
+        left = group
+        for smaller in sorted(found, key=lambda known: -losses.gain(known).log):
+            if smaller <= left:
+                parts.append(smaller)
+                left -= smaller
+        if losses.gain(group, [*parts, *(frozenset({name}) for name in left)]).low > floor:
+            found.append(group)
+    return sorted(found, key=lambda known: -losses.gain(known).log)
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+class _Gain(NamedTuple):
+    """How much the logarithm of the perplexity rises, with the ends of its interval."""
+
+    log: float
+    low: float
+    high: float
+
+
+class _Losses:
+    """What the model loses on the windows without some scalars, block by block of tokens, so that differences between
+    any two sets have an interval. All scalars that will be zeroed lie in matrices of `tested`."""
+
+    def __init__(self, model: LayeredModel, windows: Sequence[Sequence[int]], tested: Sequence[Candidate], seed: int):
+        self.model, self.windows = model, windows
+        self._layers = {candidate.coordinate.tensor: candidate.layer for candidate in tested}
+        # Taking out nothing has no effect, to the last digit.
+        self._nothing = frozenset(candidate.coordinate for candidate in tested if candidate.value == 0)
+        scored = [len(window) - 1 for window in windows]
+        size = max(1, min(BLOCK, sum(scored) // LEAST_BLOCKS))
+        blocks: list[Tensor] = []
+        for tokens in scored:
+            first = int(blocks[-1][-1]) + 1 if blocks else 0
+            blocks.append(first + torch.arange(tokens) // size)
+        self._block_of = torch.cat(blocks)
+        self._tokens = torch.bincount(self._block_of).double()
+        count = len(self._tokens)
+        self._picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+        self._base: Tensor | None = None
+        self._extra: dict[Zeroed, Tensor] = {frozenset(): torch.zeros(count, dtype=torch.float64)}
+        self._kl: dict[Zeroed, float] = {frozenset(): 0.0}
+
+    def measure(self, groups: Iterable[Zeroed], progress: Progress | None) -> None:
+        """Zero each group that is not known yet, in as few readings of the model as its hidden states allow; groups
+        whose first layer is late go together, for what comes before it is computed once."""
+        wanted = [
+            group for group in dict.fromkeys(group - self._nothing for group in groups) if group not in self._extra
+        ]
+        wanted.sort(key=lambda group: -min((self._layers[name.tensor] for name in group), default=0))
+        if not wanted and self._base is not None:
+            return
+        with load.running(self.model.device):
+            at_once = variants_at_once(self.model, self.windows)
+            for begin in range(0, max(1, len(wanted)), at_once):
+                self._run(wanted[begin : begin + at_once], progress)
+
+    def gain(self, group: Zeroed, parts: Iterable[Zeroed] = ()) -> _Gain:
+        """How much zeroing `group` costs beyond what zeroing each of `parts` costs, in nats per token."""
+        extra = self._extra[group - self._nothing] - sum(self._extra[part - self._nothing] for part in parts)
+        resampled = extra[self._picks].sum(1) / self._tokens[self._picks].sum(1)
+        tail = (1 - CONFIDENCE) / 2
+        # Neighbours of a quantile are not mixed: one of them may be infinite. A difference of infinities is no number,
+        # and compares false to everything.
+        low = resampled.quantile(tail, interpolation="lower")
+        high = resampled.quantile(1 - tail, interpolation="higher")
+        return _Gain(float(extra.sum() / self._tokens.sum()), float(low), float(high))
+
+    def effect(self, group: Zeroed) -> Effect:
+        return Effect(*map(_exp, self.gain(group)), self._kl[group - self._nothing])
+
+    @property
+    def base_perplexity(self) -> float:
+        return _exp(float(self._base.mean()))
+
+    def _run(self, groups: Sequence[Zeroed], progress: Progress | None) -> None:
+        totals = measure.Totals([], 1 + len(groups))
+        variants = [{}, *({name: 0.0 for name in group} for group in groups)]
+        for outcomes in self.model.run(self.windows, variants, progress=progress):
+            totals.add_window(self.windows[outcomes.sequence], outcomes)
+        base = torch.cat(totals.token_nll[0])
+        if not base.isfinite().all():
+            raise ModelError(
+                "losses of the model as it is stored are not finite", self.model.checkpoint.root, "try another dtype"
+            )
+        self._base = base
+        for number, group in enumerate(groups, start=1):
+            nll = torch.cat(totals.token_nll[number]).nan_to_num(nan=math.inf, posinf=math.inf)
+            self._extra[group] = torch.zeros_like(self._tokens).index_add_(0, self._block_of, nll - base)
+            kl = totals.mean_kl(number)
+            self._kl[group] = math.inf if math.isnan(kl) else kl
+
+
+def _exp(log: float) -> float:
+    return float(torch.tensor(log, dtype=torch.float64).exp())  # infinity where math.exp would raise
+
+
+# Companions and the null ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One down projection, read from its shard. `outer` and `inner` are its sizes in the order in which it is stored:
+    (rows, cols), or (cols, rows) where it is transposed."""
+
+    checkpoint: Checkpoint
+    place: DownProjection
+
+    @property
+    def outer(self) -> int:
+        return self.place.cols if self.place.transposed else self.place.rows
+
+    @property
+    def inner(self) -> int:
+        return self.place.rows if self.place.transposed else self.place.cols
+
+    def coordinate(self, row: int, col: int) -> Coordinate:
+        return Coordinate(self.place.tensor, self.place.index(row, col))
+
+    def column(self, col: int) -> Tensor:
+        """What neuron `col` is multiplied with on its way to each residual channel: (rows,), float64."""
+        if self.place.transposed:
+            return self._read([(col * self.inner, self.inner)]).double()
+        return self._read([(row * self.inner + col, 1) for row in range(self.outer)]).double()
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """The matrix as it is stored, in parts of bounded size: (first outer index, magnitudes (outer, inner))."""
+        step = max(1, PIECE // self.inner)
+        for first in range(0, self.outer, step):
+            count = min(step, self.outer - first) * self.inner
+            yield first, self._read([(first * self.inner, count)]).float().abs().view(-1, self.inner)
+
+    def rank(self, magnitude: float) -> int:
+        """1 for the largest magnitude in the matrix."""
+        return 1 + sum(int((piece > magnitude).sum()) for _, piece in self.pieces())
+
+    def like(self, magnitudes: Sequence[float], count: int, avoid: set[int], seed: int) -> list[list[Coordinate]]:
+        """For each of `magnitudes`, up to `count` scalars outside the columns `avoid`: of those in the band around it a
+        random choice, beyond it the nearest."""
+        generator = torch.Generator().manual_seed(seed)
+        columns = torch.tensor(sorted(avoid), dtype=torch.long)
+        best = [(torch.empty(0), torch.empty(0, dtype=torch.long))] * len(magnitudes)
+        for first, piece in self.pieces():
+            logs = piece.log2()
+            if self.place.transposed:
+                logs[columns[(columns >= first) & (columns < first + len(piece))] - first] = math.nan
+            else:
+                logs[:, columns] = math.nan
+            chance = torch.rand(logs.shape, generator=generator) * 1e-3  # who of equals comes first
+            for number, magnitude in enumerate(magnitudes):
+                far = ((logs - math.log2(magnitude)).abs().clamp(min=BAND) + chance).flatten().nan_to_num(nan=math.inf)
+                near = far.topk(min(count, len(far)), largest=False)
+                distance = torch.cat([best[number][0], near.values])
+                flat = torch.cat([best[number][1], near.indices + first * self.inner])
+                kept = distance.argsort(stable=True)[:count]
+                best[number] = distance[kept], flat[kept]
+        return [
+            [self._at(int(flat)) for far, flat in zip(distances, flats, strict=True) if math.isfinite(far)]
+            for distances, flats in best
+        ]
+
+    def _at(self, flat: int) -> Coordinate:
+        outer, inner = divmod(flat, self.inner)
+        return self.coordinate(inner, outer) if self.place.transposed else self.coordinate(outer, inner)
+
+    def _read(self, runs: Iterable[tuple[int, int]]) -> Tensor:
+        """Elements in their stored dtype: for each (first, count), counted from the start of the matrix."""
+        name = self.place.tensor
+        info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
+        start, size = shard.offset(name, self.place.index(0, 0)), info.dtype.size
+        with opened(shard.path) as fd:
+            data = b"".join(read_exactly(fd, n * size, start + first * size, shard.path) for first, n in runs)
+        return torch.frombuffer(bytearray(data), dtype=_ELEMENTS[info.dtype.name])
+
+
+def _matrices(checkpoint: Checkpoint, candidates: Sequence[Candidate]) -> dict[Place, _Matrix]:
+    """The down projection of each candidate. Raises ModelError where the candidate is no scalar of it."""
+    matrices: dict[Place, _Matrix] = {}
+    for candidate in candidates:
+        key = (candidate.layer, candidate.expert)
+        if key not in matrices:
+            place = down_projection(checkpoint.config, checkpoint.shapes, *key)
+            dtype = checkpoint.info(place.tensor).dtype
+            if dtype.name not in _ELEMENTS:
+                raise ModelError(f"{dtype.name} holds no single weights", place.tensor)
+            matrices[key] = _Matrix(checkpoint, place)
+        place = matrices[key].place
+        inside = 0 <= candidate.row < place.rows and 0 <= candidate.col < place.cols
+        if not inside or matrices[key].coordinate(candidate.row, candidate.col) != candidate.coordinate:
+            raise ModelError("no such scalar of a down projection", candidate.coordinate)
+    return matrices
+
+
+def _companions(listed: Sequence[Candidate], matrices: Mapping[Place, _Matrix]) -> list[Candidate]:
+    """Outliers in the candidates' columns that are not listed themselves."""
+    found: dict[Coordinate, Candidate] = {candidate.coordinate: candidate for candidate in listed}
+    for candidate in listed:
+        matrix = matrices[candidate.layer, candidate.expert]
+        column = matrix.column(candidate.col)
+        magnitudes = column.abs()
+        sigma = 1.4826 * float(magnitudes.median())  # of a normal distribution around zero
+        least = max(COMPANION_SHARE * float(magnitudes[candidate.row]), COMPANION_SIGMAS * sigma)
+        rows = [row for row in magnitudes.argsort(descending=True, stable=True).tolist() if row != candidate.row]
+        for row in rows[:COMPANIONS]:
+            name = matrix.coordinate(row, candidate.col)
+            if candidate.value != 0 and float(magnitudes[row]) >= least and name not in found:
+                found[name] = dataclasses.replace(
+                    candidate, coordinate=name, row=row, value=float(column[row]), score=0.0,
+                    rank=matrix.rank(float(magnitudes[row])), z=None, input_spike=None, output_spike=None,
+                    share=None, prompts=None, round=None,
+                )  # fmt: skip
+    return list(found.values())[len(listed) :]
+
+
+def _draw_nulls(
+    listed: Sequence[Candidate], tested: Sequence[Candidate], matrices: Mapping[Place, _Matrix], nulls: int, seed: int
+) -> list[Coordinate]:
+    """`nulls` scalars, shared out evenly over the candidates; fewer where their matrices are too small."""
+    templates = [candidate for candidate in listed if candidate.value != 0]
+    shares = {t.coordinate: len(range(number, nulls, len(templates))) for number, t in enumerate(templates)}
+    drawn: list[Coordinate] = []
+    for place, matrix in matrices.items():
+        here = [t for t in templates if (t.layer, t.expert) == place and shares[t.coordinate]]
+        avoid = {candidate.col for candidate in tested if (candidate.layer, candidate.expert) == place}
+        total = sum(shares[t.coordinate] for t in here)
+        choices = matrix.like([abs(t.value) for t in here], total, avoid, seed) if here else []
+        for template, choice in zip(here, choices, strict=True):
+            drawn += [name for name in choice if name not in drawn][: shares[template.coordinate]]
+    return drawn
