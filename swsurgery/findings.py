@@ -42,7 +42,7 @@ class PersistentActivation:
 class Candidate:
     """One scalar that a detector takes for a super weight. What its method does not measure is None.
 
-    `score` orders the candidates of one scan; `rank` is that of its magnitude in its matrix, 1 the largest. From
+    `score` is the method's own measure; `rank` is that of its magnitude in its matrix, 1 the largest. From
     activations: `input_spike` = x[col], `output_spike` = y[row] and `share` = x[col] * W[row, col] / y[row] where the
     spike is largest, `prompts` that agree, and `round` 1 for what was found first. From weights: `z`, the robust
     z-score of the score's logarithm among those of all neurons of the model.

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from swsurgery.checkpoint import Checkpoint
@@ -123,12 +124,10 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         )
         if target.type == "cuda":
             threading.Thread(target=_wake, args=(target, getattr(config, "dtype", None)), daemon=True).start()
-        with _parameters_on_meta():
-            model = (
-                _auto_model(config)
-                .from_config(config, dtype=getattr(config, "dtype", None) or "auto", trust_remote_code=False)
-                .eval()
-            )
+        dtype = getattr(config, "dtype", None) or "auto"
+        with no_init_weights(), _parameters_on_meta():
+            model = _auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        model.tie_weights()  # it is part of the initialisation that was left out
     except LOADING_ERRORS as error:
         raise ModelError(f"cannot be read layer by layer: {first_line(error)}", checkpoint.root) from error
     layers = find_decoder_layers(model)

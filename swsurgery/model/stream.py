@@ -31,7 +31,7 @@ from swsurgery.coordinate import Coordinate
 from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.shard import open_regular
 
-PIECE = 16 << 20
+PIECE = 8 << 20
 """Bytes read in one call."""
 
 READERS = max(2, min(8, os.cpu_count() or 2))
