@@ -80,6 +80,12 @@ JOBS = {
 }
 
 
+def forget_files() -> None:
+    """Empty the page cache, so that every byte comes from the disk. Needs root."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
 def measured(script: str, folder: Path, device: str) -> dict:
     begin = time.perf_counter()
     done = subprocess.run(
@@ -97,6 +103,14 @@ def read_all(folder: Path) -> float:
     return time.perf_counter() - begin
 
 
+def scan_weights(folder: Path) -> float:
+    """Seconds that `swsurgery scan --method weights` takes as a process."""
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "swsurgery", "scan", str(folder), "--method", "weights"]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - begin
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
@@ -104,6 +118,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", default="13.5 GB")
     parser.add_argument("--only-ours", action="store_true", help="for checkpoints that nothing else can load")
+    parser.add_argument("--cold", action="store_true", help="empty the page cache before each run (as root)")
     parser.add_argument("--write", type=Path, help="where the table goes")
     options = parser.parse_args()
     folder = options.work.resolve() / options.size.replace(" ", "")
@@ -113,17 +128,25 @@ def main() -> None:
         writer.join()
     jobs = {name: job for name, job in JOBS.items() if not options.only_ours or job is OURS}
     runs: dict[str, list[dict]] = {name: [] for name in jobs}
-    cats = [read_all(folder)]
+    prepare = forget_files if options.cold else lambda: None
+    cats, scans = [read_all(folder)], []
     for _ in range(options.rounds):
         for name, script in jobs.items():
+            prepare()
             runs[name].append(measured(script, folder, options.device))
             print(f"  {name}: {runs[name][-1]}", flush=True)
+        prepare()
         cats.append(read_all(folder))
+        if options.device == "cpu":
+            prepare()
+            scans.append(scan_weights(folder))
     middle = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
     first = next(iter(runs.values()))[0]
     where = first["machine"] or f"{os.cpu_count()} cores"
+    cache = "emptied before each run" if options.cold else "warm"
     lines = [
-        f"A Llama-7B-shaped F16 checkpoint ({options.size}), page cache warm where it fits. {where}, Linux",
+        f"A Llama-7B-shaped F16 checkpoint ({options.size}), page cache {cache}.",
+        f"{where}, Linux",
         f"{platform.release()}, torch {first['torch']}, transformers {first['transformers']}. Medians of",
         f"{options.rounds} rounds in turn, in seconds after the imports. "
         + ("One prompt of 9 tokens." if options.device == "cpu" else "4 windows of 512 tokens, base and patched."),
@@ -137,6 +160,10 @@ def main() -> None:
         memory, device = (max(run[key] for run in found) for key in ("memory", "device"))
         ratio = f"{middle[name] / middle['transformers: load']:.2f}" if "transformers: load" in middle else ""
         lines.append(f"| {name} | {middle[name]:.2f} | {process:.1f} | {memory:.1f} GB | {device:.2f} GB | {ratio} |")
+    if scans:
+        ratio = statistics.median(scan / cat for scan, cat in zip(scans, cats[1:], strict=True))
+        lines += ["", f"`scan --method weights`, a whole process: {statistics.median(scans):.1f} s, {ratio:.1f} times"]
+        lines += ["that `cat` (median of the pairs)."]
     print("\n".join(lines))
     if options.write:
         options.write.write_text("\n".join(lines) + "\n")

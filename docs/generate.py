@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-COMMANDS = ("apply", "lookup", "inspect", "check", "verify", "diff", "revert", "schema")
+COMMANDS = ("apply", "lookup", "scan", "sweep", "inspect", "check", "verify", "diff", "revert", "schema")
 
 
 def commands() -> str:

@@ -136,12 +136,12 @@ def _together(
         )
         for s in confirmation.joint_sets
     }
-    tested = [t.candidate.coordinate for t in confirmation.trials]
+    tested = [t.candidate.coordinate for t in confirmation.trials if t.listed]  # companions were not among `together`
     if len(tested) < 2 or frozenset(tested) in sets:
         return {"joint_sets": tuple(sets.values())}
-    if set(tested) == set(ids):
+    if set(tested) <= set(ids):
         everything = schema.JointSet(
-            name="all that the scan found",
+            name="all candidates of the detector",
             coordinates=tuple(ids[c] for c in tested),
             effects=(_effect("zero jointly", confirmation.together, confirmation, source),),
         )

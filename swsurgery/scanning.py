@@ -92,8 +92,9 @@ def scan_checkpoint(
     if confirm and report.candidates:
         from swsurgery.model.confirm import confirm as run
 
-        confirmation = run(checkpoint, report.candidates, **vars(options), progress=progress, say=say)
-        report = dataclasses.replace(report, confirmation=confirmation)
+        said: list[str] = []
+        confirmation = run(checkpoint, report.candidates, **vars(options), progress=progress, say=said.append)
+        report = dataclasses.replace(report, confirmation=confirmation, notes=(*report.notes, *said))
     return report
 
 

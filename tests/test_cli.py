@@ -18,7 +18,10 @@ from swsurgery.cli import main
 COMMANDS = {
     "apply": ["--base", "--output", "--dry-run", "--link", "--check", "--device", "--text", "--prompt",
               "--max-perplexity-ratio", "--min-perplexity-ratio", "--rehash", "--json", "--quiet", "--debug"],
-    "lookup": ["--status", "--manifest", "--factor", "--json", "--quiet"],
+    "lookup": ["--status", "--manifest", "--factor", "--forget", "--json", "--quiet"],
+    "scan": ["--method", "--prompt", "--confirm", "--manifest", "--op", "--factor", "--plot", "--register", "--text",
+             "--windows", "--device", "--placement", "--json", "--quiet", "--debug"],
+    "sweep": ["--factors", "--base", "--plot", "--text", "--windows", "--device", "--placement", "--json", "--quiet"],
     "inspect": ["--tensor", "--at", "--json", "--quiet"],
     "check": ["--text", "--prompt", "--max-perplexity-ratio", "--min-perplexity-ratio", "--device", "--json"],
     "verify": ["--base", "--json", "--quiet"],

@@ -33,16 +33,16 @@ TABLE_2 = {
 
 
 def test_counts():
-    assert len(MODELS) == 39
-    assert len(COORDINATES) == 108
+    assert len(MODELS) == 40
+    assert len(COORDINATES) == 114
     assert sum(all(c.col is None for c in m.coordinates) for m in MODELS) == 5
     statuses = [c.status for _, c in COORDINATES]
     assert {s: statuses.count(s) for s in known.STATUSES} == {
-        "paper": 31, "measured": 0, "independent-detection": 26, "code-only": 6, "disputed": 1, "refuted": 9,
+        "paper": 31, "measured": 6, "independent-detection": 26, "code-only": 6, "disputed": 1, "refuted": 9,
         "insufficient": 35,
     }  # fmt: skip
     assert sum(c.value is not None or c.value_printed is not None for _, c in COORDINATES) == 78
-    assert sum(len(m.joint_sets) for m in MODELS) == 21
+    assert sum(len(m.joint_sets) for m in MODELS) == 26
 
 
 def test_the_whole_table_of_the_paper_is_there():
@@ -99,7 +99,7 @@ def test_rounded_prints_are_no_guards():
     printed = {f"{m.slug}:{c.id}": c.value_printed for m, c in COORDINATES if c.value_printed and c.value is None}
     assert printed["olmo-1b:L1.1764.8041"] == "0.0018"
     assert printed["qwen2.5-3b:L2.318.3189"] == "-0.550781"
-    assert len(printed) == 7
+    assert len(printed) == 13
 
 
 def test_row_level_evidence_is_marked():
@@ -225,7 +225,7 @@ def test_json_has_the_promised_shape():
 def test_json_of_everything_is_plain_and_keeps_infinities_as_words():
     document = known.to_json(MODELS)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert sum(len(m["coordinates"]) for m in document["models"]) == 108
+    assert sum(len(m["coordinates"]) for m in document["models"]) == 114
     [llama] = known.to_json(known.lookup("llama-2-7b"))["models"]
     assert llama["joint_sets"][0]["effects"][0]["ratio"] == "inf"
     [only] = known.to_json(known.lookup("llama-2-7b"), "paper")["models"]

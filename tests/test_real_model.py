@@ -14,7 +14,6 @@ import pytest
 
 MODEL = os.environ.get("SWSURGERY_TEST_MODEL")
 pytestmark = [pytest.mark.model, pytest.mark.skipif(not MODEL, reason="SWSURGERY_TEST_MODEL names no model")]
-ROOT = Path(__file__).parents[1]
 
 
 def run(*words: object) -> dict:
@@ -25,11 +24,50 @@ def run(*words: object) -> dict:
     return json.loads(done.stdout)
 
 
+def test_the_super_weights_are_found(tmp_path):
+    """Two neurons of layer 11 and two of layer 2 write what persists; the weights alone put the neuron that takes it
+    back, and the one that makes it, before 26.5 million other scalars."""
+    scanned = run("scan", MODEL, "--manifest", tmp_path / "zero.yaml")
+    places = [(s["layer"], s["row"], s["col"], s["value"]) for s in scanned["super_weights"]]
+    assert places[0] == (11, 507, 1229, 5.875)
+    assert set(places) >= {(11, 507, 1229, 5.875), (2, 507, 90, 5.09375)}
+    assert {place[0] for place in places} == {2, 11}
+    planned = run("apply", tmp_path / "zero.yaml", "--dry-run")
+    assert sorted(splice["old"] for splice in planned["splices"]) == sorted(place[3] for place in places)
+
+    by_weights = run("scan", MODEL, "--method", "weights")["super_weights"]
+    assert [(s["layer"], s["row"], s["col"]) for s in by_weights[:2]] == [(28, 507, 678), (11, 507, 1229)]
+
+
+def test_streamed_logits_are_those_of_transformers():
+    import torch
+    import transformers
+
+    from swsurgery.checkpoint import open_checkpoint
+    from swsurgery.model import load
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    ids = tokenizer("The capital of France is")["input_ids"]
+    streamed = load.open_model(open_checkpoint(Path(MODEL)), device="cpu", placement="streamed", say=pytest.fail)
+    [logits] = [outcome.logits[0] for outcome in streamed.run([ids])]
+    whole = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    with torch.no_grad():
+        expected = whole(input_ids=torch.tensor([ids])).logits[0]
+    assert (streamed.method, logits.dtype, expected.dtype) == ("streamed", torch.bfloat16, torch.bfloat16)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.25)  # one unit of bfloat16 at their size
+    assert logits[-1].argmax() == expected[-1].argmax()
+
+
 def test_zeroing_the_super_weight_is_checked_proved_and_undone(tmp_path):
     """The figures of the check are known from independent measurements: perplexity rises about fivefold, Paris goes,
     and the largest activation leaves layer 11, channel 507."""
     base, patched, reverted = Path(MODEL), tmp_path / "patched", tmp_path / "reverted"
-    applied = run("apply", ROOT / "demo" / "zero-one-scalar.yaml", "--base", base, "-o", patched)
+    manifest = tmp_path / "zero.yaml"
+    manifest.write_text(
+        "version: 1\nbase: {path: .}\nedits:\n  - {op: zero, layer: 11, row: 507, col: 1229, expect: 5.875}\n"
+        "check: {min_perplexity_ratio: 2.0}\n"
+    )
+    applied = run("apply", manifest, "--base", base, "-o", patched)
     (splice,) = applied["splices"]
     assert (splice["old"], splice["new"]) == (5.875, 0.0)
 

@@ -59,7 +59,7 @@ def confirmation(*trials: Trial, together: float = 50.0, joint: tuple[JointSet, 
 
 @pytest.fixture
 def report(checkpoint) -> ScanReport:
-    """Three candidates: one matters alone, two are inert; of these, one matters jointly with the first."""
+    """Two candidates, of which one matters alone and one does not, and a companion that matters jointly."""
     root = checkpoint.root
     first = candidate(root, 1, 2, 3, SECOND, "F16", input_spike=26.46, output_spike=-342.24, share=0.98, prompts=4)
     second = candidate(root, 2, 2, 5, THIRD, "F32", rank=7)
@@ -106,7 +106,7 @@ def test_the_entry_says_what_was_measured(checkpoint, report):
     assert joint.coordinates == ("L1.2.3", "L2.2.5")
     assert (joint.effects[0].ratio, joint.effects[0].protocol) == (54.25, "zero jointly")
     [everything] = model.effects
-    assert (everything.ratio, everything.protocol) == (55.0, "zero all 3 candidates of the scan")
+    assert (everything.ratio, everything.protocol) == (55.0, "zero all 2 candidates of the scan")
 
 
 def test_the_source_repeats_the_scan(checkpoint, report):
@@ -121,7 +121,7 @@ def test_the_source_repeats_the_scan(checkpoint, report):
 
 
 def test_all_candidates_together_are_a_set_where_all_are_in_the_entry(checkpoint, report):
-    trials = report.confirmation.trials[:2]
+    trials = [replace(t, listed=True) for t in report.confirmation.trials[:2]]
     model = known_entry(
         replace(report, confirmation=confirmation(*trials, together=60.0)), checkpoint, hf_id="tiny", command=COMMAND
     )
@@ -345,6 +345,6 @@ def test_the_table_shows_figures_and_marks_them_as_own(checkpoint, report):
         flat = " ".join(text.split())
         assert "own scan, zeroed: ppl 29.6 -> 162.8 (95%: x4.95 to x6.05) [1]" in flat
         assert "own scan, zero all others of the scan: ppl" in flat
-        assert "L1.2.3 + L2.2.5" in flat and "zero all 3 candidates of the scan" in flat
+        assert "L1.2.3 + L2.2.5" in flat and "zero all 2 candidates of the scan" in flat
         assert f"(own scan; 16 windows of 512 tokens of the text with sha256 {DIGEST}" in flat
         assert "WARNING" not in flat

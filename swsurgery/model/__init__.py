@@ -1,11 +1,17 @@
 """The only room that knows torch and transformers: it loads a checkpoint as a model and looks at what it computes.
 
-    check.py      the sanity check on one page; start here
-    load.py       device, dtype, model and tokenizer from a local directory, quietly
-    forward.py    base and patched model in one forward pass
-    measure.py    the figures: perplexity, KL, stop-word mass, next tokens
-    stopwords.py  English function words
-    passage.txt   the built-in text, written for this check
+    check.py        the sanity check on one page; start here
+    load.py         device, dtype, model and tokenizer from a local directory, quietly
+    forward.py      any number of variants of a model, layer by layer, in one reading of its weights
+    stream.py       the weights of one layer at a time, straight from the shards
+    measure.py      the figures: perplexity, KL, stop-word mass, next tokens
+    activations.py  super weights by the activations that they make; spikes.py watches the layers for it, and
+                    persistence.py says which activations persist
+    weights.py      super weights by the weights alone; scores.py reads and scores them, without torch
+    confirm.py      what zeroing candidates does, beside random scalars of like size
+    sweep.py        quality as a function of a factor
+    stopwords.py    English function words
+    passage.txt     the built-in text, written for this check
 
 Importing this package, or `check`, does not load torch; running a check does. Nothing here reads shards for the
 purpose of editing them, and nothing here writes.

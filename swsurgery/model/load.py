@@ -30,7 +30,7 @@ from swsurgery.errors import ModelError
 from swsurgery.hub import config_error
 from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel, find_decoder_layers
-from swsurgery.model.stream import StreamedWeights, plan_weights
+from swsurgery.model.stream import StreamedWeights, pinned_pieces, plan_weights
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
 COMFORTABLE_SHARE = 0.6
@@ -147,8 +147,10 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
 
 
 def _wake(device: torch.device, dtype: torch.dtype | None) -> None:
-    """Have CUDA load the kernels that every layer needs, which takes a second, while the model is still being built."""
+    """Have CUDA pin memory and load the kernels that every layer needs, which takes a second, while the model is still
+    being built."""
     with contextlib.suppress(RuntimeError), torch.no_grad():
+        del pinned_pieces()[:]  # torch keeps what is freed for the next to ask
         x = torch.zeros(1, 64, 64, device=device, dtype=dtype)
         functional.silu(functional.linear(x, x[0]))
         functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)

@@ -352,6 +352,11 @@ class _Files:
             view, offset = view[count:], offset + count
 
 
+def pinned_pieces() -> list[Tensor]:
+    """Room in main memory that CUDA can copy from by itself: two pieces for each thread that reads."""
+    return [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * READERS)]
+
+
 class _Reader:
     """Fills memory from the shards, on several threads. For CUDA the bytes go through pinned pieces, and the copies
     run on a stream of their own."""
@@ -361,8 +366,8 @@ class _Reader:
         self._threads = ThreadPoolExecutor(READERS)
         self._streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
         self._pinned: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
-        for _ in range(2 * READERS if self._streams else 0):
-            self._pinned.put((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
+        for piece in pinned_pieces() if self._streams else ():
+            self._pinned.put((piece, torch.cuda.Event()))
 
     def fill(self, slots: Sequence[Slot], memory: Tensor, device: torch.device) -> None:
         """Read `slots` into `memory` on `device`; work that the current stream is given later finds it there."""

@@ -1,0 +1,213 @@
+"""`scan` and `sweep` as a person runs them: what they print, what they leave behind, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+import tiny_checkpoint
+import torch
+from safetensors.torch import load_file
+from tiny_checkpoint import TEXT
+
+from swsurgery import known, model, scanning
+from swsurgery.cli import main
+from swsurgery.model import activations
+from swsurgery.model.forward import LayeredModel
+
+PLACE = planted.Place(layer=1, row=5, col=7)
+DOWN = "model.layers.1.mlp.down_proj.weight"
+PROMPTS = ("The river was", "In practice it went", "She asked")
+ASK = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`planted` has one super weight, `random` none; both have a tokenizer."""
+    folder = tmp_path_factory.mktemp("scan")
+    tokenizer = tiny_checkpoint.make_tokenizer()
+    sequences = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    for name in ("planted", "random"):
+        tiny = planted.build("llama", vocab_size=tiny_checkpoint.VOCABULARY, max_position_embeddings=64)
+        if name == "planted":
+            planted.plant(tiny, PLACE, sequences)
+        tiny.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture
+def here(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for file in checkpoints.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    return tmp_path
+
+
+def test_what_scan_finds_is_what_the_other_commands_take(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["scan", "planted", *ASK, "--confirm", "--text", "text.txt", "--json", "--device", "cpu"]
+    files = ["--manifest", "zero.yaml", "--plot", "scan.svg", "--register", "My Model"]
+    assert main([*words, *files]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    value = float(load_file(here / "planted" / "model.safetensors")[DOWN][5, 7])
+    (found,) = [s for s in report["super_weights"] if (s["layer"], s["row"], s["col"]) == PLACE[:3]]
+    assert (found["tensor"], found["index"], found["value"]) == (DOWN, [5, 7], value)
+    assert found["prompts"] >= 1 and found["verdict"] in ("critical alone", "critical jointly", "inert")
+    assert {a["channel"] for a in report["super_activations"]} == {5}
+    assert [line for line in printed.err.splitlines() if line.startswith("swsurgery: registered")] == [
+        "swsurgery: registered: swsurgery lookup My Model"
+    ]
+    assert "<svg" in (here / "scan.svg").read_text()
+
+    critical = found["verdict"] != "inert"
+    assert (here / "zero.yaml").exists() == critical
+    assert main(["lookup", "my-model", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["models"]
+    assert ([c["row"] for c in entry["coordinates"] if c["layer"] == 1] == [5]) == critical
+    assert main(["lookup", "my-model", "--forget"]) == 0
+    capsys.readouterr()
+    assert main(["lookup", "my-model"]) == 2
+
+
+def test_a_manifest_of_candidates_can_be_applied(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scan", "planted", *ASK, "--manifest", "zero.yaml", "--quiet", "--device", "cpu"]) == 0
+    assert "answer    1 super weight, not confirmed" in capsys.readouterr().out
+    assert main(["apply", "zero.yaml", "--dry-run", "--json"]) == 0
+    splices = json.loads(capsys.readouterr().out)["splices"]
+    assert [(s["tensor"], s["index"], s["new"]) for s in splices] == [(DOWN, [5, 7], 0.0)]
+
+
+@pytest.mark.parametrize("method", ["activations", "weights"])
+def test_none_is_an_answer(here: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    files = ["--manifest", "zero.yaml", "--register", "nothing here"]
+    assert main(["scan", "random", "--method", method, *ASK, "--confirm", *files, "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert "none" in printed.out
+    assert "nothing was found, so there is no manifest: zero.yaml" in printed.err
+    assert not (here / "zero.yaml").exists()
+    assert known.lookup("nothing here").coordinates == ()
+
+
+def test_the_weights_alone_are_scanned_without_tokenizer_and_without_torch(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "available", lambda: "torch is not installed")
+    assert main(["scan", "planted", "--method", "weights", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["super_weights"]
+    assert (found["layer"], found["row"], found["col"]) == PLACE[:3]
+    for words in (["scan", "planted"], ["scan", "planted", "--method", "weights", "--confirm"]):
+        assert main(words) == 2
+        assert capsys.readouterr().err.splitlines() == [
+            "swsurgery: torch is not installed: a model has to be run (pip install 'swsurgery[check]', or --method"
+            " weights)"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["scan", "planted", "--manifest", "text.txt"], "the manifest exists: text.txt"),
+        (["scan", "planted", "--manifest", "no/zero.yaml"], "no such directory: "),
+        (["scan", "planted", "--plot", "scan.jpg"], ".png"),
+        (["scan", "planted", "--op", "scale"], "--op scale and --factor go together"),
+        (["scan", "planted", "--factor", "2"], "--op scale and --factor go together"),
+        (["scan", "nowhere"], "no such checkpoint: "),
+        (["scan", "planted", "--text", "nowhere.txt", "--confirm"], "cannot read the text"),
+        (["sweep", "keep.yaml", "--factors", "0,1"], "no scalar is changed, so there is nothing to sweep: keep.yaml"),
+        (["sweep", "zero.yaml", "--factors", "0,half"], "factors are numbers between commas: '0,half'"),
+        (["sweep", "zero.yaml", "--factors", "0,nan"], "nan"),
+        (["sweep", "zero.yaml", "--factors", "2,2"], "2"),
+        (["sweep", "zero.yaml", "--factors", "1e39"], "1e+39"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_before_any_work(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    def work(*arguments: object, **options: object) -> None:
+        raise AssertionError("a model was run")
+
+    write_manifest(here / "zero.yaml", "zero")
+    write_manifest(here / "keep.yaml", "protect")
+    monkeypatch.setattr(LayeredModel, "run", work)
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list(here.glob("scan.*"))
+
+
+def write_manifest(path: Path, op: str) -> None:
+    edit = {"op": op, "tensor": DOWN, "index": [5, 7]}
+    path.write_text(json.dumps({"version": 1, "base": {"path": "planted"}, "edits": [edit]}))
+
+
+def test_a_sweep_measures_each_factor(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_manifest(here / "zero.yaml", "zero")
+    words = ["sweep", "zero.yaml", "--factors", "0,0.5,1,2", "--text", "text.txt", "--plot", "sweep.png", "--json"]
+    assert main([*words, "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (here / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert report["coordinates"] == [{"tensor": DOWN, "index": [5, 7]}]
+    points = {point["factor"]: point for point in report["points"]}
+    assert list(points) == [0.0, 0.5, 1.0, 2.0]
+    assert (points[1.0]["ratio"], points[1.0]["kl"]) == (1.0, 0.0)
+    for factor, point in points.items():
+        assert point["perplexity"] == pytest.approx(perplexity(here / "planted", factor), rel=1e-4)
+
+
+def perplexity(folder: Path, factor: float) -> float:
+    """By transformers alone, over the windows of 64 tokens, which is the context of the model."""
+    whole = tiny_checkpoint.load(folder)
+    ids = tiny_checkpoint.make_tokenizer()(TEXT)["input_ids"]
+    windows = torch.tensor([ids[i : i + 64] for i in range(0, len(ids) - 63, 64)])
+    with torch.no_grad():
+        whole.model.layers[1].mlp.down_proj.weight[5, 7] *= factor
+        return float(whole(input_ids=windows, labels=windows).loss.exp())
+
+
+def test_a_streamed_check_says_what_a_whole_one_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_manifest(here / "zero.yaml", "zero")
+    assert main(["apply", "zero.yaml", "-o", "patched", "--check", "off", "--quiet"]) == 0
+    capsys.readouterr()
+    reports = {}
+    for placement in ("whole", "streamed"):
+        words = ["check", "patched", "--text", "text.txt", "--device", "cpu", "--placement", placement, "--json"]
+        assert main(words) == 0
+        reports[placement] = json.loads(capsys.readouterr().out)
+    whole, streamed = reports["whole"], reports["streamed"]
+    assert (whole["method"], streamed["method"]) == ("layer by layer", "streamed")
+    assert abs(whole["perplexity_ratio"] - 1) > 0.01
+    for key in ("perplexity_ratio", "kl"):
+        assert streamed[key] == pytest.approx(whole[key], rel=1e-4)
+
+
+def test_an_interrupt_ends_a_scan_cleanly(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = activations.LayerSpikes.around
+
+    def around(self: activations.LayerSpikes, number: int, *rest: Any) -> AbstractContextManager[None]:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, number, *rest)
+
+    monkeypatch.setattr(activations.LayerSpikes, "around", around)
+    words = ["scan", "planted", "--placement", "streamed", "--manifest", "zero.yaml", "--plot", "scan.png"]
+    assert main([*words, "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.splitlines() == ["swsurgery: interrupted: SIGINT (nothing was left behind)"]
+    assert not (here / "zero.yaml").exists() and not (here / "scan.png").exists()
+
+
+def test_scan_in_python_says_what_the_command_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = scanning.scan_checkpoint("planted", prompts=PROMPTS, options=scanning.RunOptions(device="cpu"))
+    assert main(["scan", "planted", *ASK, "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report.to_json()))
