@@ -130,11 +130,15 @@ def main() -> None:
     runs: dict[str, list[dict]] = {name: [] for name in jobs}
     prepare = forget_files if options.cold else lambda: None
     cats, scans = [read_all(folder)], []
-    for _ in range(options.rounds):
+    for number in range(options.rounds + 1):  # the first round warms libraries and kernels up, and does not count
         for name, script in jobs.items():
             prepare()
-            runs[name].append(measured(script, folder, options.device))
-            print(f"  {name}: {runs[name][-1]}", flush=True)
+            run = measured(script, folder, options.device)
+            print(f"  {name}: {run}", flush=True)
+            if number:
+                runs[name].append(run)
+        if not number:
+            continue
         prepare()
         cats.append(read_all(folder))
         if options.device == "cpu":

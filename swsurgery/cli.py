@@ -201,8 +201,6 @@ def scan(
     """Find the super weights of a checkpoint."""
     from swsurgery import scanning, show_scan
 
-    if (op == "scale") != (factor is not None):
-        raise SwsurgeryError("--op scale and --factor go together")
     say = _silent if quiet else output.say
     command = _scan_command(method, prompt, confirm, text, windows)
     outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
@@ -211,8 +209,12 @@ def scan(
         checkpoint, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs,
         progress=output.Bar(quiet), say=say,
     )  # fmt: skip
-    output.print_json(report.to_json()) if json else show_scan.show_scan(report)
-    for line in scanning.write_outputs(report, checkpoint, outputs):
+    lines: list[str] = []
+    try:
+        lines = scanning.write_outputs(report, checkpoint, outputs)
+    finally:  # what took long to find is shown, even if it cannot be kept
+        output.print_json(report.to_json()) if json else show_scan.show_scan(report)
+    for line in lines:
         say(line)
 
 

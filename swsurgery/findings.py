@@ -45,7 +45,7 @@ class Candidate:
     `score` is the method's own measure; `rank` is that of its magnitude in its matrix, 1 the largest. From
     activations: `input_spike` = x[col], `output_spike` = y[row] and `share` = x[col] * W[row, col] / y[row] where the
     spike is largest, `prompts` that agree, and `round` 1 for what was found first. From weights: `z`, the robust
-    z-score of the score's logarithm among those of all neurons of the model.
+    z-score of the score's logarithm among those of all neurons of its layer.
     """
 
     coordinate: Coordinate
@@ -162,12 +162,13 @@ class ScanReport:
 
     def to_json(self) -> dict[str, Any]:
         trials = {t.candidate.coordinate: t for t in (self.confirmation.trials if self.confirmation else ())}
-        listed = [t.candidate for t in trials.values()] or list(self.candidates)
+        tested = [t.candidate for t in trials.values()] or list(self.candidates)
         document: dict[str, Any] = {
             "method": self.method,
             "model_type": self.model_type,
             "layers": self.layers,
-            "super_weights": [_with_trial(c, trials.get(c.coordinate)) for c in listed],
+            "super_weights": [_with_trial(c, trials.get(c.coordinate)) for c in self.super_weights],
+            "candidates": [_with_trial(c, trials.get(c.coordinate)) for c in tested],
             "super_activations": [a.to_json() for a in self.activations],
             "joint_sets": [s.to_json() for s in (self.confirmation.joint_sets if self.confirmation else ())],
             "notes": list(self.notes),

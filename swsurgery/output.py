@@ -6,9 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from swsurgery.errors import printable
+from swsurgery.errors import TargetError, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -42,7 +42,7 @@ class Bar:
 
 
 def say(line: str) -> None:
-    print(f"swsurgery: {printable(line)}", file=sys.stderr)
+    _write(f"swsurgery: {printable(line)}\n", sys.stderr)
 
 
 def print_json(document: Any) -> None:
@@ -64,13 +64,19 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         _write("  ".join(cells).rstrip() + "\n")
 
 
-def _write(text: str) -> None:
-    """Where the reader has left, as `head` does, nothing more is shown; the exit code stays the command's answer."""
+def _write(text: str, stream: TextIO | None = None) -> None:
+    """Where the reader has left, as `head` does, nothing more is shown; the exit code stays the command's answer.
+    Raises TargetError where stdout cannot be written."""
+    stream = stream or sys.stdout
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        stream.write(text)
+        stream.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python would try the rest again at exit
+        if stream is sys.stdout:
+            raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", "stdout") from error
 
 
 def size(count: int) -> str:

@@ -25,6 +25,7 @@ from swsurgery.checkpoint import Checkpoint, open_checkpoint
 from swsurgery.errors import ModelError, PlanError, TargetError
 from swsurgery.findings import Method, ScanReport, SweepReport
 from swsurgery.hub import cached_snapshot, parse_url
+from swsurgery.known.render import refuse_unfit
 from swsurgery.model import Placement
 from swsurgery.progress import Progress, Silent
 from swsurgery.surgery import plan_manifest
@@ -79,6 +80,10 @@ def scan_checkpoint(
         _refuse(outputs)
     if method == "activations" or confirm:
         _need_a_model()
+    if confirm:
+        from swsurgery.model.confirm import refuse_text
+
+        refuse_text(checkpoint, options.text, options.windows, options.window)
     if method == "activations":
         from swsurgery.model.activations import scan_activations
 
@@ -104,12 +109,6 @@ def write_outputs(report: ScanReport, base: str | Path, outputs: Outputs) -> lis
     if outputs.plot is not None:
         figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
         lines.append(f"figure: {outputs.plot}")
-    if outputs.register is not None:
-        found = entry.known_entry(
-            report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
-        )
-        known.save(found)
-        lines.append(f"registered: swsurgery lookup {found.hf_id}")
     if outputs.manifest is not None and not report.super_weights:
         lines.append(f"nothing was found, so there is no manifest: {outputs.manifest}")
     elif outputs.manifest is not None:
@@ -118,6 +117,12 @@ def write_outputs(report: ScanReport, base: str | Path, outputs: Outputs) -> lis
         )
         fsops.write_file(outputs.manifest, text.encode())
         lines.append(f"manifest: {outputs.manifest}")
+    if outputs.register is not None:
+        found = entry.known_entry(
+            report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
+        )
+        known.save(found)
+        lines.append(f"registered: swsurgery lookup {found.hf_id}")
     return lines
 
 
@@ -165,13 +170,20 @@ def _need_a_model() -> None:
 
 
 def _refuse(outputs: Outputs) -> None:
+    refuse_unfit(outputs.op, outputs.factor)
+    if outputs.register is not None:
+        known.refuse_name(outputs.register)
     if outputs.plot is not None:
         figures.check_figure_path(outputs.plot)
     if outputs.manifest is not None:
+        if outputs.plot is not None and os.path.abspath(outputs.manifest) == os.path.abspath(outputs.plot):
+            raise TargetError("one file for the manifest and the figure", outputs.manifest, "give two names")
         if os.path.lexists(outputs.manifest):
             raise TargetError("the manifest exists", outputs.manifest, "give another name, or remove it")
         if not outputs.manifest.absolute().parent.is_dir():
             raise TargetError("no such directory", outputs.manifest.absolute().parent, "make it first")
+        if not os.access(outputs.manifest.absolute().parent, os.W_OK):
+            raise TargetError("cannot write", outputs.manifest.absolute().parent, "write where you may")
 
 
 def _name(checkpoint: Checkpoint) -> str:

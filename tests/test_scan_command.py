@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,10 @@ def test_what_scan_finds_is_what_the_other_commands_take(here: Path, capsys: pyt
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     value = float(load_file(here / "planted" / "model.safetensors")[DOWN][5, 7])
-    (found,) = [s for s in report["super_weights"] if (s["layer"], s["row"], s["col"]) == PLACE[:3]]
+    (found,) = [s for s in report["candidates"] if (s["layer"], s["row"], s["col"]) == PLACE[:3]]
     assert (found["tensor"], found["index"], found["value"]) == (DOWN, [5, 7], value)
     assert found["prompts"] >= 1 and found["verdict"] in ("critical alone", "critical jointly", "inert")
+    assert (found in report["super_weights"]) == (found["verdict"] != "inert")
     assert {a["channel"] for a in report["super_activations"]} == {5}
     assert [line for line in printed.err.splitlines() if line.startswith("swsurgery: registered")] == [
         "swsurgery: registered: swsurgery lookup My Model"
@@ -118,8 +121,13 @@ def test_the_weights_alone_are_scanned_without_tokenizer_and_without_torch(
         (["scan", "planted", "--manifest", "text.txt"], "the manifest exists: text.txt"),
         (["scan", "planted", "--manifest", "no/zero.yaml"], "no such directory: "),
         (["scan", "planted", "--plot", "scan.jpg"], ".png"),
-        (["scan", "planted", "--op", "scale"], "--op scale and --factor go together"),
-        (["scan", "planted", "--factor", "2"], "--op scale and --factor go together"),
+        (["scan", "planted", "--op", "scale"], "scale needs a factor"),
+        (["scan", "planted", "--factor", "2"], "zero takes no factor"),
+        (["scan", "planted", "--op", "scale", "--factor", "inf"], "the factor has to be a finite number"),
+        (["scan", "planted", "--register", "///"], "a model's name needs a letter or a digit"),
+        (["scan", "planted", "--manifest", "a.svg", "--plot", "a.svg"], "one file for the manifest and the figure"),
+        (["scan", "planted", "--confirm", "--text", "/dev/null"], "the text is too short"),
+        (["scan", "planted", "--prompt", "\udcff"], "text that is not Unicode"),
         (["scan", "nowhere"], "no such checkpoint: "),
         (["scan", "planted", "--text", "nowhere.txt", "--confirm"], "cannot read the text"),
         (["sweep", "keep.yaml", "--factors", "0,1"], "no scalar is changed, so there is nothing to sweep: keep.yaml"),
@@ -205,6 +213,37 @@ def test_an_interrupt_ends_a_scan_cleanly(
     assert main([*words, "--device", "cpu"]) == 130
     assert capsys.readouterr().err.splitlines() == ["swsurgery: interrupted: SIGINT (nothing was left behind)"]
     assert not (here / "zero.yaml").exists() and not (here / "scan.png").exists()
+
+
+def test_a_tokenizer_of_another_model_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = planted.build("llama", vocab_size=40)
+    small.save_pretrained(here / "small")
+    tiny_checkpoint.make_tokenizer().save_pretrained(here / "small")
+    for words in (["scan", "small"], ["scan", "small", "--placement", "streamed"]):
+        assert main([*words, "--device", "cpu"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("swsurgery: tokenizer gives token") and "the model has 40" in line
+
+
+def test_a_reader_of_stderr_that_leaves_loses_no_result(here: Path) -> None:
+    words = [sys.executable, "-m", "swsurgery", "scan", "planted", *ASK, "--manifest", "zero.yaml", "--device", "cpu"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=writer, text=True)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0
+    assert "[row, col]" in done.stdout
+    assert (here / "zero.yaml").exists()
+
+
+def test_a_full_disk_behind_stdout_is_one_line_and_the_manifest_is_there(here: Path) -> None:
+    words = [sys.executable, "-m", "swsurgery", "scan", "planted", "--method", "weights", "--manifest", "zero.yaml"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "swsurgery: cannot write (No space left on device): stdout\n")
+    assert (here / "zero.yaml").exists()
 
 
 def test_scan_in_python_says_what_the_command_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import math
+import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -121,7 +125,8 @@ def test_every_family_gives_the_logits_of_transformers(tmp_path: Path, name: str
     """Streamed where that can be; a family that is loaded whole says so in a line."""
     tiny_models.write(name, tmp_path)
     said: list[str] = []
-    model = load.open_model(open_checkpoint(tmp_path), device="cpu", placement="streamed", say=said.append)
+    with load.quiet():  # some models' code warns when it is imported
+        model = load.open_model(open_checkpoint(tmp_path), device="cpu", placement="streamed", say=said.append)
     whole = tiny_models.load(name, tmp_path)
     for ids, [(logits, peak)] in zip((IDS, SHORT), outcomes(model, [{}], [IDS, SHORT]), strict=True):
         with torch.no_grad():
@@ -479,3 +484,34 @@ def test_what_is_stored_in_another_dtype_is_converted(tmp_path: Path, stored: to
     assert (model.dtype, model.method) == (torch.bfloat16, "streamed")
     with torch.no_grad():
         assert_same(logits, whole(input_ids=torch.tensor([IDS])).logits[0], tolerance=2**-6)  # two units of bfloat16
+
+
+def test_a_config_without_a_dtype_takes_that_of_the_weights(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "llama", [])
+    path = bench.patched / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if "dtype" not in key}))
+    model = bench.layered("streamed")
+    [[(logits, _)]] = outcomes(model, [{}])
+    assert model.dtype == torch.float32
+    assert_same(logits, bench.alone(bench.patched))
+
+
+def test_a_quantised_model_is_not_streamed(tmp_path: Path) -> None:
+    """What its modules would do to the weights while they are loaded would be left out."""
+    bench = Bench(tmp_path, "llama", [])
+    path = bench.patched / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    said: list[str] = []
+    with pytest.raises(ModelError, match="transformers cannot load the model"):
+        load.open_model(open_checkpoint(bench.patched), device="cpu", placement="streamed", say=said.append)
+    assert len(said) == 1 and "its config says that it is quantised" in said[0]
+
+
+def test_a_model_that_never_ran_holds_no_file_and_no_thread(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "llama", [])
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(3):
+        bench.layered("streamed")
+    gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (files, threads)

@@ -26,7 +26,7 @@ Knows neither checkpoints nor networks, and imports neither torch nor numpy.
 """
 
 from swsurgery.known.data import addressable, find, names_of, to_json
-from swsurgery.known.overlay import all_models, forget, lookup, of_repo, own_models, save
+from swsurgery.known.overlay import all_models, forget, lookup, of_repo, own_models, refuse_name, save
 from swsurgery.known.render import render_manifest, render_table
 from swsurgery.known.schema import CAUSAL, STATUSES, KnownCoordinate, KnownModel
 
@@ -45,6 +45,7 @@ __all__ = [
     "own_models",
     "render_manifest",
     "render_table",
+    "refuse_name",
     "save",
     "to_json",
 ]

@@ -37,9 +37,7 @@ def save(model: KnownModel) -> Path:
     """
     from swsurgery import fsops  # its libraries are slow to load, and a lookup writes nothing
 
-    stem = _stem(model.hf_id)
-    if not stem or not model.hf_id.isprintable():
-        raise LookupFailed("a model's name needs a letter or a digit and no control characters", model.hf_id)
+    stem = refuse_name(model.hf_id)
     shipped = _shipped(model.hf_id)
     if shipped and _sizes(shipped) != _sizes(model):
         raise LookupFailed(
@@ -52,6 +50,14 @@ def save(model: KnownModel) -> Path:
         fsops.make_directories(path.parent)
     fsops.replace_file(path, (model.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())
     return path
+
+
+def refuse_name(name: str) -> str:
+    """The name of the file of an own entry. Raises LookupFailed for a name that no entry can have."""
+    stem = _stem(name)
+    if not stem or not name.isprintable():
+        raise LookupFailed("a model's name needs a letter or a digit and no control characters", repr(name))
+    return stem
 
 
 def forget(name: str) -> Path:

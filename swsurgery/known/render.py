@@ -229,6 +229,7 @@ class _Page:
         self.lines: list[str] = []
 
     def line(self, text: str = "", indent: int = 0, hanging: int = 0) -> None:
+        text = printable(text)  # an own entry may hold what a config.json says of itself
         first, rest = " " * indent, " " * (indent + hanging)
         if len(first) + len(text) <= self.width:
             self.lines.append(first + text if text else "")  # keeps the columns' spaces

@@ -98,6 +98,7 @@ def scan_activations(
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
         bos, longest = measure.bos_prefix(tokenizer), load.context_length(model.model)
         sequences = [[*bos, *measure.encode(tokenizer, prompt)][:longest] for prompt in prompts]
+        measure.refuse_unknown_tokens(model.model, sequences)
         found = scan_sequences(model, sequences, max_rounds=max_rounds, progress=progress, say=say)
     return replace(found, prompts=tuple(prompts))
 
@@ -119,6 +120,8 @@ def scan_sequences(
     if not sequences or not all(sequences):
         raise ModelError("nothing to read", f"{len(sequences)} prompts", "give prompts of at least one token")
     checkpoint, layers = model.checkpoint, len(model.layers)
+    if not layers:
+        raise ModelError("no list of decoder layers in the model", checkpoint.root, "--method weights")
     watch = LayerSpikes(model)
     search, least = _Search(checkpoint), layers_to_last(layers)
     notes = [f"{_listed('layer', watch.unseen)}: the down projection is not looked at"] if watch.unseen else []
@@ -130,7 +133,11 @@ def scan_sequences(
         with load.running(model.device):
             traces = watch.run(sequences, tuple(search.candidates), progress)
         if watch.broken is not None and not search.candidates:
-            raise ModelError("hidden states are not finite", f"layer {watch.broken}", "another dtype may hold them")
+            raise ModelError(
+                "hidden states are not finite",
+                f"layer {watch.broken}",
+                "a weight or an activation is too large for the dtype, or not a number",
+            )
         if watch.broken is not None:
             notes.append(
                 f"round {rounds + 1}: hidden states are not finite from layer {watch.broken} on; stopped there"

@@ -94,10 +94,7 @@ def run_checks(
         for prompt, ids in zip(prompts, beginnings, strict=True):
             if not 1 <= len(ids) <= context:
                 raise ModelError(f"prompt of {len(ids)} tokens", repr(prompt), f"the model reads 1 to {context}")
-        if (largest := max(map(max, pieces + beginnings))) >= vocabulary:
-            raise ModelError(
-                f"tokenizer gives token {largest}, the model has {vocabulary}", checkpoint.root, load.NO_CHECK
-            )
+        measure.refuse_unknown_tokens(paired.model, pieces + beginnings)
 
         base: Variant = {change.coordinate: change.base for change in changes}
         variants = (base, {}) if changes else ({},)

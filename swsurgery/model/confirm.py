@@ -103,6 +103,13 @@ def confirm(
     return dataclasses.replace(found, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
+def refuse_text(checkpoint: Checkpoint, text: str | None, windows: int, window: int) -> None:
+    """Raises ModelError where `confirm` could not even begin: no tokenizer, or a text without a window."""
+    with load.quiet():
+        tokenizer = load.load_tokenizer(checkpoint.root)
+        measure.cut_windows(measure.encode(tokenizer, built_in_text() if text is None else text), [], windows, window)
+
+
 def confirm_windows(
     model: LayeredModel,
     candidates: Sequence[Candidate],

@@ -30,14 +30,15 @@ from swsurgery.errors import ModelError
 from swsurgery.hub import config_error
 from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel, find_decoder_layers
-from swsurgery.model.stream import StreamedWeights, pinned_pieces, plan_weights
+from swsurgery.model.stream import STORED, StreamedWeights, pinned_pieces, plan_weights
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
 COMFORTABLE_SHARE = 0.6
 
 #: What transformers is known to raise for a directory that it cannot load, lack of memory (a RuntimeError) included.
 LOADING_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
+    AssertionError, SafetensorError,
     config_error(),
 )  # fmt: skip
 
@@ -122,9 +123,12 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.root, local_files_only=True, trust_remote_code=False
         )
+        text = config.get_text_config()
+        dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _stored_dtype(checkpoint)
         if target.type == "cuda":
-            threading.Thread(target=_wake, args=(target, getattr(config, "dtype", None)), daemon=True).start()
-        dtype = getattr(config, "dtype", None) or "auto"
+            threading.Thread(target=_wake, args=(target, dtype), daemon=True).start()
+        if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
+            raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
         with no_init_weights(), _parameters_on_meta():
             model = _auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
         model.tie_weights()  # it is part of the initialisation that was left out
@@ -138,15 +142,21 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
             for buffer, tensor in module._buffers.items():
                 if tensor is not None and buffer in module._non_persistent_buffers_set:
                     module._buffers[buffer] = tensor.to(target)
-        weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
-        streamed = LayeredModel(model, checkpoint, weights, devices[0])
+        streamed = LayeredModel(
+            model, checkpoint, StreamedWeights(plan_weights(model, layers, checkpoint), devices), devices[0]
+        )
         if not streamed.layered([0, 1, 2]):
-            weights.close()
             raise ModelError("cannot be read layer by layer: its layers are called in another way", checkpoint.root)
     return streamed
 
 
-def _wake(device: torch.device, dtype: torch.dtype | None) -> None:
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """That of the first stored weight that is a floating-point number, as transformers takes it."""
+    found = (STORED.get(checkpoint.info(tensor).dtype.name) for tensor in checkpoint.shapes)
+    return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
+
+
+def _wake(device: torch.device, dtype: torch.dtype) -> None:
     """Have CUDA pin memory and load the kernels that every layer needs, which takes a second, while the model is still
     being built."""
     with contextlib.suppress(RuntimeError), torch.no_grad():

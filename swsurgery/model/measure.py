@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swsurgery.errors import ModelError
 from swsurgery.model.forward import Outcomes, Peak
@@ -34,8 +34,19 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and full[:1] == [bos] != plain[:1] else []
 
 
+def refuse_unknown_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
+    """Raises ModelError where a token id is beyond the model's vocabulary."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if (largest := max((token for ids in sequences for token in ids), default=0)) >= vocabulary:
+        raise ModelError(f"tokenizer gives token {largest}", f"the model has {vocabulary}", "is it this model's own?")
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of `text`, with no special tokens added."""
+    """The token ids of `text`, with no special tokens added. Raises ModelError for what UTF-8 cannot encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ModelError("text that is not Unicode", ascii(text)[:80]) from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -182,7 +182,10 @@ class Reader:
         raw = space.room(which, (end - first) * matrix.row_bytes)
         left, offset = memoryview(raw), matrix.offset + first * matrix.row_bytes
         while left:
-            count = os.preadv(self._files[matrix.path], [left], offset)
+            try:
+                count = os.preadv(self._files[matrix.path], [left], offset)
+            except OSError as error:
+                raise ShardError(f"cannot read ({os.strerror(error.errno or 0)})", matrix.path) from error
             if not count:
                 raise ShardError("the file ended while it was read", matrix.path, "it was changed meanwhile")
             left, offset = left[count:], offset + count

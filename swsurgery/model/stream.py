@@ -254,6 +254,9 @@ class StreamedWeights:
         finally:
             self._in_use -= 1
 
+    def __del__(self) -> None:
+        self.close()  # of a model that was opened and refused before it ran
+
     def close(self) -> None:
         """Stop reading ahead and give all memory back."""
         self._release()

@@ -156,9 +156,7 @@ def windows_of(
     bos = measure.bos_prefix(tokenizer)
     longest = min(window, load.context_length(model) - len(bos))
     pieces = measure.cut_windows(measure.encode(tokenizer, text), bos, windows, longest)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if (largest := max(map(max, pieces))) >= vocabulary:
-        raise ModelError(f"tokenizer gives token {largest}", f"the model has {vocabulary}")
+    measure.refuse_unknown_tokens(model, pieces)
     return pieces, longest
 
 

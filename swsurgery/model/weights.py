@@ -172,7 +172,7 @@ def scan_weights(
         notes.append(_why_none(scored, usual, min_z))
     return ScanReport(
         method="weights",
-        model_type=next((s["model_type"] for s in _sections(config) if s.get("model_type")), "unknown"),
+        model_type=next((str(s["model_type"]) for s in _sections(config) if s.get("model_type")), "unknown"),
         layers=len({projection.layer for projection in projections}),
         candidates=tuple(candidates),
         notes=tuple(notes),
