@@ -28,6 +28,7 @@ from checkpoints import (
 )
 
 from swsurgery import cli, fsops, surgery
+from swsurgery.checkpoint import Checkpoint
 from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
 from swsurgery.surgery import CheckOptions, apply_manifest
 
@@ -294,8 +295,8 @@ def test_a_target_that_appears_meanwhile_is_not_overwritten(manifest, tmp_path):
 def test_a_check_that_fails_leaves_no_target(manifest, tmp_path, monkeypatch, capsys):
     seen = []
 
-    def no(stage: Path, changes: list, **rest: object) -> SimpleNamespace:
-        seen.append((stage, [c.coordinate.index for c in changes], sorted(tree(stage))))
+    def no(staged: Checkpoint, changes: list, **rest: object) -> SimpleNamespace:
+        seen.append((staged.root, [c.coordinate.index for c in changes], sorted(tree(staged.root))))
         return SimpleNamespace(ok=False, failures=["worse than it may be", "and worse"])
 
     monkeypatch.setattr(surgery, "run_checks", no)

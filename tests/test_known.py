@@ -41,7 +41,7 @@ def test_counts():
         "paper": 31, "measured": 6, "independent-detection": 26, "code-only": 6, "disputed": 1, "refuted": 9,
         "insufficient": 35,
     }  # fmt: skip
-    assert sum(c.value is not None or c.value_printed is not None for _, c in COORDINATES) == 78
+    assert sum(c.value is not None or c.value_printed is not None for _, c in COORDINATES) == 84
     assert sum(len(m.joint_sets) for m in MODELS) == 26
 
 
