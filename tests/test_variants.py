@@ -21,7 +21,8 @@ from swsurgery.checkpoint import open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model import Placement, forward, load
-from swsurgery.model.forward import LayeredModel, Peak, Variant, find_decoder_layers
+from swsurgery.model.forward import LayeredModel, Peak
+from swsurgery.model.places import Variant, find_decoder_layers
 
 IDS = [1, 5, 9, 13, 6, 3, 5]
 OTHER, SHORT = [2, 8, 8, 1, 30, 3, 4], [7, 9, 4]

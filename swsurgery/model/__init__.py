@@ -3,6 +3,8 @@
     check.py        the sanity check on one page; start here
     load.py         device, dtype, model and tokenizer from a local directory, quietly
     forward.py      any number of variants of a model, layer by layer, in one reading of its weights
+    places.py       where stored scalars are in a loaded model, and how they get other values for a while
+    calls.py        what a layer is called with
     stream.py       the weights of one layer at a time, straight from the shards
     measure.py      the figures: perplexity, KL, stop-word mass, next tokens
     activations.py  super weights by the activations that they make; spikes.py watches the layers for it, and

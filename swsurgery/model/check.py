@@ -73,7 +73,7 @@ def run_checks(
         import transformers
 
         from swsurgery.model import load, measure
-        from swsurgery.model.forward import Variant
+        from swsurgery.model.places import Variant
     except (ImportError, OSError) as error:  # installed but broken, a missing shared library for example
         raise ModelError(
             f"torch or transformers cannot be imported: {type(error).__name__}", error, "--check weights"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,15 +27,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swsurgery.architectures import loaded_candidates
 from swsurgery.checkpoint import Checkpoint
-from swsurgery.coordinate import Coordinate
-from swsurgery.dtypes import decode
-from swsurgery.errors import ModelError
+from swsurgery.model.calls import Call, Unknown, hidden_of, leaves, like, on_device, same, split
+from swsurgery.model.places import Places, Variant, find_decoder_layers
 from swsurgery.progress import Progress, Silent
-
-Variant = Mapping[Coordinate, float]
-"""Stored scalars and the value that each has in this variant; {} is the checkpoint as it is stored."""
 
 TOKENS_AT_ONCE = 2048
 """Tokens that go through a layer in one call: enough to keep a device busy, and what bounds its memory."""
@@ -109,31 +104,12 @@ class Weights(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One scalar inside the loaded model. `owners` are all modules that hold its parameter, with the name it has
-    there; `layers` are the decoder layers among which they lie, None for outside."""
-
-    coordinate: Coordinate
-    index: tuple[int, ...]
-    stored: float
-    owners: tuple[tuple[nn.Module, str], ...]
-    layers: frozenset[int | None]
-
-
-class _Call(NamedTuple):
-    """What one layer is called with beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 @dataclass
 class _Group:
     """Sequences of one length on their way: hidden states (sequences, variants or 1, tokens, channels)."""
 
     sequences: list[int]
-    calls: list[_Call]
+    calls: list[Call]
     state: Tensor
 
 
@@ -155,7 +131,7 @@ class LayeredModel:
         self.model, self.checkpoint, self.weights = model, checkpoint, weights
         self.layers = find_decoder_layers(model)
         self.dtype, self.device = model.dtype, device or model.device
-        self._owners = _owners_of_parameters(model, self.layers)
+        self.places = Places(model, self.layers, checkpoint)
         self._returned: Any = None  # what a layer returned, as a pattern for its stand-in
         self._one_by_one = False
         self._layered: bool | None = None if self.layers else False
@@ -183,7 +159,7 @@ class LayeredModel:
         for each layer and one for each sequence, or the bytes that are streamed.
         """
         progress = progress or Silent()
-        places = self._find_all(variants)
+        self.places.find(variants)
         layers = f"{len(self.layers)} layers"
         if self.weights is None:
             progress.start(len(self.layers) + len(sequences), "step", layers)
@@ -191,9 +167,9 @@ class LayeredModel:
             progress.start(sum(self.weights.sizes), "B", layers)
         try:
             if self.layered(sequences[0]):
-                yield from self._run_layers(sequences, variants, places, watch, progress)
+                yield from self._run_layers(sequences, variants, watch, progress)
             else:
-                yield from self._run_whole(sequences, variants, places, watch, progress)
+                yield from self._run_whole(sequences, variants, watch, progress)
         finally:
             progress.close()
             if self.weights is not None:
@@ -207,13 +183,13 @@ class LayeredModel:
                 with torch.no_grad(), self._outside():
                     _, calls = self._rehearse(ids)
                     _, others = self._rehearse(ids[::-1])
-                self._layered = len(calls) == len(self.layers) and _same(calls, others)
+                self._layered = len(calls) == len(self.layers) and same(calls, others)
                 self._one_by_one = any(
-                    leaf.dim() > 1 and len(leaf) != 1 for leaf in _leaves(calls) if isinstance(leaf, Tensor)
+                    leaf.dim() > 1 and len(leaf) != 1 for leaf in leaves(calls) if isinstance(leaf, Tensor)
                 )
             except torch.OutOfMemoryError:
                 raise
-            except (_Unknown, *REFUSALS):
+            except (Unknown, *REFUSALS):
                 self._layered = False
         return self._layered
 
@@ -223,15 +199,14 @@ class LayeredModel:
         self,
         sequences: Sequence[Sequence[int]],
         variants: Sequence[Variant],
-        places: Mapping[Coordinate, _Place],
         watch: Watch | None,
         progress: Progress,
     ) -> Iterator[Outcomes]:
         with self._outside():
-            groups = self._enter(sequences, variants, places)
+            groups = self._enter(sequences, variants)
         peaks = _Peaks()
         for number, layer in enumerate(self.layers):
-            touched = any(number in places[coordinate].layers for variant in variants for coordinate in variant)
+            touched = any(self.places.touches(variant, number) for variant in variants)
             with self._weights_of(number) as device:
                 for group in groups:
                     group.state = group.state.to(device)
@@ -239,7 +214,7 @@ class LayeredModel:
                         group.state = group.state.repeat(1, len(variants), 1, 1)
                     if touched:
                         for index, variant in enumerate(variants):
-                            with self._swapped(variant, places, number):
+                            with self.places.swapped(variant, number):
                                 self._advance(number, layer, group, slice(index, index + 1), watch)
                     else:
                         self._advance(number, layer, group, slice(None), watch)
@@ -252,28 +227,26 @@ class LayeredModel:
                 state = group.state[at].to(device).expand(len(variants), -1, -1)
 
                 def logits(index: int, ids: Sequence[int] = ids, state: Tensor = state) -> Tensor:
-                    with torch.no_grad(), self._swapped(variants[index], places, None):
+                    with torch.no_grad(), self.places.swapped(variants[index], None):
                         return self._head(ids, state[index : index + 1])
 
                 found = tuple(peaks.of(number, index) for index in range(len(variants)))
                 yield Outcomes(number, Logits(len(variants), logits), found)
                 progress.advance(0 if self.weights else 1)
 
-    def _enter(
-        self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant], places: Mapping[Coordinate, _Place]
-    ) -> list[_Group]:
+    def _enter(self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant]) -> list[_Group]:
         """The hidden states with which the first layer is called; one group for each length."""
         lengths: dict[int, list[int]] = defaultdict(list)
         for number, ids in enumerate(sequences):
             lengths[len(ids)].append(number)
-        apart = any(_touches(variant, places, None) for variant in variants)
+        apart = any(self.places.touches(variant, None) for variant in variants)
         groups = []
         for numbers in lengths.values():
             states, calls = [], []
             for number in numbers:
                 rows = []
                 for variant in variants if apart else ({},):
-                    with self._swapped(variant, places, None):
+                    with self.places.swapped(variant, None):
                         hidden, calls = self._rehearse(sequences[number])
                     rows.append(hidden[0])
                 states.append(torch.stack(rows))
@@ -287,48 +260,48 @@ class LayeredModel:
         variants = range(group.state.shape[1])[columns]
         rows = [(at, v) for at in range(len(group.sequences)) for v in variants]
         size = 1 if self._one_by_one else max(1, TOKENS_AT_ONCE // tokens)
-        call = _on_device(group.calls[number], group.state.device)
+        call = on_device(group.calls[number], group.state.device)
         for begin in range(0, len(rows), size):
             batch = rows[begin : begin + size]
             at, v = torch.tensor(batch, device=state.device).unbind(1)
             named = [(group.sequences[row], variant) for row, variant in batch]
             with watch.around(number, layer, named) if watch else contextlib.nullcontext():
-                hidden = _hidden(layer(group.state[at, v], *call.args, **call.kwargs))
+                hidden = hidden_of(layer(group.state[at, v], *call.args, **call.kwargs))
             if watch:
                 watch.after(number, named, hidden)
             group.state[at, v] = hidden
 
-    def _rehearse(self, ids: Sequence[int]) -> tuple[Tensor, list[_Call]]:
+    def _rehearse(self, ids: Sequence[int]) -> tuple[Tensor, list[Call]]:
         """Run the model with stand-ins for its layers: the hidden states (1, tokens, channels) with which the first is
         called, and what each is called with beside them."""
         entered: list[Tensor] = []
-        calls: list[_Call] = []
+        calls: list[Call] = []
 
         def stand_in(number: int, layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, call = _split(args, kwargs)
+                hidden, call = split(args, kwargs)
                 entered.append(hidden)
                 calls.append(call)
                 if self._returned is None:
                     self._returned = self._try_layer(number, layer, hidden, call)
                 if len(calls) == len(self.layers):
                     raise _Rehearsed
-                return _like(self._returned, hidden)
+                return like(self._returned, hidden)
 
             return forward
 
         with self._replaced(stand_in), contextlib.suppress(_Rehearsed):
             self.model(input_ids=self._tokens(ids), use_cache=False)
         if len(calls) != len(self.layers):
-            raise _Unknown
+            raise Unknown
         return entered[0], calls
 
-    def _try_layer(self, number: int, layer: nn.Module, hidden: Tensor, call: _Call) -> Any:
+    def _try_layer(self, number: int, layer: nn.Module, hidden: Tensor, call: Call) -> Any:
         """What a layer returns, to make its stand-in return the like; without its weights if that can be."""
         if self.weights is not None:
             kept = [(module, dict(module._buffers)) for module in layer.modules()]
             try:
-                moved = _on_device(call, torch.device("meta"))
+                moved = on_device(call, torch.device("meta"))
                 return type(layer).forward(layer, hidden.to("meta"), *moved.args, **moved.kwargs)
             except REFUSALS:
                 pass
@@ -336,7 +309,7 @@ class LayeredModel:
                 for module, buffers in kept:  # GPT-J moves its table of positions to where it was called last
                     module._buffers.update(buffers)
         with self._weights_of(number) as device:
-            moved = _on_device(call, device)
+            moved = on_device(call, device)
             return type(layer).forward(layer, hidden.to(device), *moved.args, **moved.kwargs)
 
     def _head(self, ids: Sequence[int], hidden: Tensor) -> Tensor:
@@ -344,8 +317,8 @@ class LayeredModel:
 
         def stand_in(number: int, layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                passing, _ = _split(args, kwargs)
-                return _like(self._returned, hidden if layer is self.layers[-1] else passing)
+                passing, _ = split(args, kwargs)
+                return like(self._returned, hidden if layer is self.layers[-1] else passing)
 
             return forward
 
@@ -381,7 +354,6 @@ class LayeredModel:
         self,
         sequences: Sequence[Sequence[int]],
         variants: Sequence[Variant],
-        places: Mapping[Coordinate, _Place],
         watch: Watch | None,
         progress: Progress,
     ) -> Iterator[Outcomes]:
@@ -393,7 +365,7 @@ class LayeredModel:
                     found.append(found[0])
                     continue
                 peaks = _Peaks()
-                with self._swapped(variant, places), self._observed(number, index, watch, peaks):
+                with self.places.swapped(variant), self._observed(number, index, watch, peaks):
                     logits.append(self.model(input_ids=self._tokens(ids), use_cache=False).logits[0])
                 found.append(peaks.of(number, 0))
             yield Outcomes(number, tuple(logits), tuple(found))
@@ -406,7 +378,7 @@ class LayeredModel:
                 rows = [(sequence, variant)]
                 with watch.around(number, layer, rows) if watch else contextlib.nullcontext():
                     returned = type(layer).forward(layer, *args, **kwargs)
-                hidden = _hidden(returned)
+                hidden = hidden_of(returned)
                 if watch:
                     watch.after(number, rows, hidden)
                 peaks.look(number, _Group([sequence], [], hidden[:, None]))
@@ -417,65 +389,9 @@ class LayeredModel:
         with self._replaced(observed):
             yield
 
-    # Scalars --------------------------------------------------------------------------------------------------------
-
-    def _find_all(self, variants: Sequence[Variant]) -> dict[Coordinate, _Place]:
-        return {coordinate: self._find(coordinate) for variant in variants for coordinate in variant}
-
-    def _find(self, coordinate: Coordinate) -> _Place:
-        """The place of a stored scalar in the loaded model: the first candidate that exists."""
-        shapes = self.checkpoint.shapes
-        if coordinate.tensor in shapes:
-            for candidate in loaded_candidates(self.checkpoint.config, coordinate, shapes):
-                owners = self._owners.get(candidate.tensor)
-                if owners and _inside(candidate.index, owners.shape):
-                    shard = self.checkpoint.shards[self.checkpoint.weight_map[coordinate.tensor]]
-                    try:
-                        stored = shard.read_scalar(*coordinate)
-                    except IndexError:
-                        break
-                    value = float(decode(self.checkpoint.info(coordinate.tensor).dtype, stored))
-                    return _Place(coordinate, candidate.index, value, owners.modules, owners.layers)
-        raise ModelError("no such scalar in the loaded model", coordinate, "--check weights")
-
-    @contextlib.contextmanager
-    def _swapped(
-        self, variant: Variant, places: Mapping[Coordinate, _Place], where: int | None | object = ...
-    ) -> Iterator[None]:
-        """The weights of layer `where` (None: those outside the layers; ...: all) are those of `variant` while this
-        lasts; afterwards, come what may, they have their very bits back."""
-        kept: list[tuple[Tensor, tuple[int, ...], Tensor]] = []
-        try:
-            for coordinate, value in variant.items():
-                place = places[coordinate]
-                if where is not ... and where not in place.layers:
-                    continue
-                module, name = place.owners[0]
-                weight = module._parameters[name].data
-                if weight.device.type == "meta":  # the head, while only the embedding is there
-                    continue
-                held = weight[place.index].clone()
-                expected = torch.tensor(place.stored, dtype=torch.float64).to(weight.dtype)
-                if float(held) != float(expected):
-                    raise ModelError(
-                        f"the loaded model holds {float(held):g}, not the stored value {float(expected):g}",
-                        coordinate,
-                        "the loader changes this weight; --check weights",
-                    )
-                kept.append((weight, place.index, held))
-                weight[place.index] = value
-            yield
-        finally:
-            for weight, index, held in reversed(kept):
-                weight[index] = held
-
 
 class _Rehearsed(Exception):
     """The last layer was called: the rehearsal is over."""
-
-
-class _Unknown(Exception):
-    """The layers are called in a way that is not understood here."""
 
 
 class _Peaks:
@@ -502,110 +418,3 @@ class _Peaks:
             if magnitude > largest:
                 best, largest = Peak(layer, *divmod(int(where[at]), channels), value), magnitude
         return best
-
-
-class _Owners(NamedTuple):
-    """The modules that hold one parameter, with its name there, and the layers among which they lie."""
-
-    modules: tuple[tuple[nn.Module, str], ...]
-    layers: frozenset[int | None]
-    shape: torch.Size
-
-
-def _owners_of_parameters(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, _Owners]:
-    """Every parameter by each of its names."""
-    layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
-    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    names: dict[str, nn.Parameter] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                names[f"{path}.{name}" if path else name] = parameter
-                if (module, name) not in holders[id(parameter)]:
-                    holders[id(parameter)].append((module, name))
-    return {
-        name: _Owners(
-            tuple(holders[id(parameter)]),
-            frozenset(layer_of.get(id(module)) for module, _ in holders[id(parameter)]),
-            parameter.shape,
-        )
-        for name, parameter in names.items()
-    }
-
-
-def find_decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers of the text model in order: the first list of modules, from the outside in, that is as long
-    as the config says; empty where there is none."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for root in (model.get_decoder(), model):
-        for module in root.modules() if isinstance(root, nn.Module) else ():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                return list(module)
-    return []
-
-
-def _touches(variant: Variant, places: Mapping[Coordinate, _Place], where: int | None) -> bool:
-    return any(where in places[coordinate].layers for coordinate in variant)
-
-
-def _inside(index: tuple[int, ...], shape: Sequence[int]) -> bool:
-    return len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True))
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
-    """The hidden states with which a layer is called, and the rest."""
-    if args:
-        hidden, call = args[0], _Call(args[1:], kwargs)
-    else:
-        hidden, call = kwargs.get("hidden_states"), _Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-        raise _Unknown
-    return hidden, call
-
-
-def _hidden(returned: Any) -> Tensor:
-    hidden = returned[0] if isinstance(returned, tuple) else returned
-    if not isinstance(hidden, Tensor):
-        raise _Unknown
-    return hidden
-
-
-def _like(returned: Any, hidden: Tensor) -> Any:
-    """What a layer would return with these hidden states."""
-    _hidden(returned)
-    return (hidden, *returned[1:]) if isinstance(returned, tuple) else hidden
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        yield value
-        return
-    for item in value:
-        yield from _leaves(item)
-
-
-def _same(calls: Iterable[_Call], others: Iterable[_Call]) -> bool:
-    """Are these the same calls, made of tensors and plain values only?"""
-    pairs = list(zip(_leaves(list(calls)), _leaves(list(others)), strict=True))
-    for one, other in pairs:
-        if isinstance(one, Tensor):
-            if not isinstance(other, Tensor) or not torch.equal(one, other):
-                return False
-        elif not isinstance(one, (int, float, str, torch.dtype, type(None))) or one != other:
-            return False
-    return True
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    """The same with every tensor on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, _Call):
-        return _Call(_on_device(value.args, device), _on_device(value.kwargs, device))
-    if isinstance(value, Mapping):
-        return {key: _on_device(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_on_device(item, device) for item in value)
-    return value

@@ -29,7 +29,8 @@ from swsurgery.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.hub import config_error
 from swsurgery.model import Placement
-from swsurgery.model.forward import LayeredModel, find_decoder_layers
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.places import find_decoder_layers
 from swsurgery.model.stream import STORED, StreamedWeights, pinned_pieces, plan_weights
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
