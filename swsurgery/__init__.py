@@ -8,7 +8,7 @@
 
 Rooms, each of which knows only those below it:
 
-    cli.py, output.py            commands; show.py, show_scan.py and figures.py are what people see
+    cli/, output.py              commands; show.py, show_scan.py and figures.py are what people see
     surgery.py                   the whole operation on one page: apply, revert, check. Start here
     scanning.py                  finding super weights and sweeping factors, on another
     findings.py, entry.py        what a scan found, and what lookup and apply take of it

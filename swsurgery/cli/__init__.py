@@ -1,0 +1,78 @@
+"""The commands: each opens, calls one library function and prints. The package is the only one that knows typer.
+
+Rooms that take time to load are imported inside the command that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from swsurgery import __version__, output
+from swsurgery.cli.editing import apply, diff, inspect, revert, schema
+from swsurgery.cli.finding import check, lookup, scan, sweep
+from swsurgery.cli.proving import verify
+from swsurgery.errors import Interrupted, SwsurgeryError
+
+app = typer.Typer(
+    help="Change single scalars of a checkpoint: exactly, safely and provably.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for command in (apply, lookup, inspect, check, scan, sweep, verify, diff, revert, schema):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        output.print_text(__version__)
+        raise typer.Exit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done or yes, 1 no, 2 bad input, 3 a bug, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        app(argv, prog_name="swsurgery")
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0
+    except SwsurgeryError as error:
+        if debug:
+            traceback.print_exc()
+        for fault in error.faults:
+            output.say(fault)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:  # noqa: BLE001 - the one boundary: whatever comes here is our bug, and says so
+        traceback.print_exc()
+        output.say("this is a bug in swsurgery: please report it with the lines above")
+        return 3
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def entry() -> NoReturn:
+    sys.exit(main())
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not disturb the cleaning up
+    raise Interrupted("interrupted", signal.Signals(number).name, "nothing was left behind")

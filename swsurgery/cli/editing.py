@@ -1,0 +1,137 @@
+"""Commands that read and write checkpoints: apply, revert, inspect, diff, schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from swsurgery import output
+from swsurgery.cli.options import (
+    CheckpointArgument,
+    Debug,
+    DeviceOption,
+    Json,
+    MaxRatio,
+    MinRatio,
+    PlacementOption,
+    Prompt,
+    Quiet,
+    Text,
+    bounds,
+    read_text,
+    silent,
+)
+from swsurgery.errors import printable
+
+
+def apply(
+    manifest: Annotated[Path, typer.Argument(help="The manifest, YAML or JSON.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="The base, instead of the manifest's: a directory or hf://ORG/NAME[@REV].")
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The patched checkpoint; else a folder here named after the manifest."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    link: Annotated[
+        Literal["auto", "clone", "copy", "hard"],
+        typer.Option(help="How files get over: auto clones where the file system can, and copies otherwise."),
+    ] = "auto",
+    check: Annotated[
+        Literal["auto", "off", "weights", "forward"],
+        typer.Option(help="The sanity check: auto runs the model where torch is installed."),
+    ] = "auto",
+    device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
+    text: Text = None,
+    prompt: Prompt = None,
+    max_perplexity_ratio: MaxRatio = None,
+    min_perplexity_ratio: MinRatio = None,
+    rehash: Annotated[bool, typer.Option("--rehash", help="Hash every file again, known digest or not.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Apply a manifest: write the patched checkpoint, checked, with its registry; or write nothing."""
+    from swsurgery import show, surgery
+
+    if dry_run:
+        plan = surgery.plan_manifest(manifest, base)
+        output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.plan(plan)
+        return
+    options = surgery.CheckOptions(
+        check, device, placement, read_text(text), prompt or None, bounds(max_perplexity_ratio, min_perplexity_ratio)
+    )
+    target = directory or Path.cwd() / manifest.stem
+    outcome = surgery.apply_manifest(
+        manifest, target, base=base, link=link, check=options, rehash=rehash, progress=output.Bar(quiet),
+        say=silent if quiet else output.say,
+    )  # fmt: skip
+    output.print_json(outcome.to_json()) if json else show.outcome(outcome)
+
+
+def revert(
+    checkpoint: CheckpointArgument,
+    directory: Annotated[Path, typer.Option("-o", "--output", help="Where the base is written.", show_default=False)],
+    link: Annotated[Literal["auto", "clone", "copy"], typer.Option(help="How files get over.")] = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Give the base of a patched checkpoint back, byte for byte."""
+    from swsurgery import surgery
+
+    notes = surgery.revert(checkpoint, directory, link=link, progress=output.Bar(quiet))
+    if json:
+        output.print_json({"output": str(directory), "notes": notes})
+    else:
+        output.print_text(f"{printable(str(directory))}: every file has the base's sha256 again")
+        for note in notes if not quiet else ():
+            output.say(note)
+
+
+def inspect(
+    checkpoint: CheckpointArgument,
+    tensor: Annotated[str | None, typer.Option(help="Only this tensor.")] = None,
+    at: Annotated[str | None, typer.Option(help="One scalar of it: its index, such as 3968,7003.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List files and tensors, or print one scalar with its bits."""
+    from swsurgery import inspection, show
+
+    if tensor is None and at is None:
+        document = inspection.overview(checkpoint)
+        output.print_json(document) if json else show.overview(document)
+    else:
+        document = inspection.scalar(checkpoint, tensor, at)
+        output.print_json(document) if json else show.scalar(document)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="A checkpoint's directory.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Name every scalar in which two checkpoints differ. Exit 1 where they do."""
+    from swsurgery import show
+    from swsurgery.checkpoint import open_checkpoint
+    from swsurgery.diff import diff as run
+
+    difference = run(open_checkpoint(a), open_checkpoint(b), output.Bar(quiet))
+    output.print_json(difference.to_json()) if json else show.difference(difference)
+    if not difference.same:
+        raise typer.Exit(1)
+
+
+def schema() -> None:
+    """Print the JSON Schema of manifests."""
+    from swsurgery import manifest
+
+    output.print_json(manifest.schema())

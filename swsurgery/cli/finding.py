@@ -1,0 +1,176 @@
+"""Commands that find super weights and measure what edits do: lookup, scan, sweep, check."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from swsurgery import output
+from swsurgery.cli.options import (
+    CheckpointArgument,
+    Debug,
+    DeviceOption,
+    Json,
+    MaxRatio,
+    MinRatio,
+    PlacementOption,
+    Prompt,
+    Quiet,
+    Text,
+    Windows,
+    bounds,
+    read_text,
+    silent,
+    width,
+)
+from swsurgery.errors import SwsurgeryError, printable
+
+
+def lookup(
+    model: Annotated[str, typer.Argument(help="A model's name, or a patched checkpoint.", show_default=False)],
+    status: Annotated[list[str] | None, typer.Option(help="Only coordinates of this status; may be repeated.")] = None,
+    manifest: Annotated[
+        Literal["zero", "scale", "protect"] | None, typer.Option(help="Print a manifest that apply takes.")
+    ] = None,
+    factor: Annotated[float | None, typer.Option(help="The factor, with --manifest scale.")] = None,
+    forget: Annotated[bool, typer.Option("--forget", help="Remove your own entry, which scan made.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show the known super weights of a model, your own scans included, or the registry of a patched checkpoint."""
+    from swsurgery import known
+
+    if forget:
+        if status or manifest or factor is not None:
+            raise SwsurgeryError("--forget goes with no --status, --manifest or --factor")
+        removed = str(known.forget(model))
+        if json:
+            output.print_json({"forgotten": removed})
+        else:
+            output.print_text(f"{printable(removed)}: removed, the shipped facts stay")
+        return
+    if os.sep in model and Path(model).is_dir() or Path(model, "swsurgery.json").is_file():
+        from swsurgery import show, surgery
+
+        patched, _ = surgery.open_patched(Path(model))
+        document = patched.registry.model_dump(mode="json")
+        output.print_json(document) if json else show.registry(patched.registry)
+        return
+    found = known.lookup(model)
+    if manifest:
+        output.print_text(known.render_manifest(found, manifest, factor, status or None))
+    elif json:
+        output.print_json(known.to_json(found, status or None))
+    else:
+        output.print_text(known.render_table(found, width(), status or None))
+
+
+def scan(
+    checkpoint: Annotated[str, typer.Argument(help="A directory, or hf://ORG/NAME[@REV].", show_default=False)],
+    method: Annotated[
+        Literal["activations", "weights"], typer.Option(help="Run prompts, or look at the weights alone.")
+    ] = "activations",
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt to run; may be repeated.")] = None,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Measure what zeroing each candidate does.")] = False,
+    manifest: Annotated[Path | None, typer.Option(help="Write a manifest of what was found.")] = None,
+    op: Annotated[Literal["zero", "scale", "protect"], typer.Option(help="What that manifest does.")] = "zero",
+    factor: Annotated[float | None, typer.Option(help="The factor, with --op scale.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figure: .png, .svg or .pdf.")] = None,
+    register: Annotated[str | None, typer.Option(help="Remember it: lookup finds it under this name.")] = None,
+    text: Text = None,
+    windows: Windows = 16,
+    device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Find the super weights of a checkpoint."""
+    from swsurgery import scanning, show_scan
+
+    say = silent if quiet else output.say
+    command = _scan_command(method, prompt, confirm, text, windows)
+    outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
+    options = scanning.RunOptions(device, placement, read_text(text), windows)
+    report = scanning.scan_checkpoint(
+        checkpoint, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs,
+        progress=output.Bar(quiet), say=say,
+    )  # fmt: skip
+    lines: list[str] = []
+    try:
+        lines = scanning.write_outputs(report, checkpoint, outputs)
+    finally:  # what took long to find is shown, even if it cannot be kept
+        output.print_json(report.to_json()) if json else show_scan.show_scan(report)
+    for line in lines:
+        say(line)
+
+
+def sweep(
+    manifest: Annotated[Path, typer.Argument(help="What to change, in YAML or JSON.", show_default=False)],
+    factors: Annotated[str, typer.Option(help="Factors between commas, such as 0,0.5,1,1.5,2.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base: a directory or hf://ORG/NAME[@REV].")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figure: .png, .svg or .pdf.")] = None,
+    text: Text = None,
+    windows: Windows = 16,
+    device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure quality as a function of the factor by which a manifest's scalars are scaled."""
+    from swsurgery import scanning, show_scan
+
+    report = scanning.sweep_manifest(
+        manifest, numbers(factors), base=base, plot=plot,
+        options=scanning.RunOptions(device, placement, read_text(text), windows),
+        progress=output.Bar(quiet), say=silent if quiet else output.say,
+    )  # fmt: skip
+    output.print_json(report.to_json()) if json else show_scan.show_sweep(report)
+
+
+def check(
+    checkpoint: CheckpointArgument,
+    text: Text = None,
+    prompt: Prompt = None,
+    max_perplexity_ratio: MaxRatio = None,
+    min_perplexity_ratio: MinRatio = None,
+    device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run a patched checkpoint and its base side by side. Exit 1 where a bound is not held."""
+    from swsurgery import show, surgery
+
+    held = bounds(max_perplexity_ratio, min_perplexity_ratio)
+    options = surgery.CheckOptions("forward", device, placement, read_text(text), prompt or None, held)
+    report = surgery.check_checkpoint(checkpoint, options, output.Bar(quiet), silent if quiet else output.say)
+    output.print_json(report.to_json()) if json else show.check(report.to_json())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise SwsurgeryError("factors are numbers between commas", repr(text), "such as 0,0.5,1,1.5,2") from None
+
+
+def _scan_command(method: str, prompts: list[str] | None, confirm: bool, text: Path | None, windows: int) -> str:
+    """The command that repeats a scan, without what is this machine's alone."""
+    words = ["swsurgery", "scan", "CHECKPOINT", "--method", method]
+    for prompt in prompts or ():
+        words += ["--prompt", shlex.quote(prompt)]
+    if confirm:
+        words += ["--confirm", "--windows", str(windows)]
+    if text is not None:
+        words += ["--text", shlex.quote(text.name)]
+    return " ".join(words)

@@ -1,0 +1,54 @@
+"""Options that several commands take, and what becomes of their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from swsurgery.errors import SwsurgeryError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No talk and no progress on stderr, errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint's directory.", show_default=False)]
+Text = Annotated[Path | None, typer.Option(help="Text to measure on, instead of the built-in passage.")]
+Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to continue; may be repeated.")]
+MaxRatio = Annotated[float | None, typer.Option(help="Fail where patched/base perplexity is above this.")]
+MinRatio = Annotated[float | None, typer.Option(help="Fail where patched/base perplexity is below this.")]
+DeviceOption = Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where the model runs.")]
+PlacementOption = Annotated[
+    Literal["auto", "whole", "streamed"],
+    typer.Option(help="All weights in memory, or two layers at a time; auto streams what does not fit."),
+]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to measure on.")]
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def read_text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise SwsurgeryError(f"cannot read the text ({reason})", path) from None
+
+
+def bounds(most: float | None, least: float | None):
+    from swsurgery.report import Bounds
+
+    for value in (most, least):
+        if value is not None and not 0 < value < float("inf"):
+            raise SwsurgeryError("a perplexity ratio is a finite number above 0", value)
+    return None if most is None and least is None else Bounds(most, least)
