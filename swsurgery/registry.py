@@ -36,11 +36,12 @@ Index = Annotated[tuple[Position, ...], BeforeValidator(lambda v: tuple(v) if is
 
 
 class FileRecord(Strict):
-    """One file: size in bytes and sha256 in the base and here."""
+    """One file: size in bytes and sha256 in the base and here. An edit in place does not read the files that it does
+    not touch, so their digests are None where nobody knew them; then both are."""
 
     size: Position
-    base_sha256: Digest
-    sha256: Digest
+    base_sha256: Digest | None
+    sha256: Digest | None
 
 
 class ScalarRecord(Strict):
@@ -181,7 +182,7 @@ class Patched:
 
     def own_files(self) -> dict[str, bytes]:
         """Name -> bytes of swsurgery's own three files."""
-        sums = {name: record.sha256 for name, record in self.registry.files.items()}
+        sums = {name: record.sha256 for name, record in self.registry.files.items() if record.sha256}
         sums |= {REGISTRY_NAME: _sha256(self.registry_raw), MANIFEST_NAME: _sha256(self.manifest_raw)}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         return {REGISTRY_NAME: self.registry_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}

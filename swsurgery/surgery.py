@@ -129,7 +129,7 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
             Splice(e.file, e.coordinate, DTYPES[e.dtype], e.offset, e.new_bytes, op="set", new=e.old_bytes)
             for e in registry.edits
         ),
-        pins={name: (record.sha256, "its registry") for name, record in registry.files.items()},
+        pins={name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256},
         in_cache=checkpoint.in_cache,
     )
     digests = DigestCache()
@@ -198,7 +198,7 @@ def _refuse_inside(output: Path, root: Path) -> None:
 def _source(plan: Plan, previous: Patched | None) -> Source:
     pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
     if previous:
-        pins |= {name: (record.sha256, "its registry") for name, record in previous.registry.files.items()}
+        pins |= {n: (record.sha256, "its registry") for n, record in previous.registry.files.items() if record.sha256}
     leave = {*plan.omitted, *OWN_FILES}
     files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
     return Source(files, plan.splices, pins, plan.checkpoint.in_cache)
