@@ -13,6 +13,7 @@ Rooms, each of which knows only those below it:
     scanning.py                  finding super weights and sweeping factors, on another
     findings.py, entry.py        what a scan found, and what lookup and apply take of it
     verify.py, diff.py           what changed, from the registry and the files, or from two checkpoints
+    inplace.py, journal.py       apply and revert where the files lie, undone after any fault
     registry.py                  the record that proves a patched checkpoint and undoes it
     model/                       the only torch: what the edited model computes
     apply.py, plan.py            splices, and the copy that makes them
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from swsurgery.checkpoint import open_checkpoint
     from swsurgery.diff import diff as diff_checkpoints
     from swsurgery.errors import SwsurgeryError
+    from swsurgery.inplace import apply_in_place, revert_in_place
     from swsurgery.known import lookup
     from swsurgery.manifest import load_manifest
     from swsurgery.progress import Silent
@@ -50,6 +52,7 @@ _PUBLIC = {
     "CheckOptions": ("surgery", "CheckOptions"),
     "Silent": ("progress", "Silent"),
     "SwsurgeryError": ("errors", "SwsurgeryError"),
+    "apply_in_place": ("inplace", "apply_in_place"),
     "apply_manifest": ("surgery", "apply_manifest"),
     "check_checkpoint": ("surgery", "check_checkpoint"),
     "diff_checkpoints": ("diff", "diff"),
@@ -58,6 +61,7 @@ _PUBLIC = {
     "open_checkpoint": ("checkpoint", "open_checkpoint"),
     "plan_manifest": ("surgery", "plan_manifest"),
     "revert": ("surgery", "revert"),
+    "revert_in_place": ("inplace", "revert_in_place"),
     "verify_checkpoint": ("verify", "verify"),
 }
 
@@ -66,6 +70,7 @@ __all__ = [  # written out, for tools that read and do not run
     "Silent",
     "SwsurgeryError",
     "__version__",
+    "apply_in_place",
     "apply_manifest",
     "check_checkpoint",
     "diff_checkpoints",
@@ -74,6 +79,7 @@ __all__ = [  # written out, for tools that read and do not run
     "open_checkpoint",
     "plan_manifest",
     "revert",
+    "revert_in_place",
     "verify_checkpoint",
 ]
 

@@ -1,17 +1,20 @@
 """Copy a base with a plan's splices into a staged directory, hashing on the way.
 
 No tensor is built and no header re-written: files go over as bytes. A touched shard is read once, and its
-digest before and after comes out of that one reading.
+digest before and after comes out of that one reading. What an interrupted run left in the stage is kept where its
+bytes, with the splices undone, have the base's known digest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +24,13 @@ from swsurgery import fsops
 from swsurgery.checkpoint import BaseFile
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import bits_of
-from swsurgery.errors import CheckpointError, PlanError, TargetError
+from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError, TargetError
 from swsurgery.progress import Progress
-from swsurgery.shard import open_regular
+from swsurgery.shard import open_regular, opened
 from swsurgery.splice import Splice
+
+THREADS = "SWSURGERY_THREADS"
+"""Environment variable: how many files are copied at a time. 1 does everything in one thread."""
 
 CHUNK = 4 << 20
 """Bytes read at a time: big enough to keep the disk and the hash busy, small enough to stay in the cache."""
@@ -34,14 +40,15 @@ Link = Literal["auto", "clone", "copy", "hard"]
 
 @dataclass(frozen=True)
 class AppliedFile:
-    """One file of the patched checkpoint. Digests are sha256 of the base's and of the patched bytes."""
+    """One file of the patched checkpoint. Digests are sha256 of the base's and of the patched bytes; None where an
+    edit in place did not have to know them. `how` it got there: "kept" is what an interrupted run had copied, "place"
+    what was not copied at all."""
 
     name: str
     size: int
-    base_digest: str
-    patched_digest: str
-    how: Literal["clone", "copy", "hard"]
-    hashed: bool
+    base_digest: str | None
+    patched_digest: str | None
+    how: Literal["clone", "copy", "hard", "kept", "place"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class Source:
     splices: tuple[Splice, ...]
     pins: dict[str, tuple[str, str]]
     in_cache: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [f.name for f in self.files]
 
 
 def write_checkpoint(
@@ -87,20 +98,21 @@ def write_checkpoint(
 
 
 class _Copier:
-    """Copies files in a few threads; hashing, reading and writing all release the interpreter's lock. More threads
-    than cores, so that the last of three shards is not copied on one core while the other rests."""
+    """Copies files in a few threads; hashing, reading and writing all release the interpreter's lock."""
 
     def __init__(self, source: Source, stage: Path, link: Link, digests: DigestCache, progress: Progress, rehash: bool):
         self.source, self.stage, self.link = source, stage, link
         self.digests, self.progress, self.rehash = digests, progress, rehash
+        self.threads = _threads()
         self.stop = threading.Event()
         self.lock = threading.Lock()
 
     def run(self) -> list[AppliedFile]:
         largest_first = sorted(self.source.files, key=lambda f: -f.size)
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            futures = [pool.submit(self.copy, f) for f in largest_first]
+        with _pool(self.threads) as pool:
+            futures = []
             try:
+                futures += (pool.submit(self.copy, f) for f in largest_first)
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # also on SIGINT: the threads look at this after every chunk
                 self.stop.set()
@@ -115,38 +127,77 @@ class _Copier:
         splices = sorted((s for s in self.source.splices if s.file == file.name), key=lambda s: s.offset)
         target = self.stage / file.name
         known = None if self.rehash else file.digest or self.digests.get(file.path)
+        if known and (kept := self.kept(file, target, splices, known)):
+            return kept
+        with fsops.reported(target):
+            fsops.remove_file(target)
         base = open_regular(file.path)
         try:
             before = os.fstat(base)
             if self.link == "hard" and not splices:
                 with fsops.reported(target):
                     fsops.hard_link(file.path, target)
-                how, digest = "hard", known or self.hash(base, file)
+                how, digest = "hard", known or stream(base, file, (), self.advance)[0]
                 self.advance(file.size if known else 0)
                 patched = digest
             else:
-                with fsops.reported(target):
-                    new = fsops.create(target)
-                    try:
-                        how, digest, patched = self.fill(base, new, file, splices, known)
-                        fsops.sync(new)
-                    finally:
-                        os.close(new)
+                how, digest, patched = self.write(base, target, file, splices, known)
             after = os.fstat(base)
         finally:
             os.close(base)
         # A hard link moves the ctime, so only size and mtime can be held against each other here.
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise CheckpointError("the base was changed while it was read", file.path, "run again when it rests")
-        self.check(file, digest)
-        with self.lock:
+        hold_to(file, digest, self.source.pins)
+        with self.lock:  # saved after each file, for a killed run's successor to go on from
             self.digests.put(file.path, digest)
-        return AppliedFile(file.name, file.size, digest, patched, how, known is None or bool(splices))
+            self.digests.save()
+        return AppliedFile(file.name, file.size, digest, patched, how)
+
+    def kept(self, file: BaseFile, target: Path, splices: list[Splice], known: str) -> AppliedFile | None:
+        """What an interrupted run wrote, if it is proved: with the splices undone it has the base's digest."""
+        if self.link == "hard" or not os.path.lexists(target):
+            return None
+        undone = [dataclasses.replace(s, old=s.new, new=s.old) for s in splices]
+        read: list[int] = []
+        with opened(target) as fd:
+            status = os.fstat(fd)
+            if status.st_size != file.size or status.st_nlink > 1:
+                return None
+            with fsops.reported(target):
+                fsops.sync(fd)
+                fsops.drop_cache(fd)
+            try:
+                patched, digest = stream(fd, file, undone, lambda n: (read.append(n), self.advance(n)))
+            except CheckpointError:
+                digest = None
+        if digest != known:
+            self.advance(-sum(read))
+            return None
+        hold_to(file, digest, self.source.pins)
+        return AppliedFile(file.name, file.size, digest, patched, "kept")
+
+    def write(
+        self, base: int, target: Path, file: BaseFile, splices: list[Splice], known: str | None
+    ) -> tuple[Literal["clone", "copy"], str, str]:
+        """Write one file, durably. Returns (how, digest of the base, digest of what was written)."""
+        try:
+            with fsops.reported(target):
+                new = fsops.create(target)
+                try:
+                    done = self.fill(base, new, file, splices, known)
+                    fsops.sync(new)
+                finally:
+                    os.close(new)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fsops.remove_file(target)
+            raise
+        return done
 
     def fill(
         self, base: int, new: int, file: BaseFile, splices: list[Splice], known: str | None
     ) -> tuple[Literal["clone", "copy"], str, str]:
-        """Write one file. Returns (how, digest of the base, digest of what was written)."""
         cloned = self.link in ("auto", "clone") and fsops.clone(base, new)
         if self.link == "clone" and not cloned:
             raise TargetError("this file system cannot clone", self.stage.parent, "use --link auto")
@@ -156,45 +207,12 @@ class _Copier:
             else:
                 self.advance(file.size)
             return "clone" if cloned else "copy", known, known
-        digest, patched = hashlib.sha256(), None
-        jobs: list[Future] = []
         if not cloned:
             fsops.bypass_cache(new)
-        with ThreadPoolExecutor(max_workers=2) as lanes:  # one writes, one hashes what is written
-            for offset, chunk in _chunks(base, file):
-                inside = [s for s in splices if s.offset < offset + len(chunk) and offset < s.end]
-                if inside and patched is None:
-                    patched = digest.copy()  # up to here both files are the same
-                if inside:
-                    digest.update(chunk)
-                    self.splice(chunk, offset, inside, file)
-                for job in jobs:  # the chunk before: its buffer is the next to be read into
-                    job.result()
-                jobs = [lanes.submit(patched.update, chunk)] if patched is not None else []
-                if not cloned:
-                    jobs.append(lanes.submit(fsops.write_all, new, chunk))
-                if not inside:
-                    digest.update(chunk)
-                self.advance(len(chunk))
-            for job in jobs:
-                job.result()
+        digest, patched = stream(base, file, splices, self.advance, None if cloned else new, self.threads > 1)
         for splice in splices if cloned else ():
             fsops.write_at(new, splice.new, splice.offset)
-        return "clone" if cloned else "copy", digest.hexdigest(), (patched or digest).hexdigest()
-
-    def splice(self, chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:
-        """Put the new bytes into a chunk that begins at `offset`, if the old ones are as planned. A scalar may lie
-        across two chunks."""
-        for splice in splices:
-            begin, end = max(splice.offset, offset), min(splice.end, offset + len(chunk))
-            part, at = slice(begin - splice.offset, end - splice.offset), slice(begin - offset, end - offset)
-            if chunk[at] != splice.old[part]:
-                raise CheckpointError(
-                    f"{splice.coordinate} does not hold the planned {bits_of(splice.old)}",
-                    file.path,
-                    "the base was changed meanwhile",
-                )
-            chunk[at] = splice.new[part]
+        return "clone" if cloned else "copy", digest, patched
 
     def copy_in_kernel(self, base: int, new: int, file: BaseFile) -> None:
         offset = 0
@@ -205,25 +223,94 @@ class _Copier:
             offset += copied
             self.advance(copied)
 
-    def hash(self, base: int, file: BaseFile) -> str:
-        digest = hashlib.sha256()
-        for _, chunk in _chunks(base, file):
-            digest.update(chunk)
-            self.advance(len(chunk))
-        return digest.hexdigest()
-
-    def check(self, file: BaseFile, digest: str) -> None:
-        """Hold a digest of the base against everything that says what it must be."""
-        for wanted, who in (self.source.pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
-            if wanted and wanted != digest:
-                raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path,
-                                "is this the right checkpoint?")  # fmt: skip
-
     def advance(self, size: int) -> None:
         if self.stop.is_set():
             raise _Stopped
         with self.lock:
             self.progress.advance(size)
+
+
+def stream(
+    fd: int,
+    file: BaseFile,
+    splices: Sequence[Splice],
+    advance: Callable[[int], None],
+    sink: int | None = None,
+    threaded: bool = True,
+) -> tuple[str, str]:
+    """Read a file once: (sha256 of its bytes, sha256 with the splices made), and write the latter into the
+    descriptor `sink`. Raises CheckpointError where a splice's old bytes are not there."""
+    digest, patched = hashlib.sha256(), None
+    jobs: list[Future] = []
+    with _pool(2 if threaded else 1) as lanes:  # one writes, one hashes what is written
+        for offset, chunk in _chunks(fd, file):
+            inside = [s for s in splices if s.offset < offset + len(chunk) and offset < s.end]
+            if inside and patched is None:
+                patched = digest.copy()  # up to here both files are the same
+            if inside:
+                digest.update(chunk)
+                _splice(chunk, offset, inside, file)
+            for job in jobs:  # the chunk before: its buffer is the next to be read into
+                job.result()
+            jobs = [lanes.submit(patched.update, chunk)] if patched is not None else []
+            if sink is not None:
+                jobs.append(lanes.submit(fsops.write_all, sink, chunk))
+            if not inside:
+                digest.update(chunk)
+            advance(len(chunk))
+        for job in jobs:
+            job.result()
+    return digest.hexdigest(), (patched or digest).hexdigest()
+
+
+def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> None:
+    """Hold a digest of the base against everything that says what it must be. Raises PlanError."""
+    for wanted, who in (pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
+        if wanted and wanted != digest:
+            raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path,
+                            "is this the right checkpoint?")  # fmt: skip
+
+
+def _splice(chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:
+    """Put the new bytes into a chunk that begins at `offset`, if the old ones are as planned. A scalar may lie
+    across two chunks."""
+    for splice in splices:
+        begin, end = max(splice.offset, offset), min(splice.end, offset + len(chunk))
+        part, at = slice(begin - splice.offset, end - splice.offset), slice(begin - offset, end - offset)
+        if chunk[at] != splice.old[part]:
+            raise CheckpointError(
+                f"{splice.coordinate} does not hold the planned {bits_of(splice.old)}",
+                file.path,
+                "the base was changed meanwhile",
+            )
+        chunk[at] = splice.new[part]
+
+
+class _Here:
+    """A pool of no threads: what is submitted is done at once, and what it raises is raised."""
+
+    def submit(self, call: Callable, *arguments: object) -> Future:
+        future: Future = Future()
+        future.set_result(call(*arguments))
+        return future
+
+    def __enter__(self) -> _Here:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        pass
+
+
+def _pool(threads: int) -> ThreadPoolExecutor | _Here:
+    return ThreadPoolExecutor(threads) if threads > 1 else _Here()
+
+
+def _threads() -> int:
+    """More than cores, so that the last of three shards is not copied on one core while the other rests."""
+    text = os.environ.get(THREADS, "4")
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise SwsurgeryError(f"{THREADS} is {text!r}", "the environment", "give a number from 1 to 64")
+    return int(text)
 
 
 class _Stopped(Exception):

@@ -1,7 +1,8 @@
 """A checkpoint on disk: which files it has, which of them hold the weights, and whether they agree.
 
 Knows single files, shards with an index, and snapshots of the Hugging Face cache (whose files are links
-into `blobs/`, read only). Reads headers and small JSON files; never tensor data, and writes nothing.
+into `blobs/`, read only). Reads headers and small JSON files; never tensor data, and writes nothing, except that
+it has an edit in place that was cut off undone first.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from swsurgery import journal
 from swsurgery.errors import CheckpointError
 from swsurgery.jsonfile import read_json
-from swsurgery.shard import Shard, TensorInfo, open_shard
-
-SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}\.safetensors")
-"""The only names that an index may point to: plain file names, so no path leaves the directory."""
+from swsurgery.names import SHARD_NAME, WORKING_FILES
+from swsurgery.shard import Shard, TensorInfo, open_shard, quoted
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -35,10 +35,10 @@ COPIES = (
 LEFT_OUT = (".git", ".cache")
 """Top-level folders of download and version control tools; they are no part of a checkpoint."""
 
-OWN_FILES = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
-"""What swsurgery adds to a patched checkpoint: its registry, the manifest as applied, and the digests."""
-
 MAX_LISTED = 20
+
+MAX_TENSORS = 1 << 18
+"""In one checkpoint. The largest published ones have 92,000 (FP8 with scales) to 210,000 (packed integers)."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,14 @@ class Checkpoint:
         return next(f for f in self.files if f.name == name)
 
 
-def open_checkpoint(root: Path, weights: Literal["index", "single"] | None = None) -> Checkpoint:
+def open_checkpoint(
+    root: Path, weights: Literal["index", "single"] | None = None, *, editing: bool = False
+) -> Checkpoint:
     """Open the checkpoint in directory `root`. `weights` chooses where both an index and a single file are there.
+    `editing` is for the run that is editing it in place; any other finds the old bytes put back.
 
-    Raises CheckpointError (ShardError for a malformed shard) with every fault found.
+    Raises CheckpointError (ShardError for a malformed shard) with every fault found; TargetError while another run is
+    editing it in place.
     """
     root = Path(os.path.realpath(root))
     if not root.is_dir():
@@ -98,6 +102,8 @@ def open_checkpoint(root: Path, weights: Literal["index", "single"] | None = Non
             raise CheckpointError("no such checkpoint", root)
         raise CheckpointError("a checkpoint is a directory", root, "give the directory that holds this file")
     in_cache = is_cache_snapshot(root)
+    if not in_cache and not editing:
+        journal.recover(root)
     files, left_out = _list_files(root, in_cache)
     names = {f.name: f for f in files}
     index_name, shard_names, weight_map, total = _find_weights(root, names, weights)
@@ -105,6 +111,7 @@ def open_checkpoint(root: Path, weights: Literal["index", "single"] | None = Non
     for name in shard_names:
         try:
             shards[name] = open_shard(names[name].path)
+            _refuse_too_many(sum(len(shard.tensors) for shard in shards.values()), root)
         except CheckpointError as error:
             faults += error.faults
     if faults:
@@ -143,6 +150,8 @@ def _list_files(root: Path, in_cache: bool) -> tuple[tuple[BaseFile, ...], tuple
             name = str(PurePosixPath(Path(entry.path).relative_to(root)))
             if not name.isprintable():
                 faults.append(f"has a name that cannot be printed: {name!r}")
+            elif folder == root and entry.name in WORKING_FILES:
+                pass
             elif folder == root and entry.name in LEFT_OUT:
                 left_out.append(name)
             elif entry.is_dir(follow_symlinks=False):
@@ -220,10 +229,11 @@ def _read_index(root: Path, names: dict[str, BaseFile], index_name: str) -> tupl
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError("has no weight_map", index_name)
+    _refuse_too_many(len(weight_map), index_name)
     faults = []
     for shard in dict.fromkeys(json.dumps(v) if type(v) is not str else v for v in weight_map.values()):
         if not SHARD_NAME.fullmatch(shard):
-            faults.append(f"index points to {shard!r}, which is no plain name of a safetensors file: {index_name}")
+            faults.append(f"index points to {quoted(shard)}, which is no plain name of a safetensors file: {index_name}")
         elif shard not in names:
             faults.append(f"missing shard: {root / shard} (the download is not complete)")
     if faults:
@@ -231,6 +241,11 @@ def _read_index(root: Path, names: dict[str, BaseFile], index_name: str) -> tupl
     metadata = index.get("metadata")
     total = metadata.get("total_size") if type(metadata) is dict else None
     return index_name, sorted(set(weight_map.values())), weight_map, total
+
+
+def _refuse_too_many(tensors: int, where: object) -> None:
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(f"more than the {MAX_TENSORS} tensors accepted in a checkpoint", where)
 
 
 def _disagreements(index_name: str, weight_map: dict[str, str], shards: dict[str, Shard]) -> dict[str, str]:

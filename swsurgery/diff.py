@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from swsurgery.checkpoint import OWN_FILES, BaseFile, Checkpoint
+from swsurgery.checkpoint import BaseFile, Checkpoint
+from swsurgery.names import OWN_FILES
 from swsurgery.progress import Progress
 from swsurgery.shard import Shard, TensorInfo, opened, read_exactly
 from swsurgery.splice import json_value

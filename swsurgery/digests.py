@@ -55,6 +55,7 @@ class DigestCache:
             fsops.replace_file(self._path, json.dumps(newest, indent=0).encode())
         except (OSError, TargetError):
             return
+        self._changed = False
 
 
 def _identity(path: Path) -> str:

@@ -92,4 +92,14 @@ class CheckFailed(SwsurgeryError):
 
 
 class Interrupted(SwsurgeryError):
+    """A signal; `left` says what is left behind."""
+
     exit_code = 130
+
+    def __init__(self, signal: str, left: str = "nothing was left behind"):
+        super().__init__("interrupted", signal, left)
+        self.signal = signal
+
+    def leaving(self, left: str) -> Interrupted:
+        """The same signal, with another word about what is left."""
+        return Interrupted(self.signal, left)

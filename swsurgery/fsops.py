@@ -12,11 +12,10 @@ import ctypes
 import errno
 import fcntl
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from swsurgery.errors import TargetError
+from swsurgery.errors import Interrupted, TargetError
 
 FICLONE = 0x40049409
 """ioctl of Linux: make a file share all blocks of another one (btrfs, xfs)."""
@@ -48,66 +47,158 @@ def reported(path: Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A locked, empty directory beside `target`; renamed to `target`, durably, when the block ends well.
+def staged(target: Path, names: Collection[str]) -> Iterator[Path]:
+    """A locked directory beside `target`; renamed to `target`, durably, when the block ends well.
 
-    On any exception it is removed, so `target` is whole or absent. What a killed run left behind under the
-    same name is cleaned up here. Raises TargetError where the target exists, cannot be made, or another run
-    is writing it.
+    `names` are the files, relative to it, that the block will write. Those that a killed run left behind are still
+    there when it begins, unproved, and the block has to replace or prove them; everything else is removed. On an
+    exception the directory is removed, so `target` is whole or absent; on Interrupted it stays where it holds a
+    finished shard. Raises TargetError where the target exists, cannot be made, or another run is writing it.
     """
     target = Path(os.path.abspath(target))
-    stage = target.parent / f".{target.name}.partial"
-    _refuse_existing(target)
+    stage, marker = (target.parent / f".{target.name}{ending}" for ending in (".partial", ".committing"))
     with reported(target):
-        lock = _locked_directory(stage, target)
+        lock = _locked_stage(stage, target, marker, names)
     try:
         try:
-            _refuse_existing(target)
             with reported(stage):
-                _empty(stage)
+                _remove_strays(stage, names)
             yield stage
             with reported(target):
-                for folder, _, _ in os.walk(stage):
-                    sync_directory(Path(folder))
-                rename_new(stage, target)
-        except BaseException:
+                _commit(stage, target, marker)
+        except BaseException as error:
+            kept = False
             with contextlib.suppress(OSError):
-                shutil.rmtree(stage)
+                _take_back(lock, stage, target, marker)
+                # Files that were not finished are gone already, so a shard is something to go on from.
+                kept = isinstance(error, Interrupted) and any(n.endswith(".safetensors") for n in _files(stage))
+                if not kept:
+                    remove_tree(stage)
+            if kept:
+                raise error.leaving(f"run the same command to continue, or remove {stage}") from None
             raise
-        with reported(target):
-            sync_directory(target.parent)
     finally:
         os.close(lock)  # the lock dies with the descriptor, so a killed run leaves none
 
 
-def _refuse_existing(target: Path) -> None:
-    if os.path.lexists(target):
-        raise TargetError("the target exists", target, "give another -o, or remove it")
+def _commit(stage: Path, target: Path, marker: Path) -> None:
+    """Give the stage its name. The marker says, to whoever comes after a kill between here and the end, that the
+    target was not reported as done and may be taken back; it names the directory that it speaks of."""
+    for folder, _, _ in os.walk(stage):
+        sync_directory(Path(folder))
+    write_file(marker, _identity(os.stat(stage)))
+    sync_directory(target.parent)
+    rename_new(stage, target)
+    sync_directory(target.parent)
+    os.unlink(marker)
+    sync_directory(target.parent)
 
 
-def _locked_directory(stage: Path, target: Path) -> int:
+def _take_back(lock: int, stage: Path, target: Path, marker: Path) -> None:
+    """Undo what `_commit` did of its work, if anything."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(lock), os.lstat(target)):
+            rename_new(target, stage)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(marker)
+
+
+def _locked_stage(stage: Path, target: Path, marker: Path, names: Collection[str]) -> int:
+    """The stage's descriptor, locked; made where it is not there, and taken back from a target that a killed run had
+    renamed but not yet reported."""
     while True:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(stage)
-        fd = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        unreported = os.path.lexists(target)
+        if unreported and not _is_marked(target, marker):
+            raise TargetError("the target exists", target, "give another -o, or remove it")
+        if not unreported:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(stage)
+        here = target if unreported else stage
+        fd = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(stage)):
+            if os.path.samestat(os.fstat(fd), os.stat(here)):
+                if unreported:
+                    if not (_is_marked(target, marker) and _files(target) <= set(names)):
+                        raise TargetError("the target exists", target, "give another -o, or remove it")
+                    rename_new(target, stage)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(marker)
                 return fd
         except BlockingIOError:
             os.close(fd)
             raise TargetError("another run is writing it", target, "wait for it, or stop it") from None
         except FileNotFoundError:
             pass  # its owner renamed or removed it between our two calls
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
 
 
-def _empty(folder: Path) -> None:
-    for entry in os.scandir(folder):
+def _is_marked(target: Path, marker: Path) -> bool:
+    try:
+        return not target.is_symlink() and marker.read_bytes() == _identity(os.stat(target))
+    except OSError:
+        return False
+
+
+def _identity(status: os.stat_result) -> bytes:
+    return f"{status.st_dev}:{status.st_ino}\n".encode()
+
+
+def _files(folder: Path) -> set[str]:
+    """Names, relative to the folder, of everything below it that is no directory."""
+    return {os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names}
+
+
+def _remove_strays(stage: Path, names: Collection[str]) -> None:
+    for entry in list(os.scandir(stage)):
+        inside = {n.split("/", 1)[1] for n in names if n.startswith(f"{entry.name}/")}
         if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
+            if inside:
+                _remove_strays(Path(entry.path), inside)
+            else:
+                remove_tree(Path(entry.path))
+        elif entry.name not in names or not entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, exclusive: bool) -> Iterator[None]:
+    """Hold a directory that is read (shared) or edited in place (exclusive). The lock dies with the process.
+
+    Raises TargetError where another run holds it otherwise.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            doing = "reading or editing it" if exclusive else "editing it in place"
+            raise TargetError(f"another run is {doing}", folder, "wait for it, or stop it") from None
+        except OSError as error:
+            if exclusive:  # some network file systems have no locks; whoever only reads is warned by what it hashes
+                raise TargetError(f"cannot lock ({os.strerror(error.errno or 0)})", folder) from error
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a directory and all that is below it, following no link."""
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(Path(entry.path))
         else:
             os.unlink(entry.path)
+    os.rmdir(folder)
 
 
 def make_directories(path: Path) -> None:
@@ -117,6 +208,27 @@ def make_directories(path: Path) -> None:
 def create(path: Path) -> int:
     """A new file, open for writing; its mode follows the umask."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def open_for_patching(path: Path) -> int:
+    """An existing regular file, open for reading and for writing into it; no link is followed."""
+    return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def reserve(path: Path, size: int) -> None:
+    """A new file that takes `size` bytes of the disk, to be removed when they are needed."""
+    with reported(path):
+        fd = create(path)
+        try:
+            os.posix_fallocate(fd, 0, size)
+            sync(fd)
+        finally:
+            os.close(fd)
+
+
+def drop_cache(fd: int) -> None:
+    """Have the next reading come from the disk, so far as the kernel is willing."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def bypass_cache(fd: int) -> None:
@@ -166,14 +278,14 @@ def write_file(path: Path, data: bytes) -> None:
             os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """A small file that may exist already, replaced as a whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None:
+    """A small file that may exist already, replaced as a whole; by way of `temporary`, which must not exist."""
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_file(temporary, data)
         with reported(path):
             os.replace(temporary, path)
-    except TargetError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from swsurgery import architectures, known
-from swsurgery.checkpoint import OWN_FILES, Checkpoint
+from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.edits import MeasuredValue, Scale, Target, expectation_fault
 from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError
 from swsurgery.known import KnownCoordinate, KnownModel
 from swsurgery.manifest import LoadedManifest
+from swsurgery.names import OWN_FILES
 from swsurgery.shard import TensorInfo
 from swsurgery.splice import Scalar, Splice
 

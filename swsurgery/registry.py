@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from swsurgery import __version__, dtypes, known
-from swsurgery.checkpoint import OWN_FILES, is_cache_snapshot
+from swsurgery import __version__, dtypes, journal, known
+from swsurgery.checkpoint import is_cache_snapshot
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
 from swsurgery.edits import Position, Strict
 from swsurgery.errors import CheckpointError
 from swsurgery.jsonfile import parse_json, read_small
+from swsurgery.names import OWN_FILES
 
 if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
     from swsurgery.apply import Applied
@@ -192,6 +193,8 @@ def read_patched(root: Path) -> Patched | None:
     """The records in a directory; None where it has no registry. Raises CheckpointError for a damaged one."""
     root = Path(os.path.realpath(root))
     cached = is_cache_snapshot(root)
+    if not cached:
+        journal.recover(root)  # or the registry would be of an edit that is undone
     registry_path, manifest_path = (
         Path(os.path.realpath(root / name)) if cached else root / name for name in (REGISTRY_NAME, MANIFEST_NAME)
     )

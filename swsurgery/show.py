@@ -34,12 +34,13 @@ def outcome(outcome: Outcome) -> None:
     print_text("")
     check(document["check"])
     print_text("")
-    copied = {how: sum(f.size for f in outcome.applied.files if f.how == how) for how in ("clone", "copy", "hard")}
-    words = {"clone": "cloned", "copy": "copied", "hard": "hard linked"}
-    how = ", ".join(f"{size(n)} {words[k]}" for k, n in copied.items() if n)
+    words = {"clone": "cloned", "copy": "copied", "hard": "hard linked", "kept": "kept from the interrupted run"}
+    amounts = {how: sum(f.size for f in outcome.applied.files if f.how == how) for how in words}
+    in_place = not any(amounts.values())
+    how = "in place" if in_place else ", ".join(f"{size(n)} {words[k]}" for k, n in amounts.items() if n)
     print_text(f"wrote     {printable(str(outcome.output))} ({how})")
     print_text(f"prove it  swsurgery verify {printable(str(outcome.output))}")
-    print_text(f"undo it   swsurgery revert {printable(str(outcome.output))} -o DIR")
+    print_text(f"undo it   swsurgery revert {printable(str(outcome.output))}{'' if in_place else ' -o DIR'}")
 
 
 def registry(registry: Registry) -> None:

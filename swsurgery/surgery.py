@@ -8,7 +8,8 @@
     build_registry       what was done, and the proof of it               registry.py
     staged               all of it gets its name at once, or nothing does fsops.py
 
-`revert` goes the other way, from the registry alone; `verify.py` proves the result without any of this.
+`revert` goes the other way, from the registry alone; `inplace.py` does both where the files lie, under a journal;
+`verify.py` proves the result without any of this.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from swsurgery import fsops, model
 from swsurgery.apply import Applied, Link, Source, write_checkpoint
-from swsurgery.checkpoint import OWN_FILES, Checkpoint, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
 from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
@@ -29,6 +30,7 @@ from swsurgery.hub import cached_snapshot, parse_url
 from swsurgery.manifest import LoadedManifest, load_manifest
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
+from swsurgery.names import OWN_FILES
 from swsurgery.plan import Plan, make_plan
 from swsurgery.progress import Progress, Silent
 from swsurgery.registry import Patched, Registry, build_registry, read_patched
@@ -56,16 +58,27 @@ class Outcome:
     """A patched checkpoint that is there."""
 
     output: Path
-    plan: Plan
     applied: Applied
     registry: Registry
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         files = {
             f.name: {"size": f.size, "base_sha256": f.base_digest, "sha256": f.patched_digest, "how": f.how}
             for f in self.applied.files
         }
-        return {"output": str(self.output), **self.plan.to_json(), "check": self.registry.check, "files": files}
+        document = self.registry.model_dump(mode="json")
+        records = (document["edits"], document["protected"])
+        edits, protected = ([{k: v for k, v in r.items() if k != "known"} for r in each] for each in records)
+        return {
+            "output": str(self.output),
+            "splices": edits,
+            "protected": protected,
+            "omitted": document["omitted"],
+            "notes": list(self.notes),
+            "check": document["check"],
+            "files": files,
+        }
 
 
 def plan_manifest(manifest: Path, base: str | None = None) -> Plan:
@@ -101,17 +114,16 @@ def apply_manifest(
         say(note)
     previous = read_patched(plan.checkpoint.root)
     digests = DigestCache()
-    with fsops.staged(output) as stage:
-        applied = write_checkpoint(
-            _source(plan, previous), stage, link=link, digests=digests, progress=progress, rehash=rehash
-        )
-        result = _check(plan, stage, check, progress, say)
+    source = _source(plan, previous)
+    with fsops.locked(plan.checkpoint.root, exclusive=False), fsops.staged(output, source.names) as stage:
+        applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress, rehash=rehash)
+        result = run_check(plan, stage, check, progress, say)
         registry = build_registry(plan, applied, result, previous)
         _write_own_files(stage, Patched(registry, registry.render(), plan.loaded.raw))
     for file in applied.files:
         digests.put(output / file.name, file.patched_digest)
     digests.save()
-    return Outcome(output, plan, applied, registry)
+    return Outcome(output, applied, registry, plan.notes)
 
 
 def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress | None = None) -> list[str]:
@@ -125,22 +137,32 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
         raise CheckpointError(f"cannot be reverted, for it lacks {', '.join(missing)}", checkpoint.root)
     source = Source(
         files=tuple(f for f in checkpoint.files if f.name in registry.files),
-        splices=tuple(
-            Splice(e.file, e.coordinate, DTYPES[e.dtype], e.offset, e.new_bytes, op="set", new=e.old_bytes)
-            for e in registry.edits
-        ),
+        splices=undoing(registry),
         pins={name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256},
         in_cache=checkpoint.in_cache,
     )
     digests = DigestCache()
-    with fsops.staged(output) as stage:
+    with fsops.locked(checkpoint.root, exclusive=False), fsops.staged(output, source.names) as stage:
         applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress or Silent())
         for file in applied.files:
-            if file.patched_digest != registry.files[file.name].base_sha256:
+            if file.patched_digest != (registry.files[file.name].base_sha256 or file.patched_digest):
                 raise CheckpointError("does not give the base back: the registry was changed", file.name)
         if previous:
             _write_own_files(stage, previous)
     digests.save()
+    return reversion_notes(registry)
+
+
+def undoing(registry: Registry) -> tuple[Splice, ...]:
+    """The splices that take a registry's edits back."""
+    return tuple(
+        Splice(e.file, e.coordinate, DTYPES[e.dtype], e.offset, e.new_bytes, op="set", new=e.old_bytes)
+        for e in registry.edits
+    )
+
+
+def reversion_notes(registry: Registry) -> list[str]:
+    """What a reversion cannot give back."""
     if registry.omitted:
         return [f"the base also had {', '.join(registry.omitted)}, which had been left out"]
     return []
@@ -195,13 +217,18 @@ def _refuse_inside(output: Path, root: Path) -> None:
         raise TargetError("the target lies inside the base", output, "give another -o")
 
 
-def _source(plan: Plan, previous: Patched | None) -> Source:
+def known_digests(plan: Plan, previous: Patched | None) -> dict[str, tuple[str, str]]:
+    """What the base's digests must be: file name -> (sha256, who says so)."""
     pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
     if previous:
         pins |= {n: (record.sha256, "its registry") for n, record in previous.registry.files.items() if record.sha256}
+    return pins
+
+
+def _source(plan: Plan, previous: Patched | None) -> Source:
     leave = {*plan.omitted, *OWN_FILES}
     files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
-    return Source(files, plan.splices, pins, plan.checkpoint.in_cache)
+    return Source(files, plan.splices, known_digests(plan, previous), plan.checkpoint.in_cache)
 
 
 def _write_own_files(stage: Path, patched: Patched) -> None:
@@ -209,13 +236,14 @@ def _write_own_files(stage: Path, patched: Patched) -> None:
         fsops.write_file(stage / name, data)
 
 
-def _check(
-    plan: Plan, stage: Path, options: CheckOptions, progress: Progress, say: Callable[[str], None]
+def run_check(
+    plan: Plan, patched: Path, options: CheckOptions, progress: Progress, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Check the staged checkpoint; what is returned goes into the registry. Raises CheckFailed, ModelError."""
+    """Check the checkpoint that is not yet done, staged or edited in place; what is returned goes into the registry.
+    Raises CheckFailed, ModelError."""
     if options.kind == "off":
         return {"kind": "off", "reason": "the check was turned off"}
-    weights = _check_weights(plan, stage, progress)
+    weights = _check_weights(plan, patched, progress)
     bounds = options.bounds or Bounds(**plan.loaded.manifest.check.model_dump())
     reason = None
     if options.kind == "weights":
@@ -226,7 +254,7 @@ def _check(
         reason = model.available()
     if reason is None:
         try:
-            report = _check_forward(plan, stage, options, bounds, progress, say)
+            report = _check_forward(plan, patched, options, bounds, progress, say)
         except ModelError as error:
             # Bounds that cannot be measured are not met; without bounds the check is a courtesy.
             if options.kind == "forward" or bounds != Bounds():
@@ -242,26 +270,29 @@ def _check(
 
 
 def _check_forward(
-    plan: Plan, stage: Path, options: CheckOptions, bounds: Bounds, progress: Progress, say: Callable[[str], None]
+    plan: Plan, patched: Path, options: CheckOptions, bounds: Bounds, progress: Progress, say: Callable[[str], None]
 ) -> CheckReport:
     changes = [
         model.ScalarChange(s.coordinate, float(decode(s.dtype, s.old)), float(decode(s.dtype, s.new)))
         for s in plan.splices
     ]
     return run_checks(
-        open_checkpoint(stage, plan.loaded.manifest.base.weights), changes, text=options.text, prompts=options.prompts,
-        bounds=bounds, device=options.device, placement=options.placement, progress=progress, say=say,
+        open_checkpoint(patched, plan.loaded.manifest.base.weights, editing=True), changes, text=options.text,
+        prompts=options.prompts, bounds=bounds, device=options.device, placement=options.placement,
+        progress=progress, say=say,
     )  # fmt: skip
 
 
-def _check_weights(plan: Plan, stage: Path, progress: Progress) -> dict[str, Any]:
-    """Re-read the touched shards: exactly the planned scalars differ from the base, and have the planned values."""
-    staged = open_checkpoint(stage, plan.loaded.manifest.base.weights)
+def _check_weights(plan: Plan, patched: Path, progress: Progress) -> dict[str, Any]:
+    """Re-read the touched shards: exactly the planned scalars differ from the base, and have the planned values. Of
+    an edit in place only the latter, for there is no base left to compare with."""
+    staged = open_checkpoint(patched, plan.loaded.manifest.base.weights, editing=True)
     touched = sorted({s.file for s in plan.splices})
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))
-    findings = undeclared_changes(staged, plan.checkpoint, touched, declared, progress)
+    in_place = staged.root == plan.checkpoint.root
+    findings = [] if in_place else undeclared_changes(staged, plan.checkpoint, touched, declared, progress)
     wrong = [f"{f.file}: {f.message}" for f in findings]
     for scalar in (*plan.splices, *plan.protected):
         stored = staged.shards[scalar.file].read_scalar(*scalar.coordinate)

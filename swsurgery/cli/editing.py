@@ -23,7 +23,7 @@ from swsurgery.cli.options import (
     read_text,
     silent,
 )
-from swsurgery.errors import printable
+from swsurgery.errors import SwsurgeryError, printable
 
 
 def apply(
@@ -35,6 +35,9 @@ def apply(
         Path | None,
         typer.Option("-o", "--output", help="The patched checkpoint; else a folder here named after the manifest."),
     ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Edit the base itself, under a journal; only a few bytes are written.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     link: Annotated[
         Literal["auto", "clone", "copy", "hard"],
@@ -65,30 +68,43 @@ def apply(
     options = surgery.CheckOptions(
         check, device, placement, read_text(text), prompt or None, bounds(max_perplexity_ratio, min_perplexity_ratio)
     )
-    target = directory or Path.cwd() / manifest.stem
-    outcome = surgery.apply_manifest(
-        manifest, target, base=base, link=link, check=options, rehash=rehash, progress=output.Bar(quiet),
-        say=silent if quiet else output.say,
-    )  # fmt: skip
+    shared = {"base": base, "check": options, "progress": output.Bar(quiet), "say": silent if quiet else output.say}
+    if in_place:
+        from swsurgery import inplace
+
+        if directory or link != "auto" or rehash:
+            raise SwsurgeryError("--in-place writes no copy, so it goes with no -o, --link or --rehash")
+        outcome = inplace.apply_in_place(manifest, **shared)
+    else:
+        target = directory or Path.cwd() / manifest.stem
+        outcome = surgery.apply_manifest(manifest, target, link=link, rehash=rehash, **shared)
     output.print_json(outcome.to_json()) if json else show.outcome(outcome)
 
 
 def revert(
     checkpoint: CheckpointArgument,
-    directory: Annotated[Path, typer.Option("-o", "--output", help="Where the base is written.", show_default=False)],
+    directory: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where the base is written; else it is put back in place.")
+    ] = None,
     link: Annotated[Literal["auto", "clone", "copy"], typer.Option(help="How files get over.")] = "auto",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Give the base of a patched checkpoint back, byte for byte."""
-    from swsurgery import surgery
+    if directory is None:
+        from swsurgery import inplace
 
-    notes = surgery.revert(checkpoint, directory, link=link, progress=output.Bar(quiet))
-    if json:
-        output.print_json({"output": str(directory), "notes": notes})
+        notes = inplace.revert_in_place(checkpoint, output.Bar(quiet))
     else:
-        output.print_text(f"{printable(str(directory))}: every file has the base's sha256 again")
+        from swsurgery import surgery
+
+        notes = surgery.revert(checkpoint, directory, link=link, progress=output.Bar(quiet))
+    written = directory or checkpoint
+    if json:
+        output.print_json({"output": str(written), "notes": notes})
+    else:
+        output.print_text(f"{printable(str(written))}: every file has the base's bytes again")
         for note in notes if not quiet else ():
             output.say(note)
 

@@ -1,0 +1,185 @@
+"""Apply and revert where the files lie: a few bytes of each touched shard are written, and nothing else is copied.
+
+There is no base left afterwards, so what it was must be vouched for beforehand: each touched shard is hashed once, and
+the manifest or an earlier registry has to say the same digest. `journal.py` keeps the old bytes until all is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from swsurgery import fsops, journal
+from swsurgery.apply import Applied, AppliedFile, hold_to, stream
+from swsurgery.checkpoint import BaseFile, Checkpoint, is_cache_snapshot, open_checkpoint
+from swsurgery.digests import DigestCache
+from swsurgery.errors import CheckpointError, PlanError, TargetError
+from swsurgery.manifest import load_manifest
+from swsurgery.names import OWN_FILES
+from swsurgery.plan import make_plan
+from swsurgery.progress import Progress, Silent
+from swsurgery.registry import Patched, Registry, build_registry, read_patched
+from swsurgery.shard import opened
+from swsurgery.splice import Splice
+from swsurgery.surgery import (
+    CheckOptions,
+    Outcome,
+    base_directory,
+    known_digests,
+    open_patched,
+    reversion_notes,
+    run_check,
+    undoing,
+)
+
+SMALL = 64 << 20
+"""Bytes. Side files up to this size (tokenizers, configurations) are hashed; larger ones are not read."""
+
+
+def apply_in_place(
+    manifest: Path,
+    *,
+    base: str | None = None,
+    check: CheckOptions | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Make the base itself the patched checkpoint, checked and with its registry, or leave it as it is.
+
+    A manifest that was applied already is not applied again. Raises ManifestError, CheckpointError, PlanError,
+    TargetError (this directory or file must not be written), ModelError; CheckFailed where the check says no.
+    """
+    progress, check = progress or Silent(), check or CheckOptions()
+    loaded = load_manifest(manifest)
+    root = _own_directory(base_directory(loaded, base))
+    previous = read_patched(root)
+    if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
+        outcome = _applied_already(root, previous.registry)
+        say(*outcome.notes)
+        return outcome
+    plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
+    if plan.omitted:
+        raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
+    for note in plan.notes:
+        say(note)
+    digests = DigestCache()
+    with fsops.locked(root, exclusive=True):
+        touched = _hash_touched(plan.checkpoint, plan.splices, known_digests(plan, previous), progress)
+        applied = Applied(tuple(
+            AppliedFile(f.name, f.size, *touched.get(f.name) or _digests_of_rest(f, plan.checkpoint, previous, digests),
+                        "place")
+            for f in plan.checkpoint.files if f.name not in OWN_FILES
+        ))  # fmt: skip
+        with journal.edited(root, plan.splices) as own:
+            result = run_check(plan, root, check, progress, say)
+            registry = build_registry(plan, applied, result, previous)
+            own |= Patched(registry, registry.render(), loaded.raw).own_files()
+    for file in applied.files:
+        if file.patched_digest:
+            digests.put(root / file.name, file.patched_digest)
+    digests.save()
+    return Outcome(root, applied, registry, plan.notes)
+
+
+def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
+    """Give the base back where the patched checkpoint lies; of several manifests the last is undone. Returns notes.
+
+    Where an edit had been cut off, undoing that is all that is done. Raises CheckpointError, PlanError (a file was
+    changed since), TargetError.
+    """
+    progress = progress or Silent()
+    root = _own_directory(root)
+    if journal.recover(root, moved=True):
+        return []
+    patched, checkpoint = open_patched(root)
+    registry, previous = patched.registry, patched.previous()
+    splices = undoing(registry)
+    pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
+    with fsops.locked(root, exclusive=True):
+        for name, (_, restored) in _hash_touched(checkpoint, splices, pins, progress).items():
+            if restored != registry.files[name].base_sha256:
+                raise CheckpointError("does not give the base back: the registry was changed", root / name)
+        with journal.edited(root, splices) as own:
+            own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
+    return reversion_notes(registry)
+
+
+def _own_directory(root: Path) -> Path:
+    """The directory to edit. Raises TargetError where others would see the change too."""
+    if root.is_symlink():
+        raise TargetError("is a symbolic link", root, "give the directory itself")
+    real = Path(os.path.realpath(root))
+    if is_cache_snapshot(real):
+        raise TargetError("lies in a Hugging Face cache, which shares its files with other revisions and repos", root,
+                          "apply with -o")  # fmt: skip
+    return real
+
+
+def _hash_touched(
+    checkpoint: Checkpoint, splices: tuple[Splice, ...], pins: dict[str, tuple[str, str]], progress: Progress
+) -> dict[str, tuple[str, str]]:
+    """(sha256 before, sha256 after) of each file with splices, from one reading of it.
+
+    Raises TargetError for a file that must not be written, PlanError where its digest is not what it must be.
+    """
+    files = [checkpoint.file(name) for name in sorted({s.file for s in splices})]
+    for file in files:
+        _refuse_shared(file.path)
+    touched, unknown = {}, []
+    progress.start(sum(f.size for f in files), "B", "hashing")
+    try:
+        for file in files:
+            with opened(file.path) as fd:
+                mine = sorted((s for s in splices if s.file == file.name), key=lambda s: s.offset)
+                touched[file.name] = stream(fd, file, mine, progress.advance)
+            digest = touched[file.name][0]
+            hold_to(file, digest, pins)
+            if file.name not in pins:
+                unknown.append(f'{{"{file.name}": "{digest}"}}')
+    finally:
+        progress.close()
+    if unknown:
+        raise PlanError("nothing vouches for what it was before the edit, so it could not be proved afterwards",
+                        checkpoint.root, f"if it is the right base, add base.sha256: {', '.join(unknown)}")  # fmt: skip
+    return touched
+
+
+def _refuse_shared(path: Path) -> None:
+    status = os.stat(path)
+    if status.st_nlink > 1:
+        raise TargetError(f"has {status.st_nlink} hard links, so the change would show under other names too", path,
+                          "apply with -o")  # fmt: skip
+    if not status.st_mode & stat.S_IWUSR:
+        raise TargetError("is marked read-only", path, "apply with -o, or chmod u+w it")
+
+
+def _digests_of_rest(
+    file: BaseFile, checkpoint: Checkpoint, previous: Patched | None, digests: DigestCache
+) -> tuple[str | None, str | None]:
+    """The digest, twice, of a file without splices: hashed where it is small, else only if it is known."""
+    digest = digests.get(file.path)
+    if digest is None and previous and (record := previous.registry.files.get(file.name)) and record.size == file.size:
+        digest = record.sha256
+    if digest is None and file.size <= SMALL and file.name not in {*checkpoint.shards, *checkpoint.copies}:
+        with opened(file.path) as fd:
+            digest, _ = stream(fd, file, (), lambda size: None)
+    return digest, digest
+
+
+def _applied_already(root: Path, registry: Registry) -> Outcome:
+    """What the same command says that found its work done: a killed run may have got that far."""
+    checkpoint = open_checkpoint(root, registry.base.weights)
+    for name in sorted({e.file for e in registry.edits}):
+        file = checkpoint.file(name)
+        with opened(file.path) as fd:
+            digest, _ = stream(fd, file, (), lambda size: None)
+        if digest != registry.files[name].sha256:
+            raise CheckpointError("the registry says that this manifest was applied, but the file was changed since",
+                                  file.path, "see swsurgery verify")  # fmt: skip
+    with fsops.reported(root):
+        fsops.sync_directory(root)
+    files = tuple(AppliedFile(n, r.size, r.base_sha256, r.sha256, "place") for n, r in registry.files.items())
+    return Outcome(root, Applied(files), registry, ("it was applied already; nothing was written",))

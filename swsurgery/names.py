@@ -1,0 +1,18 @@
+"""The names of files that mean something in a checkpoint's directory. Opens none of them."""
+
+from __future__ import annotations
+
+import re
+
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}\.safetensors")
+"""The only names that an index or a journal may point to: plain file names, so no path leaves the directory."""
+
+OWN_FILES = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
+"""What swsurgery adds to a patched checkpoint: its registry, the manifest as applied, and the digests."""
+
+JOURNAL, JOURNAL_NEW, ROOM = ".swsurgery-journal", ".swsurgery-journal.new", ".swsurgery-room"
+"""What is there while a checkpoint is edited in place: the old bytes, the same while they are being written, and a
+file that holds space for putting them back."""
+
+WORKING_FILES = (JOURNAL, JOURNAL_NEW, ROOM, *(f".{name}.new" for name in OWN_FILES))
+"""What an edit in place leaves behind where it is cut off; recovery removes it, and it is no part of a checkpoint."""
