@@ -9,6 +9,7 @@
     ├── PlanError           manifest and checkpoint do not fit; carries every misfit
     ├── TargetError         the output cannot be written
     ├── LookupFailed        no such known model or coordinate, or an ambiguous name
+    ├── HubError            the Hub cannot be reached, or says no
     ├── ModelError          the model cannot be loaded or run
     ├── CheckFailed         exit 1: the sanity check says no; the target was not made
     └── Interrupted         exit 130: SIGINT or SIGTERM
@@ -80,6 +81,10 @@ class TargetError(SwsurgeryError):
 
 
 class LookupFailed(SwsurgeryError):
+    pass
+
+
+class HubError(SwsurgeryError):
     pass
 
 

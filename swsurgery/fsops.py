@@ -47,18 +47,19 @@ def reported(path: Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staged(target: Path, names: Collection[str]) -> Iterator[Path]:
+def staged(target: Path, names: Collection[str], last: Collection[str] = ()) -> Iterator[Path]:
     """A locked directory beside `target`; renamed to `target`, durably, when the block ends well.
 
-    `names` are the files, relative to it, that the block will write. Those that a killed run left behind are still
-    there when it begins, unproved, and the block has to replace or prove them; everything else is removed. On an
+    `names` are the files, relative to it, that the block will write, and `last` those that tell of them and are always
+    written anew. Of the former those that a killed run left behind are still there when the block begins, unproved,
+    and it has to replace or prove them; everything else is removed. On an
     exception the directory is removed, so `target` is whole or absent; on Interrupted it stays where it holds a
     finished shard. Raises TargetError where the target exists, cannot be made, or another run is writing it.
     """
     target = Path(os.path.abspath(target))
     stage, marker = (target.parent / f".{target.name}{ending}" for ending in (".partial", ".committing"))
     with reported(target):
-        lock = _locked_stage(stage, target, marker, names)
+        lock = _locked_stage(stage, target, marker, {*names, *last})
     try:
         try:
             with reported(stage):
@@ -103,7 +104,7 @@ def _take_back(lock: int, stage: Path, target: Path, marker: Path) -> None:
         os.unlink(marker)
 
 
-def _locked_stage(stage: Path, target: Path, marker: Path, names: Collection[str]) -> int:
+def _locked_stage(stage: Path, target: Path, marker: Path, names: set[str]) -> int:
     """The stage's descriptor, locked; made where it is not there, and taken back from a target that a killed run had
     renamed but not yet reported."""
     while True:
@@ -118,8 +119,10 @@ def _locked_stage(stage: Path, target: Path, marker: Path, names: Collection[str
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(fd), os.stat(here)):
+                if os.fstat(fd).st_uid != os.geteuid():  # who could change it after it was checked
+                    raise TargetError("belongs to another user", here, "remove it, or give another -o")
                 if unreported:
-                    if not (_is_marked(target, marker) and _files(target) <= set(names)):
+                    if not (_is_marked(target, marker) and _files(target) <= names):
                         raise TargetError("the target exists", target, "give another -o, or remove it")
                     rename_new(target, stage)
                 with contextlib.suppress(FileNotFoundError):
@@ -170,7 +173,8 @@ def locked(folder: Path, exclusive: bool) -> Iterator[None]:
 
     Raises TargetError where another run holds it otherwise.
     """
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with reported(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)

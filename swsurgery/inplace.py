@@ -6,15 +6,16 @@ the manifest or an earlier registry has to say the same digest. `journal.py` kee
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from swsurgery import fsops, journal
 from swsurgery.apply import Applied, AppliedFile, hold_to, stream
-from swsurgery.checkpoint import BaseFile, Checkpoint, is_cache_snapshot, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.manifest import load_manifest
@@ -49,28 +50,28 @@ def apply_in_place(
 ) -> Outcome:
     """Make the base itself the patched checkpoint, checked and with its registry, or leave it as it is.
 
-    A manifest that was applied already is not applied again. Raises ManifestError, CheckpointError, PlanError,
+    The manifest that was applied last is not applied again. Raises ManifestError, CheckpointError, PlanError,
     TargetError (this directory or file must not be written), ModelError; CheckFailed where the check says no.
     """
     progress, check = progress or Silent(), check or CheckOptions()
     loaded = load_manifest(manifest)
-    root = _own_directory(base_directory(loaded, base))
-    previous = read_patched(root)
-    if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
-        outcome = _applied_already(root, previous.registry)
-        say(*outcome.notes)
-        return outcome
-    plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
-    if plan.omitted:
-        raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
-    for note in plan.notes:
-        say(note)
     digests = DigestCache()
-    with fsops.locked(root, exclusive=True):
-        touched = _hash_touched(plan.checkpoint, plan.splices, known_digests(plan, previous), progress)
+    with _editing(base_directory(loaded, base)) as root:
+        previous = read_patched(root)
+        if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
+            outcome = _applied_already(root, previous.registry)
+            say(*outcome.notes)
+            return outcome
+        plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
+        if plan.omitted:
+            raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
+        for note in plan.notes:
+            say(note)
+        pins = known_digests(plan, previous)
+        touched = _hash_touched(plan.checkpoint, plan.splices, pins, progress)
+        rest = _digests_of_rest(plan.checkpoint, touched, previous.registry if previous else None, pins, digests)
         applied = Applied(tuple(
-            AppliedFile(f.name, f.size, *touched.get(f.name) or _digests_of_rest(f, plan.checkpoint, previous, digests),
-                        "place")
+            AppliedFile(f.name, f.size, *(touched.get(f.name) or (rest[f.name],) * 2), "place")
             for f in plan.checkpoint.files if f.name not in OWN_FILES
         ))  # fmt: skip
         with journal.edited(root, plan.splices) as own:
@@ -87,24 +88,44 @@ def apply_in_place(
 def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
     """Give the base back where the patched checkpoint lies; of several manifests the last is undone. Returns notes.
 
-    Where an edit had been cut off, undoing that is all that is done. Raises CheckpointError, PlanError (a file was
-    changed since), TargetError.
+    Where an edit had been cut off, undoing that is all that is done; a cut-off reversion is made anew. Raises
+    CheckpointError, PlanError (a file was changed since), TargetError.
     """
     progress = progress or Silent()
-    root = _own_directory(root)
-    if journal.recover(root, moved=True):
-        return []
-    patched, checkpoint = open_patched(root)
-    registry, previous = patched.registry, patched.previous()
-    splices = undoing(registry)
-    pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
-    with fsops.locked(root, exclusive=True):
-        for name, (_, restored) in _hash_touched(checkpoint, splices, pins, progress).items():
+    cut_off = journal.recover(_own_directory(root), moved=True)
+    if cut_off and not cut_off.reverts:
+        return ["only the edit that had been cut off was undone"]
+    with _editing(root) as root:
+        patched, checkpoint = open_patched(root)
+        registry, previous = patched.registry, patched.previous()
+        if hashlib.sha256(patched.manifest_raw).hexdigest() != registry.manifest_sha256:
+            raise CheckpointError(
+                "was changed since it was applied, and would be lost", root / OWN_FILES[1], "move it away"
+            )
+        splices = undoing(registry, checkpoint)
+        names = {f.name: f.size for f in checkpoint.files}
+        if wrong := [name for name, record in registry.files.items() if names.get(name) != record.size]:
+            raise CheckpointError(f"cannot be reverted, for these are missing or changed: {', '.join(wrong)}", root)
+        pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
+        touched = _hash_touched(checkpoint, splices, pins, progress)
+        _digests_of_rest(checkpoint, touched, registry, pins, DigestCache())
+        for name, (_, restored) in touched.items():
             if restored != registry.files[name].base_sha256:
                 raise CheckpointError("does not give the base back: the registry was changed", root / name)
-        with journal.edited(root, splices) as own:
+        with journal.edited(root, splices, reverts=True) as own:
             own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
     return reversion_notes(registry)
+
+
+@contextlib.contextmanager
+def _editing(root: Path) -> Iterator[Path]:
+    """The directory to edit, held against everyone else from before it is read. Raises TargetError."""
+    root = _own_directory(root)
+    if not root.is_dir():
+        open_checkpoint(root)  # which says what is wrong
+    journal.recover(root)
+    with fsops.locked(root, exclusive=True):
+        yield root
 
 
 def _own_directory(root: Path) -> Path:
@@ -157,22 +178,35 @@ def _refuse_shared(path: Path) -> None:
 
 
 def _digests_of_rest(
-    file: BaseFile, checkpoint: Checkpoint, previous: Patched | None, digests: DigestCache
-) -> tuple[str | None, str | None]:
-    """The digest, twice, of a file without splices: hashed where it is small, else only if it is known."""
-    digest = digests.get(file.path)
-    if digest is None and previous and (record := previous.registry.files.get(file.name)) and record.size == file.size:
-        digest = record.sha256
-    if digest is None and file.size <= SMALL and file.name not in {*checkpoint.shards, *checkpoint.copies}:
-        with opened(file.path) as fd:
-            digest, _ = stream(fd, file, (), lambda size: None)
-    return digest, digest
+    checkpoint: Checkpoint,
+    touched: Collection[str],
+    before: Registry | None,
+    pins: dict[str, tuple[str, str]],
+    digests: DigestCache,
+) -> dict[str, str | None]:
+    """The digests of the files without splices: of small ones by reading them, of others only where they are known.
+
+    Raises PlanError where one is not what it must be."""
+    found: dict[str, str | None] = {}
+    for file in checkpoint.files:
+        if file.name in OWN_FILES or file.name in touched:
+            continue
+        if file.size <= SMALL and file.name not in {*checkpoint.shards, *checkpoint.copies}:
+            with opened(file.path) as fd:
+                digest, _ = stream(fd, file, (), lambda size: None)
+        else:
+            record = before.files.get(file.name) if before else None
+            digest = digests.get(file.path) or (record.sha256 if record and record.size == file.size else None)
+        if digest:
+            hold_to(file, digest, pins)
+        found[file.name] = digest
+    return found
 
 
 def _applied_already(root: Path, registry: Registry) -> Outcome:
     """What the same command says that found its work done: a killed run may have got that far."""
     checkpoint = open_checkpoint(root, registry.base.weights)
-    for name in sorted({e.file for e in registry.edits}):
+    for name in sorted({s.file for s in undoing(registry, checkpoint)}):
         file = checkpoint.file(name)
         with opened(file.path) as fd:
             digest, _ = stream(fd, file, (), lambda size: None)
@@ -182,4 +216,4 @@ def _applied_already(root: Path, registry: Registry) -> Outcome:
     with fsops.reported(root):
         fsops.sync_directory(root)
     files = tuple(AppliedFile(n, r.size, r.base_sha256, r.sha256, "place") for n, r in registry.files.items())
-    return Outcome(root, Applied(files), registry, ("it was applied already; nothing was written",))
+    return Outcome(root, Applied(files), registry, ("it was applied already; nothing was written",), written=False)

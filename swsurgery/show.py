@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from swsurgery.plan import Plan
     from swsurgery.registry import Registry
     from swsurgery.surgery import Outcome
-    from swsurgery.verify import Verification
 
 MAX_ROWS = 40
 
@@ -38,7 +37,8 @@ def outcome(outcome: Outcome) -> None:
     amounts = {how: sum(f.size for f in outcome.applied.files if f.how == how) for how in words}
     in_place = not any(amounts.values())
     how = "in place" if in_place else ", ".join(f"{size(n)} {words[k]}" for k, n in amounts.items() if n)
-    print_text(f"wrote     {printable(str(outcome.output))} ({how})")
+    done = f"wrote     {printable(str(outcome.output))} ({how})"
+    print_text(done if outcome.written else f"unchanged {printable(str(outcome.output))} (it was applied already)")
     print_text(f"prove it  swsurgery verify {printable(str(outcome.output))}")
     print_text(f"undo it   swsurgery revert {printable(str(outcome.output))}{'' if in_place else ' -o DIR'}")
 
@@ -87,22 +87,6 @@ def check(document: dict[str, Any]) -> None:
     text = document["text"]
     print_text(f"\nmeasured on {text['scored_tokens']} tokens in {text['windows']} windows, {document['dtype']} on "
                f"{document['device']}")  # fmt: skip
-
-
-def verification(verification: Verification) -> None:
-    for finding in verification.findings:
-        place = " ".join(
-            printable(str(x)) for x in (finding.file, finding.tensor, finding.index and list(finding.index)) if x
-        )
-        print_text(f"FINDING   {finding.rule}: {place}: {printable(finding.message)}")
-    if not verification.ok:
-        print_text(f"{_count(len(verification.findings), 'finding')}: this is not what its registry says")
-        return
-    print_text(f"verified  {verification.files} files have the registry's sha256")
-    print_text(f"proved    with {_count(verification.edits, 'scalar')} put back, every file has the base's sha256")
-    print_text(f"protected {_count(verification.protected, 'scalar')} with the base's bits")
-    if verification.compared_with_base:
-        print_text("compared  byte by byte with the base: nothing else differs")
 
 
 def difference(difference: Difference) -> None:

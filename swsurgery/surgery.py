@@ -14,18 +14,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from swsurgery import fsops, model
+from swsurgery import fsops, journal, model
 from swsurgery.apply import Applied, Link, Source, write_checkpoint
-from swsurgery.checkpoint import Checkpoint, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
-from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
+from swsurgery.errors import CheckFailed, CheckpointError, ModelError, NumberError, PlanError, TargetError
 from swsurgery.hub import cached_snapshot, parse_url
 from swsurgery.manifest import LoadedManifest, load_manifest
 from swsurgery.model import Placement
@@ -61,6 +62,7 @@ class Outcome:
     applied: Applied
     registry: Registry
     notes: tuple[str, ...] = ()
+    written: bool = True
 
     def to_json(self) -> dict[str, Any]:
         files = {
@@ -108,18 +110,20 @@ def apply_manifest(
     """
     progress = progress or Silent()
     check = check or CheckOptions()
-    plan = plan_manifest(manifest, base)
-    _refuse_inside(output, plan.checkpoint.root)
-    for note in plan.notes:
-        say(note)
-    previous = read_patched(plan.checkpoint.root)
+    loaded = load_manifest(manifest)
     digests = DigestCache()
-    source = _source(plan, previous)
-    with fsops.locked(plan.checkpoint.root, exclusive=False), fsops.staged(output, source.names) as stage:
-        applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress, rehash=rehash)
-        result = run_check(plan, stage, check, progress, say)
-        registry = build_registry(plan, applied, result, previous)
-        _write_own_files(stage, Patched(registry, registry.render(), plan.loaded.raw))
+    with _reading(base_directory(loaded, base)) as root:
+        plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
+        _refuse_inside(output, plan.checkpoint.root)
+        for note in plan.notes:
+            say(note)
+        previous = read_patched(root)
+        source = _source(plan, previous)
+        with fsops.staged(output, source.names, OWN_FILES) as stage:
+            applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress, rehash=rehash)
+            result = run_check(plan, stage, check, progress, say)
+            registry = build_registry(plan, applied, result, previous)
+            _write_own_files(stage, Patched(registry, registry.render(), loaded.raw))
     for file in applied.files:
         digests.put(output / file.name, file.patched_digest)
     digests.save()
@@ -129,36 +133,51 @@ def apply_manifest(
 def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress | None = None) -> list[str]:
     """Write the base of the patched checkpoint `root` into `output`, byte for byte; of several manifests the last is
     undone. Returns notes. Raises CheckpointError, PlanError (a file was changed since), TargetError."""
-    patched, checkpoint = open_patched(root)
-    _refuse_inside(output, checkpoint.root)
-    registry, previous = patched.registry, patched.previous()
-    names = {f.name for f in checkpoint.files}
-    if missing := [name for name in registry.files if name not in names]:
-        raise CheckpointError(f"cannot be reverted, for it lacks {', '.join(missing)}", checkpoint.root)
-    source = Source(
-        files=tuple(f for f in checkpoint.files if f.name in registry.files),
-        splices=undoing(registry),
-        pins={name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256},
-        in_cache=checkpoint.in_cache,
-    )
     digests = DigestCache()
-    with fsops.locked(checkpoint.root, exclusive=False), fsops.staged(output, source.names) as stage:
-        applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress or Silent())
-        for file in applied.files:
-            if file.patched_digest != (registry.files[file.name].base_sha256 or file.patched_digest):
-                raise CheckpointError("does not give the base back: the registry was changed", file.name)
-        if previous:
-            _write_own_files(stage, previous)
+    with _reading(root) as root:
+        patched, checkpoint = open_patched(root)
+        _refuse_inside(output, checkpoint.root)
+        registry, previous = patched.registry, patched.previous()
+        names = {f.name for f in checkpoint.files}
+        if missing := [name for name in registry.files if name not in names]:
+            raise CheckpointError(f"cannot be reverted, for it lacks {', '.join(missing)}", checkpoint.root)
+        source = Source(
+            files=tuple(f for f in checkpoint.files if f.name in registry.files),
+            splices=undoing(registry, checkpoint),
+            pins={name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256},
+            in_cache=checkpoint.in_cache,
+        )
+        with fsops.staged(output, source.names, OWN_FILES) as stage:
+            applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress or Silent())
+            for file in applied.files:
+                if file.patched_digest != (registry.files[file.name].base_sha256 or file.patched_digest):
+                    raise CheckpointError("does not give the base back: the registry was changed", file.name)
+            if previous:
+                _write_own_files(stage, previous)
     digests.save()
     return reversion_notes(registry)
 
 
-def undoing(registry: Registry) -> tuple[Splice, ...]:
-    """The splices that take a registry's edits back."""
-    return tuple(
-        Splice(e.file, e.coordinate, DTYPES[e.dtype], e.offset, e.new_bytes, op="set", new=e.old_bytes)
-        for e in registry.edits
-    )
+def undoing(registry: Registry, checkpoint: Checkpoint) -> tuple[Splice, ...]:
+    """The splices that take a registry's edits back. Raises CheckpointError where they are not scalars of the
+    checkpoint's tensors: a registry that was changed could name any byte."""
+    splices = []
+    for e in registry.edits:
+        shard = checkpoint.shards.get(e.file)
+        try:
+            info = shard.tensors[e.tensor]
+            splice = Splice(e.file, e.coordinate, info.dtype, e.offset, e.new_bytes, op="set", new=e.old_bytes)
+            sound = (info.dtype.name, shard.offset(e.tensor, e.index)) == (
+                e.dtype,
+                e.offset,
+            ) and e.file in registry.files
+        except (AttributeError, KeyError, IndexError, NumberError):
+            sound = False
+        if not sound:
+            raise CheckpointError("the registry names a scalar that is not there", f"{e.coordinate} in {e.file}",
+                                  "restore swsurgery.json")  # fmt: skip
+        splices.append(splice)
+    return tuple(splices)
 
 
 def reversion_notes(registry: Registry) -> list[str]:
@@ -211,6 +230,19 @@ def base_directory(loaded: LoadedManifest, base: str | None) -> Path:
     return cached_snapshot(said.repo_id, said.revision)
 
 
+@contextlib.contextmanager
+def _reading(root: Path) -> Iterator[Path]:
+    """Keep others from editing a directory in place while it is read; one that was cut off is undone first."""
+    if root.is_dir():
+        real = Path(os.path.realpath(root))
+        if not is_cache_snapshot(real):
+            journal.recover(real)
+        with fsops.locked(root, exclusive=False):
+            yield root
+    else:
+        yield root  # and let whoever opens it say what is wrong
+
+
 def _refuse_inside(output: Path, root: Path) -> None:
     """A target inside the base would change the base, and be copied into the next one made from it."""
     if Path(os.path.realpath(output)).is_relative_to(root):
@@ -218,10 +250,14 @@ def _refuse_inside(output: Path, root: Path) -> None:
 
 
 def known_digests(plan: Plan, previous: Patched | None) -> dict[str, tuple[str, str]]:
-    """What the base's digests must be: file name -> (sha256, who says so)."""
+    """What the base's digests must be: file name -> (sha256, who says so). Raises PlanError for a contradiction."""
     pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
-    if previous:
-        pins |= {n: (record.sha256, "its registry") for n, record in previous.registry.files.items() if record.sha256}
+    for name, record in previous.registry.files.items() if previous else ():
+        if record.sha256:
+            wanted, who = pins.setdefault(name, (record.sha256, "its registry"))
+            if wanted != record.sha256:
+                raise PlanError(f"its registry says sha256 {record.sha256}, but {who} says {wanted}",
+                                plan.checkpoint.root / name, "is this the right checkpoint?")  # fmt: skip
     return pins
 
 

@@ -95,6 +95,8 @@ def revert(
     if directory is None:
         from swsurgery import inplace
 
+        if link != "auto":
+            raise SwsurgeryError("--link goes with -o")
         notes = inplace.revert_in_place(checkpoint, output.Bar(quiet))
     else:
         from swsurgery import surgery
@@ -104,7 +106,7 @@ def revert(
     if json:
         output.print_json({"output": str(written), "notes": notes})
     else:
-        output.print_text(f"{printable(str(written))}: every file has the base's bytes again")
+        output.print_text(f"{printable(str(written))}: every file has the bytes again that it had before the manifest")
         for note in notes if not quiet else ():
             output.say(note)
 

@@ -1,0 +1,73 @@
+"""What the library and the network raise -> one line of ours.
+
+The server's own words are not passed on: a hostile one could put the token that it was sent into them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from swsurgery.errors import HubError, SwsurgeryError
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
+"""What a token of the Hub looks like."""
+
+_STATUS = {
+    401: ("the Hub asks who you are", "log in: hf auth login, or set HF_TOKEN"),
+    403: ("the Hub does not allow it", "does your token have the right to?"),
+    404: ("not found on the Hub", "is the name right? private and gated repositories need a token: hf auth login"),
+    409: ("the Hub says that it conflicts with what is there", "run the same command again"),
+    412: ("somebody else committed meanwhile", "run the same command again"),
+    429: ("the Hub asks to go slower", "wait a few minutes, then run the same command again"),
+}
+
+
+def redacted(text: str) -> str:
+    """`text` without anything that looks like a token."""
+    return TOKEN.sub("hf_***", text)
+
+
+@contextlib.contextmanager
+def told(where: object) -> Iterator[None]:
+    """Turn what the library raises within the block into a HubError about `where`."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import get_session
+
+    try:
+        yield
+    except SwsurgeryError:
+        raise
+    except errors.GatedRepoError:
+        raise HubError("a gated repository", where, "accept its terms on its page, and log in: hf auth login") from None
+    except errors.RevisionNotFoundError:
+        raise HubError("no such revision", where) from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(*_line(404, where)) from None
+    except errors.OfflineModeIsEnabled:
+        raise HubError("the offline mode is on", where, "unset HF_HUB_OFFLINE") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        raise HubError(*_line(status, where)) from None
+    except errors.LocalEntryNotFoundError:
+        raise HubError("neither in the local Hugging Face cache nor to be had from the Hub", where,
+                       "is there a network? is the name right?") from None  # fmt: skip
+    except (errors.HFValidationError, errors.HfUriError, errors.LocalTokenNotFoundError) as error:
+        raise HubError(redacted(str(error).splitlines()[0]), where) from None
+    except errors.EntryNotFoundError:
+        raise HubError("no such file on the Hub", where) from None
+    except OSError as error:
+        raise HubError(f"cannot be reached or written ({type(error).__name__})", where) from None
+    except Exception as error:
+        # The transport's exceptions are those of whichever HTTP library this version of huggingface_hub uses.
+        if type(error).__module__.split(".")[0] != type(get_session()).__module__.split(".")[0]:
+            raise
+        raise HubError(f"the connection to the Hub failed ({type(error).__name__})", where,
+                       "run the same command again") from None  # fmt: skip
+
+
+def _line(status: int, where: object) -> tuple[str, object, str]:
+    what, remedy = _STATUS.get(status, ("the Hub failed", "run the same command again") if status >= 500
+                               else ("the Hub refused", ""))  # fmt: skip
+    return f"{what} (HTTP {status})", where, remedy
