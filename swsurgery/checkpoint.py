@@ -11,17 +11,18 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from swsurgery import journal
 from swsurgery.errors import CheckpointError
 from swsurgery.jsonfile import read_json
 from swsurgery.names import SHARD_NAME, WORKING_FILES
-from swsurgery.shard import Shard, TensorInfo, open_shard, quoted
+from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard, quoted
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -37,17 +38,18 @@ LEFT_OUT = (".git", ".cache")
 
 MAX_LISTED = 20
 
-MAX_TENSORS = 1 << 18
-"""In one checkpoint. The largest published ones have 92,000 (FP8 with scales) to 210,000 (packed integers)."""
+MAX_TENSORS, TENSORS_WITHOUT_DATA = 1 << 18, 100_000
+"""In one checkpoint; the second where it holds less than 4 KiB for each. DeepSeek-V3 has 91,991 of 7 MB on average."""
 
 
 @dataclass(frozen=True)
 class BaseFile:
     """One file of a checkpoint. `name` is relative with forward slashes; `path` is the regular file to open
-    (inside `blobs/` for a cache snapshot); `digest` is the sha256 where the cache vouches for it."""
+    (inside `blobs/` for a cache snapshot), or what reads it from afar; `digest` is the sha256 where the cache or the
+    Hub vouches for it."""
 
     name: str
-    path: Path
+    path: Place
     size: int
     digest: str | None = None
 
@@ -60,7 +62,7 @@ class Checkpoint:
     the weights beside the shards. `disagreements` maps a tensor to what index and shards say differently of it.
     """
 
-    root: Path
+    root: Path | Repository
     files: tuple[BaseFile, ...]
     shards: dict[str, Shard]
     weight_map: dict[str, str]
@@ -87,48 +89,69 @@ class Checkpoint:
         return next(f for f in self.files if f.name == name)
 
 
+class Repository(Protocol):
+    """A checkpoint that is elsewhere, at one commit; its files are read by ranges."""
+
+    repo_id: str
+    commit: str
+    files: Mapping[str, Remote]
+
+
 def open_checkpoint(
-    root: Path, weights: Literal["index", "single"] | None = None, *, editing: bool = False
+    root: Path | Repository,
+    weights: Literal["index", "single"] | None = None,
+    *,
+    editing: bool = False,
+    elsewhere: Collection[str] = (),
 ) -> Checkpoint:
-    """Open the checkpoint in directory `root`. `weights` chooses where both an index and a single file are there.
-    `editing` is for the run that is editing it in place; any other finds the old bytes put back.
+    """Open the checkpoint in directory `root`, or the one of a repository.
+
+    `weights` chooses where both an index and a single file are there. `editing` is for the run that is editing it in
+    place; any other finds the old bytes put back. Shards named in `elsewhere` need not be there.
 
     Raises CheckpointError (ShardError for a malformed shard) with every fault found; TargetError while another run is
-    editing it in place.
+    editing it in place; HubError.
     """
-    root = Path(os.path.realpath(root))
-    if not root.is_dir():
-        if not root.exists():
-            raise CheckpointError("no such checkpoint", root)
-        raise CheckpointError("a checkpoint is a directory", root, "give the directory that holds this file")
-    in_cache = is_cache_snapshot(root)
-    if not in_cache and not editing:
-        journal.recover(root)
-    files, left_out = _list_files(root, in_cache)
+    if isinstance(root, Path):
+        root = Path(os.path.realpath(root))
+        if not root.is_dir():
+            if not root.exists():
+                raise CheckpointError("no such checkpoint", root)
+            raise CheckpointError("a checkpoint is a directory", root, "give the directory that holds this file")
+        in_cache = is_cache_snapshot(root)
+        if not in_cache and not editing:
+            journal.recover(root)
+        files, left_out = _list_files(root, in_cache)
+        repo_id, revision = _cache_identity(root) if in_cache else (None, None)
+    else:
+        in_cache, repo_id, revision = False, root.repo_id, root.commit
+        files, left_out = _files_of(root)
     names = {f.name: f for f in files}
-    index_name, shard_names, weight_map, total = _find_weights(root, names, weights)
+    index_name, shard_names, weight_map, total = _find_weights(root, names, weights, elsewhere)
+    shard_names = [name for name in shard_names if name in names]
     faults, shards = [], {}
-    for name in shard_names:
-        try:
-            shards[name] = open_shard(names[name].path)
-            _refuse_too_many(sum(len(shard.tensors) for shard in shards.values()), root)
-        except CheckpointError as error:
-            faults += error.faults
+    size = sum(names[name].size for name in shard_names)
+    for name, shard in _headers([names[name] for name in shard_names], afar=not isinstance(root, Path)):
+        if isinstance(shard, CheckpointError):
+            faults += shard.faults
+            continue
+        shards[name] = shard
+        _refuse_too_many(sum(len(shard.tensors) for shard in shards.values()), size, root)
     if faults:
         raise CheckpointError.of(_some(faults))
     disagreements: dict[str, str] = {}
     if index_name is None:
         weight_map = {tensor: name for name, shard in shards.items() for tensor in shard.tensors}
     else:
+        weight_map = {tensor: name for tensor, name in weight_map.items() if name in shard_names}
         disagreements = _disagreements(index_name, weight_map, shards)
     notes = []
     stored = sum(shard.size - shard.data_start for shard in shards.values())
-    if total is not None and total != stored:
+    if total is not None and total != stored and not elsewhere:
         notes.append(f"{index_name} says total_size {total}, the shards hold {stored} bytes")
     config = read_json(names["config.json"].path, "config.json") if "config.json" in names else {}
     own = set(shard_names) | {index_name}
     copies = tuple(n for n in names if n not in own and any(fnmatch.fnmatchcase(n, p) for p in COPIES))
-    repo_id, revision = _cache_identity(root) if in_cache else (None, None)
     return Checkpoint(
         root, files, shards, weight_map, index_name, config, copies, left_out, disagreements, tuple(notes),
         repo_id, revision, in_cache,
@@ -196,8 +219,38 @@ def _cache_identity(root: Path) -> tuple[str | None, str | None]:
     return repo_id, root.name if re.fullmatch(r"[0-9a-f]{40}", root.name) else None
 
 
+def _headers(files: list[BaseFile], afar: bool) -> Iterator[tuple[str, Shard | CheckpointError]]:
+    """Each file's header, or what is wrong with it. Those of a repository are a round trip each, so several at a
+    time."""
+
+    def header(file: BaseFile) -> tuple[str, Shard | CheckpointError]:
+        try:
+            return file.name, open_shard(file.path)
+        except CheckpointError as error:
+            return file.name, error
+
+    if afar:
+        with ThreadPoolExecutor(8) as pool:
+            yield from pool.map(header, files)
+    else:
+        yield from map(header, files)
+
+
+def _files_of(repo: Repository) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
+    """The files that a repository lists, sorted by name, and the top-level folders left out."""
+    faults = [f"has a name that cannot be printed: {name!r}" for name in repo.files if not name.isprintable()]
+    if faults:
+        raise CheckpointError.of(f"{fault} in {repo}" for fault in _some(sorted(faults)))
+    left_out = {name.split("/")[0] for name in repo.files if "/" in name} & set(LEFT_OUT)
+    return tuple(
+        BaseFile(name, file, file.size, file.sha256)
+        for name, file in sorted(repo.files.items())
+        if name.split("/")[0] not in left_out and name not in WORKING_FILES
+    ), tuple(sorted(left_out))  # fmt: skip
+
+
 def _find_weights(
-    root: Path, names: dict[str, BaseFile], weights: str | None
+    root: Path | Repository, names: dict[str, BaseFile], weights: str | None, elsewhere: Collection[str] = ()
 ) -> tuple[str | None, list[str], dict[str, str], Any]:
     """(index name or None, shard names, weight_map of the index, its total_size)."""
     indices = [n for n in names if "/" not in n and n.endswith(INDEX_SUFFIX)]
@@ -221,31 +274,37 @@ def _find_weights(
         raise CheckpointError(f"base.weights says {weights}, which is not there", root)
     if singles and weights != "index":
         return None, singles, {}, None
-    return _read_index(root, names, indices[0])
+    return _read_index(root, names, indices[0], elsewhere)
 
 
-def _read_index(root: Path, names: dict[str, BaseFile], index_name: str) -> tuple[str, list[str], dict[str, str], Any]:
+def _read_index(
+    root: Path | Repository, names: dict[str, BaseFile], index_name: str, elsewhere: Collection[str]
+) -> tuple[str, list[str], dict[str, str], Any]:
     index = read_json(names[index_name].path, index_name)
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError("has no weight_map", index_name)
-    _refuse_too_many(len(weight_map), index_name)
     faults = []
     for shard in dict.fromkeys(json.dumps(v) if type(v) is not str else v for v in weight_map.values()):
         if not SHARD_NAME.fullmatch(shard):
-            faults.append(f"index points to {quoted(shard)}, which is no plain name of a safetensors file: {index_name}")
-        elif shard not in names:
-            faults.append(f"missing shard: {root / shard} (the download is not complete)")
+            faults.append(
+                f"index points to {quoted(shard)}, which is no plain name of a safetensors file: {index_name}"
+            )
+        elif shard not in names and shard not in elsewhere:
+            faults.append(f"missing shard: {root}/{shard} (the download is not complete)")
     if faults:
         raise CheckpointError.of(_some(faults))
+    shard_names = sorted(set(weight_map.values()))
+    _refuse_too_many(len(weight_map), sum(names[name].size for name in shard_names), index_name)
     metadata = index.get("metadata")
     total = metadata.get("total_size") if type(metadata) is dict else None
-    return index_name, sorted(set(weight_map.values())), weight_map, total
+    return index_name, shard_names, weight_map, total
 
 
-def _refuse_too_many(tensors: int, where: object) -> None:
-    if tensors > MAX_TENSORS:
-        raise CheckpointError(f"more than the {MAX_TENSORS} tensors accepted in a checkpoint", where)
+def _refuse_too_many(tensors: int, size: int, where: object) -> None:
+    limit = max(TENSORS_WITHOUT_DATA, min(MAX_TENSORS, size >> 12))
+    if tensors > limit:
+        raise CheckpointError(f"more than the {limit} tensors accepted in a checkpoint of {size} bytes", where)
 
 
 def _disagreements(index_name: str, weight_map: dict[str, str], shards: dict[str, Shard]) -> dict[str, str]:

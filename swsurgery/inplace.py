@@ -18,6 +18,7 @@ from swsurgery.apply import Applied, AppliedFile, hold_to, stream
 from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.errors import CheckpointError, PlanError, TargetError
+from swsurgery.hub import Uri
 from swsurgery.manifest import load_manifest
 from swsurgery.names import OWN_FILES
 from swsurgery.plan import make_plan
@@ -28,7 +29,7 @@ from swsurgery.splice import Splice
 from swsurgery.surgery import (
     CheckOptions,
     Outcome,
-    base_directory,
+    base_of,
     known_digests,
     open_patched,
     reversion_notes,
@@ -56,7 +57,7 @@ def apply_in_place(
     progress, check = progress or Silent(), check or CheckOptions()
     loaded = load_manifest(manifest)
     digests = DigestCache()
-    with _editing(base_directory(loaded, base)) as root:
+    with _editing(base_of(loaded, base)) as root:
         previous = read_patched(root)
         if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
             outcome = _applied_already(root, previous.registry)
@@ -118,7 +119,7 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
 
 
 @contextlib.contextmanager
-def _editing(root: Path) -> Iterator[Path]:
+def _editing(root: Path | Uri) -> Iterator[Path]:
     """The directory to edit, held against everyone else from before it is read. Raises TargetError."""
     root = _own_directory(root)
     if not root.is_dir():
@@ -128,8 +129,10 @@ def _editing(root: Path) -> Iterator[Path]:
         yield root
 
 
-def _own_directory(root: Path) -> Path:
+def _own_directory(root: Path | Uri) -> Path:
     """The directory to edit. Raises TargetError where others would see the change too."""
+    if isinstance(root, Uri):
+        raise TargetError("an edit in place needs a directory of your own", root, "give one with --base")
     if root.is_symlink():
         raise TargetError("is a symbolic link", root, "give the directory itself")
     real = Path(os.path.realpath(root))

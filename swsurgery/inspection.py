@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery import architectures
-from swsurgery.checkpoint import open_checkpoint
+from swsurgery.checkpoint import Repository, open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import bits_of
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.splice import json_value
 
 
-def overview(root: Path) -> dict[str, Any]:
+def overview(root: Path | Repository) -> dict[str, Any]:
     """Files with sizes, and every tensor with its shard, dtype and shape. Raises CheckpointError."""
     checkpoint = open_checkpoint(root)
     shard_of = checkpoint.shards
@@ -35,7 +35,7 @@ def overview(root: Path) -> dict[str, Any]:
     }
 
 
-def scalar(root: Path, tensor: str | None, at: str | None) -> dict[str, Any]:
+def scalar(root: Path | Repository, tensor: str | None, at: str | None) -> dict[str, Any]:
     """One tensor, or with `at` ("3968,7003") one scalar with its bits. Raises CheckpointError."""
     checkpoint = open_checkpoint(root)
     if tensor is None:

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, FailFast, Field, ValidationError
 
 from swsurgery import __version__, dtypes, journal, known
-from swsurgery.checkpoint import is_cache_snapshot
+from swsurgery.checkpoint import Repository, is_cache_snapshot
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
 from swsurgery.edits import Position, Strict
 from swsurgery.errors import CheckpointError
-from swsurgery.jsonfile import parse_json, read_small
+from swsurgery.jsonfile import first_fault, parse_json, read_small
 from swsurgery.names import OWN_FILES
 
 if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
@@ -33,7 +33,7 @@ REGISTRY_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Bits = Annotated[str, Field(pattern=r"^0x[0-9a-f]{1,16}$")]
-Index = Annotated[tuple[Position, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Index = Annotated[tuple[Position, ...], FailFast(), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
 class FileRecord(Strict):
@@ -98,20 +98,21 @@ class HistoryStep(Strict):
 
 
 class Registry(Strict):
-    """See the module. `files` are all files of the patched checkpoint but swsurgery's own three."""
+    """See the module. `files` are all files of the patched checkpoint but swsurgery's own three; those in `elsewhere`
+    are unchanged, stay in the base's repository, and come from there when it is published."""
 
     registry_version: Literal[1]
     swsurgery_version: str
     created: int | None = None
     base: BaseRecord
     files: dict[str, FileRecord]
-    omitted: list[str]
-    edits: list[EditRecord]
-    protected: list[ScalarRecord]
+    omitted: Annotated[list[str], FailFast()]
+    edits: Annotated[list[EditRecord], FailFast()]
+    protected: Annotated[list[ScalarRecord], FailFast()]
     known: dict[str, Any] | None
     check: dict[str, Any]
     manifest_sha256: Digest
-    history: list[HistoryStep]
+    history: Annotated[list[HistoryStep], FailFast()]
 
     def render(self) -> bytes:
         """The bytes of swsurgery.json."""
@@ -189,31 +190,32 @@ class Patched:
         return {REGISTRY_NAME: self.registry_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
 
 
-def read_patched(root: Path) -> Patched | None:
-    """The records in a directory; None where it has no registry. Raises CheckpointError for a damaged one."""
-    root = Path(os.path.realpath(root))
-    cached = is_cache_snapshot(root)
-    if not cached:
-        journal.recover(root)  # or the registry would be of an edit that is undone
-    registry_path, manifest_path = (
-        Path(os.path.realpath(root / name)) if cached else root / name for name in (REGISTRY_NAME, MANIFEST_NAME)
-    )
-    if not os.path.lexists(registry_path):
+def read_patched(root: Path | Repository) -> Patched | None:
+    """The records in a directory or repository; None where it has no registry. Raises CheckpointError for a damaged
+    one."""
+    if isinstance(root, Path):
+        root = Path(os.path.realpath(root))
+        cached = is_cache_snapshot(root)
+        if not cached:
+            journal.recover(root)  # or the registry would be of an edit that is undone
+        places = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (REGISTRY_NAME, MANIFEST_NAME)}
+        places = {name: path for name, path in places.items() if os.path.lexists(path)}
+    else:
+        places = root.files
+    if REGISTRY_NAME not in places:
         return None
-    raw = read_small(registry_path, REGISTRY_NAME)
+    raw = read_small(places[REGISTRY_NAME], REGISTRY_NAME)
     registry = _validated(parse_json(raw, REGISTRY_NAME))
-    if not os.path.lexists(manifest_path):
-        raise CheckpointError("the manifest beside the registry is missing", manifest_path)
-    return Patched(registry, raw, read_small(manifest_path, MANIFEST_NAME))
+    if MANIFEST_NAME not in places:
+        raise CheckpointError("the manifest beside the registry is missing", f"{root}/{MANIFEST_NAME}")
+    return Patched(registry, raw, read_small(places[MANIFEST_NAME], MANIFEST_NAME))
 
 
 def _validated(data: dict[str, Any]) -> Registry:
     try:
         return Registry.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"is not a sound registry: {place}: {first['msg']}", REGISTRY_NAME) from None
+        raise CheckpointError(f"is not a sound registry: {first_fault(error)}", REGISTRY_NAME) from None
 
 
 def _sha256(data: bytes) -> str:

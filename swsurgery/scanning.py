@@ -24,7 +24,7 @@ from swsurgery import entry, figures, fsops, known, model
 from swsurgery.checkpoint import Checkpoint, open_checkpoint
 from swsurgery.errors import ModelError, PlanError, TargetError
 from swsurgery.findings import Method, ScanReport, SweepReport
-from swsurgery.hub import cached_snapshot, parse_url
+from swsurgery.hub import local, named
 from swsurgery.known.render import refuse_unfit
 from swsurgery.model import Placement
 from swsurgery.progress import Progress, Silent
@@ -159,9 +159,8 @@ def sweep_manifest(
 
 
 def open_base(base: str | Path) -> Checkpoint:
-    """A checkpoint by directory or by hf://ORG/NAME[@REV]. Raises CheckpointError."""
-    named = str(base)
-    return open_checkpoint(cached_snapshot(*parse_url(named)) if named.startswith("hf://") else Path(base))
+    """A checkpoint by directory or by hf://ORG/NAME[@REV], downloaded if need be. Raises CheckpointError, HubError."""
+    return open_checkpoint(local(named(base)))
 
 
 def _need_a_model() -> None:

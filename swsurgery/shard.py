@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 from swsurgery.dtypes import DTYPES, Dtype
 from swsurgery.errors import ShardError
@@ -24,6 +25,16 @@ from swsurgery.errors import ShardError
 MAX_HEADER = 16 << 20
 """Bytes of header accepted. The format allows 100 MB; the largest headers seen in published checkpoints are
 under 1 MB, and a hostile one of 68 MB costs any reader seconds and a gigabyte."""
+
+MAX_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 18
+"""Commas in a header: counted before it is parsed, for each value of JSON but the first of its list needs one. A
+tensor of two dimensions has five. A published checkpoint of 92,000 tensors has 163 files; here one file may have
+100,000 tensors, and half of that where it holds less than 2 KiB for each of them."""
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_INTEGER = {int}
+_NEGATIVE = re.compile(rb"[\[,:][ \t\n\r]*-")
+_WIDTH = 120
 
 _NOT_SAFETENSORS = (
     (b"version ", "is a git-lfs pointer, not the file itself", "run git lfs pull"),
@@ -74,7 +85,7 @@ class TensorInfo:
 class Shard:
     """One safetensors file, opened once: `tensors` by name in the order of their data."""
 
-    path: Path
+    path: Place
     size: int
     header_size: int
     tensors: dict[str, TensorInfo]
@@ -113,9 +124,25 @@ def open_regular(path: Path) -> int:
     return fd
 
 
+class Remote(Protocol):
+    """A file that is elsewhere and read by ranges."""
+
+    size: int
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Up to `size` bytes; fewer only at the end."""
+
+
+Place = Path | Remote
+"""Where a file is to be read: on this machine, or elsewhere."""
+
+
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """open_regular for the length of a block."""
+def opened(path: Place) -> Iterator[int | Remote]:
+    """A file to read from for the length of a block: a descriptor from open_regular, or what is read by ranges."""
+    if not isinstance(path, Path):
+        yield path
+        return
     fd = open_regular(path)
     try:
         yield fd
@@ -123,11 +150,16 @@ def opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def read_exactly(fd: int, size: int, offset: int, path: Path) -> bytes:
+def size_of(file: int | Remote) -> int:
+    """Bytes of an opened file."""
+    return os.fstat(file).st_size if isinstance(file, int) else file.size
+
+
+def read_exactly(file: int | Remote, size: int, offset: int, path: Place) -> bytes:
     """`size` bytes at `offset`, however many calls that takes. Raises ShardError at an early end."""
     parts = []
     while size:
-        part = os.pread(fd, size, offset)
+        part = os.pread(file, size, offset) if isinstance(file, int) else file.pread(size, offset)
         if not part:
             raise ShardError("the file ended while it was read", path, "it was changed or truncated meanwhile")
         parts.append(part)
@@ -136,26 +168,25 @@ def read_exactly(fd: int, size: int, offset: int, path: Path) -> bytes:
     return b"".join(parts)
 
 
-def open_shard(path: Path) -> Shard:
+def read_at_most(file: int | Remote, limit: int) -> bytes:
+    """The whole file, or its first `limit` bytes, whatever size it says to have (some say 0)."""
+    if not isinstance(file, int):
+        return file.pread(limit, 0)
+    parts = []
+    while limit and (part := os.read(file, min(limit, 1 << 20))):
+        parts.append(part)
+        limit -= len(part)
+    return b"".join(parts)
+
+
+def open_shard(path: Place) -> Shard:
     """Read and check the header of one safetensors file; no tensor data is read.
 
     Raises ShardError, which names the rule that the file breaks.
     """
     with opened(path) as fd:
-        size = os.fstat(fd).st_size
-        start = read_exactly(fd, min(size, 8), 0, path)
-        if size < 8:
-            raise ShardError(f"is too short for a safetensors file ({size} bytes)", path, "download it again")
-        (header_size,) = struct.unpack("<Q", start)
-        if header_size > size - 8:
-            # Only now: a sound file may begin with any of these bytes, for they are its header's length.
-            for magic, what, remedy in _NOT_SAFETENSORS:
-                if start.startswith(magic):
-                    raise ShardError(what, path, remedy)
-            raise ShardError(f"is truncated: its header says {header_size} bytes, the file has {size}", path,
-                             "download it again")  # fmt: skip
-        if header_size > MAX_HEADER:
-            raise ShardError(f"has a header of {header_size} bytes, more than the {MAX_HEADER} accepted", path)
+        size = size_of(fd)
+        header_size = header_length(read_exactly(fd, min(size, 8), 0, path), size, path)
         raw = read_exactly(fd, header_size, 8, path)
     try:
         tensors, metadata = parse_header(raw, size - 8 - header_size)
@@ -164,10 +195,30 @@ def open_shard(path: Path) -> Shard:
     return Shard(path, size, header_size, tensors, metadata)
 
 
+def header_length(start: bytes, size: int, path: Path) -> int:
+    """Bytes of header, from the first 8 bytes of a file of `size`. Raises ShardError, which says what the file is."""
+    if size < 8:
+        raise ShardError(f"is too short for a safetensors file ({size} bytes)", path, "download it again")
+    (length,) = struct.unpack("<Q", start)
+    if length > size - 8:
+        # Only now: a sound file may begin with any of these bytes, for they are its header's length.
+        for magic, what, remedy in _NOT_SAFETENSORS:
+            if start.startswith(magic):
+                raise ShardError(what, path, remedy)
+        raise ShardError(f"is truncated: its header says {length} bytes, the file has {size}", path,
+                         "download it again")  # fmt: skip
+    if length > MAX_HEADER:
+        raise ShardError(f"has a header of {length} bytes, more than the {MAX_HEADER} accepted", path)
+    return length
+
+
 def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Header bytes -> (tensors in the order of their data, metadata). Raises ValueError with the broken rule."""
     if not raw.startswith(b"{"):
         raise ValueError("it does not begin with {")
+    limit = max(COMMAS_WITHOUT_DATA, min(MAX_COMMAS, data_size >> 9))
+    if raw.count(b",") > limit:
+        raise ValueError(f"it has more than {limit} values")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -176,7 +227,8 @@ def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dic
         header = json.loads(
             text,
             object_pairs_hook=no_duplicates,
-            parse_int=_integer,
+            # A hook for each integer doubles the time; only -0 needs it, for -0 becomes a harmless 0.
+            parse_int=_integer if _NEGATIVE.search(raw) else None,
             parse_float=_no_number,
             parse_constant=_no_number,
         )
@@ -184,17 +236,27 @@ def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dic
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error.msg} at character {error.pos})") from None
+    except ValueError as error:  # Python's own limit of 4300 digits, or one of the hooks
+        reason = "it has a number of thousands of digits" if "digits" in str(error) else str(error)
+        raise ValueError(reason) from None
     metadata = header.pop("__metadata__", {})
     if metadata is None:  # the official parser reads null as absent
         metadata = {}
     if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
         raise ValueError("__metadata__ is not a map from string to string")
-    _no_surrogates(metadata.keys())
-    _no_surrogates(metadata.values())
-    _no_surrogates(header)
+    if b"\\u" in raw:  # UTF-8 itself holds no half of a pair
+        _no_surrogates(metadata.keys())
+        _no_surrogates(metadata.values())
+        _no_surrogates(header)
     infos = sorted((_tensor_info(name, entry) for name, entry in header.items()), key=lambda info: info.data_offsets)
     _check_layout(infos, data_size)
     return {info.name: info for info in infos}, metadata
+
+
+def quoted(value: Any) -> str:
+    """What a file says, in quotes, and not more of it than a line can hold."""
+    text = repr(value[:_WIDTH] if type(value) is str else value)
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -203,17 +265,15 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{twice!r} stands twice, so it is ambiguous")
+        raise ValueError(f"{quoted(twice)} stands twice, so it is ambiguous")
     return result
 
 
 def _integer(digits: str) -> int:
-    if digits.startswith("-") or len(digits) > 20 or (value := int(digits)) >= 1 << 64:
-        raise ValueError(f"{digits[:24]} is not an unsigned 64-bit integer")
-    return value
+    return _no_number(digits) if digits.startswith("-") else int(digits)
 
 
-def _no_number(digits: str) -> None:
+def _no_number(digits: str) -> NoReturn:
     raise ValueError(f"{digits[:24]} is not an unsigned 64-bit integer")
 
 
@@ -222,21 +282,23 @@ def _no_surrogates(texts: Any) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError(f"{text!r} holds half a surrogate pair") from None
+            raise ValueError(f"{quoted(text)} holds half a surrogate pair") from None
 
 
 def _tensor_info(name: str, entry: Any) -> TensorInfo:
-    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
-    if type(entry["dtype"]) is not str or entry["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name!r} has an unknown dtype {entry['dtype']!r}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
+    if type(entry) is not dict or entry.keys() != _FIELDS:
+        raise ValueError(f"tensor {quoted(name)} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or dtype not in DTYPES:
+        raise ValueError(f"tensor {quoted(name)} has an unknown dtype {quoted(dtype)}")
     # type() and not isinstance: JSON true would pass as the integer 1.
-    if type(shape) is not list or any(type(n) is not int for n in shape):
-        raise ValueError(f"tensor {name!r} has a shape that is not a list of integers")
-    if type(offsets) is not list or len(offsets) != 2 or any(type(n) is not int for n in offsets):
-        raise ValueError(f"tensor {name!r} has data_offsets that are not two integers")
-    return TensorInfo(name, DTYPES[entry["dtype"]], tuple(shape), (offsets[0], offsets[1]))
+    if type(shape) is not list or not _INTEGER.issuperset(map(type, shape)):
+        raise ValueError(f"tensor {quoted(name)} has a shape that is not a list of integers")
+    if type(offsets) is not list or len(offsets) != 2 or not _INTEGER.issuperset(map(type, offsets)):
+        raise ValueError(f"tensor {quoted(name)} has data_offsets that are not two integers")
+    if max(shape, default=0) >> 64 or max(offsets) >> 64:
+        raise ValueError(f"tensor {quoted(name)} has a number that is not an unsigned 64-bit integer")
+    return TensorInfo(name, DTYPES[dtype], tuple(shape), (offsets[0], offsets[1]))
 
 
 def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
@@ -245,16 +307,16 @@ def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
     for info in infos:
         begin, end = info.data_offsets
         if begin != position or end < begin:
-            raise ValueError(f"tensor {info.name!r} has data_offsets [{begin}, {end}] where {position} was due")
+            raise ValueError(f"tensor {quoted(info.name)} has data_offsets [{begin}, {end}] where {position} was due")
         bits = info.dtype.bits
         for length in info.shape:
             bits *= length
             if bits >= 1 << 64:
-                raise ValueError(f"tensor {info.name!r} has a shape that overflows 64 bits")
+                raise ValueError(f"tensor {quoted(info.name)} has a shape that overflows 64 bits")
         if bits % 8:
-            raise ValueError(f"tensor {info.name!r} does not fill whole bytes")
+            raise ValueError(f"tensor {quoted(info.name)} does not fill whole bytes")
         if bits // 8 != end - begin:
-            raise ValueError(f"tensor {info.name!r} has {end - begin} bytes where its shape needs {bits // 8}")
+            raise ValueError(f"tensor {quoted(info.name)} has {end - begin} bytes where its shape needs {bits // 8}")
         position = end
     if position != data_size:
         raise ValueError(f"the tensors end at byte {position} of the data, the file has {data_size}")

@@ -27,7 +27,7 @@ from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
 from swsurgery.errors import CheckFailed, CheckpointError, ModelError, NumberError, PlanError, TargetError
-from swsurgery.hub import cached_snapshot, parse_url
+from swsurgery.hub import Repo, Uri, local, named, place
 from swsurgery.manifest import LoadedManifest, load_manifest
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
@@ -84,12 +84,13 @@ class Outcome:
 
 
 def plan_manifest(manifest: Path, base: str | None = None) -> Plan:
-    """Read the manifest, open its base (or `base`: a directory or hf://ORG/NAME[@REV]) and plan; write nothing.
+    """Read the manifest, open its base (or `base`: a directory or hf://ORG/NAME[@REV]) and plan; write nothing, and of
+    a repository read only headers and scalars.
 
-    Raises ManifestError, CheckpointError, PlanError.
+    Raises HubError, ManifestError, CheckpointError, PlanError.
     """
     loaded = load_manifest(manifest)
-    checkpoint = open_checkpoint(base_directory(loaded, base), loaded.manifest.base.weights)
+    checkpoint = open_checkpoint(place(base_of(loaded, base)), loaded.manifest.base.weights)
     return make_plan(loaded, checkpoint)
 
 
@@ -112,7 +113,7 @@ def apply_manifest(
     check = check or CheckOptions()
     loaded = load_manifest(manifest)
     digests = DigestCache()
-    with _reading(base_directory(loaded, base)) as root:
+    with _reading(local(base_of(loaded, base))) as root:
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
         _refuse_inside(output, plan.checkpoint.root)
         for note in plan.notes:
@@ -212,22 +213,30 @@ def check_checkpoint(
     )  # fmt: skip
 
 
-def open_patched(root: Path) -> tuple[Patched, Checkpoint]:
-    """A patched checkpoint and its records. Raises CheckpointError where it has none."""
+def read_records(root: Path | Repo) -> Patched:
+    """The records of a patched checkpoint. Raises CheckpointError where it has none."""
     patched = read_patched(root)
     if patched is None:
-        raise CheckpointError("no registry", root / OWN_FILES[0], "only a checkpoint that swsurgery patched has one")
+        raise CheckpointError(
+            "no registry", f"{root}/{OWN_FILES[0]}", "only a checkpoint that swsurgery patched has one"
+        )
+    return patched
+
+
+def open_patched(root: Path) -> tuple[Patched, Checkpoint]:
+    """A patched checkpoint and its records. Raises CheckpointError where it has none."""
+    patched = read_records(root)
     return patched, open_checkpoint(root, patched.registry.base.weights)
 
 
-def base_directory(loaded: LoadedManifest, base: str | None) -> Path:
-    """Where the base lies: `base` if given, else what the manifest says. Raises CheckpointError."""
+def base_of(loaded: LoadedManifest, base: str | None) -> Path | Uri:
+    """What the base is: `base` if given, else what the manifest says. Raises HubError for a name that is none."""
     said = loaded.manifest.base
     if base is not None:
-        return cached_snapshot(*parse_url(base)) if base.startswith("hf://") else Path(base)
+        return named(base)
     if said.path is not None:
         return loaded.path.parent / said.path
-    return cached_snapshot(said.repo_id, said.revision)
+    return Uri(said.repo_id, said.revision, "")
 
 
 @contextlib.contextmanager

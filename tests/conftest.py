@@ -9,6 +9,7 @@ import pytest
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")  # read once, when numpy or torch is loaded
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests that speak to a Hub start their own, and say so
 os.environ["XDG_DATA_HOME"] = os.devnull  # while tests are collected too, the developer's own entries are not there
 
 

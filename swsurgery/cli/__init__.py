@@ -5,6 +5,7 @@ Rooms that take time to load are imported inside the command that needs them.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -18,7 +19,9 @@ import typer
 from swsurgery import __version__, output
 from swsurgery.cli.editing import apply, diff, inspect, revert, schema
 from swsurgery.cli.finding import check, lookup, scan, sweep
+from swsurgery.cli.linting import lint
 from swsurgery.cli.proving import verify
+from swsurgery.cli.signing import sign
 from swsurgery.errors import Interrupted, SwsurgeryError
 
 app = typer.Typer(
@@ -29,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (apply, lookup, inspect, check, scan, sweep, verify, diff, revert, schema):
+for command in (apply, lookup, inspect, check, scan, sweep, verify, lint, diff, revert, sign, schema):
     app.command()(command)
 
 
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    log, teller = logging.getLogger("swsurgery"), _Teller()
+    log.addHandler(teller)
     try:
         app(argv, prog_name="swsurgery")
     except SystemExit as error:
@@ -64,9 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.say("this is a bug in swsurgery: please report it with the lines above")
         return 3
     finally:
+        log.removeHandler(teller)
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 0
+
+
+class _Teller(logging.Handler):
+    """Says on stderr what the library has to tell besides its answer."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        output.say(record.getMessage())
 
 
 def entry() -> NoReturn:
@@ -75,4 +88,4 @@ def entry() -> NoReturn:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not disturb the cleaning up
-    raise Interrupted("interrupted", signal.Signals(number).name, "nothing was left behind")
+    raise Interrupted(signal.Signals(number).name)

@@ -12,6 +12,7 @@ from swsurgery.cli.options import (
     CheckpointArgument,
     Debug,
     DeviceOption,
+    DirectoryArgument,
     Json,
     MaxRatio,
     MinRatio,
@@ -20,7 +21,9 @@ from swsurgery.cli.options import (
     Quiet,
     Text,
     bounds,
+    moved,
     read_text,
+    reading,
     silent,
 )
 from swsurgery.errors import SwsurgeryError, printable
@@ -63,6 +66,8 @@ def apply(
 
     if dry_run:
         plan = surgery.plan_manifest(manifest, base)
+        if not isinstance(plan.checkpoint.root, Path) and not quiet:
+            output.say(moved(plan.checkpoint.root))
         output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.plan(plan)
         return
     options = surgery.CheckOptions(
@@ -82,7 +87,7 @@ def apply(
 
 
 def revert(
-    checkpoint: CheckpointArgument,
+    checkpoint: DirectoryArgument,
     directory: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where the base is written; else it is put back in place.")
     ] = None,
@@ -122,17 +127,18 @@ def inspect(
     """List files and tensors, or print one scalar with its bits."""
     from swsurgery import inspection, show
 
-    if tensor is None and at is None:
-        document = inspection.overview(checkpoint)
-        output.print_json(document) if json else show.overview(document)
-    else:
-        document = inspection.scalar(checkpoint, tensor, at)
-        output.print_json(document) if json else show.scalar(document)
+    with reading(checkpoint, quiet) as where:
+        if tensor is None and at is None:
+            document = inspection.overview(where)
+            output.print_json(document) if json else show.overview(document)
+        else:
+            document = inspection.scalar(where, tensor, at)
+            output.print_json(document) if json else show.scalar(document)
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A checkpoint's directory.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    a: CheckpointArgument,
+    b: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -142,7 +148,8 @@ def diff(
     from swsurgery.checkpoint import open_checkpoint
     from swsurgery.diff import diff as run
 
-    difference = run(open_checkpoint(a), open_checkpoint(b), output.Bar(quiet))
+    with reading(a, quiet) as first, reading(b, quiet) as second:
+        difference = run(open_checkpoint(first), open_checkpoint(second), output.Bar(quiet))
     output.print_json(difference.to_json()) if json else show.difference(difference)
     if not difference.same:
         raise typer.Exit(1)

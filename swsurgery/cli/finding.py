@@ -24,6 +24,7 @@ from swsurgery.cli.options import (
     Windows,
     bounds,
     read_text,
+    reading,
     silent,
     width,
 )
@@ -54,10 +55,12 @@ def lookup(
         else:
             output.print_text(f"{printable(removed)}: removed, the shipped facts stay")
         return
-    if os.sep in model and Path(model).is_dir() or Path(model, "swsurgery.json").is_file():
+    there = model.startswith("hf://") or os.sep in model and Path(model).is_dir()
+    if there or Path(model, "swsurgery.json").is_file():
         from swsurgery import show, surgery
 
-        patched, _ = surgery.open_patched(Path(model))
+        with reading(model, quiet) as where:
+            patched = surgery.read_records(where)
         document = patched.registry.model_dump(mode="json")
         output.print_json(document) if json else show.registry(patched.registry)
         return
@@ -148,10 +151,13 @@ def check(
 ) -> None:
     """Run a patched checkpoint and its base side by side. Exit 1 where a bound is not held."""
     from swsurgery import show, surgery
+    from swsurgery.hub import local, named
 
     held = bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = surgery.CheckOptions("forward", device, placement, read_text(text), prompt or None, held)
-    report = surgery.check_checkpoint(checkpoint, options, output.Bar(quiet), silent if quiet else output.say)
+    report = surgery.check_checkpoint(
+        local(named(checkpoint)), options, output.Bar(quiet), silent if quiet else output.say
+    )
     output.print_json(report.to_json()) if json else show.check(report.to_json())
     if not report.ok:
         raise typer.Exit(1)

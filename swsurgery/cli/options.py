@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from swsurgery import output
 from swsurgery.errors import SwsurgeryError
+
+if TYPE_CHECKING:
+    from swsurgery.hub import Repo
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No talk and no progress on stderr, errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint's directory.", show_default=False)]
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="A checkpoint: a directory, or hf://ORG/NAME[@REV][/sub].", show_default=False)
+]
+DirectoryArgument = Annotated[Path, typer.Argument(help="A checkpoint's directory.", show_default=False)]
 Text = Annotated[Path | None, typer.Option(help="Text to measure on, instead of the built-in passage.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to continue; may be repeated.")]
 MaxRatio = Annotated[float | None, typer.Option(help="Fail where patched/base perplexity is above this.")]
@@ -52,3 +61,19 @@ def bounds(most: float | None, least: float | None):
         if value is not None and not 0 < value < float("inf"):
             raise SwsurgeryError("a perplexity ratio is a finite number above 0", value)
     return None if most is None and least is None else Bounds(most, least)
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
+    """Where to read a checkpoint's headers and scalars; of one on the Hub, how much was moved is said afterwards."""
+    from swsurgery.hub import named, place
+
+    where = place(named(checkpoint))
+    yield where
+    if not isinstance(where, Path) and not quiet:
+        output.say(moved(where))
+
+
+def moved(repo: Repo) -> str:
+    """What reading a repository cost."""
+    return f"{repo}: {output.size(repo.traffic.bytes)} in {repo.traffic.requests} range requests"

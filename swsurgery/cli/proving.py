@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,16 +13,47 @@ from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet
 
 def verify(
     checkpoint: CheckpointArgument,
-    base: Annotated[Path | None, typer.Option(help="Also compare with this base, byte by byte.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Also compare with this base, byte by byte: a directory or hf://ORG/NAME[@REV].")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Prove that it is exactly what this manifest makes of its base.")
+    ] = None,
+    known: Annotated[
+        bool, typer.Option("--known", help="Hold it against the known super weights of its model; needs no registry.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Which known model it is, where nothing in it says; with --known.")
+    ] = None,
+    known_tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="How much of its value a known super weight may have lost.")
+    ] = 0.25,
+    finite: Annotated[bool, typer.Option("--finite", help="Also search all values for NaN and infinities.")] = False,
+    signature: Annotated[
+        Path | None, typer.Option(help="Check this signature of the checkpoint; with --public-key.")
+    ] = None,
+    public_key: Annotated[Path | None, typer.Option(help="The signer's public key, a PEM file.")] = None,
+    format: Annotated[
+        Literal["text", "json", "junit", "sarif", "github"], typer.Option(help="How the findings are written.")
+    ] = "text",
+    file: Annotated[Path | None, typer.Option("--output", help="Write them to this file instead of stdout.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Prove that a patched checkpoint is its base with exactly the declared scalars changed. Exit 1 where it is not."""
-    from swsurgery import show
-    from swsurgery.verify import verify as run
+    from swsurgery import formats, fsops, proving
 
-    verification = run(checkpoint, output.Bar(quiet), base)
-    output.print_json(verification.to_json()) if json else show.verification(verification)
-    if not verification.ok:
-        raise typer.Exit(1)
+    question = proving.Question(
+        base, manifest, known or model is not None, model, known_tolerance, finite, signature, public_key
+    )
+    report = proving.prove(checkpoint, question, output.Bar(quiet)).report(str(checkpoint))
+    text = formats.render(report, "json" if json else format)
+    if file is None:
+        output.print_text(text)
+    else:
+        fsops.replace_file(file, text.encode())
+        if not quiet:
+            output.say(f"{report.errors} findings in {file}")
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)

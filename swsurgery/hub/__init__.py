@@ -9,17 +9,29 @@ Cache, offline mode, tokens and mirrors are the library's own, with its environm
 
 from __future__ import annotations
 
-import os
+import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, HubError
 from swsurgery.hub.faults import told
-from swsurgery.hub.remote import RemoteFile, Repo, Traffic, open_repo
+from swsurgery.hub.remote import RemoteFile, Repo, open_repo
 
-__all__ = ["RemoteFile", "Repo", "Traffic", "Uri", "cached_snapshot", "config_error", "fetch", "is_uri", "offline",
-           "open_repo", "open_uri", "parse_uri"]  # fmt: skip
+__all__ = [
+    "RemoteFile",
+    "Repo",
+    "Uri",
+    "cached",
+    "config_error",
+    "fetch",
+    "local",
+    "named",
+    "open_repo",
+    "parse_uri",
+    "place",
+]
 
 SCHEME = "hf://"
 
@@ -32,13 +44,14 @@ class Uri:
     revision: str | None
     sub: str
 
+    @property
+    def is_commit(self) -> bool:
+        """Whether the revision can never mean anything else."""
+        return re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
+
     def __str__(self) -> str:
         return SCHEME + self.repo_id + (f"@{self.revision}" if self.revision else "") + (
             f"/{self.sub}" if self.sub else "")  # fmt: skip
-
-
-def is_uri(text: str) -> bool:
-    return text.startswith(SCHEME)
 
 
 def parse_uri(text: str) -> Uri:
@@ -52,10 +65,9 @@ def parse_uri(text: str) -> Uri:
     return Uri(uri.id, uri.revision, uri.path_in_repo.strip("/"))
 
 
-def parse_url(text: str) -> tuple[str, str | None]:
-    """`hf://ORG/NAME[@REV]` -> (repo_id, revision). Raises HubError."""
-    uri = parse_uri(text)
-    return uri.repo_id, uri.revision
+def named(text: str | Path) -> Path | Uri:
+    """What a user means by a checkpoint: a directory, or hf://ORG/NAME[@REVISION][/sub]. Raises HubError."""
+    return parse_uri(text) if isinstance(text, str) and text.startswith(SCHEME) else Path(text)
 
 
 def offline() -> bool:
@@ -64,48 +76,54 @@ def offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def open_uri(uri: Uri) -> Repo:
-    """Raises HubError."""
-    return open_repo(uri.repo_id, uri.revision, uri.sub)
+def place(checkpoint: Path | Uri) -> Path | Repo:
+    """Where to read headers and single scalars: a repository by ranges, unless it lies in the local cache at the very
+    commit, or the offline mode is on. Raises HubError."""
+    if isinstance(checkpoint, Path):
+        return checkpoint
+    if offline() or checkpoint.is_commit:
+        with contextlib.suppress(CheckpointError) if not offline() else contextlib.nullcontext():
+            return cached(checkpoint)
+    return open_repo(checkpoint.repo_id, checkpoint.revision, checkpoint.sub)
 
 
-def cached_snapshot(repo_id: str, revision: str | None) -> Path:
-    """The snapshot folder of a repository in the local cache; without `revision` the one of its main branch.
+def local(checkpoint: Path | Uri) -> Path:
+    """A directory with all of it, downloaded into the cache where it is not there yet. Raises HubError."""
+    return checkpoint if isinstance(checkpoint, Path) else fetch(checkpoint)
 
-    Raises CheckpointError where it was not downloaded. Opens no connection.
+
+def cached(uri: Uri) -> Path:
+    """A repository's folder in the local cache; without a revision, of its main branch as it was last seen.
+
+    Raises CheckpointError where it is not there, or not whole. Opens no connection.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    at = f"@{revision}" if revision else ""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        flag = f" --revision {revision}" if revision else ""
-        remedy = f"run hf download {repo_id}{flag}, or give a directory with --base"
-        raise CheckpointError("not in the local Hugging Face cache", f"hf://{repo_id}{at}", remedy) from None
+        flag = f" --revision {uri.revision}" if uri.revision else ""
+        remedy = f"run hf download {uri.repo_id}{flag}, or give a directory with --base"
+        raise CheckpointError("not in the local Hugging Face cache", uri, remedy) from None
     except HFValidationError as error:
-        raise CheckpointError(str(error), f"hf://{repo_id}{at}") from None
+        raise CheckpointError(str(error), uri) from None
+    return folder / uri.sub if uri.sub else folder
 
 
 def fetch(uri: Uri, only: Sequence[str] | None = None) -> Path:
     """The folder of a repository in the local cache, downloaded where it is not there yet; `only` names the files to
-    have. A commit that is there whole is taken without asking the Hub. Raises HubError."""
+    have. A commit that is there whole is taken without asking the Hub. Raises HubError, CheckpointError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if offline() or uri.is_commit and only is None:
+        with contextlib.suppress(CheckpointError) if not offline() else contextlib.nullcontext():
+            return cached(uri)
     prefix = f"{uri.sub}/" if uri.sub else ""
     patterns = [_literal(prefix + name) for name in only] if only is not None else [f"{prefix}*"] if prefix else None
     with told(uri):
-        try:
-            folder = snapshot_download(uri.repo_id, revision=uri.revision, allow_patterns=patterns,
-                                       local_files_only=offline())  # fmt: skip
-        except LocalEntryNotFoundError:
-            if offline():
-                raise CheckpointError("not in the local Hugging Face cache, and the offline mode is on", uri,
-                                      "unset HF_HUB_OFFLINE") from None  # fmt: skip
-            raise
-    return Path(os.path.join(folder, uri.sub)) if uri.sub else Path(folder)
+        folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, allow_patterns=patterns))
+    return folder / uri.sub if uri.sub else folder
 
 
 def _literal(name: str) -> str:

@@ -1,0 +1,33 @@
+"""The command that signs a checkpoint: sign. `verify --signature` checks what it made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swsurgery import output
+from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet
+from swsurgery.errors import printable
+
+
+def sign(
+    checkpoint: CheckpointArgument,
+    key: Annotated[Path, typer.Option(help="The private key: a PEM file that only you can read.", show_default=False)],
+    signature: Annotated[
+        Path | None, typer.Option(help="Where the signature is written; else model.sig in the checkpoint.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Sign every file of a checkpoint with a private key."""
+    from swsurgery import signing
+
+    written = signing.sign(checkpoint, key, signature)
+    if json:
+        output.print_json({"checkpoint": str(checkpoint), "signature": str(written)})
+        return
+    output.print_text(f"signed    {printable(str(checkpoint))}")
+    output.print_text(f"signature {printable(str(written))}")

@@ -1,0 +1,265 @@
+"""Everything that can be proved of one checkpoint, by what is at hand: its registry, its base, a manifest, the known
+super weights of its model. `verify.py` is the proof from the registry alone; here the others are put beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swsurgery.checkpoint import Checkpoint, open_checkpoint
+from swsurgery.errors import CheckpointError, ManifestError, SwsurgeryError, printable
+from swsurgery.formats import FindingReport
+from swsurgery.hub import named, place
+from swsurgery.names import OWN_FILES
+from swsurgery.progress import Progress
+from swsurgery.registry import MANIFEST_NAME, Patched, read_patched
+from swsurgery.rules import Finding
+from swsurgery.verify import Verification, scan_finite, structure, verify_patched
+
+if TYPE_CHECKING:  # the rooms of one question each are loaded when it is asked
+    from swsurgery.manifest import LoadedManifest
+    from swsurgery.manifest_proof import Wishes
+    from swsurgery.survival import Survival
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. `base` is a directory or hf://ORG/NAME[@REV]; `model` and `tolerance` go with `known`, and
+    `public_key` (PEM) with `signature`."""
+
+    base: str | None = None
+    manifest: Path | None = None
+    known: bool = False
+    model: str | None = None
+    tolerance: float = 0.25
+    finite: bool = False
+    signature: Path | None = None
+    public_key: Path | None = None
+
+    @property
+    def needs_no_registry(self) -> bool:
+        return bool(self.known or self.manifest or self.finite or self.signature)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The answer: what was found, and the parts it was made of. `verification` is None without a registry, `base` is
+    where the base lay that was compared with."""
+
+    findings: tuple[Finding, ...]
+    rules: tuple[str, ...]
+    verification: Verification | None = None
+    survival: Survival | None = None
+    manifest: LoadedManifest | None = None
+    base: Path | None = None
+    finite: bool = False
+    signature: Path | None = None
+
+    @property
+    def decided(self) -> bool:
+        return self.survival is None or self.survival.decided
+
+    def to_json(self) -> dict[str, Any]:
+        """verify's document of a registry where there is one, and beside it manifest and known."""
+        document = self.verification.to_json() if self.verification else {}
+        if self.manifest is not None:
+            document["manifest"] = {"path": str(self.manifest.path), "base": self.base and str(self.base)}
+        if self.survival is not None:
+            document["known"] = self.survival.to_json()
+        return document | {"findings": [f.to_json() for f in self.findings], "finite": self.finite}
+
+    def report(self, subject: str) -> FindingReport:
+        """For the formats; `subject` is the checkpoint's path as the user wrote it."""
+        checked = "\n".join(map(printable, self.lines()))
+        return FindingReport(subject, "verify", self.findings, checked, self.to_json(), self.rules, self.decided)
+
+    def lines(self) -> Iterable[str]:
+        """What was proved, for people. A claim stands here only where nothing was found against it."""
+        clean = not any(f.level == "error" for f in self.findings)
+        if self.verification is not None and clean:
+            yield from _registry_lines(self.verification)
+        if self.manifest is not None and clean:
+            how = (
+                f"and byte by byte from {self.base}" if self.base else "on the base's bits as the registry proves them"
+            )
+            yield f"manifest  exactly {self.manifest.path}: every edit done once more {how}"
+        if self.survival is not None:
+            yield from _survival_lines(self.survival)
+        if self.signature is not None and not any(f.rule == "signature" for f in self.findings):
+            yield f"signature {self.signature} covers every file as it is"
+        if self.finite and not any(f.rule == "non-finite" for f in self.findings):
+            yield "finite    no stored floating-point value is NaN or infinite"
+
+
+def prove(root: Path, question: Question, progress: Progress) -> Proof:
+    """Hold the checkpoint in `root` against everything that `question` names, and against its registry if it has one.
+
+    Raises CheckpointError where there is nothing to hold it against or a file cannot be read, ManifestError for a
+    faulty manifest, LookupFailed for a model that nobody knows.
+    """
+    if (question.signature is None) != (question.public_key is None):
+        raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
+    patched = read_patched(root)
+    if patched is None and not question.needs_no_registry:
+        raise CheckpointError("no registry", root / OWN_FILES[0],
+                              "only a patched checkpoint has one; --known and --manifest do without")  # fmt: skip
+    loaded = _load(question.manifest)
+    weights = patched.registry.base.weights if patched else loaded.manifest.base.weights if loaded else None
+    base = _open_base(question, loaded, patched, weights)
+    try:
+        checkpoint = open_checkpoint(root, weights)
+    except CheckpointError as error:
+        if patched is None and not (root.is_dir() and any(root.glob("*.safetensors"))):
+            raise
+        return Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
+    repo_ids = _repo_ids(patched)
+    wishes = _wishes(loaded, checkpoint, repo_ids)
+    verification = None
+    if patched is not None:
+        verification = verify_patched(patched, checkpoint, progress, base, question.finite)
+        findings, rules = [*verification.findings], verification.rules
+        if any(f.index is not None for f in findings):
+            pointed = wishes or _own_wishes(root, patched, checkpoint, repo_ids)
+            findings = [pointed.at(f) for f in findings] if pointed else findings
+    else:
+        findings, rules = structure(checkpoint), ("structure", "duplicate-weights")
+        if question.finite:
+            findings += scan_finite(checkpoint, progress)
+            rules += ("non-finite",)
+    if loaded is not None:
+        findings += _by_manifest(wishes, patched, checkpoint, base, progress)
+        rules += ("manifest-mismatch", "undeclared-change", "file-missing", "file-undeclared", "base")
+    kept = None
+    if question.known:
+        kept = _survey(question, checkpoint, patched, repo_ids)
+        findings += kept.findings()
+        rules += ("known-lost", "known-unreadable")
+    if question.signature is not None:
+        from swsurgery.signing import verify_signature
+
+        findings += verify_signature(root, question.signature, question.public_key)
+        rules += ("signature",)
+    return Proof(
+        tuple(findings), rules, verification, kept, loaded, base.root if base else None, question.finite,
+        question.signature,
+    )  # fmt: skip
+
+
+def _load(path: Path | None) -> LoadedManifest | None:
+    if path is None:
+        return None
+    from swsurgery.manifest import load_manifest
+
+    return load_manifest(path)
+
+
+def _survey(
+    question: Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
+) -> Survival:
+    from swsurgery import survival
+
+    declared = {e.coordinate for e in patched.registry.edits} if patched else set()
+    model = survival.identify(checkpoint, question.model, repo_ids)
+    return survival.survey(checkpoint, model, declared, question.tolerance)
+
+
+def _open_base(
+    question: Question, loaded: LoadedManifest | None, patched: Patched | None, weights: str | None
+) -> Checkpoint | None:
+    """The base that was given, else the manifest's own where it is at hand. Without registry and without base nothing
+    can be proved of a manifest, and the error says where the base was looked for."""
+    if question.base is not None:
+        return open_checkpoint(place(named(question.base)), weights)
+    if loaded is None:
+        return None
+    from swsurgery.surgery import base_of
+
+    try:
+        return open_checkpoint(place(base_of(loaded, None)), weights)
+    except CheckpointError:
+        if patched is None:
+            raise
+        return None
+
+
+def _repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
+    """The names that a registry gives its base, or the model whose facts it holds."""
+    if patched is None:
+        return ()
+    facts = patched.registry.known or {}
+    return patched.registry.base.repo_id, facts.get("hf_id")
+
+
+def _wishes(loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]) -> Wishes | None:
+    if loaded is None:
+        return None
+    from swsurgery.manifest_proof import read_wishes
+
+    return read_wishes(loaded, checkpoint, repo_ids)
+
+
+def _own_wishes(
+    root: Path, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
+) -> Wishes | None:
+    """The manifest beside the registry, for findings to point into."""
+    from swsurgery.manifest import parse_manifest
+
+    try:
+        loaded = parse_manifest(patched.manifest_raw, root / MANIFEST_NAME)
+    except ManifestError:
+        return None  # it was changed by hand, and its digest says so
+    return _wishes(loaded, checkpoint, repo_ids)
+
+
+def _by_manifest(
+    wishes: Wishes, patched: Patched | None, checkpoint: Checkpoint, base: Checkpoint | None, progress: Progress
+) -> list[Finding]:
+    from swsurgery.manifest_proof import by_base, by_registry, plan_against_registry, planned
+
+    findings = by_registry(wishes, patched.registry) if patched else []
+    if base is None:
+        return findings
+    plan, misfits = planned(wishes.loaded, base)
+    if plan is None:
+        said = {(f.line, f.message) for f in findings}
+        return findings + [f for f in misfits if (f.line, f.message) not in said]
+    if patched:
+        return findings + plan_against_registry(wishes, plan, patched.registry)
+    return by_base(wishes, plan, checkpoint, progress)
+
+
+def _registry_lines(verification: Verification) -> Iterable[str]:
+    yield f"verified  {_count(verification.files - len(verification.unhashed), 'file')} with the registry's sha256"
+    if verification.proved:
+        yield f"proved    with {_count(verification.edits, 'scalar')} put back, they have the base's sha256"
+    yield f"protected {_count(verification.protected, 'scalar')} with the base's bits"
+    if verification.unhashed:
+        names = ", ".join(verification.unhashed[:3]) + (", ..." if len(verification.unhashed) > 3 else "")
+        yield f"unhashed  {_count(len(verification.unhashed), 'file')} of which only the size is known: {names}"
+    if verification.compared_with_base:
+        yield "compared  byte by byte with the base: nothing else differs"
+
+
+def _survival_lines(survived: Survival) -> Iterable[str]:
+    from swsurgery.survival import told
+
+    held = [c for c in survived.coordinates if c.held]
+    read = [c for c in held if c.state != "unreadable"]
+    there = [c for c in read if c.state != "lost"]
+    edited = sum(c.state == "declared" for c in held)
+    aside = f", {edited} of them edited on purpose" if edited else ""
+    yield f"known     {len(there)} of {_count(len(held), 'super weight')} of {survived.model} not lost{aside}"
+    for c in survived.coordinates:
+        aside = "" if c.held else f" (not held against it: {c.status})"
+        yield f"          {c.id:16} {told(c)}{aside}"
+    if survived.rows:
+        yield f"          only the row is known of {', '.join(survived.rows)}"
+    if not survived.decided:
+        yield "          none of them could be compared, so this is neither a yes nor a no"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
