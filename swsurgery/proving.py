@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from swsurgery.checkpoint import Checkpoint, open_checkpoint
 from swsurgery.errors import CheckpointError, ManifestError, SwsurgeryError, printable
 from swsurgery.formats import FindingReport
-from swsurgery.hub import named, place
+from swsurgery.hub import Repo, named, place
 from swsurgery.names import OWN_FILES
 from swsurgery.progress import Progress
 from swsurgery.registry import MANIFEST_NAME, Patched, read_patched
@@ -94,8 +94,9 @@ class Proof:
             yield "finite    no stored floating-point value is NaN or infinite"
 
 
-def prove(root: Path, question: Question, progress: Progress) -> Proof:
-    """Hold the checkpoint in `root` against everything that `question` names, and against its registry if it has one.
+def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
+    """Hold the checkpoint in `root`, or in a repository, against everything that `question` names, and against its
+    registry if it has one.
 
     Raises CheckpointError where there is nothing to hold it against or a file cannot be read, ManifestError for a
     faulty manifest, LookupFailed for a model that nobody knows.
@@ -104,15 +105,15 @@ def prove(root: Path, question: Question, progress: Progress) -> Proof:
         raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
     patched = read_patched(root)
     if patched is None and not question.needs_no_registry:
-        raise CheckpointError("no registry", root / OWN_FILES[0],
+        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}",
                               "only a patched checkpoint has one; --known and --manifest do without")  # fmt: skip
     loaded = _load(question.manifest)
     weights = patched.registry.base.weights if patched else loaded.manifest.base.weights if loaded else None
     base = _open_base(question, loaded, patched, weights)
     try:
-        checkpoint = open_checkpoint(root, weights)
+        checkpoint = open_checkpoint(root, weights, elsewhere=patched.registry.elsewhere if patched else ())
     except CheckpointError as error:
-        if patched is None and not (root.is_dir() and any(root.glob("*.safetensors"))):
+        if patched is None and not (isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))):
             raise
         return Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
     repo_ids = _repo_ids(patched)
@@ -140,6 +141,8 @@ def prove(root: Path, question: Question, progress: Progress) -> Proof:
     if question.signature is not None:
         from swsurgery.signing import verify_signature
 
+        if not isinstance(root, Path):
+            raise SwsurgeryError("a signature covers files that are here", root, "download it: hf download")
         findings += verify_signature(root, question.signature, question.public_key)
         rules += ("signature",)
     return Proof(
@@ -202,13 +205,14 @@ def _wishes(loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tup
 
 
 def _own_wishes(
-    root: Path, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
+    root: Path | Repo, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
 ) -> Wishes | None:
     """The manifest beside the registry, for findings to point into."""
     from swsurgery.manifest import parse_manifest
 
     try:
-        loaded = parse_manifest(patched.manifest_raw, root / MANIFEST_NAME)
+        beside = root if isinstance(root, Path) else Path()
+        loaded = parse_manifest(patched.manifest_raw, beside / MANIFEST_NAME)
     except ManifestError:
         return None  # it was changed by hand, and its digest says so
     return _wishes(loaded, checkpoint, repo_ids)
@@ -234,7 +238,15 @@ def _by_manifest(
 def _registry_lines(verification: Verification) -> Iterable[str]:
     yield f"verified  {_count(verification.files - len(verification.unhashed), 'file')} with the registry's sha256"
     if verification.proved:
-        yield f"proved    with {_count(verification.edits, 'scalar')} put back, they have the base's sha256"
+        put_back = (
+            f"with {_count(verification.edits, 'scalar')} put back, they" if not verification.unread else "the rest"
+        )
+        yield f"proved    {put_back} have the base's sha256"
+    if verification.unread:
+        names = ", ".join(verification.unread)
+        yield f"unread    {names}: the sha256 is the Hub's word; the edited scalars were read"
+    if verification.elsewhere:
+        yield f"elsewhere {_count(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
     yield f"protected {_count(verification.protected, 'scalar')} with the base's bits"
     if verification.unhashed:
         names = ", ".join(verification.unhashed[:3]) + (", ..." if len(verification.unhashed) > 3 else "")

@@ -45,8 +45,17 @@ class FileRecord(Strict):
     sha256: Digest | None
 
 
+class KnownFacts(Strict):
+    """What the registry of known super weights says of a coordinate."""
+
+    id: str
+    status: str
+    causal_alone: str
+    sources: list[str]
+
+
 class ScalarRecord(Strict):
-    """One scalar as the base has it. `known` holds the registry's facts about the coordinate."""
+    """One scalar as the base has it."""
 
     file: str
     tensor: str
@@ -55,7 +64,7 @@ class ScalarRecord(Strict):
     offset: Position
     old: int | float | str | None
     old_bits: Bits
-    known: dict[str, Any] | None = None
+    known: KnownFacts | None = None
 
     @property
     def coordinate(self) -> Coordinate:
@@ -81,12 +90,14 @@ class EditRecord(ScalarRecord):
 
 
 class BaseRecord(Strict):
-    """Which checkpoint the base was. `named_by` says how that is known: the cache it lay in, or the manifest only.
-    `weights` is the choice between an index and a single file, where both were there."""
+    """Which checkpoint the base was, and in which folder `sub` of its repository. `named_by` says how that is known:
+    by the Hub or the cache it lay in, or from the manifest only. `weights` is the choice between an index and a single
+    file, where both were there."""
 
     repo_id: str | None
     revision: str | None
     named_by: Literal["cache", "manifest"] | None
+    sub: str = ""
     weights: Literal["index", "single"] | None = None
 
 
@@ -95,6 +106,10 @@ class HistoryStep(Strict):
 
     registry: dict[str, Any]
     manifest: str
+
+    def read(self) -> Registry:
+        """That registry. Raises CheckpointError where it is not sound."""
+        return _validated(self.registry | {"history": []})
 
 
 class Registry(Strict):
@@ -107,6 +122,7 @@ class Registry(Strict):
     base: BaseRecord
     files: dict[str, FileRecord]
     omitted: Annotated[list[str], FailFast()]
+    elsewhere: Annotated[list[str], FailFast()] = []
     edits: Annotated[list[EditRecord], FailFast()]
     protected: Annotated[list[ScalarRecord], FailFast()]
     known: dict[str, Any] | None
@@ -132,12 +148,14 @@ def build_registry(plan: Plan, applied: Applied, check: dict[str, Any], previous
             repo_id=checkpoint.repo_id or base.repo_id,
             revision=checkpoint.revision or base.revision,
             named_by=named_by,
+            sub=checkpoint.sub,
             weights=base.weights,
         ),
         files={
             f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest) for f in applied.files
         },
         omitted=list(plan.omitted),
+        elsewhere=[f.name for f in applied.files if f.how == "elsewhere"],
         edits=[EditRecord(**s.to_json(), known=_facts(s)) for s in plan.splices],
         protected=[ScalarRecord(**s.to_json(), known=_facts(s)) for s in plan.protected],
         known=known.to_json(plan.model)["models"][0] if plan.model else None,

@@ -7,40 +7,43 @@ gives the base's digest (which a hub publishes), the shard is the base with exac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swsurgery.checkpoint import OWN_FILES, BaseFile, Checkpoint, open_checkpoint
+from swsurgery import dtypes
+from swsurgery.checkpoint import BaseFile, Checkpoint, Repository, open_checkpoint
+from swsurgery.comparison import chunks, undeclared_changes
+from swsurgery.dtypes import DTYPES
 from swsurgery.errors import CheckpointError, NumberError
+from swsurgery.finite import FiniteScan
+from swsurgery.jsonfile import read_small
+from swsurgery.names import OWN_FILES
 from swsurgery.progress import Progress
-from swsurgery.registry import EditRecord, Patched, Registry, ScalarRecord, read_patched
-from swsurgery.shard import opened, read_exactly
+from swsurgery.registry import EditRecord, FileRecord, Patched, Registry, ScalarRecord, read_patched
+from swsurgery.rules import Finding
 from swsurgery.splice import json_value
 
-CHUNK = 1 << 20
-MAX_NAMED = 10
+__all__ = ["Verification", "undeclared_changes", "verify", "verify_patched"]
 
+SIGNATURE_NAME = "model.sig"
+"""Made after the registry, of it and everything else, so the registry cannot list it."""
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is not as the registry says. `rule` is a stable name."""
-
-    rule: str
-    message: str
-    file: str | None = None
-    tensor: str | None = None
-    index: tuple[int, ...] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        index = None if self.index is None else list(self.index)
-        return {"rule": self.rule, "file": self.file, "tensor": self.tensor, "index": index, "message": self.message}
+RULES_OF_REGISTRY = (
+    "structure", "digest", "file-missing", "file-undeclared", "undeclared-change", "edit-changed",
+    "protected-changed", "registry", "manifest", "duplicate-weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was proved: `ok` where nothing was found. `proved` are files whose base digest came out again."""
+    """What was proved of a registry: `ok` where no finding makes the answer no.
+
+    `proved` are files whose base digest came out again; of the `unhashed` the registry knows no digest, as an edit in
+    place leaves it for files that it did not touch: only their size was checked. Of the `unread`, edited files of a
+    repository, the Hub says the digest; those `elsewhere` are not here and need not be. `finite` says whether all
+    stored floating-point values were searched for NaN and infinities.
+    """
 
     findings: tuple[Finding, ...]
     files: int
@@ -48,10 +51,15 @@ class Verification:
     protected: int
     proved: tuple[str, ...]
     compared_with_base: bool
+    unhashed: tuple[str, ...] = ()
+    finite: bool = False
+    unread: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    rules: tuple[str, ...] = field(default=RULES_OF_REGISTRY)
 
     @property
     def ok(self) -> bool:
-        return not self.findings
+        return not any(f.level == "error" for f in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,56 +69,106 @@ class Verification:
             "edits": self.edits,
             "protected": self.protected,
             "proved": list(self.proved),
+            "unhashed": list(self.unhashed),
+            "unread": list(self.unread),
+            "elsewhere": list(self.elsewhere),
             "compared_with_base": self.compared_with_base,
+            "finite": self.finite,
         }
 
 
-def verify(root: Path, progress: Progress, base: Path | None = None) -> Verification:
-    """Re-read the patched checkpoint in `root` and hold it against its registry, and against `base` if given.
+def verify(root: Path | Repository, progress: Progress, base: Path | None = None, finite: bool = False) -> Verification:
+    """Re-read the patched checkpoint in `root` and hold it against its registry, and against `base` if given. Of a
+    repository the Hub's digests are taken for large files, and only headers, edited scalars and small files are read.
 
     Raises CheckpointError where there is no registry, or it or the base cannot be read.
     """
     patched = read_patched(root)
     if patched is None:
-        raise CheckpointError("no registry", root / OWN_FILES[0], "only a checkpoint that swsurgery patched has one")
-    registry = patched.registry
-    base_checkpoint = open_checkpoint(base, registry.base.weights) if base is not None else None
+        remedy = "only a checkpoint that swsurgery patched has one"
+        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}", remedy)
+    weights = patched.registry.base.weights
+    base_checkpoint = open_checkpoint(base, weights) if base is not None else None
     try:
-        checkpoint = open_checkpoint(root, registry.base.weights)
+        checkpoint = open_checkpoint(root, weights, elsewhere=patched.registry.elsewhere)
     except CheckpointError as error:
-        findings = [Finding("structure", fault) for fault in error.faults]
-        return Verification(tuple(findings), 0, 0, 0, (), False)
+        return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
+    return verify_patched(patched, checkpoint, progress, base_checkpoint, finite)
+
+
+def verify_patched(
+    patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None = None, finite: bool = False
+) -> Verification:
+    """As `verify`, of a checkpoint that is open already."""
+    registry = patched.registry
     names = {f.name: f for f in checkpoint.files}
-    findings = [Finding("structure", f"index and shards disagree: {why}", tensor=t)
-                for t, why in checkpoint.disagreements.items()]  # fmt: skip
-    findings += _file_list(registry, names) + _own_files(patched, names)
+    findings = structure(checkpoint) + _file_list(registry, names) + _own_files(patched, names)
     for record in (*registry.edits, *registry.protected):
         findings += _placed(record, checkpoint)
-    findings += _named_twice(registry)
+    findings += _operations(registry) + _named_twice(registry)
     present = [name for name in registry.files if name in names]
-    proved = []
-    progress.start(sum(names[n].size for n in present), "B", "verifying")
+    unhashed = [name for name in present if registry.files[name].sha256 is None]
+    proved, edited = [], {e.file for e in registry.edits}
+    unread = [n for n in present if n in edited and not finite and not isinstance(names[n].path, Path)]
+    progress.start(sum(names[n].size for n in present if finite or n not in unhashed), "B", "verifying")
     try:
         for name in present:
-            found = _file_digests(names[name], registry, progress)
-            findings += found
-            if not found:
+            scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
+            found = _file_digests(names[name], registry, scan, progress)
+            findings += found + (scan.findings() if scan else [])
+            if not found and name not in unhashed and name not in unread:
                 proved.append(name)
     finally:
         progress.close()
-    if base_checkpoint is not None:
-        findings += _against_base(checkpoint, base_checkpoint, registry, progress)
+    if base is not None:
+        findings += _against_base(checkpoint, base, registry, progress)
+    rules = RULES_OF_REGISTRY + (("base",) if base else ()) + (("non-finite",) if finite else ())
     return Verification(
-        tuple(findings), len(present), len(registry.edits), len(registry.protected), tuple(proved),
-        base_checkpoint is not None,
-    )  # fmt: skip
+        tuple(findings),
+        files=len(present),
+        edits=len(registry.edits),
+        protected=len(registry.protected),
+        proved=tuple(proved),
+        compared_with_base=base is not None,
+        unhashed=tuple(unhashed),
+        finite=finite,
+        unread=tuple(unread),
+        elsewhere=tuple(n for n in registry.elsewhere if n not in names),
+        rules=rules,
+    )
+
+
+def structure(checkpoint: Checkpoint) -> list[Finding]:
+    """What the headers and the list of files tell of any checkpoint."""
+    findings = [Finding("structure", f"index and shards disagree: {why}", tensor=t)
+                for t, why in checkpoint.disagreements.items()]  # fmt: skip
+    return findings + [
+        Finding("duplicate-weights", "it holds the weights once more, and no edit of the shards reaches it", name)
+        for name in checkpoint.copies
+    ]
+
+
+def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
+    """Search the shards alone for NaN and infinities: one reading of them."""
+    findings = []
+    progress.start(sum(shard.size for shard in checkpoint.shards.values()), "B", "searching for NaN and infinities")
+    try:
+        for name, shard in checkpoint.shards.items():
+            scan = FiniteScan(name, shard)
+            for offset, chunk in chunks(checkpoint.file(name), []):
+                scan.feed(offset, chunk)
+                progress.advance(len(chunk))
+            findings += scan.findings()
+    finally:
+        progress.close()
+    return findings
 
 
 def _file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
     missing = [Finding("file-missing", "the registry lists it, it is not there", name)
-               for name in registry.files if name not in names]  # fmt: skip
+               for name in registry.files if name not in names and name not in registry.elsewhere]  # fmt: skip
     extra = [Finding("file-undeclared", "it is there, the registry does not list it", name)
-             for name in names if name not in registry.files and name not in OWN_FILES]  # fmt: skip
+             for name in names if name not in registry.files and name not in (*OWN_FILES, SIGNATURE_NAME)]  # fmt: skip
     return missing + extra
 
 
@@ -122,9 +180,13 @@ def _own_files(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
     expected = patched.own_files()["SHA256SUMS"]
     if "SHA256SUMS" not in names:
         findings.append(Finding("file-missing", "the registry goes with it, it is not there", "SHA256SUMS"))
-    elif names["SHA256SUMS"].size != len(expected) or names["SHA256SUMS"].path.read_bytes() != expected:
+    elif names["SHA256SUMS"].size != len(expected) or read_small(names["SHA256SUMS"].path, "SHA256SUMS") != expected:
         findings.append(Finding("digest", "it does not list what the registry lists", "SHA256SUMS"))
     return findings
+
+
+def _about(record: ScalarRecord, rule: str, message: str) -> Finding:
+    return Finding(rule, message, record.file, record.tensor, record.index)
 
 
 def _placed(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]:
@@ -132,28 +194,47 @@ def _placed(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]:
     recorded bits."""
     is_edit = isinstance(record, EditRecord)
     rule, wanted = ("edit-changed", record.new_bits) if is_edit else ("protected-changed", record.old_bits)
-
-    def finding(rule: str, message: str) -> list[Finding]:
-        return [Finding(rule, message, record.file, record.tensor, record.index)]
-
     shard = checkpoint.shards.get(record.file)
     if shard is None or record.tensor not in shard.tensors:
-        return finding("registry", "the registry names a scalar that the shards do not have")
+        return [_about(record, "registry", "the registry names a scalar that the shards do not have")]
     info = shard.tensors[record.tensor]
     try:
         offset = shard.offset(record.tensor, record.index)
         old = record.old_bytes
         recorded = record.new_bytes if is_edit else old
     except (IndexError, NumberError) as error:
-        return finding("registry", f"the registry's entry is not possible: {error}")
+        return [_about(record, "registry", f"the registry's entry is not possible: {error}")]
     if offset != record.offset or info.dtype.name != record.dtype:
-        return finding("registry", f"the registry puts it at byte {record.offset} as {record.dtype}, "
-                                   f"the header at byte {offset} as {info.dtype.name}")  # fmt: skip
+        return [_about(record, "registry", f"the registry puts it at byte {record.offset} as {record.dtype}, "
+                                           f"the header at byte {offset} as {info.dtype.name}")]  # fmt: skip
     values = [(record.old, old)] + ([(record.new, recorded)] if is_edit else [])
     if any(value != json_value(info.dtype, bits) for value, bits in values):
-        return finding("registry", "the registry's values are not what its bits mean")
+        return [_about(record, "registry", "the registry's values are not what its bits mean")]
     stored = shard.read_scalar(record.tensor, record.index)
-    return [] if stored == recorded else finding(rule, f"it holds 0x{stored[::-1].hex()}, not {wanted}")
+    return [] if stored == recorded else [_about(record, rule, f"it holds 0x{stored[::-1].hex()}, not {wanted}")]
+
+
+def _operations(registry: Registry) -> list[Finding]:
+    """Each edit's new bits are what its operation makes of its old ones."""
+    findings = []
+    for edit in registry.edits:
+        dtype = DTYPES[edit.dtype]
+        try:
+            if edit.op == "zero":
+                new = dtypes.zero(dtype)
+            elif edit.op == "scale" and edit.factor is not None:
+                new = dtypes.scaled(dtype, edit.old_bytes, edit.factor)
+            else:
+                new = edit.new_bytes
+            if (edit.op == "scale") != (edit.factor is not None):
+                findings.append(_about(edit, "registry", f"the registry's {edit.op} and its factor do not go together"))
+            elif new != edit.new_bytes:
+                by = f" by {edit.factor}" if edit.op == "scale" else ""
+                findings.append(_about(edit, "registry", f"{edit.op}{by} makes {dtypes.bits_of(new)} of "
+                                                         f"{edit.old_bits}, not {edit.new_bits}"))  # fmt: skip
+        except NumberError as error:
+            findings.append(_about(edit, "registry", f"the registry's {edit.op} is not possible: {error}"))
+    return findings
 
 
 def _named_twice(registry: Registry) -> list[Finding]:
@@ -162,53 +243,63 @@ def _named_twice(registry: Registry) -> list[Finding]:
     findings = []
     for record in (*registry.edits, *registry.protected):
         if (record.file, record.offset) in seen:
-            findings.append(
-                Finding("registry", "the registry names this scalar twice", record.file, record.tensor, record.index)
-            )
+            findings.append(_about(record, "registry", "the registry names this scalar twice"))
         seen.add((record.file, record.offset))
     return findings
 
 
-def _file_digests(file: BaseFile, registry: Registry, progress: Progress) -> list[Finding]:
-    """One reading, two hashes: the file as it is, and with the old bytes put back."""
+def _file_digests(file: BaseFile, registry: Registry, scan: FiniteScan | None, progress: Progress) -> list[Finding]:
+    """One reading, two hashes: the file as it is, and with the old bytes put back. `scan` sees the file as it is."""
     record = registry.files[file.name]
     edits = sorted((e for e in registry.edits if e.file == file.name), key=lambda e: e.offset)
-    here, restored = hashlib.sha256(), hashlib.sha256()
     try:
         old = [(e.offset, e.old_bytes) for e in edits]
     except NumberError as error:
         return [Finding("registry", f"the registry's old bits are not possible: {error}", file.name)]
-    for offset, chunk in _chunks(file, [(at, len(b)) for at, b in old]):
-        here.update(chunk)
-        if old:
+    findings = _record_faults(file, record, bool(edits))
+    if file.digest is not None and not isinstance(file.path, Path) and scan is None:
+        progress.advance(file.size)
+        return findings + _by_hub(file, record)
+    hashed = record.sha256 is not None or record.base_sha256 is not None
+    if not hashed and scan is None:
+        return findings
+    here, restored = hashlib.sha256(), hashlib.sha256()
+    for offset, chunk in chunks(file, [(at, len(b)) for at, b in old]):
+        if scan:
+            scan.feed(offset, chunk)
+        if hashed:
+            here.update(chunk)
+        if hashed and old:
             for at, data in old:
                 if offset <= at < offset + len(chunk):
                     chunk[at - offset : at - offset + len(data)] = data
             restored.update(chunk)
         progress.advance(len(chunk))
-    findings = []
-    if file.size != record.size:
-        findings.append(Finding("digest", f"it has {file.size} bytes, not {record.size}", file.name))
-    if here.hexdigest() != record.sha256:
+    if record.sha256 is not None and here.hexdigest() != record.sha256:
         findings.append(Finding("digest", f"its sha256 is {here.hexdigest()}, not {record.sha256}", file.name))
-    if (restored if old else here).hexdigest() != record.base_sha256:
+    if record.base_sha256 is not None and (restored if old else here).hexdigest() != record.base_sha256:
         findings.append(
             Finding("undeclared-change", "with the declared scalars put back it is not the base's file", file.name)
         )
     return findings
 
 
-def _chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
-    """(offset, bytes) over the file; none of the (offset, size) places lies across two chunks."""
-    with opened(file.path) as fd:
-        offset = 0
-        while offset < file.size:
-            end = min(offset + CHUNK, file.size)
-            for at, size in places:
-                if offset < at < end < at + size:
-                    end = at
-            yield offset, bytearray(read_exactly(fd, end - offset, offset, file.path))
-            offset = end
+def _by_hub(file: BaseFile, record: FileRecord) -> list[Finding]:
+    """A file that is not here, by the digest that the Hub keeps of it."""
+    if record.sha256 in (None, file.digest):
+        return []
+    return [Finding("digest", f"its sha256 is {file.digest}, not {record.sha256}", file.name)]
+
+
+def _record_faults(file: BaseFile, record: FileRecord, edited: bool) -> list[Finding]:
+    findings = []
+    if file.size != record.size:
+        findings.append(Finding("digest", f"it has {file.size} bytes, not {record.size}", file.name))
+    if (record.sha256 is None) != (record.base_sha256 is None):
+        findings.append(Finding("registry", "the registry knows one of its two digests only", file.name))
+    elif record.sha256 is None and edited:
+        findings.append(Finding("registry", "the registry declares edits of it and knows no digest", file.name))
+    return findings
 
 
 def _against_base(checkpoint: Checkpoint, base: Checkpoint, registry: Registry, progress: Progress) -> list[Finding]:
@@ -221,55 +312,3 @@ def _against_base(checkpoint: Checkpoint, base: Checkpoint, registry: Registry, 
         declared.setdefault(edit.file, set()).update(range(edit.offset, edit.offset + len(edit.old_bits) // 2 - 1))
     names = [f.name for f in checkpoint.files if f.name in registry.files and f.name in theirs]
     return findings + undeclared_changes(checkpoint, base, names, declared, progress)
-
-
-def undeclared_changes(
-    checkpoint: Checkpoint, base: Checkpoint, names: list[str], declared: dict[str, set[int]], progress: Progress
-) -> list[Finding]:
-    """Compare the named files of both byte by byte. `declared` maps a file to the offsets that may differ."""
-    findings = []
-    progress.start(sum(checkpoint.file(n).size for n in names), "B", "comparing with the base")
-    try:
-        for name in names:
-            ours, theirs = checkpoint.file(name), base.file(name)
-            if ours.size != theirs.size:
-                findings.append(Finding("base", f"it has {ours.size} bytes, in the base {theirs.size}", name))
-                continue
-            places = [at for at in _differences(ours, theirs, progress) if at not in declared.get(name, ())]
-            findings += _name_bytes(name, places, checkpoint)
-    finally:
-        progress.close()
-    return findings
-
-
-def _differences(file: BaseFile, other: BaseFile, progress: Progress) -> list[int]:
-    """Offsets of the bytes that differ (at most a few thousand)."""
-    places: list[int] = []
-    for (offset, ours), (_, theirs) in zip(_chunks(file, []), _chunks(other, []), strict=True):
-        if ours != theirs and len(places) < 4096:
-            places += [offset + i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-        progress.advance(len(ours))
-    return places
-
-
-def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[Finding]:
-    """Undeclared bytes as the scalars they belong to."""
-    shard = checkpoint.shards.get(name)
-    found: dict[tuple, Finding] = {}
-    for at in places:
-        info = shard and next(
-            (t for t in shard.tensors.values()
-             if shard.data_start + t.data_offsets[0] <= at < shard.data_start + t.data_offsets[1]), None)  # fmt: skip
-        if info is None:
-            found.setdefault((), Finding("undeclared-change", f"byte {at} is not the base's", name))
-        elif info.dtype.bits % 8:
-            found.setdefault((info.name,), Finding("undeclared-change", "it is not the base's", name, info.name))
-        else:
-            index = info.index((at - shard.data_start - info.data_offsets[0]) // info.dtype.size)
-            found.setdefault((info.name, index), Finding("undeclared-change", "it is not the base's, and no declared "
-                                                         "scalar", name, info.name, index))  # fmt: skip
-    findings = list(found.values())
-    if len(findings) > MAX_NAMED:
-        more = len(findings) - MAX_NAMED
-        findings = [*findings[:MAX_NAMED], Finding("undeclared-change", f"and at least {more} more of these", name)]
-    return findings

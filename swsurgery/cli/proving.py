@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from swsurgery import output
-from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet
+from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet, reading
 
 
 def verify(
@@ -47,7 +47,8 @@ def verify(
     question = proving.Question(
         base, manifest, known or model is not None, model, known_tolerance, finite, signature, public_key
     )
-    report = proving.prove(checkpoint, question, output.Bar(quiet)).report(str(checkpoint))
+    with reading(checkpoint, quiet) as where:
+        report = proving.prove(where, question, output.Bar(quiet)).report(checkpoint)
     text = formats.render(report, "json" if json else format)
     if file is None:
         output.print_text(text)

@@ -1,0 +1,109 @@
+"""The rules that a checkpoint or a manifest is held against, and the value that says where one is broken.
+
+One hand-written table of stable names. Scripts, suppressions and dashboards rely on them: a name is never given
+another meaning. To add a rule, add a row; a test fails until something produces it and docs/verify.md explains it.
+Knows neither files nor formats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Level = Literal["error", "warning"]
+"""As SARIF spells them. An error makes the answer no (exit 1); a warning is said and does not."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: `meaning` is one sentence, true of every finding of this rule; `command` looks for it."""
+
+    name: str
+    meaning: str
+    level: Level = "error"
+    command: Literal["verify", "lint", "publish"] = "verify"
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("structure", "A shard, the index or config.json is damaged, or index and shards disagree."),
+        Rule("digest", "A file's size or sha256 is not the one that was recorded."),
+        Rule("file-missing", "A file that was recorded is not there."),
+        Rule("file-undeclared", "A file is there that nothing recorded."),
+        Rule("undeclared-change", "Something other than the declared scalars differs from the base."),
+        Rule("edit-changed", "A declared edit's scalar does not hold the recorded new bits."),
+        Rule("protected-changed", "A protected scalar does not hold the base's bits."),
+        Rule("registry", "The registry contradicts itself or the shards it describes."),
+        Rule("manifest", "The manifest beside the registry is not the one that the registry was made from."),
+        Rule("manifest-mismatch", "The checkpoint is not what the manifest makes of its base."),
+        Rule("base", "The base that was given is not the base that this checkpoint was made from."),
+        Rule("known-lost", "A known super weight is no longer there, or no longer has its value."),
+        Rule(
+            "known-unreadable",
+            "A known super weight cannot be read as one scalar, so whether it was kept is not known.",
+            "warning",
+        ),
+        Rule("signature", "The signature does not vouch for these files with this key."),
+        Rule("non-finite", "A stored floating-point value is NaN or infinite."),
+        Rule(
+            "duplicate-weights",
+            "The weights are there once more in another form, which no edit of the shards reaches.",
+            "warning",
+        ),
+        Rule("signature", "The signature does not vouch for the files as they are."),
+        Rule("manifest-invalid", "A manifest breaks the grammar or the schema of manifests.", "error", "lint"),
+        Rule("edit-duplicate", "Two edits name the same scalar.", "error", "lint"),
+        Rule("edit-range", "An edit names a place that its model does not have.", "error", "lint"),
+        Rule("known-missing", "The registry does not know what a manifest asks of it.", "error", "lint"),
+        Rule("expect-contradicts", "An edit expects another value than the known one.", "error", "lint"),
+        Rule("bounds-impossible", "No perplexity ratio meets both bounds of the check.", "error", "lint"),
+        Rule("edit-no-effect", "An edit writes the value that is there already.", "warning", "lint"),
+        Rule("expect-missing", "An edit does not say which value it expects.", "warning", "lint"),
+        Rule("base-unpinned", "Neither a revision nor a digest says which base is meant.", "warning", "lint"),
+        Rule("bounds-missing", "No bound would stop a model that the edits broke.", "warning", "lint"),
+        Rule("check-missing", "The model was never run after it was edited.", "error", "publish"),
+        Rule("check-failed", "The sanity check says that the edits broke the model.", "error", "publish"),
+        Rule("secret", "A file that would be published holds what looks like a token.", "error", "publish"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be. `rule` is a name of the table; any other raises ValueError.
+
+    `file` is relative to the checkpoint, `index` in stored shape. `manifest` is the path of the manifest that
+    `line` and `column` (from 1) point into, where the finding concerns one of its edits.
+    """
+
+    rule: str
+    message: str
+    file: str | None = None
+    tensor: str | None = None
+    index: tuple[int, ...] | None = None
+    manifest: str | None = None
+    line: int | None = None
+    column: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"no such rule: {self.rule}")
+
+    @property
+    def level(self) -> Level:
+        return RULES[self.rule].level
+
+    def to_json(self) -> dict[str, Any]:
+        """rule, level, file, tensor, index and message; manifest, line and column where it points into a manifest."""
+        document = {
+            "rule": self.rule,
+            "level": self.level,
+            "file": self.file,
+            "tensor": self.tensor,
+            "index": None if self.index is None else list(self.index),
+            "message": self.message,
+        }
+        if self.manifest is not None:
+            document |= {"manifest": self.manifest, "line": self.line, "column": self.column}
+        return document
