@@ -42,13 +42,13 @@ Link = Literal["auto", "clone", "copy", "hard"]
 class AppliedFile:
     """One file of the patched checkpoint. Digests are sha256 of the base's and of the patched bytes; None where an
     edit in place did not have to know them. `how` it got there: "kept" is what an interrupted run had copied, "place"
-    what was not copied at all."""
+    what was edited where it lies, "elsewhere" what stays in the base's repository."""
 
     name: str
     size: int
     base_digest: str | None
     patched_digest: str | None
-    how: Literal["clone", "copy", "hard", "kept", "place"]
+    how: Literal["clone", "copy", "hard", "kept", "place", "elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,15 @@ class Applied:
 class Source:
     """What to copy: files of one checkpoint, the splices to make, and what the base's digests must be.
 
-    `pins` maps a file name to (digest, who says so).
+    `pins` maps a file name to (digest, who says so). `elsewhere` are files that are not copied, and listed all the
+    same; their digests are known.
     """
 
     files: tuple[BaseFile, ...]
     splices: tuple[Splice, ...]
     pins: dict[str, tuple[str, str]]
     in_cache: bool = False
+    elsewhere: tuple[BaseFile, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -94,6 +96,9 @@ def write_checkpoint(
         applied = _Copier(source, stage, link, digests, progress, rehash).run()
     finally:
         progress.close()
+    for file in source.elsewhere:
+        hold_to(file, file.digest, source.pins)
+        applied.append(AppliedFile(file.name, file.size, file.digest, file.digest, "elsewhere"))
     return Applied(tuple(sorted(applied, key=lambda f: f.name)))
 
 

@@ -33,8 +33,9 @@ COPIES = (
 )  # fmt: skip
 """Files that hold the weights once more, in another form. An edit does not reach them."""
 
-LEFT_OUT = (".git", ".cache")
-"""Top-level folders of download and version control tools; they are no part of a checkpoint."""
+LEFT_OUT = (".git", ".cache", "model.sig")
+"""Top-level names that are no part of a checkpoint: folders of download and version control tools, and the
+signature, which covers these files and no others."""
 
 MAX_LISTED = 20
 
@@ -75,6 +76,7 @@ class Checkpoint:
     repo_id: str | None = None
     revision: str | None = None
     in_cache: bool = False
+    sub: str = ""
 
     def info(self, tensor: str) -> TensorInfo:
         """The header's entry of a tensor of the weight_map. Raises KeyError."""
@@ -94,6 +96,7 @@ class Repository(Protocol):
 
     repo_id: str
     commit: str
+    sub: str
     files: Mapping[str, Remote]
 
 
@@ -122,9 +125,9 @@ def open_checkpoint(
         if not in_cache and not editing:
             journal.recover(root)
         files, left_out = _list_files(root, in_cache)
-        repo_id, revision = _cache_identity(root) if in_cache else (None, None)
+        repo_id, revision, sub = _cache_identity(root) if in_cache else (None, None, "")
     else:
-        in_cache, repo_id, revision = False, root.repo_id, root.commit
+        in_cache, repo_id, revision, sub = False, root.repo_id, root.commit, root.sub
         files, left_out = _files_of(root)
     names = {f.name: f for f in files}
     index_name, shard_names, weight_map, total = _find_weights(root, names, weights, elsewhere)
@@ -154,13 +157,21 @@ def open_checkpoint(
     copies = tuple(n for n in names if n not in own and any(fnmatch.fnmatchcase(n, p) for p in COPIES))
     return Checkpoint(
         root, files, shards, weight_map, index_name, config, copies, left_out, disagreements, tuple(notes),
-        repo_id, revision, in_cache,
+        repo_id, revision, in_cache, sub,
     )  # fmt: skip
 
 
 def is_cache_snapshot(root: Path) -> bool:
-    """Whether `root` is a snapshot folder of a Hugging Face cache, where files are links into `blobs/`."""
-    return root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir()
+    """Whether `root` is a snapshot folder of a Hugging Face cache, where files are links into `blobs/`, or in one."""
+    return _snapshot(root) is not None
+
+
+def _snapshot(root: Path) -> Path | None:
+    """The snapshot folder that `root` is or lies in."""
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
+            return folder
+    return None
 
 
 def _list_files(root: Path, in_cache: bool) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
@@ -200,7 +211,7 @@ def _list_files(root: Path, in_cache: bool) -> tuple[tuple[BaseFile, ...], tuple
 def _cached_file(root: Path, link: Path, name: str) -> BaseFile:
     """A file of a cache snapshot: its link must end in the blobs of the same repo, or, since huggingface_hub 1.32,
     through those in the blob store that all repos of the cache share."""
-    repo = Path(os.path.realpath(root.parent.parent))
+    repo = Path(os.path.realpath(_snapshot(root).parent.parent))
     blob = Path(os.path.normpath(link.parent / os.readlink(link)))
     real = Path(os.path.realpath(link))
     hexadecimal = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
@@ -213,10 +224,13 @@ def _cached_file(root: Path, link: Path, name: str) -> BaseFile:
     return BaseFile(name, real, real.stat().st_size, blob.name if len(blob.name) == 64 else None)
 
 
-def _cache_identity(root: Path) -> tuple[str | None, str | None]:
-    kind, _, rest = root.parent.parent.name.partition("--")
+def _cache_identity(root: Path) -> tuple[str | None, str | None, str]:
+    """(repo_id, commit, folder in the repository) of a snapshot."""
+    snapshot = _snapshot(root)
+    kind, _, rest = snapshot.parent.parent.name.partition("--")
     repo_id = rest.replace("--", "/") if kind == "models" else None
-    return repo_id, root.name if re.fullmatch(r"[0-9a-f]{40}", root.name) else None
+    sub = "" if root == snapshot else root.relative_to(snapshot).as_posix()
+    return repo_id, snapshot.name if re.fullmatch(r"[0-9a-f]{40}", snapshot.name) else None, sub
 
 
 def _headers(files: list[BaseFile], afar: bool) -> Iterator[tuple[str, Shard | CheckpointError]]:
@@ -284,6 +298,7 @@ def _read_index(
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError("has no weight_map", index_name)
+    _refuse_too_many(len(weight_map), sum(file.size for file in names.values()), index_name)
     faults = []
     for shard in dict.fromkeys(json.dumps(v) if type(v) is not str else v for v in weight_map.values()):
         if not SHARD_NAME.fullmatch(shard):
@@ -295,7 +310,6 @@ def _read_index(
     if faults:
         raise CheckpointError.of(_some(faults))
     shard_names = sorted(set(weight_map.values()))
-    _refuse_too_many(len(weight_map), sum(names[name].size for name in shard_names), index_name)
     metadata = index.get("metadata")
     total = metadata.get("total_size") if type(metadata) is dict else None
     return index_name, shard_names, weight_map, total

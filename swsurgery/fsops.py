@@ -111,9 +111,11 @@ def _locked_stage(stage: Path, target: Path, marker: Path, names: set[str]) -> i
         unreported = os.path.lexists(target)
         if unreported and not _is_marked(target, marker):
             raise TargetError("the target exists", target, "give another -o, or remove it")
+        made = False
         if not unreported:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(stage)
+                made = True
         here = target if unreported else stage
         fd = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -134,6 +136,9 @@ def _locked_stage(stage: Path, target: Path, marker: Path, names: set[str]) -> i
         except FileNotFoundError:
             pass  # its owner renamed or removed it between our two calls
         except BaseException:
+            if made:
+                with contextlib.suppress(OSError):
+                    os.rmdir(stage)
             os.close(fd)
             raise
         os.close(fd)

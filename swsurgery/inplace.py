@@ -27,6 +27,7 @@ from swsurgery.registry import Patched, Registry, build_registry, read_patched
 from swsurgery.shard import opened
 from swsurgery.splice import Splice
 from swsurgery.surgery import (
+    SMALL,
     CheckOptions,
     Outcome,
     base_of,
@@ -36,9 +37,6 @@ from swsurgery.surgery import (
     run_check,
     undoing,
 )
-
-SMALL = 64 << 20
-"""Bytes. Side files up to this size (tokenizers, configurations) are hashed; larger ones are not read."""
 
 
 def apply_in_place(
@@ -162,12 +160,13 @@ def _hash_touched(
             digest = touched[file.name][0]
             hold_to(file, digest, pins)
             if file.name not in pins:
-                unknown.append(f'{{"{file.name}": "{digest}"}}')
+                unknown.append(f'"{file.name}": "{digest}"')
     finally:
         progress.close()
     if unknown:
         raise PlanError("nothing vouches for what it was before the edit, so it could not be proved afterwards",
-                        checkpoint.root, f"if it is the right base, add base.sha256: {', '.join(unknown)}")  # fmt: skip
+                        checkpoint.root,
+                        f"if it is the right base, add base.sha256: {{{', '.join(unknown)}}}")  # fmt: skip
     return touched
 
 

@@ -222,6 +222,7 @@ def _put_back(fd: int, path: Path, file: _File) -> None:
     """Only what differs is written: where the fault was a full disk or a file that refuses, nothing may be left to
     write. A file that was written to is synced even if its bytes are right."""
     target = None
+    fsops.drop_cache(fd)  # after a failed fsync the cache may hold old bytes, clean, that never reached the disk
     try:
         for place in file.places:
             old = bytes.fromhex(place.old)

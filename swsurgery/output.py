@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,13 +23,16 @@ class Bar:
         self._bar: tqdm | None = None
 
     def start(self, total: int, unit: str, label: str) -> None:
+        self.close()
+        if self._hidden:
+            return
         from tqdm import tqdm  # a tenth of the start-up, and most commands draw no bar
 
-        self.close()
+        tqdm.set_lock(threading.RLock())  # its own is shared with other processes, through a file in /dev/shm
         in_bytes = unit == "B"
         self._bar = tqdm(
             total=total, desc=label, unit=unit, unit_scale=in_bytes, unit_divisor=1000, file=sys.stderr,
-            disable=self._hidden, leave=False, dynamic_ncols=True,
+            leave=False, dynamic_ncols=True,
         )  # fmt: skip
 
     def advance(self, n: int) -> None:

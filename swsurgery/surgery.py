@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,15 @@ from swsurgery.apply import Applied, Link, Source, write_checkpoint
 from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
-from swsurgery.errors import CheckFailed, CheckpointError, ModelError, NumberError, PlanError, TargetError
-from swsurgery.hub import Repo, Uri, local, named, place
+from swsurgery.errors import (
+    CheckFailed,
+    CheckpointError,
+    ModelError,
+    NumberError,
+    PlanError,
+    TargetError,
+)
+from swsurgery.hub import Repo, Uri, fetch, local, named, place
 from swsurgery.manifest import LoadedManifest, load_manifest
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
@@ -38,6 +45,9 @@ from swsurgery.registry import Patched, Registry, build_registry, read_patched
 from swsurgery.report import Bounds, CheckReport
 from swsurgery.splice import Splice
 from swsurgery.verify import undeclared_changes
+
+SMALL = 64 << 20
+"""Bytes. Untouched files up to this size are downloaded for publishing, and hashed by an edit in place."""
 
 Check = Literal["auto", "off", "weights", "forward"]
 
@@ -102,31 +112,39 @@ def apply_manifest(
     link: Link = "auto",
     check: CheckOptions | None = None,
     rehash: bool = False,
+    for_publish: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Make the patched checkpoint `output`, checked and with its registry, or nothing.
 
-    Raises ManifestError, CheckpointError, PlanError, TargetError, ModelError; CheckFailed where the check says no.
+    A base on the Hub is downloaded; with `for_publish` only its small files and the shards that the edits touch, and
+    `publish` has the rest copied there. Raises HubError, ManifestError, CheckpointError, PlanError, TargetError,
+    ModelError; CheckFailed where the check says no.
     """
     progress = progress or Silent()
     check = check or CheckOptions()
     loaded = load_manifest(manifest)
     digests = DigestCache()
-    with _reading(local(base_of(loaded, base))) as root:
+    where = base_of(loaded, base)
+    with _reading(place(where) if for_publish else local(where)) as root:
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
         _refuse_inside(output, plan.checkpoint.root)
         for note in plan.notes:
             say(note)
         previous = read_patched(root)
         source = _source(plan, previous)
+        if for_publish:
+            check = _without_whole_model(plan, check)
+            source = _fetched(source, plan.checkpoint)
         with fsops.staged(output, source.names, OWN_FILES) as stage:
             applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress, rehash=rehash)
             result = run_check(plan, stage, check, progress, say)
             registry = build_registry(plan, applied, result, previous)
             _write_own_files(stage, Patched(registry, registry.render(), loaded.raw))
     for file in applied.files:
-        digests.put(output / file.name, file.patched_digest)
+        if file.how != "elsewhere":
+            digests.put(output / file.name, file.patched_digest)
     digests.save()
     return Outcome(output, applied, registry, plan.notes)
 
@@ -240,9 +258,9 @@ def base_of(loaded: LoadedManifest, base: str | None) -> Path | Uri:
 
 
 @contextlib.contextmanager
-def _reading(root: Path) -> Iterator[Path]:
+def _reading(root: Path | Repo) -> Iterator[Path | Repo]:
     """Keep others from editing a directory in place while it is read; one that was cut off is undone first."""
-    if root.is_dir():
+    if isinstance(root, Path) and root.is_dir():
         real = Path(os.path.realpath(root))
         if not is_cache_snapshot(real):
             journal.recover(real)
@@ -252,9 +270,33 @@ def _reading(root: Path) -> Iterator[Path]:
         yield root  # and let whoever opens it say what is wrong
 
 
-def _refuse_inside(output: Path, root: Path) -> None:
+def _fetched(source: Source, base: Checkpoint) -> Source:
+    """The files of a repository that publishing needs here, downloaded: the touched shards, whatever is small, and
+    whatever has no digest on the Hub; the rest stays elsewhere. Raises PlanError for a mere directory, HubError."""
+    if base.repo_id is None or base.revision is None:
+        raise PlanError("--for-publish leaves files in the base's repository, so the base must be in one", base.root,
+                        "give --base hf://ORG/NAME@REV")  # fmt: skip
+    touched = {s.file for s in source.splices}
+    stay = {f.name for f in source.files if f.name not in touched and f.size > SMALL and f.digest}
+    here = [f for f in source.files if f.name not in stay]
+    if not base.in_cache:
+        folder = fetch(Uri(base.repo_id, base.revision, base.sub), [f.name for f in here])
+        here = [replace(f, path=Path(os.path.realpath(folder / f.name))) for f in here]
+    return replace(source, files=tuple(here), elsewhere=tuple(f for f in source.files if f.name in stay), in_cache=True)
+
+
+def _without_whole_model(plan: Plan, options: CheckOptions) -> CheckOptions:
+    """The check that can be made where most shards are not here. Raises ModelError where more was asked."""
+    bounds = options.bounds or Bounds(**plan.loaded.manifest.check.model_dump())
+    if options.kind == "forward" or bounds != Bounds():
+        raise ModelError("a forward check needs the whole model", plan.checkpoint.root,
+                         "leave out --for-publish, or the bounds and --check forward")  # fmt: skip
+    return replace(options, kind="weights" if options.kind == "auto" else options.kind)
+
+
+def _refuse_inside(output: Path, root: Path | Repo) -> None:
     """A target inside the base would change the base, and be copied into the next one made from it."""
-    if Path(os.path.realpath(output)).is_relative_to(root):
+    if isinstance(root, Path) and Path(os.path.realpath(output)).is_relative_to(root):
         raise TargetError("the target lies inside the base", output, "give another -o")
 
 
@@ -330,16 +372,20 @@ def _check_forward(
 
 def _check_weights(plan: Plan, patched: Path, progress: Progress) -> dict[str, Any]:
     """Re-read the touched shards: exactly the planned scalars differ from the base, and have the planned values. Of
-    an edit in place only the latter, for there is no base left to compare with."""
-    staged = open_checkpoint(patched, plan.loaded.manifest.base.weights, editing=True)
+    an edit in place only the latter, for there is no base left to compare with, and where the base is on the Hub."""
     touched = sorted({s.file for s in plan.splices})
+    there = set(os.listdir(patched))
+    elsewhere = [name for name in plan.checkpoint.shards if name not in there]
+    staged = open_checkpoint(patched, plan.loaded.manifest.base.weights, editing=True, elsewhere=elsewhere)
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))
-    in_place = staged.root == plan.checkpoint.root
-    findings = [] if in_place else undeclared_changes(staged, plan.checkpoint, touched, declared, progress)
+    compared = isinstance(plan.checkpoint.root, Path) and staged.root != plan.checkpoint.root
+    findings = [] if not compared else undeclared_changes(staged, plan.checkpoint, touched, declared, progress)
     wrong = [f"{f.file}: {f.message}" for f in findings]
     for scalar in (*plan.splices, *plan.protected):
+        if scalar.file in elsewhere:
+            continue
         stored = staged.shards[scalar.file].read_scalar(*scalar.coordinate)
         if stored != (scalar.new if isinstance(scalar, Splice) else scalar.old):
             wrong.append(f"{scalar.coordinate} holds 0x{stored[::-1].hex()} after the edit")
