@@ -214,7 +214,7 @@ class _Copier:
             return "clone" if cloned else "copy", known, known
         if not cloned:
             fsops.bypass_cache(new)
-        digest, patched = stream(base, file, splices, self.advance, None if cloned else new, self.threads > 1)
+        digest, patched = stream(base, file, splices, self.advance, None if cloned else new)
         for splice in splices if cloned else ():
             fsops.write_at(new, splice.new, splice.offset)
         return "clone" if cloned else "copy", digest, patched
@@ -241,13 +241,12 @@ def stream(
     splices: Sequence[Splice],
     advance: Callable[[int], None],
     sink: int | None = None,
-    threaded: bool = True,
 ) -> tuple[str, str]:
     """Read a file once: (sha256 of its bytes, sha256 with the splices made), and write the latter into the
     descriptor `sink`. Raises CheckpointError where a splice's old bytes are not there."""
     digest, patched = hashlib.sha256(), None
     jobs: list[Future] = []
-    with _pool(2 if threaded else 1) as lanes:  # one writes, one hashes what is written
+    with _pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
         for offset, chunk in _chunks(fd, file):
             inside = [s for s in splices if s.offset < offset + len(chunk) and offset < s.end]
             if inside and patched is None:

@@ -300,6 +300,16 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None
         raise
 
 
+def replace_shared(path: Path, data: bytes) -> None:
+    """`replace_file` in a directory of swsurgery's own, where several runs may write the same file: one at a time, so
+    that what a killed one left has a fixed name and can be removed. Raises TargetError while another is at it."""
+    with locked(path.parent, exclusive=True):
+        temporary = path.with_name(f".{path.name}.new")
+        with reported(temporary):
+            remove_file(temporary)
+        replace_file(path, data, temporary)
+
+
 def clone(base: int, new: int) -> bool:
     """Let the empty file `new` share the blocks of `base`. False where the file system cannot."""
     try:

@@ -48,7 +48,7 @@ def save(model: KnownModel) -> Path:
     path = next(iter(_files_of(shipped) if shipped else []), folder() / f"{stem}.json")
     with fsops.reported(path.parent):
         fsops.make_directories(path.parent)
-    fsops.replace_file(path, (model.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())
+    fsops.replace_shared(path, (model.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())
     return path
 
 
@@ -67,7 +67,7 @@ def forget(name: str) -> Path:
 
     path = _own_file(name)
     with fsops.reported(path):
-        path.unlink()
+        fsops.remove_file(path)
     return path
 
 

@@ -1,0 +1,146 @@
+"""Nine bugs to plant into the product on purpose: a sweep is trusted while it finds each of them.
+
+Each is one substitution in a text that occurs once in its file. `planted` puts it into the running process, `copy_with`
+into a copy of the package for real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import swsurgery
+
+PACKAGE = Path(swsurgery.__file__).parent
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`new` in place of `old` in a file of the package."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+    def text(self) -> str:
+        """The file with the bug. Raises AssertionError where the place is not there, or not the only one."""
+        text = (PACKAGE / self.file).read_text()
+        if text.count(self.old) != 1:
+            raise AssertionError(f"{self.name}: its place occurs {text.count(self.old)} times in {self.file}")
+        return text.replace(self.old, self.new)
+
+
+BUGS = (
+    Bug(
+        "no fsync of files",
+        "fsops.py",
+        "def sync(fd: int) -> None:\n    os.fsync(fd)\n",
+        "def sync(fd: int) -> None:\n    pass\n",
+    ),
+    Bug(
+        "no fsync of the directory",
+        "fsops.py",
+        "def sync_directory(path: Path) -> None:\n",
+        "def sync_directory(path: Path) -> None:\n    return\n",
+    ),
+    Bug(
+        "written straight into the target",
+        "fsops.py",
+        """\
+            yield stage
+            with reported(target):
+                _commit(stage, target, marker)
+""",
+        """\
+                rename_new(stage, target)
+            yield target
+            with reported(target):
+                for folder, _, _ in os.walk(target):
+                    sync_directory(Path(folder))
+                sync_directory(target.parent)
+""",
+    ),
+    Bug(
+        "in place without a journal",
+        "journal.py",
+        """\
+                fsops.write_file(root / JOURNAL_NEW, raw)
+                fsops.rename_new(root / JOURNAL_NEW, root / JOURNAL)
+""",
+        "",
+    ),
+    Bug(
+        "journal not synced",
+        "journal.py",
+        """\
+                fsops.write_file(root / JOURNAL_NEW, raw)
+""",
+        """\
+                new = fsops.create(root / JOURNAL_NEW)
+                fsops.write_all(new, raw)
+                os.close(new)
+""",
+    ),
+    Bug(
+        "journal dropped too early",
+        "journal.py",
+        """\
+            fsops.write_at(fd, getattr(splice, data), splice.offset)
+        fsops.sync(fd)
+""",
+        """\
+            fsops.write_at(fd, getattr(splice, data), splice.offset)
+        if data == "old":  # the new bytes are left to the kernel, and the journal goes all the same
+            fsops.sync(fd)
+""",
+    ),
+    Bug(
+        "fsync error swallowed",
+        "fsops.py",
+        "def sync(fd: int) -> None:\n    os.fsync(fd)\n",
+        "def sync(fd: int) -> None:\n    with contextlib.suppress(OSError):\n        os.fsync(fd)\n",
+    ),
+    Bug(
+        "one write assumed complete",
+        "fsops.py",
+        "            view = view[os.write(fd, view) :]\n",
+        "            os.write(fd, view)\n            return\n",
+    ),
+    Bug(
+        "no lock",
+        "fsops.py",
+        "            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "",
+    ),
+)
+
+
+def bug(name: str) -> Bug:
+    return next(b for b in BUGS if b.name == name)
+
+
+@contextlib.contextmanager
+def planted(name: str) -> Iterator[None]:
+    """Within the block this process has the bug: whoever holds the module sees it, for its namespace is refilled."""
+    chosen = bug(name)
+    module = importlib.import_module(f"swsurgery.{chosen.file.removesuffix('.py')}")
+    kept = dict(vars(module))
+    try:
+        exec(compile(chosen.text(), str(PACKAGE / chosen.file), "exec"), vars(module))
+        yield
+    finally:
+        vars(module).clear()
+        vars(module).update(kept)
+
+
+def copy_with(name: str, folder: Path) -> Path:
+    """Write a copy of the package with the bug into `folder`, to be put into PYTHONPATH; returns `folder`."""
+    chosen = bug(name)
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / PACKAGE.name / chosen.file).write_text(chosen.text())
+    return folder

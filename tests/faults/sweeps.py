@@ -1,0 +1,193 @@
+"""A fault at every call of a case: the process killed there, the call failing there, the power cut there.
+
+Each sweep plays one case at many points and names every promise that did not hold. The points come from a run that
+was counted just before, so nothing here knows how the product goes about its work.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from faults import tracing
+from faults.cases import OWN, Prepared, Stage, misreported
+from faults.disks import CUTS, Cut, Disk
+from faults.tracing import Point
+
+CODES = {
+    "open": ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EMFILE", "EROFS"),
+    "name": ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS"),
+    "write": ("EIO", "ENOSPC", "EDQUOT", "EFBIG"),
+    "sync": ("EIO", "ENOSPC", "EDQUOT"),
+    "read": ("EIO",),
+    "look": ("EIO", "EACCES"),
+}
+"""What each kind of call may fail with."""
+
+KINDS = {
+    "openat": "open", "open": "open", "creat": "open", "mkdir": "name", "mkdirat": "name", "rename": "name",
+    "renameat": "name", "renameat2": "name", "link": "name", "linkat": "name", "unlink": "name", "unlinkat": "name",
+    "rmdir": "name", "chmod": "name", "fchmod": "name", "utimensat": "name", "write": "write", "pwrite64": "write",
+    "writev": "write", "pwritev": "write", "copy_file_range": "write", "ioctl": "write", "fallocate": "write",
+    "ftruncate": "write", "fsync": "sync", "fdatasync": "sync", "syncfs": "sync", "sync_file_range": "sync",
+    "close": "sync", "flock": "read", "fcntl": "read", "read": "read", "pread64": "read", "preadv": "read",
+    "preadv2": "read", "getdents64": "read", "newfstatat": "look", "fstat": "look",
+}  # fmt: skip
+
+EXCUSED = (
+    ("close", "", "what was written was synced before"),
+    ("", "^cache/", "the cache of digests may be lost: it saves time and proves nothing"),
+    ("fcntl", "", "it only asks for writing past the page cache"),
+    ("fallocate", "", "the C library then takes the space by writing"),
+    ("newfstatat", "", "asking whether a file is there: the work itself finds out"),
+    ("flock", "model$", "a reader that cannot lock reads all the same"),
+)
+"""(call, file, why a run may end well although this failed); the result must be whole all the same."""
+
+
+SHIFTS = (0, 1, -1, 2, -2)
+"""How many calls of the same name may have come or gone since they were counted: the C library opens files of its own
+where threads begin. A fault that hits none of these counts as a violation."""
+
+
+@dataclass
+class Result:
+    """What came of one technique on one subject at one place."""
+
+    technique: str
+    subject: str
+    place: str
+    cases: int = 0
+    violations: list[str] = field(default_factory=list)
+    excused: Counter[str] = field(default_factory=Counter)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "technique": self.technique, "subject": self.subject, "place": self.place, "cases": self.cases,
+            "violations": self.violations, "excused": dict(sorted(self.excused.items())),
+        }  # fmt: skip
+
+
+def kill(prepared: Prepared, folder: Path, workers: int, place: str, sample: bool = False) -> Result:
+    """SIGKILL at every mutating call, or with `sample` at the first call of each kind on each kind of file."""
+
+    def one(stage: Stage, point: Point, result: Result) -> list[str]:
+        stage.kill(point)
+        return stage.broken() + stage.unfinished()
+
+    return _sweep("SIGKILL", prepared, folder, workers, place, one, lambda stage: chosen(stage.points(), sample))
+
+
+def errors(
+    prepared: Prepared, folder: Path, workers: int, place: str, sample: bool = False, codes: Sequence[str] = ()
+) -> Result:
+    """Each call failing once: every call with every code that it may have, or the sample with one code each."""
+
+    def jobs(stage: Stage) -> list[tuple[Point, str]]:
+        points = chosen(stage.points(others=not sample), sample)
+        if sample:
+            return [(p, ("EIO", "ENOSPC")[i % 2]) for i, p in enumerate(points)]
+        return [(p, c) for p in points for c in CODES[KINDS[p.call]] if not codes or c in codes]
+
+    def one(stage: Stage, job: tuple[Point, str], result: Result) -> list[str]:
+        point, code = job
+        done = stage.fail(point, code)
+        faults = []
+        if done.code == 0:
+            excuse = next((why for call, file, why in EXCUSED
+                           if call in ("", point.call) and re.search(file, point.file)), "")  # fmt: skip
+            result.excused.update([excuse] if excuse else [])
+            faults += [] if excuse else ["exit 0"]
+            faults += [] if stage.complete else ["exit 0, and the target is not whole"]
+        else:
+            faults += misreported(done)
+        return faults + stage.broken() + stage.unfinished()
+
+    return _sweep("error code", prepared, folder, workers, place, one, jobs)
+
+
+def power(prepared: Prepared, disks: Sequence[Disk], cuts: Sequence[Cut] = CUTS, sample: bool = False) -> Result:
+    """The power cut at every mutating call, and after exit 0, when the target must be there."""
+    result = Result("power cut", prepared.case.name, disks[0].kind)
+    stages = [Stage(prepared, disk.mount / "shop") for disk in disks]
+    of = dict(zip((id(s) for s in stages), disks, strict=True))
+    points: list[Point | None] = [*chosen(stages[0].points(), sample), None]
+
+    def one(stage: Stage, job: tuple[Point | None, Cut]) -> list[str]:
+        (point, how), disk = job, of[id(stage)]
+        disk.sync()
+        if point:
+            stage.kill(point)
+            disk.cut(how)
+            return stage.broken() + stage.unfinished()
+        stage.shop.must(*stage.case.arguments)
+        disk.cut(how)
+        return ([] if stage.complete else ["exit 0 was not durable"]) + stage.others_changed()
+
+    return _play(result, stages, [(p, how) for p in points for how in cuts], one)
+
+
+def chosen(points: list[Point], sample: bool) -> list[Point]:
+    """All points, or the first of each call on each kind of file."""
+    first: dict[tuple[str, str], Point] = {}
+    for point in points:
+        folder, _, name = point.file.rpartition("/")
+        kind = "shard" if name.endswith(".safetensors") else "own" if name in OWN else name
+        kind = "file" if name.endswith((".json", ".txt")) and kind == name else kind
+        kind = "digests" if folder.startswith("cache") else kind
+        call = point.call if kind != "digests" else ""  # one will do: the cache proves nothing
+        first.setdefault((call, f"{folder}/{kind}" if call else kind), point)
+    return list(first.values()) if sample else points
+
+
+def _sweep(
+    technique: str,
+    prepared: Prepared,
+    folder: Path,
+    workers: int,
+    place: str,
+    one: Callable[[Stage, Any, Result], list[str]],
+    jobs: Callable[[Stage], Iterable[Any]],
+) -> Result:
+    result = Result(technique, prepared.case.name, place)
+    stages = [Stage(prepared, folder / f"stage{n}") for n in range(workers)]
+    return _play(result, stages, jobs(stages[0]), lambda stage, job: one(stage, job, result))
+
+
+def _play(result: Result, stages: list[Stage], jobs: Iterable[Any], one: Callable[[Stage, Any], list[str]]) -> Result:
+    """Every job on whichever stage is free."""
+    free: queue.SimpleQueue[Stage] = queue.SimpleQueue()
+    for stage in stages:
+        free.put(stage)
+
+    def play(job: Any) -> None:
+        stage = free.get()
+        try:
+            faults = _attempt(stage, job, one)
+        finally:
+            free.put(stage)
+        name = " ".join(map(str, job)) if isinstance(job, tuple) else str(job)
+        result.cases += 1
+        result.violations += [f"{name}: {fault}" for fault in faults]
+
+    with ThreadPoolExecutor(len(stages)) as pool:
+        for _ in pool.map(play, jobs):
+            pass
+    return result
+
+
+def _attempt(stage: Stage, job: Any, one: Callable[[Stage, Any], list[str]]) -> list[str]:
+    missed = ""
+    for stage.shift in SHIFTS:
+        try:
+            stage.reset()
+            return one(stage, job)
+        except tracing.Shifted as fault:
+            missed = str(fault)
+    return [f"the fault did not hit: {missed}"]

@@ -1,0 +1,25 @@
+"""Where the kernel moves less than it was asked to, the bytes are the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from faults import transfers
+from faults.cases import case, prepare
+
+pytestmark = pytest.mark.skipif(bool(transfers.missing()), reason=transfers.missing())
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("copy", {"write", "pread", "preadv"}),
+        ("copy of a base hashed before", {"write", "copy_file_range"}),
+        ("edit in place", {"write", "pwrite", "preadv"}),
+    ],
+)
+def test_halved_transfers_give_the_same_bytes(name, calls, tmp_path):
+    prepared = prepare(case(name), tmp_path / "prepare")
+    result, counts = transfers.short(prepared, tmp_path / "short", transfers.build_shim(tmp_path), "")
+    assert result.violations == []
+    assert {call for call in calls if counts[call]} == calls, counts
