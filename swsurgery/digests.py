@@ -52,7 +52,7 @@ class DigestCache:
         newest = dict(list(self._entries.items())[-MAX_ENTRIES:])
         try:
             fsops.make_directories(self._path.parent)
-            fsops.replace_shared(self._path, json.dumps(newest, indent=0).encode())
+            fsops.replace_shared(self._path, json.dumps(newest, indent=0).encode(), wait=False)
         except (OSError, TargetError):
             return
         self._changed = False

@@ -173,16 +173,16 @@ def _remove_strays(stage: Path, names: Collection[str]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, exclusive: bool) -> Iterator[None]:
+def locked(folder: Path, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
     """Hold a directory that is read (shared) or edited in place (exclusive). The lock dies with the process.
 
-    Raises TargetError where another run holds it otherwise.
+    Raises TargetError where another run holds it otherwise, unless told to `wait`.
     """
     with reported(folder):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             doing = "reading or editing it" if exclusive else "editing it in place"
             raise TargetError(f"another run is {doing}", folder, "wait for it, or stop it") from None
@@ -300,10 +300,11 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None
         raise
 
 
-def replace_shared(path: Path, data: bytes) -> None:
+def replace_shared(path: Path, data: bytes, *, wait: bool = True) -> None:
     """`replace_file` in a directory of swsurgery's own, where several runs may write the same file: one at a time, so
-    that what a killed one left has a fixed name and can be removed. Raises TargetError while another is at it."""
-    with locked(path.parent, exclusive=True):
+    that what a killed one left has a fixed name and can be removed. Raises TargetError while another is at it, unless
+    told to `wait` for it."""
+    with locked(path.parent, exclusive=True, wait=wait):
         temporary = path.with_name(f".{path.name}.new")
         with reported(temporary):
             remove_file(temporary)
