@@ -39,7 +39,7 @@ signature, which covers these files and no others."""
 
 MAX_LISTED = 20
 
-MAX_TENSORS, TENSORS_WITHOUT_DATA = 1 << 18, 100_000
+MAX_TENSORS, TENSORS_WITHOUT_DATA = 1 << 18, 50_000
 """In one checkpoint; the second where it holds less than 4 KiB for each. DeepSeek-V3 has 91,991 of 7 MB on average."""
 
 

@@ -29,6 +29,17 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+def _whole_number(value: Any) -> Any:
+    """A literal compares by ==, so true and 1.0 would pass for 1 even in strict mode."""
+    if type(value) is not int:
+        raise ValueError("should be a whole number")
+    return value
+
+
+Version = Annotated[Literal[1], BeforeValidator(_whole_number)]
+"""Of a file format of swsurgery's."""
+
+
 class MeasuredValue(Strict):
     """A value that somebody read in another dtype than the stored one: compared after rounding to it."""
 

@@ -26,6 +26,8 @@ from collections.abc import Iterable
 def printable(text: str) -> str:
     """`text` with every control, bidirectional and surrogate character escaped, so that a name from a
     file can neither break a line nor rewrite the terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

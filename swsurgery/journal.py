@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from swsurgery import fsops
-from swsurgery.edits import Position, Strict
+from swsurgery.edits import Position, Strict, Version
 from swsurgery.errors import CheckpointError, Interrupted, TargetError
 from swsurgery.jsonfile import MAX_JSON, parse_json, read_small
 from swsurgery.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, SHARD_NAME, WORKING_FILES
@@ -57,7 +57,7 @@ class Journal(Strict):
     there. `inode` is the directory's: a journal that came along with a copy of it speaks of other files. `reverts` says
     that what was cut off was itself an undoing."""
 
-    version: Literal[1]
+    version: Version
     reverts: bool
     inode: Inode
     files: dict[Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")], _File]

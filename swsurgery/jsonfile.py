@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.errors import CheckpointError
@@ -24,6 +25,8 @@ MAX_COUNTED = 10_000
 
 MAX_DIGITS = 1100
 """Of a number with a point or an exponent; no binary64 has more than 1,075 that count."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Place, name: str) -> dict[str, Any]:
@@ -46,12 +49,15 @@ def parse_json(raw: bytes, name: str) -> dict[str, Any]:
         raise CheckpointError(f"has more than the {MAX_COMMAS} values accepted", name)
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_no_constant,
-                           parse_float=_finite)  # fmt: skip
+                           parse_float=_finite, parse_int=_whole)  # fmt: skip
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON and the two hooks
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        if "set_int_max_str_digits" in reason:
-            reason = "it has a number of thousands of digits"
         raise CheckpointError(f"is not sound JSON: {reason}", name) from None
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise CheckpointError("is not sound JSON: it holds half a surrogate pair", name) from None
     if type(value) is not dict:
         raise CheckpointError("is not a JSON object", name)
     return value
@@ -71,5 +77,11 @@ def _no_constant(text: str) -> None:
 
 def _finite(text: str) -> float:
     if len(text) > MAX_DIGITS or not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:40]} is not a number that binary64 has")
+        raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
     return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 40:  # no size, offset or bits of a checkpoint comes near; and messages quote some numbers
+        raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
+    return int(text)

@@ -11,18 +11,26 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml import events as yaml_events
-from ruamel.yaml.error import YAMLError
+import yaml
+from pydantic import Field, ValidationError, model_validator
 
-from swsurgery.edits import Edit, Strict
-from swsurgery.errors import ManifestError
+from swsurgery import patches
+from swsurgery.edits import Edit, Strict, Version
+from swsurgery.errors import ManifestError, ShardError
+from swsurgery.shard import opened, read_at_most
 
 MAX_BYTES = 8 << 20
+MAX_NODES = 100_000
+"""Keys and values. An edit has 11 or so; the largest published set of weights removed at once has 7,000."""
 MAX_DEPTH = 16
+MAX_DIGITS = 400
+"""Of a number: 17 tell every binary64 from its neighbours."""
+MAX_FAULTS = 100
+"""Listed one by one."""
+MAX_COUNTED = 50_000
+"""Faults of the schema that are looked at to find the first MAX_FAULTS."""
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$"
 
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -66,17 +74,10 @@ class Bounds(Strict):
     min_perplexity_ratio: Ratio | None = None
 
 
-def _whole_number(value: Any) -> Any:
-    """A literal compares by ==, so true and 1.0 would pass for 1 even in strict mode."""
-    if type(value) is not int:
-        raise ValueError("should be a whole number")
-    return value
-
-
 class Manifest(Strict):
     """What to do to which scalars of which base."""
 
-    version: Annotated[Literal[1], BeforeValidator(_whole_number)]
+    version: Version
     name: Annotated[str, Field(pattern=FILE_NAME)] | None = None
     description: str | None = None
     base: Base
@@ -99,14 +100,21 @@ class LoadedManifest:
 
 
 def load_manifest(path: Path) -> LoadedManifest:
-    """Read and check a manifest. Raises ManifestError with every fault as `file:line:column: path: what`."""
+    """Read and check a manifest; of a patch (`swsurgery export`), the manifest that does the same.
+
+    Raises ManifestError with every fault as `file:line:column: path: what`.
+    """
     try:
-        raw = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
-    except OSError as error:
-        raise ManifestError(f"cannot read the manifest ({error.strerror})", path) from None
-    if raw is None:
+        real = path.resolve(strict=True)  # the user's own file may be a link; only what it leads to has to be a file
+        with opened(real) as fd:
+            raw = read_at_most(fd, MAX_BYTES + 1)
+    except ShardError as error:
+        raise ManifestError.of(f"cannot read the manifest: {fault}" for fault in error.faults) from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise ManifestError(f"cannot read the manifest ({getattr(error, 'strerror', error)})", path) from None
+    if len(raw) > MAX_BYTES:
         raise ManifestError(f"manifest is larger than {MAX_BYTES} bytes", path)
-    return parse_manifest(raw, path)
+    return parse_manifest(patches.manifest_text(raw, path) if patches.looks_like(raw) else raw, path)
 
 
 def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
@@ -125,9 +133,13 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
             if not faults:
                 return LoadedManifest(path, raw, manifest, reader.positions)
         except ValidationError as error:
-            faults += [_fault(item, reader) for item in error.errors(include_url=False)]
-    # A set, because each member of a union that a value fails to match gives the same line.
-    raise ManifestError.of(f"{path}:{line}:{column}: {what}" for (line, column), what in sorted(set(faults)))
+            faults += _schema_faults(error, reader)
+    # Each member of a union that a value fails to match gives the same line.
+    faults = sorted(set(faults))
+    lines = [f"{path}:{line}:{column}: {what}" for (line, column), what in faults[:MAX_FAULTS]]
+    if len(faults) > MAX_FAULTS or reader.stopped:
+        lines.append(f"{path}: and more of these")
+    raise ManifestError.of(lines)
 
 
 def schema() -> dict[str, Any]:
@@ -143,33 +155,38 @@ def schema() -> dict[str, Any]:
 class _Reader:
     """YAML events -> plain values, and the line and column (from 1) of every node by its path.
 
-    PyYAML and ruamel's constructors would resolve anchors, tags and loose scalars; building from the
-    events leaves nothing that could be resolved, and no bomb that could go off.
+    A loader's constructors would resolve anchors, tags and loose scalars; building from the events leaves
+    nothing that could be resolved, and no bomb that could go off. Reading stops at the limits above.
     """
 
     def __init__(self, text: str):
         self.value: Any = None
         self.positions: dict[tuple, tuple[int, int]] = {(): (1, 1)}
         self.faults: list[tuple[tuple[int, int], str]] = []
-        self.complete = False
+        self.complete = self.stopped = False
+        self._nodes = 0
+        if odd := _ODD_CHARACTER.search(text):
+            start = odd.start()
+            place = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
+            what = f"not YAML: the character U+{ord(odd[0]):04X} has no place in YAML"
+            self.faults.append((place, f"{what} (write it as an escape, in double quotes)"))
+            return
+        self._events = iter(_LOADER(_whole_escapes(text)).get_event, None)
         try:
-            self._events = YAML(typ="safe", pure=True).parse(text)
             self.complete = self._read_document()
-        except YAMLError as error:
-            mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-            if mark:
-                place = mark.line + 1, mark.column + 1
-            else:  # a character that YAML does not allow: only its position is given
-                before = text[: getattr(error, "position", 0)]
-                place = before.count("\n") + 1, len(before) - before.rfind("\n")
-            problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
-            self.faults.append((place, f"not YAML: {problem}"))
+        except _Stop:
+            self.stopped = len(self.faults) > 1
+        except yaml.MarkedYAMLError as error:
+            problem = error.problem
+            if "Unicode character escape" in problem:
+                problem = "half a surrogate pair, or no character (write the character itself)"
+            self.faults.append((_marked(error.problem_mark or error.context_mark), f"not YAML: {problem}"))
 
     def _read_document(self) -> bool:
         """True where there was one whole document."""
         documents = 0
         for event in self._events:
-            if isinstance(event, yaml_events.DocumentStartEvent):
+            if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
                     self.faults.append((_place(event), "a second document begins here (a manifest is one document)"))
@@ -179,55 +196,72 @@ class _Reader:
             self.faults.append(((1, 1), "the manifest is empty"))
         return documents == 1
 
+    def _fault(self, event: Any, path: tuple, what: str) -> None:
+        self.faults.append((_place(event), f"{_dotted(path)}{what}"))
+        if len(self.faults) >= MAX_FAULTS:
+            raise _Stop
+
+    def _refuse(self, event: Any, what: str) -> NoReturn:
+        self.faults.append((_place(event), what))
+        raise _Stop
+
+    def _count(self, event: Any) -> None:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            self._refuse(event, f"more than {MAX_NODES} keys and values")
+
     def _read(self, event: Any, path: tuple) -> Any:
+        self._count(event)
         self.positions[path] = _place(event)
-        if isinstance(event, yaml_events.AliasEvent):
-            self.faults.append((_place(event), f"{_dotted(path)}alias *{event.anchor} (write the value out)"))
+        if isinstance(event, yaml.AliasEvent):
+            self._fault(event, path, f"alias *{_cut(event.anchor)} (write the value out)")
             return None
         if event.anchor is not None:
-            self.faults.append((_place(event), f"{_dotted(path)}anchor &{event.anchor} (write the value out)"))
-        if event.tag is not None and not (isinstance(event, yaml_events.ScalarEvent) and event.tag == "!"):
-            self.faults.append((_place(event), f"{_dotted(path)}tag {event.tag} (leave it out)"))
-        if isinstance(event, yaml_events.ScalarEvent):
+            self._fault(event, path, f"anchor &{_cut(event.anchor)} (write the value out)")
+        if event.tag is not None:
+            self._fault(event, path, f"tag {_cut(event.tag)} (leave it out)")
+        if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event, path)
         if len(path) >= MAX_DEPTH:
-            raise _TooDeep(_place(event))
-        if isinstance(event, yaml_events.SequenceStartEvent):
+            self._refuse(event, f"not YAML: nested deeper than {MAX_DEPTH}")
+        if isinstance(event, yaml.SequenceStartEvent):
             items: list[Any] = []
-            while not isinstance(item := next(self._events), yaml_events.SequenceEndEvent):
+            while not isinstance(item := next(self._events), yaml.SequenceEndEvent):
                 items.append(self._read(item, (*path, len(items))))
             return items
         return self._mapping(path)
 
     def _mapping(self, path: tuple) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        while not isinstance(event := next(self._events), yaml_events.MappingEndEvent):
-            place = _place(event)
-            if not isinstance(event, yaml_events.ScalarEvent):
-                self.faults.append((place, f"{_dotted(path)}a key that is not a plain word"))
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            if not isinstance(event, yaml.ScalarEvent):
+                self._fault(event, path, "a key that is not a plain word")
                 self._read(event, (*path, "?"))
                 self._read(next(self._events), (*path, "?"))
                 continue
+            self._count(event)
+            if event.anchor is not None or event.tag is not None:
+                self._fault(event, path, "a key with an anchor or a tag (leave it out)")
             key = event.value
             if key == "<<":
-                self.faults.append((place, f"{_dotted(path)}merge key << (write the fields out)"))
+                self._fault(event, path, "merge key << (write the fields out)")
             value = self._read(next(self._events), (*path, key))
             if key in result:
                 first = self.positions[(*path, key, "first")][0]
-                self.faults.append((place, f"{_dotted((*path, key))}stands twice (first in line {first})"))
+                self._fault(event, (*path, key), f"stands twice (first in line {first})")
             else:
-                self.positions[(*path, key, "first")] = place
+                self.positions[(*path, key, "first")] = _place(event)
                 result[key] = value
         return result
 
     def _scalar(self, event: Any, path: tuple) -> Any:
         text = event.value
         if not event.implicit[0]:  # quoted, or a block of text
-            try:
-                return text.encode("utf-16", "surrogatepass").decode("utf-16")
-            except UnicodeDecodeError:
-                self.faults.append((_place(event), f"{_dotted(path)}half a surrogate pair"))
-                return text
+            return text
+        if len(text) > MAX_DIGITS:
+            if _NUMBER_LIKE.fullmatch(text):
+                self._fault(event, path, f"a number of more than {MAX_DIGITS} digits")
+            return text
         if text in ("", "~", "null"):
             return None
         if text in ("true", "false"):
@@ -239,57 +273,105 @@ class _Reader:
         return text
 
 
-class _TooDeep(YAMLError):
-    def __init__(self, place: tuple[int, int]):
-        self.problem = f"nested deeper than {MAX_DEPTH}"
-        self.problem_mark = _Mark(place[0] - 1, place[1] - 1)
+class _Stop(Exception):
+    """Enough faults, or a limit reached: the reader has noted which."""
 
 
-@dataclass(frozen=True)
-class _Mark:
-    line: int
-    column: int
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Only its events are used. libyaml, which PyYAML's wheels bring, gives them 25 times faster than Python does."""
+
+_NUMBER_LIKE = re.compile(r"-?[0-9][0-9.eE+-]*")
+
+_ODD_CHARACTER = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What YAML does not allow, and three line breaks that version 1.1 ended lines at and version 1.2 does not."""
+
+
+_PAIR = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
+
+
+def _whole_escapes(text: str) -> str:
+    """JSON spells a character beyond U+FFFF as two escapes, YAML as one: those of a JSON file are made one.
+
+    Columns behind such a character in its line come out two too small.
+    """
+    if not _PAIR.search(text) or text.count(",") > MAX_NODES or text.count("\\u") > MAX_NODES:
+        return text
+    try:
+        json.loads(text)  # in YAML's other strings, a backslash is a backslash
+    except (ValueError, RecursionError):
+        return text
+
+    def whole(match: re.Match[str]) -> str:
+        high, low = int(match[2], 16), int(match[3], 16)
+        return f"{match[1]}\\U{0x10000 + ((high & 0x3FF) << 10) + (low & 0x3FF):08x}"
+
+    return _PAIR.sub(whole, text)
 
 
 def _place(event: Any) -> tuple[int, int]:
-    return event.start_mark.line + 1, event.start_mark.column + 1
+    return _marked(event.start_mark)
+
+
+def _marked(mark: Any) -> tuple[int, int]:
+    return mark.line + 1, mark.column + 1
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _dotted(path: tuple) -> str:
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        text += f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" if text else _cut(part)
     return f"{text}: " if text else ""
 
 
-def _fault(item: Any, reader: _Reader) -> tuple[tuple[int, int], str]:
-    """One pydantic error as ((line, column), 'path: what (remedy)')."""
+def _schema_faults(error: ValidationError, reader: _Reader) -> list[tuple[tuple[int, int], str]]:
+    """The first faults in the order of the file; one more than are listed shows that there are more."""
+    if error.error_count() > MAX_COUNTED:
+        return [((1, 1), f"{error.error_count()} faults, too many to list (is this a manifest?)")]
+    items = [(*_located(item, reader), item) for item in error.errors(include_url=False, include_input=False)]
+    items.sort(key=lambda found: found[0])
+    found: dict[tuple[tuple[int, int], str], None] = {}
+    for position, path, value, item in items:
+        if len(found) > MAX_FAULTS:
+            break
+        found[position, f"{_dotted(path)}{_what(item, path, value)}"] = None
+    return list(found)
+
+
+def _located(item: Any, reader: _Reader) -> tuple[tuple[int, int], tuple, Any]:
+    """Where one of pydantic's errors is: ((line, column), path, value there)."""
     path, value = [], reader.value
     for part in item["loc"]:
         # pydantic puts the discriminator's and the union's tags into its paths; they are not in the data
         if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int):
             path.append(part)
             value = value[part]
+    position = reader.positions.get((*path, "first")) if item["type"] == "extra_forbidden" else None
+    return position or reader.positions[tuple(path)], tuple(path), value
+
+
+def _what(item: Any, path: tuple, value: Any) -> str:
+    """One of pydantic's errors in words, with the remedy."""
     kind, context = item["type"], item.get("ctx", {})
     leaf = item["loc"][-1] if item["loc"] else ""
     if kind == "missing":
-        what = f"{leaf} is missing"
-    elif kind == "extra_forbidden":
+        return f"{leaf} is missing"
+    if kind == "extra_forbidden":
         # A field of another operation or place is spelled rightly: nothing to suggest.
-        near = difflib.get_close_matches(str(leaf), _FIELDS, 1) if leaf not in _FIELDS else []
-        what = "unknown field" + (f" (did you mean {near[0]}?)" if near else "")
-    elif kind == "union_tag_invalid":
-        what = f"unknown op {_short(context['tag'])} (one of {context['expected_tags']})"
-    elif kind == "union_tag_not_found":
-        what = "op is missing" if isinstance(value, dict) else f"is {_short(value)}, not an edit"
-    elif kind == "value_error":
-        what = str(context["error"])
-    else:
-        field = next((p for p in reversed(path) if isinstance(p, str)), "")
-        expected = _EXPECTED.get(field) or _EXPECTED.get(kind) or f"{item['msg'][0].lower()}{item['msg'][1:]}"
-        what = f"{expected}, not {_short(value)}"
-    position = reader.positions.get((*path, "first")) if kind == "extra_forbidden" else None
-    return position or reader.positions[tuple(path)], f"{_dotted(tuple(path))}{what}"
+        near = difflib.get_close_matches(str(leaf)[:40], _FIELDS, 1) if leaf not in _FIELDS else []
+        return "unknown field" + (f" (did you mean {near[0]}?)" if near else "")
+    if kind == "union_tag_invalid":
+        return f"unknown op {_short(context['tag'])} (one of {context['expected_tags']})"
+    if kind == "union_tag_not_found":
+        return "op is missing" if isinstance(value, dict) else f"is {_short(value)}, not an edit"
+    if kind == "value_error":
+        return str(context["error"])
+    field = next((p for p in reversed(path) if isinstance(p, str)), "")
+    expected = _EXPECTED.get(field) or _EXPECTED.get(kind) or f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{expected}, not {_short(value)}"
 
 
 _EXPECTED = {

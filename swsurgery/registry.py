@@ -19,7 +19,7 @@ from swsurgery import __version__, dtypes, journal, known
 from swsurgery.checkpoint import Repository, is_cache_snapshot
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
-from swsurgery.edits import Position, Strict
+from swsurgery.edits import Position, Strict, Version
 from swsurgery.errors import CheckpointError
 from swsurgery.jsonfile import first_fault, parse_json, read_small
 from swsurgery.names import OWN_FILES
@@ -116,7 +116,7 @@ class Registry(Strict):
     """See the module. `files` are all files of the patched checkpoint but swsurgery's own three; those in `elsewhere`
     are unchanged, stay in the base's repository, and come from there when it is published."""
 
-    registry_version: Literal[1]
+    registry_version: Version
     swsurgery_version: str
     created: int | None = None
     base: BaseRecord

@@ -26,10 +26,10 @@ MAX_HEADER = 16 << 20
 """Bytes of header accepted. The format allows 100 MB; the largest headers seen in published checkpoints are
 under 1 MB, and a hostile one of 68 MB costs any reader seconds and a gigabyte."""
 
-MAX_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 18
+MAX_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 17
 """Commas in a header: counted before it is parsed, for each value of JSON but the first of its list needs one. A
 tensor of two dimensions has five. A published checkpoint of 92,000 tensors has 163 files; here one file may have
-100,000 tensors, and half of that where it holds less than 2 KiB for each of them."""
+100,000 tensors, and a quarter of that where it holds less than 2 KiB for each of them."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _INTEGER = {int}
