@@ -131,7 +131,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
             raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
         with no_init_weights(), _parameters_on_meta():
-            model = _auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
+            model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
         model.tie_weights()  # it is part of the initialisation that was left out
     except LOADING_ERRORS as error:
         raise ModelError(f"cannot be read layer by layer: {first_line(error)}", checkpoint.root) from error
@@ -186,7 +186,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _auto_model(config: PretrainedConfig) -> type:
+def auto_model(config: PretrainedConfig) -> type:
     """The class that builds a model of this config: a language model, alone or beside one that sees images."""
     known = transformers.AutoModelForCausalLM._model_mapping
     return transformers.AutoModelForCausalLM if type(config) in known else transformers.AutoModelForImageTextToText
@@ -196,7 +196,7 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
     directory = checkpoint.root
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model, info = _auto_model(config).from_pretrained(
+        model, info = auto_model(config).from_pretrained(
             directory,
             config=config,
             dtype=dtype,

@@ -48,7 +48,7 @@ class Places:
     def find(self, variants: Sequence[Variant]) -> None:
         """Find every scalar of `variants`. Raises ModelError for one that the loaded model lacks."""
         for coordinate in {coordinate for variant in variants for coordinate in variant} - set(self._found):
-            self._found[coordinate] = self._find(coordinate)
+            self._found[coordinate] = self.place(coordinate)
 
     def touches(self, variant: Variant, where: int | None) -> bool:
         """Does `variant` change a weight of layer `where` (None: one outside the layers)?"""
@@ -83,7 +83,7 @@ class Places:
             for weight, index, held in reversed(kept):
                 weight[index] = held
 
-    def _find(self, coordinate: Coordinate) -> Place:
+    def place(self, coordinate: Coordinate) -> Place:
         """The place of a stored scalar in the loaded model: the first candidate that exists."""
         shapes = self._checkpoint.shapes
         if coordinate.tensor in shapes:

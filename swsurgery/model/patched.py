@@ -1,0 +1,128 @@
+"""A checkpoint's model or tensors with scalars set in memory. What they are set to was planned elsewhere; nothing here
+writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from swsurgery.checkpoint import Checkpoint
+from swsurgery.dtypes import bits_of
+from swsurgery.errors import CheckpointError, ModelError
+from swsurgery.model.load import LOADING_ERRORS, auto_model, first_line, quiet
+from swsurgery.model.places import Places, find_decoder_layers
+from swsurgery.shard import TensorInfo, opened
+from swsurgery.splice import Scalar, Splice
+
+TORCH = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""The stored dtypes that torch has, element for element."""
+
+
+def load(
+    checkpoint: Checkpoint, splices: Sequence[Splice], protected: Sequence[Scalar], options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model of `checkpoint` with every splice made in its parameters; `options` go to from_pretrained.
+
+    Raises ModelError where transformers cannot load it, where a parameter does not hold the stored value, or where it
+    is not in memory.
+    """
+    root = checkpoint.root
+    fixed = {"local_files_only": True, "use_safetensors": True}
+    trust = {"trust_remote_code": options.get("trust_remote_code", False)}
+    try:
+        with quiet():
+            config = options.get("config") or AutoConfig.from_pretrained(root, local_files_only=True, **trust)
+            model, info = auto_model(config).from_pretrained(
+                root, **{**options, **trust, **fixed, "config": config, "output_loading_info": True}
+            )
+    except LOADING_ERRORS as error:
+        raise ModelError(f"transformers cannot load the model: {first_line(error)}", root) from error
+    if invented := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+        raise ModelError(f"weights that the model needs are missing: {invented[0]}", root)
+    places = Places(model, find_decoder_layers(model), checkpoint)
+    for scalar in (*splices, *protected):
+        new = scalar.new if isinstance(scalar, Splice) else scalar.old
+        _set(places, scalar, new)
+    return model.eval()
+
+
+def _set(places: Places, scalar: Scalar, new: bytes) -> None:
+    """Put `new` where the loaded model holds a stored scalar, rounded as the stored value was."""
+    place = places.place(scalar.coordinate)
+    module, name = place.owners[0]
+    weight = module._parameters[name].data
+    if weight.device.type == "meta":
+        raise ModelError("offloaded, so it cannot be edited in memory", scalar.coordinate, "give another device_map")
+    old, wanted = (_scalar(scalar.dtype.name, data).to(weight.dtype) for data in (scalar.old, new))
+    _expect(weight[place.index], old, scalar)
+    weight[place.index] = wanted.to(weight.device)
+    _expect(weight[place.index], wanted, scalar)
+
+
+def _expect(found: Tensor, wanted: Tensor, scalar: Scalar) -> None:
+    held, due = (_bits(tensor.detach().cpu()) for tensor in (found, wanted))
+    if held != due:
+        raise ModelError(f"the loaded model holds {bits_of(held)} ({found.dtype}), not {bits_of(due)}",
+                         scalar.coordinate, "the loader changes this weight: load what apply writes")  # fmt: skip
+
+
+def _scalar(dtype: str, data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=TORCH[dtype])[0]
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return bytes(tensor.reshape(1).view(torch.uint8).tolist())
+
+
+def refuse_unreadable(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where index and shards disagree, ModelError for a dtype that torch lacks."""
+    if checkpoint.disagreements:
+        name, what = min(checkpoint.disagreements.items())
+        raise CheckpointError(f"index and shards disagree about {name}", what)
+    for name in checkpoint.weight_map:
+        dtype = checkpoint.info(name).dtype.name
+        if dtype not in TORCH:
+            raise ModelError(f"torch has no {dtype}", name)
+
+
+def tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor of the weight_map, shard by shard in the order of the data, with the splices
+    made. Raises CheckpointError where a shard ends early or a splice's old bytes are not there."""
+    for file, shard in checkpoint.shards.items():
+        with opened(shard.path) as fd:
+            for info in shard.tensors.values():
+                if checkpoint.weight_map.get(info.name) != file:
+                    continue
+                here = [s for s in splices if s.coordinate.tensor == info.name]
+                yield info.name, _read(fd, info, shard.data_start + info.data_offsets[0], here, file)
+
+
+def _read(fd: int, info: TensorInfo, offset: int, splices: Sequence[Splice], file: str) -> Tensor:
+    """One tensor, read into memory of its own."""
+    if not info.size:
+        return torch.empty(info.shape, dtype=TORCH[info.dtype.name])
+    data = bytearray(info.size)
+    view, done = memoryview(data), 0
+    while done < info.size:
+        count = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
+        if not count:
+            raise CheckpointError("the file ended while it was read", file, "it was truncated meanwhile")
+        done += count
+    for splice in splices:
+        begin = splice.offset - offset
+        place = slice(begin, begin + len(splice.old))
+        if data[place] != splice.old:
+            raise CheckpointError("the file was changed while it was read", f"{splice.coordinate} in {file}")
+        data[place] = splice.new
+    return torch.frombuffer(data, dtype=TORCH[info.dtype.name]).reshape(info.shape)
