@@ -12,14 +12,22 @@ Rooms, each of which knows only those below it:
     surgery.py                   the whole operation on one page: apply, revert, check. Start here
     scanning.py                  finding super weights and sweeping factors, on another
     findings.py, entry.py        what a scan found, and what lookup and apply take of it
-    verify.py, diff.py           what changed, from the registry and the files, or from two checkpoints
+    publishing.py, publish_plan.py  one commit on the Hub, planned, gated and read back; card.py is its model card
+    proving.py                   all that can be proved of a checkpoint: manifest_proof.py, survival.py, finite.py
+    formats.py, rules.py         findings as text, JSON, JUnit, SARIF, GitHub commands; the table of their rules
+    lint.py                      what is wrong with a manifest, without a checkpoint
+    signing.py                   signatures of a whole checkpoint
+    verify.py, comparison.py     what changed, from the registry and the files, or byte by byte
+    diff.py                      ... or from two checkpoints, by tensor and index
+    export.py, lora.py           the edits alone: a sparse patch, a LoRA adapter, the fields of vLLM's patches
+    loading.py                   a model, or its tensors, edited in memory
     inplace.py, journal.py       apply and revert where the files lie, undone after any fault
     registry.py                  the record that proves a patched checkpoint and undoes it
     model/                       the only torch: what the edited model computes
     apply.py, plan.py            splices, and the copy that makes them
-    hub.py                       the only huggingface_hub
+    hub/                         the only huggingface_hub
     known/                       the super weights that were published or measured
-    manifest.py, edits.py        what a user may ask for
+    manifest.py, edits.py        what a user may ask for; patches.py is the same as a small binary file
     architectures.py             layer, row and column -> tensor and index
     checkpoint.py, shard.py      the files, and the header of one of them
     dtypes.py                    numbers and their bits
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
     from swsurgery.errors import SwsurgeryError
     from swsurgery.inplace import apply_in_place, revert_in_place
     from swsurgery.known import lookup
+    from swsurgery.loading import load_patched, patched_state_dict
     from swsurgery.manifest import load_manifest
     from swsurgery.progress import Silent
     from swsurgery.surgery import CheckOptions, apply_manifest, check_checkpoint, plan_manifest, revert
@@ -57,8 +66,10 @@ _PUBLIC = {
     "check_checkpoint": ("surgery", "check_checkpoint"),
     "diff_checkpoints": ("diff", "diff"),
     "load_manifest": ("manifest", "load_manifest"),
+    "load_patched": ("loading", "load_patched"),
     "lookup": ("known", "lookup"),
     "open_checkpoint": ("checkpoint", "open_checkpoint"),
+    "patched_state_dict": ("loading", "patched_state_dict"),
     "plan_manifest": ("surgery", "plan_manifest"),
     "revert": ("surgery", "revert"),
     "revert_in_place": ("inplace", "revert_in_place"),
@@ -75,8 +86,10 @@ __all__ = [  # written out, for tools that read and do not run
     "check_checkpoint",
     "diff_checkpoints",
     "load_manifest",
+    "load_patched",
     "lookup",
     "open_checkpoint",
+    "patched_state_dict",
     "plan_manifest",
     "revert",
     "revert_in_place",

@@ -29,6 +29,10 @@ __all__ = ["Verification", "undeclared_changes", "verify", "verify_patched"]
 SIGNATURE_NAME = "model.sig"
 """Made after the registry, of it and everything else, so the registry cannot list it."""
 
+CARD_NAME = "README.md"
+"""Of a checkpoint that was published: it quotes the registry, so the registry cannot list it. Where the registry does
+list one, it is the base's, and held to its digest."""
+
 RULES_OF_REGISTRY = (
     "structure", "digest", "file-missing", "file-undeclared", "undeclared-change", "edit-changed",
     "protected-changed", "registry", "manifest", "duplicate-weights",
@@ -167,8 +171,9 @@ def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
 def _file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
     missing = [Finding("file-missing", "the registry lists it, it is not there", name)
                for name in registry.files if name not in names and name not in registry.elsewhere]  # fmt: skip
+    listed = {*registry.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME}
     extra = [Finding("file-undeclared", "it is there, the registry does not list it", name)
-             for name in names if name not in registry.files and name not in (*OWN_FILES, SIGNATURE_NAME)]  # fmt: skip
+             for name in names if name not in listed]  # fmt: skip
     return missing + extra
 
 

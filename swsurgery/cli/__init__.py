@@ -18,9 +18,11 @@ import typer
 
 from swsurgery import __version__, output
 from swsurgery.cli.editing import apply, diff, inspect, revert, schema
+from swsurgery.cli.exporting import export
 from swsurgery.cli.finding import check, lookup, scan, sweep
 from swsurgery.cli.linting import lint
 from swsurgery.cli.proving import verify
+from swsurgery.cli.sharing import publish
 from swsurgery.cli.signing import sign
 from swsurgery.errors import Interrupted, SwsurgeryError
 
@@ -32,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (apply, lookup, inspect, check, scan, sweep, verify, lint, diff, revert, sign, schema):
+for command in (apply, lookup, inspect, check, scan, sweep, verify, lint, diff, revert, publish, export, sign, schema):
     app.command()(command)
 
 
@@ -47,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done or yes, 1 no, 2 bad input, 3 a bug, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    if "--quiet" in argv or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the library's own bars follow the rule of ours
+    if "--quiet" in argv:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # so does its talk of retries
     previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     log, teller = logging.getLogger("swsurgery"), _Teller()
     log.addHandler(teller)

@@ -30,7 +30,9 @@ from swsurgery.errors import SwsurgeryError, printable
 
 
 def apply(
-    manifest: Annotated[Path, typer.Argument(help="The manifest, YAML or JSON.", show_default=False)],
+    manifest: Annotated[
+        Path, typer.Argument(help="The manifest, YAML or JSON; or a patch that export wrote.", show_default=False)
+    ],
     base: Annotated[
         str | None, typer.Option(help="The base, instead of the manifest's: a directory or hf://ORG/NAME[@REV].")
     ] = None,
@@ -56,6 +58,9 @@ def apply(
     prompt: Prompt = None,
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
+    for_publish: Annotated[
+        bool, typer.Option("--for-publish", help="Of a base on the Hub download only what publishing needs here.")
+    ] = False,
     rehash: Annotated[bool, typer.Option("--rehash", help="Hash every file again, known digest or not.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -77,12 +82,12 @@ def apply(
     if in_place:
         from swsurgery import inplace
 
-        if directory or link != "auto" or rehash:
-            raise SwsurgeryError("--in-place writes no copy, so it goes with no -o, --link or --rehash")
+        if directory or link != "auto" or rehash or for_publish:
+            raise SwsurgeryError("--in-place writes no copy, so it goes with no -o, --link, --rehash or --for-publish")
         outcome = inplace.apply_in_place(manifest, **shared)
     else:
         target = directory or Path.cwd() / manifest.stem
-        outcome = surgery.apply_manifest(manifest, target, link=link, rehash=rehash, **shared)
+        outcome = surgery.apply_manifest(manifest, target, link=link, rehash=rehash, for_publish=for_publish, **shared)
     output.print_json(outcome.to_json()) if json else show.outcome(outcome)
 
 

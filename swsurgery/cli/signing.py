@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from swsurgery import output
-from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet
+from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet
 from swsurgery.errors import printable
 
 
 def sign(
-    checkpoint: CheckpointArgument,
+    checkpoint: DirectoryArgument,
     key: Annotated[Path, typer.Option(help="The private key: a PEM file that only you can read.", show_default=False)],
     signature: Annotated[
         Path | None, typer.Option(help="Where the signature is written; else model.sig in the checkpoint.")

@@ -2,6 +2,8 @@
 
     __init__.py   names of repositories, and their files on this machine
     remote.py     files of a repository read by ranges
+    commit.py     the only writing: one commit, tags, pull requests
+    cards.py      model cards as the Hub reads them
     faults.py     what the library raises -> one line of ours
 
 Cache, offline mode, tokens and mirrors are the library's own, with its environment variables.

@@ -55,6 +55,9 @@ def told(where: object) -> Iterator[None]:
                        "is there a network? is the name right?") from None  # fmt: skip
     except (errors.HFValidationError, errors.HfUriError, errors.LocalTokenNotFoundError) as error:
         raise HubError(redacted(str(error).splitlines()[0]), where) from None
+    except errors.OIDCError:
+        raise HubError("HF_OIDC_RESOURCE is set, and there is no identity to exchange", where,
+                       "the job needs the permission id-token: write") from None  # fmt: skip
     except errors.EntryNotFoundError:
         raise HubError("no such file on the Hub", where) from None
     except OSError as error:

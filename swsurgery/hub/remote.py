@@ -84,6 +84,10 @@ class RemoteFile:
                             data += chunk
                             if len(data) >= size:
                                 break
+                except RuntimeError as error:
+                    # how the library's own retry ends where the block that it is to repeat is ours
+                    if "didn't stop after throw" not in str(error):
+                        raise
                 except Exception as error:
                     broken = len(data) > begin and not isinstance(error, HubError)
                     if not broken or attempt == RETRIES - 1:

@@ -1,0 +1,254 @@
+"""The model card of a published checkpoint, from its registry: fields for the front matter, and Markdown below.
+
+Pure text. Every word that comes from a file is a stranger's: it is escaped, so that in Markdown it is text and nothing
+else. The base's own card is quoted in a fenced block, to the letter: as Markdown its images, links and raw HTML would
+speak in this repository's name, and in a block they cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from swsurgery.coordinate import Coordinate
+from swsurgery.errors import printable
+from swsurgery.registry import EditRecord, Registry, ScalarRecord
+from swsurgery.rules import Finding
+
+CARD_NAME = "README.md"
+
+ShortForm = tuple[int, int, int, object]
+"""layer, row, column, and the expert or None."""
+
+FIELDS = (
+    "base_model", "base_model_relation", "library_name", "pipeline_tag", "language", "license", "license_name",
+    "license_link", "tags",
+)  # fmt: skip
+"""All that the front matter may hold, in its order."""
+
+RELATION = "finetune"
+"""Of the Hub's four (adapter, merge, quantized, finetune) the one for changed values in the base's own format."""
+
+OWN_TAGS = ("swsurgery", "super-weights")
+
+MAX_ROWS, MAX_NAME, MAX_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
+"""Rows of a table, characters of a name, and bytes of a quoted file: more is left to the files themselves."""
+
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,99}")
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_LINK = re.compile(r"(https?://[A-Za-z0-9.-]+(/[A-Za-z0-9._~/%#?=&+-]*)?|[A-Za-z0-9][A-Za-z0-9._/-]*)")
+_PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
+_CODE = re.compile(r"[A-Za-z0-9_.+/\[-]([A-Za-z0-9_.,+/\[\] -]*[A-Za-z0-9_.+/\]-])?")
+_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+
+
+def escaped(value: object) -> str:
+    """`value` as Markdown that shows it: on one line, of bounded length, in a table's cell as well."""
+    text = printable(str(value))
+    if len(text) > MAX_NAME:
+        text = text[: MAX_NAME - 3] + "..."
+    return _PUNCTUATION.sub(r"\\\1", text.strip()) or "\\-"
+
+
+def shown(value: object) -> str:
+    """`value` as code where that needs no escaping, else escaped."""
+    text = str(value)
+    return f"`{text}`" if len(text) <= MAX_NAME and _CODE.fullmatch(text) else escaped(text)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """`text` in a code block that nothing in it can close."""
+    lines = [printable(line.replace("\t", "    ")) for line in text.splitlines()]
+    longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([fence + language, *lines, fence])
+
+
+def fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The front matter: what the base's says of licence, language, task and library, and where this comes from."""
+    found: dict[str, Any] = {}
+    if registry.base.repo_id and _REPO_ID.fullmatch(registry.base.repo_id):
+        found["base_model"], found["base_model_relation"] = registry.base.repo_id, RELATION
+    for name in ("library_name", "pipeline_tag"):
+        if _matches(_WORD, base_fields.get(name)):
+            found[name] = base_fields[name]
+    if languages := _strings(base_fields.get("language"), _WORD):
+        found["language"] = languages
+    licence = base_fields.get("license")
+    if licences := _strings(licence, _WORD):
+        found["license"] = licences if isinstance(licence, list) else licences[0]
+    if _matches(_TAG, base_fields.get("license_name")):
+        found["license_name"] = base_fields["license_name"]
+    if _matches(_LINK, base_fields.get("license_link")) and len(base_fields["license_link"]) <= 500:
+        found["license_link"] = base_fields["license_link"]
+    carried = [tag for tag in _strings(base_fields.get("tags"), _TAG) if not tag.startswith("base_model:")]
+    found["tags"] = list(dict.fromkeys([*carried, *OWN_TAGS]))
+    return {name: found[name] for name in FIELDS if name in found}
+
+
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _strings(value: object, pattern: re.Pattern[str]) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [each for each in values[:100] if _matches(pattern, each)]
+
+
+def body(
+    registry: Registry,
+    repo_id: str,
+    manifest: bytes,
+    base_card: str | None = None,
+    accepted: Sequence[Finding] = (),
+    short: Mapping[Coordinate, ShortForm] | None = None,
+) -> str:
+    """The Markdown below the front matter. `base_card` is the base's, without its front matter; `short` gives layer,
+    row, column and expert of coordinates that have such."""
+    base = registry.base.repo_id
+    name = shown(base) if base else "a checkpoint that is not on the Hub"
+    at = f" at commit `{registry.base.revision}`" if _matches(_PLAIN, registry.base.revision) else ""
+    parts = [
+        f"# {escaped(repo_id.split('/')[-1])}",
+        f"This is {name}{at}, with {_count(len(registry.edits), 'scalar')} changed and every other byte of its weights "
+        "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
+        "## What was changed",
+        _edits(registry.edits, short or {}),
+        *_protected(registry.protected),
+        *_known(registry),
+        "## The check",
+        _check(registry.check),
+        *_accepted(accepted),
+        "## Verify",
+        "From anywhere, or in a copy on your disk:",
+        fenced(f"swsurgery verify hf://{repo_id}\nswsurgery verify DIRECTORY", "sh"),
+        "It hashes each file with the old values of the table above put back. Where that gives the base's sha256, "
+        "which the base's own repository shows, the file is the base's with exactly these scalars changed.",
+        "## Revert",
+        fenced(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
+        "gives the base's weights back, byte for byte.",
+        "## Manifest",
+        _manifest(manifest),
+        *_base_card(name, at, base_card),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows[:MAX_ROWS]]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    if len(rows) > MAX_ROWS:
+        table += f"\n\nand {len(rows) - MAX_ROWS} more, all in `swsurgery.json`."
+    return table
+
+
+def _index(record: ScalarRecord) -> str:
+    return shown(list(record.index))
+
+
+def _place(short: ShortForm | None) -> Sequence[str]:
+    """Layer, row and column; the expert goes with the layer."""
+    if short is None:
+        return ["\\-"] * 3
+    layer, row, column, expert = short
+    return shown(layer if expert is None else f"{layer}, expert {expert}"), str(row), str(column)
+
+
+def _edits(edits: Sequence[EditRecord], short: Mapping[Coordinate, ShortForm]) -> str:
+    if not edits:
+        return "Nothing."
+    rows = [
+        [
+            shown(e.tensor), _index(e), *_place(short.get(e.coordinate)), shown(e.dtype),
+            shown(e.old), shown(e.new),
+            shown(e.op) + (f" by {shown(e.factor)}" if e.factor is not None else ""),
+            f"{shown(e.old_bits)} to {shown(e.new_bits)}",
+        ]
+        for e in edits
+    ]  # fmt: skip
+    return _table(("tensor", "index", "layer", "row", "column", "dtype", "old", "new", "operation", "bits"), rows)
+
+
+def _protected(protected: Sequence[ScalarRecord]) -> list[str]:
+    if not protected:
+        return []
+    rows = [[shown(p.tensor), _index(p), shown(p.dtype), shown(p.old), shown(p.old_bits)] for p in protected]
+    return ["## Protected: held to the base's bits", _table(("tensor", "index", "dtype", "value", "bits"), rows)]
+
+
+def _known(registry: Registry) -> list[str]:
+    rows = []
+    for record in (*registry.edits, *registry.protected):
+        if fact := record.known:
+            sources = ", ".join(map(shown, fact.sources[:20]))
+            rows.append([shown(fact.id), shown(record.coordinate), shown(fact.status), sources])
+    return ["## What is known of them", _table(("known as", "scalar", "status", "sources"), rows)] if rows else []
+
+
+def _check(check: Mapping[str, Any]) -> str:
+    kind, reason = check.get("kind"), check.get("reason")
+    why = f" ({escaped(reason)})" if reason else ""
+    if kind == "off":
+        return f"None was made{why}."
+    if kind != "forward":
+        return f"The weights were read back: exactly the scalars above differ. The model was not run{why}."
+    rows = []
+    for name in ("perplexity", "loss"):
+        sides = [check[side].get(name) if isinstance(check.get(side), dict) else None for side in ("base", "patched")]
+        if any(side is not None for side in sides):
+            rows.append([name, *map(_figure, sides)])
+    mass = check.get("stopword_mass")
+    if isinstance(mass, dict):
+        rows.append(["stopword mass", _figure(mass.get("base")), _figure(mass.get("patched"))])
+    text = check.get("text") if isinstance(check.get("text"), dict) else {}
+    lines = [
+        "Base and patched model on the same text, side by side:",
+        _table(("figure", "base", "patched"), rows),
+        f"Perplexity ratio {_figure(check.get('perplexity_ratio'))}, KL divergence {_figure(check.get('kl'))}, "
+        f"over {_figure(text.get('scored_tokens'))} tokens; device {shown(check.get('device'))}, dtype "
+        f"{shown(check.get('dtype'))}. Verdict: {'passed' if check.get('ok') is True else '**failed**'}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else shown(value)
+
+
+def _accepted(accepted: Sequence[Finding]) -> list[str]:
+    if not accepted:
+        return []
+    rows = [[shown(f.rule), shown(f.file or "-"), escaped(f.message)] for f in accepted]
+    said = "The publisher was told of these and published all the same."
+    return ["## Accepted findings", said, _table(("finding", "file", "what"), rows)]
+
+
+def _manifest(manifest: bytes) -> str:
+    if len(manifest) > MAX_MANIFEST:
+        return f"Its {len(manifest)} bytes are in `manifest.yaml`."
+    return fenced(manifest.decode("utf-8", "replace"), "yaml")
+
+
+def _base_card(name: str, at: str, card: str | None) -> list[str]:
+    if not card or not card.strip():
+        return []
+    cut = "" if len(card) <= MAX_CARD else f" Its first {MAX_CARD} characters:"
+    quoted = fenced(card[:MAX_CARD].strip("\r\n"), "markdown")
+    return [f"## The base's own card\n\nBy the authors of {name}{at}, quoted to the letter.{cut}", quoted]
+
+
+def describe(registry: Registry, accepted: Iterable[Finding]) -> str:
+    """A commit's description: what was changed, and what was accepted; text for a log, of one line each."""
+    lines = [f"{printable(str(e.coordinate))}: {e.old_bits} to {e.new_bits}" for e in registry.edits[:20]]
+    if len(registry.edits) > 20:
+        lines.append(f"and {len(registry.edits) - 20} more")
+    lines += [f"accepted: {f.rule}: {printable(f.file or '-')}: {printable(f.message)}" for f in accepted]
+    lines.append(f"base: {json.dumps({'repo_id': registry.base.repo_id, 'revision': registry.base.revision})}")
+    return "\n".join(line[:500] for line in lines)

@@ -1,0 +1,99 @@
+"""Commands that give checkpoints to others: publish."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swsurgery import output
+from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet, silent
+from swsurgery.errors import SwsurgeryError, printable
+
+if TYPE_CHECKING:
+    from swsurgery.publishing import Publication, Published
+
+
+def publish(
+    checkpoint: DirectoryArgument,
+    repo_id: Annotated[str, typer.Argument(help="Where to: ORG/NAME on the Hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and send nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the public sees it.")] = False,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="Publish in spite of this finding; may be repeated. The card says so.")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="The branch to commit to; made where it is not there.")] = "main",
+    tag: Annotated[str | None, typer.Option(help="Name of the tag, instead of base-COMMIT.")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a patched checkpoint: one commit, in which only what changed is uploaded. Exit 1 where a finding forbids
+    it, or where what the Hub then serves is not what was planned."""
+    from swsurgery import publishing
+
+    wish = publishing.Wish(repo_id, private, create_pr, revision, tag, message)
+    say = silent if quiet else output.say
+    if dry_run:
+        found = publishing.early_findings(checkpoint)
+        plan = publishing.make_publication(checkpoint, wish, (), output.Bar(quiet), hashing=False)
+        if json:
+            output.print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in found]})
+        else:
+            _show(plan)
+            for finding in found:
+                say(f"would need --accept {finding.rule}: {finding.file}: {finding.message}")
+        return
+    accepted = publishing.gate(checkpoint, accept or (), output.Bar(quiet))
+    plan = publishing.make_publication(checkpoint, wish, accepted, output.Bar(quiet))
+    if plan.changes and not plan.private and not yes and plan.pull_request is None:
+        _ask(plan)
+    else:
+        for line in publishing.lines(plan, output.size):
+            say(line)
+    done = publishing.publish(plan, output.Bar(quiet), say, bars=not quiet and sys.stderr.isatty())
+    output.print_json({"plan": plan.to_json(), "published": done.to_json()}) if json else _show_published(done)
+    if done.findings:
+        raise typer.Exit(1)
+
+
+def _show(plan: Publication) -> None:
+    from swsurgery import publishing
+
+    for line in publishing.lines(plan, output.size):
+        output.print_text(printable(line))
+
+
+def _ask(plan: Publication) -> None:
+    """Show the plan and ask, where somebody is there to answer. Raises SwsurgeryError where nobody is."""
+    from swsurgery import publishing
+
+    if not sys.stdin.isatty():
+        raise SwsurgeryError("the public would see it, and nobody is there to ask", plan.wish.repo_id,
+                             "give --yes, or --private for a new repository; --dry-run shows the plan")  # fmt: skip
+    for line in publishing.lines(plan, output.size):
+        output.say(line)
+    output.say("Publish this, for everyone to see? [y/N]")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        output.say("nothing was published")
+        raise typer.Exit(1)
+
+
+def _show_published(done: Published) -> None:
+    what = "was published already" if done.already else "published"
+    where = f"pull request {done.pull_request}, commit {done.commit}" if done.pull_request else f"commit {done.commit}"
+    output.print_text(printable(f"{done.repo_id}: {what}, {where}"))
+    output.print_text(
+        f"uploaded {output.size(done.uploaded)}, copied on the Hub {output.size(done.copied)}, "
+        f"read back {output.size(done.read)}"
+    )
+    if not done.findings:
+        scalars = "1 edited scalar has its" if done.scalars == 1 else f"{done.scalars} edited scalars have their"
+        output.print_text(f"verified: {done.files} files have the planned digests, {scalars} new bits")
+    for finding in done.findings:
+        output.print_text(printable(f"{finding.rule}: {finding.file}: {finding.message}"))
+    output.print_text(printable(done.url))

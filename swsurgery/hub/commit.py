@@ -1,0 +1,304 @@
+"""The only writing to the Hub: a repository, one commit, a tag, a pull request; and the listings that they go by.
+
+A commit is a `Draft`: large contents are uploaded first, where no reader sees them, and then one request moves the
+branch, or does not. Knows paths and bytes, and nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swsurgery.errors import HubError
+from swsurgery.hub.faults import told
+from swsurgery.hub.remote import RemoteFile, Traffic
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+MAIN = "main"
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+NOTHING_IGNORED = "# nothing is ignored\n"
+"""In place of a .gitignore of the repository, by which the Hub would leave files out without a word."""
+
+
+class Conflict(HubError):
+    """The branch is no longer where the plan saw it."""
+
+
+class CopyRefused(HubError):
+    """The Hub does not copy these files from the other repository; `names` are paths."""
+
+    def __init__(self, names: Iterable[str], where: object):
+        super().__init__("the Hub does not copy them", where)
+        self.names = tuple(names)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A repository at one commit. `blobs` are git's names (sha1) of the contents of files that git holds itself."""
+
+    repo_id: str
+    commit: str
+    private: bool
+    files: dict[str, RemoteFile] = field(repr=False)
+    blobs: dict[str, str] = field(repr=False)
+    traffic: Traffic = field(default_factory=Traffic, repr=False)
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo_id}@{self.commit}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a commit is to go: the head of its branch, or of main where there is no such branch yet; tags by name."""
+
+    head: Listing
+    branch_is_there: bool
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A large file, by its path here, its path in the repository that it comes from, and its sha256."""
+
+    name: str
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A commit that is there, and the number of the pull request that holds it."""
+
+    commit: str
+    pull_request: int | None
+
+
+def listing(repo_id: str, revision: str | None = None) -> Listing:
+    """A revision's commit and files. Raises HubError."""
+    with told(_uri(repo_id, revision)):
+        return _listing(repo_id, revision)
+
+
+def listing_if_seen(repo_id: str, revision: str | None = None) -> Listing | None:
+    """As `listing`; None where this endpoint does not have it or does not show it to this token."""
+    from huggingface_hub import errors
+
+    with told(_uri(repo_id, revision)):
+        try:
+            return _listing(repo_id, revision)
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+            return None
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code in (401, 403):
+                return None
+            raise
+
+
+def look(repo_id: str, branch: str) -> Target | None:
+    """What is there to commit to; None where there is no repository, or none for this token. Raises HubError."""
+    from huggingface_hub import HfApi, errors
+
+    with told(_uri(repo_id)):
+        try:
+            refs = HfApi().list_repo_refs(repo_id)
+        except errors.RepositoryNotFoundError:
+            return None
+        there = any(ref.name == branch for ref in refs.branches)
+        head = _listing(repo_id, branch if there else None)
+    return Target(head, there, {ref.name: ref.target_commit for ref in refs.tags})
+
+
+def _uri(repo_id: str, revision: str | None = None) -> str:
+    return f"hf://{repo_id}" + (f"@{revision}" if revision else "")
+
+
+def _listing(repo_id: str, revision: str | None) -> Listing:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api, traffic, files, blobs = HfApi(), Traffic(), {}, {}
+    info = api.repo_info(repo_id, revision=revision)
+    for entry in api.list_repo_tree(repo_id, recursive=True, revision=info.sha):
+        if isinstance(entry, RepoFile):
+            sha256 = entry.lfs.sha256 if entry.lfs else None
+            files[entry.path] = RemoteFile(repo_id, info.sha, entry.path, entry.size, sha256, entry.xet_hash, traffic)
+            if sha256 is None:
+                blobs[entry.path] = entry.blob_id
+    return Listing(repo_id, info.sha, bool(info.private), files, blobs, traffic)
+
+
+def endpoint() -> str:
+    """Where the Hub is, without a slash at the end."""
+    from huggingface_hub import HfApi
+
+    return HfApi().endpoint.rstrip("/")
+
+
+@contextlib.contextmanager
+def drawing(bars: bool) -> Iterator[None]:
+    """Whether the client draws its progress bars on stderr within the block."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hidden = are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the environment may have decided already
+        if not bars:
+            disable_progress_bars()
+        try:
+            yield
+        finally:
+            if not hidden:
+                enable_progress_bars()
+
+
+def holds_token(data: bytes) -> bool:
+    """Whether the token that requests are sent with stands in `data`. Raises HubError where there is to be one by
+    trusted publishing, and is not."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import OIDCError
+
+    with told("the token"):
+        try:
+            token = get_token()
+        except OIDCError:
+            remedy = "the job needs the permission id-token: write, or HF_OIDC_ID_TOKEN; or unset HF_OIDC_RESOURCE"
+            raise HubError("HF_OIDC_RESOURCE is set, and there is no identity to exchange", "", remedy) from None
+    return bool(token) and token.encode() in data
+
+
+def open_pull_requests(repo_id: str, title: str) -> list[int]:
+    """Numbers of the open pull requests with this title. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    with told(_uri(repo_id)):
+        found = HfApi().get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
+        return [each.num for each in found if each.title == title]
+
+
+def create(repo_id: str, private: bool) -> None:
+    """Make a repository, or leave the one that is there. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    with _told(_uri(repo_id)):
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+
+
+def create_branch(repo_id: str, branch: str, commit: str) -> None:
+    """Make a branch that starts at `commit`. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    with _told(_uri(repo_id, branch)):
+        HfApi().create_branch(repo_id, branch=branch, revision=commit)
+
+
+def tag(repo_id: str, name: str, commit: str) -> None:
+    """Name a commit, or leave the tag that is there. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    with _told(_uri(repo_id, name)):
+        HfApi().create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
+
+
+class Draft:
+    """One commit in the making, on top of `parent`; with `create_pr`, in a pull request of its own."""
+
+    def __init__(self, repo_id: str, branch: str, parent: str, create_pr: bool):
+        self._repo_id, self._branch, self._parent, self._create_pr = repo_id, branch, parent, create_pr
+        self._additions: dict[str, CommitOperationAdd] = {}
+
+    def add(self, contents: Mapping[str, Path | bytes]) -> dict[str, str]:
+        """Upload what of `contents` is large and not there yet; returns the sha256 of each as it was read.
+
+        Raises HubError.
+        """
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        with _told(_uri(self._repo_id)):
+            new = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
+            HfApi().preupload_lfs_files(
+                self._repo_id, list(new.values()), revision=self._branch, create_pr=self._create_pr,
+                free_memory=False, gitignore_content=NOTHING_IGNORED,
+            )  # fmt: skip
+            self._additions |= new
+            return {name: addition.upload_info.sha256.hex() for name, addition in new.items()}
+
+    def send(
+        self,
+        copies: Collection[Copy],
+        source: Listing | None,
+        deletions: Collection[str],
+        message: str,
+        description: str,
+    ) -> Sent:
+        """Make the commit: what was added, `copies` out of `source`, less `deletions`.
+
+        Raises CopyRefused (and nothing was committed), Conflict, HubError.
+        """
+        from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi, errors
+
+        operations = [
+            *(CommitOperationDelete(name, is_folder=False) for name in deletions),
+            *self._additions.values(),
+            *(CommitOperationCopy(c.source, c.name, source.commit, source.repo_id, "model") for c in copies if source),
+        ]
+        where = _uri(self._repo_id)
+        with _told(where):
+            try:
+                done = HfApi().create_commit(
+                    self._repo_id, operations, commit_message=message, commit_description=description,
+                    revision=None if self._create_pr else self._branch, create_pr=self._create_pr,
+                    parent_commit=self._parent,
+                )  # fmt: skip
+            except errors.FileDuplicationError as error:
+                said = set(re.findall(r"[0-9a-f]{64}", str(error)))
+                raise CopyRefused(_some(copies, said), source) from None
+            except errors.HfHubHTTPError as error:
+                status = error.response.status_code
+                if "/lfs-files/duplicate" in str(error.response.url) and 400 <= status < 500 and status != 429:
+                    raise CopyRefused(_some(copies), source) from None
+                if status in (409, 412):
+                    what = f"somebody else committed meanwhile (HTTP {status})"
+                    raise Conflict(what, where, "run the same command again") from None
+                raise
+            number = int(done.pr_num) if self._create_pr and done.pr_num is not None else None
+        if not COMMIT.fullmatch(done.oid):
+            raise HubError("the Hub's answer names no commit", where, "run the same command again")
+        return Sent(done.oid, number)
+
+
+def _some(copies: Collection[Copy], digests: Collection[str] = ()) -> list[str]:
+    """Names of the copies of these contents; of all where none is among them."""
+    return [c.name for c in copies if c.sha256 in digests] or [c.name for c in copies]
+
+
+@contextlib.contextmanager
+def _told(where: object) -> Iterator[None]:
+    """As `told`, for the calls that write: the client checks answers, and wraps what happens in its threads.
+
+    Its warnings hold the server's words about the card, and are not shown.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    with told(where), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except HFValidationError:
+            raise
+        except RuntimeError as error:
+            if error.__cause__ is None or isinstance(error.__cause__, (ValueError, KeyError)):
+                raise HubError("the upload failed", where, "run the same command again") from None
+            raise error.__cause__ from None
+        except (ValueError, KeyError) as error:
+            if str(error).startswith("Invalid metadata in README.md"):
+                raise HubError("the Hub does not take the card's metadata", where) from None
+            raise HubError("the Hub's answer makes no sense", where, "run the same command again") from None

@@ -1,0 +1,402 @@
+"""What goes to the Hub, file by file, before anything is sent: copied there from the base, uploaded, or kept.
+
+Reads the directory, the base's listing and the target's; writes nothing anywhere. A file is copied where its sha256 is
+the one that the Hub states of the base's file; everything else is uploaded from the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from swsurgery import card
+from swsurgery.architectures import short_form
+from swsurgery.checkpoint import LEFT_OUT, BaseFile, Checkpoint, open_checkpoint
+from swsurgery.comparison import chunks
+from swsurgery.errors import ArchitectureError, CheckpointError, HubError
+from swsurgery.hub.cards import read as read_card
+from swsurgery.hub.cards import render as render_card
+from swsurgery.hub.commit import MAIN, Listing, Target, listing_if_seen, look, open_pull_requests
+from swsurgery.hub.commit import listing as listing_of
+from swsurgery.hub.remote import RemoteFile
+from swsurgery.names import OWN_FILES
+from swsurgery.progress import Progress
+from swsurgery.registry import REGISTRY_NAME, FileRecord, Patched, Registry, read_patched
+from swsurgery.rules import Finding
+from swsurgery.verify import SIGNATURE_NAME
+
+How = Literal["copy", "upload", "keep", "delete"]
+
+SMALL = 16 << 20
+"""Bytes. A file up to this size is read when the plan is made; git itself holds none that is larger."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file of the new revision, or one that goes. `content` is None where it is not in the directory; `sha256` is
+    None where it is not known before the file is hashed; `blob` is git's name for a small content, `source` the path
+    in the base's repository, where a base that lies in a folder of it has another."""
+
+    name: str
+    how: How
+    size: int
+    why: str
+    sha256: str | None = None
+    blob: str | None = None
+    content: Path | bytes | None = field(default=None, repr=False)
+    source: str | None = None
+
+    def is_in(self, listing: Listing, path: str = "") -> bool:
+        """Whether a revision has this very file, here or at another path."""
+        path = path or self.name
+        there = listing.files.get(path)
+        if there is None or there.size != self.size:
+            return False
+        if there.sha256 is not None:
+            return there.sha256 == self.sha256
+        return self.blob is not None and listing.blobs[path] == self.blob
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for. `tag` None is named after the base's commit; `message` None says what was done."""
+
+    repo_id: str
+    private: bool = False
+    create_pr: bool = False
+    branch: str = MAIN
+    tag: str | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The plan. `base` is None where it cannot be copied from, `target` where there is no repository yet;
+    `pull_request` is an open one that holds all this already."""
+
+    root: Path
+    wish: Wish
+    registry: Registry
+    items: tuple[Item, ...]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...]
+    accepted: tuple[Finding, ...]
+    base: Listing | None
+    target: Target | None
+    tag: str | None
+    message: str
+    pull_request: int | None = None
+
+    @property
+    def private(self) -> bool:
+        return self.target.head.private if self.target else self.wish.private
+
+    @property
+    def changes(self) -> tuple[Item, ...]:
+        return tuple(item for item in self.items if item.how != "keep")
+
+    @property
+    def copy_bytes(self) -> int:
+        return sum(item.size for item in self.items if item.how == "copy")
+
+    @property
+    def upload_bytes(self) -> int:
+        return sum(item.size for item in self.items if item.how == "upload")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "repo_id": self.wish.repo_id,
+            "branch": self.wish.branch,
+            "created": self.target is None,
+            "private": self.private,
+            "create_pr": self.wish.create_pr,
+            "parent": self.target.head.commit if self.target else None,
+            "base": {"repo_id": self.base.repo_id, "commit": self.base.commit} if self.base else None,
+            "files": [{"name": i.name, "how": i.how, "size": i.size, "why": i.why} for i in self.items],
+            "left_out": [{"name": name, "why": why} for name, why in self.left_out.items()],
+            "copy_bytes": self.copy_bytes,
+            "upload_bytes": self.upload_bytes,
+            "tag": self.tag,
+            "message": self.message,
+            "accepted": sorted({f.rule for f in self.accepted}),
+            "notes": list(self.notes),
+        }
+
+
+def make_publication(
+    root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress, *, hashing: bool = True
+) -> Publication:
+    """Plan. `findings` are those that were accepted: the digests of their files are not taken from the registry.
+    Without `hashing`, large files of unknown digest are planned as if they were the base's.
+
+    Raises CheckpointError where the directory is no patched checkpoint, HubError.
+    """
+    patched = read_patched(root)
+    if patched is None:
+        raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
+    registry, notes = patched.registry, []
+    checkpoint = open_checkpoint(root, registry.base.weights, elsewhere=registry.elsewhere)
+    base = listing_if_seen(registry.base.repo_id, registry.base.revision) if registry.base.repo_id else None
+    if base is None:
+        named = registry.base.repo_id or "the base, which the registry does not name,"
+        notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
+    target = look(wish.repo_id, wish.branch)
+    if target and wish.private and not target.head.private:
+        raise HubError("the repository is public", wish.repo_id, "change that in its settings, or go without --private")
+    left_out = _left_out(checkpoint, registry)
+    distrusted = {f.file for f in findings}
+    scan = _Scan(checkpoint, registry, base, target, distrusted, hashing, progress)
+    names = [n for n in registry.files if n not in left_out and (n in scan.there or n in registry.elsewhere)]
+    names += [n for n in scan.there if n not in registry.files and n not in left_out and n not in OWN_FILES]
+    items = [scan.item(name) for name in sorted(names)]
+    published = _published(registry, items, base)
+    records = Patched(published, published.render(), patched.manifest_raw)
+    text = _base_card(scan, registry, base)
+    base_fields, base_text = read_card(text, card.FIELDS)
+    body = card.body(
+        published, wish.repo_id, patched.manifest_raw, base_text, findings, _short_forms(checkpoint, registry)
+    )
+    own = records.own_files() | {card.CARD_NAME: render_card(card.fields(published, base_fields), body)}
+    items += [scan.own(name, data) for name, data in own.items()]
+    gone, said = _obsolete(target, {item.name for item in items})
+    items, notes = items + gone, notes + said
+    tag = _tag(wish, registry, base, target, notes)
+    if base and base.private and not (target.head.private if target else wish.private):
+        notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
+    message = wish.message or _summary(registry)
+    plan = Publication(
+        root, wish, published, tuple(sorted(items, key=lambda i: i.name)), left_out, tuple(notes), tuple(findings),
+        base, target, tag, message,
+    )  # fmt: skip
+    return replace(plan, pull_request=_same_pull_request(plan)) if wish.create_pr and target else plan
+
+
+def in_base(registry: Registry, name: str) -> str:
+    """A file's path in the base's repository, of which the base may be a folder."""
+    return f"{registry.base.sub}/{name}" if registry.base.sub else name
+
+
+def _left_out(checkpoint: Checkpoint, registry: Registry) -> dict[str, str]:
+    """Name -> why it is not published."""
+    left = dict.fromkeys(checkpoint.left_out, "belongs to the tool that downloaded it, not to the checkpoint")
+    left |= dict.fromkeys(checkpoint.copies, "holds the weights once more, and was not edited")
+    for file in checkpoint.files:
+        if set(file.name.split("/")) & set(LEFT_OUT):
+            left[file.name] = "lies in a folder that the Hub does not take"
+    names = {f.name for f in checkpoint.files} | set(registry.files)
+    for name, why in (
+        (SIGNATURE_NAME, "signs the directory with its own card and registry, not what is published"),
+        (card.CARD_NAME, "the new card takes its place, and quotes the base's"),
+    ):
+        if name in names:
+            left[name] = why
+    left |= {name: "was left out when the manifest was applied" for name in registry.omitted if name not in left}
+    return dict(sorted(left.items()))
+
+
+class _Scan:
+    """Decides of one file after the other how it gets there."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, registry: Registry, base: Listing | None, target: Target | None,
+        distrusted: set[str | None], hashing: bool, progress: Progress,
+    ):  # fmt: skip
+        self.there = {f.name: f for f in checkpoint.files}
+        self.edited = {e.file for e in registry.edits}
+        self.registry, self.base, self.target = registry, base, target
+        self.distrusted, self.hashing, self.progress = distrusted, hashing, progress
+        self.by_digest = {f.sha256: f for f in base.files.values() if f.sha256} if base else {}
+
+    def item(self, name: str) -> Item:
+        file, record = self.there.get(name), self.registry.files.get(name)
+        if file is None:
+            return self._elsewhere(name, record)
+        if file.size <= SMALL:
+            data = file.path.read_bytes()
+            found = _content(name, data, file.path)
+        else:
+            found = Item(name, "upload", file.size, "", self._digest(file, record), None, file.path)
+        return self._decided(found, "edited" if name in self.edited else "")
+
+    def own(self, name: str, data: bytes) -> Item:
+        """A file that is made here."""
+        return self._decided(_content(name, data, data), "made for this repository")
+
+    def _theirs(self, name: str, sha256: str | None) -> RemoteFile | None:
+        """The base's file of this content, or else of this name."""
+        return self.by_digest.get(sha256) or (self.base.files.get(in_base(self.registry, name)) if self.base else None)
+
+    def _elsewhere(self, name: str, record: FileRecord) -> Item:
+        """A file that is not in the directory: the base's, or nothing."""
+        theirs = self._theirs(name, record.sha256)
+        if theirs is None or theirs.size != record.size or (theirs.sha256 or record.sha256) != record.sha256:
+            raise CheckpointError("is not in the directory, and the base's repository does not have it", name,
+                                  "apply the manifest again without --for-publish")  # fmt: skip
+        blob = self.base.blobs.get(theirs.path) if self.base else None
+        return self._decided(Item(name, "upload", theirs.size, "", record.sha256, blob), "fetched first")
+
+    def _decided(self, item: Item, why: str) -> Item:
+        theirs = self._theirs(item.name, item.sha256)
+        if theirs is not None:
+            item = replace(item, source=theirs.path)
+        if self.target and item.is_in(self.target.head):
+            return replace(item, how="keep", why="is there already")
+        if why in ("edited", "made for this repository"):
+            return replace(item, why=why)
+        aside = f", {why}" if why else ""
+        if self.base is None:
+            return replace(item, why=f"the base cannot be seen at this Hub{aside}")
+        if theirs is None:
+            return replace(item, why=f"the base's repository does not have it{aside}")
+        if theirs.sha256 is None:
+            return replace(item, why=f"a small file{aside}")
+        if item.sha256 is None and theirs.size == item.size:
+            return replace(item, how="copy", why="unchanged, unless hashing it says otherwise")
+        if theirs.sha256 != item.sha256:
+            return replace(item, why=f"not the file that the base's repository has{aside}")
+        if theirs.xet is None:
+            return replace(item, why=f"the Hub has no Xet hash of it, and copies nothing else{aside}")
+        return replace(item, how="copy", why="unchanged from the base")
+
+    def _digest(self, file: BaseFile, record: FileRecord | None) -> str | None:
+        if record and record.sha256 and file.name not in self.distrusted:
+            return record.sha256
+        return file_sha256(file, self.progress) if self.hashing else None
+
+
+def _content(name: str, data: bytes, content: Path | bytes) -> Item:
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return Item(name, "upload", len(data), "", hashlib.sha256(data).hexdigest(), blob, content)
+
+
+def file_sha256(file: BaseFile, progress: Progress) -> str:
+    """One reading of a large file."""
+    digest = hashlib.sha256()
+    progress.start(file.size, "B", f"hashing {file.name}")
+    try:
+        for _, chunk in chunks(file, []):
+            digest.update(chunk)
+            progress.advance(len(chunk))
+    finally:
+        progress.close()
+    return digest.hexdigest()
+
+
+def _published(registry: Registry, items: Sequence[Item], base: Listing | None) -> Registry:
+    """The registry that goes with what is published: of these files, all there, with every digest that is known."""
+    found = {item.name: item for item in items}
+    files = {}
+    for name, record in registry.files.items():
+        if name not in found:
+            continue
+        if record.sha256 is None and found[name].sha256 and base and found[name].is_in(base, in_base(registry, name)):
+            record = FileRecord(size=record.size, base_sha256=found[name].sha256, sha256=found[name].sha256)
+        files[name] = record
+    omitted = sorted({*registry.omitted, *(n for n in registry.files if n not in files)})
+    return registry.model_copy(update={"files": files, "omitted": omitted, "elsewhere": []})
+
+
+def _base_card(scan: _Scan, registry: Registry, base: Listing | None) -> str:
+    """The base's own card, from the directory where it is the base's, else from the base's repository."""
+    here = scan.there.get(card.CARD_NAME)
+    if here is not None and card.CARD_NAME in registry.files and card.CARD_NAME not in scan.distrusted:
+        with here.path.open("rb") as file:
+            return file.read(4 * card.MAX_CARD).decode("utf-8", "replace")
+    theirs = base.files.get(in_base(registry, card.CARD_NAME)) if base else None
+    if theirs is None:
+        return ""
+    with contextlib.suppress(HubError):  # a gated base shows its list of files and no file
+        return theirs.pread(4 * card.MAX_CARD, 0).decode("utf-8", "replace")
+    return ""
+
+
+def _short_forms(checkpoint: Checkpoint, registry: Registry) -> dict:
+    found = {}
+    for record in registry.edits:
+        with contextlib.suppress(ArchitectureError):
+            if form := short_form(checkpoint.config, checkpoint.shapes, record.coordinate):
+                found[record.coordinate] = form
+    return found
+
+
+def _obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], list[str]]:
+    """Files of an earlier publication that this one does not have any more; of strangers' files, only a note."""
+    if target is None:
+        return [], []
+    head, earlier, notes = target.head, {}, []
+    if REGISTRY_NAME in head.files:
+        try:
+            patched = read_patched(head)
+            earlier = patched.registry.files if patched else {}
+        except CheckpointError:
+            notes.append(f"{REGISTRY_NAME} in the repository cannot be read: no earlier file is removed")
+    rest = sorted(set(head.files) - names - {".gitattributes"})
+    gone = [Item(n, "delete", head.files[n].size, "of an earlier publication") for n in rest if n in earlier]
+    if strange := [name for name in rest if name not in earlier]:
+        some = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
+        notes.append(f"already in the repository, no part of this, and left as it is: {some}")
+    return gone, notes
+
+
+def _tag(wish: Wish, registry: Registry, base: Listing | None, target: Target | None, notes: list[str]) -> str | None:
+    """The tag to make; a pull request's commit is not yet the repository's, and gets none."""
+    commit = base.commit if base else registry.base.revision or ""
+    name = wish.tag or (f"base-{commit[:12]}" if len(commit) == 40 else None)
+    if wish.create_pr:
+        if wish.tag:
+            raise HubError("a pull request gets no tag", wish.tag, "go without --tag, and tag it when it is merged")
+        return None
+    if name and target and name in target.tags and target.tags[name] != target.head.commit:
+        if wish.tag:
+            raise HubError("there is such a tag already, of another commit", name, "give another --tag")
+        notes.append(f"the tag {name} stays where it is: at the first publication of this base")
+        return None
+    return name
+
+
+def _summary(registry: Registry) -> str:
+    number, base = len(registry.edits), registry.base
+    of = f" of {base.repo_id}" if base.repo_id else ""
+    at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
+    return f"{number} scalar{'' if number == 1 else 's'}{of}{at} changed"
+
+
+def _same_pull_request(plan: Publication) -> int | None:
+    """An open pull request that holds exactly this, made by an earlier run whose answer was lost."""
+    for number in open_pull_requests(plan.wish.repo_id, plan.message):
+        head = listing_of(plan.wish.repo_id, f"refs/pr/{number}")
+        if is_published(plan, head):
+            return number
+    return None
+
+
+def is_published(plan: Publication, head: Listing) -> bool:
+    """Whether a revision has every file of the plan, and none that was to go."""
+    return all(item.name not in head.files if item.how == "delete" else item.is_in(head) for item in plan.items)
+
+
+def lines(plan: Publication, size: Callable[[int], str]) -> Iterator[str]:
+    """The plan for people; `size` writes a number of bytes."""
+    kind = "private" if plan.private else "public"
+    at = f"branch {plan.wish.branch}" if plan.wish.branch != MAIN else "main"
+    what = f"a pull request to {at}" if plan.wish.create_pr else at
+    if plan.target is None:
+        yield f"{plan.wish.repo_id}: to be made, {kind}; one commit to {what}"
+    else:
+        yield f"{plan.wish.repo_id}: {kind}; one commit to {what} on top of {plan.target.head.commit}"
+    if plan.base:
+        yield f"base: {plan.base}"
+    for item in plan.items:
+        yield f"  {item.how:7} {size(item.size):>9}  {item.name}: {item.why}"
+    for name, why in plan.left_out.items():
+        yield f"  not     {'':9}  {name}: {why}"
+    yield from plan.notes
+    if plan.accepted:
+        yield f"accepted findings: {', '.join(sorted({f.rule for f in plan.accepted}))}"
+    if plan.tag:
+        yield f"tag: {plan.tag}"
+    yield f"to copy on the Hub: {size(plan.copy_bytes)}; to upload: {size(plan.upload_bytes)}"

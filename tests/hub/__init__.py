@@ -1,0 +1,1 @@
+"""A server that speaks the Hub's protocol on loopback, for the real huggingface_hub client; no part of the product."""
