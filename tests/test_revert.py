@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from patched import DOWN, EDITED, FIRST, MANIFEST, SECOND, apply_text, contents, flip, place, write_base, write_patched
 
-from swsurgery.names import OWN_FILES
 from swsurgery.cli import main
 from swsurgery.errors import SwsurgeryError, TargetError
+from swsurgery.names import OWN_FILES
 from swsurgery.progress import Silent
 from swsurgery.surgery import revert
 from swsurgery.verify import verify

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ import checkpoints
 from checkpoints import FIRST, SECOND, THIRD, down, place, sha256, write_index, write_manifest, write_shard
 
 from faults import tracing
-from faults.tracing import Done, Point
+from faults.forks import Program
+from faults.tracing import Done, Point, Start
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 ROWS, COLUMNS = 96, 128
@@ -101,8 +101,14 @@ class Workshop:
     def command(self, arguments: Sequence[str]) -> list[str]:
         return [sys.executable, "-m", "swsurgery", *arguments]
 
+    def start(self, *arguments: str) -> Start:
+        """How to run the command: as a fork, or where something is to be preloaded in a process from the beginning."""
+        if self.more:
+            return tracing.executed(self.command(arguments), self.env, self.room)
+        return Program(SOURCE, self.package).started(arguments, self.env, self.room, modules)
+
     def run(self, *arguments: str) -> Done:
-        return tracing.run(self.command(arguments), self.env, self.room)
+        return self.start(*arguments)(())
 
     def must(self, *arguments: str) -> None:
         """Run what is not under test. Raises AssertionError where it fails."""
@@ -117,6 +123,9 @@ def copy_arguments(*more: str) -> tuple[str, ...]:
 
 IN_PLACE = ("apply", "--in-place", "pinned.json", "--check", "off", "--quiet")
 
+
+SOURCE = "import sys\nfrom swsurgery.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+"""The command, as a program."""
 
 EARLIER = ("apply", "m.json", "-o", "earlier", "--check", "off", "--quiet")
 
@@ -136,10 +145,13 @@ def case(name: str) -> Case:
 
 
 @functools.cache
-def edits_in_place() -> bool:
-    """Whether the product knows --in-place."""
-    words = [sys.executable, "-m", "swsurgery", "apply", "--help"]
-    return "--in-place" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
+def modules(program: Program) -> tuple[str, ...]:
+    """What the product loads for the commands that are run here."""
+    with tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(Path(folder), program.package)
+        write_room(shop.room)
+        commands = (copy_arguments(), ("inspect", "out"), ("verify", "out"), IN_PLACE, ("revert", "model"))
+        return program.rehearsed(commands, shop.env, shop.room)
 
 
 def write_base(folder: Path, bulk: int = COLUMNS) -> Path:
@@ -155,9 +167,14 @@ def write_base(folder: Path, bulk: int = COLUMNS) -> Path:
     write_index(folder, shards)
     (folder / "config.json").write_text(json.dumps(checkpoints.CONFIG))
     (folder / "assets" / "note.txt").write_text("kept as it is\n")
+    let_rest(folder)
+    return folder
+
+
+def let_rest(folder: Path) -> None:
+    """Give everything an old mtime, for whether a digest is remembered depends on it."""
     for path in folder.rglob("*"):
         os.utime(path, (LONG_AGO, LONG_AGO))
-    return folder
 
 
 def write_room(room: Path, bulk: int = COLUMNS) -> None:
@@ -210,13 +227,13 @@ def prepare(case: Case, folder: Path, package: Path | None = None, pristine: Pat
     """
     stage = Stage(Prepared(case, pristine, pristine, None, {}, None), folder)
     base, old = tree(stage.shop.room / "base") or {}, tree(stage.target)
-    command, shop, earlier = stage.command, stage.shop, None
+    start, shop, earlier = stage.start, stage.shop, None
     if case.killed_before:
-        points, done = tracing.count(command, shop.env, shop.room, shop.room)
+        points, done = tracing.count(start, shop.room, shop.room)
         repeated = [p for p in points if p.call not in ("openat", "ioctl")]  # whose number never shifts
         earlier = repeated[len(repeated) // 2]
     else:
-        done = tracing.run(command, shop.env, shop.room)
+        done = start(())
     if done.code:
         raise AssertionError(f"an undisturbed run of '{case.name}' ended with {done.code}: {done.err}")
     new = tree(stage.target)
@@ -253,6 +270,7 @@ class Stage:
         write_room(self.shop.room, self.case.bulk)
         if self.case.before:
             replace(self.shop, package=prepared.pristine).must(*self.case.before)
+            let_rest(self.shop.room)
         self.names = {p.name for p in self.shop.room.iterdir()}
         (folder / "cache").mkdir(exist_ok=True)
         shutil.copytree(folder / "cache", self.kept / "cache")
@@ -266,8 +284,8 @@ class Stage:
         return self.shop.room / self.case.target
 
     @property
-    def command(self) -> list[str]:
-        return self.shop.command(self.case.arguments)
+    def start(self) -> Start:
+        return self.shop.start(*self.case.arguments)
 
     def reset(self) -> None:
         """The room as it was before the case. The base stays: what is known of it goes by its inode."""
@@ -280,23 +298,23 @@ class Stage:
         if self.case.in_place:
             shutil.copytree(self.kept / "target", self.target)
         if point := self.prepared.earlier:
-            tracing.kill(self.command, self.shop.env, self.shop.room, self.shop.room, point)
+            tracing.kill(self.start, self.shop.room, self.shop.room, point)
 
     def points(self, others: bool = False) -> list[Point]:
         """The calls of an undisturbed run on the room and on the user's cache."""
         self.reset()
-        found, done = tracing.count(self.command, self.shop.env, self.shop.room, self.shop.folder, others)
+        found, done = tracing.count(self.start, self.shop.room, self.shop.folder, others)
         if done.code:
             raise AssertionError(f"an undisturbed run ended with {done.code}: {done.err}")
         return found
 
     def kill(self, point: Point) -> None:
         point = replace(point, nth=point.nth + self.shift)
-        tracing.kill(self.command, self.shop.env, self.shop.room, self.shop.folder, point)
+        tracing.kill(self.start, self.shop.room, self.shop.folder, point)
 
     def fail(self, point: Point, code: str) -> Done:
         point = replace(point, nth=point.nth + self.shift)
-        return tracing.fail(self.command, self.shop.env, self.shop.room, self.shop.folder, point, code)
+        return tracing.fail(self.start, self.shop.room, self.shop.folder, point, code)
 
     def identify(self) -> dict[str, tuple]:
         """What is not the target's: name -> bytes, inode, mtime, links."""

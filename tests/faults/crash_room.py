@@ -142,6 +142,10 @@ class Recording:
     calls: list[str]
 
 
+CACHE_FILES = {"digests.json", ".digests.json.new"}
+"""What may lie in the user's cache folder; the second, which a killed run leaves, is removed by the next that saves."""
+
+
 class Room:
     """A folder in which tasks are played; see `opened_room`."""
 
@@ -275,6 +279,8 @@ class Room:
             faults += [f"run again: {fault}" for fault in self.differs(task, (task.new,))]
         if strays := {p.name for p in self.image.iterdir()} - {"cache", task.target}:
             faults.append(f"run again, it leaves {', '.join(sorted(strays))}")
+        if litter := {p.name for p in (self.image / "cache").rglob("*") if p.is_file()} - CACHE_FILES:
+            faults.append(f"run again, the cache holds {', '.join(sorted(litter))}")
         return faults + self.base_changed(task)
 
     def base_changed(self, task: Task) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ from typing import Any
 from faults import tracing
 from faults.cases import Tree, tree, write_room
 from faults.disks import CUTS, Disk
-from faults.tracing import Point
+from faults.forks import Program
+from faults.tracing import Point, Start
 
 STATES = ("old", "new", "partial", "partial, loads")
 """What is there: what was before (or nothing), the new files, something else, or something else whose weights the
@@ -108,21 +110,28 @@ class Bench:
         self.env = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                                  "RAYON_NUM_THREADS": "1", "SWSURGERY_THREADS": "1", "HOME": str(folder),
                                  "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
-        if package and not writer.python:
-            self.env["PYTHONPATH"] = str(package)
+        self.env.pop("PYTHONPATH", None)
+        self.package = None if writer.python else package
+        self.env |= {"PYTHONPATH": str(self.package)} if self.package else {}
         folder.mkdir(parents=True)
         write_room(folder / "room")
         self.new, self.old = self._made("2.0"), self._made("1.0") if over else None
 
     def _made(self, value: str) -> Tree | None:
         self.clear()
-        done = tracing.run(self.command(value), self.env, self.folder)
+        done = self.start(value)(())
         if done.code:
             raise OSError(f"{self.writer.name} ended with {done.code}: {done.err[-300:]}")
         return tree(self.out)
 
-    def command(self, value: str = "2.0") -> list[str]:
-        return [self.writer.python or sys.executable, "-c", self.writer.program, str(self.out), value]
+    def start(self, value: str = "2.0") -> Start:
+        program = Program(self.writer.program, self.package, self.writer.python or sys.executable)
+        return program.started([str(self.out), value], self.env, self.folder, self._modules)
+
+    def _modules(self, program: Program) -> Sequence[str]:
+        with tempfile.TemporaryDirectory() as name:
+            write_room(Path(name) / "room")
+            return program.rehearsed([[f"{name}/out", "1.0"]], self.env, Path(name))
 
     def clear(self) -> None:
         for path in self.folder.iterdir():
@@ -139,13 +148,13 @@ class Bench:
 
     def points(self) -> list[Point]:
         self.reset()
-        points, _ = tracing.count(self.command(), self.env, self.folder, self.folder)
+        points, _ = tracing.count(self.start(), self.folder, self.folder)
         return [p for p in points if not p.file.startswith(("cache/", "room/"))]
 
     def kill(self, point: Point) -> bool:
         """False where the writer, which has threads, came by in another order."""
         try:
-            tracing.kill(self.command(), self.env, self.folder, self.folder, point)
+            tracing.kill(self.start(), self.folder, self.folder, point)
         except tracing.Shifted:
             return False
         return True
@@ -203,7 +212,7 @@ def power(benches: Sequence[Bench], version: str, disks: Sequence[Disk], most: i
             if point and not bench.kill(point):
                 continue
             if not point:
-                tracing.run(bench.command(), bench.env, bench.folder)
+                bench.start()(())
             disk.cut(how)
             count = during if point else after
             count.cases += 1

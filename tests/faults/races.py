@@ -27,7 +27,7 @@ BUSY = ("another run is", "the target exists")
 def targets(prepared: Prepared, folder: Path, shim: Path, rounds: int, killed: bool = False) -> Result:
     """RACERS runs of the case's command; with `killed` one of them gets SIGKILL at some moment."""
     name = f"{RACERS} runs of '{prepared.case.name}'" + (", one of them killed" if killed else "")
-    result, chance = Result("race", name, ""), random.Random(0)
+    result, chance = Result("race", name, "", f"{rounds} rounds"), random.Random(0)
     stage = Stage(prepared, folder / "stage")
     shop = _slowed(stage.shop, shim)
     for number in range(rounds):
@@ -50,7 +50,7 @@ def targets(prepared: Prepared, folder: Path, shim: Path, rounds: int, killed: b
 def mixed(prepared: Prepared, folder: Path, shim: Path, rounds: int) -> Result:
     """Edits in place by two manifests, and copies of what they edit, at the same time: every result is one of the
     checkpoints that come of doing one after the other."""
-    result = Result("race", "edits in place by two manifests, and copies of their base", "")
+    result = Result("race", "edits in place by two manifests, and copies of their base", "", f"{rounds} rounds")
     stage = Stage(prepared, folder / "stage")
     shop, room = _slowed(stage.shop, shim), stage.shop.room
     at, _ = place(room / "base" / FIRST, down(0), (5, 5))

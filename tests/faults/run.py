@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from faults import disks, incumbents, matrix, races, report, space, sweeps, tracing, transfers
+from faults import disks, forks, incumbents, matrix, races, report, space, sweeps, tracing, transfers
 from faults.cases import CASES, Case, Prepared, case, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,12 @@ class Run:
     shim: Path
     workers: int
     rounds: int
+    brief: bool
     mergekit: str | None
+
+    def in_turn(self, case: Case) -> bool:
+        """Whether each call of the case gets one of the faults that it may have, not all of them."""
+        return self.brief and case.name not in BOTH
 
     def prepared(self, case: Case) -> Prepared:
         return prepare(case, self.folder / "prepare", self.package, self.package)
@@ -64,14 +69,14 @@ def kill(run: Run) -> Iterator[Any]:
 
 def errors(run: Run) -> Iterator[Any]:
     for one in CASES:
-        yield sweeps.errors(run.prepared(one), run.room(), run.workers, "")
+        yield sweeps.errors(run.prepared(one), run.room(), run.workers, "", in_turn=run.in_turn(one))
 
 
 def power(run: Run) -> Iterator[Any]:
     for kind in _there(POWER, disks.no_power_cut):
         for one in CASES:
             with matrix.drives(kind, run.room(), run.workers) as drives:
-                yield sweeps.power(run.prepared(one), drives)
+                yield sweeps.power(run.prepared(one), drives, in_turn=run.in_turn(one))
 
 
 def short(run: Run) -> Iterator[Any]:
@@ -110,7 +115,7 @@ def others(run: Run) -> Iterator[Any]:
     for writer, over in itertools.product(writers, (False, True)):
         if over and not writer.replaces:
             continue
-        number, most = _version_of(writer), 60 if writer.library != "transformers" else 12
+        number, most = _version_of(writer), 40 if run.brief else 200
         bench = incumbents.Bench(writer, run.room() / "bench", over, run.package)
         yield incumbents.killed(bench, number, "", most)
         for kind in _there(POWER, disks.no_power_cut):
@@ -123,10 +128,11 @@ def planted(run: Run) -> Iterator[Any]:
     from faults import planted as bugs
 
     kinds = list(_there(POWER, disks.no_power_cut))
-    for bug in bugs.BUGS:
-        package = bugs.copy_with(bug.name, run.room() / "package")
+    for number, bug in enumerate(bugs.BUGS):  # a folder for each: what runs in it stays loaded
+        package = bugs.copy_with(bug.name, run.folder / f"planted{number}")
         compileall.compile_dir(package, quiet=1)
         yield matrix.run(bug.name, package, run.package, run.folder / "matrix", run.shim, run.workers, kinds)
+        forks.close()
 
 
 def tests(run: Run) -> Iterator[Any]:
@@ -158,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("techniques", nargs="*", help=f"of {', '.join(TECHNIQUES)}; else all")
     parser.add_argument("--workers", type=int, default=2, help="faults at the same time")
     parser.add_argument("--rounds", type=int, default=100, help="of each race")
+    parser.add_argument("--brief", action="store_true", help="fewer kinds of fault at each call of the lesser cases")
     parser.add_argument("--mergekit", help="an interpreter that has mergekit")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm") if Path("/dev/shm").is_dir() else None)
     parser.add_argument("--out", type=Path, default=report.FIGURES)
@@ -172,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = folder / "package"
         shutil.copytree(ROOT / "swsurgery", package / "swsurgery", ignore=shutil.ignore_patterns("__pycache__"))
         compileall.compile_dir(package, quiet=1)
-        run = Run(folder, package, transfers.build_shim(folder), options.workers, options.rounds, options.mergekit)
+        shim, o = transfers.build_shim(folder), options
+        run = Run(folder, package, shim, o.workers, o.rounds, o.brief, o.mergekit)
         for technique in options.techniques or TECHNIQUES:
             rows = []
             for made in TECHNIQUES[technique](run):
@@ -204,14 +212,17 @@ def _tell(technique: str, made: Any, row: dict[str, Any]) -> bool:
 
 
 def _circumstances() -> dict[str, str]:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    """The commit is that of the product, which may differ from it while a change is tried."""
+    commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "swsurgery") else "")
     return {
-        "commit": git.stdout.strip(),
+        "commit": commit,
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
     }
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _there(kinds: Sequence[disks.Kind], missing: Callable[[disks.Kind], str]) -> Iterator[disks.Kind]:

@@ -36,7 +36,7 @@ def clones(prepared: Prepared, disk: Disk) -> Result:
 
 def full(prepared: Prepared, disk: Disk, steps: int = 12) -> Result:
     """The command with ever more room left: done, or exit 2 and nothing half; then again when there is room."""
-    result = Result("full disk", prepared.case.name, disk.kind)
+    result = Result("full disk", prepared.case.name, disk.kind, f"{steps} amounts of room left")
     stage = Stage(prepared, disk.mount / "shop")
     most = 1 << (21 if disk.kind == "btrfs" else 19)
     for step in range(steps):

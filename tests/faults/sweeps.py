@@ -51,6 +51,8 @@ EXCUSED = (
 """(call, file, why a run may end well although this failed); the result must be whole all the same."""
 
 
+FIRSTS = "the first call of each name on each kind of file"
+
 SHIFTS = (0, 1, -1, 2, -2)
 """How many calls of the same name may have come or gone since they were counted: the C library opens files of its own
 where threads begin. A fault that hits none of these counts as a violation."""
@@ -58,19 +60,20 @@ where threads begin. A fault that hits none of these counts as a violation."""
 
 @dataclass
 class Result:
-    """What came of one technique on one subject at one place."""
+    """What came of one technique on one subject at one place; `extent` says how much of it was tried."""
 
     technique: str
     subject: str
     place: str
+    extent: str = ""
     cases: int = 0
     violations: list[str] = field(default_factory=list)
     excused: Counter[str] = field(default_factory=Counter)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "technique": self.technique, "subject": self.subject, "place": self.place, "cases": self.cases,
-            "violations": self.violations, "excused": dict(sorted(self.excused.items())),
+            "technique": self.technique, "subject": self.subject, "place": self.place, "extent": self.extent,
+            "cases": self.cases, "violations": self.violations, "excused": dict(sorted(self.excused.items())),
         }  # fmt: skip
 
 
@@ -81,19 +84,26 @@ def kill(prepared: Prepared, folder: Path, workers: int, place: str, sample: boo
         stage.kill(point)
         return stage.broken() + stage.unfinished()
 
-    return _sweep("SIGKILL", prepared, folder, workers, place, one, lambda stage: chosen(stage.points(), sample))
+    extent = FIRSTS if sample else "every call"
+    return _sweep(
+        Result("SIGKILL", prepared.case.name, place, extent), prepared, folder, workers, one,
+        lambda stage: chosen(stage.points(), sample),
+    )  # fmt: skip
 
 
 def errors(
-    prepared: Prepared, folder: Path, workers: int, place: str, sample: bool = False, codes: Sequence[str] = ()
+    prepared: Prepared, folder: Path, workers: int, place: str, sample: bool = False, in_turn: bool = False
 ) -> Result:
-    """Each call failing once: every call with every code that it may have, or the sample with one code each."""
+    """Each call failing once: every call with every code that it may have, or `in_turn` with one of them; the sample
+    with EIO and ENOSPC in turn."""
 
     def jobs(stage: Stage) -> list[tuple[Point, str]]:
         points = chosen(stage.points(others=not sample), sample)
         if sample:
             return [(p, ("EIO", "ENOSPC")[i % 2]) for i, p in enumerate(points)]
-        return [(p, c) for p in points for c in CODES[KINDS[p.call]] if not codes or c in codes]
+        if in_turn:
+            return [(p, codes[i % len(codes)]) for i, p in enumerate(points) for codes in [CODES[KINDS[p.call]]]]
+        return [(p, c) for p in points for c in CODES[KINDS[p.call]]]
 
     def one(stage: Stage, job: tuple[Point, str], result: Result) -> list[str]:
         point, code = job
@@ -109,15 +119,24 @@ def errors(
             faults += misreported(done)
         return faults + stage.broken() + stage.unfinished()
 
-    return _sweep("error code", prepared, folder, workers, place, one, jobs)
+    extent = FIRSTS if sample else "every call, one code in turn" if in_turn else "every call, every code"
+    result = Result("error code", prepared.case.name, place, extent)
+    return _sweep(result, prepared, folder, workers, one, jobs)
 
 
-def power(prepared: Prepared, disks: Sequence[Disk], cuts: Sequence[Cut] = CUTS, sample: bool = False) -> Result:
-    """The power cut at every mutating call, and after exit 0, when the target must be there."""
-    result = Result("power cut", prepared.case.name, disks[0].kind)
+def power(prepared: Prepared, disks: Sequence[Disk], sample: bool = False, in_turn: bool = False) -> Result:
+    """The power cut at every mutating call in each of the ways of CUTS, or `in_turn` in one of them, the sample in the
+    first; and after exit 0, when the target must be there, in each."""
+    extent = FIRSTS if sample else f"every call, {'one' if in_turn else 'each'} of three ways to lose"
+    result = Result("power cut", prepared.case.name, disks[0].kind, extent)
     stages = [Stage(prepared, disk.mount / "shop") for disk in disks]
     of = dict(zip((id(s) for s in stages), disks, strict=True))
-    points: list[Point | None] = [*chosen(stages[0].points(), sample), None]
+    points = chosen(stages[0].points(), sample)
+    cuts: Sequence[Cut] = CUTS[:1] if sample else CUTS
+    jobs: list[tuple[Point | None, Cut]] = [(p, how) for p in points for how in cuts]
+    if in_turn:
+        jobs = [(p, cuts[i % len(cuts)]) for i, p in enumerate(points)]
+    jobs += [(None, how) for how in CUTS]
 
     def one(stage: Stage, job: tuple[Point | None, Cut]) -> list[str]:
         (point, how), disk = job, of[id(stage)]
@@ -130,7 +149,7 @@ def power(prepared: Prepared, disks: Sequence[Disk], cuts: Sequence[Cut] = CUTS,
         disk.cut(how)
         return ([] if stage.complete else ["exit 0 was not durable"]) + stage.others_changed()
 
-    return _play(result, stages, [(p, how) for p in points for how in cuts], one)
+    return _play(result, stages, jobs, one)
 
 
 def chosen(points: list[Point], sample: bool) -> list[Point]:
@@ -147,15 +166,13 @@ def chosen(points: list[Point], sample: bool) -> list[Point]:
 
 
 def _sweep(
-    technique: str,
+    result: Result,
     prepared: Prepared,
     folder: Path,
     workers: int,
-    place: str,
     one: Callable[[Stage, Any, Result], list[str]],
     jobs: Callable[[Stage], Iterable[Any]],
 ) -> Result:
-    result = Result(technique, prepared.case.name, place)
     stages = [Stage(prepared, folder / f"stage{n}") for n in range(workers)]
     return _play(result, stages, jobs(stages[0]), lambda stage, job: one(stage, job, result))
 

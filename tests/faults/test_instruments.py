@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from checkpoints import FIRST
 
 from faults import disks, tracing
 from faults.cases import Stage, case, misreported, prepare
-from faults.tracing import Done, Point
+from faults.tracing import Done, Point, Start
 
 traced = pytest.mark.skipif(bool(tracing.missing()), reason=tracing.missing())
 
@@ -23,12 +24,15 @@ for name in ("a", "b"):
     os.close(fd)
 os.mkdir("c")
 """
-COMMAND = [sys.executable, "-S", "-c", WRITER]
+
+
+def written(folder: Path) -> Start:
+    return tracing.executed([sys.executable, "-S", "-c", WRITER], os.environ, folder)
 
 
 @traced
 def test_a_run_is_counted_call_by_call(tmp_path):
-    points, done = tracing.count(COMMAND, os.environ, tmp_path, tmp_path)
+    points, done = tracing.count(written(tmp_path), tmp_path, tmp_path)
     assert [(p.call, p.file) for p in points] == [
         *((call, "a") for call in ("openat", "write", "fsync")),
         *((call, "b") for call in ("openat", "write", "fsync")),
@@ -39,13 +43,13 @@ def test_a_run_is_counted_call_by_call(tmp_path):
 
 @traced
 def test_a_process_is_killed_before_the_call_and_not_after(tmp_path):
-    tracing.kill(COMMAND, os.environ, tmp_path, tmp_path, Point("write", 2, "b"))
+    tracing.kill(written(tmp_path), tmp_path, tmp_path, Point("write", 2, "b"))
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "text", "b": ""}
 
 
 @traced
 def test_a_call_fails_with_the_code_asked_for(tmp_path):
-    done = tracing.fail(COMMAND, os.environ, tmp_path, tmp_path, Point("fsync", 2, "b"), "ENOSPC")
+    done = tracing.fail(written(tmp_path), tmp_path, tmp_path, Point("fsync", 2, "b"), "ENOSPC")
     assert done.code == 1
     assert "No space left on device" in done.err
 
@@ -53,7 +57,7 @@ def test_a_call_fails_with_the_code_asked_for(tmp_path):
 @traced
 def test_a_fault_that_hits_another_call_is_no_result(tmp_path):
     with pytest.raises(tracing.Shifted, match="fsync #2 on a"):
-        tracing.kill(COMMAND, os.environ, tmp_path, tmp_path, Point("fsync", 2, "a"))
+        tracing.kill(written(tmp_path), tmp_path, tmp_path, Point("fsync", 2, "a"))
 
 
 def test_what_is_wrong_after_a_fault_is_seen(tmp_path):

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,50 +69,60 @@ class Shifted(Exception):
     """The fault hit another call than the one meant: the run did not repeat the run that was counted."""
 
 
-def run(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float = 120) -> Done:
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
+TIMEOUT = 120
+"""Seconds after which a run is given up."""
+
+Start = Callable[[Sequence[str]], Done]
+"""Runs a command, under strace with the options given or, without any, by itself."""
+
+
+def run(command: Sequence[str], env: Mapping[str, str], cwd: Path) -> Done:
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
     return Done(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
-def count(
-    command: Sequence[str], env: Mapping[str, str], cwd: Path, watched: Path, others: bool = False
-) -> tuple[list[Point], Done]:
+def executed(command: Sequence[str], env: Mapping[str, str], cwd: Path) -> Start:
+    """The command in a new process."""
+
+    def start(options: Sequence[str]) -> Done:
+        # With the filter, strace 6.1 would deliver a signal too late.
+        fast = [] if any("signal=KILL" in option for option in options) else ["--seccomp-bpf"]
+        return run(["strace", *fast, *options, *command] if options else command, env, cwd)
+
+    return start
+
+
+def count(start: Start, cwd: Path, watched: Path, others: bool = False) -> tuple[list[Point], Done]:
     """The points of one run below `watched`, in order: the mutating ones, or with `others` all that may fail."""
     calls = MUTATING + OTHERS if others else MUTATING
-    done, log = _traced(command, env, cwd, calls)
+    done, log = _traced(start, calls)
     points = [p for p, text in _points(log, cwd, watched) if others or _mutates(p.call, text)]
     return points, done
 
 
-def kill(command: Sequence[str], env: Mapping[str, str], cwd: Path, watched: Path, point: Point) -> Done:
+def kill(start: Start, cwd: Path, watched: Path, point: Point) -> Done:
     """Run until `point`, where the process dies before the call is made. Raises Shifted."""
-    done, log = _traced(command, env, cwd, [point.call], f"signal=KILL:when={point.nth}")
+    done, log = _traced(start, [point.call], f"signal=KILL:when={point.nth}")
     reached = [p for p, _ in _points(log, cwd, watched)]
     if done.code != -9 or not reached or reached[-1] != point:
         raise Shifted(f"{point} was to be killed, {reached[-1] if reached else 'nothing'} was (exit {done.code})")
     return done
 
 
-def fail(command: Sequence[str], env: Mapping[str, str], cwd: Path, watched: Path, point: Point, code: str) -> Done:
+def fail(start: Start, cwd: Path, watched: Path, point: Point, code: str) -> Done:
     """Run with the call at `point` failing with the error `code`, such as EIO, once. Raises Shifted."""
-    done, log = _traced(command, env, cwd, [point.call], f"error={code}:when={point.nth}")
+    done, log = _traced(start, [point.call], f"error={code}:when={point.nth}")
     hit = [p for p, text in _points(log, cwd, watched) if "(INJECTED)" in text]
     if hit != [point]:
         raise Shifted(f"{point} was to fail, {hit} did (exit {done.code})")
     return done
 
 
-def _traced(
-    command: Sequence[str], env: Mapping[str, str], cwd: Path, calls: Iterable[str], inject: str = ""
-) -> tuple[Done, list[str]]:
+def _traced(start: Start, calls: Iterable[str], inject: str = "") -> tuple[Done, list[str]]:
     wanted = ",".join(f"?{call}" for call in calls)  # the question mark: not every machine has every call
     with tempfile.NamedTemporaryFile("r", suffix=".strace", errors="replace") as log:
         options = ["-f", "-y", "-s", "0", "-o", log.name, "-e", f"trace={wanted}", "-e", "signal=none"]
-        if inject:
-            options += ["-e", f"inject={wanted}:{inject}"]
-        if "signal=KILL" not in inject:  # with the filter, strace 6.1 would deliver it too late
-            options.append("--seccomp-bpf")
-        done = run(["strace", *options, *command], env, cwd)
+        done = start([*options, *(["-e", f"inject={wanted}:{inject}"] if inject else [])])
         return done, log.read().splitlines()
 
 

@@ -36,7 +36,7 @@ def build_shim(folder: Path) -> Path:
 
 def short(prepared: Prepared, folder: Path, shim: Path, place: str) -> tuple[Result, Counter[str]]:
     """One run in which every transfer is halved; also how often each kind of transfer was."""
-    result = Result("short transfers", prepared.case.name, place, cases=1)
+    result = Result("short transfers", prepared.case.name, place, "every transfer", cases=1)
     log = folder / "shim.log"
     stage = Stage(prepared, folder / "stage")
     stage.reset()
