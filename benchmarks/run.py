@@ -220,7 +220,9 @@ def main() -> None:
     print("\n".join(lines))
     if options.write:
         head = "# Benchmarks\n\nMade by `make bench BENCH=--write`; see benchmarks/run.py.\n\n"
-        Path(__file__).parents[1].joinpath("docs", "benchmarks.md").write_text(head + "\n".join(lines) + "\n")
+        page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+        _, hub, rest = page.read_text().partition("\n## The Hub\n")  # by benchmarks/hub.py
+        page.write_text(head + "\n".join(lines) + "\n" + hub + rest)
 
 
 if __name__ == "__main__":

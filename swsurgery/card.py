@@ -31,7 +31,11 @@ FIELDS = (
 RELATION = "finetune"
 """Of the Hub's four (adapter, merge, quantized, finetune) the one for changed values in the base's own format."""
 
+PATCH_RELATION = "adapter"
+"""The one for what is nothing without its base."""
+
 OWN_TAGS = ("swsurgery", "super-weights")
+PATCH_TAGS = (*OWN_TAGS, "patch")
 
 MAX_ROWS, MAX_NAME, MAX_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
 """Rows of a table, characters of a name, and bytes of a quoted file: more is left to the files themselves."""
@@ -41,8 +45,10 @@ _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,99}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _LINK = re.compile(r"(https?://[A-Za-z0-9.-]+(/[A-Za-z0-9._~/%#?=&+-]*)?|[A-Za-z0-9][A-Za-z0-9._/-]*)")
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
+_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _CODE = re.compile(r"[A-Za-z0-9_.+/\[-]([A-Za-z0-9_.,+/\[\] -]*[A-Za-z0-9_.+/\]-])?")
-_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+_PUNCTUATION = re.compile(r"([!-,./:-@\[-`{-~]|(?<![A-Za-z0-9])-|-(?![A-Za-z0-9]))")
+"""All of ASCII's but the hyphen within a word."""
 
 
 def escaped(value: object) -> str:
@@ -89,6 +95,15 @@ def fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]
     return {name: found[name] for name in FIELDS if name in found}
 
 
+def patch_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The front matter of a patch: it comes under the base's licence, and is no model that a library could load."""
+    found = fields(registry, base_fields)
+    if "base_model_relation" in found:
+        found["base_model_relation"] = PATCH_RELATION
+    found |= {"library_name": "swsurgery", "tags": list(PATCH_TAGS)}
+    return {name: found[name] for name in FIELDS if name in found and name != "pipeline_tag"}
+
+
 def _matches(pattern: re.Pattern[str], value: object) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
 
@@ -108,12 +123,10 @@ def body(
 ) -> str:
     """The Markdown below the front matter. `base_card` is the base's, without its front matter; `short` gives layer,
     row, column and expert of coordinates that have such."""
-    base = registry.base.repo_id
-    name = shown(base) if base else "a checkpoint that is not on the Hub"
-    at = f" at commit `{registry.base.revision}`" if _matches(_PLAIN, registry.base.revision) else ""
+    name = _base_name(registry)
     parts = [
         f"# {escaped(repo_id.split('/')[-1])}",
-        f"This is {name}{at}, with {_count(len(registry.edits), 'scalar')} changed and every other byte of its weights "
+        f"This is {name}, with {_count(len(registry.edits), 'scalar')} changed and every other byte of its weights "
         "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
         "## What was changed",
         _edits(registry.edits, short or {}),
@@ -125,16 +138,76 @@ def body(
         "## Verify",
         "From anywhere, or in a copy on your disk:",
         fenced(f"swsurgery verify hf://{repo_id}\nswsurgery verify DIRECTORY", "sh"),
-        "It hashes each file with the old values of the table above put back. Where that gives the base's sha256, "
-        "which the base's own repository shows, the file is the base's with exactly these scalars changed.",
+        "In a copy it hashes each file with the old values of the table above put back. Where that gives the base's "
+        "sha256, which the base's own repository shows, the file is the base's with exactly these scalars changed. "
+        "From anywhere it reads the edited scalars, and takes the Hub's word for the sha256 of large files.",
         "## Revert",
         fenced(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
         "gives the base's weights back, byte for byte.",
         "## Manifest",
         _manifest(manifest),
-        *_base_card(name, at, base_card),
+        *_base_card(name, base_card),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def patch_body(
+    registry: Registry,
+    repo_id: str,
+    manifest: bytes,
+    patch_name: str,
+    size: int,
+    accepted: Sequence[Finding] = (),
+    short: Mapping[Coordinate, ShortForm] | None = None,
+) -> str:
+    """The Markdown of a repository that holds the edits alone: `patch_name` of `size` bytes. `registry` is of the
+    edits since the first base, and of no file."""
+    place = _base_uri(registry)
+    base = place or "BASE"
+    steps = len(registry.history) + 1
+    check = [_check(registry.check)]
+    if steps > 1:
+        check.insert(0, f"The edits were made in {steps} steps. Of the last one, whose base was the one before:")
+    parts = [
+        f"# {escaped(repo_id.split('/')[-1])}",
+        f"A patch of {size} bytes for {_base_name(registry)}, which changes {_count(len(registry.edits), 'scalar')} of "
+        "its weights. There are no weights in this repository. Made by swsurgery.",
+        "## What it changes",
+        _edits(registry.edits, short or {}),
+        *_known(registry),
+        "## Apply",
+        fenced(f"hf download {repo_id} {patch_name} --local-dir .\n"
+               f"swsurgery apply {patch_name} --base {base} -o patched", "sh"),
+        *([] if place else ["`BASE` is the directory of the checkpoint that it was made of."]),
+        "It is refused where the base holds other bits at these places, or where a shard that it touches has another "
+        "sha256. Where torch is installed, the model is run before and after, and `patched` is written only if that "
+        "check holds. Or in Python, in memory:",
+        fenced(f'import swsurgery\n\nmodel = swsurgery.load_patched("{base}", "{patch_name}")', "python"),
+        "## The check",
+        "\n\n".join(check),
+        *_accepted(accepted),
+        "## Verify and revert",
+        fenced("sha256sum -c SHA256SUMS       # this repository, as it was downloaded\n"
+               "swsurgery verify patched      # the base's files, with exactly these scalars changed\n"
+               "swsurgery revert patched      # the base's files again, byte for byte", "sh"),
+        "## Manifest",
+        _manifest(manifest),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _base_name(registry: Registry) -> str:
+    name = shown(registry.base.repo_id) if registry.base.repo_id else "a checkpoint that is not on the Hub"
+    return name + (f" at commit `{registry.base.revision}`" if _matches(_PLAIN, registry.base.revision) else "")
+
+
+def _base_uri(registry: Registry) -> str | None:
+    """The base as a command takes it; None where there is none, or where a shell could read it as something else."""
+    base = registry.base
+    parts = [(_REPO_ID, base.repo_id), (_PLAIN, base.revision), *([(_FOLDER, base.sub)] if base.sub else [])]
+    if not all(_matches(pattern, part) for pattern, part in parts):
+        return None
+    return f"hf://{base.repo_id}@{base.revision}" + (f"/{base.sub}" if base.sub else "")
 
 
 def _count(number: int, thing: str) -> str:
@@ -236,12 +309,12 @@ def _manifest(manifest: bytes) -> str:
     return fenced(manifest.decode("utf-8", "replace"), "yaml")
 
 
-def _base_card(name: str, at: str, card: str | None) -> list[str]:
+def _base_card(name: str, card: str | None) -> list[str]:
     if not card or not card.strip():
         return []
     cut = "" if len(card) <= MAX_CARD else f" Its first {MAX_CARD} characters:"
     quoted = fenced(card[:MAX_CARD].strip("\r\n"), "markdown")
-    return [f"## The base's own card\n\nBy the authors of {name}{at}, quoted to the letter.{cut}", quoted]
+    return [f"## The base's own card\n\nBy the authors of {name}, quoted to the letter.{cut}", quoted]
 
 
 def describe(registry: Registry, accepted: Iterable[Finding]) -> str:

@@ -162,7 +162,7 @@ def _hashed(file: BaseFile, cache: DigestCache, progress: Progress) -> str:
 def _recorded(root: Path | Repo) -> Source:
     patched = read_records(root)
     checkpoint = open_checkpoint(root, patched.registry.base.weights, elsewhere=patched.registry.elsewhere)
-    steps = _steps(patched)
+    steps = steps_of(patched)
     changed: dict[Coordinate, PatchScalar] = {}
     for registry in steps:
         for e in registry.edits:
@@ -189,7 +189,7 @@ def _recorded(root: Path | Repo) -> Source:
     )  # fmt: skip
 
 
-def _steps(patched: Patched | None) -> list[Registry]:
+def steps_of(patched: Patched | None) -> list[Registry]:
     """The registries of a checkpoint that was patched once or several times, the first one first."""
     steps: list[Registry] = []
     while patched is not None:

@@ -14,6 +14,7 @@ import fcntl
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from swsurgery.errors import Interrupted, TargetError
 
@@ -85,7 +86,7 @@ def staged(target: Path, names: Collection[str], last: Collection[str] = ()) -> 
 def _commit(stage: Path, target: Path, marker: Path) -> None:
     """Give the stage its name. The marker says, to whoever comes after a kill between here and the end, that the
     target was not reported as done and may be taken back; it names the directory that it speaks of."""
-    for folder, _, _ in os.walk(stage):
+    for folder, _, _ in _walk(stage):
         sync_directory(Path(folder))
     write_file(marker, _identity(os.stat(stage)))
     sync_directory(target.parent)
@@ -155,9 +156,20 @@ def _identity(status: os.stat_result) -> bytes:
     return f"{status.st_dev}:{status.st_ino}\n".encode()
 
 
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk, which by itself takes a folder that cannot be read for an empty one."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    return os.walk(folder, onerror=fail)
+
+
 def _files(folder: Path) -> set[str]:
-    """Names, relative to the folder, of everything below it that is no directory."""
-    return {os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names}
+    """Names, relative to the folder, of everything below it that is no directory; none where it is not there."""
+    if not os.path.lexists(folder):
+        return set()
+    return {os.path.relpath(os.path.join(where, name), folder) for where, _, names in _walk(folder) for name in names}
 
 
 def _remove_strays(stage: Path, names: Collection[str]) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 from swsurgery import card
 from swsurgery.architectures import short_form
@@ -20,111 +19,18 @@ from swsurgery.comparison import chunks
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
-from swsurgery.hub.commit import MAIN, Listing, Target, listing_if_seen, look, open_pull_requests
+from swsurgery.hub.commit import Listing, Target, listing_if_seen, look, open_pull_requests
 from swsurgery.hub.commit import listing as listing_of
 from swsurgery.hub.remote import RemoteFile
 from swsurgery.names import OWN_FILES
 from swsurgery.progress import Progress
+from swsurgery.publication import Item, Publication, Wish, is_published
 from swsurgery.registry import REGISTRY_NAME, FileRecord, Patched, Registry, read_patched
 from swsurgery.rules import Finding
 from swsurgery.verify import SIGNATURE_NAME
 
-How = Literal["copy", "upload", "keep", "delete"]
-
 SMALL = 16 << 20
 """Bytes. A file up to this size is read when the plan is made; git itself holds none that is larger."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One file of the new revision, or one that goes. `content` is None where it is not in the directory; `sha256` is
-    None where it is not known before the file is hashed; `blob` is git's name for a small content, `source` the path
-    in the base's repository, where a base that lies in a folder of it has another."""
-
-    name: str
-    how: How
-    size: int
-    why: str
-    sha256: str | None = None
-    blob: str | None = None
-    content: Path | bytes | None = field(default=None, repr=False)
-    source: str | None = None
-
-    def is_in(self, listing: Listing, path: str = "") -> bool:
-        """Whether a revision has this very file, here or at another path."""
-        path = path or self.name
-        there = listing.files.get(path)
-        if there is None or there.size != self.size:
-            return False
-        if there.sha256 is not None:
-            return there.sha256 == self.sha256
-        return self.blob is not None and listing.blobs[path] == self.blob
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the user asked for. `tag` None is named after the base's commit; `message` None says what was done."""
-
-    repo_id: str
-    private: bool = False
-    create_pr: bool = False
-    branch: str = MAIN
-    tag: str | None = None
-    message: str | None = None
-
-
-@dataclass(frozen=True)
-class Publication:
-    """The plan. `base` is None where it cannot be copied from, `target` where there is no repository yet;
-    `pull_request` is an open one that holds all this already."""
-
-    root: Path
-    wish: Wish
-    registry: Registry
-    items: tuple[Item, ...]
-    left_out: Mapping[str, str]
-    notes: tuple[str, ...]
-    accepted: tuple[Finding, ...]
-    base: Listing | None
-    target: Target | None
-    tag: str | None
-    message: str
-    pull_request: int | None = None
-
-    @property
-    def private(self) -> bool:
-        return self.target.head.private if self.target else self.wish.private
-
-    @property
-    def changes(self) -> tuple[Item, ...]:
-        return tuple(item for item in self.items if item.how != "keep")
-
-    @property
-    def copy_bytes(self) -> int:
-        return sum(item.size for item in self.items if item.how == "copy")
-
-    @property
-    def upload_bytes(self) -> int:
-        return sum(item.size for item in self.items if item.how == "upload")
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "repo_id": self.wish.repo_id,
-            "branch": self.wish.branch,
-            "created": self.target is None,
-            "private": self.private,
-            "create_pr": self.wish.create_pr,
-            "parent": self.target.head.commit if self.target else None,
-            "base": {"repo_id": self.base.repo_id, "commit": self.base.commit} if self.base else None,
-            "files": [{"name": i.name, "how": i.how, "size": i.size, "why": i.why} for i in self.items],
-            "left_out": [{"name": name, "why": why} for name, why in self.left_out.items()],
-            "copy_bytes": self.copy_bytes,
-            "upload_bytes": self.upload_bytes,
-            "tag": self.tag,
-            "message": self.message,
-            "accepted": sorted({f.rule for f in self.accepted}),
-            "notes": list(self.notes),
-        }
 
 
 def make_publication(
@@ -140,39 +46,58 @@ def make_publication(
         raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
     registry, notes = patched.registry, []
     checkpoint = open_checkpoint(root, registry.base.weights, elsewhere=registry.elsewhere)
-    base = listing_if_seen(registry.base.repo_id, registry.base.revision) if registry.base.repo_id else None
+    base, target = base_listing(registry), target_of(wish)
     if base is None:
         named = registry.base.repo_id or "the base, which the registry does not name,"
         notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
-    target = look(wish.repo_id, wish.branch)
-    if target and wish.private and not target.head.private:
-        raise HubError("the repository is public", wish.repo_id, "change that in its settings, or go without --private")
+    elif base.private and not (target.head.private if target else wish.private):
+        notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
     left_out = _left_out(checkpoint, registry)
     distrusted = {f.file for f in findings}
-    scan = _Scan(checkpoint, registry, base, target, distrusted, hashing, progress)
+    scan = Scan(checkpoint, registry, base, target, distrusted, hashing, progress)
     names = [n for n in registry.files if n not in left_out and (n in scan.there or n in registry.elsewhere)]
     names += [n for n in scan.there if n not in registry.files and n not in left_out and n not in OWN_FILES]
     items = [scan.item(name) for name in sorted(names)]
     published = _published(registry, items, base)
     records = Patched(published, published.render(), patched.manifest_raw)
-    text = _base_card(scan, registry, base)
+    text = base_card(scan, registry, base)
     base_fields, base_text = read_card(text, card.FIELDS)
     body = card.body(
-        published, wish.repo_id, patched.manifest_raw, base_text, findings, _short_forms(checkpoint, registry)
+        published, wish.repo_id, patched.manifest_raw, base_text, findings, short_forms(checkpoint, registry)
     )
     own = records.own_files() | {card.CARD_NAME: render_card(card.fields(published, base_fields), body)}
     items += [scan.own(name, data) for name, data in own.items()]
+    message = wish.message or summary(registry)
+    return assembled(root, wish, published, items, left_out, notes, findings, base, target, message)
+
+
+def assembled(
+    root: Path, wish: Wish, registry: Registry, items: Sequence[Item], left_out: Mapping[str, str],
+    notes: Sequence[str], findings: Sequence[Finding], base: Listing | None, target: Target | None, message: str,
+) -> Publication:  # fmt: skip
+    """The plan of these files, with those that go, the tag, and the pull request that holds it all already."""
     gone, said = _obsolete(target, {item.name for item in items})
-    items, notes = items + gone, notes + said
+    notes = [*notes, *said]
     tag = _tag(wish, registry, base, target, notes)
-    if base and base.private and not (target.head.private if target else wish.private):
-        notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
-    message = wish.message or _summary(registry)
     plan = Publication(
-        root, wish, published, tuple(sorted(items, key=lambda i: i.name)), left_out, tuple(notes), tuple(findings),
-        base, target, tag, message,
+        root, wish, registry, tuple(sorted([*items, *gone], key=lambda i: i.name)), left_out, tuple(notes),
+        tuple(findings), base, target, tag, message,
     )  # fmt: skip
     return replace(plan, pull_request=_same_pull_request(plan)) if wish.create_pr and target else plan
+
+
+def base_listing(registry: Registry) -> Listing | None:
+    """The base's repository at its commit, where this Hub shows it. Raises HubError."""
+    named = registry.base
+    return listing_if_seen(named.repo_id, named.revision) if named.repo_id else None
+
+
+def target_of(wish: Wish) -> Target | None:
+    """Where the commit is to go. Raises HubError where that is public and was to be private."""
+    target = look(wish.repo_id, wish.branch)
+    if target and wish.private and not target.head.private:
+        raise HubError("the repository is public", wish.repo_id, "change that in its settings, or go without --private")
+    return target
 
 
 def in_base(registry: Registry, name: str) -> str:
@@ -198,7 +123,7 @@ def _left_out(checkpoint: Checkpoint, registry: Registry) -> dict[str, str]:
     return dict(sorted(left.items()))
 
 
-class _Scan:
+class Scan:
     """Decides of one file after the other how it gets there."""
 
     def __init__(
@@ -300,7 +225,7 @@ def _published(registry: Registry, items: Sequence[Item], base: Listing | None) 
     return registry.model_copy(update={"files": files, "omitted": omitted, "elsewhere": []})
 
 
-def _base_card(scan: _Scan, registry: Registry, base: Listing | None) -> str:
+def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
     """The base's own card, from the directory where it is the base's, else from the base's repository."""
     here = scan.there.get(card.CARD_NAME)
     if here is not None and card.CARD_NAME in registry.files and card.CARD_NAME not in scan.distrusted:
@@ -314,7 +239,7 @@ def _base_card(scan: _Scan, registry: Registry, base: Listing | None) -> str:
     return ""
 
 
-def _short_forms(checkpoint: Checkpoint, registry: Registry) -> dict:
+def short_forms(checkpoint: Checkpoint, registry: Registry) -> dict:
     found = {}
     for record in registry.edits:
         with contextlib.suppress(ArchitectureError):
@@ -358,7 +283,7 @@ def _tag(wish: Wish, registry: Registry, base: Listing | None, target: Target | 
     return name
 
 
-def _summary(registry: Registry) -> str:
+def summary(registry: Registry) -> str:
     number, base = len(registry.edits), registry.base
     of = f" of {base.repo_id}" if base.repo_id else ""
     at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
@@ -372,31 +297,3 @@ def _same_pull_request(plan: Publication) -> int | None:
         if is_published(plan, head):
             return number
     return None
-
-
-def is_published(plan: Publication, head: Listing) -> bool:
-    """Whether a revision has every file of the plan, and none that was to go."""
-    return all(item.name not in head.files if item.how == "delete" else item.is_in(head) for item in plan.items)
-
-
-def lines(plan: Publication, size: Callable[[int], str]) -> Iterator[str]:
-    """The plan for people; `size` writes a number of bytes."""
-    kind = "private" if plan.private else "public"
-    at = f"branch {plan.wish.branch}" if plan.wish.branch != MAIN else "main"
-    what = f"a pull request to {at}" if plan.wish.create_pr else at
-    if plan.target is None:
-        yield f"{plan.wish.repo_id}: to be made, {kind}; one commit to {what}"
-    else:
-        yield f"{plan.wish.repo_id}: {kind}; one commit to {what} on top of {plan.target.head.commit}"
-    if plan.base:
-        yield f"base: {plan.base}"
-    for item in plan.items:
-        yield f"  {item.how:7} {size(item.size):>9}  {item.name}: {item.why}"
-    for name, why in plan.left_out.items():
-        yield f"  not     {'':9}  {name}: {why}"
-    yield from plan.notes
-    if plan.accepted:
-        yield f"accepted findings: {', '.join(sorted({f.rule for f in plan.accepted}))}"
-    if plan.tag:
-        yield f"tag: {plan.tag}"
-    yield f"to copy on the Hub: {size(plan.copy_bytes)}; to upload: {size(plan.upload_bytes)}"

@@ -1,7 +1,7 @@
 """Publishing a patched checkpoint, on one page: the gate, the plan, one commit, and reading it back.
 
     gate               what `verify` finds, what the check says, secrets   -> accepted findings, or no
-    make_publication   see publish_plan.py                                -> a plan that can be shown first
+    make_publication   see publish_plan.py, publish_patch.py              -> a plan that can be shown first
     publish            one commit on top of the parent that the plan saw   -> what is there now, re-read
 
 Until the commit no reader of the repository sees anything of it, and the commit is one request: whatever cuts the
@@ -24,10 +24,10 @@ from swsurgery.hub import Uri, fetch
 from swsurgery.hub import commit as hub
 from swsurgery.hub.commit import Conflict, Copy, CopyRefused, Draft, Listing, Sent, Target
 from swsurgery.hub.remote import RemoteFile
-from swsurgery.names import OWN_FILES
 from swsurgery.progress import Progress, Silent
 from swsurgery.proving import Question, prove
-from swsurgery.publish_plan import SMALL, Item, Publication, Wish, is_published, lines, make_publication
+from swsurgery.publication import Item, Publication, Wish, is_published, lines
+from swsurgery.publish_plan import SMALL, make_publication
 from swsurgery.registry import REGISTRY_NAME, Registry, read_patched
 from swsurgery.rules import RULES, Finding
 from swsurgery.shard import open_shard
@@ -261,7 +261,7 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
     findings, scalars = [], 0
     for item in plan.items:
         findings += _differences(item, listing)
-        if item.name in (*OWN_FILES, card.CARD_NAME) and item.name in listing.files:
+        if isinstance(item.content, bytes) and item.name in listing.files:
             data = listing.files[item.name].pread(listing.files[item.name].size, 0)
             if data != item.content:
                 findings.append(Finding("digest", "the Hub serves other bytes than were published", item.name))

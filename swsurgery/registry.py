@@ -51,7 +51,7 @@ class KnownFacts(Strict):
     id: str
     status: str
     causal_alone: str
-    sources: list[str]
+    sources: list[dict[str, Any]]
 
 
 class ScalarRecord(Strict):
@@ -169,7 +169,12 @@ def _facts(scalar: Scalar) -> dict[str, Any] | None:
     entry = scalar.known
     if entry is None:
         return None
-    return {"id": entry.id, "status": entry.status, "causal_alone": entry.causal_alone, "sources": list(entry.sources)}
+    return {
+        "id": entry.id,
+        "status": entry.status,
+        "causal_alone": entry.causal_alone,
+        "sources": [source.model_dump(mode="json") for source in entry.sources],
+    }
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ CARD_NAME = "README.md"
 """Of a checkpoint that was published: it quotes the registry, so the registry cannot list it. Where the registry does
 list one, it is the base's, and held to its digest."""
 
+GIT_NAME = ".gitattributes"
+"""How git keeps the files of a repository. The Hub makes one where a base had none, and nothing reads weights by it."""
+
 RULES_OF_REGISTRY = (
     "structure", "digest", "file-missing", "file-undeclared", "undeclared-change", "edit-changed",
     "protected-changed", "registry", "manifest", "duplicate-weights",
@@ -171,7 +174,7 @@ def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
 def _file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
     missing = [Finding("file-missing", "the registry lists it, it is not there", name)
                for name in registry.files if name not in names and name not in registry.elsewhere]  # fmt: skip
-    listed = {*registry.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME}
+    listed = {*registry.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
     extra = [Finding("file-undeclared", "it is there, the registry does not list it", name)
              for name in names if name not in listed]  # fmt: skip
     return missing + extra

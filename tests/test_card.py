@@ -228,6 +228,49 @@ def inert(made: str, words: list[str]) -> None:
     assert not controls, words
 
 
+def patch_card(made: Registry, **more: object) -> str:
+    arguments = {"manifest": b"version: 1\n", "patch_name": "patch.safetensors", "size": 900} | more
+    return cards.render(card.patch_fields(made, {}), card.patch_body(made, "org/edit", **arguments)).decode()
+
+
+def test_a_patchs_card_says_how_it_is_applied():
+    data, body = split(patch_card(registry()))
+    assert data["base_model"] == "org/base" and data["base_model_relation"] == "adapter"
+    assert "pipeline_tag" not in data and data["library_name"] == "swsurgery"
+    assert table(body, "What it changes")[1][:2] == ["model.layers.2.mlp.down_proj.weight", "[3968, 7003]"]
+    assert f"swsurgery apply patch.safetensors --base hf://org/base@{COMMIT} -o patched" in body
+    inside = registry(base=BaseRecord(repo_id="org/base", revision=COMMIT, named_by="cache", sub="a/b"))
+    assert f"--base hf://org/base@{COMMIT}/a/b -o patched" in patch_card(inside)
+
+
+@pytest.mark.parametrize("part", ["repo_id", "revision", "sub"])
+@pytest.mark.parametrize("text", ["a; rm -rf ~", "$(id)", "`id`", "a b", 'a"b', "a\nb", "-o/etc"])
+def test_no_strangers_word_gets_into_a_command(part, text):
+    base = {"repo_id": "org/base", "revision": COMMIT, "named_by": "cache", part: text}
+    _, body = split(patch_card(registry(base=BaseRecord(**base))))
+    commands = [t.content for t in tokens(body) if t.type == "fence" and t.info in ("sh", "python")]
+    assert len(commands) == 3 and "--base BASE -o patched" in commands[0]
+    assert not [c for c in commands if text in c]
+
+
+def test_a_thousand_hostile_strings_stay_text_in_a_patchs_card():
+    source, seen = random.Random(1106), []
+
+    def word() -> str:
+        seen.append(hostile(source))
+        return seen[-1]
+
+    while len(seen) < 1000:
+        made = patch_card(
+            registry(word), manifest=word().encode("utf-8", "replace"), accepted=[Finding("digest", word(), word())]
+        )
+        data, body = split(made)
+        assert set(data) <= set(card.FIELDS), seen
+        found = tokens(body)
+        assert not {t.type for t in found} & {"html_block", "html_inline", "link_open", "image", "s_open"}, seen
+        assert [t.tag for t in found if t.type == "heading_open"].count("h2") in (6, 7), seen
+
+
 def test_escaping_says_what_was_there():
     for text in ("a|b", "<b>", "a`b", "x*y*", "[a](b)", "\\"):
         inline = PARSER.parse(card.escaped(text))[1]

@@ -120,6 +120,33 @@ def test_what_was_published_verifies_and_gives_the_base_back(hub, tmp_path, patc
     assert back == {name: base[name] for name in base if name != "README.md"}
 
 
+def test_what_the_hub_adds_to_a_base_without_git_is_no_finding(hub, tmp_path, capsys):
+    write_base(tmp_path / "base")
+    (tmp_path / "base" / ".gitattributes").unlink()
+    patched = patch(hub, tmp_path, hub.add_repo(BASE, tmp_path / "base"))
+    assert run(capsys, patched, NEW, "--yes", *ACCEPT)[0] == 0
+    assert ".gitattributes" in tree(hub) and not (patched / ".gitattributes").exists()
+    assert main(["verify", f"hf://{NEW}"]) == 0
+    hub.commit(NEW, {"other.txt": b"a stranger's"})
+    assert main(["verify", f"hf://{NEW}"]) == 1
+    assert "other.txt" in capsys.readouterr().out
+
+
+def test_two_repositories_are_compared_by_reading_the_edited_shard(hub, tmp_path, capsys):
+    patched = patch(hub, tmp_path, put_base(hub, tmp_path / "base", rows=20_000))
+    assert run(capsys, patched, NEW, "--yes", *ACCEPT)[0] == 0
+    hub.traffic.clear()
+    assert main(["diff", f"hf://{BASE}", f"hf://{NEW}", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [(c["tensor"], c["index"], c["new"]) for c in found["changes"]] == [(down(1), [2, 3], 0.0)]
+    assert {n: s for n, s in found["files"].items() if n in (FIRST, SECOND, THIRD)} == {
+        FIRST: "same", SECOND: "changed", THIRD: "same",
+    }  # fmt: skip
+    beginnings = 2 * 65_600  # of both: the header, and what is fetched with it
+    assert hub.traffic.sent(digests(patched)[THIRD], origin="store") < beginnings < (patched / THIRD).stat().st_size
+    assert hub.traffic.sent(digests(patched)[SECOND], origin="store") >= (patched / SECOND).stat().st_size
+
+
 def test_the_same_again_makes_no_commit(hub, patched, capsys):
     assert run(capsys, patched, NEW, "--yes", *ACCEPT)[0] == 0
     before = hub.head(NEW).oid

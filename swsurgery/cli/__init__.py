@@ -24,7 +24,7 @@ from swsurgery.cli.linting import lint
 from swsurgery.cli.proving import verify
 from swsurgery.cli.sharing import publish
 from swsurgery.cli.signing import sign
-from swsurgery.errors import Interrupted, SwsurgeryError
+from swsurgery.errors import Interrupted, SwsurgeryError, printable
 
 app = typer.Typer(
     help="Change single scalars of a checkpoint: exactly, safely and provably.",
@@ -70,6 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output left, as `head` does; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # the system's no where no room expected one: a disk that fails, a file that went away
+        if debug:
+            traceback.print_exc()
+        remedy = "see to the disk or the permissions, then run it again"
+        where = f": {printable(str(error.filename))}" if error.filename else ""
+        output.say(f"the system refused ({error.strerror or type(error).__name__}){where} ({remedy})")
+        return 2
     except Exception:  # noqa: BLE001 - the one boundary: whatever comes here is our bug, and says so
         traceback.print_exc()
         output.say("this is a bug in swsurgery: please report it with the lines above")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,11 +14,15 @@ from swsurgery.errors import SwsurgeryError, printable
 
 if TYPE_CHECKING:
     from swsurgery.publishing import Publication, Published
+    from swsurgery.rules import Finding
 
 
 def publish(
     checkpoint: DirectoryArgument,
     repo_id: Annotated[str, typer.Argument(help="Where to: ORG/NAME on the Hub.", show_default=False)],
+    patch: Annotated[
+        bool, typer.Option("--patch", help="Publish the edits alone: four small files and no weights.")
+    ] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and send nothing.")] = False,
@@ -36,11 +41,19 @@ def publish(
     it, or where what the Hub then serves is not what was planned."""
     from swsurgery import publishing
 
+    def planned(accepted: Sequence[Finding], hashing: bool) -> Publication:
+        if patch:
+            from swsurgery.publish_patch import make_patch_publication
+
+            return make_patch_publication(checkpoint, wish, accepted, bar)
+        return publishing.make_publication(checkpoint, wish, accepted, bar, hashing=hashing)
+
+    bar = output.Bar(quiet)
     wish = publishing.Wish(repo_id, private, create_pr, revision, tag, message)
     say = silent if quiet else output.say
     if dry_run:
         found = publishing.early_findings(checkpoint)
-        plan = publishing.make_publication(checkpoint, wish, (), output.Bar(quiet), hashing=False)
+        plan = planned((), hashing=False)
         if json:
             output.print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in found]})
         else:
@@ -48,14 +61,13 @@ def publish(
             for finding in found:
                 say(f"would need --accept {finding.rule}: {finding.file}: {finding.message}")
         return
-    accepted = publishing.gate(checkpoint, accept or (), output.Bar(quiet))
-    plan = publishing.make_publication(checkpoint, wish, accepted, output.Bar(quiet))
+    plan = planned(publishing.gate(checkpoint, accept or (), bar), hashing=True)
     if plan.changes and not plan.private and not yes and plan.pull_request is None:
         _ask(plan)
     else:
         for line in publishing.lines(plan, output.size):
             say(line)
-    done = publishing.publish(plan, output.Bar(quiet), say, bars=not quiet and sys.stderr.isatty())
+    done = publishing.publish(plan, bar, say, bars=not quiet and sys.stderr.isatty())
     output.print_json({"plan": plan.to_json(), "published": done.to_json()}) if json else _show_published(done)
     if done.findings:
         raise typer.Exit(1)
@@ -93,7 +105,8 @@ def _show_published(done: Published) -> None:
     )
     if not done.findings:
         scalars = "1 edited scalar has its" if done.scalars == 1 else f"{done.scalars} edited scalars have their"
-        output.print_text(f"verified: {done.files} files have the planned digests, {scalars} new bits")
+        more = f", {scalars} new bits" if done.scalars else ""
+        output.print_text(f"verified: {done.files} files have the planned digests{more}")
     for finding in done.findings:
         output.print_text(printable(f"{finding.rule}: {finding.file}: {finding.message}"))
     output.print_text(printable(done.url))

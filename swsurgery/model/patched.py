@@ -39,12 +39,17 @@ def load(
     """
     root = checkpoint.root
     fixed = {"local_files_only": True, "use_safetensors": True}
-    trust = {"trust_remote_code": options.get("trust_remote_code", False)}
+    if options.pop("trust_remote_code", False):
+        raise ModelError("code that comes with a checkpoint is not run", root, "leave trust_remote_code out")
     try:
         with quiet():
-            config = options.get("config") or AutoConfig.from_pretrained(root, local_files_only=True, **trust)
+            config = options.get("config") or AutoConfig.from_pretrained(
+                root, local_files_only=True, trust_remote_code=False
+            )
             model, info = auto_model(config).from_pretrained(
-                root, **{**options, **trust, **fixed, "config": config, "output_loading_info": True}
+                root,
+                trust_remote_code=False,
+                **{**options, **fixed, "config": config, "output_loading_info": True},
             )
     except LOADING_ERRORS as error:
         raise ModelError(f"transformers cannot load the model: {first_line(error)}", root) from error

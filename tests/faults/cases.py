@@ -210,14 +210,13 @@ def patched(base: Tree) -> Tree:
 @dataclass(frozen=True)
 class Prepared:
     """A case ready to be run: `package` is the code under test and `pristine` the code that is right; the target
-    before and after; and where the earlier run is killed."""
+    before and after."""
 
     case: Case
     package: Path | None
     pristine: Path | None
     old: Tree | None
     new: Tree
-    earlier: Point | None
 
 
 def prepare(case: Case, folder: Path, package: Path | None = None, pristine: Path | None = None) -> Prepared:
@@ -225,15 +224,9 @@ def prepare(case: Case, folder: Path, package: Path | None = None, pristine: Pat
 
     Raises AssertionError where that run does not give the bytes that were asked for.
     """
-    stage = Stage(Prepared(case, pristine, pristine, None, {}, None), folder)
+    stage = Stage(Prepared(case, pristine, pristine, None, {}), folder)
     base, old = tree(stage.shop.room / "base") or {}, tree(stage.target)
-    start, shop, earlier = stage.start, stage.shop, None
-    if case.killed_before:
-        points, done = tracing.count(start, shop.room, shop.room)
-        repeated = [p for p in points if p.call not in ("openat", "ioctl")]  # whose number never shifts
-        earlier = repeated[len(repeated) // 2]
-    else:
-        done = start(())
+    done = stage.start(())
     if done.code:
         raise AssertionError(f"an undisturbed run of '{case.name}' ended with {done.code}: {done.err}")
     new = tree(stage.target)
@@ -242,7 +235,7 @@ def prepare(case: Case, folder: Path, package: Path | None = None, pristine: Pat
     elif new != base:
         raise AssertionError(f"an undisturbed run of '{case.name}' does not give the base back")
     shutil.rmtree(folder)
-    return Prepared(case, package, pristine, old, new or {}, earlier)
+    return Prepared(case, package, pristine, old, new or {})
 
 
 def held(made: Tree | None, wanted: Tree) -> Tree:
@@ -277,6 +270,13 @@ class Stage:
         if self.case.in_place:
             shutil.copytree(self.target, self.kept / "target")
         self.identities = self.identify()
+        self.earlier: Point | None = None
+        if self.case.killed_before:
+            self.reset()
+            points, _ = tracing.count(self.start, self.shop.room, self.shop.room)
+            repeated = [p for p in points if p.call not in ("openat", "ioctl")]  # whose number never shifts
+            self.reset()
+            self.earlier = repeated[len(repeated) // 2]
         self.shift = 0  # added to the number of each call that is aimed at
 
     @property
@@ -297,8 +297,11 @@ class Stage:
         shutil.copytree(self.kept / "cache", self.shop.folder / "cache")
         if self.case.in_place:
             shutil.copytree(self.kept / "target", self.target)
-        if point := self.prepared.earlier:
-            tracing.kill(self.start, self.shop.room, self.shop.room, point)
+        if self.earlier:
+            tracing.kill(self.start, self.shop.room, self.shop.room, self.earlier)
+            for path in self.shop.room.iterdir():
+                if path.name not in self.names or path == self.target:
+                    let_rest(path)
 
     def points(self, others: bool = False) -> list[Point]:
         """The calls of an undisturbed run on the room and on the user's cache."""

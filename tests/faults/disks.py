@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal["ext4", "xfs", "btrfs", "tmpfs"]
-Cut = Literal["all lost", "journal kept", "weights kept"]
+Cut = Literal["all lost", "journal kept", "weights kept", "weights begun"]
 
-CUTS: tuple[Cut, ...] = ("all lost", "journal kept", "weights kept")
+CUTS: tuple[Cut, ...] = ("all lost", "journal kept", "weights kept", "weights begun")
 """What was on the disk by chance when the power went: nothing but what was synced; also the file system's journal;
-or also the data of the weight files, which the kernel may write at any time."""
+or the data of the weight files, which the kernel may write at any time; or the journal and their first page."""
+
+PAGE = 4096
 
 SIZES = {"ext4": 64, "xfs": 320, "btrfs": 128, "tmpfs": 64}
 """MiB of an image: the smallest that each can do, with some room."""
@@ -50,17 +52,18 @@ def no_power_cut(kind: Kind) -> str:
 
 @dataclass(frozen=True)
 class Disk:
-    """One mounted file system. `image` is None for tmpfs."""
+    """One mounted file system. `device` is that of its image, the same as long as it lives, for what is remembered of
+    files goes by their device; empty for tmpfs."""
 
     kind: Kind
     mount: Path
-    image: Path | None
+    device: str
 
     def cut(self, how: Cut = "all lost") -> None:
         """Cut the power, and start again."""
-        if how == "weights kept":
-            self._write_weights_back()
-        command = "shutdown -f" if how == "journal kept" else "shutdown"
+        if how.startswith("weights"):
+            self._write_weights_back(PAGE if how == "weights begun" else 0)
+        command = "shutdown -f" if how in ("journal kept", "weights begun") else "shutdown"
         _do("xfs_io", "-x", "-c", command, str(self.mount))
         self._again()
 
@@ -93,16 +96,17 @@ class Disk:
     def empty(self) -> None:
         (self.mount / "ballast").unlink(missing_ok=True)
 
-    def _write_weights_back(self) -> None:
+    def _write_weights_back(self, size: int) -> None:
+        """The first `size` bytes of each weight file; 0 means all of them."""
         libc = ctypes.CDLL(None)
         for path in self.mount.rglob("*.safetensors"):
             fd = os.open(path, os.O_RDONLY)
-            libc.sync_file_range(fd, ctypes.c_long(0), ctypes.c_long(0), _SYNC_FILE_RANGE_ALL)
+            libc.sync_file_range(fd, ctypes.c_long(0), ctypes.c_long(size), _SYNC_FILE_RANGE_ALL)
             os.close(fd)
 
     def _again(self) -> None:
         _unmount(self.mount)
-        _do("mount", "-o", "loop", str(self.image), str(self.mount))
+        _do("mount", self.device, str(self.mount))
 
 
 @contextlib.contextmanager
@@ -110,21 +114,23 @@ def disk(kind: Kind, folder: Path, size: int = 0) -> Iterator[Disk]:
     """A new file system in `folder`, gone when the block ends. `size` in MiB, else the smallest that will do."""
     mount, size = folder / f"{kind}-mount", size or SIZES[kind]
     mount.mkdir(parents=True)
-    image = None if kind == "tmpfs" else folder / f"{kind}.image"
-    if image is None:
+    image, device = folder / f"{kind}.image", ""
+    if kind == "tmpfs":
         _do("mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(mount))
     else:
         with open(image, "wb") as file:
             file.truncate(size << 20)
         quiet = ["-q", "-F"] if kind == "ext4" else ["-q", "-f"]
         _do(f"mkfs.{kind}", *quiet, str(image))
-        _do("mount", "-o", "loop", str(image), str(mount))
+        device = _do("losetup", "--find", "--show", str(image))
+        _do("mount", device, str(mount))
     try:
-        yield Disk(kind, mount, image)
+        yield Disk(kind, mount, device)
     finally:
         _unmount(mount)
         mount.rmdir()
-        if image:
+        if device:
+            _do("losetup", "--detach", device)
             image.unlink()
 
 
@@ -136,7 +142,8 @@ def _unmount(mount: Path) -> None:
     _do("umount", str(mount))
 
 
-def _do(*command: str) -> None:
+def _do(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout.strip()

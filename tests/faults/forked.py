@@ -28,13 +28,20 @@ def serve(source: str) -> None:
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         waiting, go = os.pipe()
+        is_ready, ready = os.pipe()
         process = os.fork()
         if process == 0:
             os.close(go)
-            _become(request, waiting)
+            _become(request)
+            os.write(ready, b"!")  # nothing up to here is to be counted, so nobody attaches before
+            select.select([waiting], [], [])  # a call that nobody counts
+            os.close(waiting)
             exec(program, {"__name__": "__main__"})
             sys.exit()
         os.close(waiting)
+        os.close(ready)
+        os.read(is_ready, 1)
+        os.close(is_ready)
         print(process, flush=True)
         sys.stdin.readline()
         os.close(go)
@@ -42,8 +49,8 @@ def serve(source: str) -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _become(request: dict[str, Any], waiting: int) -> None:
-    """Have the arguments, environment, folder and files that were asked for, and wait for the word."""
+def _become(request: dict[str, Any]) -> None:
+    """Have the arguments, environment, folder and files that were asked for."""
     for fd, path, flags in (
         (0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY), (2, request["err"], os.O_WRONLY),
     ):  # fmt: skip
@@ -53,8 +60,6 @@ def _become(request: dict[str, Any], waiting: int) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     ctypes.CDLL(None).prctl(_SET_PTRACER, _ANYONE)  # some systems let only a parent trace a process
-    select.select([waiting], [], [])  # a call that nobody counts
-    os.close(waiting)
 
 
 if __name__ == "__main__":

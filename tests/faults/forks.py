@@ -92,7 +92,11 @@ class _Server:
         with tempfile.NamedTemporaryFile("rb") as out, tempfile.NamedTemporaryFile("rb") as err:
             request = {"arguments": arguments, "env": dict(env), "cwd": str(cwd), "out": out.name, "err": err.name}
             process = self.ask(request)
-            tracer = _attach(process, options) if options else None
+            try:
+                tracer = _attach(process, options) if options else None
+            except OSError:
+                os.kill(process, signal.SIGKILL)
+                raise
             late = threading.Timer(TIMEOUT, os.kill, (process, signal.SIGKILL))
             late.start()
             code = self.ask("go")

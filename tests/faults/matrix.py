@@ -53,7 +53,7 @@ def run(
         add("SIGKILL", lambda here, p=prepared: sweeps.kill(p, here, workers, "", sample=True))
         add("error code", lambda here, p=prepared: sweeps.errors(p, here, workers, "", sample=True))
         add("short transfers", lambda here, p=prepared: transfers.short(p, here, shim, "")[0])
-        add("race", lambda here, p=prepared: races.targets(p, here, shim, rounds=1))
+        add("race", lambda here, p=prepared: races.targets(p, here, shim, rounds=2))
         for kind in places:
             with drives(kind, folder / "drives", workers) as mounted:
                 add(f"power cut {kind}", lambda here, p=prepared, m=mounted: sweeps.power(p, m, sample=True))

@@ -19,7 +19,7 @@ from faults.sweeps import Result
 from faults.tracing import Done
 
 RACERS = 8
-SLOW = (("SHIM_SLOW", "20000"),)
+SLOW = (("SHIM_SLOW", "100000"),)
 BUSY = ("another run is", "the target exists")
 """What a run says that was not alone, or came late."""
 
@@ -38,9 +38,9 @@ def targets(prepared: Prepared, folder: Path, shim: Path, rounds: int, killed: b
         faults = [f for d in done for f in _told(d, prepared.case.in_place)]
         if not prepared.case.in_place and len(winners) > 1:
             faults.append(f"{len(winners)} runs say that they made the target")
-        faults += stage.broken()
         if winners and not stage.complete:
             faults.append("one run won, and the target is not whole")
+        faults += stage.broken()
         faults += stage.unfinished()
         result.cases += 1
         result.violations += [f"round {number}: {fault}" for fault in faults]

@@ -46,10 +46,9 @@ class Run:
     rounds: int
     brief: bool
     mergekit: str | None
-
-    def in_turn(self, case: Case) -> bool:
-        """Whether each call of the case gets one of the faults that it may have, not all of them."""
-        return self.brief and case.name not in BOTH
+    cases: tuple[Case, ...]
+    power: tuple[disks.Kind, ...]
+    bugs: tuple[str, ...]
 
     def prepared(self, case: Case) -> Prepared:
         return prepare(case, self.folder / "prepare", self.package, self.package)
@@ -63,20 +62,20 @@ class Run:
 
 
 def kill(run: Run) -> Iterator[Any]:
-    for one in CASES:
+    for one in run.cases:
         yield sweeps.kill(run.prepared(one), run.room(), run.workers, "")
 
 
 def errors(run: Run) -> Iterator[Any]:
-    for one in CASES:
-        yield sweeps.errors(run.prepared(one), run.room(), run.workers, "", in_turn=run.in_turn(one))
+    for one in run.cases:
+        yield sweeps.errors(run.prepared(one), run.room(), run.workers, "", in_turn=run.brief)
 
 
 def power(run: Run) -> Iterator[Any]:
-    for kind in _there(POWER, disks.no_power_cut):
-        for one in CASES:
+    for kind in _there(run.power, disks.no_power_cut):
+        for one in run.cases:
             with matrix.drives(kind, run.room(), run.workers) as drives:
-                yield sweeps.power(run.prepared(one), drives, in_turn=run.in_turn(one))
+                yield sweeps.power(run.prepared(one), drives, in_turn=run.brief)
 
 
 def short(run: Run) -> Iterator[Any]:
@@ -93,7 +92,7 @@ def large(run: Run) -> Iterator[Any]:
 
 
 def race(run: Run) -> Iterator[Any]:
-    for name, killed in itertools.product(BOTH, (False, True)):
+    for name, killed in itertools.product((one for one in BOTH if case(one) in run.cases), (False, True)):
         yield races.targets(run.prepared(case(name)), run.room(), run.shim, run.rounds, killed)
     yield races.mixed(run.prepared(case("edit in place")), run.room(), run.shim, run.rounds)
 
@@ -128,7 +127,8 @@ def planted(run: Run) -> Iterator[Any]:
     from faults import planted as bugs
 
     kinds = list(_there(POWER, disks.no_power_cut))
-    for number, bug in enumerate(bugs.BUGS):  # a folder for each: what runs in it stays loaded
+    wanted = [bug for bug in bugs.BUGS if bug.name in run.bugs or not run.bugs]
+    for number, bug in enumerate(wanted):  # a folder for each: what runs in it stays loaded
         package = bugs.copy_with(bug.name, run.folder / f"planted{number}")
         compileall.compile_dir(package, quiet=1)
         yield matrix.run(bug.name, package, run.package, run.folder / "matrix", run.shim, run.workers, kinds)
@@ -164,7 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("techniques", nargs="*", help=f"of {', '.join(TECHNIQUES)}; else all")
     parser.add_argument("--workers", type=int, default=2, help="faults at the same time")
     parser.add_argument("--rounds", type=int, default=100, help="of each race")
-    parser.add_argument("--brief", action="store_true", help="fewer kinds of fault at each call of the lesser cases")
+    parser.add_argument("--brief", action="store_true", help="one kind of fault at each call, in turn, not all of them")
+    parser.add_argument("--case", action="append", choices=[one.name for one in CASES], help="of the sweeps and races")
+    parser.add_argument("--disk", action="append", choices=POWER, help="for power")
+    parser.add_argument("--bug", action="append", help="for planted")
     parser.add_argument("--mergekit", help="an interpreter that has mergekit")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm") if Path("/dev/shm").is_dir() else None)
     parser.add_argument("--out", type=Path, default=report.FIGURES)
@@ -180,16 +183,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.copytree(ROOT / "swsurgery", package / "swsurgery", ignore=shutil.ignore_patterns("__pycache__"))
         compileall.compile_dir(package, quiet=1)
         shim, o = transfers.build_shim(folder), options
-        run = Run(folder, package, shim, o.workers, o.rounds, o.brief, o.mergekit)
+        cases = tuple(case(name) for name in o.case or (one.name for one in CASES))
+        of = (cases, tuple(o.disk or POWER), tuple(o.bug or ()))
+        run = Run(folder, package, shim, o.workers, o.rounds, o.brief, o.mergekit, *of)
         for technique in options.techniques or TECHNIQUES:
-            rows = []
+            document = {"what": technique, **_circumstances(), "rows": []}
             for made in TECHNIQUES[technique](run):
                 row = made if isinstance(made, dict) else made.to_json()
-                rows.append(json.loads(json.dumps(row).replace(name, "")))
-                bad += _tell(technique, made, rows[-1])
-            document = {"what": technique, **_circumstances(), "rows": rows}
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / f"{technique}.json").write_text(json.dumps(document, indent=1) + "\n")
+                document["rows"].append(json.loads(json.dumps(row).replace(name, "")))
+                bad += _tell(technique, made, document["rows"][-1])
+                options.out.mkdir(parents=True, exist_ok=True)
+                (options.out / f"{technique}.json").write_text(json.dumps(document, indent=1) + "\n")
     if options.out == report.FIGURES:
         report.PAGE.write_text(report.render(report.load()))
     return 1 if bad else 0

@@ -46,7 +46,8 @@ EXCUSED = (
     ("fcntl", "", "it only asks for writing past the page cache"),
     ("fallocate", "", "the C library then takes the space by writing"),
     ("newfstatat", "", "asking whether a file is there: the work itself finds out"),
-    ("flock", "model$", "a reader that cannot lock reads all the same"),
+    ("flock", "(base|model)$", "a reader that cannot lock reads all the same"),
+    ("ioctl", r"\.json$", "it only asks whether the file is a terminal"),
 )
 """(call, file, why a run may end well although this failed); the result must be whole all the same."""
 
@@ -127,7 +128,7 @@ def errors(
 def power(prepared: Prepared, disks: Sequence[Disk], sample: bool = False, in_turn: bool = False) -> Result:
     """The power cut at every mutating call in each of the ways of CUTS, or `in_turn` in one of them, the sample in the
     first; and after exit 0, when the target must be there, in each."""
-    extent = FIRSTS if sample else f"every call, {'one' if in_turn else 'each'} of three ways to lose"
+    extent = FIRSTS if sample else f"every call, {'one' if in_turn else 'each'} of {len(CUTS)} ways to lose"
     result = Result("power cut", prepared.case.name, disks[0].kind, extent)
     stages = [Stage(prepared, disk.mount / "shop") for disk in disks]
     of = dict(zip((id(s) for s in stages), disks, strict=True))
@@ -189,6 +190,8 @@ def _play(result: Result, stages: list[Stage], jobs: Iterable[Any], one: Callabl
             faults = _attempt(stage, job, one)
         finally:
             free.put(stage)
+        if faults is None:
+            return
         name = " ".join(map(str, job)) if isinstance(job, tuple) else str(job)
         result.cases += 1
         result.violations += [f"{name}: {fault}" for fault in faults]
@@ -199,7 +202,9 @@ def _play(result: Result, stages: list[Stage], jobs: Iterable[Any], one: Callabl
     return result
 
 
-def _attempt(stage: Stage, job: Any, one: Callable[[Stage, Any], list[str]]) -> list[str]:
+def _attempt(stage: Stage, job: Any, one: Callable[[Stage, Any], list[str]]) -> list[str] | None:
+    """None where there was no such call this time: on a slow machine some files are old enough that their digests are
+    remembered too, so that how often the cache is written may differ."""
     missed = ""
     for stage.shift in SHIFTS:
         try:
@@ -207,4 +212,5 @@ def _attempt(stage: Stage, job: Any, one: Callable[[Stage, Any], list[str]]) -> 
             return one(stage, job)
         except tracing.Shifted as fault:
             missed = str(fault)
-    return [f"the fault did not hit: {missed}"]
+    point = job[0] if isinstance(job, tuple) else job
+    return None if point.file.startswith("cache/") else [f"the fault did not hit: {missed}"]

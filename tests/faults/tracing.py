@@ -102,6 +102,7 @@ def count(start: Start, cwd: Path, watched: Path, others: bool = False) -> tuple
 
 def kill(start: Start, cwd: Path, watched: Path, point: Point) -> Done:
     """Run until `point`, where the process dies before the call is made. Raises Shifted."""
+    _aimed(point)
     done, log = _traced(start, [point.call], f"signal=KILL:when={point.nth}")
     reached = [p for p, _ in _points(log, cwd, watched)]
     if done.code != -9 or not reached or reached[-1] != point:
@@ -111,11 +112,17 @@ def kill(start: Start, cwd: Path, watched: Path, point: Point) -> Done:
 
 def fail(start: Start, cwd: Path, watched: Path, point: Point, code: str) -> Done:
     """Run with the call at `point` failing with the error `code`, such as EIO, once. Raises Shifted."""
+    _aimed(point)
     done, log = _traced(start, [point.call], f"error={code}:when={point.nth}")
     hit = [p for p, text in _points(log, cwd, watched) if "(INJECTED)" in text]
     if hit != [point]:
         raise Shifted(f"{point} was to fail, {hit} did (exit {done.code})")
     return done
+
+
+def _aimed(point: Point) -> None:
+    if point.nth < 1:
+        raise Shifted(f"there is no {point}")
 
 
 def _traced(start: Start, calls: Iterable[str], inject: str = "") -> tuple[Done, list[str]]:

@@ -1,0 +1,187 @@
+"""What an edit of one scalar costs in traffic with the Hub; prints a table, and exits 1 where a target is missed.
+
+usage: python benchmarks/hub.py BASE [--work DIR] [--write]
+
+BASE is a checkpoint of the benchmarks' shapes, such as `make bench BENCH=--full` makes in build/bench/13.5GB. The Hub
+is the tests' own server on loopback, in this process; every command is a process of its own. Bytes are those of the
+bodies of requests and answers, as the server counts them. --work (build/bench-hub) takes three times the touched shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hub.server import Hub  # noqa: E402
+
+TENSOR, INDEX = "model.layers.2.mlp.down_proj.weight", [17, 90]
+BASE, NEW = "org/base", "ada/edited"
+SHARD_HEADER, BESIDE, DRY_RUN = 2_000_000, 64_000, 1.0
+"""Bytes read of one shard for a scalar, bytes of everything else then, and seconds."""
+
+HEADING = "## The Hub"
+
+
+@dataclass
+class Ran:
+    """One command: seconds of wall and of processor, bytes each way, requests, and the bytes that came from the store,
+    by path: there lie the shards."""
+
+    wall: float
+    cpu: float
+    down: int
+    up: int
+    requests: int
+    store: dict[str, int]
+
+
+@dataclass
+class Row:
+    what: str
+    measured: str
+    target: str
+    met: bool
+
+
+def bytes_of(size: float) -> str:
+    return f"{size:,.0f} B"
+
+
+def command(hub: Hub, home: Path, *words: str) -> Ran:
+    """Run swsurgery against the Hub. Exits where it fails."""
+    environment = {**os.environ, **hub.environment(home), "XDG_CACHE_HOME": str(home)}
+    hub.traffic.clear()
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "swsurgery", *words], stdout=subprocess.DEVNULL, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - begin
+    if status or hub.errors:
+        raise SystemExit("\n".join([f"failed: swsurgery {' '.join(words)}", *hub.errors]))
+    store = {r.path: hub.traffic.sent(f"^{r.path}", origin="store") for r in hub.traffic.requests(origin="store")}
+    ran = Ran(
+        wall, usage.ru_utime + usage.ru_stime, hub.traffic.sent(), hub.traffic.received(),
+        len(hub.traffic.requests()), store,
+    )  # fmt: skip
+    print(f"  {words[0]}: {wall:.1f} s, {ran.down:,} B down, {ran.up:,} B up, {ran.requests} requests", flush=True)
+    return ran
+
+
+def measured(base: Path, work: Path, busy: bool) -> tuple[list[Row], dict[str, float]]:
+    """The rows of the table, and the seconds of each command; on a busy machine the wall is not held to a target."""
+    sizes = {file.name: file.stat().st_size for file in base.iterdir()}
+    touched = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"][TENSOR]
+    shards = [name for name in sizes if name.endswith(".safetensors")]
+    small, edited, whole = sum(sizes[n] for n in sizes if n not in shards), sizes[touched], sum(sizes.values())
+    with Hub(work / "hub") as hub:
+        print("hashing the base, as an upload to the Hub would", flush=True)
+        commit = hub.add_repo(BASE, base)
+        place = f"hf://{BASE}@{commit}"
+        manifest = work / "edit.yaml"
+        manifest.write_text(
+            f'version: 1\nbase: {{repo_id: {BASE}, revision: "{commit}"}}\n'
+            f"edits:\n  - {{op: set, tensor: {TENSOR}, index: {INDEX}, value: 3.5}}\n"
+        )
+        at = ",".join(map(str, INDEX))
+        inspect = command(hub, work / "inspect-home", "inspect", place, "--tensor", TENSOR, "--at", at)
+        home, out = work / "home", work / "edited"
+        apply = command(hub, home, "apply", str(manifest), "--for-publish", "-o", str(out))
+        publish = ["publish", str(out), NEW]
+        dry = [command(hub, home, *publish, "--dry-run") for _ in range(5)]
+        fastest, processor = min(dry, key=lambda ran: ran.wall), min(ran.cpu for ran in dry)
+        trips = _round_trips(hub, fastest.requests)
+        sent = command(hub, home, *publish, "--yes", "--accept", "check-missing")
+        assert hub.read(NEW, "config.json") == (base / "config.json").read_bytes()
+    headers, wall = len(shards) * SHARD_HEADER, fastest.wall - trips
+    beside = inspect.down - sum(inspect.store.values())
+    most = max(inspect.store.values())
+    down, up = edited + headers + small + BESIDE, edited + 1_000_000
+    rows = [
+        Row("`inspect --at` of one scalar, of each shard", bytes_of(most), f"{bytes_of(SHARD_HEADER)}",
+            most <= SHARD_HEADER),
+        Row("`inspect --at` of one scalar, beside", bytes_of(beside), bytes_of(BESIDE), beside <= BESIDE),
+        Row("`apply --for-publish`, down", bytes_of(apply.down), f"{bytes_of(down)} (1)", apply.down <= down),
+        Row("`publish`, up", bytes_of(sent.up), f"{bytes_of(up)} (2)", sent.up <= up),
+        Row("`publish`, down: the new revision read back", bytes_of(sent.down), f"{bytes_of(headers)} (3)",
+            sent.down <= headers),
+        Row(f"`publish --dry-run`, best of 5, less its {fastest.requests} round trips ({trips:.2f} s)",
+            f"{wall:.2f} s", "(4)" if busy else f"{DRY_RUN:.2f} s", busy or wall <= DRY_RUN),
+        Row("`publish --dry-run`, best of 5, processor's time", f"{processor:.2f} s", f"{DRY_RUN:.2f} s",
+            processor <= DRY_RUN),
+        Row("the plain way, down: the whole model", bytes_of(whole), "computed", True),
+        Row("the plain way, up: the whole model", bytes_of(whole), "computed", True),
+    ]  # fmt: skip
+    seconds = {"inspect": inspect.wall, "apply": apply.wall, "publish --dry-run": fastest.wall, "publish": sent.wall}
+    return rows, seconds
+
+
+def _round_trips(hub: Hub, number: int) -> float:
+    """Seconds that so many small requests take, one after the other."""
+    begin = time.perf_counter()
+    for _ in range(number):
+        with urllib.request.urlopen(f"{hub.endpoint}/api/models/{BASE}") as answer:
+            answer.read()
+    return time.perf_counter() - begin
+
+
+def section(base: Path, rows: list[Row], seconds: dict[str, float], load: float, busy: bool) -> str:
+    """The Markdown of the results."""
+    total = sum(file.stat().st_size for file in base.iterdir()) / 1e9
+    other = f"busy with other work (load {load:.1f} before it began)" if busy else f"idle (load {load:.1f})"
+    table = [
+        "| what | measured | at most |", "|---|---:|---:|",
+        *(f"| {row.what} | {row.measured} | {row.target}{'' if row.met else ', **missed**'} |" for row in rows),
+    ]  # fmt: skip
+    return "\n".join([
+        HEADING, "",
+        "Made by `python benchmarks/hub.py BASE --write`: a server that speaks the Hub's protocol on loopback, the",
+        f"real client, a base of {total:.1f} GB, one edited scalar. Bytes are those of the bodies of requests and",
+        f"answers. {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()};",
+        f"the machine was {other}.", "",
+        *table, "",
+        "(1) The touched shard, 2 MB for the header of each shard, and the small files. (2) The touched shard and",
+        "1 MB. (3) 2 MB for the header of each shard."
+        + (" (4) At most 1 s where the machine has nothing else to do." if busy else ""), "",
+        "The plain way is `snapshot_download`, an edit, `save_pretrained` and `upload_folder`; its bytes are the",
+        "model's, before what Xet saves.", "",
+        "Seconds here, where a round trip costs next to nothing: "
+        + ", ".join(f"`{name}` {value:.1f}" for name, value in seconds.items()) + ".",
+    ])  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("build/bench-hub"))
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    options = parser.parse_args()
+    work, load = options.work.resolve(), os.getloadavg()[0]
+    busy = load > (os.cpu_count() or 1) / 2
+    if work.exists():
+        parser.error(f"there is something already: {work}")
+    (work / "hub").mkdir(parents=True)
+    try:
+        rows, seconds = measured(options.base.resolve(), work, busy)
+    finally:
+        shutil.rmtree(work)
+    text = section(options.base, rows, seconds, load, busy)
+    print(text)
+    if options.write:
+        page = ROOT / "docs" / "benchmarks.md"
+        page.write_text(page.read_text().split(HEADING)[0].rstrip() + f"\n\n{text}\n")
+    return 0 if all(row.met for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
