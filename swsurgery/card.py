@@ -260,7 +260,7 @@ def _known(registry: Registry) -> list[str]:
     rows = []
     for record in (*registry.edits, *registry.protected):
         if fact := record.known:
-            sources = ", ".join(map(shown, fact.sources[:20]))
+            sources = ", ".join(shown(str(source.get("cite", ""))) for source in fact.sources[:20])
             rows.append([shown(fact.id), shown(record.coordinate), shown(fact.status), sources])
     return ["## What is known of them", _table(("known as", "scalar", "status", "sources"), rows)] if rows else []
 

@@ -36,7 +36,7 @@ def registry(word: Callable[[], str] | None = None, **more: object) -> Registry:
         "file": own("model.safetensors"), "tensor": own("model.layers.2.mlp.down_proj.weight"),
         "index": (3968, 7003), "dtype": "F16", "offset": 0, "old": own(-17.328125), "old_bits": "0xcc55",
         "known": {"id": own("llama-7b:0"), "status": own("published"), "causal_alone": "yes",
-                  "sources": [own("arXiv:2411.07191")]},
+                  "sources": [{"cite": own("arXiv:2411.07191")}]},
     }  # fmt: skip
     fields = {
         "registry_version": 1,
