@@ -31,7 +31,7 @@ def run(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str
     """The command in a process of its own; `before` is Python that is run in it first."""
     return subprocess.run(
         [sys.executable, "-c", before + _MAIN, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"SWSURGERY_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, env=os.environ | {"SWSURGERY_THREADS": "1"},
     )  # fmt: skip
 
 

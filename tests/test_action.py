@@ -96,7 +96,7 @@ def use(tmp_path, workspace) -> Callable[..., Job]:
             }  # fmt: skip
             done = subprocess.run(
                 ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)],
-                cwd=workspace, env=environment, capture_output=True, text=True, timeout=60,
+                cwd=workspace, env=environment, capture_output=True, text=True, timeout=300,
             )  # fmt: skip
             stdout, stderr = stdout + done.stdout, stderr + done.stderr
             if done.returncode:

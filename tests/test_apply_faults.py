@@ -67,7 +67,7 @@ def apply(
 ) -> tuple[int, list[str]]:
     """(exit code, lines on stderr)"""
     done = subprocess.run(
-        command(manifest, output, *options), capture_output=True, text=True, preexec_fn=limit, timeout=60
+        command(manifest, output, *options), capture_output=True, text=True, preexec_fn=limit, timeout=300
     )
     return done.returncode, done.stderr.splitlines()
 
@@ -237,7 +237,7 @@ def started(manifest: Path, output: Path) -> subprocess.Popen[str]:
 def test_an_interrupted_run_leaves_nothing(large, tmp_path, number):
     run = started(large, tmp_path / "out")
     run.send_signal(number)
-    _, errors = run.communicate(timeout=30)
+    _, errors = run.communicate(timeout=300)
     assert (run.returncode, errors) == (130, f"swsurgery: interrupted: {number.name} (nothing was left behind)\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large", "m.json"]
 
@@ -246,7 +246,7 @@ def test_a_killed_run_leaves_no_target_and_the_next_one_cleans_up(large, tmp_pat
     out = tmp_path / "out"
     run = started(large, out)
     run.kill()
-    run.communicate(timeout=30)
+    run.communicate(timeout=300)
     assert not out.exists() and partial(out).exists()
     (partial(out) / "folder").mkdir()
     (partial(out) / "folder" / "stale").touch()
@@ -277,7 +277,7 @@ def test_of_two_runs_with_one_target_the_second_is_refused(large, tmp_path):
         assert not out.exists() and partial(out).exists()
     finally:
         first.send_signal(signal.SIGCONT)
-    _, errors = first.communicate(timeout=60)
+    _, errors = first.communicate(timeout=300)
     assert (first.returncode, errors) == (0, "")
     assert (out / "model.safetensors").stat().st_size == (tmp_path / "large" / "model.safetensors").stat().st_size
 

@@ -67,7 +67,7 @@ def run(directory, tmp_path):
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "120"}
         return subprocess.run(
             [sys.executable, "-m", "swsurgery", *arguments],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     return run
@@ -177,7 +177,7 @@ def test_a_reader_that_leaves_changes_no_answer(run, tmp_path, arguments, code):
     os.close(reading)
     done = subprocess.run(
         [sys.executable, "-m", "swsurgery", *arguments],
-        cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60,
+        cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300,
     )  # fmt: skip
     os.close(writing)
     assert (done.returncode, done.stderr) == (code, "")

@@ -49,7 +49,7 @@ class Run:
         }  # fmt: skip
         options = {"cwd": self.place, "env": environment, **self.options}
         command = [*self.prefix, sys.executable, *self.program, *self.arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
         assert done.returncode == 0, done.stderr
         return digests_of(self.output or self.place / "out")
 

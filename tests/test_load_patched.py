@@ -152,7 +152,7 @@ def test_the_kernel_is_asked_to_write_nothing(llama, tmp_path):
     calls = "trace=openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat"
     done = subprocess.run(
         ["strace", "-f", "-qq", "-o", str(traced), "-e", calls, sys.executable, "-B", "-c", script],
-        capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}, timeout=170,
+        capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     written = [

@@ -137,7 +137,7 @@ def directory(tmp_path_factory) -> Path:
 
 def watched(directory: Path, *arguments: str) -> dict:
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, *arguments], cwd=directory, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", WATCHED, *arguments], cwd=directory, capture_output=True, text=True, timeout=300,
         env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache")},
     )  # fmt: skip
     return json.loads(done.stderr.splitlines()[-1])

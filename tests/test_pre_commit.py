@@ -77,7 +77,7 @@ def run(tmp_path):
     def run(hook: str, *files: str) -> subprocess.CompletedProcess:
         words = [*shlex.split(HOOKS[hook]["entry"]), *HOOKS[hook].get("args", []), *files]
         return subprocess.run(
-            words, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
+            words, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
         )
 
     return run

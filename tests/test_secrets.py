@@ -98,7 +98,7 @@ def searched(directory: Path, code: str, *arguments: str) -> tuple[str, bytes]:
         **{k: v for k, v in CANARIES.items() if k.isupper()},
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=directory, env=environment, capture_output=True, timeout=120
+        [sys.executable, "-c", code, *arguments], cwd=directory, env=environment, capture_output=True, timeout=300
     )
     files = [p for p in directory.parent.rglob("*") if p.is_file() and not p.is_relative_to(home)]
     left = [p for p in home.rglob("*") if p.is_file() and p.name not in WHERE_SECRETS_LIE]

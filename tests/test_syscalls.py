@@ -82,7 +82,7 @@ def traced(directory: Path, *command: str) -> Seen:
     done = subprocess.run(
         ["strace", "-ff", "-qq", "-y", "--seccomp-bpf", "-e", f"trace=%network,%file,{','.join(sorted(PROGRAMS))}",
          "-e", "signal=none", "-o", str(logs / "t"), sys.executable, *command],
-        cwd=directory, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=directory, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     seen = Seen(done.returncode)

@@ -100,7 +100,7 @@ def _together(shop: Workshop, runs: Sequence[tuple[str, ...]], kill: tuple[int, 
             started[victim].kill()
     done = []
     for process in started:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         done.append(Done(process.returncode, out, err))
     return done
 

@@ -293,7 +293,7 @@ def cost(hostile: Hostile, folder: Path) -> Cost:
     data.mkdir()
     arguments = hostile.write(data)
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "XDG_DATA_HOME": str(folder)}
-    done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], cwd=folder, env=environment, timeout=120,
+    done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], cwd=folder, env=environment, timeout=300,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
     code, seconds, peak = (folder / "cost").read_text().split()
     return Cost(int(code), float(seconds), float(peak), done.stderr)

@@ -60,10 +60,11 @@ MANIFEST = {
     "check": {"max_perplexity_ratio": 1.05},
 }
 
+SOURCE = {"key": "super-weight", "kind": "paper", "cite": "arXiv:2411.07191", "commit": None, "note": None}
 SCALAR = {
     "file": checkpoints.FIRST, "tensor": checkpoints.down(0), "index": [1, 2], "dtype": "BF16", "offset": 1024,
     "old": 1.5, "old_bits": "0x3fc0",
-    "known": {"id": "L0.1.2", "status": "paper", "causal_alone": "strong", "sources": ["arXiv:2411.07191"]},
+    "known": {"id": "L0.1.2", "status": "paper", "causal_alone": "strong", "sources": [SOURCE]},
 }  # fmt: skip
 REGISTRY = {
     "registry_version": 1,
