@@ -32,7 +32,8 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 generator = torch.Generator().manual_seed(0)
 windows = torch.randint(3, 32000, (1, 9) if device == "cpu" else (4, 512), generator=generator).tolist()
-if device == "cuda":  # a process that has used the device before: its kernels are loaded
+devices = torch.cuda.device_count() if device == "cuda" else 0
+if devices:  # a process that has used the device before: its kernels are loaded
     tiny = transformers.LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(tiny).to(device, torch.float16)(input_ids=torch.tensor(windows, device=device)).logits.float()
     torch.cuda.synchronize()
@@ -40,13 +41,13 @@ if device == "cuda":  # a process that has used the device before: its kernels a
     torch.cuda.reset_peak_memory_stats()
 """
 REPORT = """
-if device == "cuda":
-    torch.cuda.synchronize()
+for n in range(devices):
+    torch.cuda.synchronize(n)
 print(json.dumps({
     "seconds": time.perf_counter() - begin,
     "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-    "device": torch.cuda.max_memory_reserved() / 1e9 if device == "cuda" else 0.0,
-    "machine": torch.cuda.get_device_name() if device == "cuda" else "", "torch": torch.__version__,
+    "device": max((torch.cuda.max_memory_reserved(n) / 1e9 for n in range(devices)), default=0.0),
+    "machine": f"{devices} x {torch.cuda.get_device_name()}" if devices else "", "torch": torch.__version__,
     "transformers": transformers.__version__,
 }))
 """
@@ -149,7 +150,7 @@ def main() -> None:
     where = first["machine"] or f"{os.cpu_count()} cores"
     cache = "emptied before each run" if options.cold else "warm"
     lines = [
-        f"A Llama-7B-shaped F16 checkpoint ({options.size}), page cache {cache}.",
+        f"A Llama-shaped F16 checkpoint of {options.size}, page cache {cache}.",
         f"{where}, Linux",
         f"{platform.release()}, torch {first['torch']}, transformers {first['transformers']}. Medians of",
         f"{options.rounds} rounds in turn, in seconds after the imports. "

@@ -412,7 +412,7 @@ class _Reader:
             _Task(task.part, task.offset, task.size, 0, task.dtype).read(self._files, host)
             with torch.cuda.stream(stream):
                 memory[task.begin : task.begin + size].copy_(host[:size], non_blocking=host is pinned)
-            copied.record(stream)
+            copied = stream.record_event()  # a new one: an event stays with the device that it was first recorded on
         finally:
             self._pinned.put((pinned, copied))
 
