@@ -5,11 +5,13 @@ Plans are made in publish_plan.py and publish_patch.py, and carried out in publi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from swsurgery.errors import HubError
 from swsurgery.hub.commit import MAIN, Listing, Target
 from swsurgery.registry import Registry
 from swsurgery.rules import Finding
@@ -43,9 +45,21 @@ class Item:
         return self.blob is not None and listing.blobs[path] == self.blob
 
 
+_NO_REF = re.compile(r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|//|^[/.-]|/\.|[/.]$|\.lock(/|$)|^@$|^refs/|^[0-9a-f]{40}$")
+"""In what git refuses as the name of a branch or a tag (git check-ref-format), and what reads as a ref or a commit."""
+
+
+def is_ref_name(name: str) -> bool:
+    """Whether a branch or a tag can have this name."""
+    return bool(name) and _NO_REF.search(name) is None
+
+
 @dataclass(frozen=True)
 class Wish:
-    """What the user asked for. `tag` None is named after the base's commit; `message` None says what was done."""
+    """What the user asked for. `tag` None is named after the base's commit; `message` None says what was done.
+
+    Raises HubError for a name that no repository, branch or tag can have: once the work has begun it is too late.
+    """
 
     repo_id: str
     private: bool = False
@@ -53,6 +67,13 @@ class Wish:
     branch: str = MAIN
     tag: str | None = None
     message: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.repo_id.count("/") != 1:
+            raise HubError("a repository is named ORG/NAME", self.repo_id)
+        for kind, name in (("branch", self.branch), ("tag", self.tag)):
+            if name is not None and not is_ref_name(name):
+                raise HubError(f"git takes no such name for a {kind}", name or "the empty one")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,21 @@ def make_publication(
     own = records.own_files() | {card.CARD_NAME: render_card(card.fields(published, base_fields), body)}
     items += [scan.own(name, data) for name, data in own.items()]
     message = wish.message or summary(registry)
-    return assembled(root, wish, published, items, left_out, notes, findings, base, target, message)
+    plan = assembled(root, wish, published, items, left_out, notes, findings, base, target, message)
+    _refuse_second_set(plan)
+    return plan
+
+
+def _refuse_second_set(plan: Publication) -> None:
+    """A single file beside an index: one loader would take the edited weights, another the stranger's. Raises
+    HubError."""
+    sets = {"model.safetensors", "model.safetensors.index.json"}
+    there = set(plan.target.head.files) if plan.target else set()
+    ours = sets & {item.name for item in plan.items if item.how != "delete"}
+    theirs = sorted(sets & there - {item.name for item in plan.items})
+    if ours and theirs:
+        raise HubError(f"the repository holds other weights, which some loaders take first ({theirs[0]})",
+                       plan.wish.repo_id, "delete them, or publish in a repository of its own")  # fmt: skip
 
 
 def assembled(

@@ -426,6 +426,32 @@ def test_of_13_gigabytes_only_the_edited_shard_travels(hub, tmp_path, capsys):
     assert {name: tree(hub)[name] for name in made_up} == made_up
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["edited"], ["a/b/c"], [""], *([NEW, option, name] for option in ("--tag", "--revision") for name in
+     ("", "a b", "a..b", "a~1", "a^", "a:b", "-a", ".a", "a/", "a//b", "a.lock", "@", "refs/heads/a", "refs/pr/1"))],
+)  # fmt: skip
+def test_a_name_that_nothing_can_have_is_refused_before_anything_is_made(hub, patched, capsys, words):
+    before = set(hub.state.repos)
+    hub.traffic.clear()
+    arguments = words if words[1:2] != ["--tag"] else [words[0], f"--tag={words[2]}"]
+    arguments = arguments if words[1:2] != ["--revision"] else [words[0], f"--revision={words[2]}"]
+    code, _, err = run(capsys, patched, *arguments, "--yes", *ACCEPT)
+    assert code == 2 and err.count("\n") == 1, err
+    assert set(hub.state.repos) == before and hub.traffic.requests() == []
+
+
+def test_a_repository_is_not_given_a_second_set_of_weights(hub, tmp_path, patched, capsys):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "model.safetensors").write_bytes((patched / FIRST).read_bytes())
+    before = hub.add_repo(NEW, tmp_path / "old")
+    code, _, err = run(capsys, patched, NEW, "--yes", *ACCEPT)
+    assert code == 2 and "holds other weights" in err and hub.head(NEW).oid == before
+    hub.commit(NEW, {"model.safetensors": None})
+    assert run(capsys, patched, NEW, "--yes", *ACCEPT)[0] == 0
+    assert main(["verify", f"hf://{NEW}"]) == 0
+
+
 def test_a_gitignore_of_the_repository_leaves_nothing_out(hub, patched, capsys):
     hub.add_repo(NEW)
     hub.commit(NEW, {".gitignore": b"*.safetensors\n*.json\n"})

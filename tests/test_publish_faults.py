@@ -14,6 +14,7 @@ import pytest
 from checkpoints import SECOND, THIRD, down
 from hub import fixture
 from hub.faults import Answer, CutAnswer, CutRequest, Delay, Drop
+from hub.wire import Call, table
 from huggingface_hub import snapshot_download
 from publishing import NEW, digests, patch, put_base, tree
 
@@ -168,13 +169,34 @@ def test_a_conflict_with_the_very_same_commit_is_success(hub, patched, monkeypat
 
 
 @pytest.mark.parametrize(
-    "status, line", [(409, "HTTP 409"), (412, "HTTP 412"), (429, "slower"), (500, "HTTP 500"), (403, "not allow")]
+    "status, line",
+    [
+        (400, "the Hub refused (HTTP 400)"),
+        (409, "HTTP 409"),
+        (412, "HTTP 412"),
+        (429, "slower"),
+        (500, "HTTP 500"),
+        (403, "not allow"),
+    ],
 )
 def test_a_commit_that_the_hub_refuses_is_one_line(hub, patched, capsys, status, line):
     hub.fail("POST", "/commit/", Answer(status, "<script>"), times=None)
     assert publish(patched) == 2
     said = lines(capsys.readouterr().err)
     assert len(said) == 1 and line in said[0] and "script" not in said[0]
+    assert set(tree(hub)) == {".gitattributes"}
+
+
+def test_a_file_for_which_there_is_no_room_is_said_so(hub, patched, capsys):
+    def full(call: Call, repo_id: str) -> None:
+        error = {"code": 507, "message": "<script> no room"}
+        rows = [{"oid": each["oid"], "size": each["size"], "error": error} for each in call.body_json()["objects"]]
+        call.json({"objects": rows})
+
+    hub.front.routes.insert(0, table(("POST", r"/{repo}\.git/info/lfs/objects/batch", full))[0])
+    assert publish(patched) == 2
+    said = lines(capsys.readouterr().err)
+    assert len(said) == 1 and "does not take a large file" in said[0] and "script" not in said[0]
     assert set(tree(hub)) == {".gitattributes"}
 
 

@@ -163,6 +163,26 @@ def test_a_server_that_echoes_the_token_is_not_repeated(hub, patched, capfd, cap
     assert code == 0 or [line for line in err.splitlines() if line.startswith("swsurgery: ")]
 
 
+def test_what_a_server_puts_into_a_header_or_a_link_is_not_logged(hub, patched, tmp_path, monkeypatch):
+    """The client logs a header that warns, and the whole link of a request that it repeats."""
+    real, link = Call.send_response, hub.link
+
+    def warning(call: Call, status: int, message: str | None = None) -> None:
+        real(call, status, message)
+        call.send_header("X-HF-Warning", f"topic{status}; you sent {call.headers['Authorization']}")
+
+    monkeypatch.setattr(Call, "send_response", warning)
+    monkeypatch.setattr(hub, "link", lambda path, **query: link(path, **query, said=hub.token))
+    faults = [hub.fail(method, "objects", Answer(503)) for method in ("PUT", "GET")]
+    for words in (["publish", str(patched), NEW, "--yes", "--accept", "check-missing"], ["inspect", f"hf://{NEW}"]):
+        command = [sys.executable, "-m", "swsurgery", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        assert done.returncode == 0, done.stderr
+        assert hub.token not in done.stdout + done.stderr and "you sent" not in done.stderr
+        assert hub.store.url not in done.stderr
+    assert all(fault.hits for fault in faults)
+
+
 def test_the_token_goes_into_no_argument_and_nothing_that_is_published(hub, patched, tmp_path):
     command = [sys.executable, "-m", "swsurgery", "publish", str(patched), NEW, "--yes", "--accept", "check-missing"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))

@@ -286,19 +286,23 @@ def _told(where: object) -> Iterator[None]:
 
     Its warnings hold the server's words about the card, and are not shown.
     """
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     with told(where), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
-        except HFValidationError:
+        except (HFValidationError, HfHubHTTPError):  # of which a refused request (HTTP 400) is a ValueError too
             raise
         except RuntimeError as error:
-            if error.__cause__ is None or isinstance(error.__cause__, (ValueError, KeyError)):
+            cause = error.__cause__
+            if cause is None or isinstance(cause, (ValueError, KeyError)) and not isinstance(cause, HfHubHTTPError):
                 raise HubError("the upload failed", where, "run the same command again") from None
-            raise error.__cause__ from None
+            raise cause from None
         except (ValueError, KeyError) as error:
             if str(error).startswith("Invalid metadata in README.md"):
                 raise HubError("the Hub does not take the card's metadata", where) from None
+            if str(error).startswith("LFS batch API returned errors"):
+                raise HubError("the Hub does not take a large file", where,
+                               "is there storage left in this namespace?") from None  # fmt: skip
             raise HubError("the Hub's answer makes no sense", where, "run the same command again") from None

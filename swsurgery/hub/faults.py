@@ -6,6 +6,8 @@ The server's own words are not passed on: a hostile one could put the token that
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import re
 from collections.abc import Iterator
 
@@ -29,12 +31,48 @@ def redacted(text: str) -> str:
     return TOKEN.sub("hf_***", text)
 
 
+def broken_off() -> tuple[type[Exception], ...]:
+    """What the transport raises where a connection ends in the middle of an answer."""
+    from huggingface_hub.utils._http import _DEFAULT_RETRY_ON_EXCEPTIONS
+
+    return _DEFAULT_RETRY_ON_EXCEPTIONS
+
+
+_TALKERS = (
+    "_commit_api", "_snapshot_download", "file_download", "hf_api", "lfs", "utils._auth", "utils._http", "utils._xet",
+)  # fmt: skip
+"""The library's rooms that repeat what a server said: its words, its headers, and links that it gave out."""
+
+_STATUS_LINE = re.compile(r"HTTP Error \d{3} thrown while requesting [A-Z]+(?= )")
+_FIXED = re.compile(r"(Retrying in|Rate limited\. Waiting) [0-9.]+s( before retry)? \[Retry \d+/\d+\]\.")
+
+
+class _NoServersWords(logging.Filter):
+    """Of what the library logs, only what no server can word: a status, and how long it waits."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        found = _FIXED.fullmatch(text) or _STATUS_LINE.match(text)
+        if found is not None:
+            record.msg, record.args = found[0], ()
+        return found is not None
+
+
+@functools.cache
+def _mute() -> None:
+    """Have the library log nothing that a server said, wherever its log goes."""
+    only = _NoServersWords()
+    for name in _TALKERS:
+        logging.getLogger(f"huggingface_hub.{name}").addFilter(only)
+
+
 @contextlib.contextmanager
 def told(where: object) -> Iterator[None]:
     """Turn what the library raises within the block into a HubError about `where`."""
     from huggingface_hub import errors
     from huggingface_hub.utils import get_session
 
+    _mute()
     try:
         yield
     except SwsurgeryError:
@@ -47,6 +85,8 @@ def told(where: object) -> Iterator[None]:
         raise HubError(*_line(404, where)) from None
     except errors.OfflineModeIsEnabled:
         raise HubError("the offline mode is on", where, "unset HF_HUB_OFFLINE") from None
+    except errors.RemoteEntryNotFoundError:
+        raise HubError("no such file or folder on the Hub", where) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         raise HubError(*_line(status, where)) from None

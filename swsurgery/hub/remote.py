@@ -6,11 +6,14 @@ mirrors and retries of a refused request. A connection that breaks in the middle
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swsurgery.errors import HubError
-from swsurgery.hub.faults import told
+from swsurgery.hub.faults import broken_off, told
 
 HEAD = 64 << 10
 """Bytes fetched with the first ones of a file: most headers are smaller, and a header costs one request then."""
@@ -74,29 +77,32 @@ class RemoteFile:
                 "Range": f"bytes={offset + begin}-{offset + size - 1}",
                 "Accept-Encoding": "identity",
             }
-            with told(self):
-                try:
-                    with http_stream_backoff("GET", url, headers=headers) as response:
-                        hf_raise_for_status(response)
-                        if response.status_code != 206:  # the whole file would follow
-                            raise HubError("the server does not answer ranges", self, "download it: hf download")
+            try:
+                with told(self), http_stream_backoff("GET", url, headers=headers) as response:
+                    hf_raise_for_status(response)
+                    self._check_range(response.status_code, response.headers, size, offset + begin)
+                    # Kept from the library, which would ask for the same range once more and throw the answer away.
+                    with contextlib.suppress(*broken_off()):
                         for chunk in response.iter_raw():
                             data += chunk
                             if len(data) >= size:
                                 break
-                except RuntimeError as error:
-                    # how the library's own retry ends where the block that it is to repeat is ours
-                    if "didn't stop after throw" not in str(error):
-                        raise
-                except Exception as error:
-                    broken = len(data) > begin and not isinstance(error, HubError)
-                    if not broken or attempt == RETRIES - 1:
-                        raise
-                finally:
-                    self.traffic.add(len(data) - begin)
+            finally:
+                self.traffic.add(len(data) - begin)
+            if len(data) == begin and attempt < RETRIES - 1:
+                time.sleep(attempt)
             if len(data) >= size:
                 return bytes(data[:size])
         raise HubError(f"the connection broke {RETRIES} times", self, "run the same command again")
+
+    def _check_range(self, status: int, headers: Mapping[str, str], size: int, begin: int) -> None:
+        """Raise HubError unless the answer begins at `begin`. Mirrors may answer a small file whole."""
+        if status == 200 and begin == 0 and size == self.size:
+            return
+        if status != 206:  # the whole file would follow
+            raise HubError("the server does not answer ranges", self, "download it: hf download")
+        if not headers.get("Content-Range", "").replace(" ", "").startswith(f"bytes{begin}-"):
+            raise HubError("the server answers another range than it was asked for", self, "download it: hf download")
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def open_repo(repo_id: str, revision: str | None = None, sub: str = "") -> Repo:
 
     where, traffic = f"hf://{repo_id}" + (f"@{revision}" if revision else ""), Traffic()
     prefix = f"{sub}/" if sub else ""
-    with told(where):
+    with told(where + (f"/{sub}" if sub else "")):
         api = HfApi()
         commit = api.repo_info(repo_id, revision=revision).sha
         files = {}
