@@ -131,14 +131,15 @@ class _Copier:
     def copy(self, file: BaseFile) -> AppliedFile:
         splices = sorted((s for s in self.source.splices if s.file == file.name), key=lambda s: s.offset)
         target = self.stage / file.name
-        known = None if self.rehash else file.digest or self.digests.get(file.path)
+        # Not the name of a cache's blob: that is what the bytes should have, and they may have been edited in place.
+        known = None if self.rehash else self.digests.get(file.path)
         if known and (kept := self.kept(file, target, splices, known)):
             return kept
         with fsops.reported(target):
             fsops.remove_file(target)
         base = open_regular(file.path)
         try:
-            before = os.fstat(base)
+            _refuse_changed(file, os.fstat(base))
             if self.link == "hard" and not splices:
                 with fsops.reported(target):
                     fsops.hard_link(file.path, target)
@@ -151,8 +152,7 @@ class _Copier:
         finally:
             os.close(base)
         # A hard link moves the ctime, so only size and mtime can be held against each other here.
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise CheckpointError("the base was changed while it was read", file.path, "run again when it rests")
+        _refuse_changed(file, after)
         hold_to(file, digest, self.source.pins)
         with self.lock:  # saved after each file, for a killed run's successor to go on from
             self.digests.put(file.path, digest)
@@ -273,6 +273,13 @@ def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> No
         if wanted and wanted != digest:
             raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path,
                             "is this the right checkpoint?")  # fmt: skip
+
+
+def _refuse_changed(file: BaseFile, status: os.stat_result) -> None:
+    """Hold an open file to what it was when the checkpoint was opened: of a longer one only the beginning would be
+    copied, and another one's header was never read. Raises CheckpointError."""
+    if status.st_size != file.size or file.mtime_ns not in (None, status.st_mtime_ns):
+        raise CheckpointError("the base was changed while it was read", file.path, "run again when it rests")
 
 
 def _splice(chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:

@@ -7,6 +7,7 @@ it has an edit in place that was cut off undone first.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -18,7 +19,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
-from swsurgery import journal
+from swsurgery import fsops, journal
 from swsurgery.errors import CheckpointError
 from swsurgery.jsonfile import read_json
 from swsurgery.names import SHARD_NAME, WORKING_FILES
@@ -47,12 +48,14 @@ MAX_TENSORS, TENSORS_WITHOUT_DATA = 1 << 18, 50_000
 class BaseFile:
     """One file of a checkpoint. `name` is relative with forward slashes; `path` is the regular file to open
     (inside `blobs/` for a cache snapshot), or what reads it from afar; `digest` is the sha256 where the cache or the
-    Hub vouches for it."""
+    Hub vouches for it. `mtime_ns` is that of a file here when it was listed: with the size it tells whether what is
+    opened later is still the same."""
 
     name: str
     path: Place
     size: int
     digest: str | None = None
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,22 @@ def open_checkpoint(
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def held(root: Path | Repository) -> Iterator[Path | Repository]:
+    """Keep others from editing a directory in place while it is read; one that was cut off is undone first.
+
+    Raises TargetError while another run is editing it.
+    """
+    if isinstance(root, Path) and root.is_dir():
+        real = Path(os.path.realpath(root))
+        if not is_cache_snapshot(real):
+            journal.recover(real)  # before the lock, which would keep ourselves from it
+        with fsops.locked(root, exclusive=False):
+            yield root
+    else:
+        yield root  # and let whoever opens it say what is wrong
+
+
 def is_cache_snapshot(root: Path) -> bool:
     """Whether `root` is a snapshot folder of a Hugging Face cache, where files are links into `blobs/`, or in one."""
     return _snapshot(root) is not None
@@ -198,7 +217,8 @@ def _list_files(root: Path, in_cache: bool) -> tuple[tuple[BaseFile, ...], tuple
                 except CheckpointError as error:
                     faults += error.faults
             elif entry.is_file(follow_symlinks=False):
-                files.append(BaseFile(name, Path(entry.path), entry.stat(follow_symlinks=False).st_size))
+                status = entry.stat(follow_symlinks=False)
+                files.append(BaseFile(name, Path(entry.path), status.st_size, mtime_ns=status.st_mtime_ns))
             elif entry.is_symlink():
                 faults.append(f"is a symbolic link: {name} (give the directory that holds the real files)")
             else:
@@ -221,7 +241,8 @@ def _cached_file(root: Path, link: Path, name: str) -> BaseFile:
         raise CheckpointError(f"links to a place outside its own cache: {name}")
     if not real.is_file():
         raise CheckpointError(f"is not fully downloaded: {name}")
-    return BaseFile(name, real, real.stat().st_size, blob.name if len(blob.name) == 64 else None)
+    status = real.stat()
+    return BaseFile(name, real, status.st_size, blob.name if len(blob.name) == 64 else None, status.st_mtime_ns)
 
 
 def _cache_identity(root: Path) -> tuple[str | None, str | None, str]:

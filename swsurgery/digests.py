@@ -1,7 +1,8 @@
-"""sha256 of files that were hashed before and have not changed since: same device, inode, size and mtime.
+"""sha256 of files that were hashed before and have not changed since: same device, inode, size, mtime and ctime.
 
-Not the ctime: a hard link made or removed moves it. Kept in the user's cache directory; a lost or damaged cache
-costs time, never correctness.
+Without the ctime, which nobody can set, an archive whose files all have one mtime could put other weights into the
+same inode unseen. A hard link made or removed moves it, too, and costs one more hash. Kept in the user's cache
+directory; a lost or damaged cache costs time, never correctness.
 """
 
 from __future__ import annotations
@@ -60,4 +61,4 @@ class DigestCache:
 
 def _identity(path: Path) -> str:
     s = os.stat(path)
-    return f"{s.st_dev}:{s.st_ino}:{s.st_size}:{s.st_mtime_ns}"
+    return f"{s.st_dev}:{s.st_ino}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}"

@@ -135,7 +135,7 @@ def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
     pins, cache, found = known_digests(plan, None), DigestCache(), {}
     for name in sorted({s.file for s in plan.splices}):
         file = plan.checkpoint.file(name)
-        digest = file.digest or (_hashed(file, cache, progress) if isinstance(file.path, Path) else None)
+        digest = _hashed(file, cache, progress) if isinstance(file.path, Path) else file.digest
         wanted, _ = pins.get(name, (digest, ""))
         if digest and wanted != digest:
             raise PlanError(f"its sha256 is {digest}, but the manifest says {wanted}", file.path,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from swsurgery.errors import TargetError, printable
 from swsurgery.findings import Candidate, PersistentActivation, Profile, ScanReport, SweepReport, Verdict
-from swsurgery.fsops import replace_file
+from swsurgery.fsops import write_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,7 +233,7 @@ def _save(paper: Axes, path: Path) -> None:
     ending = path.suffix.lower()
     buffer = io.BytesIO()
     paper.figure.savefig(buffer, format=ending[1:], metadata=FORMATS[ending])
-    replace_file(path, buffer.getvalue())
+    write_report(path, buffer.getvalue())
 
 
 def _width(text: Text) -> float:

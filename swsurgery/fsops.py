@@ -312,6 +312,22 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None
         raise
 
 
+def write_report(path: Path, data: bytes) -> None:
+    """Put what a person asked for where they said. A regular file, also behind a link, is replaced as a whole; a
+    device, a pipe or /dev/stdout is written into and stays what it is."""
+    with reported(path):
+        there = os.path.exists(path)
+        special = there and (not path.is_file() or os.path.abspath(path).startswith(("/dev/", "/proc/")))
+        if special:
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC)
+            try:
+                write_all(fd, data)
+            finally:
+                os.close(fd)
+            return
+    replace_file(Path(os.path.realpath(path)), data)
+
+
 def replace_shared(path: Path, data: bytes, *, wait: bool = True) -> None:
     """`replace_file` in a directory of swsurgery's own, where several runs may write the same file: one at a time, so
     that what a killed one left has a fixed name and can be removed. Raises TargetError while another is at it, unless

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from swsurgery import fsops, journal
 from swsurgery.apply import Applied, AppliedFile, hold_to, stream
-from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
+from swsurgery.checkpoint import BaseFile, Checkpoint, is_cache_snapshot, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
@@ -68,7 +68,10 @@ def apply_in_place(
             say(note)
         pins = known_digests(plan, previous)
         touched = _hash_touched(plan.checkpoint, plan.splices, pins, progress)
-        rest = _digests_of_rest(plan.checkpoint, touched, previous.registry if previous else None, pins, digests)
+        stated = loaded.manifest.base.sha256
+        rest = _digests_of_rest(
+            plan.checkpoint, touched, previous.registry if previous else None, pins, digests, stated, progress
+        )
         applied = Applied(tuple(
             AppliedFile(f.name, f.size, *(touched.get(f.name) or (rest[f.name],) * 2), "place")
             for f in plan.checkpoint.files if f.name not in OWN_FILES
@@ -107,7 +110,7 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
             raise CheckpointError(f"cannot be reverted, for these are missing or changed: {', '.join(wrong)}", root)
         pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
         touched = _hash_touched(checkpoint, splices, pins, progress)
-        _digests_of_rest(checkpoint, touched, registry, pins, DigestCache())
+        _digests_of_rest(checkpoint, touched, registry, pins, DigestCache(), (), progress)
         for name, (_, restored) in touched.items():
             if restored != registry.files[name].base_sha256:
                 raise CheckpointError("does not give the base back: the registry was changed", root / name)
@@ -185,8 +188,11 @@ def _digests_of_rest(
     before: Registry | None,
     pins: dict[str, tuple[str, str]],
     digests: DigestCache,
+    stated: Collection[str],
+    progress: Progress,
 ) -> dict[str, str | None]:
-    """The digests of the files without splices: of small ones by reading them, of others only where they are known.
+    """The digests of the files without splices: of small ones by reading them, of others only where they are known or
+    the manifest has `stated` what they must be.
 
     Raises PlanError where one is not what it must be."""
     found: dict[str, str | None] = {}
@@ -198,11 +204,24 @@ def _digests_of_rest(
                 digest, _ = stream(fd, file, (), lambda size: None)
         else:
             record = before.files.get(file.name) if before else None
-            digest = digests.get(file.path) or (record.sha256 if record and record.size == file.size else None)
+            digest = digests.get(file.path)
+            if digest is None and file.name in stated:
+                digest = _hashed(file, progress)
+            elif digest is None and record and record.size == file.size:
+                digest = record.sha256
         if digest:
             hold_to(file, digest, pins)
         found[file.name] = digest
     return found
+
+
+def _hashed(file: BaseFile, progress: Progress) -> str:
+    progress.start(file.size, "B", "hashing")
+    try:
+        with opened(file.path) as fd:
+            return stream(fd, file, (), progress.advance)[0]
+    finally:
+        progress.close()
 
 
 def _applied_already(root: Path, registry: Registry) -> Outcome:

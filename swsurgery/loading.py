@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swsurgery import fsops
 from swsurgery.apply import hold_to, stream
-from swsurgery.checkpoint import open_checkpoint
+from swsurgery.checkpoint import held, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.errors import ModelError
 from swsurgery.hub import local
@@ -74,7 +73,7 @@ def _planned(base: str | Path | None, manifest: Given) -> Iterator[Plan]:
     """The plan, while its base is held against an edit in place."""
     loaded = _loaded(manifest)
     root = local(base_of(loaded, str(base) if base is not None else None))
-    with fsops.locked(root, exclusive=False) if root.is_dir() else contextlib.nullcontext():
+    with held(root):
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
         _hold_to_digests(plan)
         yield plan
@@ -97,7 +96,7 @@ def _hold_to_digests(plan: Plan) -> None:
     touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):
         file = plan.checkpoint.file(name)
-        digest = file.digest or cache.get(file.path)
+        digest = cache.get(file.path)
         if digest is None:
             with opened(file.path) as fd:
                 digest, _ = stream(fd, file, (), lambda size: None)

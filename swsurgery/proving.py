@@ -4,6 +4,7 @@ super weights of its model. `verify.py` is the proof from the registry alone; he
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
                               "only a patched checkpoint has one; --known and --manifest do without")  # fmt: skip
     loaded = _load(question.manifest)
     weights = patched.registry.base.weights if patched else loaded.manifest.base.weights if loaded else None
-    base = _open_base(question, loaded, patched, weights)
+    base = _open_base(root, question, loaded, patched, weights)
     try:
         checkpoint = open_checkpoint(root, weights, elsewhere=patched.registry.elsewhere if patched else ())
     except CheckpointError as error:
@@ -170,10 +171,11 @@ def _survey(
 
 
 def _open_base(
-    question: Question, loaded: LoadedManifest | None, patched: Patched | None, weights: str | None
+    root: Path | Repo, question: Question, loaded: LoadedManifest | None, patched: Patched | None, weights: str | None
 ) -> Checkpoint | None:
-    """The base that was given, else the manifest's own where it is at hand. Without registry and without base nothing
-    can be proved of a manifest, and the error says where the base was looked for."""
+    """The base that was given, else the manifest's own where it is at hand: not where it was edited in place, for
+    then it is this checkpoint. Without registry and without base nothing can be proved of a manifest, and the error
+    says where the base was looked for."""
     if question.base is not None:
         return open_checkpoint(place(named(question.base)), weights)
     if loaded is None:
@@ -181,7 +183,11 @@ def _open_base(
     from swsurgery.surgery import base_of
 
     try:
-        return open_checkpoint(place(base_of(loaded, None)), weights)
+        where = place(base_of(loaded, None))
+        both = isinstance(where, Path) and isinstance(root, Path)
+        if patched and both and os.path.realpath(where) == os.path.realpath(root):
+            return None
+        return open_checkpoint(where, weights)
     except CheckpointError:
         if patched is None:
             raise

@@ -44,7 +44,6 @@ RULES: dict[str, Rule] = {
             "A known super weight cannot be read as one scalar, so whether it was kept is not known.",
             "warning",
         ),
-        Rule("signature", "The signature does not vouch for these files with this key."),
         Rule("non-finite", "A stored floating-point value is NaN or infinite."),
         Rule(
             "duplicate-weights",

@@ -14,16 +14,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from swsurgery import fsops, journal, model
+from swsurgery import fsops, model
 from swsurgery.apply import Applied, Link, Source, write_checkpoint
-from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, held, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
 from swsurgery.errors import (
@@ -127,7 +126,7 @@ def apply_manifest(
     loaded = load_manifest(manifest)
     digests = DigestCache()
     where = base_of(loaded, base)
-    with _reading(place(where) if for_publish else local(where)) as root:
+    with held(place(where) if for_publish else local(where)) as root:
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
         _refuse_inside(output, plan.checkpoint.root)
         for note in plan.notes:
@@ -153,7 +152,7 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
     """Write the base of the patched checkpoint `root` into `output`, byte for byte; of several manifests the last is
     undone. Returns notes. Raises CheckpointError, PlanError (a file was changed since), TargetError."""
     digests = DigestCache()
-    with _reading(root) as root:
+    with held(root) as root:
         patched, checkpoint = open_patched(root)
         _refuse_inside(output, checkpoint.root)
         registry, previous = patched.registry, patched.previous()
@@ -255,19 +254,6 @@ def base_of(loaded: LoadedManifest, base: str | None) -> Path | Uri:
     if said.path is not None:
         return loaded.path.parent / said.path
     return Uri(said.repo_id, said.revision, "")
-
-
-@contextlib.contextmanager
-def _reading(root: Path | Repo) -> Iterator[Path | Repo]:
-    """Keep others from editing a directory in place while it is read; one that was cut off is undone first."""
-    if isinstance(root, Path) and root.is_dir():
-        real = Path(os.path.realpath(root))
-        if not is_cache_snapshot(real):
-            journal.recover(real)
-        with fsops.locked(root, exclusive=False):
-            yield root
-    else:
-        yield root  # and let whoever opens it say what is wrong
 
 
 def _fetched(source: Source, base: Checkpoint) -> Source:

@@ -292,13 +292,54 @@ def test_a_known_digest_is_not_computed_again_unless_asked(base, tmp_path, own_c
     assert apply(base, tmp_path / "third", ZERO, rehash=True)["files"][FIRST]["sha256"] == sha256(base / FIRST)
 
 
-def test_a_hard_link_made_or_removed_leaves_a_digest_known(base, tmp_path, own_cache):
+def test_a_hard_link_made_leaves_a_digest_known_and_one_removed_costs_a_hash(base, tmp_path, own_cache):
+    """Whoever removes it moves the ctime, as whoever changes the bytes does."""
     age(base)
     apply(base, tmp_path / "first", ZERO, link="hard")
-    known = json.loads((own_cache / "swsurgery" / "digests.json").read_text())
+    path = own_cache / "swsurgery" / "digests.json"
+    known = json.loads(path.read_text())
+    apply(base, tmp_path / "second", ZERO)
+    assert json.loads(path.read_text()) == known
     shutil.rmtree(tmp_path / "first")
-    apply(base, tmp_path / "second", ZERO, link="hard")
-    assert json.loads((own_cache / "swsurgery" / "digests.json").read_text()) == known
+    assert apply(base, tmp_path / "third", ZERO)["files"][FIRST]["sha256"] == sha256(base / FIRST)
+    assert len(json.loads(path.read_text())) > len(known)
+
+
+@pytest.mark.parametrize("link", ["copy", "hard"])
+def test_other_bytes_under_the_old_time_are_hashed_again(base, tmp_path, own_cache, link):
+    """As an archive puts them there whose files all have one time: same inode, size and mtime, other weights."""
+    age(base)
+    pins = {name: sha256(base / name) for name in (FIRST, SECOND, THIRD)}
+    apply(base, tmp_path / "first", ZERO)
+    status = os.stat(base / FIRST)
+    raw = bytearray((base / FIRST).read_bytes())
+    raw[-1] ^= 1
+    with open(base / FIRST, "r+b") as file:
+        file.write(raw)
+    os.utime(base / FIRST, ns=(status.st_atime_ns, status.st_mtime_ns))
+    files = apply(base, tmp_path / "second", ZERO, link=link)["files"]
+    assert files[FIRST]["sha256"] == sha256(base / FIRST)
+    pinned = write_manifest(tmp_path / "pinned.json", {"path": str(base), "sha256": pins}, ZERO)
+    with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
+        apply_manifest(pinned, tmp_path / "third", check=OFF, link=link)
+
+
+@pytest.mark.parametrize("name", [FIRST, SECOND])
+def test_a_blob_of_a_cache_is_hashed_against_its_name(base, tmp_path, name):
+    """One that somebody edited in place keeps its name; FIRST has no edit, SECOND has."""
+    repo = tmp_path / "hub" / "models--org--name"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    (repo / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in (p for p in base.iterdir() if p.is_file()):
+        blob = repo / "blobs" / sha256(file)
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= file.name == name
+        blob.write_bytes(raw)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    with pytest.raises(PlanError, match="its sha256 is .*but its blob's name says"):
+        apply(snapshot, tmp_path / "out", ZERO)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_digest_of_a_file_that_was_written_just_now_is_not_kept(base, tmp_path, own_cache):

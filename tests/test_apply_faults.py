@@ -30,6 +30,7 @@ from checkpoints import (
 from swsurgery import cli, fsops, surgery
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
+from swsurgery.progress import Silent
 from swsurgery.surgery import CheckOptions, apply_manifest
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
@@ -346,3 +347,29 @@ def test_bytes_that_are_written_wrong_are_found_by_the_check(manifest, tmp_path,
     assert any(message in fault for fault in caught.value.faults), caught.value.faults
     assert caught.value.exit_code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m.json"]
+
+
+class _Meanwhile(Silent):
+    """Something that happens to the base after it was opened and before it is copied."""
+
+    def __init__(self, change: Callable[[], None]):
+        self.change = change
+
+    def start(self, total: int, unit: str, label: str) -> None:
+        if label == "copying":
+            self.change()
+
+
+@pytest.mark.parametrize("link", ["copy", "hard"])
+@pytest.mark.parametrize("more", [b"", b" and more"], ids=["same size", "longer"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00003-of-00003.safetensors"])
+def test_a_file_that_is_replaced_before_it_is_copied_is_refused(manifest, base, tmp_path, name, more, link):
+    """Of a longer one only the beginning would be copied."""
+
+    def change() -> None:
+        raw = (base / name).read_bytes()
+        (base / name).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]) + more)
+
+    with pytest.raises(CheckpointError, match=f"the base was changed while it was read: .*{name}"):
+        apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"), link=link, progress=_Meanwhile(change))
+    assert not (tmp_path / "out").exists()

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
+import subprocess
+import sys
 from urllib.parse import unquote, urlparse
 from xml.etree import ElementTree
 
 import pytest
+from checkpoints import FIRST, HEAD, tree, write_llama, write_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swsurgery import __version__
+from swsurgery import __version__, fsops
+from swsurgery.cli import main
 from swsurgery.formats import FORMATS, FindingReport, render
 from swsurgery.rules import RULES, Finding
 
@@ -284,3 +290,49 @@ maybe = st.none() | any_text
 )
 def test_no_text_forges_anything(findings, subject, checked):
     unharmed(FindingReport(subject, "verify", tuple(findings), f"checked {checked}", {"detail": checked}))
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "device"])
+def test_a_report_goes_into_what_is_there_and_leaves_it_what_it_is(tmp_path, kind):
+    """A pipe or a device must not become a file, nor what a link names be left behind."""
+    path, real = tmp_path / "report", tmp_path / "real"
+    if kind == "link":
+        real.write_text("old")
+        path.symlink_to(real)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif os.geteuid():
+        pytest.skip("only root makes device nodes")
+    else:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null is
+    before, reader = os.lstat(path), None
+    if kind == "pipe":
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fsops.write_report(path, b"new")
+    after = os.lstat(path)
+    assert (after.st_mode, after.st_ino) == (before.st_mode, before.st_ino)
+    if kind == "link":
+        assert real.read_bytes() == b"new"
+    if reader is not None:
+        assert os.read(reader, 9) == b"new"
+        os.close(reader)
+
+
+def test_a_report_into_stdout_does_not_replace_what_it_was_redirected_to(tmp_path):
+    code = "from pathlib import Path; from swsurgery import fsops; fsops.write_report(Path('/dev/stdout'), b'new')"
+    with open(tmp_path / "log", "ab") as log:
+        log.write(b"old ")
+        log.flush()
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
+    assert (tmp_path / "log").read_bytes() == b"old new"
+
+
+@pytest.mark.parametrize("words", [["verify", "{base}", "--finite", "--output", "{base}/{shard}"],
+                                   ["lint", "{manifest}", "--output", "{manifest}"]])  # fmt: skip
+def test_a_report_does_not_replace_what_it_is_of(tmp_path, capsys, words):
+    base = write_llama(tmp_path / "base")
+    manifest = write_manifest(tmp_path / "m.json", base, {"op": "protect", "tensor": HEAD, "index": [0, 0]})
+    before = tree(tmp_path)
+    assert main([word.format(base=base, shard=FIRST, manifest=manifest) for word in words]) == 2
+    assert "give another --output" in capsys.readouterr().err
+    assert tree(tmp_path) == before

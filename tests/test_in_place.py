@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,9 +34,10 @@ from checkpoints import (
     write_sparse_shard,
 )
 
-from swsurgery import inplace, surgery
+from swsurgery import inplace, output, surgery
 from swsurgery.cli import main
 from swsurgery.errors import CheckFailed, Interrupted
+from swsurgery.loading import patched_state_dict
 from swsurgery.names import OWN_FILES, WORKING_FILES
 from swsurgery.progress import Silent
 from swsurgery.surgery import CheckOptions
@@ -52,9 +55,9 @@ def base(tmp_path) -> Path:
     return write_llama(tmp_path / "base")
 
 
-def pinned(path: Path, base: Path, *edits: dict, **more: object) -> Path:
-    """A manifest that says the digest of every shard."""
-    record = {"path": str(base), "sha256": {name: sha256(base / name) for name in SHARDS}}
+def pinned(path: Path, base: Path, *edits: dict, names: tuple[str, ...] = (SECOND, THIRD), **more: object) -> Path:
+    """A manifest that says the digest of the shards `names`; of FIRST, which it leaves out, nobody knows it."""
+    record = {"path": str(base), "sha256": {name: sha256(base / name) for name in names}}
     return write_manifest(path, record, *edits, **more)
 
 
@@ -307,7 +310,8 @@ def test_two_manifests_are_two_steps_that_revert_takes_back_one_by_one(base, man
     apply(manifest)
     once = tree(base)
     again = {"op": "zero", "layer": 0, "row": 0, "col": 0}
-    second = pinned(tmp_path / "second.json", base, again, {"op": "zero", "layer": 1, "row": 5, "col": 9})
+    more = {"op": "zero", "layer": 1, "row": 5, "col": 9}
+    second = pinned(tmp_path / "second.json", base, again, more, names=SHARDS)
     assert apply(second)[0] == 0
     assert stored(base / SECOND, down(1), (5, 9)) == b"\0\0"
     assert stored(base / SECOND, down(1), (2, 3)) == b"\0\0", "the first step is still there"
@@ -660,3 +664,58 @@ def test_bits_of_every_width_are_written(tmp_path, apply):
         want = with_bytes(want, place(shard, name, (4,)), one)
     assert apply(write_manifest(tmp_path / "m.json", record, *edits))[0] == 0
     assert shard.read_bytes() == want
+
+
+def test_a_stated_digest_of_a_shard_without_edits_is_held(base, tmp_path, refused):
+    """Another base is refused whichever of its shards the manifest names."""
+    record = {"path": str(base), "sha256": {SECOND: sha256(base / SECOND), THIRD: "0" * 64}}
+    line = refused(write_manifest(tmp_path / "m.json", record, ZERO), base)
+    assert f"its sha256 is {sha256(base / THIRD)}, but the manifest says {'0' * 64}" in line
+
+
+def test_a_manifest_proves_the_edit_that_it_made_in_place(base, tmp_path, apply, capsys):
+    """Its base is then this checkpoint itself, and no base to compare with; the twin is another manifest."""
+    manifest = pinned(tmp_path / "m.json", base, ZERO, PROTECT, names=SHARDS)
+    other = pinned(tmp_path / "other.json", base, SCALE, PROTECT, names=SHARDS)
+    assert apply(manifest)[0] == 0
+    record = json.loads((base / "swsurgery.json").read_text())["files"]  # stated, so it was hashed, so it is known
+    assert {name: record[name]["base_sha256"] for name in (FIRST, THIRD)} == {
+        name: sha256(base / name) for name in (FIRST, THIRD)
+    }
+    assert main(["verify", str(base), "--manifest", str(manifest)]) == 0
+    assert "as the registry proves them" in capsys.readouterr().out
+    assert main(["verify", str(base), "--manifest", str(other)]) == 1
+    assert "nothing was done to it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "diff"])
+def test_what_is_read_whole_is_not_edited_meanwhile(base, manifest, tmp_path, apply, monkeypatch, command):
+    """Else the answer would be of half an edit: a no, where before and after it is a yes."""
+    assert apply(manifest)[0] == 0
+    late = pinned(tmp_path / "late.json", base, {"op": "zero", "layer": 1, "row": 0, "col": 0})
+    during: list[tuple[int, str]] = []
+
+    class Bar(Silent):
+        def __init__(self, quiet: bool = False):
+            pass
+
+        def start(self, total: int, unit: str, label: str) -> None:
+            done = subprocess.run(
+                [sys.executable, "-m", "swsurgery", "apply", late, "--in-place", "--check", "off", "--quiet"],
+                capture_output=True, text=True,
+            )  # fmt: skip
+            during.append((done.returncode, done.stderr))
+
+    monkeypatch.setattr(output, "Bar", Bar)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    assert main([command, str(base), *([str(other)] if command == "diff" else [])]) == 0
+    assert during and all(code == 2 and "another run is reading" in line for code, line in during)
+    assert apply(late)[0] == 0, "the twin: afterwards it is made"
+
+
+def test_a_cut_off_edit_is_undone_for_those_who_load_it_from_python(base, manifest):
+    before = tree(base)
+    (base / WORKING_FILES[2]).touch()
+    assert dict(patched_state_dict(base, manifest))
+    assert tree(base) == before

@@ -13,12 +13,17 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from swsurgery import __version__, formats, fsops, output
+from swsurgery.checkpoint import held
 from swsurgery.errors import SwsurgeryError, printable
 from swsurgery.formats import FindingReport
 from swsurgery.progress import Silent
 from swsurgery.rules import Finding
+
+if TYPE_CHECKING:
+    from swsurgery.proving import Question
 
 MAX_ROWS = 50
 MAX_CELL = 500
@@ -60,7 +65,7 @@ def run(inputs: Mapping[str, str], directory: Path) -> int:
 def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     """What is to be done. Raises SwsurgeryError where the inputs do not say so plainly, or ask for nothing."""
     from swsurgery.lint import lint
-    from swsurgery.proving import Question, prove
+    from swsurgery.proving import Question
 
     steps: list[Callable[[], FindingReport]] = []
     strict, known, finite = (_switch(inputs, name, False) for name in ("STRICT", "KNOWN", "FINITE"))
@@ -71,12 +76,19 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     files = {name.lower(): Path(inputs[name]) for name in ("MANIFEST", "SIGNATURE", "PUBLIC_KEY") if inputs.get(name)}
     if checkpoint:
         question = Question(base=base, known=known or model is not None, model=model, finite=finite, **files)
-        steps.append(lambda: prove(Path(checkpoint), question, Silent()).report(checkpoint))
+        steps.append(lambda: _proved(checkpoint, question))
     elif base or model or files or known or finite:
         raise SwsurgeryError("only the inputs lint and strict mean something without the input checkpoint")
     if not steps:
         raise SwsurgeryError("nothing to do: give the input checkpoint, the input lint, or both")
     return steps
+
+
+def _proved(checkpoint: str, question: Question) -> FindingReport:
+    from swsurgery.proving import prove
+
+    with held(Path(checkpoint)) as where:
+        return prove(where, question, Silent()).report(checkpoint)
 
 
 def _switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from swsurgery import output
 from swsurgery.cli.options import Debug, Json, Quiet
+from swsurgery.errors import TargetError
 
 
 def lint(
@@ -26,12 +28,14 @@ def lint(
     from swsurgery import formats, fsops
     from swsurgery.lint import lint as run
 
+    if file and os.path.realpath(file) in map(os.path.realpath, manifests):
+        raise TargetError("the report would replace a manifest", file, "give another --output")
     report = run(manifests, strict)
     text = formats.render(report, "json" if json else format)
     if file is None:
         output.print_text(text)
     else:
-        fsops.replace_file(file, text.encode())
+        fsops.write_report(file, text.encode())
         if not quiet:
             output.say(f"{report.errors} findings in {file}")
     if report.exit_code:

@@ -65,11 +65,14 @@ def bounds(most: float | None, least: float | None):
 
 @contextlib.contextmanager
 def reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
-    """Where to read a checkpoint's headers and scalars; of one on the Hub, how much was moved is said afterwards."""
+    """Where to read a checkpoint, which nobody edits in place meanwhile; of one on the Hub, how much was moved is said
+    afterwards."""
+    from swsurgery.checkpoint import held
     from swsurgery.hub import named, place
 
     where = place(named(checkpoint))
-    yield where
+    with held(where):
+        yield where
     if not isinstance(where, Path) and not quiet:
         output.say(moved(where))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from swsurgery import output
 from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet, reading
+from swsurgery.errors import TargetError
 
 
 def verify(
@@ -48,12 +50,14 @@ def verify(
         base, manifest, known or model is not None, model, known_tolerance, finite, signature, public_key
     )
     with reading(checkpoint, quiet) as where:
+        if file and isinstance(where, Path) and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(where)):
+            raise TargetError("the report would lie in the checkpoint", file, "give another --output")
         report = proving.prove(where, question, output.Bar(quiet)).report(checkpoint)
     text = formats.render(report, "json" if json else format)
     if file is None:
         output.print_text(text)
     else:
-        fsops.replace_file(file, text.encode())
+        fsops.write_report(file, text.encode())
         if not quiet:
             output.say(f"{report.errors} findings in {file}")
     if report.exit_code:
