@@ -11,8 +11,9 @@
     ├── LookupFailed        no such known model or coordinate, or an ambiguous name
     ├── HubError            the Hub cannot be reached, or says no
     ├── ModelError          the model cannot be loaded or run
-    ├── CheckFailed         exit 1: the sanity check says no; the target was not made
-    └── Interrupted         exit 130: SIGINT or SIGTERM
+    └── CheckFailed         exit 1: the sanity check says no; the target was not made
+
+    Interrupted             exit 130: SIGINT or SIGTERM; no Exception, so that no library takes it for one of its own
 
 A message is one line, `what: where (remedy)`; an error that carries several
 faults prints one such line for each. Anything else that escapes is a bug (exit 3).
@@ -98,13 +99,15 @@ class CheckFailed(SwsurgeryError):
     exit_code = 1
 
 
-class Interrupted(SwsurgeryError):
-    """A signal; `left` says what is left behind."""
+class Interrupted(BaseException):
+    """A signal; `left` says what is left behind. Not an Exception: torch and transformers catch those while they are
+    imported, and would go on, or raise something else."""
 
     exit_code = 130
 
     def __init__(self, signal: str, left: str = "nothing was left behind"):
-        super().__init__("interrupted", signal, left)
+        self.faults = SwsurgeryError("interrupted", signal, left).faults
+        super().__init__(*self.faults)
         self.signal = signal
 
     def leaving(self, left: str) -> Interrupted:

@@ -312,8 +312,13 @@ def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, 
         ("largest hidden state\nafter the layer", profile.residuals),
     )
     threshold = _linear_up_to([*profile.inputs, *profile.outputs])
+    # What was found once others were gone may exceed what the unedited model shows: the panels have room for it too.
+    spikes = [
+        [v for v in values if v is not None]
+        for values in zip(*((f.candidate.input_spike, f.candidate.output_spike) for f in found), strict=True)
+    ] or [[], []]
     massive = {layer for a in report.activations for layer in range(a.layer, a.last + 1)}
-    for panel, (name, values) in zip(panels, sides, strict=True):
+    for panel, (name, values), marked in zip(panels, sides, [*spikes, []], strict=True):
         panel.set_ylabel(name)
         colours = [BLUE if panel is panels[2] and layer in massive else PALE for layer in range(len(values))]
         finite = [value if math.isfinite(value) else 0 for value in values]
@@ -322,7 +327,7 @@ def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, 
         overflown = [layer for layer, value in enumerate(values) if math.isinf(value)]
         for layer in overflown:
             panel.text(layer, 0, " infinite", rotation=90, horizontalalignment="center", verticalalignment="bottom")
-        _signed(panel, values, threshold)
+        _signed(panel, [*values, *marked], threshold)
     for candidate, verdict in reversed(found):  # what matters most comes to lie on top
         for panel, spike in zip(panels, (candidate.input_spike, candidate.output_spike), strict=False):
             if spike is not None and math.isfinite(spike):

@@ -28,8 +28,16 @@ COMPANIONS = (
 MAX_FAULTS = 100
 """Listed one by one."""
 
-PACKED = (".qweight", ".qzeros", ".weight_packed", "_blocks", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
-"""Endings of tensors whose elements are not weights: packed integers, scales, permutations."""
+MAX_NOTES = 20
+
+PACKED = (
+    ".qweight", ".qzeros", ".weight_packed", ".weight_shape", "_blocks", ".g_idx", ".codes", ".codebooks", ".W_q",
+    ".weight._data", ".scales", "_scales", ".SCB", ".weight_scale", ".weight_scale_inv", ".weight_scale_2",
+    ".weight_global_scale", ".weight_zero_point", ".input_scale", ".weight._scale", ".absmax", ".quant_map",
+    ".nested_absmax", ".nested_quant_map",
+)  # fmt: skip
+"""Endings of tensors whose elements are not weights: packed integers, scales, permutations. GPTQ and AWQ,
+compressed-tensors, MXFP4, AQLM, HQQ, quanto, bitsandbytes, FP8."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,9 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
             continue
         for coordinate, expect in targets:
             if coordinate in scalars:
-                if edit.known != "all":
-                    first = scalars[coordinate][0]
+                first = scalars[coordinate][0]
+                # It yields to an edit that names the coordinate; of two that name all, neither may win in silence.
+                if edit.known != "all" or manifest.edits[first].known == "all":
                     faults.append(f"{where}: {coordinate} has two operations (the other is edits[{first}])")
                 continue
             try:
@@ -98,6 +107,10 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         more = len(faults) - MAX_FAULTS
         raise PlanError.of(faults[:MAX_FAULTS] + ([f"{loaded.path}: and {more} more of these"] if more > 0 else []))
     notes = [*checkpoint.notes]
+    disagreements = [f"index and shards disagree about {tensor}: {why}; both are carried along as they are, and verify "
+                     "will find it" for tensor, why in checkpoint.disagreements.items()]  # fmt: skip
+    more = len(disagreements) - MAX_NOTES
+    notes += disagreements[:MAX_NOTES] + ([f"and {more} more of these"] if more > 0 else [])
     if checkpoint.copies and copies == "keep":
         notes.append(f"carried along unedited: {', '.join(checkpoint.copies)}")
     omitted = checkpoint.copies if copies == "omit" else ()
@@ -153,8 +166,16 @@ def _facts(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate,
 
 
 def _located(target: Target | KnownCoordinate, checkpoint: Checkpoint) -> Coordinate:
+    # With those that index and shards place differently: found here, they are refused for what is wrong with them.
+    shapes = {t: s.tensors[t].shape for s in checkpoint.shards.values() for t in checkpoint.disagreements
+              if t in s.tensors}  # fmt: skip
     return architectures.locate(
-        checkpoint.config, checkpoint.shapes, layer=target.layer, row=target.row, col=target.col, expert=target.expert
+        checkpoint.config,
+        {**checkpoint.shapes, **shapes} if shapes else checkpoint.shapes,
+        layer=target.layer,
+        row=target.row,
+        col=target.col,
+        expert=target.expert,
     )
 
 
@@ -219,7 +240,7 @@ def _info(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
     if name in checkpoint.disagreements:
         raise PlanError(f"index and shards disagree about {name}", checkpoint.disagreements[name])
     if name not in checkpoint.weight_map:
-        if name == "lm_head.weight" and (partner := _embedding(checkpoint)):
+        if (name == HEAD or name.endswith(f".{HEAD}")) and (partner := _embedding(checkpoint)):
             raise PlanError(f"{name} is tied to {partner} and not stored", remedy=f"edit {partner}")
         raise PlanError("no such tensor", name, _hint(name, checkpoint))
     return checkpoint.info(name)
@@ -246,7 +267,7 @@ def _swap_hint(info: TensorInfo, index: tuple[int, ...]) -> str:
 
 
 def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
-    if name.endswith(PACKED):
+    if name.endswith(PACKED) or ".quant_state." in name:
         raise PlanError("packed or scaling values of a quantised layer, not weights", name,
                         "edit the model before it is quantised")  # fmt: skip
     stem = name.removesuffix(".weight")
@@ -257,6 +278,9 @@ def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
                             "edit the model before it is quantised")  # fmt: skip
 
 
+HEAD = "lm_head.weight"
+
+
 def _embedding(checkpoint: Checkpoint) -> str | None:
     endings = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
     return next((t for t in checkpoint.weight_map if t.endswith(endings)), None)
@@ -264,11 +288,13 @@ def _embedding(checkpoint: Checkpoint) -> str | None:
 
 def _tied_faults(splices: tuple[Splice, ...], checkpoint: Checkpoint) -> list[str]:
     """Where both tensors of a tied pair are stored, loaders keep one of them: edit both alike or none."""
-    head, embedding = "lm_head.weight", _embedding(checkpoint)
+    embedding = _embedding(checkpoint)
+    # Vision-language models may store it as language_model.lm_head.weight.
+    head = next((t for t in checkpoint.weight_map if t == HEAD or t.endswith(f".{HEAD}")), None)
     text_config = checkpoint.config.get("text_config")
     text_config = text_config if isinstance(text_config, dict) else checkpoint.config
     tied = text_config.get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings"))
-    if not tied or not embedding or head not in checkpoint.weight_map:
+    if not tied or not embedding or head is None:
         return []
     new = {s.coordinate: s.new for s in splices}
     faults = []

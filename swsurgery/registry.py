@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +21,7 @@ from swsurgery.checkpoint import Repository, is_cache_snapshot
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
 from swsurgery.edits import Position, Strict, Version
-from swsurgery.errors import CheckpointError
+from swsurgery.errors import CheckpointError, TargetError
 from swsurgery.jsonfile import first_fault, parse_json, read_small
 from swsurgery.names import OWN_FILES
 
@@ -139,11 +140,10 @@ def build_registry(plan: Plan, applied: Applied, check: dict[str, Any], previous
     """The registry of a plan that was applied; `previous` where its base was itself patched."""
     base, checkpoint = plan.loaded.manifest.base, plan.checkpoint
     named_by = "cache" if checkpoint.repo_id else "manifest" if base.repo_id else None
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     return Registry(
         registry_version=1,
         swsurgery_version=__version__,
-        created=int(epoch) if epoch.isdecimal() else None,
+        created=source_date_epoch(),
         base=BaseRecord(
             repo_id=checkpoint.repo_id or base.repo_id,
             revision=checkpoint.revision or base.revision,
@@ -163,6 +163,14 @@ def build_registry(plan: Plan, applied: Applied, check: dict[str, Any], previous
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
         history=previous.as_history() if previous else [],
     )
+
+
+def source_date_epoch() -> int | None:
+    """The clock that the user set for us, in seconds. Raises TargetError for one that is none."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if text and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise TargetError(f"SOURCE_DATE_EPOCH is {text[:40]!r}", "the environment", "give seconds since 1970")
+    return int(text) if text else None
 
 
 def _facts(scalar: Scalar) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ Check = Literal["auto", "off", "weights", "forward"]
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How the sanity check is made. `text` None is the built-in passage; `bounds` None takes the manifest's."""
+    """How the sanity check is made. `text` None is the built-in passage; a bound that is None is the manifest's."""
 
     kind: Check = "auto"
     device: str = "auto"
@@ -61,6 +61,11 @@ class CheckOptions:
     text: str | None = None
     prompts: Sequence[str] | None = None
     bounds: Bounds | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether the user said how the model is to be run, and so that it is."""
+        return (self.device, self.placement, self.text, self.prompts) != ("auto", "auto", None, None)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ def apply_manifest(
     with held(place(where) if for_publish else local(where)) as root:
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
         _refuse_inside(output, plan.checkpoint.root)
+        _bounds(plan, check)  # an hour before they are needed
         for note in plan.notes:
             say(note)
         previous = read_patched(root)
@@ -273,8 +279,7 @@ def _fetched(source: Source, base: Checkpoint) -> Source:
 
 def _without_whole_model(plan: Plan, options: CheckOptions) -> CheckOptions:
     """The check that can be made where most shards are not here. Raises ModelError where more was asked."""
-    bounds = options.bounds or Bounds(**plan.loaded.manifest.check.model_dump())
-    if options.kind == "forward" or bounds != Bounds():
+    if options.kind == "forward" or _bounds(plan, options) != Bounds():
         raise ModelError("a forward check needs the whole model", plan.checkpoint.root,
                          "leave out --for-publish, or the bounds and --check forward")  # fmt: skip
     return replace(options, kind="weights" if options.kind == "auto" else options.kind)
@@ -314,25 +319,31 @@ def run_check(
 ) -> dict[str, Any]:
     """Check the checkpoint that is not yet done, staged or edited in place; what is returned goes into the registry.
     Raises CheckFailed, ModelError."""
+    bounds = _bounds(plan, options)
     if options.kind == "off":
         return {"kind": "off", "reason": "the check was turned off"}
     weights = _check_weights(plan, patched, progress)
-    bounds = options.bounds or Bounds(**plan.loaded.manifest.check.model_dump())
     reason = None
     if options.kind == "weights":
         reason = "only the weights were to be checked"
     elif not plan.splices:
+        # Base and patched are one, so the ratio is 1 whatever the model.
+        if bounds.min_perplexity_ratio is not None and bounds.min_perplexity_ratio > 1:
+            raise CheckFailed("check failed: nothing was changed, so the perplexity ratio is 1",
+                              f"at least {bounds.min_perplexity_ratio:g} wanted")  # fmt: skip
+        if bounds.max_perplexity_ratio is not None and bounds.max_perplexity_ratio < 1:
+            raise CheckFailed("check failed: nothing was changed, so the perplexity ratio is 1",
+                              f"at most {bounds.max_perplexity_ratio:g} allowed")  # fmt: skip
         reason = "nothing was changed"
-    elif options.kind == "auto":
-        reason = model.available()
     if reason is None:
         try:
             report = _check_forward(plan, patched, options, bounds, progress, say)
         except ModelError as error:
-            # Bounds that cannot be measured are not met; without bounds the check is a courtesy.
-            if options.kind == "forward" or bounds != Bounds():
+            # What was asked for is done or refused; without bounds and wishes the check is a courtesy.
+            if options.kind == "forward" or bounds != Bounds() or options.asked:
                 raise
-            reason = str(error)
+            # The directory has this name only until it is done, and the registry does not depend on where it was made.
+            reason = model.available() or str(error).replace(str(Path(os.path.realpath(patched))), "the checkpoint")
         else:
             if not report.ok:
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
@@ -340,6 +351,20 @@ def run_check(
     if plan.splices:
         say(f"no forward check was made: {reason}")
     return {"kind": "weights", "reason": reason, "weights": weights}
+
+
+def _bounds(plan: Plan, options: CheckOptions) -> Bounds:
+    """The manifest's bounds; of each of them, the options' where they give it. Raises PlanError where no ratio can
+    hold both, or where the check that was chosen measures none."""
+    if options.kind in ("off", "weights") and options.bounds:
+        raise PlanError(f"--check {options.kind} measures no perplexity, and a bound on it was given",
+                        remedy="leave out one of the two")  # fmt: skip
+    given, said = options.bounds or Bounds(), plan.loaded.manifest.check
+    most = said.max_perplexity_ratio if given.max_perplexity_ratio is None else given.max_perplexity_ratio
+    least = said.min_perplexity_ratio if given.min_perplexity_ratio is None else given.min_perplexity_ratio
+    if most is not None and least is not None and least > most:
+        raise PlanError(f"no perplexity ratio is at least {least:g} and at most {most:g}", plan.loaded.path)
+    return Bounds(most, least)
 
 
 def _check_forward(

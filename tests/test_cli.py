@@ -14,6 +14,7 @@ from patched import DOWN, FIRST, flip, write_patched, write_shard
 
 from swsurgery import __version__
 from swsurgery.cli import main
+from swsurgery.manifest import parse_manifest
 
 COMMANDS = {
     "apply": ["--base", "--output", "--dry-run", "--link", "--check", "--device", "--text", "--prompt",
@@ -33,7 +34,7 @@ COMMANDS = {
     "export": ["--format", "--output", "--json", "--quiet", "--debug"],
     "diff": ["--json", "--quiet"],
     "revert": ["--output", "--link", "--json", "--quiet"],
-    "schema": [],
+    "schema": ["--json", "--quiet", "--debug"],
 }  # fmt: skip
 WITHOUT_MODEL = [
     ["apply", "patched.yaml", "--dry-run"],
@@ -157,6 +158,27 @@ def test_errors_are_said_also_when_quiet_and_debug_shows_where(run):
     assert debug.returncode == 2
     assert "Traceback (most recent call last)" in debug.stderr
     assert debug.stderr.endswith(plain.stderr)
+
+
+def test_a_manifest_of_known_coordinates_is_one_json_document_that_apply_takes(run):
+    done = run("lookup", "llama-7b", "--manifest", "scale", "--factor", "1.5", "--json")
+    assert done.returncode == 0
+    (edit,) = json.loads(done.stdout)["edits"]
+    assert (edit["op"], edit["factor"]) == ("scale", 1.5)
+    parse_manifest(done.stdout.encode(), Path("m.json"))
+    assert run("lookup", "llama-7b", "--factor", "2").returncode == 2
+
+
+def test_the_schema_takes_the_options_that_every_command_takes(run):
+    assert run("schema", "--json", "--quiet").stdout == run("schema").stdout != ""
+
+
+@pytest.mark.parametrize("epoch", ["9" * 5000, "soon", "-5"])
+def test_a_clock_that_is_none_is_one_line(epoch, run, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    done = run("apply", "patched.yaml", "--check", "off", "-o", "late")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "SOURCE_DATE_EPOCH is" in done.stderr
 
 
 def test_an_unknown_model_names_the_nearest(run):

@@ -271,6 +271,14 @@ def test_marks_stand_on_the_spikes_with_the_shape_of_their_verdict(draw):
     assert len(set(shapes.values())) == 3
 
 
+def test_a_spike_that_only_an_edited_model_shows_stays_in_its_panel(draw):
+    later = candidate(2, 7, 90, input_spike=-4e5, output_spike=9e6, round=2)
+    panels = draw(dataclasses.replace(REPORT, candidates=(*REPORT.candidates, later)))
+    for panel, spike in zip(panels, (-4e5, 9e6), strict=False):
+        low, high = panel.get_ylim()
+        assert low < spike < high
+
+
 def test_labels_legend_and_title_say_what_was_found(svg):
     found = words(REPORT, svg, "SmolLM2")
     assert "SmolLM2, 30 layers: 3 super weights found by activations, not confirmed" in found

@@ -196,8 +196,11 @@ def test_a_quantised_weight_is_refused_and_may_be_protected(tmp_path, companion)
 
 
 @pytest.mark.parametrize(
-    "name", ["a.qweight", "a.qzeros", "a.g_idx", "a.scales", "a.weight_packed", "a.gate_up_blocks"]
-)
+    "name",
+    ["a.qweight", "a.qzeros", "a.g_idx", "a.scales", "a.weight_packed", "a.gate_up_blocks", "a.down_proj_scales",
+     "a.SCB", "a.weight.absmax", "a.weight.quant_state.bitsandbytes__nf4", "a.W_q", "a.codes", "a.weight._data",
+     "a.weight_global_scale", "a.input_scale"],
+)  # fmt: skip
 def test_packed_values_are_refused(tmp_path, name):
     base = write_llama(tmp_path / "base", {name: tensor("I32", 2, 2)})
     (fault,) = faults(base, {"op": "zero", "tensor": name, "index": [0, 0]})
@@ -231,6 +234,14 @@ def test_a_text_config_that_is_no_map_is_passed_over(tmp_path):
     assert "is tied to" in fault
 
 
+def test_a_tied_head_is_known_behind_a_prefix(tmp_path):
+    embed, head = f"language_model.{EMBED}", f"language_model.{HEAD}"
+    same = tensor("F32", 3, HIDDEN)
+    base = write_single(tmp_path / "base", {embed: same, head: same}, {"text_config": {"tie_word_embeddings": True}})
+    (fault,) = faults(base, {"op": "zero", "tensor": head, "index": [1, 2]})
+    assert f"{head}[1, 2] is tied to {embed}, which is stored too" in fault
+
+
 def test_untied_tensors_are_edited_alone(base, tmp_path):
     assert plan_manifest(
         write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": HEAD, "index": [0, 0]})
@@ -244,6 +255,26 @@ def test_a_tensor_that_index_and_shards_place_differently_is_refused(base):
     index.write_text(json.dumps(document))
     (fault,) = faults(base, {"op": "zero", "tensor": NORM, "index": [0]})
     assert f"index and shards disagree about {NORM}" in fault and f"it is in {SECOND}" in fault
+
+
+def test_so_it_is_where_layer_row_and_col_mean_it(base):
+    index = base / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"][down(1)] = FIRST
+    index.write_text(json.dumps(document))
+    (fault,) = faults(base, ZERO)
+    assert f"index and shards disagree about {down(1)}" in fault and f"it is in {SECOND}" in fault
+
+
+def test_what_they_say_differently_of_other_tensors_is_told(base, tmp_path):
+    index = base / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"] |= {NORM: FIRST, "ghost": FIRST}
+    index.write_text(json.dumps(document))
+    notes = plan_manifest(write_manifest(tmp_path / "m.json", base, ZERO)).notes
+    assert [note.split(":")[0] for note in notes] == [
+        f"index and shards disagree about {name}" for name in (NORM, "ghost")
+    ]
 
 
 QWEN = {"hf_id": "Qwen/Qwen3-1.7B", "first": "L2.1793.1821", "second": "L2.1999.1821"}
@@ -272,6 +303,14 @@ def test_known_all_yields_to_edits_that_name_a_scalar(known_base, tmp_path):
         assert [s.coordinate.index for s in plan.splices] == [(1793, 1821)]
         assert [s.coordinate.index for s in plan.protected] == [(1999, 1821)]
         assert (plan.splices[0].known.id, plan.protected[0].known.id) == (QWEN["first"], QWEN["second"])
+
+
+@pytest.mark.parametrize("ops", [("zero", "protect"), ("protect", "zero"), ("zero", "zero")])
+def test_of_two_edits_of_all_known_coordinates_neither_wins(known_base, ops):
+    where = {"path": str(known_base), "model": QWEN["hf_id"]}
+    found = faults(where, *({"op": op, "known": "all"} for op in ops))
+    assert len(found) == 2  # the model has two coordinates
+    assert all(fault.endswith("has two operations (the other is edits[0])") for fault in found)
 
 
 def test_a_known_coordinate_brings_its_value(known_base):

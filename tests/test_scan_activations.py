@@ -411,3 +411,17 @@ def test_smollm2(tmp_path):
     assert {c.prompts for c in report.candidates} == {5}
     assert [(a.layer, a.last, a.channel) for a in report.activations] == [(2, 8, 507), (11, 27, 507)]
     assert any("layer 28 takes channel 507 back" in note and "[507, 678]" in note for note in report.notes)
+
+
+def test_what_the_residual_stream_takes_of_an_output_is_what_counts(tmp_path):
+    """Granite adds only a tenth of what its MLP gives."""
+    place = Place(1, 3, 5)
+    model = build("granite", residual_multiplier=0.1)
+    plant(model, place)
+    report = scan_sequences(opened(model, tmp_path), SEQUENCES)
+    [candidate], [activation] = report.candidates, report.activations
+    ids = torch.tensor([SEQUENCES[activation.prompt]])
+    with torch.no_grad():
+        after = model(input_ids=ids, output_hidden_states=True).hidden_states[place.layer + 1][0]
+    medians = float(after[activation.token, place.row].abs() / after.abs().median())
+    assert candidate.score == pytest.approx(medians * candidate.share, rel=0.05)

@@ -20,6 +20,7 @@ from tiny_checkpoint import TEXT
 
 from swsurgery import known, model, scanning
 from swsurgery.cli import main
+from swsurgery.errors import ModelError
 from swsurgery.model import activations
 from swsurgery.model.forward import LayeredModel
 
@@ -213,6 +214,25 @@ def test_an_interrupt_ends_a_scan_cleanly(
     assert main([*words, "--device", "cpu"]) == 130
     assert capsys.readouterr().err.splitlines() == ["swsurgery: interrupted: SIGINT (nothing was left behind)"]
     assert not (here / "zero.yaml").exists() and not (here / "scan.png").exists()
+
+
+@pytest.mark.parametrize("becomes", [ModuleNotFoundError("no PreTrainedModel"), ModelError("cannot be loaded")])
+def test_an_interrupt_that_a_library_makes_something_else_of_is_an_interrupt(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, becomes: Exception
+) -> None:
+    """transformers' lazy imports do, with any Exception; extension modules with anything."""
+
+    def load(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Exception as error:
+            raise AssertionError("a library would have caught it") from error
+        except BaseException:  # noqa: BLE001
+            raise becomes from None
+
+    monkeypatch.setattr(activations.load, "load_tokenizer", load)
+    assert main(["scan", "planted", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.splitlines() == ["swsurgery: interrupted: SIGINT (nothing was left behind)"]
 
 
 def test_a_tokenizer_of_another_model_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,13 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--quiet" in argv:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # so does its talk of retries
     previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    _received.clear()
     log, teller = logging.getLogger("swsurgery"), _Teller()
     log.addHandler(teller)
     try:
         app(argv, prog_name="swsurgery")
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0
-    except SwsurgeryError as error:
+    except (SwsurgeryError, Interrupted) as error:
+        if _received and not isinstance(error, Interrupted):
+            error = _received[0]  # it came in the middle of a library, which made something else of it
         if debug:
             traceback.print_exc()
         for fault in error.faults:
@@ -78,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.say(f"the system refused ({error.strerror or type(error).__name__}){where} ({remedy})")
         return 2
     except Exception:  # noqa: BLE001 - the one boundary: whatever comes here is our bug, and says so
+        if _received:
+            output.say(_received[0].faults[0])
+            return _received[0].exit_code
         traceback.print_exc()
         output.say("this is a bug in swsurgery: please report it with the lines above")
         return 3
@@ -99,6 +105,10 @@ def entry() -> NoReturn:
     sys.exit(main())
 
 
+_received: list[Interrupted] = []
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not disturb the cleaning up
-    raise Interrupted(signal.Signals(number).name)
+    _received.append(Interrupted(signal.Signals(number).name))
+    raise _received[0]

@@ -160,8 +160,8 @@ def diff(
         raise typer.Exit(1)
 
 
-def schema() -> None:
-    """Print the JSON Schema of manifests."""
+def schema(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Print the JSON Schema of manifests; it is JSON with --json and without."""
     from swsurgery import manifest
 
     output.print_json(manifest.schema())

@@ -65,8 +65,17 @@ def lookup(
         output.print_json(document) if json else show.registry(patched.registry)
         return
     found = known.lookup(model)
+    if factor is not None and manifest is None:
+        raise SwsurgeryError("--factor goes with --manifest scale")
     if manifest:
-        output.print_text(known.render_manifest(found, manifest, factor, status or None))
+        text = known.render_manifest(found, manifest, factor, status or None)
+        if json:
+            from swsurgery.manifest import parse_manifest
+
+            loaded = parse_manifest(text.encode(), Path(f"{manifest}.yaml"))
+            output.print_json(loaded.manifest.model_dump(mode="json", exclude_unset=True))
+        else:
+            output.print_text(text)
     elif json:
         output.print_json(known.to_json(found, status or None))
     else:

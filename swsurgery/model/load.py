@@ -139,10 +139,15 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
     if not layers:
         raise ModelError("cannot be read layer by layer: no list of decoder layers", checkpoint.root)
     with running(target):
+        device_of = {
+            id(module): devices[number % len(devices)]
+            for number, layer in enumerate(layers)
+            for module in layer.modules()
+        }
         for module in model.modules():  # those that are computed, such as rotary frequencies
             for buffer, tensor in module._buffers.items():
                 if tensor is not None and buffer in module._non_persistent_buffers_set:
-                    module._buffers[buffer] = tensor.to(target)
+                    module._buffers[buffer] = tensor.to(device_of.get(id(module), devices[0]))
         streamed = LayeredModel(
             model, checkpoint, StreamedWeights(plan_weights(model, layers, checkpoint), devices), devices[0]
         )
@@ -238,7 +243,7 @@ def running(device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ModelError("not enough memory on the device", device, f"--device cpu, or {NO_CHECK}") from error
+        raise ModelError("not enough memory on the device", device, "--placement streamed, or --device cpu") from error
     except RuntimeError as error:
         raise ModelError(f"the model cannot be run: {first_line(error)}", device, NO_CHECK) from error
 

@@ -124,6 +124,7 @@ class LayerSpikes:
     @contextlib.contextmanager
     def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> Iterator[None]:
         self._normed: list[tuple[Tensor, Tensor]] = []
+        self._multiplier = float(getattr(layer, "residual_multiplier", 1.0))  # Granite
         handles: list[RemovableHandle] = []
         try:
             for source in self._sources[number]:
@@ -142,7 +143,7 @@ class LayerSpikes:
         sources = [source for source in self._sources[number] if source.called]
         flat = hidden.reshape(-1, hidden.shape[-1])
         output = sum((source.output(len(flat)) for source in sources), torch.zeros_like(flat, dtype=torch.float32))
-        added = self._behind_norm(output)
+        added = self._behind_norm(output) * self._multiplier
         _note_largest(self.residuals, number, hidden)
         if sources:
             _note_largest(self.outputs, number, output)

@@ -37,7 +37,7 @@ from checkpoints import tensor as random_tensor
 from faults.crash_calls import Watch, watching
 from faults.crash_fs import SECTOR, Image, Start, Step
 from swsurgery import inplace, inspection, surgery, verify
-from swsurgery.errors import SwsurgeryError
+from swsurgery.errors import Interrupted, SwsurgeryError
 from swsurgery.progress import Silent
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
@@ -236,7 +236,7 @@ class Room:
         os.environ.update(environment)
         try:
             call(self)
-        except SwsurgeryError as error:
+        except (SwsurgeryError, Interrupted) as error:
             return error, []
         except BUGS as error:
             return None, [f"{type(error).__name__}: {error}"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_checkpoint
+import tiny_models
 import torch
 from tiny_checkpoint import TEXT, write_pair
 
@@ -72,6 +73,22 @@ def test_both_models_equal_those_that_are_run_alone(tmp_path: Path, placement: P
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "gptj", "mixtral"])
+def test_layers_on_several_devices_in_turn_give_the_logits_of_one(tmp_path: Path, name: str) -> None:
+    tiny_models.write(name, tmp_path)  # GPT Neo and GPT-J keep computed buffers in their layers
+    checkpoint = open_checkpoint(tmp_path)
+    ids = tiny_models.TOKENS[0].tolist()
+    logits = []
+    for device in ("cuda", "cpu"):
+        model = load.open_model(checkpoint, device=device, placement="streamed")
+        for outcomes in model.run([ids, ids[:4]]):
+            logits.append(outcomes.logits[0].cpu())
+        assert model.method == "streamed"
+    for number in range(2):
+        torch.testing.assert_close(logits[number], logits[2 + number], rtol=1e-4, atol=1e-4)
+
+
 def test_a_device_number_beyond_the_last_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="^no usable CUDA device: cuda:99 "):
         check(write_pair(tmp_path), "cuda:99")
@@ -87,4 +104,4 @@ def test_a_model_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     (line,) = caught.value.faults
-    assert "--device cpu" in line
+    assert "--placement streamed, or --device cpu" in line
