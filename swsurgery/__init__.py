@@ -29,7 +29,7 @@ Rooms, each of which knows only those below it:
     hub/                         the only huggingface_hub
     known/                       the super weights that were published or measured
     manifest.py, edits.py        what a user may ask for; patches.py is the same as a small binary file
-    architectures.py             layer, row and column -> tensor and index
+    projections.py               layer, row and column -> tensor and index, by the table in architectures.py
     checkpoint.py, shard.py      the files, and the header of one of them
     dtypes.py                    numbers and their bits
     fsops.py, errors.py          every write to the disk, and every error on purpose

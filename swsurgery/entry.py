@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from swsurgery import __version__
-from swsurgery.architectures import Expert, down_projections
+from swsurgery.architectures import Expert
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import ManifestError
@@ -17,6 +17,7 @@ from swsurgery.findings import Candidate, Confirmation, Effect, ScanReport, Tria
 from swsurgery.known import schema
 from swsurgery.known.render import LARGE_RATIO, Operation, describe, edit_fields, manifest_text, refuse_unfit
 from swsurgery.manifest import parse_manifest
+from swsurgery.projections import down_projections
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from swsurgery import architectures
+from swsurgery import projections
 from swsurgery.checkpoint import Repository, open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import bits_of
@@ -58,7 +58,7 @@ def scalar(root: Path | Repository, tensor: str | None, at: str | None) -> dict[
         raise CheckpointError(str(error), tensor) from None
     data = checkpoint.shards[file].read_scalar(tensor, index)
     try:
-        short = architectures.short_form(checkpoint.config, checkpoint.shapes, Coordinate(tensor, index))
+        short = projections.short_form(checkpoint.config, checkpoint.shapes, Coordinate(tensor, index))
     except ArchitectureError:
         short = None
     place = dict(zip(("layer", "row", "col", "expert"), short, strict=True)) if short else {}

@@ -8,10 +8,10 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from swsurgery.architectures import name_prefixes
 from swsurgery.dtypes import DTYPES, decode, encode, round_to, show
 from swsurgery.errors import NumberError, PlanError
 from swsurgery.patches import Patch, PatchScalar, json_bytes, safetensors_bytes
+from swsurgery.projections import name_prefixes
 
 LINEAR = frozenset([
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "Wqkv", "dense", "gate_proj",

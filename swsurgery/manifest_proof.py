@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from swsurgery import architectures, dtypes, known
+from swsurgery import dtypes, known, projections
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.comparison import chunks, undeclared_changes
 from swsurgery.coordinate import Coordinate
@@ -107,7 +107,7 @@ def _targets(edit: Any, checkpoint: Checkpoint, model: KnownModel | None) -> Ite
         expects = [MeasuredValue(value=e.value, dtype=e.dtype) if e.dtype else None for e in places]
     for place, expect in zip(places, expects, strict=True):
         yield (
-            architectures.locate(
+            projections.locate(
                 checkpoint.config,
                 checkpoint.shapes,
                 layer=place.layer,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from swsurgery import architectures, known
+from swsurgery import known, projections
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.edits import MeasuredValue, Scale, Target, expectation_fault
@@ -169,7 +169,7 @@ def _located(target: Target | KnownCoordinate, checkpoint: Checkpoint) -> Coordi
     # With those that index and shards place differently: found here, they are refused for what is wrong with them.
     shapes = {t: s.tensors[t].shape for s in checkpoint.shards.values() for t in checkpoint.disagreements
               if t in s.tensors}  # fmt: skip
-    return architectures.locate(
+    return projections.locate(
         checkpoint.config,
         {**checkpoint.shapes, **shapes} if shapes else checkpoint.shapes,
         layer=target.layer,

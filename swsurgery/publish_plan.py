@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from swsurgery import card
-from swsurgery.architectures import short_form
 from swsurgery.checkpoint import LEFT_OUT, BaseFile, Checkpoint, open_checkpoint
 from swsurgery.comparison import chunks
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError
@@ -24,6 +23,7 @@ from swsurgery.hub.commit import listing as listing_of
 from swsurgery.hub.remote import RemoteFile
 from swsurgery.names import OWN_FILES
 from swsurgery.progress import Progress
+from swsurgery.projections import short_form
 from swsurgery.publication import Item, Publication, Wish, is_published
 from swsurgery.registry import REGISTRY_NAME, FileRecord, Patched, Registry, read_patched
 from swsurgery.rules import Finding

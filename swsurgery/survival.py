@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from swsurgery import architectures, dtypes, known
+from swsurgery import dtypes, known, projections
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES, Dtype
@@ -139,7 +139,7 @@ def _kept(
     fields: dict[str, Any] = {"id": entry.id, "status": entry.status, "causal_alone": entry.causal_alone,
                               "held": entry.status not in NOT_HELD}  # fmt: skip
     try:
-        coordinate = architectures.locate(
+        coordinate = projections.locate(
             checkpoint.config, checkpoint.shapes, layer=entry.layer, row=entry.row, col=entry.col, expert=entry.expert
         )
         fields |= {"tensor": coordinate.tensor, "index": coordinate.index,

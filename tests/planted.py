@@ -14,10 +14,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from swsurgery.architectures import locate
 from swsurgery.checkpoint import Checkpoint, open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.model.forward import LayeredModel
+from swsurgery.projections import locate
 
 LAYERS = 6
 SEQUENCES = ([3, 7, 11, 19, 5, 28], [9, 2, 30, 14], [17, 4, 22, 8, 26, 13, 6, 21])

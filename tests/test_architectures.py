@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swsurgery.architectures import (
-    FAMILIES,
+from swsurgery.architectures import FAMILIES
+from swsurgery.coordinate import Coordinate
+from swsurgery.errors import ArchitectureError
+from swsurgery.projections import (
     DownProjection,
     down_projection,
     down_projections,
@@ -26,8 +28,6 @@ from swsurgery.architectures import (
     locate,
     short_form,
 )
-from swsurgery.coordinate import Coordinate
-from swsurgery.errors import ArchitectureError
 
 # transformers 5.17 scripts a function of GPT-BigCode on import, which torch has come to dislike.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -20,7 +20,6 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from swsurgery.architectures import locate
 from swsurgery.checkpoint import open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import ArchitectureError, ModelError
@@ -28,6 +27,7 @@ from swsurgery.findings import Candidate, Confirmation, Effect, Trial
 from swsurgery.model import load, sweep
 from swsurgery.model.confirm import confirm, confirm_windows
 from swsurgery.model.forward import LayeredModel, Outcomes
+from swsurgery.projections import locate
 
 Short = tuple[int, int, int] | tuple[int, int, int, int]
 """Layer, row, col, and in a mixture of experts the expert."""

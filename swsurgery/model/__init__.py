@@ -5,12 +5,13 @@
     forward.py      any number of variants of a model, layer by layer, in one reading of its weights
     places.py       where stored scalars are in a loaded model, and how they get other values for a while
     calls.py        what a layer is called with
-    stream.py       the weights of one layer at a time, straight from the shards
+    stream.py       the weights of one layer at a time, straight from the shards; weight_plan.py says which bytes
+                    make up which parameter
     measure.py      the figures: perplexity, KL, stop-word mass, next tokens
     activations.py  super weights by the activations that they make; spikes.py watches the layers for it, and
                     persistence.py says which activations persist
     weights.py      super weights by the weights alone; scores.py reads and scores them, without torch
-    confirm.py      what zeroing candidates does, beside random scalars of like size
+    confirm.py      what zeroing candidates does; suspects.py adds companions, and random scalars of like size
     sweep.py        quality as a function of a factor
     stopwords.py    English function words
     passage.txt     the built-in text, written for this check

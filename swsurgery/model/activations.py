@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swsurgery.architectures import DownProjection
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import ModelError
@@ -42,6 +41,7 @@ from swsurgery.model.persistence import (
 )
 from swsurgery.model.spikes import MADE, MASSIVE, LayerSpikes, Move, Trace
 from swsurgery.progress import Progress
+from swsurgery.projections import DownProjection
 from swsurgery.shard import opened, read_exactly
 
 PROMPTS = (*CONTINUED, "It rained all day; we stayed in.\nThen it stopped, and the children ran out.\n")

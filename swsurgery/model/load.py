@@ -21,6 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -29,9 +30,10 @@ from swsurgery.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.hub import config_error
 from swsurgery.model import Placement
-from swsurgery.model.forward import LayeredModel
+from swsurgery.model.forward import ATTENTION, LayeredModel
 from swsurgery.model.places import find_decoder_layers
-from swsurgery.model.stream import STORED, StreamedWeights, pinned_pieces, plan_weights
+from swsurgery.model.stream import StreamedWeights, pinned_pieces
+from swsurgery.model.weight_plan import STORED, plan_weights
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
 COMFORTABLE_SHARE = 0.6
@@ -169,8 +171,15 @@ def _wake(device: torch.device, dtype: torch.dtype) -> None:
         del pinned_pieces()[:]  # torch keeps what is freed for the next to ask
         x = torch.zeros(1, 64, 64, device=device, dtype=dtype)
         functional.silu(functional.linear(x, x[0]))
-        functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)
-        functional.embedding(torch.zeros(8, dtype=torch.long, device=device), x[0])
+        with sdpa_kernel(ATTENTION):
+            functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)
+        first = torch.zeros(8, dtype=torch.long, device=device)
+        functional.embedding(first, x[0])
+        x[first, first] = x[first, first]
+        x.abs().nan_to_num().argmax(dim=1)
+        log = x.float().log_softmax(-1)
+        (log.exp() * log).sum(-1).double()
+        log.gather(-1, first[None, :, None]).isfinite().all()
         torch.cuda.synchronize(device)
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swsurgery.architectures import loaded_candidates
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import decode
 from swsurgery.errors import ModelError
+from swsurgery.projections import loaded_candidates
 
 Variant = Mapping[Coordinate, float]
 """Stored scalars and the value that each has in this variant; {} is the checkpoint as it is stored."""

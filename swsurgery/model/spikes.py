@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from swsurgery.architectures import DownProjection, Shapes, down_projections, loaded_candidates
+from swsurgery.architectures import Shapes
 from swsurgery.coordinate import Coordinate
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
+from swsurgery.projections import DownProjection, down_projections, loaded_candidates
 
 MASSIVE = 400.0
 """A hidden state is massive from this many medians of |hidden state| of its layer and sequence on.

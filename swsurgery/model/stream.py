@@ -4,9 +4,7 @@ Memory is two layers, whatever the model's size: while one is computed the next 
 straight into the buffer that the layer's parameters are views of; for CUDA they go through small pinned pieces, and the
 copies run on a stream of their own. Several devices take the layers in turn.
 
-`plan_weights` says which stored tensors make up which parameter. Where one cannot be told (packed weights, fusions that
-are not known here) the model cannot be streamed, and says so. This room knows parameters and bytes, and no layer's
-meaning.
+`weight_plan.py` says which stored bytes make up which parameter. This room moves them, and knows no layer's meaning.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +20,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from swsurgery.architectures import loaded_candidates, name_prefixes
-from swsurgery.checkpoint import Checkpoint
-from swsurgery.coordinate import Coordinate
-from swsurgery.errors import CheckpointError, ModelError
+from swsurgery.errors import CheckpointError
+from swsurgery.model.weight_plan import Part, Slot, WeightPlan, layout
 from swsurgery.shard import open_regular
 
 PIECE = 8 << 20
@@ -36,172 +30,6 @@ PIECE = 8 << 20
 
 READERS = max(2, min(8, os.cpu_count() or 2))
 """Threads that read."""
-
-ALIGNMENT = 256
-
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-
-#: How checkpoints name what transformers calls otherwise: (loaded, stored).
-RENAMED = (
-    (".mlp.", ".block_sparse_moe."),
-    (".mlp.router.", ".block_sparse_moe.gate."),
-    ("lm_head.", "embed_out."),
-)
-
-#: What transformers stacks over the experts, and joins along an expert's rows: its name, and those of the parts.
-STACKED = {
-    "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "experts.down_proj": (("down_proj",), ("w2",)),
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Stored bytes that make up some rows of a parameter, all of it for most: where they lie, and from which element
-    of the parameter on they belong."""
-
-    path: Path
-    offset: int
-    size: int
-    dtype: torch.dtype
-    element: int
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One parameter or buffer of a module, and what it is read from. `head` says that only the head needs it."""
-
-    module: nn.Module
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    parts: tuple[Part, ...]
-    owners: tuple[tuple[nn.Module, str], ...]
-    head: bool
-
-    @property
-    def size(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
-def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint: Checkpoint) -> WeightPlan:
-    """What each layer, and what is outside of them, is read from. Raises ModelError where a weight that is needed is
-    not stored in a form that can be read as it is."""
-    prefixes = ("", *name_prefixes(checkpoint.config))
-    layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
-    # A model that also sees images never needs what sees them here.
-    needed = {id(module) for root in (model.get_decoder(), model.get_output_embeddings()) if root is not None
-              for module in root.modules()}  # fmt: skip
-    head = {id(model.get_output_embeddings())}
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in module._non_persistent_buffers_set and id(module) in needed:
-                owners.setdefault(id(tensor), []).append((f"{path}.{name}" if path else name, module, name))
-    in_layers: list[list[Slot]] = [[] for _ in layers]
-    outside: list[Slot] = []
-    for holders in owners.values():
-        places = {layer_of.get(id(module)) for _, module, _ in holders}
-        _, module, name = holders[0]
-        tensor = getattr(module, name)
-        for path, _, _ in holders:  # tied: it is stored under one of its names
-            parts = _parts(path, tensor.shape, checkpoint, prefixes)
-            if parts:
-                break
-        else:
-            raise ModelError("cannot be read layer by layer: no stored form is known", holders[0][0])
-        dtype = _loaded_dtype(model, holders[0][0], tensor)
-        if any(
-            part.dtype != dtype and not (part.dtype.is_floating_point and dtype.is_floating_point) for part in parts
-        ):
-            raise ModelError(f"cannot be read layer by layer: stored as {parts[0].dtype}", holders[0][0])
-        for place in places:
-            mine = tuple((m, n) for _, m, n in holders if layer_of.get(id(m)) == place)
-            slot = Slot(*mine[0], tensor.shape, dtype, parts, mine, all(id(module) in head for module, _ in mine))
-            (outside if place is None else in_layers[place]).append(slot)
-    return WeightPlan(tuple(tuple(slots) for slots in in_layers), tuple(outside))
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """The slots of each layer, and those outside of the layers."""
-
-    layers: tuple[tuple[Slot, ...], ...]
-    outside: tuple[Slot, ...]
-
-    @property
-    def largest(self) -> int:
-        """Bytes that the largest layer takes in a buffer."""
-        return max(_layout(slots)[1] for slots in self.layers)
-
-
-def _layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
-    """Where each slot begins in a buffer, and how long the buffer must be."""
-    begins, end = [], 0
-    for slot in slots:
-        begins.append(end)
-        end += -(-slot.size // ALIGNMENT) * ALIGNMENT
-    return begins, end
-
-
-def _loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> torch.dtype:
-    """The dtype in which transformers would load it: some modules are kept in float32."""
-    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    half = getattr(model, "_keep_in_fp32_modules", None) or ()
-    kept = (*strict, *(half if tensor.dtype == torch.float16 else ()))
-    if tensor.is_floating_point() and any(re.search(rf"(?:^|\.){re.escape(name)}(?:$|\.)", path) for name in kept):
-        return torch.float32
-    return tensor.dtype
-
-
-def _parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]) -> tuple[Part, ...]:
-    """The stored bytes of one parameter, or nothing where they are not found in its very shape."""
-    longest = max((prefix for prefix in prefixes if path.startswith(prefix)), key=len)
-    bare = path.removeprefix(longest)
-    names = [prefix + rest for rest in dict.fromkeys((path, bare)) for prefix in ("", longest, *prefixes)]
-    names = list(dict.fromkeys(names + [n.replace(*pair) for n in names for pair in RENAMED if pair[0] in n]))
-    for name in names:
-        if checkpoint.shapes.get(name) == tuple(shape) and _as_stored(name, path, checkpoint):
-            return (_part(name, 0, checkpoint),)
-    for ending, choices in STACKED.items():
-        for name in names:
-            if name.endswith(ending) and len(shape) == 3:
-                stem = name.removesuffix(ending) + "experts."
-                for parts in choices:
-                    found = _stacked(stem, parts, shape, checkpoint)
-                    if found:
-                        return found
-    return ()
-
-
-def _stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Checkpoint) -> tuple[Part, ...]:
-    experts, rows, columns = shape
-    wanted = (rows // len(names), columns)
-    found = []
-    for expert in range(experts):
-        for number, name in enumerate(names):
-            stored = f"{stem}{expert}.{name}.weight"
-            if checkpoint.shapes.get(stored) != wanted or rows % len(names):
-                return ()
-            found.append(_part(stored, (expert * rows + number * wanted[0]) * columns, checkpoint))
-    return tuple(found)
-
-
-def _as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
-    """Is a down projection loaded the way round in which it is stored? Any other weight is taken to be."""
-    index = tuple(range(len(checkpoint.shapes[name])))
-    candidates = loaded_candidates(checkpoint.config, Coordinate(name, index), checkpoint.shapes)
-    turned = [c for c in candidates if c.tensor == path and c.index != index]
-    return not turned
-
-
-def _part(name: str, element: int, checkpoint: Checkpoint) -> Part:
-    info, shard = checkpoint.info(name), checkpoint.shards[checkpoint.weight_map[name]]
-    dtype = STORED.get(info.dtype.name)
-    if dtype is None:
-        raise ModelError(f"cannot be read layer by layer: stored as {info.dtype.name}", name)
-    return Part(shard.path, shard.data_start + info.data_offsets[0], info.size, dtype, element)
 
 
 class StreamedWeights:
@@ -244,7 +72,7 @@ class StreamedWeights:
         wanted = tuple(slot for slot in self.plan.outside if head or not slot.head)
         if wanted != self._bound:
             self._release()
-            memory = torch.empty(_layout(wanted)[1], dtype=torch.uint8, device=self.devices[0])
+            memory = torch.empty(layout(wanted)[1], dtype=torch.uint8, device=self.devices[0])
             self._open().fill(wanted, memory, self.devices[0])
             self._bind(wanted, memory)
             self._bound = wanted
@@ -282,7 +110,7 @@ class StreamedWeights:
             torch.cuda.empty_cache()  # what was freed fits nothing that comes next
 
     def _bind(self, slots: Sequence[Slot], memory: Tensor) -> None:
-        for slot, begin in zip(slots, _layout(slots)[0], strict=True):
+        for slot, begin in zip(slots, layout(slots)[0], strict=True):
             view = memory[begin : begin + slot.size].view(slot.dtype).view(slot.shape)
             for module, name in slot.owners:
                 if name in module._parameters:
@@ -382,7 +210,7 @@ class _Reader:
         self, slots: Sequence[Slot], memory: Tensor, device: torch.device, free: torch.cuda.Event | None
     ) -> torch.cuda.Event | None:
         """As `fill`, but copying waits for the event `free`, and whoever uses the memory for the event returned."""
-        begins, _ = _layout(slots)
+        begins, _ = layout(slots)
         tasks = [task for slot, begin in zip(slots, begins, strict=True) for task in _tasks(slot, begin)]
         stream = self._streams.get(device)
         if stream is None:

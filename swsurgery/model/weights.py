@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swsurgery.architectures import DownProjection, down_projections
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import decode
@@ -39,6 +38,7 @@ from swsurgery.model.scores import (
     values_of,
 )
 from swsurgery.progress import Progress, Silent
+from swsurgery.projections import DownProjection, down_projections
 from swsurgery.shard import opened, read_exactly
 
 MIN_Z = 5.0

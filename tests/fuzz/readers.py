@@ -17,11 +17,11 @@ import checkpoints
 
 from fuzz.documents import KEYS, SCALARS, Node, Raw, copied, damage, mutate, pick, spell, spell_yaml, tree
 from swsurgery import journal
-from swsurgery.architectures import locate
 from swsurgery.checkpoint import open_checkpoint
 from swsurgery.errors import SwsurgeryError
 from swsurgery.manifest import Manifest, parse_manifest
 from swsurgery.names import JOURNAL, OWN_FILES
+from swsurgery.projections import locate
 from swsurgery.registry import read_patched
 
 LONGEST_LINE = 1000
