@@ -67,18 +67,27 @@ assert model.method == "streamed" and totals.side(0).finite
 LOAD = """
 begin = time.perf_counter()
 model = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype="auto", **({"device_map": device} if device == "cuda" else {})
+    folder, dtype={dtype}, **({{"device_map": device}} if device == "cuda" else {{}})
 )
 """
 RUN = """
 with torch.no_grad():
     model(input_ids=torch.tensor(windows[:1], device=device)).logits.float().log_softmax(-1)
 """
+AS_STORED, CONVERTED = LOAD.format(dtype="'auto'"), LOAD.format(dtype="torch.bfloat16")
 JOBS = {
-    "swsurgery, streamed": OURS,
-    "transformers: load": LOAD,
-    "transformers: load, run base only": LOAD + RUN,
+    "cpu": {
+        "swsurgery, streamed": OURS,
+        "transformers: load, run": AS_STORED + RUN,
+        "transformers: load as bfloat16, run": CONVERTED + RUN,
+    },
+    "cuda": {
+        "swsurgery, streamed": OURS,
+        "transformers: load": AS_STORED,
+        "transformers: load, run one window": AS_STORED + RUN,
+    },
 }
+"""By device; the second is what the others are compared with."""
 
 
 def forget_files() -> None:
@@ -127,7 +136,8 @@ def main() -> None:
         writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(folder, options.size))
         writer.start()
         writer.join()
-    jobs = {name: job for name, job in JOBS.items() if not options.only_ours or job is OURS}
+    jobs = {name: job for name, job in JOBS[options.device].items() if not options.only_ours or job is OURS}
+    against = list(JOBS[options.device])[1]
     runs: dict[str, list[dict]] = {name: [] for name in jobs}
     prepare = forget_files if options.cold else lambda: None
     cats, scans = [read_all(folder)], []
@@ -157,13 +167,13 @@ def main() -> None:
         + ("One prompt of 9 tokens." if options.device == "cpu" else "4 windows of 512 tokens, base and patched."),
         f"One `cat` of the shards takes {statistics.median(cats[1:]):.1f} s.",
         "",
-        "| what | seconds | whole process | main memory | device memory | against load |",
+        f"| what | seconds | whole process | main memory | device memory | against {against.split(': ')[1]} |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, found in runs.items():
         process = statistics.median(run["process"] for run in found)
         memory, device = (max(run[key] for run in found) for key in ("memory", "device"))
-        ratio = f"{middle[name] / middle['transformers: load']:.2f}" if "transformers: load" in middle else ""
+        ratio = f"{middle[name] / middle[against]:.2f}" if against in middle else ""
         lines.append(f"| {name} | {middle[name]:.2f} | {process:.1f} | {memory:.1f} GB | {device:.2f} GB | {ratio} |")
     if scans:
         ratio = statistics.median(scan / cat for scan, cat in zip(scans, cats[1:], strict=True))
