@@ -23,9 +23,13 @@ from pathlib import Path
 import checkpoints
 from checkpoints import FIRST, SECOND, THIRD, down, place, sha256, write_index, write_manifest, write_shard
 
+import swsurgery
 from faults import tracing
 from faults.forks import Program
 from faults.tracing import Done, Point, Start
+
+PACKAGE = Path(swsurgery.__file__).parents[1]
+"""The tree that these tests belong to; an interpreter may have another one installed."""
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 ROWS, COLUMNS = 96, 128
@@ -76,7 +80,7 @@ class Workshop:
     """A folder with a room in it, and the environment in which commands run there."""
 
     folder: Path
-    package: Path | None = None
+    package: Path = PACKAGE
     more: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -96,7 +100,7 @@ class Workshop:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        return kept | made | ({"PYTHONPATH": str(self.package)} if self.package else {}) | dict(self.more)
+        return kept | made | {"PYTHONPATH": str(self.package)} | dict(self.more)
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         return [sys.executable, "-m", "swsurgery", *arguments]
@@ -148,7 +152,7 @@ def case(name: str) -> Case:
 def modules(program: Program) -> tuple[str, ...]:
     """What the product loads for the commands that are run here."""
     with tempfile.TemporaryDirectory() as folder:
-        shop = Workshop(Path(folder), program.package)
+        shop = Workshop(Path(folder), program.package or PACKAGE)
         write_room(shop.room)
         commands = (copy_arguments(), ("inspect", "out"), ("verify", "out"), IN_PLACE, ("revert", "model"))
         return program.rehearsed(commands, shop.env, shop.room)
@@ -213,13 +217,13 @@ class Prepared:
     before and after."""
 
     case: Case
-    package: Path | None
-    pristine: Path | None
+    package: Path
+    pristine: Path
     old: Tree | None
     new: Tree
 
 
-def prepare(case: Case, folder: Path, package: Path | None = None, pristine: Path | None = None) -> Prepared:
+def prepare(case: Case, folder: Path, package: Path = PACKAGE, pristine: Path = PACKAGE) -> Prepared:
     """What `case` must give, from an undisturbed run in `folder`, which must not exist.
 
     Raises AssertionError where that run does not give the bytes that were asked for.

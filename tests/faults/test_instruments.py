@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import FIRST
 
+import swsurgery
 from faults import disks, tracing
-from faults.cases import Stage, case, misreported, prepare
+from faults.cases import PACKAGE, Stage, Workshop, case, misreported, prepare
 from faults.tracing import Done, Point, Start
 
 traced = pytest.mark.skipif(bool(tracing.missing()), reason=tracing.missing())
@@ -101,3 +103,11 @@ def test_a_power_cut_takes_what_was_not_synced_and_nothing_else(kind, tmp_path):
         disk.cut()
         assert sorted(p.name for p in disk.mount.iterdir() if p.name != "lost+found") == ["kept"]
         assert (disk.mount / "kept").read_text() == "synced"
+
+
+def test_what_is_run_is_the_tree_under_test_whatever_is_installed(tmp_path):
+    for package in (Workshop(tmp_path).package, prepare(case("copy"), tmp_path / "prepare").package):
+        assert package == PACKAGE
+    words = [sys.executable, "-P", "-c", "import swsurgery; print(swsurgery.__file__)"]
+    done = subprocess.run(words, env=Workshop(tmp_path).env, cwd="/", capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == Path(swsurgery.__file__)

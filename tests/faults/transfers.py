@@ -54,7 +54,7 @@ def short(prepared: Prepared, folder: Path, shim: Path, place: str) -> tuple[Res
     return result, counts
 
 
-def large(folder: Path, package: Path | None, in_place: bool) -> Result:
+def large(folder: Path, package: Path, in_place: bool) -> Result:
     """An edit of the last scalar of a sparse shard of 5 GiB, copied or in place; every byte is compared."""
     result = Result("over 2 GiB", "edit in place" if in_place else "copy", "", cases=1)
     shop = Workshop(folder, package, (("SWSURGERY_THREADS", "4"),))
