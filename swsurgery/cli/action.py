@@ -64,6 +64,7 @@ def run(inputs: Mapping[str, str], directory: Path) -> int:
 
 def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     """What is to be done. Raises SwsurgeryError where the inputs do not say so plainly, or ask for nothing."""
+    from swsurgery.hub import directory
     from swsurgery.lint import lint
     from swsurgery.proving import Question
 
@@ -76,7 +77,8 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     files = {name.lower(): Path(inputs[name]) for name in ("MANIFEST", "SIGNATURE", "PUBLIC_KEY") if inputs.get(name)}
     if checkpoint:
         question = Question(base=base, known=known or model is not None, model=model, finite=finite, **files)
-        steps.append(lambda: _proved(checkpoint, question))
+        where = directory(checkpoint)
+        steps.append(lambda: _proved(where, question))
     elif base or model or files or known or finite:
         raise SwsurgeryError("only the inputs lint and strict mean something without the input checkpoint")
     if not steps:
@@ -84,11 +86,11 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     return steps
 
 
-def _proved(checkpoint: str, question: Question) -> FindingReport:
+def _proved(checkpoint: Path, question: Question) -> FindingReport:
     from swsurgery.proving import prove
 
-    with held(Path(checkpoint)) as where:
-        return prove(where, question, Silent()).report(checkpoint)
+    with held(checkpoint) as where:
+        return prove(where, question, Silent()).report(str(checkpoint))
 
 
 def _switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:

@@ -21,7 +21,19 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 CheckpointArgument = Annotated[
     str, typer.Argument(help="A checkpoint: a directory, or hf://ORG/NAME[@REV][/sub].", show_default=False)
 ]
-DirectoryArgument = Annotated[Path, typer.Argument(help="A checkpoint's directory.", show_default=False)]
+
+
+def directory(text: str) -> Path:
+    """Raises HubError for hf://..., of which a Path would make another name."""
+    from swsurgery import hub
+
+    return hub.directory(text)
+
+
+DirectoryArgument = Annotated[
+    Path,
+    typer.Argument(help="A checkpoint's directory.", show_default=False, parser=directory, metavar="checkpoint"),
+]
 Text = Annotated[Path | None, typer.Option(help="Text to measure on, instead of the built-in passage.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to continue; may be repeated.")]
 MaxRatio = Annotated[float | None, typer.Option(help="Fail where patched/base perplexity is above this.")]

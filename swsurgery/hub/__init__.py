@@ -27,6 +27,7 @@ __all__ = [
     "Uri",
     "cached",
     "config_error",
+    "directory",
     "fetch",
     "local",
     "named",
@@ -72,6 +73,19 @@ def named(text: str | Path) -> Path | Uri:
     return parse_uri(text) if isinstance(text, str) and text.startswith(SCHEME) else Path(text)
 
 
+def directory(text: str) -> Path:
+    """A checkpoint that has to lie on this machine. Raises HubError for one on the Hub."""
+    where = named(text)
+    if isinstance(where, Path):
+        return where
+    remedy = f"download it: hf download {where.repo_id}{_flag(where)} --local-dir DIRECTORY"
+    raise HubError("needs a local copy", where, remedy)
+
+
+def _flag(uri: Uri) -> str:
+    return f" --revision {uri.revision}" if uri.revision else ""
+
+
 def offline() -> bool:
     from huggingface_hub import constants
 
@@ -105,8 +119,7 @@ def cached(uri: Uri) -> Path:
     try:
         folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        flag = f" --revision {uri.revision}" if uri.revision else ""
-        remedy = f"run hf download {uri.repo_id}{flag}, or give a directory with --base"
+        remedy = f"run hf download {uri.repo_id}{_flag(uri)}, or give a directory with --base"
         raise CheckpointError("not in the local Hugging Face cache", uri, remedy) from None
     except HFValidationError as error:
         raise CheckpointError(str(error), uri) from None
