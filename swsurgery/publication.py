@@ -56,7 +56,8 @@ def is_ref_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asked for. `tag` None is named after the base's commit; `message` None says what was done.
+    """What the user asked for. `tag` None is named after the base's commit; `message`, without blanks around it as git
+    and the Hub keep it, says what was done where it is None or empty.
 
     Raises HubError for a name that no repository, branch or tag can have: once the work has begun it is too late.
     """
@@ -69,6 +70,7 @@ class Wish:
     message: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "message", (self.message or "").strip() or None)
         if self.repo_id.count("/") != 1:
             raise HubError("a repository is named ORG/NAME", self.repo_id)
         for kind, name in (("branch", self.branch), ("tag", self.tag)):

@@ -194,6 +194,16 @@ def test_a_pull_request_leaves_main_alone_and_is_opened_once(hub, patched, capsy
     assert len(hub.repo(NEW).discussions) == 1
 
 
+def test_blanks_around_a_message_are_no_part_of_it(hub, patched, capsys):
+    hub.add_repo(NEW)
+    for message, already in ((" by hand\n", False), ("by hand", True), ("\tby hand ", True)):
+        code, document, err = run(capsys, patched, NEW, "--create-pr", "--yes", "--message", message, *ACCEPT)
+        assert code == 0 and document["published"]["already_published"] is already, err
+    assert [each.title for each in hub.repo(NEW).discussions] == ["by hand"]
+    code, document, err = run(capsys, patched, NEW, "--yes", "--message", " ", *ACCEPT)
+    assert code == 0 and hub.head(NEW).title.startswith("1 scalar of"), err
+
+
 def test_a_branch_is_made_and_main_stays(hub, patched, capsys):
     before = hub.add_repo(NEW)
     assert run(capsys, patched, NEW, "--revision", "edits", "--tag", "v1", "--yes", *ACCEPT)[0] == 0

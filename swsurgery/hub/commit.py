@@ -176,12 +176,12 @@ def holds_token(data: bytes) -> bool:
 
 
 def open_pull_requests(repo_id: str, title: str) -> list[int]:
-    """Numbers of the open pull requests with this title. Raises HubError."""
+    """Numbers of the open pull requests with this title, but for blanks around it. Raises HubError."""
     from huggingface_hub import HfApi
 
     with told(_uri(repo_id)):
         found = HfApi().get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
-        return [each.num for each in found if each.title == title]
+        return [each.num for each in found if each.title.strip() == title.strip()]
 
 
 def create(repo_id: str, private: bool) -> None:

@@ -28,7 +28,7 @@ def open_discussion(
 ) -> Discussion:
     """A new discussion; with `base` a draft of a pull request whose ref starts there. The caller holds the lock."""
     date = state.now()
-    opened = Discussion(len(repo.discussions) + 1, title, author, date, "draft" if base else "open")
+    opened = Discussion(len(repo.discussions) + 1, title.strip(), author, date, "draft" if base else "open")
     repo.discussions.append(opened)
     if base is not None:
         opened.base = base.oid
