@@ -38,12 +38,27 @@ OWN_TAGS = ("swsurgery", "super-weights")
 PATCH_TAGS = (*OWN_TAGS, "patch")
 
 MAX_ROWS, MAX_NAME, MAX_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
-"""Rows of a table, characters of a name, and bytes of a quoted file: more is left to the files themselves."""
+"""Rows of a table or a list, characters of a name, and bytes of a quoted file: more is left to the files themselves."""
+
+_LINE = re.compile(r"(?=.*\S)[^<>]{1,200}")
+"""What the emitter of YAML makes a string of, whatever it holds; without the signs of a tag, for a reader of Markdown
+that knows no front matter. A match has to be printable too."""
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,99}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
-_LINK = re.compile(r"(https?://[A-Za-z0-9.-]+(/[A-Za-z0-9._~/%#?=&+-]*)?|[A-Za-z0-9][A-Za-z0-9._/-]*)")
+_LINK = re.compile(r"(?=.{1,500}\Z)(https?://[A-Za-z0-9.-]+(/[A-Za-z0-9._~/%#?=&+-]*)?|[A-Za-z0-9][A-Za-z0-9._/-]*)")
+_CARRIED = {
+    "library_name": _WORD, "pipeline_tag": _WORD, "language": _LINE, "license": _LINE, "license_name": _LINE,
+    "license_link": _LINK, "tags": _TAG,
+}  # fmt: skip
+"""What the front matter takes over from the base's, and what a value of it must be."""
+
+LICENCE = ("language", "license", "license_name", "license_link")
+"""What a patch's takes over of that."""
+
+_LISTS = ("language", "license", "tags")
+
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
 _FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _CODE = re.compile(r"[A-Za-z0-9_.+/\[-]([A-Za-z0-9_.,+/\[\] -]*[A-Za-z0-9_.+/\]-])?")
@@ -78,21 +93,23 @@ def fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]
     found: dict[str, Any] = {}
     if registry.base.repo_id and _REPO_ID.fullmatch(registry.base.repo_id):
         found["base_model"], found["base_model_relation"] = registry.base.repo_id, RELATION
-    for name in ("library_name", "pipeline_tag"):
-        if _matches(_WORD, base_fields.get(name)):
-            found[name] = base_fields[name]
-    if languages := _strings(base_fields.get("language"), _WORD):
-        found["language"] = languages
-    licence = base_fields.get("license")
-    if licences := _strings(licence, _WORD):
-        found["license"] = licences if isinstance(licence, list) else licences[0]
-    if _matches(_TAG, base_fields.get("license_name")):
-        found["license_name"] = base_fields["license_name"]
-    if _matches(_LINK, base_fields.get("license_link")) and len(base_fields["license_link"]) <= 500:
-        found["license_link"] = base_fields["license_link"]
-    carried = [tag for tag in _strings(base_fields.get("tags"), _TAG) if not tag.startswith("base_model:")]
+    for name, pattern in _CARRIED.items():
+        value = base_fields.get(name)
+        if values := [each for each in _values(name, value)[:MAX_ROWS] if _matches(pattern, each)]:
+            found[name] = values if isinstance(value, list) or name in ("language", "tags") else values[0]
+    carried = [tag for tag in found.get("tags", ()) if not tag.startswith("base_model:")]
     found["tags"] = list(dict.fromkeys([*carried, *OWN_TAGS]))
     return {name: found[name] for name in FIELDS if name in found}
+
+
+def not_carried(base_fields: Mapping[str, Any], of: Iterable[str] = _CARRIED) -> list[str]:
+    """Those of the base's fields that the front matter does not take over, or not with all of their values."""
+    found = []
+    for name in of:
+        values = _values(name, base_fields.get(name))
+        if len(values) > MAX_ROWS or not all(_matches(_CARRIED[name], each) for each in values):
+            found.append(name)
+    return found
 
 
 def patch_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,12 +122,13 @@ def patch_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
+    return isinstance(value, str) and value.isprintable() and pattern.fullmatch(value) is not None
 
 
-def _strings(value: object, pattern: re.Pattern[str]) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [each for each in values[:100] if _matches(pattern, each)]
+def _values(name: str, value: object) -> list[Any]:
+    """One field's values. YAML 1.1 reads the code of Norwegian as false."""
+    values = value if isinstance(value, list) and name in _LISTS else [] if value is None else [value]
+    return ["no" if name == "language" and each is False else each for each in values]
 
 
 def body(

@@ -24,7 +24,7 @@ from swsurgery.names import OWN_FILES
 from swsurgery.patches import Patch
 from swsurgery.progress import Progress
 from swsurgery.publication import Publication, Wish
-from swsurgery.publish_plan import Scan, assembled, base_card, base_listing, short_forms, summary, target_of
+from swsurgery.publish_plan import Scan, assembled, base_card, base_listing, card_notes, short_forms, summary, target_of
 from swsurgery.registry import MANIFEST_NAME, SUMS_NAME, Patched, Registry
 from swsurgery.rules import Finding
 from swsurgery.surgery import read_records
@@ -59,6 +59,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     manifest = patched.manifest_raw if once else patches.manifest_text(raw, Path(PATCH_NAME))
     scan = Scan(checkpoint, patched.registry, base, target, {f.file for f in findings}, False, progress)
     base_fields, _ = read_card(base_card(scan, patched.registry, base), card.FIELDS)
+    notes += card_notes(card.not_carried(base_fields, card.LICENCE))
     body = card.patch_body(
         registry, wish.repo_id, manifest, PATCH_NAME, len(raw), findings, short_forms(checkpoint, registry)
     )

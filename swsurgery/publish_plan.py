@@ -62,6 +62,7 @@ def make_publication(
     records = Patched(published, published.render(), patched.manifest_raw)
     text = base_card(scan, registry, base)
     base_fields, base_text = read_card(text, card.FIELDS)
+    notes += card_notes(card.not_carried(base_fields))
     body = card.body(
         published, wish.repo_id, patched.manifest_raw, base_text, findings, short_forms(checkpoint, registry)
     )
@@ -251,6 +252,11 @@ def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
     with contextlib.suppress(HubError):  # a gated base shows its list of files and no file
         return theirs.pread(4 * card.MAX_CARD, 0).decode("utf-8", "replace")
     return ""
+
+
+def card_notes(names: Sequence[str]) -> list[str]:
+    """What is said of the base's fields that the new card does not hold."""
+    return [f"not taken over from the base's card, in whole or in part: {', '.join(names)}"] if names else []
 
 
 def short_forms(checkpoint: Checkpoint, registry: Registry) -> dict:

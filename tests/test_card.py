@@ -136,13 +136,45 @@ def test_licence_language_task_and_tags_are_carried_over():
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("license_link", "javascript:alert(1)"), ("license", "x\ny: z"), ("language", False), ("tags", 7),
+        ("license_link", "javascript:alert(1)"), ("license_link", "a" * 501), ("license", "x\ny: z"), ("tags", 7),
         ("pipeline_tag", ["a"]), ("license_name", "<b>"), ("library_name", "‮x"), ("tags", [["a"], None, "<i>"]),
+        ("license_name", "a" * 201), ("license_name", " "), ("license_name", 3.1), ("license_name", ["a"]),
+        ("license", "x\u2028y"), ("language", True), ("library_name", "a b"), ("pipeline_tag", "a: b"),
     ],
 )  # fmt: skip
-def test_a_field_that_is_no_plain_word_is_not_carried_over(field, value):
+def test_a_field_that_is_no_plain_text_is_not_carried_over_and_named(field, value):
     data, _ = split(rendered(registry(), {field: value}))
     assert data.get(field) in (None, ["swsurgery", "super-weights"])
+    assert card.not_carried({field: value}) == [field]
+    assert card.not_carried({field: value}, card.LICENCE) == [field] * (field in card.LICENCE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-3.1 (community)", "a: b", "no", "1.0", "null", "2024-01-01", "- a", "# a", "'", '"', "!!python/object",
+        "&a", "*a", "{a: b}", "--- ", "...", "%YAML 1.1", "a # b", " a ", "\\x3c", "許諾", "a" * 200,
+    ],
+)  # fmt: skip
+def test_any_line_is_carried_over_as_a_licences_name_and_stays_a_string(name):
+    base = {"license": name, "license_name": name, "language": ["en", name]}
+    data, _ = split(rendered(registry(), base))
+    assert {field: data[field] for field in base} == base and card.not_carried(base) == []
+
+
+@pytest.mark.parametrize("written, codes", [("no", ["no"]), ("[en, no]", ["en", "no"]), ("[en, 'no']", ["en", "no"])])
+def test_norwegian_is_a_language(written, codes):
+    base, _ = cards.read(f"---\nlanguage: {written}\nlicense: other\n---\n", card.FIELDS)
+    data, _ = split(rendered(registry(), base))
+    assert data["language"] == codes and card.not_carried(base) == []
+
+
+def test_of_a_list_what_is_plain_is_carried_over_and_the_rest_is_named():
+    base = {"language": ["en", "<b>"], "license": ["mit", 7], "tags": ["a", "b|c", "base_model:x/y"]}
+    data, _ = split(rendered(registry(), base))
+    assert (data["language"], data["license"], data["tags"][0]) == (["en"], ["mit"], "a")
+    assert card.not_carried(base) == ["language", "license", "tags"]
+    assert card.not_carried({"language": ["en"] * 200}) == [] != card.not_carried({"language": ["en"] * 201})
 
 
 def test_a_base_that_is_not_on_the_hub_is_no_base_model():
@@ -219,6 +251,7 @@ def inert(made: str, words: list[str]) -> None:
     """The card has its fields, its headings and its table, and nothing that the words brought."""
     data, body = split(made)
     assert {"tags"} <= set(data) <= set(card.FIELDS), words
+    assert not set("<>") & set(made.removesuffix(body)), words
     assert all(isinstance(value, (str, list)) for value in data.values()), words
     found = tokens(body)
     assert not {t.type for t in found} & {"html_block", "html_inline", "link_open", "image", "s_open"}, words

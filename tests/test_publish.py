@@ -42,6 +42,19 @@ def how(document: dict) -> dict[str, str]:
     return {file["name"]: file["how"] for file in document["plan"]["files"]}
 
 
+def test_a_plan_names_what_of_the_bases_card_is_not_taken_over(hub, tmp_path, capsys):
+    folder = write_base(tmp_path / "base")
+    (folder / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: a (b)\nlicense_link: ftp://x\ntags: [a|b]\n---\n"
+    )
+    patched = patch(hub, tmp_path, hub.add_repo(BASE, folder))
+    said = "not taken over from the base's card, in whole or in part: license_link"
+    _, document, _ = run(capsys, patched, NEW, "--dry-run")
+    assert f"{said}, tags" in document["plan"]["notes"]
+    _, document, _ = run(capsys, patched, NEW, "--patch", "--dry-run")
+    assert said in document["plan"]["notes"]  # a patch has tags of its own
+
+
 def test_a_dry_run_says_what_would_move_and_sends_nothing(hub, patched, capsys):
     hub.traffic.clear()
     code, document, _ = run(capsys, patched, NEW, "--dry-run")
