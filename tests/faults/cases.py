@@ -176,9 +176,11 @@ def write_base(folder: Path, bulk: int = COLUMNS) -> Path:
 
 
 def let_rest(folder: Path) -> None:
-    """Give everything an old mtime, for whether a digest is remembered depends on it."""
+    """Give everything an old mtime, for whether a digest is remembered depends on it; and on the ctime, so that what
+    rests already is left alone."""
     for path in folder.rglob("*"):
-        os.utime(path, (LONG_AGO, LONG_AGO))
+        if path.stat().st_mtime != LONG_AGO:
+            os.utime(path, (LONG_AGO, LONG_AGO))
 
 
 def write_room(room: Path, bulk: int = COLUMNS) -> None:
