@@ -45,7 +45,9 @@ class Item:
         return self.blob is not None and listing.blobs[path] == self.blob
 
 
-_NO_REF = re.compile(r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|//|^[/.-]|/\.|[/.]$|\.lock(/|$)|^@$|^refs/|^[0-9a-f]{40}$")
+_NO_REF = re.compile(
+    r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|//|^[/.-]|/\.|[/.]$|\.lock(/|$)|^(@|HEAD)$|^refs/|^[0-9a-f]{40}$"
+)
 """In what git refuses as the name of a branch or a tag (git check-ref-format), and what reads as a ref or a commit."""
 
 

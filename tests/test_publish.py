@@ -452,7 +452,8 @@ def test_of_13_gigabytes_only_the_edited_shard_travels(hub, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words",
     [["edited"], ["a/b/c"], [""], *([NEW, option, name] for option in ("--tag", "--revision") for name in
-     ("", "a b", "a..b", "a~1", "a^", "a:b", "-a", ".a", "a/", "a//b", "a.lock", "@", "refs/heads/a", "refs/pr/1"))],
+     ("", "a b", "a..b", "a~1", "a^", "a:b", "-a", ".a", "a/", "a//b", "a.lock", "@", "HEAD", "refs/heads/a",
+      "refs/pr/1"))],
 )  # fmt: skip
 def test_a_name_that_nothing_can_have_is_refused_before_anything_is_made(hub, patched, capsys, words):
     before = set(hub.state.repos)
