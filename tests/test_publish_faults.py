@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import SECOND, THIRD, down
 from hub import fixture
-from hub.faults import Answer, CutAnswer, CutRequest, Delay, Drop
-from hub.wire import Call, table
+from hub.faults import Answer, CutAnswer, CutRequest, Delay, Drop, ObjectError
 from huggingface_hub import snapshot_download
 from publishing import NEW, digests, patch, put_base, tree
 
@@ -188,16 +187,21 @@ def test_a_commit_that_the_hub_refuses_is_one_line(hub, patched, capsys, status,
 
 
 def test_a_file_for_which_there_is_no_room_is_said_so(hub, patched, capsys):
-    def full(call: Call, repo_id: str) -> None:
-        error = {"code": 507, "message": "<script> no room"}
-        rows = [{"oid": each["oid"], "size": each["size"], "error": error} for each in call.body_json()["objects"]]
-        call.json({"objects": rows})
-
-    hub.front.routes.insert(0, table(("POST", r"/{repo}\.git/info/lfs/objects/batch", full))[0])
+    fault = hub.fail("POST", "objects/batch", ObjectError(507, "storage quota exceeded <script>"), times=None)
     assert publish(patched) == 2
-    said = lines(capsys.readouterr().err)
-    assert len(said) == 1 and "does not take a large file" in said[0] and "script" not in said[0]
-    assert set(tree(hub)) == {".gitattributes"}
+    remedy = "is there storage left in this namespace?"
+    said = f"swsurgery: the Hub does not take a large file: hf://{NEW} ({remedy})"
+    assert lines(capsys.readouterr().err) == [said] and fault.hits == 1
+    assert set(tree(hub)) == {".gitattributes"} and hub.traffic.requests(method="PUT") == []
+    hub.faults.clear()
+    assert publish(patched) == 0 and tree(hub)[SECOND] == digests(patched)[SECOND]
+
+
+def test_small_files_that_come_by_a_redirect_within_the_host_are_read_all_the_same(hub, patched, capsys):
+    hub.resolve_cache = True
+    assert publish(patched) == 0
+    assert hub.traffic.requests(r"^/api/resolve-cache/.*README.md")  # read back after the commit
+    assert main(["verify", f"hf://{NEW}"]) == 0, capsys.readouterr().err
 
 
 def test_too_many_requests_while_copying_is_no_refusal_to_copy(hub, patched, capsys):

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlencode
 
 import yaml
 
-from hub.repos import MAIN, Commit, Refused, Repo, State, User, git_hash, moment, xet_hash
+from hub.repos import MAIN, Commit, Refused, Repo, State, User, git_hash, is_ref_name, moment, xet_hash
 from hub.wire import Call, table
 
 T = TypeVar("T")
@@ -246,16 +246,16 @@ def create_branch(call: Call, repo_id: str, name: str) -> None:
 
 def create_tag(call: Call, repo_id: str, revision: str) -> None:
     """A tag at a revision."""
-    _make_ref(call, repo_id, f"refs/tags/{call.body_json().get('tag')}", revision)
+    _make_ref(call, repo_id, f"refs/tags/{call.body_json().get('tag') or ''}", revision)
 
 
 def _make_ref(call: Call, repo_id: str, ref: str, revision: str) -> None:
     state, _, repo = _written(call, repo_id)
+    if not is_ref_name(ref.split("/", 2)[2]):
+        raise Refused(400, f"Invalid reference: {ref}")
     with state.lock:
         if ref in repo.refs:
             raise Refused(409, f"Reference {ref} already exists")
-        if ref.split("/", 2)[2].startswith("refs/"):
-            raise Refused(400, f"Invalid reference: {ref}")
         repo.refs[ref] = repo.commit(revision).oid
     call.json({})
 

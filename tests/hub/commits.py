@@ -40,6 +40,8 @@ def _operations(body: bytes) -> tuple[dict, list[tuple[str, dict]]]:
         try:
             row = json.loads(line)
             key, value = row["key"], row["value"]
+            if not isinstance(value, dict):
+                raise TypeError
             if key == "file":
                 value = {"path": value["path"], "content": base64.b64decode(value["content"], validate=True)}
         except (ValueError, KeyError, TypeError, binascii.Error):
@@ -48,8 +50,9 @@ def _operations(body: bytes) -> tuple[dict, list[tuple[str, dict]]]:
             header = value
         else:
             operations.append((key, value))
-    if header is None or not header.get("summary"):
-        raise Refused(400, "a commit needs a summary")
+    texts = {name: (header or {}).get(name) for name in ("summary", "description", "parentCommit")}
+    if not texts["summary"] or not all(isinstance(text, str | None) for text in texts.values()):
+        raise Refused(400, "a commit needs a summary, and its header holds text")
     return header, operations
 
 
@@ -88,14 +91,14 @@ def commit(call: Call, repo_id: str, revision: str) -> None:
 
 
 def duplicate(call: Call, repo_id: str) -> None:
-    """Let another repository hold objects of this one, where both lie in one region and on Xet."""
+    """Let another repository, which the user may change, hold objects of this one, where both lie in one region and on
+    Xet."""
     state, user = call.hub.state, call.user
     repo = state.repo(repo_id, user)
     state.require_read(repo, user)
     wanted = call.body_json()
     target = state.repo(wanted["target"]["name"], user)
-    if user is None:
-        raise Refused(401, "Invalid username or password.")
+    state.require_write(target, user)
     failed = []
     with state.lock:
         for each in wanted["files"]:

@@ -65,7 +65,16 @@ class Redirect:
     location: str | None = None
 
 
-Action = Answer | Drop | CutAnswer | CutRequest | Delay | Redirect
+@dataclass(frozen=True)
+class ObjectError:
+    """In an answer of git-lfs's batch, this error for each object of more than `above` bytes, in place of a link."""
+
+    code: int
+    message: str = "scripted"
+    above: int = 0
+
+
+Action = Answer | Drop | CutAnswer | CutRequest | Delay | ObjectError | Redirect
 
 
 @dataclass

@@ -19,8 +19,14 @@ def _entry(call: Call, repo_id: str, revision: str, path: str) -> tuple[Repo, Co
 
 
 def resolve(call: Call, repo_id: str, revision: str, path: str) -> None:
-    """A file's content: small ones from here, large ones by a redirect to the store."""
+    """A file's content: small ones from here, large ones by a redirect to the store.
+
+    With `Hub.resolve_cache` small ones by a relative redirect to a path that names their commit.
+    """
     repo, commit, entry = _entry(call, repo_id, revision, path)
+    if entry.content is not None and call.hub.resolve_cache and not call.path.startswith(_CACHE):
+        call.answer(307, {"Location": f"{_CACHE}models/{repo_id}/{commit.oid}/{quote(path)}"})
+        return
     headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes", "Vary": "Origin, Accept"}
     name = quote(path.rsplit("/", 1)[-1])
     headers["Content-Disposition"] = f"inline; filename*=UTF-8''{name}; filename=\"{name}\";"
@@ -52,12 +58,15 @@ def lfs_batch(call: Call, repo_id: str) -> None:
         raise Refused(401, "Invalid username or password.")
     if wanted.get("ref") is not None:  # without one it is for a pull request, which every user may open
         state.require_push(repo, wanted["ref"]["name"], user)
+    error = call.object_error
     multipart = "multipart" in wanted.get("transfers", [])
     objects = []
     for each in wanted["objects"]:
         oid, size = each["oid"], each["size"]
         answer = {"oid": oid, "size": size}
-        if oid not in repo.objects:
+        if error and size > error.above:
+            answer["error"] = {"code": error.code, "message": error.message}
+        elif oid not in repo.objects:
             in_parts = multipart and size > call.hub.part_size
             upload = {"href": call.hub.link(f"/objects/{oid}", repo=repo_id), "header": {}}
             if in_parts:
@@ -83,7 +92,10 @@ def lfs_verify(call: Call, repo_id: str) -> None:
     call.json({})
 
 
+_CACHE = "/api/resolve-cache/"
+
 ROUTES = table(
+    ("GET HEAD", _CACHE + "models/{repo}/{revision}/{path*}", resolve),
     ("GET HEAD", r"/{repo}/resolve/(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)/{path*}", resolve),
     ("GET HEAD", r"/{repo}/raw/(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)/{path*}", raw),
     ("POST", r"/{repo}\.git/info/lfs/objects/batch", lfs_batch),

@@ -40,6 +40,14 @@ def is_large(path: str, size: int) -> bool:
     return size > 0 and (size > LFS_ABOVE or any(fnmatch(path.rsplit("/", 1)[-1], each) for each in LFS_PATTERNS))
 
 
+_NO_REF = re.compile(r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|//|(^|/)\.|[/.]$|\.lock(/|$)|^(/|-|refs/)|^(HEAD)?$")
+
+
+def is_ref_name(name: str) -> bool:
+    """Whether git, and the Hub, take it for a branch or a tag (git check-ref-format)."""
+    return _NO_REF.search(name) is None
+
+
 def git_hash(kind: str, content: bytes) -> str:
     """The name that git gives to `content`: sha1, in hexadecimal."""
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).hexdigest()

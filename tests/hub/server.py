@@ -36,7 +36,8 @@ class Hub:
 
     The token belongs to `OWNER`, who may also write below `organizations`. `part_size` is the number of bytes above
     which uploads go in parts; `page_size` the number of rows in a page; `region` and `xet` what new repositories get:
-    objects are copied between two repositories only within a region and with a Xet hash.
+    objects are copied between two repositories only within a region and with a Xet hash. With `resolve_cache` small
+    files come by a redirect within the host, whose Location is a path alone.
     """
 
     def __init__(self, folder: Path, *, organizations: Sequence[str] = ("org",), port: int = 0) -> None:
@@ -50,7 +51,7 @@ class Hub:
         self.waits: list[float] = []
         self.secret = secrets.token_bytes(16)
         self.part_size, self.page_size = 1 << 30, 1000
-        self.region, self.xet = "us", True
+        self.region, self.xet, self.resolve_cache = "us", True, False
         self._numbers = itertools.count()
         self.token = self.add_user(OWNER, organizations)
         self.store = Origin(self, "store", store.ROUTES)

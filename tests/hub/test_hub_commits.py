@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import subprocess
+from contextlib import nullcontext
 
 import httpx2
 import pytest
@@ -177,6 +180,19 @@ def test_a_copy_is_refused_out_of_what_may_not_be_read(hub, model):
     assert len(hub.repo("bob/new").commits) == 1
 
 
+def test_a_copy_is_refused_into_what_may_not_be_written(hub, model):
+    head = hub.add_repo("org/base", model)
+    before = hub.add_repo("meta/theirs")
+    assert refusal(hub.api().create_commit, "meta/theirs", [copy_of(hub, SHARD)], commit_message="copies") == 403
+    url = f"{hub.endpoint}/api/models/org/base/lfs-files/duplicate"
+    files = [{"sha256": hub.head("org/base").tree[SHARD].sha256, "xetHash": "0"}]
+    body = {"target": {"type": "model", "name": "meta/theirs"}, "files": files, "revision": head}
+    for token, status in ((hub.token, 403), (hub.add_user("bob", ["meta"], write=False), 403), (None, 401)):
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        assert httpx2.post(url, json=body, headers=headers).status_code == status
+    assert hub.repo("meta/theirs").objects == set() and hub.head("meta/theirs").oid == before
+
+
 def test_what_is_deleted_is_gone_and_the_old_commit_still_has_it(any_hub, model):
     first = any_hub.add_repo("org/base", model)
     api, name = any_hub.api(), any_hub.name("org/base")
@@ -195,6 +211,9 @@ def test_what_is_the_same_makes_no_commit(any_hub, model):
     assert done.oid == first
 
 
+HEADERS = (None, 7, "x", ["x"], {}, {"summary": ""}, {"summary": ["x"]}, {"summary": "x", "parentCommit": 7})
+"""What is no header of a commit; a later one takes the place of an earlier one."""
+
 ADD = {"key": "file", "value": {"path": "new.txt", "content": "eA==", "encoding": "base64"}}
 
 
@@ -208,6 +227,8 @@ ADD = {"key": "file", "value": {"path": "new.txt", "content": "eA==", "encoding"
         json.dumps({"key": "file", "value": {"path": "../x", "content": "eA=="}}).encode(),
         json.dumps({"key": "file", "value": {"path": "new.txt/below", "content": "eA=="}}).encode(),
         json.dumps({"key": "unheard-of", "value": {"path": "x"}}).encode(),
+        json.dumps({"key": "deletedFile", "value": "config.json"}).encode(),
+        *(json.dumps({"key": "header", "value": value}).encode() for value in HEADERS),
     ],
 )
 def test_a_commit_with_one_bad_line_changes_nothing(hub, model, last):
@@ -294,10 +315,30 @@ def test_an_upload_by_xet_is_refused_in_one_piece(hub, model, monkeypatch):
     assert hub.traffic.requests("/xet-write-token/")
 
 
+NAMES = (
+    "a", "a/b", "a-b", "a.b", "@", "a@b", "é", "A#1", "a b", "a..b", "a~1", "a^", "a:b", "a?", "a*", "a[", "a\\b",
+    "a\x7f", "a@{b", "a//b", "/a", "a/", ".a", "a/.b", "a.", "a/b.", "a.lock", "a.lock/b", "-a", "HEAD",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_ref_has_a_name_that_git_takes(hub, name):
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    taken = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True).returncode == 0
+    hub.add_repo("org/new")
+    for kind in ("branch", "tag"):
+        with nullcontext() if taken else pytest.raises(BadRequestError):
+            getattr(hub.api(), f"create_{kind}")("org/new", **{kind: name})
+    made = {"refs/heads/main"} | ({f"refs/heads/{name}", f"refs/tags/{name}"} if taken else set())
+    assert set(hub.repo("org/new").refs) == made
+
+
 def test_bad_requests_are_bad_requests(hub):
     hub.add_repo("org/new")
-    with pytest.raises(BadRequestError):
-        hub.api().create_branch("org/new", branch="refs/pr/5")
+    for name in ("refs/pr/5", "refs/heads/a"):
+        with pytest.raises(BadRequestError):
+            hub.api().create_branch("org/new", branch=name)
 
 
 def test_copies_of_what_is_there_already_still_make_a_commit(hub, model):

@@ -27,6 +27,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def bearer(hub) -> dict[str, str]:
+    return {"Authorization": f"Bearer {hub.token}"}
+
+
 def git_blob(content: bytes) -> str:
     """The name that git itself gives to a blob."""
     if shutil.which("git") is None:
@@ -42,6 +46,24 @@ def test_a_snapshot_is_the_folder_that_was_put_there(any_hub, model):
     got.pop(".gitattributes", None)  # other endpoints add one
     assert got == files_of(model)
     assert snapshot.name == head
+
+
+def test_a_small_file_comes_by_a_redirect_within_the_host_as_well(hub, model):
+    head = hub.add_repo("org/base", model, private=True)
+    plain = httpx2.head(f"{hub.endpoint}/org/base/resolve/main/config.json", headers=bearer(hub))
+    hub.resolve_cache = True
+    answer = httpx2.head(f"{hub.endpoint}/org/base/resolve/main/config.json", headers=bearer(hub))
+    place = f"/api/resolve-cache/models/org/base/{head}/config.json"
+    assert (answer.status_code, answer.headers["Location"]) == (307, place)
+    there = httpx2.head(hub.endpoint + place, headers=bearer(hub))
+    assert (there.status_code, there.headers["ETag"]) == (plain.status_code, plain.headers["ETag"]) and plain.is_success
+    assert httpx2.head(hub.endpoint + place).status_code == 401
+    hub.traffic.clear()
+    snapshot = Path(snapshot_download("org/base"))
+    assert files_of(snapshot) == files_of(model) and snapshot.name == head
+    assert hub.traffic.requests("^/api/resolve-cache/.*/original/params.json")
+    assert not hub.traffic.requests(f"^/api/resolve-cache/.*{SHARD}")
+    assert set(hub.traffic.authorizations("hub")) == {f"Bearer {hub.token}"}
 
 
 def test_a_cached_file_is_not_sent_again(hub, model):

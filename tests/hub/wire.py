@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
-from hub.faults import Answer, CutAnswer, CutRequest, Delay, Drop, Redirect
+from hub.faults import Answer, CutAnswer, CutRequest, Delay, Drop, ObjectError, Redirect
 from hub.repos import Refused, User
 from hub.traffic import Request
 
@@ -98,6 +98,7 @@ class Call(BaseHTTPRequestHandler):
         self._cut_answer: CutAnswer | None = None
         self._cut_request: CutRequest | None = None
         self._lose_answer: Drop | None = None
+        self.object_error: ObjectError | None = None
         target = unquote(self.path)
         heard = (self.headers["Range"], self.headers["Authorization"])
         self.noted = self.hub.traffic.record(Request(self.server.name, self.command, target, *heard))
@@ -123,6 +124,8 @@ class Call(BaseHTTPRequestHandler):
                 self._cut_answer = action
             case CutRequest():
                 self._cut_request = action
+            case ObjectError():
+                self.object_error = action
             case Drop(done=True):
                 self._lose_answer = action
             case Drop():
