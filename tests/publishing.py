@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from checkpoints import HIDDEN, down, tensor, write_llama
 from huggingface_hub import snapshot_download
 
+from swsurgery.cli import main
 from swsurgery.surgery import CheckOptions, apply_manifest
 
 BASE, NEW = "org/base", "org/edited"
+OWN = {"swsurgery.json", "manifest.yaml", "SHA256SUMS", "README.md"}
+"""Files that are made for the repository."""
+
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [small]\n---\n# Base\n\n<b>bold</b>\n"
 EDIT = f"{{op: zero, tensor: {down(1)}, index: [2, 3]}}"
 PROTECT = f"{{op: protect, tensor: {down(0)}, index: [0, 1]}}"
@@ -49,7 +54,24 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def served(hub, repo_id: str = NEW, revision: str = "main") -> dict[str, str]:
+    """What a repository of any Hub gives out: path -> sha256 of the bytes that were downloaded."""
+    return digests(Path(snapshot_download(hub.name(repo_id), revision=revision, force_download=True)))
+
+
 def tree(hub, repo_id: str = NEW, ref: str = "refs/heads/main") -> dict[str, str]:
     """What a repository of the tests' own server shows: path -> sha256, looked up without a request."""
     commit = hub.head(repo_id, ref)
     return {path: entry.sha256 or hashlib.sha256(entry.content).hexdigest() for path, entry in commit.tree.items()}
+
+
+def run(capsys, *arguments: object) -> tuple[int, dict, str]:
+    """Exit code, the document on stdout, and what was said on stderr."""
+    capsys.readouterr()
+    code = main(["publish", *map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else {}, err
+
+
+def how(document: dict) -> dict[str, str]:
+    return {file["name"]: file["how"] for file in document["plan"]["files"]}

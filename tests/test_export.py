@@ -396,21 +396,21 @@ def test_of_a_repository_headers_and_scalars_are_read_and_the_digest_is_the_hubs
     assert (tmp_path / "local").read_bytes() == (tmp_path / "p").read_bytes()
 
 
-def test_a_patched_repository_is_exported_and_its_patch_is_applied_to_the_base(hub, tmp_path):
+def test_a_patched_repository_is_exported_and_its_patch_is_applied_to_the_base(any_hub, tmp_path):
     base = write_llama(tmp_path / "base")
-    commit = hub.add_repo("org/base", base)
-    manifest = write_manifest(tmp_path / "m.json", {"repo_id": "org/base", "revision": commit}, EDIT_OF_LAST)
+    commit, name = any_hub.add_repo("org/base", base), any_hub.name("org/base")
+    manifest = write_manifest(tmp_path / "m.json", {"repo_id": name, "revision": commit}, EDIT_OF_LAST)
     apply_manifest(manifest, tmp_path / "edited", check=OFF)
-    hub.add_repo("org/edited", tmp_path / "edited")
-    export.write("hf://org/edited", "sparse", tmp_path / "p")
+    any_hub.add_repo("org/edited", tmp_path / "edited")
+    export.write(f"hf://{any_hub.name('org/edited')}", "sparse", tmp_path / "p")
     apply_manifest(tmp_path / "p", tmp_path / "again", check=OFF)
     assert sha256(tmp_path / "again" / THIRD) == sha256(tmp_path / "edited" / THIRD) != sha256(base / THIRD)
 
 
-def test_a_checkpoint_of_which_only_the_edited_shard_is_here_is_exported(hub, tmp_path):
+def test_a_checkpoint_of_which_only_the_edited_shard_is_here_is_exported(any_hub, tmp_path):
     base = write_llama(tmp_path / "base")
-    commit = hub.add_repo("org/base", base)
-    manifest = write_manifest(tmp_path / "m.json", {"repo_id": "org/base", "revision": commit}, EDIT_OF_LAST)
+    commit, name = any_hub.add_repo("org/base", base), any_hub.name("org/base")
+    manifest = write_manifest(tmp_path / "m.json", {"repo_id": name, "revision": commit}, EDIT_OF_LAST)
     apply_manifest(manifest, tmp_path / "edited", check=OFF)
     export.write(tmp_path / "edited", "sparse", tmp_path / "p")
     registry = json.loads((tmp_path / "edited" / "swsurgery.json").read_text())

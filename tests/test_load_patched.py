@@ -312,12 +312,12 @@ def test_a_machine_without_torch_is_told_what_to_install(llama, monkeypatch):
             function(llama / "base", llama / "m.json")
 
 
-def test_a_base_on_the_hub_is_fetched(hub, llama):
+def test_a_base_on_the_hub_is_fetched(any_hub, llama):
     manifest = json.loads((llama / "m.json").read_text())
-    commit = hub.add_repo("org/base", llama / "base")
-    manifest["base"] = {"repo_id": "org/base", "revision": commit}
+    commit, name = any_hub.add_repo("org/base", llama / "base"), any_hub.name("org/base")
+    manifest["base"] = {"repo_id": name, "revision": commit}
     wanted = swsurgery.load_patched(llama / "base", manifest).state_dict()
-    for base in (None, "hf://org/base", f"hf://org/base@{commit}"):
+    for base in (None, f"hf://{name}", f"hf://{name}@{commit}"):
         found = swsurgery.load_patched(base, manifest).state_dict()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         assert len(dict(swsurgery.patched_state_dict(base, manifest))) == 21

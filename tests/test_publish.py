@@ -9,7 +9,7 @@ import pytest
 from checkpoints import FIRST, INDEX, SECOND, THIRD, down, place, write_shard, write_sparse_shard
 from hub import fixture
 from huggingface_hub import snapshot_download
-from publishing import BASE, EDIT, NEW, digests, patch, put_base, tree, write_base
+from publishing import BASE, EDIT, NEW, OWN, digests, how, patch, put_base, run, tree, write_base
 
 from swsurgery.cli import main
 from swsurgery.hub.remote import HEAD
@@ -17,7 +17,6 @@ from swsurgery.surgery import CheckOptions, apply_manifest
 
 any_hub, hub = fixture.any_hub, fixture.hub
 ACCEPT = ("--accept", "check-missing")
-OWN = {"swsurgery.json", "manifest.yaml", "SHA256SUMS", "README.md"}
 
 
 @pytest.fixture
@@ -28,18 +27,6 @@ def commit(hub, tmp_path) -> str:
 @pytest.fixture
 def patched(hub, tmp_path, commit) -> Path:
     return patch(hub, tmp_path, commit)
-
-
-def run(capsys, *arguments: object) -> tuple[int, dict, str]:
-    """Exit code, the document on stdout, and what was said on stderr."""
-    capsys.readouterr()
-    code = main(["publish", *map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    return code, json.loads(out) if out else {}, err
-
-
-def how(document: dict) -> dict[str, str]:
-    return {file["name"]: file["how"] for file in document["plan"]["files"]}
 
 
 def test_a_plan_names_what_of_the_bases_card_is_not_taken_over(hub, tmp_path, capsys):
@@ -92,23 +79,6 @@ def test_a_first_publication_moves_the_edited_shard_and_small_files(hub, commit,
     assert "accepted: check-missing" in hub.head(NEW).message and "0x0000" in hub.head(NEW).message
 
 
-def test_a_publication_at_any_hub(any_hub, tmp_path, capsys):
-    from huggingface_hub import HfApi
-
-    commit = put_base(any_hub, tmp_path / "base")
-    patched, name = patch(any_hub, tmp_path, commit), any_hub.name(NEW)
-    code, document, err = run(capsys, patched, name, "--private", *ACCEPT)
-    assert code == 0 and document["published"]["findings"] == [], err
-    assert any_hub.read(NEW, SECOND) == (patched / SECOND).read_bytes()
-    assert any_hub.read(NEW, FIRST) == (patched / FIRST).read_bytes()
-    refs = HfApi().list_repo_refs(name)
-    assert [(tag.name, tag.target_commit) for tag in refs.tags] == [
-        (f"base-{commit[:12]}", document["published"]["commit"])
-    ]
-    code, document, _ = run(capsys, patched, name, *ACCEPT)
-    assert code == 0 and document["published"]["already_published"]
-
-
 def test_people_are_told_in_words(hub, commit, patched, capsys):
     assert main(["publish", str(patched), NEW, "--dry-run"]) == 0
     out, err = capsys.readouterr()
@@ -121,16 +91,6 @@ def test_people_are_told_in_words(hub, commit, patched, capsys):
     assert main(["publish", str(patched), NEW, "--quiet", *ACCEPT]) == 0
     out, err = capsys.readouterr()
     assert "was published already" in out and err == ""
-
-
-def test_what_was_published_verifies_and_gives_the_base_back(hub, tmp_path, patched, capsys):
-    assert run(capsys, patched, NEW, "--yes", *ACCEPT)[0] == 0
-    copy = tmp_path / "copy"
-    snapshot_download(NEW, local_dir=copy)
-    assert main(["verify", str(copy)]) == 0
-    assert main(["revert", str(copy), "-o", str(tmp_path / "back")]) == 0
-    base, back = digests(tmp_path / "base"), digests(tmp_path / "back")
-    assert back == {name: base[name] for name in base if name != "README.md"}
 
 
 def test_what_the_hub_adds_to_a_base_without_git_is_no_finding(hub, tmp_path, capsys):
@@ -171,42 +131,6 @@ def test_the_same_again_makes_no_commit(hub, patched, capsys):
     assert set(how(document).values()) == {"keep"}
 
 
-def test_another_manifest_makes_another_commit_and_removes_only_its_own_files(hub, tmp_path, commit, capsys):
-    first = patch(hub, tmp_path, commit)
-    assert run(capsys, first, NEW, "--yes", *ACCEPT)[0] == 0
-    hub.commit(NEW, {"notes.txt": b"a stranger's"})
-    parent = hub.head(NEW).oid
-    second = patch(hub, tmp_path, commit, f"[{{op: scale, tensor: {down(0)}, index: [1, 1], factor: 2.0}}]", "second")
-    (second / "tokenizer.json").unlink()
-    registry = json.loads((second / "swsurgery.json").read_text())
-    del registry["files"]["tokenizer.json"]
-    (second / "swsurgery.json").write_text(json.dumps(registry, indent=2, sort_keys=True) + "\n")
-    (second / "SHA256SUMS").write_text(
-        "".join(line for line in (second / "SHA256SUMS").read_text().splitlines(True) if "tokenizer" not in line)
-    )
-    code, document, err = run(capsys, second, NEW, "--yes", "--accept", "digest", *ACCEPT)
-    assert code == 0, err
-    assert hub.head(NEW).parent == parent
-    shown = tree(hub)
-    assert "tokenizer.json" not in shown and shown["notes.txt"]
-    assert how(document)["tokenizer.json"] == "delete" and how(document)[SECOND] == "copy"
-    assert "notes.txt" in " ".join(document["plan"]["notes"])
-    assert shown[FIRST] == digests(second)[FIRST] and shown[SECOND] == digests(tmp_path / "base")[SECOND]
-    assert hub.repo(NEW).refs[f"refs/tags/base-{commit[:12]}"] == hub.repo(NEW).commits[parent].parent
-
-
-def test_a_pull_request_leaves_main_alone_and_is_opened_once(hub, patched, capsys):
-    before = hub.add_repo(NEW)
-    code, document, _ = run(capsys, patched, NEW, "--create-pr", "--yes", *ACCEPT)
-    assert code == 0 and document["published"]["pull_request"] == 1
-    assert hub.head(NEW).oid == before
-    assert tree(hub, NEW, "refs/pr/1")[SECOND] == digests(patched)[SECOND]
-    assert [ref for ref in hub.repo(NEW).refs if "tags" in ref] == []
-    code, document, _ = run(capsys, patched, NEW, "--create-pr", "--yes", *ACCEPT)
-    assert code == 0 and document["published"]["already_published"]
-    assert len(hub.repo(NEW).discussions) == 1
-
-
 def test_blanks_around_a_message_are_no_part_of_it(hub, patched, capsys):
     hub.add_repo(NEW)
     for message, already in ((" by hand\n", False), ("by hand", True), ("\tby hand ", True)):
@@ -215,22 +139,6 @@ def test_blanks_around_a_message_are_no_part_of_it(hub, patched, capsys):
     assert [each.title for each in hub.repo(NEW).discussions] == ["by hand"]
     code, document, err = run(capsys, patched, NEW, "--yes", "--message", " ", *ACCEPT)
     assert code == 0 and hub.head(NEW).title.startswith("1 scalar of"), err
-
-
-def test_a_branch_is_made_and_main_stays(hub, patched, capsys):
-    before = hub.add_repo(NEW)
-    assert run(capsys, patched, NEW, "--revision", "edits", "--tag", "v1", "--yes", *ACCEPT)[0] == 0
-    assert hub.head(NEW).oid == before
-    assert tree(hub, NEW, "refs/heads/edits")[SECOND] == digests(patched)[SECOND]
-    assert hub.repo(NEW).refs["refs/tags/v1"] == hub.head(NEW, "refs/heads/edits").oid
-    code, _, err = run(capsys, patched, NEW, "--tag", "v1", "--yes", *ACCEPT)
-    assert code == 2 and "there is such a tag already" in err
-
-
-def test_a_private_repository_needs_no_question_and_stays_private(hub, patched, capsys):
-    code, document, _ = run(capsys, patched, NEW, "--private", *ACCEPT)
-    assert code == 0 and document["plan"]["private"] and hub.repo(NEW).private
-    assert run(capsys, patched, NEW, *ACCEPT)[0] == 0 and hub.repo(NEW).private
 
 
 def test_nobody_is_made_private_or_public_behind_their_back(hub, patched, capsys):

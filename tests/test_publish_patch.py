@@ -12,7 +12,7 @@ from checkpoints import down
 from hub import fixture
 from hub.faults import Drop
 from huggingface_hub import hf_hub_download
-from publishing import BASE, EDIT, digests, patch, put_base, tree
+from publishing import BASE, EDIT, digests, patch, put_base, served, tree
 
 from swsurgery import patches
 from swsurgery.cli import main
@@ -25,13 +25,13 @@ FILES = {PATCH, "manifest.yaml", "SHA256SUMS", "README.md"}
 
 
 @pytest.fixture
-def commit(hub, tmp_path) -> str:
-    return put_base(hub, tmp_path / "base")
+def commit(any_hub, tmp_path) -> str:
+    return put_base(any_hub, tmp_path / "base")
 
 
 @pytest.fixture
-def patched(hub, tmp_path, commit) -> Path:
-    return patch(hub, tmp_path, commit)
+def patched(any_hub, tmp_path, commit) -> Path:
+    return patch(any_hub, tmp_path, commit)
 
 
 def run(capsys, directory: Path, *more: str, to: str = NEW) -> tuple[int, dict, str]:
@@ -72,15 +72,32 @@ def test_only_the_edit_travels_and_it_makes_the_same_checkpoint_again(hub, tmp_p
     assert weights(again) == weights(patched) != weights(tmp_path / "base")
 
 
-def test_the_card_says_what_it_is_and_how_to_apply_it(hub, commit, patched, capsys):
-    assert run(capsys, patched, "--yes", *ACCEPT)[0] == 0
-    card = hub.read(NEW, "README.md").decode()
+def test_a_patch_at_any_hub_makes_the_same_checkpoint_again(any_hub, tmp_path, commit, patched, capsys):
+    name, api = any_hub.name(NEW), any_hub.api()
+    code, document, err = run(capsys, patched, "--private", *ACCEPT, to=name)
+    assert code == 0 and document["published"]["findings"] == [], err
+    assert api.repo_info(name).sha == document["published"]["commit"]
+    shown = served(any_hub, NEW)
+    assert set(shown) - {".gitattributes"} == FILES
+    assert shown["manifest.yaml"] == digests(patched)["manifest.yaml"]
+    base = f"hf://{any_hub.name(BASE)}@{commit}"
+    taken, again = hf_hub_download(name, PATCH), tmp_path / "again"
+    assert main(["apply", taken, "--base", base, "-o", str(again), "--check", "weights"]) == 0
+    assert weights(again) == weights(patched) != weights(tmp_path / "base")
+    code, document, _ = run(capsys, patched, *ACCEPT, to=name)
+    assert code == 0 and document["published"]["already_published"]
+
+
+def test_the_card_says_what_it_is_and_how_to_apply_it(any_hub, commit, patched, capsys):
+    name, base = any_hub.name(NEW), any_hub.name(BASE)
+    assert run(capsys, patched, "--private", *ACCEPT, to=name)[0] == 0
+    card = any_hub.read(NEW, "README.md").decode()
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
-    lines = {f"base_model: {BASE}", "base_model_relation: adapter", "license: apache-2.0", "library_name: swsurgery"}
+    lines = {f"base_model: {base}", "base_model_relation: adapter", "license: apache-2.0", "library_name: swsurgery"}
     assert lines <= set(front.splitlines())
     assert "- small" not in front  # the base's own tags are of a model
-    assert f"hf download {NEW} {PATCH} --local-dir .\nswsurgery apply {PATCH} --base hf://{BASE}@{commit} -o" in body
-    assert f"| `{down(1)}` | `[2, 3]` |" in body and f"{len(hub.read(NEW, PATCH))} bytes" in body
+    assert f"hf download {name} {PATCH} --local-dir .\nswsurgery apply {PATCH} --base hf://{base}@{commit} -o" in body
+    assert f"| `{down(1)}` | `[2, 3]` |" in body and f"{len(any_hub.read(NEW, PATCH))} bytes" in body
     assert "check-missing" in body and "# Base" not in body and "Protected" not in body
 
 
@@ -118,13 +135,13 @@ def test_the_same_again_makes_no_commit_and_another_edit_makes_one(hub, tmp_path
     assert hub.repo(NEW).refs[f"refs/tags/base-{commit[:12]}"] == first
 
 
-def test_a_pull_request_is_opened_once(hub, patched, capsys):
-    before = hub.add_repo(NEW)
+def test_a_pull_request_is_opened_once(any_hub, patched, capsys):
+    before, name, api = any_hub.add_repo(NEW, private=True), any_hub.name(NEW), any_hub.api()
     for already in (False, True):
-        code, document, _ = run(capsys, patched, "--create-pr", "--yes", *ACCEPT)
+        code, document, _ = run(capsys, patched, "--create-pr", *ACCEPT, to=name)
         assert code == 0 and document["published"]["already_published"] is already
-    assert hub.head(NEW).oid == before and len(hub.repo(NEW).discussions) == 1
-    assert set(tree(hub, NEW, "refs/pr/1")) >= FILES
+    assert api.repo_info(name).sha == before and [each.num for each in api.get_repo_discussions(name)] == [1]
+    assert set(served(any_hub, NEW, "refs/pr/1")) >= FILES
 
 
 def test_a_repository_of_weights_is_left_alone(hub, patched, capsys):
@@ -135,22 +152,22 @@ def test_a_repository_of_weights_is_left_alone(hub, patched, capsys):
     assert hub.head(NEW).oid == before
 
 
-def test_two_manifests_are_one_patch_of_the_first_base(hub, tmp_path, commit, capsys):
-    first = patch(hub, tmp_path, commit)
+def test_two_manifests_are_one_patch_of_the_first_base(any_hub, tmp_path, commit, capsys):
+    first = patch(any_hub, tmp_path, commit)
     manifest = tmp_path / "next.yaml"
     edits = f"[{{op: set, tensor: {down(1)}, index: [2, 3], value: 2}}, {{op: zero, tensor: {down(0)}, index: [1, 1]}}]"
     manifest.write_text(f"version: 1\nbase: {{path: patched}}\nedits: {edits}\n")
     apply_manifest(manifest, tmp_path / "twice", check=CheckOptions("weights"))
     assert first.is_dir()
-    code, _, err = run(capsys, tmp_path / "twice", "--yes", *ACCEPT)
+    code, _, err = run(capsys, tmp_path / "twice", "--private", *ACCEPT, to=any_hub.name(NEW))
     assert code == 0, err
-    made = published(hub)
-    assert (made.base.repo_id, made.base.revision) == (BASE, commit)
+    made = published(any_hub)
+    assert (made.base.repo_id, made.base.revision) == (any_hub.name(BASE), commit)
     assert [(s.tensor, s.op) for s in made.scalars] == [(down(0), "zero"), (down(1), "set")]
-    assert "in 2 steps" in hub.read(NEW, "README.md").decode()
+    assert "in 2 steps" in any_hub.read(NEW, "README.md").decode()
     (tmp_path / "taken").mkdir()
     for name in (PATCH, "manifest.yaml"):  # either makes both steps at once
-        (tmp_path / "taken" / name).write_bytes(hub.read(NEW, name))
+        (tmp_path / "taken" / name).write_bytes(any_hub.read(NEW, name))
         out = tmp_path / f"once-{name}"
         apply_manifest(tmp_path / "taken" / name, out, check=CheckOptions("weights"))
         assert weights(out) == weights(tmp_path / "twice")

@@ -5,7 +5,8 @@ which it read when it was imported, for calls in this process. Waits between ret
 this process; a child waits.
 
 With SWSURGERY_TEST_HUB (an endpoint) and HF_TOKEN set, tests with `any_hub` run there, in repositories with throw-away
-names that are deleted afterwards; those with `hub`, which script faults, count traffic or look inside, are skipped.
+names that are deleted afterwards, and over Xet unless HF_HUB_DISABLE_XET is set; those with `hub`, which script faults,
+count traffic or look inside, are skipped.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class OutsideHub:
         api, name = self.api(), self.name(repo_id)
         api.create_repo(name, private=private)
         if folder is not None:
-            api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the endpoint thinks of the card of a base is not under test
+                api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
         return api.repo_info(name).sha
 
     def name(self, repo_id: str) -> str:
@@ -58,6 +61,10 @@ class OutsideHub:
         """A file's content."""
         got = self.api().hf_hub_download(self.name(repo_id), path, revision=revision, force_download=True)
         return Path(got).read_bytes()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """What a process needs to talk to it, its cache below `home`."""
+        return environment_of(self.endpoint, self.token, home)
 
     def api(self) -> HfApi:
         """The real client, with the token of the environment."""
@@ -76,7 +83,7 @@ def point_client_at(hub: Hub | OutsideHub, home: Path, monkeypatch: pytest.Monke
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
-    environment = environment_of(hub.endpoint, hub.token, home)
+    environment = hub.environment(home)
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -87,11 +94,11 @@ def point_client_at(hub: Hub | OutsideHub, home: Path, monkeypatch: pytest.Monke
     for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
         monkeypatch.setattr(constants, name, environment[name])
     monkeypatch.setattr(constants, "HF_XET_CACHE", str(home / "xet"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(hub.endpoint)}))
     waits: list[float] = []
     if isinstance(hub, Hub):
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         clock = SimpleNamespace(sleep=waits.append)
         for module in (_http, file_download):
             monkeypatch.setattr(module, "time", clock)

@@ -146,7 +146,7 @@ class Hub:
 
     def environment(self, home: Path, *, token: bool = True) -> dict[str, str]:
         """What a process needs to talk to this server and to nothing else, its cache below `home`."""
-        return environment_of(self.endpoint, self.token if token else None, home)
+        return environment_of(self.endpoint, self.token if token else None, home) | HERE
 
     def link(self, path: str, **query: str) -> str:
         """A signed link to the store; `expire_links` ends all that were given out."""
@@ -162,16 +162,18 @@ class Hub:
         return self.folder / f"{name}-{next(self._numbers)}"
 
 
+HERE = {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+"""What a client of this server needs beside: it speaks HTTP alone, and no proxy leads to it."""
+
+
 def environment_of(endpoint: str, token: str | None, home: Path) -> dict[str, str]:
-    """The variables that point huggingface_hub at an endpoint, by HTTP alone, with its cache below `home`."""
+    """The variables that point huggingface_hub at an endpoint, with its cache below `home`."""
     environment = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_TOKEN_PATH": str(home / "token"),
-        "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
     }
     return environment | ({"HF_TOKEN": token} if token else {})
 

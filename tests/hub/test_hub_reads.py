@@ -20,6 +20,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hub.fixture import OutsideHub, point_client_at
+
 SHARD = "model.safetensors"
 
 
@@ -309,3 +311,20 @@ def test_with_xet_a_snapshot_of_a_repository_on_xet_does_not_come(hub, model, mo
     with pytest.raises(HfHubHTTPError, match="no Xet storage"):  # the client falls back to nothing
         snapshot_download("org/base")
     assert hub.traffic.requests("/xet-read-token/")
+
+
+@pytest.mark.parametrize("disabled", [None, "1"])
+def test_at_another_endpoint_xet_and_proxies_are_as_the_environment_has_them(tmp_path, monkeypatch, disabled):
+    for name in ("HF_HUB_DISABLE_XET", "NO_PROXY"):
+        monkeypatch.setenv(name, disabled) if disabled else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", bool(disabled))
+    waits = point_client_at(OutsideHub("https://hub.example/", "hf_x"), tmp_path, monkeypatch)
+    assert (os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"]) == ("https://hub.example", "hf_x") and waits == []
+    assert os.environ.get("HF_HUB_DISABLE_XET") == os.environ.get("NO_PROXY") == disabled
+    assert bool(disabled) is constants.HF_HUB_DISABLE_XET
+
+
+def test_at_the_tests_own_server_there_is_no_xet_and_no_proxy(hub):
+    """The twin."""
+    assert os.environ["HF_HUB_DISABLE_XET"] == "1" and constants.HF_HUB_DISABLE_XET
+    assert os.environ["NO_PROXY"] == "127.0.0.1"
