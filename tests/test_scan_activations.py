@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from swsurgery.checkpoint import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.findings import ScanReport
-from swsurgery.model import load, spikes
+from swsurgery.model import activations, load, spikes
 from swsurgery.model.activations import PROMPTS, scan_activations, scan_sequences
 from swsurgery.model.spikes import LayerSpikes
 
@@ -256,8 +256,30 @@ def test_an_activation_of_many_equal_scalars_is_noted(llama, tmp_path):
     report = scanned(llama, tmp_path)
     assert report.candidates == () and report.activations[0].channel == 5
     assert report.notes == (
-        "round 1: channel 5 persists from layer 1 on, and no scalar dominates it (the largest share is 0.04)",
+        "round 1: channel 5 persists from layer 1 on, and no scalar counts as its maker (the largest share is 0.04)",
     )
+
+
+@pytest.mark.parametrize(
+    ("shares", "input_spike", "explained", "outlier", "why"),
+    [
+        ((), False, False, True, "nothing was multiplied"),
+        ((1.0,), True, False, True, "the stored row does not add up to it"),
+        ((1.0,), True, True, False, "the output is below 10 medians of its token"),
+        ((1.0, 0.0), False, True, True, "the largest share is 1.00, but its input is below 10 medians"),
+        ((0.2, 0.1), True, True, True, "the largest share is 0.20"),
+    ],
+)
+def test_a_note_names_the_condition_that_failed(shares, input_spike, explained, outlier, why):
+    scalars = [activations._Scalar(None, 3, col, 1.0, 1.0, share, input_spike) for col, share in enumerate(shares)]
+    assert activations._why_no_maker(scalars, explained, outlier) == why
+
+
+def test_a_scalar_whose_input_is_no_outlier_is_not_refused_for_its_share(llama, tmp_path, monkeypatch):
+    assert places(scanned(llama, tmp_path / "found")) == [PLACE]
+    monkeypatch.setattr(activations, "OUTLIER", 1e9)
+    (note,) = scanned(llama, tmp_path / "refused").notes
+    assert note.endswith("counts as its maker (the output is below 1e+09 medians of its token)")
 
 
 def test_a_stored_row_that_is_not_what_was_multiplied_is_not_decomposed(llama, tmp_path):

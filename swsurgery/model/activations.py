@@ -216,8 +216,7 @@ class _Search:
             for scalar in makers:
                 found[scalar.coordinate].append((spell, scalar))
             if not makers:
-                largest = f"the largest share is {scalars[0].share:.2f}" if scalars else "nothing was multiplied"
-                unmade[move.layer, move.channel] = largest if explained else "the stored row does not add up to it"
+                unmade[move.layer, move.channel] = _why_no_maker(scalars, explained, outlier)
         for coordinate, places in found.items():
             scalar = places[0][1]
             self.candidates[coordinate] = self._candidate(coordinate, places, number)
@@ -225,7 +224,8 @@ class _Search:
             unmade.pop((scalar.projection.layer, scalar.row), None)
         for (layer, channel), why in sorted(unmade.items()):
             self.notes.append(
-                f"round {number}: channel {channel} persists from layer {layer} on, and no scalar dominates it ({why})"
+                f"round {number}: channel {channel} persists from layer {layer} on, and no scalar counts as its maker "
+                f"({why})"
             )
         return list(found)
 
@@ -310,6 +310,18 @@ class _Search:
         if key not in self._rows:
             self._rows[key] = _read_row(self.checkpoint, projection, row)
         return self._rows[key]
+
+
+def _why_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) -> str:
+    """The condition that failed: of the output as a whole, else of the scalar with the largest share."""
+    if not scalars:
+        return "nothing was multiplied"
+    if not explained:
+        return "the stored row does not add up to it"
+    if not outlier:
+        return f"the output is below {OUTLIER:g} medians of its token"
+    largest = f"the largest share is {scalars[0].share:.2f}"
+    return largest if scalars[0].share < SHARE else f"{largest}, but its input is below {OUTLIER:g} medians"
 
 
 def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> Tensor:
