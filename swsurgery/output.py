@@ -39,6 +39,10 @@ class Bar:
         if self._bar is not None:
             self._bar.update(n)
 
+    def relabel(self, label: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(label)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -18,6 +18,9 @@ class Progress(Protocol):
     def advance(self, n: int) -> None:
         """Count `n` further units as done."""
 
+    def relabel(self, label: str) -> None:
+        """Show the task as `label` from now on, such as the part that it has come to."""
+
     def close(self) -> None:
         """End the task; a second call does nothing."""
 
@@ -31,5 +34,32 @@ class Silent:
     def advance(self, n: int) -> None:
         pass
 
+    def relabel(self, label: str) -> None:
+        pass
+
     def close(self) -> None:
         pass
+
+
+class Rounds:
+    """Passes on to `progress` what is done in several tasks of one kind, one after the other; their labels begin with
+    the number of the task: "round 2, ..."."""
+
+    def __init__(self, progress: Progress, word: str = "round"):
+        self._progress, self._word, self._number = progress, word, 0
+
+    def start(self, total: int, unit: str, label: str) -> None:
+        self._number += 1
+        self._progress.start(total, unit, self._in_round(label))
+
+    def advance(self, n: int) -> None:
+        self._progress.advance(n)
+
+    def relabel(self, label: str) -> None:
+        self._progress.relabel(self._in_round(label))
+
+    def close(self) -> None:
+        self._progress.close()
+
+    def _in_round(self, label: str) -> str:
+        return f"{self._word} {self._number}, {label}"

@@ -27,7 +27,7 @@ from swsurgery.findings import Method, ScanReport, SweepReport
 from swsurgery.hub import local, named
 from swsurgery.known.render import refuse_unfit
 from swsurgery.model import Placement
-from swsurgery.progress import Progress, Silent
+from swsurgery.progress import Progress, Rounds, Silent
 from swsurgery.surgery import plan_manifest
 
 ManifestOp = Literal["zero", "scale", "protect"]
@@ -88,8 +88,9 @@ def scan_checkpoint(
         from swsurgery.model.activations import scan_activations
 
         report = scan_activations(
-            checkpoint, prompts=prompts, device=options.device, placement=options.placement, progress=progress, say=say
-        )
+            checkpoint, prompts=prompts, device=options.device, placement=options.placement,
+            progress=Rounds(progress), say=say,
+        )  # fmt: skip
     else:
         from swsurgery.model.weights import scan_weights
 
@@ -98,7 +99,8 @@ def scan_checkpoint(
         from swsurgery.model.confirm import confirm as run
 
         said: list[str] = []
-        confirmation = run(checkpoint, report.candidates, **vars(options), progress=progress, say=said.append)
+        rounds = Rounds(progress, "confirmation round")
+        confirmation = run(checkpoint, report.candidates, **vars(options), progress=rounds, say=said.append)
         report = dataclasses.replace(report, confirmation=confirmation, notes=(*report.notes, *said))
     return report
 
@@ -152,7 +154,8 @@ def sweep_manifest(
     _need_a_model()
     from swsurgery.model.sweep import sweep
 
-    report = sweep(plan.checkpoint, coordinates, factors, **vars(options), progress=progress or Silent(), say=say)
+    rounds = Rounds(progress or Silent())
+    report = sweep(plan.checkpoint, coordinates, factors, **vars(options), progress=rounds, say=say)
     if plot is not None:
         figures.plot_sweep(report, plot, _name(plan.checkpoint))
     return report

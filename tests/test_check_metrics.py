@@ -21,7 +21,7 @@ from swsurgery.checkpoint import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import load, measure
 from swsurgery.model.check import PROMPTS, built_in_text, run_checks
-from swsurgery.model.forward import Outcomes
+from swsurgery.model.forward import LayeredModel, Outcomes
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.report import CheckReport
 
@@ -251,6 +251,9 @@ class Recorder:
     def advance(self, n: int) -> None:
         self.calls.append(("advance", n))
 
+    def relabel(self, label: str) -> None:
+        self.calls.append(("relabel", label))
+
     def close(self) -> None:
         self.calls.append(("close",))
 
@@ -258,8 +261,36 @@ class Recorder:
 def test_progress_counts_layers_and_sequences(pair: Pair) -> None:
     progress = Recorder()
     report = check(pair, progress=progress)
-    total = 2 + report.windows + len(BEGINNINGS)
-    assert progress.calls == [("start", total, "step", "2 layers"), *[("advance", 1)] * total, ("close",)]
+    sequences = report.windows + len(BEGINNINGS)
+    labels = [f"layer {n}/2" for n in (1, 2)] + [f"sequence {n}/{sequences}" for n in range(1, sequences + 1)]
+    assert progress.calls == [
+        ("start", 2 + sequences, "step", "2 layers"),
+        *(call for label in labels for call in (("relabel", label), ("advance", 1))),
+        ("close",),
+    ]
+
+
+def test_progress_of_a_streamed_model_counts_bytes_and_layers(pair: Pair) -> None:
+    progress = Recorder()
+    check(pair, progress=progress, placement="streamed")
+    (_, total, unit, _), *_ = progress.calls
+    assert unit == "B" and total == sum(call[1] for call in progress.calls if call[0] == "advance")
+    assert [call[1] for call in progress.calls if call[0] == "relabel"][:3] == [
+        "layer 1/2",
+        "layer 2/2",
+        "sequence 1/8",
+    ]
+
+
+def test_progress_of_whole_passes_counts_sequences(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayeredModel, "layered", lambda self, ids: False)
+    progress = Recorder()
+    report = check(pair, progress=progress)
+    sequences = report.windows + len(BEGINNINGS)
+    assert progress.calls[:3] == [
+        ("start", sequences, "step", "2 layers"), ("relabel", f"sequence 1/{sequences}"), ("advance", 1),
+    ]  # fmt: skip
+    assert progress.calls.count(("advance", 1)) == sequences
 
 
 def test_progress_is_closed_and_the_error_is_one_line_when_a_pass_fails(
@@ -272,7 +303,7 @@ def test_progress_is_closed_and_the_error_is_one_line_when_a_pass_fails(
     progress = Recorder()
     with pytest.raises(ModelError, match=r"^the model cannot be run: no kernel for this: cpu \(--check weights\)$"):
         check(pair, progress=progress)
-    assert [call[0] for call in progress.calls] == ["start", "close"]
+    assert [call[0] for call in progress.calls] == ["start", "relabel", "close"]
 
 
 def test_nothing_is_printed_and_the_settings_come_back(pair: Pair, capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_checkpoint import TEXT
 
-from swsurgery import known, model, scanning
+from swsurgery import known, model, output, scanning
 from swsurgery.cli import main
 from swsurgery.errors import ModelError
 from swsurgery.model import activations
@@ -114,6 +114,19 @@ def test_the_weights_alone_are_scanned_without_tokenizer_and_without_torch(
             "swsurgery: torch is not installed: a model has to be run (pip install 'swsurgery[check]', or --method"
             " weights)"
         ]
+
+
+def test_the_bar_says_which_round_and_which_layer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+    monkeypatch.setattr(output.Bar, "relabel", lambda self, label: labels.append(label))
+    words = [*ASK, "--confirm", "--text", "text.txt", "--windows", "1", "--placement", "streamed", "--device", "cpu"]
+    assert main(["scan", "planted", *words]) == 0
+    layers = [f"layer {n}/{planted.LAYERS}" for n in range(1, planted.LAYERS + 1)]
+    for number in (1, 2):
+        assert [label for label in labels if label.startswith(f"round {number}, layer")] == [
+            f"round {number}, {layer}" for layer in layers
+        ]
+    assert f"confirmation round 1, {layers[-1]}" in labels
 
 
 @pytest.mark.parametrize(

@@ -160,17 +160,17 @@ class LayeredModel:
         """Every sequence (token ids, of any lengths) in every variant. One Outcomes for each sequence, in order.
 
         Memory beside the weights: sequences x variants x tokens x channels of hidden states. `progress` counts a step
-        for each layer and one for each sequence, or the bytes that are streamed.
+        for each layer and one for each sequence, or the bytes that are streamed, and its label the layers and then the
+        sequences.
         """
         progress = progress or Silent()
         self.places.find(variants)
-        layers = f"{len(self.layers)} layers"
-        if self.weights is None:
-            progress.start(len(self.layers) + len(sequences), "step", layers)
-        else:
-            progress.start(sum(self.weights.sizes), "B", layers)
         try:
-            if self.layered(sequences[0]):
+            layered = self.layered(sequences[0])
+            steps = len(sequences) + (len(self.layers) if layered else 0)
+            total, unit = (steps, "step") if self.weights is None else (sum(self.weights.sizes), "B")
+            progress.start(total, unit, f"{len(self.layers)} layers")
+            if layered:
                 yield from self._run_layers(sequences, variants, watch, progress)
             else:
                 yield from self._run_whole(sequences, variants, watch, progress)
@@ -210,6 +210,7 @@ class LayeredModel:
             groups = self._enter(sequences, variants)
         peaks = _Peaks()
         for number, layer in enumerate(self.layers):
+            progress.relabel(f"layer {number + 1}/{len(self.layers)}")
             touched = any(self.places.touches(variant, number) for variant in variants)
             with self._weights_of(number) as device:
                 for group in groups:
@@ -227,6 +228,7 @@ class LayeredModel:
         where = {number: (group, at) for group in groups for at, number in enumerate(group.sequences)}
         with self._outside(head=True) as device:
             for number, ids in enumerate(sequences):
+                progress.relabel(f"sequence {number + 1}/{len(sequences)}")
                 group, at = where[number]
                 state = group.state[at].to(device).expand(len(variants), -1, -1)
 
@@ -362,6 +364,7 @@ class LayeredModel:
         progress: Progress,
     ) -> Iterator[Outcomes]:
         for number, ids in enumerate(sequences):
+            progress.relabel(f"sequence {number + 1}/{len(sequences)}")
             logits, found = [], []
             for index, variant in enumerate(variants):
                 if index and not variant and not variants[0]:
