@@ -204,6 +204,14 @@ def _shape(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
+def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Layers, hidden and intermediate size, by the stored down projections. Raises ArchitectureError where there is no
+    known one."""
+    projections = list(down_projections(checkpoint.config, checkpoint.shapes))
+    shape = _shape(checkpoint)
+    return 1 + max(p.layer for p in projections), shape["hidden_size"], shape["intermediate_size"]
+
+
 def _template(tensor: str, layer: int, expert: Expert) -> str:
     """`model.layers.{layer}.mlp.down_proj.weight`, with {expert} where the name has it behind the layer."""
     name = re.sub(rf"(?<=\.){layer}(?=\.)", "{layer}", tensor, count=1)

@@ -72,12 +72,12 @@ def scan_checkpoint(
     """Find the super weights of `base`: a directory, or hf://ORG/NAME[@REV].
 
     `outputs` is what `write_outputs` is to be asked for afterwards: what cannot be is refused here, before the work.
-    Raises CheckpointError, ArchitectureError, ModelError, TargetError.
+    Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
     """
     options, progress = options or RunOptions(), progress or Silent()
     checkpoint = open_base(base)
     if outputs is not None:
-        _refuse(outputs)
+        _refuse(outputs, checkpoint)
     if method == "activations" or confirm:
         _need_a_model()
     if confirm:
@@ -105,27 +105,30 @@ def scan_checkpoint(
     return report
 
 
-def write_outputs(report: ScanReport, base: str | Path, outputs: Outputs) -> list[str]:
-    """Leave behind what `outputs` asks for. Returns a line on each. Raises TargetError where one cannot be written."""
-    checkpoint, lines = open_base(base), []
+def write_outputs(
+    report: ScanReport, base: str | Path, outputs: Outputs, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Leave behind what `outputs` asks for; `say` gets a line on each as soon as it is there, so that where one fails
+    it is known which were written. Raises TargetError where one cannot be, LookupFailed for a name that is another
+    model's."""
+    checkpoint = open_base(base)
     if outputs.plot is not None:
         figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
-        lines.append(f"figure: {outputs.plot}")
+        say(f"figure: {outputs.plot}")
     if outputs.manifest is not None and not report.super_weights:
-        lines.append(f"nothing was found, so there is no manifest: {outputs.manifest}")
+        say(f"nothing was found, so there is no manifest: {outputs.manifest}")
     elif outputs.manifest is not None:
         text = entry.scan_manifest(
             report, base=_as_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
         )
         fsops.write_file(outputs.manifest, text.encode())
-        lines.append(f"manifest: {outputs.manifest}")
+        say(f"manifest: {outputs.manifest}")
     if outputs.register is not None:
         found = entry.known_entry(
             report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
         )
         known.save(found)
-        lines.append(f"registered: swsurgery lookup {found.hf_id}")
-    return lines
+        say(f"registered: swsurgery lookup {found.hf_id}")
 
 
 def sweep_manifest(
@@ -171,10 +174,10 @@ def _need_a_model() -> None:
         raise ModelError(reason, "a model has to be run", "pip install 'swsurgery[check]', or --method weights")
 
 
-def _refuse(outputs: Outputs) -> None:
+def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:
     refuse_unfit(outputs.op, outputs.factor)
     if outputs.register is not None:
-        known.refuse_name(outputs.register)
+        known.refuse_name(outputs.register, entry.sizes(checkpoint))
     if outputs.plot is not None:
         figures.check_figure_path(outputs.plot)
     if outputs.manifest is not None:

@@ -158,6 +158,9 @@ def test_an_alias_of_a_shipped_model_is_that_model_and_has_one_entry():
 def test_another_model_under_a_shipped_name_is_refused(own_data):
     with pytest.raises(LookupFailed, match=r"are \(32, 4096, 11008\), not \(4, 64, 128\): llama-7b .give this one"):
         known.save(one("llama-7b"))
+    with pytest.raises(LookupFailed, match="the name of another model"):
+        known.refuse_name("llama-7b", (4, 64, 128))
+    assert known.refuse_name("llama-7b", (32, 4096, 11008)) == known.refuse_name("Llama 7B", (32, 4096, 11008))
     assert not (own_data / "swsurgery").exists()
 
 

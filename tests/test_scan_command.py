@@ -20,7 +20,7 @@ from tiny_checkpoint import TEXT
 
 from swsurgery import known, model, output, scanning
 from swsurgery.cli import main
-from swsurgery.errors import ModelError
+from swsurgery.errors import Interrupted, ModelError, TargetError
 from swsurgery.model import activations
 from swsurgery.model.forward import LayeredModel
 
@@ -116,6 +116,25 @@ def test_the_weights_alone_are_scanned_without_tokenizer_and_without_torch(
         ]
 
 
+@pytest.mark.parametrize("fault", [TargetError("cannot write", "known"), Interrupted("SIGINT")])
+def test_what_was_written_before_an_output_failed_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    def save(_: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(known, "save", save)
+    files = ["--manifest", "zero.yaml", "--plot", "scan.svg", "--register", "mine"]
+    assert main(["scan", "planted", "--method", "weights", *files]) == fault.exit_code
+    said = capsys.readouterr()
+    assert "[row, col]" in said.out
+    last = "cannot write: known" if fault.exit_code == 2 else "interrupted: SIGINT (what was written stays)"
+    assert said.err.splitlines() == [
+        "swsurgery: figure: scan.svg", "swsurgery: manifest: zero.yaml", f"swsurgery: {last}",
+    ]  # fmt: skip
+    assert (here / "zero.yaml").exists() and (here / "scan.svg").exists()
+
+
 def test_the_bar_says_which_round_and_which_layer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels: list[str] = []
     monkeypatch.setattr(output.Bar, "relabel", lambda self, label: labels.append(label))
@@ -138,6 +157,7 @@ def test_the_bar_says_which_round_and_which_layer(here: Path, monkeypatch: pytes
         (["scan", "planted", "--op", "scale"], "scale needs a factor"),
         (["scan", "planted", "--factor", "2"], "zero takes no factor"),
         (["scan", "planted", "--op", "scale", "--factor", "inf"], "the factor has to be a finite number"),
+        (["scan", "planted", "--register", "llama-7b"], "the name of another model: layers, hidden and intermediate"),
         (["scan", "planted", "--register", "///"], "a model's name needs a letter or a digit"),
         (["scan", "planted", "--manifest", "a.svg", "--plot", "a.svg"], "one file for the manifest and the figure"),
         (["scan", "planted", "--confirm", "--text", "/dev/null"], "the text is too short"),

@@ -28,7 +28,7 @@ from swsurgery.cli.options import (
     silent,
     width,
 )
-from swsurgery.errors import SwsurgeryError, printable
+from swsurgery.errors import Interrupted, SwsurgeryError, printable
 
 
 def lookup(
@@ -115,11 +115,15 @@ def scan(
     )  # fmt: skip
     lines: list[str] = []
     try:
-        lines = scanning.write_outputs(report, checkpoint, outputs)
-    finally:  # what took long to find is shown, even if it cannot be kept
+        scanning.write_outputs(report, checkpoint, outputs, lines.append)
+    except Interrupted as interrupted:
+        if not lines:
+            raise
+        raise interrupted.leaving("what was written stays") from interrupted
+    finally:  # what took long to find is shown, even if it cannot be kept, and what was written is named
         output.print_json(report.to_json()) if json else show_scan.show_scan(report)
-    for line in lines:
-        say(line)
+        for line in lines:
+            say(line)
 
 
 def sweep(

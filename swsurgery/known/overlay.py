@@ -37,13 +37,8 @@ def save(model: KnownModel) -> Path:
     """
     from swsurgery import fsops  # its libraries are slow to load, and a lookup writes nothing
 
-    stem = refuse_name(model.hf_id)
+    stem = refuse_name(model.hf_id, _sizes(model))
     shipped = _shipped(model.hf_id)
-    if shipped and _sizes(shipped) != _sizes(model):
-        raise LookupFailed(
-            f"the name of another model: layers, hidden and intermediate size of {shipped.hf_id} are "
-            f"{_sizes(shipped)}, not {_sizes(model)}", model.hf_id, "give this one another name",
-        )  # fmt: skip
     # An entry that was saved under another name of the same shipped model is the one to replace.
     path = next(iter(_files_of(shipped) if shipped else []), folder() / f"{stem}.json")
     with fsops.reported(path.parent):
@@ -52,11 +47,18 @@ def save(model: KnownModel) -> Path:
     return path
 
 
-def refuse_name(name: str) -> str:
-    """The name of the file of an own entry. Raises LookupFailed for a name that no entry can have."""
+def refuse_name(name: str, sizes: tuple[int, int, int]) -> str:
+    """The name of the file of an own entry for a model of `sizes`: layers, hidden and intermediate size. Raises
+    LookupFailed for a name that no entry can have, and for that of a shipped model of other sizes."""
     stem = _stem(name)
     if not stem or not name.isprintable():
         raise LookupFailed("a model's name needs a letter or a digit and no control characters", repr(name))
+    shipped = _shipped(name)
+    if shipped and _sizes(shipped) != sizes:
+        raise LookupFailed(
+            f"the name of another model: layers, hidden and intermediate size of {shipped.hf_id} are "
+            f"{_sizes(shipped)}, not {sizes}", name, "give this one another name",
+        )  # fmt: skip
     return stem
 
 
