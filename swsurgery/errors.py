@@ -11,6 +11,7 @@
     ├── LookupFailed        no such known model or coordinate, or an ambiguous name
     ├── HubError            the Hub cannot be reached, or says no
     ├── ModelError          the model cannot be loaded or run
+    │   └── Unrunnable      ... whatever is asked of it; a command that can do without it adds how
     └── CheckFailed         exit 1: the sanity check says no; the target was not made
 
     Interrupted             exit 130: SIGINT or SIGTERM; no Exception, so that no library takes it for one of its own
@@ -21,7 +22,8 @@ faults prints one such line for each. Anything else that escapes is a bug (exit 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 def printable(text: str) -> str:
@@ -93,6 +95,29 @@ class HubError(SwsurgeryError):
 
 class ModelError(SwsurgeryError):
     pass
+
+
+class Unrunnable(ModelError):
+    """What loads and runs a model does not know for which command, so its remedies are those that all of them have;
+    each adds its own with `or_else`."""
+
+    def __init__(self, what: str, where: object = "", remedy: str = ""):
+        super().__init__(what, where, remedy)
+        self._parts = what, where, remedy
+
+    def or_else(self, way: str) -> Unrunnable:
+        """The same error with one more remedy."""
+        what, where, remedy = self._parts
+        return Unrunnable(what, where, f"{remedy}, or {way}" if remedy else way)
+
+
+@contextlib.contextmanager
+def or_else(way: str) -> Iterator[None]:
+    """A model that cannot be run here is reported with `way` as a further remedy."""
+    try:
+        yield
+    except Unrunnable as error:
+        raise error.or_else(way) from error
 
 
 class CheckFailed(SwsurgeryError):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from swsurgery import entry, figures, fsops, known, model
 from swsurgery.checkpoint import Checkpoint, open_checkpoint
-from swsurgery.errors import ModelError, PlanError, TargetError
+from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
 from swsurgery.findings import Method, ScanReport, SweepReport
 from swsurgery.hub import local, named
 from swsurgery.known.render import refuse_unfit
@@ -78,29 +78,32 @@ def scan_checkpoint(
     checkpoint = open_base(base)
     if outputs is not None:
         _refuse(outputs, checkpoint)
-    if method == "activations" or confirm:
-        _need_a_model()
-    if confirm:
-        from swsurgery.model.confirm import refuse_text
+    without = "leave out --confirm" if method == "weights" else "--method weights" + " without --confirm" * confirm
+    with or_else(without):
+        if method == "activations" or confirm:
+            _need_a_model()
+        if confirm:
+            from swsurgery.model.confirm import refuse_text
 
-        refuse_text(checkpoint, options.text, options.windows, options.window)
-    if method == "activations":
-        from swsurgery.model.activations import scan_activations
+            refuse_text(checkpoint, options.text, options.windows, options.window)
+        if method == "activations":
+            from swsurgery.model.activations import scan_activations
 
-        report = scan_activations(
-            checkpoint, prompts=prompts, device=options.device, placement=options.placement,
-            progress=Rounds(progress), say=say,
-        )  # fmt: skip
-    else:
-        from swsurgery.model.weights import scan_weights
+            report = scan_activations(
+                checkpoint, prompts=prompts, device=options.device, placement=options.placement,
+                progress=Rounds(progress), say=say,
+            )  # fmt: skip
+        else:
+            from swsurgery.model.weights import scan_weights
 
-        report = scan_weights(checkpoint, progress=progress)
+            report = scan_weights(checkpoint, progress=progress)
     if confirm and report.candidates:
         from swsurgery.model.confirm import confirm as run
 
         said: list[str] = []
         rounds = Rounds(progress, "confirmation round")
-        confirmation = run(checkpoint, report.candidates, **vars(options), progress=rounds, say=said.append)
+        with or_else("leave out --confirm"):
+            confirmation = run(checkpoint, report.candidates, **vars(options), progress=rounds, say=said.append)
         report = dataclasses.replace(report, confirmation=confirmation, notes=(*report.notes, *said))
     return report
 
@@ -171,7 +174,7 @@ def open_base(base: str | Path) -> Checkpoint:
 
 def _need_a_model() -> None:
     if reason := model.available():
-        raise ModelError(reason, "a model has to be run", "pip install 'swsurgery[check]', or --method weights")
+        raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
 
 
 def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from swsurgery.errors import (
     NumberError,
     PlanError,
     TargetError,
+    Unrunnable,
+    or_else,
 )
 from swsurgery.hub import Repo, Uri, fetch, local, named, place
 from swsurgery.manifest import LoadedManifest, load_manifest
@@ -230,10 +233,11 @@ def check_checkpoint(
         )
         for e in (registry.edits if registry else ())
     ]
-    return run_checks(
-        checkpoint, changes, text=options.text, prompts=options.prompts, bounds=options.bounds, device=options.device,
-        placement=options.placement, progress=progress, say=say,
-    )  # fmt: skip
+    with or_else("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
+        return run_checks(
+            checkpoint, changes, text=options.text, prompts=options.prompts, bounds=options.bounds,
+            device=options.device, placement=options.placement, progress=progress, say=say,
+        )  # fmt: skip
 
 
 def read_records(root: Path | Repo) -> Patched:
@@ -341,6 +345,8 @@ def run_check(
         except ModelError as error:
             # What was asked for is done or refused; without bounds and wishes the check is a courtesy.
             if options.kind == "forward" or bounds != Bounds() or options.asked:
+                if isinstance(error, Unrunnable) and options.bounds is None:
+                    raise error.or_else("--check weights") from error
                 raise
             # The directory has this name only until it is done, and the registry does not depend on where it was made.
             reason = model.available() or str(error).replace(str(Path(os.path.realpath(patched))), "the checkpoint")

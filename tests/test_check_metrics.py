@@ -301,7 +301,7 @@ def test_progress_is_closed_and_the_error_is_one_line_when_a_pass_fails(
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", fail)
     progress = Recorder()
-    with pytest.raises(ModelError, match=r"^the model cannot be run: no kernel for this: cpu \(--check weights\)$"):
+    with pytest.raises(ModelError, match="^the model cannot be run: no kernel for this: cpu$"):
         check(pair, progress=progress)
     assert [call[0] for call in progress.calls] == ["start", "relabel", "close"]
 

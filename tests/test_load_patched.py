@@ -280,6 +280,14 @@ def test_weights_that_would_be_made_up_are_refused(tmp_path):
         swsurgery.load_patched(base, manifest)
 
 
+def test_a_tensor_that_does_not_fit_the_config_is_named(llama, tmp_path):
+    base = shutil.copytree(llama / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 328}))
+    with pytest.raises(ModelError, match=r" is stored as \[320, 16\], but config.json asks for \[328, 16\]"):
+        swsurgery.load_patched(base, write_manifest(tmp_path / "m.json", base, *EDITS))
+
+
 def test_a_dtype_that_torch_lacks_is_refused_at_once(tmp_path):
     base = write_llama(tmp_path / "base", {"odd": ("F4", (4,), bytes(2))})
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "row": 0, "col": 0})

@@ -39,7 +39,8 @@ def test_without_bounds_the_weights_are_checked_and_the_reason_recorded(base, tm
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
     outcome = apply_manifest(manifest, tmp_path / "out", say=said.append)
     check = outcome.registry.check
-    assert check["kind"] == "weights" and "--check weights" in check["reason"]
+    assert check["kind"] == "weights" and "config.json" in check["reason"]
+    assert "--check" not in check["reason"] + "".join(said)  # it is what was done
     assert check["weights"]["changed_scalars"] == 1
     assert [line for line in said if line.startswith("no forward check was made: ")]
 
@@ -53,8 +54,9 @@ def test_what_was_asked_for_is_done_or_refused(base, tmp_path, monkeypatch, opti
         monkeypatch.setattr(model, "available", lambda: "torch is not installed")
         monkeypatch.setattr("swsurgery.model.check.available", lambda: "torch is not installed")
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
-    with pytest.raises(ModelError, match="torch is not installed" if missing else "--check weights"):
+    with pytest.raises(ModelError, match="or --check weights") as refused:
         apply_manifest(manifest, tmp_path / "out", check=options)
+    assert ("torch is not installed" in str(refused.value)) == missing
     assert not (tmp_path / "out").exists()
 
 
@@ -63,8 +65,9 @@ def test_without_torch_bounds_are_not_met(base, tmp_path, monkeypatch, option):
     monkeypatch.setattr("swsurgery.model.check.available", lambda: "torch is not installed")
     more = {} if option else {"check": {"min_perplexity_ratio": 2.0}}
     manifest = write_manifest(tmp_path / "m.json", base, EDIT, **more)
-    with pytest.raises(ModelError, match="torch is not installed"):
+    with pytest.raises(ModelError, match="torch is not installed") as refused:
         apply_manifest(manifest, tmp_path / "out", check=CheckOptions(bounds=option))
+    assert ("or --check weights" in str(refused.value)) == (option is None)  # it would refuse the option's bound
     assert not (tmp_path / "out").exists()
 
 

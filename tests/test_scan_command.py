@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,7 +94,8 @@ def test_a_manifest_of_candidates_can_be_applied(here: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("method", ["activations", "weights"])
 def test_none_is_an_answer(here: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
     files = ["--manifest", "zero.yaml", "--register", "nothing here"]
-    assert main(["scan", "random", "--method", method, *ASK, "--confirm", *files, "--device", "cpu"]) == 0
+    ask = ASK if method == "activations" else []
+    assert main(["scan", "random", "--method", method, *ask, "--confirm", *files, "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     assert "none" in printed.out
     assert "nothing was found, so there is no manifest: zero.yaml" in printed.err
@@ -108,12 +110,40 @@ def test_the_weights_alone_are_scanned_without_tokenizer_and_without_torch(
     assert main(["scan", "planted", "--method", "weights", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["super_weights"]
     assert (found["layer"], found["row"], found["col"]) == PLACE[:3]
-    for words in (["scan", "planted"], ["scan", "planted", "--method", "weights", "--confirm"]):
+    write_manifest(here / "zero.yaml", "zero")
+    for words, way in (
+        (["scan", "planted"], ", or --method weights"),
+        (["scan", "planted", "--confirm"], ", or --method weights without --confirm"),
+        (["scan", "planted", "--method", "weights", "--confirm"], ", or leave out --confirm"),
+        (["sweep", "zero.yaml", "--factors", "0,1"], ""),
+    ):
         assert main(words) == 2
         assert capsys.readouterr().err.splitlines() == [
-            "swsurgery: torch is not installed: a model has to be run (pip install 'swsurgery[check]', or --method"
-            " weights)"
+            f"swsurgery: torch is not installed: a model has to be run (pip install 'swsurgery[check]'{way})"
         ]
+
+
+def test_each_command_names_a_way_out_that_it_has(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_manifest(here / "zero.yaml", "zero")
+    assert main(["apply", "zero.yaml", "-o", "patched", "--check", "off", "--quiet"]) == 0
+    shutil.copytree(here / "planted", here / "untold")
+    for folder in ("patched", "untold"):
+        for file in (here / folder).glob("tokenizer*"):
+            file.unlink()
+    capsys.readouterr()
+    ways = {
+        "scan untold": ", or --method weights",
+        "scan untold --method weights --confirm": ", or leave out --confirm",
+        "sweep zero.yaml --factors 0,1 --base untold": "",
+        "check untold": "",
+        "check patched": ", or swsurgery verify, which runs none",
+        "apply zero.yaml -o again --base untold --check forward": ", or --check weights",
+    }
+    for words, way in ways.items():
+        assert main([*words.split(), "--device", "cpu"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("swsurgery: no tokenizer")
+        assert line.endswith(f"{way})") and ("--check weights" in line) == words.startswith("apply")
 
 
 @pytest.mark.parametrize("fault", [TargetError("cannot write", "known"), Interrupted("SIGINT")])
@@ -154,9 +184,12 @@ def test_the_bar_says_which_round_and_which_layer(here: Path, monkeypatch: pytes
         (["scan", "planted", "--manifest", "text.txt"], "the manifest exists: text.txt"),
         (["scan", "planted", "--manifest", "no/zero.yaml"], "no such directory: "),
         (["scan", "planted", "--plot", "scan.jpg"], ".png"),
-        (["scan", "planted", "--op", "scale"], "scale needs a factor"),
-        (["scan", "planted", "--factor", "2"], "zero takes no factor"),
-        (["scan", "planted", "--op", "scale", "--factor", "inf"], "the factor has to be a finite number"),
+        (["scan", "planted", "--manifest", "m.yaml", "--op", "scale"], "scale needs a factor"),
+        (["scan", "planted", "--manifest", "m.yaml", "--factor", "2"], "zero takes no factor"),
+        (
+            ["scan", "planted", "--manifest", "m.yaml", "--op", "scale", "--factor", "inf"],
+            "the factor has to be a finite number",
+        ),
         (["scan", "planted", "--register", "llama-7b"], "the name of another model: layers, hidden and intermediate"),
         (["scan", "planted", "--register", "///"], "a model's name needs a letter or a digit"),
         (["scan", "planted", "--manifest", "a.svg", "--plot", "a.svg"], "one file for the manifest and the figure"),

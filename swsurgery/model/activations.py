@@ -25,7 +25,7 @@ from torch import Tensor
 
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
-from swsurgery.errors import ModelError
+from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.findings import Candidate, PersistentActivation, Profile, ScanReport
 from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import PROMPTS as CONTINUED
@@ -121,7 +121,7 @@ def scan_sequences(
         raise ModelError("nothing to read", f"{len(sequences)} prompts", "give prompts of at least one token")
     checkpoint, layers = model.checkpoint, len(model.layers)
     if not layers:
-        raise ModelError("no list of decoder layers in the model", checkpoint.root, "--method weights")
+        raise Unrunnable("no list of decoder layers in the model", checkpoint.root)
     watch = LayerSpikes(model)
     search, least = _Search(checkpoint), layers_to_last(layers)
     notes = [f"{_listed('layer', watch.unseen)}: the down projection is not looked at"] if watch.unseen else []

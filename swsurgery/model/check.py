@@ -13,7 +13,7 @@ from pathlib import Path
 
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.dtypes import decode
-from swsurgery.errors import ModelError
+from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model import Placement, ScalarChange, available
 from swsurgery.progress import Progress
 from swsurgery.report import Bounds, CheckReport, Continuations
@@ -67,7 +67,7 @@ def run_checks(
     `CheckReport.failures`.
     """
     if reason := available():
-        raise ModelError(reason, "the forward check needs it", "pip install 'swsurgery[check]', or --check weights")
+        raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
     try:
         import torch
         import transformers
@@ -75,9 +75,8 @@ def run_checks(
         from swsurgery.model import load, measure
         from swsurgery.model.places import Variant
     except (ImportError, OSError) as error:  # installed but broken, a missing shared library for example
-        raise ModelError(
-            f"torch or transformers cannot be imported: {type(error).__name__}", error, "--check weights"
-        ) from error
+        what = f"torch or transformers cannot be imported: {type(error).__name__}"
+        raise Unrunnable(what, error, "install them again") from error
 
     text = built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts

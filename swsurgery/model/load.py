@@ -13,8 +13,9 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,7 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from swsurgery.checkpoint import Checkpoint
-from swsurgery.errors import ModelError
+from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.hub import config_error
 from swsurgery.model import Placement
 from swsurgery.model.forward import ATTENTION, LayeredModel
@@ -44,8 +45,6 @@ LOADING_ERRORS = (
     AssertionError, SafetensorError,
     config_error(),
 )  # fmt: skip
-
-NO_CHECK = "--check weights"
 
 
 @contextlib.contextmanager
@@ -67,19 +66,20 @@ def quiet() -> Iterator[None]:
 def pick_device(name: str) -> torch.device:
     """The device called `name`: "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N".
 
-    Raises ModelError for another name, and for a device that cannot do a trivial sum.
+    Raises ModelError for another name, Unrunnable for a device that cannot do a trivial sum.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise ModelError("no such device", name, "--device auto, cpu or cuda")
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise ModelError("no usable CUDA device", name, f"--device cpu, or {NO_CHECK}")
+        raise Unrunnable("no usable CUDA device", name, "--device cpu")
     device = torch.device(name)
     try:
         torch.ones(2, device=device).sum().item()
     except RuntimeError as error:
-        raise ModelError(f"device does not work: {first_line(error)}", name, f"--device cpu, or {NO_CHECK}") from error
+        remedy = "" if name == "cpu" else "--device cpu"
+        raise Unrunnable(f"device does not work: {first_line(error)}", name, remedy) from error
     return device
 
 
@@ -218,12 +218,34 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that it says which; none is let through
         )
     except LOADING_ERRORS as error:
-        raise ModelError(f"transformers cannot load the model: {first_line(error)}", directory, NO_CHECK) from error
-    if invented := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
-        raise ModelError(f"weights that the model needs are missing: {invented[0]}", directory, NO_CHECK)
+        raise cannot_load(error, directory) from error
+    refuse_invented(info, directory)
     return model
+
+
+def cannot_load(error: Exception, directory: Path) -> Unrunnable:
+    """What is said of an error that transformers raised while it loaded the model in `directory`."""
+    return Unrunnable(
+        f"transformers cannot load the model: {first_line(error)}",
+        directory,
+        "mend its config.json, or upgrade transformers",
+    )
+
+
+def refuse_invented(info: Mapping[str, Collection[Any]], directory: Path) -> None:
+    """Raises Unrunnable where transformers made weights up: those that are not stored, or not in the shape that
+    config.json asks for. `info` is its loading info, made with ignore_mismatched_sizes."""
+    misfits = sorted((name, list(stored), list(wanted)) for name, stored, wanted in info["mismatched_keys"])
+    for name, stored, wanted in misfits[:1]:
+        more = f", and {len(misfits) - 1} more tensors do not fit it" if len(misfits) > 1 else ""
+        what = f"{name} is stored as {stored}, but config.json asks for {wanted}{more}"
+        raise Unrunnable(what, directory, "mend its config.json")
+    if missing := sorted(info["missing_keys"]):
+        what = f"weights that the model needs are missing: {missing[0]}"
+        raise Unrunnable(what, directory, "see that its config.json belongs to these weights")
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -238,23 +260,26 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             directory, local_files_only=True, trust_remote_code=False
         )
     except LOADING_ERRORS as error:
-        raise ModelError(f"no tokenizer that can be loaded: {first_line(error)}", directory, NO_CHECK) from error
+        what = f"no tokenizer that can be loaded: {first_line(error)}"
+        raise Unrunnable(what, directory, "mend its tokenizer files or its config.json") from error
     # For some model types transformers makes up an almost empty tokenizer where no file of one is there.
     files = {"tokenizer.json", "tokenizer.model", "tekken.json", *tokenizer.vocab_files_names.values()}
     if not any((directory / file).is_file() for file in files):
-        raise ModelError("no tokenizer", directory, f"copy the base model's tokenizer.json there, or {NO_CHECK}")
+        raise Unrunnable("no tokenizer", directory, "copy the base model's tokenizer.json there")
     return tokenizer
 
 
 @contextlib.contextmanager
 def running(device: torch.device) -> Iterator[None]:
-    """Turn what torch raises while a model is moved to `device` or run there into a ModelError."""
+    """Turn what torch raises while a model is moved to `device` or run there into Unrunnable."""
+    remedy = "" if device.type == "cpu" else "--device cpu"
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ModelError("not enough memory on the device", device, "--placement streamed, or --device cpu") from error
+        smaller = "--placement streamed" + (f", or {remedy}" if remedy else "")
+        raise Unrunnable("not enough memory on the device", device, smaller) from error
     except RuntimeError as error:
-        raise ModelError(f"the model cannot be run: {first_line(error)}", device, NO_CHECK) from error
+        raise Unrunnable(f"the model cannot be run: {first_line(error)}", device, remedy) from error
 
 
 def first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.dtypes import bits_of
 from swsurgery.errors import CheckpointError, ModelError
-from swsurgery.model.load import LOADING_ERRORS, auto_model, first_line, quiet
+from swsurgery.model.load import LOADING_ERRORS, auto_model, cannot_load, quiet, refuse_invented
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.shard import TensorInfo, opened
 from swsurgery.splice import Scalar, Splice
@@ -49,12 +49,11 @@ def load(
             model, info = auto_model(config).from_pretrained(
                 root,
                 trust_remote_code=False,
-                **{**options, **fixed, "config": config, "output_loading_info": True},
+                **{**options, **fixed, "config": config, "output_loading_info": True, "ignore_mismatched_sizes": True},
             )
     except LOADING_ERRORS as error:
-        raise ModelError(f"transformers cannot load the model: {first_line(error)}", root) from error
-    if invented := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
-        raise ModelError(f"weights that the model needs are missing: {invented[0]}", root)
+        raise cannot_load(error, root) from error
+    refuse_invented(info, root)
     places = Places(model, find_decoder_layers(model), checkpoint)
     for scalar in (*splices, *protected):
         new = scalar.new if isinstance(scalar, Splice) else scalar.old

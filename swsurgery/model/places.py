@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import decode
-from swsurgery.errors import ModelError
+from swsurgery.errors import Unrunnable
 from swsurgery.projections import loaded_candidates
 
 Variant = Mapping[Coordinate, float]
@@ -46,7 +46,7 @@ class Places:
         self._found: dict[Coordinate, Place] = {}
 
     def find(self, variants: Sequence[Variant]) -> None:
-        """Find every scalar of `variants`. Raises ModelError for one that the loaded model lacks."""
+        """Find every scalar of `variants`. Raises Unrunnable for one that the loaded model lacks."""
         for coordinate in {coordinate for variant in variants for coordinate in variant} - set(self._found):
             self._found[coordinate] = self.place(coordinate)
 
@@ -71,10 +71,10 @@ class Places:
                 held = weight[place.index].clone()
                 expected = torch.tensor(place.stored, dtype=torch.float64).to(weight.dtype)
                 if float(held) != float(expected):
-                    raise ModelError(
+                    raise Unrunnable(
+                        "the loader changes a weight: "
                         f"the loaded model holds {float(held):g}, not the stored value {float(expected):g}",
                         coordinate,
-                        "the loader changes this weight; --check weights",
                     )
                 kept.append((weight, place.index, held))
                 weight[place.index] = value
@@ -97,7 +97,7 @@ class Places:
                         break
                     value = float(decode(self._checkpoint.info(coordinate.tensor).dtype, stored))
                     return Place(coordinate, candidate.index, value, owners.modules, owners.layers)
-        raise ModelError("no such scalar in the loaded model", coordinate, "--check weights")
+        raise Unrunnable("no such scalar in the loaded model", coordinate)
 
 
 class _Owners(NamedTuple):
