@@ -146,6 +146,37 @@ def test_each_command_names_a_way_out_that_it_has(here: Path, capsys: pytest.Cap
         assert line.endswith(f"{way})") and ("--check weights" in line) == words.startswith("apply")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method weights --prompt hi", "--prompt goes with --method activations"),
+        ("--method weights --prompt hi --confirm", "--prompt goes with --method activations"),
+        ("--method weights --device cpu", "--device goes with --method activations or --confirm"),
+        ("--method weights --placement streamed", "--placement goes with --method activations or --confirm"),
+        ("--method weights --text nowhere.txt", "--text goes with --confirm"),
+        ("--text text.txt", "--text goes with --confirm"),
+        ("--windows 16", "--windows goes with --confirm"),
+        ("--op zero", "--op goes with --manifest"),
+        ("--op scale --factor 2 --plot scan.svg", "--op goes with --manifest"),
+        ("--factor 2", "--factor goes with --manifest"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert main(["scan", "planted", *words.split()]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"swsurgery: {message}"]
+    assert not (here / "scan.svg").exists()
+
+
+def test_the_weights_are_confirmed_by_a_model_that_is_run_as_asked(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--method weights --confirm --text text.txt --windows 2 --device cpu --placement streamed --json"
+    assert main(["scan", "planted", *words.split(), "--manifest", "m.yaml", "--op", "scale", "--factor", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["confirmation"]["windows"] == 2
+
+
 @pytest.mark.parametrize("fault", [TargetError("cannot write", "known"), Interrupted("SIGINT")])
 def test_what_was_written_before_an_output_failed_is_named(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: BaseException

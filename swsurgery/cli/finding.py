@@ -83,6 +83,7 @@ def lookup(
 
 
 def scan(
+    context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="A directory, or hf://ORG/NAME[@REV].", show_default=False)],
     method: Annotated[
         Literal["activations", "weights"], typer.Option(help="Run prompts, or look at the weights alone.")
@@ -94,8 +95,8 @@ def scan(
     factor: Annotated[float | None, typer.Option(help="The factor, with --op scale.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figure: .png, .svg or .pdf.")] = None,
     register: Annotated[str | None, typer.Option(help="Remember it: lookup finds it under this name.")] = None,
-    text: Text = None,
-    windows: Windows = 16,
+    text: Annotated[Path | None, typer.Option(help="Text to confirm on, instead of the built-in passage.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to confirm on.")] = 16,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     json: Json = False,
@@ -106,6 +107,7 @@ def scan(
     from swsurgery import scanning, show_scan
 
     say = silent if quiet else output.say
+    _refuse_idle(context, method, confirm, manifest)
     command = _scan_command(method, prompt, confirm, text, windows)
     outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
     options = scanning.RunOptions(device, placement, read_text(text), windows)
@@ -181,6 +183,22 @@ def numbers(text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise SwsurgeryError("factors are numbers between commas", repr(text), "such as 0,0.5,1,1.5,2") from None
+
+
+def _refuse_idle(context: typer.Context, method: str, confirm: bool, manifest: Path | None) -> None:
+    """Raises SwsurgeryError for an option that was given and does nothing beside the others."""
+    activations = method == "activations"
+    for option, used, beside in (
+        ("prompt", activations, "--method activations"),
+        ("device", activations or confirm, "--method activations or --confirm"),
+        ("placement", activations or confirm, "--method activations or --confirm"),
+        ("text", confirm, "--confirm"),
+        ("windows", confirm, "--confirm"),
+        ("op", manifest is not None, "--manifest"),
+        ("factor", manifest is not None, "--manifest"),
+    ):
+        if not used and context.get_parameter_source(option).name == "COMMANDLINE":
+            raise SwsurgeryError(f"--{option} goes with {beside}")
 
 
 def _scan_command(method: str, prompts: list[str] | None, confirm: bool, text: Path | None, windows: int) -> str:
