@@ -253,12 +253,15 @@ def test_no_cuda_device(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(pair, device="auto").device == "cpu"
 
 
-def test_a_device_that_runs_out_of_memory(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("placement", "remedy"), [("whole", " (--placement streamed)"), ("streamed", "")])
+def test_a_device_that_runs_out_of_memory(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, placement: str, remedy: str
+) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(load.transformers.LlamaForCausalLM, "forward", fail)
-    assert refusal(pair) == "not enough memory on the device: cpu (--placement streamed)"
+    assert refusal(pair, placement=placement) == f"not enough memory on the device: cpu{remedy}"
 
 
 def test_a_directory_without_weights(pair: Pair) -> None:

@@ -130,7 +130,7 @@ def scan_sequences(
     profile = None
     rounds = 0
     while rounds < max_rounds:
-        with load.running(model.device):
+        with load.running(model.device, model.weights is not None):
             traces = watch.run(sequences, tuple(search.candidates), progress)
         if watch.broken is not None and not search.candidates:
             raise ModelError(

@@ -99,7 +99,7 @@ def run_checks(
         variants = (base, {}) if changes else ({},)
         totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary), len(variants))
         continuations = []
-        with load.running(paired.device):
+        with load.running(paired.device, paired.weights is not None):
             for outcomes in paired.run([*pieces, *beginnings], variants, progress=progress):
                 number = outcomes.sequence - len(pieces)
                 if number < 0:

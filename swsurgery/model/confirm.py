@@ -298,7 +298,7 @@ class _Losses:
         wanted.sort(key=lambda group: -min((self._layers[name.tensor] for name in group), default=0))
         if not wanted and self._base is not None:
             return
-        with load.running(self.model.device):
+        with load.running(self.model.device, self.model.weights is not None):
             at_once = variants_at_once(self.model, self.windows)
             for begin in range(0, max(1, len(wanted)), at_once):
                 self._run(wanted[begin : begin + at_once], progress)

@@ -77,6 +77,8 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     try:
         torch.ones(2, device=device).sum().item()
+    except torch.OutOfMemoryError as error:
+        raise Unrunnable("not enough memory on the device", name, "free some of it, or --device cpu") from error
     except RuntimeError as error:
         remedy = "" if name == "cpu" else "--device cpu"
         raise Unrunnable(f"device does not work: {first_line(error)}", name, remedy) from error
@@ -140,7 +142,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
     layers = find_decoder_layers(model)
     if not layers:
         raise ModelError("cannot be read layer by layer: no list of decoder layers", checkpoint.root)
-    with running(target):
+    with running(target, streamed=True):
         device_of = {
             id(module): devices[number % len(devices)]
             for number, layer in enumerate(layers)
@@ -270,14 +272,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 @contextlib.contextmanager
-def running(device: torch.device) -> Iterator[None]:
-    """Turn what torch raises while a model is moved to `device` or run there into Unrunnable."""
+def running(device: torch.device, streamed: bool = False) -> Iterator[None]:
+    """Turn what torch raises while a model is moved to `device` or run there, `streamed` or not, into Unrunnable."""
     remedy = "" if device.type == "cpu" else "--device cpu"
     try:
         yield
     except torch.OutOfMemoryError as error:
-        smaller = "--placement streamed" + (f", or {remedy}" if remedy else "")
-        raise Unrunnable("not enough memory on the device", device, smaller) from error
+        ways = ([] if streamed else ["--placement streamed"]) + ([remedy] if remedy else [])
+        raise Unrunnable("not enough memory on the device", device, ", or ".join(ways)) from error
     except RuntimeError as error:
         raise Unrunnable(f"the model cannot be run: {first_line(error)}", device, remedy) from error
 

@@ -79,7 +79,7 @@ def sweep_windows(
     keys = [frozenset(variant.items()) for variant in scaled_values(model.checkpoint, coordinates, factors)]
     wanted = list(dict.fromkeys(key for key in keys if key))
     figures: dict[frozenset[tuple[Coordinate, float]], SweepPoint] = {}
-    with load.running(model.device):
+    with load.running(model.device, model.weights is not None):
         at_once = variants_at_once(model, windows)
         for begin in range(0, max(1, len(wanted)), at_once):
             group = [frozenset(), *wanted[begin : begin + at_once]]

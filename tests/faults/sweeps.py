@@ -46,7 +46,7 @@ EXCUSED = (
     ("fcntl", "", "it only asks for writing past the page cache"),
     ("fallocate", "", "the C library then takes the space by writing"),
     ("newfstatat", "", "asking whether a file is there: the work itself finds out"),
-    ("flock", "(base|model)$", "a reader that cannot lock reads all the same"),
+    ("flock", "(base|earlier|model)$", "a reader that cannot lock reads all the same"),
     ("ioctl", r"\.json$", "it only asks whether the file is a terminal"),
     ("preadv2", r"\.partial/", "what a killed run left is read to go on from it, else it is written anew"),
     ("mkdir", r"\.partial/", "a killed run had made the folder"),
