@@ -1,6 +1,6 @@
 """Sweeps inside this process: a crash after any call, an error, a signal, a short transfer or another run at any call.
 
-As a script it plays all of them on every task and writes docs/reliability/crash.json.
+`rows` plays all of them on every task, for docs/reliability/crash.json.
 """
 
 from __future__ import annotations
@@ -8,19 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from errno import EIO, EMFILE, ENOSPC, errorcode
 from pathlib import Path
 from random import Random
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+from typing import Any
 
 from faults.crash_calls import Call, Trouble, Watch, watching
 from faults.crash_fs import MODES, Disk, Image, Mode
@@ -29,8 +22,6 @@ from swsurgery.errors import Interrupted, SwsurgeryError
 
 ROUNDS = 2
 """Crashes that chance picks after each call, beside the extremes."""
-
-REPORT = Path(__file__).parents[2] / "docs" / "reliability" / "crash.json"
 
 
 Found = Iterator[tuple[str, list[str] | None]]
@@ -207,32 +198,8 @@ def _where(watch: Watch, n: int) -> str:
     return f"call {n} ({call.name} {Path(call.path).name})"
 
 
-def main() -> int:
-    """Every technique on every task; 1 where a promise did not hold."""
-    rows, began = [], time.monotonic()
+def rows() -> Iterator[dict[str, Any]]:
+    """Every technique on every task, played on the package that this process has loaded."""
     with opened_room() as room:
         for task, technique in itertools.product(TASKS, TECHNIQUES):
-            figures = sweep(room, task, technique)
-            rows.append(dataclasses.asdict(figures))
-            print(f"{figures.operation}, {figures.mode}: {figures.cases} cases, {len(figures.violations)} violations",
-                  flush=True)  # fmt: skip
-            for violation in figures.violations:
-                print(f"  {violation}")
-    commit = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    document = {
-        "what": "crash file system",
-        "rows": rows,
-        "cases": sum(row["cases"] for row in rows),
-        "violations": sum(len(row["violations"]) for row in rows),
-        "seconds": round(time.monotonic() - began),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "commit": subprocess.run(commit, cwd=REPORT.parent.parent, capture_output=True, text=True).stdout.strip(),
-    }
-    REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if document["violations"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            yield dataclasses.asdict(sweep(room, task, technique))

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from faults import disks, forks, incumbents, matrix, races, report, space, sweeps, tracing, transfers
+from faults import crash_cases, disks, forks, incumbents, matrix, races, report, space, sweeps, tracing, transfers
 from faults.cases import CASES, Case, Prepared, case, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +108,11 @@ def room(run: Run) -> Iterator[Any]:
                 yield attempt(run.prepared(case(name)), disk)
 
 
+def crash(run: Run) -> Iterator[Any]:
+    """On the disk in memory, of the package that this process has loaded."""
+    return crash_cases.rows()
+
+
 def others(run: Run) -> Iterator[Any]:
     """Other writers, and ours by the same measure."""
     writers = [*incumbents.WRITERS, *([incumbents.mergekit(run.mergekit)] if run.mergekit else [])]
@@ -154,8 +159,8 @@ def tests(run: Run) -> Iterator[Any]:
 
 
 TECHNIQUES: dict[str, Callable[[Run], Iterator[Any]]] = {
-    "kill": kill, "errors": errors, "power": power, "short": short, "large": large, "races": race, "space": room,
-    "incumbents": others, "planted": planted, "tests": tests,
+    "kill": kill, "errors": errors, "power": power, "crash": crash, "short": short, "large": large, "races": race,
+    "space": room, "incumbents": others, "planted": planted, "tests": tests,
 }  # fmt: skip
 
 
@@ -209,7 +214,8 @@ def _tell(technique: str, made: Any, row: dict[str, Any]) -> bool:
     if "states" in row:
         print(f"{technique}: {row}", flush=True)
         return False
-    print(f"{technique}: {row['subject']} {row['place']}: {len(row['violations'])} violations of {row['cases']} cases")
+    what = f"{row['operation']}, {row['mode']}" if "mode" in row else f"{row['subject']} {row['place']}"
+    print(f"{technique}: {what}: {len(row['violations'])} violations of {row['cases']} cases")
     for violation in row["violations"]:
         print(f"    {violation}", flush=True)
     return bool(row["violations"])

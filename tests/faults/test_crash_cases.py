@@ -19,7 +19,7 @@ EVERY = {
     "short transfers": 1,
     "a second run": 13,
 }
-"""At which calls; `python tests/faults/crash_cases.py` takes each of them."""
+"""At which calls; `make faults` takes each of them."""
 
 LEAST = {"crash, no order": 500, "crash, journal": 200, "EIO": 90, "SIGINT": 80, "a second run": 50}
 """Cases without which a sweep would have seen nothing."""
