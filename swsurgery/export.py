@@ -130,15 +130,15 @@ def _planned(path: Path, base: str | None, progress: Progress) -> Source:
 def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
     """sha256 of each touched shard: what the Hub or the cache vouches for, else of the bytes that lie there.
 
-    Raises PlanError where it is not what the manifest says.
+    Raises PlanError where it is not what the manifest, or the base's own registry, says.
     """
-    pins, cache, found = known_digests(plan, None), DigestCache(), {}
+    pins, cache, found = known_digests(plan), DigestCache(), {}
     for name in sorted({s.file for s in plan.splices}):
         file = plan.checkpoint.file(name)
         digest = _hashed(file, cache, progress) if isinstance(file.path, Path) else file.digest
-        wanted, _ = pins.get(name, (digest, ""))
+        wanted, who = pins.get(name, (digest, ""))
         if digest and wanted != digest:
-            raise PlanError(f"its sha256 is {digest}, but the manifest says {wanted}", file.path,
+            raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path,
                             "is this the right checkpoint?")  # fmt: skip
         if wanted:
             found[name] = wanted

@@ -66,7 +66,7 @@ def apply_in_place(
             raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
         for note in plan.notes:
             say(note)
-        pins = known_digests(plan, previous)
+        pins = known_digests(plan)
         touched = _hash_touched(plan.checkpoint, plan.splices, pins, progress)
         stated = loaded.manifest.base.sha256
         rest = _digests_of_rest(
@@ -78,7 +78,7 @@ def apply_in_place(
         ))  # fmt: skip
         with journal.edited(root, plan.splices) as own:
             result = run_check(plan, root, check, progress, say)
-            registry = build_registry(plan, applied, result, previous)
+            registry = build_registry(plan, applied, result)
             own |= Patched(registry, registry.render(), loaded.raw).own_files()
     for file in applied.files:
         if file.patched_digest:

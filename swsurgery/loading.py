@@ -19,7 +19,6 @@ from swsurgery.errors import ModelError
 from swsurgery.hub import local
 from swsurgery.manifest import LoadedManifest, load_manifest, parse_manifest
 from swsurgery.plan import Plan, make_plan
-from swsurgery.registry import read_patched
 from swsurgery.shard import opened
 from swsurgery.surgery import base_of, known_digests
 
@@ -92,7 +91,7 @@ def _loaded(manifest: Given) -> LoadedManifest:
 def _hold_to_digests(plan: Plan) -> None:
     """Hold the touched shards, and what else the manifest pins, to their digests; a digest known from before will do.
     Raises PlanError."""
-    pins, cache = known_digests(plan, read_patched(plan.checkpoint.root)), DigestCache()
+    pins, cache = known_digests(plan), DigestCache()
     touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):
         file = plan.checkpoint.file(name)

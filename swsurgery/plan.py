@@ -16,6 +16,7 @@ from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanE
 from swsurgery.known import KnownCoordinate, KnownModel
 from swsurgery.manifest import LoadedManifest
 from swsurgery.names import OWN_FILES
+from swsurgery.registry import Patched, read_patched
 from swsurgery.shard import TensorInfo
 from swsurgery.splice import Scalar, Splice
 
@@ -42,10 +43,12 @@ compressed-tensors, MXFP4, AQLM, HQQ, quanto, bitsandbytes, FP8."""
 
 @dataclass(frozen=True)
 class Plan:
-    """All that applying needs to know. `omitted` are files of the base that do not go into the patched one."""
+    """All that applying needs to know. `omitted` are files of the base that do not go into the patched one; `previous`
+    are the base's own records, where it was itself patched."""
 
     loaded: LoadedManifest
     checkpoint: Checkpoint
+    previous: Patched | None
     model: KnownModel | None
     splices: tuple[Splice, ...]
     protected: tuple[Scalar, ...]
@@ -65,9 +68,12 @@ class Plan:
 
 
 def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
-    """Turn every edit into splices and protected scalars. Raises PlanError with all misfits."""
+    """Turn every edit into splices and protected scalars. Raises PlanError with all misfits, CheckpointError where the
+    base's own registry is damaged."""
     faults = _base_faults(loaded, checkpoint)
     manifest = loaded.manifest
+    previous = read_patched(checkpoint.root)
+    protectors = previous.registry.protectors() if previous else {}
     try:
         model = _known_model(loaded, checkpoint)
     except LookupFailed as error:
@@ -90,6 +96,9 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
                 if edit.known != "all" or manifest.edits[first].known == "all":
                     faults.append(f"{where}: {coordinate} has two operations (the other is edits[{first}])")
                 continue
+            if edit.writes and coordinate in protectors:
+                faults.append(f"{where}: {coordinate} is protected by step {protectors[coordinate]} of the base's own "
+                              "registry (revert that step, or start from the first base)")  # fmt: skip
             try:
                 scalars[coordinate] = number, _scalar(edit, coordinate, expect, checkpoint, facts)
             except (PlanError, NumberError) as error:
@@ -118,7 +127,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         notes.append(f"left out, for they hold the unedited weights: {', '.join(omitted)}")
     if checkpoint.left_out:
         notes.append(f"left out, for they are no part of a checkpoint: {', '.join(checkpoint.left_out)}")
-    return Plan(loaded, checkpoint, model, splices, protected, omitted, tuple(notes))
+    return Plan(loaded, checkpoint, previous, model, splices, protected, omitted, tuple(notes))
 
 
 def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:

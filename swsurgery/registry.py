@@ -131,13 +131,29 @@ class Registry(Strict):
     manifest_sha256: Digest
     history: Annotated[list[HistoryStep], FailFast()]
 
+    def inherited(self) -> list[tuple[int, ScalarRecord]]:
+        """What earlier steps protect, each scalar once with the number (from 1) of the first step that does; not what
+        this step protects once more with the same bits. Raises CheckpointError where an earlier registry is not sound.
+        """
+        found: dict[tuple[str, int, str], tuple[int, ScalarRecord]] = {}
+        for number, step in enumerate(self.history, 1):
+            for record in step.read().protected:
+                found.setdefault((record.file, record.offset, record.old_bits), (number, record))
+        again = {(record.file, record.offset, record.old_bits) for record in self.protected}
+        return [found[key] for key in found if key not in again]
+
+    def protectors(self) -> dict[Coordinate, int]:
+        """Every scalar that this registry or an earlier one protects -> the number of the step."""
+        steps = {record.coordinate: len(self.history) + 1 for record in self.protected}
+        return steps | {record.coordinate: number for number, record in self.inherited()}
+
     def render(self) -> bytes:
         """The bytes of swsurgery.json."""
         return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
 
 
-def build_registry(plan: Plan, applied: Applied, check: dict[str, Any], previous: Patched | None) -> Registry:
-    """The registry of a plan that was applied; `previous` where its base was itself patched."""
+def build_registry(plan: Plan, applied: Applied, check: dict[str, Any]) -> Registry:
+    """The registry of a plan that was applied."""
     base, checkpoint = plan.loaded.manifest.base, plan.checkpoint
     named_by = "cache" if checkpoint.repo_id else "manifest" if base.repo_id else None
     return Registry(
@@ -161,7 +177,7 @@ def build_registry(plan: Plan, applied: Applied, check: dict[str, Any], previous
         known=known.to_json(plan.model)["models"][0] if plan.model else None,
         check=check,
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
-        history=previous.as_history() if previous else [],
+        history=plan.previous.as_history() if plan.previous else [],
     )
 
 

@@ -140,15 +140,14 @@ def apply_manifest(
         _bounds(plan, check)  # an hour before they are needed
         for note in plan.notes:
             say(note)
-        previous = read_patched(root)
-        source = _source(plan, previous)
+        source = _source(plan)
         if for_publish:
             check = _without_whole_model(plan, check)
             source = _fetched(source, plan.checkpoint)
         with fsops.staged(output, source.names, OWN_FILES) as stage:
             applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress, rehash=rehash)
             result = run_check(plan, stage, check, progress, say)
-            registry = build_registry(plan, applied, result, previous)
+            registry = build_registry(plan, applied, result)
             _write_own_files(stage, Patched(registry, registry.render(), loaded.raw))
     for file in applied.files:
         if file.how != "elsewhere":
@@ -295,10 +294,10 @@ def _refuse_inside(output: Path, root: Path | Repo) -> None:
         raise TargetError("the target lies inside the base", output, "give another -o")
 
 
-def known_digests(plan: Plan, previous: Patched | None) -> dict[str, tuple[str, str]]:
+def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
     """What the base's digests must be: file name -> (sha256, who says so). Raises PlanError for a contradiction."""
     pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
-    for name, record in previous.registry.files.items() if previous else ():
+    for name, record in plan.previous.registry.files.items() if plan.previous else ():
         if record.sha256:
             wanted, who = pins.setdefault(name, (record.sha256, "its registry"))
             if wanted != record.sha256:
@@ -307,10 +306,10 @@ def known_digests(plan: Plan, previous: Patched | None) -> dict[str, tuple[str, 
     return pins
 
 
-def _source(plan: Plan, previous: Patched | None) -> Source:
+def _source(plan: Plan) -> Source:
     leave = {*plan.omitted, *OWN_FILES}
     files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
-    return Source(files, plan.splices, known_digests(plan, previous), plan.checkpoint.in_cache)
+    return Source(files, plan.splices, known_digests(plan), plan.checkpoint.in_cache)
 
 
 def _write_own_files(stage: Path, patched: Patched) -> None:

@@ -110,7 +110,9 @@ def verify_patched(
     registry = patched.registry
     names = {f.name: f for f in checkpoint.files}
     findings = structure(checkpoint) + _file_list(registry, names) + _own_files(patched, names)
-    for record in (*registry.edits, *registry.protected):
+    # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
+    inherited = [record for _, record in registry.inherited() if record.file in checkpoint.shards]
+    for record in (*registry.edits, *registry.protected, *inherited):
         findings += _placed(record, checkpoint)
     findings += _operations(registry) + _named_twice(registry)
     present = [name for name in registry.files if name in names]
@@ -134,7 +136,7 @@ def verify_patched(
         tuple(findings),
         files=len(present),
         edits=len(registry.edits),
-        protected=len(registry.protected),
+        protected=len(registry.protected) + len(inherited),
         proved=tuple(proved),
         compared_with_base=base is not None,
         unhashed=tuple(unhashed),
