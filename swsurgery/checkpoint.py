@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from swsurgery import fsops, journal
-from swsurgery.errors import CheckpointError
+from swsurgery.errors import AmbiguousWeights, CheckpointError
 from swsurgery.jsonfile import read_json
 from swsurgery.names import SHARD_NAME, WORKING_FILES
 from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard, quoted
@@ -37,6 +37,9 @@ COPIES = (
 LEFT_OUT = (".git", ".cache", "model.sig")
 """Top-level names that are no part of a checkpoint: folders of download and version control tools, and the
 signature, which covers these files and no others."""
+
+Weights = Literal["index", "single"]
+"""Which of two sets of weights: the shards of an index, or model.safetensors."""
 
 MAX_LISTED = 20
 
@@ -90,6 +93,14 @@ class Checkpoint:
         """Stored shape of every tensor that the weight_map and the shards agree on."""
         return {t: self.info(t).shape for t in self.weight_map if t not in self.disagreements}
 
+    @cached_property
+    def choice(self) -> Weights | None:
+        """Which weights these are where an index and a single file are there; None where there was no choice."""
+        names = {f.name for f in self.files}
+        if "model.safetensors" not in names or not any("/" not in n and n.endswith(INDEX_SUFFIX) for n in names):
+            return None
+        return "index" if self.index_name else "single"
+
     def file(self, name: str) -> BaseFile:
         return next(f for f in self.files if f.name == name)
 
@@ -105,7 +116,7 @@ class Repository(Protocol):
 
 def open_checkpoint(
     root: Path | Repository,
-    weights: Literal["index", "single"] | None = None,
+    weights: Weights | None = None,
     *,
     editing: bool = False,
     elsewhere: Collection[str] = (),
@@ -115,8 +126,8 @@ def open_checkpoint(
     `weights` chooses where both an index and a single file are there. `editing` is for the run that is editing it in
     place; any other finds the old bytes put back. Shards named in `elsewhere` need not be there.
 
-    Raises CheckpointError (ShardError for a malformed shard) with every fault found; TargetError while another run is
-    editing it in place; HubError.
+    Raises CheckpointError (ShardError for a malformed shard) with every fault found, AmbiguousWeights where both are
+    there and none was chosen; TargetError while another run is editing it in place; HubError.
     """
     if isinstance(root, Path):
         root = Path(os.path.realpath(root))
@@ -301,9 +312,9 @@ def _find_weights(
     if len(indices) > 1:
         raise CheckpointError(f"several indices: {', '.join(indices)}", root, "keep the one that loaders read")
     if indices and singles and weights is None:
-        raise CheckpointError(
+        raise AmbiguousWeights(
             f"two sets of weights, {singles[0]} and {indices[0]}: transformers loads the first, vLLM and mergekit "
-            "the second", root, "say which to edit: base.weights: single or base.weights: index",
+            "the second", root, "say which, single or index: base.weights in a manifest, or the option --weights",
         )  # fmt: skip
     if weights == "index" and not indices or weights == "single" and not singles:
         raise CheckpointError(f"base.weights says {weights}, which is not there", root)

@@ -3,7 +3,8 @@
     SwsurgeryError          exit 2: bad input, or something that cannot be done
     ├── ManifestError       the manifest is wrong; carries every fault
     ├── CheckpointError     the checkpoint on disk is wrong or ambiguous
-    │   └── ShardError      one safetensors file is malformed
+    │   ├── ShardError      one safetensors file is malformed
+    │   └── AmbiguousWeights  an index and a single file are there, and nobody said which is meant
     ├── ArchitectureError   layer/row/col has no meaning for this model
     ├── NumberError         a value that the dtype cannot hold
     ├── PlanError           manifest and checkpoint do not fit; carries every misfit
@@ -66,6 +67,10 @@ class CheckpointError(SwsurgeryError):
 
 
 class ShardError(CheckpointError):
+    pass
+
+
+class AmbiguousWeights(CheckpointError):
     pass
 
 

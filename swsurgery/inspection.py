@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery import projections
-from swsurgery.checkpoint import Repository, open_checkpoint
+from swsurgery.checkpoint import Repository, Weights
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import bits_of
 from swsurgery.errors import ArchitectureError, CheckpointError
+from swsurgery.registry import open_chosen
 from swsurgery.splice import json_value
 
 
-def overview(root: Path | Repository) -> dict[str, Any]:
-    """Files with sizes, and every tensor with its shard, dtype and shape. Raises CheckpointError."""
-    checkpoint = open_checkpoint(root)
+def overview(root: Path | Repository, weights: Weights | None = None) -> dict[str, Any]:
+    """Files with sizes, and every tensor with its shard, dtype and shape. `weights` says which to read where an index
+    and a single file are there, and no registry. Raises CheckpointError."""
+    checkpoint = open_chosen(root, weights)
     shard_of = checkpoint.shards
     tensors = [
         {"tensor": info.name, "file": file, "dtype": info.dtype.name, "shape": list(info.shape), "bytes": info.size}
@@ -35,9 +37,11 @@ def overview(root: Path | Repository) -> dict[str, Any]:
     }
 
 
-def scalar(root: Path | Repository, tensor: str | None, at: str | None) -> dict[str, Any]:
-    """One tensor, or with `at` ("3968,7003") one scalar with its bits. Raises CheckpointError."""
-    checkpoint = open_checkpoint(root)
+def scalar(
+    root: Path | Repository, tensor: str | None, at: str | None, weights: Weights | None = None
+) -> dict[str, Any]:
+    """One tensor, or with `at` ("3968,7003") one scalar with its bits. `weights` as above. Raises CheckpointError."""
+    checkpoint = open_chosen(root, weights)
     if tensor is None:
         raise CheckpointError("--at needs --tensor", at or "")
     if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:

@@ -5,18 +5,25 @@ super weights of its model. `verify.py` is the proof from the registry alone; he
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swsurgery.checkpoint import Checkpoint, open_checkpoint
-from swsurgery.errors import CheckpointError, ManifestError, SwsurgeryError, printable
+from swsurgery.checkpoint import Checkpoint, Weights, open_checkpoint
+from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, printable
 from swsurgery.formats import FindingReport
 from swsurgery.hub import Repo, named, place
 from swsurgery.names import OWN_FILES
 from swsurgery.progress import Progress
-from swsurgery.registry import MANIFEST_NAME, Patched, read_patched
+from swsurgery.registry import (
+    MANIFEST_NAME,
+    REGISTRY_NAME,
+    Patched,
+    open_chosen,
+    read_patched,
+    refuse_other_weights,
+)
 from swsurgery.rules import Finding
 from swsurgery.verify import Verification, scan_finite, structure, verify_patched
 
@@ -29,7 +36,8 @@ if TYPE_CHECKING:  # the rooms of one question each are loaded when it is asked
 @dataclass(frozen=True)
 class Question:
     """What is asked. `base` is a directory or hf://ORG/NAME[@REV]; `model` and `tolerance` go with `known`, and
-    `public_key` (PEM) with `signature`."""
+    `public_key` (PEM) with `signature`. `weights` says which to read where an index and a single file are there, and
+    neither registry nor manifest says."""
 
     base: str | None = None
     manifest: Path | None = None
@@ -39,6 +47,7 @@ class Question:
     finite: bool = False
     signature: Path | None = None
     public_key: Path | None = None
+    weights: Weights | None = None
 
     @property
     def needs_no_registry(self) -> bool:
@@ -110,11 +119,13 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
                               "only a patched checkpoint has one; --known and --manifest do without")  # fmt: skip
     loaded = _load(question.manifest)
     weights = patched.registry.base.weights if patched else loaded.manifest.base.weights if loaded else None
+    refuse_other_weights(question.weights, weights, REGISTRY_NAME if patched else str(question.manifest))
     base = _open_base(root, question, loaded, patched, weights)
     try:
-        checkpoint = open_checkpoint(root, weights, elsewhere=patched.registry.elsewhere if patched else ())
+        checkpoint = _open(root, question, weights, patched.registry.elsewhere if patched else ())
     except CheckpointError as error:
-        if patched is None and not (isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))):
+        there = isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))
+        if patched is None and (isinstance(error, AmbiguousWeights) or not there):
             raise
         return Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
     repo_ids = _repo_ids(patched)
@@ -152,6 +163,13 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
     )  # fmt: skip
 
 
+def _open(root: Path | Repo, question: Question, said: Weights | None, elsewhere: Collection[str] = ()) -> Checkpoint:
+    """A checkpoint with the weights that registry or manifest `said`, else with those that were asked for."""
+    if said is not None:
+        return open_checkpoint(root, said, elsewhere=elsewhere)
+    return open_chosen(root, question.weights, elsewhere=elsewhere)
+
+
 def _load(path: Path | None) -> LoadedManifest | None:
     if path is None:
         return None
@@ -177,7 +195,7 @@ def _open_base(
     then it is this checkpoint. Without registry and without base nothing can be proved of a manifest, and the error
     says where the base was looked for."""
     if question.base is not None:
-        return open_checkpoint(place(named(question.base)), weights)
+        return _open(place(named(question.base)), question, weights)
     if loaded is None:
         return None
     from swsurgery.surgery import base_of
@@ -187,7 +205,7 @@ def _open_base(
         both = isinstance(where, Path) and isinstance(root, Path)
         if patched and both and os.path.realpath(where) == os.path.realpath(root):
             return None
-        return open_checkpoint(where, weights)
+        return _open(where, question, weights)
     except CheckpointError:
         if patched is None:
             raise

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationError
 
 from swsurgery import __version__, dtypes, journal, known
-from swsurgery.checkpoint import Repository, is_cache_snapshot
+from swsurgery.checkpoint import Checkpoint, Repository, Weights, is_cache_snapshot, open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
 from swsurgery.edits import Position, Strict, Version
-from swsurgery.errors import CheckpointError, TargetError
+from swsurgery.errors import AmbiguousWeights, CheckpointError, TargetError
 from swsurgery.jsonfile import first_fault, parse_json, read_small
 from swsurgery.names import OWN_FILES
 
@@ -99,7 +100,7 @@ class BaseRecord(Strict):
     revision: str | None
     named_by: Literal["cache", "manifest"] | None
     sub: str = ""
-    weights: Literal["index", "single"] | None = None
+    weights: Weights | None = None
 
 
 class HistoryStep(Strict):
@@ -256,6 +257,27 @@ def read_patched(root: Path | Repository) -> Patched | None:
     if MANIFEST_NAME not in places:
         raise CheckpointError("the manifest beside the registry is missing", f"{root}/{MANIFEST_NAME}")
     return Patched(registry, raw, read_small(places[MANIFEST_NAME], MANIFEST_NAME))
+
+
+def open_chosen(
+    root: Path | Repository, weights: Weights | None = None, *, elsewhere: Collection[str] = ()
+) -> Checkpoint:
+    """The checkpoint in `root`, only to be read. Where an index and a single file are there, `weights` says which, or
+    else its registry. Raises CheckpointError, as open_checkpoint does."""
+    try:
+        return open_checkpoint(root, elsewhere=elsewhere)
+    except AmbiguousWeights:
+        patched = read_patched(root) if weights is None else None
+        weights = patched.registry.base.weights if patched else weights
+        if weights is None:
+            raise
+    return open_checkpoint(root, weights, elsewhere=elsewhere)
+
+
+def refuse_other_weights(asked: Weights | None, said: Weights | None, who: str) -> None:
+    """Raises CheckpointError where other weights were asked for than those that `who` is about."""
+    if asked and said and asked != said:
+        raise CheckpointError(f"--weights {asked} was given, and {said} are the weights of", who, "leave --weights out")
 
 
 def _validated(data: dict[str, Any]) -> Registry:

@@ -1,6 +1,6 @@
 """Finding super weights and measuring edits, on one page: what `scan` and `sweep` do.
 
-    open_base            the checkpoint's headers                          checkpoint.py, hub.py
+    open_base            the checkpoint's headers                          registry.py, hub.py
     scan_activations     where persistent activations come from            model/activations.py
     scan_weights         which scalars could make one, from weights alone  model/weights.py
     confirm              what zeroing them does, against random scalars    model/confirm.py
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swsurgery import entry, figures, fsops, known, model
-from swsurgery.checkpoint import Checkpoint, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, Weights
 from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
 from swsurgery.findings import Method, ScanReport, SweepReport
 from swsurgery.hub import local, named
 from swsurgery.known.render import refuse_unfit
 from swsurgery.model import Placement
 from swsurgery.progress import Progress, Rounds, Silent
+from swsurgery.registry import open_chosen
 from swsurgery.surgery import plan_manifest
 
 ManifestOp = Literal["zero", "scale", "protect"]
@@ -66,16 +67,18 @@ def scan_checkpoint(
     confirm: bool = False,
     options: RunOptions | None = None,
     outputs: Outputs | None = None,
+    weights: Weights | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ScanReport:
     """Find the super weights of `base`: a directory, or hf://ORG/NAME[@REV].
 
     `outputs` is what `write_outputs` is to be asked for afterwards: what cannot be is refused here, before the work.
+    `weights` says which to read where an index and a single file are there, and no registry.
     Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
     """
     options, progress = options or RunOptions(), progress or Silent()
-    checkpoint = open_base(base)
+    checkpoint = open_base(base, weights)
     if outputs is not None:
         _refuse(outputs, checkpoint)
     without = "leave out --confirm" if method == "weights" else "--method weights" + " without --confirm" * confirm
@@ -109,12 +112,16 @@ def scan_checkpoint(
 
 
 def write_outputs(
-    report: ScanReport, base: str | Path, outputs: Outputs, say: Callable[[str], None] = lambda line: None
+    report: ScanReport,
+    base: str | Path,
+    outputs: Outputs,
+    say: Callable[[str], None] = lambda line: None,
+    weights: Weights | None = None,
 ) -> None:
     """Leave behind what `outputs` asks for; `say` gets a line on each as soon as it is there, so that where one fails
     it is known which were written. Raises TargetError where one cannot be, LookupFailed for a name that is another
     model's."""
-    checkpoint = open_base(base)
+    checkpoint = open_base(base, weights)
     if outputs.plot is not None:
         figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
         say(f"figure: {outputs.plot}")
@@ -167,9 +174,9 @@ def sweep_manifest(
     return report
 
 
-def open_base(base: str | Path) -> Checkpoint:
+def open_base(base: str | Path, weights: Weights | None = None) -> Checkpoint:
     """A checkpoint by directory or by hf://ORG/NAME[@REV], downloaded if need be. Raises CheckpointError, HubError."""
-    return open_checkpoint(local(named(base)))
+    return open_chosen(local(named(base)), weights)
 
 
 def _need_a_model() -> None:
@@ -199,7 +206,9 @@ def _name(checkpoint: Checkpoint) -> str:
 
 
 def _as_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
-    """How a manifest names the checkpoint: by repo_id and revision from a cache, else by the path from itself."""
+    """How a manifest names the checkpoint: by repo_id and revision from a cache, else by the path from itself; and
+    which weights were read, where there was a choice."""
+    chosen = {"weights": checkpoint.choice} if checkpoint.choice else {}
     if checkpoint.repo_id and checkpoint.revision:
-        return {"repo_id": checkpoint.repo_id, "revision": checkpoint.revision}
-    return {"path": os.path.relpath(checkpoint.root, os.path.realpath(manifest.absolute().parent))}
+        return {"repo_id": checkpoint.repo_id, "revision": checkpoint.revision, **chosen}
+    return {"path": os.path.relpath(checkpoint.root, os.path.realpath(manifest.absolute().parent)), **chosen}

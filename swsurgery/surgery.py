@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from swsurgery import fsops, model
 from swsurgery.apply import Applied, Link, Source, write_checkpoint
-from swsurgery.checkpoint import Checkpoint, held, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, Weights, held, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
 from swsurgery.errors import (
@@ -43,7 +43,15 @@ from swsurgery.model.check import run_checks
 from swsurgery.names import OWN_FILES
 from swsurgery.plan import Plan, make_plan
 from swsurgery.progress import Progress, Silent
-from swsurgery.registry import Patched, Registry, build_registry, read_patched
+from swsurgery.registry import (
+    REGISTRY_NAME,
+    Patched,
+    Registry,
+    build_registry,
+    open_chosen,
+    read_patched,
+    refuse_other_weights,
+)
 from swsurgery.report import Bounds, CheckReport
 from swsurgery.splice import Splice
 from swsurgery.verify import undeclared_changes
@@ -218,14 +226,18 @@ def check_checkpoint(
     options: CheckOptions,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
+    weights: Weights | None = None,
 ) -> CheckReport:
     """The sanity check of a checkpoint that is there: against its base where it has a registry, else of it alone.
+    `weights` says which to read where an index and a single file are there, and no registry.
 
     Raises CheckpointError, ModelError.
     """
     patched = read_patched(root)
     registry = patched.registry if patched else None
-    checkpoint = open_checkpoint(root, registry.base.weights if registry else None)
+    said = registry.base.weights if registry else None
+    refuse_other_weights(weights, said, REGISTRY_NAME)
+    checkpoint = open_checkpoint(root, said) if said else open_chosen(root, weights)
     changes = [
         model.ScalarChange(
             e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))

@@ -20,6 +20,7 @@ from swsurgery.cli.options import (
     Prompt,
     Quiet,
     Text,
+    WeightsOption,
     bounds,
     moved,
     read_text,
@@ -125,6 +126,7 @@ def inspect(
     checkpoint: CheckpointArgument,
     tensor: Annotated[str | None, typer.Option(help="Only this tensor.")] = None,
     at: Annotated[str | None, typer.Option(help="One scalar of it: its index, such as 3968,7003.")] = None,
+    weights: WeightsOption = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -134,27 +136,28 @@ def inspect(
 
     with reading(checkpoint, quiet) as where:
         if tensor is None and at is None:
-            document = inspection.overview(where)
+            document = inspection.overview(where, weights)
             output.print_json(document) if json else show.overview(document)
         else:
-            document = inspection.scalar(where, tensor, at)
+            document = inspection.scalar(where, tensor, at, weights)
             output.print_json(document) if json else show.scalar(document)
 
 
 def diff(
     a: CheckpointArgument,
     b: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
+    weights: WeightsOption = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Name every scalar in which two checkpoints differ. Exit 1 where they do."""
     from swsurgery import show
-    from swsurgery.checkpoint import open_checkpoint
     from swsurgery.diff import diff as run
+    from swsurgery.registry import open_chosen
 
     with reading(a, quiet) as first, reading(b, quiet) as second:
-        difference = run(open_checkpoint(first), open_checkpoint(second), output.Bar(quiet))
+        difference = run(open_chosen(first, weights), open_chosen(second, weights), output.Bar(quiet))
     output.print_json(difference.to_json()) if json else show.difference(difference)
     if not difference.same:
         raise typer.Exit(1)

@@ -21,6 +21,7 @@ from swsurgery.cli.options import (
     Prompt,
     Quiet,
     Text,
+    WeightsOption,
     Windows,
     bounds,
     read_text,
@@ -95,6 +96,7 @@ def scan(
     factor: Annotated[float | None, typer.Option(help="The factor, with --op scale.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figure: .png, .svg or .pdf.")] = None,
     register: Annotated[str | None, typer.Option(help="Remember it: lookup finds it under this name.")] = None,
+    weights: WeightsOption = None,
     text: Annotated[Path | None, typer.Option(help="Text to confirm on, instead of the built-in passage.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to confirm on.")] = 16,
     device: DeviceOption = "auto",
@@ -108,16 +110,16 @@ def scan(
 
     say = silent if quiet else output.say
     _refuse_idle(context, method, confirm, manifest)
-    command = _scan_command(method, prompt, confirm, text, windows)
+    command = _scan_command(method, prompt, confirm, text, windows, weights)
     outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
     options = scanning.RunOptions(device, placement, read_text(text), windows)
     report = scanning.scan_checkpoint(
         checkpoint, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs,
-        progress=output.Bar(quiet), say=say,
+        weights=weights, progress=output.Bar(quiet), say=say,
     )  # fmt: skip
     lines: list[str] = []
     try:
-        scanning.write_outputs(report, checkpoint, outputs, lines.append)
+        scanning.write_outputs(report, checkpoint, outputs, lines.append, weights)
     except Interrupted as interrupted:
         if not lines:
             raise
@@ -158,6 +160,7 @@ def check(
     prompt: Prompt = None,
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
+    weights: WeightsOption = None,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     json: Json = False,
@@ -171,7 +174,7 @@ def check(
     held = bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = surgery.CheckOptions("forward", device, placement, read_text(text), prompt or None, held)
     report = surgery.check_checkpoint(
-        local(named(checkpoint)), options, output.Bar(quiet), silent if quiet else output.say
+        local(named(checkpoint)), options, output.Bar(quiet), silent if quiet else output.say, weights
     )
     output.print_json(report.to_json()) if json else show.check(report.to_json())
     if not report.ok:
@@ -201,13 +204,17 @@ def _refuse_idle(context: typer.Context, method: str, confirm: bool, manifest: P
             raise SwsurgeryError(f"--{option} goes with {beside}")
 
 
-def _scan_command(method: str, prompts: list[str] | None, confirm: bool, text: Path | None, windows: int) -> str:
+def _scan_command(
+    method: str, prompts: list[str] | None, confirm: bool, text: Path | None, windows: int, weights: str | None
+) -> str:
     """The command that repeats a scan, without what is this machine's alone."""
     words = ["swsurgery", "scan", "CHECKPOINT", "--method", method]
     for prompt in prompts or ():
         words += ["--prompt", shlex.quote(prompt)]
     if confirm:
         words += ["--confirm", "--windows", str(windows)]
+    if weights is not None:
+        words += ["--weights", weights]
     if text is not None:
         words += ["--text", shlex.quote(text.name)]
     return " ".join(words)

@@ -43,6 +43,10 @@ PlacementOption = Annotated[
     Literal["auto", "whole", "streamed"],
     typer.Option(help="All weights in memory, or two layers at a time; auto streams what does not fit."),
 ]
+WeightsOption = Annotated[
+    Literal["index", "single"] | None,
+    typer.Option(help="Which weights to read, where an index and a single file are there and no registry."),
+]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to measure on.")]
 
 

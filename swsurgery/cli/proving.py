@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from swsurgery import output
-from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet, reading
+from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet, WeightsOption, reading
 from swsurgery.errors import TargetError
 
 
@@ -30,6 +30,7 @@ def verify(
     known_tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="How much of its value a known super weight may have lost.")
     ] = 0.25,
+    weights: WeightsOption = None,
     finite: Annotated[bool, typer.Option("--finite", help="Also search all values for NaN and infinities.")] = False,
     signature: Annotated[
         Path | None, typer.Option(help="Check this signature of the checkpoint; with --public-key.")
@@ -47,7 +48,7 @@ def verify(
     from swsurgery import formats, fsops, proving
 
     question = proving.Question(
-        base, manifest, known or model is not None, model, known_tolerance, finite, signature, public_key
+        base, manifest, known or model is not None, model, known_tolerance, finite, signature, public_key, weights
     )
     with reading(checkpoint, quiet) as where:
         if file and isinstance(where, Path) and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(where)):

@@ -102,18 +102,23 @@ def open_model(
 
     Whole: all weights on the device, in float32 where that is comfortable, else in the dtype that its config.json
     names. Streamed: in that dtype, with two layers at a time in memory. "auto" is whole where float32 is comfortable.
-    A family that cannot be streamed is loaded whole, and `say` gets a line about it. Raises ModelError where
-    transformers cannot load it, where weights are missing (transformers would make them up), or where there is not
+    A family that cannot be streamed is loaded whole, and `say` gets a line about it. What stands beside a single file
+    that was not chosen is always streamed, for transformers would load that file. Raises ModelError where transformers
+    cannot load it, where weights are missing (transformers would make them up), or where there is not
     enough memory.
     """
     target = pick_device(device)
     elements = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     comfortable = elements * 4 <= COMFORTABLE_SHARE * _free_bytes(target)
-    if placement == "streamed" or (placement == "auto" and not comfortable):
+    aside = checkpoint.choice == "index"
+    if aside and placement == "whole":
+        raise ModelError("transformers would load model.safetensors, not what the index lists", checkpoint.root,
+                         "--placement streamed")  # fmt: skip
+    if placement == "streamed" or aside or (placement == "auto" and not comfortable):
         try:
             return _open_streamed(checkpoint, target, device)
         except ModelError as error:
-            if placement == "streamed" and not any("layer by layer" in fault for fault in error.faults):
+            if aside or placement == "streamed" and not any("layer by layer" in fault for fault in error.faults):
                 raise
             say(f"the model is loaded whole: {error}")
     model = _load_whole(checkpoint, torch.float32 if comfortable else "auto")
