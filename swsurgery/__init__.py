@@ -23,14 +23,14 @@ Rooms, each of which knows only those below it:
     export.py, lora.py           the edits alone: a sparse patch, a LoRA adapter, the fields of vLLM's patches
     loading.py                   a model, or its tensors, edited in memory
     inplace.py, journal.py       apply and revert where the files lie, undone after any fault
-    registry.py                  the record that proves a patched checkpoint and undoes it
     model/                       the only torch: what the edited model computes
     apply.py, plan.py            splices, and the copy that makes them
+    registry.py                  the record that proves a patched checkpoint and undoes it
     hub/                         the only huggingface_hub
     known/                       the super weights that were published or measured
     manifest.py, edits.py        what a user may ask for; patches.py is the same as a small binary file
     projections.py               layer, row and column -> tensor and index, by the table in architectures.py
-    checkpoint.py, shard.py      the files, and the header of one of them
+    checkpoint.py, shard.py      the files, and the header of one of them; copies.py: those with the weights once more
     dtypes.py                    numbers and their bits
     fsops.py, errors.py          every write to the disk, and every error on purpose
 

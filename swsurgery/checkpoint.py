@@ -8,7 +8,6 @@ it has an edit in place that was cut off undone first.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import os
 import re
@@ -20,19 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from swsurgery import fsops, journal
+from swsurgery.copies import has_weights_of, named_as_copy
 from swsurgery.errors import AmbiguousWeights, CheckpointError
 from swsurgery.jsonfile import read_json
 from swsurgery.names import SHARD_NAME, WORKING_FILES
 from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard, quoted
 
 INDEX_SUFFIX = ".safetensors.index.json"
-
-COPIES = (
-    "consolidated*.safetensors", "consolidated*.pth", "original/*", "pytorch_model*.bin", "*.gguf", "*.ggml",
-    "*.onnx", "onnx/*", "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "model*.safetensors",
-    "model*.safetensors.index.json", "pytorch_model*.index.json", "coreml/*", "openvino/*", "mlx/*",
-)  # fmt: skip
-"""Files that hold the weights once more, in another form. An edit does not reach them."""
 
 LEFT_OUT = (".git", ".cache", "model.sig")
 """Top-level names that are no part of a checkpoint: folders of download and version control tools, and the
@@ -167,8 +160,7 @@ def open_checkpoint(
     if total is not None and total != stored and not elsewhere:
         notes.append(f"{index_name} says total_size {total}, the shards hold {stored} bytes")
     config = read_json(names["config.json"].path, "config.json") if "config.json" in names else {}
-    own = set(shard_names) | {index_name}
-    copies = tuple(n for n in names if n not in own and any(fnmatch.fnmatchcase(n, p) for p in COPIES))
+    copies = _copies([f for f in files if f.name not in shard_names and f.name != index_name], shards, root)
     return Checkpoint(
         root, files, shards, weight_map, index_name, config, copies, left_out, disagreements, tuple(notes),
         repo_id, revision, in_cache, sub,
@@ -280,6 +272,16 @@ def _headers(files: list[BaseFile], afar: bool) -> Iterator[tuple[str, Shard | C
             yield from pool.map(header, files)
     else:
         yield from map(header, files)
+
+
+def _copies(others: list[BaseFile], shards: dict[str, Shard], root: Path | Repository) -> tuple[str, ...]:
+    """The names of the files that hold the weights once more. A header that cannot be read tells of none."""
+    found = {file.name for file in others if named_as_copy(file.name)}
+    unclear = [f for f in others if f.name not in found and f.name.lower().endswith(".safetensors")]
+    for name, header in _headers(unclear, afar=not isinstance(root, Path)):
+        if isinstance(header, Shard) and has_weights_of(shards.values(), header):
+            found.add(name)
+    return tuple(sorted(found))
 
 
 def _files_of(repo: Repository) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
