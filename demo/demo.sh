@@ -31,23 +31,30 @@ tell "4. The manifest that scan wrote, and the plan. Nothing is changed yet."
 run cat "$work/zero.yaml"
 run swsurgery apply "$work/zero.yaml" --dry-run
 
-tell "5. The surgery: a few bytes change, and the model is run with and without them (under a minute)."
+tell "5. One of them as it lies there: its value, its bits and their place in the file. Nothing else is read but headers."
+read -r tensor at < <(swsurgery apply "$work/zero.yaml" --dry-run --json --quiet | python -c '
+import json, sys
+splice = json.load(sys.stdin)["splices"][0]
+print(splice["tensor"], ",".join(map(str, splice["index"])))')
+run swsurgery inspect "$model" --tensor "$tensor" --at "$at"
+
+tell "6. The surgery: a few bytes change, and the model is run with and without them (under a minute)."
 run swsurgery apply "$work/zero.yaml" -o "$work/patched"
 
-tell "6. The same comparison on a prompt of your own."
+tell "7. The same comparison on a prompt of your own."
 run swsurgery check "$work/patched" --prompt "The largest planet of the solar system is"
 
-tell "7. The proof. It needs no base: with the old bytes put back, every file has the base's sha256."
+tell "8. The proof. It needs no base: with the old bytes put back, every file has the base's sha256."
 run swsurgery verify "$work/patched"
 
-tell "8. Which scalars differ? (diff answers 1 where any does.)"
+tell "9. Which scalars differ? (diff answers 1 where any does.)"
 run swsurgery diff "$model" "$work/patched" || test $? -eq 1
 
-tell "9. And back: the base again, byte for byte."
+tell "10. And back: the base again, byte for byte."
 run swsurgery revert "$work/patched" -o "$work/reverted"
 run diff -r "$model" "$work/reverted"
 
-tell "10. Not all or nothing: quality by the factor on those scalars."
+tell "11. Not all or nothing: quality by the factor on those scalars."
 run swsurgery sweep "$work/zero.yaml" --factors 0,0.5,0.8,1,1.2,1.5 --windows 1 --plot "$work/sweep.png"
 
 tell "Done. The patched checkpoint with its registry (swsurgery.json) and the figures are in $work."
