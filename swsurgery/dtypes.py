@@ -23,6 +23,22 @@ Value = int | float
 format is a subset of binary64, so a Python float holds each of its values exactly."""
 
 
+class Written(float):
+    """A decimal number of JSON's grammar: to others the nearest binary64, and `exact` where it is rounded to a dtype,
+    for on the way over binary64 it would be rounded twice."""
+
+    exact: Fraction
+
+    def __new__(cls, text: str) -> Written:
+        number = super().__new__(cls, text)
+        digits = text.lower().partition("e")[0].strip("-0.")
+        if number and math.isfinite(number):
+            number.exact = Fraction(text)
+        else:  # how near to zero or how large does not matter, and its exponent may be of any length
+            number.exact = Fraction(-1 if text.startswith("-") else 1, 1 << 1080) if digits else Fraction(0)
+        return number
+
+
 @dataclass(frozen=True)
 class FloatFormat:
     """Binary floating point: 1 sign bit, then exponent, then mantissa.
@@ -130,7 +146,7 @@ def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False
         raise NumberError(f"{dtype.name} {dtype.refusal}")
     if isinstance(value, float) and not math.isfinite(value):
         raise NumberError(f"{value} is not finite")
-    exact = Fraction(value)
+    exact = value.exact if isinstance(value, Written) else Fraction(value)
     if dtype.kind != "float":
         return _encode_integer(dtype, exact)
     fmt = dtype.float_format
@@ -195,6 +211,8 @@ def show(value: Value | Fraction) -> str:
         number = float(value)
     except OverflowError:
         return "a number beyond 1e308"
+    if not number and (value.exact if isinstance(value, Written) else value):
+        return "a number nearer to zero than 5e-324"
     return repr(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
 
 

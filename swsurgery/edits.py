@@ -7,18 +7,28 @@ operation, write its class here and name it in `Edit`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 
 from swsurgery import dtypes
-from swsurgery.dtypes import DTYPES, Dtype
+from swsurgery.dtypes import DTYPES, Dtype, Written
 from swsurgery.errors import NumberError
 
 Position = Annotated[int, Field(ge=0, lt=1 << 63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Bits = Annotated[str, Field(pattern=r"^0x([0-9a-fA-F]{2}|[0-9a-fA-F]{4}|[0-9a-fA-F]{8}|[0-9a-fA-F]{16})$")]
 Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | Finite
+
+
+def _kept_exact(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """A number as it is written, where validation would make the nearest binary64 of it."""
+    validated = validate(value)
+    return value if isinstance(value, Written) or type(value) is int else validated
+
+
+Exact = WrapValidator(_kept_exact)
 
 _TARGETS = [{"required": ["layer", "row", "col"]}, {"required": ["tensor", "index"]}, {"required": ["known"]}]
 
@@ -43,7 +53,7 @@ Version = Annotated[Literal[1], BeforeValidator(_whole_number)]
 class MeasuredValue(Strict):
     """A value that somebody read in another dtype than the stored one: compared after rounding to it."""
 
-    value: Number
+    value: Annotated[Number, Exact]
     dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
 
 
@@ -62,7 +72,7 @@ class Target(Strict):
         Field(description="index in the stored shape"),
     ] = None
     known: str | None = Field(None, description="a coordinate id of the registry, such as L2.3968.7003, or all")
-    expect: Number | Bits | MeasuredValue | None = Field(
+    expect: Annotated[Number | Bits | MeasuredValue | None, Exact] = Field(
         None, description="refuse to edit unless this is stored there: a value, bits, or a value and its dtype"
     )
 
@@ -126,7 +136,7 @@ class Set(Target):
     )
     writes: ClassVar[bool] = True
     op: Literal["set"]
-    value: Number | None = None
+    value: Annotated[Number | None, Exact] = None
     bits: Bits | None = None
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from swsurgery import patches
+from swsurgery.dtypes import Written
 from swsurgery.edits import Edit, Strict, Version
 from swsurgery.errors import ManifestError, ShardError
 from swsurgery.shard import opened, read_at_most
@@ -269,7 +270,7 @@ class _Reader:
         if re.fullmatch(r"-?(0|[1-9][0-9]*)", text) and len(text) <= 40:
             return int(text)
         if re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?", text):
-            return float(text)
+            return Written(text)
         return text
 
 
