@@ -148,7 +148,7 @@ def body(
         "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
         "## What was changed",
         _edits(registry.edits, short or {}),
-        *_protected(registry.protected),
+        *_protected([*registry.protected, *(record for _, record in registry.inherited())]),
         *_known(registry),
         "## The check",
         _check(registry.check),

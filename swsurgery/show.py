@@ -19,8 +19,11 @@ MAX_ROWS = 40
 def plan(plan: Plan) -> None:
     document = plan.to_json()
     print_text(f"base      {printable(str(plan.checkpoint.root))}")
+    kept = set(plan.previous.registry.protectors()) if plan.previous else set()
+    kept -= {p.coordinate for p in plan.protected}
+    and_kept = f", and {len(kept)} that earlier steps protect" if kept else ""
     print_text(f"changes   {_count(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
-               f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}")  # fmt: skip
+               f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}{and_kept}")  # fmt: skip
     _edits(document["splices"], document["protected"])
     for note in plan.notes:
         print_text(f"note      {printable(note)}")

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from patched import DOWN, MANIFEST, PROTECTED, SECOND, apply_text, contents, flip, place, write_base
 
+from swsurgery.card import body
 from swsurgery.cli import main
 from swsurgery.errors import PlanError
 from swsurgery.progress import Silent
+from swsurgery.registry import read_patched
 from swsurgery.surgery import CheckOptions, apply_manifest, plan_manifest, revert
 from swsurgery.verify import verify
 
@@ -57,6 +59,21 @@ def test_later_steps_hold_it_and_count_it(once, tmp_path, capsys):
         (tmp_path / "fourth.yaml").write_text(step("thrice", edit))
         with pytest.raises(PlanError, match=f"is protected by step {number} of "):
             plan_manifest(tmp_path / "fourth.yaml")
+
+
+def test_the_plan_and_the_card_name_what_earlier_steps_protect(once, tmp_path, capsys):
+    manifest = tmp_path / "second.yaml"
+    for edit, said in ((NEIGHBOUR, "protects 0, and 2 that earlier steps protect"),
+                       (f"{{op: protect, tensor: {HEAD}, index: [0, 0]}}",
+                        "protects 1, and 1 that earlier steps protect")):  # fmt: skip
+        manifest.write_text(step("once", edit))
+        assert main(["apply", str(manifest), "--dry-run"]) == 0
+        assert said in capsys.readouterr().out
+    assert main(["apply", str(tmp_path / "once.yaml"), "--dry-run"]) == 0
+    assert "protects 2\n" in capsys.readouterr().out
+    twice = read_patched(apply_text(tmp_path, manifest.read_text(), "twice"))
+    table = body(twice.registry, "org/name", twice.manifest_raw).split("## Protected")[1].split("##")[0]
+    assert table.count(HEAD.replace("_", "\\_")) + table.count(HEAD) == 1 and "0, 4" in table
 
 
 def test_protecting_it_once_more_counts_it_once(once, tmp_path):
