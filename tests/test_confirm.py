@@ -358,6 +358,7 @@ class Told:
     def __init__(self, bench: Bench, extra: Any):
         self.checkpoint, self.extra = bench.checkpoint, extra
         self.model, self.dtype, self.device = bench.model().model, torch.float32, torch.device("cpu")
+        self.weights = None
 
     def layered(self, ids: Sequence[int]) -> bool:
         return True
