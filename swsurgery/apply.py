@@ -161,7 +161,7 @@ class _Copier:
 
     def kept(self, file: BaseFile, target: Path, splices: list[Splice], known: str) -> AppliedFile | None:
         """What an interrupted run wrote, if it is proved: with the splices undone it has the base's digest."""
-        if self.link == "hard" or not os.path.lexists(target):
+        if self.link == "hard" or not fsops.is_there(target):
             return None
         undone = [dataclasses.replace(s, old=s.new, new=s.old) for s in splices]
         read: list[int] = []

@@ -81,7 +81,7 @@ def write(
     Raises TargetError where the target exists or cannot be written, PlanError for what the format cannot hold, and
     what `read` raises.
     """
-    if os.path.lexists(output):
+    if fsops.is_there(output):
         raise TargetError("the target exists", output, "give another -o, or remove it")
     found = read(source, base, progress)
     files, notes = render(found, form)

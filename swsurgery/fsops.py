@@ -47,6 +47,18 @@ def reported(path: Path | str) -> Iterator[None]:
         raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", path, remedy) from error
 
 
+def is_there(path: Path | str) -> bool:
+    """Whether something has this name. os.path.lexists says no where it cannot tell, and what rests on a no, such as
+    that no journal is waiting, would rest on nothing. Raises TargetError there."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise TargetError(f"cannot tell whether it is there ({os.strerror(error.errno or 0)})", path) from error
+    return True
+
+
 @contextlib.contextmanager
 def staged(target: Path, names: Collection[str], last: Collection[str] = ()) -> Iterator[Path]:
     """A locked directory beside `target`; renamed to `target`, durably, when the block ends well.
@@ -70,7 +82,7 @@ def staged(target: Path, names: Collection[str], last: Collection[str] = ()) -> 
                 _commit(stage, target, marker)
         except BaseException as error:
             kept = False
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, TargetError):
                 _take_back(lock, stage, target, marker)
                 # Files that were not finished are gone already, so a shard is something to go on from.
                 kept = isinstance(error, Interrupted) and any(n.endswith(".safetensors") for n in _files(stage))
@@ -109,7 +121,7 @@ def _locked_stage(stage: Path, target: Path, marker: Path, names: set[str]) -> i
     """The stage's descriptor, locked; made where it is not there, and taken back from a target that a killed run had
     renamed but not yet reported."""
     while True:
-        unreported = os.path.lexists(target)
+        unreported = is_there(target)
         if unreported and not _is_marked(target, marker):
             raise TargetError("the target exists", target, "give another -o, or remove it")
         made = False
@@ -167,7 +179,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def _files(folder: Path) -> set[str]:
     """Names, relative to the folder, of everything below it that is no directory; none where it is not there."""
-    if not os.path.lexists(folder):
+    if not is_there(folder):
         return set()
     return {os.path.relpath(os.path.join(where, name), folder) for where, _, names in _walk(folder) for name in names}
 
@@ -389,6 +401,6 @@ def rename_new(old: Path, new: Path) -> None:
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code))
     # Some file systems (FUSE) do not know the flag. Plain rename would silently replace an empty directory.
-    if os.path.lexists(new):
+    if is_there(new):
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
     os.rename(old, new)

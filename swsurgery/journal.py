@@ -107,7 +107,7 @@ def edited(root: Path, splices: Sequence[Splice], *, reverts: bool = False) -> I
                 fsops.remove_file(root / JOURNAL)
                 fsops.sync_directory(root)
         except BaseException as error:
-            begun = any(os.path.lexists(root / name) for name in WORKING_FILES)
+            begun = any(fsops.is_there(root / name) for name in WORKING_FILES)
             undone = begun and recover_locked(root)
             if undone and isinstance(error, Interrupted):
                 raise error.leaving("the old bytes were put back") from None
@@ -120,7 +120,7 @@ def recover(root: Path, *, moved: bool = False) -> Journal | None:
     `moved` takes a journal that came with a copy of its directory. Raises TargetError (another run is editing, or it
     cannot be written), CheckpointError (the journal cannot be trusted).
     """
-    if not any(os.path.lexists(root / name) for name in WORKING_FILES):
+    if not any(fsops.is_there(root / name) for name in WORKING_FILES):
         return None
     with fsops.locked(root, exclusive=True):
         recovered = recover_locked(root, moved=moved)
@@ -141,7 +141,7 @@ def recover_locked(root: Path, *, moved: bool = False) -> Journal | None:
             for name in WORKING_FILES[1:]:
                 fsops.remove_file(root / name)
             for name, data in journal.contents().items() if journal else ():
-                there = os.path.lexists(root / name)
+                there = fsops.is_there(root / name)
                 if data is None or not there or read_small(root / name, name) != data:
                     _put(root, name, data)
             fsops.sync_directory(root)
@@ -161,7 +161,7 @@ def _journal(root: Path, splices: Sequence[Splice], reverts: bool) -> Journal:
         files[name] = _File(inode=status.st_ino, size=status.st_size, places=places)
     own = {}
     for name in OWN_FILES:
-        there = os.path.lexists(root / name)
+        there = fsops.is_there(root / name)
         own[name] = base64.b64encode(read_small(root / name, name)).decode() if there else None
     return Journal(version=1, reverts=reverts, inode=os.stat(root).st_ino, files=files, own=own)
 
@@ -184,7 +184,7 @@ def _put(root: Path, name: str, data: bytes | None) -> None:
 
 def _read(root: Path) -> Journal | None:
     path = root / JOURNAL
-    return _parsed(read_small(path, JOURNAL), path) if os.path.lexists(path) else None
+    return _parsed(read_small(path, JOURNAL), path) if fsops.is_there(path) else None
 
 
 def _parsed(raw: bytes, path: Path) -> Journal:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationError
 
-from swsurgery import __version__, dtypes, journal, known
+from swsurgery import __version__, dtypes, fsops, journal, known
 from swsurgery.checkpoint import Checkpoint, Repository, Weights, is_cache_snapshot, open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
@@ -247,7 +247,7 @@ def read_patched(root: Path | Repository) -> Patched | None:
         if not cached:
             journal.recover(root)  # or the registry would be of an edit that is undone
         places = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (REGISTRY_NAME, MANIFEST_NAME)}
-        places = {name: path for name, path in places.items() if os.path.lexists(path)}
+        places = {name: path for name, path in places.items() if fsops.is_there(path)}
     else:
         places = root.files
     if REGISTRY_NAME not in places:

@@ -193,7 +193,7 @@ def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:
     if outputs.manifest is not None:
         if outputs.plot is not None and os.path.abspath(outputs.manifest) == os.path.abspath(outputs.plot):
             raise TargetError("one file for the manifest and the figure", outputs.manifest, "give two names")
-        if os.path.lexists(outputs.manifest):
+        if fsops.is_there(outputs.manifest):
             raise TargetError("the manifest exists", outputs.manifest, "give another name, or remove it")
         if not outputs.manifest.absolute().parent.is_dir():
             raise TargetError("no such directory", outputs.manifest.absolute().parent, "make it first")

@@ -45,7 +45,7 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
         raise CheckpointError.of(f"{fault} in {root}" for fault in faults)
     patched = read_patched(root)
     open_checkpoint(root, patched.registry.base.weights if patched else None)
-    if os.path.lexists(signature):
+    if fsops.is_there(signature):
         raise TargetError("the signature exists", signature, "remove it, or give another --signature")
     with _key(key, private=True) as key_path:
         if Path(os.path.realpath(key)).is_relative_to(root):
@@ -95,7 +95,7 @@ def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Find
     return [
         Finding("signature", "the signature leaves it out", name)
         for name in left_out
-        if name not in allowed and os.path.lexists(root / name)
+        if name not in allowed and fsops.is_there(root / name)
     ]
 
 

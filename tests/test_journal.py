@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import logging
@@ -117,6 +118,30 @@ def test_a_recovery_that_is_killed_is_made_again(base, cut_off):
     assert (base / JOURNAL).exists()
     assert main(["inspect", str(base)]) == 0
     assert tree(base) == cut_off
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("command", ["inspect", "verify", "revert", "apply"])
+def test_a_journal_that_cannot_be_seen_is_not_taken_for_none(
+    base, manifest, cut_off, monkeypatch, capsys, command, code
+):
+    """Nor a new edit be made on top of half an old one, whose old bytes would then be lost."""
+    before, true = tree(base), os.lstat
+
+    def lstat(path, *arguments, **more):
+        if os.fspath(path) == str(base / JOURNAL):
+            raise OSError(code, os.strerror(code))
+        return true(path, *arguments, **more)
+
+    words = list(in_place(manifest)) if command == "apply" else [command, str(base)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", lstat)
+        assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert os.strerror(code) in line and JOURNAL in line
+    assert JOURNAL in names(base) and tree(base)[SECOND] == before[SECOND]
+    assert main(["inspect", str(base)]) == 0
+    assert tree(base) == cut_off, "the twin: seen, it is undone"
 
 
 @pytest.mark.parametrize("command", ["revert", "verify"])
