@@ -10,7 +10,9 @@ export XDG_DATA_HOME="$PWD/$work/data" # what scan registers stays in the demo
 tell() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 run() {
   printf '\033[36m$'
-  printf ' %s' "$@"
+  for word; do # as one would type it
+    case $word in *" "*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
+  done
   printf '\033[0m\n'
   "$@"
 }

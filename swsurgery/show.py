@@ -139,6 +139,8 @@ def overview(document: dict[str, Any]) -> None:
 
 def scalar(document: dict[str, Any]) -> None:
     for key, value in document.items():
+        if key == "expert" and value is None:  # a dense layer has none
+            continue
         print_text(f"{key:13} {printable(_index(value) if isinstance(value, list) else str(value))}")
 
 

@@ -127,6 +127,7 @@ def test_text_is_not_json(run):
     assert done.returncode == 0
     with pytest.raises(ValueError):
         json.loads(done.stdout)
+    assert "None" not in done.stdout, "a dense layer has no expert"
 
 
 def test_the_shapes_that_scripts_rely_on(run):
