@@ -24,14 +24,14 @@ BESIDE = (
 )  # fmt: skip
 """In the checkpoint's own folder. Mistral's consolidated files name the tensors in their own way."""
 
-MODULE = re.compile(r"\d+_\w+/")
-"""The folders of sentence-transformers' further layers (2_Dense): what they hold is no copy."""
+MODULE = re.compile(r"\d+_(?!Transformer/)\w+/pytorch_model\.bin")
+"""The weights of sentence-transformers' further layers (2_Dense): no copy, unlike what else such a folder may hold."""
 
 
 def named_as_copy(name: str) -> bool:
     """Whether a file's name, relative and with forward slashes, says that it is one."""
     patterns = ANYWHERE if "/" in name else ANYWHERE + BESIDE
-    return not MODULE.match(name) and any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+    return not MODULE.fullmatch(name) and any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
 def has_weights_of(shards: Iterable[Shard], other: Shard) -> bool:

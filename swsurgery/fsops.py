@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -326,18 +327,31 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None
 
 def write_report(path: Path, data: bytes) -> None:
     """Put what a person asked for where they said. A regular file, also behind a link, is replaced as a whole; a
-    device, a pipe or /dev/stdout is written into and stays what it is."""
+    device, a pipe, /dev/stdout and /dev/fd/N are written into and stay what they are."""
     with reported(path):
-        there = os.path.exists(path)
-        special = there and (not path.is_file() or os.path.abspath(path).startswith(("/dev/", "/proc/")))
-        if special:
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC)
+        if (number := _own_descriptor(path)) is not None:
+            # Opened anew it would have a place in the file of its own, and what others write there next would land on
+            # the report.
+            fd = os.dup(number)
+        elif os.path.exists(path) and not path.is_file():
+            fd = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+        else:
+            fd = None
+        if fd is not None:
             try:
                 write_all(fd, data)
             finally:
                 os.close(fd)
             return
     replace_file(Path(os.path.realpath(path)), data)
+
+
+def _own_descriptor(path: Path) -> int | None:
+    """The number of the descriptor of this process that a path such as /dev/stdout means."""
+    streams = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+    text = os.path.abspath(path)
+    match = re.fullmatch(r"/(?:dev|proc/self)/fd/([0-9]{1,9})", text)
+    return int(match[1]) if match else streams.get(text)
 
 
 def replace_shared(path: Path, data: bytes, *, wait: bool = True) -> None:

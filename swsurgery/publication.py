@@ -46,9 +46,13 @@ class Item:
 
 
 _NO_REF = re.compile(
-    r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|//|^[/.-]|/\.|[/.]$|\.lock(/|$)|^(@|HEAD)$|^refs/|^[0-9a-f]{40}$"
+    r"[\x00-\x20~^:?*\[\\\x7f\ud800-\udfff]|\.\.|@\{|//|^[/.-]|/\.|[/.]$|\.lock(/|$)|^(@|HEAD)$|^refs/|^[0-9a-f]{40}$"
 )
 """In what git refuses as the name of a branch or a tag (git check-ref-format), and what reads as a ref or a commit."""
+
+
+_NO_TEXT = re.compile(r"[\ud800-\udfff]")
+"""What Python makes of an argument's bytes that are not UTF-8."""
 
 
 def is_ref_name(name: str) -> bool:
@@ -73,6 +77,8 @@ class Wish:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", (self.message or "").strip() or None)
+        if self.message and _NO_TEXT.search(self.message):
+            raise HubError("not UTF-8, in the commit's message", self.message)
         if self.repo_id.count("/") != 1:
             raise HubError("a repository is named ORG/NAME", self.repo_id)
         for kind, name in (("branch", self.branch), ("tag", self.tag)):

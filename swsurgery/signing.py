@@ -18,7 +18,7 @@ from typing import Any
 
 from swsurgery import fsops
 from swsurgery.checkpoint import MAX_LISTED, is_cache_snapshot, open_checkpoint
-from swsurgery.errors import CheckpointError, SwsurgeryError, TargetError
+from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, TargetError
 from swsurgery.jsonfile import parse_json, read_small
 from swsurgery.registry import read_patched
 from swsurgery.rules import Finding
@@ -44,7 +44,11 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
     if faults := _links(root):
         raise CheckpointError.of(f"{fault} in {root}" for fault in faults)
     patched = read_patched(root)
-    open_checkpoint(root, patched.registry.base.weights if patched else None)
+    try:
+        open_checkpoint(root, patched.registry.base.weights if patched else None)
+    except AmbiguousWeights:  # both are signed, and so both have to be sound
+        open_checkpoint(root, "index")
+        open_checkpoint(root, "single")
     if fsops.is_there(signature):
         raise TargetError("the signature exists", signature, "remove it, or give another --signature")
     with _key(key, private=True) as key_path:

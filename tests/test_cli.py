@@ -282,3 +282,11 @@ def test_a_check_of_nothing_is_bad_input(run):
     done = run("check", "patched/none", "--json")
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr and done.stderr.startswith("swsurgery: ")
+
+
+@pytest.mark.parametrize("option", [("--factor", "2"), ("--manifest", "zero"), ("--status", "critical")])
+def test_lookup_of_a_checkpoint_refuses_what_only_a_model_name_takes(tmp_path, capsys, option):
+    (tmp_path / "swsurgery.json").write_text("{}")
+    assert main(["lookup", str(tmp_path), *option]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "not a checkpoint" in err

@@ -13,7 +13,7 @@ from swsurgery.cli import main
 BY_NAME = [
     "X.GGUF", "model.pt", "model.ckpt", "model.bin", "Model.PTH", "pytorch_model.bin", "PyTorch_Model.ckpt",
     "consolidated.00.pth", "consolidated.pt", "sub/pytorch_model.bin", "sub/pytorch_model-00001-of-00002.bin",
-    "Original/params.json",
+    "Original/params.json", "4_bit/X.gguf", "8_bit/pytorch_model-00001-of-00002.bin", "0_Transformer/pytorch_model.bin",
 ]  # fmt: skip
 NO_COPY_BY_NAME = [
     "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "optimizer.bin", "tokenizer.json",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 from xml.etree import ElementTree
 
@@ -318,21 +321,51 @@ def test_a_report_goes_into_what_is_there_and_leaves_it_what_it_is(tmp_path, kin
         os.close(reader)
 
 
-def test_a_report_into_stdout_does_not_replace_what_it_was_redirected_to(tmp_path):
-    code = "from pathlib import Path; from swsurgery import fsops; fsops.write_report(Path('/dev/stdout'), b'new')"
-    with open(tmp_path / "log", "ab") as log:
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("append", [True, False])
+def test_a_report_into_stdout_lies_between_what_comes_before_and_after(tmp_path, name, append):
+    """What it was redirected to is not replaced, and the next to write there goes on behind the report."""
+    code = f"from pathlib import Path; from swsurgery import fsops; fsops.write_report(Path('{name}'), b'new ')"
+    with open(tmp_path / "log", "ab" if append else "wb") as log:
         log.write(b"old ")
         log.flush()
         subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
-    assert (tmp_path / "log").read_bytes() == b"old new"
+        log.write(b"more")
+    assert (tmp_path / "log").read_bytes() == b"old new more"
 
 
-@pytest.mark.parametrize("words", [["verify", "{base}", "--finite", "--output", "{base}/{shard}"],
-                                   ["lint", "{manifest}", "--output", "{manifest}"]])  # fmt: skip
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
+def test_a_report_replaces_a_file_in_the_memory_behind_dev():
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        Path(file.name).write_bytes(b"a longer old one")
+        fsops.write_report(Path(file.name), b"new")
+        assert Path(file.name).read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("words", [
+    "verify {base} --finite --output {base}/{shard}",
+    "verify {snapshot} --finite --output {snapshot}/config.json",
+    "verify {base} --manifest {manifest} --output {manifest}",
+    "verify {base} --manifest {manifest} --base {other} --output {other}/{shard}",
+    "verify {base} --signature {other}/s --public-key {key} --output {key}",
+    "verify {base} --signature {key} --public-key {other}/p --output {key}",
+    "lint {manifest} --output {manifest}",
+])  # fmt: skip
 def test_a_report_does_not_replace_what_it_is_of(tmp_path, capsys, words):
-    base = write_llama(tmp_path / "base")
+    base, other = write_llama(tmp_path / "base"), write_llama(tmp_path / "other")
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "protect", "tensor": HEAD, "index": [0, 0]})
+    key = tmp_path / "key"
+    key.write_text("PEM")
+    snapshot = tmp_path / "hub" / "models--o--n" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for name, data in tree(base).items():
+        blob = snapshot.parents[1] / "blobs" / hashlib.sha256(data).hexdigest()
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(data)
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).symlink_to(blob)
     before = tree(tmp_path)
-    assert main([word.format(base=base, shard=FIRST, manifest=manifest) for word in words]) == 2
+    places = {"base": base, "other": other, "manifest": manifest, "key": key, "snapshot": snapshot, "shard": FIRST}
+    assert main(words.format(**places).split()) == 2
     assert "give another --output" in capsys.readouterr().err
     assert tree(tmp_path) == before

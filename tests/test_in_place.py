@@ -34,7 +34,7 @@ from checkpoints import (
     write_sparse_shard,
 )
 
-from swsurgery import inplace, output, surgery
+from swsurgery import fsops, inplace, output, surgery
 from swsurgery.cli import main
 from swsurgery.errors import CheckFailed, Interrupted
 from swsurgery.loading import patched_state_dict
@@ -686,6 +686,15 @@ def test_a_manifest_proves_the_edit_that_it_made_in_place(base, tmp_path, apply,
     assert "as the registry proves them" in capsys.readouterr().out
     assert main(["verify", str(base), "--manifest", str(other)]) == 1
     assert "nothing was done to it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["check {0}", "scan {0} --method weights", "verify {1} --base {0}", "diff {1} {0}"])
+def test_what_is_edited_is_not_read_meanwhile(base, manifest, tmp_path, capsys, words):
+    copy = tmp_path / "copy"
+    assert main(["apply", str(manifest), "-o", str(copy), "--check", "off", "--quiet"]) == 0
+    with fsops.locked(base, exclusive=True):
+        assert main(words.format(base, copy).split()) == 2
+    assert capsys.readouterr().err.startswith("swsurgery: another run is editing it in place")
 
 
 @pytest.mark.parametrize("command", ["verify", "diff"])

@@ -129,3 +129,10 @@ def test_a_private_repository_needs_no_question_and_stays_private(any_hub, patch
     code, document, _ = run(capsys, patched, name, "--private", *ACCEPT)
     assert code == 0 and document["plan"]["private"] and api.repo_info(name).private
     assert run(capsys, patched, name, *ACCEPT)[0] == 0 and api.repo_info(name).private
+
+
+@pytest.mark.parametrize("option", ["--message", "--tag"])
+def test_an_argument_that_is_not_utf_8_is_refused_before_anything_is_made(any_hub, patched, capsys, option):
+    code, document, err = run(capsys, patched, any_hub.name(NEW), "--private", *ACCEPT, option, "a\udcff")
+    assert (code, document, err.count("\n")) == (2, {}, 1), err
+    assert not any_hub.api().repo_exists(any_hub.name(NEW))

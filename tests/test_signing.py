@@ -62,6 +62,20 @@ def test_what_was_signed_is_vouched_for(signed):
     assert sorted(p.name for p in signed.iterdir() if "sig" in p.name) == [SIGNATURE], "and nothing else was left"
 
 
+def test_an_index_and_a_single_file_are_both_signed_and_both_sound(tmp_path):
+    root = write_llama(tmp_path / "model")
+    shutil.copy(root / FIRST, root / "model.safetensors")
+    key = write_keys(tmp_path)
+    assert main(["sign", str(root), "--key", str(key), "--quiet"]) == 0
+    assert findings(root, str(tmp_path / "key")) == []
+    for name in (FIRST, "model.safetensors"):
+        (root / "model.sig").unlink(missing_ok=True)
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole[:-1])
+        assert main(["sign", str(root), "--key", str(key), "--quiet"]) == 2
+        (root / name).write_bytes(whole)
+
+
 def test_a_copy_elsewhere_under_another_name_is_vouched_for(signed, tmp_path):
     copy = shutil.copytree(signed, tmp_path / "copy")
     assert findings(copy) == []

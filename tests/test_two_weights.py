@@ -14,6 +14,7 @@ from swsurgery import scanning
 from swsurgery.checkpoint import open_checkpoint
 from swsurgery.cli import main
 from swsurgery.errors import ModelError
+from swsurgery.loading import load_patched
 from swsurgery.model.check import run_checks
 from swsurgery.model.load import open_model
 
@@ -111,3 +112,24 @@ def test_the_model_that_runs_is_the_one_that_was_chosen(tmp_path):
     assert by_index.base.perplexity != pytest.approx(by_single.base.perplexity, rel=0.01)
     with pytest.raises(ModelError, match="transformers would load model.safetensors"):
         open_model(open_checkpoint(pair.base, "index"), device="cpu", placement="whole")
+
+
+def test_a_patched_model_is_not_loaded_from_the_file_that_was_not_chosen(tmp_path):
+    pair = tiny_checkpoint.write_pair(tmp_path)
+    name = tiny_checkpoint.DOWN
+    weights = load_file(pair.base / "model.safetensors")
+    other = {**weights, name: weights[name].clone()}
+    other[name][0, 0] += 1  # not where the edit is, which would be noticed
+    save_file(other, pair.base / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
+    (pair.base / "model.safetensors.index.json").write_text(json.dumps(index))
+    manifest = {
+        "version": 1,
+        "base": {"path": str(pair.base), "weights": "index", "copies": "omit"},
+        "edits": [{"op": "zero", "tensor": name, "index": [1, 2]}],
+    }
+    with pytest.raises(ModelError, match="transformers would load model.safetensors"):
+        load_patched(pair.base, manifest)
+    manifest["base"]["weights"] = "single"
+    model = load_patched(pair.base, manifest)
+    assert float(model.state_dict()[name][0, 0]) == float(weights[name][0, 0])

@@ -58,6 +58,8 @@ def lookup(
         return
     there = model.startswith("hf://") or os.sep in model and Path(model).is_dir()
     if there or Path(model, "swsurgery.json").is_file():
+        if status or manifest or factor is not None:
+            raise SwsurgeryError("--status, --manifest and --factor go with a model's name, not a checkpoint", model)
         from swsurgery import show, surgery
 
         with reading(model, quiet) as where:
@@ -107,16 +109,19 @@ def scan(
 ) -> None:
     """Find the super weights of a checkpoint."""
     from swsurgery import scanning, show_scan
+    from swsurgery.checkpoint import held
+    from swsurgery.hub import local, named
 
     say = silent if quiet else output.say
     _refuse_idle(context, method, confirm, manifest)
     command = _scan_command(method, prompt, confirm, text, windows, weights)
     outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
     options = scanning.RunOptions(device, placement, read_text(text), windows)
-    report = scanning.scan_checkpoint(
-        checkpoint, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs,
-        weights=weights, progress=output.Bar(quiet), say=say,
-    )  # fmt: skip
+    with held(local(named(checkpoint))):
+        report = scanning.scan_checkpoint(
+            checkpoint, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs,
+            weights=weights, progress=output.Bar(quiet), say=say,
+        )  # fmt: skip
     lines: list[str] = []
     try:
         scanning.write_outputs(report, checkpoint, outputs, lines.append, weights)
@@ -169,13 +174,15 @@ def check(
 ) -> None:
     """Run a patched checkpoint and its base side by side. Exit 1 where a bound is not held."""
     from swsurgery import show, surgery
+    from swsurgery.checkpoint import held
     from swsurgery.hub import local, named
 
-    held = bounds(max_perplexity_ratio, min_perplexity_ratio)
-    options = surgery.CheckOptions("forward", device, placement, read_text(text), prompt or None, held)
-    report = surgery.check_checkpoint(
-        local(named(checkpoint)), options, output.Bar(quiet), silent if quiet else output.say, weights
-    )
+    limits = bounds(max_perplexity_ratio, min_perplexity_ratio)
+    options = surgery.CheckOptions("forward", device, placement, read_text(text), prompt or None, limits)
+    with held(local(named(checkpoint))) as where:
+        report = surgery.check_checkpoint(
+            where, options, output.Bar(quiet), silent if quiet else output.say, weights
+        )  # fmt: skip
     output.print_json(report.to_json()) if json else show.check(report.to_json())
     if not report.ok:
         raise typer.Exit(1)

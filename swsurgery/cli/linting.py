@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from swsurgery import output
-from swsurgery.cli.options import Debug, Json, Quiet
-from swsurgery.errors import TargetError
+from swsurgery.cli.options import Debug, Json, Quiet, refuse_replacing
 
 
 def lint(
@@ -28,8 +26,7 @@ def lint(
     from swsurgery import formats, fsops
     from swsurgery.lint import lint as run
 
-    if file and os.path.realpath(file) in map(os.path.realpath, manifests):
-        raise TargetError("the report would replace a manifest", file, "give another --output")
+    refuse_replacing(file, manifests)
     report = run(manifests, strict)
     text = formats.render(report, "json" if json else format)
     if file is None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from swsurgery import output
-from swsurgery.errors import SwsurgeryError
+from swsurgery.errors import SwsurgeryError, TargetError
 
 if TYPE_CHECKING:
     from swsurgery.hub import Repo
@@ -77,6 +78,15 @@ def bounds(most: float | None, least: float | None):
         if value is not None and not 0 < value < float("inf"):
             raise SwsurgeryError("a perplexity ratio is a finite number above 0", value)
     return None if most is None and least is None else Bounds(most, least)
+
+
+def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
+    """Raises TargetError where a report would replace one of the inputs that lie here, or something in one: also what
+    it is a link to, and a link itself, as all files of a cache's snapshot are."""
+    places = [Path(os.path.realpath(report)), Path(os.path.realpath(report.parent), report.name)] if report else []
+    reals = [os.path.realpath(each) for each in inputs if isinstance(each, Path)]
+    if any(place.is_relative_to(real) for place in places for real in reals):
+        raise TargetError("the report would replace what it is about, or lie in it", report, "give another --output")
 
 
 @contextlib.contextmanager

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from swsurgery import output
-from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet, WeightsOption, reading
-from swsurgery.errors import TargetError
+from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet, WeightsOption, reading, refuse_replacing
 
 
 def verify(
@@ -46,13 +45,14 @@ def verify(
 ) -> None:
     """Prove that a patched checkpoint is its base with exactly the declared scalars changed. Exit 1 where it is not."""
     from swsurgery import formats, fsops, proving
+    from swsurgery.checkpoint import held
+    from swsurgery.hub import named
 
     question = proving.Question(
         base, manifest, known or model is not None, model, known_tolerance, finite, signature, public_key, weights
     )
-    with reading(checkpoint, quiet) as where:
-        if file and isinstance(where, Path) and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(where)):
-            raise TargetError("the report would lie in the checkpoint", file, "give another --output")
+    with reading(checkpoint, quiet) as where, held(named(base)) if base else contextlib.nullcontext():
+        refuse_replacing(file, [where, named(base) if base else None, manifest, signature, public_key])
         report = proving.prove(where, question, output.Bar(quiet)).report(checkpoint)
     text = formats.render(report, "json" if json else format)
     if file is None:

@@ -34,13 +34,16 @@ def load(
 ) -> PreTrainedModel:
     """The model of `checkpoint` with every splice made in its parameters; `options` go to from_pretrained.
 
-    Raises ModelError where transformers cannot load it, where a parameter does not hold the stored value, or where it
-    is not in memory.
+    Raises ModelError where transformers cannot load it or would load other weights, where a parameter does not hold
+    the stored value, or where it is not in memory.
     """
     root = checkpoint.root
     fixed = {"local_files_only": True, "use_safetensors": True}
     if options.pop("trust_remote_code", False):
         raise ModelError("code that comes with a checkpoint is not run", root, "leave trust_remote_code out")
+    if checkpoint.choice == "index":
+        raise ModelError("transformers would load model.safetensors, not what the index lists", root,
+                         "apply the manifest with base.copies: omit, and load the result")  # fmt: skip
     try:
         with quiet():
             config = options.get("config") or AutoConfig.from_pretrained(
