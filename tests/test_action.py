@@ -227,6 +227,8 @@ def test_manifests_are_linted_by_pattern_in_the_same_run(use, patched, workspace
         ({"MANIFEST": "patched.yaml"}, "without the input checkpoint"),
         ({"CHECKPOINT": "patched", "SIGNATURE": "patched/model.sig"}, "key"),
         ({"CHECKPOINT": "patched", "FINITE": "yes"}, "the input finite is true or false"),
+        ({"CHECKPOINT": "patched", "WEIGHTS": "both"}, "the input weights is index or single"),
+        ({"WEIGHTS": "index"}, "without the input checkpoint"),
         ({"CHECKPOINT": "patched", "SUMMARY": "no"}, "the input summary is true or false"),
         ({"CHECKPOINT": "patched", "FAIL_ON_FINDINGS": "never"}, "the input fail-on-findings is true or false"),
         ({"CHECKPOINT": "none"}, "none"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from swsurgery import scanning
 from swsurgery.checkpoint import open_checkpoint
-from swsurgery.cli import main
+from swsurgery.cli import action, main
 from swsurgery.errors import ModelError
 from swsurgery.loading import load_patched
 from swsurgery.model.check import run_checks
@@ -133,3 +133,10 @@ def test_a_patched_model_is_not_loaded_from_the_file_that_was_not_chosen(tmp_pat
     manifest["base"]["weights"] = "single"
     model = load_patched(pair.base, manifest)
     assert float(model.state_dict()[name][0, 0]) == float(weights[name][0, 0])
+
+
+def test_the_action_takes_the_choice_too(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    inputs = {"CHECKPOINT": "base", "FINITE": "true"}
+    assert action.run(inputs, tmp_path) == 2
+    assert action.run(inputs | {"WEIGHTS": "index"}, tmp_path) == 0

@@ -75,11 +75,16 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
         steps.append(lambda: lint(paths, strict))
     checkpoint, base, model = (inputs.get(name) or None for name in ("CHECKPOINT", "BASE", "MODEL"))
     files = {name.lower(): Path(inputs[name]) for name in ("MANIFEST", "SIGNATURE", "PUBLIC_KEY") if inputs.get(name)}
+    weights = inputs.get("WEIGHTS") or None
+    if weights not in (None, "index", "single"):
+        raise SwsurgeryError("the input weights is index or single", "", f"not {weights}")
     if checkpoint:
-        question = Question(base=base, known=known or model is not None, model=model, finite=finite, **files)
+        question = Question(
+            base=base, known=known or model is not None, model=model, finite=finite, weights=weights, **files
+        )
         where = directory(checkpoint)
         steps.append(lambda: _proved(where, question))
-    elif base or model or files or known or finite:
+    elif base or model or files or known or finite or weights:
         raise SwsurgeryError("only the inputs lint and strict mean something without the input checkpoint")
     if not steps:
         raise SwsurgeryError("nothing to do: give the input checkpoint, the input lint, or both")
