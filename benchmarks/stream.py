@@ -139,8 +139,8 @@ def main() -> None:
     jobs = {name: job for name, job in JOBS[options.device].items() if not options.only_ours or job is OURS}
     against = list(JOBS[options.device])[1]
     runs: dict[str, list[dict]] = {name: [] for name in jobs}
-    prepare = forget_files if options.cold else lambda: None
-    cats, scans = [read_all(folder)], []
+    prepare = forget_files if options.cold else lambda: read_all(folder)
+    cats, scans = [], []
     for number in range(options.rounds + 1):  # the first round warms libraries and kernels up, and does not count
         for name, script in jobs.items():
             prepare()
@@ -158,14 +158,14 @@ def main() -> None:
     middle = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
     first = next(iter(runs.values()))[0]
     where = first["machine"] or f"{os.cpu_count()} cores"
-    cache = "emptied before each run" if options.cold else "warm"
+    cache = "emptied before each run" if options.cold else "filled before each run"
     lines = [
         f"A Llama-shaped F16 checkpoint of {options.size}, page cache {cache}.",
         f"{where}, Linux",
         f"{platform.release()}, torch {first['torch']}, transformers {first['transformers']}. Medians of",
         f"{options.rounds} rounds in turn, in seconds after the imports. "
         + ("One prompt of 9 tokens." if options.device == "cpu" else "4 windows of 512 tokens, base and patched."),
-        f"One `cat` of the shards takes {statistics.median(cats[1:]):.1f} s.",
+        f"One `cat` of the shards takes {statistics.median(cats):.1f} s.",
         "",
         f"| what | seconds | whole process | main memory | device memory | against {against.split(': ')[1]} |",
         "|---|---:|---:|---:|---:|---:|",
@@ -176,7 +176,7 @@ def main() -> None:
         ratio = f"{middle[name] / middle[against]:.2f}" if against in middle else ""
         lines.append(f"| {name} | {middle[name]:.2f} | {process:.1f} | {memory:.1f} GB | {device:.2f} GB | {ratio} |")
     if scans:
-        ratio = statistics.median(scan / cat for scan, cat in zip(scans, cats[1:], strict=True))
+        ratio = statistics.median(scan / cat for scan, cat in zip(scans, cats, strict=True))
         lines += ["", f"`scan --method weights`, a whole process: {statistics.median(scans):.1f} s, {ratio:.1f} times"]
         lines += ["that `cat` (median of the pairs)."]
     print("\n".join(lines))
