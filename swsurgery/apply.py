@@ -25,7 +25,7 @@ from swsurgery.checkpoint import BaseFile
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import bits_of
 from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError, TargetError
-from swsurgery.progress import Progress
+from swsurgery.progress import Progress, Silent
 from swsurgery.shard import open_regular, opened
 from swsurgery.splice import Splice
 
@@ -265,6 +265,17 @@ def stream(
         for job in jobs:
             job.result()
     return digest.hexdigest(), (patched or digest).hexdigest()
+
+
+def hashed(file: BaseFile, progress: Progress | None = None) -> str:
+    """sha256 of a file that is only read. Raises ShardError, CheckpointError."""
+    progress = progress or Silent()
+    progress.start(file.size, "B", "hashing")
+    try:
+        with opened(file.path) as fd:
+            return stream(fd, file, (), progress.advance)[0]
+    finally:
+        progress.close()
 
 
 def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> None:

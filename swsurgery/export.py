@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swsurgery import fsops, lora, patches
-from swsurgery.apply import stream
+from swsurgery.apply import hashed
 from swsurgery.checkpoint import BaseFile, Checkpoint, open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.digests import DigestCache
@@ -26,7 +26,6 @@ from swsurgery.patches import Patch, PatchBase, PatchBounds, PatchScalar, safete
 from swsurgery.plan import Plan, make_plan
 from swsurgery.progress import Progress, Silent
 from swsurgery.registry import MANIFEST_NAME, Patched, Registry
-from swsurgery.shard import opened
 from swsurgery.surgery import base_of, known_digests, read_records
 
 Format = Literal["sparse", "peft", "vllm"]
@@ -149,12 +148,7 @@ def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
 def _hashed(file: BaseFile, cache: DigestCache, progress: Progress) -> str:
     if known := cache.get(file.path):
         return known
-    progress.start(file.size, "B", "hashing")
-    try:
-        with opened(file.path) as fd:
-            digest, _ = stream(fd, file, (), progress.advance)
-    finally:
-        progress.close()
+    digest = hashed(file, progress)
     cache.put(file.path, digest)
     return digest
 

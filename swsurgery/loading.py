@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swsurgery.apply import hold_to, stream
+from swsurgery.apply import hashed, hold_to
 from swsurgery.checkpoint import held, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.errors import ModelError
 from swsurgery.hub import local
 from swsurgery.manifest import LoadedManifest, load_manifest, parse_manifest
 from swsurgery.plan import Plan, make_plan
-from swsurgery.shard import opened
 from swsurgery.surgery import base_of, known_digests
 
 if TYPE_CHECKING:
@@ -95,11 +94,7 @@ def _hold_to_digests(plan: Plan) -> None:
     touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):
         file = plan.checkpoint.file(name)
-        digest = cache.get(file.path)
-        if digest is None:
-            with opened(file.path) as fd:
-                digest, _ = stream(fd, file, (), lambda size: None)
-        hold_to(file, digest, pins)
+        hold_to(file, cache.get(file.path) or hashed(file), pins)
 
 
 def _refuse_without(*names: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swsurgery import entry, figures, fsops, known, model
-from swsurgery.checkpoint import Checkpoint, Weights
+from swsurgery.checkpoint import Checkpoint, Weights, held
 from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
 from swsurgery.findings import Method, ScanReport, SweepReport
 from swsurgery.hub import local, named
@@ -78,37 +78,38 @@ def scan_checkpoint(
     Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
     """
     options, progress = options or RunOptions(), progress or Silent()
-    checkpoint = open_base(base, weights)
-    if outputs is not None:
-        _refuse(outputs, checkpoint)
-    without = "leave out --confirm" if method == "weights" else "--method weights" + " without --confirm" * confirm
-    with or_else(without):
-        if method == "activations" or confirm:
-            _need_a_model()
-        if confirm:
-            from swsurgery.model.confirm import refuse_text
+    with held(local(named(base))) as root:
+        checkpoint = open_chosen(root, weights)
+        if outputs is not None:
+            _refuse(outputs, checkpoint)
+        without = "leave out --confirm" if method == "weights" else "--method weights" + " without --confirm" * confirm
+        with or_else(without):
+            if method == "activations" or confirm:
+                _need_a_model()
+            if confirm:
+                from swsurgery.model.confirm import refuse_text
 
-            refuse_text(checkpoint, options.text, options.windows, options.window)
-        if method == "activations":
-            from swsurgery.model.activations import scan_activations
+                refuse_text(checkpoint, options.text, options.windows, options.window)
+            if method == "activations":
+                from swsurgery.model.activations import scan_activations
 
-            report = scan_activations(
-                checkpoint, prompts=prompts, device=options.device, placement=options.placement,
-                progress=Rounds(progress), say=say,
-            )  # fmt: skip
-        else:
-            from swsurgery.model.weights import scan_weights
+                report = scan_activations(
+                    checkpoint, prompts=prompts, device=options.device, placement=options.placement,
+                    progress=Rounds(progress), say=say,
+                )  # fmt: skip
+            else:
+                from swsurgery.model.weights import scan_weights
 
-            report = scan_weights(checkpoint, progress=progress)
-    if confirm and report.candidates:
-        from swsurgery.model.confirm import confirm as run
+                report = scan_weights(checkpoint, progress=progress)
+        if confirm and report.candidates:
+            from swsurgery.model.confirm import confirm as run
 
-        said: list[str] = []
-        rounds = Rounds(progress, "confirmation round")
-        with or_else("leave out --confirm"):
-            confirmation = run(checkpoint, report.candidates, **vars(options), progress=rounds, say=said.append)
-        report = dataclasses.replace(report, confirmation=confirmation, notes=(*report.notes, *said))
-    return report
+            said: list[str] = []
+            rounds = Rounds(progress, "confirmation round")
+            with or_else("leave out --confirm"):
+                confirmation = run(checkpoint, report.candidates, **vars(options), progress=rounds, say=said.append)
+            report = dataclasses.replace(report, confirmation=confirmation, notes=(*report.notes, *said))
+        return report
 
 
 def write_outputs(

@@ -109,7 +109,6 @@ def scan(
 ) -> None:
     """Find the super weights of a checkpoint."""
     from swsurgery import scanning, show_scan
-    from swsurgery.checkpoint import held
     from swsurgery.hub import local, named
 
     say = silent if quiet else output.say
@@ -117,14 +116,14 @@ def scan(
     command = _scan_command(method, prompt, confirm, text, windows, weights)
     outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
     options = scanning.RunOptions(device, placement, read_text(text), windows)
-    with held(local(named(checkpoint))):
-        report = scanning.scan_checkpoint(
-            checkpoint, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs,
-            weights=weights, progress=output.Bar(quiet), say=say,
-        )  # fmt: skip
+    where = local(named(checkpoint))
+    report = scanning.scan_checkpoint(
+        where, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs, weights=weights,
+        progress=output.Bar(quiet), say=say,
+    )  # fmt: skip
     lines: list[str] = []
     try:
-        scanning.write_outputs(report, checkpoint, outputs, lines.append, weights)
+        scanning.write_outputs(report, where, outputs, lines.append, weights)
     except Interrupted as interrupted:
         if not lines:
             raise
@@ -174,15 +173,13 @@ def check(
 ) -> None:
     """Run a patched checkpoint and its base side by side. Exit 1 where a bound is not held."""
     from swsurgery import show, surgery
-    from swsurgery.checkpoint import held
     from swsurgery.hub import local, named
 
     limits = bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = surgery.CheckOptions("forward", device, placement, read_text(text), prompt or None, limits)
-    with held(local(named(checkpoint))) as where:
-        report = surgery.check_checkpoint(
-            where, options, output.Bar(quiet), silent if quiet else output.say, weights
-        )  # fmt: skip
+    report = surgery.check_checkpoint(
+        local(named(checkpoint)), options, output.Bar(quiet), silent if quiet else output.say, weights
+    )
     output.print_json(report.to_json()) if json else show.check(report.to_json())
     if not report.ok:
         raise typer.Exit(1)
