@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from swsurgery import fsops, journal
-from swsurgery.apply import Applied, AppliedFile, hold_to, stream
-from swsurgery.checkpoint import BaseFile, Checkpoint, is_cache_snapshot, open_checkpoint
+from swsurgery.apply import Applied, AppliedFile, hashed, hold_to, stream
+from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
@@ -31,6 +31,7 @@ from swsurgery.surgery import (
     CheckOptions,
     Outcome,
     base_of,
+    bounds_of,
     known_digests,
     open_patched,
     reversion_notes,
@@ -64,6 +65,7 @@ def apply_in_place(
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
         if plan.omitted:
             raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
+        bounds_of(plan, check)  # before anything is hashed or written
         for note in plan.notes:
             say(note)
         pins = known_digests(plan)
@@ -200,13 +202,12 @@ def _digests_of_rest(
         if file.name in OWN_FILES or file.name in touched:
             continue
         if file.size <= SMALL and file.name not in {*checkpoint.shards, *checkpoint.copies}:
-            with opened(file.path) as fd:
-                digest, _ = stream(fd, file, (), lambda size: None)
+            digest = hashed(file)
         else:
             record = before.files.get(file.name) if before else None
             digest = digests.get(file.path)
             if digest is None and file.name in stated:
-                digest = _hashed(file, progress)
+                digest = hashed(file, progress)
             elif digest is None and record and record.size == file.size:
                 digest = record.sha256
         if digest:
@@ -215,23 +216,12 @@ def _digests_of_rest(
     return found
 
 
-def _hashed(file: BaseFile, progress: Progress) -> str:
-    progress.start(file.size, "B", "hashing")
-    try:
-        with opened(file.path) as fd:
-            return stream(fd, file, (), progress.advance)[0]
-    finally:
-        progress.close()
-
-
 def _applied_already(root: Path, registry: Registry) -> Outcome:
     """What the same command says that found its work done: a killed run may have got that far."""
     checkpoint = open_checkpoint(root, registry.base.weights)
     for name in sorted({s.file for s in undoing(registry, checkpoint)}):
         file = checkpoint.file(name)
-        with opened(file.path) as fd:
-            digest, _ = stream(fd, file, (), lambda size: None)
-        if digest != registry.files[name].sha256:
+        if hashed(file) != registry.files[name].sha256:
             raise CheckpointError("the registry says that this manifest was applied, but the file was changed since",
                                   file.path, "see swsurgery verify")  # fmt: skip
     with fsops.reported(root):

@@ -145,7 +145,7 @@ def apply_manifest(
     with held(place(where) if for_publish else local(where)) as root:
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
         _refuse_inside(output, plan.checkpoint.root)
-        _bounds(plan, check)  # an hour before they are needed
+        bounds_of(plan, check)  # an hour before they are needed
         for note in plan.notes:
             say(note)
         source = _source(plan)
@@ -231,24 +231,25 @@ def check_checkpoint(
     """The sanity check of a checkpoint that is there: against its base where it has a registry, else of it alone.
     `weights` says which to read where an index and a single file are there, and no registry.
 
-    Raises CheckpointError, ModelError.
+    Raises CheckpointError, ModelError, TargetError while another run is editing it in place.
     """
-    patched = read_patched(root)
-    registry = patched.registry if patched else None
-    said = registry.base.weights if registry else None
-    refuse_other_weights(weights, said, REGISTRY_NAME)
-    checkpoint = open_checkpoint(root, said) if said else open_chosen(root, weights)
-    changes = [
-        model.ScalarChange(
-            e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))
-        )
-        for e in (registry.edits if registry else ())
-    ]
-    with or_else("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
-        return run_checks(
-            checkpoint, changes, text=options.text, prompts=options.prompts, bounds=options.bounds,
-            device=options.device, placement=options.placement, progress=progress, say=say,
-        )  # fmt: skip
+    with held(root):
+        patched = read_patched(root)
+        registry = patched.registry if patched else None
+        said = registry.base.weights if registry else None
+        refuse_other_weights(weights, said, REGISTRY_NAME)
+        checkpoint = open_checkpoint(root, said) if said else open_chosen(root, weights)
+        changes = [
+            model.ScalarChange(
+                e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))
+            )
+            for e in (registry.edits if registry else ())
+        ]
+        with or_else("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
+            return run_checks(
+                checkpoint, changes, text=options.text, prompts=options.prompts, bounds=options.bounds,
+                device=options.device, placement=options.placement, progress=progress, say=say,
+            )  # fmt: skip
 
 
 def read_records(root: Path | Repo) -> Patched:
@@ -294,7 +295,7 @@ def _fetched(source: Source, base: Checkpoint) -> Source:
 
 def _without_whole_model(plan: Plan, options: CheckOptions) -> CheckOptions:
     """The check that can be made where most shards are not here. Raises ModelError where more was asked."""
-    if options.kind == "forward" or _bounds(plan, options) != Bounds():
+    if options.kind == "forward" or bounds_of(plan, options) != Bounds():
         raise ModelError("a forward check needs the whole model", plan.checkpoint.root,
                          "leave out --for-publish, or the bounds and --check forward")  # fmt: skip
     return replace(options, kind="weights" if options.kind == "auto" else options.kind)
@@ -334,7 +335,7 @@ def run_check(
 ) -> dict[str, Any]:
     """Check the checkpoint that is not yet done, staged or edited in place; what is returned goes into the registry.
     Raises CheckFailed, ModelError."""
-    bounds = _bounds(plan, options)
+    bounds = bounds_of(plan, options)
     if options.kind == "off":
         return {"kind": "off", "reason": "the check was turned off"}
     weights = _check_weights(plan, patched, progress)
@@ -370,7 +371,7 @@ def run_check(
     return {"kind": "weights", "reason": reason, "weights": weights}
 
 
-def _bounds(plan: Plan, options: CheckOptions) -> Bounds:
+def bounds_of(plan: Plan, options: CheckOptions) -> Bounds:
     """The manifest's bounds; of each of them, the options' where they give it. Raises PlanError where no ratio can
     hold both, or where the check that was chosen measures none."""
     if options.kind in ("off", "weights") and options.bounds:
