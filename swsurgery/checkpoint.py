@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 from swsurgery import fsops, journal
 from swsurgery.copies import has_weights_of, named_as_copy
 from swsurgery.errors import AmbiguousWeights, CheckpointError
-from swsurgery.jsonfile import read_json
+from swsurgery.jsonfile import read_config, read_json
 from swsurgery.names import SHARD_NAME, WORKING_FILES
 from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard, quoted
 
@@ -159,7 +159,7 @@ def open_checkpoint(
     stored = sum(shard.size - shard.data_start for shard in shards.values())
     if total is not None and total != stored and not elsewhere:
         notes.append(f"{index_name} says total_size {total}, the shards hold {stored} bytes")
-    config = read_json(names["config.json"].path, "config.json") if "config.json" in names else {}
+    config = read_config(names["config.json"].path, "config.json") if "config.json" in names else {}
     copies = _copies([f for f in files if f.name not in shard_names and f.name != index_name], shards, root)
     return Checkpoint(
         root, files, shards, weight_map, index_name, config, copies, left_out, disagreements, tuple(notes),

@@ -24,9 +24,10 @@ def overview(root: Path | Repository, weights: Weights | None = None) -> dict[st
         for file, shard in shard_of.items()
         for info in shard.tensors.values()
     ]
+    model_type = checkpoint.config.get("model_type")
     return {
         "checkpoint": str(root),
-        "model_type": checkpoint.config.get("model_type"),
+        "model_type": model_type if isinstance(model_type, str) else None,
         "repo_id": checkpoint.repo_id,
         "revision": checkpoint.revision,
         "files": [{"file": f.name, "size": f.size, "shard": f.name in shard_of} for f in checkpoint.files],

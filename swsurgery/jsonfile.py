@@ -1,4 +1,8 @@
-"""Strict reading of the JSON files that lie in a checkpoint: bounded size and depth, no duplicate keys, no NaN."""
+"""Read the JSON files of a checkpoint: bounded size and depth, no duplicate keys, no NaN.
+
+config.json alone is read as Python reads it, because that is how it is published: with Infinity and NaN, and with a
+key that stands twice with the same value.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,14 @@ def read_json(path: Place, name: str) -> dict[str, Any]:
     return parse_json(read_small(path, name), name)
 
 
+def read_config(path: Place, name: str) -> dict[str, Any]:
+    """Read a config.json. Its numbers may be infinite or NaN, so no value may be printed as JSON unchecked.
+
+    Raises CheckpointError.
+    """
+    return parse_json(read_small(path, name), name, strict=False)
+
+
 def read_small(path: Place, name: str) -> bytes:
     """The bytes of a regular file of at most MAX_JSON. Raises CheckpointError."""
     with opened(path) as fd:
@@ -43,13 +55,21 @@ def read_small(path: Place, name: str) -> bytes:
     return raw
 
 
-def parse_json(raw: bytes, name: str) -> dict[str, Any]:
-    """A JSON object from its bytes. Raises CheckpointError."""
+def parse_json(raw: bytes, name: str, strict: bool = True) -> dict[str, Any]:
+    """Parse a JSON object. Unless `strict`, accept what Python writes and JSON forbids; see the module.
+
+    Raises CheckpointError.
+    """
     if raw.count(b",") > MAX_COMMAS:
         raise CheckpointError(f"has more than the {MAX_COMMAS} values accepted", name)
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_no_constant,
-                           parse_float=_finite, parse_int=_whole)  # fmt: skip
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=no_duplicates if strict else _no_contradictions,
+            parse_constant=_no_constant if strict else float,
+            parse_float=_finite if strict else _short_float,
+            parse_int=_whole,
+        )
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON and the two hooks
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(f"is not sound JSON: {reason}", name) from None
@@ -75,10 +95,26 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a number in JSON")
 
 
+def _no_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's object_pairs_hook: accept a key that stands twice if both values are the same JSON."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result and json.dumps(result[key], sort_keys=True) != json.dumps(value, sort_keys=True):
+            raise ValueError(f"{quoted(key)} stands twice with different values, so it is ambiguous")
+        result[key] = value
+    return result
+
+
 def _finite(text: str) -> float:
-    if len(text) > MAX_DIGITS or not math.isfinite(value := float(text)):
+    if not math.isfinite(value := _short_float(text)):
         raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
     return value
+
+
+def _short_float(text: str) -> float:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
+    return float(text)
 
 
 def _whole(text: str) -> int:

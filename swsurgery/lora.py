@@ -35,7 +35,7 @@ def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tup
     faults = [fault for s in patch.scalars if (fault := _unfit(s, config))]
     if faults:
         raise PlanError.of(faults)
-    transposed = config.get("model_type") in TRANSPOSED
+    transposed = _kind(config) in TRANSPOSED
     arrays, ranks, notes = {}, {}, []
     for group in patch.by_tensor():
         module = _module(group[0].tensor, config)
@@ -75,11 +75,17 @@ def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tup
     }, tuple(notes)
 
 
+def _kind(config: dict[str, Any]) -> str:
+    """Return the model type, or "" if config.json gives none that is text."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else ""
+
+
 def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
     """Why an adapter cannot make this change, or None. Only what is a linear layer for certain is taken: a scaling or
     a routing weight of the same name would silently be left as it is."""
     parts = scalar.tensor.split(".")
-    kind = config.get("model_type")
+    kind = _kind(config)
     linear = TRANSPOSED.get(kind, LINEAR)
     reason = ""
     if "experts" in parts:

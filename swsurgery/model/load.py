@@ -256,8 +256,9 @@ def refuse_invented(info: Mapping[str, Collection[Any]], directory: Path) -> Non
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Tokens that the model can read at once, as its config says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """Tokens that the model can read at once, as its config says; unlimited if it gives no whole number."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else sys.maxsize
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
