@@ -2,7 +2,8 @@
 
 Functions are thin: one call each, repeated where the kernel may do less than it was asked. An OSError
 leaves this room as a TargetError that names the path and a remedy; a failed fsync is final and never
-retried, for a second try may succeed with the data gone.
+retried, for a second try may succeed with the data gone. Where an Entry is given instead of a path, the call is made
+relative to the descriptor of its folder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from swsurgery.errors import Interrupted, TargetError
+from swsurgery.folder import Entry, Folder
 
 FICLONE = 0x40049409
 """ioctl of Linux: make a file share all blocks of another one (btrfs, xfs)."""
@@ -39,7 +41,18 @@ _REMEDIES = {
 
 
 @contextlib.contextmanager
-def reported(path: Path | str) -> Iterator[None]:
+def _placed(path: Path | Entry) -> Iterator[tuple[str, int | None]]:
+    """What a system call is given for a path or an entry: (the name, the descriptor of its directory if one is held).
+    Raises OSError."""
+    if isinstance(path, Entry):
+        with path.placed() as (fd, name):
+            yield name, fd
+    else:
+        yield os.fspath(path), None
+
+
+@contextlib.contextmanager
+def reported(path: Path | Entry | Folder | str) -> Iterator[None]:
     """Turn an OSError of the block into a TargetError about `path`."""
     try:
         yield
@@ -48,11 +61,12 @@ def reported(path: Path | str) -> Iterator[None]:
         raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", path, remedy) from error
 
 
-def is_there(path: Path | str) -> bool:
+def is_there(path: Path | Entry) -> bool:
     """Whether something has this name. os.path.lexists says no where it cannot tell, and what rests on a no, such as
     that no journal is waiting, would rest on nothing. Raises TargetError there."""
     try:
-        os.lstat(path)
+        with _placed(path) as (name, fd):
+            os.lstat(name, dir_fd=fd)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
@@ -219,10 +233,10 @@ def locked(folder: Path, exclusive: bool, *, wait: bool = False) -> Iterator[Non
         os.close(fd)
 
 
-def remove_file(path: Path) -> None:
+def remove_file(path: Path | Entry) -> None:
     """Remove a file, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    with contextlib.suppress(FileNotFoundError), _placed(path) as (name, fd):
+        os.unlink(name, dir_fd=fd)
 
 
 def remove_tree(folder: Path) -> None:
@@ -239,17 +253,22 @@ def make_directories(path: Path) -> None:
     os.makedirs(path, exist_ok=True)
 
 
-def create(path: Path) -> int:
+def create(path: Path | Entry) -> int:
     """A new file, open for writing; its mode follows the umask."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with _placed(path) as (name, folder):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(name, flags, 0o666, dir_fd=folder)
 
 
-def open_for_patching(path: Path) -> int:
-    """An existing regular file, open for reading and for writing into it; no link is followed."""
-    return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_for_patching(path: Path | Entry) -> int:
+    """An existing regular file, open for reading and for writing into it; no link is followed. Raises for an entry
+    what `Entry.open` does."""
+    with _placed(path) as (name, folder):
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    return path.sound(fd) if isinstance(path, Entry) else fd
 
 
-def reserve(path: Path, size: int) -> None:
+def reserve(path: Path | Entry, size: int) -> None:
     """A new file that takes `size` bytes of the disk, to be removed when they are needed."""
     with reported(path):
         fd = create(path)
@@ -301,7 +320,7 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path | Entry, data: bytes) -> None:
     """A new small file, durable when this returns."""
     with reported(path):
         fd = create(path)
@@ -312,16 +331,17 @@ def write_file(path: Path, data: bytes) -> None:
             os.close(fd)
 
 
-def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None:
-    """A small file that may exist already, replaced as a whole; by way of `temporary`, which must not exist."""
-    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}")
+def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None = None) -> None:
+    """A small file that may exist already, replaced as a whole; by way of `temporary`, which must not exist and is in
+    the same directory."""
+    temporary = temporary or path.with_name(f".{path.name.rpartition('/')[2]}.{os.getpid()}")
     try:
         write_file(temporary, data)
-        with reported(path):
-            os.replace(temporary, path)
+        with reported(path), _placed(temporary) as (old, fd), _placed(path) as (new, to):
+            os.replace(old, new, src_dir_fd=fd, dst_dir_fd=to)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            remove_file(temporary)
         raise
 
 
@@ -388,15 +408,22 @@ def copy_range(base: int, new: int, offset: int, size: int) -> int:
     return len(data)
 
 
-def hard_link(base: Path, new: Path) -> None:
-    os.link(base, new, follow_symlinks=False)
+def hard_link(base: Path | Entry, new: Path | Entry) -> None:
+    """Give a file a second name. It moves the ctime of the file, which an entry of it is told."""
+    if isinstance(base, Entry):
+        base.expect_new_ctime()
+    with _placed(base) as (old, fd), _placed(new) as (name, to):
+        os.link(old, name, src_dir_fd=fd, dst_dir_fd=to, follow_symlinks=False)
 
 
 def sync(fd: int) -> None:
     os.fsync(fd)
 
 
-def sync_directory(path: Path) -> None:
+def sync_directory(path: Path | Folder) -> None:
+    if isinstance(path, Folder):
+        os.fsync(path.fd)
+        return
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -404,17 +431,24 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def rename_new(old: Path, new: Path) -> None:
+def rename_new(old: Path | Entry, new: Path | Entry) -> None:
     """Rename, and never onto something that is there. Raises OSError (EEXIST)."""
+    with _placed(old) as (name, fd), _placed(new) as (to_name, to):
+        _rename_new(name, fd, to_name, to)
+
+
+def _rename_new(old: str, fd: int | None, new: str, to: int | None) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     renameat2 = getattr(libc, "renameat2", None)
     if renameat2 is not None:
-        if renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), RENAME_NOREPLACE) == 0:
+        here, there = (AT_FDCWD if folder is None else folder for folder in (fd, to))
+        if renameat2(here, os.fsencode(old), there, os.fsencode(new), RENAME_NOREPLACE) == 0:
             return
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code))
     # Some file systems (FUSE) do not know the flag. Plain rename would silently replace an empty directory.
-    if is_there(new):
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(new, dir_fd=to, follow_symlinks=False)
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
-    os.rename(old, new)
+    os.rename(old, new, src_dir_fd=fd, dst_dir_fd=to)

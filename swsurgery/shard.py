@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 from swsurgery.dtypes import DTYPES, Dtype
 from swsurgery.errors import ShardError
+from swsurgery.folder import Entry
 
 MAX_HEADER = 16 << 20
 """Bytes of header accepted. The format allows 100 MB; the largest headers seen in published checkpoints are
@@ -133,19 +134,25 @@ class Remote(Protocol):
         """Up to `size` bytes; fewer only at the end."""
 
 
-Place = Path | Remote
-"""Where a file is to be read: on this machine, or elsewhere."""
+Place = Path | Entry | Remote
+"""Where a file is to be read: on this machine, there in a directory that is held open, or elsewhere."""
 
 
 @contextlib.contextmanager
 def opened(path: Place) -> Iterator[int | Remote]:
-    """A file to read from for the length of a block: a descriptor from open_regular, or what is read by ranges."""
-    if not isinstance(path, Path):
+    """A file to read from for the length of a block: a descriptor of a regular file, or what is read by ranges.
+
+    Raises ShardError for anything else, and CheckpointError for a listed entry that is another file by now, or that
+    was changed by the end of the block.
+    """
+    if not isinstance(path, Path | Entry):
         yield path
         return
-    fd = open_regular(path)
+    fd = path.open() if isinstance(path, Entry) else open_regular(path)
     try:
         yield fd
+        if isinstance(path, Entry):
+            path.refuse_changed(fd)
     finally:
         os.close(fd)
 

@@ -85,7 +85,8 @@ class Watch:
                 if os.path.samestat(os.fstat(fd), status):  # else it is closed, and its number another file's
                     os.close(fd)
 
-    def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
+    def open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        path = _whole(path, dir_fd)
         new = bool(flags & os.O_CREAT) and not os.path.lexists(path)
         with self._called("open", path):
             fd = os.open(path, flags, mode)
@@ -150,19 +151,19 @@ class Watch:
             self.makedirs(path.parent, exist_ok)
         self.mkdir(path)
 
-    def unlink(self, path: Any) -> None:
-        self._remove("unlink", os.unlink, path)
+    def unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
+        self._remove("unlink", os.unlink, _whole(path, dir_fd))
 
     def rmdir(self, path: Any) -> None:
         self._remove("rmdir", os.rmdir, path)
 
-    def rename(self, old: Any, new: Any) -> None:
-        self._move("rename", os.rename, old, new)
+    def rename(self, old: Any, new: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        self._move("rename", os.rename, _whole(old, src_dir_fd), _whole(new, dst_dir_fd))
 
-    def replace(self, old: Any, new: Any) -> None:
-        self._move("replace", os.replace, old, new)
+    def replace(self, old: Any, new: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        self._move("replace", os.replace, _whole(old, src_dir_fd), _whole(new, dst_dir_fd))
 
-    def _renameat2(self, _: int, old: bytes, __: int, new: bytes, flags: int) -> int:
+    def _renameat2(self, here: int, old: bytes, there: int, new: bytes, flags: int) -> int:
         library = ctypes.CDLL(None, use_errno=True)
 
         def rename(old: Path, new: Path) -> None:
@@ -170,13 +171,17 @@ class Watch:
                 raise OSError(ctypes.get_errno(), "renameat2")
 
         try:
-            self._move("renameat2", rename, os.fsdecode(old), os.fsdecode(new))
+            self._move("renameat2", rename, _whole(os.fsdecode(old), here), _whole(os.fsdecode(new), there))
         except OSError as error:
             self._errno = error.errno
             return -1
         return 0
 
-    def link(self, old: Any, new: Any, *, follow_symlinks: bool = True) -> None:
+    def link(
+        self, old: Any, new: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None,
+        follow_symlinks: bool = True,
+    ) -> None:  # fmt: skip
+        old, new = _whole(old, src_dir_fd), _whole(new, dst_dir_fd)
         with self._called("link", new):
             os.link(old, new, follow_symlinks=follow_symlinks)
             self._made(new, Path(old))
@@ -255,6 +260,13 @@ class Watch:
             place, to = self._place(old), self._place(new)
             if place and to:
                 self.steps.append(Step("move", self._nodes[number], place, to))
+
+
+def _whole(path: Any, folder: int | None) -> Any:
+    """The path that a name below the directory of a descriptor has."""
+    if folder in (None, fsops.AT_FDCWD):
+        return path
+    return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fspath(path))
 
 
 @contextlib.contextmanager

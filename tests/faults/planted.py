@@ -45,8 +45,8 @@ BUGS = (
     Bug(
         "no fsync of the directory",
         "fsops.py",
-        "def sync_directory(path: Path) -> None:\n",
-        "def sync_directory(path: Path) -> None:\n    return\n",
+        "def sync_directory(path: Path | Folder) -> None:\n",
+        "def sync_directory(path: Path | Folder) -> None:\n    return\n",
     ),
     Bug(
         "written straight into the target",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MUTATING = (
-    "mkdir", "mkdirat", "open", "openat", "creat", "write", "pwrite64", "writev", "pwritev", "pwritev2",
+    "mkdir", "mkdirat", "open", "openat", "openat2", "creat", "write", "pwrite64", "writev", "pwritev", "pwritev2",
     "copy_file_range", "sendfile", "ioctl", "fallocate", "ftruncate", "truncate", "fsync", "fdatasync", "syncfs",
     "sync_file_range", "rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "unlink",
     "unlinkat", "rmdir", "chmod", "fchmod", "fchmodat", "utimensat", "setxattr", "fsetxattr",
@@ -168,4 +168,4 @@ def _paths(text: str, cwd: Path) -> list[str]:
 
 def _mutates(call: str, text: str) -> bool:
     """A call that failed of itself changed nothing: a file to be removed that is not there, a clone that cannot be."""
-    return " = -1 " not in text and (call not in ("open", "openat", "ioctl") or bool(_CHANGES.search(text)))
+    return " = -1 " not in text and (call not in ("open", "openat", "openat2", "ioctl") or bool(_CHANGES.search(text)))
