@@ -1,5 +1,5 @@
-"""Manifest x Checkpoint -> Plan: which bytes of which shard become which. Reads headers and the named scalars
-only, writes nothing, and reports every misfit at once."""
+"""Manifest x Checkpoint -> Plan: which bytes of which shard become which. Reads headers, the named scalars
+and a few rows of tensors that may be tied, writes nothing, and reports every misfit at once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from swsurgery.names import OWN_FILES
 from swsurgery.registry import Patched, read_patched
 from swsurgery.shard import TensorInfo
 from swsurgery.splice import Scalar, Splice
+from swsurgery.tying import tied_faults, tied_partner
 
 COMPANIONS = (
     "{stem}.weight_scale", "{stem}.weight_scale_inv", "{stem}.scales", "{stem}.SCB", "{name}.absmax",
@@ -105,7 +106,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
                 faults += [f"{where}: {fault}" for fault in error.faults]
     splices = tuple(s for _, s in sorted(scalars.values(), key=lambda item: item[0]) if isinstance(s, Splice))
     protected = tuple(s for _, s in sorted(scalars.values(), key=lambda item: item[0]) if not isinstance(s, Splice))
-    faults += _tied_faults(splices, checkpoint)
+    faults += tied_faults(splices, checkpoint)
     copies = manifest.base.copies
     if splices and checkpoint.copies and copies is None:
         faults.append(
@@ -249,7 +250,7 @@ def _info(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
     if name in checkpoint.disagreements:
         raise PlanError(f"index and shards disagree about {name}", checkpoint.disagreements[name])
     if name not in checkpoint.weight_map:
-        if (name == HEAD or name.endswith(f".{HEAD}")) and (partner := _embedding(checkpoint)):
+        if partner := tied_partner(name, checkpoint):
             raise PlanError(f"{name} is tied to {partner} and not stored", remedy=f"edit {partner}")
         raise PlanError("no such tensor", name, _hint(name, checkpoint))
     return checkpoint.info(name)
@@ -285,33 +286,3 @@ def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
         if companion in checkpoint.weight_map and companion != name:
             raise PlanError(f"quantised: its elements count in units of {companion}", name,
                             "edit the model before it is quantised")  # fmt: skip
-
-
-HEAD = "lm_head.weight"
-
-
-def _embedding(checkpoint: Checkpoint) -> str | None:
-    endings = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-    return next((t for t in checkpoint.weight_map if t.endswith(endings)), None)
-
-
-def _tied_faults(splices: tuple[Splice, ...], checkpoint: Checkpoint) -> list[str]:
-    """Where both tensors of a tied pair are stored, loaders keep one of them: edit both alike or none."""
-    embedding = _embedding(checkpoint)
-    # Vision-language models may store it as language_model.lm_head.weight.
-    head = next((t for t in checkpoint.weight_map if t == HEAD or t.endswith(f".{HEAD}")), None)
-    text_config = checkpoint.config.get("text_config")
-    text_config = text_config if isinstance(text_config, dict) else checkpoint.config
-    tied = text_config.get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings"))
-    if not tied or not embedding or head is None:
-        return []
-    new = {s.coordinate: s.new for s in splices}
-    faults = []
-    for splice in splices:
-        tensor, index = splice.coordinate
-        if tensor in (head, embedding):
-            partner = Coordinate(embedding if tensor == head else head, index)
-            if new.get(partner) != splice.new:
-                faults.append(f"{splice.coordinate} is tied to {partner.tensor}, which is stored too: loaders keep "
-                              "one of the two (edit both alike)")  # fmt: skip
-    return faults
