@@ -4,6 +4,8 @@
     remote.py     files of a repository read by ranges
     commit.py     the only writing: one commit, tags, pull requests
     cards.py      model cards as the Hub reads them
+    guard.py      what a Hub may answer: names, sizes, time, and where the token goes
+    names.py      which names may become parts of paths
     faults.py     what the library raises -> one line of ours
 
 Cache, offline mode, tokens and mirrors are the library's own, with its environment variables.
@@ -12,13 +14,13 @@ Cache, offline mode, tokens and mirrors are the library's own, with its environm
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, HubError
 from swsurgery.hub.faults import told
+from swsurgery.hub.names import COMMIT, is_file_name, is_revision
 from swsurgery.hub.remote import RemoteFile, Repo, open_repo
 
 __all__ = [
@@ -47,10 +49,17 @@ class Uri:
     revision: str | None
     sub: str
 
+    def __post_init__(self) -> None:
+        """Raise HubError for a revision or a folder that would lead out of the cache."""
+        if self.revision is not None and not is_revision(self.revision):
+            raise HubError("no name of a branch, a tag or a commit", self.revision)
+        if self.sub and not is_file_name(self.sub):
+            raise HubError("no name of a folder in a repository", self.sub)
+
     @property
     def is_commit(self) -> bool:
         """Whether the revision can never mean anything else."""
-        return re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
+        return COMMIT.fullmatch(self.revision or "") is not None
 
     def __str__(self) -> str:
         return SCHEME + self.repo_id + (f"@{self.revision}" if self.revision else "") + (

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 from swsurgery.errors import HubError
 from swsurgery.hub.faults import told
+from swsurgery.hub.names import COMMIT
 from swsurgery.hub.remote import RemoteFile, Traffic
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
 MAIN = "main"
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 NOTHING_IGNORED = "# nothing is ignored\n"
 """In place of a .gitignore of the repository, by which the Hub would leave files out without a word."""

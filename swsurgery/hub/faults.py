@@ -33,9 +33,9 @@ def redacted(text: str) -> str:
 
 def broken_off() -> tuple[type[Exception], ...]:
     """What the transport raises where a connection ends in the middle of an answer."""
-    from huggingface_hub.utils._http import _DEFAULT_RETRY_ON_EXCEPTIONS
+    from swsurgery.hub.guard import BROKEN_OFF
 
-    return _DEFAULT_RETRY_ON_EXCEPTIONS
+    return BROKEN_OFF
 
 
 _TALKERS = (
@@ -72,11 +72,16 @@ def told(where: object) -> Iterator[None]:
     from huggingface_hub import errors
     from huggingface_hub.utils import get_session
 
+    from swsurgery.hub.guard import Refused, guarded
+
     _mute()
     try:
-        yield
+        with guarded():
+            yield
     except SwsurgeryError:
         raise
+    except Refused as error:
+        raise HubError(error.what, where, error.remedy) from None
     except errors.GatedRepoError:
         raise HubError("a gated repository", where, "accept its terms on its page, and log in: hf auth login") from None
     except errors.RevisionNotFoundError:
@@ -102,6 +107,9 @@ def told(where: object) -> Iterator[None]:
         raise HubError("no such file on the Hub", where) from None
     except OSError as error:
         raise HubError(f"cannot be reached or written ({type(error).__name__})", where) from None
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError, UnboundLocalError):
+        # The library reads the Hub's documents without checking them.
+        raise HubError("the Hub's answer makes no sense", where, "is this the right Hub?") from None
     except Exception as error:
         # The transport's exceptions are those of whichever HTTP library this version of huggingface_hub uses.
         if type(error).__module__.split(".")[0] != type(get_session()).__module__.split(".")[0]:

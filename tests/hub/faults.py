@@ -74,7 +74,31 @@ class ObjectError:
     above: int = 0
 
 
-Action = Answer | Drop | CutAnswer | CutRequest | Delay | ObjectError | Redirect
+@dataclass(frozen=True)
+class Reply:
+    """Answer this in place of doing anything. A header `Transfer-Encoding: chunked` sends `body` over and over."""
+
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    status: int = 200
+
+
+@dataclass(frozen=True)
+class Altered:
+    """Answer as usual, but with these headers."""
+
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Drip:
+    """Answer as usual, but send the body in pieces of `size` bytes, one each `seconds`."""
+
+    seconds: float
+    size: int = 1
+
+
+Action = Answer | Reply | Altered | Drip | Drop | CutAnswer | CutRequest | Delay | ObjectError | Redirect
 
 
 @dataclass

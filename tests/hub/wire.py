@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
-from hub.faults import Answer, CutAnswer, CutRequest, Delay, Drop, ObjectError, Redirect
+from hub.faults import Altered, Answer, CutAnswer, CutRequest, Delay, Drip, Drop, ObjectError, Redirect, Reply
 from hub.repos import Refused, User
 from hub.traffic import Request
 
@@ -98,6 +98,8 @@ class Call(BaseHTTPRequestHandler):
         self._cut_answer: CutAnswer | None = None
         self._cut_request: CutRequest | None = None
         self._lose_answer: Drop | None = None
+        self._altered: dict[str, str] = {}
+        self._drip: Drip | None = None
         self.object_error: ObjectError | None = None
         target = unquote(self.path)
         heard = (self.headers["Range"], self.headers["Authorization"])
@@ -126,6 +128,13 @@ class Call(BaseHTTPRequestHandler):
                 self._cut_request = action
             case ObjectError():
                 self.object_error = action
+            case Altered():
+                self._altered = action.headers
+            case Drip():
+                self._drip = action
+            case Reply():
+                self.reply(action)
+                return True
             case Drop(done=True):
                 self._lose_answer = action
             case Drop():
@@ -235,7 +244,7 @@ class Call(BaseHTTPRequestHandler):
             self._hang_up(self._lose_answer.reset)
         self.noted.status = status
         self.send_response(status)
-        for name, value in ({"Content-Length": str(stop - start)} | headers).items():
+        for name, value in ({"Content-Length": str(stop - start)} | headers | self._altered).items():
             self.send_header(name, value)
         self.end_headers()
         if self._cut_answer is not None:
@@ -245,7 +254,30 @@ class Call(BaseHTTPRequestHandler):
         if self._cut_answer is not None:
             self._hang_up(self._cut_answer.reset)
 
+    def reply(self, action: Reply) -> None:
+        """Answer what the script says; a chunked body never ends."""
+        endless = action.headers.get("Transfer-Encoding") == "chunked"
+        self.body()
+        self.send_response(action.status)
+        length = {} if endless else {"Content-Length": str(len(action.body))}
+        for name, value in (length | action.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        chunk = b"%x\r\n%s\r\n" % (len(action.body), action.body) if endless else action.body
+        while self.command != "HEAD":
+            self.noted.sent += len(action.body)
+            self.wfile.write(chunk)
+            if not endless or self.server.stopping.is_set():
+                break
+
     def _send(self, content: bytes | Path, start: int, stop: int) -> None:
+        if self._drip is not None:
+            data = content[start:stop] if isinstance(content, bytes) else content.read_bytes()[start:stop]
+            for at in range(0, len(data), self._drip.size):
+                self.wfile.write(data[at : at + self._drip.size])
+                if self.server.stopping.wait(self._drip.seconds):
+                    raise HangUp
+            return
         if isinstance(content, bytes):
             self.noted.sent += stop - start  # counted first: whoever has the last byte also sees the sum
             self.wfile.write(content[start:stop])

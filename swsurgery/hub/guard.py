@@ -1,0 +1,290 @@
+"""What a Hub may answer. Every request and answer of huggingface_hub's client passes through the two hooks here.
+
+A Hub or a mirror may be hostile. What it answers becomes paths in the cache (commits, names, ETags), memory (bodies),
+time (slow bodies, endless pages, long waits) and further requests (links and redirects). The hooks refuse what is out
+of bounds before huggingface_hub uses it. They act only while this package makes a call, so that other calls of a
+process that imports swsurgery are left alone. Only this module uses private names of huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import httpx2
+from huggingface_hub.utils import _http
+
+from swsurgery.hub.names import COMMIT, SHA256, is_file_name
+
+MAX_ANSWER = 16 << 20
+"""Maximum size of an answer that is held in memory, in bytes, after decompression. A page of 1,000 files has 0.4 MB."""
+
+MAX_PAGES = 300
+"""Maximum number of requests for lists (pages of 1,000 files) in one call."""
+
+MAX_SECONDS = 600.0
+"""Maximum duration of all requests for lists in one call."""
+
+MAX_WAIT = 330
+"""Longest wait that the Hub may ask for, in seconds. Its own limits are per 300 seconds."""
+
+GRACE = 60.0
+MIN_RATE = 4096
+"""A body may take GRACE seconds, and one second more for every MIN_RATE bytes received."""
+
+READ_TIMEOUT = 60.0
+WRITE_TIMEOUT = 300.0
+"""Seconds without a byte, for requests that have no timeout of their own. A large commit takes the Hub some time."""
+
+ETAG = re.compile(r'(?:W/)?"?[0-9A-Za-z_][0-9A-Za-z_.+=:-]{0,127}"?')
+
+BROKEN_OFF = _http._DEFAULT_RETRY_ON_EXCEPTIONS
+"""What the transport raises if a connection ends in the middle of an answer."""
+
+_KIND = "swsurgery_kind"
+
+
+class Refused(Exception):
+    """A request or an answer that is out of bounds. `told` turns it into a HubError that names the repository."""
+
+    def __init__(self, what: str, remedy: str = "is this the right Hub?"):
+        super().__init__(what)
+        self.what, self.remedy = what, remedy
+
+
+@dataclass
+class _Budget:
+    """What one call may still spend on lists."""
+
+    pages: int = 0
+    begin: float = field(default_factory=time.monotonic)
+
+    def spend(self) -> None:
+        self.pages += 1
+        if self.pages > MAX_PAGES:
+            raise Refused(f"the Hub's list has more than {MAX_PAGES} pages")
+        if time.monotonic() - self.begin > MAX_SECONDS:
+            raise Refused(f"the Hub's list is not complete after {MAX_SECONDS:.0f} seconds")
+
+
+_budget: ContextVar[_Budget | None] = ContextVar("_budget", default=None)
+_active = 0
+_active_lock = threading.Lock()  # the client's own threads do not inherit a context variable
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Check every request and answer of huggingface_hub's client within the block. Raises Refused."""
+    global _active
+    factory = _http._GLOBAL_CLIENT_FACTORY
+    if not isinstance(factory, _GuardedFactory):
+        _http.set_client_factory(_GuardedFactory(factory))
+    with _active_lock:
+        _active += 1
+    token = _budget.set(_Budget()) if _budget.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _budget.reset(token)
+        with _active_lock:
+            _active -= 1
+
+
+class _GuardedFactory:
+    """Make the clients that another factory makes, with the two hooks of this module."""
+
+    def __init__(self, factory: Callable[[], httpx2.Client]):
+        self._factory = factory
+
+    def __call__(self) -> httpx2.Client:
+        client = self._factory()
+        hooks = client.event_hooks
+        client.event_hooks = {"request": [*hooks["request"], _before], "response": [*hooks["response"], _after]}
+        return client
+
+
+def _is_hub(url: httpx2.URL) -> bool:
+    """Return True if the token may be sent there: the endpoint, or one of the Hub's own origins."""
+    return _http._url_origin(str(url)) in _http._HUB_ORIGINS
+
+
+def _is_identity_provider(url: httpx2.URL) -> bool:
+    """Return True for the origin that GitHub Actions names for its own token, with which trusted publishing begins."""
+    named = os.environ.get("ACTIONS_ID_TOKEN_REQUEST_URL")
+    return named is not None and _http._url_origin(str(url)) == _http._url_origin(named)
+
+
+def _before(request: httpx2.Request) -> None:
+    if not _active:
+        return
+    hub, path = _is_hub(request.url), request.url.path
+    if "Authorization" in request.headers and not hub and not _is_identity_provider(request.url):
+        raise Refused("the Hub names another host for a request with your token; nothing was sent there")
+    if _KIND not in request.extensions:  # a redirected request keeps that of the first
+        content = request.method == "GET" and (not hub or "/resolve/" in path)
+        request.extensions[_KIND] = "content" if content else "answer"
+    request.headers["Accept-Encoding"] = "identity"
+    timeouts = request.extensions.setdefault("timeout", {})
+    silence = READ_TIMEOUT if request.method in ("GET", "HEAD") else WRITE_TIMEOUT
+    for name in ("connect", "read", "write"):
+        if timeouts.get(name) is None:
+            timeouts[name] = silence
+    budget = _budget.get()
+    if budget is not None and hub and request.method == "GET" and "/api/" in path:
+        budget.spend()
+
+
+def _after(response: httpx2.Response) -> None:
+    if not _active:
+        return
+    request, headers = response.request, response.headers
+    _check_headers(response)
+    length = headers.get("Content-Length")
+    if length is not None and not (length.isascii() and length.isdigit() and len(length) < 17):
+        raise Refused("the Hub's answer has no valid Content-Length")
+    unpack = _decoder(response)
+    content = request.extensions.get(_KIND) == "content" and response.is_success
+    if request.method != "HEAD" and not content and length is not None and int(length) > MAX_ANSWER:
+        raise Refused(f"the Hub's answer is larger than {MAX_ANSWER >> 20} MB")
+    most = int(length) if content and length is not None and unpack is None else MAX_ANSWER
+    response.stream = _Bounded(response.stream, most, unpack)
+    if not content and response.is_success and request.method in ("GET", "POST") and _is_hub(request.url):
+        _check_document(response)
+
+
+def _check_headers(response: httpx2.Response) -> None:
+    """Refuse headers that huggingface_hub would use as names of files, or as times to wait."""
+    headers, request = response.headers, response.request
+    commit = headers.get("X-Repo-Commit")
+    if commit is not None:
+        asked = re.search(r"/resolve(?:-cache/models/[^/]+/[^/]+)?/([0-9a-f]{40})/", request.url.path)
+        if not COMMIT.fullmatch(commit):
+            raise Refused("the Hub's answer names a commit that is none")
+        if asked and asked[1] != commit:
+            raise Refused("the Hub answers another commit than it was asked for")
+    etags = [headers.get("X-Linked-ETag"), headers.get("ETag") if request.method == "HEAD" else None]
+    if not all(ETAG.fullmatch(etag) for etag in etags if etag is not None):
+        raise Refused("the Hub's answer has an ETag that cannot be the name of a file")
+    xet = headers.get("X-Xet-Hash")
+    if xet is not None and not SHA256.fullmatch(xet):
+        raise Refused("the Hub's answer has a Xet hash that is none")
+    if response.status_code in _http._DEFAULT_RETRY_ON_STATUS_CODES:
+        limit = _http.parse_ratelimit_headers(headers)
+        after = headers.get("Retry-After", "").strip()
+        waits = [limit.reset_in_seconds] if limit is not None else []
+        if after.isdigit():
+            if not after.isascii():
+                raise Refused("the Hub's answer has no valid Retry-After")
+            waits.append(int(after[:9]))
+        if max(waits, default=0) > MAX_WAIT:
+            raise Refused(f"the Hub asks to wait {max(waits)} seconds (HTTP {response.status_code})", "try again later")
+
+
+def _decoder(response: httpx2.Response) -> zlib._Decompress | None:
+    """Return what unpacks a body that is compressed although no compression was asked for; None for a plain body."""
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding in ("", "identity") or response.request.method == "HEAD":
+        return None
+    if coding != "gzip" or "Range" in response.request.headers:
+        raise Refused("the Hub's answer is compressed, which was not asked for", "download it: hf download")
+    for name in ("Content-Encoding", "Content-Length"):  # they are of the packed body
+        if name in response.headers:
+            del response.headers[name]
+    return zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+
+class _Bounded(httpx2.SyncByteStream):
+    """A body of at most `most` bytes, which may not come too slowly."""
+
+    def __init__(self, stream: object, most: int, unpack: zlib._Decompress | None):
+        assert isinstance(stream, httpx2.SyncByteStream)
+        self._stream, self._most, self._unpack = stream, most, unpack
+
+    def __iter__(self) -> Iterator[bytes]:
+        begin, received, given = time.monotonic(), 0, 0
+        for piece in self._stream:
+            received += len(piece)
+            if time.monotonic() - begin > GRACE + received / MIN_RATE:
+                raise Refused(f"the Hub's answer comes too slowly ({received} bytes after {GRACE:.0f} seconds)",
+                              "run the same command again")  # fmt: skip
+            if self._unpack is not None:
+                try:
+                    piece = self._unpack.decompress(piece, self._most - given + 1)
+                except zlib.error:
+                    raise Refused("the Hub's answer cannot be decompressed") from None
+            given += len(piece)
+            if given > self._most:
+                raise Refused(f"the Hub's answer is larger than {self._most} bytes")
+            yield piece
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _check_document(response: httpx2.Response) -> None:
+    """Refuse a JSON document whose names, commits or sizes are not what huggingface_hub takes them for."""
+    method, path = response.request.method, response.request.url.raw_path.decode("ascii", "replace").split("?")[0]
+    check = next((c for verb, pattern, c in _DOCUMENTS if verb == method and pattern.search(path)), None)
+    if check is None:
+        return
+    try:
+        check(json.loads(response.read()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Refused("the Hub's answer makes no sense", "is this the right Hub? run the same command again") from None
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _check_info(info: dict[str, object]) -> None:
+    commit, siblings = info["sha"], info.get("siblings") or []
+    if not (isinstance(commit, str) and COMMIT.fullmatch(commit)):
+        raise Refused("the Hub's answer names a commit that is none")
+    _require(isinstance(info.get("private", False), bool) and isinstance(siblings, list))
+
+
+def _check_tree(entries: list[dict[str, object]]) -> None:
+    _require(isinstance(entries, list))
+    for entry in entries:
+        if not is_file_name(entry["path"]):
+            raise Refused(f"the Hub lists a file of an impossible name: {ascii(entry['path'])[:80]}")
+        _require(entry["type"] in ("file", "directory") and COMMIT.fullmatch(str(entry["oid"])) is not None)
+        _require(_is_size(entry.get("size", 0)))
+        lfs, xet = entry.get("lfs"), entry.get("xetHash")
+        _require(xet is None or SHA256.fullmatch(str(xet)) is not None)
+        if lfs is not None:
+            _require(isinstance(lfs, dict))
+            _require(SHA256.fullmatch(str(lfs["oid"])) is not None and _is_size(lfs["size"]))
+
+
+def _check_refs(refs: dict[str, list[dict[str, object]]]) -> None:
+    for kind in ("branches", "tags", "converts", "pullRequests"):
+        for ref in refs.get(kind) or []:
+            _require(isinstance(ref["name"], str) and COMMIT.fullmatch(str(ref["targetCommit"])) is not None)
+
+
+def _check_commit(done: dict[str, object]) -> None:
+    _require(COMMIT.fullmatch(str(done["commitOid"])) is not None)
+
+
+_DOCUMENTS: tuple[tuple[str, re.Pattern[str], Callable[..., None]], ...] = (
+    ("GET", re.compile(r"/api/models/.+/tree/"), _check_tree),
+    ("GET", re.compile(r"/api/models/.+/refs$"), _check_refs),
+    ("GET", re.compile(r"/api/models/[^/]+(/[^/]+)?(/revision/[^/]+)?$"), _check_info),
+    ("POST", re.compile(r"/api/models/.+/commit/[^/]+$"), _check_commit),
+)
