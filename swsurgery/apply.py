@@ -1,19 +1,19 @@
 """Copy a base with a plan's splices into a staged directory, hashing on the way.
 
 No tensor is built and no header re-written: files go over as bytes. A touched shard is read once, and its
-digest before and after comes out of that one reading. What an interrupted run left in the stage is kept where its
-bytes, with the splices undone, have the base's known digest.
+digest before and after comes out of that one reading. A file that an interrupted run left in the stage is kept if
+each of its bytes is what would be written now; the base is read and hashed for that comparison.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -42,13 +42,15 @@ Link = Literal["auto", "clone", "copy", "hard"]
 class AppliedFile:
     """One file of the patched checkpoint. Digests are sha256 of the base's and of the patched bytes; None where an
     edit in place did not have to know them. `how` it got there: "kept" is what an interrupted run had copied, "place"
-    what was edited where it lies, "elsewhere" what stays in the base's repository."""
+    what was edited where it lies, "elsewhere" what stays in the base's repository. `unverified` is True if the digests
+    were not computed in this run but copied from the cache of digests or from an earlier record."""
 
     name: str
     size: int
     base_digest: str | None
     patched_digest: str | None
     how: Literal["clone", "copy", "hard", "kept", "place", "elsewhere"]
+    unverified: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,18 @@ class Source:
 
 
 def write_checkpoint(
-    source: Source, stage: Path, *, link: Link, digests: DigestCache, progress: Progress, rehash: bool = False
+    source: Source,
+    stage: Path,
+    *,
+    link: Link,
+    progress: Progress,
+    digests: DigestCache | None = None,
+    reuse: bool = False,
 ) -> Applied:
     """Write every file of `source` into the directory `stage`.
+
+    Each file of the base is hashed, and its digest is remembered in `digests`. With `reuse`, a file without splices and
+    without a pin is not hashed if `digests` remembers it: its digests are then marked as unverified.
 
     Raises PlanError (not the base that was meant), CheckpointError (base unreadable or changed meanwhile),
     TargetError (cannot write).
@@ -93,21 +104,35 @@ def write_checkpoint(
             fsops.make_directories(stage / folder)
     progress.start(sum(f.size for f in source.files), "B", "copying")
     try:
-        applied = _Copier(source, stage, link, digests, progress, rehash).run()
+        applied = _Copier(source, stage, link, progress, digests or DigestCache(), reuse).run()
     finally:
         progress.close()
+    if digests is not None:
+        digests.save()
     for file in source.elsewhere:
         hold_to(file, file.digest, source.pins)
         applied.append(AppliedFile(file.name, file.size, file.digest, file.digest, "elsewhere"))
     return Applied(tuple(sorted(applied, key=lambda f: f.name)))
 
 
+@dataclass(frozen=True)
+class _Written:
+    """How one file got into the stage, and sha256 of the base's bytes and of those in the stage."""
+
+    how: Literal["clone", "copy", "hard", "kept"]
+    digest: str
+    patched: str
+    unverified: bool = False
+
+
 class _Copier:
     """Copies files in a few threads; hashing, reading and writing all release the interpreter's lock."""
 
-    def __init__(self, source: Source, stage: Path, link: Link, digests: DigestCache, progress: Progress, rehash: bool):
+    def __init__(
+        self, source: Source, stage: Path, link: Link, progress: Progress, digests: DigestCache, reuse: bool
+    ) -> None:
         self.source, self.stage, self.link = source, stage, link
-        self.digests, self.progress, self.rehash = digests, progress, rehash
+        self.progress, self.digests, self.reuse = progress, digests, reuse
         self.threads = _threads()
         self.stop = threading.Event()
         self.lock = threading.Lock()
@@ -131,39 +156,45 @@ class _Copier:
     def copy(self, file: BaseFile) -> AppliedFile:
         splices = sorted((s for s in self.source.splices if s.file == file.name), key=lambda s: s.offset)
         target = self.stage / file.name
-        # Not the name of a cache's blob: that is what the bytes should have, and they may have been edited in place.
-        known = None if self.rehash else self.digests.get(file.path)
-        if known and (kept := self.kept(file, target, splices, known)):
-            return kept
-        with fsops.reported(target):
-            fsops.remove_file(target)
-        base = open_regular(file.path)
+        base, started = open_regular(file.path), time.time()
         try:
-            _refuse_changed(file, os.fstat(base))
-            if self.link == "hard" and not splices:
+            status = os.fstat(base)
+            _refuse_changed(file, status)
+            written = self.kept(base, target, file, splices)
+            if written is None:
                 with fsops.reported(target):
-                    fsops.hard_link(file.path, target)
-                how, digest = "hard", known or stream(base, file, (), self.advance)[0]
-                self.advance(file.size if known else 0)
-                patched = digest
-            else:
-                how, digest, patched = self.write(base, target, file, splices, known)
+                    fsops.remove_file(target)
+                known = self.remembered(file, splices, status)
+                if self.link == "hard" and not splices:
+                    with fsops.reported(target):
+                        fsops.hard_link(file.path, target)
+                    digest = known or stream(base, file, (), self.advance)[0]
+                    self.advance(file.size if known else 0)
+                    written = _Written("hard", digest, digest, bool(known))
+                else:
+                    written = self.write(base, target, file, splices, known)
             after = os.fstat(base)
         finally:
             os.close(base)
         # A hard link moves the ctime, so only size and mtime can be held against each other here.
         _refuse_changed(file, after)
-        hold_to(file, digest, self.source.pins)
-        with self.lock:  # saved after each file, for a killed run's successor to go on from
-            self.digests.put(file.path, digest)
-            self.digests.save()
-        return AppliedFile(file.name, file.size, digest, patched, how)
+        if not written.unverified:
+            hold_to(file, written.digest, self.source.pins)
+            # Our own hard link moves the ctime. If anything else did, the bytes may not be those that were hashed.
+            if written.how == "hard" or after.st_ctime_ns == status.st_ctime_ns:
+                self.digests.put(after, written.digest, started)
+        return AppliedFile(file.name, file.size, written.digest, written.patched, written.how, written.unverified)
 
-    def kept(self, file: BaseFile, target: Path, splices: list[Splice], known: str) -> AppliedFile | None:
-        """What an interrupted run wrote, if it is proved: with the splices undone it has the base's digest."""
+    def remembered(self, file: BaseFile, splices: list[Splice], status: os.stat_result) -> str | None:
+        """Return the digest from the cache if it may be copied: nothing is changed in the file, and nothing pins it."""
+        if not self.reuse or splices or file.digest is not None or file.name in self.source.pins:
+            return None
+        return self.digests.get(status)
+
+    def kept(self, base: int, target: Path, file: BaseFile, splices: list[Splice]) -> _Written | None:
+        """Keep what an interrupted run wrote if it is what would be written now, byte by byte; None if it is not."""
         if self.link == "hard" or not fsops.is_there(target):
             return None
-        undone = [dataclasses.replace(s, old=s.new, new=s.old) for s in splices]
         read: list[int] = []
         with opened(target) as fd:
             status = os.fstat(fd)
@@ -173,24 +204,21 @@ class _Copier:
                 fsops.sync(fd)
                 fsops.drop_cache(fd)
             try:
-                patched, digest = stream(fd, file, undone, lambda n: (read.append(n), self.advance(n)))
-            except CheckpointError:
-                digest = None
-        if digest != known:
-            self.advance(-sum(read))
-            return None
-        hold_to(file, digest, self.source.pins)
-        return AppliedFile(file.name, file.size, digest, patched, "kept")
+                digest, patched = stream(
+                    base, file, splices, lambda n: (read.append(n), self.advance(n)), _Comparison(fd, target)
+                )
+            except _Different:
+                self.advance(-sum(read))
+                return None
+        return _Written("kept", digest, patched)
 
-    def write(
-        self, base: int, target: Path, file: BaseFile, splices: list[Splice], known: str | None
-    ) -> tuple[Literal["clone", "copy"], str, str]:
-        """Write one file, durably. Returns (how, digest of the base, digest of what was written)."""
+    def write(self, base: int, target: Path, file: BaseFile, splices: list[Splice], known: str | None) -> _Written:
+        """Write one file, durably."""
         try:
             with fsops.reported(target):
                 new = fsops.create(target)
                 try:
-                    done = self.fill(base, new, file, splices, known)
+                    done = self.fill(base, new, target, file, splices, known)
                     fsops.sync(new)
                 finally:
                     os.close(new)
@@ -201,23 +229,26 @@ class _Copier:
         return done
 
     def fill(
-        self, base: int, new: int, file: BaseFile, splices: list[Splice], known: str | None
-    ) -> tuple[Literal["clone", "copy"], str, str]:
+        self, base: int, new: int, target: Path, file: BaseFile, splices: list[Splice], known: str | None
+    ) -> _Written:
         cloned = self.link in ("auto", "clone") and fsops.clone(base, new)
         if self.link == "clone" and not cloned:
             raise TargetError("this file system cannot clone", self.stage.parent, "use --link auto")
-        if known and not splices:
+        if known:
             if not cloned:
                 self.copy_in_kernel(base, new, file)
             else:
                 self.advance(file.size)
-            return "clone" if cloned else "copy", known, known
+            return _Written("clone" if cloned else "copy", known, known, unverified=True)
         if not cloned:
             fsops.bypass_cache(new)
-        digest, patched = stream(base, file, splices, self.advance, None if cloned else new)
-        for splice in splices if cloned else ():
+            digest, patched = stream(base, file, splices, self.advance, lambda chunk: fsops.write_all(new, chunk))
+            return _Written("copy", digest, patched)
+        with opened(target) as copy:  # the base may change from now on, and the clone does not change with it
+            digest, patched = stream(copy, file, splices, self.advance)
+        for splice in splices:
             fsops.write_at(new, splice.new, splice.offset)
-        return "clone" if cloned else "copy", digest, patched
+        return _Written("clone", digest, patched)
 
     def copy_in_kernel(self, base: int, new: int, file: BaseFile) -> None:
         offset = 0
@@ -240,10 +271,10 @@ def stream(
     file: BaseFile,
     splices: Sequence[Splice],
     advance: Callable[[int], None],
-    sink: int | None = None,
+    sink: Callable[[memoryview], None] | None = None,
 ) -> tuple[str, str]:
-    """Read a file once: (sha256 of its bytes, sha256 with the splices made), and write the latter into the
-    descriptor `sink`. Raises CheckpointError where a splice's old bytes are not there."""
+    """Read a file once: (sha256 of its bytes, sha256 with the splices made). `sink` is given the bytes with the splices
+    made, chunk by chunk. Raises CheckpointError where a splice's old bytes are not there, and what `sink` raises."""
     digest, patched = hashlib.sha256(), None
     jobs: list[Future] = []
     with _pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
@@ -258,7 +289,7 @@ def stream(
                 job.result()
             jobs = [lanes.submit(patched.update, chunk)] if patched is not None else []
             if sink is not None:
-                jobs.append(lanes.submit(fsops.write_all, sink, chunk))
+                jobs.append(lanes.submit(sink, chunk))
             if not inside:
                 digest.update(chunk)
             advance(len(chunk))
@@ -333,6 +364,30 @@ def _threads() -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise SwsurgeryError(f"{THREADS} is {text!r}", "the environment", "give a number from 1 to 64")
     return int(text)
+
+
+class _Different(Exception):
+    """A file in the stage is not what would be written now."""
+
+
+class _Comparison:
+    """Compare a file with what is given chunk by chunk. Raises _Different at the first chunk that differs."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self.fd, self.path, self.offset = fd, path, 0
+        self.buffer = bytearray(CHUNK)
+
+    def __call__(self, chunk: memoryview) -> None:
+        if len(chunk) != len(self.buffer):
+            self.buffer = bytearray(len(chunk))
+        view, filled = memoryview(self.buffer), 0
+        with fsops.reported(self.path):
+            while count := os.preadv(self.fd, [view[filled:]], self.offset + filled):
+                filled += count
+        # A bytearray is compared in one go, two memoryviews are compared byte by byte.
+        if filled != len(chunk) or self.buffer != chunk:
+            raise _Different
+        self.offset += filled
 
 
 class _Stopped(Exception):

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swsurgery import fsops, lora, patches
-from swsurgery.apply import hashed
-from swsurgery.checkpoint import BaseFile, Checkpoint, open_checkpoint
+from swsurgery.apply import hashed, hold_to
+from swsurgery.checkpoint import Checkpoint, open_checkpoint
 from swsurgery.coordinate import Coordinate
-from swsurgery.digests import DigestCache
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Repo, Uri, named, place
 from swsurgery.manifest import Manifest, load_manifest, parse_manifest
@@ -127,30 +126,21 @@ def _planned(path: Path, base: str | None, progress: Progress) -> Source:
 
 
 def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
-    """sha256 of each touched shard: what the Hub or the cache vouches for, else of the bytes that lie there.
+    """sha256 of each touched shard: of its bytes, or for a base on the Hub what the Hub lists.
 
     Raises PlanError where it is not what the manifest, or the base's own registry, says.
     """
-    pins, cache, found = known_digests(plan), DigestCache(), {}
+    pins, found = known_digests(plan), {}
     for name in sorted({s.file for s in plan.splices}):
         file = plan.checkpoint.file(name)
-        digest = _hashed(file, cache, progress) if isinstance(file.path, Path) else file.digest
-        wanted, who = pins.get(name, (digest, ""))
-        if digest and wanted != digest:
-            raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path,
-                            "is this the right checkpoint?")  # fmt: skip
-        if wanted:
-            found[name] = wanted
-    cache.save()
+        digest = hashed(file, progress) if isinstance(file.path, Path) else file.digest
+        if digest:
+            hold_to(file, digest, pins)
+        elif name in pins:
+            digest = pins[name][0]
+        if digest:
+            found[name] = digest
     return found
-
-
-def _hashed(file: BaseFile, cache: DigestCache, progress: Progress) -> str:
-    if known := cache.get(file.path):
-        return known
-    digest = hashed(file, progress)
-    cache.put(file.path, digest)
-    return digest
 
 
 def _recorded(root: Path | Repo) -> Source:

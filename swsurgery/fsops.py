@@ -253,11 +253,11 @@ def make_directories(path: Path) -> None:
     os.makedirs(path, exist_ok=True)
 
 
-def create(path: Path | Entry) -> int:
-    """A new file, open for writing; its mode follows the umask."""
+def create(path: Path | Entry, mode: int = 0o666) -> int:
+    """A new file, open for writing; the umask takes permissions away from `mode`."""
     with _placed(path) as (name, folder):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, 0o666, dir_fd=folder)
+        return os.open(name, flags, mode, dir_fd=folder)
 
 
 def open_for_patching(path: Path | Entry) -> int:
@@ -320,10 +320,10 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def write_file(path: Path | Entry, data: bytes) -> None:
+def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:
     """A new small file, durable when this returns."""
     with reported(path):
-        fd = create(path)
+        fd = create(path, mode)
         try:
             write_all(fd, data)
             sync(fd)
@@ -331,12 +331,12 @@ def write_file(path: Path | Entry, data: bytes) -> None:
             os.close(fd)
 
 
-def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None = None) -> None:
+def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None = None, mode: int = 0o666) -> None:
     """A small file that may exist already, replaced as a whole; by way of `temporary`, which must not exist and is in
     the same directory."""
     temporary = temporary or path.with_name(f".{path.name.rpartition('/')[2]}.{os.getpid()}")
     try:
-        write_file(temporary, data)
+        write_file(temporary, data, mode)
         with reported(path), _placed(temporary) as (old, fd), _placed(path) as (new, to):
             os.replace(old, new, src_dir_fd=fd, dst_dir_fd=to)
     except BaseException:
@@ -374,7 +374,7 @@ def _own_descriptor(path: Path) -> int | None:
     return int(match[1]) if match else streams.get(text)
 
 
-def replace_shared(path: Path, data: bytes, *, wait: bool = True) -> None:
+def replace_shared(path: Path, data: bytes, *, wait: bool = True, mode: int = 0o666) -> None:
     """`replace_file` in a directory of swsurgery's own, where several runs may write the same file: one at a time, so
     that what a killed one left has a fixed name and can be removed. Raises TargetError while another is at it, unless
     told to `wait` for it."""
@@ -382,7 +382,7 @@ def replace_shared(path: Path, data: bytes, *, wait: bool = True) -> None:
         temporary = path.with_name(f".{path.name}.new")
         with reported(temporary):
             remove_file(temporary)
-        replace_file(path, data, temporary)
+        replace_file(path, data, temporary, mode)
 
 
 def clone(base: int, new: int) -> bool:

@@ -16,7 +16,6 @@ from pathlib import Path
 from swsurgery import fsops, journal
 from swsurgery.apply import Applied, AppliedFile, hashed, hold_to, stream
 from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
-from swsurgery.digests import DigestCache
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
 from swsurgery.manifest import load_manifest
@@ -55,7 +54,6 @@ def apply_in_place(
     """
     progress, check = progress or Silent(), check or CheckOptions()
     loaded = load_manifest(manifest)
-    digests = DigestCache()
     with _editing(base_of(loaded, base)) as root:
         previous = read_patched(root)
         if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
@@ -71,21 +69,13 @@ def apply_in_place(
         pins = known_digests(plan)
         touched = _hash_touched(plan.checkpoint, plan.splices, pins, progress)
         stated = loaded.manifest.base.sha256
-        rest = _digests_of_rest(
-            plan.checkpoint, touched, previous.registry if previous else None, pins, digests, stated, progress
-        )
-        applied = Applied(tuple(
-            AppliedFile(f.name, f.size, *(touched.get(f.name) or (rest[f.name],) * 2), "place")
-            for f in plan.checkpoint.files if f.name not in OWN_FILES
-        ))  # fmt: skip
+        rest = _untouched(plan.checkpoint, touched, previous.registry if previous else None, pins, stated, progress)
+        edited = [AppliedFile(name, plan.checkpoint.file(name).size, *both, "place") for name, both in touched.items()]
+        applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
         with journal.edited(root, plan.splices) as own:
             result = run_check(plan, root, check, progress, say)
             registry = build_registry(plan, applied, result)
             own |= Patched(registry, registry.render(), loaded.raw).own_files()
-    for file in applied.files:
-        if file.patched_digest:
-            digests.put(root / file.name, file.patched_digest)
-    digests.save()
     return Outcome(root, applied, registry, plan.notes)
 
 
@@ -112,7 +102,7 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
             raise CheckpointError(f"cannot be reverted, for these are missing or changed: {', '.join(wrong)}", root)
         pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
         touched = _hash_touched(checkpoint, splices, pins, progress)
-        _digests_of_rest(checkpoint, touched, registry, pins, DigestCache(), (), progress)
+        _untouched(checkpoint, touched, registry, pins, (), progress)
         for name, (_, restored) in touched.items():
             if restored != registry.files[name].base_sha256:
                 raise CheckpointError("does not give the base back: the registry was changed", root / name)
@@ -184,35 +174,32 @@ def _refuse_shared(path: Path) -> None:
         raise TargetError("is marked read-only", path, "apply with -o, or chmod u+w it")
 
 
-def _digests_of_rest(
+def _untouched(
     checkpoint: Checkpoint,
     touched: Collection[str],
     before: Registry | None,
     pins: dict[str, tuple[str, str]],
-    digests: DigestCache,
     stated: Collection[str],
     progress: Progress,
-) -> dict[str, str | None]:
-    """The digests of the files without splices: of small ones by reading them, of others only where they are known or
-    the manifest has `stated` what they must be.
+) -> list[AppliedFile]:
+    """Describe the files without splices. Small files, and files whose digest the manifest has `stated`, are hashed.
+    The digests of others are copied from the earlier record and marked as unverified, or are None.
 
-    Raises PlanError where one is not what it must be."""
-    found: dict[str, str | None] = {}
+    Raises PlanError if a digest is not what it must be.
+    """
+    found = []
     for file in checkpoint.files:
         if file.name in OWN_FILES or file.name in touched:
             continue
-        if file.size <= SMALL and file.name not in {*checkpoint.shards, *checkpoint.copies}:
-            digest = hashed(file)
-        else:
-            record = before.files.get(file.name) if before else None
-            digest = digests.get(file.path)
-            if digest is None and file.name in stated:
-                digest = hashed(file, progress)
-            elif digest is None and record and record.size == file.size:
-                digest = record.sha256
-        if digest:
-            hold_to(file, digest, pins)
-        found[file.name] = digest
+        record = before.files.get(file.name) if before else None
+        large = file.size > SMALL or file.name in {*checkpoint.shards, *checkpoint.copies}
+        if large and file.name not in stated:
+            digest = record.sha256 if record and record.size == file.size else None
+            found.append(AppliedFile(file.name, file.size, digest, digest, "place", unverified=digest is not None))
+            continue
+        digest = hashed(file, progress if large else None)
+        hold_to(file, digest, pins)
+        found.append(AppliedFile(file.name, file.size, digest, digest, "place"))
     return found
 
 
@@ -226,5 +213,7 @@ def _applied_already(root: Path, registry: Registry) -> Outcome:
                                   file.path, "see swsurgery verify")  # fmt: skip
     with fsops.reported(root):
         fsops.sync_directory(root)
-    files = tuple(AppliedFile(n, r.size, r.base_sha256, r.sha256, "place") for n, r in registry.files.items())
+    files = tuple(
+        AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in registry.files.items()
+    )
     return Outcome(root, Applied(files), registry, ("it was applied already; nothing was written",), written=False)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from swsurgery.apply import hashed, hold_to
 from swsurgery.checkpoint import held, open_checkpoint
-from swsurgery.digests import DigestCache
 from swsurgery.errors import ModelError
 from swsurgery.hub import local
 from swsurgery.manifest import LoadedManifest, load_manifest, parse_manifest
@@ -88,13 +87,12 @@ def _loaded(manifest: Given) -> LoadedManifest:
 
 
 def _hold_to_digests(plan: Plan) -> None:
-    """Hold the touched shards, and what else the manifest pins, to their digests; a digest known from before will do.
-    Raises PlanError."""
-    pins, cache = known_digests(plan), DigestCache()
+    """Hold the touched shards, and what else the manifest pins, to their digests. Raises PlanError."""
+    pins = known_digests(plan)
     touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):
         file = plan.checkpoint.file(name)
-        hold_to(file, cache.get(file.path) or hashed(file), pins)
+        hold_to(file, hashed(file), pins)
 
 
 def _refuse_without(*names: str) -> None:

@@ -5,7 +5,7 @@ super weights of its model. `verify.py` is the proof from the registry alone; he
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,9 +262,8 @@ def _by_manifest(
 def _registry_lines(verification: Verification) -> Iterable[str]:
     yield f"verified  {_count(verification.files - len(verification.unhashed), 'file')} with the registry's sha256"
     if verification.proved:
-        put_back = (
-            f"with {_count(verification.edits, 'scalar')} put back, they" if not verification.unread else "the rest"
-        )
+        others = verification.unread or verification.unverified
+        put_back = "the rest" if others else f"with {_count(verification.edits, 'scalar')} put back, they"
         yield f"proved    {put_back} have the base's sha256"
     if verification.unread:
         names = ", ".join(verification.unread)
@@ -272,9 +271,12 @@ def _registry_lines(verification: Verification) -> Iterable[str]:
     if verification.elsewhere:
         yield f"elsewhere {_count(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
     yield f"protected {_count(verification.protected, 'scalar')} with the base's bits"
+    if verification.unverified:
+        names, count = _some(verification.unverified), _count(len(verification.unverified), "file")
+        yield f"unproved  {count} whose digests were copied into the registry without hashing the base: {names}"
     if verification.unhashed:
-        names = ", ".join(verification.unhashed[:3]) + (", ..." if len(verification.unhashed) > 3 else "")
-        yield f"unhashed  {_count(len(verification.unhashed), 'file')} of which only the size is known: {names}"
+        count = _count(len(verification.unhashed), "file")
+        yield f"unhashed  {count} of which only the size is known: {_some(verification.unhashed)}"
     if verification.compared_with_base:
         yield "compared  byte by byte with the base: nothing else differs"
 
@@ -295,6 +297,10 @@ def _survival_lines(survived: Survival) -> Iterable[str]:
         yield f"          only the row is known of {', '.join(survived.rows)}"
     if not survived.decided:
         yield "          none of them could be compared, so this is neither a yes nor a no"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _count(number: int, thing: str) -> str:

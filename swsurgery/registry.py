@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationError
+from pydantic import (
+    BeforeValidator,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from swsurgery import __version__, dtypes, fsops, journal, known
 from swsurgery.checkpoint import Checkpoint, Repository, Weights, is_cache_snapshot, open_checkpoint
@@ -40,11 +47,21 @@ Index = Annotated[tuple[Position, ...], FailFast(), BeforeValidator(lambda v: tu
 
 class FileRecord(Strict):
     """One file: size in bytes and sha256 in the base and here. An edit in place does not read the files that it does
-    not touch, so their digests are None where nobody knew them; then both are."""
+    not touch, so their digests are None where nobody knew them; then both are. `unverified` is True if the digests were
+    not computed when the record was made, but copied from the cache of digests or from an earlier record."""
 
     size: Position
     base_sha256: Digest | None
     sha256: Digest | None
+    unverified: bool = False
+
+    @model_serializer(mode="wrap")
+    def _only_if_unverified(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the field out if it is False: a record without it has the bytes that swsurgery 0.1.0 wrote."""
+        fields: dict[str, Any] = serialize(self)
+        if not self.unverified:
+            del fields["unverified"]
+        return fields
 
 
 class KnownFacts(Strict):
@@ -169,7 +186,8 @@ def build_registry(plan: Plan, applied: Applied, check: dict[str, Any]) -> Regis
             weights=base.weights,
         ),
         files={
-            f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest) for f in applied.files
+            f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
+            for f in applied.files
         },
         omitted=list(plan.omitted),
         elsewhere=[f.name for f in applied.files if f.how == "elsewhere"],

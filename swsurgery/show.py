@@ -42,6 +42,8 @@ def outcome(outcome: Outcome) -> None:
     in_place = not any(amounts.values())
     how = "in place" if in_place else ", ".join(f"{size(n)} {words[k]}" for k, n in amounts.items() if n)
     done = f"wrote     {printable(str(outcome.output))} ({how})"
+    if unverified := sum(f.unverified for f in outcome.applied.files):
+        print_text(f"not hashed {_count(unverified, 'file')}: the registry marks the digests as unverified")
     print_text(done if outcome.written else f"unchanged {printable(str(outcome.output))} (it was applied already)")
     print_text(f"prove it  swsurgery verify {printable(str(outcome.output))}")
     print_text(f"undo it   swsurgery revert {printable(str(outcome.output))}{'' if in_place else ' -o DIR'}")

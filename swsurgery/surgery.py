@@ -92,6 +92,7 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         files = {
             f.name: {"size": f.size, "base_sha256": f.base_digest, "sha256": f.patched_digest, "how": f.how}
+            | ({"unverified": True} if f.unverified else {})
             for f in self.applied.files
         }
         document = self.registry.model_dump(mode="json")
@@ -126,7 +127,7 @@ def apply_manifest(
     base: str | None = None,
     link: Link = "auto",
     check: CheckOptions | None = None,
-    rehash: bool = False,
+    reuse_digests: bool = False,
     for_publish: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -134,13 +135,15 @@ def apply_manifest(
     """Make the patched checkpoint `output`, checked and with its registry, or nothing.
 
     A base on the Hub is downloaded; with `for_publish` only its small files and the shards that the edits touch, and
-    `publish` has the rest copied there. Raises HubError, ManifestError, CheckpointError, PlanError, TargetError,
-    ModelError; CheckFailed where the check says no.
+    `publish` has the rest copied there. With `reuse_digests`, files that have neither an edit nor a pin and that were
+    hashed before are not hashed: their remembered digests go into the record, marked as unverified.
+
+    Raises HubError, ManifestError, CheckpointError, PlanError, TargetError, ModelError; CheckFailed where the check
+    says no.
     """
     progress = progress or Silent()
     check = check or CheckOptions()
     loaded = load_manifest(manifest)
-    digests = DigestCache()
     where = base_of(loaded, base)
     with held(place(where) if for_publish else local(where)) as root:
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
@@ -153,21 +156,18 @@ def apply_manifest(
             check = _without_whole_model(plan, check)
             source = _fetched(source, plan.checkpoint)
         with fsops.staged(output, source.names, OWN_FILES) as stage:
-            applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress, rehash=rehash)
+            applied = write_checkpoint(
+                source, stage, link=link, progress=progress, digests=DigestCache(), reuse=reuse_digests
+            )
             result = run_check(plan, stage, check, progress, say)
             registry = build_registry(plan, applied, result)
             _write_own_files(stage, Patched(registry, registry.render(), loaded.raw))
-    for file in applied.files:
-        if file.how != "elsewhere":
-            digests.put(output / file.name, file.patched_digest)
-    digests.save()
     return Outcome(output, applied, registry, plan.notes)
 
 
 def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress | None = None) -> list[str]:
     """Write the base of the patched checkpoint `root` into `output`, byte for byte; of several manifests the last is
     undone. Returns notes. Raises CheckpointError, PlanError (a file was changed since), TargetError."""
-    digests = DigestCache()
     with held(root) as root:
         patched, checkpoint = open_patched(root)
         _refuse_inside(output, checkpoint.root)
@@ -182,13 +182,12 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
             in_cache=checkpoint.in_cache,
         )
         with fsops.staged(output, source.names, OWN_FILES) as stage:
-            applied = write_checkpoint(source, stage, link=link, digests=digests, progress=progress or Silent())
+            applied = write_checkpoint(source, stage, link=link, progress=progress or Silent())
             for file in applied.files:
                 if file.patched_digest != (registry.files[file.name].base_sha256 or file.patched_digest):
                     raise CheckpointError("does not give the base back: the registry was changed", file.name)
             if previous:
                 _write_own_files(stage, previous)
-    digests.save()
     return reversion_notes(registry)
 
 

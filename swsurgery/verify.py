@@ -46,10 +46,11 @@ RULES_OF_REGISTRY = (
 class Verification:
     """What was proved of a registry: `ok` where no finding makes the answer no.
 
-    `proved` are files whose base digest came out again; of the `unhashed` the registry knows no digest, as an edit in
-    place leaves it for files that it did not touch: only their size was checked. Of the `unread`, edited files of a
-    repository, the Hub says the digest; those `elsewhere` are not here and need not be. `finite` says whether all
-    stored floating-point values were searched for NaN and infinities.
+    `proved` are files whose base digest came out again. `unverified` are files that have the registry's digests, but
+    these digests had been copied into the registry without hashing the base. Of the `unhashed` the registry knows no
+    digest, as an edit in place leaves it for files that it did not touch: only their size was checked. Of the `unread`,
+    edited files of a repository, the Hub says the digest; those `elsewhere` are not here and need not be. `finite` says
+    whether all stored floating-point values were searched for NaN and infinities.
     """
 
     findings: tuple[Finding, ...]
@@ -62,6 +63,7 @@ class Verification:
     finite: bool = False
     unread: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
     rules: tuple[str, ...] = field(default=RULES_OF_REGISTRY)
 
     @property
@@ -76,6 +78,7 @@ class Verification:
             "edits": self.edits,
             "protected": self.protected,
             "proved": list(self.proved),
+            "unverified": list(self.unverified),
             "unhashed": list(self.unhashed),
             "unread": list(self.unread),
             "elsewhere": list(self.elsewhere),
@@ -117,7 +120,7 @@ def verify_patched(
     findings += _operations(registry) + _named_twice(registry)
     present = [name for name in registry.files if name in names]
     unhashed = [name for name in present if registry.files[name].sha256 is None]
-    proved, edited = [], {e.file for e in registry.edits}
+    proved, unverified, edited = [], [], {e.file for e in registry.edits}
     unread = [n for n in present if n in edited and not finite and not isinstance(names[n].path, Path)]
     progress.start(sum(names[n].size for n in present if finite or n not in unhashed), "B", "verifying")
     try:
@@ -126,7 +129,7 @@ def verify_patched(
             found = _file_digests(names[name], registry, scan, progress)
             findings += found + (scan.findings() if scan else [])
             if not found and name not in unhashed and name not in unread:
-                proved.append(name)
+                (unverified if registry.files[name].unverified else proved).append(name)
     finally:
         progress.close()
     if base is not None:
@@ -143,6 +146,7 @@ def verify_patched(
         finite=finite,
         unread=tuple(unread),
         elsewhere=tuple(n for n in registry.elsewhere if n not in names),
+        unverified=tuple(unverified),
         rules=rules,
     )
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -273,40 +272,8 @@ def test_a_clone_that_cannot_be_made_is_refused(base, tmp_path, monkeypatch):
     assert weights(tmp_path / "out") == expected(base, (SECOND, down(1), (2, 3), b"\0\0"))
 
 
-def test_a_known_digest_is_not_computed_again_unless_asked(base, tmp_path, own_cache):
-    """Shown by a false entry: an untouched file's digest comes from the cache, a touched one's from its bytes."""
-    age(base)
-    apply(base, tmp_path / "first", ZERO)
-    path = own_cache / "swsurgery" / "digests.json"
-    true, false = {sha256(base / name) for name in (FIRST, SECOND)}, "f" * 64
-    entries = json.loads(path.read_text())
-    assert true <= set(entries.values())
-    path.write_text(json.dumps({k: false if v in true else v for k, v in entries.items()}))
-    files = apply(base, tmp_path / "second", ZERO)["files"]
-    assert files[FIRST]["sha256"] == false
-    assert files[SECOND] == {
-        "size": (base / SECOND).stat().st_size,
-        "base_sha256": sha256(base / SECOND),
-        "sha256": sha256(tmp_path / "second" / SECOND),
-    }
-    assert apply(base, tmp_path / "third", ZERO, rehash=True)["files"][FIRST]["sha256"] == sha256(base / FIRST)
-
-
-def test_a_hard_link_made_leaves_a_digest_known_and_one_removed_costs_a_hash(base, tmp_path, own_cache):
-    """Whoever removes it moves the ctime, as whoever changes the bytes does."""
-    age(base)
-    apply(base, tmp_path / "first", ZERO, link="hard")
-    path = own_cache / "swsurgery" / "digests.json"
-    known = json.loads(path.read_text())
-    apply(base, tmp_path / "second", ZERO)
-    assert json.loads(path.read_text()) == known
-    shutil.rmtree(tmp_path / "first")
-    assert apply(base, tmp_path / "third", ZERO)["files"][FIRST]["sha256"] == sha256(base / FIRST)
-    assert len(json.loads(path.read_text())) > len(known)
-
-
 @pytest.mark.parametrize("link", ["copy", "hard"])
-def test_other_bytes_under_the_old_time_are_hashed_again(base, tmp_path, own_cache, link):
+def test_other_bytes_under_the_old_time_are_hashed_again(base, tmp_path, link):
     """As an archive puts them there whose files all have one time: same inode, size and mtime, other weights."""
     age(base)
     pins = {name: sha256(base / name) for name in (FIRST, SECOND, THIRD)}
@@ -342,15 +309,6 @@ def test_a_blob_of_a_cache_is_hashed_against_its_name(base, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_digest_of_a_file_that_was_written_just_now_is_not_kept(base, tmp_path, own_cache):
-    """Within one tick of the file system's clock it could change again unseen."""
-    age(base)
-    os.utime(base / FIRST)
-    apply(base, tmp_path / "out", ZERO)
-    kept = json.loads((own_cache / "swsurgery" / "digests.json").read_text()).values()
-    assert (sha256(base / FIRST) in kept, sha256(base / SECOND) in kept) == (False, True)
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 4096, 4097])
 def test_chunks_of_any_size_write_the_same_bytes(base, tmp_path, monkeypatch, chunk):
     """Also those that end in the middle of a scalar, or are not what writing past the page cache asks for."""
@@ -380,13 +338,6 @@ def test_a_changed_file_is_hashed_again(base, tmp_path):
     (base / "README.md").write_text("changed")
     files = apply(base, tmp_path / "second", ZERO)["files"]
     assert files["README.md"]["sha256"] == sha256(base / "README.md")
-
-
-def test_a_damaged_digest_cache_costs_nothing_but_time(base, tmp_path, own_cache):
-    (own_cache / "swsurgery").mkdir()
-    (own_cache / "swsurgery" / "digests.json").write_text("{")
-    registry = apply(base, tmp_path / "out", ZERO)
-    assert registry["files"][FIRST]["sha256"] == sha256(base / FIRST)
 
 
 def test_a_patched_base_that_was_changed_since_is_refused(base, tmp_path):

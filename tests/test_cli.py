@@ -18,8 +18,8 @@ from swsurgery.manifest import parse_manifest
 
 COMMANDS = {
     "apply": ["--base", "--output", "--dry-run", "--link", "--check", "--device", "--text", "--prompt",
-              "--max-perplexity-ratio", "--min-perplexity-ratio", "--rehash", "--in-place", "--for-publish", "--json",
-              "--quiet", "--debug"],
+              "--max-perplexity-ratio", "--min-perplexity-ratio", "--reuse-digests", "--in-place", "--for-publish",
+              "--json", "--quiet", "--debug"],
     "lookup": ["--status", "--manifest", "--factor", "--forget", "--json", "--quiet"],
     "scan": ["--method", "--prompt", "--confirm", "--manifest", "--op", "--factor", "--plot", "--register", "--text",
              "--weights", "--windows", "--device", "--placement", "--json", "--quiet", "--debug"],

@@ -132,11 +132,11 @@ def cold_cache(run: Run) -> None:
 
 
 def known_digests(run: Run) -> None:
-    """A first run leaves its digests behind, for the second not to hash again."""
+    """A first run leaves its digests behind. The second one must hash again all the same."""
     for path in (run.place / "base").rglob("*"):
         os.utime(path, (1e9, 1e9))
     Run(run.place).digests()
-    assert len(json.loads((run.place / "cache" / "swsurgery" / "digests.json").read_text())) >= 7
+    assert len(json.loads((run.place / "cache" / "swsurgery" / "digests.json").read_text())["digests"]) >= 7
     shutil.rmtree(run.place / "out")
 
 
@@ -221,7 +221,7 @@ VARIATIONS: dict[str, Callable[[Run], None]] = {
     "8 threads": environment(SWSURGERY_THREADS="8"),
     "cold cache": cold_cache,
     "known digests": known_digests,
-    "--rehash": arguments("--rehash"),
+    "--reuse-digests, nothing known": arguments("--reuse-digests"),
     "--link copy": arguments("--link", "copy"),
     "--link hard": arguments("--link", "hard"),
     "file system": other_file_system,

@@ -474,9 +474,9 @@ def test_leaving_copies_out_is_refused(base, tmp_path, refused):
     assert line == "an edit in place leaves no file out: pytorch_model.bin (say base.copies: keep)"
 
 
-@pytest.mark.parametrize("options", [("-o", "elsewhere"), ("--link", "copy"), ("--rehash",)])
+@pytest.mark.parametrize("options", [("-o", "elsewhere"), ("--link", "copy"), ("--reuse-digests",)])
 def test_options_of_a_copy_are_refused(base, manifest, refused, options):
-    said = "--in-place writes no copy, so it goes with no -o, --link, --rehash or --for-publish"
+    said = "--in-place writes no copy, so it goes with no -o, --link, --reuse-digests or --for-publish"
     assert refused(manifest, base, *options) == said
 
 

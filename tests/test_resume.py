@@ -189,9 +189,24 @@ def test_a_pinned_base_that_was_changed_in_between_is_refused(base, out, tmp_pat
     assert not out.exists() and not partial(out).exists()
 
 
-def test_rehash_keeps_nothing(manifest, out, stopped_late):
-    outcome = apply_manifest(manifest, out, link="copy", rehash=True, check=CheckOptions("off"))
-    assert {file.how for file in outcome.applied.files} == {"copy"}
+def test_what_is_kept_is_what_would_be_written_whatever_the_cache_remembers(base, manifest, out, stopped_late):
+    """The staged shard and the base are changed alike without a new time; the pins are still checked."""
+    record = {"path": str(base), "sha256": {FIRST: sha256(base / FIRST)}}
+    pinned = write_manifest(manifest.with_name("pinned.json"), record, ZERO, SET)
+    status = (base / FIRST).stat()
+    for path in (base / FIRST, partial(out) / FIRST):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
+        copy(pinned, out)
+    assert not out.exists()
+
+
+def test_what_is_kept_needs_no_cache(base, manifest, out, stopped_late, own_cache):
+    shutil.rmtree(own_cache / "swsurgery")
+    assert kept(copy(manifest, out)) == set(tree(base))
 
 
 def test_strays_are_removed(manifest, out, tmp_path, stopped_late):

@@ -62,7 +62,12 @@ def apply(
     for_publish: Annotated[
         bool, typer.Option("--for-publish", help="Of a base on the Hub download only what publishing needs here.")
     ] = False,
-    rehash: Annotated[bool, typer.Option("--rehash", help="Hash every file again, known digest or not.")] = False,
+    reuse_digests: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-digests", help="Do not hash untouched files hashed before; the record marks them as unverified."
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -83,12 +88,16 @@ def apply(
     if in_place:
         from swsurgery import inplace
 
-        if directory or link != "auto" or rehash or for_publish:
-            raise SwsurgeryError("--in-place writes no copy, so it goes with no -o, --link, --rehash or --for-publish")
+        if directory or link != "auto" or reuse_digests or for_publish:
+            raise SwsurgeryError(
+                "--in-place writes no copy, so it goes with no -o, --link, --reuse-digests or --for-publish"
+            )
         outcome = inplace.apply_in_place(manifest, **shared)
     else:
         target = directory or Path.cwd() / manifest.stem
-        outcome = surgery.apply_manifest(manifest, target, link=link, rehash=rehash, for_publish=for_publish, **shared)
+        outcome = surgery.apply_manifest(
+            manifest, target, link=link, reuse_digests=reuse_digests, for_publish=for_publish, **shared
+        )
     output.print_json(outcome.to_json()) if json else show.outcome(outcome)
 
 

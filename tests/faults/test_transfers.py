@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(bool(transfers.missing()), reason=transfers.miss
     ("name", "calls"),
     [
         ("copy", {"write", "pread", "preadv"}),
-        ("copy of a base hashed before", {"write", "copy_file_range"}),
+        ("copy of a base hashed before", {"write", "pread", "preadv"}),
         ("edit in place", {"write", "pwrite", "preadv"}),
     ],
 )
