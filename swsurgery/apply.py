@@ -7,10 +7,12 @@ each of its bytes is what would be written now; the base is read and hashed for 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import itertools
 import mmap
+import operator
 import os
 import threading
 import time
@@ -27,7 +29,7 @@ from swsurgery.dtypes import bits_of
 from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError, TargetError
 from swsurgery.progress import Progress, Silent
 from swsurgery.shard import open_regular, opened
-from swsurgery.splice import Splice
+from swsurgery.splice import Splice, by_file
 
 THREADS = "SWSURGERY_THREADS"
 """Environment variable: how many files are copied at a time. 1 does everything in one thread."""
@@ -136,6 +138,7 @@ class _Copier:
         self.threads = _threads()
         self.stop = threading.Event()
         self.lock = threading.Lock()
+        self.splices = by_file(source.splices)
 
     def run(self) -> list[AppliedFile]:
         largest_first = sorted(self.source.files, key=lambda f: -f.size)
@@ -154,7 +157,7 @@ class _Copier:
         return [f.result() for f in futures]
 
     def copy(self, file: BaseFile) -> AppliedFile:
-        splices = sorted((s for s in self.source.splices if s.file == file.name), key=lambda s: s.offset)
+        splices = self.splices.get(file.name, [])
         target = self.stage / file.name
         base, started = open_regular(file.path), time.time()
         try:
@@ -274,12 +277,17 @@ def stream(
     sink: Callable[[memoryview], None] | None = None,
 ) -> tuple[str, str]:
     """Read a file once: (sha256 of its bytes, sha256 with the splices made). `sink` is given the bytes with the splices
-    made, chunk by chunk. Raises CheckpointError where a splice's old bytes are not there, and what `sink` raises."""
+    made, chunk by chunk. `splices` are in the order of their offsets and do not overlap. Raises CheckpointError where
+    a splice's old bytes are not there, and what `sink` raises."""
     digest, patched = hashlib.sha256(), None
     jobs: list[Future] = []
+    first = 0
     with _pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
         for offset, chunk in _chunks(fd, file):
-            inside = [s for s in splices if s.offset < offset + len(chunk) and offset < s.end]
+            while first < len(splices) and splices[first].end <= offset:
+                first += 1
+            end = bisect.bisect_left(splices, offset + len(chunk), first, key=_offset)
+            inside = splices[first:end]
             if inside and patched is None:
                 patched = digest.copy()  # up to here both files are the same
             if inside:
@@ -296,6 +304,9 @@ def stream(
         for job in jobs:
             job.result()
     return digest.hexdigest(), (patched or digest).hexdigest()
+
+
+_offset = operator.attrgetter("offset")
 
 
 def hashed(file: BaseFile, progress: Progress | None = None) -> str:

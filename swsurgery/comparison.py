@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 
 from swsurgery.checkpoint import BaseFile, Checkpoint
@@ -35,14 +36,14 @@ def undeclared_changes(
 
 
 def chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
-    """(offset, bytes) over the file; none of the (offset, size) places lies across two chunks."""
+    """(offset, bytes) over the file; none of the (offset, size) places, in rising order, lies across two chunks."""
     with opened(file.path) as fd:
         offset = 0
         while offset < file.size:
             end = min(offset + CHUNK, file.size)
-            for at, size in places:
-                if offset < at < end < at + size:
-                    end = at
+            before = bisect.bisect_left(places, (end,)) - 1
+            if before >= 0 and offset < places[before][0] and end < sum(places[before]):
+                end = places[before][0]
             yield offset, bytearray(read_exactly(fd, end - offset, offset, file.path))
             offset = end
 

@@ -27,16 +27,20 @@ class Written(float):
     """A decimal number of JSON's grammar: to others the nearest binary64, and `exact` where it is rounded to a dtype,
     for on the way over binary64 it would be rounded twice."""
 
-    exact: Fraction
+    __slots__ = ("_text",)
 
     def __new__(cls, text: str) -> Written:
         number = super().__new__(cls, text)
-        digits = text.lower().partition("e")[0].strip("-0.")
-        if number and math.isfinite(number):
-            number.exact = Fraction(text)
-        else:  # how near to zero or how large does not matter, and its exponent may be of any length
-            number.exact = Fraction(-1 if text.startswith("-") else 1, 1 << 1080) if digits else Fraction(0)
+        number._text = text
         return number
+
+    @property
+    def exact(self) -> Fraction:
+        if self and math.isfinite(self):
+            return Fraction(self._text)
+        # How near to zero or how large does not matter, and its exponent may be of any length.
+        digits = self._text.lower().partition("e")[0].strip("-0.")
+        return Fraction(-1 if self._text.startswith("-") else 1, 1 << 1080) if digits else Fraction(0)
 
 
 @dataclass(frozen=True)

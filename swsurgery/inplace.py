@@ -22,7 +22,7 @@ from swsurgery.manifest import load_manifest
 from swsurgery.names import OWN_FILES
 from swsurgery.plan import make_plan
 from swsurgery.progress import Progress, Silent
-from swsurgery.registry import Patched, Registry, build_registry, read_patched
+from swsurgery.registry import Patched, Registry, complete_registry, draft_registry, read_patched
 from swsurgery.shard import opened
 from swsurgery.splice import Splice
 from swsurgery.surgery import (
@@ -64,6 +64,7 @@ def apply_in_place(
         if plan.omitted:
             raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
         bounds_of(plan, check)  # before anything is hashed or written
+        draft = draft_registry(plan)
         for note in plan.notes:
             say(note)
         pins = known_digests(plan)
@@ -74,7 +75,7 @@ def apply_in_place(
         applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
         with journal.edited(root, plan.splices) as own:
             result = run_check(plan, root, check, progress, say)
-            registry = build_registry(plan, applied, result)
+            registry = complete_registry(draft, applied, result)
             own |= Patched(registry, registry.render(), loaded.raw).own_files()
     return Outcome(root, applied, registry, plan.notes)
 

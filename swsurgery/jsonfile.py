@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.errors import CheckpointError
-from swsurgery.shard import Place, no_duplicates, opened, quoted, read_at_most
+from swsurgery.shard import Place, no_duplicates, opened, quoted, read_at_most, size_of
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -21,14 +23,35 @@ MAX_JSON = 32 << 20
 """Bytes. The index of a published checkpoint of 91,000 tensors has 9 MB; one of 210,000 would have 25."""
 
 MAX_COMMAS = 1 << 19
-"""Counted before parsing: each value but the first of its list or map needs one. An index has one for each tensor, a
-registry of 20,000 edits 300,000. Without it, 32 MB of `{},` become a gigabyte of empty maps."""
+"""Counted before parsing: each value but the first of its list or map needs one. An index has one for each tensor.
+Without it, 32 MB of `{},` become a gigabyte of empty maps."""
 
 MAX_COUNTED = 10_000
 """Faults of a schema among which the first is looked for."""
 
 MAX_DIGITS = 1100
 """Of a number with a point or an exponent; no binary64 has more than 1,075 that count."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Maximum size of a JSON file in bytes, and maximum number of commas in it."""
+
+    size: int
+    commas: int
+
+    def fault(self, size: int, commas: int) -> str | None:
+        """Say which limit a file of `size` bytes with `commas` commas exceeds; None if it exceeds none."""
+        if size > self.size:
+            return f"more than the {self.size} bytes accepted"
+        return f"more than the {self.commas} values accepted" if commas > self.commas else None
+
+
+SMALL = Limits(MAX_JSON, MAX_COMMAS)
+
+RECORD = Limits(128 << 20, 1 << 21)
+"""For swsurgery.json: 100,000 scalars take 60 MB and 1.4 million commas. Beyond MAX_JSON it must be ASCII, as the
+writer makes it: other text takes up to four bytes of memory per byte."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -46,22 +69,25 @@ def read_config(path: Place, name: str) -> dict[str, Any]:
     return parse_json(read_small(path, name), name, strict=False)
 
 
-def read_small(path: Place, name: str) -> bytes:
-    """The bytes of a regular file of at most MAX_JSON. Raises CheckpointError."""
+def read_small(path: Place, name: str, most: int = MAX_JSON) -> bytes:
+    """The bytes of a regular file of at most `most` bytes. Raises CheckpointError."""
     with opened(path) as fd:
-        raw = read_at_most(fd, MAX_JSON + 1)
-    if len(raw) > MAX_JSON:
-        raise CheckpointError(f"has more than the {MAX_JSON} bytes accepted", name)
+        # A file that says to be larger is not read at all.
+        raw = read_at_most(fd, most + 1) if size_of(fd) <= most else None
+    if raw is None or len(raw) > most:
+        raise CheckpointError(f"has more than the {most} bytes accepted", name)
     return raw
 
 
-def parse_json(raw: bytes, name: str, strict: bool = True) -> dict[str, Any]:
+def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMALL) -> dict[str, Any]:
     """Parse a JSON object. Unless `strict`, accept what Python writes and JSON forbids; see the module.
 
     Raises CheckpointError.
     """
-    if raw.count(b",") > MAX_COMMAS:
-        raise CheckpointError(f"has more than the {MAX_COMMAS} values accepted", name)
+    if fault := limits.fault(len(raw), raw.count(b",")):
+        raise CheckpointError(f"has {fault}", name)
+    if len(raw) > MAX_JSON and not raw.isascii():
+        raise CheckpointError(f"has more than {MAX_JSON} bytes and characters beyond ASCII", name)
     try:
         value = json.loads(
             raw.decode("utf-8"),
@@ -83,12 +109,48 @@ def parse_json(raw: bytes, name: str, strict: bool = True) -> dict[str, Any]:
     return value
 
 
-def first_fault(error: ValidationError) -> str:
-    """The first thing that a schema finds wrong, as `where: what`, or how much is, where listing it would cost."""
+def rendered(value: object, indent: str = "") -> str:
+    """Render JSON exactly as `json.dumps(value, indent=2, sort_keys=True)` does, which is several times slower."""
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        if not value:
+            return "{}"
+        items = [f"{json.dumps(key)}: {rendered(value[key], deeper)}" for key in sorted(value)]
+        return "{\n" + deeper + f",\n{deeper}".join(items) + f"\n{indent}}}"
+    if isinstance(value, list):
+        if not value:
+            return "[]"
+        return f"[\n{deeper}" + f",\n{deeper}".join([rendered(item, deeper) for item in value]) + f"\n{indent}]"
+    return _ESCAPED(value) if type(value) is str else json.dumps(value)
+
+
+_ESCAPED = json.encoder.encode_basestring_ascii
+
+
+def rendered_pieces(document: Mapping[str, object], lists: Mapping[str, Iterable[object]]) -> Iterator[str]:
+    """Render `document`, joined with `lists`, as `rendered` does, in pieces: each item of a list is made when due."""
+    start = "{\n  "
+    for key in sorted({*document, *lists}):
+        yield f"{start}{json.dumps(key)}: "
+        start = ",\n  "
+        if key not in lists:
+            yield rendered(document[key], "  ")
+            continue
+        before = "[\n    "
+        for item in lists[key]:
+            yield before + rendered(item, "    ")
+            before = ",\n    "
+        yield "[]" if before.startswith("[") else "\n  ]"
+    yield "\n}\n"
+
+
+def first_fault(error: ValidationError, path: str = "") -> str:
+    """The first thing that a schema finds wrong, as `where: what`, or how much is, where listing it would cost.
+    `path` is where the validated value is."""
     if error.error_count() > MAX_COUNTED:
         return f"{error.error_count()} faults"
     first = error.errors(include_url=False, include_input=False)[0]
-    return quoted(".".join(map(str, first["loc"])))[1:-1] + f": {first['msg']}"
+    return quoted(".".join(map(str, (*filter(None, [path]), *first["loc"]))))[1:-1] + f": {first['msg']}"
 
 
 def _no_constant(text: str) -> None:

@@ -124,10 +124,7 @@ class _Reading:
 
     def place(self, *path: str | int) -> Place:
         """Where a field stands; where it does not, its edit or its part of the manifest."""
-        positions = self.loaded.positions
-        while path not in positions:
-            path = path[:-1]
-        return positions[path]
+        return self.loaded.position(*path)
 
     @classmethod
     def of(cls, loaded: LoadedManifest) -> _Reading:
@@ -146,7 +143,7 @@ class _Reading:
                 entry = _entry(edit, model)
             except LookupFailed as error:
                 if model is not None or not misses:  # a model that was not found is said once
-                    place = loaded.positions["edits", number, "known"]
+                    place = loaded.position("edits", number, "known")
                     misses += [(place, fault) for fault in error.faults]
             entries.append(entry)
             names.append(entry.id if entry else _spelling(edit))

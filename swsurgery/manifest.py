@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -22,9 +23,15 @@ from swsurgery.edits import Edit, Strict, Version
 from swsurgery.errors import ManifestError, ShardError
 from swsurgery.shard import opened, read_at_most
 
-MAX_BYTES = 8 << 20
+MAX_BYTES = 32 << 20
+MAX_EDITS = 150_000
+"""An edit of 100,000 scalars must work. The largest published set of weights removed at once has 7,000."""
 MAX_NODES = 100_000
-"""Keys and values. An edit has 11 or so; the largest published set of weights removed at once has 7,000."""
+"""Keys and values outside the edits."""
+MAX_NODES_OF_EDIT = 100
+"""Keys and values of one edit; 11 or so are usual."""
+MAX_PLACED = 100_000
+"""Nodes inside edits whose position is kept. A fault in a later edit points at the beginning of the edit."""
 MAX_DEPTH = 16
 MAX_DIGITS = 400
 """Of a number: 17 tell every binary64 from its neighbours."""
@@ -94,6 +101,12 @@ class LoadedManifest:
     raw: bytes
     manifest: Manifest
     positions: dict[tuple, tuple[int, int]]
+
+    def position(self, *path: str | int) -> tuple[int, int]:
+        """Return the line and column of a node, or of the nearest node around it whose position is known."""
+        while path not in self.positions:
+            path = path[:-1]
+        return self.positions[path]
 
     def where(self, edit: int) -> str:
         line, column = self.positions[("edits", edit)]
@@ -165,7 +178,7 @@ class _Reader:
         self.positions: dict[tuple, tuple[int, int]] = {(): (1, 1)}
         self.faults: list[tuple[tuple[int, int], str]] = []
         self.complete = self.stopped = False
-        self._nodes = 0
+        self._nodes = self._nodes_of_edit = self._nodes_of_edits = 0
         if odd := _ODD_CHARACTER.search(text):
             start = odd.start()
             place = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
@@ -206,14 +219,26 @@ class _Reader:
         self.faults.append((_place(event), what))
         raise _Stop
 
-    def _count(self, event: Any) -> None:
-        self._nodes += 1
-        if self._nodes > MAX_NODES:
-            self._refuse(event, f"more than {MAX_NODES} keys and values")
+    def _count(self, event: Any, path: tuple) -> bool:
+        """Count a key or value at or below `path`. True if its position is kept. Raises _Stop beyond a limit."""
+        if len(path) < 2 or path[0] != "edits" or not isinstance(path[1], int):
+            self._nodes += 1
+            if self._nodes > MAX_NODES:
+                self._refuse(event, f"more than {MAX_NODES} keys and values")
+            return True
+        if len(path) == 2:
+            self._nodes_of_edit = 0
+            if path[1] == MAX_EDITS:
+                self._refuse(event, f"more than {MAX_EDITS} edits")
+        self._nodes_of_edit += 1
+        self._nodes_of_edits += 1
+        if self._nodes_of_edit > MAX_NODES_OF_EDIT:
+            self._refuse(event, f"more than {MAX_NODES_OF_EDIT} keys and values in one edit")
+        return len(path) == 2 or self._nodes_of_edits <= MAX_PLACED
 
     def _read(self, event: Any, path: tuple) -> Any:
-        self._count(event)
-        self.positions[path] = _place(event)
+        if self._count(event, path):
+            self.positions[path] = _place(event)
         if isinstance(event, yaml.AliasEvent):
             self._fault(event, path, f"alias *{_cut(event.anchor)} (write the value out)")
             return None
@@ -234,31 +259,33 @@ class _Reader:
 
     def _mapping(self, path: tuple) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        lines: dict[str, int] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
                 self._fault(event, path, "a key that is not a plain word")
                 self._read(event, (*path, "?"))
                 self._read(next(self._events), (*path, "?"))
                 continue
-            self._count(event)
+            key = sys.intern(event.value)
+            placed = self._count(event, (*path, key))
             if event.anchor is not None or event.tag is not None:
                 self._fault(event, path, "a key with an anchor or a tag (leave it out)")
-            key = event.value
             if key == "<<":
                 self._fault(event, path, "merge key << (write the fields out)")
             value = self._read(next(self._events), (*path, key))
             if key in result:
-                first = self.positions[(*path, key, "first")][0]
-                self._fault(event, (*path, key), f"stands twice (first in line {first})")
+                self._fault(event, (*path, key), f"stands twice (first in line {lines[key]})")
             else:
-                self.positions[(*path, key, "first")] = _place(event)
+                lines[key] = _place(event)[0]
+                if placed:
+                    self.positions[(*path, key, "first")] = _place(event)
                 result[key] = value
         return result
 
     def _scalar(self, event: Any, path: tuple) -> Any:
         text = event.value
         if not event.implicit[0]:  # quoted, or a block of text
-            return text
+            return sys.intern(text) if len(text) < 200 else text
         if len(text) > MAX_DIGITS:
             if _NUMBER_LIKE.fullmatch(text):
                 self._fault(event, path, f"a number of more than {MAX_DIGITS} digits")
@@ -271,7 +298,7 @@ class _Reader:
             return int(text)
         if re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?", text):
             return Written(text)
-        return text
+        return sys.intern(text)
 
 
 class _Stop(Exception):
@@ -295,7 +322,8 @@ def _whole_escapes(text: str) -> str:
 
     Columns behind such a character in its line come out two too small.
     """
-    if not _PAIR.search(text) or text.count(",") > MAX_NODES or text.count("\\u") > MAX_NODES:
+    most = MAX_NODES + 20 * MAX_EDITS
+    if not _PAIR.search(text) or text.count(",") > most or text.count("\\u") > MAX_NODES:
         return text
     try:
         json.loads(text)  # in YAML's other strings, a backslash is a backslash
@@ -351,7 +379,10 @@ def _located(item: Any, reader: _Reader) -> tuple[tuple[int, int], tuple, Any]:
             path.append(part)
             value = value[part]
     position = reader.positions.get((*path, "first")) if item["type"] == "extra_forbidden" else None
-    return position or reader.positions[tuple(path)], tuple(path), value
+    place = tuple(path)
+    while position is None:
+        position, place = reader.positions.get(place), place[:-1]
+    return position, tuple(path), value
 
 
 def _what(item: Any, path: tuple, value: Any) -> str:

@@ -7,10 +7,12 @@ clock unless SOURCE_DATE_EPOCH is set.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,8 +31,8 @@ from swsurgery.checkpoint import Checkpoint, Repository, Weights, is_cache_snaps
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
 from swsurgery.edits import Position, Strict, Version
-from swsurgery.errors import AmbiguousWeights, CheckpointError, TargetError
-from swsurgery.jsonfile import first_fault, parse_json, read_small
+from swsurgery.errors import AmbiguousWeights, CheckpointError, PlanError, TargetError
+from swsurgery.jsonfile import MAX_JSON, RECORD, Limits, first_fault, parse_json, read_small, rendered_pieces
 from swsurgery.names import OWN_FILES
 
 if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
@@ -39,6 +41,15 @@ if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
     from swsurgery.splice import Scalar
 
 REGISTRY_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
+
+MAX_FIELDS = 100
+"""Maximum number of fields of a registry or of one of its records; more could only be unknown ones."""
+
+LATER = Limits(1 << 20, 10_000)
+"""Room for what a draft lacks: the report of the check, and some to spare."""
+
+PER_FILE = 300
+"""Bytes that a file takes in a registry beside its name: its size and two digests, indented."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Bits = Annotated[str, Field(pattern=r"^0x[0-9a-f]{1,16}$")]
@@ -165,16 +176,31 @@ class Registry(Strict):
         steps = {record.coordinate: len(self.history) + 1 for record in self.protected}
         return steps | {record.coordinate: number for number, record in self.inherited()}
 
+    def pieces(self) -> Iterator[str]:
+        """Render swsurgery.json piece by piece."""
+        lists = {
+            "edits": (e.model_dump(mode="json") for e in self.edits),
+            "protected": (p.model_dump(mode="json") for p in self.protected),
+            "history": (step.model_dump(mode="json") for step in self.history),
+        }
+        return rendered_pieces(self.model_dump(mode="json", exclude={*lists}), lists)
+
     def render(self) -> bytes:
         """The bytes of swsurgery.json."""
-        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
+        out = io.BytesIO()
+        for piece in self.pieces():
+            out.write(piece.encode())
+        return out.getvalue()
 
 
-def build_registry(plan: Plan, applied: Applied, check: dict[str, Any]) -> Registry:
-    """The registry of a plan that was applied."""
+def draft_registry(plan: Plan) -> Registry:
+    """Build the registry of a plan that is not applied yet: digests and check are missing.
+
+    Raises PlanError if the finished registry would be larger than any command accepts.
+    """
     base, checkpoint = plan.loaded.manifest.base, plan.checkpoint
     named_by = "cache" if checkpoint.repo_id else "manifest" if base.repo_id else None
-    return Registry(
+    draft = Registry(
         registry_version=1,
         swsurgery_version=__version__,
         created=source_date_epoch(),
@@ -185,19 +211,44 @@ def build_registry(plan: Plan, applied: Applied, check: dict[str, Any]) -> Regis
             sub=checkpoint.sub,
             weights=base.weights,
         ),
-        files={
-            f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
-            for f in applied.files
-        },
+        files={},
         omitted=list(plan.omitted),
-        elsewhere=[f.name for f in applied.files if f.how == "elsewhere"],
         edits=[EditRecord(**s.to_json(), known=_facts(s)) for s in plan.splices],
         protected=[ScalarRecord(**s.to_json(), known=_facts(s)) for s in plan.protected],
         known=known.to_json(plan.model)["models"][0] if plan.model else None,
-        check=check,
+        check={},
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
         history=plan.previous.as_history() if plan.previous else [],
     )
+    _refuse_unreadable(draft, plan)
+    return draft
+
+
+def complete_registry(draft: Registry, applied: Applied, check: dict[str, Any]) -> Registry:
+    """Add to a draft what applying the plan found out."""
+    files = {f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest) for f in applied.files}
+    elsewhere = [f.name for f in applied.files if f.how == "elsewhere"]
+    return draft.model_copy(update={"files": files, "elsewhere": elsewhere, "check": check})
+
+
+def _refuse_unreadable(draft: Registry, plan: Plan) -> None:
+    """Raise PlanError if swsurgery's own files would exceed what `read_patched` accepts."""
+    size, commas = LATER.size, LATER.commas
+    for piece in draft.pieces():
+        size += len(piece)
+        commas += piece.count(",")
+    for file in plan.checkpoint.files:
+        size += len(json.dumps(file.name)) * 2 + PER_FILE
+        commas += 5
+    count = len(draft.edits) + len(draft.protected)
+    remedy = "make fewer edits"
+    if draft.history:
+        remedy = "apply one manifest with all edits to the first base, or revert a step first"
+    if fault := RECORD.fault(size, commas):
+        what = f"the record of {count} scalars and {len(draft.history)} earlier steps would have {fault}"
+        raise PlanError(what, plan.loaded.path, remedy)
+    if len(plan.loaded.raw) > MAX_JSON:
+        raise PlanError(f"the manifest has more than the {MAX_JSON} bytes that can be kept", plan.loaded.path, remedy)
 
 
 def source_date_epoch() -> int | None:
@@ -270,8 +321,8 @@ def read_patched(root: Path | Repository) -> Patched | None:
         places = root.files
     if REGISTRY_NAME not in places:
         return None
-    raw = read_small(places[REGISTRY_NAME], REGISTRY_NAME)
-    registry = _validated(parse_json(raw, REGISTRY_NAME))
+    raw = read_small(places[REGISTRY_NAME], REGISTRY_NAME, RECORD.size)
+    registry = _validated(parse_json(raw, REGISTRY_NAME, limits=RECORD), consume=True)
     if MANIFEST_NAME not in places:
         raise CheckpointError("the manifest beside the registry is missing", f"{root}/{MANIFEST_NAME}")
     return Patched(registry, raw, read_small(places[MANIFEST_NAME], MANIFEST_NAME))
@@ -298,11 +349,39 @@ def refuse_other_weights(asked: Weights | None, said: Weights | None, who: str) 
         raise CheckpointError(f"--weights {asked} was given, and {said} are the weights of", who, "leave --weights out")
 
 
-def _validated(data: dict[str, Any]) -> Registry:
+def _validated(data: dict[str, Any], consume: bool = False) -> Registry:
+    """Build a registry from its JSON; `consume` empties the lists of `data` on the way, which saves their memory.
+
+    Raises CheckpointError.
+    """
+    path, models = "", {"edits": EditRecord, "protected": ScalarRecord}
     try:
-        return Registry.model_validate(data)
+        if len(data) > MAX_FIELDS:
+            raise CheckpointError(f"is not a sound registry: it has {len(data)} fields", REGISTRY_NAME)
+        made: dict[str, list[ScalarRecord]] = {}
+        for key, model in models.items():
+            items = data.get(key)
+            if type(items) is not list:
+                continue  # the model below says what is wrong
+            made[key] = records = []
+            items = items if consume else [*items]
+            items.reverse()
+            while items:
+                path = f"{key}.{len(records)}"
+                records.append(model.model_validate(_interned(items.pop(), path)))
+        path = ""
+        return Registry.model_validate(data | made)
     except ValidationError as error:
-        raise CheckpointError(f"is not a sound registry: {first_fault(error)}", REGISTRY_NAME) from None
+        raise CheckpointError(f"is not a sound registry: {first_fault(error, path)}", REGISTRY_NAME) from None
+
+
+def _interned(record: object, path: str) -> object:
+    """Replace texts that thousands of records share by one copy each. Raises CheckpointError for too many fields."""
+    if type(record) is not dict:
+        return record
+    if len(record) > MAX_FIELDS:
+        raise CheckpointError(f"is not a sound registry: {path} has {len(record)} fields", REGISTRY_NAME)
+    return {key: sys.intern(value) if type(value) is str else value for key, value in record.items()}
 
 
 def _sha256(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from swsurgery.dtypes import Dtype
 from swsurgery.known import KnownCoordinate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scalar:
     """One stored scalar of the plan. `offset` is absolute in the file, bytes are little-endian."""
 
@@ -39,7 +40,7 @@ class Scalar:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Splice(Scalar):
     """One scalar to change: `old` is compared while copying and `new` written in its place."""
 
@@ -49,11 +50,21 @@ class Splice(Scalar):
 
     def to_json(self) -> dict[str, Any]:
         extra = {"factor": self.factor} if self.factor is not None else {}
-        return super().to_json() | extra | {
+        return Scalar.to_json(self) | extra | {
             "op": self.op,
             "new": json_value(self.dtype, self.new),
             "new_bits": dtypes.bits_of(self.new),
         }  # fmt: skip
+
+
+def by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:
+    """Group splices by their file, each group in the order of its offsets."""
+    groups: dict[str, list[Splice]] = {}
+    for splice in splices:
+        groups.setdefault(splice.file, []).append(splice)
+    for group in groups.values():
+        group.sort(key=lambda s: s.offset)
+    return groups
 
 
 def json_value(dtype: Dtype, data: bytes) -> int | float | str | None:

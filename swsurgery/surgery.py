@@ -5,7 +5,7 @@
     make_plan            shard -> splices, every misfit at once           plan.py
     write_checkpoint     byte copy with splices and digests, staged       apply.py
     check                base and patched side by side                    model/check.py, the only torch
-    build_registry       what was done, and the proof of it               registry.py
+    draft_registry       what was done, and the proof of it               registry.py
     staged               all of it gets its name at once, or nothing does fsops.py
 
 `revert` goes the other way, from the registry alone; `inplace.py` does both where the files lie, under a journal;
@@ -47,7 +47,8 @@ from swsurgery.registry import (
     REGISTRY_NAME,
     Patched,
     Registry,
-    build_registry,
+    complete_registry,
+    draft_registry,
     open_chosen,
     read_patched,
     refuse_other_weights,
@@ -117,7 +118,9 @@ def plan_manifest(manifest: Path, base: str | None = None) -> Plan:
     """
     loaded = load_manifest(manifest)
     checkpoint = open_checkpoint(place(base_of(loaded, base)), loaded.manifest.base.weights)
-    return make_plan(loaded, checkpoint)
+    plan = make_plan(loaded, checkpoint)
+    draft_registry(plan)  # a dry run refuses what the run itself would refuse
+    return plan
 
 
 def apply_manifest(
@@ -149,6 +152,7 @@ def apply_manifest(
         plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
         _refuse_inside(output, plan.checkpoint.root)
         bounds_of(plan, check)  # an hour before they are needed
+        draft = draft_registry(plan)
         for note in plan.notes:
             say(note)
         source = _source(plan)
@@ -160,7 +164,7 @@ def apply_manifest(
                 source, stage, link=link, progress=progress, digests=DigestCache(), reuse=reuse_digests
             )
             result = run_check(plan, stage, check, progress, say)
-            registry = build_registry(plan, applied, result)
+            registry = complete_registry(draft, applied, result)
             _write_own_files(stage, Patched(registry, registry.render(), loaded.raw))
     return Outcome(output, applied, registry, plan.notes)
 

@@ -6,6 +6,7 @@ gives the base's digest (which a hub publishes), the shard is the base with exac
 
 from __future__ import annotations
 
+import collections
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,13 +121,16 @@ def verify_patched(
     findings += _operations(registry) + _named_twice(registry)
     present = [name for name in registry.files if name in names]
     unhashed = [name for name in present if registry.files[name].sha256 is None]
-    proved, unverified, edited = [], [], {e.file for e in registry.edits}
+    proved, unverified = [], []
+    edited: dict[str, list[EditRecord]] = {}
+    for edit in registry.edits:
+        edited.setdefault(edit.file, []).append(edit)
     unread = [n for n in present if n in edited and not finite and not isinstance(names[n].path, Path)]
     progress.start(sum(names[n].size for n in present if finite or n not in unhashed), "B", "verifying")
     try:
         for name in present:
             scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
-            found = _file_digests(names[name], registry, scan, progress)
+            found = _file_digests(names[name], registry.files[name], edited.get(name, []), scan, progress)
             findings += found + (scan.findings() if scan else [])
             if not found and name not in unhashed and name not in unread:
                 (unverified if registry.files[name].unverified else proved).append(name)
@@ -262,12 +266,12 @@ def _named_twice(registry: Registry) -> list[Finding]:
     return findings
 
 
-def _file_digests(file: BaseFile, registry: Registry, scan: FiniteScan | None, progress: Progress) -> list[Finding]:
+def _file_digests(
+    file: BaseFile, record: FileRecord, edits: list[EditRecord], scan: FiniteScan | None, progress: Progress
+) -> list[Finding]:
     """One reading, two hashes: the file as it is, and with the old bytes put back. `scan` sees the file as it is."""
-    record = registry.files[file.name]
-    edits = sorted((e for e in registry.edits if e.file == file.name), key=lambda e: e.offset)
     try:
-        old = [(e.offset, e.old_bytes) for e in edits]
+        old = sorted((e.offset, e.old_bytes) for e in edits)
     except NumberError as error:
         return [Finding("registry", f"the registry's old bits are not possible: {error}", file.name)]
     findings = _record_faults(file, record, bool(edits))
@@ -278,15 +282,16 @@ def _file_digests(file: BaseFile, registry: Registry, scan: FiniteScan | None, p
     if not hashed and scan is None:
         return findings
     here, restored = hashlib.sha256(), hashlib.sha256()
+    remaining = collections.deque(old)
     for offset, chunk in chunks(file, [(at, len(b)) for at, b in old]):
         if scan:
             scan.feed(offset, chunk)
         if hashed:
             here.update(chunk)
         if hashed and old:
-            for at, data in old:
-                if offset <= at < offset + len(chunk):
-                    chunk[at - offset : at - offset + len(data)] = data
+            while remaining and remaining[0][0] < offset + len(chunk):
+                at, data = remaining.popleft()
+                chunk[at - offset : at - offset + len(data)] = data
             restored.update(chunk)
         progress.advance(len(chunk))
     if record.sha256 is not None and here.hexdigest() != record.sha256:
