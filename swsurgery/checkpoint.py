@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from swsurgery import fsops, journal
+from swsurgery.arguments import require_choice
 from swsurgery.copies import has_weights_of, named_as_copy
 from swsurgery.errors import AmbiguousWeights, CheckpointError
 from swsurgery.jsonfile import read_config, read_json
@@ -122,6 +123,7 @@ def open_checkpoint(
     Raises CheckpointError (ShardError for a malformed shard) with every fault found, AmbiguousWeights where both are
     there and none was chosen; TargetError while another run is editing it in place; HubError.
     """
+    require_choice("weights", weights, get_args(Weights), optional=True)
     if isinstance(root, Path):
         root = Path(os.path.realpath(root))
         if not root.is_dir():

@@ -27,6 +27,7 @@ from swsurgery.shard import opened
 from swsurgery.splice import Splice
 from swsurgery.surgery import (
     SMALL,
+    Check,
     CheckOptions,
     Outcome,
     base_of,
@@ -43,7 +44,7 @@ def apply_in_place(
     manifest: Path,
     *,
     base: str | None = None,
-    check: CheckOptions | None = None,
+    check: CheckOptions | Check | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
@@ -52,7 +53,7 @@ def apply_in_place(
     The manifest that was applied last is not applied again. Raises ManifestError, CheckpointError, PlanError,
     TargetError (this directory or file must not be written), ModelError; CheckFailed where the check says no.
     """
-    progress, check = progress or Silent(), check or CheckOptions()
+    progress, check = progress or Silent(), CheckOptions.of(check)
     loaded = load_manifest(manifest)
     with _editing(base_of(loaded, base)) as root:
         previous = read_patched(root)

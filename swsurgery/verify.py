@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery import dtypes
+from swsurgery.arguments import require_type
 from swsurgery.checkpoint import BaseFile, Checkpoint, Repository, open_checkpoint
 from swsurgery.comparison import chunks, undeclared_changes
 from swsurgery.dtypes import DTYPES
@@ -94,6 +95,7 @@ def verify(root: Path | Repository, progress: Progress, base: Path | None = None
 
     Raises CheckpointError where there is no registry, or it or the base cannot be read.
     """
+    require_type("finite", finite, bool)
     patched = read_patched(root)
     if patched is None:
         remedy = "only a checkpoint that swsurgery patched has one"
