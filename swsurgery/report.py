@@ -58,7 +58,8 @@ class CheckReport:
     """What the forward check measured, by which means, and the verdict.
 
     `kl` is the mean KL(base || patched) per scored token in nats; `windows` of at most `window_tokens` tokens were
-    read and `scored_tokens` predictions in them counted. `method` is "layer by layer" (both models side by side),
+    read and `scored_tokens` predictions in them counted. If there was no base to compare with, `compared` is False, and
+    both sides are the figures of the one model. `method` is "layer by layer" (both models side by side),
     "streamed" (so, with two layers at a time in memory) or "whole passes". There is no date and no duration in it: the
     same inputs give the same report.
     """
@@ -78,6 +79,7 @@ class CheckReport:
     torch: str
     transformers: str
     bounds: Bounds = field(default_factory=Bounds)
+    compared: bool = True
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -109,8 +111,11 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of strict JSON types. Measured numbers have 6 significant digits, for float32 sums taken in another
-        order (other thread counts) differ beyond them; NaN and infinities, which JSON lacks, become None."""
-        return {
+        order (other thread counts) differ beyond them; NaN and infinities, which JSON lacks, become None.
+
+        If nothing was compared, `compared` is false and what needs a base is null or empty. Otherwise there is no such
+        field, so that records keep the bytes that they always had."""
+        document = {
             "base": _side(self.base),
             "patched": _side(self.patched),
             "perplexity_ratio": _number(self.perplexity_ratio),
@@ -139,6 +144,11 @@ class CheckReport:
             "dtype": self.dtype,
             "versions": {"torch": self.torch, "transformers": self.transformers},
         }
+        if not self.compared:
+            document |= {"compared": False, "base": None, "perplexity_ratio": None, "kl": None}
+            document["stopword_mass"] = {"base": None, "patched": _number(self.patched.stopword_mass)}
+            document["prompts"] = [{**prompt, "base": []} for prompt in document["prompts"]]
+        return document
 
 
 def _number(value: float) -> float | None:

@@ -77,6 +77,9 @@ def check(document: dict[str, Any]) -> None:
     if document.get("kind", "forward") != "forward":
         print_text(f"check     no forward check was made: {printable(document['reason'])}")
         return
+    if document.get("compared") is False:
+        _check_alone(document)
+        return
     base, patched, mass = document["base"], document["patched"], document["stopword_mass"]
     rows = [
         ("perplexity", base["perplexity"], patched["perplexity"]),
@@ -86,11 +89,34 @@ def check(document: dict[str, Any]) -> None:
     ]
     print_table(("", "base", "patched"), rows)
     print_text(f"perplexity ratio {document['perplexity_ratio']}, KL(base || patched) {document['kl']} nats a token")
+    _continuations(document, ("base", "patched"))
+    _measured(document)
+
+
+def _check_alone(document: dict[str, Any]) -> None:
+    """Print the figures of a model that was not compared with anything."""
+    patched = document["patched"]
+    rows = [
+        ("perplexity", patched["perplexity"]),
+        ("stop-word mass", document["stopword_mass"]["patched"]),
+        ("super activation", _activation(patched["super_activation"])),
+        ("logits finite", "yes" if patched["finite"] else "NO"),
+    ]
+    print_table(("", "this model"), rows)
+    print_text("nothing was compared: no registry says what the base was")
+    _continuations(document, ("patched",))
+    _measured(document)
+
+
+def _continuations(document: dict[str, Any], sides: tuple[str, ...]) -> None:
     for prompt in document["prompts"]:
         print_text(f"\n{printable(prompt['prompt'])!r}")
-        for side in ("base", "patched"):
+        for side in sides:
             tokens = ", ".join(f"{printable(token)!r} {p:.3f}" for token, p in prompt[side])
-            print_text(f"  {side:8} {tokens or 'no finite logits'}")
+            print_text(f"  {side if len(sides) > 1 else '':8} {tokens or 'no finite logits'}")
+
+
+def _measured(document: dict[str, Any]) -> None:
     for failure in document["failures"]:
         print_text(f"FAILED    {printable(failure)}")
     text = document["text"]

@@ -19,10 +19,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from swsurgery import fsops, model
 from swsurgery.apply import Applied, Link, Source, write_checkpoint
+from swsurgery.arguments import require_choice, require_strings, require_type
 from swsurgery.checkpoint import Checkpoint, Weights, held, open_checkpoint
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
@@ -73,6 +74,27 @@ class CheckOptions:
     text: str | None = None
     prompts: Sequence[str] | None = None
     bounds: Bounds | None = None
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for a field of a wrong type."""
+        require_choice("kind", self.kind, get_args(Check))
+        require_type("device", self.device, str)
+        require_choice("placement", self.placement, get_args(Placement))
+        require_type("text", self.text, str, optional=True)
+        require_strings("prompts", self.prompts)
+        require_type("bounds", self.bounds, Bounds, optional=True)
+
+    @classmethod
+    def of(cls, check: CheckOptions | Check | None) -> CheckOptions:
+        """Return the options that the argument `check` of a public function means. Raises TypeError."""
+        if check is None:
+            return cls()
+        if isinstance(check, cls):
+            return check
+        if isinstance(check, str) and check in get_args(Check):
+            return cls(check)
+        kinds = ", ".join(map(repr, get_args(Check)))
+        raise TypeError(f"check must be a CheckOptions, None, or one of {kinds}, not {check!r:.80}")
 
     @property
     def asked(self) -> bool:
@@ -129,7 +151,7 @@ def apply_manifest(
     *,
     base: str | None = None,
     link: Link = "auto",
-    check: CheckOptions | None = None,
+    check: CheckOptions | Check | None = None,
     reuse_digests: bool = False,
     for_publish: bool = False,
     progress: Progress | None = None,
@@ -145,7 +167,10 @@ def apply_manifest(
     says no.
     """
     progress = progress or Silent()
-    check = check or CheckOptions()
+    check = CheckOptions.of(check)
+    require_choice("link", link, get_args(Link))
+    require_type("reuse_digests", reuse_digests, bool)
+    require_type("for_publish", for_publish, bool)
     loaded = load_manifest(manifest)
     where = base_of(loaded, base)
     with held(place(where) if for_publish else local(where)) as root:
@@ -172,6 +197,7 @@ def apply_manifest(
 def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress | None = None) -> list[str]:
     """Write the base of the patched checkpoint `root` into `output`, byte for byte; of several manifests the last is
     undone. Returns notes. Raises CheckpointError, PlanError (a file was changed since), TargetError."""
+    require_choice("link", link, ("auto", "clone", "copy"))
     with held(root) as root:
         patched, checkpoint = open_patched(root)
         _refuse_inside(output, checkpoint.root)
@@ -226,18 +252,29 @@ def reversion_notes(registry: Registry) -> list[str]:
 
 def check_checkpoint(
     root: Path,
-    options: CheckOptions,
+    options: CheckOptions | Check | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
     weights: Weights | None = None,
 ) -> CheckReport:
-    """The sanity check of a checkpoint that is there: against its base where it has a registry, else of it alone.
-    `weights` says which to read where an index and a single file are there, and no registry.
+    """Run a checkpoint and, if its registry says what its base was, compare it with the base.
 
-    Raises CheckpointError, ModelError, TargetError while another run is editing it in place.
+    Without a registry there is nothing to compare with: the report has `compared` False, and bounds are refused.
+    `weights` says which to read where an index and a single file are there, and no registry. `options` of the kinds
+    "off" and "weights" are refused, for the model is always run.
+
+    Raises CheckpointError, ModelError, PlanError (bounds and nothing to compare with), TargetError while another run is
+    editing the checkpoint in place.
     """
+    options = CheckOptions.of(options)
+    if options.kind in ("off", "weights"):
+        raise TypeError(
+            f"check_checkpoint runs the model, so the kind must be 'auto' or 'forward', not {options.kind!r}"
+        )
+    require_choice("weights", weights, get_args(Weights), optional=True)
     with held(root):
         patched = read_patched(root)
+        _refuse_bounds_without_base(root, patched, options.bounds)
         registry = patched.registry if patched else None
         said = registry.base.weights if registry else None
         refuse_other_weights(weights, said, REGISTRY_NAME)
@@ -249,10 +286,27 @@ def check_checkpoint(
             for e in (registry.edits if registry else ())
         ]
         with or_else("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
-            return run_checks(
+            report = run_checks(
                 checkpoint, changes, text=options.text, prompts=options.prompts, bounds=options.bounds,
                 device=options.device, placement=options.placement, progress=progress, say=say,
             )  # fmt: skip
+        return replace(report, compared=patched is not None)
+
+
+def refuse_bounds_without_base(root: Path | Repo, bounds: Bounds | None) -> None:
+    """Raise PlanError if bounds were given for a checkpoint whose base nothing names, CheckpointError for a damaged
+    registry. For a repository this is known before the weights are downloaded."""
+    if bounds not in (None, Bounds()):
+        _refuse_bounds_without_base(root, read_patched(root), bounds)
+
+
+def _refuse_bounds_without_base(root: Path | Repo, patched: Patched | None, bounds: Bounds | None) -> None:
+    if patched is None and bounds not in (None, Bounds()):
+        raise PlanError(
+            "a bound on the perplexity ratio needs a base to compare with, and no registry says what it was",
+            root,
+            "leave out the bounds, or give a patched checkpoint",
+        )
 
 
 def read_records(root: Path | Repo) -> Patched:

@@ -296,6 +296,15 @@ def test_a_streamed_check_says_what_a_whole_one_says(here: Path, capsys: pytest.
         assert streamed[key] == pytest.approx(whole[key], rel=1e-4)
 
 
+def test_a_checkpoint_without_a_registry_is_measured_and_compared_with_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "planted", "--text", "text.txt", "--device", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["patched"]["perplexity"] == pytest.approx(perplexity(here / "planted", 1), rel=1e-4)
+    assert report["compared"] is False and report["perplexity_ratio"] is None and report["base"] is None
+
+
 def test_an_interrupt_ends_a_scan_cleanly(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

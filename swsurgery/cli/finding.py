@@ -171,16 +171,23 @@ def check(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Run a patched checkpoint and its base side by side. Exit 1 where a bound is not held."""
+    """Run a patched checkpoint and its base side by side. Exit 1 where a bound is not held.
+
+    A checkpoint without a registry is run alone: nothing is compared, and a bound is an error.
+    """
     from swsurgery import show, surgery
-    from swsurgery.hub import local, named
+    from swsurgery.hub import local, named, place
 
     limits = bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = surgery.CheckOptions("forward", device, placement, read_text(text), prompt or None, limits)
+    where = named(checkpoint)
+    if not isinstance(where, Path):
+        surgery.refuse_bounds_without_base(place(where), limits)
     report = surgery.check_checkpoint(
-        local(named(checkpoint)), options, output.Bar(quiet), silent if quiet else output.say, weights
+        local(where), options, output.Bar(quiet), silent if quiet else output.say, weights
     )
-    output.print_json(report.to_json()) if json else show.check(report.to_json())
+    document = report.to_json() | {"compared": report.compared}
+    output.print_json(document) if json else show.check(document)
     if not report.ok:
         raise typer.Exit(1)
 
