@@ -31,6 +31,7 @@ Rooms, each of which knows only those below it:
     manifest.py, edits.py        what a user may ask for; patches.py is the same as a small binary file
     projections.py               layer, row and column -> tensor and index, by the table in architectures.py
     checkpoint.py, shard.py      the files, and the header of one of them; copies.py: those with the weights once more
+    quantised.py                 which stored numbers are weights, and which are codes or internals of a quantiser
     dtypes.py                    numbers and their bits
     fsops.py, errors.py          every write to the disk, and every error on purpose
 

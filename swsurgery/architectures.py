@@ -169,7 +169,3 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
 )
-
-# Tensors that stand beside or instead of ".weight" when the matrix is packed: GPTQ and AWQ, compressed-tensors,
-# MXFP4, bitsandbytes 4 bit, HQQ, AQLM. Block-scaled FP8 is not here: it still stores one number per weight.
-PACKED_SUFFIXES = (".qweight", ".weight_packed", "_blocks", ".weight.absmax", ".W_q", ".codes")

@@ -24,6 +24,7 @@ from swsurgery.copies import has_weights_of, named_as_copy
 from swsurgery.errors import AmbiguousWeights, CheckpointError
 from swsurgery.jsonfile import read_config, read_json
 from swsurgery.names import SHARD_NAME, WORKING_FILES
+from swsurgery.quantised import Quantisation
 from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard, quoted
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -86,6 +87,17 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored shape of every tensor that the weight_map and the shards agree on."""
         return {t: self.info(t).shape for t in self.weight_map if t not in self.disagreements}
+
+    @cached_property
+    def quantisation(self) -> Quantisation:
+        """What the stored numbers of each tensor are: plain weights, codes, or internals of a quantiser."""
+        tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards.values():
+            tensors |= shard.tensors
+        tensors |= {t: self.info(t) for t in self.shapes}
+        return Quantisation(
+            tensors, self.config, (f.name for f in self.files), (shard.metadata for shard in self.shards.values())
+        )
 
     @cached_property
     def choice(self) -> Weights | None:

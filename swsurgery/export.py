@@ -43,6 +43,8 @@ class Source:
     patch: Patch
     config: dict[str, Any]
     notes: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+    """Edits of numbers that are no weights, which records of 0.1.0 may hold, one line for each."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def render(source: Source, form: Format) -> tuple[dict[str, bytes], tuple[str, .
     if form == "sparse":
         return {"": patches.render(source.patch)}, ()
     if form == "peft":
+        if source.codes:
+            raise PlanError.of(source.codes)
         return lora.adapter(source.patch, source.config)
     return _vllm(source.patch), ()
 
@@ -217,7 +221,12 @@ def _source(
     notes = [f"bound to its base by old values only, for no digest is known of {name}" for name in missing]
     ordered = tuple(sorted(scalars, key=lambda s: (s.tensor, s.flat)))
     bounds = PatchBounds(**manifest.check.model_dump())
-    return Source(Patch(base, bounds, manifest_sha256, ordered), checkpoint.config, tuple(notes))
+    codes = [
+        f"a LoRA adapter cannot hold this edit: {s.coordinate} is no weight ({why})"
+        for s in ordered
+        if (why := checkpoint.quantisation.refusal(s.tensor))
+    ]
+    return Source(Patch(base, bounds, manifest_sha256, ordered), checkpoint.config, tuple(notes), tuple(codes))
 
 
 def _vllm(patch: Patch) -> dict[str, bytes]:

@@ -49,6 +49,8 @@ def scalar(
         raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
     info, file = checkpoint.info(tensor), checkpoint.weight_map[tensor]
     found: dict[str, Any] = {"tensor": tensor, "file": file, "dtype": info.dtype.name, "shape": list(info.shape)}
+    if why := checkpoint.quantisation.refusal(tensor):
+        found["note"] = why
     if at is None:
         return found | {"bytes": info.size, "data_offsets": list(info.data_offsets)}
     parts = [p.strip() for p in at.strip("[]() ").split(",")] if at.strip("[]() ") else []

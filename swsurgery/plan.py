@@ -21,25 +21,10 @@ from swsurgery.shard import TensorInfo
 from swsurgery.splice import Scalar, Splice
 from swsurgery.tying import tied_faults, tied_partner
 
-COMPANIONS = (
-    "{stem}.weight_scale", "{stem}.weight_scale_inv", "{stem}.scales", "{stem}.SCB", "{name}.absmax",
-    "{name}.quant_map", "{name}_scale", "{name}_scale_inv", "{name}_scales", "{name}.scale", "{stem}.weight_scale_2",
-)  # fmt: skip
-"""Names under which quantised checkpoints keep the scales of tensor `name` (= `stem` + ".weight")."""
-
 MAX_FAULTS = 100
 """Listed one by one."""
 
 MAX_NOTES = 20
-
-PACKED = (
-    ".qweight", ".qzeros", ".weight_packed", ".weight_shape", "_blocks", ".g_idx", ".codes", ".codebooks", ".W_q",
-    ".weight._data", ".scales", "_scales", ".SCB", ".weight_scale", ".weight_scale_inv", ".weight_scale_2",
-    ".weight_global_scale", ".weight_zero_point", ".input_scale", ".weight._scale", ".absmax", ".quant_map",
-    ".nested_absmax", ".nested_quant_map",
-)  # fmt: skip
-"""Endings of tensors whose elements are not weights: packed integers, scales, permutations. GPTQ and AWQ,
-compressed-tensors, MXFP4, AQLM, HQQ, quanto, bitsandbytes, FP8."""
 
 
 @dataclass(frozen=True)
@@ -277,12 +262,5 @@ def _swap_hint(info: TensorInfo, index: tuple[int, ...]) -> str:
 
 
 def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
-    if name.endswith(PACKED) or ".quant_state." in name:
-        raise PlanError("packed or scaling values of a quantised layer, not weights", name,
-                        "edit the model before it is quantised")  # fmt: skip
-    stem = name.removesuffix(".weight")
-    for pattern in COMPANIONS:
-        companion = pattern.format(name=name, stem=stem)
-        if companion in checkpoint.weight_map and companion != name:
-            raise PlanError(f"quantised: its elements count in units of {companion}", name,
-                            "edit the model before it is quantised")  # fmt: skip
+    if why := checkpoint.quantisation.refusal(name):
+        raise PlanError(why, name, "edit the model before it is quantised")

@@ -18,7 +18,6 @@ from typing import Any
 
 from swsurgery.architectures import (
     FAMILIES,
-    PACKED_SUFFIXES,
     Axes,
     Expert,
     Family,
@@ -29,6 +28,7 @@ from swsurgery.architectures import (
 )
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import ArchitectureError
+from swsurgery.quantised import PACKED_SUFFIXES
 
 _BY_NAME = "name the scalar by tensor and index instead"
 
@@ -169,8 +169,12 @@ def loaded_candidates(
     tensor, index = coordinate
     matches = [m for m in _matches(families, tensor) if len(m[1].axes.split()) == len(index)]
     if shapes is not None and tensor in shapes and matches:
-        axes = _orientation(config, tensor, shapes[tensor], [layout for _, layout, _, _ in matches])
-        matches = [m for m in matches if m[1].axes == axes]
+        layouts = [layout for _, layout, _, _ in matches]
+        if not _known_families(config) and len(_fitting_axes(config, shapes[tensor], layouts)) > 1:
+            matches = []  # nothing is known to be turned while an unknown family is loaded: it keeps its index
+        else:
+            axes = _orientation(config, tensor, shapes[tensor], layouts)
+            matches = [m for m in matches if m[1].axes == axes]
     turned = [layout.stored_only for _, layout, _, _ in matches]
     if any(turned) and not all(turned):
         raise ArchitectureError("its orientation is not known by name alone", tensor, "give the stored shapes")
@@ -206,10 +210,8 @@ def _families(config: Mapping[str, Any]) -> tuple[Family, ...]:
 
     An unknown encoder-decoder gets none, since "layer 3" would not say which of the two stacks is meant.
     """
-    for section in _sections(config):
-        known = tuple(family for family in FAMILIES if section.get("model_type") in family.model_types)
-        if known:
-            return known
+    if known := _known_families(config):
+        return known
     if config.get("is_encoder_decoder") is True:
         return ()
     # What transformers turns while loading is known per model type only; an unknown one is taken as it is stored.
@@ -217,6 +219,15 @@ def _families(config: Mapping[str, Any]) -> tuple[Family, ...]:
         Family(f.name, f.model_types, f.trunks, tuple(layout for layout in f.layouts if not layout.stored_only))
         for f in FAMILIES
     )
+
+
+def _known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
+    """The families of the model type that config.json names; empty if it names none that is known."""
+    for section in _sections(config):
+        known = tuple(family for family in FAMILIES if section.get("model_type") in family.model_types)
+        if known:
+            return known
+    return ()
 
 
 def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -296,17 +307,46 @@ def _decode(axes: str, index: tuple[int, ...], expert: Expert) -> tuple[int, int
     return values["row"], values["col"], values.get("expert", expert)
 
 
-def _orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], layouts: list[Layout]) -> Axes:
-    """The one meaning of the axes that the number of dimensions and the config's hidden size allow."""
-    hidden = _number(config, "hidden_size", "n_embd", "n_embed", "d_model")
-    fitting = {
-        layout.axes
-        for layout in layouts
-        if len(layout.axes.split()) == len(shape)
-        and hidden in (None, dict(zip(layout.axes.split(), shape, strict=True))["row"])
+def _possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set[Axes]:
+    """What the axes of a tensor with these layouts may mean.
+
+    An unknown family may store `experts.down_proj` either way round, as the known families do, whatever the block is
+    called in which it stores it.
+    """
+    axes = {layout.axes for layout in layouts}
+    if _known_families(config):
+        return axes
+    tails = {_tail(layout) for layout in layouts}
+    return axes | {layout.axes for family in FAMILIES for layout in family.layouts if _tail(layout) in tails}
+
+
+def _tail(layout: Layout) -> tuple[str, int]:
+    """The last part of a layout's name, with ".weight" if it has one, and its number of dimensions."""
+    parts = layout.name.split(".")
+    return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:]), len(layout.axes.split())
+
+
+def _hidden_size(config: Mapping[str, Any]) -> int | None:
+    return _number(config, "hidden_size", "n_embd", "n_embed", "d_model")
+
+
+def _fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: list[Layout]) -> set[Axes]:
+    """The meanings of the axes that the number of dimensions and the config's hidden size allow."""
+    hidden = _hidden_size(config)
+    return {
+        axes
+        for axes in _possible_axes(config, layouts)
+        if len(axes.split()) == len(shape) and hidden in (None, dict(zip(axes.split(), shape, strict=True))["row"])
     }
+
+
+def _orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], layouts: list[Layout]) -> Axes:
+    """The one meaning of the axes that the shape allows. Raises ArchitectureError if it allows none or several."""
+    hidden = _hidden_size(config)
+    fitting = _fitting_axes(config, shape, layouts)
     if not fitting:
-        wanted = " or ".join(f"[{axes.replace(' ', ', ')}]" for axes in sorted({layout.axes for layout in layouts}))
+        possible = sorted(_possible_axes(config, layouts))
+        wanted = " or ".join(f"[{axes.replace(' ', ', ')}]" for axes in possible)
         rows = "" if hidden is None else f" with {hidden} rows"
         raise ArchitectureError(f"shape {list(shape)} is not {wanted}{rows}", name, _BY_NAME)
     if len(fitting) > 1:

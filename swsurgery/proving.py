@@ -149,7 +149,7 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
     if question.known:
         kept = _survey(question, checkpoint, patched, repo_ids)
         findings += kept.findings()
-        rules += ("known-lost", "known-unreadable")
+        rules += ("known-lost", "known-unreadable", "known-suspicious")
     if question.signature is not None:
         from swsurgery.signing import verify_signature
 
@@ -282,10 +282,10 @@ def _registry_lines(verification: Verification) -> Iterable[str]:
 
 
 def _survival_lines(survived: Survival) -> Iterable[str]:
-    from swsurgery.survival import told
+    from swsurgery.survival import UNDECIDED, told
 
     held = [c for c in survived.coordinates if c.held]
-    read = [c for c in held if c.state != "unreadable"]
+    read = [c for c in held if c.state not in UNDECIDED]
     there = [c for c in read if c.state != "lost"]
     edited = sum(c.state == "declared" for c in held)
     aside = f", {edited} of them edited on purpose" if edited else ""

@@ -44,6 +44,11 @@ RULES: dict[str, Rule] = {
             "A known super weight cannot be read as one scalar, so whether it was kept is not known.",
             "warning",
         ),
+        Rule(
+            "known-suspicious",
+            "A known super weight reads as more than four times its value, so the stored numbers may be no weights.",
+            "warning",
+        ),
         Rule("non-finite", "A stored floating-point value is NaN or infinite."),
         Rule(
             "duplicate-weights",

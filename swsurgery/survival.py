@@ -1,8 +1,8 @@
 """Whether a checkpoint still has the known super weights of its model, and still has their values.
 
 Any checkpoint will do, be it fine-tuned, merged or quantised: what is read is one scalar for each known coordinate.
-FP8 and int8 weights are read through their scale where that is one product; what is packed tighter is said to be
-unreadable, never guessed. Knows no registry of edits beyond the set of coordinates that it declares.
+quantised.py decides how the stored numbers are read: as weights, through a scale, or not at all. Nothing is guessed.
+Knows no registry of edits beyond the set of coordinates that it declares.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from swsurgery.dtypes import DTYPES, Dtype
 from swsurgery.edits import MeasuredValue, expectation_fault
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.known import KnownCoordinate, KnownModel
-from swsurgery.plan import COMPANIONS
 from swsurgery.rules import Finding
 
-State = Literal["kept", "changed", "lost", "present", "declared", "unreadable"]
+State = Literal["kept", "changed", "suspicious", "lost", "present", "declared", "unreadable"]
 
 TOLERANCE = 0.25
 """How much of its known value a super weight may have lost. The shipped sweeps say where harm begins: at 0.75 of its
@@ -35,8 +34,12 @@ and not held against it. FP8 rounds by 1/16 at most."""
 NOT_HELD = ("disputed", "refuted", "insufficient")
 """Statuses that are no ground for a no: places where sources disagree, or where no large weight may ever have been."""
 
-_SCALES = ("_scale_inv", "_scale", ".SCB")
-"""Endings of a matrix's scales that are one factor for each scalar, in the order of preference."""
+SUSPICIOUS = 4.0
+"""From more than this many times the known value on, a value is suspicious: no fine-tuning is known to move a super
+weight so far, but codes read as if they were weights are larger by one over their scale."""
+
+UNDECIDED = ("suspicious", "unreadable")
+"""States that neither prove a super weight nor show that it is lost."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,15 @@ class Survival:
 
     @property
     def decided(self) -> bool:
-        """Whether any coordinate could be read that counts."""
-        return any(c.held and c.state != "unreadable" for c in self.coordinates)
+        """True if any coordinate that counts is neither unreadable nor suspicious."""
+        return any(c.held and c.state not in UNDECIDED for c in self.coordinates)
 
     def findings(self) -> list[Finding]:
         found = []
         for c in self.coordinates:
-            if c.held and c.state in ("lost", "unreadable"):
-                rule = "known-lost" if c.state == "lost" else "known-unreadable"
-                found.append(Finding(rule, f"{c.id} ({c.status}, zeroed alone: {c.causal_alone}): {told(c)}",
-                                     c.file, c.tensor, c.index))  # fmt: skip
+            if c.held and c.state in ("lost", *UNDECIDED):
+                message = f"{c.id} ({c.status}, zeroed alone: {c.causal_alone}): {told(c)}"
+                found.append(Finding(f"known-{c.state}", message, c.file, c.tensor, c.index))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +109,8 @@ def told(kept: Kept) -> str:
     if kept.known is None:
         return f"{kept.state}: {stored} is stored, no value is known"
     ratio = "" if kept.ratio is None or kept.state == "kept" else f", x{kept.ratio:.4g}"
-    return f"{kept.state}: {dtypes.show(kept.known)} -> {stored}{ratio}"
+    doubt = ", so the stored numbers may be no weights" if kept.state == "suspicious" else ""
+    return f"{kept.state}: {dtypes.show(kept.known)} -> {stored}{ratio}{doubt}"
 
 
 def identify(checkpoint: Checkpoint, name: str | None, repo_ids: Iterable[str | None] = ()) -> KnownModel:
@@ -165,6 +168,8 @@ def _kept(
         same = distance <= slack + (step if step is not None else _spacing(dtype, value))
     if same:
         return Kept(**fields, state="kept")
+    if fields["ratio"] > SUSPICIOUS:
+        return Kept(**fields, state="suspicious")
     return Kept(**fields, state="lost" if fields["ratio"] < 1 - tolerance else "changed")
 
 
@@ -177,19 +182,18 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
     None where the stored scalar is the weight itself. Raises _Unreadable."""
     name, index = coordinate
     info = checkpoint.info(name)
-    stem = name.removesuffix(".weight")
-    companions = {pattern.format(name=name, stem=stem) for pattern in COMPANIONS} & checkpoint.weight_map.keys()
-    companions |= {n for n in (f"{name}_zero_point", f"{stem}.zeros") if n in checkpoint.weight_map}
-    scales = [n for ending in _SCALES for n in (name + ending, stem + ending) if n in companions]
-    if companions - set(scales[:1]):
-        raise _Unreadable(f"{name} is quantised with {', '.join(sorted(companions))}")
-    if info.dtype.kind == "opaque" or (info.dtype.kind != "float" and not scales):
+    reading = checkpoint.quantisation.reading(name)
+    if reading.kind == "internal":
+        raise _Unreadable(f"{name} holds no weights: {reading.reason}")
+    if reading.kind == "unreadable":
+        raise _Unreadable(f"{name} is quantised: {reading.reason}")
+    if info.dtype.kind == "opaque" or (info.dtype.kind != "float" and reading.scale is None):
         raise _Unreadable(f"{name} holds {info.dtype.name}, and no scale says what that means")
     raw = checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, index)
     value = dtypes.decode(info.dtype, raw)
-    if not scales or not math.isfinite(value):
+    if reading.scale is None or not math.isfinite(value):
         return float(value), None, raw
-    factor = _scale(checkpoint, scales[0], info.shape, index)
+    factor = _scale(checkpoint, reading.scale, info.shape, index)
     step = abs(float(factor)) * (_spacing(info.dtype, value) if info.dtype.kind == "float" else 1)
     return float(Fraction(value) * factor), step, raw
 
@@ -201,6 +205,7 @@ def _scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tup
     info = checkpoint.info(name)
     if info.dtype.kind != "float":
         raise _Unreadable(f"{name} holds {info.dtype.name}")
+    _refuse_turned(checkpoint, name)
     scale_shape = info.shape
     if math.prod(scale_shape) == 1:
         place = (0,) * len(scale_shape)
@@ -218,6 +223,18 @@ def _scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tup
         raise _Unreadable(f"{name} holds {value}")
     # LLM.int8 stores the largest magnitude of a row, which is 127 steps (arXiv:2208.07339, section 2.1).
     return Fraction(value) / 127 if name.endswith(".SCB") else Fraction(value)
+
+
+def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
+    """Raise _Unreadable if bitsandbytes says that an int8 matrix is not stored row by row (`weight_format` 0)."""
+    form = scale.removesuffix("SCB") + "weight_format"
+    if not scale.endswith(".SCB") or form not in checkpoint.shapes:
+        return
+    if math.prod(checkpoint.shapes[form]) != 1:
+        raise _Unreadable(f"{form} is not one number")
+    data = checkpoint.shards[checkpoint.weight_map[form]].read_scalar(form, (0,) * len(checkpoint.shapes[form]))
+    if any(data):
+        raise _Unreadable(f"{form} says that the matrix is not stored row by row")
 
 
 def _blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:

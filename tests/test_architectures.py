@@ -308,6 +308,65 @@ def test_stacked_experts_in_either_orientation(model_type, shape, index):
     assert (projection.rows, projection.cols) == (16, 12)
 
 
+ONE_ORDER = ("feed_forward.experts.down_proj", "block_sparse_moe.experts.down_proj")
+"""Names that one known family each stores, Llama 4 as [expert, col, row] and Granite-MoE as [expert, row, col]."""
+
+
+@pytest.mark.parametrize("name", ONE_ORDER)
+@pytest.mark.parametrize(("shape", "index"), [((4, 16, 12), (2, 3, 11)), ((4, 12, 16), (2, 11, 3))])
+def test_an_unknown_family_is_not_read_in_the_order_of_the_one_that_has_its_names(name, shape, index):
+    config, shapes = table("an unknown one", f"model.layers.{{layer}}.{name}", shape=shape, hidden_size=16)
+    found = locate(config, shapes, layer=1, row=3, col=11, expert=2)
+    assert found == (f"model.layers.1.{name}", index)
+    assert short_form(config, shapes, found) == (1, 3, 11, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "hidden", "why"),
+    [
+        (f"layers.{{layer}}.{name}", (4, 16, 16), 16, "the matrix is square")
+        for name in (*ONE_ORDER, "mlp.experts.down_proj")
+    ]
+    + [
+        (f"layers.{{layer}}.{name}", (4, 12, 16), None, "config.json does not give the hidden size")
+        for name in ONE_ORDER
+    ]
+    + [
+        ("layers.{layer}.mlp.c_proj.weight", (16, 16), 16, "the matrix is square"),
+        ("layers.{layer}.mlp.c_proj.weight", (12, 16), None, "config.json does not give the hidden size"),
+    ],
+)
+def test_what_an_unknown_family_may_store_either_way_round_is_refused(name, shape, hidden, why):
+    more = {} if hidden is None else {"hidden_size": hidden}
+    config, shapes = table("an unknown one", f"model.{name}", shape=shape, **more)
+    expert = 2 if len(shape) == 3 else None
+    with pytest.raises(ArchitectureError, match=rf"it may be stored either way round: model\.{name[:6]}.* \({why}; "):
+        locate(config, shapes, layer=1, row=3, col=11, expert=expert)
+    with pytest.raises(ArchitectureError, match="either way round"):
+        down_projections(config, shapes)
+    stored = Coordinate(f"model.{name.format(layer=1)}", (2, 3, 11)[-len(shape) :])
+    assert short_form(config, shapes, stored) is None
+    # Named by tensor and index it has a place all the same, and nothing is known to turn it.
+    candidates = loaded_candidates(config, stored, shapes)
+    assert candidates[0] == stored and {c.index for c in candidates} == {stored.index}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "shape", "index"),
+    [
+        ("llama4_text", "feed_forward.experts.down_proj", (4, 16, 16), (2, 11, 3)),
+        ("granitemoe", "block_sparse_moe.experts.down_proj", (4, 16, 16), (2, 3, 11)),
+        ("starcoder2", "mlp.c_proj.weight", (16, 16), (3, 11)),
+        ("an unknown one", "mlp.down_proj.weight", (16, 16), (3, 11)),
+        ("an unknown one", "mlp.experts.2.down_proj.weight", (16, 16), (3, 11)),
+    ],
+)
+def test_a_square_matrix_is_read_where_only_one_order_is_known(model_type, name, shape, index):
+    config, shapes = table(model_type, f"model.layers.{{layer}}.{name}", shape=shape, hidden_size=16)
+    expert = 2 if "experts" in name else None
+    assert locate(config, shapes, layer=1, row=3, col=11, expert=expert).index == index
+
+
 @st.composite
 def places(draw):
     """A model of one of several layouts, larger than any tiny one, and a random place in it."""

@@ -72,6 +72,10 @@ EXACT = fact(value=-2.5, dtype="BF16")
         (-2.515625, "changed"),
         (-3.75, "changed"),
         (-7.5, "changed"),
+        (-10.0, "changed"),
+        (-10.0625, "suspicious"),
+        (-190.0, "suspicious"),
+        (190.0, "lost"),
         (-1.90625, "changed"),
         (-1.859375, "lost"),
         (-0.5, "lost"),
@@ -88,6 +92,26 @@ def test_a_value_is_kept_changed_or_lost(tmp_path, stored, state):
     assert (kept.known, kept.dtype, kept.tensor, kept.index) == (-2.5, "BF16", down(0), (ROW, COL))
     if math.isfinite(stored):
         assert (kept.stored, kept.ratio) == (stored, stored / -2.5)
+
+
+def test_a_suspicious_value_neither_proves_nor_loses(tmp_path):
+    survey = survival.survey(open_checkpoint(holding(tmp_path, -190.0)), model(EXACT))
+    (kept,) = survey.coordinates
+    assert (kept.state, kept.stored, kept.ratio) == ("suspicious", -190.0, 76.0)
+    (finding,) = survey.findings()
+    assert (finding.rule, finding.level, finding.tensor) == ("known-suspicious", "warning", down(0))
+    assert "suspicious: -2.5 -> -190 (BF16), x76, so the stored numbers may be no weights" in finding.message
+    assert not survey.decided and survey.to_json()["decided"] is False
+
+
+def test_a_suspicious_value_is_suspicious_without_a_sign_too(tmp_path):
+    unsigned = fact(value_printed="2.77 (without sign)")
+    assert only(holding(tmp_path / "a", -190.0), unsigned).state == "suspicious"
+    assert only(holding(tmp_path / "b", -10.0), unsigned).state == "changed"
+
+
+def test_an_edit_on_purpose_is_never_suspicious(tmp_path):
+    assert only(holding(tmp_path, -190.0), EXACT, declared={Coordinate(down(0), (ROW, COL))}).state == "declared"
 
 
 @pytest.mark.parametrize(("tolerance", "state"), [(0, "lost"), (0.05, "lost"), (0.3, "changed"), (1, "changed")])
@@ -210,6 +234,48 @@ def test_int8_rows_are_127_steps_wide(tmp_path):
     assert kept.stored == -2.5 and kept.state == "kept"
 
 
+@pytest.mark.parametrize(("form", "state"), [(0, "kept"), (1, "unreadable")])
+def test_int8_that_is_not_stored_by_rows_is_unreadable(tmp_path, form, state):
+    data = bytearray(HIDDEN * INNER)
+    data[ROW * INNER + COL] = 256 - 127
+    stem = down(0).removesuffix("weight")
+    tensors = {
+        down(0): ("I8", SHAPE, bytes(data)),
+        f"{stem}SCB": ("F32", (HIDDEN,), np.full(HIDDEN, 2.5, "<f4").tobytes()),
+        f"{stem}weight_format": ("U8", (), bytes([form])),
+    }
+    assert only(write_single(tmp_path, tensors), EXACT).state == state
+
+
+@pytest.mark.parametrize("ending", ["_scale", "_scale_inv"])
+@pytest.mark.parametrize("beside", ["input_scale", "bias", "k_scale", "activation_scale"])
+def test_what_scales_activations_does_not_hide_a_weight(tmp_path, ending, beside):
+    more = {down(0).replace("weight", beside): F32_ONE}
+    root = quantised(tmp_path, -224.0, down(0) + ending, np.array(0.01), None, more)
+    assert only(root, fact(value=-2.25, dtype="BF16")).state == "kept"
+
+
+@pytest.mark.parametrize("name", ["scale", "scale_weight", "qscale_weight", "weights_scaling_factor", "unheard_of"])
+def test_codes_with_a_scale_of_an_unknown_name_are_unreadable(tmp_path, name):
+    """The raw code -224 is 90 times the known value, and 90 times as much is no proof that it is there."""
+    scale = down(0).replace("weight", name)
+    survey = survival.survey(open_checkpoint(quantised(tmp_path, -224.0, scale, np.array(0.01))), model(EXACT))
+    assert survey.coordinates[0].state == "unreadable" and scale in survey.coordinates[0].reason
+    assert not survey.decided
+
+
+def test_codes_without_a_scale_are_weights_only_where_nothing_declares_quantisation(tmp_path):
+    def root(name: str, config: dict) -> Path:
+        data = bytearray(np.full(HIDDEN * INNER, 0x38, np.uint8).tobytes())
+        data[ROW * INNER + COL] = 0xC2  # -2.5 in E4M3 is 1 1000 010, twice 1.25
+        return write_single(tmp_path / name, {down(0): ("F8_E4M3", SHAPE, bytes(data))}, config)
+
+    kept = only(root("cast", {}), EXACT)
+    assert (kept.state, kept.stored) == ("kept", -2.5)
+    kept = only(root("declared", {"quantization_config": {"quant_method": "fp8"}}), EXACT)
+    assert kept.state == "unreadable" and "config.json (quantization_config)" in kept.reason
+
+
 F32_ONE = ("F32", (1,), struct.pack("<f", 1.0))
 
 
@@ -290,6 +356,21 @@ def test_drift_is_told_and_passes_unless_less_is_tolerated(mistral, capsys):
     assert main(["verify", str(root), "--model", "mistral-7b"]) == 0
     assert "changed: -0.2734375 -> -0.25 (BF16), x0.9143" in capsys.readouterr().out
     assert main(["verify", str(root), "--model", "mistral-7b", "--known-tolerance", "0.05"]) == 1
+
+
+def test_a_suspicious_super_weight_is_exit_2(mistral, capsys):
+    root = mistral(-13.0)
+    assert main(["verify", str(root), "--model", "mistral-7b"]) == 2
+    out = capsys.readouterr().out
+    assert "warning   known-suspicious: " in out and "0 of 1 super weight of" in out and "neither a yes nor a no" in out
+    assert main(["verify", str(root), "--model", "mistral-7b", "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["known"]["decided"] is False and document["known"]["coordinates"][0]["state"] == "suspicious"
+    assert main(["verify", str(root), "--model", "mistral-7b", "--format", "junit"]) == 2
+    out = capsys.readouterr().out
+    assert 'name="known-suspicious"' in out and 'name="decided"' in out
+    assert main(["verify", str(root), "--model", "mistral-7b", "--format", "sarif"]) == 2
+    assert '"known-suspicious"' in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_neither_yes_nor_no(tmp_path, capsys):

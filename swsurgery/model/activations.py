@@ -327,6 +327,8 @@ def _why_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) ->
 def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> Tensor:
     """One row of a stored down projection (cols,), float64: contiguous in its shard, or one element of each of its
     columns where it is stored transposed."""
+    if why := checkpoint.quantisation.refusal(projection.tensor):
+        raise ModelError(why, projection.tensor, "scan an unquantised copy")
     info, shard = checkpoint.info(projection.tensor), checkpoint.shards[checkpoint.weight_map[projection.tensor]]
     first = shard.offset(projection.tensor, projection.index(row, 0))
     size, count, step = info.dtype.size, projection.cols, projection.rows if projection.transposed else 1

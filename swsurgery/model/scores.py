@@ -64,11 +64,8 @@ class Matrix:
             raise ArchitectureError(f"shape {list(info.shape)} is not that of an MLP's matrix", tensor)
         if info.dtype.kind != "float":
             raise ArchitectureError(f"{info.dtype.name} numbers are not weights", tensor, "scan an unquantised copy")
-        for scale in (f"{tensor}_scale_inv", f"{tensor}_scale"):
-            if scale in checkpoint.weight_map:
-                raise ArchitectureError(
-                    f"its stored numbers are scaled by {scale}", tensor, "scan an unquantised copy, or by activations"
-                )
+        if why := checkpoint.quantisation.refusal(tensor):
+            raise ArchitectureError(why, tensor, "scan an unquantised copy, or by activations")
         rows, cols = info.shape[-2:]
         start = shard.data_start + info.data_offsets[0] + (expert or 0) * rows * cols * info.dtype.size
         return cls(tensor, shard.path, start, info.dtype, rows, cols)

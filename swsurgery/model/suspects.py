@@ -128,6 +128,8 @@ def matrices_of(checkpoint: Checkpoint, candidates: Sequence[Candidate]) -> dict
             dtype = checkpoint.info(place.tensor).dtype
             if dtype.name not in _ELEMENTS:
                 raise ModelError(f"{dtype.name} holds no single weights", place.tensor)
+            if why := checkpoint.quantisation.refusal(place.tensor):
+                raise ModelError(why, place.tensor, "scan an unquantised copy")
             matrices[key] = Matrix(checkpoint, place)
         place = matrices[key].place
         inside = 0 <= candidate.row < place.rows and 0 <= candidate.col < place.cols

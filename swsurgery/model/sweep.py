@@ -139,10 +139,12 @@ def scaled_values(
 
 
 def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.Dtype, bytes]:
-    """Dtype and bytes of one scalar. Raises ModelError where the checkpoint has no such scalar."""
+    """Dtype and bytes of one weight. Raises ModelError if the checkpoint has no such scalar or it is no weight."""
     tensor, index = coordinate
     shape = checkpoint.shapes.get(tensor, ())
     if index and len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True)):
+        if why := checkpoint.quantisation.refusal(tensor):
+            raise ModelError(why, coordinate)
         shard = checkpoint.shards[checkpoint.weight_map[tensor]]
         return shard.tensors[tensor].dtype, shard.read_scalar(tensor, index)
     raise ModelError("no such scalar in the checkpoint", coordinate)

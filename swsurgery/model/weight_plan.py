@@ -181,6 +181,8 @@ def _as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
 
 def _part(name: str, element: int, checkpoint: Checkpoint) -> Part:
     info, shard = checkpoint.info(name), checkpoint.shards[checkpoint.weight_map[name]]
+    if why := checkpoint.quantisation.refusal(name):
+        raise ModelError(f"cannot be read layer by layer: {why}", name)
     dtype = STORED.get(info.dtype.name)
     if dtype is None:
         raise ModelError(f"cannot be read layer by layer: stored as {info.dtype.name}", name)

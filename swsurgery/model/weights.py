@@ -250,6 +250,8 @@ class _Names:
         if info.shape != (projection.rows,) or info.dtype.kind != "float":
             what = f"{info.dtype.name} {list(info.shape)} is no gain of {projection.rows} channels"
             raise ArchitectureError(what, name)
+        if why := self.checkpoint.quantisation.refusal(name):
+            raise ArchitectureError(why, name, "scan an unquantised copy, or by activations")
         with opened(shard.path) as fd:
             raw = read_exactly(fd, info.size, shard.data_start + info.data_offsets[0], shard.path)
         gain = values_of(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
