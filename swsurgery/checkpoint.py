@@ -8,38 +8,28 @@ it has an edit in place that was cut off undone first.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 from swsurgery import fsops, journal
-from swsurgery.arguments import require_choice
-from swsurgery.copies import has_weights_of, named_as_copy
-from swsurgery.errors import AmbiguousWeights, CheckpointError
-from swsurgery.jsonfile import read_config, read_json
+from swsurgery.arguments import require_choice, require_type
+from swsurgery.copies import look_at_others
+from swsurgery.errors import CheckpointError
+from swsurgery.jsonfile import read_config
 from swsurgery.names import SHARD_NAME, WORKING_FILES
 from swsurgery.quantised import Quantisation
-from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard, quoted
-
-INDEX_SUFFIX = ".safetensors.index.json"
+from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard
+from swsurgery.weight_files import SINGLE, Weights, find_weights, is_index, refuse_too_many, some
 
 LEFT_OUT = (".git", ".cache", "model.sig")
 """Top-level names that are no part of a checkpoint: folders of download and version control tools, and the
 signature, which covers these files and no others."""
-
-Weights = Literal["index", "single"]
-"""Which of two sets of weights: the shards of an index, or model.safetensors."""
-
-MAX_LISTED = 20
-
-MAX_TENSORS, TENSORS_WITHOUT_DATA = 1 << 18, 50_000
-"""In one checkpoint; the second where it holds less than 4 KiB for each. DeepSeek-V3 has 91,991 of 7 MB on average."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +68,7 @@ class Checkpoint:
     revision: str | None = None
     in_cache: bool = False
     sub: str = ""
+    variant: str | None = None
 
     def info(self, tensor: str) -> TensorInfo:
         """The header's entry of a tensor of the weight_map. Raises KeyError."""
@@ -87,6 +78,11 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored shape of every tensor that the weight_map and the shards agree on."""
         return {t: self.info(t).shape for t in self.weight_map if t not in self.disagreements}
+
+    @property
+    def single(self) -> str:
+        """The single file that transformers would load, if it is there, before an index."""
+        return f"model.{self.variant}.safetensors" if self.variant else SINGLE
 
     @cached_property
     def quantisation(self) -> Quantisation:
@@ -101,11 +97,14 @@ class Checkpoint:
 
     @cached_property
     def choice(self) -> Weights | None:
-        """Which weights these are where an index and a single file are there; None where there was no choice."""
+        """Which weights these are if an index and a single file are there; None if there was no choice.
+
+        An index that lists only that file is no second set.
+        """
         names = {f.name for f in self.files}
-        if "model.safetensors" not in names or not any("/" not in n and n.endswith(INDEX_SUFFIX) for n in names):
-            return None
-        return "index" if self.index_name else "single"
+        if self.index_name is not None:
+            return "index" if self.single in names and self.single not in self.shards else None
+        return "single" if self.single in self.shards and any(is_index(n, self.variant) for n in names) else None
 
     def file(self, name: str) -> BaseFile:
         return next(f for f in self.files if f.name == name)
@@ -120,22 +119,32 @@ class Repository(Protocol):
     files: Mapping[str, Remote]
 
 
+class Chosen(Protocol):
+    """Which of several sets of weights is meant, as a manifest's or a record's base says."""
+
+    weights: Weights | None
+    variant: str | None
+
+
 def open_checkpoint(
     root: Path | Repository,
     weights: Weights | None = None,
+    variant: str | None = None,
     *,
     editing: bool = False,
     elsewhere: Collection[str] = (),
 ) -> Checkpoint:
     """Open the checkpoint in directory `root`, or the one of a repository.
 
-    `weights` chooses where both an index and a single file are there. `editing` is for the run that is editing it in
-    place; any other finds the old bytes put back. Shards named in `elsewhere` need not be there.
+    `weights` chooses if both an index and a single file are there. `variant` ("fp16") chooses the weights of that
+    variant; without it the plain weights are taken, or the only variant if there are none. `editing` is for the run
+    that is editing it in place; any other finds the old bytes put back. Shards in `elsewhere` need not be there.
 
     Raises CheckpointError (ShardError for a malformed shard) with every fault found, AmbiguousWeights where both are
     there and none was chosen; TargetError while another run is editing it in place; HubError.
     """
     require_choice("weights", weights, get_args(Weights), optional=True)
+    require_type("variant", variant, str, optional=True)
     if isinstance(root, Path):
         root = Path(os.path.realpath(root))
         if not root.is_dir():
@@ -151,8 +160,9 @@ def open_checkpoint(
         in_cache, repo_id, revision, sub = False, root.repo_id, root.commit, root.sub
         files, left_out = _files_of(root)
     names = {f.name: f for f in files}
-    index_name, shard_names, weight_map, total = _find_weights(root, names, weights, elsewhere)
-    shard_names = [name for name in shard_names if name in names]
+    chosen = find_weights(root, names, weights, variant, elsewhere)
+    index_name, weight_map, total = chosen.index, chosen.weight_map, chosen.total_size
+    shard_names = [name for name in chosen.shards if name in names]
     faults, shards = [], {}
     size = sum(names[name].size for name in shard_names)
     for name, shard in _headers([names[name] for name in shard_names], afar=not isinstance(root, Path)):
@@ -160,9 +170,9 @@ def open_checkpoint(
             faults += shard.faults
             continue
         shards[name] = shard
-        _refuse_too_many(sum(len(shard.tensors) for shard in shards.values()), size, root)
+        refuse_too_many(sum(len(shard.tensors) for shard in shards.values()), size, root)
     if faults:
-        raise CheckpointError.of(_some(faults))
+        raise CheckpointError.of(some(faults))
     disagreements: dict[str, str] = {}
     if index_name is None:
         weight_map = {tensor: name for name, shard in shards.items() for tensor in shard.tensors}
@@ -174,11 +184,20 @@ def open_checkpoint(
     if total is not None and total != stored and not elsewhere:
         notes.append(f"{index_name} says total_size {total}, the shards hold {stored} bytes")
     config = read_config(names["config.json"].path, "config.json") if "config.json" in names else {}
-    copies = _copies([f for f in files if f.name not in shard_names and f.name != index_name], shards, root)
+    rest = [f for f in files if f.name not in shard_names and f.name != index_name]
+    others = look_at_others(rest, shards, lambda files: _headers(files, afar=not isinstance(root, Path)))
+    notes += others.notes
     return Checkpoint(
-        root, files, shards, weight_map, index_name, config, copies, left_out, disagreements, tuple(notes),
-        repo_id, revision, in_cache, sub,
+        root, files, shards, weight_map, index_name, config, others.copies, left_out, disagreements, tuple(notes),
+        repo_id, revision, in_cache, sub, chosen.variant,
     )  # fmt: skip
+
+
+def open_as(
+    root: Path | Repository, chosen: Chosen, *, editing: bool = False, elsewhere: Collection[str] = ()
+) -> Checkpoint:
+    """Open a checkpoint with the weights that a record or a manifest chose. Raises as open_checkpoint does."""
+    return open_checkpoint(root, chosen.weights, chosen.variant, editing=editing, elsewhere=elsewhere)
 
 
 @contextlib.contextmanager
@@ -241,7 +260,7 @@ def _list_files(root: Path, in_cache: bool) -> tuple[tuple[BaseFile, ...], tuple
             else:
                 faults.append(f"is not a regular file: {name}")
     if faults:
-        raise CheckpointError.of(f"{fault} in {root}" for fault in _some(sorted(faults)))
+        raise CheckpointError.of(f"{fault} in {root}" for fault in some(sorted(faults)))
     return tuple(sorted(files, key=lambda f: f.name)), tuple(sorted(left_out))
 
 
@@ -288,85 +307,17 @@ def _headers(files: list[BaseFile], afar: bool) -> Iterator[tuple[str, Shard | C
         yield from map(header, files)
 
 
-def _copies(others: list[BaseFile], shards: dict[str, Shard], root: Path | Repository) -> tuple[str, ...]:
-    """The names of the files that hold the weights once more. A header that cannot be read tells of none."""
-    found = {file.name for file in others if named_as_copy(file.name)}
-    unclear = [f for f in others if f.name not in found and f.name.lower().endswith(".safetensors")]
-    for name, header in _headers(unclear, afar=not isinstance(root, Path)):
-        if isinstance(header, Shard) and has_weights_of(shards.values(), header):
-            found.add(name)
-    return tuple(sorted(found))
-
-
 def _files_of(repo: Repository) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
     """The files that a repository lists, sorted by name, and the top-level folders left out."""
     faults = [f"has a name that cannot be printed: {name!r}" for name in repo.files if not name.isprintable()]
     if faults:
-        raise CheckpointError.of(f"{fault} in {repo}" for fault in _some(sorted(faults)))
+        raise CheckpointError.of(f"{fault} in {repo}" for fault in some(sorted(faults)))
     left_out = {name.split("/")[0] for name in repo.files if "/" in name} & set(LEFT_OUT)
     return tuple(
         BaseFile(name, file, file.size, file.sha256)
         for name, file in sorted(repo.files.items())
         if name.split("/")[0] not in left_out and name not in WORKING_FILES
     ), tuple(sorted(left_out))  # fmt: skip
-
-
-def _find_weights(
-    root: Path | Repository, names: dict[str, BaseFile], weights: str | None, elsewhere: Collection[str] = ()
-) -> tuple[str | None, list[str], dict[str, str], Any]:
-    """(index name or None, shard names, weight_map of the index, its total_size)."""
-    indices = [n for n in names if "/" not in n and n.endswith(INDEX_SUFFIX)]
-    singles = [n for n in names if n == "model.safetensors"]
-    if not indices and not singles:
-        loose = [n for n in names if SHARD_NAME.fullmatch(n)]
-        if len(loose) != 1:
-            what = f"{len(loose)} safetensors files and no index" if loose else "no safetensors file"
-            raise CheckpointError(what, root, "a checkpoint has one, or several and model.safetensors.index.json")
-        singles = loose
-    if "model" + INDEX_SUFFIX in indices:
-        indices = ["model" + INDEX_SUFFIX]
-    if len(indices) > 1:
-        raise CheckpointError(f"several indices: {', '.join(indices)}", root, "keep the one that loaders read")
-    if indices and singles and weights is None:
-        raise AmbiguousWeights(
-            f"two sets of weights, {singles[0]} and {indices[0]}: transformers loads the first, vLLM and mergekit "
-            "the second", root, "say which, single or index: base.weights in a manifest, or the option --weights",
-        )  # fmt: skip
-    if weights == "index" and not indices or weights == "single" and not singles:
-        raise CheckpointError(f"base.weights says {weights}, which is not there", root)
-    if singles and weights != "index":
-        return None, singles, {}, None
-    return _read_index(root, names, indices[0], elsewhere)
-
-
-def _read_index(
-    root: Path | Repository, names: dict[str, BaseFile], index_name: str, elsewhere: Collection[str]
-) -> tuple[str, list[str], dict[str, str], Any]:
-    index = read_json(names[index_name].path, index_name)
-    weight_map = index.get("weight_map")
-    if type(weight_map) is not dict or not weight_map:
-        raise CheckpointError("has no weight_map", index_name)
-    _refuse_too_many(len(weight_map), sum(file.size for file in names.values()), index_name)
-    faults = []
-    for shard in dict.fromkeys(json.dumps(v) if type(v) is not str else v for v in weight_map.values()):
-        if not SHARD_NAME.fullmatch(shard):
-            faults.append(
-                f"index points to {quoted(shard)}, which is no plain name of a safetensors file: {index_name}"
-            )
-        elif shard not in names and shard not in elsewhere:
-            faults.append(f"missing shard: {root}/{shard} (the download is not complete)")
-    if faults:
-        raise CheckpointError.of(_some(faults))
-    shard_names = sorted(set(weight_map.values()))
-    metadata = index.get("metadata")
-    total = metadata.get("total_size") if type(metadata) is dict else None
-    return index_name, shard_names, weight_map, total
-
-
-def _refuse_too_many(tensors: int, size: int, where: object) -> None:
-    limit = max(TENSORS_WITHOUT_DATA, min(MAX_TENSORS, size >> 12))
-    if tensors > limit:
-        raise CheckpointError(f"more than the {limit} tensors accepted in a checkpoint of {size} bytes", where)
 
 
 def _disagreements(index_name: str, weight_map: dict[str, str], shards: dict[str, Shard]) -> dict[str, str]:
@@ -385,9 +336,3 @@ def _disagreements(index_name: str, weight_map: dict[str, str], shards: dict[str
         if tensor not in weight_map:
             found.setdefault(tensor, f"it is in {there[0]}, but {index_name} does not list it, so loaders skip it")
     return found
-
-
-def _some(faults: Iterable[str]) -> list[str]:
-    faults = list(faults)
-    more = len(faults) - MAX_LISTED
-    return faults[:MAX_LISTED] + ([f"and {more} more of these"] if more > 0 else [])

@@ -10,11 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+    model_validator,
+)
 
 from swsurgery import dtypes
 from swsurgery.dtypes import DTYPES, Dtype, Written
 from swsurgery.errors import NumberError
+from swsurgery.names import VARIANT
 
 Position = Annotated[int, Field(ge=0, lt=1 << 63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -37,6 +47,20 @@ class Strict(BaseModel):
     """No coercion, no unknown field, no change after loading."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class OfVariant(Strict):
+    """What names a base, perhaps one variant of its weights.
+
+    Without a variant the key is left out, so that records and patches keep the form that earlier versions read.
+    """
+
+    variant: Annotated[str, Field(pattern=f"^{VARIANT}$")] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = serialize(self)
+        return data if self.variant else {key: value for key, value in data.items() if key != "variant"}
 
 
 def _whole_number(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from swsurgery import fsops, lora, patches
 from swsurgery.apply import hashed, hold_to
-from swsurgery.checkpoint import Checkpoint, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, open_as
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Repo, Uri, named, place
@@ -119,7 +119,7 @@ def read(source: str | Path, base: str | None = None, progress: Progress | None 
 
 def _planned(path: Path, base: str | None, progress: Progress) -> Source:
     loaded = load_manifest(path)
-    checkpoint = open_checkpoint(place(base_of(loaded, base)), loaded.manifest.base.weights)
+    checkpoint = open_as(place(base_of(loaded, base)), loaded.manifest.base)
     plan = make_plan(loaded, checkpoint)
     digests = _digests(plan, progress)
     said = loaded.manifest.base
@@ -149,7 +149,7 @@ def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
 
 def _recorded(root: Path | Repo) -> Source:
     patched = read_records(root)
-    checkpoint = open_checkpoint(root, patched.registry.base.weights, elsewhere=patched.registry.elsewhere)
+    checkpoint = open_as(root, patched.registry.base, elsewhere=patched.registry.elsewhere)
     steps = steps_of(patched)
     changed: dict[Coordinate, PatchScalar] = {}
     for registry in steps:
@@ -215,6 +215,7 @@ def _source(
         model=manifest.base.model,
         sha256=digests,
         weights=manifest.base.weights,
+        variant=manifest.base.variant,
         copies=manifest.base.copies,
     )
     missing = sorted({s.file for s in scalars} - set(digests))

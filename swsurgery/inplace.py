@@ -15,7 +15,7 @@ from pathlib import Path
 
 from swsurgery import fsops, journal
 from swsurgery.apply import Applied, AppliedFile, hashed, hold_to, stream
-from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_as, open_checkpoint
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
 from swsurgery.manifest import load_manifest
@@ -61,7 +61,7 @@ def apply_in_place(
             outcome = _applied_already(root, previous.registry)
             say(*outcome.notes)
             return outcome
-        plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
+        plan = make_plan(loaded, open_as(root, loaded.manifest.base))
         if plan.omitted:
             raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
         bounds_of(plan, check)  # before anything is hashed or written
@@ -207,7 +207,7 @@ def _untouched(
 
 def _applied_already(root: Path, registry: Registry) -> Outcome:
     """What the same command says that found its work done: a killed run may have got that far."""
-    checkpoint = open_checkpoint(root, registry.base.weights)
+    checkpoint = open_as(root, registry.base)
     for name in sorted({s.file for s in undoing(registry, checkpoint)}):
         file = checkpoint.file(name)
         if hashed(file) != registry.files[name].sha256:

@@ -14,10 +14,10 @@ from swsurgery.registry import open_chosen
 from swsurgery.splice import json_value
 
 
-def overview(root: Path | Repository, weights: Weights | None = None) -> dict[str, Any]:
-    """Files with sizes, and every tensor with its shard, dtype and shape. `weights` says which to read where an index
-    and a single file are there, and no registry. Raises CheckpointError."""
-    checkpoint = open_chosen(root, weights)
+def overview(root: Path | Repository, weights: Weights | None = None, variant: str | None = None) -> dict[str, Any]:
+    """Files with sizes, and every tensor with its shard, dtype and shape. `weights` and `variant` say which to
+    read if there are several sets of weights, and no registry. Raises CheckpointError."""
+    checkpoint = open_chosen(root, weights, variant)
     shard_of = checkpoint.shards
     tensors = [
         {"tensor": info.name, "file": file, "dtype": info.dtype.name, "shape": list(info.shape), "bytes": info.size}
@@ -39,10 +39,17 @@ def overview(root: Path | Repository, weights: Weights | None = None) -> dict[st
 
 
 def scalar(
-    root: Path | Repository, tensor: str | None, at: str | None, weights: Weights | None = None
+    root: Path | Repository,
+    tensor: str | None,
+    at: str | None,
+    weights: Weights | None = None,
+    variant: str | None = None,
 ) -> dict[str, Any]:
-    """One tensor, or with `at` ("3968,7003") one scalar with its bits. `weights` as above. Raises CheckpointError."""
-    checkpoint = open_chosen(root, weights)
+    """One tensor, or with `at` ("3968,7003") one scalar with its bits; the others as for `overview`.
+
+    Raises CheckpointError.
+    """
+    checkpoint = open_chosen(root, weights, variant)
     if tensor is None:
         raise CheckpointError("--at needs --tensor", at or "")
     if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.apply import hashed, hold_to
-from swsurgery.checkpoint import held, open_checkpoint
+from swsurgery.checkpoint import held, open_as
 from swsurgery.errors import ModelError
 from swsurgery.hub import local
 from swsurgery.manifest import LoadedManifest, load_manifest, parse_manifest
@@ -71,7 +71,7 @@ def _planned(base: str | Path | None, manifest: Given) -> Iterator[Plan]:
     loaded = _loaded(manifest)
     root = local(base_of(loaded, str(base) if base is not None else None))
     with held(root):
-        plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
+        plan = make_plan(loaded, open_as(root, loaded.manifest.base))
         _hold_to_digests(plan)
         yield plan
 

@@ -21,6 +21,7 @@ from swsurgery import patches
 from swsurgery.dtypes import Written
 from swsurgery.edits import Edit, Strict, Version
 from swsurgery.errors import ManifestError, ShardError
+from swsurgery.names import VARIANT
 from swsurgery.shard import opened, read_at_most
 
 MAX_BYTES = 32 << 20
@@ -60,6 +61,10 @@ class Base(Strict):
     weights: Annotated[
         Literal["index", "single"] | None,
         Field(description="which weights to edit where both an index and a single file are there"),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Field(pattern=f"^{VARIANT}$", description="which variant of the weights to edit, such as fp16"),
     ] = None
     copies: Annotated[
         Literal["omit", "keep"] | None,

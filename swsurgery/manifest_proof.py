@@ -158,7 +158,7 @@ def _unlike(asked: Asked, record: ScalarRecord) -> str | None:
 def _identity(wishes: Wishes, registry: Registry) -> Iterator[Finding]:
     """What the manifest says of its base, against the base that the registry names."""
     base = wishes.loaded.manifest.base
-    for name in ("repo_id", "revision", "weights"):
+    for name in ("repo_id", "revision", "weights", "variant"):
         said, found = getattr(base, name), getattr(registry.base, name)
         if said is not None and found is not None and said != found:
             yield wishes.finding(f"base.{name} is {said}, the base was {found}", path=("base", name))

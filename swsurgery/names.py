@@ -7,6 +7,9 @@ import re
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}\.safetensors")
 """The only names that an index or a journal may point to: plain file names, so no path leaves the directory."""
 
+VARIANT = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+"""Pattern of the name of a variant of the weights: fp16, bf16, non_ema."""
+
 OWN_FILES = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 """What swsurgery adds to a patched checkpoint: its registry, the manifest as applied, and the digests."""
 

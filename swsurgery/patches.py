@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, ValidationEr
 from swsurgery import __version__
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES, Dtype, bits_of
-from swsurgery.edits import Edit, Position, Strict
+from swsurgery.edits import Edit, OfVariant, Position, Strict
 from swsurgery.errors import CheckpointError, ManifestError, NumberError
 from swsurgery.jsonfile import first_fault, parse_json
 from swsurgery.names import SHARD_NAME
@@ -47,7 +47,7 @@ Shape = Annotated[
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class PatchBase(Strict):
+class PatchBase(OfVariant):
     """What the patch is for. `sha256` are the digests of the shards that it touches, where they are known."""
 
     repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$")] | None = None

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swsurgery.checkpoint import Checkpoint, Weights, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, printable
 from swsurgery.formats import FindingReport
 from swsurgery.hub import Repo, named, place
@@ -36,8 +36,8 @@ if TYPE_CHECKING:  # the rooms of one question each are loaded when it is asked
 @dataclass(frozen=True)
 class Question:
     """What is asked. `base` is a directory or hf://ORG/NAME[@REV]; `model` and `tolerance` go with `known`, and
-    `public_key` (PEM) with `signature`. `weights` says which to read where an index and a single file are there, and
-    neither registry nor manifest says."""
+    `public_key` (PEM) with `signature`. `weights` and `variant` say which to read if there are several sets of
+    weights, and neither registry nor manifest says."""
 
     base: str | None = None
     manifest: Path | None = None
@@ -48,6 +48,7 @@ class Question:
     signature: Path | None = None
     public_key: Path | None = None
     weights: Weights | None = None
+    variant: str | None = None
 
     @property
     def needs_no_registry(self) -> bool:
@@ -56,8 +57,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Proof:
-    """The answer: what was found, and the parts it was made of. `verification` is None without a registry, `base` is
-    where the base lay that was compared with."""
+    """The answer: what was found, and the parts it was made of.
+
+    `verification` is None without a registry. `base` is where the base was that was compared with. `notes` are on the
+    checkpoint's files and change no answer.
+    """
 
     findings: tuple[Finding, ...]
     rules: tuple[str, ...]
@@ -67,6 +71,7 @@ class Proof:
     base: Path | None = None
     finite: bool = False
     signature: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def decided(self) -> bool:
@@ -79,7 +84,8 @@ class Proof:
             document["manifest"] = {"path": str(self.manifest.path), "base": self.base and str(self.base)}
         if self.survival is not None:
             document["known"] = self.survival.to_json()
-        return document | {"findings": [f.to_json() for f in self.findings], "finite": self.finite}
+        findings = [f.to_json() for f in self.findings]
+        return document | {"findings": findings, "finite": self.finite, "notes": list(self.notes)}
 
     def report(self, subject: str) -> FindingReport:
         """For the formats; `subject` is the checkpoint's path as the user wrote it."""
@@ -102,6 +108,8 @@ class Proof:
             yield f"signature {self.signature} covers every file as it is"
         if self.finite and not any(f.rule == "non-finite" for f in self.findings):
             yield "finite    no stored floating-point value is NaN or infinite"
+        for note in self.notes:
+            yield f"note      {note}"
 
 
 def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
@@ -118,11 +126,14 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
         raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}",
                               "only a patched checkpoint has one; --known and --manifest do without")  # fmt: skip
     loaded = _load(question.manifest)
-    weights = patched.registry.base.weights if patched else loaded.manifest.base.weights if loaded else None
-    refuse_other_weights(question.weights, weights, REGISTRY_NAME if patched else str(question.manifest))
-    base = _open_base(root, question, loaded, patched, weights)
+    said = patched.registry.base if patched else loaded.manifest.base if loaded else None
+    if said is not None:
+        who = REGISTRY_NAME if patched else str(question.manifest)
+        refuse_other_weights(question.weights, said.weights, who, question.variant, said.variant)
+        question = replace(question, weights=said.weights or question.weights, variant=said.variant or question.variant)
+    base = _open_base(root, question, loaded, patched)
     try:
-        checkpoint = _open(root, question, weights, patched.registry.elsewhere if patched else ())
+        checkpoint = _open(root, question, patched.registry.elsewhere if patched else ())
     except CheckpointError as error:
         there = isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))
         if patched is None and (isinstance(error, AmbiguousWeights) or not there):
@@ -159,15 +170,13 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
         rules += ("signature",)
     return Proof(
         tuple(findings), rules, verification, kept, loaded, base.root if base else None, question.finite,
-        question.signature,
+        question.signature, checkpoint.notes,
     )  # fmt: skip
 
 
-def _open(root: Path | Repo, question: Question, said: Weights | None, elsewhere: Collection[str] = ()) -> Checkpoint:
-    """A checkpoint with the weights that registry or manifest `said`, else with those that were asked for."""
-    if said is not None:
-        return open_checkpoint(root, said, elsewhere=elsewhere)
-    return open_chosen(root, question.weights, elsewhere=elsewhere)
+def _open(root: Path | Repo, question: Question, elsewhere: Collection[str] = ()) -> Checkpoint:
+    """Open a checkpoint with the weights that the question names."""
+    return open_chosen(root, question.weights, question.variant, elsewhere=elsewhere)
 
 
 def _load(path: Path | None) -> LoadedManifest | None:
@@ -189,13 +198,13 @@ def _survey(
 
 
 def _open_base(
-    root: Path | Repo, question: Question, loaded: LoadedManifest | None, patched: Patched | None, weights: str | None
+    root: Path | Repo, question: Question, loaded: LoadedManifest | None, patched: Patched | None
 ) -> Checkpoint | None:
     """The base that was given, else the manifest's own where it is at hand: not where it was edited in place, for
     then it is this checkpoint. Without registry and without base nothing can be proved of a manifest, and the error
     says where the base was looked for."""
     if question.base is not None:
-        return _open(place(named(question.base)), question, weights)
+        return _open(place(named(question.base)), question)
     if loaded is None:
         return None
     from swsurgery.surgery import base_of
@@ -205,7 +214,7 @@ def _open_base(
         both = isinstance(where, Path) and isinstance(root, Path)
         if patched and both and os.path.realpath(where) == os.path.realpath(root):
             return None
-        return _open(where, question, weights)
+        return _open(where, question)
     except CheckpointError:
         if patched is None:
             raise

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swsurgery import card, export, patches
-from swsurgery.checkpoint import open_checkpoint
+from swsurgery.checkpoint import open_as
 from swsurgery.errors import HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
@@ -44,7 +44,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     patched = read_records(root)
     source = export.read(root, progress=progress)
     registry = _as_one_step(patched, source.patch)
-    checkpoint = open_checkpoint(root, patched.registry.base.weights, elsewhere=patched.registry.elsewhere)
+    checkpoint = open_as(root, patched.registry.base, elsewhere=patched.registry.elsewhere)
     base, target = base_listing(registry), target_of(wish)
     if target:
         _refuse_weights(target, wish.repo_id)

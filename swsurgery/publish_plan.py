@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from swsurgery import card
-from swsurgery.checkpoint import LEFT_OUT, BaseFile, Checkpoint, open_checkpoint
+from swsurgery.checkpoint import LEFT_OUT, BaseFile, Checkpoint, open_as
 from swsurgery.comparison import chunks
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError
 from swsurgery.hub.cards import read as read_card
@@ -45,7 +45,7 @@ def make_publication(
     if patched is None:
         raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
     registry, notes = patched.registry, []
-    checkpoint = open_checkpoint(root, registry.base.weights, elsewhere=registry.elsewhere)
+    checkpoint = open_as(root, registry.base, elsewhere=registry.elsewhere)
     base, target = base_listing(registry), target_of(wish)
     if base is None:
         named = registry.base.repo_id or "the base, which the registry does not name,"

@@ -30,10 +30,11 @@ from swsurgery import __version__, dtypes, fsops, journal, known
 from swsurgery.checkpoint import Checkpoint, Repository, Weights, is_cache_snapshot, open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
-from swsurgery.edits import Position, Strict, Version
+from swsurgery.edits import OfVariant, Position, Strict, Version
 from swsurgery.errors import AmbiguousWeights, CheckpointError, PlanError, TargetError
 from swsurgery.jsonfile import MAX_JSON, RECORD, Limits, first_fault, parse_json, read_small, rendered_pieces
 from swsurgery.names import OWN_FILES
+from swsurgery.weight_files import other_sets
 
 if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
     from swsurgery.apply import Applied
@@ -119,10 +120,10 @@ class EditRecord(ScalarRecord):
         return dtypes.from_bits(DTYPES[self.dtype], self.new_bits)
 
 
-class BaseRecord(Strict):
+class BaseRecord(OfVariant):
     """Which checkpoint the base was, and in which folder `sub` of its repository. `named_by` says how that is known:
     by the Hub or the cache it lay in, or from the manifest only. `weights` is the choice between an index and a single
-    file, where both were there."""
+    file, where both were there. `variant` is the variant of the weights that the manifest chose, such as fp16."""
 
     repo_id: str | None
     revision: str | None
@@ -210,6 +211,7 @@ def draft_registry(plan: Plan) -> Registry:
             named_by=named_by,
             sub=checkpoint.sub,
             weights=base.weights,
+            variant=base.variant,
         ),
         files={},
         omitted=list(plan.omitted),
@@ -329,24 +331,41 @@ def read_patched(root: Path | Repository) -> Patched | None:
 
 
 def open_chosen(
-    root: Path | Repository, weights: Weights | None = None, *, elsewhere: Collection[str] = ()
+    root: Path | Repository,
+    weights: Weights | None = None,
+    variant: str | None = None,
+    *,
+    elsewhere: Collection[str] = (),
 ) -> Checkpoint:
-    """The checkpoint in `root`, only to be read. Where an index and a single file are there, `weights` says which, or
-    else its registry. Raises CheckpointError, as open_checkpoint does."""
-    try:
-        return open_checkpoint(root, elsewhere=elsewhere)
-    except AmbiguousWeights:
-        patched = read_patched(root) if weights is None else None
-        weights = patched.registry.base.weights if patched else weights
-        if weights is None:
-            raise
-    return open_checkpoint(root, weights, elsewhere=elsewhere)
+    """Open the checkpoint in `root` to read it only.
+
+    If it has several sets of weights, `weights` and `variant` say which, or else its registry. Raises CheckpointError,
+    as open_checkpoint does.
+    """
+    if weights is None and variant is None:
+        try:
+            checkpoint = open_checkpoint(root, elsewhere=elsewhere)
+            if not other_sets((file.name for file in checkpoint.files), checkpoint.variant):
+                return checkpoint
+        except AmbiguousWeights:
+            checkpoint = None
+        patched = read_patched(root)
+        said = patched.registry.base if patched else None
+        if checkpoint is not None and (said is None or said.variant == checkpoint.variant):
+            return checkpoint
+        if said is not None:
+            weights, variant = said.weights, said.variant
+    return open_checkpoint(root, weights, variant, elsewhere=elsewhere)
 
 
-def refuse_other_weights(asked: Weights | None, said: Weights | None, who: str) -> None:
-    """Raises CheckpointError where other weights were asked for than those that `who` is about."""
-    if asked and said and asked != said:
-        raise CheckpointError(f"--weights {asked} was given, and {said} are the weights of", who, "leave --weights out")
+def refuse_other_weights(
+    asked: Weights | None, said: Weights | None, who: str, variant: str | None = None, said_variant: str | None = None
+) -> None:
+    """Raise CheckpointError if other weights or another variant were asked for than those that `who` is about."""
+    for option, wanted, found in (("weights", asked, said), ("variant", variant, said_variant)):
+        if wanted and found and wanted != found:
+            raise CheckpointError(f"--{option} {wanted} was given, and {found} are the weights of", who,
+                                  f"leave --{option} out")  # fmt: skip
 
 
 def _validated(data: dict[str, Any], consume: bool = False) -> Registry:

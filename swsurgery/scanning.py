@@ -68,18 +68,19 @@ def scan_checkpoint(
     options: RunOptions | None = None,
     outputs: Outputs | None = None,
     weights: Weights | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ScanReport:
     """Find the super weights of `base`: a directory, or hf://ORG/NAME[@REV].
 
     `outputs` is what `write_outputs` is to be asked for afterwards: what cannot be is refused here, before the work.
-    `weights` says which to read where an index and a single file are there, and no registry.
+    `weights` and `variant` say which to read if there are several sets of weights, and no registry.
     Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
     """
     options, progress = options or RunOptions(), progress or Silent()
     with held(local(named(base))) as root:
-        checkpoint = open_chosen(root, weights)
+        checkpoint = open_chosen(root, weights, variant)
         if outputs is not None:
             _refuse(outputs, checkpoint)
         without = "leave out --confirm" if method == "weights" else "--method weights" + " without --confirm" * confirm
@@ -118,11 +119,12 @@ def write_outputs(
     outputs: Outputs,
     say: Callable[[str], None] = lambda line: None,
     weights: Weights | None = None,
+    variant: str | None = None,
 ) -> None:
     """Leave behind what `outputs` asks for; `say` gets a line on each as soon as it is there, so that where one fails
     it is known which were written. Raises TargetError where one cannot be, LookupFailed for a name that is another
     model's."""
-    checkpoint = open_base(base, weights)
+    checkpoint = open_base(base, weights, variant)
     if outputs.plot is not None:
         figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
         say(f"figure: {outputs.plot}")
@@ -175,9 +177,9 @@ def sweep_manifest(
     return report
 
 
-def open_base(base: str | Path, weights: Weights | None = None) -> Checkpoint:
+def open_base(base: str | Path, weights: Weights | None = None, variant: str | None = None) -> Checkpoint:
     """A checkpoint by directory or by hf://ORG/NAME[@REV], downloaded if need be. Raises CheckpointError, HubError."""
-    return open_chosen(local(named(base)), weights)
+    return open_chosen(local(named(base)), weights, variant)
 
 
 def _need_a_model() -> None:
@@ -209,7 +211,8 @@ def _name(checkpoint: Checkpoint) -> str:
 def _as_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
     """How a manifest names the checkpoint: by repo_id and revision from a cache, else by the path from itself; and
     which weights were read, where there was a choice."""
-    chosen = {"weights": checkpoint.choice} if checkpoint.choice else {}
+    chosen = {"weights": checkpoint.choice, "variant": checkpoint.variant}
+    chosen = {key: value for key, value in chosen.items() if value}
     if checkpoint.repo_id and checkpoint.revision:
         return {"repo_id": checkpoint.repo_id, "revision": checkpoint.revision, **chosen}
     return {"path": os.path.relpath(checkpoint.root, os.path.realpath(manifest.absolute().parent)), **chosen}

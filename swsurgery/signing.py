@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery import fsops
-from swsurgery.checkpoint import MAX_LISTED, is_cache_snapshot, open_checkpoint
+from swsurgery.checkpoint import is_cache_snapshot, open_as, open_checkpoint
 from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, TargetError
 from swsurgery.jsonfile import parse_json, read_small
 from swsurgery.registry import read_patched
 from swsurgery.rules import Finding
 from swsurgery.shard import read_exactly
+from swsurgery.weight_files import MAX_LISTED
 
 SIGNATURE_NAME = "model.sig"
 """Where tools that know the format look for a signature inside a checkpoint. It covers all files but itself."""
@@ -45,7 +46,8 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
         raise CheckpointError.of(f"{fault} in {root}" for fault in faults)
     patched = read_patched(root)
     try:
-        open_checkpoint(root, patched.registry.base.weights if patched else None)
+        said = patched.registry.base if patched else None
+        open_as(root, said) if said else open_checkpoint(root)
     except AmbiguousWeights:  # both are signed, and so both have to be sound
         open_checkpoint(root, "index")
         open_checkpoint(root, "single")

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 from swsurgery import fsops, model
 from swsurgery.apply import Applied, Link, Source, write_checkpoint
 from swsurgery.arguments import require_choice, require_strings, require_type
-from swsurgery.checkpoint import Checkpoint, Weights, held, open_checkpoint
+from swsurgery.checkpoint import Checkpoint, Weights, held, open_as
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import DTYPES, decode
 from swsurgery.errors import (
@@ -139,7 +139,7 @@ def plan_manifest(manifest: Path, base: str | None = None) -> Plan:
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
     loaded = load_manifest(manifest)
-    checkpoint = open_checkpoint(place(base_of(loaded, base)), loaded.manifest.base.weights)
+    checkpoint = open_as(place(base_of(loaded, base)), loaded.manifest.base)
     plan = make_plan(loaded, checkpoint)
     draft_registry(plan)  # a dry run refuses what the run itself would refuse
     return plan
@@ -174,7 +174,7 @@ def apply_manifest(
     loaded = load_manifest(manifest)
     where = base_of(loaded, base)
     with held(place(where) if for_publish else local(where)) as root:
-        plan = make_plan(loaded, open_checkpoint(root, loaded.manifest.base.weights))
+        plan = make_plan(loaded, open_as(root, loaded.manifest.base))
         _refuse_inside(output, plan.checkpoint.root)
         bounds_of(plan, check)  # an hour before they are needed
         draft = draft_registry(plan)
@@ -256,12 +256,13 @@ def check_checkpoint(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
     weights: Weights | None = None,
+    variant: str | None = None,
 ) -> CheckReport:
     """Run a checkpoint and, if its registry says what its base was, compare it with the base.
 
     Without a registry there is nothing to compare with: the report has `compared` False, and bounds are refused.
-    `weights` says which to read where an index and a single file are there, and no registry. `options` of the kinds
-    "off" and "weights" are refused, for the model is always run.
+    `weights` and `variant` say which to read if there are several sets of weights, and no registry. `options`
+    of the kinds "off" and "weights" are refused, for the model is always run.
 
     Raises CheckpointError, ModelError, PlanError (bounds and nothing to compare with), TargetError while another run is
     editing the checkpoint in place.
@@ -272,13 +273,16 @@ def check_checkpoint(
             f"check_checkpoint runs the model, so the kind must be 'auto' or 'forward', not {options.kind!r}"
         )
     require_choice("weights", weights, get_args(Weights), optional=True)
+    require_type("variant", variant, str, optional=True)
     with held(root):
         patched = read_patched(root)
         _refuse_bounds_without_base(root, patched, options.bounds)
         registry = patched.registry if patched else None
-        said = registry.base.weights if registry else None
-        refuse_other_weights(weights, said, REGISTRY_NAME)
-        checkpoint = open_checkpoint(root, said) if said else open_chosen(root, weights)
+        said = registry.base if registry else None
+        if said is not None:
+            refuse_other_weights(weights, said.weights, REGISTRY_NAME, variant, said.variant)
+            weights, variant = said.weights or weights, said.variant or variant
+        checkpoint = open_chosen(root, weights, variant)
         changes = [
             model.ScalarChange(
                 e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))
@@ -322,7 +326,7 @@ def read_records(root: Path | Repo) -> Patched:
 def open_patched(root: Path) -> tuple[Patched, Checkpoint]:
     """A patched checkpoint and its records. Raises CheckpointError where it has none."""
     patched = read_records(root)
-    return patched, open_checkpoint(root, patched.registry.base.weights)
+    return patched, open_as(root, patched.registry.base)
 
 
 def base_of(loaded: LoadedManifest, base: str | None) -> Path | Uri:
@@ -450,7 +454,7 @@ def _check_forward(
         for s in plan.splices
     ]
     return run_checks(
-        open_checkpoint(patched, plan.loaded.manifest.base.weights, editing=True), changes, text=options.text,
+        open_as(patched, plan.loaded.manifest.base, editing=True), changes, text=options.text,
         prompts=options.prompts, bounds=bounds, device=options.device, placement=options.placement,
         progress=progress, say=say,
     )  # fmt: skip
@@ -462,7 +466,7 @@ def _check_weights(plan: Plan, patched: Path, progress: Progress) -> dict[str, A
     touched = sorted({s.file for s in plan.splices})
     there = set(os.listdir(patched))
     elsewhere = [name for name in plan.checkpoint.shards if name not in there]
-    staged = open_checkpoint(patched, plan.loaded.manifest.base.weights, editing=True, elsewhere=elsewhere)
+    staged = open_as(patched, plan.loaded.manifest.base, editing=True, elsewhere=elsewhere)
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))

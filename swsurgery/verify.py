@@ -14,7 +14,7 @@ from typing import Any
 
 from swsurgery import dtypes
 from swsurgery.arguments import require_type
-from swsurgery.checkpoint import BaseFile, Checkpoint, Repository, open_checkpoint
+from swsurgery.checkpoint import BaseFile, Checkpoint, Repository, open_as
 from swsurgery.comparison import chunks, undeclared_changes
 from swsurgery.dtypes import DTYPES
 from swsurgery.errors import CheckpointError, NumberError
@@ -100,10 +100,10 @@ def verify(root: Path | Repository, progress: Progress, base: Path | None = None
     if patched is None:
         remedy = "only a checkpoint that swsurgery patched has one"
         raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}", remedy)
-    weights = patched.registry.base.weights
-    base_checkpoint = open_checkpoint(base, weights) if base is not None else None
+    said = patched.registry.base
+    base_checkpoint = open_as(base, said) if base is not None else None
     try:
-        checkpoint = open_checkpoint(root, weights, elsewhere=patched.registry.elsewhere)
+        checkpoint = open_as(root, said, elsewhere=patched.registry.elsewhere)
     except CheckpointError as error:
         return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
     return verify_patched(patched, checkpoint, progress, base_checkpoint, finite)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from swsurgery.checkpoint import MAX_LISTED, is_cache_snapshot, open_checkpoint
+from swsurgery.checkpoint import is_cache_snapshot, open_checkpoint
 from swsurgery.errors import CheckpointError
+from swsurgery.weight_files import MAX_LISTED
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -262,11 +263,11 @@ def test_several_indices_are_ambiguous_unless_one_has_the_name_that_loaders_read
 
 
 def test_further_copies_of_the_weights_are_listed_and_nothing_else_is(single):
-    copies = ["consolidated.00.pth", "consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin",
+    copies = ["consolidated.00.pth", "pytorch_model.bin",
               "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "model-q4.gguf", "tf_model.h5",
               "flax_model.msgpack", "rust_model.ot", "model.onnx", "original/params.json", "onnx/model.onnx",
               "openvino/model.xml"]  # fmt: skip
-    others = ["tokenizer.json", "README.md", "adapter.txt", "training_args.bin"]
+    others = ["tokenizer.json", "README.md", "adapter.txt", "training_args.bin", "model.fp16.safetensors"]
     for name in copies + others:
         (single / name).parent.mkdir(exist_ok=True)
         (single / name).write_text("x")

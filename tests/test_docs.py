@@ -40,7 +40,7 @@ def test_manifest_page_has_every_field():
     page = (ROOT / "docs" / "manifest.md").read_text()
     named = set(re.findall(r"`([a-z_0-9.]+)`", page))
     for field in ("version", "name", "description", "base.repo_id", "base.revision", "base.path", "base.model",
-                  "base.sha256", "base.weights", "base.copies", "edits", "check.max_perplexity_ratio",
+                  "base.sha256", "base.weights", "base.variant", "base.copies", "edits", "check.max_perplexity_ratio",
                   "check.min_perplexity_ratio", "zero", "scale", "set", "protect", "layer", "row", "col", "expert",
                   "tensor", "index", "known", "expect", "factor", "value", "bits"):  # fmt: skip
         assert field in named

@@ -15,7 +15,7 @@ from fuzz.readers import READERS, Config, Index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swsurgery import checkpoint
+from swsurgery import weight_files
 from swsurgery.errors import CheckpointError
 
 SHORT = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -59,7 +59,7 @@ def test_hypothesis_finds_nothing_either(reader, tmp_path_factory):
 
 def test_it_sees_an_index_that_is_read_as_another(tmp_path, monkeypatch):
     """The twin: a reader that takes the first of two equal keys, as other readers do."""
-    monkeypatch.setattr(checkpoint, "read_json", lambda path, name: _first(path))
+    monkeypatch.setattr(weight_files, "read_json", lambda path, name: _first(path))
     target, random = Index(tmp_path), Random(0)
     found = Counter(target.verdict(target.make(random)) for _ in range(300))
     assert found["different"] > 0

@@ -78,13 +78,20 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     weights = inputs.get("WEIGHTS") or None
     if weights not in (None, "index", "single"):
         raise SwsurgeryError("the input weights is index or single", "", f"not {weights}")
+    variant = inputs.get("VARIANT") or None
     if checkpoint:
         question = Question(
-            base=base, known=known or model is not None, model=model, finite=finite, weights=weights, **files
+            base=base,
+            known=known or model is not None,
+            model=model,
+            finite=finite,
+            weights=weights,
+            variant=variant,
+            **files,
         )
         where = directory(checkpoint)
         steps.append(lambda: _proved(where, question))
-    elif base or model or files or known or finite or weights:
+    elif base or model or files or known or finite or weights or variant:
         raise SwsurgeryError("only the inputs lint and strict mean something without the input checkpoint")
     if not steps:
         raise SwsurgeryError("nothing to do: give the input checkpoint, the input lint, or both")

@@ -20,6 +20,7 @@ from swsurgery.cli.options import (
     Prompt,
     Quiet,
     Text,
+    VariantOption,
     WeightsOption,
     bounds,
     moved,
@@ -136,6 +137,7 @@ def inspect(
     tensor: Annotated[str | None, typer.Option(help="Only this tensor.")] = None,
     at: Annotated[str | None, typer.Option(help="One scalar of it: its index, such as 3968,7003.")] = None,
     weights: WeightsOption = None,
+    variant: VariantOption = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -145,10 +147,10 @@ def inspect(
 
     with reading(checkpoint, quiet) as where:
         if tensor is None and at is None:
-            document = inspection.overview(where, weights)
+            document = inspection.overview(where, weights, variant)
             output.print_json(document) if json else show.overview(document)
         else:
-            document = inspection.scalar(where, tensor, at, weights)
+            document = inspection.scalar(where, tensor, at, weights, variant)
             output.print_json(document) if json else show.scalar(document)
 
 
@@ -156,6 +158,7 @@ def diff(
     a: CheckpointArgument,
     b: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
     weights: WeightsOption = None,
+    variant: VariantOption = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -166,7 +169,7 @@ def diff(
     from swsurgery.registry import open_chosen
 
     with reading(a, quiet) as first, reading(b, quiet) as second:
-        difference = run(open_chosen(first, weights), open_chosen(second, weights), output.Bar(quiet))
+        difference = run(open_chosen(first, weights, variant), open_chosen(second, weights, variant), output.Bar(quiet))
     output.print_json(difference.to_json()) if json else show.difference(difference)
     if not difference.same:
         raise typer.Exit(1)

@@ -21,6 +21,7 @@ from swsurgery.cli.options import (
     Prompt,
     Quiet,
     Text,
+    VariantOption,
     WeightsOption,
     Windows,
     bounds,
@@ -99,6 +100,7 @@ def scan(
     plot: Annotated[Path | None, typer.Option(help="Draw the figure: .png, .svg or .pdf.")] = None,
     register: Annotated[str | None, typer.Option(help="Remember it: lookup finds it under this name.")] = None,
     weights: WeightsOption = None,
+    variant: VariantOption = None,
     text: Annotated[Path | None, typer.Option(help="Text to confirm on, instead of the built-in passage.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to confirm on.")] = 16,
     device: DeviceOption = "auto",
@@ -113,17 +115,17 @@ def scan(
 
     say = silent if quiet else output.say
     _refuse_idle(context, method, confirm, manifest)
-    command = _scan_command(method, prompt, confirm, text, windows, weights)
+    command = _scan_command(method, prompt, confirm, text, windows, weights, variant)
     outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
     options = scanning.RunOptions(device, placement, read_text(text), windows)
     where = local(named(checkpoint))
     report = scanning.scan_checkpoint(
         where, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs, weights=weights,
-        progress=output.Bar(quiet), say=say,
+        variant=variant, progress=output.Bar(quiet), say=say,
     )  # fmt: skip
     lines: list[str] = []
     try:
-        scanning.write_outputs(report, where, outputs, lines.append, weights)
+        scanning.write_outputs(report, where, outputs, lines.append, weights, variant)
     except Interrupted as interrupted:
         if not lines:
             raise
@@ -165,6 +167,7 @@ def check(
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
     weights: WeightsOption = None,
+    variant: VariantOption = None,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     json: Json = False,
@@ -184,7 +187,7 @@ def check(
     if not isinstance(where, Path):
         surgery.refuse_bounds_without_base(place(where), limits)
     report = surgery.check_checkpoint(
-        local(where), options, output.Bar(quiet), silent if quiet else output.say, weights
+        local(where), options, output.Bar(quiet), silent if quiet else output.say, weights, variant
     )
     document = report.to_json() | {"compared": report.compared}
     output.print_json(document) if json else show.check(document)
@@ -216,7 +219,13 @@ def _refuse_idle(context: typer.Context, method: str, confirm: bool, manifest: P
 
 
 def _scan_command(
-    method: str, prompts: list[str] | None, confirm: bool, text: Path | None, windows: int, weights: str | None
+    method: str,
+    prompts: list[str] | None,
+    confirm: bool,
+    text: Path | None,
+    windows: int,
+    weights: str | None,
+    variant: str | None,
 ) -> str:
     """The command that repeats a scan, without what is this machine's alone."""
     words = ["swsurgery", "scan", "CHECKPOINT", "--method", method]
@@ -226,6 +235,8 @@ def _scan_command(
         words += ["--confirm", "--windows", str(windows)]
     if weights is not None:
         words += ["--weights", weights]
+    if variant is not None:
+        words += ["--variant", variant]
     if text is not None:
         words += ["--text", shlex.quote(text.name)]
     return " ".join(words)

@@ -48,6 +48,10 @@ WeightsOption = Annotated[
     Literal["index", "single"] | None,
     typer.Option(help="Which weights to read, where an index and a single file are there and no registry."),
 ]
+VariantOption = Annotated[
+    str | None,
+    typer.Option(help="Which variant of the weights to read, such as fp16: model.fp16.safetensors."),
+]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to measure on.")]
 
 

@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import typer
 
 from swsurgery import output
-from swsurgery.cli.options import CheckpointArgument, Debug, Json, Quiet, WeightsOption, reading, refuse_replacing
+from swsurgery.cli.options import (
+    CheckpointArgument,
+    Debug,
+    Json,
+    Quiet,
+    VariantOption,
+    WeightsOption,
+    reading,
+    refuse_replacing,
+)
 
 
 def verify(
@@ -30,6 +39,7 @@ def verify(
         float, typer.Option(min=0, max=1, help="How much of its value a known super weight may have lost.")
     ] = 0.25,
     weights: WeightsOption = None,
+    variant: VariantOption = None,
     finite: Annotated[bool, typer.Option("--finite", help="Also search all values for NaN and infinities.")] = False,
     signature: Annotated[
         Path | None, typer.Option(help="Check this signature of the checkpoint; with --public-key.")
@@ -49,7 +59,16 @@ def verify(
     from swsurgery.hub import named
 
     question = proving.Question(
-        base, manifest, known or model is not None, model, known_tolerance, finite, signature, public_key, weights
+        base,
+        manifest,
+        known or model is not None,
+        model,
+        known_tolerance,
+        finite,
+        signature,
+        public_key,
+        weights,
+        variant,
     )
     with reading(checkpoint, quiet) as where, held(named(base)) if base else contextlib.nullcontext():
         refuse_replacing(file, [where, named(base) if base else None, manifest, signature, public_key])

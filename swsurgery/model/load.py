@@ -112,7 +112,7 @@ def open_model(
     comfortable = elements * 4 <= COMFORTABLE_SHARE * _free_bytes(target)
     aside = checkpoint.choice == "index"
     if aside and placement == "whole":
-        raise ModelError("transformers would load model.safetensors, not what the index lists", checkpoint.root,
+        raise ModelError(f"transformers would load {checkpoint.single}, not what the index lists", checkpoint.root,
                          "--placement streamed")  # fmt: skip
     if placement == "streamed" or aside or (placement == "auto" and not comfortable):
         try:
@@ -220,6 +220,7 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
         model, info = auto_model(config).from_pretrained(
             directory,
             config=config,
+            variant=checkpoint.variant,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,

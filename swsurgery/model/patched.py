@@ -38,11 +38,11 @@ def load(
     the stored value, or where it is not in memory.
     """
     root = checkpoint.root
-    fixed = {"local_files_only": True, "use_safetensors": True}
+    fixed = {"local_files_only": True, "use_safetensors": True, "variant": checkpoint.variant}
     if options.pop("trust_remote_code", False):
         raise ModelError("code that comes with a checkpoint is not run", root, "leave trust_remote_code out")
     if checkpoint.choice == "index":
-        raise ModelError("transformers would load model.safetensors, not what the index lists", root,
+        raise ModelError(f"transformers would load {checkpoint.single}, not what the index lists", root,
                          "apply the manifest with base.copies: omit, and load the result")  # fmt: skip
     try:
         with quiet():
