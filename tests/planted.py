@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 def build(family: str, seed: int = 0, layers: int = LAYERS, **settings: Any) -> transformers.PreTrainedModel:
     """A random float32 model of one family of `tiny_models`, with more layers."""
-    given = tiny_models.TEXT_MODELS[family]
+    given = (tiny_models.TEXT_MODELS | tiny_models.OTHER_MODELS)[family]
     depth = "n_layer" if "n_layer" in given else "num_hidden_layers"
     config = transformers.AutoConfig.for_model(family, **(given | {depth: layers} | settings))
     torch.manual_seed(seed)
@@ -117,4 +117,7 @@ def weights_of(model: transformers.PreTrainedModel, place: Place) -> tuple[Tenso
         return both[col], both[len(both) // 2 + col], down[row, col]
     if expert == "shared":
         mlp = mlp.shared_expert
+    if hasattr(mlp, "gate_up_proj"):
+        both = mlp.gate_up_proj.weight.data
+        return both[col], both[len(both) // 2 + col], mlp.down_proj.weight.data[row, col]
     return mlp.gate_proj.weight.data[col], mlp.up_proj.weight.data[col], mlp.down_proj.weight.data[row, col]

@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Neurons:
     """The MLP of one layer or expert as views: gate and up (neuron, channel), down (channel, neuron), the norm's gain
-    (channel,) and what is added to it. Writing to a view writes to the stored tensors."""
+    (channel,), that of the norm behind, and what is added to both. Writing to a view writes to the stored tensors."""
 
     layer: int
     expert: int | str | None
@@ -43,27 +43,39 @@ class Neurons:
     down: torch.Tensor
     gain: torch.Tensor | None
     plus: float = 0.0
+    behind: torch.Tensor | None = None
 
     @property
     def scores(self) -> np.ndarray:
         """(channel, neuron), float64."""
         gate, up, down = (part.double().numpy() for part in (self.gate, self.up, self.down))
         gain = 1.0 if self.gain is None else self.gain.double().numpy() + self.plus
-        return np.abs(down) * np.abs(((gate * gain) * (up * gain)).sum(axis=1))
+        behind = np.ones(len(down)) if self.behind is None else np.abs(self.behind.double().numpy() + self.plus)
+        return behind[:, None] * np.abs(down) * np.abs(((gate * gain) * (up * gain)).sum(axis=1))
 
 
 # What each family stores, by layer; written down from the models' own code. -------------------------------------------
 
 
-def gated(tensors: Tensors, prefix: str, norm: str | None, names="gate_proj up_proj down_proj", **more) -> Neurons:
+def gated(
+    tensors: Tensors,
+    prefix: str,
+    norm: str | None,
+    names="gate_proj up_proj down_proj",
+    expert=None,
+    plus=0.0,
+    behind=None,
+) -> Neurons:
     layer = int(prefix.split("layers.")[1].split(".")[0])
     gate, up, down = (tensors[f"{prefix}{name}.weight"] for name in names.split())
-    gain = None if norm is None else tensors[f"{prefix.split('layers.')[0]}layers.{layer}.{norm}.weight"]
-    return Neurons(layer, more.pop("expert", None), gate, up, down, gain, **more)
+    path = f"{prefix.split('layers.')[0]}layers.{layer}."
+    gain = None if norm is None else tensors[f"{path}{norm}.weight"]
+    after = None if behind is None else tensors[f"{path}{behind}.weight"]
+    return Neurons(layer, expert, gate, up, down, gain, plus, after)
 
 
-def dense(norm: str | None = "post_attention_layernorm", plus: float = 0.0, prefix="model."):
-    return lambda t: [gated(t, f"{prefix}layers.{n}.mlp.", norm, plus=plus) for n in (0, 1)]
+def dense(norm: str | None = "post_attention_layernorm", prefix="model.", **more):
+    return lambda t: [gated(t, f"{prefix}layers.{n}.mlp.", norm, **more) for n in (0, 1)]
 
 
 def plain(prefix: str, fc: str, down: str, norm: str, turned: bool = False):
@@ -87,6 +99,11 @@ def phi3(t: Tensors) -> list[Neurons]:
         down, gain = t[f"{path}mlp.down_proj.weight"], t[f"{path}post_attention_layernorm.weight"]
         found.append(Neurons(n, None, both[:24], both[24:], down, gain))
     return found
+
+
+def glm4(t: Tensors) -> list[Neurons]:
+    behind = [t[f"model.layers.{n}.post_mlp_layernorm.weight"] for n in (0, 1)]
+    return [replace(neurons, behind=gain) for neurons, gain in zip(phi3(t), behind, strict=True)]
 
 
 def mixtral(t: Tensors) -> list[Neurons]:
@@ -131,16 +148,19 @@ def granitemoeshared(t: Tensors) -> list[Neurons]:
     return experts
 
 
+BEHIND = "post_feedforward_layernorm"
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 EVEN, ODD = slice(0, None, 2), slice(1, None, 2)
 FAMILIES = {
     "llama": dense(),
     "cohere": dense("input_layernorm"),
     "olmo": dense(None),
-    "olmo2": dense(None),
+    "olmo2": dense(None, behind=BEHIND),
+    "olmo3": dense(None, behind=BEHIND),
     "gemma": dense(plus=1.0),
-    "gemma2": dense("pre_feedforward_layernorm", plus=1.0),
-    "gemma3": dense("pre_feedforward_layernorm", plus=1.0, prefix="language_model.model."),
+    "gemma2": dense("pre_feedforward_layernorm", plus=1.0, behind=BEHIND),
+    "gemma3": dense("pre_feedforward_layernorm", plus=1.0, behind=BEHIND, prefix="language_model.model."),
+    "glm4": glm4,
     "phi3": phi3,
     "phi": plain("model.layers.{}.", "mlp.fc1", "mlp.fc2", "input_layernorm"),
     "starcoder2": plain("model.layers.{}.", "mlp.c_fc", "mlp.c_proj", "post_attention_layernorm"),

@@ -191,12 +191,15 @@ VISION_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+OTHER_MODELS: dict[str, dict[str, Any]] = {"glm4": _TEXT_8, "exaone4": _TEXT_8}
+"""Model types that no family of the product names; their tensors have the names of known ones."""
+
 MODELS = TEXT_MODELS | VISION_LANGUAGE_MODELS
 
 
 def build(name: str, *, base: bool = False, seed: int = 0) -> transformers.PreTrainedModel:
     """One random float32 model, the same for the same seed; `base` leaves the language-modelling head away."""
-    config = transformers.AutoConfig.for_model(name, **MODELS[name])
+    config = transformers.AutoConfig.for_model(name, **(MODELS | OTHER_MODELS)[name])
     loader = transformers.AutoModelForImageTextToText if name in VISION_LANGUAGE_MODELS else None
     loader = transformers.AutoModel if base else loader or transformers.AutoModelForCausalLM
     torch.manual_seed(seed)

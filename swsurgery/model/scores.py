@@ -98,7 +98,8 @@ class Mlp:
 
     `axis`: 0 where the input matrices are [neuron, channel] and the down projection [channel, neuron], 1 where both
     are the other way round. `gate` and `up` are the same where there is no gate. `gain`: (channels,) float64, the
-    squared gain of the norm before.
+    squared gain of the norm before. `behind`: (channels,) float32, the magnitudes of the gain of the norm that follows
+    the down projection, or None.
     """
 
     neurons: int
@@ -107,6 +108,7 @@ class Mlp:
     up: Side
     down: Matrix
     gain: NDArray[np.float64]
+    behind: NDArray[np.float32] | None = None
 
     @property
     def sources(self) -> tuple[Side, ...]:
@@ -123,7 +125,7 @@ class Mlp:
 
 class NeuronScores(NamedTuple):
     """`dots`: (neurons,) float32, sum of gain * gate * up over the channels. `peaks`: (neurons,) float32, the largest
-    magnitude in each neuron's column of the down projection."""
+    magnitude in each neuron's column of the down projection, times the gain behind if there is one."""
 
     mlp: Mlp
     dots: NDArray[np.float32]
@@ -209,16 +211,20 @@ class Reader:
 
 
 class _Sums:
-    """What is known so far of one MLP's neurons: dot products, and the largest magnitudes as bit patterns."""
+    """What is known so far of one MLP's neurons: dot products, and the largest magnitudes.
+
+    The magnitudes are bit patterns, or float32 if a gain multiplies them.
+    """
 
     def __init__(self, mlp: Mlp):
         self.mlp = mlp
         self.dots = np.zeros(mlp.neurons)
-        self.peaks = np.zeros(mlp.neurons, f"<u{mlp.down.dtype.size}")
+        self.peaks = np.zeros(mlp.neurons, f"<u{mlp.down.dtype.size}" if mlp.behind is None else np.float32)
 
     def scores(self) -> NeuronScores:
         with np.errstate(over="ignore"):  # beyond float32 is infinite, which nobody takes for a score
-            return NeuronScores(self.mlp, self.dots.astype(np.float32), values_of(self.peaks, self.mlp.down.dtype))
+            peaks = values_of(self.peaks, self.mlp.down.dtype) if self.mlp.behind is None else self.peaks
+            return NeuronScores(self.mlp, self.dots.astype(np.float32), peaks)
 
 
 class _Part(NamedTuple):
@@ -301,10 +307,21 @@ def _compute(reader: Reader, space: Workspace, part: _Part) -> tuple[slice, NDAr
         return (_neuron_rows if mlp.axis == 0 else _channel_rows)(reader, space, mlp, *rows)
     stored = reader.rows(space, 0, mlp.down, *rows)
     steps = list(_ranges(len(stored), max(1, 4 * BLOCK // stored.shape[1])))
-    peaks = [_magnitudes(stored[i:j]).max(axis=mlp.axis) for i, j in steps]
+    peaks = [
+        _weighted(_magnitudes(stored[i:j]), mlp, part.first + i, part.first + j).max(axis=mlp.axis) for i, j in steps
+    ]
     if mlp.axis == 1:
         return slice(*rows), np.concatenate(peaks), stored.nbytes
     return slice(None), np.maximum.reduce(peaks), stored.nbytes
+
+
+def _weighted(magnitudes: NDArray, mlp: Mlp, first: int, end: int) -> NDArray:
+    """Multiply rows [first, end) of the down projection by the gain behind it; without one they stay bit patterns."""
+    if mlp.behind is None:
+        return magnitudes
+    gain = mlp.behind[first:end, None] if mlp.axis == 0 else mlp.behind
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is left out later, and counted
+        return values_of(magnitudes, mlp.down.dtype) * gain
 
 
 def _magnitudes(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:

@@ -6,6 +6,9 @@ both rows are long and point the same way. The second term alone ranks best, so 
 |W_down[k, i]| * |sum_d gain_d^2 g_id u_id|, with the gain of the norm before the MLP folded into both rows. Without a
 gate, fc_i takes both places. docs/detection.md compares the variants.
 
+A norm behind the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4) divides the whole output by its size and multiplies channel k
+by its gain, so |gain_k| is a factor of the score too. The size is not: it depends on the input.
+
 This room knows which matrices belong together and which scores are remarkable. It runs no forward pass and needs
 neither tokenizer nor torch; the arithmetic is in scores.py.
 """
@@ -13,6 +16,7 @@ neither tokenizer nor torch; the arithmetic is in scores.py.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -97,25 +101,43 @@ INPUTS: dict[str, tuple[Inputs, ...]] = {
 INTERLEAVED = ("gpt_oss",)
 """Model types whose gate_up_proj alternates gate and up."""
 
-PRE_NORM = "pre_feedforward_layernorm"
+PRE_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm")
+"""Names of a norm that certainly stands before the MLP."""
 
 NORMS = (
-    PRE_NORM, "ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "final_layer_norm",
-    "input_layernorm", "ln_1",
-)  # fmt: skip
+    *PRE_NORMS,
+    *("ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "final_layer_norm", "input_layernorm", "ln_1"),
+)
 """Names of the norm before the MLP, the first that a layer stores; parallel blocks have only that of the attention."""
 
-POST_NORM = "post_feedforward_layernorm"
-"""With this and no PRE_NORM, the MLP reads the residual stream as it is (OLMo 2 and 3)."""
+NO_PRE_NORM = "post_feedforward_layernorm"
+"""With this and none of PRE_NORMS, the MLP reads the residual stream as it is (OLMo 2 and 3, EXAONE 4)."""
+
+POST_NORM = re.compile(r"post_(feed_?forward|mlp|ffn|ff|moe)_(layer|rms)?norm")
+"""Names of a norm behind the MLP, before its output is added to the residual stream."""
 
 NO_GAIN = "no gain of a norm before the MLP is stored: it counts as 1"
 
-ONE_PLUS = ("gemma", "gemma2", "gemma3", "gemma3_text")
+NORM_BEHIND = (
+    "a norm follows the MLP ({}): the score has its gain, but not its division by the size of the whole output, which "
+    "depends on the input; a low score is weaker evidence than in other models (scan by activations too)"
+)
+
+NORM_OF_THE_SUM = (
+    "a norm follows each residual addition (do_layer_norm_before: false) and is not in the score: a low score is "
+    "weaker evidence than in other models (scan by activations too)"
+)
+
+ONE_PLUS = (
+    *("gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma", "nemotron"),
+    *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+)
 """Model types whose norms multiply by 1 + weight."""
 
 
 class _Scored(NamedTuple):
-    """One MLP and, per neuron in float32, the score of its best scalar and that scalar's magnitude."""
+    """One MLP and, per neuron in float32, the score of its best scalar and that scalar's magnitude, times the gain of
+    the norm behind if there is one."""
 
     projection: DownProjection
     mlp: Mlp
@@ -195,7 +217,13 @@ class _Names:
     def __init__(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]):
         self.checkpoint, self.shapes = checkpoint, shapes
         self.notes: list[str] = []
-        self._squared_gains: dict[int, NDArray[np.float64]] = {}  # by layer: its experts share one
+        # By layer, because its experts share them: the squared gain of the norm before, and the gain of that behind.
+        self._gains: dict[int, tuple[NDArray[np.float64], NDArray[np.float32] | None]] = {}
+        self._norms_behind: dict[str, str] = {}
+        for name in shapes:
+            layer, _, norm = name.removesuffix(".weight").rpartition(".")
+            if POST_NORM.fullmatch(norm) and name.endswith(".weight"):
+                self._norms_behind[layer] = name
 
     def mlp(self, projection: DownProjection) -> Mlp:
         """Raises ArchitectureError where a matrix is not there, or does not fit the down projection."""
@@ -214,9 +242,9 @@ class _Names:
         else:
             sides = Side(gate), Side(up, neurons if how == "halves" else 0)
         down = Matrix.of(self.checkpoint, projection.tensor, expert)
-        if projection.layer not in self._squared_gains:
-            self._squared_gains[projection.layer] = self._gain(projection) ** 2
-        return Mlp(neurons, int(projection.transposed), *sides, down, self._squared_gains[projection.layer])
+        if projection.layer not in self._gains:
+            self._gains[projection.layer] = self._gain_before(projection) ** 2, self._gain_behind(projection)
+        return Mlp(neurons, int(projection.transposed), *sides, down, *self._gains[projection.layer])
 
     def _inputs(self, projection: DownProjection) -> Inputs:
         suffix = ".weight" if projection.tensor.endswith(".weight") else ""
@@ -234,21 +262,38 @@ class _Names:
             f"looked for {' or '.join(sought) or 'none'}; scan by activations",
         )
 
-    def _gain(self, projection: DownProjection) -> NDArray[np.float64]:
-        """(channels,) gain of the norm before the MLP; ones where none is stored, which becomes a note."""
-        steps = projection.tensor.split(".")
-        layer = ".".join(steps[: steps.index(str(projection.layer)) + 1])
+    def _gain_before(self, projection: DownProjection) -> NDArray[np.float64]:
+        """(channels,) gain of the norm before the MLP; ones if none is stored, which becomes a note."""
+        layer = _layer_of(projection)
         # OPT-350m normalises after each block, so what its MLP reads has just left the attention's norm.
-        norms = ("self_attn_layer_norm",) if self.checkpoint.config.get("do_layer_norm_before") is False else NORMS
+        norms = NORMS
+        if self.checkpoint.config.get("do_layer_norm_before") is False:
+            norms = ("self_attn_layer_norm",)
+            self._note(NORM_OF_THE_SUM)
         stored = [name for name in norms if f"{layer}.{name}.weight" in self.shapes]
-        if not stored or (f"{layer}.{POST_NORM}.weight" in self.shapes and stored[0] != PRE_NORM):
-            if NO_GAIN not in self.notes:
-                self.notes.append(NO_GAIN)
+        if not stored or (f"{layer}.{NO_PRE_NORM}.weight" in self.shapes and stored[0] not in PRE_NORMS):
+            self._note(NO_GAIN)
             return np.ones(projection.rows)
-        name = f"{layer}.{stored[0]}.weight"
+        return self._gain(f"{layer}.{stored[0]}.weight", projection.rows)
+
+    def _gain_behind(self, projection: DownProjection) -> NDArray[np.float32] | None:
+        """(channels,) magnitudes of the gain of the norm behind the MLP; None if there is no such norm."""
+        name = self._norms_behind.get(_layer_of(projection))
+        if name is None:
+            return None
+        self._note(NORM_BEHIND.format(name.removesuffix(".weight").rpartition(".")[2]))
+        with np.errstate(over="ignore"):
+            return np.abs(self._gain(name, projection.rows)).astype(np.float32)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _gain(self, name: str, channels: int) -> NDArray[np.float64]:
+        """Read the gain of one norm. Raises ArchitectureError if it does not fit."""
         info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
-        if info.shape != (projection.rows,) or info.dtype.kind != "float":
-            what = f"{info.dtype.name} {list(info.shape)} is no gain of {projection.rows} channels"
+        if info.shape != (channels,) or info.dtype.kind != "float":
+            what = f"{info.dtype.name} {list(info.shape)} is no gain of {channels} channels"
             raise ArchitectureError(what, name)
         if why := self.checkpoint.quantisation.refusal(name):
             raise ArchitectureError(why, name, "scan an unquantised copy, or by activations")
@@ -256,6 +301,12 @@ class _Names:
             raw = read_exactly(fd, info.size, shard.data_start + info.data_offsets[0], shard.path)
         gain = values_of(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
         return gain + 1.0 if _is(self.checkpoint.config, ONE_PLUS) else gain
+
+
+def _layer_of(projection: DownProjection) -> str:
+    """The name of the layer that a down projection is in: model.layers.3."""
+    steps = projection.tensor.split(".")
+    return ".".join(steps[: steps.index(str(projection.layer)) + 1])
 
 
 def _is(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
@@ -335,11 +386,13 @@ def _scalars(
     projection = one.projection
     columns = columns_of(reader, one.mlp, cols)
     picked: list[tuple[int, int, float, float]] = []
+    behind = np.float32(1) if one.mlp.behind is None else one.mlp.behind
     for col, magnitudes in zip(cols, columns.T, strict=True):
-        scores = magnitudes / one.peaks[col] * one.scores[col]
-        close = usual.remarkable(projection.layer, scores, magnitudes, min_z)
-        close &= magnitudes >= COMPANION * one.peaks[col]
-        rows = np.argsort(-magnitudes, kind="stable")[:MAX_ROWS]
+        weighted = magnitudes * behind
+        scores = weighted / one.peaks[col] * one.scores[col]
+        close = usual.remarkable(projection.layer, scores, weighted, min_z)
+        close &= weighted >= COMPANION * one.peaks[col]
+        rows = np.argsort(-weighted, kind="stable")[:MAX_ROWS]
         picked += [(int(row), col, float(magnitudes[row]), float(scores[row])) for row in rows if close[row]]
     ranks = ranks_in(reader, one.mlp.down, [magnitude for _, _, magnitude, _ in picked])
     candidates = []
