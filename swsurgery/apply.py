@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError, TargetE
 from swsurgery.progress import Progress, Silent
 from swsurgery.shard import open_regular, opened
 from swsurgery.splice import Splice, by_file
+from swsurgery.threads import Pool
 
 THREADS = "SWSURGERY_THREADS"
 """Environment variable: how many files are copied at a time. 1 does everything in one thread."""
@@ -142,7 +143,7 @@ class _Copier:
 
     def run(self) -> list[AppliedFile]:
         largest_first = sorted(self.source.files, key=lambda f: -f.size)
-        with _pool(self.threads) as pool:
+        with Pool(self.threads) as pool:
             futures = []
             try:
                 futures += (pool.submit(self.copy, f) for f in largest_first)
@@ -282,7 +283,7 @@ def stream(
     digest, patched = hashlib.sha256(), None
     jobs: list[Future] = []
     first = 0
-    with _pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
+    with Pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
         for offset, chunk in _chunks(fd, file):
             while first < len(splices) and splices[first].end <= offset:
                 first += 1
@@ -348,25 +349,6 @@ def _splice(chunk: memoryview, offset: int, splices: list[Splice], file: BaseFil
                 "the base was changed meanwhile",
             )
         chunk[at] = splice.new[part]
-
-
-class _Here:
-    """A pool of no threads: what is submitted is done at once, and what it raises is raised."""
-
-    def submit(self, call: Callable, *arguments: object) -> Future:
-        future: Future = Future()
-        future.set_result(call(*arguments))
-        return future
-
-    def __enter__(self) -> _Here:
-        return self
-
-    def __exit__(self, *fault: object) -> None:
-        pass
-
-
-def _pool(threads: int) -> ThreadPoolExecutor | _Here:
-    return ThreadPoolExecutor(threads) if threads > 1 else _Here()
 
 
 def _threads() -> int:

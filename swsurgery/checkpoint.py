@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -25,6 +24,7 @@ from swsurgery.jsonfile import read_config
 from swsurgery.names import SHARD_NAME, WORKING_FILES
 from swsurgery.quantised import Quantisation
 from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard
+from swsurgery.threads import Pool
 from swsurgery.weight_files import SINGLE, Weights, find_weights, is_index, refuse_too_many, some
 
 LEFT_OUT = (".git", ".cache", "model.sig")
@@ -301,7 +301,7 @@ def _headers(files: list[BaseFile], afar: bool) -> Iterator[tuple[str, Shard | C
             return file.name, error
 
     if afar:
-        with ThreadPoolExecutor(8) as pool:
+        with Pool(8) as pool:
             yield from pool.map(header, files)
     else:
         yield from map(header, files)

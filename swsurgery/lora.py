@@ -4,6 +4,7 @@ are those that PEFT 0.21 saves."""
 from __future__ import annotations
 
 import json
+import math
 import re
 from fractions import Fraction
 from typing import Any
@@ -98,6 +99,10 @@ def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
         reason = f"is stored as {scalar.dtype.name}"
     elif _module(scalar.tensor, config) is None:
         reason = "has another name in the loaded model"
+    elif not math.isfinite(decode(scalar.dtype, scalar.old)):
+        reason = f"is {show(decode(scalar.dtype, scalar.old))} in the base, which stays so whatever is added"
+    elif not math.isfinite(decode(scalar.dtype, scalar.new)):
+        reason = f"becomes {show(decode(scalar.dtype, scalar.new))}, which no finite sum is"
     if not reason:
         return None
     return f"a LoRA adapter cannot hold this edit: {scalar.coordinate} {reason} (use --format sparse)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ class Bar:
     """A Progress drawn on stderr; nothing is drawn where stderr is no terminal, or when quiet."""
 
     def __init__(self, quiet: bool = False):
-        self._hidden = quiet or not sys.stderr.isatty()
+        self._hidden = quiet or not is_terminal(sys.stderr)
         self._bar: tqdm | None = None
 
     def start(self, total: int, unit: str, label: str) -> None:
@@ -49,6 +50,11 @@ class Bar:
             self._bar = None
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return True if a person watches the stream. A closed one is no terminal."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
 def say(line: str) -> None:
     _write(f"swsurgery: {printable(line)}\n", sys.stderr)
 
@@ -73,11 +79,17 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def _write(text: str, stream: TextIO | None = None) -> None:
-    """Where the reader has left, as `head` does, nothing more is shown; the exit code stays the command's answer.
-    Raises TargetError where stdout cannot be written."""
+    """Write `text`. If the reader has left, as `head` does, or if the stream was closed, nothing more is shown and the
+    exit code stays the command's answer. Raises TargetError if stdout cannot be written."""
     stream = stream or sys.stdout
+    if stream is None or stream.closed:
+        return
     try:
-        stream.write(text)
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:  # nothing of it was written
+            encoding = stream.encoding or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -85,6 +97,21 @@ def _write(text: str, stream: TextIO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python would try the rest again at exit
         if stream is sys.stdout:
             raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", "stdout") from error
+
+
+def open_standard_streams() -> None:
+    """Give the process the standard streams that its parent closed, so that no file takes their descriptors: what is
+    printed to descriptor 1 would go into that file. A stream escapes what its encoding lacks."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the life of the process)
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def size(count: int) -> str:

@@ -133,7 +133,7 @@ def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
             faults.append(f"{loaded.path}: wrong base: {name} has digest {names[name].digest}, not {digest}")
     if "swsurgery.json" not in names:
         faults += [
-            f"{checkpoint.root / name}: the base has a file of the name that swsurgery writes (rename it)"
+            f"{checkpoint.root}/{name}: the base has a file of the name that swsurgery writes (rename it)"
             for name in OWN_FILES
             if any(n == name or n.startswith(f"{name}/") for n in names)
         ]

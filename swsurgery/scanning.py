@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swsurgery import entry, figures, fsops, known, model
-from swsurgery.checkpoint import Checkpoint, Weights, held
+from swsurgery.checkpoint import Checkpoint, Weights, held, open_checkpoint
 from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
 from swsurgery.findings import Method, ScanReport, SweepReport
 from swsurgery.hub import local, named
 from swsurgery.known.render import refuse_unfit
+from swsurgery.manifest import load_manifest
 from swsurgery.model import Placement
+from swsurgery.plan import make_plan
 from swsurgery.progress import Progress, Rounds, Silent
 from swsurgery.registry import open_chosen
-from swsurgery.surgery import plan_manifest
+from swsurgery.surgery import base_of
 
 ManifestOp = Literal["zero", "scale", "protect"]
 
@@ -161,7 +163,8 @@ def sweep_manifest(
     options = options or RunOptions()
     if plot is not None:
         figures.check_figure_path(plot)
-    plan = plan_manifest(manifest, base)
+    loaded = load_manifest(manifest)
+    plan = make_plan(loaded, open_checkpoint(local(base_of(loaded, base)), loaded.manifest.base.weights))
     coordinates = [splice.coordinate for splice in plan.splices]
     if not coordinates:
         raise PlanError(

@@ -376,7 +376,7 @@ def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
             wanted, who = pins.setdefault(name, (record.sha256, "its registry"))
             if wanted != record.sha256:
                 raise PlanError(f"its registry says sha256 {record.sha256}, but {who} says {wanted}",
-                                plan.checkpoint.root / name, "is this the right checkpoint?")  # fmt: skip
+                                f"{plan.checkpoint.root}/{name}", "is this the right checkpoint?")  # fmt: skip
     return pins
 
 

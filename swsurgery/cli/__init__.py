@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done or yes, 1 no, 2 bad input, 3 a bug, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
-    if "--quiet" in argv or not sys.stderr.isatty():
+    if "--quiet" in argv or not output.is_terminal(sys.stderr):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the library's own bars follow the rule of ours
     if "--quiet" in argv:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # so does its talk of retries
@@ -80,18 +80,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f": {printable(str(error.filename))}" if error.filename else ""
         output.say(f"the system refused ({error.strerror or type(error).__name__}){where} ({remedy})")
         return 2
-    except Exception:  # noqa: BLE001 - the one boundary: whatever comes here is our bug, and says so
+    except Exception as error:  # noqa: BLE001 - the one boundary: whatever comes here is a shortage, or our bug
         if _received:
             output.say(_received[0].faults[0])
             return _received[0].exit_code
-        traceback.print_exc()
-        output.say("this is a bug in swsurgery: please report it with the lines above")
-        return 3
+        shortage = _shortage(error)
+        if debug or not shortage:
+            traceback.print_exc()
+        output.say(shortage or "this is a bug in swsurgery: please report it with the lines above")
+        return 2 if shortage else 3
     finally:
         log.removeHandler(teller)
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 0
+
+
+def _shortage(error: Exception) -> str:
+    """Return one line if the system lacks what the command needs; "" for any other error."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        return "not enough memory: the system gave no more (free some, or raise the limit on it, then run it again)"
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return "no further thread can be started: the system refused (raise the limit on processes, then run it again)"
+    return ""
+
+
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "annot allocate memory", "failed to map segment", "std::bad_alloc",
+)  # fmt: skip
+"""What torch, the dynamic linker and C++ say. numpy raises MemoryError, and system calls raise OSError."""
 
 
 class _Teller(logging.Handler):
@@ -102,6 +120,8 @@ class _Teller(logging.Handler):
 
 
 def entry() -> NoReturn:
+    """Run the command of this process."""
+    output.open_standard_streams()
     sys.exit(main())
 
 

@@ -136,7 +136,8 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         text = config.get_text_config()
         dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _stored_dtype(checkpoint)
         if target.type == "cuda":
-            threading.Thread(target=_wake, args=(target, dtype), daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no further thread: CUDA wakes up later
+                threading.Thread(target=_wake, args=(target, dtype), daemon=True).start()
         if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
             raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
         with no_init_weights(), _parameters_on_meta():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,6 +26,7 @@ from swsurgery.checkpoint import Checkpoint
 from swsurgery.dtypes import DTYPES, Dtype, decode
 from swsurgery.errors import ArchitectureError, ShardError
 from swsurgery.shard import opened
+from swsurgery.threads import Pool
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -161,13 +162,13 @@ class Reader:
         self._stack = ExitStack()
 
     def __enter__(self) -> Reader:
-        self._pool = ThreadPoolExecutor(self._threads, "swsurgery-scan")
+        self._pool = Pool(self._threads, "swsurgery-scan")
         for _ in range(self._threads):
             self._spare.put(Workspace())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)  # before the files are closed under it
+        self._pool.shutdown(cancel=True)  # before the files are closed under it
         self._stack.close()
 
     def open(self, matrices: Iterable[Matrix]) -> None:

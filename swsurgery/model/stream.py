@@ -14,7 +14,6 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from swsurgery.errors import CheckpointError
 from swsurgery.model.weight_plan import Part, Slot, WeightPlan, layout
 from swsurgery.shard import open_regular
+from swsurgery.threads import Pool
 
 PIECE = 8 << 20
 """Bytes read in one call."""
@@ -194,7 +194,7 @@ class _Reader:
 
     def __init__(self, devices: Sequence[torch.device]):
         self._files = _Files()
-        self._threads = ThreadPoolExecutor(READERS)
+        self._threads = Pool(READERS)
         self._streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
         self._pinned: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
         for piece in pinned_pieces() if self._streams else ():
