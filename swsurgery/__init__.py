@@ -33,6 +33,7 @@ Rooms, each of which knows only those below it:
     checkpoint.py, shard.py      the files, and the header of one of them; copies.py: those with the weights once more
     quantised.py                 which stored numbers are weights, and which are codes or internals of a quantiser
     dtypes.py                    numbers and their bits
+    threads.py                   a pool that works with fewer threads than it was given
     fsops.py, errors.py          every write to the disk, and every error on purpose
 
 The names below load their room when they are first used. Importing the package loads none, and none loads torch
