@@ -24,6 +24,7 @@ Rooms, each of which knows only those below it:
     loading.py                   a model, or its tensors, edited in memory
     inplace.py, journal.py       apply and revert where the files lie, undone after any fault
     model/                       the only torch: what the edited model computes
+    pins.py                      a base against the digests that it must have
     apply.py, plan.py            splices, and the copy that makes them; tying.py: tensors that loaders hold as one
     registry.py                  the record that proves a patched checkpoint and undoes it
     hub/                         the only huggingface_hub

@@ -22,10 +22,11 @@ from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Repo, Uri, named, place
 from swsurgery.manifest import Manifest, load_manifest, parse_manifest
 from swsurgery.patches import Patch, PatchBase, PatchBounds, PatchScalar, safetensors_bytes
+from swsurgery.pins import known_digests
 from swsurgery.plan import Plan, make_plan
 from swsurgery.progress import Progress, Silent
 from swsurgery.registry import MANIFEST_NAME, Patched, Registry
-from swsurgery.surgery import base_of, known_digests, read_records
+from swsurgery.surgery import base_of, read_records
 
 Format = Literal["sparse", "peft", "vllm"]
 

@@ -20,6 +20,7 @@ from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
 from swsurgery.manifest import load_manifest
 from swsurgery.names import OWN_FILES
+from swsurgery.pins import check_left_out, known_digests
 from swsurgery.plan import make_plan
 from swsurgery.progress import Progress, Silent
 from swsurgery.registry import Patched, Registry, complete_registry, draft_registry, read_patched
@@ -32,7 +33,6 @@ from swsurgery.surgery import (
     Outcome,
     base_of,
     bounds_of,
-    known_digests,
     open_patched,
     reversion_notes,
     run_check,
@@ -69,6 +69,7 @@ def apply_in_place(
         for note in plan.notes:
             say(note)
         pins = known_digests(plan)
+        check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, progress)
         touched = _hash_touched(plan.checkpoint, plan.splices, pins, progress)
         stated = loaded.manifest.base.sha256
         rest = _untouched(plan.checkpoint, touched, previous.registry if previous else None, pins, stated, progress)

@@ -17,8 +17,9 @@ from swsurgery.checkpoint import held, open_as
 from swsurgery.errors import ModelError
 from swsurgery.hub import local
 from swsurgery.manifest import LoadedManifest, load_manifest, parse_manifest
+from swsurgery.pins import known_digests
 from swsurgery.plan import Plan, make_plan
-from swsurgery.surgery import base_of, known_digests
+from swsurgery.surgery import base_of
 
 if TYPE_CHECKING:
     from swsurgery.model.patched import PreTrainedModel, Tensor

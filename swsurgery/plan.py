@@ -30,7 +30,8 @@ MAX_NOTES = 20
 @dataclass(frozen=True)
 class Plan:
     """All that applying needs to know. `omitted` are files of the base that do not go into the patched one; `previous`
-    are the base's own records, where it was itself patched."""
+    are the base's own records, where it was itself patched. `pins_checked` and `pins_unchecked` are the files whose
+    digests a dry run compared with a pin, and those that it did not hash."""
 
     loaded: LoadedManifest
     checkpoint: Checkpoint
@@ -40,17 +41,22 @@ class Plan:
     protected: tuple[Scalar, ...]
     omitted: tuple[str, ...]
     notes: tuple[str, ...]
+    pins_checked: tuple[str, ...] = ()
+    pins_unchecked: tuple[str, ...] = ()
 
     def splices_of(self, file: str) -> list[Splice]:
         return sorted((s for s in self.splices if s.file == file), key=lambda s: s.offset)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        document: dict[str, Any] = {
             "splices": [s.to_json() for s in self.splices],
             "protected": [p.to_json() for p in self.protected],
             "omitted": list(self.omitted),
             "notes": list(self.notes),
         }
+        if self.pins_checked or self.pins_unchecked:
+            document["pins"] = {"checked": list(self.pins_checked), "not_checked": list(self.pins_unchecked)}
+        return document
 
 
 def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:

@@ -228,7 +228,10 @@ def draft_registry(plan: Plan) -> Registry:
 
 def complete_registry(draft: Registry, applied: Applied, check: dict[str, Any]) -> Registry:
     """Add to a draft what applying the plan found out."""
-    files = {f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest) for f in applied.files}
+    files = {
+        f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
+        for f in applied.files
+    }
     elsewhere = [f.name for f in applied.files if f.how == "elsewhere"]
     return draft.model_copy(update={"files": files, "elsewhere": elsewhere, "check": check})
 

@@ -28,6 +28,7 @@ from swsurgery.hub import local, named
 from swsurgery.known.render import refuse_unfit
 from swsurgery.manifest import load_manifest
 from swsurgery.model import Placement
+from swsurgery.pins import check_planned
 from swsurgery.plan import make_plan
 from swsurgery.progress import Progress, Rounds, Silent
 from swsurgery.registry import open_chosen
@@ -165,6 +166,7 @@ def sweep_manifest(
         figures.check_figure_path(plot)
     loaded = load_manifest(manifest)
     plan = make_plan(loaded, open_checkpoint(local(base_of(loaded, base)), loaded.manifest.base.weights))
+    plan = check_planned(plan, progress or Silent())
     coordinates = [splice.coordinate for splice in plan.splices]
     if not coordinates:
         raise PlanError(

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40
 
+MAX_NAMES = 5
+"""Maximum number of files listed by name in a line."""
+
 
 def plan(plan: Plan) -> None:
     document = plan.to_json()
@@ -25,6 +28,10 @@ def plan(plan: Plan) -> None:
     print_text(f"changes   {_count(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
                f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}{and_kept}")  # fmt: skip
     _edits(document["splices"], document["protected"])
+    if plan.pins_checked:
+        print_text(f"pins      checked, the sha256 is the pinned one: {_names(plan.pins_checked)}")
+    if plan.pins_unchecked:
+        print_text(f"pins      not checked, for only files to be edited are hashed: {_names(plan.pins_unchecked)}")
     for note in plan.notes:
         print_text(f"note      {printable(note)}")
     print_text("nothing was written")
@@ -185,6 +192,11 @@ def _edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) -> None
         print_table(("op", "tensor", "index", "dtype", "old", "new", "file", "offset"), rows[:MAX_ROWS])
     if len(rows) > MAX_ROWS:
         print_text(f"... and {len(rows) - MAX_ROWS} more")
+
+
+def _names(names: tuple[str, ...]) -> str:
+    more = len(names) - MAX_NAMES
+    return ", ".join(map(printable, names[:MAX_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 def _count(number: int, thing: str) -> str:

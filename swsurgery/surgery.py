@@ -42,6 +42,7 @@ from swsurgery.manifest import LoadedManifest, load_manifest
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.names import OWN_FILES
+from swsurgery.pins import check_left_out, check_planned, known_digests
 from swsurgery.plan import Plan, make_plan
 from swsurgery.progress import Progress, Silent
 from swsurgery.registry import (
@@ -132,17 +133,19 @@ class Outcome:
         }
 
 
-def plan_manifest(manifest: Path, base: str | None = None) -> Plan:
-    """Read the manifest, open its base (or `base`: a directory or hf://ORG/NAME[@REV]) and plan; write nothing, and of
-    a repository read only headers and scalars.
+def plan_manifest(manifest: Path, base: str | None = None, *, progress: Progress | None = None) -> Plan:
+    """Read the manifest, open its base (or `base`: a directory or hf://ORG/NAME[@REV]) and plan; write nothing.
 
-    Raises HubError, ManifestError, CheckpointError, PlanError.
+    Of a base here, the shards that the edits touch are hashed if anything pins them. Of a repository only headers and
+    scalars are read, and the digests that the Hub lists are taken. The plan names the pins that were not checked.
+
+    Raises HubError, ManifestError, CheckpointError, PlanError, TargetError while another run is editing it in place.
     """
     loaded = load_manifest(manifest)
-    checkpoint = open_as(place(base_of(loaded, base)), loaded.manifest.base)
-    plan = make_plan(loaded, checkpoint)
-    draft_registry(plan)  # a dry run refuses what the run itself would refuse
-    return plan
+    with held(place(base_of(loaded, base))) as root:
+        plan = make_plan(loaded, open_as(root, loaded.manifest.base))
+        draft_registry(plan)  # a dry run refuses what the run itself would refuse
+        return check_planned(plan, progress or Silent())
 
 
 def apply_manifest(
@@ -181,6 +184,7 @@ def apply_manifest(
         for note in plan.notes:
             say(note)
         source = _source(plan)
+        check_left_out(plan, source.names, source.pins, progress)
         if for_publish:
             check = _without_whole_model(plan, check)
             source = _fetched(source, plan.checkpoint)
@@ -366,18 +370,6 @@ def _refuse_inside(output: Path, root: Path | Repo) -> None:
     """A target inside the base would change the base, and be copied into the next one made from it."""
     if isinstance(root, Path) and Path(os.path.realpath(output)).is_relative_to(root):
         raise TargetError("the target lies inside the base", output, "give another -o")
-
-
-def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
-    """What the base's digests must be: file name -> (sha256, who says so). Raises PlanError for a contradiction."""
-    pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
-    for name, record in plan.previous.registry.files.items() if plan.previous else ():
-        if record.sha256:
-            wanted, who = pins.setdefault(name, (record.sha256, "its registry"))
-            if wanted != record.sha256:
-                raise PlanError(f"its registry says sha256 {record.sha256}, but {who} says {wanted}",
-                                f"{plan.checkpoint.root}/{name}", "is this the right checkpoint?")  # fmt: skip
-    return pins
 
 
 def _source(plan: Plan) -> Source:

@@ -69,6 +69,23 @@ def test_every_reading_command_moves_headers_and_says_so(hub, base, tmp_path, ca
             assert 0 < hub.traffic.sent(origin="store") < third
 
 
+def test_a_dry_run_takes_the_digests_that_the_hub_lists(hub, base, tmp_path, capsys):
+    """They are listed of large files only. No shard is downloaded."""
+    commit, right = hub.add_repo(BASE, base), digests(base)
+    manifest = tmp_path / "edit.yaml"
+    for name, digest, code in ((THIRD, right[THIRD], 0), (THIRD, "1" * 64, 2), (FIRST, "1" * 64, 2)):
+        pins = right | {name: digest}
+        listed = ", ".join(f'"{n}": "{pins[n]}"' for n in (FIRST, SECOND, THIRD, "README.md"))
+        manifest.write_text(f"version: 1\nbase: {{repo_id: {BASE}, sha256: {{{listed}}}}}\nedits: [{EDIT}]\n")
+        found, document, err = run(capsys, "apply", manifest, "--base", f"hf://{BASE}@{commit}", "--dry-run")
+        assert found == code
+        if code:
+            assert f"wrong base: {name} has digest {right[name]}, not {digest}" in err
+        else:
+            assert document["pins"] == {"checked": [FIRST, SECOND, THIRD], "not_checked": ["README.md"]}
+    assert hub.traffic.sent(origin="store") < 3 * (base / THIRD).stat().st_size
+
+
 @pytest.mark.parametrize("sub", ["model", "model/deep"])
 def test_a_folder_of_a_repository(any_hub, base, tmp_path, capsys, sub):
     whole = tmp_path / "whole"

@@ -77,7 +77,7 @@ def apply(
     from swsurgery import show, surgery
 
     if dry_run:
-        plan = surgery.plan_manifest(manifest, base)
+        plan = surgery.plan_manifest(manifest, base, progress=output.Bar(quiet))
         if not isinstance(plan.checkpoint.root, Path) and not quiet:
             output.say(moved(plan.checkpoint.root))
         output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.plan(plan)

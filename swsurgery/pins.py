@@ -1,0 +1,64 @@
+"""Compare a base with the digests that the manifest, a patch or the base's own registry says it must have.
+
+A copy compares every file while it reads it (`apply.py`). This module is for files that are not copied: those of a dry
+run, and pinned files that an edit leaves out or replaces. Every digest is computed here or listed by the Hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from swsurgery.apply import hashed, hold_to
+from swsurgery.errors import PlanError
+from swsurgery.plan import Plan
+from swsurgery.progress import Progress
+
+
+def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Return what the base's digests must be: file name -> (sha256, who says so).
+
+    Raises PlanError if the manifest and the base's own registry contradict each other.
+    """
+    pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
+    for name, record in plan.previous.registry.files.items() if plan.previous else ():
+        if record.sha256:
+            wanted, who = pins.setdefault(name, (record.sha256, "its registry"))
+            if wanted != record.sha256:
+                raise PlanError(
+                    f"its registry says sha256 {record.sha256}, but {who} says {wanted}",
+                    f"{plan.checkpoint.root}/{name}",
+                    "is this the right checkpoint?",
+                )
+    return pins
+
+
+def check_planned(plan: Plan, progress: Progress) -> Plan:
+    """Compare what a dry run can, and return the plan with the names of the files compared and not compared.
+
+    Of a base here, the shards that the edits touch are hashed. Of a base on the Hub, all digests that the Hub lists are
+    taken. Raises PlanError if a digest is not what it must be.
+    """
+    pins = known_digests(plan)
+    touched = {splice.file for splice in plan.splices}
+    checked: list[str] = []
+    for file in plan.checkpoint.files:
+        if file.name not in pins:
+            continue
+        here = isinstance(file.path, Path)
+        digest = file.digest if not here else hashed(file, progress) if file.name in touched else None
+        if digest is not None:
+            hold_to(file, digest, pins)
+            checked.append(file.name)
+    unchecked = sorted(set(pins) - set(checked))
+    return replace(plan, pins_checked=tuple(sorted(checked)), pins_unchecked=tuple(unchecked))
+
+
+def check_left_out(plan: Plan, written: Collection[str], pins: dict[str, tuple[str, str]], progress: Progress) -> None:
+    """Hash the files that the manifest pins and that are not among the files `written`. Raises PlanError."""
+    for name in sorted(set(plan.loaded.manifest.base.sha256) - set(written)):
+        file = plan.checkpoint.file(name)
+        digest = hashed(file, progress) if isinstance(file.path, Path) else file.digest
+        if digest is not None:
+            hold_to(file, digest, pins)
