@@ -19,6 +19,7 @@ from swsurgery.shard import Shard, TensorInfo, opened, read_exactly
 from swsurgery.splice import json_value
 
 CHUNK = 4 << 20
+MAX_NOTES = 20
 SHORT_RUN = 4
 """Neighbouring changed scalars up to this many are listed one by one, more of them as one run."""
 
@@ -49,6 +50,7 @@ class Difference:
     mismatched: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     truncated: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def same(self) -> bool:
@@ -63,6 +65,7 @@ class Difference:
             "mismatched": self.mismatched,
             "files": self.files,
             "truncated": self.truncated,
+            "notes": self.notes,
         }
 
 
@@ -136,6 +139,8 @@ def _compare(tensor: str, a: Checkpoint, b: Checkpoint, result: Difference, prog
                 result.changes.append(_change(info_a, offset // unit, run, array_a, array_b))
     if changed:
         result.tensors[tensor] = (changed, info_a.size // unit)
+        if len(result.notes) < MAX_NOTES and (why := a.quantisation.refusal(tensor) or b.quantisation.refusal(tensor)):
+            result.notes.append(f"{tensor}: the numbers listed are no weights ({why})")
 
 
 def _runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:

@@ -55,8 +55,9 @@ _SIDECARS = re.compile(
 _MARKER = "scaled_fp8"
 """An empty tensor by which ComfyUI marks files whose FP8 weights have scales."""
 
-_PACKED = ("qweight", "weight_packed", "W_q", "q_weight", "trellis", "Qidxs", "_weight_qdata", "dense_weights", "codes")
-"""Names of a module's tensor that make the module a quantised layer."""
+_PACKED = ("qweight", "weight_packed", "W_q", "q_weight", "trellis", "Qidxs", "_weight_qdata", "dense_weights")
+"""Names of a module's tensor that make the module a quantised layer, whatever its dtype: HQQ's `view_as_float` and
+bitsandbytes' `quant_storage` store codes as floats."""
 
 _INTERNAL = re.compile(
     r"qweight|qzeros|g_idx|q_(weight|scale_max|groups|perm|invperm)|W_q|trellis|Qidxs\w*|dense_weights|col_vals"
@@ -143,6 +144,7 @@ class Quantisation:
         self._names = sorted(tensors)
         self.declared = _declaration(config, files, metadata, tensors)
         self._readings: dict[str, Reading] = {}
+        self._layers: dict[str, str | None] = {}
         self._stacks: dict[str, str | None] = {}
 
     def __repr__(self) -> str:
@@ -162,6 +164,11 @@ class Quantisation:
         if reading.kind == "internal":
             return "packed or scaling values of a quantised layer, not weights"
         return f"quantised: {reading.reason}"
+
+    def first_codes(self) -> str | None:
+        """Name the first quantised weight stored as F8 or integers, None if there is none."""
+        coded = (name for name, header in self._tensors.items() if _is_code(header.dtype))
+        return next((name for name in coded if self.reading(name).kind in ("scaled", "unreadable")), None)
 
     def _read(self, name: str) -> Reading:
         dtype, shape = self._tensors[name].dtype, self._tensors[name].shape
@@ -228,7 +235,7 @@ class Quantisation:
             *path, last = other[len(module) + 1 :].split(".")
             if "parametrizations" in path:  # torch's weight normalisation keeps its factors there
                 continue
-            packed = last in _PACKED and _is_code(self._tensors[other].dtype)
+            packed = last in _PACKED
             loose = not path and self.declared is not None and _LOOSE_UNITS.fullmatch(last) is not None
             if packed or loose or _UNITS.fullmatch(last) or not {"weight", "weight_quantizer"}.isdisjoint(path):
                 yield other
@@ -275,10 +282,15 @@ class Quantisation:
 
     def _codes_of_layer(self, module: str) -> str | None:
         """The codes that make `module` a quantised linear layer, None if it is none."""
-        named = [f"{module}.{last}" for last in (*_PACKED, "weight")]
-        if next(self._under(f"{module}.centroids"), None):  # VPTQ
-            named.append(f"{module}.indices")
-        return next((n for n in named if n in self._tensors and _is_code(self._tensors[n].dtype)), None)
+        if module not in self._layers:
+            packed = (f"{module}.{last}" for last in _PACKED)
+            codes = [f"{module}.weight", f"{module}.codes"]
+            if f"{module}.indices" in self._tensors and next(self._under(f"{module}.centroids"), None):  # VPTQ
+                codes.append(f"{module}.indices")
+            found = [name for name in packed if name in self._tensors]
+            found += [name for name in codes if name in self._tensors and _is_code(self._tensors[name].dtype)]
+            self._layers[module] = found[0] if found else None
+        return self._layers[module]
 
     def _stacked_codes(self, module: str) -> str | None:
         """A matrix of codes that `module` itself stores, if quantisation is declared: the experts of a layer."""
@@ -329,8 +341,8 @@ def _declaration(
     if _MARKER in tensors:
         return f"the tensor {_MARKER}"
     for one in metadata:
-        # torchao lists the tensors that it took apart; a file with plain tensors only lists those as well.
-        types = "".join(value for value in one.values() if '"_type"' in value)
-        if re.search(r'"_type": *"(?!Tensor")', types) or "_quantization_metadata" in one:
+        # torchao lists its tensors, those that it took apart and plain ones.
+        apart = "tensor_names" in one and any(re.search(r'"_type": *"(?!Tensor")', value) for value in one.values())
+        if apart or "_quantization_metadata" in one:
             return "the metadata of a shard"
     return None

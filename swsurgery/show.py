@@ -144,6 +144,8 @@ def difference(difference: Difference) -> None:
         print_table(("tensor", "changed", "of"), [(t, n, total) for t, (n, total) in difference.tensors.items()])
     for tensor, why in difference.mismatched.items():
         print_text(f"{printable(tensor)}: {why}")
+    for note in difference.notes:
+        print_text(printable(note))
     for name, state in difference.files.items():
         if state != "same":
             print_text(f"file {printable(name)}: {state}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import EMBED, HIDDEN, INNER, down, tensor, tree, write_manifest, write_single
+from checkpoints import EMBED, HIDDEN, INNER, down, tensor, tree, write_index, write_manifest, write_shard, write_single
 
 from swsurgery import export, inspection
 from swsurgery.checkpoint import open_checkpoint
@@ -41,7 +41,10 @@ def declared(method: str, **more: object) -> dict:
     return {"quantization_config": {"quant_method": method, **more}}
 
 
-LISTED = {"torchao": json.dumps({"_type": "Float8Tensor", "_data": {}, "_tensor_data_names": ["qdata", "scale"]})}
+LISTED = {
+    "tensor_names": '["a.weight"]',
+    "a.weight": json.dumps({"_type": "Float8Tensor", "_data": {}, "_tensor_data_names": ["qdata", "scale"]}),
+}
 
 FORMATS: dict[str, tuple[dict[str, tuple], dict, dict[str, str]]] = {
     "GPTQ": (
@@ -140,6 +143,14 @@ FORMATS: dict[str, tuple[dict[str, tuple], dict, dict[str, str]]] = {
     ),
     "HQQ": (
         {"W_q": ("U8", 4, 32), "scale": ("F16", 8, 1), "zero": ("F16", 8, 1), "meta": ("F32", 1)}, {}, {},
+    ),
+    "HQQ, viewed as float": (
+        {"W_q": ("F16", 4, 16), "scale": ("F16", 8, 1), "zero": ("F16", 8, 1), "nbits": ("I64",), "axis": ("I64",),
+         "shape": ("I64", 2), "group_size": ("I64",), "bias": ("F16", 8)}, {}, {"bias": "plain"},
+    ),
+    "bitsandbytes NF4 in BF16 storage": (
+        {"weight": ("BF16", 64, 1), "weight.absmax": ("F32", 4), "weight.quant_map": ("F32", 16),
+         "weight.quant_state.bitsandbytes__nf4": ("U8", 90)}, declared("bitsandbytes"), {"weight": "unreadable"},
     ),
     "VPTQ": (
         {"indices": ("I32", 1, 8, 4), "res_indices": ("I32", 1, 8, 4), "outlier_indices": ("I16", 1, 8),
@@ -274,7 +285,12 @@ def test_where_quantisation_is_declared_codes_without_a_scale_are_unreadable(whe
         {"config": {"quantization_config": None}},
         {"config": {"quantization_bit": 0, "text_config": {"quantization_config": {}}}},
         {"files": ["generation_config.json", "old/quantize_config.json"]},
-        {"metadata": [{"format": "pt"}, {"norm.weight": '{"_type": "Tensor"}', "tensor_names": '["norm.weight"]'}]},
+        {
+            "metadata": [
+                {"format": "pt", "training": '{"_type": "run"}'},
+                {"norm.weight": '{"_type": "Tensor"}', "tensor_names": '["norm.weight"]'},
+            ]
+        },
     ],
 )
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "U8", "I32"])
@@ -363,8 +379,6 @@ def test_a_plain_fp8_weight_is_edited(tmp_path):
 
 
 def test_the_scale_may_be_in_another_shard(tmp_path):
-    from checkpoints import write_index, write_shard
-
     shards = {
         "model-00001-of-00002.safetensors": {down(0): tensor("F8_E4M3", HIDDEN, INNER)},
         "model-00002-of-00002.safetensors": {f"{L}.scale": tensor("F32", 1)},
@@ -404,6 +418,53 @@ def test_nothing_reads_codes_as_weights(tmp_path: Path, tensors, capsys):
     assert f"quantised: its elements count in units of {scale}" in capsys.readouterr().out
 
 
+def test_diff_says_that_the_numbers_it_lists_are_no_weights(tmp_path, capsys):
+    def side(name: str, seed: int) -> str:
+        scale = {f"{L}.scale": tensor("F32", 1), "model.norm.weight": tensor("F32", 3, seed=seed)}
+        return str(write_single(tmp_path / name, {down(0): tensor("F8_E4M3", HIDDEN, INNER, seed=seed), **scale}))
+
+    a, b = side("a", 1), side("b", 2)
+    assert main(["diff", a, b, "--json"]) == 1
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert note.startswith(f"{down(0)}: the numbers listed are no weights (quantised: ")
+    assert main(["diff", a, b]) == 1
+    assert note in capsys.readouterr().out
+
+
+def test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded(tmp_path):
+    from tiny_checkpoint import write_pair
+
+    from swsurgery import load_patched
+    from swsurgery.errors import Unrunnable
+    from swsurgery.model.load import open_model
+
+    base = write_pair(tmp_path).base
+    name = "model.layers.1.mlp.down_proj"
+    path = base / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    stored = {
+        n: (h["dtype"], tuple(h["shape"]), data[slice(*h["data_offsets"])])
+        for n, h in header.items()
+        if n != "__metadata__"
+    }
+    shape = stored[f"{name}.weight"][1]
+    stored |= {f"{name}.weight": tensor("F8_E4M3", *shape), f"{name}.scale": tensor("F32", 1, one=True)}
+    write_shard(path, stored)
+    message = f"transformers would take its codes for weights: quantised: .* units of {name}.scale: {name}.weight"
+    with pytest.raises(Unrunnable, match=message):
+        open_model(open_checkpoint(base), device="cpu", placement="whole")
+    with pytest.raises(ModelError, match=message):
+        open_model(open_checkpoint(base), device="cpu", placement="streamed")
+    norm = {"op": "zero", "tensor": "model.norm.weight", "index": [0]}
+    with pytest.raises(Unrunnable, match=message):
+        load_patched(base, write_manifest(tmp_path / "m.json", base, norm))
+    del stored[f"{name}.scale"]
+    write_shard(path, stored)
+    assert open_model(open_checkpoint(base), device="cpu", placement="whole")
+
+
 def test_inspect_says_nothing_of_a_plain_weight(tmp_path):
     root = write_single(tmp_path, {down(0): tensor("F8_E4M3", HIDDEN, INNER)})
     assert "note" not in inspection.scalar(root, down(0), "1,2")
@@ -420,6 +481,9 @@ def test_an_old_record_of_edited_codes_makes_no_adapter(tmp_path, monkeypatch):
     with pytest.raises(PlanError, match=rf"LoRA adapter cannot hold this edit: {L}.weight\[1, 2\] is no weight"):
         export.write(tmp_path / "out", "peft", tmp_path / "adapter")
     assert export.write(tmp_path / "out", "sparse", tmp_path / "patch.safetensors").scalars == 1
+    assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0
+    assert main(["revert", str(tmp_path / "out"), "-o", str(tmp_path / "back"), "--quiet"]) == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
 def test_each_known_scale_format_is_read(tmp_path):

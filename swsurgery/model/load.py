@@ -218,6 +218,7 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
     directory = checkpoint.root
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        refuse_codes(checkpoint, config)
         model, info = auto_model(config).from_pretrained(
             directory,
             config=config,
@@ -242,6 +243,17 @@ def cannot_load(error: Exception, directory: Path) -> Unrunnable:
         directory,
         "mend its config.json, or upgrade transformers",
     )
+
+
+def refuse_codes(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> None:
+    """Raise Unrunnable if transformers would take codes for weights, for it dequantises only what the config declares.
+
+    A `.scale` beside an FP8 weight would be left out with a warning.
+    """
+    declared = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
+    if not any(declared) and (name := checkpoint.quantisation.first_codes()):
+        why = checkpoint.quantisation.refusal(name)
+        raise Unrunnable(f"transformers would take its codes for weights: {why}", name, "load an unquantised copy")
 
 
 def refuse_invented(info: Mapping[str, Collection[Any]], directory: Path) -> None:

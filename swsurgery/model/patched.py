@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.dtypes import bits_of
 from swsurgery.errors import CheckpointError, ModelError
-from swsurgery.model.load import LOADING_ERRORS, auto_model, cannot_load, quiet, refuse_invented
+from swsurgery.model.load import LOADING_ERRORS, auto_model, cannot_load, quiet, refuse_codes, refuse_invented
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.shard import TensorInfo, opened
 from swsurgery.splice import Scalar, Splice
@@ -49,6 +49,8 @@ def load(
             config = options.get("config") or AutoConfig.from_pretrained(
                 root, local_files_only=True, trust_remote_code=False
             )
+            if "quantization_config" not in options:
+                refuse_codes(checkpoint, config)
             model, info = auto_model(config).from_pretrained(
                 root,
                 trust_remote_code=False,

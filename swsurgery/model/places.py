@@ -87,8 +87,6 @@ class Places:
         """The place of a stored scalar in the loaded model: the first candidate that exists."""
         shapes = self._checkpoint.shapes
         if coordinate.tensor in shapes:
-            if why := self._checkpoint.quantisation.refusal(coordinate.tensor):
-                raise Unrunnable(why, coordinate)
             for candidate in loaded_candidates(self._checkpoint.config, coordinate, shapes):
                 owners = self._owners.get(candidate.tensor)
                 if owners and _inside(candidate.index, owners.shape):
