@@ -195,6 +195,7 @@ def _sent_already(plan: Publication) -> Sent | None:
 def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int]:
     """The commit, and the bytes that were uploaded and copied."""
     target = _made(plan)
+    _refuse_public(plan)  # an upload may take hours
     draft = Draft(plan.wish.repo_id, plan.wish.branch, target.head.commit, plan.wish.create_pr)
     items = {item.name: item for item in plan.items}
     uploads = [item for item in plan.items if item.how == "upload"]
@@ -204,6 +205,7 @@ def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int
             Copy(name, item.source or name, item.sha256 or "") for name, item in items.items() if item.how == "copy"
         ]
         gone = [name for name, item in items.items() if item.how == "delete"]
+        _refuse_public(plan)
         try:
             sent = draft.send(copies, plan.base, gone, plan.message, card.describe(plan.registry, plan.accepted))
         except CopyRefused as error:
@@ -220,6 +222,17 @@ def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int
             break
     sizes = {how: sum(item.size for item in items.values() if item.how == how) for how in ("upload", "copy")}
     return sent, sizes["upload"], sizes["copy"]
+
+
+def _refuse_public(plan: Publication) -> None:
+    """Raise HubError if the repository was to be private, by the option or when the plan was made, and is public.
+
+    The Hub makes a commit without looking at this, so a change between this request and the commit is noticed only
+    afterwards, by `_read_back`.
+    """
+    if plan.private and not hub.is_private(plan.wish.repo_id):
+        raise HubError("the repository has become public, and nothing was committed", plan.wish.repo_id,
+                       "make it private in its settings, then run the same command again")  # fmt: skip
 
 
 def _made(plan: Publication) -> Target:
@@ -259,6 +272,9 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
     """Hold the new revision, as the Hub lists and serves it, against the plan; returns also how many scalars."""
     listing = hub.listing(plan.wish.repo_id, sent.commit)
     findings, scalars = [], 0
+    if plan.private and not listing.private:
+        findings.append(Finding("public", "the repository has become public, so anybody may have read what was "
+                                "published: make it private in its settings, or delete it"))  # fmt: skip
     for item in plan.items:
         findings += _differences(item, listing)
         if isinstance(item.content, bytes) and item.name in listing.files:

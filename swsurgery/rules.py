@@ -68,6 +68,7 @@ RULES: dict[str, Rule] = {
         Rule("bounds-missing", "No bound would stop a model that the edits broke.", "warning", "lint"),
         Rule("check-missing", "The model was never run after it was edited.", "error", "publish"),
         Rule("check-failed", "The sanity check says that the edits broke the model.", "error", "publish"),
+        Rule("public", "A repository that was to be private is public after the commit.", "error", "publish"),
         Rule("secret", "A file that would be published holds what looks like a token.", "error", "publish"),
     )
 }

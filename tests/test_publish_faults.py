@@ -235,3 +235,58 @@ def test_a_repository_that_somebody_else_made_and_filled_meanwhile_is_left_alone
     assert publish(patched) == 2
     assert "somebody else made it meanwhile" in capsys.readouterr().err
     assert set(tree(hub)) == {".gitattributes", "x.txt"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("option", [True, False])
+@pytest.mark.parametrize("moment", ["add", "_upload"])
+def test_a_repository_that_becomes_public_before_the_commit_gets_none(
+    hub, patched, capsys, monkeypatch, there, option, moment
+):
+    if not there and not option:
+        pytest.skip("then it is public")
+    if there:
+        hub.add_repo(NEW, private=True)
+    where = publishing.Draft if moment == "add" else publishing
+    real = getattr(where, moment)
+
+    def late(*arguments):
+        hub.repo(NEW).private = False
+        return real(*arguments)
+
+    monkeypatch.setattr(where, moment, late)
+    assert publish(patched, NEW, *(["--private"] if option else [])) == 2
+    err = capsys.readouterr().err
+    assert "the repository has become public, and nothing was committed: org/edited (make it private" in err
+    assert set(tree(hub)) <= {".gitattributes"} and not hub.traffic.requests("/commit/", method="POST")
+    hub.repo(NEW).private = True
+    monkeypatch.setattr(where, moment, real)
+    assert publish(patched, NEW, "--private") == 0 and "swsurgery.json" in tree(hub)
+
+
+def test_a_repository_that_became_public_while_the_plan_was_made_gets_no_upload(hub, patched, capsys, monkeypatch):
+    hub.add_repo(NEW, private=True)
+    real = publishing.publish
+
+    def late(*arguments, **named):
+        hub.repo(NEW).private = False
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(publishing, "publish", late)
+    assert publish(patched, NEW, "--private") == 2
+    assert "has become public" in capsys.readouterr().err and hub.traffic.requests(method="PUT") == []
+
+
+def test_a_repository_that_becomes_public_with_the_commit_is_reported(hub, patched, capsys, monkeypatch):
+    real = publishing.Draft.send
+
+    def late(*arguments):
+        sent = real(*arguments)
+        hub.repo(NEW).private = False
+        return sent
+
+    monkeypatch.setattr(publishing.Draft, "send", late)
+    assert main(["publish", str(patched), NEW, "--private", *ARGUMENTS]) == 1
+    out = capsys.readouterr().out
+    assert "public: org/edited: the repository has become public, so anybody may have read what was published" in out
+    assert "verified:" not in out

@@ -108,5 +108,5 @@ def _show_published(done: Published) -> None:
         more = f", {scalars} new bits" if done.scalars else ""
         output.print_text(f"verified: {done.files} files have the planned digests{more}")
     for finding in done.findings:
-        output.print_text(printable(f"{finding.rule}: {finding.file}: {finding.message}"))
+        output.print_text(printable(f"{finding.rule}: {finding.file or done.repo_id}: {finding.message}"))
     output.print_text(printable(done.url))

@@ -183,6 +183,14 @@ def open_pull_requests(repo_id: str, title: str) -> list[int]:
         return [each.num for each in found if each.title.strip() == title.strip()]
 
 
+def is_private(repo_id: str) -> bool:
+    """Return True if only its members see the repository now. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    with told(_uri(repo_id)):
+        return HfApi().repo_info(repo_id).private is True
+
+
 def create(repo_id: str, private: bool) -> None:
     """Make a repository, or leave the one that is there. Raises HubError."""
     from huggingface_hub import HfApi
