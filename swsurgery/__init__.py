@@ -12,6 +12,7 @@ Rooms, each of which knows only those below it:
     surgery.py                   the whole operation on one page: apply, revert, check. Start here
     scanning.py                  finding super weights and sweeping factors, on another
     findings.py, entry.py        what a scan found, and what lookup and apply take of it
+    intervals.py, text.py        confidence intervals from windows of text, and how much text was read
     publishing.py                one commit on the Hub, gated and read back; card.py is its model card
     publish_plan.py              what goes into it, as a publication.py; publish_patch.py: of the edits alone
     proving.py                   all that can be proved of a checkpoint: manifest_proof.py, survival.py, finite.py

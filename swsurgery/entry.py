@@ -18,6 +18,7 @@ from swsurgery.known import schema
 from swsurgery.known.render import LARGE_RATIO, Operation, describe, edit_fields, manifest_text, refuse_unfit
 from swsurgery.manifest import parse_manifest
 from swsurgery.projections import down_projections
+from swsurgery.text import measured_text
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
@@ -68,7 +69,7 @@ def scan_manifest(
         tested = f"all {len(report.candidates)} candidates are inert" if report.candidates else "there is no candidate"
         raise ManifestError(f"nothing to {op}: the scan found no super weight", remedy=tested)
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
-    how = "found and confirmed" if report.confirmation else "found, not confirmed"
+    how = "found and confirmed" if report.confirmed else "found, not confirmed"
     what = f"{len(found)} super weight{'s' if len(found) > 1 else ''} that a scan by {report.method} {how}"
     text = manifest_text(
         head=[f"written by swsurgery scan, version {__version__}"],
@@ -91,7 +92,9 @@ def _chosen(report: ScanReport) -> tuple[Candidate, ...]:
         return report.super_weights
     joint = {c for s in report.confirmation.joint_sets for c in s.coordinates}
     return tuple(
-        t.candidate for t in report.confirmation.trials if t.verdict != "inert" or t.candidate.coordinate in joint
+        t.candidate
+        for t in report.confirmation.trials
+        if t.candidate in report.super_weights or t.candidate.coordinate in joint
     )
 
 
@@ -116,7 +119,7 @@ def _coordinate(
         dtype=dtype if exact else None,
         value_printed=None if exact else f"{candidate.value!r} {dtype}",
         status="measured",
-        causal_alone=schema.causal_class(trial.alone.ratio) if trial else "untested",
+        causal_alone=schema.causal_class(trial.alone.ratio) if trial and trial.verdict != "untested" else "untested",
         role=trial.verdict if trial else "not confirmed",
         located_by=(f"swsurgery scan --method {report.method}",),
         independent=schema.Independent(location=1, value=1),
@@ -157,19 +160,20 @@ def _together(
 def _effect(protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Source) -> schema.Effect:
     """Figures to 6 digits. What is not a number, for logits that were not finite, is left to words."""
     before, ratio = confirmation.base_perplexity, effect.ratio
-    interval = (_rounded(effect.low), _rounded(effect.high))
+    interval = tuple(_rounded(end) for end in (effect.low, effect.high) if end is not None)
     return schema.Effect(
         protocol=protocol,
         metric="ppl",
         before=_rounded(before),
         after="not finite" if math.isnan(ratio) else _rounded(before * ratio),
         ratio="not finite" if math.isnan(ratio) else _rounded(ratio),
-        ci95=interval if all(map(math.isfinite, interval)) else None,
+        ci95=interval if len(interval) == 2 and all(map(math.isfinite, interval)) else None,
         kl=_rounded(effect.kl) if math.isfinite(effect.kl) else None,
         conditions=schema.Conditions(
             text_sha256=confirmation.text_sha256,
             windows=confirmation.windows,
             window_tokens=confirmation.window_tokens,
+            scored_tokens=confirmation.scored_tokens,
             dtype=confirmation.dtype,
             device=confirmation.device,
         ),
@@ -180,7 +184,7 @@ def _effect(protocol: str, effect: Effect, confirmation: Confirmation, source: s
 def _source(report: ScanReport, revision: str | None, command: str) -> schema.Source:
     remarks = [f"revision {revision}"] if revision else []
     if c := report.confirmation:
-        remarks.append(f"{c.windows} windows of {c.window_tokens} tokens of the text with sha256 {c.text_sha256}")
+        remarks.append(f"{measured_text(c)} of the text with sha256 {c.text_sha256}")
         remarks.append(f"{c.dtype} on {c.device}")
         if c.null:
             low, high = min(c.null), max(c.null)

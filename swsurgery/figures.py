@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from swsurgery.errors import TargetError, printable
 from swsurgery.findings import Candidate, PersistentActivation, Profile, ScanReport, SweepReport, Verdict
 from swsurgery.fsops import write_report
+from swsurgery.text import measured_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +80,11 @@ VERDICTS: dict[Verdict | None, Mark] = {
     "critical alone": Mark("critical alone", "D", VERMILION, VERMILION),
     "critical jointly": Mark("critical jointly", "^", BLACK, ORANGE),
     None: Mark("not tested", "s", VERMILION, "white"),
+    "untested": Mark("untested", "v", BLACK, "white"),
     "inert": Mark("inert", "o", GREY, "white"),
 }
-"""In the order in which they are worth a label. None: no causal test was made."""
+"""In the order in which they are worth a label. None: no causal test was made. "untested": it was made, but there was
+nothing to judge its result by."""
 
 BASE = Mark("as stored (factor 1)", "D", VERMILION, VERMILION)
 SCALED = Mark("scaled", "o", BLUE, BLUE)
@@ -173,7 +176,7 @@ def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> Non
         panels[-1].set_xlabel("factor")
         gap = any(not math.isfinite(value) for values in curves.values() for value in values)
         _legend(paper, TOP, [BASE, SCALED, NOT_FINITE] if gap else [BASE, SCALED])
-        _note(paper, f"{report.windows} windows of {report.window_tokens} tokens, {report.dtype} on {report.device}")
+        _note(paper, f"{measured_text(report)}, {report.dtype} on {report.device}")
         _save(paper, path)
 
 
@@ -247,9 +250,9 @@ def _width(text: Text) -> float:
 
 
 def _found(report: ScanReport) -> list[Found]:
-    """What is marked, what matters most first. A companion that turned out inert is nobody's finding."""
+    """What is marked, what matters most first. A companion that is inert or untested is nobody's finding."""
     trials = report.confirmation.trials if report.confirmation else ()
-    found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict != "inert"]
+    found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
     tested = {trial.candidate.coordinate for trial in trials}
     found += [Found(candidate, None) for candidate in report.candidates if candidate.coordinate not in tested]
     order = list(VERDICTS)
@@ -259,7 +262,7 @@ def _found(report: ScanReport) -> list[Found]:
 def _answer(report: ScanReport) -> str:
     count = len(report.super_weights)
     words = "no super weight" if count == 0 else "1 super weight" if count == 1 else f"{count} super weights"
-    if report.confirmation is not None:
+    if report.confirmation is not None and (report.confirmed or not count):
         return f"{words} confirmed"
     how = "by activations" if report.method == "activations" else "by weights alone"
     return f"{words} found {how}" + (", not confirmed" if count else "")

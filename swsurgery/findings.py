@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from swsurgery.coordinate import Coordinate
 
 Expert = int | Literal["shared"] | None
 Method = Literal["activations", "weights"]
-Verdict = Literal["critical alone", "critical jointly", "inert"]
+Verdict = Literal["critical alone", "critical jointly", "inert", "untested"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+"""In the order in which they are counted. "untested": measured, but there was nothing to judge it by."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Effect:
-    """What zeroing a set of scalars did: patched / base perplexity with a bootstrap interval, and mean KL in nats."""
+    """What zeroing a set of scalars did: patched / base perplexity with its 95% interval, and mean KL in nats.
+
+    `low` and `high` are None if the text has too few windows for an interval.
+    """
 
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     kl: float
 
     def to_json(self) -> dict[str, Any]:
@@ -108,9 +113,27 @@ class JointSet:
 
 
 @dataclass(frozen=True)
+class ColumnNull:
+    """What zeroing the other large rows of a column does, with which its companions are compared.
+
+    Perplexity ratios, one per row: `alone`, and `added` by the row to the effect of all candidates.
+    """
+
+    layer: int
+    expert: Expert
+    col: int
+    alone: tuple[float, ...]
+    added: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: _plain(value) for key, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
 class Confirmation:
     """The causal test as a whole: trials, all candidates zeroed together, joint sets, and what zeroing random scalars
-    of like magnitude in the same matrices does (`null`, perplexity ratios)."""
+    of like magnitude in the same matrices does (`null`, perplexity ratios). `windows` of `window_tokens` tokens of text
+    were read and `scored_tokens` predictions in them scored."""
 
     trials: tuple[Trial, ...]
     together: Effect
@@ -122,6 +145,8 @@ class Confirmation:
     text_sha256: str
     dtype: str
     device: str
+    scored_tokens: int
+    column_nulls: tuple[ColumnNull, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,10 +180,20 @@ class ScanReport:
 
     @property
     def super_weights(self) -> tuple[Candidate, ...]:
-        """What the scan stands for: the critical ones where it was confirmed, else all candidates."""
+        """What the scan stands for: the critical ones, and the candidates on which no verdict was possible."""
         if self.confirmation is None:
             return self.candidates
-        return tuple(t.candidate for t in self.confirmation.trials if t.verdict != "inert")
+        critical = ("critical alone", "critical jointly")
+        return tuple(
+            t.candidate
+            for t in self.confirmation.trials
+            if t.verdict in critical or (t.verdict == "untested" and t.listed)
+        )
+
+    @property
+    def confirmed(self) -> bool:
+        """True if the causal test was made, on enough text for verdicts."""
+        return self.confirmation is not None and any(t.verdict != "untested" for t in self.confirmation.trials)
 
     def to_json(self) -> dict[str, Any]:
         trials = {t.candidate.coordinate: t for t in (self.confirmation.trials if self.confirmation else ())}
@@ -177,10 +212,11 @@ class ScanReport:
         if self.profile:
             document |= {"profile": self.profile.to_json(), "prompts": list(self.prompts)}
         if self.confirmation:
-            keys = ("base_perplexity", "windows", "window_tokens", "text_sha256", "dtype", "device")
+            keys = ("base_perplexity", "windows", "window_tokens", "scored_tokens", "text_sha256", "dtype", "device")
             document["confirmation"] = {
                 "together": self.confirmation.together.to_json(),
                 "null_ratios": [_plain(ratio) for ratio in self.confirmation.null],
+                "column_nulls": [column.to_json() for column in self.confirmation.column_nulls],
                 **{key: _plain(getattr(self.confirmation, key)) for key in keys},
             }
         return document
@@ -216,6 +252,7 @@ class SweepReport:
     dtype: str
     device: str
     method: str
+    scored_tokens: int
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -224,7 +261,15 @@ class SweepReport:
             "points": [point.to_json() for point in self.points],
             **{
                 key: getattr(self, key)
-                for key in ("windows", "window_tokens", "text_sha256", "dtype", "device", "method")
+                for key in (
+                    "windows",
+                    "window_tokens",
+                    "scored_tokens",
+                    "text_sha256",
+                    "dtype",
+                    "device",
+                    "method",
+                )
             },
         }
 

@@ -127,8 +127,11 @@ def _measured(document: dict[str, Any]) -> None:
     for failure in document["failures"]:
         print_text(f"FAILED    {printable(failure)}")
     text = document["text"]
-    print_text(f"\nmeasured on {text['scored_tokens']} tokens in {text['windows']} windows, {document['dtype']} on "
-               f"{document['device']}")  # fmt: skip
+    plural = "" if text["windows"] == 1 else "s"
+    print_text(
+        f"\nmeasured on {text['scored_tokens']} tokens in {text['windows']} window{plural}, {document['dtype']} on "
+        f"{document['device']}"
+    )
 
 
 def difference(difference: Difference) -> None:

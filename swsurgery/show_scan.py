@@ -10,9 +10,10 @@ from typing import Any
 
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import printable
-from swsurgery.findings import Candidate, Confirmation, Effect, ScanReport, SweepReport
+from swsurgery.findings import VERDICTS, Candidate, ColumnNull, Confirmation, Effect, ScanReport, SweepReport
 from swsurgery.output import print_table, print_text
 from swsurgery.show import MAX_ROWS
+from swsurgery.text import measured_text
 
 Columns = dict[str, list[Any]]
 """Header -> cells. A column in which no cell says anything is not shown."""
@@ -84,8 +85,9 @@ def show_sweep(report: SweepReport) -> None:
         ],
     )
     print_text("\nKL(base || scaled) in nats a token; the largest hidden state is that after any layer")
-    print_text(f"measured on {_count(report.windows, 'window')} of {report.window_tokens} tokens, {report.dtype} on "
-               f"{printable(report.device)}, {printable(report.method)}")  # fmt: skip
+    print_text(
+        f"measured on {measured_text(report)}, {report.dtype} on {printable(report.device)}, {printable(report.method)}"
+    )
 
 
 def _confirmation(confirmation: Confirmation) -> None:
@@ -105,12 +107,13 @@ def _confirmation(confirmation: Confirmation) -> None:
     print_text(f"\ntogether  {_effect(confirmation.together)}")
     for joint in confirmation.joint_sets:
         print_text(f"joint     {_effect(joint.effect)}: {printable(_short(joint.coordinates, confirmation))}")
+    for column in confirmation.column_nulls:
+        print_text(f"null      {_column_null(column)}")
     if confirmation.null:
         print_text(f"null      {_count(len(confirmation.null), 'random scalar')} of like magnitude, each alone: ratio "
                    f"{_ratio(min(confirmation.null))} to {_ratio(max(confirmation.null))}")  # fmt: skip
     print_text(f"measured  base perplexity {_number(confirmation.base_perplexity)} on "
-               f"{_count(confirmation.windows, 'window')} of {confirmation.window_tokens} tokens, {confirmation.dtype} "
-               f"on {printable(confirmation.device)}")  # fmt: skip
+               f"{measured_text(confirmation)}, {confirmation.dtype} on {printable(confirmation.device)}")  # fmt: skip
 
 
 def _scanned(report: ScanReport) -> str:
@@ -120,10 +123,10 @@ def _scanned(report: ScanReport) -> str:
 
 def _answer(report: ScanReport) -> str:
     count = len(report.super_weights)
-    if report.confirmation is None:
+    if report.confirmation is None or (count and not report.confirmed):
         return f"{_count(count, 'super weight')}, not confirmed" if count else "none: no super weight was found"
     verdicts = Counter(trial.verdict for trial in report.confirmation.trials)
-    tally = ", ".join(f"{verdicts[v]} {v}" for v in ("critical alone", "critical jointly", "inert") if verdicts[v])
+    tally = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS if verdicts[v])
     if not count:
         return "none: no super weight was confirmed" + (f" ({tally})" if tally else "")
     return f"{_count(count, 'super weight')} confirmed ({tally})"
@@ -184,11 +187,26 @@ def _name(candidate: Candidate) -> str:
 
 
 def _effect(effect: Effect) -> str:
-    return f"ratio {_ratio(effect.ratio)} ({_interval(effect)}), KL {_number(effect.kl)}"
+    interval = _interval(effect)
+    return f"ratio {_ratio(effect.ratio)}" + (f" ({interval})" if interval else "") + f", KL {_number(effect.kl)}"
 
 
-def _interval(effect: Effect) -> str:
+def _interval(effect: Effect) -> str | None:
+    if effect.low is None or effect.high is None:
+        return None
     return f"{_ratio(effect.low)} to {_ratio(effect.high)}"
+
+
+def _column_null(column: ColumnNull) -> str:
+    expert = "" if column.expert is None else f" expert {column.expert}"
+    line = f"{_count(len(column.alone), 'other large row')} of layer {column.layer}{expert} column {column.col}"
+    if not column.alone:
+        return line
+    return f"{line}: alone {_range(column.alone)}, beside all candidates {_range(column.added)}"
+
+
+def _range(ratios: Sequence[float]) -> str:
+    return f"{_ratio(min(ratios))} to {_ratio(max(ratios))}"
 
 
 def _number(value: float | None) -> str | None:

@@ -75,6 +75,8 @@ class CheckOptions:
     text: str | None = None
     prompts: Sequence[str] | None = None
     bounds: Bounds | None = None
+    windows: int = 16
+    window: int = 512
 
     def __post_init__(self) -> None:
         """Raise TypeError for a field of a wrong type."""
@@ -100,7 +102,8 @@ class CheckOptions:
     @property
     def asked(self) -> bool:
         """Whether the user said how the model is to be run, and so that it is."""
-        return (self.device, self.placement, self.text, self.prompts) != ("auto", "auto", None, None)
+        given = (self.device, self.placement, self.text, self.prompts, self.windows, self.window)
+        return given != ("auto", "auto", None, None, 16, 512)
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,8 @@ def check_checkpoint(
         with or_else("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
             report = run_checks(
                 checkpoint, changes, text=options.text, prompts=options.prompts, bounds=options.bounds,
-                device=options.device, placement=options.placement, progress=progress, say=say,
+                device=options.device, placement=options.placement, windows=options.windows, window=options.window,
+                progress=progress, say=say,
             )  # fmt: skip
         return replace(report, compared=patched is not None)
 
@@ -448,7 +452,7 @@ def _check_forward(
     return run_checks(
         open_as(patched, plan.loaded.manifest.base, editing=True), changes, text=options.text,
         prompts=options.prompts, bounds=bounds, device=options.device, placement=options.placement,
-        progress=progress, say=say,
+        windows=options.windows, window=options.window, progress=progress, say=say,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,7 +228,8 @@ def test_bos_is_put_in_front_only_where_the_tokenizer_does() -> None:
 def test_the_built_in_text_is_plain_and_long_enough() -> None:
     text = built_in_text()
     assert text.isascii()
-    assert 2800 <= len(text.split()) <= 3600
+    # A tokenizer with a token for every word and mark would still fill 16 windows of 512 tokens.
+    assert len(re.findall(r"\w+|[^\w\s]", text)) >= 16 * 512
     assert {"Summer is hot. Winter is", "The capital of France is"} <= set(PROMPTS)
 
 

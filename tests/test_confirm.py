@@ -33,7 +33,7 @@ Short = tuple[int, int, int] | tuple[int, int, int, int]
 """Layer, row, col, and in a mixture of experts the expert."""
 
 HUGE = 1000.0
-WINDOWS, LENGTH = 5, 30
+WINDOWS, LENGTH = 12, 30
 
 
 class Bench:
@@ -155,18 +155,36 @@ def test_each_effect_is_that_of_a_model_without_the_scalar(
     assert (found.dtype, found.device) == ("float32", "cpu")
 
 
-def test_the_interval_is_as_wide_as_the_blocks_of_the_text_differ(tmp_path: Path) -> None:
+def test_the_interval_is_that_of_the_means_of_whole_windows(tmp_path: Path) -> None:
     critical = (0, 3, 7)
     bench = Bench(tmp_path / "llama", "llama", {critical: HUGE})
     effect = bench.confirm([critical], nulls=0).trials[0].alone
-    extra = bench.extra_loss([critical])
-    size = extra.size // 16  # 145 tokens: 16 blocks and the rest that is left in each window
-    blocks = [row[start : start + size] for row in extra for start in range(0, len(row), size)]
-    sums = np.array([block.sum() for block in blocks])
-    counts = np.array([len(block) for block in blocks])
-    error = math.sqrt(((sums - counts * extra.mean()) ** 2).sum()) / extra.size  # of a ratio of sums, by the textbook
-    assert math.log(effect.low) == pytest.approx(extra.mean() - 1.96 * error, abs=0.3 * error)
-    assert math.log(effect.high) == pytest.approx(extra.mean() + 1.96 * error, abs=0.3 * error)
+    means = bench.extra_loss([critical]).mean(1)
+    reach = 2.200985 * means.std(ddof=1) / math.sqrt(WINDOWS)  # Student's t with 11 degrees of freedom
+    assert math.log(effect.low) == pytest.approx(means.mean() - reach, abs=1e-4)
+    assert math.log(effect.high) == pytest.approx(means.mean() + reach, abs=1e-4)
+
+
+@pytest.mark.parametrize(("windows", "enough"), [(7, False), (8, True)])
+def test_a_text_of_fewer_than_eight_windows_gives_no_interval_and_no_verdict(
+    tmp_path: Path, windows: int, enough: bool
+) -> None:
+    bench, said = Bench(tmp_path / "llama", "llama", {(0, 3, 7): HUGE}), []
+    bench.windows = bench.windows[:windows]
+    found = bench.confirm([(0, 3, 7), (1, 9, 20)], say=said.append)
+    ratios = [t.alone.ratio for t in found.trials]
+    assert ratios == [pytest.approx(bench.ratio([short]), rel=1e-4) for short in ((0, 3, 7), (1, 9, 20))]
+    assert (found.windows, found.scored_tokens) == (windows, windows * (LENGTH - 1))
+    if enough:
+        assert verdicts(found) == ["critical alone", "inert"] and said == []
+        assert found.together.low < found.together.ratio < found.together.high
+    else:
+        assert verdicts(found) == ["untested", "untested"] and found.joint_sets == ()
+        assert {(t.alone.low, t.alone.high) for t in found.trials} == {(None, None)}
+        assert said == [
+            "too little text for intervals and verdicts: 7 windows (a verdict needs 8: give a longer --text, more "
+            "--windows or a shorter --window)"
+        ]
 
 
 def test_two_copies_are_critical_only_jointly(tmp_path: Path) -> None:
@@ -220,8 +238,7 @@ def test_the_same_inputs_give_the_same_result_and_another_seed_other_samples(tmp
     assert found == again
     assert found.null != other.null
     for one, different in zip(found.trials, other.trials, strict=True):
-        assert one.alone.ratio == different.alone.ratio
-        assert one.alone.low != different.alone.low
+        assert one.alone == different.alone
 
 
 # Companions and the null ---------------------------------------------------------------------------------------------
@@ -384,7 +401,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def told(bench: Bench, extra: Any, shorts: Sequence[Short] = NAMES) -> tuple[Confirmation, list[str]]:
     said: list[str] = []
     found = confirm_windows(
-        Told(bench, extra), [bench.candidate(s) for s in shorts], [[0] * TOKENS] * 4, say=said.append
+        Told(bench, extra), [bench.candidate(s) for s in shorts], [[0] * TOKENS] * 8, say=said.append
     )
     return found, said
 
@@ -461,15 +478,114 @@ def test_in_a_broken_model_any_change_counts_little(plain: Bench) -> None:
     assert line.startswith("without the candidates random scalars matter more: only joint effects above x1.2")
 
 
-def test_what_a_companion_joins_is_found(plain: Bench, tmp_path: Path) -> None:
+COMPANION = (0, 8, 7)
+ROWS = [(0, 10, 7), (0, 11, 7), (0, 12, 7)]
+"""Other large rows of the first candidate's column."""
+
+
+@pytest.fixture(scope="module")
+def column(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    planted = {NAMES[0]: HUGE, COMPANION: HUGE / 2} | dict.fromkeys(ROWS, HUGE / 20)
+    return Bench(tmp_path_factory.mktemp("column") / "llama", "llama", planted)
+
+
+def test_what_a_companion_joins_is_found(column: Bench) -> None:
     """As in Llama-2-7B: the listed scalar does nothing alone, nor does its companion; both do."""
-    bench = Bench(tmp_path / "llama", "llama", {NAMES[0]: HUGE, (0, 8, 7): HUGE / 2})
-    names = (bench.coordinate(NAMES[0]), bench.coordinate((0, 8, 7)))
-    found, _ = told(bench, lambda z: 1.0 * ({*names} <= z))
+    names = (column.coordinate(NAMES[0]), column.coordinate(COMPANION))
+    found, said = told(column, lambda z: 1.0 * ({*names} <= z))
     assert [t.listed for t in found.trials] == [True, True, True, False]
     assert verdicts(found) == ["critical jointly", "inert", "inert", "critical jointly"]
     assert [joint.coordinates for joint in found.joint_sets] == [names]
     assert found.together.ratio == pytest.approx(1.0, abs=0.02)
+    (null,) = found.column_nulls
+    assert (null.layer, null.expert, null.col, len(null.alone)) == (0, None, 7, 3)
+    assert null.added == pytest.approx([1.0] * 3, abs=0.02)
+    assert said == []
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["they harm", "they help"])
+def test_a_companion_that_does_no_more_than_other_rows_of_its_column_is_inert(column: Bench, sign: float) -> None:
+    """In a spiking column any large row changes the loss, up or down, once the candidate is gone."""
+    lead, companion = column.coordinate(NAMES[0]), column.coordinate(COMPANION)
+    rows = {column.coordinate(row) for row in ROWS}
+
+    def extra(zeroed: frozenset[Coordinate]) -> float:
+        return (lead in zeroed) * (3.0 + 0.25 * (companion in zeroed) + sign * 0.15 * len(zeroed & rows))
+
+    found, _ = told(column, extra)
+    assert verdicts(found)[3] == "critical jointly", "0.25 nats are more than 0.15"
+    found, _ = told(column, lambda z: extra(z) + (lead in z) * sign * 0.4 * len(z & rows))
+    assert verdicts(found) == ["critical alone", "inert", "inert", "inert"]
+    assert found.joint_sets == ()
+    assert found.column_nulls[0].added == pytest.approx([math.exp(sign * 0.55)] * 3, rel=0.03)
+
+
+def test_a_companion_that_does_no_more_alone_than_other_rows_of_its_column_is_inert(column: Bench) -> None:
+    companion, rows = column.coordinate(COMPANION), {column.coordinate(row) for row in ROWS}
+    found, _ = told(column, lambda z: 0.3 * (companion in z) - 0.2 * len(z & rows))
+    assert verdicts(found)[3] == "critical alone"
+    found, _ = told(column, lambda z: 0.3 * (companion in z) - 0.5 * len(z & rows))
+    assert verdicts(found)[3] == "inert"
+
+
+def test_a_companion_that_helps_is_said_and_not_critical(column: Bench) -> None:
+    lead, companion = column.coordinate(NAMES[0]), column.coordinate(COMPANION)
+    found, said = told(column, lambda z: (lead in z) * (3.0 - 1.0 * (companion in z)))
+    assert verdicts(found) == ["critical alone", "inert", "inert", "inert"]
+    (line,) = said
+    assert line == f"companion that helps: {companion} (zeroed on top of all candidates, perplexity is x0.368)"
+
+
+def test_a_companion_in_a_column_with_two_other_large_rows_is_untested(tmp_path: Path) -> None:
+    planted = {NAMES[0]: HUGE, COMPANION: HUGE / 2} | dict.fromkeys(ROWS[:2], HUGE / 20)
+    bench = Bench(tmp_path / "llama", "llama", planted)
+    names = (bench.coordinate(NAMES[0]), bench.coordinate(COMPANION))
+    found, said = told(bench, lambda z: 1.0 * ({*names} <= z) + 0.3 * (names[1] in z))
+    assert verdicts(found) == ["inert", "inert", "inert", "untested"]
+    assert found.joint_sets == ()
+    (line,) = said
+    assert line == (
+        f"untested companion: {names[1]} (other large rows in its column: 2, at least 3 are needed for comparison; "
+        f"perplexity is x3.67 without it and {names[0]})"
+    )
+
+
+def test_a_second_candidate_of_a_column_is_compared_with_its_other_rows_too(column: Bench) -> None:
+    """A detector that lists two rows of one column makes no companion of the second, but its input spikes as well."""
+    lead, second = column.coordinate(NAMES[0]), column.coordinate(COMPANION)
+    rows = {column.coordinate(row) for row in ROWS}
+
+    def extra(zeroed: frozenset[Coordinate]) -> float:
+        return (lead in zeroed) * (3.0 + 0.25 * (second in zeroed) + 0.5 * len(zeroed & rows))
+
+    found, _ = told(column, extra, [NAMES[0], COMPANION])
+    assert [t.listed for t in found.trials[:2]] == [True, True]
+    assert verdicts(found)[:2] == ["critical alone", "inert"]
+
+
+def test_of_a_planted_column_the_companion_that_matters_is_critical(tmp_path: Path) -> None:
+    """Both large scalars fill the norm; three more of the column are outliers, and do nothing beside them."""
+    lead, companion, rows = (0, 3, 7), (0, 8, 7), [(0, 10, 7), (0, 11, 7), (0, 12, 7)]
+    bench = Bench(tmp_path / "llama", "llama", {lead: HUGE, companion: HUGE} | dict.fromkeys(rows, HUGE / 200))
+    assert bench.ratio([lead, companion]) > 1.3 * max(bench.ratio([lead]), bench.ratio([companion]))
+    found = bench.confirm([lead])
+    one = trial(found, bench, companion)
+    assert not one.listed and one.verdict.startswith("critical")
+    assert {bench.coordinate(lead), bench.coordinate(companion)} in [set(j.coordinates) for j in found.joint_sets]
+    (null,) = found.column_nulls
+    assert null.alone == pytest.approx([bench.ratio([row]) for row in rows], rel=1e-4)
+    added = [bench.ratio([lead, row]) / bench.ratio([lead]) for row in rows]
+    assert null.added == pytest.approx(added, rel=1e-4)
+
+
+def test_of_a_planted_column_of_equals_no_companion_is_critical(tmp_path: Path) -> None:
+    """Once the candidate is gone, each of five rows takes its share of the norm: two of them are no finding."""
+    lead, rows = (0, 3, 7), [(0, row, 7) for row in (8, 10, 11, 12, 14)]
+    bench = Bench(tmp_path / "llama", "llama", {lead: HUGE} | dict.fromkeys(rows, HUGE / 5))
+    found = bench.confirm([lead])
+    assert len(found.trials) == 3 and len(found.column_nulls[0].alone) == 3
+    for row in rows[:2]:
+        assert trial(found, bench, row).verdict == "inert"
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def confirmed(report: ScanReport, **verdicts: str) -> ScanReport:
         Trial(globals()[name], effect, effect, verdict.replace("_", " "), listed=name != "COMPANION")
         for name, verdict in verdicts.items()
     ]
-    confirmation = Confirmation(tuple(trials), effect, (), (), 29.6, 16, 512, "ab" * 32, "float32", "cpu")
+    confirmation = Confirmation(tuple(trials), effect, (), (), 29.6, 16, 512, "ab" * 32, "float32", "cpu", 8176)
     return dataclasses.replace(report, confirmation=confirmation)
 
 
@@ -97,6 +97,7 @@ SWEEP = SweepReport(
     dtype="float32",
     device="cpu",
     method="whole",
+    scored_tokens=8176,
 )
 
 
@@ -267,6 +268,14 @@ def test_marks_stand_on_the_spikes_with_the_shape_of_their_verdict(draw):
         "inert": {(28, -23800.0)},
     }
     assert marks(residuals) == {}
+    shapes = {line.get_label(): line.get_marker() for line in inputs.lines if line.get_linestyle() == "None"}
+    assert len(set(shapes.values())) == 3
+
+
+def test_an_untested_candidate_has_a_mark_of_its_own_and_an_untested_companion_none(draw):
+    report = confirmed(REPORT, MAKER="critical alone", HELPER="untested", ERASER="inert", COMPANION="untested")
+    inputs, _, _ = draw(report)
+    assert marks(inputs)["untested"] == {(2, 95.5)}
     shapes = {line.get_label(): line.get_marker() for line in inputs.lines if line.get_linestyle() == "None"}
     assert len(set(shapes.values())) == 3
 
@@ -455,7 +464,7 @@ def test_a_sweep_of_nothing_finite_is_drawn(draw):
 def test_a_sweep_names_what_was_scaled_and_measured(svg):
     found = words(SWEEP, svg, "SmolLM2")
     assert "SmolLM2: model.layers.11.mlp.down_proj.weight[507, 1229], scaled" in found
-    assert "16 windows of 512 tokens, float32 on cpu" in found
+    assert "16 windows of 512 tokens (8,176 scored), float32 on cpu" in found
     assert "as stored (factor 1)" in found and "not finite" not in found
     several = dataclasses.replace(SWEEP, coordinates=(MAKER.coordinate, HELPER.coordinate))
     assert "2 scalars, scaled" in words(several, svg)

@@ -53,7 +53,7 @@ def effect(ratio: float) -> Effect:
 
 def confirmation(*trials: Trial, together: float = 50.0, joint: tuple[JointSet, ...] = ()) -> Confirmation:
     return Confirmation(
-        trials, effect(together), joint, (0.999, 1.001), 29.6, 16, 512, DIGEST, "float32", "cpu"
+        trials, effect(together), joint, (0.999, 1.001), 29.6, 16, 512, DIGEST, "float32", "cpu", 8176
     )  # fmt: skip
 
 
@@ -97,7 +97,8 @@ def test_the_entry_says_what_was_measured(checkpoint, report):
     assert (alone.protocol, alone.ratio, alone.ci95, alone.kl) == ("zero", 5.5, (4.95, 6.05), 0.25)
     assert (alone.before, alone.after) == (29.6, 162.8)
     assert alone.conditions.model_dump() == {
-        "text_sha256": DIGEST, "windows": 16, "window_tokens": 512, "dtype": "float32", "device": "cpu",
+        "text_sha256": DIGEST, "windows": 16, "window_tokens": 512, "scored_tokens": 8176, "dtype": "float32",
+        "device": "cpu",
     }  # fmt: skip
     assert without.ratio == 1.5 and without.protocol != "zero"
     assert "26.46" in first.note and "-342.2" in first.note and "98%" in first.note
@@ -114,7 +115,7 @@ def test_the_source_repeats_the_scan(checkpoint, report):
     [source] = model.sources
     assert source.kind == "own scan" and model.own
     assert f"`{COMMAND}`" in str(source) and str(source).endswith(f"swsurgery {__version__}")
-    for fact in (REVISION, "16 windows of 512 tokens", DIGEST, "float32 on cpu", "x0.999 to x1.001"):
+    for fact in (REVISION, "16 windows of 512 tokens (8,176 scored)", DIGEST, "float32 on cpu", "x0.999 to x1.001"):
         assert fact in source.note
     other = known_entry(report, checkpoint, hf_id="org/tiny", command=COMMAND)
     assert other.sources[0].key != source.key, "another scan is another source"
@@ -346,5 +347,5 @@ def test_the_table_shows_figures_and_marks_them_as_own(checkpoint, report):
         assert "own scan, zeroed: ppl 29.6 -> 162.8 (95%: x4.95 to x6.05) [1]" in flat
         assert "own scan, zero all others of the scan: ppl" in flat
         assert "L1.2.3 + L2.2.5" in flat and "zero all 2 candidates of the scan" in flat
-        assert f"(own scan; 16 windows of 512 tokens of the text with sha256 {DIGEST}" in flat
+        assert f"(own scan; 16 windows of 512 tokens (8,176 scored) of the text with sha256 {DIGEST}" in flat
         assert "WARNING" not in flat

@@ -10,6 +10,7 @@ import pytest
 from swsurgery.coordinate import Coordinate
 from swsurgery.findings import (
     Candidate,
+    ColumnNull,
     Confirmation,
     Effect,
     JointSet,
@@ -60,6 +61,8 @@ CONFIRMED = dataclasses.replace(
         text_sha256="ab" * 32,
         dtype="float32",
         device="cpu",
+        scored_tokens=8176,
+        column_nulls=(ColumnNull(11, None, 1229, (0.998, 1.002, 1.0), (0.51, 1.16, 1.0)),),
     ),
 )
 
@@ -111,18 +114,55 @@ def test_a_confirmed_scan(lines):
         "",
         "together  ratio 54.26 (49.00 to 60.00), KL 3.1",
         "joint     ratio 54.26 (49.00 to 60.00), KL 3.1: L11 [507, 1229] + L2 [507, 90]",
+        "null      3 other large rows of layer 11 column 1229: alone 0.9980 to 1.002, beside all candidates 0.5100 to "
+        "1.160",
         "null      3 random scalars of like magnitude, each alone: ratio 0.9998 to 1.000",
-        "measured  base perplexity 29.6 on 16 windows of 512 tokens, float32 on cpu",
+        "measured  base perplexity 29.6 on 16 windows of 512 tokens (8,176 scored), float32 on cpu",
     ]
 
 
 def test_the_only_candidate_has_no_others_and_an_absent_null_is_not_shown(lines):
     alone = dataclasses.replace(CONFIRMED.confirmation.trials[0], without=None)
-    confirmation = dataclasses.replace(CONFIRMED.confirmation, trials=(alone,), joint_sets=(), null=())
+    confirmation = dataclasses.replace(CONFIRMED.confirmation, trials=(alone,), joint_sets=(), null=(), column_nulls=())
     shown = lines(dataclasses.replace(CONFIRMED, candidates=(MAKER,), confirmation=confirmation))
     assert shown[1] == "answer    1 super weight confirmed (1 critical alone)"
     assert "layer  row   col  value  alone  interval         KL  verdict" in shown
     assert not [line for line in shown if line.startswith(("joint", "null"))]
+
+
+def test_on_too_little_text_nothing_is_confirmed_and_no_interval_is_shown(lines):
+    short = Effect(5.5743, None, None, 1.7)
+    trials = (
+        Trial(MAKER, short, short, "untested"),
+        Trial(HELPER, short, short, "untested"),
+        Trial(COMPANION, short, short, "untested", listed=False),
+    )
+    confirmation = dataclasses.replace(
+        CONFIRMED.confirmation, trials=trials, together=short, joint_sets=(), windows=1, window_tokens=180,
+        scored_tokens=179, column_nulls=(ColumnNull(11, 5, 1229, (), ()),),
+    )  # fmt: skip
+    report = dataclasses.replace(CONFIRMED, confirmation=confirmation)
+    shown = lines(report)
+    assert shown[1] == "answer    2 super weights, not confirmed"
+    assert report.super_weights == (MAKER, HELPER) and not report.confirmed
+    assert "   11  507  1229  5.875  5.574  1.7    5.574  untested" in shown
+    assert "together  ratio 5.574, KL 1.7" in shown
+    assert "null      0 other large rows of layer 11 expert 5 column 1229" in shown
+    assert shown[-1] == "measured  base perplexity 29.6 on 1 window of 180 tokens (179 scored), float32 on cpu"
+    document = report.to_json()
+    assert document["candidates"][0]["verdict"] == "untested"
+    assert document["candidates"][0]["alone"] == {"ratio": 5.5743, "low": None, "high": None, "kl": 1.7}
+    assert document["confirmation"]["scored_tokens"] == 179
+
+
+def test_an_untested_companion_is_counted_and_is_no_super_weight(lines):
+    trials = (*CONFIRMED.confirmation.trials[:2], Trial(COMPANION, INERT, INERT, "untested", listed=False))
+    report = dataclasses.replace(CONFIRMED, confirmation=dataclasses.replace(CONFIRMED.confirmation, trials=trials))
+    assert lines(report)[1] == "answer    2 super weights confirmed (1 critical alone, 1 critical jointly, 1 untested)"
+    assert report.super_weights == (MAKER, HELPER)
+    assert report.to_json()["confirmation"]["column_nulls"] == [
+        {"layer": 11, "expert": None, "col": 1229, "alone": [0.998, 1.002, 1.0], "added": [0.51, 1.16, 1.0]}
+    ]
 
 
 def test_nothing_found_is_a_sentence_with_its_reasons(lines):
@@ -259,6 +299,7 @@ SWEEP = SweepReport(
     dtype="float32",
     device="cpu",
     method="whole",
+    scored_tokens=511,
 )
 
 
@@ -274,7 +315,7 @@ def test_a_sweep_is_listed_by_factor_with_the_base_once(lines):
         "     2         nan    nan  nan             nan                47,882  NOT FINITE",
         "",
         "KL(base || scaled) in nats a token; the largest hidden state is that after any layer",
-        "measured on 1 window of 512 tokens, float32 on cpu, whole",
+        "measured on 1 window of 512 tokens (511 scored), float32 on cpu, whole",
     ]
     assert lines(SWEEP) == wanted
     swept = tuple(point for point in SWEEP.points if point.factor != 1)

@@ -22,6 +22,8 @@ from swsurgery.cli.options import (
     Text,
     VariantOption,
     WeightsOption,
+    Window,
+    Windows,
     bounds,
     moved,
     read_text,
@@ -57,6 +59,8 @@ def apply(
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     text: Text = None,
+    windows: Windows = 16,
+    window: Window = 512,
     prompt: Prompt = None,
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
@@ -83,7 +87,14 @@ def apply(
         output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.plan(plan)
         return
     options = surgery.CheckOptions(
-        check, device, placement, read_text(text), prompt or None, bounds(max_perplexity_ratio, min_perplexity_ratio)
+        check,
+        device,
+        placement,
+        read_text(text),
+        prompt or None,
+        bounds(max_perplexity_ratio, min_perplexity_ratio),
+        windows,
+        window,
     )
     shared = {"base": base, "check": options, "progress": output.Bar(quiet), "say": silent if quiet else output.say}
     if in_place:

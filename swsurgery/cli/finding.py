@@ -23,6 +23,7 @@ from swsurgery.cli.options import (
     Text,
     VariantOption,
     WeightsOption,
+    Window,
     Windows,
     bounds,
     read_text,
@@ -102,7 +103,10 @@ def scan(
     weights: WeightsOption = None,
     variant: VariantOption = None,
     text: Annotated[Path | None, typer.Option(help="Text to confirm on, instead of the built-in passage.")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to confirm on.")] = 16,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Maximum number of windows to confirm on; a verdict needs 8.")
+    ] = 16,
+    window: Window = 512,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     json: Json = False,
@@ -115,9 +119,9 @@ def scan(
 
     say = silent if quiet else output.say
     _refuse_idle(context, method, confirm, manifest)
-    command = _scan_command(method, prompt, confirm, text, windows, weights, variant)
+    command = _scan_command(method, prompt, confirm, text, windows, window, weights, variant)
     outputs = scanning.Outputs(manifest, op, factor, plot, register, command)
-    options = scanning.RunOptions(device, placement, read_text(text), windows)
+    options = scanning.RunOptions(device, placement, read_text(text), windows, window)
     where = local(named(checkpoint))
     report = scanning.scan_checkpoint(
         where, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs, weights=weights,
@@ -143,6 +147,7 @@ def sweep(
     plot: Annotated[Path | None, typer.Option(help="Draw the figure: .png, .svg or .pdf.")] = None,
     text: Text = None,
     windows: Windows = 16,
+    window: Window = 512,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     json: Json = False,
@@ -154,7 +159,7 @@ def sweep(
 
     report = scanning.sweep_manifest(
         manifest, numbers(factors), base=base, plot=plot,
-        options=scanning.RunOptions(device, placement, read_text(text), windows),
+        options=scanning.RunOptions(device, placement, read_text(text), windows, window),
         progress=output.Bar(quiet), say=silent if quiet else output.say,
     )  # fmt: skip
     output.print_json(report.to_json()) if json else show_scan.show_sweep(report)
@@ -163,6 +168,8 @@ def sweep(
 def check(
     checkpoint: CheckpointArgument,
     text: Text = None,
+    windows: Windows = 16,
+    window: Window = 512,
     prompt: Prompt = None,
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
@@ -182,7 +189,9 @@ def check(
     from swsurgery.hub import local, named, place
 
     limits = bounds(max_perplexity_ratio, min_perplexity_ratio)
-    options = surgery.CheckOptions("forward", device, placement, read_text(text), prompt or None, limits)
+    options = surgery.CheckOptions(
+        "forward", device, placement, read_text(text), prompt or None, limits, windows, window
+    )
     where = named(checkpoint)
     if not isinstance(where, Path):
         surgery.refuse_bounds_without_base(place(where), limits)
@@ -211,6 +220,7 @@ def _refuse_idle(context: typer.Context, method: str, confirm: bool, manifest: P
         ("placement", activations or confirm, "--method activations or --confirm"),
         ("text", confirm, "--confirm"),
         ("windows", confirm, "--confirm"),
+        ("window", confirm, "--confirm"),
         ("op", manifest is not None, "--manifest"),
         ("factor", manifest is not None, "--manifest"),
     ):
@@ -224,6 +234,7 @@ def _scan_command(
     confirm: bool,
     text: Path | None,
     windows: int,
+    window: int,
     weights: str | None,
     variant: str | None,
 ) -> str:
@@ -233,6 +244,7 @@ def _scan_command(
         words += ["--prompt", shlex.quote(prompt)]
     if confirm:
         words += ["--confirm", "--windows", str(windows)]
+        words += ["--window", str(window)] if window != 512 else []
     if weights is not None:
         words += ["--weights", weights]
     if variant is not None:

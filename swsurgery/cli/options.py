@@ -52,7 +52,8 @@ VariantOption = Annotated[
     str | None,
     typer.Option(help="Which variant of the weights to read, such as fp16: model.fp16.safetensors."),
 ]
-Windows = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to measure on.")]
+Windows = Annotated[int, typer.Option(min=1, help="Maximum number of windows of text to measure on.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens in a window; shorter windows are faster.")]
 
 
 def silent(line: str) -> None:

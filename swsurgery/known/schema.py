@@ -80,11 +80,12 @@ class Source(Strict):
 
 class Conditions(Strict):
     """What a scan measured on: `windows` of at most `window_tokens` tokens of the text with this sha256, run in
-    `dtype` on `device`."""
+    `dtype` on `device`. `scored_tokens` is the number of predictions scored; version 0.1.0 did not keep it."""
 
     text_sha256: str
     windows: Count
     window_tokens: Count
+    scored_tokens: Count | None = None
     dtype: str
     device: str
 

@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def built_in_text() -> str:
-    """The text that is read where the caller gives none: about 3,000 words of English in several kinds of prose."""
+    """The text that is read where the caller gives none: about 8,000 words of English in several kinds of prose."""
     return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
 
 
@@ -116,7 +116,7 @@ def run_checks(
             kl=totals.mean_kl(last),
             prompts=tuple(continuations),
             windows=len(pieces),
-            window_tokens=longest,
+            window_tokens=max(map(len, pieces)) - len(bos),
             scored_tokens=totals.scored,
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             method=paired.method,

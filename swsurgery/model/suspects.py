@@ -1,8 +1,9 @@
 """Scalars that a confirmation tests beside the candidates: their companions, and the null.
 
 A companion stands in a candidate's column, so it has the same input, and is large for that column. The null are
-scalars of the same matrices and of like magnitude that nobody suspects. Both are found in the stored down projections,
-read in parts of bounded size. No model is run here.
+scalars of the same matrices and of like magnitude that nobody suspects. A companion has a null of its own: the other
+large rows of its column. All are found in the stored down projections, read in parts of bounded size. No model is run
+here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ COMPANIONS, COMPANION_SHARE, COMPANION_SIGMAS = 2, 1 / 6, 8.0
 zero in its column; so many are tested for each candidate. Known ones have half the candidate's magnitude (Llama-2-7B,
 docs/known.md); in SmolLM2-135M the weakest that does something has a fifth, and 39 standard deviations."""
 
+COLUMN_NULLS, LARGE_SIGMAS = 5, 4.0
+"""A row of a column is large from this many robust standard deviations on; so many of the largest that are not tested
+themselves are the null of a companion. In SmolLM2-135M the columns of its six best candidates have 2 to 8 rows beyond
+four that are not companions; a normal distribution of 576 rows has 0.04."""
+
 BAND = 0.14
 """In log2: magnitudes within 10% of the candidate's are like it."""
 
@@ -41,6 +47,9 @@ _ELEMENTS = {
 
 Place = tuple[int, Expert]
 """Layer and expert: where a matrix is."""
+
+Column = tuple[int, Expert, int]
+"""Layer, expert and col: one neuron's fan-out."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,43 @@ def companions_of(listed: Sequence[Candidate], matrices: Mapping[Place, Matrix])
                     share=None, prompts=None, round=None,
                 )  # fmt: skip
     return list(found.values())[len(listed) :]
+
+
+def column_of(candidate: Candidate) -> Column:
+    """Return the column that holds a candidate."""
+    return candidate.layer, candidate.expert, candidate.col
+
+
+def minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate]) -> set[Coordinate]:
+    """Find the scalars that may matter only because their column spikes.
+
+    These are all companions, and each candidate beside a larger candidate of its column.
+    """
+    largest: dict[Column, float] = {}
+    for candidate in listed:
+        largest[column_of(candidate)] = max(abs(candidate.value), largest.get(column_of(candidate), 0.0))
+    names = {candidate.coordinate for candidate in listed}
+    return {c.coordinate for c in tested if c.coordinate not in names or abs(c.value) < largest[column_of(c)]}
+
+
+def column_rows(
+    listed: Sequence[Candidate], tested: Sequence[Candidate], matrices: Mapping[Place, Matrix]
+) -> dict[Column, list[Coordinate]]:
+    """Find the null of each column that has a minor scalar: its largest rows that are not tested, largest first."""
+    names, minor = {candidate.coordinate for candidate in tested}, minor_scalars(listed, tested)
+    found: dict[Column, list[Coordinate]] = {}
+    for column in dict.fromkeys(column_of(candidate) for candidate in tested if candidate.coordinate in minor):
+        layer, expert, col = column
+        matrix = matrices[layer, expert]
+        magnitudes = matrix.column(col).abs()
+        least = LARGE_SIGMAS * 1.4826 * float(magnitudes.median())
+        rows = [
+            matrix.coordinate(row, col)
+            for row in magnitudes.argsort(descending=True, stable=True).tolist()
+            if float(magnitudes[row]) >= least and float(magnitudes[row]) > 0
+        ]
+        found[column] = [name for name in rows if name not in names][:COLUMN_NULLS]
+    return found
 
 
 def draw_nulls(

@@ -100,6 +100,7 @@ def sweep_windows(
         dtype=str(model.dtype).removeprefix("torch."),
         device=load.device_name(model.device),
         method=model.method,
+        scored_tokens=sum(len(window) - 1 for window in windows),
     )
 
 
@@ -153,13 +154,16 @@ def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.
 def windows_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, windows: int, window: int
 ) -> tuple[list[list[int]], int]:
-    """The first `windows` windows of `text`, and how many tokens of text fill one: `window`, or what the model can read
-    at once. Raises ModelError where there are none, or where the model does not know a token."""
+    """Cut the first `windows` windows of `text`, and count the tokens of text in one.
+
+    These are `window`, fewer if the model cannot read so many at once or if the text is shorter. Raises ModelError
+    where there are none, or where the model does not know a token.
+    """
     bos = measure.bos_prefix(tokenizer)
     longest = min(window, load.context_length(model) - len(bos))
     pieces = measure.cut_windows(measure.encode(tokenizer, text), bos, windows, longest)
     measure.refuse_unknown_tokens(model, pieces)
-    return pieces, longest
+    return pieces, max(map(len, pieces)) - len(bos)
 
 
 def variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]) -> int:

@@ -1,0 +1,79 @@
+"""Confidence intervals of a mean loss difference, computed from whole windows of text.
+
+Tokens within a window are not independent, so an interval from tokens is far too narrow. Pure Python: knows neither
+torch nor models, and needs only one mean per window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+CONFIDENCE = 0.95
+
+LEAST_WINDOWS = 8
+"""Fewest windows that give an interval. From fewer, the spread of the windows is too uncertain."""
+
+
+class Interval(NamedTuple):
+    """A weighted mean and the ends of its interval; the ends are None if there are too few windows."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def mean_interval(values: Sequence[float], weights: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Compute the Student interval of the mean of `values`, one value per window, weighted by scored tokens.
+
+    The standard error is that of a ratio of sums (W. G. Cochran, Sampling Techniques, 1977, section 2.11), with n - 1
+    degrees of freedom. A window whose value is infinite makes the mean and both ends infinite.
+    """
+    total = sum(weights)
+    mean = sum(weight * value for value, weight in zip(values, weights, strict=True)) / total
+    count = len(values)
+    if count < LEAST_WINDOWS:
+        return Interval(mean, None, None)
+    if not math.isfinite(mean):
+        return Interval(mean, mean, mean)
+    squares = sum((weight * (value - mean)) ** 2 for value, weight in zip(values, weights, strict=True))
+    error = math.sqrt(squares * count / (count - 1)) / total
+    reach = student_quantile(confidence, count - 1) * error
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def prediction_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """Compute how far from zero, up or down, one more value like the given two or more may be expected to be.
+
+    This is the farther end of the Student prediction interval for a single new observation, and at least the largest
+    magnitude of `values`. Infinite if a value is not finite.
+    """
+    count = len(values)
+    if not all(map(math.isfinite, values)):
+        return math.inf
+    mean = sum(values) / count
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    reach = student_quantile(confidence, count - 1) * spread * math.sqrt(1 + 1 / count)
+    return max(abs(mean) + reach, *map(abs, values))
+
+
+def student_quantile(confidence: float, freedom: int) -> float:
+    """Find t such that a Student variable with `freedom` degrees lies within -t and t with probability `confidence`."""
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_within(middle, freedom) < confidence else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _student_within(angle: float, freedom: int) -> float:
+    """Compute P(|T| < t) for t = sqrt(freedom) * tan(angle) (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    series = 0.0
+    for step in range(1 + odd, freedom, 2):
+        series += term
+        term *= cosine * cosine * step / (step + 1)
+    return 2 / math.pi * (angle + sine * series) if odd else sine * series

@@ -1,0 +1,27 @@
+"""Say on how much text something was measured, in the same words wherever a figure is shown. Pure, knows no torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Measured(Protocol):
+    """What was measured on text: a check, a sweep or a confirmation."""
+
+    @property
+    def windows(self) -> int:
+        """Number of windows that were read."""
+
+    @property
+    def window_tokens(self) -> int:
+        """Number of tokens of the text in each window."""
+
+    @property
+    def scored_tokens(self) -> int:
+        """Number of predictions that were scored in all windows."""
+
+
+def measured_text(measured: Measured) -> str:
+    """Describe the text, such as "16 windows of 512 tokens (8,176 scored)"."""
+    plural = "" if measured.windows == 1 else "s"
+    return f"{measured.windows} window{plural} of {measured.window_tokens} tokens ({measured.scored_tokens:,} scored)"
