@@ -260,6 +260,35 @@ def test_table_says_what_zeroing_does_alone_and_together():
     assert "transformer.h.2.mlp.c_proj.weight[666, 447]" in known.render_table(known.lookup("gpt2"), 80)
 
 
+# The commit of superweights/notes.md in which each number was read.
+SECOND, THIRD = "7f6bd998d21637c00bb0c66023ef4356fa10532d", "701088bdcbe6b09d8a39b77991db12ac1bb5d5c3"
+
+
+@pytest.mark.parametrize(
+    ("model", "coordinate", "ratio", "ci95", "commit"),
+    [
+        ("llama-7b", "L2.3968.7003", 181, None, SECOND),
+        ("mistral-7b", "L1.2070.7310", 1430, None, SECOND),
+        ("mistral-7b", "L1.2070.7310", 1425, (1229, 1647), THIRD),
+        ("olmo-1b", "L1.1764.1710", 3667, (3425, 3920), THIRD),
+        ("olmo-7b", "L1.269.7467", 79.4, None, SECOND),
+        ("olmo-1b", "L2.1764.8041", 1.02, None, "08f37fdd7f551474ae971f166d32665d02aec3f9"),
+        ("phi-3-mini", "L2.1113.808", 1.0027, (1.0014, 1.0041), "47ca7823c695fdb28c6ea8a77788cc89130251dc"),
+    ],
+)
+def test_a_number_is_cited_from_the_commit_that_contains_it(model, coordinate, ratio, ci95, commit):
+    [known_one] = [c for c in known.lookup(model).coordinates if c.id == coordinate]
+    [effect] = [e for e in known_one.effects if e.ratio == ratio and e.ci95 == ci95]
+    assert effect.source.commit == commit
+
+
+@pytest.mark.parametrize("model", ["mistral-7b", "olmo-1b"])
+def test_doses_and_the_mean_control_are_cited_from_the_commit_that_contains_them(model):
+    protocols = {e.protocol.split(",")[0]: e for e in known.lookup(model).effects if e.source.key.startswith("arctos")}
+    assert {"scale", "zero"} <= set(protocols)
+    assert {e.source.commit for e in protocols.values()} == {THIRD}
+
+
 def test_table_warns_where_sources_disagree_and_only_there():
     olmo = " ".join(known.render_table(known.lookup("olmo-1b"), 80).split())
     assert "WARNING: Sources disagree on the second coordinate: the paper's Table 2 prints layer 1" in olmo
