@@ -19,8 +19,9 @@ run() {
 
 tell "1. A checkpoint: SmolLM2-135M-Instruct, 135 million parameters in five shards. Which of them carry it?
    A few prompts are run; what makes a massive activation that persists is a candidate. Each candidate is then
-   zeroed, alone and with the others, beside random scalars of the same size (one to two minutes on two cores)."
-run swsurgery scan "$model" --confirm --windows 1 \
+   zeroed, alone and with the others, beside random scalars of the same size and other large rows of the same
+   columns. Eight short windows of text are the fewest that give a verdict (about two minutes on two cores)."
+run swsurgery scan "$model" --confirm --windows 8 --window 64 \
   --manifest "$work/zero.yaml" --plot "$work/scan.png" --register smollm2-135m-instruct-demo
 
 tell "2. The weights alone, without running anything, point to the same neurons."
@@ -41,10 +42,10 @@ print(splice["tensor"], ",".join(map(str, splice["index"])))')
 run swsurgery inspect "$model" --tensor "$tensor" --at "$at"
 
 tell "6. The surgery: a few bytes change, and the model is run with and without them (under a minute)."
-run swsurgery apply "$work/zero.yaml" -o "$work/patched"
+run swsurgery apply "$work/zero.yaml" -o "$work/patched" --windows 8 --window 128
 
 tell "7. The same comparison on a prompt of your own."
-run swsurgery check "$work/patched" --prompt "The largest planet of the solar system is"
+run swsurgery check "$work/patched" --windows 8 --window 128 --prompt "The largest planet of the solar system is"
 
 tell "8. The proof. It needs no base: with the old bytes put back, every file has the base's sha256."
 run swsurgery verify "$work/patched"
@@ -57,6 +58,6 @@ run swsurgery revert "$work/patched" -o "$work/reverted"
 run diff -r "$model" "$work/reverted"
 
 tell "11. Not all or nothing: quality by the factor on those scalars."
-run swsurgery sweep "$work/zero.yaml" --factors 0,0.5,0.8,1,1.2,1.5 --windows 1 --plot "$work/sweep.png"
+run swsurgery sweep "$work/zero.yaml" --factors 0,0.5,0.8,1,1.2,1.5 --windows 8 --window 64 --plot "$work/sweep.png"
 
 tell "Done. The patched checkpoint with its registry (swsurgery.json) and the figures are in $work."

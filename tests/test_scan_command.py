@@ -57,7 +57,7 @@ def here(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_scan_finds_is_what_the_other_commands_take(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["scan", "planted", *ASK, "--confirm", "--text", "text.txt", "--json", "--device", "cpu"]
+    words = ["scan", "planted", *ASK, "--confirm", "--text", "text.txt", "--window", "16", "--json", "--device", "cpu"]
     files = ["--manifest", "zero.yaml", "--plot", "scan.svg", "--register", "My Model"]
     assert main([*words, *files]) == 0
     printed = capsys.readouterr()
@@ -65,6 +65,7 @@ def test_what_scan_finds_is_what_the_other_commands_take(here: Path, capsys: pyt
     value = float(load_file(here / "planted" / "model.safetensors")[DOWN][5, 7])
     (found,) = [s for s in report["candidates"] if (s["layer"], s["row"], s["col"]) == PLACE[:3]]
     assert (found["tensor"], found["index"], found["value"]) == (DOWN, [5, 7], value)
+    assert report["confirmation"]["windows"] >= 8 and report["confirmation"]["window_tokens"] == 16
     assert found["prompts"] >= 1 and found["verdict"] in ("critical alone", "critical jointly", "inert")
     assert (found in report["super_weights"]) == (found["verdict"] != "inert")
     assert {a["channel"] for a in report["super_activations"]} == {5}
@@ -81,6 +82,22 @@ def test_what_scan_finds_is_what_the_other_commands_take(here: Path, capsys: pyt
     assert main(["lookup", "my-model", "--forget"]) == 0
     capsys.readouterr()
     assert main(["lookup", "my-model"]) == 2
+
+
+def test_on_too_little_text_the_candidates_are_kept_as_not_confirmed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["scan", "planted", *ASK, "--confirm", "--text", "text.txt", "--windows", "7", "--window", "16"]
+    assert main([*words, "--device", "cpu", "--manifest", "zero.yaml", "--register", "short"]) == 0
+    shown = capsys.readouterr().out
+    assert "answer    1 super weight, not confirmed" in shown
+    assert "note      too little text for intervals and verdicts: 7 windows (a verdict needs 8" in shown
+    assert "on 7 windows of 16 tokens (" in shown
+    assert "found, not confirmed" in (here / "zero.yaml").read_text()
+    (coordinate,) = known.lookup("short").coordinates
+    assert (coordinate.row, coordinate.role, coordinate.causal_alone) == (5, "untested", "untested")
+    assert "--confirm --windows 7 --window 16 --text text.txt" in coordinate.sources[0].cite
+    assert coordinate.effects[0].ci95 is None and coordinate.effects[0].ratio is not None
 
 
 def test_a_manifest_of_candidates_can_be_applied(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
