@@ -28,7 +28,7 @@ from swsurgery.digests import DigestCache
 from swsurgery.dtypes import bits_of
 from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError, TargetError
 from swsurgery.progress import Progress, Silent
-from swsurgery.shard import open_regular, opened
+from swsurgery.shard import opened
 from swsurgery.splice import Splice, by_file
 from swsurgery.threads import Pool
 
@@ -160,10 +160,9 @@ class _Copier:
     def copy(self, file: BaseFile) -> AppliedFile:
         splices = self.splices.get(file.name, [])
         target = self.stage / file.name
-        base, started = open_regular(file.path), time.time()
-        try:
+        started = time.time()
+        with opened(file.path) as base:
             status = os.fstat(base)
-            _refuse_changed(file, status)
             written = self.kept(base, target, file, splices)
             if written is None:
                 with fsops.reported(target):
@@ -178,10 +177,6 @@ class _Copier:
                 else:
                     written = self.write(base, target, file, splices, known)
             after = os.fstat(base)
-        finally:
-            os.close(base)
-        # A hard link moves the ctime, so only size and mtime can be held against each other here.
-        _refuse_changed(file, after)
         if not written.unverified:
             hold_to(file, written.digest, self.source.pins)
             # Our own hard link moves the ctime. If anything else did, the bytes may not be those that were hashed.
@@ -327,13 +322,6 @@ def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> No
         if wanted and wanted != digest:
             raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path,
                             "is this the right checkpoint?")  # fmt: skip
-
-
-def _refuse_changed(file: BaseFile, status: os.stat_result) -> None:
-    """Hold an open file to what it was when the checkpoint was opened: of a longer one only the beginning would be
-    copied, and another one's header was never read. Raises CheckpointError."""
-    if status.st_size != file.size or file.mtime_ns not in (None, status.st_mtime_ns):
-        raise CheckpointError("the base was changed while it was read", file.path, "run again when it rests")
 
 
 def _splice(chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:

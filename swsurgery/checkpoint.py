@@ -9,41 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from swsurgery import fsops, journal
 from swsurgery.arguments import require_choice, require_type
 from swsurgery.copies import look_at_others
 from swsurgery.errors import CheckpointError
+from swsurgery.folder import Entry, Folder
 from swsurgery.jsonfile import read_config
-from swsurgery.names import SHARD_NAME, WORKING_FILES
+from swsurgery.listing import LEFT_OUT, BaseFile, cache_identity, hold, is_cache_snapshot, list_files
+from swsurgery.names import WORKING_FILES
 from swsurgery.quantised import Quantisation
-from swsurgery.shard import Place, Remote, Shard, TensorInfo, open_shard
+from swsurgery.shard import Remote, Shard, TensorInfo, open_shard
 from swsurgery.threads import Pool
 from swsurgery.weight_files import SINGLE, Weights, find_weights, is_index, refuse_too_many, some
-
-LEFT_OUT = (".git", ".cache", "model.sig")
-"""Top-level names that are no part of a checkpoint: folders of download and version control tools, and the
-signature, which covers these files and no others."""
-
-
-@dataclass(frozen=True)
-class BaseFile:
-    """One file of a checkpoint. `name` is relative with forward slashes; `path` is the regular file to open
-    (inside `blobs/` for a cache snapshot), or what reads it from afar; `digest` is the sha256 where the cache or the
-    Hub vouches for it. `mtime_ns` is that of a file here when it was listed: with the size it tells whether what is
-    opened later is still the same."""
-
-    name: str
-    path: Place
-    size: int
-    digest: str | None = None
-    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +92,12 @@ class Checkpoint:
     def file(self, name: str) -> BaseFile:
         return next(f for f in self.files if f.name == name)
 
+    def refuse_changed(self) -> None:
+        """Raise CheckpointError if a file here is no longer the one that was listed."""
+        for file in self.files:
+            if isinstance(file.path, Entry):
+                file.path.refuse_replaced()
+
 
 class Repository(Protocol):
     """A checkpoint that is elsewhere, at one commit; its files are read by ranges."""
@@ -127,14 +116,14 @@ class Chosen(Protocol):
 
 
 def open_checkpoint(
-    root: Path | Repository,
+    root: Path | Folder | Repository,
     weights: Weights | None = None,
     variant: str | None = None,
     *,
     editing: bool = False,
     elsewhere: Collection[str] = (),
 ) -> Checkpoint:
-    """Open the checkpoint in directory `root`, or the one of a repository.
+    """Open the checkpoint in directory `root`, which may be held already, or the one of a repository.
 
     `weights` chooses if both an index and a single file are there. `variant` ("fp16") chooses the weights of that
     variant; without it the plain weights are taken, or the only variant if there are none. `editing` is for the run
@@ -145,17 +134,18 @@ def open_checkpoint(
     """
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
-    if isinstance(root, Path):
-        root = Path(os.path.realpath(root))
-        if not root.is_dir():
+    folder = root if isinstance(root, Folder) else None
+    if isinstance(root, Path | Folder):
+        root = folder.path if folder else Path(os.path.realpath(root))
+        if not folder and not root.is_dir():
             if not root.exists():
                 raise CheckpointError("no such checkpoint", root)
             raise CheckpointError("a checkpoint is a directory", root, "give the directory that holds this file")
         in_cache = is_cache_snapshot(root)
         if not in_cache and not editing:
             journal.recover(root)
-        files, left_out = _list_files(root, in_cache)
-        repo_id, revision, sub = _cache_identity(root) if in_cache else (None, None, "")
+        files, left_out = list_files(folder or hold(root))
+        repo_id, revision, sub = cache_identity(root)
     else:
         in_cache, repo_id, revision, sub = False, root.repo_id, root.commit, root.sub
         files, left_out = _files_of(root)
@@ -214,80 +204,6 @@ def held(root: Path | Repository) -> Iterator[Path | Repository]:
             yield root
     else:
         yield root  # and let whoever opens it say what is wrong
-
-
-def is_cache_snapshot(root: Path) -> bool:
-    """Whether `root` is a snapshot folder of a Hugging Face cache, where files are links into `blobs/`, or in one."""
-    return _snapshot(root) is not None
-
-
-def _snapshot(root: Path) -> Path | None:
-    """The snapshot folder that `root` is or lies in."""
-    for folder in (root, *root.parents):
-        if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
-            return folder
-    return None
-
-
-def _list_files(root: Path, in_cache: bool) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
-    """Every regular file below root, sorted by name, and the top-level folders left out."""
-    files, faults, left_out = [], [], []
-    folders = [root]
-    while folders:
-        folder = folders.pop()
-        for entry in os.scandir(folder):
-            name = str(PurePosixPath(Path(entry.path).relative_to(root)))
-            if not name.isprintable():
-                faults.append(f"has a name that cannot be printed: {name!r}")
-            elif folder == root and entry.name in WORKING_FILES:
-                pass
-            elif folder == root and entry.name in LEFT_OUT:
-                left_out.append(name)
-            elif entry.is_dir(follow_symlinks=False):
-                if SHARD_NAME.fullmatch(name):
-                    faults.append(f"is a directory, not a shard: {name}")
-                folders.append(Path(entry.path))
-            elif in_cache and entry.is_symlink():
-                try:
-                    files.append(_cached_file(root, Path(entry.path), name))
-                except CheckpointError as error:
-                    faults += error.faults
-            elif entry.is_file(follow_symlinks=False):
-                status = entry.stat(follow_symlinks=False)
-                files.append(BaseFile(name, Path(entry.path), status.st_size, mtime_ns=status.st_mtime_ns))
-            elif entry.is_symlink():
-                faults.append(f"is a symbolic link: {name} (give the directory that holds the real files)")
-            else:
-                faults.append(f"is not a regular file: {name}")
-    if faults:
-        raise CheckpointError.of(f"{fault} in {root}" for fault in some(sorted(faults)))
-    return tuple(sorted(files, key=lambda f: f.name)), tuple(sorted(left_out))
-
-
-def _cached_file(root: Path, link: Path, name: str) -> BaseFile:
-    """A file of a cache snapshot: its link must end in the blobs of the same repo, or, since huggingface_hub 1.32,
-    through those in the blob store that all repos of the cache share."""
-    repo = Path(os.path.realpath(_snapshot(root).parent.parent))
-    blob = Path(os.path.normpath(link.parent / os.readlink(link)))
-    real = Path(os.path.realpath(link))
-    hexadecimal = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
-    within = Path(os.path.realpath(blob.parent)) == repo / "blobs"
-    shared = re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{64}", os.path.relpath(real, repo.parent / "blobs"))
-    if not (hexadecimal and within and (real == repo / "blobs" / blob.name or shared)):
-        raise CheckpointError(f"links to a place outside its own cache: {name}")
-    if not real.is_file():
-        raise CheckpointError(f"is not fully downloaded: {name}")
-    status = real.stat()
-    return BaseFile(name, real, status.st_size, blob.name if len(blob.name) == 64 else None, status.st_mtime_ns)
-
-
-def _cache_identity(root: Path) -> tuple[str | None, str | None, str]:
-    """(repo_id, commit, folder in the repository) of a snapshot."""
-    snapshot = _snapshot(root)
-    kind, _, rest = snapshot.parent.parent.name.partition("--")
-    repo_id = rest.replace("--", "/") if kind == "models" else None
-    sub = "" if root == snapshot else root.relative_to(snapshot).as_posix()
-    return repo_id, snapshot.name if re.fullmatch(r"[0-9a-f]{40}", snapshot.name) else None, sub
 
 
 def _headers(files: list[BaseFile], afar: bool) -> Iterator[tuple[str, Shard | CheckpointError]]:

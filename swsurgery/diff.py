@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,9 +169,7 @@ def _header(shard: Shard) -> bytes:
 
 def _one_content(a: BaseFile, b: BaseFile) -> bool:
     """Whether the Hub states one sha256 of both. What a local cache is said to hold is read all the same."""
-    return (
-        a.digest is not None and a.digest == b.digest and not isinstance(a.path, Path) and not isinstance(b.path, Path)
-    )
+    return a.digest is not None and a.digest == b.digest and not a.is_here and not b.is_here
 
 
 def _same_bytes(a: BaseFile, b: BaseFile) -> bool:

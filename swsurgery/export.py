@@ -138,7 +138,7 @@ def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
     pins, found = known_digests(plan), {}
     for name in sorted({s.file for s in plan.splices}):
         file = plan.checkpoint.file(name)
-        digest = hashed(file, progress) if isinstance(file.path, Path) else file.digest
+        digest = hashed(file, progress) if file.is_here else file.digest
         if digest:
             hold_to(file, digest, pins)
         elif name in pins:

@@ -102,17 +102,24 @@ class Folder:
 
     def _entry(self, fd: int, name: str, last: str) -> Entry:
         status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-        return Entry(self, name, Identity.of(status), status.st_mode)
+        return Entry.listed(self, name, status)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A name below a held directory. `identity` and `mode` are those that it had when it was listed, if it was."""
+    """A name below a held directory. The rest is what it was when it was listed, if it was: its identity, its mode and
+    its number of hard links."""
 
     folder: Folder
     name: str
     identity: Identity | None = None
-    mode: int | None = None
+    mode: int = 0
+    links: int = 0
+
+    @classmethod
+    def listed(cls, folder: Folder, name: str, status: os.stat_result) -> Entry:
+        """Take identity, mode and links from a status of the entry."""
+        return cls(folder, name, Identity.of(status), status.st_mode, status.st_nlink)
 
     @property
     def path(self) -> Path:
@@ -174,13 +181,24 @@ class Entry:
     def refuse_changed(self, fd: int, *ignored: Field) -> None:
         """Raise CheckpointError if the open file is not, or no longer, what was listed; without a listing do
         nothing."""
+        self._refuse(os.fstat(fd), ignored)
+
+    def refuse_replaced(self) -> None:
+        """Raise CheckpointError if the name now has another file than the one listed, or a changed one."""
+        try:
+            status = self.stat()
+        except OSError as error:
+            raise CheckpointError(os.strerror(error.errno or 0), self) from None
+        self._refuse(status, ())
+
+    def _refuse(self, status: os.stat_result, ignored: tuple[Field, ...]) -> None:
         if self.identity is None:
             return
-        if (self.identity.dev, self.identity.ino) in self.folder.linked:
+        # A hard link that is made or removed moves the ctime: by this run, or by another one from the same base.
+        if (self.identity.dev, self.identity.ino) in self.folder.linked or self.links != status.st_nlink:
             ignored += ("ctime_ns",)
-        if not self.identity.same(Identity.of(os.fstat(fd)), *ignored):
-            raise CheckpointError("the file was changed or replaced while it was in use", self,
-                                  "run again when nothing else writes there")  # fmt: skip
+        if not self.identity.same(Identity.of(status), *ignored):
+            raise CheckpointError("was changed or replaced while it was read", self, "run again when it rests")
 
     def sound(self, fd: int) -> int:
         """Return the descriptor if it is of a regular file, and of the one listed; close it if not. Raises what `open`

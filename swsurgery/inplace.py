@@ -17,6 +17,7 @@ from swsurgery import fsops, journal
 from swsurgery.apply import Applied, AppliedFile, hashed, hold_to, stream
 from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_as, open_checkpoint
 from swsurgery.errors import CheckpointError, PlanError, TargetError
+from swsurgery.folder import Entry
 from swsurgery.hub import Uri
 from swsurgery.manifest import load_manifest
 from swsurgery.names import OWN_FILES
@@ -168,8 +169,8 @@ def _hash_touched(
     return touched
 
 
-def _refuse_shared(path: Path) -> None:
-    status = os.stat(path)
+def _refuse_shared(path: Path | Entry) -> None:
+    status = path.stat()
     if status.st_nlink > 1:
         raise TargetError(f"has {status.st_nlink} hard links, so the change would show under other names too", path,
                           "apply with -o")  # fmt: skip

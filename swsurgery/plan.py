@@ -64,7 +64,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     base's own registry is damaged."""
     faults = _base_faults(loaded, checkpoint)
     manifest = loaded.manifest
-    previous = read_patched(checkpoint.root)
+    previous = read_patched(checkpoint)
     protectors = previous.registry.protectors() if previous else {}
     try:
         model = _known_model(loaded, checkpoint)

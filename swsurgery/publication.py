@@ -15,6 +15,7 @@ from swsurgery.errors import HubError
 from swsurgery.hub.commit import MAIN, Listing, Target
 from swsurgery.registry import Registry
 from swsurgery.rules import Finding
+from swsurgery.shard import Place
 
 How = Literal["copy", "upload", "keep", "delete"]
 
@@ -31,7 +32,7 @@ class Item:
     why: str
     sha256: str | None = None
     blob: str | None = None
-    content: Path | bytes | None = field(default=None, repr=False)
+    content: Place | bytes | None = field(default=None, repr=False)
     source: str | None = None
 
     def is_in(self, listing: Listing, path: str = "") -> bool:

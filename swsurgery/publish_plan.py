@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from swsurgery import card
-from swsurgery.checkpoint import LEFT_OUT, BaseFile, Checkpoint, open_as
+from swsurgery.checkpoint import BaseFile, Checkpoint, open_as
 from swsurgery.comparison import chunks
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError
 from swsurgery.hub.cards import read as read_card
@@ -21,12 +21,14 @@ from swsurgery.hub.cards import render as render_card
 from swsurgery.hub.commit import Listing, Target, listing_if_seen, look, open_pull_requests
 from swsurgery.hub.commit import listing as listing_of
 from swsurgery.hub.remote import RemoteFile
+from swsurgery.listing import LEFT_OUT
 from swsurgery.names import OWN_FILES
 from swsurgery.progress import Progress
 from swsurgery.projections import short_form
 from swsurgery.publication import Item, Publication, Wish, is_published
 from swsurgery.registry import REGISTRY_NAME, FileRecord, Patched, Registry, read_patched
 from swsurgery.rules import Finding
+from swsurgery.shard import Place, opened, read_at_most, read_exactly
 from swsurgery.verify import SIGNATURE_NAME
 
 SMALL = 16 << 20
@@ -156,7 +158,8 @@ class Scan:
         if file is None:
             return self._elsewhere(name, record)
         if file.size <= SMALL:
-            data = file.path.read_bytes()
+            with opened(file.path) as fd:
+                data = read_exactly(fd, file.size, 0, file.path)
             found = _content(name, data, file.path)
         else:
             found = Item(name, "upload", file.size, "", self._digest(file, record), None, file.path)
@@ -208,7 +211,7 @@ class Scan:
         return file_sha256(file, self.progress) if self.hashing else None
 
 
-def _content(name: str, data: bytes, content: Path | bytes) -> Item:
+def _content(name: str, data: bytes, content: Place | bytes) -> Item:
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return Item(name, "upload", len(data), "", hashlib.sha256(data).hexdigest(), blob, content)
 
@@ -244,8 +247,8 @@ def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
     """The base's own card, from the directory where it is the base's, else from the base's repository."""
     here = scan.there.get(card.CARD_NAME)
     if here is not None and card.CARD_NAME in registry.files and card.CARD_NAME not in scan.distrusted:
-        with here.path.open("rb") as file:
-            return file.read(4 * card.MAX_CARD).decode("utf-8", "replace")
+        with opened(here.path) as file:
+            return read_at_most(file, 4 * card.MAX_CARD).decode("utf-8", "replace")
     theirs = base.files.get(in_base(registry, card.CARD_NAME)) if base else None
     if theirs is None:
         return ""

@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery import card
-from swsurgery.checkpoint import LEFT_OUT
 from swsurgery.errors import CheckFailed, CheckpointError, HubError, Interrupted, ShardError, SwsurgeryError, printable
+from swsurgery.folder import Entry
 from swsurgery.hub import Uri, fetch
 from swsurgery.hub import commit as hub
 from swsurgery.hub.commit import Conflict, Copy, CopyRefused, Draft, Listing, Sent, Target
 from swsurgery.hub.remote import RemoteFile
+from swsurgery.listing import LEFT_OUT
 from swsurgery.progress import Progress, Silent
 from swsurgery.proving import Question, prove
 from swsurgery.publication import Item, Publication, Wish, is_published, lines
 from swsurgery.publish_plan import SMALL, make_publication
 from swsurgery.registry import REGISTRY_NAME, Registry, read_patched
 from swsurgery.rules import RULES, Finding
-from swsurgery.shard import open_shard
+from swsurgery.shard import Place, open_shard
 
 __all__ = [
     "Publication",
@@ -253,7 +254,7 @@ def _made(plan: Publication) -> Target:
 def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Callable[[str], None]) -> None:
     """Give contents to the draft; what is not in the directory is fetched from the base first."""
     absent = {item.name: item.source or item.name for item in items if item.content is None}
-    contents = {item.name: item.content for item in items if item.content is not None}
+    contents = {item.name: _to_send(item.content) for item in items if item.content is not None}
     if absent:
         assert plan.base is not None, "only the base has what is not in the directory"
         say(f"fetching {', '.join(absent)} from {plan.base}, to upload it")
@@ -266,6 +267,16 @@ def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Calla
         if sha256 != wanted[name]:
             raise CheckpointError("changed while it was being published", plan.root / name,
                                   "nothing was committed; run the same command again")  # fmt: skip
+
+
+def _to_send(content: Place | bytes) -> Path | bytes:
+    """The library opens what it sends by its path, so what the path means is compared once more. Raises
+    CheckpointError."""
+    if isinstance(content, Entry):
+        content.refuse_replaced()
+        return content.path
+    assert isinstance(content, Path | bytes), "what is elsewhere is fetched first"
+    return content
 
 
 def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[Finding], Listing, int]:

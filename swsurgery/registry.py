@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,6 +34,7 @@ from swsurgery.edits import OfVariant, Position, Strict, Version
 from swsurgery.errors import AmbiguousWeights, CheckpointError, PlanError, TargetError
 from swsurgery.jsonfile import MAX_JSON, RECORD, Limits, first_fault, parse_json, read_small, rendered_pieces
 from swsurgery.names import OWN_FILES
+from swsurgery.shard import Place
 from swsurgery.weight_files import other_sets
 
 if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
@@ -312,10 +313,14 @@ class Patched:
         return {REGISTRY_NAME: self.registry_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
 
 
-def read_patched(root: Path | Repository) -> Patched | None:
-    """The records in a directory or repository; None where it has no registry. Raises CheckpointError for a damaged
-    one."""
-    if isinstance(root, Path):
+def read_patched(root: Path | Repository | Checkpoint) -> Patched | None:
+    """The records in a directory or repository, or those that an opened checkpoint lists; None if it has no registry.
+    Raises CheckpointError for a damaged one."""
+    places: Mapping[str, Place]
+    if isinstance(root, Checkpoint):
+        places = {file.name: file.path for file in root.files}
+        root = root.root
+    elif isinstance(root, Path):
         root = Path(os.path.realpath(root))
         cached = is_cache_snapshot(root)
         if not cached:

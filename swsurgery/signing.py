@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery import fsops
-from swsurgery.checkpoint import is_cache_snapshot, open_as, open_checkpoint
+from swsurgery.checkpoint import open_as, open_checkpoint
 from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, TargetError
 from swsurgery.jsonfile import parse_json, read_small
+from swsurgery.listing import is_cache_snapshot
 from swsurgery.registry import read_patched
 from swsurgery.rules import Finding
 from swsurgery.shard import read_exactly
@@ -47,10 +48,10 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
     patched = read_patched(root)
     try:
         said = patched.registry.base if patched else None
-        open_as(root, said) if said else open_checkpoint(root)
+        checkpoint = open_as(root, said) if said else open_checkpoint(root)
     except AmbiguousWeights:  # both are signed, and so both have to be sound
         open_checkpoint(root, "index")
-        open_checkpoint(root, "single")
+        checkpoint = open_checkpoint(root, "single")
     if fsops.is_there(signature):
         raise TargetError("the signature exists", signature, "remove it, or give another --signature")
     with _key(key, private=True) as key_path:
@@ -62,6 +63,7 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
     with _memory(b"") as (memory, path):
         with _reading(root):
             config.sign(root, path)
+        checkpoint.refuse_changed()  # the library opens the files by their paths
         data = read_exactly(memory, os.fstat(memory).st_size, 0, path)
     temporary = signature.with_name(f".{signature.name}.partial")
     with fsops.reported(signature):

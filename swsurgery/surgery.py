@@ -38,6 +38,7 @@ from swsurgery.errors import (
     or_else,
 )
 from swsurgery.hub import Repo, Uri, fetch, local, named, place
+from swsurgery.listing import cached_files
 from swsurgery.manifest import LoadedManifest, load_manifest
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
@@ -358,7 +359,8 @@ def _fetched(source: Source, base: Checkpoint) -> Source:
     here = [f for f in source.files if f.name not in stay]
     if not base.in_cache:
         folder = fetch(Uri(base.repo_id, base.revision, base.sub), [f.name for f in here])
-        here = [replace(f, path=Path(os.path.realpath(folder / f.name))) for f in here]
+        there = cached_files(Path(os.path.realpath(folder)), (f.name for f in here))
+        here = [replace(f, path=there[f.name].path) for f in here]
     return replace(source, files=tuple(here), elsewhere=tuple(f for f in source.files if f.name in stay), in_cache=True)
 
 

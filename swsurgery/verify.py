@@ -127,7 +127,7 @@ def verify_patched(
     edited: dict[str, list[EditRecord]] = {}
     for edit in registry.edits:
         edited.setdefault(edit.file, []).append(edit)
-    unread = [n for n in present if n in edited and not finite and not isinstance(names[n].path, Path)]
+    unread = [n for n in present if n in edited and not finite and not names[n].is_here]
     progress.start(sum(names[n].size for n in present if finite or n not in unhashed), "B", "verifying")
     try:
         for name in present:
@@ -277,7 +277,7 @@ def _file_digests(
     except NumberError as error:
         return [Finding("registry", f"the registry's old bits are not possible: {error}", file.name)]
     findings = _record_faults(file, record, bool(edits))
-    if file.digest is not None and not isinstance(file.path, Path) and scan is None:
+    if file.digest is not None and not file.is_here and scan is None:
         progress.advance(file.size)
         return findings + _by_hub(file, record)
     hashed = record.sha256 is not None or record.base_sha256 is not None

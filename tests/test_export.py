@@ -354,9 +354,14 @@ def test_only_protecting_is_nothing_to_export(tmp_path):
 
 def test_of_the_base_only_headers_scalars_and_touched_shards_are_read(tmp_path, monkeypatch):
     base = write_llama(tmp_path / "base")
-    opened: list[str] = []
-    plain = os.open
-    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(Path(path).name) or plain(path, *rest))
+    opened: set[str] = set()
+    plain = os.pread
+
+    def reading(fd: int, size: int, offset: int) -> bytes:
+        opened.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        return plain(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", reading)
     counted: dict[str, int] = {}
     read = os.preadv
 

@@ -22,7 +22,7 @@ FLOATS = [name for name, dtype in DTYPES.items() if dtype.kind == "float"]
 def scan(root, step: int) -> list[Finding]:
     """The findings of model.safetensors when it is fed in pieces of `step` bytes."""
     (shard,) = open_checkpoint(root).shards.values()
-    data = shard.path.read_bytes()
+    data = (root / "model.safetensors").read_bytes()
     search = FiniteScan("model.safetensors", shard)
     for offset in range(0, len(data), step):
         search.feed(offset, data[offset : offset + step])

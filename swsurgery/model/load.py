@@ -233,6 +233,7 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
     except LOADING_ERRORS as error:
         raise cannot_load(error, directory) from error
     refuse_invented(info, directory)
+    checkpoint.refuse_changed()  # transformers opens its files by their paths
     return model
 
 

@@ -59,6 +59,7 @@ def load(
     except LOADING_ERRORS as error:
         raise cannot_load(error, root) from error
     refuse_invented(info, root)
+    checkpoint.refuse_changed()  # transformers opens its files by their paths
     places = Places(model, find_decoder_layers(model), checkpoint)
     for scalar in (*splices, *protected):
         new = scalar.new if isinstance(scalar, Splice) else scalar.old

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from queue import SimpleQueue
+from types import TracebackType
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.dtypes import DTYPES, Dtype, decode
 from swsurgery.errors import ArchitectureError, ShardError
-from swsurgery.shard import opened
+from swsurgery.shard import Place, opened
 from swsurgery.threads import Pool
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Matrix:
     """A two-dimensional piece of one shard, row-major from byte `offset` of the file: a tensor, or one expert of it."""
 
     name: str
-    path: Path
+    path: Place
     offset: int
     dtype: Dtype
     rows: int
@@ -157,7 +157,7 @@ class Reader:
 
     def __init__(self, threads: int):
         self._threads = threads
-        self._files: dict[Path, int] = {}
+        self._files: dict[Place, int] = {}
         self._spare: SimpleQueue[Workspace] = SimpleQueue()
         self._stack = ExitStack()
 
@@ -167,9 +167,11 @@ class Reader:
             self._spare.put(Workspace())
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pool.shutdown(cancel=True)  # before the files are closed under it
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     def open(self, matrices: Iterable[Matrix]) -> None:
         """Open the shards of these matrices. Raises ShardError."""

@@ -15,14 +15,13 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from swsurgery.errors import CheckpointError
 from swsurgery.model.weight_plan import Part, Slot, WeightPlan, layout
-from swsurgery.shard import open_regular
+from swsurgery.shard import Place, opened
 from swsurgery.threads import Pool
 
 PIECE = 8 << 20
@@ -158,20 +157,21 @@ class _Files:
     """Descriptors of shards, opened when first read. May be used from several threads."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[Place, int] = {}
+        self._stack = contextlib.ExitStack()
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
+        """Close them. Raises CheckpointError if one was changed since it was listed."""
         self._open.clear()
+        self._stack.close()
 
-    def read(self, path: Path, offset: int, memory: Tensor) -> None:
+    def read(self, path: Place, offset: int, memory: Tensor) -> None:
         """Fill one-dimensional bytes in main memory. Raises CheckpointError."""
         with self._lock:
             fd = self._open.get(path)
             if fd is None:
-                fd = self._open[path] = open_regular(path)
+                fd = self._open[path] = self._stack.enter_context(opened(path))
         view = memoryview(memory.numpy())
         while view:
             try:

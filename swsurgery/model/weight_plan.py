@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import ModelError
 from swsurgery.projections import loaded_candidates, name_prefixes
+from swsurgery.shard import Place
 
 ALIGNMENT = 256
 
@@ -44,7 +44,7 @@ class Part:
     """Stored bytes that make up some rows of a parameter, all of it for most: where they lie, and from which element
     of the parameter on they belong."""
 
-    path: Path
+    path: Place
     offset: int
     size: int
     dtype: torch.dtype
