@@ -288,7 +288,7 @@ def test_a_base_that_points_outside_is_refused_and_nothing_outside_is_opened(dir
         (place / "secret.safetensors").write_text("secret")
         escape(place / "base")
         commands.append(["apply", f"{number}/manifest.yaml", "-o", f"{number}/out", "--check", "off"])
-        reads += [f"{number}/{name}" for name in ("base", "manifest.yaml", "models--o--n/snapshots")]
+        reads += [f"{number}/{name}" for name in ("base", "manifest.yaml", "models--o--n")]
         writes += [f"{number}/{name}" for name in OUT]
     seen = traced(directory, "-c", RUN, json.dumps(commands))
     assert seen.codes == [2] * len(ESCAPES)
