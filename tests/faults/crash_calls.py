@@ -21,7 +21,7 @@ from faults.crash_fs import Disk, Place, Start, Step
 from swsurgery import fsops
 
 LOOKING = {
-    "close", "fspath", "fsencode", "fstat", "geteuid", "getpid", "lstat", "path", "pread", "scandir", "stat",
+    "fspath", "fsencode", "fstat", "geteuid", "getpid", "lstat", "path", "pread", "scandir", "stat",
     "strerror", "walk",
 }  # fmt: skip
 """What fsops may call, or have from `os`, that changes nothing on a disk."""
@@ -67,7 +67,7 @@ class Watch:
     def stand_ins(self) -> dict[str, object]:
         known = {n: getattr(os, n) for n in dir(os) if n in LOOKING or n.startswith(("O_", "POSIX_"))}
         made = (
-            self.open, self.write, self.pwrite, self.posix_fallocate, self.posix_fadvise, self.copy_file_range,
+            self.open, self.close, self.write, self.pwrite, self.posix_fallocate, self.posix_fadvise, self.copy_file_range,
             self.mkdir, self.makedirs, self.unlink, self.rmdir, self.rename, self.replace, self.link, self.fsync,
         )  # fmt: skip
         locks = {name: getattr(fcntl, name) for name in dir(fcntl) if name.isupper()} | {"fcntl": fcntl.fcntl}
@@ -94,6 +94,10 @@ class Watch:
             if new:
                 self._made(path, b"")
         return fd
+
+    def close(self, fd: int) -> None:
+        self._opened.pop(fd, None)  # its number may soon be another's
+        os.close(fd)
 
     def write(self, fd: int, data: memoryview) -> int:
         offset = os.lseek(fd, 0, os.SEEK_CUR)
