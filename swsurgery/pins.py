@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 from swsurgery.apply import hashed, hold_to
 from swsurgery.errors import PlanError
@@ -46,7 +45,7 @@ def check_planned(plan: Plan, progress: Progress) -> Plan:
     for file in plan.checkpoint.files:
         if file.name not in pins:
             continue
-        here = isinstance(file.path, Path)
+        here = file.is_here
         digest = file.digest if not here else hashed(file, progress) if file.name in touched else None
         if digest is not None:
             hold_to(file, digest, pins)
@@ -59,6 +58,6 @@ def check_left_out(plan: Plan, written: Collection[str], pins: dict[str, tuple[s
     """Hash the files that the manifest pins and that are not among the files `written`. Raises PlanError."""
     for name in sorted(set(plan.loaded.manifest.base.sha256) - set(written)):
         file = plan.checkpoint.file(name)
-        digest = hashed(file, progress) if isinstance(file.path, Path) else file.digest
+        digest = hashed(file, progress) if file.is_here else file.digest
         if digest is not None:
             hold_to(file, digest, pins)
