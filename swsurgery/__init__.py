@@ -15,7 +15,8 @@ Rooms, each of which knows only those below it:
     intervals.py, text.py        confidence intervals from windows of text, and how much text was read
     publishing.py                one commit on the Hub, gated and read back; card.py is its model card
     publish_plan.py              what goes into it, as a publication.py; publish_patch.py: of the edits alone
-    proving.py                   all that can be proved of a checkpoint: manifest_proof.py, survival.py, finite.py
+    proving.py                   all that can be proved of a checkpoint: manifest_record.py, manifest_proof.py,
+                                 survival.py, finite.py
     formats.py, rules.py         findings as text, JSON, JUnit, SARIF, GitHub commands; the table of their rules
     lint.py                      what is wrong with a manifest, without a checkpoint
     signing.py                   signatures of a whole checkpoint

@@ -29,7 +29,7 @@ from swsurgery.verify import Verification, scan_finite, structure, verify_patche
 
 if TYPE_CHECKING:  # the rooms of one question each are loaded when it is asked
     from swsurgery.manifest import LoadedManifest
-    from swsurgery.manifest_proof import Wishes
+    from swsurgery.manifest_record import Wishes
     from swsurgery.survival import Survival
 
 
@@ -232,7 +232,7 @@ def _repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
 def _wishes(loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]) -> Wishes | None:
     if loaded is None:
         return None
-    from swsurgery.manifest_proof import read_wishes
+    from swsurgery.manifest_record import read_wishes
 
     return read_wishes(loaded, checkpoint, repo_ids)
 
@@ -254,11 +254,13 @@ def _own_wishes(
 def _by_manifest(
     wishes: Wishes, patched: Patched | None, checkpoint: Checkpoint, base: Checkpoint | None, progress: Progress
 ) -> list[Finding]:
-    from swsurgery.manifest_proof import by_base, by_registry, plan_against_registry, planned
+    from swsurgery.manifest_record import by_registry
 
     findings = by_registry(wishes, patched.registry) if patched else []
     if base is None:
         return findings
+    from swsurgery.manifest_proof import by_base, plan_against_registry, planned
+
     plan, misfits = planned(wishes.loaded, base)
     if plan is None:
         said = {(f.line, f.message) for f in findings}

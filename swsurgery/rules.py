@@ -35,7 +35,10 @@ RULES: dict[str, Rule] = {
         Rule("edit-changed", "A declared edit's scalar does not hold the recorded new bits."),
         Rule("protected-changed", "A protected scalar does not hold the base's bits."),
         Rule("registry", "The registry contradicts itself or the shards it describes."),
-        Rule("manifest", "The manifest beside the registry is not the one that the registry was made from."),
+        Rule(
+            "manifest",
+            "The manifest beside the registry was changed, or asks for something other than what was done.",
+        ),
         Rule("manifest-mismatch", "The checkpoint is not what the manifest makes of its base."),
         Rule("base", "The base that was given is not the base that this checkpoint was made from."),
         Rule("known-lost", "A known super weight is no longer there, or no longer has its value."),
