@@ -11,7 +11,7 @@ Rooms, each of which knows only those below it:
     cli/, output.py              commands; show.py, show_scan.py and figures.py are what people see
     surgery.py                   the whole operation on one page: apply, revert, check. Start here
     scanning.py                  finding super weights and sweeping factors, on another
-    findings.py, entry.py        what a scan found, and what lookup and apply take of it
+    findings.py, entry.py        what a scan found, and what lookup and apply take of it; coverage.py: what it left out
     intervals.py, text.py        confidence intervals from windows of text, and how much text was read
     publishing.py                one commit on the Hub, gated and read back; card.py is its model card
     publish_plan.py              what goes into it, as a publication.py; publish_patch.py: of the edits alone

@@ -12,10 +12,11 @@ from swsurgery import __version__
 from swsurgery.architectures import Expert
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
+from swsurgery.coverage import stored_layers
 from swsurgery.errors import ManifestError
 from swsurgery.findings import Candidate, Confirmation, Effect, ScanReport, Trial
 from swsurgery.known import schema
-from swsurgery.known.render import LARGE_RATIO, Operation, describe, edit_fields, manifest_text, refuse_unfit
+from swsurgery.known.render import LARGE_RATIO, UNDECIDED, Operation, describe, edit_fields, manifest_text, refuse_unfit
 from swsurgery.manifest import parse_manifest
 from swsurgery.projections import down_projections
 from swsurgery.text import measured_text
@@ -42,11 +43,11 @@ def known_entry(
         aliases=(hf_id,),
         family=report.model_type,
         **_shape(checkpoint),
-        num_layers=report.layers,
+        num_layers=sizes(checkpoint)[0],
         sizes_from="config.json and the stored tensors of the scanned checkpoint",
         revision_measured=revision,
         path=None if _REPOSITORY.fullmatch(hf_id) else str(checkpoint.root),
-        notes=() if chosen else (f"A scan found no super weight: {source}.",),
+        notes=tuple(_notes(report, bool(chosen), source)),
         scans=(source,),
         coordinates=tuple(_coordinate(c, trials.get(c.coordinate), report, checkpoint, source) for c in chosen),
         **(_together(report.confirmation, ids, source) if report.confirmation else {}),
@@ -67,6 +68,8 @@ def scan_manifest(
     found = report.super_weights
     if not found:
         tested = f"all {len(report.candidates)} candidates are inert" if report.candidates else "there is no candidate"
+        if report.unread:
+            tested += f", and {len(report.unread)} layers were not read"
         raise ManifestError(f"nothing to {op}: the scan found no super weight", remedy=tested)
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
     how = "found and confirmed" if report.confirmed else "found, not confirmed"
@@ -84,6 +87,17 @@ def scan_manifest(
     )
     parse_manifest(text.encode(), Path("the scan's manifest"))  # what `base` brings is the caller's
     return text
+
+
+def _notes(report: ScanReport, found: bool, source: schema.Source) -> Iterator[str]:
+    """Say what the entry does not show: that nothing was found, and what was not read."""
+    unread = ", ".join(str(layer.layer) for layer in report.unread)
+    if unread and found:
+        yield f"The scan did not read all of layers {unread}, so there may be further super weights: {source}."
+    elif unread:
+        yield f"{UNDECIDED} It found nothing in what it read, but did not read all of layers {unread}: {source}."
+    elif not found:
+        yield f"A scan found no super weight: {source}."
 
 
 def _chosen(report: ScanReport) -> tuple[Candidate, ...]:
@@ -209,11 +223,14 @@ def _shape(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Layers, hidden and intermediate size, by the stored down projections. Raises ArchitectureError where there is no
-    known one."""
+    """Layers, hidden and intermediate size, by the stored layers and down projections.
+
+    Raises ArchitectureError if there is no known down projection.
+    """
     projections = list(down_projections(checkpoint.config, checkpoint.shapes))
     shape = _shape(checkpoint)
-    return 1 + max(p.layer for p in projections), shape["hidden_size"], shape["intermediate_size"]
+    layers = stored_layers(checkpoint.config, checkpoint.shapes, projections)
+    return 1 + max(layers), shape["hidden_size"], shape["intermediate_size"]
 
 
 def _template(tensor: str, layer: int, expert: Expert) -> str:

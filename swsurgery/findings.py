@@ -15,6 +15,7 @@ from swsurgery.coordinate import Coordinate
 
 Expert = int | Literal["shared"] | None
 Method = Literal["activations", "weights"]
+Answer = Literal["found", "none", "undecided"]
 Verdict = Literal["critical alone", "critical jointly", "inert", "untested"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """In the order in which they are counted. "untested": measured, but there was nothing to judge it by."""
@@ -164,8 +165,24 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class UnreadLayer:
+    """A layer with matrices that may belong to an MLP and that the scan did not read.
+
+    `experts` are the numbers of those among them that are experts; in `tensors` a * stands for that number.
+    """
+
+    layer: int
+    experts: tuple[int, ...]
+    tensors: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"layer": self.layer, "experts": list(self.experts), "tensors": list(self.tensors)}
+
+
+@dataclass(frozen=True)
 class ScanReport:
-    """Everything that one scan says. `notes` are lines for a person, such as why nothing was found."""
+    """Everything that one scan says. `notes` are lines for a person, such as why nothing was found. `layers` is the
+    number of layers of the model, read or not."""
 
     method: Method
     model_type: str
@@ -176,6 +193,7 @@ class ScanReport:
     prompts: tuple[str, ...] = ()
     confirmation: Confirmation | None = None
     notes: tuple[str, ...] = ()
+    unread: tuple[UnreadLayer, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -195,6 +213,13 @@ class ScanReport:
         """True if the causal test was made, on enough text for verdicts."""
         return self.confirmation is not None and any(t.verdict != "untested" for t in self.confirmation.trials)
 
+    @property
+    def answer(self) -> Answer:
+        """What the scan answers: "none" only if nothing was left unread."""
+        if self.super_weights:
+            return "found"
+        return "undecided" if self.unread else "none"
+
     def to_json(self) -> dict[str, Any]:
         trials = {t.candidate.coordinate: t for t in (self.confirmation.trials if self.confirmation else ())}
         tested = [t.candidate for t in trials.values()] or list(self.candidates)
@@ -202,6 +227,8 @@ class ScanReport:
             "method": self.method,
             "model_type": self.model_type,
             "layers": self.layers,
+            "answer": self.answer,
+            "unread": [layer.to_json() for layer in self.unread],
             "super_weights": [_with_trial(c, trials.get(c.coordinate)) for c in self.super_weights],
             "candidates": [_with_trial(c, trials.get(c.coordinate)) for c in tested],
             "super_activations": [a.to_json() for a in self.activations],

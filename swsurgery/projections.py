@@ -92,7 +92,7 @@ def down_projection(config: Mapping[str, Any], shapes: Shapes, layer: int, exper
     missing, superfluous or too large, the tensor is packed, or its shape does not fit the config's hidden size.
     """
     families = _families(config)
-    limit = _layer_limit(config)
+    limit = layer_limit(config)
     names = _stored_names(families, shapes, layer, expert)
     # Names may go further than the config: DeepSeek-V3 stores its token-prediction module as layer 61 of 61.
     if not names or (limit is not None and layer >= limit):
@@ -116,7 +116,7 @@ def down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator[Down
     Layers that store none are passed over. Raises ArchitectureError where no layer has one or one is packed.
     """
     families = _families(config)
-    limit = _layer_limit(config)
+    limit = layer_limit(config)
     found: set[tuple[int, Expert]] = set()
     for tensor in shapes:
         for _, layout, layer, expert in _matches(families, tensor):
@@ -241,7 +241,8 @@ def _number(config: Mapping[str, Any], *keys: str) -> int | None:
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
-def _layer_limit(config: Mapping[str, Any]) -> int | None:
+def layer_limit(config: Mapping[str, Any]) -> int | None:
+    """Return the number of layers that config.json gives; None if it gives none."""
     return _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -378,7 +379,7 @@ def _not_there(
             _refuse_packed(name, shapes)
 
     by_name = 1 + max((place for tensor in shapes for _, _, place, _ in _matches(families, tensor)), default=-1)
-    counts = [count for count in (by_name, _layer_limit(config)) if count]
+    counts = [count for count in (by_name, layer_limit(config)) if count]
     if counts and not 0 <= layer < min(counts):
         where = f"it has layers 0 to {min(counts) - 1}"
         return ArchitectureError(f"layer {layer} is beyond the model", where, _BY_NAME)

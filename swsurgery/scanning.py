@@ -132,7 +132,8 @@ def write_outputs(
         figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
         say(f"figure: {outputs.plot}")
     if outputs.manifest is not None and not report.super_weights:
-        say(f"nothing was found, so there is no manifest: {outputs.manifest}")
+        found = "the scan is undecided" if report.answer == "undecided" else "nothing was found"
+        say(f"{found}, so there is no manifest: {outputs.manifest}")
     elif outputs.manifest is not None:
         text = entry.scan_manifest(
             report, base=_as_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import permutations
@@ -10,7 +11,16 @@ from typing import Any
 
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import printable
-from swsurgery.findings import VERDICTS, Candidate, ColumnNull, Confirmation, Effect, ScanReport, SweepReport
+from swsurgery.findings import (
+    VERDICTS,
+    Candidate,
+    ColumnNull,
+    Confirmation,
+    Effect,
+    ScanReport,
+    SweepReport,
+    UnreadLayer,
+)
 from swsurgery.output import print_table, print_text
 from swsurgery.show import MAX_ROWS
 from swsurgery.text import measured_text
@@ -23,6 +33,8 @@ def show_scan(report: ScanReport) -> None:
     """The answer in one sentence, what was found, what the causal test says of it, and why it may be nothing."""
     print_text(f"scanned   {_scanned(report)}")
     print_text(f"answer    {_answer(report)}")
+    for line in describe_unread(report.unread):
+        print_text(f"unread    {printable(line)}")
     trials = report.confirmation.trials if report.confirmation else ()
     companions = [trial.candidate for trial in trials if not trial.listed]
     for pattern in _patterns([*report.candidates, *companions]):
@@ -121,7 +133,37 @@ def _scanned(report: ScanReport) -> str:
     return f"{line}, {_count(len(report.prompts), 'prompt')}" if report.prompts else line
 
 
+def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
+    """One line for all layers with the same unread tensors: their numbers, experts and tensors."""
+    alike: dict[tuple[tuple[int, ...], tuple[str, ...]], list[int]] = {}
+    for layer in unread:
+        names = tuple(re.sub(rf"(?<=\.){layer.layer}(?=\.)", "*", name, count=1) for name in layer.tensors)
+        alike.setdefault((layer.experts, names), []).append(layer.layer)
+    lines = []
+    for (experts, names), layers in alike.items():
+        line = _numbered("layer", layers) + (f", {_numbered('expert', experts)}" if experts else "")
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{line}: {', '.join(names[:3])}{more}")
+    return lines
+
+
+def _numbered(noun: str, numbers: Sequence[int]) -> str:
+    """The noun and its numbers, with "to" between the ends of three or more in a row."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
+
+
 def _answer(report: ScanReport) -> str:
+    if report.answer == "undecided":
+        layers = _count(len(report.unread), "layer")
+        what = "confirmed" if report.candidates else "found"
+        return f"undecided: nothing was {what}, but {layers} of {report.layers} were not read, or not all of them"
     count = len(report.super_weights)
     if report.confirmation is None or (count and not report.confirmed):
         return f"{_count(count, 'super weight')}, not confirmed" if count else "none: no super weight was found"

@@ -191,8 +191,8 @@ VISION_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-OTHER_MODELS: dict[str, dict[str, Any]] = {"glm4": _TEXT_8, "exaone4": _TEXT_8}
-"""Model types that no family of the product names; their tensors have the names of known ones."""
+OTHER_MODELS: dict[str, dict[str, Any]] = {"glm4": _TEXT_8, "exaone4": _TEXT_8, "jamba": _TEXT}
+"""Model types that no family of the product names; their tensors have the names of known ones, some of Jamba's not."""
 
 MODELS = TEXT_MODELS | VISION_LANGUAGE_MODELS
 

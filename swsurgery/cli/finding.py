@@ -113,7 +113,7 @@ def scan(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Find the super weights of a checkpoint."""
+    """Find the super weights of a checkpoint. Exit 2 if none was found and some layers could not be read."""
     from swsurgery import scanning, show_scan
     from swsurgery.hub import local, named
 
@@ -138,6 +138,9 @@ def scan(
         output.print_json(report.to_json()) if json else show_scan.show_scan(report)
         for line in lines:
             say(line)
+    if report.answer == "undecided":
+        say("undecided: some layers were not read, and no super weight was found in the others")
+        raise typer.Exit(2)
 
 
 def sweep(

@@ -27,6 +27,9 @@ from swsurgery.known.schema import (
 )
 
 Operation = Literal["zero", "scale", "protect"]
+UNDECIDED = "A scan is undecided."
+"""How a note of an own entry begins if the scan found nothing and did not read everything."""
+
 LARGE_RATIO = 4.0
 """From this published perplexity ratio on, a zero manifest asks its sanity check to see damage ..."""
 ASKED_RATIO = 2.0
@@ -350,7 +353,8 @@ def _command(model: KnownModel, op: Operation, factor: float | None, status: str
 
 def _why_none(model: KnownModel, op: Operation, status: str | Collection[str] | None) -> str:
     if not model.coordinates:
-        return "a scan found none"
+        undecided = any(note.startswith(UNDECIDED) for note in model.notes)
+        return "its scan is undecided" if undecided else "a scan found none"
     left = addressable(model)
     if status is None and left:
         return f"all are insufficient, none was shown to matter; --status insufficient would {op} them"

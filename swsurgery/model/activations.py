@@ -124,7 +124,8 @@ def scan_sequences(
         raise Unrunnable("no list of decoder layers in the model", checkpoint.root)
     watch = LayerSpikes(model)
     search, least = _Search(checkpoint), layers_to_last(layers)
-    notes = [f"{_listed('layer', watch.unseen)}: the down projection is not looked at"] if watch.unseen else []
+    unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
+    notes = [f"{_listed('layer', unseen)}: the down projection is not looked at"] if unseen else []
     if layers <= least:
         notes.append(f"the model has {layers} layers: too few for anything to persist through {least} more")
     profile = None
@@ -159,6 +160,8 @@ def scan_sequences(
         activations=tuple(search.activations),
         profile=profile,
         notes=(*notes, *search.notes),
+        # An unread layer matters only if something massive that was not traced begins there or later.
+        unread=tuple(layer for layer in watch.unread if layer.layer <= max(search.untraced, default=-1)),
         settings={
             "rounds": rounds, "massive": MASSIVE, "made": MADE, "kept": KEPT, "layers_kept": least,
             "share": SHARE, "outlier": OUTLIER, "companion": COMPANION,
@@ -193,6 +196,7 @@ class _Search:
         self.candidates: dict[Coordinate, Candidate] = {}
         self.activations: list[PersistentActivation] = []
         self.notes: list[str] = []
+        self.untraced: set[int] = set()
         # Of the unedited model: the largest output of a token, and the outputs that are comparable with it.
         self._largest: dict[tuple[int, int, int], float] = {}
         self._main: set[tuple[int, int, int, int]] = set()
@@ -299,9 +303,10 @@ class _Search:
                 ends.setdefault(first.coordinate, f"layer {end.layer} takes channel {end.channel} back: {makes}")
         self.notes += ends.values()
         for layer, channels in sorted(find_untraced(traces).items()):
+            self.untraced.add(layer)
             self.notes.append(
-                f"{_listed('channel', channels)} massive from layer {layer} on, and no MLP makes it: not traced "
-                "(attention, the embedding, or several layers together)"
+                f"{_listed('channel', channels)} massive from layer {layer} on, and no MLP that was looked at makes "
+                "it: not traced (attention, the embedding, or several layers together)"
             )
 
     def _row(self, projection: DownProjection, row: int) -> Tensor:

@@ -26,6 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from swsurgery.architectures import Shapes
 from swsurgery.coordinate import Coordinate
+from swsurgery.coverage import unread_layers
+from swsurgery.findings import UnreadLayer
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
 from swsurgery.projections import DownProjection, down_projections, loaded_candidates
@@ -98,11 +100,13 @@ class Trace:
 
 class LayerSpikes:
     """Runs a model and watches it. `unseen` are the layers with a down projection that the loaded model does not show
-    in a form that is known here. Raises ArchitectureError where the model has no known down projection at all."""
+    in a form that is known here, `unread` those with an MLP whose stored names are not known, or that is unseen. Raises
+    ArchitectureError where the model has no known down projection at all."""
 
     def __init__(self, model: LayeredModel):
         self.model = model
         self._sources, self.unseen = _find_sources(model)
+        self.unread = _unread(model, self.unseen)
         self._clear(0)
 
     def run(
@@ -338,6 +342,18 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
             gate = modules.get(f"{path.rpartition('.')[0]}_gate") if projection.expert == "shared" else None
             sources[projection.layer].append(_Linear(projection, module, gate))
     return sources, sorted(unseen)
+
+
+def _unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
+    """The layers whose MLP is not watched, or not all of it."""
+    config, shapes = model.checkpoint.config, model.checkpoint.shapes
+    projections = list(down_projections(config, shapes))
+    unread = {layer.layer: layer for layer in unread_layers(config, shapes, projections)}
+    for number in unseen:
+        hidden = [p for p in projections if p.layer == number]
+        experts = tuple(p.expert for p in hidden if isinstance(p.expert, int))
+        unread[number] = UnreadLayer(number, experts, tuple(dict.fromkeys(p.tensor for p in hidden)))
+    return tuple(unread[number] for number in sorted(unread))
 
 
 def _loaded_module(

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
+from swsurgery.coverage import layer_name, stored_layers, unread_layers
 from swsurgery.dtypes import decode
 from swsurgery.errors import ArchitectureError
 from swsurgery.findings import Candidate, ScanReport
@@ -190,14 +191,17 @@ def scan_weights(
         progress.close()
     if usual.silent:
         notes.append(f"{usual.silent} neurons have no finite score above 0 and were left out")
+    unread = unread_layers(config, names.shapes, projections)
     if not candidates:
-        notes.append(_why_none(scored, usual, min_z))
+        why = _why_none(scored, usual, min_z)
+        notes.append(why.replace("no super weight", "no super weight in what was read", 1) if unread else why)
     return ScanReport(
         method="weights",
         model_type=next((str(s["model_type"]) for s in _sections(config) if s.get("model_type")), "unknown"),
-        layers=len({projection.layer for projection in projections}),
+        layers=len(stored_layers(config, names.shapes, projections)),
         candidates=tuple(candidates),
         notes=tuple(notes),
+        unread=unread,
         settings={
             "top": top,
             "min_z": min_z,
@@ -264,7 +268,7 @@ class _Names:
 
     def _gain_before(self, projection: DownProjection) -> NDArray[np.float64]:
         """(channels,) gain of the norm before the MLP; ones if none is stored, which becomes a note."""
-        layer = _layer_of(projection)
+        layer = layer_name(projection)
         # OPT-350m normalises after each block, so what its MLP reads has just left the attention's norm.
         norms = NORMS
         if self.checkpoint.config.get("do_layer_norm_before") is False:
@@ -278,7 +282,7 @@ class _Names:
 
     def _gain_behind(self, projection: DownProjection) -> NDArray[np.float32] | None:
         """(channels,) magnitudes of the gain of the norm behind the MLP; None if there is no such norm."""
-        name = self._norms_behind.get(_layer_of(projection))
+        name = self._norms_behind.get(layer_name(projection))
         if name is None:
             return None
         self._note(NORM_BEHIND.format(name.removesuffix(".weight").rpartition(".")[2]))
@@ -301,12 +305,6 @@ class _Names:
             raw = read_exactly(fd, info.size, shard.data_start + info.data_offsets[0], shard.path)
         gain = values_of(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
         return gain + 1.0 if _is(self.checkpoint.config, ONE_PLUS) else gain
-
-
-def _layer_of(projection: DownProjection) -> str:
-    """The name of the layer that a down projection is in: model.layers.3."""
-    steps = projection.tensor.split(".")
-    return ".".join(steps[: steps.index(str(projection.layer)) + 1])
 
 
 def _is(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
