@@ -99,7 +99,7 @@ _HARMLESS = re.compile(
 _WEIGHTS = ("weight", "bias", "e_score_correction_bias")
 """What a layer stores besides the tensors of its quantiser."""
 
-_BUFFERS = re.compile(r"position_ids|num_batches_tracked|relative_position_index|tid2eid|(\w+_)?mask")
+_BUFFERS = re.compile(r"position_ids|token_type_ids|num_batches_tracked|relative_position_index|tid2eid|(\w+_)?mask")
 """Integer tensors of float models that are no weights."""
 
 

@@ -91,3 +91,45 @@ def test_zeroing_the_super_weight_is_checked_proved_and_undone(tmp_path):
     run("revert", patched, "-o", reverted)
     assert filecmp.dircmp(base, reverted).left_only == filecmp.dircmp(base, reverted).right_only == []
     assert filecmp.cmpfiles(base, reverted, [f.name for f in base.iterdir()], shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("ending", "halved", "states", "code"),
+    [
+        ("weight_scale", False, {"kept"}, 0),
+        ("weight_scale", True, {"lost"}, 1),
+        ("scale", False, {"unreadable"}, 2),
+        ("scale", True, {"unreadable"}, 2),
+        ("scale_weight", False, {"unreadable"}, 2),
+        ("scale_weight", True, {"unreadable"}, 2),
+        (None, False, {"suspicious"}, 2),
+        (None, True, {"suspicious"}, 2),
+    ],
+)
+def test_fp8_codes_prove_nothing_without_a_scale_of_a_known_format(tmp_path, ending, halved, states, code):
+    """The down projections of layers 2 and 11 in FP8: raw codes are 76 times the weights, even after a halving."""
+    import shutil
+
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    stored = {}
+    for shard in Path(MODEL).glob("*.safetensors"):
+        with safe_open(shard, "pt") as tensors:
+            wanted = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 11)}
+            for name in wanted.intersection(tensors.keys()):
+                weight = tensors.get_tensor(name).float()
+                scale = weight.abs().max() / 448
+                codes = weight / scale / (2 if halved else 1)
+                stored[name] = codes.to(torch.float8_e4m3fn)
+                if ending:
+                    stored[name.removesuffix("weight") + ending] = scale.reshape(())
+    save_file(stored, tmp_path / "model.safetensors")
+    shutil.copy(Path(MODEL) / "config.json", tmp_path)
+    words = ["verify", str(tmp_path), "--model", "smollm2-135m-instruct", "--json"]
+    done = subprocess.run([sys.executable, "-m", "swsurgery", *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    known = json.loads(done.stdout)["known"]
+    assert {c["state"] for c in known["coordinates"]} == states
+    assert known["decided"] is (code < 2)
