@@ -13,6 +13,7 @@ from swsurgery.dtypes import DTYPES, decode, encode, round_to, show
 from swsurgery.errors import NumberError, PlanError
 from swsurgery.patches import Patch, PatchScalar, json_bytes, safetensors_bytes
 from swsurgery.projections import name_prefixes
+from swsurgery.tying import tied_by_config
 
 LINEAR = frozenset([
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "Wqkv", "dense", "gate_proj",
@@ -97,6 +98,8 @@ def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
         reason = "is not known to be the weight of a linear layer"
     elif scalar.dtype.kind != "float":
         reason = f"is stored as {scalar.dtype.name}"
+    elif parts[-2] in ("lm_head", "embed_out") and tied_by_config(config):
+        reason = "is tied to the embedding, which an adapter of the head would leave as it is"
     elif _module(scalar.tensor, config) is None:
         reason = "has another name in the loaded model"
     elif not math.isfinite(decode(scalar.dtype, scalar.old)):

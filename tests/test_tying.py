@@ -11,6 +11,7 @@ import transformers
 from checkpoints import EMBED, HEAD, HIDDEN, down, tensor, write_manifest, write_single
 from huggingface_hub.errors import StrictDataclassError
 
+from swsurgery.cli import main
 from swsurgery.errors import PlanError
 from swsurgery.surgery import plan_manifest
 from swsurgery.tying import TIED_BY_DEFAULT, UNTIED_BY_DEFAULT, tied_by_config, tied_pairs
@@ -224,3 +225,17 @@ def test_a_misspelt_embedding_is_not_taken_for_a_tied_one(tmp_path):
     names = {"model.language_model.embed_tokens.weight": SAME, HEAD: SAME}
     base = write(tmp_path / "base", names, {"tie_word_embeddings": True})
     assert "no such tensor" in faults(base, EMBED)[0]
+
+
+# What else relies on tying --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_cannot_hold_an_edit_of_a_tied_head(tied, tmp_path):
+    """If only the head is stored, loaders use it as the embedding too, which an adapter of the head does not change."""
+    base = write(tmp_path / "base", {HEAD: SAME}, {"model_type": "llama", "tie_word_embeddings": tied})
+    edit = {"op": "set", "tensor": HEAD, "index": [7, 3], "value": 0.5}
+    manifest = write_manifest(tmp_path / "m.json", base, edit)
+    code = main(["export", str(manifest), "--format", "peft", "-o", str(tmp_path / "adapter")])
+    assert (code == 2) is tied
+    assert (tmp_path / "adapter").exists() is not tied

@@ -516,3 +516,21 @@ def test_a_model_that_never_ran_holds_no_file_and_no_thread(tmp_path: Path) -> N
         bench.layered("streamed")
     gc.collect()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (files, threads)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_tied_tensors_that_differ_are_not_streamed_as_one(alike: bool, tmp_path: Path) -> None:
+    """transformers ties them only if they are stored with the same values, so only then may one be read for both."""
+    tiny_models.write("gemma", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if not alike:
+        tensors["lm_head.weight"][:, 3] += 2.0
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    said: list[str] = []
+    model = load.open_model(open_checkpoint(tmp_path), device="cpu", placement="streamed", say=said.append)
+    assert model.method == ("streamed" if alike else "layer by layer")
+    assert ["is tied to" in line for line in said] == ([] if alike else [True])
+    [[(logits, _)]] = outcomes(model, [{}], [IDS])
+    with torch.no_grad():
+        assert_same(logits, tiny_models.load("gemma", tmp_path)(input_ids=torch.tensor([IDS])).logits[0])

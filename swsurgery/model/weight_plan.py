@@ -1,7 +1,7 @@
 """Which stored bytes make up which parameter of a model that is read layer by layer.
 
 Where that cannot be told (packed weights, fusions that are not known here) the model cannot be streamed, and says so.
-This room knows names, shapes and offsets; it reads no weight.
+This room knows names, shapes and offsets. It reads no weight, except to compare tied tensors that are stored twice.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import ModelError
 from swsurgery.projections import loaded_candidates, name_prefixes
-from swsurgery.shard import Place
+from swsurgery.shard import Place, opened, read_exactly
 
 ALIGNMENT = 256
+
+COMPARED = 4 << 20
+"""Bytes of tied tensors that are compared at a time."""
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
@@ -88,12 +91,18 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
         places = {layer_of.get(id(module)) for _, module, _ in holders}
         _, module, name = holders[0]
         tensor = getattr(module, name)
-        for path, _, _ in holders:  # tied: it is stored under one of its names
-            parts = _parts(path, tensor.shape, checkpoint, prefixes)
-            if parts:
-                break
-        else:
+        found = [(path, _parts(path, tensor.shape, checkpoint, prefixes)) for path, _, _ in holders]
+        stored = [(path, parts) for path, parts in found if parts]
+        if not stored:
             raise ModelError("cannot be read layer by layer: no stored form is known", holders[0][0])
+        parts = stored[0][1]
+        # Tied: usually stored under one of its names. If it is stored twice and differs, transformers does not tie.
+        for path, others in stored[1:]:
+            if others != parts and not _same_bytes(parts, others):
+                raise ModelError(
+                    f"cannot be read layer by layer: it is tied to {path}, which is stored with other values",
+                    stored[0][0],
+                )
         dtype = _loaded_dtype(model, holders[0][0], tensor)
         if any(
             part.dtype != dtype and not (part.dtype.is_floating_point and dtype.is_floating_point) for part in parts
@@ -169,6 +178,21 @@ def _stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Che
                 return ()
             found.append(_part(stored, (expert * rows + number * wanted[0]) * columns, checkpoint))
     return tuple(found)
+
+
+def _same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
+    """Compare the stored bytes of two forms of one parameter, a few MB at a time. Raises ShardError."""
+    if [(part.size, part.dtype, part.element) for part in one] != [(p.size, p.dtype, p.element) for p in other]:
+        return False
+    for a, b in zip(one, other, strict=True):
+        with opened(a.path) as first, opened(b.path) as second:
+            for at in range(0, a.size, COMPARED):
+                size = min(COMPARED, a.size - at)
+                if read_exactly(first, size, a.offset + at, a.path) != read_exactly(
+                    second, size, b.offset + at, b.path
+                ):
+                    return False
+    return True
 
 
 def _as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
