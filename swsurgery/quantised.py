@@ -79,8 +79,8 @@ _QUANTISER = re.compile(r"((weight|input|output|softmax|[qkv]+_bmm|(q|k|v|kv)_fa
 """Parts of a path that name a quantiser's module (ModelOpt, Mistral)."""
 
 _UNITS = re.compile(
-    r"weight_(packed|shape|scale\w*|zero_point|global_scale|g_idx|offset)|scale_weight|qscale_weight|weights_scaling_factor(_2)?|_?pre_quant_scale"
-    r"|prequant_scaling_factor|SCB|absmax|quant_map|comfy_quant|_weight_\w+|qweight|qzeros"
+    r"weight_(packed|shape|scale\w*|zero_point|global_scale|g_idx|offset)"
+    r"|scale_weight|qscale_weight|weights_scaling_factor(_2)?|_?pre_quant_scale|prequant_scaling_factor|SCB|absmax|quant_map|comfy_quant|_weight_\w+|qweight|qzeros"
 )
 """Last parts of names of tensors that give a *weight* its unit, so that even a float weight beside them is unclear."""
 
@@ -235,9 +235,13 @@ class Quantisation:
             *path, last = other[len(module) + 1 :].split(".")
             if "parametrizations" in path:  # torch's weight normalisation keeps its factors there
                 continue
-            packed = last in _PACKED
             loose = not path and self.declared is not None and _LOOSE_UNITS.fullmatch(last) is not None
-            if packed or loose or _UNITS.fullmatch(last) or not {"weight", "weight_quantizer"}.isdisjoint(path):
+            if (
+                last in _PACKED
+                or loose
+                or _UNITS.fullmatch(last)
+                or not {"weight", "weight_quantizer"}.isdisjoint(path)
+            ):
                 yield other
 
     # Internals --------------------------------------------------------------------------------------------------
