@@ -80,7 +80,8 @@ _QUANTISER = re.compile(r"((weight|input|output|softmax|[qkv]+_bmm|(q|k|v|kv)_fa
 
 _UNITS = re.compile(
     r"weight_(packed|shape|scale\w*|zero_point|global_scale|g_idx|offset)"
-    r"|scale_weight|qscale_weight|weights_scaling_factor(_2)?|_?pre_quant_scale|prequant_scaling_factor|SCB|absmax|quant_map|comfy_quant|_weight_\w+|qweight|qzeros"
+    r"|scale_weight|qscale_weight|weights_scaling_factor(_2)?|_?pre_quant_scale|prequant_scaling_factor"
+    r"|SCB|absmax|quant_map|comfy_quant|_weight_\w+|qweight|qzeros"
 )
 """Last parts of names of tensors that give a *weight* its unit, so that even a float weight beside them is unclear."""
 
