@@ -27,7 +27,7 @@ from swsurgery.findings import Method, ScanReport, SweepReport
 from swsurgery.hub import local, named
 from swsurgery.known.render import refuse_unfit
 from swsurgery.manifest import load_manifest
-from swsurgery.model import Placement
+from swsurgery.model import Placement, tokenizer
 from swsurgery.pins import check_planned
 from swsurgery.plan import make_plan
 from swsurgery.progress import Progress, Rounds, Silent
@@ -191,6 +191,7 @@ def open_base(base: str | Path, weights: Weights | None = None, variant: str | N
 def _need_a_model() -> None:
     if reason := model.available():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
+    tokenizer.start()
 
 
 def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
     check.py        the sanity check on one page; start here
     load.py         device, dtype, model and tokenizer from a local directory, quietly
+    tokenizer.py    the checkpoint's tokenizer, in a process of limited memory and time: tokenizer_child.py
     forward.py      any number of variants of a model, layer by layer, in one reading of its weights
     places.py       where stored scalars are in a loaded model, and how they get other values for a while
     calls.py        what a layer is called with

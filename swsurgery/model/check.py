@@ -15,6 +15,7 @@ from swsurgery.checkpoint import Checkpoint
 from swsurgery.dtypes import decode
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model import Placement, ScalarChange, available
+from swsurgery.model.tokenizer import start
 from swsurgery.progress import Progress
 from swsurgery.report import Bounds, CheckReport, Continuations
 
@@ -68,6 +69,7 @@ def run_checks(
     """
     if reason := available():
         raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
+    start()
     try:
         import torch
         import transformers

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import sdpa_kernel
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
@@ -34,6 +34,7 @@ from swsurgery.model import Placement
 from swsurgery.model.forward import ATTENTION, LayeredModel
 from swsurgery.model.places import find_decoder_layers
 from swsurgery.model.stream import StreamedWeights, pinned_pieces
+from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.weight_plan import STORED, plan_weights
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
@@ -276,20 +277,9 @@ def context_length(model: PreTrainedModel) -> int:
     return length if isinstance(length, int) and length > 0 else sys.maxsize
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`. Raises ModelError where there is none or where it cannot be loaded."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except LOADING_ERRORS as error:
-        what = f"no tokenizer that can be loaded: {first_line(error)}"
-        raise Unrunnable(what, directory, "mend its tokenizer files or its config.json") from error
-    # For some model types transformers makes up an almost empty tokenizer where no file of one is there.
-    files = {"tokenizer.json", "tokenizer.model", "tekken.json", *tokenizer.vocab_files_names.values()}
-    if not any((directory / file).is_file() for file in files):
-        raise Unrunnable("no tokenizer", directory, "copy the base model's tokenizer.json there")
-    return tokenizer
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Load the tokenizer in `directory`, in a process of its own. Raises Unrunnable."""
+    return Tokenizer(directory)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from swsurgery.errors import ModelError
 from swsurgery.model.forward import Outcomes, Peak
 from swsurgery.model.stopwords import STOP_WORDS
+from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.report import Side, SuperActivation
 
 #: Logits taken at once: as float32, 16 MB for each of the handful of tensors that exist at the same time.
@@ -25,7 +26,7 @@ LOGITS_AT_ONCE = 2**22
 TOP = 5
 
 
-def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     """[BOS] if `tokenizer` puts that token in front of what it encodes by default, else []. Tokens that it would
     append (EOS) are never wanted here: they would end the text that is to be continued."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -41,7 +42,7 @@ def refuse_unknown_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[i
         raise ModelError(f"tokenizer gives token {largest}", f"the model has {vocabulary}", "is it this model's own?")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The token ids of `text`, with no special tokens added. Raises ModelError for what UTF-8 cannot encode."""
     try:
         text.encode()
@@ -64,7 +65,7 @@ def cut_windows(ids: Sequence[int], bos: Sequence[int], windows: int, window: in
     return [[*bos, *ids[start : start + window]] for start in starts]
 
 
-def stop_word_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[int]:
+def stop_word_tokens(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
     """The token ids below `vocabulary` that decode to a stop word, in any case, with or without one leading space."""
     ids = range(min(vocabulary, len(tokenizer)))
     decoded = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
@@ -142,7 +143,7 @@ def _parts(logits: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
-def top_tokens(tokenizer: PreTrainedTokenizerBase, logits: Tensor) -> tuple[tuple[str, float], ...]:
+def top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float], ...]:
     """The likeliest tokens after the last position of `logits` (tokens, vocabulary), as (text, probability).
 
     Equal probabilities, common in bfloat16, come in the order of token ids. Empty where the logits are not finite.

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from swsurgery import dtypes
 from swsurgery.checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from swsurgery.findings import SweepPoint, SweepReport
 from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import built_in_text
 from swsurgery.model.forward import LayeredModel
+from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.progress import Progress
 
 STATES = 2 << 30
@@ -152,7 +153,7 @@ def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.
 
 
 def windows_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, windows: int, window: int
+    model: PreTrainedModel, tokenizer: Tokenizer, text: str, windows: int, window: int
 ) -> tuple[list[list[int]], int]:
     """Cut the first `windows` windows of `text`, and count the tokens of text in one.
 

@@ -1,0 +1,209 @@
+"""A checkpoint's tokenizer, run in a process of its own that may use 2 GB of memory and 60 seconds.
+
+A tokenizer is a program in disguise: regular expressions, replacements and tables of any size, which come from a
+stranger. The process (`tokenizer_child.py`) loads it with transformers and answers requests; the object here asks.
+Imports neither torch nor transformers, so that the process can start while this one imports them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from swsurgery.errors import Unrunnable
+
+MEMORY = 2 << 30
+"""Address space of the process, in bytes. Loading SmolLM2's tokenizer takes 220 MB of it."""
+
+SECONDS = 60
+"""Processor time of the process, and time that is spent waiting for it."""
+
+MAX_ANSWER = 128 << 20
+"""Bytes. The decoded vocabulary of Gemma 3, the largest known, has 5 MB."""
+
+IDLE_SECONDS = 90
+"""A process that was idle for so long is not used again; it ends soon after."""
+
+_idle: list[_Process] = []
+
+
+class _Process:
+    """One process that serves one tokenizer after the other."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        environment = os.environ | {
+            "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "USE_TORCH": "0", "TOKENIZERS_PARALLELISM": "false",
+            "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            environment.pop(name, None)
+        program = [sys.executable, "-P", str(Path(__file__).with_name("tokenizer_child.py"))]
+        self._child = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+            bufsize=0, start_new_session=True,
+        )  # fmt: skip
+        self.end = weakref.finalize(self, _kill, self._child)
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._requests, self._answers = self._child.stdin.fileno(), self._child.stdout.fileno()
+        os.set_blocking(self._requests, False)
+        self._left, self.idle_since = 0.0, time.monotonic()
+
+    def alive(self) -> bool:
+        """Return True unless it has ended, or is about to because it was idle for long."""
+        return self.end.alive and self._child.poll() is None and time.monotonic() - self.idle_since < IDLE_SECONDS
+
+    def allow(self, seconds: float) -> None:
+        """Let the requests from now on take so long in all."""
+        self._left = seconds
+
+    def ask(self, request: dict[str, object]) -> dict[str, object]:
+        """Send one request and return its answer. Raises _Failed."""
+        self._send(request)
+        return self._receive()
+
+    def _send(self, request: dict[str, object]) -> None:
+        data = memoryview(json.dumps(request).encode() + b"\n")
+        try:
+            while data:
+                self._wait(self._requests, select.POLLOUT)
+                data = data[os.write(self._requests, data[: 1 << 16]) :]
+        except BrokenPipeError:
+            pass  # what it has said before it ended is read below
+
+    def _receive(self) -> dict[str, object]:
+        """Read one answer. Raises _Failed."""
+        data = bytearray()
+        while not data.endswith(b"\n"):
+            self._wait(self._answers, select.POLLIN)
+            piece = os.read(self._answers, 1 << 20)
+            data += piece
+            if not piece:
+                raise _Failed("its process ended")
+            if len(data) > MAX_ANSWER:
+                raise _Failed(f"it gives more than {MAX_ANSWER >> 20} MB of text")
+        try:
+            document = json.loads(data)
+        except ValueError:
+            raise _Failed("its process was cut off") from None
+        assert isinstance(document, dict)
+        if "error" in document:
+            raise _Failed(str(document["error"]))
+        return document
+
+    def _wait(self, descriptor: int, event: int) -> None:
+        poll = select.poll()
+        poll.register(descriptor, event)
+        begin = time.monotonic()
+        ready = poll.poll(max(0, self._left) * 1000)
+        self._left -= time.monotonic() - begin
+        if not ready:
+            raise _Failed(f"it takes more than {SECONDS} seconds")
+
+
+class _Failed(Exception):
+    """What the tokenizer's process could not do, in a few words."""
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    for stream in (child.stdin, child.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def start() -> None:
+    """Start a process for a tokenizer that will soon be loaded, so that it is ready by then."""
+    with contextlib.suppress(OSError):
+        if not any(process.alive() for process in _idle):
+            _idle.append(_Process())
+
+
+def _take(directory: Path) -> _Process:
+    while _idle:
+        process = _idle.pop()
+        if process.alive():
+            return process
+        process.end()
+    try:
+        return _Process()
+    except OSError as error:
+        what = f"no process can be started for the tokenizer ({os.strerror(error.errno or 0)})"
+        raise Unrunnable(what, directory) from error
+
+
+def _release(process: _Process) -> None:
+    """Keep a process for the next tokenizer, if it ends its work on this one at once."""
+    if not process.alive() or _idle:
+        process.end()
+        return
+    process.allow(1.0)
+    try:
+        process.ask({"end": True})
+    except _Failed:
+        process.end()
+    else:
+        process.idle_since = time.monotonic()
+        _idle.append(process)
+
+
+class Tokenizer:
+    """The tokenizer in `directory`, with the few calls of transformers' own that this package makes.
+
+    Raises Unrunnable, here and in each call, if there is no tokenizer, or if it fails or needs too much.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory, self._verb = directory, "loaded"
+        self._process = _take(directory)
+        self._released = weakref.finalize(self, _release, self._process)
+        self._released.atexit = False  # then it is ended
+        self._process.allow(SECONDS)
+        said = self._ask({"load": str(directory), "memory": MEMORY, "seconds": SECONDS})
+        size, bos, files = said["size"], said["bos"], said["files"]
+        assert isinstance(size, int) and (bos is None or isinstance(bos, int)) and isinstance(files, list)
+        self._size, self.bos_token_id = size, bos
+        # For some model types transformers makes up an almost empty tokenizer if there is no file of one.
+        names = {"tokenizer.json", "tokenizer.model", "tekken.json", *map(str, files)}
+        if not any((directory / name).is_file() for name in names):
+            raise Unrunnable("no tokenizer", directory, "copy the base model's tokenizer.json there")
+        self._verb = "run"
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Return {"input_ids": the tokens of `text`}."""
+        ids = self._ask({"text": text, "special": add_special_tokens})["ids"]
+        assert isinstance(ids, list)
+        return {"input_ids": ids}
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]], clean_up_tokenization_spaces: bool = False) -> list[str]:
+        """Return the text of each sequence of tokens, with its spaces as they are."""
+        assert not clean_up_tokenization_spaces
+        texts = self._ask({"ids": [list(ids) for ids in sequences]})["texts"]
+        assert isinstance(texts, list)
+        return texts
+
+    def _ask(self, request: dict[str, object]) -> dict[str, object]:
+        try:
+            return self._process.ask(request)
+        except BaseException as error:  # an interrupt too: the answer may be on its way still
+            self._released.detach()
+            self._process.end()
+            if not isinstance(error, _Failed):
+                raise
+            what = f"no tokenizer that can be {self._verb}: {error}"
+            raise Unrunnable(what, self._directory, "mend its tokenizer files or its config.json") from None

@@ -1,0 +1,125 @@
+"""The program of the process that runs a checkpoint's tokenizer. Started by `tokenizer.py`, by its path.
+
+It imports transformers once, without torch, and then forks a worker for each tokenizer that it is asked for. Requests
+and answers are lines of JSON on stdin and stdout. The worker has limits on memory, processor time and written files; if
+it dies, this program says so in its place.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+
+IDLE_SECONDS = 120
+MAX_TOKENS = 4_000_000
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process if the one that made it ends (Linux). Elsewhere the end of stdin does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def limit(memory: int, seconds: int) -> None:
+    """Limit this process: address space in bytes, processor time, and no file may be written."""
+    for which, value in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(which)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (value, hard))  # the soft limit on time sends SIGXCPU, which says what it was
+
+
+def read_request() -> dict[str, object] | None:
+    """Read one line from descriptor 0, and nothing behind it; None at the end of the stream."""
+    pieces = []
+    while True:
+        piece = os.read(0, 1 << 20)  # the other side waits for the answer before it sends more
+        pieces.append(piece)
+        if not piece:
+            return None
+        if piece.endswith(b"\n"):
+            request = json.loads(b"".join(pieces))
+            assert isinstance(request, dict)
+            return request
+
+
+def answer(document: dict[str, object]) -> None:
+    """Write one line to descriptor 1."""
+    data = memoryview(json.dumps(document).encode() + b"\n")
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def serve(directory: str) -> None:
+    """Load the tokenizer in `directory` and answer requests about it until one says "end"."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    bos = tokenizer.bos_token_id
+    answer({"size": len(tokenizer), "bos": bos if isinstance(bos, int) else None,
+            "files": [str(name) for name in tokenizer.vocab_files_names.values()]})  # fmt: skip
+    while (request := read_request()) is not None:
+        if "end" in request:
+            answer({})
+            return
+        if "text" in request:
+            ids = tokenizer(request["text"], add_special_tokens=request["special"])["input_ids"]
+            if len(ids) > MAX_TOKENS:
+                raise ValueError(f"a text of {len(ids)} tokens")
+            answer({"ids": [int(i) for i in ids]})
+        else:
+            answer({"texts": tokenizer.batch_decode(request["ids"], clean_up_tokenization_spaces=False)})
+
+
+def work(request: dict[str, object]) -> None:
+    """Be the worker: serve, say what went wrong, and end."""
+    code = 1
+    try:
+        die_with_parent()
+        limit(int(str(request["memory"])), int(str(request["seconds"])))
+        serve(str(request["load"]))
+        code = 0
+    except MemoryError:
+        pass
+    except BaseException as error:  # noqa: BLE001 (whatever the libraries raise, it is the tokenizer's fault)
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+        answer({"error": (lines[0] if lines else type(error).__name__)[:160]})
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    """Import transformers, then serve one tokenizer after the other until stdin ends or nobody asks for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    die_with_parent()
+    sys.modules["torch"] = None  # type: ignore[assignment]  # it takes seconds and memory, and no tokenizer needs it
+    import tokenizers  # noqa: F401 (so that the workers have it)
+    from transformers import AutoTokenizer  # noqa: F401
+    from transformers.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)
+    while select.select([0], [], [], IDLE_SECONDS)[0]:
+        request = read_request()
+        if request is None:
+            return
+        worker = os.fork()
+        if worker == 0:
+            work(request)
+        status = os.waitpid(worker, 0)[1]
+        if status:
+            memory = os.WIFEXITED(status) or os.WTERMSIG(status) in (signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL)
+            answer({"error": "more memory than it may have" if memory else "more time than it may have"})
+
+
+if __name__ == "__main__":
+    main()
