@@ -73,6 +73,7 @@ pred_layer.proj
 HEADS = tuple(_HEADS.split())
 """Names of language-modelling heads, without ".weight"."""
 
+_ENDINGS = tuple(f"{head}.weight" for head in HEADS)
 _LONGEST_FIRST = "|".join(map(re.escape, sorted(HEADS, key=len, reverse=True)))
 _HEAD = re.compile(rf"(?P<prefix>(?:.*?\.)??)(?:{_LONGEST_FIRST})\.weight", re.DOTALL)
 
@@ -227,7 +228,7 @@ def _default(section: Mapping[str, object]) -> bool | None:
 def _heads(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield every (head, embedding) that share a prefix."""
     encoders = [name for name in names if name.endswith(".word_embeddings.weight")]
-    for name in names:
+    for name in (name for name in names if name.endswith(_ENDINGS)):
         head = _HEAD.fullmatch(name)
         embedding = _embedding(head["prefix"], names, encoders) if head else None
         if embedding is not None:
@@ -236,12 +237,12 @@ def _heads(names: Collection[str]) -> Iterator[tuple[str, str]]:
 
 def _copies(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield every (embedding, its copy) of an encoder-decoder."""
-    for original, copies in COPIES.items():
-        tail = f"{original}.weight"
-        for name in names:
-            if name == tail or name.endswith(f".{tail}"):
-                candidates = (f"{name.removesuffix(tail)}{copy}.weight" for copy in copies)
-                yield from ((name, copy) for copy in candidates if copy in names)
+    endings = tuple(f"{original}.weight" for original in COPIES)
+    for name in (name for name in names if name.endswith(endings)):
+        for original, copies in COPIES.items():
+            prefix = name.removesuffix(f"{original}.weight")
+            if prefix == "" or (prefix != name and prefix.endswith(".")):
+                yield from ((name, copy) for copy in (f"{prefix}{c}.weight" for c in copies) if copy in names)
 
 
 def _embedding(prefix: str, names: Collection[str], encoders: Sequence[str]) -> str | None:
