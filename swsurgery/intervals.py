@@ -1,7 +1,8 @@
 """Confidence intervals of a mean loss difference, computed from whole windows of text.
 
-Tokens within a window are not independent, so an interval from tokens is far too narrow. Pure Python: knows neither
-torch nor models, and needs only one mean per window.
+Tokens within a window are not independent, so an interval from tokens is far too narrow. Neighbouring windows are not
+independent either: they belong to the same article. Pure Python: knows neither torch nor models, and needs only one
+mean per window.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ LEAST_WINDOWS = 8
 """Fewest windows that give an interval. From fewer, the spread of the windows is too uncertain."""
 
 
+DESIGN_EFFECT = 3.0
+"""Variance of the mean of consecutive windows, divided by that of as many independent windows (L. Kish, Survey
+Sampling, 1965). SmolLM2-135M on 256 consecutive windows of 256 tokens of WikiText-2, with layer 11 [507, 1229] zeroed:
+the loss differences of windows 1 to 4 apart correlate by 0.33, 0.32, 0.24 and 0.24, and 1 + 2 * 1.13 = 3.3. Without
+this factor a nominal 95% interval of 8 or 16 consecutive windows contains the mean of all in 80% to 84% of cases, with
+it in 92% to 97% (tests/test_intervals.py)."""
+
+
 class Interval(NamedTuple):
     """A weighted mean and the ends of its interval; the ends are None if there are too few windows."""
 
@@ -28,7 +37,8 @@ def mean_interval(values: Sequence[float], weights: Sequence[float], confidence:
     """Compute the Student interval of the mean of `values`, one value per window, weighted by scored tokens.
 
     The standard error is that of a ratio of sums (W. G. Cochran, Sampling Techniques, 1977, section 2.11), with n - 1
-    degrees of freedom. A window whose value is infinite makes the mean and both ends infinite.
+    degrees of freedom and DESIGN_EFFECT for the correlation of neighbours. A window whose value is infinite makes the
+    mean and both ends infinite.
     """
     total = sum(weights)
     mean = sum(weight * value for value, weight in zip(values, weights, strict=True)) / total
@@ -38,7 +48,7 @@ def mean_interval(values: Sequence[float], weights: Sequence[float], confidence:
     if not math.isfinite(mean):
         return Interval(mean, mean, mean)
     squares = sum((weight * (value - mean)) ** 2 for value, weight in zip(values, weights, strict=True))
-    error = math.sqrt(squares * count / (count - 1)) / total
+    error = math.sqrt(DESIGN_EFFECT * squares * count / (count - 1)) / total
     reach = student_quantile(confidence, count - 1) * error
     return Interval(mean, mean - reach, mean + reach)
 

@@ -20,7 +20,8 @@ from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.findings import Candidate, Confirmation, Effect, JointSet, ScanReport, Trial
 from swsurgery.known.data import load_file
 from swsurgery.known.export import render_entry
-from swsurgery.known.schema import causal_class
+from swsurgery.known.schema import Effect as KnownEffect
+from swsurgery.known.schema import Source, causal_class
 from swsurgery.manifest import load_manifest, parse_manifest
 from swsurgery.plan import make_plan
 
@@ -108,6 +109,17 @@ def test_the_entry_says_what_was_measured(checkpoint, report):
     assert (joint.effects[0].ratio, joint.effects[0].protocol) == (54.25, "zero jointly")
     [everything] = model.effects
     assert (everything.ratio, everything.protocol) == (55.0, "zero all 2 candidates of the scan")
+
+
+def test_an_interval_that_version_0_1_0_made_from_tokens_is_read_and_not_shown():
+    conditions = {"text_sha256": DIGEST, "windows": 16, "window_tokens": 512, "dtype": "float32", "device": "cpu"}
+    fields = {"protocol": "zero", "metric": "ppl", "before": 29.6, "after": 162.8, "ratio": 5.5, "ci95": (4.95, 6.05)}
+    source = Source(key="scan", kind="own scan", cite="swsurgery 0.1.0")
+    old = KnownEffect(**fields, conditions=conditions, source=source)
+    assert (old.ratio, old.ci95, old.conditions.scored_tokens) == (5.5, None, None)
+    new = KnownEffect(**fields, conditions=conditions | {"scored_tokens": 8176}, source=source)
+    published = KnownEffect(**fields, source=source)
+    assert new.ci95 == published.ci95 == (4.95, 6.05)
 
 
 def test_the_source_repeats_the_scan(checkpoint, report):

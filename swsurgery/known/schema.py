@@ -107,6 +107,16 @@ class Effect(Strict):
     note: str | None = None
     source: Source
 
+    @model_validator(mode="after")
+    def _drop_interval_from_tokens(self) -> Effect:
+        """Drop an interval that version 0.1.0 measured, the version that kept no number of scored tokens.
+
+        It was computed from blocks of tokens and contained the true ratio in about half of all cases.
+        """
+        if self.conditions is not None and self.conditions.scored_tokens is None:
+            object.__setattr__(self, "ci95", None)
+        return self
+
     def to_json(self) -> dict[str, Any]:
         fields = self.model_dump(exclude_defaults=True, exclude={"source"}) | {"source": str(self.source)}
         return {name: str(f) if isinstance(f, float) and math.isinf(f) else f for name, f in fields.items()}
