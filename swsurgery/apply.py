@@ -320,8 +320,9 @@ def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> No
     """Hold a digest of the base against everything that says what it must be. Raises PlanError."""
     for wanted, who in (pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
         if wanted and wanted != digest:
-            raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path,
-                            "is this the right checkpoint?")  # fmt: skip
+            changed = f"{file.name} was changed since the edit: restore it, or give the unchanged checkpoint"
+            remedy = changed if who == "its registry" else "is this the right checkpoint?"
+            raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path, remedy)
 
 
 def _splice(chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:

@@ -20,6 +20,7 @@ from swsurgery.arguments import require_choice, require_type
 from swsurgery.copies import look_at_others
 from swsurgery.errors import CheckpointError
 from swsurgery.folder import Entry, Folder
+from swsurgery.hints import hub_hint, is_cache_folder, snapshot_hint
 from swsurgery.jsonfile import read_config
 from swsurgery.listing import LEFT_OUT, BaseFile, cache_identity, hold, is_cache_snapshot, list_files
 from swsurgery.names import WORKING_FILES
@@ -136,12 +137,16 @@ def open_checkpoint(
     require_type("variant", variant, str, optional=True)
     folder = root if isinstance(root, Folder) else None
     if isinstance(root, Path | Folder):
+        given = folder.path if folder else root
         root = folder.path if folder else Path(os.path.realpath(root))
         if not folder and not root.is_dir():
             if not root.exists():
-                raise CheckpointError("no such checkpoint", root)
-            raise CheckpointError("a checkpoint is a directory", root, "give the directory that holds this file")
+                raise CheckpointError("no such checkpoint", root, hub_hint(str(given)))
+            remedy = snapshot_hint(given.absolute()) or snapshot_hint(root) or "give the directory that holds this file"
+            raise CheckpointError("a checkpoint is a directory", root, remedy)
         in_cache = is_cache_snapshot(root)
+        if not in_cache and is_cache_folder(root):
+            raise CheckpointError("is a folder of the Hugging Face cache, not a checkpoint", root, snapshot_hint(root))
         if not in_cache and not editing:
             journal.recover(root)
         files, left_out = list_files(folder or hold(root))

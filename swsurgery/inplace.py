@@ -103,7 +103,8 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
         splices = undoing(registry, checkpoint)
         names = {f.name: f.size for f in checkpoint.files}
         if wrong := [name for name, record in registry.files.items() if names.get(name) != record.size]:
-            raise CheckpointError(f"cannot be reverted, for these are missing or changed: {', '.join(wrong)}", root)
+            raise CheckpointError(f"cannot be reverted, for these were changed or removed since the edit: "
+                                  f"{', '.join(wrong)}", root, "restore them")  # fmt: skip
         pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
         touched = _hash_touched(checkpoint, splices, pins, progress)
         _untouched(checkpoint, touched, registry, pins, (), progress)

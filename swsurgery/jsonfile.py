@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.errors import CheckpointError
+from swsurgery.hints import not_the_file
 from swsurgery.shard import Place, no_duplicates, opened, quoted, read_at_most, size_of
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMAL
             parse_int=_whole,
         )
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON and the two hooks
+        if found := not_the_file(raw[:8]):
+            raise CheckpointError(found[0], name, found[1]) from None
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(f"is not sound JSON: {reason}", name) from None
     if _SURROGATE.search(raw):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from swsurgery.errors import CheckpointError
 from swsurgery.folder import Entry, Folder, Identity
+from swsurgery.hints import link_remedy
 from swsurgery.names import SHARD_NAME, WORKING_FILES
 from swsurgery.shard import Place
 from swsurgery.weight_files import some
@@ -80,7 +81,7 @@ def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
             elif stat.S_ISREG(mode) and entry.identity:
                 files.append(BaseFile(name, entry, entry.identity.size))
             elif stat.S_ISLNK(mode):
-                faults.append(f"is a symbolic link: {name} (give the directory that holds the real files)")
+                faults.append(f"is a symbolic link: {name} ({link_remedy(root.path / name)})")
             else:
                 faults.append(f"is not a regular file: {name}")
     if faults:

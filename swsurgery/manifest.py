@@ -144,6 +144,8 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
         raise ManifestError.of([f"{path}:{line}:{column}: not UTF-8 (save the file as UTF-8)"]) from None
+    if text.startswith("version https://git-lfs"):
+        raise ManifestError(f"{path}:1:1: is a git-lfs pointer, not the file itself", remedy="run git lfs pull")
     reader = _Reader(text)
     faults = reader.faults
     if reader.complete:

@@ -370,6 +370,29 @@ def _refuse_packed(name: str, shapes: Shapes) -> None:
             )
 
 
+def _refuse_otherwise_stored(name: str, shapes: Shapes) -> None:
+    """Raise ArchitectureError if the module of a down projection is stored, but under other names than its weight."""
+    if not name.endswith(".weight") or name in shapes:
+        return
+    module = name.removesuffix("weight")
+    stored = sorted(t for t in shapes if t.startswith(module) and t != f"{module}bias")
+    if stored:
+        raise ArchitectureError("the down projection is quantised or stored in parts, so no single scalar of it can be "
+                                "edited", stored[0], "edit the checkpoint before it is quantised")  # fmt: skip
+
+
+def _layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
+    """Return the number of every layer that stores a tensor, of whatever kind."""
+    starts = {
+        (prefix + layout.name).split("{layer}")[0]
+        for family in families
+        for layout in family.layouts
+        for prefix in family.prefixes
+    }
+    pattern = re.compile(f"(?:{'|'.join(map(re.escape, sorted(starts)))})(0|[1-9][0-9]{{0,8}})\\.")
+    return {int(match[1]) for tensor in shapes if (match := pattern.match(tensor))}
+
+
 def _not_there(
     config: Mapping[str, Any], families: tuple[Family, ...], shapes: Shapes, layer: int, expert: Expert
 ) -> ArchitectureError:
@@ -377,8 +400,9 @@ def _not_there(
     for place in (expert, None, 0, "shared"):
         for name in _possible_names(families, layer, place):
             _refuse_packed(name, shapes)
+            _refuse_otherwise_stored(name, shapes)
 
-    by_name = 1 + max((place for tensor in shapes for _, _, place, _ in _matches(families, tensor)), default=-1)
+    by_name = 1 + max(_layer_numbers(families, shapes), default=-1)
     counts = [count for count in (by_name, layer_limit(config)) if count]
     if counts and not 0 <= layer < min(counts):
         where = f"it has layers 0 to {min(counts) - 1}"

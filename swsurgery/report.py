@@ -89,19 +89,25 @@ class CheckReport:
         non-finite logits of the base, fails every bound there is.
         """
         lines = []
-        if not self.patched.finite:
-            lines.append("logits of the patched model are not finite: text or prompts (weaken the edits)")
+        # Weaker edits help only if the base is sound.
+        sound = self.base.finite or not self.compared
+        base_fault = "those of the base are not finite either, so check the base: verify --finite"
+        if not self.patched.finite and self.compared:
+            remedy = "weaken the edits" if sound else base_fault
+            lines.append(f"logits of the patched model are not finite: text or prompts ({remedy})")
+        elif not self.patched.finite:
+            lines.append("logits of the model are not finite: text or prompts (search its weights: verify --finite)")
         ratio, most, least = self.perplexity_ratio, self.bounds.max_perplexity_ratio, self.bounds.min_perplexity_ratio
         # written so that a NaN, which compares false to everything, lands on the failing side
         if most is not None and not (math.isfinite(ratio) and ratio <= most):
             lines.append(
                 f"perplexity ratio above the bound: {ratio:.6g}, at most {most:g} allowed "
-                "(weaken the edits or raise max_perplexity_ratio)"
+                f"({'weaken the edits or raise max_perplexity_ratio' if sound else base_fault})"
             )
         if least is not None and not (math.isfinite(ratio) and ratio >= least):
             lines.append(
                 f"perplexity ratio below the bound: {ratio:.6g}, at least {least:g} wanted "
-                "(strengthen the edits or lower min_perplexity_ratio)"
+                f"({'strengthen the edits or lower min_perplexity_ratio' if sound else base_fault})"
             )
         return tuple(lines)
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol
 from swsurgery.dtypes import DTYPES, Dtype
 from swsurgery.errors import ShardError
 from swsurgery.folder import Entry
+from swsurgery.hints import not_the_file
 
 MAX_HEADER = 16 << 20
 """Bytes of header accepted. The format allows 100 MB; the largest headers seen in published checkpoints are
@@ -36,15 +37,6 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 _INTEGER = {int}
 _NEGATIVE = re.compile(rb"[\[,:][ \t\n\r]*-")
 _WIDTH = 120
-
-_NOT_SAFETENSORS = (
-    (b"version ", "is a git-lfs pointer, not the file itself", "run git lfs pull"),
-    (b"\x1f\x8b", "is a gzip file", "decompress it"),
-    (b"PK\x03\x04", "is a zip file, perhaps a pickled checkpoint", "convert it to safetensors"),
-    (b"GGUF", "is a GGUF file", "convert it to safetensors"),
-    (b"<!", "is an HTML page, perhaps a failed download", "download it again"),
-    (b"<htm", "is an HTML page, perhaps a failed download", "download it again"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +201,8 @@ def header_length(start: bytes, size: int, path: Path) -> int:
     (length,) = struct.unpack("<Q", start)
     if length > size - 8:
         # Only now: a sound file may begin with any of these bytes, for they are its header's length.
-        for magic, what, remedy in _NOT_SAFETENSORS:
-            if start.startswith(magic):
-                raise ShardError(what, path, remedy)
+        if found := not_the_file(start):
+            raise ShardError(found[0], path, found[1])
         raise ShardError(f"is truncated: its header says {length} bytes, the file has {size}", path,
                          "download it again")  # fmt: skip
     if length > MAX_HEADER:

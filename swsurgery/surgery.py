@@ -37,6 +37,7 @@ from swsurgery.errors import (
     Unrunnable,
     or_else,
 )
+from swsurgery.hints import hub_hint
 from swsurgery.hub import Repo, Uri, fetch, local, named, place
 from swsurgery.listing import cached_files
 from swsurgery.manifest import LoadedManifest, load_manifest
@@ -212,7 +213,8 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
         registry, previous = patched.registry, patched.previous()
         names = {f.name for f in checkpoint.files}
         if missing := [name for name in registry.files if name not in names]:
-            raise CheckpointError(f"cannot be reverted, for it lacks {', '.join(missing)}", checkpoint.root)
+            raise CheckpointError(f"cannot be reverted, for it lacks {', '.join(missing)}", checkpoint.root,
+                                  "restore what was removed since the edit")  # fmt: skip
         source = Source(
             files=tuple(f for f in checkpoint.files if f.name in registry.files),
             splices=undoing(registry, checkpoint),
@@ -339,12 +341,18 @@ def open_patched(root: Path) -> tuple[Patched, Checkpoint]:
 
 
 def base_of(loaded: LoadedManifest, base: str | None) -> Path | Uri:
-    """What the base is: `base` if given, else what the manifest says. Raises HubError for a name that is none."""
+    """What the base is: `base` if given, else what the manifest says.
+
+    Raises HubError for a name that is none, CheckpointError for a path that looks like a repository of the Hub.
+    """
     said = loaded.manifest.base
     if base is not None:
         return named(base)
     if said.path is not None:
-        return loaded.path.parent / said.path
+        where = loaded.path.parent / said.path
+        if not os.path.lexists(where) and hub_hint(said.path):
+            raise CheckpointError("no such checkpoint", where, "name a repository of the Hub with base.repo_id")
+        return where
     return Uri(said.repo_id, said.revision, "")
 
 

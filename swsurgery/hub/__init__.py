@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, HubError
+from swsurgery.hints import hub_hint
 from swsurgery.hub.faults import told
 from swsurgery.hub.names import COMMIT, is_file_name, is_revision
 from swsurgery.hub.remote import RemoteFile, Repo, open_repo
@@ -79,7 +80,11 @@ def parse_uri(text: str) -> Uri:
 
 def named(text: str | Path) -> Path | Uri:
     """What a user means by a checkpoint: a directory, or hf://ORG/NAME[@REVISION][/sub]. Raises HubError."""
-    return parse_uri(text) if isinstance(text, str) and text.startswith(SCHEME) else Path(text)
+    if isinstance(text, str) and text.startswith(SCHEME):
+        return parse_uri(text)
+    if isinstance(text, str) and text.startswith(("https://", "http://", "huggingface.co/", "hf.co/")):
+        raise HubError("a URL is no checkpoint", text, hub_hint(text) or "give a directory, or hf://ORG/NAME")
+    return Path(text)
 
 
 def directory(text: str) -> Path:

@@ -33,6 +33,7 @@ from swsurgery.hub import config_error
 from swsurgery.model import Placement
 from swsurgery.model.forward import ATTENTION, LayeredModel
 from swsurgery.model.places import find_decoder_layers
+from swsurgery.model.refusals import has_tokenizer, missing_weights, refuse_dtype, refuse_pointers
 from swsurgery.model.stream import StreamedWeights, pinned_pieces
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.weight_plan import STORED, plan_weights
@@ -108,6 +109,8 @@ def open_model(
     cannot load it, where weights are missing (transformers would make them up), or where there is not
     enough memory.
     """
+    refuse_pointers(checkpoint.root)
+    refuse_dtype(checkpoint.root)
     target = pick_device(device)
     elements = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     comfortable = elements * 4 <= COMFORTABLE_SHARE * _free_bytes(target)
@@ -210,9 +213,15 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def auto_model(config: PretrainedConfig) -> type:
-    """The class that builds a model of this config: a language model, alone or beside one that sees images."""
-    known = transformers.AutoModelForCausalLM._model_mapping
-    return transformers.AutoModelForCausalLM if type(config) in known else transformers.AutoModelForImageTextToText
+    """The class that builds a model of this config: a language model, alone or beside one that sees images.
+
+    Raises Unrunnable for a model type that has neither.
+    """
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise Unrunnable(f"transformers has no language model of model_type {config.model_type}", config.name_or_path,
+                     "an embedding, reward or encoder model predicts no tokens")  # fmt: skip
 
 
 def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -267,8 +276,7 @@ def refuse_invented(info: Mapping[str, Collection[Any]], directory: Path) -> Non
         what = f"{name} is stored as {stored}, but config.json asks for {wanted}{more}"
         raise Unrunnable(what, directory, "mend its config.json")
     if missing := sorted(info["missing_keys"]):
-        what = f"weights that the model needs are missing: {missing[0]}"
-        raise Unrunnable(what, directory, "see that its config.json belongs to these weights")
+        raise missing_weights(missing, directory)
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -278,8 +286,22 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load the tokenizer in `directory`, in a process of its own. Raises Unrunnable."""
-    return Tokenizer(directory)
+    """Load the tokenizer in `directory`, in a process of its own.
+
+    Raises Unrunnable, for a git-lfs pointer and for a config.json that transformers cannot read too.
+    """
+    refuse_pointers(directory)
+    refuse_dtype(directory)
+    try:
+        return Tokenizer(directory)
+    except Unrunnable as error:
+        if not has_tokenizer(directory):
+            raise Unrunnable("no tokenizer", directory, "copy the base model's tokenizer.json there") from error
+        try:
+            transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except LOADING_ERRORS as fault:
+            raise cannot_load(fault, directory) from fault
+        raise
 
 
 @contextlib.contextmanager
@@ -296,10 +318,15 @@ def running(device: torch.device, streamed: bool = False) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of the message of `error` that says something, at most 160 characters."""
+    """The first line of the message of `error` that says something, at most 160 characters.
+
+    A line that ends in a colon is joined with the next one.
+    """
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:160]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
+    return (lines[0].rstrip(":") if lines else type(error).__name__)[:160]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from swsurgery.architectures import Shapes
 from swsurgery.coordinate import Coordinate
 from swsurgery.coverage import unread_layers
+from swsurgery.errors import Unrunnable
 from swsurgery.findings import UnreadLayer
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
@@ -143,6 +144,9 @@ class LayerSpikes:
                 handle.remove()
 
     def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
+        if hidden.ndim != 3:  # Gemma 3n and DeepSeek-V4 pass several on
+            raise Unrunnable("its layers pass several residual streams on, and a scan by activations follows one",
+                             self.model.checkpoint.root)  # fmt: skip
         if self.broken is None and not bool(hidden.isfinite().all()):
             self.broken = number
         sources = [source for source in self._sources[number] if source.called]

@@ -206,4 +206,4 @@ class Tokenizer:
             if not isinstance(error, _Failed):
                 raise
             what = f"no tokenizer that can be {self._verb}: {error}"
-            raise Unrunnable(what, self._directory, "mend its tokenizer files or its config.json") from None
+            raise Unrunnable(what, self._directory, "mend its tokenizer files") from None

@@ -92,7 +92,8 @@ def work(request: dict[str, object]) -> None:
     except BaseException as error:  # noqa: BLE001 (whatever the libraries raise, it is the tokenizer's fault)
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-        answer({"error": (lines[0] if lines else type(error).__name__)[:160]})
+        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
+        answer({"error": said[:160]})
         code = 0
     finally:
         os._exit(code)

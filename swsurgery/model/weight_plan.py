@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from swsurgery.checkpoint import Checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import ModelError
+from swsurgery.model.refusals import HEADS, missing_weights
 from swsurgery.projections import loaded_candidates, name_prefixes
 from swsurgery.shard import Place, opened, read_exactly
 
@@ -94,6 +95,8 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
         found = [(path, _parts(path, tensor.shape, checkpoint, prefixes)) for path, _, _ in holders]
         stored = [(path, parts) for path, parts in found if parts]
         if not stored:
+            if HEADS & set(found[0][0].split(".")) and not any(HEADS & set(t.split(".")) for t in checkpoint.shapes):
+                raise missing_weights([found[0][0]], checkpoint.root)
             raise ModelError("cannot be read layer by layer: no stored form is known", holders[0][0])
         parts = stored[0][1]
         # Tied: usually stored under one of its names. If it is stored twice and differs, transformers does not tie.

@@ -1,0 +1,77 @@
+"""Say why a model or a tokenizer cannot be loaded, where transformers' own message points to the wrong place.
+
+Looks at small files of the directory; loads nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from swsurgery.errors import CheckpointError, Unrunnable
+from swsurgery.hints import not_the_file
+from swsurgery.jsonfile import read_config
+
+HEADS = frozenset({"lm_head", "embed_out", "lm_loss", "output_projection", "generator_lm_head", "cls"})
+"""Names of the modules that turn hidden states into logits."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "merges.txt", "tiktoken.model", "qwen.tiktoken",
+    "vocab.bpe", "spm.model", "source.spm", "bpe.codes",
+)  # fmt: skip
+
+SMALL = 1 << 10
+"""A git-lfs pointer has about 130 bytes."""
+
+_TEXT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+def refuse_pointers(directory: Path) -> None:
+    """Raise Unrunnable if a file that transformers reads beside the weights is a git-lfs pointer or a web page."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix not in _TEXT or not path.is_file() or path.stat().st_size > SMALL:
+            continue
+        if found := not_the_file(path.read_bytes()[:8]):
+            raise Unrunnable(found[0], path, found[1])
+
+
+def refuse_dtype(directory: Path) -> None:
+    """Raise Unrunnable if config.json names a dtype that torch does not have."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = read_config(Path(path.resolve()), "config.json")
+    except CheckpointError as error:
+        raise Unrunnable(f"config.json cannot be read: {error}", directory) from error
+    known = [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for section in sections:
+        for key in ("dtype", "torch_dtype"):
+            said = section.get(key)
+            if not isinstance(said, str) or said in ("auto", *known) or said.removeprefix("torch.") in known:
+                continue
+            near = difflib.get_close_matches(said, known, 1)
+            remedy = f"did you mean {near[0]}?" if near else "such as bfloat16"
+            raise Unrunnable(f"{key} in config.json is {said[:40]!r}, which is no dtype of torch", directory, remedy)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return True if a file of a tokenizer is there."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def missing_weights(missing: Iterable[str], directory: Path) -> Unrunnable:
+    """Make the error for weights that the model needs and the checkpoint does not store."""
+    names = sorted(missing)
+    if all(HEADS & set(name.split(".")) for name in names):
+        return Unrunnable(
+            f"no language-model head: {names[0]} is not stored", directory,
+            "a reward or embedding model has none and predicts no tokens: use the language model it was made from",
+        )  # fmt: skip
+    return Unrunnable(f"weights that the model needs are missing: {names[0]}", directory,
+                      "see that its config.json belongs to these weights")  # fmt: skip
