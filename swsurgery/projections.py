@@ -382,7 +382,7 @@ def _refuse_otherwise_stored(name: str, shapes: Shapes) -> None:
 
 
 def _layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
-    """Return the number of every layer that stores a tensor, of whatever kind."""
+    """Return the number of every layer that stores a tensor of whatever kind, other than `NAME.weight.REST`."""
     starts = {
         (prefix + layout.name).split("{layer}")[0]
         for family in families
@@ -390,7 +390,7 @@ def _layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
         for prefix in family.prefixes
     }
     pattern = re.compile(f"(?:{'|'.join(map(re.escape, sorted(starts)))})(0|[1-9][0-9]{{0,8}})\\.")
-    return {int(match[1]) for tensor in shapes if (match := pattern.match(tensor))}
+    return {int(match[1]) for tensor in shapes if ".weight." not in tensor and (match := pattern.match(tensor))}
 
 
 def _not_there(
@@ -400,13 +400,15 @@ def _not_there(
     for place in (expert, None, 0, "shared"):
         for name in _possible_names(families, layer, place):
             _refuse_packed(name, shapes)
-            _refuse_otherwise_stored(name, shapes)
 
     by_name = 1 + max(_layer_numbers(families, shapes), default=-1)
     counts = [count for count in (by_name, layer_limit(config)) if count]
     if counts and not 0 <= layer < min(counts):
         where = f"it has layers 0 to {min(counts) - 1}"
         return ArchitectureError(f"layer {layer} is beyond the model", where, _BY_NAME)
+    for place in (expert, None, 0, "shared"):
+        for name in _possible_names(families, layer, place):
+            _refuse_otherwise_stored(name, shapes)
 
     dense, routed, shared = (bool(_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
     experts = _expert_count(families, shapes, layer)

@@ -73,7 +73,7 @@ class FileRecord(Strict):
         """Leave the field out if it is False: a record without it has the bytes that swsurgery 0.1.0 wrote."""
         fields: dict[str, Any] = serialize(self)
         if not self.unverified:
-            del fields["unverified"]
+            fields.pop("unverified", None)  # it may be excluded already
         return fields
 
 
