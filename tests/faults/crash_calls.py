@@ -68,7 +68,8 @@ class Watch:
         known = {n: getattr(os, n) for n in dir(os) if n in LOOKING or n.startswith(("O_", "POSIX_"))}
         made = (
             self.open, self.close, self.write, self.pwrite, self.posix_fallocate, self.posix_fadvise,
-            self.copy_file_range, self.mkdir, self.makedirs, self.unlink, self.rmdir, self.rename, self.replace, self.link, self.fsync,
+            self.copy_file_range, self.mkdir, self.makedirs, self.unlink, self.rmdir, self.rename, self.replace,
+            self.link, self.fsync,
         )  # fmt: skip
         locks = {name: getattr(fcntl, name) for name in dir(fcntl) if name.isupper()} | {"fcntl": fcntl.fcntl}
         library = SimpleNamespace(renameat2=self._renameat2)
