@@ -5,6 +5,7 @@ import math
 import struct
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,16 @@ def test_a_number_is_cited_from_the_commit_that_contains_it(model, coordinate, r
     [known_one] = [c for c in known.lookup(model).coordinates if c.id == coordinate]
     [effect] = [e for e in known_one.effects if e.ratio == ratio and e.ci95 == ci95]
     assert effect.source.commit == commit
+
+
+def test_no_shipped_interval_was_computed_from_tokens():
+    document = tomllib.loads((Path(known.__file__).with_name("smollm2.toml")).read_text("utf-8"))
+    [model] = [m for m in document["models"] if m["hf_id"] == "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    effects = [e for each in (*model["coordinates"], *model["joint_sets"]) for e in each["effects"]]
+    assert len(effects) > 10
+    for effect in effects:
+        conditions = effect["conditions"]
+        assert "ci95" not in effect or (conditions["windows"] >= 8 and conditions["scored_tokens"] > 0)
 
 
 @pytest.mark.parametrize("model", ["mistral-7b", "olmo-1b"])
