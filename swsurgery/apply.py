@@ -307,11 +307,16 @@ _offset = operator.attrgetter("offset")
 
 def hashed(file: BaseFile, progress: Progress | None = None) -> str:
     """sha256 of a file that is only read. Raises ShardError, CheckpointError."""
+    return hashed_twice(file, (), progress)[0]
+
+
+def hashed_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | None = None) -> tuple[str, str]:
+    """Read a file once: (sha256 of its bytes, sha256 with the splices made). Raises ShardError, CheckpointError."""
     progress = progress or Silent()
     progress.start(file.size, "B", "hashing")
     try:
         with opened(file.path) as fd:
-            return stream(fd, file, (), progress.advance)[0]
+            return stream(fd, file, splices, progress.advance)
     finally:
         progress.close()
 

@@ -63,14 +63,14 @@ class OfVariant(Strict):
         return data if self.variant else {key: value for key, value in data.items() if key != "variant"}
 
 
-def _whole_number(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     """A literal compares by ==, so true and 1.0 would pass for 1 even in strict mode."""
     if type(value) is not int:
         raise ValueError("should be a whole number")
     return value
 
 
-Version = Annotated[Literal[1], BeforeValidator(_whole_number)]
+Version = Annotated[Literal[1], BeforeValidator(whole_number)]
 """Of a file format of swsurgery's."""
 
 

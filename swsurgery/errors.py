@@ -129,14 +129,24 @@ class CheckFailed(SwsurgeryError):
     exit_code = 1
 
 
+_done = ["nothing was left behind"]
+
+
+def report_done(what: str | None) -> None:
+    """Say from now on what a signal finds done and leaves; None for nothing, at the beginning of a command."""
+    del _done[1:]
+    if what:
+        _done.append(what)
+
+
 class Interrupted(BaseException):
-    """A signal; `left` says what is left behind. Not an Exception: torch and transformers catch those while they are
-    imported, and would go on, or raise something else."""
+    """A signal; `left` says what is left behind, by default what `report_done` was told. Not an Exception: torch and
+    transformers catch those while they are imported, and would go on, or raise something else."""
 
     exit_code = 130
 
-    def __init__(self, signal: str, left: str = "nothing was left behind"):
-        self.faults = SwsurgeryError("interrupted", signal, left).faults
+    def __init__(self, signal: str, left: str | None = None):
+        self.faults = SwsurgeryError("interrupted", signal, left or _done[-1]).faults
         super().__init__(*self.faults)
         self.signal = signal
 

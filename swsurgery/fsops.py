@@ -212,13 +212,15 @@ def _remove_strays(stage: Path, names: Collection[str]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
     """Hold a directory that is read (shared) or edited in place (exclusive). The lock dies with the process.
 
     Raises TargetError where another run holds it otherwise, unless told to `wait`.
     """
     with reported(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        where = "." if isinstance(folder, Folder) else folder
+        below = folder.fd if isinstance(folder, Folder) else None
+        fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=below)
     try:
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))

@@ -14,19 +14,22 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from swsurgery import fsops, journal
-from swsurgery.apply import Applied, AppliedFile, hashed, hold_to, stream
+from swsurgery.apply import Applied, AppliedFile, hashed, hashed_twice, hold_to, stream
 from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_as, open_checkpoint
+from swsurgery.coordinate import Coordinate
 from swsurgery.errors import CheckpointError, PlanError, TargetError
-from swsurgery.folder import Entry
+from swsurgery.folder import Entry, Folder
 from swsurgery.hub import Uri
-from swsurgery.manifest import load_manifest
+from swsurgery.journal import OpenShard
+from swsurgery.journal_format import Journal
+from swsurgery.manifest import LoadedManifest, load_manifest
+from swsurgery.manifest_record import by_registry, read_wishes
 from swsurgery.names import OWN_FILES
 from swsurgery.pins import check_left_out, known_digests
 from swsurgery.plan import make_plan
 from swsurgery.progress import Progress, Silent
 from swsurgery.registry import Patched, Registry, complete_registry, draft_registry, read_patched
-from swsurgery.shard import opened
-from swsurgery.splice import Splice
+from swsurgery.splice import Splice, by_file
 from swsurgery.surgery import (
     SMALL,
     Check,
@@ -34,11 +37,12 @@ from swsurgery.surgery import (
     Outcome,
     base_of,
     bounds_of,
-    open_patched,
+    read_records,
     reversion_notes,
     run_check,
     undoing,
 )
+from swsurgery.verify import scalar_findings
 
 
 def apply_in_place(
@@ -56,13 +60,14 @@ def apply_in_place(
     """
     progress, check = progress or Silent(), CheckOptions.of(check)
     loaded = load_manifest(manifest)
-    with _editing(base_of(loaded, base)) as root:
-        previous = read_patched(root)
+    with _editing(base_of(loaded, base)) as (folder, _), contextlib.ExitStack() as opened:
+        checkpoint = open_as(folder, loaded.manifest.base, editing=True)
+        previous = read_patched(checkpoint)
         if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
-            outcome = _applied_already(root, previous.registry)
+            outcome = _applied_already(folder, checkpoint, loaded, previous, progress)
             say(*outcome.notes)
             return outcome
-        plan = make_plan(loaded, open_as(root, loaded.manifest.base))
+        plan = make_plan(loaded, checkpoint)
         if plan.omitted:
             raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
         bounds_of(plan, check)  # before anything is hashed or written
@@ -71,16 +76,20 @@ def apply_in_place(
             say(note)
         pins = known_digests(plan)
         check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, progress)
-        touched = _hash_touched(plan.checkpoint, plan.splices, pins, progress)
+        shards = _open_shards(folder, plan.checkpoint, plan.splices, opened)
+        touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, progress)
         stated = loaded.manifest.base.sha256
         rest = _untouched(plan.checkpoint, touched, previous.registry if previous else None, pins, stated, progress)
         edited = [AppliedFile(name, plan.checkpoint.file(name).size, *both, "place") for name, both in touched.items()]
         applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
-        with journal.edited(root, plan.splices) as own:
-            result = run_check(plan, root, check, progress, say)
+        _refuse_changed(checkpoint, touched)
+        _refuse_changed_records(folder, checkpoint)
+        with journal.edited(folder, shards, plan.splices) as own:
+            result = run_check(plan, folder, check, progress, say)
             registry = complete_registry(draft, applied, result)
             own |= Patched(registry, registry.render(), loaded.raw).own_files()
-    return Outcome(root, applied, registry, plan.notes)
+            _refuse_changed(checkpoint, touched)
+    return Outcome(folder.path, applied, registry, plan.notes)
 
 
 def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
@@ -90,12 +99,13 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
     CheckpointError, PlanError (a file was changed since), TargetError.
     """
     progress = progress or Silent()
-    cut_off = journal.recover(_own_directory(root), moved=True)
-    if cut_off and not cut_off.reverts:
-        return ["only the edit that had been cut off was undone"]
-    with _editing(root) as root:
-        patched, checkpoint = open_patched(root)
+    with _editing(root, moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
+        if cut_off and not cut_off.reverts:
+            return ["only the edit that had been cut off was undone"]
+        root = folder.path
+        patched = read_records(folder)
         registry, previous = patched.registry, patched.previous()
+        checkpoint = open_as(folder, registry.base, editing=True)
         if hashlib.sha256(patched.manifest_raw).hexdigest() != registry.manifest_sha256:
             raise CheckpointError(
                 "was changed since it was applied, and would be lost", root / OWN_FILES[1], "move it away"
@@ -106,25 +116,31 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
             raise CheckpointError(f"cannot be reverted, for these were changed or removed since the edit: "
                                   f"{', '.join(wrong)}", root, "restore them")  # fmt: skip
         pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
-        touched = _hash_touched(checkpoint, splices, pins, progress)
+        shards = _open_shards(folder, checkpoint, splices, opened)
+        touched = _hash_touched(checkpoint, shards, splices, pins, progress)
         _untouched(checkpoint, touched, registry, pins, (), progress)
         for name, (_, restored) in touched.items():
             if restored != registry.files[name].base_sha256:
                 raise CheckpointError("does not give the base back: the registry was changed", root / name)
-        with journal.edited(root, splices, reverts=True) as own:
+        _refuse_changed(checkpoint, touched)
+        _refuse_changed_records(folder, checkpoint)
+        with journal.edited(folder, shards, splices, reverts=True) as own:
             own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
+            _refuse_changed(checkpoint, touched)
     return reversion_notes(registry)
 
 
 @contextlib.contextmanager
-def _editing(root: Path | Uri) -> Iterator[Path]:
-    """The directory to edit, held against everyone else from before it is read. Raises TargetError."""
+def _editing(root: Path | Uri, *, moved: bool = False) -> Iterator[tuple[Folder, Journal | None]]:
+    """Hold the directory to edit, by one descriptor, against everyone else from before it is read; undo an edit that
+    was cut off there, whose journal is returned. Raises TargetError, CheckpointError."""
     root = _own_directory(root)
     if not root.is_dir():
         open_checkpoint(root)  # which says what is wrong
-    journal.recover(root)
-    with fsops.locked(root, exclusive=True):
-        yield root
+    with fsops.reported(root):
+        folder = Folder.at(root)
+    with folder, fsops.locked(folder, exclusive=True):
+        yield folder, journal.recover_locked(folder, moved=moved)
 
 
 def _own_directory(root: Path | Uri) -> Path:
@@ -140,27 +156,45 @@ def _own_directory(root: Path | Uri) -> Path:
     return real
 
 
+def _open_shards(
+    folder: Folder, checkpoint: Checkpoint, splices: tuple[Splice, ...], opened: contextlib.ExitStack
+) -> dict[str, OpenShard]:
+    """Open each file with splices once, for hashing and for writing. Raises TargetError for one that must not be
+    written, CheckpointError for one that is not what was listed."""
+    shards = {}
+    for name in sorted({s.file for s in splices}):
+        entry = checkpoint.file(name).path
+        if not isinstance(entry, Entry) or entry.folder is not folder:
+            raise TargetError("is not in the directory to edit", entry)
+        _refuse_shared(entry)
+        shards[name] = OpenShard(entry)
+        opened.callback(shards[name].close)
+    return shards
+
+
 def _hash_touched(
-    checkpoint: Checkpoint, splices: tuple[Splice, ...], pins: dict[str, tuple[str, str]], progress: Progress
+    checkpoint: Checkpoint,
+    shards: dict[str, OpenShard],
+    splices: tuple[Splice, ...],
+    pins: dict[str, tuple[str, str]],
+    progress: Progress,
 ) -> dict[str, tuple[str, str]]:
     """(sha256 before, sha256 after) of each file with splices, from one reading of it.
 
-    Raises TargetError for a file that must not be written, PlanError where its digest is not what it must be.
+    Raises PlanError where its digest is not what it must be, CheckpointError where it changes meanwhile.
     """
-    files = [checkpoint.file(name) for name in sorted({s.file for s in splices})]
-    for file in files:
-        _refuse_shared(file.path)
+    mine = by_file(splices)
     touched, unknown = {}, []
-    progress.start(sum(f.size for f in files), "B", "hashing")
+    progress.start(sum(checkpoint.file(name).size for name in shards), "B", "hashing")
     try:
-        for file in files:
-            with opened(file.path) as fd:
-                mine = sorted((s for s in splices if s.file == file.name), key=lambda s: s.offset)
-                touched[file.name] = stream(fd, file, mine, progress.advance)
-            digest = touched[file.name][0]
+        for name, shard in shards.items():
+            file = checkpoint.file(name)
+            touched[name] = stream(shard.fd, file, mine[name], progress.advance)
+            shard.refuse_changed()
+            digest = touched[name][0]
             hold_to(file, digest, pins)
-            if file.name not in pins:
-                unknown.append(f'"{file.name}": "{digest}"')
+            if name not in pins:
+                unknown.append(f'"{name}": "{digest}"')
     finally:
         progress.close()
     if unknown:
@@ -170,13 +204,33 @@ def _hash_touched(
     return touched
 
 
-def _refuse_shared(path: Path | Entry) -> None:
-    status = path.stat()
+def _refuse_changed(checkpoint: Checkpoint, touched: Collection[str]) -> None:
+    """Raise CheckpointError if a file that is not edited is no longer the one that was listed."""
+    for file in checkpoint.files:
+        if isinstance(file.path, Entry) and file.name not in touched and file.name not in OWN_FILES:
+            file.path.refuse_replaced()
+
+
+def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if one of swsurgery's own files is no longer what was listed, or is there by now."""
+    listed = {file.name: file.path for file in checkpoint.files}
+    for name in OWN_FILES:
+        entry = listed.get(name)
+        if isinstance(entry, Entry):
+            entry.refuse_replaced()
+        elif fsops.is_there(folder / name):
+            raise CheckpointError("was written by another program meanwhile", folder / name,
+                                  "run again when nothing else writes there")  # fmt: skip
+
+
+def _refuse_shared(entry: Entry) -> None:
+    with fsops.reported(entry):
+        status = entry.stat()
     if status.st_nlink > 1:
-        raise TargetError(f"has {status.st_nlink} hard links, so the change would show under other names too", path,
+        raise TargetError(f"has {status.st_nlink} hard links, so the change would show under other names too", entry,
                           "apply with -o")  # fmt: skip
     if not status.st_mode & stat.S_IWUSR:
-        raise TargetError("is marked read-only", path, "apply with -o, or chmod u+w it")
+        raise TargetError("is marked read-only", entry, "apply with -o, or chmod u+w it")
 
 
 def _untouched(
@@ -208,17 +262,42 @@ def _untouched(
     return found
 
 
-def _applied_already(root: Path, registry: Registry) -> Outcome:
-    """What the same command says that found its work done: a killed run may have got that far."""
-    checkpoint = open_as(root, registry.base)
-    for name in sorted({s.file for s in undoing(registry, checkpoint)}):
-        file = checkpoint.file(name)
-        if hashed(file) != registry.files[name].sha256:
-            raise CheckpointError("the registry says that this manifest was applied, but the file was changed since",
-                                  file.path, "see swsurgery verify")  # fmt: skip
-    with fsops.reported(root):
-        fsops.sync_directory(root)
-    files = tuple(
+def _applied_already(
+    folder: Folder, checkpoint: Checkpoint, loaded: LoadedManifest, patched: Patched, progress: Progress
+) -> Outcome:
+    """Report that the work is done: a killed run may have got that far.
+
+    The record is believed only if it is what this manifest makes of the base, and the files are what it says. Raises
+    CheckpointError otherwise.
+    """
+    registry = patched.registry
+    repo_ids = (registry.base.repo_id, (registry.known or {}).get("hf_id"))
+    findings = by_registry(read_wishes(loaded, checkpoint, repo_ids), registry)
+    findings += scalar_findings(registry, checkpoint)
+    for finding in findings:
+        where = finding.file or folder.path
+        if finding.tensor:
+            where = f"{where}: {Coordinate(finding.tensor, finding.index or ())}"
+        raise _not_applied(finding.message, where)
+    mine, files = by_file(undoing(registry, checkpoint)), {f.name: f for f in checkpoint.files}
+    for name in sorted({*mine, *loaded.manifest.base.sha256}):
+        file, record = files.get(name), registry.files.get(name)
+        if file is None or record is None:
+            raise _not_applied("the file is not there", folder.path / name)
+        here, restored = hashed_twice(file, mine.get(name, []), progress)
+        if record.sha256 not in (here, None) or record.base_sha256 not in (restored, None):
+            raise _not_applied("the file was changed since", file.path)
+        if loaded.manifest.base.sha256.get(name, restored) != restored:
+            raise _not_applied("its base is not the one that the manifest pins", file.path)
+    with fsops.reported(folder):
+        fsops.sync_directory(folder)
+    done = tuple(
         AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in registry.files.items()
     )
-    return Outcome(root, Applied(files), registry, ("it was applied already; nothing was written",), written=False)
+    note = "it was applied already; nothing was written"
+    return Outcome(folder.path, Applied(done), registry, (note,), written=False)
+
+
+def _not_applied(what: str, where: object) -> CheckpointError:
+    return CheckpointError(f"the registry says that this manifest was applied, but {what}", where,
+                           "see swsurgery verify")  # fmt: skip

@@ -1,235 +1,360 @@
-"""Editing files where they lie: new bytes, or after any fault the old ones again.
+"""Edit files in a directory so that it holds the new bytes, or after any fault the old ones again.
 
-A journal with the old bytes is synced before the first write and removed after the last one is synced; whoever opens
-a directory that has one puts the old bytes back first. So at any instant the directory is one of the two. Knows
-splices and files; what the bytes mean, and whether they may be changed, is for others to say.
+A journal with the old and the new bytes is synced before the first write and removed after the last one is synced;
+whoever opens a directory that has one puts the old bytes back first. Everything is done relative to one descriptor of
+the directory, and into files that were opened once. Bytes that are neither old nor new are another program's: they are
+reported and never overwritten. Knows splices and files; what the bytes mean, and whether they may be changed, is for
+others to say.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field, ValidationError
 
 from swsurgery import fsops
-from swsurgery.edits import Position, Strict, Version
-from swsurgery.errors import CheckpointError, Interrupted, TargetError
-from swsurgery.jsonfile import MAX_JSON, parse_json, read_small
-from swsurgery.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, SHARD_NAME, WORKING_FILES
-from swsurgery.shard import open_regular, read_exactly
-from swsurgery.splice import Splice
+from swsurgery.errors import CheckpointError, Interrupted, TargetError, report_done
+from swsurgery.folder import Entry, Folder, Identity
+from swsurgery.journal_format import MAX_JOURNAL, Journal, JournalFile, Place, parse_journal
+from swsurgery.jsonfile import read_small
+from swsurgery.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES
+from swsurgery.shard import read_exactly
+from swsurgery.splice import Splice, by_file
 
 _log = logging.getLogger(__name__)
 
 ROOM_BYTES = 1 << 20
 """Space held for putting back; file systems that copy on write need some for every byte that is written. Plus two
-blocks for each splice."""
+blocks for each block that is written to."""
 
-Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2}){1,8}$")]
-
-
-class _Place(Strict):
-    offset: Position
-    old: Hex
+BLOCK = 4096
 
 
-Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
+class OpenShard:
+    """A shard that is open for reading and writing, and what it was when it was last known to be undisturbed."""
+
+    def __init__(self, entry: Entry):
+        """Open the entry. Raises TargetError if it cannot be written, CheckpointError if it is not what was listed."""
+        self.entry = entry
+        with fsops.reported(entry):
+            self.fd = fsops.open_for_patching(entry)
+        self.identity = entry.identity or Identity.of(os.fstat(self.fd))
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def settle(self) -> None:
+        """Take the file as it is after this run's own writes."""
+        self.identity = Identity.of(os.fstat(self.fd))
+
+    def refuse_changed(self) -> None:
+        """Raise CheckpointError if another program changed the file or gave its name to another file."""
+        try:
+            named = Identity.of(self.entry.stat())
+        except OSError as error:
+            raise _changed("was removed", self.entry) from error
+        if (named.dev, named.ino) != (self.identity.dev, self.identity.ino):
+            raise _changed("was replaced", self.entry)
+        if Identity.of(os.fstat(self.fd)) != self.identity:
+            raise _changed("was changed", self.entry)
+
+    def refuse_unlike(self, place: Place, wanted: bytes) -> None:
+        """Raise CheckpointError if the place does not hold these bytes."""
+        if read_exactly(self.fd, len(wanted), place.offset, self.entry) != wanted:
+            raise _changed(f"was changed at byte {place.offset}", self.entry)
 
 
-class _File(Strict):
-    """One file as it is before the edit."""
-
-    inode: Inode
-    size: Position
-    places: list[_Place]
-
-
-class Journal(Strict):
-    """What it takes to put a directory back. `own` holds swsurgery's own files in base64, None where one was not
-    there. `inode` is the directory's: a journal that came along with a copy of it speaks of other files. `reverts` says
-    that what was cut off was itself an undoing."""
-
-    version: Version
-    reverts: bool
-    inode: Inode
-    files: dict[Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")], _File]
-    own: dict[
-        Literal[OWN_FILES], Annotated[str, Field(pattern=r"^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2,3}={1,2})?$")] | None
-    ]
-
-    def render(self) -> bytes:
-        body = json.dumps(self.model_dump(), sort_keys=True).encode() + b"\n"
-        return body + hashlib.sha256(body).hexdigest().encode() + b"\n"
-
-    def contents(self) -> dict[str, bytes | None]:
-        """The bytes of swsurgery's own files."""
-        return {n: None if data is None else base64.b64decode(data, validate=True) for n, data in self.own.items()}
+def _changed(what: str, where: object) -> CheckpointError:
+    return CheckpointError(f"{what} by another program while it was edited in place", where,
+                           "run again when nothing else writes there")  # fmt: skip
 
 
 @contextlib.contextmanager
-def edited(root: Path, splices: Sequence[Splice], *, reverts: bool = False) -> Iterator[dict[str, bytes | None]]:
-    """Within the block the splices are made; on an exception they are undone.
+def edited(
+    folder: Folder, shards: Mapping[str, OpenShard], splices: Sequence[Splice], *, reverts: bool = False
+) -> Iterator[dict[str, bytes | None]]:
+    """Within the block the splices are made in the open `shards`; on an exception they are undone.
 
     What the block puts into the dict that it gets, name -> bytes or None, becomes of swsurgery's own files when the
-    block ends well. The caller holds the directory's exclusive lock. Raises TargetError.
+    block ends well. The caller holds the directory's exclusive lock. Raises TargetError; CheckpointError if another
+    program changes the directory meanwhile, whose bytes are left as they are.
     """
     own: dict[str, bytes | None] = {}
-    raw = _journal(root, splices, reverts).render()
-    _parsed(raw, root / JOURNAL)  # what could not be read again must not be relied on
-    with contextlib.ExitStack() as opened:
-        targets = {}
-        for name in sorted({s.file for s in splices}):  # a file that refuses does so before there is anything to undo
-            with fsops.reported(root / name):
-                targets[name] = fsops.open_for_patching(root / name)
-            opened.callback(os.close, targets[name])
-        try:
-            with fsops.reported(root):
-                fsops.reserve(root / ROOM, ROOM_BYTES + 8192 * len(splices))
-                fsops.write_file(root / JOURNAL_NEW, raw)
-                fsops.rename_new(root / JOURNAL_NEW, root / JOURNAL)
-                fsops.sync_directory(root)
-                for name, fd in targets.items():
-                    _write(fd, [s for s in splices if s.file == name])
-            yield own
-            with fsops.reported(root):
-                for name, data in own.items():
-                    _put(root, name, data)
-                fsops.sync_directory(root)
-                fsops.remove_file(root / ROOM)
-                fsops.remove_file(root / JOURNAL)
-                fsops.sync_directory(root)
-        except BaseException as error:
-            begun = any(fsops.is_there(root / name) for name in WORKING_FILES)
-            undone = begun and recover_locked(root)
-            if undone and isinstance(error, Interrupted):
-                raise error.leaving("the old bytes were put back") from None
-            raise
+    journal = _journal(folder, shards, splices, reverts)
+    raw = journal.render()
+    parse_journal(raw, folder / JOURNAL)  # what could not be read again must not be relied on
+    ending = False
+    for shard in shards.values():
+        shard.refuse_changed()
+    try:
+        with fsops.reported(folder):
+            fsops.reserve(folder / ROOM, ROOM_BYTES + 2 * BLOCK * journal.blocks(BLOCK))
+            fsops.write_file(folder / JOURNAL_NEW, raw)
+            fsops.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
+            fsops.sync_directory(folder)
+            for name, file in journal.files.items():
+                _write(shards[name], file.places)
+        yield own
+        with fsops.reported(folder):
+            made = {name: None if data is None else hashlib.sha256(data).hexdigest() for name, data in own.items()}
+            journal = replace(journal, made=made)
+            # From here on recovery takes the new contents of these files for what they are.
+            fsops.replace_file(folder / JOURNAL, journal.render(), folder / JOURNAL_NEW)
+            fsops.sync_directory(folder)
+            for name, data in own.items():
+                if _own_state(folder, journal, name) == "foreign":
+                    raise _changed("was changed", folder / name)
+                _put(folder, name, data)
+            fsops.sync_directory(folder)
+            _refuse_disturbed(folder, shards, journal)
+            fsops.remove_file(folder / ROOM)
+            ending = True
+            fsops.remove_file(folder / JOURNAL)
+            report_done(_done(folder, reverts))
+            fsops.sync_directory(folder)
+    except BaseException as error:
+        if ending and not fsops.is_there(folder / JOURNAL):
+            _finish(folder, reverts, error)
+        elif any(fsops.is_there(folder / name) for name in WORKING_FILES):
+            _take_back(folder, shards, journal, error)
+        raise
+
+
+def _done(folder: Folder, reverts: bool) -> str:
+    return f"{'the base was put back' if reverts else 'the edit was made'}: {folder}"
+
+
+def _finish(folder: Folder, reverts: bool, error: BaseException) -> None:
+    """Report that the edit was made although its end was disturbed. Raises Interrupted, TargetError."""
+    report_done(_done(folder, reverts))
+    try:
+        fsops.sync_directory(folder)
+    except OSError as failed:
+        reason = os.strerror(failed.errno or 0)
+        raise TargetError(f"{_done(folder, reverts)}, but a power cut could still undo it ({reason})",
+                          remedy="see to the disk, then run the same command again") from error  # fmt: skip
+    if isinstance(error, Interrupted):
+        raise error.leaving(_done(folder, reverts)) from None
+
+
+def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal, error: BaseException) -> None:
+    """Undo what this run did. Raises Interrupted, saying so, for a signal; TargetError if it cannot be undone."""
+    begun = fsops.is_there(folder / JOURNAL)
+    files = [_Held(shards[name].fd, folder / name, file, writable=True) for name, file in journal.files.items()]
+    left = [f"{file.path} at byte {place.offset}" for file in files for place in file.foreign()]
+    left += [str(folder / name) for name in journal.own if _own_state(folder, journal, name) == "foreign"]
+    try:
+        _put_all_back(folder, journal, files)
+    except TargetError as failed:
+        if isinstance(error, Interrupted):
+            raise error.leaving(str(failed)) from failed
+        raise
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        _log.warning("left as another program wrote it: %s%s", left[0], more)
+    if begun and isinstance(error, Interrupted):
+        raise error.leaving("the old bytes were put back") from None
 
 
 def recover(root: Path, *, moved: bool = False) -> Journal | None:
     """Put back what an edit that was cut off had changed, and remove what it left; returns its journal, if any.
 
     `moved` takes a journal that came with a copy of its directory. Raises TargetError (another run is editing, or it
-    cannot be written), CheckpointError (the journal cannot be trusted).
+    cannot be written), CheckpointError (the journal cannot be trusted, or does not fit the files).
     """
     if not any(fsops.is_there(root / name) for name in WORKING_FILES):
         return None
-    with fsops.locked(root, exclusive=True):
-        recovered = recover_locked(root, moved=moved)
-    if recovered:
-        _log.warning("an edit in place had been cut off; the old bytes were put back: %s", root)
-    return recovered
+    with fsops.reported(root):
+        folder = Folder.at(root)
+    with folder, fsops.locked(folder, exclusive=True):
+        return recover_locked(folder, moved=moved)
 
 
-def recover_locked(root: Path, *, moved: bool = False) -> Journal | None:
+def recover_locked(folder: Folder, *, moved: bool = False) -> Journal | None:
     """`recover`, for a caller that holds the directory's exclusive lock."""
-    try:
-        with fsops.reported(root), contextlib.ExitStack() as opened:
-            journal = _read(root)
-            files = _files(root, journal, moved, opened) if journal else []
-            fsops.remove_file(root / ROOM)  # first of all: it is the space that putting back may need
-            for fd, path, file in files:
-                _put_back(fd, path, file)
-            for name in WORKING_FILES[1:]:
-                fsops.remove_file(root / name)
-            for name, data in journal.contents().items() if journal else ():
-                there = fsops.is_there(root / name)
-                if data is None or not there or read_small(root / name, name) != data:
-                    _put(root, name, data)
-            fsops.sync_directory(root)
-            fsops.remove_file(root / JOURNAL)
-            fsops.sync_directory(root)
-    except TargetError as error:
-        raise TargetError("an edit in place was cut off and could not be undone yet", root,
-                          f"{error}; its journal is kept, and the next command tries again") from error  # fmt: skip
+    if not any(fsops.is_there(folder / name) for name in WORKING_FILES):
+        return None
+    with fsops.reported(folder), contextlib.ExitStack() as opened:
+        journal = _read(folder)
+        files = _files(folder, journal, moved, opened) if journal else []
+        _refuse_foreign(folder, journal, files)
+        _put_all_back(folder, journal, files)
+    if journal:
+        _log.warning("an edit in place had been cut off; the old bytes were put back: %s", folder)
     return journal
 
 
-def _journal(root: Path, splices: Sequence[Splice], reverts: bool) -> Journal:
+def _journal(folder: Folder, shards: Mapping[str, OpenShard], splices: Sequence[Splice], reverts: bool) -> Journal:
     files = {}
-    for name in sorted({s.file for s in splices}):
-        status = os.stat(root / name)
-        places = [_Place(offset=s.offset, old=s.old.hex()) for s in splices if s.file == name]
-        files[name] = _File(inode=status.st_ino, size=status.st_size, places=places)
-    own = {}
-    for name in OWN_FILES:
-        there = fsops.is_there(root / name)
-        own[name] = base64.b64encode(read_small(root / name, name)).decode() if there else None
-    return Journal(version=1, reverts=reverts, inode=os.stat(root).st_ino, files=files, own=own)
+    for name, mine in sorted(by_file(splices).items()):
+        identity = shards[name].identity
+        files[name] = JournalFile(identity.ino, identity.size, _places(mine))
+    own = {name: _read_own(folder, name) for name in OWN_FILES}
+    return Journal(2, reverts, os.fstat(folder.fd).st_ino, files, own)
 
 
-def _write(fd: int, splices: Sequence[Splice]) -> None:
+def _places(splices: list[Splice]) -> list[Place]:
+    """Join splices that touch each other; they are in the order of their offsets."""
+    places: list[list[Splice]] = []
+    for splice in splices:
+        if places and places[-1][-1].end == splice.offset:
+            places[-1].append(splice)
+        else:
+            places.append([splice])
+    return [Place(p[0].offset, b"".join(s.old for s in p), b"".join(s.new for s in p)) for p in places]
+
+
+def _write(shard: OpenShard, places: list[Place]) -> None:
     # Where blocks are shared with a clone, writing needs new ones, and the disk may be full. Writing what is there
     # already finds that out, and takes them, while nothing has changed yet.
     for data in ("old", "new"):
-        for splice in splices:
-            fsops.write_at(fd, getattr(splice, data), splice.offset)
-        fsops.sync(fd)
+        shard.refuse_changed()
+        for place in places:
+            shard.refuse_unlike(place, place.old)
+            fsops.write_at(shard.fd, getattr(place, data), place.offset)
+        fsops.sync(shard.fd)
+        shard.settle()
 
 
-def _put(root: Path, name: str, data: bytes | None) -> None:
-    if data is None:
-        fsops.remove_file(root / name)
-    else:
-        fsops.replace_file(root / name, data, root / f".{name}.new")
-
-
-def _read(root: Path) -> Journal | None:
-    path = root / JOURNAL
-    return _parsed(read_small(path, JOURNAL), path) if fsops.is_there(path) else None
-
-
-def _parsed(raw: bytes, path: Path) -> Journal:
-    body, digest = raw[:-65], raw[-65:]
-    if len(raw) > MAX_JSON:
-        raise CheckpointError(f"the journal would have more than the {MAX_JSON} bytes accepted", path, "use apply -o")
-    if digest != hashlib.sha256(body).hexdigest().encode() + b"\n":
-        raise CheckpointError("the journal of an edit in place is damaged", path,
-                              "restore the directory, or hold it against the base with swsurgery diff")  # fmt: skip
+def _refuse_disturbed(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal) -> None:
+    """Raise CheckpointError if the directory, a shard or an own file is no longer what this run left."""
+    for name, file in journal.files.items():
+        shards[name].refuse_changed()
+        for place in file.places:
+            shards[name].refuse_unlike(place, place.new or b"")
+    for name in journal.made or ():
+        if _own_state(folder, journal, name) == "foreign":
+            raise _changed("was changed", folder / name)
     try:
-        return Journal.model_validate(parse_json(body, JOURNAL))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"is not a sound journal: {place}: {first['msg']}", path) from None
+        moved = not os.path.samestat(os.lstat(folder.path), os.fstat(folder.fd))
+    except OSError:
+        moved = True
+    if moved:
+        raise _changed("was moved or replaced", folder)
 
 
-def _files(root: Path, journal: Journal, moved: bool, opened: contextlib.ExitStack) -> list[tuple[int, Path, _File]]:
+def _read_own(folder: Folder, name: str) -> bytes | None:
+    """The bytes of one of swsurgery's own files, None if it is not there."""
+    return read_small(folder / name, name, MAX_JOURNAL) if fsops.is_there(folder / name) else None
+
+
+def _own_state(folder: Folder, journal: Journal, name: str) -> str:
+    """Say whether one of swsurgery's own files has its "old" contents, its "new" ones, or is "foreign"."""
+    data = _read_own(folder, name)
+    if data == journal.own[name]:
+        return "old"
+    if journal.version == 1:
+        return "new"  # a journal of version 1 does not say what the new contents are
+    digest = None if data is None else hashlib.sha256(data).hexdigest()
+    return "new" if journal.made is not None and journal.made.get(name, "") == digest else "foreign"
+
+
+def _put(folder: Folder, name: str, data: bytes | None) -> None:
+    if data is None:
+        fsops.remove_file(folder / name)
+    else:
+        fsops.replace_file(folder / name, data, folder / f".{name}.new")
+
+
+def _read(folder: Folder) -> Journal | None:
+    path = folder / JOURNAL
+    return parse_journal(read_small(path, JOURNAL, MAX_JOURNAL), path) if fsops.is_there(path) else None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A file that a journal speaks of, open."""
+
+    fd: int
+    path: Entry
+    file: JournalFile
+    writable: bool = False
+
+    def foreign(self) -> Iterator[Place]:
+        """Yield the places with a byte that is neither the old nor the new one. A power cut may leave some bytes of a
+        place old and others new."""
+        for place in self.file.places:
+            if not place.is_ours(read_exactly(self.fd, len(place.old), place.offset, self.path)):
+                yield place
+
+    def put_back(self) -> None:
+        """Only what differs is written: where the fault was a full disk or a file that refuses, nothing may be left to
+        write. A file that was written to is synced even if its bytes are right."""
+        target = self.fd if self.writable else None
+        fsops.drop_cache(self.fd)  # after a failed fsync the cache may hold old bytes that never reached the disk
+        try:
+            for place in self.file.places:
+                now = read_exactly(self.fd, len(place.old), place.offset, self.path)
+                if now != place.old and place.is_ours(now):
+                    target = self._reopened() if target is None else target
+                    fsops.write_at(target, place.old, place.offset)
+            fsops.sync(self.fd if target is None else target)
+        finally:
+            if target not in (None, self.fd):
+                os.close(target)
+
+    def _reopened(self) -> int:
+        """Open the same file for writing."""
+        fd = fsops.open_for_patching(self.path)
+        if not os.path.samestat(os.fstat(fd), os.fstat(self.fd)):
+            os.close(fd)
+            raise _changed("was replaced", self.path)
+        return fd
+
+
+def _files(folder: Folder, journal: Journal, moved: bool, opened: contextlib.ExitStack) -> list[_Held]:
     """The journal's files, opened for reading, if they are the ones that it speaks of."""
     files = []
     for name, file in journal.files.items():
-        fd = open_regular(root / name)
+        fd = (folder / name).open()
         opened.callback(os.close, fd)
         status = os.fstat(fd)
-        if not moved and (status.st_ino, os.stat(root).st_ino) != (file.inode, journal.inode):
-            raise CheckpointError("an edit in place was cut off before this directory was copied here", root,
-                                  f"to put the old bytes back, run: swsurgery revert {root}")  # fmt: skip
-        if status.st_size != file.size or any(p.offset + len(p.old) // 2 > file.size for p in file.places):
-            raise CheckpointError("it is not the file that the journal speaks of", root / name)
-        files.append((fd, root / name, file))
+        if not moved and (status.st_ino, os.fstat(folder.fd).st_ino) != (file.inode, journal.inode):
+            raise CheckpointError("an edit in place was cut off before this directory was copied here", folder,
+                                  f"to put the old bytes back, run: swsurgery revert {folder}")  # fmt: skip
+        if status.st_size != file.size or any(p.offset + len(p.old) > file.size for p in file.places):
+            raise CheckpointError("it is not the file that the journal speaks of", folder / name)
+        files.append(_Held(fd, folder / name, file))
     return files
 
 
-def _put_back(fd: int, path: Path, file: _File) -> None:
-    """Only what differs is written: where the fault was a full disk or a file that refuses, nothing may be left to
-    write. A file that was written to is synced even if its bytes are right."""
-    target = None
-    fsops.drop_cache(fd)  # after a failed fsync the cache may hold old bytes, clean, that never reached the disk
+def _refuse_foreign(folder: Folder, journal: Journal | None, files: list[_Held]) -> None:
+    """Raise CheckpointError if anything that recovery would write over is not this edit's work."""
+    found: list[object] = []
+    for file in files:
+        fsops.drop_cache(file.fd)
+        found += [f"{file.path} at byte {place.offset}" for place in file.foreign()]
+    if journal:
+        found += [folder / name for name in journal.own if _own_state(folder, journal, name) == "foreign"]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise CheckpointError(
+            "an edit in place was cut off, and another program has written since to what it edited",
+            f"{found[0]}{more}",
+            f"restore the files from the base, or keep them as they are by removing {folder / JOURNAL}",
+        )
+
+
+def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -> None:
+    """Give the directory its old bytes, and remove the journal last. Raises TargetError, keeping the journal."""
     try:
-        for place in file.places:
-            old = bytes.fromhex(place.old)
-            if read_exactly(fd, len(old), place.offset, path) != old:
-                target = fsops.open_for_patching(path) if target is None else target
-                fsops.write_at(target, old, place.offset)
-        fsops.sync(fd if target is None else target)
-    finally:
-        if target is not None:
-            os.close(target)
+        with fsops.reported(folder):
+            fsops.remove_file(folder / ROOM)  # first of all: it is the space that putting back may need
+            for file in files:
+                file.put_back()
+            for name in WORKING_FILES[1:]:
+                fsops.remove_file(folder / name)
+            for name, data in journal.own.items() if journal else ():
+                if _own_state(folder, journal, name) == "new":
+                    _put(folder, name, data)
+            fsops.sync_directory(folder)
+            fsops.remove_file(folder / JOURNAL)
+            fsops.sync_directory(folder)
+    except TargetError as error:
+        raise TargetError("an edit in place was cut off and could not be undone yet", folder,
+                          f"{error}; its journal is kept, and the next command tries again") from error  # fmt: skip

@@ -32,6 +32,7 @@ from swsurgery.coordinate import Coordinate
 from swsurgery.dtypes import DTYPES
 from swsurgery.edits import OfVariant, Position, Strict, Version
 from swsurgery.errors import AmbiguousWeights, CheckpointError, PlanError, TargetError
+from swsurgery.folder import Folder
 from swsurgery.jsonfile import MAX_JSON, RECORD, Limits, first_fault, parse_json, read_small, rendered_pieces
 from swsurgery.names import OWN_FILES
 from swsurgery.shard import Place
@@ -313,13 +314,15 @@ class Patched:
         return {REGISTRY_NAME: self.registry_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
 
 
-def read_patched(root: Path | Repository | Checkpoint) -> Patched | None:
+def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | None:
     """The records in a directory or repository, or those that an opened checkpoint lists; None if it has no registry.
-    Raises CheckpointError for a damaged one."""
+    Whoever holds a directory open has undone what was cut off there. Raises CheckpointError for a damaged one."""
     places: Mapping[str, Place]
     if isinstance(root, Checkpoint):
         places = {file.name: file.path for file in root.files}
         root = root.root
+    elif isinstance(root, Folder):
+        places = {n: root / n for n in (REGISTRY_NAME, MANIFEST_NAME) if fsops.is_there(root / n)}
     elif isinstance(root, Path):
         root = Path(os.path.realpath(root))
         cached = is_cache_snapshot(root)

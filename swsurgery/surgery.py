@@ -37,6 +37,7 @@ from swsurgery.errors import (
     Unrunnable,
     or_else,
 )
+from swsurgery.folder import Folder
 from swsurgery.hints import hub_hint
 from swsurgery.hub import Repo, Uri, fetch, local, named, place
 from swsurgery.listing import cached_files
@@ -324,7 +325,7 @@ def _refuse_bounds_without_base(root: Path | Repo, patched: Patched | None, boun
         )
 
 
-def read_records(root: Path | Repo) -> Patched:
+def read_records(root: Path | Folder | Repo) -> Patched:
     """The records of a patched checkpoint. Raises CheckpointError where it has none."""
     patched = read_patched(root)
     if patched is None:
@@ -398,7 +399,7 @@ def _write_own_files(stage: Path, patched: Patched) -> None:
 
 
 def run_check(
-    plan: Plan, patched: Path, options: CheckOptions, progress: Progress, say: Callable[[str], None]
+    plan: Plan, patched: Path | Folder, options: CheckOptions, progress: Progress, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Check the checkpoint that is not yet done, staged or edited in place; what is returned goes into the registry.
     Raises CheckFailed, ModelError."""
@@ -428,7 +429,7 @@ def run_check(
                     raise error.or_else("--check weights") from error
                 raise
             # The directory has this name only until it is done, and the registry does not depend on where it was made.
-            reason = model.available() or str(error).replace(str(Path(os.path.realpath(patched))), "the checkpoint")
+            reason = model.available() or str(error).replace(os.path.realpath(str(patched)), "the checkpoint")
         else:
             if not report.ok:
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
@@ -453,7 +454,12 @@ def bounds_of(plan: Plan, options: CheckOptions) -> Bounds:
 
 
 def _check_forward(
-    plan: Plan, patched: Path, options: CheckOptions, bounds: Bounds, progress: Progress, say: Callable[[str], None]
+    plan: Plan,
+    patched: Path | Folder,
+    options: CheckOptions,
+    bounds: Bounds,
+    progress: Progress,
+    say: Callable[[str], None],
 ) -> CheckReport:
     changes = [
         model.ScalarChange(s.coordinate, float(decode(s.dtype, s.old)), float(decode(s.dtype, s.new)))
@@ -466,11 +472,11 @@ def _check_forward(
     )  # fmt: skip
 
 
-def _check_weights(plan: Plan, patched: Path, progress: Progress) -> dict[str, Any]:
+def _check_weights(plan: Plan, patched: Path | Folder, progress: Progress) -> dict[str, Any]:
     """Re-read the touched shards: exactly the planned scalars differ from the base, and have the planned values. Of
     an edit in place only the latter, for there is no base left to compare with, and where the base is on the Hub."""
     touched = sorted({s.file for s in plan.splices})
-    there = set(os.listdir(patched))
+    there = set(os.listdir(patched.fd if isinstance(patched, Folder) else patched))
     elsewhere = [name for name in plan.checkpoint.shards if name not in there]
     staged = open_as(patched, plan.loaded.manifest.base, editing=True, elsewhere=elsewhere)
     declared: dict[str, set[int]] = {}

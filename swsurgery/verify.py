@@ -118,12 +118,7 @@ def verify_patched(
     names = {f.name: f for f in checkpoint.files}
     findings = structure(checkpoint) + _file_list(registry, names) + _own_files(patched, names)
     findings += own_findings(patched, checkpoint)
-    # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
-    inherited = [record for _, record in registry.inherited() if record.file in checkpoint.shards]
-    protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
-    for record in (*registry.edits, *protected, *inherited):
-        findings += _placed(record, checkpoint)
-    findings += _operations(registry) + _named_twice(registry)
+    findings += scalar_findings(registry, checkpoint)
     present = [name for name in registry.files if name in names]
     unhashed = [name for name in present if registry.files[name].sha256 is None]
     proved, unverified = [], []
@@ -148,7 +143,7 @@ def verify_patched(
         tuple(findings),
         files=len(present),
         edits=len(registry.edits),
-        protected=len(protected) + len(inherited),
+        protected=len(_protected(registry, checkpoint)),
         proved=tuple(proved),
         compared_with_base=base is not None,
         unhashed=tuple(unhashed),
@@ -158,6 +153,22 @@ def verify_patched(
         unverified=tuple(unverified),
         rules=rules,
     )
+
+
+def scalar_findings(registry: Registry, checkpoint: Checkpoint) -> list[Finding]:
+    """Hold every recorded scalar, protected ones of earlier steps too, against the headers and what is stored."""
+    findings = []
+    for record in (*registry.edits, *_protected(registry, checkpoint)):
+        findings += _placed(record, checkpoint)
+    return findings + _operations(registry) + _named_twice(registry)
+
+
+def _protected(registry: Registry, checkpoint: Checkpoint) -> list[ScalarRecord]:
+    """List the scalars that this step or an earlier one protects and that can be read here."""
+    names = {f.name for f in checkpoint.files}
+    protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
+    # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
+    return protected + [record for _, record in registry.inherited() if record.file in checkpoint.shards]
 
 
 def structure(checkpoint: Checkpoint) -> list[Finding]:

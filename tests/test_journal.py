@@ -17,9 +17,11 @@ import pytest
 from checkpoints import FIRST, HEAD, SECOND, THIRD, down, place, sha256, tree, write_llama, write_manifest
 from killed import killed, names, run
 
-from swsurgery import inplace, journal
+from swsurgery import inplace, journal, journal_format
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError, SwsurgeryError, TargetError
+from swsurgery.folder import Folder
+from swsurgery.journal_format import Journal, JournalFile, parse_journal
 from swsurgery.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES
 from swsurgery.progress import Silent
 from swsurgery.verify import verify
@@ -58,7 +60,7 @@ def cut_off(base, manifest, monkeypatch) -> dict[str, bytes]:
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(inplace, "run_check", stop)
-        patch.setattr(journal, "recover_locked", lambda *arguments, **more: None)
+        patch.setattr(journal, "_take_back", lambda *arguments: None)
         inplace.apply_in_place(manifest)
     assert tree(base)[SECOND] != before[SECOND] and tree(base)[THIRD] != before[THIRD]
     assert {JOURNAL, ROOM} <= names(base)
@@ -129,7 +131,7 @@ def test_a_journal_that_cannot_be_seen_is_not_taken_for_none(
     before, true = tree(base), os.lstat
 
     def lstat(path, *arguments, **more):
-        if os.fspath(path) == str(base / JOURNAL):
+        if os.path.basename(path) == JOURNAL:
             raise OSError(code, os.strerror(code))
         return true(path, *arguments, **more)
 
@@ -258,28 +260,36 @@ MALFORMED: dict[str, Callable[[bytes], bytes]] = {
     "a list": lambda raw: seal(b"[]"),
     "nested": lambda raw: seal(b"[" * 100_000),
     "a key twice": lambda raw: seal(b'{"version": 1, "version": 1}'),
-    "another version": lambda raw: altered(raw, lambda d: d.update(version=2)),
+    "another version": lambda raw: altered(raw, lambda d: d.update(version=3)),
+    "a version that is true": lambda raw: altered(raw, lambda d: d.update(version=True)),
     "a field too many": lambda raw: altered(raw, lambda d: d.update(more=1)),
     "a field too few": lambda raw: altered(raw, lambda d: d.pop("own")),
+    "an own file too few": lambda raw: altered(raw, lambda d: d["own"].pop(OWN_FILES[0])),
     "a path": lambda raw: altered(raw, lambda d: d["files"].update({"../base/" + SECOND: file_of(d)})),
     "an absolute path": lambda raw: altered(raw, lambda d: d["files"].update({"/tmp/x.safetensors": file_of(d)})),
     "dots": lambda raw: altered(raw, lambda d: d["files"].update({"..": file_of(d)})),
     "no shard": lambda raw: altered(raw, lambda d: d["files"].update({"config.json": file_of(d)})),
     "a shard that is not there": lambda raw: altered(raw, lambda d: d["files"].update({"x.safetensors": file_of(d)})),
-    "beyond the end": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(offset=10**6)),
-    "across the end": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(offset=file_of(d)["size"] - 1)),
-    "far beyond the end": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(offset=(1 << 63) - 1)),
-    "before the beginning": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(offset=-2)),
-    "a fraction": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(offset=2.5)),
-    "no bytes": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(old="")),
-    "half a byte": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(old="abc")),
-    "many bytes": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(old="00" * 9)),
-    "no hex": lambda raw: altered(raw, lambda d: file_of(d)["places"][0].update(old="zz")),
+    "beyond the end": lambda raw: altered(raw, lambda d: file_of(d).update(offsets=[10**6])),
+    "across the end": lambda raw: altered(raw, lambda d: file_of(d).update(offsets=[file_of(d)["size"] - 1])),
+    "far beyond the end": lambda raw: altered(raw, lambda d: file_of(d).update(offsets=[(1 << 63) - 1])),
+    "before the beginning": lambda raw: altered(raw, lambda d: file_of(d).update(offsets=[-2])),
+    "a fraction": lambda raw: altered(raw, lambda d: file_of(d).update(offsets=[2.5])),
+    "no bytes": lambda raw: altered(raw, lambda d: file_of(d).update(sizes=[0], old="", new="")),
+    "half a byte": lambda raw: altered(raw, lambda d: file_of(d).update(old="abc")),
+    "more old bytes": lambda raw: altered(raw, lambda d: file_of(d).update(old="00" * 9)),
+    "fewer new bytes": lambda raw: altered(raw, lambda d: file_of(d).update(new="00")),
+    "more sizes": lambda raw: altered(raw, lambda d: file_of(d).update(sizes=[1, 1])),
+    "overlapping places": lambda raw: altered(raw, lambda d: file_of(d).update(offsets=[300, 300], sizes=[1, 1])),
+    "falling places": lambda raw: altered(raw, lambda d: file_of(d).update(offsets=[300, 200], sizes=[1, 1])),
+    "no hex": lambda raw: altered(raw, lambda d: file_of(d).update(old="zzzz")),
     "another size": lambda raw: altered(raw, lambda d: file_of(d).update(size=1)),
     "another file": lambda raw: altered(raw, lambda d: file_of(d).update(inode=1)),
     "another directory": lambda raw: altered(raw, lambda d: d.update(inode=1)),
     "a file of others": lambda raw: altered(raw, lambda d: d["own"].update({"config.json": None})),
-    "no base64": lambda raw: altered(raw, lambda d: d["own"].update({OWN_FILES[0]: "!"})),
+    "own bytes that are missing": lambda raw: altered(raw, lambda d: d["own"].update({OWN_FILES[0]: 5})),
+    "bytes of no file": lambda raw: seal(raw[:-65] + b"more"),
+    "made, and no digest": lambda raw: altered(raw, lambda d: d.update(made={OWN_FILES[0]: "0"})),
 }
 
 
@@ -300,6 +310,152 @@ def test_the_journal_as_it_was_written_is_taken(base, cut_off):
     (base / JOURNAL).write_bytes(altered(raw, lambda document: None))
     assert main(["inspect", str(base)]) == 0
     assert tree(base) == cut_off
+
+
+# --- journals of version 1
+
+
+def version_1(base: Path, before: dict[str, bytes]) -> bytes:
+    """The journal that 0.1.0 writes for this edit."""
+    places = {SECOND: place(base / SECOND, down(1), (2, 3)), THIRD: place(base / THIRD, HEAD, (11, 5))}
+    files = {
+        name: {
+            "inode": (base / name).stat().st_ino, "size": (base / name).stat().st_size,
+            "places": [{"offset": at, "old": before[name][at : at + size].hex()}],
+        }
+        for name, (at, size) in places.items()
+    }  # fmt: skip
+    own = {name: base64.b64encode(before[name]).decode() if name in before else None for name in OWN_FILES}
+    document = {"version": 1, "reverts": False, "inode": base.stat().st_ino, "files": files, "own": own}
+    return seal(json.dumps(document, sort_keys=True).encode() + b"\n")
+
+
+def test_a_journal_of_version_1_is_recovered(base, cut_off, capsys):
+    (base / JOURNAL).write_bytes(version_1(base, cut_off))
+    assert main(["inspect", str(base)]) == 0
+    assert capsys.readouterr().err == TOLD.format(base)
+    assert tree(base) == cut_off
+
+
+def test_own_files_in_a_journal_of_version_1_are_put_back(base, manifest, tmp_path, cut_off):
+    """As it is after a second step was cut off: the contents of the first step are in base64."""
+    assert main(list(in_place(manifest))) == 0
+    before = tree(base)
+    (base / JOURNAL).write_bytes(version_1(base, before))
+    (base / OWN_FILES[0]).write_bytes(b"half of the second step")
+    (base / OWN_FILES[2]).unlink()
+    assert main(["inspect", str(base)]) == 0
+    assert tree(base) == before
+
+
+PLACES = "places"
+MALFORMED_1: dict[str, Callable[[bytes], bytes]] = {
+    "beyond the end": lambda raw: altered(raw, lambda d: file_of(d)[PLACES][0].update(offset=10**6)),
+    "across the end": lambda raw: altered(raw, lambda d: file_of(d)[PLACES][0].update(offset=file_of(d)["size"] - 1)),
+    "before the beginning": lambda raw: altered(raw, lambda d: file_of(d)[PLACES][0].update(offset=-2)),
+    "no bytes": lambda raw: altered(raw, lambda d: file_of(d)[PLACES][0].update(old="")),
+    "half a byte": lambda raw: altered(raw, lambda d: file_of(d)[PLACES][0].update(old="abc")),
+    "many bytes": lambda raw: altered(raw, lambda d: file_of(d)[PLACES][0].update(old="00" * 9)),
+    "new bytes": lambda raw: altered(raw, lambda d: file_of(d)[PLACES][0].update(new="0000")),
+    "a path": lambda raw: altered(raw, lambda d: d["files"].update({"../base/" + SECOND: file_of(d)})),
+    "another size": lambda raw: altered(raw, lambda d: file_of(d).update(size=1)),
+    "another file": lambda raw: altered(raw, lambda d: file_of(d).update(inode=1)),
+    "no base64": lambda raw: altered(raw, lambda d: d["own"].update({OWN_FILES[0]: "!"})),
+    "something behind its line": lambda raw: seal(raw[:-65] + b"more"),
+}
+
+
+@pytest.mark.parametrize("damage", MALFORMED_1.values(), ids=MALFORMED_1)
+def test_a_journal_of_version_1_that_cannot_be_trusted_is_refused(base, cut_off, capsys, damage):
+    (base / JOURNAL).write_bytes(damage(version_1(base, cut_off)))
+    before = tree(base)
+    assert main(["inspect", str(base)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(base) in line or JOURNAL in line
+    assert tree(base) == before
+
+
+# --- what another program wrote meanwhile
+
+
+def write_at(path: Path, offset: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def foreign_weights(base: Path) -> str:
+    """Copy other weights over the file, which keeps its inode."""
+    at, size = place(base / SECOND, down(1), (2, 3))
+    write_at(base / SECOND, 0, b"\x5a" * (base / SECOND).stat().st_size)
+    return f"{base / SECOND} at byte {at}"
+
+
+def foreign_byte(base: Path) -> str:
+    """One byte of one scalar is neither the old nor the new one."""
+    at, _ = place(base / THIRD, HEAD, (11, 5))
+    write_at(base / THIRD, at, b"\x5a")
+    return f"{base / THIRD} at byte {at}"
+
+
+def foreign_record(base: Path) -> str:
+    (base / OWN_FILES[0]).write_text("{}")
+    return str(base / OWN_FILES[0])
+
+
+@pytest.mark.parametrize("change", [foreign_weights, foreign_byte, foreign_record])
+@pytest.mark.parametrize("command", ["inspect", "verify", "revert", "apply"])
+def test_recovery_writes_nothing_over_what_another_program_wrote(base, manifest, cut_off, capsys, change, command):
+    where = change(base)
+    before = tree(base)
+    assert main(list(in_place(manifest)) if command == "apply" else [command, str(base)]) == 2
+    assert capsys.readouterr().err == (
+        "swsurgery: an edit in place was cut off, and another program has written since to what it edited: "
+        f"{where} (restore the files from the base, or keep them as they are by removing {base / JOURNAL})\n"
+    )
+    assert tree(base) == before
+
+
+def test_the_remedies_of_that_report_work(base, cut_off):
+    foreign_weights(base)
+    (base / SECOND).write_bytes(cut_off[SECOND])  # the same inode
+    assert main(["inspect", str(base)]) == 0
+    assert tree(base) == cut_off
+    foreign_weights(base)
+    before = tree(base)
+    (base / ROOM).write_bytes(b"")
+    assert main(["inspect", str(base)]) == 2, "no journal, and it is no checkpoint"
+    assert tree(base) == before, "without a journal nothing is put back"
+
+
+@pytest.mark.parametrize("torn", ["the first byte", "the second byte", "all", "none"])
+def test_a_torn_scalar_is_put_back(base, cut_off, torn):
+    """A power cut may leave the bytes of one scalar old in one sector and new in the next."""
+    at, size = place(base / THIRD, HEAD, (11, 5))
+    old = cut_off[THIRD][at : at + size]
+    now = {"the first byte": old[:1] + b"\x3f", "the second byte": b"\x80" + old[1:], "all": old, "none": b"\x80\x3f"}
+    assert old[:1] != b"\x80" and old[1:] != b"\x3f"
+    write_at(base / THIRD, at, now[torn])
+    assert main(["inspect", str(base)]) == 0
+    assert tree(base) == cut_off
+
+
+def test_own_files_are_known_by_what_the_journal_says_of_them(base, manifest, cut_off, tmp_path):
+    """From the moment they are written, the journal has the digests of their new contents."""
+    assert main(["inspect", str(base)]) == 0
+    killed("fsops.remove_file", *in_place(manifest), number=2, after=False)
+    raw = (base / JOURNAL).read_bytes()
+    assert json.loads(raw[:-65])["made"] == {name: sha256(base / name) for name in OWN_FILES}
+    new = tree(base)
+    (base / OWN_FILES[1]).unlink()  # as before the edit
+    assert main(["inspect", str(base)]) == 0
+    assert tree(base) == cut_off
+    for name, data in new.items():
+        (base / name).write_bytes(data)  # the shards keep their inodes
+    (base / JOURNAL).write_bytes(raw)
+    (base / OWN_FILES[1]).write_bytes(b"another program's")
+    assert main(["inspect", str(base)]) == 2
+    assert (base / OWN_FILES[1]).read_bytes() == b"another program's" and tree(base)[SECOND] == new[SECOND]
 
 
 def test_a_huge_journal_is_refused(base, cut_off, capsys):
@@ -417,8 +573,8 @@ def test_a_journal_that_could_not_be_read_back_is_not_begun_with(base, manifest,
     """A registry of tens of megabytes would make one."""
     assert main(list(in_place(manifest))) == 0
     before = tree(base)
-    limit = max(len(before[name]) for name in OWN_FILES) + 100
-    monkeypatch.setattr(journal, "MAX_JSON", limit)
+    limit = sum(len(before[name]) for name in OWN_FILES)
+    monkeypatch.setattr(journal_format, "MAX_JOURNAL", limit)
     second = write_manifest(tmp_path / "second.json", base, {"op": "zero", "layer": 1, "row": 0, "col": 0})
     capsys.readouterr()
     assert main(list(in_place(second))) == 2
@@ -428,7 +584,10 @@ def test_a_journal_that_could_not_be_read_back_is_not_begun_with(base, manifest,
 
 def test_the_numbers_of_files_may_have_64_bits(base, tmp_path):
     """As overlay file systems give them."""
-    assert journal._File(inode=(1 << 64) - 1, size=0, places=[]).inode == (1 << 64) - 1
+    files = {SECOND: JournalFile((1 << 64) - 1, 0, [])}
+    raw = Journal(2, False, (1 << 64) - 1, files, dict.fromkeys(OWN_FILES)).render()
+    read = parse_journal(raw, Folder.at(base) / JOURNAL)
+    assert read.inode == read.files[SECOND].inode == (1 << 64) - 1
 
 
 # --- the block itself
@@ -440,9 +599,10 @@ def test_the_journal_holds_what_undoing_needs(base, cut_off):
     document = json.loads(raw[:-65])
     offset, size = place(base / SECOND, down(1), (2, 3))
     assert document["files"][SECOND] == {
-        "inode": (base / SECOND).stat().st_ino, "size": (base / SECOND).stat().st_size,
-        "places": [{"offset": offset, "old": cut_off[SECOND][offset : offset + size].hex()}],
+        "inode": (base / SECOND).stat().st_ino, "size": (base / SECOND).stat().st_size, "offsets": [offset],
+        "sizes": [size], "old": cut_off[SECOND][offset : offset + size].hex(), "new": "0000",
     }  # fmt: skip
+    assert document["version"] == 2 and document["made"] is None
     assert document["own"] == dict.fromkeys(OWN_FILES)
     assert (base / ROOM).stat().st_blocks * 512 >= journal.ROOM_BYTES
 
@@ -451,14 +611,14 @@ def test_own_files_are_put_back_as_they_were(base):
     """Also such as are no registry: the block does not know what it writes."""
     (base / OWN_FILES[1]).write_bytes(b"\0\xff")
     before = tree(base)
-    with pytest.raises(CheckpointError), journal.edited(base, []) as own:
-        assert json.loads((base / JOURNAL).read_bytes()[:-65])["own"] == {
-            **dict.fromkeys(OWN_FILES), OWN_FILES[1]: base64.b64encode(b"\0\xff").decode()
-        }  # fmt: skip
+    with pytest.raises(CheckpointError), journal.edited(Folder.at(base), {}, []) as own:
+        line, _, rest = (base / JOURNAL).read_bytes()[:-65].partition(b"\n")
+        assert json.loads(line)["own"] == {**dict.fromkeys(OWN_FILES), OWN_FILES[1]: 2}
+        assert rest == b"\0\xff"
         own[OWN_FILES[0]] = b"new"
         raise CheckpointError("stop")
     assert tree(base) == before
-    with journal.edited(base, []) as own:
+    with journal.edited(Folder.at(base), {}, []) as own:
         own |= {OWN_FILES[0]: b"new", OWN_FILES[1]: None}
     assert tree(base) == {**{n: d for n, d in before.items() if n != OWN_FILES[1]}, OWN_FILES[0]: b"new"}
 
@@ -466,7 +626,7 @@ def test_own_files_are_put_back_as_they_were(base):
 def test_whatever_is_raised_nothing_of_the_work_is_left(base):
     for error in (SwsurgeryError("known"), KeyError("a bug"), KeyboardInterrupt()):
         before = tree(base)
-        with pytest.raises(type(error)), journal.edited(base, []):
+        with pytest.raises(type(error)), journal.edited(Folder.at(base), {}, []):
             assert JOURNAL in names(base) and JOURNAL_NEW not in names(base)
             raise error
         assert tree(base) == before

@@ -24,7 +24,7 @@ from swsurgery.cli.linting import lint
 from swsurgery.cli.proving import verify
 from swsurgery.cli.sharing import publish
 from swsurgery.cli.signing import sign
-from swsurgery.errors import Interrupted, SwsurgeryError, printable
+from swsurgery.errors import Interrupted, SwsurgeryError, printable, report_done
 
 app = typer.Typer(
     help="Change single scalars of a checkpoint: exactly, safely and provably.",
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # so does its talk of retries
     previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     _received.clear()
+    report_done(None)
     log, teller = logging.getLogger("swsurgery"), _Teller()
     log.addHandler(teller)
     try:

@@ -131,10 +131,11 @@ def _renumber(name: str, content: bytes, numbers: Mapping[int, int]) -> bytes:
     if name in (".swsurgery-journal", ".swsurgery-journal.new"):
         body, digest = content[:-65], content[-65:]
         if digest == hashlib.sha256(body).hexdigest().encode() + b"\n":
-            journal = json.loads(body)
+            line, end, own = body.partition(b"\n")
+            journal = json.loads(line)
             for record in (journal, *journal["files"].values()):
                 record["inode"] = numbers.get(record["inode"], NOWHERE)
-            body = json.dumps(journal, sort_keys=True).encode() + b"\n"
+            body = json.dumps(journal, sort_keys=True).encode() + end + own
             return body + hashlib.sha256(body).hexdigest().encode() + b"\n"
     return content
 

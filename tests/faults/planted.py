@@ -69,8 +69,8 @@ BUGS = (
         "in place without a journal",
         "journal.py",
         """\
-                fsops.write_file(root / JOURNAL_NEW, raw)
-                fsops.rename_new(root / JOURNAL_NEW, root / JOURNAL)
+            fsops.write_file(folder / JOURNAL_NEW, raw)
+            fsops.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
 """,
         "",
     ),
@@ -78,25 +78,25 @@ BUGS = (
         "journal not synced",
         "journal.py",
         """\
-                fsops.write_file(root / JOURNAL_NEW, raw)
+            fsops.write_file(folder / JOURNAL_NEW, raw)
 """,
         """\
-                new = fsops.create(root / JOURNAL_NEW)
-                fsops.write_all(new, raw)
-                os.close(new)
+            new = fsops.create(folder / JOURNAL_NEW)
+            fsops.write_all(new, raw)
+            os.close(new)
 """,
     ),
     Bug(
         "journal dropped too early",
         "journal.py",
         """\
-            fsops.write_at(fd, getattr(splice, data), splice.offset)
-        fsops.sync(fd)
+            fsops.write_at(shard.fd, getattr(place, data), place.offset)
+        fsops.sync(shard.fd)
 """,
         """\
-            fsops.write_at(fd, getattr(splice, data), splice.offset)
+            fsops.write_at(shard.fd, getattr(place, data), place.offset)
         if data == "old":  # the new bytes are left to the kernel, and the journal goes all the same
-            fsops.sync(fd)
+            fsops.sync(shard.fd)
 """,
     ),
     Bug(
