@@ -133,7 +133,7 @@ def test_a_token_in_the_bases_own_card_is_not_quoted(hub, patched, capsys):
     del registry["files"]["README.md"]
     path.write_text(json.dumps(registry, indent=2, sort_keys=True) + "\n")
     (patched / "README.md").unlink()
-    assert publish(patched, accept=("check-missing", "digest")) == 1
+    assert publish(patched, accept=("check-missing", "digest", "manifest")) == 1
     out, err = capsys.readouterr()
     assert "secret: README.md" in err and TOKEN not in out + err and NEW not in hub.state.repos
 
