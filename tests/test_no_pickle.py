@@ -29,6 +29,8 @@ LOADERS = {
     "os.execve", "os.fork", "os.posix_spawn", "os.spawnv", "yaml.load", "yaml.unsafe_load",
 }  # fmt: skip
 TRUSTING = {"from_pretrained", "from_config"}
+ALLOWED = {"model/tokenizer.py": ["imports subprocess"], "model/tokenizer_child.py": ["calls os.fork"]}
+"""They start this package's own program, which runs a checkpoint's tokenizer under limits."""
 
 
 def faults(source: str) -> Iterator[str]:
@@ -64,7 +66,7 @@ def _is_false(node: ast.expr) -> bool:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_source_runs_code_from_a_file(path):
-    assert list(faults(path.read_text())) == []
+    assert list(faults(path.read_text())) == ALLOWED.get(path.relative_to(PACKAGE).as_posix(), [])
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,14 @@ def serve(directory: str) -> None:
             answer({"texts": tokenizer.batch_decode(request["ids"], clean_up_tokenization_spaces=False)})
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of `error`, with the second if it ends in a colon, or else its type."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
+    return said[:160]
+
+
 def work(request: dict[str, object]) -> None:
     """Be the worker: serve, say what went wrong, and end."""
     code = 1
@@ -90,10 +98,7 @@ def work(request: dict[str, object]) -> None:
     except MemoryError:
         pass
     except BaseException as error:  # noqa: BLE001 (whatever the libraries raise, it is the tokenizer's fault)
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
-        answer({"error": said[:160]})
+        answer({"error": first_line(error)})
         code = 0
     finally:
         os._exit(code)
@@ -104,10 +109,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     die_with_parent()
     sys.modules["torch"] = None  # type: ignore[assignment]  # it takes seconds and memory, and no tokenizer needs it
-    import tokenizers  # noqa: F401 (so that the workers have it)
-    from transformers import AutoTokenizer  # noqa: F401
-    from transformers.utils import logging
-
+    try:
+        import tokenizers  # noqa: F401 (so that the workers have it)
+        from transformers import AutoTokenizer  # noqa: F401
+        from transformers.utils import logging
+    except Exception as error:  # noqa: BLE001 (an installation can be broken in any way)
+        if read_request() is not None:
+            answer({"error": f"transformers cannot be imported: {first_line(error)}"})
+        return
     logging.set_verbosity(logging.CRITICAL)
     while select.select([0], [], [], IDLE_SECONDS)[0]:
         request = read_request()
