@@ -36,6 +36,7 @@ Rooms, each of which knows only those below it:
     checkpoint.py, shard.py      the files, and the header of one of them; copies.py: those with the weights once more
     quantised.py                 which stored numbers are weights, and which are codes or internals of a quantiser
     weight_files.py              which of the files hold the weights, and of which variant
+    hints.py                     what was probably meant by a path or a file that is none of a checkpoint's
     listing.py, folder.py        the files of a directory that is held open, as they were when they were listed
     dtypes.py                    numbers and their bits
     threads.py                   a pool that works with fewer threads than it was given
