@@ -18,6 +18,7 @@ import torch
 import transformers
 from tiny_checkpoint import TEXT, Pair, write_pair
 
+from swsurgery import show
 from swsurgery.checkpoint import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import load, measure
@@ -67,6 +68,20 @@ def test_windows_and_scored_tokens_are_counted(pair: Pair, report: CheckReport) 
     assert len(windows) > 3
     assert (report.windows, report.window_tokens) == (len(windows), WINDOW)
     assert report.scored_tokens == sum(len(ids) - 1 for ids in windows)
+
+
+def test_a_text_shorter_than_a_window_is_counted_by_its_own_tokens(
+    pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pair.base)
+    text = " ".join(TEXT.split()[:9])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = len(windows_of(pair)[0]) - WINDOW
+    short = check(pair, text=text, window=WINDOW)
+    assert 1 < len(ids) < WINDOW
+    assert (short.windows, short.window_tokens, short.scored_tokens) == (1, len(ids), len(ids) + bos - 1)
+    show.check(short.to_json())
+    assert f"measured on {len(ids) + bos - 1} tokens in 1 window, float32" in capsys.readouterr().out
 
 
 def test_perplexity_is_that_of_the_loss_of_transformers(pair: Pair, report: CheckReport) -> None:

@@ -128,6 +128,7 @@ def test_a_factor_that_changes_no_bit_is_the_base(checkpoint: Checkpoint) -> Non
 def test_what_was_read_is_said(report: SweepReport, base: Path) -> None:
     assert report.coordinates == (FIRST, SECOND)
     assert (report.windows, report.window_tokens) == (len(windows_of(base)), WINDOW)
+    assert report.scored_tokens == sum(len(ids) - 1 for ids in windows_of(base))
     assert (report.dtype, report.device, report.method) == ("float32", "cpu", "layer by layer")
     assert report.text_sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
     assert swept(open_checkpoint(base), [0.0], text=None, windows=1).text_sha256 != report.text_sha256
