@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import hashlib
 import itertools
 import mmap
@@ -16,10 +17,9 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 from swsurgery import fsops
@@ -27,8 +27,10 @@ from swsurgery.checkpoint import BaseFile
 from swsurgery.digests import DigestCache
 from swsurgery.dtypes import bits_of
 from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError, TargetError
+from swsurgery.folder import Entry, Folder
 from swsurgery.progress import Progress, Silent
-from swsurgery.shard import opened
+from swsurgery.room import refuse_without_room
+from swsurgery.shard import Shard, opened, read_exactly
 from swsurgery.splice import Splice, by_file
 from swsurgery.threads import Pool
 
@@ -67,8 +69,9 @@ class Applied:
 class Source:
     """What to copy: files of one checkpoint, the splices to make, and what the base's digests must be.
 
-    `pins` maps a file name to (digest, who says so). `elsewhere` are files that are not copied, and listed all the
-    same; their digests are known.
+    `pins` maps a file name to (digest, who says so). `shards` are those that the splices were planned from: the header
+    of what is copied must be the same. `elsewhere` are files that are not copied, and listed all the same; their
+    digests are known.
     """
 
     files: tuple[BaseFile, ...]
@@ -76,15 +79,28 @@ class Source:
     pins: dict[str, tuple[str, str]]
     in_cache: bool = False
     elsewhere: tuple[BaseFile, ...] = ()
+    shards: Mapping[str, Shard] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
         return [f.name for f in self.files]
 
+    @property
+    def own_mode(self) -> int:
+        """The permissions of the files that are added: what all copied weights have. The records repeat weights."""
+        modes = (file.mode for file in self.files if file.name.endswith(".safetensors"))
+        return functools.reduce(operator.and_, modes, 0o666) | 0o600
+
+    @property
+    def folder_mode(self) -> int:
+        """The permissions of the new directory: what all directories that hold the base's files have."""
+        folders = {file.path.folder for file in self.files if isinstance(file.path, Entry)}
+        return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
+
 
 def write_checkpoint(
     source: Source,
-    stage: Path,
+    stage: Folder,
     *,
     link: Link,
     progress: Progress,
@@ -101,10 +117,9 @@ def write_checkpoint(
     """
     if link == "hard" and source.in_cache:
         raise TargetError("a hard link into a Hugging Face cache shares the file with every repo and revision there",
-                          stage.parent, "use --link auto")  # fmt: skip
-    for folder in sorted({os.path.dirname(f.name) for f in source.files} - {""}):
-        with fsops.reported(stage / folder):
-            fsops.make_directories(stage / folder)
+                          stage.path.parent, "use --link auto")  # fmt: skip
+    refuse_without_room(source.files, {s.file for s in source.splices}, stage, link)
+    _make_folders(source.files, stage)
     progress.start(sum(f.size for f in source.files), "B", "copying")
     try:
         applied = _Copier(source, stage, link, progress, digests or DigestCache(), reuse).run()
@@ -116,6 +131,19 @@ def write_checkpoint(
         hold_to(file, file.digest, source.pins)
         applied.append(AppliedFile(file.name, file.size, file.digest, file.digest, "elsewhere"))
     return Applied(tuple(sorted(applied, key=lambda f: f.name)))
+
+
+def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
+    """Make the folders of these files, each no more accessible than the base's."""
+    modes: dict[str, int] = {}
+    for file in files:
+        parts = file.name.split("/")[:-1]
+        for name in ("/".join(parts[:end]) for end in range(1, len(parts) + 1)):
+            here = isinstance(file.path, Entry) and file.path.name == file.name  # a cache has its blobs in one folder
+            modes[name] = (file.path.folder / name).stat().st_mode & 0o777 | 0o700 if here else 0o777
+    for name in sorted(modes):
+        with fsops.reported(stage / name), contextlib.suppress(FileExistsError):
+            fsops.make_directory(stage / name, modes[name])
 
 
 @dataclass(frozen=True)
@@ -132,7 +160,7 @@ class _Copier:
     """Copies files in a few threads; hashing, reading and writing all release the interpreter's lock."""
 
     def __init__(
-        self, source: Source, stage: Path, link: Link, progress: Progress, digests: DigestCache, reuse: bool
+        self, source: Source, stage: Folder, link: Link, progress: Progress, digests: DigestCache, reuse: bool
     ) -> None:
         self.source, self.stage, self.link = source, stage, link
         self.progress, self.digests, self.reuse = progress, digests, reuse
@@ -169,9 +197,8 @@ class _Copier:
                     fsops.remove_file(target)
                 known = self.remembered(file, splices, status)
                 if self.link == "hard" and not splices:
-                    with fsops.reported(target):
-                        fsops.hard_link(file.path, target)
-                    digest = known or stream(base, file, (), self.advance)[0]
+                    self.link_to(base, file, target)
+                    digest = known or stream(base, file, (), self.advance, header=self.header(file))[0]
                     self.advance(file.size if known else 0)
                     written = _Written("hard", digest, digest, bool(known))
                 else:
@@ -184,38 +211,50 @@ class _Copier:
                 self.digests.put(after, written.digest, started)
         return AppliedFile(file.name, file.size, written.digest, written.patched, written.how, written.unverified)
 
+    def link_to(self, base: int, file: BaseFile, target: Entry) -> None:
+        """Give the open file a second name. Raises CheckpointError if the link was made to another one."""
+        with fsops.reported(target):
+            fsops.hard_link(file.path, target)
+            linked = target.stat()
+        if not os.path.samestat(linked, os.fstat(base)):
+            raise CheckpointError("was replaced while it was linked", file.path, "run again when it rests")
+
+    def header(self, file: BaseFile) -> Shard | None:
+        return self.source.shards.get(file.name)
+
     def remembered(self, file: BaseFile, splices: list[Splice], status: os.stat_result) -> str | None:
         """Return the digest from the cache if it may be copied: nothing is changed in the file, and nothing pins it."""
         if not self.reuse or splices or file.digest is not None or file.name in self.source.pins:
             return None
         return self.digests.get(status)
 
-    def kept(self, base: int, target: Path, file: BaseFile, splices: list[Splice]) -> _Written | None:
+    def kept(self, base: int, target: Entry, file: BaseFile, splices: list[Splice]) -> _Written | None:
         """Keep what an interrupted run wrote if it is what would be written now, byte by byte; None if it is not."""
         if self.link == "hard" or not fsops.is_there(target):
             return None
         read: list[int] = []
         with opened(target) as fd:
             status = os.fstat(fd)
-            if status.st_size != file.size or status.st_nlink > 1:
+            if status.st_size != file.size or status.st_nlink > 1 or status.st_mode & 0o777 & ~file.mode:
                 return None
             with fsops.reported(target):
                 fsops.sync(fd)
                 fsops.drop_cache(fd)
             try:
                 digest, patched = stream(
-                    base, file, splices, lambda n: (read.append(n), self.advance(n)), _Comparison(fd, target)
-                )
+                    base, file, splices, lambda n: (read.append(n), self.advance(n)), _Comparison(fd, target),
+                    self.header(file),
+                )  # fmt: skip
             except _Different:
                 self.advance(-sum(read))
                 return None
         return _Written("kept", digest, patched)
 
-    def write(self, base: int, target: Path, file: BaseFile, splices: list[Splice], known: str | None) -> _Written:
+    def write(self, base: int, target: Entry, file: BaseFile, splices: list[Splice], known: str | None) -> _Written:
         """Write one file, durably."""
         try:
             with fsops.reported(target):
-                new = fsops.create(target)
+                new = fsops.create(target, file.mode)
                 try:
                     done = self.fill(base, new, target, file, splices, known)
                     fsops.sync(new)
@@ -228,23 +267,28 @@ class _Copier:
         return done
 
     def fill(
-        self, base: int, new: int, target: Path, file: BaseFile, splices: list[Splice], known: str | None
+        self, base: int, new: int, target: Entry, file: BaseFile, splices: list[Splice], known: str | None
     ) -> _Written:
         cloned = self.link in ("auto", "clone") and fsops.clone(base, new)
         if self.link == "clone" and not cloned:
-            raise TargetError("this file system cannot clone", self.stage.parent, "use --link auto")
+            raise TargetError("this file system cannot clone", self.stage.path.parent, "use --link auto")
         if known:
             if not cloned:
                 self.copy_in_kernel(base, new, file)
             else:
                 self.advance(file.size)
+            if header := self.header(file):
+                with opened(target) as copy:
+                    begun = read_exactly(copy, min(header.data_start, file.size), 0, target)
+                _refuse_other_header(hashlib.sha256(begun).hexdigest(), header, file)
             return _Written("clone" if cloned else "copy", known, known, unverified=True)
         if not cloned:
             fsops.bypass_cache(new)
-            digest, patched = stream(base, file, splices, self.advance, lambda chunk: fsops.write_all(new, chunk))
+            write, header = functools.partial(fsops.write_all, new), self.header(file)
+            digest, patched = stream(base, file, splices, self.advance, write, header)
             return _Written("copy", digest, patched)
         with opened(target) as copy:  # the base may change from now on, and the clone does not change with it
-            digest, patched = stream(copy, file, splices, self.advance)
+            digest, patched = stream(copy, file, splices, self.advance, header=self.header(file))
         for splice in splices:
             fsops.write_at(new, splice.new, splice.offset)
         return _Written("clone", digest, patched)
@@ -271,15 +315,22 @@ def stream(
     splices: Sequence[Splice],
     advance: Callable[[int], None],
     sink: Callable[[memoryview], None] | None = None,
+    header: Shard | None = None,
 ) -> tuple[str, str]:
     """Read a file once: (sha256 of its bytes, sha256 with the splices made). `sink` is given the bytes with the splices
     made, chunk by chunk. `splices` are in the order of their offsets and do not overlap. Raises CheckpointError where
-    a splice's old bytes are not there, and what `sink` raises."""
+    a splice's old bytes are not there, if what comes before the data is not what it is in `header`, and what `sink`
+    raises."""
     digest, patched = hashlib.sha256(), None
+    begun, header_end = hashlib.sha256(), header.data_start if header else 0
     jobs: list[Future] = []
     first = 0
     with Pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
         for offset, chunk in _chunks(fd, file):
+            if header and offset < header_end:
+                begun.update(chunk[: header_end - offset])
+                if header_end <= offset + len(chunk):
+                    _refuse_other_header(begun.hexdigest(), header, file)
             while first < len(splices) and splices[first].end <= offset:
                 first += 1
             end = bisect.bisect_left(splices, offset + len(chunk), first, key=_offset)
@@ -330,6 +381,12 @@ def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> No
             raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path, remedy)
 
 
+def _refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
+    if digest != header.header_sha256:
+        raise CheckpointError("does not have the header that the edits were planned with", file.path,
+                              "the base was changed meanwhile")  # fmt: skip
+
+
 def _splice(chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:
     """Put the new bytes into a chunk that begins at `offset`, if the old ones are as planned. A scalar may lie
     across two chunks."""
@@ -360,7 +417,7 @@ class _Different(Exception):
 class _Comparison:
     """Compare a file with what is given chunk by chunk. Raises _Different at the first chunk that differs."""
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, fd: int, path: Entry) -> None:
         self.fd, self.path, self.offset = fd, path, 0
         self.buffer = bytearray(CHUNK)
 

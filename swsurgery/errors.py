@@ -9,6 +9,7 @@
     ├── NumberError         a value that the dtype cannot hold
     ├── PlanError           manifest and checkpoint do not fit; carries every misfit
     ├── TargetError         the output cannot be written
+    │   └── NoSpace         there is not enough room for it; nothing was written
     ├── LookupFailed        no such known model or coordinate, or an ambiguous name
     ├── HubError            the Hub cannot be reached, or says no
     ├── ModelError          the model cannot be loaded or run
@@ -87,6 +88,10 @@ class PlanError(SwsurgeryError):
 
 
 class TargetError(SwsurgeryError):
+    pass
+
+
+class NoSpace(TargetError):
     pass
 
 

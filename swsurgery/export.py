@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from swsurgery import fsops, lora, patches
+from swsurgery import fsops, lora, patches, staging
 from swsurgery.apply import hashed, hold_to
 from swsurgery.checkpoint import Checkpoint, open_as
 from swsurgery.coordinate import Coordinate
@@ -89,7 +89,7 @@ def write(
     if form == "sparse":
         _write_new(output, files[""])
     else:
-        with fsops.staged(output, (), files) as stage:
+        with staging.staged(output, (), files) as stage:
             for name, data in files.items():
                 fsops.write_file(stage / name, data)
     sizes = {name or output.name: len(data) for name, data in sorted(files.items())}

@@ -14,11 +14,10 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
-from swsurgery.errors import Interrupted, TargetError
+from swsurgery.errors import TargetError
 from swsurgery.folder import Entry, Folder
 
 FICLONE = 0x40049409
@@ -75,143 +74,6 @@ def is_there(path: Path | Entry) -> bool:
 
 
 @contextlib.contextmanager
-def staged(target: Path, names: Collection[str], last: Collection[str] = ()) -> Iterator[Path]:
-    """A locked directory beside `target`; renamed to `target`, durably, when the block ends well.
-
-    `names` are the files, relative to it, that the block will write, and `last` those that tell of them and are always
-    written anew. Of the former those that a killed run left behind are still there when the block begins, unproved,
-    and it has to replace or prove them; everything else is removed. On an
-    exception the directory is removed, so `target` is whole or absent; on Interrupted it stays where it holds a
-    finished shard. Raises TargetError where the target exists, cannot be made, or another run is writing it.
-    """
-    target = Path(os.path.abspath(target))
-    stage, marker = (target.parent / f".{target.name}{ending}" for ending in (".partial", ".committing"))
-    with reported(target):
-        lock = _locked_stage(stage, target, marker, {*names, *last})
-    try:
-        try:
-            with reported(stage):
-                _remove_strays(stage, names)
-            yield stage
-            with reported(target):
-                _commit(stage, target, marker)
-        except BaseException as error:
-            kept = False
-            with contextlib.suppress(OSError, TargetError):
-                _take_back(lock, stage, target, marker)
-                # Files that were not finished are gone already, so a shard is something to go on from.
-                kept = isinstance(error, Interrupted) and any(n.endswith(".safetensors") for n in _files(stage))
-                if not kept:
-                    remove_tree(stage)
-            if kept:
-                raise error.leaving(f"run the same command to continue, or remove {stage}") from None
-            raise
-    finally:
-        os.close(lock)  # the lock dies with the descriptor, so a killed run leaves none
-
-
-def _commit(stage: Path, target: Path, marker: Path) -> None:
-    """Give the stage its name. The marker says, to whoever comes after a kill between here and the end, that the
-    target was not reported as done and may be taken back; it names the directory that it speaks of."""
-    for folder, _, _ in _walk(stage):
-        sync_directory(Path(folder))
-    write_file(marker, _identity(os.stat(stage)))
-    sync_directory(target.parent)
-    rename_new(stage, target)
-    sync_directory(target.parent)
-    os.unlink(marker)
-    sync_directory(target.parent)
-
-
-def _take_back(lock: int, stage: Path, target: Path, marker: Path) -> None:
-    """Undo what `_commit` did of its work, if anything."""
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(lock), os.lstat(target)):
-            rename_new(target, stage)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(marker)
-
-
-def _locked_stage(stage: Path, target: Path, marker: Path, names: set[str]) -> int:
-    """The stage's descriptor, locked; made where it is not there, and taken back from a target that a killed run had
-    renamed but not yet reported."""
-    while True:
-        unreported = is_there(target)
-        if unreported and not _is_marked(target, marker):
-            raise TargetError("the target exists", target, "give another -o, or remove it")
-        made = False
-        if not unreported:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(stage)
-                made = True
-        here = target if unreported else stage
-        fd = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(here)):
-                if os.fstat(fd).st_uid != os.geteuid():  # who could change it after it was checked
-                    raise TargetError("belongs to another user", here, "remove it, or give another -o")
-                if unreported:
-                    if not (_is_marked(target, marker) and _files(target) <= names):
-                        raise TargetError("the target exists", target, "give another -o, or remove it")
-                    rename_new(target, stage)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(marker)
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            raise TargetError("another run is writing it", target, "wait for it, or stop it") from None
-        except FileNotFoundError:
-            pass  # its owner renamed or removed it between our two calls
-        except BaseException:
-            if made:
-                with contextlib.suppress(OSError):
-                    os.rmdir(stage)
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _is_marked(target: Path, marker: Path) -> bool:
-    try:
-        return not target.is_symlink() and marker.read_bytes() == _identity(os.stat(target))
-    except OSError:
-        return False
-
-
-def _identity(status: os.stat_result) -> bytes:
-    return f"{status.st_dev}:{status.st_ino}\n".encode()
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk, which by itself takes a folder that cannot be read for an empty one."""
-
-    def fail(error: OSError) -> NoReturn:
-        raise error
-
-    return os.walk(folder, onerror=fail)
-
-
-def _files(folder: Path) -> set[str]:
-    """Names, relative to the folder, of everything below it that is no directory; none where it is not there."""
-    if not is_there(folder):
-        return set()
-    return {os.path.relpath(os.path.join(where, name), folder) for where, _, names in _walk(folder) for name in names}
-
-
-def _remove_strays(stage: Path, names: Collection[str]) -> None:
-    for entry in list(os.scandir(stage)):
-        inside = {n.split("/", 1)[1] for n in names if n.startswith(f"{entry.name}/")}
-        if entry.is_dir(follow_symlinks=False):
-            if inside:
-                _remove_strays(Path(entry.path), inside)
-            else:
-                remove_tree(Path(entry.path))
-        elif entry.name not in names or not entry.is_file(follow_symlinks=False):
-            os.unlink(entry.path)
-
-
-@contextlib.contextmanager
 def locked(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
     """Hold a directory that is read (shared) or edited in place (exclusive). The lock dies with the process.
 
@@ -241,18 +103,29 @@ def remove_file(path: Path | Entry) -> None:
         os.unlink(name, dir_fd=fd)
 
 
-def remove_tree(folder: Path) -> None:
-    """Remove a directory and all that is below it, following no link."""
-    for entry in list(os.scandir(folder)):
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(Path(entry.path))
-        else:
-            os.unlink(entry.path)
-    os.rmdir(folder)
+def make_directory(path: Path | Entry, mode: int = 0o777) -> None:
+    """A new directory; the umask takes permissions away from `mode`."""
+    with _placed(path) as (name, fd):
+        os.mkdir(name, mode, dir_fd=fd)
 
 
 def make_directories(path: Path) -> None:
     os.makedirs(path, exist_ok=True)
+
+
+def remove_directory(path: Path | Entry) -> None:
+    """Remove an empty directory."""
+    with _placed(path) as (name, fd):
+        os.rmdir(name, dir_fd=fd)
+
+
+def lock(folder: Folder) -> bool:
+    """Lock a directory for this run alone, as long as its descriptor is open. False if another run has it."""
+    try:
+        fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def create(path: Path | Entry, mode: int = 0o666) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from swsurgery.errors import CheckpointError
 from swsurgery.folder import Entry, Folder, Identity
 from swsurgery.hints import link_remedy
-from swsurgery.names import SHARD_NAME, WORKING_FILES
+from swsurgery.names import SHARD_NAME, STAGE_TOKEN, WORKING_FILES
 from swsurgery.shard import Place
 from swsurgery.weight_files import some
 
@@ -42,6 +42,11 @@ class BaseFile:
         return self.path.identity if isinstance(self.path, Entry) else None
 
     @property
+    def mode(self) -> int:
+        """The permissions for a copy: no more than the file has, and so that its owner can read it."""
+        return self.path.mode & 0o777 | 0o400 if isinstance(self.path, Entry) else 0o666
+
+    @property
     def is_here(self) -> bool:
         """True for a file on this machine."""
         return isinstance(self.path, Path | Entry)
@@ -65,7 +70,7 @@ def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
             name, mode = entry.name, entry.mode
             if not name.isprintable():
                 faults.append(f"has a name that cannot be printed: {name!r}")
-            elif name in WORKING_FILES:
+            elif name in WORKING_FILES or name == STAGE_TOKEN:
                 pass
             elif name in LEFT_OUT:
                 left_out.append(name)

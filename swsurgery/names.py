@@ -17,5 +17,8 @@ JOURNAL, JOURNAL_NEW, ROOM = ".swsurgery-journal", ".swsurgery-journal.new", ".s
 """What is there while a checkpoint is edited in place: the old bytes, the same while they are being written, and a
 file that holds space for putting them back."""
 
+STAGE_TOKEN = ".swsurgery-token"
+"""In a new checkpoint for a moment, while it gets its name; see staging.py. It is no part of a checkpoint."""
+
 WORKING_FILES = (JOURNAL, JOURNAL_NEW, ROOM, *(f".{name}.new" for name in OWN_FILES))
 """What an edit in place leaves behind where it is cut off; recovery removes it, and it is no part of a checkpoint."""

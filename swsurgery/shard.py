@@ -9,6 +9,7 @@ Files are read with pread, never mapped: a file truncated under a mapping kills 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -76,13 +77,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file, opened once: `tensors` by name in the order of their data."""
+    """One safetensors file, opened once: `tensors` by name in the order of their data. `header_sha256` is of all bytes
+    before the data section."""
 
     path: Place
     size: int
     header_size: int
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
+    header_sha256: str = ""
 
     @property
     def data_start(self) -> int:
@@ -185,13 +188,14 @@ def open_shard(path: Place) -> Shard:
     """
     with opened(path) as fd:
         size = size_of(fd)
-        header_size = header_length(read_exactly(fd, min(size, 8), 0, path), size, path)
+        length = read_exactly(fd, min(size, 8), 0, path)
+        header_size = header_length(length, size, path)
         raw = read_exactly(fd, header_size, 8, path)
     try:
         tensors, metadata = parse_header(raw, size - 8 - header_size)
     except ValueError as error:
         raise ShardError(f"malformed safetensors header: {error}", path) from None
-    return Shard(path, size, header_size, tensors, metadata)
+    return Shard(path, size, header_size, tensors, metadata, hashlib.sha256(length + raw).hexdigest())
 
 
 def header_length(start: bytes, size: int, path: Path) -> int:

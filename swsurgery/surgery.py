@@ -6,7 +6,7 @@
     write_checkpoint     byte copy with splices and digests, staged       apply.py
     check                base and patched side by side                    model/check.py, the only torch
     draft_registry       what was done, and the proof of it               registry.py
-    staged               all of it gets its name at once, or nothing does fsops.py
+    staged               all of it gets its name at once, or nothing does staging.py
 
 `revert` goes the other way, from the registry alone; `inplace.py` does both where the files lie, under a journal;
 `verify.py` proves the result without any of this.
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from swsurgery import fsops, model
+from swsurgery import fsops, model, staging
 from swsurgery.apply import Applied, Link, Source, write_checkpoint
 from swsurgery.arguments import require_choice, require_strings, require_type
 from swsurgery.checkpoint import Checkpoint, Weights, held, open_as
@@ -194,13 +194,13 @@ def apply_manifest(
         if for_publish:
             check = _without_whole_model(plan, check)
             source = _fetched(source, plan.checkpoint)
-        with fsops.staged(output, source.names, OWN_FILES) as stage:
+        with staging.staged(output, source.names, OWN_FILES, source.folder_mode) as stage:
             applied = write_checkpoint(
                 source, stage, link=link, progress=progress, digests=DigestCache(), reuse=reuse_digests
             )
             result = run_check(plan, stage, check, progress, say)
             registry = complete_registry(draft, applied, result)
-            _write_own_files(stage, Patched(registry, registry.render(), loaded.raw))
+            _write_own_files(stage, Patched(registry, registry.render(), loaded.raw), source.own_mode)
     return Outcome(output, applied, registry, plan.notes)
 
 
@@ -221,14 +221,15 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
             splices=undoing(registry, checkpoint),
             pins={name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256},
             in_cache=checkpoint.in_cache,
+            shards=checkpoint.shards,
         )
-        with fsops.staged(output, source.names, OWN_FILES) as stage:
+        with staging.staged(output, source.names, OWN_FILES, source.folder_mode) as stage:
             applied = write_checkpoint(source, stage, link=link, progress=progress or Silent())
             for file in applied.files:
                 if file.patched_digest != (registry.files[file.name].base_sha256 or file.patched_digest):
                     raise CheckpointError("does not give the base back: the registry was changed", file.name)
             if previous:
-                _write_own_files(stage, previous)
+                _write_own_files(stage, previous, source.own_mode)
     return reversion_notes(registry)
 
 
@@ -390,12 +391,13 @@ def _refuse_inside(output: Path, root: Path | Repo) -> None:
 def _source(plan: Plan) -> Source:
     leave = {*plan.omitted, *OWN_FILES}
     files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
-    return Source(files, plan.splices, known_digests(plan), plan.checkpoint.in_cache)
+    checkpoint = plan.checkpoint
+    return Source(files, plan.splices, known_digests(plan), checkpoint.in_cache, shards=checkpoint.shards)
 
 
-def _write_own_files(stage: Path, patched: Patched) -> None:
+def _write_own_files(stage: Folder, patched: Patched, mode: int) -> None:
     for name, data in patched.own_files().items():
-        fsops.write_file(stage / name, data)
+        fsops.write_file(stage / name, data, mode)
 
 
 def run_check(
@@ -429,7 +431,9 @@ def run_check(
                     raise error.or_else("--check weights") from error
                 raise
             # The directory has this name only until it is done, and the registry does not depend on where it was made.
-            reason = model.available() or str(error).replace(os.path.realpath(str(patched)), "the checkpoint")
+            reason = model.available() or str(error).replace(
+                str(patched if isinstance(patched, Folder) else Path(os.path.realpath(patched))), "the checkpoint"
+            )
         else:
             if not report.ok:
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
@@ -478,17 +482,17 @@ def _check_weights(plan: Plan, patched: Path | Folder, progress: Progress) -> di
     touched = sorted({s.file for s in plan.splices})
     there = set(os.listdir(patched.fd if isinstance(patched, Folder) else patched))
     elsewhere = [name for name in plan.checkpoint.shards if name not in there]
-    staged = open_as(patched, plan.loaded.manifest.base, editing=True, elsewhere=elsewhere)
+    result = open_as(patched, plan.loaded.manifest.base, editing=True, elsewhere=elsewhere)
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))
-    compared = isinstance(plan.checkpoint.root, Path) and staged.root != plan.checkpoint.root
-    findings = [] if not compared else undeclared_changes(staged, plan.checkpoint, touched, declared, progress)
+    compared = isinstance(plan.checkpoint.root, Path) and result.root != plan.checkpoint.root
+    findings = [] if not compared else undeclared_changes(result, plan.checkpoint, touched, declared, progress)
     wrong = [f"{f.file}: {f.message}" for f in findings]
     for scalar in (*plan.splices, *plan.protected):
         if scalar.file in elsewhere:
             continue
-        stored = staged.shards[scalar.file].read_scalar(*scalar.coordinate)
+        stored = result.shards[scalar.file].read_scalar(*scalar.coordinate)
         if stored != (scalar.new if isinstance(scalar, Splice) else scalar.old):
             wrong.append(f"{scalar.coordinate} holds 0x{stored[::-1].hex()} after the edit")
     if wrong:

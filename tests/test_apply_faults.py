@@ -160,12 +160,13 @@ def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, mounted):
+def test_a_disk_that_is_full_in_another_way_leaves_nothing(tmp_path, mounted):
+    """There is room, but no inode for the first file."""
     base = tmp_path / "large"
     base.mkdir()
     write_sparse_shard(base / "model.safetensors", NORM, "BF16", 1 << 20)
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": NORM, "index": [5]})
-    disk = mounted("size=1m")
+    disk = mounted("size=8m,nr_inodes=2")
     for link in ("auto", "copy"):
         line = refused(manifest, disk / "out", "--link", link)
         assert line == (
@@ -370,6 +371,6 @@ def test_a_file_that_is_replaced_before_it_is_copied_is_refused(manifest, base, 
         raw = (base / name).read_bytes()
         (base / name).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]) + more)
 
-    with pytest.raises(CheckpointError, match=f"the base was changed while it was read: .*{name}"):
+    with pytest.raises(CheckpointError, match=f"was changed or replaced while it was read: .*{name}"):
         apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"), link=link, progress=_Meanwhile(change))
     assert not (tmp_path / "out").exists()

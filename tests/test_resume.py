@@ -267,7 +267,7 @@ def test_a_revert_is_continued_too(base, manifest, out, tmp_path):
     copy(manifest, out)
     aged(out)
     back = tmp_path / "back"
-    killed("surgery.fsops._commit", "revert", out, "-o", back, "--link", "copy")
+    killed("staging._commit", "revert", out, "-o", back, "--link", "copy")
     inode = (partial(back) / SECOND).stat().st_ino
     assert main(["revert", str(out), "-o", str(back), "--link", "copy"]) == 0
     assert tree(back) == tree(base)
@@ -399,7 +399,7 @@ def test_a_failure_after_the_rename_takes_the_target_back(manifest, out, monkeyp
     unlink = os.unlink
 
     def broken(path: object, *rest: object, **more: object) -> None:
-        if str(path) == str(marker(out)) and out.exists():
+        if path == marker(out).name and out.exists():
             raise OSError(5, "Input/output error")
         unlink(path, *rest, **more)
 

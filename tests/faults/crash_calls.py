@@ -143,7 +143,8 @@ class Watch:
             if isinstance(content, bytes) and path.read_bytes() != content:
                 path.write_bytes(content)
 
-    def mkdir(self, path: Any, mode: int = 0o777) -> None:
+    def mkdir(self, path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        path = _whole(path, dir_fd)
         with self._called("mkdir", path):
             os.mkdir(path, mode)
             self._made(path, None)
@@ -159,8 +160,8 @@ class Watch:
     def unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
         self._remove("unlink", os.unlink, _whole(path, dir_fd))
 
-    def rmdir(self, path: Any) -> None:
-        self._remove("rmdir", os.rmdir, path)
+    def rmdir(self, path: Any, *, dir_fd: int | None = None) -> None:
+        self._remove("rmdir", os.rmdir, _whole(path, dir_fd))
 
     def rename(self, old: Any, new: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
         self._move("rename", os.rename, _whole(old, src_dir_fd), _whole(new, dst_dir_fd))

@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -118,16 +117,14 @@ class Image:
                 (root / path).touch()
             new[node] = (root / path).stat().st_ino
         renumbered = {old: new.get(node, NOWHERE) for old, node in self.numbers.items()}
-        for path, (_, content) in self.files.items():
+        # Files keep their times over a crash, and a marker is younger than what it speaks of.
+        for path, (_, content) in sorted(self.files.items(), key=lambda file: file[0].endswith(".committing")):
             if isinstance(content, bytes) and content:
                 (root / path).write_bytes(_renumber(Path(path).name, content, renumbered))
 
 
 def _renumber(name: str, content: bytes, numbers: Mapping[int, int]) -> bytes:
-    """A commit's marker or a journal that speaks of the same files by their new inodes; anything else, and what is
-    torn, as it is."""
-    if name.endswith(".committing") and (match := re.fullmatch(rb"(\d+):(\d+)\n", content)):
-        return b"%d:%d\n" % (int(match[1]), numbers.get(int(match[2]), NOWHERE))
+    """A journal that speaks of the same files by their new inodes; anything else, and what is torn, as it is."""
     if name in (".swsurgery-journal", ".swsurgery-journal.new"):
         body, digest = content[:-65], content[-65:]
         if digest == hashlib.sha256(body).hexdigest().encode() + b"\n":

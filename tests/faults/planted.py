@@ -50,19 +50,20 @@ BUGS = (
     ),
     Bug(
         "written straight into the target",
-        "fsops.py",
+        "staging.py",
         """\
             yield stage
-            with reported(target):
-                _commit(stage, target, marker)
+            with fsops.reported(target):
+                _commit(where, stage)
 """,
         """\
-                rename_new(stage, target)
-            yield target
-            with reported(target):
-                for folder, _, _ in os.walk(target):
-                    sync_directory(Path(folder))
-                sync_directory(target.parent)
+                fsops.rename_new(where.stage, where.target)
+            yield stage
+            with fsops.reported(target):
+                for folder in _folders(stage):
+                    with (stage / folder).open_folder() if folder else contextlib.nullcontext(stage) as held:
+                        fsops.sync_directory(held)
+                fsops.sync_directory(where.parent)
 """,
     ),
     Bug(
@@ -114,8 +115,8 @@ BUGS = (
     Bug(
         "no lock",
         "fsops.py",
-        "            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
-        "",
+        "        fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "        pass\n",
     ),
 )
 
