@@ -24,7 +24,7 @@ Rooms, each of which knows only those below it:
     diff.py                      ... or from two checkpoints, by tensor and index
     export.py, lora.py           the edits alone: a sparse patch, a LoRA adapter, the fields of vLLM's patches
     loading.py                   a model, or its tensors, edited in memory
-    inplace.py, journal.py       apply and revert where the files lie, undone after any fault
+    inplace.py, journal.py       apply and revert where the files lie, undone after any fault; journal_format.py
     model/                       the only torch: what the edited model computes
     pins.py                      a base against the digests that it must have
     apply.py, plan.py            splices, and the copy that makes them; tying.py: tensors that loaders hold as one
