@@ -95,6 +95,7 @@ class Workshop:
             "HOME": str(self.folder),
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "XDG_DATA_HOME": str(self.folder / "data"),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a shortened write would leave a truncated .pyc behind for later runs
             "PYTHONHASHSEED": "0",
             "SWSURGERY_THREADS": "1",
             "OMP_NUM_THREADS": "1",

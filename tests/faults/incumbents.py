@@ -108,8 +108,8 @@ class Bench:
         self.writer, self.folder, self.over = writer, folder, over
         self.out = folder / "out"
         self.env = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-                                 "RAYON_NUM_THREADS": "1", "SWSURGERY_THREADS": "1", "HOME": str(folder),
-                                 "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
+                                 "PYTHONDONTWRITEBYTECODE": "1", "RAYON_NUM_THREADS": "1", "SWSURGERY_THREADS": "1",
+                                 "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
         self.env.pop("PYTHONPATH", None)
         self.package = None if writer.python else package
         self.env |= {"PYTHONPATH": str(self.package)} if self.package else {}
