@@ -20,7 +20,6 @@ from swsurgery.coordinate import Coordinate
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.folder import Entry, Folder
 from swsurgery.hub import Uri
-from swsurgery.journal import OpenShard
 from swsurgery.journal_format import Journal
 from swsurgery.manifest import LoadedManifest, load_manifest
 from swsurgery.manifest_record import by_registry, read_wishes
@@ -158,7 +157,7 @@ def _own_directory(root: Path | Uri) -> Path:
 
 def _open_shards(
     folder: Folder, checkpoint: Checkpoint, splices: tuple[Splice, ...], opened: contextlib.ExitStack
-) -> dict[str, OpenShard]:
+) -> dict[str, journal.OpenShard]:
     """Open each file with splices once, for hashing and for writing. Raises TargetError for one that must not be
     written, CheckpointError for one that is not what was listed."""
     shards = {}
@@ -167,14 +166,14 @@ def _open_shards(
         if not isinstance(entry, Entry) or entry.folder is not folder:
             raise TargetError("is not in the directory to edit", entry)
         _refuse_shared(entry)
-        shards[name] = OpenShard(entry)
+        shards[name] = journal.OpenShard(entry)
         opened.callback(shards[name].close)
     return shards
 
 
 def _hash_touched(
     checkpoint: Checkpoint,
-    shards: dict[str, OpenShard],
+    shards: dict[str, journal.OpenShard],
     splices: tuple[Splice, ...],
     pins: dict[str, tuple[str, str]],
     progress: Progress,

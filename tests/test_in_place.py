@@ -735,3 +735,107 @@ def test_bounds_that_nothing_can_hold_are_refused_before_anything_is_written(bas
     check = {"min_perplexity_ratio": 2.0, "max_perplexity_ratio": 1.0}
     line = refused(pinned(tmp_path / "m.json", base, ZERO, check=check), base)
     assert "no perplexity ratio is at least 2 and at most 1" in line
+
+
+# --- a record that is not what the manifest makes
+
+
+def forge(base: Path, change: Callable[[dict], object]) -> None:
+    """Change the record, and SHA256SUMS with it, as whoever wants to be believed does."""
+    document = json.loads((base / "swsurgery.json").read_text())
+    change(document)
+    (base / "swsurgery.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    sums = {n: f["sha256"] for n, f in document["files"].items() if f["sha256"]}
+    sums |= {name: sha256(base / name) for name in ("swsurgery.json", "manifest.yaml")}
+    (base / "SHA256SUMS").write_text("".join(f"{d}  {n}\n" for n, d in sorted(sums.items())))
+
+
+def none_done(document: dict) -> None:
+    """Nothing was edited: the shards are the base's."""
+    document.update(edits=[], protected=[])
+    for name in (SECOND, THIRD):
+        document["files"][name]["sha256"] = document["files"][name]["base_sha256"]
+
+
+FORGED = {
+    "no edits": (none_done, "nothing was done to it"),
+    "one edit fewer": (lambda d: d["edits"].pop(), "nothing was done to it"),
+    "another operation": (lambda d: d["edits"][0].update(op="set"), "set was done"),
+    "another factor": (lambda d: d["edits"][1].update(factor=3.0), "the factor is 2.0, 3.0 was used"),
+    "nothing protected": (lambda d: d.update(protected=[]), "nothing was done to it"),
+    "another base": (lambda d: d["files"][SECOND].update(base_sha256="0" * 64), f"base.sha256 of {SECOND}"),
+    "another result": (lambda d: d["files"][SECOND].update(sha256="0" * 64), "the file was changed since"),
+    "other old bits": (lambda d: d["edits"][0].update(old_bits="0x3c00", old=1.0), "the file was changed since"),
+    "an edit that nobody asked for": (
+        lambda d: d["edits"].append({**d["edits"][0], "index": [0, 0]}), "the manifest does not ask for it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_record_is_not_believed(base, manifest, apply, refused, name):
+    change, says = FORGED[name]
+    original = tree(base)
+    assert apply(manifest)[0] == 0
+    if name == "no edits":
+        for shard in SHARDS:
+            (base / shard).write_bytes(original[shard])
+    forge(base, change)
+    line = refused(manifest, base)
+    assert line.startswith("the registry says that this manifest was applied, but ") and says in line
+
+
+def test_a_record_alone_is_not_believed(base, tmp_path, apply, refused):
+    """Whoever has the manifest can write it beside a base that nobody edited, pins or not."""
+    manifest = pinned(tmp_path / "m.json", base, ZERO)
+    original = tree(base)
+    assert apply(manifest)[0] == 0
+    files = {name: data for name, data in tree(base).items() if name in OWN_FILES}
+    for name, data in original.items():
+        (base / name).write_bytes(data)
+    for name, data in files.items():
+        (base / name).write_bytes(data)
+    line = refused(manifest, base)
+    assert line == (
+        "the registry says that this manifest was applied, but it holds "
+        f"0x{stored(base / SECOND, down(1), (2, 3))[::-1].hex()}, not 0x0000: {SECOND}: {down(1)}[2, 3] "
+        "(see swsurgery verify)"
+    )
+
+
+def test_a_pin_of_a_shard_without_edits_is_held_against_the_file(base, tmp_path, apply, refused):
+    manifest = pinned(tmp_path / "m.json", base, ZERO, names=SHARDS)
+    assert apply(manifest)[0] == 0
+    assert apply(manifest)[0] == 0, "the twin"
+    offset, _ = place(base / FIRST, down(0), (0, 0))
+    data = bytearray((base / FIRST).read_bytes())
+    data[offset] ^= 1
+    (base / FIRST).write_bytes(data)
+    assert FIRST in refused(manifest, base)
+
+
+def test_a_protected_scalar_that_changed_is_not_believed(base, tmp_path, apply, refused):
+    """Nobody knows the digest of the shard that has it, so the record says only the scalar."""
+    protect = {"op": "protect", "tensor": down(0), "index": [0, 1]}
+    manifest = pinned(tmp_path / "m.json", base, ZERO, protect)
+    assert apply(manifest)[0] == 0
+    offset, _ = place(base / FIRST, down(0), (0, 1))
+    data = bytearray((base / FIRST).read_bytes())
+    data[offset] ^= 1
+    (base / FIRST).write_bytes(data)
+    assert f"{down(0)}[0, 1]" in refused(manifest, base)
+
+
+def test_space_is_reserved_for_each_block_and_not_for_each_scalar(tmp_path, monkeypatch, apply):
+    from checkpoints import tensor, write_single
+
+    base = write_single(tmp_path / "base", {"w": tensor("F32", 3000)})
+    shard = base / "model.safetensors"
+    reserved = []
+    true = fsops.reserve
+    monkeypatch.setattr(fsops, "reserve", lambda path, size: (reserved.append(size), true(path, size)))
+    edits = [{"op": "zero", "tensor": "w", "index": [n]} for n in range(0, 3000, 2)]
+    record = {"path": str(base), "sha256": {shard.name: sha256(shard)}}
+    assert apply(write_manifest(tmp_path / "m.json", record, *edits))[0] == 0
+    blocks = -(-shard.stat().st_size // 4096)
+    assert reserved == [(1 << 20) + 8192 * blocks] and blocks == 3

@@ -121,8 +121,43 @@ BUGS = (
 )
 
 
+IN_PLACE_RACES = (
+    Bug(
+        "a shard is not compared with what it was",
+        "journal.py",
+        """\
+        try:
+            named = Identity.of(self.entry.stat())
+""",
+        """\
+        return
+        try:
+            named = Identity.of(self.entry.stat())
+""",
+    ),
+    Bug(
+        "old bytes are not read before they are overwritten",
+        "journal.py",
+        "        if read_exactly(self.fd, len(wanted), place.offset, self.entry) != wanted:\n",
+        "        if False:\n",
+    ),
+    Bug(
+        "files are opened by their paths",
+        "fsops.py",
+        """\
+        with path.placed() as (fd, name):
+            yield name, fd
+""",
+        """\
+        yield os.fspath(path.path), None
+""",
+    ),
+)
+"""Holes through which another program's work is lost or overwritten while a checkpoint is edited in place."""
+
+
 def bug(name: str) -> Bug:
-    return next(b for b in BUGS if b.name == name)
+    return next(b for b in (*BUGS, *IN_PLACE_RACES) if b.name == name)
 
 
 @contextlib.contextmanager
