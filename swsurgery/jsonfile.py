@@ -115,16 +115,20 @@ def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMAL
 def rendered(value: object, indent: str = "") -> str:
     """Render JSON exactly as `json.dumps(value, indent=2, sort_keys=True)` does, which is several times slower."""
     deeper = indent + "  "
-    if isinstance(value, dict):
+    if type(value) is dict:
         if not value:
             return "{}"
-        items = [f"{json.dumps(key)}: {rendered(value[key], deeper)}" for key in sorted(value)]
+        items = [f"{_ESCAPED(key)}: {rendered(value[key], deeper)}" for key in sorted(value)]
         return "{\n" + deeper + f",\n{deeper}".join(items) + f"\n{indent}}}"
-    if isinstance(value, list):
+    if type(value) is list:
         if not value:
             return "[]"
         return f"[\n{deeper}" + f",\n{deeper}".join([rendered(item, deeper) for item in value]) + f"\n{indent}]"
-    return _ESCAPED(value) if type(value) is str else json.dumps(value)
+    if value is None:
+        return "null"
+    if type(value) is str:
+        return _ESCAPED(value)
+    return int.__repr__(value) if type(value) is int else json.dumps(value)
 
 
 _ESCAPED = json.encoder.encode_basestring_ascii
