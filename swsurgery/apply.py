@@ -17,7 +17,7 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from typing import Literal
@@ -88,14 +88,19 @@ class Source:
     @property
     def own_mode(self) -> int:
         """The permissions of the files that are added: what all copied weights have. The records repeat weights."""
-        modes = (file.mode for file in self.files if file.name.endswith(".safetensors"))
-        return functools.reduce(operator.and_, modes, 0o666) | 0o600
+        return records_mode(self.files)
 
     @property
     def folder_mode(self) -> int:
         """The permissions of the new directory: what all directories that hold the base's files have."""
         folders = {file.path.folder for file in self.files if isinstance(file.path, Entry)}
         return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
+
+
+def records_mode(files: Iterable[BaseFile]) -> int:
+    """The permissions that all weights among these files have; nobody else may read what repeats them."""
+    modes = (file.mode for file in files if file.name.endswith(".safetensors"))
+    return functools.reduce(operator.and_, modes, 0o666) | 0o600
 
 
 def write_checkpoint(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from swsurgery import fsops, journal
-from swsurgery.apply import Applied, AppliedFile, hashed, hashed_twice, hold_to, stream
+from swsurgery.apply import Applied, AppliedFile, hashed, hashed_twice, hold_to, records_mode, stream
 from swsurgery.checkpoint import Checkpoint, is_cache_snapshot, open_as, open_checkpoint
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import CheckpointError, PlanError, TargetError
@@ -83,7 +83,7 @@ def apply_in_place(
         applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
         _refuse_changed(checkpoint, touched)
         _refuse_changed_records(folder, checkpoint)
-        with journal.edited(folder, shards, plan.splices) as own:
+        with journal.edited(folder, shards, plan.splices, mode=records_mode(checkpoint.files)) as own:
             result = run_check(plan, folder, check, progress, say)
             registry = complete_registry(draft, applied, result)
             own |= Patched(registry, registry.render(), loaded.raw).own_files()
@@ -123,7 +123,7 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
                 raise CheckpointError("does not give the base back: the registry was changed", root / name)
         _refuse_changed(checkpoint, touched)
         _refuse_changed_records(folder, checkpoint)
-        with journal.edited(folder, shards, splices, reverts=True) as own:
+        with journal.edited(folder, shards, splices, reverts=True, mode=records_mode(checkpoint.files)) as own:
             own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
             _refuse_changed(checkpoint, touched)
     return reversion_notes(registry)

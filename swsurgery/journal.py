@@ -10,8 +10,10 @@ others to say.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,13 +78,19 @@ def _changed(what: str, where: object) -> CheckpointError:
 
 @contextlib.contextmanager
 def edited(
-    folder: Folder, shards: Mapping[str, OpenShard], splices: Sequence[Splice], *, reverts: bool = False
+    folder: Folder,
+    shards: Mapping[str, OpenShard],
+    splices: Sequence[Splice],
+    *,
+    reverts: bool = False,
+    mode: int = 0o600,
 ) -> Iterator[dict[str, bytes | None]]:
     """Within the block the splices are made in the open `shards`; on an exception they are undone.
 
     What the block puts into the dict that it gets, name -> bytes or None, becomes of swsurgery's own files when the
-    block ends well. The caller holds the directory's exclusive lock. Raises TargetError; CheckpointError if another
-    program changes the directory meanwhile, whose bytes are left as they are.
+    block ends well. They and the journal get the permissions `mode`, as far as the umask allows. The caller holds the
+    directory's exclusive lock. Raises TargetError; CheckpointError if another program changes the directory meanwhile,
+    whose bytes are left as they are.
     """
     own: dict[str, bytes | None] = {}
     journal = _journal(folder, shards, splices, reverts)
@@ -94,7 +102,7 @@ def edited(
     try:
         with fsops.reported(folder):
             fsops.reserve(folder / ROOM, ROOM_BYTES + 2 * BLOCK * journal.blocks(BLOCK))
-            fsops.write_file(folder / JOURNAL_NEW, raw)
+            fsops.write_file(folder / JOURNAL_NEW, raw, mode)
             fsops.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
             fsops.sync_directory(folder)
             for name, file in journal.files.items():
@@ -104,12 +112,12 @@ def edited(
             made = {name: None if data is None else hashlib.sha256(data).hexdigest() for name, data in own.items()}
             journal = replace(journal, made=made)
             # From here on recovery takes the new contents of these files for what they are.
-            fsops.replace_file(folder / JOURNAL, journal.render(), folder / JOURNAL_NEW)
+            fsops.replace_file(folder / JOURNAL, journal.render(), folder / JOURNAL_NEW, mode)
             fsops.sync_directory(folder)
             for name, data in own.items():
                 if _own_state(folder, journal, name) == "foreign":
                     raise _changed("was changed", folder / name)
-                _put(folder, name, data)
+                _put(folder, name, data, mode)
             fsops.sync_directory(folder)
             _refuse_disturbed(folder, shards, journal)
             fsops.remove_file(folder / ROOM)
@@ -254,11 +262,11 @@ def _own_state(folder: Folder, journal: Journal, name: str) -> str:
     return "new" if journal.made is not None and journal.made.get(name, "") == digest else "foreign"
 
 
-def _put(folder: Folder, name: str, data: bytes | None) -> None:
+def _put(folder: Folder, name: str, data: bytes | None, mode: int) -> None:
     if data is None:
         fsops.remove_file(folder / name)
     else:
-        fsops.replace_file(folder / name, data, folder / f".{name}.new")
+        fsops.replace_file(folder / name, data, folder / f".{name}.new", mode)
 
 
 def _read(folder: Folder) -> Journal | None:
@@ -342,6 +350,8 @@ def _refuse_foreign(folder: Folder, journal: Journal | None, files: list[_Held])
 
 def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -> None:
     """Give the directory its old bytes, and remove the journal last. Raises TargetError, keeping the journal."""
+    modes = (os.fstat(file.fd).st_mode for file in files)
+    mode = functools.reduce(operator.and_, modes, 0o666) | 0o600
     try:
         with fsops.reported(folder):
             fsops.remove_file(folder / ROOM)  # first of all: it is the space that putting back may need
@@ -351,7 +361,7 @@ def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -
                 fsops.remove_file(folder / name)
             for name, data in journal.own.items() if journal else ():
                 if _own_state(folder, journal, name) == "new":
-                    _put(folder, name, data)
+                    _put(folder, name, data, mode)
             fsops.sync_directory(folder)
             fsops.remove_file(folder / JOURNAL)
             fsops.sync_directory(folder)

@@ -839,3 +839,19 @@ def test_space_is_reserved_for_each_block_and_not_for_each_scalar(tmp_path, monk
     assert apply(write_manifest(tmp_path / "m.json", record, *edits))[0] == 0
     blocks = -(-shard.stat().st_size // 4096)
     assert reserved == [(1 << 20) + 8192 * blocks] and blocks == 3
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [(0o600, 0o600), (0o640, 0o640), (0o644, 0o644)])
+def test_what_repeats_private_weights_is_as_private(base, manifest, apply, during_the_check, mode, wanted):
+    """Records and journal have bits of the weights, so nobody else may read them who may not read the weights."""
+    for shard in SHARDS:
+        (base / shard).chmod(mode)
+    seen = []
+    during_the_check(lambda: seen.append((base / ".swsurgery-journal").stat().st_mode & 0o777))
+    umask = os.umask(0o022)
+    try:
+        assert apply(manifest)[0] == 0
+    finally:
+        os.umask(umask)
+    assert [(base / name).stat().st_mode & 0o777 for name in OWN_FILES] == [wanted] * 3
+    assert seen == [wanted]

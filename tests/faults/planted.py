@@ -70,7 +70,7 @@ BUGS = (
         "in place without a journal",
         "journal.py",
         """\
-            fsops.write_file(folder / JOURNAL_NEW, raw)
+            fsops.write_file(folder / JOURNAL_NEW, raw, mode)
             fsops.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
 """,
         "",
@@ -79,10 +79,10 @@ BUGS = (
         "journal not synced",
         "journal.py",
         """\
-            fsops.write_file(folder / JOURNAL_NEW, raw)
+            fsops.write_file(folder / JOURNAL_NEW, raw, mode)
 """,
         """\
-            new = fsops.create(folder / JOURNAL_NEW)
+            new = fsops.create(folder / JOURNAL_NEW, mode)
             fsops.write_all(new, raw)
             os.close(new)
 """,
