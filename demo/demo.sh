@@ -20,7 +20,7 @@ run() {
 tell "1. A checkpoint: SmolLM2-135M-Instruct, 135 million parameters in five shards. Which of them carry it?
    A few prompts are run; what makes a massive activation that persists is a candidate. Each candidate is then
    zeroed, alone and with the others, beside random scalars of the same size and other large rows of the same
-   columns. Eight short windows of text are the fewest that give a verdict (about two minutes on two cores)."
+   columns. Eight short windows of text are the fewest that give a verdict (two to three minutes on two cores)."
 run swsurgery scan "$model" --confirm --windows 8 --window 64 \
   --manifest "$work/zero.yaml" --plot "$work/scan.png" --register smollm2-135m-instruct-demo
 
