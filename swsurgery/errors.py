@@ -134,7 +134,9 @@ class CheckFailed(SwsurgeryError):
     exit_code = 1
 
 
-_done = ["nothing was left behind"]
+NOTHING_LEFT = "nothing was left behind"
+
+_done = [NOTHING_LEFT]
 
 
 def report_done(what: str | None) -> None:

@@ -22,7 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swsurgery import fsops
-from swsurgery.errors import CheckpointError, Interrupted, NoSpace, SwsurgeryError, TargetError
+from swsurgery.errors import (
+    NOTHING_LEFT,
+    CheckpointError,
+    Interrupted,
+    NoSpace,
+    SwsurgeryError,
+    TargetError,
+    report_done,
+)
 from swsurgery.folder import Entry, Folder
 from swsurgery.names import STAGE_TOKEN
 
@@ -75,6 +83,7 @@ def staged(target: Path, names: Collection[str], last: Collection[str] = (), mod
             yield stage
             with fsops.reported(target):
                 _commit(where, stage)
+            report_done(f"{target} is complete")
         except BaseException as error:
             kept = False
             with contextlib.suppress(OSError, TargetError):
@@ -86,8 +95,10 @@ def staged(target: Path, names: Collection[str], last: Collection[str] = (), mod
                     _remove_tree(where.stage)
             if _is(where.target, stage):
                 raise _visible(error, target) from error
-            if kept and isinstance(error, Interrupted):
-                raise error.leaving(f"run the same command to continue, or remove {where.stage}") from None
+            report_done(None)
+            if isinstance(error, Interrupted):
+                left = f"run the same command to continue, or remove {where.stage}" if kept else NOTHING_LEFT
+                raise error.leaving(left) from None
             raise
 
 

@@ -1,4 +1,4 @@
-"""Nine bugs to plant into the product on purpose: a sweep is trusted while it finds each of them.
+"""Bugs to plant into the product on purpose: a sweep is trusted while it finds each of them, and so is a race.
 
 Each is one substitution in a text that occurs once in its file. `planted` puts it into the running process, `copy_with`
 into a copy of the package for real ones.
@@ -120,6 +120,40 @@ BUGS = (
     ),
 )
 
+"""Found by the sweeps."""
+
+COPY_RACES = (
+    Bug(
+        "listed files are opened by their paths",
+        "shard.py",
+        """\
+    fd = path.open() if isinstance(path, Entry) else open_regular(path)
+    try:
+        yield fd
+        if isinstance(path, Entry):
+            path.refuse_changed(fd)
+""",
+        """\
+    fd = open_regular(path.path if isinstance(path, Entry) else path)
+    try:
+        yield fd
+""",
+    ),
+    Bug(
+        "links are followed below a directory",
+        "folder.py",
+        "    how = _How(flags, 0, _BENEATH)\n",
+        "    how = _How(flags & ~os.O_NOFOLLOW, 0, 0)\n",
+    ),
+    Bug(
+        "a marker is believed without the token",
+        "staging.py",
+        "    if marker is None or token is None or marker[0] != token[0] or not _TOKEN.fullmatch(marker[0]):\n",
+        "    if marker is None:\n",
+    ),
+)
+"""Found by one race each, in which another program acts at a chosen moment."""
+
 
 IN_PLACE_RACES = (
     Bug(
@@ -157,7 +191,7 @@ IN_PLACE_RACES = (
 
 
 def bug(name: str) -> Bug:
-    return next(b for b in (*BUGS, *IN_PLACE_RACES) if b.name == name)
+    return next(b for b in (*BUGS, *IN_PLACE_RACES, *COPY_RACES) if b.name == name)
 
 
 @contextlib.contextmanager
