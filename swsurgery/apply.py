@@ -147,8 +147,11 @@ def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
             here = isinstance(file.path, Entry) and file.path.name == file.name  # a cache has its blobs in one folder
             modes[name] = (file.path.folder / name).stat().st_mode & 0o777 | 0o700 if here else 0o777
     for name in sorted(modes):
-        with fsops.reported(stage / name), contextlib.suppress(FileExistsError):
-            fsops.make_directory(stage / name, modes[name])
+        with fsops.reported(stage / name):
+            with contextlib.suppress(FileExistsError):
+                fsops.make_directory(stage / name, modes[name])
+            with (stage / name).open_folder() as folder:
+                fsops.restrict(folder, modes[name])
 
 
 @dataclass(frozen=True)

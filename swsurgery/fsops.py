@@ -109,6 +109,13 @@ def make_directory(path: Path | Entry, mode: int = 0o777) -> None:
         os.mkdir(name, mode, dir_fd=fd)
 
 
+def restrict(folder: Folder, mode: int) -> None:
+    """Take from a directory every permission that `mode` does not have."""
+    before = os.fstat(folder.fd).st_mode & 0o7777
+    if before & ~mode:
+        os.fchmod(folder.fd, before & mode)
+
+
 def make_directories(path: Path) -> None:
     os.makedirs(path, exist_ok=True)
 

@@ -170,6 +170,7 @@ def _locked_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bo
                     raise TargetError("belongs to another user", here, "remove it, or give another -o")
                 if unreported:
                     fsops.rename_new(where.target, where.stage)
+                fsops.restrict(folder, mode)  # the base may be more private than when this was made
                 if not _remove_leftover(where.marker):
                     raise TargetError("is in the way", where.marker, "remove it, or give another -o")
                 return folder, made

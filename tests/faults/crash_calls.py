@@ -21,7 +21,7 @@ from faults.crash_fs import Disk, Place, Start, Step
 from swsurgery import fsops
 
 LOOKING = {
-    "fspath", "fsencode", "fstat", "geteuid", "getpid", "lstat", "path", "pread", "scandir", "stat",
+    "fchmod", "fspath", "fsencode", "fstat", "geteuid", "getpid", "lstat", "path", "pread", "scandir", "stat",
     "strerror", "walk",
 }  # fmt: skip
 """What fsops may call, or have from `os`, that changes nothing on a disk."""
