@@ -266,6 +266,8 @@ def _put(folder: Folder, name: str, data: bytes | None, mode: int) -> None:
     if data is None:
         fsops.remove_file(folder / name)
     else:
+        with contextlib.suppress(FileNotFoundError):  # what was more private stays so
+            mode &= (folder / name).stat().st_mode & 0o777 | 0o600
         fsops.replace_file(folder / name, data, folder / f".{name}.new", mode)
 
 

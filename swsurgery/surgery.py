@@ -36,7 +36,6 @@ from swsurgery.errors import (
     TargetError,
     Unrunnable,
     or_else,
-    report_done,
 )
 from swsurgery.folder import Folder
 from swsurgery.hints import hub_hint
@@ -202,7 +201,6 @@ def apply_manifest(
             result = run_check(plan, stage, check, progress, say)
             registry = complete_registry(draft, applied, result)
             _write_own_files(stage, Patched(registry, registry.render(), loaded.raw), source.own_mode)
-        report_done(f"the checkpoint was written: {output}")
     return Outcome(output, applied, registry, plan.notes)
 
 
@@ -232,7 +230,6 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
                     raise CheckpointError("does not give the base back: the registry was changed", file.name)
             if previous:
                 _write_own_files(stage, previous, source.own_mode)
-        report_done(f"the base was written: {output}")
     return reversion_notes(registry)
 
 

@@ -119,7 +119,6 @@ BUGS = (
         "        pass\n",
     ),
 )
-
 """Found by the sweeps."""
 
 COPY_RACES = (
@@ -152,8 +151,7 @@ COPY_RACES = (
         "    if marker is None:\n",
     ),
 )
-"""Found by one race each, in which another program acts at a chosen moment."""
-
+"""Holes through which a copy becomes a mixture, gets another user's file, or replaces a user's own directory."""
 
 IN_PLACE_RACES = (
     Bug(
