@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 from swsurgery.errors import CheckpointError
 from swsurgery.jsonfile import read_json
+from swsurgery.names import OWN_FILES
 from swsurgery.shard import Place, Shard
 
 ANYWHERE = (
@@ -58,7 +59,7 @@ TRAINING = re.compile(
 NO_WEIGHTS = re.compile(
     r"(?:.*/)?(?:tokenizer[^/]*|vocab[^/]*|merges[^/]*|spiece\.model|adapter_[^/]*|[^/]*\.(?:json|txt|md))"
 )
-"""What may be large without a note: tokenizers, text, and adapters."""
+"""What may be large without a note: tokenizers, text, and adapters. swsurgery's own files may be, too."""
 
 LARGE = 4 << 20
 """Size in bytes from which a file may be worth a note; it must also reach a tenth of the shards' size."""
@@ -118,7 +119,7 @@ def look_at_others(
         "again, no edit reaches them"
         for file in sorted(others, key=lambda f: f.name)
         if file.size >= max(LARGE, stored / 10)
-        and file.name not in known
+        and file.name not in {*known, *OWN_FILES}
         and not (TRAINING.fullmatch(file.name.lower()) or NO_WEIGHTS.fullmatch(file.name.lower()))
     ]
     notes = [note for note in notes if note]

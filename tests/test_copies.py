@@ -28,6 +28,7 @@ from checkpoints import (
 from swsurgery.checkpoint import open_checkpoint
 from swsurgery.cli import main
 from swsurgery.copies import LARGE, MAX_NOTED
+from swsurgery.names import OWN_FILES
 
 BY_NAME = [
     "X.GGUF", "model.pt", "model.ckpt", "model.bin", "Model.PTH", "pytorch_model.bin", "PyTorch_Model.ckpt",
@@ -232,6 +233,16 @@ def test_a_large_file_of_an_unknown_kind_is_noted(base, capsys, tmp_path):
     assert f"note      {expected[0]}" in capsys.readouterr().out.splitlines()
     assert main(["verify", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == list(expected)
+
+
+def test_no_note_is_made_of_swsurgerys_own_large_files(base):
+    for name in OWN_FILES:
+        sparse(base / name, LARGE)
+        sparse(base / "elsewhere" / name, LARGE)
+    assert [note.split()[0] for note in open_checkpoint(base).notes] == [
+        "elsewhere/SHA256SUMS",
+        "elsewhere/manifest.yaml",
+    ]
 
 
 def test_a_tenth_of_the_shards_is_large(base):
