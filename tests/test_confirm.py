@@ -55,6 +55,7 @@ class Bench:
             coordinate = self.coordinate(short)
             tensors[coordinate.tensor][coordinate.index] = value
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        self.checkpoint = open_checkpoint(folder)  # a file that changed since its listing would be refused
         self.tensors = tensors
         self.windows = self.speak()
 
