@@ -7,9 +7,9 @@ A float tensor is a plain weight unless its own quantiser is stored beside it. A
 only if nothing declares quantisation and its module stores nothing besides weight and bias. Otherwise it is read
 through a scale whose format is known (`SCALES`), or it is unreadable.
 
-The names were read from the writers' code: AutoGPTQ, AutoAWQ, compressed-tensors, bitsandbytes, ModelOpt and
-TensorRT-LLM, torchao (`flatten_tensor_state_dict`), exllamav2, exllamav3, HQQ, VPTQ, QuIP#, AQLM, SpQR, quanto,
-mlx-lm, Mistral's own format, ComfyUI, DeepSeek.
+The names of Marlin, AQLM, MLX (`mlx.nn.QuantizedLinear`), quanto (`QTensor.save_to_state_dict`) and ComfyUI (its
+QUANTIZATION.md) were compared with the code that writes them. The table also covers GPTQ, AWQ, compressed-tensors,
+bitsandbytes, ModelOpt, TensorRT-LLM, torchao, EXL2, EXL3, HQQ, VPTQ, QuIP#, SpQR, Mistral and DeepSeek.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Quantisation:
     def _read_codes(self, name: str, dtype: Dtype) -> Reading:
         if _BUFFERS.fullmatch(_last(name)):
             return PLAIN
-        others = list(self._others(name))
+        others = list(self._others(name)) or list(self._floats_beside(name))
         if not self.declared and not others:
             return PLAIN
         scale = self._scale(name, dtype)
@@ -215,11 +215,22 @@ class Quantisation:
         """What a weight's module stores besides weight and bias, or what is named after a stacked tensor."""
         module = name.removesuffix(".weight")
         if module != name:
-            skip = {name, f"{module}.bias"}
+            skip = {f"{module}.{last}" for last in _WEIGHTS}
             yield from (other for other in self._under(f"{module}.") if other not in skip)
         else:
             yield from self._under(f"{name}.")
         yield from (other for other in self._under(f"{module}_") if _OFFSHOOT.fullmatch(other[len(module) :]))
+
+    def _floats_beside(self, name: str) -> Iterator[str]:
+        """The floats that the module of a matrix of codes stores itself, such as `s` beside Marlin's `B`."""
+        module, _, last = name.rpartition(".")
+        if not module or last == "weight" or len(self._tensors[name].shape) < 2:
+            return
+        for other in self._under(f"{module}."):
+            rest, dtype = other[len(module) + 1 :], self._tensors[other].dtype
+            is_float = dtype.kind == "float" and not _is_code(dtype)
+            if is_float and "." not in rest and not rest.endswith(("weight", "bias")):
+                yield other
 
     # Floats -----------------------------------------------------------------------------------------------------
 
@@ -267,7 +278,9 @@ class Quantisation:
                 return "it is the scale of a quantised cache or activation"
         if owner := self._scaled_by(name):
             return f"it belongs to the quantised tensor {owner}"
-        if is_float and path and not last.endswith("bias") and (codes := self._stacked_codes(".".join(path))):
+        # A bias stays a plain number, and torchao's first version calls it `bias:_data`.
+        is_bias = last.partition(":")[0].endswith("bias")
+        if is_float and path and not is_bias and (codes := self._stacked_codes(".".join(path))):
             return f"it is stored among codes such as {codes}"
         for depth in range(len(path), 0, -1):
             module = ".".join(path[:depth])
@@ -298,9 +311,7 @@ class Quantisation:
         return self._layers[module]
 
     def _stacked_codes(self, module: str) -> str | None:
-        """A matrix of codes that `module` itself stores, if quantisation is declared: the experts of a layer."""
-        if not self.declared:
-            return None
+        """A matrix of codes that `module` itself stores: the experts of a layer, or Marlin's `B`."""
         if module not in self._stacks:
             self._stacks[module] = next(self._matrices_of_codes(module), None)
         return self._stacks[module]

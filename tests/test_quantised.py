@@ -58,6 +58,9 @@ FORMATS: dict[str, tuple[dict[str, tuple], dict, dict[str, str]]] = {
         {"B": ("I32", 2, 16), "s": ("F16", 1, 8), "workspace": ("I32", 16)}, declared("marlin"),
         {"B": "unreadable", "workspace": "unreadable"},
     ),
+    "Marlin that nothing declares": (
+        {"B": ("I32", 2, 16), "s": ("F16", 1, 8), "bias": ("F16", 8)}, {}, {"B": "unreadable", "bias": "plain"},
+    ),
     "compressed-tensors packed": (
         {"weight_packed": ("I32", 8, 4), "weight_scale": ("BF16", 8, 1), "weight_shape": ("I64", 2),
          "weight_zero_point": ("I32", 1, 1), "weight_g_idx": ("I32", 32)}, declared("compressed-tensors"), {},
@@ -360,6 +363,12 @@ def test_what_was_left_unquantised_stays_plain_in_a_quantised_model():
     codes = {f"{L}.qweight": ("I32", 4, 8), f"{L}.scales": ("F16", 1, 8), "model.flags": ("BOOL", 3)}
     found = kinds({**left, **codes}, declared("gptq"))
     assert {n: k for n, k in found.items() if k != "plain"} == {f"{L}.qweight": "internal", f"{L}.scales": "internal"}
+
+
+def test_a_router_of_fp8_with_its_correction_is_plain():
+    gate = "model.layers.1.mlp.gate"
+    tensors = {f"{gate}.weight": ("F8_E4M3", 8, 32), f"{gate}.e_score_correction_bias": ("F32", 8)}
+    assert kinds(tensors) == dict.fromkeys(tensors, "plain")
 
 
 def test_an_integer_buffer_of_a_float_model_is_edited(tmp_path):
