@@ -16,7 +16,7 @@ NOT_THE_FILE = (
 )
 """First bytes of a file -> what it is instead, and the remedy."""
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPO_ID = re.compile(r"(?:hf:/?)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w.-]+)?)")
 # A path has lost the second slash, and may be below the current directory by now.
 _URL = re.compile(
     r"(?:.*/)?(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co):?/+([\w.-]+/[\w.-]+?)"
@@ -35,8 +35,8 @@ def hub_hint(given: str) -> str:
         repo_id, revision, sub = match.groups()
         at = f"@{revision}" if revision and revision != "main" else ""
         return f"a repository of the Hub is written hf://{repo_id}{at}{f'/{sub}' if sub else ''}"
-    if _REPO_ID.fullmatch(given):
-        return f"a repository of the Hub is written hf://{given}"
+    if match := _REPO_ID.fullmatch(given):
+        return f"a repository of the Hub is written hf://{match[1]}"
     return ""
 
 

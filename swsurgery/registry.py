@@ -33,6 +33,7 @@ from swsurgery.dtypes import DTYPES
 from swsurgery.edits import OfVariant, Position, Strict, Version
 from swsurgery.errors import AmbiguousWeights, CheckpointError, PlanError, TargetError
 from swsurgery.folder import Folder
+from swsurgery.hints import hub_hint
 from swsurgery.jsonfile import MAX_JSON, RECORD, Limits, first_fault, parse_json, read_small, rendered_pieces
 from swsurgery.names import OWN_FILES
 from swsurgery.shard import Place
@@ -315,8 +316,11 @@ class Patched:
 
 
 def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | None:
-    """The records in a directory or repository, or those that an opened checkpoint lists; None if it has no registry.
-    Whoever holds a directory open has undone what was cut off there. Raises CheckpointError for a damaged one."""
+    """Read the records in a directory or repository, or those that an opened checkpoint lists; None if it has none.
+
+    An edit in place that was cut off is undone first, except in a `Folder`: whoever opened it has done that.
+    Raises CheckpointError for damaged records, and for a directory that does not exist.
+    """
     places: Mapping[str, Place]
     if isinstance(root, Checkpoint):
         places = {file.name: file.path for file in root.files}
@@ -324,7 +328,9 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
     elif isinstance(root, Folder):
         places = {n: root / n for n in (REGISTRY_NAME, MANIFEST_NAME) if fsops.is_there(root / n)}
     elif isinstance(root, Path):
-        root = Path(os.path.realpath(root))
+        given, root = root, Path(os.path.realpath(root))
+        if not root.exists():
+            raise CheckpointError("no such checkpoint", root, hub_hint(str(given)))
         cached = is_cache_snapshot(root)
         if not cached:
             journal.recover(root)  # or the registry would be of an edit that is undone

@@ -163,6 +163,9 @@ def test_other_links_mean_the_directory_of_the_real_files(base, tmp_path):
     ("given", "meant"),
     [
         ("org/name", "hf://org/name"),
+        ("org/name@main", "hf://org/name@main"),
+        ("hf:org/name", "hf://org/name"),
+        ("hf:/org/name", "hf://org/name"),
         ("meta-llama/Llama-3.1-8B", "hf://meta-llama/Llama-3.1-8B"),
         ("https://huggingface.co/org/name", "hf://org/name"),
         ("https://huggingface.co/org/name/", "hf://org/name"),
@@ -197,6 +200,15 @@ def test_a_repository_as_the_path_of_a_manifest(tmp_path, capsys, path):
     manifest = write_manifest(tmp_path / "m.json", {"path": path}, EDIT)
     assert main(["apply", str(manifest), "--dry-run"]) == 2
     assert capsys.readouterr().err.rstrip().endswith("(name a repository of the Hub with base.repo_id)")
+
+
+@pytest.mark.parametrize("command", ["verify", "publish", "check"])
+def test_a_record_is_not_missed_before_the_checkpoint(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "org/name", *(["a/b"] if command == "publish" else [])]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no such checkpoint: " in line
+    assert line.endswith("org/name (a repository of the Hub is written hf://org/name)")
 
 
 # --- a file that was changed after the edit
