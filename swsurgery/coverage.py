@@ -15,8 +15,22 @@ from swsurgery.architectures import Shapes
 from swsurgery.findings import UnreadLayer
 from swsurgery.projections import DownProjection, layer_limit
 
-_MIXERS = ("attn", "attention", "mamba", "conv", "ssm", "rnn", "norm", "rotary", "embed", "temporal_block", "lora_")
-"""Parts of the names of modules that mix tokens, normalise or embed; their matrices are no MLP's."""
+_MIXERS = (
+    "attn",
+    "attention",
+    "mamba",
+    "conv",
+    "ssm",
+    "rnn",
+    "norm",
+    "rotary",
+    "embed",
+    "temporal_block",
+    "lora_",
+    "_hc",
+)
+"""Parts of the names of modules that mix tokens or residual streams (`ffn_hc`), normalise or embed. Their matrices
+belong to no MLP."""
 
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "expert", "moe")
 """Parts of the names of MLPs. A layer of which one MLP was read is searched for further matrices with such a name."""

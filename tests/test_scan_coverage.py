@@ -174,6 +174,8 @@ DENSE = {f"model.layers.0.mlp.{name}_proj.weight": (4, 4) for name in ("gate", "
         ({"model.layers.1.mamba.out_proj.weight": (4, 4), "model.layers.1.conv.weight": (4, 1, 3)}, ()),
         ({"model.layers.0.mlp.gate.weight": (2, 4), "model.layers.0.mlp.experts.down_proj_bias": (2, 4)}, ()),
         ({"model.layers.0.attn.c.weight": (4, 4), "model.layers.0.per_layer.weight": (4, 4)}, ()),
+        # hyper-connections, which mix several residual streams
+        ({"model.layers.0.ffn_hc.fn": (4, 4), "model.layers.1.attn_hc.fn": (4, 4)}, ()),
         # an empty tensor, a layer beyond the model, and another stack of layers
         ({"model.layers.1.mlp.w.weight": (4, 0), "model.layers.2.mlp.w.weight": (4, 4)}, ()),
         ({"vision.layers.1.mlp.w.weight": (4, 4)}, ()),
