@@ -22,7 +22,8 @@ from swsurgery.shard import Place, Shard
 
 ANYWHERE = (
     # llama.cpp, ONNX Runtime, LiteRT, MediaPipe, ExecuTorch, MNN, Rockchip, gemma.cpp, TensorRT
-    "*.gguf", "*.ggml", "*.llamafile", "*.onnx", "*.onnx.data", "*.onnx_data*", "*.ort", "*.tflite", "*.litertlm",
+    "*.gguf", "*.ggml", "ggml-model*.bin", "*.llamafile",
+    "*.onnx", "*.onnx.data", "*.onnx_data*", "*.ort", "*.tflite", "*.litertlm",
     "*.task", "*.pte", "*.mnn", "*.mnn.weight", "*.rkllm", "*.sbs", "*.engine",
     # OpenVINO, Core ML, MLC, CTranslate2, MLX before safetensors
     "openvino_*model*.bin", "openvino_*model*.xml", "*.mlmodel", "params_shard_*.bin", "model.bin", "weights*.npz",

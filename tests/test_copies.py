@@ -34,6 +34,7 @@ BY_NAME = [
     "X.GGUF", "model.pt", "model.ckpt", "model.bin", "Model.PTH", "pytorch_model.bin", "PyTorch_Model.ckpt",
     "consolidated.00.pth", "consolidated.pt", "sub/pytorch_model.bin", "sub/pytorch_model-00001-of-00002.bin",
     "Original/params.json", "4_bit/X.gguf", "metal/model.bin", "ct2/model.bin", "openvino_model.bin",
+    "ggml-model-f16.bin",
     "openvino_model.xml", "int8/openvino_language_model.bin", "weights.npz", "weights.00.npz", "model_state.pdparams",
     "model-q4.litertlm", "gemma.task", "X.tflite", "X.mlmodel", "X.mlpackage/Data/com.apple.CoreML/weights/weight.bin",
     "X.keras", "X.nemo", "model.llamafile", "last.ckpt", "runs/epoch=3.ckpt", "checkpoint-5/pytorch_model.bin",
