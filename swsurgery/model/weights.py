@@ -132,6 +132,7 @@ NORM_OF_THE_SUM = (
 ONE_PLUS = (
     *("gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma", "nemotron"),
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    *("minimax_m3_vl", "minimax_m3_vl_text", "muse_glimmer", "muse_glimmer_text", "step3p7", "step3p5"),
 )
 """Model types whose norms multiply by 1 + weight."""
 
