@@ -219,7 +219,7 @@ def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path):
     data = bytearray((base / THIRD).read_bytes())
     data[offset : offset + size] = bytes(size)
     (base / THIRD).write_bytes(data)
-    with pytest.raises(swsurgery.SwsurgeryError, match="changed while it was read"):
+    with pytest.raises(swsurgery.SwsurgeryError, match="changed or replaced while it was read"):
         list(tensors)
 
 

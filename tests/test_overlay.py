@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(own_data, monkeypatch, capsys)
     assert known.own_models() == ()
 
 
-def read_only(path: object, *rest: object) -> None:
+def read_only(path: object, *rest: object, **more: object) -> None:
     raise PermissionError(13, os.strerror(13), str(path))
 
 

@@ -22,7 +22,7 @@ from checkpoints import tensor, write_single
 from safetensors.torch import load_file, save_file
 
 from swsurgery.checkpoint import open_checkpoint
-from swsurgery.errors import ArchitectureError, ShardError
+from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.model import scores
 from swsurgery.model.weights import INPUTS, MIN_Z, scan_weights
 
@@ -465,10 +465,13 @@ def test_progress_counts_the_mlps_bytes_once(family, tiny):
 
 
 def test_a_file_that_ends_early_is_one_line_and_closes_the_bar(tmp_path):
-    checkpoint = open_checkpoint(written(tmp_path, arrays()))
-    os.truncate(tmp_path / "model.safetensors", 12000)
-    recorder = Recorder()
-    with pytest.raises(ShardError, match="the file ended while it was read"):
+    class Truncating(Recorder):
+        def start(self, total: int, unit: str, label: str) -> None:
+            super().start(total, unit, label)
+            os.truncate(tmp_path / "model.safetensors", 12000)
+
+    checkpoint, recorder = open_checkpoint(written(tmp_path, arrays())), Truncating()
+    with pytest.raises(CheckpointError, match="was changed or replaced while it was read"):
         scan_weights(checkpoint, progress=recorder)
     assert recorder.closed == 1
 
