@@ -62,7 +62,7 @@ def numpy_error() -> Exception:
         (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), "not enough memory"),
         (RuntimeError("std::bad_alloc"), "not enough memory"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "not enough memory"),
-        (OSError(12, "Cannot allocate memory"), "the system refused (Cannot allocate memory)"),
+        (OSError(12, "Cannot allocate memory"), "not enough memory"),
         (BlockingIOError(11, "Resource temporarily unavailable"), "the system refused"),
         (RuntimeError("can't start new thread"), "no further thread can be started"),
     ],

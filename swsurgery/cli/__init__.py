@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         remedy = "see to the disk or the permissions, then run it again"
         where = f": {printable(str(error.filename))}" if error.filename else ""
-        output.say(f"the system refused ({error.strerror or type(error).__name__}){where} ({remedy})")
+        refusal = f"the system refused ({error.strerror or type(error).__name__}){where} ({remedy})"
+        output.say(_shortage(error) or refusal)
         return 2
     except Exception as error:  # noqa: BLE001 - the one boundary: whatever comes here is a shortage, or our bug
         if _received:
