@@ -1,4 +1,4 @@
-"""Which files of a checkpoint hold its weights again, so that an edit of the shards does not reach them.
+"""Find the files of a checkpoint that hold its weights again, so that an edit of the shards does not reach them.
 
 A safetensors file is judged by its header alone, and an index by the files that it lists. Other formats are known by
 name, in any case: reading them would need their own parsers, and pickles are never opened.
@@ -55,7 +55,7 @@ TRAINING = re.compile(
     r"(?:.*/)?optimizer[^/]*/.*|(?:.*/)?(?:optimizer|scheduler|rng_state|random_states|training_args|trainer_state|"
     r"scaler|sampler)[\w-]*\.(?:pt|pth|bin|pkl|json)"
 )
-"""What a training run leaves beside the weights. None of it holds them."""
+"""Files that a training run leaves beside the weights. None of them holds the weights."""
 
 NO_WEIGHTS = re.compile(
     r"(?:.*/)?(?:tokenizer[^/]*|vocab[^/]*|merges[^/]*|spiece\.model|adapter_[^/]*|[^/]*\.(?:json|txt|md))"
@@ -88,7 +88,7 @@ F = TypeVar("F", bound=Listed)
 
 @dataclass(frozen=True)
 class Others:
-    """What the files beside the shards are: further copies of the weights, and notes on the others, for people."""
+    """The files beside the shards: further copies of the weights, and notes for people on the others."""
 
     copies: tuple[str, ...]
     notes: tuple[str, ...]
@@ -147,9 +147,9 @@ def named_as_copy(name: str) -> bool:
 def _copies_by_header(shards: Mapping[str, Shard], siblings: Mapping[str, Shard]) -> set[str]:
     """Return the safetensors files with a tensor of the shards' name and shape, or most of their shapes.
 
-    The second finds Mistral's consolidated files and other originals, which name the tensors in their own way. What
-    was split into several files counts as one, and has to match at least half of the shards' elements: a draft layer
-    or a vision tower does not.
+    The comparison of shapes finds Mistral's consolidated files and other originals, which name the tensors in their
+    own way. Files that a number tells apart count as one. They are a copy if tensors with at least half of the
+    shards' elements have the same shapes, which a draft layer or a vision tower has not.
     """
     held = {(info.name, info.shape) for shard in shards.values() for info in shard.tensors.values()}
     copies = {n for n, header in siblings.items() if any((i.name, i.shape) in held for i in header.tensors.values())}
@@ -170,7 +170,7 @@ def _is_index(name: str) -> bool:
 
 
 def _lists_copies(file: Listed, copies: Collection[str], names: Collection[str], shards: Collection[str]) -> bool:
-    """Return True if an index that is not in use belongs to further copies, or to files that are not there."""
+    """Return True if an index that is not in use belongs to further copies, or to missing files."""
     try:
         weight_map = read_json(file.path, file.name).get("weight_map")
     except CheckpointError:
@@ -183,7 +183,7 @@ def _lists_copies(file: Listed, copies: Collection[str], names: Collection[str],
 
 
 def _external_data(names: Iterable[str], copies: Iterable[str], shards: Mapping[str, Shard]) -> set[str]:
-    """Return the files that copies beside them keep their data in: ONNX external data, and FSDP's metadata."""
+    """Return the files that belong to copies in the same folder: ONNX external data, and FSDP's metadata."""
     endings: dict[str, set[str]] = {}
     for copy in copies:
         endings.setdefault(copy.rpartition("/")[0], set()).add(PurePosixPath(copy.lower()).suffix)

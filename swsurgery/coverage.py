@@ -1,8 +1,8 @@
-"""Which MLP matrices of a checkpoint a scan did not read, from the stored names and shapes alone.
+"""List the MLP matrices of a checkpoint that a scan did not read, from the stored names and shapes alone.
 
 A scan reads the down projections that projections.py knows. A family may store only some of its MLPs under such names
-(Jamba: the dense layers, not the experts), and then "nothing was found" is no answer. This module lists the rest. It
-reads no file and knows neither torch nor transformers.
+(Jamba: the dense layers, not the experts), and then "nothing was found" is no answer. This module lists
+the rest. It reads no file and knows neither torch nor transformers.
 """
 
 from __future__ import annotations

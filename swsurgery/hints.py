@@ -1,4 +1,4 @@
-"""Tell what a user probably meant by a path or a file that is none of a checkpoint's. Reads a few names, no content."""
+"""Guess what a user meant by a path or a file that belongs to no checkpoint. Reads a few names and refs/main."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def not_the_file(start: bytes) -> tuple[str, str] | None:
 
 
 def hub_hint(given: str) -> str:
-    """Return a remedy if a path that is not there looks like a repository of the Hub or its URL, else ""."""
+    """Return a remedy if a path that does not exist looks like a repository of the Hub or its URL, else ""."""
     if match := _URL.fullmatch(given):
         repo_id, revision, sub = match.groups()
         at = f"@{revision}" if revision and revision != "main" else ""

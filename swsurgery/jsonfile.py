@@ -1,7 +1,7 @@
 """Read the JSON files of a checkpoint: bounded size and depth, no duplicate keys, no NaN.
 
 config.json alone is read as Python reads it, because that is how it is published: with Infinity and NaN, and with a
-key that stands twice with the same value.
+key that appears twice with the same value.
 """
 
 from __future__ import annotations
@@ -165,11 +165,11 @@ def _no_constant(text: str) -> None:
 
 
 def _no_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's object_pairs_hook: accept a key that stands twice if both values are the same JSON."""
+    """For json's object_pairs_hook: accept a key that appears twice if both values are the same JSON."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result and json.dumps(result[key], sort_keys=True) != json.dumps(value, sort_keys=True):
-            raise ValueError(f"{quoted(key)} stands twice with different values, so it is ambiguous")
+            raise ValueError(f"{quoted(key)} appears twice with different values")
         result[key] = value
     return result
 

@@ -352,7 +352,7 @@ def _orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], l
         raise ArchitectureError(f"shape {list(shape)} is not {wanted}{rows}", name, _BY_NAME)
     if len(fitting) > 1:
         why = "config.json does not give the hidden size" if hidden is None else "the matrix is square"
-        raise ArchitectureError("it may be stored either way round", name, f"{why}; {_BY_NAME}")
+        raise ArchitectureError("the order of rows and columns is not known", name, f"{why}; {_BY_NAME}")
     return fitting.pop()
 
 

@@ -1,7 +1,7 @@
 """Which stored numbers are weights, and which are codes or internals of a quantiser.
 
-One rule, used wherever stored numbers are read or edited as weights: planning, `verify --known`, scanning, inspection.
-It reads names, dtypes, config.json and the names of the other files; it opens nothing and knows no checkpoint.
+Planning, verification, scanning, export and inspection share this one rule. It sees the names, dtypes and shapes of
+the tensors, config.json, the names of the files and the metadata of the shards. It opens no file.
 
 A float tensor is a plain weight unless its own quantiser is stored beside it. An F8 or integer tensor is a plain weight
 only if nothing declares quantisation and its module stores nothing besides weight and bias. Otherwise it is read
@@ -56,7 +56,7 @@ _MARKER = "scaled_fp8"
 """An empty tensor by which ComfyUI marks files whose FP8 weights have scales."""
 
 _PACKED = ("qweight", "weight_packed", "W_q", "q_weight", "trellis", "Qidxs", "_weight_qdata", "dense_weights")
-"""Names of a module's tensor that make the module a quantised layer, whatever its dtype: HQQ's `view_as_float` and
+"""Last parts of names that make a module a quantised layer, whatever the dtype: HQQ's `view_as_float` and
 bitsandbytes' `quant_storage` store codes as floats."""
 
 _INTERNAL = re.compile(
@@ -73,7 +73,8 @@ _AMBIGUOUS = re.compile(r"(\w+_)?scales|codes|codebooks?|zeros")
 """Last parts of names that float models use too: internal if not a float, or if quantisation is declared."""
 
 _CACHE_SCALE = re.compile(r"(q|k|v|kv|prob|q_prob|output)_scale")
-"""Scales of a quantised KV cache or output: internal as above. A single K or V scale is internal anyway."""
+"""Scales of a quantised KV cache or output: internal if not a float, or if quantisation is declared. A scale of one
+element is internal in any case, except that of an output."""
 
 _QUANTISER = re.compile(r"((weight|input|output|softmax|[qkv]+_bmm|(q|k|v|kv)_fake)_quantizer|quant_state)")
 """Parts of a path that name a quantiser's module (ModelOpt, Mistral)."""
@@ -86,7 +87,7 @@ _UNITS = re.compile(
 """Last parts of names of tensors that give a *weight* its unit, so that even a float weight beside them is unclear."""
 
 _LOOSE_UNITS = re.compile(r"scales?|scale_inv|zeros?|biases|zero_points?")
-"""Such names that count only if quantisation is declared."""
+"""Last parts of names that give a weight its unit only if quantisation is declared."""
 
 _OFFSHOOT = re.compile(r"_(\w+_)?(scales?|scale_inv|zeros?|zero_points?|absmax|scale_2|global_scale)|_blocks")
 """What follows a stacked tensor's name in the name of its scale: `experts.down_proj_scale_inv`."""
@@ -101,11 +102,11 @@ _WEIGHTS = ("weight", "bias", "e_score_correction_bias")
 """What a layer stores besides the tensors of its quantiser."""
 
 _BUFFERS = re.compile(r"position_ids|token_type_ids|num_batches_tracked|relative_position_index|tid2eid|(\w+_)?mask")
-"""Integer tensors of float models that are no weights."""
+"""Integer tensors of float models, which are plain."""
 
 
 class Header(Protocol):
-    """What the rule reads of a tensor's header."""
+    """The part of a tensor's header that the rule reads."""
 
     @property
     def dtype(self) -> Dtype: ...
@@ -118,9 +119,9 @@ class Header(Protocol):
 class Reading:
     """How the stored numbers of one tensor are to be read.
 
-    plain: they are weights. scaled: weights after multiplication by `scale`, a tensor of a known format.
-    unreadable: a quantised weight that is not read. internal: no weights but scales, codes, permutations.
-    `reason` completes the sentence "it is not plain:".
+    plain: the numbers are weights. scaled: they are weights after multiplication by the tensor `scale`, whose format
+    is known. unreadable: the tensor is a quantised weight of another format. internal: it holds scales, codes or
+    permutations of a quantiser. `reason` says why the tensor is not plain.
     """
 
     kind: Kind
@@ -132,7 +133,7 @@ PLAIN = Reading("plain")
 
 
 class Quantisation:
-    """Answers for each tensor of one checkpoint what its stored numbers are. Answers are remembered."""
+    """Decide for each tensor of one checkpoint what its stored numbers are, and remember the decision."""
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class Quantisation:
         return self._readings[name]
 
     def refusal(self, name: str) -> str | None:
-        """Say why the stored numbers of `name` must not be taken for weights; None if they are weights."""
+        """Return why the stored numbers of `name` must not be taken for weights, None if they are weights."""
         reading = self.reading(name)
         if reading.kind == "plain":
             return None
@@ -167,7 +168,7 @@ class Quantisation:
         return f"quantised: {reading.reason}"
 
     def first_codes(self) -> str | None:
-        """Name the first quantised weight stored as F8 or integers, None if there is none."""
+        """Return the name of the first quantised weight stored as F8 or integers, None if there is none."""
         coded = (name for name, header in self._tensors.items() if _is_code(header.dtype))
         return next((name for name in coded if self.reading(name).kind in ("scaled", "unreadable")), None)
 
@@ -180,7 +181,7 @@ class Quantisation:
         unit = next(self._units(name), None)
         if unit is not None:
             # Either the loader multiplies by it, or it only rounds to its multiples: the headers do not say which.
-            return Reading("unreadable", f"its elements count in units of {unit}, or are rounded to them")
+            return Reading("unreadable", f"{unit} is stored beside it, so loaders may scale or round its elements")
         return PLAIN
 
     # Codes ------------------------------------------------------------------------------------------------------
@@ -193,11 +194,11 @@ class Quantisation:
             return PLAIN
         scale = self._scale(name, dtype)
         if scale is not None and all(o == scale or _HARMLESS.fullmatch(_last(o)) for o in others):
-            return Reading("scaled", f"its elements count in units of {scale}", scale)
+            return Reading("scaled", f"its elements are multiplied by {scale}", scale)
         if others:
             others.sort(key=lambda o: (_HARMLESS.fullmatch(_last(o)) is not None, o))
             more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-            return Reading("unreadable", f"its elements count in units of {', '.join(others[:4])}{more}")
+            return Reading("unreadable", f"what its codes mean depends on {', '.join(others[:4])}{more}")
         return Reading(
             "unreadable", f"{self.declared} declares quantisation, and no scale says what its {dtype.name} codes mean"
         )
@@ -212,7 +213,7 @@ class Quantisation:
         return None
 
     def _others(self, name: str) -> Iterator[str]:
-        """What a weight's module stores besides weight and bias, or what is named after a stacked tensor."""
+        """Yield what a weight's module stores besides weight and bias, or what is named after a stacked tensor."""
         module = name.removesuffix(".weight")
         if module != name:
             skip = {f"{module}.{last}" for last in _WEIGHTS}
@@ -222,7 +223,7 @@ class Quantisation:
         yield from (other for other in self._under(f"{module}_") if _OFFSHOOT.fullmatch(other[len(module) :]))
 
     def _floats_beside(self, name: str) -> Iterator[str]:
-        """The floats that the module of a matrix of codes stores itself, such as `s` beside Marlin's `B`."""
+        """Yield the floats beside a matrix of codes in the same module, such as `s` beside Marlin's `B`."""
         module, _, last = name.rpartition(".")
         if not module or last == "weight" or len(self._tensors[name].shape) < 2:
             return
@@ -235,7 +236,7 @@ class Quantisation:
     # Floats -----------------------------------------------------------------------------------------------------
 
     def _units(self, name: str) -> Iterator[str]:
-        """The tensors beside a float weight by which its own quantiser counts."""
+        """Yield the tensors beside a float weight that its own quantiser stored."""
         if _last(name) == "bias":
             return
         module = name.removesuffix(".weight")
@@ -259,7 +260,7 @@ class Quantisation:
     # Internals --------------------------------------------------------------------------------------------------
 
     def _internal(self, name: str, dtype: Dtype, shape: tuple[int, ...]) -> str:
-        """Why a tensor is a quantiser's own; empty if it is not."""
+        """Return why a tensor is a quantiser's own, "" if it is not."""
         *path, last = name.split(".")
         is_float = dtype.kind == "float" and not _is_code(dtype)
         if name == _MARKER:
@@ -290,7 +291,7 @@ class Quantisation:
         return ""
 
     def _scaled_by(self, name: str) -> str | None:
-        """The coded stacked tensor after which `name` is named: `experts.down_proj` for `experts.down_proj_scale`."""
+        """Return the stacked codes that `name` belongs to: `experts.down_proj` for `experts.down_proj_scale`."""
         for match in re.finditer("_", _last(name)):
             cut = len(name) - len(_last(name)) + match.start()
             for base in (name[:cut], f"{name[:cut]}.weight"):
@@ -299,7 +300,7 @@ class Quantisation:
         return None
 
     def _codes_of_layer(self, module: str) -> str | None:
-        """The codes that make `module` a quantised linear layer, None if it is none."""
+        """Return the name of the codes that make `module` a quantised linear layer, None if it is none."""
         if module not in self._layers:
             packed = (f"{module}.{last}" for last in _PACKED)
             codes = [f"{module}.weight", f"{module}.codes"]
@@ -311,7 +312,7 @@ class Quantisation:
         return self._layers[module]
 
     def _stacked_codes(self, module: str) -> str | None:
-        """A matrix of codes that `module` itself stores: the experts of a layer, or Marlin's `B`."""
+        """Return a matrix of codes that `module` itself stores: the experts of a layer, or Marlin's `B`."""
         if module not in self._stacks:
             self._stacks[module] = next(self._matrices_of_codes(module), None)
         return self._stacks[module]
@@ -325,7 +326,7 @@ class Quantisation:
                 yield name
 
     def _under(self, prefix: str) -> Iterator[str]:
-        """The names that begin with `prefix`, in order."""
+        """Yield the names that begin with `prefix`, sorted."""
         first = bisect_left(self._names, prefix)
         names = (self._names[at] for at in range(first, len(self._names)))
         return takewhile(lambda name: name.startswith(prefix), names)
@@ -336,7 +337,7 @@ def _last(name: str) -> str:
 
 
 def _is_code(dtype: Dtype) -> bool:
-    """True if numbers of this dtype may be codes: 8-bit and smaller floats, and all integers."""
+    """Return True if numbers of this dtype may be codes: floats of at most 8 bits, and all integers."""
     return dtype.kind in ("int", "uint") or dtype.name.startswith(("F8_", "F6_", "F4"))
 
 
@@ -346,7 +347,7 @@ def _declaration(
     metadata: Iterable[Mapping[str, str]],
     tensors: Mapping[str, Header],
 ) -> str | None:
-    """Where a checkpoint says that it is quantised, in words; None if nowhere."""
+    """Return the place where a checkpoint declares quantisation, in words; None if it declares none."""
     sections: list[Mapping[str, object]] = [config, *(v for v in config.values() if isinstance(v, Mapping))]
     for section in sections:
         for key in _DECLARATIONS:

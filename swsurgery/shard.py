@@ -267,7 +267,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{quoted(twice)} stands twice, so it is ambiguous")
+        raise ValueError(f"{quoted(twice)} appears twice")
     return result
 
 

@@ -1,7 +1,7 @@
-"""Which files of a checkpoint hold its weights: an index with its shards, or one file, plain or of a variant.
+"""Find the files that hold the weights of a checkpoint: an index with its shards, or one file, plain or of a variant.
 
-Reads the index, no shard. A variant is a second set of the same weights, named as transformers and diffusers name it:
-`model.fp16.safetensors`, or `model.safetensors.index.fp16.json` with its shards.
+Reads the index and no shard. A variant is a second set of the same weights, named as transformers and diffusers name
+it: `model.fp16.safetensors`, or `model.safetensors.index.fp16.json` with its shards.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def find_weights(
 ) -> WeightFiles:
     """Find the weights among the files of a checkpoint.
 
-    `weights` chooses if an index and a single file are there, `variant` if there is more than the plain weights. The
-    only variant is taken without a choice if there are no plain weights. Shards in `elsewhere` need not be there.
+    `weights` chooses between an index and a single file, `variant` between the plain weights and variants. If there
+    are no plain weights, the only variant is taken without a choice. Shards in `elsewhere` may be missing.
 
     Raises CheckpointError, AmbiguousWeights.
     """
@@ -99,7 +99,7 @@ def find_weights(
     if len(indices) > 1:
         raise CheckpointError(f"several indices: {', '.join(indices)}", root, "keep the one that loaders read")
     if weights == "index" and not indices or weights == "single" and not singles:
-        raise CheckpointError(f"base.weights says {weights}, which is not there", root)
+        raise CheckpointError(f"base.weights asks for {weights}, which does not exist", root)
     one_set = not (singles and indices) or _lists_only(singles[0], names[indices[0]], indices[0])
     if weights is None and not one_set:
         raise AmbiguousWeights(

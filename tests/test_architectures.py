@@ -340,9 +340,11 @@ def test_what_an_unknown_family_may_store_either_way_round_is_refused(name, shap
     more = {} if hidden is None else {"hidden_size": hidden}
     config, shapes = table("an unknown one", f"model.{name}", shape=shape, **more)
     expert = 2 if len(shape) == 3 else None
-    with pytest.raises(ArchitectureError, match=rf"it may be stored either way round: model\.{name[:6]}.* \({why}; "):
+    with pytest.raises(
+        ArchitectureError, match=rf"the order of rows and columns is not known: model\.{name[:6]}.* \({why}; "
+    ):
         locate(config, shapes, layer=1, row=3, col=11, expert=expert)
-    with pytest.raises(ArchitectureError, match="either way round"):
+    with pytest.raises(ArchitectureError, match="order of rows and columns"):
         down_projections(config, shapes)
     stored = Coordinate(f"model.{name.format(layer=1)}", (2, 3, 11)[-len(shape) :])
     assert short_form(config, shapes, stored) is None
@@ -622,12 +624,12 @@ def with_tensor(model, name, shape=(8, 24)):
         (
             stacked("qwen3_vl_moe", (4, 16, 16), hidden_size=16),
             (0, 0, 0, 0),
-            r"it may be stored either way round: .* \(the matrix is square; .*\)",
+            r"the order of rows and columns is not known: .* \(the matrix is square; .*\)",
         ),
         (
             table("an unknown one", "transformer.h.{layer}.mlp.c_proj.weight"),
             (0, 0, 0, None),
-            r"it may be stored either way round: .* \(config.json does not give the hidden size; .*\)",
+            r"the order of rows and columns is not known: .* \(config.json does not give the hidden size; .*\)",
         ),
     ],
 )

@@ -178,10 +178,10 @@ def test_an_index_is_strict_json(text, sharded):
 
 def test_duplicate_keys_are_refused_in_the_index_and_the_config(sharded):
     (sharded / INDEX).write_text(f'{{"weight_map": {{"a": "{FIRST}", "a": "{SECOND}"}}}}')
-    assert "'a' stands twice" in refused(sharded)
+    assert "'a' appears twice" in refused(sharded)
     write_index(sharded, {"a": FIRST, "b": FIRST, "c": SECOND})
     (sharded / "config.json").write_text('{"model_type": "llama", "model_type": "opt"}')
-    assert "'model_type' stands twice" in refused(sharded)
+    assert "'model_type' appears twice" in refused(sharded)
 
 
 def test_total_size_is_a_note_only_where_it_is_wrong(sharded):
@@ -245,12 +245,12 @@ def test_an_index_beside_a_single_file_has_to_be_chosen_between(both):
 
 
 def test_a_choice_that_is_not_there_is_refused(single, tmp_path_factory):
-    assert "base.weights says index, which is not there" in refused(single, weights="index")
+    assert "base.weights asks for index, which does not exist" in refused(single, weights="index")
     assert open_checkpoint(single, "single").index_name is None
     other = tmp_path_factory.mktemp("sharded")
     write_shard(other / FIRST, "a")
     write_index(other, {"a": FIRST})
-    assert "base.weights says single, which is not there" in refused(other, weights="single")
+    assert "base.weights asks for single, which does not exist" in refused(other, weights="single")
     assert open_checkpoint(other, "index").index_name == INDEX
 
 

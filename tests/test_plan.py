@@ -191,7 +191,10 @@ def test_a_quantised_weight_is_refused_and_may_be_protected(tmp_path, companion)
     )
     place_of = {"tensor": f"{stem}.weight", "index": [0, 0]}
     (fault,) = faults(base, {"op": "zero", **place_of})
-    assert f"quantised: its elements count in units of {stem}.{companion}: {stem}.weight" in fault
+    meaning = (
+        "its elements are multiplied by" if companion in ("weight_scale", "SCB") else "what its codes mean depends on"
+    )
+    assert f"quantised: {meaning} {stem}.{companion}: {stem}.weight" in fault
     assert plan_manifest(write_manifest(tmp_path / "m.json", base, {"op": "protect", **place_of})).protected
 
 

@@ -414,17 +414,18 @@ def test_nothing_reads_codes_as_weights(tmp_path: Path, tensors, capsys):
     root = write_single(tmp_path, {down(0): tensor("F8_E4M3", HIDDEN, INNER), **tensors})
     (scale,) = tensors
     checkpoint = open_checkpoint(root)
-    with pytest.raises(ArchitectureError, match=f"count in units of {scale}"):
+    with pytest.raises(ArchitectureError, match=f"quantised: .* {scale}"):
         Matrix.of(checkpoint, down(0))
-    with pytest.raises(ModelError, match=f"count in units of {scale}"):
+    with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
         scaled_values(checkpoint, [Coordinate(down(0), (0, 0))], [0.5])
-    with pytest.raises(ModelError, match=f"count in units of {scale}"):
+    with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
         _part(down(0), 0, checkpoint)
-    with pytest.raises(ModelError, match=f"count in units of {scale}"):
+    with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
         _read_row(checkpoint, down_projection(checkpoint.config, checkpoint.shapes, 0), 1)
     assert scale in inspection.scalar(root, down(0), "1,2")["note"]
     assert main(["inspect", str(root), "--tensor", down(0), "--at", "1,2"]) == 0
-    assert f"quantised: its elements count in units of {scale}" in capsys.readouterr().out
+    meaning = "its elements are multiplied by" if "weight_" in scale else "what its codes mean depends on"
+    assert f"quantised: {meaning} {scale}" in capsys.readouterr().out
 
 
 def test_diff_says_that_the_numbers_it_lists_are_no_weights(tmp_path, capsys):
@@ -461,7 +462,7 @@ def test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded(t
     shape = stored[f"{name}.weight"][1]
     stored |= {f"{name}.weight": tensor("F8_E4M3", *shape), f"{name}.scale": tensor("F32", 1, one=True)}
     write_shard(path, stored)
-    message = f"transformers would take its codes for weights: quantised: .* units of {name}.scale: {name}.weight"
+    message = f"transformers would take its codes for weights: quantised: .* depends on {name}.scale: {name}.weight"
     with pytest.raises(Unrunnable, match=message):
         open_model(open_checkpoint(base), device="cpu", placement="whole")
     with pytest.raises(ModelError, match=message):

@@ -497,7 +497,7 @@ MLP = "model.layers.1.mlp."
         (lambda t: t.update({f"{MLP}gate_proj.weight": tensor("I8", NEURONS, CHANNELS)}),
          rf"I8 numbers are not weights: {MLP}gate_proj.weight \("),
         (lambda t: t.update({f"{MLP}up_proj.weight_scale_inv": tensor("F32", 1, 1)}),
-         rf"quantised: its elements count in units of {MLP}up_proj.weight_scale_inv.*: {MLP}up_proj.weight \("),
+         rf"quantised: {MLP}up_proj.weight_scale_inv is stored beside it, .*: {MLP}up_proj.weight \("),
         (lambda t: t.update({"model.layers.1.post_attention_layernorm.weight": tensor("F32", 7)}),
          r"F32 \[7\] is no gain of 13 channels: model.layers.1.post_attention_layernorm.weight"),
         (lambda t: t.update({f"{MLP}down_proj.qweight": tensor("I32", 3, 3)}), "is packed"),

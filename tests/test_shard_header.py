@@ -169,7 +169,7 @@ RULES = [
     (b'{"\xff":1}', 0, "it is not UTF-8 at byte 2"),
     (b'{"a":}', 0, "it is not JSON"),
     (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", 0, "it is nested too deeply"),
-    (b'{"a":1,"a":2}', 0, "'a' stands twice"),
+    (b'{"a":1,"a":2}', 0, "'a' appears twice"),
     (b'{"a":-1}', 0, "-1 is not an unsigned 64-bit integer"),
     (json.dumps({"a": ONE | {"shape": [1 << 64]}}).encode(), 4, "tensor 'a' has a number that is not an unsigned 64"),
     (b'{"a":' + b"1" * 5000 + b"}", 0, "it has a number of thousands of digits"),

@@ -110,7 +110,7 @@ def header_file(random: Random) -> bytes:
 
 
 REASONS = (
-    ("stands twice", "a name that stands twice"),
+    ("appears twice", "a name that stands twice"),
     ("does not begin with {", "white space before the header"),
     ("exactly dtype, shape", "unknown fields of a tensor, or its fields as a list"),
     ("unknown dtype", "a dtype that is not plain text"),
