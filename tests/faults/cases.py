@@ -27,6 +27,7 @@ import swsurgery
 from faults import tracing
 from faults.forks import Program
 from faults.tracing import Done, Point, Start
+from swsurgery.names import STAGE_TOKEN
 
 PACKAGE = Path(swsurgery.__file__).parents[1]
 """The tree that these tests belong to; an interpreter may have another one installed."""
@@ -353,6 +354,8 @@ class Stage:
             if done.code not in (0, 1, 2) or "Traceback" in done.err:
                 faults.append(f"'{words[0]}' after the fault ended with {done.code}: {done.err[-200:]}")
         state = tree(self.target)
+        if state and not self.case.in_place:
+            state.pop(STAGE_TOKEN, None)  # by which the next run knows that it was not reported; see staging.py
         if state not in (self.prepared.old, self.prepared.new):
             faults.append(f"the target is neither old nor new: {self.difference(state)}")
         return faults

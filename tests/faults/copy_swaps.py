@@ -142,12 +142,13 @@ FINDING: dict[str, Callable[[Path], list[str]]] = {
 """Planted bug -> the race that finds it."""
 
 
-def played(name: str, package: Path) -> list[str]:
-    """What the race that is for a bug finds wrong with the package in a folder, in a process of its own."""
+def played(name: str, package: Path, module: str = "copy_swaps") -> list[str]:
+    """What the race that is for a bug finds wrong with the package in a folder, in a process of its own. The race is
+    of this module, or of `swaps`."""
     paths = os.pathsep.join((str(package), str(Path(__file__).parents[1])))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "faults.copy_swaps", name],
+        [sys.executable, "-m", f"faults.{module}", name],
         env=environment,
         cwd=package,  # which comes first where modules are looked for
         capture_output=True,

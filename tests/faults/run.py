@@ -24,7 +24,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from faults import crash_cases, disks, forks, incumbents, matrix, races, report, space, sweeps, tracing, transfers
+from faults import (
+    copy_swaps,
+    crash_cases,
+    disks,
+    forks,
+    incumbents,
+    matrix,
+    races,
+    report,
+    space,
+    sweeps,
+    tracing,
+    transfers,
+)
 from faults.cases import CASES, Case, Prepared, case, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +151,12 @@ def planted(run: Run) -> Iterator[Any]:
         compileall.compile_dir(package, quiet=1)
         yield matrix.run(bug.name, package, run.package, run.folder / "matrix", run.shim, run.workers, kinds)
         forks.close()
+    races_of = {"copy_swaps": bugs.COPY_RACES, "swaps": bugs.IN_PLACE_RACES}
+    for module, bug in ((m, bug) for m, those in races_of.items() for bug in those):
+        if bug.name in run.bugs or not run.bugs:
+            package = bugs.copy_with(bug.name, run.folder / f"planted {bug.name}")
+            faults = copy_swaps.played(bug.name, package, module)
+            yield matrix.Caught(bug.name, {"another program": (len(faults), 1)})
 
 
 def tests(run: Run) -> Iterator[Any]:

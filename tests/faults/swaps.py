@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,8 +181,23 @@ def in_link(room: Room, moment: str) -> list[str]:
     return faults
 
 
+FINDING: dict[str, Callable[[Room], list[str]]] = {
+    "a shard is not compared with what it was": lambda room: refused(room, "during the check", replace_shard),
+    "old bytes are not read before they are overwritten": lambda room: refused(
+        room, "fsops.write_at", change_edited_scalar
+    ),
+    "files are opened by their paths": lambda room: in_link(room, "before the first write"),
+}
+"""Planted bug -> the race that finds it, which returns the promises that did not hold."""
+
+
 def write(room: Room, file: str, tensor: str, index: tuple[int, ...], data: bytes) -> None:
     at, _ = place(room.base / file, tensor, index)
     with open(room.base / file, "r+b") as shard:
         shard.seek(at)
         shard.write(data)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": f"{folder}/cache"}):
+        print(json.dumps(FINDING[sys.argv[1]](Room(Path(folder)))))
