@@ -51,7 +51,7 @@ class OpenShard:
         os.close(self.fd)
 
     def settle(self) -> None:
-        """Take the file as it is after this run's own writes."""
+        """Record the file's identity after this run's own writes."""
         self.identity = Identity.of(os.fstat(self.fd))
 
     def refuse_changed(self) -> None:
@@ -72,8 +72,8 @@ class OpenShard:
 
 
 def _changed(what: str, where: object) -> CheckpointError:
-    return CheckpointError(f"{what} by another program while it was edited in place", where,
-                           "run again when nothing else writes there")  # fmt: skip
+    what = f"{what} by another program while it was edited in place"
+    return CheckpointError(what, where, "run again when nothing else writes there")
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def edited(
     own: dict[str, bytes | None] = {}
     journal = _journal(folder, shards, splices, reverts)
     raw = journal.render()
-    parse_journal(raw, folder / JOURNAL)  # what could not be read again must not be relied on
+    parse_journal(raw, folder / JOURNAL)  # recovery must be able to read what is about to be written
     ending = False
     for shard in shards.values():
         shard.refuse_changed()
@@ -144,8 +144,8 @@ def _finish(folder: Folder, reverts: bool, error: BaseException) -> None:
         fsops.sync_directory(folder)
     except OSError as failed:
         reason = os.strerror(failed.errno or 0)
-        raise TargetError(f"{_done(folder, reverts)}, but a power cut could still undo it ({reason})",
-                          remedy="see to the disk, then run the same command again") from error  # fmt: skip
+        what = f"{_done(folder, reverts)}, but a power cut could still undo it ({reason})"
+        raise TargetError(what, remedy="see to the disk, then run the same command again") from error
     if isinstance(error, Interrupted):
         raise error.leaving(_done(folder, reverts)) from None
 
@@ -325,8 +325,8 @@ def _files(folder: Folder, journal: Journal, moved: bool, opened: contextlib.Exi
         opened.callback(os.close, fd)
         status = os.fstat(fd)
         if not moved and (status.st_ino, os.fstat(folder.fd).st_ino) != (file.inode, journal.inode):
-            raise CheckpointError("an edit in place was cut off before this directory was copied here", folder,
-                                  f"to put the old bytes back, run: swsurgery revert {folder}")  # fmt: skip
+            what = "an edit in place was cut off before this directory was copied here"
+            raise CheckpointError(what, folder, f"to put the old bytes back, run: swsurgery revert {folder}")
         if status.st_size != file.size or any(p.offset + len(p.old) > file.size for p in file.places):
             raise CheckpointError("it is not the file that the journal speaks of", folder / name)
         files.append(_Held(fd, folder / name, file))
@@ -368,5 +368,5 @@ def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -
             fsops.remove_file(folder / JOURNAL)
             fsops.sync_directory(folder)
     except TargetError as error:
-        raise TargetError("an edit in place was cut off and could not be undone yet", folder,
-                          f"{error}; its journal is kept, and the next command tries again") from error  # fmt: skip
+        remedy = f"{error}; its journal is kept, and the next command tries again"
+        raise TargetError("an edit in place was cut off and could not be undone yet", folder, remedy) from error

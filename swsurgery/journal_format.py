@@ -62,7 +62,7 @@ class Journal:
     `own` has the old contents of swsurgery's own files, None for one that was not there; `made` the digests of their
     new contents, None for one that is removed. Before those are known, and while none is written, `made` is None.
     `inode` is the directory's: a journal that came along with a copy of it speaks of other files. `reverts` is True if
-    what was cut off was itself an undoing.
+    the interrupted run was a `revert`.
     """
 
     version: Literal[1, 2]

@@ -172,7 +172,7 @@ def by_registry(wishes: Wishes, registry: Registry) -> list[Finding]:
 
 
 def _unlike_records(asked: Mapping[Coordinate, Asked], registry: Registry) -> Iterator[tuple[Coordinate, str]]:
-    """Each scalar of which the registry does not say what was asked, and how it differs."""
+    """Yield each scalar whose record differs from the manifest, and the difference in words."""
     recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
     for coordinate, wish in asked.items():
         record = recorded.get(coordinate)

@@ -36,8 +36,8 @@ def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
 def check_planned(plan: Plan, progress: Progress) -> Plan:
     """Compare what a dry run can, and return the plan with the names of the files compared and not compared.
 
-    Of a base here, the shards that the edits touch are hashed. Of a base on the Hub, all digests that the Hub lists are
-    taken. Raises PlanError if a digest is not what it must be.
+    If the base is a directory, the shards that the edits touch are hashed. If it is on the Hub, the digests that the
+    Hub lists are compared. Raises PlanError if a digest differs from its pin.
     """
     pins = known_digests(plan)
     touched = {splice.file for splice in plan.splices}

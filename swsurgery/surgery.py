@@ -142,8 +142,9 @@ class Outcome:
 def plan_manifest(manifest: Path, base: str | None = None, *, progress: Progress | None = None) -> Plan:
     """Read the manifest, open its base (or `base`: a directory or hf://ORG/NAME[@REV]) and plan; write nothing.
 
-    Of a base here, the shards that the edits touch are hashed if anything pins them. Of a repository only headers and
-    scalars are read, and the digests that the Hub lists are taken. The plan names the pins that were not checked.
+    If the base is a directory, the shards that the edits touch are hashed if anything pins them. If it is a repository,
+    only headers and scalars are read, and the digests that the Hub lists are compared. The plan names the pins that
+    were not checked.
 
     Raises HubError, ManifestError, CheckpointError, PlanError, TargetError while another run is editing it in place.
     """

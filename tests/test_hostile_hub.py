@@ -68,7 +68,7 @@ def test_a_commit_in_an_answer_is_a_commit(hub, base, tmp_path, capsys, named):
     words = applied(base, tmp_path / "out")
     before = written(hub)
     fault = hub.fail("GET", f"/api/models/{BASE}(/revision/.*)?$", Reply(info(sha=named)), times=None)
-    assert "names a commit that is none" in refused(capsys, *words)
+    assert "names an invalid commit" in refused(capsys, *words)
     assert fault.hits == 1 and written(hub) - before <= {hub.home.name} and not (tmp_path / "out").exists()
     hub.faults.clear()
     assert main([str(w) for w in applied(base, tmp_path / "out")]) == 0
@@ -77,7 +77,7 @@ def test_a_commit_in_an_answer_is_a_commit(hub, base, tmp_path, capsys, named):
 @pytest.mark.parametrize(
     ("header", "value", "said"),
     [
-        ("X-Repo-Commit", "../../../outside", "names a commit that is none"),
+        ("X-Repo-Commit", "../../../outside", "names an invalid commit"),
         ("X-Repo-Commit", "c" * 40, "another commit than it was asked for"),
         ("ETag", '"../../../outside"', "an ETag that cannot be the name of a file"),
         ("ETag", '"/etc/outside"', "an ETag that cannot be the name of a file"),
@@ -122,7 +122,7 @@ def test_names_in_a_listing_stay_in_the_repository(hub, base, tmp_path, capsys, 
 def test_an_entry_of_a_listing_that_makes_no_sense(hub, base, capsys, changes):
     hub.add_repo(BASE, base)
     hub.fail("GET", "/tree/", Reply(tree(**changes)))
-    assert "the Hub's answer makes no sense" in refused(capsys, "inspect", f"hf://{BASE}")
+    assert "the Hub's answer is not valid" in refused(capsys, "inspect", f"hf://{BASE}")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_documents_that_are_none(hub, base, tmp_path, capsys, body, route):
         if body == b"{}":
             pytest.skip("no branches")
         hub.fail("GET", pattern, Reply(body))
-        with pytest.raises(HubError, match="the Hub's answer makes no sense: hf://org/base"):
+        with pytest.raises(HubError, match="the Hub's answer is not valid: hf://org/base"):
             commit.look(BASE, "main")
         return
     hub.fail("GET", pattern, Reply(body))
-    assert f"the Hub's answer makes no sense: hf://{BASE}" in refused(capsys, "inspect", f"hf://{BASE}")
+    assert f"the Hub's answer is not valid: hf://{BASE}" in refused(capsys, "inspect", f"hf://{BASE}")
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"null", b'{"commitOid": "../.."}', b'{"commitOid": 5}'])
@@ -166,7 +166,7 @@ def test_the_answer_to_a_commit_that_makes_no_sense(hub, base, body):
     draft = commit.Draft(BASE, "main", hub.head(BASE).oid, False)
     draft.add({"note.txt": b"x"})
     hub.fail("POST", "/commit/", Reply(body))
-    with pytest.raises(HubError, match=r"makes no sense|names no commit"):
+    with pytest.raises(HubError, match=r"is not valid|names no commit"):
         draft.send([], None, [], "add", "")
 
 
@@ -176,7 +176,7 @@ def test_the_answer_to_a_commit_that_makes_no_sense(hub, base, body):
 def test_a_list_of_pull_requests_that_makes_no_sense(hub, base, body):
     hub.add_repo(BASE, base)
     hub.fail("GET", "/discussions", Reply(body), times=None)
-    with pytest.raises(HubError, match="the Hub's answer makes no sense"):
+    with pytest.raises(HubError, match="the Hub's answer is not valid"):
         commit.open_pull_requests(BASE, "title")
 
 

@@ -312,4 +312,4 @@ def _told(where: object) -> Iterator[None]:
             if str(error).startswith("LFS batch API returned errors"):
                 raise HubError("the Hub does not take a large file", where,
                                "is there storage left in this namespace?") from None  # fmt: skip
-            raise HubError("the Hub's answer makes no sense", where, "run the same command again") from None
+            raise HubError("the Hub's answer is not valid", where, "run the same command again") from None

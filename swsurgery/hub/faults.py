@@ -109,7 +109,7 @@ def told(where: object) -> Iterator[None]:
         raise HubError(f"cannot be reached or written ({type(error).__name__})", where) from None
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError, UnboundLocalError):
         # The library reads the Hub's documents without checking them.
-        raise HubError("the Hub's answer makes no sense", where, "is this the right Hub?") from None
+        raise HubError("the Hub's answer is not valid", where, "is this the right Hub?") from None
     except Exception as error:
         # The transport's exceptions are those of whichever HTTP library this version of huggingface_hub uses.
         if type(error).__module__.split(".")[0] != type(get_session()).__module__.split(".")[0]:

@@ -168,7 +168,7 @@ def _check_headers(response: httpx2.Response) -> None:
     if commit is not None:
         asked = re.search(r"/resolve(?:-cache/models/[^/]+/[^/]+)?/([0-9a-f]{40})/", request.url.path)
         if not COMMIT.fullmatch(commit):
-            raise Refused("the Hub's answer names a commit that is none")
+            raise Refused("the Hub's answer names an invalid commit")
         if asked and asked[1] != commit:
             raise Refused("the Hub answers another commit than it was asked for")
     etags = [headers.get("X-Linked-ETag"), headers.get("ETag") if request.method == "HEAD" else None]
@@ -239,7 +239,7 @@ def _check_document(response: httpx2.Response) -> None:
     try:
         check(json.loads(response.read()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise Refused("the Hub's answer makes no sense", "is this the right Hub? run the same command again") from None
+        raise Refused("the Hub's answer is not valid", "is this the right Hub? run the same command again") from None
 
 
 def _require(condition: bool) -> None:
@@ -254,7 +254,7 @@ def _is_size(value: object) -> bool:
 def _check_info(info: dict[str, object]) -> None:
     commit, siblings = info["sha"], info.get("siblings") or []
     if not (isinstance(commit, str) and COMMIT.fullmatch(commit)):
-        raise Refused("the Hub's answer names a commit that is none")
+        raise Refused("the Hub's answer names an invalid commit")
     _require(isinstance(info.get("private", False), bool) and isinstance(siblings, list))
 
 
