@@ -140,10 +140,15 @@ _done = [NOTHING_LEFT]
 
 
 def report_done(what: str | None) -> None:
-    """Say from now on what a signal finds done and leaves; None for nothing, at the beginning of a command."""
+    """Set what a signal, or a stdout that cannot be written, leaves done; None if nothing is done yet."""
     del _done[1:]
     if what:
         _done.append(what)
+
+
+def done() -> str:
+    """Return what the command has done so far and leaves; "" if nothing."""
+    return "; ".join(_done[1:])
 
 
 class Interrupted(BaseException):

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from swsurgery.errors import TargetError, printable
+from swsurgery.errors import TargetError, done, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -80,7 +80,8 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def _write(text: str, stream: TextIO | None = None) -> None:
     """Write `text`. If the reader has left, as `head` does, or if the stream was closed, nothing more is shown and the
-    exit code stays the command's answer. Raises TargetError if stdout cannot be written."""
+    exit code stays the command's answer. Raises TargetError if stdout cannot be written; it names what the
+    command has already done."""
     stream = stream or sys.stdout
     if stream is None or stream.closed:
         return
@@ -96,7 +97,7 @@ def _write(text: str, stream: TextIO | None = None) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python would try the rest again at exit
         if stream is sys.stdout:
-            raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", "stdout") from error
+            raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", "stdout", done()) from error
 
 
 def open_standard_streams() -> None:

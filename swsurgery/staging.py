@@ -83,7 +83,7 @@ def staged(target: Path, names: Collection[str], last: Collection[str] = (), mod
             yield stage
             with fsops.reported(target):
                 _commit(where, stage)
-            report_done(f"it was written: {target}")
+            report_done(f"the output was written: {target}")
         except BaseException as error:
             kept = False
             with contextlib.suppress(OSError, TargetError):

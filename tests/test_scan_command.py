@@ -385,8 +385,22 @@ def test_a_full_disk_behind_stdout_is_one_line_and_the_manifest_is_there(here: P
     words = [sys.executable, "-m", "swsurgery", "scan", "planted", "--method", "weights", "--manifest", "zero.yaml"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (2, "swsurgery: cannot write (No space left on device): stdout\n")
+    line = "swsurgery: cannot write (No space left on device): stdout (manifest: zero.yaml)\n"
+    assert (done.returncode, done.stderr) == (2, line)
     assert (here / "zero.yaml").exists()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644], ids=oct)
+def test_what_a_scan_writes_is_as_private_as_the_weights_that_it_repeats(here: Path, mode: int) -> None:
+    for shard in (here / "planted").glob("*.safetensors"):
+        shard.chmod(mode)
+    before = os.umask(0o022)
+    try:
+        assert main(["scan", "planted", "--method", "weights", "--manifest", "zero.yaml", "--register", "a/b"]) == 0
+    finally:
+        os.umask(before)
+    written = [here / "zero.yaml", known.overlay.folder() / "a.b.json"]
+    assert [path.stat().st_mode & 0o777 for path in written] == [mode, mode]
 
 
 def test_scan_in_python_says_what_the_command_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

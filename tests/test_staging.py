@@ -233,7 +233,7 @@ def test_a_signal_is_answered_with_what_is_there(manifest, out, at):
     assert done.returncode == 130
     there = at == "output.print_json"
     assert done.stderr.splitlines()[-1] == (
-        f"swsurgery: interrupted: SIGINT (it was written: {out})" if there else
+        f"swsurgery: interrupted: SIGINT (the output was written: {out})" if there else
         "swsurgery: interrupted: SIGINT (nothing was left behind)"
     )  # fmt: skip
     assert out.exists() == there

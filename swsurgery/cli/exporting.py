@@ -9,7 +9,7 @@ import typer
 
 from swsurgery import output
 from swsurgery.cli.options import Debug, Json, Quiet
-from swsurgery.errors import printable
+from swsurgery.errors import printable, report_done
 
 
 def export(
@@ -37,6 +37,7 @@ def export(
     from swsurgery import export as room
 
     exported = room.write(source, form, target, base=base, progress=output.Bar(quiet))
+    report_done(f"the output was written: {exported.output}")
     if json:
         output.print_json(exported.to_json())
         return

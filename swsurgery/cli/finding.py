@@ -31,7 +31,7 @@ from swsurgery.cli.options import (
     silent,
     width,
 )
-from swsurgery.errors import Interrupted, SwsurgeryError, printable
+from swsurgery.errors import Interrupted, SwsurgeryError, printable, report_done
 
 
 def lookup(
@@ -53,6 +53,7 @@ def lookup(
         if status or manifest or factor is not None:
             raise SwsurgeryError("--forget goes with no --status, --manifest or --factor")
         removed = str(known.forget(model))
+        report_done(f"the own entry was removed: {removed}")
         if json:
             output.print_json({"forgotten": removed})
         else:
@@ -135,6 +136,7 @@ def scan(
             raise
         raise interrupted.leaving("what was written stays") from interrupted
     finally:  # what took long to find is shown, even if it cannot be kept, and what was written is named
+        report_done("; ".join(lines))
         output.print_json(report.to_json()) if json else show_scan.show_scan(report)
         for line in lines:
             say(line)
@@ -165,6 +167,7 @@ def sweep(
         options=scanning.RunOptions(device, placement, read_text(text), windows, window),
         progress=output.Bar(quiet), say=silent if quiet else output.say,
     )  # fmt: skip
+    report_done(plot and f"figure: {plot}")
     output.print_json(report.to_json()) if json else show_scan.show_sweep(report)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from swsurgery import output
 from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet, silent
-from swsurgery.errors import SwsurgeryError, printable
+from swsurgery.errors import SwsurgeryError, printable, report_done
 
 if TYPE_CHECKING:
     from swsurgery.publishing import Publication, Published
@@ -68,6 +68,7 @@ def publish(
         for line in publishing.lines(plan, output.size):
             say(line)
     done = publishing.publish(plan, bar, say, bars=not quiet and sys.stderr.isatty())
+    report_done(f"published: {done.repo_id}, commit {done.commit}")
     output.print_json({"plan": plan.to_json(), "published": done.to_json()}) if json else _show_published(done)
     if done.findings:
         raise typer.Exit(1)

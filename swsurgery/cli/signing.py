@@ -9,7 +9,7 @@ import typer
 
 from swsurgery import output
 from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet
-from swsurgery.errors import printable
+from swsurgery.errors import printable, report_done
 
 
 def sign(
@@ -26,6 +26,7 @@ def sign(
     from swsurgery import signing
 
     written = signing.sign(checkpoint, key, signature)
+    report_done(f"the signature was written: {written}")
     if json:
         output.print_json({"checkpoint": str(checkpoint), "signature": str(written)})
         return
