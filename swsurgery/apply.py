@@ -92,9 +92,23 @@ class Source:
 
     @property
     def folder_mode(self) -> int:
-        """The permissions of the new directory: what all directories that hold the base's files have."""
-        folders = {file.path.folder for file in self.files if isinstance(file.path, Entry)}
-        return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
+        """The permissions of the new directory."""
+        return folder_mode(self.files)
+
+
+def folder_mode(files: Iterable[BaseFile]) -> int:
+    """Return the permissions that all directories of these files have, for a new directory."""
+    folders = {file.path.folder for file in files if isinstance(file.path, Entry)}
+    return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
+
+
+def outside_mode(files: Sequence[BaseFile]) -> int:
+    """Return the permissions of a file that repeats weights and is written outside the directory of these files.
+
+    Whoever cannot read the weights, or cannot enter their directory, may not read it.
+    """
+    may_enter = folder_mode(files) & 0o111
+    return records_mode(files) & may_enter * 0o7 | 0o600
 
 
 def records_mode(files: Iterable[BaseFile]) -> int:

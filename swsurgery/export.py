@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swsurgery import fsops, lora, patches, staging
-from swsurgery.apply import hashed, hold_to
+from swsurgery.apply import hashed, hold_to, outside_mode
 from swsurgery.checkpoint import Checkpoint, open_as
 from swsurgery.coordinate import Coordinate
 from swsurgery.errors import CheckpointError, PlanError, TargetError
@@ -43,6 +43,8 @@ class Source:
 
     patch: Patch
     config: dict[str, Any]
+    mode: int
+    """Permissions of the files that are written: no more than the weights have."""
     notes: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
     """Edits of numbers that are no weights, which records of 0.1.0 may hold, one line for each."""
@@ -87,11 +89,12 @@ def write(
     found = read(source, base, progress)
     files, notes = render(found, form)
     if form == "sparse":
-        _write_new(output, files[""])
+        _write_new(output, files[""], found.mode)
     else:
-        with staging.staged(output, (), files) as stage:
+        may_read = found.mode & 0o444
+        with staging.staged(output, (), files, found.mode | may_read >> 2) as stage:
             for name, data in files.items():
-                fsops.write_file(stage / name, data)
+                fsops.write_file(stage / name, data, found.mode)
     sizes = {name or output.name: len(data) for name, data in sorted(files.items())}
     return Exported(output, form, sizes, len(found.patch.scalars), (*found.notes, *notes))
 
@@ -228,7 +231,13 @@ def _source(
         for s in ordered
         if (why := checkpoint.quantisation.refusal(s.tensor))
     ]
-    return Source(Patch(base, bounds, manifest_sha256, ordered), checkpoint.config, tuple(notes), tuple(codes))
+    return Source(
+        Patch(base, bounds, manifest_sha256, ordered),
+        checkpoint.config,
+        outside_mode(checkpoint.files),
+        tuple(notes),
+        tuple(codes),
+    )
 
 
 def _vllm(patch: Patch) -> dict[str, bytes]:
@@ -258,11 +267,11 @@ def _vllm(patch: Patch) -> dict[str, bytes]:
     }
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, data: bytes, mode: int) -> None:
     """A new file that is whole or absent, and never replaces another."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        fsops.write_file(temporary, data)
+        fsops.write_file(temporary, data, mode)
         with fsops.reported(path):
             fsops.rename_new(temporary, path)
             fsops.sync_directory(path.parent)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swsurgery import entry, figures, fsops, known, model
+from swsurgery.apply import outside_mode
 from swsurgery.checkpoint import Checkpoint, Weights, held, open_checkpoint
 from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
 from swsurgery.findings import Method, ScanReport, SweepReport
@@ -138,13 +139,13 @@ def write_outputs(
         text = entry.scan_manifest(
             report, base=_as_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
         )
-        fsops.write_file(outputs.manifest, text.encode())
+        fsops.write_file(outputs.manifest, text.encode(), outside_mode(checkpoint.files))
         say(f"manifest: {outputs.manifest}")
     if outputs.register is not None:
         found = entry.known_entry(
             report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
         )
-        known.save(found)
+        known.save(found, outside_mode(checkpoint.files))
         say(f"registered: swsurgery lookup {found.hf_id}")
 
 

@@ -134,3 +134,45 @@ def test_an_edit_in_place_of_a_private_checkpoint_leaves_private_files(base):
     again = write_manifest(base.parent / "n.json", base, {"op": "zero", "tensor": down(1), "index": [4, 4]})
     assert main(["apply", str(again), "--in-place", "--check", "off", "--quiet"]) == 0
     assert {mode(base / name) for name in OWN_FILES} == {0o640}, "what was more private than the weights stays so"
+
+
+EXPORTED = {"sparse": "e", "peft": "e/adapter_model.safetensors", "vllm": "e/patches.safetensors"}
+
+
+def export(base: Path, form: str, source: Path) -> Path:
+    assert main(["export", str(source), "--format", form, "-o", str(base.parent / "e"), "--quiet"]) == 0
+    assert (base.parent / EXPORTED[form]).is_file()
+    return base.parent / "e"
+
+
+@pytest.mark.parametrize("form", EXPORTED)
+@pytest.mark.parametrize("recorded", [False, True], ids=["manifest", "checkpoint"])
+def test_an_export_of_a_private_base_is_private(base, form, recorded):
+    make_private(base)
+    out = export(base, form, apply(base) if recorded else manifest(base))
+    assert mode(out) == (0o600 if form == "sparse" else 0o700)
+    assert set(modes(out).values()) == (set() if form == "sparse" else {0o600})
+
+
+@pytest.mark.parametrize("form", EXPORTED)
+def test_an_export_of_a_public_base_is_public(base, form):
+    """The twin."""
+    out = export(base, form, manifest(base))
+    assert mode(out) == (0o644 if form == "sparse" else 0o755)
+    assert set(modes(out).values()) == (set() if form == "sparse" else {0o644})
+
+
+@pytest.mark.parametrize(
+    ("folder", "weights", "made"),
+    [(0o700, 0o644, 0o600), (0o750, 0o644, 0o640), (0o755, 0o640, 0o640), (0o744, 0o644, 0o600)],
+    ids=oct,
+)
+def test_who_cannot_enter_the_folder_of_the_weights_cannot_read_an_export(base, folder, weights, made):
+    for name in SHARDS:
+        (base / name).chmod(weights)
+    base.chmod(folder)
+    assert mode(export(base, "sparse", manifest(base))) == made
+    (base.parent / "e").unlink()
+    out = export(base, "vllm", manifest(base))
+    assert mode(out) == made | 0o700 | (made & 0o044) >> 2
+    assert set(modes(out).values()) == {made}

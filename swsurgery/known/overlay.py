@@ -29,8 +29,9 @@ def folder() -> Path:
     return user_data_path("swsurgery") / "known"
 
 
-def save(model: KnownModel) -> Path:
-    """Keep an own entry, in place of an older one of this name (whatever its case and punctuation); returns its file.
+def save(model: KnownModel, mode: int = 0o666) -> Path:
+    """Keep an own entry, in place of an older one of this name (whatever its case and punctuation); returns its file,
+    which gets the permissions `mode` as far as the umask allows.
 
     Raises LookupFailed for a name without a letter or a digit, one that cannot be printed, or that of a shipped model
     of other sizes; TargetError where the file cannot be written.
@@ -43,7 +44,8 @@ def save(model: KnownModel) -> Path:
     path = next(iter(_files_of(shipped) if shipped else []), folder() / f"{stem}.json")
     with fsops.reported(path.parent):
         fsops.make_directories(path.parent)
-    fsops.replace_shared(path, (model.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())
+    data = (model.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode()
+    fsops.replace_shared(path, data, mode=mode)
     return path
 
 
