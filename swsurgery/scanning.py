@@ -29,6 +29,7 @@ from swsurgery.hub import local, named
 from swsurgery.known.render import refuse_unfit
 from swsurgery.manifest import load_manifest
 from swsurgery.model import Placement, tokenizer
+from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.pins import check_planned
 from swsurgery.plan import make_plan
 from swsurgery.progress import Progress, Rounds, Silent
@@ -90,7 +91,7 @@ def scan_checkpoint(
         without = "leave out --confirm" if method == "weights" else "--method weights" + " without --confirm" * confirm
         with or_else(without):
             if method == "activations" or confirm:
-                _need_a_model()
+                _need_a_model(checkpoint.root)
             if confirm:
                 from swsurgery.model.confirm import refuse_text
 
@@ -174,7 +175,7 @@ def sweep_manifest(
         raise PlanError(
             "no scalar is changed, so there is nothing to sweep", manifest, "add an edit other than protect"
         )
-    _need_a_model()
+    _need_a_model(plan.checkpoint.root)
     from swsurgery.model.sweep import sweep
 
     rounds = Rounds(progress or Silent())
@@ -189,9 +190,11 @@ def open_base(base: str | Path, weights: Weights | None = None, variant: str | N
     return open_chosen(local(named(base)), weights, variant)
 
 
-def _need_a_model() -> None:
+def _need_a_model(directory: Path) -> None:
+    """Raise Unrunnable if no model can be run here, or none from this directory; start the tokenizer's process."""
     if reason := model.available():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
+    refuse_unrunnable(directory)
     tokenizer.start()
 
 

@@ -14,6 +14,7 @@ from tiny_checkpoint import write_pair
 from swsurgery.checkpoint import open_checkpoint
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model.load import first_line, load_tokenizer, open_model
+from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.model.spikes import LayerSpikes
 
 
@@ -49,6 +50,18 @@ def test_a_directory_without_a_tokenizer(base):
     for path in base.glob("tokenizer*"):
         path.unlink()
     assert refused(load_tokenizer, base) == f"no tokenizer: {base} (copy the base model's tokenizer.json there)"
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab-src.json", "prophetnet.tokenizer", "dict.txt", "my.spm", "x.tiktoken", "v3.MODEL"]
+)
+def test_a_vocabulary_of_an_unlisted_name_is_left_to_transformers(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    for other in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
+        (tmp_path / other).write_text("{}")
+    assert refused(refuse_unrunnable, tmp_path).startswith("no tokenizer: ")
+    (tmp_path / name).write_text("{}")
+    refuse_unrunnable(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

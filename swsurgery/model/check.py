@@ -15,6 +15,7 @@ from swsurgery.checkpoint import Checkpoint
 from swsurgery.dtypes import decode
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model import Placement, ScalarChange, available
+from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.model.tokenizer import start
 from swsurgery.progress import Progress
 from swsurgery.report import Bounds, CheckReport, Continuations
@@ -69,6 +70,8 @@ def run_checks(
     """
     if reason := available():
         raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
+    _compare(checkpoint, changes)
+    refuse_unrunnable(checkpoint.root)
     start()
     try:
         import torch
@@ -83,7 +86,6 @@ def run_checks(
     text = built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts
     with load.quiet():
-        _compare(checkpoint, changes)
         tokenizer = load.load_tokenizer(checkpoint.root)
         paired = load.open_model(checkpoint, device=device, placement=placement, say=say)
         vocabulary = paired.model.get_input_embeddings().num_embeddings

@@ -33,7 +33,7 @@ from swsurgery.hub import config_error
 from swsurgery.model import Placement
 from swsurgery.model.forward import ATTENTION, LayeredModel
 from swsurgery.model.places import find_decoder_layers
-from swsurgery.model.refusals import has_tokenizer, missing_weights, refuse_dtype, refuse_pointers
+from swsurgery.model.refusals import has_tokenizer, missing_weights, no_tokenizer, refuse_dtype, refuse_pointers
 from swsurgery.model.stream import StreamedWeights, pinned_pieces
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.weight_plan import STORED, plan_weights
@@ -296,7 +296,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return Tokenizer(directory)
     except Unrunnable as error:
         if not has_tokenizer(directory):
-            raise Unrunnable("no tokenizer", directory, "copy the base model's tokenizer.json there") from error
+            raise no_tokenizer(directory) from error
         try:
             transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except LOADING_ERRORS as fault:

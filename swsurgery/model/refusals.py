@@ -1,15 +1,14 @@
 """Say why a model or a tokenizer cannot be loaded, where transformers' own message points to the wrong place.
 
-Looks at small files of the directory; loads nothing.
+Reads small files of the directory; loads nothing. Importing this module does not load torch.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
-
-import torch
 
 from swsurgery.errors import CheckpointError, Unrunnable
 from swsurgery.hints import not_the_file
@@ -27,7 +26,25 @@ TOKENIZER_FILES = (
 SMALL = 1 << 10
 """A git-lfs pointer has about 130 bytes."""
 
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of a tokenizer that is not complete without others."""
+
+_VOCABULARY = re.compile(r"token|vocab|merges|codes|dict|[.](model|bpe|spm|tiktoken)", re.IGNORECASE)
+"""What the name of a vocabulary that TOKENIZER_FILES does not list may contain."""
+
 _TEXT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+def refuse_unrunnable(directory: Path) -> None:
+    """Raise Unrunnable if the names and the small files of the directory show that no model can be run.
+
+    This takes no memory and no time; importing torch takes 400 MB and seconds.
+    """
+    refuse_pointers(directory)
+    if not (directory / "config.json").is_file():
+        raise Unrunnable("no config.json", directory, "copy the base model's config.json there")
+    if not may_have_tokenizer(directory):
+        raise no_tokenizer(directory)
 
 
 def refuse_pointers(directory: Path) -> None:
@@ -48,6 +65,8 @@ def refuse_dtype(directory: Path) -> None:
         config = read_config(Path(path.resolve()), "config.json")
     except CheckpointError as error:
         raise Unrunnable(f"config.json cannot be read: {error}", directory) from error
+    import torch
+
     known = [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     for section in sections:
@@ -58,6 +77,17 @@ def refuse_dtype(directory: Path) -> None:
             near = difflib.get_close_matches(said, known, 1)
             remedy = f"did you mean {near[0]}?" if near else "such as bfloat16"
             raise Unrunnable(f"{key} in config.json is {said[:40]!r}, which is no dtype of torch", directory, remedy)
+
+
+def may_have_tokenizer(directory: Path) -> bool:
+    """Return False if no file of the directory can be the vocabulary of a tokenizer, known or unknown."""
+    names = [path.name for path in directory.iterdir() if path.name not in _SETTINGS]
+    return any(name in TOKENIZER_FILES or _VOCABULARY.search(name) for name in names)
+
+
+def no_tokenizer(directory: Path) -> Unrunnable:
+    """Make the error for a directory without a tokenizer."""
+    return Unrunnable("no tokenizer", directory, "copy the base model's tokenizer.json there")
 
 
 def has_tokenizer(directory: Path) -> bool:

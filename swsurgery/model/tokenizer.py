@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swsurgery.errors import Unrunnable
+from swsurgery.model.refusals import no_tokenizer
 
 MEMORY = 2 << 30
 """Address space of the process, in bytes. Loading SmolLM2's tokenizer takes 220 MB of it."""
@@ -178,7 +179,7 @@ class Tokenizer:
         # For some model types transformers makes up an almost empty tokenizer if there is no file of one.
         names = {"tokenizer.json", "tokenizer.model", "tekken.json", *map(str, files)}
         if not any((directory / name).is_file() for name in names):
-            raise Unrunnable("no tokenizer", directory, "copy the base model's tokenizer.json there")
+            raise no_tokenizer(directory)
         self._verb = "run"
 
     def __len__(self) -> int:
