@@ -40,6 +40,7 @@ Rooms, each of which knows only those below it:
     listing.py, folder.py        the files of a directory that is held open, as they were when they were listed
     dtypes.py                    numbers and their bits
     threads.py                   a pool that works with fewer threads than it was given
+    numeric.py                   numpy, imported only if the limits on memory leave room for it
     staging.py, room.py          a new directory that gets its name at the end; whether there is room for it
     fsops.py, errors.py          every write to the disk, and every error on purpose
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from swsurgery import dtypes
 from swsurgery.dtypes import DTYPES, Dtype
+from swsurgery.numeric import load_numpy
 from swsurgery.rules import Finding
 from swsurgery.shard import Shard, TensorInfo
 
@@ -59,6 +60,7 @@ class FiniteScan:
 
     def _search(self, info: TensorInfo, start: int, data: memoryview) -> None:
         """Look through whole words that begin `start` bytes into the tensor."""
+        load_numpy()
         import numpy as np
 
         size, mask, low, high = _words(info.dtype)

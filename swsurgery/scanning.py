@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from swsurgery import entry, figures, fsops, known, model
+from swsurgery import entry, figures, fsops, known, model, numeric
 from swsurgery.apply import outside_mode
 from swsurgery.checkpoint import Checkpoint, Weights, held, open_checkpoint
 from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
@@ -104,6 +104,7 @@ def scan_checkpoint(
                     progress=Rounds(progress), say=say,
                 )  # fmt: skip
             else:
+                numeric.load_numpy()
                 from swsurgery.model.weights import scan_weights
 
                 report = scan_weights(checkpoint, progress=progress)
@@ -195,6 +196,7 @@ def _need_a_model(directory: Path) -> None:
     if reason := model.available():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
     refuse_unrunnable(directory)
+    numeric.load_numpy()
     tokenizer.start()
 
 

@@ -21,6 +21,8 @@ from publishing import write_base as write_hub_base
 
 from swsurgery import inspection, output
 from swsurgery.cli import main
+from swsurgery.errors import Unrunnable
+from swsurgery.surgery import CheckOptions, apply_manifest
 from swsurgery.threads import Pool
 
 any_hub, hub = fixture.any_hub, fixture.hub
@@ -114,6 +116,63 @@ def test_a_limit_on_memory_is_one_line(tmp_path):
     assert enough.returncode == 0, enough.stderr
     assert little.returncode == 2 and little.stdout == ""
     assert little.stderr.startswith("swsurgery: ") and little.stderr.count("\n") == 1 and "emory" in little.stderr
+
+
+NEEDS_NUMPY = ["scan base --method weights", "diff base base", "diff base other", "verify out --finite"]
+
+
+def run_limited(tmp_path: Path, limit: str, words: str) -> subprocess.CompletedProcess:
+    command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", sys.executable, "-m", "swsurgery", *words.split()]
+    return subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture
+def compared(base, edit, tmp_path) -> Path:
+    """A directory with a base, its patched copy `out`, and `other`, which differs from the base."""
+    write_llama(tmp_path / "other", extra={NAME: tensor("BF16", 2, 2, seed=8)})
+    apply_manifest(edit, tmp_path / "out", check=CheckOptions("off"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("limit", ["-v 100000", "-d 50000"])
+@pytest.mark.parametrize("words", NEEDS_NUMPY)
+def test_a_limit_that_numpy_does_not_fit_into_is_no_answer(compared, limit, words):
+    """OpenBLAS calls exit(1) if it gets no memory, and 1 means that the two differ."""
+    done = run_limited(compared, limit, words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("swsurgery: not enough memory: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "code"), [("diff base base", 0), ("diff base other", 1), ("verify out --finite", 0)])
+def test_a_limit_that_is_ample_changes_no_answer(compared, words, code):
+    """The twin."""
+    done = run_limited(compared, "-v 400000", words)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_forward_check_without_memory_for_numpy_is_not_made(base, edit, tmp_path, monkeypatch):
+    def fail() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("swsurgery.model.check.load_numpy", fail)
+    said: list[str] = []
+    apply_manifest(edit, tmp_path / "out", say=said.append)
+    reason = "not enough memory: torch cannot be loaded (raise the limit on it)"
+    assert said[-1] == f"no forward check was made: {reason}"
+    with pytest.raises(Unrunnable, match="not enough memory"):
+        apply_manifest(edit, tmp_path / "new", check=CheckOptions("forward"))
+
+
+@pytest.mark.parametrize("before", [None, "7"])
+def test_numpy_gets_one_thread_and_the_setting_of_the_user_stays(tmp_path, before):
+    code = (
+        "import os, threading; from swsurgery.numeric import load_numpy; load_numpy(); import numpy; "
+        "print(os.environ.get('OPENBLAS_NUM_THREADS'), len(os.listdir('/proc/self/task')))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    env |= {"OPENBLAS_NUM_THREADS": before} if before else {}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{before} 1\n"
 
 
 NO_THREADS = """

@@ -175,7 +175,9 @@ def diff(
     debug: Debug = False,
 ) -> None:
     """Name every scalar in which two checkpoints differ. Exit 1 where they do."""
-    from swsurgery import show
+    from swsurgery import numeric, show
+
+    numeric.load_numpy()
     from swsurgery.diff import diff as run
     from swsurgery.registry import open_chosen
 

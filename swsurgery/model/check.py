@@ -17,6 +17,7 @@ from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model import Placement, ScalarChange, available
 from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.model.tokenizer import start
+from swsurgery.numeric import load_numpy
 from swsurgery.progress import Progress
 from swsurgery.report import Bounds, CheckReport, Continuations
 
@@ -72,6 +73,10 @@ def run_checks(
         raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
     _compare(checkpoint, changes)
     refuse_unrunnable(checkpoint.root)
+    try:
+        load_numpy()
+    except MemoryError as error:
+        raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on it") from error
     start()
     try:
         import torch
