@@ -306,8 +306,8 @@ def test_a_file_that_appears_while_it_is_written_is_not_replaced(tmp_path, monke
     manifest = write_manifest(tmp_path / "m.json", write_llama(tmp_path / "base"), ZERO)
     write = fsops.write_file
 
-    def late(path: Path, data: bytes) -> None:
-        write(path, data)
+    def late(path: Path, data: bytes, mode: int) -> None:
+        write(path, data, mode)
         (tmp_path / "new").write_text("mine")
 
     monkeypatch.setattr(fsops, "write_file", late)

@@ -198,7 +198,7 @@ def test_the_weights_are_confirmed_by_a_model_that_is_run_as_asked(
 def test_what_was_written_before_an_output_failed_is_named(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: BaseException
 ) -> None:
-    def save(_: Any) -> None:
+    def save(_: Any, mode: int) -> None:
         raise fault
 
     monkeypatch.setattr(known, "save", save)
