@@ -24,7 +24,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
 faults: $(VENV)/.test
-	PYTHONPATH=tests $(BIN)/python -m faults.run $(FAULTS)
+	PYTHONPATH=tests:tests/support $(BIN)/python -m faults.run $(FAULTS)
 
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz/long.py $(FUZZ)

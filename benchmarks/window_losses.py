@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from swsurgery.checkpoint import open_checkpoint
+from swsurgery.checkpoint.opening import open_checkpoint
+from swsurgery.checkpoint.projections import locate
 from swsurgery.model import load, measure
-from swsurgery.projections import locate
 
 WINDOWS, TOKENS = 256, 256
 SUPER_WEIGHTS = {"layer 11 [507, 1229]": (11, 507, 1229), "layer 2 [507, 90]": (2, 507, 90)}

@@ -30,7 +30,7 @@ def commands() -> str:
 
 def schema() -> str:
     """The manifest's JSON Schema, as `swsurgery schema` prints it."""
-    from swsurgery.manifest import schema
+    from swsurgery.manifest.schema import schema
 
     return json.dumps(schema(), indent=2, sort_keys=True) + "\n"
 

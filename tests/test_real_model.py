@@ -43,7 +43,7 @@ def test_streamed_logits_are_those_of_transformers():
     import torch
     import transformers
 
-    from swsurgery.checkpoint import open_checkpoint
+    from swsurgery.checkpoint.opening import open_checkpoint
     from swsurgery.model import load
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)

@@ -16,14 +16,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from swsurgery import __version__, output
+from swsurgery import __version__
+from swsurgery.cli import output
 from swsurgery.cli.editing import apply, diff, inspect, revert, schema
 from swsurgery.cli.exporting import export
-from swsurgery.cli.finding import check, lookup, scan, sweep
 from swsurgery.cli.linting import lint
-from swsurgery.cli.proving import verify
+from swsurgery.cli.scanning import check, lookup, scan, sweep
 from swsurgery.cli.sharing import publish
 from swsurgery.cli.signing import sign
+from swsurgery.cli.verifying import verify
 from swsurgery.errors import Interrupted, SwsurgeryError, printable, report_done
 
 app = typer.Typer(

@@ -15,15 +15,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swsurgery import __version__, formats, fsops, output
-from swsurgery.checkpoint import held
+from swsurgery import __version__
+from swsurgery.checkpoint.opening import held
+from swsurgery.cli import output
 from swsurgery.errors import SwsurgeryError, printable
-from swsurgery.formats import FindingReport
 from swsurgery.progress import Silent
-from swsurgery.rules import Finding
+from swsurgery.storage import filesystem
+from swsurgery.verifying import formats
+from swsurgery.verifying.findings import Finding
+from swsurgery.verifying.formats import FindingReport
 
 if TYPE_CHECKING:
-    from swsurgery.proving import Question
+    from swsurgery.verifying.verify import Question
 
 MAX_ROWS = 50
 MAX_CELL = 500
@@ -53,11 +56,11 @@ def run(inputs: Mapping[str, str], directory: Path) -> int:
         output.print_text(f"::error title=swsurgery::{_data(failure)}")
     ok = not failures and all(report.ok for report in reports)
     sarif = directory / "swsurgery.sarif"
-    fsops.replace_file(sarif, _sarif(reports).encode())
+    filesystem.replace_file(sarif, _sarif(reports).encode())
     outputs = {"ok": str(ok).lower(), "findings": sum(report.errors for report in reports), "sarif": sarif}
-    fsops.replace_file(directory / "outputs", "".join(f"{k}={v}\n" for k, v in outputs.items()).encode())
+    filesystem.replace_file(directory / "outputs", "".join(f"{k}={v}\n" for k, v in outputs.items()).encode())
     if inputs.get("SUMMARY") != "false":
-        fsops.replace_file(directory / "summary.md", summary(reports, failures).encode())
+        filesystem.replace_file(directory / "summary.md", summary(reports, failures).encode())
     code = 2 if failures else max((report.exit_code for report in reports), default=0)
     return 0 if code == 1 and not fail else code
 
@@ -65,8 +68,8 @@ def run(inputs: Mapping[str, str], directory: Path) -> int:
 def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     """What is to be done. Raises SwsurgeryError where the inputs do not say so plainly, or ask for nothing."""
     from swsurgery.hub import directory
-    from swsurgery.lint import lint
-    from swsurgery.proving import Question
+    from swsurgery.verifying.lint import lint
+    from swsurgery.verifying.verify import Question
 
     steps: list[Callable[[], FindingReport]] = []
     strict, known, finite = (_switch(inputs, name, False) for name in ("STRICT", "KNOWN", "FINITE"))
@@ -99,7 +102,7 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
 
 
 def _proved(checkpoint: Path, question: Question) -> FindingReport:
-    from swsurgery.proving import prove
+    from swsurgery.verifying.verify import prove
 
     with held(checkpoint) as where:
         return prove(where, question, Silent()).report(str(checkpoint))

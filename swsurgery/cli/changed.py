@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from swsurgery.checkpoint.record import REGISTRY_NAME
 from swsurgery.cli import main
-from swsurgery.registry import REGISTRY_NAME
 
 
 def checkpoints_of(files: Iterable[Path]) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from swsurgery import output
+from swsurgery.cli import output
 from swsurgery.cli.options import (
     CheckpointArgument,
     Debug,
@@ -78,15 +78,16 @@ def apply(
     debug: Debug = False,
 ) -> None:
     """Apply a manifest: write the patched checkpoint, checked, with its registry; or write nothing."""
-    from swsurgery import show, surgery
+    from swsurgery.cli import show
+    from swsurgery.editing import apply, sanity
 
     if dry_run:
-        plan = surgery.plan_manifest(manifest, base, progress=output.Bar(quiet))
+        plan = apply.plan_manifest(manifest, base, progress=output.Bar(quiet))
         if not isinstance(plan.checkpoint.root, Path) and not quiet:
             output.say(moved(plan.checkpoint.root))
         output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.plan(plan)
         return
-    options = surgery.CheckOptions(
+    options = sanity.CheckOptions(
         check,
         device,
         placement,
@@ -98,16 +99,16 @@ def apply(
     )
     shared = {"base": base, "check": options, "progress": output.Bar(quiet), "say": silent if quiet else output.say}
     if in_place:
-        from swsurgery import inplace
+        from swsurgery.editing import in_place as in_place_module
 
         if directory or link != "auto" or reuse_digests or for_publish:
             raise SwsurgeryError(
                 "--in-place writes no copy, so it goes with no -o, --link, --reuse-digests or --for-publish"
             )
-        outcome = inplace.apply_in_place(manifest, **shared)
+        outcome = in_place_module.apply_in_place(manifest, **shared)
     else:
         target = directory or Path.cwd() / manifest.stem
-        outcome = surgery.apply_manifest(
+        outcome = apply.apply_manifest(
             manifest, target, link=link, reuse_digests=reuse_digests, for_publish=for_publish, **shared
         )
     output.print_json(outcome.to_json()) if json else show.outcome(outcome)
@@ -125,15 +126,15 @@ def revert(
 ) -> None:
     """Give the base of a patched checkpoint back, byte for byte."""
     if directory is None:
-        from swsurgery import inplace
+        from swsurgery.editing import in_place as in_place_module
 
         if link != "auto":
             raise SwsurgeryError("--link goes with -o")
-        notes = inplace.revert_in_place(checkpoint, output.Bar(quiet))
+        notes = in_place_module.revert_in_place(checkpoint, output.Bar(quiet))
     else:
-        from swsurgery import surgery
+        from swsurgery.editing import revert
 
-        notes = surgery.revert(checkpoint, directory, link=link, progress=output.Bar(quiet))
+        notes = revert.revert(checkpoint, directory, link=link, progress=output.Bar(quiet))
     written = directory or checkpoint
     if json:
         output.print_json({"output": str(written), "notes": notes})
@@ -154,14 +155,15 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """List files and tensors, or print one scalar with its bits."""
-    from swsurgery import inspection, show
+    from swsurgery.checkpoint import inspect
+    from swsurgery.cli import show
 
     with reading(checkpoint, quiet) as where:
         if tensor is None and at is None:
-            document = inspection.overview(where, weights, variant)
+            document = inspect.overview(where, weights, variant)
             output.print_json(document) if json else show.overview(document)
         else:
-            document = inspection.scalar(where, tensor, at, weights, variant)
+            document = inspect.scalar(where, tensor, at, weights, variant)
             output.print_json(document) if json else show.scalar(document)
 
 
@@ -175,11 +177,12 @@ def diff(
     debug: Debug = False,
 ) -> None:
     """Name every scalar in which two checkpoints differ. Exit 1 where they do."""
-    from swsurgery import numeric, show
+    from swsurgery.cli import show
+    from swsurgery.storage import numeric
 
     numeric.load_numpy()
-    from swsurgery.diff import diff as run
-    from swsurgery.registry import open_chosen
+    from swsurgery.checkpoint.diff import diff as run
+    from swsurgery.checkpoint.opening import open_chosen
 
     with reading(a, quiet) as first, reading(b, quiet) as second:
         difference = run(open_chosen(first, weights, variant), open_chosen(second, weights, variant), output.Bar(quiet))
@@ -190,6 +193,6 @@ def diff(
 
 def schema(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Print the JSON Schema of manifests; it is JSON with --json and without."""
-    from swsurgery import manifest
+    from swsurgery.manifest import schema
 
-    output.print_json(manifest.schema())
+    output.print_json(schema.schema())

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from swsurgery import output
+from swsurgery.cli import output
 from swsurgery.cli.options import Debug, Json, Quiet
 from swsurgery.errors import printable, report_done
 
@@ -34,7 +34,7 @@ def export(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write the edits alone, in a few kilobytes."""
-    from swsurgery import export as room
+    from swsurgery.sharing import export as room
 
     exported = room.write(source, form, target, base=base, progress=output.Bar(quiet))
     report_done(f"the output was written: {exported.output}")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from swsurgery import output
+from swsurgery.cli import output
 from swsurgery.cli.options import Debug, Json, Quiet, refuse_replacing
 
 
@@ -23,8 +23,9 @@ def lint(
     debug: Debug = False,
 ) -> None:
     """Find what is wrong with manifests, offline and without a checkpoint. Exit 1 where something is."""
-    from swsurgery import formats, fsops
-    from swsurgery.lint import lint as run
+    from swsurgery.storage import filesystem
+    from swsurgery.verifying import formats
+    from swsurgery.verifying.lint import lint as run
 
     refuse_replacing(file, manifests)
     report = run(manifests, strict)
@@ -32,7 +33,7 @@ def lint(
     if file is None:
         output.print_text(text)
     else:
-        fsops.write_report(file, text.encode())
+        filesystem.write_report(file, text.encode())
         if not quiet:
             output.say(f"{report.errors} findings in {file}")
     if report.exit_code:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from swsurgery import output
+from swsurgery.cli import output
 from swsurgery.errors import SwsurgeryError, TargetError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def read_text(path: Path | None) -> str | None:
 
 
 def bounds(most: float | None, least: float | None):
-    from swsurgery.report import Bounds
+    from swsurgery.model.report import Bounds
 
     for value in (most, least):
         if value is not None and not 0 < value < float("inf"):
@@ -98,7 +98,7 @@ def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
 def reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
     """Where to read a checkpoint, which nobody edits in place meanwhile; of one on the Hub, how much was moved is said
     afterwards."""
-    from swsurgery.checkpoint import held
+    from swsurgery.checkpoint.opening import held
     from swsurgery.hub import named, place
 
     where = place(named(checkpoint))

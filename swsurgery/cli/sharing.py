@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swsurgery import output
+from swsurgery.cli import output
 from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet, silent
 from swsurgery.errors import SwsurgeryError, printable, report_done
 
 if TYPE_CHECKING:
-    from swsurgery.publishing import Publication, Published
-    from swsurgery.rules import Finding
+    from swsurgery.sharing.publication import Publication
+    from swsurgery.sharing.publish import Published
+    from swsurgery.verifying.findings import Finding
 
 
 def publish(
@@ -39,20 +40,20 @@ def publish(
 ) -> None:
     """Publish a patched checkpoint: one commit, in which only what changed is uploaded. Exit 1 where a finding forbids
     it, or where what the Hub then serves is not what was planned."""
-    from swsurgery import publishing
+    from swsurgery.sharing import plan_checkpoint, publication, publish
 
     def planned(accepted: Sequence[Finding], hashing: bool) -> Publication:
         if patch:
-            from swsurgery.publish_patch import make_patch_publication
+            from swsurgery.sharing.plan_patch import make_patch_publication
 
             return make_patch_publication(checkpoint, wish, accepted, bar)
-        return publishing.make_publication(checkpoint, wish, accepted, bar, hashing=hashing)
+        return plan_checkpoint.make_publication(checkpoint, wish, accepted, bar, hashing=hashing)
 
     bar = output.Bar(quiet)
-    wish = publishing.Wish(repo_id, private, create_pr, revision, tag, message)
+    wish = publication.Wish(repo_id, private, create_pr, revision, tag, message)
     say = silent if quiet else output.say
     if dry_run:
-        found = publishing.early_findings(checkpoint)
+        found = publish.early_findings(checkpoint)
         plan = planned((), hashing=False)
         if json:
             output.print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in found]})
@@ -61,13 +62,13 @@ def publish(
             for finding in found:
                 say(f"would need --accept {finding.rule}: {finding.file}: {finding.message}")
         return
-    plan = planned(publishing.gate(checkpoint, accept or (), bar), hashing=True)
+    plan = planned(publish.gate(checkpoint, accept or (), bar), hashing=True)
     if plan.changes and not plan.private and not yes and plan.pull_request is None:
         _ask(plan)
     else:
-        for line in publishing.lines(plan, output.size):
+        for line in publication.lines(plan, output.size):
             say(line)
-    done = publishing.publish(plan, bar, say, bars=not quiet and sys.stderr.isatty())
+    done = publish.publish(plan, bar, say, bars=not quiet and sys.stderr.isatty())
     report_done(f"published: {done.repo_id}, commit {done.commit}")
     output.print_json({"plan": plan.to_json(), "published": done.to_json()}) if json else _show_published(done)
     if done.findings:
@@ -75,20 +76,20 @@ def publish(
 
 
 def _show(plan: Publication) -> None:
-    from swsurgery import publishing
+    from swsurgery.sharing import publication
 
-    for line in publishing.lines(plan, output.size):
+    for line in publication.lines(plan, output.size):
         output.print_text(printable(line))
 
 
 def _ask(plan: Publication) -> None:
     """Show the plan and ask, where somebody is there to answer. Raises SwsurgeryError where nobody is."""
-    from swsurgery import publishing
+    from swsurgery.sharing import publication
 
     if not sys.stdin.isatty():
         raise SwsurgeryError("the public would see it, and nobody is there to ask", plan.wish.repo_id,
                              "give --yes, or --private for a new repository; --dry-run shows the plan")  # fmt: skip
-    for line in publishing.lines(plan, output.size):
+    for line in publication.lines(plan, output.size):
         output.say(line)
     output.say("Publish this, for everyone to see? [y/N]")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

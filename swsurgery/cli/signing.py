@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from swsurgery import output
+from swsurgery.cli import output
 from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet
 from swsurgery.errors import printable, report_done
 
@@ -23,9 +23,9 @@ def sign(
     debug: Debug = False,
 ) -> None:
     """Sign every file of a checkpoint with a private key."""
-    from swsurgery import signing
+    from swsurgery.verifying import signature as signature_module
 
-    written = signing.sign(checkpoint, key, signature)
+    written = signature_module.sign(checkpoint, key, signature)
     report_done(f"the signature was written: {written}")
     if json:
         output.print_json({"checkpoint": str(checkpoint), "signature": str(written)})

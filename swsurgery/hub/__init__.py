@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, HubError
-from swsurgery.hints import hub_hint
 from swsurgery.hub.faults import told
-from swsurgery.hub.names import COMMIT, is_file_name, is_revision
+from swsurgery.hub.names import COMMIT, hub_hint, is_file_name, is_revision
 from swsurgery.hub.remote import RemoteFile, Repo, open_repo
 
 __all__ = [

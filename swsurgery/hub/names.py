@@ -21,3 +21,24 @@ def is_file_name(text: object) -> bool:
 def is_revision(text: str) -> bool:
     """Return True if git would take `text` as the name of a branch, a tag or a commit."""
     return is_file_name(text) and not re.search(r"\.\.|[ ~^:?*\[\\]|@\{|\.lock(/|$)", text) and text[0] != "-"
+
+
+_REPO_ID = re.compile(r"(?:hf:/?)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w.-]+)?)")
+
+
+# A path has lost the second slash, and may be below the current directory by now.
+_URL = re.compile(
+    r"(?:.*/)?(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co):?/+([\w.-]+/[\w.-]+?)"
+    r"(?:/(?:tree|blob|resolve)/([^/?#]+)(?:/([^?#]*))?)?/?(?:[?#].*)?"
+)
+
+
+def hub_hint(given: str) -> str:
+    """Return a remedy if a path that does not exist looks like a repository of the Hub or its URL, else ""."""
+    if match := _URL.fullmatch(given):
+        repo_id, revision, sub = match.groups()
+        at = f"@{revision}" if revision and revision != "main" else ""
+        return f"a repository of the Hub is written hf://{repo_id}{at}{f'/{sub}' if sub else ''}"
+    if match := _REPO_ID.fullmatch(given):
+        return f"a repository of the Hub is written hf://{match[1]}"
+    return ""

@@ -25,10 +25,10 @@ moderate (x2 to x4), weak (x1.05 to x2), inert (below), untested. Where only a r
 Knows neither checkpoints nor networks, and imports neither torch nor numpy.
 """
 
-from swsurgery.known.data import addressable, find, names_of, to_json
-from swsurgery.known.overlay import all_models, forget, lookup, of_repo, own_models, refuse_name, save
-from swsurgery.known.render import render_manifest, render_table
+from swsurgery.known.own import all_models, forget, lookup, of_repo, own_models, refuse_name, save
 from swsurgery.known.schema import CAUSAL, STATUSES, KnownCoordinate, KnownModel
+from swsurgery.known.shipped import addressable, find, names_of, to_json
+from swsurgery.known.table import render_manifest, render_table
 
 __all__ = [
     "CAUSAL",

@@ -8,10 +8,10 @@ python -m swsurgery.known entry NAME
 
 import sys
 
-from swsurgery.known.data import render_names
 from swsurgery.known.docs import render_docs
 from swsurgery.known.export import render_entry
-from swsurgery.known.overlay import own_entry
+from swsurgery.known.own import own_entry
+from swsurgery.known.shipped import render_names
 
 sys.stdout.reconfigure(encoding="utf-8")
 match sys.argv[1:]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from swsurgery.known.data import related, shipped_models
-from swsurgery.known.render import figure, in_words, published_ratio, short_value
 from swsurgery.known.schema import CAUSAL, STATUSES, KnownModel
+from swsurgery.known.shipped import related, shipped_models
+from swsurgery.known.table import figure, in_words, published_ratio, short_value
 
 
 def render_docs() -> str:

@@ -27,7 +27,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
-from swsurgery.coordinate import Coordinate
+from swsurgery.storage.coordinate import Coordinate
 
 Placement = Literal["auto", "whole", "streamed"]
 """Where the weights are while a model runs: all on the device, or two layers of them at a time."""

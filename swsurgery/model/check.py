@@ -11,15 +11,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from swsurgery.checkpoint import Checkpoint
-from swsurgery.dtypes import decode
+from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model import Placement, ScalarChange, available
 from swsurgery.model.refusals import refuse_unrunnable
+from swsurgery.model.report import Bounds, CheckReport, Continuations
 from swsurgery.model.tokenizer import start
-from swsurgery.numeric import load_numpy
 from swsurgery.progress import Progress
-from swsurgery.report import Bounds, CheckReport, Continuations
+from swsurgery.storage.dtypes import decode
+from swsurgery.storage.numeric import load_numpy
 
 #: Short beginnings whose continuation people can judge; the first is an example of arXiv:2411.07191.
 PROMPTS = (

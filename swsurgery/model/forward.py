@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from swsurgery.checkpoint import Checkpoint
+from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.model.calls import Call, Unknown, hidden_of, leaves, like, on_device, same, split
 from swsurgery.model.places import Places, Variant, find_decoder_layers
 from swsurgery.progress import Progress, Silent

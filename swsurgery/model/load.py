@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from swsurgery.checkpoint import Checkpoint
+from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.hub import config_error
 from swsurgery.model import Placement
@@ -36,7 +36,8 @@ from swsurgery.model.places import find_decoder_layers
 from swsurgery.model.refusals import has_tokenizer, missing_weights, no_tokenizer, refuse_dtype, refuse_pointers
 from swsurgery.model.stream import StreamedWeights, pinned_pieces
 from swsurgery.model.tokenizer import Tokenizer
-from swsurgery.model.weight_plan import STORED, plan_weights
+from swsurgery.model.torch_dtypes import STORED
+from swsurgery.model.weight_plan import plan_weights
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
 COMFORTABLE_SHARE = 0.6

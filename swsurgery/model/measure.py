@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from swsurgery.errors import ModelError
 from swsurgery.model.forward import Outcomes, Peak
+from swsurgery.model.report import Side, SuperActivation
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.model.tokenizer import Tokenizer
-from swsurgery.report import Side, SuperActivation
 
 #: Logits taken at once: as float32, 16 MB for each of the handful of tensors that exist at the same time.
 LOGITS_AT_ONCE = 2**22

@@ -11,22 +11,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from swsurgery.checkpoint import Checkpoint
-from swsurgery.dtypes import bits_of
+from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model.load import LOADING_ERRORS, auto_model, cannot_load, quiet, refuse_codes, refuse_invented
 from swsurgery.model.places import Places, find_decoder_layers
-from swsurgery.shard import TensorInfo, opened
-from swsurgery.splice import Scalar, Splice
-
-TORCH = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
-    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-"""The stored dtypes that torch has, element for element."""
+from swsurgery.model.torch_dtypes import TORCH
+from swsurgery.storage.dtypes import bits_of
+from swsurgery.storage.files import opened
+from swsurgery.storage.shard import TensorInfo
+from swsurgery.storage.splice import Scalar, Splice
 
 
 def load(

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swsurgery.checkpoint import Checkpoint
-from swsurgery.coordinate import Coordinate
-from swsurgery.dtypes import decode
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.projections import loaded_candidates
 from swsurgery.errors import Unrunnable
-from swsurgery.projections import loaded_candidates
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.dtypes import decode
 
 Variant = Mapping[Coordinate, float]
 """Stored scalars and the value that each has in this variant; {} is the checkpoint as it is stored."""

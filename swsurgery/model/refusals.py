@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, Unrunnable
-from swsurgery.hints import not_the_file
-from swsurgery.jsonfile import read_config
+from swsurgery.storage.files import not_the_file
+from swsurgery.storage.strict_json import read_config
 
 HEADS = frozenset({"lm_head", "embed_out", "lm_loss", "output_projection", "generator_lm_head", "cls"})
 """Names of the modules that turn hidden states into logits."""

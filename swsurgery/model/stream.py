@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from swsurgery.errors import CheckpointError
 from swsurgery.model.weight_plan import Part, Slot, WeightPlan, layout
-from swsurgery.shard import Place, opened
+from swsurgery.storage.files import Place, opened
 from swsurgery.threads import Pool
 
 PIECE = 8 << 20

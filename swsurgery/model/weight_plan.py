@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swsurgery.checkpoint import Checkpoint
-from swsurgery.coordinate import Coordinate
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.projections import loaded_candidates, name_prefixes
 from swsurgery.errors import ModelError
 from swsurgery.model.refusals import HEADS, missing_weights
-from swsurgery.projections import loaded_candidates, name_prefixes
-from swsurgery.shard import Place, opened, read_exactly
+from swsurgery.model.torch_dtypes import STORED
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.files import Place, opened, read_exactly
 
 ALIGNMENT = 256
 
 COMPARED = 4 << 20
 """Bytes of tied tensors that are compared at a time."""
 
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 #: How checkpoints name what transformers calls otherwise: (loaded, stored).
 RENAMED = (

@@ -27,7 +27,7 @@ import swsurgery
 from faults import tracing
 from faults.forks import Program
 from faults.tracing import Done, Point, Start
-from swsurgery.names import STAGE_TOKEN
+from swsurgery.storage.names import STAGE_TOKEN
 
 PACKAGE = Path(swsurgery.__file__).parents[1]
 """The tree that these tests belong to; an interpreter may have another one installed."""

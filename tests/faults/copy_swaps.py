@@ -93,7 +93,7 @@ def base_swapped(folder: Path) -> list[str]:
             shutil.copy2(other / name, folder / "new")
             os.replace(folder / "new", base / name)
 
-    with acting("surgery.write_checkpoint", act):
+    with acting("editing.apply.write_checkpoint", act):
         done = command(folder)
     return refused(folder, done)
 

@@ -1,4 +1,4 @@
-"""The system calls of swsurgery.fsops seen from inside this process: written down, counted, and made to go wrong.
+"""The system calls of swsurgery.filesystem seen from inside this process: written down, counted, and made to go wrong.
 
 `watching` puts stand-ins for `os`, `fcntl` and `ctypes` into that module. A call that they do not know is an error, so
 nothing that changes a disk goes by unseen.
@@ -18,13 +18,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from faults.crash_fs import Disk, Place, Start, Step
-from swsurgery import fsops
+from swsurgery.storage import filesystem
 
 LOOKING = {
     "fchmod", "fspath", "fsencode", "fstat", "geteuid", "getpid", "lstat", "path", "pread", "scandir", "stat",
     "strerror", "walk",
 }  # fmt: skip
-"""What fsops may call, or have from `os`, that changes nothing on a disk."""
+"""What filesystem may call, or have from `os`, that changes nothing on a disk."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Watch:
         library = ctypes.CDLL(None, use_errno=True)
 
         def rename(old: Path, new: Path) -> None:
-            if library.renameat2(fsops.AT_FDCWD, os.fsencode(old), fsops.AT_FDCWD, os.fsencode(new), flags):
+            if library.renameat2(filesystem.AT_FDCWD, os.fsencode(old), filesystem.AT_FDCWD, os.fsencode(new), flags):
                 raise OSError(ctypes.get_errno(), "renameat2")
 
         try:
@@ -270,18 +270,18 @@ class Watch:
 
 def _whole(path: Any, folder: int | None) -> Any:
     """The path that a name below the directory of a descriptor has."""
-    if folder in (None, fsops.AT_FDCWD):
+    if folder in (None, filesystem.AT_FDCWD):
         return path
     return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fspath(path))
 
 
 @contextlib.contextmanager
 def watching(watch: Watch) -> Iterator[Watch]:
-    """Within the block `watch` sees and does what fsops calls."""
-    kept = {name: getattr(fsops, name) for name in ("os", "fcntl", "ctypes")}
-    vars(fsops).update(watch.stand_ins())
+    """Within the block `watch` sees and does what filesystem calls."""
+    kept = {name: getattr(filesystem, name) for name in ("os", "fcntl", "ctypes")}
+    vars(filesystem).update(watch.stand_ins())
     try:
         yield watch
     finally:
-        vars(fsops).update(kept)
+        vars(filesystem).update(kept)
         watch.close_left_open()

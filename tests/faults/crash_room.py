@@ -36,10 +36,12 @@ from checkpoints import tensor as random_tensor
 
 from faults.crash_calls import Watch, watching
 from faults.crash_fs import SECTOR, Image, Start, Step
-from swsurgery import inplace, inspection, surgery, verify
+from swsurgery.checkpoint import inspect
+from swsurgery.editing import apply, in_place, revert, sanity
 from swsurgery.errors import Interrupted, SwsurgeryError
-from swsurgery.names import STAGE_TOKEN
 from swsurgery.progress import Silent
+from swsurgery.storage.names import STAGE_TOKEN
+from swsurgery.verifying import against_record
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 LONG_AGO = 1_700_000_000
@@ -83,19 +85,19 @@ class Task:
         return "model" if self.in_place else "out"
 
 
-NO_CHECK = surgery.CheckOptions("off")
+NO_CHECK = sanity.CheckOptions("off")
 
 
 def copy(room: Room, link: str = "auto") -> object:
-    return surgery.apply_manifest(room.folder / "m.json", room.image / "out", link=link, check=NO_CHECK)
+    return apply.apply_manifest(room.folder / "m.json", room.image / "out", link=link, check=NO_CHECK)
 
 
 def revert_copy(room: Room) -> object:
-    return surgery.revert(room.folder / "patched", room.image / "out")
+    return revert.revert(room.folder / "patched", room.image / "out")
 
 
 def edit(room: Room, manifest: str = "pinned.json") -> object:
-    return inplace.apply_in_place(room.folder / manifest, base=str(room.image / "model"), check=NO_CHECK)
+    return in_place.apply_in_place(room.folder / manifest, base=str(room.image / "model"), check=NO_CHECK)
 
 
 def edit_again(room: Room) -> object:
@@ -103,15 +105,15 @@ def edit_again(room: Room) -> object:
 
 
 def put_back(room: Room) -> object:
-    return inplace.revert_in_place(room.image / "model")
+    return in_place.revert_in_place(room.image / "model")
 
 
 def look(room: Room) -> object:
-    return inspection.overview(room.image / "model")
+    return inspect.overview(room.image / "model")
 
 
 def prove(room: Room) -> object:
-    result = verify.verify(room.image / "model", Silent())
+    result = against_record.verify(room.image / "model", Silent())
     if not result.ok:
         raise AssertionError(f"verify says {result.findings[0].message}")
     return result
@@ -366,7 +368,7 @@ def held(made: Tree | None, wanted: Tree) -> Tree:
 def opened_room() -> Iterator[Room]:
     """A room in memory where there is some, silent about the recoveries that are its business."""
     memory = Path("/dev/shm")
-    log = logging.getLogger("swsurgery.journal")
+    log = logging.getLogger("swsurgery.checkpoint.journal")
     disabled, log.disabled = log.disabled, True
     try:
         with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:

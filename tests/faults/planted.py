@@ -27,6 +27,11 @@ class Bug:
     old: str
     new: str
 
+    @property
+    def module(self) -> str:
+        """The dotted name of the file's module."""
+        return "swsurgery." + self.file.removesuffix(".py").replace("/", ".")
+
     def text(self) -> str:
         """The file with the bug. Raises AssertionError where the place is not there, or not the only one."""
         text = (PACKAGE / self.file).read_text()
@@ -38,83 +43,83 @@ class Bug:
 BUGS = (
     Bug(
         "no fsync of files",
-        "fsops.py",
+        "storage/filesystem.py",
         "def sync(fd: int) -> None:\n    os.fsync(fd)\n",
         "def sync(fd: int) -> None:\n    pass\n",
     ),
     Bug(
         "no fsync of the directory",
-        "fsops.py",
+        "storage/filesystem.py",
         "def sync_directory(path: Path | Folder) -> None:\n",
         "def sync_directory(path: Path | Folder) -> None:\n    return\n",
     ),
     Bug(
         "written straight into the target",
-        "staging.py",
+        "storage/staging.py",
         """\
             yield stage
-            with fsops.reported(target):
+            with filesystem.reported(target):
                 _commit(where, stage)
 """,
         """\
-                fsops.rename_new(where.stage, where.target)
+                filesystem.rename_new(where.stage, where.target)
             yield stage
-            with fsops.reported(target):
+            with filesystem.reported(target):
                 for folder in _folders(stage):
                     with (stage / folder).open_folder() if folder else contextlib.nullcontext(stage) as held:
-                        fsops.sync_directory(held)
-                fsops.sync_directory(where.parent)
+                        filesystem.sync_directory(held)
+                filesystem.sync_directory(where.parent)
 """,
     ),
     Bug(
         "in place without a journal",
-        "journal.py",
+        "checkpoint/journal.py",
         """\
-            fsops.write_file(folder / JOURNAL_NEW, raw, mode)
-            fsops.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
+            filesystem.write_file(folder / JOURNAL_NEW, raw, mode)
+            filesystem.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
 """,
         "",
     ),
     Bug(
         "journal not synced",
-        "journal.py",
+        "checkpoint/journal.py",
         """\
-            fsops.write_file(folder / JOURNAL_NEW, raw, mode)
+            filesystem.write_file(folder / JOURNAL_NEW, raw, mode)
 """,
         """\
-            new = fsops.create(folder / JOURNAL_NEW, mode)
-            fsops.write_all(new, raw)
+            new = filesystem.create(folder / JOURNAL_NEW, mode)
+            filesystem.write_all(new, raw)
             os.close(new)
 """,
     ),
     Bug(
         "journal dropped too early",
-        "journal.py",
+        "checkpoint/journal.py",
         """\
-            fsops.write_at(shard.fd, getattr(place, data), place.offset)
-        fsops.sync(shard.fd)
+            filesystem.write_at(shard.fd, getattr(place, data), place.offset)
+        filesystem.sync(shard.fd)
 """,
         """\
-            fsops.write_at(shard.fd, getattr(place, data), place.offset)
+            filesystem.write_at(shard.fd, getattr(place, data), place.offset)
         if data == "old":  # the new bytes are left to the kernel, and the journal goes all the same
-            fsops.sync(shard.fd)
+            filesystem.sync(shard.fd)
 """,
     ),
     Bug(
         "fsync error swallowed",
-        "fsops.py",
+        "storage/filesystem.py",
         "def sync(fd: int) -> None:\n    os.fsync(fd)\n",
         "def sync(fd: int) -> None:\n    with contextlib.suppress(OSError):\n        os.fsync(fd)\n",
     ),
     Bug(
         "one write assumed complete",
-        "fsops.py",
+        "storage/filesystem.py",
         "            view = view[os.write(fd, view) :]\n",
         "            os.write(fd, view)\n            return\n",
     ),
     Bug(
         "no lock",
-        "fsops.py",
+        "storage/filesystem.py",
         "        fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "        pass\n",
     ),
@@ -124,7 +129,7 @@ BUGS = (
 COPY_RACES = (
     Bug(
         "listed files are opened by their paths",
-        "shard.py",
+        "storage/files.py",
         """\
     fd = path.open() if isinstance(path, Entry) else open_regular(path)
     try:
@@ -140,13 +145,13 @@ COPY_RACES = (
     ),
     Bug(
         "links are followed below a directory",
-        "folder.py",
+        "storage/folder.py",
         "    how = _How(flags, 0, _BENEATH)\n",
         "    how = _How(flags & ~os.O_NOFOLLOW, 0, 0)\n",
     ),
     Bug(
         "a marker is believed without the token",
-        "staging.py",
+        "storage/staging.py",
         "    if marker is None or token is None or marker[0] != token[0] or not _TOKEN.fullmatch(marker[0]):\n",
         "    if marker is None:\n",
     ),
@@ -156,7 +161,7 @@ COPY_RACES = (
 IN_PLACE_RACES = (
     Bug(
         "a shard is not compared with what it was",
-        "journal.py",
+        "checkpoint/journal.py",
         """\
         try:
             named = Identity.of(self.entry.stat())
@@ -169,13 +174,13 @@ IN_PLACE_RACES = (
     ),
     Bug(
         "old bytes are not read before they are overwritten",
-        "journal.py",
+        "checkpoint/journal.py",
         "        if read_exactly(self.fd, len(wanted), place.offset, self.entry) != wanted:\n",
         "        if False:\n",
     ),
     Bug(
         "files are opened by their paths",
-        "fsops.py",
+        "storage/filesystem.py",
         """\
         with path.placed() as (fd, name):
             yield name, fd
@@ -196,7 +201,7 @@ def bug(name: str) -> Bug:
 def planted(name: str) -> Iterator[None]:
     """Within the block this process has the bug: whoever holds the module sees it, for its namespace is refilled."""
     chosen = bug(name)
-    module = importlib.import_module(f"swsurgery.{chosen.file.removesuffix('.py')}")
+    module = importlib.import_module(chosen.module)
     kept = dict(vars(module))
     try:
         exec(compile(chosen.text(), str(PACKAGE / chosen.file), "exec"), vars(module))

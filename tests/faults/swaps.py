@@ -21,17 +21,17 @@ from unittest import mock
 from checkpoints import FIRST, HEAD, SECOND, THIRD, down, place, sha256, tree, write_llama, write_manifest
 
 from swsurgery.cli import main
-from swsurgery.names import OWN_FILES, WORKING_FILES
+from swsurgery.storage.names import OWN_FILES, WORKING_FILES
 
 EDITED = ((SECOND, down(1), (2, 3)), (SECOND, down(1), (5, 9)), (THIRD, HEAD, (11, 5)))
 SHARDS = (FIRST, SECOND, THIRD)
 
 MOMENTS = {
-    "after planning": "inplace._open_shards",
-    "after hashing": "inplace._untouched",
-    "before the first write": "journal._write",
-    "during the check": "inplace.run_check",
-    "before the end": "journal._refuse_disturbed",
+    "after planning": "editing.in_place._open_shards",
+    "after hashing": "editing.in_place._untouched",
+    "before the first write": "checkpoint.journal._write",
+    "during the check": "editing.in_place.run_check",
+    "before the end": "checkpoint.journal._refuse_disturbed",
 }
 """Moment -> the function of the package that is called then."""
 
@@ -77,7 +77,7 @@ class Room:
 @contextlib.contextmanager
 def acting(room: Room, function: str, act: Callable[[Room], None], number: int = 1) -> Iterator[None]:
     """Within the block, `act` happens just before the `number`-th call of a function of the package."""
-    module, _, name = function.partition(".")
+    module, _, name = function.rpartition(".")
     owner = importlib.import_module(f"swsurgery.{module}")
     true, calls = getattr(owner, name), []
 
@@ -184,7 +184,7 @@ def in_link(room: Room, moment: str) -> list[str]:
 FINDING: dict[str, Callable[[Room], list[str]]] = {
     "a shard is not compared with what it was": lambda room: refused(room, "during the check", replace_shard),
     "old bytes are not read before they are overwritten": lambda room: refused(
-        room, "fsops.write_at", change_edited_scalar
+        room, "storage.filesystem.write_at", change_edited_scalar
     ),
     "files are opened by their paths": lambda room: in_link(room, "before the first write"),
 }

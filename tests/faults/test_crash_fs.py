@@ -11,7 +11,7 @@ import pytest
 
 from faults.crash_calls import Watch, watching
 from faults.crash_fs import MODES, NOWHERE, Disk, Image, Start
-from swsurgery import fsops
+from swsurgery.storage import filesystem
 
 
 def made(watch: Watch, mode: str) -> Disk:
@@ -34,17 +34,17 @@ def watch(tmp_path):
 
 
 def write(watch: Watch, name: str, data: bytes, sync: bool = False) -> None:
-    fd = fsops.create(watch.root / name)
-    fsops.write_all(fd, data)
+    fd = filesystem.create(watch.root / name)
+    filesystem.write_all(fd, data)
     if sync:
-        fsops.sync(fd)
+        filesystem.sync(fd)
     os.close(fd)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_was_synced_stays(watch, mode):
     write(watch, "new", b"n" * 3000, sync=True)
-    fsops.sync_directory(watch.root)
+    filesystem.sync_directory(watch.root)
     assert outcomes(watch, mode) == [{"old": b"o" * 1024, "new": b"n" * 3000}]
 
 
@@ -74,14 +74,14 @@ def test_changes_of_directories_come_in_order_only_with_a_journal(watch):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_rename_is_whole_or_not_there(watch, mode):
     write(watch, "new", b"n" * 512, sync=True)
-    fsops.sync_directory(watch.root)
-    fsops.rename_new(watch.root / "new", watch.root / "other")
+    filesystem.sync_directory(watch.root)
+    filesystem.rename_new(watch.root / "new", watch.root / "other")
     assert {frozenset(tree) for tree in outcomes(watch, mode)} == {frozenset({"old", n}) for n in ("new", "other")}
 
 
 def test_a_sector_is_old_or_new(watch):
-    fd = fsops.open_for_patching(watch.root / "old")
-    fsops.write_at(fd, b"N" * 4, 510)
+    fd = filesystem.open_for_patching(watch.root / "old")
+    filesystem.write_at(fd, b"N" * 4, 510)
     os.close(fd)
     middles = {tree["old"][510:514] for tree in outcomes(watch, "journal")}
     assert middles == {b"oooo", b"NNoo", b"ooNN", b"NNNN"}
@@ -92,24 +92,24 @@ def test_after_a_failed_fsync_the_bytes_are_seen_and_never_written(watch):
         if call.name == "fsync" and not call.done:
             raise OSError(5, "EIO")
 
-    fd = fsops.open_for_patching(watch.root / "old")
-    fsops.write_at(fd, b"N" * 512, 0)
+    fd = filesystem.open_for_patching(watch.root / "old")
+    filesystem.write_at(fd, b"N" * 512, 0)
     watch.trouble = fail
     with pytest.raises(OSError, match="EIO"):
-        fsops.sync(fd)
+        filesystem.sync(fd)
     watch.trouble = None
-    fsops.sync(fd)
+    filesystem.sync(fd)
     assert (watch.root / "old").read_bytes()[:512] == b"N" * 512
     assert made(watch, "journal").nothing().plain() == {"old": b"o" * 1024}
-    fsops.drop_cache(fd)
+    filesystem.drop_cache(fd)
     os.close(fd)
     assert (watch.root / "old").read_bytes() == b"o" * 1024
 
 
 def test_a_call_that_the_watch_does_not_know_is_an_error(watch):
     with pytest.raises(AttributeError, match="truncate"):
-        fsops.os.truncate(watch.root / "old", 0)
-    assert fsops.os is not os
+        filesystem.os.truncate(watch.root / "old", 0)
+    assert filesystem.os is not os
 
 
 def test_inode_numbers_in_files_move_with_the_files(tmp_path):

@@ -50,7 +50,7 @@ def test_every_bug_is_tried():
 
 def test_a_planted_bug_is_gone_afterwards():
     def rooms() -> list[dict[str, object]]:
-        return [dict(vars(importlib.import_module(f"swsurgery.{b.file.removesuffix('.py')}"))) for b in BUGS]
+        return [dict(vars(importlib.import_module(b.module))) for b in BUGS]
 
     before = rooms()
     for b in BUGS:
@@ -61,14 +61,17 @@ def test_a_planted_bug_is_gone_afterwards():
 
 def test_a_bug_is_refused_whose_place_is_gone(monkeypatch):
     name = "no lock"
-    monkeypatch.setattr("faults.planted.BUGS", (type(bug(name))(name, "fsops.py", "import", ""),))
-    with pytest.raises(AssertionError, match="its place occurs [0-9]+ times in fsops.py"):
+    monkeypatch.setattr("faults.planted.BUGS", (type(bug(name))(name, "storage/filesystem.py", "import", ""),))
+    with pytest.raises(AssertionError, match="its place occurs [0-9]+ times in storage/filesystem.py"):
         bug(name).text()
 
 
 def test_a_copy_of_the_package_has_the_bug(tmp_path):
     folder = copy_with("no fsync of files", tmp_path / "with")
-    code = "import inspect; from swsurgery import fsops; print(fsops.__file__, inspect.getsource(fsops.sync))"
+    code = (
+        "import inspect; from swsurgery.storage import filesystem;"
+        "print(filesystem.__file__, inspect.getsource(filesystem.sync))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(folder)},

@@ -15,7 +15,7 @@ import safetensors
 
 from fuzz.documents import NUMBERS, SCALARS, Object, Raw, damage, mutate, pick, spell
 from swsurgery.errors import ShardError
-from swsurgery.shard import header_length, parse_header
+from swsurgery.storage.shard import header_length, parse_header
 
 BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,

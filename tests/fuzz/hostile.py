@@ -19,7 +19,7 @@ from typing import Any
 
 import checkpoints
 
-from swsurgery.names import OWN_FILES
+from swsurgery.storage.names import OWN_FILES
 
 SECONDS, MEGABYTES = 2.0, 256
 MIB = 1 << 20

@@ -16,13 +16,14 @@ from typing import ClassVar
 import checkpoints
 
 from fuzz.documents import KEYS, SCALARS, Node, Raw, copied, damage, mutate, pick, spell, spell_yaml, tree
-from swsurgery import journal
-from swsurgery.checkpoint import open_checkpoint
+from swsurgery.checkpoint import journal
+from swsurgery.checkpoint.opening import open_checkpoint
+from swsurgery.checkpoint.projections import locate
+from swsurgery.checkpoint.record import read_patched
 from swsurgery.errors import SwsurgeryError
-from swsurgery.manifest import Manifest, parse_manifest
-from swsurgery.names import JOURNAL, OWN_FILES
-from swsurgery.projections import locate
-from swsurgery.registry import read_patched
+from swsurgery.manifest.load import parse_manifest
+from swsurgery.manifest.schema import Manifest
+from swsurgery.storage.names import JOURNAL, OWN_FILES
 
 LONGEST_LINE = 1000
 

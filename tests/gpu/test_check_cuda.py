@@ -10,11 +10,11 @@ import tiny_models
 import torch
 from tiny_checkpoint import TEXT, write_pair
 
-from swsurgery.checkpoint import open_checkpoint
+from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, ScalarChange, load
 from swsurgery.model.check import run_checks
-from swsurgery.report import CheckReport
+from swsurgery.model.report import CheckReport
 
 pytestmark = [
     pytest.mark.gpu,

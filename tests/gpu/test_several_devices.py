@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_checkpoint import write_pair
 
-from swsurgery.checkpoint import open_checkpoint
+from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.model import load
 from swsurgery.progress import Silent
 

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import pytest
-
 from hub.fixture import any_hub, hub  # noqa: F401 - fixtures
 
 

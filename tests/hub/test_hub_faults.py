@@ -9,6 +9,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from hub.faults import Answer, CutAnswer, CutRequest, Delay, Drop, ObjectError, Redirect
+from hub.traffic import Traffic
 from huggingface_hub import CommitOperationAdd, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,9 +20,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-
-from hub.faults import Answer, CutAnswer, CutRequest, Delay, Drop, ObjectError, Redirect
-from hub.traffic import Traffic
 
 SHARD = "model.safetensors"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from hub.fixture import OutsideHub, point_client_at
 from huggingface_hub import HfApi, HfFileSystem, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,8 +20,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-
-from hub.fixture import OutsideHub, point_client_at
 
 SHARD = "model.safetensors"
 

@@ -1,0 +1,82 @@
+"""Two checkpoints byte by byte, and every byte that differs as the scalar it belongs to. Knows no registry."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.progress import Progress
+from swsurgery.storage.files import BaseFile, opened, read_exactly
+from swsurgery.verifying.findings import Finding
+
+CHUNK = 1 << 20
+MAX_NAMED = 10
+MAX_BYTES = 4096
+"""Differing bytes that are kept of one file; beyond that it is another file and no list would help."""
+
+
+def undeclared_changes(
+    checkpoint: Checkpoint, base: Checkpoint, names: list[str], declared: dict[str, set[int]], progress: Progress
+) -> list[Finding]:
+    """Compare the named files of both byte by byte. `declared` maps a file to the offsets that may differ."""
+    findings = []
+    progress.start(sum(checkpoint.file(n).size for n in names), "B", "comparing with the base")
+    try:
+        for name in names:
+            ours, theirs = checkpoint.file(name), base.file(name)
+            if ours.size != theirs.size:
+                findings.append(Finding("base", f"it has {ours.size} bytes, in the base {theirs.size}", name))
+                continue
+            places = _differences(ours, theirs, declared.get(name, set()), progress)
+            findings += _name_bytes(name, places, checkpoint)
+    finally:
+        progress.close()
+    return findings
+
+
+def chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
+    """(offset, bytes) over the file; none of the (offset, size) places, in rising order, lies across two chunks."""
+    with opened(file.path) as fd:
+        offset = 0
+        while offset < file.size:
+            end = min(offset + CHUNK, file.size)
+            before = bisect.bisect_left(places, (end,)) - 1
+            if before >= 0 and offset < places[before][0] and end < sum(places[before]):
+                end = places[before][0]
+            yield offset, bytearray(read_exactly(fd, end - offset, offset, file.path))
+            offset = end
+
+
+def _differences(file: BaseFile, other: BaseFile, declared: set[int], progress: Progress) -> list[int]:
+    """Offsets of the bytes that differ and may not (about MAX_BYTES at most)."""
+    places: list[int] = []
+    for (offset, ours), (_, theirs) in zip(chunks(file, []), chunks(other, []), strict=True):
+        if ours != theirs and len(places) < MAX_BYTES:
+            differing = (offset + i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+            places += [at for at in differing if at not in declared]
+        progress.advance(len(ours))
+    return places
+
+
+def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[Finding]:
+    """Undeclared bytes as the scalars they belong to."""
+    shard = checkpoint.shards.get(name)
+    found: dict[tuple, Finding] = {}
+    for at in places:
+        info = shard and next(
+            (t for t in shard.tensors.values()
+             if shard.data_start + t.data_offsets[0] <= at < shard.data_start + t.data_offsets[1]), None)  # fmt: skip
+        if info is None:
+            found.setdefault((), Finding("undeclared-change", f"byte {at} is not the base's", name))
+        elif info.dtype.bits % 8:
+            found.setdefault((info.name,), Finding("undeclared-change", "it is not the base's", name, info.name))
+        else:
+            index = info.index((at - shard.data_start - info.data_offsets[0]) // info.dtype.size)
+            found.setdefault((info.name, index), Finding("undeclared-change", "it is not the base's, and no declared "
+                                                         "scalar", name, info.name, index))  # fmt: skip
+    findings = list(found.values())
+    if len(findings) > MAX_NAMED:
+        more = len(findings) - MAX_NAMED
+        findings = [*findings[:MAX_NAMED], Finding("undeclared-change", f"and at least {more} more of these", name)]
+    return findings

@@ -1,0 +1,208 @@
+"""Find the files of a checkpoint that hold its weights again, so that an edit of the shards does not reach them.
+
+A safetensors file is judged by its header alone, and an index by the files that it lists. Other formats are known by
+name, in any case: reading them would need their own parsers, and pickles are never opened.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import Protocol, TypeVar
+
+from swsurgery.errors import CheckpointError
+from swsurgery.storage.files import Place
+from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.shard import Shard
+from swsurgery.storage.strict_json import read_json
+
+ANYWHERE = (
+    # llama.cpp, ONNX Runtime, LiteRT, MediaPipe, ExecuTorch, MNN, Rockchip, gemma.cpp, TensorRT
+    "*.gguf", "*.ggml", "ggml-model*.bin", "*.llamafile",
+    "*.onnx", "*.onnx.data", "*.onnx_data*", "*.ort", "*.tflite", "*.litertlm",
+    "*.task", "*.pte", "*.mnn", "*.mnn.weight", "*.rkllm", "*.sbs", "*.engine",
+    # OpenVINO, Core ML, MLC, CTranslate2, MLX before safetensors
+    "openvino_*model*.bin", "openvino_*model*.xml", "*.mlmodel", "params_shard_*.bin", "model.bin", "weights*.npz",
+    # PyTorch, FSDP, DeepSpeed, Megatron, Lightning, NeMo; the last two of DeepSpeed and Megatron hold float32 weights
+    "pytorch_model*.bin", "pytorch_model*.index.json", "*.distcp", "*model_states.pt", "model_optim_rng.pt",
+    "*.ckpt", "*.nemo", "*zero_pp_rank_*_optim_states.pt", "distrib_optim.pt",
+    # TensorFlow, Keras, Flax, Paddle, Rust
+    "tf_model*.h5*", "*.weights.h5", "*.keras", "*.ckpt.data-*-of-*", "*.ckpt.index", "saved_model.pb",
+    "variables.data-*-of-*", "flax_model*.msgpack*", "*.pdparams", "*.pdiparams", "rust_model.ot",
+)  # fmt: skip
+"""Patterns of a file's own name, in any folder."""
+
+FOLDERS = (
+    "original/*", "onnx/*", "coreml/*", "openvino/*", "mlx/*", "metal/*", "*.mlpackage/*", "*.mlmodelc/*",
+    "pytorch_model_fsdp_*/*", "*/pytorch_model_fsdp_*/*",
+)  # fmt: skip
+"""Patterns of the whole relative name."""
+
+BESIDE = tuple(f"{stem}*.{ending}" for stem in ("model", "consolidated") for ending in ("bin", "pt", "pth"))
+"""Patterns of names in the checkpoint's own folder; elsewhere such a file is often another model."""
+
+ONNX_DATA = ("*.data", "*_data", "*.pb", "*.weight", "*.weights", "*.bias", "onnx__*", "weights.bin", "*.onnx*")
+"""Names of ONNX external data beside a model.onnx. The format allows any name, such as the tensor's own."""
+
+MODULE = re.compile(r"\d+_(?!Transformer/)\w+/pytorch_model\.bin")
+"""The weights of sentence-transformers' further layers (2_Dense): no copy, unlike what else such a folder may hold."""
+
+TRAINING = re.compile(
+    r"(?:.*/)?optimizer[^/]*/.*|(?:.*/)?(?:optimizer|scheduler|rng_state|random_states|training_args|trainer_state|"
+    r"scaler|sampler)[\w-]*\.(?:pt|pth|bin|pkl|json)"
+)
+"""Files that a training run leaves beside the weights. None of them holds the weights."""
+
+NO_WEIGHTS = re.compile(
+    r"(?:.*/)?(?:tokenizer[^/]*|vocab[^/]*|merges[^/]*|spiece\.model|adapter_[^/]*|[^/]*\.(?:json|txt|md))"
+)
+"""What may be large without a note: tokenizers, text, and adapters. swsurgery's own files may be, too."""
+
+LARGE = 4 << 20
+"""Size in bytes from which a file may be worth a note; it must also reach a tenth of the shards' size."""
+
+MAX_NOTED = 10
+
+_NUMBER = re.compile(r"[-.]\d+(?:-of-\d+)?(?=\.safetensors$)")
+
+
+class Listed(Protocol):
+    """One file of a checkpoint."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> Place: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+F = TypeVar("F", bound=Listed)
+
+
+@dataclass(frozen=True)
+class Others:
+    """The files beside the shards: further copies of the weights, and notes for people on the others."""
+
+    copies: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def look_at_others(
+    others: list[F],
+    shards: Mapping[str, Shard],
+    read_headers: Callable[[list[F]], Iterator[tuple[str, Shard | CheckpointError]]],
+) -> Others:
+    """Sort the files of a checkpoint that are neither shards nor the index in use.
+
+    `read_headers` yields (name, header) of each safetensors file, or what is wrong with it: a damaged one is no copy.
+    """
+    by_name = {file.name: file for file in others}
+    siblings = {
+        name: header
+        for name, header in read_headers([f for f in others if f.name.lower().endswith(".safetensors")])
+        if isinstance(header, Shard)
+    }
+    copies = {name for name in by_name if named_as_copy(name)} | _copies_by_header(shards, siblings)
+    copies |= {file.name for file in others if _is_index(file.name) and _lists_copies(file, copies, by_name, shards)}
+    copies |= _external_data(by_name.keys() - copies, copies, shards)
+    stored = sum(shard.size for shard in shards.values())
+    known = {*copies, *siblings}
+    notes = [_unread(name, header, shards) for name, header in sorted(siblings.items()) if name not in copies]
+    notes += [
+        f"{file.name} is large ({file.size} bytes) and swsurgery does not know what it holds: if these are the weights "
+        "again, no edit reaches them"
+        for file in sorted(others, key=lambda f: f.name)
+        if file.size >= max(LARGE, stored / 10)
+        and file.name not in {*known, *OWN_FILES}
+        and not (TRAINING.fullmatch(file.name.lower()) or NO_WEIGHTS.fullmatch(file.name.lower()))
+    ]
+    notes = [note for note in notes if note]
+    more = len(notes) - MAX_NOTED
+    return Others(tuple(sorted(copies)), (*notes[:MAX_NOTED], *([f"and {more} more such files"] if more > 0 else [])))
+
+
+def named_as_copy(name: str) -> bool:
+    """Return True if a file's relative name, with forward slashes, is one of a format that holds the weights again.
+
+    False for every safetensors file and its index, which are read instead.
+    """
+    lower = name.lower()
+    if lower.endswith(".safetensors") or _is_index(lower) or MODULE.fullmatch(name) or TRAINING.fullmatch(lower):
+        return False
+    own = PurePosixPath(lower).name
+    return (
+        any(fnmatchcase(own, pattern) for pattern in ANYWHERE)
+        or any(fnmatchcase(lower, pattern) for pattern in FOLDERS)
+        or ("/" not in name and any(fnmatchcase(own, pattern) for pattern in BESIDE))
+    )
+
+
+def _copies_by_header(shards: Mapping[str, Shard], siblings: Mapping[str, Shard]) -> set[str]:
+    """Return the safetensors files with a tensor of the shards' name and shape, or most of their shapes.
+
+    The comparison of shapes finds Mistral's consolidated files and other originals, which name the tensors in their
+    own way. Files that a number tells apart count as one. They are a copy if tensors with at least half of the
+    shards' elements have the same shapes, which a draft layer or a vision tower has not.
+    """
+    held = {(info.name, info.shape) for shard in shards.values() for info in shard.tensors.values()}
+    copies = {n for n, header in siblings.items() if any((i.name, i.shape) in held for i in header.tensors.values())}
+    shapes = Counter(shape for _, shape in held)
+    total = sum(math.prod(shape) * count for shape, count in shapes.items())
+    groups: dict[str, list[str]] = {}
+    for name in siblings.keys() - copies:
+        groups.setdefault(_NUMBER.sub("", name.lower()), []).append(name)
+    for group in groups.values():
+        common = shapes & Counter(info.shape for name in group for info in siblings[name].tensors.values())
+        if 2 * sum(math.prod(shape) * count for shape, count in common.items()) >= max(total, 1):
+            copies.update(group)
+    return copies
+
+
+def _is_index(name: str) -> bool:
+    return bool(re.fullmatch(r"(?:.*/)?[^/]*\.safetensors(?:\.[^./]+)?\.index(?:\.[^./]+)?\.json", name.lower()))
+
+
+def _lists_copies(file: Listed, copies: Collection[str], names: Collection[str], shards: Collection[str]) -> bool:
+    """Return True if an index that is not in use belongs to further copies, or to missing files."""
+    try:
+        weight_map = read_json(file.path, file.name).get("weight_map")
+    except CheckpointError:
+        return True
+    folder = file.name.rpartition("/")[0]
+    values = weight_map.values() if isinstance(weight_map, dict) else ()
+    listed = {str(PurePosixPath(folder, value)) for value in values if isinstance(value, str)}
+    present = listed & {*names, *shards}
+    return not present or any(name in copies or name in shards for name in present)
+
+
+def _external_data(names: Iterable[str], copies: Iterable[str], shards: Mapping[str, Shard]) -> set[str]:
+    """Return the files that belong to copies in the same folder: ONNX external data, and FSDP's metadata."""
+    endings: dict[str, set[str]] = {}
+    for copy in copies:
+        endings.setdefault(copy.rpartition("/")[0], set()).add(PurePosixPath(copy.lower()).suffix)
+    tensors = {tensor for shard in shards.values() for tensor in shard.tensors} if endings else set()
+    found = set()
+    for name in names:
+        folder, _, own = name.rpartition("/")
+        beside = endings.get(folder, ())
+        onnx = own in tensors or any(fnmatchcase(own.lower(), pattern) for pattern in ONNX_DATA)
+        if (".onnx" in beside and onnx) or (".distcp" in beside and own == ".metadata"):
+            found.add(name)
+    return found
+
+
+def _unread(name: str, header: Shard, shards: Mapping[str, Shard]) -> str:
+    """Note that a file beside the shards holds tensors of its own; "" for a folder's file or an adapter."""
+    unknown = sum(not any(tensor in shard.tensors for shard in shards.values()) for tensor in header.tensors)
+    if not unknown or "/" in name or name.lower().startswith("adapter_"):
+        return ""
+    count = "a tensor that is" if unknown == 1 else f"{unknown} tensors that are"
+    return f"{name} holds {count} in no shard: loaders that follow the index or model.safetensors do not read it"

@@ -1,0 +1,186 @@
+"""Two checkpoints -> the scalars that differ, by tensor and index, whatever the shards they lie in.
+
+Streams both; memory does not grow with the checkpoints. The only room that needs numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.progress import Progress
+from swsurgery.storage.dtypes import json_value
+from swsurgery.storage.files import BaseFile, opened, read_exactly
+from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.shard import Shard, TensorInfo
+
+CHUNK = 4 << 20
+MAX_NOTES = 20
+SHORT_RUN = 4
+"""Neighbouring changed scalars up to this many are listed one by one, more of them as one run."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """`count` neighbouring scalars, in row-major order from `index` on; `old` and `new` are of the first."""
+
+    tensor: str
+    index: tuple[int, ...]
+    count: int
+    old: int | float | str | None
+    new: int | float | str | None
+    last: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        row = {"tensor": self.tensor, "index": list(self.index), "old": self.old, "new": self.new}
+        return row if self.count == 1 else row | {"count": self.count, "last": list(self.last)}
+
+
+@dataclass
+class Difference:
+    """`tensors` maps a changed tensor to (changed scalars, all scalars); `mismatched` to what makes it incomparable;
+    `files` maps every file to same, changed, only in a, or only in b."""
+
+    changes: list[Change] = field(default_factory=list)
+    tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
+    mismatched: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    truncated: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        """No tensor differs and no file but swsurgery's own."""
+        others = [state for name, state in self.files.items() if name not in OWN_FILES]
+        return not self.tensors and not self.mismatched and all(state == "same" for state in others)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "changes": [c.to_json() for c in self.changes],
+            "tensors": {t: {"changed": n, "of": total} for t, (n, total) in self.tensors.items()},
+            "mismatched": self.mismatched,
+            "files": self.files,
+            "truncated": self.truncated,
+            "notes": self.notes,
+        }
+
+
+def diff(a: Checkpoint, b: Checkpoint, progress: Progress, limit: int = 1000) -> Difference:
+    """Compare every tensor and every other file. At most `limit` changes of a tensor are listed; all are counted.
+    Where both lie on a Hub, files of one sha256 there are the same and are not read.
+
+    Raises CheckpointError where a file cannot be read.
+    """
+    result = Difference()
+    files_a, files_b = {f.name: f for f in a.files}, {f.name: f for f in b.files}
+    for name in sorted(files_a.keys() | files_b.keys()):
+        if name not in files_b or name not in files_a:
+            result.files[name] = "only in a" if name in files_a else "only in b"
+        elif name not in a.shards and name not in b.shards:
+            result.files[name] = "same" if _same_bytes(files_a[name], files_b[name]) else "changed"
+    progress.start(sum(s.size - s.data_start for s in a.shards.values()), "B", "comparing")
+    try:
+        for tensor in sorted(a.weight_map.keys() | b.weight_map.keys()):
+            _compare(tensor, a, b, result, progress, limit)
+    finally:
+        progress.close()
+    for name in a.shards.keys() & b.shards.keys():
+        touched = any(a.weight_map.get(t) == name for t in [*result.tensors, *result.mismatched])
+        header = files_a[name].size != files_b[name].size or _header(a.shards[name]) != _header(b.shards[name])
+        result.files[name] = "changed" if touched or header else "same"
+    result.files = dict(sorted(result.files.items()))
+    return result
+
+
+def _compare(tensor: str, a: Checkpoint, b: Checkpoint, result: Difference, progress: Progress, limit: int) -> None:
+    sides = []
+    for side, label in ((a, "a"), (b, "b")):
+        shard = side.shards.get(side.weight_map.get(tensor, ""))
+        info = shard.tensors.get(tensor) if shard else None
+        if info is None:
+            result.mismatched[tensor] = f"not in {label}"
+        sides.append((shard, info))
+    (shard_a, info_a), (shard_b, info_b) = sides
+    if info_a is None or info_b is None:
+        return
+    if (info_a.dtype, info_a.shape) != (info_b.dtype, info_b.shape):
+        result.mismatched[tensor] = f"{_form(info_a)} in a, {_form(info_b)} in b"
+        return
+    if info_a.data_offsets == info_b.data_offsets and _one_content(
+        *(side.file(side.weight_map[tensor]) for side in (a, b))
+    ):
+        progress.advance(info_a.size)
+        return
+    changed, listed, unit = 0, 0, max(info_a.dtype.size, 1)
+    at_a, at_b = (shard.data_start + info.data_offsets[0] for shard, info in sides)
+    with opened(shard_a.path) as fd_a, opened(shard_b.path) as fd_b:
+        for offset in range(0, info_a.size, CHUNK):
+            size = min(CHUNK, info_a.size - offset)
+            bytes_a = read_exactly(fd_a, size, at_a + offset, shard_a.path)
+            bytes_b = read_exactly(fd_b, size, at_b + offset, shard_b.path)
+            progress.advance(size)
+            if bytes_a == bytes_b:
+                continue
+            array_a, array_b = (np.frombuffer(x, np.uint8).reshape(-1, unit) for x in (bytes_a, bytes_b))
+            places = np.flatnonzero((array_a != array_b).any(axis=1))
+            changed += len(places)
+            if info_a.dtype.bits % 8:  # elements share bytes: they are counted in bytes and not named
+                result.truncated = True
+                continue
+            for run in _runs(places, limit - listed):
+                if listed == limit:
+                    result.truncated = True
+                    break
+                listed += 1
+                result.changes.append(_change(info_a, offset // unit, run, array_a, array_b))
+    if changed:
+        result.tensors[tensor] = (changed, info_a.size // unit)
+        if len(result.notes) < MAX_NOTES and (why := a.quantisation.refusal(tensor) or b.quantisation.refusal(tensor)):
+            result.notes.append(f"{tensor}: the numbers listed are no weights ({why})")
+
+
+def _runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Long runs of neighbours whole, everything else one by one: all of them, or more than `most`. A fine-tuned
+    model differs in so many places that taking them apart would be nearly all of the work."""
+    ends = np.flatnonzero(np.diff(places) > 1) + 1
+    if len(ends) > most:
+        places, ends = places[: ends[most]], ends[:most]
+    for run in np.split(places, ends):
+        yield from [run] if len(run) > SHORT_RUN else run.reshape(-1, 1)
+
+
+def _change(info: TensorInfo, start: int, run: np.ndarray, array_a: np.ndarray, array_b: np.ndarray) -> Change:
+    first, last = int(run[0]), int(run[-1])
+    old, new = (json_value(info.dtype, array[first].tobytes()) for array in (array_a, array_b))
+    return Change(info.name, info.index(start + first), len(run), old, new, info.index(start + last))
+
+
+def _form(info: TensorInfo) -> str:
+    return f"{info.dtype.name} {list(info.shape)}"
+
+
+def _header(shard: Shard) -> bytes:
+    with opened(shard.path) as fd:
+        return read_exactly(fd, shard.data_start, 0, shard.path)
+
+
+def _one_content(a: BaseFile, b: BaseFile) -> bool:
+    """Whether the Hub states one sha256 of both. What a local cache is said to hold is read all the same."""
+    return a.digest is not None and a.digest == b.digest and not a.is_here and not b.is_here
+
+
+def _same_bytes(a: BaseFile, b: BaseFile) -> bool:
+    if a.size != b.size:
+        return False
+    if _one_content(a, b):
+        return True
+    with opened(a.path) as fd_a, opened(b.path) as fd_b:
+        for offset in range(0, a.size, CHUNK):
+            size = min(CHUNK, a.size - offset)
+            if read_exactly(fd_a, size, offset, a.path) != read_exactly(fd_b, size, offset, b.path):
+                return False
+    return True

@@ -1,0 +1,41 @@
+"""Guess what a user meant by a path or a file that belongs to no checkpoint. Reads a few names and refs/main."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def snapshot_hint(place: Path) -> str:
+    """Return a remedy if `place` belongs to a repository's folder in a Hugging Face cache, else "".
+
+    `place` is that folder (models--ORG--NAME), its blobs, snapshots or refs, or a file in one of them.
+    """
+    repo = next((p for p in (place, *place.parents[:3]) if p.name.startswith("models--")), None)
+    if repo is None or not (repo / "snapshots").is_dir():
+        return ""
+    found = sorted(entry.name for entry in os.scandir(repo / "snapshots") if entry.is_dir())
+    if place.parent.name in found and place.parent.parent == repo / "snapshots":
+        return f"give the snapshot: {place.parent}"
+    main = repo / "refs" / "main"
+    commit = main.read_text("utf-8", "replace").strip() if main.is_file() and main.stat().st_size < 100 else ""
+    if len(found) == 1 or commit in found:
+        return f"give the snapshot: {repo / 'snapshots' / (commit if commit in found else found[0])}"
+    return f"give one of the {len(found)} snapshots in {repo / 'snapshots'}" if found else ""
+
+
+def is_cache_folder(folder: Path) -> bool:
+    """Return True for a repository's folder in a Hugging Face cache, and for its blobs, snapshots and refs."""
+    repo = folder if folder.name.startswith("models--") else folder.parent
+    inner = folder.name in ("blobs", "snapshots", "refs") and repo.name.startswith("models--")
+    return (folder is repo or inner) and (repo / "snapshots").is_dir()
+
+
+def link_remedy(link: Path) -> str:
+    """Return a remedy for a symbolic link among a checkpoint's files: what links into a cache means a snapshot."""
+    try:
+        target = Path(os.path.normpath(link.parent / os.readlink(link)))
+    except OSError:  # it is gone by now
+        target = link
+    hint = snapshot_hint(target) or snapshot_hint(Path(os.path.realpath(link)))
+    return hint or "give the directory that holds the real files"

@@ -1,0 +1,80 @@
+"""What `inspect` tells of a checkpoint: files, tensors, or one scalar. Headers and that scalar are all it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from swsurgery.checkpoint import projections
+from swsurgery.checkpoint.opening import open_chosen
+from swsurgery.checkpoint.weight_files import Weights
+from swsurgery.errors import ArchitectureError, CheckpointError
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.dtypes import bits_of, json_value
+from swsurgery.storage.files import Repository
+
+
+def overview(root: Path | Repository, weights: Weights | None = None, variant: str | None = None) -> dict[str, Any]:
+    """Files with sizes, and every tensor with its shard, dtype and shape. `weights` and `variant` say which to
+    read if there are several sets of weights, and no registry. Raises CheckpointError."""
+    checkpoint = open_chosen(root, weights, variant)
+    shard_of = checkpoint.shards
+    tensors = [
+        {"tensor": info.name, "file": file, "dtype": info.dtype.name, "shape": list(info.shape), "bytes": info.size}
+        for file, shard in shard_of.items()
+        for info in shard.tensors.values()
+    ]
+    model_type = checkpoint.config.get("model_type")
+    return {
+        "checkpoint": str(root),
+        "model_type": model_type if isinstance(model_type, str) else None,
+        "repo_id": checkpoint.repo_id,
+        "revision": checkpoint.revision,
+        "files": [{"file": f.name, "size": f.size, "shard": f.name in shard_of} for f in checkpoint.files],
+        "tensors": tensors,
+        "copies": list(checkpoint.copies),
+        "disagreements": checkpoint.disagreements,
+        "notes": list(checkpoint.notes),
+    }
+
+
+def scalar(
+    root: Path | Repository,
+    tensor: str | None,
+    at: str | None,
+    weights: Weights | None = None,
+    variant: str | None = None,
+) -> dict[str, Any]:
+    """One tensor, or with `at` ("3968,7003") one scalar with its bits; the others as for `overview`.
+
+    Raises CheckpointError.
+    """
+    checkpoint = open_chosen(root, weights, variant)
+    if tensor is None:
+        raise CheckpointError("--at needs --tensor", at or "")
+    if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
+        raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
+    info, file = checkpoint.info(tensor), checkpoint.weight_map[tensor]
+    found: dict[str, Any] = {"tensor": tensor, "file": file, "dtype": info.dtype.name, "shape": list(info.shape)}
+    if why := checkpoint.quantisation.refusal(tensor):
+        found["note"] = why
+    if at is None:
+        return found | {"bytes": info.size, "data_offsets": list(info.data_offsets)}
+    parts = [p.strip() for p in at.strip("[]() ").split(",")] if at.strip("[]() ") else []
+    if not all(p.isdecimal() and len(p) < 20 for p in parts):
+        raise CheckpointError("--at takes whole numbers from 0", at, "such as --at 3968,7003")
+    index = tuple(int(p) for p in parts)
+    if info.dtype.bits % 8:
+        raise CheckpointError(f"{info.dtype.name} {info.dtype.refusal}", tensor)
+    try:
+        offset = checkpoint.shards[file].offset(tensor, index)
+    except IndexError as error:
+        raise CheckpointError(str(error), tensor) from None
+    data = checkpoint.shards[file].read_scalar(tensor, index)
+    try:
+        short = projections.short_form(checkpoint.config, checkpoint.shapes, Coordinate(tensor, index))
+    except ArchitectureError:
+        short = None
+    place = dict(zip(("layer", "row", "col", "expert"), short, strict=True)) if short else {}
+    return found | {"index": list(index), "offset": offset, "value": json_value(info.dtype, data),
+                    "bits": bits_of(data), **place}  # fmt: skip

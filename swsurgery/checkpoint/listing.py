@@ -1,0 +1,146 @@
+"""The files of a checkpoint's directory, listed by descriptor, each with its identity at that moment.
+
+Knows plain directories and snapshots of the Hugging Face cache, whose files are links into `blobs/`. Opens directories
+only, follows no link outside a cache, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from swsurgery.checkpoint.hints import link_remedy
+from swsurgery.checkpoint.weight_files import some
+from swsurgery.errors import CheckpointError
+from swsurgery.storage.files import BaseFile
+from swsurgery.storage.folder import Entry, Folder
+from swsurgery.storage.names import SHARD_NAME, STAGE_TOKEN, WORKING_FILES
+
+LEFT_OUT = (".git", ".cache", "model.sig")
+"""Top-level names that are no part of a checkpoint: folders of download and version control tools, and the
+signature, which covers these files and no others."""
+
+
+def hold(root: Path) -> Folder:
+    """Hold a checkpoint's directory, given by a path without links. Raises CheckpointError."""
+    try:
+        return Folder.at(root)
+    except OSError as error:
+        raise CheckpointError(f"cannot be opened ({os.strerror(error.errno or 0)})", root) from error
+
+
+def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
+    """Every regular file below root, sorted by name, and the top-level folders left out. Raises CheckpointError."""
+    cache = _Cache(root) if is_cache_snapshot(root.path) else None
+    files, faults, left_out = [], [], []
+    folders = [""]
+    while folders:
+        for entry in _scan(root, folders.pop()):
+            name, mode = entry.name, entry.mode
+            if not name.isprintable():
+                faults.append(f"has a name that cannot be printed: {name!r}")
+            elif name in WORKING_FILES or name == STAGE_TOKEN:
+                pass
+            elif name in LEFT_OUT:
+                left_out.append(name)
+            elif stat.S_ISDIR(mode):
+                if SHARD_NAME.fullmatch(name):
+                    faults.append(f"is a directory, not a shard: {name}")
+                folders.append(name)
+            elif cache and stat.S_ISLNK(mode):
+                try:
+                    files.append(cache.file(entry))
+                except CheckpointError as error:
+                    faults += error.faults
+            elif stat.S_ISREG(mode) and entry.identity:
+                files.append(BaseFile(name, entry, entry.identity.size))
+            elif stat.S_ISLNK(mode):
+                faults.append(f"is a symbolic link: {name} ({link_remedy(root.path / name)})")
+            else:
+                faults.append(f"is not a regular file: {name}")
+    if faults:
+        raise CheckpointError.of(f"{fault} in {root}" for fault in some(sorted(faults)))
+    return tuple(sorted(files, key=lambda f: f.name)), tuple(sorted(left_out))
+
+
+def cached_files(root: Path, names: Iterable[str]) -> dict[str, BaseFile]:
+    """These files of a cache snapshot, which may lack others. Raises CheckpointError."""
+    folder = hold(root)
+    cache = _Cache(folder)
+    return {name: cache.file(folder / name) for name in names}
+
+
+def _scan(root: Folder, name: str) -> list[Entry]:
+    try:
+        return root.scan(name)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise CheckpointError(f"cannot be listed ({reason})", root.path / name, "run again when it rests") from error
+
+
+class _Cache:
+    """The files of a snapshot, of which only the names are in its folder. Their links must end in the blobs of the
+    same repo, or, since huggingface_hub 1.32, through those in the blob store that all repos of the cache share."""
+
+    def __init__(self, snapshot: Folder):
+        folder = snapshot_of(snapshot.path)
+        if folder is None:
+            raise CheckpointError("is not in a Hugging Face cache", snapshot)
+        repo = folder.parent.parent
+        self.blobs = hold(repo / "blobs")
+        store = repo.parent / "blobs"
+        self.store = hold(store) if store.is_dir() and not store.is_symlink() else None
+
+    def file(self, link: Entry) -> BaseFile:
+        """The blob that a link of the snapshot means. Raises CheckpointError."""
+        outside = CheckpointError(f"links to a place outside its own cache: {link.name}")
+        try:
+            target = Path(os.path.normpath(link.path.parent / link.readlink()))
+            if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", target.name):
+                raise outside
+            if Path(os.path.realpath(target.parent)) != self.blobs.path:
+                raise outside
+            blob = self.blobs / target.name
+            status = blob.stat()
+            if stat.S_ISLNK(status.st_mode):
+                real = Path(os.path.normpath(self.blobs.path / blob.readlink()))
+                if self.store is None:
+                    raise outside
+                inside = os.path.relpath(Path(os.path.realpath(real.parent), real.name), self.store.path)
+                if not re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{64}", inside):
+                    raise outside
+                blob = self.store / inside
+                status = blob.stat()
+        except OSError:
+            raise CheckpointError(f"is not fully downloaded: {link.name}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise outside
+        entry = Entry.listed(blob.folder, blob.name, status)
+        return BaseFile(link.name, entry, status.st_size, target.name if len(target.name) == 64 else None)
+
+
+def is_cache_snapshot(root: Path) -> bool:
+    """Whether `root` is a snapshot folder of a Hugging Face cache, where files are links into `blobs/`, or in one."""
+    return snapshot_of(root) is not None
+
+
+def snapshot_of(root: Path) -> Path | None:
+    """The snapshot folder that `root` is or lies in."""
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
+            return folder
+    return None
+
+
+def cache_identity(root: Path) -> tuple[str | None, str | None, str]:
+    """(repo_id, commit, folder in the repository) of a path in a Hugging Face cache; three times nothing elsewhere."""
+    snapshot = snapshot_of(root)
+    if snapshot is None:
+        return None, None, ""
+    kind, _, rest = snapshot.parent.parent.name.partition("--")
+    repo_id = rest.replace("--", "/") if kind == "models" else None
+    sub = "" if root == snapshot else root.relative_to(snapshot).as_posix()
+    return repo_id, snapshot.name if re.fullmatch(r"[0-9a-f]{40}", snapshot.name) else None, sub

@@ -1,0 +1,269 @@
+"""What a scan found and what a sweep measured, as lines and tables on stdout, for people. Nothing is computed here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import permutations
+from typing import Any
+
+from swsurgery.cli.output import print_table, print_text
+from swsurgery.cli.show import MAX_ROWS
+from swsurgery.errors import printable
+from swsurgery.model.text import measured_text
+from swsurgery.scanning.report import (
+    VERDICTS,
+    Candidate,
+    ColumnNull,
+    Confirmation,
+    Effect,
+    ScanReport,
+    SweepReport,
+    UnreadLayer,
+)
+from swsurgery.storage.coordinate import Coordinate
+
+Columns = dict[str, list[Any]]
+"""Header -> cells. A column in which no cell says anything is not shown."""
+
+
+def show_scan(report: ScanReport) -> None:
+    """The answer in one sentence, what was found, what the causal test says of it, and why it may be nothing."""
+    print_text(f"scanned   {_scanned(report)}")
+    print_text(f"answer    {_answer(report)}")
+    for line in describe_unread(report.unread):
+        print_text(f"unread    {printable(line)}")
+    trials = report.confirmation.trials if report.confirmation else ()
+    companions = [trial.candidate for trial in trials if not trial.listed]
+    for pattern in _patterns([*report.candidates, *companions]):
+        print_text(f"tensor    {printable(pattern)}")
+    if report.activations:
+        print_text("\nsuper activations: channels that are massive after these layers")
+        shown = report.activations
+        _table(
+            {
+                "channel": [a.channel for a in shown],
+                "from layer": [a.layer for a in shown],
+                "to layer": [a.last for a in shown],
+                "value": [_number(a.value) for a in shown],
+                "peak after": [a.peak for a in shown],
+                "prompt": [a.prompt for a in shown],
+                "token": [a.token for a in shown],
+                "prompts": [a.prompts for a in shown],
+            }
+        )
+    if report.candidates:
+        print_text("\ncandidates")
+        shown = report.candidates
+        _table(
+            _places(shown)
+            | {
+                "input spike": [_number(c.input_spike) for c in shown],
+                "output spike": [_number(c.output_spike) for c in shown],
+                "share": [_number(c.share) for c in shown],
+                "prompts": [c.prompts for c in shown],
+                "round": [c.round for c in shown],
+                "score": [_number(c.score) if report.method == "weights" else None for c in shown],
+                "z": [_number(c.z) for c in shown],
+                "rank of |W|": [f"{c.rank:,}" for c in shown],
+            }
+        )
+    if report.confirmation is not None:
+        _confirmation(report.confirmation)
+    if report.notes:
+        print_text("")
+    for note in report.notes:
+        print_text(f"note      {printable(note)}")
+
+
+def show_sweep(report: SweepReport) -> None:
+    """Quality by factor, the base among the factors, and what it was measured on."""
+    for coordinate in report.coordinates:
+        print_text(f"scaled    {printable(str(coordinate))}")
+    others = (point for point in report.points if point.factor != 1)
+    points = sorted([*others, report.base], key=lambda point: point.factor)
+    print_text("")
+    print_table(
+        ("factor", "perplexity", "ratio", "KL", "stop-word mass", "largest hidden state", ""),
+        [
+            (
+                *(_number(p.factor), _number(p.perplexity), _ratio(p.ratio)),
+                *(_number(p.kl), _number(p.stopword_mass), _number(p.peak)),
+                " ".join((["base"] if p is report.base else []) + ([] if p.finite else ["NOT FINITE"])),
+            )
+            for p in points
+        ],
+    )
+    print_text("\nKL(base || scaled) in nats a token; the largest hidden state is that after any layer")
+    print_text(
+        f"measured on {measured_text(report)}, {report.dtype} on {printable(report.device)}, {printable(report.method)}"
+    )
+
+
+def _confirmation(confirmation: Confirmation) -> None:
+    print_text("\ncausal test: zeroed alone, and all others zeroed but not it; perplexity ratios to the base")
+    trials = confirmation.trials
+    _table(
+        _places([trial.candidate for trial in trials])
+        | {
+            "alone": [_ratio(trial.alone.ratio) for trial in trials],
+            "interval": [_interval(trial.alone) for trial in trials],
+            "KL": [_number(trial.alone.kl) for trial in trials],
+            "without": [_ratio(trial.without.ratio) if trial.without else None for trial in trials],
+            "verdict": [trial.verdict for trial in trials],
+            "": [None if trial.listed else "companion" for trial in trials],
+        }
+    )
+    print_text(f"\ntogether  {_effect(confirmation.together)}")
+    for joint in confirmation.joint_sets:
+        print_text(f"joint     {_effect(joint.effect)}: {printable(_short(joint.coordinates, confirmation))}")
+    for column in confirmation.column_nulls:
+        print_text(f"null      {_column_null(column)}")
+    if confirmation.null:
+        print_text(f"null      {_count(len(confirmation.null), 'random scalar')} of like magnitude, each alone: ratio "
+                   f"{_ratio(min(confirmation.null))} to {_ratio(max(confirmation.null))}")  # fmt: skip
+    print_text(f"measured  base perplexity {_number(confirmation.base_perplexity)} on "
+               f"{measured_text(confirmation)}, {confirmation.dtype} on {printable(confirmation.device)}")  # fmt: skip
+
+
+def _scanned(report: ScanReport) -> str:
+    line = f"{_count(report.layers, 'layer')} of {printable(report.model_type)} by {report.method}"
+    return f"{line}, {_count(len(report.prompts), 'prompt')}" if report.prompts else line
+
+
+def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
+    """One line for all layers with the same unread tensors: their numbers, experts and tensors."""
+    alike: dict[tuple[tuple[int, ...], tuple[str, ...]], list[int]] = {}
+    for layer in unread:
+        names = tuple(re.sub(rf"(?<=\.){layer.layer}(?=\.)", "*", name, count=1) for name in layer.tensors)
+        alike.setdefault((layer.experts, names), []).append(layer.layer)
+    lines = []
+    for (experts, names), layers in alike.items():
+        line = _numbered("layer", layers) + (f", {_numbered('expert', experts)}" if experts else "")
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{line}: {', '.join(names[:3])}{more}")
+    return lines
+
+
+def _numbered(noun: str, numbers: Sequence[int]) -> str:
+    """The noun and its numbers, with "to" between the ends of three or more in a row."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
+
+
+def _answer(report: ScanReport) -> str:
+    if report.answer == "undecided":
+        layers = _count(len(report.unread), "layer")
+        what = "confirmed" if report.candidates else "found"
+        return f"undecided: nothing was {what}, but {layers} of {report.layers} were not read, or not all of them"
+    count = len(report.super_weights)
+    if report.confirmation is None or (count and not report.confirmed):
+        return f"{_count(count, 'super weight')}, not confirmed" if count else "none: no super weight was found"
+    verdicts = Counter(trial.verdict for trial in report.confirmation.trials)
+    tally = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS if verdicts[v])
+    if not count:
+        return "none: no super weight was confirmed" + (f" ({tally})" if tally else "")
+    return f"{_count(count, 'super weight')} confirmed ({tally})"
+
+
+def _places(candidates: Sequence[Candidate]) -> Columns:
+    return {
+        "layer": [c.layer for c in candidates],
+        "expert": [c.expert for c in candidates],
+        "row": [c.row for c in candidates],
+        "col": [c.col for c in candidates],
+        "value": [_number(c.value) for c in candidates],
+    }
+
+
+def _table(columns: Columns) -> None:
+    kept = {header: cells for header, cells in columns.items() if any(cell is not None for cell in cells)}
+    rows = [["" if cell is None else cell for cell in row] for row in zip(*kept.values(), strict=True)]
+    print_table(list(kept), rows[:MAX_ROWS])
+    if len(rows) > MAX_ROWS:
+        print_text(f"... and {len(rows) - MAX_ROWS} more")
+
+
+def _patterns(candidates: Iterable[Candidate]) -> list[str]:
+    """The tensors' names with {layer} and {expert} for the numbers, and the order in which their axes are stored."""
+    names: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        names.setdefault(_pattern(candidate), []).append(candidate)
+    return [f"{name}[{_axes(group)}]" for name, group in names.items()]
+
+
+def _pattern(candidate: Candidate) -> str:
+    numbers = {"layer": candidate.layer, "expert": candidate.expert}
+    parts = candidate.coordinate.tensor.split(".")
+    for name, number in numbers.items():
+        if str(number) in parts:
+            parts[parts.index(str(number))] = f"{{{name}}}"
+    return ".".join(parts)
+
+
+def _axes(candidates: Sequence[Candidate]) -> str:
+    """The first order of expert, row and col that is true of all; a square coordinate alone leaves it open."""
+    length = len(candidates[0].coordinate.index)
+    for order in permutations(("expert", "row", "col") if length == 3 else ("row", "col")):
+        if all(c.coordinate.index == tuple(getattr(c, axis) for axis in order) for c in candidates):
+            return ", ".join(order)
+    raise AssertionError("a coordinate's index holds its row and col")
+
+
+def _short(coordinates: Iterable[Coordinate], confirmation: Confirmation) -> str:
+    known = {trial.candidate.coordinate: trial.candidate for trial in confirmation.trials}
+    return " + ".join(_name(known[c]) if c in known else str(c) for c in coordinates)
+
+
+def _name(candidate: Candidate) -> str:
+    expert = "" if candidate.expert is None else f" expert {candidate.expert}"
+    return f"L{candidate.layer}{expert} [{candidate.row}, {candidate.col}]"
+
+
+def _effect(effect: Effect) -> str:
+    interval = _interval(effect)
+    return f"ratio {_ratio(effect.ratio)}" + (f" ({interval})" if interval else "") + f", KL {_number(effect.kl)}"
+
+
+def _interval(effect: Effect) -> str | None:
+    if effect.low is None or effect.high is None:
+        return None
+    return f"{_ratio(effect.low)} to {_ratio(effect.high)}"
+
+
+def _column_null(column: ColumnNull) -> str:
+    expert = "" if column.expert is None else f" expert {column.expert}"
+    line = f"{_count(len(column.alone), 'other large row')} of layer {column.layer}{expert} column {column.col}"
+    if not column.alone:
+        return line
+    return f"{line}: alone {_range(column.alone)}, beside all candidates {_range(column.added)}"
+
+
+def _range(ratios: Sequence[float]) -> str:
+    return f"{_ratio(min(ratios))} to {_ratio(max(ratios))}"
+
+
+def _number(value: float | None) -> str | None:
+    """Four digits, which is more than such measurements repeat; all of them are in the JSON."""
+    if value is None:
+        return None
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+
+
+def _ratio(value: float) -> str:
+    """Four digits even where the last are zeros, for 1.000 is a finding; past a million the size is enough."""
+    if 1e6 <= value < math.inf:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if 999.95 <= value < 1e6 else f"{value:#.4g}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

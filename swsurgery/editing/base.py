@@ -1,0 +1,49 @@
+"""Hold what belongs together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from swsurgery.editing.plan import Plan
+from swsurgery.errors import (
+    CheckpointError,
+    PlanError,
+)
+from swsurgery.hub import Uri, named
+from swsurgery.hub.names import hub_hint
+from swsurgery.manifest.load import LoadedManifest
+
+
+def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Return what the base's digests must be: file name -> (sha256, who says so).
+
+    Raises PlanError if the manifest and the base's own registry contradict each other.
+    """
+    pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
+    for name, record in plan.previous.registry.files.items() if plan.previous else ():
+        if record.sha256:
+            wanted, who = pins.setdefault(name, (record.sha256, "its registry"))
+            if wanted != record.sha256:
+                raise PlanError(
+                    f"its registry says sha256 {record.sha256}, but {who} says {wanted}",
+                    f"{plan.checkpoint.root}/{name}",
+                    "is this the right checkpoint?",
+                )
+    return pins
+
+
+def base_of(loaded: LoadedManifest, base: str | None) -> Path | Uri:
+    """What the base is: `base` if given, else what the manifest says.
+
+    Raises HubError for a name that is none, CheckpointError for a path that looks like a repository of the Hub.
+    """
+    said = loaded.manifest.base
+    if base is not None:
+        return named(base)
+    if said.path is not None:
+        where = loaded.path.parent / said.path
+        if not os.path.lexists(where) and hub_hint(said.path):
+            raise CheckpointError("no such checkpoint", where, "name a repository of the Hub with base.repo_id")
+        return where
+    return Uri(said.repo_id, said.revision, "")

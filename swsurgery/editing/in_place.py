@@ -1,0 +1,299 @@
+"""Apply and revert where the files lie: a few bytes of each touched shard are written, and nothing else is copied.
+
+There is no base left afterwards, so what it was must be vouched for beforehand: each touched shard is hashed once, and
+the manifest or an earlier registry has to say the same digest. `journal.py` keeps the old bytes until all is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from swsurgery.checkpoint import journal
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.journal_format import Journal
+from swsurgery.checkpoint.listing import is_cache_snapshot
+from swsurgery.checkpoint.opening import open_as, open_checkpoint
+from swsurgery.checkpoint.record import Patched, Registry, read_patched, read_records
+from swsurgery.editing.apply import SMALL, Outcome
+from swsurgery.editing.base import base_of, known_digests
+from swsurgery.editing.copy import Applied, AppliedFile, records_mode
+from swsurgery.editing.pins import check_left_out
+from swsurgery.editing.plan import make_plan
+from swsurgery.editing.record import complete_registry, draft_registry
+from swsurgery.editing.revert import reversion_notes, undoing
+from swsurgery.editing.sanity import Check, CheckOptions, bounds_of, run_check
+from swsurgery.errors import CheckpointError, PlanError, TargetError
+from swsurgery.hub import Uri
+from swsurgery.manifest.load import LoadedManifest, load_manifest
+from swsurgery.progress import Progress, Silent
+from swsurgery.storage import filesystem
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.folder import Entry, Folder
+from swsurgery.storage.hashing import hashed, hashed_twice, hold_to, stream
+from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.splice import Splice, by_file
+from swsurgery.verifying.against_manifest import by_registry, read_wishes
+from swsurgery.verifying.against_record import scalar_findings
+
+
+def apply_in_place(
+    manifest: Path,
+    *,
+    base: str | None = None,
+    check: CheckOptions | Check | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Make the base itself the patched checkpoint, checked and with its registry, or leave it as it is.
+
+    The manifest that was applied last is not applied again. Raises ManifestError, CheckpointError, PlanError,
+    TargetError (this directory or file must not be written), ModelError; CheckFailed where the check says no.
+    """
+    progress, check = progress or Silent(), CheckOptions.of(check)
+    loaded = load_manifest(manifest)
+    with _editing(base_of(loaded, base)) as (folder, _), contextlib.ExitStack() as opened:
+        checkpoint = open_as(folder, loaded.manifest.base, editing=True)
+        previous = read_patched(checkpoint)
+        if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
+            outcome = _applied_already(folder, checkpoint, loaded, previous, progress)
+            say(*outcome.notes)
+            return outcome
+        plan = make_plan(loaded, checkpoint)
+        if plan.omitted:
+            raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
+        bounds_of(plan, check)  # before anything is hashed or written
+        draft = draft_registry(plan)
+        for note in plan.notes:
+            say(note)
+        pins = known_digests(plan)
+        check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, progress)
+        shards = _open_shards(folder, plan.checkpoint, plan.splices, opened)
+        touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, progress)
+        stated = loaded.manifest.base.sha256
+        rest = _untouched(plan.checkpoint, touched, previous.registry if previous else None, pins, stated, progress)
+        edited = [AppliedFile(name, plan.checkpoint.file(name).size, *both, "place") for name, both in touched.items()]
+        applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
+        _refuse_changed(checkpoint, touched)
+        _refuse_changed_records(folder, checkpoint)
+        with journal.edited(folder, shards, plan.splices, mode=records_mode(checkpoint.files)) as own:
+            result = run_check(plan, folder, check, progress, say)
+            registry = complete_registry(draft, applied, result)
+            own |= Patched(registry, registry.render(), loaded.raw).own_files()
+            _refuse_changed(checkpoint, touched)
+    return Outcome(folder.path, applied, registry, plan.notes)
+
+
+def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
+    """Give the base back where the patched checkpoint lies; of several manifests the last is undone. Returns notes.
+
+    Where an edit had been cut off, undoing that is all that is done; a cut-off reversion is made anew. Raises
+    CheckpointError, PlanError (a file was changed since), TargetError.
+    """
+    progress = progress or Silent()
+    with _editing(root, moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
+        if cut_off and not cut_off.reverts:
+            return ["only the edit that had been cut off was undone"]
+        root = folder.path
+        patched = read_records(folder)
+        registry, previous = patched.registry, patched.previous()
+        checkpoint = open_as(folder, registry.base, editing=True)
+        if hashlib.sha256(patched.manifest_raw).hexdigest() != registry.manifest_sha256:
+            raise CheckpointError(
+                "was changed since it was applied, and would be lost", root / OWN_FILES[1], "move it away"
+            )
+        splices = undoing(registry, checkpoint)
+        names = {f.name: f.size for f in checkpoint.files}
+        if wrong := [name for name, record in registry.files.items() if names.get(name) != record.size]:
+            raise CheckpointError(f"cannot be reverted, for these were changed or removed since the edit: "
+                                  f"{', '.join(wrong)}", root, "restore them")  # fmt: skip
+        pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
+        shards = _open_shards(folder, checkpoint, splices, opened)
+        touched = _hash_touched(checkpoint, shards, splices, pins, progress)
+        _untouched(checkpoint, touched, registry, pins, (), progress)
+        for name, (_, restored) in touched.items():
+            if restored != registry.files[name].base_sha256:
+                raise CheckpointError("does not give the base back: the registry was changed", root / name)
+        _refuse_changed(checkpoint, touched)
+        _refuse_changed_records(folder, checkpoint)
+        with journal.edited(folder, shards, splices, reverts=True, mode=records_mode(checkpoint.files)) as own:
+            own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
+            _refuse_changed(checkpoint, touched)
+    return reversion_notes(registry)
+
+
+@contextlib.contextmanager
+def _editing(root: Path | Uri, *, moved: bool = False) -> Iterator[tuple[Folder, Journal | None]]:
+    """Hold the directory to edit, by one descriptor, against everyone else from before it is read; undo an edit that
+    was cut off there, whose journal is returned. Raises TargetError, CheckpointError."""
+    root = _own_directory(root)
+    if not root.is_dir():
+        open_checkpoint(root)  # which says what is wrong
+    with filesystem.reported(root):
+        folder = Folder.at(root)
+    with folder, filesystem.locked(folder, exclusive=True):
+        yield folder, journal.recover_locked(folder, moved=moved)
+
+
+def _own_directory(root: Path | Uri) -> Path:
+    """The directory to edit. Raises TargetError where others would see the change too."""
+    if isinstance(root, Uri):
+        raise TargetError("an edit in place needs a directory of your own", root, "give one with --base")
+    if root.is_symlink():
+        raise TargetError("is a symbolic link", root, "give the directory itself")
+    real = Path(os.path.realpath(root))
+    if is_cache_snapshot(real):
+        raise TargetError("lies in a Hugging Face cache, which shares its files with other revisions and repos", root,
+                          "apply with -o")  # fmt: skip
+    return real
+
+
+def _open_shards(
+    folder: Folder, checkpoint: Checkpoint, splices: tuple[Splice, ...], opened: contextlib.ExitStack
+) -> dict[str, journal.OpenShard]:
+    """Open each file with splices once, for hashing and for writing. Raises TargetError for one that must not be
+    written, CheckpointError for one that is not what was listed."""
+    shards = {}
+    for name in sorted({s.file for s in splices}):
+        entry = checkpoint.file(name).path
+        if not isinstance(entry, Entry) or entry.folder is not folder:
+            raise TargetError("is not in the directory to edit", entry)
+        _refuse_shared(entry)
+        shards[name] = journal.OpenShard(entry)
+        opened.callback(shards[name].close)
+    return shards
+
+
+def _hash_touched(
+    checkpoint: Checkpoint,
+    shards: dict[str, journal.OpenShard],
+    splices: tuple[Splice, ...],
+    pins: dict[str, tuple[str, str]],
+    progress: Progress,
+) -> dict[str, tuple[str, str]]:
+    """(sha256 before, sha256 after) of each file with splices, from one reading of it.
+
+    Raises PlanError where its digest is not what it must be, CheckpointError where it changes meanwhile.
+    """
+    mine = by_file(splices)
+    touched, unknown = {}, []
+    progress.start(sum(checkpoint.file(name).size for name in shards), "B", "hashing")
+    try:
+        for name, shard in shards.items():
+            file = checkpoint.file(name)
+            touched[name] = stream(shard.fd, file, mine[name], progress.advance)
+            shard.refuse_changed()
+            digest = touched[name][0]
+            hold_to(file, digest, pins)
+            if name not in pins:
+                unknown.append(f'"{name}": "{digest}"')
+    finally:
+        progress.close()
+    if unknown:
+        raise PlanError("nothing vouches for what it was before the edit, so it could not be proved afterwards",
+                        checkpoint.root,
+                        f"if it is the right base, add base.sha256: {{{', '.join(unknown)}}}")  # fmt: skip
+    return touched
+
+
+def _refuse_changed(checkpoint: Checkpoint, touched: Collection[str]) -> None:
+    """Raise CheckpointError if a file that is not edited is no longer the one that was listed."""
+    for file in checkpoint.files:
+        if isinstance(file.path, Entry) and file.name not in touched and file.name not in OWN_FILES:
+            file.path.refuse_replaced()
+
+
+def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if one of swsurgery's own files is no longer what was listed, or is there by now."""
+    listed = {file.name: file.path for file in checkpoint.files}
+    for name in OWN_FILES:
+        entry = listed.get(name)
+        if isinstance(entry, Entry):
+            entry.refuse_replaced()
+        elif filesystem.is_there(folder / name):
+            raise CheckpointError("was written by another program meanwhile", folder / name,
+                                  "run again when nothing else writes there")  # fmt: skip
+
+
+def _refuse_shared(entry: Entry) -> None:
+    with filesystem.reported(entry):
+        status = entry.stat()
+    if status.st_nlink > 1:
+        raise TargetError(f"has {status.st_nlink} hard links, so the change would show under other names too", entry,
+                          "apply with -o")  # fmt: skip
+    if not status.st_mode & stat.S_IWUSR:
+        raise TargetError("is marked read-only", entry, "apply with -o, or chmod u+w it")
+
+
+def _untouched(
+    checkpoint: Checkpoint,
+    touched: Collection[str],
+    before: Registry | None,
+    pins: dict[str, tuple[str, str]],
+    stated: Collection[str],
+    progress: Progress,
+) -> list[AppliedFile]:
+    """Describe the files without splices. Small files, and files whose digest the manifest has `stated`, are hashed.
+    The digests of others are copied from the earlier record and marked as unverified, or are None.
+
+    Raises PlanError if a digest is not what it must be.
+    """
+    found = []
+    for file in checkpoint.files:
+        if file.name in OWN_FILES or file.name in touched:
+            continue
+        record = before.files.get(file.name) if before else None
+        large = file.size > SMALL or file.name in {*checkpoint.shards, *checkpoint.copies}
+        if large and file.name not in stated:
+            digest = record.sha256 if record and record.size == file.size else None
+            found.append(AppliedFile(file.name, file.size, digest, digest, "place", unverified=digest is not None))
+            continue
+        digest = hashed(file, progress if large else None)
+        hold_to(file, digest, pins)
+        found.append(AppliedFile(file.name, file.size, digest, digest, "place"))
+    return found
+
+
+def _applied_already(
+    folder: Folder, checkpoint: Checkpoint, loaded: LoadedManifest, patched: Patched, progress: Progress
+) -> Outcome:
+    """Report that the work is done: a killed run may have got that far.
+
+    The record is believed only if it is what this manifest makes of the base, and the files are what it says. Raises
+    CheckpointError otherwise.
+    """
+    registry = patched.registry
+    repo_ids = (registry.base.repo_id, (registry.known or {}).get("hf_id"))
+    findings = by_registry(read_wishes(loaded, checkpoint, repo_ids), registry)
+    findings += scalar_findings(registry, checkpoint)
+    for finding in findings:
+        where = finding.file or folder.path
+        if finding.tensor:
+            where = f"{where}: {Coordinate(finding.tensor, finding.index or ())}"
+        raise _not_applied(finding.message, where)
+    mine, files = by_file(undoing(registry, checkpoint)), {f.name: f for f in checkpoint.files}
+    for name in sorted({*mine, *loaded.manifest.base.sha256}):
+        file, record = files.get(name), registry.files.get(name)
+        if file is None or record is None:
+            raise _not_applied("the file is not there", folder.path / name)
+        here, restored = hashed_twice(file, mine.get(name, []), progress)
+        if record.sha256 not in (here, None) or record.base_sha256 not in (restored, None):
+            raise _not_applied("the file was changed since", file.path)
+        if loaded.manifest.base.sha256.get(name, restored) != restored:
+            raise _not_applied("its base is not the one that the manifest pins", file.path)
+    with filesystem.reported(folder):
+        filesystem.sync_directory(folder)
+    done = tuple(
+        AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in registry.files.items()
+    )
+    note = "it was applied already; nothing was written"
+    return Outcome(folder.path, Applied(done), registry, (note,), written=False)
+
+
+def _not_applied(what: str, where: object) -> CheckpointError:
+    return CheckpointError(f"the registry says that this manifest was applied, but {what}", where,
+                           "see swsurgery verify")  # fmt: skip

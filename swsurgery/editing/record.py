@@ -1,0 +1,110 @@
+"""Hold what belongs together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from swsurgery import __version__
+from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Registry, ScalarRecord
+from swsurgery.errors import PlanError, TargetError
+from swsurgery.known import shipped
+from swsurgery.storage.strict_json import MAX_JSON, RECORD, Limits
+
+if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
+    from swsurgery.editing.copy import Applied
+    from swsurgery.editing.plan import Plan
+    from swsurgery.storage.splice import Scalar
+
+
+LATER = Limits(1 << 20, 10_000)
+"""Room for what a draft lacks: the report of the check, and some to spare."""
+
+
+PER_FILE = 300
+"""Bytes that a file takes in a registry beside its name: its size and two digests, indented."""
+
+
+def draft_registry(plan: Plan) -> Registry:
+    """Build the registry of a plan that is not applied yet: digests and check are missing.
+
+    Raises PlanError if the finished registry would be larger than any command accepts.
+    """
+    base, checkpoint = plan.loaded.manifest.base, plan.checkpoint
+    named_by = "cache" if checkpoint.repo_id else "manifest" if base.repo_id else None
+    draft = Registry(
+        registry_version=1,
+        swsurgery_version=__version__,
+        created=source_date_epoch(),
+        base=BaseRecord(
+            repo_id=checkpoint.repo_id or base.repo_id,
+            revision=checkpoint.revision or base.revision,
+            named_by=named_by,
+            sub=checkpoint.sub,
+            weights=base.weights,
+            variant=base.variant,
+        ),
+        files={},
+        omitted=list(plan.omitted),
+        edits=[EditRecord(**s.to_json(), known=_facts(s)) for s in plan.splices],
+        protected=[ScalarRecord(**s.to_json(), known=_facts(s)) for s in plan.protected],
+        known=shipped.to_json(plan.model)["models"][0] if plan.model else None,
+        check={},
+        manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
+        history=plan.previous.as_history() if plan.previous else [],
+    )
+    _refuse_unreadable(draft, plan)
+    return draft
+
+
+def complete_registry(draft: Registry, applied: Applied, check: dict[str, Any]) -> Registry:
+    """Add to a draft what applying the plan found out."""
+    files = {
+        f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
+        for f in applied.files
+    }
+    elsewhere = [f.name for f in applied.files if f.how == "elsewhere"]
+    return draft.model_copy(update={"files": files, "elsewhere": elsewhere, "check": check})
+
+
+def _refuse_unreadable(draft: Registry, plan: Plan) -> None:
+    """Raise PlanError if swsurgery's own files would exceed what `read_patched` accepts."""
+    size, commas = LATER.size, LATER.commas
+    for piece in draft.pieces():
+        size += len(piece)
+        commas += piece.count(",")
+    for file in plan.checkpoint.files:
+        size += len(json.dumps(file.name)) * 2 + PER_FILE
+        commas += 5
+    count = len(draft.edits) + len(draft.protected)
+    remedy = "make fewer edits"
+    if draft.history:
+        remedy = "apply one manifest with all edits to the first base, or revert a step first"
+    if fault := RECORD.fault(size, commas):
+        what = f"the record of {count} scalars and {len(draft.history)} earlier steps would have {fault}"
+        raise PlanError(what, plan.loaded.path, remedy)
+    if len(plan.loaded.raw) > MAX_JSON:
+        raise PlanError(f"the manifest has more than the {MAX_JSON} bytes that can be kept", plan.loaded.path, remedy)
+
+
+def source_date_epoch() -> int | None:
+    """The clock that the user set for us, in seconds. Raises TargetError for one that is none."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if text and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise TargetError(f"SOURCE_DATE_EPOCH is {text[:40]!r}", "the environment", "give seconds since 1970")
+    return int(text) if text else None
+
+
+def _facts(scalar: Scalar) -> dict[str, Any] | None:
+    entry = scalar.known
+    if entry is None:
+        return None
+    return {
+        "id": entry.id,
+        "status": entry.status,
+        "causal_alone": entry.causal_alone,
+        "sources": [source.model_dump(mode="json") for source in entry.sources],
+    }

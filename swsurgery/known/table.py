@@ -1,0 +1,313 @@
+"""The facts as text: a table for the terminal, and a manifest that `apply` takes.
+
+Everything here is a pure function of the facts; the library prints nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import textwrap
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from swsurgery.errors import LookupFailed, printable
+from swsurgery.known.schema import STATUSES, Effect, Figure, JointSet, KnownCoordinate, KnownModel, Source, with_status
+from swsurgery.known.shipped import addressable
+from swsurgery.manifest.writer import Operation, edit_fields, manifest_text, refuse_unfit
+
+UNDECIDED = "A scan is undecided."
+"""How a note of an own entry begins if the scan found nothing and did not read everything."""
+
+LARGE_RATIO = 4.0
+"""From this published perplexity ratio on, a zero manifest asks its sanity check to see damage ..."""
+
+
+def render_table(model: KnownModel, width: int = 100, status: str | Collection[str] | None = None) -> str:
+    """What is known of one model, for a terminal of `width` columns: coordinates with tensor, value, status and what
+    zeroing each alone does, then joint sets, warnings, notes and the sources as numbered footnotes.
+
+    Raises LookupFailed for a word that is no status."""
+    shown = with_status(model, status)
+    notes = _Footnotes()
+    out = _Page(width)
+    out.line(f"{model.hf_id} ({model.family})")
+    out.line(
+        f"{model.num_layers} layers, hidden {model.hidden_size}, intermediate {model.intermediate_size}"
+        + (f", {model.num_experts} experts" if model.num_experts else "")
+        + (f"; also called {', '.join(model.aliases)}" if model.aliases != (model.hf_id,) else "")
+    )
+    if model.own:
+        out.line(f"with an own scan, which swsurgery lookup {shlex.quote(model.slug)} --forget removes")
+    if model.revision_measured:
+        out.line(f"measured at revision {model.revision_measured}")
+    out.line()
+    rows = [("coordinate", "value", "status", "zeroed alone")]
+    rows += [(c.id, short_value(c), _status(c), _alone(c)) for c in shown]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    head, *cells = ["  ".join([*(cell.ljust(w) for cell, w in zip(r, widths, strict=False)), r[3]]) for r in rows]
+    out.line(head)
+    for coordinate, line in zip(shown, cells, strict=True):
+        out.line(line)
+        for detail in _details(model, coordinate, notes):
+            out.line(detail, indent=4)
+    if not shown:
+        out.line("none of this status" if model.coordinates else "none")
+    ids = {c.id for c in shown}
+    joint = [j for j in model.joint_sets if ids.intersection(j.coordinates)]
+    if joint:
+        out.line()
+        out.line("zeroed together")
+        for joint_set in joint:
+            out.line(" + ".join(joint_set.coordinates), indent=2)
+            out.line(_joint(joint_set, notes), indent=4)
+    if model.effects:
+        out.line()
+        out.line("measured otherwise")
+        for effect in model.effects:
+            out.line(f"{effect.protocol}: {_measured(effect, notes)}", indent=2, hanging=2)
+    warned = _warnings(model, shown)
+    if warned:
+        out.line()
+        for warning in warned:
+            out.line(f"WARNING: {warning}", hanging=2)
+    if model.notes:
+        out.line()
+        out.line("notes")
+        for note in model.notes:
+            out.line(f"- {note}", indent=2, hanging=2)
+    notes.mark(*model.scans)
+    out.line()
+    out.line("sources")
+    for number, source in enumerate(notes.sources, 1):
+        kind = "second-hand" if source.kind == "secondary" else source.kind
+        text = f"[{number}] {_cite(source)} ({kind}{'; ' + source.note if source.note else ''})"
+        out.line(text, indent=2, hanging=4)
+    return out.text()
+
+
+def render_manifest(
+    model: KnownModel,
+    op: Operation,
+    factor: float | None = None,
+    status: str | Collection[str] | None = None,
+) -> str:
+    """The YAML text of a manifest that does `op` to the known coordinates of a model.
+
+    Without `status`, protect takes every addressable coordinate; zero and scale also leave out the insufficient ones,
+    where no test has shown that they matter. Raises ManifestError for another operation or a factor that does not fit
+    it, LookupFailed where no coordinate is left."""
+    refuse_unfit(op, factor)
+    chosen = status
+    if status is None and op != "protect":
+        chosen = set(STATUSES) - {"refuted", "insufficient"}
+    coordinates = addressable(model, chosen)
+    if not coordinates:
+        raise LookupFailed(f"no whole coordinate to {op}", model.slug, _why_none(model, op, status))
+    what = f"{len(coordinates)} known coordinate{'s' if len(coordinates) > 1 else ''} of {model.hf_id}"
+    if model.path:
+        base = {"path": model.path, "model": model.hf_id}
+    else:
+        base = {"repo_id": model.hf_id, "revision": model.revision_measured}
+    return manifest_text(
+        head=[f"{model.hf_id}: printed by", f"  {_command(model, op, factor, status)}"],
+        name=f"{model.slug}-{op}" + (f"-{factor:g}" if factor is not None else ""),
+        description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
+        base=base,
+        edits=[(f"{c.id}: {_in_few_words(c)}", _edit(c, op, factor)) for c in coordinates],
+        damaging=op == "zero" and _largest_ratio(model, coordinates) >= LARGE_RATIO,
+    )
+
+
+def describe(effect: Effect) -> str:
+    """One measurement in a few words: `wikitext2 ppl 5.67 -> 1211`, `wikitext2 ppl x3667`."""
+    metric = effect.metric.replace("_", " ")
+    times = f"x{figure(effect.ratio)}" if effect.ratio not in (None, math.inf) else ""
+    if effect.dose or effect.dose_ratio:
+        pairs = [f"{figure(a)}: {figure(b)}" for a, b in effect.dose]
+        pairs += [f"{figure(a)}: x{figure(b)}" for a, b in effect.dose_ratio]
+        return f"{metric} at {', '.join(pairs)}"
+    if effect.before is not None and effect.after is not None:
+        return f"{metric} {figure(effect.before)} -> {figure(effect.after)}"
+    if effect.after is None or times:
+        return f"{metric} {times}".rstrip()
+    return f"{metric} {figure(effect.after)}"
+
+
+def figure(value: Figure) -> str:
+    """A published number to four digits, larger ones whole; words stay words."""
+    if isinstance(value, str):
+        return value
+    if math.isinf(value):
+        return "infinite"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+class _Footnotes:
+    """Numbers sources in the order in which they are first cited."""
+
+    def __init__(self) -> None:
+        self.sources: list[Source] = []
+
+    def mark(self, *sources: Source) -> str:
+        marks = []
+        for source in dict.fromkeys(sources):
+            if source not in self.sources:
+                self.sources.append(source)
+            marks.append(f"[{self.sources.index(source) + 1}]")
+        return " ".join(marks)
+
+
+class _Page:
+    """Lines wrapped to a width."""
+
+    def __init__(self, width: int):
+        self.width = max(width, 40)
+        self.lines: list[str] = []
+
+    def line(self, text: str = "", indent: int = 0, hanging: int = 0) -> None:
+        text = printable(text)  # an own entry may hold what a config.json says of itself
+        first, rest = " " * indent, " " * (indent + hanging)
+        if len(first) + len(text) <= self.width:
+            self.lines.append(first + text if text else "")  # keeps the columns' spaces
+            return
+        self.lines += textwrap.wrap(
+            text, self.width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+        )
+
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+def _details(model: KnownModel, coordinate: KnownCoordinate, notes: _Footnotes) -> Iterable[str]:
+    stored = (coordinate.row, "*" if coordinate.col is None else coordinate.col)
+    first, second = reversed(stored) if model.transposed else stored
+    yield f"{coordinate.tensor}[{first}, {second}]" + (" (stored transposed)" if model.transposed else "")
+    # Of what was published the strongest stands for all; a scan's figures belong together.
+    for number, effect in enumerate(coordinate.effects):
+        if number == 0 or effect.conditions:
+            own = "own scan, " if effect.source.kind == "own scan" else ""
+            yield f"{own}{_protocol(effect)}: {_measured(effect, notes)}"
+    if coordinate.value_printed:
+        yield f"printed as {coordinate.value_printed}"
+    for remark in (coordinate.role, coordinate.note):
+        if remark:
+            yield remark
+    by = "; ".join(coordinate.located_by)
+    yield f"found by {by} {notes.mark(*coordinate.sources, *(e.source for e in coordinate.effects))}"
+
+
+def _joint(joint_set: JointSet, notes: _Footnotes) -> str:
+    effects = "; ".join(
+        ("whole rows: " if "rows" in e.protocol else "") + _measured(e, notes) for e in joint_set.effects
+    )
+    name = f"{joint_set.name}: " if joint_set.name else ""
+    return name + effects + (f"; {joint_set.note}" if joint_set.note else "")
+
+
+def _measured(effect: Effect, notes: _Footnotes) -> str:
+    """The measurement with its interval, footnote and remark."""
+    interval = f" (95%: x{figure(effect.ci95[0])} to x{figure(effect.ci95[1])})" if effect.ci95 else ""
+    remark = f" ({effect.note})" if effect.note else ""
+    return f"{describe(effect)}{interval} {notes.mark(effect.source)}{remark}"
+
+
+def _warnings(model: KnownModel, shown: Iterable[KnownCoordinate]) -> list[str]:
+    shown = list(shown)
+    warnings = list(model.disputes)
+    alone = [c.id for c in shown if c.independent.location == 1 and c.status != "measured"]
+    if alone:
+        warnings.append(f"reported by one group only: {', '.join(alone)}")
+    copied = [c.id for c in shown if c.independent.location == 0]
+    if copied:
+        warnings.append(f"found by nobody at this place, copied or misprinted: {', '.join(copied)}")
+    rows = [c.id for c in shown if c.col is None]
+    if rows:
+        warnings.append(f"only the row is published, so a manifest cannot name the scalar: {', '.join(rows)}")
+    return warnings
+
+
+def _protocol(effect: Effect) -> str:
+    return {"zero": "zeroed", "zero row": "whole row zeroed"}.get(effect.protocol, effect.protocol)
+
+
+def _status(coordinate: KnownCoordinate) -> str:
+    if not coordinate.own:
+        return coordinate.status
+    return "own scan" if coordinate.status == "measured" else f"{coordinate.status}, own scan"
+
+
+def _alone(coordinate: KnownCoordinate) -> str:
+    if coordinate.causal_scope == "row" and coordinate.causal_alone != "untested":
+        return f"{coordinate.causal_alone} (row)"
+    return coordinate.causal_alone
+
+
+def in_words(coordinate: KnownCoordinate) -> str:
+    """What zeroing it alone does: `catastrophic: wikitext2 ppl 5.67 -> 1211`."""
+    effect = next(iter(coordinate.effects), None)
+    row = " (whole row)" if effect and effect.protocol == "zero row" and coordinate.col is not None else ""
+    return _alone(coordinate) + (f": {describe(effect)}{row}" if effect else "")
+
+
+def _in_few_words(coordinate: KnownCoordinate) -> str:
+    return f"{_status(coordinate)}, alone {in_words(coordinate)}"
+
+
+def short_value(coordinate: KnownCoordinate) -> str:
+    """The value and its dtype, or `~` and a rounded print, or `-`."""
+    if coordinate.value is not None:
+        return f"{coordinate.value!r} {coordinate.dtype}"
+    return f"~{coordinate.value_printed.split()[0]}" if coordinate.value_printed else "-"
+
+
+def _cite(source: Source) -> str:
+    return f"{source.cite}@{source.commit[:12]}" if source.commit else source.cite
+
+
+def _edit(coordinate: KnownCoordinate, op: Operation, factor: float | None) -> dict[str, Any]:
+    guard = {"value": coordinate.value, "dtype": coordinate.dtype} if coordinate.value is not None else None
+    return edit_fields(coordinate, op, factor, guard)
+
+
+def _command(model: KnownModel, op: Operation, factor: float | None, status: str | Collection[str] | None) -> str:
+    words = [status] if isinstance(status, str) else [s for s in STATUSES if s in (status or ())]
+    return " ".join(
+        [f"swsurgery lookup {shlex.quote(model.slug)}", *(f"--status {word}" for word in words), f"--manifest {op}"]
+        + ([f"--factor {factor!r}"] if factor is not None else [])
+    )
+
+
+def _why_none(model: KnownModel, op: Operation, status: str | Collection[str] | None) -> str:
+    if not model.coordinates:
+        undecided = any(note.startswith(UNDECIDED) for note in model.notes)
+        return "its scan is undecided" if undecided else "a scan found none"
+    left = addressable(model)
+    if status is None and left:
+        return f"all are insufficient, none was shown to matter; --status insufficient would {op} them"
+    return "only rows are published" if all(c.col is None for c in model.coordinates) else "none is of this status"
+
+
+def _largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) -> float:
+    """The largest perplexity ratio published on wikitext-2 or measured by a scan for zeroing one of these, or a joint
+    set all of which is among them; 1 where none is. Second-hand figures do not count."""
+    coordinates = list(coordinates)
+    ids = {c.id for c in coordinates}
+    effects = [e for c in coordinates for e in c.effects if e.protocol == "zero"]
+    for joint_set in model.joint_sets:
+        if ids.issuperset(joint_set.coordinates):
+            effects += [e for e in joint_set.effects if e.protocol == "zero jointly"]
+    return max(map(published_ratio, effects), default=1.0)
+
+
+def published_ratio(effect: Effect) -> float:
+    """The perplexity ratio of one measurement on wikitext-2 or by a scan; 1 where it has none or is second-hand."""
+    if not (effect.metric == "wikitext2_ppl" or effect.conditions) or effect.source.kind == "secondary":
+        return 1.0
+    if isinstance(effect.ratio, float):
+        return effect.ratio
+    if isinstance(effect.before, float) and isinstance(effect.after, float):
+        return effect.after / effect.before
+    return 1.0

@@ -1,0 +1,177 @@
+"""The four operations of a manifest and what each does to the bytes of one scalar.
+
+An edit names its scalars in one of three ways: `layer`, `row`, `col` (and `expert`), the short form of the
+papers; `tensor` and `index`, in stored shape; or `known`, coordinates out of the registry. To add an
+operation, write its class here and name it in `Edit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WrapValidator,
+    model_validator,
+)
+
+from swsurgery.errors import NumberError
+from swsurgery.storage import dtypes
+from swsurgery.storage.dtypes import DTYPES, Dtype, Written
+from swsurgery.storage.schema import Position, Strict
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Bits = Annotated[str, Field(pattern=r"^0x([0-9a-fA-F]{2}|[0-9a-fA-F]{4}|[0-9a-fA-F]{8}|[0-9a-fA-F]{16})$")]
+Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | Finite
+
+
+def _kept_exact(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """A number as it is written, where validation would make the nearest binary64 of it."""
+    validated = validate(value)
+    return value if isinstance(value, Written) or type(value) is int else validated
+
+
+Exact = WrapValidator(_kept_exact)
+
+_TARGETS = [{"required": ["layer", "row", "col"]}, {"required": ["tensor", "index"]}, {"required": ["known"]}]
+
+
+class MeasuredValue(Strict):
+    """A value that somebody read in another dtype than the stored one: compared after rounding to it."""
+
+    value: Annotated[Number, Exact]
+    dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
+
+
+class Target(Strict):
+    """Which scalars, and optionally which value is expected there: exactly one of the three forms."""
+
+    layer: Position | None = Field(None, description="0-based decoder layer")
+    row: Position | None = Field(None, description="output channel of the down projection")
+    col: Position | None = Field(None, description="intermediate neuron: input of the down projection")
+    expert: Position | Literal["shared"] | None = Field(None, description="expert of a mixture-of-experts layer")
+    tensor: str | None = Field(None, description="name of the stored tensor")
+    index: Annotated[
+        tuple[Position, ...] | None,
+        # YAML and JSON have lists; strict mode would take only a tuple.
+        BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+        Field(description="index in the stored shape"),
+    ] = None
+    known: str | None = Field(None, description="a coordinate id of the registry, such as L2.3968.7003, or all")
+    expect: Annotated[Number | Bits | MeasuredValue | None, Exact] = Field(
+        None, description="refuse to edit unless this is stored there: a value, bits, or a value and its dtype"
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Target:
+        short = [self.layer, self.row, self.col]
+        forms = {
+            "layer, row, col": any(f is not None for f in [*short, self.expert]),
+            "tensor, index": self.tensor is not None or self.index is not None,
+            "known": self.known is not None,
+        }
+        given = [form for form, present in forms.items() if present]
+        if not given:
+            raise ValueError("names no scalar: give layer, row and col; or tensor and index; or known")
+        if len(given) > 1:
+            raise ValueError(f"names its scalar in more than one way ({'; '.join(given)}): give one of them")
+        if forms["layer, row, col"] and None in short:
+            missing = [n for n, f in zip(("layer", "row", "col"), short, strict=True) if f is None]
+            raise ValueError(f"is missing {' and '.join(missing)}")
+        if forms["tensor, index"] and (self.tensor is None or self.index is None):
+            raise ValueError(f"is missing {'tensor' if self.tensor is None else 'index'}")
+        if self.known is not None and self.expect is not None:
+            raise ValueError("has both known and expect: known brings the expected values itself")
+        return self
+
+
+class Zero(Target):
+    """All bits zero."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _TARGETS})
+    writes: ClassVar[bool] = True
+    op: Literal["zero"]
+
+    def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+        return dtypes.zero(dtype)
+
+
+class Scale(Target):
+    """The exact product of the stored value and `factor`, rounded once to the stored dtype, half to even."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _TARGETS})
+    writes: ClassVar[bool] = True
+    op: Literal["scale"]
+    factor: Finite = Field(description="taken as the binary64 number nearest to what is written; not 0")
+
+    @model_validator(mode="after")
+    def _not_zero(self) -> Scale:
+        if self.factor == 0:
+            raise ValueError("has factor 0: use op zero")
+        return self
+
+    def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+        return dtypes.scaled(dtype, old, self.factor)
+
+
+class Set(Target):
+    """A given value, rounded once to the stored dtype, or given bits."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [{"oneOf": _TARGETS}, {"oneOf": [{"required": ["value"]}, {"required": ["bits"]}]}]}
+    )
+    writes: ClassVar[bool] = True
+    op: Literal["set"]
+    value: Annotated[Number | None, Exact] = None
+    bits: Bits | None = None
+
+    @model_validator(mode="after")
+    def _value_or_bits(self) -> Set:
+        if (self.value is None) == (self.bits is None):
+            raise ValueError("needs value or bits, one of them")
+        return self
+
+    def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+        if self.bits is None:
+            return dtypes.encode(dtype, self.value)
+        new = dtypes.from_bits(dtype, self.bits)
+        value = dtypes.decode(dtype, new)
+        if value != value or value in (float("inf"), float("-inf")):
+            raise NumberError(f"{self.bits} is {value} in {dtype.name}", remedy="only finite values are set")
+        return new
+
+
+class Protect(Target):
+    """The stored bits must be the base's, whatever else is done to the checkpoint."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _TARGETS})
+    writes: ClassVar[bool] = False
+    op: Literal["protect"]
+
+
+Edit = Annotated[Zero | Scale | Set | Protect, Field(discriminator="op")]
+
+
+def expectation_fault(expect: Any, dtype: Dtype, stored: bytes) -> str | None:
+    """None where the stored bytes are what `expect` says, else the difference in words."""
+    if isinstance(expect, str):
+        found = dtypes.bits_of(stored)
+        return None if found == expect.lower() else f"expected bits {expect}, stored are {found}"
+    value = dtypes.decode(dtype, stored)
+    if isinstance(expect, MeasuredValue):
+        coarse = DTYPES[expect.dtype]
+        # Rounding both to the coarser of the two dtypes forgives what a conversion between them changes.
+        same = dtypes.round_to(coarse, value) == dtypes.round_to(coarse, expect.value) or value == dtypes.round_to(
+            dtype, expect.value
+        )
+        return (
+            None if same else f"expected {dtypes.show(expect.value)} ({expect.dtype}), stored is {dtypes.show(value)}"
+        )
+    try:
+        same = dtypes.decode(dtype, dtypes.encode(dtype, expect)) == value
+    except NumberError:
+        same = False
+    return None if same else f"expected {dtypes.show(expect)}, stored is {dtypes.show(value)} ({dtype.name})"

@@ -1,0 +1,301 @@
+"""The sparse form of an edit: one small safetensors file with the old and the new bits of each scalar, and the digests
+of the base that it is for.
+
+Tensor number n of the metadata has the entries `n.indices` (I64, positions in row-major order, rising), `n.new` and
+`n.old` (in its own dtype). Names of the base's tensors stand in the metadata only, so none can collide with an entry.
+The same edits give the same bytes. Knows bytes, and no checkpoint: `manifest_text` is what applies it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, ValidationError
+
+from swsurgery import __version__
+from swsurgery.errors import CheckpointError, ManifestError, NumberError
+from swsurgery.manifest.operations import Edit
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.dtypes import DTYPES, Dtype, bits_of
+from swsurgery.storage.names import SHARD_NAME
+from swsurgery.storage.schema import OfVariant, Position, Strict
+from swsurgery.storage.shard import TensorInfo, header_length, parse_header
+from swsurgery.storage.strict_json import first_fault, parse_json
+
+FORMAT, VERSION = "swsurgery.sparse", "1"
+"""What the metadata's `format` and `format_version` say."""
+
+MAX_SCALARS = 8000
+"""In one patch: its manifest stays below the limit of a manifest's keys and values."""
+
+NAMELESS_BASE = "base"
+"""Where the base of a patch that names no repository is looked for: beside the patch."""
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ShardName = Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
+Shape = Annotated[
+    tuple[Position, ...],
+    FailFast(),
+    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+    Field(max_length=16),
+]
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PatchBase(OfVariant):
+    """What the patch is for. `sha256` are the digests of the shards that it touches, where they are known."""
+
+    repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$")] | None = None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    model: str | None = None
+    sha256: dict[ShardName, Digest] = {}
+    weights: Literal["index", "single"] | None = None
+    copies: Literal["omit", "keep"] | None = None
+
+
+class PatchBounds(Strict):
+    """What the sanity check has to hold, as in a manifest."""
+
+    max_perplexity_ratio: Ratio | None = None
+    min_perplexity_ratio: Ratio | None = None
+
+
+class _Operation(Strict):
+    op: Literal["zero", "scale", "set"]
+    factor: float | None = None
+
+
+class _Tensor(Strict):
+    """`edits` are the operations of its scalars, in the order of their positions."""
+
+    name: Annotated[str, Field(min_length=1, max_length=1024)]
+    dtype: Literal[tuple(DTYPES)]
+    shape: Shape
+    file: ShardName
+    edits: Annotated[list[_Operation], FailFast(), Field(min_length=1, max_length=MAX_SCALARS)]
+
+
+class _Header(Strict):
+    swsurgery_version: str
+    manifest_sha256: Digest
+    base: PatchBase
+    check: PatchBounds
+    tensors: Annotated[list[_Tensor], FailFast(), Field(min_length=1, max_length=MAX_SCALARS)]
+
+
+@dataclass(frozen=True)
+class PatchScalar:
+    """One scalar: its tensor and its row-major position there, the shard, and its bytes (little-endian) before and
+    after. `op` and `factor` give `new` from `old`."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: Dtype
+    flat: int
+    file: str
+    old: bytes
+    new: bytes
+    op: str
+    factor: float | None = None
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        return TensorInfo(self.tensor, self.dtype, self.shape, (0, 0)).index(self.flat)
+
+    @property
+    def coordinate(self) -> Coordinate:
+        return Coordinate(self.tensor, self.index)
+
+    def to_edit(self) -> dict[str, Any]:
+        """The edit of a manifest that makes this change, and no other."""
+        edit = {"op": self.op, "tensor": self.tensor, "index": list(self.index), "expect": bits_of(self.old)}
+        if self.op == "scale":
+            edit["factor"] = self.factor
+        elif self.op == "set":
+            edit["bits"] = bits_of(self.new)
+        return edit
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Edits without their checkpoint. `scalars` are sorted by tensor and position; `manifest_sha256` is the digest of
+    the manifest that they come from."""
+
+    base: PatchBase
+    check: PatchBounds
+    manifest_sha256: str
+    scalars: tuple[PatchScalar, ...]
+    swsurgery_version: str = __version__
+
+    def by_tensor(self) -> list[list[PatchScalar]]:
+        """The scalars of each tensor."""
+        groups: dict[str, list[PatchScalar]] = {}
+        for scalar in self.scalars:
+            groups.setdefault(scalar.tensor, []).append(scalar)
+        return list(groups.values())
+
+    def origin(self) -> dict[str, Any]:
+        """Where the edits come from, for the metadata of another format."""
+        return {
+            "swsurgery_version": self.swsurgery_version,
+            "manifest_sha256": self.manifest_sha256,
+            "base": self.base.model_dump(mode="json"),
+        }
+
+
+def looks_like(raw: bytes) -> bool:
+    """Whether a file that begins so is a safetensors file and no text: the length of its header has zero bytes, which
+    YAML and JSON do not have."""
+    return raw[4:9] == b"\0\0\0\0{"
+
+
+def render(patch: Patch) -> bytes:
+    """The sparse form. Raises ManifestError for what a patch may not hold: nothing, or more than MAX_SCALARS."""
+    if not 0 < len(patch.scalars) <= MAX_SCALARS:
+        raise ManifestError(f"{len(patch.scalars)} changed scalars, where a patch has 1 to {MAX_SCALARS}")
+    groups = patch.by_tensor()
+    header = {
+        **patch.origin(),
+        "check": patch.check.model_dump(mode="json"),
+        "tensors": [
+            {
+                "name": group[0].tensor,
+                "dtype": group[0].dtype.name,
+                "shape": list(group[0].shape),
+                "file": group[0].file,
+                "edits": [{"op": s.op, "factor": s.factor} for s in group],
+            }
+            for group in groups
+        ],
+    }
+    try:
+        _Header.model_validate(header)
+    except ValidationError as error:
+        raise ManifestError(f"cannot be written as a patch: {first_fault(error)}") from None
+    arrays: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    for number, group in enumerate(groups):
+        dtype, count = group[0].dtype.name, (len(group),)
+        arrays[f"{number}.indices"] = "I64", count, struct.pack(f"<{len(group)}q", *(s.flat for s in group))
+        arrays[f"{number}.new"] = dtype, count, b"".join(s.new for s in group)
+        arrays[f"{number}.old"] = dtype, count, b"".join(s.old for s in group)
+    metadata = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "patch": json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")),
+    }
+    return safetensors_bytes(arrays, metadata)
+
+
+def safetensors_bytes(arrays: Mapping[str, tuple[str, Sequence[int], bytes]], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of (dtype, shape, bytes) by name. Wide dtypes come first, then names in order, so that every
+    array is aligned and the bytes depend on nothing else."""
+    order = sorted(arrays, key=lambda name: (-DTYPES[arrays[name][0]].bits, name))
+    header, position = {"__metadata__": dict(sorted(metadata.items()))}, 0
+    for name in order:
+        dtype, shape, data = arrays[name]
+        end = position + len(data)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(arrays[name][2] for name in order)
+
+
+def json_bytes(document: dict[str, Any]) -> bytes:
+    """A JSON file, the same for the same document."""
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+
+
+def parse(raw: bytes, path: Path) -> Patch:
+    """The patch in the bytes of a sparse form; `path` is only named in messages.
+
+    Raises ManifestError, one line, for anything that `render` does not write.
+    """
+    try:
+        size = header_length(raw[:8], len(raw), path)
+        tensors, metadata = parse_header(raw[8 : 8 + size], len(raw) - 8 - size)
+        said = metadata.get("format"), metadata.get("format_version")
+        if said != (FORMAT, VERSION):
+            what = f"version {said[1]} of a patch" if said[0] == FORMAT else "a safetensors file, but not a patch"
+            raise ManifestError(what, path, "give a manifest, or what swsurgery export --format sparse wrote")
+        header = _Header.model_validate(parse_json(metadata.get("patch", "").encode(), "its metadata"))
+        data = memoryview(raw)[8 + size :]
+        scalars = tuple(_scalars(header, {name: (i, data[slice(*i.data_offsets)]) for name, i in tensors.items()}))
+    except ValidationError as error:
+        raise ManifestError(f"not a sound patch: {first_fault(error)}", path) from None
+    except (CheckpointError, NumberError) as error:
+        raise ManifestError(f"not a sound patch: {error.faults[0]}", path) from None
+    except ValueError as error:
+        raise ManifestError(f"not a sound patch: {error}", path) from None
+    return Patch(header.base, header.check, header.manifest_sha256, scalars, header.swsurgery_version)
+
+
+def manifest_text(raw: bytes, path: Path) -> bytes:
+    """The manifest, as JSON, that does what a sparse form does: it expects the old bits, and pins the base's digests.
+
+    Raises ManifestError.
+    """
+    patch = parse(raw, path)
+    base = {key: value for key, value in patch.base.model_dump(mode="json").items() if value}
+    if "repo_id" not in base:
+        base["path"] = NAMELESS_BASE
+    head = {
+        "version": 1,
+        "description": f"from a patch of swsurgery {patch.swsurgery_version}, made of the manifest with sha256 "
+        f"{patch.manifest_sha256}",
+        "base": base,
+        "check": {key: value for key, value in patch.check.model_dump().items() if value is not None},
+    }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    edits = ",\n".join(json.dumps(scalar.to_edit()) for scalar in patch.scalars)
+    return ("{" + ",\n".join([*lines, f'"edits": [\n{edits}\n]']) + "}\n").encode()
+
+
+_EDIT = TypeAdapter(Edit)
+
+
+def _scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]]) -> Iterator[PatchScalar]:
+    """Every scalar of a patch. Raises ValueError with the broken rule, NumberError."""
+    numbers = range(len(header.tensors))
+    entries = {f"{number}.{part}" for number in numbers for part in ("indices", "new", "old")}
+    if odd := sorted(entries ^ set(arrays)):
+        raise ValueError(f"its metadata and its entries disagree about {odd[0]!r:.60}")
+    if sum(len(tensor.edits) for tensor in header.tensors) > MAX_SCALARS:
+        raise ValueError(f"it has more than {MAX_SCALARS} scalars")
+    names = [tensor.name for tensor in header.tensors]
+    if names != sorted(set(names)):
+        raise ValueError("its tensors are not in order, each once")
+    for number, tensor in zip(numbers, header.tensors, strict=True):
+        where, count, dtype = f"{tensor.name!r:.90}", len(tensor.edits), DTYPES[tensor.dtype]
+        if dtype.kind == "opaque":
+            raise ValueError(f"{where} is {dtype.name}, which {dtype.refusal}")
+        parts = {}
+        for part, wanted in (("indices", "I64"), ("new", dtype.name), ("old", dtype.name)):
+            info, parts[part] = arrays[f"{number}.{part}"]
+            if (info.dtype.name, info.shape) != (wanted, (count,)):
+                raise ValueError(f"{number}.{part} is {info.dtype.name} of shape {list(info.shape)}, where {where} "
+                                 f"needs {wanted} of [{count}]")  # fmt: skip
+        positions = struct.unpack(f"<{count}q", parts["indices"])
+        size, last = math.prod(tensor.shape), -1
+        for at, (flat, operation) in enumerate(zip(positions, tensor.edits, strict=True)):
+            if not 0 <= flat < size:
+                raise ValueError(f"position {flat} is out of range for {where} of shape {list(tensor.shape)}")
+            if flat <= last:
+                raise ValueError(f"positions of {where} do not rise: {flat} after {last}")
+            if (operation.op == "scale") != (operation.factor is not None):
+                raise ValueError(f"{where} has op {operation.op} and factor {operation.factor}")
+            last, here = flat, slice(at * dtype.size, (at + 1) * dtype.size)
+            scalar = PatchScalar(
+                tensor.name, tensor.shape, dtype, flat, tensor.file, bytes(parts["old"][here]),
+                bytes(parts["new"][here]), operation.op, operation.factor,
+            )  # fmt: skip
+            edit = _EDIT.validate_python(scalar.to_edit())
+            if edit.new_bytes(dtype, scalar.old) != scalar.new:
+                raise ValueError(f"{scalar.coordinate} holds {bits_of(scalar.new)}, which op {scalar.op} does not give")
+            yield scalar

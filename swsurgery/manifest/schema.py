@@ -1,0 +1,83 @@
+"""Hold what belongs together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from swsurgery.manifest.operations import Edit
+from swsurgery.storage.names import VARIANT
+from swsurgery.storage.schema import Strict, Version
+
+MAX_EDITS = 150_000
+"""An edit of 100,000 scalars must work. The largest published set of weights removed at once has 7,000."""
+
+
+FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$"
+
+
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Base(Strict):
+    """The checkpoint to edit: a repository at a revision, or a directory."""
+
+    repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$")] | None = None
+    revision: (
+        Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="the commit: 40 hex digits, quoted")] | None
+    ) = None
+    path: Annotated[str, Field(min_length=1, description="a directory, relative to the manifest")] | None = None
+    model: Annotated[str, Field(description="which known model it is, where repo_id does not say")] | None = None
+    sha256: Annotated[
+        dict[Annotated[str, Field(pattern=FILE_NAME)], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]],
+        Field(description="digests of shards: another base is refused"),
+    ] = {}
+    weights: Annotated[
+        Literal["index", "single"] | None,
+        Field(description="which weights to edit where both an index and a single file are there"),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Field(pattern=f"^{VARIANT}$", description="which variant of the weights to edit, such as fp16"),
+    ] = None
+    copies: Annotated[
+        Literal["omit", "keep"] | None,
+        Field(description="further copies of the weights: leave them out, or carry them along unedited"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Base:
+        if (self.repo_id is None) == (self.path is None):
+            raise ValueError("needs repo_id or path, one of them")
+        if self.revision is not None and self.repo_id is None:
+            raise ValueError("has a revision without a repo_id")
+        return self
+
+
+class Bounds(Strict):
+    """What the sanity check has to hold."""
+
+    max_perplexity_ratio: Ratio | None = None
+    min_perplexity_ratio: Ratio | None = None
+
+
+class Manifest(Strict):
+    """What to do to which scalars of which base."""
+
+    version: Version
+    name: Annotated[str, Field(pattern=FILE_NAME)] | None = None
+    description: str | None = None
+    base: Base
+    edits: Annotated[list[Edit], Field(min_length=1)]
+    check: Bounds = Bounds()
+
+
+def schema() -> dict[str, Any]:
+    """The manifest's JSON Schema (draft 2020-12)."""
+    generated = Manifest.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **generated,
+        "title": "swsurgery manifest",
+    }

@@ -1,0 +1,424 @@
+"""`scan --method weights`: super weights by the weights alone, in one reading of the MLPs.
+
+A neuron i of a gated MLP makes silu(g_i . x) * (u_i . x), and W_down[:, i] carries that to the residual stream. Where
+silu has left zero this is (g_i . x) * (u_i . x), over unit vectors x at most (|g_i||u_i| + g_i . u_i) / 2: most where
+both rows are long and point the same way. The second term alone ranks best, so the score of a scalar is
+|W_down[k, i]| * |sum_d gain_d^2 g_id u_id|, with the gain of the norm before the MLP folded into both rows. Without a
+gate, fc_i takes both places. docs/detection.md compares the variants.
+
+A norm behind the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4) divides the whole output by its size and multiplies channel k
+by its gain, so |gain_k| is a factor of the score too. The size is not: it depends on the input.
+
+This room knows which matrices belong together and which scores are remarkable. It runs no forward pass and needs
+neither tokenizer nor torch; the arithmetic is in scores.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.projections import DownProjection, down_projections
+from swsurgery.errors import ArchitectureError
+from swsurgery.progress import Progress, Silent
+from swsurgery.scanning.coverage import layer_name, stored_layers, unread_layers
+from swsurgery.scanning.report import Candidate, ScanReport
+from swsurgery.scanning.scores import (
+    THREADS,
+    Matrix,
+    Mlp,
+    NeuronScores,
+    Reader,
+    Side,
+    columns_of,
+    ranks_in,
+    score_neurons,
+    values_of,
+)
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.dtypes import decode
+from swsurgery.storage.files import opened, read_exactly
+
+MIN_Z = 5.0
+"""Least robust z-score of a candidate. Of SmolLM2-135M-Instruct's scalars it leaves six (5.2 to 6.9): zeroing any of
+five raises perplexity, the sixth erases the super activation. Random weights stay below 3."""
+
+MIN_PEAK = 2.0
+"""Least magnitude of a candidate, in medians of the column maxima of its layer: 6.9 to 8.7 for those six, below 2 with
+random weights. Without it a neuron whose large scalar was set to 0 would still be listed, with the next row."""
+
+LEAST_SPREAD = math.log(2)
+"""The unit of z is never less than a factor of two: scores that hardly differ have no outliers."""
+
+COMPANION = 0.5
+"""Further rows of a candidate's column are listed from this share of its magnitude on."""
+
+MAX_ROWS = 3
+"""Rows listed of one column."""
+
+
+class Inputs(NamedTuple):
+    """Stored names of a layer's input matrices, in the place of the down projection's last name.
+
+    `how`: "pair" of gate and up, "alone" without a gate, or one tensor for both, gate first in "halves" or alternating
+    with up, "interleaved".
+    """
+
+    gate: str
+    up: str
+    how: str
+
+
+def _pair(gate: str, up: str) -> Inputs:
+    return Inputs(gate, up, "pair")
+
+
+def _one(name: str, how: str) -> Inputs:
+    return Inputs(name, name, how)
+
+
+INPUTS: dict[str, tuple[Inputs, ...]] = {
+    "down_proj": (
+        _pair("gate_proj", "up_proj"),
+        _one("gate_up_proj", "halves"),  # Phi-3, and stacked experts
+        _one("up_proj", "alone"),  # MPT
+    ),
+    "w2": (_pair("w1", "w3"),),  # Mixtral's experts
+    "output_linear": (_one("input_linear", "halves"),),  # Granite-MoE
+    "dense_4h_to_h": (_one("dense_h_to_4h", "alone"),),  # GPT-NeoX, Falcon, BLOOM
+    "c_proj": (_one("c_fc", "alone"),),  # GPT-2 and its relatives, StarCoder2
+    "fc2": (_one("fc1", "alone"),),  # Phi-2, OPT
+    "fc_out": (_one("fc_in", "alone"),),  # GPT-J
+}
+"""By the last name of the down projection, without ".weight": what may feed it, the first that is stored."""
+
+INTERLEAVED = ("gpt_oss",)
+"""Model types whose gate_up_proj alternates gate and up."""
+
+PRE_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm")
+"""Names of a norm that certainly stands before the MLP."""
+
+NORMS = (
+    *PRE_NORMS,
+    *("ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "final_layer_norm", "input_layernorm", "ln_1"),
+)
+"""Names of the norm before the MLP, the first that a layer stores; parallel blocks have only that of the attention."""
+
+NO_PRE_NORM = "post_feedforward_layernorm"
+"""With this and none of PRE_NORMS, the MLP reads the residual stream as it is (OLMo 2 and 3, EXAONE 4)."""
+
+POST_NORM = re.compile(r"post_(feed_?forward|mlp|ffn|ff|moe)_(layer|rms)?norm")
+"""Names of a norm behind the MLP, before its output is added to the residual stream."""
+
+NO_GAIN = "no gain of a norm before the MLP is stored: it counts as 1"
+
+NORM_BEHIND = (
+    "a norm follows the MLP ({}): the score has its gain, but not its division by the size of the whole output, which "
+    "depends on the input; a low score is weaker evidence than in other models (scan by activations too)"
+)
+
+NORM_OF_THE_SUM = (
+    "a norm follows each residual addition (do_layer_norm_before: false) and is not in the score: a low score is "
+    "weaker evidence than in other models (scan by activations too)"
+)
+
+ONE_PLUS = (
+    *("gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma", "nemotron"),
+    *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    *("minimax_m3_vl", "minimax_m3_vl_text", "muse_glimmer", "muse_glimmer_text", "step3p7", "step3p5"),
+)
+"""Model types whose norms multiply by 1 + weight."""
+
+
+class _Scored(NamedTuple):
+    """One MLP and, per neuron in float32, the score of its best scalar and that scalar's magnitude, times the gain of
+    the norm behind if there is one."""
+
+    projection: DownProjection
+    mlp: Mlp
+    scores: NDArray[np.float32]
+    peaks: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, projection: DownProjection, found: NeuronScores) -> _Scored:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return cls(projection, found.mlp, found.peaks * np.abs(found.dots), found.peaks)
+
+
+def scan_weights(
+    checkpoint: Checkpoint,
+    *,
+    threads: int | None = None,
+    top: int = 10,
+    min_z: float = MIN_Z,
+    progress: Progress | None = None,
+) -> ScanReport:
+    """At most `top` scalars whose score is at least `min_z` robust standard deviations above its layer's, best first.
+
+    z: the logarithm of the score less its median, in units of 1.4826 times the median absolute deviation, but at least
+    `LEAST_SPREAD`; both over the best scalars of all neurons of the layer, experts included. A candidate is also at
+    least `MIN_PEAK` times as large as the layer's usual column maximum. The report does not depend on `threads`.
+
+    Raises ArchitectureError where the model's MLPs are not known, packed or scaled by other tensors, ShardError where
+    a file ends early, ValueError for senseless limits.
+    """
+    if top < 1 or not min_z > 0 or (threads is not None and threads < 1):
+        raise ValueError(f"top={top}, min_z={min_z} and threads={threads} must be positive")
+    config = checkpoint.config
+    names = _Names(checkpoint, checkpoint.shapes)
+    projections = [p for p in down_projections(config, names.shapes) if p.rows and p.cols]
+    if not projections:
+        raise ArchitectureError("every down projection is empty", checkpoint.root)
+    mlps = [names.mlp(projection) for projection in projections]
+    notes = names.notes
+    progress = progress or Silent()
+    progress.start(sum(mlp.size for mlp in mlps), "B", "scanning weights")
+    try:
+        with Reader(threads or THREADS) as reader:
+            scored = [
+                _Scored.of(projection, found)
+                for projection, found in zip(projections, score_neurons(reader, mlps, progress.advance), strict=True)
+            ]
+            usual = _Usual.of(scored)
+            candidates = _candidates(checkpoint, reader, scored, usual, top, min_z)
+    finally:
+        progress.close()
+    if usual.silent:
+        notes.append(f"{usual.silent} neurons have no finite score above 0 and were left out")
+    unread = unread_layers(config, names.shapes, projections)
+    if not candidates:
+        why = _why_none(scored, usual, min_z)
+        notes.append(why.replace("no super weight", "no super weight in what was read", 1) if unread else why)
+    return ScanReport(
+        method="weights",
+        model_type=next((str(s["model_type"]) for s in _sections(config) if s.get("model_type")), "unknown"),
+        layers=len(stored_layers(config, names.shapes, projections)),
+        candidates=tuple(candidates),
+        notes=tuple(notes),
+        unread=unread,
+        settings={
+            "top": top,
+            "min_z": min_z,
+            "min_peak": MIN_PEAK,
+            "neurons": sum(p.cols for p in projections),
+            "scalars": sum(p.rows * p.cols for p in projections),
+        },
+    )
+
+
+# Which matrices belong together -------------------------------------------------------------------------------------
+
+
+class _Names:
+    """Finds the matrices and the norm around a down projection by their stored names. `notes`: what was odd."""
+
+    def __init__(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]):
+        self.checkpoint, self.shapes = checkpoint, shapes
+        self.notes: list[str] = []
+        # By layer, because its experts share them: the squared gain of the norm before, and the gain of that behind.
+        self._gains: dict[int, tuple[NDArray[np.float64], NDArray[np.float32] | None]] = {}
+        self._norms_behind: dict[str, str] = {}
+        for name in shapes:
+            layer, _, norm = name.removesuffix(".weight").rpartition(".")
+            if POST_NORM.fullmatch(norm) and name.endswith(".weight"):
+                self._norms_behind[layer] = name
+
+    def mlp(self, projection: DownProjection) -> Mlp:
+        """Raises ArchitectureError where a matrix is not there, or does not fit the down projection."""
+        expert = projection.expert if projection.expert_axis is not None else None
+        gate_name, up_name, how = self._inputs(projection)
+        gate, up = (Matrix.of(self.checkpoint, name, expert) for name in (gate_name, up_name))
+        neurons, both = projection.cols, how in ("halves", "interleaved")
+        axes = (neurons * (2 if both else 1), projection.rows)
+        for matrix in (gate, up):
+            wanted = axes[::-1] if projection.transposed else axes
+            if (matrix.rows, matrix.cols) != wanted:
+                stored = f"shape [{matrix.rows}, {matrix.cols}]"
+                raise ArchitectureError(f"{stored} is not {list(wanted)}, which {projection.tensor} needs", matrix.name)
+        if how == "interleaved":
+            sides = Side(gate, 0, 2), Side(up, 1, 2)
+        else:
+            sides = Side(gate), Side(up, neurons if how == "halves" else 0)
+        down = Matrix.of(self.checkpoint, projection.tensor, expert)
+        if projection.layer not in self._gains:
+            self._gains[projection.layer] = self._gain_before(projection) ** 2, self._gain_behind(projection)
+        return Mlp(neurons, int(projection.transposed), *sides, down, *self._gains[projection.layer])
+
+    def _inputs(self, projection: DownProjection) -> Inputs:
+        suffix = ".weight" if projection.tensor.endswith(".weight") else ""
+        trunk, _, last = projection.tensor.removesuffix(suffix).rpartition(".")
+        sought = []
+        for gate, up, how in INPUTS.get(last, ()):
+            gate, up = (f"{trunk}.{name}{suffix}" for name in (gate, up))
+            if gate in self.shapes and up in self.shapes:
+                interleaved = how == "halves" and _is(self.checkpoint.config, INTERLEAVED)
+                return Inputs(gate, up, "interleaved" if interleaved else how)
+            sought.append(gate if gate == up else f"{gate} and {up}")
+        raise ArchitectureError(
+            "the matrices before the down projection are not stored under a known name",
+            projection.tensor,
+            f"looked for {' or '.join(sought) or 'none'}; scan by activations",
+        )
+
+    def _gain_before(self, projection: DownProjection) -> NDArray[np.float64]:
+        """(channels,) gain of the norm before the MLP; ones if none is stored, which becomes a note."""
+        layer = layer_name(projection)
+        # OPT-350m normalises after each block, so what its MLP reads has just left the attention's norm.
+        norms = NORMS
+        if self.checkpoint.config.get("do_layer_norm_before") is False:
+            norms = ("self_attn_layer_norm",)
+            self._note(NORM_OF_THE_SUM)
+        stored = [name for name in norms if f"{layer}.{name}.weight" in self.shapes]
+        if not stored or (f"{layer}.{NO_PRE_NORM}.weight" in self.shapes and stored[0] not in PRE_NORMS):
+            self._note(NO_GAIN)
+            return np.ones(projection.rows)
+        return self._gain(f"{layer}.{stored[0]}.weight", projection.rows)
+
+    def _gain_behind(self, projection: DownProjection) -> NDArray[np.float32] | None:
+        """(channels,) magnitudes of the gain of the norm behind the MLP; None if there is no such norm."""
+        name = self._norms_behind.get(layer_name(projection))
+        if name is None:
+            return None
+        self._note(NORM_BEHIND.format(name.removesuffix(".weight").rpartition(".")[2]))
+        with np.errstate(over="ignore"):
+            return np.abs(self._gain(name, projection.rows)).astype(np.float32)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _gain(self, name: str, channels: int) -> NDArray[np.float64]:
+        """Read the gain of one norm. Raises ArchitectureError if it does not fit."""
+        info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
+        if info.shape != (channels,) or info.dtype.kind != "float":
+            what = f"{info.dtype.name} {list(info.shape)} is no gain of {channels} channels"
+            raise ArchitectureError(what, name)
+        if why := self.checkpoint.quantisation.refusal(name):
+            raise ArchitectureError(why, name, "scan an unquantised copy, or by activations")
+        with opened(shard.path) as fd:
+            raw = read_exactly(fd, info.size, shard.data_start + info.data_offsets[0], shard.path)
+        gain = values_of(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
+        return gain + 1.0 if _is(self.checkpoint.config, ONE_PLUS) else gain
+
+
+def _is(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
+    return any(section.get("model_type") in model_types for section in _sections(config))
+
+
+def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parts of config.json that may name the model type, the language model's own first."""
+    nested = [config.get(key) for key in ("text_config", "llm_config")]
+    return [section for section in nested if isinstance(section, Mapping)] + [config]
+
+
+# Which scores are remarkable ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Usual:
+    """The usual neuron of each layer: median and spread of the scores' logarithm, and median of the column maxima.
+    `silent` neurons of the model have no finite score above 0 and count nowhere."""
+
+    layers: dict[int, tuple[float, float, float]]
+    silent: int
+
+    @classmethod
+    def of(cls, scored: Sequence[_Scored]) -> _Usual:
+        layers, silent = {}, 0
+        for layer in dict.fromkeys(one.projection.layer for one in scored):
+            here = [one for one in scored if one.projection.layer == layer]
+            scores, peaks = (np.concatenate([getattr(one, what) for one in here]) for what in ("scores", "peaks"))
+            alive = np.isfinite(scores) & (scores > 0)
+            silent += int(np.count_nonzero(~alive))
+            if alive.any():
+                logarithms = np.log(scores[alive])
+                median = float(np.median(logarithms))
+                spread = 1.4826 * float(np.median(np.abs(logarithms - median)))
+                layers[layer] = median, max(spread, LEAST_SPREAD), float(np.median(peaks[alive]))
+        return cls(layers, silent)
+
+    def peak(self, layer: int) -> float:
+        return self.layers[layer][2] if layer in self.layers else math.inf
+
+    def z(self, layer: int, scores: NDArray) -> NDArray[np.float64]:
+        """Robust z-score of each score; minus infinity for what is not finite and above 0."""
+        alive = np.isfinite(scores) & (scores > 0)
+        median, spread, _ = self.layers.get(layer, (0.0, 1.0, 0.0))
+        logarithms = np.log(np.where(alive, scores, 1.0).astype(np.float64))
+        return np.where(alive, (logarithms - median) / spread, -math.inf)
+
+    def remarkable(self, layer: int, scores: NDArray, magnitudes: NDArray, min_z: float) -> NDArray[np.bool_]:
+        return (self.z(layer, scores) >= min_z) & (magnitudes >= MIN_PEAK * self.peak(layer))
+
+
+def _candidates(
+    checkpoint: Checkpoint, reader: Reader, scored: Sequence[_Scored], usual: _Usual, top: int, min_z: float
+) -> list[Candidate]:
+    """The best scalars of the best neurons; reads their down projections again, for rows and ranks."""
+    neurons = []
+    for number, one in enumerate(scored):
+        z = usual.z(one.projection.layer, one.scores)
+        fit = usual.remarkable(one.projection.layer, one.scores, one.peaks, min_z)
+        neurons += [(-float(z[col]), number, int(col)) for col in np.flatnonzero(fit)]
+    chosen: dict[int, list[int]] = {}
+    for _, number, col in sorted(neurons)[:top]:
+        chosen.setdefault(number, []).append(col)
+    found = [
+        candidate
+        for number, cols in chosen.items()
+        for candidate in _scalars(checkpoint, reader, scored[number], cols, usual, min_z)
+    ]
+    return sorted(found, key=lambda c: (-c.z, c.coordinate))[:top]
+
+
+def _scalars(
+    checkpoint: Checkpoint, reader: Reader, one: _Scored, cols: Sequence[int], usual: _Usual, min_z: float
+) -> list[Candidate]:
+    """Of each column the largest scalar, and up to `MAX_ROWS` in all that come close to it."""
+    projection = one.projection
+    columns = columns_of(reader, one.mlp, cols)
+    picked: list[tuple[int, int, float, float]] = []
+    behind = np.float32(1) if one.mlp.behind is None else one.mlp.behind
+    for col, magnitudes in zip(cols, columns.T, strict=True):
+        weighted = magnitudes * behind
+        scores = weighted / one.peaks[col] * one.scores[col]
+        close = usual.remarkable(projection.layer, scores, weighted, min_z)
+        close &= weighted >= COMPANION * one.peaks[col]
+        rows = np.argsort(-weighted, kind="stable")[:MAX_ROWS]
+        picked += [(int(row), col, float(magnitudes[row]), float(scores[row])) for row in rows if close[row]]
+    ranks = ranks_in(reader, one.mlp.down, [magnitude for _, _, magnitude, _ in picked])
+    candidates = []
+    for (row, col, _, score), rank in zip(picked, ranks, strict=True):
+        coordinate = Coordinate(projection.tensor, projection.index(row, col))
+        shard = checkpoint.shards[checkpoint.weight_map[projection.tensor]]
+        value = float(decode(one.mlp.down.dtype, shard.read_scalar(*coordinate)))
+        z = float(usual.z(projection.layer, np.array([score]))[0])
+        candidates.append(Candidate(coordinate, projection.layer, row, col, projection.expert, value, score, rank, z=z))
+    return candidates
+
+
+def _why_none(scored: Sequence[_Scored], usual: _Usual, min_z: float) -> str:
+    """One line: the most remarkable neuron, and what it lacks."""
+    best = max(
+        ((float(z.max()), one, int(z.argmax())) for one in scored for z in [usual.z(one.projection.layer, one.scores)]),
+        key=lambda entry: entry[0],
+    )
+    z, one, col = best
+    layer = one.projection.layer
+    if not math.isfinite(z):
+        return "no super weight: no neuron has a finite score above 0"
+    place = f"layer {layer}" + ("" if one.projection.expert is None else f", expert {one.projection.expert}")
+    if z < min_z:
+        return f"no super weight: the highest z of all neurons is {z:.1f} ({place}, col {col}), {min_z:g} is needed"
+    share = float(one.peaks[col]) / usual.peak(layer)
+    return (
+        f"no super weight: the neuron with the highest z, {z:.1f} ({place}, col {col}), has no large scalar: "
+        f"{share:.1f} times the usual column maximum, {MIN_PEAK:g} is needed"
+    )

@@ -1,0 +1,444 @@
+"""Figures of a scan and of a sweep. The only room that knows matplotlib; nothing is measured here.
+
+A figure answers in one look and is made for its reader alone: no window is opened, no backend is chosen for the
+process, nothing of the reader's own matplotlib settings comes in, and the same report gives the same bytes. Colours
+are those of Okabe and Ito, which stay apart for every kind of colour vision; shapes and words say the same again.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from swsurgery.errors import TargetError, printable
+from swsurgery.model.text import measured_text
+from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, ScanReport, SweepReport, Verdict
+from swsurgery.storage.filesystem import write_report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+# The moment of writing is all that two files of one report would not share.
+FORMATS = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+"""What the name of a figure may end in, and what its file is not to tell."""
+
+WIDTH, HEIGHT, DPI = 1200, 800, 100
+"""The sheet in pixels. All places here are pixels from its lower left corner."""
+
+LEFT, RIGHT, BOTTOM, TOP = 115, 1000, 62, 740
+"""The edges of what is drawn: the title is above them, and the legend to their right."""
+
+GAP, ROW = 18, 18
+"""Between two panels, and from one row of labels to the next."""
+
+MAX_LABELS = 14
+"""The strip of labels takes at most a third of the sheet."""
+
+BLACK, GREY, PALE = "#222222", "#808080", "#c8c8c8"
+BLUE, VERMILION, ORANGE = "#0072b2", "#d55e00", "#e69f00"
+
+STYLE = {
+    "figure.dpi": DPI,
+    "font.family": "DejaVu Sans",  # it comes with matplotlib
+    "font.size": 9.5,
+    "text.color": BLACK,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "axes.edgecolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",  # text stays text, to search and to copy
+    "svg.hashsalt": "swsurgery",  # identifiers are random without it
+}
+
+
+class Mark(NamedTuple):
+    """A shape with a meaning."""
+
+    meaning: str
+    shape: str
+    edge: str
+    fill: str
+
+    def draw(self, axes: Axes, x: Sequence[float], y: Sequence[float]) -> Line2D:
+        (line,) = axes.plot(
+            x, y, linestyle="none", marker=self.shape, markersize=7.5, markeredgewidth=1.4, zorder=5, clip_on=False,
+            markeredgecolor=self.edge, markerfacecolor=self.fill, label=self.meaning,
+        )  # fmt: skip
+        return line
+
+
+VERDICTS: dict[Verdict | None, Mark] = {
+    "critical alone": Mark("critical alone", "D", VERMILION, VERMILION),
+    "critical jointly": Mark("critical jointly", "^", BLACK, ORANGE),
+    None: Mark("not tested", "s", VERMILION, "white"),
+    "untested": Mark("untested", "v", BLACK, "white"),
+    "inert": Mark("inert", "o", GREY, "white"),
+}
+"""In the order in which they are worth a label. None: no causal test was made. "untested": it was made, but there was
+nothing to judge its result by."""
+
+BASE = Mark("as stored (factor 1)", "D", VERMILION, VERMILION)
+SCALED = Mark("scaled", "o", BLUE, BLUE)
+NOT_FINITE = Mark("not finite", "X", BLACK, BLACK)
+
+
+class Found(NamedTuple):
+    candidate: Candidate
+    verdict: Verdict | None
+
+
+def check_figure_path(path: Path) -> None:
+    """Refuse what `plot_scan` and `plot_sweep` could not write, before anything long is done for it.
+
+    Raises TargetError for an ending that is not in `FORMATS`, for a directory that is missing or may not be written,
+    and where matplotlib is not installed.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise TargetError("no format for this figure", path, "its name ends in .png, .svg or .pdf")
+    if path.is_dir():
+        raise TargetError("this is a directory", path, "name the figure's file")
+    if not path.parent.is_dir():
+        raise TargetError("no such directory", path.parent, "make the directory first")
+    if not os.access(path.parent, os.W_OK):
+        raise TargetError("cannot write", path, "write where you may")
+    try:
+        import matplotlib.figure  # noqa: F401  really imported: what is installed may be broken
+    except ImportError as error:
+        raise TargetError("a figure needs matplotlib", path, "pip install 'swsurgery[plot]'") from error
+
+
+def plot_scan(report: ScanReport, path: Path, model: str | None = None) -> None:
+    """Draw what a scan saw by layer, its super weights marked, and replace the file `path` with that.
+
+    From activations: the largest input and output of the down projection and the largest hidden state after the layer
+    (arXiv:2411.07191, figures 3 to 5), signed, on a scale that shows 100 and 20,000 together. From weights: the
+    robust z-score of each candidate, and the threshold `min_z` of the report's settings. `model` stands in the title
+    instead of the model type. Raises TargetError as `check_figure_path` does, and where the file cannot be written.
+    """
+    check_figure_path(path)
+    with _own_style():
+        paper = _sheet(f"{model or report.model_type}, {report.layers} layers: {_answer(report)}")
+        found = _found(report)
+        labelled = found[:MAX_LABELS]
+        rows = _rows(paper, [f.candidate for f in labelled], report.layers)
+        top = TOP - ROW * (max(rows, default=-1) + 1)
+        if report.profile is None:
+            panels = _panels(paper, top, 1)
+            _draw_scores(panels[0], report, found)
+        else:
+            panels = _panels(paper, top, 3)
+            _draw_profile(panels, report, report.profile, found)
+            _name_activations(paper, panels[2], report.activations)
+        _layer_axis(panels, report.layers)
+        for one, row in zip(labelled, rows, strict=True):
+            _label(paper, one, row, report.layers, top)
+        if len(labelled) < len(found):
+            _note(paper, f"{len(found) - len(labelled)} more marked without a label")
+        verdicts = {f.verdict for f in found}
+        _legend(paper, top, [VERDICTS[v] for v in VERDICTS if v in verdicts])
+        _save(paper, path)
+
+
+def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> None:
+    """Draw perplexity (logarithmic), KL(base || scaled) and stop-word mass by factor, and replace the file `path`.
+
+    The base is the point at factor 1. The line has a gap, and a cross above it, where a value is not finite. `model`
+    begins the title. Raises TargetError as `plot_scan` does.
+    """
+    check_figure_path(path)
+    with _own_style():
+        scaled = str(report.coordinates[0]) if len(report.coordinates) == 1 else f"{len(report.coordinates)} scalars"
+        paper = _sheet(f"{model}: {scaled}, scaled" if model else f"{scaled}, scaled")
+        points = sorted([*(p for p in report.points if p.factor != 1), report.base], key=lambda point: point.factor)
+        factors = [point.factor for point in points]
+        curves = {
+            "perplexity": [point.perplexity if point.finite else math.nan for point in points],
+            "KL(base || scaled)\nnats a token": [point.kl if point.finite else math.nan for point in points],
+            "stop-word mass": [point.stopword_mass if point.finite else math.nan for point in points],
+        }
+        panels = _panels(paper, TOP, len(curves))
+        for panel, (name, values) in zip(panels, curves.items(), strict=True):
+            panel.set_ylabel(name)
+            _draw_curve(panel, factors, values)
+        _logarithmic(panels[0], curves["perplexity"])
+        _write_values(panels[0], factors, curves["perplexity"])
+        for panel in panels[1:]:
+            panel.set_ylim(0, max(panel.get_ylim()[1], 1e-3))
+        panels[-1].set_xlabel("factor")
+        gap = any(not math.isfinite(value) for values in curves.values() for value in values)
+        _legend(paper, TOP, [BASE, SCALED, NOT_FINITE] if gap else [BASE, SCALED])
+        _note(paper, f"{measured_text(report)}, {report.dtype} on {report.device}")
+        _save(paper, path)
+
+
+# The sheet
+
+
+@contextmanager
+def _own_style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def _sheet(title: str) -> Axes:
+    """An empty figure with one invisible pair of axes over all of it, whose units are pixels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), facecolor="white")
+    paper = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT), zorder=1)
+    paper.set_axis_off()
+    line = paper.text(LEFT, HEIGHT - 24, printable(title), fontsize=13, fontweight="bold", verticalalignment="center")
+    line.set_fontsize(13 * min(1, (WIDTH - LEFT - 15) / _width(line)))
+    return paper
+
+
+def _panels(paper: Axes, top: float, count: int) -> list[Axes]:
+    """`count` panels of one height, one above the other, from `top` down."""
+    height = (top - BOTTOM - GAP * (count - 1)) / count
+    panels = []
+    for number in range(count):
+        y = top - (number + 1) * height - number * GAP
+        place = (LEFT / WIDTH, y / HEIGHT, (RIGHT - LEFT) / WIDTH, height / HEIGHT)
+        panel = paper.figure.add_axes(place, sharex=panels[0] if panels else None, zorder=2, facecolor="none")
+        panel.tick_params(color=GREY, labelbottom=number == count - 1)
+        panel.yaxis.set_label_coords(-72 / (RIGHT - LEFT), 0.5)
+        panels.append(panel)
+    return panels
+
+
+def _legend(paper: Axes, top: float, marks: Iterable[Mark]) -> None:
+    handles = [mark.draw(paper, [], []) for mark in marks]
+    if handles:
+        paper.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(RIGHT + 12, top - 8), bbox_transform=paper.transData,
+            frameon=False, borderpad=0, borderaxespad=0, handletextpad=0.3, labelspacing=0.7,
+        )  # fmt: skip
+
+
+def _note(paper: Axes, text: str) -> None:
+    paper.text(RIGHT, 16, printable(text), color=GREY, horizontalalignment="right")
+
+
+def _save(paper: Axes, path: Path) -> None:
+    ending = path.suffix.lower()
+    buffer = io.BytesIO()
+    paper.figure.savefig(buffer, format=ending[1:], metadata=FORMATS[ending])
+    write_report(path, buffer.getvalue())
+
+
+def _width(text: Text) -> float:
+    """In pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return text.get_window_extent(FigureCanvasAgg(text.figure).get_renderer()).width
+
+
+# A scan
+
+
+def _found(report: ScanReport) -> list[Found]:
+    """What is marked, what matters most first. A companion that is inert or untested is nobody's finding."""
+    trials = report.confirmation.trials if report.confirmation else ()
+    found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
+    tested = {trial.candidate.coordinate for trial in trials}
+    found += [Found(candidate, None) for candidate in report.candidates if candidate.coordinate not in tested]
+    order = list(VERDICTS)
+    return sorted(found, key=lambda one: order.index(one.verdict))
+
+
+def _answer(report: ScanReport) -> str:
+    count = len(report.super_weights)
+    words = "no super weight" if count == 0 else "1 super weight" if count == 1 else f"{count} super weights"
+    if report.confirmation is not None and (report.confirmed or not count):
+        return f"{words} confirmed"
+    how = "by activations" if report.method == "activations" else "by weights alone"
+    return f"{words} found {how}" + (", not confirmed" if count else "")
+
+
+def _x(layer: int, layers: int) -> float:
+    """Where a layer's middle is on the sheet; agrees with the limits that `_layer_axis` sets."""
+    return LEFT + (RIGHT - LEFT) * (layer + 0.5) / layers
+
+
+def _layer_axis(panels: Sequence[Axes], layers: int) -> None:
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, layers) if layers / step <= 32)
+    panels[-1].set(xlim=(-0.5, layers - 0.5), xticks=range(0, layers, step), xlabel="layer")
+
+
+def _rows(paper: Axes, candidates: Sequence[Candidate], layers: int) -> list[int]:
+    """For each candidate the row of its label, 0 the lowest, so that nothing is written over anything.
+
+    A label is a flag: a pole stands on the layer, and the text flies to its right. From the last layer to the first,
+    each flag takes the lowest row above all poles that stand under its text, so the rows climb to the left.
+    """
+    poles: list[tuple[float, int]] = []
+    rows = dict.fromkeys(range(len(candidates)), 0)
+    for number in sorted(rows, key=lambda n: (-candidates[n].layer, n)):
+        x = _x(candidates[number].layer, layers)
+        text = paper.text(0, 0, _name(candidates[number]))
+        end = x + _width(text) + 26
+        text.remove()
+        rows[number] = max((row + 1 for pole, row in poles if x <= pole < end), default=0)
+        poles.append((x, rows[number]))
+    return list(rows.values())
+
+
+def _name(candidate: Candidate) -> str:
+    expert = "" if candidate.expert is None else f" expert {candidate.expert}"
+    return f"L{candidate.layer}{expert} [{candidate.row}, {candidate.col}]"
+
+
+def _label(paper: Axes, found: Found, row: int, layers: int, top: float) -> None:
+    x, y = _x(found.candidate.layer, layers), top + ROW * (row + 0.5)
+    paper.plot([x, x], [BOTTOM, y], color=GREY, linewidth=0.7, zorder=0)
+    VERDICTS[found.verdict].draw(paper, [x], [y])
+    paper.text(x + 11, y, _name(found.candidate), verticalalignment="center")
+
+
+def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, found: Sequence[Found]) -> None:
+    sides = (
+        ("largest input of\nthe down projection", profile.inputs),
+        ("largest output of\nthe down projection", profile.outputs),
+        ("largest hidden state\nafter the layer", profile.residuals),
+    )
+    threshold = _linear_up_to([*profile.inputs, *profile.outputs])
+    # What was found once others were gone may exceed what the unedited model shows: the panels have room for it too.
+    spikes = [
+        [v for v in values if v is not None]
+        for values in zip(*((f.candidate.input_spike, f.candidate.output_spike) for f in found), strict=True)
+    ] or [[], []]
+    massive = {layer for a in report.activations for layer in range(a.layer, a.last + 1)}
+    for panel, (name, values), marked in zip(panels, sides, [*spikes, []], strict=True):
+        panel.set_ylabel(name)
+        colours = [BLUE if panel is panels[2] and layer in massive else PALE for layer in range(len(values))]
+        finite = [value if math.isfinite(value) else 0 for value in values]
+        panel.bar(range(len(values)), finite, width=0.8, color=colours)
+        panel.axhline(0, color=GREY, linewidth=0.8)
+        overflown = [layer for layer, value in enumerate(values) if math.isinf(value)]
+        for layer in overflown:
+            panel.text(layer, 0, " infinite", rotation=90, horizontalalignment="center", verticalalignment="bottom")
+        _signed(panel, [*values, *marked], threshold)
+    for candidate, verdict in reversed(found):  # what matters most comes to lie on top
+        for panel, spike in zip(panels, (candidate.input_spike, candidate.output_spike), strict=False):
+            if spike is not None and math.isfinite(spike):
+                VERDICTS[verdict].draw(panel, [candidate.layer], [spike])
+
+
+def _linear_up_to(values: Iterable[float]) -> float:
+    """The power of ten above twice the median magnitude: most layers stay below it, and look small."""
+    typical = median([abs(value) for value in values if math.isfinite(value)] or [0])
+    return 10.0 ** math.ceil(math.log10(2 * typical)) if typical else 1.0
+
+
+def _signed(panel: Axes, values: Iterable[float], threshold: float) -> None:
+    """A scale for ordinary values and spikes of both signs: linear up to `threshold`, and decades beyond."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    largest = max(-low, high)
+    panel.yaxis.set_major_formatter(_number)
+    if largest <= threshold:
+        panel.set_ylim(-1.25 * (largest or threshold), 1.25 * (largest or threshold))
+        return
+    panel.set_yscale("symlog", linthresh=threshold, linscale=0.5)
+    panel.yaxis.set_major_formatter(_number)
+    steps = (1, 2, 5) if largest < 10 * threshold else (1,)
+    ticks = [s * threshold * 10.0**n for n in range(1 + int(math.log10(largest / threshold))) for s in steps]
+    panel.set_yticks([-t for t in ticks if t <= -low] + [0] + [t for t in ticks if t <= high])
+    panel.set_yticks([], minor=True)
+    panel.set_ylim(min(2 * low, -threshold / 2), max(2 * high, threshold / 2))
+
+
+def _name_activations(paper: Axes, panel: Axes, activations: Sequence[PersistentActivation]) -> None:
+    """Beside the panel of hidden states, which channels the blue bars are."""
+    if not activations:
+        return
+    largest = sorted(activations, key=lambda a: -abs(a.value))
+    lines = ["super activation" if len(largest) == 1 else f"{len(largest)} super activations"]
+    for one in largest[:4]:
+        lines += [f"channel {one.channel}: {_number(one.value)}", f"  after layers {one.layer} to {one.last}"]
+    lines += [f"and {len(largest) - 4} more"] if len(largest) > 4 else []
+    top = HEIGHT * panel.get_position().y1
+    paper.text(RIGHT + 16, top, "\n".join(lines), color=BLUE, verticalalignment="top", linespacing=1.35)
+
+
+def _draw_scores(panel: Axes, report: ScanReport, found: Sequence[Found]) -> None:
+    panel.set_ylabel("robust z-score of the neuron's score")
+    threshold = report.settings.get("min_z")
+    if threshold is not None:
+        panel.axhline(threshold, color=BLUE, linewidth=1.2, linestyle=(0, (5, 3)))
+        panel.text(report.layers - 0.5, threshold, f" threshold {_number(threshold)}", color=BLUE,
+                   verticalalignment="center")  # fmt: skip
+    if not found:
+        why = "\n".join(textwrap.fill(printable(note), 90) for note in report.notes)
+        panel.text(0.5, 0.5, why, transform=panel.transAxes, horizontalalignment="center")
+    for candidate, verdict in reversed(found):
+        if candidate.z is not None and math.isfinite(candidate.z):
+            VERDICTS[verdict].draw(panel, [candidate.layer], [candidate.z])
+    panel.yaxis.set_major_formatter(_number)
+    panel.set_ylim(0, 1.1 * max(panel.get_ylim()[1], 1.0))
+
+
+# A sweep
+
+
+def _draw_curve(panel: Axes, factors: Sequence[float], values: Sequence[float]) -> None:
+    finite = [math.isfinite(value) for value in values]
+    panel.plot(factors, [v if ok else math.nan for v, ok in zip(values, finite, strict=True)], color=BLUE, zorder=3)
+    panel.axvline(1, color=GREY, linewidth=0.7, zorder=1)
+    panel.grid(axis="y", color=PALE, linewidth=0.6)
+    panel.yaxis.set_major_formatter(_number)
+    for factor, value, ok in zip(factors, values, finite, strict=True):
+        if ok:
+            (BASE if factor == 1 else SCALED).draw(panel, [factor], [value])
+        else:
+            panel.axvline(factor, color=GREY, linewidth=0.7, linestyle=(0, (2, 3)), zorder=1)
+            NOT_FINITE.draw(panel, [factor], [0.97]).set_transform(panel.get_xaxis_transform())
+
+
+def _logarithmic(panel: Axes, values: Iterable[float]) -> None:
+    """A logarithmic axis with at least two round ticks, also where the values hardly differ."""
+    finite = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
+    low, high = min(finite) / 1.4, max(finite) * 1.7
+    widen = max(1.0, math.sqrt(6 / (high / low)))
+    low, high = low / widen, high * widen
+    panel.set_yscale("log")
+    steps = (1, 2, 5) if high / low < 150 else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    panel.set_yticks([s * 10.0**n for n in decades for s in steps if low <= s * 10.0**n <= high])
+    panel.set_yticks([], minor=True)
+    panel.yaxis.set_major_formatter(_number)
+    panel.set_ylim(low, high)
+
+
+def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]) -> None:
+    """The values above their points: base, best and worst first, then all that find room."""
+    points = [(f, v) for f, v in zip(factors, values, strict=True) if math.isfinite(v)]
+    best, worst = min((v for _, v in points), default=0), max((v for _, v in points), default=0)
+    points.sort(key=lambda point: (point[0] != 1, point[1] not in (best, worst)))
+    width = (max(factors) - min(factors)) or 1.0
+    taken: list[float] = []
+    for factor, value in points:
+        if all(abs(factor - other) / width > 0.055 for other in taken):
+            taken.append(factor)
+            panel.annotate(_number(value), (factor, value), xytext=(0, 7), textcoords="offset points",
+                           horizontalalignment="center", zorder=4,
+                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+
+
+def _number(value: float, _position: int | None = None) -> str:
+    """For people: 23,941, 29.6 and 0.0012; with the sign that a minus is."""
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text.replace("-", "\N{MINUS SIGN}") if value < 0 else text

@@ -1,0 +1,289 @@
+"""What a scan found, as an entry of the registry and as a manifest. Measures nothing and writes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from swsurgery import __version__
+from swsurgery.checkpoint.architectures import Expert
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.projections import down_projections
+from swsurgery.errors import ManifestError
+from swsurgery.known import schema
+from swsurgery.known.table import LARGE_RATIO, UNDECIDED, describe
+from swsurgery.manifest.load import parse_manifest
+from swsurgery.manifest.writer import Operation, edit_fields, manifest_text, refuse_unfit
+from swsurgery.model.text import measured_text
+from swsurgery.scanning.coverage import stored_layers
+from swsurgery.scanning.report import Candidate, Confirmation, Effect, ScanReport, Trial
+from swsurgery.storage.coordinate import Coordinate
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+
+
+def known_entry(
+    report: ScanReport, checkpoint: Checkpoint, *, hf_id: str, revision: str | None = None, command: str
+) -> schema.KnownModel:
+    """The registry's entry of a scanned checkpoint: its super weights and the members of joint sets, with stored
+    values and measured figures, citing `command`, which repeats the scan.
+
+    `hf_id` is a repository, or a name of one's own for a checkpoint that is none; the entry then keeps where the
+    checkpoint lies. A scan that found nothing makes an entry without coordinates that says so. Raises
+    ArchitectureError where the checkpoint has no known down projection.
+    """
+    source = _source(report, revision, command)
+    trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
+    chosen = _chosen(report)
+    ids = {c.coordinate: _id(c) for c in chosen}
+    return schema.KnownModel(
+        hf_id=hf_id,
+        aliases=(hf_id,),
+        family=report.model_type,
+        **_shape(checkpoint),
+        num_layers=sizes(checkpoint)[0],
+        sizes_from="config.json and the stored tensors of the scanned checkpoint",
+        revision_measured=revision,
+        path=None if _REPOSITORY.fullmatch(hf_id) else str(checkpoint.root),
+        notes=tuple(_notes(report, bool(chosen), source)),
+        scans=(source,),
+        coordinates=tuple(_coordinate(c, trials.get(c.coordinate), report, checkpoint, source) for c in chosen),
+        **(_together(report.confirmation, ids, source) if report.confirmation else {}),
+    )
+
+
+def scan_manifest(
+    report: ScanReport, *, base: Mapping[str, str | None], op: Operation, factor: float | None = None
+) -> str:
+    """The YAML text of a manifest that does `op` to the super weights of a scan, each guarded by its stored value.
+
+    `base` is what the manifest's base says: `path` (relative to where the manifest will lie, or absolute), or
+    `repo_id` and `revision`. Where the scan measured that zeroing them does large damage, the check of a zero manifest
+    asks to see some. Raises ManifestError where the scan found nothing, `factor` does not fit `op`, or `base` is not
+    what a manifest takes.
+    """
+    refuse_unfit(op, factor)
+    found = report.super_weights
+    if not found:
+        tested = f"all {len(report.candidates)} candidates are inert" if report.candidates else "there is no candidate"
+        if report.unread:
+            tested += f", and {len(report.unread)} layers were not read"
+        raise ManifestError(f"nothing to {op}: the scan found no super weight", remedy=tested)
+    trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
+    how = "found and confirmed" if report.confirmed else "found, not confirmed"
+    what = f"{len(found)} super weight{'s' if len(found) > 1 else ''} that a scan by {report.method} {how}"
+    text = manifest_text(
+        head=[f"written by swsurgery scan, version {__version__}"],
+        name=f"scan-{op}" + (f"-{factor:g}" if factor is not None else ""),
+        description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
+        base=base,
+        edits=[
+            (f"{_id(c)}: {_in_words(c, trials.get(c.coordinate), report)}", edit_fields(c, op, factor, _guard(c)))
+            for c in found
+        ],
+        damaging=op == "zero" and _largest_ratio(report) >= LARGE_RATIO,
+    )
+    parse_manifest(text.encode(), Path("the scan's manifest"))  # what `base` brings is the caller's
+    return text
+
+
+def _notes(report: ScanReport, found: bool, source: schema.Source) -> Iterator[str]:
+    """Say what the entry does not show: that nothing was found, and what was not read."""
+    unread = ", ".join(str(layer.layer) for layer in report.unread)
+    if unread and found:
+        yield f"The scan did not read all of layers {unread}, so there may be further super weights: {source}."
+    elif unread:
+        yield f"{UNDECIDED} It found nothing in what it read, but did not read all of layers {unread}: {source}."
+    elif not found:
+        yield f"A scan found no super weight: {source}."
+
+
+def _chosen(report: ScanReport) -> tuple[Candidate, ...]:
+    """The super weights; and what a joint set names, whatever its verdict, for the set would not stand without it."""
+    if report.confirmation is None:
+        return report.super_weights
+    joint = {c for s in report.confirmation.joint_sets for c in s.coordinates}
+    return tuple(
+        t.candidate
+        for t in report.confirmation.trials
+        if t.candidate in report.super_weights or t.candidate.coordinate in joint
+    )
+
+
+def _coordinate(
+    candidate: Candidate, trial: Trial | None, report: ScanReport, checkpoint: Checkpoint, source: schema.Source
+) -> schema.KnownCoordinate:
+    dtype = checkpoint.info(candidate.coordinate.tensor).dtype.name
+    exact = dtype in ("F16", "BF16", "F32") and math.isfinite(candidate.value)
+    effects: list[schema.Effect] = []
+    if trial and report.confirmation:
+        effects.append(_effect("zero", trial.alone, report.confirmation, source))
+        if trial.without:
+            effects.append(_effect("zero all others of the scan", trial.without, report.confirmation, source))
+    return schema.KnownCoordinate(
+        id=_id(candidate),
+        layer=candidate.layer,
+        row=candidate.row,
+        col=candidate.col,
+        expert=candidate.expert,
+        tensor=candidate.coordinate.tensor,
+        value=candidate.value if exact else None,
+        dtype=dtype if exact else None,
+        value_printed=None if exact else f"{candidate.value!r} {dtype}",
+        status="measured",
+        causal_alone=schema.causal_class(trial.alone.ratio) if trial and trial.verdict != "untested" else "untested",
+        role=trial.verdict if trial else "not confirmed",
+        located_by=(f"swsurgery scan --method {report.method}",),
+        independent=schema.Independent(location=1, value=1),
+        note=", ".join(_traits(candidate, trial)),
+        effects=tuple(effects),
+        sources=(source,),
+    )
+
+
+def _together(
+    confirmation: Confirmation, ids: Mapping[Coordinate, str], source: schema.Source
+) -> dict[str, tuple[schema.JointSet, ...] | tuple[schema.Effect, ...]]:
+    """The joint sets; and all candidates zeroed together, as one more set where all of them are in the entry."""
+    sets = {
+        frozenset(s.coordinates): schema.JointSet(
+            coordinates=tuple(ids[c] for c in s.coordinates),
+            effects=(_effect("zero jointly", s.effect, confirmation, source),),
+        )
+        for s in confirmation.joint_sets
+    }
+    tested = [t.candidate.coordinate for t in confirmation.trials if t.listed]  # companions were not among `together`
+    if len(tested) < 2 or frozenset(tested) in sets:
+        return {"joint_sets": tuple(sets.values())}
+    if set(tested) <= set(ids):
+        everything = schema.JointSet(
+            name="all candidates of the detector",
+            coordinates=tuple(ids[c] for c in tested),
+            effects=(_effect("zero jointly", confirmation.together, confirmation, source),),
+        )
+        return {"joint_sets": (*sets.values(), everything)}
+    protocol = f"zero all {len(tested)} candidates of the scan"
+    return {
+        "joint_sets": tuple(sets.values()),
+        "effects": (_effect(protocol, confirmation.together, confirmation, source),),
+    }
+
+
+def _effect(protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Source) -> schema.Effect:
+    """Figures to 6 digits. What is not a number, for logits that were not finite, is left to words."""
+    before, ratio = confirmation.base_perplexity, effect.ratio
+    interval = tuple(_rounded(end) for end in (effect.low, effect.high) if end is not None)
+    return schema.Effect(
+        protocol=protocol,
+        metric="ppl",
+        before=_rounded(before),
+        after="not finite" if math.isnan(ratio) else _rounded(before * ratio),
+        ratio="not finite" if math.isnan(ratio) else _rounded(ratio),
+        ci95=interval if len(interval) == 2 and all(map(math.isfinite, interval)) else None,
+        kl=_rounded(effect.kl) if math.isfinite(effect.kl) else None,
+        conditions=schema.Conditions(
+            text_sha256=confirmation.text_sha256,
+            windows=confirmation.windows,
+            window_tokens=confirmation.window_tokens,
+            scored_tokens=confirmation.scored_tokens,
+            dtype=confirmation.dtype,
+            device=confirmation.device,
+        ),
+        source=source,
+    )
+
+
+def _source(report: ScanReport, revision: str | None, command: str) -> schema.Source:
+    remarks = [f"revision {revision}"] if revision else []
+    if c := report.confirmation:
+        remarks.append(f"{measured_text(c)} of the text with sha256 {c.text_sha256}")
+        remarks.append(f"{c.dtype} on {c.device}")
+        if c.null:
+            low, high = min(c.null), max(c.null)
+            remarks.append(f"{len(c.null)} random scalars of like size: ppl x{low:.4g} to x{high:.4g}")
+    cite, note = f"measured with `{command}`, swsurgery {__version__}", "; ".join(remarks) or None
+    key = hashlib.sha256(f"{cite}\n{note}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return schema.Source(key=f"scan-{key}", kind="own scan", cite=cite, note=note)
+
+
+def _shape(checkpoint: Checkpoint) -> dict[str, object]:
+    """Sizes of the model and the name of its down projections, after the first of them."""
+    projections = list(down_projections(checkpoint.config, checkpoint.shapes))
+    first = projections[0]
+    experts = {p.expert for p in projections if isinstance(p.expert, int)}
+    return {
+        "hidden_size": first.rows,
+        "intermediate_size": max(p.cols for p in projections),
+        "num_experts": len(experts) or None,
+        "tensor": _template(first.tensor, first.layer, first.expert),
+        "transposed": first.transposed,
+    }
+
+
+def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Layers, hidden and intermediate size, by the stored layers and down projections.
+
+    Raises ArchitectureError if there is no known down projection.
+    """
+    projections = list(down_projections(checkpoint.config, checkpoint.shapes))
+    shape = _shape(checkpoint)
+    layers = stored_layers(checkpoint.config, checkpoint.shapes, projections)
+    return 1 + max(layers), shape["hidden_size"], shape["intermediate_size"]
+
+
+def _template(tensor: str, layer: int, expert: Expert) -> str:
+    """`model.layers.{layer}.mlp.down_proj.weight`, with {expert} where the name has it behind the layer."""
+    name = re.sub(rf"(?<=\.){layer}(?=\.)", "{layer}", tensor, count=1)
+    return name if expert is None else re.sub(rf"(?<=\.){expert}(?=\.)", "{expert}", name, count=1)
+
+
+def _guard(candidate: Candidate) -> float | None:
+    return candidate.value if math.isfinite(candidate.value) else None
+
+
+def _id(candidate: Candidate) -> str:
+    return schema.coordinate_id(candidate.layer, candidate.expert, candidate.row, candidate.col)
+
+
+def _traits(candidate: Candidate, trial: Trial | None) -> Iterator[str]:
+    yield f"rank {candidate.rank} of its matrix by magnitude"
+    if candidate.input_spike is not None:
+        yield f"input {candidate.input_spike:.4g}"
+    if candidate.output_spike is not None:
+        yield f"output {candidate.output_spike:.4g}"
+    if candidate.share is not None:
+        yield f"{candidate.share:.0%} of that output"
+    if candidate.prompts is not None:
+        yield f"in {candidate.prompts} prompts"
+    if candidate.z is not None:
+        yield f"robust z-score {candidate.z:.4g}"
+    if trial and not trial.listed:
+        yield "no detector listed it, it shares the column of one that was"
+
+
+def _in_words(candidate: Candidate, trial: Trial | None, report: ScanReport) -> str:
+    if trial is None or report.confirmation is None:
+        return f"not confirmed, score {candidate.score:.4g}"
+    return f"{trial.verdict}; zeroed alone {describe(_effect('zero', trial.alone, report.confirmation, _nobody))}"
+
+
+_nobody = schema.Source(key="scan", kind="own scan", cite="this scan")
+
+
+def _largest_ratio(report: ScanReport) -> float:
+    """The largest perplexity ratio measured for zeroing some or all of the super weights; 1 where nothing was."""
+    if report.confirmation is None:
+        return 1.0
+    zeroed = {c.coordinate for c in report.super_weights}
+    ratios = [t.alone.ratio for t in report.confirmation.trials if t.candidate.coordinate in zeroed]
+    ratios += [s.effect.ratio for s in report.confirmation.joint_sets if zeroed.issuperset(s.coordinates)]
+    if zeroed == {t.candidate.coordinate for t in report.confirmation.trials}:
+        ratios.append(report.confirmation.together.ratio)
+    return max((r for r in ratios if not math.isnan(r)), default=1.0)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,236 @@
+"""Finding super weights and measuring edits, on one page: what `scan` and `sweep` do.
+
+    open_base            the checkpoint's headers                          registry.py, hub.py
+    scan_activations     where persistent activations come from            model/activations.py
+    scan_weights         which scalars could make one, from weights alone  model/weights.py
+    confirm              what zeroing them does, against random scalars    model/confirm.py
+    known_entry          what lookup finds from then on                    entry.py, known/overlay.py
+    scan_manifest        what apply takes                                  entry.py
+    sweep                quality as a function of a factor                 model/sweep.py
+
+Whatever has to be refused is refused before the long work begins; whatever is written is written after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from swsurgery import model
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.opening import held, open_checkpoint, open_chosen
+from swsurgery.checkpoint.weight_files import Weights
+from swsurgery.editing.base import base_of
+from swsurgery.editing.copy import outside_mode
+from swsurgery.editing.pins import check_planned
+from swsurgery.editing.plan import make_plan
+from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
+from swsurgery.hub import local, named
+from swsurgery.known import own
+from swsurgery.manifest.load import load_manifest
+from swsurgery.manifest.writer import refuse_unfit
+from swsurgery.model import Placement, tokenizer
+from swsurgery.model.refusals import refuse_unrunnable
+from swsurgery.progress import Progress, Rounds, Silent
+from swsurgery.scanning import figures
+from swsurgery.scanning import outputs as outputs_module
+from swsurgery.scanning.report import Method, ScanReport, SweepReport
+from swsurgery.storage import filesystem, numeric
+
+ManifestOp = Literal["zero", "scale", "protect"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run and on which text. `text` None is the built-in passage."""
+
+    device: str = "auto"
+    placement: Placement = "auto"
+    text: str | None = None
+    windows: int = 16
+    window: int = 512
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a scan leaves behind, each only where it is asked for: a manifest that does `op` (with `factor`) to what was
+    found, a figure, and an entry of the user's own under `register` that lookup finds. `command` is how the entry says
+    it was made."""
+
+    manifest: Path | None = None
+    op: ManifestOp = "zero"
+    factor: float | None = None
+    plot: Path | None = None
+    register: str | None = None
+    command: str = "swsurgery scan"
+
+
+def scan_checkpoint(
+    base: str | Path,
+    method: Method = "activations",
+    *,
+    prompts: Sequence[str] | None = None,
+    confirm: bool = False,
+    options: RunOptions | None = None,
+    outputs: Outputs | None = None,
+    weights: Weights | None = None,
+    variant: str | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> ScanReport:
+    """Find the super weights of `base`: a directory, or hf://ORG/NAME[@REV].
+
+    `outputs` is what `write_outputs` is to be asked for afterwards: what cannot be is refused here, before the work.
+    `weights` and `variant` say which to read if there are several sets of weights, and no registry.
+    Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
+    """
+    options, progress = options or RunOptions(), progress or Silent()
+    with held(local(named(base))) as root:
+        checkpoint = open_chosen(root, weights, variant)
+        if outputs is not None:
+            _refuse(outputs, checkpoint)
+        without = "leave out --confirm" if method == "weights" else "--method weights" + " without --confirm" * confirm
+        with or_else(without):
+            if method == "activations" or confirm:
+                _need_a_model(checkpoint.root)
+            if confirm:
+                from swsurgery.scanning.confirm import refuse_text
+
+                refuse_text(checkpoint, options.text, options.windows, options.window)
+            if method == "activations":
+                from swsurgery.scanning.by_activations import scan_activations
+
+                report = scan_activations(
+                    checkpoint, prompts=prompts, device=options.device, placement=options.placement,
+                    progress=Rounds(progress), say=say,
+                )  # fmt: skip
+            else:
+                numeric.load_numpy()
+                from swsurgery.scanning.by_weights import scan_weights
+
+                report = scan_weights(checkpoint, progress=progress)
+        if confirm and report.candidates:
+            from swsurgery.scanning.confirm import confirm as run
+
+            said: list[str] = []
+            rounds = Rounds(progress, "confirmation round")
+            with or_else("leave out --confirm"):
+                confirmation = run(checkpoint, report.candidates, **vars(options), progress=rounds, say=said.append)
+            report = dataclasses.replace(report, confirmation=confirmation, notes=(*report.notes, *said))
+        return report
+
+
+def write_outputs(
+    report: ScanReport,
+    base: str | Path,
+    outputs: Outputs,
+    say: Callable[[str], None] = lambda line: None,
+    weights: Weights | None = None,
+    variant: str | None = None,
+) -> None:
+    """Leave behind what `outputs` asks for; `say` gets a line on each as soon as it is there, so that where one fails
+    it is known which were written. Raises TargetError where one cannot be, LookupFailed for a name that is another
+    model's."""
+    checkpoint = open_base(base, weights, variant)
+    if outputs.plot is not None:
+        figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
+        say(f"figure: {outputs.plot}")
+    if outputs.manifest is not None and not report.super_weights:
+        found = "the scan is undecided" if report.answer == "undecided" else "nothing was found"
+        say(f"{found}, so there is no manifest: {outputs.manifest}")
+    elif outputs.manifest is not None:
+        text = outputs_module.scan_manifest(
+            report, base=_as_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
+        )
+        filesystem.write_file(outputs.manifest, text.encode(), outside_mode(checkpoint.files))
+        say(f"manifest: {outputs.manifest}")
+    if outputs.register is not None:
+        found = outputs_module.known_entry(
+            report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
+        )
+        own.save(found, outside_mode(checkpoint.files))
+        say(f"registered: swsurgery lookup {found.hf_id}")
+
+
+def sweep_manifest(
+    manifest: Path,
+    factors: Sequence[float],
+    *,
+    base: str | None = None,
+    options: RunOptions | None = None,
+    plot: Path | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> SweepReport:
+    """Measure the base of `manifest` with the scalars that it changes at each of `factors` times their stored values.
+
+    Raises ManifestError, CheckpointError, PlanError, NumberError, ModelError, TargetError.
+    """
+    options = options or RunOptions()
+    if plot is not None:
+        figures.check_figure_path(plot)
+    loaded = load_manifest(manifest)
+    plan = make_plan(loaded, open_checkpoint(local(base_of(loaded, base)), loaded.manifest.base.weights))
+    plan = check_planned(plan, progress or Silent())
+    coordinates = [splice.coordinate for splice in plan.splices]
+    if not coordinates:
+        raise PlanError(
+            "no scalar is changed, so there is nothing to sweep", manifest, "add an edit other than protect"
+        )
+    _need_a_model(plan.checkpoint.root)
+    from swsurgery.scanning.sweep import sweep
+
+    rounds = Rounds(progress or Silent())
+    report = sweep(plan.checkpoint, coordinates, factors, **vars(options), progress=rounds, say=say)
+    if plot is not None:
+        figures.plot_sweep(report, plot, _name(plan.checkpoint))
+    return report
+
+
+def open_base(base: str | Path, weights: Weights | None = None, variant: str | None = None) -> Checkpoint:
+    """A checkpoint by directory or by hf://ORG/NAME[@REV], downloaded if need be. Raises CheckpointError, HubError."""
+    return open_chosen(local(named(base)), weights, variant)
+
+
+def _need_a_model(directory: Path) -> None:
+    """Raise Unrunnable if no model can be run here, or none from this directory; start the tokenizer's process."""
+    if reason := model.available():
+        raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
+    refuse_unrunnable(directory)
+    numeric.load_numpy()
+    tokenizer.start()
+
+
+def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:
+    refuse_unfit(outputs.op, outputs.factor)
+    if outputs.register is not None:
+        own.refuse_name(outputs.register, outputs_module.sizes(checkpoint))
+    if outputs.plot is not None:
+        figures.check_figure_path(outputs.plot)
+    if outputs.manifest is not None:
+        if outputs.plot is not None and os.path.abspath(outputs.manifest) == os.path.abspath(outputs.plot):
+            raise TargetError("one file for the manifest and the figure", outputs.manifest, "give two names")
+        if filesystem.is_there(outputs.manifest):
+            raise TargetError("the manifest exists", outputs.manifest, "give another name, or remove it")
+        if not outputs.manifest.absolute().parent.is_dir():
+            raise TargetError("no such directory", outputs.manifest.absolute().parent, "make it first")
+        if not os.access(outputs.manifest.absolute().parent, os.W_OK):
+            raise TargetError("cannot write", outputs.manifest.absolute().parent, "write where you may")
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return checkpoint.repo_id or checkpoint.root.name
+
+
+def _as_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
+    """How a manifest names the checkpoint: by repo_id and revision from a cache, else by the path from itself; and
+    which weights were read, where there was a choice."""
+    chosen = {"weights": checkpoint.choice, "variant": checkpoint.variant}
+    chosen = {key: value for key, value in chosen.items() if value}
+    if checkpoint.repo_id and checkpoint.revision:
+        return {"repo_id": checkpoint.repo_id, "revision": checkpoint.revision, **chosen}
+    return {"path": os.path.relpath(checkpoint.root, os.path.realpath(manifest.absolute().parent)), **chosen}

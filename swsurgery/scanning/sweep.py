@@ -1,0 +1,159 @@
+"""The model's quality as a function of a factor: some scalars at N multiples of their stored values, in one reading.
+
+Every factor is a variant of one run (`forward.py`), the figures are those of the sanity check (`measure.py`). This room
+computes the values, which are the very ones that a manifest with `op: scale` would write, and puts the figures in a
+row. It judges nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.errors import ModelError, NumberError
+from swsurgery.model import Placement, load, measure
+from swsurgery.model.check import built_in_text
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.windows import variants_at_once, windows_of
+from swsurgery.progress import Progress
+from swsurgery.scanning.report import SweepPoint, SweepReport
+from swsurgery.storage import dtypes
+from swsurgery.storage.coordinate import Coordinate
+
+
+def sweep(
+    checkpoint: Checkpoint,
+    coordinates: Sequence[Coordinate],
+    factors: Sequence[float],
+    *,
+    text: str | None = None,
+    device: str = "auto",
+    placement: Placement = "auto",
+    windows: int = 16,
+    window: int = 512,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> SweepReport:
+    """Run the model with all of `coordinates` at each of `factors`, on the first `windows` windows of `window` tokens
+    of `text` (None: the built-in one).
+
+    Windows, BOS, scored positions and figures are those of `check.run_checks`; `device` and `placement` those of
+    `load.open_model`. The rest is said at `sweep_windows`. Raises NumberError for a factor that cannot be, before any
+    weights are read, and ModelError where tokenizer or model cannot be loaded or run.
+    """
+    scaled_values(checkpoint, coordinates, factors)
+    text = built_in_text() if text is None else text
+    with load.quiet():
+        tokenizer = load.load_tokenizer(checkpoint.root)
+        model = load.open_model(checkpoint, device=device, placement=placement, say=say)
+        pieces, longest = windows_of(model.model, tokenizer, text, windows, window)
+        stop_tokens = measure.stop_word_tokens(tokenizer, model.model.get_input_embeddings().num_embeddings)
+        report = sweep_windows(model, coordinates, factors, pieces, stop_tokens, progress=progress)
+    return dataclasses.replace(report, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def sweep_windows(
+    model: LayeredModel,
+    coordinates: Sequence[Coordinate],
+    factors: Sequence[float],
+    windows: Sequence[Sequence[int]],
+    stop_tokens: Sequence[int] = (),
+    *,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """`sweep` on token ids, each of `windows` on its own. One point for each factor, in the order given.
+
+    A scalar's value is the exact product, rounded once to the stored dtype; all bits zero for factor 0. Where that
+    leaves every scalar as it is, at factor 1 above all, the point is the base's to the last digit. Many factors
+    are run in groups, so that memory stays bounded, and each group beside a base of its own.
+    """
+    keys = [frozenset(variant.items()) for variant in scaled_values(model.checkpoint, coordinates, factors)]
+    wanted = list(dict.fromkeys(key for key in keys if key))
+    figures: dict[frozenset[tuple[Coordinate, float]], SweepPoint] = {}
+    with load.running(model.device, model.weights is not None):
+        at_once = variants_at_once(model, windows)
+        for begin in range(0, max(1, len(wanted)), at_once):
+            group = [frozenset(), *wanted[begin : begin + at_once]]
+            totals = measure.Totals(stop_tokens, len(group))
+            for outcomes in model.run(windows, [dict(key) for key in group], progress=progress):
+                totals.add_window(windows[outcomes.sequence], outcomes)
+            for number, key in enumerate(group):
+                figures.setdefault(key, _point(totals, number))
+    return SweepReport(
+        coordinates=tuple(coordinates),
+        base=figures[frozenset()],
+        points=tuple(
+            dataclasses.replace(figures[key], factor=factor) for key, factor in zip(keys, factors, strict=True)
+        ),
+        windows=len(windows),
+        window_tokens=max(map(len, windows)),
+        text_sha256="",
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=load.device_name(model.device),
+        method=model.method,
+        scored_tokens=sum(len(window) - 1 for window in windows),
+    )
+
+
+def scaled_values(
+    checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float]
+) -> list[dict[Coordinate, float]]:
+    """For each factor, the scalars that it changes and their new values, exact in the stored dtype.
+
+    Raises NumberError with every fault: no factor, one that is not finite or stands twice, a product that the dtype
+    does not hold; ModelError where there is no scalar, one stands twice or is not in the checkpoint.
+    """
+    if not coordinates:
+        raise ModelError("nothing to sweep", "no coordinates")
+    if not factors:
+        raise NumberError("nothing to sweep", "no factors")
+    faults = [f"factor is not finite: {factor}" for factor in factors if not math.isfinite(factor)]
+    faults += [f"factor stands twice: {factor:g}" for factor, times in Counter(factors).items() if times > 1]
+    if faults:
+        raise NumberError.of(faults)
+    if twice := [coordinate for coordinate, times in Counter(coordinates).items() if times > 1]:
+        raise ModelError("coordinate stands twice", twice[0])
+    values: list[dict[Coordinate, float]] = [{} for _ in factors]
+    for coordinate in coordinates:
+        dtype, data = read_stored(checkpoint, coordinate)
+        for variant, factor in zip(values, factors, strict=True):
+            try:
+                new = dtypes.scaled(dtype, data, factor) if factor else dtypes.zero(dtype)
+                old, value = dtypes.decode(dtype, data), dtypes.decode(dtype, new)
+            except NumberError as error:
+                faults += [f"cannot scale {coordinate} by {factor:g}: {fault}" for fault in error.faults]
+            else:
+                if value != old:
+                    variant[coordinate] = float(value)
+    if faults:
+        raise NumberError.of(faults)
+    return values
+
+
+def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.Dtype, bytes]:
+    """Dtype and bytes of one weight. Raises ModelError if the checkpoint has no such scalar or it is no weight."""
+    tensor, index = coordinate
+    shape = checkpoint.shapes.get(tensor, ())
+    if index and len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True)):
+        if why := checkpoint.quantisation.refusal(tensor):
+            raise ModelError(why, coordinate)
+        shard = checkpoint.shards[checkpoint.weight_map[tensor]]
+        return shard.tensors[tensor].dtype, shard.read_scalar(tensor, index)
+    raise ModelError("no such scalar in the checkpoint", coordinate)
+
+
+def _point(totals: measure.Totals, number: int) -> SweepPoint:
+    side = totals.side(number)
+    return SweepPoint(
+        factor=1.0,
+        perplexity=side.perplexity,
+        ratio=totals.perplexity_ratio(number),
+        kl=totals.mean_kl(number),
+        stopword_mass=side.stopword_mass,
+        finite=side.finite,
+        peak=math.nan if side.super_activation is None else side.super_activation.value,
+    )

@@ -1,0 +1,345 @@
+"""The model card of a published checkpoint, from its registry: fields for the front matter, and Markdown below.
+
+Pure text. Every word that comes from a file is a stranger's: it is escaped, so that in Markdown it is text and nothing
+else. The base's own card is quoted in a fenced block, to the letter: as Markdown its images, links and raw HTML would
+speak in this repository's name, and in a block they cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
+from swsurgery.errors import printable
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.verifying.findings import Finding
+
+CARD_NAME = "README.md"
+
+ShortForm = tuple[int, int, int, object]
+"""layer, row, column, and the expert or None."""
+
+FIELDS = (
+    "base_model", "base_model_relation", "library_name", "pipeline_tag", "language", "license", "license_name",
+    "license_link", "tags",
+)  # fmt: skip
+"""All that the front matter may hold, in its order."""
+
+RELATION = "finetune"
+"""Of the Hub's four (adapter, merge, quantized, finetune) the one for changed values in the base's own format."""
+
+PATCH_RELATION = "adapter"
+"""The one for what is nothing without its base."""
+
+OWN_TAGS = ("swsurgery", "super-weights")
+PATCH_TAGS = (*OWN_TAGS, "patch")
+
+MAX_ROWS, MAX_NAME, MAX_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
+"""Rows of a table or a list, characters of a name, and bytes of a quoted file: more is left to the files themselves."""
+
+_LINE = re.compile(r"(?=.*\S)[^<>]{1,200}")
+"""What the emitter of YAML makes a string of, whatever it holds; without the signs of a tag, for a reader of Markdown
+that knows no front matter. A match has to be printable too."""
+
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,99}")
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_LINK = re.compile(r"(?=.{1,500}\Z)(https?://[A-Za-z0-9.-]+(/[A-Za-z0-9._~/%#?=&+-]*)?|[A-Za-z0-9][A-Za-z0-9._/-]*)")
+_CARRIED = {
+    "library_name": _WORD, "pipeline_tag": _WORD, "language": _LINE, "license": _LINE, "license_name": _LINE,
+    "license_link": _LINK, "tags": _TAG,
+}  # fmt: skip
+"""What the front matter takes over from the base's, and what a value of it must be."""
+
+LICENCE = ("language", "license", "license_name", "license_link")
+"""What a patch's takes over of that."""
+
+_LISTS = ("language", "license", "tags")
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
+_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
+_CODE = re.compile(r"[A-Za-z0-9_.+/\[-]([A-Za-z0-9_.,+/\[\] -]*[A-Za-z0-9_.+/\]-])?")
+_PUNCTUATION = re.compile(r"([!-,./:-@\[-`{-~]|(?<![A-Za-z0-9])-|-(?![A-Za-z0-9]))")
+"""All of ASCII's but the hyphen within a word."""
+
+
+def escaped(value: object) -> str:
+    """`value` as Markdown that shows it: on one line, of bounded length, in a table's cell as well."""
+    text = printable(str(value))
+    if len(text) > MAX_NAME:
+        text = text[: MAX_NAME - 3] + "..."
+    return _PUNCTUATION.sub(r"\\\1", text.strip()) or "\\-"
+
+
+def shown(value: object) -> str:
+    """`value` as code where that needs no escaping, else escaped."""
+    text = str(value)
+    return f"`{text}`" if len(text) <= MAX_NAME and _CODE.fullmatch(text) else escaped(text)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """`text` in a code block that nothing in it can close."""
+    lines = [printable(line.replace("\t", "    ")) for line in text.splitlines()]
+    longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([fence + language, *lines, fence])
+
+
+def fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The front matter: what the base's says of licence, language, task and library, and where this comes from."""
+    found: dict[str, Any] = {}
+    if registry.base.repo_id and _REPO_ID.fullmatch(registry.base.repo_id):
+        found["base_model"], found["base_model_relation"] = registry.base.repo_id, RELATION
+    for name, pattern in _CARRIED.items():
+        value = base_fields.get(name)
+        if values := [each for each in _values(name, value)[:MAX_ROWS] if _matches(pattern, each)]:
+            found[name] = values if isinstance(value, list) or name in ("language", "tags") else values[0]
+    carried = [tag for tag in found.get("tags", ()) if not tag.startswith("base_model:")]
+    found["tags"] = list(dict.fromkeys([*carried, *OWN_TAGS]))
+    return {name: found[name] for name in FIELDS if name in found}
+
+
+def not_carried(base_fields: Mapping[str, Any], of: Iterable[str] = _CARRIED) -> list[str]:
+    """Those of the base's fields that the front matter does not take over, or not with all of their values."""
+    found = []
+    for name in of:
+        values = _values(name, base_fields.get(name))
+        if len(values) > MAX_ROWS or not all(_matches(_CARRIED[name], each) for each in values):
+            found.append(name)
+    return found
+
+
+def patch_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The front matter of a patch: it comes under the base's licence, and is no model that a library could load."""
+    found = fields(registry, base_fields)
+    if "base_model_relation" in found:
+        found["base_model_relation"] = PATCH_RELATION
+    found |= {"library_name": "swsurgery", "tags": list(PATCH_TAGS)}
+    return {name: found[name] for name in FIELDS if name in found and name != "pipeline_tag"}
+
+
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and pattern.fullmatch(value) is not None
+
+
+def _values(name: str, value: object) -> list[Any]:
+    """One field's values. YAML 1.1 reads the code of Norwegian as false."""
+    values = value if isinstance(value, list) and name in _LISTS else [] if value is None else [value]
+    return ["no" if name == "language" and each is False else each for each in values]
+
+
+def body(
+    registry: Registry,
+    repo_id: str,
+    manifest: bytes,
+    base_card: str | None = None,
+    accepted: Sequence[Finding] = (),
+    short: Mapping[Coordinate, ShortForm] | None = None,
+) -> str:
+    """The Markdown below the front matter. `base_card` is the base's, without its front matter; `short` gives layer,
+    row, column and expert of coordinates that have such."""
+    name = _base_name(registry)
+    parts = [
+        f"# {escaped(repo_id.split('/')[-1])}",
+        f"This is {name}, with {_count(len(registry.edits), 'scalar')} changed and every other byte of its weights "
+        "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
+        "## What was changed",
+        _edits(registry.edits, short or {}),
+        *_protected([*registry.protected, *(record for _, record in registry.inherited())]),
+        *_known(registry),
+        "## The check",
+        _check(registry.check),
+        *_accepted(accepted),
+        "## Verify",
+        "From anywhere, or in a copy on your disk:",
+        fenced(f"swsurgery verify hf://{repo_id}\nswsurgery verify DIRECTORY", "sh"),
+        "In a copy it hashes each file with the old values of the table above put back. Where that gives the base's "
+        "sha256, which the base's own repository shows, the file is the base's with exactly these scalars changed. "
+        "From anywhere it reads the edited scalars, and takes the Hub's word for the sha256 of large files.",
+        "## Revert",
+        fenced(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
+        "gives the base's weights back, byte for byte.",
+        "## Manifest",
+        _manifest(manifest),
+        *_base_card(name, base_card),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def patch_body(
+    registry: Registry,
+    repo_id: str,
+    manifest: bytes,
+    patch_name: str,
+    size: int,
+    accepted: Sequence[Finding] = (),
+    short: Mapping[Coordinate, ShortForm] | None = None,
+) -> str:
+    """The Markdown of a repository that holds the edits alone: `patch_name` of `size` bytes. `registry` is of the
+    edits since the first base, and of no file."""
+    place = _base_uri(registry)
+    base = place or "BASE"
+    steps = len(registry.history) + 1
+    check = [_check(registry.check)]
+    if steps > 1:
+        check.insert(0, f"The edits were made in {steps} steps. Of the last one, whose base was the one before:")
+    parts = [
+        f"# {escaped(repo_id.split('/')[-1])}",
+        f"A patch of {size} bytes for {_base_name(registry)}, which changes {_count(len(registry.edits), 'scalar')} of "
+        "its weights. There are no weights in this repository. Made by swsurgery.",
+        "## What it changes",
+        _edits(registry.edits, short or {}),
+        *_known(registry),
+        "## Apply",
+        fenced(f"hf download {repo_id} {patch_name} --local-dir .\n"
+               f"swsurgery apply {patch_name} --base {base} -o patched", "sh"),
+        *([] if place else ["`BASE` is the directory of the checkpoint that it was made of."]),
+        "It is refused where the base holds other bits at these places, or where a shard that it touches has another "
+        "sha256. Where torch is installed, the model is run before and after, and `patched` is written only if that "
+        "check holds. Or in Python, in memory:",
+        fenced(f'import swsurgery\n\nmodel = swsurgery.load_patched("{base}", "{patch_name}")', "python"),
+        "## The check",
+        "\n\n".join(check),
+        *_accepted(accepted),
+        "## Verify and revert",
+        fenced("sha256sum -c SHA256SUMS       # this repository, as it was downloaded\n"
+               "swsurgery verify patched      # the base's files, with exactly these scalars changed\n"
+               "swsurgery revert patched      # the base's files again, byte for byte", "sh"),
+        "## Manifest",
+        _manifest(manifest),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _base_name(registry: Registry) -> str:
+    name = shown(registry.base.repo_id) if registry.base.repo_id else "a checkpoint that is not on the Hub"
+    return name + (f" at commit `{registry.base.revision}`" if _matches(_PLAIN, registry.base.revision) else "")
+
+
+def _base_uri(registry: Registry) -> str | None:
+    """The base as a command takes it; None where there is none, or where a shell could read it as something else."""
+    base = registry.base
+    parts = [(_REPO_ID, base.repo_id), (_PLAIN, base.revision), *([(_FOLDER, base.sub)] if base.sub else [])]
+    if not all(_matches(pattern, part) for pattern, part in parts):
+        return None
+    return f"hf://{base.repo_id}@{base.revision}" + (f"/{base.sub}" if base.sub else "")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows[:MAX_ROWS]]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    if len(rows) > MAX_ROWS:
+        table += f"\n\nand {len(rows) - MAX_ROWS} more, all in `swsurgery.json`."
+    return table
+
+
+def _index(record: ScalarRecord) -> str:
+    return shown(list(record.index))
+
+
+def _place(short: ShortForm | None) -> Sequence[str]:
+    """Layer, row and column; the expert goes with the layer."""
+    if short is None:
+        return ["\\-"] * 3
+    layer, row, column, expert = short
+    return shown(layer if expert is None else f"{layer}, expert {expert}"), str(row), str(column)
+
+
+def _edits(edits: Sequence[EditRecord], short: Mapping[Coordinate, ShortForm]) -> str:
+    if not edits:
+        return "Nothing."
+    rows = [
+        [
+            shown(e.tensor), _index(e), *_place(short.get(e.coordinate)), shown(e.dtype),
+            shown(e.old), shown(e.new),
+            shown(e.op) + (f" by {shown(e.factor)}" if e.factor is not None else ""),
+            f"{shown(e.old_bits)} to {shown(e.new_bits)}",
+        ]
+        for e in edits
+    ]  # fmt: skip
+    return _table(("tensor", "index", "layer", "row", "column", "dtype", "old", "new", "operation", "bits"), rows)
+
+
+def _protected(protected: Sequence[ScalarRecord]) -> list[str]:
+    if not protected:
+        return []
+    rows = [[shown(p.tensor), _index(p), shown(p.dtype), shown(p.old), shown(p.old_bits)] for p in protected]
+    return ["## Protected: held to the base's bits", _table(("tensor", "index", "dtype", "value", "bits"), rows)]
+
+
+def _known(registry: Registry) -> list[str]:
+    rows = []
+    for record in (*registry.edits, *registry.protected):
+        if fact := record.known:
+            sources = ", ".join(shown(str(source.get("cite", ""))) for source in fact.sources[:20])
+            rows.append([shown(fact.id), shown(record.coordinate), shown(fact.status), sources])
+    return ["## What is known of them", _table(("known as", "scalar", "status", "sources"), rows)] if rows else []
+
+
+def _check(check: Mapping[str, Any]) -> str:
+    kind, reason = check.get("kind"), check.get("reason")
+    why = f" ({escaped(reason)})" if reason else ""
+    if kind == "off":
+        return f"None was made{why}."
+    if kind != "forward":
+        return f"The weights were read back: exactly the scalars above differ. The model was not run{why}."
+    rows = []
+    for name in ("perplexity", "loss"):
+        sides = [check[side].get(name) if isinstance(check.get(side), dict) else None for side in ("base", "patched")]
+        if any(side is not None for side in sides):
+            rows.append([name, *map(_figure, sides)])
+    mass = check.get("stopword_mass")
+    if isinstance(mass, dict):
+        rows.append(["stopword mass", _figure(mass.get("base")), _figure(mass.get("patched"))])
+    text = check.get("text") if isinstance(check.get("text"), dict) else {}
+    lines = [
+        "Base and patched model on the same text, side by side:",
+        _table(("figure", "base", "patched"), rows),
+        f"Perplexity ratio {_figure(check.get('perplexity_ratio'))}, KL divergence {_figure(check.get('kl'))}, "
+        f"over {_figure(text.get('scored_tokens'))} tokens; device {shown(check.get('device'))}, dtype "
+        f"{shown(check.get('dtype'))}. Verdict: {'passed' if check.get('ok') is True else '**failed**'}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else shown(value)
+
+
+def _accepted(accepted: Sequence[Finding]) -> list[str]:
+    if not accepted:
+        return []
+    rows = [[shown(f.rule), shown(f.file or "-"), escaped(f.message)] for f in accepted]
+    said = "The publisher was told of these and published all the same."
+    return ["## Accepted findings", said, _table(("finding", "file", "what"), rows)]
+
+
+def _manifest(manifest: bytes) -> str:
+    if len(manifest) > MAX_MANIFEST:
+        return f"Its {len(manifest)} bytes are in `manifest.yaml`."
+    return fenced(manifest.decode("utf-8", "replace"), "yaml")
+
+
+def _base_card(name: str, card: str | None) -> list[str]:
+    if not card or not card.strip():
+        return []
+    cut = "" if len(card) <= MAX_CARD else f" Its first {MAX_CARD} characters:"
+    quoted = fenced(card[:MAX_CARD].strip("\r\n"), "markdown")
+    return [f"## The base's own card\n\nBy the authors of {name}, quoted to the letter.{cut}", quoted]
+
+
+def describe(registry: Registry, accepted: Iterable[Finding]) -> str:
+    """A commit's description: what was changed, and what was accepted; text for a log, of one line each."""
+    lines = [f"{printable(str(e.coordinate))}: {e.old_bits} to {e.new_bits}" for e in registry.edits[:20]]
+    if len(registry.edits) > 20:
+        lines.append(f"and {len(registry.edits) - 20} more")
+    lines += [f"accepted: {f.rule}: {printable(f.file or '-')}: {printable(f.message)}" for f in accepted]
+    lines.append(f"base: {json.dumps({'repo_id': registry.base.repo_id, 'revision': registry.base.revision})}")
+    return "\n".join(line[:500] for line in lines)

@@ -1,0 +1,158 @@
+"""Edits of single scalars as a LoRA adapter that PEFT loads. Made as bytes, without torch and without PEFT; the names
+are those that PEFT 0.21 saves."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from fractions import Fraction
+from typing import Any
+
+from swsurgery.checkpoint.projections import name_prefixes
+from swsurgery.checkpoint.tying import tied_by_config
+from swsurgery.errors import NumberError, PlanError
+from swsurgery.manifest.patch import Patch, PatchScalar, json_bytes, safetensors_bytes
+from swsurgery.storage.dtypes import DTYPES, decode, encode, round_to, show
+
+LINEAR = frozenset([
+    "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "Wqkv", "dense", "gate_proj",
+    "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "c_proj", "dense_h_to_4h",
+    "dense_4h_to_h", "lm_head", "embed_out",
+])  # fmt: skip
+"""Modules that are linear layers wherever transformers has them, but in the families of TRANSPOSED."""
+
+TRANSPOSED = {"gpt2": frozenset({"c_attn", "c_fc", "c_proj"}), "openai-gpt": frozenset({"c_attn", "c_fc", "c_proj"})}
+"""Model types whose layers are transformers' Conv1D, stored [input, output], and which layers those are."""
+
+OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
+"""In a mixture of experts PEFT 0.21 takes these targets for the stacked experts, also where they name a dense layer."""
+
+
+def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """A LoRA adapter: lora_B @ lora_A is new - old at each edited place and zero elsewhere (arXiv:2106.09685). Of rank
+    one for a scalar; scalars that share a row, or a column, share a rank. Returns (file name -> bytes, notes on values
+    that PEFT cannot merge exactly). Raises PlanError with every edit that an adapter cannot hold.
+    """
+    faults = [fault for s in patch.scalars if (fault := _unfit(s, config))]
+    if faults:
+        raise PlanError.of(faults)
+    transposed = _kind(config) in TRANSPOSED
+    arrays, ranks, notes = {}, {}, []
+    for group in patch.by_tensor():
+        module = _module(group[0].tensor, config)
+        rows, columns = group[0].shape[::-1] if transposed else group[0].shape
+        deltas = {}
+        for scalar in group:
+            row, column = scalar.index[::-1] if transposed else scalar.index
+            deltas[row, column], note = _delta(scalar)
+            notes += note
+        a, b = _factors(deltas, rows, columns)
+        ranks[module] = len(a)
+        for name, matrix in (("lora_A", a), ("lora_B", b)):
+            key = f"base_model.model.{module}.{name}.weight"
+            arrays[key] = "F32", (len(matrix), len(matrix[0]) // 4), b"".join(matrix)
+    rank = max(ranks.values())
+    others = {module: r for module, r in sorted(ranks.items()) if r != rank}
+    pattern = {re.escape(module): r for module, r in others.items()}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": patch.base.repo_id,
+        "revision": patch.base.revision,
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "r": rank,
+        "lora_alpha": rank,  # so that the product is taken as it is, not scaled
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+    }
+    origin = {"format": "pt", "swsurgery": json.dumps(patch.origin(), sort_keys=True, separators=(",", ":"))}
+    return {
+        "adapter_config.json": json_bytes(settings),
+        "adapter_model.safetensors": safetensors_bytes(arrays, origin),
+    }, tuple(notes)
+
+
+def _kind(config: dict[str, Any]) -> str:
+    """Return the model type, or "" if config.json gives none that is text."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else ""
+
+
+def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
+    """Why an adapter cannot make this change, or None. Only what is a linear layer for certain is taken: a scaling or
+    a routing weight of the same name would silently be left as it is."""
+    parts = scalar.tensor.split(".")
+    kind = _kind(config)
+    linear = TRANSPOSED.get(kind, LINEAR)
+    reason = ""
+    if "experts" in parts:
+        reason = "is an expert's weight, which transformers stacks"
+    elif parts[-2:-1] and parts[-2] in OF_EXPERTS and any("experts" in key for key in config):
+        reason = "has a name that PEFT takes for that of the experts"
+    elif len(scalar.shape) != 2 or parts[-1] != "weight" or len(parts) < 2 or parts[-2] not in linear:
+        reason = "is not known to be the weight of a linear layer"
+    elif scalar.dtype.kind != "float":
+        reason = f"is stored as {scalar.dtype.name}"
+    elif parts[-2] in ("lm_head", "embed_out") and tied_by_config(config):
+        reason = "is tied to the embedding, which an adapter of the head would leave as it is"
+    elif _module(scalar.tensor, config) is None:
+        reason = "has another name in the loaded model"
+    elif not math.isfinite(decode(scalar.dtype, scalar.old)):
+        reason = f"is {show(decode(scalar.dtype, scalar.old))} in the base, which stays so whatever is added"
+    elif not math.isfinite(decode(scalar.dtype, scalar.new)):
+        reason = f"becomes {show(decode(scalar.dtype, scalar.new))}, which no finite sum is"
+    if not reason:
+        return None
+    return f"a LoRA adapter cannot hold this edit: {scalar.coordinate} {reason} (use --format sparse)"
+
+
+def _module(tensor: str, config: dict[str, Any]) -> str | None:
+    """The module of a stored weight in the model with a head; None where that is not sure."""
+    module = tensor.removesuffix(".weight")
+    if any(type(config.get(section)) is dict for section in ("text_config", "language_config", "llm_config")):
+        return module if module.startswith("model.language_model.") else None
+    trunk = name_prefixes(config)[:1]
+    if module in ("lm_head", "embed_out") or not trunk or module.startswith(trunk[0]):
+        return module
+    return trunk[0] + module  # saved without its head
+
+
+def _delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
+    """new - old in float32, and a note where adding it to the base's weight does not give the new value."""
+    single = DTYPES["F32"]
+    old, new = decode(scalar.dtype, scalar.old), decode(scalar.dtype, scalar.new)
+    difference = Fraction(new) - Fraction(old)
+    try:
+        delta = encode(single, difference)
+    except NumberError as error:
+        raise PlanError(f"a LoRA adapter has float32: {error}", scalar.coordinate, "use --format sparse") from None
+    total = Fraction(old) + Fraction(decode(single, delta))
+    if scalar.dtype.name != "F64":
+        total = round_to(single, total)  # PEFT adds in float32, or in float64 to a weight that is float64
+    merged = round_to(scalar.dtype, total)
+    if merged == new:
+        return delta, []
+    return delta, [f"merged by PEFT, {scalar.coordinate} becomes {show(merged)}, not {show(new)}: new - old = "
+                   f"{show(difference)} does not fit into float32"]  # fmt: skip
+
+
+def _factors(deltas: dict[tuple[int, int], bytes], rows: int, columns: int) -> tuple[list[bytes], list[bytes]]:
+    """lora_A of shape (rank, columns) and lora_B of shape (rows, rank), by their rows, in float32. One factor holds
+    only ones, so their product is exact."""
+    one = encode(DTYPES["F32"], 1)
+    by_row = len({row for row, _ in deltas}) <= len({column for _, column in deltas})
+    shared = sorted({place[0 if by_row else 1] for place in deltas})
+    numbers = {position: number for number, position in enumerate(shared)}
+    a = [bytearray(4 * columns) for _ in shared]
+    b = [bytearray(4 * len(shared)) for _ in range(rows)]
+    for (row, column), delta in deltas.items():
+        number = numbers[row if by_row else column]
+        in_a, in_b = (delta, one) if by_row else (one, delta)
+        a[number][4 * column : 4 * column + 4] = in_a
+        b[row][4 * number : 4 * number + 4] = in_b
+    return [bytes(line) for line in a], [bytes(line) for line in b]

@@ -1,0 +1,322 @@
+"""What goes to the Hub, file by file, before anything is sent: copied there from the base, uploaded, or kept.
+
+Reads the directory, the base's listing and the target's; writes nothing anywhere. A file is copied where its sha256 is
+the one that the Hub states of the base's file; everything else is uploaded from the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.compare import chunks
+from swsurgery.checkpoint.listing import LEFT_OUT
+from swsurgery.checkpoint.opening import open_as
+from swsurgery.checkpoint.projections import short_form
+from swsurgery.checkpoint.record import REGISTRY_NAME, FileRecord, Patched, Registry, read_patched
+from swsurgery.errors import ArchitectureError, CheckpointError, HubError
+from swsurgery.hub.cards import read as read_card
+from swsurgery.hub.cards import render as render_card
+from swsurgery.hub.commit import Listing, Target, listing_if_seen, look, open_pull_requests
+from swsurgery.hub.commit import listing as listing_of
+from swsurgery.hub.remote import RemoteFile
+from swsurgery.progress import Progress
+from swsurgery.sharing import card
+from swsurgery.sharing.publication import Item, Publication, Wish, is_published
+from swsurgery.storage.files import BaseFile, Place, opened, read_at_most, read_exactly
+from swsurgery.storage.names import OWN_FILES, SIGNATURE_NAME
+from swsurgery.verifying.findings import Finding
+
+SMALL = 16 << 20
+"""Bytes. A file up to this size is read when the plan is made; git itself holds none that is larger."""
+
+
+def make_publication(
+    root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress, *, hashing: bool = True
+) -> Publication:
+    """Plan. `findings` are those that were accepted: the digests of their files are not taken from the registry.
+    Without `hashing`, large files of unknown digest are planned as if they were the base's.
+
+    Raises CheckpointError where the directory is no patched checkpoint, HubError.
+    """
+    patched = read_patched(root)
+    if patched is None:
+        raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
+    registry, notes = patched.registry, []
+    checkpoint = open_as(root, registry.base, elsewhere=registry.elsewhere)
+    base, target = base_listing(registry), target_of(wish)
+    if base is None:
+        named = registry.base.repo_id or "the base, which the registry does not name,"
+        notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
+    elif base.private and not (target.head.private if target else wish.private):
+        notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
+    left_out = _left_out(checkpoint, registry)
+    distrusted = {f.file for f in findings}
+    scan = Scan(checkpoint, registry, base, target, distrusted, hashing, progress)
+    names = [n for n in registry.files if n not in left_out and (n in scan.there or n in registry.elsewhere)]
+    names += [n for n in scan.there if n not in registry.files and n not in left_out and n not in OWN_FILES]
+    items = [scan.item(name) for name in sorted(names)]
+    published = _published(registry, items, base)
+    records = Patched(published, published.render(), patched.manifest_raw)
+    text = base_card(scan, registry, base)
+    base_fields, base_text = read_card(text, card.FIELDS)
+    notes += card_notes(card.not_carried(base_fields))
+    body = card.body(
+        published, wish.repo_id, patched.manifest_raw, base_text, findings, short_forms(checkpoint, registry)
+    )
+    own = records.own_files() | {card.CARD_NAME: render_card(card.fields(published, base_fields), body)}
+    items += [scan.own(name, data) for name, data in own.items()]
+    message = wish.message or summary(registry)
+    plan = assembled(root, wish, published, items, left_out, notes, findings, base, target, message)
+    _refuse_second_set(plan)
+    return plan
+
+
+def _refuse_second_set(plan: Publication) -> None:
+    """A single file beside an index: one loader would take the edited weights, another the stranger's. Raises
+    HubError."""
+    sets = {"model.safetensors", "model.safetensors.index.json"}
+    there = set(plan.target.head.files) if plan.target else set()
+    ours = sets & {item.name for item in plan.items if item.how != "delete"}
+    theirs = sorted(sets & there - {item.name for item in plan.items})
+    if ours and theirs:
+        raise HubError(f"the repository holds other weights, which some loaders take first ({theirs[0]})",
+                       plan.wish.repo_id, "delete them, or publish in a repository of its own")  # fmt: skip
+
+
+def assembled(
+    root: Path, wish: Wish, registry: Registry, items: Sequence[Item], left_out: Mapping[str, str],
+    notes: Sequence[str], findings: Sequence[Finding], base: Listing | None, target: Target | None, message: str,
+) -> Publication:  # fmt: skip
+    """The plan of these files, with those that go, the tag, and the pull request that holds it all already."""
+    gone, said = _obsolete(target, {item.name for item in items})
+    notes = [*notes, *said]
+    tag = _tag(wish, registry, base, target, notes)
+    plan = Publication(
+        root, wish, registry, tuple(sorted([*items, *gone], key=lambda i: i.name)), left_out, tuple(notes),
+        tuple(findings), base, target, tag, message,
+    )  # fmt: skip
+    return replace(plan, pull_request=_same_pull_request(plan)) if wish.create_pr and target else plan
+
+
+def base_listing(registry: Registry) -> Listing | None:
+    """The base's repository at its commit, where this Hub shows it. Raises HubError."""
+    named = registry.base
+    return listing_if_seen(named.repo_id, named.revision) if named.repo_id else None
+
+
+def target_of(wish: Wish) -> Target | None:
+    """Where the commit is to go. Raises HubError where that is public and was to be private."""
+    target = look(wish.repo_id, wish.branch)
+    if target and wish.private and not target.head.private:
+        raise HubError("the repository is public", wish.repo_id, "change that in its settings, or go without --private")
+    return target
+
+
+def in_base(registry: Registry, name: str) -> str:
+    """A file's path in the base's repository, of which the base may be a folder."""
+    return f"{registry.base.sub}/{name}" if registry.base.sub else name
+
+
+def _left_out(checkpoint: Checkpoint, registry: Registry) -> dict[str, str]:
+    """Name -> why it is not published."""
+    left = dict.fromkeys(checkpoint.left_out, "belongs to the tool that downloaded it, not to the checkpoint")
+    left |= dict.fromkeys(checkpoint.copies, "holds the weights once more, and was not edited")
+    for file in checkpoint.files:
+        if set(file.name.split("/")) & set(LEFT_OUT):
+            left[file.name] = "lies in a folder that the Hub does not take"
+    names = {f.name for f in checkpoint.files} | set(registry.files)
+    for name, why in (
+        (SIGNATURE_NAME, "signs the directory with its own card and registry, not what is published"),
+        (card.CARD_NAME, "the new card takes its place, and quotes the base's"),
+    ):
+        if name in names:
+            left[name] = why
+    left |= {name: "was left out when the manifest was applied" for name in registry.omitted if name not in left}
+    return dict(sorted(left.items()))
+
+
+class Scan:
+    """Decides of one file after the other how it gets there."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, registry: Registry, base: Listing | None, target: Target | None,
+        distrusted: set[str | None], hashing: bool, progress: Progress,
+    ):  # fmt: skip
+        self.there = {f.name: f for f in checkpoint.files}
+        self.edited = {e.file for e in registry.edits}
+        self.registry, self.base, self.target = registry, base, target
+        self.distrusted, self.hashing, self.progress = distrusted, hashing, progress
+        self.by_digest = {f.sha256: f for f in base.files.values() if f.sha256} if base else {}
+
+    def item(self, name: str) -> Item:
+        file, record = self.there.get(name), self.registry.files.get(name)
+        if file is None:
+            return self._elsewhere(name, record)
+        if file.size <= SMALL:
+            with opened(file.path) as fd:
+                data = read_exactly(fd, file.size, 0, file.path)
+            found = _content(name, data, file.path)
+        else:
+            found = Item(name, "upload", file.size, "", self._digest(file, record), None, file.path)
+        return self._decided(found, "edited" if name in self.edited else "")
+
+    def own(self, name: str, data: bytes) -> Item:
+        """A file that is made here."""
+        return self._decided(_content(name, data, data), "made for this repository")
+
+    def _theirs(self, name: str, sha256: str | None) -> RemoteFile | None:
+        """The base's file of this content, or else of this name."""
+        return self.by_digest.get(sha256) or (self.base.files.get(in_base(self.registry, name)) if self.base else None)
+
+    def _elsewhere(self, name: str, record: FileRecord) -> Item:
+        """A file that is not in the directory: the base's, or nothing."""
+        theirs = self._theirs(name, record.sha256)
+        if theirs is None or theirs.size != record.size or (theirs.sha256 or record.sha256) != record.sha256:
+            raise CheckpointError("is not in the directory, and the base's repository does not have it", name,
+                                  "apply the manifest again without --for-publish")  # fmt: skip
+        blob = self.base.blobs.get(theirs.path) if self.base else None
+        return self._decided(Item(name, "upload", theirs.size, "", record.sha256, blob), "fetched first")
+
+    def _decided(self, item: Item, why: str) -> Item:
+        theirs = self._theirs(item.name, item.sha256)
+        if theirs is not None:
+            item = replace(item, source=theirs.path)
+        if self.target and item.is_in(self.target.head):
+            return replace(item, how="keep", why="is there already")
+        if why in ("edited", "made for this repository"):
+            return replace(item, why=why)
+        aside = f", {why}" if why else ""
+        if self.base is None:
+            return replace(item, why=f"the base cannot be seen at this Hub{aside}")
+        if theirs is None:
+            return replace(item, why=f"the base's repository does not have it{aside}")
+        if theirs.sha256 is None:
+            return replace(item, why=f"a small file{aside}")
+        if item.sha256 is None and theirs.size == item.size:
+            return replace(item, how="copy", why="unchanged, unless hashing it says otherwise")
+        if theirs.sha256 != item.sha256:
+            return replace(item, why=f"not the file that the base's repository has{aside}")
+        if theirs.xet is None:
+            return replace(item, why=f"the Hub has no Xet hash of it, and copies nothing else{aside}")
+        return replace(item, how="copy", why="unchanged from the base")
+
+    def _digest(self, file: BaseFile, record: FileRecord | None) -> str | None:
+        if record and record.sha256 and file.name not in self.distrusted:
+            return record.sha256
+        return file_sha256(file, self.progress) if self.hashing else None
+
+
+def _content(name: str, data: bytes, content: Place | bytes) -> Item:
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return Item(name, "upload", len(data), "", hashlib.sha256(data).hexdigest(), blob, content)
+
+
+def file_sha256(file: BaseFile, progress: Progress) -> str:
+    """One reading of a large file."""
+    digest = hashlib.sha256()
+    progress.start(file.size, "B", f"hashing {file.name}")
+    try:
+        for _, chunk in chunks(file, []):
+            digest.update(chunk)
+            progress.advance(len(chunk))
+    finally:
+        progress.close()
+    return digest.hexdigest()
+
+
+def _published(registry: Registry, items: Sequence[Item], base: Listing | None) -> Registry:
+    """The registry that goes with what is published: of these files, all there, with every digest that is known."""
+    found = {item.name: item for item in items}
+    files = {}
+    for name, record in registry.files.items():
+        if name not in found:
+            continue
+        if record.sha256 is None and found[name].sha256 and base and found[name].is_in(base, in_base(registry, name)):
+            record = FileRecord(size=record.size, base_sha256=found[name].sha256, sha256=found[name].sha256)
+        files[name] = record
+    omitted = sorted({*registry.omitted, *(n for n in registry.files if n not in files)})
+    return registry.model_copy(update={"files": files, "omitted": omitted, "elsewhere": []})
+
+
+def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
+    """The base's own card, from the directory where it is the base's, else from the base's repository."""
+    here = scan.there.get(card.CARD_NAME)
+    if here is not None and card.CARD_NAME in registry.files and card.CARD_NAME not in scan.distrusted:
+        with opened(here.path) as file:
+            return read_at_most(file, 4 * card.MAX_CARD).decode("utf-8", "replace")
+    theirs = base.files.get(in_base(registry, card.CARD_NAME)) if base else None
+    if theirs is None:
+        return ""
+    with contextlib.suppress(HubError):  # a gated base shows its list of files and no file
+        return theirs.pread(4 * card.MAX_CARD, 0).decode("utf-8", "replace")
+    return ""
+
+
+def card_notes(names: Sequence[str]) -> list[str]:
+    """What is said of the base's fields that the new card does not hold."""
+    return [f"not taken over from the base's card, in whole or in part: {', '.join(names)}"] if names else []
+
+
+def short_forms(checkpoint: Checkpoint, registry: Registry) -> dict:
+    found = {}
+    for record in registry.edits:
+        with contextlib.suppress(ArchitectureError):
+            if form := short_form(checkpoint.config, checkpoint.shapes, record.coordinate):
+                found[record.coordinate] = form
+    return found
+
+
+def _obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], list[str]]:
+    """Files of an earlier publication that this one does not have any more; of strangers' files, only a note."""
+    if target is None:
+        return [], []
+    head, earlier, notes = target.head, {}, []
+    if REGISTRY_NAME in head.files:
+        try:
+            patched = read_patched(head)
+            earlier = patched.registry.files if patched else {}
+        except CheckpointError:
+            notes.append(f"{REGISTRY_NAME} in the repository cannot be read: no earlier file is removed")
+    rest = sorted(set(head.files) - names - {".gitattributes"})
+    gone = [Item(n, "delete", head.files[n].size, "of an earlier publication") for n in rest if n in earlier]
+    if strange := [name for name in rest if name not in earlier]:
+        some = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
+        notes.append(f"already in the repository, no part of this, and left as it is: {some}")
+    return gone, notes
+
+
+def _tag(wish: Wish, registry: Registry, base: Listing | None, target: Target | None, notes: list[str]) -> str | None:
+    """The tag to make; a pull request's commit is not yet the repository's, and gets none."""
+    commit = base.commit if base else registry.base.revision or ""
+    name = wish.tag or (f"base-{commit[:12]}" if len(commit) == 40 else None)
+    if wish.create_pr:
+        if wish.tag:
+            raise HubError("a pull request gets no tag", wish.tag, "go without --tag, and tag it when it is merged")
+        return None
+    if name and target and name in target.tags and target.tags[name] != target.head.commit:
+        if wish.tag:
+            raise HubError("there is such a tag already, of another commit", name, "give another --tag")
+        notes.append(f"the tag {name} stays where it is: at the first publication of this base")
+        return None
+    return name
+
+
+def summary(registry: Registry) -> str:
+    number, base = len(registry.edits), registry.base
+    of = f" of {base.repo_id}" if base.repo_id else ""
+    at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
+    return f"{number} scalar{'' if number == 1 else 's'}{of}{at} changed"
+
+
+def _same_pull_request(plan: Publication) -> int | None:
+    """An open pull request that holds exactly this, made by an earlier run whose answer was lost."""
+    for number in open_pull_requests(plan.wish.repo_id, plan.message):
+        head = listing_of(plan.wish.repo_id, f"refs/pr/{number}")
+        if is_published(plan, head):
+            return number
+    return None

@@ -1,0 +1,104 @@
+"""Publishing the edit alone: what goes into a repository that holds a patch, and no weights.
+
+    patch.safetensors   the sparse form, which `apply` takes
+    manifest.yaml       the same in words
+    SHA256SUMS          the digests of both
+    README.md           what is changed, of which base, and how to apply it
+
+The registry stays behind, for it describes files that are not there; what it proves, `apply` proves once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from swsurgery.checkpoint.opening import open_as
+from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, Patched, Registry, read_records
+from swsurgery.errors import HubError
+from swsurgery.hub.cards import read as read_card
+from swsurgery.hub.cards import render as render_card
+from swsurgery.hub.commit import Target
+from swsurgery.manifest import patch as patch_module
+from swsurgery.manifest.patch import Patch
+from swsurgery.progress import Progress
+from swsurgery.sharing import card, export
+from swsurgery.sharing.plan_checkpoint import (
+    Scan,
+    assembled,
+    base_card,
+    base_listing,
+    card_notes,
+    short_forms,
+    summary,
+    target_of,
+)
+from swsurgery.sharing.publication import Publication, Wish
+from swsurgery.storage.names import OWN_FILES
+from swsurgery.verifying.findings import Finding
+
+PATCH_NAME = "patch.safetensors"
+
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
+"""How names end whose files nobody looks for beside a patch."""
+
+
+def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress) -> Publication:
+    """Plan the publication of a patched checkpoint's edits. `findings` are those that were accepted.
+
+    Of a checkpoint that was patched several times it is one step from its first base. Raises CheckpointError where the
+    directory is no patched checkpoint, PlanError where nothing is changed, HubError.
+    """
+    patched = read_records(root)
+    source = export.read(root, progress=progress)
+    registry = _as_one_step(patched, source.patch)
+    checkpoint = open_as(root, patched.registry.base, elsewhere=patched.registry.elsewhere)
+    base, target = base_listing(registry), target_of(wish)
+    if target:
+        _refuse_weights(target, wish.repo_id)
+    notes = [*source.notes]
+    if base is None:
+        named = registry.base.repo_id or "the base, which the registry does not name,"
+        notes.append(f"{named} cannot be seen at this Hub: whoever applies the patch needs it at hand")
+    elif base.private and not (target.head.private if target else wish.private):
+        notes.append(f"{base.repo_id} is private, and the patch tells names and single values of its weights")
+    raw = patch_module.render(source.patch)
+    once = not patched.registry.history
+    manifest = patched.manifest_raw if once else patch_module.manifest_text(raw, Path(PATCH_NAME))
+    scan = Scan(checkpoint, patched.registry, base, target, {f.file for f in findings}, False, progress)
+    base_fields, _ = read_card(base_card(scan, patched.registry, base), card.FIELDS)
+    notes += card_notes(card.not_carried(base_fields, card.LICENCE))
+    body = card.patch_body(
+        registry, wish.repo_id, manifest, PATCH_NAME, len(raw), findings, short_forms(checkpoint, registry)
+    )
+    made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
+    made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
+    made[card.CARD_NAME] = render_card(card.patch_fields(registry, base_fields), body)
+    items = [scan.own(name, data) for name, data in made.items()]
+    message = wish.message or f"a patch: {summary(registry)}"
+    return assembled(root, wish, registry, items, {}, notes, findings, base, target, message)
+
+
+def _as_one_step(patched: Patched, patch: Patch) -> Registry:
+    """The registry of a checkpoint's edits since its first base, and of no file."""
+    steps, first, last = export.steps_of(patched), {}, {}
+    for registry in steps:
+        for edit in registry.edits:
+            first.setdefault(edit.coordinate, edit)
+            last[edit.coordinate] = edit
+    edits = []
+    for scalar in patch.scalars:
+        old = first[scalar.coordinate]
+        update = {"old": old.old, "old_bits": old.old_bits, "op": scalar.op, "factor": scalar.factor}
+        edits.append(last[scalar.coordinate].model_copy(update=update))
+    nothing = {"files": {}, "omitted": [], "elsewhere": [], "protected": []}
+    return patched.registry.model_copy(update={"base": steps[0].base, "edits": edits, **nothing})
+
+
+def _refuse_weights(target: Target, repo_id: str) -> None:
+    """A patch's card in the place of a model's would hide what the repository holds. Raises HubError."""
+    ours = {PATCH_NAME, *OWN_FILES[1:]}
+    if held := sorted(name for name in target.head.files if name.endswith(WEIGHTS) and name not in ours):
+        raise HubError(f"the repository holds weights ({held[0]})", repo_id,
+                       "publish the patch in a repository of its own")  # fmt: skip

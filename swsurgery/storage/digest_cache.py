@@ -1,0 +1,100 @@
+"""Remember sha256 of files between runs, by device, inode, size, mtime and ctime of the descriptor that was hashed.
+
+These five numbers prove nothing: a write through a held memory map changes none of them, and another image mounted in
+the same place can repeat them all. A remembered digest is therefore never compared with a pin. Only
+`apply --reuse-digests` copies it into a record, where it is marked as unverified. A lost or damaged cache costs time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from swsurgery.errors import ShardError, TargetError
+from swsurgery.storage import filesystem
+from swsurgery.storage.files import open_regular, read_at_most
+
+MAX_ENTRIES = 20_000
+
+MAX_BYTES = 8 << 20
+"""Bytes of the cache file accepted; MAX_ENTRIES need about 3 MB."""
+
+CLOCK_TICK = 2.0
+"""Seconds between two mtimes that a file system can tell apart, at worst (FAT)."""
+
+
+class DigestCache:
+    """Digests by the identity of the file, in the user's cache directory or in `path`.
+
+    The cache file is read when a digest is first asked for, and when new ones are saved. It is ignored unless it is a
+    regular file of this user, nobody else may write it, and its contents have the checksum written with them.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path or user_cache_path("swsurgery") / "digests.json"
+        self._new: dict[str, str] = {}
+        self._read: dict[str, str] | None = None
+
+    def get(self, status: os.stat_result) -> str | None:
+        """Return the digest that a file of this status once had."""
+        if self._read is None:
+            self._read = _load(self._path)
+        return self._read.get(_identity(status))
+
+    def put(self, status: os.stat_result, digest: str, started: float) -> None:
+        """Remember a digest. `status` is of the hashed descriptor; hashing began at `started`, in seconds since 1970.
+
+        A file changed within a clock tick of that time is not remembered: it could change again without a new mtime.
+        """
+        if started - status.st_mtime >= CLOCK_TICK:
+            self._new[_identity(status)] = digest
+
+    def save(self) -> None:
+        """Write the cache; continue without it if it cannot be written."""
+        if not self._new:
+            return
+        entries = {k: v for k, v in _load(self._path).items() if k not in self._new} | self._new
+        entries = dict(list(entries.items())[-MAX_ENTRIES:])
+        document = {"sha256": _checksum(entries), "digests": entries}
+        try:
+            filesystem.make_directories(self._path.parent)
+            filesystem.replace_shared(self._path, json.dumps(document, indent=0).encode(), wait=False, mode=0o600)
+        except (OSError, TargetError):
+            return
+        self._new = {}
+        self._read = None
+
+
+def _load(path: Path) -> dict[str, str]:
+    """Read the entries of a cache file; none if the file cannot be trusted."""
+    try:
+        fd = open_regular(path)
+    except (OSError, ShardError):
+        return {}
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return {}
+        raw = read_at_most(fd, MAX_BYTES + 1)
+        document = json.loads(raw) if len(raw) <= MAX_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    finally:
+        os.close(fd)
+    entries = document.get("digests") if isinstance(document, dict) else None
+    if not isinstance(entries, dict) or document.get("sha256") != _checksum(entries):
+        return {}
+    return {k: v for k, v in entries.items() if isinstance(v, str) and len(v) == 64}
+
+
+def _checksum(entries: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _identity(status: os.stat_result) -> str:
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"

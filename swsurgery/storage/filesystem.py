@@ -1,0 +1,336 @@
+"""Every mutating system call that swsurgery makes, and nowhere else.
+
+Functions are thin: one call each, repeated where the kernel may do less than it was asked. An OSError
+leaves this room as a TargetError that names the path and a remedy; a failed fsync is final and never
+retried, for a second try may succeed with the data gone. Where an Entry is given instead of a path, the call is made
+relative to the descriptor of its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from swsurgery.errors import TargetError
+from swsurgery.storage.folder import Entry, Folder
+
+FICLONE = 0x40049409
+"""ioctl of Linux: make a file share all blocks of another one (btrfs, xfs)."""
+
+RENAME_NOREPLACE = 1
+AT_FDCWD = -100
+_CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
+_CANNOT_COPY_RANGE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another file system",
+    errno.EDQUOT: "free some of the quota, or write to another file system",
+    errno.EACCES: "write where you may",
+    errno.EPERM: "write where you may",
+    errno.EROFS: "write to a file system that is not read-only",
+    errno.ENOENT: "make the directory first",
+    errno.EMFILE: "raise the limit of open files",
+    errno.EXDEV: "hard links and clones stay on one file system: use --link copy",
+}
+
+
+@contextlib.contextmanager
+def _placed(path: Path | Entry) -> Iterator[tuple[str, int | None]]:
+    """What a system call is given for a path or an entry: (the name, the descriptor of its directory if one is held).
+    Raises OSError."""
+    if isinstance(path, Entry):
+        with path.placed() as (fd, name):
+            yield name, fd
+    else:
+        yield os.fspath(path), None
+
+
+@contextlib.contextmanager
+def reported(path: Path | Entry | Folder | str) -> Iterator[None]:
+    """Turn an OSError of the block into a TargetError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno, "")
+        raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", path, remedy) from error
+
+
+def is_there(path: Path | Entry) -> bool:
+    """Whether something has this name. os.path.lexists says no where it cannot tell, and what rests on a no, such as
+    that no journal is waiting, would rest on nothing. Raises TargetError there."""
+    try:
+        with _placed(path) as (name, fd):
+            os.lstat(name, dir_fd=fd)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise TargetError(f"cannot tell whether it is there ({os.strerror(error.errno or 0)})", path) from error
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
+    """Hold a directory that is read (shared) or edited in place (exclusive). The lock dies with the process.
+
+    Raises TargetError where another run holds it otherwise, unless told to `wait`.
+    """
+    with reported(folder):
+        where = "." if isinstance(folder, Folder) else folder
+        below = folder.fd if isinstance(folder, Folder) else None
+        fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=below)
+    try:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            doing = "reading or editing it" if exclusive else "editing it in place"
+            raise TargetError(f"another run is {doing}", folder, "wait for it, or stop it") from None
+        except OSError as error:
+            if exclusive:  # some network file systems have no locks; whoever only reads is warned by what it hashes
+                raise TargetError(f"cannot lock ({os.strerror(error.errno or 0)})", folder) from error
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_file(path: Path | Entry) -> None:
+    """Remove a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError), _placed(path) as (name, fd):
+        os.unlink(name, dir_fd=fd)
+
+
+def make_directory(path: Path | Entry, mode: int = 0o777) -> None:
+    """A new directory; the umask takes permissions away from `mode`."""
+    with _placed(path) as (name, fd):
+        os.mkdir(name, mode, dir_fd=fd)
+
+
+def restrict(folder: Folder, mode: int) -> None:
+    """Take from a directory every permission that `mode` does not have."""
+    before = os.fstat(folder.fd).st_mode & 0o7777
+    if before & ~mode:
+        os.fchmod(folder.fd, before & mode)
+
+
+def make_directories(path: Path) -> None:
+    os.makedirs(path, exist_ok=True)
+
+
+def remove_directory(path: Path | Entry) -> None:
+    """Remove an empty directory."""
+    with _placed(path) as (name, fd):
+        os.rmdir(name, dir_fd=fd)
+
+
+def lock(folder: Folder) -> bool:
+    """Lock a directory for this run alone, as long as its descriptor is open. False if another run has it."""
+    try:
+        fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def create(path: Path | Entry, mode: int = 0o666) -> int:
+    """A new file, open for writing; the umask takes permissions away from `mode`."""
+    with _placed(path) as (name, folder):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(name, flags, mode, dir_fd=folder)
+
+
+def open_for_patching(path: Path | Entry) -> int:
+    """An existing regular file, open for reading and for writing into it; no link is followed. Raises for an entry
+    what `Entry.open` does."""
+    with _placed(path) as (name, folder):
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    return path.sound(fd) if isinstance(path, Entry) else fd
+
+
+def reserve(path: Path | Entry, size: int) -> None:
+    """A new file that takes `size` bytes of the disk, to be removed when they are needed."""
+    with reported(path):
+        fd = create(path)
+        try:
+            os.posix_fallocate(fd, 0, size)
+            sync(fd)
+        finally:
+            os.close(fd)
+
+
+def drop_cache(fd: int) -> None:
+    """Have the next reading come from the disk, so far as the kernel is willing."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bypass_cache(fd: int) -> None:
+    """Have `write_all` write past the page cache, where the file system can.
+
+    A checkpoint written through the cache costs a page of memory for each page, pushes out what others had
+    there, and leaves all its writing to `sync`.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # tmpfs before Linux 6.6; other systems
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+
+
+def _use_cache(fd: int) -> bool:
+    """Undo `bypass_cache`. False where there was nothing to undo."""
+    flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
+    return bool(flags & direct)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except OSError as error:
+            # Past the cache only whole blocks can be written, so the file's end, and what follows a short write,
+            # are refused and go through it.
+            if error.errno != errno.EINVAL or not _use_cache(fd):
+                raise
+
+
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:
+    """A new small file, durable when this returns."""
+    with reported(path):
+        fd = create(path, mode)
+        try:
+            write_all(fd, data)
+            sync(fd)
+        finally:
+            os.close(fd)
+
+
+def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None = None, mode: int = 0o666) -> None:
+    """A small file that may exist already, replaced as a whole; by way of `temporary`, which must not exist and is in
+    the same directory."""
+    temporary = temporary or path.with_name(f".{path.name.rpartition('/')[2]}.{os.getpid()}")
+    try:
+        write_file(temporary, data, mode)
+        with reported(path), _placed(temporary) as (old, fd), _placed(path) as (new, to):
+            os.replace(old, new, src_dir_fd=fd, dst_dir_fd=to)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_file(temporary)
+        raise
+
+
+def write_report(path: Path, data: bytes) -> None:
+    """Put what a person asked for where they said. A regular file, also behind a link, is replaced as a whole; a
+    device, a pipe, /dev/stdout and /dev/fd/N are written into and stay what they are."""
+    with reported(path):
+        if (number := _own_descriptor(path)) is not None:
+            # Opened anew it would have a place in the file of its own, and what others write there next would land on
+            # the report.
+            fd = os.dup(number)
+        elif os.path.exists(path) and not path.is_file():
+            fd = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+        else:
+            fd = None
+        if fd is not None:
+            try:
+                write_all(fd, data)
+            finally:
+                os.close(fd)
+            return
+    replace_file(Path(os.path.realpath(path)), data)
+
+
+def _own_descriptor(path: Path) -> int | None:
+    """The number of the descriptor of this process that a path such as /dev/stdout means."""
+    streams = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+    text = os.path.abspath(path)
+    match = re.fullmatch(r"/(?:dev|proc/self)/fd/([0-9]{1,9})", text)
+    return int(match[1]) if match else streams.get(text)
+
+
+def replace_shared(path: Path, data: bytes, *, wait: bool = True, mode: int = 0o666) -> None:
+    """`replace_file` in a directory of swsurgery's own, where several runs may write the same file: one at a time, so
+    that what a killed one left has a fixed name and can be removed. Raises TargetError while another is at it, unless
+    told to `wait` for it."""
+    with locked(path.parent, exclusive=True, wait=wait):
+        temporary = path.with_name(f".{path.name}.new")
+        with reported(temporary):
+            remove_file(temporary)
+        replace_file(path, data, temporary, mode)
+
+
+def clone(base: int, new: int) -> bool:
+    """Let the empty file `new` share the blocks of `base`. False where the file system cannot."""
+    try:
+        fcntl.ioctl(new, FICLONE, base)
+    except OSError as error:
+        if error.errno in _CANNOT_CLONE:
+            return False
+        raise
+    return True
+
+
+def copy_range(base: int, new: int, offset: int, size: int) -> int:
+    """Copy up to `size` bytes at `offset` inside the kernel; returns how many, 0 at the end of the file."""
+    try:
+        return os.copy_file_range(base, new, size, offset, offset)
+    except OSError as error:
+        if error.errno not in _CANNOT_COPY_RANGE:
+            raise
+    data = os.pread(base, min(size, 1 << 20), offset)
+    write_at(new, data, offset)
+    return len(data)
+
+
+def hard_link(base: Path | Entry, new: Path | Entry) -> None:
+    """Give a file a second name. It moves the ctime of the file, which an entry of it is told."""
+    if isinstance(base, Entry):
+        base.expect_new_ctime()
+    with _placed(base) as (old, fd), _placed(new) as (name, to):
+        os.link(old, name, src_dir_fd=fd, dst_dir_fd=to, follow_symlinks=False)
+
+
+def sync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def sync_directory(path: Path | Folder) -> None:
+    if isinstance(path, Folder):
+        os.fsync(path.fd)
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename_new(old: Path | Entry, new: Path | Entry) -> None:
+    """Rename, and never onto something that is there. Raises OSError (EEXIST)."""
+    with _placed(old) as (name, fd), _placed(new) as (to_name, to):
+        _rename_new(name, fd, to_name, to)
+
+
+def _rename_new(old: str, fd: int | None, new: str, to: int | None) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(libc, "renameat2", None)
+    if renameat2 is not None:
+        here, there = (AT_FDCWD if folder is None else folder for folder in (fd, to))
+        if renameat2(here, os.fsencode(old), there, os.fsencode(new), RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))
+    # Some file systems (FUSE) do not know the flag. Plain rename would silently replace an empty directory.
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(new, dir_fd=to, follow_symlinks=False)
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+    os.rename(old, new, src_dir_fd=fd, dst_dir_fd=to)

@@ -1,0 +1,148 @@
+"""Hold what belongs together."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import mmap
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+
+from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError
+from swsurgery.progress import Progress, Silent
+from swsurgery.storage.dtypes import bits_of
+from swsurgery.storage.files import BaseFile, opened
+from swsurgery.storage.shard import Shard
+from swsurgery.storage.splice import Splice
+from swsurgery.threads import Pool
+
+THREADS = "SWSURGERY_THREADS"
+"""Environment variable: how many files are copied at a time. 1 does everything in one thread."""
+
+
+CHUNK = 4 << 20
+"""Bytes read at a time: big enough to keep the disk and the hash busy, small enough to stay in the cache."""
+
+
+def stream(
+    fd: int,
+    file: BaseFile,
+    splices: Sequence[Splice],
+    advance: Callable[[int], None],
+    sink: Callable[[memoryview], None] | None = None,
+    header: Shard | None = None,
+) -> tuple[str, str]:
+    """Read a file once: (sha256 of its bytes, sha256 with the splices made). `sink` is given the bytes with the splices
+    made, chunk by chunk. `splices` are in the order of their offsets and do not overlap. Raises CheckpointError where
+    a splice's old bytes are not there, if what comes before the data is not what it is in `header`, and what `sink`
+    raises."""
+    digest, patched = hashlib.sha256(), None
+    begun, header_end = hashlib.sha256(), header.data_start if header else 0
+    jobs: list[Future] = []
+    first = 0
+    with Pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
+        for offset, chunk in _chunks(fd, file):
+            if header and offset < header_end:
+                begun.update(chunk[: header_end - offset])
+                if header_end <= offset + len(chunk):
+                    _refuse_other_header(begun.hexdigest(), header, file)
+            while first < len(splices) and splices[first].end <= offset:
+                first += 1
+            end = bisect.bisect_left(splices, offset + len(chunk), first, key=_offset)
+            inside = splices[first:end]
+            if inside and patched is None:
+                patched = digest.copy()  # up to here both files are the same
+            if inside:
+                digest.update(chunk)
+                _splice(chunk, offset, inside, file)
+            for job in jobs:  # the chunk before: its buffer is the next to be read into
+                job.result()
+            jobs = [lanes.submit(patched.update, chunk)] if patched is not None else []
+            if sink is not None:
+                jobs.append(lanes.submit(sink, chunk))
+            if not inside:
+                digest.update(chunk)
+            advance(len(chunk))
+        for job in jobs:
+            job.result()
+    return digest.hexdigest(), (patched or digest).hexdigest()
+
+
+_offset = operator.attrgetter("offset")
+
+
+def hashed(file: BaseFile, progress: Progress | None = None) -> str:
+    """sha256 of a file that is only read. Raises ShardError, CheckpointError."""
+    return hashed_twice(file, (), progress)[0]
+
+
+def hashed_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | None = None) -> tuple[str, str]:
+    """Read a file once: (sha256 of its bytes, sha256 with the splices made). Raises ShardError, CheckpointError."""
+    progress = progress or Silent()
+    progress.start(file.size, "B", "hashing")
+    try:
+        with opened(file.path) as fd:
+            return stream(fd, file, splices, progress.advance)
+    finally:
+        progress.close()
+
+
+def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> None:
+    """Hold a digest of the base against everything that says what it must be. Raises PlanError."""
+    for wanted, who in (pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
+        if wanted and wanted != digest:
+            changed = f"{file.name} was changed since the edit: restore it, or give the unchanged checkpoint"
+            remedy = changed if who == "its registry" else "is this the right checkpoint?"
+            raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path, remedy)
+
+
+def _refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
+    if digest != header.header_sha256:
+        raise CheckpointError("does not have the header that the edits were planned with", file.path,
+                              "the base was changed meanwhile")  # fmt: skip
+
+
+def _splice(chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:
+    """Put the new bytes into a chunk that begins at `offset`, if the old ones are as planned. A scalar may lie
+    across two chunks."""
+    for splice in splices:
+        begin, end = max(splice.offset, offset), min(splice.end, offset + len(chunk))
+        part, at = slice(begin - splice.offset, end - splice.offset), slice(begin - offset, end - offset)
+        if chunk[at] != splice.old[part]:
+            raise CheckpointError(
+                f"{splice.coordinate} does not hold the planned {bits_of(splice.old)}",
+                file.path,
+                "the base was changed meanwhile",
+            )
+        chunk[at] = splice.new[part]
+
+
+def _threads() -> int:
+    """More than cores, so that the last of three shards is not copied on one core while the other rests."""
+    text = os.environ.get(THREADS, "4")
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise SwsurgeryError(f"{THREADS} is {text!r}", "the environment", "give a number from 1 to 64")
+    return int(text)
+
+
+def _chunks(base: int, file: BaseFile) -> Iterator[tuple[int, memoryview]]:
+    """(offset, bytes) over the whole file, in two buffers by turns. They begin at a page, which writing past the
+    page cache asks for."""
+    buffers = itertools.cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))])
+    offset = 0
+    while offset < file.size:
+        buffer = next(buffers)[: file.size - offset]
+        filled = 0
+        while filled < len(buffer):
+            try:
+                count = os.preadv(base, [buffer[filled:]], offset + filled)
+            except OSError as error:
+                raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", file.path) from error
+            if not count:
+                raise CheckpointError("the file ended while it was read", file.path, "it was truncated meanwhile")
+            filled += count
+        yield offset, buffer
+        offset += len(buffer)

@@ -1,0 +1,225 @@
+"""One safetensors file: its header, read strictly, and single scalars out of it.
+
+The reader accepts a subset of what the official parser (safetensors 0.8.0) accepts and reads it the same
+way. It is stricter where that parser would silently pick one of two meanings (duplicate names, last wins)
+or takes forms that the specification does not name; an editor must not guess which tensor was meant.
+Files are read with pread, never mapped: a file truncated under a mapping kills the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from swsurgery.errors import ShardError
+from swsurgery.storage.dtypes import DTYPES, Dtype
+from swsurgery.storage.files import Place, not_the_file, opened, read_exactly, size_of
+from swsurgery.storage.strict_json import no_duplicates, quoted
+
+MAX_HEADER = 16 << 20
+"""Bytes of header accepted. The format allows 100 MB; the largest headers seen in published checkpoints are
+under 1 MB, and a hostile one of 68 MB costs any reader seconds and a gigabyte."""
+
+MAX_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 17
+"""Commas in a header: counted before it is parsed, for each value of JSON but the first of its list needs one. A
+tensor of two dimensions has five. A published checkpoint of 92,000 tensors has 163 files; here one file may have
+100,000 tensors, and a quarter of that where it holds less than 2 KiB for each of them."""
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_INTEGER = {int}
+_NEGATIVE = re.compile(rb"[\[,:][ \t\n\r]*-")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a header. `data_offsets` are (begin, end) relative to the data section, as stored."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of data."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
+    def flat(self, index: tuple[int, ...]) -> int:
+        """The row-major position of `index`. Raises IndexError out of range or with the wrong rank."""
+        if len(index) != len(self.shape):
+            raise IndexError(f"index {list(index)} has {len(index)} numbers, shape {list(self.shape)} has rank "
+                             f"{len(self.shape)}")  # fmt: skip
+        position = 0
+        for i, length in zip(index, self.shape, strict=True):
+            if not 0 <= i < length:
+                raise IndexError(f"index {list(index)} is out of range for shape {list(self.shape)}")
+            position = position * length + i
+        return position
+
+    def index(self, flat: int) -> tuple[int, ...]:
+        """The index of a row-major position: the inverse of `flat`."""
+        index = []
+        for length in reversed(self.shape):
+            flat, i = divmod(flat, length)
+            index.append(i)
+        return tuple(reversed(index))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file, opened once: `tensors` by name in the order of their data. `header_sha256` is of all bytes
+    before the data section."""
+
+    path: Place
+    size: int
+    header_size: int
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+    header_sha256: str = ""
+
+    @property
+    def data_start(self) -> int:
+        """Absolute offset of the data section: 8 bytes of length, then the header."""
+        return 8 + self.header_size
+
+    def offset(self, name: str, index: tuple[int, ...]) -> int:
+        """Absolute byte offset of one scalar. Raises KeyError, IndexError."""
+        info = self.tensors[name]
+        return self.data_start + info.data_offsets[0] + info.flat(index) * info.dtype.size
+
+    def read_scalar(self, name: str, index: tuple[int, ...]) -> bytes:
+        """The stored bytes of one scalar, little-endian. Raises ShardError, KeyError, IndexError."""
+        with opened(self.path) as fd:
+            return read_exactly(fd, self.tensors[name].dtype.size, self.offset(name, index), self.path)
+
+
+def open_shard(path: Place) -> Shard:
+    """Read and check the header of one safetensors file; no tensor data is read.
+
+    Raises ShardError, which names the rule that the file breaks.
+    """
+    with opened(path) as fd:
+        size = size_of(fd)
+        length = read_exactly(fd, min(size, 8), 0, path)
+        header_size = header_length(length, size, path)
+        raw = read_exactly(fd, header_size, 8, path)
+    try:
+        tensors, metadata = parse_header(raw, size - 8 - header_size)
+    except ValueError as error:
+        raise ShardError(f"malformed safetensors header: {error}", path) from None
+    return Shard(path, size, header_size, tensors, metadata, hashlib.sha256(length + raw).hexdigest())
+
+
+def header_length(start: bytes, size: int, path: Path) -> int:
+    """Bytes of header, from the first 8 bytes of a file of `size`. Raises ShardError, which says what the file is."""
+    if size < 8:
+        raise ShardError(f"is too short for a safetensors file ({size} bytes)", path, "download it again")
+    (length,) = struct.unpack("<Q", start)
+    if length > size - 8:
+        # Only now: a sound file may begin with any of these bytes, for they are its header's length.
+        if found := not_the_file(start):
+            raise ShardError(found[0], path, found[1])
+        raise ShardError(f"is truncated: its header says {length} bytes, the file has {size}", path,
+                         "download it again")  # fmt: skip
+    if length > MAX_HEADER:
+        raise ShardError(f"has a header of {length} bytes, more than the {MAX_HEADER} accepted", path)
+    return length
+
+
+def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Header bytes -> (tensors in the order of their data, metadata). Raises ValueError with the broken rule."""
+    if not raw.startswith(b"{"):
+        raise ValueError("it does not begin with {")
+    limit = max(COMMAS_WITHOUT_DATA, min(MAX_COMMAS, data_size >> 9))
+    if raw.count(b",") > limit:
+        raise ValueError(f"it has more than {limit} values")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
+    try:
+        header = json.loads(
+            text,
+            object_pairs_hook=no_duplicates,
+            # A hook for each integer doubles the time; only -0 needs it, for -0 becomes a harmless 0.
+            parse_int=_integer if _NEGATIVE.search(raw) else None,
+            parse_float=_no_number,
+            parse_constant=_no_number,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg} at character {error.pos})") from None
+    except ValueError as error:  # Python's own limit of 4300 digits, or one of the hooks
+        reason = "it has a number of thousands of digits" if "digits" in str(error) else str(error)
+        raise ValueError(reason) from None
+    metadata = header.pop("__metadata__", {})
+    if metadata is None:  # the official parser reads null as absent
+        metadata = {}
+    if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
+        raise ValueError("__metadata__ is not a map from string to string")
+    if b"\\u" in raw:  # UTF-8 itself holds no half of a pair
+        _no_surrogates(metadata.keys())
+        _no_surrogates(metadata.values())
+        _no_surrogates(header)
+    infos = sorted((_tensor_info(name, entry) for name, entry in header.items()), key=lambda info: info.data_offsets)
+    _check_layout(infos, data_size)
+    return {info.name: info for info in infos}, metadata
+
+
+def _integer(digits: str) -> int:
+    return _no_number(digits) if digits.startswith("-") else int(digits)
+
+
+def _no_number(digits: str) -> NoReturn:
+    raise ValueError(f"{digits[:24]} is not an unsigned 64-bit integer")
+
+
+def _no_surrogates(texts: Any) -> None:
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{quoted(text)} holds half a surrogate pair") from None
+
+
+def _tensor_info(name: str, entry: Any) -> TensorInfo:
+    if type(entry) is not dict or entry.keys() != _FIELDS:
+        raise ValueError(f"tensor {quoted(name)} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or dtype not in DTYPES:
+        raise ValueError(f"tensor {quoted(name)} has an unknown dtype {quoted(dtype)}")
+    # type() and not isinstance: JSON true would pass as the integer 1.
+    if type(shape) is not list or not _INTEGER.issuperset(map(type, shape)):
+        raise ValueError(f"tensor {quoted(name)} has a shape that is not a list of integers")
+    if type(offsets) is not list or len(offsets) != 2 or not _INTEGER.issuperset(map(type, offsets)):
+        raise ValueError(f"tensor {quoted(name)} has data_offsets that are not two integers")
+    if max(shape, default=0) >> 64 or max(offsets) >> 64:
+        raise ValueError(f"tensor {quoted(name)} has a number that is not an unsigned 64-bit integer")
+    return TensorInfo(name, DTYPES[dtype], tuple(shape), (offsets[0], offsets[1]))
+
+
+def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
+    """Tensors tile the data section: no hole, no overlap, nothing behind; and each has the size its shape says."""
+    position = 0
+    for info in infos:
+        begin, end = info.data_offsets
+        if begin != position or end < begin:
+            raise ValueError(f"tensor {quoted(info.name)} has data_offsets [{begin}, {end}] where {position} was due")
+        bits = info.dtype.bits
+        for length in info.shape:
+            bits *= length
+            if bits >= 1 << 64:
+                raise ValueError(f"tensor {quoted(info.name)} has a shape that overflows 64 bits")
+        if bits % 8:
+            raise ValueError(f"tensor {quoted(info.name)} does not fill whole bytes")
+        if bits // 8 != end - begin:
+            raise ValueError(f"tensor {quoted(info.name)} has {end - begin} bytes where its shape needs {bits // 8}")
+        position = end
+    if position != data_size:
+        raise ValueError(f"the tensors end at byte {position} of the data, the file has {data_size}")

@@ -1,0 +1,339 @@
+"""Registry + files -> Verification. Needs neither the planner nor, unless asked to compare with it, the base.
+
+The proof: while a patched shard is hashed, the registry's old bytes are put back in a second hash. Where that
+gives the base's digest (which a hub publishes), the shard is the base with exactly the declared bytes changed.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.compare import chunks, undeclared_changes
+from swsurgery.checkpoint.opening import open_as
+from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Registry, ScalarRecord, read_patched
+from swsurgery.errors import CheckpointError, NumberError
+from swsurgery.progress import Progress
+from swsurgery.storage import dtypes
+from swsurgery.storage.arguments import require_type
+from swsurgery.storage.dtypes import DTYPES, json_value
+from swsurgery.storage.files import BaseFile, Repository
+from swsurgery.storage.names import CARD_NAME, GIT_NAME, OWN_FILES, SIGNATURE_NAME
+from swsurgery.storage.strict_json import read_small
+from swsurgery.verifying.against_manifest import own_findings
+from swsurgery.verifying.findings import Finding
+from swsurgery.verifying.finite import FiniteScan
+
+__all__ = ["Verification", "undeclared_changes", "verify", "verify_patched"]
+
+
+RULES_OF_REGISTRY = (
+    "structure", "digest", "file-missing", "file-undeclared", "undeclared-change", "edit-changed",
+    "protected-changed", "registry", "manifest", "duplicate-weights",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was proved of a registry: `ok` where no finding makes the answer no.
+
+    `proved` are files whose base digest came out again. `unverified` are files that have the registry's digests, but
+    these digests had been copied into the registry without hashing the base. Of the `unhashed` the registry knows no
+    digest, as an edit in place leaves it for files that it did not touch: only their size was checked. Of the `unread`,
+    edited files of a repository, the Hub says the digest; those `elsewhere` are not here and need not be. `finite` says
+    whether all stored floating-point values were searched for NaN and infinities.
+    """
+
+    findings: tuple[Finding, ...]
+    files: int
+    edits: int
+    protected: int
+    proved: tuple[str, ...]
+    compared_with_base: bool
+    unhashed: tuple[str, ...] = ()
+    finite: bool = False
+    unread: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+    rules: tuple[str, ...] = field(default=RULES_OF_REGISTRY)
+
+    @property
+    def ok(self) -> bool:
+        return not any(f.level == "error" for f in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "findings": [f.to_json() for f in self.findings],
+            "files": self.files,
+            "edits": self.edits,
+            "protected": self.protected,
+            "proved": list(self.proved),
+            "unverified": list(self.unverified),
+            "unhashed": list(self.unhashed),
+            "unread": list(self.unread),
+            "elsewhere": list(self.elsewhere),
+            "compared_with_base": self.compared_with_base,
+            "finite": self.finite,
+        }
+
+
+def verify(root: Path | Repository, progress: Progress, base: Path | None = None, finite: bool = False) -> Verification:
+    """Re-read the patched checkpoint in `root` and hold it against its registry, and against `base` if given. Of a
+    repository the Hub's digests are taken for large files, and only headers, edited scalars and small files are read.
+
+    Raises CheckpointError where there is no registry, or it or the base cannot be read.
+    """
+    require_type("finite", finite, bool)
+    patched = read_patched(root)
+    if patched is None:
+        remedy = "only a checkpoint that swsurgery patched has one"
+        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}", remedy)
+    said = patched.registry.base
+    base_checkpoint = open_as(base, said) if base is not None else None
+    try:
+        checkpoint = open_as(root, said, elsewhere=patched.registry.elsewhere)
+    except CheckpointError as error:
+        return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
+    return verify_patched(patched, checkpoint, progress, base_checkpoint, finite)
+
+
+def verify_patched(
+    patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None = None, finite: bool = False
+) -> Verification:
+    """As `verify`, of a checkpoint that is open already."""
+    registry = patched.registry
+    names = {f.name: f for f in checkpoint.files}
+    findings = structure(checkpoint) + _file_list(registry, names) + _own_files(patched, names)
+    findings += own_findings(patched, checkpoint)
+    findings += scalar_findings(registry, checkpoint)
+    present = [name for name in registry.files if name in names]
+    unhashed = [name for name in present if registry.files[name].sha256 is None]
+    proved, unverified = [], []
+    edited: dict[str, list[EditRecord]] = {}
+    for edit in registry.edits:
+        edited.setdefault(edit.file, []).append(edit)
+    unread = [n for n in present if n in edited and not finite and not names[n].is_here]
+    progress.start(sum(names[n].size for n in present if finite or n not in unhashed), "B", "verifying")
+    try:
+        for name in present:
+            scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
+            found = _file_digests(names[name], registry.files[name], edited.get(name, []), scan, progress)
+            findings += found + (scan.findings() if scan else [])
+            if not found and name not in unhashed and name not in unread:
+                (unverified if registry.files[name].unverified else proved).append(name)
+    finally:
+        progress.close()
+    if base is not None:
+        findings += _against_base(checkpoint, base, registry, progress)
+    rules = RULES_OF_REGISTRY + (("base",) if base else ()) + (("non-finite",) if finite else ())
+    return Verification(
+        tuple(findings),
+        files=len(present),
+        edits=len(registry.edits),
+        protected=len(_protected(registry, checkpoint)),
+        proved=tuple(proved),
+        compared_with_base=base is not None,
+        unhashed=tuple(unhashed),
+        finite=finite,
+        unread=tuple(unread),
+        elsewhere=tuple(n for n in registry.elsewhere if n not in names),
+        unverified=tuple(unverified),
+        rules=rules,
+    )
+
+
+def scalar_findings(registry: Registry, checkpoint: Checkpoint) -> list[Finding]:
+    """Hold every recorded scalar, protected ones of earlier steps too, against the headers and what is stored."""
+    findings = []
+    for record in (*registry.edits, *_protected(registry, checkpoint)):
+        findings += _placed(record, checkpoint)
+    return findings + _operations(registry) + _named_twice(registry)
+
+
+def _protected(registry: Registry, checkpoint: Checkpoint) -> list[ScalarRecord]:
+    """List the scalars that this step or an earlier one protects and that can be read here."""
+    names = {f.name for f in checkpoint.files}
+    protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
+    # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
+    return protected + [record for _, record in registry.inherited() if record.file in checkpoint.shards]
+
+
+def structure(checkpoint: Checkpoint) -> list[Finding]:
+    """What the headers and the list of files tell of any checkpoint."""
+    findings = [Finding("structure", f"index and shards disagree: {why}", tensor=t)
+                for t, why in checkpoint.disagreements.items()]  # fmt: skip
+    return findings + [
+        Finding("duplicate-weights", "it holds the weights once more, and no edit of the shards reaches it", name)
+        for name in checkpoint.copies
+    ]
+
+
+def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
+    """Search the shards alone for NaN and infinities: one reading of them."""
+    findings = []
+    progress.start(sum(shard.size for shard in checkpoint.shards.values()), "B", "searching for NaN and infinities")
+    try:
+        for name, shard in checkpoint.shards.items():
+            scan = FiniteScan(name, shard)
+            for offset, chunk in chunks(checkpoint.file(name), []):
+                scan.feed(offset, chunk)
+                progress.advance(len(chunk))
+            findings += scan.findings()
+    finally:
+        progress.close()
+    return findings
+
+
+def _file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
+    missing = [Finding("file-missing", "the registry lists it, it is not there", name)
+               for name in registry.files if name not in names and name not in registry.elsewhere]  # fmt: skip
+    listed = {*registry.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
+    extra = [Finding("file-undeclared", "it is there, the registry does not list it", name)
+             for name in names if name not in listed]  # fmt: skip
+    return missing + extra
+
+
+def _own_files(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
+    """Registry and SHA256SUMS agree with each other."""
+    findings = []
+    expected = patched.own_files()["SHA256SUMS"]
+    if "SHA256SUMS" not in names:
+        findings.append(Finding("file-missing", "the registry goes with it, it is not there", "SHA256SUMS"))
+    elif names["SHA256SUMS"].size != len(expected) or read_small(names["SHA256SUMS"].path, "SHA256SUMS") != expected:
+        findings.append(Finding("digest", "it does not list what the registry lists", "SHA256SUMS"))
+    return findings
+
+
+def _about(record: ScalarRecord, rule: str, message: str) -> Finding:
+    return Finding(rule, message, record.file, record.tensor, record.index)
+
+
+def _placed(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]:
+    """The record's tensor, index, dtype and offset mean the same scalar in this checkpoint's headers, which holds the
+    recorded bits."""
+    is_edit = isinstance(record, EditRecord)
+    rule, wanted = ("edit-changed", record.new_bits) if is_edit else ("protected-changed", record.old_bits)
+    shard = checkpoint.shards.get(record.file)
+    if shard is None or record.tensor not in shard.tensors:
+        return [_about(record, "registry", "the registry names a scalar that the shards do not have")]
+    info = shard.tensors[record.tensor]
+    try:
+        offset = shard.offset(record.tensor, record.index)
+        old = record.old_bytes
+        recorded = record.new_bytes if is_edit else old
+    except (IndexError, NumberError) as error:
+        return [_about(record, "registry", f"the registry's entry is not possible: {error}")]
+    if offset != record.offset or info.dtype.name != record.dtype:
+        return [_about(record, "registry", f"the registry puts it at byte {record.offset} as {record.dtype}, "
+                                           f"the header at byte {offset} as {info.dtype.name}")]  # fmt: skip
+    values = [(record.old, old)] + ([(record.new, recorded)] if is_edit else [])
+    if any(value != json_value(info.dtype, bits) for value, bits in values):
+        return [_about(record, "registry", "the registry's values are not what its bits mean")]
+    stored = shard.read_scalar(record.tensor, record.index)
+    return [] if stored == recorded else [_about(record, rule, f"it holds 0x{stored[::-1].hex()}, not {wanted}")]
+
+
+def _operations(registry: Registry) -> list[Finding]:
+    """Each edit's new bits are what its operation makes of its old ones."""
+    findings = []
+    for edit in registry.edits:
+        dtype = DTYPES[edit.dtype]
+        try:
+            if edit.op == "zero":
+                new = dtypes.zero(dtype)
+            elif edit.op == "scale" and edit.factor is not None:
+                new = dtypes.scaled(dtype, edit.old_bytes, edit.factor)
+            else:
+                new = edit.new_bytes
+            if (edit.op == "scale") != (edit.factor is not None):
+                findings.append(_about(edit, "registry", f"the registry's {edit.op} and its factor do not go together"))
+            elif new != edit.new_bytes:
+                by = f" by {edit.factor}" if edit.op == "scale" else ""
+                findings.append(_about(edit, "registry", f"{edit.op}{by} makes {dtypes.bits_of(new)} of "
+                                                         f"{edit.old_bits}, not {edit.new_bits}"))  # fmt: skip
+        except NumberError as error:
+            findings.append(_about(edit, "registry", f"the registry's {edit.op} is not possible: {error}"))
+    return findings
+
+
+def _named_twice(registry: Registry) -> list[Finding]:
+    """A scalar that two records name: what is put back for one would vouch for the other."""
+    seen: set[tuple[str, int]] = set()
+    findings = []
+    for record in (*registry.edits, *registry.protected):
+        if (record.file, record.offset) in seen:
+            findings.append(_about(record, "registry", "the registry names this scalar twice"))
+        seen.add((record.file, record.offset))
+    return findings
+
+
+def _file_digests(
+    file: BaseFile, record: FileRecord, edits: list[EditRecord], scan: FiniteScan | None, progress: Progress
+) -> list[Finding]:
+    """One reading, two hashes: the file as it is, and with the old bytes put back. `scan` sees the file as it is."""
+    try:
+        old = sorted((e.offset, e.old_bytes) for e in edits)
+    except NumberError as error:
+        return [Finding("registry", f"the registry's old bits are not possible: {error}", file.name)]
+    findings = _record_faults(file, record, bool(edits))
+    if file.digest is not None and not file.is_here and scan is None:
+        progress.advance(file.size)
+        return findings + _by_hub(file, record)
+    hashed = record.sha256 is not None or record.base_sha256 is not None
+    if not hashed and scan is None:
+        return findings
+    here, restored = hashlib.sha256(), hashlib.sha256()
+    remaining = collections.deque(old)
+    for offset, chunk in chunks(file, [(at, len(b)) for at, b in old]):
+        if scan:
+            scan.feed(offset, chunk)
+        if hashed:
+            here.update(chunk)
+        if hashed and old:
+            while remaining and remaining[0][0] < offset + len(chunk):
+                at, data = remaining.popleft()
+                chunk[at - offset : at - offset + len(data)] = data
+            restored.update(chunk)
+        progress.advance(len(chunk))
+    if record.sha256 is not None and here.hexdigest() != record.sha256:
+        findings.append(Finding("digest", f"its sha256 is {here.hexdigest()}, not {record.sha256}", file.name))
+    if record.base_sha256 is not None and (restored if old else here).hexdigest() != record.base_sha256:
+        findings.append(
+            Finding("undeclared-change", "with the declared scalars put back it is not the base's file", file.name)
+        )
+    return findings
+
+
+def _by_hub(file: BaseFile, record: FileRecord) -> list[Finding]:
+    """A file that is not here, by the digest that the Hub keeps of it."""
+    if record.sha256 in (None, file.digest):
+        return []
+    return [Finding("digest", f"its sha256 is {file.digest}, not {record.sha256}", file.name)]
+
+
+def _record_faults(file: BaseFile, record: FileRecord, edited: bool) -> list[Finding]:
+    findings = []
+    if file.size != record.size:
+        findings.append(Finding("digest", f"it has {file.size} bytes, not {record.size}", file.name))
+    if (record.sha256 is None) != (record.base_sha256 is None):
+        findings.append(Finding("registry", "the registry knows one of its two digests only", file.name))
+    elif record.sha256 is None and edited:
+        findings.append(Finding("registry", "the registry declares edits of it and knows no digest", file.name))
+    return findings
+
+
+def _against_base(checkpoint: Checkpoint, base: Checkpoint, registry: Registry, progress: Progress) -> list[Finding]:
+    theirs, findings = {f.name: f for f in base.files}, []
+    for name in registry.files:
+        if name not in theirs:
+            findings.append(Finding("base", "the base does not have it", name))
+    declared: dict[str, set[int]] = {}
+    for edit in registry.edits:
+        declared.setdefault(edit.file, set()).update(range(edit.offset, edit.offset + len(edit.old_bits) // 2 - 1))
+    names = [f.name for f in checkpoint.files if f.name in registry.files and f.name in theirs]
+    return findings + undeclared_changes(checkpoint, base, names, declared, progress)

@@ -1,0 +1,275 @@
+"""Findings as text for people, and as JSON, JUnit XML, SARIF and GitHub workflow commands for machines.
+
+Pure: values in, a string out; nothing is read, written or decided here. Every name may come from a hostile file, so
+none can break a line, an element or a command, nor rewrite a terminal. Sources: SARIF 2.1.0 (OASIS standard), XML
+1.0 (section 2.2, Char), GitHub's documentation of workflow commands and the runner's escaping of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal, get_args
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+from swsurgery import __version__
+from swsurgery.errors import printable
+from swsurgery.verifying.findings import RULES, Finding
+
+Format = Literal["text", "json", "junit", "sarif", "github"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@dataclass(frozen=True)
+class FindingReport:
+    """What one command found in one thing.
+
+    `subject` is the path as the user gave it (paths in the output begin with it), `command` as in "verify",
+    `checked` says in lines what was proved, `details` is more for the JSON document, `rules` are those that were
+    checked. `decided` is False where nothing could be held against anything: the answer is neither yes nor no.
+    """
+
+    subject: str
+    command: str
+    findings: tuple[Finding, ...]
+    checked: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    rules: tuple[str, ...] = ()
+    decided: bool = True
+
+    @property
+    def errors(self) -> int:
+        """How many findings make the answer no."""
+        return sum(f.level == "error" for f in self.findings)
+
+    @property
+    def ok(self) -> bool:
+        return self.decided and not self.errors
+
+    @property
+    def exit_code(self) -> int:
+        """0 yes, 1 no, 2 where it cannot be said."""
+        return 1 if self.errors else 0 if self.decided else 2
+
+
+def render(report: FindingReport, format: Format) -> str:
+    """The report in one of FORMATS, as text that ends with a newline."""
+    return _RENDERERS[format](report)
+
+
+# For people ---------------------------------------------------------------------------------------------------------
+
+
+def _text(report: FindingReport) -> str:
+    lines = []
+    for finding in report.findings:
+        word = "FINDING" if finding.level == "error" else "warning"
+        lines.append(f"{word}   {finding.rule}: {_sentence(report, finding)}")
+    if report.errors:
+        lines.append(f"{_count(report.errors, 'finding')} in {_plain(report.subject)}")
+    lines += _checked(report)
+    if not lines:
+        lines.append(f"{_plain(report.subject)}: nothing was found")
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(report: FindingReport, finding: Finding) -> str:
+    """Where, what, and the line of the manifest that asked for it: one line without a control character."""
+    place = " ".join(part for part in (finding.file, _scalar(finding)) if part) or report.subject
+    if finding.manifest is not None and finding.file is None:
+        return _plain(f"{_position(finding)}: {finding.message}")
+    asked = f" ({_position(finding)})" if finding.manifest is not None else ""
+    return _plain(f"{place}: {finding.message}{asked}")
+
+
+def _scalar(finding: Finding) -> str:
+    index = "" if finding.index is None else str(list(finding.index))
+    return f"{finding.tensor or ''}{index}"
+
+
+def _position(finding: Finding) -> str:
+    numbers = (n for n in (finding.line, finding.column) if n is not None)
+    return ":".join([str(finding.manifest), *map(str, numbers)])
+
+
+def _checked(report: FindingReport) -> list[str]:
+    return [_plain(line) for line in report.checked.split("\n")] if report.checked else []
+
+
+def _plain(text: str) -> str:
+    """One line that is no command to GitHub's log: `::` begins one at a line's start, `##[` wherever it stands."""
+    line = printable(text).replace("##[", r"\x23#[")
+    return r"\x3a" + line.lstrip()[1:] if line.lstrip().startswith("::") else line
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+# For scripts --------------------------------------------------------------------------------------------------------
+
+
+def _json(report: FindingReport) -> str:
+    return _dumped({
+        **report.details,
+        "ok": report.ok,
+        "decided": report.decided,
+        "subject": report.subject,
+        "findings": [f.to_json() for f in report.findings],
+        "rules": list(_rules(report)),
+        "swsurgery_version": __version__,
+    })  # fmt: skip
+
+
+def _dumped(document: Any) -> str:
+    """Strict JSON in ASCII, so that no name in it is more than letters to a terminal or to GitHub's log."""
+    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+    return text.replace("##[", r"\u0023#[").replace("\x7f", r"\u007f") + "\n"
+
+
+def _rules(report: FindingReport) -> tuple[str, ...]:
+    """Every rule that was checked or broken, in the order of the table."""
+    named = {*report.rules, *(f.rule for f in report.findings)}
+    return tuple(name for name in RULES if name in named)
+
+
+# JUnit --------------------------------------------------------------------------------------------------------------
+
+
+def _junit(report: FindingReport) -> str:
+    """One test case for each rule that was checked; a broken one fails once, with a line for each finding."""
+    suites = ElementTree.Element("testsuites")
+    suite = ElementTree.SubElement(suites, "testsuite", name=f"swsurgery {report.command} {_plain(report.subject)}")
+    failed = skipped = 0
+    for name in _rules(report) or ("all",):
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"swsurgery.{report.command}", name=name, time="0"
+        )  # fmt: skip
+        sentences = [_sentence(report, f) for f in report.findings if f.rule == name]
+        if not sentences:
+            continue
+        if RULES[name].level == "error":
+            failed += 1
+            failure = ElementTree.SubElement(case, "failure", type=name, message=RULES[name].meaning)
+            failure.text = "\n".join(sentences)
+        else:
+            ElementTree.SubElement(case, "system-out").text = "\n".join(sentences)
+    if not report.decided and not failed:
+        skipped = 1
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"swsurgery.{report.command}", name="decided", time="0"
+        )  # fmt: skip
+        ElementTree.SubElement(case, "skipped", message="nothing could be compared")
+    counts = {"tests": str(len(suite)), "failures": str(failed), "errors": "0", "skipped": str(skipped)}
+    suites.attrib.update(counts)
+    suite.attrib.update(counts, time="0")
+    if report.checked:
+        output = ElementTree.SubElement(suite, "system-out")
+        output.text = "\n".join(_checked(report))
+    ElementTree.indent(suites)
+    body = ElementTree.tostring(suites, encoding="unicode").replace("##[", "&#35;#[")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
+
+
+# SARIF --------------------------------------------------------------------------------------------------------------
+
+
+def _sarif(report: FindingReport) -> str:
+    names = list(RULES)
+    seen: Counter[str] = Counter()
+    results = []
+    for finding in report.findings:
+        identity = json.dumps([finding.rule, finding.file, finding.tensor, finding.index])
+        seen[identity] += 1
+        fingerprint = hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest()
+        location: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": _uri(_path(report, finding))}}}
+        if finding.line is not None:
+            region = {"startLine": finding.line} | ({"startColumn": finding.column} if finding.column else {})
+            location["physicalLocation"]["region"] = region
+        if finding.tensor is not None:
+            location["logicalLocations"] = [{"fullyQualifiedName": _plain(_scalar(finding)), "kind": "member"}]
+        results.append({
+            "ruleId": finding.rule,
+            "ruleIndex": names.index(finding.rule),
+            "level": finding.level,
+            "message": {"text": _literal(_sentence(report, finding))},
+            "locations": [location],
+            "partialFingerprints": {"swsurgeryFinding/v1": fingerprint},
+        })  # fmt: skip
+    rules = [
+        {
+            "id": rule.name,
+            "shortDescription": {"text": rule.meaning},
+            "defaultConfiguration": {"level": rule.level},
+        }
+        for rule in RULES.values()
+    ]
+    driver = {"name": "swsurgery", "version": __version__, "semanticVersion": __version__, "rules": rules}
+    run = {
+        "tool": {"driver": driver},
+        "automationDetails": {"id": f"swsurgery/{report.command}/"},
+        "columnKind": "unicodeCodePoints",
+        "invocations": [{"executionSuccessful": report.decided or bool(report.errors)}],
+        "results": results,
+    }
+    return _dumped({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]})
+
+
+def _literal(text: str) -> str:
+    """Text in which nothing is a placeholder ({0}) or a link ([text](target)), as SARIF messages may have them."""
+    return text.replace("{", "{{").replace("}", "}}").replace("](", "] (")
+
+
+def _uri(path: str) -> str:
+    """A URI reference: relative as it stands, absolute as file://."""
+    encoded = quote(path.encode("utf-8", "surrogatepass"), safe="/")
+    return f"file://{encoded}" if path.startswith("/") else encoded
+
+
+def _path(report: FindingReport, finding: Finding) -> str:
+    """The file that an annotation is put on: the manifest, else the checkpoint's file, else the checkpoint."""
+    if finding.manifest is not None:
+        return finding.manifest
+    return str(PurePosixPath(report.subject) / finding.file) if finding.file else report.subject
+
+
+# GitHub -------------------------------------------------------------------------------------------------------------
+
+
+def _github(report: FindingReport) -> str:
+    """A workflow command for each finding, and a notice with what was proved."""
+    lines = []
+    for finding in report.findings:
+        properties = {"file": _path(report, finding), "line": finding.line, "col": finding.column,
+                      "title": f"swsurgery {report.command}: {finding.rule}"}  # fmt: skip
+        given = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items() if value is not None)
+        lines.append(f"::{finding.level} {given}::{_data(_sentence(report, finding))}")
+    if report.ok:
+        proved = "; ".join(" ".join(line.split()) for line in _checked(report)) or "nothing was found"
+        lines.append(f"::notice title=swsurgery {report.command}::{_data(_plain(f'{report.subject}: {proved}'))}")
+    elif not report.errors:
+        lines.append(f"::error title=swsurgery {report.command}::"
+                     f"{_data(_plain(f'{report.subject}: nothing could be compared'))}")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(_plain(text)).replace(":", "%3A").replace(",", "%2C")
+
+
+_RENDERERS: dict[str, Callable[[FindingReport], str]] = {
+    "text": _text,
+    "json": _json,
+    "junit": _junit,
+    "sarif": _sarif,
+    "github": _github,
+}

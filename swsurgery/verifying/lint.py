@@ -1,0 +1,305 @@
+"""Manifests -> findings, offline: what is wrong with a manifest, or could be better, that no checkpoint is needed for.
+
+A manifest that does not load is a finding here, because whether it does is the question. The rest are the lints: what
+the planner would refuse once it sees the base, and what it would do without a word. Opens the manifests and nothing
+else; what is known of models comes from the registry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swsurgery.errors import LookupFailed, ManifestError, printable
+from swsurgery.known import KnownCoordinate, KnownModel, own, shipped
+from swsurgery.known.schema import coordinate_id
+from swsurgery.manifest.load import LoadedManifest, load_manifest
+from swsurgery.manifest.operations import MeasuredValue, Scale, Set, Target, Zero
+from swsurgery.storage import dtypes
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.dtypes import DTYPES
+from swsurgery.verifying.findings import Finding
+from swsurgery.verifying.formats import FindingReport
+
+TOLERANCE = 2.0**-7
+"""Relative. Two readings of one value differ by at most this where one of them was rounded to BF16, the coarsest of
+the dtypes that values are published in."""
+
+_READ_AS = {4: ("F16", "BF16"), 8: ("F32",), 16: ("F64",)}
+"""Hex digits -> the dtypes that bits of this width may be of. Eight bits are of too many to say anything."""
+
+
+@dataclass(frozen=True)
+class LintReport(FindingReport):
+    """What was found in manifests. Where `strict`, a warning makes the answer no, as an error does."""
+
+    strict: bool = False
+
+    @property
+    def errors(self) -> int:
+        return len(self.findings) if self.strict else super().errors
+
+
+def lint(paths: Sequence[Path], strict: bool = False) -> LintReport:
+    """Every finding of every manifest, file by file and in the order of its lines.
+
+    Raises ManifestError, which names all of them, where files cannot be read.
+    """
+    findings: list[Finding] = []
+    unreadable: list[str] = []
+    paths = list(dict.fromkeys(paths))
+    for path in paths:
+        try:
+            findings += lint_manifest(path)
+        except ManifestError as error:
+            unreadable += error.faults
+    if unreadable:
+        raise ManifestError.of(unreadable)
+    several = f"{len(paths)} manifest{'' if len(paths) == 1 else 's'}"
+    faulty = {f.manifest for f in findings}
+    return LintReport(
+        subject=str(paths[0]) if len(paths) == 1 else several,
+        command="lint",
+        findings=tuple(findings),
+        checked=f"{len(paths) - len(faulty)} of {several} without a finding",
+        details={"manifests": [str(path) for path in paths]},
+        rules=("manifest-invalid", *LINTS),
+        strict=strict,
+    )
+
+
+def lint_manifest(path: Path) -> list[Finding]:
+    """The findings of one manifest, in the order of its lines. Raises ManifestError where it cannot be read."""
+    try:
+        loaded = load_manifest(path)
+    except ManifestError as error:
+        return list(_faults(error, path))
+    reading = _Reading.of(loaded)
+    found = [
+        Finding(rule, message, manifest=str(path), line=line, column=column)
+        for rule, check in LINTS.items()
+        for (line, column), message in check(reading)
+    ]
+    return sorted(found, key=lambda finding: (finding.line, finding.column))
+
+
+def _faults(error: ManifestError, path: Path) -> Iterator[Finding]:
+    """The loader's lines, `path:line:column: what`, as findings. Raises `error` where none has a place: then the file
+    was not read."""
+    name = re.escape(printable(str(path)))
+    matches = [re.fullmatch(rf"{name}(?::(\d+):(\d+))?: (.*)", fault, re.DOTALL) for fault in error.faults]
+    if not any(match and match[1] for match in matches):
+        raise error
+    for match in filter(None, matches):
+        line, column = (int(n) if n else None for n in match.groups()[:2])
+        yield Finding("manifest-invalid", match[3], manifest=str(path), line=line, column=column)
+
+
+Place = tuple[int, int]
+"""Line and column, both from 1."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A manifest and what the registry says of it.
+
+    `model` is the known model that the base is or, where not `same_values`, was made from. `entries[i]` is the known
+    coordinate that edit i names, `names[i]` one spelling of its scalar (None for `known: all`); `misses` is what the
+    registry was asked and does not know.
+    """
+
+    loaded: LoadedManifest
+    model: KnownModel | None
+    same_values: bool
+    entries: tuple[KnownCoordinate | None, ...]
+    names: tuple[str | None, ...]
+    misses: tuple[tuple[Place, str], ...]
+
+    @property
+    def edits(self) -> list[Any]:
+        return self.loaded.manifest.edits
+
+    def place(self, *path: str | int) -> Place:
+        """Where a field stands; where it does not, its edit or its part of the manifest."""
+        return self.loaded.position(*path)
+
+    @classmethod
+    def of(cls, loaded: LoadedManifest) -> _Reading:
+        base, misses, entries, names = loaded.manifest.base, [], [], []
+        published = model = None
+        try:
+            published = model = own.of_repo(base.repo_id) if base.repo_id else None
+            model = own.lookup(base.model) if base.model else published
+        except LookupFailed as error:
+            place = loaded.positions[("base", "model") if base.model else ("base",)]
+            misses += [(place, fault) for fault in error.faults]
+        same_values = base.repo_id is None or published is not None and published.hf_id == model.hf_id
+        for number, edit in enumerate(loaded.manifest.edits):
+            entry = None
+            try:
+                entry = _entry(edit, model)
+            except LookupFailed as error:
+                if model is not None or not misses:  # a model that was not found is said once
+                    place = loaded.position("edits", number, "known")
+                    misses += [(place, fault) for fault in error.faults]
+            entries.append(entry)
+            names.append(entry.id if entry else _spelling(edit))
+        return cls(loaded, model, same_values, tuple(entries), tuple(names), tuple(misses))
+
+
+def _entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | None:
+    """The known coordinate that an edit names, in whichever form. Raises LookupFailed where `known` finds none."""
+    if edit.known is not None:
+        if model is None:
+            raise LookupFailed("the registry knows nothing of this base", edit.known, "name its model: base.model")
+        if edit.known == "all":
+            if not shipped.addressable(model):
+                raise LookupFailed(f"the registry has no whole coordinate of {model.hf_id}", edit.known)
+            return None
+        entry = shipped.find(model, edit.known)
+        if entry.col is None:
+            raise LookupFailed(f"only the row of {entry.id} is known, not the scalar", model.hf_id)
+        return entry
+    for entry in model.coordinates if model else ():
+        if edit.layer is not None:
+            same = (entry.layer, entry.expert, entry.row, entry.col) == (edit.layer, edit.expert, edit.row, edit.col)
+        else:
+            index = (entry.col, entry.row) if model.transposed else (entry.row, entry.col)
+            same = (entry.tensor, index) == (edit.tensor, edit.index)
+        if same:
+            return entry
+    return None
+
+
+def _spelling(edit: Target) -> str | None:
+    if edit.layer is not None:
+        return coordinate_id(edit.layer, edit.expert, edit.row, edit.col)
+    return str(Coordinate(edit.tensor, edit.index)) if edit.tensor is not None else None
+
+
+# The lints. Each yields places and messages ------------------------------------------------------------------------
+
+
+def _duplicates(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    first: dict[str, int] = {}
+    for number, name in enumerate(reading.names):
+        if name is not None and first.setdefault(name, number) != number:
+            yield (
+                reading.place("edits", number),
+                f"edits[{number}]: {name} has two operations (the other is edits[{first[name]}])",
+            )
+
+
+def _out_of_range(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    model = reading.model
+    for number, edit in enumerate(reading.edits) if model else ():
+        # In a mixture of experts dense layers, experts and shared experts differ in width, so only rows are held.
+        width = model.intermediate_size if model.num_experts is None else None
+        sizes = {"layer": model.num_layers, "row": model.hidden_size, "col": width, "expert": model.num_experts}
+        wrong = [
+            (field, getattr(edit, field), size)
+            for field, size in sizes.items()
+            if size is not None and isinstance(getattr(edit, field), int) and getattr(edit, field) >= size
+        ]
+        fields = [field for field, *_ in wrong]
+        swapped = fields == ["row"] and edit.col < model.hidden_size and (width is None or edit.row < width)
+        for field, value, size in wrong:
+            hint = "row and col look swapped" if swapped else "they count from 0"
+            message = f"edits[{number}].{field}: {value} is out of range: {model.hf_id} has {size} ({hint})"
+            yield reading.place("edits", number, field), message
+
+
+def _known_missing(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    yield from reading.misses
+
+
+def _contradictions(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    if not reading.same_values:
+        return
+    for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
+        if entry is None or entry.value is None or edit.expect is None:
+            continue
+        readings = _values(edit.expect)
+        if readings and all(abs(value - entry.value) > TOLERANCE * abs(entry.value) for value in readings):
+            expected = edit.expect if isinstance(edit.expect, str) else dtypes.show(readings[0])
+            message = f"expects {expected}, the registry knows {dtypes.show(entry.value)} ({entry.dtype}) at {entry.id}"
+            yield reading.place("edits", number, "expect"), f"edits[{number}].expect: {message}"
+
+
+def _values(expect: Any) -> list[float]:
+    """What an `expect` may mean as a number; empty where that is open."""
+    if isinstance(expect, str):
+        names = _READ_AS.get(len(expect) - 2, ())
+        return [float(dtypes.decode(DTYPES[name], dtypes.from_bits(DTYPES[name], expect))) for name in names]
+    if isinstance(expect, MeasuredValue):
+        return [] if expect.dtype.startswith("F8") else [float(expect.value)]
+    return [float(expect)]
+
+
+def _impossible_bounds(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    bounds = reading.loaded.manifest.check
+    least, most = bounds.min_perplexity_ratio, bounds.max_perplexity_ratio
+    if least is not None and most is not None and least > most:
+        yield reading.place("check"), f"check: no ratio is at least {least:g} and at most {most:g}"
+
+
+def _no_effect(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    for number, edit in enumerate(reading.edits):
+        if isinstance(edit, Scale) and edit.factor == 1:
+            yield reading.place("edits", number, "factor"), f"edits[{number}].factor: 1 changes nothing (use protect)"
+        elif isinstance(edit, Set | Zero) and edit.expect is not None and _written(edit) == _expected(edit):
+            yield reading.place("edits", number), f"edits[{number}]: writes the value that it expects (use protect)"
+
+
+def _written(edit: Set | Zero) -> Any:
+    if isinstance(edit, Set):
+        return edit.value if edit.bits is None else edit.bits.lower()
+    return f"0x{'0' * (len(edit.expect) - 2)}" if isinstance(edit.expect, str) else 0
+
+
+def _expected(edit: Set | Zero) -> Any:
+    if isinstance(edit.expect, MeasuredValue):
+        return edit.expect.value
+    return edit.expect.lower() if isinstance(edit.expect, str) else edit.expect
+
+
+def _unguarded(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    if reading.loaded.manifest.base.sha256:
+        return  # the shards are pinned, and every value with them
+    for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
+        brought = edit.known == "all" or edit.known is not None and entry is not None and entry.value is not None
+        if edit.writes and edit.expect is None and not brought:
+            yield reading.place("edits", number), f"edits[{number}]: overwrites whatever is there (add expect)"
+
+
+def _unpinned(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    base = reading.loaded.manifest.base
+    if base.revision is None and not base.sha256:
+        remedy = "add sha256" if base.repo_id is None else "add revision or sha256"
+        yield reading.place("base"), f"base: another base would be edited just so ({remedy})"
+
+
+def _unbounded(reading: _Reading) -> Iterator[tuple[Place, str]]:
+    bounds = reading.loaded.manifest.check
+    unbounded = bounds.max_perplexity_ratio is None and bounds.min_perplexity_ratio is None
+    if unbounded and any(edit.writes for edit in reading.edits):
+        remedy = "add max_perplexity_ratio or min_perplexity_ratio"
+        yield reading.place("check"), f"check: a model that the edits broke would pass ({remedy})"
+
+
+LINTS: dict[str, Callable[[_Reading], Iterator[tuple[Place, str]]]] = {
+    "edit-duplicate": _duplicates,
+    "edit-range": _out_of_range,
+    "known-missing": _known_missing,
+    "expect-contradicts": _contradictions,
+    "bounds-impossible": _impossible_bounds,
+    "edit-no-effect": _no_effect,
+    "expect-missing": _unguarded,
+    "base-unpinned": _unpinned,
+    "bounds-missing": _unbounded,
+}
+"""Each rule of rules.py that is held without a checkpoint, and what holds it. To add a lint, write its function and
+its row here, its row there, and its paragraph in docs/ci.md."""

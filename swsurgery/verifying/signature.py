@@ -1,0 +1,268 @@
+"""Signatures of whole checkpoints, in the format of OpenSSF Model Signing, with keys that lie in files.
+
+A signature says who vouches for these files; the registry says what they are made of. The library model-signing
+(the extra `sign`) makes and checks it; this room decides which files are covered, which keys are accepted, and
+that a link is never followed. Knows neither edits nor bases, and opens no connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from swsurgery.checkpoint.listing import is_cache_snapshot
+from swsurgery.checkpoint.opening import open_as, open_checkpoint
+from swsurgery.checkpoint.record import read_patched
+from swsurgery.checkpoint.weight_files import MAX_LISTED
+from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, TargetError
+from swsurgery.storage import filesystem
+from swsurgery.storage.files import read_exactly
+from swsurgery.storage.strict_json import parse_json, read_small
+from swsurgery.verifying.findings import Finding
+
+SIGNATURE_NAME = "model.sig"
+"""Where tools that know the format look for a signature inside a checkpoint. It covers all files but itself."""
+
+NOT_COVERED = (".git", ".github", ".gitattributes", ".gitignore", ".cache", SIGNATURE_NAME)
+"""Top-level names that a signature does not cover: those that the format leaves to version control, and the cache
+that downloads leave behind."""
+
+
+def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
+    """Sign every file of the checkpoint in `root` with the private key (PEM, on P-256, P-384 or P-521) in `key`.
+
+    The signature goes to `signature`, else to model.sig in the checkpoint; returns where. Raises CheckpointError,
+    TargetError where a signature is there already, SwsurgeryError for a key that cannot be used.
+    """
+    library = _library()
+    root = Path(os.path.realpath(root))
+    signature = root / SIGNATURE_NAME if signature is None else Path(os.path.abspath(signature))
+    if faults := _links(root):
+        raise CheckpointError.of(f"{fault} in {root}" for fault in faults)
+    patched = read_patched(root)
+    try:
+        said = patched.registry.base if patched else None
+        checkpoint = open_as(root, said) if said else open_checkpoint(root)
+    except AmbiguousWeights:  # both are signed, and so both have to be sound
+        open_checkpoint(root, "index")
+        checkpoint = open_checkpoint(root, "single")
+    if filesystem.is_there(signature):
+        raise TargetError("the signature exists", signature, "remove it, or give another --signature")
+    with _key(key, private=True) as key_path:
+        if Path(os.path.realpath(key)).is_relative_to(root):
+            raise SwsurgeryError("the private key lies in the checkpoint", key, "move it out before anyone gets both")
+        with _key_faults(key, library):
+            config = library.signing.Config().use_elliptic_key_signer(private_key=key_path)
+    config.set_hashing_config(_Hashing.of(library, root, signature))
+    with _memory(b"") as (memory, path):
+        with _reading(root):
+            config.sign(root, path)
+        checkpoint.refuse_changed()  # the library opens the files by their paths
+        data = read_exactly(memory, os.fstat(memory).st_size, 0, path)
+    temporary = signature.with_name(f".{signature.name}.partial")
+    with filesystem.reported(signature):
+        filesystem.remove_file(temporary)  # of a run that was killed
+        filesystem.replace_file(signature, data, temporary)
+        filesystem.sync_directory(signature.parent)
+    return signature
+
+
+def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Finding]:
+    """What the signature, checked with `public_key` (PEM), does not vouch for; nothing where it covers all of `root`.
+
+    Raises CheckpointError where checkpoint or signature cannot be read, SwsurgeryError for a key that cannot be used.
+    """
+    library = _library()
+    root = Path(os.path.realpath(root))
+    signature = Path(os.path.abspath(signature))
+    if faults := _links(root):
+        return [Finding("signature", fault) for fault in faults]
+    raw = read_small(signature, str(signature))
+    with _key(public_key, private=False) as path, _key_faults(public_key, library):
+        config = library.verifying.Config().use_elliptic_key_verifier(public_key=path)
+    hashing = _Hashing.of(library, root, signature)
+    config.set_hashing_config(hashing)
+    refusals = (ValueError, KeyError, TypeError, IndexError, AttributeError, library.InvalidSignature)
+    try:
+        covered, left_out = _statement(raw, signature.name)
+        with _memory(raw) as (_, path), _reading(root), contextlib.redirect_stdout(io.StringIO()):
+            config.verify(root, path)  # the library warns on stdout of signatures in an older form
+    except CheckpointError as error:
+        return [Finding("signature", fault, signature.name) for fault in error.faults]
+    except refusals as error:
+        if hashing.found is None:  # the key comes first, so nothing was hashed
+            return [Finding("signature", "it was not made with this key, or was changed since", signature.name)]
+        return _differences(covered, hashing.found) or [Finding("signature", str(error), signature.name)]
+    allowed = {*NOT_COVERED, _relative(signature, root)}
+    return [
+        Finding("signature", "the signature leaves it out", name)
+        for name in left_out
+        if name not in allowed and filesystem.is_there(root / name)
+    ]
+
+
+def _differences(covered: dict[str, str], found: dict[str, str]) -> list[Finding]:
+    findings = [Finding("signature", "it is not there, and was when it was signed", n) for n in covered.keys() - found]
+    findings += [Finding("signature", "it was not there when it was signed", n) for n in found.keys() - covered]
+    findings += [
+        Finding("signature", f"its sha256 is {found[n]}, the signed one is {covered[n]}", n)
+        for n in covered.keys() & found
+        if covered[n] != found[n]
+    ]
+    return sorted(findings, key=lambda f: f.file or "")
+
+
+def _statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
+    """(file -> sha256, top-level names left out) as a signature has them, not yet checked with a key.
+
+    Raises CheckpointError, and what indexing raises where the form is another.
+    """
+    envelope = parse_json(raw, name)["dsseEnvelope"]
+    predicate = parse_json(base64.b64decode(envelope["payload"], validate=True), name)["predicate"]
+    how = predicate["serialization"]
+    if (how["method"], how["hash_type"]) != ("files", "sha256"):
+        raise CheckpointError("it does not hold one sha256 for each file, the only form read here", name)
+    resources = predicate["resources"]
+    if len(resources) != len({r["name"] for r in resources}):
+        raise CheckpointError("it names a file twice", name)
+    return {r["name"]: r["digest"] for r in resources}, [str(n) for n in how.get("ignore_paths", [])]
+
+
+class _Hashing:
+    """What is handed to the library as the way to hash: its own way, which remembers what it found.
+
+    `found` maps a file to its sha256, and is None as long as nothing was hashed.
+    """
+
+    def __init__(self, config: Any):
+        self._config = config
+        self.found: dict[str, str] | None = None
+
+    @classmethod
+    def of(cls, library: _Library, root: Path, signature: Path) -> _Hashing:
+        names = [*NOT_COVERED, *filter(None, [_relative(signature, root)])]
+        config = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
+        return cls(config.set_ignored_paths(paths=sorted(set(names)), ignore_git_paths=False))
+
+    def hash(self, model_path: Path, *, files_to_hash: Any = None) -> Any:
+        manifest = self._config.hash(model_path, files_to_hash=files_to_hash)
+        self.found = {r.identifier: r.digest.digest_hex for r in manifest.resource_descriptors()}
+        return manifest
+
+    def add_ignored_paths(self, *, model_path: Path, paths: list[str]) -> None:
+        self._config.add_ignored_paths(model_path=model_path, paths=paths)
+
+
+class _Library:
+    """The parts of model-signing and cryptography used here, loaded when first needed."""
+
+    def __init__(self) -> None:
+        from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+        from model_signing import hashing, signing, verifying
+
+        self.hashing, self.signing, self.verifying = hashing, signing, verifying
+        self.InvalidSignature, self.UnsupportedAlgorithm = InvalidSignature, UnsupportedAlgorithm
+
+
+def _library() -> _Library:
+    try:
+        return _Library()
+    except ImportError as error:
+        raise SwsurgeryError("signatures need more packages", error, "pip install 'swsurgery[sign]'") from None
+
+
+@contextlib.contextmanager
+def _key(path: Path, *, private: bool) -> Iterator[Path]:
+    """Another name of the key's file, held open, so that what is judged is what is used."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise SwsurgeryError(f"cannot read the key ({os.strerror(error.errno or 0)})", path) from None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise SwsurgeryError("a key is a regular file", path)
+        if private and stat.S_IMODE(status.st_mode) & 0o077:
+            raise SwsurgeryError("others can read the private key, or write it", path, f"chmod 600 {path}")
+        yield _open_file(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _key_faults(key: Path, library: _Library) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, library.UnsupportedAlgorithm):
+        # An RSA key has no curve, and one with a password asks for it: both are told the same way.
+        remedy = "a PEM file without a password, made as docs/signing.md says"
+        raise SwsurgeryError("not a key on the curve P-256, P-384 or P-521", key, remedy) from None
+
+
+@contextlib.contextmanager
+def _memory(data: bytes) -> Iterator[tuple[int, Path]]:
+    """A file in memory that holds `data`: the library takes and gives paths only."""
+    fd = os.memfd_create("swsurgery", os.MFD_CLOEXEC)
+    try:
+        filesystem.write_all(fd, data)
+        yield fd, _open_file(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_file(fd: int) -> Path:
+    return Path(f"/proc/self/fd/{fd}")
+
+
+@contextlib.contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """Hold off edits in place of `root`, and turn what the file system says of it into a CheckpointError."""
+    with filesystem.locked(root, exclusive=False):
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", error.filename or root) from error
+
+
+def _links(root: Path) -> list[str]:
+    """Faults, for the first few links and special files: what they lead to is not in the directory.
+
+    Raises CheckpointError where there is no such directory, and for a snapshot of the cache, all of whose files are
+    links.
+    """
+    if not root.is_dir():
+        raise CheckpointError("no such checkpoint", root)
+    if is_cache_snapshot(root):
+        raise CheckpointError("a snapshot of the Hugging Face cache is made of links", root,
+                              "copy it first: cp -rL SNAPSHOT DIRECTORY")  # fmt: skip
+    faults = []
+    for entry in _walk(root, root):
+        name = os.path.relpath(entry.path, root)
+        if entry.is_symlink():
+            faults.append(f"is a symbolic link: {name} (put the real file there)")
+        elif not entry.is_file(follow_symlinks=False):
+            faults.append(f"is not a regular file: {name}")
+    return sorted(faults)[:MAX_LISTED]
+
+
+def _walk(folder: Path, root: Path) -> Iterator[os.DirEntry]:
+    """Everything below `folder` that a signature covers, but directories."""
+    for entry in os.scandir(folder):
+        if folder == root and entry.name in NOT_COVERED:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), root)
+        else:
+            yield entry
+
+
+def _relative(path: Path, root: Path) -> str | None:
+    """`path` relative to `root`, or None where it lies elsewhere."""
+    real = Path(os.path.realpath(path.parent), path.name)
+    return str(real.relative_to(root)) if real.is_relative_to(root) else None

@@ -1,0 +1,313 @@
+"""Everything that can be proved of one checkpoint, by what is at hand: its registry, its base, a manifest, the known
+super weights of its model. `verify.py` is the proof from the registry alone; here the others are put beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.opening import open_chosen, refuse_other_weights
+from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, read_patched
+from swsurgery.checkpoint.weight_files import Weights
+from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, printable
+from swsurgery.hub import Repo, named, place
+from swsurgery.progress import Progress
+from swsurgery.storage.names import OWN_FILES
+from swsurgery.verifying.against_record import Verification, scan_finite, structure, verify_patched
+from swsurgery.verifying.findings import Finding
+from swsurgery.verifying.formats import FindingReport
+
+if TYPE_CHECKING:  # the rooms of one question each are loaded when it is asked
+    from swsurgery.manifest.load import LoadedManifest
+    from swsurgery.verifying.against_known import Survival
+    from swsurgery.verifying.against_manifest import Wishes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. `base` is a directory or hf://ORG/NAME[@REV]; `model` and `tolerance` go with `known`, and
+    `public_key` (PEM) with `signature`. `weights` and `variant` say which to read if there are several sets of
+    weights, and neither registry nor manifest says."""
+
+    base: str | None = None
+    manifest: Path | None = None
+    known: bool = False
+    model: str | None = None
+    tolerance: float = 0.25
+    finite: bool = False
+    signature: Path | None = None
+    public_key: Path | None = None
+    weights: Weights | None = None
+    variant: str | None = None
+
+    @property
+    def needs_no_registry(self) -> bool:
+        return bool(self.known or self.manifest or self.finite or self.signature)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The answer: what was found, and the parts it was made of.
+
+    `verification` is None without a registry. `base` is where the base was that was compared with. `notes` are on the
+    checkpoint's files and change no answer.
+    """
+
+    findings: tuple[Finding, ...]
+    rules: tuple[str, ...]
+    verification: Verification | None = None
+    survival: Survival | None = None
+    manifest: LoadedManifest | None = None
+    base: Path | None = None
+    finite: bool = False
+    signature: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def decided(self) -> bool:
+        return self.survival is None or self.survival.decided
+
+    def to_json(self) -> dict[str, Any]:
+        """verify's document of a registry where there is one, and beside it manifest and known."""
+        document = self.verification.to_json() if self.verification else {}
+        if self.manifest is not None:
+            document["manifest"] = {"path": str(self.manifest.path), "base": self.base and str(self.base)}
+        if self.survival is not None:
+            document["known"] = self.survival.to_json()
+        findings = [f.to_json() for f in self.findings]
+        return document | {"findings": findings, "finite": self.finite, "notes": list(self.notes)}
+
+    def report(self, subject: str) -> FindingReport:
+        """For the formats; `subject` is the checkpoint's path as the user wrote it."""
+        checked = "\n".join(map(printable, self.lines()))
+        return FindingReport(subject, "verify", self.findings, checked, self.to_json(), self.rules, self.decided)
+
+    def lines(self) -> Iterable[str]:
+        """What was proved, for people. A claim stands here only where nothing was found against it."""
+        clean = not any(f.level == "error" for f in self.findings)
+        if self.verification is not None and clean:
+            yield from _registry_lines(self.verification)
+        if self.manifest is not None and clean:
+            how = (
+                f"and byte by byte from {self.base}" if self.base else "on the base's bits as the registry proves them"
+            )
+            yield f"manifest  exactly {self.manifest.path}: every edit done once more {how}"
+        if self.survival is not None:
+            yield from _survival_lines(self.survival)
+        if self.signature is not None and not any(f.rule == "signature" for f in self.findings):
+            yield f"signature {self.signature} covers every file as it is"
+        if self.finite and not any(f.rule == "non-finite" for f in self.findings):
+            yield "finite    no stored floating-point value is NaN or infinite"
+        for note in self.notes:
+            yield f"note      {note}"
+
+
+def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
+    """Hold the checkpoint in `root`, or in a repository, against everything that `question` names, and against its
+    registry if it has one.
+
+    Raises CheckpointError where there is nothing to hold it against or a file cannot be read, ManifestError for a
+    faulty manifest, LookupFailed for a model that nobody knows.
+    """
+    if (question.signature is None) != (question.public_key is None):
+        raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
+    patched = read_patched(root)
+    if patched is None and not question.needs_no_registry:
+        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}",
+                              "only a patched checkpoint has one; --known and --manifest do without")  # fmt: skip
+    loaded = _load(question.manifest)
+    said = patched.registry.base if patched else loaded.manifest.base if loaded else None
+    if said is not None:
+        who = REGISTRY_NAME if patched else str(question.manifest)
+        refuse_other_weights(question.weights, said.weights, who, question.variant, said.variant)
+        question = replace(question, weights=said.weights or question.weights, variant=said.variant or question.variant)
+    base = _open_base(root, question, loaded, patched)
+    try:
+        checkpoint = _open(root, question, patched.registry.elsewhere if patched else ())
+    except CheckpointError as error:
+        there = isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))
+        if patched is None and (isinstance(error, AmbiguousWeights) or not there):
+            raise
+        return Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
+    repo_ids = _repo_ids(patched)
+    wishes = _wishes(loaded, checkpoint, repo_ids)
+    verification = None
+    if patched is not None:
+        verification = verify_patched(patched, checkpoint, progress, base, question.finite)
+        findings, rules = [*verification.findings], verification.rules
+        if any(f.index is not None for f in findings):
+            pointed = wishes or _own_wishes(root, patched, checkpoint, repo_ids)
+            findings = [pointed.at(f) for f in findings] if pointed else findings
+    else:
+        findings, rules = structure(checkpoint), ("structure", "duplicate-weights")
+        if question.finite:
+            findings += scan_finite(checkpoint, progress)
+            rules += ("non-finite",)
+    if loaded is not None:
+        findings += _by_manifest(wishes, patched, checkpoint, base, progress)
+        rules += ("manifest-mismatch", "undeclared-change", "file-missing", "file-undeclared", "base")
+    kept = None
+    if question.known:
+        kept = _survey(question, checkpoint, patched, repo_ids)
+        findings += kept.findings()
+        rules += ("known-lost", "known-unreadable", "known-suspicious")
+    if question.signature is not None:
+        from swsurgery.verifying.signature import verify_signature
+
+        if not isinstance(root, Path):
+            raise SwsurgeryError("a signature covers files that are here", root, "download it: hf download")
+        findings += verify_signature(root, question.signature, question.public_key)
+        rules += ("signature",)
+    return Proof(
+        tuple(findings), rules, verification, kept, loaded, base.root if base else None, question.finite,
+        question.signature, checkpoint.notes,
+    )  # fmt: skip
+
+
+def _open(root: Path | Repo, question: Question, elsewhere: Collection[str] = ()) -> Checkpoint:
+    """Open a checkpoint with the weights that the question names."""
+    return open_chosen(root, question.weights, question.variant, elsewhere=elsewhere)
+
+
+def _load(path: Path | None) -> LoadedManifest | None:
+    if path is None:
+        return None
+    from swsurgery.manifest.load import load_manifest
+
+    return load_manifest(path)
+
+
+def _survey(
+    question: Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
+) -> Survival:
+    from swsurgery.verifying import against_known
+
+    declared = {e.coordinate for e in patched.registry.edits} if patched else set()
+    model = against_known.identify(checkpoint, question.model, repo_ids)
+    return against_known.survey(checkpoint, model, declared, question.tolerance)
+
+
+def _open_base(
+    root: Path | Repo, question: Question, loaded: LoadedManifest | None, patched: Patched | None
+) -> Checkpoint | None:
+    """The base that was given, else the manifest's own where it is at hand: not where it was edited in place, for
+    then it is this checkpoint. Without registry and without base nothing can be proved of a manifest, and the error
+    says where the base was looked for."""
+    if question.base is not None:
+        return _open(place(named(question.base)), question)
+    if loaded is None:
+        return None
+    from swsurgery.editing.base import base_of
+
+    try:
+        where = place(base_of(loaded, None))
+        both = isinstance(where, Path) and isinstance(root, Path)
+        if patched and both and os.path.realpath(where) == os.path.realpath(root):
+            return None
+        return _open(where, question)
+    except CheckpointError:
+        if patched is None:
+            raise
+        return None
+
+
+def _repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
+    """The names that a registry gives its base, or the model whose facts it holds."""
+    if patched is None:
+        return ()
+    facts = patched.registry.known or {}
+    return patched.registry.base.repo_id, facts.get("hf_id")
+
+
+def _wishes(loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]) -> Wishes | None:
+    if loaded is None:
+        return None
+    from swsurgery.verifying.against_manifest import read_wishes
+
+    return read_wishes(loaded, checkpoint, repo_ids)
+
+
+def _own_wishes(
+    root: Path | Repo, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
+) -> Wishes | None:
+    """The manifest beside the registry, for findings to point into."""
+    from swsurgery.manifest.load import parse_manifest
+
+    try:
+        beside = root if isinstance(root, Path) else Path()
+        loaded = parse_manifest(patched.manifest_raw, beside / MANIFEST_NAME)
+    except ManifestError:
+        return None  # it was changed by hand, and its digest says so
+    return _wishes(loaded, checkpoint, repo_ids)
+
+
+def _by_manifest(
+    wishes: Wishes, patched: Patched | None, checkpoint: Checkpoint, base: Checkpoint | None, progress: Progress
+) -> list[Finding]:
+    from swsurgery.verifying.against_manifest import by_registry
+
+    findings = by_registry(wishes, patched.registry) if patched else []
+    if base is None:
+        return findings
+    from swsurgery.verifying.against_base import by_base, plan_against_registry, planned
+
+    plan, misfits = planned(wishes.loaded, base)
+    if plan is None:
+        said = {(f.line, f.message) for f in findings}
+        return findings + [f for f in misfits if (f.line, f.message) not in said]
+    if patched:
+        return findings + plan_against_registry(wishes, plan, patched.registry)
+    return by_base(wishes, plan, checkpoint, progress)
+
+
+def _registry_lines(verification: Verification) -> Iterable[str]:
+    yield f"verified  {_count(verification.files - len(verification.unhashed), 'file')} with the registry's sha256"
+    if verification.proved:
+        others = verification.unread or verification.unverified
+        put_back = "the rest" if others else f"with {_count(verification.edits, 'scalar')} put back, they"
+        yield f"proved    {put_back} have the base's sha256"
+    if verification.unread:
+        names = ", ".join(verification.unread)
+        yield f"unread    {names}: the sha256 is the Hub's word; the edited scalars were read"
+    if verification.elsewhere:
+        yield f"elsewhere {_count(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
+    yield f"protected {_count(verification.protected, 'scalar')} with the base's bits"
+    if verification.unverified:
+        names, count = _some(verification.unverified), _count(len(verification.unverified), "file")
+        yield f"unproved  {count} whose digests were copied into the registry without hashing the base: {names}"
+    if verification.unhashed:
+        count = _count(len(verification.unhashed), "file")
+        yield f"unhashed  {count} of which only the size is known: {_some(verification.unhashed)}"
+    if verification.compared_with_base:
+        yield "compared  byte by byte with the base: nothing else differs"
+
+
+def _survival_lines(survived: Survival) -> Iterable[str]:
+    from swsurgery.verifying.against_known import UNDECIDED, told
+
+    held = [c for c in survived.coordinates if c.held]
+    read = [c for c in held if c.state not in UNDECIDED]
+    there = [c for c in read if c.state != "lost"]
+    edited = sum(c.state == "declared" for c in held)
+    aside = f", {edited} of them edited on purpose" if edited else ""
+    yield f"known     {len(there)} of {_count(len(held), 'super weight')} of {survived.model} not lost{aside}"
+    for c in survived.coordinates:
+        aside = "" if c.held else f" (not held against it: {c.status})"
+        yield f"          {c.id:16} {told(c)}{aside}"
+    if survived.rows:
+        yield f"          only the row is known of {', '.join(survived.rows)}"
+    if not survived.decided:
+        yield "          none of them could be compared, so this is neither a yes nor a no"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

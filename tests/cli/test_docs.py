@@ -1,0 +1,46 @@
+"""The pages that are made from the code have not drifted from it, and the README's manifest is a sound one."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+from swsurgery.cli import app
+from swsurgery.manifest.load import parse_manifest
+
+ROOT = Path(__file__).parents[2]
+GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"), run_name="generate")
+
+
+def test_commands_page_is_what_help_says():
+    assert (ROOT / "docs" / "commands.md").read_text() == GENERATE["commands"]()
+
+
+def test_every_command_is_on_the_page():
+    registered = {command.callback.__name__ for command in app.registered_commands}
+    assert registered == set(GENERATE["COMMANDS"])
+
+
+def test_schema_file_is_what_the_command_prints():
+    assert (ROOT / "docs" / "manifest.schema.json").read_text() == GENERATE["schema"]()
+
+
+def test_manifest_of_the_readme_is_sound():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 1
+    assert [e.op for e in parse_manifest(blocks[0].encode(), Path("README.md")).manifest.edits] == [
+        "zero",
+        "scale",
+        "protect",
+    ]
+
+
+def test_manifest_page_has_every_field():
+    page = (ROOT / "docs" / "manifest.md").read_text()
+    named = set(re.findall(r"`([a-z_0-9.]+)`", page))
+    for field in ("version", "name", "description", "base.repo_id", "base.revision", "base.path", "base.model",
+                  "base.sha256", "base.weights", "base.variant", "base.copies", "edits", "check.max_perplexity_ratio",
+                  "check.min_perplexity_ratio", "zero", "scale", "set", "protect", "layer", "row", "col", "expert",
+                  "tensor", "index", "known", "expect", "factor", "value", "bits"):  # fmt: skip
+        assert field in named

@@ -1,0 +1,408 @@
+"""The shipped facts: complete, in range, exact where they say so, every source in order; and the files' schema."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from swsurgery import known
+from swsurgery.errors import LookupFailed, ManifestError
+from swsurgery.known import own, schema, shipped, table
+from swsurgery.known.docs import render_docs
+from swsurgery.known.shipped import find, load_file, related, render_names, shipped_models
+
+MODELS = shipped_models()
+COORDINATES = [(m, c) for m in MODELS for c in m.coordinates]
+TABLE_2 = {
+    "huggyllama/llama-7b": [(2, 3968, 7003)],
+    "huggyllama/llama-13b": [(2, 2231, 2278), (2, 2231, 6939)],
+    "huggyllama/llama-30b": [(3, 5633, 12817), (3, 5633, 17439), (10, 5633, 14386)],
+    "meta-llama/Llama-2-7b-hf": [(1, 2533, 7890)],
+    "meta-llama/Llama-2-13b-hf": [(3, 4743, 7678)],
+    "mistralai/Mistral-7B-v0.1": [(1, 2070, 7310)],
+    "allenai/OLMo-1B-0724-hf": [(1, 1764, 1710), (1, 1764, 8041)],
+    "allenai/OLMo-7B-0724-hf": [(1, 269, 7467), (2, 269, 8275), (7, 269, 453), (24, 269, 2300)],
+    "microsoft/Phi-3-mini-4k-instruct": [
+        (2, 525, 808), (2, 1693, 808), (2, 1113, 808), (4, 525, 2723), (4, 1113, 2723), (4, 1693, 2723),
+    ],
+}  # fmt: skip
+"""The 21 rows of arXiv:2411.07191, Table 2, as (layer, row, col)."""
+
+
+def test_counts():
+    assert len(MODELS) == 40
+    assert len(COORDINATES) == 114
+    assert sum(all(c.col is None for c in m.coordinates) for m in MODELS) == 5
+    statuses = [c.status for _, c in COORDINATES]
+    assert {s: statuses.count(s) for s in schema.STATUSES} == {
+        "paper": 31, "measured": 6, "independent-detection": 26, "code-only": 6, "disputed": 1, "refuted": 9,
+        "insufficient": 35,
+    }  # fmt: skip
+    assert sum(c.value is not None or c.value_printed is not None for _, c in COORDINATES) == 84
+    assert sum(len(m.joint_sets) for m in MODELS) == 26
+
+
+def test_the_whole_table_of_the_paper_is_there():
+    assert sum(map(len, TABLE_2.values())) == 21
+    for hf_id, rows in TABLE_2.items():
+        known_rows = {(c.layer, c.row, c.col): c for c in own.lookup(hf_id).coordinates}
+        for row in rows:
+            assert "yu-table-2" in {s.key for s in known_rows[row].sources}, (hf_id, row)
+    cited = sum("yu-table-2" in {s.key for s in c.sources} for _, c in COORDINATES)
+    assert cited == 21
+
+
+def test_the_best_known_super_weight():
+    [coordinate] = own.lookup("llama-7b").coordinates
+    assert (coordinate.layer, coordinate.row, coordinate.col) == (2, 3968, 7003)
+    assert coordinate.tensor == "model.layers.2.mlp.down_proj.weight"
+    assert (coordinate.value, coordinate.dtype) == (-1.9267578125, "F16")
+    table_1 = coordinate.effects[0]
+    assert (table_1.before, table_1.after) == (5.67, 1211.11)
+    assert str(table_1.source) == "Yu et al., arXiv:2411.07191v1, Table 1"
+
+
+@pytest.mark.parametrize(("model", "coordinate"), COORDINATES, ids=lambda x: getattr(x, "slug", None) or x.id)
+def test_coordinate_is_in_range_and_its_id_says_it(model, coordinate):
+    assert 0 <= coordinate.layer < model.num_layers
+    assert 0 <= coordinate.row < model.hidden_size
+    assert coordinate.col is None or 0 <= coordinate.col < model.intermediate_size
+    assert (coordinate.expert is None) == (model.num_experts is None)
+    expert = "" if coordinate.expert is None else f".E{coordinate.expert}"
+    col = "*" if coordinate.col is None else coordinate.col
+    assert coordinate.id == f"L{coordinate.layer}{expert}.{coordinate.row}.{col}"
+    assert f".{coordinate.layer}." in coordinate.tensor and "{" not in coordinate.tensor
+    assert coordinate.expert is None or f".{coordinate.expert}." in coordinate.tensor
+
+
+def exact(value: float, dtype: str) -> bool:
+    """Whether `value` survives a trip through the dtype's bits."""
+    if dtype == "F16":
+        return struct.unpack("<e", struct.pack("<e", value))[0] == value
+    bits = struct.pack("<f", value)
+    return struct.unpack("<f", bits)[0] == value and (dtype == "F32" or bits[:2] == b"\0\0")
+
+
+def test_every_value_with_a_dtype_is_exact_in_it():
+    assert exact(-1.9267578125, "F16") and not exact(-0.5924, "F16")
+    assert exact(-0.2734375, "BF16") and not exact(-1.9267578125, "BF16")
+    guarded = [(m.slug, c.id, c.value, c.dtype) for m, c in COORDINATES if c.value is not None]
+    assert len(guarded) == 71
+    assert [g for g in guarded if not exact(g[2], g[3])] == []
+    assert {dtype for *_, dtype in guarded} == {"F16", "BF16", "F32"}
+
+
+def test_rounded_prints_are_no_guards():
+    printed = {f"{m.slug}:{c.id}": c.value_printed for m, c in COORDINATES if c.value_printed and c.value is None}
+    assert printed["olmo-1b:L1.1764.8041"] == "0.0018"
+    assert printed["qwen2.5-3b:L2.318.3189"] == "-0.550781"
+    assert len(printed) == 13
+
+
+def test_row_level_evidence_is_marked():
+    row = find(own.lookup("smollm2-135m"), "L11.507.*")
+    assert (row.col, row.causal_alone, row.causal_scope) == (None, "strong", "row")
+    assert "strong (row)" in table.render_table(own.lookup("smollm2-135m"), 80)
+    assert find(own.lookup("llama-7b"), "L2.3968.7003").causal_scope == "scalar"
+
+
+def test_sources_are_citable_and_consistent_across_files():
+    seen = {}
+    for model in MODELS:
+        assert model.sources
+        for source in model.sources:
+            place = source.cite.split(":")[0]
+            assert source.commit is None or "/" in place, source.key
+            seen.setdefault((source.cite, source.commit), set()).add((source.kind, source.note))
+    assert len(seen) > 60
+    assert {where: facts for where, facts in seen.items() if len(facts) > 1} == {}
+
+
+def test_what_is_known_without_a_coordinate():
+    assert [len(e.experts) for e in related().super_experts] == [2, 1, 10, 3]
+    moe = own.lookup("qwen3-30b-a3b")
+    experts = {f"L{c.layer}.E{c.expert}" for c in moe.coordinates}
+    assert experts == set(related().super_experts[3].experts)
+    assert len(related().sink_neurons) == 4
+    assert len(related().negative_results) == 5
+
+
+COORDINATE = """
+id = "L1.2.3"
+status = "paper"
+causal_alone = "untested"
+located_by = ["A"]
+independent = { location = 1, value = 0 }
+sources = ["a"]
+"""
+GOOD = (
+    """
+[sources]
+a = { kind = "paper", cite = "A" }
+[[models]]
+hf_id = "org/m"
+aliases = ["m"]
+family = "F"
+hidden_size = 4
+intermediate_size = 8
+num_layers = 2
+sizes_from = "here"
+tensor = "layers.{layer}.weight"
+[[models.coordinates]]
+"""
+    + COORDINATE
+)
+
+
+def test_a_minimal_file_loads(tmp_path):
+    (tmp_path / "m.toml").write_text(GOOD)
+    [model] = load_file(tmp_path / "m.toml")
+    assert [c.tensor for c in model.coordinates] == ["layers.1.weight"]
+    assert [s.cite for s in model.sources] == ["A"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('cite = "A" }', 'cite = "A" }\nb = { kind = "paper", cite = "B" }', "listed and not cited"),
+        ('sources = ["a"]', 'sources = ["b"]', "cited and not listed"),
+        ('kind = "paper"', 'kind = "hearsay"', "kind"),
+        ('status = "paper"', 'status = "rumour"', "status"),
+        ('causal_alone = "untested"', 'causal_alone = "awful"', "causal_alone"),
+        ("num_layers = 2", 'num_layers = "2"', "num_layers"),
+        ("num_layers = 2", "num_layers = 2\nnum_heads = 2", "num_heads"),
+        ("hidden_size = 4\n", "", "hidden_size"),
+        ('tensor = "layers.{layer}.weight"\n', "", "tensor"),
+        ('id = "L1.2.3"', 'id = "L1.2"', "is no id"),
+        ('id = "L1.2.3"', 'id = "L1.2.3"\nvalue = 1.0', "value and dtype"),
+        ('id = "L1.2.3"', 'id = "L1.2.3"\nvalue = 1.0\ndtype = "float16"', "dtype"),
+        ("[sources]", "extra = 1\n[sources]", "unknown or missing tables"),
+        ('sources = ["a"]', 'sources = ["a"]\n[[models.joint_sets]]\ncoordinates = ["L9.9.9"]\neffects = []', "L9.9.9"),
+        ("[[models.coordinates]]", f"[[models.coordinates]]\n{COORDINATE}[[models.coordinates]]", "twice"),
+    ],
+)  # fmt: skip
+def test_a_file_that_breaks_the_schema_is_refused(tmp_path, old, new, complaint):
+    assert old in GOOD
+    (tmp_path / "m.toml").write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(ValueError, match=complaint):
+        load_file(tmp_path / "m.toml")
+
+
+def test_models_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        own.lookup("llama-7b").hidden_size = 1
+
+
+def test_addressable_leaves_out_rows_and_the_refuted():
+    olmo = own.lookup("olmo-1b")
+    ids = [c.id for c in shipped.addressable(olmo)]
+    assert ids == ["L1.1764.1710", "L2.1764.8041", "L15.1764.3454", "L4.1764.556"]
+    refuted = [c.id for c in shipped.addressable(olmo, "refuted")]
+    assert refuted == ["L1.1764.8041", "L15.1764.6840", "L3.1764.1902", "L1.623.1710"]
+    assert [c.id for c in shipped.addressable(olmo, ["paper", "disputed"])] == ["L1.1764.1710", "L2.1764.8041"]
+    assert shipped.addressable(own.lookup("smollm2-135m")) == ()
+    with pytest.raises(LookupFailed, match="no such status: rumour .one of paper, measured, independent-detection"):
+        shipped.addressable(olmo, "rumour")
+
+
+def test_json_has_the_promised_shape():
+    document = shipped.to_json(own.lookup("olmo-1b"))
+    [model] = document["models"]
+    assert model["hf_id"] == "allenai/OLMo-1B-0724-hf"
+    assert model["aliases"][0] == model["slug"] == "olmo-1b"
+    first = model["coordinates"][0]
+    promised = {"layer", "row", "col", "expert", "tensor", "value", "status", "causal_alone", "sources"}
+    assert promised <= set(first)
+    assert (first["layer"], first["row"], first["col"], first["expert"]) == (1, 1764, 1710, None)
+    assert first["sources"][0] == "Yu et al., arXiv:2411.07191v1, Table 2"
+    assert model["joint_sets"][0]["coordinates"] == ["L1.1764.1710", "L2.1764.8041"]
+    assert any("layer 1" in dispute for dispute in model["disputes"])
+
+
+def test_json_of_everything_is_plain_and_keeps_infinities_as_words():
+    document = shipped.to_json(MODELS)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert sum(len(m["coordinates"]) for m in document["models"]) == 114
+    [llama] = shipped.to_json(own.lookup("llama-2-7b"))["models"]
+    assert llama["joint_sets"][0]["effects"][0]["ratio"] == "inf"
+    [only] = shipped.to_json(own.lookup("llama-2-7b"), "paper")["models"]
+    assert [c["id"] for c in only["coordinates"]] == ["L1.2533.7890"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.slug)
+def test_table_fits_the_terminal_and_names_everything(model, width):
+    text = table.render_table(model, width)
+    assert max(map(len, text.splitlines())) <= width
+    flat = " ".join(text.split())
+    for coordinate in model.coordinates:
+        assert coordinate.id in flat
+        assert coordinate.tensor in flat
+        assert coordinate.value is None or f"{coordinate.value!r} {coordinate.dtype}" in flat
+    for source in model.sources:
+        if "comprehensive_analysis" not in source.cite:  # long paths are broken
+            assert source.cite.split()[0] in flat
+    for joint_set in model.joint_sets:
+        assert " + ".join(joint_set.coordinates) in flat
+    for dispute in model.disputes:
+        assert f"WARNING: {dispute}" in flat
+
+
+def test_table_says_what_zeroing_does_alone_and_together():
+    assert "zeroed: wikitext2 ppl 5.67 -> 1211 [1]" in table.render_table(own.lookup("llama-7b"), 80)
+    llama_13b = table.render_table(own.lookup("llama-13b"), 120)
+    assert "wikitext2 ppl x1.145" in llama_13b
+    assert "L2.2231.2278 + L2.2231.6939" in llama_13b
+    assert "the published pair: wikitext2 ppl x129.8 (95%: x118.1 to x143.1)" in llama_13b
+    assert "transformer.h.2.mlp.c_proj.weight[666, 447]" in table.render_table(own.lookup("gpt2"), 80)
+
+
+# The commit of superweights/notes.md in which each number was read.
+SECOND, THIRD = "7f6bd998d21637c00bb0c66023ef4356fa10532d", "701088bdcbe6b09d8a39b77991db12ac1bb5d5c3"
+
+
+@pytest.mark.parametrize(
+    ("model", "coordinate", "ratio", "ci95", "commit"),
+    [
+        ("llama-7b", "L2.3968.7003", 181, None, SECOND),
+        ("mistral-7b", "L1.2070.7310", 1430, None, SECOND),
+        ("mistral-7b", "L1.2070.7310", 1425, (1229, 1647), THIRD),
+        ("olmo-1b", "L1.1764.1710", 3667, (3425, 3920), THIRD),
+        ("olmo-7b", "L1.269.7467", 79.4, None, SECOND),
+        ("olmo-1b", "L2.1764.8041", 1.02, None, "08f37fdd7f551474ae971f166d32665d02aec3f9"),
+        ("phi-3-mini", "L2.1113.808", 1.0027, (1.0014, 1.0041), "47ca7823c695fdb28c6ea8a77788cc89130251dc"),
+    ],
+)
+def test_a_number_is_cited_from_the_commit_that_contains_it(model, coordinate, ratio, ci95, commit):
+    [known_one] = [c for c in own.lookup(model).coordinates if c.id == coordinate]
+    [effect] = [e for e in known_one.effects if e.ratio == ratio and e.ci95 == ci95]
+    assert effect.source.commit == commit
+
+
+def test_no_shipped_interval_was_computed_from_tokens():
+    document = tomllib.loads((Path(known.__file__).with_name("smollm2.toml")).read_text("utf-8"))
+    [model] = [m for m in document["models"] if m["hf_id"] == "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    effects = [e for each in (*model["coordinates"], *model["joint_sets"]) for e in each["effects"]]
+    assert len(effects) > 10
+    for effect in effects:
+        conditions = effect["conditions"]
+        assert "ci95" not in effect or (conditions["windows"] >= 8 and conditions["scored_tokens"] > 0)
+
+
+@pytest.mark.parametrize("model", ["mistral-7b", "olmo-1b"])
+def test_doses_and_the_mean_control_are_cited_from_the_commit_that_contains_them(model):
+    protocols = {e.protocol.split(",")[0]: e for e in own.lookup(model).effects if e.source.key.startswith("arctos")}
+    assert {"scale", "zero"} <= set(protocols)
+    assert {e.source.commit for e in protocols.values()} == {THIRD}
+
+
+def test_table_warns_where_sources_disagree_and_only_there():
+    olmo = " ".join(table.render_table(own.lookup("olmo-1b"), 80).split())
+    assert "WARNING: Sources disagree on the second coordinate: the paper's Table 2 prints layer 1" in olmo
+    assert "have layer 2" in olmo
+    assert "WARNING" not in table.render_table(own.lookup("llama-7b"), 80)
+    single = table.render_table(own.lookup("qwen3-1.7b"), 120)
+    assert "WARNING: reported by one group only: L2.1793.1821, L2.1999.1821" in single
+    copied = table.render_table(own.lookup("llama-3-8b-instruct"), 120)
+    assert "WARNING: found by nobody at this place" in copied
+    assert "WARNING: only the row is published" in table.render_table(own.lookup("smollm2-135m"), 120)
+
+
+def test_table_footnotes_are_all_listed():
+    text = table.render_table(own.lookup("phi-3-mini"), 100)
+    body, listed = text.split("\nsources\n")
+    cited = {int(word[1:-1]) for word in body.replace("(", " ").split() if word[0] == "[" and word[1:-1].isdigit()}
+    assert cited == set(range(1, len(own.lookup("phi-3-mini").sources) + 1))
+    assert [line.split()[0] for line in listed.splitlines() if line.startswith("  [")] == [
+        f"[{n}]" for n in sorted(cited)
+    ]
+
+
+def test_table_of_one_status():
+    text = table.render_table(own.lookup("olmo-1b"), 80, status="paper")
+    assert "L1.1764.1710" in text and "L15.1764.6840" not in text
+    assert "none of this status" in table.render_table(own.lookup("olmo-1b"), 80, status="code-only")
+
+
+def test_documentation_is_up_to_date():
+    page = Path(__file__).parents[2] / "docs" / "known.md"
+    assert page.read_text("utf-8") == render_docs(), "run python -m swsurgery.known > docs/known.md"
+    for model, coordinate in COORDINATES:
+        assert f"### {model.slug}\n" in render_docs()
+        assert f"| {coordinate.id} |" in render_docs()
+
+
+def test_index_of_names_is_up_to_date():
+    index = Path(known.__file__).with_name("names.toml").read_text("utf-8")
+    assert index == render_names(), "run python -m swsurgery.known names > swsurgery/known/names.toml"
+    assert '"huggyllama-llama-7-b"' in index
+
+
+def test_one_name_opens_one_file():
+    code = (
+        "import tomllib; from swsurgery import known; loads, opened = tomllib.loads, [];"
+        "tomllib.loads = lambda text: opened.append(text[:9]) or loads(text);"
+        "known.lookup('phi-3-mini'); print(len(opened)); print(*opened, sep='')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "2", done.stdout  # the index and phi-3.toml
+
+
+def test_every_word_of_the_vocabulary_is_explained():
+    for word, meaning in schema.STATUSES.items():
+        assert f"    {word.ljust(24)}{meaning}" in known.__doc__
+    for word in schema.CAUSAL:
+        assert word in known.__doc__
+
+
+def test_words_agree_with_the_published_ratios():
+    """`causal_alone` restates the strongest published perplexity ratio of zeroing the scalar."""
+    floors = {"catastrophic": 30, "strong": 4, "moderate": 2, "weak": 1.05, "inert": 0}
+    checked = 0
+    for model, coordinate in COORDINATES:
+        ratios = [
+            e.ratio if isinstance(e.ratio, float) else e.after / e.before
+            for e in coordinate.effects
+            if e.protocol == "zero" and e.metric == "wikitext2_ppl" and not isinstance(e.ratio, str)
+            and (e.ratio is not None or e.before is not None)
+        ]  # fmt: skip
+        if ratios:
+            word = next(w for w, floor in floors.items() if max(ratios) >= floor)
+            assert coordinate.causal_alone == word, (model.slug, coordinate.id, ratios)
+            assert all(math.isfinite(r) for r in ratios)
+            checked += 1
+    assert checked >= 40
+
+
+def test_lookup_is_light():
+    """Neither torch nor numpy nor a YAML reader is loaded to look a name up."""
+    code = (
+        "import sys; from swsurgery import known; known.render_table(known.lookup('llama-7b'), 80);"
+        "print(*sorted({'torch', 'numpy', 'yaml', 'huggingface_hub', 'transformers', 'typer'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_manifest_faults():
+    llama = own.lookup("llama-7b")
+    with pytest.raises(ManifestError, match="scale needs a factor"):
+        table.render_manifest(llama, "scale")
+    with pytest.raises(ManifestError, match="zero takes no factor"):
+        table.render_manifest(llama, "zero", 0.5)
+    with pytest.raises(ManifestError, match="no such operation"):
+        table.render_manifest(llama, "set", 0.5)
+    for factor in (0.0, math.nan, math.inf):
+        with pytest.raises(ManifestError, match="finite number other than 0"):
+            table.render_manifest(llama, "scale", factor)
+    with pytest.raises(LookupFailed, match="no whole coordinate to protect: smollm2-135m .only rows are published"):
+        table.render_manifest(own.lookup("smollm2-135m"), "protect")
+    with pytest.raises(LookupFailed, match="all are insufficient"):
+        table.render_manifest(own.lookup("falcon-7b"), "zero")
+    with pytest.raises(LookupFailed, match="none is of this status"):
+        table.render_manifest(llama, "zero", status="code-only")

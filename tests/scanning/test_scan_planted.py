@@ -1,0 +1,64 @@
+"""A neuron that is made into a super weight is found at its exact place, and nowhere else; where none is, none is
+found."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from planted import SEQUENCES, Place, build, coordinate_of, opened, plant, weights_of
+
+from swsurgery.scanning.by_activations import scan_sequences
+from swsurgery.scanning.report import ScanReport
+
+PLACEMENTS = 20
+FAMILIES = {  # name: neurons, experts, and settings that differ from those of tiny_models
+    "llama": (24, None, {}),
+    "gpt2": (24, None, {}),
+    "gpt_neox": (24, None, {}),
+    "mixtral": (24, 4, {"num_experts_per_tok": 2}),
+}
+
+
+def found(report: ScanReport) -> list:
+    return [candidate.coordinate for candidate in report.candidates]
+
+
+@pytest.mark.parametrize("seed", range(PLACEMENTS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_planted_super_weight_is_found_where_it_is(family, seed, tmp_path):
+    neurons, experts, settings = FAMILIES[family]
+    dice = random.Random(f"{family} {seed}")
+    expert = None if experts is None else dice.randrange(experts)
+    place = Place(dice.randrange(2), dice.randrange(16), dice.randrange(neurons), expert)
+    model = build(family, seed, **settings)
+    value = plant(model, place)
+    layered = opened(model, tmp_path)
+
+    report = scan_sequences(layered, SEQUENCES)
+
+    [candidate] = report.candidates
+    assert candidate.coordinate == coordinate_of(layered.checkpoint, place)
+    assert (candidate.layer, candidate.row, candidate.col, candidate.expert) == place
+    assert candidate.value == pytest.approx(value)
+    assert (candidate.round, candidate.rank) == (1, 1)
+    assert candidate.share == pytest.approx(1, abs=0.2)
+    assert [(a.layer, a.channel) for a in report.activations] == [(place.layer, place.row)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_weights_have_none(family, tmp_path):
+    for seed in range(5):
+        report = scan_sequences(opened(build(family, seed, **FAMILIES[family][2]), tmp_path / str(seed)), SEQUENCES)
+        assert found(report) == [] == list(report.activations)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_planted_super_weight_that_is_zeroed_is_none(family, tmp_path):
+    experts, settings = FAMILIES[family][1:]
+    for seed in range(3):
+        place = Place(1, seed, 2 * seed, experts and seed)
+        model = build(family, seed, **settings)
+        plant(model, place)
+        weights_of(model, place)[2].zero_()
+        assert found(scan_sequences(opened(model, tmp_path / str(seed)), SEQUENCES)) == []
