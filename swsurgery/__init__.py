@@ -28,7 +28,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from swsurgery._version import __version__
 
 if TYPE_CHECKING:
     from swsurgery.checkpoint.diff import diff as diff_checkpoints

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from swsurgery import __version__
+from swsurgery._version import __version__
 from swsurgery.cli import output
 from swsurgery.cli.editing import apply, diff, inspect, revert, schema
 from swsurgery.cli.exporting import export

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swsurgery import __version__
+from swsurgery._version import __version__
 from swsurgery.checkpoint.opening import held
 from swsurgery.cli import output
 from swsurgery.errors import SwsurgeryError, printable

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, ValidationError
 
-from swsurgery import __version__
+from swsurgery._version import __version__
 from swsurgery.errors import CheckpointError, ManifestError, NumberError
 from swsurgery.manifest.operations import Edit
 from swsurgery.storage.coordinate import Coordinate

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from swsurgery import __version__
+from swsurgery._version import __version__
 from swsurgery.checkpoint.architectures import Expert
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import down_projections

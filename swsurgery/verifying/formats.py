@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-from swsurgery import __version__
+from swsurgery._version import __version__
 from swsurgery.errors import printable
 from swsurgery.verifying.findings import RULES, Finding
 
