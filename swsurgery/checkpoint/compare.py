@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.progress import Progress
 from swsurgery.storage.files import BaseFile, opened, read_exactly
-from swsurgery.verifying.findings import Finding
 
 CHUNK = 1 << 20
 MAX_NAMED = 10
@@ -16,9 +17,20 @@ MAX_BYTES = 4096
 """Differing bytes that are kept of one file; beyond that it is another file and no list would help."""
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One place in which a checkpoint is not its base. `kind` is "base" if a whole file is another one."""
+
+    kind: Literal["base", "undeclared-change"]
+    message: str
+    file: str
+    tensor: str | None = None
+    index: tuple[int, ...] | None = None
+
+
 def undeclared_changes(
     checkpoint: Checkpoint, base: Checkpoint, names: list[str], declared: dict[str, set[int]], progress: Progress
-) -> list[Finding]:
+) -> list[Difference]:
     """Compare the named files of both byte by byte. `declared` maps a file to the offsets that may differ."""
     findings = []
     progress.start(sum(checkpoint.file(n).size for n in names), "B", "comparing with the base")
@@ -26,7 +38,7 @@ def undeclared_changes(
         for name in names:
             ours, theirs = checkpoint.file(name), base.file(name)
             if ours.size != theirs.size:
-                findings.append(Finding("base", f"it has {ours.size} bytes, in the base {theirs.size}", name))
+                findings.append(Difference("base", f"it has {ours.size} bytes, in the base {theirs.size}", name))
                 continue
             places = _differences(ours, theirs, declared.get(name, set()), progress)
             findings += _name_bytes(name, places, checkpoint)
@@ -59,24 +71,24 @@ def _differences(file: BaseFile, other: BaseFile, declared: set[int], progress: 
     return places
 
 
-def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[Finding]:
+def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[Difference]:
     """Undeclared bytes as the scalars they belong to."""
     shard = checkpoint.shards.get(name)
-    found: dict[tuple, Finding] = {}
+    found: dict[tuple[object, ...], Difference] = {}
     for at in places:
         info = shard and next(
             (t for t in shard.tensors.values()
              if shard.data_start + t.data_offsets[0] <= at < shard.data_start + t.data_offsets[1]), None)  # fmt: skip
         if info is None:
-            found.setdefault((), Finding("undeclared-change", f"byte {at} is not the base's", name))
+            found.setdefault((), Difference("undeclared-change", f"byte {at} is not the base's", name))
         elif info.dtype.bits % 8:
-            found.setdefault((info.name,), Finding("undeclared-change", "it is not the base's", name, info.name))
+            found.setdefault((info.name,), Difference("undeclared-change", "it is not the base's", name, info.name))
         else:
             index = info.index((at - shard.data_start - info.data_offsets[0]) // info.dtype.size)
-            found.setdefault((info.name, index), Finding("undeclared-change", "it is not the base's, and no declared "
-                                                         "scalar", name, info.name, index))  # fmt: skip
+            message = "it is not the base's, and no declared scalar"
+            found.setdefault((info.name, index), Difference("undeclared-change", message, name, info.name, index))
     findings = list(found.values())
     if len(findings) > MAX_NAMED:
         more = len(findings) - MAX_NAMED
-        findings = [*findings[:MAX_NAMED], Finding("undeclared-change", f"and at least {more} more of these", name)]
+        findings = [*findings[:MAX_NAMED], Difference("undeclared-change", f"and at least {more} more of these", name)]
     return findings

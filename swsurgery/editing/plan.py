@@ -4,8 +4,8 @@ and a few rows of tensors that may be tied, writes nothing, and reports every mi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from swsurgery.checkpoint import projections
@@ -31,7 +31,8 @@ MAX_NOTES = 20
 class Plan:
     """All that applying needs to know. `omitted` are files of the base that do not go into the patched one; `previous`
     are the base's own records, where it was itself patched. `pins_checked` and `pins_unchecked` are the files whose
-    digests a dry run compared with a pin, and those that it did not hash."""
+    digests a dry run compared with a pin, and those that it did not hash. `facts` is what is known of super
+    weights, by coordinate."""
 
     loaded: LoadedManifest
     checkpoint: Checkpoint
@@ -43,6 +44,7 @@ class Plan:
     notes: tuple[str, ...]
     pins_checked: tuple[str, ...] = ()
     pins_unchecked: tuple[str, ...] = ()
+    facts: Mapping[Coordinate, KnownCoordinate] = field(default_factory=dict, repr=False)
 
     def splices_of(self, file: str) -> list[Splice]:
         return sorted((s for s in self.splices if s.file == file), key=lambda s: s.offset)
@@ -92,7 +94,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
                 faults.append(f"{where}: {coordinate} is protected by step {protectors[coordinate]} of the base's own "
                               "registry (revert that step, or start from the first base)")  # fmt: skip
             try:
-                scalars[coordinate] = number, _scalar(edit, coordinate, expect, checkpoint, facts)
+                scalars[coordinate] = number, _scalar(edit, coordinate, expect, checkpoint)
             except (PlanError, NumberError) as error:
                 faults += [f"{where}: {fault}" for fault in error.faults]
     splices = tuple(s for _, s in sorted(scalars.values(), key=lambda item: item[0]) if isinstance(s, Splice))
@@ -119,7 +121,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         notes.append(f"left out, for they hold the unedited weights: {', '.join(omitted)}")
     if checkpoint.left_out:
         notes.append(f"left out, for they are no part of a checkpoint: {', '.join(checkpoint.left_out)}")
-    return Plan(loaded, checkpoint, previous, model, splices, protected, omitted, tuple(notes))
+    return Plan(loaded, checkpoint, previous, model, splices, protected, omitted, tuple(notes), facts=facts)
 
 
 def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
@@ -200,9 +202,7 @@ def _targets(edit: Target, checkpoint: Checkpoint, model: KnownModel | None) -> 
             yield _located(entry, checkpoint), guard
 
 
-def _scalar(
-    edit: Any, coordinate: Coordinate, expect: Any, checkpoint: Checkpoint, facts: dict[Coordinate, KnownCoordinate]
-) -> Scalar:
+def _scalar(edit: Any, coordinate: Coordinate, expect: Any, checkpoint: Checkpoint) -> Scalar:
     """Check one coordinate and read it. Raises PlanError, NumberError."""
     info = _info(coordinate, checkpoint)
     name, index = coordinate
@@ -224,16 +224,15 @@ def _scalar(
             if expectation_fault(expect, info.dtype, other) is None:
                 hint = f"row and col look swapped: {list(swapped)} holds it"
         raise PlanError(fault, coordinate, hint)
-    facts_here = facts.get(coordinate)
     common = dict(file=file, coordinate=coordinate, dtype=info.dtype, offset=shard.offset(name, index), old=old)
     if not edit.writes:
-        return Scalar(**common, known=facts_here)
+        return Scalar(**common)
     try:
         new = edit.new_bytes(info.dtype, old)
     except NumberError as error:
         raise PlanError.of(f"cannot {edit.op} {coordinate}: {fault}" for fault in error.faults) from None
     factor = edit.factor if isinstance(edit, Scale) else None
-    return Splice(**common, known=facts_here, op=edit.op, new=new, factor=factor)
+    return Splice(**common, op=edit.op, new=new, factor=factor)
 
 
 def _info(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:

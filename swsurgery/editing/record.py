@@ -8,7 +8,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from swsurgery import __version__
+from swsurgery._version import __version__
 from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Registry, ScalarRecord
 from swsurgery.errors import PlanError, TargetError
 from swsurgery.known import shipped
@@ -49,8 +49,8 @@ def draft_registry(plan: Plan) -> Registry:
         ),
         files={},
         omitted=list(plan.omitted),
-        edits=[EditRecord(**s.to_json(), known=_facts(s)) for s in plan.splices],
-        protected=[ScalarRecord(**s.to_json(), known=_facts(s)) for s in plan.protected],
+        edits=[EditRecord(**s.to_json(), known=_facts(s, plan)) for s in plan.splices],
+        protected=[ScalarRecord(**s.to_json(), known=_facts(s, plan)) for s in plan.protected],
         known=shipped.to_json(plan.model)["models"][0] if plan.model else None,
         check={},
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
@@ -98,8 +98,8 @@ def source_date_epoch() -> int | None:
     return int(text) if text else None
 
 
-def _facts(scalar: Scalar) -> dict[str, Any] | None:
-    entry = scalar.known
+def _facts(scalar: Scalar, plan: Plan) -> dict[str, Any] | None:
+    entry = plan.facts.get(scalar.coordinate)
     if entry is None:
         return None
     return {

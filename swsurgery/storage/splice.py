@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from swsurgery.known import KnownCoordinate
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import Dtype, json_value
@@ -21,7 +20,6 @@ class Scalar:
     dtype: Dtype
     offset: int
     old: bytes
-    known: KnownCoordinate | None = None
 
     @property
     def end(self) -> int:

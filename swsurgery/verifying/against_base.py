@@ -66,7 +66,10 @@ def by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progre
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.end))
-    changed = undeclared_changes(checkpoint, base, sorted(ours & theirs), declared, progress)
+    changed = [
+        Finding.of_difference(d)
+        for d in undeclared_changes(checkpoint, base, sorted(ours & theirs), declared, progress)
+    ]
     sound = {name for name, shard in checkpoint.shards.items() if shard.size == base.file(name).size}
     for splice in (s for s in plan.splices if s.file in sound):
         tensor, index = splice.coordinate

@@ -28,9 +28,6 @@ from swsurgery.verifying.against_manifest import own_findings
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.finite import FiniteScan
 
-__all__ = ["Verification", "undeclared_changes", "verify", "verify_patched"]
-
-
 RULES_OF_REGISTRY = (
     "structure", "digest", "file-missing", "file-undeclared", "undeclared-change", "edit-changed",
     "protected-changed", "registry", "manifest", "duplicate-weights",
@@ -336,4 +333,5 @@ def _against_base(checkpoint: Checkpoint, base: Checkpoint, registry: Registry, 
     for edit in registry.edits:
         declared.setdefault(edit.file, set()).update(range(edit.offset, edit.offset + len(edit.old_bits) // 2 - 1))
     names = [f.name for f in checkpoint.files if f.name in registry.files and f.name in theirs]
-    return findings + undeclared_changes(checkpoint, base, names, declared, progress)
+    changed = undeclared_changes(checkpoint, base, names, declared, progress)
+    return findings + [Finding.of_difference(difference) for difference in changed]

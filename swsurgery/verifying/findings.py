@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from swsurgery.checkpoint.compare import Difference
+
 Level = Literal["error", "warning"]
 """As SARIF spells them. An error makes the answer no (exit 1); a warning is said and does not."""
 
@@ -97,6 +99,11 @@ class Finding:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"no such rule: {self.rule}")
+
+    @classmethod
+    def of_difference(cls, difference: Difference) -> Finding:
+        """Make the finding of a place in which a checkpoint is not its base."""
+        return cls(difference.kind, difference.message, difference.file, difference.tensor, difference.index)
 
     @property
     def level(self) -> Level:
