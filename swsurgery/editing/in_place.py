@@ -18,7 +18,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import open_as, open_checkpoint
-from swsurgery.checkpoint.record import Patched, Registry, read_patched, read_records
+from swsurgery.checkpoint.record import EditRecord, Patched, Registry, ScalarRecord, read_patched, read_records
 from swsurgery.editing.apply import SMALL, Outcome
 from swsurgery.editing.base import base_of, known_digests
 from swsurgery.editing.copy import Applied, AppliedFile, records_mode
@@ -29,16 +29,18 @@ from swsurgery.editing.revert import reversion_notes, undoing
 from swsurgery.editing.sanity import Check, CheckOptions, bounds_of, run_check
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
+from swsurgery.known import own
+from swsurgery.known.recorded import unlike_bases, unlike_records
+from swsurgery.known.resolve import look_up, resolve
 from swsurgery.manifest.load import LoadedManifest, load_manifest
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import filesystem
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.dtypes import bits_of
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.hashing import hashed, hashed_twice, hold_to, stream
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.splice import Splice, by_file
-from swsurgery.verifying.against_manifest import by_registry, read_wishes
-from swsurgery.verifying.against_record import scalar_findings
 
 
 def apply_in_place(
@@ -268,13 +270,10 @@ def _applied_already(
     """
     registry = patched.registry
     repo_ids = (registry.base.repo_id, (registry.known or {}).get("hf_id"))
-    findings = by_registry(read_wishes(loaded, checkpoint, repo_ids), registry)
-    findings += scalar_findings(registry, checkpoint)
-    for finding in findings:
-        where = finding.file or folder.path
-        if finding.tensor:
-            where = f"{where}: {Coordinate(finding.tensor, finding.index or ())}"
-        raise _not_applied(finding.message, where)
+    for coordinate, fault in _unlike_manifest(loaded, checkpoint, registry, repo_ids):
+        raise _not_applied(fault, folder.path if coordinate is None else coordinate)
+    for record in (*registry.edits, *registry.protected, *(r for _, r in registry.inherited())):
+        _refuse_other_bits(record, checkpoint)
     mine, files = by_file(undoing(registry, checkpoint)), {f.name: f for f in checkpoint.files}
     for name in sorted({*mine, *loaded.manifest.base.sha256}):
         file, record = files.get(name), registry.files.get(name)
@@ -292,6 +291,34 @@ def _applied_already(
     )
     note = "it was applied already; nothing was written"
     return Outcome(folder.path, Applied(done), registry, (note,), written=False)
+
+
+def _unlike_manifest(
+    loaded: LoadedManifest, checkpoint: Checkpoint, registry: Registry, repo_ids: Collection[str | None]
+) -> Iterator[tuple[Coordinate | None, str]]:
+    """Yield how a record differs from what its manifest asks of this checkpoint, with the scalar if there is one."""
+    base = loaded.manifest.base
+    model = own.lookup(base.model) if base.model else None
+    for repo_id in (base.repo_id, checkpoint.repo_id, *repo_ids):
+        model = model or (own.of_repo(repo_id) if repo_id else None)
+    asked, faults = resolve(loaded.manifest, checkpoint, look_up(model))
+    yield from ((None, fault) for _, fault in faults)
+    yield from ((None, fault) for _, fault in unlike_bases(loaded.manifest, registry))
+    yield from unlike_records(asked, registry)
+
+
+def _refuse_other_bits(record: ScalarRecord, checkpoint: Checkpoint) -> None:
+    """Refuse a record of a scalar that does not hold the recorded bits. Raises CheckpointError."""
+    wanted = record.new_bytes if isinstance(record, EditRecord) else record.old_bytes
+    shard = checkpoint.shards.get(record.file)
+    info = shard.tensors.get(record.tensor) if shard else None
+    if shard is None or info is None:
+        raise _not_applied("the shards do not have the scalar", record.coordinate)
+    if (info.dtype.name, shard.offset(record.tensor, record.index)) != (record.dtype, record.offset):
+        raise _not_applied("the scalar is somewhere else", record.coordinate)
+    stored = shard.read_scalar(record.tensor, record.index)
+    if stored != wanted:
+        raise _not_applied(f"the scalar holds {bits_of(stored)}, not {bits_of(wanted)}", record.coordinate)
 
 
 def _not_applied(what: str, where: object) -> CheckpointError:

@@ -7,34 +7,21 @@ which are the base's if `verify` finds nothing. This module must not import the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
-from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.architectures import Expert
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, EditRecord, Patched, Registry, ScalarRecord
-from swsurgery.errors import ArchitectureError, LookupFailed, ManifestError, NumberError, PlanError
-from swsurgery.known import KnownModel, own, shipped
+from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, Registry
+from swsurgery.errors import LookupFailed, ManifestError, PlanError
+from swsurgery.known import own
+from swsurgery.known.recorded import unlike_bases, unlike_records
+from swsurgery.known.resolve import Asked, KnownPlace, KnownPlaces, look_up, resolve
 from swsurgery.manifest.load import LoadedManifest, parse_manifest
-from swsurgery.manifest.operations import MeasuredValue, expectation_fault
-from swsurgery.manifest.schema import Manifest
-from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.verifying.findings import Finding
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One scalar that edit number `number` of a manifest names, and what it expects there."""
-
-    number: int
-    edit: Any
-    expect: Any = None
 
 
 @dataclass(frozen=True)
@@ -76,154 +63,17 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
         misfits = [point_at(loaded, Finding("manifest-mismatch", fault), ("base", "model")) for fault in error.faults]
     for repo_id in (base.repo_id, checkpoint.repo_id, *repo_ids):
         model = model or (own.of_repo(repo_id) if repo_id else None)
-    asked, faults = resolve(loaded.manifest, checkpoint, _looked_up(model))
+    asked, faults = resolve(loaded.manifest, checkpoint, look_up(model))
     misfits += [point_at(loaded, Finding("manifest-mismatch", fault), ("edits", number)) for number, fault in faults]
     return Wishes(loaded, asked, tuple(misfits))
-
-
-class KnownPlace(Protocol):
-    """What an edit that says `known:` needs of a known super weight. `col` is None if only the row is known."""
-
-    @property
-    def layer(self) -> int: ...
-    @property
-    def row(self) -> int: ...
-    @property
-    def col(self) -> int | None: ...
-    @property
-    def expert(self) -> Expert: ...
-    @property
-    def value(self) -> float | None: ...
-    @property
-    def dtype(self) -> str | None: ...
-
-
-KnownPlaces = Callable[[str], Sequence[KnownPlace]]
-"""What an edit's `known:` names, "all" or an id. Raises LookupFailed or PlanError if it names nothing."""
-
-
-def resolve(
-    manifest: Manifest, checkpoint: Checkpoint, known_places: KnownPlaces
-) -> tuple[dict[Coordinate, Asked], list[tuple[int, str]]]:
-    """Resolve every edit: what is asked of each scalar, and (number of the edit, fault) of what has no meaning here."""
-    asked: dict[Coordinate, Asked] = {}
-    faults: list[tuple[int, str]] = []
-    # `known: all` stands for every known coordinate that no other edit names, so it goes last.
-    for number, edit in sorted(enumerate(manifest.edits), key=lambda item: (item[1].known == "all", item[0])):
-        for coordinate, expect in _targets(edit, checkpoint, known_places):
-            if isinstance(coordinate, str):
-                faults.append((number, coordinate))
-            elif coordinate not in asked:
-                asked[coordinate] = Asked(number, edit, expect)
-            elif edit.known != "all":
-                message = f"{coordinate} has two operations (the other is edits[{asked[coordinate].number}])"
-                faults.append((number, message))
-    return asked, faults
-
-
-def _looked_up(model: KnownModel | None) -> KnownPlaces:
-    """The known super weights of a model, as this version knows them."""
-
-    def places(word: str) -> Sequence[KnownPlace]:
-        if model is None:
-            raise PlanError("nothing says which known model this is", word, "say which: base.model")
-        return shipped.addressable(model) if word == "all" else [shipped.find(model, word)]
-
-    return places
-
-
-def _targets(edit: Any, checkpoint: Checkpoint, known_places: KnownPlaces) -> Iterator[tuple[Coordinate | str, Any]]:
-    """Each scalar that an edit names, with what is expected there; or what is wrong with it, in words."""
-    if edit.tensor is not None:
-        yield Coordinate(edit.tensor, edit.index), edit.expect
-        return
-    try:
-        if edit.layer is not None:
-            places, expects = [edit], [edit.expect]
-        else:
-            places = [place for place in known_places(edit.known) if place.col is not None]
-            expects = [MeasuredValue(value=p.value, dtype=p.dtype) if p.dtype else None for p in places]
-    except (LookupFailed, PlanError) as error:
-        yield from ((fault, None) for fault in error.faults)
-        return
-    except ValueError:  # of MeasuredValue: the registry was changed by hand
-        yield f"the value that the registry recorded of {edit.known} is none", None
-        return
-    for place, expect in zip(places, expects, strict=True):
-        try:
-            coordinate = projections.locate(
-                checkpoint.config,
-                checkpoint.shapes,
-                layer=place.layer,
-                row=place.row,
-                col=place.col,
-                expert=place.expert,
-            )
-        except ArchitectureError as error:
-            yield from ((fault, None) for fault in error.faults)
-        else:
-            yield coordinate, expect
 
 
 def by_registry(wishes: Wishes, registry: Registry) -> list[Finding]:
     """The registry records exactly what the manifest asks: the same scalars, operations, factors and pins, and new
     bits that the arithmetic gives for the old ones."""
-    identity = [wishes.finding(message, path=path) for path, message in _identity(wishes.loaded.manifest, registry)]
-    unlike = [wishes.finding(message, record) for record, message in _unlike_records(wishes.asked, registry)]
+    identity = [wishes.finding(message, path=path) for path, message in unlike_bases(wishes.loaded.manifest, registry)]
+    unlike = [wishes.finding(message, record) for record, message in unlike_records(wishes.asked, registry)]
     return [*wishes.misfits, *identity, *unlike]
-
-
-def _unlike_records(asked: Mapping[Coordinate, Asked], registry: Registry) -> Iterator[tuple[Coordinate, str]]:
-    """Yield each scalar whose record differs from the manifest, and the difference in words."""
-    recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
-    for coordinate, wish in asked.items():
-        record = recorded.get(coordinate)
-        message = "nothing was done to it" if record is None else _unlike(wish, record)
-        if message:
-            yield coordinate, f"{wish.edit.op} was asked: {message}"
-    for coordinate, record in recorded.items():
-        if coordinate not in asked:
-            yield coordinate, f"{_done(record)}, and the manifest does not ask for it"
-
-
-def _done(record: ScalarRecord) -> str:
-    return f"{record.op} was done" if isinstance(record, EditRecord) else "it was protected"
-
-
-def _unlike(asked: Asked, record: ScalarRecord) -> str | None:
-    """How a record differs from what the edit makes of its old bits; None where it does not."""
-    edit, dtype = asked.edit, DTYPES[record.dtype]
-    done = record.op if isinstance(record, EditRecord) else "protect"
-    if done != edit.op:
-        return f"{done} was done"
-    try:
-        if asked.expect is not None and (fault := expectation_fault(asked.expect, dtype, record.old_bytes)):
-            return f"the base does not fit: {fault}"
-        if not isinstance(record, EditRecord):
-            return None
-        factor = getattr(edit, "factor", None)
-        if factor != record.factor:
-            return f"the factor is {factor}, {record.factor} was used"
-        new = edit.new_bytes(dtype, record.old_bytes)
-        return None if new == record.new_bytes else f"it makes {dtypes.bits_of(new)}, not {record.new_bits}"
-    except NumberError as error:
-        return str(error)
-
-
-def _identity(manifest: Manifest, registry: Registry) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Compare what the manifest says of its base with the base that the registry names: (node of the manifest, how they
-    differ)."""
-    base = manifest.base
-    for name in ("repo_id", "revision", "weights", "variant"):
-        said, found = getattr(base, name), getattr(registry.base, name)
-        if said is not None and found is not None and said != found:
-            yield ("base", name), f"base.{name} is {said}, the base was {found}"
-    for name, digest in base.sha256.items():
-        record = registry.files.get(name)
-        found = record.base_sha256 if record else None
-        if found != digest:
-            what = f"the base's was {found}" if found else "the registry does not know the base's"
-            yield ("base", "sha256", name), f"base.sha256 of {name} is {digest}, {what}"
 
 
 @dataclass(frozen=True)
@@ -279,10 +129,10 @@ def _own_differences(
     afar = {r.coordinate for r in registry.protected if r.file in elsewhere and r.file not in checkpoint.shards}
     unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}
     yield from ((None, f"edits[{number}]: {fault}") for number, fault in faults if number not in unresolved)
-    for coordinate, message in _unlike_records(asked, registry):
+    for coordinate, message in unlike_records(asked, registry):
         if coordinate in asked or coordinate not in afar or not unresolved:
             yield coordinate, message
-    for path, message in _identity(manifest, registry):
+    for path, message in unlike_bases(manifest, registry):
         if path[-1] not in {*registry.omitted, *OWN_FILES}:  # these are no part of what was written
             yield None, message
 

@@ -1,0 +1,70 @@
+"""Compare what a manifest asks with what a record says was done.
+
+The arithmetic is repeated on the record's old bits. Must not import the planner, whose result is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
+from swsurgery.errors import NumberError
+from swsurgery.known.resolve import Asked
+from swsurgery.manifest.operations import expectation_fault
+from swsurgery.manifest.schema import Manifest
+from swsurgery.storage import dtypes
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.dtypes import DTYPES
+
+
+def unlike_records(asked: Mapping[Coordinate, Asked], registry: Registry) -> Iterator[tuple[Coordinate, str]]:
+    """Yield each scalar whose record differs from the manifest, and the difference in words."""
+    recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
+    for coordinate, wish in asked.items():
+        record = recorded.get(coordinate)
+        message = "nothing was done to it" if record is None else _unlike(wish, record)
+        if message:
+            yield coordinate, f"{wish.edit.op} was asked: {message}"
+    for coordinate, record in recorded.items():
+        if coordinate not in asked:
+            yield coordinate, f"{_done(record)}, and the manifest does not ask for it"
+
+
+def _done(record: ScalarRecord) -> str:
+    return f"{record.op} was done" if isinstance(record, EditRecord) else "it was protected"
+
+
+def _unlike(asked: Asked, record: ScalarRecord) -> str | None:
+    """How a record differs from what the edit makes of its old bits; None where it does not."""
+    edit, dtype = asked.edit, DTYPES[record.dtype]
+    done = record.op if isinstance(record, EditRecord) else "protect"
+    if done != edit.op:
+        return f"{done} was done"
+    try:
+        if asked.expect is not None and (fault := expectation_fault(asked.expect, dtype, record.old_bytes)):
+            return f"the base does not fit: {fault}"
+        if not isinstance(record, EditRecord):
+            return None
+        factor = getattr(edit, "factor", None)
+        if factor != record.factor:
+            return f"the factor is {factor}, {record.factor} was used"
+        new = edit.new_bytes(dtype, record.old_bytes)
+        return None if new == record.new_bytes else f"it makes {dtypes.bits_of(new)}, not {record.new_bits}"
+    except NumberError as error:
+        return str(error)
+
+
+def unlike_bases(manifest: Manifest, registry: Registry) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Compare what the manifest says of its base with the base that the registry names: (node of the manifest, how they
+    differ)."""
+    base = manifest.base
+    for name in ("repo_id", "revision", "weights", "variant"):
+        said, found = getattr(base, name), getattr(registry.base, name)
+        if said is not None and found is not None and said != found:
+            yield ("base", name), f"base.{name} is {said}, the base was {found}"
+    for name, digest in base.sha256.items():
+        record = registry.files.get(name)
+        found = record.base_sha256 if record else None
+        if found != digest:
+            what = f"the base's was {found}" if found else "the registry does not know the base's"
+            yield ("base", "sha256", name), f"base.sha256 of {name} is {digest}, {what}"
