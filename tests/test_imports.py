@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -192,3 +193,37 @@ def test_the_docstring_maps_every_package():
 def test_every_level_is_of_a_package_or_module():
     names = {module.split(".")[1] for module in SOURCES if "." in module}
     assert names == LEVELS.keys()
+
+
+@pytest.mark.parametrize(("missing", "said"), [("tokenizer.json", "tokenizer"), ("config.json", "config.json")])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("apply m.yaml -o out", 0),
+        ("apply m.yaml -o out --check forward", 2),
+        ("apply m.yaml --in-place --check forward", 2),
+        ("check base", 2),
+        ("check patched", 2),
+        ("scan base", 2),
+        ("scan base --method weights --confirm", 2),
+        ("sweep m.yaml --factors 0,1", 2),
+    ],
+)
+def test_a_model_without_these_files_is_refused_before_torch_is_loaded(
+    tmp_path, monkeypatch, missing, said, words, code
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    patched = write_patched(tmp_path)
+    for folder in (tmp_path / "base", patched):
+        (folder / missing).unlink(missing_ok=True)
+        (folder / "tokenizer_config.json").write_text("{}")
+    shard = "model-00002-of-00002.safetensors"
+    pin = hashlib.sha256((tmp_path / "base" / shard).read_bytes()).hexdigest()
+    edits = "[{op: zero, tensor: model.norm.weight, index: [0]}]"
+    manifest = f"version: 1\nbase: {{path: base, sha256: {{{shard}: {pin}}}}}\nedits: {edits}\n"
+    (tmp_path / "m.yaml").write_text(manifest)
+    command = f"sys.stderr = sys.stdout\nfrom swsurgery.cli import main\nassert main({words.split()!r}) == {code}"
+    script = REPORT.format(code=command)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"no {said}: " in done.stdout
+    assert not {"torch", "transformers"} & set(ast.literal_eval(done.stdout.splitlines()[-1]))
