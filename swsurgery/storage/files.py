@@ -32,9 +32,13 @@ def open_regular(path: Path) -> int:
 
 
 class Remote(Protocol):
-    """A file that is elsewhere and read by ranges."""
+    """A file that is elsewhere and read by ranges. `sha256` is its digest if the server states one."""
 
-    size: int
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def sha256(self) -> str | None: ...
 
     def pread(self, size: int, offset: int) -> bytes:
         """Up to `size` bytes; fewer only at the end."""
@@ -122,10 +126,17 @@ class BaseFile:
 class Repository(Protocol):
     """A checkpoint that is elsewhere, at one commit; its files are read by ranges."""
 
-    repo_id: str
-    commit: str
-    sub: str
-    files: Mapping[str, Remote]
+    @property
+    def repo_id(self) -> str: ...
+
+    @property
+    def commit(self) -> str: ...
+
+    @property
+    def sub(self) -> str: ...
+
+    @property
+    def files(self) -> Mapping[str, Remote]: ...
 
 
 NOT_THE_FILE = (
