@@ -1,0 +1,30 @@
+"""Make the description for package indexes, which cannot follow the README's links to files of the repository."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")
+
+
+def describe(readme: str, source: str | None) -> str:
+    """Return the README with absolute links below `source`, or with plain text for each relative link if it is None."""
+
+    def replace(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        if "://" in target or target.startswith("#"):
+            return link[0]
+        return f"[{text}]({source.rstrip('/')}/blob/HEAD/{target})" if source else text
+
+    return LINK.sub(replace, readme)
+
+
+if __name__ == "__main__":
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = describe((ROOT / "README.md").read_text(), project.get("urls", {}).get("Source"))
+    setup(long_description=text, long_description_content_type="text/markdown")
