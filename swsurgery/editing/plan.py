@@ -1,38 +1,52 @@
-"""Manifest x Checkpoint -> Plan: which bytes of which shard become which. Reads headers, the named scalars
-and a few rows of tensors that may be tied, writes nothing, and reports every misfit at once."""
+"""Plan an edit: turn a manifest and a checkpoint into the bytes to change.
+
+Reads the headers, the scalars that the edits name and a few rows of tensors that may be tied. Writes nothing, and
+reports all faults at once.
+
+The planner does not use `known.resolve`, which serves the proof of a finished record. That function skips known rows
+without a column, ignores a second `known: all` and continues after the first fault of an edit, and its messages are
+about a record. With it, the planner would report other faults.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from swsurgery.checkpoint import projections
+from swsurgery.checkpoint.architectures import Expert
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, read_patched
 from swsurgery.checkpoint.tying import tied_faults, tied_partner
 from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError
 from swsurgery.known import KnownCoordinate, KnownModel, own, shipped
 from swsurgery.manifest.load import LoadedManifest
-from swsurgery.manifest.operations import MeasuredValue, Scale, Target, expectation_fault
+from swsurgery.manifest.operations import Edit, MeasuredValue, Protect, Scale, expectation_fault
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice
 
 MAX_FAULTS = 100
-"""Listed one by one."""
+"""Maximum number of faults listed individually."""
 
 MAX_NOTES = 20
+"""Maximum number of disagreements between index and shards listed individually."""
+
+Expected = int | float | str | MeasuredValue | None
+"""The value, bits or measured value that an edit expects of a scalar; None if it expects nothing."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that applying needs to know. `omitted` are files of the base that do not go into the patched one; `previous`
-    are the base's own records, where it was itself patched. `pins_checked` and `pins_unchecked` are the files whose
-    digests a dry run compared with a pin, and those that it did not hash. `facts` is what is known of super
-    weights, by coordinate."""
+    """Everything that applying a manifest needs.
+
+    `omitted` are the files of the base that are not copied. `previous` are the base's own records if the base is itself
+    a patched checkpoint. `pins_checked` are the files whose digests a dry run compared with a pin, and
+    `pins_unchecked` the pinned files that it did not hash. `facts` maps coordinates to known super weights.
+    """
 
     loaded: LoadedManifest
     checkpoint: Checkpoint
@@ -47,9 +61,11 @@ class Plan:
     facts: Mapping[Coordinate, KnownCoordinate] = field(default_factory=dict, repr=False)
 
     def splices_of(self, file: str) -> list[Splice]:
+        """List the splices of one file in the order of their offsets."""
         return sorted((s for s in self.splices if s.file == file), key=lambda s: s.offset)
 
     def to_json(self) -> dict[str, Any]:
+        """Build the JSON document that `apply --dry-run --json` prints."""
         document: dict[str, Any] = {
             "splices": [s.to_json() for s in self.splices],
             "protected": [p.to_json() for p in self.protected],
@@ -62,10 +78,11 @@ class Plan:
 
 
 def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
-    """Turn every edit into splices and protected scalars. Raises PlanError with all misfits, CheckpointError where the
-    base's own registry is damaged."""
+    """Turn every edit of a manifest into splices and protected scalars of a checkpoint.
+
+    Raises PlanError with all faults, and CheckpointError if the base's own record is damaged.
+    """
     faults = _base_faults(loaded, checkpoint)
-    manifest = loaded.manifest
     previous = read_patched(checkpoint)
     protectors = previous.registry.protectors() if previous else {}
     try:
@@ -74,59 +91,93 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         faults += [f"{loaded.path}: base.model: {fault}" for fault in error.faults]
         model = None
     facts = _facts(model, checkpoint)
+    scalars, misfits = _read_edits(loaded, checkpoint, model, protectors)
+    splices = tuple(s for s in scalars if isinstance(s, Splice))
+    protected = tuple(s for s in scalars if not isinstance(s, Splice))
+    faults += misfits + tied_faults(splices, checkpoint) + _copies_faults(loaded, checkpoint, splices)
+    if faults:
+        raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
+    omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
+    notes = tuple(_notes(loaded, checkpoint))
+    return Plan(loaded, checkpoint, previous, model, splices, protected, omitted, notes, facts=facts)
+
+
+def _read_edits(
+    loaded: LoadedManifest, checkpoint: Checkpoint, model: KnownModel | None, protectors: Mapping[Coordinate, int]
+) -> tuple[list[Scalar], list[str]]:
+    """Resolve every edit and read its scalars; return them in the manifest's order, and all faults.
+
+    A scalar that cannot be read does not conflict with a second edit of it, so that the faults of both are reported.
+    For this reason each edit is read before the next is resolved.
+    """
+    edits = loaded.manifest.edits
     scalars: dict[Coordinate, tuple[int, Scalar]] = {}
-    # `known: all` stands for every known coordinate that no other edit names, so it goes last.
-    for number, edit in sorted(enumerate(manifest.edits), key=lambda item: (item[1].known == "all", item[0])):
+    faults: list[str] = []
+    # `known: all` names every known super weight that no other edit names, so it is resolved last.
+    for number, edit in sorted(enumerate(edits), key=lambda item: (item[1].known == "all", item[0])):
         where = loaded.where(number)
         try:
-            targets = list(_targets(edit, checkpoint, model))
+            targets = _resolve_edit(edit, checkpoint, model)
         except (ArchitectureError, LookupFailed, PlanError) as error:
             faults += [f"{where}: {fault}" for fault in error.faults]
             continue
         for coordinate, expect in targets:
             if coordinate in scalars:
                 first = scalars[coordinate][0]
-                # It yields to an edit that names the coordinate; of two that name all, neither may win in silence.
-                if edit.known != "all" or manifest.edits[first].known == "all":
+                # `known: all` yields to an edit that names the scalar. Two edits with `known: all` are in conflict.
+                if edit.known != "all" or edits[first].known == "all":
                     faults.append(f"{where}: {coordinate} has two operations (the other is edits[{first}])")
                 continue
             if edit.writes and coordinate in protectors:
-                faults.append(f"{where}: {coordinate} is protected by step {protectors[coordinate]} of the base's own "
-                              "registry (revert that step, or start from the first base)")  # fmt: skip
+                faults.append(
+                    f"{where}: {coordinate} is protected by step {protectors[coordinate]} of the base's own "
+                    "registry (revert that step, or start from the first base)"
+                )
             try:
-                scalars[coordinate] = number, _scalar(edit, coordinate, expect, checkpoint)
+                scalars[coordinate] = number, _read_scalar(edit, coordinate, expect, checkpoint)
             except (PlanError, NumberError) as error:
                 faults += [f"{where}: {fault}" for fault in error.faults]
-    splices = tuple(s for _, s in sorted(scalars.values(), key=lambda item: item[0]) if isinstance(s, Splice))
-    protected = tuple(s for _, s in sorted(scalars.values(), key=lambda item: item[0]) if not isinstance(s, Splice))
-    faults += tied_faults(splices, checkpoint)
-    copies = manifest.base.copies
-    if splices and checkpoint.copies and copies is None:
-        faults.append(
-            f"{loaded.path}: the edit would not reach further copies of the weights: {', '.join(checkpoint.copies)} "
-            "(say base.copies: omit to leave them out, or keep to carry them along unedited)"
-        )
-    if faults:
-        more = len(faults) - MAX_FAULTS
-        raise PlanError.of(faults[:MAX_FAULTS] + ([f"{loaded.path}: and {more} more of these"] if more > 0 else []))
-    notes = [*checkpoint.notes]
-    disagreements = [f"index and shards disagree about {tensor}: {why}; both are carried along as they are, and verify "
-                     "will find it" for tensor, why in checkpoint.disagreements.items()]  # fmt: skip
-    more = len(disagreements) - MAX_NOTES
-    notes += disagreements[:MAX_NOTES] + ([f"and {more} more of these"] if more > 0 else [])
+    return [scalar for _, scalar in sorted(scalars.values(), key=lambda item: item[0])], faults
+
+
+def _copies_faults(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Sequence[Splice]) -> list[str]:
+    """Report further copies of the weights if the manifest does not decide what happens to them."""
+    if not splices or not checkpoint.copies or loaded.manifest.base.copies is not None:
+        return []
+    return [
+        f"{loaded.path}: the edit would not reach further copies of the weights: {', '.join(checkpoint.copies)} "
+        "(say base.copies: omit to leave them out, or keep to carry them along unedited)"
+    ]
+
+
+def _shorten(lines: list[str], limit: int, prefix: str = "") -> list[str]:
+    """Cut a list of messages to `limit` lines and a line, with `prefix`, that counts the others."""
+    if len(lines) <= limit:
+        return lines
+    return [*lines[:limit], f"{prefix}and {len(lines) - limit} more of these"]
+
+
+def _notes(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
+    """List what the user should know about the checkpoint although it does not prevent the edit."""
+    copies = loaded.manifest.base.copies
+    disagreements = [
+        f"index and shards disagree about {tensor}: {why}; both are carried along as they are, and verify will find it"
+        for tensor, why in checkpoint.disagreements.items()
+    ]
+    notes = [*checkpoint.notes, *_shorten(disagreements, MAX_NOTES)]
     if checkpoint.copies and copies == "keep":
         notes.append(f"carried along unedited: {', '.join(checkpoint.copies)}")
-    omitted = checkpoint.copies if copies == "omit" else ()
-    if omitted:
-        notes.append(f"left out, for they hold the unedited weights: {', '.join(omitted)}")
+    if checkpoint.copies and copies == "omit":
+        notes.append(f"left out, for they hold the unedited weights: {', '.join(checkpoint.copies)}")
     if checkpoint.left_out:
         notes.append(f"left out, for they are no part of a checkpoint: {', '.join(checkpoint.left_out)}")
-    return Plan(loaded, checkpoint, previous, model, splices, protected, omitted, tuple(notes), facts=facts)
+    return notes
 
 
 def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
-    """Everything by which this checkpoint is visibly not the base that the manifest means."""
-    base, faults = loaded.manifest.base, []
+    """List every sign that this checkpoint is not the base that the manifest means."""
+    base = loaded.manifest.base
+    faults: list[str] = []
     for said, found, what in (
         (base.repo_id, checkpoint.repo_id, "repo_id"),
         (base.revision, checkpoint.revision, "revision"),
@@ -149,7 +200,10 @@ def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
 
 
 def _known_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownModel | None:
-    """The model of the registry that this base is. Only base.model has to be known: a repo_id need not be."""
+    """Identify the base among the known models; None if it is unknown.
+
+    Raises LookupFailed if the manifest names a model that is unknown. An unknown repo_id is no fault.
+    """
     base = loaded.manifest.base
     if base.model:
         return own.lookup(base.model)
@@ -158,59 +212,77 @@ def _known_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownModel |
 
 
 def _facts(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:
-    facts = {}
+    """Map coordinates of the checkpoint to the known super weights of its model."""
+    facts: dict[Coordinate, KnownCoordinate] = {}
     for entry in model.coordinates if model else ():
         if entry.col is not None:
             try:
-                facts[_located(entry, checkpoint)] = entry
+                facts[_locate(checkpoint, entry.layer, entry.row, entry.col, entry.expert)] = entry
             except ArchitectureError:
-                continue  # the checkpoint is not quite that model; an edit that names the coordinate will say so
+                continue  # The checkpoint differs from that model. An edit that names the super weight reports it.
     return facts
 
 
-def _located(target: Target | KnownCoordinate, checkpoint: Checkpoint) -> Coordinate:
-    # With those that index and shards place differently: found here, they are refused for what is wrong with them.
-    shapes = {t: s.tensors[t].shape for s in checkpoint.shards.values() for t in checkpoint.disagreements
-              if t in s.tensors}  # fmt: skip
+def _locate(checkpoint: Checkpoint, layer: int, row: int, col: int, expert: Expert) -> Coordinate:
+    """Find the stored scalar that a paper calls (layer, row, col). Raises ArchitectureError."""
+    # Include tensors that index and shards place differently, so that the fault reported is the disagreement.
+    shapes = {
+        tensor: shard.tensors[tensor].shape
+        for shard in checkpoint.shards.values()
+        for tensor in checkpoint.disagreements
+        if tensor in shard.tensors
+    }
     return projections.locate(
         checkpoint.config,
         {**checkpoint.shapes, **shapes} if shapes else checkpoint.shapes,
-        layer=target.layer,
-        row=target.row,
-        col=target.col,
-        expert=target.expert,
+        layer=layer,
+        row=row,
+        col=col,
+        expert=expert,
     )
 
 
-def _targets(edit: Target, checkpoint: Checkpoint, model: KnownModel | None) -> Iterator[tuple[Coordinate, Any]]:
-    """(coordinate, expected value) for each scalar that the edit names."""
-    if edit.tensor is not None:
-        yield Coordinate(edit.tensor, edit.index), edit.expect
-    elif edit.layer is not None:
-        yield _located(edit, checkpoint), edit.expect
-    else:
-        if model is None:
-            raise PlanError("the registry knows nothing of this base", edit.known,
-                            "say which known model it is: base.model")  # fmt: skip
-        entries = shipped.addressable(model) if edit.known == "all" else [shipped.find(model, edit.known)]
-        if not entries:
-            raise PlanError(f"the registry has no whole coordinate of {model.hf_id}", edit.known)
-        for entry in entries:
-            if entry.col is None:
-                raise PlanError(f"only the row of {entry.id} is known, not the scalar", model.hf_id)
-            guard = MeasuredValue(value=entry.value, dtype=entry.dtype) if entry.dtype else None
-            yield _located(entry, checkpoint), guard
+def _resolve_edit(edit: Edit, checkpoint: Checkpoint, model: KnownModel | None) -> list[tuple[Coordinate, Expected]]:
+    """List the scalars that an edit names, each with what the edit expects there.
+
+    Raises ArchitectureError, LookupFailed or PlanError for the first that has no meaning in this checkpoint.
+    """
+    if edit.tensor is not None and edit.index is not None:
+        return [(Coordinate(edit.tensor, edit.index), edit.expect)]
+    if edit.layer is not None and edit.row is not None and edit.col is not None:
+        return [(_locate(checkpoint, edit.layer, edit.row, edit.col, edit.expert), edit.expect)]
+    if edit.known is not None:
+        return _resolve_known(edit.known, checkpoint, model)
+    raise ValueError("the edit names no scalar")  # impossible: the schema requires one of the three forms
 
 
-def _scalar(edit: Any, coordinate: Coordinate, expect: Any, checkpoint: Checkpoint) -> Scalar:
-    """Check one coordinate and read it. Raises PlanError, NumberError."""
+def _resolve_known(name: str, checkpoint: Checkpoint, model: KnownModel | None) -> list[tuple[Coordinate, Expected]]:
+    """Resolve the `known:` of an edit. Raises as `_resolve_edit` does."""
+    if model is None:
+        raise PlanError("the registry knows nothing of this base", name, "say which known model it is: base.model")
+    entries = shipped.addressable(model) if name == "all" else [shipped.find(model, name)]
+    if not entries:
+        raise PlanError(f"the registry has no whole coordinate of {model.hf_id}", name)
+    targets: list[tuple[Coordinate, Expected]] = []
+    for entry in entries:
+        if entry.col is None:
+            raise PlanError(f"only the row of {entry.id} is known, not the scalar", model.hf_id)
+        expect = None
+        if entry.dtype is not None and entry.value is not None:
+            expect = MeasuredValue(value=entry.value, dtype=entry.dtype)
+        targets.append((_locate(checkpoint, entry.layer, entry.row, entry.col, entry.expert), expect))
+    return targets
+
+
+def _read_scalar(edit: Edit, coordinate: Coordinate, expect: Expected, checkpoint: Checkpoint) -> Scalar:
+    """Check one coordinate, read it and compute its new bytes. Raises PlanError, NumberError."""
     info = _info(coordinate, checkpoint)
     name, index = coordinate
     if edit.writes:
         _refuse_quantised(name, checkpoint)
     if not _fits(info, index):
-        raise PlanError(f"index {list(index)} is out of range", f"{name} of shape {list(info.shape)}",
-                        _swap_hint(info, index))  # fmt: skip
+        where = f"{name} of shape {list(info.shape)}"
+        raise PlanError(f"index {list(index)} is out of range", where, _swap_hint(info, index))
     if info.dtype.bits % 8:
         raise PlanError(f"{info.dtype.name} {info.dtype.refusal}", coordinate)
     file = checkpoint.weight_map[name]
@@ -224,18 +296,19 @@ def _scalar(edit: Any, coordinate: Coordinate, expect: Any, checkpoint: Checkpoi
             if expectation_fault(expect, info.dtype, other) is None:
                 hint = f"row and col look swapped: {list(swapped)} holds it"
         raise PlanError(fault, coordinate, hint)
-    common = dict(file=file, coordinate=coordinate, dtype=info.dtype, offset=shard.offset(name, index), old=old)
-    if not edit.writes:
-        return Scalar(**common)
+    offset = shard.offset(name, index)
+    if isinstance(edit, Protect):
+        return Scalar(file, coordinate, info.dtype, offset, old)
     try:
         new = edit.new_bytes(info.dtype, old)
     except NumberError as error:
         raise PlanError.of(f"cannot {edit.op} {coordinate}: {fault}" for fault in error.faults) from None
     factor = edit.factor if isinstance(edit, Scale) else None
-    return Splice(**common, op=edit.op, new=new, factor=factor)
+    return Splice(file, coordinate, info.dtype, offset, old, op=edit.op, new=new, factor=factor)
 
 
 def _info(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
+    """Find the header's entry of a coordinate's tensor. Raises PlanError if loaders would not find the tensor."""
     name = coordinate.tensor
     if name in checkpoint.disagreements:
         raise PlanError(f"index and shards disagree about {name}", checkpoint.disagreements[name])
@@ -247,7 +320,10 @@ def _info(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
 
 
 def _hint(name: str, checkpoint: Checkpoint) -> str:
-    """The nearest tensor's name. Sought among those of the same ending: among thousands it takes half a second."""
+    """Suggest the tensor with the most similar name; the empty text if none is similar.
+
+    Only names with the same ending are compared: comparing thousands takes half a second.
+    """
     ending = name.rsplit(".", 2)[-2:]
     alike = [t for t in checkpoint.weight_map if t.rsplit(".", 2)[-2:] == ending] or list(checkpoint.weight_map)
     near = difflib.get_close_matches(name, alike[:500], 1, 0.8)
@@ -255,10 +331,12 @@ def _hint(name: str, checkpoint: Checkpoint) -> str:
 
 
 def _fits(info: TensorInfo, index: tuple[int, ...]) -> bool:
+    """Check that an index is inside the tensor's shape."""
     return len(index) == len(info.shape) and all(i < n for i, n in zip(index, info.shape, strict=True))
 
 
 def _swap_hint(info: TensorInfo, index: tuple[int, ...]) -> str:
+    """Explain an index that is out of range, if the reason is obvious; otherwise return the empty text."""
     if 0 in info.shape:
         return "the tensor has no elements"
     if len(index) == 2 and _fits(info, index[::-1]):
@@ -267,5 +345,6 @@ def _swap_hint(info: TensorInfo, index: tuple[int, ...]) -> str:
 
 
 def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
+    """Raise PlanError if a tensor does not store plain weights."""
     if why := checkpoint.quantisation.refusal(name):
         raise PlanError(why, name, "edit the model before it is quantised")

@@ -306,7 +306,8 @@ def test_known_all_yields_to_edits_that_name_a_scalar(known_base, tmp_path):
         plan = plan_manifest(write_manifest(tmp_path / "m.json", where, *edits))
         assert [s.coordinate.index for s in plan.splices] == [(1793, 1821)]
         assert [s.coordinate.index for s in plan.protected] == [(1999, 1821)]
-        assert (plan.splices[0].known.id, plan.protected[0].known.id) == (QWEN["first"], QWEN["second"])
+        ids = [plan.facts[scalar.coordinate].id for scalar in (*plan.splices, *plan.protected)]
+        assert ids == [QWEN["first"], QWEN["second"]]
 
 
 @pytest.mark.parametrize("ops", [("zero", "protect"), ("protect", "zero"), ("zero", "zero")])

@@ -214,7 +214,7 @@ def test_found_again_by_lookup_and_in_the_plan(checkpoint, report, tmp_path, cap
     assert loaded.manifest.base.path == str(checkpoint.root) and loaded.manifest.base.model == "My Tiny"
     assert loaded.manifest.check.min_perplexity_ratio == 2.0, "x5.5 alone was measured"
     plan = make_plan(loaded, checkpoint)
-    assert [(s.coordinate, s.known.status) for s in plan.splices] == [
+    assert [(s.coordinate, plan.facts[s.coordinate].status) for s in plan.splices] == [
         (Coordinate(down(1), (2, 3)), "measured"),
         (Coordinate(down(2), (2, 5)), "measured"),
     ]
