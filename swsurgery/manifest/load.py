@@ -1,7 +1,7 @@
-"""The manifest: what the user asks for, as strict YAML 1.2 or JSON, with every fault at its line and column.
+"""Load a manifest from strict YAML 1.2 or JSON and report every fault with its line and column.
 
-Values follow the grammar of JSON (numbers, true, false, null, strings). Refused: duplicate keys, anchors,
-aliases, tags, several documents, unknown fields and coerced types. Knows no checkpoint.
+Values follow the grammar of JSON (numbers, true, false, null, strings). Duplicate keys, anchors, aliases, tags,
+several documents, unknown fields and values of another type are errors. Must not depend on checkpoints.
 """
 
 from __future__ import annotations
@@ -13,50 +13,54 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from swsurgery.errors import ManifestError, ShardError
 from swsurgery.manifest import patch
 from swsurgery.manifest.schema import Base, Bounds, Manifest
-from swsurgery.manifest.yaml_reader import MAX_FAULTS, _dotted, _Reader
+from swsurgery.manifest.yaml_reader import MAX_FAULTS, LineColumn, NodePath, Reader, format_path
 from swsurgery.storage.files import opened, read_at_most
 
 MAX_BYTES = 32 << 20
+"""Maximum size of a manifest, in bytes."""
+
 MAX_COUNTED = 50_000
-"""Faults of the schema that are looked at to find the first MAX_FAULTS."""
+"""Maximum number of schema faults examined to find the first MAX_FAULTS."""
 
 
 @dataclass(frozen=True)
 class LoadedManifest:
-    """A manifest with the text it came from. `where(i)` places edit number i."""
+    """A manifest with its source text and the position of each node."""
 
     path: Path
     raw: bytes
     manifest: Manifest
-    positions: dict[tuple, tuple[int, int]]
+    positions: dict[NodePath, LineColumn]
 
-    def position(self, *path: str | int) -> tuple[int, int]:
-        """Return the line and column of a node, or of the nearest node around it whose position is known."""
+    def position(self, *path: str | int) -> LineColumn:
+        """Return the line and column of a node, or of its nearest ancestor with a known position."""
         while path not in self.positions:
             path = path[:-1]
         return self.positions[path]
 
     def where(self, edit: int) -> str:
+        """Return `file:line:column: edits[n]` for an edit, given its number from 0."""
         line, column = self.positions[("edits", edit)]
         return f"{self.path}:{line}:{column}: edits[{edit}]"
 
 
 def load_manifest(path: Path) -> LoadedManifest:
-    """Read and check a manifest; of a patch (`swsurgery export`), the manifest that does the same.
+    """Read and validate a manifest, or convert a patch written by `swsurgery export` to a manifest.
 
-    Raises ManifestError with every fault as `file:line:column: path: what`.
+    Raises ManifestError with every fault, one line each: `file:line:column: path: fault`.
     """
     try:
-        real = path.resolve(strict=True)  # the user's own file may be a link; only what it leads to has to be a file
+        real = path.resolve(strict=True)  # the path may be a link, but its target must be a file
         with opened(real) as fd:
             raw = read_at_most(fd, MAX_BYTES + 1)
     except ShardError as error:
         raise ManifestError.of(f"cannot read the manifest: {fault}" for fault in error.faults) from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise ManifestError(f"cannot read the manifest ({getattr(error, 'strerror', error)})", path) from None
     if len(raw) > MAX_BYTES:
         raise ManifestError(f"manifest is larger than {MAX_BYTES} bytes", path)
@@ -64,7 +68,10 @@ def load_manifest(path: Path) -> LoadedManifest:
 
 
 def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
-    """As load_manifest, from bytes; `path` is only named in messages."""
+    """Parse and validate the bytes of a manifest; `path` appears only in messages.
+
+    Raises ManifestError as `load_manifest` does.
+    """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -73,7 +80,7 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
         raise ManifestError.of([f"{path}:{line}:{column}: not UTF-8 (save the file as UTF-8)"]) from None
     if text.startswith("version https://git-lfs"):
         raise ManifestError(f"{path}:1:1: is a git-lfs pointer, not the file itself", remedy="run git lfs pull")
-    reader = _Reader(text)
+    reader = Reader(text)
     faults = reader.faults
     if reader.complete:
         try:
@@ -82,7 +89,7 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
                 return LoadedManifest(path, raw, manifest, reader.positions)
         except ValidationError as error:
             faults += _schema_faults(error, reader)
-    # Each member of a union that a value fails to match gives the same line.
+    # A value that matches no member of a union gives the same line once per member.
     faults = sorted(set(faults))
     lines = [f"{path}:{line}:{column}: {what}" for (line, column), what in faults[:MAX_FAULTS]]
     if len(faults) > MAX_FAULTS or reader.stopped:
@@ -90,43 +97,45 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
     raise ManifestError.of(lines)
 
 
-def _schema_faults(error: ValidationError, reader: _Reader) -> list[tuple[tuple[int, int], str]]:
-    """The first faults in the order of the file; one more than are listed shows that there are more."""
+def _schema_faults(error: ValidationError, reader: Reader) -> list[tuple[LineColumn, str]]:
+    """Return the first MAX_FAULTS + 1 faults in file order; the extra one shows that the list is incomplete."""
     if error.error_count() > MAX_COUNTED:
         return [((1, 1), f"{error.error_count()} faults, too many to list (is this a manifest?)")]
-    items = [(*_located(item, reader), item) for item in error.errors(include_url=False, include_input=False)]
+    items = [(*_locate(item, reader), item) for item in error.errors(include_url=False, include_input=False)]
     items.sort(key=lambda found: found[0])
-    found: dict[tuple[tuple[int, int], str], None] = {}
+    found: dict[tuple[LineColumn, str], None] = {}
     for position, path, value, item in items:
         if len(found) > MAX_FAULTS:
             break
-        found[position, f"{_dotted(path)}{_what(item, path, value)}"] = None
+        found[position, f"{format_path(path)}{_describe(item, path, value)}"] = None
     return list(found)
 
 
-def _located(item: Any, reader: _Reader) -> tuple[tuple[int, int], tuple, Any]:
-    """Where one of pydantic's errors is: ((line, column), path, value there)."""
-    path, value = [], reader.value
+def _locate(item: ErrorDetails, reader: Reader) -> tuple[LineColumn, NodePath, Any]:
+    """Return the position of a pydantic error, the path of its node and the value of that node."""
+    path: list[str | int] = []
+    value = reader.value
     for part in item["loc"]:
-        # pydantic puts the discriminator's and the union's tags into its paths; they are not in the data
-        if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int):
+        # pydantic inserts the tags of discriminators and unions into its paths; the data has no such nodes
+        exists = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if exists:
             path.append(part)
             value = value[part]
     position = reader.positions.get((*path, "first")) if item["type"] == "extra_forbidden" else None
-    place = tuple(path)
+    node = tuple(path)
     while position is None:
-        position, place = reader.positions.get(place), place[:-1]
+        position, node = reader.positions.get(node), node[:-1]
     return position, tuple(path), value
 
 
-def _what(item: Any, path: tuple, value: Any) -> str:
-    """One of pydantic's errors in words, with the remedy."""
+def _describe(item: ErrorDetails, path: NodePath, value: Any) -> str:
+    """Return one pydantic error in words, with the remedy."""
     kind, context = item["type"], item.get("ctx", {})
     leaf = item["loc"][-1] if item["loc"] else ""
     if kind == "missing":
         return f"{leaf} is missing"
     if kind == "extra_forbidden":
-        # A field of another operation or place is spelled rightly: nothing to suggest.
+        # A field of another operation or target is spelled correctly, so a suggestion would be wrong.
         near = difflib.get_close_matches(str(leaf)[:40], _FIELDS, 1) if leaf not in _FIELDS else []
         return "unknown field" + (f" (did you mean {near[0]}?)" if near else "")
     if kind == "union_tag_invalid":
@@ -160,10 +169,10 @@ _EXPECTED = {
     "literal_error": "is none of the values that this field has",
     "too_short": "should not be empty",
 }
-"""How a field, or a kind of error where the field is not here, is put in words."""
+"""Message for a field; for other fields, message for the kind of error."""
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
 

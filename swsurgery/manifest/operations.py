@@ -1,14 +1,14 @@
-"""The four operations of a manifest and what each does to the bytes of one scalar.
+"""Define the four operations of a manifest and what each does to the bytes of one scalar.
 
-An edit names its scalars in one of three ways: `layer`, `row`, `col` (and `expert`), the short form of the
-papers; `tensor` and `index`, in stored shape; or `known`, coordinates out of the registry. To add an
-operation, write its class here and name it in `Edit`.
+An edit names its scalars in one of three forms: `layer`, `row`, `col` (and `expert`), the short form used in papers;
+`tensor` and `index`, in the stored shape; or `known`, coordinates of known super weights. To add an operation, write
+its class here and add it to `Edit`. Must not depend on checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -17,6 +17,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from swsurgery.errors import NumberError
 from swsurgery.storage import dtypes
@@ -28,15 +29,17 @@ Bits = Annotated[str, Field(pattern=r"^0x([0-9a-fA-F]{2}|[0-9a-fA-F]{4}|[0-9a-fA
 Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | Finite
 
 
-def _kept_exact(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """A number as it is written, where validation would make the nearest binary64 of it."""
+def _keep_exact(value: object, validate: Callable[[object], object]) -> object:
+    """Validate a number but return it as written, because validation would round it to float64."""
     validated = validate(value)
     return value if isinstance(value, Written) or type(value) is int else validated
 
 
-Exact = WrapValidator(_kept_exact)
+Exact = WrapValidator(_keep_exact)
 
-_TARGETS = [{"required": ["layer", "row", "col"]}, {"required": ["tensor", "index"]}, {"required": ["known"]}]
+_ONE_TARGET: JsonDict = {
+    "oneOf": [{"required": ["layer", "row", "col"]}, {"required": ["tensor", "index"]}, {"required": ["known"]}]
+}
 
 
 class MeasuredValue(Strict):
@@ -56,7 +59,7 @@ class Target(Strict):
     tensor: str | None = Field(None, description="name of the stored tensor")
     index: Annotated[
         tuple[Position, ...] | None,
-        # YAML and JSON have lists; strict mode would take only a tuple.
+        # YAML and JSON give lists, but strict mode accepts only a tuple.
         BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
         Field(description="index in the stored shape"),
     ] = None
@@ -91,18 +94,19 @@ class Target(Strict):
 class Zero(Target):
     """All bits zero."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": _TARGETS})
+    model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
     writes: ClassVar[bool] = True
     op: Literal["zero"]
 
     def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+        """Return the bytes of zero. Raises NumberError for a dtype without a zero."""
         return dtypes.zero(dtype)
 
 
 class Scale(Target):
     """The exact product of the stored value and `factor`, rounded once to the stored dtype, half to even."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": _TARGETS})
+    model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
     writes: ClassVar[bool] = True
     op: Literal["scale"]
     factor: Finite = Field(description="taken as the binary64 number nearest to what is written; not 0")
@@ -114,6 +118,7 @@ class Scale(Target):
         return self
 
     def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+        """Return the bytes of the scaled value. Raises NumberError if the dtype cannot represent it."""
         return dtypes.scaled(dtype, old, self.factor)
 
 
@@ -121,7 +126,7 @@ class Set(Target):
     """A given value, rounded once to the stored dtype, or given bits."""
 
     model_config = ConfigDict(
-        json_schema_extra={"allOf": [{"oneOf": _TARGETS}, {"oneOf": [{"required": ["value"]}, {"required": ["bits"]}]}]}
+        json_schema_extra={"allOf": [_ONE_TARGET, {"oneOf": [{"required": ["value"]}, {"required": ["bits"]}]}]}
     )
     writes: ClassVar[bool] = True
     op: Literal["set"]
@@ -135,7 +140,9 @@ class Set(Target):
         return self
 
     def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+        """Return the bytes of `value` or `bits`. Raises NumberError if the dtype cannot represent the value."""
         if self.bits is None:
+            assert self.value is not None  # the validator accepts exactly one of the two
             return dtypes.encode(dtype, self.value)
         new = dtypes.from_bits(dtype, self.bits)
         value = dtypes.decode(dtype, new)
@@ -147,29 +154,31 @@ class Set(Target):
 class Protect(Target):
     """The stored bits must be the base's, whatever else is done to the checkpoint."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": _TARGETS})
+    model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
     writes: ClassVar[bool] = False
     op: Literal["protect"]
+
+    def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+        """Return `old`."""
+        return old
 
 
 Edit = Annotated[Zero | Scale | Set | Protect, Field(discriminator="op")]
 
 
-def expectation_fault(expect: Any, dtype: Dtype, stored: bytes) -> str | None:
-    """None where the stored bytes are what `expect` says, else the difference in words."""
+def expectation_fault(expect: float | str | MeasuredValue, dtype: Dtype, stored: bytes) -> str | None:
+    """Return the difference between `expect` and the stored bytes in words, or None if they agree."""
     if isinstance(expect, str):
         found = dtypes.bits_of(stored)
         return None if found == expect.lower() else f"expected bits {expect}, stored are {found}"
     value = dtypes.decode(dtype, stored)
     if isinstance(expect, MeasuredValue):
         coarse = DTYPES[expect.dtype]
-        # Rounding both to the coarser of the two dtypes forgives what a conversion between them changes.
-        same = dtypes.round_to(coarse, value) == dtypes.round_to(coarse, expect.value) or value == dtypes.round_to(
-            dtype, expect.value
-        )
-        return (
-            None if same else f"expected {dtypes.show(expect.value)} ({expect.dtype}), stored is {dtypes.show(value)}"
-        )
+        # Rounding both values to the coarser dtype ignores what a conversion between the dtypes changes.
+        same = dtypes.round_to(coarse, value) == dtypes.round_to(coarse, expect.value)
+        if same or value == dtypes.round_to(dtype, expect.value):
+            return None
+        return f"expected {dtypes.show(expect.value)} ({expect.dtype}), stored is {dtypes.show(value)}"
     try:
         same = dtypes.decode(dtype, dtypes.encode(dtype, expect)) == value
     except NumberError:

@@ -1,9 +1,9 @@
-"""The sparse form of an edit: one small safetensors file with the old and the new bits of each scalar, and the digests
-of the base that it is for.
+"""Read and write patches: small safetensors files with the old and new bits of each edited scalar.
 
-Tensor number n of the metadata has the entries `n.indices` (I64, positions in row-major order, rising), `n.new` and
-`n.old` (in its own dtype). Names of the base's tensors stand in the metadata only, so none can collide with an entry.
-The same edits give the same bytes. Knows bytes, and no checkpoint: `manifest_text` is what applies it.
+Tensor number n of the metadata has the entries `n.indices` (I64, row-major positions in increasing order), `n.new` and
+`n.old` (in the tensor's dtype). The base's tensor names are in the metadata only, so none can collide with an entry.
+The same edits give the same bytes. To apply a patch, `manifest_text` converts it to a manifest. Must not depend on
+checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, ValidationError
 
@@ -29,13 +29,13 @@ from swsurgery.storage.shard import TensorInfo, header_length, parse_header
 from swsurgery.storage.strict_json import first_fault, parse_json
 
 FORMAT, VERSION = "swsurgery.sparse", "1"
-"""What the metadata's `format` and `format_version` say."""
+"""Values of `format` and `format_version` in the metadata."""
 
 MAX_SCALARS = 8000
-"""In one patch: its manifest stays below the limit of a manifest's keys and values."""
+"""Maximum number of scalars in a patch, so that its manifest stays below the limit on keys and values."""
 
 NAMELESS_BASE = "base"
-"""Where the base of a patch that names no repository is looked for: beside the patch."""
+"""Path of the base, relative to the patch, if the patch names no repository."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
@@ -49,7 +49,7 @@ Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PatchBase(OfVariant):
-    """What the patch is for. `sha256` are the digests of the shards that it touches, where they are known."""
+    """The base that a patch applies to; `sha256` contains the known digests of the edited shards."""
 
     repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$")] | None = None
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
@@ -60,7 +60,7 @@ class PatchBase(OfVariant):
 
 
 class PatchBounds(Strict):
-    """What the sanity check has to hold, as in a manifest."""
+    """Bounds of the sanity check, as in a manifest."""
 
     max_perplexity_ratio: Ratio | None = None
     min_perplexity_ratio: Ratio | None = None
@@ -71,11 +71,17 @@ class _Operation(Strict):
     factor: float | None = None
 
 
+if TYPE_CHECKING:
+    _DtypeName = str
+else:
+    _DtypeName = Literal[tuple(DTYPES)]  # a type checker cannot evaluate this
+
+
 class _Tensor(Strict):
-    """`edits` are the operations of its scalars, in the order of their positions."""
+    """A tensor; `edits` are the operations of its scalars, in the order of their positions."""
 
     name: Annotated[str, Field(min_length=1, max_length=1024)]
-    dtype: Literal[tuple(DTYPES)]
+    dtype: _DtypeName
     shape: Shape
     file: ShardName
     edits: Annotated[list[_Operation], FailFast(), Field(min_length=1, max_length=MAX_SCALARS)]
@@ -91,8 +97,11 @@ class _Header(Strict):
 
 @dataclass(frozen=True)
 class PatchScalar:
-    """One scalar: its tensor and its row-major position there, the shard, and its bytes (little-endian) before and
-    after. `op` and `factor` give `new` from `old`."""
+    """One scalar with its bytes before and after.
+
+    `flat` is the row-major position in the tensor and `file` the shard. `old` and `new` are little-endian; `op` and
+    `factor` give `new` from `old`.
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -113,8 +122,13 @@ class PatchScalar:
         return Coordinate(self.tensor, self.index)
 
     def to_edit(self) -> dict[str, Any]:
-        """The edit of a manifest that makes this change, and no other."""
-        edit = {"op": self.op, "tensor": self.tensor, "index": list(self.index), "expect": bits_of(self.old)}
+        """Return the edit of a manifest that makes exactly this change."""
+        edit: dict[str, object] = {
+            "op": self.op,
+            "tensor": self.tensor,
+            "index": list(self.index),
+            "expect": bits_of(self.old),
+        }
         if self.op == "scale":
             edit["factor"] = self.factor
         elif self.op == "set":
@@ -124,8 +138,10 @@ class PatchScalar:
 
 @dataclass(frozen=True)
 class Patch:
-    """Edits without their checkpoint. `scalars` are sorted by tensor and position; `manifest_sha256` is the digest of
-    the manifest that they come from."""
+    """Edits without their checkpoint.
+
+    `scalars` are sorted by tensor and position. `manifest_sha256` is the digest of the manifest they come from.
+    """
 
     base: PatchBase
     check: PatchBounds
@@ -134,14 +150,14 @@ class Patch:
     swsurgery_version: str = __version__
 
     def by_tensor(self) -> list[list[PatchScalar]]:
-        """The scalars of each tensor."""
+        """Group the scalars by tensor."""
         groups: dict[str, list[PatchScalar]] = {}
         for scalar in self.scalars:
             groups.setdefault(scalar.tensor, []).append(scalar)
         return list(groups.values())
 
     def origin(self) -> dict[str, Any]:
-        """Where the edits come from, for the metadata of another format."""
+        """Return the provenance of the edits for the metadata of another format."""
         return {
             "swsurgery_version": self.swsurgery_version,
             "manifest_sha256": self.manifest_sha256,
@@ -150,13 +166,18 @@ class Patch:
 
 
 def looks_like(raw: bytes) -> bool:
-    """Whether a file that begins so is a safetensors file and no text: the length of its header has zero bytes, which
-    YAML and JSON do not have."""
+    """Return True if the bytes begin a safetensors file.
+
+    The length of its header contains zero bytes, which YAML and JSON do not allow.
+    """
     return raw[4:9] == b"\0\0\0\0{"
 
 
 def render(patch: Patch) -> bytes:
-    """The sparse form. Raises ManifestError for what a patch may not hold: nothing, or more than MAX_SCALARS."""
+    """Return the bytes of the sparse form.
+
+    Raises ManifestError if the patch has no scalars, more than MAX_SCALARS, or values that a patch cannot contain.
+    """
     if not 0 < len(patch.scalars) <= MAX_SCALARS:
         raise ManifestError(f"{len(patch.scalars)} changed scalars, where a patch has 1 to {MAX_SCALARS}")
     groups = patch.by_tensor()
@@ -193,10 +214,14 @@ def render(patch: Patch) -> bytes:
 
 
 def safetensors_bytes(arrays: Mapping[str, tuple[str, Sequence[int], bytes]], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file of (dtype, shape, bytes) by name. Wide dtypes come first, then names in order, so that every
-    array is aligned and the bytes depend on nothing else."""
+    """Return a safetensors file with the given arrays: name -> (dtype, shape, bytes).
+
+    Arrays are sorted by width of the dtype, widest first, and then by name. Every array is aligned, and the bytes
+    depend on nothing else.
+    """
     order = sorted(arrays, key=lambda name: (-DTYPES[arrays[name][0]].bits, name))
-    header, position = {"__metadata__": dict(sorted(metadata.items()))}, 0
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
     for name in order:
         dtype, shape, data = arrays[name]
         end = position + len(data)
@@ -208,21 +233,21 @@ def safetensors_bytes(arrays: Mapping[str, tuple[str, Sequence[int], bytes]], me
 
 
 def json_bytes(document: dict[str, Any]) -> bytes:
-    """A JSON file, the same for the same document."""
+    """Return the bytes of a JSON file; equal documents give equal bytes."""
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
 def parse(raw: bytes, path: Path) -> Patch:
-    """The patch in the bytes of a sparse form; `path` is only named in messages.
+    """Read a patch from the bytes of a sparse form; `path` appears only in messages.
 
-    Raises ManifestError, one line, for anything that `render` does not write.
+    Raises ManifestError, in one line, for anything that `render` does not write.
     """
     try:
         size = header_length(raw[:8], len(raw), path)
         tensors, metadata = parse_header(raw[8 : 8 + size], len(raw) - 8 - size)
-        said = metadata.get("format"), metadata.get("format_version")
-        if said != (FORMAT, VERSION):
-            what = f"version {said[1]} of a patch" if said[0] == FORMAT else "a safetensors file, but not a patch"
+        form, version = metadata.get("format"), metadata.get("format_version")
+        if (form, version) != (FORMAT, VERSION):
+            what = f"version {version} of a patch" if form == FORMAT else "a safetensors file, but not a patch"
             raise ManifestError(what, path, "give a manifest, or what swsurgery export --format sparse wrote")
         header = _Header.model_validate(parse_json(metadata.get("patch", "").encode(), "its metadata"))
         data = memoryview(raw)[8 + size :]
@@ -237,9 +262,9 @@ def parse(raw: bytes, path: Path) -> Patch:
 
 
 def manifest_text(raw: bytes, path: Path) -> bytes:
-    """The manifest, as JSON, that does what a sparse form does: it expects the old bits, and pins the base's digests.
+    """Return the manifest, as JSON, with the same effect as a sparse form.
 
-    Raises ManifestError.
+    It expects the old bits and pins the base's digests. Raises ManifestError for a damaged patch.
     """
     patch = parse(raw, path)
     base = {key: value for key, value in patch.base.model_dump(mode="json").items() if value}
@@ -257,11 +282,11 @@ def manifest_text(raw: bytes, path: Path) -> bytes:
     return ("{" + ",\n".join([*lines, f'"edits": [\n{edits}\n]']) + "}\n").encode()
 
 
-_EDIT = TypeAdapter(Edit)
+_EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
 
 
 def _scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]]) -> Iterator[PatchScalar]:
-    """Every scalar of a patch. Raises ValueError with the broken rule, NumberError."""
+    """Yield every scalar of a patch. Raises ValueError with the broken rule, or NumberError."""
     numbers = range(len(header.tensors))
     entries = {f"{number}.{part}" for number in numbers for part in ("indices", "new", "old")}
     if odd := sorted(entries ^ set(arrays)):
@@ -279,8 +304,10 @@ def _scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]
         for part, wanted in (("indices", "I64"), ("new", dtype.name), ("old", dtype.name)):
             info, parts[part] = arrays[f"{number}.{part}"]
             if (info.dtype.name, info.shape) != (wanted, (count,)):
-                raise ValueError(f"{number}.{part} is {info.dtype.name} of shape {list(info.shape)}, where {where} "
-                                 f"needs {wanted} of [{count}]")  # fmt: skip
+                raise ValueError(
+                    f"{number}.{part} is {info.dtype.name} of shape {list(info.shape)}, where {where} "
+                    f"needs {wanted} of [{count}]"
+                )
         positions = struct.unpack(f"<{count}q", parts["indices"])
         size, last = math.prod(tensor.shape), -1
         for at, (flat, operation) in enumerate(zip(positions, tensor.edits, strict=True)):
@@ -292,9 +319,16 @@ def _scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]
                 raise ValueError(f"{where} has op {operation.op} and factor {operation.factor}")
             last, here = flat, slice(at * dtype.size, (at + 1) * dtype.size)
             scalar = PatchScalar(
-                tensor.name, tensor.shape, dtype, flat, tensor.file, bytes(parts["old"][here]),
-                bytes(parts["new"][here]), operation.op, operation.factor,
-            )  # fmt: skip
+                tensor.name,
+                tensor.shape,
+                dtype,
+                flat,
+                tensor.file,
+                bytes(parts["old"][here]),
+                bytes(parts["new"][here]),
+                operation.op,
+                operation.factor,
+            )
             edit = _EDIT.validate_python(scalar.to_edit())
             if edit.new_bytes(dtype, scalar.old) != scalar.new:
                 raise ValueError(f"{scalar.coordinate} holds {bits_of(scalar.new)}, which op {scalar.op} does not give")

@@ -1,4 +1,7 @@
-"""Hold what belongs together."""
+"""Define the schema of a manifest as pydantic models.
+
+Must not depend on how a manifest is read or written.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from swsurgery.storage.names import VARIANT
 from swsurgery.storage.schema import Strict, Version
 
 MAX_EDITS = 150_000
-"""An edit of 100,000 scalars must work. The largest published set of weights removed at once has 7,000."""
+"""Maximum number of edits.
 
+An edit of 100,000 scalars must work; the largest published set of weights removed at once has 7,000.
+"""
 
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$"
-
+"""Pattern of a manifest's name and of a shard's file name."""
 
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -74,7 +79,7 @@ class Manifest(Strict):
 
 
 def schema() -> dict[str, Any]:
-    """The manifest's JSON Schema (draft 2020-12)."""
+    """Return the manifest's JSON Schema (draft 2020-12)."""
     generated = Manifest.model_json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

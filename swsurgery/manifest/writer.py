@@ -1,4 +1,7 @@
-"""Hold what belongs together."""
+"""Write a manifest as YAML text.
+
+Must not depend on checkpoints; callers pass plain values.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,39 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from swsurgery.errors import ManifestError, printable
 
 Operation = Literal["zero", "scale", "protect"]
 
-
 ASKED_RATIO = 2.0
-"""... of at least this ratio: text and context of the check differ from the published ones."""
+"""Minimum perplexity ratio that the sanity check asks for if the edits are expected to damage the model.
 
+It is below the published ratios because the check measures on another text with another context length.
+"""
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._-]*(?:[/ ][A-Za-z0-9._-]+)*")
+"""Text that YAML reads as text without quotes, unless _RESERVED matches it."""
+
+_RESERVED = re.compile(r"true|false|null|[0-9a-f]{40}")  # a commit is always quoted, because it may look like a number
 
 
-_OTHER = re.compile(r"true|false|null|[0-9a-f]{40}")  # a commit is always quoted: many a one reads as a number
+class ScalarPlace(Protocol):
+    """The position of a scalar in the short form used in papers."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def expert(self) -> int | str | None: ...
+    @property
+    def row(self) -> int: ...
+    @property
+    def col(self) -> int | None: ...
 
 
 def refuse_unfit(op: str, factor: float | None) -> None:
-    """Raises ManifestError for an operation that known coordinates do not have, or a factor that does not fit it."""
+    """Raise ManifestError if known super weights have no such operation or if the factor does not fit it."""
     if op not in ("zero", "scale", "protect"):
         raise ManifestError("no such operation for known coordinates", op, "zero, scale or protect")
     if (op == "scale") != (factor is not None):
@@ -42,8 +59,11 @@ def manifest_text(
     edits: Iterable[tuple[str, Mapping[str, Any]]],
     damaging: bool,
 ) -> str:
-    """The YAML text of a manifest. `head` and the text of each edit become comments; fields of `base` that are None
-    are left out; `damaging` asks the sanity check to see damage."""
+    """Return the YAML text of a manifest.
+
+    The lines of `head` and the text of each edit become comments. Fields of `base` that are None are omitted.
+    `damaging` makes the sanity check require a perplexity ratio of at least ASKED_RATIO.
+    """
     fitting = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-")[:200]
     lines = [
         *(f"# {printable(line)}" for line in head),
@@ -61,18 +81,25 @@ def manifest_text(
     return "\n".join(lines) + "\n"
 
 
-def _yaml(value: Any) -> str:
-    """A scalar or a map in flow style. Words that YAML would read as text anyway stand without quotes; the escapes of
-    JSON and of `printable` are YAML's too."""
+def _yaml(value: object) -> str:
+    """Return a scalar or a map in flow style.
+
+    Text that YAML reads as text anyway has no quotes. YAML understands the escapes of JSON and of `printable`.
+    """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and _PLAIN.fullmatch(value) and not _OTHER.fullmatch(value):
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and not _RESERVED.fullmatch(value):
         return value
     return printable(json.dumps(value, ensure_ascii=False))
 
 
-def edit_fields(place: Any, op: Operation, factor: float | None, expect: Any) -> dict[str, Any]:
-    """The fields of one edit, in the order of print. `place` has layer, expert, row and col; what is None is left
-    out."""
-    fields = {"op": op, "layer": place.layer, "expert": place.expert, "row": place.row, "col": place.col}
+def edit_fields(place: ScalarPlace, op: Operation, factor: float | None, expect: object) -> dict[str, Any]:
+    """Return the fields of one edit in the order of printing, without those that are None."""
+    fields: dict[str, object] = {
+        "op": op,
+        "layer": place.layer,
+        "expert": place.expert,
+        "row": place.row,
+        "col": place.col,
+    }
     return {k: v for k, v in (fields | {"factor": factor, "expect": expect}).items() if v is not None}

@@ -1,10 +1,14 @@
-"""Hold what belongs together."""
+"""Read strict YAML 1.2 or JSON into plain values, with the line and column of every node.
+
+Must not depend on the schema beyond the maximum number of edits.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import yaml
@@ -13,39 +17,41 @@ from swsurgery.manifest.schema import MAX_EDITS
 from swsurgery.storage.dtypes import Written
 
 MAX_NODES = 100_000
-"""Keys and values outside the edits."""
-
+"""Maximum number of keys and values outside the edits."""
 
 MAX_NODES_OF_EDIT = 100
-"""Keys and values of one edit; 11 or so are usual."""
-
+"""Maximum number of keys and values in one edit; about 11 are usual."""
 
 MAX_PLACED = 100_000
-"""Nodes inside edits whose position is kept. A fault in a later edit points at the beginning of the edit."""
-
+"""Maximum number of nodes inside edits with a stored position; later faults point at the beginning of the edit."""
 
 MAX_DEPTH = 16
-
+"""Maximum nesting depth."""
 
 MAX_DIGITS = 400
-"""Of a number: 17 tell every binary64 from its neighbours."""
-
+"""Longest number accepted, in digits (17 identify any float64)."""
 
 MAX_FAULTS = 100
-"""Listed one by one."""
+"""Maximum number of faults listed individually."""
+
+NodePath = tuple[str | int, ...]
+"""Keys and list indices from the document's root to a node."""
+
+LineColumn = tuple[int, int]
+"""Line and column, both counted from 1."""
 
 
-class _Reader:
-    """YAML events -> plain values, and the line and column (from 1) of every node by its path.
+class Reader:
+    """Plain values, positions and faults of a document.
 
-    A loader's constructors would resolve anchors, tags and loose scalars; building from the events leaves
-    nothing that could be resolved, and no bomb that could go off. Reading stops at the limits above.
+    The values are built from the parser's events. A loader would resolve anchors and tags, which makes small files
+    expand without limit, and would convert words such as `no`. Reading stops at the limits above.
     """
 
     def __init__(self, text: str):
         self.value: Any = None
-        self.positions: dict[tuple, tuple[int, int]] = {(): (1, 1)}
-        self.faults: list[tuple[tuple[int, int], str]] = []
+        self.positions: dict[NodePath, LineColumn] = {(): (1, 1)}
+        self.faults: list[tuple[LineColumn, str]] = []
         self.complete = self.stopped = False
         self._nodes = self._nodes_of_edit = self._nodes_of_edits = 0
         if odd := _ODD_CHARACTER.search(text):
@@ -54,42 +60,42 @@ class _Reader:
             what = f"not YAML: the character U+{ord(odd[0]):04X} has no place in YAML"
             self.faults.append((place, f"{what} (write it as an escape, in double quotes)"))
             return
-        self._events = iter(_LOADER(_whole_escapes(text)).get_event, None)
+        self._events: Iterator[Any] = iter(_LOADER(_join_surrogates(text)).get_event, None)
         try:
             self.complete = self._read_document()
         except _Stop:
             self.stopped = len(self.faults) > 1
         except yaml.MarkedYAMLError as error:
-            problem = error.problem
+            problem = error.problem or ""
             if "Unicode character escape" in problem:
                 problem = "half a surrogate pair, or no character (write the character itself)"
-            self.faults.append((_marked(error.problem_mark or error.context_mark), f"not YAML: {problem}"))
+            self.faults.append((_line_column(error.problem_mark or error.context_mark), f"not YAML: {problem}"))
 
     def _read_document(self) -> bool:
-        """True where there was one whole document."""
+        """Read the document. Returns False if the text has none or more than one."""
         documents = 0
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    self.faults.append((_place(event), "a second document begins here (a manifest is one document)"))
+                    self.faults.append((_start(event), "a second document begins here (a manifest is one document)"))
                     return False
                 self.value = self._read(next(self._events), ())
         if not documents:
             self.faults.append(((1, 1), "the manifest is empty"))
         return documents == 1
 
-    def _fault(self, event: Any, path: tuple, what: str) -> None:
-        self.faults.append((_place(event), f"{_dotted(path)}{what}"))
+    def _fault(self, event: yaml.Event, path: NodePath, what: str) -> None:
+        self.faults.append((_start(event), f"{format_path(path)}{what}"))
         if len(self.faults) >= MAX_FAULTS:
             raise _Stop
 
-    def _refuse(self, event: Any, what: str) -> NoReturn:
-        self.faults.append((_place(event), what))
+    def _refuse(self, event: yaml.Event, what: str) -> NoReturn:
+        self.faults.append((_start(event), what))
         raise _Stop
 
-    def _count(self, event: Any, path: tuple) -> bool:
-        """Count a key or value at or below `path`. True if its position is kept. Raises _Stop beyond a limit."""
+    def _count(self, event: yaml.Event, path: NodePath) -> bool:
+        """Count a node. Returns True if its position should be stored. Raises _Stop if a limit is exceeded."""
         if len(path) < 2 or path[0] != "edits" or not isinstance(path[1], int):
             self._nodes += 1
             if self._nodes > MAX_NODES:
@@ -105,11 +111,11 @@ class _Reader:
             self._refuse(event, f"more than {MAX_NODES_OF_EDIT} keys and values in one edit")
         return len(path) == 2 or self._nodes_of_edits <= MAX_PLACED
 
-    def _read(self, event: Any, path: tuple) -> Any:
+    def _read(self, event: Any, path: NodePath) -> Any:
         if self._count(event, path):
-            self.positions[path] = _place(event)
+            self.positions[path] = _start(event)
         if isinstance(event, yaml.AliasEvent):
-            self._fault(event, path, f"alias *{_cut(event.anchor)} (write the value out)")
+            self._fault(event, path, f"alias *{_cut(event.anchor or '')} (write the value out)")
             return None
         if event.anchor is not None:
             self._fault(event, path, f"anchor &{_cut(event.anchor)} (write the value out)")
@@ -126,7 +132,7 @@ class _Reader:
             return items
         return self._mapping(path)
 
-    def _mapping(self, path: tuple) -> dict[str, Any]:
+    def _mapping(self, path: NodePath) -> dict[str, Any]:
         result: dict[str, Any] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
@@ -145,14 +151,14 @@ class _Reader:
             if key in result:
                 self._fault(event, (*path, key), f"stands twice (first in line {lines[key]})")
             else:
-                lines[key] = _place(event)[0]
+                lines[key] = _start(event)[0]
                 if placed:
-                    self.positions[(*path, key, "first")] = _place(event)
+                    self.positions[(*path, key, "first")] = _start(event)
                 result[key] = value
         return result
 
-    def _scalar(self, event: Any, path: tuple) -> Any:
-        text = event.value
+    def _scalar(self, event: yaml.ScalarEvent, path: NodePath) -> str | int | float | bool | None:
+        text: str = event.value
         if not event.implicit[0]:  # quoted, or a block of text
             return sys.intern(text) if len(text) < 200 else text
         if len(text) > MAX_DIGITS:
@@ -171,48 +177,46 @@ class _Reader:
 
 
 class _Stop(Exception):
-    """Enough faults, or a limit reached: the reader has noted which."""
+    """Stops the reader after too many faults or at a limit; the reason is among the faults."""
 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Only its events are used. libyaml, which PyYAML's wheels bring, gives them 25 times faster than Python does."""
-
+"""Loader used for its events only. libyaml, included in PyYAML's wheels, is 25 times faster than the Python parser."""
 
 _NUMBER_LIKE = re.compile(r"-?[0-9][0-9.eE+-]*")
 
-
 _ODD_CHARACTER = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What YAML does not allow, and three line breaks that version 1.1 ended lines at and version 1.2 does not."""
-
+"""Characters that YAML forbids, and three that end a line in YAML 1.1 but not in 1.2."""
 
 _PAIR = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
+"""Two JSON escapes that form a surrogate pair."""
 
 
-def _whole_escapes(text: str) -> str:
-    """JSON spells a character beyond U+FFFF as two escapes, YAML as one: those of a JSON file are made one.
+def _join_surrogates(text: str) -> str:
+    """Replace the two escapes that JSON uses for a character above U+FFFF by YAML's single escape.
 
-    Columns behind such a character in its line come out two too small.
+    Columns after such a character on its line are two too small.
     """
     most = MAX_NODES + 20 * MAX_EDITS
     if not _PAIR.search(text) or text.count(",") > most or text.count("\\u") > MAX_NODES:
         return text
     try:
-        json.loads(text)  # in YAML's other strings, a backslash is a backslash
+        json.loads(text)  # only JSON: in a plain or single-quoted YAML string, a backslash is literal
     except (ValueError, RecursionError):
         return text
 
-    def whole(match: re.Match[str]) -> str:
+    def join(match: re.Match[str]) -> str:
         high, low = int(match[2], 16), int(match[3], 16)
         return f"{match[1]}\\U{0x10000 + ((high & 0x3FF) << 10) + (low & 0x3FF):08x}"
 
-    return _PAIR.sub(whole, text)
+    return _PAIR.sub(join, text)
 
 
-def _place(event: Any) -> tuple[int, int]:
-    return _marked(event.start_mark)
+def _start(event: yaml.Event) -> LineColumn:
+    return _line_column(event.start_mark)
 
 
-def _marked(mark: Any) -> tuple[int, int]:
+def _line_column(mark: Any) -> LineColumn:
     return mark.line + 1, mark.column + 1
 
 
@@ -220,7 +224,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _dotted(path: tuple) -> str:
+def format_path(path: NodePath) -> str:
+    """Return `edits[0].layer: ` for a path, or "" for the root."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" if text else _cut(part)
