@@ -43,6 +43,13 @@ class Checkpoint:
     sub: str = ""
     variant: str | None = None
 
+    @property
+    def directory(self) -> Path:
+        """Return `root` as a path. Raises TypeError if the files are not on this machine."""
+        if not isinstance(self.root, Path):
+            raise TypeError(f"{self.root} is not a directory on this machine")
+        return self.root
+
     def info(self, tensor: str) -> TensorInfo:
         """The header's entry of a tensor of the weight_map. Raises KeyError."""
         return self.shards[self.weight_map[tensor]].tensors[tensor]

@@ -69,10 +69,15 @@ PIECE = 1 << 24
 """Bytes of a matrix that are looked at in one go."""
 
 _ELEMENTS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
 
 
 def scan_activations(
@@ -94,7 +99,7 @@ def scan_activations(
     """
     prompts = PROMPTS if prompts is None else tuple(prompts)
     with load.quiet():
-        tokenizer = load.load_tokenizer(checkpoint.root)
+        tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
         bos, longest = measure.bos_prefix(tokenizer), load.context_length(model.model)
         sequences = [[*bos, *measure.encode(tokenizer, prompt)][:longest] for prompt in prompts]
@@ -163,13 +168,19 @@ def scan_sequences(
         # An unread layer matters only if something massive that was not traced begins there or later.
         unread=tuple(layer for layer in watch.unread if layer.layer <= max(search.untraced, default=-1)),
         settings={
-            "rounds": rounds, "massive": MASSIVE, "made": MADE, "kept": KEPT, "layers_kept": least,
-            "share": SHARE, "outlier": OUTLIER, "companion": COMPANION,
+            "rounds": rounds,
+            "massive": MASSIVE,
+            "made": MADE,
+            "kept": KEPT,
+            "layers_kept": least,
+            "share": SHARE,
+            "outlier": OUTLIER,
+            "companion": COMPANION,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": load.device_name(model.device),
             "placement": model.method,
         },
-    )  # fmt: skip
+    )
 
 
 class _Scalar(NamedTuple):
@@ -263,9 +274,16 @@ class _Search:
             for col in shares.topk(min(8, len(shares))).indices.tolist():
                 x = float(part.x[col])
                 scalars.append(
-                    _Scalar(part.projection, move.channel, col, x, float(row[col]), float(shares[col]),
-                            abs(x) >= OUTLIER * typical)
-                )  # fmt: skip
+                    _Scalar(
+                        part.projection,
+                        move.channel,
+                        col,
+                        x,
+                        float(row[col]),
+                        float(shares[col]),
+                        abs(x) >= OUTLIER * typical,
+                    )
+                )
         return sorted(scalars, key=lambda s: -s.share), bool(scalars) and abs(total - 1) <= EXPLAINED
 
     def _candidate(self, coordinate: Coordinate, places: Sequence[tuple[Spell, _Scalar]], number: int) -> Candidate:
@@ -276,7 +294,12 @@ class _Search:
         spell, scalar = max(places, key=score)
         projection = scalar.projection
         return Candidate(
-            coordinate, projection.layer, scalar.row, scalar.col, projection.expert, scalar.weight,
+            coordinate,
+            projection.layer,
+            scalar.row,
+            scalar.col,
+            projection.expert,
+            scalar.weight,
             score=score((spell, scalar)),
             rank=_rank(self.checkpoint, projection, scalar.weight),
             input_spike=scalar.x,
@@ -284,7 +307,7 @@ class _Search:
             share=scalar.share,
             prompts=len({spell.sequence for spell, _ in places}),
             round=number,
-        )  # fmt: skip
+        )
 
     def _note_the_rest(self, traces: Sequence[Trace], spells: Sequence[Spell], companions: Sequence[Spell]) -> None:
         """What the unedited model shows beside the candidates: companions, what takes an activation away again, and

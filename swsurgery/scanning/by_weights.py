@@ -232,7 +232,8 @@ class _Names:
 
     def mlp(self, projection: DownProjection) -> Mlp:
         """Raises ArchitectureError where a matrix is not there, or does not fit the down projection."""
-        expert = projection.expert if projection.expert_axis is not None else None
+        stacked = projection.expert_axis is not None
+        expert = projection.expert if stacked and isinstance(projection.expert, int) else None
         gate_name, up_name, how = self._inputs(projection)
         gate, up = (Matrix.of(self.checkpoint, name, expert) for name in (gate_name, up_name))
         neurons, both = projection.cols, how in ("halves", "interleaved")
@@ -249,7 +250,7 @@ class _Names:
         down = Matrix.of(self.checkpoint, projection.tensor, expert)
         if projection.layer not in self._gains:
             self._gains[projection.layer] = self._gain_before(projection) ** 2, self._gain_behind(projection)
-        return Mlp(neurons, int(projection.transposed), *sides, down, *self._gains[projection.layer])
+        return Mlp(neurons, 1 if projection.transposed else 0, *sides, down, *self._gains[projection.layer])
 
     def _inputs(self, projection: DownProjection) -> Inputs:
         suffix = ".weight" if projection.tensor.endswith(".weight") else ""
@@ -271,7 +272,7 @@ class _Names:
         """(channels,) gain of the norm before the MLP; ones if none is stored, which becomes a note."""
         layer = layer_name(projection)
         # OPT-350m normalises after each block, so what its MLP reads has just left the attention's norm.
-        norms = NORMS
+        norms: tuple[str, ...] = NORMS
         if self.checkpoint.config.get("do_layer_norm_before") is False:
             norms = ("self_attn_layer_norm",)
             self._note(NORM_OF_THE_SUM)
@@ -347,14 +348,16 @@ class _Usual:
     def peak(self, layer: int) -> float:
         return self.layers[layer][2] if layer in self.layers else math.inf
 
-    def z(self, layer: int, scores: NDArray) -> NDArray[np.float64]:
+    def z(self, layer: int, scores: NDArray[np.floating]) -> NDArray[np.float64]:
         """Robust z-score of each score; minus infinity for what is not finite and above 0."""
         alive = np.isfinite(scores) & (scores > 0)
         median, spread, _ = self.layers.get(layer, (0.0, 1.0, 0.0))
         logarithms = np.log(np.where(alive, scores, 1.0).astype(np.float64))
         return np.where(alive, (logarithms - median) / spread, -math.inf)
 
-    def remarkable(self, layer: int, scores: NDArray, magnitudes: NDArray, min_z: float) -> NDArray[np.bool_]:
+    def remarkable(
+        self, layer: int, scores: NDArray[np.floating], magnitudes: NDArray[np.floating], min_z: float
+    ) -> NDArray[np.bool_]:
         return (self.z(layer, scores) >= min_z) & (magnitudes >= MIN_PEAK * self.peak(layer))
 
 
@@ -375,7 +378,7 @@ def _candidates(
         for number, cols in chosen.items()
         for candidate in _scalars(checkpoint, reader, scored[number], cols, usual, min_z)
     ]
-    return sorted(found, key=lambda c: (-c.z, c.coordinate))[:top]
+    return sorted(found, key=lambda c: (-(c.z or 0.0), c.coordinate))[:top]
 
 
 def _scalars(

@@ -75,7 +75,7 @@ def confirm(
     """
     text = built_in_text() if text is None else text
     with load.quiet():
-        tokenizer = load.load_tokenizer(checkpoint.root)
+        tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
         pieces, longest = windows_of(model.model, tokenizer, text, windows, window)
         found = confirm_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
@@ -85,7 +85,7 @@ def confirm(
 def refuse_text(checkpoint: Checkpoint, text: str | None, windows: int, window: int) -> None:
     """Raises ModelError where `confirm` could not even begin: no tokenizer, or a text without a window."""
     with load.quiet():
-        tokenizer = load.load_tokenizer(checkpoint.root)
+        tokenizer = load.load_tokenizer(checkpoint.directory)
         measure.cut_windows(measure.encode(tokenizer, built_in_text() if text is None else text), [], windows, window)
 
 
@@ -377,7 +377,7 @@ class _Losses:
         self._layers = {candidate.coordinate.tensor: candidate.layer for candidate in tested}
         # Taking out nothing has no effect, to the last digit.
         self._nothing = frozenset(candidate.coordinate for candidate in tested if candidate.value == 0)
-        self._base: list[float] | None = None
+        self._base: list[float] = []
         # For each set of scalars and each window, the additional loss per token.
         self._extra: dict[Zeroed, list[float]] = {frozenset(): [0.0] * len(windows)}
         self._kl: dict[Zeroed, float] = {frozenset(): 0.0}
@@ -389,7 +389,7 @@ class _Losses:
             group for group in dict.fromkeys(group - self._nothing for group in groups) if group not in self._extra
         ]
         wanted.sort(key=lambda group: -min((self._layers[name.tensor] for name in group), default=0))
-        if not wanted and self._base is not None:
+        if self._base and not wanted:
             return
         with load.running(self.model.device, self.model.weights is not None):
             at_once = variants_at_once(self.model, self.windows)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from swsurgery.errors import TargetError, printable
 from swsurgery.model.text import measured_text
@@ -24,8 +24,10 @@ from swsurgery.storage.filesystem import write_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.text import Text
+    from matplotlib.typing import RcKeyType
 
 # The moment of writing is all that two files of one report would not share.
 FORMATS = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -46,7 +48,7 @@ MAX_LABELS = 14
 BLACK, GREY, PALE = "#222222", "#808080", "#c8c8c8"
 BLUE, VERMILION, ORANGE = "#0072b2", "#d55e00", "#e69f00"
 
-STYLE = {
+STYLE: dict[RcKeyType, object] = {
     "figure.dpi": DPI,
     "font.family": "DejaVu Sans",  # it comes with matplotlib
     "font.size": 9.5,
@@ -70,9 +72,18 @@ class Mark(NamedTuple):
 
     def draw(self, axes: Axes, x: Sequence[float], y: Sequence[float]) -> Line2D:
         (line,) = axes.plot(
-            x, y, linestyle="none", marker=self.shape, markersize=7.5, markeredgewidth=1.4, zorder=5, clip_on=False,
-            markeredgecolor=self.edge, markerfacecolor=self.fill, label=self.meaning,
-        )  # fmt: skip
+            x,
+            y,
+            linestyle="none",
+            marker=self.shape,
+            markersize=7.5,
+            markeredgewidth=1.4,
+            zorder=5,
+            clip_on=False,
+            markeredgecolor=self.edge,
+            markerfacecolor=self.fill,
+            label=self.meaning,
+        )
         return line
 
 
@@ -208,7 +219,7 @@ def _sheet(title: str) -> Axes:
 def _panels(paper: Axes, top: float, count: int) -> list[Axes]:
     """`count` panels of one height, one above the other, from `top` down."""
     height = (top - BOTTOM - GAP * (count - 1)) / count
-    panels = []
+    panels: list[Axes] = []
     for number in range(count):
         y = top - (number + 1) * height - number * GAP
         place = (LEFT / WIDTH, y / HEIGHT, (RIGHT - LEFT) / WIDTH, height / HEIGHT)
@@ -223,9 +234,16 @@ def _legend(paper: Axes, top: float, marks: Iterable[Mark]) -> None:
     handles = [mark.draw(paper, [], []) for mark in marks]
     if handles:
         paper.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(RIGHT + 12, top - 8), bbox_transform=paper.transData,
-            frameon=False, borderpad=0, borderaxespad=0, handletextpad=0.3, labelspacing=0.7,
-        )  # fmt: skip
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(RIGHT + 12, top - 8),
+            bbox_transform=paper.transData,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0,
+            handletextpad=0.3,
+            labelspacing=0.7,
+        )
 
 
 def _note(paper: Axes, text: str) -> None:
@@ -235,15 +253,21 @@ def _note(paper: Axes, text: str) -> None:
 def _save(paper: Axes, path: Path) -> None:
     ending = path.suffix.lower()
     buffer = io.BytesIO()
-    paper.figure.savefig(buffer, format=ending[1:], metadata=FORMATS[ending])
+    _figure_of(paper).savefig(buffer, format=ending[1:], metadata=FORMATS[ending])
     write_report(path, buffer.getvalue())
+
+
+def _figure_of(artist: Axes | Text) -> Figure:
+    """Return the figure of something on a sheet, which has no subfigures."""
+    return cast("Figure", artist.figure)
 
 
 def _width(text: Text) -> float:
     """In pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    return text.get_window_extent(FigureCanvasAgg(text.figure).get_renderer()).width
+    renderer = FigureCanvasAgg(_figure_of(text)).get_renderer()  # type: ignore[no-untyped-call]  # not annotated
+    return text.get_window_extent(renderer).width
 
 
 # A scan
@@ -379,8 +403,9 @@ def _draw_scores(panel: Axes, report: ScanReport, found: Sequence[Found]) -> Non
     threshold = report.settings.get("min_z")
     if threshold is not None:
         panel.axhline(threshold, color=BLUE, linewidth=1.2, linestyle=(0, (5, 3)))
-        panel.text(report.layers - 0.5, threshold, f" threshold {_number(threshold)}", color=BLUE,
-                   verticalalignment="center")  # fmt: skip
+        panel.text(
+            report.layers - 0.5, threshold, f" threshold {_number(threshold)}", color=BLUE, verticalalignment="center"
+        )
     if not found:
         why = "\n".join(textwrap.fill(printable(note), 90) for note in report.notes)
         panel.text(0.5, 0.5, why, transform=panel.transAxes, horizontalalignment="center")
@@ -433,12 +458,18 @@ def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]
     for factor, value in points:
         if all(abs(factor - other) / width > 0.055 for other in taken):
             taken.append(factor)
-            panel.annotate(_number(value), (factor, value), xytext=(0, 7), textcoords="offset points",
-                           horizontalalignment="center", zorder=4,
-                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+            panel.annotate(
+                _number(value),
+                (factor, value),
+                xytext=(0, 7),
+                textcoords="offset points",
+                horizontalalignment="center",
+                zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
 
 
-def _number(value: float, _position: int | None = None) -> str:
+def _number(value: float, _position: float | None = None) -> str:
     """For people: 23,941, 29.6 and 0.0012; with the sign that a minus is."""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return text.replace("-", "\N{MINUS SIGN}") if value < 0 else text

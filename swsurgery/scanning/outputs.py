@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from swsurgery._version import __version__
 from swsurgery.checkpoint.architectures import Expert
@@ -24,6 +25,9 @@ from swsurgery.storage.coordinate import Coordinate
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
+_EXACT: dict[str, Literal["F16", "BF16", "F32"]] = {"F16": "F16", "BF16": "BF16", "F32": "F32"}
+"""The dtypes in which an entry states a value exactly."""
+
 
 def known_entry(
     report: ScanReport, checkpoint: Checkpoint, *, hf_id: str, revision: str | None = None, command: str
@@ -39,11 +43,17 @@ def known_entry(
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
     chosen = _chosen(report)
     ids = {c.coordinate: _id(c) for c in chosen}
+    shape = _read_shape(checkpoint)
+    joint_sets, effects = _list_joint(report.confirmation, ids, source) if report.confirmation else ((), ())
     return schema.KnownModel(
         hf_id=hf_id,
         aliases=(hf_id,),
         family=report.model_type,
-        **_shape(checkpoint),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        tensor=shape.tensor,
+        transposed=shape.transposed,
         num_layers=sizes(checkpoint)[0],
         sizes_from="config.json and the stored tensors of the scanned checkpoint",
         revision_measured=revision,
@@ -51,7 +61,8 @@ def known_entry(
         notes=tuple(_notes(report, bool(chosen), source)),
         scans=(source,),
         coordinates=tuple(_coordinate(c, trials.get(c.coordinate), report, checkpoint, source) for c in chosen),
-        **(_together(report.confirmation, ids, source) if report.confirmation else {}),
+        joint_sets=joint_sets,
+        effects=effects,
     )
 
 
@@ -117,7 +128,7 @@ def _coordinate(
     candidate: Candidate, trial: Trial | None, report: ScanReport, checkpoint: Checkpoint, source: schema.Source
 ) -> schema.KnownCoordinate:
     dtype = checkpoint.info(candidate.coordinate.tensor).dtype.name
-    exact = dtype in ("F16", "BF16", "F32") and math.isfinite(candidate.value)
+    exact = _EXACT.get(dtype) if math.isfinite(candidate.value) else None
     effects: list[schema.Effect] = []
     if trial and report.confirmation:
         effects.append(_effect("zero", trial.alone, report.confirmation, source))
@@ -131,7 +142,7 @@ def _coordinate(
         expert=candidate.expert,
         tensor=candidate.coordinate.tensor,
         value=candidate.value if exact else None,
-        dtype=dtype if exact else None,
+        dtype=exact,
         value_printed=None if exact else f"{candidate.value!r} {dtype}",
         status="measured",
         causal_alone=schema.causal_class(trial.alone.ratio) if trial and trial.verdict != "untested" else "untested",
@@ -144,9 +155,9 @@ def _coordinate(
     )
 
 
-def _together(
+def _list_joint(
     confirmation: Confirmation, ids: Mapping[Coordinate, str], source: schema.Source
-) -> dict[str, tuple[schema.JointSet, ...] | tuple[schema.Effect, ...]]:
+) -> tuple[tuple[schema.JointSet, ...], tuple[schema.Effect, ...]]:
     """The joint sets; and all candidates zeroed together, as one more set where all of them are in the entry."""
     sets = {
         frozenset(s.coordinates): schema.JointSet(
@@ -157,19 +168,16 @@ def _together(
     }
     tested = [t.candidate.coordinate for t in confirmation.trials if t.listed]  # companions were not among `together`
     if len(tested) < 2 or frozenset(tested) in sets:
-        return {"joint_sets": tuple(sets.values())}
+        return tuple(sets.values()), ()
     if set(tested) <= set(ids):
         everything = schema.JointSet(
             name="all candidates of the detector",
             coordinates=tuple(ids[c] for c in tested),
             effects=(_effect("zero jointly", confirmation.together, confirmation, source),),
         )
-        return {"joint_sets": (*sets.values(), everything)}
+        return (*sets.values(), everything), ()
     protocol = f"zero all {len(tested)} candidates of the scan"
-    return {
-        "joint_sets": tuple(sets.values()),
-        "effects": (_effect(protocol, confirmation.together, confirmation, source),),
-    }
+    return tuple(sets.values()), (_effect(protocol, confirmation.together, confirmation, source),)
 
 
 def _effect(protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Source) -> schema.Effect:
@@ -209,18 +217,28 @@ def _source(report: ScanReport, revision: str | None, command: str) -> schema.So
     return schema.Source(key=f"scan-{key}", kind="own scan", cite=cite, note=note)
 
 
-def _shape(checkpoint: Checkpoint) -> dict[str, object]:
-    """Sizes of the model and the name of its down projections, after the first of them."""
+class _Shape(NamedTuple):
+    """The sizes of a model, and the template for the names of its down projections."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int | None
+    tensor: str
+    transposed: bool
+
+
+def _read_shape(checkpoint: Checkpoint) -> _Shape:
+    """Read the sizes of the model; the name and the order of the axes are those of the first down projection."""
     projections = list(down_projections(checkpoint.config, checkpoint.shapes))
     first = projections[0]
     experts = {p.expert for p in projections if isinstance(p.expert, int)}
-    return {
-        "hidden_size": first.rows,
-        "intermediate_size": max(p.cols for p in projections),
-        "num_experts": len(experts) or None,
-        "tensor": _template(first.tensor, first.layer, first.expert),
-        "transposed": first.transposed,
-    }
+    return _Shape(
+        hidden_size=first.rows,
+        intermediate_size=max(p.cols for p in projections),
+        num_experts=len(experts) or None,
+        tensor=_template(first.tensor, first.layer, first.expert),
+        transposed=first.transposed,
+    )
 
 
 def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
@@ -229,9 +247,9 @@ def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
     Raises ArchitectureError if there is no known down projection.
     """
     projections = list(down_projections(checkpoint.config, checkpoint.shapes))
-    shape = _shape(checkpoint)
+    shape = _read_shape(checkpoint)
     layers = stored_layers(checkpoint.config, checkpoint.shapes, projections)
-    return 1 + max(layers), shape["hidden_size"], shape["intermediate_size"]
+    return 1 + max(layers), shape.hidden_size, shape.intermediate_size
 
 
 def _template(tensor: str, layer: int, expert: Expert) -> str:

@@ -83,9 +83,7 @@ def as_activations(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator
     for (layer, channel), group in sorted(groups.items()):
         spell, peak, value = max((_peak(traces, spell) for spell in group), key=lambda found: abs(found[2]))
         prompts = len({spell.sequence for spell in group})
-        yield PersistentActivation(
-            layer, spell.last, channel, value, peak, spell.move.token, spell.sequence, prompts
-        )  # fmt: skip
+        yield PersistentActivation(layer, spell.last, channel, value, peak, spell.move.token, spell.sequence, prompts)
 
 
 def _last(trace: Trace, move: Move) -> int:

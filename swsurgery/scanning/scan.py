@@ -93,10 +93,11 @@ def scan_checkpoint(
         checkpoint = open_chosen(root, weights, variant)
         if outputs is not None:
             _refuse(outputs, checkpoint)
-        without = "leave out --confirm" if method == "weights" else "--method weights" + " without --confirm" * confirm
+        by_weights = "--method weights without --confirm" if confirm else "--method weights"
+        without = "leave out --confirm" if method == "weights" else by_weights
         with or_else(without):
             if method == "activations" or confirm:
-                _need_a_model(checkpoint.root)
+                _need_a_model(checkpoint.directory)
             if confirm:
                 from swsurgery.scanning.confirm import refuse_text
 
@@ -105,9 +106,13 @@ def scan_checkpoint(
                 from swsurgery.scanning.by_activations import scan_activations
 
                 report = scan_activations(
-                    checkpoint, prompts=prompts, device=options.device, placement=options.placement,
-                    progress=Rounds(progress), say=say,
-                )  # fmt: skip
+                    checkpoint,
+                    prompts=prompts,
+                    device=options.device,
+                    placement=options.placement,
+                    progress=Rounds(progress),
+                    say=say,
+                )
             else:
                 numeric.load_numpy()
                 from swsurgery.scanning.by_weights import scan_weights
@@ -149,11 +154,11 @@ def write_outputs(
         filesystem.write_file(outputs.manifest, text.encode(), outside_mode(checkpoint.files))
         say(f"manifest: {outputs.manifest}")
     if outputs.register is not None:
-        found = outputs_module.known_entry(
+        entry = outputs_module.known_entry(
             report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
         )
-        own.save(found, outside_mode(checkpoint.files))
-        say(f"registered: swsurgery lookup {found.hf_id}")
+        own.save(entry, outside_mode(checkpoint.files))
+        say(f"registered: swsurgery lookup {entry.hf_id}")
 
 
 def sweep_manifest(
@@ -181,7 +186,7 @@ def sweep_manifest(
         raise PlanError(
             "no scalar is changed, so there is nothing to sweep", manifest, "add an edit other than protect"
         )
-    _need_a_model(plan.checkpoint.root)
+    _need_a_model(plan.checkpoint.directory)
     from swsurgery.scanning.sweep import sweep
 
     rounds = Rounds(progress or Silent())
@@ -223,7 +228,7 @@ def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    return checkpoint.repo_id or checkpoint.root.name
+    return checkpoint.repo_id or checkpoint.directory.name
 
 
 def _as_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
@@ -233,4 +238,4 @@ def _as_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
     chosen = {key: value for key, value in chosen.items() if value}
     if checkpoint.repo_id and checkpoint.revision:
         return {"repo_id": checkpoint.repo_id, "revision": checkpoint.revision, **chosen}
-    return {"path": os.path.relpath(checkpoint.root, os.path.realpath(manifest.absolute().parent)), **chosen}
+    return {"path": os.path.relpath(checkpoint.directory, os.path.realpath(manifest.absolute().parent)), **chosen}

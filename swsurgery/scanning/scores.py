@@ -31,6 +31,8 @@ from swsurgery.threads import Pool
 T = TypeVar("T")
 R = TypeVar("R")
 
+Numbers = NDArray[np.floating | np.unsignedinteger]
+
 CHUNK = 4 << 20
 """Bytes of one matrix that are read at a time (or one row, where that is longer)."""
 
@@ -177,12 +179,15 @@ class Reader:
         """Open the shards of these matrices. Raises ShardError."""
         for matrix in matrices:
             if matrix.path not in self._files:
-                self._files[matrix.path] = self._stack.enter_context(opened(matrix.path))
+                file = self._stack.enter_context(opened(matrix.path))
+                if not isinstance(file, int):
+                    raise TypeError(f"{matrix.path} is not a file on this machine")
+                self._files[matrix.path] = file
 
     def rows(self, space: Workspace, which: int, matrix: Matrix, first: int, end: int) -> NDArray[np.unsignedinteger]:
         """Rows [first, end) as unsigned integers of the dtype's width, in a buffer of `space`. Raises ShardError."""
         raw = space.room(which, (end - first) * matrix.row_bytes)
-        left, offset = memoryview(raw), matrix.offset + first * matrix.row_bytes
+        left, offset = raw.data, matrix.offset + first * matrix.row_bytes
         while left:
             try:
                 count = os.preadv(self._files[matrix.path], [left], offset)
@@ -303,7 +308,7 @@ def _parts(reader: Reader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
             yield _Part(sums, False, first, end, last=end == mlp.down.rows)
 
 
-def _compute(reader: Reader, space: Workspace, part: _Part) -> tuple[slice, NDArray, int]:
+def _compute(reader: Reader, space: Workspace, part: _Part) -> tuple[slice, Numbers, int]:
     """(which neurons, what these rows say of their dots or peaks, bytes read)."""
     mlp, rows = part.sums.mlp, (part.first, part.end)
     if part.inputs:
@@ -318,7 +323,7 @@ def _compute(reader: Reader, space: Workspace, part: _Part) -> tuple[slice, NDAr
     return slice(None), np.maximum.reduce(peaks), stored.nbytes
 
 
-def _weighted(magnitudes: NDArray, mlp: Mlp, first: int, end: int) -> NDArray:
+def _weighted(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end: int) -> Numbers:
     """Multiply rows [first, end) of the down projection by the gain behind it; without one they stay bit patterns."""
     if mlp.behind is None:
         return magnitudes
@@ -330,10 +335,11 @@ def _weighted(magnitudes: NDArray, mlp: Mlp, first: int, end: int) -> NDArray:
 def _magnitudes(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     """The same patterns without their sign bit, in place. As integers they are ordered like the magnitudes, so that
     the largest is a maximum of integers, of which a register of the processor holds many."""
-    return np.bitwise_and(stored, stored.dtype.type((1 << (8 * stored.itemsize - 1)) - 1), out=stored)
+    np.bitwise_and(stored, stored.dtype.type((1 << (8 * stored.itemsize - 1)) - 1), out=stored)
+    return stored
 
 
-def _neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, NDArray, int]:
+def _neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
     """Input matrices [neuron, channel]: the whole dot product of some neurons."""
     stored = [
         reader.rows(space, which, side.matrix, side.first + first, side.first + end)
@@ -352,7 +358,7 @@ def _neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: in
     return slice(first, end), dots * factor, sum(rows.nbytes for rows in stored)
 
 
-def _channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, NDArray, int]:
+def _channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
     """Input matrices [channel, neuron]: what some channels add to the dot product of every neuron."""
     stored = [reader.rows(space, which, side.matrix, first, end) for which, side in enumerate(mlp.sources)]
     gates, ups = (
@@ -379,7 +385,7 @@ def _gain(mlp: Mlp) -> tuple[NDArray[np.float32], float]:
     return (mlp.gain / largest * 2.0**boost).astype(np.float32), largest * 2.0 ** (missing - boost)
 
 
-def _widen(stored: NDArray, dtype: Dtype, out: NDArray[np.float32]) -> None:
+def _widen(stored: NDArray[np.unsignedinteger], dtype: Dtype, out: NDArray[np.float32]) -> None:
     """Bit patterns -> float32 values, but those of F16 2**-112 times the value.
 
     A 16-bit pattern becomes a float32 pattern by a shift. F16 has 5 bits of exponent where float32 has 8: shifted by

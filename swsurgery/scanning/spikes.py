@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,8 +145,10 @@ class LayerSpikes:
 
     def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
         if hidden.ndim != 3:  # Gemma 3n and DeepSeek-V4 pass several on
-            raise Unrunnable("its layers pass several residual streams on, and a scan by activations follows one",
-                             self.model.checkpoint.root)  # fmt: skip
+            raise Unrunnable(
+                "its layers pass several residual streams on, and a scan by activations follows one",
+                self.model.checkpoint.root,
+            )
         if self.broken is None and not bool(hidden.isfinite().all()):
             self.broken = number
         sources = [source for source in self._sources[number] if source.called]
@@ -216,7 +218,8 @@ class _Linear:
         self.forget()
 
     def forget(self) -> None:
-        self.called, self._x, self._y, self._gate = False, torch.empty(0), torch.empty(0), None
+        self.called, self._x, self._y = False, torch.empty(0), torch.empty(0)
+        self._gate: Tensor | None = None
 
     def watch(self) -> list[RemovableHandle]:
         handles = [self.module.register_forward_hook(self._note)]
@@ -296,25 +299,35 @@ class _Experts:
 _Source = _Linear | _Experts
 
 
+class _StackedExperts(Protocol):
+    """The parts that transformers' modules of stacked experts have in common."""
+
+    gate_up_proj: Tensor
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+
+
 def _expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     """What each token's chosen experts (tokens, chosen) put into their down projections: (tokens, chosen, cols).
 
     `hidden` is (tokens, channels), or (tokens, experts, channels) where each expert is given its own.
     """
+    experts = cast("_StackedExperts", module)
     found: Tensor | None = None
-    for expert in index.unique().tolist():
+    for expert in sorted(set(index.flatten().tolist())):
         token, place = (index == expert).nonzero(as_tuple=True)
         given = hidden[token] if hidden.dim() == 2 else hidden[token, place]
-        weight = module.gate_up_proj[expert]
+        weight = experts.gate_up_proj[expert]
         turned = getattr(module, "is_transposed", weight.shape[0] == given.shape[-1])
         gate_up = given @ (weight if turned else weight.T)
-        if getattr(module, "gate_up_proj_bias", None) is not None:
-            gate_up = gate_up + module.gate_up_proj_bias[expert]
+        bias: Tensor | None = getattr(module, "gate_up_proj_bias", None)
+        if bias is not None:
+            gate_up = gate_up + bias[expert]
         if hasattr(module, "_apply_gate"):  # of every class that transformers calls experts, but Llama 4's
-            x = module._apply_gate(gate_up)
+            x = experts._apply_gate(gate_up)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
-            x = module.act_fn(gate) * up
+            x = experts.act_fn(gate) * up
         if found is None:
             found = x.new_zeros(*index.shape, x.shape[-1])
         found[token, place] = x

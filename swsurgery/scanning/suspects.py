@@ -44,10 +44,19 @@ def companions_of(listed: Sequence[Candidate], matrices: Mapping[Place, Matrix])
             name = matrix.coordinate(row, candidate.col)
             if candidate.value != 0 and float(magnitudes[row]) >= least and name not in found:
                 found[name] = dataclasses.replace(
-                    candidate, coordinate=name, row=row, value=float(column[row]), score=0.0,
-                    rank=matrix.rank(float(magnitudes[row])), z=None, input_spike=None, output_spike=None,
-                    share=None, prompts=None, round=None,
-                )  # fmt: skip
+                    candidate,
+                    coordinate=name,
+                    row=row,
+                    value=float(column[row]),
+                    score=0.0,
+                    rank=matrix.rank(float(magnitudes[row])),
+                    z=None,
+                    input_spike=None,
+                    output_spike=None,
+                    share=None,
+                    prompts=None,
+                    round=None,
+                )
     return list(found.values())[len(listed) :]
 
 

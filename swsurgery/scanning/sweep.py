@@ -12,6 +12,9 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import cast
+
+from torch import nn
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, NumberError
@@ -48,10 +51,11 @@ def sweep(
     scaled_values(checkpoint, coordinates, factors)
     text = built_in_text() if text is None else text
     with load.quiet():
-        tokenizer = load.load_tokenizer(checkpoint.root)
+        tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
         pieces, longest = windows_of(model.model, tokenizer, text, windows, window)
-        stop_tokens = measure.stop_word_tokens(tokenizer, model.model.get_input_embeddings().num_embeddings)
+        embeddings = cast("nn.Embedding", model.model.get_input_embeddings())
+        stop_tokens = measure.stop_word_tokens(tokenizer, embeddings.num_embeddings)
         report = sweep_windows(model, coordinates, factors, pieces, stop_tokens, progress=progress)
     return dataclasses.replace(report, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
 
