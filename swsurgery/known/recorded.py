@@ -1,4 +1,4 @@
-"""Compare what a manifest asks with what a record says was done.
+"""Compare what a manifest requests with what a record contains.
 
 The arithmetic is repeated on the record's old bits. Must not import the planner, whose result is compared.
 """
@@ -18,7 +18,7 @@ from swsurgery.storage.dtypes import DTYPES
 
 
 def unlike_records(asked: Mapping[Coordinate, Asked], registry: Registry) -> Iterator[tuple[Coordinate, str]]:
-    """Yield each scalar whose record differs from the manifest, and the difference in words."""
+    """Yield each scalar whose entry in the record differs from the manifest, and the difference as text."""
     recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
     for coordinate, wish in asked.items():
         record = recorded.get(coordinate)
@@ -35,7 +35,7 @@ def _done(record: ScalarRecord) -> str:
 
 
 def _unlike(asked: Asked, record: ScalarRecord) -> str | None:
-    """How a record differs from what the edit makes of its old bits; None where it does not."""
+    """Compare a recorded scalar with what the edit makes of its old bits. Returns the difference as text, or None."""
     edit, dtype = asked.edit, DTYPES[record.dtype]
     done = record.op if isinstance(record, EditRecord) else "protect"
     if done != edit.op:
@@ -55,8 +55,10 @@ def _unlike(asked: Asked, record: ScalarRecord) -> str | None:
 
 
 def unlike_bases(manifest: Manifest, registry: Registry) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Compare what the manifest says of its base with the base that the registry names: (node of the manifest, how they
-    differ)."""
+    """Compare the base that the manifest names with the base in the record.
+
+    Yields each differing node of the manifest, and the difference as text.
+    """
     base = manifest.base
     for name in ("repo_id", "revision", "weights", "variant"):
         said, found = getattr(base, name), getattr(registry.base, name)

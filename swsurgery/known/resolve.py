@@ -1,6 +1,7 @@
-"""Turn the edits of a manifest into the scalars of a checkpoint that they name.
+"""Resolve the edits of a manifest into the scalars of a checkpoint that they name.
 
-Knows headers and known super weights; reads no tensor data and must not import the planner or the findings.
+Uses the checkpoint's headers and the known super weights. Reads no tensor data, and must not import the planner or the
+findings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from swsurgery.storage.coordinate import Coordinate
 
 @dataclass(frozen=True)
 class Asked:
-    """One scalar that edit number `number` of a manifest names, and what it expects there."""
+    """The request for one scalar: the edit that names it, its number in the manifest (from 0), and the expected value.
+
+    `expect` is a number, bits as text, a MeasuredValue, or None.
+    """
 
     number: int
     edit: Any
@@ -29,7 +33,7 @@ class Asked:
 
 
 class KnownPlace(Protocol):
-    """What an edit that says `known:` needs of a known super weight. `col` is None if only the row is known."""
+    """A known super weight, as far as an edit with `known:` uses it. `col` is None if only the row is known."""
 
     @property
     def layer(self) -> int: ...
@@ -46,16 +50,22 @@ class KnownPlace(Protocol):
 
 
 KnownPlaces = Callable[[str], Sequence[KnownPlace]]
-"""What an edit's `known:` names, "all" or an id. Raises LookupFailed or PlanError if it names nothing."""
+"""Type of a function that finds the super weights for an edit's `known:` ("all" or an id).
+
+Raises LookupFailed or PlanError if none is found.
+"""
 
 
 def resolve(
     manifest: Manifest, checkpoint: Checkpoint, known_places: KnownPlaces
 ) -> tuple[dict[Coordinate, Asked], list[tuple[int, str]]]:
-    """Resolve every edit: what is asked of each scalar, and (number of the edit, fault) of what has no meaning here."""
+    """Resolve every edit.
+
+    Returns the request for each scalar, and (number of the edit, fault) for each edit that cannot be resolved.
+    """
     asked: dict[Coordinate, Asked] = {}
     faults: list[tuple[int, str]] = []
-    # `known: all` stands for every known coordinate that no other edit names, so it goes last.
+    # `known: all` means every known coordinate that no other edit names, so it is resolved last.
     for number, edit in sorted(enumerate(manifest.edits), key=lambda item: (item[1].known == "all", item[0])):
         for coordinate, expect in _targets(edit, checkpoint, known_places):
             if isinstance(coordinate, str):
@@ -69,7 +79,7 @@ def resolve(
 
 
 def look_up(model: KnownModel | None) -> KnownPlaces:
-    """The known super weights of a model, as this version knows them."""
+    """Return a function that finds the super weights of `model` that this version knows."""
 
     def places(word: str) -> Sequence[KnownPlace]:
         if model is None:
@@ -80,7 +90,7 @@ def look_up(model: KnownModel | None) -> KnownPlaces:
 
 
 def _targets(edit: Any, checkpoint: Checkpoint, known_places: KnownPlaces) -> Iterator[tuple[Coordinate | str, Any]]:
-    """Each scalar that an edit names, with what is expected there; or what is wrong with it, in words."""
+    """Yield each scalar that an edit names, with its expected value, or a fault as text instead of the scalar."""
     if edit.tensor is not None:
         yield Coordinate(edit.tensor, edit.index), edit.expect
         return
@@ -93,7 +103,7 @@ def _targets(edit: Any, checkpoint: Checkpoint, known_places: KnownPlaces) -> It
     except (LookupFailed, PlanError) as error:
         yield from ((fault, None) for fault in error.faults)
         return
-    except ValueError:  # of MeasuredValue: the registry was changed by hand
+    except ValueError:  # raised by MeasuredValue: the record was changed by hand
         yield f"the value that the registry recorded of {edit.known} is none", None
         return
     for place, expect in zip(places, expects, strict=True):

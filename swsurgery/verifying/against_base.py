@@ -1,7 +1,8 @@
-"""Manifest x checkpoint -> findings: is this checkpoint exactly what the manifest makes of its base?
+"""Check with the base that a checkpoint is exactly what a manifest makes of this base.
 
-By the registry this is decided in `manifest_record.py`, without the planner. Here the planner plans anew with the base,
-and the bytes are compared. Every finding about an edit points at the manifest's line.
+The manifest is planned again on the base, and the plan is compared with the record or with the checkpoint's bytes.
+`against_manifest.py` does the check without the base and without the planner. Every finding about an edit names the
+manifest's line.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from swsurgery.verifying.findings import Finding
 
 
 def planned(loaded: LoadedManifest, base: Checkpoint) -> tuple[Plan | None, list[Finding]]:
-    """The plan for this base, or every misfit at its line of the manifest."""
+    """Plan the manifest on this base. Returns the plan, or None and a finding for each error of the planner."""
     try:
         return make_plan(loaded, base), []
     except PlanError as error:
@@ -40,16 +41,16 @@ def _misfit(loaded: LoadedManifest, fault: str) -> Finding:
 
 
 def plan_against_registry(wishes: Wishes, plan: Plan, registry: Registry) -> list[Finding]:
-    """The base's own bits are the registry's old ones, and the plan's new ones are the registry's."""
+    """Check that the base's bits are the record's old bits, and the plan's new bits are the record's new bits."""
     recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
     findings = []
     for scalar in (*plan.splices, *plan.protected):
         record = recorded.get(scalar.coordinate)
         if record is None:
-            continue  # by_registry says so
+            continue  # by_registry reports it
         ours = scalar.to_json()
-        unlike = [k for k in ("file", "offset", "dtype", "old_bits", "new_bits") if k in ours
-                  and ours[k] != getattr(record, k, None)]  # fmt: skip
+        names = [name for name in ("file", "offset", "dtype", "old_bits", "new_bits") if name in ours]
+        unlike = [name for name in names if ours[name] != getattr(record, name, None)]
         if unlike:
             said = ", ".join(f"{k} {ours[k]} and not {getattr(record, k, None)}" for k in unlike)
             findings.append(wishes.finding(f"the base gives {said}", scalar.coordinate))
@@ -57,7 +58,7 @@ def plan_against_registry(wishes: Wishes, plan: Plan, registry: Registry) -> lis
 
 
 def by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
-    """Without a registry: the checkpoint has the base's files, and their bytes but for exactly the planned scalars."""
+    """Check a checkpoint without a record: it has the base's files, and only the planned scalars differ."""
     base = plan.checkpoint
     theirs = {f.name for f in base.files} - {*plan.omitted, *OWN_FILES}
     ours = {f.name for f in checkpoint.files}
@@ -76,16 +77,15 @@ def by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progre
         try:
             stored = checkpoint.shards[splice.file].read_scalar(tensor, index)
         except (KeyError, IndexError):
-            continue  # the header is not the base's, which the bytes have told
+            continue  # the header differs from the base's, which `changed` reports
         if stored != splice.new:
-            message = f"{splice.op} makes {dtypes.bits_of(splice.new)} of the base's {dtypes.bits_of(splice.old)}, " \
-                      f"it holds {dtypes.bits_of(stored)}"  # fmt: skip
-            findings.append(wishes.finding(message, splice.coordinate))
+            made = f"{splice.op} makes {dtypes.bits_of(splice.new)} of the base's {dtypes.bits_of(splice.old)}"
+            findings.append(wishes.finding(f"{made}, it holds {dtypes.bits_of(stored)}", splice.coordinate))
     return findings + [wishes.at(f) for f in changed] + list(_pins(wishes, base))
 
 
 def _pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
-    """The digests that the manifest pins, of the files that the planner found to be there."""
+    """Check the digests that the manifest pins. The planner has checked that these files exist."""
     for name, digest in wishes.loaded.manifest.base.sha256.items():
         here = hashlib.sha256()
         for _, chunk in chunks(base.file(name), []):

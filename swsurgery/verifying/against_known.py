@@ -1,8 +1,8 @@
-"""Whether a checkpoint still has the known super weights of its model, and still has their values.
+"""Check whether a checkpoint still has the known super weights of its model, with their values.
 
-Any checkpoint will do, be it fine-tuned, merged or quantised: what is read is one scalar for each known coordinate.
-quantised.py decides how the stored numbers are read: as weights, through a scale, or not at all. Nothing is guessed.
-Knows no registry of edits beyond the set of coordinates that it declares.
+Works on any checkpoint, including fine-tuned, merged and quantised ones: it reads one scalar for each known coordinate.
+checkpoint/quantised.py decides how a stored number is read: as a weight, through a scale, or not at all. Nothing is
+guessed. Must not depend on the record; callers pass the set of edited coordinates.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -25,19 +25,26 @@ from swsurgery.storage.dtypes import DTYPES, Dtype
 from swsurgery.verifying.findings import Finding
 
 State = Literal["kept", "changed", "suspicious", "lost", "present", "declared", "unreadable"]
+"""State of a known super weight. "present" means that no known value exists to compare with; "declared" means that the
+record contains an edit of it."""
 
 TOLERANCE = 0.25
-"""How much of its known value a super weight may have lost. The shipped sweeps say where harm begins: at 0.75 of its
-value perplexity is x1.03 (Mistral-7B, OLMo-1B), at 0.5 it is x1.39 and x8.3, at 0.25 x83 and x279; at twice its value
-zero-shot accuracy moves by less than half a point (Llama-7B 70.1 to 70.6, Mistral-7B 74.0 to 73.8), so growth is told
-and not held against it. FP8 rounds by 1/16 at most."""
+"""Fraction of its known value that a super weight may lose.
+
+The shipped sweeps show where damage begins: at 0.75 of the value, perplexity is x1.03 (Mistral-7B, OLMo-1B); at 0.5 it
+is x1.39 and x8.3, at 0.25 x83 and x279. At twice the value, zero-shot accuracy changes by less than half a point
+(Llama-7B 70.1 to 70.6, Mistral-7B 74.0 to 73.8), so growth is reported but is no finding. FP8 rounds by at most 1/16.
+"""
 
 NOT_HELD = ("disputed", "refuted", "insufficient")
-"""Statuses that are no ground for a no: places where sources disagree, or where no large weight may ever have been."""
+"""Statuses that never make the answer no: sources disagree, or possibly no large weight was ever at the coordinate."""
 
 SUSPICIOUS = 4.0
-"""From more than this many times the known value on, a value is suspicious: no fine-tuning is known to move a super
-weight so far, but codes read as if they were weights are larger by one over their scale."""
+"""A stored value larger than this multiple of the known value is suspicious.
+
+No fine-tuning is known to change a super weight this much, but quantised codes read as if they were weights are larger
+than the weights by one over their scale.
+"""
 
 UNDECIDED = ("suspicious", "unreadable")
 """States that neither prove a super weight nor show that it is lost."""
@@ -47,8 +54,8 @@ UNDECIDED = ("suspicious", "unreadable")
 class Kept:
     """One known coordinate in one checkpoint.
 
-    `known` and `stored` are values, `ratio` is stored / known (of magnitudes, where the sign is not known). `held` is
-    False where the registry of facts itself doubts the coordinate. `reason` says why it is unreadable.
+    `known` and `stored` are values. `ratio` is stored / known, or the ratio of magnitudes if the known sign is unknown.
+    `held` is False if the published sources doubt the coordinate. `reason` explains why it is unreadable.
     """
 
     id: str
@@ -72,7 +79,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Survival:
-    """All known coordinates of one model in one checkpoint; `rows` are ids of which only the row is known."""
+    """All known coordinates of one model in one checkpoint. `rows` are the ids for which only the row is known."""
 
     model: str
     tolerance: float
@@ -85,6 +92,7 @@ class Survival:
         return any(c.held and c.state not in UNDECIDED for c in self.coordinates)
 
     def findings(self) -> list[Finding]:
+        """Return one finding for each coordinate that is lost, suspicious or unreadable."""
         found = []
         for c in self.coordinates:
             if c.held and c.state in ("lost", *UNDECIDED):
@@ -103,8 +111,8 @@ class Survival:
 
 
 def told(kept: Kept) -> str:
-    """The state of one coordinate in words."""
-    if kept.state == "unreadable":
+    """Describe the state of one coordinate as text."""
+    if kept.stored is None:
         return f"cannot be read as one scalar: {kept.reason}"
     stored = f"{dtypes.show(kept.stored)} ({kept.dtype})"
     if kept.known is None:
@@ -115,8 +123,11 @@ def told(kept: Kept) -> str:
 
 
 def identify(checkpoint: Checkpoint, name: str | None, repo_ids: Iterable[str | None] = ()) -> KnownModel:
-    """The known model that a checkpoint is: by `name`, else by the first of `repo_ids`, of the cache that it lies in,
-    and of config.json's _name_or_path that is known. Raises LookupFailed, CheckpointError where nothing says."""
+    """Find the known model that a checkpoint is a copy or a descendant of.
+
+    Uses `name` if given, else the first known repository among `repo_ids`, the cache's repository, and _name_or_path in
+    config.json. Raises LookupFailed for an unknown `name`, and CheckpointError if none of these is known.
+    """
     if name is not None:
         return own.lookup(name)
     for repo_id in (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path")):
@@ -130,57 +141,70 @@ def identify(checkpoint: Checkpoint, name: str | None, repo_ids: Iterable[str | 
 def survey(
     checkpoint: Checkpoint, model: KnownModel, declared: Collection[Coordinate] = (), tolerance: float = TOLERANCE
 ) -> Survival:
-    """Read every known scalar of `model`. Those in `declared` were edited on purpose and count as such."""
-    coordinates = tuple(_kept(c, checkpoint, declared, tolerance) for c in model.coordinates if c.col is not None)
+    """Read every known scalar of `model`. Scalars in `declared` were edited on purpose and get the state "declared".
+
+    Raises CheckpointError if no complete coordinate of the model is known.
+    """
+    coordinates = tuple(
+        _read_known(c, c.col, checkpoint, declared, tolerance) for c in model.coordinates if c.col is not None
+    )
     if not coordinates:
         raise CheckpointError("no whole coordinate is known", model.hf_id, "swsurgery scan finds them")
     return Survival(model.hf_id, tolerance, coordinates, tuple(c.id for c in model.coordinates if c.col is None))
 
 
-def _kept(
-    entry: KnownCoordinate, checkpoint: Checkpoint, declared: Collection[Coordinate], tolerance: float
-) -> Kept:  # fmt: skip
-    fields: dict[str, Any] = {"id": entry.id, "status": entry.status, "causal_alone": entry.causal_alone,
-                              "held": entry.status not in NOT_HELD}  # fmt: skip
+def _read_known(
+    entry: KnownCoordinate, col: int, checkpoint: Checkpoint, declared: Collection[Coordinate], tolerance: float
+) -> Kept:
+    """Read one known scalar, whose column is `col`, and decide its state."""
+    kept = Kept(entry.id, entry.status, entry.causal_alone, "unreadable", entry.status not in NOT_HELD)
     try:
         coordinate = projections.locate(
-            checkpoint.config, checkpoint.shapes, layer=entry.layer, row=entry.row, col=entry.col, expert=entry.expert
+            checkpoint.config, checkpoint.shapes, layer=entry.layer, row=entry.row, col=col, expert=entry.expert
         )
-        fields |= {"tensor": coordinate.tensor, "index": coordinate.index,
-                   "file": checkpoint.weight_map[coordinate.tensor]}  # fmt: skip
+        file = checkpoint.weight_map[coordinate.tensor]
+        kept = replace(kept, tensor=coordinate.tensor, index=coordinate.index, file=file)
         value, step, raw = _read(checkpoint, coordinate)
     except (ArchitectureError, _Unreadable) as error:
-        return Kept(**fields, state="unreadable", reason=str(error))
+        return replace(kept, reason=str(error))
     dtype = checkpoint.info(coordinate.tensor).dtype
     number, slack, signed = _expected(entry)
-    fields |= {"stored": value, "dtype": dtype.name, "known": number}
+    kept = replace(kept, stored=value, dtype=dtype.name, known=number)
+    ratio = None
     if number is not None and math.isfinite(value):
-        fields["ratio"] = value / number if signed else abs(value / number)
+        ratio = value / number if signed else abs(value / number)
+        kept = replace(kept, ratio=ratio)
     if coordinate in declared:
-        return Kept(**fields, state="declared")
+        return replace(kept, state="declared")
     if not math.isfinite(value) or value == 0:
-        return Kept(**fields, state="lost")
-    if number is None:
-        return Kept(**fields, state="present")
-    distance = abs(value - number) if signed else abs(abs(value) - abs(number))
-    if step is None and entry.value is not None:
+        return replace(kept, state="lost")
+    if number is None or ratio is None:
+        return replace(kept, state="present")
+    if step is None and entry.value is not None and entry.dtype is not None:
         same = expectation_fault(MeasuredValue(value=entry.value, dtype=entry.dtype), dtype, raw) is None
     else:
+        distance = abs(value - number) if signed else abs(abs(value) - abs(number))
         same = distance <= slack + (step if step is not None else _spacing(dtype, value))
-    if same:
-        return Kept(**fields, state="kept")
-    if fields["ratio"] > SUSPICIOUS:
-        return Kept(**fields, state="suspicious")
-    return Kept(**fields, state="lost" if fields["ratio"] < 1 - tolerance else "changed")
+    return replace(kept, state="kept" if same else _judge(ratio, tolerance))
+
+
+def _judge(ratio: float, tolerance: float) -> State:
+    """Return the state of a scalar whose value is `ratio` times the known one."""
+    if ratio > SUSPICIOUS:
+        return "suspicious"
+    return "lost" if ratio < 1 - tolerance else "changed"
 
 
 class _Unreadable(Exception):
-    """Why no single number is stored there."""
+    """Explains why a coordinate has no single number."""
 
 
 def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
-    """(value, step, stored bytes). `step` is the distance of neighbouring values of a scaled format at this value,
-    None where the stored scalar is the weight itself. Raises _Unreadable."""
+    """Read one scalar. Returns (value, step, stored bytes). Raises _Unreadable.
+
+    `step` is the distance between neighbouring values of a scaled format at this value, or None if the stored scalar is
+    the weight itself.
+    """
     name, index = coordinate
     info = checkpoint.info(name)
     reading = checkpoint.quantisation.reading(name)
@@ -200,7 +224,7 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
 
 
 def _scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Fraction:
-    """The one factor of the scalar at `index`: of the tensor, of its row, or of its block. Raises _Unreadable."""
+    """Read the scale that applies to the scalar at `index`, stored per tensor, row or block. Raises _Unreadable."""
     if name in checkpoint.disagreements:
         raise _Unreadable(f"index and shards disagree about {name}")
     info = checkpoint.info(name)
@@ -227,7 +251,7 @@ def _scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tup
 
 
 def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
-    """Raise _Unreadable if bitsandbytes says that an int8 matrix is not stored row by row (`weight_format` 0)."""
+    """Raise _Unreadable if the bitsandbytes field `weight_format` is not 0: the int8 matrix is not stored by rows."""
     form = scale.removesuffix("SCB") + "weight_format"
     if not scale.endswith(".SCB") or form not in checkpoint.shapes:
         return
@@ -239,7 +263,7 @@ def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
 
 
 def _blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Elements along each axis that share a scale; None where the shapes leave it open."""
+    """Return the number of elements along each axis that share a scale, or None if the shapes do not decide it."""
     config = checkpoint.config.get("quantization_config")
     said = config.get("weight_block_size") if isinstance(config, dict) else None
     if isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said):
@@ -252,15 +276,20 @@ def _blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, .
 
 
 def _spacing(dtype: Dtype, value: float) -> float:
-    """Distance of neighbouring values of a float dtype around `value`."""
+    """Return the distance between neighbouring values of a float dtype around `value`."""
     fmt = dtype.float_format
+    if fmt is None:
+        raise ValueError(f"{dtype.name} is no floating-point dtype")
     exponent = max(math.frexp(value)[1] - 1, 1 - fmt.bias) if value else 1 - fmt.bias
     return math.ldexp(1.0, exponent - fmt.mantissa)
 
 
 def _expected(entry: KnownCoordinate) -> tuple[float | None, float, bool]:
-    """(known value, how inexact it is, whether its sign is known). A print is exact to half its last digit."""
-    if entry.value is not None:
+    """Return (known value, its uncertainty, True if its sign is known).
+
+    A printed value is exact to half of its last digit.
+    """
+    if entry.value is not None and entry.dtype is not None:
         return entry.value or None, _spacing(DTYPES[entry.dtype], entry.value), True
     text = entry.value_printed or ""
     match = re.match(r"-?\d+(?:\.(\d+))?", text)

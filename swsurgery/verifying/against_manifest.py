@@ -1,7 +1,7 @@
-"""Manifest x registry -> differences: does the registry record exactly what the manifest asks?
+"""Check that a record contains exactly what a manifest requests.
 
-Edits are resolved against the headers of the checkpoint, and the arithmetic is repeated on the registry's old bits,
-which are the base's if `verify` finds nothing. This module must not import the planner, whose result it checks.
+Edits are resolved against the checkpoint's headers, and the arithmetic is repeated on the record's old bits, which
+`verify` proves to be the base's. This module must not import the planner, whose result it checks.
 """
 
 from __future__ import annotations
@@ -23,37 +23,41 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.verifying.findings import Finding
 
+Node = tuple[str | int, ...]
+"""Path of a node in a manifest, such as ("edits", 0, "factor")."""
+
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a manifest asks of this checkpoint: each scalar once, and the edits that have no meaning here."""
+    """What a manifest requests of a checkpoint: each scalar once, and the edits that cannot be resolved."""
 
     loaded: LoadedManifest
     asked: dict[Coordinate, Asked]
     misfits: tuple[Finding, ...]
 
-    def finding(self, message: str, coordinate: Coordinate | None = None, *, path: tuple | None = None) -> Finding:
-        """A manifest-mismatch at the edit that names `coordinate`, or at the manifest's node `path`."""
+    def finding(self, message: str, coordinate: Coordinate | None = None, *, path: Node | None = None) -> Finding:
+        """Make a manifest-mismatch at the edit that names `coordinate`, or at the manifest's node `path`."""
         finding = Finding("manifest-mismatch", message)
         if coordinate is not None:
             finding = replace(finding, tensor=coordinate.tensor, index=coordinate.index)
         return self.at(finding, path if path is not None else ("edits",))
 
-    def at(self, finding: Finding, path: tuple = ()) -> Finding:
-        """The finding with its place in the manifest: the edit that names its scalar, else the node `path`, if any."""
-        scalar = self.asked.get(Coordinate(finding.tensor, finding.index)) if finding.index is not None else None
-        path = ("edits", scalar.number) if scalar else path
+    def at(self, finding: Finding, path: Node = ()) -> Finding:
+        """Return the finding with the position of the edit that names its scalar, or of the node `path` if any."""
+        if finding.tensor is not None and finding.index is not None:
+            scalar = self.asked.get(Coordinate(finding.tensor, finding.index))
+            path = ("edits", scalar.number) if scalar else path
         return point_at(self.loaded, finding, path) if path else finding
 
 
-def point_at(loaded: LoadedManifest, finding: Finding, path: tuple) -> Finding:
+def point_at(loaded: LoadedManifest, finding: Finding, path: Node) -> Finding:
     """Return the finding with the line and column of the manifest's node `path`."""
     line, column = loaded.positions.get(path) or loaded.positions[()]
     return replace(finding, manifest=str(loaded.path), line=line, column=column)
 
 
 def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...] = ()) -> Wishes:
-    """Resolve every edit against the headers of `checkpoint`. `repo_ids` are further names that its base may have."""
+    """Resolve every edit against the headers of `checkpoint`. `repo_ids` are further repositories of its base."""
     base = loaded.manifest.base
     misfits = []
     try:
@@ -69,8 +73,10 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
 
 
 def by_registry(wishes: Wishes, registry: Registry) -> list[Finding]:
-    """The registry records exactly what the manifest asks: the same scalars, operations, factors and pins, and new
-    bits that the arithmetic gives for the old ones."""
+    """Check that the record contains exactly what the manifest requests.
+
+    Compares scalars, operations, factors and pins, and the new bits with those computed from the old bits.
+    """
     identity = [wishes.finding(message, path=path) for path, message in unlike_bases(wishes.loaded.manifest, registry)]
     unlike = [wishes.finding(message, record) for record, message in unlike_records(wishes.asked, registry)]
     return [*wishes.misfits, *identity, *unlike]
@@ -78,7 +84,7 @@ def by_registry(wishes: Wishes, registry: Registry) -> list[Finding]:
 
 @dataclass(frozen=True)
 class _RecordedPlace:
-    """A known super weight as the registry of an edit recorded it."""
+    """A known super weight as the record quotes it."""
 
     id: str
     status: str
@@ -91,9 +97,9 @@ class _RecordedPlace:
 
 
 def own_findings(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
-    """Compare the manifest beside the registry, and those of earlier steps, with what the registry says was done.
+    """Compare the manifest stored in the checkpoint, and those of earlier steps, with the record.
 
-    A later version may know other super weights, so `known:` means those that the registry recorded.
+    A later version may know other super weights, so `known:` means those that the record quotes.
     """
     registry = patched.registry
     if hashlib.sha256(patched.manifest_raw).hexdigest() != registry.manifest_sha256:
@@ -118,14 +124,14 @@ def own_findings(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
 def _own_differences(
     raw: bytes, registry: Registry, elsewhere: Collection[str], checkpoint: Checkpoint
 ) -> Iterator[tuple[Coordinate | None, str]]:
-    """How a registry differs from the manifest that it was made from."""
+    """Yield each difference between a record and the manifest that it was made from, with its scalar if any."""
     try:
         manifest = parse_manifest(raw, Path(MANIFEST_NAME)).manifest
     except ManifestError as error:
         yield None, f"it is no sound manifest: {error.faults[0].removeprefix(f'{MANIFEST_NAME}:')}"
         return
     asked, faults = resolve(manifest, checkpoint, _recorded_places(registry))
-    # A protected scalar of a shard that stayed in the base's repository: there is no header here to resolve it with.
+    # Protected scalars of shards that stay in the base's repository cannot be resolved without the shard's header.
     afar = {r.coordinate for r in registry.protected if r.file in elsewhere and r.file not in checkpoint.shards}
     unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}
     yield from ((None, f"edits[{number}]: {fault}") for number, fault in faults if number not in unresolved)
@@ -133,12 +139,12 @@ def _own_differences(
         if coordinate in asked or coordinate not in afar or not unresolved:
             yield coordinate, message
     for path, message in unlike_bases(manifest, registry):
-        if path[-1] not in {*registry.omitted, *OWN_FILES}:  # these are no part of what was written
+        if path[-1] not in {*registry.omitted, *OWN_FILES}:  # these files were not written
             yield None, message
 
 
 def _recorded_places(registry: Registry) -> KnownPlaces:
-    """The known super weights that the registry recorded when the edit was made."""
+    """Return a function that finds the known super weights quoted in the record when the edit was made."""
 
     def places(word: str) -> Sequence[KnownPlace]:
         fields = _RecordedPlace.__dataclass_fields__

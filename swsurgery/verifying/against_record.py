@@ -1,7 +1,8 @@
-"""Registry + files -> Verification. Needs neither the planner nor, unless asked to compare with it, the base.
+"""Verify a patched checkpoint against its record. Must not import the planner.
 
-The proof: while a patched shard is hashed, the registry's old bytes are put back in a second hash. Where that
-gives the base's digest (which a hub publishes), the shard is the base with exactly the declared bytes changed.
+The proof: a patched shard is hashed twice in one pass, as it is and with the record's old bytes put back. If the second
+hash equals the base's digest (which the Hub publishes), the shard is the base with exactly the declared bytes changed.
+The base itself is not needed, unless a byte-by-byte comparison with it is requested.
 """
 
 from __future__ import annotations
@@ -29,20 +30,31 @@ from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.finite import FiniteScan
 
 RULES_OF_REGISTRY = (
-    "structure", "digest", "file-missing", "file-undeclared", "undeclared-change", "edit-changed",
-    "protected-changed", "registry", "manifest", "duplicate-weights",
-)  # fmt: skip
+    "structure",
+    "digest",
+    "file-missing",
+    "file-undeclared",
+    "undeclared-change",
+    "edit-changed",
+    "protected-changed",
+    "registry",
+    "manifest",
+    "duplicate-weights",
+)
+"""Rules that every verification of a record checks."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was proved of a registry: `ok` where no finding makes the answer no.
+    """Result of verifying a patched checkpoint against its record.
 
-    `proved` are files whose base digest came out again. `unverified` are files that have the registry's digests, but
-    these digests had been copied into the registry without hashing the base. Of the `unhashed` the registry knows no
-    digest, as an edit in place leaves it for files that it did not touch: only their size was checked. Of the `unread`,
-    edited files of a repository, the Hub says the digest; those `elsewhere` are not here and need not be. `finite` says
-    whether all stored floating-point values were searched for NaN and infinities.
+    `files`, `edits` and `protected` are the numbers that were checked. Each of the following names files:
+    `proved`: hashing with the old bytes put back gave the base's digest.
+    `unverified`: has the record's digests, but these were copied into the record without hashing the base.
+    `unhashed`: the record has no digest, because an edit in place did not touch the file. Only its size was checked.
+    `unread`: an edited file on the Hub that was not downloaded. Its digest is the one that the Hub lists.
+    `elsewhere`: an unchanged file that stays in the base's repository.
+    `finite` is True if all stored floating-point values were searched for NaN and infinities.
     """
 
     findings: tuple[Finding, ...]
@@ -60,6 +72,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """True if no finding is an error."""
         return not any(f.level == "error" for f in self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -80,10 +93,10 @@ class Verification:
 
 
 def verify(root: Path | Repository, progress: Progress, base: Path | None = None, finite: bool = False) -> Verification:
-    """Re-read the patched checkpoint in `root` and hold it against its registry, and against `base` if given. Of a
-    repository the Hub's digests are taken for large files, and only headers, edited scalars and small files are read.
+    """Verify the patched checkpoint in `root` against its record, and against `base` if given.
 
-    Raises CheckpointError where there is no registry, or it or the base cannot be read.
+    For a checkpoint on the Hub, only headers, edited scalars and small files are read; the digests of large files are
+    the ones that the Hub lists. Raises CheckpointError if the record is missing, or if it or the base cannot be read.
     """
     require_type("finite", finite, bool)
     patched = read_patched(root)
@@ -102,7 +115,7 @@ def verify(root: Path | Repository, progress: Progress, base: Path | None = None
 def verify_patched(
     patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None = None, finite: bool = False
 ) -> Verification:
-    """As `verify`, of a checkpoint that is open already."""
+    """Verify an open checkpoint against its record, and against an open base if given."""
     registry = patched.registry
     names = {f.name: f for f in checkpoint.files}
     findings = structure(checkpoint) + _file_list(registry, names) + _own_files(patched, names)
@@ -110,7 +123,8 @@ def verify_patched(
     findings += scalar_findings(registry, checkpoint)
     present = [name for name in registry.files if name in names]
     unhashed = [name for name in present if registry.files[name].sha256 is None]
-    proved, unverified = [], []
+    proved: list[str] = []
+    unverified: list[str] = []
     edited: dict[str, list[EditRecord]] = {}
     for edit in registry.edits:
         edited.setdefault(edit.file, []).append(edit)
@@ -122,7 +136,8 @@ def verify_patched(
             found = _file_digests(names[name], registry.files[name], edited.get(name, []), scan, progress)
             findings += found + (scan.findings() if scan else [])
             if not found and name not in unhashed and name not in unread:
-                (unverified if registry.files[name].unverified else proved).append(name)
+                target = unverified if registry.files[name].unverified else proved
+                target.append(name)
     finally:
         progress.close()
     if base is not None:
@@ -145,15 +160,15 @@ def verify_patched(
 
 
 def scalar_findings(registry: Registry, checkpoint: Checkpoint) -> list[Finding]:
-    """Hold every recorded scalar, protected ones of earlier steps too, against the headers and what is stored."""
-    findings = []
+    """Check every recorded scalar, including those that earlier steps protect, against the headers and stored bits."""
+    findings: list[Finding] = []
     for record in (*registry.edits, *_protected(registry, checkpoint)):
-        findings += _placed(record, checkpoint)
-    return findings + _operations(registry) + _named_twice(registry)
+        findings += _check_scalar(record, checkpoint)
+    return findings + _check_operations(registry) + _find_repeated(registry)
 
 
 def _protected(registry: Registry, checkpoint: Checkpoint) -> list[ScalarRecord]:
-    """List the scalars that this step or an earlier one protects and that can be read here."""
+    """List the scalars that this step or an earlier one protects and that can be read from this checkpoint."""
     names = {f.name for f in checkpoint.files}
     protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
     # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
@@ -161,9 +176,11 @@ def _protected(registry: Registry, checkpoint: Checkpoint) -> list[ScalarRecord]
 
 
 def structure(checkpoint: Checkpoint) -> list[Finding]:
-    """What the headers and the list of files tell of any checkpoint."""
-    findings = [Finding("structure", f"index and shards disagree: {why}", tensor=t)
-                for t, why in checkpoint.disagreements.items()]  # fmt: skip
+    """Check that the index agrees with the shards, and that there is no second copy of the weights."""
+    findings = [
+        Finding("structure", f"index and shards disagree: {why}", tensor=tensor)
+        for tensor, why in checkpoint.disagreements.items()
+    ]
     return findings + [
         Finding("duplicate-weights", "it holds the weights once more, and no edit of the shards reaches it", name)
         for name in checkpoint.copies
@@ -171,8 +188,8 @@ def structure(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
-    """Search the shards alone for NaN and infinities: one reading of them."""
-    findings = []
+    """Search all shards for NaN and infinities, reading each of them once."""
+    findings: list[Finding] = []
     progress.start(sum(shard.size for shard in checkpoint.shards.values()), "B", "searching for NaN and infinities")
     try:
         for name, shard in checkpoint.shards.items():
@@ -187,16 +204,22 @@ def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
 
 
 def _file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
-    missing = [Finding("file-missing", "the registry lists it, it is not there", name)
-               for name in registry.files if name not in names and name not in registry.elsewhere]  # fmt: skip
+    missing = [
+        Finding("file-missing", "the registry lists it, it is not there", name)
+        for name in registry.files
+        if name not in names and name not in registry.elsewhere
+    ]
     listed = {*registry.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
-    extra = [Finding("file-undeclared", "it is there, the registry does not list it", name)
-             for name in names if name not in listed]  # fmt: skip
+    extra = [
+        Finding("file-undeclared", "it is there, the registry does not list it", name)
+        for name in names
+        if name not in listed
+    ]
     return missing + extra
 
 
 def _own_files(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
-    """Registry and SHA256SUMS agree with each other."""
+    """Check that SHA256SUMS agrees with the record."""
     findings = []
     expected = patched.own_files()["SHA256SUMS"]
     if "SHA256SUMS" not in names:
@@ -210,11 +233,10 @@ def _about(record: ScalarRecord, rule: str, message: str) -> Finding:
     return Finding(rule, message, record.file, record.tensor, record.index)
 
 
-def _placed(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]:
-    """The record's tensor, index, dtype and offset mean the same scalar in this checkpoint's headers, which holds the
-    recorded bits."""
-    is_edit = isinstance(record, EditRecord)
-    rule, wanted = ("edit-changed", record.new_bits) if is_edit else ("protected-changed", record.old_bits)
+def _check_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]:
+    """Check that a recorded scalar has the recorded dtype, offset, values and bits in this checkpoint."""
+    edit = record if isinstance(record, EditRecord) else None
+    rule, wanted = ("edit-changed", edit.new_bits) if edit else ("protected-changed", record.old_bits)
     shard = checkpoint.shards.get(record.file)
     if shard is None or record.tensor not in shard.tensors:
         return [_about(record, "registry", "the registry names a scalar that the shards do not have")]
@@ -222,21 +244,21 @@ def _placed(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]:
     try:
         offset = shard.offset(record.tensor, record.index)
         old = record.old_bytes
-        recorded = record.new_bytes if is_edit else old
+        recorded = edit.new_bytes if edit else old
     except (IndexError, NumberError) as error:
         return [_about(record, "registry", f"the registry's entry is not possible: {error}")]
     if offset != record.offset or info.dtype.name != record.dtype:
-        return [_about(record, "registry", f"the registry puts it at byte {record.offset} as {record.dtype}, "
-                                           f"the header at byte {offset} as {info.dtype.name}")]  # fmt: skip
-    values = [(record.old, old)] + ([(record.new, recorded)] if is_edit else [])
+        recorded_place = f"the registry puts it at byte {record.offset} as {record.dtype}"
+        return [_about(record, "registry", f"{recorded_place}, the header at byte {offset} as {info.dtype.name}")]
+    values = [(record.old, old)] + ([(edit.new, recorded)] if edit else [])
     if any(value != json_value(info.dtype, bits) for value, bits in values):
         return [_about(record, "registry", "the registry's values are not what its bits mean")]
     stored = shard.read_scalar(record.tensor, record.index)
     return [] if stored == recorded else [_about(record, rule, f"it holds 0x{stored[::-1].hex()}, not {wanted}")]
 
 
-def _operations(registry: Registry) -> list[Finding]:
-    """Each edit's new bits are what its operation makes of its old ones."""
+def _check_operations(registry: Registry) -> list[Finding]:
+    """Check that each edit's operation, applied to its old bits, gives its new bits."""
     findings = []
     for edit in registry.edits:
         dtype = DTYPES[edit.dtype]
@@ -251,15 +273,15 @@ def _operations(registry: Registry) -> list[Finding]:
                 findings.append(_about(edit, "registry", f"the registry's {edit.op} and its factor do not go together"))
             elif new != edit.new_bytes:
                 by = f" by {edit.factor}" if edit.op == "scale" else ""
-                findings.append(_about(edit, "registry", f"{edit.op}{by} makes {dtypes.bits_of(new)} of "
-                                                         f"{edit.old_bits}, not {edit.new_bits}"))  # fmt: skip
+                made = f"{edit.op}{by} makes {dtypes.bits_of(new)} of {edit.old_bits}"
+                findings.append(_about(edit, "registry", f"{made}, not {edit.new_bits}"))
         except NumberError as error:
             findings.append(_about(edit, "registry", f"the registry's {edit.op} is not possible: {error}"))
     return findings
 
 
-def _named_twice(registry: Registry) -> list[Finding]:
-    """A scalar that two records name: what is put back for one would vouch for the other."""
+def _find_repeated(registry: Registry) -> list[Finding]:
+    """Report every scalar that is recorded twice: the bytes put back for one entry would also prove the other."""
     seen: set[tuple[str, int]] = set()
     findings = []
     for record in (*registry.edits, *registry.protected):
@@ -272,7 +294,7 @@ def _named_twice(registry: Registry) -> list[Finding]:
 def _file_digests(
     file: BaseFile, record: FileRecord, edits: list[EditRecord], scan: FiniteScan | None, progress: Progress
 ) -> list[Finding]:
-    """One reading, two hashes: the file as it is, and with the old bytes put back. `scan` sees the file as it is."""
+    """Check the digests of one file, as it is and with the old bytes put back. `scan` gets the bytes as they are."""
     try:
         old = sorted((e.offset, e.old_bytes) for e in edits)
     except NumberError as error:
@@ -284,6 +306,23 @@ def _file_digests(
     hashed = record.sha256 is not None or record.base_sha256 is not None
     if not hashed and scan is None:
         return findings
+    here, restored = _hash_twice(file, old, hashed, scan, progress)
+    if record.sha256 is not None and here != record.sha256:
+        findings.append(Finding("digest", f"its sha256 is {here}, not {record.sha256}", file.name))
+    if record.base_sha256 is not None and restored != record.base_sha256:
+        findings.append(
+            Finding("undeclared-change", "with the declared scalars put back it is not the base's file", file.name)
+        )
+    return findings
+
+
+def _hash_twice(
+    file: BaseFile, old: list[tuple[int, bytes]], hashed: bool, scan: FiniteScan | None, progress: Progress
+) -> tuple[str, str]:
+    """Read a file once and return two digests: as it is, and with the `old` (offset, bytes) put back.
+
+    If `hashed` is False, the file is only read for `scan`, and the digests have no meaning.
+    """
     here, restored = hashlib.sha256(), hashlib.sha256()
     remaining = collections.deque(old)
     for offset, chunk in chunks(file, [(at, len(b)) for at, b in old]):
@@ -297,17 +336,11 @@ def _file_digests(
                 chunk[at - offset : at - offset + len(data)] = data
             restored.update(chunk)
         progress.advance(len(chunk))
-    if record.sha256 is not None and here.hexdigest() != record.sha256:
-        findings.append(Finding("digest", f"its sha256 is {here.hexdigest()}, not {record.sha256}", file.name))
-    if record.base_sha256 is not None and (restored if old else here).hexdigest() != record.base_sha256:
-        findings.append(
-            Finding("undeclared-change", "with the declared scalars put back it is not the base's file", file.name)
-        )
-    return findings
+    return here.hexdigest(), (restored if old else here).hexdigest()
 
 
 def _by_hub(file: BaseFile, record: FileRecord) -> list[Finding]:
-    """A file that is not here, by the digest that the Hub keeps of it."""
+    """Check the digest that the Hub lists for a file that was not downloaded."""
     if record.sha256 in (None, file.digest):
         return []
     return [Finding("digest", f"its sha256 is {file.digest}, not {record.sha256}", file.name)]

@@ -1,8 +1,8 @@
-"""The rules that a checkpoint or a manifest is held against, and the value that says where one is broken.
+"""The rules for checkpoints and manifests, and the finding that reports a broken rule.
 
-One hand-written table of stable names. Scripts, suppressions and dashboards rely on them: a name is never given
-another meaning. To add a rule, add a row; a test fails until something produces it and docs/verify.md explains it.
-Knows neither files nor formats.
+The rules are one hand-written table of stable names. Scripts, suppressions and dashboards rely on these names, so a
+name never changes its meaning. To add a rule, add a row; a test fails until some code reports the rule and
+docs/verify.md explains it. This module must not depend on files or output formats.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, Literal
 from swsurgery.checkpoint.compare import Difference
 
 Level = Literal["error", "warning"]
-"""As SARIF spells them. An error makes the answer no (exit 1); a warning is said and does not."""
+"""Severity of a rule, as SARIF names it. An error makes the answer no (exit 1); a warning is only reported."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table: `meaning` is one sentence, true of every finding of this rule; `command` looks for it."""
+    """One row of the table. `meaning` is a sentence that applies to every finding of the rule; `command` checks it."""
 
     name: str
     meaning: str
@@ -81,10 +81,10 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be. `rule` is a name of the table; any other raises ValueError.
+    """One violation of a rule.
 
-    `file` is relative to the checkpoint, `index` in stored shape. `manifest` is the path of the manifest that
-    `line` and `column` (from 1) point into, where the finding concerns one of its edits.
+    `rule` is a name in RULES; any other name raises ValueError. `file` is relative to the checkpoint, and `index` is in
+    the stored shape. If the finding concerns a manifest, `manifest` is its path, and `line` and `column` count from 1.
     """
 
     rule: str
@@ -102,16 +102,17 @@ class Finding:
 
     @classmethod
     def of_difference(cls, difference: Difference) -> Finding:
-        """Make the finding of a place in which a checkpoint is not its base."""
+        """Make a finding from a difference between a checkpoint and its base."""
         return cls(difference.kind, difference.message, difference.file, difference.tensor, difference.index)
 
     @property
     def level(self) -> Level:
+        """Severity of the finding's rule."""
         return RULES[self.rule].level
 
     def to_json(self) -> dict[str, Any]:
-        """rule, level, file, tensor, index and message; manifest, line and column where it points into a manifest."""
-        document = {
+        """Return the finding as a JSON document. It has manifest, line and column only if a manifest is concerned."""
+        document: dict[str, Any] = {
             "rule": self.rule,
             "level": self.level,
             "file": self.file,

@@ -1,7 +1,7 @@
-"""NaN and infinities among the stored values, found on the raw bytes while somebody else reads them.
+"""Find NaN and infinities in the raw bytes of a shard while another function reads them.
 
-Exact for every float of the format, whose bit patterns come from the table of dtypes; memory is one chunk. Integers,
-and the sub-byte floats of OCP MX (which have neither NaN nor infinity), have nothing to find.
+The search is exact for every floating-point dtype; the bit patterns come from the table of dtypes. Memory use is one
+chunk. Integers and the sub-byte floats of OCP MX have neither NaN nor infinity and are skipped.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from swsurgery.storage.shard import Shard, TensorInfo
 from swsurgery.verifying.findings import Finding
 
 MAX_NAMED = 20
+"""Maximum number of tensors reported individually for one file."""
 
 
 class FiniteScan:
-    """Feed it a shard's bytes in order, in pieces of any size; then ask for its findings."""
+    """Search one shard. Feed its bytes in order, in pieces of any size, then call `findings`."""
 
     def __init__(self, name: str, shard: Shard):
         self._name, self._shard = name, shard
         self._tensors = [t for t in shard.tensors.values() if t.size and _words(t.dtype) is not None]
-        self._next = 0  # the first tensor that is not wholly behind us
-        self._tail = b""  # the bytes of an element whose rest is in the next piece
+        self._next = 0  # number of the first tensor that is not completely searched
+        self._tail = b""  # first bytes of an element that continues in the next piece
         self._bad: dict[str, tuple[int, int, bytes]] = {}
 
     def feed(self, offset: int, chunk: bytes | bytearray) -> None:
-        """The bytes of the file from `offset` on, which is where the last piece ended."""
+        """Search the next bytes of the file. `offset` must be the end of the previous piece."""
         start = offset - len(self._tail)
         data = bytes(self._tail) + chunk if self._tail else chunk
         end, self._tail = start + len(data), b""
@@ -45,25 +46,28 @@ class FiniteScan:
             self._next += 1
 
     def findings(self) -> list[Finding]:
-        """One for each tensor that holds such values, with their number and the first of them."""
+        """Return one finding for each tensor with such values, with their number and the first of them."""
         found = []
         for name, (count, flat, data) in self._bad.items():
             info = self._shard.tensors[name]
             value = "NaN or infinite" if info.dtype.kind == "opaque" else str(dtypes.decode(info.dtype, data))
             more = f", and {count - 1} more of this tensor" if count > 1 else ""
-            found.append(Finding("non-finite", f"it is {value} ({dtypes.bits_of(data)}){more}", self._name, name,
-                                 info.index(flat)))  # fmt: skip
+            message = f"it is {value} ({dtypes.bits_of(data)}){more}"
+            found.append(Finding("non-finite", message, self._name, name, info.index(flat)))
         if len(found) > MAX_NAMED:
-            more = len(found) - MAX_NAMED
-            found = [*found[:MAX_NAMED], Finding("non-finite", f"and {more} more tensors of this file", self._name)]
+            rest = len(found) - MAX_NAMED
+            found = [*found[:MAX_NAMED], Finding("non-finite", f"and {rest} more tensors of this file", self._name)]
         return found
 
     def _search(self, info: TensorInfo, start: int, data: memoryview) -> None:
-        """Look through whole words that begin `start` bytes into the tensor."""
+        """Search whole words, the first of which begins `start` bytes after the start of the tensor."""
         load_numpy()
         import numpy as np
 
-        size, mask, low, high = _words(info.dtype)
+        pattern = _words(info.dtype)
+        if pattern is None:
+            return
+        size, mask, low, high = pattern
         words = np.frombuffer(data, f"<u{size}")
         magnitudes = words & words.dtype.type(mask)
         bad = magnitudes >= words.dtype.type(low)
@@ -72,21 +76,25 @@ class FiniteScan:
         count = int(np.count_nonzero(bad))
         if not count:
             return
-        before, *first = self._bad.get(info.name, (0,))
-        if not first:
+        if info.name in self._bad:
+            before, element, stored = self._bad[info.name]
+        else:
             element = (start + int(np.argmax(bad)) * size) // info.dtype.size
             at = element * info.dtype.size - start
-            # The first half of a complex number may lie in the piece before: then only this half is shown.
-            first = [element, bytes(data[max(at, 0) : at + info.dtype.size])]
-        self._bad[info.name] = (before + count, *first)
+            # The first half of a complex number may be in the previous piece. Then only the second half is shown.
+            before, stored = 0, bytes(data[max(at, 0) : at + info.dtype.size])
+        self._bad[info.name] = (before + count, element, stored)
 
 
 def _words(dtype: Dtype) -> tuple[int, int, int, int | None] | None:
-    """(bytes, mask, lowest, highest) such that a masked word between the two is not finite; None where all are."""
+    """Return (bytes per word, mask, lowest, highest): a masked word from lowest to highest is not finite.
+
+    Returns None if every value of the dtype is finite. `highest` is None if it has no limit.
+    """
     if dtype.name == "C64":
-        dtype = DTYPES["F32"]  # two of them
+        dtype = DTYPES["F32"]  # a C64 is two of these
     if dtype.name == "F8_E8M0":
-        return 1, 0xFF, 0xFF, None  # OCP MX 1.0, section 5.4.1: the scale that is all ones is NaN
+        return 1, 0xFF, 0xFF, None  # OCP MX 1.0, section 5.4.1: the scale with all bits set is NaN
     fmt = dtype.float_format
     if fmt is None:
         return None
@@ -97,4 +105,5 @@ def _words(dtype: Dtype) -> tuple[int, int, int, int | None] | None:
 
 
 def _word_size(info: TensorInfo) -> int:
-    return _words(info.dtype)[0]
+    pattern = _words(info.dtype)
+    return pattern[0] if pattern else 1

@@ -1,8 +1,8 @@
-"""Findings as text for people, and as JSON, JUnit XML, SARIF and GitHub workflow commands for machines.
+"""Render findings as text for people, and as JSON, JUnit XML, SARIF and GitHub workflow commands for programs.
 
-Pure: values in, a string out; nothing is read, written or decided here. Every name may come from a hostile file, so
-none can break a line, an element or a command, nor rewrite a terminal. Sources: SARIF 2.1.0 (OASIS standard), XML
-1.0 (section 2.2, Char), GitHub's documentation of workflow commands and the runner's escaping of them.
+Pure functions from values to text. Any name may come from a hostile file, so names are escaped: they cannot break a
+line, an element or a command, and cannot control a terminal. Sources: SARIF 2.1.0 (OASIS standard), XML 1.0 (section
+2.2, Char), GitHub's documentation of workflow commands, and the escaping in GitHub's runner.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 @dataclass(frozen=True)
 class FindingReport:
-    """What one command found in one thing.
+    """Findings of one command about one checkpoint or manifest.
 
-    `subject` is the path as the user gave it (paths in the output begin with it), `command` as in "verify",
-    `checked` says in lines what was proved, `details` is more for the JSON document, `rules` are those that were
-    checked. `decided` is False where nothing could be held against anything: the answer is neither yes nor no.
+    `subject` is the path as the user gave it; paths in the output begin with it. `command` is a name such as "verify".
+    `checked` is text, in lines, that lists what was proved. `details` are further fields of the JSON document. `rules`
+    are the rules that were checked. `decided` is False if nothing could be compared: the answer is neither yes nor no.
     """
 
     subject: str
@@ -44,21 +44,22 @@ class FindingReport:
 
     @property
     def errors(self) -> int:
-        """How many findings make the answer no."""
+        """Number of findings that make the answer no."""
         return sum(f.level == "error" for f in self.findings)
 
     @property
     def ok(self) -> bool:
+        """True if the answer is yes."""
         return self.decided and not self.errors
 
     @property
     def exit_code(self) -> int:
-        """0 yes, 1 no, 2 where it cannot be said."""
+        """0 for yes, 1 for no, 2 if undecided."""
         return 1 if self.errors else 0 if self.decided else 2
 
 
 def render(report: FindingReport, format: Format) -> str:
-    """The report in one of FORMATS, as text that ends with a newline."""
+    """Render the report in one of FORMATS, as text that ends with a newline."""
     return _RENDERERS[format](report)
 
 
@@ -79,7 +80,7 @@ def _text(report: FindingReport) -> str:
 
 
 def _sentence(report: FindingReport, finding: Finding) -> str:
-    """Where, what, and the line of the manifest that asked for it: one line without a control character."""
+    """Render place, message and manifest line of a finding as one line without control characters."""
     place = " ".join(part for part in (finding.file, _scalar(finding)) if part) or report.subject
     if finding.manifest is not None and finding.file is None:
         return _plain(f"{_position(finding)}: {finding.message}")
@@ -102,7 +103,10 @@ def _checked(report: FindingReport) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """One line that is no command to GitHub's log: `::` begins one at a line's start, `##[` wherever it stands."""
+    """Escape text to one line that GitHub's log does not read as a command.
+
+    A command begins with `::` at the start of a line, or with `##[` anywhere.
+    """
     line = printable(text).replace("##[", r"\x23#[")
     return r"\x3a" + line.lstrip()[1:] if line.lstrip().startswith("::") else line
 
@@ -115,25 +119,27 @@ def _count(number: int, thing: str) -> str:
 
 
 def _json(report: FindingReport) -> str:
-    return _dumped({
-        **report.details,
-        "ok": report.ok,
-        "decided": report.decided,
-        "subject": report.subject,
-        "findings": [f.to_json() for f in report.findings],
-        "rules": list(_rules(report)),
-        "swsurgery_version": __version__,
-    })  # fmt: skip
+    return _dumped(
+        {
+            **report.details,
+            "ok": report.ok,
+            "decided": report.decided,
+            "subject": report.subject,
+            "findings": [f.to_json() for f in report.findings],
+            "rules": list(_rules(report)),
+            "swsurgery_version": __version__,
+        }
+    )
 
 
 def _dumped(document: Any) -> str:
-    """Strict JSON in ASCII, so that no name in it is more than letters to a terminal or to GitHub's log."""
+    """Render strict JSON in ASCII, in which no name can control a terminal or GitHub's log."""
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
     return text.replace("##[", r"\u0023#[").replace("\x7f", r"\u007f") + "\n"
 
 
 def _rules(report: FindingReport) -> tuple[str, ...]:
-    """Every rule that was checked or broken, in the order of the table."""
+    """List every rule that was checked or broken, in the order of the table."""
     named = {*report.rules, *(f.rule for f in report.findings)}
     return tuple(name for name in RULES if name in named)
 
@@ -142,14 +148,12 @@ def _rules(report: FindingReport) -> tuple[str, ...]:
 
 
 def _junit(report: FindingReport) -> str:
-    """One test case for each rule that was checked; a broken one fails once, with a line for each finding."""
+    """Render one test case for each rule that was checked. A broken rule fails once, with a line for each finding."""
     suites = ElementTree.Element("testsuites")
     suite = ElementTree.SubElement(suites, "testsuite", name=f"swsurgery {report.command} {_plain(report.subject)}")
     failed = skipped = 0
     for name in _rules(report) or ("all",):
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=f"swsurgery.{report.command}", name=name, time="0"
-        )  # fmt: skip
+        case = ElementTree.SubElement(suite, "testcase", classname=f"swsurgery.{report.command}", name=name, time="0")
         sentences = [_sentence(report, f) for f in report.findings if f.rule == name]
         if not sentences:
             continue
@@ -163,7 +167,7 @@ def _junit(report: FindingReport) -> str:
         skipped = 1
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"swsurgery.{report.command}", name="decided", time="0"
-        )  # fmt: skip
+        )
         ElementTree.SubElement(case, "skipped", message="nothing could be compared")
     counts = {"tests": str(len(suite)), "failures": str(failed), "errors": "0", "skipped": str(skipped)}
     suites.attrib.update(counts)
@@ -193,14 +197,16 @@ def _sarif(report: FindingReport) -> str:
             location["physicalLocation"]["region"] = region
         if finding.tensor is not None:
             location["logicalLocations"] = [{"fullyQualifiedName": _plain(_scalar(finding)), "kind": "member"}]
-        results.append({
-            "ruleId": finding.rule,
-            "ruleIndex": names.index(finding.rule),
-            "level": finding.level,
-            "message": {"text": _literal(_sentence(report, finding))},
-            "locations": [location],
-            "partialFingerprints": {"swsurgeryFinding/v1": fingerprint},
-        })  # fmt: skip
+        results.append(
+            {
+                "ruleId": finding.rule,
+                "ruleIndex": names.index(finding.rule),
+                "level": finding.level,
+                "message": {"text": _literal(_sentence(report, finding))},
+                "locations": [location],
+                "partialFingerprints": {"swsurgeryFinding/v1": fingerprint},
+            }
+        )
     rules = [
         {
             "id": rule.name,
@@ -221,18 +227,18 @@ def _sarif(report: FindingReport) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text in which nothing is a placeholder ({0}) or a link ([text](target)), as SARIF messages may have them."""
+    """Escape the placeholders ({0}) and links ([text](target)) that SARIF messages may contain."""
     return text.replace("{", "{{").replace("}", "}}").replace("](", "] (")
 
 
 def _uri(path: str) -> str:
-    """A URI reference: relative as it stands, absolute as file://."""
+    """Render a path as a URI reference: a relative path unchanged, an absolute path as file://."""
     encoded = quote(path.encode("utf-8", "surrogatepass"), safe="/")
     return f"file://{encoded}" if path.startswith("/") else encoded
 
 
 def _path(report: FindingReport, finding: Finding) -> str:
-    """The file that an annotation is put on: the manifest, else the checkpoint's file, else the checkpoint."""
+    """Return the path to annotate: the manifest, else the checkpoint's file, else the checkpoint."""
     if finding.manifest is not None:
         return finding.manifest
     return str(PurePosixPath(report.subject) / finding.file) if finding.file else report.subject
@@ -242,19 +248,23 @@ def _path(report: FindingReport, finding: Finding) -> str:
 
 
 def _github(report: FindingReport) -> str:
-    """A workflow command for each finding, and a notice with what was proved."""
+    """Render a workflow command for each finding, or a notice that lists what was proved."""
     lines = []
     for finding in report.findings:
-        properties = {"file": _path(report, finding), "line": finding.line, "col": finding.column,
-                      "title": f"swsurgery {report.command}: {finding.rule}"}  # fmt: skip
+        properties = {
+            "file": _path(report, finding),
+            "line": finding.line,
+            "col": finding.column,
+            "title": f"swsurgery {report.command}: {finding.rule}",
+        }
         given = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items() if value is not None)
         lines.append(f"::{finding.level} {given}::{_data(_sentence(report, finding))}")
     if report.ok:
         proved = "; ".join(" ".join(line.split()) for line in _checked(report)) or "nothing was found"
         lines.append(f"::notice title=swsurgery {report.command}::{_data(_plain(f'{report.subject}: {proved}'))}")
     elif not report.errors:
-        lines.append(f"::error title=swsurgery {report.command}::"
-                     f"{_data(_plain(f'{report.subject}: nothing could be compared'))}")  # fmt: skip
+        message = _data(_plain(f"{report.subject}: nothing could be compared"))
+        lines.append(f"::error title=swsurgery {report.command}::{message}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,7 @@
-"""Manifests -> findings, offline: what is wrong with a manifest, or could be better, that no checkpoint is needed for.
+"""Check manifests without a checkpoint and without a network connection.
 
-A manifest that does not load is a finding here, because whether it does is the question. The rest are the lints: what
-the planner would refuse once it sees the base, and what it would do without a word. Opens the manifests and nothing
-else; what is known of models comes from the registry.
+A manifest that does not load is a finding, not an error. The other rules report what the planner would refuse once it
+has the base, and what it would do without a warning. Only the manifests and the known super weights are read.
 """
 
 from __future__ import annotations
@@ -25,28 +24,31 @@ from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
 TOLERANCE = 2.0**-7
-"""Relative. Two readings of one value differ by at most this where one of them was rounded to BF16, the coarsest of
-the dtypes that values are published in."""
+"""Maximum relative difference between two readings of one value, one of which may be rounded to BF16.
+
+BF16 is the coarsest dtype in which values are published.
+"""
 
 _READ_AS = {4: ("F16", "BF16"), 8: ("F32",), 16: ("F64",)}
-"""Hex digits -> the dtypes that bits of this width may be of. Eight bits are of too many to say anything."""
+"""Number of hexadecimal digits -> dtypes of this width. Two digits are missing: too many dtypes have eight bits."""
 
 
 @dataclass(frozen=True)
 class LintReport(FindingReport):
-    """What was found in manifests. Where `strict`, a warning makes the answer no, as an error does."""
+    """Findings in manifests. If `strict` is True, a warning makes the answer no, as an error does."""
 
     strict: bool = False
 
     @property
     def errors(self) -> int:
+        """Number of findings that make the answer no."""
         return len(self.findings) if self.strict else super().errors
 
 
 def lint(paths: Sequence[Path], strict: bool = False) -> LintReport:
-    """Every finding of every manifest, file by file and in the order of its lines.
+    """Check every manifest. The findings are in the order of the files and their lines.
 
-    Raises ManifestError, which names all of them, where files cannot be read.
+    Raises ManifestError, which names all unreadable files, if any file cannot be read.
     """
     findings: list[Finding] = []
     unreadable: list[str] = []
@@ -72,7 +74,7 @@ def lint(paths: Sequence[Path], strict: bool = False) -> LintReport:
 
 
 def lint_manifest(path: Path) -> list[Finding]:
-    """The findings of one manifest, in the order of its lines. Raises ManifestError where it cannot be read."""
+    """Check one manifest. The findings are in the order of its lines. Raises ManifestError if it cannot be read."""
     try:
         loaded = load_manifest(path)
     except ManifestError as error:
@@ -83,12 +85,14 @@ def lint_manifest(path: Path) -> list[Finding]:
         for rule, check in LINTS.items()
         for (line, column), message in check(reading)
     ]
-    return sorted(found, key=lambda finding: (finding.line, finding.column))
+    return sorted(found, key=lambda finding: (finding.line or 0, finding.column or 0))
 
 
 def _faults(error: ManifestError, path: Path) -> Iterator[Finding]:
-    """The loader's lines, `path:line:column: what`, as findings. Raises `error` where none has a place: then the file
-    was not read."""
+    """Convert the loader's faults, `path:line:column: what`, to findings.
+
+    Raises `error` if no fault has a position: then the file could not be read.
+    """
     name = re.escape(printable(str(path)))
     matches = [re.fullmatch(rf"{name}(?::(\d+):(\d+))?: (.*)", fault, re.DOTALL) for fault in error.faults]
     if not any(match and match[1] for match in matches):
@@ -99,16 +103,16 @@ def _faults(error: ManifestError, path: Path) -> Iterator[Finding]:
 
 
 Place = tuple[int, int]
-"""Line and column, both from 1."""
+"""Line and column of a position in a manifest, both from 1."""
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """A manifest and what the registry says of it.
+    """A manifest, and the known super weights that it concerns.
 
-    `model` is the known model that the base is or, where not `same_values`, was made from. `entries[i]` is the known
-    coordinate that edit i names, `names[i]` one spelling of its scalar (None for `known: all`); `misses` is what the
-    registry was asked and does not know.
+    `model` is the known model that the base is a copy of, or a descendant of if `same_values` is False. `entries[i]` is
+    the known coordinate that edit i names, and `names[i]` one spelling of its scalar (None for `known: all`). `misses`
+    are the requests for unknown models or coordinates, with their positions.
     """
 
     loaded: LoadedManifest
@@ -120,15 +124,20 @@ class _Reading:
 
     @property
     def edits(self) -> list[Any]:
+        """Edits of the manifest, in order."""
         return self.loaded.manifest.edits
 
     def place(self, *path: str | int) -> Place:
-        """Where a field stands; where it does not, its edit or its part of the manifest."""
+        """Return the position of a field, or of the edit or section that should contain it if it is missing."""
         return self.loaded.position(*path)
 
     @classmethod
     def of(cls, loaded: LoadedManifest) -> _Reading:
-        base, misses, entries, names = loaded.manifest.base, [], [], []
+        """Look up everything that a manifest names."""
+        base = loaded.manifest.base
+        misses: list[tuple[Place, str]] = []
+        entries: list[KnownCoordinate | None] = []
+        names: list[str | None] = []
         published = model = None
         try:
             published = model = own.of_repo(base.repo_id) if base.repo_id else None
@@ -136,13 +145,14 @@ class _Reading:
         except LookupFailed as error:
             place = loaded.positions[("base", "model") if base.model else ("base",)]
             misses += [(place, fault) for fault in error.faults]
-        same_values = base.repo_id is None or published is not None and published.hf_id == model.hf_id
+        same_model = published is not None and model is not None and published.hf_id == model.hf_id
+        same_values = base.repo_id is None or same_model
         for number, edit in enumerate(loaded.manifest.edits):
             entry = None
             try:
                 entry = _entry(edit, model)
             except LookupFailed as error:
-                if model is not None or not misses:  # a model that was not found is said once
+                if model is not None or not misses:  # a model that was not found is reported once
                     place = loaded.position("edits", number, "known")
                     misses += [(place, fault) for fault in error.faults]
             entries.append(entry)
@@ -151,7 +161,7 @@ class _Reading:
 
 
 def _entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | None:
-    """The known coordinate that an edit names, in whichever form. Raises LookupFailed where `known` finds none."""
+    """Find the known coordinate that an edit names in any form. Raises LookupFailed if its `known` has no match."""
     if edit.known is not None:
         if model is None:
             raise LookupFailed("the registry knows nothing of this base", edit.known, "name its model: base.model")
@@ -163,7 +173,9 @@ def _entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | None:
         if entry.col is None:
             raise LookupFailed(f"only the row of {entry.id} is known, not the scalar", model.hf_id)
         return entry
-    for entry in model.coordinates if model else ():
+    if model is None:
+        return None
+    for entry in model.coordinates:
         if edit.layer is not None:
             same = (entry.layer, entry.expert, entry.row, entry.col) == (edit.layer, edit.expert, edit.row, edit.col)
         else:
@@ -175,12 +187,15 @@ def _entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | None:
 
 
 def _spelling(edit: Target) -> str | None:
-    if edit.layer is not None:
+    """Spell the scalar that an edit names, by its short form or by its tensor and index. None for `known`."""
+    if edit.layer is not None and edit.row is not None and edit.col is not None:
         return coordinate_id(edit.layer, edit.expert, edit.row, edit.col)
-    return str(Coordinate(edit.tensor, edit.index)) if edit.tensor is not None else None
+    if edit.tensor is not None and edit.index is not None:
+        return str(Coordinate(edit.tensor, edit.index))
+    return None
 
 
-# The lints. Each yields places and messages ------------------------------------------------------------------------
+# One function for each rule. Each yields positions and messages -----------------------------------------------------
 
 
 def _duplicates(reading: _Reading) -> Iterator[tuple[Place, str]]:
@@ -195,8 +210,10 @@ def _duplicates(reading: _Reading) -> Iterator[tuple[Place, str]]:
 
 def _out_of_range(reading: _Reading) -> Iterator[tuple[Place, str]]:
     model = reading.model
-    for number, edit in enumerate(reading.edits) if model else ():
-        # In a mixture of experts dense layers, experts and shared experts differ in width, so only rows are held.
+    if model is None:
+        return
+    for number, edit in enumerate(reading.edits):
+        # In a mixture of experts, dense layers, experts and shared experts differ in width, so columns are not checked.
         width = model.intermediate_size if model.num_experts is None else None
         sizes = {"layer": model.num_layers, "row": model.hidden_size, "col": width, "expert": model.num_experts}
         wrong = [
@@ -230,7 +247,7 @@ def _contradictions(reading: _Reading) -> Iterator[tuple[Place, str]]:
 
 
 def _values(expect: Any) -> list[float]:
-    """What an `expect` may mean as a number; empty where that is open."""
+    """Return the numbers that an `expect` can mean. Empty if its dtype is not known."""
     if isinstance(expect, str):
         names = _READ_AS.get(len(expect) - 2, ())
         return [float(dtypes.decode(DTYPES[name], dtypes.from_bits(DTYPES[name], expect))) for name in names]
@@ -268,7 +285,7 @@ def _expected(edit: Set | Zero) -> Any:
 
 def _unguarded(reading: _Reading) -> Iterator[tuple[Place, str]]:
     if reading.loaded.manifest.base.sha256:
-        return  # the shards are pinned, and every value with them
+        return  # the digests pin the shards, and thus every value
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
         brought = edit.known == "all" or edit.known is not None and entry is not None and entry.value is not None
         if edit.writes and edit.expect is None and not brought:
@@ -301,5 +318,7 @@ LINTS: dict[str, Callable[[_Reading], Iterator[tuple[Place, str]]]] = {
     "base-unpinned": _unpinned,
     "bounds-missing": _unbounded,
 }
-"""Each rule of rules.py that is held without a checkpoint, and what holds it. To add a lint, write its function and
-its row here, its row there, and its paragraph in docs/ci.md."""
+"""Rules that need no checkpoint, and the function that checks each.
+
+To add a rule, write its function, its row here, its row in findings.py, and its paragraph in docs/ci.md.
+"""

@@ -1,8 +1,8 @@
-"""Signatures of whole checkpoints, in the format of OpenSSF Model Signing, with keys that lie in files.
+"""Sign whole checkpoints and verify signatures, in the format of OpenSSF Model Signing, with keys in files.
 
-A signature says who vouches for these files; the registry says what they are made of. The library model-signing
-(the extra `sign`) makes and checks it; this room decides which files are covered, which keys are accepted, and
-that a link is never followed. Knows neither edits nor bases, and opens no connection.
+A signature proves who signed the files; the record proves what was changed in them. The library model-signing (the
+extra `sign`) makes and checks signatures. This module decides which files are covered and which keys are accepted, and
+never follows a link. It must not depend on edits or bases, and opens no connection.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from swsurgery.storage.strict_json import parse_json, read_small
 from swsurgery.verifying.findings import Finding
 
 SIGNATURE_NAME = "model.sig"
-"""Where tools that know the format look for a signature inside a checkpoint. It covers all files but itself."""
+"""Conventional name of the signature file in a checkpoint. The signature covers all other files."""
 
 NOT_COVERED = (".git", ".github", ".gitattributes", ".gitignore", ".cache", SIGNATURE_NAME)
-"""Top-level names that a signature does not cover: those that the format leaves to version control, and the cache
-that downloads leave behind."""
+"""Top-level names that a signature does not cover: names that the format leaves to version control, the cache of a
+download, and the signature itself."""
 
 
 def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
-    """Sign every file of the checkpoint in `root` with the private key (PEM, on P-256, P-384 or P-521) in `key`.
+    """Sign every file of the checkpoint in `root` with the private key in `key` (PEM; P-256, P-384 or P-521).
 
-    The signature goes to `signature`, else to model.sig in the checkpoint; returns where. Raises CheckpointError,
-    TargetError where a signature is there already, SwsurgeryError for a key that cannot be used.
+    Writes the signature to `signature`, by default model.sig in the checkpoint, and returns its path. Raises
+    CheckpointError, TargetError if the signature exists, and SwsurgeryError for a key that cannot be used.
     """
     library = _library()
     root = Path(os.path.realpath(root))
@@ -49,7 +49,7 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
     try:
         said = patched.registry.base if patched else None
         checkpoint = open_as(root, said) if said else open_checkpoint(root)
-    except AmbiguousWeights:  # both are signed, and so both have to be sound
+    except AmbiguousWeights:  # both sets of weights are signed, so both must be valid
         open_checkpoint(root, "index")
         checkpoint = open_checkpoint(root, "single")
     if filesystem.is_there(signature):
@@ -67,16 +67,17 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
         data = read_exactly(memory, os.fstat(memory).st_size, 0, path)
     temporary = signature.with_name(f".{signature.name}.partial")
     with filesystem.reported(signature):
-        filesystem.remove_file(temporary)  # of a run that was killed
+        filesystem.remove_file(temporary)  # left by a killed run
         filesystem.replace_file(signature, data, temporary)
         filesystem.sync_directory(signature.parent)
     return signature
 
 
 def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Finding]:
-    """What the signature, checked with `public_key` (PEM), does not vouch for; nothing where it covers all of `root`.
+    """Verify the signature of the checkpoint in `root` with `public_key` (PEM).
 
-    Raises CheckpointError where checkpoint or signature cannot be read, SwsurgeryError for a key that cannot be used.
+    Returns a finding for each file that is not as signed; none if the signature covers every file as it is. Raises
+    CheckpointError if the checkpoint or the signature cannot be read, SwsurgeryError for a key that cannot be used.
     """
     library = _library()
     root = Path(os.path.realpath(root))
@@ -92,11 +93,11 @@ def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Find
     try:
         covered, left_out = _statement(raw, signature.name)
         with _memory(raw) as (_, path), _reading(root), contextlib.redirect_stdout(io.StringIO()):
-            config.verify(root, path)  # the library warns on stdout of signatures in an older form
+            config.verify(root, path)  # the library prints warnings about signatures in an older form to stdout
     except CheckpointError as error:
         return [Finding("signature", fault, signature.name) for fault in error.faults]
     except refusals as error:
-        if hashing.found is None:  # the key comes first, so nothing was hashed
+        if hashing.found is None:  # the library checks the key before it hashes
             return [Finding("signature", "it was not made with this key, or was changed since", signature.name)]
         return _differences(covered, hashing.found) or [Finding("signature", str(error), signature.name)]
     allowed = {*NOT_COVERED, _relative(signature, root)}
@@ -119,9 +120,9 @@ def _differences(covered: dict[str, str], found: dict[str, str]) -> list[Finding
 
 
 def _statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
-    """(file -> sha256, top-level names left out) as a signature has them, not yet checked with a key.
+    """Read a signature without checking it. Returns (file -> sha256, top-level names that are not covered).
 
-    Raises CheckpointError, and what indexing raises where the form is another.
+    Raises CheckpointError, and the errors of indexing if the document has another form.
     """
     envelope = parse_json(raw, name)["dsseEnvelope"]
     predicate = parse_json(base64.b64decode(envelope["payload"], validate=True), name)["predicate"]
@@ -135,9 +136,9 @@ def _statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
 
 
 class _Hashing:
-    """What is handed to the library as the way to hash: its own way, which remembers what it found.
+    """Hashing configuration for the library. It delegates to the library's own, and stores the digests.
 
-    `found` maps a file to its sha256, and is None as long as nothing was hashed.
+    `found` maps each file to its sha256. It is None until the library has hashed the files.
     """
 
     def __init__(self, config: Any):
@@ -146,6 +147,7 @@ class _Hashing:
 
     @classmethod
     def of(cls, library: _Library, root: Path, signature: Path) -> _Hashing:
+        """Configure sha256 for each file of `root`, without the files that a signature does not cover."""
         names = [*NOT_COVERED, *filter(None, [_relative(signature, root)])]
         config = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
         return cls(config.set_ignored_paths(paths=sorted(set(names)), ignore_git_paths=False))
@@ -160,7 +162,7 @@ class _Hashing:
 
 
 class _Library:
-    """The parts of model-signing and cryptography used here, loaded when first needed."""
+    """The parts of model-signing and cryptography that this module uses, imported when first needed."""
 
     def __init__(self) -> None:
         from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -179,7 +181,10 @@ def _library() -> _Library:
 
 @contextlib.contextmanager
 def _key(path: Path, *, private: bool) -> Iterator[Path]:
-    """Another name of the key's file, held open, so that what is judged is what is used."""
+    """Open the key's file, check it, and yield a path to the open file, so that the checked file is the one used.
+
+    Raises SwsurgeryError if the file cannot be read or, for a private key, if other users can access it.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -200,14 +205,14 @@ def _key_faults(key: Path, library: _Library) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError, library.UnsupportedAlgorithm):
-        # An RSA key has no curve, and one with a password asks for it: both are told the same way.
+        # An RSA key has no curve, and an encrypted key needs a password: both give the same error.
         remedy = "a PEM file without a password, made as docs/signing.md says"
         raise SwsurgeryError("not a key on the curve P-256, P-384 or P-521", key, remedy) from None
 
 
 @contextlib.contextmanager
 def _memory(data: bytes) -> Iterator[tuple[int, Path]]:
-    """A file in memory that holds `data`: the library takes and gives paths only."""
+    """Make a file in memory with the content `data`, because the library accepts only paths."""
     fd = os.memfd_create("swsurgery", os.MFD_CLOEXEC)
     try:
         filesystem.write_all(fd, data)
@@ -222,7 +227,7 @@ def _open_file(fd: int) -> Path:
 
 @contextlib.contextmanager
 def _reading(root: Path) -> Iterator[None]:
-    """Hold off edits in place of `root`, and turn what the file system says of it into a CheckpointError."""
+    """Prevent edits in place of `root` during the block, and convert an OSError to a CheckpointError."""
     with filesystem.locked(root, exclusive=False):
         try:
             yield
@@ -231,16 +236,15 @@ def _reading(root: Path) -> Iterator[None]:
 
 
 def _links(root: Path) -> list[str]:
-    """Faults, for the first few links and special files: what they lead to is not in the directory.
+    """List faults for the first MAX_LISTED links and special files: their content is not in the directory.
 
-    Raises CheckpointError where there is no such directory, and for a snapshot of the cache, all of whose files are
-    links.
+    Raises CheckpointError if the directory does not exist, or is a snapshot of the cache, which consists of links.
     """
     if not root.is_dir():
         raise CheckpointError("no such checkpoint", root)
     if is_cache_snapshot(root):
-        raise CheckpointError("a snapshot of the Hugging Face cache is made of links", root,
-                              "copy it first: cp -rL SNAPSHOT DIRECTORY")  # fmt: skip
+        what = "a snapshot of the Hugging Face cache is made of links"
+        raise CheckpointError(what, root, "copy it first: cp -rL SNAPSHOT DIRECTORY")
     faults = []
     for entry in _walk(root, root):
         name = os.path.relpath(entry.path, root)
@@ -251,8 +255,8 @@ def _links(root: Path) -> list[str]:
     return sorted(faults)[:MAX_LISTED]
 
 
-def _walk(folder: Path, root: Path) -> Iterator[os.DirEntry]:
-    """Everything below `folder` that a signature covers, but directories."""
+def _walk(folder: Path, root: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield every entry below `folder` that a signature covers, except directories."""
     for entry in os.scandir(folder):
         if folder == root and entry.name in NOT_COVERED:
             continue
@@ -263,6 +267,6 @@ def _walk(folder: Path, root: Path) -> Iterator[os.DirEntry]:
 
 
 def _relative(path: Path, root: Path) -> str | None:
-    """`path` relative to `root`, or None where it lies elsewhere."""
+    """Return `path` relative to `root`, or None if it is outside `root`."""
     real = Path(os.path.realpath(path.parent), path.name)
     return str(real.relative_to(root)) if real.is_relative_to(root) else None

@@ -1,5 +1,6 @@
-"""Everything that can be proved of one checkpoint, by what is at hand: its registry, its base, a manifest, the known
-super weights of its model. `verify.py` is the proof from the registry alone; here the others are put beside it.
+"""Check one checkpoint against its record, its base, a manifest, known super weights and a signature.
+
+`against_record.py` contains the proof from the record alone. This module adds the other checks and combines them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, printable
 from swsurgery.hub import Repo, named, place
 from swsurgery.progress import Progress
+from swsurgery.storage.files import Repository
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.verifying.against_record import Verification, scan_finite, structure, verify_patched
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
-if TYPE_CHECKING:  # the rooms of one question each are loaded when it is asked
+if TYPE_CHECKING:  # each of these modules answers one question and is imported only when it is asked
     from swsurgery.manifest.load import LoadedManifest
     from swsurgery.verifying.against_known import Survival
     from swsurgery.verifying.against_manifest import Wishes
@@ -30,9 +32,12 @@ if TYPE_CHECKING:  # the rooms of one question each are loaded when it is asked
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. `base` is a directory or hf://ORG/NAME[@REV]; `model` and `tolerance` go with `known`, and
-    `public_key` (PEM) with `signature`. `weights` and `variant` say which to read if there are several sets of
-    weights, and neither registry nor manifest says."""
+    """What to check a checkpoint against.
+
+    `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set. `public_key`
+    (PEM) is required with `signature`. `weights` and `variant` choose the weights if the checkpoint has several sets
+    and neither the record nor the manifest names one.
+    """
 
     base: str | None = None
     manifest: Path | None = None
@@ -47,15 +52,16 @@ class Question:
 
     @property
     def needs_no_registry(self) -> bool:
+        """True if any requested check also works for a checkpoint without a record."""
         return bool(self.known or self.manifest or self.finite or self.signature)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The answer: what was found, and the parts it was made of.
+    """Result of all checks: the findings, and the result of each check.
 
-    `verification` is None without a registry. `base` is where the base was that was compared with. `notes` are on the
-    checkpoint's files and change no answer.
+    `verification` is None if the checkpoint has no record. `base` is the location of the base that was compared.
+    `notes` describe the checkpoint's files and do not change the answer.
     """
 
     findings: tuple[Finding, ...]
@@ -63,17 +69,18 @@ class Proof:
     verification: Verification | None = None
     survival: Survival | None = None
     manifest: LoadedManifest | None = None
-    base: Path | None = None
+    base: Path | Repository | None = None
     finite: bool = False
     signature: Path | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def decided(self) -> bool:
+        """False if known super weights were requested and none of them could be compared."""
         return self.survival is None or self.survival.decided
 
     def to_json(self) -> dict[str, Any]:
-        """verify's document of a registry where there is one, and beside it manifest and known."""
+        """Return the JSON document of the record's verification, extended by the other checks."""
         document = self.verification.to_json() if self.verification else {}
         if self.manifest is not None:
             document["manifest"] = {"path": str(self.manifest.path), "base": self.base and str(self.base)}
@@ -83,12 +90,12 @@ class Proof:
         return document | {"findings": findings, "finite": self.finite, "notes": list(self.notes)}
 
     def report(self, subject: str) -> FindingReport:
-        """For the formats; `subject` is the checkpoint's path as the user wrote it."""
+        """Build the report that the output formats render. `subject` is the checkpoint's path as the user wrote it."""
         checked = "\n".join(map(printable, self.lines()))
         return FindingReport(subject, "verify", self.findings, checked, self.to_json(), self.rules, self.decided)
 
     def lines(self) -> Iterable[str]:
-        """What was proved, for people. A claim stands here only where nothing was found against it."""
+        """Yield what was proved, as text. A claim is omitted if any finding contradicts it."""
         clean = not any(f.level == "error" for f in self.findings)
         if self.verification is not None and clean:
             yield from _registry_lines(self.verification)
@@ -108,30 +115,27 @@ class Proof:
 
 
 def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
-    """Hold the checkpoint in `root`, or in a repository, against everything that `question` names, and against its
-    registry if it has one.
+    """Check a checkpoint against everything in `question`, and against its record if it has one.
 
-    Raises CheckpointError where there is nothing to hold it against or a file cannot be read, ManifestError for a
-    faulty manifest, LookupFailed for a model that nobody knows.
+    Raises CheckpointError if there is nothing to check against or a file cannot be read, ManifestError for an invalid
+    manifest, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key.
     """
     if (question.signature is None) != (question.public_key is None):
         raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
     patched = read_patched(root)
     if patched is None and not question.needs_no_registry:
-        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}",
-                              "only a patched checkpoint has one; --known and --manifest do without")  # fmt: skip
+        raise CheckpointError(
+            "no registry",
+            f"{root}/{OWN_FILES[0]}",
+            "only a patched checkpoint has one; --known and --manifest do without",
+        )
     loaded = _load(question.manifest)
-    said = patched.registry.base if patched else loaded.manifest.base if loaded else None
-    if said is not None:
-        who = REGISTRY_NAME if patched else str(question.manifest)
-        refuse_other_weights(question.weights, said.weights, who, question.variant, said.variant)
-        question = replace(question, weights=said.weights or question.weights, variant=said.variant or question.variant)
+    question = _choose_weights(question, patched, loaded)
     base = _open_base(root, question, loaded, patched)
     try:
         checkpoint = _open(root, question, patched.registry.elsewhere if patched else ())
     except CheckpointError as error:
-        there = isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))
-        if patched is None and (isinstance(error, AmbiguousWeights) or not there):
+        if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise
         return Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
     repo_ids = _repo_ids(patched)
@@ -144,11 +148,8 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
             pointed = wishes or _own_wishes(root, patched, checkpoint, repo_ids)
             findings = [pointed.at(f) for f in findings] if pointed else findings
     else:
-        findings, rules = structure(checkpoint), ("structure", "duplicate-weights")
-        if question.finite:
-            findings += scan_finite(checkpoint, progress)
-            rules += ("non-finite",)
-    if loaded is not None:
+        findings, rules = _check_files(checkpoint, question.finite, progress)
+    if wishes is not None:
         findings += _by_manifest(wishes, patched, checkpoint, base, progress)
         rules += ("manifest-mismatch", "undeclared-change", "file-missing", "file-undeclared", "base")
     kept = None
@@ -156,21 +157,59 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
         kept = _survey(question, checkpoint, patched, repo_ids)
         findings += kept.findings()
         rules += ("known-lost", "known-unreadable", "known-suspicious")
-    if question.signature is not None:
-        from swsurgery.verifying.signature import verify_signature
-
-        if not isinstance(root, Path):
-            raise SwsurgeryError("a signature covers files that are here", root, "download it: hf download")
-        findings += verify_signature(root, question.signature, question.public_key)
+    if question.signature is not None and question.public_key is not None:
+        findings += _check_signature(root, question.signature, question.public_key)
         rules += ("signature",)
     return Proof(
-        tuple(findings), rules, verification, kept, loaded, base.root if base else None, question.finite,
-        question.signature, checkpoint.notes,
-    )  # fmt: skip
+        tuple(findings),
+        rules,
+        verification,
+        kept,
+        loaded,
+        base.root if base else None,
+        question.finite,
+        question.signature,
+        checkpoint.notes,
+    )
+
+
+def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedManifest | None) -> Question:
+    """Return the question with the weights that the record names, or the manifest if the checkpoint has no record.
+
+    Raises CheckpointError if the question names other weights.
+    """
+    said = patched.registry.base if patched else loaded.manifest.base if loaded else None
+    if said is None:
+        return question
+    who = REGISTRY_NAME if patched else str(question.manifest)
+    refuse_other_weights(question.weights, said.weights, who, question.variant, said.variant)
+    return replace(question, weights=said.weights or question.weights, variant=said.variant or question.variant)
+
+
+def _has_shards(root: Path | Repo) -> bool:
+    """Return True if `root` is a local directory that contains safetensors files."""
+    return isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))
+
+
+def _check_files(checkpoint: Checkpoint, finite: bool, progress: Progress) -> tuple[list[Finding], tuple[str, ...]]:
+    """Check a checkpoint that has no record. Returns the findings and the rules that were checked."""
+    findings, rules = structure(checkpoint), ("structure", "duplicate-weights")
+    if not finite:
+        return findings, rules
+    return findings + scan_finite(checkpoint, progress), (*rules, "non-finite")
+
+
+def _check_signature(root: Path | Repo, signature: Path, public_key: Path) -> list[Finding]:
+    """Check the signature of a local checkpoint. Raises SwsurgeryError for a checkpoint on the Hub."""
+    from swsurgery.verifying.signature import verify_signature
+
+    if not isinstance(root, Path):
+        raise SwsurgeryError("a signature covers files that are here", root, "download it: hf download")
+    return verify_signature(root, signature, public_key)
 
 
 def _open(root: Path | Repo, question: Question, elsewhere: Collection[str] = ()) -> Checkpoint:
-    """Open a checkpoint with the weights that the question names."""
+    """Open a checkpoint with the weights that `question` names."""
     return open_chosen(root, question.weights, question.variant, elsewhere=elsewhere)
 
 
@@ -195,9 +234,12 @@ def _survey(
 def _open_base(
     root: Path | Repo, question: Question, loaded: LoadedManifest | None, patched: Patched | None
 ) -> Checkpoint | None:
-    """The base that was given, else the manifest's own where it is at hand: not where it was edited in place, for
-    then it is this checkpoint. Without registry and without base nothing can be proved of a manifest, and the error
-    says where the base was looked for."""
+    """Open the base that `question` names, or the manifest's base if it is available.
+
+    Returns None if the checkpoint has a record and its base is not available, or if the base was edited in place and is
+    the checkpoint itself. Raises CheckpointError if the checkpoint has no record and the manifest's base cannot be
+    opened: then nothing can be proved.
+    """
     if question.base is not None:
         return _open(place(named(question.base)), question)
     if loaded is None:
@@ -206,8 +248,7 @@ def _open_base(
 
     try:
         where = place(base_of(loaded, None))
-        both = isinstance(where, Path) and isinstance(root, Path)
-        if patched and both and os.path.realpath(where) == os.path.realpath(root):
+        if patched and isinstance(where, Path) and isinstance(root, Path) and _is_same(where, root):
             return None
         return _open(where, question)
     except CheckpointError:
@@ -216,8 +257,12 @@ def _open_base(
         return None
 
 
+def _is_same(first: Path, second: Path) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
 def _repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
-    """The names that a registry gives its base, or the model whose facts it holds."""
+    """Return the repository ids in a record: of the base, and of the known model whose super weights it quotes."""
     if patched is None:
         return ()
     facts = patched.registry.known or {}
@@ -235,14 +280,14 @@ def _wishes(loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tup
 def _own_wishes(
     root: Path | Repo, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
 ) -> Wishes | None:
-    """The manifest beside the registry, for findings to point into."""
+    """Resolve the manifest stored in the checkpoint, so that findings can name its lines. None if it is invalid."""
     from swsurgery.manifest.load import parse_manifest
 
     try:
         beside = root if isinstance(root, Path) else Path()
         loaded = parse_manifest(patched.manifest_raw, beside / MANIFEST_NAME)
     except ManifestError:
-        return None  # it was changed by hand, and its digest says so
+        return None  # the manifest was changed by hand, which its digest already reports
     return _wishes(loaded, checkpoint, repo_ids)
 
 
