@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.storage.coordinate import Coordinate
 
 Placement = Literal["auto", "whole", "streamed"]
@@ -40,6 +42,12 @@ class ScalarChange:
     coordinate: Coordinate
     base: float
     patched: float
+
+
+def local_directory(checkpoint: Checkpoint) -> Path:
+    """Return the directory of a checkpoint that is on this machine, as every checkpoint is that a model is run from."""
+    assert isinstance(checkpoint.root, Path)
+    return checkpoint.root
 
 
 def available() -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
-from swsurgery.model import Placement, ScalarChange, available
+from swsurgery.model import Placement, ScalarChange, available, local_directory
 from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.model.report import Bounds, CheckReport, Continuations
 from swsurgery.model.tokenizer import start
@@ -72,7 +72,8 @@ def run_checks(
     if reason := available():
         raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
     _compare(checkpoint, changes)
-    refuse_unrunnable(checkpoint.root)
+    directory = local_directory(checkpoint)
+    refuse_unrunnable(directory)
     try:
         load_numpy()
     except MemoryError as error:
@@ -91,9 +92,9 @@ def run_checks(
     text = built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts
     with load.quiet():
-        tokenizer = load.load_tokenizer(checkpoint.root)
+        tokenizer = load.load_tokenizer(directory)
         paired = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        vocabulary = paired.model.get_input_embeddings().num_embeddings
+        vocabulary = measure.vocabulary_size(paired.model)
         context = load.context_length(paired.model)
         bos = measure.bos_prefix(tokenizer)
         longest = min(window, context - len(bos))

@@ -52,7 +52,7 @@ class Peak(NamedTuple):
     value: float
 
 
-class Logits(Sequence[Tensor]):
+class Logits:
     """The logits of each variant for one sequence, computed when they are asked for, and not kept: all together may
     be larger than the model. To be read before the next sequence is."""
 
@@ -61,6 +61,9 @@ class Logits(Sequence[Tensor]):
 
     def __len__(self) -> int:
         return self._variants
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self._compute, range(self._variants))
 
     def __getitem__(self, variant: int) -> Tensor:
         if not 0 <= variant < self._variants:
@@ -72,7 +75,7 @@ class Outcomes(NamedTuple):
     """What all variants made of one sequence: logits (tokens, vocabulary) in the model's dtype, and the peaks."""
 
     sequence: int
-    logits: Sequence[Tensor]
+    logits: Logits
     peaks: tuple[Peak | None, ...]
 
 
@@ -92,7 +95,8 @@ class Watch(Protocol):
 class Weights(Protocol):
     """Where a layer's weights come from, if they are not in memory all the time. `sizes` are the layers' in bytes."""
 
-    sizes: Sequence[int]
+    @property
+    def sizes(self) -> Sequence[int]: ...
 
     def layer(self, number: int) -> AbstractContextManager[torch.device]:
         """The layer has its weights, on the device that is given, while this lasts."""
@@ -248,7 +252,8 @@ class LayeredModel:
         apart = any(self.places.touches(variant, None) for variant in variants)
         groups = []
         for numbers in lengths.values():
-            states, calls = [], []
+            states: list[Tensor] = []
+            calls: list[Call] = []
             for number in numbers:
                 rows = []
                 for variant in variants if apart else ({},):
@@ -329,7 +334,7 @@ class LayeredModel:
             return forward
 
         with self._replaced(stand_in):
-            return self.model(input_ids=self._tokens(ids), use_cache=False).logits[0]
+            return self._logits(ids)
 
     @contextlib.contextmanager
     def _replaced(self, stand_in: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
@@ -351,6 +356,10 @@ class LayeredModel:
     def _outside(self, head: bool = False) -> AbstractContextManager[torch.device]:
         return self.weights.outside(head) if self.weights else contextlib.nullcontext(self.device)
 
+    def _logits(self, ids: Sequence[int]) -> Tensor:
+        logits: Tensor = self.model(input_ids=self._tokens(ids), use_cache=False).logits
+        return logits[0]
+
     def _tokens(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], device=self.device)
 
@@ -365,7 +374,8 @@ class LayeredModel:
     ) -> Iterator[Outcomes]:
         for number, ids in enumerate(sequences):
             progress.relabel(f"sequence {number + 1}/{len(sequences)}")
-            logits, found = [], []
+            logits: list[Tensor] = []
+            found: list[Peak | None] = []
             for index, variant in enumerate(variants):
                 if index and not variant and not variants[0]:
                     logits.append(logits[0])
@@ -373,9 +383,9 @@ class LayeredModel:
                     continue
                 peaks = _Peaks()
                 with self.places.swapped(variant), self._observed(number, index, watch, peaks):
-                    logits.append(self.model(input_ids=self._tokens(ids), use_cache=False).logits[0])
+                    logits.append(self._logits(ids))
                 found.append(peaks.of(number, 0))
-            yield Outcomes(number, tuple(logits), tuple(found))
+            yield Outcomes(number, Logits(len(logits), logits.__getitem__), tuple(found))
             progress.advance(1)
 
     @contextlib.contextmanager

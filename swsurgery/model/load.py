@@ -13,9 +13,9 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from logging import CRITICAL
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -23,20 +23,21 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import sdpa_kernel
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.hub import config_error
-from swsurgery.model import Placement
+from swsurgery.model import Placement, local_directory
 from swsurgery.model.forward import ATTENTION, LayeredModel
 from swsurgery.model.places import find_decoder_layers
 from swsurgery.model.refusals import has_tokenizer, missing_weights, no_tokenizer, refuse_dtype, refuse_pointers
 from swsurgery.model.stream import StreamedWeights, pinned_pieces
 from swsurgery.model.tokenizer import Tokenizer
-from swsurgery.model.torch_dtypes import STORED
+from swsurgery.model.torch_dtypes import streamed_dtype
+from swsurgery.model.transformers_private import AutoClass, LoadingInfo, language_model_class, no_init_weights
 from swsurgery.model.weight_plan import plan_weights
 
 #: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
@@ -54,8 +55,10 @@ LOADING_ERRORS = (
 def quiet() -> Iterator[None]:
     """Keep transformers' bars and log lines and all Python warnings off the terminal, then restore how it was."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    disable_bars: Callable[[], None] = logging.disable_progress_bar
+    enable_bars: Callable[[], None] = logging.enable_progress_bar
+    logging.set_verbosity(CRITICAL)
+    disable_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -63,7 +66,7 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            enable_bars()
 
 
 def pick_device(name: str) -> torch.device:
@@ -110,15 +113,16 @@ def open_model(
     cannot load it, where weights are missing (transformers would make them up), or where there is not
     enough memory.
     """
-    refuse_pointers(checkpoint.root)
-    refuse_dtype(checkpoint.root)
+    directory = local_directory(checkpoint)
+    refuse_pointers(directory)
+    refuse_dtype(directory)
     target = pick_device(device)
     elements = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     comfortable = elements * 4 <= COMFORTABLE_SHARE * _free_bytes(target)
     aside = checkpoint.choice == "index"
     if aside and placement == "whole":
-        raise ModelError(f"transformers would load {checkpoint.single}, not what the index lists", checkpoint.root,
-                         "--placement streamed")  # fmt: skip
+        what = f"transformers would load {checkpoint.single}, not what the index lists"
+        raise ModelError(what, directory, "--placement streamed")
     if placement == "streamed" or aside or (placement == "auto" and not comfortable):
         try:
             return _open_streamed(checkpoint, target, device)
@@ -128,7 +132,19 @@ def open_model(
             say(f"the model is loaded whole: {error}")
     model = _load_whole(checkpoint, torch.float32 if comfortable else "auto")
     with running(target):
-        return LayeredModel(model.to(target).eval(), checkpoint)
+        _move(model, target)
+        set_evaluation_mode(model)
+        return LayeredModel(model, checkpoint)
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Move a model; the annotations of transformers do not accept a device, those of torch do."""
+    module.to(device)
+
+
+def set_evaluation_mode(module: nn.Module) -> None:
+    """Turn dropout off; the same method of transformers' models has no annotations."""
+    module.eval()
 
 
 def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> LayeredModel:
@@ -136,7 +152,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
     devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if everywhere else [target]
     try:
         config = transformers.AutoConfig.from_pretrained(
-            checkpoint.root, local_files_only=True, trust_remote_code=False
+            local_directory(checkpoint), local_files_only=True, trust_remote_code=False
         )
         text = config.get_text_config()
         dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _stored_dtype(checkpoint)
@@ -146,7 +162,8 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
             raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
         with no_init_weights(), _parameters_on_meta():
-            model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
+            model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False)
+            set_evaluation_mode(model)
         model.tie_weights()  # it is part of the initialisation that was left out
     except LOADING_ERRORS as error:
         raise ModelError(f"cannot be read layer by layer: {first_line(error)}", checkpoint.root) from error
@@ -173,7 +190,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """That of the first stored weight that is a floating-point number, as transformers takes it."""
-    found = (STORED.get(checkpoint.info(tensor).dtype.name) for tensor in checkpoint.shapes)
+    found = (streamed_dtype(checkpoint.info(tensor).dtype.name) for tensor in checkpoint.shapes)
     return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
@@ -199,34 +216,32 @@ def _wake(device: torch.device, dtype: torch.dtype) -> None:
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Modules that are built meanwhile have no memory for their parameters; their buffers are computed as ever."""
-    register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = type(parameter)(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.device.type == "meta":
+            return parameter
+        return type(parameter)(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = on_meta
+    hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # what it returns is used
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        hook.remove()
 
 
-def auto_model(config: PretrainedConfig) -> type:
-    """The class that builds a model of this config: a language model, alone or beside one that sees images.
+def auto_model(config: PreTrainedConfig) -> AutoClass:
+    """Return the class that builds a model of `config`: a language model, with or without image input.
 
     Raises Unrunnable for a model type that has neither.
     """
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping:
-            return auto
-    raise Unrunnable(f"transformers has no language model of model_type {config.model_type}", config.name_or_path,
-                     "an embedding, reward or encoder model predicts no tokens")  # fmt: skip
+    if auto := language_model_class(config):
+        return auto
+    what = f"transformers has no language model of model_type {config.model_type}"
+    raise Unrunnable(what, config.name_or_path, "an embedding, reward or encoder model predicts no tokens")
 
 
 def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
-    directory = checkpoint.root
+    directory = local_directory(checkpoint)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         refuse_codes(checkpoint, config)
@@ -257,7 +272,7 @@ def cannot_load(error: Exception, directory: Path) -> Unrunnable:
     )
 
 
-def refuse_codes(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> None:
+def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     """Raise Unrunnable if transformers would take codes for weights, for it dequantises only what the config declares.
 
     A `.scale` beside an FP8 weight would be left out with a warning.
@@ -268,7 +283,7 @@ def refuse_codes(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) 
         raise Unrunnable(f"transformers would take its codes for weights: {why}", name, "load an unquantised copy")
 
 
-def refuse_invented(info: Mapping[str, Collection[Any]], directory: Path) -> None:
+def refuse_invented(info: LoadingInfo, directory: Path) -> None:
     """Raises Unrunnable where transformers made weights up: those that are not stored, or not in the shape that
     config.json asks for. `info` is its loading info, made with ignore_mismatched_sizes."""
     misfits = sorted((name, list(stored), list(wanted)) for name, stored, wanted in info["mismatched_keys"])

@@ -35,9 +35,16 @@ def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     return [bos] if bos is not None and full[:1] == [bos] != plain[:1] else []
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of token ids that `model` accepts."""
+    size = model.get_input_embeddings().num_embeddings
+    assert isinstance(size, int)
+    return size
+
+
 def refuse_unknown_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
     """Raises ModelError where a token id is beyond the model's vocabulary."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_size(model)
     if (largest := max((token for ids in sequences for token in ids), default=0)) >= vocabulary:
         raise ModelError(f"tokenizer gives token {largest}", f"the model has {vocabulary}", "is it this model's own?")
 

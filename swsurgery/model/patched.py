@@ -13,9 +13,18 @@ from transformers import AutoConfig, PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import CheckpointError, ModelError
-from swsurgery.model.load import LOADING_ERRORS, auto_model, cannot_load, quiet, refuse_codes, refuse_invented
+from swsurgery.model import local_directory
+from swsurgery.model.load import (
+    LOADING_ERRORS,
+    auto_model,
+    cannot_load,
+    quiet,
+    refuse_codes,
+    refuse_invented,
+    set_evaluation_mode,
+)
 from swsurgery.model.places import Places, find_decoder_layers
-from swsurgery.model.torch_dtypes import TORCH
+from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.storage.dtypes import bits_of
 from swsurgery.storage.files import opened
 from swsurgery.storage.shard import TensorInfo
@@ -30,7 +39,7 @@ def load(
     Raises ModelError where transformers cannot load it or would load other weights, where a parameter does not hold
     the stored value, or where it is not in memory.
     """
-    root = checkpoint.root
+    root = local_directory(checkpoint)
     fixed = {"local_files_only": True, "use_safetensors": True, "variant": checkpoint.variant}
     if options.pop("trust_remote_code", False):
         raise ModelError("code that comes with a checkpoint is not run", root, "leave trust_remote_code out")
@@ -57,14 +66,14 @@ def load(
     for scalar in (*splices, *protected):
         new = scalar.new if isinstance(scalar, Splice) else scalar.old
         _set(places, scalar, new)
-    return model.eval()
+    set_evaluation_mode(model)
+    return model
 
 
 def _set(places: Places, scalar: Scalar, new: bytes) -> None:
     """Put `new` where the loaded model holds a stored scalar, rounded as the stored value was."""
     place = places.place(scalar.coordinate)
-    module, name = place.owners[0]
-    weight = module._parameters[name].data
+    weight = place.weight
     if weight.device.type == "meta":
         raise ModelError("offloaded, so it cannot be edited in memory", scalar.coordinate, "give another device_map")
     old, wanted = (_scalar(scalar.dtype.name, data).to(weight.dtype) for data in (scalar.old, new))
@@ -81,7 +90,7 @@ def _expect(found: Tensor, wanted: Tensor, scalar: Scalar) -> None:
 
 
 def _scalar(dtype: str, data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=TORCH[dtype])[0]
+    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype])[0]
 
 
 def _bits(tensor: Tensor) -> bytes:
@@ -95,7 +104,7 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"index and shards disagree about {name}", what)
     for name in checkpoint.weight_map:
         dtype = checkpoint.info(name).dtype.name
-        if dtype not in TORCH:
+        if dtype not in TORCH_DTYPES:
             raise ModelError(f"torch has no {dtype}", name)
 
 
@@ -104,6 +113,7 @@ def tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple
     made. Raises CheckpointError where a shard ends early or a splice's old bytes are not there."""
     for file, shard in checkpoint.shards.items():
         with opened(shard.path) as fd:
+            assert isinstance(fd, int)  # the checkpoint of a model is on this machine
             for info in shard.tensors.values():
                 if checkpoint.weight_map.get(info.name) != file:
                     continue
@@ -114,7 +124,7 @@ def tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple
 def _read(fd: int, info: TensorInfo, offset: int, splices: Sequence[Splice], file: str) -> Tensor:
     """One tensor, read into memory of its own."""
     if not info.size:
-        return torch.empty(info.shape, dtype=TORCH[info.dtype.name])
+        return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype.name])
     data = bytearray(info.size)
     view, done = memoryview(data), 0
     while done < info.size:
@@ -128,4 +138,4 @@ def _read(fd: int, info: TensorInfo, offset: int, splices: Sequence[Splice], fil
         if data[place] != splice.old:
             raise CheckpointError("the file was changed while it was read", f"{splice.coordinate} in {file}")
         data[place] = splice.new
-    return torch.frombuffer(data, dtype=TORCH[info.dtype.name]).reshape(info.shape)
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype.name]).reshape(info.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +35,12 @@ class Place:
     stored: float
     owners: tuple[tuple[nn.Module, str], ...]
     layers: frozenset[int | None]
+
+    @property
+    def weight(self) -> Tensor:
+        """The loaded parameter that contains the scalar."""
+        module, name = self.owners[0]
+        return module.get_parameter(name).data
 
 
 class Places:
@@ -64,8 +70,7 @@ class Places:
                 place = self._found[coordinate]
                 if where is not ... and where not in place.layers:
                     continue
-                module, name = place.owners[0]
-                weight = module._parameters[name].data
+                weight = place.weight
                 if weight.device.type == "meta":  # the head, while only the embedding is there
                     continue
                 held = weight[place.index].clone()
@@ -133,11 +138,23 @@ def find_decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of the text model in order: the first list of modules, from the outside in, that is as long
     as the config says; empty where there is none."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for root in (model.get_decoder(), model):
-        for module in root.modules() if isinstance(root, nn.Module) else ():
+    for root in (decoder(model), model):
+        for module in root.modules() if root is not None else ():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return list(module)
     return []
+
+
+def decoder(model: PreTrainedModel) -> nn.Module | None:
+    """Return the text decoder of `model`, or None."""
+    get: Callable[[], nn.Module | None] = model.get_decoder
+    return get()
+
+
+def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Return the module that turns hidden states into logits, or None."""
+    get: Callable[[], nn.Module | None] = model.get_output_embeddings
+    return get()
 
 
 def _inside(index: tuple[int, ...], shape: Sequence[int]) -> bool:

@@ -121,7 +121,8 @@ class CheckReport:
 
         If nothing was compared, `compared` is false and what needs a base is null or empty. Otherwise there is no such
         field, so that records keep the bytes that they always had."""
-        document = {
+        prompts = [{"prompt": p.prompt, "base": _tokens(p.base), "patched": _tokens(p.patched)} for p in self.prompts]
+        document: dict[str, Any] = {
             "base": _side(self.base),
             "patched": _side(self.patched),
             "perplexity_ratio": _number(self.perplexity_ratio),
@@ -130,9 +131,7 @@ class CheckReport:
                 "base": _number(self.base.stopword_mass),
                 "patched": _number(self.patched.stopword_mass),
             },
-            "prompts": [
-                {"prompt": p.prompt, "base": _tokens(p.base), "patched": _tokens(p.patched)} for p in self.prompts
-            ],
+            "prompts": prompts,
             "text": {
                 "sha256": self.text_sha256,
                 "windows": self.windows,
@@ -153,7 +152,7 @@ class CheckReport:
         if not self.compared:
             document |= {"compared": False, "base": None, "perplexity_ratio": None, "kl": None}
             document["stopword_mass"] = {"base": None, "patched": _number(self.patched.stopword_mass)}
-            document["prompts"] = [{**prompt, "base": []} for prompt in document["prompts"]]
+            document["prompts"] = [{**prompt, "base": []} for prompt in prompts]
         return document
 
 

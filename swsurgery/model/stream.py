@@ -13,7 +13,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,10 @@ PIECE = 8 << 20
 
 READERS = max(2, min(8, os.cpu_count() or 2))
 """Threads that read."""
+
+
+_new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+_new_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
 
 
 class StreamedWeights:
@@ -171,8 +175,10 @@ class _Files:
         with self._lock:
             fd = self._open.get(path)
             if fd is None:
-                fd = self._open[path] = self._stack.enter_context(opened(path))
-        view = memoryview(memory.numpy())
+                file = self._stack.enter_context(opened(path))
+                assert isinstance(file, int)  # the checkpoint of a model is on this machine
+                fd = self._open[path] = file
+        view = memory.numpy().data
         while view:
             try:
                 count = os.preadv(fd, [view], offset)
@@ -195,10 +201,10 @@ class _Reader:
     def __init__(self, devices: Sequence[torch.device]):
         self._files = _Files()
         self._threads = Pool(READERS)
-        self._streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
+        self._streams = {device: _new_stream(device) for device in devices if device.type == "cuda"}
         self._pinned: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
         for piece in pinned_pieces() if self._streams else ():
-            self._pinned.put((piece, torch.cuda.Event()))
+            self._pinned.put((piece, _new_event()))
 
     def fill(self, slots: Sequence[Slot], memory: Tensor, device: torch.device) -> None:
         """Read `slots` into `memory` on `device`; work that the current stream is given later finds it there."""
@@ -221,7 +227,7 @@ class _Reader:
         else:
             stream.wait_event(free)
         list(self._threads.map(lambda task: self._through_pinned(task, memory, stream), tasks))
-        copied = torch.cuda.Event()
+        copied = _new_event()
         copied.record(stream)
         return copied
 
@@ -252,7 +258,7 @@ class _Buffer:
     def __init__(self, size: int, device: torch.device):
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.copied: torch.cuda.Event | None = None
-        self.used = torch.cuda.Event() if device.type == "cuda" else None
+        self.used = _new_event() if device.type == "cuda" else None
         if self.used is not None:
             self.used.record(torch.cuda.current_stream(device))
 

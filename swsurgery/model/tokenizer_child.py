@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import sys
+from logging import CRITICAL
 
 IDLE_SECONDS = 120
 MAX_TOKENS = 4_000_000
@@ -64,8 +65,8 @@ def serve(directory: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     bos = tokenizer.bos_token_id
-    answer({"size": len(tokenizer), "bos": bos if isinstance(bos, int) else None,
-            "files": [str(name) for name in tokenizer.vocab_files_names.values()]})  # fmt: skip
+    files = [str(name) for name in tokenizer.vocab_files_names.values()]
+    answer({"size": len(tokenizer), "bos": bos if isinstance(bos, int) else None, "files": files})
     while (request := read_request()) is not None:
         if "end" in request:
             answer({})
@@ -76,7 +77,9 @@ def serve(directory: str) -> None:
                 raise ValueError(f"a text of {len(ids)} tokens")
             answer({"ids": [int(i) for i in ids]})
         else:
-            answer({"texts": tokenizer.batch_decode(request["ids"], clean_up_tokenization_spaces=False)})
+            sequences = request["ids"]
+            assert isinstance(sequences, list)
+            answer({"texts": tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)})
 
 
 def first_line(error: BaseException) -> str:
@@ -117,7 +120,7 @@ def main() -> None:
         if read_request() is not None:
             answer({"error": f"transformers cannot be imported: {first_line(error)}"})
         return
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     while select.select([0], [], [], IDLE_SECONDS)[0]:
         request = read_request()
         if request is None:

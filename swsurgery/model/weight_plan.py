@@ -17,8 +17,11 @@ from transformers import PreTrainedModel
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import loaded_candidates, name_prefixes
 from swsurgery.errors import ModelError
+from swsurgery.model import local_directory
+from swsurgery.model.places import decoder, output_embeddings
 from swsurgery.model.refusals import HEADS, missing_weights
-from swsurgery.model.torch_dtypes import STORED
+from swsurgery.model.torch_dtypes import streamed_dtype
+from swsurgery.model.transformers_private import names_kept_in_float32
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import Place, opened, read_exactly
 
@@ -77,9 +80,10 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
     prefixes = ("", *name_prefixes(checkpoint.config))
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
     # A model that also sees images never needs what sees them here.
-    needed = {id(module) for root in (model.get_decoder(), model.get_output_embeddings()) if root is not None
-              for module in root.modules()}  # fmt: skip
-    head = {id(model.get_output_embeddings())}
+    output = output_embeddings(model)
+    roots = [root for root in (decoder(model), output) if root is not None]
+    needed = {id(module) for root in roots for module in root.modules()}
+    head = {id(output)}
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -95,7 +99,7 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
         stored = [(path, parts) for path, parts in found if parts]
         if not stored:
             if HEADS & set(found[0][0].split(".")) and not any(HEADS & set(t.split(".")) for t in checkpoint.shapes):
-                raise missing_weights([found[0][0]], checkpoint.root)
+                raise missing_weights([found[0][0]], local_directory(checkpoint))
             raise ModelError("cannot be read layer by layer: no stored form is known", holders[0][0])
         parts = stored[0][1]
         # Tied: usually stored under one of its names. If it is stored twice and differs, transformers does not tie.
@@ -141,9 +145,7 @@ def layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
 
 def _loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> torch.dtype:
     """The dtype in which transformers would load it: some modules are kept in float32."""
-    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    half = getattr(model, "_keep_in_fp32_modules", None) or ()
-    kept = (*strict, *(half if tensor.dtype == torch.float16 else ()))
+    kept = names_kept_in_float32(model, tensor.dtype)
     if tensor.is_floating_point() and any(re.search(rf"(?:^|\.){re.escape(name)}(?:$|\.)", path) for name in kept):
         return torch.float32
     return tensor.dtype
@@ -209,7 +211,7 @@ def _part(name: str, element: int, checkpoint: Checkpoint) -> Part:
     info, shard = checkpoint.info(name), checkpoint.shards[checkpoint.weight_map[name]]
     if why := checkpoint.quantisation.refusal(name):
         raise ModelError(f"cannot be read layer by layer: {why}", name)
-    dtype = STORED.get(info.dtype.name)
+    dtype = streamed_dtype(info.dtype.name)
     if dtype is None:
         raise ModelError(f"cannot be read layer by layer: stored as {info.dtype.name}", name)
     return Part(shard.path, shard.data_start + info.data_offsets[0], info.size, dtype, element)

@@ -33,7 +33,7 @@ def windows_of(
 def variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]) -> int:
     """How many variants beside the base may go through the model in one reading; at least one."""
     config, element = model.model.config.get_text_config(), model.dtype.itemsize
-    size = sum(map(len, windows)) * config.hidden_size * element
+    size: int = sum(map(len, windows)) * config.hidden_size * element
     if not model.layered(windows[0]):  # then the logits of all variants are there at once
         size += max(map(len, windows)) * config.vocab_size * element
     return max(1, STATES // size - 1)
