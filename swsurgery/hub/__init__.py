@@ -62,13 +62,13 @@ class Uri:
         return COMMIT.fullmatch(self.revision or "") is not None
 
     def __str__(self) -> str:
-        return SCHEME + self.repo_id + (f"@{self.revision}" if self.revision else "") + (
-            f"/{self.sub}" if self.sub else "")  # fmt: skip
+        at = f"@{self.revision}" if self.revision else ""
+        return SCHEME + self.repo_id + at + (f"/{self.sub}" if self.sub else "")
 
 
 def parse_uri(text: str) -> Uri:
     """`hf://ORG/NAME[@REVISION][/sub]` of a model. Raises HubError."""
-    from huggingface_hub.utils import parse_hf_uri
+    from huggingface_hub import parse_hf_uri
 
     with told(text):
         uri = parse_hf_uri(text)

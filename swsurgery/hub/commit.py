@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from swsurgery.errors import HubError
 from swsurgery.hub.faults import told
 from swsurgery.hub.names import COMMIT
-from swsurgery.hub.remote import RemoteFile, Traffic
+from swsurgery.hub.remote import RemoteFile, Traffic, require_commit
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -124,15 +124,18 @@ def _listing(repo_id: str, revision: str | None) -> Listing:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    api, traffic, files, blobs = HfApi(), Traffic(), {}, {}
+    api, traffic = HfApi(), Traffic()
+    files: dict[str, RemoteFile] = {}
+    blobs: dict[str, str] = {}
     info = api.repo_info(repo_id, revision=revision)
-    for entry in api.list_repo_tree(repo_id, recursive=True, revision=info.sha):
+    commit = require_commit(info.sha)
+    for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit):
         if isinstance(entry, RepoFile):
             sha256 = entry.lfs.sha256 if entry.lfs else None
-            files[entry.path] = RemoteFile(repo_id, info.sha, entry.path, entry.size, sha256, entry.xet_hash, traffic)
+            files[entry.path] = RemoteFile(repo_id, commit, entry.path, entry.size, sha256, entry.xet_hash, traffic)
             if sha256 is None:
                 blobs[entry.path] = entry.blob_id
-    return Listing(repo_id, info.sha, bool(info.private), files, blobs, traffic)
+    return Listing(repo_id, commit, bool(info.private), files, blobs, traffic)
 
 
 def endpoint() -> str:
@@ -145,7 +148,7 @@ def endpoint() -> str:
 @contextlib.contextmanager
 def drawing(bars: bool) -> Iterator[None]:
     """Whether the client draws its progress bars on stderr within the block."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = are_progress_bars_disabled()
     with warnings.catch_warnings():
@@ -171,7 +174,7 @@ def holds_token(data: bytes) -> bool:
         except OIDCError:
             remedy = "the job needs the permission id-token: write, or HF_OIDC_ID_TOKEN; or unset HF_OIDC_RESOURCE"
             raise HubError("HF_OIDC_RESOURCE is set, and there is no identity to exchange", "", remedy) from None
-    return bool(token) and token.encode() in data
+    return token.encode() in data if token else False
 
 
 def open_pull_requests(repo_id: str, title: str) -> list[int]:
@@ -232,9 +235,13 @@ class Draft:
         with _told(_uri(self._repo_id)):
             new = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
             HfApi().preupload_lfs_files(
-                self._repo_id, list(new.values()), revision=self._branch, create_pr=self._create_pr,
-                free_memory=False, gitignore_content=NOTHING_IGNORED,
-            )  # fmt: skip
+                self._repo_id,
+                list(new.values()),
+                revision=self._branch,
+                create_pr=self._create_pr,
+                free_memory=False,
+                gitignore_content=NOTHING_IGNORED,
+            )
             self._additions |= new
             return {name: addition.upload_info.sha256.hex() for name, addition in new.items()}
 
@@ -252,7 +259,7 @@ class Draft:
         """
         from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi, errors
 
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationDelete(name, is_folder=False) for name in deletions),
             *self._additions.values(),
             *(CommitOperationCopy(c.source, c.name, source.commit, source.repo_id, "model") for c in copies if source),
@@ -261,10 +268,14 @@ class Draft:
         with _told(where):
             try:
                 done = HfApi().create_commit(
-                    self._repo_id, operations, commit_message=message, commit_description=description,
-                    revision=None if self._create_pr else self._branch, create_pr=self._create_pr,
+                    self._repo_id,
+                    operations,
+                    commit_message=message,
+                    commit_description=description,
+                    revision=None if self._create_pr else self._branch,
+                    create_pr=self._create_pr,
                     parent_commit=self._parent,
-                )  # fmt: skip
+                )
             except errors.FileDuplicationError as error:
                 said = set(re.findall(r"[0-9a-f]{64}", str(error)))
                 raise CopyRefused(_some(copies, said), source) from None
@@ -310,6 +321,6 @@ def _told(where: object) -> Iterator[None]:
             if str(error).startswith("Invalid metadata in README.md"):
                 raise HubError("the Hub does not take the card's metadata", where) from None
             if str(error).startswith("LFS batch API returned errors"):
-                raise HubError("the Hub does not take a large file", where,
-                               "is there storage left in this namespace?") from None  # fmt: skip
+                remedy = "is there storage left in this namespace?"
+                raise HubError("the Hub does not take a large file", where, remedy) from None
             raise HubError("the Hub's answer is not valid", where, "run the same command again") from None

@@ -38,11 +38,6 @@ def broken_off() -> tuple[type[Exception], ...]:
     return BROKEN_OFF
 
 
-_TALKERS = (
-    "_commit_api", "_snapshot_download", "file_download", "hf_api", "lfs", "utils._auth", "utils._http", "utils._xet",
-)  # fmt: skip
-"""The library's rooms that repeat what a server said: its words, its headers, and links that it gave out."""
-
 _STATUS_LINE = re.compile(r"HTTP Error \d{3} thrown while requesting [A-Z]+(?= )")
 _FIXED = re.compile(r"(Retrying in|Rate limited\. Waiting) [0-9.]+s( before retry)? \[Retry \d+/\d+\]\.")
 
@@ -61,16 +56,17 @@ class _NoServersWords(logging.Filter):
 @functools.cache
 def _mute() -> None:
     """Have the library log nothing that a server said, wherever its log goes."""
+    from swsurgery.hub.guard import LOGGERS
+
     only = _NoServersWords()
-    for name in _TALKERS:
-        logging.getLogger(f"huggingface_hub.{name}").addFilter(only)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(only)
 
 
 @contextlib.contextmanager
 def told(where: object) -> Iterator[None]:
     """Turn what the library raises within the block into a HubError about `where`."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import errors, get_session
 
     from swsurgery.hub.guard import Refused, guarded
 
@@ -96,13 +92,13 @@ def told(where: object) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         raise HubError(*_line(status, where)) from None
     except errors.LocalEntryNotFoundError:
-        raise HubError("neither in the local Hugging Face cache nor to be had from the Hub", where,
-                       "is there a network? is the name right?") from None  # fmt: skip
+        what = "neither in the local Hugging Face cache nor to be had from the Hub"
+        raise HubError(what, where, "is there a network? is the name right?") from None
     except (errors.HFValidationError, errors.HfUriError, errors.LocalTokenNotFoundError) as error:
         raise HubError(redacted(str(error).splitlines()[0]), where) from None
     except errors.OIDCError:
-        raise HubError("HF_OIDC_RESOURCE is set, and there is no identity to exchange", where,
-                       "the job needs the permission id-token: write") from None  # fmt: skip
+        what = "HF_OIDC_RESOURCE is set, and there is no identity to exchange"
+        raise HubError(what, where, "the job needs the permission id-token: write") from None
     except errors.EntryNotFoundError:
         raise HubError("no such file on the Hub", where) from None
     except OSError as error:
@@ -114,11 +110,11 @@ def told(where: object) -> Iterator[None]:
         # The transport's exceptions are those of whichever HTTP library this version of huggingface_hub uses.
         if type(error).__module__.split(".")[0] != type(get_session()).__module__.split(".")[0]:
             raise
-        raise HubError(f"the connection to the Hub failed ({type(error).__name__})", where,
-                       "run the same command again") from None  # fmt: skip
+        what = f"the connection to the Hub failed ({type(error).__name__})"
+        raise HubError(what, where, "run the same command again") from None
 
 
 def _line(status: int, where: object) -> tuple[str, object, str]:
-    what, remedy = _STATUS.get(status, ("the Hub failed", "run the same command again") if status >= 500
-                               else ("the Hub refused", ""))  # fmt: skip
+    other = ("the Hub failed", "run the same command again") if status >= 500 else ("the Hub refused", "")
+    what, remedy = _STATUS.get(status, other)
     return f"{what} (HTTP {status})", where, remedy

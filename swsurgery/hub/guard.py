@@ -18,11 +18,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import httpx2
 from huggingface_hub.utils import _http
 
 from swsurgery.hub.names import COMMIT, SHA256, is_file_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 MAX_ANSWER = 16 << 20
 """Maximum size of an answer that is held in memory, in bytes, after decompression. A page of 1,000 files has 0.4 MB."""
@@ -47,7 +51,25 @@ WRITE_TIMEOUT = 300.0
 ETAG = re.compile(r'(?:W/)?"?[0-9A-Za-z_][0-9A-Za-z_.+=:-]{0,127}"?')
 
 BROKEN_OFF = _http._DEFAULT_RETRY_ON_EXCEPTIONS
-"""What the transport raises if a connection ends in the middle of an answer."""
+"""The transport raises one of these if a connection ends in the middle of an answer."""
+
+LOGGERS = tuple(
+    f"huggingface_hub.{name}"
+    for name in (
+        "_commit_api",
+        "_snapshot_download",
+        "file_download",
+        "hf_api",
+        "lfs",
+        "utils._auth",
+        "utils._http",
+        "utils._xet",
+    )
+)
+"""These loggers of huggingface_hub, one per module, repeat what a server sent: its words, headers and links."""
+
+stream_with_retries = _http.http_stream_backoff
+"""The library's streaming request with retries; the library exports it without declaring so."""
 
 _KIND = "swsurgery_kind"
 
@@ -78,6 +100,11 @@ class _Budget:
 _budget: ContextVar[_Budget | None] = ContextVar("_budget", default=None)
 _active = 0
 _active_lock = threading.Lock()  # the client's own threads do not inherit a context variable
+
+
+def request_headers(api: HfApi) -> dict[str, str]:
+    """Build the headers that the library sends with a request: the token, if any, and the user agent."""
+    return api._build_hf_headers()
 
 
 @contextlib.contextmanager
@@ -214,8 +241,8 @@ class _Bounded(httpx2.SyncByteStream):
         for piece in self._stream:
             received += len(piece)
             if time.monotonic() - begin > GRACE + received / MIN_RATE:
-                raise Refused(f"the Hub's answer comes too slowly ({received} bytes after {GRACE:.0f} seconds)",
-                              "run the same command again")  # fmt: skip
+                what = f"the Hub's answer comes too slowly ({received} bytes after {GRACE:.0f} seconds)"
+                raise Refused(what, "run the same command again")
             if self._unpack is not None:
                 try:
                     piece = self._unpack.decompress(piece, self._most - given + 1)
@@ -268,7 +295,8 @@ def _check_tree(entries: list[dict[str, object]]) -> None:
         lfs, xet = entry.get("lfs"), entry.get("xetHash")
         _require(xet is None or SHA256.fullmatch(str(xet)) is not None)
         if lfs is not None:
-            _require(isinstance(lfs, dict))
+            if not isinstance(lfs, dict):
+                raise ValueError
             _require(SHA256.fullmatch(str(lfs["oid"])) is not None and _is_size(lfs["size"]))
 
 

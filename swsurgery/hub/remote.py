@@ -66,19 +66,20 @@ class RemoteFile:
         return self._range(size, offset)
 
     def _range(self, size: int, offset: int) -> bytes:
-        from huggingface_hub import HfApi, hf_hub_url
-        from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
+        from huggingface_hub import HfApi, hf_hub_url, hf_raise_for_status
+
+        from swsurgery.hub.guard import request_headers, stream_with_retries
 
         api, data = HfApi(), bytearray()
         url = hf_hub_url(self.repo_id, self.path, revision=self.commit, endpoint=api.endpoint)
         for attempt in range(RETRIES):
             begin = len(data)
-            headers = api._build_hf_headers() | {
+            headers = request_headers(api) | {
                 "Range": f"bytes={offset + begin}-{offset + size - 1}",
                 "Accept-Encoding": "identity",
             }
             try:
-                with told(self), http_stream_backoff("GET", url, headers=headers) as response:
+                with told(self), stream_with_retries("GET", url, headers=headers) as response:
                     hf_raise_for_status(response)
                     self._check_range(response.status_code, response.headers, size, offset + begin)
                     # Kept from the library, which would ask for the same range once more and throw the answer away.
@@ -119,6 +120,13 @@ class Repo:
         return f"hf://{self.repo_id}@{self.commit}" + (f"/{self.sub}" if self.sub else "")
 
 
+def require_commit(commit: str | None) -> str:
+    """Return the commit that an answer of the Hub names. Raises ValueError if it names none."""
+    if commit is None:
+        raise ValueError("the answer names no commit")
+    return commit
+
+
 def open_repo(repo_id: str, revision: str | None = None, sub: str = "") -> Repo:
     """Resolve a revision (a branch, tag or commit; None is main) to its commit and list the files. Raises HubError."""
     from huggingface_hub import HfApi
@@ -128,7 +136,7 @@ def open_repo(repo_id: str, revision: str | None = None, sub: str = "") -> Repo:
     prefix = f"{sub}/" if sub else ""
     with told(where + (f"/{sub}" if sub else "")):
         api = HfApi()
-        commit = api.repo_info(repo_id, revision=revision).sha
+        commit = require_commit(api.repo_info(repo_id, revision=revision).sha)
         files = {}
         for entry in api.list_repo_tree(repo_id, sub or None, recursive=True, revision=commit):
             if isinstance(entry, RepoFile):
