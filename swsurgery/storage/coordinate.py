@@ -9,7 +9,7 @@ class Coordinate(NamedTuple):
     """One scalar: the stored tensor's name and an index in its *stored* shape."""
 
     tensor: str
-    index: tuple[int, ...]
+    index: tuple[int, ...]  # type: ignore[assignment]  # the field hides tuple.index, which no caller needs
 
     def __str__(self) -> str:
         return f"{self.tensor}[{', '.join(map(str, self.index))}]"

@@ -86,7 +86,9 @@ def _load(path: Path) -> dict[str, str]:
         return {}
     finally:
         os.close(fd)
-    entries = document.get("digests") if isinstance(document, dict) else None
+    if not isinstance(document, dict):
+        return {}
+    entries = document.get("digests")
     if not isinstance(entries, dict) or document.get("sha256") != _checksum(entries):
         return {}
     return {k: v for k, v in entries.items() if isinstance(v, str) and len(v) == 64}

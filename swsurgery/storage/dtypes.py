@@ -1,34 +1,39 @@
-"""The dtypes of the safetensors format, and exact decoding and encoding of one scalar.
+"""Decode and encode single scalars of every safetensors dtype exactly.
 
-Arithmetic is done on exact fractions and rounded once, half to even; nothing saturates
-silently. This room knows numbers and bits; it knows no tensors and no files, and needs no torch.
+Arithmetic uses exact fractions and rounds once, half to even. No value saturates. This module knows numbers and bits
+only: no tensors, no files, no torch.
 
-Sources: the safetensors format (README, `Dtype` in its Rust crate) for names and sizes; IEEE 754-2019
-for binary16/32/64; "FP8 Formats for Deep Learning" (arXiv:2209.05433) for F8_E4M3 and F8_E5M2; "8-bit
-Numerical Formats for Deep Neural Networks" (arXiv:2206.02915) for the FNUZ forms, whose only NaN is
-0x80; OCP Microscaling Formats 1.0 for E8M0, F6 and F4.
+Sources: the safetensors format (README, and `Dtype` in its Rust crate) for names and sizes; IEEE 754-2019 for
+binary16/32/64; "FP8 Formats for Deep Learning" (arXiv:2209.05433) for F8_E4M3 and F8_E5M2; "8-bit Numerical Formats for
+Deep Neural Networks" (arXiv:2206.02915) for the FNUZ formats, whose only NaN is 0x80; OCP Microscaling Formats 1.0 for
+E8M0, F6 and F4.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from typing import Literal
 
 from swsurgery.errors import NumberError
-from swsurgery.storage import dtypes
 
 Value = int | float
-"""What a scalar decodes to: an int for integer dtypes and BOOL, else a float. Every float dtype of the
-format is a subset of binary64, so a Python float holds each of its values exactly."""
+"""A decoded scalar is an int for integer dtypes and BOOL, and a float for float dtypes.
+
+Every float dtype of the format is a subset of binary64, so a Python float represents each of its values exactly."""
 
 
 class Written(float):
-    """A decimal number of JSON's grammar: to others the nearest binary64, and `exact` where it is rounded to a dtype,
-    for on the way over binary64 it would be rounded twice."""
+    """A decimal number as it was written, in JSON's grammar.
+
+    As a float it is the nearest binary64. Rounding it to a dtype must start from `exact`, because going through
+    binary64 would round twice.
+    """
 
     __slots__ = ("_text",)
+    _text: str
 
     def __new__(cls, text: str) -> Written:
         number = super().__new__(cls, text)
@@ -37,55 +42,58 @@ class Written(float):
 
     @property
     def exact(self) -> Fraction:
+        """The written number, or a stand-in that rounds to the same value in every dtype if it is out of range."""
         if self and math.isfinite(self):
             return Fraction(self._text)
-        # How near to zero or how large does not matter, and its exponent may be of any length.
+        # The text of an infinity or an underflow may have an exponent of any length, so it is not expanded.
         digits = self._text.lower().partition("e")[0].strip("-0.")
         return Fraction(-1 if self._text.startswith("-") else 1, 1 << 1080) if digits else Fraction(0)
 
 
-@dataclass(frozen=True)
-class FloatFormat:
-    """Binary floating point: 1 sign bit, then exponent, then mantissa.
-
-    `special` says which patterns are not numbers: "ieee" (top exponent is inf and NaN), "fn" (finite:
-    only the all-ones pattern is NaN), "fnuz" (finite, unsigned zero: only 0x80 is NaN, and no -0).
-    """
-
-    exponent: int
-    mantissa: int
-    bias: int
-    special: str
-
-    @cached_property
-    def bits(self) -> int:
-        return 1 + self.exponent + self.mantissa
-
-    @cached_property
-    def largest(self) -> int:
-        """The bits of the largest finite value."""
-        all_ones = (1 << (self.bits - 1)) - 1
-        return {"ieee": all_ones - (1 << self.mantissa), "fn": all_ones - 1, "fnuz": all_ones}[self.special]
+Kind = Literal["float", "int", "uint", "bool", "opaque"]
 
 
 @dataclass(frozen=True)
 class Dtype:
-    """One row of the table. `bits` per element; `refusal` says why a scalar of it cannot be edited."""
+    """One dtype of the format. `bits` is the width of an element.
+
+    A scalar of an "opaque" dtype has no single value and cannot be edited; `refusal` explains why.
+    """
 
     name: str
     bits: int
-    kind: str  # "float", "int", "uint", "bool" or "opaque"
-    float_format: FloatFormat | None = None
+    kind: Kind
     refusal: str = ""
 
     @property
     def size(self) -> int:
-        """Bytes per element (only for the dtypes of whole bytes)."""
+        """Bytes per element (meaningful only if an element fills whole bytes)."""
         return self.bits // 8
 
 
-def _float(name: str, exponent: int, mantissa: int, bias: int, special: str) -> Dtype:
-    return Dtype(name, 1 + exponent + mantissa, "float", FloatFormat(exponent, mantissa, bias, special))
+@dataclass(frozen=True)
+class FloatDtype(Dtype):
+    """A binary floating-point dtype: 1 sign bit, then `exponent` bits, then `mantissa` bits. Its kind is "float".
+
+    `special` defines which bit patterns are not numbers: "ieee" (the top exponent encodes infinity and NaN), "fn" (only
+    the all-ones pattern is NaN) or "fnuz" (only 0x80 is NaN, and negative zero does not exist).
+    """
+
+    exponent: int = field(kw_only=True)
+    mantissa: int = field(kw_only=True)
+    bias: int = field(kw_only=True)
+    special: Literal["ieee", "fn", "fnuz"] = field(kw_only=True)
+
+    @cached_property
+    def largest(self) -> int:
+        """Bit pattern of the largest finite value."""
+        all_ones = (1 << (self.bits - 1)) - 1
+        return {"ieee": all_ones - (1 << self.mantissa), "fn": all_ones - 1, "fnuz": all_ones}[self.special]
+
+
+def _float(name: str, exponent: int, mantissa: int, bias: int, special: Literal["ieee", "fn", "fnuz"]) -> FloatDtype:
+    bits = 1 + exponent + mantissa
+    return FloatDtype(name, bits, "float", exponent=exponent, mantissa=mantissa, bias=bias, special=special)
 
 
 _SUB_BYTE = "holds several elements in a byte, which are scaled by block: a scalar of it is not a weight"
@@ -120,64 +128,65 @@ DTYPES: dict[str, Dtype] = {
 
 
 def decode(dtype: Dtype, data: bytes) -> Value:
-    """The value of one scalar from its little-endian bytes, exactly. NaN and infinities come back as such.
+    """Decode one scalar from its little-endian bytes, exactly, including NaN and infinities.
 
-    Raises NumberError where the dtype's scalars have no single real value.
+    Raises NumberError for a dtype whose scalars have no single real value.
     """
     if dtype.kind == "opaque":
         raise NumberError(f"{dtype.name} {dtype.refusal}")
-    if dtype.kind != "float":
+    if not isinstance(dtype, FloatDtype):
         return int.from_bytes(data, "little", signed=dtype.kind == "int")
-    fmt = dtype.float_format
     bits = int.from_bytes(data, "little")
-    negative = bits >> (fmt.bits - 1)
-    magnitude = bits & ((1 << (fmt.bits - 1)) - 1)
-    if fmt.special == "fnuz" and negative and magnitude == 0:
+    negative = bits >> (dtype.bits - 1)
+    magnitude = bits & ((1 << (dtype.bits - 1)) - 1)
+    if dtype.special == "fnuz" and negative and magnitude == 0:
         return math.nan
-    if magnitude > fmt.largest:
-        infinite = fmt.special == "ieee" and magnitude == fmt.largest + 1
+    if magnitude > dtype.largest:
+        infinite = dtype.special == "ieee" and magnitude == dtype.largest + 1
         return (-math.inf if negative else math.inf) if infinite else math.nan
-    value = _magnitude(fmt, magnitude)
+    value = _decode_magnitude(dtype, magnitude)
     return -value if negative else value
 
 
 def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False) -> bytes:
-    """The little-endian bytes of `value`, rounded once to the dtype, half to even.
+    """Encode `value` as little-endian bytes, rounded once to the dtype, half to even.
 
-    Raises NumberError, never saturates: on overflow, for NaN and infinities, for a non-zero value that
-    would round to zero, and for a value that an integer dtype does not have.
+    `negative_zero` selects the sign of a zero that is given as an int or a Fraction. Never saturates: raises
+    NumberError on overflow, for NaN and infinities, for a non-zero value that would round to zero, for a value that an
+    integer dtype cannot represent, and for a dtype whose scalars have no single real value.
     """
     if dtype.kind == "opaque":
         raise NumberError(f"{dtype.name} {dtype.refusal}")
     if isinstance(value, float) and not math.isfinite(value):
         raise NumberError(f"{value} is not finite")
     exact = value.exact if isinstance(value, Written) else Fraction(value)
-    if dtype.kind != "float":
+    if not isinstance(dtype, FloatDtype):
         return _encode_integer(dtype, exact)
-    fmt = dtype.float_format
     if exact == 0:
         negative = math.copysign(1, value) < 0 if isinstance(value, float) else negative_zero
-        return zero(dtype) if not negative or fmt.special == "fnuz" else _pack(fmt, 1, 0)
-    magnitude = _round(fmt, abs(exact))
-    if magnitude > fmt.largest:
-        largest = _magnitude(fmt, fmt.largest)
+        return zero(dtype) if not negative or dtype.special == "fnuz" else _pack(dtype, 1, 0)
+    magnitude = _round_magnitude(dtype, abs(exact))
+    if magnitude > dtype.largest:
+        largest = _decode_magnitude(dtype, dtype.largest)
         raise NumberError(f"{show(value)} overflows {dtype.name}, whose largest value is {show(largest)}")
     if magnitude == 0:
         raise NumberError(f"{show(value)} underflows {dtype.name} to zero", remedy="zero it where zero is meant")
-    return _pack(fmt, int(exact < 0), magnitude)
+    return _pack(dtype, int(exact < 0), magnitude)
 
 
 def zero(dtype: Dtype) -> bytes:
-    """All bits zero. Raises NumberError where that is no zero, or no single scalar."""
+    """Return the bytes of zero: all bits 0. Raises NumberError for a dtype that has no zero or no single values."""
     if dtype.kind == "opaque":
         raise NumberError(f"{dtype.name} {dtype.refusal}")
     return bytes(dtype.size)
 
 
 def scaled(dtype: Dtype, data: bytes, factor: float) -> bytes:
-    """The stored scalar times `factor` (the binary64 number itself): the exact product, rounded once to
-    the dtype, half to even. Raises NumberError for what `encode` refuses, for integer dtypes and for a
-    stored value that is not finite."""
+    """Multiply a stored scalar by `factor` exactly and round the product once to the dtype, half to even.
+
+    `factor` is taken as the binary64 number that it is. Raises NumberError for integer dtypes, for a stored value that
+    is not finite, and for a product that `encode` refuses.
+    """
     if dtype.kind in ("int", "uint", "bool"):
         raise NumberError(f"{dtype.name} is an integer dtype: a product is not exact", remedy="use set or zero")
     value = decode(dtype, data)
@@ -189,19 +198,19 @@ def scaled(dtype: Dtype, data: bytes, factor: float) -> bytes:
 
 
 def bits_of(data: bytes) -> str:
-    """Little-endian bytes as the usual hex word, `0x40bc`."""
+    """Render little-endian bytes as a hexadecimal word such as `0x40bc`."""
     return "0x" + data[::-1].hex()
 
 
 def from_bits(dtype: Dtype, text: str) -> bytes:
-    """`0x40bc` as the bytes of one scalar. Raises NumberError where the width is not the dtype's."""
+    """Parse a word such as `0x40bc` to little-endian bytes. Raises NumberError if its width is not the dtype's."""
     if len(text) - 2 != dtype.bits // 4:
         raise NumberError(f"{text} has {len(text) - 2} hex digits, {dtype.name} takes {dtype.bits // 4}")
     return bytes.fromhex(text[2:])[::-1]
 
 
 def round_to(dtype: Dtype, value: Value) -> float:
-    """`value` as the dtype would hold it; overflow gives an infinity and underflow 0. For comparisons only."""
+    """Round `value` to the dtype for a comparison; overflow gives an infinity and underflow gives 0."""
     try:
         return decode(dtype, encode(dtype, value))
     except NumberError:
@@ -209,7 +218,7 @@ def round_to(dtype: Dtype, value: Value) -> float:
 
 
 def show(value: Value | Fraction) -> str:
-    """A value as people read it: shortest decimal that gives the same float."""
+    """Render a value for people: the shortest decimal that reads back as the same float."""
     if isinstance(value, int):
         return str(value)
     try:
@@ -221,31 +230,35 @@ def show(value: Value | Fraction) -> str:
     return repr(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
 
 
-def _magnitude(fmt: FloatFormat, magnitude: int) -> float:
-    exponent, mantissa = magnitude >> fmt.mantissa, magnitude & ((1 << fmt.mantissa) - 1)
+def _decode_magnitude(dtype: FloatDtype, magnitude: int) -> float:
+    """Decode a finite bit pattern without its sign bit. The result is exact, because binary64 contains every dtype."""
+    exponent, mantissa = magnitude >> dtype.mantissa, magnitude & ((1 << dtype.mantissa) - 1)
     if exponent:
-        mantissa += 1 << fmt.mantissa
-    return math.ldexp(mantissa, max(exponent, 1) - fmt.bias - fmt.mantissa)  # exact: binary64 holds every format
+        mantissa += 1 << dtype.mantissa
+    return math.ldexp(mantissa, max(exponent, 1) - dtype.bias - dtype.mantissa)
 
 
-def _round(fmt: FloatFormat, exact: Fraction) -> int:
-    """Nearest pattern without its sign, half to even, in integers only. Patterns are ordered like values, so a carry
-    out of the mantissa lands in the exponent by itself, and overflow shows as a pattern above `largest`."""
+def _round_magnitude(dtype: FloatDtype, exact: Fraction) -> int:
+    """Find the bit pattern nearest to a positive number, half to even, without its sign bit.
+
+    Uses integers only. Patterns are ordered like the values they encode, so a carry out of the mantissa increments the
+    exponent, and an overflow is a pattern above `largest`.
+    """
     numerator, denominator = exact.numerator, exact.denominator
     exponent = numerator.bit_length() - denominator.bit_length()
     if numerator << max(-exponent, 0) < denominator << max(exponent, 0):
         exponent -= 1
-    exponent = max(exponent, 1 - fmt.bias)  # below that values are subnormal: their spacing stays
-    shift = fmt.mantissa - exponent
+    exponent = max(exponent, 1 - dtype.bias)  # smaller values are subnormal and share one spacing
+    shift = dtype.mantissa - exponent
     unit = denominator << max(-shift, 0)
     units, rest = divmod(numerator << max(shift, 0), unit)
     if 2 * rest > unit or (2 * rest == unit and units & 1):
         units += 1
-    return units + ((exponent + fmt.bias - 1) << fmt.mantissa)
+    return units + ((exponent + dtype.bias - 1) << dtype.mantissa)
 
 
-def _pack(fmt: FloatFormat, negative: int, magnitude: int) -> bytes:
-    return (negative << (fmt.bits - 1) | magnitude).to_bytes(fmt.bits // 8, "little")
+def _pack(dtype: FloatDtype, negative: int, magnitude: int) -> bytes:
+    return (negative << (dtype.bits - 1) | magnitude).to_bytes(dtype.size, "little")
 
 
 def _encode_integer(dtype: Dtype, exact: Fraction) -> bytes:
@@ -261,8 +274,8 @@ def _encode_integer(dtype: Dtype, exact: Fraction) -> bytes:
 
 
 def json_value(dtype: Dtype, data: bytes) -> int | float | str | None:
-    """A stored value for JSON: a number; "nan", "inf" or "-inf"; None where the dtype has no single value."""
+    """Convert stored bytes to a JSON value: a number, "nan", "inf" or "-inf", or None for an opaque dtype."""
     if dtype.kind == "opaque":
         return None
-    value = dtypes.decode(dtype, data)
+    value = decode(dtype, data)
     return value if math.isfinite(value) else str(value)

@@ -22,7 +22,7 @@ def open_regular(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = "is a symbolic link" if path.is_symlink() else os.strerror(error.errno)
+        reason = "is a symbolic link" if path.is_symlink() else os.strerror(error.errno or 0)
         remedy = "give the directory that holds the real files" if path.is_symlink() else ""
         raise ShardError(reason, path, remedy) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -65,6 +65,15 @@ def opened(path: Place) -> Iterator[int | Remote]:
             path.refuse_changed(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def open_local(path: Place) -> Iterator[int]:
+    """Open a file of this machine as `opened` does. Raises TypeError for a remote file."""
+    with opened(path) as file:
+        if not isinstance(file, int):
+            raise TypeError(f"{path} is not a file on this machine")
+        yield file
 
 
 def size_of(file: int | Remote) -> int:

@@ -56,7 +56,7 @@ def reported(path: Path | Entry | Folder | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno, "")
+        remedy = _REMEDIES.get(error.errno or 0, "")
         raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", path, remedy) from error
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage.dtypes import bits_of
-from swsurgery.storage.files import BaseFile, opened
+from swsurgery.storage.files import BaseFile, open_local
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice
 from swsurgery.threads import Pool
@@ -41,7 +41,7 @@ def stream(
     raises."""
     digest, patched = hashlib.sha256(), None
     begun, header_end = hashlib.sha256(), header.data_start if header else 0
-    jobs: list[Future] = []
+    jobs: list[Future[None]] = []
     first = 0
     with Pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
         for offset, chunk in _chunks(fd, file):
@@ -84,7 +84,7 @@ def hashed_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress |
     progress = progress or Silent()
     progress.start(file.size, "B", "hashing")
     try:
-        with opened(file.path) as fd:
+        with open_local(file.path) as fd:
             return stream(fd, file, splices, progress.advance)
     finally:
         progress.close()
@@ -101,11 +101,11 @@ def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> No
 
 def _refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
     if digest != header.header_sha256:
-        raise CheckpointError("does not have the header that the edits were planned with", file.path,
-                              "the base was changed meanwhile")  # fmt: skip
+        reason = "does not have the header that the edits were planned with"
+        raise CheckpointError(reason, file.path, "the base was changed meanwhile")
 
 
-def _splice(chunk: memoryview, offset: int, splices: list[Splice], file: BaseFile) -> None:
+def _splice(chunk: memoryview, offset: int, splices: Sequence[Splice], file: BaseFile) -> None:
     """Put the new bytes into a chunk that begins at `offset`, if the old ones are as planned. A scalar may lie
     across two chunks."""
     for splice in splices:

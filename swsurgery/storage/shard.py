@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 from swsurgery.errors import ShardError
@@ -52,8 +50,8 @@ class TensorInfo:
     def flat(self, index: tuple[int, ...]) -> int:
         """The row-major position of `index`. Raises IndexError out of range or with the wrong rank."""
         if len(index) != len(self.shape):
-            raise IndexError(f"index {list(index)} has {len(index)} numbers, shape {list(self.shape)} has rank "
-                             f"{len(self.shape)}")  # fmt: skip
+            shape = f"shape {list(self.shape)} has rank {len(self.shape)}"
+            raise IndexError(f"index {list(index)} has {len(index)} numbers, {shape}")
         position = 0
         for i, length in zip(index, self.shape, strict=True):
             if not 0 <= i < length:
@@ -115,17 +113,17 @@ def open_shard(path: Place) -> Shard:
     return Shard(path, size, header_size, tensors, metadata, hashlib.sha256(length + raw).hexdigest())
 
 
-def header_length(start: bytes, size: int, path: Path) -> int:
+def header_length(start: bytes, size: int, path: Place) -> int:
     """Bytes of header, from the first 8 bytes of a file of `size`. Raises ShardError, which says what the file is."""
     if size < 8:
         raise ShardError(f"is too short for a safetensors file ({size} bytes)", path, "download it again")
-    (length,) = struct.unpack("<Q", start)
+    length = int.from_bytes(start, "little")
     if length > size - 8:
         # Only now: a sound file may begin with any of these bytes, for they are its header's length.
         if found := not_the_file(start):
             raise ShardError(found[0], path, found[1])
-        raise ShardError(f"is truncated: its header says {length} bytes, the file has {size}", path,
-                         "download it again")  # fmt: skip
+        reason = f"is truncated: its header says {length} bytes, the file has {size}"
+        raise ShardError(reason, path, "download it again")
     if length > MAX_HEADER:
         raise ShardError(f"has a header of {length} bytes, more than the {MAX_HEADER} accepted", path)
     return length

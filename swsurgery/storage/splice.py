@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import Dtype, json_value
+from swsurgery.storage.dtypes import Dtype, bits_of, json_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class Scalar:
             "dtype": self.dtype.name,
             "offset": self.offset,
             "old": json_value(self.dtype, self.old),
-            "old_bits": dtypes.bits_of(self.old),
+            "old_bits": bits_of(self.old),
         }
 
 
@@ -46,12 +45,13 @@ class Splice(Scalar):
     factor: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        extra = {"factor": self.factor} if self.factor is not None else {}
-        return Scalar.to_json(self) | extra | {
-            "op": self.op,
-            "new": json_value(self.dtype, self.new),
-            "new_bits": dtypes.bits_of(self.new),
-        }  # fmt: skip
+        document = Scalar.to_json(self)
+        if self.factor is not None:
+            document["factor"] = self.factor
+        document["op"] = self.op
+        document["new"] = json_value(self.dtype, self.new)
+        document["new_bits"] = bits_of(self.new)
+        return document
 
 
 def by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:

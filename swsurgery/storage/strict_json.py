@@ -205,6 +205,8 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{quoted(twice)} appears twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"{quoted(key)} appears twice")
+            seen.add(key)
     return result

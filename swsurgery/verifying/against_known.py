@@ -21,7 +21,7 @@ from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.operations import MeasuredValue, expectation_fault
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import DTYPES, Dtype
+from swsurgery.storage.dtypes import DTYPES, Dtype, FloatDtype
 from swsurgery.verifying.findings import Finding
 
 State = Literal["kept", "changed", "suspicious", "lost", "present", "declared", "unreadable"]
@@ -277,11 +277,10 @@ def _blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, .
 
 def _spacing(dtype: Dtype, value: float) -> float:
     """Return the distance between neighbouring values of a float dtype around `value`."""
-    fmt = dtype.float_format
-    if fmt is None:
+    if not isinstance(dtype, FloatDtype):
         raise ValueError(f"{dtype.name} is no floating-point dtype")
-    exponent = max(math.frexp(value)[1] - 1, 1 - fmt.bias) if value else 1 - fmt.bias
-    return math.ldexp(1.0, exponent - fmt.mantissa)
+    exponent = max(math.frexp(value)[1] - 1, 1 - dtype.bias) if value else 1 - dtype.bias
+    return math.ldexp(1.0, exponent - dtype.mantissa)
 
 
 def _expected(entry: KnownCoordinate) -> tuple[float | None, float, bool]:

@@ -7,7 +7,7 @@ chunk. Integers and the sub-byte floats of OCP MX have neither NaN nor infinity 
 from __future__ import annotations
 
 from swsurgery.storage import dtypes
-from swsurgery.storage.dtypes import DTYPES, Dtype
+from swsurgery.storage.dtypes import DTYPES, Dtype, FloatDtype
 from swsurgery.storage.numeric import load_numpy
 from swsurgery.storage.shard import Shard, TensorInfo
 from swsurgery.verifying.findings import Finding
@@ -95,13 +95,12 @@ def _words(dtype: Dtype) -> tuple[int, int, int, int | None] | None:
         dtype = DTYPES["F32"]  # a C64 is two of these
     if dtype.name == "F8_E8M0":
         return 1, 0xFF, 0xFF, None  # OCP MX 1.0, section 5.4.1: the scale with all bits set is NaN
-    fmt = dtype.float_format
-    if fmt is None:
+    if not isinstance(dtype, FloatDtype):
         return None
-    sign = 1 << (fmt.bits - 1)
-    if fmt.special == "fnuz":
+    sign = 1 << (dtype.bits - 1)
+    if dtype.special == "fnuz":
         return dtype.size, 2 * sign - 1, sign, sign
-    return dtype.size, sign - 1, fmt.largest + 1, None
+    return dtype.size, sign - 1, dtype.largest + 1, None
 
 
 def _word_size(info: TensorInfo) -> int:
