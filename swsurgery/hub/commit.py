@@ -51,6 +51,11 @@ class Listing:
     blobs: dict[str, str] = field(repr=False)
     traffic: Traffic = field(default_factory=Traffic, repr=False)
 
+    @property
+    def sub(self) -> str:
+        """The folder that is listed: always the whole repository."""
+        return ""
+
     def __str__(self) -> str:
         return f"hf://{self.repo_id}@{self.commit}"
 

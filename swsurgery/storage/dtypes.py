@@ -209,7 +209,7 @@ def from_bits(dtype: Dtype, text: str) -> bytes:
     return bytes.fromhex(text[2:])[::-1]
 
 
-def round_to(dtype: Dtype, value: Value) -> float:
+def round_to(dtype: Dtype, value: Value | Fraction) -> float:
     """Round `value` to the dtype for a comparison; overflow gives an infinity and underflow gives 0."""
     try:
         return decode(dtype, encode(dtype, value))
