@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CONFIG, FIRST, HIDDEN, INDEX, INNER, down, tensor, write_llama, write_manifest, write_single
+from pointers import POINTER
 from reports import REPORT, SIDE
 
 from swsurgery.checkpoint.opening import open_checkpoint
@@ -19,7 +20,6 @@ from swsurgery.hub import named
 from swsurgery.hub.names import hub_hint
 from swsurgery.model.report import Bounds
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 EDIT = {"op": "zero", "layer": 1, "row": 2, "col": 3}
 

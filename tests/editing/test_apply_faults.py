@@ -29,7 +29,7 @@ from checkpoints import (
 
 from swsurgery import cli
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.editing import apply as apply_module
+from swsurgery.editing import sanity
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
@@ -304,7 +304,7 @@ def test_a_check_that_fails_leaves_no_target(manifest, tmp_path, monkeypatch, ca
         seen.append((staged.root, [c.coordinate.index for c in changes], sorted(tree(staged.root))))
         return SimpleNamespace(ok=False, failures=["worse than it may be", "and worse"])
 
-    monkeypatch.setattr(apply_module, "run_checks", no)
+    monkeypatch.setattr(sanity, "run_checks", no)
     code = cli.main(["apply", str(manifest), "-o", str(tmp_path / "out"), "--check", "forward"])
     assert code == 1
     assert capsys.readouterr().err.splitlines() == [
@@ -318,8 +318,8 @@ def test_bounds_that_cannot_be_measured_are_not_met(base, tmp_path, monkeypatch)
     def cannot(*args: object, **rest: object) -> None:
         raise ModelError("no tokenizer", "here")
 
-    monkeypatch.setattr(apply_module, "run_checks", cannot)
-    monkeypatch.setattr(apply_module.model, "available", lambda: None)
+    monkeypatch.setattr(sanity, "run_checks", cannot)
+    monkeypatch.setattr(sanity.model, "available", lambda: None)
     bounded = write_manifest(tmp_path / "bounded.json", base, ZERO, check={"min_perplexity_ratio": 2.0})
     with pytest.raises(ModelError, match="no tokenizer"):
         apply_manifest(bounded, tmp_path / "out")

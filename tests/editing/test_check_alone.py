@@ -11,7 +11,7 @@ import pytest
 from checkpoints import write_llama, write_manifest
 
 from swsurgery.cli import main
-from swsurgery.editing import apply
+from swsurgery.editing import sanity
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions, check_checkpoint
 from swsurgery.errors import PlanError
@@ -41,7 +41,7 @@ def patched(base, tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def measured(monkeypatch) -> None:
     """Figures without a model: what is done with them is asked here."""
-    monkeypatch.setattr(apply, "run_checks", lambda *arguments, **options: REPORT)
+    monkeypatch.setattr(sanity, "run_checks", lambda *arguments, **options: REPORT)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

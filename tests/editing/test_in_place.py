@@ -551,7 +551,7 @@ def test_an_interrupt_before_anything_was_done_does_not_say_so(base, manifest, m
     def interrupt(*arguments: object) -> None:
         raise Interrupted("SIGINT")
 
-    monkeypatch.setattr(in_place.fsops, "reserve", interrupt)
+    monkeypatch.setattr(in_place.filesystem, "reserve", interrupt)
     before = tree(base)
     code, _, lines = apply(manifest)
     assert (code, tree(base)) == (130, before)

@@ -39,10 +39,10 @@ def command(folder: Path, *more: str) -> tuple[int, list[str]]:
 
 @contextlib.contextmanager
 def acting(function: str, act: Callable[[], None], number: int = 1) -> Iterator[None]:
-    """Within the block, `act` happens just before the `number`-th call of a function ("module.name") of the package,
-    or of a method ("module.class.name"). It must have happened by the end of the block."""
-    module, *names, last = function.split(".")
-    owner = importlib.import_module(f"swsurgery.{module}")
+    """Within the block, `act` happens just before the `number`-th call of a function ("package.module.name"),
+    or of a method ("package.module.class.name"). It must have happened by the end of the block."""
+    package, module, *names, last = function.split(".")
+    owner = importlib.import_module(f"swsurgery.{package}.{module}")
     for name in names:
         owner = getattr(owner, name)
     true, calls = getattr(owner, last), []
@@ -108,7 +108,7 @@ def folder_swapped(folder: Path) -> list[str]:
         (base / "assets").rename(folder / "aside")
         (base / "assets").symlink_to(private)
 
-    with acting("folder.Folder.scan", act, number=2):
+    with acting("storage.folder.Folder.scan", act, number=2):
         done = command(folder)
     leaked = [name for name, data in tree(folder / OUT).items() if data == SECRET] if (folder / OUT).is_dir() else []
     return [f"it copied a private file to {name}" for name in leaked] + refused(folder, done)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pointers import POINTER
 from safetensors.torch import load_file, save_file
-from test_hints import POINTER
 from tiny_checkpoint import write_pair
 
 from swsurgery.checkpoint.opening import open_checkpoint

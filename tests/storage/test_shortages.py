@@ -94,7 +94,7 @@ def test_another_error_is_still_a_bug(base, capsys, monkeypatch, error):
 
 LIMITED = """
 import resource, sys
-import swsurgery.cli, swsurgery.inspection, numpy
+import swsurgery.cli, swsurgery.checkpoint.inspect, numpy
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]),) * 2)
 sys.argv[:2] = ["swsurgery"]
@@ -167,7 +167,7 @@ def test_a_forward_check_without_memory_for_numpy_is_not_made(base, edit, tmp_pa
 @pytest.mark.parametrize("before", [None, "7"])
 def test_numpy_gets_one_thread_and_the_setting_of_the_user_stays(tmp_path, before):
     code = (
-        "import os, threading; from swsurgery.numeric import load_numpy; load_numpy(); import numpy; "
+        "import os, threading; from swsurgery.storage.numeric import load_numpy; load_numpy(); import numpy; "
         "print(os.environ.get('OPENBLAS_NUM_THREADS'), len(os.listdir('/proc/self/task')))"
     )
     env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}

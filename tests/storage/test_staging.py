@@ -225,13 +225,13 @@ def test_an_output_that_cannot_be_taken_back_is_reported_as_there(manifest, out,
     assert names(tmp_path) == {"base", "m.json", "out"}
 
 
-@pytest.mark.parametrize("at", ["storage.staging._is", "output.print_json"])
+@pytest.mark.parametrize("at", ["storage.staging._is", "cli.output.print_json"])
 def test_a_signal_is_answered_with_what_is_there(manifest, out, at):
     """Before the name is given nothing is left; after it the output is."""
     arguments = ("apply", manifest, "-o", out, "--check", "off", "--json")
     done = signalled(signal.SIGINT, at, *arguments, number=1)
     assert done.returncode == 130
-    there = at == "output.print_json"
+    there = at == "cli.output.print_json"
     assert done.stderr.splitlines()[-1] == (
         f"swsurgery: interrupted: SIGINT (the output was written: {out})" if there else
         "swsurgery: interrupted: SIGINT (nothing was left behind)"
