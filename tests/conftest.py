@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import quick
 from hub.fixture import any_hub, hub  # noqa: F401 - fixtures
 
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -12,6 +13,24 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests that speak to a Hub start their own, and say so
 os.environ["XDG_DATA_HOME"] = os.devnull  # while tests are collected too, the developer's own entries are not there
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out what needs torch or the model, or takes long")
+
+
+def pytest_ignore_collect(collection_path, config):
+    left_out = (
+        config.getoption("--quick") and collection_path.suffix == ".py" and quick.leaves_out_file(collection_path)
+    )
+    return True if left_out else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        left_out = [i for i in items if quick.leaves_out_test(i.path, i.originalname) or i.get_closest_marker("model")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
