@@ -1,17 +1,22 @@
-"""The registry: super weights that papers and repositories have published or a scan has measured, found by name.
+"""Known super weights, found by model name: published by papers and repositories, or measured by a scan.
 
-    schema.py   what a model, a coordinate, a measurement and a source are
-    data.py     reading the shipped TOML files (one per model family)
-    overlay.py  the user's own entries, and lookup by name in both
-    render.py   the facts as a table for the terminal and as a manifest
-    export.py   an own entry as the text of a shipped one
-    docs.py     the shipped facts as docs/known.md
-    *.toml      the facts; related.toml holds what is known without a scalar, names.toml is a generated index
+The package contains the shipped data, the user's own scans, lookup in both, and the tables and manifests made of them.
+It must not depend on a running model, torch or numpy.
 
-To add a model, add a table to its family's file, or a file, and run the first two commands in __main__.py; the third
-prints the table of a model that was scanned here.
+    schema.py    models, coordinates, measurements and sources
+    shipped.py   reads the shipped TOML files, one per model family
+    own.py       the user's own entries, and lookup by name in both
+    table.py     the table for the terminal, and manifests
+    resolve.py   from the edits of a manifest to the scalars of a checkpoint
+    recorded.py  compares a manifest with the record of what was done
+    export.py    an own entry in the format of the shipped files
+    docs.py      the page docs/known.md
+    *.toml       the data; related.toml contains results without a coordinate, names.toml is a generated index
 
-`status` says where a coordinate comes from:
+To add a model, add a table to its family's file, or a new file, and run the first two commands in __main__.py. The
+third command prints the table of a model that was scanned on this machine.
+
+`status` is the origin of a coordinate:
     paper                   printed in a paper, in a table or in a sentence
     measured                found by `swsurgery scan`: by this project, or by yourself where it says own scan
     independent-detection   found by a third party's detector, in no paper
@@ -19,10 +24,8 @@ prints the table of a model that was scanned here.
     disputed                sources disagree on where it is or whether it matters
     refuted                 a published test found no lasting effect, or no large weight is there
     insufficient            doubted by its own author, untested, or not borne out by the evidence
-`causal_alone` says what zeroing this one scalar does to perplexity: catastrophic (x30 or more), strong (x4 to x30),
-moderate (x2 to x4), weak (x1.05 to x2), inert (below), untested. Where only a row is published, tests zeroed the row.
-
-Knows neither checkpoints nor networks, and imports neither torch nor numpy.
+`causal_alone` is the effect on perplexity of zeroing only this scalar: catastrophic (x30 or more), strong (x4 to x30),
+moderate (x2 to x4), weak (x1.05 to x2), inert (below x1.05), untested. If only a row is published, the row was zeroed.
 """
 
 from swsurgery.known.own import all_models, forget, lookup, of_repo, own_models, refuse_name, save

@@ -1,11 +1,14 @@
-"""Print what is generated from the facts: the page of documentation, with `names` the index of names, and with `entry`
-the table of a model that was scanned here, to go into its family's file.
+"""Print a text generated from the known super weights.
+
+Without an argument, print the documentation page; with `names`, the index of names; with `entry`, the table of a model
+scanned on this machine, in the format of its family's file.
 
 python -m swsurgery.known > docs/known.md
 python -m swsurgery.known names > swsurgery/known/names.toml
 python -m swsurgery.known entry NAME
 """
 
+import io
 import sys
 
 from swsurgery.known.docs import render_docs
@@ -13,7 +16,8 @@ from swsurgery.known.export import render_entry
 from swsurgery.known.own import own_entry
 from swsurgery.known.shipped import render_names
 
-sys.stdout.reconfigure(encoding="utf-8")
+if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(encoding="utf-8")
 match sys.argv[1:]:
     case ["names"]:
         text = render_names()

@@ -1,4 +1,7 @@
-"""docs/known.md, generated: vocabulary, every model and coordinate, and what is known without a coordinate."""
+"""Generate docs/known.md: vocabulary, every model and coordinate, and results without a coordinate.
+
+Must not depend on the user's own entries.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from swsurgery.known.table import figure, in_words, published_ratio, short_value
 
 
 def render_docs() -> str:
-    """docs/known.md: vocabulary, every model and coordinate, and what is known without a coordinate."""
+    """Return the text of docs/known.md."""
     models = shipped_models()
     total = sum(len(m.coordinates) for m in models)
     out = [
@@ -69,9 +72,11 @@ def render_docs() -> str:
     out += ["", "## Known without a coordinate", "", "Super experts: removing the whole expert breaks the model.", ""]
     out += _markdown(
         ("model", "experts", "effect of removing them", "source"),
-        [(", ".join((e.hf_id, *e.also)), ", ".join(e.experts), "; ".join(e.effects), e.cite)
-         for e in known.super_experts],
-    )  # fmt: skip
+        [
+            (", ".join((e.hf_id, *e.also)), ", ".join(e.experts), "; ".join(e.effects), e.cite)
+            for e in known.super_experts
+        ],
+    )
     out += ["", "Sink neurons: columns of a down projection that feed attention sinks.", ""]
     out += _markdown(
         ("model", "layer", "columns", "source"),

@@ -1,6 +1,6 @@
-"""An own entry as TOML: the text that makes it a shipped one, so that no figure is copied by hand.
+"""Write an own entry as TOML, in the format of the shipped files, so that no number is copied by hand.
 
-The standard library reads TOML and does not write it; the few forms that the schema needs are written here.
+The standard library cannot write TOML, so this module writes the few forms that the schema needs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ _FROM_ID = {"layer", "expert", "row", "col", "tensor"}
 
 
 def render_entry(model: KnownModel) -> str:
-    """The text of a family's file with this model alone, its own scans as this project's. Raises LookupFailed where
-    the tensor of a coordinate does not follow the model's template."""
+    """Return the text of a family's file that contains only this model, with the own scans marked as this project's.
+
+    Raises LookupFailed if the tensor of a coordinate does not follow the model's template.
+    """
     for c in model.coordinates:
         if c.tensor != model.tensor.format(layer=c.layer, expert=c.expert):
             raise LookupFailed("not the tensor that the model's template gives", c.tensor, f"it is {model.tensor}")
@@ -66,6 +68,6 @@ def _value(value: Any) -> str:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped and JSON leaves.
+        # TOML has the escapes of JSON, but it requires one for DEL, which JSON leaves as it is.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)

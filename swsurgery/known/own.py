@@ -1,8 +1,8 @@
-"""The user's own entries, which `swsurgery scan` makes, beside the shipped ones; and lookup by name in both.
+"""Store the user's own entries, made by `swsurgery scan`, and look up names in own and shipped entries.
 
-An own entry is one JSON file in the platform's data directory, named after its model, so that a name finds its file
-without opening another one: a damaged file is no trouble to the models of the others. Where the model is shipped too,
-lookup shows both merged, and nothing that is shipped gives way. Opens no checkpoint and no network.
+An own entry is one JSON file in the platform's data directory. The file is named after the model, so a lookup opens no
+other file, and a damaged file affects only its own model. If the model is also shipped, lookup merges both entries and
+removes nothing shipped. Must not depend on checkpoints or the network.
 """
 
 from __future__ import annotations
@@ -17,30 +17,34 @@ from swsurgery.known.schema import JointSet, KnownCoordinate, KnownModel
 from swsurgery.known.shipped import lookup_in, normalised, shipped_models, shipped_near, shipped_of_repo
 
 _LONGEST, _KEPT = 100, 80
-"""Bytes of an organisation's or model's name in a file's name, and how many of a longer one stand before its digest:
-two of them and an ending stay below the 255 that a file's name may have."""
+"""Maximum bytes of an organisation's or a model's name in a file name, and bytes of a longer name before its digest.
+
+Two such names and an extension fit into the 255 bytes that a file name may have.
+"""
+
 _LETTERS = str.maketrans("0123456789", "ghijklmnop")
+"""Replaces digits by letters, because `normalised` would separate them."""
 
 
 def folder() -> Path:
-    """Where own entries lie; it need not exist."""
-    from platformdirs import user_data_path  # only those pay for it who ask for a model
+    """Return the directory of own entries; it may not exist."""
+    from platformdirs import user_data_path  # imported here because most commands do not need it
 
     return user_data_path("swsurgery") / "known"
 
 
 def save(model: KnownModel, mode: int = 0o666) -> Path:
-    """Keep an own entry, in place of an older one of this name (whatever its case and punctuation); returns its file,
-    which gets the permissions `mode` as far as the umask allows.
+    """Save an own entry and return its file, which gets the permissions `mode` restricted by the umask.
 
-    Raises LookupFailed for a name without a letter or a digit, one that cannot be printed, or that of a shipped model
-    of other sizes; TargetError where the file cannot be written.
+    The entry replaces an older one of the same name, ignoring case and punctuation. Raises LookupFailed if the name
+    has neither letter nor digit, is not printable, or belongs to a shipped model of other sizes. Raises TargetError if
+    the file cannot be written.
     """
-    from swsurgery.storage import filesystem  # its libraries are slow to load, and a lookup writes nothing
+    from swsurgery.storage import filesystem  # slow to load, and a lookup writes nothing
 
     stem = refuse_name(model.hf_id, _sizes(model))
     shipped = _shipped(model.hf_id)
-    # An entry that was saved under another name of the same shipped model is the one to replace.
+    # An entry saved under another name of the same shipped model is replaced.
     path = next(iter(_files_of(shipped) if shipped else []), folder() / f"{stem}.json")
     with filesystem.reported(path.parent):
         filesystem.make_directories(path.parent)
@@ -50,8 +54,11 @@ def save(model: KnownModel, mode: int = 0o666) -> Path:
 
 
 def refuse_name(name: str, sizes: tuple[int, int, int]) -> str:
-    """The name of the file of an own entry for a model of `sizes`: layers, hidden and intermediate size. Raises
-    LookupFailed for a name that no entry can have, and for that of a shipped model of other sizes."""
+    """Return the file name of an own entry, without its extension.
+
+    `sizes` are the model's number of layers, hidden size and intermediate size. Raises LookupFailed for a name that no
+    entry can have, and for the name of a shipped model of other sizes.
+    """
     stem = _stem(name)
     if not stem or not name.isprintable():
         raise LookupFailed("a model's name needs a letter or a digit and no control characters", repr(name))
@@ -59,14 +66,19 @@ def refuse_name(name: str, sizes: tuple[int, int, int]) -> str:
     if shipped and _sizes(shipped) != sizes:
         raise LookupFailed(
             f"the name of another model: layers, hidden and intermediate size of {shipped.hf_id} are "
-            f"{_sizes(shipped)}, not {sizes}", name, "give this one another name",
-        )  # fmt: skip
+            f"{_sizes(shipped)}, not {sizes}",
+            name,
+            "give this one another name",
+        )
     return stem
 
 
 def forget(name: str) -> Path:
-    """Remove the own entry of this name, sound or damaged; returns the file that is gone. Raises LookupFailed where
-    there is none, for shipped entries stay, and TargetError where it cannot be removed."""
+    """Remove the own entry of this name, even if it is damaged, and return the path of the removed file.
+
+    Raises LookupFailed if no such entry exists; shipped entries cannot be removed. Raises TargetError if the file
+    cannot be removed.
+    """
     from swsurgery.storage import filesystem
 
     path = _own_file(name)
@@ -76,17 +88,17 @@ def forget(name: str) -> Path:
 
 
 def own_entry(name: str) -> KnownModel:
-    """The own entry of this name, by itself. Raises LookupFailed where there is none, or it is damaged."""
+    """Return the own entry of this name, not merged. Raises LookupFailed if it does not exist or is damaged."""
     return _load(_own_file(name))
 
 
 def own_models() -> tuple[KnownModel, ...]:
-    """Every own entry that can be read, by the names of their files."""
+    """Return every readable own entry, sorted by file name."""
     return tuple(model for _, model in _readable())
 
 
 def all_models() -> tuple[KnownModel, ...]:
-    """Every known model: the shipped ones, each with its own entries merged in, then the other own entries."""
+    """Return every known model: the shipped models, each merged with its own entries, then the other own entries."""
     own = dict(_readable())
     merged = []
     for model in shipped_models():
@@ -98,9 +110,12 @@ def all_models() -> tuple[KnownModel, ...]:
 
 
 def lookup(name: str) -> KnownModel:
-    """The model of this name, whatever the case and punctuation; never a guess. A shipped model goes before an own
-    entry of the same name without organisation. Raises LookupFailed for a name that is unknown (with the nearest
-    ones) or that several models have (with all of them), and where its own entry is damaged."""
+    """Return the model of this name, ignoring case and punctuation but never guessing.
+
+    A shipped model takes precedence over an own entry of the same name without organisation. Raises LookupFailed if
+    the name is unknown (the message suggests near names), if several models have it (the message lists them), or if
+    the model's own entry is damaged.
+    """
     if near := shipped_near(name):
         return _with_own(lookup_in(near, name))
     paths = _files_named(name)
@@ -112,8 +127,10 @@ def lookup(name: str) -> KnownModel:
 
 
 def of_repo(repo_id: str) -> KnownModel | None:
-    """The model of this very repo_id, shipped or own, if it is known. Raises LookupFailed where its own entry is
-    damaged."""
+    """Return the shipped or own model with exactly this repo_id, or None.
+
+    Raises LookupFailed if its own entry is damaged.
+    """
     if model := shipped_of_repo(repo_id):
         return _with_own(model)
     path = folder() / f"{_stem(repo_id)}.json"
@@ -122,8 +139,11 @@ def of_repo(repo_id: str) -> KnownModel | None:
 
 
 def merge(shipped: KnownModel, own: KnownModel) -> KnownModel:
-    """The shipped entry with what the own one adds: measurements of coordinates and joint sets that both have, and
-    those that only the own one has. Only a class that was untested is replaced, by the measured one."""
+    """Return the shipped entry with the additions of the own entry.
+
+    Adds the measurements of common coordinates and joint sets, and the coordinates and joint sets that only the own
+    entry has. Replaces nothing, except that a measured `causal_alone` replaces "untested".
+    """
     measured = {c.id: c for c in own.coordinates}
     coordinates = [_merge_coordinate(c, measured.pop(c.id, None)) for c in shipped.coordinates]
     joint = {frozenset(j.coordinates): j for j in own.joint_sets}
@@ -179,15 +199,17 @@ def _sizes(model: KnownModel) -> tuple[int, int, int]:
 
 
 def _stem(name: str) -> str:
-    """What the file of a model's entry is called, without its ending: `organisation.model`, each normalised, so that
-    neither a dot nor a separator of the name is left. Empty for a name without a letter or a digit."""
+    """Return the file name of a model's entry without its extension: `organisation.model`, both normalised.
+
+    Neither part contains a dot or a path separator. Returns "" if the name has neither letter nor digit.
+    """
     organisation, _, model = name.rpartition("/")
-    parts = [_shortened(normalised(part)) for part in (organisation, model)]
+    parts = [_shorten(normalised(part)) for part in (organisation, model)]
     return ".".join(part for part in parts if part) if parts[1] else ""
 
 
-def _shortened(text: str) -> str:
-    """A normalised name of at most _LONGEST bytes; the result is normalised too, so it is a name of the same file."""
+def _shorten(text: str) -> str:
+    """Shorten a normalised name to at most _LONGEST bytes. The result is normalised too."""
     raw = text.encode()
     if len(raw) <= _LONGEST:
         return text
@@ -196,7 +218,7 @@ def _shortened(text: str) -> str:
 
 
 def _files() -> list[Path]:
-    """Every own entry's file; none where the folder is not there or may not be read."""
+    """List the files of own entries; empty if the folder does not exist or cannot be read."""
     try:
         names = os.listdir(folder())
     except OSError:
@@ -205,22 +227,22 @@ def _files() -> list[Path]:
 
 
 def _files_of(shipped: KnownModel) -> list[Path]:
-    """The files of own entries under any name of a shipped model."""
+    """List the files of own entries under any name of a shipped model."""
     names = dict.fromkeys((shipped.hf_id, *shipped.aliases))
     paths = dict.fromkeys(folder() / f"{_stem(name)}.json" for name in names)
     return [path for path in paths if os.path.isfile(path)]
 
 
 def _files_named(name: str) -> list[Path]:
-    """The files whose entry this name means: the very name, else the name without organisation or punctuation."""
-    stem, key = _stem(name), _shortened(normalised(name))
+    """List the files with this name or, if there are none, with this name without organisation or punctuation."""
+    stem, key = _stem(name), _shorten(normalised(name))
     paths = _files()
     exact = [path for path in paths if path.stem == stem]
     return exact or [p for p in paths if key in (p.stem.replace(".", "-"), p.stem.rpartition(".")[2])]
 
 
 def _own_file(name: str) -> Path:
-    """The one file of an own entry that this name means. Raises LookupFailed."""
+    """Return the file of the own entry of this name. Raises LookupFailed if no entry or several have the name."""
     shipped = _shipped(name)
     paths = _files_of(shipped) if shipped else _files_named(name)
     if len(paths) == 1 or paths and shipped:
@@ -234,7 +256,7 @@ def _own_file(name: str) -> Path:
 
 
 def _several(name: str, paths: list[Path]) -> LookupFailed:
-    """Names that the entries have or, where one is damaged, whose file has: both are found."""
+    """Return the error that lists the names of the entries, taken from the file name if an entry is damaged."""
     readable = dict(_readable())
     names = [readable[path].hf_id if path in readable else path.stem.replace(".", "/") for path in paths]
     return LookupFailed("several own entries have this name", name, f"give one of {', '.join(names)}")
@@ -245,16 +267,16 @@ def _readable() -> Iterator[tuple[Path, KnownModel]]:
         try:
             yield path, _load(path)
         except LookupFailed:
-            continue  # whoever asks for that model will hear of it
+            continue  # a lookup of this model reports the fault
 
 
 def _load(path: Path) -> KnownModel:
-    """Raises LookupFailed where the file breaks the schema or cannot be read."""
+    """Load an own entry. Raises LookupFailed if the file cannot be read or breaks the schema."""
     try:
         return KnownModel.model_validate_json(path.read_bytes())
     except OSError as error:
         raise LookupFailed(f"the own entry cannot be read ({error.strerror})", path, "make the file readable") from None
-    except ValueError:  # of the schema, of JSON or of UTF-8
+    except ValueError:  # invalid UTF-8, JSON or schema
         name = path.stem.replace(".", "/")
         raise LookupFailed(
             "the own entry is damaged", path, f"swsurgery lookup {name} --forget removes it; then scan again"

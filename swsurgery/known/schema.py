@@ -1,4 +1,7 @@
-"""The schema of facts, shipped or one's own, and the vocabulary of their statuses. Knows neither files nor names."""
+"""Define the schema of known super weights and the vocabulary of their statuses.
+
+Must not depend on files or on lookup.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ Causal = Literal["catastrophic", "strong", "moderate", "weak", "inert", "unteste
 Count = Annotated[int, Field(ge=0)]
 Expert = Count | Literal["shared"] | None
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Figure = Annotated[float, Field(ge=-math.inf)] | str  # the bound is there to refuse NaN, which JSON cannot say
-"""A measured figure: a number (infinity where the source says so), or its words ("+3.18%")."""
+Figure = Annotated[float, Field(ge=-math.inf)] | str  # the bound excludes NaN, which JSON cannot represent
+"""A measured number (infinity if the source says so), or the source's words, such as "+3.18%"."""
 
 STATUSES: dict[str, str] = {
     "paper": "printed in a paper, in a table or in a sentence",
@@ -35,41 +38,50 @@ CAUSAL: dict[str, str] = {
     "inert": "perplexity below x1.05",
     "untested": "no published test",
 }
-_FLOORS = {"catastrophic": 30.0, "strong": 4.0, "moderate": 2.0, "weak": 1.05}
+_FLOORS: dict[Causal, float] = {"catastrophic": 30.0, "strong": 4.0, "moderate": 2.0, "weak": 1.05}
 
 
 def causal_class(ratio: float) -> Causal:
-    """The word for a perplexity ratio, patched / base. What is not finite broke the model: catastrophic."""
+    """Return the word for a perplexity ratio, patched / base. NaN and infinity are catastrophic."""
     if math.isnan(ratio):
         return "catastrophic"
     return next((word for word, floor in _FLOORS.items() if ratio >= floor), "inert")
 
 
 def coordinate_id(layer: int, expert: Expert, row: int, col: int | None) -> str:
-    """`L2.3968.7003`, in a mixture of experts `L1.E68.940.711` or `L1.Eshared.940.711`; `*` for an unknown column."""
+    """Return an id such as `L2.3968.7003`, `L1.E68.940.711` or `L1.Eshared.940.711`; `*` is an unknown column."""
     within = "" if expert is None else f".E{expert}"
     return f"L{layer}{within}.{row}.{'*' if col is None else col}"
 
 
 class Strict(BaseModel):
-    """No coercion, no unknown field, no change after loading."""
+    """A frozen model without coercion or unknown fields."""
 
-    # Infinity is written as Python's json reads it, so that what is saved comes back as it was.
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, defer_build=True, ser_json_inf_nan="constants"
-    )  # fmt: skip
+    # Infinity is written as a constant, so that Python's json reads the saved value back unchanged.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True, ser_json_inf_nan="constants")
 
 
 class Source(Strict):
-    """Something citable. `commit` is of the repository that `cite` names; `secondary` means known second-hand.
+    """A citable source.
 
-    `scan` is this project's own measurement, `own scan` the user's; both cite the command that repeats it."""
+    `commit` is a commit of the repository in `cite`. The kind `secondary` means that the source reports another one.
+    `scan` is this project's own measurement and `own scan` the user's; both cite the command that repeats it.
+    """
 
     key: str
     kind: Literal[
-        "paper", "code", "detection", "ablation", "detection+ablation", "structural", "notes", "blog", "secondary",
-        "scan", "own scan",
-    ]  # fmt: skip
+        "paper",
+        "code",
+        "detection",
+        "ablation",
+        "detection+ablation",
+        "structural",
+        "notes",
+        "blog",
+        "secondary",
+        "scan",
+        "own scan",
+    ]
     cite: str
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     note: str | None = None
@@ -79,8 +91,11 @@ class Source(Strict):
 
 
 class Conditions(Strict):
-    """What a scan measured on: `windows` of at most `window_tokens` tokens of the text with this sha256, run in
-    `dtype` on `device`. `scored_tokens` is the number of predictions scored; version 0.1.0 did not keep it."""
+    """The conditions of a scan's measurement.
+
+    The text with this sha256 was run as `windows` windows of at most `window_tokens` tokens each, in `dtype` on
+    `device`. `scored_tokens` is the number of scored predictions; version 0.1.0 did not store it.
+    """
 
     text_sha256: str
     windows: Count
@@ -91,8 +106,12 @@ class Conditions(Strict):
 
 
 class Effect(Strict):
-    """One measurement. `dose` pairs a scale factor with the metric, `dose_ratio` with its ratio to before. `ci95` is
-    of the ratio; `kl`, the mean KL(before || after) per token in nats, and `conditions` come from scans."""
+    """One measurement.
+
+    `dose` contains pairs (scale factor, metric) and `dose_ratio` pairs (scale factor, ratio to `before`). `ci95` is the
+    95% confidence interval of `ratio`. `kl`, the mean KL(before || after) in nats per token, and `conditions` come from
+    scans.
+    """
 
     protocol: str
     metric: str
@@ -109,9 +128,9 @@ class Effect(Strict):
 
     @model_validator(mode="after")
     def _drop_interval_from_tokens(self) -> Effect:
-        """Drop an interval that version 0.1.0 measured, the version that kept no number of scored tokens.
+        """Drop an interval measured by version 0.1.0, which did not store the number of scored tokens.
 
-        It was computed from blocks of tokens and contained the true ratio in about half of all cases.
+        It was computed from blocks of tokens and contained the true ratio in only about half of all cases.
         """
         if self.conditions is not None and self.conditions.scored_tokens is None:
             object.__setattr__(self, "ci95", None)
@@ -123,7 +142,7 @@ class Effect(Strict):
 
 
 class Independent(Strict):
-    """How many separate groups reported the exact scalar, and how many its value. A paper and its code are one."""
+    """How many independent groups reported the exact scalar and its value. A paper and its code count once."""
 
     location: Count
     value: Count
@@ -132,10 +151,10 @@ class Independent(Strict):
 class KnownCoordinate(Strict):
     """One coordinate, published or measured.
 
-    `row` is the output channel (below hidden_size) and `col` the intermediate neuron (below intermediate_size), None
-    where only a row was published; such a row cannot be addressed. `tensor` is the stored tensor's published name.
-    `value` is exact in `dtype`, in the spelling of safetensors; a print that is not exact is `value_printed`.
-    `causal_alone` is the effect of zeroing this scalar alone; where `col` is None, of zeroing the whole row.
+    `row` is the output channel (below hidden_size) and `col` the intermediate neuron (below intermediate_size). `col`
+    is None if only a row was published; a manifest cannot target such a row. `tensor` is the published name of the
+    stored tensor. `value` is exact in `dtype`, named as in safetensors; an inexact published value is `value_printed`.
+    `causal_alone` is the effect of zeroing only this scalar or, if `col` is None, the whole row.
     """
 
     id: str
@@ -159,12 +178,12 @@ class KnownCoordinate(Strict):
 
     @property
     def own(self) -> bool:
-        """Whether a scan of the user's own is among the sources."""
+        """True if the sources include a scan by the user."""
         return any(source.kind == "own scan" for source in self.sources)
 
     @property
     def causal_scope(self) -> str:
-        """What the tests behind `causal_alone` zeroed: "scalar" or "row"."""
+        """What the tests for `causal_alone` zeroed: "scalar" or "row"."""
         return "row" if self.col is None else "scalar"
 
     @model_validator(mode="after")
@@ -185,7 +204,7 @@ class KnownCoordinate(Strict):
 
 
 class JointSet(Strict):
-    """Coordinates that were edited together, and what came of it."""
+    """Coordinates that were edited together, and the effects."""
 
     name: str | None = None
     coordinates: tuple[str, ...]
@@ -202,10 +221,12 @@ class JointSet(Strict):
 
 
 class KnownModel(Strict):
-    """One model. The first alias is its short name. `tensor` is a template with {layer} (and {expert});
-    `transposed` says that the checkpoint stores [col, row]; `revision_measured` is the commit that was measured;
-    `path` is where a checkpoint lies that is no repository; `scans` are those of the whole model, also what found
-    nothing."""
+    """One model.
+
+    The first alias is its short name. `tensor` is a template with {layer} (and {expert}). `transposed` is True if the
+    checkpoint stores [col, row]. `revision_measured` is the measured commit. `path` is the directory of a checkpoint
+    that is not a repository. `scans` are the scans of the whole model, including those that found nothing.
+    """
 
     aliases: Annotated[tuple[str, ...], Field(min_length=1)]
     hf_id: str
@@ -232,12 +253,12 @@ class KnownModel(Strict):
 
     @property
     def own(self) -> bool:
-        """Whether a scan of the user's own is part of this entry, be it one that found nothing."""
+        """True if this entry includes a scan by the user, even one that found nothing."""
         return any(source.kind == "own scan" for source in self.sources)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Every source that this model cites, in order of first use."""
+        """All sources cited by this model, in order of first use."""
         effects = [*self.effects, *(e for j in self.joint_sets for e in j.effects)]
         cited = [s for c in self.coordinates for s in (*(e.source for e in c.effects), *c.sources)]
         return tuple({s.key: s for s in [*cited, *(e.source for e in effects), *self.scans]}.values())
@@ -269,7 +290,7 @@ class KnownModel(Strict):
 
 
 class SuperExperts(Strict):
-    """Experts of a mixture-of-experts model whose removal breaks it; no scalar is published for most."""
+    """Experts whose removal breaks a mixture-of-experts model; for most of them no scalar is published."""
 
     hf_id: str
     also: tuple[str, ...] = ()
@@ -280,7 +301,7 @@ class SuperExperts(Strict):
 
 
 class SinkNeurons(Strict):
-    """Columns of a down projection that feed attention sinks; which rows matter is not published."""
+    """Columns of a down projection that feed attention sinks; the relevant rows are not published."""
 
     model: str
     layer: Count
@@ -297,7 +318,7 @@ class NegativeResult(Strict):
 
 
 class Related(Strict):
-    """What is published around super weights without naming a scalar."""
+    """Published results about super weights that name no scalar."""
 
     super_experts: tuple[SuperExperts, ...]
     sink_neurons: tuple[SinkNeurons, ...]
@@ -306,8 +327,10 @@ class Related(Strict):
 
 
 def with_status(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
-    """The coordinates of the given status or statuses; all of them without one. Raises LookupFailed for a word that
-    is no status."""
+    """Return the coordinates with one of the given statuses, or all coordinates if `status` is None.
+
+    Raises LookupFailed for an unknown status.
+    """
     if status is None:
         return model.coordinates
     wanted = {status} if isinstance(status, str) else set(status)

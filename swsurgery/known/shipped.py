@@ -1,9 +1,8 @@
-"""Reading the shipped facts from the TOML files beside this one, and finding a name or a coordinate in them.
+"""Read the shipped TOML files and find models and coordinates in them by name.
 
-One file per model family. `[sources]` lists what is cited, once; `[[models]]` follow, each with its coordinates,
-joint sets and effects. TOML, because it reads well in a diff and the standard library reads it in milliseconds. A
-file that breaks a rule of the schema is a bug and raises ValueError. This room opens no checkpoint and no network,
-and knows nothing of the user's own entries: that is overlay.py.
+Each model family has one file: `[sources]` lists each cited source once, and `[[models]]` contain coordinates, joint
+sets and effects. TOML is readable in a diff, and the standard library reads it in milliseconds. A file that breaks the
+schema is a bug and raises ValueError. Must not depend on checkpoints, the network or the user's own entries.
 """
 
 from __future__ import annotations
@@ -26,13 +25,15 @@ _ID = re.compile(r"L(\d+)(?:\.E(\d+|shared))?\.(\d+)\.(\d+|\*)")
 
 
 def load_file(path: Path) -> tuple[KnownModel, ...]:
-    """The models of one family's file. Raises ValueError where it breaks the schema, cites a source that it does not
-    list, or lists one that it does not cite."""
+    """Read the models of one family's file.
+
+    Raises ValueError if it breaks the schema, cites a source that it does not list, or lists one that it does not cite.
+    """
     raw = _frozen(tomllib.loads(path.read_text("utf-8")))
     extra = set(raw) ^ {"sources", "models"}
     if extra:
         raise ValueError(f"{path.name}: unknown or missing tables {sorted(extra)}")
-    sources = _Sources({key: Source(key=key, **fields) for key, fields in raw["sources"].items()})
+    sources = _Sources({key: Source.model_validate(fields | {"key": key}) for key, fields in raw["sources"].items()})
     models = tuple(_model(fields, sources) for fields in raw["models"])
     unused = set(sources) - {s.key for m in models for s in m.sources}
     if unused:
@@ -42,12 +43,12 @@ def load_file(path: Path) -> tuple[KnownModel, ...]:
 
 @cache
 def shipped_models() -> tuple[KnownModel, ...]:
-    """Every shipped model, in the order of the files' names and of the models in each."""
+    """Return every shipped model, sorted by file name and then in file order."""
     return tuple(model for family in families() for model in _family(family))
 
 
 def families() -> list[str]:
-    """The names of the families' files, without their ending."""
+    """Return the sorted names of the families' files, without their extension."""
     return sorted(file.stem for file in _FOLDER.glob("*.toml") if file.name not in (_RELATED, _NAMES))
 
 
@@ -58,39 +59,43 @@ def _family(name: str) -> tuple[KnownModel, ...]:
 
 @cache
 def related() -> Related:
-    """What is known without an exact coordinate: super experts, sink neurons, searches that found nothing."""
+    """Return results without an exact coordinate: super experts, sink neurons and searches that found nothing."""
     raw = tomllib.loads((_FOLDER / _RELATED).read_text("utf-8"))
     return Related.model_validate(_frozen(raw))
 
 
 def normalised(name: str) -> str:
-    """A name without case and punctuation: its runs of letters and of digits. So `LLaMA 7B`, `llama_7b` and `llama7b`
-    are one, and Qwen2-57B is not Qwen2.5-7B."""
+    """Return a name without case and punctuation: its runs of letters and of digits, separated by hyphens.
+
+    `LLaMA 7B`, `llama_7b` and `llama7b` become equal; Qwen2-57B and Qwen2.5-7B do not.
+    """
     return "-".join(re.findall(r"[^\W\d_]+|\d+", name.casefold()))
 
 
 def names_of(model: KnownModel) -> tuple[str, ...]:
-    """Every name that finds this model: its repository and aliases, and each without its organisation."""
+    """Return every name that finds this model: repository and aliases, with and without organisation."""
     names = (model.hf_id, *model.aliases)
     return (*names, *(name.split("/")[-1] for name in names if "/" in name))
 
 
 def shipped_of_repo(repo_id: str) -> KnownModel | None:
-    """The shipped model that is published under this very repo_id, if there is one."""
+    """Return the shipped model published under exactly this repo_id, or None."""
     models = (m for m in shipped_near(repo_id) if repo_id.lower() in (name.lower() for name in (m.hf_id, *m.aliases)))
     return next(models, None)
 
 
 def shipped_near(name: str) -> list[KnownModel]:
-    """The shipped models of the families that have this name: a tenth of the work of opening all. Empty where no
-    shipped model has it."""
+    """Return the shipped models of the families with a model of this name; empty if no shipped model has it.
+
+    This takes a tenth of the time of reading every family.
+    """
     key = normalised(name)
     index = tomllib.loads((_FOLDER / _NAMES).read_text("utf-8"))
     return [model for family, names in index.items() if key in names for model in _family(family)]
 
 
 def render_names() -> str:
-    """The text of names.toml: for each file, the normalised names of its models."""
+    """Return the text of names.toml: for each file, the normalised names of its models."""
     lines = ["# Which file knows which name; written by `python -m swsurgery.known names`", ""]
     for family in families():
         names = sorted({normalised(name) for model in _family(family) for name in names_of(model)})
@@ -99,8 +104,11 @@ def render_names() -> str:
 
 
 def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
-    """The model of this name, whatever the case and punctuation, among the given ones; never a guess. Raises
-    LookupFailed for a name that is unknown (with the nearest ones) or that several models have (with all of them)."""
+    """Return the one of `models` with this name, ignoring case and punctuation but never guessing.
+
+    Raises LookupFailed if the name is unknown (the message suggests near names) or if several models have it (the
+    message lists them).
+    """
     table: dict[str, dict[str, KnownModel]] = {}
     for model in models:
         for known_name in names_of(model):
@@ -122,8 +130,10 @@ def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
 
 
 def find(model: KnownModel, coordinate_id: str) -> KnownCoordinate:
-    """The coordinate of this id, `L2.3968.7003` or, with a name of the model, `llama-7b:L2.3968.7003`. Raises
-    LookupFailed, with the nearest ids, for one that the model does not have."""
+    """Return the coordinate with this id: `L2.3968.7003` or, with a name of the model, `llama-7b:L2.3968.7003`.
+
+    Raises LookupFailed, with near ids, if the model has no such coordinate.
+    """
     name, _, short = coordinate_id.rpartition(":")
     if name and normalised(name) not in map(normalised, names_of(model)):
         raise LookupFailed("a coordinate of another model", coordinate_id, f"this one is {model.slug}")
@@ -136,16 +146,18 @@ def find(model: KnownModel, coordinate_id: str) -> KnownCoordinate:
 
 
 def addressable(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
-    """The coordinates that name one scalar. Without `status` the refuted ones are left out: places where tests found
-    nothing. This is what `known: all` means in a manifest."""
+    """Return the coordinates that identify one scalar, as `known: all` in a manifest does.
+
+    Without `status`, refuted coordinates are omitted, because tests found nothing at these positions.
+    """
     chosen = set(STATUSES) - {"refuted"} if status is None else status
     return tuple(c for c in with_status(model, chosen) if c.col is not None)
 
 
 def to_json(models: KnownModel | Iterable[KnownModel], status: str | Collection[str] | None = None) -> dict[str, Any]:
-    """The document of `lookup --json`: plain values only, infinities as the text "inf"."""
+    """Return the document of `lookup --json`: plain values, with infinities as the text "inf"."""
     listed = [models] if isinstance(models, KnownModel) else models
-    # Through JSON once, so that tuples become lists for callers that compare.
+    # The round trip through JSON converts tuples to lists, so that callers can compare documents.
     return {"models": [json.loads(json.dumps(m.to_json(status), allow_nan=False)) for m in listed]}
 
 
@@ -157,32 +169,31 @@ class _Sources(dict[str, Source]):
 def _model(fields: dict[str, Any], sources: _Sources) -> KnownModel:
     resolved = _effects(fields, sources, "scans")
     resolved["coordinates"] = tuple(
-        KnownCoordinate(**_place(c, fields.get("tensor", "")), **_effects(c, sources, "sources"))
+        KnownCoordinate.model_validate(_parse_id(c, fields.get("tensor", "")) | _effects(c, sources, "sources"))
         for c in fields.get("coordinates", ())
     )
-    resolved["joint_sets"] = tuple(JointSet(**_effects(j, sources)) for j in fields.get("joint_sets", ()))
-    return KnownModel(**resolved)
+    resolved["joint_sets"] = tuple(JointSet.model_validate(_effects(j, sources)) for j in fields.get("joint_sets", ()))
+    return KnownModel.model_validate(resolved)
 
 
 def _effects(fields: dict[str, Any], sources: _Sources, *lists: str) -> dict[str, Any]:
-    """The same fields, with the keys of sources replaced by the sources."""
-    effects = tuple(Effect(**(e | {"source": sources[e.get("source")]})) for e in fields.get("effects", ()))
+    """Return the fields with the keys of sources replaced by the sources."""
+    effects = tuple(Effect.model_validate(e | {"source": sources[e.get("source")]}) for e in fields.get("effects", ()))
     return fields | {"effects": effects} | {name: tuple(sources[key] for key in fields.get(name, ())) for name in lists}
 
 
-def _place(fields: dict[str, Any], template: str) -> dict[str, Any]:
+def _parse_id(fields: dict[str, Any], template: str) -> dict[str, Any]:
     match = _ID.fullmatch(fields.get("id", ""))
     if match is None:
         raise ValueError(f"{fields.get('id')!r} is no id such as L2.3968.7003, L1.E68.940.711 or L11.507.*")
-    layer, expert, row, col = (int(p) if p and p.isdigit() else None for p in match.groups())
-    if match[2] == "shared":
-        expert = "shared"
+    layer, number, row, col = (int(p) if p and p.isdigit() else None for p in match.groups())
+    expert = "shared" if match[2] == "shared" else number
     tensor = template.format(layer=layer, expert=expert)
     return {"layer": layer, "expert": expert, "row": row, "col": col, "tensor": tensor}
 
 
 def _frozen(value: Any) -> Any:
-    """TOML's lists as tuples: a strict schema takes nothing else for them."""
+    """Convert TOML's lists to tuples, because a strict schema accepts nothing else for a tuple."""
     if isinstance(value, dict):
         return {key: _frozen(item) for key, item in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,6 +1,6 @@
-"""The facts as text: a table for the terminal, and a manifest that `apply` takes.
+"""Render known super weights as a table for the terminal and as a manifest for `apply`.
 
-Everything here is a pure function of the facts; the library prints nothing.
+All functions are pure. Must not depend on checkpoints or files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 import textwrap
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from swsurgery.errors import LookupFailed, printable
@@ -17,20 +17,33 @@ from swsurgery.known.shipped import addressable
 from swsurgery.manifest.writer import Operation, edit_fields, manifest_text, refuse_unfit
 
 UNDECIDED = "A scan is undecided."
-"""How a note of an own entry begins if the scan found nothing and did not read everything."""
+"""Beginning of an own entry's note if the scan found nothing but did not read everything."""
 
 LARGE_RATIO = 4.0
-"""From this published perplexity ratio on, a zero manifest asks its sanity check to see damage ..."""
+"""Minimum published perplexity ratio for which a zero manifest makes the sanity check require damage."""
 
 
 def render_table(model: KnownModel, width: int = 100, status: str | Collection[str] | None = None) -> str:
-    """What is known of one model, for a terminal of `width` columns: coordinates with tensor, value, status and what
-    zeroing each alone does, then joint sets, warnings, notes and the sources as numbered footnotes.
+    """Return a table of one model for a terminal of `width` columns.
 
-    Raises LookupFailed for a word that is no status."""
+    Contains the coordinates with tensor, value, status and the effect of zeroing each alone, then joint sets, other
+    measurements, warnings, notes, and the sources as numbered footnotes. Raises LookupFailed for an unknown status.
+    """
     shown = with_status(model, status)
     notes = _Footnotes()
     out = _Page(width)
+    _add_heading(out, model)
+    _add_coordinates(out, model, shown, notes)
+    _add_joint_sets(out, model, shown, notes)
+    out.section("measured otherwise", [f"{e.protocol}: {_describe_effect(e, notes)}" for e in model.effects])
+    out.section("", [f"WARNING: {warning}" for warning in _warnings(model, shown)], indent=0)
+    out.section("notes", [f"- {note}" for note in model.notes])
+    notes.mark(*model.scans)
+    _add_sources(out, notes.sources)
+    return out.text()
+
+
+def _add_heading(out: _Page, model: KnownModel) -> None:
     out.line(f"{model.hf_id} ({model.family})")
     out.line(
         f"{model.num_layers} layers, hidden {model.hidden_size}, intermediate {model.intermediate_size}"
@@ -42,6 +55,9 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
     if model.revision_measured:
         out.line(f"measured at revision {model.revision_measured}")
     out.line()
+
+
+def _add_coordinates(out: _Page, model: KnownModel, shown: Sequence[KnownCoordinate], notes: _Footnotes) -> None:
     rows = [("coordinate", "value", "status", "zeroed alone")]
     rows += [(c.id, short_value(c), _status(c), _alone(c)) for c in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -49,10 +65,14 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
     out.line(head)
     for coordinate, line in zip(shown, cells, strict=True):
         out.line(line)
-        for detail in _details(model, coordinate, notes):
+        for detail in _describe_coordinate(model, coordinate, notes):
             out.line(detail, indent=4)
     if not shown:
         out.line("none of this status" if model.coordinates else "none")
+
+
+def _add_joint_sets(out: _Page, model: KnownModel, shown: Iterable[KnownCoordinate], notes: _Footnotes) -> None:
+    """Add the joint sets with at least one of the coordinates shown."""
     ids = {c.id for c in shown}
     joint = [j for j in model.joint_sets if ids.intersection(j.coordinates)]
     if joint:
@@ -60,30 +80,16 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
         out.line("zeroed together")
         for joint_set in joint:
             out.line(" + ".join(joint_set.coordinates), indent=2)
-            out.line(_joint(joint_set, notes), indent=4)
-    if model.effects:
-        out.line()
-        out.line("measured otherwise")
-        for effect in model.effects:
-            out.line(f"{effect.protocol}: {_measured(effect, notes)}", indent=2, hanging=2)
-    warned = _warnings(model, shown)
-    if warned:
-        out.line()
-        for warning in warned:
-            out.line(f"WARNING: {warning}", hanging=2)
-    if model.notes:
-        out.line()
-        out.line("notes")
-        for note in model.notes:
-            out.line(f"- {note}", indent=2, hanging=2)
-    notes.mark(*model.scans)
+            out.line(_describe_joint_set(joint_set, notes), indent=4)
+
+
+def _add_sources(out: _Page, sources: Iterable[Source]) -> None:
     out.line()
     out.line("sources")
-    for number, source in enumerate(notes.sources, 1):
+    for number, source in enumerate(sources, 1):
         kind = "second-hand" if source.kind == "secondary" else source.kind
         text = f"[{number}] {_cite(source)} ({kind}{'; ' + source.note if source.note else ''})"
         out.line(text, indent=2, hanging=4)
-    return out.text()
 
 
 def render_manifest(
@@ -92,19 +98,19 @@ def render_manifest(
     factor: float | None = None,
     status: str | Collection[str] | None = None,
 ) -> str:
-    """The YAML text of a manifest that does `op` to the known coordinates of a model.
+    """Return the YAML text of a manifest that applies `op` to the known coordinates of a model.
 
-    Without `status`, protect takes every addressable coordinate; zero and scale also leave out the insufficient ones,
-    where no test has shown that they matter. Raises ManifestError for another operation or a factor that does not fit
-    it, LookupFailed where no coordinate is left."""
+    Without `status`, protect uses every addressable coordinate. Zero and scale also omit the insufficient ones, because
+    no test has shown that they matter. Raises ManifestError for another operation or a factor that does not fit it, and
+    LookupFailed if no coordinate is left.
+    """
     refuse_unfit(op, factor)
-    chosen = status
-    if status is None and op != "protect":
-        chosen = set(STATUSES) - {"refuted", "insufficient"}
-    coordinates = addressable(model, chosen)
+    tested = set(STATUSES) - {"refuted", "insufficient"}
+    coordinates = addressable(model, tested if status is None and op != "protect" else status)
     if not coordinates:
         raise LookupFailed(f"no whole coordinate to {op}", model.slug, _why_none(model, op, status))
     what = f"{len(coordinates)} known coordinate{'s' if len(coordinates) > 1 else ''} of {model.hf_id}"
+    base: dict[str, str | None]
     if model.path:
         base = {"path": model.path, "model": model.hf_id}
     else:
@@ -120,7 +126,7 @@ def render_manifest(
 
 
 def describe(effect: Effect) -> str:
-    """One measurement in a few words: `wikitext2 ppl 5.67 -> 1211`, `wikitext2 ppl x3667`."""
+    """Return one measurement in a few words: `wikitext2 ppl 5.67 -> 1211`, `wikitext2 ppl x3667`."""
     metric = effect.metric.replace("_", " ")
     times = f"x{figure(effect.ratio)}" if effect.ratio not in (None, math.inf) else ""
     if effect.dose or effect.dose_ratio:
@@ -135,7 +141,7 @@ def describe(effect: Effect) -> str:
 
 
 def figure(value: Figure) -> str:
-    """A published number to four digits, larger ones whole; words stay words."""
+    """Format a measured number with four digits, or as an integer from 1000; words stay unchanged."""
     if isinstance(value, str):
         return value
     if math.isinf(value):
@@ -152,6 +158,7 @@ class _Footnotes:
         self.sources: list[Source] = []
 
     def mark(self, *sources: Source) -> str:
+        """Return the marks of the sources, such as "[1] [3]", and number the new ones."""
         marks = []
         for source in dict.fromkeys(sources):
             if source not in self.sources:
@@ -168,28 +175,38 @@ class _Page:
         self.lines: list[str] = []
 
     def line(self, text: str = "", indent: int = 0, hanging: int = 0) -> None:
-        text = printable(text)  # an own entry may hold what a config.json says of itself
+        """Add one line, wrapped; the lines after the first are indented by `hanging` more."""
+        text = printable(text)  # an own entry may contain text from a config.json
         first, rest = " " * indent, " " * (indent + hanging)
         if len(first) + len(text) <= self.width:
-            self.lines.append(first + text if text else "")  # keeps the columns' spaces
+            self.lines.append(first + text if text else "")  # wrapping would remove the spaces between columns
             return
         self.lines += textwrap.wrap(
             text, self.width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
         )
 
+    def section(self, title: str, lines: Sequence[str], indent: int = 2) -> None:
+        """Add a blank line, the title if not empty, and the lines; add nothing if there are no lines."""
+        if lines:
+            self.line()
+        if lines and title:
+            self.line(title)
+        for line in lines:
+            self.line(line, indent, hanging=2)
+
     def text(self) -> str:
         return "\n".join(self.lines) + "\n"
 
 
-def _details(model: KnownModel, coordinate: KnownCoordinate, notes: _Footnotes) -> Iterable[str]:
+def _describe_coordinate(model: KnownModel, coordinate: KnownCoordinate, notes: _Footnotes) -> Iterable[str]:
     stored = (coordinate.row, "*" if coordinate.col is None else coordinate.col)
     first, second = reversed(stored) if model.transposed else stored
     yield f"{coordinate.tensor}[{first}, {second}]" + (" (stored transposed)" if model.transposed else "")
-    # Of what was published the strongest stands for all; a scan's figures belong together.
+    # Of the published effects only the first, which is the strongest, is shown; those of a scan are all shown.
     for number, effect in enumerate(coordinate.effects):
         if number == 0 or effect.conditions:
             own = "own scan, " if effect.source.kind == "own scan" else ""
-            yield f"{own}{_protocol(effect)}: {_measured(effect, notes)}"
+            yield f"{own}{_protocol(effect)}: {_describe_effect(effect, notes)}"
     if coordinate.value_printed:
         yield f"printed as {coordinate.value_printed}"
     for remark in (coordinate.role, coordinate.note):
@@ -199,23 +216,22 @@ def _details(model: KnownModel, coordinate: KnownCoordinate, notes: _Footnotes) 
     yield f"found by {by} {notes.mark(*coordinate.sources, *(e.source for e in coordinate.effects))}"
 
 
-def _joint(joint_set: JointSet, notes: _Footnotes) -> str:
+def _describe_joint_set(joint_set: JointSet, notes: _Footnotes) -> str:
     effects = "; ".join(
-        ("whole rows: " if "rows" in e.protocol else "") + _measured(e, notes) for e in joint_set.effects
+        ("whole rows: " if "rows" in e.protocol else "") + _describe_effect(e, notes) for e in joint_set.effects
     )
     name = f"{joint_set.name}: " if joint_set.name else ""
     return name + effects + (f"; {joint_set.note}" if joint_set.note else "")
 
 
-def _measured(effect: Effect, notes: _Footnotes) -> str:
-    """The measurement with its interval, footnote and remark."""
+def _describe_effect(effect: Effect, notes: _Footnotes) -> str:
+    """Return a measurement with its interval, footnote and remark."""
     interval = f" (95%: x{figure(effect.ci95[0])} to x{figure(effect.ci95[1])})" if effect.ci95 else ""
     remark = f" ({effect.note})" if effect.note else ""
     return f"{describe(effect)}{interval} {notes.mark(effect.source)}{remark}"
 
 
-def _warnings(model: KnownModel, shown: Iterable[KnownCoordinate]) -> list[str]:
-    shown = list(shown)
+def _warnings(model: KnownModel, shown: Sequence[KnownCoordinate]) -> list[str]:
     warnings = list(model.disputes)
     alone = [c.id for c in shown if c.independent.location == 1 and c.status != "measured"]
     if alone:
@@ -246,7 +262,7 @@ def _alone(coordinate: KnownCoordinate) -> str:
 
 
 def in_words(coordinate: KnownCoordinate) -> str:
-    """What zeroing it alone does: `catastrophic: wikitext2 ppl 5.67 -> 1211`."""
+    """Return the effect of zeroing it alone: `catastrophic: wikitext2 ppl 5.67 -> 1211`."""
     effect = next(iter(coordinate.effects), None)
     row = " (whole row)" if effect and effect.protocol == "zero row" and coordinate.col is not None else ""
     return _alone(coordinate) + (f": {describe(effect)}{row}" if effect else "")
@@ -257,7 +273,7 @@ def _in_few_words(coordinate: KnownCoordinate) -> str:
 
 
 def short_value(coordinate: KnownCoordinate) -> str:
-    """The value and its dtype, or `~` and a rounded print, or `-`."""
+    """Return the value and its dtype, or `~` and a rounded published value, or `-`."""
     if coordinate.value is not None:
         return f"{coordinate.value!r} {coordinate.dtype}"
     return f"~{coordinate.value_printed.split()[0]}" if coordinate.value_printed else "-"
@@ -291,8 +307,10 @@ def _why_none(model: KnownModel, op: Operation, status: str | Collection[str] | 
 
 
 def _largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) -> float:
-    """The largest perplexity ratio published on wikitext-2 or measured by a scan for zeroing one of these, or a joint
-    set all of which is among them; 1 where none is. Second-hand figures do not count."""
+    """Return the largest known perplexity ratio for zeroing one of the coordinates or a joint set of them.
+
+    Uses ratios published on wikitext-2 or measured by a scan, but no second-hand ones. Returns 1 if no ratio is known.
+    """
     coordinates = list(coordinates)
     ids = {c.id for c in coordinates}
     effects = [e for c in coordinates for e in c.effects if e.protocol == "zero"]
@@ -303,7 +321,7 @@ def _largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) ->
 
 
 def published_ratio(effect: Effect) -> float:
-    """The perplexity ratio of one measurement on wikitext-2 or by a scan; 1 where it has none or is second-hand."""
+    """Return the perplexity ratio of a measurement on wikitext-2 or by a scan; 1 if it has none or is second-hand."""
     if not (effect.metric == "wikitext2_ppl" or effect.conditions) or effect.source.kind == "secondary":
         return 1.0
     if isinstance(effect.ratio, float):
