@@ -1,15 +1,15 @@
-"""The whole operation on one page.
+"""Apply a manifest to a copy of its base: the whole operation on one page.
 
-    load_manifest        what the user asked                              manifest.py
-    open_checkpoint      which files there are, and their headers         checkpoint.py
-    make_plan            shard -> splices, every misfit at once           plan.py
-    write_checkpoint     byte copy with splices and digests, staged       apply.py
-    check                base and patched side by side                    model/check.py, the only torch
-    draft_registry       what was done, and the proof of it               registry.py
-    staged               all of it gets its name at once, or nothing does staging.py
+    load_manifest        reads what the user asked for                      manifest/load.py
+    open_checkpoint      lists the files and reads their headers            checkpoint/opening.py
+    make_plan            resolves edits to splices, reports all faults      plan.py
+    write_checkpoint     copies bytes, makes splices, hashes, in a stage    copy.py
+    run_check            compares base and patched; may run the model       sanity.py
+    complete_registry    records what was done, and its proof               record.py
+    staged               renames the stage, so that all or nothing exists   storage/staging.py
 
-`revert` goes the other way, from the registry alone; `inplace.py` does both where the files lie, under a journal;
-`verify.py` proves the result without any of this.
+`revert.py` is the opposite and needs only the record. `in_place.py` does both in the same directory, with a journal.
+Verification (`verifying/against_record.py`) uses none of this.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from swsurgery.editing.pins import check_left_out, check_planned
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.record import complete_registry, draft_registry
 from swsurgery.editing.sanity import Check, CheckOptions, bounds_of, run_check
-from swsurgery.errors import (
-    ModelError,
-    PlanError,
-    TargetError,
-)
-from swsurgery.hub import Repo, Uri, fetch, local, place
+from swsurgery.errors import ModelError, PlanError, TargetError
+from swsurgery.hub import Uri, fetch, local, place
 from swsurgery.manifest.load import load_manifest
 from swsurgery.model.report import Bounds
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import filesystem, staging
 from swsurgery.storage.arguments import require_choice, require_type
 from swsurgery.storage.digest_cache import DigestCache
+from swsurgery.storage.files import Repository
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES
 
 SMALL = 64 << 20
-"""Bytes. Untouched files up to this size are downloaded for publishing, and hashed by an edit in place."""
+"""Maximum size, in bytes, of an unedited file that is downloaded for publishing and hashed by an edit in place."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A patched checkpoint that is there."""
+    """A patched checkpoint that was made.
+
+    `written` is False if the directory was the patched checkpoint already and nothing had to be done.
+    """
 
     output: Path
     applied: Applied
@@ -60,6 +60,7 @@ class Outcome:
     written: bool = True
 
     def to_json(self) -> dict[str, Any]:
+        """Build the JSON document that `apply --json` prints."""
         files = {
             f.name: {"size": f.size, "base_sha256": f.base_digest, "sha256": f.patched_digest, "how": f.how}
             | ({"unverified": True} if f.unverified else {})
@@ -80,18 +81,18 @@ class Outcome:
 
 
 def plan_manifest(manifest: Path, base: str | None = None, *, progress: Progress | None = None) -> Plan:
-    """Read the manifest, open its base (or `base`: a directory or hf://ORG/NAME[@REV]) and plan; write nothing.
+    """Read a manifest, open its base (or `base`: a directory or hf://ORG/NAME[@REV]) and plan; write nothing.
 
-    If the base is a directory, the shards that the edits touch are hashed if anything pins them. If it is a repository,
-    only headers and scalars are read, and the digests that the Hub lists are compared. The plan names the pins that
-    were not checked.
+    If the base is a directory, the pinned shards with edits are hashed. If it is a repository, only headers and scalars
+    are read, and the digests that the Hub lists are compared with the pins. The plan names the pins that were not
+    checked.
 
-    Raises HubError, ManifestError, CheckpointError, PlanError, TargetError while another run is editing it in place.
+    Raises HubError, ManifestError, CheckpointError, PlanError; TargetError while another run edits the base in place.
     """
     loaded = load_manifest(manifest)
     with held(place(base_of(loaded, base))) as root:
         plan = make_plan(loaded, open_as(root, loaded.manifest.base))
-        draft_registry(plan)  # a dry run refuses what the run itself would refuse
+        draft_registry(plan)  # so that a dry run refuses what the run itself would refuse
         return check_planned(plan, progress or Silent())
 
 
@@ -107,14 +108,15 @@ def apply_manifest(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Make the patched checkpoint `output`, checked and with its registry, or nothing.
+    """Make the patched checkpoint `output`, checked and with its record, or nothing.
 
-    A base on the Hub is downloaded; with `for_publish` only its small files and the shards that the edits touch, and
-    `publish` has the rest copied there. With `reuse_digests`, files that have neither an edit nor a pin and that were
-    hashed before are not hashed: their remembered digests go into the record, marked as unverified.
+    A base on the Hub is downloaded. With `for_publish`, only its small files and the shards with edits are downloaded,
+    and `publish` copies the others on the Hub. With `reuse_digests`, files that have neither an edit nor a pin and that
+    were hashed before are not hashed again: their cached digests go into the record, marked as unverified. `say`
+    receives each note for the user.
 
-    Raises HubError, ManifestError, CheckpointError, PlanError, TargetError, ModelError; CheckFailed where the check
-    says no.
+    Raises HubError, ManifestError, CheckpointError, PlanError, TargetError, ModelError; CheckFailed if the patched
+    checkpoint fails the check.
     """
     progress = progress or Silent()
     check = CheckOptions.of(check)
@@ -125,32 +127,35 @@ def apply_manifest(
     where = base_of(loaded, base)
     with held(place(where) if for_publish else local(where)) as root:
         plan = make_plan(loaded, open_as(root, loaded.manifest.base))
-        _refuse_inside(output, plan.checkpoint.root)
-        bounds_of(plan, check)  # an hour before they are needed
+        refuse_inside(output, plan.checkpoint.root)
+        bounds_of(plan, check)  # raises before the copy, which may take an hour
         draft = draft_registry(plan)
         for note in plan.notes:
             say(note)
-        source = _source(plan)
+        source = _build_source(plan)
         check_left_out(plan, source.names, source.pins, progress)
         if for_publish:
-            check = _without_whole_model(plan, check)
-            source = _fetched(source, plan.checkpoint)
+            check = _restrict_check(plan, check)
+            source = _download_touched(source, plan.checkpoint)
         with staging.staged(output, source.names, OWN_FILES, source.folder_mode) as stage:
             applied = write_checkpoint(
                 source, stage, link=link, progress=progress, digests=DigestCache(), reuse=reuse_digests
             )
             result = run_check(plan, stage, check, progress, say)
             registry = complete_registry(draft, applied, result)
-            _write_own_files(stage, Patched(registry, registry.render(), loaded.raw), source.own_mode)
+            write_own_files(stage, Patched(registry, registry.render(), loaded.raw), source.own_mode)
     return Outcome(output, applied, registry, plan.notes)
 
 
-def _fetched(source: Source, base: Checkpoint) -> Source:
-    """The files of a repository that publishing needs here, downloaded: the touched shards, whatever is small, and
-    whatever has no digest on the Hub; the rest stays elsewhere. Raises PlanError for a mere directory, HubError."""
+def _download_touched(source: Source, base: Checkpoint) -> Source:
+    """Download the files that publishing needs on this machine; the others remain in the base's repository.
+
+    These are the shards with edits, small files and files without a digest on the Hub. Raises PlanError if the base is
+    not in a repository, HubError.
+    """
     if base.repo_id is None or base.revision is None:
-        raise PlanError("--for-publish leaves files in the base's repository, so the base must be in one", base.root,
-                        "give --base hf://ORG/NAME@REV")  # fmt: skip
+        fault = "--for-publish leaves files in the base's repository, so the base must be in one"
+        raise PlanError(fault, base.root, "give --base hf://ORG/NAME@REV")
     touched = {s.file for s in source.splices}
     stay = {f.name for f in source.files if f.name not in touched and f.size > SMALL and f.digest}
     here = [f for f in source.files if f.name not in stay]
@@ -161,27 +166,29 @@ def _fetched(source: Source, base: Checkpoint) -> Source:
     return replace(source, files=tuple(here), elsewhere=tuple(f for f in source.files if f.name in stay), in_cache=True)
 
 
-def _without_whole_model(plan: Plan, options: CheckOptions) -> CheckOptions:
-    """The check that can be made where most shards are not here. Raises ModelError where more was asked."""
+def _restrict_check(plan: Plan, options: CheckOptions) -> CheckOptions:
+    """Choose the check that works without most shards. Raises ModelError if the user asked for more."""
     if options.kind == "forward" or bounds_of(plan, options) != Bounds():
-        raise ModelError("a forward check needs the whole model", plan.checkpoint.root,
-                         "leave out --for-publish, or the bounds and --check forward")  # fmt: skip
+        remedy = "leave out --for-publish, or the bounds and --check forward"
+        raise ModelError("a forward check needs the whole model", plan.checkpoint.root, remedy)
     return replace(options, kind="weights" if options.kind == "auto" else options.kind)
 
 
-def _refuse_inside(output: Path, root: Path | Repo) -> None:
-    """A target inside the base would change the base, and be copied into the next one made from it."""
+def refuse_inside(output: Path, root: Path | Repository) -> None:
+    """Raise TargetError for a target inside the base: it would change the base and later be copied with it."""
     if isinstance(root, Path) and Path(os.path.realpath(output)).is_relative_to(root):
         raise TargetError("the target lies inside the base", output, "give another -o")
 
 
-def _source(plan: Plan) -> Source:
+def _build_source(plan: Plan) -> Source:
+    """Describe the copy that a plan asks for."""
     leave = {*plan.omitted, *OWN_FILES}
     files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
     checkpoint = plan.checkpoint
     return Source(files, plan.splices, known_digests(plan), checkpoint.in_cache, shards=checkpoint.shards)
 
 
-def _write_own_files(stage: Folder, patched: Patched, mode: int) -> None:
+def write_own_files(stage: Folder, patched: Patched, mode: int) -> None:
+    """Write swsurgery's own three files into the stage."""
     for name, data in patched.own_files().items():
         filesystem.write_file(stage / name, data, mode)

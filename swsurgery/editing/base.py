@@ -1,4 +1,4 @@
-"""Hold what belongs together."""
+"""Find the base of a manifest and the digests that it must have."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import os
 from pathlib import Path
 
 from swsurgery.editing.plan import Plan
-from swsurgery.errors import (
-    CheckpointError,
-    PlanError,
-)
+from swsurgery.errors import CheckpointError, PlanError
 from swsurgery.hub import Uri, named
 from swsurgery.hub.names import hub_hint
 from swsurgery.manifest.load import LoadedManifest
 
 
 def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
-    """Return what the base's digests must be: file name -> (sha256, who says so).
+    """Collect the digests that the base must have: file name -> (sha256, who states it).
 
-    Raises PlanError if the manifest and the base's own registry contradict each other.
+    Raises PlanError if the manifest and the base's own record contradict each other.
     """
     pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
     for name, record in plan.previous.registry.files.items() if plan.previous else ():
@@ -34,16 +31,17 @@ def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 def base_of(loaded: LoadedManifest, base: str | None) -> Path | Uri:
-    """What the base is: `base` if given, else what the manifest says.
+    """Return the location of the base: `base` if it is given, otherwise what the manifest states.
 
-    Raises HubError for a name that is none, CheckpointError for a path that looks like a repository of the Hub.
+    Raises HubError for a malformed name, CheckpointError for a path that looks like a repository of the Hub.
     """
-    said = loaded.manifest.base
     if base is not None:
         return named(base)
-    if said.path is not None:
-        where = loaded.path.parent / said.path
-        if not os.path.lexists(where) and hub_hint(said.path):
-            raise CheckpointError("no such checkpoint", where, "name a repository of the Hub with base.repo_id")
-        return where
-    return Uri(said.repo_id, said.revision, "")
+    said = loaded.manifest.base
+    if said.repo_id is not None:
+        return Uri(said.repo_id, said.revision, "")
+    assert said.path is not None  # the schema requires one of the two
+    where = loaded.path.parent / said.path
+    if not os.path.lexists(where) and hub_hint(said.path):
+        raise CheckpointError("no such checkpoint", where, "name a repository of the Hub with base.repo_id")
+    return where

@@ -1,8 +1,8 @@
-"""Copy a base with a plan's splices into a staged directory, hashing on the way.
+"""Copy a base into a staged directory, make the splices of a plan and hash both.
 
-No tensor is built and no header re-written: files go over as bytes. A touched shard is read once, and its
-digest before and after comes out of that one reading. A file that an interrupted run left in the stage is kept if
-each of its bytes is what would be written now; the base is read and hashed for that comparison.
+Files are copied as bytes: no tensor is built and no header is rewritten. A shard with splices is read once, and this
+yields its digest before and after the edit. A file that an interrupted run left in the stage is kept if it is byte for
+byte what would be written now; the base is read and hashed for that comparison.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from swsurgery.editing.disk_space import refuse_without_room
@@ -24,7 +25,7 @@ from swsurgery.errors import CheckpointError, TargetError
 from swsurgery.progress import Progress
 from swsurgery.storage import filesystem
 from swsurgery.storage.digest_cache import DigestCache
-from swsurgery.storage.files import BaseFile, opened, read_exactly
+from swsurgery.storage.files import BaseFile, open_local, read_exactly
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.hashing import CHUNK, _refuse_other_header, _threads, hold_to, stream
 from swsurgery.storage.shard import Shard
@@ -36,10 +37,13 @@ Link = Literal["auto", "clone", "copy", "hard"]
 
 @dataclass(frozen=True)
 class AppliedFile:
-    """One file of the patched checkpoint. Digests are sha256 of the base's and of the patched bytes; None where an
-    edit in place did not have to know them. `how` it got there: "kept" is what an interrupted run had copied, "place"
-    what was edited where it lies, "elsewhere" what stays in the base's repository. `unverified` is True if the digests
-    were not computed in this run but copied from the cache of digests or from an earlier record."""
+    """One file of the patched checkpoint.
+
+    `size` is in bytes. The digests are the sha256 of the base's and of the patched bytes; an edit in place leaves them
+    None if it did not need them. `how` says how the file was made: "kept" was copied by an interrupted run, "place" was
+    edited in place, and "elsewhere" remains in the base's repository. `unverified` is True if the digests were not
+    computed in this run but copied from the cache of digests or from an earlier record.
+    """
 
     name: str
     size: int
@@ -58,11 +62,11 @@ class Applied:
 
 @dataclass(frozen=True)
 class Source:
-    """What to copy: files of one checkpoint, the splices to make, and what the base's digests must be.
+    """The files of one checkpoint to copy, the splices to make and the digests that the base must have.
 
-    `pins` maps a file name to (digest, who says so). `shards` are those that the splices were planned from: the header
-    of what is copied must be the same. `elsewhere` are files that are not copied, and listed all the same; their
-    digests are known.
+    `pins` maps a file name to (digest, who states it). `shards` are the shards from which the splices were planned;
+    the copied files must have the same headers. `elsewhere` are files that are not copied, only listed in the result;
+    each has a digest.
     """
 
     files: tuple[BaseFile, ...]
@@ -74,21 +78,22 @@ class Source:
 
     @property
     def names(self) -> list[str]:
+        """Names of the files to copy."""
         return [f.name for f in self.files]
 
     @property
     def own_mode(self) -> int:
-        """The permissions of the files that are added: what all copied weights have. The records repeat weights."""
+        """Permissions of the files that are added. They repeat weights, so they get what all copied weights have."""
         return records_mode(self.files)
 
     @property
     def folder_mode(self) -> int:
-        """The permissions of the new directory."""
+        """Permissions of the new directory."""
         return folder_mode(self.files)
 
 
 def folder_mode(files: Iterable[BaseFile]) -> int:
-    """Return the permissions that all directories of these files have, for a new directory."""
+    """Return the permissions for a new directory: those that all directories of these files have."""
     folders = {file.path.folder for file in files if isinstance(file.path, Entry)}
     return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
 
@@ -96,14 +101,14 @@ def folder_mode(files: Iterable[BaseFile]) -> int:
 def outside_mode(files: Sequence[BaseFile]) -> int:
     """Return the permissions of a file that repeats weights and is written outside the directory of these files.
 
-    Whoever cannot read the weights, or cannot enter their directory, may not read it.
+    A user who cannot read the weights, or cannot enter their directory, must not be able to read it.
     """
     may_enter = folder_mode(files) & 0o111
-    return records_mode(files) & may_enter * 0o7 | 0o600
+    return records_mode(files) & may_enter * 0o7 | 0o600  # times 7: one bit of each class of users becomes rwx
 
 
 def records_mode(files: Iterable[BaseFile]) -> int:
-    """The permissions that all weights among these files have; nobody else may read what repeats them."""
+    """Return the permissions for a file that repeats weights: those that all weights among these files have."""
     modes = (file.mode for file in files if file.name.endswith(".safetensors"))
     return functools.reduce(operator.and_, modes, 0o666) | 0o600
 
@@ -119,15 +124,15 @@ def write_checkpoint(
 ) -> Applied:
     """Write every file of `source` into the directory `stage`.
 
-    Each file of the base is hashed, and its digest is remembered in `digests`. With `reuse`, a file without splices and
-    without a pin is not hashed if `digests` remembers it: its digests are then marked as unverified.
+    Each file of the base is hashed, and its digest is stored in `digests`. With `reuse`, a file without splices and
+    without a pin is not hashed if `digests` contains it; its digests are then marked as unverified.
 
-    Raises PlanError (not the base that was meant), CheckpointError (base unreadable or changed meanwhile),
-    TargetError (cannot write).
+    Raises PlanError if this is not the base that was meant, CheckpointError if the base is unreadable or changed during
+    the copy, TargetError or NoSpace if the copy cannot be written.
     """
     if link == "hard" and source.in_cache:
-        raise TargetError("a hard link into a Hugging Face cache shares the file with every repo and revision there",
-                          stage.path.parent, "use --link auto")  # fmt: skip
+        reason = "a hard link into a Hugging Face cache shares the file with every repo and revision there"
+        raise TargetError(reason, stage.path.parent, "use --link auto")
     refuse_without_room(source.files, {s.file for s in source.splices}, stage, link)
     _make_folders(source.files, stage)
     progress.start(sum(f.size for f in source.files), "B", "copying")
@@ -138,19 +143,23 @@ def write_checkpoint(
     if digests is not None:
         digests.save()
     for file in source.elsewhere:
+        assert file.digest is not None  # the caller chose files whose digests are known
         hold_to(file, file.digest, source.pins)
         applied.append(AppliedFile(file.name, file.size, file.digest, file.digest, "elsewhere"))
     return Applied(tuple(sorted(applied, key=lambda f: f.name)))
 
 
 def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
-    """Make the folders of these files, each no more accessible than the base's."""
+    """Make the folders of these files, each with at most the permissions of the base's folder."""
     modes: dict[str, int] = {}
     for file in files:
         parts = file.name.split("/")[:-1]
+        entry = file.path
         for name in ("/".join(parts[:end]) for end in range(1, len(parts) + 1)):
-            here = isinstance(file.path, Entry) and file.path.name == file.name  # a cache has its blobs in one folder
-            modes[name] = (file.path.folder / name).stat().st_mode & 0o777 | 0o700 if here else 0o777
+            if isinstance(entry, Entry) and entry.name == file.name:
+                modes[name] = (entry.folder / name).stat().st_mode & 0o777 | 0o700
+            else:  # in a cache: all files are in the folder of the blobs
+                modes[name] = 0o777
     for name in sorted(modes):
         with filesystem.reported(stage / name):
             with contextlib.suppress(FileExistsError):
@@ -161,7 +170,7 @@ def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
 
 @dataclass(frozen=True)
 class _Written:
-    """How one file got into the stage, and sha256 of the base's bytes and of those in the stage."""
+    """The way one file got into the stage, and the sha256 of the base's bytes and of the bytes in the stage."""
 
     how: Literal["clone", "copy", "hard", "kept"]
     digest: str
@@ -170,7 +179,7 @@ class _Written:
 
 
 class _Copier:
-    """Copies files in a few threads; hashing, reading and writing all release the interpreter's lock."""
+    """Copies files in a few threads. Hashing, reading and writing all release the interpreter's lock."""
 
     def __init__(
         self, source: Source, stage: Folder, link: Link, progress: Progress, digests: DigestCache, reuse: bool
@@ -183,70 +192,82 @@ class _Copier:
         self.splices = by_file(source.splices)
 
     def run(self) -> list[AppliedFile]:
+        """Copy all files. Raises the first error of a thread, after all threads have stopped."""
         largest_first = sorted(self.source.files, key=lambda f: -f.size)
         with Pool(self.threads) as pool:
-            futures = []
+            futures: list[Future[AppliedFile]] = []
             try:
                 futures += (pool.submit(self.copy, f) for f in largest_first)
                 wait(futures, return_when=FIRST_EXCEPTION)
-            finally:  # also on SIGINT: the threads look at this after every chunk
+            finally:  # also on SIGINT: the threads check this event after every chunk
                 self.stop.set()
                 for future in futures:
                     future.cancel()
-        faults = [f.exception() for f in futures if not f.cancelled() and f.exception()]
+        faults = [fault for f in futures if not f.cancelled() and (fault := f.exception())]
         if faults:
             raise next((f for f in faults if not isinstance(f, _Stopped)), faults[0])
         return [f.result() for f in futures]
 
     def copy(self, file: BaseFile) -> AppliedFile:
+        """Put one file into the stage, or keep what an interrupted run left, and check the base's digest."""
         splices = self.splices.get(file.name, [])
         target = self.stage / file.name
         started = time.time()
-        with opened(file.path) as base:
+        with open_local(file.path) as base:
             status = os.fstat(base)
-            written = self.kept(base, target, file, splices)
+            written = self.keep(base, target, file, splices)
             if written is None:
                 with filesystem.reported(target):
                     filesystem.remove_file(target)
-                known = self.remembered(file, splices, status)
+                known = self.look_up_digest(file, splices, status)
                 if self.link == "hard" and not splices:
-                    self.link_to(base, file, target)
-                    digest = known or stream(base, file, (), self.advance, header=self.header(file))[0]
-                    self.advance(file.size if known else 0)
-                    written = _Written("hard", digest, digest, bool(known))
+                    written = self.link_to(base, file, target, known)
                 else:
                     written = self.write(base, target, file, splices, known)
             after = os.fstat(base)
         if not written.unverified:
             hold_to(file, written.digest, self.source.pins)
-            # Our own hard link moves the ctime. If anything else did, the bytes may not be those that were hashed.
+            # Our own hard link changes the ctime. If anything else did, other bytes may have been hashed.
             if written.how == "hard" or after.st_ctime_ns == status.st_ctime_ns:
                 self.digests.put(after, written.digest, started)
         return AppliedFile(file.name, file.size, written.digest, written.patched, written.how, written.unverified)
 
-    def link_to(self, base: int, file: BaseFile, target: Entry) -> None:
-        """Give the open file a second name. Raises CheckpointError if the link was made to another one."""
+    def link_to(self, base: int, file: BaseFile, target: Entry, known: str | None) -> _Written:
+        """Give the open file a second name. Raises CheckpointError if another file was linked."""
+        assert isinstance(file.path, Path | Entry)  # as it is open on this machine
         with filesystem.reported(target):
             filesystem.hard_link(file.path, target)
             linked = target.stat()
         if not os.path.samestat(linked, os.fstat(base)):
             raise CheckpointError("was replaced while it was linked", file.path, "run again when it rests")
+        if known:
+            self.advance(file.size)
+            return _Written("hard", known, known, unverified=True)
+        digest, _ = stream(base, file, (), self.advance, header=self.header_of(file))
+        return _Written("hard", digest, digest)
 
-    def header(self, file: BaseFile) -> Shard | None:
+    def header_of(self, file: BaseFile) -> Shard | None:
+        """Return the header that the splices of a file were planned with; None if the file is not a shard."""
         return self.source.shards.get(file.name)
 
-    def remembered(self, file: BaseFile, splices: list[Splice], status: os.stat_result) -> str | None:
-        """Return the digest from the cache if it may be copied: nothing is changed in the file, and nothing pins it."""
+    def look_up_digest(self, file: BaseFile, splices: list[Splice], status: os.stat_result) -> str | None:
+        """Return the digest from the cache if it may be used: the file has neither a splice nor a pin."""
         if not self.reuse or splices or file.digest is not None or file.name in self.source.pins:
             return None
         return self.digests.get(status)
 
-    def kept(self, base: int, target: Entry, file: BaseFile, splices: list[Splice]) -> _Written | None:
-        """Keep what an interrupted run wrote if it is what would be written now, byte by byte; None if it is not."""
+    def keep(self, base: int, target: Entry, file: BaseFile, splices: list[Splice]) -> _Written | None:
+        """Keep what an interrupted run wrote if it is byte for byte what would be written now; None if it is not."""
         if self.link == "hard" or not filesystem.is_there(target):
             return None
-        read: list[int] = []
-        with opened(target) as fd:
+        read = 0
+
+        def advance(size: int) -> None:
+            nonlocal read
+            read += size
+            self.advance(size)
+
+        with open_local(target) as fd:
             status = os.fstat(fd)
             if status.st_size != file.size or status.st_nlink > 1 or status.st_mode & 0o777 & ~file.mode:
                 return None
@@ -254,17 +275,15 @@ class _Copier:
                 filesystem.sync(fd)
                 filesystem.drop_cache(fd)
             try:
-                digest, patched = stream(
-                    base, file, splices, lambda n: (read.append(n), self.advance(n)), _Comparison(fd, target),
-                    self.header(file),
-                )  # fmt: skip
+                comparison = _Comparison(fd, target)
+                digest, patched = stream(base, file, splices, advance, comparison, self.header_of(file))
             except _Different:
-                self.advance(-sum(read))
+                self.advance(-read)
                 return None
         return _Written("kept", digest, patched)
 
     def write(self, base: int, target: Entry, file: BaseFile, splices: list[Splice], known: str | None) -> _Written:
-        """Write one file, durably."""
+        """Write one file and synchronise it with the disk; remove it after an error."""
         try:
             with filesystem.reported(target):
                 new = filesystem.create(target, file.mode)
@@ -282,31 +301,34 @@ class _Copier:
     def fill(
         self, base: int, new: int, target: Entry, file: BaseFile, splices: list[Splice], known: str | None
     ) -> _Written:
+        """Write the bytes of one file into the new, empty file `new`, by cloning it if possible."""
         cloned = self.link in ("auto", "clone") and filesystem.clone(base, new)
         if self.link == "clone" and not cloned:
             raise TargetError("this file system cannot clone", self.stage.path.parent, "use --link auto")
+        header = self.header_of(file)
         if known:
-            if not cloned:
-                self.copy_in_kernel(base, new, file)
-            else:
+            if cloned:
                 self.advance(file.size)
-            if header := self.header(file):
-                with opened(target) as copy:
+            else:
+                self.copy_in_kernel(base, new, file)
+            if header:
+                with open_local(target) as copy:
                     begun = read_exactly(copy, min(header.data_start, file.size), 0, target)
                 _refuse_other_header(hashlib.sha256(begun).hexdigest(), header, file)
             return _Written("clone" if cloned else "copy", known, known, unverified=True)
         if not cloned:
             filesystem.bypass_cache(new)
-            write, header = functools.partial(filesystem.write_all, new), self.header(file)
+            write = functools.partial(filesystem.write_all, new)
             digest, patched = stream(base, file, splices, self.advance, write, header)
             return _Written("copy", digest, patched)
-        with opened(target) as copy:  # the base may change from now on, and the clone does not change with it
-            digest, patched = stream(copy, file, splices, self.advance, header=self.header(file))
+        with open_local(target) as copy:  # hash the clone, because the base may change from now on
+            digest, patched = stream(copy, file, splices, self.advance, header=header)
         for splice in splices:
             filesystem.write_at(new, splice.new, splice.offset)
         return _Written("clone", digest, patched)
 
     def copy_in_kernel(self, base: int, new: int, file: BaseFile) -> None:
+        """Copy a file whose bytes need not be hashed, without reading them into this process."""
         offset = 0
         while offset < file.size:
             copied = filesystem.copy_range(base, new, offset, min(64 * CHUNK, file.size - offset))
@@ -316,6 +338,7 @@ class _Copier:
             self.advance(copied)
 
     def advance(self, size: int) -> None:
+        """Report progress in bytes. Raises _Stopped if another thread failed or the user interrupted."""
         if self.stop.is_set():
             raise _Stopped
         with self.lock:
@@ -323,11 +346,11 @@ class _Copier:
 
 
 class _Different(Exception):
-    """A file in the stage is not what would be written now."""
+    """Raised if a file in the stage is not what would be written now."""
 
 
 class _Comparison:
-    """Compare a file with what is given chunk by chunk. Raises _Different at the first chunk that differs."""
+    """A sink of `stream` that compares each chunk with a file; raises _Different at the first difference."""
 
     def __init__(self, fd: int, path: Entry) -> None:
         self.fd, self.path, self.offset = fd, path, 0
@@ -340,11 +363,11 @@ class _Comparison:
         with filesystem.reported(self.path):
             while count := os.preadv(self.fd, [view[filled:]], self.offset + filled):
                 filled += count
-        # A bytearray is compared in one go, two memoryviews are compared byte by byte.
+        # Comparing a bytearray is one call of memcmp; two memoryviews are compared byte by byte.
         if filled != len(chunk) or self.buffer != chunk:
             raise _Different
         self.offset += filled
 
 
 class _Stopped(Exception):
-    """Another thread failed, or the user interrupted: leave quietly."""
+    """Raised in a thread to end it because another thread failed or the user interrupted."""

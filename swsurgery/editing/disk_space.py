@@ -1,4 +1,4 @@
-"""Whether a copy fits on the disk, asked before its first byte is written."""
+"""Refuse a copy that does not fit on the disk before its first byte is written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from swsurgery.storage.names import STAGE_TOKEN
 def refuse_without_room(files: Sequence[BaseFile], edited: Collection[str], stage: Folder, link: str) -> None:
     """Raise NoSpace if copies of these files do not fit into the stage's file system.
 
-    Files that an interrupted run left in the stage give their room back. Hard links and clones need none; whether the
-    file system can clone is tried, if it matters. A file system that does not say how large it is is not asked.
+    `edited` are the names of the files that cannot be hard links. The space of files that an interrupted run left in
+    the stage counts as free. Hard links and clones need no space; if it matters, one file is cloned to see if the file
+    system can. A file system that does not report its size is not checked.
     """
     status = os.fstatvfs(stage.fd)
     if not status.f_blocks:
@@ -27,15 +28,15 @@ def refuse_without_room(files: Sequence[BaseFile], edited: Collection[str], stag
     free = status.f_bavail * block
     if needed <= free:
         return
-    free += sum(_room_of(stage / file.name) for file in files)
+    free += sum(_disk_usage(stage / file.name) for file in files)
     if needed <= free or link in ("auto", "clone") and _can_clone(copied, stage):
         return
-    raise NoSpace(f"not enough room: the copy needs {needed} bytes, {free} are free", stage.path.parent,
-                  "free some space, or write to another file system")  # fmt: skip
+    fault = f"not enough room: the copy needs {needed} bytes, {free} are free"
+    raise NoSpace(fault, stage.path.parent, "free some space, or write to another file system")
 
 
-def _room_of(entry: Entry) -> int:
-    """Bytes of disk that removing this file would free."""
+def _disk_usage(entry: Entry) -> int:
+    """Return the number of bytes on the disk that removing this file would free."""
     try:
         status = entry.stat()
     except OSError:
@@ -44,7 +45,7 @@ def _room_of(entry: Entry) -> int:
 
 
 def _can_clone(files: Sequence[BaseFile], stage: Folder) -> bool:
-    """Try to clone the largest file, under a name that none has."""
+    """Clone the largest file under a temporary name, to see if the file system can."""
     largest = max(files, key=lambda file: file.size)
     if not isinstance(largest.path, Entry):
         return False

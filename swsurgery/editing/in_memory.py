@@ -1,6 +1,6 @@
-"""A model, or its tensors, with the edits of a manifest made in memory: nothing patched is written anywhere.
+"""Load a model, or its tensors, with the edits of a manifest made in memory; write nothing.
 
-Plans and refuses as `apply` does. Reading the weights is left to `model/patched.py`, which knows torch.
+Plans and refuses as `apply` does. `model/patched.py` reads the weights, as it is the one that imports torch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from swsurgery.model.patched import PreTrainedModel, Tensor
 
 Given = Path | str | bytes | dict[str, Any] | LoadedManifest
-"""A manifest: a path to one or to a patch, its text as bytes, its content as a dict, or one that was loaded."""
+"""A manifest is given as a path to it or to a patch, as bytes, as a dict of its content, or loaded."""
 
 
 def load_patched(base: str | Path | None, manifest: Given, **options: Any) -> PreTrainedModel:
-    """The model that transformers would load from the patched checkpoint, in evaluation mode.
+    """Load the model that transformers would load from the patched checkpoint, in evaluation mode.
 
-    `base` is a directory or "hf://ORG/NAME[@REV]", and None the manifest's own. `options` go to transformers'
-    from_pretrained: dtype, device_map, attn_implementation and so on. A value is rounded to the dtype that the model is
-    loaded in as a stored one is. Each edited and protected scalar is looked at before and after.
+    `base` is a directory or "hf://ORG/NAME[@REV]"; None means the base that the manifest names. `options` are passed to
+    from_pretrained of transformers: dtype, device_map, attn_implementation and so on. New values are rounded to the
+    dtype of the loaded model, as stored values are. Each edited and protected scalar is compared before and after.
 
-    Raises HubError, ManifestError, CheckpointError, PlanError (a digest or an expected value is another), ModelError.
+    Raises HubError, ManifestError, CheckpointError, PlanError (a digest or an expected value differs), ModelError.
     """
     _refuse_without("torch", "transformers")
     from swsurgery.model import patched
@@ -44,11 +44,13 @@ def load_patched(base: str | Path | None, manifest: Given, **options: Any) -> Pr
 
 
 def patched_state_dict(base: str | Path | None, manifest: Given) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every stored tensor, as the patched checkpoint would hold it: in its own dtype and shape, on
-    the CPU, in the order of the shards. One tensor is in memory at a time. `base` and `manifest` as for `load_patched`.
+    """Yield (name, tensor) for every tensor of the patched checkpoint.
 
-    What is wrong with the request is raised at once: HubError, ManifestError, CheckpointError, PlanError, ModelError.
-    While it is iterated, CheckpointError where a shard is changed meanwhile.
+    Tensors have their stored dtype and shape, are on the CPU and come in the order of the shards; one is in memory at a
+    time. `base` and `manifest` are those of `load_patched`.
+
+    Raises HubError, ManifestError, CheckpointError, PlanError or ModelError at once if the request cannot be done, and
+    CheckpointError during the iteration if a shard has changed.
     """
     _refuse_without("torch")
     from swsurgery.model import patched
@@ -67,27 +69,28 @@ def patched_state_dict(base: str | Path | None, manifest: Given) -> Iterator[tup
 
 @contextlib.contextmanager
 def _planned(base: str | Path | None, manifest: Given) -> Iterator[Plan]:
-    """The plan, while its base is held against an edit in place."""
-    loaded = _loaded(manifest)
+    """Plan a manifest, and keep its base from being edited in place during the block."""
+    loaded = _load(manifest)
     root = local(base_of(loaded, str(base) if base is not None else None))
     with held(root):
         plan = make_plan(loaded, open_as(root, loaded.manifest.base))
-        _hold_to_digests(plan)
+        _check_digests(plan)
         yield plan
 
 
-def _loaded(manifest: Given) -> LoadedManifest:
+def _load(manifest: Given) -> LoadedManifest:
+    """Read and check a manifest, in whatever form it is given."""
     if isinstance(manifest, LoadedManifest):
         return manifest
     if isinstance(manifest, dict):
         manifest = json.dumps(manifest).encode()
     if isinstance(manifest, bytes):
-        return parse_manifest(manifest, Path("manifest"))  # so that its base.path is relative to where we are
+        return parse_manifest(manifest, Path("manifest"))  # a base.path is relative to the current directory
     return load_manifest(Path(manifest))
 
 
-def _hold_to_digests(plan: Plan) -> None:
-    """Hold the touched shards, and what else the manifest pins, to their digests. Raises PlanError."""
+def _check_digests(plan: Plan) -> None:
+    """Hash the shards with edits and the files that the manifest pins. Raises PlanError if a digest differs."""
     pins = known_digests(plan)
     touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):
@@ -96,6 +99,7 @@ def _hold_to_digests(plan: Plan) -> None:
 
 
 def _refuse_without(*names: str) -> None:
+    """Raise ModelError if one of these packages is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError("not installed", " and ".join(missing), "pip install 'swsurgery[check]'")

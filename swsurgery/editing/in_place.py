@@ -1,7 +1,7 @@
-"""Apply and revert where the files lie: a few bytes of each touched shard are written, and nothing else is copied.
+"""Apply and revert in the directory of the base: write a few bytes of each shard with edits, and copy nothing.
 
-There is no base left afterwards, so what it was must be vouched for beforehand: each touched shard is hashed once, and
-the manifest or an earlier registry has to say the same digest. `journal.py` keeps the old bytes until all is done.
+Afterwards the base no longer exists, so its digests are checked before: each shard with edits is hashed once, and the
+manifest or an earlier record must state the same digest. `checkpoint/journal.py` keeps the old bytes until the end.
 """
 
 from __future__ import annotations
@@ -51,18 +51,19 @@ def apply_in_place(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Make the base itself the patched checkpoint, checked and with its registry, or leave it as it is.
+    """Turn the base itself into the patched checkpoint, checked and with its record, or leave it as it is.
 
-    The manifest that was applied last is not applied again. Raises ManifestError, CheckpointError, PlanError,
-    TargetError (this directory or file must not be written), ModelError; CheckFailed where the check says no.
+    A manifest that was applied last is not applied again. `say` receives each note for the user. Raises ManifestError,
+    CheckpointError, PlanError, ModelError; TargetError if the directory or a file in it must not be written;
+    CheckFailed if the patched checkpoint fails the check.
     """
     progress, check = progress or Silent(), CheckOptions.of(check)
     loaded = load_manifest(manifest)
-    with _editing(base_of(loaded, base)) as (folder, _), contextlib.ExitStack() as opened:
+    with _open_to_edit(base_of(loaded, base)) as (folder, _), contextlib.ExitStack() as opened:
         checkpoint = open_as(folder, loaded.manifest.base, editing=True)
         previous = read_patched(checkpoint)
         if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
-            outcome = _applied_already(folder, checkpoint, loaded, previous, progress)
+            outcome = _report_applied(folder, checkpoint, loaded, previous, progress)
             say(*outcome.notes)
             return outcome
         plan = make_plan(loaded, checkpoint)
@@ -77,7 +78,7 @@ def apply_in_place(
         shards = _open_shards(folder, plan.checkpoint, plan.splices, opened)
         touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, progress)
         stated = loaded.manifest.base.sha256
-        rest = _untouched(plan.checkpoint, touched, previous.registry if previous else None, pins, stated, progress)
+        rest = _describe_untouched(plan.checkpoint, touched, previous.registry if previous else None, pins, stated, progress)
         edited = [AppliedFile(name, plan.checkpoint.file(name).size, *both, "place") for name, both in touched.items()]
         applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
         _refuse_changed(checkpoint, touched)
@@ -91,13 +92,14 @@ def apply_in_place(
 
 
 def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
-    """Give the base back where the patched checkpoint lies; of several manifests the last is undone. Returns notes.
+    """Turn a patched checkpoint itself back into its base, and return notes for the user.
 
-    Where an edit had been cut off, undoing that is all that is done; a cut-off reversion is made anew. Raises
-    CheckpointError, PlanError (a file was changed since), TargetError.
+    If several manifests were applied one after the other, only the last is undone. If an edit was interrupted, only
+    that edit is undone; an interrupted reversion starts again. Raises CheckpointError, TargetError, and PlanError if a
+    file was changed since the edit.
     """
     progress = progress or Silent()
-    with _editing(root, moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
+    with _open_to_edit(root, moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
         if cut_off and not cut_off.reverts:
             return ["only the edit that had been cut off was undone"]
         root = folder.path
@@ -111,12 +113,12 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
         splices = undoing(registry, checkpoint)
         names = {f.name: f.size for f in checkpoint.files}
         if wrong := [name for name, record in registry.files.items() if names.get(name) != record.size]:
-            raise CheckpointError(f"cannot be reverted, for these were changed or removed since the edit: "
-                                  f"{', '.join(wrong)}", root, "restore them")  # fmt: skip
+            fault = f"cannot be reverted, for these were changed or removed since the edit: {', '.join(wrong)}"
+            raise CheckpointError(fault, root, "restore them")
         pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
         shards = _open_shards(folder, checkpoint, splices, opened)
         touched = _hash_touched(checkpoint, shards, splices, pins, progress)
-        _untouched(checkpoint, touched, registry, pins, (), progress)
+        _describe_untouched(checkpoint, touched, registry, pins, (), progress)
         for name, (_, restored) in touched.items():
             if restored != registry.files[name].base_sha256:
                 raise CheckpointError("does not give the base back: the registry was changed", root / name)
@@ -129,37 +131,42 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
 
 
 @contextlib.contextmanager
-def _editing(root: Path | Uri, *, moved: bool = False) -> Iterator[tuple[Folder, Journal | None]]:
-    """Hold the directory to edit, by one descriptor, against everyone else from before it is read; undo an edit that
-    was cut off there, whose journal is returned. Raises TargetError, CheckpointError."""
-    root = _own_directory(root)
+def _open_to_edit(root: Path | Uri, *, moved: bool = False) -> Iterator[tuple[Folder, Journal | None]]:
+    """Open and lock the directory to edit during the block, and undo an interrupted edit; yield it and its journal.
+
+    The directory is locked before it is read. The journal is that of the interrupted edit; None if none was
+    interrupted. Raises TargetError, CheckpointError.
+    """
+    root = _find_directory(root)
     if not root.is_dir():
-        open_checkpoint(root)  # which says what is wrong
+        open_checkpoint(root)  # raises an error that explains what `root` is
     with filesystem.reported(root):
         folder = Folder.at(root)
     with folder, filesystem.locked(folder, exclusive=True):
         yield folder, journal.recover_locked(folder, moved=moved)
 
 
-def _own_directory(root: Path | Uri) -> Path:
-    """The directory to edit. Raises TargetError where others would see the change too."""
+def _find_directory(root: Path | Uri) -> Path:
+    """Find the directory to edit. Raises TargetError if a change would also affect other checkpoints."""
     if isinstance(root, Uri):
         raise TargetError("an edit in place needs a directory of your own", root, "give one with --base")
     if root.is_symlink():
         raise TargetError("is a symbolic link", root, "give the directory itself")
     real = Path(os.path.realpath(root))
     if is_cache_snapshot(real):
-        raise TargetError("lies in a Hugging Face cache, which shares its files with other revisions and repos", root,
-                          "apply with -o")  # fmt: skip
+        fault = "lies in a Hugging Face cache, which shares its files with other revisions and repos"
+        raise TargetError(fault, root, "apply with -o")
     return real
 
 
 def _open_shards(
     folder: Folder, checkpoint: Checkpoint, splices: tuple[Splice, ...], opened: contextlib.ExitStack
 ) -> dict[str, journal.OpenShard]:
-    """Open each file with splices once, for hashing and for writing. Raises TargetError for one that must not be
-    written, CheckpointError for one that is not what was listed."""
-    shards = {}
+    """Open each file with splices once, for hashing and for writing.
+
+    Raises TargetError for a file that must not be written, CheckpointError for a file that was replaced.
+    """
+    shards: dict[str, journal.OpenShard] = {}
     for name in sorted({s.file for s in splices}):
         entry = checkpoint.file(name).path
         if not isinstance(entry, Entry) or entry.folder is not folder:
@@ -177,12 +184,13 @@ def _hash_touched(
     pins: dict[str, tuple[str, str]],
     progress: Progress,
 ) -> dict[str, tuple[str, str]]:
-    """(sha256 before, sha256 after) of each file with splices, from one reading of it.
+    """Read each file with splices once: name -> (sha256 before, sha256 after).
 
-    Raises PlanError where its digest is not what it must be, CheckpointError where it changes meanwhile.
+    Raises PlanError if a digest before differs from its pin or has none, CheckpointError if a file changes meanwhile.
     """
     mine = by_file(splices)
-    touched, unknown = {}, []
+    touched: dict[str, tuple[str, str]] = {}
+    unknown: list[str] = []
     progress.start(sum(checkpoint.file(name).size for name in shards), "B", "hashing")
     try:
         for name, shard in shards.items():
@@ -196,42 +204,43 @@ def _hash_touched(
     finally:
         progress.close()
     if unknown:
-        raise PlanError("nothing vouches for what it was before the edit, so it could not be proved afterwards",
-                        checkpoint.root,
-                        f"if it is the right base, add base.sha256: {{{', '.join(unknown)}}}")  # fmt: skip
+        fault = "nothing vouches for what it was before the edit, so it could not be proved afterwards"
+        remedy = f"if it is the right base, add base.sha256: {{{', '.join(unknown)}}}"
+        raise PlanError(fault, checkpoint.root, remedy)
     return touched
 
 
 def _refuse_changed(checkpoint: Checkpoint, touched: Collection[str]) -> None:
-    """Raise CheckpointError if a file that is not edited is no longer the one that was listed."""
+    """Raise CheckpointError if a file without edits was replaced or changed since it was listed."""
     for file in checkpoint.files:
         if isinstance(file.path, Entry) and file.name not in touched and file.name not in OWN_FILES:
             file.path.refuse_replaced()
 
 
 def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if one of swsurgery's own files is no longer what was listed, or is there by now."""
+    """Raise CheckpointError if one of swsurgery's own files was changed or created since the files were listed."""
     listed = {file.name: file.path for file in checkpoint.files}
     for name in OWN_FILES:
         entry = listed.get(name)
         if isinstance(entry, Entry):
             entry.refuse_replaced()
         elif filesystem.is_there(folder / name):
-            raise CheckpointError("was written by another program meanwhile", folder / name,
-                                  "run again when nothing else writes there")  # fmt: skip
+            remedy = "run again when nothing else writes there"
+            raise CheckpointError("was written by another program meanwhile", folder / name, remedy)
 
 
 def _refuse_shared(entry: Entry) -> None:
+    """Raise TargetError for a file that has other names or is read-only."""
     with filesystem.reported(entry):
         status = entry.stat()
     if status.st_nlink > 1:
-        raise TargetError(f"has {status.st_nlink} hard links, so the change would show under other names too", entry,
-                          "apply with -o")  # fmt: skip
+        fault = f"has {status.st_nlink} hard links, so the change would show under other names too"
+        raise TargetError(fault, entry, "apply with -o")
     if not status.st_mode & stat.S_IWUSR:
         raise TargetError("is marked read-only", entry, "apply with -o, or chmod u+w it")
 
 
-def _untouched(
+def _describe_untouched(
     checkpoint: Checkpoint,
     touched: Collection[str],
     before: Registry | None,
@@ -239,12 +248,14 @@ def _untouched(
     stated: Collection[str],
     progress: Progress,
 ) -> list[AppliedFile]:
-    """Describe the files without splices. Small files, and files whose digest the manifest has `stated`, are hashed.
-    The digests of others are copied from the earlier record and marked as unverified, or are None.
+    """Describe the files without splices.
 
-    Raises PlanError if a digest is not what it must be.
+    Small files, and files whose digest the manifest has `stated`, are hashed. The digests of others are copied from the
+    earlier record and marked as unverified, or are None.
+
+    Raises PlanError if a digest differs from its pin.
     """
-    found = []
+    found: list[AppliedFile] = []
     for file in checkpoint.files:
         if file.name in OWN_FILES or file.name in touched:
             continue
@@ -260,27 +271,27 @@ def _untouched(
     return found
 
 
-def _applied_already(
+def _report_applied(
     folder: Folder, checkpoint: Checkpoint, loaded: LoadedManifest, patched: Patched, progress: Progress
 ) -> Outcome:
-    """Report that the work is done: a killed run may have got that far.
+    """Report that nothing has to be done, because an earlier run applied this manifest.
 
-    The record is believed only if it is what this manifest makes of the base, and the files are what it says. Raises
+    The record must be what this manifest makes of the base, and the files must be what the record states. Raises
     CheckpointError otherwise.
     """
     registry = patched.registry
     repo_ids = (registry.base.repo_id, (registry.known or {}).get("hf_id"))
-    for coordinate, fault in _unlike_manifest(loaded, checkpoint, registry, repo_ids):
+    for coordinate, fault in _find_differences(loaded, checkpoint, registry, repo_ids):
         raise _not_applied(fault, folder.path if coordinate is None else coordinate)
     for record in (*registry.edits, *registry.protected, *(r for _, r in registry.inherited())):
         _refuse_other_bits(record, checkpoint)
     mine, files = by_file(undoing(registry, checkpoint)), {f.name: f for f in checkpoint.files}
     for name in sorted({*mine, *loaded.manifest.base.sha256}):
-        file, record = files.get(name), registry.files.get(name)
-        if file is None or record is None:
+        file, stated = files.get(name), registry.files.get(name)
+        if file is None or stated is None:
             raise _not_applied("the file is not there", folder.path / name)
         here, restored = hashed_twice(file, mine.get(name, []), progress)
-        if record.sha256 not in (here, None) or record.base_sha256 not in (restored, None):
+        if stated.sha256 not in (here, None) or stated.base_sha256 not in (restored, None):
             raise _not_applied("the file was changed since", file.path)
         if loaded.manifest.base.sha256.get(name, restored) != restored:
             raise _not_applied("its base is not the one that the manifest pins", file.path)
@@ -293,10 +304,10 @@ def _applied_already(
     return Outcome(folder.path, Applied(done), registry, (note,), written=False)
 
 
-def _unlike_manifest(
+def _find_differences(
     loaded: LoadedManifest, checkpoint: Checkpoint, registry: Registry, repo_ids: Collection[str | None]
 ) -> Iterator[tuple[Coordinate | None, str]]:
-    """Yield how a record differs from what its manifest asks of this checkpoint, with the scalar if there is one."""
+    """Yield each difference between a record and what its manifest asks of this checkpoint: (scalar or None, fault)."""
     base = loaded.manifest.base
     model = own.lookup(base.model) if base.model else None
     for repo_id in (base.repo_id, checkpoint.repo_id, *repo_ids):
@@ -308,7 +319,7 @@ def _unlike_manifest(
 
 
 def _refuse_other_bits(record: ScalarRecord, checkpoint: Checkpoint) -> None:
-    """Refuse a record of a scalar that does not hold the recorded bits. Raises CheckpointError."""
+    """Raise CheckpointError if a scalar does not have the recorded bits."""
     wanted = record.new_bytes if isinstance(record, EditRecord) else record.old_bytes
     shard = checkpoint.shards.get(record.file)
     info = shard.tensors.get(record.tensor) if shard else None
@@ -322,5 +333,6 @@ def _refuse_other_bits(record: ScalarRecord, checkpoint: Checkpoint) -> None:
 
 
 def _not_applied(what: str, where: object) -> CheckpointError:
-    return CheckpointError(f"the registry says that this manifest was applied, but {what}", where,
-                           "see swsurgery verify")  # fmt: skip
+    """Build the error for a record that does not match the manifest or the files."""
+    fault = f"the registry says that this manifest was applied, but {what}"
+    return CheckpointError(fault, where, "see swsurgery verify")

@@ -1,4 +1,7 @@
-"""Hold what belongs together."""
+"""Build the record of a patched checkpoint (swsurgery.json) from a plan and from what applying it yielded.
+
+Reading a record needs none of this: see `checkpoint/record.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from swsurgery._version import __version__
 from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Registry, ScalarRecord
@@ -14,27 +17,28 @@ from swsurgery.errors import PlanError, TargetError
 from swsurgery.known import shipped
 from swsurgery.storage.strict_json import MAX_JSON, RECORD, Limits
 
-if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
+if TYPE_CHECKING:  # building a record needs neither the planner nor the copier
     from swsurgery.editing.copy import Applied
     from swsurgery.editing.plan import Plan
     from swsurgery.storage.splice import Scalar
 
 
 LATER = Limits(1 << 20, 10_000)
-"""Room for what a draft lacks: the report of the check, and some to spare."""
-
+"""The size reserved for what a draft lacks: the report of the check, and a margin."""
 
 PER_FILE = 300
-"""Bytes that a file takes in a registry beside its name: its size and two digests, indented."""
+"""The number of bytes that a file takes in a record besides its name: its size and two digests, indented."""
 
 
 def draft_registry(plan: Plan) -> Registry:
-    """Build the registry of a plan that is not applied yet: digests and check are missing.
+    """Build the record of a plan that is not applied yet, without digests and without the report of the check.
 
-    Raises PlanError if the finished registry would be larger than any command accepts.
+    Raises PlanError if the finished record would be larger than any command accepts.
     """
     base, checkpoint = plan.loaded.manifest.base, plan.checkpoint
-    named_by = "cache" if checkpoint.repo_id else "manifest" if base.repo_id else None
+    named_by: Literal["cache", "manifest"] | None = None
+    if checkpoint.repo_id or base.repo_id:
+        named_by = "cache" if checkpoint.repo_id else "manifest"
     draft = Registry(
         registry_version=1,
         swsurgery_version=__version__,
@@ -49,8 +53,8 @@ def draft_registry(plan: Plan) -> Registry:
         ),
         files={},
         omitted=list(plan.omitted),
-        edits=[EditRecord(**s.to_json(), known=_facts(s, plan)) for s in plan.splices],
-        protected=[ScalarRecord(**s.to_json(), known=_facts(s, plan)) for s in plan.protected],
+        edits=[EditRecord.model_validate(_describe(s, plan)) for s in plan.splices],
+        protected=[ScalarRecord.model_validate(_describe(s, plan)) for s in plan.protected],
         known=shipped.to_json(plan.model)["models"][0] if plan.model else None,
         check={},
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
@@ -61,7 +65,7 @@ def draft_registry(plan: Plan) -> Registry:
 
 
 def complete_registry(draft: Registry, applied: Applied, check: dict[str, Any]) -> Registry:
-    """Add to a draft what applying the plan found out."""
+    """Add the digests of all files and the report of the check to a draft."""
     files = {
         f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
         for f in applied.files
@@ -91,20 +95,25 @@ def _refuse_unreadable(draft: Registry, plan: Plan) -> None:
 
 
 def source_date_epoch() -> int | None:
-    """The clock that the user set for us, in seconds. Raises TargetError for one that is none."""
+    """Read the environment variable SOURCE_DATE_EPOCH, in seconds since 1970; None if it is not set.
+
+    Raises TargetError if it is not a number.
+    """
     text = os.environ.get("SOURCE_DATE_EPOCH", "")
     if text and not re.fullmatch(r"[0-9]{1,18}", text):
         raise TargetError(f"SOURCE_DATE_EPOCH is {text[:40]!r}", "the environment", "give seconds since 1970")
     return int(text) if text else None
 
 
-def _facts(scalar: Scalar, plan: Plan) -> dict[str, Any] | None:
+def _describe(scalar: Scalar, plan: Plan) -> dict[str, Any]:
+    """Describe one scalar, and the known super weight at its coordinate, as JSON."""
     entry = plan.facts.get(scalar.coordinate)
-    if entry is None:
-        return None
-    return {
-        "id": entry.id,
-        "status": entry.status,
-        "causal_alone": entry.causal_alone,
-        "sources": [source.model_dump(mode="json") for source in entry.sources],
-    }
+    known = None
+    if entry is not None:
+        known = {
+            "id": entry.id,
+            "status": entry.status,
+            "causal_alone": entry.causal_alone,
+            "sources": [source.model_dump(mode="json") for source in entry.sources],
+        }
+    return scalar.to_json() | {"known": known}

@@ -1,4 +1,4 @@
-"""Hold what belongs together."""
+"""Write the base of a patched checkpoint from its record alone, without the base."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, open_patched
-from swsurgery.checkpoint.record import Registry
-from swsurgery.editing.apply import _refuse_inside, _write_own_files
+from swsurgery.checkpoint.record import EditRecord, Registry
+from swsurgery.editing.apply import refuse_inside, write_own_files
 from swsurgery.editing.copy import Link, Source, write_checkpoint
-from swsurgery.errors import (
-    CheckpointError,
-    NumberError,
-)
+from swsurgery.errors import CheckpointError, NumberError
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import staging
 from swsurgery.storage.arguments import require_choice
@@ -21,17 +18,20 @@ from swsurgery.storage.splice import Splice
 
 
 def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress | None = None) -> list[str]:
-    """Write the base of the patched checkpoint `root` into `output`, byte for byte; of several manifests the last is
-    undone. Returns notes. Raises CheckpointError, PlanError (a file was changed since), TargetError."""
+    """Write the base of the patched checkpoint `root` into `output`, byte for byte, and return notes for the user.
+
+    If several manifests were applied one after the other, only the last is undone. Raises CheckpointError, PlanError if
+    a file was changed since the edit, TargetError if `output` cannot be written.
+    """
     require_choice("link", link, ("auto", "clone", "copy"))
-    with held(root) as root:
+    with held(root):
         patched, checkpoint = open_patched(root)
-        _refuse_inside(output, checkpoint.root)
+        refuse_inside(output, checkpoint.root)
         registry, previous = patched.registry, patched.previous()
         names = {f.name for f in checkpoint.files}
         if missing := [name for name in registry.files if name not in names]:
-            raise CheckpointError(f"cannot be reverted, for it lacks {', '.join(missing)}", checkpoint.root,
-                                  "restore what was removed since the edit")  # fmt: skip
+            fault = f"cannot be reverted, for it lacks {', '.join(missing)}"
+            raise CheckpointError(fault, checkpoint.root, "restore what was removed since the edit")
         source = Source(
             files=tuple(f for f in checkpoint.files if f.name in registry.files),
             splices=undoing(registry, checkpoint),
@@ -45,34 +45,44 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
                 if file.patched_digest != (registry.files[file.name].base_sha256 or file.patched_digest):
                     raise CheckpointError("does not give the base back: the registry was changed", file.name)
             if previous:
-                _write_own_files(stage, previous, source.own_mode)
+                write_own_files(stage, previous, source.own_mode)
     return reversion_notes(registry)
 
 
 def undoing(registry: Registry, checkpoint: Checkpoint) -> tuple[Splice, ...]:
-    """The splices that take a registry's edits back. Raises CheckpointError where they are not scalars of the
-    checkpoint's tensors: a registry that was changed could name any byte."""
-    splices = []
-    for e in registry.edits:
-        shard = checkpoint.shards.get(e.file)
-        try:
-            info = shard.tensors[e.tensor]
-            splice = Splice(e.file, e.coordinate, info.dtype, e.offset, e.new_bytes, op="set", new=e.old_bytes)
-            sound = (info.dtype.name, shard.offset(e.tensor, e.index)) == (
-                e.dtype,
-                e.offset,
-            ) and e.file in registry.files
-        except (AttributeError, KeyError, IndexError, NumberError):
-            sound = False
-        if not sound:
-            raise CheckpointError("the registry names a scalar that is not there", f"{e.coordinate} in {e.file}",
-                                  "restore swsurgery.json")  # fmt: skip
+    """Build the splices that undo the edits of a record.
+
+    Raises CheckpointError if an edit is not of a scalar of the checkpoint: a record that was changed could name any
+    byte.
+    """
+    splices: list[Splice] = []
+    for edit in registry.edits:
+        splice = _undo(edit, checkpoint) if edit.file in registry.files else None
+        if splice is None:
+            where = f"{edit.coordinate} in {edit.file}"
+            raise CheckpointError("the registry names a scalar that is not there", where, "restore swsurgery.json")
         splices.append(splice)
     return tuple(splices)
 
 
+def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
+    """Build the splice that undoes one edit; None if the checkpoint has no such scalar."""
+    shard = checkpoint.shards.get(edit.file)
+    info = shard.tensors.get(edit.tensor) if shard else None
+    if shard is None or info is None:
+        return None
+    try:
+        splice = Splice(
+            edit.file, edit.coordinate, info.dtype, edit.offset, edit.new_bytes, op="set", new=edit.old_bytes
+        )
+        offset = shard.offset(edit.tensor, edit.index)
+    except (IndexError, NumberError):
+        return None
+    return splice if (info.dtype.name, offset) == (edit.dtype, edit.offset) else None
+
+
 def reversion_notes(registry: Registry) -> list[str]:
-    """What a reversion cannot give back."""
+    """List what a reversion cannot restore."""
     if registry.omitted:
         return [f"the base also had {', '.join(registry.omitted)}, which had been left out"]
     return []

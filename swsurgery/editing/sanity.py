@@ -1,4 +1,7 @@
-"""Hold what belongs together."""
+"""Check a patched checkpoint: compare its bytes with the plan, and run it beside its base if possible.
+
+Decides what is checked. `model/check.py` runs the models.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,14 @@ from swsurgery.checkpoint.opening import held, open_as, open_chosen, refuse_othe
 from swsurgery.checkpoint.record import REGISTRY_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.plan import Plan
-from swsurgery.errors import (
-    CheckFailed,
-    ModelError,
-    PlanError,
-    Unrunnable,
-    or_else,
-)
-from swsurgery.hub import Repo
+from swsurgery.errors import CheckFailed, ModelError, PlanError, Unrunnable, or_else
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.model.report import Bounds, CheckReport
 from swsurgery.progress import Progress
 from swsurgery.storage.arguments import require_choice, require_strings, require_type
 from swsurgery.storage.dtypes import DTYPES, decode
+from swsurgery.storage.files import Repository
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.splice import Splice
 
@@ -37,7 +34,11 @@ Check = Literal["auto", "off", "weights", "forward"]
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How the sanity check is made. `text` None is the built-in passage; a bound that is None is the manifest's."""
+    """What the sanity check does.
+
+    `text` None means the built-in passage. `bounds` None, or a bound of it that is None, means the manifest's.
+    `windows` is the number of windows of text, each of `window` tokens.
+    """
 
     kind: Check = "auto"
     device: str = "auto"
@@ -49,7 +50,7 @@ class CheckOptions:
     window: int = 512
 
     def __post_init__(self) -> None:
-        """Raise TypeError for a field of a wrong type."""
+        """Raise TypeError for a field of the wrong type, ValueError for an unknown choice."""
         require_choice("kind", self.kind, get_args(Check))
         require_type("device", self.device, str)
         require_choice("placement", self.placement, get_args(Placement))
@@ -59,7 +60,7 @@ class CheckOptions:
 
     @classmethod
     def of(cls, check: CheckOptions | Check | None) -> CheckOptions:
-        """Return the options that the argument `check` of a public function means. Raises TypeError."""
+        """Convert the argument `check` of a public function to options. Raises TypeError."""
         if check is None:
             return cls()
         if isinstance(check, cls):
@@ -71,7 +72,7 @@ class CheckOptions:
 
     @property
     def asked(self) -> bool:
-        """Whether the user said how the model is to be run, and so that it is."""
+        """True if the user set any option that needs a forward pass."""
         given = (self.device, self.placement, self.text, self.prompts, self.windows, self.window)
         return given != ("auto", "auto", None, None, 16, 512)
 
@@ -84,14 +85,14 @@ def check_checkpoint(
     weights: Weights | None = None,
     variant: str | None = None,
 ) -> CheckReport:
-    """Run a checkpoint and, if its registry says what its base was, compare it with the base.
+    """Run a checkpoint and, if it has a record, compare it with its base.
 
-    Without a registry there is nothing to compare with: the report has `compared` False, and bounds are refused.
-    `weights` and `variant` say which to read if there are several sets of weights, and no registry. `options`
-    of the kinds "off" and "weights" are refused, for the model is always run.
+    A checkpoint without a record cannot be compared: the report has `compared` False, and bounds are refused. `weights`
+    and `variant` choose between several sets of weights if no record does. `options` of the kinds "off" and "weights"
+    are refused, because the model is always run. `say` receives each note for the user.
 
-    Raises CheckpointError, ModelError, PlanError (bounds and nothing to compare with), TargetError while another run is
-    editing the checkpoint in place.
+    Raises TypeError, CheckpointError, ModelError; PlanError for bounds without a record; TargetError while another run
+    edits the checkpoint in place.
     """
     options = CheckOptions.of(options)
     if options.kind in ("off", "weights"):
@@ -117,21 +118,32 @@ def check_checkpoint(
         ]
         with or_else("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
             report = run_checks(
-                checkpoint, changes, text=options.text, prompts=options.prompts, bounds=options.bounds,
-                device=options.device, placement=options.placement, windows=options.windows, window=options.window,
-                progress=progress, say=say,
-            )  # fmt: skip
+                checkpoint,
+                changes,
+                text=options.text,
+                prompts=options.prompts,
+                bounds=options.bounds,
+                device=options.device,
+                placement=options.placement,
+                windows=options.windows,
+                window=options.window,
+                progress=progress,
+                say=say,
+            )
         return replace(report, compared=patched is not None)
 
 
-def refuse_bounds_without_base(root: Path | Repo, bounds: Bounds | None) -> None:
-    """Raise PlanError if bounds were given for a checkpoint whose base nothing names, CheckpointError for a damaged
-    registry. For a repository this is known before the weights are downloaded."""
+def refuse_bounds_without_base(root: Path | Repository, bounds: Bounds | None) -> None:
+    """Raise PlanError for bounds on a checkpoint without a record, CheckpointError for a damaged record.
+
+    For a repository, this reads only the record and comes before the download of the weights.
+    """
     if bounds not in (None, Bounds()):
         _refuse_bounds_without_base(root, read_patched(root), bounds)
 
 
-def _refuse_bounds_without_base(root: Path | Repo, patched: Patched | None, bounds: Bounds | None) -> None:
+def _refuse_bounds_without_base(root: Path | Repository, patched: Patched | None, bounds: Bounds | None) -> None:
+    """Raise PlanError for bounds on a checkpoint without a record."""
     if patched is None and bounds not in (None, Bounds()):
         raise PlanError(
             "a bound on the perplexity ratio needs a base to compare with, and no registry says what it was",
@@ -143,8 +155,10 @@ def _refuse_bounds_without_base(root: Path | Repo, patched: Patched | None, boun
 def run_check(
     plan: Plan, patched: Path | Folder, options: CheckOptions, progress: Progress, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Check the checkpoint that is not yet done, staged or edited in place; what is returned goes into the registry.
-    Raises CheckFailed, ModelError."""
+    """Check a checkpoint that is staged or being edited in place; return the report for the record, as JSON.
+
+    Raises CheckFailed if the checkpoint fails, ModelError if a check that was asked for cannot be made.
+    """
     bounds = bounds_of(plan, options)
     if options.kind == "off":
         return {"kind": "off", "reason": "the check was turned off"}
@@ -153,27 +167,20 @@ def run_check(
     if options.kind == "weights":
         reason = "only the weights were to be checked"
     elif not plan.splices:
-        # Base and patched are one, so the ratio is 1 whatever the model.
-        if bounds.min_perplexity_ratio is not None and bounds.min_perplexity_ratio > 1:
-            raise CheckFailed("check failed: nothing was changed, so the perplexity ratio is 1",
-                              f"at least {bounds.min_perplexity_ratio:g} wanted")  # fmt: skip
-        if bounds.max_perplexity_ratio is not None and bounds.max_perplexity_ratio < 1:
-            raise CheckFailed("check failed: nothing was changed, so the perplexity ratio is 1",
-                              f"at most {bounds.max_perplexity_ratio:g} allowed")  # fmt: skip
+        _check_unchanged(bounds)
         reason = "nothing was changed"
     if reason is None:
         try:
             report = _check_forward(plan, patched, options, bounds, progress, say)
         except ModelError as error:
-            # What was asked for is done or refused; without bounds and wishes the check is a courtesy.
+            # An error if the user asked for a forward check by an option or a bound. Otherwise it is optional.
             if options.kind == "forward" or bounds != Bounds() or options.asked:
                 if isinstance(error, Unrunnable) and options.bounds is None:
                     raise error.or_else("--check weights") from error
                 raise
-            # The directory has this name only until it is done, and the registry does not depend on where it was made.
-            reason = model.available() or str(error).replace(
-                str(patched if isinstance(patched, Folder) else Path(os.path.realpath(patched))), "the checkpoint"
-            )
+            # The path of the stage is temporary and must not appear in the record.
+            where = str(patched if isinstance(patched, Folder) else Path(os.path.realpath(patched)))
+            reason = model.available() or str(error).replace(where, "the checkpoint")
         else:
             if not report.ok:
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
@@ -183,12 +190,23 @@ def run_check(
     return {"kind": "weights", "reason": reason, "weights": weights}
 
 
+def _check_unchanged(bounds: Bounds) -> None:
+    """Check the bounds without running a model: base and patched are equal, so the ratio is 1. Raises CheckFailed."""
+    unchanged = "check failed: nothing was changed, so the perplexity ratio is 1"
+    if bounds.min_perplexity_ratio is not None and bounds.min_perplexity_ratio > 1:
+        raise CheckFailed(unchanged, f"at least {bounds.min_perplexity_ratio:g} wanted")
+    if bounds.max_perplexity_ratio is not None and bounds.max_perplexity_ratio < 1:
+        raise CheckFailed(unchanged, f"at most {bounds.max_perplexity_ratio:g} allowed")
+
+
 def bounds_of(plan: Plan, options: CheckOptions) -> Bounds:
-    """The manifest's bounds; of each of them, the options' where they give it. Raises PlanError where no ratio can
-    hold both, or where the check that was chosen measures none."""
+    """Combine the bounds of the manifest with those of the options, which take precedence.
+
+    Raises PlanError if no ratio satisfies both bounds, or if the chosen check does not measure the ratio.
+    """
     if options.kind in ("off", "weights") and options.bounds:
-        raise PlanError(f"--check {options.kind} measures no perplexity, and a bound on it was given",
-                        remedy="leave out one of the two")  # fmt: skip
+        fault = f"--check {options.kind} measures no perplexity, and a bound on it was given"
+        raise PlanError(fault, remedy="leave out one of the two")
     given, said = options.bounds or Bounds(), plan.loaded.manifest.check
     most = said.max_perplexity_ratio if given.max_perplexity_ratio is None else given.max_perplexity_ratio
     least = said.min_perplexity_ratio if given.min_perplexity_ratio is None else given.min_perplexity_ratio
@@ -205,20 +223,32 @@ def _check_forward(
     progress: Progress,
     say: Callable[[str], None],
 ) -> CheckReport:
+    """Run base and patched on the same text. Raises ModelError if that is impossible."""
     changes = [
         model.ScalarChange(s.coordinate, float(decode(s.dtype, s.old)), float(decode(s.dtype, s.new)))
         for s in plan.splices
     ]
     return run_checks(
-        open_as(patched, plan.loaded.manifest.base, editing=True), changes, text=options.text,
-        prompts=options.prompts, bounds=bounds, device=options.device, placement=options.placement,
-        windows=options.windows, window=options.window, progress=progress, say=say,
-    )  # fmt: skip
+        open_as(patched, plan.loaded.manifest.base, editing=True),
+        changes,
+        text=options.text,
+        prompts=options.prompts,
+        bounds=bounds,
+        device=options.device,
+        placement=options.placement,
+        windows=options.windows,
+        window=options.window,
+        progress=progress,
+        say=say,
+    )
 
 
 def _check_weights(plan: Plan, patched: Path | Folder, progress: Progress) -> dict[str, Any]:
-    """Re-read the touched shards: exactly the planned scalars differ from the base, and have the planned values. Of
-    an edit in place only the latter, for there is no base left to compare with, and where the base is on the Hub."""
+    """Reread the shards with edits: only the planned scalars differ from the base, and they have the planned values.
+
+    The first half is left out for an edit in place, which leaves no base to compare with, and for a base on the Hub.
+    Raises CheckFailed.
+    """
     touched = sorted({s.file for s in plan.splices})
     there = set(os.listdir(patched.fd if isinstance(patched, Folder) else patched))
     elsewhere = [name for name in plan.checkpoint.shards if name not in there]
@@ -227,8 +257,10 @@ def _check_weights(plan: Plan, patched: Path | Folder, progress: Progress) -> di
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))
     compared = isinstance(plan.checkpoint.root, Path) and result.root != plan.checkpoint.root
-    findings = [] if not compared else undeclared_changes(result, plan.checkpoint, touched, declared, progress)
-    wrong = [f"{f.file}: {f.message}" for f in findings]
+    wrong: list[str] = []
+    if compared:
+        differences = undeclared_changes(result, plan.checkpoint, touched, declared, progress)
+        wrong += [f"{difference.file}: {difference.message}" for difference in differences]
     for scalar in (*plan.splices, *plan.protected):
         if scalar.file in elsewhere:
             continue

@@ -141,7 +141,7 @@ def test_other_headers_than_the_planned_ones_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "moment", ["editing.apply.write_checkpoint", "editing.apply._write_own_files", "storage.staging._commit"]
+    "moment", ["editing.apply.write_checkpoint", "editing.apply.write_own_files", "storage.staging._commit"]
 )
 def test_a_parent_that_becomes_a_link_gets_nothing_of_ours(tmp_path, moment):
     """The output is written relative to the directory that was there when the command began."""

@@ -66,7 +66,7 @@ def test_an_undisturbed_run_ends_well(tmp_path):
         ("editing.in_place.Outcome", 1, False, "made"),
         ("cli.show.outcome", 1, False, "made"),
         ("storage.filesystem.reserve", 1, False, "nothing"),
-        ("editing.in_place._untouched", 1, True, "nothing"),
+        ("editing.in_place._describe_untouched", 1, True, "nothing"),
     ],
 )
 def test_a_signal_is_answered_with_what_was_done(tmp_path, at, count, after, said, number):

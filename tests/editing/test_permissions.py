@@ -109,7 +109,7 @@ def test_a_reversion_is_as_private_as_what_it_is_made_from(base):
 
 
 def test_a_file_kept_from_a_killed_run_is_as_private_as_the_base_is_now(base):
-    killed("editing.apply._write_own_files", "apply", manifest(base), "-o", base.parent / "out", "--check", "off")
+    killed("editing.apply.write_own_files", "apply", manifest(base), "-o", base.parent / "out", "--check", "off")
     stage = base.parent / ".out.partial"
     assert mode(stage / FIRST) == 0o644
     make_private(base)

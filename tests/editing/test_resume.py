@@ -96,7 +96,7 @@ def stopped_late(manifest, out, monkeypatch) -> dict[str, bytes]:
         raise Interrupted("SIGINT")
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="run the same command to continue"):
-        patch.setattr(apply, "_write_own_files", interrupt)
+        patch.setattr(apply, "write_own_files", interrupt)
         copy(manifest, out)
     assert not out.exists()
     left = tree(partial(out))
@@ -248,7 +248,7 @@ def test_nested_folders_are_kept(base, manifest, out, tmp_path):
     (base / "a" / "b" / "c" / "file").write_text("deep")
     (base / "a" / "file").write_text("less deep")
     aged(base)
-    killed("editing.apply._write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "copy")
+    killed("editing.apply.write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "copy")
     (partial(out) / "a" / "b" / "stray").write_text("x")
     files = copy(manifest, out)
     assert {"a/b/c/file", "a/file"} <= kept(files)
@@ -257,7 +257,7 @@ def test_nested_folders_are_kept(base, manifest, out, tmp_path):
 
 def test_hard_links_in_the_stage_are_not_kept(base, manifest, out, tmp_path):
     """A run with --link hard left them; what shares its bytes with the base could not be edited without it."""
-    killed("editing.apply._write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "hard")
+    killed("editing.apply.write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "hard")
     assert (partial(out) / FIRST).stat().st_nlink == 2
     files = copy(manifest, out)
     assert kept(files) == {SECOND, THIRD}, "which have edits, so they were copied"

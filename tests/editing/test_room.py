@@ -99,7 +99,7 @@ def test_clones_need_none(manifest, out, tmp_path, left, monkeypatch, link, code
 
 
 def test_what_a_killed_run_left_gives_its_room_back(manifest, out, tmp_path, left):
-    killed("editing.apply._write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "copy")
+    killed("editing.apply.write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "copy")
     taken = sum(p.stat().st_blocks for p in (tmp_path / ".out.partial").rglob("*") if p.is_file())
     assert taken > 0
     left(max(0, needed(tmp_path / "base") - taken))
@@ -107,7 +107,7 @@ def test_what_a_killed_run_left_gives_its_room_back(manifest, out, tmp_path, lef
 
 
 def test_what_a_killed_run_left_is_kept_if_there_is_no_room(manifest, out, tmp_path, left):
-    killed("editing.apply._write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "copy")
+    killed("editing.apply.write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "copy")
     stage = tmp_path / ".out.partial"
     (stage / THIRD).unlink()
     (stage / FIRST).unlink()

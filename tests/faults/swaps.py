@@ -28,7 +28,7 @@ SHARDS = (FIRST, SECOND, THIRD)
 
 MOMENTS = {
     "after planning": "editing.in_place._open_shards",
-    "after hashing": "editing.in_place._untouched",
+    "after hashing": "editing.in_place._describe_untouched",
     "before the first write": "checkpoint.journal._write",
     "during the check": "editing.in_place.run_check",
     "before the end": "checkpoint.journal._refuse_disturbed",
