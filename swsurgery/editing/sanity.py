@@ -50,7 +50,7 @@ class CheckOptions:
     window: int = 512
 
     def __post_init__(self) -> None:
-        """Raise TypeError for a field of the wrong type, ValueError for an unknown choice."""
+        """Raise TypeError for a field of the wrong type or an unknown choice."""
         require_choice("kind", self.kind, get_args(Check))
         require_type("device", self.device, str)
         require_choice("placement", self.placement, get_args(Placement))
