@@ -78,7 +78,8 @@ def apply_in_place(
         shards = _open_shards(folder, plan.checkpoint, plan.splices, opened)
         touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, progress)
         stated = loaded.manifest.base.sha256
-        rest = _describe_untouched(plan.checkpoint, touched, previous.registry if previous else None, pins, stated, progress)
+        before = previous.registry if previous else None
+        rest = _describe_untouched(plan.checkpoint, touched, before, pins, stated, progress)
         edited = [AppliedFile(name, plan.checkpoint.file(name).size, *both, "place") for name, both in touched.items()]
         applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
         _refuse_changed(checkpoint, touched)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from torch import Tensor as Tensor
+from transformers import AutoConfig
+from transformers import PreTrainedModel as PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import CheckpointError, ModelError
