@@ -52,8 +52,8 @@ print(json.dumps({
 }))
 """
 OURS = """
-from swsurgery.checkpoint import open_checkpoint
-from swsurgery.coordinate import Coordinate
+from swsurgery.checkpoint.opening import open_checkpoint
+from swsurgery.storage.coordinate import Coordinate
 from swsurgery.model import load, measure
 PLACE = Coordinate("model.layers.2.mlp.down_proj.weight", (17, 90))
 begin = time.perf_counter()

@@ -36,7 +36,7 @@ def test_an_error_told_badly_breaks_the_promise_about_errors_alone():
 
 
 def test_tests_are_counted_for_the_promise_that_they_hold():
-    counted = [{"file": "test_dtypes.py", "passed": 40, "failed": 0, "skipped": 1}]
+    counted = [{"file": "storage/test_dtypes.py", "passed": 40, "failed": 0, "skipped": 1}]
     page = report.render({"tests": {**CIRCUMSTANCES, "rows": counted}})
     assert page.count("| `test_dtypes.py` | 40 passed |") == 1
     assert page.count("not counted") == len(report.PROMISES) - 1
