@@ -1,8 +1,8 @@
-"""The model card of a published checkpoint, from its registry: fields for the front matter, and Markdown below.
+"""Render the model card of a published checkpoint from its record: fields for the front matter, and the Markdown text.
 
-Pure text. Every word that comes from a file is a stranger's: it is escaped, so that in Markdown it is text and nothing
-else. The base's own card is quoted in a fenced block, to the letter: as Markdown its images, links and raw HTML would
-speak in this repository's name, and in a block they cannot.
+Pure functions on text. Words from files are not trusted: they are escaped, so that Markdown shows them as text only.
+The base's own card is quoted unchanged in a code block. As Markdown, its images, links and raw HTML would appear to be
+this repository's own.
 """
 
 from __future__ import annotations
@@ -18,44 +18,64 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying.findings import Finding
 
 CARD_NAME = "README.md"
+"""Name of the model card in a repository."""
 
 ShortForm = tuple[int, int, int, object]
-"""layer, row, column, and the expert or None."""
+"""Layer, row and column of a scalar, and its expert or None."""
 
 FIELDS = (
-    "base_model", "base_model_relation", "library_name", "pipeline_tag", "language", "license", "license_name",
-    "license_link", "tags",
-)  # fmt: skip
-"""All that the front matter may hold, in its order."""
+    "base_model",
+    "base_model_relation",
+    "library_name",
+    "pipeline_tag",
+    "language",
+    "license",
+    "license_name",
+    "license_link",
+    "tags",
+)
+"""All fields that the front matter may contain, in order."""
 
 RELATION = "finetune"
-"""Of the Hub's four (adapter, merge, quantized, finetune) the one for changed values in the base's own format."""
+"""Relation to the base. The Hub knows adapter, merge, quantized and finetune; the last one fits changed values in the
+base's own format."""
 
 PATCH_RELATION = "adapter"
-"""The one for what is nothing without its base."""
+"""Relation of a patch to its base, without which the patch cannot be used."""
 
 OWN_TAGS = ("swsurgery", "super-weights")
+"""Tags of every published checkpoint."""
+
 PATCH_TAGS = (*OWN_TAGS, "patch")
+"""Tags of every published patch."""
 
 MAX_ROWS, MAX_NAME, MAX_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
-"""Rows of a table or a list, characters of a name, and bytes of a quoted file: more is left to the files themselves."""
+"""Maximum number of rows of a table or a list, characters of a name, and bytes of a quoted manifest and a quoted card.
+
+The files themselves contain the rest.
+"""
 
 _LINE = re.compile(r"(?=.*\S)[^<>]{1,200}")
-"""What the emitter of YAML makes a string of, whatever it holds; without the signs of a tag, for a reader of Markdown
-that knows no front matter. A match has to be printable too."""
+"""Matches text that YAML always writes as a string. It excludes < and >, because a Markdown reader that does not know
+front matter would read them as HTML. A match must also be printable."""
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,99}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _LINK = re.compile(r"(?=.{1,500}\Z)(https?://[A-Za-z0-9.-]+(/[A-Za-z0-9._~/%#?=&+-]*)?|[A-Za-z0-9][A-Za-z0-9._/-]*)")
 _CARRIED = {
-    "library_name": _WORD, "pipeline_tag": _WORD, "language": _LINE, "license": _LINE, "license_name": _LINE,
-    "license_link": _LINK, "tags": _TAG,
-}  # fmt: skip
-"""What the front matter takes over from the base's, and what a value of it must be."""
+    "library_name": _WORD,
+    "pipeline_tag": _WORD,
+    "language": _LINE,
+    "license": _LINE,
+    "license_name": _LINE,
+    "license_link": _LINK,
+    "tags": _TAG,
+}
+"""Fields copied from the base's front matter, and the pattern that each value must match."""
 
 LICENCE = ("language", "license", "license_name", "license_link")
-"""What a patch's takes over of that."""
+"""Fields that the card of a patch copies from the base's card."""
 
 _LISTS = ("language", "license", "tags")
 
@@ -63,11 +83,11 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
 _FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _CODE = re.compile(r"[A-Za-z0-9_.+/\[-]([A-Za-z0-9_.,+/\[\] -]*[A-Za-z0-9_.+/\]-])?")
 _PUNCTUATION = re.compile(r"([!-,./:-@\[-`{-~]|(?<![A-Za-z0-9])-|-(?![A-Za-z0-9]))")
-"""All of ASCII's but the hyphen within a word."""
+"""Matches all ASCII punctuation except a hyphen within a word."""
 
 
 def escaped(value: object) -> str:
-    """`value` as Markdown that shows it: on one line, of bounded length, in a table's cell as well."""
+    """Escape `value` as one line of Markdown with at most MAX_NAME characters. It is safe in a table's cell."""
     text = printable(str(value))
     if len(text) > MAX_NAME:
         text = text[: MAX_NAME - 3] + "..."
@@ -75,13 +95,13 @@ def escaped(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """`value` as code where that needs no escaping, else escaped."""
+    """Render `value` as code if that needs no escaping, else as escaped text."""
     text = str(value)
     return f"`{text}`" if len(text) <= MAX_NAME and _CODE.fullmatch(text) else escaped(text)
 
 
 def fenced(text: str, language: str = "") -> str:
-    """`text` in a code block that nothing in it can close."""
+    """Render `text` as a code block that its content cannot close."""
     lines = [printable(line.replace("\t", "    ")) for line in text.splitlines()]
     longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -89,7 +109,7 @@ def fenced(text: str, language: str = "") -> str:
 
 
 def fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The front matter: what the base's says of licence, language, task and library, and where this comes from."""
+    """Return the front matter: the base, and the base card's licence, language, task, library and tags."""
     found: dict[str, Any] = {}
     if registry.base.repo_id and _REPO_ID.fullmatch(registry.base.repo_id):
         found["base_model"], found["base_model_relation"] = registry.base.repo_id, RELATION
@@ -103,7 +123,7 @@ def fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]
 
 
 def not_carried(base_fields: Mapping[str, Any], of: Iterable[str] = _CARRIED) -> list[str]:
-    """Those of the base's fields that the front matter does not take over, or not with all of their values."""
+    """List the fields of the base's card that the front matter omits completely or in part."""
     found = []
     for name in of:
         values = _values(name, base_fields.get(name))
@@ -113,7 +133,7 @@ def not_carried(base_fields: Mapping[str, Any], of: Iterable[str] = _CARRIED) ->
 
 
 def patch_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The front matter of a patch: it comes under the base's licence, and is no model that a library could load."""
+    """Return the front matter of a patch: it has the base's licence, and no library can load it as a model."""
     found = fields(registry, base_fields)
     if "base_model_relation" in found:
         found["base_model_relation"] = PATCH_RELATION
@@ -126,7 +146,7 @@ def _matches(pattern: re.Pattern[str], value: object) -> bool:
 
 
 def _values(name: str, value: object) -> list[Any]:
-    """One field's values. YAML 1.1 reads the code of Norwegian as false."""
+    """Return the values of one field as a list. YAML 1.1 reads "no", the code of Norwegian, as false."""
     values = value if isinstance(value, list) and name in _LISTS else [] if value is None else [value]
     return ["no" if name == "language" and each is False else each for each in values]
 
@@ -139,8 +159,11 @@ def body(
     accepted: Sequence[Finding] = (),
     short: Mapping[Coordinate, ShortForm] | None = None,
 ) -> str:
-    """The Markdown below the front matter. `base_card` is the base's, without its front matter; `short` gives layer,
-    row, column and expert of coordinates that have such."""
+    """Render the Markdown text of a checkpoint's card.
+
+    `base_card` is the base's card without its front matter. `short` maps coordinates to their layer, row, column and
+    expert; coordinates without a short form are missing.
+    """
     name = _base_name(registry)
     parts = [
         f"# {escaped(repo_id.split('/')[-1])}",
@@ -178,8 +201,10 @@ def patch_body(
     accepted: Sequence[Finding] = (),
     short: Mapping[Coordinate, ShortForm] | None = None,
 ) -> str:
-    """The Markdown of a repository that holds the edits alone: `patch_name` of `size` bytes. `registry` is of the
-    edits since the first base, and of no file."""
+    """Render the Markdown text of the card of a patch, the file `patch_name` of `size` bytes.
+
+    `registry` contains the edits since the first base, and no files.
+    """
     place = _base_uri(registry)
     base = place or "BASE"
     steps = len(registry.history) + 1
@@ -194,8 +219,10 @@ def patch_body(
         _edits(registry.edits, short or {}),
         *_known(registry),
         "## Apply",
-        fenced(f"hf download {repo_id} {patch_name} --local-dir .\n"
-               f"swsurgery apply {patch_name} --base {base} -o patched", "sh"),
+        fenced(
+            f"hf download {repo_id} {patch_name} --local-dir .\nswsurgery apply {patch_name} --base {base} -o patched",
+            "sh",
+        ),
         *([] if place else ["`BASE` is the directory of the checkpoint that it was made of."]),
         "It is refused where the base holds other bits at these places, or where a shard that it touches has another "
         "sha256. Where torch is installed, the model is run before and after, and `patched` is written only if that "
@@ -205,12 +232,15 @@ def patch_body(
         "\n\n".join(check),
         *_accepted(accepted),
         "## Verify and revert",
-        fenced("sha256sum -c SHA256SUMS       # this repository, as it was downloaded\n"
-               "swsurgery verify patched      # the base's files, with exactly these scalars changed\n"
-               "swsurgery revert patched      # the base's files again, byte for byte", "sh"),
+        fenced(
+            "sha256sum -c SHA256SUMS       # this repository, as it was downloaded\n"
+            "swsurgery verify patched      # the base's files, with exactly these scalars changed\n"
+            "swsurgery revert patched      # the base's files again, byte for byte",
+            "sh",
+        ),
         "## Manifest",
         _manifest(manifest),
-    ]  # fmt: skip
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -220,7 +250,7 @@ def _base_name(registry: Registry) -> str:
 
 
 def _base_uri(registry: Registry) -> str | None:
-    """The base as a command takes it; None where there is none, or where a shell could read it as something else."""
+    """Return the base's hf:// location for a shell command, or None if it is unknown or unsafe in a shell."""
     base = registry.base
     parts = [(_REPO_ID, base.repo_id), (_PLAIN, base.revision), *([(_FOLDER, base.sub)] if base.sub else [])]
     if not all(_matches(pattern, part) for pattern, part in parts):
@@ -245,7 +275,7 @@ def _index(record: ScalarRecord) -> str:
 
 
 def _place(short: ShortForm | None) -> Sequence[str]:
-    """Layer, row and column; the expert goes with the layer."""
+    """Render the cells for layer, row and column. The cell of the layer includes the expert."""
     if short is None:
         return ["\\-"] * 3
     layer, row, column, expert = short
@@ -257,13 +287,17 @@ def _edits(edits: Sequence[EditRecord], short: Mapping[Coordinate, ShortForm]) -
         return "Nothing."
     rows = [
         [
-            shown(e.tensor), _index(e), *_place(short.get(e.coordinate)), shown(e.dtype),
-            shown(e.old), shown(e.new),
+            shown(e.tensor),
+            _index(e),
+            *_place(short.get(e.coordinate)),
+            shown(e.dtype),
+            shown(e.old),
+            shown(e.new),
             shown(e.op) + (f" by {shown(e.factor)}" if e.factor is not None else ""),
             f"{shown(e.old_bits)} to {shown(e.new_bits)}",
         ]
         for e in edits
-    ]  # fmt: skip
+    ]
     return _table(("tensor", "index", "layer", "row", "column", "dtype", "old", "new", "operation", "bits"), rows)
 
 
@@ -298,12 +332,13 @@ def _check(check: Mapping[str, Any]) -> str:
     mass = check.get("stopword_mass")
     if isinstance(mass, dict):
         rows.append(["stopword mass", _figure(mass.get("base")), _figure(mass.get("patched"))])
-    text = check.get("text") if isinstance(check.get("text"), dict) else {}
+    text = check.get("text")
+    tokens = text.get("scored_tokens") if isinstance(text, dict) else None
     lines = [
         "Base and patched model on the same text, side by side:",
         _table(("figure", "base", "patched"), rows),
         f"Perplexity ratio {_figure(check.get('perplexity_ratio'))}, KL divergence {_figure(check.get('kl'))}, "
-        f"over {_figure(text.get('scored_tokens'))} tokens; device {shown(check.get('device'))}, dtype "
+        f"over {_figure(tokens)} tokens; device {shown(check.get('device'))}, dtype "
         f"{shown(check.get('dtype'))}. Verdict: {'passed' if check.get('ok') is True else '**failed**'}.",
     ]
     return "\n\n".join(lines)
@@ -336,7 +371,7 @@ def _base_card(name: str, card: str | None) -> list[str]:
 
 
 def describe(registry: Registry, accepted: Iterable[Finding]) -> str:
-    """A commit's description: what was changed, and what was accepted; text for a log, of one line each."""
+    """Render a commit's description as plain text: one line for each edit and each accepted finding, and the base."""
     lines = [f"{printable(str(e.coordinate))}: {e.old_bits} to {e.new_bits}" for e in registry.edits[:20]]
     if len(registry.edits) > 20:
         lines.append(f"and {len(registry.edits) - 20} more")

@@ -1,8 +1,7 @@
-"""An edit without its checkpoint, in a form that others read: sparse (ours, which `apply` takes back), peft (a LoRA
-adapter) and vllm (the fields of vLLM's checkpoint patches).
+"""Export edits without their checkpoint: sparse (read by `apply`), peft (a LoRA adapter), vllm (vLLM's patches).
 
-Bytes are made here without torch. What is read of the source are headers and single scalars, and of a directory that
-is no patched checkpoint the touched shards once, for their digests.
+The files are made without torch. Only headers and single scalars of the source are read. For a manifest with its base,
+the touched shards are also read once, for their digests.
 """
 
 from __future__ import annotations
@@ -35,28 +34,34 @@ from swsurgery.storage.hashing import hashed, hold_to
 Format = Literal["sparse", "peft", "vllm"]
 
 TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
-"""Floating-point dtypes, as torch calls them."""
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+"""Names in torch of the floating-point dtypes."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to export, and the config.json of its model."""
+    """The edits to export, and the config.json of their model."""
 
     patch: Patch
     config: dict[str, Any]
     mode: int
-    """Permissions of the files that are written: no more than the weights have."""
+    """Permissions of the exported files: not more than those of the weights."""
     notes: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
-    """Edits of numbers that are no weights, which records of 0.1.0 may hold, one line for each."""
+    """One line for each edit of a number that is not a weight. Only records of version 0.1.0 can contain such edits."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `files` are names, relative to `output` where that is a folder, and sizes in bytes."""
+    """Result of an export. `files` maps names, relative to `output` if that is a folder, to sizes in bytes."""
 
     output: Path
     format: Format
@@ -82,11 +87,11 @@ def write(
     base: str | None = None,
     progress: Progress | None = None,
 ) -> Exported:
-    """Export a patched checkpoint (a directory or hf://…), or a manifest or patch together with its base, into the new
-    file `output` (sparse) or the new folder `output` (peft, vllm).
+    """Export edits into the new file `output` (sparse) or the new folder `output` (peft, vllm).
 
-    Raises TargetError where the target exists or cannot be written, PlanError for what the format cannot hold, and
-    what `read` raises.
+    `source` is a patched checkpoint (a directory or hf://...), or a manifest or patch, which alone use `base`. Raises
+    TargetError if the target exists or cannot be written, PlanError for an edit that the format does not support, and
+    the errors of `read`.
     """
     if filesystem.is_there(output):
         raise TargetError("the target exists", output, "give another -o, or remove it")
@@ -104,7 +109,10 @@ def write(
 
 
 def render(source: Source, form: Format) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """(file name -> bytes, notes). The sparse form is one file, without a name. Raises PlanError, ManifestError."""
+    """Render the files of a format. Returns (file name -> bytes, notes). Raises PlanError, ManifestError.
+
+    The name of the single file of the sparse format is empty.
+    """
     if form == "sparse":
         return {"": patch_module.render(source.patch)}, ()
     if form == "peft":
@@ -115,8 +123,10 @@ def render(source: Source, form: Format) -> tuple[dict[str, bytes], tuple[str, .
 
 
 def read(source: str | Path, base: str | None = None, progress: Progress | None = None) -> Source:
-    """The edits of a patched checkpoint, since its first base where it was patched several times; or those that a
-    manifest plans. Raises HubError, ManifestError, CheckpointError, PlanError."""
+    """Read the edits of a patched checkpoint since its first base, or plan those of a manifest on its base.
+
+    Raises HubError, ManifestError, CheckpointError, PlanError.
+    """
     where = named(source)
     if isinstance(where, Path) and not where.is_dir():
         return _planned(where, base, progress or Silent())
@@ -138,9 +148,9 @@ def _planned(path: Path, base: str | None, progress: Progress) -> Source:
 
 
 def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
-    """sha256 of each touched shard: of its bytes, or for a base on the Hub what the Hub lists.
+    """Return the sha256 of each touched shard, computed from its bytes or, for a base on the Hub, listed by the Hub.
 
-    Raises PlanError where it is not what the manifest, or the base's own registry, says.
+    Raises PlanError if a digest differs from the one in the manifest or in the base's own record.
     """
     pins, found = known_digests(plan), {}
     for name in sorted({s.file for s in plan.splices}):
@@ -163,10 +173,10 @@ def _recorded(root: Path | Repo) -> Source:
     for registry in steps:
         for e in registry.edits:
             if e.tensor not in checkpoint.shapes or e.dtype != checkpoint.info(e.tensor).dtype.name:
-                raise CheckpointError("the registry names a scalar that is not there", f"{e.coordinate} in {e.file}",
-                                      "restore swsurgery.json")  # fmt: skip
+                what = "the registry names a scalar that is not there"
+                raise CheckpointError(what, f"{e.coordinate} in {e.file}", "restore swsurgery.json")
             earlier = changed.get(e.coordinate)
-            if earlier:  # what two operations make of it together is a value
+            if earlier:  # two operations on one scalar are exported as the final value
                 changed[e.coordinate] = _scalar(checkpoint, e.coordinate, earlier.old, e.new_bytes, "set", None)
             else:
                 changed[e.coordinate] = _scalar(checkpoint, e.coordinate, e.old_bytes, e.new_bytes, e.op, e.factor)
@@ -174,19 +184,18 @@ def _recorded(root: Path | Repo) -> Source:
     for s in scalars:
         stored = checkpoint.shards[s.file].read_scalar(*s.coordinate)
         if stored != s.new:
-            raise CheckpointError("is not what its registry says", f"{s.coordinate} in {s.file}",
-                                  "swsurgery verify says more")  # fmt: skip
+            where = f"{s.coordinate} in {s.file}"
+            raise CheckpointError("is not what its registry says", where, "swsurgery verify says more")
     first, last = steps[0], steps[-1]
     digests = {s.file: first.files[s.file].base_sha256 for s in scalars}
     manifest = parse_manifest(patched.manifest_raw, Path(MANIFEST_NAME)).manifest
-    return _source(
-        checkpoint, manifest, (first.base.repo_id, first.base.revision), {n: d for n, d in digests.items() if d},
-        last.manifest_sha256, scalars,
-    )  # fmt: skip
+    identity = first.base.repo_id, first.base.revision
+    known = {name: digest for name, digest in digests.items() if digest}
+    return _source(checkpoint, manifest, identity, known, last.manifest_sha256, scalars)
 
 
 def steps_of(patched: Patched | None) -> list[Registry]:
-    """The registries of a checkpoint that was patched once or several times, the first one first."""
+    """List the records of all steps in which a checkpoint was patched, in order."""
     steps: list[Registry] = []
     while patched is not None:
         steps.append(patched.registry)
@@ -245,9 +254,12 @@ def _source(
 
 
 def _vllm(patch: Patch) -> dict[str, bytes]:
-    """The arguments of vLLM's CheckpointWeightPatch for each tensor, in patches.json; its `values` and `indices` name
-    arrays of patches.safetensors. vLLM has no file format for them; source: vllm/model_executor/model_loader/
-    checkpoint_weight_patch.py, which also says that values must be floating-point numbers and indices int64."""
+    """Render the arguments of vLLM's CheckpointWeightPatch for each tensor. Raises PlanError for other dtypes.
+
+    patches.json contains the arguments; `values` and `indices` are names of arrays in patches.safetensors. vLLM has no
+    file format for them. Source: vllm/model_executor/model_loader/checkpoint_weight_patch.py, which requires
+    floating-point values and int64 indices.
+    """
     faults = [
         f"vLLM's patches hold floating-point values only, not {s.dtype.name}: {s.coordinate}"
         for s in patch.scalars
@@ -272,7 +284,7 @@ def _vllm(patch: Patch) -> dict[str, bytes]:
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
-    """A new file that is whole or absent, and never replaces another."""
+    """Write a new file atomically. Raises TargetError if it exists."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         filesystem.write_file(temporary, data, mode)

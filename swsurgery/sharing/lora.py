@@ -1,5 +1,7 @@
-"""Edits of single scalars as a LoRA adapter that PEFT loads. Made as bytes, without torch and without PEFT; the names
-are those that PEFT 0.21 saves."""
+"""Render edits of single scalars as a LoRA adapter that PEFT loads.
+
+The files are made as bytes, without torch and without PEFT. Their names are the ones that PEFT 0.21 saves.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +22,31 @@ LINEAR = frozenset([
     "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "c_proj", "dense_h_to_4h",
     "dense_4h_to_h", "lm_head", "embed_out",
 ])  # fmt: skip
-"""Modules that are linear layers wherever transformers has them, but in the families of TRANSPOSED."""
+"""Names of modules that are linear layers in every family of transformers, except those in TRANSPOSED."""
 
 TRANSPOSED = {"gpt2": frozenset({"c_attn", "c_fc", "c_proj"}), "openai-gpt": frozenset({"c_attn", "c_fc", "c_proj"})}
-"""Model types whose layers are transformers' Conv1D, stored [input, output], and which layers those are."""
+"""Model types that use transformers' Conv1D layers, stored as [input, output], and the names of these layers."""
 
 OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
-"""In a mixture of experts PEFT 0.21 takes these targets for the stacked experts, also where they name a dense layer."""
+"""Target names that PEFT 0.21 applies to the stacked experts of a mixture of experts, even if the layer is dense."""
 
 
 def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """A LoRA adapter: lora_B @ lora_A is new - old at each edited place and zero elsewhere (arXiv:2106.09685). Of rank
-    one for a scalar; scalars that share a row, or a column, share a rank. Returns (file name -> bytes, notes on values
-    that PEFT cannot merge exactly). Raises PlanError with every edit that an adapter cannot hold.
+    """Render a LoRA adapter (arXiv:2106.09685): lora_B @ lora_A is new - old at each edited scalar and zero elsewhere.
+
+    A scalar needs rank 1; scalars in one row, or in one column, share a rank. Returns (file name -> bytes, notes on
+    values that PEFT cannot merge exactly). Raises PlanError, which lists every edit that an adapter cannot represent.
     """
     faults = [fault for s in patch.scalars if (fault := _unfit(s, config))]
     if faults:
         raise PlanError.of(faults)
     transposed = _kind(config) in TRANSPOSED
-    arrays, ranks, notes = {}, {}, []
+    arrays: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    ranks: dict[str, int] = {}
+    notes: list[str] = []
     for group in patch.by_tensor():
         module = _module(group[0].tensor, config)
+        assert module is not None, "_unfit refuses a tensor without a module"
         rows, columns = group[0].shape[::-1] if transposed else group[0].shape
         deltas = {}
         for scalar in group:
@@ -63,7 +69,7 @@ def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tup
         "inference_mode": True,
         "target_modules": sorted(ranks),
         "r": rank,
-        "lora_alpha": rank,  # so that the product is taken as it is, not scaled
+        "lora_alpha": rank,  # equal to r, so that PEFT does not scale the product
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "lora_dropout": 0.0,
@@ -84,8 +90,11 @@ def _kind(config: dict[str, Any]) -> str:
 
 
 def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
-    """Why an adapter cannot make this change, or None. Only what is a linear layer for certain is taken: a scaling or
-    a routing weight of the same name would silently be left as it is."""
+    """Return why an adapter cannot represent this edit, or None if it can.
+
+    Only tensors that are certainly linear layers are accepted. An adapter would silently ignore a scaling or a routing
+    weight of the same name.
+    """
     parts = scalar.tensor.split(".")
     kind = _kind(config)
     linear = TRANSPOSED.get(kind, LINEAR)
@@ -112,7 +121,7 @@ def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
 
 
 def _module(tensor: str, config: dict[str, Any]) -> str | None:
-    """The module of a stored weight in the model with a head; None where that is not sure."""
+    """Return the module of a stored weight in the model with a head, or None if it is not certain."""
     module = tensor.removesuffix(".weight")
     if any(type(config.get(section)) is dict for section in ("text_config", "language_config", "llm_config")):
         return module if module.startswith("model.language_model.") else None
@@ -123,7 +132,7 @@ def _module(tensor: str, config: dict[str, Any]) -> str | None:
 
 
 def _delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
-    """new - old in float32, and a note where adding it to the base's weight does not give the new value."""
+    """Return new - old in float32, and a note if adding it to the base's weight does not give the new value."""
     single = DTYPES["F32"]
     old, new = decode(scalar.dtype, scalar.old), decode(scalar.dtype, scalar.new)
     difference = Fraction(new) - Fraction(old)
@@ -131,19 +140,21 @@ def _delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
         delta = encode(single, difference)
     except NumberError as error:
         raise PlanError(f"a LoRA adapter has float32: {error}", scalar.coordinate, "use --format sparse") from None
-    total = Fraction(old) + Fraction(decode(single, delta))
+    total: float | Fraction = Fraction(old) + Fraction(decode(single, delta))
     if scalar.dtype.name != "F64":
         total = round_to(single, total)  # PEFT adds in float32, or in float64 to a weight that is float64
     merged = round_to(scalar.dtype, total)
     if merged == new:
         return delta, []
-    return delta, [f"merged by PEFT, {scalar.coordinate} becomes {show(merged)}, not {show(new)}: new - old = "
-                   f"{show(difference)} does not fit into float32"]  # fmt: skip
+    result = f"merged by PEFT, {scalar.coordinate} becomes {show(merged)}, not {show(new)}"
+    return delta, [f"{result}: new - old = {show(difference)} does not fit into float32"]
 
 
 def _factors(deltas: dict[tuple[int, int], bytes], rows: int, columns: int) -> tuple[list[bytes], list[bytes]]:
-    """lora_A of shape (rank, columns) and lora_B of shape (rows, rank), by their rows, in float32. One factor holds
-    only ones, so their product is exact."""
+    """Return the rows of lora_A (rank x columns) and of lora_B (rows x rank), as bytes of float32.
+
+    All nonzero values of one factor are 1, so the product is exact.
+    """
     one = encode(DTYPES["F32"], 1)
     by_row = len({row for row, _ in deltas}) <= len({column for _, column in deltas})
     shared = sorted({place[0 if by_row else 1] for place in deltas})

@@ -1,14 +1,14 @@
-"""What goes to the Hub, file by file, before anything is sent: copied there from the base, uploaded, or kept.
+"""Plan the publication of a checkpoint: for each file, whether it is copied on the Hub, uploaded, kept or deleted.
 
-Reads the directory, the base's listing and the target's; writes nothing anywhere. A file is copied where its sha256 is
-the one that the Hub states of the base's file; everything else is uploaded from the directory.
+Reads the directory and the listings of the base and of the target, and writes nothing. A file is copied if its sha256
+is the one that the Hub lists for the base's file. All other files are uploaded from the directory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,26 +27,29 @@ from swsurgery.hub.remote import RemoteFile
 from swsurgery.progress import Progress
 from swsurgery.sharing import card
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published
+from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import BaseFile, Place, opened, read_at_most, read_exactly
 from swsurgery.storage.names import OWN_FILES, SIGNATURE_NAME
 from swsurgery.verifying.findings import Finding
 
 SMALL = 16 << 20
-"""Bytes. A file up to this size is read when the plan is made; git itself holds none that is larger."""
+"""Size in bytes up to which a file is read when the plan is made. Files stored in git itself are never larger."""
 
 
 def make_publication(
     root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress, *, hashing: bool = True
 ) -> Publication:
-    """Plan. `findings` are those that were accepted: the digests of their files are not taken from the registry.
-    Without `hashing`, large files of unknown digest are planned as if they were the base's.
+    """Plan the publication of the patched checkpoint in `root`.
 
-    Raises CheckpointError where the directory is no patched checkpoint, HubError.
+    `findings` are the accepted findings; the record's digests of their files are not trusted. If `hashing` is False,
+    large files without a digest are planned as if they were the base's. Raises HubError, and CheckpointError if the
+    directory is not a patched checkpoint.
     """
     patched = read_patched(root)
     if patched is None:
         raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
-    registry, notes = patched.registry, []
+    registry = patched.registry
+    notes: list[str] = []
     checkpoint = open_as(root, registry.base, elsewhere=registry.elsewhere)
     base, target = base_listing(registry), target_of(wish)
     if base is None:
@@ -77,40 +80,59 @@ def make_publication(
 
 
 def _refuse_second_set(plan: Publication) -> None:
-    """A single file beside an index: one loader would take the edited weights, another the stranger's. Raises
-    HubError."""
+    """Raise HubError if the repository would contain a single file and an index.
+
+    One loader would load the edited weights, and another the weights that were already in the repository.
+    """
     sets = {"model.safetensors", "model.safetensors.index.json"}
     there = set(plan.target.head.files) if plan.target else set()
     ours = sets & {item.name for item in plan.items if item.how != "delete"}
     theirs = sorted(sets & there - {item.name for item in plan.items})
     if ours and theirs:
-        raise HubError(f"the repository holds other weights, which some loaders take first ({theirs[0]})",
-                       plan.wish.repo_id, "delete them, or publish in a repository of its own")  # fmt: skip
+        what = f"the repository holds other weights, which some loaders take first ({theirs[0]})"
+        raise HubError(what, plan.wish.repo_id, "delete them, or publish in a repository of its own")
 
 
 def assembled(
-    root: Path, wish: Wish, registry: Registry, items: Sequence[Item], left_out: Mapping[str, str],
-    notes: Sequence[str], findings: Sequence[Finding], base: Listing | None, target: Target | None, message: str,
-) -> Publication:  # fmt: skip
-    """The plan of these files, with those that go, the tag, and the pull request that holds it all already."""
+    root: Path,
+    wish: Wish,
+    registry: Registry,
+    items: Sequence[Item],
+    left_out: Mapping[str, str],
+    notes: Sequence[str],
+    findings: Sequence[Finding],
+    base: Listing | None,
+    target: Target | None,
+    message: str,
+) -> Publication:
+    """Build the plan from its files. Adds the files to delete, the tag, and an open pull request with these files."""
     gone, said = _obsolete(target, {item.name for item in items})
     notes = [*notes, *said]
     tag = _tag(wish, registry, base, target, notes)
     plan = Publication(
-        root, wish, registry, tuple(sorted([*items, *gone], key=lambda i: i.name)), left_out, tuple(notes),
-        tuple(findings), base, target, tag, message,
-    )  # fmt: skip
+        root,
+        wish,
+        registry,
+        tuple(sorted([*items, *gone], key=lambda i: i.name)),
+        left_out,
+        tuple(notes),
+        tuple(findings),
+        base,
+        target,
+        tag,
+        message,
+    )
     return replace(plan, pull_request=_same_pull_request(plan)) if wish.create_pr and target else plan
 
 
 def base_listing(registry: Registry) -> Listing | None:
-    """The base's repository at its commit, where this Hub shows it. Raises HubError."""
+    """List the base's repository at its commit. None if it is unknown or not visible on this Hub. Raises HubError."""
     named = registry.base
     return listing_if_seen(named.repo_id, named.revision) if named.repo_id else None
 
 
 def target_of(wish: Wish) -> Target | None:
-    """Where the commit is to go. Raises HubError where that is public and was to be private."""
+    """Find the repository and branch to commit to. Raises HubError if it is public and should be private."""
     target = look(wish.repo_id, wish.branch)
     if target and wish.private and not target.head.private:
         raise HubError("the repository is public", wish.repo_id, "change that in its settings, or go without --private")
@@ -118,12 +140,12 @@ def target_of(wish: Wish) -> Target | None:
 
 
 def in_base(registry: Registry, name: str) -> str:
-    """A file's path in the base's repository, of which the base may be a folder."""
+    """Return a file's path in the base's repository. The base may be a folder of it."""
     return f"{registry.base.sub}/{name}" if registry.base.sub else name
 
 
 def _left_out(checkpoint: Checkpoint, registry: Registry) -> dict[str, str]:
-    """Name -> why it is not published."""
+    """Return the names of files that are not published, and the reasons."""
     left = dict.fromkeys(checkpoint.left_out, "belongs to the tool that downloaded it, not to the checkpoint")
     left |= dict.fromkeys(checkpoint.copies, "holds the weights once more, and was not edited")
     for file in checkpoint.files:
@@ -141,12 +163,18 @@ def _left_out(checkpoint: Checkpoint, registry: Registry) -> dict[str, str]:
 
 
 class Scan:
-    """Decides of one file after the other how it gets there."""
+    """Decides for each file how it gets into the repository."""
 
     def __init__(
-        self, checkpoint: Checkpoint, registry: Registry, base: Listing | None, target: Target | None,
-        distrusted: set[str | None], hashing: bool, progress: Progress,
-    ):  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        registry: Registry,
+        base: Listing | None,
+        target: Target | None,
+        distrusted: set[str | None],
+        hashing: bool,
+        progress: Progress,
+    ):
         self.there = {f.name: f for f in checkpoint.files}
         self.edited = {e.file for e in registry.edits}
         self.registry, self.base, self.target = registry, base, target
@@ -154,31 +182,34 @@ class Scan:
         self.by_digest = {f.sha256: f for f in base.files.values() if f.sha256} if base else {}
 
     def item(self, name: str) -> Item:
-        file, record = self.there.get(name), self.registry.files.get(name)
+        """Plan a file of the checkpoint. Raises CheckpointError if neither the directory nor the base has it."""
+        file = self.there.get(name)
         if file is None:
-            return self._elsewhere(name, record)
+            return self._elsewhere(name, self.registry.files[name])
         if file.size <= SMALL:
             with opened(file.path) as fd:
                 data = read_exactly(fd, file.size, 0, file.path)
             found = _content(name, data, file.path)
         else:
-            found = Item(name, "upload", file.size, "", self._digest(file, record), None, file.path)
+            found = Item(name, "upload", file.size, "", self._digest(file), None, file.path)
         return self._decided(found, "edited" if name in self.edited else "")
 
     def own(self, name: str, data: bytes) -> Item:
-        """A file that is made here."""
+        """Plan a file that swsurgery makes for the repository."""
         return self._decided(_content(name, data, data), "made for this repository")
 
     def _theirs(self, name: str, sha256: str | None) -> RemoteFile | None:
-        """The base's file of this content, or else of this name."""
-        return self.by_digest.get(sha256) or (self.base.files.get(in_base(self.registry, name)) if self.base else None)
+        """Return the base's file with this content, or else with this name."""
+        return self.by_digest.get(sha256 or "") or (
+            self.base.files.get(in_base(self.registry, name)) if self.base else None
+        )
 
     def _elsewhere(self, name: str, record: FileRecord) -> Item:
-        """A file that is not in the directory: the base's, or nothing."""
+        """Plan a file that is not in the directory. Raises CheckpointError if the base does not have it."""
         theirs = self._theirs(name, record.sha256)
         if theirs is None or theirs.size != record.size or (theirs.sha256 or record.sha256) != record.sha256:
-            raise CheckpointError("is not in the directory, and the base's repository does not have it", name,
-                                  "apply the manifest again without --for-publish")  # fmt: skip
+            what = "is not in the directory, and the base's repository does not have it"
+            raise CheckpointError(what, name, "apply the manifest again without --for-publish")
         blob = self.base.blobs.get(theirs.path) if self.base else None
         return self._decided(Item(name, "upload", theirs.size, "", record.sha256, blob), "fetched first")
 
@@ -205,7 +236,9 @@ class Scan:
             return replace(item, why=f"the Hub has no Xet hash of it, and copies nothing else{aside}")
         return replace(item, how="copy", why="unchanged from the base")
 
-    def _digest(self, file: BaseFile, record: FileRecord | None) -> str | None:
+    def _digest(self, file: BaseFile) -> str | None:
+        """Return the digest in the record, or hash the file if the record has none or is not trusted."""
+        record = self.registry.files.get(file.name)
         if record and record.sha256 and file.name not in self.distrusted:
             return record.sha256
         return file_sha256(file, self.progress) if self.hashing else None
@@ -217,7 +250,7 @@ def _content(name: str, data: bytes, content: Place | bytes) -> Item:
 
 
 def file_sha256(file: BaseFile, progress: Progress) -> str:
-    """One reading of a large file."""
+    """Compute the sha256 of a large file, with a progress bar."""
     digest = hashlib.sha256()
     progress.start(file.size, "B", f"hashing {file.name}")
     try:
@@ -230,7 +263,7 @@ def file_sha256(file: BaseFile, progress: Progress) -> str:
 
 
 def _published(registry: Registry, items: Sequence[Item], base: Listing | None) -> Registry:
-    """The registry that goes with what is published: of these files, all there, with every digest that is known."""
+    """Return the record to publish: it lists exactly these files, with every known digest, and none elsewhere."""
     found = {item.name: item for item in items}
     files = {}
     for name, record in registry.files.items():
@@ -244,7 +277,10 @@ def _published(registry: Registry, items: Sequence[Item], base: Listing | None) 
 
 
 def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
-    """The base's own card, from the directory where it is the base's, else from the base's repository."""
+    """Read the base's card, from the directory if that has the base's card, else from the base's repository.
+
+    Returns "" if there is none, or if the Hub does not permit reading it.
+    """
     here = scan.there.get(card.CARD_NAME)
     if here is not None and card.CARD_NAME in registry.files and card.CARD_NAME not in scan.distrusted:
         with opened(here.path) as file:
@@ -252,18 +288,19 @@ def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
     theirs = base.files.get(in_base(registry, card.CARD_NAME)) if base else None
     if theirs is None:
         return ""
-    with contextlib.suppress(HubError):  # a gated base shows its list of files and no file
+    with contextlib.suppress(HubError):  # a gated repository permits listing files, but not reading them
         return theirs.pread(4 * card.MAX_CARD, 0).decode("utf-8", "replace")
     return ""
 
 
 def card_notes(names: Sequence[str]) -> list[str]:
-    """What is said of the base's fields that the new card does not hold."""
+    """Return a note on the fields of the base's card that the new card omits."""
     return [f"not taken over from the base's card, in whole or in part: {', '.join(names)}"] if names else []
 
 
-def short_forms(checkpoint: Checkpoint, registry: Registry) -> dict:
-    found = {}
+def short_forms(checkpoint: Checkpoint, registry: Registry) -> dict[Coordinate, card.ShortForm]:
+    """Return the short form of each edited scalar that has one."""
+    found: dict[Coordinate, card.ShortForm] = {}
     for record in registry.edits:
         with contextlib.suppress(ArchitectureError):
             if form := short_form(checkpoint.config, checkpoint.shapes, record.coordinate):
@@ -272,14 +309,16 @@ def short_forms(checkpoint: Checkpoint, registry: Registry) -> dict:
 
 
 def _obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], list[str]]:
-    """Files of an earlier publication that this one does not have any more; of strangers' files, only a note."""
+    """Return the files to delete, which only an earlier publication has, and notes on other files that stay."""
     if target is None:
         return [], []
-    head, earlier, notes = target.head, {}, []
+    head = target.head
+    earlier: Collection[str] = ()
+    notes: list[str] = []
     if REGISTRY_NAME in head.files:
         try:
             patched = read_patched(head)
-            earlier = patched.registry.files if patched else {}
+            earlier = patched.registry.files if patched else ()
         except CheckpointError:
             notes.append(f"{REGISTRY_NAME} in the repository cannot be read: no earlier file is removed")
     rest = sorted(set(head.files) - names - {".gitattributes"})
@@ -291,7 +330,10 @@ def _obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], list[
 
 
 def _tag(wish: Wish, registry: Registry, base: Listing | None, target: Target | None, notes: list[str]) -> str | None:
-    """The tag to make; a pull request's commit is not yet the repository's, and gets none."""
+    """Return the tag to make, or None. A pull request gets none, because its commit is not yet the repository's.
+
+    Adds a note if the tag exists and stays at another commit. Raises HubError if --tag names such a tag.
+    """
     commit = base.commit if base else registry.base.revision or ""
     name = wish.tag or (f"base-{commit[:12]}" if len(commit) == 40 else None)
     if wish.create_pr:
@@ -307,6 +349,7 @@ def _tag(wish: Wish, registry: Registry, base: Listing | None, target: Target | 
 
 
 def summary(registry: Registry) -> str:
+    """Summarise the edits in one line, for the commit's message."""
     number, base = len(registry.edits), registry.base
     of = f" of {base.repo_id}" if base.repo_id else ""
     at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
@@ -314,7 +357,7 @@ def summary(registry: Registry) -> str:
 
 
 def _same_pull_request(plan: Publication) -> int | None:
-    """An open pull request that holds exactly this, made by an earlier run whose answer was lost."""
+    """Find an open pull request with exactly these files, made by an earlier run that did not get the Hub's answer."""
     for number in open_pull_requests(plan.wish.repo_id, plan.message):
         head = listing_of(plan.wish.repo_id, f"refs/pr/{number}")
         if is_published(plan, head):

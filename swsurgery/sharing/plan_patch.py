@@ -1,11 +1,11 @@
-"""Publishing the edit alone: what goes into a repository that holds a patch, and no weights.
+"""Plan the publication of edits without weights, in a repository that contains only a patch.
 
-    patch.safetensors   the sparse form, which `apply` takes
-    manifest.yaml       the same in words
+    patch.safetensors   the sparse format, which `apply` reads
+    manifest.yaml       the same edits as text
     SHA256SUMS          the digests of both
-    README.md           what is changed, of which base, and how to apply it
+    README.md           the card: the edits, their base, and how to apply them
 
-The registry stays behind, for it describes files that are not there; what it proves, `apply` proves once more.
+The record is not published, because it describes files that are not in the repository. `apply` makes it again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swsurgery.checkpoint.opening import open_as
-from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, Patched, Registry, read_records
+from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, EditRecord, Patched, Registry, read_records
 from swsurgery.errors import HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
@@ -35,20 +35,22 @@ from swsurgery.sharing.plan_checkpoint import (
     target_of,
 )
 from swsurgery.sharing.publication import Publication, Wish
+from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.verifying.findings import Finding
 
 PATCH_NAME = "patch.safetensors"
+"""Name of the patch in a repository."""
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
-"""How names end whose files nobody looks for beside a patch."""
+"""Endings of the names of weight files, which must not be in the same repository as a patch."""
 
 
 def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress) -> Publication:
-    """Plan the publication of a patched checkpoint's edits. `findings` are those that were accepted.
+    """Plan the publication of a patched checkpoint's edits. `findings` are the accepted findings.
 
-    Of a checkpoint that was patched several times it is one step from its first base. Raises CheckpointError where the
-    directory is no patched checkpoint, PlanError where nothing is changed, HubError.
+    If the checkpoint was patched several times, the patch contains all edits since the first base. Raises HubError,
+    CheckpointError if the directory is not a patched checkpoint, and PlanError if nothing is changed.
     """
     patched = read_records(root)
     source = export.read(root, progress=progress)
@@ -81,8 +83,10 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
 
 
 def _as_one_step(patched: Patched, patch: Patch) -> Registry:
-    """The registry of a checkpoint's edits since its first base, and of no file."""
-    steps, first, last = export.steps_of(patched), {}, {}
+    """Return a record with a checkpoint's edits since its first base, and without files."""
+    steps = export.steps_of(patched)
+    first: dict[Coordinate, EditRecord] = {}
+    last: dict[Coordinate, EditRecord] = {}
     for registry in steps:
         for edit in registry.edits:
             first.setdefault(edit.coordinate, edit)
@@ -90,15 +94,15 @@ def _as_one_step(patched: Patched, patch: Patch) -> Registry:
     edits = []
     for scalar in patch.scalars:
         old = first[scalar.coordinate]
-        update = {"old": old.old, "old_bits": old.old_bits, "op": scalar.op, "factor": scalar.factor}
-        edits.append(last[scalar.coordinate].model_copy(update=update))
-    nothing = {"files": {}, "omitted": [], "elsewhere": [], "protected": []}
-    return patched.registry.model_copy(update={"base": steps[0].base, "edits": edits, **nothing})
+        changes = {"old": old.old, "old_bits": old.old_bits, "op": scalar.op, "factor": scalar.factor}
+        edits.append(last[scalar.coordinate].model_copy(update=changes))
+    update = {"base": steps[0].base, "edits": edits, "files": {}, "omitted": [], "elsewhere": [], "protected": []}
+    return patched.registry.model_copy(update=update)
 
 
 def _refuse_weights(target: Target, repo_id: str) -> None:
-    """A patch's card in the place of a model's would hide what the repository holds. Raises HubError."""
+    """Raise HubError if the repository contains weights, whose card the patch's card would replace."""
     ours = {PATCH_NAME, *OWN_FILES[1:]}
     if held := sorted(name for name in target.head.files if name.endswith(WEIGHTS) and name not in ours):
-        raise HubError(f"the repository holds weights ({held[0]})", repo_id,
-                       "publish the patch in a repository of its own")  # fmt: skip
+        what = f"the repository holds weights ({held[0]})"
+        raise HubError(what, repo_id, "publish the patch in a repository of its own")

@@ -1,6 +1,6 @@
-"""A publication as a value, before anything is sent: each file and how it gets there, to be shown, compared and sent.
+"""Describe a publication as a value, which can be shown and compared before anything is sent.
 
-Plans are made in publish_plan.py and publish_patch.py, and carried out in publishing.py. Reads and writes nothing.
+plan_checkpoint.py and plan_patch.py make plans, and publish.py carries them out. This module reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from swsurgery.storage.files import Place
 from swsurgery.verifying.findings import Finding
 
 How = Literal["copy", "upload", "keep", "delete"]
+"""How a file gets into the new revision. "copy" is done by the Hub, from the base's repository."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file of the new revision, or one that goes. `content` is None where it is not in the directory; `sha256` is
-    None where it is not known before the file is hashed; `blob` is git's name for a small content, `source` the path
-    in the base's repository, where a base that lies in a folder of it has another."""
+    """One file of the new revision, or one to delete.
+
+    `content` is None if the file is not in the directory. `sha256` is None if the file must be hashed first. `blob` is
+    git's digest (sha1) of a small file. `source` is the path in the base's repository, which differs from `name` if the
+    base is a folder of its repository.
+    """
 
     name: str
     how: How
@@ -36,7 +40,7 @@ class Item:
     source: str | None = None
 
     def is_in(self, listing: Listing, path: str = "") -> bool:
-        """Whether a revision has this very file, here or at another path."""
+        """Return True if a revision has exactly this file at `path`, by default at its name."""
         path = path or self.name
         there = listing.files.get(path)
         if there is None or there.size != self.size:
@@ -49,24 +53,26 @@ class Item:
 _NO_REF = re.compile(
     r"[\x00-\x20~^:?*\[\\\x7f\ud800-\udfff]|\.\.|@\{|//|^[/.-]|/\.|[/.]$|\.lock(/|$)|^(@|HEAD)$|^refs/|^[0-9a-f]{40}$"
 )
-"""In what git refuses as the name of a branch or a tag (git check-ref-format), and what reads as a ref or a commit."""
+"""Matches in names that git refuses for a branch or a tag (git check-ref-format), and in names that git would read as a
+ref or a commit."""
 
 
 _NO_TEXT = re.compile(r"[\ud800-\udfff]")
-"""What Python makes of an argument's bytes that are not UTF-8."""
+"""Matches the surrogates that Python makes from bytes of an argument that are not UTF-8."""
 
 
 def is_ref_name(name: str) -> bool:
-    """Whether a branch or a tag can have this name."""
+    """Return True if a branch or a tag can have this name."""
     return bool(name) and _NO_REF.search(name) is None
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asked for. `tag` None is named after the base's commit; `message`, without blanks around it as git
-    and the Hub keep it, says what was done where it is None or empty.
+    """Options that the user chose.
 
-    Raises HubError for a name that no repository, branch or tag can have: once the work has begun it is too late.
+    If `tag` is None, the tag is named after the base's commit. If `message` is None or empty, it is made from the
+    edits; blanks around it are removed, as git and the Hub do. Raises HubError for an invalid name of a repository,
+    branch or tag, before any work begins.
     """
 
     repo_id: str
@@ -89,8 +95,11 @@ class Wish:
 
 @dataclass(frozen=True)
 class Publication:
-    """The plan. `base` is None where it cannot be copied from, `target` where there is no repository yet;
-    `pull_request` is an open one that holds all this already."""
+    """The plan of a publication.
+
+    `base` is None if the Hub cannot copy from it, and `target` is None if the repository does not exist yet.
+    `pull_request` is the number of an open pull request that already has exactly these files.
+    """
 
     root: Path
     wish: Wish
@@ -107,18 +116,22 @@ class Publication:
 
     @property
     def private(self) -> bool:
+        """True if the repository is private, or will be."""
         return self.target.head.private if self.target else self.wish.private
 
     @property
     def changes(self) -> tuple[Item, ...]:
+        """Files that the commit changes."""
         return tuple(item for item in self.items if item.how != "keep")
 
     @property
     def copy_bytes(self) -> int:
+        """Number of bytes that the Hub copies."""
         return sum(item.size for item in self.items if item.how == "copy")
 
     @property
     def upload_bytes(self) -> int:
+        """Number of bytes that are uploaded."""
         return sum(item.size for item in self.items if item.how == "upload")
 
     def to_json(self) -> dict[str, Any]:
@@ -142,12 +155,12 @@ class Publication:
 
 
 def is_published(plan: Publication, head: Listing) -> bool:
-    """Whether a revision has every file of the plan, and none that was to go."""
+    """Return True if a revision has every file of the plan, and none of those to delete."""
     return all(item.name not in head.files if item.how == "delete" else item.is_in(head) for item in plan.items)
 
 
 def lines(plan: Publication, size: Callable[[int], str]) -> Iterator[str]:
-    """The plan for people; `size` writes a number of bytes."""
+    """Yield the plan as lines of text. `size` formats a number of bytes."""
     kind = "private" if plan.private else "public"
     at = f"branch {plan.wish.branch}" if plan.wish.branch != MAIN else "main"
     what = f"a pull request to {at}" if plan.wish.create_pr else at

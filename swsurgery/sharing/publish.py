@@ -1,11 +1,11 @@
-"""Publishing a patched checkpoint, on one page: the gate, the plan, one commit, and reading it back.
+"""Publish a patched checkpoint: check it, plan, make one commit, and read the result back.
 
-    gate               what `verify` finds, what the check says, secrets   -> accepted findings, or no
-    make_publication   see publish_plan.py, publish_patch.py              -> a plan that can be shown first
-    publish            one commit on top of the parent that the plan saw   -> what is there now, re-read
+    gate               findings of `verify`, of the sanity check, and secrets   -> accepted findings, or an error
+    make_publication   see plan_checkpoint.py and plan_patch.py                 -> a plan that can be shown first
+    publish            one commit on top of the parent in the plan              -> the published state, read back
 
-Until the commit no reader of the repository sees anything of it, and the commit is one request: whatever cuts the
-work off, the repository shows the old state or the new one, and the same call goes on from there.
+Readers of the repository see nothing before the commit, and the commit is one request. If the work is interrupted, the
+repository has the old state or the new one, and the same call continues.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from swsurgery.sharing.plan_checkpoint import SMALL, make_publication
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published, lines
 from swsurgery.storage.files import Place
 from swsurgery.storage.folder import Entry
-from swsurgery.storage.shard import open_shard
+from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.verifying.findings import RULES, Finding
 from swsurgery.verifying.verify import Question, prove
 
@@ -48,12 +48,16 @@ __all__ = [
 ]
 
 TOKEN = re.compile(rb"hf_(?:jwt_|oauth_)?[A-Za-z0-9]{20,}")
-"""What a token of the Hub looks like in a file; shorter strings of this kind are words of program code."""
+"""Matches a token of the Hub in a file. Shorter strings of this form are identifiers in program code."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What is there now. `already` where nothing was left to do; `findings` say what differs from the plan."""
+    """The published state.
+
+    `already` is True if an earlier run had published everything. `uploaded`, `copied` and `read` are bytes; `files` and
+    `scalars` are the numbers that were read back. `findings` report differences from the plan.
+    """
 
     repo_id: str
     commit: str
@@ -69,7 +73,7 @@ class Published:
 
     @property
     def url(self) -> str:
-        """Its page."""
+        """Address of the commit's or the pull request's page."""
         page = f"discussions/{self.pull_request}" if self.pull_request else f"tree/{self.commit}"
         return f"{hub.endpoint()}/{self.repo_id}/{page}"
 
@@ -88,9 +92,9 @@ class Published:
 
 
 def early_findings(root: Path) -> list[Finding]:
-    """What stands in the way and needs no reading of weights: the check, and secrets in small files.
+    """Find what prevents publishing, without reading weights: the sanity check, and secrets in small files.
 
-    Raises CheckpointError where the directory has no registry.
+    Raises CheckpointError if the directory has no record.
     """
     patched = read_patched(root)
     if patched is None:
@@ -102,6 +106,7 @@ def early_findings(root: Path) -> list[Finding]:
 
 
 def _check_findings(registry: Registry) -> list[Finding]:
+    """Report a sanity check that failed, or that never ran the edited model."""
     check = registry.check
     if check.get("kind") == "forward":
         failures = check.get("failures")
@@ -117,7 +122,7 @@ def _check_findings(registry: Registry) -> list[Finding]:
 
 
 def secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
-    """Files (name, content) that hold a token. The findings do not repeat it."""
+    """Find tokens in files, given as (name, content). The findings do not contain the token."""
     return [
         Finding("secret", "it holds what looks like a token of the Hub", name)
         for name, data in files
@@ -126,10 +131,10 @@ def secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
 
 
 def gate(root: Path, accept: Collection[str], progress: Progress | None = None) -> list[Finding]:
-    """Everything that speaks against publishing the directory, if `accept` names the rule of each.
+    """Check the directory before it is published. Returns the findings, all of whose rules are in `accept`.
 
-    Further copies of the weights are no finding here, for they are left out. Raises CheckFailed with those that were
-    not accepted, SwsurgeryError for a rule that does not exist, CheckpointError.
+    Further copies of the weights are ignored, because they are not published. Raises CheckFailed, which lists the
+    findings that are not accepted, SwsurgeryError for a rule that does not exist, and CheckpointError.
     """
     if unknown := sorted(set(accept) - set(RULES)):
         raise SwsurgeryError("there is no such finding to accept", ", ".join(unknown), "verify names them")
@@ -142,7 +147,7 @@ def gate(root: Path, accept: Collection[str], progress: Progress | None = None) 
 
 
 def refused(findings: Iterable[Finding]) -> SwsurgeryError:
-    """The error that lists findings, exit 1."""
+    """Make the error that lists findings (exit code 1)."""
     faults = [f"not published: {f.rule}: {f.file or f.tensor or '-'}: {f.message}" for f in findings]
     return CheckFailed.of([*faults, "not published: --accept NAME accepts findings, and the card will say so"])
 
@@ -154,10 +159,11 @@ def publish(
     *,
     bars: bool = False,
 ) -> Published:
-    """Carry the plan out. What the Hub refuses to copy is uploaded, and said. `bars` lets the client draw its own.
+    """Carry out the plan. Files that the Hub refuses to copy are uploaded, which `say` reports.
 
-    Raises CheckpointError where a file changed since it was planned, Conflict where the branch did, HubError, and
-    Interrupted; then nothing of it shows, and the same call with a new plan finishes the job.
+    `bars` allows the Hub's client to draw its own progress bars. Raises CheckpointError if a file changed since it was
+    planned, Conflict if the branch changed, HubError, and Interrupted. After an error, the same call with a new plan
+    finishes the work.
     """
     try:
         _refuse_secrets(plan)
@@ -172,13 +178,25 @@ def publish(
     except Interrupted as error:
         raise error.leaving("the repository is as it was or all new; run the same command again") from None
     return Published(
-        plan.wish.repo_id, sent.commit, sent.pull_request, already, uploaded, copied, listing.traffic.bytes,
-        sum(item.how != "delete" for item in plan.items), scalars, plan.tag, tuple(findings),
-    )  # fmt: skip
+        plan.wish.repo_id,
+        sent.commit,
+        sent.pull_request,
+        already,
+        uploaded,
+        copied,
+        listing.traffic.bytes,
+        sum(item.how != "delete" for item in plan.items),
+        scalars,
+        plan.tag,
+        tuple(findings),
+    )
 
 
 def _refuse_secrets(plan: Publication) -> None:
-    """What is written here, and the base's card in it, was in no file when the gate looked."""
+    """Raise CheckFailed if the message or a generated file, such as the card, contains a token.
+
+    The gate could not see these texts, because they did not exist yet.
+    """
     made = [(item.name, item.content) for item in plan.items if isinstance(item.content, bytes)]
     found = secrets([("the commit's message", plan.message.encode()), *made])
     if found and not any(f.rule == "secret" for f in plan.accepted):
@@ -186,7 +204,7 @@ def _refuse_secrets(plan: Publication) -> None:
 
 
 def _sent_already(plan: Publication) -> Sent | None:
-    """What an earlier run left finished."""
+    """Return the commit of an earlier run that published everything, or None."""
     if plan.pull_request is not None:
         return Sent(hub.listing(plan.wish.repo_id, f"refs/pr/{plan.pull_request}").commit, plan.pull_request)
     if plan.target and plan.target.branch_is_there and not plan.changes:
@@ -195,7 +213,7 @@ def _sent_already(plan: Publication) -> Sent | None:
 
 
 def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int]:
-    """The commit, and the bytes that were uploaded and copied."""
+    """Make the commit. Returns it, and the numbers of bytes uploaded and copied."""
     target = _made(plan)
     _refuse_public(plan)  # an upload may take hours
     draft = Draft(plan.wish.repo_id, plan.wish.branch, target.head.commit, plan.wish.create_pr)
@@ -218,7 +236,7 @@ def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int
             now = None if plan.wish.create_pr else hub.look(plan.wish.repo_id, plan.wish.branch)
             if now is None or not is_published(plan, now.head):
                 raise
-            sent = Sent(now.head.commit, None)  # it was this commit: only the answer had been lost
+            sent = Sent(now.head.commit, None)  # the commit was made, and only the Hub's answer was lost
             break
         else:
             break
@@ -227,18 +245,18 @@ def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int
 
 
 def _refuse_public(plan: Publication) -> None:
-    """Raise HubError if the repository was to be private, by the option or when the plan was made, and is public.
+    """Raise HubError if the repository is public although the plan requires a private one.
 
-    The Hub makes a commit without looking at this, so a change between this request and the commit is noticed only
+    The Hub does not check this when it makes a commit. A change between this request and the commit is reported only
     afterwards, by `_read_back`.
     """
     if plan.private and not hub.is_private(plan.wish.repo_id):
-        raise HubError("the repository has become public, and nothing was committed", plan.wish.repo_id,
-                       "make it private in its settings, then run the same command again")  # fmt: skip
+        remedy = "make it private in its settings, then run the same command again"
+        raise HubError("the repository has become public, and nothing was committed", plan.wish.repo_id, remedy)
 
 
 def _made(plan: Publication) -> Target:
-    """The repository and the branch, made where they are not there yet, as long as nobody else fills them."""
+    """Create the repository and the branch if they do not exist. Raises Conflict if somebody else just did."""
     wish, target = plan.wish, plan.target
     if target is None:
         hub.create(wish.repo_id, wish.private)
@@ -253,7 +271,10 @@ def _made(plan: Publication) -> Target:
 
 
 def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Callable[[str], None]) -> None:
-    """Give contents to the draft; what is not in the directory is fetched from the base first."""
+    """Upload contents for the draft. Files that are not in the directory are downloaded from the base first.
+
+    Raises CheckpointError if a file changed since it was planned.
+    """
     absent = {item.name: item.source or item.name for item in items if item.content is None}
     contents = {item.name: _to_send(item.content) for item in items if item.content is not None}
     if absent:
@@ -266,13 +287,15 @@ def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Calla
     wanted = {item.name: item.sha256 for item in items}
     for name, sha256 in draft.add(contents).items():
         if sha256 != wanted[name]:
-            raise CheckpointError("changed while it was being published", plan.root / name,
-                                  "nothing was committed; run the same command again")  # fmt: skip
+            remedy = "nothing was committed; run the same command again"
+            raise CheckpointError("changed while it was being published", plan.root / name, remedy)
 
 
 def _to_send(content: Place | bytes) -> Path | bytes:
-    """The library opens what it sends by its path, so what the path means is compared once more. Raises
-    CheckpointError."""
+    """Return the path or the bytes to upload. Raises CheckpointError if the path now belongs to another file.
+
+    The check is needed because the library opens the file by its path.
+    """
     if isinstance(content, Entry):
         content.refuse_replaced()
         return content.path
@@ -281,20 +304,30 @@ def _to_send(content: Place | bytes) -> Path | bytes:
 
 
 def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[Finding], Listing, int]:
-    """Hold the new revision, as the Hub lists and serves it, against the plan; returns also how many scalars."""
+    """Compare the new revision, as the Hub lists and serves it, with the plan.
+
+    Returns the findings, the new listing, and the number of scalars that were compared.
+    """
     listing = hub.listing(plan.wish.repo_id, sent.commit)
-    findings, scalars = [], 0
+    findings: list[Finding] = []
     if plan.private and not listing.private:
-        findings.append(Finding("public", "the repository has become public, so anybody may have read what was "
-                                "published: make it private in its settings, or delete it"))  # fmt: skip
+        exposed = "the repository has become public, so anybody may have read what was published"
+        findings.append(Finding("public", f"{exposed}: make it private in its settings, or delete it"))
     for item in plan.items:
         findings += _differences(item, listing)
         if isinstance(item.content, bytes) and item.name in listing.files:
             data = listing.files[item.name].pread(listing.files[item.name].size, 0)
             if data != item.content:
                 findings.append(Finding("digest", "the Hub serves other bytes than were published", item.name))
-    shards = {}
-    edits = [e for e in plan.registry.edits if e.file in listing.files]
+    changed, scalars = _compare_scalars(plan.registry, listing, progress)
+    return findings + changed, listing, scalars
+
+
+def _compare_scalars(registry: Registry, listing: Listing, progress: Progress) -> tuple[list[Finding], int]:
+    """Compare the edited scalars that the Hub serves with the record. Returns the findings and the number compared."""
+    findings: list[Finding] = []
+    shards: dict[str, Shard] = {}
+    edits = [e for e in registry.edits if e.file in listing.files]
     progress.start(len(edits), "scalar", "reading back")
     try:
         for edit in edits:
@@ -309,14 +342,14 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
             if found:
                 what = f"the Hub serves {found}, not {edit.new_bits}"
                 findings.append(Finding("edit-changed", what, edit.file, edit.tensor, edit.index))
-            scalars += 1
             progress.advance(1)
     finally:
         progress.close()
-    return findings, listing, scalars
+    return findings, len(edits)
 
 
 def _differences(item: Item, listing: Listing) -> list[Finding]:
+    """Compare one file of the plan with the new listing."""
     there = listing.files.get(item.name)
     if item.how == "delete":
         return [Finding("file-undeclared", "it is still there", item.name)] if there else []
@@ -328,7 +361,7 @@ def _differences(item: Item, listing: Listing) -> list[Finding]:
 
 
 def _remote_sha256(file: RemoteFile) -> str:
-    """Of a file that git holds itself and that was never on this machine."""
+    """Compute the sha256 of a small file on the Hub, by downloading it."""
     digest = hashlib.sha256()
     for offset in range(0, file.size, SMALL):
         digest.update(file.pread(SMALL, offset))

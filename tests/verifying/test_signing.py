@@ -402,7 +402,7 @@ def test_it_works_without_a_network(tmp_path):
     alone = ["unshare", "-n", sys.executable]
     subprocess.run([*alone, "-m", "swsurgery", "sign", str(root), "--key", str(key)], check=True, capture_output=True)
     code = (
-        "import sys, pathlib\nfrom swsurgery.signing import verify_signature\n"
+        "import sys, pathlib\nfrom swsurgery.verifying.signature import verify_signature\n"
         "print(verify_signature(*map(pathlib.Path, sys.argv[1:])))"
     )
     done = subprocess.run(
