@@ -1,16 +1,16 @@
-"""`scan --method activations`: super weights by what they do to the residual stream while short prompts are read.
+"""Find super weights by their effect on the residual stream (`scan --method activations`).
 
-After section 3.1 of arXiv:2411.07191. A super activation is a residual channel that is massive and stays so over many
-layers. It is traced to the layers whose MLP makes it; there the down projection's output y[row] is the sum over its
-neurons of x[col] * W[row, col], and the scalars that make a good part of it are candidates. They are set to zero, the
-model is run again, and so on until nothing that persists is left: what stands behind the first is found only then.
+The method follows section 3.1 of arXiv:2411.07191. A super activation is a residual channel that is massive and stays
+massive over many layers. It is traced to the layers whose MLP makes it. The output y[row] of their down projection is
+the sum over its neurons of x[col] * W[row, col], and the scalars that make a large share of it are candidates. They are
+set to zero and the model is run again, until no persistent activation is left, because the first may hide others.
 
     spikes.py       the run: which MLP moved which massive state, and what its down projection multiplied
     persistence.py  which of these states persist
     this module     which scalars make them, and the rounds
 
-This room passes no verdict: what a candidate is worth is measured by confirm.py. docs/detection.md says when the
-answer is "none", and what the thresholds are calibrated on.
+This module decides no verdicts; confirm.py measures the candidates. docs/detection.md explains when the answer is
+"none", and on which models the thresholds are calibrated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -30,6 +29,7 @@ from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import PROMPTS as CONTINUED
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
+from swsurgery.scanning.matrices import StoredProjection, refuse_quantised, refuse_unweighted
 from swsurgery.scanning.persistence import (
     KEPT,
     Spell,
@@ -42,42 +42,28 @@ from swsurgery.scanning.persistence import (
 from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, ScanReport
 from swsurgery.scanning.spikes import MADE, MASSIVE, LayerSpikes, Move, Trace
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.files import opened, read_exactly
 
 PROMPTS = (*CONTINUED, "It rained all day; we stayed in.\nThen it stopped, and the children ran out.\n")
-"""Read where the caller gives none. The last brings delimiters, on which massive activations sit too
-(arXiv:2402.17762, figure 1)."""
+"""The default prompts. The last contains delimiters, because massive activations occur on them too (arXiv:2402.17762,
+figure 1)."""
 
 SHARE = 0.25
-"""A scalar makes an activation if x[col] * W[row, col] is at least this share of y[row]. In SmolLM2 two neurons each
-make those of layer 11 (0.73, 0.26) and 2 (0.65, 0.34), and nothing else has more than 0.02 of them. What stays below
-is found when the larger one is gone."""
+"""The least share of y[row] that x[col] * W[row, col] must have if the scalar is to count as a maker of the activation.
+In SmolLM2 two neurons each make those of layer 11 (0.73, 0.26) and 2 (0.65, 0.34), and no other neuron has more than
+0.02. A scalar with a smaller share is found in a later round, after the larger one is set to zero."""
 
 OUTLIER = 10.0
-"""x[col] and y[row] must have at least this many medians of the magnitudes of their token, so that neither side alone
-is what is remarkable. SmolLM2's have over 1,000 on the input side and over 300 on the output side."""
+"""The least size of x[col] and of y[row], in medians of the magnitudes of their token, so that both sides are outliers.
+In SmolLM2 the inputs have over 1,000 medians and the outputs over 300."""
 
 COMPANION = 0.25
-"""A neuron that makes an activation also feeds other channels. These count only from this share of the token's largest
-output in the unedited model on. SmolLM2's next channel has 0.07. The two of Llama-2-7B that matter together weigh -0.92
-and 1.56 in one column, so 0.59 (docs/known.md)."""
+"""The least share of the token's largest output in the unedited model from which on a further channel counts. A neuron
+that makes an activation feeds other channels too. In SmolLM2 the next channel has 0.07. The two weights of Llama-2-7B
+that matter together are -0.92 and 1.56 in one column, which is a share of 0.59 (docs/known.md)."""
 
 EXPLAINED = 0.2
-"""Where the products add up to an output that is off by more than this share, the stored row is not what was used."""
-
-PIECE = 1 << 24
-"""Bytes of a matrix that are looked at in one go."""
-
-_ELEMENTS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
+"""The largest relative difference between an output and the sum of its products. If it is larger, the model did not
+multiply with the stored row."""
 
 
 def scan_activations(
@@ -90,12 +76,12 @@ def scan_activations(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ScanReport:
-    """The super weights that `prompts` (None: `PROMPTS`) bring to light, at most `max_rounds` rounds of them.
+    """Find the super weights that `prompts` (None: `PROMPTS`) reveal, in at most `max_rounds` rounds.
 
-    Each prompt is read on its own, with BOS in front of it if and only if the tokenizer puts one there, and cut to the
-    context length of the config. `device` and `placement` as for `load.open_model`. Raises ModelError where there is
-    nothing to read, where tokenizer or model cannot be loaded or run, or where the model's hidden states are not
-    finite; ArchitectureError where the model has no known down projection.
+    Each prompt is read on its own, with BOS in front if the tokenizer adds one, and cut to the context length of the
+    config. `device` and `placement` are those of `load.open_model`. Raises ModelError if there is nothing to read, if
+    the tokenizer or the model cannot be loaded or run, or if the model's hidden states are not finite, and
+    ArchitectureError if the model has no known down projection.
     """
     prompts = PROMPTS if prompts is None else tuple(prompts)
     with load.quiet():
@@ -116,11 +102,11 @@ def scan_sequences(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ScanReport:
-    """`scan_activations` on token ids; `prompts` of the report is empty.
+    """Scan by activations like `scan_activations`, but on token ids; `prompts` of the report is empty.
 
-    A candidate's `score` is the part of the hidden state that its scalar adds, in medians of the layer's hidden states;
-    that, both spikes and the share are those of the prompt where it is largest. Candidates come in the order of their
-    rounds, within a round by score.
+    A candidate's `score` is the part of the hidden state that its scalar adds, in medians of the layer's hidden states.
+    The score, both spikes and the share are those of the prompt with the largest score. Candidates are sorted by round,
+    then by score.
     """
     if not sequences or not all(sequences):
         raise ModelError("nothing to read", f"{len(sequences)} prompts", "give prompts of at least one token")
@@ -165,7 +151,7 @@ def scan_sequences(
         activations=tuple(search.activations),
         profile=profile,
         notes=(*notes, *search.notes),
-        # An unread layer matters only if something massive that was not traced begins there or later.
+        # An unread layer matters only if an untraced massive state begins in it or later.
         unread=tuple(layer for layer in watch.unread if layer.layer <= max(search.untraced, default=-1)),
         settings={
             "rounds": rounds,
@@ -184,7 +170,7 @@ def scan_sequences(
 
 
 class _Scalar(NamedTuple):
-    """One product of a decomposed output. `outlier`: is x[col] one among the neurons of its token?"""
+    """One product of a decomposed output; `outlier` is True if x[col] is an outlier among the neurons of its token."""
 
     projection: DownProjection
     row: int
@@ -200,7 +186,7 @@ class _Scalar(NamedTuple):
 
 
 class _Search:
-    """What was found so far. `look` takes in the traces of one round, the first those of the unedited model."""
+    """The results so far. `look` adds the traces of one round; the first round is that of the unedited model."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
@@ -208,13 +194,13 @@ class _Search:
         self.activations: list[PersistentActivation] = []
         self.notes: list[str] = []
         self.untraced: set[int] = set()
-        # Of the unedited model: the largest output of a token, and the outputs that are comparable with it.
+        # In the unedited model: the largest output by sequence, layer and token, and the outputs of comparable size.
         self._largest: dict[tuple[int, int, int], float] = {}
         self._main: set[tuple[int, int, int, int]] = set()
         self._rows: dict[tuple[DownProjection, int], Tensor] = {}
 
     def look(self, traces: Sequence[Trace], number: int) -> list[Coordinate]:
-        """The candidates that round `number`, 1 the first, adds."""
+        """Add the candidates of round `number`, counted from 1, and return their coordinates."""
         spells, companions = self._split(traces, number == 1)
         for new in as_activations(traces, spells):
             if not any(old.channel == new.channel and old.layer <= new.layer <= old.last for old in self.activations):
@@ -235,7 +221,7 @@ class _Search:
         for coordinate, places in found.items():
             scalar = places[0][1]
             self.candidates[coordinate] = self._candidate(coordinate, places, number)
-            self._rows[scalar.projection, scalar.row][scalar.col] = 0.0  # from the next round on it is taken out
+            self._rows[scalar.projection, scalar.row][scalar.col] = 0.0  # the scalar is zero from the next round on
             unmade.pop((scalar.projection.layer, scalar.row), None)
         for (layer, channel), why in sorted(unmade.items()):
             self.notes.append(
@@ -245,7 +231,7 @@ class _Search:
         return list(found)
 
     def _split(self, traces: Sequence[Trace], unedited: bool) -> tuple[list[Spell], list[Spell]]:
-        """What persists, and apart from it the companions of something larger."""
+        """Separate the persistent states from those that only accompany a larger output of the same token."""
         if unedited:
             for sequence, trace in enumerate(traces):
                 for move in trace.moves.values():
@@ -263,7 +249,7 @@ class _Search:
         return spells, companions
 
     def _decompose(self, move: Move) -> tuple[list[_Scalar], bool]:
-        """The scalars with the largest shares in an output, in order, and whether all products add up to it."""
+        """Find the scalars with the largest shares of an output, in order, and whether all products add up to it."""
         scalars: list[_Scalar] = []
         total = 0.0
         for part in move.record.multiplied:
@@ -310,8 +296,10 @@ class _Search:
         )
 
     def _note_the_rest(self, traces: Sequence[Trace], spells: Sequence[Spell], companions: Sequence[Spell]) -> None:
-        """What the unedited model shows beside the candidates: companions, what takes an activation away again, and
-        what is massive though no MLP makes it."""
+        """Add notes about the unedited model beside its candidates.
+
+        These are companions, scalars that remove an activation again, and massive states that no MLP makes.
+        """
         fed: dict[int, set[int]] = defaultdict(set)
         for spell in companions:
             fed[spell.move.layer].add(spell.move.channel)
@@ -333,7 +321,7 @@ class _Search:
             )
 
     def _row(self, projection: DownProjection, row: int) -> Tensor:
-        """One stored row (cols,), float64, less the scalars that were taken out in earlier rounds."""
+        """Return one stored row, (cols,) in float64, with the candidates of earlier rounds set to zero."""
         key = (projection, row)
         if key not in self._rows:
             self._rows[key] = _read_row(self.checkpoint, projection, row)
@@ -341,7 +329,7 @@ class _Search:
 
 
 def _why_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) -> str:
-    """The condition that failed: of the output as a whole, else of the scalar with the largest share."""
+    """Name the condition that failed: that of the whole output, or else that of the scalar with the largest share."""
     if not scalars:
         return "nothing was multiplied"
     if not explained:
@@ -353,42 +341,23 @@ def _why_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) ->
 
 
 def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> Tensor:
-    """One row of a stored down projection (cols,), float64: contiguous in its shard, or one element of each of its
-    columns where it is stored transposed."""
-    if why := checkpoint.quantisation.refusal(projection.tensor):
-        raise ModelError(why, projection.tensor, "scan an unquantised copy")
-    info, shard = checkpoint.info(projection.tensor), checkpoint.shards[checkpoint.weight_map[projection.tensor]]
-    first = shard.offset(projection.tensor, projection.index(row, 0))
-    size, count, step = info.dtype.size, projection.cols, projection.rows if projection.transposed else 1
-    with opened(shard.path) as fd:
-        if step == 1:
-            data = read_exactly(fd, count * size, first, shard.path)
-        else:
-            data = b"".join(read_exactly(fd, size, first + i * step * size, shard.path) for i in range(count))
-    return _elements(data, info.dtype.name, projection).double()
+    """Read one row of a down projection: (cols,), float64.
+
+    Raises ModelError if its elements are not weights, ShardError if the file cannot be read.
+    """
+    refuse_quantised(checkpoint, projection.tensor)
+    refuse_unweighted(checkpoint, projection.tensor)
+    return StoredProjection(checkpoint, projection).read_row(row)
 
 
 def _rank(checkpoint: Checkpoint, projection: DownProjection, value: float) -> int:
-    """The place of |value| among the magnitudes of its matrix, 1 the largest."""
-    info, shard = checkpoint.info(projection.tensor), checkpoint.shards[checkpoint.weight_map[projection.tensor]]
-    begin = shard.offset(projection.tensor, projection.index(0, 0))
-    end = begin + projection.rows * projection.cols * info.dtype.size
-    larger = 0
-    with opened(shard.path) as fd:
-        for at in range(begin, end, PIECE):
-            data = read_exactly(fd, min(PIECE, end - at), at, shard.path)
-            larger += int((_elements(data, info.dtype.name, projection).double().abs() > abs(value)).sum())
-    return 1 + larger
-
-
-def _elements(data: bytes, dtype: str, projection: DownProjection) -> Tensor:
-    if dtype not in _ELEMENTS:
-        raise ModelError(f"{dtype} holds no single weights", projection.tensor)
-    return torch.frombuffer(bytearray(data), dtype=_ELEMENTS[dtype])
+    """Count the magnitudes of a down projection that are larger than |value|, plus 1."""
+    pieces = StoredProjection(checkpoint, projection).read_pieces()
+    return 1 + sum(int((piece.double().abs() > abs(value)).sum()) for _, piece in pieces)
 
 
 def _listed(noun: str, numbers: Iterable[int]) -> str:
-    """The noun and at most eight of the numbers, in order."""
+    """Format a noun and at most eight of its numbers, in order."""
     ordered = sorted(numbers)
     more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
     return f"{noun}{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered[:8]))}{more}"

@@ -1,16 +1,16 @@
-"""`scan --method weights`: super weights by the weights alone, in one reading of the MLPs.
+"""Find super weights from the weights alone, by reading the MLPs once (`scan --method weights`).
 
-A neuron i of a gated MLP makes silu(g_i . x) * (u_i . x), and W_down[:, i] carries that to the residual stream. Where
-silu has left zero this is (g_i . x) * (u_i . x), over unit vectors x at most (|g_i||u_i| + g_i . u_i) / 2: most where
-both rows are long and point the same way. The second term alone ranks best, so the score of a scalar is
-|W_down[k, i]| * |sum_d gain_d^2 g_id u_id|, with the gain of the norm before the MLP folded into both rows. Without a
-gate, fc_i takes both places. docs/detection.md compares the variants.
+Neuron i of a gated MLP computes silu(g_i . x) * (u_i . x), and W_down[:, i] adds that to the residual stream. Far from
+zero silu is the identity, so this is (g_i . x) * (u_i . x), which over unit vectors x is at most
+(|g_i||u_i| + g_i . u_i) / 2. It is largest if both rows are long and point in the same direction. The second term alone
+ranks best, so the score of a scalar is |W_down[k, i]| * |sum_d gain_d^2 g_id u_id|, in which the gain of the norm
+before the MLP multiplies both rows. Without a gate, fc_i replaces both rows. docs/detection.md compares the variants.
 
-A norm behind the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4) divides the whole output by its size and multiplies channel k
-by its gain, so |gain_k| is a factor of the score too. The size is not: it depends on the input.
+A norm after the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4) divides the whole output by its size and multiplies channel k
+by its gain, so |gain_k| is a factor of the score too. The size is not, because it depends on the input.
 
-This room knows which matrices belong together and which scores are remarkable. It runs no forward pass and needs
-neither tokenizer nor torch; the arithmetic is in scores.py.
+This module determines which matrices belong together and which scores are outliers. It runs no forward pass and must
+not import torch; the arithmetic is in scores.py.
 """
 
 from __future__ import annotations
@@ -47,28 +47,29 @@ from swsurgery.storage.dtypes import decode
 from swsurgery.storage.files import opened, read_exactly
 
 MIN_Z = 5.0
-"""Least robust z-score of a candidate. Of SmolLM2-135M-Instruct's scalars it leaves six (5.2 to 6.9): zeroing any of
-five raises perplexity, the sixth erases the super activation. Random weights stay below 3."""
+"""The least robust z-score of a candidate. Six scalars of SmolLM2-135M-Instruct reach it (5.2 to 6.9): zeroing any of
+five raises perplexity, and zeroing the sixth erases the super activation. Random weights stay below 3."""
 
 MIN_PEAK = 2.0
-"""Least magnitude of a candidate, in medians of the column maxima of its layer: 6.9 to 8.7 for those six, below 2 with
-random weights. Without it a neuron whose large scalar was set to 0 would still be listed, with the next row."""
+"""The least magnitude of a candidate, in medians of the column maxima of its layer: 6.9 to 8.7 for those six, below 2
+for random weights. Without this limit a neuron whose large scalar was set to 0 would still be listed, with its next
+row."""
 
 LEAST_SPREAD = math.log(2)
-"""The unit of z is never less than a factor of two: scores that hardly differ have no outliers."""
+"""The least unit of z, a factor of two: scores that hardly differ have no outliers."""
 
 COMPANION = 0.5
-"""Further rows of a candidate's column are listed from this share of its magnitude on."""
+"""The least share of a candidate's magnitude from which on further rows of its column are listed."""
 
 MAX_ROWS = 3
-"""Rows listed of one column."""
+"""The largest number of rows that are listed from one column."""
 
 
 class Inputs(NamedTuple):
-    """Stored names of a layer's input matrices, in the place of the down projection's last name.
+    """The stored names of a layer's input matrices, which replace the last name of the down projection.
 
-    `how`: "pair" of gate and up, "alone" without a gate, or one tensor for both, gate first in "halves" or alternating
-    with up, "interleaved".
+    `how` is "pair" for separate gate and up, "alone" for an MLP without a gate, and for one tensor with both "halves"
+    (gate first) or "interleaved" (alternating).
     """
 
     gate: str
@@ -97,25 +98,25 @@ INPUTS: dict[str, tuple[Inputs, ...]] = {
     "fc2": (_one("fc1", "alone"),),  # Phi-2, OPT
     "fc_out": (_one("fc_in", "alone"),),  # GPT-J
 }
-"""By the last name of the down projection, without ".weight": what may feed it, the first that is stored."""
+"""The possible input matrices, by the last name of the down projection. The first ones stored are used."""
 
 INTERLEAVED = ("gpt_oss",)
-"""Model types whose gate_up_proj alternates gate and up."""
+"""The model types whose gate_up_proj alternates gate and up."""
 
 PRE_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm")
-"""Names of a norm that certainly stands before the MLP."""
+"""The names of norms that are certainly before the MLP."""
 
 NORMS = (
     *PRE_NORMS,
     *("ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "final_layer_norm", "input_layernorm", "ln_1"),
 )
-"""Names of the norm before the MLP, the first that a layer stores; parallel blocks have only that of the attention."""
+"""The names of the norm before the MLP; the first one stored is used. Parallel blocks share that of the attention."""
 
 NO_PRE_NORM = "post_feedforward_layernorm"
-"""With this and none of PRE_NORMS, the MLP reads the residual stream as it is (OLMo 2 and 3, EXAONE 4)."""
+"""A norm with this name, without any of PRE_NORMS, means that no norm is before the MLP (OLMo 2 and 3, EXAONE 4)."""
 
 POST_NORM = re.compile(r"post_(feed_?forward|mlp|ffn|ff|moe)_(layer|rms)?norm")
-"""Names of a norm behind the MLP, before its output is added to the residual stream."""
+"""The names of a norm after the MLP, before its output is added to the residual stream."""
 
 NO_GAIN = "no gain of a norm before the MLP is stored: it counts as 1"
 
@@ -134,12 +135,15 @@ ONE_PLUS = (
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
     *("minimax_m3_vl", "minimax_m3_vl_text", "muse_glimmer", "muse_glimmer_text", "step3p7", "step3p5"),
 )
-"""Model types whose norms multiply by 1 + weight."""
+"""The model types whose norms multiply by 1 + weight."""
 
 
 class _Scored(NamedTuple):
-    """One MLP and, per neuron in float32, the score of its best scalar and that scalar's magnitude, times the gain of
-    the norm behind if there is one."""
+    """One MLP with the best scalar of each neuron.
+
+    `scores`: (neurons,) float32. `peaks`: (neurons,) float32, the magnitudes of these scalars, multiplied by the gain
+    of the norm after the MLP, if it has one.
+    """
 
     projection: DownProjection
     mlp: Mlp
@@ -160,14 +164,15 @@ def scan_weights(
     min_z: float = MIN_Z,
     progress: Progress | None = None,
 ) -> ScanReport:
-    """At most `top` scalars whose score is at least `min_z` robust standard deviations above its layer's, best first.
+    """Find at most `top` scalars whose score has a robust z-score of at least `min_z` in its layer, best first.
 
-    z: the logarithm of the score less its median, in units of 1.4826 times the median absolute deviation, but at least
-    `LEAST_SPREAD`; both over the best scalars of all neurons of the layer, experts included. A candidate is also at
-    least `MIN_PEAK` times as large as the layer's usual column maximum. The report does not depend on `threads`.
+    z is the logarithm of the score less the median, divided by 1.4826 times the median absolute deviation, or by
+    `LEAST_SPREAD` if that is larger. Both are taken over the best scalars of all neurons of the layer, including those
+    of experts. A candidate is also at least `MIN_PEAK` times as large as the layer's median column maximum. The report
+    does not depend on `threads`.
 
-    Raises ArchitectureError where the model's MLPs are not known, packed or scaled by other tensors, ShardError where
-    a file ends early, ValueError for senseless limits.
+    Raises ArchitectureError if the model's MLPs are not known, packed or scaled by other tensors, ShardError if a file
+    ends early, and ValueError for limits that are not positive.
     """
     if top < 1 or not min_z > 0 or (threads is not None and threads < 1):
         raise ValueError(f"top={top}, min_z={min_z} and threads={threads} must be positive")
@@ -217,12 +222,12 @@ def scan_weights(
 
 
 class _Names:
-    """Finds the matrices and the norm around a down projection by their stored names. `notes`: what was odd."""
+    """Find the matrices and norms around a down projection by their stored names; `notes` are lines for the user."""
 
     def __init__(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]):
         self.checkpoint, self.shapes = checkpoint, shapes
         self.notes: list[str] = []
-        # By layer, because its experts share them: the squared gain of the norm before, and the gain of that behind.
+        # By layer, because experts share them: the squared gain of the norm before, and the gain of the norm after.
         self._gains: dict[int, tuple[NDArray[np.float64], NDArray[np.float32] | None]] = {}
         self._norms_behind: dict[str, str] = {}
         for name in shapes:
@@ -231,7 +236,10 @@ class _Names:
                 self._norms_behind[layer] = name
 
     def mlp(self, projection: DownProjection) -> Mlp:
-        """Raises ArchitectureError where a matrix is not there, or does not fit the down projection."""
+        """Find the MLP of a down projection.
+
+        Raises ArchitectureError if a matrix is missing, or does not fit the down projection.
+        """
         stacked = projection.expert_axis is not None
         expert = projection.expert if stacked and isinstance(projection.expert, int) else None
         gate_name, up_name, how = self._inputs(projection)
@@ -269,9 +277,9 @@ class _Names:
         )
 
     def _gain_before(self, projection: DownProjection) -> NDArray[np.float64]:
-        """(channels,) gain of the norm before the MLP; ones if none is stored, which becomes a note."""
+        """Read the gain of the norm before the MLP: (channels,). If none is stored, return ones and add a note."""
         layer = layer_name(projection)
-        # OPT-350m normalises after each block, so what its MLP reads has just left the attention's norm.
+        # OPT-350m normalises after each block, so the input of its MLP is the output of the attention's norm.
         norms: tuple[str, ...] = NORMS
         if self.checkpoint.config.get("do_layer_norm_before") is False:
             norms = ("self_attn_layer_norm",)
@@ -283,7 +291,7 @@ class _Names:
         return self._gain(f"{layer}.{stored[0]}.weight", projection.rows)
 
     def _gain_behind(self, projection: DownProjection) -> NDArray[np.float32] | None:
-        """(channels,) magnitudes of the gain of the norm behind the MLP; None if there is no such norm."""
+        """Read the magnitudes of the gain of the norm after the MLP: (channels,), or None without such a norm."""
         name = self._norms_behind.get(layer_name(projection))
         if name is None:
             return None
@@ -314,18 +322,21 @@ def _is(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
 
 
 def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The parts of config.json that may name the model type, the language model's own first."""
+    """Return the parts of config.json that may contain the model type, the language model's own first."""
     nested = [config.get(key) for key in ("text_config", "llm_config")]
     return [section for section in nested if isinstance(section, Mapping)] + [config]
 
 
-# Which scores are remarkable ----------------------------------------------------------------------------------------
+# Which scores are outliers -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Usual:
-    """The usual neuron of each layer: median and spread of the scores' logarithm, and median of the column maxima.
-    `silent` neurons of the model have no finite score above 0 and count nowhere."""
+    """The statistics of each layer.
+
+    `layers` contains by layer the median and the spread of the scores' logarithm, and the median of the column maxima.
+    `silent` is the number of neurons without a finite score above 0; the statistics exclude them.
+    """
 
     layers: dict[int, tuple[float, float, float]]
     silent: int
@@ -349,7 +360,7 @@ class _Usual:
         return self.layers[layer][2] if layer in self.layers else math.inf
 
     def z(self, layer: int, scores: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Robust z-score of each score; minus infinity for what is not finite and above 0."""
+        """Compute the robust z-score of each score; minus infinity for scores that are not finite and above 0."""
         alive = np.isfinite(scores) & (scores > 0)
         median, spread, _ = self.layers.get(layer, (0.0, 1.0, 0.0))
         logarithms = np.log(np.where(alive, scores, 1.0).astype(np.float64))
@@ -364,7 +375,7 @@ class _Usual:
 def _candidates(
     checkpoint: Checkpoint, reader: Reader, scored: Sequence[_Scored], usual: _Usual, top: int, min_z: float
 ) -> list[Candidate]:
-    """The best scalars of the best neurons; reads their down projections again, for rows and ranks."""
+    """Find the best scalars of the best neurons; their down projections are read again for rows and ranks."""
     neurons = []
     for number, one in enumerate(scored):
         z = usual.z(one.projection.layer, one.scores)
@@ -384,7 +395,7 @@ def _candidates(
 def _scalars(
     checkpoint: Checkpoint, reader: Reader, one: _Scored, cols: Sequence[int], usual: _Usual, min_z: float
 ) -> list[Candidate]:
-    """Of each column the largest scalar, and up to `MAX_ROWS` in all that come close to it."""
+    """Find the largest scalar of each column, and those close to it, up to `MAX_ROWS` in all."""
     projection = one.projection
     columns = columns_of(reader, one.mlp, cols)
     picked: list[tuple[int, int, float, float]] = []
@@ -408,7 +419,7 @@ def _scalars(
 
 
 def _why_none(scored: Sequence[_Scored], usual: _Usual, min_z: float) -> str:
-    """One line: the most remarkable neuron, and what it lacks."""
+    """Explain in one line why the neuron with the highest z is no candidate."""
     best = max(
         ((float(z.max()), one, int(z.argmax())) for one in scored for z in [usual.z(one.projection.layer, one.scores)]),
         key=lambda entry: entry[0],

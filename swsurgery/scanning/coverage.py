@@ -1,8 +1,8 @@
 """List the MLP matrices of a checkpoint that a scan did not read, from the stored names and shapes alone.
 
 A scan reads the down projections that projections.py knows. A family may store only some of its MLPs under such names
-(Jamba: the dense layers, not the experts), and then "nothing was found" is no answer. This module lists
-the rest. It reads no file and knows neither torch nor transformers.
+(Jamba: the dense layers, not the experts); then finding nothing does not prove that nothing exists. This module lists
+the remaining matrices. It reads no file and must not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _MIXERS = (
     "lora_",
     "_hc",
 )
-"""Parts of the names of modules that mix tokens or residual streams (`ffn_hc`), normalise or embed. Their matrices
-belong to no MLP."""
+"""Substrings in the names of modules that mix tokens or residual streams (`ffn_hc`), normalise or embed. Their matrices
+are not part of an MLP."""
 
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "expert", "moe")
-"""Parts of the names of MLPs. A layer of which one MLP was read is searched for further matrices with such a name."""
+"""Substrings in the names of MLPs. If one MLP of a layer was read, only matrices with such names are added from it."""
 
 _ROUTERS = re.compile(r"(gate|wg|\w*router\w*|\w*expert_gates?)", re.IGNORECASE)
 _LAYER = re.compile(r"(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.DOTALL)
@@ -41,17 +41,17 @@ _EXPERT = re.compile(r"(?<=experts\.)(0|[1-9][0-9]{0,8})(?=\.)")
 
 
 def stored_layers(config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]) -> set[int]:
-    """Return the numbers of all layers that are stored beside these projections, whatever they consist of."""
+    """Return the numbers of all layers in the stacks that contain these projections, whatever modules they have."""
     return {layer for _, layer, _ in _tensors(config, shapes, projections)}
 
 
 def unread_layers(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> tuple[UnreadLayer, ...]:
-    """List the layers with matrices that may belong to an MLP, but not to that of any of the projections.
+    """List the layers with matrices that may belong to an MLP, but not to the MLP of any of the projections.
 
-    In a layer without a known down projection these are all matrices but those of attention and its like. A layer that
-    has none of them has no MLP, and is not listed.
+    In a layer without a known down projection these are all matrices except those of attention, norms and the like. A
+    layer without such matrices has no MLP and is not listed.
     """
     known = {projection.layer for projection in projections}
     modules = {_module(projection.tensor) for projection in projections}
@@ -74,25 +74,25 @@ def unread_layers(
 def _tensors(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> Iterator[tuple[str, int, str]]:
-    """Yield (name, layer, rest of the name) of every tensor in a layer of the stacks that hold the projections."""
+    """Yield (name, layer, rest of the name) of every tensor in the stacks of layers that contain the projections."""
     limit = layer_limit(config)
     trunks = {layer_name(projection).removesuffix(str(projection.layer)) for projection in projections}
     for name in shapes:
         for trunk in trunks:
             match = _LAYER.fullmatch(name[len(trunk) :]) if name.startswith(trunk) else None
-            # Names may go further than the config: modules that predict further tokens are no part of the model.
+            # Layers beyond the number in the config predict further tokens and are not part of the model.
             if match and (limit is None or int(match["layer"]) < limit):
                 yield name, int(match["layer"]), match["rest"]
 
 
 def layer_name(projection: DownProjection) -> str:
-    """Return the name of the layer that holds a down projection, such as model.layers.3."""
+    """Return the name of the layer that contains a down projection, such as model.layers.3."""
     steps = projection.tensor.split(".")
     return ".".join(steps[: steps.index(str(projection.layer)) + 1])
 
 
 def _module(tensor: str) -> str:
-    """Return the name of the module that holds a linear layer, or stacked experts, such as model.layers.3.mlp."""
+    """Return the name of the module that contains a linear layer or stacked experts, such as model.layers.3.mlp."""
     return tensor.removesuffix(".weight").rpartition(".")[0]
 
 

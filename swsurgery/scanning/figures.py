@@ -1,8 +1,8 @@
-"""Figures of a scan and of a sweep. The only room that knows matplotlib; nothing is measured here.
+"""Draw the figures of a scan and of a sweep; the only module that imports matplotlib.
 
-A figure answers in one look and is made for its reader alone: no window is opened, no backend is chosen for the
-process, nothing of the reader's own matplotlib settings comes in, and the same report gives the same bytes. Colours
-are those of Okabe and Ito, which stay apart for every kind of colour vision; shapes and words say the same again.
+Drawing opens no window, sets no backend for the process and ignores the user's matplotlib settings, and the same report
+always gives the same bytes. Colours are those of Okabe and Ito, which can be distinguished with every kind of colour
+vision; shapes and words repeat what the colours mean.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
     from matplotlib.typing import RcKeyType
 
-# The moment of writing is all that two files of one report would not share.
+# Without these entries a file contains the time of writing, and the bytes differ.
 FORMATS = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-"""What the name of a figure may end in, and what its file is not to tell."""
+"""The endings of a figure's name, and the metadata that its file omits."""
 
 WIDTH, HEIGHT, DPI = 1200, 800, 100
-"""The sheet in pixels. All places here are pixels from its lower left corner."""
+"""The size of the sheet in pixels and its resolution. All positions are in pixels from its lower left corner."""
 
 LEFT, RIGHT, BOTTOM, TOP = 115, 1000, 62, 740
-"""The edges of what is drawn: the title is above them, and the legend to their right."""
+"""The edges of the panels. The title is above them and the legend to their right."""
 
 GAP, ROW = 18, 18
-"""Between two panels, and from one row of labels to the next."""
+"""The distance between two panels, and between two rows of labels, in pixels."""
 
 MAX_LABELS = 14
-"""The strip of labels takes at most a third of the sheet."""
+"""The largest number of labels; they take at most a third of the sheet."""
 
 BLACK, GREY, PALE = "#222222", "#808080", "#c8c8c8"
 BLUE, VERMILION, ORANGE = "#0072b2", "#d55e00", "#e69f00"
@@ -53,17 +53,17 @@ STYLE: dict[RcKeyType, object] = {
     "font.family": "DejaVu Sans",  # it comes with matplotlib
     "font.size": 9.5,
     "text.color": BLACK,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # a dollar sign in a name starts no formula
     "axes.edgecolor": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.fonttype": "none",  # text stays text, to search and to copy
-    "svg.hashsalt": "swsurgery",  # identifiers are random without it
+    "svg.fonttype": "none",  # keeps text as text, for searching and copying
+    "svg.hashsalt": "swsurgery",  # identifiers would be random without it
 }
 
 
 class Mark(NamedTuple):
-    """A shape with a meaning."""
+    """A shape with its meaning."""
 
     meaning: str
     shape: str
@@ -94,8 +94,8 @@ VERDICTS: dict[Verdict | None, Mark] = {
     "untested": Mark("untested", "v", BLACK, "white"),
     "inert": Mark("inert", "o", GREY, "white"),
 }
-"""In the order in which they are worth a label. None: no causal test was made. "untested": it was made, but there was
-nothing to judge its result by."""
+"""The marks of verdicts, in the order in which candidates get labels. None means that no causal test was run, and
+"untested" that it allowed no verdict."""
 
 BASE = Mark("as stored (factor 1)", "D", VERMILION, VERMILION)
 SCALED = Mark("scaled", "o", BLUE, BLUE)
@@ -103,15 +103,17 @@ NOT_FINITE = Mark("not finite", "X", BLACK, BLACK)
 
 
 class Found(NamedTuple):
+    """A scalar to mark, and its verdict (None without a causal test)."""
+
     candidate: Candidate
     verdict: Verdict | None
 
 
 def check_figure_path(path: Path) -> None:
-    """Refuse what `plot_scan` and `plot_sweep` could not write, before anything long is done for it.
+    """Refuse a path that `plot_scan` and `plot_sweep` cannot write to, before the long work begins.
 
-    Raises TargetError for an ending that is not in `FORMATS`, for a directory that is missing or may not be written,
-    and where matplotlib is not installed.
+    Raises TargetError if the ending is not in `FORMATS`, if the directory is missing or not writable, and if matplotlib
+    is not installed.
     """
     if path.suffix.lower() not in FORMATS:
         raise TargetError("no format for this figure", path, "its name ends in .png, .svg or .pdf")
@@ -122,18 +124,18 @@ def check_figure_path(path: Path) -> None:
     if not os.access(path.parent, os.W_OK):
         raise TargetError("cannot write", path, "write where you may")
     try:
-        import matplotlib.figure  # noqa: F401  really imported: what is installed may be broken
+        import matplotlib.figure  # noqa: F401  imported, because an installed package may be broken
     except ImportError as error:
         raise TargetError("a figure needs matplotlib", path, "pip install 'swsurgery[plot]'") from error
 
 
 def plot_scan(report: ScanReport, path: Path, model: str | None = None) -> None:
-    """Draw what a scan saw by layer, its super weights marked, and replace the file `path` with that.
+    """Draw the measurements of a scan by layer, with marked super weights, and replace the file `path`.
 
     From activations: the largest input and output of the down projection and the largest hidden state after the layer
-    (arXiv:2411.07191, figures 3 to 5), signed, on a scale that shows 100 and 20,000 together. From weights: the
-    robust z-score of each candidate, and the threshold `min_z` of the report's settings. `model` stands in the title
-    instead of the model type. Raises TargetError as `check_figure_path` does, and where the file cannot be written.
+    (arXiv:2411.07191, figures 3 to 5), signed, on a scale that shows both 100 and 20,000. From weights: the robust
+    z-score of each candidate, and the threshold `min_z` of the report's settings. `model` replaces the model type in
+    the title. Raises TargetError like `check_figure_path`, and if the file cannot be written.
     """
     check_figure_path(path)
     with _own_style():
@@ -162,8 +164,8 @@ def plot_scan(report: ScanReport, path: Path, model: str | None = None) -> None:
 def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> None:
     """Draw perplexity (logarithmic), KL(base || scaled) and stop-word mass by factor, and replace the file `path`.
 
-    The base is the point at factor 1. The line has a gap, and a cross above it, where a value is not finite. `model`
-    begins the title. Raises TargetError as `plot_scan` does.
+    The base is the point at factor 1. A value that is not finite is a gap in the line with a cross above it. The title
+    begins with `model`. Raises TargetError like `plot_scan`.
     """
     check_figure_path(path)
     with _own_style():
@@ -205,7 +207,7 @@ def _own_style() -> Iterator[None]:
 
 
 def _sheet(title: str) -> Axes:
-    """An empty figure with one invisible pair of axes over all of it, whose units are pixels."""
+    """Make an empty figure with one invisible pair of axes that covers it and has pixels as units."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), facecolor="white")
@@ -217,7 +219,7 @@ def _sheet(title: str) -> Axes:
 
 
 def _panels(paper: Axes, top: float, count: int) -> list[Axes]:
-    """`count` panels of one height, one above the other, from `top` down."""
+    """Add `count` panels of equal height, one above the other, from `top` down."""
     height = (top - BOTTOM - GAP * (count - 1)) / count
     panels: list[Axes] = []
     for number in range(count):
@@ -263,7 +265,7 @@ def _figure_of(artist: Axes | Text) -> Figure:
 
 
 def _width(text: Text) -> float:
-    """In pixels."""
+    """Measure the width of a text in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(_figure_of(text)).get_renderer()  # type: ignore[no-untyped-call]  # not annotated
@@ -274,7 +276,7 @@ def _width(text: Text) -> float:
 
 
 def _found(report: ScanReport) -> list[Found]:
-    """What is marked, what matters most first. A companion that is inert or untested is nobody's finding."""
+    """List the scalars to mark, the most important first, without companions that are inert or untested."""
     trials = report.confirmation.trials if report.confirmation else ()
     found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
     tested = {trial.candidate.coordinate for trial in trials}
@@ -293,7 +295,7 @@ def _answer(report: ScanReport) -> str:
 
 
 def _x(layer: int, layers: int) -> float:
-    """Where a layer's middle is on the sheet; agrees with the limits that `_layer_axis` sets."""
+    """Compute the x position of a layer's middle on the sheet; it must agree with the limits in `_layer_axis`."""
     return LEFT + (RIGHT - LEFT) * (layer + 0.5) / layers
 
 
@@ -303,10 +305,10 @@ def _layer_axis(panels: Sequence[Axes], layers: int) -> None:
 
 
 def _rows(paper: Axes, candidates: Sequence[Candidate], layers: int) -> list[int]:
-    """For each candidate the row of its label, 0 the lowest, so that nothing is written over anything.
+    """Choose a row for the label of each candidate, 0 for the lowest, such that no labels overlap.
 
-    A label is a flag: a pole stands on the layer, and the text flies to its right. From the last layer to the first,
-    each flag takes the lowest row above all poles that stand under its text, so the rows climb to the left.
+    A label is a vertical line from its layer with a text to the right of it. From the last layer to the first, each
+    label gets the lowest row in which its text crosses no line of an earlier label.
     """
     poles: list[tuple[float, int]] = []
     rows = dict.fromkeys(range(len(candidates)), 0)
@@ -339,7 +341,7 @@ def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, 
         ("largest hidden state\nafter the layer", profile.residuals),
     )
     threshold = _linear_up_to([*profile.inputs, *profile.outputs])
-    # What was found once others were gone may exceed what the unedited model shows: the panels have room for it too.
+    # Spikes from later rounds may exceed those of the unedited model, and must fit into the panels.
     spikes = [
         [v for v in values if v is not None]
         for values in zip(*((f.candidate.input_spike, f.candidate.output_spike) for f in found), strict=True)
@@ -355,20 +357,20 @@ def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, 
         for layer in overflown:
             panel.text(layer, 0, " infinite", rotation=90, horizontalalignment="center", verticalalignment="bottom")
         _signed(panel, [*values, *marked], threshold)
-    for candidate, verdict in reversed(found):  # what matters most comes to lie on top
+    for candidate, verdict in reversed(found):  # the most important is drawn last
         for panel, spike in zip(panels, (candidate.input_spike, candidate.output_spike), strict=False):
             if spike is not None and math.isfinite(spike):
                 VERDICTS[verdict].draw(panel, [candidate.layer], [spike])
 
 
 def _linear_up_to(values: Iterable[float]) -> float:
-    """The power of ten above twice the median magnitude: most layers stay below it, and look small."""
+    """Compute the power of ten above twice the median magnitude; most layers stay below it and look small."""
     typical = median([abs(value) for value in values if math.isfinite(value)] or [0])
     return 10.0 ** math.ceil(math.log10(2 * typical)) if typical else 1.0
 
 
 def _signed(panel: Axes, values: Iterable[float], threshold: float) -> None:
-    """A scale for ordinary values and spikes of both signs: linear up to `threshold`, and decades beyond."""
+    """Scale a panel for small values and spikes of both signs: linear up to `threshold`, logarithmic beyond."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     largest = max(-low, high)
@@ -386,14 +388,15 @@ def _signed(panel: Axes, values: Iterable[float], threshold: float) -> None:
 
 
 def _name_activations(paper: Axes, panel: Axes, activations: Sequence[PersistentActivation]) -> None:
-    """Beside the panel of hidden states, which channels the blue bars are."""
+    """Write beside the panel of hidden states which channels the blue bars belong to."""
     if not activations:
         return
     largest = sorted(activations, key=lambda a: -abs(a.value))
     lines = ["super activation" if len(largest) == 1 else f"{len(largest)} super activations"]
     for one in largest[:4]:
         lines += [f"channel {one.channel}: {_number(one.value)}", f"  after layers {one.layer} to {one.last}"]
-    lines += [f"and {len(largest) - 4} more"] if len(largest) > 4 else []
+    if len(largest) > 4:
+        lines.append(f"and {len(largest) - 4} more")
     top = HEIGHT * panel.get_position().y1
     paper.text(RIGHT + 16, top, "\n".join(lines), color=BLUE, verticalalignment="top", linespacing=1.35)
 
@@ -434,7 +437,7 @@ def _draw_curve(panel: Axes, factors: Sequence[float], values: Sequence[float]) 
 
 
 def _logarithmic(panel: Axes, values: Iterable[float]) -> None:
-    """A logarithmic axis with at least two round ticks, also where the values hardly differ."""
+    """Set a logarithmic axis with at least two round ticks, even if the values hardly differ."""
     finite = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
     low, high = min(finite) / 1.4, max(finite) * 1.7
     widen = max(1.0, math.sqrt(6 / (high / low)))
@@ -449,7 +452,7 @@ def _logarithmic(panel: Axes, values: Iterable[float]) -> None:
 
 
 def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]) -> None:
-    """The values above their points: base, best and worst first, then all that find room."""
+    """Write values above their points: those of base, best and worst first, then others that do not overlap."""
     points = [(f, v) for f, v in zip(factors, values, strict=True) if math.isfinite(v)]
     best, worst = min((v for _, v in points), default=0), max((v for _, v in points), default=0)
     points.sort(key=lambda point: (point[0] != 1, point[1] not in (best, worst)))
@@ -470,6 +473,6 @@ def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]
 
 
 def _number(value: float, _position: float | None = None) -> str:
-    """For people: 23,941, 29.6 and 0.0012; with the sign that a minus is."""
+    """Format a number for reading, such as 23,941, 29.6 and 0.0012, with a true minus sign."""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return text.replace("-", "\N{MINUS SIGN}") if value < 0 else text

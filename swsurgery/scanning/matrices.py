@@ -1,4 +1,8 @@
-"""Hold what belongs together."""
+"""Read down projections as torch tensors from the shards of a checkpoint.
+
+`by_activations`, `suspects` and `confirm` share this module. The scan by weights must not load torch; it reads with
+`scores.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,73 +21,84 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import opened, read_exactly
 
 BAND = 0.14
-"""In log2: magnitudes within 10% of the candidate's are like it."""
-
+"""The largest distance of two log2 magnitudes that count as alike: 10%."""
 
 PIECE = 1 << 22
-"""Elements of a matrix that are looked at in one go."""
+"""The number of elements of a matrix that are read at a time (one row if a row is longer)."""
 
-
-_ELEMENTS = {
+WEIGHT_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+"""The stored dtypes in which one element is one weight, and their torch dtypes."""
 
-
-Place = tuple[int, Expert]
-"""Layer and expert: where a matrix is."""
+ProjectionKey = tuple[int, Expert]
+"""The layer and the expert of a down projection."""
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """One down projection, read from its shard. `outer` and `inner` are its sizes in the order in which it is stored:
-    (rows, cols), or (cols, rows) where it is transposed."""
+class StoredProjection:
+    """One down projection of a checkpoint, read from its shard on demand.
+
+    `outer` and `inner` are its two sizes in stored order: (rows, cols), or (cols, rows) if it is stored transposed.
+    """
 
     checkpoint: Checkpoint
-    place: DownProjection
+    projection: DownProjection
 
     @property
     def outer(self) -> int:
-        return self.place.cols if self.place.transposed else self.place.rows
+        return self.projection.cols if self.projection.transposed else self.projection.rows
 
     @property
     def inner(self) -> int:
-        return self.place.rows if self.place.transposed else self.place.cols
+        return self.projection.rows if self.projection.transposed else self.projection.cols
 
     def coordinate(self, row: int, col: int) -> Coordinate:
-        return Coordinate(self.place.tensor, self.place.index(row, col))
+        return Coordinate(self.projection.tensor, self.projection.index(row, col))
 
-    def column(self, col: int) -> Tensor:
-        """What neuron `col` is multiplied with on its way to each residual channel: (rows,), float64."""
-        if self.place.transposed:
-            return self._read([(col * self.inner, self.inner)]).double()
-        return self._read([(row * self.inner + col, 1) for row in range(self.outer)]).double()
+    def read_row(self, row: int) -> Tensor:
+        """Read the weights into one residual channel: (cols,), float64. Raises ShardError."""
+        return self._read_inner(row) if not self.projection.transposed else self._read_across(row)
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """The matrix as it is stored, in parts of bounded size: (first outer index, magnitudes (outer, inner))."""
+    def read_column(self, col: int) -> Tensor:
+        """Read the weights of one neuron: (rows,), float64. Raises ShardError."""
+        return self._read_inner(col) if self.projection.transposed else self._read_across(col)
+
+    def read_pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Read the matrix in stored order, `PIECE` elements at a time.
+
+        Yields the first outer index of a piece and its elements in their stored dtype: (outer, inner). Raises
+        ShardError.
+        """
         step = max(1, PIECE // self.inner)
         for first in range(0, self.outer, step):
             count = min(step, self.outer - first) * self.inner
-            yield first, self._read([(first * self.inner, count)]).float().abs().view(-1, self.inner)
+            yield first, self._read([(first * self.inner, count)]).view(-1, self.inner)
 
     def rank(self, magnitude: float) -> int:
-        """1 for the largest magnitude in the matrix."""
-        return 1 + sum(int((piece > magnitude).sum()) for _, piece in self.pieces())
+        """Count the float32 magnitudes of the matrix that are larger than `magnitude`, plus 1."""
+        return 1 + sum(int((piece.float().abs() > magnitude).sum()) for _, piece in self.read_pieces())
 
-    def like(self, magnitudes: Sequence[float], count: int, avoid: set[int], seed: int) -> list[list[Coordinate]]:
-        """For each of `magnitudes`, up to `count` scalars outside the columns `avoid`: of those in the band around it a
-        random choice, beyond it the nearest."""
+    def draw_similar(
+        self, magnitudes: Sequence[float], count: int, avoid: set[int], seed: int
+    ) -> list[list[Coordinate]]:
+        """Draw up to `count` scalars for each of `magnitudes`, outside the columns `avoid`.
+
+        Scalars whose magnitude is within 10% are drawn at random, with `seed`. If there are too few of them, those
+        with the nearest magnitudes follow.
+        """
         generator = torch.Generator().manual_seed(seed)
         columns = torch.tensor(sorted(avoid), dtype=torch.long)
         best = [(torch.empty(0), torch.empty(0, dtype=torch.long))] * len(magnitudes)
-        for first, piece in self.pieces():
-            logs = piece.log2()
-            if self.place.transposed:
+        for first, piece in self.read_pieces():
+            logs = piece.float().abs().log2()
+            if self.projection.transposed:
                 logs[columns[(columns >= first) & (columns < first + len(piece))] - first] = math.nan
             else:
                 logs[:, columns] = math.nan
-            chance = torch.rand(logs.shape, generator=generator) * 1e-3  # who of equals comes first
+            chance = torch.rand(logs.shape, generator=generator) * 1e-3  # decides between equal distances
             for number, magnitude in enumerate(magnitudes):
                 far = ((logs - math.log2(magnitude)).abs().clamp(min=BAND) + chance).flatten().nan_to_num(nan=math.inf)
                 near = far.topk(min(count, len(far)), largest=False)
@@ -98,33 +113,52 @@ class Matrix:
 
     def _at(self, flat: int) -> Coordinate:
         outer, inner = divmod(flat, self.inner)
-        return self.coordinate(inner, outer) if self.place.transposed else self.coordinate(outer, inner)
+        return self.coordinate(inner, outer) if self.projection.transposed else self.coordinate(outer, inner)
+
+    def _read_inner(self, outer: int) -> Tensor:
+        return self._read([(outer * self.inner, self.inner)]).double()
+
+    def _read_across(self, inner: int) -> Tensor:
+        return self._read([(outer * self.inner + inner, 1) for outer in range(self.outer)]).double()
 
     def _read(self, runs: Iterable[tuple[int, int]]) -> Tensor:
-        """Elements in their stored dtype: for each (first, count), counted from the start of the matrix."""
-        name = self.place.tensor
+        """Read elements in their stored dtype: for each run (first, count), counted from the start of the matrix."""
+        name = self.projection.tensor
         info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
-        start, size = shard.offset(name, self.place.index(0, 0)), info.dtype.size
+        start, size = shard.offset(name, self.projection.index(0, 0)), info.dtype.size
         with opened(shard.path) as fd:
             data = b"".join(read_exactly(fd, n * size, start + first * size, shard.path) for first, n in runs)
-        return torch.frombuffer(bytearray(data), dtype=_ELEMENTS[info.dtype.name])
+        return torch.frombuffer(bytearray(data), dtype=WEIGHT_DTYPES[info.dtype.name])
 
 
-def matrices_of(checkpoint: Checkpoint, candidates: Sequence[Candidate]) -> dict[Place, Matrix]:
-    """The down projection of each candidate. Raises ModelError where the candidate is no scalar of it."""
-    matrices: dict[Place, Matrix] = {}
+def refuse_unweighted(checkpoint: Checkpoint, tensor: str) -> None:
+    """Raise ModelError if the elements of a tensor have a dtype in which they are not weights."""
+    dtype = checkpoint.info(tensor).dtype.name
+    if dtype not in WEIGHT_DTYPES:
+        raise ModelError(f"{dtype} holds no single weights", tensor)
+
+
+def refuse_quantised(checkpoint: Checkpoint, tensor: str) -> None:
+    """Raise ModelError if the elements of a tensor are codes of a quantiser."""
+    if why := checkpoint.quantisation.refusal(tensor):
+        raise ModelError(why, tensor, "scan an unquantised copy")
+
+
+def find_projections(checkpoint: Checkpoint, candidates: Sequence[Candidate]) -> dict[ProjectionKey, StoredProjection]:
+    """Find the down projection of each candidate.
+
+    Raises ModelError if a candidate is not one of its scalars, or if its elements are not weights.
+    """
+    found: dict[ProjectionKey, StoredProjection] = {}
     for candidate in candidates:
         key = (candidate.layer, candidate.expert)
-        if key not in matrices:
-            place = down_projection(checkpoint.config, checkpoint.shapes, *key)
-            dtype = checkpoint.info(place.tensor).dtype
-            if dtype.name not in _ELEMENTS:
-                raise ModelError(f"{dtype.name} holds no single weights", place.tensor)
-            if why := checkpoint.quantisation.refusal(place.tensor):
-                raise ModelError(why, place.tensor, "scan an unquantised copy")
-            matrices[key] = Matrix(checkpoint, place)
-        place = matrices[key].place
-        inside = 0 <= candidate.row < place.rows and 0 <= candidate.col < place.cols
-        if not inside or matrices[key].coordinate(candidate.row, candidate.col) != candidate.coordinate:
+        if key not in found:
+            projection = down_projection(checkpoint.config, checkpoint.shapes, *key)
+            refuse_unweighted(checkpoint, projection.tensor)
+            refuse_quantised(checkpoint, projection.tensor)
+            found[key] = StoredProjection(checkpoint, projection)
+        projection = found[key].projection
+        inside = 0 <= candidate.row < projection.rows and 0 <= candidate.col < projection.cols
+        if not inside or found[key].coordinate(candidate.row, candidate.col) != candidate.coordinate:
             raise ModelError("no such scalar of a down projection", candidate.coordinate)
-    return matrices
+    return found

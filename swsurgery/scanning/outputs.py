@@ -1,4 +1,7 @@
-"""What a scan found, as an entry of the registry and as a manifest. Measures nothing and writes nothing."""
+"""Convert the result of a scan to an entry of known super weights and to a manifest.
+
+This module measures nothing and writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,12 @@ _EXACT: dict[str, Literal["F16", "BF16", "F32"]] = {"F16": "F16", "BF16": "BF16"
 def known_entry(
     report: ScanReport, checkpoint: Checkpoint, *, hf_id: str, revision: str | None = None, command: str
 ) -> schema.KnownModel:
-    """The registry's entry of a scanned checkpoint: its super weights and the members of joint sets, with stored
-    values and measured figures, citing `command`, which repeats the scan.
+    """Make the entry of known super weights for a scanned checkpoint.
 
-    `hf_id` is a repository, or a name of one's own for a checkpoint that is none; the entry then keeps where the
-    checkpoint lies. A scan that found nothing makes an entry without coordinates that says so. Raises
-    ArchitectureError where the checkpoint has no known down projection.
+    The entry contains the super weights and the members of joint sets, with stored values and measured figures. It
+    cites `command`, which repeats the scan. `hf_id` is a repository, or any other name for a checkpoint that is not in
+    one; then the entry contains the path of the checkpoint. If the scan found nothing, the entry has no coordinates and
+    a note. Raises ArchitectureError if the checkpoint has no known down projection.
     """
     source = _source(report, revision, command)
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
@@ -69,12 +72,12 @@ def known_entry(
 def scan_manifest(
     report: ScanReport, *, base: Mapping[str, str | None], op: Operation, factor: float | None = None
 ) -> str:
-    """The YAML text of a manifest that does `op` to the super weights of a scan, each guarded by its stored value.
+    """Write the YAML text of a manifest that applies `op` to the super weights of a scan.
 
-    `base` is what the manifest's base says: `path` (relative to where the manifest will lie, or absolute), or
-    `repo_id` and `revision`. Where the scan measured that zeroing them does large damage, the check of a zero manifest
-    asks to see some. Raises ManifestError where the scan found nothing, `factor` does not fit `op`, or `base` is not
-    what a manifest takes.
+    Each edit expects the stored value. `base` contains the fields of the manifest's base: `path` (absolute, or relative
+    to the manifest), or `repo_id` and `revision`. If the scan measured that zeroing does large damage, the check of a
+    zero manifest requires damage. Raises ManifestError if the scan found nothing, if `factor` does not fit `op`, or if
+    `base` is not valid in a manifest.
     """
     refuse_unfit(op, factor)
     found = report.super_weights
@@ -97,12 +100,12 @@ def scan_manifest(
         ],
         damaging=op == "zero" and _largest_ratio(report) >= LARGE_RATIO,
     )
-    parse_manifest(text.encode(), Path("the scan's manifest"))  # what `base` brings is the caller's
+    parse_manifest(text.encode(), Path("the scan's manifest"))  # `base` comes from the caller and may be invalid
     return text
 
 
 def _notes(report: ScanReport, found: bool, source: schema.Source) -> Iterator[str]:
-    """Say what the entry does not show: that nothing was found, and what was not read."""
+    """Write the notes of an entry: that nothing was found, and which layers were not read."""
     unread = ", ".join(str(layer.layer) for layer in report.unread)
     if unread and found:
         yield f"The scan did not read all of layers {unread}, so there may be further super weights: {source}."
@@ -113,7 +116,7 @@ def _notes(report: ScanReport, found: bool, source: schema.Source) -> Iterator[s
 
 
 def _chosen(report: ScanReport) -> tuple[Candidate, ...]:
-    """The super weights; and what a joint set names, whatever its verdict, for the set would not stand without it."""
+    """Choose the scalars of an entry: the super weights, and all members of joint sets whatever their verdict."""
     if report.confirmation is None:
         return report.super_weights
     joint = {c for s in report.confirmation.joint_sets for c in s.coordinates}
@@ -158,7 +161,10 @@ def _coordinate(
 def _list_joint(
     confirmation: Confirmation, ids: Mapping[Coordinate, str], source: schema.Source
 ) -> tuple[tuple[schema.JointSet, ...], tuple[schema.Effect, ...]]:
-    """The joint sets; and all candidates zeroed together, as one more set where all of them are in the entry."""
+    """List the joint sets of an entry, and the effects that belong to no joint set.
+
+    All candidates zeroed together are one more joint set if the entry contains all of them, else an effect.
+    """
     sets = {
         frozenset(s.coordinates): schema.JointSet(
             coordinates=tuple(ids[c] for c in s.coordinates),
@@ -166,7 +172,7 @@ def _list_joint(
         )
         for s in confirmation.joint_sets
     }
-    tested = [t.candidate.coordinate for t in confirmation.trials if t.listed]  # companions were not among `together`
+    tested = [t.candidate.coordinate for t in confirmation.trials if t.listed]  # `together` does not include companions
     if len(tested) < 2 or frozenset(tested) in sets:
         return tuple(sets.values()), ()
     if set(tested) <= set(ids):
@@ -181,7 +187,7 @@ def _list_joint(
 
 
 def _effect(protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Source) -> schema.Effect:
-    """Figures to 6 digits. What is not a number, for logits that were not finite, is left to words."""
+    """Convert an effect, with figures of 6 digits; NaN, from logits that are not finite, becomes "not finite"."""
     before, ratio = confirmation.base_perplexity, effect.ratio
     interval = tuple(_rounded(end) for end in (effect.low, effect.high) if end is not None)
     return schema.Effect(
@@ -242,9 +248,9 @@ def _read_shape(checkpoint: Checkpoint) -> _Shape:
 
 
 def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Layers, hidden and intermediate size, by the stored layers and down projections.
+    """Return the number of layers, the hidden and the intermediate size, from the stored tensors.
 
-    Raises ArchitectureError if there is no known down projection.
+    Raises ArchitectureError if no known down projection is stored.
     """
     projections = list(down_projections(checkpoint.config, checkpoint.shapes))
     shape = _read_shape(checkpoint)
@@ -253,7 +259,7 @@ def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
 
 
 def _template(tensor: str, layer: int, expert: Expert) -> str:
-    """`model.layers.{layer}.mlp.down_proj.weight`, with {expert} where the name has it behind the layer."""
+    """Return a name like `model.layers.{layer}.mlp.down_proj.weight`, with {expert} if it contains an expert."""
     name = re.sub(rf"(?<=\.){layer}(?=\.)", "{layer}", tensor, count=1)
     return name if expert is None else re.sub(rf"(?<=\.){expert}(?=\.)", "{expert}", name, count=1)
 
@@ -292,7 +298,7 @@ _nobody = schema.Source(key="scan", kind="own scan", cite="this scan")
 
 
 def _largest_ratio(report: ScanReport) -> float:
-    """The largest perplexity ratio measured for zeroing some or all of the super weights; 1 where nothing was."""
+    """Return the largest perplexity ratio measured for zeroing some or all super weights; 1 if none was measured."""
     if report.confirmation is None:
         return 1.0
     zeroed = {c.coordinate for c in report.super_weights}

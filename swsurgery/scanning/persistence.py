@@ -1,8 +1,8 @@
-"""Which massive hidden states persist over depth, seen in the traces of spikes.py.
+"""Find the massive hidden states that persist over many layers, in the traces of spikes.py.
 
-A spell is one such state: a token's channel from the layer whose MLP makes it to the last one through which it lasts.
-Spikes that come in the last layers are there for the logits and are none. This room looks at hidden states only, not at
-what made them.
+A spell is one such state: a channel of a token, from the layer whose MLP makes it to the last layer through which it
+persists. Spikes of the last layers serve the logits and are no spells. This module uses hidden states only; which
+scalars make them is determined in by_activations.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from swsurgery.scanning.report import PersistentActivation
 from swsurgery.scanning.spikes import MADE, MASSIVE, Move, Trace
 
 KEPT = 0.5
-"""A state persists as long as it has its sign and at least this share of the value that it appeared with. SmolLM2's
-lose 2% and 20% over 16 and 6 layers, and are at 33% to 47% and 11% to 19% one layer later."""
+"""The least share of its first value that a state must keep, with the same sign, to persist. In SmolLM2 the two states
+lose 2% and 20% over 16 and 6 layers; one layer later they have 33% to 47% and 11% to 19% of it."""
 
 LEAST_LAYERS, LEAST_DEPTH = 3, 1 / 8
-"""It must persist through so many further layers, and so much of the model's depth. So nothing that appears in the last
-layers counts. SmolLM2's persist through 16 and 6 of 30 layers; its spikes in layer 29 of 0 to 29 have none to last."""
+"""The least number of further layers, and the least share of the model's layers, through which a state must persist.
+States that appear in the last layers therefore do not count. In SmolLM2 the two states persist through 16 and 6 of 30
+layers; no layers follow its spikes in layer 29."""
 
 
 class Spell(NamedTuple):
@@ -40,11 +41,12 @@ class Spell(NamedTuple):
 
 
 def layers_to_last(layers: int) -> int:
-    """The least number of further layers through which a state persists in a model of so many layers."""
+    """Compute through how many further layers a state must persist in a model with this many layers."""
     return max(LEAST_LAYERS, math.ceil(layers * LEAST_DEPTH))
 
 
 def find_spells(traces: Sequence[Trace]) -> Iterator[Spell]:
+    """Find the massive states that an MLP makes and that persist."""
     for sequence, trace in enumerate(traces):
         for move in trace.moves.values():
             massive = abs(move.after) >= MASSIVE * move.median
@@ -55,7 +57,7 @@ def find_spells(traces: Sequence[Trace]) -> Iterator[Spell]:
 
 
 def find_ends(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator[Move]:
-    """The moves that end spells: an MLP takes the state away in the very layer after the last."""
+    """Find the moves that end spells: an MLP removes the state in the layer right after the last."""
     for sequence, move, last in spells:
         end = traces[sequence].moves.get((last + 1, move.token, move.channel))
         if end is not None and end.added * move.after < 0:
@@ -63,8 +65,10 @@ def find_ends(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator[Move
 
 
 def find_untraced(traces: Sequence[Trace]) -> Mapping[int, set[int]]:
-    """By the layer where they begin: channels that are massive for as long as a spell, though no MLP makes them so.
-    Attention may, or the embedding, or several layers together."""
+    """Find the channels that are massive for as long as a spell although no MLP makes them, by their first layer.
+
+    Attention may make them, or the embedding, or several layers together.
+    """
     untraced: dict[int, set[int]] = defaultdict(set)
     for trace in traces:
         made = {(move.token, move.channel) for move in trace.moves.values() if move.makes}
@@ -76,7 +80,7 @@ def find_untraced(traces: Sequence[Trace]) -> Mapping[int, set[int]]:
 
 
 def as_activations(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator[PersistentActivation]:
-    """The spells of one layer and channel as one activation: that of the prompt in which it grows largest."""
+    """Merge the spells of each layer and channel into one activation, with the values of the largest one."""
     groups: dict[tuple[int, int], list[Spell]] = defaultdict(list)
     for spell in spells:
         groups[spell.move.layer, spell.move.channel].append(spell)
@@ -87,14 +91,14 @@ def as_activations(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator
 
 
 def _last(trace: Trace, move: Move) -> int:
-    """The last layer through which the state after `move` persists."""
+    """Find the last layer through which the state after `move` persists."""
     states = [float(hidden[move.token, move.channel]) / move.after for hidden in trace.hidden[move.layer :]]
     faded = (number for number, state in enumerate(states) if not state >= KEPT)
     return move.layer + next(faded, len(states)) - 1
 
 
 def _peak(traces: Sequence[Trace], spell: Spell) -> tuple[Spell, int, float]:
-    """The spell with the layer of its largest state and that state."""
+    """Return a spell with the layer of its largest state and that state."""
     sequence, move, last = spell
     states = [float(h[move.token, move.channel]) for h in traces[sequence].hidden[move.layer : last + 1]]
     at = max(range(len(states)), key=lambda i: abs(states[i]))

@@ -1,7 +1,7 @@
-"""What a scan found: frozen values that the detectors make, and that tables, figures, manifests and JSON are made of.
+"""Define the results of scans and sweeps, from which tables, figures, manifests and JSON are made.
 
-Three stages, each optional after the first: a detector lists super activations and candidates (`Candidate`), the
-causal test measures them (`Trial`), and the report (`ScanReport`) puts both together. Knows neither torch nor files.
+A detector lists super activations and candidates (`Candidate`), the causal test, if it is run, measures them
+(`Trial`), and `ScanReport` contains both. All results are frozen. This module must not import torch and reads no files.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ Method = Literal["activations", "weights"]
 Answer = Literal["found", "none", "undecided"]
 Verdict = Literal["critical alone", "critical jointly", "inert", "untested"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-"""In the order in which they are counted. "untested": measured, but there was nothing to judge it by."""
+"""All verdicts, in the order in which they are counted. "untested" means that the measurement allowed no verdict."""
 
 
 @dataclass(frozen=True)
 class PersistentActivation:
-    """A residual channel that is massive from `layer` on, through `last`, in `prompts` of the prompts.
+    """A residual channel that is massive from `layer` through `last`.
 
-    `value` is its largest hidden state by magnitude, signed, at `token` of prompt number `prompt` after layer `peak`.
+    `value` is its signed hidden state with the largest magnitude, at `token` of prompt number `prompt` after layer
+    `peak`. `prompts` is the number of prompts in which the channel is massive.
     """
 
     layer: int
@@ -43,12 +44,13 @@ class PersistentActivation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One scalar that a detector takes for a super weight. What its method does not measure is None.
+    """One scalar that a detector lists as a possible super weight.
 
-    `score` is the method's own measure; `rank` is that of its magnitude in its matrix, 1 the largest. From
-    activations: `input_spike` = x[col], `output_spike` = y[row] and `share` = x[col] * W[row, col] / y[row] where the
-    spike is largest, `prompts` that agree, and `round` 1 for what was found first. From weights: `z`, the robust
-    z-score of the score's logarithm among those of all neurons of its layer.
+    `score` is the method's own measure, and `rank` that of its magnitude in its matrix, 1 for the largest. Fields that
+    the method does not measure are None. From activations: `input_spike` = x[col], `output_spike` = y[row] and `share`
+    = x[col] * W[row, col] / y[row] for the prompt with the largest score, the number of `prompts` that agree, and the
+    `round` in which it was found, counted from 1. From weights: `z`, the robust z-score of the score's logarithm among
+    those of all neurons of its layer.
     """
 
     coordinate: Coordinate
@@ -73,7 +75,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Effect:
-    """What zeroing a set of scalars did: patched / base perplexity with its 95% interval, and mean KL in nats.
+    """The effect of zeroing a set of scalars: patched / base perplexity with its 95% interval, and mean KL in nats.
 
     `low` and `high` are None if the text has too few windows for an interval.
     """
@@ -89,8 +91,11 @@ class Effect:
 
 @dataclass(frozen=True)
 class Trial:
-    """The causal test of one candidate: zeroed alone, and all others zeroed but not it (None where it is the only
-    one). `listed` is False for a companion that no detector named but that shares the column of a candidate."""
+    """The causal test of one candidate.
+
+    `alone` is the effect of zeroing it, and `without` that of zeroing all other candidates (None if it is the only
+    one). `listed` is False for a companion, which no detector lists but which is in the column of a candidate.
+    """
 
     candidate: Candidate
     alone: Effect
@@ -101,7 +106,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class JointSet:
-    """Scalars that matter together: zeroing all of them does more than their effects alone explain."""
+    """Scalars that matter together: zeroing all of them has more effect than the product of their single effects."""
 
     coordinates: tuple[Coordinate, ...]
     effect: Effect
@@ -115,9 +120,9 @@ class JointSet:
 
 @dataclass(frozen=True)
 class ColumnNull:
-    """What zeroing the other large rows of a column does, with which its companions are compared.
+    """The effects of zeroing the other large rows of a column, with which its companions are compared.
 
-    Perplexity ratios, one per row: `alone`, and `added` by the row to the effect of all candidates.
+    Both are perplexity ratios, one per row: of the row `alone`, and `added` by the row to the effect of all candidates.
     """
 
     layer: int
@@ -132,9 +137,12 @@ class ColumnNull:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """The causal test as a whole: trials, all candidates zeroed together, joint sets, and what zeroing random scalars
-    of like magnitude in the same matrices does (`null`, perplexity ratios). `windows` of `window_tokens` tokens of text
-    were read and `scored_tokens` predictions in them scored."""
+    """The whole causal test.
+
+    `together` is the effect of zeroing all candidates. `null` contains the perplexity ratios for zeroing random scalars
+    of similar magnitude in the same matrices, one at a time. The text had `windows` windows of `window_tokens` tokens,
+    in which `scored_tokens` predictions were scored.
+    """
 
     trials: tuple[Trial, ...]
     together: Effect
@@ -152,9 +160,11 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Profile:
-    """By layer, over all prompts: the signed value that is largest by magnitude in the input and in the output of the
-    down projection and in the residual stream after the layer. NaN where a layer has none. Made before any scalar is
-    taken out."""
+    """The largest values in each layer of the unedited model, over all prompts.
+
+    Each is the signed value with the largest magnitude, by layer: in the input and in the output of the down
+    projection, and in the residual stream after the layer. NaN means that the layer has no such value.
+    """
 
     inputs: tuple[float, ...]
     outputs: tuple[float, ...]
@@ -168,7 +178,7 @@ class Profile:
 class UnreadLayer:
     """A layer with matrices that may belong to an MLP and that the scan did not read.
 
-    `experts` are the numbers of those among them that are experts; in `tensors` a * stands for that number.
+    `experts` are the numbers of the unread experts. In the names `tensors`, * replaces that number.
     """
 
     layer: int
@@ -181,8 +191,11 @@ class UnreadLayer:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """Everything that one scan says. `notes` are lines for a person, such as why nothing was found. `layers` is the
-    number of layers of the model, read or not."""
+    """The result of one scan.
+
+    `notes` are lines for the user, such as the reason why nothing was found. `layers` is the number of layers of the
+    model, including those that were not read.
+    """
 
     method: Method
     model_type: str
@@ -198,7 +211,7 @@ class ScanReport:
 
     @property
     def super_weights(self) -> tuple[Candidate, ...]:
-        """What the scan stands for: the critical ones, and the candidates on which no verdict was possible."""
+        """The critical scalars, and the candidates on which no verdict was possible."""
         if self.confirmation is None:
             return self.candidates
         critical = ("critical alone", "critical jointly")
@@ -210,12 +223,12 @@ class ScanReport:
 
     @property
     def confirmed(self) -> bool:
-        """True if the causal test was made, on enough text for verdicts."""
+        """True if the causal test was run, on enough text for verdicts."""
         return self.confirmation is not None and any(t.verdict != "untested" for t in self.confirmation.trials)
 
     @property
     def answer(self) -> Answer:
-        """What the scan answers: "none" only if nothing was left unread."""
+        """The answer of the scan; "none" only if every layer was read."""
         if self.super_weights:
             return "found"
         return "undecided" if self.unread else "none"
@@ -251,8 +264,11 @@ class ScanReport:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The model with the swept scalars at `factor` times their stored values. KL(base || this) is in nats; `peak` is
-    the signed largest hidden state after any layer (NaN where the model has no layers to look at)."""
+    """The measurements of the model with the swept scalars at `factor` times their stored values.
+
+    `kl` is KL(base || this) in nats per token. `peak` is the signed hidden state with the largest magnitude after any
+    layer (NaN if the model's layers cannot be observed).
+    """
 
     factor: float
     perplexity: float
@@ -268,7 +284,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Quality as a function of the factor; `base` is the same at factor 1, as stored."""
+    """The quality of a model as a function of the factor; `base` is the model as stored."""
 
     coordinates: tuple[Coordinate, ...]
     base: SweepPoint
@@ -312,8 +328,8 @@ def _with_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """For strict JSON: what is not finite becomes a string."""
+def _plain(value: object) -> Any:
+    """Convert a value to strict JSON: numbers that are not finite become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):

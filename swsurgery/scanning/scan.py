@@ -1,14 +1,14 @@
-"""Finding super weights and measuring edits, on one page: what `scan` and `sweep` do.
+"""Run the commands `scan` and `sweep` from beginning to end.
 
-    open_base            the checkpoint's headers                          registry.py, hub.py
-    scan_activations     where persistent activations come from            model/activations.py
-    scan_weights         which scalars could make one, from weights alone  model/weights.py
-    confirm              what zeroing them does, against random scalars    model/confirm.py
-    known_entry          what lookup finds from then on                    entry.py, known/overlay.py
-    scan_manifest        what apply takes                                  entry.py
-    sweep                quality as a function of a factor                 model/sweep.py
+    open_base            the checkpoint's headers                            checkpoint/opening.py, hub
+    scan_activations     scalars behind persistent activations               by_activations.py
+    scan_weights         scalars that could make one, from weights alone     by_weights.py
+    confirm              effects of zeroing them, against random scalars     confirm.py
+    known_entry          the entry that lookup prints                        outputs.py, known/own.py
+    scan_manifest        a manifest for apply                                outputs.py
+    sweep                quality as a function of a factor                   sweep.py
 
-Whatever has to be refused is refused before the long work begins; whatever is written is written after it.
+Impossible requests are refused before the long work begins, and files are written only after it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ManifestOp = Literal["zero", "scale", "protect"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a model is run and on which text. `text` None is the built-in passage."""
+    """The options for running a model, and the text to run it on; None is the built-in passage."""
 
     device: str = "auto"
     placement: Placement = "auto"
@@ -57,9 +57,11 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a scan leaves behind, each only where it is asked for: a manifest that does `op` (with `factor`) to what was
-    found, a figure, and an entry of the user's own under `register` that lookup finds. `command` is how the entry says
-    it was made."""
+    """The files that a scan is asked to write.
+
+    `manifest` applies `op` (with `factor`) to the super weights that were found, and `plot` is a figure. `register` is
+    the name of an entry that lookup finds; the entry cites `command` as its source.
+    """
 
     manifest: Path | None = None
     op: ManifestOp = "zero"
@@ -84,8 +86,8 @@ def scan_checkpoint(
 ) -> ScanReport:
     """Find the super weights of `base`: a directory, or hf://ORG/NAME[@REV].
 
-    `outputs` is what `write_outputs` is to be asked for afterwards: what cannot be is refused here, before the work.
-    `weights` and `variant` say which to read if there are several sets of weights, and no registry.
+    `outputs` are the files that `write_outputs` will write afterwards; impossible ones are refused before the scan.
+    `weights` and `variant` choose between several sets of weights if the checkpoint has no record.
     Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
     """
     options, progress = options or RunOptions(), progress or Silent()
@@ -137,9 +139,11 @@ def write_outputs(
     weights: Weights | None = None,
     variant: str | None = None,
 ) -> None:
-    """Leave behind what `outputs` asks for; `say` gets a line on each as soon as it is there, so that where one fails
-    it is known which were written. Raises TargetError where one cannot be, LookupFailed for a name that is another
-    model's."""
+    """Write the files that `outputs` asks for.
+
+    `say` gets a line about each file as soon as it is written, so that after a failure the user knows which exist.
+    Raises TargetError if a file cannot be written, and LookupFailed if the name belongs to another model.
+    """
     checkpoint = open_base(base, weights, variant)
     if outputs.plot is not None:
         figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
@@ -171,7 +175,7 @@ def sweep_manifest(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> SweepReport:
-    """Measure the base of `manifest` with the scalars that it changes at each of `factors` times their stored values.
+    """Measure the base of `manifest` with the scalars that it changes multiplied by each of `factors`.
 
     Raises ManifestError, CheckpointError, PlanError, NumberError, ModelError, TargetError.
     """
@@ -197,12 +201,12 @@ def sweep_manifest(
 
 
 def open_base(base: str | Path, weights: Weights | None = None, variant: str | None = None) -> Checkpoint:
-    """A checkpoint by directory or by hf://ORG/NAME[@REV], downloaded if need be. Raises CheckpointError, HubError."""
+    """Open a directory or hf://ORG/NAME[@REV], downloaded if necessary. Raises CheckpointError, HubError."""
     return open_chosen(local(named(base)), weights, variant)
 
 
 def _need_a_model(directory: Path) -> None:
-    """Raise Unrunnable if no model can be run here, or none from this directory; start the tokenizer's process."""
+    """Start the tokenizer's process. Raises Unrunnable if no model, or not this one, can be run on this machine."""
     if reason := model.available():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
     refuse_unrunnable(directory)
@@ -232,8 +236,11 @@ def _name(checkpoint: Checkpoint) -> str:
 
 
 def _as_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
-    """How a manifest names the checkpoint: by repo_id and revision from a cache, else by the path from itself; and
-    which weights were read, where there was a choice."""
+    """Return the fields of a manifest's base for the checkpoint.
+
+    These are repo_id and revision if both are known, else the path relative to the manifest's directory, and the choice
+    of weights, if there was one.
+    """
     chosen = {"weights": checkpoint.choice, "variant": checkpoint.variant}
     chosen = {key: value for key, value in chosen.items() if value}
     if checkpoint.repo_id and checkpoint.revision:

@@ -1,9 +1,9 @@
-"""From stored bytes to one score per neuron: how strongly an MLP's neuron can write into the residual stream.
+"""Compute one score per neuron from stored bytes: how much it can add to the residual stream.
 
-Reads the matrices of an MLP in chunks of a few MB, each into a buffer that is used again, and computes on a chunk while
-it is still in the processor's cache; so memory does not depend on the size of a layer. numpy only: a scan of 13.5 GB
-takes about as long as importing torch. Which matrices belong together, and which scores are remarkable, is decided
-elsewhere.
+The matrices of an MLP are read in chunks of a few MB into reused buffers and processed while they are in the
+processor's cache, so memory use does not depend on the size of a layer. This module must not import torch: a scan of
+13.5 GB takes about as long as importing it. by_weights.py determines which matrices belong together and which scores
+are outliers.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ R = TypeVar("R")
 Numbers = NDArray[np.floating | np.unsignedinteger]
 
 CHUNK = 4 << 20
-"""Bytes of one matrix that are read at a time (or one row, where that is longer)."""
+"""The number of bytes of a matrix that are read at a time (one row if a row is longer)."""
 
 BLOCK = 256 << 10
-"""Elements that are turned into float32 at a time. Blocks of an eighth fit the second-level cache, yet with two threads
-they cost twice as much: each numpy call passes the interpreter's lock on, and few large calls pass it on seldom."""
+"""The number of elements that are converted to float32 at a time. Blocks of an eighth of it fit the second-level cache,
+but take twice as long with two threads, because each numpy call releases the interpreter's lock."""
 
 THREADS = 2
-"""By default: while one reads, another computes. A third waits for the interpreter's lock more than it helps."""
+"""The default number of threads: one reads while the other computes. A third would wait for the interpreter's lock."""
 
 BOOST = 120
-"""Power of two that is multiplied into F16 operands, whose widened form is 2**-112 of the value; see `_widen`."""
+"""The power of two that multiplies F16 operands, because `_widen` returns 2**-112 times their values."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A two-dimensional piece of one shard, row-major from byte `offset` of the file: a tensor, or one expert of it."""
+    """A matrix in a shard, row-major from byte `offset` of the file: a tensor, or one expert of a stacked tensor."""
 
     name: str
     path: Place
@@ -60,8 +60,11 @@ class Matrix:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, tensor: str, expert: int | None = None) -> Matrix:
-        """A stored tensor of rank 2, or number `expert` of one of rank 3. Raises ArchitectureError for another rank,
-        for numbers that are no floats and for those that another tensor scales."""
+        """Return a stored tensor of rank 2, or matrix `expert` of a tensor of rank 3.
+
+        Raises ArchitectureError for another rank, for a dtype that is no float, and for elements that another tensor
+        scales.
+        """
         shard, info = checkpoint.shards[checkpoint.weight_map[tensor]], checkpoint.info(tensor)
         if len(info.shape) != (2 if expert is None else 3):
             raise ArchitectureError(f"shape {list(info.shape)} is not that of an MLP's matrix", tensor)
@@ -79,16 +82,16 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.rows * self.row_bytes
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:
-        """(first, end) of the rows of each chunk."""
+        """Yield the rows [first, end) of each chunk."""
         return _ranges(self.rows, _chunk_rows(self))
 
 
 class Side(NamedTuple):
-    """The input weights of a layer's neurons: neuron i is number first + i * step along the neurons' axis."""
+    """The input weights of a layer's neurons; neuron i has index first + i * step along the neurons' axis."""
 
     matrix: Matrix
     first: int = 0
@@ -97,12 +100,12 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Mlp:
-    """One MLP or expert: `gate` and `up` feed its `neurons`, `down` carries them away.
+    """One MLP or expert: the input matrices `gate` and `up` and the down projection `down` of its `neurons`.
 
-    `axis`: 0 where the input matrices are [neuron, channel] and the down projection [channel, neuron], 1 where both
-    are the other way round. `gate` and `up` are the same where there is no gate. `gain`: (channels,) float64, the
-    squared gain of the norm before. `behind`: (channels,) float32, the magnitudes of the gain of the norm that follows
-    the down projection, or None.
+    `axis` is 0 if the input matrices are [neuron, channel] and the down projection is [channel, neuron], and 1 if both
+    are transposed. `gate` and `up` are equal if the MLP has no gate. `gain`: (channels,) float64, the squared gain of
+    the norm before the MLP. `behind`: (channels,) float32, the magnitudes of the gain of the norm after the down
+    projection, or None.
     """
 
     neurons: int
@@ -115,20 +118,23 @@ class Mlp:
 
     @property
     def sources(self) -> tuple[Side, ...]:
-        """What is read for the inputs: a tensor that holds gate and up side by side is read once."""
+        """The input matrices to read; a tensor with gate and up side by side is read once."""
         both = self.gate != self.up and (self.axis == 0 or self.gate.matrix != self.up.matrix)
         return (self.gate, self.up) if both else (self.gate,)
 
     @property
     def size(self) -> int:
-        """Bytes that scoring reads."""
+        """The number of bytes that scoring reads."""
         rows = self.neurons if self.axis == 0 else self.gate.matrix.rows
         return rows * sum(side.matrix.row_bytes for side in self.sources) + self.down.size
 
 
 class NeuronScores(NamedTuple):
-    """`dots`: (neurons,) float32, sum of gain * gate * up over the channels. `peaks`: (neurons,) float32, the largest
-    magnitude in each neuron's column of the down projection, times the gain behind if there is one."""
+    """The two factors of the scores of one MLP.
+
+    `dots`: (neurons,) float32, the sum of gain * gate * up over the channels. `peaks`: (neurons,) float32, the largest
+    magnitude in each neuron's column of the down projection, multiplied by the gain of the norm after it, if any.
+    """
 
     mlp: Mlp
     dots: NDArray[np.float32]
@@ -136,7 +142,7 @@ class NeuronScores(NamedTuple):
 
 
 class Workspace:
-    """The buffers of one thread: bytes of two chunks, and two blocks of float32."""
+    """The buffers of one thread: two for the bytes of chunks, and two for blocks of float32."""
 
     def __init__(self) -> None:
         self.raw = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
@@ -154,8 +160,10 @@ class Workspace:
 
 
 class Reader:
-    """Open shards and a few threads, each of which reads a chunk and then computes on it, so that reading and
-    arithmetic overlap and results still come in order. A context manager."""
+    """Open shards and the threads that read them; a context manager.
+
+    Each thread reads a chunk and then computes on it, so that reading and arithmetic overlap. Results are in order.
+    """
 
     def __init__(self, threads: int):
         self._threads = threads
@@ -172,7 +180,7 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel=True)  # before the files are closed under it
+        self._pool.shutdown(cancel=True)  # the threads must end before the files are closed
         self._stack.__exit__(kind, error, trace)
 
     def open(self, matrices: Iterable[Matrix]) -> None:
@@ -199,7 +207,7 @@ class Reader:
         return raw.view(f"<u{matrix.dtype.size}").reshape(end - first, matrix.cols)
 
     def map(self, function: Callable[[Workspace, T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-        """(item, function(workspace, item)) in the order of the items, which are drawn only a little ahead."""
+        """Yield (item, function(workspace, item)) in the order of the items, which are taken only a few ahead."""
         pending: deque[tuple[T, Future[R]]] = deque()
         for item in items:
             pending.append((item, self._pool.submit(self._run, function, item)))
@@ -219,7 +227,7 @@ class Reader:
 
 
 class _Sums:
-    """What is known so far of one MLP's neurons: dot products, and the largest magnitudes.
+    """The dot products and the largest magnitudes of one MLP's neurons, from the rows read so far.
 
     The magnitudes are bit patterns, or float32 if a gain multiplies them.
     """
@@ -230,7 +238,7 @@ class _Sums:
         self.peaks = np.zeros(mlp.neurons, f"<u{mlp.down.dtype.size}" if mlp.behind is None else np.float32)
 
     def scores(self) -> NeuronScores:
-        with np.errstate(over="ignore"):  # beyond float32 is infinite, which nobody takes for a score
+        with np.errstate(over="ignore"):  # overflow becomes infinity, which is no valid score
             peaks = values_of(self.peaks, self.mlp.down.dtype) if self.mlp.behind is None else self.peaks
             return NeuronScores(self.mlp, self.dots.astype(np.float32), peaks)
 
@@ -246,9 +254,10 @@ class _Part(NamedTuple):
 
 
 def score_neurons(reader: Reader, mlps: Iterable[Mlp], advance: Callable[[int], None]) -> Iterator[NeuronScores]:
-    """The scores of each MLP, in order; tells `advance` of the bytes read. No MLP may be empty.
+    """Yield the scores of each MLP, in order, and call `advance` with the numbers of bytes read.
 
-    Sums are made in the order of the file whatever the number of threads, so a scan repeats bit for bit.
+    No MLP may be empty. Sums are made in the order of the file for any number of threads, so that scans are
+    reproducible bit for bit.
     """
     for part, (place, values, size) in reader.map(partial(_compute, reader), _parts(reader, mlps)):
         sums = part.sums
@@ -262,11 +271,11 @@ def score_neurons(reader: Reader, mlps: Iterable[Mlp], advance: Callable[[int], 
 
 
 def columns_of(reader: Reader, mlp: Mlp, cols: Sequence[int]) -> NDArray[np.float32]:
-    """(channels, columns): the magnitudes in these neurons' columns of the down projection."""
+    """Read the magnitudes in some columns of the down projection: (channels, columns), float32."""
 
     def some_rows(space: Workspace, rows: tuple[int, int]) -> NDArray[np.unsignedinteger]:
         found = _magnitudes(reader.rows(space, 0, mlp.down, *rows))
-        return found[:, list(cols)] if mlp.axis == 0 else found.T.copy()  # a copy: the buffer is used again
+        return found[:, list(cols)] if mlp.axis == 0 else found.T.copy()  # a copy, because the buffer is reused
 
     if mlp.axis == 0:
         parts = [part for _, part in reader.map(some_rows, mlp.down.row_ranges())]
@@ -276,7 +285,7 @@ def columns_of(reader: Reader, mlp: Mlp, cols: Sequence[int]) -> NDArray[np.floa
 
 
 def ranks_in(reader: Reader, matrix: Matrix, magnitudes: Sequence[float]) -> list[int]:
-    """How many magnitudes of the matrix are larger than each of these stored ones, plus 1."""
+    """Count the magnitudes of the matrix that are larger than each of these stored ones, plus 1."""
 
     def larger(space: Workspace, rows: tuple[int, int]) -> list[int]:
         stored = values_of(_magnitudes(reader.rows(space, 0, matrix, *rows)), matrix.dtype)
@@ -287,13 +296,13 @@ def ranks_in(reader: Reader, matrix: Matrix, magnitudes: Sequence[float]) -> lis
 
 
 def values_of(patterns: NDArray[np.unsignedinteger], dtype: Dtype) -> NDArray[np.float32]:
-    """Stored bit patterns as numbers, of the same shape. What float32 does not hold is infinite."""
+    """Convert stored bit patterns to float32 of the same shape; values beyond its range become infinite."""
     values = np.empty(patterns.shape, np.float32)
     with np.errstate(over="ignore"):
         _widen(patterns, dtype, values)
         values *= np.float32(2.0 ** _missing_exponent(dtype))
     if dtype.name == "F16":
-        values[np.abs(values) >= 65536] = np.inf  # here an infinity or NaN must not pass for a number; see `_widen`
+        values[np.abs(values) >= 65536] = np.inf  # `_widen` makes large numbers of infinity and NaN
     return values
 
 
@@ -309,7 +318,7 @@ def _parts(reader: Reader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
 
 
 def _compute(reader: Reader, space: Workspace, part: _Part) -> tuple[slice, Numbers, int]:
-    """(which neurons, what these rows say of their dots or peaks, bytes read)."""
+    """Return a slice of the neurons, what these rows add to their dots or peaks, and the number of bytes read."""
     mlp, rows = part.sums.mlp, (part.first, part.end)
     if part.inputs:
         return (_neuron_rows if mlp.axis == 0 else _channel_rows)(reader, space, mlp, *rows)
@@ -324,23 +333,25 @@ def _compute(reader: Reader, space: Workspace, part: _Part) -> tuple[slice, Numb
 
 
 def _weighted(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end: int) -> Numbers:
-    """Multiply rows [first, end) of the down projection by the gain behind it; without one they stay bit patterns."""
+    """Multiply rows [first, end) of the down projection by the gain after it; without one they stay bit patterns."""
     if mlp.behind is None:
         return magnitudes
     gain = mlp.behind[first:end, None] if mlp.axis == 0 else mlp.behind
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is left out later, and counted
+    with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are excluded and counted later
         return values_of(magnitudes, mlp.down.dtype) * gain
 
 
 def _magnitudes(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-    """The same patterns without their sign bit, in place. As integers they are ordered like the magnitudes, so that
-    the largest is a maximum of integers, of which a register of the processor holds many."""
+    """Clear the sign bits of bit patterns, in place.
+
+    The resulting integers are ordered like the magnitudes. The maximum of integers is faster than that of floats.
+    """
     np.bitwise_and(stored, stored.dtype.type((1 << (8 * stored.itemsize - 1)) - 1), out=stored)
     return stored
 
 
 def _neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
-    """Input matrices [neuron, channel]: the whole dot product of some neurons."""
+    """Compute the whole dot products of some neurons, from input matrices [neuron, channel]."""
     stored = [
         reader.rows(space, which, side.matrix, side.first + first, side.first + end)
         for which, side in enumerate(mlp.sources)
@@ -359,7 +370,7 @@ def _neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: in
 
 
 def _channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
-    """Input matrices [channel, neuron]: what some channels add to the dot product of every neuron."""
+    """Compute what some channels add to the dot product of every neuron, from input matrices [channel, neuron]."""
     stored = [reader.rows(space, which, side.matrix, first, end) for which, side in enumerate(mlp.sources)]
     gates, ups = (
         rows[:, side.first : side.first + mlp.neurons * side.step : side.step]
@@ -378,7 +389,7 @@ def _channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: i
 
 
 def _gain(mlp: Mlp) -> tuple[NDArray[np.float32], float]:
-    """(float32 weight of each channel, what a dot product made with it must be multiplied with)."""
+    """Return a float32 weight for each channel, and the factor that dot products with these weights still need."""
     largest = float(mlp.gain.max(initial=0.0)) or 1.0
     missing = _missing_exponent(mlp.gate.matrix.dtype) + _missing_exponent(mlp.up.matrix.dtype)
     boost = BOOST if missing else 0
@@ -386,12 +397,12 @@ def _gain(mlp: Mlp) -> tuple[NDArray[np.float32], float]:
 
 
 def _widen(stored: NDArray[np.unsignedinteger], dtype: Dtype, out: NDArray[np.float32]) -> None:
-    """Bit patterns -> float32 values, but those of F16 2**-112 times the value.
+    """Convert bit patterns to float32 values; for F16 the result is 2**-112 times the value.
 
-    A 16-bit pattern becomes a float32 pattern by a shift. F16 has 5 bits of exponent where float32 has 8: shifted by
-    13 the mantissa is in place, the exponent is that of 2**-112 times the value, subnormal numbers included, and the
-    copies of the sign that the shift of a signed integer leaves in between are masked away. This is twice as fast as
-    numpy's own conversion. An F16 infinity becomes 65536, which no weight reaches.
+    A shift converts a 16-bit pattern to a float32 pattern. F16 has 5 bits of exponent and float32 has 8. After a shift
+    by 13 the mantissa is in its position, and the exponent is that of 2**-112 times the value, also for subnormal
+    numbers. The shift of a signed integer repeats the sign bit; the copies are masked. This is twice as fast as numpy's
+    own conversion. An F16 infinity becomes 65536, which is larger than any F16 weight.
     """
     bits = out.view(np.int32)
     if dtype.name == "F16":
@@ -408,13 +419,13 @@ def _widen(stored: NDArray[np.unsignedinteger], dtype: Dtype, out: NDArray[np.fl
 
 
 def _missing_exponent(dtype: Dtype) -> int:
-    """`_widen` gives 2**-this times the value."""
+    """Return n such that `_widen` returns 2**-n times the value."""
     return 112 if dtype.name == "F16" else 0
 
 
 @cache
 def _table(name: str) -> NDArray[np.float32]:
-    """The value of each pattern of an 8-bit float."""
+    """Return the values of all bit patterns of an 8-bit float."""
     return np.array([decode(DTYPES[name], bytes([bits])) for bits in range(256)], np.float32)
 
 

@@ -1,15 +1,15 @@
-"""What the down projections do to the residual stream, watched while a model runs layer by layer.
+"""Observe what the down projections add to the residual stream while a model runs layer by layer.
 
-`LayerSpikes` keeps, of every sequence, the hidden states after each layer, and of every place where an MLP makes or
-takes away a massive one (`Move`) what its down projections multiplied there. A mixture of experts has no module whose
-input could be watched: what its chosen experts multiply is computed here once more, from what the experts were called
-with. Where a norm follows the MLP (Gemma 3, OLMo 2) it is the norm's output that reaches the residual stream, so both
-sides of it are kept.
+For every sequence, `LayerSpikes` keeps the hidden states after each layer. For every massive hidden state that an MLP
+makes or removes (`Move`), it keeps what the down projections multiplied. No module of a mixture of experts has the
+neurons of the chosen experts as its input, so they are computed here a second time from the inputs of the experts. If
+a norm follows the MLP (Gemma 3, OLMo 2), the residual stream receives the norm's output, so both its input and its
+output are kept.
 
-This room measures. It reads no shard, and what counts as a super weight is decided in activations.py.
+This module measures. It reads no shard; by_activations.py decides what counts as a super weight.
 
-Memory: hidden states of all tokens after all layers in float32 (7B, five prompts of ten tokens: 26 MB), and one vector
-of neurons for each token that has a massive place.
+Memory: the hidden states of all tokens after all layers in float32 (7B, five prompts of ten tokens: 26 MB), and one
+vector of neurons for each token with a massive state.
 """
 
 from __future__ import annotations
@@ -34,24 +34,29 @@ from swsurgery.scanning.report import UnreadLayer
 from swsurgery.storage.coordinate import Coordinate
 
 MASSIVE = 400.0
-"""A hidden state is massive from this many medians of |hidden state| of its layer and sequence on.
+"""The least size of a massive hidden state, in medians of |hidden state| of its layer and sequence.
 
-Calibrated on SmolLM2-135M-Instruct: the channel that its super weights make in layer 2 has 589 to 899 medians, what
-layer 1 puts there before, on which little depends, 200 to 300, and any other channel before layer 11 at most 160.
-arXiv:2402.17762 takes about 1,000; layer 2 would be missed. Random weights give 3 to 10.
+Calibrated on SmolLM2-135M-Instruct. The channel that its super weights make in layer 2 has 589 to 899 medians. In layer
+1, before they act, it has 200 to 300, and little depends on that. Any other channel before layer 11 has at most 160.
+arXiv:2402.17762 uses about 1,000, which would miss layer 2. Random weights give 3 to 10.
 """
 
 MADE = 0.3
-"""An MLP makes (or takes away) a massive state if it adds at least this share of it. Calibrated as MASSIVE was: layer 2
-adds 0.57 to 0.80, layer 11 0.998; layers 28 and 9 take 0.53 to 0.66 and 0.76 to 0.87, layer 8 at most 0.16."""
+"""The least share of a massive state that an MLP must add to count as making (or removing) it. Calibrated like MASSIVE:
+layer 2 adds 0.57 to 0.80 and layer 11 0.998; layers 28 and 9 remove 0.53 to 0.66 and 0.76 to 0.87, layer 8 at most
+0.16."""
 
 TINY = torch.finfo(torch.float32).tiny
+"""The smallest normal float32, used as the least median."""
 
 
 @dataclass(frozen=True)
 class Multiplied:
-    """What one down projection multiplied for one token: its neurons x (cols,), float32. Its output entered the MLP's
-    with the factor `share`, the router's for an expert."""
+    """The neurons `x` of one down projection for one token: (cols,), float32.
+
+    Its output is multiplied by `share` before it is added to that of the MLP. For an expert, `share` is the router's
+    weight.
+    """
 
     projection: DownProjection
     share: float
@@ -60,8 +65,10 @@ class Multiplied:
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """One token in one layer: all that its down projections multiplied, and of the MLP's output for it the largest and
-    the median magnitude."""
+    """The neurons of all down projections for one token in one layer.
+
+    `largest` and `typical` are the largest and the median magnitude of the MLP's output for the token.
+    """
 
     multiplied: tuple[Multiplied, ...]
     largest: float
@@ -70,9 +77,11 @@ class TokenRecord:
 
 @dataclass(frozen=True)
 class Move:
-    """An MLP that makes or takes away a massive hidden state: `output` is what the down projection gave for it,
-    `added` what reached the residual stream (the same but for a norm in between), `after` the state behind the layer
-    and `median` that of the layer's magnitudes."""
+    """A massive hidden state that an MLP makes or removes.
+
+    `output` is the output of the down projection and `added` what was added to the residual stream; they differ if a
+    norm follows the MLP. `after` is the state after the layer and `median` the median of the layer's magnitudes.
+    """
 
     layer: int
     token: int
@@ -85,14 +94,17 @@ class Move:
 
     @property
     def makes(self) -> bool:
-        """Does it push the state to where it is after the layer?"""
+        """True if the MLP adds to the state with the sign that the state has after the layer."""
         return self.added * self.after > 0
 
 
 @dataclass
 class Trace:
-    """One sequence: by layer the hidden states (tokens, channels), float32 on the CPU, and the median magnitude; and
-    all moves by (layer, token, channel)."""
+    """The observations of one sequence.
+
+    `hidden` contains the hidden states after each layer: (tokens, channels), float32, on the CPU. `medians` contains
+    their median magnitudes by layer, `moves` all moves by (layer, token, channel).
+    """
 
     hidden: list[Tensor] = field(default_factory=list)
     medians: list[float] = field(default_factory=list)
@@ -100,9 +112,12 @@ class Trace:
 
 
 class LayerSpikes:
-    """Runs a model and watches it. `unseen` are the layers with a down projection that the loaded model does not show
-    in a form that is known here, `unread` those with an MLP whose stored names are not known, or that is unseen. Raises
-    ArchitectureError where the model has no known down projection at all."""
+    """Run a model and observe its down projections.
+
+    `unseen` are the layers with a down projection that is not found in the loaded model. `unread` are the layers with
+    an MLP that is unseen or whose stored names are not known. Raises ArchitectureError if the model has no known down
+    projection.
+    """
 
     def __init__(self, model: LayeredModel):
         self.model = model
@@ -113,10 +128,10 @@ class LayerSpikes:
     def run(
         self, sequences: Sequence[Sequence[int]], removed: Sequence[Coordinate], progress: Progress | None = None
     ) -> list[Trace]:
-        """The traces of all sequences with the scalars `removed` at zero."""
+        """Run all sequences with the scalars `removed` set to zero, and return their traces."""
         self._clear(len(sequences))
         for _ in self.model.run(sequences, [dict.fromkeys(removed, 0.0)], watch=self, progress=progress):
-            pass  # the logits are never asked for
+            pass  # the logits are not needed
         return self.traces
 
     def _clear(self, sequences: int) -> None:
@@ -144,7 +159,7 @@ class LayerSpikes:
                 handle.remove()
 
     def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
-        if hidden.ndim != 3:  # Gemma 3n and DeepSeek-V4 pass several on
+        if hidden.ndim != 3:  # Gemma 3n and DeepSeek-V4 pass several streams on
             raise Unrunnable(
                 "its layers pass several residual streams on, and a scan by activations follows one",
                 self.model.checkpoint.root,
@@ -171,8 +186,10 @@ class LayerSpikes:
             self._normed.append((arguments[0], output))
 
     def _behind_norm(self, output: Tensor) -> Tensor:
-        """What became of the MLP's output before it was added to the residual stream: itself, or what a norm that was
-        called with just these values made of it."""
+        """Return what was added to the residual stream for an MLP's output.
+
+        This is the output of the norm that was called with exactly these values, or else the MLP's output itself.
+        """
         for given, made in self._normed:
             if given.numel() == output.numel() and torch.allclose(given.reshape(output.shape).float(), output):
                 return made.reshape(output.shape).float()
@@ -191,7 +208,7 @@ class LayerSpikes:
         """Add one layer to the trace of one sequence, whose first token is number `start` of the batch."""
         hidden, output, added = (tensor.float().cpu() for tensor in (hidden, output, added))
         median = max(float(hidden.abs().median()), TINY)
-        # Before the first layer nothing is known, so nothing can be taken away there.
+        # The state before the first layer is not known, so the first layer cannot remove anything.
         before = trace.hidden[-1] if trace.hidden else torch.zeros_like(hidden)
         median_before = trace.medians[-1] if trace.medians else median
         trace.hidden.append(hidden)
@@ -211,7 +228,7 @@ class LayerSpikes:
 
 
 class _Linear:
-    """The down projection of a dense or shared MLP, and the gate that scales the shared one where there is any."""
+    """The down projection of a dense or shared MLP, and the gate that scales a shared MLP, if it has one."""
 
     def __init__(self, projection: DownProjection, module: nn.Module, gate: nn.Module | None):
         self.projection, self.module, self.gate = projection, module, gate
@@ -228,14 +245,14 @@ class _Linear:
         return handles
 
     def _note(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        # Falcon and Llama 4 go on to add to this very tensor.
+        # Falcon and Llama 4 later add to this tensor in place.
         self.called, self._x, self._y = True, arguments[0], output.clone()
 
     def _note_gate(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         self._gate = output.float().sigmoid().flatten()
 
     def output(self, tokens: int) -> Tensor:
-        """(tokens, channels), float32: what it adds to the MLP's output."""
+        """Return what the projection adds to the MLP's output: (tokens, channels), float32."""
         y = self._y.reshape(tokens, -1).float()
         return y if self._gate is None else y * self._gate[:, None]
 
@@ -248,7 +265,7 @@ class _Linear:
 
 
 class _Experts:
-    """The routed experts of a layer in the stacked form of transformers >= 5."""
+    """The routed experts of a layer, stacked in one module as in transformers >= 5."""
 
     def __init__(self, module: nn.Module):
         self.projections: dict[int, DownProjection] = {}
@@ -263,9 +280,12 @@ class _Experts:
         return [self.module.register_forward_hook(self._note, with_kwargs=True)]
 
     def _note(self, module: nn.Module, arguments: tuple[object, ...], named: dict[str, object], output: Tensor) -> None:
-        """Called with hidden states (tokens, channels), the chosen experts and their shares (tokens, chosen). Llama 4
-        gives only hidden states, (experts * tokens, channels), that the router has already scaled, zero where an
-        expert is not chosen."""
+        """Keep the inputs and outputs of one call.
+
+        The module is called with hidden states (tokens, channels) and the chosen experts and their weights (tokens,
+        chosen). In Llama 4 it is called with hidden states (experts * tokens, channels) alone; the router has already
+        multiplied them, by zero for experts that are not chosen.
+        """
         hidden, *routing = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
         hidden = hidden.reshape(-1, hidden.shape[-1])
         if routing:
@@ -308,9 +328,10 @@ class _StackedExperts(Protocol):
 
 
 def _expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
-    """What each token's chosen experts (tokens, chosen) put into their down projections: (tokens, chosen, cols).
+    """Compute the inputs of the down projections of each token's chosen experts: (tokens, chosen, cols).
 
-    `hidden` is (tokens, channels), or (tokens, experts, channels) where each expert is given its own.
+    `index` contains the chosen experts (tokens, chosen). `hidden` is (tokens, channels), or (tokens, experts, channels)
+    if each expert has its own input.
     """
     experts = cast("_StackedExperts", module)
     found: Tensor | None = None
@@ -323,7 +344,7 @@ def _expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
         bias: Tensor | None = getattr(module, "gate_up_proj_bias", None)
         if bias is not None:
             gate_up = gate_up + bias[expert]
-        if hasattr(module, "_apply_gate"):  # of every class that transformers calls experts, but Llama 4's
+        if hasattr(module, "_apply_gate"):  # all expert classes of transformers except Llama 4's
             x = experts._apply_gate(gate_up)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
@@ -335,7 +356,7 @@ def _expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
 
 
 def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
-    """By layer the modules that hold its down projections in the loaded model, and the layers where one is missing."""
+    """Find the modules of the down projections in the loaded model, by layer, and the layers with one missing."""
     modules = dict(model.model.named_modules(remove_duplicate=False))
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
     sources: list[list[_Source]] = [[] for _ in model.layers]
@@ -362,7 +383,7 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
 
 
 def _unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
-    """The layers whose MLP is not watched, or not all of it."""
+    """List the layers with an MLP that is not observed completely."""
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
     projections = list(down_projections(config, shapes))
     unread = {layer.layer: layer for layer in unread_layers(config, shapes, projections)}
@@ -376,7 +397,7 @@ def _unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ..
 def _loaded_module(
     modules: Mapping[str, nn.Module], config: Mapping[str, Any], shapes: Shapes, projection: DownProjection
 ) -> tuple[str, nn.Module | None, str]:
-    """The path of the module that holds a down projection in the loaded model, the module, and the weight's name."""
+    """Find the module of a down projection in the loaded model: its path, the module, and the name of the weight."""
     coordinate = Coordinate(projection.tensor, projection.index(0, 0))
     for candidate in loaded_candidates(config, coordinate, shapes):
         path, _, name = candidate.tensor.rpartition(".")
@@ -386,7 +407,7 @@ def _loaded_module(
 
 
 def _note_largest(profile: list[float], layer: int, values: Tensor) -> None:
-    """Keep the signed value of the largest magnitude."""
+    """Keep the signed value with the largest magnitude of a layer."""
     if values.numel():
         flat = values.flatten()
         value = float(flat[flat.abs().argmax()])

@@ -1,9 +1,8 @@
-"""Scalars that a confirmation tests beside the candidates: their companions, and the null.
+"""Choose the scalars that a confirmation tests beside the candidates: companions and nulls.
 
-A companion stands in a candidate's column, so it has the same input, and is large for that column. The null are
-scalars of the same matrices and of like magnitude that nobody suspects. A companion has a null of its own: the other
-large rows of its column. All are found in the stored down projections, read in parts of bounded size. No model is run
-here.
+A companion is in a candidate's column, so it has the same input, and is large for that column. The null consists of
+scalars from the same matrices with similar magnitudes that no detector lists. Companions have their own null: the
+other large rows of their column. All of them are found in the stored down projections. This module runs no model.
 """
 
 from __future__ import annotations
@@ -11,33 +10,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from swsurgery.scanning.matrices import Matrix, Place
+from swsurgery.scanning.matrices import ProjectionKey, StoredProjection
 from swsurgery.scanning.report import Candidate, Expert
 from swsurgery.storage.coordinate import Coordinate
 
 COMPANIONS, COMPANION_SHARE, COMPANION_SIGMAS = 2, 1 / 6, 8.0
-"""A companion has at least this share of the candidate's magnitude and is this many robust standard deviations from
-zero in its column; so many are tested for each candidate. Known ones have half the candidate's magnitude (Llama-2-7B,
-docs/known.md); in SmolLM2-135M the weakest that does something has a fifth, and 39 standard deviations."""
+"""The number of companions tested for each candidate, their least share of the candidate's magnitude, and their least
+distance from zero in robust standard deviations of the column. Known companions have half the candidate's magnitude
+(Llama-2-7B, docs/known.md). In SmolLM2-135M the weakest companion with an effect has a fifth of it, and is 39 standard
+deviations from zero."""
 
 COLUMN_NULLS, LARGE_SIGMAS = 5, 4.0
-"""A row of a column is large from this many robust standard deviations on; so many of the largest that are not tested
-themselves are the null of a companion. In SmolLM2-135M the columns of its six best candidates have 2 to 8 rows beyond
-four that are not companions; a normal distribution of 576 rows has 0.04."""
-
+"""The number of rows in the null of a companion, and the number of robust standard deviations from which on a row of a
+column is large. In SmolLM2-135M the columns of its six best candidates have 2 to 8 rows beyond four standard
+deviations that are not companions; a normal distribution of 576 rows has 0.04."""
 
 Column = tuple[int, Expert, int]
-"""Layer, expert and col: one neuron's fan-out."""
+"""The layer, expert and col of one neuron."""
 
 
-def companions_of(listed: Sequence[Candidate], matrices: Mapping[Place, Matrix]) -> list[Candidate]:
-    """Outliers in the candidates' columns that are not listed themselves."""
+def companions_of(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]) -> list[Candidate]:
+    """Find the outliers in the candidates' columns that are not listed themselves."""
     found: dict[Coordinate, Candidate] = {candidate.coordinate: candidate for candidate in listed}
     for candidate in listed:
         matrix = matrices[candidate.layer, candidate.expert]
-        column = matrix.column(candidate.col)
+        column = matrix.read_column(candidate.col)
         magnitudes = column.abs()
-        sigma = 1.4826 * float(magnitudes.median())  # of a normal distribution around zero
+        sigma = 1.4826 * float(magnitudes.median())  # the standard deviation of a normal distribution around zero
         least = max(COMPANION_SHARE * float(magnitudes[candidate.row]), COMPANION_SIGMAS * sigma)
         rows = [row for row in magnitudes.argsort(descending=True, stable=True).tolist() if row != candidate.row]
         for row in rows[:COMPANIONS]:
@@ -61,14 +60,14 @@ def companions_of(listed: Sequence[Candidate], matrices: Mapping[Place, Matrix])
 
 
 def column_of(candidate: Candidate) -> Column:
-    """Return the column that holds a candidate."""
+    """Return the column that contains a candidate."""
     return candidate.layer, candidate.expert, candidate.col
 
 
 def minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate]) -> set[Coordinate]:
     """Find the scalars that may matter only because their column spikes.
 
-    These are all companions, and each candidate beside a larger candidate of its column.
+    These are all companions, and every candidate with a larger candidate in its column.
     """
     largest: dict[Column, float] = {}
     for candidate in listed:
@@ -78,7 +77,7 @@ def minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate]) -> s
 
 
 def column_rows(
-    listed: Sequence[Candidate], tested: Sequence[Candidate], matrices: Mapping[Place, Matrix]
+    listed: Sequence[Candidate], tested: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]
 ) -> dict[Column, list[Coordinate]]:
     """Find the null of each column that has a minor scalar: its largest rows that are not tested, largest first."""
     names, minor = {candidate.coordinate for candidate in tested}, minor_scalars(listed, tested)
@@ -86,7 +85,7 @@ def column_rows(
     for column in dict.fromkeys(column_of(candidate) for candidate in tested if candidate.coordinate in minor):
         layer, expert, col = column
         matrix = matrices[layer, expert]
-        magnitudes = matrix.column(col).abs()
+        magnitudes = matrix.read_column(col).abs()
         least = LARGE_SIGMAS * 1.4826 * float(magnitudes.median())
         rows = [
             matrix.coordinate(row, col)
@@ -98,17 +97,21 @@ def column_rows(
 
 
 def draw_nulls(
-    listed: Sequence[Candidate], tested: Sequence[Candidate], matrices: Mapping[Place, Matrix], nulls: int, seed: int
+    listed: Sequence[Candidate],
+    tested: Sequence[Candidate],
+    matrices: Mapping[ProjectionKey, StoredProjection],
+    nulls: int,
+    seed: int,
 ) -> list[Coordinate]:
-    """`nulls` scalars, shared out evenly over the candidates; fewer where their matrices are too small."""
+    """Draw `nulls` scalars, divided evenly among the candidates; fewer if the matrices are too small."""
     templates = [candidate for candidate in listed if candidate.value != 0]
     shares = {t.coordinate: len(range(number, nulls, len(templates))) for number, t in enumerate(templates)}
     drawn: list[Coordinate] = []
-    for place, matrix in matrices.items():
-        here = [t for t in templates if (t.layer, t.expert) == place and shares[t.coordinate]]
-        avoid = {candidate.col for candidate in tested if (candidate.layer, candidate.expert) == place}
+    for key, matrix in matrices.items():
+        here = [t for t in templates if (t.layer, t.expert) == key and shares[t.coordinate]]
+        avoid = {candidate.col for candidate in tested if (candidate.layer, candidate.expert) == key}
         total = sum(shares[t.coordinate] for t in here)
-        choices = matrix.like([abs(t.value) for t in here], total, avoid, seed) if here else []
+        choices = matrix.draw_similar([abs(t.value) for t in here], total, avoid, seed) if here else []
         for template, choice in zip(here, choices, strict=True):
             drawn += [name for name in choice if name not in drawn][: shares[template.coordinate]]
     return drawn

@@ -1,8 +1,8 @@
-"""The model's quality as a function of a factor: some scalars at N multiples of their stored values, in one reading.
+"""Measure a model's quality with some scalars at several multiples of their stored values.
 
-Every factor is a variant of one run (`forward.py`), the figures are those of the sanity check (`measure.py`). This room
-computes the values, which are the very ones that a manifest with `op: scale` would write, and puts the figures in a
-row. It judges nothing.
+Every factor is a variant of one run of the model (`forward.py`), and the figures are those of the sanity check
+(`measure.py`). This module computes the scaled values, which are equal to those that a manifest with `op: scale`
+writes, and collects the figures. It decides no verdicts.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def sweep(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> SweepReport:
-    """Run the model with all of `coordinates` at each of `factors`, on the first `windows` windows of `window` tokens
-    of `text` (None: the built-in one).
+    """Run the model with all of `coordinates` multiplied by each of `factors`.
 
-    Windows, BOS, scored positions and figures are those of `check.run_checks`; `device` and `placement` those of
-    `load.open_model`. The rest is said at `sweep_windows`. Raises NumberError for a factor that cannot be, before any
-    weights are read, and ModelError where tokenizer or model cannot be loaded or run.
+    The text is the first `windows` windows of `window` tokens of `text` (None: the built-in one). Windows, BOS, scored
+    positions and figures are those of `check.run_checks`, and `device` and `placement` those of `load.open_model`. For
+    the method see `sweep_windows`. Raises NumberError for an impossible factor, before the model is loaded, and
+    ModelError if the tokenizer or the model cannot be loaded or run.
     """
     scaled_values(checkpoint, coordinates, factors)
     text = built_in_text() if text is None else text
@@ -69,11 +69,11 @@ def sweep_windows(
     *,
     progress: Progress | None = None,
 ) -> SweepReport:
-    """`sweep` on token ids, each of `windows` on its own. One point for each factor, in the order given.
+    """Sweep like `sweep`, but on token ids, each of `windows` on its own; one point per factor, in the given order.
 
-    A scalar's value is the exact product, rounded once to the stored dtype; all bits zero for factor 0. Where that
-    leaves every scalar as it is, at factor 1 above all, the point is the base's to the last digit. Many factors
-    are run in groups, so that memory stays bounded, and each group beside a base of its own.
+    A scalar's value is the exact product, rounded once to the stored dtype; for factor 0 all its bits are zero. If that
+    changes no scalar, as at factor 1, the point is exactly that of the base. Many factors are run in groups to limit
+    memory, and each group includes the base.
     """
     keys = [frozenset(variant.items()) for variant in scaled_values(model.checkpoint, coordinates, factors)]
     wanted = list(dict.fromkeys(key for key in keys if key))
@@ -106,10 +106,10 @@ def sweep_windows(
 def scaled_values(
     checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float]
 ) -> list[dict[Coordinate, float]]:
-    """For each factor, the scalars that it changes and their new values, exact in the stored dtype.
+    """Compute for each factor the scalars that it changes and their new values, exact in the stored dtype.
 
-    Raises NumberError with every fault: no factor, one that is not finite or stands twice, a product that the dtype
-    does not hold; ModelError where there is no scalar, one stands twice or is not in the checkpoint.
+    Raises NumberError with all faults (no factor, a factor that is not finite or repeated, a product that the dtype
+    cannot represent) and ModelError if no scalar is given, or one is repeated or not in the checkpoint.
     """
     if not coordinates:
         raise ModelError("nothing to sweep", "no coordinates")
@@ -139,7 +139,7 @@ def scaled_values(
 
 
 def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.Dtype, bytes]:
-    """Dtype and bytes of one weight. Raises ModelError if the checkpoint has no such scalar or it is no weight."""
+    """Read the dtype and the bytes of one weight. Raises ModelError if it does not exist or is not a weight."""
     tensor, index = coordinate
     shape = checkpoint.shapes.get(tensor, ())
     if index and len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True)):

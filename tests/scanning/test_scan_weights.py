@@ -526,7 +526,7 @@ def test_every_row_of_the_table_is_reached_by_a_family(tiny):
 
 def test_torch_is_not_needed(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from swsurgery.checkpoint import open_checkpoint\n"
+        "import sys; from pathlib import Path; from swsurgery.checkpoint.opening import open_checkpoint\n"
         "from swsurgery.scanning.by_weights import scan_weights\n"
         "print(scan_weights(open_checkpoint(Path(sys.argv[1]))).layers, 'torch' in sys.modules)"
     )
