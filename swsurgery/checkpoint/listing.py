@@ -14,7 +14,7 @@ from pathlib import Path
 
 from swsurgery.checkpoint.hints import link_remedy
 from swsurgery.checkpoint.weight_files import some
-from swsurgery.errors import CheckpointError
+from swsurgery.errors import CheckpointError, SwsurgeryError
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.names import SHARD_NAME, STAGE_TOKEN, WORKING_FILES
@@ -78,7 +78,7 @@ def _scan(root: Folder, name: str) -> list[Entry]:
         return root.scan(name)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise CheckpointError(f"cannot be listed ({reason})", root.path / name, "run again when it rests") from error
+        raise SwsurgeryError(f"cannot be listed ({reason})", root.path / name, "run again when it rests") from error
 
 
 class _Cache:

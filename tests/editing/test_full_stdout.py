@@ -75,7 +75,7 @@ def test_a_command_that_did_nothing_claims_nothing(base, capsys, monkeypatch, wo
 
 def test_a_removed_own_entry_is_named(tmp_path, capsys, monkeypatch):
     gone = tmp_path / "entry.json"
-    monkeypatch.setattr("swsurgery.known.forget", lambda name: gone)
+    monkeypatch.setattr("swsurgery.known.own.forget", lambda name: gone)
     assert run_full(monkeypatch, "lookup", "mine", "--forget") == 2
     assert capsys.readouterr().err == f"{FULL} (the own entry was removed: {gone})\n"
 

@@ -178,14 +178,14 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_the_state_dict_is_that_of_the_patched_shards(tmp_path):
     dtypes = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
-    extra = {f"extra.{dtype}": tensor(dtype, 3, 4) for dtype in dtypes}
-    extra |= {"extra.scalar": tensor("F32"), "extra.empty": tensor("F32", 0, 4)}
+    extra = {f"extra_{dtype}.weight": tensor(dtype, 3, 4) for dtype in dtypes}
+    extra |= {"extra_scalar.weight": tensor("F32"), "extra_empty.weight": tensor("F32", 0, 4)}
     base = write_llama(tmp_path / "base", extra)
     floats = [d for d in dtypes if d.startswith(("F", "B")) and d != "BOOL"]
-    edits = [{"op": "set", "tensor": f"extra.{d}", "index": [2, 1], "value": 1.5} for d in floats]
+    edits = [{"op": "set", "tensor": f"extra_{d}.weight", "index": [2, 1], "value": 1.5} for d in floats]
     edits += [{"op": "zero", "layer": n, "row": 1, "col": 2} for n in range(3)]
-    edits += [{"op": "set", "tensor": "extra.I64", "index": [0, 0], "value": -(2**63)}]
-    edits += [{"op": "set", "tensor": "extra.scalar", "index": [], "value": 9}]
+    edits += [{"op": "set", "tensor": "extra_I64.weight", "index": [0, 0], "value": -(2**63)}]
+    edits += [{"op": "set", "tensor": "extra_scalar.weight", "index": [], "value": 9}]
     manifest = write_manifest(tmp_path / "m.json", base, *edits)
     apply_manifest(manifest, tmp_path / "edited", check=OFF)
     wanted = {n: t for shard in (FIRST, SECOND, THIRD) for n, t in load_file(tmp_path / "edited" / shard).items()}

@@ -284,7 +284,7 @@ class Stage:
         if self.case.killed_before:
             self.reset()
             points, _ = tracing.count(self.start, self.shop.room, self.shop.room)
-            repeated = [p for p in points if p.call not in ("openat", "ioctl")]  # whose number never shifts
+            repeated = [p for p in points if p.call not in ("openat", "openat2", "ioctl")]  # whose number never shifts
             self.reset()
             self.earlier = repeated[len(repeated) // 2]
         self.shift = 0  # added to the number of each call that is aimed at

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -64,6 +65,7 @@ def make(folder: Path) -> Path:
     base = write_llama(folder / "base")
     (base / "assets" / "note.txt").write_bytes(b"a file like any other\n")
     write_manifest(folder / MANIFEST, base, {"op": "zero", "tensor": down(1), "index": [2, 3]})
+    time.sleep(0.02)  # a change within one tick of the clock would leave the times as they are
     return base
 
 
@@ -145,7 +147,7 @@ FINDING: dict[str, Callable[[Path], list[str]]] = {
 def played(name: str, package: Path, module: str = "copy_swaps") -> list[str]:
     """What the race that is for a bug finds wrong with the package in a folder, in a process of its own. The race is
     of this module, or of `swaps`."""
-    paths = os.pathsep.join((str(package), str(Path(__file__).parents[1])))
+    paths = os.pathsep.join((str(package), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "support")))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", f"faults.{module}", name],

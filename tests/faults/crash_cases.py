@@ -114,7 +114,7 @@ def signals(room: Room, task: Task, every: int) -> Found:
         if not isinstance(error, Interrupted):
             faults.append(f"it is not interrupted, but says: {error}")
         elif task.in_place:
-            states = (task.old,) if "put back" in str(error) else (task.old, task.new)
+            states = (task.old,) if "old bytes were put back" in str(error) else (task.old, task.new)
             faults += [] if task.torn else room.differs(task, states)
         else:
             faults += room.differs(task, ("absent", task.new))

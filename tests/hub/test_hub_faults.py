@@ -208,7 +208,11 @@ def test_a_listing_that_never_comes_leaves_the_cached_snapshot(hub, model):
 
 
 def test_a_server_of_its_own_for_documentation_and_benchmarks(model, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+    }
     command = [sys.executable, "-m", "hub.server", "--seed", f"meta/base={model}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:

@@ -187,7 +187,8 @@ def test_no_window_and_no_backend_for_the_process(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert matplotlib.get_backend(auto_select=False) == 'tkagg', matplotlib.get_backend(auto_select=False)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "MPLBACKEND": "tkagg"}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MPLBACKEND": "tkagg"}
     environment.pop("DISPLAY", None)
     subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "figure.png").read_bytes().startswith(MAGIC["png"])

@@ -400,7 +400,7 @@ def test_what_a_scan_writes_is_as_private_as_the_weights_that_it_repeats(here: P
         assert main(["scan", "planted", "--method", "weights", "--manifest", "zero.yaml", "--register", "a/b"]) == 0
     finally:
         os.umask(before)
-    written = [here / "zero.yaml", known.overlay.folder() / "a.b.json"]
+    written = [here / "zero.yaml", known.own.folder() / "a.b.json"]
     assert [path.stat().st_mode & 0o777 for path in written] == [mode, mode]
 
 

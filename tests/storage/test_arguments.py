@@ -10,7 +10,7 @@ from checkpoints import SECOND, sha256, tree, write_llama, write_manifest
 
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.record import read_patched
-from swsurgery.editing import sanity
+from swsurgery.editing import apply as apply_module
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.in_place import apply_in_place
 from swsurgery.editing.revert import revert
@@ -63,7 +63,7 @@ def test_weights_by_its_name_checks_the_weights(manifest, tmp_path):
 @pytest.mark.parametrize(("check", "kind"), [(None, "auto"), ("auto", "auto"), ("forward", "forward")])
 def test_the_other_names_are_kinds_too(manifest, tmp_path, monkeypatch, check, kind):
     kinds = []
-    monkeypatch.setattr(sanity, "run_check", lambda plan, stage, check, *rest: kinds.append(check.kind) or {})
+    monkeypatch.setattr(apply_module, "run_check", lambda plan, stage, check, *rest: kinds.append(check.kind) or {})
     apply_manifest(manifest, tmp_path / "out", check=check)
     assert kinds == [kind]
 

@@ -19,7 +19,7 @@ from swsurgery.checkpoint.record import read_patched
 from swsurgery.cli import main
 from swsurgery.editing import record as record_module
 from swsurgery.errors import ManifestError
-from swsurgery.manifest import schema, yaml_reader
+from swsurgery.manifest import yaml_reader
 from swsurgery.manifest.load import load_manifest, parse_manifest
 from swsurgery.progress import Silent
 from swsurgery.storage import strict_json
@@ -120,7 +120,8 @@ def test_a_chain_whose_record_would_be_too_large_stops_before_it_writes(base, tm
     """The last record that is written can be read, proved and undone."""
     monkeypatch.setattr(record_module, "LATER", Limits(0, 100))
     most = {"size": 34_000, "commas": 850}[limit]
-    monkeypatch.setattr(checkpoint_record, "RECORD", dataclasses.replace(strict_json.RECORD, **{limit: most}))
+    for module in (record_module, checkpoint_record):
+        monkeypatch.setattr(module, "RECORD", dataclasses.replace(strict_json.RECORD, **{limit: most}))
     original = tree(base)
     for number in range(4):
         before, times = tree(base), {p: p.stat().st_mtime_ns for p in (base, *base.rglob("*"))}
@@ -146,7 +147,7 @@ def test_every_way_to_apply_refuses_a_record_that_is_too_large(base, tmp_path, m
     monkeypatch.chdir(tmp_path)
     path, before = step(base, tmp_path / "m.json", 0), tree(base)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_record, "RECORD", Limits(5000, 1 << 20))
+        patch.setattr(record_module, "RECORD", Limits(5000, 1 << 20))
         assert main(["apply", str(path), "--check", "off", *more]) == 2
     assert capsys.readouterr().err == (
         "swsurgery: the record of 10 scalars and 0 earlier steps would have more than the 5000 bytes accepted: "
@@ -168,7 +169,7 @@ def test_the_estimate_is_no_less_than_what_is_written(base, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(record_module, "LATER", Limits(200, 10))
-        patch.setattr(checkpoint_record, "RECORD", Counting(0, 0))
+        patch.setattr(record_module, "RECORD", Counting(0, 0))
         assert main(["apply", str(path), "-o", str(tmp_path / "out"), "--check", "off"]) == 0
     written = (tmp_path / "out" / "swsurgery.json").read_bytes()
     assert len(written) <= sizes[0][0] < 2 * len(written)
@@ -235,8 +236,8 @@ def test_a_fault_behind_the_kept_positions_points_at_its_edit(monkeypatch, tmp_p
 
 def test_more_edits_than_accepted_are_refused(monkeypatch, tmp_path):
     path = write_manifest(tmp_path / "m.json", Path("base"), *[{"op": "zero", "known": "all"}] * 5)
-    monkeypatch.setattr(schema, "MAX_EDITS", 4)
+    monkeypatch.setattr(yaml_reader, "MAX_EDITS", 4)
     with pytest.raises(ManifestError, match="m.json:8:1: more than 4 edits"):
         load_manifest(path)
-    monkeypatch.setattr(schema, "MAX_EDITS", 5)
+    monkeypatch.setattr(yaml_reader, "MAX_EDITS", 5)
     assert len(load_manifest(path).manifest.edits) == 5
