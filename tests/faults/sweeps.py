@@ -31,7 +31,8 @@ CODES = {
 """What each kind of call may fail with."""
 
 KINDS = {
-    "openat": "open", "openat2": "open", "open": "open", "creat": "open", "mkdir": "name", "mkdirat": "name", "rename": "name",
+    "openat": "open", "openat2": "open", "open": "open", "creat": "open",
+    "mkdir": "name", "mkdirat": "name", "rename": "name",
     "renameat": "name", "renameat2": "name", "link": "name", "linkat": "name", "unlink": "name", "unlinkat": "name",
     "rmdir": "name", "chmod": "name", "fchmod": "name", "utimensat": "name", "write": "write", "pwrite64": "write",
     "writev": "write", "pwritev": "write", "copy_file_range": "write", "ioctl": "write", "fallocate": "write",
