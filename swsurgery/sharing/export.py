@@ -119,7 +119,7 @@ def render(source: Source, form: Format) -> tuple[dict[str, bytes], tuple[str, .
         if source.codes:
             raise PlanError.of(source.codes)
         return lora.adapter(source.patch, source.config)
-    return _vllm(source.patch), ()
+    return _render_vllm(source.patch), ()
 
 
 def read(source: str | Path, base: str | None = None, progress: Progress | None = None) -> Source:
@@ -129,25 +129,25 @@ def read(source: str | Path, base: str | None = None, progress: Progress | None 
     """
     where = named(source)
     if isinstance(where, Path) and not where.is_dir():
-        return _planned(where, base, progress or Silent())
+        return _read_manifest(where, base, progress or Silent())
     if base is not None:
         raise PlanError("the base of a patched checkpoint is in its registry", source, "leave --base away")
-    return _recorded(place(where) if isinstance(where, Uri) else where)
+    return _read_record(place(where) if isinstance(where, Uri) else where)
 
 
-def _planned(path: Path, base: str | None, progress: Progress) -> Source:
+def _read_manifest(path: Path, base: str | None, progress: Progress) -> Source:
     loaded = load_manifest(path)
     checkpoint = open_as(place(base_of(loaded, base)), loaded.manifest.base)
     plan = make_plan(loaded, checkpoint)
-    digests = _digests(plan, progress)
+    digests = _find_digests(plan, progress)
     said = loaded.manifest.base
     identity = checkpoint.repo_id or said.repo_id, checkpoint.revision or said.revision
-    scalars = [_scalar(checkpoint, s.coordinate, s.old, s.new, s.op, s.factor) for s in plan.splices]
+    scalars = [_make_scalar(checkpoint, s.coordinate, s.old, s.new, s.op, s.factor) for s in plan.splices]
     manifest_sha256 = hashlib.sha256(loaded.raw).hexdigest()
-    return _source(checkpoint, loaded.manifest, identity, digests, manifest_sha256, scalars)
+    return _make_source(checkpoint, loaded.manifest, identity, digests, manifest_sha256, scalars)
 
 
-def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
+def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
     """Return the sha256 of each touched shard, computed from its bytes or, for a base on the Hub, listed by the Hub.
 
     Raises PlanError if a digest differs from the one in the manifest or in the base's own record.
@@ -165,7 +165,7 @@ def _digests(plan: Plan, progress: Progress) -> dict[str, str]:
     return found
 
 
-def _recorded(root: Path | Repo) -> Source:
+def _read_record(root: Path | Repo) -> Source:
     patched = read_records(root)
     checkpoint = open_as(root, patched.registry.base, elsewhere=patched.registry.elsewhere)
     steps = steps_of(patched)
@@ -177,9 +177,9 @@ def _recorded(root: Path | Repo) -> Source:
                 raise CheckpointError(what, f"{e.coordinate} in {e.file}", "restore swsurgery.json")
             earlier = changed.get(e.coordinate)
             if earlier:  # two operations on one scalar are exported as the final value
-                changed[e.coordinate] = _scalar(checkpoint, e.coordinate, earlier.old, e.new_bytes, "set", None)
+                changed[e.coordinate] = _make_scalar(checkpoint, e.coordinate, earlier.old, e.new_bytes, "set", None)
             else:
-                changed[e.coordinate] = _scalar(checkpoint, e.coordinate, e.old_bytes, e.new_bytes, e.op, e.factor)
+                changed[e.coordinate] = _make_scalar(checkpoint, e.coordinate, e.old_bytes, e.new_bytes, e.op, e.factor)
     scalars = [s for s in changed.values() if s.old != s.new or len(steps) == 1]
     for s in scalars:
         stored = checkpoint.shards[s.file].read_scalar(*s.coordinate)
@@ -191,7 +191,7 @@ def _recorded(root: Path | Repo) -> Source:
     manifest = parse_manifest(patched.manifest_raw, Path(MANIFEST_NAME)).manifest
     identity = first.base.repo_id, first.base.revision
     known = {name: digest for name, digest in digests.items() if digest}
-    return _source(checkpoint, manifest, identity, known, last.manifest_sha256, scalars)
+    return _make_source(checkpoint, manifest, identity, known, last.manifest_sha256, scalars)
 
 
 def steps_of(patched: Patched | None) -> list[Registry]:
@@ -203,7 +203,7 @@ def steps_of(patched: Patched | None) -> list[Registry]:
     return steps[::-1]
 
 
-def _scalar(
+def _make_scalar(
     checkpoint: Checkpoint, coordinate: Coordinate, old: bytes, new: bytes, op: str, factor: float | None
 ) -> PatchScalar:
     info = checkpoint.info(coordinate.tensor)
@@ -215,7 +215,7 @@ def _scalar(
     return PatchScalar(coordinate.tensor, info.shape, info.dtype, flat, file, old, new, op, factor)
 
 
-def _source(
+def _make_source(
     checkpoint: Checkpoint,
     manifest: Manifest,
     identity: tuple[str | None, str | None],
@@ -253,7 +253,7 @@ def _source(
     )
 
 
-def _vllm(patch: Patch) -> dict[str, bytes]:
+def _render_vllm(patch: Patch) -> dict[str, bytes]:
     """Render the arguments of vLLM's CheckpointWeightPatch for each tensor. Raises PlanError for other dtypes.
 
     patches.json contains the arguments; `values` and `indices` are names of arrays in patches.safetensors. vLLM has no

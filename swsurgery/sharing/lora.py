@@ -37,23 +37,23 @@ def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tup
     A scalar needs rank 1; scalars in one row, or in one column, share a rank. Returns (file name -> bytes, notes on
     values that PEFT cannot merge exactly). Raises PlanError, which lists every edit that an adapter cannot represent.
     """
-    faults = [fault for s in patch.scalars if (fault := _unfit(s, config))]
+    faults = [fault for s in patch.scalars if (fault := _explain_unfit(s, config))]
     if faults:
         raise PlanError.of(faults)
-    transposed = _kind(config) in TRANSPOSED
+    transposed = _get_kind(config) in TRANSPOSED
     arrays: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     ranks: dict[str, int] = {}
     notes: list[str] = []
     for group in patch.by_tensor():
-        module = _module(group[0].tensor, config)
-        assert module is not None, "_unfit refuses a tensor without a module"
+        module = _find_module(group[0].tensor, config)
+        assert module is not None, "_explain_unfit refuses a tensor without a module"
         rows, columns = group[0].shape[::-1] if transposed else group[0].shape
         deltas = {}
         for scalar in group:
             row, column = scalar.index[::-1] if transposed else scalar.index
-            deltas[row, column], note = _delta(scalar)
+            deltas[row, column], note = _compute_delta(scalar)
             notes += note
-        a, b = _factors(deltas, rows, columns)
+        a, b = _factorise(deltas, rows, columns)
         ranks[module] = len(a)
         for name, matrix in (("lora_A", a), ("lora_B", b)):
             key = f"base_model.model.{module}.{name}.weight"
@@ -83,20 +83,20 @@ def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tup
     }, tuple(notes)
 
 
-def _kind(config: dict[str, Any]) -> str:
+def _get_kind(config: dict[str, Any]) -> str:
     """Return the model type, or "" if config.json gives none that is text."""
     kind = config.get("model_type")
     return kind if isinstance(kind, str) else ""
 
 
-def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
+def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
     """Return why an adapter cannot represent this edit, or None if it can.
 
     Only tensors that are certainly linear layers are accepted. An adapter would silently ignore a scaling or a routing
     weight of the same name.
     """
     parts = scalar.tensor.split(".")
-    kind = _kind(config)
+    kind = _get_kind(config)
     linear = TRANSPOSED.get(kind, LINEAR)
     reason = ""
     if "experts" in parts:
@@ -109,7 +109,7 @@ def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
         reason = f"is stored as {scalar.dtype.name}"
     elif parts[-2] in ("lm_head", "embed_out") and tied_by_config(config):
         reason = "is tied to the embedding, which an adapter of the head would leave as it is"
-    elif _module(scalar.tensor, config) is None:
+    elif _find_module(scalar.tensor, config) is None:
         reason = "has another name in the loaded model"
     elif not math.isfinite(decode(scalar.dtype, scalar.old)):
         reason = f"is {show(decode(scalar.dtype, scalar.old))} in the base, which stays so whatever is added"
@@ -120,7 +120,7 @@ def _unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
     return f"a LoRA adapter cannot hold this edit: {scalar.coordinate} {reason} (use --format sparse)"
 
 
-def _module(tensor: str, config: dict[str, Any]) -> str | None:
+def _find_module(tensor: str, config: dict[str, Any]) -> str | None:
     """Return the module of a stored weight in the model with a head, or None if it is not certain."""
     module = tensor.removesuffix(".weight")
     if any(type(config.get(section)) is dict for section in ("text_config", "language_config", "llm_config")):
@@ -131,7 +131,7 @@ def _module(tensor: str, config: dict[str, Any]) -> str | None:
     return trunk[0] + module  # saved without its head
 
 
-def _delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
+def _compute_delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
     """Return new - old in float32, and a note if adding it to the base's weight does not give the new value."""
     single = DTYPES["F32"]
     old, new = decode(scalar.dtype, scalar.old), decode(scalar.dtype, scalar.new)
@@ -150,7 +150,7 @@ def _delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
     return delta, [f"{result}: new - old = {show(difference)} does not fit into float32"]
 
 
-def _factors(deltas: dict[tuple[int, int], bytes], rows: int, columns: int) -> tuple[list[bytes], list[bytes]]:
+def _factorise(deltas: dict[tuple[int, int], bytes], rows: int, columns: int) -> tuple[list[bytes], list[bytes]]:
     """Return the rows of lora_A (rank x columns) and of lora_B (rows x rank), as bytes of float32.
 
     All nonzero values of one factor are 1, so the product is exact.

@@ -57,13 +57,13 @@ def make_publication(
         notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
     elif base.private and not (target.head.private if target else wish.private):
         notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
-    left_out = _left_out(checkpoint, registry)
+    left_out = _list_left_out(checkpoint, registry)
     distrusted = {f.file for f in findings}
     scan = Scan(checkpoint, registry, base, target, distrusted, hashing, progress)
     names = [n for n in registry.files if n not in left_out and (n in scan.there or n in registry.elsewhere)]
     names += [n for n in scan.there if n not in registry.files and n not in left_out and n not in OWN_FILES]
     items = [scan.item(name) for name in sorted(names)]
-    published = _published(registry, items, base)
+    published = _make_record(registry, items, base)
     records = Patched(published, published.render(), patched.manifest_raw)
     text = base_card(scan, registry, base)
     base_fields, base_text = read_card(text, card.FIELDS)
@@ -106,9 +106,9 @@ def assembled(
     message: str,
 ) -> Publication:
     """Build the plan from its files. Adds the files to delete, the tag, and an open pull request with these files."""
-    gone, said = _obsolete(target, {item.name for item in items})
+    gone, said = _find_obsolete(target, {item.name for item in items})
     notes = [*notes, *said]
-    tag = _tag(wish, registry, base, target, notes)
+    tag = _choose_tag(wish, registry, base, target, notes)
     plan = Publication(
         root,
         wish,
@@ -122,7 +122,7 @@ def assembled(
         tag,
         message,
     )
-    return replace(plan, pull_request=_same_pull_request(plan)) if wish.create_pr and target else plan
+    return replace(plan, pull_request=_find_pull_request(plan)) if wish.create_pr and target else plan
 
 
 def base_listing(registry: Registry) -> Listing | None:
@@ -144,7 +144,7 @@ def in_base(registry: Registry, name: str) -> str:
     return f"{registry.base.sub}/{name}" if registry.base.sub else name
 
 
-def _left_out(checkpoint: Checkpoint, registry: Registry) -> dict[str, str]:
+def _list_left_out(checkpoint: Checkpoint, registry: Registry) -> dict[str, str]:
     """Return the names of files that are not published, and the reasons."""
     left = dict.fromkeys(checkpoint.left_out, "belongs to the tool that downloaded it, not to the checkpoint")
     left |= dict.fromkeys(checkpoint.copies, "holds the weights once more, and was not edited")
@@ -185,36 +185,36 @@ class Scan:
         """Plan a file of the checkpoint. Raises CheckpointError if neither the directory nor the base has it."""
         file = self.there.get(name)
         if file is None:
-            return self._elsewhere(name, self.registry.files[name])
+            return self._plan_elsewhere(name, self.registry.files[name])
         if file.size <= SMALL:
             with opened(file.path) as fd:
                 data = read_exactly(fd, file.size, 0, file.path)
-            found = _content(name, data, file.path)
+            found = _make_item(name, data, file.path)
         else:
-            found = Item(name, "upload", file.size, "", self._digest(file), None, file.path)
-        return self._decided(found, "edited" if name in self.edited else "")
+            found = Item(name, "upload", file.size, "", self._get_digest(file), None, file.path)
+        return self._decide(found, "edited" if name in self.edited else "")
 
     def own(self, name: str, data: bytes) -> Item:
         """Plan a file that swsurgery makes for the repository."""
-        return self._decided(_content(name, data, data), "made for this repository")
+        return self._decide(_make_item(name, data, data), "made for this repository")
 
-    def _theirs(self, name: str, sha256: str | None) -> RemoteFile | None:
+    def _find_in_base(self, name: str, sha256: str | None) -> RemoteFile | None:
         """Return the base's file with this content, or else with this name."""
         return self.by_digest.get(sha256 or "") or (
             self.base.files.get(in_base(self.registry, name)) if self.base else None
         )
 
-    def _elsewhere(self, name: str, record: FileRecord) -> Item:
+    def _plan_elsewhere(self, name: str, record: FileRecord) -> Item:
         """Plan a file that is not in the directory. Raises CheckpointError if the base does not have it."""
-        theirs = self._theirs(name, record.sha256)
+        theirs = self._find_in_base(name, record.sha256)
         if theirs is None or theirs.size != record.size or (theirs.sha256 or record.sha256) != record.sha256:
             what = "is not in the directory, and the base's repository does not have it"
             raise CheckpointError(what, name, "apply the manifest again without --for-publish")
         blob = self.base.blobs.get(theirs.path) if self.base else None
-        return self._decided(Item(name, "upload", theirs.size, "", record.sha256, blob), "fetched first")
+        return self._decide(Item(name, "upload", theirs.size, "", record.sha256, blob), "fetched first")
 
-    def _decided(self, item: Item, why: str) -> Item:
-        theirs = self._theirs(item.name, item.sha256)
+    def _decide(self, item: Item, why: str) -> Item:
+        theirs = self._find_in_base(item.name, item.sha256)
         if theirs is not None:
             item = replace(item, source=theirs.path)
         if self.target and item.is_in(self.target.head):
@@ -236,7 +236,7 @@ class Scan:
             return replace(item, why=f"the Hub has no Xet hash of it, and copies nothing else{aside}")
         return replace(item, how="copy", why="unchanged from the base")
 
-    def _digest(self, file: BaseFile) -> str | None:
+    def _get_digest(self, file: BaseFile) -> str | None:
         """Return the digest in the record, or hash the file if the record has none or is not trusted."""
         record = self.registry.files.get(file.name)
         if record and record.sha256 and file.name not in self.distrusted:
@@ -244,7 +244,7 @@ class Scan:
         return file_sha256(file, self.progress) if self.hashing else None
 
 
-def _content(name: str, data: bytes, content: Place | bytes) -> Item:
+def _make_item(name: str, data: bytes, content: Place | bytes) -> Item:
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return Item(name, "upload", len(data), "", hashlib.sha256(data).hexdigest(), blob, content)
 
@@ -262,7 +262,7 @@ def file_sha256(file: BaseFile, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _published(registry: Registry, items: Sequence[Item], base: Listing | None) -> Registry:
+def _make_record(registry: Registry, items: Sequence[Item], base: Listing | None) -> Registry:
     """Return the record to publish: it lists exactly these files, with every known digest, and none elsewhere."""
     found = {item.name: item for item in items}
     files = {}
@@ -308,7 +308,7 @@ def short_forms(checkpoint: Checkpoint, registry: Registry) -> dict[Coordinate, 
     return found
 
 
-def _obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], list[str]]:
+def _find_obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], list[str]]:
     """Return the files to delete, which only an earlier publication has, and notes on other files that stay."""
     if target is None:
         return [], []
@@ -329,7 +329,9 @@ def _obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], list[
     return gone, notes
 
 
-def _tag(wish: Wish, registry: Registry, base: Listing | None, target: Target | None, notes: list[str]) -> str | None:
+def _choose_tag(
+    wish: Wish, registry: Registry, base: Listing | None, target: Target | None, notes: list[str]
+) -> str | None:
     """Return the tag to make, or None. A pull request gets none, because its commit is not yet the repository's.
 
     Adds a note if the tag exists and stays at another commit. Raises HubError if --tag names such a tag.
@@ -356,7 +358,7 @@ def summary(registry: Registry) -> str:
     return f"{number} scalar{'' if number == 1 else 's'}{of}{at} changed"
 
 
-def _same_pull_request(plan: Publication) -> int | None:
+def _find_pull_request(plan: Publication) -> int | None:
     """Find an open pull request with exactly these files, made by an earlier run that did not get the Hub's answer."""
     for number in open_pull_requests(plan.wish.repo_id, plan.message):
         head = listing_of(plan.wish.repo_id, f"refs/pr/{number}")

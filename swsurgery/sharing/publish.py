@@ -99,13 +99,13 @@ def early_findings(root: Path) -> list[Finding]:
     patched = read_patched(root)
     if patched is None:
         raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
-    findings = _check_findings(patched.registry)
+    findings = _check_sanity(patched.registry)
     names = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
     small = (name for name in names if name.parts[0] not in LEFT_OUT and (root / name).stat().st_size <= SMALL)
     return findings + secrets((name.as_posix(), (root / name).read_bytes()) for name in small)
 
 
-def _check_findings(registry: Registry) -> list[Finding]:
+def _check_sanity(registry: Registry) -> list[Finding]:
     """Report a sanity check that failed, or that never ran the edited model."""
     check = registry.check
     if check.get("kind") == "forward":
@@ -167,7 +167,7 @@ def publish(
     """
     try:
         _refuse_secrets(plan)
-        sent, uploaded, copied = _sent_already(plan), 0, 0
+        sent, uploaded, copied = _find_earlier_commit(plan), 0, 0
         already = sent is not None
         if sent is None:
             with hub.drawing(bars):
@@ -203,7 +203,7 @@ def _refuse_secrets(plan: Publication) -> None:
         raise refused(found)
 
 
-def _sent_already(plan: Publication) -> Sent | None:
+def _find_earlier_commit(plan: Publication) -> Sent | None:
     """Return the commit of an earlier run that published everything, or None."""
     if plan.pull_request is not None:
         return Sent(hub.listing(plan.wish.repo_id, f"refs/pr/{plan.pull_request}").commit, plan.pull_request)
@@ -214,7 +214,7 @@ def _sent_already(plan: Publication) -> Sent | None:
 
 def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int]:
     """Make the commit. Returns it, and the numbers of bytes uploaded and copied."""
-    target = _made(plan)
+    target = _prepare_target(plan)
     _refuse_public(plan)  # an upload may take hours
     draft = Draft(plan.wish.repo_id, plan.wish.branch, target.head.commit, plan.wish.create_pr)
     items = {item.name: item for item in plan.items}
@@ -255,7 +255,7 @@ def _refuse_public(plan: Publication) -> None:
         raise HubError("the repository has become public, and nothing was committed", plan.wish.repo_id, remedy)
 
 
-def _made(plan: Publication) -> Target:
+def _prepare_target(plan: Publication) -> Target:
     """Create the repository and the branch if they do not exist. Raises Conflict if somebody else just did."""
     wish, target = plan.wish, plan.target
     if target is None:
@@ -276,7 +276,7 @@ def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Calla
     Raises CheckpointError if a file changed since it was planned.
     """
     absent = {item.name: item.source or item.name for item in items if item.content is None}
-    contents = {item.name: _to_send(item.content) for item in items if item.content is not None}
+    contents = {item.name: _check_content(item.content) for item in items if item.content is not None}
     if absent:
         assert plan.base is not None, "only the base has what is not in the directory"
         say(f"fetching {', '.join(absent)} from {plan.base}, to upload it")
@@ -291,7 +291,7 @@ def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Calla
             raise CheckpointError("changed while it was being published", plan.root / name, remedy)
 
 
-def _to_send(content: Place | bytes) -> Path | bytes:
+def _check_content(content: Place | bytes) -> Path | bytes:
     """Return the path or the bytes to upload. Raises CheckpointError if the path now belongs to another file.
 
     The check is needed because the library opens the file by its path.
@@ -314,7 +314,7 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
         exposed = "the repository has become public, so anybody may have read what was published"
         findings.append(Finding("public", f"{exposed}: make it private in its settings, or delete it"))
     for item in plan.items:
-        findings += _differences(item, listing)
+        findings += _compare_file(item, listing)
         if isinstance(item.content, bytes) and item.name in listing.files:
             data = listing.files[item.name].pread(listing.files[item.name].size, 0)
             if data != item.content:
@@ -348,19 +348,19 @@ def _compare_scalars(registry: Registry, listing: Listing, progress: Progress) -
     return findings, len(edits)
 
 
-def _differences(item: Item, listing: Listing) -> list[Finding]:
+def _compare_file(item: Item, listing: Listing) -> list[Finding]:
     """Compare one file of the plan with the new listing."""
     there = listing.files.get(item.name)
     if item.how == "delete":
         return [Finding("file-undeclared", "it is still there", item.name)] if there else []
     if there is None:
         return [Finding("file-missing", "it was published and is not there", item.name)]
-    if item.is_in(listing) or there.sha256 is None and item.blob is None and _remote_sha256(there) == item.sha256:
+    if item.is_in(listing) or there.sha256 is None and item.blob is None and _hash_remote(there) == item.sha256:
         return []
     return [Finding("digest", f"the Hub has other bytes than {printable(item.sha256 or '?')}", item.name)]
 
 
-def _remote_sha256(file: RemoteFile) -> str:
+def _hash_remote(file: RemoteFile) -> str:
     """Compute the sha256 of a small file on the Hub, by downloading it."""
     digest = hashlib.sha256()
     for offset in range(0, file.size, SMALL):

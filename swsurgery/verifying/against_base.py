@@ -28,10 +28,10 @@ def planned(loaded: LoadedManifest, base: Checkpoint) -> tuple[Plan | None, list
     try:
         return make_plan(loaded, base), []
     except PlanError as error:
-        return None, [_misfit(loaded, fault) for fault in error.faults]
+        return None, [_locate_misfit(loaded, fault) for fault in error.faults]
 
 
-def _misfit(loaded: LoadedManifest, fault: str) -> Finding:
+def _locate_misfit(loaded: LoadedManifest, fault: str) -> Finding:
     for number in range(len(loaded.manifest.edits)):
         prefix = printable(f"{loaded.where(number)}: ")
         if fault.startswith(prefix):
@@ -81,10 +81,10 @@ def by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progre
         if stored != splice.new:
             made = f"{splice.op} makes {dtypes.bits_of(splice.new)} of the base's {dtypes.bits_of(splice.old)}"
             findings.append(wishes.finding(f"{made}, it holds {dtypes.bits_of(stored)}", splice.coordinate))
-    return findings + [wishes.at(f) for f in changed] + list(_pins(wishes, base))
+    return findings + [wishes.at(f) for f in changed] + list(_check_pins(wishes, base))
 
 
-def _pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
+def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
     """Check the digests that the manifest pins. The planner has checked that these files exist."""
     for name, digest in wishes.loaded.manifest.base.sha256.items():
         here = hashlib.sha256()

@@ -168,7 +168,7 @@ def _read_known(
     except (ArchitectureError, _Unreadable) as error:
         return replace(kept, reason=str(error))
     dtype = checkpoint.info(coordinate.tensor).dtype
-    number, slack, signed = _expected(entry)
+    number, slack, signed = _read_known_value(entry)
     kept = replace(kept, stored=value, dtype=dtype.name, known=number)
     ratio = None
     if number is not None and math.isfinite(value):
@@ -184,7 +184,7 @@ def _read_known(
         same = expectation_fault(MeasuredValue(value=entry.value, dtype=entry.dtype), dtype, raw) is None
     else:
         distance = abs(value - number) if signed else abs(abs(value) - abs(number))
-        same = distance <= slack + (step if step is not None else _spacing(dtype, value))
+        same = distance <= slack + (step if step is not None else _compute_spacing(dtype, value))
     return replace(kept, state="kept" if same else _judge(ratio, tolerance))
 
 
@@ -218,12 +218,12 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
     value = dtypes.decode(info.dtype, raw)
     if reading.scale is None or not math.isfinite(value):
         return float(value), None, raw
-    factor = _scale(checkpoint, reading.scale, info.shape, index)
-    step = abs(float(factor)) * (_spacing(info.dtype, value) if info.dtype.kind == "float" else 1)
+    factor = _read_scale(checkpoint, reading.scale, info.shape, index)
+    step = abs(float(factor)) * (_compute_spacing(info.dtype, value) if info.dtype.kind == "float" else 1)
     return float(Fraction(value) * factor), step, raw
 
 
-def _scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Fraction:
+def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Fraction:
     """Read the scale that applies to the scalar at `index`, stored per tensor, row or block. Raises _Unreadable."""
     if name in checkpoint.disagreements:
         raise _Unreadable(f"index and shards disagree about {name}")
@@ -237,7 +237,7 @@ def _scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tup
     elif len(scale_shape) == 1 and scale_shape == shape[:1]:
         place = index[:1]
     elif len(scale_shape) == len(shape):
-        blocks = _blocks(checkpoint, shape, scale_shape)
+        blocks = _find_blocks(checkpoint, shape, scale_shape)
         if blocks is None:
             raise _Unreadable(f"{name} of shape {list(scale_shape)} does not say which block scales what")
         place = tuple(i // block for i, block in zip(index, blocks, strict=True))
@@ -262,7 +262,7 @@ def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
         raise _Unreadable(f"{form} says that the matrix is not stored row by row")
 
 
-def _blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
+def _find_blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return the number of elements along each axis that share a scale, or None if the shapes do not decide it."""
     config = checkpoint.config.get("quantization_config")
     said = config.get("weight_block_size") if isinstance(config, dict) else None
@@ -275,7 +275,7 @@ def _blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, .
     return tuple(n // count for n, count in zip(shape, scales, strict=True))
 
 
-def _spacing(dtype: Dtype, value: float) -> float:
+def _compute_spacing(dtype: Dtype, value: float) -> float:
     """Return the distance between neighbouring values of a float dtype around `value`."""
     if not isinstance(dtype, FloatDtype):
         raise ValueError(f"{dtype.name} is no floating-point dtype")
@@ -283,13 +283,13 @@ def _spacing(dtype: Dtype, value: float) -> float:
     return math.ldexp(1.0, exponent - dtype.mantissa)
 
 
-def _expected(entry: KnownCoordinate) -> tuple[float | None, float, bool]:
+def _read_known_value(entry: KnownCoordinate) -> tuple[float | None, float, bool]:
     """Return (known value, its uncertainty, True if its sign is known).
 
     A printed value is exact to half of its last digit.
     """
     if entry.value is not None and entry.dtype is not None:
-        return entry.value or None, _spacing(DTYPES[entry.dtype], entry.value), True
+        return entry.value or None, _compute_spacing(DTYPES[entry.dtype], entry.value), True
     text = entry.value_printed or ""
     match = re.match(r"-?\d+(?:\.(\d+))?", text)
     if match is None or float(match[0]) == 0:

@@ -106,7 +106,7 @@ def own_findings(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
         return [Finding("manifest", "it is not the manifest that the registry was made from", MANIFEST_NAME)]
     findings = [
         Finding("manifest", message, MANIFEST_NAME, *(place or ()))
-        for place, message in _own_differences(patched.manifest_raw, registry, registry.elsewhere, checkpoint)
+        for place, message in _compare_own_manifest(patched.manifest_raw, registry, registry.elsewhere, checkpoint)
     ]
     for number, step in enumerate(registry.history, 1):
         earlier, raw = step.read(), step.manifest.encode()
@@ -116,12 +116,12 @@ def own_findings(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
         elif (earlier.base.weights, earlier.base.variant) == (registry.base.weights, registry.base.variant):
             findings += [
                 Finding("manifest", f"step {number}: {message}", REGISTRY_NAME, *(place or ()))
-                for place, message in _own_differences(raw, earlier, registry.elsewhere, checkpoint)
+                for place, message in _compare_own_manifest(raw, earlier, registry.elsewhere, checkpoint)
             ]
     return findings
 
 
-def _own_differences(
+def _compare_own_manifest(
     raw: bytes, registry: Registry, elsewhere: Collection[str], checkpoint: Checkpoint
 ) -> Iterator[tuple[Coordinate | None, str]]:
     """Yield each difference between a record and the manifest that it was made from, with its scalar if any."""
@@ -130,7 +130,7 @@ def _own_differences(
     except ManifestError as error:
         yield None, f"it is no sound manifest: {error.faults[0].removeprefix(f'{MANIFEST_NAME}:')}"
         return
-    asked, faults = resolve(manifest, checkpoint, _recorded_places(registry))
+    asked, faults = resolve(manifest, checkpoint, _look_up_recorded(registry))
     # Protected scalars of shards that stay in the base's repository cannot be resolved without the shard's header.
     afar = {r.coordinate for r in registry.protected if r.file in elsewhere and r.file not in checkpoint.shards}
     unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}
@@ -143,7 +143,7 @@ def _own_differences(
             yield None, message
 
 
-def _recorded_places(registry: Registry) -> KnownPlaces:
+def _look_up_recorded(registry: Registry) -> KnownPlaces:
     """Return a function that finds the known super weights quoted in the record when the edit was made."""
 
     def places(word: str) -> Sequence[KnownPlace]:

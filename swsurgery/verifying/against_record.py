@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,56 +119,71 @@ def verify_patched(
     """Verify an open checkpoint against its record, and against an open base if given."""
     registry = patched.registry
     names = {f.name: f for f in checkpoint.files}
-    findings = structure(checkpoint) + _file_list(registry, names) + _own_files(patched, names)
+    findings = structure(checkpoint) + _check_file_list(registry, names) + _check_sums(patched, names)
     findings += own_findings(patched, checkpoint)
     findings += scalar_findings(registry, checkpoint)
     present = [name for name in registry.files if name in names]
     unhashed = [name for name in present if registry.files[name].sha256 is None]
-    proved: list[str] = []
-    unverified: list[str] = []
-    edited: dict[str, list[EditRecord]] = {}
-    for edit in registry.edits:
-        edited.setdefault(edit.file, []).append(edit)
+    edited = {edit.file for edit in registry.edits}
     unread = [n for n in present if n in edited and not finite and not names[n].is_here]
-    progress.start(sum(names[n].size for n in present if finite or n not in unhashed), "B", "verifying")
-    try:
-        for name in present:
-            scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
-            found = _file_digests(names[name], registry.files[name], edited.get(name, []), scan, progress)
-            findings += found + (scan.findings() if scan else [])
-            if not found and name not in unhashed and name not in unread:
-                target = unverified if registry.files[name].unverified else proved
-                target.append(name)
-    finally:
-        progress.close()
+    found, sound = _check_all_digests(registry, checkpoint, present, finite, progress)
+    findings += found
+    proved = [name for name in sound if name not in unhashed and name not in unread]
     if base is not None:
-        findings += _against_base(checkpoint, base, registry, progress)
+        findings += _compare_with_base(checkpoint, base, registry, progress)
     rules = RULES_OF_REGISTRY + (("base",) if base else ()) + (("non-finite",) if finite else ())
     return Verification(
         tuple(findings),
         files=len(present),
         edits=len(registry.edits),
-        protected=len(_protected(registry, checkpoint)),
-        proved=tuple(proved),
+        protected=len(_list_protected(registry, checkpoint)),
+        proved=tuple(name for name in proved if not registry.files[name].unverified),
         compared_with_base=base is not None,
         unhashed=tuple(unhashed),
         finite=finite,
         unread=tuple(unread),
         elsewhere=tuple(n for n in registry.elsewhere if n not in names),
-        unverified=tuple(unverified),
+        unverified=tuple(name for name in proved if registry.files[name].unverified),
         rules=rules,
     )
+
+
+def _check_all_digests(
+    registry: Registry, checkpoint: Checkpoint, names: Sequence[str], finite: bool, progress: Progress
+) -> tuple[list[Finding], list[str]]:
+    """Check the digests of the named files, and search shards for NaN and infinities if `finite` is True.
+
+    Returns all findings, and the names of the files whose digests are correct.
+    """
+    files = {file.name: file for file in checkpoint.files}
+    edited: dict[str, list[EditRecord]] = {}
+    for edit in registry.edits:
+        edited.setdefault(edit.file, []).append(edit)
+    findings: list[Finding] = []
+    sound: list[str] = []
+    size = sum(files[name].size for name in names if finite or registry.files[name].sha256 is not None)
+    progress.start(size, "B", "verifying")
+    try:
+        for name in names:
+            scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
+            found = _check_digests(files[name], registry.files[name], edited.get(name, []), scan, progress)
+            findings += found + (scan.findings() if scan else [])
+            if not found:
+                sound.append(name)
+    finally:
+        progress.close()
+    return findings, sound
 
 
 def scalar_findings(registry: Registry, checkpoint: Checkpoint) -> list[Finding]:
     """Check every recorded scalar, including those that earlier steps protect, against the headers and stored bits."""
     findings: list[Finding] = []
-    for record in (*registry.edits, *_protected(registry, checkpoint)):
+    for record in (*registry.edits, *_list_protected(registry, checkpoint)):
         findings += _check_scalar(record, checkpoint)
     return findings + _check_operations(registry) + _find_repeated(registry)
 
 
-def _protected(registry: Registry, checkpoint: Checkpoint) -> list[ScalarRecord]:
+def _list_protected(registry: Registry, checkpoint: Checkpoint) -> list[ScalarRecord]:
     """List the scalars that this step or an earlier one protects and that can be read from this checkpoint."""
     names = {f.name for f in checkpoint.files}
     protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
@@ -203,7 +219,7 @@ def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
     return findings
 
 
-def _file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
+def _check_file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
     missing = [
         Finding("file-missing", "the registry lists it, it is not there", name)
         for name in registry.files
@@ -218,7 +234,7 @@ def _file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
     return missing + extra
 
 
-def _own_files(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
+def _check_sums(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
     """Check that SHA256SUMS agrees with the record."""
     findings = []
     expected = patched.own_files()["SHA256SUMS"]
@@ -229,7 +245,7 @@ def _own_files(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
     return findings
 
 
-def _about(record: ScalarRecord, rule: str, message: str) -> Finding:
+def _make_finding(record: ScalarRecord, rule: str, message: str) -> Finding:
     return Finding(rule, message, record.file, record.tensor, record.index)
 
 
@@ -239,22 +255,24 @@ def _check_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]
     rule, wanted = ("edit-changed", edit.new_bits) if edit else ("protected-changed", record.old_bits)
     shard = checkpoint.shards.get(record.file)
     if shard is None or record.tensor not in shard.tensors:
-        return [_about(record, "registry", "the registry names a scalar that the shards do not have")]
+        return [_make_finding(record, "registry", "the registry names a scalar that the shards do not have")]
     info = shard.tensors[record.tensor]
     try:
         offset = shard.offset(record.tensor, record.index)
         old = record.old_bytes
         recorded = edit.new_bytes if edit else old
     except (IndexError, NumberError) as error:
-        return [_about(record, "registry", f"the registry's entry is not possible: {error}")]
+        return [_make_finding(record, "registry", f"the registry's entry is not possible: {error}")]
     if offset != record.offset or info.dtype.name != record.dtype:
         recorded_place = f"the registry puts it at byte {record.offset} as {record.dtype}"
-        return [_about(record, "registry", f"{recorded_place}, the header at byte {offset} as {info.dtype.name}")]
+        return [
+            _make_finding(record, "registry", f"{recorded_place}, the header at byte {offset} as {info.dtype.name}")
+        ]
     values = [(record.old, old)] + ([(edit.new, recorded)] if edit else [])
     if any(value != json_value(info.dtype, bits) for value, bits in values):
-        return [_about(record, "registry", "the registry's values are not what its bits mean")]
+        return [_make_finding(record, "registry", "the registry's values are not what its bits mean")]
     stored = shard.read_scalar(record.tensor, record.index)
-    return [] if stored == recorded else [_about(record, rule, f"it holds 0x{stored[::-1].hex()}, not {wanted}")]
+    return [] if stored == recorded else [_make_finding(record, rule, f"it holds 0x{stored[::-1].hex()}, not {wanted}")]
 
 
 def _check_operations(registry: Registry) -> list[Finding]:
@@ -270,13 +288,15 @@ def _check_operations(registry: Registry) -> list[Finding]:
             else:
                 new = edit.new_bytes
             if (edit.op == "scale") != (edit.factor is not None):
-                findings.append(_about(edit, "registry", f"the registry's {edit.op} and its factor do not go together"))
+                findings.append(
+                    _make_finding(edit, "registry", f"the registry's {edit.op} and its factor do not go together")
+                )
             elif new != edit.new_bytes:
                 by = f" by {edit.factor}" if edit.op == "scale" else ""
                 made = f"{edit.op}{by} makes {dtypes.bits_of(new)} of {edit.old_bits}"
-                findings.append(_about(edit, "registry", f"{made}, not {edit.new_bits}"))
+                findings.append(_make_finding(edit, "registry", f"{made}, not {edit.new_bits}"))
         except NumberError as error:
-            findings.append(_about(edit, "registry", f"the registry's {edit.op} is not possible: {error}"))
+            findings.append(_make_finding(edit, "registry", f"the registry's {edit.op} is not possible: {error}"))
     return findings
 
 
@@ -286,12 +306,12 @@ def _find_repeated(registry: Registry) -> list[Finding]:
     findings = []
     for record in (*registry.edits, *registry.protected):
         if (record.file, record.offset) in seen:
-            findings.append(_about(record, "registry", "the registry names this scalar twice"))
+            findings.append(_make_finding(record, "registry", "the registry names this scalar twice"))
         seen.add((record.file, record.offset))
     return findings
 
 
-def _file_digests(
+def _check_digests(
     file: BaseFile, record: FileRecord, edits: list[EditRecord], scan: FiniteScan | None, progress: Progress
 ) -> list[Finding]:
     """Check the digests of one file, as it is and with the old bytes put back. `scan` gets the bytes as they are."""
@@ -299,10 +319,10 @@ def _file_digests(
         old = sorted((e.offset, e.old_bytes) for e in edits)
     except NumberError as error:
         return [Finding("registry", f"the registry's old bits are not possible: {error}", file.name)]
-    findings = _record_faults(file, record, bool(edits))
+    findings = _check_file_record(file, record, bool(edits))
     if file.digest is not None and not file.is_here and scan is None:
         progress.advance(file.size)
-        return findings + _by_hub(file, record)
+        return findings + _check_hub_digest(file, record)
     hashed = record.sha256 is not None or record.base_sha256 is not None
     if not hashed and scan is None:
         return findings
@@ -339,14 +359,14 @@ def _hash_twice(
     return here.hexdigest(), (restored if old else here).hexdigest()
 
 
-def _by_hub(file: BaseFile, record: FileRecord) -> list[Finding]:
+def _check_hub_digest(file: BaseFile, record: FileRecord) -> list[Finding]:
     """Check the digest that the Hub lists for a file that was not downloaded."""
     if record.sha256 in (None, file.digest):
         return []
     return [Finding("digest", f"its sha256 is {file.digest}, not {record.sha256}", file.name)]
 
 
-def _record_faults(file: BaseFile, record: FileRecord, edited: bool) -> list[Finding]:
+def _check_file_record(file: BaseFile, record: FileRecord, edited: bool) -> list[Finding]:
     findings = []
     if file.size != record.size:
         findings.append(Finding("digest", f"it has {file.size} bytes, not {record.size}", file.name))
@@ -357,7 +377,9 @@ def _record_faults(file: BaseFile, record: FileRecord, edited: bool) -> list[Fin
     return findings
 
 
-def _against_base(checkpoint: Checkpoint, base: Checkpoint, registry: Registry, progress: Progress) -> list[Finding]:
+def _compare_with_base(
+    checkpoint: Checkpoint, base: Checkpoint, registry: Registry, progress: Progress
+) -> list[Finding]:
     theirs, findings = {f.name: f for f in base.files}, []
     for name in registry.files:
         if name not in theirs:

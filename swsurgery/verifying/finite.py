@@ -21,7 +21,7 @@ class FiniteScan:
 
     def __init__(self, name: str, shard: Shard):
         self._name, self._shard = name, shard
-        self._tensors = [t for t in shard.tensors.values() if t.size and _words(t.dtype) is not None]
+        self._tensors = [t for t in shard.tensors.values() if t.size and _describe_words(t.dtype) is not None]
         self._next = 0  # number of the first tensor that is not completely searched
         self._tail = b""  # first bytes of an element that continues in the next piece
         self._bad: dict[str, tuple[int, int, bytes]] = {}
@@ -37,7 +37,7 @@ class FiniteScan:
             if begin >= end:
                 return
             first, last = max(begin, start), min(stop, end)
-            whole = first + (last - first) // _word_size(info) * _word_size(info)
+            whole = first + (last - first) // _get_word_size(info) * _get_word_size(info)
             if whole > first:
                 self._search(info, first - begin, memoryview(data)[first - start : whole - start])
             if stop > end:
@@ -64,7 +64,7 @@ class FiniteScan:
         load_numpy()
         import numpy as np
 
-        pattern = _words(info.dtype)
+        pattern = _describe_words(info.dtype)
         if pattern is None:
             return
         size, mask, low, high = pattern
@@ -86,7 +86,7 @@ class FiniteScan:
         self._bad[info.name] = (before + count, element, stored)
 
 
-def _words(dtype: Dtype) -> tuple[int, int, int, int | None] | None:
+def _describe_words(dtype: Dtype) -> tuple[int, int, int, int | None] | None:
     """Return (bytes per word, mask, lowest, highest): a masked word from lowest to highest is not finite.
 
     Returns None if every value of the dtype is finite. `highest` is None if it has no limit.
@@ -103,6 +103,6 @@ def _words(dtype: Dtype) -> tuple[int, int, int, int | None] | None:
     return dtype.size, sign - 1, dtype.largest + 1, None
 
 
-def _word_size(info: TensorInfo) -> int:
-    pattern = _words(info.dtype)
+def _get_word_size(info: TensorInfo) -> int:
+    pattern = _describe_words(info.dtype)
     return pattern[0] if pattern else 1

@@ -78,7 +78,7 @@ def lint_manifest(path: Path) -> list[Finding]:
     try:
         loaded = load_manifest(path)
     except ManifestError as error:
-        return list(_faults(error, path))
+        return list(_convert_faults(error, path))
     reading = _Reading.of(loaded)
     found = [
         Finding(rule, message, manifest=str(path), line=line, column=column)
@@ -88,7 +88,7 @@ def lint_manifest(path: Path) -> list[Finding]:
     return sorted(found, key=lambda finding: (finding.line or 0, finding.column or 0))
 
 
-def _faults(error: ManifestError, path: Path) -> Iterator[Finding]:
+def _convert_faults(error: ManifestError, path: Path) -> Iterator[Finding]:
     """Convert the loader's faults, `path:line:column: what`, to findings.
 
     Raises `error` if no fault has a position: then the file could not be read.
@@ -150,17 +150,17 @@ class _Reading:
         for number, edit in enumerate(loaded.manifest.edits):
             entry = None
             try:
-                entry = _entry(edit, model)
+                entry = _find_entry(edit, model)
             except LookupFailed as error:
                 if model is not None or not misses:  # a model that was not found is reported once
                     place = loaded.position("edits", number, "known")
                     misses += [(place, fault) for fault in error.faults]
             entries.append(entry)
-            names.append(entry.id if entry else _spelling(edit))
+            names.append(entry.id if entry else _spell(edit))
         return cls(loaded, model, same_values, tuple(entries), tuple(names), tuple(misses))
 
 
-def _entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | None:
+def _find_entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | None:
     """Find the known coordinate that an edit names in any form. Raises LookupFailed if its `known` has no match."""
     if edit.known is not None:
         if model is None:
@@ -186,7 +186,7 @@ def _entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | None:
     return None
 
 
-def _spelling(edit: Target) -> str | None:
+def _spell(edit: Target) -> str | None:
     """Spell the scalar that an edit names, by its short form or by its tensor and index. None for `known`."""
     if edit.layer is not None and edit.row is not None and edit.col is not None:
         return coordinate_id(edit.layer, edit.expert, edit.row, edit.col)
@@ -198,7 +198,7 @@ def _spelling(edit: Target) -> str | None:
 # One function for each rule. Each yields positions and messages -----------------------------------------------------
 
 
-def _duplicates(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _find_duplicates(reading: _Reading) -> Iterator[tuple[Place, str]]:
     first: dict[str, int] = {}
     for number, name in enumerate(reading.names):
         if name is not None and first.setdefault(name, number) != number:
@@ -208,7 +208,7 @@ def _duplicates(reading: _Reading) -> Iterator[tuple[Place, str]]:
             )
 
 
-def _out_of_range(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _check_ranges(reading: _Reading) -> Iterator[tuple[Place, str]]:
     model = reading.model
     if model is None:
         return
@@ -229,24 +229,24 @@ def _out_of_range(reading: _Reading) -> Iterator[tuple[Place, str]]:
             yield reading.place("edits", number, field), message
 
 
-def _known_missing(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _report_misses(reading: _Reading) -> Iterator[tuple[Place, str]]:
     yield from reading.misses
 
 
-def _contradictions(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _find_contradictions(reading: _Reading) -> Iterator[tuple[Place, str]]:
     if not reading.same_values:
         return
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
         if entry is None or entry.value is None or edit.expect is None:
             continue
-        readings = _values(edit.expect)
+        readings = _interpret(edit.expect)
         if readings and all(abs(value - entry.value) > TOLERANCE * abs(entry.value) for value in readings):
             expected = edit.expect if isinstance(edit.expect, str) else dtypes.show(readings[0])
             message = f"expects {expected}, the registry knows {dtypes.show(entry.value)} ({entry.dtype}) at {entry.id}"
             yield reading.place("edits", number, "expect"), f"edits[{number}].expect: {message}"
 
 
-def _values(expect: Any) -> list[float]:
+def _interpret(expect: Any) -> list[float]:
     """Return the numbers that an `expect` can mean. Empty if its dtype is not known."""
     if isinstance(expect, str):
         names = _READ_AS.get(len(expect) - 2, ())
@@ -256,34 +256,34 @@ def _values(expect: Any) -> list[float]:
     return [float(expect)]
 
 
-def _impossible_bounds(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _check_bounds(reading: _Reading) -> Iterator[tuple[Place, str]]:
     bounds = reading.loaded.manifest.check
     least, most = bounds.min_perplexity_ratio, bounds.max_perplexity_ratio
     if least is not None and most is not None and least > most:
         yield reading.place("check"), f"check: no ratio is at least {least:g} and at most {most:g}"
 
 
-def _no_effect(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _find_no_effect(reading: _Reading) -> Iterator[tuple[Place, str]]:
     for number, edit in enumerate(reading.edits):
         if isinstance(edit, Scale) and edit.factor == 1:
             yield reading.place("edits", number, "factor"), f"edits[{number}].factor: 1 changes nothing (use protect)"
-        elif isinstance(edit, Set | Zero) and edit.expect is not None and _written(edit) == _expected(edit):
+        elif isinstance(edit, Set | Zero) and edit.expect is not None and _get_written(edit) == _get_expected(edit):
             yield reading.place("edits", number), f"edits[{number}]: writes the value that it expects (use protect)"
 
 
-def _written(edit: Set | Zero) -> Any:
+def _get_written(edit: Set | Zero) -> Any:
     if isinstance(edit, Set):
         return edit.value if edit.bits is None else edit.bits.lower()
     return f"0x{'0' * (len(edit.expect) - 2)}" if isinstance(edit.expect, str) else 0
 
 
-def _expected(edit: Set | Zero) -> Any:
+def _get_expected(edit: Set | Zero) -> Any:
     if isinstance(edit.expect, MeasuredValue):
         return edit.expect.value
     return edit.expect.lower() if isinstance(edit.expect, str) else edit.expect
 
 
-def _unguarded(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _find_unguarded(reading: _Reading) -> Iterator[tuple[Place, str]]:
     if reading.loaded.manifest.base.sha256:
         return  # the digests pin the shards, and thus every value
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
@@ -292,14 +292,14 @@ def _unguarded(reading: _Reading) -> Iterator[tuple[Place, str]]:
             yield reading.place("edits", number), f"edits[{number}]: overwrites whatever is there (add expect)"
 
 
-def _unpinned(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _check_pin(reading: _Reading) -> Iterator[tuple[Place, str]]:
     base = reading.loaded.manifest.base
     if base.revision is None and not base.sha256:
         remedy = "add sha256" if base.repo_id is None else "add revision or sha256"
         yield reading.place("base"), f"base: another base would be edited just so ({remedy})"
 
 
-def _unbounded(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _check_unbounded(reading: _Reading) -> Iterator[tuple[Place, str]]:
     bounds = reading.loaded.manifest.check
     unbounded = bounds.max_perplexity_ratio is None and bounds.min_perplexity_ratio is None
     if unbounded and any(edit.writes for edit in reading.edits):
@@ -308,15 +308,15 @@ def _unbounded(reading: _Reading) -> Iterator[tuple[Place, str]]:
 
 
 LINTS: dict[str, Callable[[_Reading], Iterator[tuple[Place, str]]]] = {
-    "edit-duplicate": _duplicates,
-    "edit-range": _out_of_range,
-    "known-missing": _known_missing,
-    "expect-contradicts": _contradictions,
-    "bounds-impossible": _impossible_bounds,
-    "edit-no-effect": _no_effect,
-    "expect-missing": _unguarded,
-    "base-unpinned": _unpinned,
-    "bounds-missing": _unbounded,
+    "edit-duplicate": _find_duplicates,
+    "edit-range": _check_ranges,
+    "known-missing": _report_misses,
+    "expect-contradicts": _find_contradictions,
+    "bounds-impossible": _check_bounds,
+    "edit-no-effect": _find_no_effect,
+    "expect-missing": _find_unguarded,
+    "base-unpinned": _check_pin,
+    "bounds-missing": _check_unbounded,
 }
 """Rules that need no checkpoint, and the function that checks each.
 

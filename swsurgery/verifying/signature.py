@@ -40,10 +40,10 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
     Writes the signature to `signature`, by default model.sig in the checkpoint, and returns its path. Raises
     CheckpointError, TargetError if the signature exists, and SwsurgeryError for a key that cannot be used.
     """
-    library = _library()
+    library = _load_library()
     root = Path(os.path.realpath(root))
     signature = root / SIGNATURE_NAME if signature is None else Path(os.path.abspath(signature))
-    if faults := _links(root):
+    if faults := _find_links(root):
         raise CheckpointError.of(f"{fault} in {root}" for fault in faults)
     patched = read_patched(root)
     try:
@@ -54,14 +54,14 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
         checkpoint = open_checkpoint(root, "single")
     if filesystem.is_there(signature):
         raise TargetError("the signature exists", signature, "remove it, or give another --signature")
-    with _key(key, private=True) as key_path:
+    with _open_key(key, private=True) as key_path:
         if Path(os.path.realpath(key)).is_relative_to(root):
             raise SwsurgeryError("the private key lies in the checkpoint", key, "move it out before anyone gets both")
-        with _key_faults(key, library):
+        with _convert_key_errors(key, library):
             config = library.signing.Config().use_elliptic_key_signer(private_key=key_path)
     config.set_hashing_config(_Hashing.of(library, root, signature))
-    with _memory(b"") as (memory, path):
-        with _reading(root):
+    with _make_memory_file(b"") as (memory, path):
+        with _lock_for_reading(root):
             config.sign(root, path)
         checkpoint.refuse_changed()  # the library opens the files by their paths
         data = read_exactly(memory, os.fstat(memory).st_size, 0, path)
@@ -79,28 +79,28 @@ def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Find
     Returns a finding for each file that is not as signed; none if the signature covers every file as it is. Raises
     CheckpointError if the checkpoint or the signature cannot be read, SwsurgeryError for a key that cannot be used.
     """
-    library = _library()
+    library = _load_library()
     root = Path(os.path.realpath(root))
     signature = Path(os.path.abspath(signature))
-    if faults := _links(root):
+    if faults := _find_links(root):
         return [Finding("signature", fault) for fault in faults]
     raw = read_small(signature, str(signature))
-    with _key(public_key, private=False) as path, _key_faults(public_key, library):
+    with _open_key(public_key, private=False) as path, _convert_key_errors(public_key, library):
         config = library.verifying.Config().use_elliptic_key_verifier(public_key=path)
     hashing = _Hashing.of(library, root, signature)
     config.set_hashing_config(hashing)
     refusals = (ValueError, KeyError, TypeError, IndexError, AttributeError, library.InvalidSignature)
     try:
-        covered, left_out = _statement(raw, signature.name)
-        with _memory(raw) as (_, path), _reading(root), contextlib.redirect_stdout(io.StringIO()):
+        covered, left_out = _read_statement(raw, signature.name)
+        with _make_memory_file(raw) as (_, path), _lock_for_reading(root), contextlib.redirect_stdout(io.StringIO()):
             config.verify(root, path)  # the library prints warnings about signatures in an older form to stdout
     except CheckpointError as error:
         return [Finding("signature", fault, signature.name) for fault in error.faults]
     except refusals as error:
         if hashing.found is None:  # the library checks the key before it hashes
             return [Finding("signature", "it was not made with this key, or was changed since", signature.name)]
-        return _differences(covered, hashing.found) or [Finding("signature", str(error), signature.name)]
-    allowed = {*NOT_COVERED, _relative(signature, root)}
+        return _compare_digests(covered, hashing.found) or [Finding("signature", str(error), signature.name)]
+    allowed = {*NOT_COVERED, _make_relative(signature, root)}
     return [
         Finding("signature", "the signature leaves it out", name)
         for name in left_out
@@ -108,7 +108,7 @@ def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Find
     ]
 
 
-def _differences(covered: dict[str, str], found: dict[str, str]) -> list[Finding]:
+def _compare_digests(covered: dict[str, str], found: dict[str, str]) -> list[Finding]:
     findings = [Finding("signature", "it is not there, and was when it was signed", n) for n in covered.keys() - found]
     findings += [Finding("signature", "it was not there when it was signed", n) for n in found.keys() - covered]
     findings += [
@@ -119,7 +119,7 @@ def _differences(covered: dict[str, str], found: dict[str, str]) -> list[Finding
     return sorted(findings, key=lambda f: f.file or "")
 
 
-def _statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
+def _read_statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
     """Read a signature without checking it. Returns (file -> sha256, top-level names that are not covered).
 
     Raises CheckpointError, and the errors of indexing if the document has another form.
@@ -148,7 +148,7 @@ class _Hashing:
     @classmethod
     def of(cls, library: _Library, root: Path, signature: Path) -> _Hashing:
         """Configure sha256 for each file of `root`, without the files that a signature does not cover."""
-        names = [*NOT_COVERED, *filter(None, [_relative(signature, root)])]
+        names = [*NOT_COVERED, *filter(None, [_make_relative(signature, root)])]
         config = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
         return cls(config.set_ignored_paths(paths=sorted(set(names)), ignore_git_paths=False))
 
@@ -172,7 +172,7 @@ class _Library:
         self.InvalidSignature, self.UnsupportedAlgorithm = InvalidSignature, UnsupportedAlgorithm
 
 
-def _library() -> _Library:
+def _load_library() -> _Library:
     try:
         return _Library()
     except ImportError as error:
@@ -180,7 +180,7 @@ def _library() -> _Library:
 
 
 @contextlib.contextmanager
-def _key(path: Path, *, private: bool) -> Iterator[Path]:
+def _open_key(path: Path, *, private: bool) -> Iterator[Path]:
     """Open the key's file, check it, and yield a path to the open file, so that the checked file is the one used.
 
     Raises SwsurgeryError if the file cannot be read or, for a private key, if other users can access it.
@@ -201,7 +201,7 @@ def _key(path: Path, *, private: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _key_faults(key: Path, library: _Library) -> Iterator[None]:
+def _convert_key_errors(key: Path, library: _Library) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError, library.UnsupportedAlgorithm):
@@ -211,7 +211,7 @@ def _key_faults(key: Path, library: _Library) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _memory(data: bytes) -> Iterator[tuple[int, Path]]:
+def _make_memory_file(data: bytes) -> Iterator[tuple[int, Path]]:
     """Make a file in memory with the content `data`, because the library accepts only paths."""
     fd = os.memfd_create("swsurgery", os.MFD_CLOEXEC)
     try:
@@ -226,7 +226,7 @@ def _open_file(fd: int) -> Path:
 
 
 @contextlib.contextmanager
-def _reading(root: Path) -> Iterator[None]:
+def _lock_for_reading(root: Path) -> Iterator[None]:
     """Prevent edits in place of `root` during the block, and convert an OSError to a CheckpointError."""
     with filesystem.locked(root, exclusive=False):
         try:
@@ -235,7 +235,7 @@ def _reading(root: Path) -> Iterator[None]:
             raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", error.filename or root) from error
 
 
-def _links(root: Path) -> list[str]:
+def _find_links(root: Path) -> list[str]:
     """List faults for the first MAX_LISTED links and special files: their content is not in the directory.
 
     Raises CheckpointError if the directory does not exist, or is a snapshot of the cache, which consists of links.
@@ -266,7 +266,7 @@ def _walk(folder: Path, root: Path) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
-def _relative(path: Path, root: Path) -> str | None:
+def _make_relative(path: Path, root: Path) -> str | None:
     """Return `path` relative to `root`, or None if it is outside `root`."""
     real = Path(os.path.realpath(path.parent), path.name)
     return str(real.relative_to(root)) if real.is_relative_to(root) else None

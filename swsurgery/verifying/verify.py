@@ -98,14 +98,14 @@ class Proof:
         """Yield what was proved, as text. A claim is omitted if any finding contradicts it."""
         clean = not any(f.level == "error" for f in self.findings)
         if self.verification is not None and clean:
-            yield from _registry_lines(self.verification)
+            yield from _describe_verification(self.verification)
         if self.manifest is not None and clean:
             how = (
                 f"and byte by byte from {self.base}" if self.base else "on the base's bits as the registry proves them"
             )
             yield f"manifest  exactly {self.manifest.path}: every edit done once more {how}"
         if self.survival is not None:
-            yield from _survival_lines(self.survival)
+            yield from _describe_survival(self.survival)
         if self.signature is not None and not any(f.rule == "signature" for f in self.findings):
             yield f"signature {self.signature} covers every file as it is"
         if self.finite and not any(f.rule == "non-finite" for f in self.findings):
@@ -120,16 +120,8 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
     Raises CheckpointError if there is nothing to check against or a file cannot be read, ManifestError for an invalid
     manifest, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key.
     """
-    if (question.signature is None) != (question.public_key is None):
-        raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
-    patched = read_patched(root)
-    if patched is None and not question.needs_no_registry:
-        raise CheckpointError(
-            "no registry",
-            f"{root}/{OWN_FILES[0]}",
-            "only a patched checkpoint has one; --known and --manifest do without",
-        )
-    loaded = _load(question.manifest)
+    patched = _read_record(root, question)
+    loaded = _load_manifest(question.manifest)
     question = _choose_weights(question, patched, loaded)
     base = _open_base(root, question, loaded, patched)
     try:
@@ -138,23 +130,23 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
         if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise
         return Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
-    repo_ids = _repo_ids(patched)
-    wishes = _wishes(loaded, checkpoint, repo_ids)
+    repo_ids = _list_repo_ids(patched)
+    wishes = _resolve_wishes(loaded, checkpoint, repo_ids)
     verification = None
     if patched is not None:
         verification = verify_patched(patched, checkpoint, progress, base, question.finite)
         findings, rules = [*verification.findings], verification.rules
         if any(f.index is not None for f in findings):
-            pointed = wishes or _own_wishes(root, patched, checkpoint, repo_ids)
-            findings = [pointed.at(f) for f in findings] if pointed else findings
+            wanted = wishes or _resolve_own_manifest(root, patched, checkpoint, repo_ids)
+            findings = [wanted.at(f) for f in findings] if wanted else findings
     else:
         findings, rules = _check_files(checkpoint, question.finite, progress)
     if wishes is not None:
-        findings += _by_manifest(wishes, patched, checkpoint, base, progress)
+        findings += _check_manifest(wishes, patched, checkpoint, base, progress)
         rules += ("manifest-mismatch", "undeclared-change", "file-missing", "file-undeclared", "base")
     kept = None
     if question.known:
-        kept = _survey(question, checkpoint, patched, repo_ids)
+        kept = _survey_known(question, checkpoint, patched, repo_ids)
         findings += kept.findings()
         rules += ("known-lost", "known-unreadable", "known-suspicious")
     if question.signature is not None and question.public_key is not None:
@@ -171,6 +163,20 @@ def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
         question.signature,
         checkpoint.notes,
     )
+
+
+def _read_record(root: Path | Repo, question: Question) -> Patched | None:
+    """Read the record, or return None if the question can be answered without one.
+
+    Raises SwsurgeryError for a signature without a public key, and CheckpointError for a missing or damaged record.
+    """
+    if (question.signature is None) != (question.public_key is None):
+        raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
+    patched = read_patched(root)
+    if patched is None and not question.needs_no_registry:
+        remedy = "only a patched checkpoint has one; --known and --manifest do without"
+        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}", remedy)
+    return patched
 
 
 def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedManifest | None) -> Question:
@@ -213,7 +219,7 @@ def _open(root: Path | Repo, question: Question, elsewhere: Collection[str] = ()
     return open_chosen(root, question.weights, question.variant, elsewhere=elsewhere)
 
 
-def _load(path: Path | None) -> LoadedManifest | None:
+def _load_manifest(path: Path | None) -> LoadedManifest | None:
     if path is None:
         return None
     from swsurgery.manifest.load import load_manifest
@@ -221,7 +227,7 @@ def _load(path: Path | None) -> LoadedManifest | None:
     return load_manifest(path)
 
 
-def _survey(
+def _survey_known(
     question: Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
 ) -> Survival:
     from swsurgery.verifying import against_known
@@ -261,7 +267,7 @@ def _is_same(first: Path, second: Path) -> bool:
     return os.path.realpath(first) == os.path.realpath(second)
 
 
-def _repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
+def _list_repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
     """Return the repository ids in a record: of the base, and of the known model whose super weights it quotes."""
     if patched is None:
         return ()
@@ -269,7 +275,9 @@ def _repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
     return patched.registry.base.repo_id, facts.get("hf_id")
 
 
-def _wishes(loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]) -> Wishes | None:
+def _resolve_wishes(
+    loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
+) -> Wishes | None:
     if loaded is None:
         return None
     from swsurgery.verifying.against_manifest import read_wishes
@@ -277,7 +285,7 @@ def _wishes(loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tup
     return read_wishes(loaded, checkpoint, repo_ids)
 
 
-def _own_wishes(
+def _resolve_own_manifest(
     root: Path | Repo, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
 ) -> Wishes | None:
     """Resolve the manifest stored in the checkpoint, so that findings can name its lines. None if it is invalid."""
@@ -288,10 +296,10 @@ def _own_wishes(
         loaded = parse_manifest(patched.manifest_raw, beside / MANIFEST_NAME)
     except ManifestError:
         return None  # the manifest was changed by hand, which its digest already reports
-    return _wishes(loaded, checkpoint, repo_ids)
+    return _resolve_wishes(loaded, checkpoint, repo_ids)
 
 
-def _by_manifest(
+def _check_manifest(
     wishes: Wishes, patched: Patched | None, checkpoint: Checkpoint, base: Checkpoint | None, progress: Progress
 ) -> list[Finding]:
     from swsurgery.verifying.against_manifest import by_registry
@@ -310,7 +318,7 @@ def _by_manifest(
     return by_base(wishes, plan, checkpoint, progress)
 
 
-def _registry_lines(verification: Verification) -> Iterable[str]:
+def _describe_verification(verification: Verification) -> Iterable[str]:
     yield f"verified  {_count(verification.files - len(verification.unhashed), 'file')} with the registry's sha256"
     if verification.proved:
         others = verification.unread or verification.unverified
@@ -332,7 +340,7 @@ def _registry_lines(verification: Verification) -> Iterable[str]:
         yield "compared  byte by byte with the base: nothing else differs"
 
 
-def _survival_lines(survived: Survival) -> Iterable[str]:
+def _describe_survival(survived: Survival) -> Iterable[str]:
     from swsurgery.verifying.against_known import UNDECIDED, told
 
     held = [c for c in survived.coordinates if c.held]
