@@ -154,8 +154,11 @@ def _download_touched(source: Source, base: Checkpoint) -> Source:
     not in a repository, HubError.
     """
     if base.repo_id is None or base.revision is None:
-        fault = "--for-publish leaves files in the base's repository, so the base must be in one"
-        raise PlanError(fault, base.root, "give --base hf://ORG/NAME@REV")
+        raise PlanError(
+            "--for-publish leaves files in the base's repository, so the base must be in one",
+            base.root,
+            "give --base hf://ORG/NAME@REV",
+        )
     touched = {s.file for s in source.splices}
     stay = {f.name for f in source.files if f.name not in touched and f.size > SMALL and f.digest}
     here = [f for f in source.files if f.name not in stay]
@@ -169,8 +172,11 @@ def _download_touched(source: Source, base: Checkpoint) -> Source:
 def _restrict_check(plan: Plan, options: CheckOptions) -> CheckOptions:
     """Choose the check that works without most shards. Raises ModelError if the user asked for more."""
     if options.kind == "forward" or bounds_of(plan, options) != Bounds():
-        remedy = "leave out --for-publish, or the bounds and --check forward"
-        raise ModelError("a forward check needs the whole model", plan.checkpoint.root, remedy)
+        raise ModelError(
+            "a forward check needs the whole model",
+            plan.checkpoint.root,
+            "leave out --for-publish, or the bounds and --check forward",
+        )
     return replace(options, kind="weights" if options.kind == "auto" else options.kind)
 
 

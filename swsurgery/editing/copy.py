@@ -40,7 +40,7 @@ class AppliedFile:
     """One file of the patched checkpoint.
 
     `size` is in bytes. The digests are the sha256 of the base's and of the patched bytes; an edit in place leaves them
-    None if it did not need them. `how` says how the file was made: "kept" was copied by an interrupted run, "place" was
+    None if it did not need them. `how` is the way it was made: "kept" was copied by an interrupted run, "place" was
     edited in place, and "elsewhere" remains in the base's repository. `unverified` is True if the digests were not
     computed in this run but copied from the cache of digests or from an earlier record.
     """
@@ -131,8 +131,11 @@ def write_checkpoint(
     the copy, TargetError or NoSpace if the copy cannot be written.
     """
     if link == "hard" and source.in_cache:
-        reason = "a hard link into a Hugging Face cache shares the file with every repo and revision there"
-        raise TargetError(reason, stage.path.parent, "use --link auto")
+        raise TargetError(
+            "a hard link into a Hugging Face cache shares the file with every repo and revision there",
+            stage.path.parent,
+            "use --link auto",
+        )
     refuse_without_room(source.files, {s.file for s in source.splices}, stage, link)
     _make_folders(source.files, stage)
     progress.start(sum(f.size for f in source.files), "B", "copying")
@@ -158,7 +161,7 @@ def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
         for name in ("/".join(parts[:end]) for end in range(1, len(parts) + 1)):
             if isinstance(entry, Entry) and entry.name == file.name:
                 modes[name] = (entry.folder / name).stat().st_mode & 0o777 | 0o700
-            else:  # in a cache: all files are in the folder of the blobs
+            else:  # in a cache, where all files are in the folder of the blobs
                 modes[name] = 0o777
     for name in sorted(modes):
         with filesystem.reported(stage / name):

@@ -31,8 +31,11 @@ def refuse_without_room(files: Sequence[BaseFile], edited: Collection[str], stag
     free += sum(_disk_usage(stage / file.name) for file in files)
     if needed <= free or link in ("auto", "clone") and _can_clone(copied, stage):
         return
-    fault = f"not enough room: the copy needs {needed} bytes, {free} are free"
-    raise NoSpace(fault, stage.path.parent, "free some space, or write to another file system")
+    raise NoSpace(
+        f"not enough room: the copy needs {needed} bytes, {free} are free",
+        stage.path.parent,
+        "free some space, or write to another file system",
+    )
 
 
 def _disk_usage(entry: Entry) -> int:

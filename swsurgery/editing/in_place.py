@@ -114,8 +114,11 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
         splices = undoing(registry, checkpoint)
         names = {f.name: f.size for f in checkpoint.files}
         if wrong := [name for name, record in registry.files.items() if names.get(name) != record.size]:
-            fault = f"cannot be reverted, for these were changed or removed since the edit: {', '.join(wrong)}"
-            raise CheckpointError(fault, root, "restore them")
+            raise CheckpointError(
+                f"cannot be reverted, for these were changed or removed since the edit: {', '.join(wrong)}",
+                root,
+                "restore them",
+            )
         pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
         shards = _open_shards(folder, checkpoint, splices, opened)
         touched = _hash_touched(checkpoint, shards, splices, pins, progress)
@@ -155,8 +158,9 @@ def _find_directory(root: Path | Uri) -> Path:
         raise TargetError("is a symbolic link", root, "give the directory itself")
     real = Path(os.path.realpath(root))
     if is_cache_snapshot(real):
-        fault = "lies in a Hugging Face cache, which shares its files with other revisions and repos"
-        raise TargetError(fault, root, "apply with -o")
+        raise TargetError(
+            "lies in a Hugging Face cache, which shares its files with other revisions and repos", root, "apply with -o"
+        )
     return real
 
 
@@ -206,8 +210,7 @@ def _hash_touched(
         progress.close()
     if unknown:
         fault = "nothing vouches for what it was before the edit, so it could not be proved afterwards"
-        remedy = f"if it is the right base, add base.sha256: {{{', '.join(unknown)}}}"
-        raise PlanError(fault, checkpoint.root, remedy)
+        raise PlanError(fault, checkpoint.root, f"if it is the right base, add base.sha256: {{{', '.join(unknown)}}}")
     return touched
 
 
@@ -226,8 +229,9 @@ def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
         if isinstance(entry, Entry):
             entry.refuse_replaced()
         elif filesystem.is_there(folder / name):
-            remedy = "run again when nothing else writes there"
-            raise CheckpointError("was written by another program meanwhile", folder / name, remedy)
+            raise CheckpointError(
+                "was written by another program meanwhile", folder / name, "run again when nothing else writes there"
+            )
 
 
 def _refuse_shared(entry: Entry) -> None:
@@ -235,8 +239,9 @@ def _refuse_shared(entry: Entry) -> None:
     with filesystem.reported(entry):
         status = entry.stat()
     if status.st_nlink > 1:
-        fault = f"has {status.st_nlink} hard links, so the change would show under other names too"
-        raise TargetError(fault, entry, "apply with -o")
+        raise TargetError(
+            f"has {status.st_nlink} hard links, so the change would show under other names too", entry, "apply with -o"
+        )
     if not status.st_mode & stat.S_IWUSR:
         raise TargetError("is marked read-only", entry, "apply with -o, or chmod u+w it")
 

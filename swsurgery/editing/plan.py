@@ -243,7 +243,7 @@ def _locate(checkpoint: Checkpoint, layer: int, row: int, col: int, expert: Expe
 
 
 def _resolve_edit(edit: Edit, checkpoint: Checkpoint, model: KnownModel | None) -> list[tuple[Coordinate, Expected]]:
-    """List the scalars that an edit names, each with what the edit expects there.
+    """List the scalars that an edit names, each with the value that the edit expects.
 
     Raises ArchitectureError, LookupFailed or PlanError for the first that has no meaning in this checkpoint.
     """

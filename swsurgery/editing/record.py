@@ -17,7 +17,7 @@ from swsurgery.errors import PlanError, TargetError
 from swsurgery.known import shipped
 from swsurgery.storage.strict_json import MAX_JSON, RECORD, Limits
 
-if TYPE_CHECKING:  # building a record needs neither the planner nor the copier
+if TYPE_CHECKING:  # for annotations only
     from swsurgery.editing.copy import Applied
     from swsurgery.editing.plan import Plan
     from swsurgery.storage.splice import Scalar

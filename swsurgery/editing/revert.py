@@ -30,8 +30,11 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
         registry, previous = patched.registry, patched.previous()
         names = {f.name for f in checkpoint.files}
         if missing := [name for name in registry.files if name not in names]:
-            fault = f"cannot be reverted, for it lacks {', '.join(missing)}"
-            raise CheckpointError(fault, checkpoint.root, "restore what was removed since the edit")
+            raise CheckpointError(
+                f"cannot be reverted, for it lacks {', '.join(missing)}",
+                checkpoint.root,
+                "restore what was removed since the edit",
+            )
         source = Source(
             files=tuple(f for f in checkpoint.files if f.name in registry.files),
             splices=undoing(registry, checkpoint),
@@ -59,8 +62,11 @@ def undoing(registry: Registry, checkpoint: Checkpoint) -> tuple[Splice, ...]:
     for edit in registry.edits:
         splice = _undo(edit, checkpoint) if edit.file in registry.files else None
         if splice is None:
-            where = f"{edit.coordinate} in {edit.file}"
-            raise CheckpointError("the registry names a scalar that is not there", where, "restore swsurgery.json")
+            raise CheckpointError(
+                "the registry names a scalar that is not there",
+                f"{edit.coordinate} in {edit.file}",
+                "restore swsurgery.json",
+            )
         splices.append(splice)
     return tuple(splices)
 

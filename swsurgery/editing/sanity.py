@@ -173,7 +173,7 @@ def run_check(
         try:
             report = _check_forward(plan, patched, options, bounds, progress, say)
         except ModelError as error:
-            # An error if the user asked for a forward check by an option or a bound. Otherwise it is optional.
+            # If the user asked for a forward check, by an option or a bound, it must be made; otherwise it is optional.
             if options.kind == "forward" or bounds != Bounds() or options.asked:
                 if isinstance(error, Unrunnable) and options.bounds is None:
                     raise error.or_else("--check weights") from error
@@ -205,8 +205,10 @@ def bounds_of(plan: Plan, options: CheckOptions) -> Bounds:
     Raises PlanError if no ratio satisfies both bounds, or if the chosen check does not measure the ratio.
     """
     if options.kind in ("off", "weights") and options.bounds:
-        fault = f"--check {options.kind} measures no perplexity, and a bound on it was given"
-        raise PlanError(fault, remedy="leave out one of the two")
+        raise PlanError(
+            f"--check {options.kind} measures no perplexity, and a bound on it was given",
+            remedy="leave out one of the two",
+        )
     given, said = options.bounds or Bounds(), plan.loaded.manifest.check
     most = said.max_perplexity_ratio if given.max_perplexity_ratio is None else given.max_perplexity_ratio
     least = said.min_perplexity_ratio if given.min_perplexity_ratio is None else given.min_perplexity_ratio
