@@ -27,7 +27,7 @@ from swsurgery.editing.plan import make_plan
 from swsurgery.editing.record import complete_registry, draft_registry
 from swsurgery.editing.revert import reversion_notes, undoing
 from swsurgery.editing.sanity import Check, CheckOptions, bounds_of, run_check
-from swsurgery.errors import CheckpointError, PlanError, TargetError
+from swsurgery.errors import CheckpointError, LookupFailed, NumberError, PlanError, TargetError
 from swsurgery.hub import Uri
 from swsurgery.known import own
 from swsurgery.known.recorded import unlike_bases, unlike_records
@@ -36,7 +36,7 @@ from swsurgery.manifest.load import LoadedManifest, load_manifest
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import filesystem
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import bits_of
+from swsurgery.storage.dtypes import bits_of, json_value
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.hashing import hashed, hashed_twice, hold_to, stream
 from swsurgery.storage.names import OWN_FILES
@@ -288,9 +288,9 @@ def _report_applied(
     registry = patched.registry
     repo_ids = (registry.base.repo_id, (registry.known or {}).get("hf_id"))
     for coordinate, fault in _find_differences(loaded, checkpoint, registry, repo_ids):
-        raise _not_applied(fault, folder.path if coordinate is None else coordinate)
-    for record in (*registry.edits, *registry.protected, *(r for _, r in registry.inherited())):
-        _refuse_other_bits(record, checkpoint)
+        raise _not_applied(fault, folder.path if coordinate is None else f"{folder.path}: {coordinate}")
+    for record, fault in _find_other_scalars(registry, checkpoint):
+        raise _not_applied(fault, f"{record.file}: {record.coordinate}")
     mine, files = by_file(undoing(registry, checkpoint)), {f.name: f for f in checkpoint.files}
     for name in sorted({*mine, *loaded.manifest.base.sha256}):
         file, stated = files.get(name), registry.files.get(name)
@@ -315,7 +315,11 @@ def _find_differences(
 ) -> Iterator[tuple[Coordinate | None, str]]:
     """Yield each difference between a record and what its manifest asks of this checkpoint: (scalar or None, fault)."""
     base = loaded.manifest.base
-    model = own.lookup(base.model) if base.model else None
+    model = None
+    try:
+        model = own.lookup(base.model) if base.model else None
+    except LookupFailed as error:
+        yield from ((None, fault) for fault in error.faults)
     for repo_id in (base.repo_id, checkpoint.repo_id, *repo_ids):
         model = model or (own.of_repo(repo_id) if repo_id else None)
     asked, faults = resolve(loaded.manifest, checkpoint, look_up(model))
@@ -324,18 +328,42 @@ def _find_differences(
     yield from unlike_records(asked, registry)
 
 
-def _refuse_other_bits(record: ScalarRecord, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if a scalar does not have the recorded bits."""
-    wanted = record.new_bytes if isinstance(record, EditRecord) else record.old_bytes
+def _find_other_scalars(registry: Registry, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:
+    """Yield each recorded scalar, those of earlier steps included, that the checkpoint does not store as recorded."""
+    names = {f.name for f in checkpoint.files}
+    protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
+    # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
+    inherited = [record for _, record in registry.inherited() if record.file in checkpoint.shards]
+    for record in (*registry.edits, *protected, *inherited):
+        if fault := _compare_scalar(record, checkpoint):
+            yield record, fault
+    seen: set[tuple[str, int]] = set()
+    for record in (*registry.edits, *registry.protected):
+        if (record.file, record.offset) in seen:
+            yield record, "the registry names this scalar twice"
+        seen.add((record.file, record.offset))
+
+
+def _compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> str | None:
+    """Compare a recorded scalar with the headers and the stored bits; return the difference as text, or None."""
+    edit = record if isinstance(record, EditRecord) else None
     shard = checkpoint.shards.get(record.file)
     info = shard.tensors.get(record.tensor) if shard else None
     if shard is None or info is None:
-        raise _not_applied("the shards do not have the scalar", record.coordinate)
-    if (info.dtype.name, shard.offset(record.tensor, record.index)) != (record.dtype, record.offset):
-        raise _not_applied("the scalar is somewhere else", record.coordinate)
+        return "the registry names a scalar that the shards do not have"
+    try:
+        offset = shard.offset(record.tensor, record.index)
+        old = record.old_bytes
+        wanted = edit.new_bytes if edit else old
+    except (IndexError, NumberError) as error:
+        return f"the registry's entry is not possible: {error}"
+    if (offset, info.dtype.name) != (record.offset, record.dtype):
+        place = f"the registry puts it at byte {record.offset} as {record.dtype}"
+        return f"{place}, the header at byte {offset} as {info.dtype.name}"
+    if record.old != json_value(info.dtype, old) or edit and edit.new != json_value(info.dtype, wanted):
+        return "the registry's values are not what its bits mean"
     stored = shard.read_scalar(record.tensor, record.index)
-    if stored != wanted:
-        raise _not_applied(f"the scalar holds {bits_of(stored)}, not {bits_of(wanted)}", record.coordinate)
+    return None if stored == wanted else f"it holds {bits_of(stored)}, not {bits_of(wanted)}"
 
 
 def _not_applied(what: str, where: object) -> CheckpointError:
