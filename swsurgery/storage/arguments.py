@@ -1,4 +1,4 @@
-"""Check arguments of the public functions, so that no value of a wrong type is silently taken for a default."""
+"""Check arguments of the public functions, so that a value of the wrong type never acts like a default."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def require_type(name: str, value: object, kind: type, *, optional: bool = False
 
 
 def require_strings(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is None or a list or tuple of strings; a string alone is none."""
+    """Raise TypeError unless `value` is None or a list or tuple of strings. A single string is refused."""
     if value is not None and not (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)):
         raise TypeError(f"{name} must be None or a list of strings, not {value!r:.80}")

@@ -1,4 +1,4 @@
-"""Coordinate: the one name of one scalar. This room knows neither files nor models."""
+"""Name one scalar of a checkpoint. This module knows neither files nor models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Coordinate(NamedTuple):
-    """One scalar: the stored tensor's name and an index in its *stored* shape."""
+    """One scalar: the name of a stored tensor and an index into its *stored* shape."""
 
     tensor: str
     index: tuple[int, ...]  # type: ignore[assignment]  # the field hides tuple.index, which no caller needs

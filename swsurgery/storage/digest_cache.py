@@ -1,8 +1,8 @@
-"""Remember sha256 of files between runs, by device, inode, size, mtime and ctime of the descriptor that was hashed.
+"""Cache sha256 digests of files between runs, keyed by device, inode, size, mtime and ctime of the hashed descriptor.
 
-These five numbers prove nothing: a write through a held memory map changes none of them, and another image mounted in
-the same place can repeat them all. A remembered digest is therefore never compared with a pin. Only
-`apply --reuse-digests` copies it into a record, where it is marked as unverified. A lost or damaged cache costs time.
+A matching key proves nothing: a write through an existing memory map changes none of the five numbers, and another
+image mounted at the same path can repeat them all. A cached digest is therefore never compared with a pin. Only
+`apply --reuse-digests` copies it into a record, which marks it as unverified. Losing the cache costs time only.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.files import open_regular, read_at_most
 
 MAX_ENTRIES = 20_000
+"""Maximum number of digests kept; the oldest are dropped."""
 
 MAX_BYTES = 8 << 20
-"""Bytes of the cache file accepted; MAX_ENTRIES need about 3 MB."""
+"""Maximum size of the cache file in bytes; MAX_ENTRIES digests need about 3 MB."""
 
 CLOCK_TICK = 2.0
-"""Seconds between two mtimes that a file system can tell apart, at worst (FAT)."""
+"""Coarsest resolution of mtime among common file systems, in seconds (FAT)."""
 
 
 class DigestCache:
-    """Digests by the identity of the file, in the user's cache directory or in `path`.
+    """Digests keyed by file identity, stored in the user's cache directory or in `path`.
 
-    The cache file is read when a digest is first asked for, and when new ones are saved. It is ignored unless it is a
-    regular file of this user, nobody else may write it, and its contents have the checksum written with them.
+    The cache file is read at the first lookup and again when new digests are saved. It is ignored unless it is a
+    regular file that belongs to this user, is writable by nobody else, and matches the checksum that it contains.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -41,21 +42,21 @@ class DigestCache:
         self._read: dict[str, str] | None = None
 
     def get(self, status: os.stat_result) -> str | None:
-        """Return the digest that a file of this status once had."""
+        """Return the cached digest for a file with this status, or None."""
         if self._read is None:
             self._read = _load(self._path)
         return self._read.get(_identity(status))
 
     def put(self, status: os.stat_result, digest: str, started: float) -> None:
-        """Remember a digest. `status` is of the hashed descriptor; hashing began at `started`, in seconds since 1970.
+        """Add a digest. `status` is that of the hashed descriptor; hashing began at `started`, in seconds since 1970.
 
-        A file changed within a clock tick of that time is not remembered: it could change again without a new mtime.
+        A file modified less than CLOCK_TICK before `started` is not added: it could change again and keep its mtime.
         """
         if started - status.st_mtime >= CLOCK_TICK:
             self._new[_identity(status)] = digest
 
     def save(self) -> None:
-        """Write the cache; continue without it if it cannot be written."""
+        """Write the cache file. Does nothing if it cannot be written."""
         if not self._new:
             return
         entries = {k: v for k, v in _load(self._path).items() if k not in self._new} | self._new
@@ -71,7 +72,7 @@ class DigestCache:
 
 
 def _load(path: Path) -> dict[str, str]:
-    """Read the entries of a cache file; none if the file cannot be trusted."""
+    """Read the entries of a cache file. Returns no entries if the file cannot be trusted."""
     try:
         fd = open_regular(path)
     except (OSError, ShardError):

@@ -1,4 +1,7 @@
-"""Hold what belongs together."""
+"""Open and read files, on this machine or elsewhere.
+
+A file that changes or ends while it is read is an error. No link is followed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from swsurgery.storage.folder import Entry, Identity
 
 
 def open_regular(path: Path) -> int:
-    """A read-only descriptor of a regular file; never blocks on a FIFO and never follows a link.
+    """Open a regular file for reading and return its descriptor. Never blocks on a FIFO, never follows a link.
 
     Raises ShardError for anything else.
     """
@@ -32,7 +35,7 @@ def open_regular(path: Path) -> int:
 
 
 class Remote(Protocol):
-    """A file that is elsewhere and read by ranges. `sha256` is its digest if the server states one."""
+    """A file on another machine, read in byte ranges. `sha256` is its digest if the server states one."""
 
     @property
     def size(self) -> int: ...
@@ -41,19 +44,19 @@ class Remote(Protocol):
     def sha256(self) -> str | None: ...
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Up to `size` bytes; fewer only at the end."""
+        """Read `size` bytes at `offset`; fewer only at the end of the file."""
 
 
 Place = Path | Entry | Remote
-"""Where a file is to be read: on this machine, there in a directory that is held open, or elsewhere."""
+"""A file is read by its path, by its entry in an open directory, or in ranges from another machine."""
 
 
 @contextlib.contextmanager
 def opened(path: Place) -> Iterator[int | Remote]:
-    """A file to read from for the length of a block: a descriptor of a regular file, or what is read by ranges.
+    """Open a file for the duration of the block; yields a descriptor, or the remote file itself.
 
-    Raises ShardError for anything else, and CheckpointError for a listed entry that is another file by now, or that
-    was changed by the end of the block.
+    Raises ShardError for anything but a regular file, and CheckpointError for an entry that was replaced since it was
+    listed or is changed before the block ends.
     """
     if not isinstance(path, Path | Entry):
         yield path
@@ -77,12 +80,12 @@ def open_local(path: Place) -> Iterator[int]:
 
 
 def size_of(file: int | Remote) -> int:
-    """Bytes of an opened file."""
+    """Return the size of an opened file in bytes."""
     return os.fstat(file).st_size if isinstance(file, int) else file.size
 
 
 def read_exactly(file: int | Remote, size: int, offset: int, path: Place) -> bytes:
-    """`size` bytes at `offset`, however many calls that takes. Raises ShardError at an early end."""
+    """Read exactly `size` bytes at `offset`. Raises ShardError, which names `path`, if the file ends early."""
     parts = []
     while size:
         part = os.pread(file, size, offset) if isinstance(file, int) else file.pread(size, offset)
@@ -95,7 +98,7 @@ def read_exactly(file: int | Remote, size: int, offset: int, path: Place) -> byt
 
 
 def read_at_most(file: int | Remote, limit: int) -> bytes:
-    """The whole file, or its first `limit` bytes, whatever size it says to have (some say 0)."""
+    """Read the whole file, or its first `limit` bytes, regardless of its reported size (0 for files in /proc)."""
     if not isinstance(file, int):
         return file.pread(limit, 0)
     parts = []
@@ -107,9 +110,12 @@ def read_at_most(file: int | Remote, limit: int) -> bytes:
 
 @dataclass(frozen=True)
 class BaseFile:
-    """One file of a checkpoint. `name` is relative with forward slashes; `digest` is the sha256 where the cache or the
-    Hub vouches for it. `path` is where it is read: an entry of a held directory (`blobs/` for a cache snapshot) with
-    the identity that it had when it was listed, or what reads it from afar."""
+    """One file of a checkpoint.
+
+    `name` is relative to the checkpoint and uses forward slashes. `path` is what the file is read from: an entry of an
+    open directory (`blobs/` for a cache snapshot) with the identity that it had when it was listed, or a remote file.
+    `digest` is the sha256 that the Hub's cache or the Hub states, if any.
+    """
 
     name: str
     path: Place
@@ -118,22 +124,22 @@ class BaseFile:
 
     @property
     def identity(self) -> Identity | None:
-        """What the file was when it was listed; None for one that is elsewhere."""
+        """Identity of the file when it was listed; None for a remote file."""
         return self.path.identity if isinstance(self.path, Entry) else None
 
     @property
     def mode(self) -> int:
-        """The permissions for a copy: no more than the file has, and so that its owner can read it."""
+        """Permissions of a copy: those of the file, and readable by the owner."""
         return self.path.mode & 0o777 | 0o400 if isinstance(self.path, Entry) else 0o666
 
     @property
     def is_here(self) -> bool:
-        """True for a file on this machine."""
+        """True if the file is on this machine."""
         return isinstance(self.path, Path | Entry)
 
 
 class Repository(Protocol):
-    """A checkpoint that is elsewhere, at one commit; its files are read by ranges."""
+    """A checkpoint on another machine, at one commit; its files are read in byte ranges."""
 
     @property
     def repo_id(self) -> str: ...
@@ -156,9 +162,9 @@ NOT_THE_FILE = (
     (b"<!", "is an HTML page, perhaps a failed download", "download it again"),
     (b"<htm", "is an HTML page, perhaps a failed download", "download it again"),
 )
-"""First bytes of a file -> what it is instead, and the remedy."""
+"""Each row contains the first bytes of a file, what such a file is, and the remedy."""
 
 
 def not_the_file(start: bytes) -> tuple[str, str] | None:
-    """Return what a file is instead of what it should be, and the remedy, by its first bytes; None if unknown."""
+    """Recognise a file of another format by its first bytes. Returns (reason, remedy), or None if not recognised."""
     return next(((what, remedy) for magic, what, remedy in NOT_THE_FILE if start.startswith(magic)), None)

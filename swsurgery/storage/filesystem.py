@@ -1,9 +1,8 @@
-"""Every mutating system call that swsurgery makes, and nowhere else.
+"""Make every system call of swsurgery that changes a file system.
 
-Functions are thin: one call each, repeated where the kernel may do less than it was asked. An OSError
-leaves this room as a TargetError that names the path and a remedy; a failed fsync is final and never
-retried, for a second try may succeed with the data gone. Where an Entry is given instead of a path, the call is made
-relative to the descriptor of its folder.
+Functions are thin: one call each, repeated if the kernel may do less than requested. A failed fsync is final and never
+retried, because a second fsync may succeed although the data is lost. If an Entry is passed instead of a path, the call
+is relative to the descriptor of its folder. `reported` turns an OSError into a TargetError with the path and a remedy.
 """
 
 from __future__ import annotations
@@ -21,10 +20,14 @@ from swsurgery.errors import TargetError
 from swsurgery.storage.folder import Entry, Folder
 
 FICLONE = 0x40049409
-"""ioctl of Linux: make a file share all blocks of another one (btrfs, xfs)."""
+"""Linux ioctl that makes a file share all blocks of another file (btrfs, xfs)."""
 
 RENAME_NOREPLACE = 1
+"""Flag of renameat2: fail if the new name exists."""
+
 AT_FDCWD = -100
+"""Descriptor that stands for the current directory in system calls."""
+
 _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
 _CANNOT_COPY_RANGE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
 _REMEDIES = {
@@ -41,8 +44,10 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def _placed(path: Path | Entry) -> Iterator[tuple[str, int | None]]:
-    """What a system call is given for a path or an entry: (the name, the descriptor of its directory if one is held).
-    Raises OSError."""
+    """Yield the two arguments of a system call for a path or an entry: its name and the descriptor of its directory.
+
+    The descriptor is None for a path. Raises OSError.
+    """
     if isinstance(path, Entry):
         with path.placed() as (fd, name):
             yield name, fd
@@ -52,7 +57,7 @@ def _placed(path: Path | Entry) -> Iterator[tuple[str, int | None]]:
 
 @contextlib.contextmanager
 def reported(path: Path | Entry | Folder | str) -> Iterator[None]:
-    """Turn an OSError of the block into a TargetError about `path`."""
+    """Convert an OSError of the block to a TargetError about `path`."""
     try:
         yield
     except OSError as error:
@@ -61,8 +66,10 @@ def reported(path: Path | Entry | Folder | str) -> Iterator[None]:
 
 
 def is_there(path: Path | Entry) -> bool:
-    """Whether something has this name. os.path.lexists says no where it cannot tell, and what rests on a no, such as
-    that no journal is waiting, would rest on nothing. Raises TargetError there."""
+    """Return True if the name exists, also as a broken link. Raises TargetError if this cannot be determined.
+
+    os.path.lexists returns False in that case, and a caller would conclude that no journal exists.
+    """
     try:
         with _placed(path) as (name, fd):
             os.lstat(name, dir_fd=fd)
@@ -75,9 +82,9 @@ def is_there(path: Path | Entry) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
-    """Hold a directory that is read (shared) or edited in place (exclusive). The lock dies with the process.
+    """Lock a directory for reading (shared) or for editing in place (exclusive). The lock ends with the process.
 
-    Raises TargetError where another run holds it otherwise, unless told to `wait`.
+    Raises TargetError if another run has a conflicting lock, unless `wait` is set.
     """
     with reported(folder):
         where = "." if isinstance(folder, Folder) else folder
@@ -90,7 +97,7 @@ def locked(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Ite
             doing = "reading or editing it" if exclusive else "editing it in place"
             raise TargetError(f"another run is {doing}", folder, "wait for it, or stop it") from None
         except OSError as error:
-            if exclusive:  # some network file systems have no locks; whoever only reads is warned by what it hashes
+            if exclusive:  # some network file systems have no locks; a reader notices a change by its hashes
                 raise TargetError(f"cannot lock ({os.strerror(error.errno or 0)})", folder) from error
         yield
     finally:
@@ -98,25 +105,26 @@ def locked(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Ite
 
 
 def remove_file(path: Path | Entry) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     with contextlib.suppress(FileNotFoundError), _placed(path) as (name, fd):
         os.unlink(name, dir_fd=fd)
 
 
 def make_directory(path: Path | Entry, mode: int = 0o777) -> None:
-    """A new directory; the umask takes permissions away from `mode`."""
+    """Create a directory with permissions `mode`, reduced by the umask."""
     with _placed(path) as (name, fd):
         os.mkdir(name, mode, dir_fd=fd)
 
 
 def restrict(folder: Folder, mode: int) -> None:
-    """Take from a directory every permission that `mode` does not have."""
+    """Remove every permission of a directory that is not in `mode`."""
     before = os.fstat(folder.fd).st_mode & 0o7777
     if before & ~mode:
         os.fchmod(folder.fd, before & mode)
 
 
 def make_directories(path: Path) -> None:
+    """Create a directory and its parents; existing ones are kept."""
     os.makedirs(path, exist_ok=True)
 
 
@@ -127,7 +135,7 @@ def remove_directory(path: Path | Entry) -> None:
 
 
 def lock(folder: Folder) -> bool:
-    """Lock a directory for this run alone, as long as its descriptor is open. False if another run has it."""
+    """Lock a directory exclusively while its descriptor is open. Returns False if another run has a lock."""
     try:
         fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -136,22 +144,24 @@ def lock(folder: Folder) -> bool:
 
 
 def create(path: Path | Entry, mode: int = 0o666) -> int:
-    """A new file, open for writing; the umask takes permissions away from `mode`."""
+    """Create a file with permissions `mode`, reduced by the umask, and return a descriptor for writing."""
     with _placed(path) as (name, folder):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(name, flags, mode, dir_fd=folder)
 
 
 def open_for_patching(path: Path | Entry) -> int:
-    """An existing regular file, open for reading and for writing into it; no link is followed. Raises for an entry
-    what `Entry.open` does."""
+    """Open an existing file for reading and for overwriting parts of it; follows no link.
+
+    Raises OSError, and for an entry also the errors of `Entry.open`.
+    """
     with _placed(path) as (name, folder):
         fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     return path.sound(fd) if isinstance(path, Entry) else fd
 
 
 def reserve(path: Path | Entry, size: int) -> None:
-    """A new file that takes `size` bytes of the disk, to be removed when they are needed."""
+    """Create a file that occupies `size` bytes of the disk. Removing it later frees the space."""
     with reported(path):
         fd = create(path)
         try:
@@ -162,40 +172,41 @@ def reserve(path: Path | Entry, size: int) -> None:
 
 
 def drop_cache(fd: int) -> None:
-    """Have the next reading come from the disk, so far as the kernel is willing."""
+    """Ask the kernel to drop the cached pages of a file, so that the next read comes from the disk."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def bypass_cache(fd: int) -> None:
-    """Have `write_all` write past the page cache, where the file system can.
+    """Make `write_all` bypass the page cache if the file system supports it.
 
-    A checkpoint written through the cache costs a page of memory for each page, pushes out what others had
-    there, and leaves all its writing to `sync`.
+    Writing a checkpoint through the cache would evict the pages of other programs and defer all writing to `sync`.
     """
     with contextlib.suppress(OSError, AttributeError):  # tmpfs before Linux 6.6; other systems
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
 
 
 def _use_cache(fd: int) -> bool:
-    """Undo `bypass_cache`. False where there was nothing to undo."""
+    """Undo `bypass_cache`. Returns False if the cache was not bypassed."""
     flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
     return bool(flags & direct)
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at the current position."""
     view = memoryview(data)
     while view:
         try:
             view = view[os.write(fd, view) :]
         except OSError as error:
-            # Past the cache only whole blocks can be written, so the file's end, and what follows a short write,
-            # are refused and go through it.
+            # Writes that bypass the cache must consist of whole blocks. The end of the file, and the rest after a
+            # short write, are refused and go through the cache.
             if error.errno != errno.EINVAL or not _use_cache(fd):
                 raise
 
 
 def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset`; the current position stays."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -203,7 +214,7 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
 
 
 def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:
-    """A new small file, durable when this returns."""
+    """Create a small file that is durable when this returns. Raises TargetError."""
     with reported(path):
         fd = create(path, mode)
         try:
@@ -214,8 +225,10 @@ def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:
 
 
 def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None = None, mode: int = 0o666) -> None:
-    """A small file that may exist already, replaced as a whole; by way of `temporary`, which must not exist and is in
-    the same directory."""
+    """Create a small file, or replace it atomically. Raises TargetError.
+
+    The data is first written to `temporary`, which must not exist and must be in the same directory.
+    """
     temporary = temporary or path.with_name(f".{path.name.rpartition('/')[2]}.{os.getpid()}")
     try:
         write_file(temporary, data, mode)
@@ -228,12 +241,15 @@ def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None
 
 
 def write_report(path: Path, data: bytes) -> None:
-    """Put what a person asked for where they said. A regular file, also behind a link, is replaced as a whole; a
-    device, a pipe, /dev/stdout and /dev/fd/N are written into and stay what they are."""
+    """Write a report to the path that the user named. Raises TargetError.
+
+    A regular file is replaced atomically, also through a link. For a device, a pipe, /dev/stdout or /dev/fd/N the data
+    is written to the existing file.
+    """
     with reported(path):
         if (number := _own_descriptor(path)) is not None:
-            # Opened anew it would have a place in the file of its own, and what others write there next would land on
-            # the report.
+            # A newly opened descriptor would have its own position, and later output to the original descriptor
+            # would overwrite the report.
             fd = os.dup(number)
         elif os.path.exists(path) and not path.is_file():
             fd = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
@@ -249,7 +265,7 @@ def write_report(path: Path, data: bytes) -> None:
 
 
 def _own_descriptor(path: Path) -> int | None:
-    """The number of the descriptor of this process that a path such as /dev/stdout means."""
+    """Return the descriptor of this process that a path such as /dev/stdout refers to, or None."""
     streams = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
     text = os.path.abspath(path)
     match = re.fullmatch(r"/(?:dev|proc/self)/fd/([0-9]{1,9})", text)
@@ -257,9 +273,11 @@ def _own_descriptor(path: Path) -> int | None:
 
 
 def replace_shared(path: Path, data: bytes, *, wait: bool = True, mode: int = 0o666) -> None:
-    """`replace_file` in a directory of swsurgery's own, where several runs may write the same file: one at a time, so
-    that what a killed one left has a fixed name and can be removed. Raises TargetError while another is at it, unless
-    told to `wait` for it."""
+    """Replace a file in one of swsurgery's own directories, where several runs may write the same file.
+
+    A lock admits one run at a time. The temporary file has a fixed name, so the next run removes one that a killed run
+    left. Raises TargetError if another run has the lock, unless `wait` is set.
+    """
     with locked(path.parent, exclusive=True, wait=wait):
         temporary = path.with_name(f".{path.name}.new")
         with reported(temporary):
@@ -268,7 +286,7 @@ def replace_shared(path: Path, data: bytes, *, wait: bool = True, mode: int = 0o
 
 
 def clone(base: int, new: int) -> bool:
-    """Let the empty file `new` share the blocks of `base`. False where the file system cannot."""
+    """Make the empty file `new` share the blocks of `base`. Returns False if the file system cannot."""
     try:
         fcntl.ioctl(new, FICLONE, base)
     except OSError as error:
@@ -279,7 +297,7 @@ def clone(base: int, new: int) -> bool:
 
 
 def copy_range(base: int, new: int, offset: int, size: int) -> int:
-    """Copy up to `size` bytes at `offset` inside the kernel; returns how many, 0 at the end of the file."""
+    """Copy up to `size` bytes at `offset` inside the kernel. Returns the number copied, 0 at the end of the file."""
     try:
         return os.copy_file_range(base, new, size, offset, offset)
     except OSError as error:
@@ -291,7 +309,7 @@ def copy_range(base: int, new: int, offset: int, size: int) -> int:
 
 
 def hard_link(base: Path | Entry, new: Path | Entry) -> None:
-    """Give a file a second name. It moves the ctime of the file, which an entry of it is told."""
+    """Create a second name for a file. This changes its ctime, which an entry of it ignores from now on."""
     if isinstance(base, Entry):
         base.expect_new_ctime()
     with _placed(base) as (old, fd), _placed(new) as (name, to):
@@ -314,7 +332,7 @@ def sync_directory(path: Path | Folder) -> None:
 
 
 def rename_new(old: Path | Entry, new: Path | Entry) -> None:
-    """Rename, and never onto something that is there. Raises OSError (EEXIST)."""
+    """Rename without ever replacing an existing name. Raises OSError (EEXIST)."""
     with _placed(old) as (name, fd), _placed(new) as (to_name, to):
         _rename_new(name, fd, to_name, to)
 
@@ -329,7 +347,7 @@ def _rename_new(old: str, fd: int | None, new: str, to: int | None) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code))
-    # Some file systems (FUSE) do not know the flag. Plain rename would silently replace an empty directory.
+    # Some file systems (FUSE) do not support the flag. A plain rename would silently replace an empty directory.
     with contextlib.suppress(FileNotFoundError):
         os.stat(new, dir_fd=to, follow_symlinks=False)
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))

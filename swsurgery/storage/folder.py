@@ -1,8 +1,9 @@
-"""A directory held open, and its files opened relative to it.
+"""Keep a directory open and open its files relative to it.
 
-A path that was checked can mean another file a moment later. A descriptor cannot: what is opened below a held directory
-is in that directory, whatever its path means by then, and no component of a name is followed through a link. An
-`Identity` tells whether a file is still the one that was listed. Reads only; what changes a file is in filesystem.py.
+A checked path can refer to another file a moment later. A descriptor cannot: a file opened relative to an open
+directory is in that directory, even if the path of the directory now refers to another one. No component of a name is
+followed through a link. An `Identity` shows if a file is still the one that was listed. This module only reads;
+filesystem.py contains the functions that change files.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import Literal
 from swsurgery.errors import CheckpointError, ShardError
 
 OPENAT2 = 437
-"""Number of the system call on every architecture of Linux; glibc 2.36 has no function for it."""
+"""Number of the system call on every Linux architecture; glibc 2.36 has no wrapper function."""
 
 _BENEATH = 0x02 | 0x04 | 0x08
-"""RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH."""
+"""The value is RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _REGULAR = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -35,7 +36,7 @@ Field = Literal["dev", "ino", "size", "mtime_ns", "ctime_ns"]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What tells a file from every other file, and from itself after a change. Times are in nanoseconds."""
+    """Five numbers that differ between files and change when a file is written. Times are in nanoseconds."""
 
     dev: int
     ino: int
@@ -49,16 +50,16 @@ class Identity:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def same(self, other: Identity, *ignored: Field) -> bool:
-        """Compare all fields but the `ignored`: "ctime_ns" after our own hard link, both times after our writes."""
+        """Compare all fields except `ignored`: "ctime_ns" after our own hard link, both times after our own writes."""
         fields: tuple[Field, ...] = ("dev", "ino", "size", "mtime_ns", "ctime_ns")
         return all(getattr(self, field) == getattr(other, field) for field in fields if field not in ignored)
 
 
 class Folder:
-    """A directory held open by the descriptor `fd`; `path` is where it was opened and serves messages.
+    """A directory kept open by the descriptor `fd`. `path` is the path it was opened by, used in messages only.
 
-    The descriptor is closed with the object, by `close`, or at the end of a `with` block. `folder / name` is the entry
-    of that name, which may be a path of several components.
+    The descriptor is closed by `close`, at the end of a `with` block, or with the object. `folder / name` is the entry
+    of that name; a name may have several components.
     """
 
     def __init__(self, fd: int, path: Path):
@@ -68,7 +69,7 @@ class Folder:
 
     @classmethod
     def at(cls, path: Path) -> Folder:
-        """Open a directory that is no link itself. Raises OSError."""
+        """Open a directory; its last component must not be a link. Raises OSError."""
         return cls(os.open(path, _DIRECTORY), path)
 
     def close(self) -> None:
@@ -91,8 +92,8 @@ class Folder:
         return f"Folder({self.fd}, {str(self.path)!r})"
 
     def scan(self, name: str = "") -> list[Entry]:
-        """List the directory, or the one `name` below it, sorted; each entry has its identity. Raises OSError."""
-        fd = open_beneath(self.fd, name or ".", _DIRECTORY)  # of its own, for the place in the listing is shared
+        """List the directory, or its subdirectory `name`, sorted by name, with identities. Raises OSError."""
+        fd = open_beneath(self.fd, name or ".", _DIRECTORY)  # a new descriptor, because the read position is shared
         try:
             with os.scandir(fd) as found:
                 names = sorted(entry.name for entry in found)
@@ -107,8 +108,11 @@ class Folder:
 
 @dataclass(frozen=True)
 class Entry:
-    """A name below a held directory. The rest is what it was when it was listed, if it was: its identity, its mode and
-    its number of hard links."""
+    """A name below an open directory.
+
+    `identity`, `mode` and `links` (the number of hard links) are those at the time of the listing; `identity` is None
+    for an entry that was not listed.
+    """
 
     folder: Folder
     name: str
@@ -118,24 +122,24 @@ class Entry:
 
     @classmethod
     def listed(cls, folder: Folder, name: str, status: os.stat_result) -> Entry:
-        """Take identity, mode and links from a status of the entry."""
+        """Make an entry with the identity, mode and links of a stat result."""
         return cls(folder, name, Identity.of(status), status.st_mode, status.st_nlink)
 
     @property
     def path(self) -> Path:
-        """Where it is, for messages; to open it by this path would be to trust the path."""
+        """Path for messages. Never open the file by it: the path may refer to another file by now."""
         return self.folder.path / self.name
 
     def __str__(self) -> str:
         return str(self.path)
 
     def with_name(self, name: str) -> Entry:
-        """The entry of another name beside this one."""
+        """Make an entry of another name in the same directory."""
         return Entry(self.folder, "/".join((*self.name.split("/")[:-1], name)))
 
     @contextlib.contextmanager
     def placed(self) -> Iterator[tuple[int, str]]:
-        """Hold the directory that has the entry: (its descriptor, the last component). Raises OSError."""
+        """Open the directory of the entry; yields its descriptor and the last component of the name. Raises OSError."""
         inner, _, last = self.name.rpartition("/")
         if not inner:
             _refuse_climbing(last)
@@ -149,22 +153,24 @@ class Entry:
             os.close(fd)
 
     def stat(self) -> os.stat_result:
-        """The status of the entry itself, also of a link. Raises OSError."""
+        """Stat the entry without following a link. Raises OSError."""
         with self.placed() as (fd, last):
             return os.stat(last, dir_fd=fd, follow_symlinks=False)
 
     def readlink(self) -> str:
-        """What the entry, a link, points to. Raises OSError."""
+        """Read the target of the entry, which must be a link. Raises OSError."""
         with self.placed() as (fd, last):
             return os.readlink(last, dir_fd=fd)
 
     def open_folder(self) -> Folder:
-        """Hold the directory that the entry is. Raises OSError."""
+        """Open the entry as a directory. Raises OSError."""
         return Folder(open_beneath(self.folder.fd, self.name, _DIRECTORY), self.path)
 
     def open(self) -> int:
-        """Open a regular file for reading; never blocks on a FIFO. Raises ShardError, or CheckpointError for a file
-        that is not the one that was listed."""
+        """Open a regular file for reading; never blocks on a FIFO.
+
+        Raises ShardError, or CheckpointError for a file that is not the listed one.
+        """
         try:
             fd = open_beneath(self.folder.fd, self.name, os.O_RDONLY | _REGULAR)
         except OSError as error:
@@ -174,17 +180,19 @@ class Entry:
         return self.sound(fd)
 
     def expect_new_ctime(self) -> None:
-        """Ignore the ctime of this file from now on, for this run gives it another name."""
+        """Ignore the ctime of this file from now on, because this run is about to create a hard link to it."""
         if self.identity is not None:
             self.folder.linked.add((self.identity.dev, self.identity.ino))
 
     def refuse_changed(self, fd: int, *ignored: Field) -> None:
-        """Raise CheckpointError if the open file is not, or no longer, what was listed; without a listing do
-        nothing."""
+        """Raise CheckpointError if the open file is not the listed one or was changed since.
+
+        Does nothing for an entry that was not listed.
+        """
         self._refuse(os.fstat(fd), ignored)
 
     def refuse_replaced(self) -> None:
-        """Raise CheckpointError if the name now has another file than the one listed, or a changed one."""
+        """Raise CheckpointError if the name now refers to another file than the listed one, or the file was changed."""
         try:
             status = self.stat()
         except OSError as error:
@@ -194,15 +202,17 @@ class Entry:
     def _refuse(self, status: os.stat_result, ignored: tuple[Field, ...]) -> None:
         if self.identity is None:
             return
-        # A hard link that is made or removed moves the ctime: by this run, or by another one from the same base.
+        # Creating or removing a hard link changes the ctime. This run does so, or another run on the same base.
         if (self.identity.dev, self.identity.ino) in self.folder.linked or self.links != status.st_nlink:
             ignored += ("ctime_ns",)
         if not self.identity.same(Identity.of(status), *ignored):
             raise CheckpointError("was changed or replaced while it was read", self, "run again when it rests")
 
     def sound(self, fd: int) -> int:
-        """Return the descriptor if it is of a regular file, and of the one listed; close it if not. Raises what `open`
-        does."""
+        """Return the descriptor if it refers to the listed regular file; close it otherwise.
+
+        Raises the errors of `open`.
+        """
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ShardError("is not a regular file", self)
@@ -220,7 +230,7 @@ class Entry:
 
 
 def open_beneath(folder: int, name: str, flags: int) -> int:
-    """Open a path below the directory of a descriptor, through no link and never out of it. Raises OSError."""
+    """Open a path relative to a directory descriptor. Follows no link, never leaves the directory. Raises OSError."""
     _refuse_climbing(name)
     fd = _openat2(folder, name, flags)
     return _by_components(folder, name, flags) if fd is None else fd
@@ -240,14 +250,14 @@ def _syscall() -> Callable[..., int]:
 
 
 class _How(ctypes.Structure):
-    """struct open_how of linux/openat2.h."""
+    """The struct open_how of linux/openat2.h."""
 
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 def _openat2(folder: int, name: str, flags: int) -> int | None:
-    """The system call; None if this kernel does not have it or will not do it."""
-    if not hasattr(os, "O_PATH"):  # not Linux, where the number would mean another call
+    """Call openat2. Returns None if the kernel does not provide it or refuses to run it. Raises OSError."""
+    if not hasattr(os, "O_PATH"):  # not Linux: the number would be that of another call
         return None
     how = _How(flags, 0, _BENEATH)
     fd = _syscall()(
@@ -260,13 +270,13 @@ def _openat2(folder: int, name: str, flags: int) -> int | None:
     if fd >= 0:
         return fd
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EPERM, errno.EAGAIN):  # an old kernel, a sandbox, a rename at the same moment
+    if code in (errno.ENOSYS, errno.EPERM, errno.EAGAIN):  # an old kernel, a sandbox, a concurrent rename
         return None
     raise OSError(code, os.strerror(code), name)
 
 
 def _by_components(folder: int, name: str, flags: int) -> int:
-    """Open one component after the other, each relative to the one before."""
+    """Open one component after another, each relative to the previous one. Raises OSError."""
     *folders, last = name.split("/")
     here = folder
     try:
