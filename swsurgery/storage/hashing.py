@@ -1,4 +1,4 @@
-"""Hold what belongs together."""
+"""Hash files in one pass, with and without the splices of a plan applied, and compare digests with pins."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from swsurgery.storage.splice import Splice
 from swsurgery.threads import Pool
 
 THREADS = "SWSURGERY_THREADS"
-"""Environment variable: how many files are copied at a time. 1 does everything in one thread."""
-
+"""Environment variable with the number of files copied at a time. 1 does everything in one thread."""
 
 CHUNK = 4 << 20
-"""Bytes read at a time: big enough to keep the disk and the hash busy, small enough to stay in the cache."""
+"""Bytes read at a time: large enough to keep the disk and the hash busy, small enough for the processor cache."""
 
 
 def stream(
@@ -35,30 +34,32 @@ def stream(
     sink: Callable[[memoryview], None] | None = None,
     header: Shard | None = None,
 ) -> tuple[str, str]:
-    """Read a file once: (sha256 of its bytes, sha256 with the splices made). `sink` is given the bytes with the splices
-    made, chunk by chunk. `splices` are in the order of their offsets and do not overlap. Raises CheckpointError where
-    a splice's old bytes are not there, if what comes before the data is not what it is in `header`, and what `sink`
-    raises."""
+    """Read a file once; returns (sha256 of its bytes, sha256 of its bytes with the splices applied).
+
+    `splices` must be sorted by offset and must not overlap. `sink` receives the bytes with the splices applied, in
+    chunks. Raises CheckpointError if the file does not contain the old bytes of a splice or does not start with the
+    same header as `header`, and any error of `sink`.
+    """
     digest, patched = hashlib.sha256(), None
     begun, header_end = hashlib.sha256(), header.data_start if header else 0
     jobs: list[Future[None]] = []
     first = 0
-    with Pool(min(2, _threads())) as lanes:  # one writes, one hashes what is written
-        for offset, chunk in _chunks(fd, file):
+    with Pool(min(2, _count_threads())) as lanes:  # one thread writes, the other hashes what is written
+        for offset, chunk in _read_chunks(fd, file):
             if header and offset < header_end:
                 begun.update(chunk[: header_end - offset])
                 if header_end <= offset + len(chunk):
                     _refuse_other_header(begun.hexdigest(), header, file)
             while first < len(splices) and splices[first].end <= offset:
                 first += 1
-            end = bisect.bisect_left(splices, offset + len(chunk), first, key=_offset)
+            end = bisect.bisect_left(splices, offset + len(chunk), first, key=_by_offset)
             inside = splices[first:end]
             if inside and patched is None:
-                patched = digest.copy()  # up to here both files are the same
+                patched = digest.copy()  # the files are equal up to this point
             if inside:
                 digest.update(chunk)
-                _splice(chunk, offset, inside, file)
-            for job in jobs:  # the chunk before: its buffer is the next to be read into
+                _apply_splices(chunk, offset, inside, file)
+            for job in jobs:  # of the previous chunk, whose buffer is filled next
                 job.result()
             jobs = [lanes.submit(patched.update, chunk)] if patched is not None else []
             if sink is not None:
@@ -71,16 +72,16 @@ def stream(
     return digest.hexdigest(), (patched or digest).hexdigest()
 
 
-_offset = operator.attrgetter("offset")
+_by_offset = operator.attrgetter("offset")
 
 
 def hashed(file: BaseFile, progress: Progress | None = None) -> str:
-    """sha256 of a file that is only read. Raises ShardError, CheckpointError."""
+    """Compute the sha256 of a file. Raises ShardError, CheckpointError."""
     return hashed_twice(file, (), progress)[0]
 
 
 def hashed_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | None = None) -> tuple[str, str]:
-    """Read a file once: (sha256 of its bytes, sha256 with the splices made). Raises ShardError, CheckpointError."""
+    """Return the sha256 of a file without and with `splices` applied. Raises ShardError, CheckpointError."""
     progress = progress or Silent()
     progress.start(file.size, "B", "hashing")
     try:
@@ -91,7 +92,10 @@ def hashed_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress |
 
 
 def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> None:
-    """Hold a digest of the base against everything that says what it must be. Raises PlanError."""
+    """Compare a digest of a base file with every pin for the file and with the digest that the Hub states.
+
+    `pins` contains, for each file name, the expected digest and the name of its source. Raises PlanError.
+    """
     for wanted, who in (pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
         if wanted and wanted != digest:
             changed = f"{file.name} was changed since the edit: restore it, or give the unchanged checkpoint"
@@ -105,9 +109,11 @@ def _refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
         raise CheckpointError(reason, file.path, "the base was changed meanwhile")
 
 
-def _splice(chunk: memoryview, offset: int, splices: Sequence[Splice], file: BaseFile) -> None:
-    """Put the new bytes into a chunk that begins at `offset`, if the old ones are as planned. A scalar may lie
-    across two chunks."""
+def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], file: BaseFile) -> None:
+    """Apply splices to a chunk that starts at `offset` in the file. A scalar may extend over two chunks.
+
+    Raises CheckpointError if the old bytes are not as planned.
+    """
     for splice in splices:
         begin, end = max(splice.offset, offset), min(splice.end, offset + len(chunk))
         part, at = slice(begin - splice.offset, end - splice.offset), slice(begin - offset, end - offset)
@@ -120,17 +126,22 @@ def _splice(chunk: memoryview, offset: int, splices: Sequence[Splice], file: Bas
         chunk[at] = splice.new[part]
 
 
-def _threads() -> int:
-    """More than cores, so that the last of three shards is not copied on one core while the other rests."""
+def _count_threads() -> int:
+    """Read the number of threads from the environment. Raises SwsurgeryError if it is not a number from 1 to 64.
+
+    The default exceeds the number of cores of a small machine, so that no core is idle while the last shard is copied.
+    """
     text = os.environ.get(THREADS, "4")
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise SwsurgeryError(f"{THREADS} is {text!r}", "the environment", "give a number from 1 to 64")
     return int(text)
 
 
-def _chunks(base: int, file: BaseFile) -> Iterator[tuple[int, memoryview]]:
-    """(offset, bytes) over the whole file, in two buffers by turns. They begin at a page, which writing past the
-    page cache asks for."""
+def _read_chunks(base: int, file: BaseFile) -> Iterator[tuple[int, memoryview]]:
+    """Yield (offset, bytes) for each chunk of a file. Raises CheckpointError if the file cannot be read or is shorter.
+
+    Two buffers are used alternately. They are aligned to pages, as writes that bypass the page cache require.
+    """
     buffers = itertools.cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))])
     offset = 0
     while offset < file.size:

@@ -1,37 +1,34 @@
-"""The names of files that mean something in a checkpoint's directory. Opens none of them."""
+"""Define the names of files with a meaning in the directory of a checkpoint. Opens no file."""
 
 from __future__ import annotations
 
 import re
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}\.safetensors")
-"""The only names that an index or a journal may point to: plain file names, so no path leaves the directory."""
+"""An index or a journal may only contain names of this form: plain file names, which cannot leave the directory."""
 
 VARIANT = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
-"""Pattern of the name of a variant of the weights: fp16, bf16, non_ema."""
+"""The name of a variant of the weights has this form; examples are fp16, bf16, non_ema."""
 
 OWN_FILES = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
-"""What swsurgery adds to a patched checkpoint: its registry, the manifest as applied, and the digests."""
+"""Swsurgery adds these files to a patched checkpoint: the record, the manifest as applied, and the digests."""
 
 JOURNAL, JOURNAL_NEW, ROOM = ".swsurgery-journal", ".swsurgery-journal.new", ".swsurgery-room"
-"""What is there while a checkpoint is edited in place: the old bytes, the same while they are being written, and a
-file that holds space for putting them back."""
+"""These files exist while a checkpoint is edited in place: the journal with the old bytes, the journal while it is
+being written, and a file that reserves disk space for the recovery."""
 
 STAGE_TOKEN = ".swsurgery-token"
-"""In a new checkpoint for a moment, while it gets its name; see staging.py. It is no part of a checkpoint."""
+"""This file exists in a new checkpoint only while it is being renamed; see staging.py."""
 
 WORKING_FILES = (JOURNAL, JOURNAL_NEW, ROOM, *(f".{name}.new" for name in OWN_FILES))
-"""What an edit in place leaves behind where it is cut off; recovery removes it, and it is no part of a checkpoint."""
-
+"""An interrupted edit in place leaves these files behind. They are no part of the checkpoint; recovery removes them."""
 
 SIGNATURE_NAME = "model.sig"
-"""Made after the registry, of it and everything else, so the registry cannot list it."""
-
+"""The signature covers all other files, including the record, so the record cannot list it."""
 
 CARD_NAME = "README.md"
-"""Of a checkpoint that was published: it quotes the registry, so the registry cannot list it. Where the registry does
-list one, it is the base's, and held to its digest."""
-
+"""The model card of a published checkpoint quotes the record, so the record cannot list it. A card that the record does
+list is that of the base and must have the listed digest."""
 
 GIT_NAME = ".gitattributes"
-"""How git keeps the files of a repository. The Hub makes one where a base had none, and nothing reads weights by it."""
+"""Git settings of a repository. The Hub adds this file if the base has none; reading weights does not depend on it."""

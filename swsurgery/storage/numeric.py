@@ -1,7 +1,7 @@
-"""Import numpy so that a lack of memory or of threads is an error of Python's.
+"""Import numpy so that a shortage of memory or threads raises a Python exception.
 
-numpy loads OpenBLAS, which calls exit(1) if it gets no memory for its buffers, and sends SIGINT if it gets no thread.
-Exit code 1 would be read as an answer ("they differ", "the check says no").
+numpy loads OpenBLAS, which calls exit(1) if it cannot allocate its buffers, and sends SIGINT if it cannot start a
+thread. A caller would read exit code 1 as an answer ("the checkpoints differ", "the check failed").
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ import sys
 from pathlib import Path
 
 ADDRESS_SPACE = 96 << 20
-"""Bytes that `import numpy` needs with one thread of OpenBLAS; 79 MiB were measured with numpy 2 on x86-64."""
+"""Address space that `import numpy` needs with one OpenBLAS thread, in bytes (79 MiB measured, numpy 2, x86-64)."""
 
 DATA = 48 << 20
-"""The part of them that is private and writable; 39 MiB were measured."""
+"""Private writable memory that `import numpy` needs, in bytes (39 MiB measured)."""
 
 THREADS = "OPENBLAS_NUM_THREADS"
+"""OpenBLAS reads its number of threads from this environment variable when it is loaded."""
 
 
 def load_numpy() -> None:
-    """Import numpy, without threads of OpenBLAS: no linear algebra is done with it. Raises MemoryError."""
+    """Import numpy with one OpenBLAS thread; swsurgery does no linear algebra with it. Raises MemoryError."""
     if "numpy" in sys.modules:
         return
-    if not _has_room():
+    if not _has_memory():
         raise MemoryError("the limit on memory leaves no room for numpy")
-    said = os.environ.get(THREADS)
+    before = os.environ.get(THREADS)
     os.environ[THREADS] = "1"
     try:
         import numpy  # noqa: F401
-    finally:  # torch may have an OpenBLAS of its own, which needs its threads
-        if said is None:
+    finally:  # torch may load its own OpenBLAS, which needs its threads
+        if before is None:
             del os.environ[THREADS]
         else:
-            os.environ[THREADS] = said
+            os.environ[THREADS] = before
 
 
-def _has_room() -> bool:
-    """Return False if a limit of this process is too low for what it has in use and numpy besides."""
+def _has_memory() -> bool:
+    """Return True unless a memory limit of this process is too low for numpy in addition to what is in use."""
     try:
         pages = [int(count) for count in Path("/proc/self/statm").read_text().split()]
     except OSError:  # not Linux

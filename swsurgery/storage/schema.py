@@ -1,4 +1,4 @@
-"""Hold what belongs together."""
+"""Define the base classes and field types of the pydantic models that describe file formats."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from pydantic import (
 from swsurgery.storage.names import VARIANT
 
 Position = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""An index or offset that fits a signed 64-bit integer."""
 
 
 class Strict(BaseModel):
-    """No coercion, no unknown field, no change after loading."""
+    """A model that coerces no value, refuses unknown fields and cannot be changed."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class OfVariant(Strict):
-    """What names a base, perhaps one variant of its weights.
+    """A reference to a base with an optional variant of its weights.
 
-    Without a variant the key is left out, so that records and patches keep the form that earlier versions read.
+    The key is omitted if no variant is named, so that earlier versions can read records and patches.
     """
 
     variant: Annotated[str, Field(pattern=f"^{VARIANT}$")] | None = None
@@ -38,12 +39,15 @@ class OfVariant(Strict):
         return data if self.variant else {key: value for key, value in data.items() if key != "variant"}
 
 
-def whole_number(value: Any) -> Any:
-    """A literal compares by ==, so true and 1.0 would pass for 1 even in strict mode."""
+def whole_number(value: object) -> int:
+    """Raise ValueError unless `value` is an int.
+
+    A Literal compares with ==, so it would accept true and 1.0 for 1 even in strict mode.
+    """
     if type(value) is not int:
         raise ValueError("should be a whole number")
     return value
 
 
 Version = Annotated[Literal[1], BeforeValidator(whole_number)]
-"""Of a file format of swsurgery's."""
+"""Version of a file format of swsurgery."""

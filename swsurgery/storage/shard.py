@@ -1,9 +1,9 @@
-"""One safetensors file: its header, read strictly, and single scalars out of it.
+"""Read the header of a safetensors file strictly, and single scalars of its tensors.
 
-The reader accepts a subset of what the official parser (safetensors 0.8.0) accepts and reads it the same
-way. It is stricter where that parser would silently pick one of two meanings (duplicate names, last wins)
-or takes forms that the specification does not name; an editor must not guess which tensor was meant.
-Files are read with pread, never mapped: a file truncated under a mapping kills the process.
+This reader accepts a subset of what the official parser (safetensors 0.8.0) accepts, with the same meaning. It refuses
+files in which that parser would silently choose one of two meanings (the last of two equal names), and forms that the
+specification does not define, because an editor must not guess which tensor is meant. Files are read with pread and
+never mapped, because truncating a mapped file kills the process that reads it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,13 +21,14 @@ from swsurgery.storage.files import Place, not_the_file, opened, read_exactly, s
 from swsurgery.storage.strict_json import no_duplicates, quoted
 
 MAX_HEADER = 16 << 20
-"""Bytes of header accepted. The format allows 100 MB; the largest headers seen in published checkpoints are
-under 1 MB, and a hostile one of 68 MB costs any reader seconds and a gigabyte."""
+"""Maximum size of a header in bytes. The format allows 100 MB. The largest headers of published checkpoints are below
+1 MB, and a hostile one of 68 MB costs a reader seconds and a gigabyte of memory."""
 
 MAX_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 17
-"""Commas in a header: counted before it is parsed, for each value of JSON but the first of its list needs one. A
-tensor of two dimensions has five. A published checkpoint of 92,000 tensors has 163 files; here one file may have
-100,000 tensors, and a quarter of that where it holds less than 2 KiB for each of them."""
+"""Maximum number of commas in a header, and the maximum for a file with little data. Commas bound the number of JSON
+values and are counted before parsing. A tensor of two dimensions has five. A published checkpoint of 92,000 tensors has
+163 files; the first limit allows 100,000 tensors in one file, the second a quarter of that. The limit between the two
+is one comma per 512 bytes of data."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _INTEGER = {int}
@@ -35,7 +37,7 @@ _NEGATIVE = re.compile(rb"[\[,:][ \t\n\r]*-")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a header. `data_offsets` are (begin, end) relative to the data section, as stored."""
+    """One tensor of a header. `data_offsets` contains (begin, end) relative to the data section, as stored."""
 
     name: str
     dtype: Dtype
@@ -44,11 +46,11 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
-        """Bytes of data."""
+        """Size of the data in bytes."""
         return self.data_offsets[1] - self.data_offsets[0]
 
     def flat(self, index: tuple[int, ...]) -> int:
-        """The row-major position of `index`. Raises IndexError out of range or with the wrong rank."""
+        """Return the row-major position of `index`. Raises IndexError if it is out of range or has the wrong rank."""
         if len(index) != len(self.shape):
             shape = f"shape {list(self.shape)} has rank {len(self.shape)}"
             raise IndexError(f"index {list(index)} has {len(index)} numbers, {shape}")
@@ -60,7 +62,7 @@ class TensorInfo:
         return position
 
     def index(self, flat: int) -> tuple[int, ...]:
-        """The index of a row-major position: the inverse of `flat`."""
+        """Return the index of a row-major position; the inverse of `flat`."""
         index = []
         for length in reversed(self.shape):
             flat, i = divmod(flat, length)
@@ -70,8 +72,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file, opened once: `tensors` by name in the order of their data. `header_sha256` is of all bytes
-    before the data section."""
+    """The header of one safetensors file.
+
+    `tensors` is sorted by data offset. `header_size` excludes the 8 bytes of its length. `header_sha256` is the digest
+    of all bytes before the data section.
+    """
 
     path: Place
     size: int
@@ -82,24 +87,24 @@ class Shard:
 
     @property
     def data_start(self) -> int:
-        """Absolute offset of the data section: 8 bytes of length, then the header."""
+        """Offset of the data section in the file, after the 8 bytes of length and the header."""
         return 8 + self.header_size
 
     def offset(self, name: str, index: tuple[int, ...]) -> int:
-        """Absolute byte offset of one scalar. Raises KeyError, IndexError."""
+        """Return the byte offset of one scalar in the file. Raises KeyError, IndexError."""
         info = self.tensors[name]
         return self.data_start + info.data_offsets[0] + info.flat(index) * info.dtype.size
 
     def read_scalar(self, name: str, index: tuple[int, ...]) -> bytes:
-        """The stored bytes of one scalar, little-endian. Raises ShardError, KeyError, IndexError."""
+        """Read the stored bytes of one scalar, little-endian. Raises ShardError, KeyError, IndexError."""
         with opened(self.path) as fd:
             return read_exactly(fd, self.tensors[name].dtype.size, self.offset(name, index), self.path)
 
 
 def open_shard(path: Place) -> Shard:
-    """Read and check the header of one safetensors file; no tensor data is read.
+    """Read and check the header of one safetensors file, without reading tensor data.
 
-    Raises ShardError, which names the rule that the file breaks.
+    Raises ShardError, which names the violated rule.
     """
     with opened(path) as fd:
         size = size_of(fd)
@@ -114,12 +119,12 @@ def open_shard(path: Place) -> Shard:
 
 
 def header_length(start: bytes, size: int, path: Place) -> int:
-    """Bytes of header, from the first 8 bytes of a file of `size`. Raises ShardError, which says what the file is."""
+    """Decode the header size from the first 8 bytes of a file of `size` bytes. Raises ShardError for other formats."""
     if size < 8:
         raise ShardError(f"is too short for a safetensors file ({size} bytes)", path, "download it again")
     length = int.from_bytes(start, "little")
     if length > size - 8:
-        # Only now: a sound file may begin with any of these bytes, for they are its header's length.
+        # Not checked earlier, because a valid header length may consist of the same bytes.
         if found := not_the_file(start):
             raise ShardError(found[0], path, found[1])
         reason = f"is truncated: its header says {length} bytes, the file has {size}"
@@ -130,55 +135,64 @@ def header_length(start: bytes, size: int, path: Place) -> int:
 
 
 def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Header bytes -> (tensors in the order of their data, metadata). Raises ValueError with the broken rule."""
+    """Parse header bytes; returns (tensors sorted by data offset, metadata).
+
+    `data_size` is the size of the data section in bytes. Raises ValueError, which names the violated rule.
+    """
     if not raw.startswith(b"{"):
         raise ValueError("it does not begin with {")
     limit = max(COMMAS_WITHOUT_DATA, min(MAX_COMMAS, data_size >> 9))
     if raw.count(b",") > limit:
         raise ValueError(f"it has more than {limit} values")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
-    try:
-        header = json.loads(
-            text,
-            object_pairs_hook=no_duplicates,
-            # A hook for each integer doubles the time; only -0 needs it, for -0 becomes a harmless 0.
-            parse_int=_integer if _NEGATIVE.search(raw) else None,
-            parse_float=_no_number,
-            parse_constant=_no_number,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON ({error.msg} at character {error.pos})") from None
-    except ValueError as error:  # Python's own limit of 4300 digits, or one of the hooks
-        reason = "it has a number of thousands of digits" if "digits" in str(error) else str(error)
-        raise ValueError(reason) from None
+    header = _parse_object(raw)
     metadata = header.pop("__metadata__", {})
     if metadata is None:  # the official parser reads null as absent
         metadata = {}
     if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
         raise ValueError("__metadata__ is not a map from string to string")
-    if b"\\u" in raw:  # UTF-8 itself holds no half of a pair
-        _no_surrogates(metadata.keys())
-        _no_surrogates(metadata.values())
-        _no_surrogates(header)
-    infos = sorted((_tensor_info(name, entry) for name, entry in header.items()), key=lambda info: info.data_offsets)
+    if b"\\u" in raw:  # only an escape can encode half a surrogate pair; UTF-8 cannot
+        _refuse_surrogates(metadata.keys())
+        _refuse_surrogates(metadata.values())
+        _refuse_surrogates(header)
+    infos = sorted((_parse_tensor(name, entry) for name, entry in header.items()), key=lambda info: info.data_offsets)
     _check_layout(infos, data_size)
     return {info.name: info for info in infos}, metadata
 
 
-def _integer(digits: str) -> int:
-    return _no_number(digits) if digits.startswith("-") else int(digits)
+def _parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse the JSON object of a header. Raises ValueError, which names the violated rule."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
+    try:
+        header: dict[str, Any] = json.loads(
+            text,
+            object_pairs_hook=no_duplicates,
+            # A hook for each integer doubles the time. It is needed only to refuse -0, which would be read as 0.
+            parse_int=_parse_integer if _NEGATIVE.search(raw) else None,
+            parse_float=_refuse_number,
+            parse_constant=_refuse_number,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg} at character {error.pos})") from None
+    except ValueError as error:  # Python's limit of 4300 digits, or one of the hooks
+        reason = "it has a number of thousands of digits" if "digits" in str(error) else str(error)
+        raise ValueError(reason) from None
+    return header
 
 
-def _no_number(digits: str) -> NoReturn:
+def _parse_integer(digits: str) -> int:
+    return _refuse_number(digits) if digits.startswith("-") else int(digits)
+
+
+def _refuse_number(digits: str) -> NoReturn:
     raise ValueError(f"{digits[:24]} is not an unsigned 64-bit integer")
 
 
-def _no_surrogates(texts: Any) -> None:
+def _refuse_surrogates(texts: Iterable[str]) -> None:
     for text in texts:
         try:
             text.encode("utf-8")
@@ -186,13 +200,13 @@ def _no_surrogates(texts: Any) -> None:
             raise ValueError(f"{quoted(text)} holds half a surrogate pair") from None
 
 
-def _tensor_info(name: str, entry: Any) -> TensorInfo:
+def _parse_tensor(name: str, entry: Any) -> TensorInfo:
     if type(entry) is not dict or entry.keys() != _FIELDS:
         raise ValueError(f"tensor {quoted(name)} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPES:
         raise ValueError(f"tensor {quoted(name)} has an unknown dtype {quoted(dtype)}")
-    # type() and not isinstance: JSON true would pass as the integer 1.
+    # isinstance would accept the JSON value true as the integer 1.
     if type(shape) is not list or not _INTEGER.issuperset(map(type, shape)):
         raise ValueError(f"tensor {quoted(name)} has a shape that is not a list of integers")
     if type(offsets) is not list or len(offsets) != 2 or not _INTEGER.issuperset(map(type, offsets)):
@@ -203,7 +217,10 @@ def _tensor_info(name: str, entry: Any) -> TensorInfo:
 
 
 def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
-    """Tensors tile the data section: no hole, no overlap, nothing behind; and each has the size its shape says."""
+    """Check that tensors fill the data section without gaps or overlaps and that each size matches its shape.
+
+    `infos` is sorted by data offset. Raises ValueError.
+    """
     position = 0
     for info in infos:
         begin, end = info.data_offsets

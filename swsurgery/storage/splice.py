@@ -1,4 +1,7 @@
-"""Splice: one scalar's place and bytes in a file, before and after. What a plan is made of and what copying needs."""
+"""Describe single scalars in a file: their position and their bytes before and after an edit.
+
+A plan consists of these values, and copying needs nothing else.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from swsurgery.storage.dtypes import Dtype, bits_of, json_value
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """One stored scalar of the plan. `offset` is absolute in the file, bytes are little-endian."""
+    """One stored scalar. `offset` is relative to the start of the file; `old` contains its bytes, little-endian."""
 
     file: str
     coordinate: Coordinate
@@ -22,9 +25,11 @@ class Scalar:
 
     @property
     def end(self) -> int:
+        """Offset of the first byte after the scalar."""
         return self.offset + len(self.old)
 
     def to_json(self) -> dict[str, Any]:
+        """Convert to the JSON object of the record."""
         return {
             "file": self.file,
             "tensor": self.coordinate.tensor,
@@ -38,13 +43,14 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Splice(Scalar):
-    """One scalar to change: `old` is compared while copying and `new` written in its place."""
+    """A change of one scalar. While copying, `old` is compared with the base and `new` is written instead."""
 
     op: str = ""
     new: bytes = b""
     factor: float | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Convert to the JSON object of the record."""
         document = Scalar.to_json(self)
         if self.factor is not None:
             document["factor"] = self.factor
@@ -55,7 +61,7 @@ class Splice(Scalar):
 
 
 def by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:
-    """Group splices by their file, each group in the order of its offsets."""
+    """Group splices by file, each group sorted by offset."""
     groups: dict[str, list[Splice]] = {}
     for splice in splices:
         groups.setdefault(splice.file, []).append(splice)

@@ -1,12 +1,13 @@
-"""A new directory that gets its name when all of it is there and durable, or not at all.
+"""Create a directory that gets its name only when it is complete and durable.
 
-It is written beside its target, as `.NAME.partial`, under a lock. To give it its name, a random token is put into it
-and into a marker, `.NAME.committing`; then come the rename and the removal of token and marker, each synced before
-the next. A run that finds both tokens equal knows that an earlier one was killed in between, and takes the directory
-back. It rewrites no directory without such a token, so none that a user made, copied or was given. The token is gone
-before the marker, and the marker before success is reported, so no finished output holds anything of this.
+The directory (the stage) is written beside its target, as `.NAME.partial`, under a lock. To commit it, a random token
+is written into it and into a marker, `.NAME.committing`. Then follow the rename and the removal of token and marker,
+each synced before the next step. A run that finds two equal tokens concludes that an earlier run was killed in between,
+and renames the directory back. A directory without such a token is never changed, so a directory that the user made or
+copied is safe. The token is removed before the marker, and the marker before success is reported, so a finished output
+contains neither.
 
-Every system call that changes something is in filesystem.py; all are made relative to held directories.
+Every system call that changes something is in filesystem.py. All calls are relative to open directories.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ from swsurgery.storage.names import STAGE_TOKEN
 _TOKEN = re.compile(rb"[0-9a-f]{64}\n")
 
 _LEFTOVER = re.compile(rb"[0-9a-f:]{0,64}\n?\0*")
-"""What a marker may hold that a killed run left: a token, the beginning of one, zeros after a power cut, or the device
+"""A marker that a killed run left has this form: a token, the beginning of one, zeros after a power cut, or the device
 and inode that version 0.1.0 wrote."""
 
 _MAX_MARKER = 128
+"""Maximum size of a marker or token file in bytes."""
 
 
 @dataclass(frozen=True)
 class _Names:
-    """The three names of one output, in the directory that will hold it."""
+    """The three names of one output and their parent directory, which is kept open."""
 
     parent: Folder
     target: Entry
@@ -61,22 +63,22 @@ class _Names:
 
 @contextlib.contextmanager
 def staged(target: Path, names: Collection[str], last: Collection[str] = (), mode: int = 0o777) -> Iterator[Folder]:
-    """A locked directory beside `target`, held open; renamed to `target`, durably, when the block ends well.
+    """Create and lock a directory beside `target`, and rename it to `target` durably when the block succeeds.
 
-    `names` are the files, relative to it, that the block will write, and `last` those that tell of them and are always
-    written anew. Of the former those that a killed run left behind are still there when the block begins, unproved,
-    and it has to replace or prove them; everything else is removed. The umask takes permissions away from `mode`.
+    `names` contains the files, relative to the directory, that the block writes. `last` contains files that describe
+    them and are always written anew. If a killed run left some of `names`, they still exist when the block starts, and
+    the block must replace or verify them; everything else is removed. `mode` is reduced by the umask.
 
-    On an exception the directory is removed, so `target` is whole or absent. It stays if it holds a finished shard on
-    Interrupted, and if it was there before on NoSpace. Raises TargetError if the target exists, cannot be made, or
-    another run is writing it. If an error comes after the rename and the rename cannot be undone, the error says that
-    the output is there.
+    After an exception the directory is removed, so `target` is complete or absent. Two exceptions to this: a directory
+    with a finished shard is kept on Interrupted, and on NoSpace if it existed before. Raises TargetError if the target
+    exists, cannot be created, or is being written by another run. If an error occurs after the rename and the rename
+    cannot be undone, the error message reports that the output exists.
     """
     target = Path(os.path.abspath(target))
     with filesystem.reported(target):
         where = _Names.of(target)
-        stage, made = _locked_stage(where, {*names, *last}, mode)
-    with where.parent, stage:  # the lock dies with the descriptor, so a killed run leaves none
+        stage, made = _lock_stage(where, {*names, *last}, mode)
+    with where.parent, stage:  # the lock ends with the descriptor, so a killed run leaves none
         try:
             with filesystem.reported(stage):
                 _remove_strays(stage, names)
@@ -88,13 +90,13 @@ def staged(target: Path, names: Collection[str], last: Collection[str] = (), mod
             kept = False
             with contextlib.suppress(OSError, TargetError):
                 _take_back(where, stage)
-                # Files that were not finished are gone already, so a shard is something to go on from.
-                shards = any(n.endswith(".safetensors") for n in _files(stage))
+                # Unfinished files were removed already, so any remaining shard can be reused.
+                shards = any(n.endswith(".safetensors") for n in _list_files(stage))
                 kept = shards and (isinstance(error, Interrupted) or isinstance(error, NoSpace) and not made)
                 if not kept:
                     _remove_tree(where.stage)
             if _is(where.target, stage):
-                raise _visible(error, target) from error
+                raise _report_visible(error, target) from error
             report_done(None)
             if isinstance(error, Interrupted):
                 left = f"run the same command to continue, or remove {where.stage}" if kept else NOTHING_LEFT
@@ -102,8 +104,8 @@ def staged(target: Path, names: Collection[str], last: Collection[str] = (), mod
             raise
 
 
-def _visible(error: BaseException, target: Path) -> BaseException:
-    """The same error, which says that the output is there all the same."""
+def _report_visible(error: BaseException, target: Path) -> BaseException:
+    """Return `error` with a message that the output exists nevertheless."""
     what = f"{target} is there and complete, but may not survive a power cut: remove it, or see swsurgery verify"
     if isinstance(error, Interrupted):
         return error.leaving(what)
@@ -113,10 +115,10 @@ def _visible(error: BaseException, target: Path) -> BaseException:
 
 
 def _commit(where: _Names, stage: Folder) -> None:
-    """Give the stage its name. Until the token is removed from it, a run that comes after a kill takes it back."""
+    """Rename the stage to the target. If this is killed before the token is removed, the next run renames it back."""
     token = secrets.token_hex(32).encode() + b"\n"
     filesystem.write_file(stage / STAGE_TOKEN, token, 0o600)
-    for folder in _folders(stage):
+    for folder in _list_folders(stage):
         with (stage / folder).open_folder() if folder else contextlib.nullcontext(stage) as held:
             filesystem.sync_directory(held)
     filesystem.write_file(where.marker, token, 0o600)
@@ -130,7 +132,7 @@ def _commit(where: _Names, stage: Folder) -> None:
 
 
 def _take_back(where: _Names, stage: Folder) -> None:
-    """Undo what `_commit` did of its work, if anything."""
+    """Undo the completed steps of `_commit`, if any."""
     if _is(where.target, stage):
         filesystem.rename_new(where.target, where.stage)
         with contextlib.suppress(OSError):
@@ -138,41 +140,29 @@ def _take_back(where: _Names, stage: Folder) -> None:
     _remove_leftover(where.marker)
 
 
-def _locked_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool]:
-    """(the stage, locked, whether it was made now). It is taken back from a target that a killed run had renamed but
-    not yet reported."""
-    exists = TargetError("the target exists", where.target, "give another -o, or remove it")
+def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool]:
+    """Open and lock the stage; returns it and True if this call created it.
+
+    A target that a killed run renamed, but did not report as finished, is renamed back. Raises TargetError, OSError.
+    """
     while True:
         unreported, made = filesystem.is_there(where.target), False
         if unreported and not filesystem.is_there(where.marker):
-            raise exists
+            raise _target_exists(where)
         if not unreported:
             with contextlib.suppress(FileExistsError):
                 filesystem.make_directory(where.stage, mode)
                 made = True
-        here = where.target if unreported else where.stage
         try:
-            folder = here.open_folder()
+            folder = (where.target if unreported else where.stage).open_folder()
         except FileNotFoundError:
-            continue  # its owner renamed or removed it between our two calls
+            continue  # another run renamed or removed it since
         except OSError as error:
             if unreported and error.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise exists from None
+                raise _target_exists(where) from None
             raise
         try:
-            if not filesystem.lock(folder):
-                raise TargetError("another run is writing it", where.target, "wait for it, or stop it")
-            if _is(here, folder) and (unreported or not filesystem.is_there(where.target)):
-                if unreported and not _is_unreported(where, folder, names):
-                    _remove_leftover(where.marker)
-                    raise exists
-                if os.fstat(folder.fd).st_uid != os.geteuid():  # who could change it after it was checked
-                    raise TargetError("belongs to another user", here, "remove it, or give another -o")
-                if unreported:
-                    filesystem.rename_new(where.target, where.stage)
-                filesystem.restrict(folder, mode)  # the base may be more private than when this was made
-                if not _remove_leftover(where.marker):
-                    raise TargetError("is in the way", where.marker, "remove it, or give another -o")
+            if _claim_stage(where, folder, unreported, names, mode):
                 return folder, made
             if made:
                 filesystem.remove_directory(where.stage)
@@ -185,8 +175,35 @@ def _locked_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bo
         folder.close()
 
 
+def _target_exists(where: _Names) -> TargetError:
+    return TargetError("the target exists", where.target, "give another -o, or remove it")
+
+
+def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str], mode: int) -> bool:
+    """Lock an open stage, or an unreported target, and prepare it for this run.
+
+    Returns False if another run renamed or removed it in the meantime. Raises TargetError, OSError.
+    """
+    here = where.target if unreported else where.stage
+    if not filesystem.lock(folder):
+        raise TargetError("another run is writing it", where.target, "wait for it, or stop it")
+    if not _is(here, folder) or not unreported and filesystem.is_there(where.target):
+        return False
+    if unreported and not _is_unreported(where, folder, names):
+        _remove_leftover(where.marker)
+        raise _target_exists(where)
+    if os.fstat(folder.fd).st_uid != os.geteuid():  # the owner could change it after it was checked
+        raise TargetError("belongs to another user", here, "remove it, or give another -o")
+    if unreported:
+        filesystem.rename_new(where.target, where.stage)
+    filesystem.restrict(folder, mode)  # the base may have stricter permissions than when the stage was made
+    if not _remove_leftover(where.marker):
+        raise TargetError("is in the way", where.marker, "remove it, or give another -o")
+    return True
+
+
 def _is(entry: Entry, folder: Folder) -> bool:
-    """Whether a name is of the held directory."""
+    """Return True if a name refers to the open directory."""
     try:
         return os.path.samestat(entry.stat(), os.fstat(folder.fd))
     except OSError:
@@ -194,22 +211,25 @@ def _is(entry: Entry, folder: Folder) -> bool:
 
 
 def _is_unreported(where: _Names, target: Folder, names: set[str]) -> bool:
-    """Whether a killed run gave this directory its name, and nobody changed it since: marker and token are this
-    user's and the same, only files of this run are there, and none of them is younger than the marker."""
-    marker, token = _own_text(where.marker), _own_text(target / STAGE_TOKEN)
+    """Return True if a killed run renamed this directory and nobody changed it since.
+
+    Marker and token must belong to this user and be equal, all files must be among `names`, and none may have a later
+    ctime than the marker.
+    """
+    marker, token = _read_own_file(where.marker), _read_own_file(target / STAGE_TOKEN)
     if marker is None or token is None or marker[0] != token[0] or not _TOKEN.fullmatch(marker[0]):
         return False
-    found = _files(target)
-    youngest = max((_ctime(target / name) for name in found), default=0)
+    found = _list_files(target)
+    youngest = max((_read_ctime(target / name) for name in found), default=0)
     return found <= {*names, STAGE_TOKEN} and youngest <= marker[1]
 
 
-def _ctime(entry: Entry) -> int:
+def _read_ctime(entry: Entry) -> int:
     return entry.stat().st_ctime_ns
 
 
-def _own_text(entry: Entry) -> tuple[bytes, int] | None:
-    """(bytes, ctime) of a small regular file of this user; None for anything else."""
+def _read_own_file(entry: Entry) -> tuple[bytes, int] | None:
+    """Read a small regular file of this user; returns (bytes, ctime in ns), or None for anything else."""
     try:
         fd = entry.open()
     except CheckpointError:
@@ -224,38 +244,38 @@ def _own_text(entry: Entry) -> tuple[bytes, int] | None:
 
 
 def _remove_leftover(marker: Entry) -> bool:
-    """Remove a marker of an earlier run. False if what has its name was not written by this user's swsurgery."""
+    """Remove the marker of an earlier run, if any. Returns False if it is not a file that this user's swsurgery wrote."""
     if not filesystem.is_there(marker):
         return True
-    text = _own_text(marker)
+    text = _read_own_file(marker)
     if text is None or not _LEFTOVER.fullmatch(text[0]):
         return False
     filesystem.remove_file(marker)
     return True
 
 
-def _folders(folder: Folder, name: str = "") -> Iterator[str]:
-    """The names of a directory and of all below it, the innermost first; its own is empty."""
+def _list_folders(folder: Folder, name: str = "") -> Iterator[str]:
+    """Yield the names of all directories below `folder`, innermost first, and "" for `folder` itself."""
     for entry in folder.scan(name):
         if stat.S_ISDIR(entry.mode):
-            yield from _folders(folder, entry.name)
+            yield from _list_folders(folder, entry.name)
     yield name
 
 
-def _files(folder: Folder) -> set[str]:
-    """Names of everything below a directory that is no directory."""
-    found = (entry for name in _folders(folder) for entry in folder.scan(name))
+def _list_files(folder: Folder) -> set[str]:
+    """Return the names of everything below a directory except directories."""
+    found = (entry for name in _list_folders(folder) for entry in folder.scan(name))
     return {entry.name for entry in found if not stat.S_ISDIR(entry.mode)}
 
 
 def _remove_strays(stage: Folder, names: Collection[str]) -> None:
-    """Remove everything that is neither one of the files nor a directory that holds one."""
+    """Remove everything except the files `names` and the directories that contain them."""
     inside = {name[:at] for name in names for at in range(len(name)) if name[at] == "/"}
-    for folder in _folders(stage):
+    for folder in _list_folders(stage):
         for entry in stage.scan(folder):
             if stat.S_ISDIR(entry.mode):
                 if entry.name not in inside:
-                    filesystem.remove_directory(entry)  # those within it came before
+                    filesystem.remove_directory(entry)  # its contents were removed before, being further inside
             elif entry.name not in names or not stat.S_ISREG(entry.mode):
                 filesystem.remove_file(entry)
 

@@ -1,7 +1,7 @@
-"""Read the JSON files of a checkpoint: bounded size and depth, no duplicate keys, no NaN.
+"""Read and write the JSON files of a checkpoint: bounded size and depth, no duplicate keys, no NaN.
 
-config.json alone is read as Python reads it, because that is how it is published: with Infinity and NaN, and with a
-key that appears twice with the same value.
+Only config.json is read leniently, because published ones contain Infinity and NaN, and keys that appear twice with the
+same value.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 MAX_JSON = 32 << 20
-"""Bytes. The index of a published checkpoint of 91,000 tensors has 9 MB; one of 210,000 would have 25."""
+"""Maximum size of a file in bytes. The index of 91,000 published tensors has 9 MB; one of 210,000 would have 25 MB."""
 
 MAX_COMMAS = 1 << 19
-"""Counted before parsing: each value but the first of its list or map needs one. An index has one for each tensor.
-Without it, 32 MB of `{},` become a gigabyte of empty maps."""
+"""Maximum number of commas, counted before parsing. Each value except the first of its list or map needs one; an index
+has one per tensor. Without this limit, 32 MB of `{},` would become a gigabyte of empty maps."""
 
 MAX_COUNTED = 10_000
-"""Faults of a schema among which the first is looked for."""
+"""Maximum number of schema faults that are listed to find the first."""
 
 MAX_DIGITS = 1100
-"""Of a number with a point or an exponent; no binary64 has more than 1,075 that count."""
+"""Maximum length of a number with a point or an exponent; no binary64 has more than 1,075 significant digits."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,29 @@ class Limits:
     commas: int
 
     def fault(self, size: int, commas: int) -> str | None:
-        """Say which limit a file of `size` bytes with `commas` commas exceeds; None if it exceeds none."""
+        """Describe the limit that a file of `size` bytes with `commas` commas exceeds; None if it exceeds none."""
         if size > self.size:
             return f"more than the {self.size} bytes accepted"
         return f"more than the {self.commas} values accepted" if commas > self.commas else None
 
 
 SMALL = Limits(MAX_JSON, MAX_COMMAS)
+"""These limits apply to every file except swsurgery.json."""
 
 RECORD = Limits(128 << 20, 1 << 21)
-"""For swsurgery.json: 100,000 scalars take 60 MB and 1.4 million commas. Beyond MAX_JSON it must be ASCII, as the
-writer makes it: other text takes up to four bytes of memory per byte."""
+"""These limits apply to swsurgery.json: 100,000 scalars need 60 MB and 1.4 million commas. Beyond MAX_JSON it must be
+ASCII, as written by swsurgery, because other text needs up to four bytes of memory per byte."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Place, name: str) -> dict[str, Any]:
-    """A JSON object from a regular file; `name` is what the messages call it. Raises CheckpointError."""
+    """Read a JSON object from a regular file, which messages call `name`. Raises CheckpointError."""
     return parse_json(read_small(path, name), name)
 
 
 def read_config(path: Place, name: str) -> dict[str, Any]:
-    """Read a config.json. Its numbers may be infinite or NaN, so no value may be printed as JSON unchecked.
+    """Read a config.json. Its numbers may be infinite or NaN, so check them before writing them as JSON.
 
     Raises CheckpointError.
     """
@@ -70,9 +71,9 @@ def read_config(path: Place, name: str) -> dict[str, Any]:
 
 
 def read_small(path: Place, name: str, most: int = MAX_JSON) -> bytes:
-    """The bytes of a regular file of at most `most` bytes. Raises CheckpointError."""
+    """Read a regular file of at most `most` bytes. Raises CheckpointError."""
     with opened(path) as fd:
-        # A file that says to be larger is not read at all.
+        # A file with a larger reported size is not read at all.
         raw = read_at_most(fd, most + 1) if size_of(fd) <= most else None
     if raw is None or len(raw) > most:
         raise CheckpointError(f"has more than the {most} bytes accepted", name)
@@ -80,9 +81,9 @@ def read_small(path: Place, name: str, most: int = MAX_JSON) -> bytes:
 
 
 def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMALL) -> dict[str, Any]:
-    """Parse a JSON object. Unless `strict`, accept what Python writes and JSON forbids; see the module.
+    """Parse a JSON object, which messages call `name`.
 
-    Raises CheckpointError.
+    Unless `strict`, accepts Infinity, NaN and repeated keys with equal values. Raises CheckpointError.
     """
     if fault := limits.fault(len(raw), raw.count(b",")):
         raise CheckpointError(f"has {fault}", name)
@@ -91,12 +92,12 @@ def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMAL
     try:
         value = json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=no_duplicates if strict else _no_contradictions,
-            parse_constant=_no_constant if strict else float,
-            parse_float=_finite if strict else _short_float,
-            parse_int=_whole,
+            object_pairs_hook=no_duplicates if strict else _refuse_contradictions,
+            parse_constant=_refuse_constant if strict else float,
+            parse_float=_parse_finite if strict else _parse_float,
+            parse_int=_parse_whole,
         )
-    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON and the two hooks
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, or one of the hooks
         if found := not_the_file(raw[:8]):
             raise CheckpointError(found[0], name, found[1]) from None
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -112,7 +113,7 @@ def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMAL
 
 
 def rendered(value: object, indent: str = "") -> str:
-    """Render JSON exactly as `json.dumps(value, indent=2, sort_keys=True)` does, which is several times slower."""
+    """Render JSON exactly like `json.dumps(value, indent=2, sort_keys=True)`, but several times faster."""
     deeper = indent + "  "
     if type(value) is dict:
         if not value:
@@ -134,7 +135,7 @@ _ESCAPED = json.encoder.encode_basestring_ascii
 
 
 def rendered_pieces(document: Mapping[str, object], lists: Mapping[str, Iterable[object]]) -> Iterator[str]:
-    """Render `document`, joined with `lists`, as `rendered` does, in pieces: each item of a list is made when due."""
+    """Render `document` merged with `lists` like `rendered`, in pieces; items of a list are taken one at a time."""
     start = "{\n  "
     for key in sorted({*document, *lists}):
         yield f"{start}{json.dumps(key)}: "
@@ -151,20 +152,22 @@ def rendered_pieces(document: Mapping[str, object], lists: Mapping[str, Iterable
 
 
 def first_fault(error: ValidationError, path: str = "") -> str:
-    """The first thing that a schema finds wrong, as `where: what`, or how much is, where listing it would cost.
-    `path` is where the validated value is."""
+    """Describe the first fault that a schema found, as `location: fault`, or count the faults if they are too many.
+
+    `path` is the location of the validated value.
+    """
     if error.error_count() > MAX_COUNTED:
         return f"{error.error_count()} faults"
     first = error.errors(include_url=False, include_input=False)[0]
     return quoted(".".join(map(str, (*filter(None, [path]), *first["loc"]))))[1:-1] + f": {first['msg']}"
 
 
-def _no_constant(text: str) -> None:
+def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not a number in JSON")
 
 
-def _no_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's object_pairs_hook: accept a key that appears twice if both values are the same JSON."""
+def _refuse_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict for object_pairs_hook of json; a repeated key must have equal values. Raises ValueError."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result and json.dumps(result[key], sort_keys=True) != json.dumps(value, sort_keys=True):
@@ -173,35 +176,39 @@ def _no_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(value := _short_float(text)):
+def _parse_finite(text: str) -> float:
+    if not math.isfinite(value := _parse_float(text)):
         raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
     return value
 
 
-def _short_float(text: str) -> float:
+def _parse_float(text: str) -> float:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
     return float(text)
 
 
-def _whole(text: str) -> int:
-    if len(text) > 40:  # no size, offset or bits of a checkpoint comes near; and messages quote some numbers
+def _parse_whole(text: str) -> int:
+    if len(text) > 40:  # larger than any size or offset, and messages quote some numbers
         raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
     return int(text)
 
 
 _WIDTH = 120
+"""Maximum length of a quoted value, in characters."""
 
 
-def quoted(value: Any) -> str:
-    """What a file says, in quotes, and not more of it than a line can hold."""
-    text = repr(value[:_WIDTH] if type(value) is str else value)
+def quoted(value: object) -> str:
+    """Quote a value from a file, shortened to fit one line."""
+    text = repr(value[:_WIDTH] if isinstance(value, str) else value)
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's object_pairs_hook: Python keeps the last of two equal keys, other readers the first."""
+    """Build a dict for object_pairs_hook of json. Raises ValueError for a repeated key.
+
+    Python would keep the last of two equal keys, and other readers keep the first.
+    """
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()

@@ -65,7 +65,7 @@ BUGS = (
                 filesystem.rename_new(where.stage, where.target)
             yield stage
             with filesystem.reported(target):
-                for folder in _folders(stage):
+                for folder in _list_folders(stage):
                     with (stage / folder).open_folder() if folder else contextlib.nullcontext(stage) as held:
                         filesystem.sync_directory(held)
                 filesystem.sync_directory(where.parent)
