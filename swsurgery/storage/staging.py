@@ -244,7 +244,7 @@ def _read_own_file(entry: Entry) -> tuple[bytes, int] | None:
 
 
 def _remove_leftover(marker: Entry) -> bool:
-    """Remove the marker of an earlier run, if any. Returns False if it is not a file that this user's swsurgery wrote."""
+    """Remove the marker of an earlier run, if any. Returns False if swsurgery did not write it for this user."""
     if not filesystem.is_there(marker):
         return True
     text = _read_own_file(marker)
