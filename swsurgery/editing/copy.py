@@ -27,7 +27,7 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.digest_cache import DigestCache
 from swsurgery.storage.files import BaseFile, open_local, read_exactly
 from swsurgery.storage.folder import Entry, Folder
-from swsurgery.storage.hashing import CHUNK, _refuse_other_header, _threads, hold_to, stream
+from swsurgery.storage.hashing import CHUNK, count_threads, hold_to, refuse_other_header, stream
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice, by_file
 from swsurgery.threads import Pool
@@ -189,7 +189,7 @@ class _Copier:
     ) -> None:
         self.source, self.stage, self.link = source, stage, link
         self.progress, self.digests, self.reuse = progress, digests, reuse
-        self.threads = _threads()
+        self.threads = count_threads()
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.splices = by_file(source.splices)
@@ -317,7 +317,7 @@ class _Copier:
             if header:
                 with open_local(target) as copy:
                     begun = read_exactly(copy, min(header.data_start, file.size), 0, target)
-                _refuse_other_header(hashlib.sha256(begun).hexdigest(), header, file)
+                refuse_other_header(hashlib.sha256(begun).hexdigest(), header, file)
             return _Written("clone" if cloned else "copy", known, known, unverified=True)
         if not cloned:
             filesystem.bypass_cache(new)

@@ -1,14 +1,9 @@
-"""The only rooms that know huggingface_hub.
+"""Read and write repositories of the Hugging Face Hub. Only this package imports huggingface_hub.
 
-    __init__.py   names of repositories, and their files on this machine
-    remote.py     files of a repository read by ranges
-    commit.py     the only writing: one commit, tags, pull requests
-    cards.py      model cards as the Hub reads them
-    guard.py      what a Hub may answer: names, sizes, time, and where the token goes
-    names.py      which names may become parts of paths
-    faults.py     what the library raises -> one line of ours
-
-Cache, offline mode, tokens and mirrors are the library's own, with its environment variables.
+It contains repository names and cached files (this module), remote files (remote.py), commits, tags and pull requests
+(commit.py), model cards (cards.py), limits on answers (guard.py), rules for names (names.py) and the conversion of
+errors (faults.py). It must not depend on any package of swsurgery except storage; the cache, the offline mode, tokens
+and mirrors are those of huggingface_hub, with its environment variables.
 """
 
 from __future__ import annotations
@@ -39,18 +34,19 @@ __all__ = [
 ]
 
 SCHEME = "hf://"
+"""A location on the Hub starts with this text."""
 
 
 @dataclass(frozen=True)
 class Uri:
-    """hf://ORG/NAME[@REVISION][/sub]"""
+    """A checkpoint on the Hub: hf://ORG/NAME[@REVISION][/sub]."""
 
     repo_id: str
     revision: str | None
     sub: str
 
     def __post_init__(self) -> None:
-        """Raise HubError for a revision or a folder that would lead out of the cache."""
+        """Raise HubError for a revision or a folder that would lead to a path outside the cache."""
         if self.revision is not None and not is_revision(self.revision):
             raise HubError("no name of a branch, a tag or a commit", self.revision)
         if self.sub and not is_file_name(self.sub):
@@ -58,7 +54,7 @@ class Uri:
 
     @property
     def is_commit(self) -> bool:
-        """Whether the revision can never mean anything else."""
+        """True if the revision is a full commit, which always refers to the same files."""
         return COMMIT.fullmatch(self.revision or "") is not None
 
     def __str__(self) -> str:
@@ -67,7 +63,7 @@ class Uri:
 
 
 def parse_uri(text: str) -> Uri:
-    """`hf://ORG/NAME[@REVISION][/sub]` of a model. Raises HubError."""
+    """Parse `hf://ORG/NAME[@REVISION][/sub]`, which must be a model. Raises HubError."""
     from huggingface_hub import parse_hf_uri
 
     with told(text):
@@ -78,7 +74,7 @@ def parse_uri(text: str) -> Uri:
 
 
 def named(text: str | Path) -> Path | Uri:
-    """What a user means by a checkpoint: a directory, or hf://ORG/NAME[@REVISION][/sub]. Raises HubError."""
+    """Parse the location of a checkpoint: a directory, or hf://ORG/NAME[@REVISION][/sub]. Raises HubError."""
     if isinstance(text, str) and text.startswith(SCHEME):
         return parse_uri(text)
     if isinstance(text, str) and text.startswith(("https://", "http://", "huggingface.co/", "hf.co/")):
@@ -87,27 +83,30 @@ def named(text: str | Path) -> Path | Uri:
 
 
 def directory(text: str) -> Path:
-    """A checkpoint that has to lie on this machine. Raises HubError for one on the Hub."""
+    """Parse the location of a checkpoint that must be on this machine. Raises HubError for one on the Hub."""
     where = named(text)
     if isinstance(where, Path):
         return where
-    remedy = f"download it: hf download {where.repo_id}{_flag(where)} --local-dir DIRECTORY"
+    remedy = f"download it: hf download {where.repo_id}{_format_option(where)} --local-dir DIRECTORY"
     raise HubError("needs a local copy", where, remedy)
 
 
-def _flag(uri: Uri) -> str:
+def _format_option(uri: Uri) -> str:
     return f" --revision {uri.revision}" if uri.revision else ""
 
 
 def offline() -> bool:
+    """Return True if the offline mode of huggingface_hub is on."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
 
 
 def place(checkpoint: Path | Uri) -> Path | Repo:
-    """Where to read headers and single scalars: a repository by ranges, unless it lies in the local cache at the very
-    commit, or the offline mode is on. Raises HubError."""
+    """Choose where headers and single scalars are read: a directory, or a repository read in byte ranges.
+
+    A repository in the local cache is used if the revision is a full commit or the offline mode is on. Raises HubError.
+    """
     if isinstance(checkpoint, Path):
         return checkpoint
     if offline() or checkpoint.is_commit:
@@ -117,14 +116,15 @@ def place(checkpoint: Path | Uri) -> Path | Repo:
 
 
 def local(checkpoint: Path | Uri) -> Path:
-    """A directory with all of it, downloaded into the cache where it is not there yet. Raises HubError."""
+    """Return a directory with all files of a checkpoint, downloading missing ones to the cache. Raises HubError."""
     return checkpoint if isinstance(checkpoint, Path) else fetch(checkpoint)
 
 
 def cached(uri: Uri) -> Path:
-    """A repository's folder in the local cache; without a revision, of its main branch as it was last seen.
+    """Return the folder of a repository in the local cache, without opening a connection.
 
-    Raises CheckpointError where it is not there, or not whole. Opens no connection.
+    Without a revision it is that of the main branch as last downloaded. Raises CheckpointError if it is missing or
+    incomplete.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -132,7 +132,7 @@ def cached(uri: Uri) -> Path:
     try:
         folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        remedy = f"run hf download {uri.repo_id}{_flag(uri)}, or give a directory with --base"
+        remedy = f"run hf download {uri.repo_id}{_format_option(uri)}, or give a directory with --base"
         raise CheckpointError("not in the local Hugging Face cache", uri, remedy) from None
     except HFValidationError as error:
         raise CheckpointError(str(error), uri) from None
@@ -140,27 +140,32 @@ def cached(uri: Uri) -> Path:
 
 
 def fetch(uri: Uri, only: Sequence[str] | None = None) -> Path:
-    """The folder of a repository in the local cache, downloaded where it is not there yet; `only` names the files to
-    have. A commit that is there whole is taken without asking the Hub. Raises HubError, CheckpointError."""
+    """Download a repository to the local cache and return its folder.
+
+    `only` lists the files to download; by default all are. A complete folder of a full commit is used without a request
+    to the Hub. Raises HubError, CheckpointError.
+    """
     from huggingface_hub import snapshot_download
 
     if offline() or uri.is_commit and only is None:
         with contextlib.suppress(CheckpointError) if not offline() else contextlib.nullcontext():
             return cached(uri)
     prefix = f"{uri.sub}/" if uri.sub else ""
-    patterns = [_literal(prefix + name) for name in only] if only is not None else [f"{prefix}*"] if prefix else None
+    patterns = (
+        [_escape_pattern(prefix + name) for name in only] if only is not None else [f"{prefix}*"] if prefix else None
+    )
     with told(uri):
         folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, allow_patterns=patterns))
     return folder / uri.sub if uri.sub else folder
 
 
-def _literal(name: str) -> str:
-    """A pattern that only this name matches."""
+def _escape_pattern(name: str) -> str:
+    """Build a pattern that matches only this name."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def config_error() -> type[Exception]:
-    """What huggingface_hub raises, under transformers, for a config.json whose values contradict each other."""
+    """Return the exception that huggingface_hub raises in transformers for contradictory values in a config.json."""
     from huggingface_hub.errors import StrictDataclassError
 
     return StrictDataclassError

@@ -1,4 +1,4 @@
-"""Model cards as the Hub reads them: front matter through huggingface_hub's ModelCard, Markdown below."""
+"""Read and write model cards like the Hub: front matter with ModelCard of huggingface_hub, then Markdown."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 MAX_FRONT_MATTER = 64 << 10
-"""Characters. Front matter is a few lines; the reader of YAML is not made for hostile megabytes of it."""
+"""Maximum length of front matter in characters. It has a few lines, and parsing hostile megabytes of YAML is slow."""
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
 def read(text: str, fields: Collection[str]) -> tuple[dict[str, Any], str]:
-    """A card's front matter, of which only `fields`, and what is below it.
+    """Split a card into its front matter, restricted to `fields`, and the text below it.
 
-    Front matter that cannot be read is none; the rest of the card is there all the same.
+    Front matter that cannot be read is treated as empty.
     """
-    import yaml  # huggingface_hub's own reader of front matter
+    import yaml  # huggingface_hub reads front matter with it
     from huggingface_hub import ModelCard
 
     text = text.removeprefix("\ufeff")
@@ -27,7 +27,7 @@ def read(text: str, fields: Collection[str]) -> tuple[dict[str, Any], str]:
         return {}, text
     below = text[matter.end() :]
     try:
-        with _muted():
+        with _mute_logger():
             data = vars(ModelCard(f"---\n{matter[1]}\n---\n", ignore_metadata_errors=True).data)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
         return {}, below
@@ -35,7 +35,7 @@ def read(text: str, fields: Collection[str]) -> tuple[dict[str, Any], str]:
 
 
 def render(fields: dict[str, Any], body: str) -> bytes:
-    """A card's bytes."""
+    """Render a card from its front matter and the text below it, as UTF-8."""
     from huggingface_hub import ModelCard, ModelCardData
 
     matter = ModelCardData(**fields).to_yaml()
@@ -43,8 +43,8 @@ def render(fields: dict[str, Any], body: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """What the library says of faulty metadata repeats the stranger's words."""
+def _mute_logger() -> Iterator[None]:
+    """Disable the logger that would repeat the words of a stranger's card within the block."""
     from huggingface_hub.utils import logging
 
     logger = logging.get_logger("huggingface_hub.repocard_data")

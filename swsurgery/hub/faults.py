@@ -1,6 +1,6 @@
-"""What the library and the network raise -> one line of ours.
+"""Convert errors of huggingface_hub and of the network to a HubError of one line.
 
-The server's own words are not passed on: a hostile one could put the token that it was sent into them.
+The words of the server are not repeated, because a hostile server could put the token that it received into them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from swsurgery.errors import HubError, SwsurgeryError
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
-"""What a token of the Hub looks like."""
+"""A token of the Hub has this form."""
 
 _STATUS = {
     401: ("the Hub asks who you are", "log in: hf auth login, or set HF_TOKEN"),
@@ -27,12 +27,12 @@ _STATUS = {
 
 
 def redacted(text: str) -> str:
-    """`text` without anything that looks like a token."""
+    """Replace everything in `text` that looks like a token."""
     return TOKEN.sub("hf_***", text)
 
 
 def broken_off() -> tuple[type[Exception], ...]:
-    """What the transport raises where a connection ends in the middle of an answer."""
+    """Return the exceptions that the transport raises if a connection ends in the middle of an answer."""
     from swsurgery.hub.guard import BROKEN_OFF
 
     return BROKEN_OFF
@@ -43,9 +43,10 @@ _FIXED = re.compile(r"(Retrying in|Rate limited\. Waiting) [0-9.]+s( before retr
 
 
 class _NoServersWords(logging.Filter):
-    """Of what the library logs, only what no server can word: a status, and how long it waits."""
+    """Reduce log records of the library to parts that no server can word: an HTTP status and a waiting time."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Shorten the record to its recognised part. Returns False, which drops it, if nothing is recognised."""
         text = record.getMessage()
         found = _FIXED.fullmatch(text) or _STATUS_LINE.match(text)
         if found is not None:
@@ -54,8 +55,8 @@ class _NoServersWords(logging.Filter):
 
 
 @functools.cache
-def _mute() -> None:
-    """Have the library log nothing that a server said, wherever its log goes."""
+def _mute_library() -> None:
+    """Stop the library from logging the words of a server, whatever handler its log has."""
     from swsurgery.hub.guard import LOGGERS
 
     only = _NoServersWords()
@@ -65,12 +66,12 @@ def _mute() -> None:
 
 @contextlib.contextmanager
 def told(where: object) -> Iterator[None]:
-    """Turn what the library raises within the block into a HubError about `where`."""
+    """Convert what the library raises within the block to a HubError about `where`."""
     from huggingface_hub import errors, get_session
 
     from swsurgery.hub.guard import Refused, guarded
 
-    _mute()
+    _mute_library()
     try:
         with guarded():
             yield
@@ -83,14 +84,14 @@ def told(where: object) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise HubError("no such revision", where) from None
     except errors.RepositoryNotFoundError:
-        raise HubError(*_line(404, where)) from None
+        raise HubError(*_describe_status(404, where)) from None
     except errors.OfflineModeIsEnabled:
         raise HubError("the offline mode is on", where, "unset HF_HUB_OFFLINE") from None
     except errors.RemoteEntryNotFoundError:
         raise HubError("no such file or folder on the Hub", where) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        raise HubError(*_line(status, where)) from None
+        raise HubError(*_describe_status(status, where)) from None
     except errors.LocalEntryNotFoundError:
         what = "neither in the local Hugging Face cache nor to be had from the Hub"
         raise HubError(what, where, "is there a network? is the name right?") from None
@@ -104,17 +105,18 @@ def told(where: object) -> Iterator[None]:
     except OSError as error:
         raise HubError(f"cannot be reached or written ({type(error).__name__})", where) from None
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError, UnboundLocalError):
-        # The library reads the Hub's documents without checking them.
+        # The library reads documents of the Hub without validating them.
         raise HubError("the Hub's answer is not valid", where, "is this the right Hub?") from None
     except Exception as error:
-        # The transport's exceptions are those of whichever HTTP library this version of huggingface_hub uses.
+        # Exceptions of the transport are recognised by their package, the HTTP library that huggingface_hub uses.
         if type(error).__module__.split(".")[0] != type(get_session()).__module__.split(".")[0]:
             raise
         what = f"the connection to the Hub failed ({type(error).__name__})"
         raise HubError(what, where, "run the same command again") from None
 
 
-def _line(status: int, where: object) -> tuple[str, object, str]:
+def _describe_status(status: int, where: object) -> tuple[str, object, str]:
+    """Describe an HTTP status; returns the arguments of a HubError."""
     other = ("the Hub failed", "run the same command again") if status >= 500 else ("the Hub refused", "")
     what, remedy = _STATUS.get(status, other)
     return f"{what} (HTTP {status})", where, remedy

@@ -1,11 +1,14 @@
-"""The names that come from a Hub or from a manifest and become parts of paths. Imports nothing of the library."""
+"""Validate names that come from a Hub or a manifest and become parts of paths. Does not import huggingface_hub."""
 
 from __future__ import annotations
 
 import re
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A full commit has this form."""
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
+"""A digest has this form."""
 
 
 def is_file_name(text: object) -> bool:
@@ -19,14 +22,14 @@ def is_file_name(text: object) -> bool:
 
 
 def is_revision(text: str) -> bool:
-    """Return True if git would take `text` as the name of a branch, a tag or a commit."""
+    """Return True if git accepts `text` as the name of a branch, a tag or a commit."""
     return is_file_name(text) and not re.search(r"\.\.|[ ~^:?*\[\\]|@\{|\.lock(/|$)", text) and text[0] != "-"
 
 
 _REPO_ID = re.compile(r"(?:hf:/?)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w.-]+)?)")
 
 
-# A path has lost the second slash, and may be below the current directory by now.
+# A Path removes the second slash, and may be relative to the current directory.
 _URL = re.compile(
     r"(?:.*/)?(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co):?/+([\w.-]+/[\w.-]+?)"
     r"(?:/(?:tree|blob|resolve)/([^/?#]+)(?:/([^?#]*))?)?/?(?:[?#].*)?"

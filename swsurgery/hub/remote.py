@@ -1,7 +1,7 @@
-"""A repository's files, read by ranges over HTTP: headers and single scalars, and a count of the bytes that moved.
+"""Read byte ranges of files on the Hub over HTTP, and count the bytes transferred.
 
-Whether a range came from the Hub or from the host that it redirects to is the library's business; so are tokens,
-mirrors and retries of a refused request. A connection that breaks in the middle of an answer is taken up again here.
+huggingface_hub handles redirects, tokens, mirrors and retries of a refused request. This module continues after a
+connection that breaks in the middle of an answer.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from swsurgery.errors import HubError
 from swsurgery.hub.faults import broken_off, told
 
 HEAD = 64 << 10
-"""Bytes fetched with the first ones of a file: most headers are smaller, and a header costs one request then."""
+"""Number of bytes fetched at the first read near the start of a file; most headers fit, so one request is enough."""
 
 RETRIES = 5
+"""Maximum number of requests for one range."""
 
 
 @dataclass
 class Traffic:
-    """What reading by ranges has cost so far."""
+    """Number of bytes transferred and requests made so far. Safe to use from several threads."""
 
     bytes: int = 0
     requests: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, size: int) -> None:
+        """Count one request that transferred `size` bytes."""
         with self.lock:
             self.bytes += size
             self.requests += 1
@@ -37,7 +39,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file at one commit. `sha256` and `xet` are known for large files (LFS), not for those in git itself."""
+    """One file of a repository at one commit.
+
+    `sha256` and `xet` (the Xet hash) are None for small files, which git itself stores.
+    """
 
     repo_id: str
     commit: str
@@ -52,20 +57,21 @@ class RemoteFile:
         return f"hf://{self.repo_id}@{self.commit}/{self.path}"
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Up to `size` bytes at `offset`; fewer only at the end of the file. Raises HubError."""
+        """Read `size` bytes at `offset`; fewer only at the end of the file. Raises HubError."""
         size = max(0, min(size, self.size - offset))
         if not size:
             return b""
         if offset < HEAD and "head" not in self._head:
-            self._head["head"] = self._range(min(HEAD, self.size), 0)
+            self._head["head"] = self._fetch_range(min(HEAD, self.size), 0)
         if offset + size <= len(self._head.get("head", b"")):
             return self._head["head"][offset : offset + size]
         if offset < HEAD:
             begin = self._head["head"][offset:]
-            return begin + self._range(size - len(begin), offset + len(begin))
-        return self._range(size, offset)
+            return begin + self._fetch_range(size - len(begin), offset + len(begin))
+        return self._fetch_range(size, offset)
 
-    def _range(self, size: int, offset: int) -> bytes:
+    def _fetch_range(self, size: int, offset: int) -> bytes:
+        """Fetch exactly `size` bytes at `offset`. Raises HubError."""
         from huggingface_hub import HfApi, hf_hub_url, hf_raise_for_status
 
         from swsurgery.hub.guard import request_headers, stream_with_retries
@@ -82,7 +88,7 @@ class RemoteFile:
                 with told(self), stream_with_retries("GET", url, headers=headers) as response:
                     hf_raise_for_status(response)
                     self._check_range(response.status_code, response.headers, size, offset + begin)
-                    # Kept from the library, which would ask for the same range once more and throw the answer away.
+                    # Suppressed here, because the library would request the whole range again and discard the answer.
                     with contextlib.suppress(*broken_off()):
                         for chunk in response.iter_raw():
                             data += chunk
@@ -97,10 +103,10 @@ class RemoteFile:
         raise HubError(f"the connection broke {RETRIES} times", self, "run the same command again")
 
     def _check_range(self, status: int, headers: Mapping[str, str], size: int, begin: int) -> None:
-        """Raise HubError unless the answer begins at `begin`. Mirrors may answer a small file whole."""
+        """Raise HubError unless the answer starts at `begin`. A mirror may answer with the whole of a small file."""
         if status == 200 and begin == 0 and size == self.size:
             return
-        if status != 206:  # the whole file would follow
+        if status != 206:  # the body would be the whole file
             raise HubError("the server does not answer ranges", self, "download it: hf download")
         if not headers.get("Content-Range", "").replace(" ", "").startswith(f"bytes{begin}-"):
             raise HubError("the server answers another range than it was asked for", self, "download it: hf download")
@@ -108,7 +114,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Repo:
-    """A model repository, or the folder `sub` of it, at one commit."""
+    """A model repository at one commit, or its folder `sub`. `files` has names relative to `sub`."""
 
     repo_id: str
     commit: str

@@ -44,12 +44,12 @@ def stream(
     begun, header_end = hashlib.sha256(), header.data_start if header else 0
     jobs: list[Future[None]] = []
     first = 0
-    with Pool(min(2, _count_threads())) as lanes:  # one thread writes, the other hashes what is written
+    with Pool(min(2, count_threads())) as lanes:  # one thread writes, the other hashes what is written
         for offset, chunk in _read_chunks(fd, file):
             if header and offset < header_end:
                 begun.update(chunk[: header_end - offset])
                 if header_end <= offset + len(chunk):
-                    _refuse_other_header(begun.hexdigest(), header, file)
+                    refuse_other_header(begun.hexdigest(), header, file)
             while first < len(splices) and splices[first].end <= offset:
                 first += 1
             end = bisect.bisect_left(splices, offset + len(chunk), first, key=_by_offset)
@@ -103,7 +103,8 @@ def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> No
             raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path, remedy)
 
 
-def _refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
+def refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
+    """Raise CheckpointError unless `digest` is that of `header`, with which the edits were planned."""
     if digest != header.header_sha256:
         reason = "does not have the header that the edits were planned with"
         raise CheckpointError(reason, file.path, "the base was changed meanwhile")
@@ -126,7 +127,7 @@ def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], fi
         chunk[at] = splice.new[part]
 
 
-def _count_threads() -> int:
+def count_threads() -> int:
     """Read the number of threads from the environment. Raises SwsurgeryError if it is not a number from 1 to 64.
 
     The default exceeds the number of cores of a small machine, so that no core is idle while the last shard is copied.
