@@ -1,4 +1,4 @@
-"""Change single scalars of a checkpoint: exactly, safely and provably.
+"""Change single scalars of a checkpoint exactly, safely and with a proof.
 
     from pathlib import Path
     import swsurgery
@@ -6,21 +6,21 @@
     swsurgery.apply_manifest(Path("edits.yaml"), Path("patched"))
     assert swsurgery.verify_checkpoint(Path("patched"), swsurgery.Silent()).ok
 
-Packages, each of which imports only packages below it:
+Each package imports only packages below it:
 
-    cli/           commands, and what people see
-    sharing/       publishing, and exports of the edits alone
+    cli/           commands and their output
+    sharing/       publishing, and exporting only the edits
     scanning/      finding super weights, confirming them, sweeping factors
     verifying/     proofs and checks of a checkpoint, of a manifest and of a signature
     editing/       applying a manifest: plan, copy, edit in place or in memory, revert, sanity check
-    model/         running a model; the only transformers
-    known/         the super weights that were published or measured
+    model/         running a model; only this package imports transformers
+    known/         published and measured super weights
     checkpoint/    what a checkpoint contains: files, record, journal, projections, quantisation
-    manifest/      what a user may ask for
-    hub/           bytes on the Hub; the only huggingface_hub
+    manifest/      what a user may request
+    hub/           bytes on the Hub; only this package imports huggingface_hub
     storage/       bytes on disk: files, headers, dtypes, staging, hashing
 
-The names below load their module on first use. Importing the package loads nothing heavy.
+Public names are loaded on first use, so importing this package is fast.
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
-"""Every error that swsurgery raises on purpose, and the exit code each one means.
+"""Define every error that swsurgery raises on purpose, and its exit code.
 
-    SwsurgeryError          exit 2: bad input, or something that cannot be done
-    ├── ManifestError       the manifest is wrong; carries every fault
-    ├── CheckpointError     the checkpoint on disk is wrong or ambiguous
-    │   ├── ShardError      one safetensors file is malformed
-    │   └── AmbiguousWeights  an index and a single file are there, and nobody said which is meant
-    ├── ArchitectureError   layer/row/col has no meaning for this model
-    ├── NumberError         a value that the dtype cannot hold
-    ├── PlanError           manifest and checkpoint do not fit; carries every misfit
-    ├── TargetError         the output cannot be written
-    │   └── NoSpace         there is not enough room for it; nothing was written
-    ├── LookupFailed        no such known model or coordinate, or an ambiguous name
-    ├── HubError            the Hub cannot be reached, or says no
-    ├── ModelError          the model cannot be loaded or run
-    │   └── Unrunnable      ... whatever is asked of it; a command that can do without it adds how
-    └── CheckFailed         exit 1: the sanity check says no; the target was not made
+    SwsurgeryError            exit 2: bad input, or something that cannot be done
+    ├── ManifestError         the manifest is wrong; carries every fault
+    ├── CheckpointError       the checkpoint on disk is wrong or ambiguous
+    │   ├── ShardError        one safetensors file is malformed
+    │   └── AmbiguousWeights  an index and a single file exist, and the caller did not choose one
+    ├── ArchitectureError     layer/row/col has no meaning for this model
+    ├── NumberError           a value that the dtype cannot represent
+    ├── PlanError             manifest and checkpoint do not match; carries every mismatch
+    ├── TargetError           the output cannot be written
+    │   └── NoSpace           the disk has not enough space for it; nothing was written
+    ├── LookupFailed          no such known model or coordinate, or an ambiguous name
+    ├── HubError              the Hub cannot be reached, or refuses
+    ├── ModelError            the model cannot be loaded or run
+    │   └── Unrunnable        no command can run it; a command that can work without running it adds how
+    └── CheckFailed           exit 1: the sanity check failed; the target was not made
 
-    Interrupted             exit 130: SIGINT or SIGTERM; no Exception, so that no library takes it for one of its own
+    Interrupted               exit 130: SIGINT or SIGTERM; not an Exception, so that no library catches it
 
-A message is one line, `what: where (remedy)`; an error that carries several
-faults prints one such line for each. Anything else that escapes is a bug (exit 3).
+A message is one line, `what: where (remedy)`. An error with several faults prints one such line for each. Any other
+exception that escapes is a bug (exit 3).
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from collections.abc import Iterable, Iterator
 
 
 def printable(text: str) -> str:
-    """`text` with every control, bidirectional and surrogate character escaped, so that a name from a
-    file can neither break a line nor rewrite the terminal."""
+    """Escape every control, bidirectional and surrogate character in `text`.
+
+    A name from a file can then neither break a line nor control the terminal.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class SwsurgeryError(Exception):
-    """Base of all known errors. `faults` holds one line for each thing that is wrong."""
+    """Base class of all known errors. `faults` contains one line per fault."""
 
     exit_code = 2
 
@@ -52,7 +54,7 @@ class SwsurgeryError(Exception):
 
     @classmethod
     def of(cls, faults: Iterable[str]) -> SwsurgeryError:
-        """One error that carries several faults, each already a line."""
+        """Make one error that carries several faults, each of them a complete line."""
         error = cls.__new__(cls)
         error.faults = tuple(printable(f) for f in faults)
         Exception.__init__(error, "\n".join(error.faults))
@@ -108,22 +110,25 @@ class ModelError(SwsurgeryError):
 
 
 class Unrunnable(ModelError):
-    """What loads and runs a model does not know for which command, so its remedies are those that all of them have;
-    each adds its own with `or_else`."""
+    """The model cannot be run at all.
+
+    The code that loads and runs models does not know the command, so it gives only remedies that all commands share. A
+    command adds its own remedy with `or_else`.
+    """
 
     def __init__(self, what: str, where: object = "", remedy: str = ""):
         super().__init__(what, where, remedy)
         self._parts = what, where, remedy
 
     def or_else(self, way: str) -> Unrunnable:
-        """The same error with one more remedy."""
+        """Return the same error with one more remedy."""
         what, where, remedy = self._parts
         return Unrunnable(what, where, f"{remedy}, or {way}" if remedy else way)
 
 
 @contextlib.contextmanager
 def or_else(way: str) -> Iterator[None]:
-    """A model that cannot be run here is reported with `way` as a further remedy."""
+    """Add `way` to the remedies of an Unrunnable that the block raises."""
     try:
         yield
     except Unrunnable as error:
@@ -135,25 +140,29 @@ class CheckFailed(SwsurgeryError):
 
 
 NOTHING_LEFT = "nothing was left behind"
+"""Interrupted ends with this text if no file remains."""
 
 _done = [NOTHING_LEFT]
 
 
 def report_done(what: str | None) -> None:
-    """Set what a signal, or a stdout that cannot be written, leaves done; None if nothing is done yet."""
+    """Set the result that exists already, for messages about a signal or a failed stdout; None if nothing exists."""
     del _done[1:]
     if what:
         _done.append(what)
 
 
 def done() -> str:
-    """Return what the command has done so far and leaves; "" if nothing."""
+    """Return what the command has done so far; "" if nothing."""
     return "; ".join(_done[1:])
 
 
 class Interrupted(BaseException):
-    """A signal; `left` says what is left behind, by default what `report_done` was told. Not an Exception: torch and
-    transformers catch those while they are imported, and would go on, or raise something else."""
+    """A signal ended the command. `left` describes what remains; the default is the text given to `report_done`.
+
+    Not an Exception, because torch and transformers catch those while they are imported, and would continue or raise
+    another error.
+    """
 
     exit_code = 130
 
@@ -163,5 +172,5 @@ class Interrupted(BaseException):
         self.signal = signal
 
     def leaving(self, left: str) -> Interrupted:
-        """The same signal, with another word about what is left."""
+        """Return the same signal with another description of what remains."""
         return Interrupted(self.signal, left)

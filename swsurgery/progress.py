@@ -1,7 +1,7 @@
-"""Progress: how long work tells whoever is watching how far it is.
+"""Define how long-running work reports its progress.
 
-This room holds the shape of such an object and a silent one. It draws nothing; the bar that people see is made in
-`output.py` and passed in.
+This module contains the protocol and a silent implementation. The visible progress bar is in `cli/output.py` and is
+passed in.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """One task at a time: `start`, any number of `advance`, then `close`, also when the task fails."""
+    """Receives the progress of one task at a time: `start`, any number of `advance`, then always `close`."""
 
     def start(self, total: int, unit: str, label: str) -> None:
         """Begin a task of `total` units, each called `unit` ("B" for bytes), shown as `label`."""
@@ -19,14 +19,14 @@ class Progress(Protocol):
         """Count `n` further units as done."""
 
     def relabel(self, label: str) -> None:
-        """Show the task as `label` from now on, such as the part that it has come to."""
+        """Change the label of the task, for example to the name of its current part."""
 
     def close(self) -> None:
         """End the task; a second call does nothing."""
 
 
 class Silent:
-    """The Progress of a caller that does not want any."""
+    """A Progress that does nothing."""
 
     def start(self, total: int, unit: str, label: str) -> None:
         pass
@@ -42,8 +42,10 @@ class Silent:
 
 
 class Rounds:
-    """Passes on to `progress` what is done in several tasks of one kind, one after the other; their labels begin with
-    the number of the task: "round 2, ..."."""
+    """A Progress that forwards several similar tasks to `progress`, one after another.
+
+    It prefixes each label with `word` and the number of the task: "round 2, ...".
+    """
 
     def __init__(self, progress: Progress, word: str = "round"):
         self._progress, self._word, self._number = progress, word, 0

@@ -1,4 +1,4 @@
-"""A pool of threads that works with fewer of them, or with none, if the system does not let it start more."""
+"""Run calls in a pool of threads that also works if the system allows few threads or none."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ R = TypeVar("R")
 
 
 class Pool:
-    """At most `threads` threads that do what is submitted, in order. A context manager; leaving it waits for them.
+    """At most `threads` threads that make submitted calls in order. Leaving the context waits for all calls.
 
-    A limit on processes or on memory can forbid a further thread. Then the threads that did start do all the work. If
-    there is none, `submit` does it at once. With `threads` of 1 or less nothing is started.
+    A limit on processes or memory can prevent a thread from starting. Then the threads that did start make all calls.
+    Without any thread, `submit` makes the call itself. If `threads` is 1 or less, no thread is started.
     """
 
     def __init__(self, threads: int, name: str = "swsurgery"):
@@ -31,7 +31,7 @@ class Pool:
                 self._threads.append(thread)
 
     def submit(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> Future[R]:
-        """Return what will be the result of the call. Without threads, the call is made here and may raise."""
+        """Schedule a call and return its future. Without threads, the call is made at once and may raise."""
         future: Future[R] = Future()
         if not self._threads:
             future.set_result(call(*arguments, **named))
@@ -42,7 +42,7 @@ class Pool:
                 return
             try:
                 result = call(*arguments, **named)
-            except BaseException as error:  # noqa: BLE001 (it is raised where the result is asked for)
+            except BaseException as error:  # noqa: BLE001 (the future raises it for the caller)
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -51,7 +51,7 @@ class Pool:
         return future
 
     def map(self, call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Yield the results in the order of `items`, all of which are submitted first."""
+        """Submit a call for each item, then yield the results in the order of `items`."""
         futures = [self.submit(call, item) for item in items]
         try:
             for future in futures:
@@ -61,7 +61,7 @@ class Pool:
                 future.cancel()
 
     def shutdown(self, cancel: bool = False) -> None:
-        """Finish what was submitted, then end the threads. With `cancel`, drop what has not begun."""
+        """Wait for all submitted calls and end the threads. With `cancel`, drop the calls that have not started."""
         if cancel:
             with contextlib.suppress(queue.Empty):
                 while True:
@@ -74,7 +74,7 @@ class Pool:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
-            del task  # or its result would live until the next one
+            del task  # otherwise its result would stay in memory until the next one
 
     def __enter__(self) -> Self:
         return self

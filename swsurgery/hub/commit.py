@@ -1,7 +1,7 @@
-"""The only writing to the Hub: a repository, one commit, a tag, a pull request; and the listings that they go by.
+"""Write to the Hub (repositories, commits, tags, pull requests) and list what is there.
 
-A commit is a `Draft`: large contents are uploaded first, where no reader sees them, and then one request moves the
-branch, or does not. Knows paths and bytes, and nothing of what they mean.
+A commit is made with a `Draft`: large contents are uploaded first, invisible to readers, then one request moves the
+branch or fails. This module knows paths and bytes, and not what they mean.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
 MAIN = "main"
+"""Every repository has a branch of this name."""
 
 NOTHING_IGNORED = "# nothing is ignored\n"
-"""In place of a .gitignore of the repository, by which the Hub would leave files out without a word."""
+"""This text replaces the .gitignore of the repository, with which the Hub would silently omit files."""
 
 
 class Conflict(HubError):
-    """The branch is no longer where the plan saw it."""
+    """The branch has moved since the plan was made."""
 
 
 class CopyRefused(HubError):
-    """The Hub does not copy these files from the other repository; `names` are paths."""
+    """The Hub refuses to copy the files `names` from the other repository."""
 
     def __init__(self, names: Iterable[str], where: object):
         super().__init__("the Hub does not copy them", where)
@@ -42,7 +43,7 @@ class CopyRefused(HubError):
 
 @dataclass(frozen=True)
 class Listing:
-    """A repository at one commit. `blobs` are git's names (sha1) of the contents of files that git holds itself."""
+    """A repository at one commit. `blobs` contains the git object id (sha1) of each file that git itself stores."""
 
     repo_id: str
     commit: str
@@ -62,7 +63,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a commit is to go: the head of its branch, or of main where there is no such branch yet; tags by name."""
+    """The place for a commit: the head of its branch, or that of main if the branch does not exist yet.
+
+    `tags` maps the name of each tag to its commit.
+    """
 
     head: Listing
     branch_is_there: bool
@@ -71,7 +75,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Copy:
-    """A large file, by its path here, its path in the repository that it comes from, and its sha256."""
+    """A large file to copy: its new path, its path in the source repository, and its sha256."""
 
     name: str
     source: str
@@ -80,25 +84,25 @@ class Copy:
 
 @dataclass(frozen=True)
 class Sent:
-    """A commit that is there, and the number of the pull request that holds it."""
+    """A commit that was made, and the number of its pull request, if any."""
 
     commit: str
     pull_request: int | None
 
 
 def listing(repo_id: str, revision: str | None = None) -> Listing:
-    """A revision's commit and files. Raises HubError."""
-    with told(_uri(repo_id, revision)):
-        return _listing(repo_id, revision)
+    """List the files of a revision (main by default) and resolve its commit. Raises HubError."""
+    with told(_format_uri(repo_id, revision)):
+        return _list_revision(repo_id, revision)
 
 
 def listing_if_seen(repo_id: str, revision: str | None = None) -> Listing | None:
-    """As `listing`; None where this endpoint does not have it or does not show it to this token."""
+    """List a revision like `listing`; returns None if it is missing or hidden from this token. Raises HubError."""
     from huggingface_hub import errors
 
-    with told(_uri(repo_id, revision)):
+    with told(_format_uri(repo_id, revision)):
         try:
-            return _listing(repo_id, revision)
+            return _list_revision(repo_id, revision)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             return None
         except errors.HfHubHTTPError as error:
@@ -108,24 +112,25 @@ def listing_if_seen(repo_id: str, revision: str | None = None) -> Listing | None
 
 
 def look(repo_id: str, branch: str) -> Target | None:
-    """What is there to commit to; None where there is no repository, or none for this token. Raises HubError."""
+    """Find the place for a commit; returns None if this token can see no such repository. Raises HubError."""
     from huggingface_hub import HfApi, errors
 
-    with told(_uri(repo_id)):
+    with told(_format_uri(repo_id)):
         try:
             refs = HfApi().list_repo_refs(repo_id)
         except errors.RepositoryNotFoundError:
             return None
         there = any(ref.name == branch for ref in refs.branches)
-        head = _listing(repo_id, branch if there else None)
+        head = _list_revision(repo_id, branch if there else None)
     return Target(head, there, {ref.name: ref.target_commit for ref in refs.tags})
 
 
-def _uri(repo_id: str, revision: str | None = None) -> str:
+def _format_uri(repo_id: str, revision: str | None = None) -> str:
     return f"hf://{repo_id}" + (f"@{revision}" if revision else "")
 
 
-def _listing(repo_id: str, revision: str | None) -> Listing:
+def _list_revision(repo_id: str, revision: str | None) -> Listing:
+    """List the files of a revision. Raises the errors of huggingface_hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -144,7 +149,7 @@ def _listing(repo_id: str, revision: str | None) -> Listing:
 
 
 def endpoint() -> str:
-    """Where the Hub is, without a slash at the end."""
+    """Return the URL of the Hub, without a trailing slash."""
     from huggingface_hub import HfApi
 
     return HfApi().endpoint.rstrip("/")
@@ -152,12 +157,12 @@ def endpoint() -> str:
 
 @contextlib.contextmanager
 def drawing(bars: bool) -> Iterator[None]:
-    """Whether the client draws its progress bars on stderr within the block."""
+    """Show or hide the progress bars of huggingface_hub on stderr within the block."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = are_progress_bars_disabled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the environment may have decided already
+        warnings.simplefilter("ignore")  # an environment variable may have disabled them already
         if not bars:
             disable_progress_bars()
         try:
@@ -168,8 +173,10 @@ def drawing(bars: bool) -> Iterator[None]:
 
 
 def holds_token(data: bytes) -> bool:
-    """Whether the token that requests are sent with stands in `data`. Raises HubError where there is to be one by
-    trusted publishing, and is not."""
+    """Return True if `data` contains the token that is sent with requests.
+
+    Raises HubError if trusted publishing is configured but no token can be obtained.
+    """
     from huggingface_hub import get_token
     from huggingface_hub.errors import OIDCError
 
@@ -183,61 +190,61 @@ def holds_token(data: bytes) -> bool:
 
 
 def open_pull_requests(repo_id: str, title: str) -> list[int]:
-    """Numbers of the open pull requests with this title, but for blanks around it. Raises HubError."""
+    """Return the numbers of the open pull requests with this title, ignoring surrounding blanks. Raises HubError."""
     from huggingface_hub import HfApi
 
-    with told(_uri(repo_id)):
+    with told(_format_uri(repo_id)):
         found = HfApi().get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
         return [each.num for each in found if each.title.strip() == title.strip()]
 
 
 def is_private(repo_id: str) -> bool:
-    """Return True if only its members see the repository now. Raises HubError."""
+    """Return True if the repository is private now. Raises HubError."""
     from huggingface_hub import HfApi
 
-    with told(_uri(repo_id)):
+    with told(_format_uri(repo_id)):
         return HfApi().repo_info(repo_id).private is True
 
 
 def create(repo_id: str, private: bool) -> None:
-    """Make a repository, or leave the one that is there. Raises HubError."""
+    """Create a repository; an existing one is kept as it is. Raises HubError."""
     from huggingface_hub import HfApi
 
-    with _told(_uri(repo_id)):
+    with _explain_upload(_format_uri(repo_id)):
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
 
 
 def create_branch(repo_id: str, branch: str, commit: str) -> None:
-    """Make a branch that starts at `commit`. Raises HubError."""
+    """Create a branch that starts at `commit`. Raises HubError."""
     from huggingface_hub import HfApi
 
-    with _told(_uri(repo_id, branch)):
+    with _explain_upload(_format_uri(repo_id, branch)):
         HfApi().create_branch(repo_id, branch=branch, revision=commit)
 
 
 def tag(repo_id: str, name: str, commit: str) -> None:
-    """Name a commit, or leave the tag that is there. Raises HubError."""
+    """Create a tag for a commit; an existing tag is kept as it is. Raises HubError."""
     from huggingface_hub import HfApi
 
-    with _told(_uri(repo_id, name)):
+    with _explain_upload(_format_uri(repo_id, name)):
         HfApi().create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
 
 
 class Draft:
-    """One commit in the making, on top of `parent`; with `create_pr`, in a pull request of its own."""
+    """A commit that is being prepared on top of `parent`; with `create_pr`, in a new pull request."""
 
     def __init__(self, repo_id: str, branch: str, parent: str, create_pr: bool):
         self._repo_id, self._branch, self._parent, self._create_pr = repo_id, branch, parent, create_pr
         self._additions: dict[str, CommitOperationAdd] = {}
 
     def add(self, contents: Mapping[str, Path | bytes]) -> dict[str, str]:
-        """Upload what of `contents` is large and not there yet; returns the sha256 of each as it was read.
+        """Upload those of `contents` that are large and not on the Hub yet; returns the sha256 of each, as read.
 
-        Raises HubError.
+        `contents` maps paths in the repository to local files or bytes. Raises HubError.
         """
         from huggingface_hub import CommitOperationAdd, HfApi
 
-        with _told(_uri(self._repo_id)):
+        with _explain_upload(_format_uri(self._repo_id)):
             new = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
             HfApi().preupload_lfs_files(
                 self._repo_id,
@@ -258,9 +265,9 @@ class Draft:
         message: str,
         description: str,
     ) -> Sent:
-        """Make the commit: what was added, `copies` out of `source`, less `deletions`.
+        """Make the commit from the added contents, `copies` from `source`, and `deletions`.
 
-        Raises CopyRefused (and nothing was committed), Conflict, HubError.
+        Raises CopyRefused (nothing was committed), Conflict, HubError.
         """
         from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi, errors
 
@@ -269,8 +276,8 @@ class Draft:
             *self._additions.values(),
             *(CommitOperationCopy(c.source, c.name, source.commit, source.repo_id, "model") for c in copies if source),
         ]
-        where = _uri(self._repo_id)
-        with _told(where):
+        where = _format_uri(self._repo_id)
+        with _explain_upload(where):
             try:
                 done = HfApi().create_commit(
                     self._repo_id,
@@ -282,12 +289,12 @@ class Draft:
                     parent_commit=self._parent,
                 )
             except errors.FileDuplicationError as error:
-                said = set(re.findall(r"[0-9a-f]{64}", str(error)))
-                raise CopyRefused(_some(copies, said), source) from None
+                found_digests = set(re.findall(r"[0-9a-f]{64}", str(error)))
+                raise CopyRefused(_select_names(copies, found_digests), source) from None
             except errors.HfHubHTTPError as error:
                 status = error.response.status_code
                 if "/lfs-files/duplicate" in str(error.response.url) and 400 <= status < 500 and status != 429:
-                    raise CopyRefused(_some(copies), source) from None
+                    raise CopyRefused(_select_names(copies), source) from None
                 if status in (409, 412):
                     what = f"somebody else committed meanwhile (HTTP {status})"
                     raise Conflict(what, where, "run the same command again") from None
@@ -298,16 +305,16 @@ class Draft:
         return Sent(done.oid, number)
 
 
-def _some(copies: Collection[Copy], digests: Collection[str] = ()) -> list[str]:
-    """Names of the copies of these contents; of all where none is among them."""
+def _select_names(copies: Collection[Copy], digests: Collection[str] = ()) -> list[str]:
+    """Return the names of the copies with these digests, or of all copies if no digest matches."""
     return [c.name for c in copies if c.sha256 in digests] or [c.name for c in copies]
 
 
 @contextlib.contextmanager
-def _told(where: object) -> Iterator[None]:
-    """As `told`, for the calls that write: the client checks answers, and wraps what happens in its threads.
+def _explain_upload(where: object) -> Iterator[None]:
+    """Convert errors like `told`, for calls that write: the client validates answers and wraps errors of its threads.
 
-    Its warnings hold the server's words about the card, and are not shown.
+    Its warnings repeat what the server wrote about the card, so they are not shown.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -315,7 +322,7 @@ def _told(where: object) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except (HFValidationError, HfHubHTTPError):  # of which a refused request (HTTP 400) is a ValueError too
+        except (HFValidationError, HfHubHTTPError):  # some of these, such as HTTP 400, are also a ValueError
             raise
         except RuntimeError as error:
             cause = error.__cause__

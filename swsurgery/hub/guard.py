@@ -1,9 +1,9 @@
-"""What a Hub may answer. Every request and answer of huggingface_hub's client passes through the two hooks here.
+"""Limit what a Hub may answer, with two hooks for every request and answer of the client of huggingface_hub.
 
-A Hub or a mirror may be hostile. What it answers becomes paths in the cache (commits, names, ETags), memory (bodies),
-time (slow bodies, endless pages, long waits) and further requests (links and redirects). The hooks refuse what is out
-of bounds before huggingface_hub uses it. They act only while this package makes a call, so that other calls of a
-process that imports swsurgery are left alone. Only this module uses private names of huggingface_hub.
+A Hub or a mirror may be hostile. Its answers become paths in the cache (commits, names, ETags), use memory (bodies) and
+time (slow bodies, endless pages, long waits), and cause further requests (links and redirects). The hooks refuse
+answers beyond the limits before huggingface_hub uses them. They act only during calls of this package, so that other
+calls of a process that imports swsurgery are not affected. Only this module uses private names of huggingface_hub.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAX_ANSWER = 16 << 20
-"""Maximum size of an answer that is held in memory, in bytes, after decompression. A page of 1,000 files has 0.4 MB."""
+"""Maximum size of an answer kept in memory, in bytes, after decompression. A page of 1,000 files has 0.4 MB."""
 
 MAX_PAGES = 300
 """Maximum number of requests for lists (pages of 1,000 files) in one call."""
@@ -41,14 +41,19 @@ MAX_WAIT = 330
 """Longest wait that the Hub may ask for, in seconds. Its own limits are per 300 seconds."""
 
 GRACE = 60.0
+"""A body may take this number of seconds, and one more for every MIN_RATE bytes received."""
+
 MIN_RATE = 4096
-"""A body may take GRACE seconds, and one second more for every MIN_RATE bytes received."""
+"""Minimum rate of a body after GRACE seconds, in bytes per second."""
 
 READ_TIMEOUT = 60.0
+"""Maximum number of seconds without a byte, for GET and HEAD requests without a timeout of their own."""
+
 WRITE_TIMEOUT = 300.0
-"""Seconds without a byte, for requests that have no timeout of their own. A large commit takes the Hub some time."""
+"""Maximum number of seconds without a byte for other requests; the Hub needs some time for a large commit."""
 
 ETAG = re.compile(r'(?:W/)?"?[0-9A-Za-z_][0-9A-Za-z_.+=:-]{0,127}"?')
+"""An ETag must have this form, because huggingface_hub uses it as a file name."""
 
 BROKEN_OFF = _http._DEFAULT_RETRY_ON_EXCEPTIONS
 """The transport raises one of these if a connection ends in the middle of an answer."""
@@ -72,10 +77,11 @@ stream_with_retries = _http.http_stream_backoff
 """The library's streaming request with retries; the library exports it without declaring so."""
 
 _KIND = "swsurgery_kind"
+"""A request carries "content" or "answer" under this key of its extensions."""
 
 
 class Refused(Exception):
-    """A request or an answer that is out of bounds. `told` turns it into a HubError that names the repository."""
+    """A request or an answer beyond the limits. `told` converts it to a HubError that names the repository."""
 
     def __init__(self, what: str, remedy: str = "is this the right Hub?"):
         super().__init__(what)
@@ -84,12 +90,13 @@ class Refused(Exception):
 
 @dataclass
 class _Budget:
-    """What one call may still spend on lists."""
+    """Requests for lists and time that one call has used so far."""
 
     pages: int = 0
     begin: float = field(default_factory=time.monotonic)
 
     def spend(self) -> None:
+        """Count one request for a list. Raises Refused beyond a limit."""
         self.pages += 1
         if self.pages > MAX_PAGES:
             raise Refused(f"the Hub's list has more than {MAX_PAGES} pages")
@@ -109,7 +116,7 @@ def request_headers(api: HfApi) -> dict[str, str]:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Check every request and answer of huggingface_hub's client within the block. Raises Refused."""
+    """Check every request and answer of the client of huggingface_hub within the block. Raises Refused."""
     global _active
     factory = _http._GLOBAL_CLIENT_FACTORY
     if not isinstance(factory, _GuardedFactory):
@@ -127,7 +134,7 @@ def guarded() -> Iterator[None]:
 
 
 class _GuardedFactory:
-    """Make the clients that another factory makes, with the two hooks of this module."""
+    """Make clients with another factory and add the two hooks of this module."""
 
     def __init__(self, factory: Callable[[], httpx2.Client]):
         self._factory = factory
@@ -135,28 +142,32 @@ class _GuardedFactory:
     def __call__(self) -> httpx2.Client:
         client = self._factory()
         hooks = client.event_hooks
-        client.event_hooks = {"request": [*hooks["request"], _before], "response": [*hooks["response"], _after]}
+        client.event_hooks = {
+            "request": [*hooks["request"], _check_request],
+            "response": [*hooks["response"], _check_response],
+        }
         return client
 
 
 def _is_hub(url: httpx2.URL) -> bool:
-    """Return True if the token may be sent there: the endpoint, or one of the Hub's own origins."""
+    """Return True if the token may be sent to this URL: the endpoint, or another origin of the Hub."""
     return _http._url_origin(str(url)) in _http._HUB_ORIGINS
 
 
 def _is_identity_provider(url: httpx2.URL) -> bool:
-    """Return True for the origin that GitHub Actions names for its own token, with which trusted publishing begins."""
+    """Return True for the origin that issues the token of GitHub Actions, which trusted publishing exchanges."""
     named = os.environ.get("ACTIONS_ID_TOKEN_REQUEST_URL")
     return named is not None and _http._url_origin(str(url)) == _http._url_origin(named)
 
 
-def _before(request: httpx2.Request) -> None:
+def _check_request(request: httpx2.Request) -> None:
+    """Check a request and set its limits. Raises Refused."""
     if not _active:
         return
     hub, path = _is_hub(request.url), request.url.path
     if "Authorization" in request.headers and not hub and not _is_identity_provider(request.url):
         raise Refused("the Hub names another host for a request with your token; nothing was sent there")
-    if _KIND not in request.extensions:  # a redirected request keeps that of the first
+    if _KIND not in request.extensions:  # a redirected request keeps the kind of the first one
         content = request.method == "GET" and (not hub or "/resolve/" in path)
         request.extensions[_KIND] = "content" if content else "answer"
     request.headers["Accept-Encoding"] = "identity"
@@ -170,7 +181,8 @@ def _before(request: httpx2.Request) -> None:
         budget.spend()
 
 
-def _after(response: httpx2.Response) -> None:
+def _check_response(response: httpx2.Response) -> None:
+    """Check an answer and bound its body. Raises Refused."""
     if not _active:
         return
     request, headers = response.request, response.headers
@@ -189,7 +201,7 @@ def _after(response: httpx2.Response) -> None:
 
 
 def _check_headers(response: httpx2.Response) -> None:
-    """Refuse headers that huggingface_hub would use as names of files, or as times to wait."""
+    """Check headers that huggingface_hub uses as file names or as waiting times. Raises Refused."""
     headers, request = response.headers, response.request
     commit = headers.get("X-Repo-Commit")
     if commit is not None:
@@ -217,20 +229,23 @@ def _check_headers(response: httpx2.Response) -> None:
 
 
 def _decoder(response: httpx2.Response) -> zlib._Decompress | None:
-    """Return what unpacks a body that is compressed although no compression was asked for; None for a plain body."""
+    """Return a decompressor for a body that is compressed although this was not requested; None for a plain body.
+
+    Raises Refused if the compression is not supported.
+    """
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if coding in ("", "identity") or response.request.method == "HEAD":
         return None
     if coding != "gzip" or "Range" in response.request.headers:
         raise Refused("the Hub's answer is compressed, which was not asked for", "download it: hf download")
-    for name in ("Content-Encoding", "Content-Length"):  # they are of the packed body
+    for name in ("Content-Encoding", "Content-Length"):  # they describe the compressed body
         if name in response.headers:
             del response.headers[name]
     return zlib.decompressobj(zlib.MAX_WBITS | 16)
 
 
 class _Bounded(httpx2.SyncByteStream):
-    """A body of at most `most` bytes, which may not come too slowly."""
+    """A body of at most `most` bytes that must arrive at MIN_RATE or faster."""
 
     def __init__(self, stream: object, most: int, unpack: zlib._Decompress | None):
         assert isinstance(stream, httpx2.SyncByteStream)
@@ -258,7 +273,7 @@ class _Bounded(httpx2.SyncByteStream):
 
 
 def _check_document(response: httpx2.Response) -> None:
-    """Refuse a JSON document whose names, commits or sizes are not what huggingface_hub takes them for."""
+    """Check the names, commits and sizes in a JSON document, which huggingface_hub does not. Raises Refused."""
     method, path = response.request.method, response.request.url.raw_path.decode("ascii", "replace").split("?")[0]
     check = next((c for verb, pattern, c in _DOCUMENTS if verb == method and pattern.search(path)), None)
     if check is None:

@@ -214,7 +214,9 @@ def round_to(dtype: Dtype, value: Value | Fraction) -> float:
     try:
         return decode(dtype, encode(dtype, value))
     except NumberError:
-        return math.nan if math.isnan(value) else math.copysign(math.inf if abs(value) > 1 else 0.0, value)
+        if math.isnan(value):
+            return math.nan
+        return math.copysign(math.inf if not -1 <= value <= 1 else 0.0, value)
 
 
 def show(value: Value | Fraction) -> str:
