@@ -1,6 +1,8 @@
-"""The commands: each opens, calls one library function and prints. The package is the only one that knows typer.
+"""The commands: each opens its arguments, calls one library function and prints the result.
 
-Rooms that take time to load are imported inside the command that needs them.
+The package contains one module of commands per library package, the shared options and everything that writes to the
+terminal; only this package imports typer and tqdm. Nothing below may depend on it, and modules that are slow to load
+are imported inside the command that needs them.
 """
 
 from __future__ import annotations
@@ -19,12 +21,9 @@ import typer
 from swsurgery._version import __version__
 from swsurgery.cli import output
 from swsurgery.cli.editing import apply, diff, inspect, revert, schema
-from swsurgery.cli.exporting import export
-from swsurgery.cli.linting import lint
 from swsurgery.cli.scanning import check, lookup, scan, sweep
-from swsurgery.cli.sharing import publish
-from swsurgery.cli.signing import sign
-from swsurgery.cli.verifying import verify
+from swsurgery.cli.sharing import export, publish
+from swsurgery.cli.verifying import lint, sign, verify
 from swsurgery.errors import Interrupted, SwsurgeryError, printable, report_done
 
 app = typer.Typer(
@@ -47,35 +46,35 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done or yes, 1 no, 2 bad input, 3 a bug, 130 interrupted."""
+    """Run one command and return its exit code: 0 done or yes, 1 no, 2 bad input, 3 a bug, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     if "--quiet" in argv or not output.is_terminal(sys.stderr):
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the library's own bars follow the rule of ours
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its progress bars follow the same rule as ours
     if "--quiet" in argv:
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # so does its talk of retries
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # and so do its messages about retries
     previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     _received.clear()
     report_done(None)
-    log, teller = logging.getLogger("swsurgery"), _Teller()
-    log.addHandler(teller)
+    log, handler = logging.getLogger("swsurgery"), _StderrHandler()
+    log.addHandler(handler)
     try:
         app(argv, prog_name="swsurgery")
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0
     except (SwsurgeryError, Interrupted) as error:
         if _received and not isinstance(error, Interrupted):
-            error = _received[0]  # it came in the middle of a library, which made something else of it
+            error = _received[0]  # a library replaced the interruption by an error of its own
         if debug:
             traceback.print_exc()
         for fault in error.faults:
             output.say(fault)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output left, as `head` does; Python would complain once more at exit.
+        # The reader of stdout left, as `head` does. Without this, Python would report the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # the system's no where no room expected one: a disk that fails, a file that went away
+    except OSError as error:  # an error that no module expects: a failing disk, a file removed meanwhile
         if debug:
             traceback.print_exc()
         remedy = "see to the disk or the permissions, then run it again"
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refusal = f"the system refused ({error.strerror or type(error).__name__}){where} ({remedy})"
         output.say(_shortage(error) or refusal)
         return 2
-    except Exception as error:  # noqa: BLE001 - the one boundary: whatever comes here is a shortage, or our bug
+    except Exception as error:  # noqa: BLE001 - the one boundary: what arrives here is a shortage or our bug
         if _received:
             output.say(_received[0].faults[0])
             return _received[0].exit_code
@@ -93,14 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.say(shortage or "this is a bug in swsurgery: please report it with the lines above")
         return 2 if shortage else 3
     finally:
-        log.removeHandler(teller)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        log.removeHandler(handler)
+        for number, action in previous.items():
+            signal.signal(number, action)
     return 0
 
 
 def _shortage(error: Exception) -> str:
-    """Return one line if the system lacks what the command needs; "" for any other error."""
+    """Return one line if the system has too few resources for the command, or "" for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         return "not enough memory: the system gave no more (free some, or raise the limit on it, then run it again)"
@@ -110,13 +109,17 @@ def _shortage(error: Exception) -> str:
 
 
 OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "annot allocate memory", "failed to map segment", "std::bad_alloc",
-)  # fmt: skip
-"""What torch, the dynamic linker and C++ say. numpy raises MemoryError, and system calls raise OSError."""
+    "out of memory",
+    "can't allocate memory",
+    "annot allocate memory",
+    "failed to map segment",
+    "std::bad_alloc",
+)
+"""Messages of torch, the dynamic linker and C++. numpy raises MemoryError, and system calls raise OSError."""
 
 
-class _Teller(logging.Handler):
-    """Says on stderr what the library has to tell besides its answer."""
+class _StderrHandler(logging.Handler):
+    """Prints the library's log messages on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         output.say(record.getMessage())
@@ -132,6 +135,6 @@ _received: list[Interrupted] = []
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not disturb the cleaning up
+    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the cleanup
     _received.append(Interrupted(signal.Signals(number).name))
     raise _received[0]

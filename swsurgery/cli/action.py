@@ -1,8 +1,8 @@
-"""`python -I -m swsurgery.cli.action DIRECTORY` is what the GitHub Action runs: it lints, verifies and reports.
+"""Lint, verify and report as the GitHub Action, which runs `python -I -m swsurgery.cli.action DIRECTORY`.
 
-The action's inputs come in the environment. Each manifest and the checkpoint are read once, and what was found is said
-four times: as workflow commands on stdout, which become annotations, and in DIRECTORY as `swsurgery.sarif`,
-`summary.md` (Markdown for the job's page) and `outputs` (the action's outputs, one `name=value` a line).
+The environment contains the action's inputs. Each manifest and the checkpoint are read once. The findings are written
+to stdout as workflow commands, which become annotations, and to three files in DIRECTORY: `swsurgery.sarif`,
+`summary.md` (Markdown for the job's page) and `outputs` (the action's outputs, one `name=value` per line).
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
 if TYPE_CHECKING:
+    from swsurgery.checkpoint.weight_files import Weights
     from swsurgery.verifying.verify import Question
 
 MAX_ROWS = 50
+"""Maximum number of rows in a table of the summary."""
+
 MAX_CELL = 500
-"""A job summary may have 1 MiB; a cell grows by six at most where every character is escaped."""
+"""Maximum number of characters in a cell. Escaping lengthens it up to six times, and a summary may have 1 MiB."""
 
 
 def run(inputs: Mapping[str, str], directory: Path) -> int:
-    """Do what the inputs ask for and write the three files; returns the exit code: 0 yes, 1 no, 2 bad input."""
+    """Run the requested checks and write the three files. Returns the exit code: 0 yes, 1 no, 2 bad input."""
     reports: list[FindingReport] = []
     failures: list[str] = []
     fail = True
@@ -53,7 +56,7 @@ def run(inputs: Mapping[str, str], directory: Path) -> int:
     for report in reports:
         output.print_text(formats.render(report, "github"))
     for failure in failures:
-        output.print_text(f"::error title=swsurgery::{_data(failure)}")
+        output.print_text(f"::error title=swsurgery::{_escape_data(failure)}")
     ok = not failures and all(report.ok for report in reports)
     sarif = directory / "swsurgery.sarif"
     filesystem.replace_file(sarif, _sarif(reports).encode())
@@ -66,7 +69,7 @@ def run(inputs: Mapping[str, str], directory: Path) -> int:
 
 
 def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
-    """What is to be done. Raises SwsurgeryError where the inputs do not say so plainly, or ask for nothing."""
+    """Return the requested checks. Raises SwsurgeryError for invalid inputs, or if no check is requested."""
     from swsurgery.hub import directory
     from swsurgery.verifying.lint import lint
     from swsurgery.verifying.verify import Question
@@ -74,26 +77,26 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     steps: list[Callable[[], FindingReport]] = []
     strict, known, finite = (_switch(inputs, name, False) for name in ("STRICT", "KNOWN", "FINITE"))
     if lines := [line.strip() for line in inputs.get("LINT", "").splitlines() if line.strip()]:
-        paths = [path for line in lines for path in _matching(line)]
+        paths = [path for line in lines for path in _expand(line)]
         steps.append(lambda: lint(paths, strict))
     checkpoint, base, model = (inputs.get(name) or None for name in ("CHECKPOINT", "BASE", "MODEL"))
-    files = {name.lower(): Path(inputs[name]) for name in ("MANIFEST", "SIGNATURE", "PUBLIC_KEY") if inputs.get(name)}
-    weights = inputs.get("WEIGHTS") or None
-    if weights not in (None, "index", "single"):
-        raise SwsurgeryError("the input weights is index or single", "", f"not {weights}")
+    files = {name: Path(inputs[name]) for name in ("MANIFEST", "SIGNATURE", "PUBLIC_KEY") if inputs.get(name)}
+    weights = _choose_weights(inputs)
     variant = inputs.get("VARIANT") or None
     if checkpoint:
         question = Question(
             base=base,
+            manifest=files.get("MANIFEST"),
             known=known or model is not None,
             model=model,
             finite=finite,
+            signature=files.get("SIGNATURE"),
+            public_key=files.get("PUBLIC_KEY"),
             weights=weights,
             variant=variant,
-            **files,
         )
         where = directory(checkpoint)
-        steps.append(lambda: _proved(where, question))
+        steps.append(lambda: _verify(where, question))
     elif base or model or files or known or finite or weights or variant:
         raise SwsurgeryError("only the inputs lint and strict mean something without the input checkpoint")
     if not steps:
@@ -101,11 +104,11 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     return steps
 
 
-def _proved(checkpoint: Path, question: Question) -> FindingReport:
+def _verify(checkpoint: Path, question: Question) -> FindingReport:
     from swsurgery.verifying.verify import prove
 
-    with held(checkpoint) as where:
-        return prove(where, question, Silent()).report(str(checkpoint))
+    with held(checkpoint):
+        return prove(checkpoint, question, Silent()).report(str(checkpoint))
 
 
 def _switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:
@@ -115,8 +118,20 @@ def _switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:
     return word == "true"
 
 
-def _matching(line: str) -> list[Path]:
-    """The files that a line of the input lint names. Raises SwsurgeryError for none: a check of nothing is no check."""
+def _choose_weights(inputs: Mapping[str, str]) -> Weights | None:
+    match inputs.get("WEIGHTS", ""):
+        case "":
+            return None
+        case "index":
+            return "index"
+        case "single":
+            return "single"
+        case word:
+            raise SwsurgeryError("the input weights is index or single", "", f"not {word}")
+
+
+def _expand(line: str) -> list[Path]:
+    """Return the files that match a line of the input `lint`. Raises SwsurgeryError if no file matches."""
     found = [line] if os.path.lexists(line) else sorted(glob.glob(line, recursive=True))
     if not found:
         raise SwsurgeryError("no manifest matches", line)
@@ -124,15 +139,15 @@ def _matching(line: str) -> list[Path]:
 
 
 def _sarif(reports: list[FindingReport]) -> str:
-    """One document with a run for each report."""
+    """Return one SARIF document with a run for each report."""
     documents = [json.loads(formats.render(report, "sarif")) for report in reports]
-    first = documents[0] if documents else {"$schema": "https://json.schemastore.org/sarif-2.1.0.json",
-                                            "version": "2.1.0"}  # fmt: skip
+    empty = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0"}
+    first = documents[0] if documents else empty
     return json.dumps(first | {"runs": [r for d in documents for r in d["runs"]]}, indent=2, sort_keys=True) + "\n"
 
 
-def _data(text: str) -> str:
-    """Of a workflow command: its escapes are of %, CR and LF, and printable text has neither of the latter."""
+def _escape_data(text: str) -> str:
+    """Escape the data of a workflow command, which is %, CR and LF; printable text contains neither CR nor LF."""
     return printable(text).replace("%", "%25").replace("##[", r"\x23#[")
 
 
@@ -140,7 +155,7 @@ def _data(text: str) -> str:
 
 
 def summary(reports: list[FindingReport], failures: list[str]) -> str:
-    """Markdown: what was proved, then a table of what was found, then what could not be done."""
+    """Return the summary in Markdown: the verdicts, tables of the findings, and the checks that failed."""
     lines = ["### swsurgery", ""]
     for report in reports:
         lines += [f"**{report.command} {_cell(report.subject)}: {_verdict(report)}**", ""]
@@ -172,8 +187,11 @@ def _row(finding: Finding) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as code, in which nothing is Markdown, HTML, a mention or a link: every character but letters, digits and
-    blanks is a reference, which Markdown does not read as its own (CommonMark 0.31, section 2.5)."""
+    """Return text as code that cannot contain Markdown, HTML, a mention or a link.
+
+    Every character except letters, digits, blanks and dots becomes a character reference, which Markdown does not
+    interpret as syntax (CommonMark 0.31, section 2.5).
+    """
     plain = printable(text[: MAX_CELL + 1])
     if len(plain) > MAX_CELL:
         plain = f"{plain[:MAX_CELL]} ..."

@@ -1,7 +1,8 @@
-"""`python -I -m swsurgery.cli.changed FILE...` verifies every patched checkpoint that one of the files lies in.
+"""Verify every patched checkpoint that contains one of the given files.
 
-The entry of the pre-commit hook swsurgery-verify: pre-commit knows the files that a commit changes, and a changed
-tokenizer or shard undoes a proof as well as a changed registry does. Exit codes are those of `swsurgery verify`.
+The pre-commit hook swsurgery-verify runs `python -I -m swsurgery.cli.changed FILE...` with the files of a commit. Any
+changed file of a patched checkpoint, not only its record, can invalidate the proof. Exit codes are those of
+`swsurgery verify`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from swsurgery.cli import main
 
 
 def checkpoints_of(files: Iterable[Path]) -> list[Path]:
-    """The directories with a registry that the files lie in, at whatever depth; each once, in the order of names."""
+    """Return the sorted directories that have a record and contain one of the files at any depth."""
     return sorted({d for f in files for d in f.parents if os.path.lexists(d / REGISTRY_NAME)})
 
 
 def verify_changed(files: Sequence[str]) -> int:
-    """Verify each checkpoint; returns the gravest exit code, 0 where the files lie in none."""
-    gravest = 0
+    """Verify each checkpoint and return the largest exit code, or 0 if there is no checkpoint."""
+    worst = 0
     for directory in checkpoints_of(map(Path, files)):
-        gravest = max(gravest, main(["verify", "--quiet", "--", str(directory)]))
-        if gravest > 2:  # interrupted, or a bug: the next would be no better
+        worst = max(worst, main(["verify", "--quiet", "--", str(directory)]))
+        if worst > 2:  # interrupted or a bug, so the next checkpoint would fail too
             break
-    return gravest
+    return worst
 
 
 if __name__ == "__main__":

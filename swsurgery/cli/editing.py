@@ -1,4 +1,7 @@
-"""Commands that read and write checkpoints: apply, revert, inspect, diff, schema."""
+"""Commands that read and write checkpoints: apply, revert, inspect, diff, schema.
+
+Each calls one library function and prints the result.
+"""
 
 from __future__ import annotations
 
@@ -82,8 +85,10 @@ def apply(
     from swsurgery.editing import apply, sanity
 
     if dry_run:
+        from swsurgery.hub import Repo
+
         plan = apply.plan_manifest(manifest, base, progress=output.Bar(quiet))
-        if not isinstance(plan.checkpoint.root, Path) and not quiet:
+        if isinstance(plan.checkpoint.root, Repo) and not quiet:
             output.say(moved(plan.checkpoint.root))
         output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.plan(plan)
         return
@@ -97,7 +102,7 @@ def apply(
         windows,
         window,
     )
-    shared = {"base": base, "check": options, "progress": output.Bar(quiet), "say": silent if quiet else output.say}
+    bar, say = output.Bar(quiet), silent if quiet else output.say
     if in_place:
         from swsurgery.editing import in_place as in_place_module
 
@@ -105,11 +110,19 @@ def apply(
             raise SwsurgeryError(
                 "--in-place writes no copy, so it goes with no -o, --link, --reuse-digests or --for-publish"
             )
-        outcome = in_place_module.apply_in_place(manifest, **shared)
+        outcome = in_place_module.apply_in_place(manifest, base=base, check=options, progress=bar, say=say)
     else:
         target = directory or Path.cwd() / manifest.stem
         outcome = apply.apply_manifest(
-            manifest, target, link=link, reuse_digests=reuse_digests, for_publish=for_publish, **shared
+            manifest,
+            target,
+            base=base,
+            link=link,
+            check=options,
+            reuse_digests=reuse_digests,
+            for_publish=for_publish,
+            progress=bar,
+            say=say,
         )
     output.print_json(outcome.to_json()) if json else show.outcome(outcome)
 

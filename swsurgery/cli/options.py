@@ -1,4 +1,4 @@
-"""Options that several commands take, and what becomes of their values."""
+"""Options shared by several commands, and the conversion of their values."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from swsurgery.errors import SwsurgeryError, TargetError
 
 if TYPE_CHECKING:
     from swsurgery.hub import Repo
+    from swsurgery.model.report import Bounds
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No talk and no progress on stderr, errors only.")]
@@ -25,7 +26,7 @@ CheckpointArgument = Annotated[
 
 
 def directory(text: str) -> Path:
-    """Raises HubError for hf://..., of which a Path would make another name."""
+    """Convert an argument to a directory. Raises HubError for hf://..., which Path would change."""
     from swsurgery import hub
 
     return hub.directory(text)
@@ -57,16 +58,18 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens in a window; shorter wi
 
 
 def silent(line: str) -> None:
-    pass
+    """Ignore a message."""
 
 
 def width() -> int:
+    """Return the number of columns of the terminal, or 100 if it is unknown."""
     import shutil
 
     return shutil.get_terminal_size((100, 24)).columns
 
 
 def read_text(path: Path | None) -> str | None:
+    """Read a text in UTF-8, if a path is given. Raises SwsurgeryError if it cannot be read."""
     if path is None:
         return None
     try:
@@ -76,7 +79,8 @@ def read_text(path: Path | None) -> str | None:
         raise SwsurgeryError(f"cannot read the text ({reason})", path) from None
 
 
-def bounds(most: float | None, least: float | None):
+def bounds(most: float | None, least: float | None) -> Bounds | None:
+    """Return the bounds of the perplexity ratio, or None without any. Raises SwsurgeryError for an invalid ratio."""
     from swsurgery.model.report import Bounds
 
     for value in (most, least):
@@ -86,8 +90,10 @@ def bounds(most: float | None, least: float | None):
 
 
 def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
-    """Raises TargetError where a report would replace one of the inputs that lie here, or something in one: also what
-    it is a link to, and a link itself, as all files of a cache's snapshot are."""
+    """Raise TargetError if a report would replace a local input or a file in one.
+
+    The path is checked both with links followed and without, because the files in a snapshot of a cache are links.
+    """
     places = [Path(os.path.realpath(report)), Path(os.path.realpath(report.parent), report.name)] if report else []
     reals = [os.path.realpath(each) for each in inputs if isinstance(each, Path)]
     if any(place.is_relative_to(real) for place in places for real in reals):
@@ -96,8 +102,10 @@ def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
 
 @contextlib.contextmanager
 def reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
-    """Where to read a checkpoint, which nobody edits in place meanwhile; of one on the Hub, how much was moved is said
-    afterwards."""
+    """Return a checkpoint to read; a local one cannot be edited in place within the block.
+
+    For a checkpoint on the Hub, print the amount of data read afterwards, unless `quiet`.
+    """
     from swsurgery.checkpoint.opening import held
     from swsurgery.hub import named, place
 
@@ -109,5 +117,5 @@ def reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
 
 
 def moved(repo: Repo) -> str:
-    """What reading a repository cost."""
+    """Return how much was read from a repository and in how many requests."""
     return f"{repo}: {output.size(repo.traffic.bytes)} in {repo.traffic.requests} range requests"

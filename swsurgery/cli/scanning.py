@@ -1,4 +1,7 @@
-"""Commands that find super weights and measure what edits do: lookup, scan, sweep, check."""
+"""Commands that find super weights and measure the effect of edits: lookup, scan, sweep, check.
+
+Each calls one library function and prints the result.
+"""
 
 from __future__ import annotations
 
@@ -127,9 +130,17 @@ def scan(
     options = scan.RunOptions(device, placement, read_text(text), windows, window)
     where = local(named(checkpoint))
     report = scan.scan_checkpoint(
-        where, method, prompts=prompt or None, confirm=confirm, options=options, outputs=outputs, weights=weights,
-        variant=variant, progress=output.Bar(quiet), say=say,
-    )  # fmt: skip
+        where,
+        method,
+        prompts=prompt or None,
+        confirm=confirm,
+        options=options,
+        outputs=outputs,
+        weights=weights,
+        variant=variant,
+        progress=output.Bar(quiet),
+        say=say,
+    )
     lines: list[str] = []
     try:
         scan.write_outputs(report, where, outputs, lines.append, weights, variant)
@@ -137,7 +148,7 @@ def scan(
         if not lines:
             raise
         raise interrupted.leaving("what was written stays") from interrupted
-    finally:  # what took long to find is shown, even if it cannot be kept, and what was written is named
+    finally:  # print the result, which took long to compute, and the files written, even if writing failed
         report_done("; ".join(lines))
         output.print_json(report.to_json()) if json else show_scan.show_scan(report)
         for line in lines:
@@ -166,11 +177,15 @@ def sweep(
     from swsurgery.scanning import scan
 
     report = scan.sweep_manifest(
-        manifest, numbers(factors), base=base, plot=plot,
+        manifest,
+        numbers(factors),
+        base=base,
+        plot=plot,
         options=scan.RunOptions(device, placement, read_text(text), windows, window),
-        progress=output.Bar(quiet), say=silent if quiet else output.say,
-    )  # fmt: skip
-    report_done(plot and f"figure: {plot}")
+        progress=output.Bar(quiet),
+        say=silent if quiet else output.say,
+    )
+    report_done(f"figure: {plot}" if plot else None)
     output.print_json(report.to_json()) if json else show_scan.show_sweep(report)
 
 
@@ -215,6 +230,7 @@ def check(
 
 
 def numbers(text: str) -> list[float]:
+    """Parse numbers separated by commas. Raises SwsurgeryError for anything else."""
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
@@ -222,7 +238,7 @@ def numbers(text: str) -> list[float]:
 
 
 def _refuse_idle(context: typer.Context, method: str, confirm: bool, manifest: Path | None) -> None:
-    """Raises SwsurgeryError for an option that was given and does nothing beside the others."""
+    """Raise SwsurgeryError for an option that has no effect with the other options."""
     activations = method == "activations"
     for option, used, beside in (
         ("prompt", activations, "--method activations"),
@@ -234,7 +250,8 @@ def _refuse_idle(context: typer.Context, method: str, confirm: bool, manifest: P
         ("op", manifest is not None, "--manifest"),
         ("factor", manifest is not None, "--manifest"),
     ):
-        if not used and context.get_parameter_source(option).name == "COMMANDLINE":
+        source = context.get_parameter_source(option)
+        if not used and source is not None and source.name == "COMMANDLINE":
             raise SwsurgeryError(f"--{option} goes with {beside}")
 
 
@@ -248,7 +265,7 @@ def _scan_command(
     weights: str | None,
     variant: str | None,
 ) -> str:
-    """The command that repeats a scan, without what is this machine's alone."""
+    """Return the command that repeats a scan, without paths and devices of this machine."""
     words = ["swsurgery", "scan", "CHECKPOINT", "--method", method]
     for prompt in prompts or ():
         words += ["--prompt", shlex.quote(prompt)]

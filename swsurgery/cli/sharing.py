@@ -1,10 +1,14 @@
-"""Commands that give checkpoints to others: publish."""
+"""Commands that share edits and checkpoints: publish, export.
+
+Each calls one function of `sharing` and prints the result.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -39,10 +43,10 @@ def publish(
     debug: Debug = False,
 ) -> None:
     """Publish a patched checkpoint: one commit, in which only what changed is uploaded. Exit 1 where a finding forbids
-    it, or where what the Hub then serves is not what was planned."""
+    it, or where what the Hub then serves is not what was planned."""  # noqa: D205 (a blank line would change the help)
     from swsurgery.sharing import plan_checkpoint, publication, publish
 
-    def planned(accepted: Sequence[Finding], hashing: bool) -> Publication:
+    def make_plan(accepted: Sequence[Finding], hashing: bool) -> Publication:
         if patch:
             from swsurgery.sharing.plan_patch import make_patch_publication
 
@@ -54,7 +58,7 @@ def publish(
     say = silent if quiet else output.say
     if dry_run:
         found = publish.early_findings(checkpoint)
-        plan = planned((), hashing=False)
+        plan = make_plan((), hashing=False)
         if json:
             output.print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in found]})
         else:
@@ -62,7 +66,7 @@ def publish(
             for finding in found:
                 say(f"would need --accept {finding.rule}: {finding.file}: {finding.message}")
         return
-    plan = planned(publish.gate(checkpoint, accept or (), bar), hashing=True)
+    plan = make_plan(publish.gate(checkpoint, accept or (), bar), hashing=True)
     if plan.changes and not plan.private and not yes and plan.pull_request is None:
         _ask(plan)
     else:
@@ -83,12 +87,15 @@ def _show(plan: Publication) -> None:
 
 
 def _ask(plan: Publication) -> None:
-    """Show the plan and ask, where somebody is there to answer. Raises SwsurgeryError where nobody is."""
+    """Show the plan and ask for confirmation. Raises SwsurgeryError if stdin is not a terminal."""
     from swsurgery.sharing import publication
 
     if not sys.stdin.isatty():
-        raise SwsurgeryError("the public would see it, and nobody is there to ask", plan.wish.repo_id,
-                             "give --yes, or --private for a new repository; --dry-run shows the plan")  # fmt: skip
+        raise SwsurgeryError(
+            "the public would see it, and nobody is there to ask",
+            plan.wish.repo_id,
+            "give --yes, or --private for a new repository; --dry-run shows the plan",
+        )
     for line in publication.lines(plan, output.size):
         output.say(line)
     output.say("Publish this, for everyone to see? [y/N]")
@@ -112,3 +119,45 @@ def _show_published(done: Published) -> None:
     for finding in done.findings:
         output.print_text(printable(f"{finding.rule}: {finding.file or done.repo_id}: {finding.message}"))
     output.print_text(printable(done.url))
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A patched checkpoint (a directory or hf://ORG/NAME[@REV]), a manifest, or a patch.",
+            show_default=False,
+        ),
+    ],
+    form: Annotated[
+        Literal["sparse", "peft", "vllm"],
+        typer.Option(
+            "--format",
+            help="sparse: one file that apply takes; peft: a LoRA adapter; vllm: arrays for its checkpoint patches.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        Path, typer.Option("-o", "--output", help="The new file (sparse) or folder (peft, vllm).", show_default=False)
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The manifest's base, instead of its own: a directory or hf://ORG/NAME[@REV].")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the edits alone, in a few kilobytes."""
+    from swsurgery.sharing import export as export_module
+
+    exported = export_module.write(source, form, target, base=base, progress=output.Bar(quiet))
+    report_done(f"the output was written: {exported.output}")
+    if json:
+        output.print_json(exported.to_json())
+        return
+    scalars = f"{exported.scalars} changed scalar{'s' if exported.scalars > 1 else ''}"
+    output.print_text(f"{printable(str(exported.output))}: {scalars} as {form}")
+    for name, size in exported.files.items():
+        output.print_text(f"  {printable(name)}  {output.size(size)}")
+    for note in exported.notes if not quiet else ():
+        output.say(note)

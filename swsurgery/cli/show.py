@@ -1,4 +1,7 @@
-"""The library's values as lines and tables on stdout, for people. Nothing is computed here."""
+"""Print the library's values as lines and tables on stdout.
+
+Must not compute anything or import torch.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,23 @@ if TYPE_CHECKING:
     from swsurgery.editing.plan import Plan
 
 MAX_ROWS = 40
+"""Maximum number of rows printed of a table."""
 
 MAX_NAMES = 5
-"""Maximum number of files listed by name in a line."""
+"""Maximum number of files listed by name in one line."""
 
 
 def plan(plan: Plan) -> None:
+    """Print what a plan would change."""
     document = plan.to_json()
     print_text(f"base      {printable(str(plan.checkpoint.root))}")
     kept = set(plan.previous.registry.protectors()) if plan.previous else set()
     kept -= {p.coordinate for p in plan.protected}
     and_kept = f", and {len(kept)} that earlier steps protect" if kept else ""
-    print_text(f"changes   {_count(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
-               f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}{and_kept}")  # fmt: skip
+    print_text(
+        f"changes   {_count(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
+        f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}{and_kept}"
+    )
     _edits(document["splices"], document["protected"])
     if plan.pins_checked:
         print_text(f"pins      checked, the sha256 is the pinned one: {_names(plan.pins_checked)}")
@@ -38,13 +45,19 @@ def plan(plan: Plan) -> None:
 
 
 def outcome(outcome: Outcome) -> None:
+    """Print what was applied, the check, and how to prove and undo it."""
     document = outcome.to_json()
     _edits(document["splices"], document["protected"])
     print_text("")
     check(document["check"])
     print_text("")
-    words = {"clone": "cloned", "copy": "copied", "hard": "hard linked", "kept": "kept from the interrupted run",
-             "elsewhere": "left in the base's repository"}  # fmt: skip
+    words = {
+        "clone": "cloned",
+        "copy": "copied",
+        "hard": "hard linked",
+        "kept": "kept from the interrupted run",
+        "elsewhere": "left in the base's repository",
+    }
     amounts = {how: sum(f.size for f in outcome.applied.files if f.how == how) for how in words}
     in_place = not any(amounts.values())
     how = "in place" if in_place else ", ".join(f"{size(n)} {words[k]}" for k, n in amounts.items() if n)
@@ -57,6 +70,7 @@ def outcome(outcome: Outcome) -> None:
 
 
 def registry(registry: Registry) -> None:
+    """Print a record: the base, the steps, the known super weights among the edits, and the check."""
     base = registry.base
     name = f"{base.repo_id or 'a directory'}{'@' + base.revision if base.revision else ''}"
     print_text(f"base      {printable(name)}")
@@ -68,19 +82,24 @@ def registry(registry: Registry) -> None:
     print_text(f"\nstep {len(registry.history) + 1}")
     document = registry.model_dump(mode="json")
     _edits(document["edits"], document["protected"])
-    facts = [r for r in (*registry.edits, *registry.protected) if r.known]
-    for record in facts:
-        fact = f"{record.coordinate}: {record.known.status}, zeroed alone {record.known.causal_alone}"
-        print_text(f"known     {printable(fact)}")
+    for record in (*registry.edits, *registry.protected):
+        if record.known:
+            fact = f"{record.coordinate}: {record.known.status}, zeroed alone {record.known.causal_alone}"
+            print_text(f"known     {printable(fact)}")
     print_text("")
     try:
         check(document["check"])
-    except (KeyError, TypeError, AttributeError, ValueError):  # the check's report is free JSON, and may be anybody's
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ):  # the check's report is JSON without a schema, and anybody may have written it
         print_text("check     what the registry says of it cannot be read")
 
 
 def check(document: dict[str, Any]) -> None:
-    """A check as the registry has it, or a report's JSON."""
+    """Print a check, given as in the record or as a report's JSON."""
     if document.get("kind", "forward") != "forward":
         print_text(f"check     no forward check was made: {printable(document['reason'])}")
         return
@@ -101,7 +120,7 @@ def check(document: dict[str, Any]) -> None:
 
 
 def _check_alone(document: dict[str, Any]) -> None:
-    """Print the figures of a model that was not compared with anything."""
+    """Print the measurements of a model that was not compared with a base."""
     patched = document["patched"]
     rows = [
         ("perplexity", patched["perplexity"]),
@@ -135,6 +154,7 @@ def _measured(document: dict[str, Any]) -> None:
 
 
 def difference(difference: Difference) -> None:
+    """Print the differences between two checkpoints."""
     document = difference.to_json()
     rows = [
         (c["tensor"], _index(c["index"]) + (f" .. {_index(c['last'])}" if "last" in c else ""), c["old"], c["new"])
@@ -157,6 +177,7 @@ def difference(difference: Difference) -> None:
 
 
 def overview(document: dict[str, Any]) -> None:
+    """Print the files and tensors of a checkpoint."""
     print_text(f"{printable(document['checkpoint'])}: {printable(str(document['model_type'] or 'unknown model type'))}")
     if document["repo_id"]:
         print_text(printable(f"{document['repo_id']}@{document['revision']}"))
@@ -178,8 +199,9 @@ def overview(document: dict[str, Any]) -> None:
 
 
 def scalar(document: dict[str, Any]) -> None:
+    """Print the facts about one scalar."""
     for key, value in document.items():
-        if key == "expert" and value is None:  # a dense layer has none
+        if key == "expert" and value is None:  # a dense layer has no experts
             continue
         print_text(f"{key:13} {printable(_index(value) if isinstance(value, list) else str(value))}")
 

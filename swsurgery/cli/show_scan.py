@@ -1,4 +1,7 @@
-"""What a scan found and what a sweep measured, as lines and tables on stdout, for people. Nothing is computed here."""
+"""Print the results of scans and sweeps as lines and tables on stdout.
+
+Must not compute anything or import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import permutations
-from typing import Any
 
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.cli.show import MAX_ROWS
@@ -25,12 +27,12 @@ from swsurgery.scanning.report import (
 )
 from swsurgery.storage.coordinate import Coordinate
 
-Columns = dict[str, list[Any]]
-"""Header -> cells. A column in which no cell says anything is not shown."""
+Columns = dict[str, Sequence[object]]
+"""Header -> cells. A column that contains only None is not printed."""
 
 
 def show_scan(report: ScanReport) -> None:
-    """The answer in one sentence, what was found, what the causal test says of it, and why it may be nothing."""
+    """Print the answer of a scan, its candidates, the causal test and the notes."""
     print_text(f"scanned   {_scanned(report)}")
     print_text(f"answer    {_answer(report)}")
     for line in describe_unread(report.unread):
@@ -56,18 +58,18 @@ def show_scan(report: ScanReport) -> None:
         )
     if report.candidates:
         print_text("\ncandidates")
-        shown = report.candidates
+        candidates = report.candidates
         _table(
-            _places(shown)
+            _places(candidates)
             | {
-                "input spike": [_number(c.input_spike) for c in shown],
-                "output spike": [_number(c.output_spike) for c in shown],
-                "share": [_number(c.share) for c in shown],
-                "prompts": [c.prompts for c in shown],
-                "round": [c.round for c in shown],
-                "score": [_number(c.score) if report.method == "weights" else None for c in shown],
-                "z": [_number(c.z) for c in shown],
-                "rank of |W|": [f"{c.rank:,}" for c in shown],
+                "input spike": [_number(c.input_spike) for c in candidates],
+                "output spike": [_number(c.output_spike) for c in candidates],
+                "share": [_number(c.share) for c in candidates],
+                "prompts": [c.prompts for c in candidates],
+                "round": [c.round for c in candidates],
+                "score": [_number(c.score) if report.method == "weights" else None for c in candidates],
+                "z": [_number(c.z) for c in candidates],
+                "rank of |W|": [f"{c.rank:,}" for c in candidates],
             }
         )
     if report.confirmation is not None:
@@ -79,7 +81,7 @@ def show_scan(report: ScanReport) -> None:
 
 
 def show_sweep(report: SweepReport) -> None:
-    """Quality by factor, the base among the factors, and what it was measured on."""
+    """Print the quality for each factor, including the base, and the text and device it was measured on."""
     for coordinate in report.coordinates:
         print_text(f"scaled    {printable(str(coordinate))}")
     others = (point for point in report.points if point.factor != 1)
@@ -122,10 +124,14 @@ def _confirmation(confirmation: Confirmation) -> None:
     for column in confirmation.column_nulls:
         print_text(f"null      {_column_null(column)}")
     if confirmation.null:
-        print_text(f"null      {_count(len(confirmation.null), 'random scalar')} of like magnitude, each alone: ratio "
-                   f"{_ratio(min(confirmation.null))} to {_ratio(max(confirmation.null))}")  # fmt: skip
-    print_text(f"measured  base perplexity {_number(confirmation.base_perplexity)} on "
-               f"{measured_text(confirmation)}, {confirmation.dtype} on {printable(confirmation.device)}")  # fmt: skip
+        print_text(
+            f"null      {_count(len(confirmation.null), 'random scalar')} of like magnitude, each alone: ratio "
+            f"{_ratio(min(confirmation.null))} to {_ratio(max(confirmation.null))}"
+        )
+    print_text(
+        f"measured  base perplexity {_number(confirmation.base_perplexity)} on "
+        f"{measured_text(confirmation)}, {confirmation.dtype} on {printable(confirmation.device)}"
+    )
 
 
 def _scanned(report: ScanReport) -> str:
@@ -134,7 +140,7 @@ def _scanned(report: ScanReport) -> str:
 
 
 def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
-    """One line for all layers with the same unread tensors: their numbers, experts and tensors."""
+    """Return one line per group of layers with the same unread tensors: layers, experts and tensors."""
     alike: dict[tuple[tuple[int, ...], tuple[str, ...]], list[int]] = {}
     for layer in unread:
         names = tuple(re.sub(rf"(?<=\.){layer.layer}(?=\.)", "*", name, count=1) for name in layer.tensors)
@@ -148,7 +154,7 @@ def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
 
 
 def _numbered(noun: str, numbers: Sequence[int]) -> str:
-    """The noun and its numbers, with "to" between the ends of three or more in a row."""
+    """Return the noun and its numbers, with three or more consecutive numbers as a range: `layers 1 to 3, 5`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -193,7 +199,7 @@ def _table(columns: Columns) -> None:
 
 
 def _patterns(candidates: Iterable[Candidate]) -> list[str]:
-    """The tensors' names with {layer} and {expert} for the numbers, and the order in which their axes are stored."""
+    """Return the tensors' names, with {layer} and {expert} for the numbers, and the order of their axes."""
     names: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         names.setdefault(_pattern(candidate), []).append(candidate)
@@ -210,7 +216,7 @@ def _pattern(candidate: Candidate) -> str:
 
 
 def _axes(candidates: Sequence[Candidate]) -> str:
-    """The first order of expert, row and col that is true of all; a square coordinate alone leaves it open."""
+    """Return the first order of expert, row and col that fits all candidates, which is not always the only one."""
     length = len(candidates[0].coordinate.index)
     for order in permutations(("expert", "row", "col") if length == 3 else ("row", "col")):
         if all(c.coordinate.index == tuple(getattr(c, axis) for axis in order) for c in candidates):
@@ -252,14 +258,14 @@ def _range(ratios: Sequence[float]) -> str:
 
 
 def _number(value: float | None) -> str | None:
-    """Four digits, which is more than such measurements repeat; all of them are in the JSON."""
+    """Format a number with four digits, more than is reproducible; the JSON contains all digits."""
     if value is None:
         return None
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _ratio(value: float) -> str:
-    """Four digits even where the last are zeros, for 1.000 is a finding; past a million the size is enough."""
+    """Format a ratio with four digits, including trailing zeros, or with two from a million."""
     if 1e6 <= value < math.inf:
         return f"{value:.1e}"
     return f"{value:,.0f}" if 999.95 <= value < 1e6 else f"{value:#.4g}"
