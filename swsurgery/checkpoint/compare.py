@@ -10,6 +10,7 @@ from typing import Literal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.progress import Progress
 from swsurgery.storage.files import BaseFile, opened, read_exactly
+from swsurgery.storage.shard import Shard, TensorInfo
 
 CHUNK = 1 << 20
 MAX_NAMED = 10
@@ -71,15 +72,21 @@ def _differences(file: BaseFile, other: BaseFile, declared: set[int], progress: 
     return places
 
 
+def _tensor_at(shard: Shard, at: int) -> TensorInfo | None:
+    """Return the tensor whose data contain byte `at` of the file; None for a byte of the header."""
+    for info in shard.tensors.values():
+        if info.data_offsets[0] <= at - shard.data_start < info.data_offsets[1]:
+            return info
+    return None
+
+
 def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[Difference]:
     """Undeclared bytes as the scalars they belong to."""
     shard = checkpoint.shards.get(name)
     found: dict[tuple[object, ...], Difference] = {}
     for at in places:
-        info = shard and next(
-            (t for t in shard.tensors.values()
-             if shard.data_start + t.data_offsets[0] <= at < shard.data_start + t.data_offsets[1]), None)  # fmt: skip
-        if info is None:
+        info = _tensor_at(shard, at) if shard else None
+        if shard is None or info is None:
             found.setdefault((), Difference("undeclared-change", f"byte {at} is not the base's", name))
         elif info.dtype.bits % 8:
             found.setdefault((info.name,), Difference("undeclared-change", "it is not the base's", name, info.name))

@@ -37,7 +37,7 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         row = {"tensor": self.tensor, "index": list(self.index), "old": self.old, "new": self.new}
-        return row if self.count == 1 else row | {"count": self.count, "last": list(self.last)}
+        return row if self.last is None or self.count == 1 else row | {"count": self.count, "last": list(self.last)}
 
 
 @dataclass
@@ -97,26 +97,47 @@ def diff(a: Checkpoint, b: Checkpoint, progress: Progress, limit: int = 1000) ->
 
 
 def _compare(tensor: str, a: Checkpoint, b: Checkpoint, result: Difference, progress: Progress, limit: int) -> None:
-    sides = []
-    for side, label in ((a, "a"), (b, "b")):
-        shard = side.shards.get(side.weight_map.get(tensor, ""))
-        info = shard.tensors.get(tensor) if shard else None
-        if info is None:
-            result.mismatched[tensor] = f"not in {label}"
-        sides.append((shard, info))
-    (shard_a, info_a), (shard_b, info_b) = sides
-    if info_a is None or info_b is None:
+    """Compare one tensor and add what differs to `result`."""
+    stored_a, stored_b = _find(tensor, a), _find(tensor, b)
+    if stored_a is None or stored_b is None:
+        result.mismatched[tensor] = "not in a" if stored_b is not None else "not in b"
         return
+    info_a, info_b = stored_a[1], stored_b[1]
     if (info_a.dtype, info_a.shape) != (info_b.dtype, info_b.shape):
         result.mismatched[tensor] = f"{_form(info_a)} in a, {_form(info_b)} in b"
         return
-    if info_a.data_offsets == info_b.data_offsets and _one_content(
-        *(side.file(side.weight_map[tensor]) for side in (a, b))
-    ):
+    same_offsets = info_a.data_offsets == info_b.data_offsets
+    if same_offsets and _same_digest(a.file(a.weight_map[tensor]), b.file(b.weight_map[tensor])):
         progress.advance(info_a.size)
         return
+    changed = _compare_elements(stored_a, stored_b, result, progress, limit)
+    if changed:
+        result.tensors[tensor] = (changed, info_a.size // max(info_a.dtype.size, 1))
+        if len(result.notes) < MAX_NOTES and (why := a.quantisation.refusal(tensor) or b.quantisation.refusal(tensor)):
+            result.notes.append(f"{tensor}: the numbers listed are no weights ({why})")
+
+
+def _find(tensor: str, checkpoint: Checkpoint) -> tuple[Shard, TensorInfo] | None:
+    """Return a tensor and the shard in which loaders look for it; None if it is not stored."""
+    shard = checkpoint.shards.get(checkpoint.weight_map.get(tensor, ""))
+    info = shard.tensors.get(tensor) if shard else None
+    return None if shard is None or info is None else (shard, info)
+
+
+def _compare_elements(
+    stored_a: tuple[Shard, TensorInfo],
+    stored_b: tuple[Shard, TensorInfo],
+    result: Difference,
+    progress: Progress,
+    limit: int,
+) -> int:
+    """Compare two tensors of one dtype and shape, add at most `limit` changes to `result`, and count all changes.
+
+    Elements smaller than a byte are counted in bytes and not listed.
+    """
+    (shard_a, info_a), shard_b = stored_a, stored_b[0]
     changed, listed, unit = 0, 0, max(info_a.dtype.size, 1)
-    at_a, at_b = (shard.data_start + info.data_offsets[0] for shard, info in sides)
+    at_a, at_b = (shard.data_start + info.data_offsets[0] for shard, info in (stored_a, stored_b))
     with opened(shard_a.path) as fd_a, opened(shard_b.path) as fd_b:
         for offset in range(0, info_a.size, CHUNK):
             size = min(CHUNK, info_a.size - offset)
@@ -128,22 +149,19 @@ def _compare(tensor: str, a: Checkpoint, b: Checkpoint, result: Difference, prog
             array_a, array_b = (np.frombuffer(x, np.uint8).reshape(-1, unit) for x in (bytes_a, bytes_b))
             places = np.flatnonzero((array_a != array_b).any(axis=1))
             changed += len(places)
-            if info_a.dtype.bits % 8:  # elements share bytes: they are counted in bytes and not named
+            if info_a.dtype.bits % 8:
                 result.truncated = True
                 continue
-            for run in _runs(places, limit - listed):
+            for run in _split_runs(places, limit - listed):
                 if listed == limit:
                     result.truncated = True
                     break
                 listed += 1
-                result.changes.append(_change(info_a, offset // unit, run, array_a, array_b))
-    if changed:
-        result.tensors[tensor] = (changed, info_a.size // unit)
-        if len(result.notes) < MAX_NOTES and (why := a.quantisation.refusal(tensor) or b.quantisation.refusal(tensor)):
-            result.notes.append(f"{tensor}: the numbers listed are no weights ({why})")
+                result.changes.append(_describe_change(info_a, offset // unit, run, array_a, array_b))
+    return changed
 
 
-def _runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
+def _split_runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
     """Long runs of neighbours whole, everything else one by one: all of them, or more than `most`. A fine-tuned
     model differs in so many places that taking them apart would be nearly all of the work."""
     ends = np.flatnonzero(np.diff(places) > 1) + 1
@@ -153,7 +171,7 @@ def _runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
         yield from [run] if len(run) > SHORT_RUN else run.reshape(-1, 1)
 
 
-def _change(info: TensorInfo, start: int, run: np.ndarray, array_a: np.ndarray, array_b: np.ndarray) -> Change:
+def _describe_change(info: TensorInfo, start: int, run: np.ndarray, array_a: np.ndarray, array_b: np.ndarray) -> Change:
     first, last = int(run[0]), int(run[-1])
     old, new = (json_value(info.dtype, array[first].tobytes()) for array in (array_a, array_b))
     return Change(info.name, info.index(start + first), len(run), old, new, info.index(start + last))
@@ -168,7 +186,7 @@ def _header(shard: Shard) -> bytes:
         return read_exactly(fd, shard.data_start, 0, shard.path)
 
 
-def _one_content(a: BaseFile, b: BaseFile) -> bool:
+def _same_digest(a: BaseFile, b: BaseFile) -> bool:
     """Whether the Hub states one sha256 of both. What a local cache is said to hold is read all the same."""
     return a.digest is not None and a.digest == b.digest and not a.is_here and not b.is_here
 
@@ -176,7 +194,7 @@ def _one_content(a: BaseFile, b: BaseFile) -> bool:
 def _same_bytes(a: BaseFile, b: BaseFile) -> bool:
     if a.size != b.size:
         return False
-    if _one_content(a, b):
+    if _same_digest(a, b):
         return True
     with opened(a.path) as fd_a, opened(b.path) as fd_b:
         for offset in range(0, a.size, CHUNK):

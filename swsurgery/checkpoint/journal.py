@@ -361,9 +361,10 @@ def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -
                 file.put_back()
             for name in WORKING_FILES[1:]:
                 filesystem.remove_file(folder / name)
-            for name, data in journal.own.items() if journal else ():
-                if _own_state(folder, journal, name) == "new":
-                    _put(folder, name, data, mode)
+            if journal is not None:
+                for name, data in journal.own.items():
+                    if _own_state(folder, journal, name) == "new":
+                        _put(folder, name, data, mode)
             filesystem.sync_directory(folder)
             filesystem.remove_file(folder / JOURNAL)
             filesystem.sync_directory(folder)

@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -29,6 +29,10 @@ Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
 Name = Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+if TYPE_CHECKING:
+    OwnName: TypeAlias = str
+else:
+    OwnName = Literal[OWN_FILES]  # pydantic reads the names from the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +127,7 @@ class _Head1(Strict):
     reverts: bool
     inode: Inode
     files: dict[Name, _File1]
-    own: dict[
-        Literal[OWN_FILES], Annotated[str, Field(pattern=r"^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2,3}={1,2})?$")] | None
-    ]
+    own: dict[OwnName, Annotated[str, Field(pattern=r"^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2,3}={1,2})?$")] | None]
 
 
 class _File2(Strict):
@@ -142,8 +144,8 @@ class _Head2(Strict):
     reverts: bool
     inode: Inode
     files: dict[Name, _File2]
-    own: dict[Literal[OWN_FILES], Position | None]
-    made: dict[Literal[OWN_FILES], Digest | None] | None
+    own: dict[OwnName, Position | None]
+    made: dict[OwnName, Digest | None] | None
 
 
 def parse_journal(raw: bytes, path: Entry) -> Journal:

@@ -290,7 +290,10 @@ def _order(place: tuple[int, Expert]) -> tuple[int, float]:
 
 
 def _encode(axes: str, row: int, col: int, expert: Expert) -> tuple[int, ...]:
-    values = {"row": row, "col": col, "expert": expert}
+    """Order the coordinates of a scalar as the axes of its tensor; the inverse of `_decode`."""
+    values = {"row": row, "col": col}
+    if expert is not None and expert != "shared":
+        values["expert"] = expert
     return tuple(values[axis] for axis in axes.split())
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BeforeValidator,
@@ -31,7 +31,6 @@ from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import (
     CheckpointError,
 )
-from swsurgery.hub import Repo
 from swsurgery.hub.names import hub_hint
 from swsurgery.storage import dtypes, filesystem
 from swsurgery.storage.coordinate import Coordinate
@@ -42,15 +41,16 @@ from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.schema import OfVariant, Position, Strict, Version
 from swsurgery.storage.strict_json import RECORD, first_fault, parse_json, read_small, rendered_pieces
 
-if TYPE_CHECKING:  # reading a registry needs neither the planner nor the copier
-    pass
-
 REGISTRY_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
 
 MAX_FIELDS = 100
 """Maximum number of fields of a registry or of one of its records; more could only be unknown ones."""
 
 
+if TYPE_CHECKING:
+    DtypeName: TypeAlias = str
+else:
+    DtypeName = Literal[tuple(DTYPES)]  # pydantic reads the names from the table
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Bits = Annotated[str, Field(pattern=r"^0x[0-9a-f]{1,16}$")]
 Index = Annotated[tuple[Position, ...], FailFast(), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -90,7 +90,7 @@ class ScalarRecord(Strict):
     file: str
     tensor: str
     index: Index
-    dtype: Literal[tuple(DTYPES)]
+    dtype: DtypeName
     offset: Position
     old: int | float | str | None
     old_bits: Bits
@@ -248,8 +248,8 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
         cached = is_cache_snapshot(root)
         if not cached:
             journal.recover(root)  # or the registry would be of an edit that is undone
-        places = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (REGISTRY_NAME, MANIFEST_NAME)}
-        places = {name: path for name, path in places.items() if filesystem.is_there(path)}
+        paths = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (REGISTRY_NAME, MANIFEST_NAME)}
+        places = {name: path for name, path in paths.items() if filesystem.is_there(path)}
     else:
         places = root.files
     if REGISTRY_NAME not in places:
@@ -266,7 +266,8 @@ def _validated(data: dict[str, Any], consume: bool = False) -> Registry:
 
     Raises CheckpointError.
     """
-    path, models = "", {"edits": EditRecord, "protected": ScalarRecord}
+    path = ""
+    models: dict[str, type[ScalarRecord]] = {"edits": EditRecord, "protected": ScalarRecord}
     try:
         if len(data) > MAX_FIELDS:
             raise CheckpointError(f"is not a sound registry: it has {len(data)} fields", REGISTRY_NAME)
@@ -275,7 +276,8 @@ def _validated(data: dict[str, Any], consume: bool = False) -> Registry:
             items = data.get(key)
             if type(items) is not list:
                 continue  # the model below says what is wrong
-            made[key] = records = []
+            records: list[ScalarRecord] = []
+            made[key] = records
             items = items if consume else [*items]
             items.reverse()
             while items:
@@ -300,7 +302,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_records(root: Path | Folder | Repo) -> Patched:
+def read_records(root: Path | Folder | Repository) -> Patched:
     """The records of a patched checkpoint. Raises CheckpointError where it has none."""
     patched = read_patched(root)
     if patched is None:
