@@ -1,8 +1,7 @@
-"""A checkpoint on disk: which files it has, which of them hold the weights, and whether they agree.
+"""Define `Checkpoint`: the files of an opened checkpoint, the headers of its shards, and facts derived from them.
 
-Knows single files, shards with an index, and snapshots of the Hugging Face cache (whose files are links
-into `blobs/`, read only). Reads headers and small JSON files; never tensor data, and writes nothing, except that
-it has an edit in place that was cut off undone first.
+A checkpoint is a single file, shards with an index, or a snapshot in the Hugging Face cache. This module reads nothing:
+opening.py builds the values.
 """
 
 from __future__ import annotations
@@ -23,8 +22,10 @@ from swsurgery.storage.shard import Shard, TensorInfo
 class Checkpoint:
     """Every file of a checkpoint and the headers of its shards.
 
-    `weight_map` says for each tensor in which shard loaders will look for it. `copies` are further copies of
-    the weights beside the shards. `disagreements` maps a tensor to what index and shards say differently of it.
+    `weight_map` maps each tensor to the shard in which loaders look for it. `copies` names the files beside the shards
+    that hold the weights again. `left_out` names the top-level entries that are not part of the checkpoint.
+    `disagreements` maps a tensor to a description of how the index and the shards contradict each other. `revision` is
+    a commit, `sub` a folder of the repository, and `variant` the chosen variant of the weights ("fp16").
     """
 
     root: Path | Repository
@@ -51,22 +52,22 @@ class Checkpoint:
         return self.root
 
     def info(self, tensor: str) -> TensorInfo:
-        """The header's entry of a tensor of the weight_map. Raises KeyError."""
+        """Return the header entry of a tensor in `weight_map`. Raises KeyError."""
         return self.shards[self.weight_map[tensor]].tensors[tensor]
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Stored shape of every tensor that the weight_map and the shards agree on."""
+        """The stored shape of every tensor that the index and the shards place in the same shard."""
         return {t: self.info(t).shape for t in self.weight_map if t not in self.disagreements}
 
     @property
     def single(self) -> str:
-        """The single file that transformers would load, if it is there, before an index."""
+        """The name of the single file, which transformers prefers to an index if it exists."""
         return f"model.{self.variant}.safetensors" if self.variant else SINGLE
 
     @cached_property
     def quantisation(self) -> Quantisation:
-        """What the stored numbers of each tensor are: plain weights, codes, or internals of a quantiser."""
+        """The classifier of stored numbers: plain weights, codes, or internals of a quantiser."""
         tensors: dict[str, TensorInfo] = {}
         for shard in self.shards.values():
             tensors |= shard.tensors
@@ -77,9 +78,9 @@ class Checkpoint:
 
     @cached_property
     def choice(self) -> Weights | None:
-        """Which weights these are if an index and a single file are there; None if there was no choice.
+        """The weights that were chosen if both an index and a single file exist; None if only one set exists.
 
-        An index that lists only that file is no second set.
+        An index that lists only the single file is not a second set.
         """
         names = {f.name for f in self.files}
         if self.index_name is not None:
@@ -87,10 +88,11 @@ class Checkpoint:
         return "single" if self.single in self.shards and any(is_index(n, self.variant) for n in names) else None
 
     def file(self, name: str) -> BaseFile:
+        """Return the file of this name. Raises StopIteration if the checkpoint does not have it."""
         return next(f for f in self.files if f.name == name)
 
     def refuse_changed(self) -> None:
-        """Raise CheckpointError if a file here is no longer the one that was listed."""
+        """Raise CheckpointError if a local file was replaced since it was listed."""
         for file in self.files:
             if isinstance(file.path, Entry):
                 file.path.refuse_replaced()

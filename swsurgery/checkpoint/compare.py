@@ -1,4 +1,7 @@
-"""Two checkpoints byte by byte, and every byte that differs as the scalar it belongs to. Knows no registry."""
+"""Compare a checkpoint with its base byte by byte, and name the scalar to which each differing byte belongs.
+
+The caller states which bytes may differ; this module must not read the record.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,22 @@ from swsurgery.storage.files import BaseFile, opened, read_exactly
 from swsurgery.storage.shard import Shard, TensorInfo
 
 CHUNK = 1 << 20
+"""The number of bytes read at a time."""
+
 MAX_NAMED = 10
+"""Maximum number of differences listed per file; the rest are counted."""
+
 MAX_BYTES = 4096
-"""Differing bytes that are kept of one file; beyond that it is another file and no list would help."""
+"""The number of differing bytes per file after which no more are collected, because the file is another one."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One place in which a checkpoint is not its base. `kind` is "base" if a whole file is another one."""
+    """One difference between a checkpoint and its base that was not declared.
+
+    `kind` is "base" if the sizes of the files differ. `tensor` and `index` are None if the byte belongs to no tensor or
+    the elements are smaller than a byte.
+    """
 
     kind: Literal["base", "undeclared-change"]
     message: str
@@ -32,7 +43,10 @@ class Difference:
 def undeclared_changes(
     checkpoint: Checkpoint, base: Checkpoint, names: list[str], declared: dict[str, set[int]], progress: Progress
 ) -> list[Difference]:
-    """Compare the named files of both byte by byte. `declared` maps a file to the offsets that may differ."""
+    """Compare the named files of both checkpoints byte by byte.
+
+    `declared` maps the name of a file to the offsets of the bytes that may differ. Raises CheckpointError.
+    """
     findings = []
     progress.start(sum(checkpoint.file(n).size for n in names), "B", "comparing with the base")
     try:
@@ -49,7 +63,10 @@ def undeclared_changes(
 
 
 def chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
-    """(offset, bytes) over the file; none of the (offset, size) places, in rising order, lies across two chunks."""
+    """Yield (offset, bytes) of successive chunks of the file, at most CHUNK bytes each.
+
+    No chunk ends inside one of `places`, which are (offset, size) in rising order. Raises CheckpointError.
+    """
     with opened(file.path) as fd:
         offset = 0
         while offset < file.size:
@@ -62,7 +79,10 @@ def chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int,
 
 
 def _differences(file: BaseFile, other: BaseFile, declared: set[int], progress: Progress) -> list[int]:
-    """Offsets of the bytes that differ and may not (about MAX_BYTES at most)."""
+    """Return the offsets of the bytes that differ without being declared.
+
+    Collects no more once MAX_BYTES are found, but reads both files to the end.
+    """
     places: list[int] = []
     for (offset, ours), (_, theirs) in zip(chunks(file, []), chunks(other, []), strict=True):
         if ours != theirs and len(places) < MAX_BYTES:
@@ -81,7 +101,7 @@ def _tensor_at(shard: Shard, at: int) -> TensorInfo | None:
 
 
 def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[Difference]:
-    """Undeclared bytes as the scalars they belong to."""
+    """Describe the bytes at these offsets by the scalars they belong to, each scalar once."""
     shard = checkpoint.shards.get(name)
     found: dict[tuple[object, ...], Difference] = {}
     for at in places:

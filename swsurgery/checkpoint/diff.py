@@ -1,6 +1,6 @@
-"""Two checkpoints -> the scalars that differ, by tensor and index, whatever the shards they lie in.
+"""List the scalars in which two checkpoints differ, by tensor and index, even if their shards are divided differently.
 
-Streams both; memory does not grow with the checkpoints. The only room that needs numpy.
+Both are streamed, so memory use does not depend on their size. This is the only module of the package that needs numpy.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import Shard, TensorInfo
 
 CHUNK = 4 << 20
+"""The number of bytes read at a time; a multiple of the size of every dtype."""
+
 MAX_NOTES = 20
+"""Maximum number of notes about quantised tensors."""
+
 SHORT_RUN = 4
-"""Neighbouring changed scalars up to this many are listed one by one, more of them as one run."""
+"""The longest run of neighbouring changed scalars that is listed one by one; a longer run is one entry."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """`count` neighbouring scalars, in row-major order from `index` on; `old` and `new` are of the first."""
+    """A run of `count` neighbouring changed scalars, from `index` to `last` in row-major order.
+
+    `old` and `new` are the values of the first.
+    """
 
     tensor: str
     index: tuple[int, ...]
@@ -36,14 +43,19 @@ class Change:
     last: tuple[int, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the entry of the JSON output."""
         row = {"tensor": self.tensor, "index": list(self.index), "old": self.old, "new": self.new}
         return row if self.last is None or self.count == 1 else row | {"count": self.count, "last": list(self.last)}
 
 
 @dataclass
 class Difference:
-    """`tensors` maps a changed tensor to (changed scalars, all scalars); `mismatched` to what makes it incomparable;
-    `files` maps every file to same, changed, only in a, or only in b."""
+    """The result of comparing two checkpoints.
+
+    `tensors` maps a changed tensor to (number of changed scalars, number of scalars). `mismatched` maps a tensor that
+    cannot be compared to the reason. `files` maps every file to "same", "changed", "only in a" or "only in b".
+    `truncated` is True if changes were left out of `changes`.
+    """
 
     changes: list[Change] = field(default_factory=list)
     tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -54,11 +66,12 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """No tensor differs and no file but swsurgery's own."""
+        """True if no tensor differs, and no file except those that swsurgery adds."""
         others = [state for name, state in self.files.items() if name not in OWN_FILES]
         return not self.tensors and not self.mismatched and all(state == "same" for state in others)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the JSON output."""
         return {
             "changes": [c.to_json() for c in self.changes],
             "tensors": {t: {"changed": n, "of": total} for t, (n, total) in self.tensors.items()},
@@ -70,10 +83,10 @@ class Difference:
 
 
 def diff(a: Checkpoint, b: Checkpoint, progress: Progress, limit: int = 1000) -> Difference:
-    """Compare every tensor and every other file. At most `limit` changes of a tensor are listed; all are counted.
-    Where both lie on a Hub, files of one sha256 there are the same and are not read.
+    """Compare every tensor and every other file of two checkpoints.
 
-    Raises CheckpointError where a file cannot be read.
+    At most `limit` changes of each tensor are listed; all are counted. If both checkpoints are on the Hub, files with
+    the same sha256 are not read. Raises CheckpointError if a file cannot be read.
     """
     result = Difference()
     files_a, files_b = {f.name: f for f in a.files}, {f.name: f for f in b.files}
@@ -90,7 +103,9 @@ def diff(a: Checkpoint, b: Checkpoint, progress: Progress, limit: int = 1000) ->
         progress.close()
     for name in a.shards.keys() & b.shards.keys():
         touched = any(a.weight_map.get(t) == name for t in [*result.tensors, *result.mismatched])
-        header = files_a[name].size != files_b[name].size or _header(a.shards[name]) != _header(b.shards[name])
+        header = files_a[name].size != files_b[name].size or _read_header(a.shards[name]) != _read_header(
+            b.shards[name]
+        )
         result.files[name] = "changed" if touched or header else "same"
     result.files = dict(sorted(result.files.items()))
     return result
@@ -104,7 +119,7 @@ def _compare(tensor: str, a: Checkpoint, b: Checkpoint, result: Difference, prog
         return
     info_a, info_b = stored_a[1], stored_b[1]
     if (info_a.dtype, info_a.shape) != (info_b.dtype, info_b.shape):
-        result.mismatched[tensor] = f"{_form(info_a)} in a, {_form(info_b)} in b"
+        result.mismatched[tensor] = f"{_render_form(info_a)} in a, {_render_form(info_b)} in b"
         return
     same_offsets = info_a.data_offsets == info_b.data_offsets
     if same_offsets and _same_digest(a.file(a.weight_map[tensor]), b.file(b.weight_map[tensor])):
@@ -162,8 +177,11 @@ def _compare_elements(
 
 
 def _split_runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Long runs of neighbours whole, everything else one by one: all of them, or more than `most`. A fine-tuned
-    model differs in so many places that taking them apart would be nearly all of the work."""
+    """Yield each run of more than SHORT_RUN neighbours as one array, and every other position by itself.
+
+    May stop once more than `most` arrays were yielded: a fine-tuned model differs in so many places that splitting all
+    of them would take most of the time.
+    """
     ends = np.flatnonzero(np.diff(places) > 1) + 1
     if len(ends) > most:
         places, ends = places[: ends[most]], ends[:most]
@@ -172,26 +190,33 @@ def _split_runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
 
 
 def _describe_change(info: TensorInfo, start: int, run: np.ndarray, array_a: np.ndarray, array_b: np.ndarray) -> Change:
+    """Build the entry of a run; its positions count elements from the element `start` of the tensor."""
     first, last = int(run[0]), int(run[-1])
     old, new = (json_value(info.dtype, array[first].tobytes()) for array in (array_a, array_b))
     return Change(info.name, info.index(start + first), len(run), old, new, info.index(start + last))
 
 
-def _form(info: TensorInfo) -> str:
+def _render_form(info: TensorInfo) -> str:
+    """Render dtype and shape."""
     return f"{info.dtype.name} {list(info.shape)}"
 
 
-def _header(shard: Shard) -> bytes:
+def _read_header(shard: Shard) -> bytes:
+    """Read the bytes of the header, with its length field."""
     with opened(shard.path) as fd:
         return read_exactly(fd, shard.data_start, 0, shard.path)
 
 
 def _same_digest(a: BaseFile, b: BaseFile) -> bool:
-    """Whether the Hub states one sha256 of both. What a local cache is said to hold is read all the same."""
+    """Return True if the Hub states the same sha256 for both files.
+
+    Files in a local cache are compared by their bytes, since the cache may be damaged.
+    """
     return a.digest is not None and a.digest == b.digest and not a.is_here and not b.is_here
 
 
 def _same_bytes(a: BaseFile, b: BaseFile) -> bool:
+    """Return True if both files have the same contents. Raises CheckpointError."""
     if a.size != b.size:
         return False
     if _same_digest(a, b):

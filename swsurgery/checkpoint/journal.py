@@ -1,10 +1,10 @@
-"""Edit files in a directory so that it holds the new bytes, or after any fault the old ones again.
+"""Edit files of a directory in place, so that after any fault either all new bytes or all old bytes are stored.
 
-A journal with the old and the new bytes is synced before the first write and removed after the last one is synced;
-whoever opens a directory that has one puts the old bytes back first. Everything is done relative to one descriptor of
-the directory, and into files that were opened once. Bytes that are neither old nor new are another program's: they are
-reported and never overwritten. Knows splices and files; what the bytes mean, and whether they may be changed, is for
-others to say.
+A journal with the old and the new bytes is synced before the first write and removed after the last write is synced.
+Every function that opens a directory with a journal restores the old bytes first (`recover`). All paths are relative to
+one descriptor of the directory, and each shard is opened once. Bytes that are neither old nor new were written by
+another program: they are reported and never overwritten. This module knows splices and files. It must not depend on
+what the bytes mean or decide whether they may be changed.
 """
 
 from __future__ import annotations
@@ -31,23 +31,30 @@ from swsurgery.storage.strict_json import read_small
 _log = logging.getLogger(__name__)
 
 ROOM_BYTES = 1 << 20
-"""Space held for putting back; file systems that copy on write need some for every byte that is written. Plus two
-blocks for each block that is written to."""
+"""Bytes reserved for restoring the old bytes, in addition to two blocks for each block that is written to.
+
+File systems that copy on write need free space for every write.
+"""
 
 BLOCK = 4096
+"""The size in bytes of a block of the file system."""
 
 
 class OpenShard:
-    """A shard that is open for reading and writing, and what it was when it was last known to be undisturbed."""
+    """A shard that is open for reading and writing, with its identity after this run's last write."""
 
     def __init__(self, entry: Entry):
-        """Open the entry. Raises TargetError if it cannot be written, CheckpointError if it is not what was listed."""
+        """Open the entry for writing.
+
+        Raises TargetError if it cannot be written, CheckpointError if it is not the file that was listed.
+        """
         self.entry = entry
         with filesystem.reported(entry):
             self.fd = filesystem.open_for_patching(entry)
         self.identity = entry.identity or Identity.of(os.fstat(self.fd))
 
     def close(self) -> None:
+        """Close the descriptor."""
         os.close(self.fd)
 
     def settle(self) -> None:
@@ -66,12 +73,13 @@ class OpenShard:
             raise _changed("was changed", self.entry)
 
     def refuse_unlike(self, place: Place, wanted: bytes) -> None:
-        """Raise CheckpointError if the place does not hold these bytes."""
+        """Raise CheckpointError if the file does not have the bytes `wanted` at this place."""
         if read_exactly(self.fd, len(wanted), place.offset, self.entry) != wanted:
             raise _changed(f"was changed at byte {place.offset}", self.entry)
 
 
 def _changed(what: str, where: object) -> CheckpointError:
+    """Return the error for a file or directory that another program changed."""
     what = f"{what} by another program while it was edited in place"
     return CheckpointError(what, where, "run again when nothing else writes there")
 
@@ -85,15 +93,17 @@ def edited(
     reverts: bool = False,
     mode: int = 0o600,
 ) -> Iterator[dict[str, bytes | None]]:
-    """Within the block the splices are made in the open `shards`; on an exception they are undone.
+    """Apply the splices to the open `shards` during the block, and undo them if it raises an exception.
 
-    What the block puts into the dict that it gets, name -> bytes or None, becomes of swsurgery's own files when the
-    block ends well. They and the journal get the permissions `mode`, as far as the umask allows. The caller holds the
-    directory's exclusive lock. Raises TargetError; CheckpointError if another program changes the directory meanwhile,
-    whose bytes are left as they are.
+    Yields a dict that the block fills with the new contents of swsurgery's own files (name -> bytes, None to remove the
+    file); they are written when the block ends without an exception. These files and the journal get the permissions
+    `mode`, reduced by the umask. The caller must hold the directory's exclusive lock.
+
+    Raises TargetError; CheckpointError if another program changes the directory meanwhile, and then leaves the bytes
+    that the other program wrote.
     """
     own: dict[str, bytes | None] = {}
-    journal = _journal(folder, shards, splices, reverts)
+    journal = _build_journal(folder, shards, splices, reverts)
     raw = journal.render()
     parse_journal(raw, folder / JOURNAL)  # recovery must be able to read what is about to be written
     ending = False
@@ -111,7 +121,7 @@ def edited(
         with filesystem.reported(folder):
             made = {name: None if data is None else hashlib.sha256(data).hexdigest() for name, data in own.items()}
             journal = replace(journal, made=made)
-            # From here on recovery takes the new contents of these files for what they are.
+            # With these digests, recovery recognises the new contents of swsurgery's own files.
             filesystem.replace_file(folder / JOURNAL, journal.render(), folder / JOURNAL_NEW, mode)
             filesystem.sync_directory(folder)
             for name, data in own.items():
@@ -123,7 +133,7 @@ def edited(
             filesystem.remove_file(folder / ROOM)
             ending = True
             filesystem.remove_file(folder / JOURNAL)
-            report_done(_done(folder, reverts))
+            report_done(_describe_result(folder, reverts))
             filesystem.sync_directory(folder)
     except BaseException as error:
         if ending and not filesystem.is_there(folder / JOURNAL):
@@ -133,25 +143,29 @@ def edited(
         raise
 
 
-def _done(folder: Folder, reverts: bool) -> str:
+def _describe_result(folder: Folder, reverts: bool) -> str:
+    """Report that the edit, or its reversal, is complete."""
     return f"{'the base was put back' if reverts else 'the edit was made'}: {folder}"
 
 
 def _finish(folder: Folder, reverts: bool, error: BaseException) -> None:
-    """Report that the edit was made although its end was disturbed. Raises Interrupted, TargetError."""
-    report_done(_done(folder, reverts))
+    """Report that the edit was made although an exception followed it. Raises Interrupted, TargetError."""
+    report_done(_describe_result(folder, reverts))
     try:
         filesystem.sync_directory(folder)
     except OSError as failed:
         reason = os.strerror(failed.errno or 0)
-        what = f"{_done(folder, reverts)}, but a power cut could still undo it ({reason})"
+        what = f"{_describe_result(folder, reverts)}, but a power cut could still undo it ({reason})"
         raise TargetError(what, remedy="see to the disk, then run the same command again") from error
     if isinstance(error, Interrupted):
-        raise error.leaving(_done(folder, reverts)) from None
+        raise error.leaving(_describe_result(folder, reverts)) from None
 
 
 def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal, error: BaseException) -> None:
-    """Undo what this run did. Raises Interrupted, saying so, for a signal; TargetError if it cannot be undone."""
+    """Undo the writes of this run.
+
+    Raises Interrupted with a message about the undoing if a signal was the cause; TargetError if undoing fails.
+    """
     begun = filesystem.is_there(folder / JOURNAL)
     files = [_Held(shards[name].fd, folder / name, file, writable=True) for name, file in journal.files.items()]
     left = [f"{file.path} at byte {place.offset}" for file in files for place in file.foreign()]
@@ -170,10 +184,10 @@ def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal
 
 
 def recover(root: Path, *, moved: bool = False) -> Journal | None:
-    """Put back what an edit that was cut off had changed, and remove what it left; returns its journal, if any.
+    """Undo an edit in place that was interrupted, remove its working files, and return its journal, if it has one.
 
-    `moved` takes a journal that came with a copy of its directory. Raises TargetError (another run is editing, or it
-    cannot be written), CheckpointError (the journal cannot be trusted, or does not fit the files).
+    `moved` also accepts a journal that was copied with its directory. Raises TargetError if another run is editing the
+    directory or it cannot be written; CheckpointError if the journal is damaged or does not match the files.
     """
     if not any(filesystem.is_there(root / name) for name in WORKING_FILES):
         return None
@@ -184,12 +198,12 @@ def recover(root: Path, *, moved: bool = False) -> Journal | None:
 
 
 def recover_locked(folder: Folder, *, moved: bool = False) -> Journal | None:
-    """`recover`, for a caller that holds the directory's exclusive lock."""
+    """Do the work of `recover` for a caller that holds the directory's exclusive lock."""
     if not any(filesystem.is_there(folder / name) for name in WORKING_FILES):
         return None
     with filesystem.reported(folder), contextlib.ExitStack() as opened:
-        journal = _read(folder)
-        files = _files(folder, journal, moved, opened) if journal else []
+        journal = _read_journal(folder)
+        files = _open_files(folder, journal, moved, opened) if journal else []
         _refuse_foreign(folder, journal, files)
         _put_all_back(folder, journal, files)
     if journal:
@@ -197,17 +211,20 @@ def recover_locked(folder: Folder, *, moved: bool = False) -> Journal | None:
     return journal
 
 
-def _journal(folder: Folder, shards: Mapping[str, OpenShard], splices: Sequence[Splice], reverts: bool) -> Journal:
+def _build_journal(
+    folder: Folder, shards: Mapping[str, OpenShard], splices: Sequence[Splice], reverts: bool
+) -> Journal:
+    """Build the journal of an edit that has not begun."""
     files = {}
     for name, mine in sorted(by_file(splices).items()):
         identity = shards[name].identity
-        files[name] = JournalFile(identity.ino, identity.size, _places(mine))
+        files[name] = JournalFile(identity.ino, identity.size, _join_splices(mine))
     own = {name: _read_own(folder, name) for name in OWN_FILES}
     return Journal(2, reverts, os.fstat(folder.fd).st_ino, files, own)
 
 
-def _places(splices: list[Splice]) -> list[Place]:
-    """Join splices that touch each other; they are in the order of their offsets."""
+def _join_splices(splices: list[Splice]) -> list[Place]:
+    """Join adjacent splices into one place each. The splices must be sorted by offset."""
     places: list[list[Splice]] = []
     for splice in splices:
         if places and places[-1][-1].end == splice.offset:
@@ -218,8 +235,9 @@ def _places(splices: list[Splice]) -> list[Place]:
 
 
 def _write(shard: OpenShard, places: list[Place]) -> None:
-    # Where blocks are shared with a clone, writing needs new ones, and the disk may be full. Writing what is there
-    # already finds that out, and takes them, while nothing has changed yet.
+    """Write the new bytes of the places and sync them."""
+    # If blocks are shared with a clone, a write needs new blocks and fails on a full disk. Writing the old bytes first
+    # allocates them while nothing has changed yet.
     for data in ("old", "new"):
         shard.refuse_changed()
         for place in places:
@@ -230,7 +248,7 @@ def _write(shard: OpenShard, places: list[Place]) -> None:
 
 
 def _refuse_disturbed(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal) -> None:
-    """Raise CheckpointError if the directory, a shard or an own file is no longer what this run left."""
+    """Raise CheckpointError if another program changed the directory, a shard or one of swsurgery's own files."""
     for name, file in journal.files.items():
         shards[name].refuse_changed()
         for place in file.places:
@@ -247,38 +265,40 @@ def _refuse_disturbed(folder: Folder, shards: Mapping[str, OpenShard], journal: 
 
 
 def _read_own(folder: Folder, name: str) -> bytes | None:
-    """The bytes of one of swsurgery's own files, None if it is not there."""
+    """Read one of swsurgery's own files; None if it does not exist."""
     return read_small(folder / name, name, MAX_JOURNAL) if filesystem.is_there(folder / name) else None
 
 
 def _own_state(folder: Folder, journal: Journal, name: str) -> str:
-    """Say whether one of swsurgery's own files has its "old" contents, its "new" ones, or is "foreign"."""
+    """Return "old", "new" or "foreign" for the present contents of one of swsurgery's own files."""
     data = _read_own(folder, name)
     if data == journal.own[name]:
         return "old"
     if journal.version == 1:
-        return "new"  # a journal of version 1 does not say what the new contents are
+        return "new"  # a journal of version 1 does not contain the digests of the new contents
     digest = None if data is None else hashlib.sha256(data).hexdigest()
     return "new" if journal.made is not None and journal.made.get(name, "") == digest else "foreign"
 
 
 def _put(folder: Folder, name: str, data: bytes | None, mode: int) -> None:
+    """Replace one of swsurgery's own files, or remove it if `data` is None."""
     if data is None:
         filesystem.remove_file(folder / name)
     else:
-        with contextlib.suppress(FileNotFoundError):  # what was more private stays so
+        with contextlib.suppress(FileNotFoundError):  # a file with fewer permissions keeps them
             mode &= (folder / name).stat().st_mode & 0o777 | 0o600
         filesystem.replace_file(folder / name, data, folder / f".{name}.new", mode)
 
 
-def _read(folder: Folder) -> Journal | None:
+def _read_journal(folder: Folder) -> Journal | None:
+    """Read the journal; None if the directory has none. Raises CheckpointError."""
     path = folder / JOURNAL
     return parse_journal(read_small(path, JOURNAL, MAX_JOURNAL), path) if filesystem.is_there(path) else None
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A file that a journal speaks of, open."""
+    """An open file that a journal describes. `writable` is True if `fd` is open for writing too."""
 
     fd: int
     path: Entry
@@ -286,15 +306,20 @@ class _Held:
     writable: bool = False
 
     def foreign(self) -> Iterator[Place]:
-        """Yield the places with a byte that is neither the old nor the new one. A power cut may leave some bytes of a
-        place old and others new."""
+        """Yield the places that have a byte that is neither the old nor the new one.
+
+        Old and new bytes may be mixed within one place after a power cut.
+        """
         for place in self.file.places:
             if not place.is_ours(read_exactly(self.fd, len(place.old), place.offset, self.path)):
                 yield place
 
     def put_back(self) -> None:
-        """Only what differs is written: where the fault was a full disk or a file that refuses, nothing may be left to
-        write. A file that was written to is synced even if its bytes are right."""
+        """Restore the old bytes and sync the file.
+
+        Writes only the places that differ: after a full disk or a file that cannot be written, all bytes may be old
+        already. Syncs even if nothing differs, because an earlier write may not have reached the disk.
+        """
         target = self.fd if self.writable else None
         filesystem.drop_cache(self.fd)  # after a failed fsync the cache may hold old bytes that never reached the disk
         try:
@@ -317,8 +342,11 @@ class _Held:
         return fd
 
 
-def _files(folder: Folder, journal: Journal, moved: bool, opened: contextlib.ExitStack) -> list[_Held]:
-    """The journal's files, opened for reading, if they are the ones that it speaks of."""
+def _open_files(folder: Folder, journal: Journal, moved: bool, opened: contextlib.ExitStack) -> list[_Held]:
+    """Open the files of the journal for reading; `opened` closes them.
+
+    Raises CheckpointError if they are not the files that the journal describes.
+    """
     files = []
     for name, file in journal.files.items():
         fd = (folder / name).open()
@@ -334,7 +362,7 @@ def _files(folder: Folder, journal: Journal, moved: bool, opened: contextlib.Exi
 
 
 def _refuse_foreign(folder: Folder, journal: Journal | None, files: list[_Held]) -> None:
-    """Raise CheckpointError if anything that recovery would write over is not this edit's work."""
+    """Raise CheckpointError if recovery would overwrite bytes that this edit did not write."""
     found: list[object] = []
     for file in files:
         filesystem.drop_cache(file.fd)
@@ -351,12 +379,15 @@ def _refuse_foreign(folder: Folder, journal: Journal | None, files: list[_Held])
 
 
 def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -> None:
-    """Give the directory its old bytes, and remove the journal last. Raises TargetError, keeping the journal."""
+    """Restore the old contents of the directory, and remove the journal last.
+
+    Raises TargetError and keeps the journal if a step fails.
+    """
     modes = (os.fstat(file.fd).st_mode for file in files)
     mode = functools.reduce(operator.and_, modes, 0o666) | 0o600
     try:
         with filesystem.reported(folder):
-            filesystem.remove_file(folder / ROOM)  # first of all: it is the space that putting back may need
+            filesystem.remove_file(folder / ROOM)  # first, since restoring may need its space
             for file in files:
                 file.put_back()
             for name in WORKING_FILES[1:]:

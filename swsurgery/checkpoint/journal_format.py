@@ -1,8 +1,8 @@
-"""The bytes of a journal of an edit in place: written in version 2, read in versions 1 and 2. Opens no file.
+"""Render and parse the journal of an edit in place: version 2 is written, versions 1 and 2 are read.
 
-Version 2 is a line of JSON, then the old contents of swsurgery's own files one after the other, then the sha256 of all
-that in hex. Version 1, which 0.1.0 wrote, is a line of JSON and its sha256: it has the own files in base64, and not the
-new bytes.
+Version 2 is a line of JSON, followed by the old contents of swsurgery's own files and by the sha256 of all that in
+hexadecimal. Version 1, which swsurgery 0.1.0 wrote, is a line of JSON and its sha256; it has the own files in base64,
+and does not contain the new bytes. This module must not open files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swsurgery.storage.schema import Position, Strict, Version, whole_number
 from swsurgery.storage.strict_json import parse_json
 
 MAX_JOURNAL = 256 << 20
-"""Bytes: the places in a line of at most 32 MB, and the old contents of swsurgery's own files."""
+"""Maximum size in bytes: a line of at most 32 MB, and the old contents of swsurgery's own files."""
 
 Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
 Name = Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
@@ -37,14 +37,14 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Bytes of a file before and after the edit; `new` is None if the journal does not say."""
+    """Consecutive bytes of a file before and after the edit; `new` is None in a journal of version 1."""
 
     offset: int
     old: bytes
     new: bytes | None
 
     def is_ours(self, now: bytes) -> bool:
-        """True if every byte has its old or its new value."""
+        """Return True if every byte of `now` has its old or its new value, or if the new values are unknown."""
         if self.new is None or now in (self.old, self.new):
             return True
         return all(a in (b, c) for a, b, c in zip(now, self.old, self.new, strict=True))
@@ -52,7 +52,7 @@ class Place:
 
 @dataclass(frozen=True)
 class JournalFile:
-    """One edited file: what it was, and the places in rising order, which do not overlap."""
+    """One edited file: its inode, its size in bytes, and the edited places in rising order without overlap."""
 
     inode: int
     size: int
@@ -61,12 +61,12 @@ class JournalFile:
 
 @dataclass(frozen=True)
 class Journal:
-    """What it takes to put a directory back.
+    """Everything needed to restore a directory to its state before an edit in place.
 
-    `own` has the old contents of swsurgery's own files, None for one that was not there; `made` the digests of their
-    new contents, None for one that is removed. Before those are known, and while none is written, `made` is None.
-    `inode` is the directory's: a journal that came along with a copy of it speaks of other files. `reverts` is True if
-    the interrupted run was a `revert`.
+    `own` maps swsurgery's own files to their old contents, None for a file that did not exist. `made` maps them to the
+    digests of their new contents, None for a file that is removed; it is None until the new contents are known, and
+    none of these files is written before. `inode` belongs to the directory: it identifies a journal that was copied
+    with its directory and describes other files. `reverts` is True if the interrupted run was a `revert`.
     """
 
     version: Literal[1, 2]
@@ -77,14 +77,14 @@ class Journal:
     made: dict[str, str | None] | None = None
 
     def blocks(self, size: int) -> int:
-        """Count the blocks of a size that are written to."""
+        """Count the blocks of `size` bytes that the edit writes to."""
         return sum(
             len({b for p in file.places for b in range(p.offset // size, (p.offset + len(p.old) - 1) // size + 1)})
             for file in self.files.values()
         )
 
     def render(self) -> bytes:
-        """Make the bytes of version 2."""
+        """Render the journal in version 2."""
         files = {
             name: {
                 "inode": file.inode,
@@ -149,20 +149,20 @@ class _Head2(Strict):
 
 
 def parse_journal(raw: bytes, path: Entry) -> Journal:
-    """Read a journal of either version. Raises CheckpointError."""
+    """Parse a journal of either version. Raises CheckpointError if it is damaged, invalid or too large."""
     if len(raw) > MAX_JOURNAL:
-        raise CheckpointError(f"the journal would have more than the {MAX_JOURNAL} bytes accepted", path,
-                              "use apply -o")  # fmt: skip
+        what = f"the journal would have more than the {MAX_JOURNAL} bytes accepted"
+        raise CheckpointError(what, path, "use apply -o")
     body = memoryview(raw)[:-65]
     if raw[-65:] != hashlib.sha256(body).hexdigest().encode() + b"\n":
-        raise CheckpointError("the journal of an edit in place is damaged", path,
-                              "restore the directory, or hold it against the base with swsurgery diff")  # fmt: skip
+        remedy = "restore the directory, or hold it against the base with swsurgery diff"
+        raise CheckpointError("the journal of an edit in place is damaged", path, remedy)
     line = raw[: raw.find(b"\n", 0, len(body)) + 1] or bytes(body)
     document = parse_json(line, JOURNAL)
     try:
         if document.get("version") == 1 and type(document["version"]) is int:
-            return _version_1(_Head1.model_validate(document), len(line) == len(body))
-        return _version_2(_Head2.model_validate(document), body[len(line) :])
+            return _build_version_1(_Head1.model_validate(document), len(line) == len(body))
+        return _build_version_2(_Head2.model_validate(document), body[len(line) :])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
@@ -171,7 +171,8 @@ def parse_journal(raw: bytes, path: Entry) -> Journal:
         raise CheckpointError(f"is not a sound journal: {error}", path) from None
 
 
-def _version_1(head: _Head1, alone: bool) -> Journal:
+def _build_version_1(head: _Head1, alone: bool) -> Journal:
+    """Build a journal of version 1; `alone` is True if nothing follows its line. Raises ValueError."""
     if not alone:
         raise ValueError("something follows its line")
     files = {
@@ -182,8 +183,9 @@ def _version_1(head: _Head1, alone: bool) -> Journal:
     return Journal(1, head.reverts, head.inode, files, own)
 
 
-def _version_2(head: _Head2, rest: memoryview) -> Journal:
-    files = {name: JournalFile(f.inode, f.size, _places(f)) for name, f in head.files.items()}
+def _build_version_2(head: _Head2, rest: memoryview) -> Journal:
+    """Build a journal of version 2; `rest` is what follows its line, without the digest. Raises ValueError."""
+    files = {name: JournalFile(f.inode, f.size, _build_places(f)) for name, f in head.files.items()}
     if set(head.own) != set(OWN_FILES):
         raise ValueError("it does not speak of each of swsurgery's own files")
     own: dict[str, bytes | None] = {}
@@ -197,7 +199,8 @@ def _version_2(head: _Head2, rest: memoryview) -> Journal:
     return Journal(2, head.reverts, head.inode, files, own, head.made)
 
 
-def _places(file: _File2) -> list[Place]:
+def _build_places(file: _File2) -> list[Place]:
+    """Divide the bytes of a file into its places. Raises ValueError."""
     old, new = bytes.fromhex(file.old), bytes.fromhex(file.new)
     total = sum(file.sizes)
     if len(file.offsets) != len(file.sizes) or not total == len(old) == len(new):

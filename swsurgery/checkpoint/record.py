@@ -1,7 +1,7 @@
-"""The registry: what was done to a checkpoint, from which base, and the bytes that prove it and undo it.
+"""Define and read the record, the file `swsurgery.json` of a patched checkpoint.
 
-Lies in the patched checkpoint as `swsurgery.json`. The same inputs give the same bytes: sorted keys, and no
-clock unless SOURCE_DATE_EPOCH is set.
+It contains the edits, the identity of the base, and the bytes that prove the edits and undo them. The same inputs give
+the same bytes: keys are sorted, and no clock is read unless SOURCE_DATE_EPOCH is set.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from swsurgery.storage.strict_json import RECORD, first_fault, parse_json, read_
 REGISTRY_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
 
 MAX_FIELDS = 100
-"""Maximum number of fields of a registry or of one of its records; more could only be unknown ones."""
+"""Maximum number of fields of a record or of one of its entries; the models below have far fewer."""
 
 
 if TYPE_CHECKING:
@@ -57,9 +57,12 @@ Index = Annotated[tuple[Position, ...], FailFast(), BeforeValidator(lambda v: tu
 
 
 class FileRecord(Strict):
-    """One file: size in bytes and sha256 in the base and here. An edit in place does not read the files that it does
-    not touch, so their digests are None where nobody knew them; then both are. `unverified` is True if the digests were
-    not computed when the record was made, but copied from the cache of digests or from an earlier record."""
+    """One file of the patched checkpoint: its size in bytes, and its sha256 in the base and after the edit.
+
+    Both digests are None if they are unknown: an edit in place does not read the files that it does not change.
+    `unverified` is True if the digests were not computed for this record, but copied from the cache of digests or from
+    an earlier record.
+    """
 
     size: Position
     base_sha256: Digest | None
@@ -68,7 +71,7 @@ class FileRecord(Strict):
 
     @model_serializer(mode="wrap")
     def _only_if_unverified(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the field out if it is False: a record without it has the bytes that swsurgery 0.1.0 wrote."""
+        """Leave out `unverified` if it is False, so that the record has the bytes that swsurgery 0.1.0 wrote."""
         fields: dict[str, Any] = serialize(self)
         if not self.unverified:
             fields.pop("unverified", None)  # it may be excluded already
@@ -76,7 +79,7 @@ class FileRecord(Strict):
 
 
 class KnownFacts(Strict):
-    """What the registry of known super weights says of a coordinate."""
+    """What is published about a coordinate that is a known super weight."""
 
     id: str
     status: str
@@ -85,7 +88,10 @@ class KnownFacts(Strict):
 
 
 class ScalarRecord(Strict):
-    """One scalar as the base has it."""
+    """One scalar of the base: where it is stored, and its value before the edit.
+
+    `offset` counts bytes from the start of the file. `old_bits` are the stored bits as hexadecimal digits.
+    """
 
     file: str
     tensor: str
@@ -98,16 +104,17 @@ class ScalarRecord(Strict):
 
     @property
     def coordinate(self) -> Coordinate:
+        """The tensor and the index in its stored shape."""
         return Coordinate(self.tensor, self.index)
 
     @property
     def old_bytes(self) -> bytes:
-        """Raises NumberError where the bits are not of the dtype's width."""
+        """The bytes stored in the base. Raises NumberError if `old_bits` does not have the width of the dtype."""
         return dtypes.from_bits(DTYPES[self.dtype], self.old_bits)
 
 
 class EditRecord(ScalarRecord):
-    """One changed scalar."""
+    """One changed scalar, with its value after the edit."""
 
     op: Literal["zero", "scale", "set"]
     new: int | float | str | None
@@ -116,13 +123,17 @@ class EditRecord(ScalarRecord):
 
     @property
     def new_bytes(self) -> bytes:
+        """The bytes stored after the edit. Raises NumberError if `new_bits` does not have the width of the dtype."""
         return dtypes.from_bits(DTYPES[self.dtype], self.new_bits)
 
 
 class BaseRecord(OfVariant):
-    """Which checkpoint the base was, and in which folder `sub` of its repository. `named_by` says how that is known:
-    by the Hub or the cache it lay in, or from the manifest only. `weights` is the choice between an index and a single
-    file, where both were there. `variant` is the variant of the weights that the manifest chose, such as fp16."""
+    """The identity of the base: its repository, its commit, and the folder `sub` in the repository.
+
+    `named_by` is the source of the identity: "cache" for the Hub or its local cache, "manifest" if only the manifest
+    states it. `weights` is the choice between an index and a single file, if both exist. `variant` ("fp16") is the
+    variant of the weights that the manifest chose.
+    """
 
     repo_id: str | None
     revision: str | None
@@ -132,19 +143,23 @@ class BaseRecord(OfVariant):
 
 
 class HistoryStep(Strict):
-    """An earlier registry of this checkpoint (without its own history) and the manifest applied then."""
+    """An earlier record of this checkpoint, without its own history, and the manifest that was applied."""
 
     registry: dict[str, Any]
     manifest: str
 
     def read(self) -> Registry:
-        """That registry. Raises CheckpointError where it is not sound."""
-        return _validated(self.registry | {"history": []})
+        """Validate the earlier record and return it. Raises CheckpointError."""
+        return _validate(self.registry | {"history": []})
 
 
 class Registry(Strict):
-    """See the module. `files` are all files of the patched checkpoint but swsurgery's own three; those in `elsewhere`
-    are unchanged, stay in the base's repository, and come from there when it is published."""
+    """The contents of swsurgery.json.
+
+    `files` has every file of the patched checkpoint except the three that swsurgery adds. The files in `elsewhere` are
+    unchanged and were not downloaded: publishing copies them from the base's repository. `history` has the records of
+    earlier steps, the oldest first.
+    """
 
     registry_version: Version
     swsurgery_version: str
@@ -161,8 +176,10 @@ class Registry(Strict):
     history: Annotated[list[HistoryStep], FailFast()]
 
     def inherited(self) -> list[tuple[int, ScalarRecord]]:
-        """What earlier steps protect, each scalar once with the number (from 1) of the first step that does; not what
-        this step protects once more with the same bits. Raises CheckpointError where an earlier registry is not sound.
+        """Return the scalars that earlier steps protect, each with the number (from 1) of the first step that does so.
+
+        Scalars that this step protects with the same bits are left out. Raises CheckpointError if an earlier record is
+        invalid.
         """
         found: dict[tuple[str, int, str], tuple[int, ScalarRecord]] = {}
         for number, step in enumerate(self.history, 1):
@@ -172,12 +189,12 @@ class Registry(Strict):
         return [found[key] for key in found if key not in again]
 
     def protectors(self) -> dict[Coordinate, int]:
-        """Every scalar that this registry or an earlier one protects -> the number of the step."""
+        """Map every scalar that this step or an earlier one protects to the number (from 1) of the step."""
         steps = {record.coordinate: len(self.history) + 1 for record in self.protected}
         return steps | {record.coordinate: number for number, record in self.inherited()}
 
     def pieces(self) -> Iterator[str]:
-        """Render swsurgery.json piece by piece."""
+        """Render swsurgery.json piece by piece, so that a large record is never in memory twice."""
         lists = {
             "edits": (e.model_dump(mode="json") for e in self.edits),
             "protected": (p.model_dump(mode="json") for p in self.protected),
@@ -186,7 +203,7 @@ class Registry(Strict):
         return rendered_pieces(self.model_dump(mode="json", exclude={*lists}), lists)
 
     def render(self) -> bytes:
-        """The bytes of swsurgery.json."""
+        """Render the bytes of swsurgery.json."""
         out = io.BytesIO()
         for piece in self.pieces():
             out.write(piece.encode())
@@ -195,22 +212,26 @@ class Registry(Strict):
 
 @dataclass(frozen=True)
 class Patched:
-    """A patched checkpoint's own records, as read from its directory."""
+    """The record of a patched checkpoint, and the bytes of the record and of the manifest as read."""
 
     registry: Registry
     registry_raw: bytes
     manifest_raw: bytes
 
     def as_history(self) -> list[HistoryStep]:
-        """Its history with itself as the last step. Raises CheckpointError where that would not be reversible."""
+        """Return the history with this record as the last step.
+
+        Raises CheckpointError if the record or the manifest was edited by hand, since the step could not be undone.
+        """
         if self.registry.render() != self.registry_raw or _sha256(self.manifest_raw) != self.registry.manifest_sha256:
-            raise CheckpointError("the base's registry or manifest was changed by hand", REGISTRY_NAME,
-                                  "restore it, or remove swsurgery's files to begin a new history")  # fmt: skip
+            what = "the base's registry or manifest was changed by hand"
+            remedy = "restore it, or remove swsurgery's files to begin a new history"
+            raise CheckpointError(what, REGISTRY_NAME, remedy)
         own = {k: v for k, v in self.registry.model_dump(mode="json").items() if k != "history"}
         return [*self.registry.history, HistoryStep(registry=own, manifest=self.manifest_raw.decode())]
 
     def previous(self) -> Patched | None:
-        """The records of the checkpoint that this one was made from; None where that was no patched one.
+        """Return the record of the patched checkpoint to which this step was applied; None if the base was unpatched.
 
         Raises CheckpointError.
         """
@@ -218,11 +239,11 @@ class Patched:
             return None
         *earlier, last = self.registry.history
         data = last.registry | {"history": [step.model_dump(mode="json") for step in earlier]}
-        registry = _validated(data)
+        registry = _validate(data)
         return Patched(registry, registry.render(), last.manifest.encode())
 
     def own_files(self) -> dict[str, bytes]:
-        """Name -> bytes of swsurgery's own three files."""
+        """Map the names of the three files that swsurgery adds to their bytes."""
         sums = {name: record.sha256 for name, record in self.registry.files.items() if record.sha256}
         sums |= {REGISTRY_NAME: _sha256(self.registry_raw), MANIFEST_NAME: _sha256(self.manifest_raw)}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
@@ -230,10 +251,10 @@ class Patched:
 
 
 def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | None:
-    """Read the records in a directory or repository, or those that an opened checkpoint lists; None if it has none.
+    """Read the record in a directory or repository, or the one that an opened checkpoint lists; None if it has none.
 
-    An edit in place that was cut off is undone first, except in a `Folder`: whoever opened it has done that.
-    Raises CheckpointError for damaged records, and for a directory that does not exist.
+    In a directory given by its path, an interrupted edit in place is undone first. Raises CheckpointError for a damaged
+    record and for a directory that does not exist; TargetError.
     """
     places: Mapping[str, Place]
     if isinstance(root, Checkpoint):
@@ -247,7 +268,7 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
             raise CheckpointError("no such checkpoint", root, hub_hint(str(given)))
         cached = is_cache_snapshot(root)
         if not cached:
-            journal.recover(root)  # or the registry would be of an edit that is undone
+            journal.recover(root)  # otherwise the record might describe an edit that is about to be undone
         paths = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (REGISTRY_NAME, MANIFEST_NAME)}
         places = {name: path for name, path in paths.items() if filesystem.is_there(path)}
     else:
@@ -255,16 +276,16 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
     if REGISTRY_NAME not in places:
         return None
     raw = read_small(places[REGISTRY_NAME], REGISTRY_NAME, RECORD.size)
-    registry = _validated(parse_json(raw, REGISTRY_NAME, limits=RECORD), consume=True)
+    registry = _validate(parse_json(raw, REGISTRY_NAME, limits=RECORD), consume=True)
     if MANIFEST_NAME not in places:
         raise CheckpointError("the manifest beside the registry is missing", f"{root}/{MANIFEST_NAME}")
     return Patched(registry, raw, read_small(places[MANIFEST_NAME], MANIFEST_NAME))
 
 
-def _validated(data: dict[str, Any], consume: bool = False) -> Registry:
-    """Build a registry from its JSON; `consume` empties the lists of `data` on the way, which saves their memory.
+def _validate(data: dict[str, Any], consume: bool = False) -> Registry:
+    """Validate the JSON of a record and build it.
 
-    Raises CheckpointError.
+    `consume` empties the lists of `data` meanwhile, which frees their memory. Raises CheckpointError.
     """
     path = ""
     models: dict[str, type[ScalarRecord]] = {"edits": EditRecord, "protected": ScalarRecord}
@@ -275,22 +296,25 @@ def _validated(data: dict[str, Any], consume: bool = False) -> Registry:
         for key, model in models.items():
             items = data.get(key)
             if type(items) is not list:
-                continue  # the model below says what is wrong
+                continue  # the model of the record reports what is wrong
             records: list[ScalarRecord] = []
             made[key] = records
             items = items if consume else [*items]
             items.reverse()
             while items:
                 path = f"{key}.{len(records)}"
-                records.append(model.model_validate(_interned(items.pop(), path)))
+                records.append(model.model_validate(_intern_strings(items.pop(), path)))
         path = ""
         return Registry.model_validate(data | made)
     except ValidationError as error:
         raise CheckpointError(f"is not a sound registry: {first_fault(error, path)}", REGISTRY_NAME) from None
 
 
-def _interned(record: object, path: str) -> object:
-    """Replace texts that thousands of records share by one copy each. Raises CheckpointError for too many fields."""
+def _intern_strings(record: object, path: str) -> object:
+    """Replace the strings of an entry by interned copies, since thousands of entries share them.
+
+    Raises CheckpointError for too many fields.
+    """
     if type(record) is not dict:
         return record
     if len(record) > MAX_FIELDS:
@@ -303,7 +327,7 @@ def _sha256(data: bytes) -> str:
 
 
 def read_records(root: Path | Folder | Repository) -> Patched:
-    """The records of a patched checkpoint. Raises CheckpointError where it has none."""
+    """Read the record of a patched checkpoint, as `read_patched` does. Raises CheckpointError if it has none."""
     patched = read_patched(root)
     if patched is None:
         raise CheckpointError(
