@@ -1,6 +1,6 @@
-"""How families of models store their down projections: one table, `FAMILIES`.
+"""List how each family of models stores its down projections: the table `FAMILIES`.
 
-To support another family, add a row. What is done with the table is in projections.py.
+To support another family, add a row. projections.py uses the table.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from functools import cache
 from typing import Literal, TypeAlias
 
 Expert: TypeAlias = int | Literal["shared"] | None
-"""None for a dense layer, a number for a routed expert, "shared" for the one that sees every token."""
+"""The expert of a layer: None if the layer is dense, a number if routed, "shared" if it processes every token."""
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-"""Every stored tensor's name and stored shape."""
+"""The name of every stored tensor, with its stored shape."""
 
 Kind: TypeAlias = Literal["dense", "routed", "shared"]
 Axes: TypeAlias = Literal["row col", "col row", "expert row col", "expert col row"]
@@ -22,9 +22,9 @@ Axes: TypeAlias = Literal["row col", "col row", "expert row col", "expert col ro
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to store a down projection: the tensor's name after the prefix, and what its axes mean.
+    """One way to store a down projection: the name of the tensor after the prefix, and the meaning of its axes.
 
-    `stored_only`: transformers transposes it while loading, so a loaded model never has it this way.
+    `stored_only` is True if transformers transposes the tensor while loading, so that no loaded model has this layout.
     """
 
     kind: Kind
@@ -35,10 +35,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Family:
-    """Model types (of config.json) that store their down projections alike.
+    """Model types (as in config.json) that store their down projections in the same way.
 
-    `trunks` are the prefixes of a text-only model's names, with the language-modelling head and without it.
-    A mixture of experts has several layouts: one per kind of layer, and one per way to store the experts.
+    `trunks` are the prefixes of tensor names in a text-only model, with and without the language-modelling head. A
+    mixture of experts has several layouts: one per kind of layer, and one per way to store the experts.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Family:
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """All that may stand before a layout's name."""
+        """All prefixes that may precede the name of a layout."""
         return prefixes_of(self.trunks)
 
 
-# Where vision-language models put the language model. Every file of a family may carry any of them before its
-# trunk, or instead of it: LLaVA's "language_model.model.layers." is "model.language_model.layers." once loaded.
 WRAPPERS = ("language_model.", "model.language_model.", "text_model.", "model.text_model.")
+"""Prefixes of the language model in vision-language models. Each may precede or replace the trunk of any family:
+LLaVA's "language_model.model.layers." becomes "model.language_model.layers." when it is loaded."""
 
 
 @cache
 def prefixes_of(trunks: tuple[str, ...]) -> tuple[str, ...]:
-    """The trunks, and each of them behind or instead of a wrapper."""
+    """Return the trunks, each trunk after each wrapper, and the wrappers without a trunk."""
     inner = (*trunks, "")
     return tuple(dict.fromkeys((*trunks, *(wrapper + trunk for wrapper in WRAPPERS for trunk in inner))))
 
@@ -68,7 +68,7 @@ _MODEL = ("model.", "")
 _TRANSFORMER = ("transformer.", "")
 _DENSE = Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col")
 _EXPERTS = Layout("routed", "layers.{layer}.mlp.experts.{expert}.down_proj.weight", "row col")
-# transformers >= 5 stacks the experts while loading, and saves them so with save_original_format=False.
+# transformers >= 5 stacks the experts while loading, and saves the stacked form if save_original_format=False.
 _STACKED = Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert row col")
 
 FAMILIES: tuple[Family, ...] = (
@@ -96,7 +96,7 @@ FAMILIES: tuple[Family, ...] = (
         ("gpt_neox.", ""),
         (Layout("dense", "layers.{layer}.mlp.dense_4h_to_h.weight", "row col"),),
     ),
-    # GPT-2's Conv1D multiplies from the right, so it stores [in, out]; its relatives with the same name use Linear.
+    # GPT-2's Conv1D stores [in, out]. The families below with the same tensor name use Linear, which stores [out, in].
     Family("GPT-2", ("gpt2",), _TRANSFORMER, (Layout("dense", "h.{layer}.mlp.c_proj.weight", "col row"),)),
     Family(
         "GPT-Neo and GPT-BigCode",
@@ -157,7 +157,7 @@ FAMILIES: tuple[Family, ...] = (
             Layout("shared", "layers.{layer}.shared_mlp.output_linear.weight", "row col"),
         ),
     ),
-    # Published with [expert, col, row]; saved again by transformers >= 5 with [expert, row, col], same name.
+    # The published files have [expert, col, row]; transformers >= 5 saves [expert, row, col] under the same name.
     Family(
         "Qwen3-VL-MoE",
         ("qwen3_vl_moe", "qwen3_vl_moe_text"),

@@ -1,7 +1,7 @@
-"""Find the files of a checkpoint that hold its weights again, so that an edit of the shards does not reach them.
+"""Find files that contain the weights a second time, which an edit of the shards does not change.
 
-A safetensors file is judged by its header alone, and an index by the files that it lists. Other formats are known by
-name, in any case: reading them would need their own parsers, and pickles are never opened.
+A safetensors file is recognised by its header, and an index by the files that it lists. Other formats are recognised by
+their names, in upper or lower case: reading them would need further parsers, and pickles are never opened.
 """
 
 from __future__ import annotations
@@ -28,45 +28,46 @@ ANYWHERE = (
     "*.task", "*.pte", "*.mnn", "*.mnn.weight", "*.rkllm", "*.sbs", "*.engine",
     # OpenVINO, Core ML, MLC, CTranslate2, MLX before safetensors
     "openvino_*model*.bin", "openvino_*model*.xml", "*.mlmodel", "params_shard_*.bin", "model.bin", "weights*.npz",
-    # PyTorch, FSDP, DeepSpeed, Megatron, Lightning, NeMo; the last two of DeepSpeed and Megatron hold float32 weights
+    # PyTorch, FSDP, DeepSpeed, Megatron, Lightning, NeMo; the last two patterns are optimizer states with float32 weights
     "pytorch_model*.bin", "pytorch_model*.index.json", "*.distcp", "*model_states.pt", "model_optim_rng.pt",
     "*.ckpt", "*.nemo", "*zero_pp_rank_*_optim_states.pt", "distrib_optim.pt",
     # TensorFlow, Keras, Flax, Paddle, Rust
     "tf_model*.h5*", "*.weights.h5", "*.keras", "*.ckpt.data-*-of-*", "*.ckpt.index", "saved_model.pb",
     "variables.data-*-of-*", "flax_model*.msgpack*", "*.pdparams", "*.pdiparams", "rust_model.ot",
 )  # fmt: skip
-"""Patterns of a file's own name, in any folder."""
+"""Patterns of the last part of a file's name, in any folder."""
 
 FOLDERS = (
     "original/*", "onnx/*", "coreml/*", "openvino/*", "mlx/*", "metal/*", "*.mlpackage/*", "*.mlmodelc/*",
     "pytorch_model_fsdp_*/*", "*/pytorch_model_fsdp_*/*",
 )  # fmt: skip
-"""Patterns of the whole relative name."""
+"""Patterns of the whole relative name of a file."""
 
 BESIDE = tuple(f"{stem}*.{ending}" for stem in ("model", "consolidated") for ending in ("bin", "pt", "pth"))
-"""Patterns of names in the checkpoint's own folder; elsewhere such a file is often another model."""
+"""Patterns of names in the top folder only; in other folders such a file is often another model."""
 
 ONNX_DATA = ("*.data", "*_data", "*.pb", "*.weight", "*.weights", "*.bias", "onnx__*", "weights.bin", "*.onnx*")
-"""Names of ONNX external data beside a model.onnx. The format allows any name, such as the tensor's own."""
+"""Patterns of names of ONNX external data. The format allows any name, for example the name of the tensor."""
 
 MODULE = re.compile(r"\d+_(?!Transformer/)\w+/pytorch_model\.bin")
-"""The weights of sentence-transformers' further layers (2_Dense): no copy, unlike what else such a folder may hold."""
+"""The pattern of the weights of sentence-transformers' further layers (2_Dense), which are not in the shards."""
 
 TRAINING = re.compile(
     r"(?:.*/)?optimizer[^/]*/.*|(?:.*/)?(?:optimizer|scheduler|rng_state|random_states|training_args|trainer_state|"
     r"scaler|sampler)[\w-]*\.(?:pt|pth|bin|pkl|json)"
 )
-"""Files that a training run leaves beside the weights. None of them holds the weights."""
+"""The pattern of files that a training run leaves beside the weights, none of which contains the weights."""
 
 NO_WEIGHTS = re.compile(
     r"(?:.*/)?(?:tokenizer[^/]*|vocab[^/]*|merges[^/]*|spiece\.model|adapter_[^/]*|[^/]*\.(?:json|txt|md))"
 )
-"""What may be large without a note: tokenizers, text, and adapters. swsurgery's own files may be, too."""
+"""The pattern of files that may be large without a note: tokenizers, text and adapters."""
 
 LARGE = 4 << 20
-"""Size in bytes from which a file may be worth a note; it must also reach a tenth of the shards' size."""
+"""Minimum size in bytes of a file that gets a note; it must also have a tenth of the size of the shards."""
 
 MAX_NOTED = 10
+"""Maximum number of files with a note; the rest are counted."""
 
 _NUMBER = re.compile(r"[-.]\d+(?:-of-\d+)?(?=\.safetensors$)")
 
@@ -89,7 +90,7 @@ F = TypeVar("F", bound=Listed)
 
 @dataclass(frozen=True)
 class Others:
-    """The files beside the shards: further copies of the weights, and notes for people on the others."""
+    """The names of the files beside the shards that are copies of the weights, and notes about the other files."""
 
     copies: tuple[str, ...]
     notes: tuple[str, ...]
@@ -100,9 +101,10 @@ def look_at_others(
     shards: Mapping[str, Shard],
     read_headers: Callable[[list[F]], Iterator[tuple[str, Shard | CheckpointError]]],
 ) -> Others:
-    """Sort the files of a checkpoint that are neither shards nor the index in use.
+    """Sort the files of a checkpoint that are neither shards nor the index in use into copies and others.
 
-    `read_headers` yields (name, header) of each safetensors file, or what is wrong with it: a damaged one is no copy.
+    `read_headers` yields the name of each safetensors file with its header, or with an error if the file is damaged,
+    which makes it no copy.
     """
     by_name = {file.name: file for file in others}
     siblings = {
@@ -110,12 +112,12 @@ def look_at_others(
         for name, header in read_headers([f for f in others if f.name.lower().endswith(".safetensors")])
         if isinstance(header, Shard)
     }
-    copies = {name for name in by_name if named_as_copy(name)} | _copies_by_header(shards, siblings)
+    copies = {name for name in by_name if named_as_copy(name)} | _find_copies_by_header(shards, siblings)
     copies |= {file.name for file in others if _is_index(file.name) and _lists_copies(file, copies, by_name, shards)}
-    copies |= _external_data(by_name.keys() - copies, copies, shards)
+    copies |= _find_external_data(by_name.keys() - copies, copies, shards)
     stored = sum(shard.size for shard in shards.values())
     known = {*copies, *siblings}
-    notes = [_unread(name, header, shards) for name, header in sorted(siblings.items()) if name not in copies]
+    notes = [_describe_unread(name, header, shards) for name, header in sorted(siblings.items()) if name not in copies]
     notes += [
         f"{file.name} is large ({file.size} bytes) and swsurgery does not know what it holds: if these are the weights "
         "again, no edit reaches them"
@@ -130,9 +132,9 @@ def look_at_others(
 
 
 def named_as_copy(name: str) -> bool:
-    """Return True if a file's relative name, with forward slashes, is one of a format that holds the weights again.
+    """Return True if a file's relative name, with forward slashes, shows that it contains the weights again.
 
-    False for every safetensors file and its index, which are read instead.
+    Returns False for safetensors files and their indices, which are read instead.
     """
     lower = name.lower()
     if lower.endswith(".safetensors") or _is_index(lower) or MODULE.fullmatch(name) or TRAINING.fullmatch(lower):
@@ -145,12 +147,12 @@ def named_as_copy(name: str) -> bool:
     )
 
 
-def _copies_by_header(shards: Mapping[str, Shard], siblings: Mapping[str, Shard]) -> set[str]:
-    """Return the safetensors files with a tensor of the shards' name and shape, or most of their shapes.
+def _find_copies_by_header(shards: Mapping[str, Shard], siblings: Mapping[str, Shard]) -> set[str]:
+    """Return the safetensors files that share a tensor's name and shape with the shards, or most of their shapes.
 
-    The comparison of shapes finds Mistral's consolidated files and other originals, which name the tensors in their
-    own way. Files that a number tells apart count as one. They are a copy if tensors with at least half of the
-    shards' elements have the same shapes, which a draft layer or a vision tower has not.
+    Comparing the shapes finds Mistral's consolidated files and other original formats, whose tensors have other names.
+    Files whose names differ only in a number are taken together. They are a copy if their shapes cover at least half of
+    the elements in the shards; draft layers and vision towers do not.
     """
     held = {(info.name, info.shape) for shard in shards.values() for info in shard.tensors.values()}
     copies = {n for n, header in siblings.items() if any((i.name, i.shape) in held for i in header.tensors.values())}
@@ -167,11 +169,12 @@ def _copies_by_header(shards: Mapping[str, Shard], siblings: Mapping[str, Shard]
 
 
 def _is_index(name: str) -> bool:
+    """Return True for the name of an index of safetensors files, in any folder and of any variant."""
     return bool(re.fullmatch(r"(?:.*/)?[^/]*\.safetensors(?:\.[^./]+)?\.index(?:\.[^./]+)?\.json", name.lower()))
 
 
 def _lists_copies(file: Listed, copies: Collection[str], names: Collection[str], shards: Collection[str]) -> bool:
-    """Return True if an index that is not in use belongs to further copies, or to missing files."""
+    """Return True if an index that is not in use lists copies or shards, lists only missing files, or is damaged."""
     try:
         weight_map = read_json(file.path, file.name).get("weight_map")
     except CheckpointError:
@@ -183,8 +186,8 @@ def _lists_copies(file: Listed, copies: Collection[str], names: Collection[str],
     return not present or any(name in copies or name in shards for name in present)
 
 
-def _external_data(names: Iterable[str], copies: Iterable[str], shards: Mapping[str, Shard]) -> set[str]:
-    """Return the files that belong to copies in the same folder: ONNX external data, and FSDP's metadata."""
+def _find_external_data(names: Iterable[str], copies: Iterable[str], shards: Mapping[str, Shard]) -> set[str]:
+    """Return the files that are parts of copies in the same folder: ONNX external data and FSDP metadata."""
     endings: dict[str, set[str]] = {}
     for copy in copies:
         endings.setdefault(copy.rpartition("/")[0], set()).add(PurePosixPath(copy.lower()).suffix)
@@ -199,8 +202,8 @@ def _external_data(names: Iterable[str], copies: Iterable[str], shards: Mapping[
     return found
 
 
-def _unread(name: str, header: Shard, shards: Mapping[str, Shard]) -> str:
-    """Note that a file beside the shards holds tensors of its own; "" for a folder's file or an adapter."""
+def _describe_unread(name: str, header: Shard, shards: Mapping[str, Shard]) -> str:
+    """Write a note about a file with tensors that are in no shard; "" for an adapter or a file in a folder."""
     unknown = sum(not any(tensor in shard.tensors for shard in shards.values()) for tensor in header.tensors)
     if not unknown or "/" in name or name.lower().startswith("adapter_"):
         return ""

@@ -1,4 +1,4 @@
-"""Guess what a user meant by a path or a file that belongs to no checkpoint. Reads a few names and refs/main."""
+"""Suggest a remedy for a path that is not a checkpoint. Reads names of files and refs/main of a cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def snapshot_hint(place: Path) -> str:
-    """Return a remedy if `place` belongs to a repository's folder in a Hugging Face cache, else "".
+    """Return a remedy if `place` is in a repository's folder of a Hugging Face cache, "" otherwise.
 
     `place` is that folder (models--ORG--NAME), its blobs, snapshots or refs, or a file in one of them.
     """
@@ -32,10 +32,10 @@ def is_cache_folder(folder: Path) -> bool:
 
 
 def link_remedy(link: Path) -> str:
-    """Return a remedy for a symbolic link among a checkpoint's files: what links into a cache means a snapshot."""
+    """Return a remedy for a symbolic link among the files of a checkpoint; a link into a cache suggests a snapshot."""
     try:
         target = Path(os.path.normpath(link.parent / os.readlink(link)))
-    except OSError:  # it is gone by now
+    except OSError:  # it was removed meanwhile
         target = link
     hint = snapshot_hint(target) or snapshot_hint(Path(os.path.realpath(link)))
     return hint or "give the directory that holds the real files"

@@ -1,4 +1,7 @@
-"""What `inspect` tells of a checkpoint: files, tensors, or one scalar. Headers and that scalar are all it reads."""
+"""Describe a checkpoint for `inspect`: its files and tensors, one tensor, or one scalar.
+
+Reads the headers and that scalar only.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ from swsurgery.storage.files import Repository
 
 
 def overview(root: Path | Repository, weights: Weights | None = None, variant: str | None = None) -> dict[str, Any]:
-    """Files with sizes, and every tensor with its shard, dtype and shape. `weights` and `variant` say which to
-    read if there are several sets of weights, and no registry. Raises CheckpointError."""
+    """List the files with their sizes in bytes, and the tensors with their shard, dtype and shape.
+
+    `weights` and `variant` choose between several sets of weights, as in `open_chosen`. Raises CheckpointError.
+    """
     checkpoint = open_chosen(root, weights, variant)
     shard_of = checkpoint.shards
     tensors = [
@@ -45,9 +50,9 @@ def scalar(
     weights: Weights | None = None,
     variant: str | None = None,
 ) -> dict[str, Any]:
-    """One tensor, or with `at` ("3968,7003") one scalar with its bits; the others as for `overview`.
+    """Describe one tensor, or with `at` ("3968,7003") one scalar with its value and bits.
 
-    Raises CheckpointError.
+    `weights` and `variant` are as in `overview`. Raises CheckpointError.
     """
     checkpoint = open_chosen(root, weights, variant)
     if tensor is None:
@@ -60,10 +65,7 @@ def scalar(
         found["note"] = why
     if at is None:
         return found | {"bytes": info.size, "data_offsets": list(info.data_offsets)}
-    parts = [p.strip() for p in at.strip("[]() ").split(",")] if at.strip("[]() ") else []
-    if not all(p.isdecimal() and len(p) < 20 for p in parts):
-        raise CheckpointError("--at takes whole numbers from 0", at, "such as --at 3968,7003")
-    index = tuple(int(p) for p in parts)
+    index = _parse_index(at)
     if info.dtype.bits % 8:
         raise CheckpointError(f"{info.dtype.name} {info.dtype.refusal}", tensor)
     try:
@@ -76,5 +78,13 @@ def scalar(
     except ArchitectureError:
         short = None
     place = dict(zip(("layer", "row", "col", "expert"), short, strict=True)) if short else {}
-    return found | {"index": list(index), "offset": offset, "value": json_value(info.dtype, data),
-                    "bits": bits_of(data), **place}  # fmt: skip
+    value = json_value(info.dtype, data)
+    return found | {"index": list(index), "offset": offset, "value": value, "bits": bits_of(data), **place}
+
+
+def _parse_index(at: str) -> tuple[int, ...]:
+    """Parse an index such as "3968,7003" or "[3968, 7003]". Raises CheckpointError."""
+    parts = [p.strip() for p in at.strip("[]() ").split(",")] if at.strip("[]() ") else []
+    if not all(p.isdecimal() and len(p) < 20 for p in parts):
+        raise CheckpointError("--at takes whole numbers from 0", at, "such as --at 3968,7003")
+    return tuple(int(p) for p in parts)

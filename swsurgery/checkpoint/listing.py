@@ -1,7 +1,7 @@
-"""The files of a checkpoint's directory, listed by descriptor, each with its identity at that moment.
+"""List the files of a checkpoint's directory through descriptors, each with its identity at that moment.
 
-Knows plain directories and snapshots of the Hugging Face cache, whose files are links into `blobs/`. Opens directories
-only, follows no link outside a cache, and writes nothing.
+Handles plain directories and snapshots of the Hugging Face cache, whose files are links into `blobs/`. This module must
+not open files, follow a link out of a cache, or write.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.names import SHARD_NAME, STAGE_TOKEN, WORKING_FILES
 
 LEFT_OUT = (".git", ".cache", "model.sig")
-"""Top-level names that are no part of a checkpoint: folders of download and version control tools, and the
-signature, which covers these files and no others."""
+"""Top-level names that are not part of a checkpoint: the folders of download and version control tools, and the
+signature, which covers the other files."""
 
 
 def hold(root: Path) -> Folder:
-    """Hold a checkpoint's directory, given by a path without links. Raises CheckpointError."""
+    """Open a checkpoint's directory and keep its descriptor. `root` contains no links. Raises CheckpointError."""
     try:
         return Folder.at(root)
     except OSError as error:
@@ -33,7 +33,10 @@ def hold(root: Path) -> Folder:
 
 
 def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
-    """Every regular file below root, sorted by name, and the top-level folders left out. Raises CheckpointError."""
+    """List the regular files below `root`, sorted by name, and the names in LEFT_OUT that exist.
+
+    Raises CheckpointError with every entry that a checkpoint must not contain.
+    """
     cache = _Cache(root) if is_cache_snapshot(root.path) else None
     files, faults, left_out = [], [], []
     folders = [""]
@@ -67,13 +70,14 @@ def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
 
 
 def cached_files(root: Path, names: Iterable[str]) -> dict[str, BaseFile]:
-    """These files of a cache snapshot, which may lack others. Raises CheckpointError."""
+    """Find the named files of a cache snapshot, which may be incomplete otherwise. Raises CheckpointError."""
     folder = hold(root)
     cache = _Cache(folder)
     return {name: cache.file(folder / name) for name in names}
 
 
 def _scan(root: Folder, name: str) -> list[Entry]:
+    """List the entries of a folder below `root`. Raises CheckpointError."""
     try:
         return root.scan(name)
     except OSError as error:
@@ -82,8 +86,11 @@ def _scan(root: Folder, name: str) -> list[Entry]:
 
 
 class _Cache:
-    """The files of a snapshot, of which only the names are in its folder. Their links must end in the blobs of the
-    same repo, or, since huggingface_hub 1.32, through those in the blob store that all repos of the cache share."""
+    """The blobs to which the links of a cache snapshot point.
+
+    A link must end in the `blobs/` of the same repository. Since huggingface_hub 1.32 such a blob may itself be a link
+    into the blob store that all repositories of the cache share.
+    """
 
     def __init__(self, snapshot: Folder):
         folder = snapshot_of(snapshot.path)
@@ -95,7 +102,7 @@ class _Cache:
         self.store = hold(store) if store.is_dir() and not store.is_symlink() else None
 
     def file(self, link: Entry) -> BaseFile:
-        """The blob that a link of the snapshot means. Raises CheckpointError."""
+        """Return the blob to which a link of the snapshot points. Raises CheckpointError."""
         outside = CheckpointError(f"links to a place outside its own cache: {link.name}")
         try:
             target = Path(os.path.normpath(link.path.parent / link.readlink()))
@@ -123,12 +130,12 @@ class _Cache:
 
 
 def is_cache_snapshot(root: Path) -> bool:
-    """Whether `root` is a snapshot folder of a Hugging Face cache, where files are links into `blobs/`, or in one."""
+    """Return True if `root` is a snapshot folder of a Hugging Face cache, or is inside one."""
     return snapshot_of(root) is not None
 
 
 def snapshot_of(root: Path) -> Path | None:
-    """The snapshot folder that `root` is or lies in."""
+    """Return the snapshot folder that is `root` or contains it; None outside a cache."""
     for folder in (root, *root.parents):
         if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
             return folder
@@ -136,7 +143,10 @@ def snapshot_of(root: Path) -> Path | None:
 
 
 def cache_identity(root: Path) -> tuple[str | None, str | None, str]:
-    """(repo_id, commit, folder in the repository) of a path in a Hugging Face cache; three times nothing elsewhere."""
+    """Return (repo_id, commit, folder in the repository) of a path in a Hugging Face cache.
+
+    Returns (None, None, "") for a path outside a cache.
+    """
     snapshot = snapshot_of(root)
     if snapshot is None:
         return None, None, ""

@@ -1,15 +1,16 @@
-"""Which stored numbers are weights, and which are codes or internals of a quantiser.
+"""Decide which stored numbers are weights, and which are codes or internals of a quantiser.
 
-Planning, verification, scanning, export and inspection share this one rule. It sees the names, dtypes and shapes of
-the tensors, config.json, the names of the files and the metadata of the shards. It opens no file.
+Planning, verification, scanning, export and inspection share this rule. It depends on the names, dtypes and shapes of
+the tensors, config.json, the names of the files and the metadata of the shards. It must not open files.
 
 A float tensor is a plain weight unless its own quantiser is stored beside it. An F8 or integer tensor is a plain weight
 only if nothing declares quantisation and its module stores nothing besides weight and bias. Otherwise it is read
 through a scale whose format is known (`SCALES`), or it is unreadable.
 
-The names of Marlin, AQLM, MLX (`mlx.nn.QuantizedLinear`), quanto (`QTensor.save_to_state_dict`) and ComfyUI (its
-QUANTIZATION.md) were compared with the code that writes them. The table also covers GPTQ, AWQ, compressed-tensors,
-bitsandbytes, ModelOpt, TensorRT-LLM, torchao, EXL2, EXL3, HQQ, VPTQ, QuIP#, SpQR, Mistral and DeepSeek.
+The tensor names of Marlin, AQLM, MLX (`mlx.nn.QuantizedLinear`), quanto (`QTensor.save_to_state_dict`) and ComfyUI
+(its QUANTIZATION.md) were compared with the code that writes them. The patterns also cover GPTQ, AWQ,
+compressed-tensors, bitsandbytes, ModelOpt, TensorRT-LLM, torchao, EXL2, EXL3, HQQ, VPTQ, QuIP#, SpQR, Mistral and
+DeepSeek.
 """
 
 from __future__ import annotations
@@ -30,34 +31,34 @@ SCALES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("_scale", ("F8", "I8")),
     (".SCB", ("I8",)),
 )
-"""Endings of a scale of a known format, in the order of preference, and the dtypes that it may scale.
+"""Endings of the names of scales whose format is known, in order of preference, with the dtypes that they may scale.
 
-`weight_scale` beside U8 means packed codes (BitNet, NVFP4), and `weight_scale_inv` beside I8 two FP4 codes in a byte.
+`weight_scale` beside U8 means packed codes (BitNet, NVFP4); `weight_scale_inv` beside I8 means two FP4 codes per byte.
 """
 
 PACKED_SUFFIXES = (
     ".qweight", ".weight_packed", "_blocks", ".weight.absmax", ".W_q", ".codes", ".q_weight", ".trellis", ".Qidxs",
     "._weight_qdata", ".weight:qdata", ".weight:_data", ".weight._data", ".dense_weights", ".indices",
 )  # fmt: skip
-"""Endings of tensors that stand beside or instead of `.weight` if the matrix is packed."""
+"""Endings of the names of tensors that are stored beside or instead of `.weight` if the matrix is packed."""
 
 _DECLARATIONS = (
     "quantization_config", "compression_config", "quantization", "quantize_config", "quant_config", "quip_params",
     "quantization_bit",
 )  # fmt: skip
-"""Keys of config.json that declare quantisation, at the top or one level below (`text_config`)."""
+"""Keys that declare quantisation, at the top level of config.json or one level below (`text_config`)."""
 
 _SIDECARS = re.compile(
     r"(hf_quant_config|quantize_config|quant_config|quantization_config|quanto_qmap|quant_model_description\w*)\.json"
 )
-"""Files that only quantisers write."""
+"""The pattern of names of files that only quantisers write."""
 
 _MARKER = "scaled_fp8"
-"""An empty tensor by which ComfyUI marks files whose FP8 weights have scales."""
+"""The name of the empty tensor by which ComfyUI marks files whose FP8 weights have scales."""
 
 _PACKED = ("qweight", "weight_packed", "W_q", "q_weight", "trellis", "Qidxs", "_weight_qdata", "dense_weights")
-"""Last parts of names that make a module a quantised layer, whatever the dtype: HQQ's `view_as_float` and
-bitsandbytes' `quant_storage` store codes as floats."""
+"""Last parts of names that identify a module as a quantised layer, even if the dtype is a float: HQQ's `view_as_float`
+and bitsandbytes' `quant_storage` store codes as floats."""
 
 _INTERNAL = re.compile(
     r"qweight|qzeros|g_idx|q_(weight|scale_max|groups|perm|invperm)|W_q|trellis|Qidxs\w*|dense_weights|col_vals"
@@ -67,46 +68,54 @@ _INTERNAL = re.compile(
     r"|deq_scale|quant_bias|scale_(weight|input)|qscale_(weight|act)|\w+_scale_inv"
     r"|SCB|(nested_)?(absmax|quant_map)|comfy_quant|_weight_\w+|_amax|_pre_quant_scale|(\w+_)?blocks"
 )
-"""Last parts of names that nothing but quantisers use."""
+"""The pattern of last parts of names that only quantisers use."""
 
 _AMBIGUOUS = re.compile(r"(\w+_)?scales|codes|codebooks?|zeros")
-"""Last parts of names that float models use too: internal if not a float, or if quantisation is declared."""
+"""The pattern of last parts of names that float models use too.
+
+Such a tensor is internal if it is not a float or if quantisation is declared.
+"""
 
 _CACHE_SCALE = re.compile(r"(q|k|v|kv|prob|q_prob|output)_scale")
-"""Scales of a quantised KV cache or output: internal if not a float, or if quantisation is declared. A scale of one
-element is internal in any case, except that of an output."""
+"""The pattern of last parts of names of the scales of a quantised KV cache or output.
+
+Such a tensor is internal if it is not a float or if quantisation is declared. A scale of one element is always internal,
+unless it belongs to an output.
+"""
 
 _QUANTISER = re.compile(r"((weight|input|output|softmax|[qkv]+_bmm|(q|k|v|kv)_fake)_quantizer|quant_state)")
-"""Parts of a path that name a quantiser's module (ModelOpt, Mistral)."""
+"""The pattern of the name of a quantiser's module (ModelOpt, Mistral)."""
 
 _UNITS = re.compile(
     r"weight_(packed|shape|scale\w*|zero_point|global_scale|g_idx|offset)"
     r"|scale_weight|qscale_weight|weights_scaling_factor(_2)?|_?pre_quant_scale|prequant_scaling_factor"
     r"|SCB|absmax|quant_map|comfy_quant|_weight_\w+|qweight|qzeros"
 )
-"""Last parts of names of tensors that give a *weight* its unit, so that even a float weight beside them is unclear."""
+"""The pattern of last parts of names of tensors that scale a *weight*, so that even a float weight beside them is
+unreadable."""
 
 _LOOSE_UNITS = re.compile(r"scales?|scale_inv|zeros?|biases|zero_points?")
-"""Last parts of names that give a weight its unit only if quantisation is declared."""
+"""The pattern of last parts of names of tensors that scale a weight only if quantisation is declared."""
 
 _OFFSHOOT = re.compile(r"_(\w+_)?(scales?|scale_inv|zeros?|zero_points?|absmax|scale_2|global_scale)|_blocks")
-"""What follows a stacked tensor's name in the name of its scale: `experts.down_proj_scale_inv`."""
+"""The pattern of the ending that the scale of a stacked tensor adds to its name: `experts.down_proj_scale_inv`."""
 
 _HARMLESS = re.compile(
     r"bias|input_(scale|zero_point)|activation_scale|output_scale|[qkv]_scale|kv_scale|weight_format"
     r"|scale_input|qscale_act|activation_scaling_factor"
 )
-"""What may be stored beside a scaled weight without changing its value: activations are scaled apart from it."""
+"""The pattern of last parts of names of tensors beside a scaled weight that do not change its value, such as the scales
+of activations."""
 
 _WEIGHTS = ("weight", "bias", "e_score_correction_bias")
-"""What a layer stores besides the tensors of its quantiser."""
+"""Last parts of names of the tensors that a layer stores besides those of its quantiser."""
 
 _BUFFERS = re.compile(r"position_ids|token_type_ids|num_batches_tracked|relative_position_index|tid2eid|(\w+_)?mask")
-"""Integer tensors of float models, which are plain."""
+"""The pattern of last parts of names of integer tensors in float models, which are plain."""
 
 
 class Header(Protocol):
-    """The part of a tensor's header that the rule reads."""
+    """The part of a tensor's header on which the decision depends."""
 
     @property
     def dtype(self) -> Dtype: ...
@@ -117,11 +126,11 @@ class Header(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """How the stored numbers of one tensor are to be read.
+    """The meaning of the stored numbers of one tensor.
 
-    plain: the numbers are weights. scaled: they are weights after multiplication by the tensor `scale`, whose format
-    is known. unreadable: the tensor is a quantised weight of another format. internal: it holds scales, codes or
-    permutations of a quantiser. `reason` says why the tensor is not plain.
+    plain: the numbers are weights. scaled: they are weights after multiplication by the tensor `scale`, whose format is
+    known. unreadable: the tensor is a quantised weight of another format. internal: it contains scales, codes or
+    permutations of a quantiser. `reason` explains why the tensor is not plain; it is quoted in messages.
     """
 
     kind: Kind
@@ -133,7 +142,10 @@ PLAIN = Reading("plain")
 
 
 class Quantisation:
-    """Decide for each tensor of one checkpoint what its stored numbers are, and remember the decision."""
+    """The meaning of the stored numbers of every tensor of a checkpoint, decided on first use and remembered.
+
+    `declared` names the place where the checkpoint declares quantisation, None if it does not.
+    """
 
     def __init__(
         self,
@@ -153,13 +165,13 @@ class Quantisation:
         return f"<Quantisation of {len(self._names)} tensors, declared: {self.declared}>"
 
     def reading(self, name: str) -> Reading:
-        """Say what the numbers stored as `name` are. Raises KeyError if there is no such tensor."""
+        """Decide what the numbers of the tensor `name` mean. Raises KeyError if it does not exist."""
         if name not in self._readings:
             self._readings[name] = self._read(name)
         return self._readings[name]
 
     def refusal(self, name: str) -> str | None:
-        """Return why the stored numbers of `name` must not be taken for weights, None if they are weights."""
+        """Return the reason why the numbers of the tensor `name` are not weights, None if they are."""
         reading = self.reading(name)
         if reading.kind == "plain":
             return None
@@ -173,6 +185,7 @@ class Quantisation:
         return next((name for name in coded if self.reading(name).kind in ("scaled", "unreadable")), None)
 
     def _read(self, name: str) -> Reading:
+        """Decide what the numbers of a tensor mean."""
         dtype, shape = self._tensors[name].dtype, self._tensors[name].shape
         if why := self._internal(name, dtype, shape):
             return Reading("internal", why)
@@ -180,19 +193,20 @@ class Quantisation:
             return self._read_codes(name, dtype)
         unit = next(self._units(name), None)
         if unit is not None:
-            # Either the loader multiplies by it, or it only rounds to its multiples: the headers do not say which.
+            # Some loaders multiply by it and others only round to its multiples; the headers do not show which.
             return Reading("unreadable", f"{unit} is stored beside it, so loaders may scale or round its elements")
         return PLAIN
 
     # Codes ------------------------------------------------------------------------------------------------------
 
     def _read_codes(self, name: str, dtype: Dtype) -> Reading:
+        """Decide what the numbers of an F8 or integer tensor mean that is not internal."""
         if _BUFFERS.fullmatch(_last(name)):
             return PLAIN
         others = list(self._others(name)) or list(self._floats_beside(name))
         if not self.declared and not others:
             return PLAIN
-        scale = self._scale(name, dtype)
+        scale = self._find_scale(name, dtype)
         if scale is not None and all(o == scale or _HARMLESS.fullmatch(_last(o)) for o in others):
             return Reading("scaled", f"its elements are multiplied by {scale}", scale)
         if others:
@@ -203,7 +217,8 @@ class Quantisation:
             "unreadable", f"{self.declared} declares quantisation, and no scale says what its {dtype.name} codes mean"
         )
 
-    def _scale(self, name: str, dtype: Dtype) -> str | None:
+    def _find_scale(self, name: str, dtype: Dtype) -> str | None:
+        """Return the name of the scale of these codes if its format is known, None otherwise."""
         stem = name.removesuffix(".weight")
         for ending, dtypes in SCALES:
             named = (stem + ending,) if ending.startswith(".") else (name + ending, f"{stem}.weight{ending}")
@@ -213,7 +228,7 @@ class Quantisation:
         return None
 
     def _others(self, name: str) -> Iterator[str]:
-        """Yield what a weight's module stores besides weight and bias, or what is named after a stacked tensor."""
+        """Yield the tensors of a weight's module except weight and bias, or those named after a stacked tensor."""
         module = name.removesuffix(".weight")
         if module != name:
             skip = {f"{module}.{last}" for last in _WEIGHTS}
@@ -223,7 +238,7 @@ class Quantisation:
         yield from (other for other in self._under(f"{module}_") if _OFFSHOOT.fullmatch(other[len(module) :]))
 
     def _floats_beside(self, name: str) -> Iterator[str]:
-        """Yield the floats beside a matrix of codes in the same module, such as `s` beside Marlin's `B`."""
+        """Yield the float tensors in the module of a matrix of codes, such as `s` beside Marlin's `B`."""
         module, _, last = name.rpartition(".")
         if not module or last == "weight" or len(self._tensors[name].shape) < 2:
             return
@@ -236,7 +251,7 @@ class Quantisation:
     # Floats -----------------------------------------------------------------------------------------------------
 
     def _units(self, name: str) -> Iterator[str]:
-        """Yield the tensors beside a float weight that its own quantiser stored."""
+        """Yield the tensors that the quantiser of a float weight stored beside it."""
         if _last(name) == "bias":
             return
         module = name.removesuffix(".weight")
@@ -246,7 +261,7 @@ class Quantisation:
                     yield other
                 continue
             *path, last = other[len(module) + 1 :].split(".")
-            if "parametrizations" in path:  # torch's weight normalisation keeps its factors there
+            if "parametrizations" in path:  # the factors of torch's weight normalisation
                 continue
             loose = not path and self.declared is not None and _LOOSE_UNITS.fullmatch(last) is not None
             if (
@@ -260,7 +275,7 @@ class Quantisation:
     # Internals --------------------------------------------------------------------------------------------------
 
     def _internal(self, name: str, dtype: Dtype, shape: tuple[int, ...]) -> str:
-        """Return why a tensor is a quantiser's own, "" if it is not."""
+        """Return the reason why a tensor is an internal of a quantiser, "" if it is not."""
         *path, last = name.split(".")
         is_float = dtype.kind == "float" and not _is_code(dtype)
         if name == _MARKER:
@@ -277,10 +292,14 @@ class Quantisation:
             single = shape in ((), (1,)) and not last.startswith("output")
             if single or self.declared or not is_float:
                 return "it is the scale of a quantised cache or activation"
+        return self._find_owner(name, path, is_float)
+
+    def _find_owner(self, name: str, path: list[str], is_float: bool) -> str:
+        """Return the reason why a tensor belongs to codes stored elsewhere, "" if it does not."""
         if owner := self._scaled_by(name):
             return f"it belongs to the quantised tensor {owner}"
-        # A bias stays a plain number, and torchao's first version calls it `bias:_data`.
-        is_bias = last.partition(":")[0].endswith("bias")
+        # A bias is not quantised; the first version of torchao stored it as `bias:_data`.
+        is_bias = _last(name).partition(":")[0].endswith("bias")
         if is_float and path and not is_bias and (codes := self._stacked_codes(".".join(path))):
             return f"it is stored among codes such as {codes}"
         for depth in range(len(path), 0, -1):
@@ -291,7 +310,7 @@ class Quantisation:
         return ""
 
     def _scaled_by(self, name: str) -> str | None:
-        """Return the stacked codes that `name` belongs to: `experts.down_proj` for `experts.down_proj_scale`."""
+        """Return the stacked codes to which `name` belongs: `experts.down_proj` for `experts.down_proj_scale`."""
         for match in re.finditer("_", _last(name)):
             cut = len(name) - len(_last(name)) + match.start()
             for base in (name[:cut], f"{name[:cut]}.weight"):
@@ -300,7 +319,7 @@ class Quantisation:
         return None
 
     def _codes_of_layer(self, module: str) -> str | None:
-        """Return the name of the codes that make `module` a quantised linear layer, None if it is none."""
+        """Return the name of the codes of a quantised linear layer, None if `module` is not quantised."""
         if module not in self._layers:
             packed = (f"{module}.{last}" for last in _PACKED)
             codes = [f"{module}.weight", f"{module}.codes"]
@@ -318,6 +337,7 @@ class Quantisation:
         return self._stacks[module]
 
     def _matrices_of_codes(self, module: str) -> Iterator[str]:
+        """Yield the matrices of codes among the tensors of a module, except its weight and bias."""
         for name in self._under(f"{module}."):
             header, last = self._tensors[name], name[len(module) + 1 :]
             if "." in last or last == "weight" or last.endswith("bias") or _BUFFERS.fullmatch(last):
@@ -333,11 +353,12 @@ class Quantisation:
 
 
 def _last(name: str) -> str:
+    """Return the last part of a tensor's name."""
     return name.rpartition(".")[2]
 
 
 def _is_code(dtype: Dtype) -> bool:
-    """Return True if numbers of this dtype may be codes: floats of at most 8 bits, and all integers."""
+    """Return True if numbers of this dtype may be codes: floats of at most 8 bits and all integers."""
     return dtype.kind in ("int", "uint") or dtype.name.startswith(("F8_", "F6_", "F4"))
 
 
@@ -347,7 +368,7 @@ def _declaration(
     metadata: Iterable[Mapping[str, str]],
     tensors: Mapping[str, Header],
 ) -> str | None:
-    """Return the place where a checkpoint declares quantisation, in words; None if it declares none."""
+    """Describe the place where a checkpoint declares quantisation; None if it does not."""
     sections: list[Mapping[str, object]] = [config, *(v for v in config.values() if isinstance(v, Mapping))]
     for section in sections:
         for key in _DECLARATIONS:
@@ -358,7 +379,7 @@ def _declaration(
     if _MARKER in tensors:
         return f"the tensor {_MARKER}"
     for one in metadata:
-        # torchao lists its tensors, those that it took apart and plain ones.
+        # torchao lists plain tensors too, so only the types of the listed tensors show that some are quantised.
         apart = "tensor_names" in one and any(re.search(r'"_type": *"(?!Tensor")', value) for value in one.values())
         if apart or "_quantization_metadata" in one:
             return "the metadata of a shard"

@@ -1,6 +1,6 @@
-"""Find the files that hold the weights of a checkpoint: an index with its shards, or one file, plain or of a variant.
+"""Find the files that contain the weights of a checkpoint: an index with its shards, or a single file.
 
-Reads the index and no shard. A variant is a second set of the same weights, named as transformers and diffusers name
+Reads the index but no shard. A variant is a second set of the same weights, named as transformers and diffusers name
 it: `model.fp16.safetensors`, or `model.safetensors.index.fp16.json` with its shards.
 """
 
@@ -18,7 +18,7 @@ from swsurgery.storage.names import SHARD_NAME, VARIANT
 from swsurgery.storage.strict_json import quoted, read_json
 
 Weights = Literal["index", "single"]
-"""Which of two sets of weights: the shards of an index, or model.safetensors."""
+"""The choice between two sets of weights: the shards of an index, or model.safetensors."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE, INDEX = "model.safetensors", "model" + INDEX_SUFFIX
@@ -28,17 +28,21 @@ VARIANT_FILES = (
     re.compile(rf"model\.safetensors\.index\.({VARIANT})\.json"),
     re.compile(rf"model\.safetensors\.({VARIANT})\.index\.json"),
 )
-"""The single file of a variant, its index, and its index as diffusers wrote it until 0.30."""
+"""Patterns of a variant's single file, of its index, and of its index as diffusers wrote it until 0.30."""
 
 SHARD_OF_VARIANT = re.compile(rf"model\.{VARIANT}-\d{{5}}-of-\d{{5}}\.safetensors")
 
 SECOND_COPY = re.compile(r"(.+?)(?: ?\(\d+\)| - Copy(?: \(\d+\))?| copy(?: \d+)?)(\.[^./]+)")
-"""The name that a browser or a file manager gives to a second copy: `model (1).safetensors`."""
+"""The pattern of names that browsers and file managers give to a second copy, such as `model (1).safetensors`."""
 
 MAX_LISTED = 20
+"""Maximum number of faults listed individually."""
 
 MAX_TENSORS, TENSORS_WITHOUT_DATA = 1 << 18, 50_000
-"""In one checkpoint; the second if it holds less than 4 KiB for each. DeepSeek-V3 has 91,991 of 7 MB on average."""
+"""Maximum number of tensors in a checkpoint, and the maximum if they have less than 4 KiB each on average.
+
+DeepSeek-V3 has 91,991 tensors of 7 MB on average.
+"""
 
 
 class Listed(Protocol):
@@ -53,7 +57,10 @@ class Listed(Protocol):
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """One set of weights. `weight_map` and `total_size` are the index's. `variant` is None for the plain weights."""
+    """One set of weights: the names of its index (None for a single file) and of its shards.
+
+    `weight_map` and `total_size` are copied from the index. `variant` is None for the plain weights.
+    """
 
     index: str | None
     shards: tuple[str, ...]
@@ -71,96 +78,108 @@ def find_weights(
 ) -> WeightFiles:
     """Find the weights among the files of a checkpoint.
 
-    `weights` chooses between an index and a single file, `variant` between the plain weights and variants. If there
-    are no plain weights, the only variant is taken without a choice. Shards in `elsewhere` may be missing.
+    `root` is quoted in messages only. `weights` chooses between an index and a single file, `variant` between the plain
+    weights and variants. Without plain weights, the only variant is taken. Shards in `elsewhere` may be missing.
 
-    Raises CheckpointError, AmbiguousWeights.
+    Raises CheckpointError; AmbiguousWeights if several sets of weights exist and none was chosen.
     """
-    variants = _variants(names)
+    variants = _find_variants(names)
     if variant is not None and variant not in variants:
-        there = f"the variants here: {', '.join(sorted(variants))}" if variants else "it has none"
-        raise CheckpointError(f"no variant {variant}", root, there)
+        remedy = f"the variants here: {', '.join(sorted(variants))}" if variants else "it has none"
+        raise CheckpointError(f"no variant {variant}", root, remedy)
     indices = [n for n in names if is_index(n, None)]
     if INDEX in indices:
         indices = [INDEX]
-    if variant is None and SINGLE not in names and not indices and variants:
-        if len(variants) > 1:
-            raise AmbiguousWeights(f"no {SINGLE}, but the variants {', '.join(sorted(variants))}", root,
-                                   "say which: base.variant in a manifest, or the option --variant")  # fmt: skip
-        [variant] = variants
+    if variant is None and SINGLE not in names and not indices:
+        variant = _find_only_variant(root, variants)
+    single = SINGLE
     if variant is not None:
         single = f"model.{variant}.safetensors"
         indices = [n for n in variants[variant] if is_index(n, variant)]
-    else:
-        single = SINGLE
     singles = [single] if single in names else []
     if not indices and not singles:
-        singles = [_only_file(root, names)]
+        singles = [_find_only_file(root, names)]
     if len(indices) > 1:
         raise CheckpointError(f"several indices: {', '.join(indices)}", root, "keep the one that loaders read")
     if weights == "index" and not indices or weights == "single" and not singles:
         raise CheckpointError(f"base.weights asks for {weights}, which does not exist", root)
-    one_set = not (singles and indices) or _lists_only(singles[0], names[indices[0]], indices[0])
-    if weights is None and not one_set:
-        raise AmbiguousWeights(
-            f"two sets of weights, {singles[0]} and {indices[0]}: transformers loads the first, vLLM and mergekit "
-            "the second", root, "say which, single or index: base.weights in a manifest, or the option --weights",
-        )  # fmt: skip
-    if not indices or weights == "single" and not one_set:
+    if not _uses_index(root, names, indices, singles, weights):
         return WeightFiles(None, tuple(singles), variant=variant)
     shards, weight_map, total = _read_index(root, names, indices[0], elsewhere)
     return WeightFiles(indices[0], tuple(shards), weight_map, total, variant)
 
 
+def _find_only_variant(root: object, variants: Collection[str]) -> str | None:
+    """Return the only variant, None if no variant exists. Raises AmbiguousWeights for several."""
+    if len(variants) > 1:
+        what = f"no {SINGLE}, but the variants {', '.join(sorted(variants))}"
+        raise AmbiguousWeights(what, root, "say which: base.variant in a manifest, or the option --variant")
+    return next(iter(variants), None)
+
+
+def _uses_index(
+    root: object, names: Mapping[str, Listed], indices: list[str], singles: list[str], weights: Weights | None
+) -> bool:
+    """Return True if the index is to be read, False for the single file. Raises AmbiguousWeights without a choice."""
+    one_set = not (singles and indices) or _lists_only(singles[0], names[indices[0]], indices[0])
+    if weights is None and not one_set:
+        raise AmbiguousWeights(
+            f"two sets of weights, {singles[0]} and {indices[0]}: transformers loads the first, vLLM and mergekit "
+            "the second",
+            root,
+            "say which, single or index: base.weights in a manifest, or the option --weights",
+        )
+    return bool(indices) and (weights != "single" or one_set)
+
+
 def other_sets(names: Iterable[str], variant: str | None) -> bool:
-    """Return True if a checkpoint has the weights of another variant than `variant`, so that a choice was made."""
+    """Return True if a checkpoint has another set of weights besides `variant` (None is the plain weights)."""
     names = list(names)
-    sets: set[str | None] = set(_variants(names))
+    sets: set[str | None] = set(_find_variants(names))
     if SINGLE in names or INDEX in names:
         sets.add(None)
     return bool(sets - {variant})
 
 
 def is_index(name: str, variant: str | None) -> bool:
-    """Return True for the name of an index of the plain weights, or of a variant."""
+    """Return True if `name` is an index of `variant` (None is the plain weights)."""
     if variant is None:
         return "/" not in name and name.endswith(INDEX_SUFFIX)
     return name in (f"model.safetensors.index.{variant}.json", f"model.safetensors.{variant}.index.json")
 
 
-def _variants(names: Iterable[str]) -> dict[str, list[str]]:
-    """Name of each variant -> its single file and its indices."""
+def _find_variants(names: Iterable[str]) -> dict[str, list[str]]:
+    """Map the name of each variant to its single file and its indices."""
     found: dict[str, list[str]] = {}
     for name in names:
         for pattern in VARIANT_FILES:
-            # model.safetensors.index.json is the plain index, not the old index of a variant "index".
-            if name != INDEX and (match := pattern.fullmatch(name)):
+            if match := pattern.fullmatch(name):
                 found.setdefault(match[1], []).append(name)
     return found
 
 
-def _only_file(root: object, names: Mapping[str, Listed]) -> str:
-    """Return the one safetensors file of a checkpoint that has no file of a usual name. Raises CheckpointError."""
+def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
+    """Return the only safetensors file of a checkpoint without files of the usual names. Raises CheckpointError."""
     loose = [n for n in names if SHARD_NAME.fullmatch(n)]
     if len(loose) == 1:
         return loose[0]
     for name, usual in _second_copies(names).items():
         if usual.endswith((".safetensors", INDEX_SUFFIX)):
-            raise CheckpointError(f"no {usual}, but {quoted(name)}, as a browser names a second download", root,
-                                  f"rename it to {usual}")  # fmt: skip
+            what = f"no {usual}, but {quoted(name)}, as a browser names a second download"
+            raise CheckpointError(what, root, f"rename it to {usual}")
     if loose and all(SHARD_OF_VARIANT.fullmatch(name) for name in loose):
-        raise CheckpointError(f"{len(loose)} shards of a variant and no index", root,
-                              "get its model.safetensors.index.VARIANT.json too")  # fmt: skip
+        what = f"{len(loose)} shards of a variant and no index"
+        raise CheckpointError(what, root, "get its model.safetensors.index.VARIANT.json too")
     what = f"{len(loose)} safetensors files and no index" if loose else "no safetensors file"
     raise CheckpointError(what, root, f"a checkpoint has one, or several and {INDEX}")
 
 
 def _lists_only(single: str, index: Listed, name: str) -> bool:
-    """Return True if the index lists nothing but the single file, as mlx-lm writes it: both are one set of weights."""
+    """Return True if the index lists only the single file, as mlx-lm writes it: both are the same set of weights."""
     try:
         weight_map = read_json(index.path, name).get("weight_map")
     except CheckpointError:
-        return False  # it matters only if the index is chosen, and is then read again
+        return False  # if this index is chosen, it is read again and the error reported
     return type(weight_map) is dict and bool(weight_map) and all(shard == single for shard in weight_map.values())
 
 
@@ -180,7 +199,7 @@ def _read_index(
                 f"index points to {quoted(shard)}, which is no plain name of a safetensors file: {index_name}"
             )
         elif shard not in names and shard not in elsewhere:
-            faults.append(_missing(root, names, shard))
+            faults.append(_describe_missing(root, names, shard))
     if faults:
         raise CheckpointError.of(some(faults))
     metadata = index.get("metadata")
@@ -188,15 +207,15 @@ def _read_index(
     return sorted(set(weight_map.values())), weight_map, total
 
 
-def _missing(root: object, names: Mapping[str, Listed], shard: str) -> str:
-    """Say which shard is missing, and whether it is there under the name of a second download."""
+def _describe_missing(root: object, names: Mapping[str, Listed], shard: str) -> str:
+    """Describe a missing shard, and mention a file that is named like a second download of it."""
     renamed = next((name for name, usual in _second_copies(names).items() if usual == shard), None)
     remedy = f"rename {quoted(renamed)}, as a browser named it" if renamed else "the download is not complete"
     return f"missing shard: {root}/{shard} ({remedy})"
 
 
 def _second_copies(names: Iterable[str]) -> dict[str, str]:
-    """Name of each second copy in the checkpoint's own folder -> the usual name, sorted."""
+    """Map the name of each second copy in the top folder to the usual name, sorted by the former."""
     matches = {name: SECOND_COPY.fullmatch(name) for name in sorted(names) if "/" not in name}
     return {name: match[1] + match[2] for name, match in matches.items() if match}
 
@@ -209,7 +228,7 @@ def refuse_too_many(tensors: int, size: int, where: object) -> None:
 
 
 def some(faults: Iterable[str]) -> list[str]:
-    """Return the first MAX_LISTED faults, and a line that counts the others."""
+    """Return the first MAX_LISTED faults, and a line with the number of the others."""
     faults = list(faults)
     more = len(faults) - MAX_LISTED
     return faults[:MAX_LISTED] + ([f"and {more} more of these"] if more > 0 else [])
