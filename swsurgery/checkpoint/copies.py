@@ -28,7 +28,7 @@ ANYWHERE = (
     "*.task", "*.pte", "*.mnn", "*.mnn.weight", "*.rkllm", "*.sbs", "*.engine",
     # OpenVINO, Core ML, MLC, CTranslate2, MLX before safetensors
     "openvino_*model*.bin", "openvino_*model*.xml", "*.mlmodel", "params_shard_*.bin", "model.bin", "weights*.npz",
-    # PyTorch, FSDP, DeepSpeed, Megatron, Lightning, NeMo; the last two patterns are optimizer states with float32 weights
+    # PyTorch, FSDP, DeepSpeed, Megatron, Lightning, NeMo. The last two hold float32 weights
     "pytorch_model*.bin", "pytorch_model*.index.json", "*.distcp", "*model_states.pt", "model_optim_rng.pt",
     "*.ckpt", "*.nemo", "*zero_pp_rank_*_optim_states.pt", "distrib_optim.pt",
     # TensorFlow, Keras, Flax, Paddle, Rust

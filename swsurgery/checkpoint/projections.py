@@ -1,11 +1,11 @@
-"""Where a layer's down projection lives in the stored checkpoint.
+"""Find the stored tensor of a layer's down projection, and convert between coordinates and short forms.
 
-A super weight is reported as layer, row and col (arXiv:2411.07191, table 2), in a mixture of experts with the
-expert's number too. Row is the output channel, a place in the residual stream; col is the intermediate neuron.
-Here that short form becomes a `Coordinate`, the name and index under which the scalar is *stored*, and back again.
+Papers report a super weight as layer, row and col (arXiv:2411.07191, table 2), and in a mixture of experts with the
+number of the expert. Row is the output channel, a position in the residual stream; col is the intermediate neuron.
+This module converts that short form to a `Coordinate`, the name and index under which the scalar is *stored*, and back.
 
-Which names and axes there are is said by the table in architectures.py. This room reads no file and knows neither
-torch nor transformers: it sees config.json as a mapping, and of each tensor only its name and shape.
+The table in architectures.py lists the possible names and axes. This module must not read files or import torch or
+transformers: it takes config.json as a mapping, and the name and shape of each tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from swsurgery.checkpoint.architectures import FAMILIES, Axes, Expert, Family, Kind, Layout, Shapes, prefixes_of
 from swsurgery.checkpoint.quantised import PACKED_SUFFIXES
@@ -22,13 +22,17 @@ from swsurgery.errors import ArchitectureError
 from swsurgery.storage.coordinate import Coordinate
 
 _BY_NAME = "name the scalar by tensor and index instead"
+"""The remedy in most messages of this module."""
+
+_Match: TypeAlias = tuple[Family, Layout, int, Expert]
+"""The reading of a tensor's name as a down projection: its family, layout, layer and expert."""
 
 
 @dataclass(frozen=True)
 class DownProjection:
-    """One down projection as stored: `rows` output channels times `cols` intermediate neurons.
+    """One down projection as stored, with `rows` output channels and `cols` intermediate neurons.
 
-    `axes` says what each axis of the stored tensor counts.
+    `axes` names the axes of the stored tensor in order.
     """
 
     layer: int
@@ -40,25 +44,25 @@ class DownProjection:
 
     @property
     def transposed(self) -> bool:
-        """True where the tensor is stored as [..., col, row]."""
+        """True if the tensor is stored as [..., col, row]."""
         return self.axes.endswith("col row")
 
     @property
     def expert_axis(self) -> int | None:
-        """The axis that counts experts where one tensor stacks them all."""
+        """The axis that counts experts; None if the tensor does not stack experts."""
         return 0 if "expert" in self.axes else None
 
     def index(self, row: int, col: int) -> tuple[int, ...]:
-        """The index of (row, col) in the stored shape."""
+        """Return the index of (row, col) in the stored shape."""
         return _encode(self.axes, row, col, self.expert)
 
 
 def locate(
     config: Mapping[str, Any], shapes: Shapes, *, layer: int, row: int, col: int, expert: Expert = None
 ) -> Coordinate:
-    """The stored scalar that multiplies neuron `col` of `layer` on its way to residual channel `row`.
+    """Find the stored scalar that multiplies neuron `col` of `layer` and contributes to residual channel `row`.
 
-    `config` is config.json. Raises ArchitectureError as `down_projection` does, and where row or col is out of range.
+    `config` is config.json. Raises ArchitectureError as `down_projection` does, and if row or col is out of range.
     """
     projection = down_projection(config, shapes, layer, expert)
     faults = [
@@ -77,17 +81,17 @@ def locate(
 
 
 def down_projection(config: Mapping[str, Any], shapes: Shapes, layer: int, expert: Expert = None) -> DownProjection:
-    """Find one down projection by config.json and by the names that are really there.
+    """Find one down projection by config.json and the names of the stored tensors.
 
-    Raises ArchitectureError where the model stores none under a known name, the layer is beyond the model, `expert` is
-    missing, superfluous or too large, the tensor is packed, or its shape does not fit the config's hidden size.
+    Raises ArchitectureError if no known name is stored, the layer is out of range, `expert` is missing, superfluous or
+    out of range, the tensor is packed, or its shape does not fit the hidden size in config.json.
     """
     families = _families(config)
     limit = layer_limit(config)
     names = _stored_names(families, shapes, layer, expert)
-    # Names may go further than the config: DeepSeek-V3 stores its token-prediction module as layer 61 of 61.
+    # More layers may be stored than config.json states: DeepSeek-V3 stores its token-prediction module as layer 61.
     if not names or (limit is not None and layer >= limit):
-        raise _not_there(config, families, shapes, layer, expert)
+        raise _explain_missing(config, families, shapes, layer, expert)
     for name in names:
         _refuse_packed(name, shapes)
     if len(names) > 1:
@@ -97,14 +101,14 @@ def down_projection(config: Mapping[str, Any], shapes: Shapes, layer: int, exper
     axes = _orientation(config, name, shapes[name], layouts)
     sizes = dict(zip(axes.split(), shapes[name], strict=True))
     if "expert" in sizes and isinstance(expert, int) and not 0 <= expert < sizes["expert"]:
-        raise _beyond_the_experts(layer, expert, f"0 to {sizes['expert'] - 1}")
+        raise _no_such_expert(layer, expert, f"0 to {sizes['expert'] - 1}")
     return DownProjection(layer, expert, name, axes, rows=sizes["row"], cols=sizes["col"])
 
 
 def down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator[DownProjection]:
-    """Every down projection of the model: by layer, within it dense first, then expert 0, 1, ..., shared last.
+    """Find all down projections, sorted by layer and within a layer in the order dense, expert 0, 1, ..., shared.
 
-    Layers that store none are passed over. Raises ArchitectureError where no layer has one or one is packed.
+    Layers without one are skipped. Raises ArchitectureError if no layer has one, or as `down_projection` does.
     """
     families = _families(config)
     limit = layer_limit(config)
@@ -115,19 +119,19 @@ def down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator[Down
                 continue
             if "expert" in layout.axes:
                 shape = shapes[tensor]
-                # An empty tensor may claim any number of experts: it costs the file nothing.
+                # The shape of an empty tensor may state any number of experts, so it counts as none.
                 found.update((layer, number) for number in range(shape[0] if shape and all(shape) else 0))
             else:
                 found.add((layer, expert))
     if not found:
-        down_projection(config, shapes, 0)  # says what was looked for, or that it is packed
+        down_projection(config, shapes, 0)  # raises an error with the names that were looked for
     return iter([down_projection(config, shapes, *place) for place in sorted(found, key=_order)])
 
 
 def short_form(
     config: Mapping[str, Any], shapes: Shapes, coordinate: Coordinate
 ) -> tuple[int, int, int, Expert] | None:
-    """(layer, row, col, expert) of a stored scalar: the inverse of `locate`. None where it has no short form."""
+    """Return (layer, row, col, expert) of a stored scalar, None if it has no short form; the inverse of `locate`."""
     shape = shapes.get(coordinate.tensor, ())
     if len(coordinate.index) != len(shape) or not all(0 <= i < n for i, n in zip(coordinate.index, shape, strict=True)):
         return None
@@ -148,39 +152,34 @@ def short_form(
 def loaded_candidates(
     config: Mapping[str, Any], coordinate: Coordinate, shapes: Shapes | None = None
 ) -> tuple[Coordinate, ...]:
-    """Where a model that transformers loaded may hold a stored scalar: names and indices to try, best first.
+    """List the names and indices under which a model loaded by transformers may contain a stored scalar, best first.
 
-    Look each name up in `model.named_parameters(remove_duplicate=False)` (a tied tensor has two names); the first that
-    exists is the one. First the stored name, then the same under other prefixes, then its place in the stacked experts
-    of transformers >= 5. Tensors that are no down projection get other prefixes only: a fusion of others is not
-    followed. `shapes` is needed only where a family stores one name in two orientations (Qwen3-VL-MoE); without it
-    that raises ArchitectureError.
+    The caller looks up each name in `model.named_parameters(remove_duplicate=False)` (a tied tensor has two names) and
+    takes the first that exists. The order is: the stored name, the same name under other prefixes, and the position in
+    the stacked experts of transformers >= 5. For tensors other than down projections only the prefix varies; tensors
+    that transformers fuses are not found.
+
+    `shapes` is needed only if a family stores one name in two orientations (Qwen3-VL-MoE). Raises ArchitectureError if
+    the orientation cannot be decided.
     """
     families = _families(config)
     tensor, index = coordinate
-    matches = [m for m in _matches(families, tensor) if len(m[1].axes.split()) == len(index)]
-    if shapes is not None and tensor in shapes and matches:
-        layouts = [layout for _, layout, _, _ in matches]
-        if not _known_families(config) and len(_fitting_axes(config, shapes[tensor], layouts)) > 1:
-            matches = []  # nothing is known to be turned while an unknown family is loaded: it keeps its index
-        else:
-            axes = _orientation(config, tensor, shapes[tensor], layouts)
-            matches = [m for m in matches if m[1].axes == axes]
-    turned = [layout.stored_only for _, layout, _, _ in matches]
-    if any(turned) and not all(turned):
+    matches = _loaded_matches(config, families, coordinate, shapes)
+    transposed = [layout.stored_only for _, layout, _, _ in matches]
+    if any(transposed) and not all(transposed):
         raise ArchitectureError("its orientation is not known by name alone", tensor, "give the stored shapes")
 
-    # A tensor that is turned while loading keeps its name, so under its own index it would be another scalar.
-    candidates = [] if any(turned) else [coordinate]
+    # A tensor that is transposed while loading keeps its name, so its stored index would name another scalar.
+    candidates = [] if any(transposed) else [coordinate]
     for family, layout, layer, named_expert in matches:
         row, col, expert = _decode(layout.axes, index, named_expert)
         candidates += [
             Coordinate(prefix + target.name.format(layer=layer, expert=expert), _encode(target.axes, row, col, expert))
-            for target in sorted(family.layouts, key=lambda target: target != layout)  # its own layout first
+            for target in sorted(family.layouts, key=lambda target: target != layout)  # the stored layout first
             if target.kind == layout.kind and not target.stored_only
             for prefix in family.prefixes
         ]
-    if not matches:
+    if not matches:  # no down projection
         prefixes = list(dict.fromkeys(prefix for family in families for prefix in family.prefixes))
         longest = max((prefix for prefix in prefixes if tensor.startswith(prefix)), key=len, default="")
         rests = dict.fromkeys((tensor.removeprefix(longest), tensor))
@@ -188,8 +187,26 @@ def loaded_candidates(
     return tuple(dict.fromkeys(candidates))
 
 
+def _loaded_matches(
+    config: Mapping[str, Any], families: tuple[Family, ...], coordinate: Coordinate, shapes: Shapes | None
+) -> list[_Match]:
+    """Return the readings of a stored scalar that its number of axes and its stored shape allow.
+
+    Raises ArchitectureError if the shape fits none of them, or several of a known family.
+    """
+    tensor, index = coordinate
+    matches = [m for m in _matches(families, tensor) if len(m[1].axes.split()) == len(index)]
+    if shapes is None or tensor not in shapes or not matches:
+        return matches
+    layouts = [layout for _, layout, _, _ in matches]
+    if not _known_families(config) and len(_fitting_axes(config, shapes[tensor], layouts)) > 1:
+        return []  # tensors of an unknown family are taken to keep their index when they are loaded
+    axes = _orientation(config, tensor, shapes[tensor], layouts)
+    return [m for m in matches if m[1].axes == axes]
+
+
 def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What may stand in front of a tensor's name, stored or loaded: "model.", "language_model.model.", and so on."""
+    """Return the possible prefixes of stored and loaded tensors: "model.", "language_model.model." and so on."""
     return tuple(dict.fromkeys(prefix for family in _families(config) for prefix in family.prefixes))
 
 
@@ -197,15 +214,16 @@ def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _families(config: Mapping[str, Any]) -> tuple[Family, ...]:
-    """The family that config.json names, or, where it names none that is known, all of them: the tensor names decide.
+    """Return the family of the model type in config.json, or all families if the model type is unknown.
 
-    An unknown encoder-decoder gets none, since "layer 3" would not say which of the two stacks is meant.
+    With all families, the names of the tensors decide. An unknown encoder-decoder has none, since "layer 3" does not
+    identify one of its two stacks.
     """
     if known := _known_families(config):
         return known
     if config.get("is_encoder_decoder") is True:
         return ()
-    # What transformers turns while loading is known per model type only; an unknown one is taken as it is stored.
+    # Only a known model type tells which tensors transformers transposes while loading; others are taken as stored.
     return tuple(
         Family(f.name, f.model_types, f.trunks, tuple(layout for layout in f.layouts if not layout.stored_only))
         for f in FAMILIES
@@ -213,7 +231,7 @@ def _families(config: Mapping[str, Any]) -> tuple[Family, ...]:
 
 
 def _known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
-    """The families of the model type that config.json names; empty if it names none that is known."""
+    """Return the families of the model type in config.json; empty if it is unknown."""
     for section in _sections(config):
         known = tuple(family for family in FAMILIES if section.get("model_type") in family.model_types)
         if known:
@@ -222,19 +240,20 @@ def _known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
 
 
 def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The parts of config.json that may describe the language model, the most specific first."""
+    """Return the parts of config.json that may describe the language model, the most specific first."""
     nested = [config.get(key) for key in ("text_config", "llm_config")]
     return [section for section in nested if isinstance(section, Mapping)] + [config]
 
 
-def _number(config: Mapping[str, Any], *keys: str) -> int | None:
+def _find_number(config: Mapping[str, Any], *keys: str) -> int | None:
+    """Return the first positive number under one of the keys, in the most specific section; None if none exists."""
     values = (section.get(key) for section in _sections(config) for key in keys)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def layer_limit(config: Mapping[str, Any]) -> int | None:
-    """Return the number of layers that config.json gives; None if it gives none."""
-    return _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    """Return the number of layers in config.json; None if it is not stated."""
+    return _find_number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 # Names --------------------------------------------------------------------------------------------------------------
@@ -242,8 +261,9 @@ def layer_limit(config: Mapping[str, Any]) -> int | None:
 
 @cache
 def _pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
+    """Compile the pattern of the full names of a layout, with the groups "layer" and "expert"."""
     prefix = "|".join(map(re.escape, prefixes_of(trunks)))
-    # No leading zeros: what matches must be what `_possible_names` writes for that layer and expert.
+    # Leading zeros are refused, since `_possible_names` does not write them.
     number = r"(?P<{}>0|[1-9][0-9]{{0,8}})"
     tail = re.escape(name)
     for field in ("layer", "expert"):
@@ -251,9 +271,9 @@ def _pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
     return re.compile(f"(?:{prefix}){tail}")
 
 
-def _matches(families: tuple[Family, ...], tensor: str) -> list[tuple[Family, Layout, int, Expert]]:
-    """Every reading of a whole tensor name as a down projection; the expert of a stacked tensor is left None."""
-    found: list[tuple[Family, Layout, int, Expert]] = []
+def _matches(families: tuple[Family, ...], tensor: str) -> list[_Match]:
+    """Return every reading of a tensor's name as a down projection; the expert of a stacked tensor is None."""
+    found: list[_Match] = []
     for family in families:
         for layout in family.layouts:
             match = _pattern(family.trunks, layout.name).fullmatch(tensor)
@@ -266,6 +286,7 @@ def _matches(families: tuple[Family, ...], tensor: str) -> list[tuple[Family, La
 
 
 def _possible_names(families: tuple[Family, ...], layer: int, expert: Expert) -> dict[str, list[Layout]]:
+    """Map every name that a down projection may have to the layouts with that name."""
     kind: Kind = "dense" if expert is None else "shared" if expert == "shared" else "routed"
     names: dict[str, list[Layout]] = {}
     for family in families:
@@ -278,10 +299,12 @@ def _possible_names(families: tuple[Family, ...], layer: int, expert: Expert) ->
 
 
 def _stored_names(families: tuple[Family, ...], shapes: Shapes, layer: int, expert: Expert) -> dict[str, list[Layout]]:
+    """Return the `_possible_names` that are stored."""
     return {name: layouts for name, layouts in _possible_names(families, layer, expert).items() if name in shapes}
 
 
 def _order(place: tuple[int, Expert]) -> tuple[int, float]:
+    """Return the sort key of (layer, expert): dense first, then the experts by number, shared last."""
     layer, expert = place
     return layer, -1 if expert is None else float("inf") if expert == "shared" else expert
 
@@ -298,15 +321,16 @@ def _encode(axes: str, row: int, col: int, expert: Expert) -> tuple[int, ...]:
 
 
 def _decode(axes: str, index: tuple[int, ...], expert: Expert) -> tuple[int, int, Expert]:
+    """Return (row, col, expert) of an index; `expert` is returned if the tensor does not stack experts."""
     values = dict(zip(axes.split(), index, strict=True))
     return values["row"], values["col"], values.get("expert", expert)
 
 
 def _possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set[Axes]:
-    """What the axes of a tensor with these layouts may mean.
+    """Return the possible orders of the axes of a tensor with these layouts.
 
-    An unknown family may store `experts.down_proj` either way round, as the known families do, whatever the block is
-    called in which it stores it.
+    An unknown family may store `experts.down_proj` in either orientation, since the known families use both. The name
+    of the block that contains it does not matter.
     """
     axes = {layout.axes for layout in layouts}
     if _known_families(config):
@@ -316,17 +340,18 @@ def _possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set[Axes
 
 
 def _tail(layout: Layout) -> tuple[str, int]:
-    """The last part of a layout's name, with ".weight" if it has one, and its number of dimensions."""
+    """Return the last part of a layout's name (with ".weight" if present) and its number of dimensions."""
     parts = layout.name.split(".")
     return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:]), len(layout.axes.split())
 
 
 def _hidden_size(config: Mapping[str, Any]) -> int | None:
-    return _number(config, "hidden_size", "n_embd", "n_embed", "d_model")
+    """Return the hidden size in config.json; None if it is not stated."""
+    return _find_number(config, "hidden_size", "n_embd", "n_embed", "d_model")
 
 
 def _fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: list[Layout]) -> set[Axes]:
-    """The meanings of the axes that the number of dimensions and the config's hidden size allow."""
+    """Return the orders of the axes that agree with the shape and the hidden size in config.json."""
     hidden = _hidden_size(config)
     return {
         axes
@@ -336,7 +361,7 @@ def _fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: li
 
 
 def _orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], layouts: list[Layout]) -> Axes:
-    """The one meaning of the axes that the shape allows. Raises ArchitectureError if it allows none or several."""
+    """Return the only order of the axes that fits the shape. Raises ArchitectureError if none or several fit."""
     hidden = _hidden_size(config)
     fitting = _fitting_axes(config, shape, layouts)
     if not fitting:
@@ -354,6 +379,7 @@ def _orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], l
 
 
 def _refuse_packed(name: str, shapes: Shapes) -> None:
+    """Raise ArchitectureError if a down projection is stored in packed form."""
     for suffix in PACKED_SUFFIXES:
         packed = name.removesuffix(".weight") + suffix
         if packed in shapes:
@@ -365,18 +391,18 @@ def _refuse_packed(name: str, shapes: Shapes) -> None:
 
 
 def _refuse_otherwise_stored(name: str, shapes: Shapes) -> None:
-    """Raise ArchitectureError if the module of a down projection is stored, but under other names than its weight."""
+    """Raise ArchitectureError if tensors of a down projection are stored, but not its weight."""
     if not name.endswith(".weight") or name in shapes:
         return
     module = name.removesuffix("weight")
     stored = sorted(t for t in shapes if t.startswith(module) and t != f"{module}bias")
     if stored:
-        raise ArchitectureError("the down projection is quantised or stored in parts, so no single scalar of it can be "
-                                "edited", stored[0], "edit the checkpoint before it is quantised")  # fmt: skip
+        what = "the down projection is quantised or stored in parts, so no single scalar of it can be edited"
+        raise ArchitectureError(what, stored[0], "edit the checkpoint before it is quantised")
 
 
 def _layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
-    """Return the number of every layer that stores a tensor of whatever kind, other than `NAME.weight.REST`."""
+    """Return the numbers of the layers that store any tensor, except tensors named `NAME.weight.REST`."""
     starts = {
         (prefix + layout.name).split("{layer}")[0]
         for family in families
@@ -387,10 +413,10 @@ def _layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
     return {int(match[1]) for tensor in shapes if ".weight." not in tensor and (match := pattern.match(tensor))}
 
 
-def _not_there(
+def _explain_missing(
     config: Mapping[str, Any], families: tuple[Family, ...], shapes: Shapes, layer: int, expert: Expert
 ) -> ArchitectureError:
-    """Why a layer has no such down projection, as exactly as config and names tell."""
+    """Return the error that explains why a layer has no such down projection. Raises it for packed ones."""
     for place in (expert, None, 0, "shared"):
         for name in _possible_names(families, layer, place):
             _refuse_packed(name, shapes)
@@ -406,13 +432,14 @@ def _not_there(
 
     dense, routed, shared = (bool(_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
     experts = _expert_count(families, shapes, layer)
-    choice = ", ".join([f"0 to {experts - 1}"] * routed + ["shared"] * shared)
+    choices = ([f"0 to {experts - 1}"] if routed else []) + (["shared"] if shared else [])
+    choice = ", ".join(choices)
     if dense:
         return ArchitectureError(f"layer {layer} is dense", f"it has no expert {expert}", "leave expert out")
     if choice and expert is None:
         return ArchitectureError(f"layer {layer} is a mixture of experts", "no expert is given", f"expert: {choice}")
     if choice:
-        return _beyond_the_experts(layer, expert, choice)
+        return _no_such_expert(layer, expert, choice)
 
     sought = {layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts}
     model_type = next((section["model_type"] for section in _sections(config) if "model_type" in section), "not given")
@@ -423,12 +450,13 @@ def _not_there(
     )
 
 
-def _beyond_the_experts(layer: int, expert: Expert, choice: str) -> ArchitectureError:
+def _no_such_expert(layer: int, expert: Expert, choice: str) -> ArchitectureError:
+    """Return the error for an expert that does not exist; `choice` lists those that do."""
     return ArchitectureError(f"layer {layer} has no expert {expert}", f"its experts are {choice}")
 
 
 def _expert_count(families: tuple[Family, ...], shapes: Shapes, layer: int) -> int:
-    """How many routed experts a layer stores, stacked or one by one."""
+    """Count the routed experts that a layer stores, stacked or individually."""
     count = 0
     while names := _stored_names(families, shapes, layer, count):
         for name, layouts in names.items():

@@ -79,8 +79,8 @@ Such a tensor is internal if it is not a float or if quantisation is declared.
 _CACHE_SCALE = re.compile(r"(q|k|v|kv|prob|q_prob|output)_scale")
 """The pattern of last parts of names of the scales of a quantised KV cache or output.
 
-Such a tensor is internal if it is not a float or if quantisation is declared. A scale of one element is always internal,
-unless it belongs to an output.
+Such a tensor is internal if it is not a float or if quantisation is declared. A scale of one element is always
+internal, unless it belongs to an output.
 """
 
 _QUANTISER = re.compile(r"((weight|input|output|softmax|[qkv]+_bmm|(q|k|v|kv)_fake)_quantizer|quant_state)")

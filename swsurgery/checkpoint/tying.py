@@ -1,4 +1,4 @@
-"""Tied weights: stored tensors that loaders hold as one parameter, such as the embedding and the head.
+"""Find tied weights: tensors that loaders use as one parameter, such as the embedding and the head.
 
 If both tensors of a pair are stored, a loader keeps one of them and drops the other, so an edit of only one may have no
 effect. This module finds the pairs in a checkpoint and decides from config.json if they are tied. It must not import
@@ -37,7 +37,7 @@ t5gemma2_text tapas trocr udop umt5 vaultgemma vilt visual_bert voxtral_realtime
 xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2 zaya
 """
 TIED_BY_DEFAULT = frozenset(_TIED_BY_DEFAULT.split())
-"""Model types whose configuration class in transformers ties if config.json lacks `tie_word_embeddings`."""
+"""Model types whose head is tied by default: transformers ties them if config.json lacks `tie_word_embeddings`."""
 
 _UNTIED_BY_DEFAULT = """
 EvollaModel afmoe apertus arcee aria aria_text axk1 axk2 bailing_hybrid bamba beam bitnet blt
@@ -62,8 +62,8 @@ qwen4_exp qwen4_exp_text reformer rembert rwkv seed_oss smolvlm solar_open stabl
 unlimited_ocr unlimited_ocr_text vibevoice video_llama_3 video_llava vipllava xcodec2 xlstm
 """
 UNTIED_BY_DEFAULT = frozenset(_UNTIED_BY_DEFAULT.split())
-"""Model types whose configuration class does not. Any other type is unknown: transformers 4 tied it, 5 does not."""
-
+"""Model types whose head is not tied by default. The default of any other type is unknown: transformers 4 ties it,
+transformers 5 does not."""
 
 _HEADS = """
 lm_head embed_out output proj_out output_projection output_layer ff_out head decoder lm_head.decoder lm_head.out_proj
@@ -71,7 +71,7 @@ cls.predictions.decoder predictions.decoder head.decoder mlm_score.decoder gener
 pred_layer.proj
 """
 HEADS = tuple(_HEADS.split())
-"""Names of language-modelling heads, without ".weight"."""
+"""Names of language-modelling heads, without the ending ".weight"."""
 
 _ENDINGS = tuple(f"{head}.weight" for head in HEADS)
 _LONGEST_FIRST = "|".join(map(re.escape, sorted(HEADS, key=len, reverse=True)))
@@ -87,10 +87,10 @@ backbone.embeddings backbone.embedding rwkv.embeddings gpt_neox.embed_in gpt_neo
 biogpt.embed_tokens led.shared prophetnet.word_embeddings embedding.word_embeddings
 """
 EMBEDDINGS = (*(trunk + name for trunk in _TRUNKS for name in _INPUTS), *_EMBEDDINGS.split())
-"""Names of the embedding beside a head, after the prefix that both share; the first that is stored is its partner."""
+"""Names of embeddings after the prefix that they share with the head; the first stored one is tied to the head."""
 
 _ENCODER_EMBEDDING = re.compile(r"\w+(\.\w+)?\.embeddings(\.text_embeddings)?\.word_embeddings\.weight")
-"""The embedding of BERT and its relatives, after that prefix; the first component is the model's own name."""
+"""The pattern of the embedding of BERT and related models after that prefix; the first part is the model's name."""
 
 COPIES = {
     "shared": (
@@ -101,20 +101,28 @@ COPIES = {
     ),
     "word_embeddings": ("encoder.word_embeddings", "decoder.word_embeddings"),
 }
-"""Embeddings of an encoder-decoder and what they are called again. Config.json does not say which of them are one, so
-they count as tied if they are stored alike."""
+"""Embeddings of encoder-decoders, with the other names under which the same embedding may be stored. Config.json does
+not state which of them are tied, so they count as tied if their stored values are alike."""
 
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
-_SETTINGS = ("tie_word_embeddings", "tie_embedding", "weight_tying")  # the latter two: LFM2 and OLMo 1
+"""Keys of config.json under which multimodal models describe their language model."""
+
+_SETTINGS = ("tie_word_embeddings", "tie_embedding", "weight_tying")
+"""Keys that state if the head is tied; LFM2 uses the second and OLMo 1 the third."""
+
 _SAMPLED_ROWS = 16
+"""Maximum number of rows compared to decide if two tensors have the same values."""
+
 _SAMPLED_BYTES = 64 << 10
+"""Maximum number of bytes compared of each row."""
 
 
 def tied_by_config(config: Mapping[str, object]) -> bool | None:
     """Decide from config.json if the head is tied to the embedding; None if loaders disagree or the default is unknown.
 
-    The value counts that is stated closest to the text model, as in transformers 4 and vLLM. If none is stated, the
-    defaults of all sections must agree: transformers 5 reads the outermost section, other loaders the innermost.
+    Of several stated values, the one closest to the text model decides, as in transformers 4 and vLLM. If none is
+    stated, the defaults of all sections must agree: transformers 5 uses the outermost section, other loaders the
+    innermost.
     """
     sections = list(_sections(config))
     stated = [_stated(section) for section in sections]
@@ -129,16 +137,16 @@ def tied_by_config(config: Mapping[str, object]) -> bool | None:
 
 
 def tied_pairs(names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield every (head, embedding) and (embedding, its copy) among the names of stored tensors, tied or not."""
+    """Yield the pairs (head, embedding) and (embedding, its copy) among stored tensors, even if they are not tied."""
     yield from _heads(names)
     yield from _copies(names)
 
 
 def tied_partner(name: str, checkpoint: Checkpoint) -> str | None:
-    """Find the stored tensor that loaders use in place of `name`, which is not stored; None if there is none."""
+    """Return the stored tensor that loaders use in place of `name`, which is not stored; None if none is tied to it."""
     stored = checkpoint.weight_map.keys()
     heads, with_name = set(_heads(stored)), set(_heads({*stored, name}))
-    # A name that would take the place of another partner is a slip, not a tied tensor that was left out.
+    # If adding `name` changes the partner of a stored head, `name` is a mistyped name and not an omitted tied tensor.
     if not heads <= with_name or tied_by_config(checkpoint.config) is False:
         with_name = set()
     pairs = sorted({*with_name, *_copies({*stored, name})})
@@ -146,7 +154,7 @@ def tied_partner(name: str, checkpoint: Checkpoint) -> str | None:
 
 
 def tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[str]:
-    """List every edit that changes one tensor of a stored, tied pair and not the other in the same way."""
+    """Describe every edit that changes only one tensor of a tied pair of which both are stored."""
     if not splices:
         return []
     new = {splice.coordinate: splice.new for splice in splices}
@@ -168,7 +176,7 @@ def tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[str]:
 
 
 def _reason(first: str, second: str, tied: bool | None, checkpoint: Checkpoint) -> str | None:
-    """Say why two stored tensors must not be edited apart, with a place for the partner's name; None if they may."""
+    """Return the reason why two stored tensors must be edited alike, with "{}" for the partner; None otherwise."""
     if tied is False or first in checkpoint.disagreements or second in checkpoint.disagreements:
         return None
     if checkpoint.info(first).shape != checkpoint.info(second).shape:
@@ -181,20 +189,25 @@ def _reason(first: str, second: str, tied: bool | None, checkpoint: Checkpoint) 
 
 
 def stored_alike(first: str, second: str, checkpoint: Checkpoint) -> bool:
-    """Compare rows spread evenly over two tensors: true if shapes and dtypes agree and most of the rows' bytes.
+    """Return True if two tensors have the same shape and dtype, and most of the rows compared are equal.
 
-    Not all of them, because an earlier edit may have changed a few scalars of one tensor.
+    At most _SAMPLED_ROWS evenly spaced rows are read. A few may differ, because an earlier edit may have changed some
+    scalars of one tensor.
     """
     one, other = checkpoint.info(first), checkpoint.info(second)
     if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.size:
         return False
     rows = one.shape[0] if len(one.shape) > 1 else 1
     chosen = sorted({row * rows // _SAMPLED_ROWS for row in range(_SAMPLED_ROWS)})
-    same = sum(a == b for a, b in zip(_rows(first, chosen, checkpoint), _rows(second, chosen, checkpoint), strict=True))
+    same = sum(
+        a == b
+        for a, b in zip(_read_rows(first, chosen, checkpoint), _read_rows(second, chosen, checkpoint), strict=True)
+    )
     return 2 * same > len(chosen)
 
 
-def _rows(tensor: str, rows: Sequence[int], checkpoint: Checkpoint) -> Iterator[bytes]:
+def _read_rows(tensor: str, rows: Sequence[int], checkpoint: Checkpoint) -> Iterator[bytes]:
+    """Yield the first _SAMPLED_BYTES bytes of each row of a tensor. Raises CheckpointError."""
     info, shard = checkpoint.info(tensor), checkpoint.shards[checkpoint.weight_map[tensor]]
     size = info.size // (info.shape[0] if len(info.shape) > 1 else 1)
     with opened(shard.path) as file:
@@ -214,11 +227,13 @@ def _sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
 
 
 def _stated(section: Mapping[str, object]) -> bool | None:
+    """Return the value that a section of config.json states; None if it states none."""
     values = [bool(section[key]) for key in _SETTINGS if section.get(key) is not None]
     return any(values) if values else None
 
 
 def _default(section: Mapping[str, object]) -> bool | None:
+    """Return the default for the model type of a section; None if it is unknown."""
     model_type = section.get("model_type")
     if not isinstance(model_type, str) or model_type not in TIED_BY_DEFAULT | UNTIED_BY_DEFAULT:
         return None
@@ -226,17 +241,17 @@ def _default(section: Mapping[str, object]) -> bool | None:
 
 
 def _heads(names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield every (head, embedding) that share a prefix."""
+    """Yield the pairs (head, embedding) whose names have the same prefix."""
     encoders = [name for name in names if name.endswith(".word_embeddings.weight")]
     for name in (name for name in names if name.endswith(_ENDINGS)):
         head = _HEAD.fullmatch(name)
-        embedding = _embedding(head["prefix"], names, encoders) if head else None
+        embedding = _find_embedding(head["prefix"], names, encoders) if head else None
         if embedding is not None:
             yield name, embedding
 
 
 def _copies(names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield every (embedding, its copy) of an encoder-decoder."""
+    """Yield the pairs (embedding, its copy) of an encoder-decoder."""
     endings = tuple(f"{original}.weight" for original in COPIES)
     for name in (name for name in names if name.endswith(endings)):
         for original, copies in COPIES.items():
@@ -245,7 +260,8 @@ def _copies(names: Collection[str]) -> Iterator[tuple[str, str]]:
                 yield from ((name, copy) for copy in (f"{prefix}{c}.weight" for c in copies) if copy in names)
 
 
-def _embedding(prefix: str, names: Collection[str], encoders: Sequence[str]) -> str | None:
+def _find_embedding(prefix: str, names: Collection[str], encoders: Sequence[str]) -> str | None:
+    """Return the stored embedding with this prefix; None if it does not exist."""
     for name in EMBEDDINGS:
         if f"{prefix}{name}.weight" in names:
             return f"{prefix}{name}.weight"
