@@ -202,7 +202,7 @@ def test_what_was_written_before_an_output_failed_is_named(
     def save(_: Any, mode: int) -> None:
         raise fault
 
-    monkeypatch.setattr(known, "save", save)
+    monkeypatch.setattr(known.own, "save", save)
     files = ["--manifest", "zero.yaml", "--plot", "scan.svg", "--register", "mine"]
     assert main(["scan", "planted", "--method", "weights", *files]) == fault.exit_code
     said = capsys.readouterr()
