@@ -77,8 +77,11 @@ def test_the_process_is_used_again_and_knows_nothing_of_the_last_tokenizer(direc
 
 @pytest.mark.parametrize(
     ("normalizers", "memory", "seconds", "said"),
-    [(GROW, 400 << 20, 60, "more memory than it may have"), (STALL, 2 << 30, 2, "more time|more than 2 seconds|retry-limit")],
-)  # fmt: skip
+    [
+        (GROW, 400 << 20, 60, "more memory than it may have"),
+        (STALL, 2 << 30, 2, "more time|more than 2 seconds|retry-limit"),
+    ],
+)
 def test_a_hostile_tokenizer_is_stopped(directory, monkeypatch, normalizers, memory, seconds, said):
     monkeypatch.setattr(module, "MEMORY", memory)
     monkeypatch.setattr(module, "SECONDS", seconds)
