@@ -82,23 +82,23 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
 
     Raises PlanError with all faults, and CheckpointError if the base's own record is damaged.
     """
-    faults = _base_faults(loaded, checkpoint)
+    faults = _check_base(loaded, checkpoint)
     previous = read_patched(checkpoint)
     protectors = previous.registry.protectors() if previous else {}
     try:
-        model = _known_model(loaded, checkpoint)
+        model = _identify_model(loaded, checkpoint)
     except LookupFailed as error:
         faults += [f"{loaded.path}: base.model: {fault}" for fault in error.faults]
         model = None
-    facts = _facts(model, checkpoint)
+    facts = _locate_known(model, checkpoint)
     scalars, misfits = _read_edits(loaded, checkpoint, model, protectors)
     splices = tuple(s for s in scalars if isinstance(s, Splice))
     protected = tuple(s for s in scalars if not isinstance(s, Splice))
-    faults += misfits + tied_faults(splices, checkpoint) + _copies_faults(loaded, checkpoint, splices)
+    faults += misfits + tied_faults(splices, checkpoint) + _check_copies(loaded, checkpoint, splices)
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
     omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
-    notes = tuple(_notes(loaded, checkpoint))
+    notes = tuple(_collect_notes(loaded, checkpoint))
     return Plan(loaded, checkpoint, previous, model, splices, protected, omitted, notes, facts=facts)
 
 
@@ -140,7 +140,7 @@ def _read_edits(
     return [scalar for _, scalar in sorted(scalars.values(), key=lambda item: item[0])], faults
 
 
-def _copies_faults(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Sequence[Splice]) -> list[str]:
+def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Sequence[Splice]) -> list[str]:
     """Report further copies of the weights if the manifest does not decide what happens to them."""
     if not splices or not checkpoint.copies or loaded.manifest.base.copies is not None:
         return []
@@ -157,7 +157,7 @@ def _shorten(lines: list[str], limit: int, prefix: str = "") -> list[str]:
     return [*lines[:limit], f"{prefix}and {len(lines) - limit} more of these"]
 
 
-def _notes(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
+def _collect_notes(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
     """List what the user should know about the checkpoint although it does not prevent the edit."""
     copies = loaded.manifest.base.copies
     disagreements = [
@@ -174,7 +174,7 @@ def _notes(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
     return notes
 
 
-def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
+def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
     """List every sign that this checkpoint is not the base that the manifest means."""
     base = loaded.manifest.base
     faults: list[str] = []
@@ -199,7 +199,7 @@ def _base_faults(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
     return faults
 
 
-def _known_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownModel | None:
+def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownModel | None:
     """Identify the base among the known models; None if it is unknown.
 
     Raises LookupFailed if the manifest names a model that is unknown. An unknown repo_id is no fault.
@@ -211,7 +211,7 @@ def _known_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownModel |
     return next((model for model in models if model), None)
 
 
-def _facts(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:
+def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:
     """Map coordinates of the checkpoint to the known super weights of its model."""
     facts: dict[Coordinate, KnownCoordinate] = {}
     for entry in model.coordinates if model else ():
@@ -276,13 +276,13 @@ def _resolve_known(name: str, checkpoint: Checkpoint, model: KnownModel | None) 
 
 def _read_scalar(edit: Edit, coordinate: Coordinate, expect: Expected, checkpoint: Checkpoint) -> Scalar:
     """Check one coordinate, read it and compute its new bytes. Raises PlanError, NumberError."""
-    info = _info(coordinate, checkpoint)
+    info = _find_tensor(coordinate, checkpoint)
     name, index = coordinate
     if edit.writes:
         _refuse_quantised(name, checkpoint)
     if not _fits(info, index):
         where = f"{name} of shape {list(info.shape)}"
-        raise PlanError(f"index {list(index)} is out of range", where, _swap_hint(info, index))
+        raise PlanError(f"index {list(index)} is out of range", where, _explain_index(info, index))
     if info.dtype.bits % 8:
         raise PlanError(f"{info.dtype.name} {info.dtype.refusal}", coordinate)
     file = checkpoint.weight_map[name]
@@ -307,7 +307,7 @@ def _read_scalar(edit: Edit, coordinate: Coordinate, expect: Expected, checkpoin
     return Splice(file, coordinate, info.dtype, offset, old, op=edit.op, new=new, factor=factor)
 
 
-def _info(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
+def _find_tensor(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
     """Find the header's entry of a coordinate's tensor. Raises PlanError if loaders would not find the tensor."""
     name = coordinate.tensor
     if name in checkpoint.disagreements:
@@ -315,11 +315,11 @@ def _info(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
     if name not in checkpoint.weight_map:
         if partner := tied_partner(name, checkpoint):
             raise PlanError(f"{name} is tied to {partner} and not stored", remedy=f"edit {partner}")
-        raise PlanError("no such tensor", name, _hint(name, checkpoint))
+        raise PlanError("no such tensor", name, _suggest_tensor(name, checkpoint))
     return checkpoint.info(name)
 
 
-def _hint(name: str, checkpoint: Checkpoint) -> str:
+def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
     """Suggest the tensor with the most similar name; the empty text if none is similar.
 
     Only names with the same ending are compared: comparing thousands takes half a second.
@@ -335,7 +335,7 @@ def _fits(info: TensorInfo, index: tuple[int, ...]) -> bool:
     return len(index) == len(info.shape) and all(i < n for i, n in zip(index, info.shape, strict=True))
 
 
-def _swap_hint(info: TensorInfo, index: tuple[int, ...]) -> str:
+def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
     """Explain an index that is out of range, if the reason is obvious; otherwise return the empty text."""
     if 0 in info.shape:
         return "the tensor has no elements"
