@@ -28,6 +28,11 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 
+def pluralise(number: int, noun: str) -> str:
+    """Return the number and its noun, as in "1 scalar" and "2 scalars"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def printable(text: str) -> str:
     """Escape every control, bidirectional and surrogate character in `text`.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
-from swsurgery.errors import printable
+from swsurgery.errors import pluralise, printable
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying.findings import Finding
 
@@ -167,7 +167,7 @@ def body(
     name = _base_name(registry)
     parts = [
         f"# {escaped(repo_id.split('/')[-1])}",
-        f"This is {name}, with {_count(len(registry.edits), 'scalar')} changed and every other byte of its weights "
+        f"This is {name}, with {pluralise(len(registry.edits), 'scalar')} changed and every other byte of its weights "
         "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
         "## What was changed",
         _edits(registry.edits, short or {}),
@@ -213,8 +213,9 @@ def patch_body(
         check.insert(0, f"The edits were made in {steps} steps. Of the last one, whose base was the one before:")
     parts = [
         f"# {escaped(repo_id.split('/')[-1])}",
-        f"A patch of {size} bytes for {_base_name(registry)}, which changes {_count(len(registry.edits), 'scalar')} of "
-        "its weights. There are no weights in this repository. Made by swsurgery.",
+        f"A patch of {size} bytes for {_base_name(registry)}, which changes "
+        f"{pluralise(len(registry.edits), 'scalar')} of its weights. There are no weights in this repository. "
+        "Made by swsurgery.",
         "## What it changes",
         _edits(registry.edits, short or {}),
         *_known(registry),
@@ -256,10 +257,6 @@ def _base_uri(registry: Registry) -> str | None:
     if not all(_matches(pattern, part) for pattern, part in parts):
         return None
     return f"hf://{base.repo_id}@{base.revision}" + (f"/{base.sub}" if base.sub else "")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

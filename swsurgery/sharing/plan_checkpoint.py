@@ -18,7 +18,7 @@ from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.opening import open_as
 from swsurgery.checkpoint.projections import short_form
 from swsurgery.checkpoint.record import REGISTRY_NAME, FileRecord, Patched, Registry, read_patched
-from swsurgery.errors import ArchitectureError, CheckpointError, HubError
+from swsurgery.errors import ArchitectureError, CheckpointError, HubError, pluralise
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
 from swsurgery.hub.commit import Listing, Target, listing_if_seen, look, open_pull_requests
@@ -355,7 +355,7 @@ def summary(registry: Registry) -> str:
     number, base = len(registry.edits), registry.base
     of = f" of {base.repo_id}" if base.repo_id else ""
     at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
-    return f"{number} scalar{'' if number == 1 else 's'}{of}{at} changed"
+    return f"{pluralise(number, 'scalar')}{of}{at} changed"
 
 
 def _find_pull_request(plan: Publication) -> int | None:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from swsurgery._version import __version__
-from swsurgery.errors import printable
+from swsurgery.errors import pluralise, printable
 from swsurgery.verifying.findings import RULES, Finding
 
 Format = Literal["text", "json", "junit", "sarif", "github"]
@@ -72,7 +72,7 @@ def _text(report: FindingReport) -> str:
         word = "FINDING" if finding.level == "error" else "warning"
         lines.append(f"{word}   {finding.rule}: {_sentence(report, finding)}")
     if report.errors:
-        lines.append(f"{_count(report.errors, 'finding')} in {_plain(report.subject)}")
+        lines.append(f"{pluralise(report.errors, 'finding')} in {_plain(report.subject)}")
     lines += _checked(report)
     if not lines:
         lines.append(f"{_plain(report.subject)}: nothing was found")
@@ -109,10 +109,6 @@ def _plain(text: str) -> str:
     """
     line = printable(text).replace("##[", r"\x23#[")
     return r"\x3a" + line.lstrip()[1:] if line.lstrip().startswith("::") else line
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 # For scripts --------------------------------------------------------------------------------------------------------

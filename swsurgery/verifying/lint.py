@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swsurgery.errors import LookupFailed, ManifestError, printable
+from swsurgery.errors import LookupFailed, ManifestError, pluralise, printable
 from swsurgery.known import KnownCoordinate, KnownModel, own, shipped
 from swsurgery.known.schema import coordinate_id
 from swsurgery.manifest.load import LoadedManifest, load_manifest
@@ -60,7 +60,7 @@ def lint(paths: Sequence[Path], strict: bool = False) -> LintReport:
             unreadable += error.faults
     if unreadable:
         raise ManifestError.of(unreadable)
-    several = f"{len(paths)} manifest{'' if len(paths) == 1 else 's'}"
+    several = pluralise(len(paths), "manifest")
     faulty = {f.manifest for f in findings}
     return LintReport(
         subject=str(paths[0]) if len(paths) == 1 else several,

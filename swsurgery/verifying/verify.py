@@ -15,7 +15,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_chosen, refuse_other_weights
 from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
-from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, printable
+from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, pluralise, printable
 from swsurgery.hub import Repo, named, place
 from swsurgery.progress import Progress
 from swsurgery.storage.files import Repository
@@ -319,22 +319,22 @@ def _check_manifest(
 
 
 def _describe_verification(verification: Verification) -> Iterable[str]:
-    yield f"verified  {_count(verification.files - len(verification.unhashed), 'file')} with the registry's sha256"
+    yield f"verified  {pluralise(verification.files - len(verification.unhashed), 'file')} with the registry's sha256"
     if verification.proved:
         others = verification.unread or verification.unverified
-        put_back = "the rest" if others else f"with {_count(verification.edits, 'scalar')} put back, they"
+        put_back = "the rest" if others else f"with {pluralise(verification.edits, 'scalar')} put back, they"
         yield f"proved    {put_back} have the base's sha256"
     if verification.unread:
         names = ", ".join(verification.unread)
         yield f"unread    {names}: the sha256 is the Hub's word; the edited scalars were read"
     if verification.elsewhere:
-        yield f"elsewhere {_count(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
-    yield f"protected {_count(verification.protected, 'scalar')} with the base's bits"
+        yield f"elsewhere {pluralise(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
+    yield f"protected {pluralise(verification.protected, 'scalar')} with the base's bits"
     if verification.unverified:
-        names, count = _some(verification.unverified), _count(len(verification.unverified), "file")
+        names, count = _some(verification.unverified), pluralise(len(verification.unverified), "file")
         yield f"unproved  {count} whose digests were copied into the registry without hashing the base: {names}"
     if verification.unhashed:
-        count = _count(len(verification.unhashed), "file")
+        count = pluralise(len(verification.unhashed), "file")
         yield f"unhashed  {count} of which only the size is known: {_some(verification.unhashed)}"
     if verification.compared_with_base:
         yield "compared  byte by byte with the base: nothing else differs"
@@ -348,7 +348,7 @@ def _describe_survival(survived: Survival) -> Iterable[str]:
     there = [c for c in read if c.state != "lost"]
     edited = sum(c.state == "declared" for c in held)
     aside = f", {edited} of them edited on purpose" if edited else ""
-    yield f"known     {len(there)} of {_count(len(held), 'super weight')} of {survived.model} not lost{aside}"
+    yield f"known     {len(there)} of {pluralise(len(held), 'super weight')} of {survived.model} not lost{aside}"
     for c in survived.coordinates:
         aside = "" if c.held else f" (not held against it: {c.status})"
         yield f"          {c.id:16} {told(c)}{aside}"
@@ -360,7 +360,3 @@ def _describe_survival(survived: Survival) -> Iterable[str]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
