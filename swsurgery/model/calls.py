@@ -1,6 +1,6 @@
-"""What a layer is called with, and what it returns: taken apart, compared and put on another device.
+"""Split, compare and move the arguments and the return value of a decoder layer.
 
-Knows nothing of weights or of models.
+This module must not depend on weights or models.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """What one layer is called with beside the hidden states."""
+    """The arguments of one layer, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class Unknown(Exception):
-    """The layers are called in a way that is not understood here."""
+    """Raised if a layer is called with, or returns, something that this module does not support."""
 
 
 def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden states with which a layer is called, and the rest."""
+    """Separate the hidden states (rows, tokens, channels) from the other arguments of a layer.
+
+    Raises Unknown if they are neither the first argument nor named hidden_states.
+    """
     if args:
         hidden, call = args[0], Call(args[1:], kwargs)
     else:
@@ -35,6 +38,7 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
 
 
 def hidden_of(returned: Any) -> Tensor:
+    """Return the hidden states in the return value of a layer. Raises Unknown if it has none."""
     hidden = returned[0] if isinstance(returned, tuple) else returned
     if not isinstance(hidden, Tensor):
         raise Unknown
@@ -42,12 +46,13 @@ def hidden_of(returned: Any) -> Tensor:
 
 
 def like(returned: Any, hidden: Tensor) -> Any:
-    """What a layer would return with these hidden states."""
+    """Return a copy of the return value of a layer with other hidden states."""
     hidden_of(returned)
     return (hidden, *returned[1:]) if isinstance(returned, tuple) else hidden
 
 
 def leaves(value: Any) -> Iterator[Any]:
+    """Yield every value in nested mappings, tuples and lists."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (tuple, list)):
@@ -58,7 +63,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def same(calls: Iterable[Call], others: Iterable[Call]) -> bool:
-    """Are these the same calls, made of tensors and plain values only?"""
+    """Return True if the calls are equal and consist of tensors and plain values only."""
     pairs = list(zip(leaves(list(calls)), leaves(list(others)), strict=True))
     for one, other in pairs:
         if isinstance(one, Tensor):
@@ -70,7 +75,7 @@ def same(calls: Iterable[Call], others: Iterable[Call]) -> bool:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """The same with every tensor on `device`."""
+    """Return `value` with every tensor in it moved to `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Call):

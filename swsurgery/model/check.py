@@ -1,8 +1,7 @@
-"""The sanity check on one page: load the patched checkpoint once, run base and patched over a text, compare.
+"""Run the sanity check: load the patched checkpoint once, run base and patched on a text and compare them.
 
-What each figure means is said at `run_checks`; how it is computed is in `measure.py`, how two models come out of one
-in `forward.py`. Importing this module does not load torch: a command that turns out not to need the check must not
-pay seconds for it, and a machine without torch gets one line.
+`run_checks` defines the figures, `measure.py` computes them and `forward.py` runs two models from one set of weights.
+Importing this module does not load torch, which takes seconds and may not be installed.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from swsurgery.progress import Progress
 from swsurgery.storage.dtypes import decode
 from swsurgery.storage.numeric import load_numpy
 
-#: Short beginnings whose continuation people can judge; the first is an example of arXiv:2411.07191.
 PROMPTS = (
     "Summer is hot. Winter is",
     "The capital of France is",
     "Once upon a time, there was a",
     "Two plus two equals",
 )
+"""Prompts whose continuation a reader can judge; the first is an example in arXiv:2411.07191."""
 
 
 def built_in_text() -> str:
-    """The text that is read where the caller gives none: about 8,000 words of English in several kinds of prose."""
+    """Return the default text of the check: about 8,000 words of English in several kinds of prose."""
     return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
 
 
@@ -51,43 +50,30 @@ def run_checks(
 ) -> CheckReport:
     """Compare the patched `checkpoint` with its base, which differs from it by `changes`.
 
-    Text: the first `windows` non-overlapping windows of `window` tokens of `text`, fewer where it is shorter; less
-    than one window is read as it is. Each window is read on its own, with BOS in front of it if and only if the
-    tokenizer puts one in front of what it encodes. A position is scored if it has a next token in its window, so
-    the BOS position is, and the last one is not. A window never exceeds the context length of the config.
+    The text is the first `windows` non-overlapping windows of `window` tokens of `text`. A shorter text has fewer
+    windows; a text shorter than one window is used as it is. Each window is an input of its own, and begins with BOS
+    if the tokenizer adds one. A window is never longer than the context length of the config. A position is scored if
+    its window contains the next token, so BOS is scored and the last token is not.
 
-    Figures, over the scored positions: perplexity = exp of the mean negative log-likelihood, of both models, and
-    their ratio; mean KL(base || patched) in nats; mean probability of all tokens that are a stop word, of both;
-    the largest hidden state after any decoder layer, of both. For each prompt, the five likeliest next tokens.
+    The figures of each model, over the scored positions, are the perplexity (exp of the mean negative log-likelihood),
+    the mean probability of all stop words and the largest hidden state after any decoder layer. The figures of the
+    pair are the ratio of the perplexities and the mean KL(base || patched) in nats. Each prompt has the five most
+    likely next tokens of each model.
 
-    `device` is "auto", "cpu", "cuda" or "cuda:N". `placement` is "whole" (all weights in its memory), "streamed" (two
-    layers at a time, read from the shards) or "auto": streamed where the whole does not fit. Weights are in float32
-    where that fits, else in the stored dtype.
-    Without `changes` the model is run alone and stands for both.
+    `device` is "auto", "cpu", "cuda" or "cuda:N". `placement` is "whole" (all weights in memory), "streamed" (two
+    layers at a time, read from the shards) or "auto" (streamed if all weights do not fit). Weights are in float32 if
+    that fits, else in the stored dtype. Without `changes` the model runs once, and both sides have its figures.
 
-    Raises ModelError, one line, where the libraries are missing, the device does not work or is too small, model or
-    tokenizer cannot be loaded, or a changed scalar is not in the loaded model. A failed check is no error: see
-    `CheckReport.failures`.
+    Raises ModelError with one line if a library is missing, if the device does not work or is too small, if the model
+    or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check is not an
+    error: see `CheckReport.failures`.
     """
-    if reason := available():
-        raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
-    _compare(checkpoint, changes)
-    directory = local_directory(checkpoint)
-    refuse_unrunnable(directory)
-    try:
-        load_numpy()
-    except MemoryError as error:
-        raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on it") from error
-    start()
-    try:
-        import torch
-        import transformers
+    directory = _prepare(checkpoint, changes)
+    import torch
+    import transformers
 
-        from swsurgery.model import load, measure
-        from swsurgery.model.places import Variant
-    except (ImportError, OSError) as error:  # installed but broken, a missing shared library for example
-        what = f"torch or transformers cannot be imported: {type(error).__name__}"
-        raise Unrunnable(what, error, "install them again") from error
+    from swsurgery.model import load, measure
+    from swsurgery.model.places import Variant
 
     text = built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts
@@ -100,9 +86,7 @@ def run_checks(
         longest = min(window, context - len(bos))
         pieces = measure.cut_windows(measure.encode(tokenizer, text), bos, windows, longest)
         beginnings = [bos + measure.encode(tokenizer, prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, beginnings, strict=True):
-            if not 1 <= len(ids) <= context:
-                raise ModelError(f"prompt of {len(ids)} tokens", repr(prompt), f"the model reads 1 to {context}")
+        _refuse_lengths(prompts, beginnings, context)
         measure.refuse_unknown_tokens(paired.model, pieces + beginnings)
 
         base: Variant = {change.coordinate: change.base for change in changes}
@@ -138,8 +122,38 @@ def run_checks(
         )
 
 
+def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
+    """Run the cheap checks, start the tokenizer's process, import torch and return the directory of the checkpoint.
+
+    Raises ModelError.
+    """
+    if reason := available():
+        raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
+    _compare(checkpoint, changes)
+    directory = local_directory(checkpoint)
+    refuse_unrunnable(directory)
+    try:
+        load_numpy()
+    except MemoryError as error:
+        raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on it") from error
+    start()
+    try:
+        from swsurgery.model import load, measure  # noqa: F401 (they import torch and transformers)
+    except (ImportError, OSError) as error:  # installed but broken, such as a missing shared library
+        what = f"torch or transformers cannot be imported: {type(error).__name__}"
+        raise Unrunnable(what, error, "install them again") from error
+    return directory
+
+
+def _refuse_lengths(prompts: Sequence[str], sequences: Sequence[Sequence[int]], context: int) -> None:
+    """Raise ModelError for a prompt that is empty or longer than the context of the model."""
+    for prompt, ids in zip(prompts, sequences, strict=True):
+        if not 1 <= len(ids) <= context:
+            raise ModelError(f"prompt of {len(ids)} tokens", repr(prompt), f"the model reads 1 to {context}")
+
+
 def _compare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> None:
-    """Raises ModelError where the checkpoint does not hold what it is said to hold."""
+    """Raise ModelError if a scalar of `changes` does not have its patched value in `checkpoint`."""
     for change in changes:
         tensor, index = change.coordinate
         try:

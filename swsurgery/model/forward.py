@@ -1,17 +1,17 @@
-"""One model in several variants at once, layer by layer, from one reading of its weights.
+"""Run several variants of one model side by side, layer by layer, reading its weights once.
 
-A variant is the stored checkpoint with some scalars at other values: a patched model's base, a candidate zeroed, a
-factor of a sweep. All of them go through the layers side by side. Up to the first layer that a variant touches they
-are one and are computed once; in a layer that is touched, each variant's rows are computed with its own scalars put
-into the weights, and the stored ones put back after. So every variant is computed exactly as if its checkpoint had
-been loaded alone, wherever its scalars lie: in a linear layer, an expert, a norm or the embedding.
+A variant is the stored checkpoint with other values for some scalars: the base of a patched model, a zeroed candidate
+or a factor of a sweep. Layers before the first changed one are computed once for all variants. In a changed layer, the
+scalars of each variant are written into the weights, its rows are computed, and the stored scalars are restored. The
+result equals loading each variant's checkpoint on its own, for scalars in any parameter: linear layers, experts, norms
+and the embedding.
 
-How the model calls its layers (masks, positions) is learnt from transformers' own code: a rehearsal runs it with
-stand-ins for the layers that note what they are called with. Then the layers are called here, one after the other, so
-that only the running one needs its weights (stream.py). The head is transformers' own again. A model whose layers
-cannot be called like this is run whole, once for each variant.
+A rehearsal finds out how the model calls its layers (masks, positions): the code of transformers runs with stand-ins
+for the layers, which note their arguments. Then this module calls the layers one after the other, so that only the
+running layer needs its weights (stream.py). The code of transformers computes the head. If the layers of a model cannot
+be called this way, the whole model runs once per variant.
 
-This room knows modules and parameters. It knows no text, no tokenizer and no metric.
+This module must not depend on texts, tokenizers or metrics.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from swsurgery.model.places import Places, Variant, find_decoder_layers
 from swsurgery.progress import Progress, Silent
 
 TOKENS_AT_ONCE = 2048
-"""Tokens that go through a layer in one call: enough to keep a device busy, and what bounds its memory."""
+"""Maximum number of tokens in one call of a layer: enough to keep a device busy, and few enough to bound its memory."""
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN's, which plans anew for each shape: half a second on an H100, as much as the rest of 13.5 GB takes."""
+"""Attention kernels that may be used. cuDNN's is excluded: it makes a plan for every new shape, which takes half a
+second on an H100, as long as everything else for a model of 13.5 GB."""
 
-#: What the code of a model raises when it is called in a way that it does not expect.
 REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+"""Exceptions that the code of a model raises for arguments that it does not expect."""
 
 
 class Peak(NamedTuple):
-    """The largest hidden state by magnitude that left a decoder layer: where, and its signed value."""
+    """The hidden state of largest magnitude after any decoder layer: its position and its signed value."""
 
     layer: int
     token: int
@@ -53,8 +54,10 @@ class Peak(NamedTuple):
 
 
 class Logits:
-    """The logits of each variant for one sequence, computed when they are asked for, and not kept: all together may
-    be larger than the model. To be read before the next sequence is."""
+    """The logits (tokens, vocabulary) of each variant for one sequence, computed on access and not stored.
+
+    All of them together may be larger than the model. They must be read before the next sequence is requested.
+    """
 
     def __init__(self, variants: int, compute: Callable[[int], Tensor]):
         self._variants, self._compute = variants, compute
@@ -72,7 +75,7 @@ class Logits:
 
 
 class Outcomes(NamedTuple):
-    """What all variants made of one sequence: logits (tokens, vocabulary) in the model's dtype, and the peaks."""
+    """The results of all variants for one sequence: logits (tokens, vocabulary) in the model's dtype, and peaks."""
 
     sequence: int
     logits: Logits
@@ -80,41 +83,47 @@ class Outcomes(NamedTuple):
 
 
 class Watch(Protocol):
-    """Someone who looks at the layers while they run."""
+    """An observer of the layers while they run."""
 
     def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Entered around one call of a decoder layer, whose weights are there. Each row of the batch is a (sequence,
-        variant); before the first layer that a variant touches a row stands for all variants, and its variant is 0."""
+        """Return a context manager that is entered around one call of a decoder layer, while its weights are loaded.
+
+        Each row of the batch is a (sequence, variant). Before the first changed layer, one row represents all variants
+        and its variant is 0.
+        """
         ...
 
     def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
-        """What left the layer: hidden states (rows, tokens, channels)."""
+        """Receive the hidden states (rows, tokens, channels) after the layer."""
         ...
 
 
 class Weights(Protocol):
-    """Where a layer's weights come from, if they are not in memory all the time. `sizes` are the layers' in bytes."""
+    """A source of weights for a model whose weights are not all in memory."""
 
     @property
-    def sizes(self) -> Sequence[int]: ...
+    def sizes(self) -> Sequence[int]:
+        """Bytes of the weights of each layer."""
 
     def layer(self, number: int) -> AbstractContextManager[torch.device]:
-        """The layer has its weights, on the device that is given, while this lasts."""
+        """Load the weights of one layer for the length of a block, which receives their device."""
         ...
 
     def outside(self, head: bool) -> AbstractContextManager[torch.device]:
-        """What is no layer's (embedding, last norm, the head where it is asked for) has its weights, on the given
-        device, while this lasts."""
+        """Load the weights outside the layers for the length of a block, which receives their device.
+
+        These are the embedding, the last norm and, if `head`, the head.
+        """
         ...
 
     def close(self) -> None:
-        """Stop reading ahead and give the memory back; a layer may be asked for again."""
+        """Stop reading ahead and free the memory. Layers can be loaded again afterwards."""
         ...
 
 
 @dataclass
 class _Group:
-    """Sequences of one length on their way: hidden states (sequences, variants or 1, tokens, channels)."""
+    """The sequences of one length, with their hidden states (sequences, variants or 1, tokens, channels)."""
 
     sequences: list[int]
     calls: list[Call]
@@ -124,9 +133,9 @@ class _Group:
 class LayeredModel:
     """A causal language model whose variants are computed layer by layer.
 
-    `model` is in evaluation mode. `weights` None means that all of its weights are in memory. Raises ModelError at the
-    first run where a scalar of a variant cannot be found in the loaded model, or where the model holds another value
-    than the one that is stored: a loader that changed the weights would have us judge something else.
+    `model` is in evaluation mode. If `weights` is None, all of its weights are in memory. `run` raises ModelError if a
+    scalar of a variant is not in the loaded model, or if the loaded value differs from the stored one: the figures
+    would then be those of other weights.
     """
 
     def __init__(
@@ -140,14 +149,16 @@ class LayeredModel:
         self.layers = find_decoder_layers(model)
         self.dtype, self.device = model.dtype, device or model.device
         self.places = Places(model, self.layers, checkpoint)
-        self._returned: Any = None  # what a layer returned, as a pattern for its stand-in
+        self._returned: Any = None  # the return value of one layer, a template for the stand-ins
         self._one_by_one = False
         self._layered: bool | None = None if self.layers else False
 
     @property
     def method(self) -> str:
-        """ "streamed", or "layer by layer" with all weights in memory, or "whole passes" where the model's code allows
-        neither (known for sure after a run)."""
+        """How the model runs: "streamed", "layer by layer" (all weights in memory) or "whole passes" (neither works).
+
+        The value is final after the first run.
+        """
         if self._layered is False:
             return "whole passes"
         return "layer by layer" if self.weights is None else "streamed"
@@ -161,11 +172,11 @@ class LayeredModel:
         watch: Watch | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Outcomes]:
-        """Every sequence (token ids, of any lengths) in every variant. One Outcomes for each sequence, in order.
+        """Run every sequence of token ids in every variant and yield one Outcomes per sequence, in order.
 
-        Memory beside the weights: sequences x variants x tokens x channels of hidden states. `progress` counts a step
-        for each layer and one for each sequence, or the bytes that are streamed, and its label the layers and then the
-        sequences.
+        Sequences may differ in length. Besides the weights, memory holds sequences x variants x tokens x channels
+        hidden states. `progress` counts one step per layer and per sequence, or the bytes streamed; its label counts
+        the layers and then the sequences.
         """
         progress = progress or Silent()
         self.places.find(variants)
@@ -184,8 +195,11 @@ class LayeredModel:
                 self.weights.close()
 
     def layered(self, ids: Sequence[int]) -> bool:
-        """Can the layers be called from here? So it is where what they are called with does not depend on the tokens,
-        and where nothing lives on in it from call to call. Answered once, by a rehearsal of `ids` and its reverse."""
+        """Return True if the layers can be called from here.
+
+        Their arguments must not depend on the tokens and must not carry state from call to call. Two rehearsals, of
+        `ids` and of its reverse, decide this once.
+        """
         if self._layered is None:
             try:
                 with torch.no_grad(), self._outside():
@@ -245,7 +259,7 @@ class LayeredModel:
                 progress.advance(0 if self.weights else 1)
 
     def _enter(self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant]) -> list[_Group]:
-        """The hidden states with which the first layer is called; one group for each length."""
+        """Compute the input of the first layer, in one group for each length of sequence."""
         lengths: dict[int, list[int]] = defaultdict(list)
         for number, ids in enumerate(sequences):
             lengths[len(ids)].append(number)
@@ -283,8 +297,10 @@ class LayeredModel:
             group.state[at, v] = hidden
 
     def _rehearse(self, ids: Sequence[int]) -> tuple[Tensor, list[Call]]:
-        """Run the model with stand-ins for its layers: the hidden states (1, tokens, channels) with which the first is
-        called, and what each is called with beside them."""
+        """Run the model with stand-ins for its layers.
+
+        Returns the hidden states (1, tokens, channels) that enter the first layer, and the other arguments of each.
+        """
         entered: list[Tensor] = []
         calls: list[Call] = []
 
@@ -308,7 +324,7 @@ class LayeredModel:
         return entered[0], calls
 
     def _try_layer(self, number: int, layer: nn.Module, hidden: Tensor, call: Call) -> Any:
-        """What a layer returns, to make its stand-in return the like; without its weights if that can be."""
+        """Run one layer to learn the shape of its return value, without its weights if possible."""
         if self.weights is not None:
             kept = [(module, dict(module._buffers)) for module in layer.modules()]
             try:
@@ -317,14 +333,14 @@ class LayeredModel:
             except REFUSALS:
                 pass
             finally:
-                for module, buffers in kept:  # GPT-J moves its table of positions to where it was called last
+                for module, buffers in kept:  # GPT-J moves its table of positions to the device of the last call
                     module._buffers.update(buffers)
         with self._weights_of(number) as device:
             moved = on_device(call, device)
             return type(layer).forward(layer, hidden.to(device), *moved.args, **moved.kwargs)
 
     def _head(self, ids: Sequence[int], hidden: Tensor) -> Tensor:
-        """The logits (tokens, vocabulary) that the model makes of what its last layer gave."""
+        """Compute the logits (tokens, vocabulary) from the output of the last layer."""
 
         def stand_in(number: int, layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -338,7 +354,7 @@ class LayeredModel:
 
     @contextlib.contextmanager
     def _replaced(self, stand_in: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
-        """Layers call what `stand_in` gives for them while this lasts."""
+        """Replace the forward method of each layer with the result of `stand_in` for the length of a block."""
         kept = [layer.__dict__.get("forward") for layer in self.layers]
         try:
             for number, layer in enumerate(self.layers):
@@ -408,11 +424,11 @@ class LayeredModel:
 
 
 class _Rehearsed(Exception):
-    """The last layer was called: the rehearsal is over."""
+    """Raised by the last layer of a rehearsal to end it."""
 
 
 class _Peaks:
-    """Remembers the largest |hidden state| of each row after each decoder layer."""
+    """The largest |hidden state| of each row after each decoder layer."""
 
     def __init__(self) -> None:
         self._seen: dict[int, list[tuple[int, int, Tensor, Tensor]]] = defaultdict(list)
@@ -420,7 +436,7 @@ class _Peaks:
     def look(self, layer: int, group: _Group) -> None:
         flat = group.state.flatten(2)  # (sequences, variants, tokens * channels)
         where = torch.empty(flat.shape[:2], dtype=torch.long, device=flat.device)
-        for at, rows in enumerate(flat):  # one sequence at a time: this takes memory of its own
+        for at, rows in enumerate(flat):  # one sequence at a time, because abs() allocates a copy
             where[at] = rows.abs().nan_to_num(nan=torch.inf).argmax(dim=1)
         values = flat.gather(2, where[..., None])[..., 0]
         for at, sequence in enumerate(group.sequences):

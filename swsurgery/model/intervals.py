@@ -1,8 +1,8 @@
 """Confidence intervals of a mean loss difference, computed from whole windows of text.
 
 Tokens within a window are not independent, so an interval from tokens is far too narrow. Neighbouring windows are not
-independent either: they belong to the same article. Pure Python: knows neither torch nor models, and needs only one
-mean per window.
+independent either: they belong to the same article. The functions need one mean per window. This module must not depend
+on torch or on models.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
+"""The default probability that an interval contains the mean."""
 
 LEAST_WINDOWS = 8
-"""Fewest windows that give an interval. From fewer, the spread of the windows is too uncertain."""
-
+"""Minimum number of windows for an interval. The spread of fewer windows is too uncertain."""
 
 DESIGN_EFFECT = 3.0
 """Variance of the mean of consecutive windows, divided by that of as many independent windows (L. Kish, Survey
@@ -54,7 +54,7 @@ def mean_interval(values: Sequence[float], weights: Sequence[float], confidence:
 
 
 def prediction_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Compute how far from zero, up or down, one more value like the given two or more may be expected to be.
+    """Compute the largest magnitude that one more value, like the two or more given ones, is expected to have.
 
     This is the farther end of the Student prediction interval for a single new observation, and at least the largest
     magnitude of `values`. Infinite if a value is not finite.

@@ -1,7 +1,7 @@
-"""From a local directory to a model and a tokenizer: device, dtype, and the refusals that belong to them.
+"""Load a model and a tokenizer from a local directory, choose device and dtype, and refuse what cannot be loaded.
 
-Only files of the directory are read, only safetensors, and no code that a checkpoint brings along is run. The
-libraries' own bars, warnings and tracebacks end here. What the model computes is not this room's concern.
+Only files of the directory are read, weights only from safetensors, and code in a checkpoint is never run. Progress
+bars, warnings and tracebacks of the libraries are suppressed. This module must not depend on what the model computes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL
 from pathlib import Path
 
@@ -40,20 +40,28 @@ from swsurgery.model.torch_dtypes import streamed_dtype
 from swsurgery.model.transformers_private import AutoClass, LoadingInfo, language_model_class, no_init_weights
 from swsurgery.model.weight_plan import plan_weights
 
-#: A float32 copy is taken where it fills at most this share of the memory that is free: the rest is for logits.
 COMFORTABLE_SHARE = 0.6
+"""Largest share of the free memory that float32 weights may fill. The rest is for logits."""
 
-#: What transformers is known to raise for a directory that it cannot load, lack of memory (a RuntimeError) included.
 LOADING_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
-    AssertionError, SafetensorError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+    SafetensorError,
     config_error(),
-)  # fmt: skip
+)
+"""Exceptions that transformers raises for a directory that it cannot load. RuntimeError includes lack of memory."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars and log lines and all Python warnings off the terminal, then restore how it was."""
+    """Hide progress bars and log lines of transformers, and all Python warnings, for the length of a block."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     disable_bars: Callable[[], None] = logging.disable_progress_bar
     enable_bars: Callable[[], None] = logging.enable_progress_bar
@@ -70,7 +78,7 @@ def quiet() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`: "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N".
+    """Return the device called `name`: "auto" (CUDA if available, else CPU), "cpu", "cuda" or "cuda:N".
 
     Raises ModelError for another name, Unrunnable for a device that cannot do a trivial sum.
     """
@@ -92,7 +100,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What the report calls `device`: "cpu", or the maker's name of the CUDA device."""
+    """Return the name of `device` in reports: "cpu", or the product name of the CUDA device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
@@ -103,15 +111,16 @@ def open_model(
     placement: Placement = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> LayeredModel:
-    """The model of `checkpoint` in evaluation mode, ready to run on `device` (as `pick_device`; "cuda" without a number
-    streams over all CUDA devices in turn).
+    """Open the model of `checkpoint` in evaluation mode on `device`, named as for `pick_device`.
 
-    Whole: all weights on the device, in float32 where that is comfortable, else in the dtype that its config.json
-    names. Streamed: in that dtype, with two layers at a time in memory. "auto" is whole where float32 is comfortable.
-    A family that cannot be streamed is loaded whole, and `say` gets a line about it. What stands beside a single file
-    that was not chosen is always streamed, for transformers would load that file. Raises ModelError where transformers
-    cannot load it, where weights are missing (transformers would make them up), or where there is not
-    enough memory.
+    "whole" puts all weights on the device, in float32 if that fits comfortably, else in the dtype of config.json.
+    "streamed" uses the dtype of config.json and holds two layers at a time; "cuda" without a number then takes all CUDA
+    devices in turn. "auto" is "whole" if float32 fits comfortably. A model that cannot be streamed is loaded whole, and
+    `say` receives a line about it. Shards next to a single file that was not chosen are always streamed, because
+    transformers would load the single file.
+
+    Raises ModelError if transformers cannot load the model, if weights are missing (transformers would invent them) or
+    if memory is insufficient.
     """
     directory = local_directory(checkpoint)
     refuse_pointers(directory)
@@ -132,73 +141,78 @@ def open_model(
             say(f"the model is loaded whole: {error}")
     model = _load_whole(checkpoint, torch.float32 if comfortable else "auto")
     with running(target):
-        _move(model, target)
-        set_evaluation_mode(model)
+        as_module(model).to(target).eval()
         return LayeredModel(model, checkpoint)
 
 
-def _move(module: nn.Module, device: torch.device) -> None:
-    """Move a model; the annotations of transformers do not accept a device, those of torch do."""
-    module.to(device)
-
-
-def set_evaluation_mode(module: nn.Module) -> None:
-    """Turn dropout off; the same method of transformers' models has no annotations."""
-    module.eval()
+def as_module(model: nn.Module) -> nn.Module:
+    """Return `model` as a type whose `to` and `eval` have annotations; those of PreTrainedModel have none."""
+    return model
 
 
 def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> LayeredModel:
+    """Open a model whose weights are read layer by layer. Raises ModelError if it cannot be."""
     everywhere = target.type == "cuda" and ":" not in name
     devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if everywhere else [target]
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            local_directory(checkpoint), local_files_only=True, trust_remote_code=False
-        )
-        text = config.get_text_config()
-        dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _stored_dtype(checkpoint)
-        if target.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # no further thread: CUDA wakes up later
-                threading.Thread(target=_wake, args=(target, dtype), daemon=True).start()
-        if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
-            raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
-        with no_init_weights(), _parameters_on_meta():
-            model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False)
-            set_evaluation_mode(model)
-        model.tie_weights()  # it is part of the initialisation that was left out
+        model = _build_without_weights(checkpoint, target)
     except LOADING_ERRORS as error:
         raise ModelError(f"cannot be read layer by layer: {first_line(error)}", checkpoint.root) from error
     layers = find_decoder_layers(model)
     if not layers:
         raise ModelError("cannot be read layer by layer: no list of decoder layers", checkpoint.root)
     with running(target, streamed=True):
-        device_of = {
-            id(module): devices[number % len(devices)]
-            for number, layer in enumerate(layers)
-            for module in layer.modules()
-        }
-        for module in model.modules():  # those that are computed, such as rotary frequencies
-            for buffer, tensor in module._buffers.items():
-                if tensor is not None and buffer in module._non_persistent_buffers_set:
-                    module._buffers[buffer] = tensor.to(device_of.get(id(module), devices[0]))
-        streamed = LayeredModel(
-            model, checkpoint, StreamedWeights(plan_weights(model, layers, checkpoint), devices), devices[0]
-        )
+        _move_computed_buffers(model, layers, devices)
+        weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
+        streamed = LayeredModel(model, checkpoint, weights, devices[0])
         if not streamed.layered([0, 1, 2]):
             raise ModelError("cannot be read layer by layer: its layers are called in another way", checkpoint.root)
     return streamed
 
 
+def _build_without_weights(checkpoint: Checkpoint, target: torch.device) -> PreTrainedModel:
+    """Build the model of `checkpoint` with parameters on the meta device. Raises LOADING_ERRORS."""
+    config = transformers.AutoConfig.from_pretrained(
+        local_directory(checkpoint), local_files_only=True, trust_remote_code=False
+    )
+    text = config.get_text_config()
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _stored_dtype(checkpoint)
+    if target.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up later
+            threading.Thread(target=_wake, args=(target, dtype), daemon=True).start()
+    if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
+        raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
+    with no_init_weights(), _parameters_on_meta():
+        model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False)
+        as_module(model).eval()
+    model.tie_weights()  # part of the initialisation that no_init_weights skips
+    return model
+
+
+def _move_computed_buffers(model: nn.Module, layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> None:
+    """Move the buffers that are not stored, such as rotary frequencies, to the devices of their layers."""
+    device_of = {
+        id(module): devices[number % len(devices)] for number, layer in enumerate(layers) for module in layer.modules()
+    }
+    for module in model.modules():
+        for buffer, tensor in module._buffers.items():
+            if tensor is not None and buffer in module._non_persistent_buffers_set:
+                module._buffers[buffer] = tensor.to(device_of.get(id(module), devices[0]))
+
+
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """That of the first stored weight that is a floating-point number, as transformers takes it."""
+    """Return the dtype of the first stored floating-point weight, which transformers uses if the config names none."""
     found = (streamed_dtype(checkpoint.info(tensor).dtype.name) for tensor in checkpoint.shapes)
     return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
 def _wake(device: torch.device, dtype: torch.dtype) -> None:
-    """Have CUDA pin memory and load the kernels that every layer needs, which takes a second, while the model is still
-    being built."""
+    """Have CUDA pin memory and load the kernels that every layer needs.
+
+    This takes a second, which passes while the model is being built.
+    """
     with contextlib.suppress(RuntimeError), torch.no_grad():
-        del pinned_pieces()[:]  # torch keeps what is freed for the next to ask
+        del pinned_pieces()[:]  # torch keeps freed memory for the next request
         x = torch.zeros(1, 64, 64, device=device, dtype=dtype)
         functional.silu(functional.linear(x, x[0]))
         with sdpa_kernel(ATTENTION):
@@ -215,14 +229,14 @@ def _wake(device: torch.device, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built meanwhile have no memory for their parameters; their buffers are computed as ever."""
+    """Build modules without memory for their parameters for the length of a block. Buffers are computed as usual."""
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.device.type == "meta":
             return parameter
         return type(parameter)(parameter.to("meta"), requires_grad=False)
 
-    hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # what it returns is used
+    hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # torch says None, and uses the result
     try:
         yield
     finally:
@@ -254,7 +268,7 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that it says which; none is let through
+            ignore_mismatched_sizes=True,  # so that the info lists them; refuse_invented refuses all
         )
     except LOADING_ERRORS as error:
         raise cannot_load(error, directory) from error
@@ -264,7 +278,7 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
 
 
 def cannot_load(error: Exception, directory: Path) -> Unrunnable:
-    """What is said of an error that transformers raised while it loaded the model in `directory`."""
+    """Make the error for an exception of transformers during the loading of the model in `directory`."""
     return Unrunnable(
         f"transformers cannot load the model: {first_line(error)}",
         directory,
@@ -273,9 +287,9 @@ def cannot_load(error: Exception, directory: Path) -> Unrunnable:
 
 
 def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
-    """Raise Unrunnable if transformers would take codes for weights, for it dequantises only what the config declares.
+    """Raise Unrunnable if transformers would use the codes of quantised weights as weights.
 
-    A `.scale` beside an FP8 weight would be left out with a warning.
+    It dequantises only if the config declares it, and ignores a `.scale` beside an FP8 weight with a warning.
     """
     declared = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
     if not any(declared) and (name := checkpoint.quantisation.first_codes()):
@@ -284,8 +298,10 @@ def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
 
 
 def refuse_invented(info: LoadingInfo, directory: Path) -> None:
-    """Raises Unrunnable where transformers made weights up: those that are not stored, or not in the shape that
-    config.json asks for. `info` is its loading info, made with ignore_mismatched_sizes."""
+    """Raise Unrunnable if transformers invented weights, because they are not stored or have another shape.
+
+    `info` is the loading info of from_pretrained with ignore_mismatched_sizes, so that it lists the shapes.
+    """
     misfits = sorted((name, list(stored), list(wanted)) for name, stored, wanted in info["mismatched_keys"])
     for name, stored, wanted in misfits[:1]:
         more = f", and {len(misfits) - 1} more tensors do not fit it" if len(misfits) > 1 else ""
@@ -296,15 +312,15 @@ def refuse_invented(info: LoadingInfo, directory: Path) -> None:
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Tokens that the model can read at once, as its config says; unlimited if it gives no whole number."""
+    """Return the maximum number of tokens in one input, from the config; unlimited if it has no whole number."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else sys.maxsize
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load the tokenizer in `directory`, in a process of its own.
+    """Load the tokenizer in `directory` in a process of its own.
 
-    Raises Unrunnable, for a git-lfs pointer and for a config.json that transformers cannot read too.
+    Raises Unrunnable if that fails, for a git-lfs pointer and for a config.json that transformers cannot read.
     """
     refuse_pointers(directory)
     refuse_dtype(directory)
@@ -322,7 +338,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 @contextlib.contextmanager
 def running(device: torch.device, streamed: bool = False) -> Iterator[None]:
-    """Turn what torch raises while a model is moved to `device` or run there, `streamed` or not, into Unrunnable."""
+    """Convert errors of torch into Unrunnable while a model is moved to `device` or runs there."""
     remedy = "" if device.type == "cpu" else "--device cpu"
     try:
         yield
@@ -334,9 +350,9 @@ def running(device: torch.device, streamed: bool = False) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of the message of `error` that says something, at most 160 characters.
+    """Return the first non-empty line of the message of `error`, at most 160 characters.
 
-    A line that ends in a colon is joined with the next one.
+    A line that ends in a colon is joined with the next one. An error without a message gives its type.
     """
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
@@ -346,7 +362,7 @@ def first_line(error: Exception) -> str:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`; main memory counts what the kernel can hand out without swapping."""
+    """Return the bytes of free memory on `device`. For main memory this is what is available without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:

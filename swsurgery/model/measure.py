@@ -1,8 +1,7 @@
-"""Figures from logits: perplexity, KL, stop-word mass, next tokens.
+"""Cut text into windows of token ids, and compute figures from logits: perplexity, KL, stop-word mass, next tokens.
 
-This room turns text into windows of token ids and logits into numbers. It runs no model and passes no verdict.
-Everything is computed in float32 over slices of the vocabulary-wide logits, so that a large vocabulary costs tens of
-megabytes and not gigabytes, and summed in float64.
+Figures are computed in float32 on slices of the logits, so that a large vocabulary takes tens of megabytes instead of
+gigabytes, and summed in float64. This module must not run a model or judge its figures.
 """
 
 from __future__ import annotations
@@ -20,15 +19,18 @@ from swsurgery.model.report import Side, SuperActivation
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.model.tokenizer import Tokenizer
 
-#: Logits taken at once: as float32, 16 MB for each of the handful of tensors that exist at the same time.
 LOGITS_AT_ONCE = 2**22
+"""Number of logits in a slice. In float32 a slice has 16 MB, and a handful of such tensors exist at a time."""
 
 TOP = 5
+"""Number of next tokens in a report."""
 
 
 def bos_prefix(tokenizer: Tokenizer) -> list[int]:
-    """[BOS] if `tokenizer` puts that token in front of what it encodes by default, else []. Tokens that it would
-    append (EOS) are never wanted here: they would end the text that is to be continued."""
+    """Return [BOS] if `tokenizer` begins what it encodes with that token by default, else [].
+
+    Tokens that it appends by default (EOS) are never used, because they would end the text to be continued.
+    """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
@@ -43,14 +45,14 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def refuse_unknown_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
-    """Raises ModelError where a token id is beyond the model's vocabulary."""
+    """Raise ModelError if a token id is beyond the model's vocabulary."""
     vocabulary = vocabulary_size(model)
     if (largest := max((token for ids in sequences for token in ids), default=0)) >= vocabulary:
         raise ModelError(f"tokenizer gives token {largest}", f"the model has {vocabulary}", "is it this model's own?")
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The token ids of `text`, with no special tokens added. Raises ModelError for what UTF-8 cannot encode."""
+    """Return the token ids of `text` without special tokens. Raises ModelError for text that UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -59,10 +61,10 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def cut_windows(ids: Sequence[int], bos: Sequence[int], windows: int, window: int) -> list[list[int]]:
-    """The first `windows` non-overlapping runs of `window` tokens of the text, each with `bos` put in front of it.
+    """Cut the first `windows` non-overlapping windows of `window` tokens, and put `bos` in front of each.
 
-    A run that is not full is left out, unless there is no other. Raises ModelError where the text has fewer than
-    two tokens, so that none could be predicted, and where a window would have.
+    An incomplete window is left out unless it is the only one. Raises ModelError if the text or a window has fewer than
+    two tokens, because no token could be predicted.
     """
     if windows < 1 or window < 2:
         raise ModelError("no room for text", f"{windows} windows of {window} tokens", "at least one window of two")
@@ -73,14 +75,14 @@ def cut_windows(ids: Sequence[int], bos: Sequence[int], windows: int, window: in
 
 
 def stop_word_tokens(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
-    """The token ids below `vocabulary` that decode to a stop word, in any case, with or without one leading space."""
+    """List the token ids below `vocabulary` that decode to a stop word, in any case, also after one leading space."""
     ids = range(min(vocabulary, len(tokenizer)))
     decoded = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     return [i for i, text in zip(ids, decoded, strict=True) if text.removeprefix(" ").lower() in STOP_WORDS]
 
 
 class Totals:
-    """Running sums over the scored positions of all windows; of every variant, the base being number 0."""
+    """Sums over the scored positions of all windows, for each variant; number 0 is the base."""
 
     def __init__(self, stop_tokens: Sequence[int], variants: int = 2):
         self.stop_tokens = list(stop_tokens)
@@ -91,10 +93,10 @@ class Totals:
         self.finite = [True] * variants
         self.peaks: list[SuperActivation | None] = [None] * variants
         self.token_nll: list[list[Tensor]] = [[] for _ in range(variants)]
-        """For each variant and each window: negative log-likelihood of the scored tokens (float64, on the CPU)."""
+        """The negative log-likelihoods of the scored tokens of each variant and window (float64, on the CPU)."""
 
     def add_window(self, ids: Sequence[int], outcomes: Outcomes) -> None:
-        """Count one window `ids`: every position that has a next token."""
+        """Add the window `ids`, in which every position is scored that has a next token."""
         base = outcomes.logits[0]
         targets = torch.tensor(ids[1:], device=base.device)
         for number, peak in enumerate(outcomes.peaks):
@@ -108,7 +110,7 @@ class Totals:
         self.windows += 1
 
     def look(self, outcomes: Outcomes) -> None:
-        """Note whether all logits are finite, and nothing else."""
+        """Record only whether all logits are finite."""
         for number, logits in enumerate(outcomes.logits):
             self._look(number, logits)
 
@@ -124,19 +126,19 @@ class Totals:
         return -log.gather(-1, targets[part, None])[:, 0].double().cpu()
 
     def nll(self, number: int) -> float:
-        """Summed over all scored tokens, in nats."""
+        """Return the negative log-likelihood of a variant, summed over all scored tokens, in nats."""
         return sum(float(window.sum()) for window in self.token_nll[number])
 
     def mean_kl(self, number: int = 1) -> float:
-        """Mean KL(base || variant) per scored token in nats; rounding may not make it negative."""
+        """Return the mean KL(base || variant) per scored token in nats; a negative rounding error gives 0."""
         return max(self.kl[number] / self.scored, 0.0)
 
     def perplexity_ratio(self, number: int = 1) -> float:
-        """Perplexity of a variant divided by that of base, finite even where both are too large for a float."""
+        """Return the perplexity of a variant divided by that of the base, even if both exceed the float range."""
         return _exp((self.nll(number) - self.nll(0)) / self.scored)
 
     def side(self, number: int) -> Side:
-        """The figures of one variant."""
+        """Return the figures of one variant."""
         return Side(
             perplexity=_exp(self.nll(number) / self.scored),
             stopword_mass=self.stop_mass[number] / self.scored,
@@ -151,9 +153,9 @@ def _parts(logits: Tensor) -> list[slice]:
 
 
 def top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float], ...]:
-    """The likeliest tokens after the last position of `logits` (tokens, vocabulary), as (text, probability).
+    """Return the most likely tokens after the last position of `logits` (tokens, vocabulary), as (text, probability).
 
-    Equal probabilities, common in bfloat16, come in the order of token ids. Empty where the logits are not finite.
+    Equal probabilities, which are common in bfloat16, are in the order of token ids. Empty if a logit is not finite.
     """
     last = logits[-1].float()
     if not last.isfinite().all():
@@ -164,7 +166,7 @@ def top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float],
 
 
 def _larger(best: SuperActivation | None, peak: Peak | None, window: int) -> SuperActivation | None:
-    """Whichever is larger by magnitude; the earlier one of equals; anything not finite is the largest."""
+    """Return the one of larger magnitude, or the earlier of equals. A non-finite value is the largest."""
 
     def magnitude(value: float) -> float:
         return abs(value) if math.isfinite(value) else math.inf
@@ -179,4 +181,4 @@ def _sum(values: Tensor) -> float:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if not x > 709 else math.inf  # beyond it math.exp raises; a NaN passes through
+    return math.exp(x) if not x > 709 else math.inf  # math.exp raises beyond 709; the condition lets NaN through

@@ -1,5 +1,7 @@
-"""A checkpoint's model or tensors with scalars set in memory. What they are set to was planned elsewhere; nothing here
-writes."""
+"""Load the model or the tensors of a checkpoint and apply planned splices in memory.
+
+This module must not depend on the planner, and writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model import local_directory
 from swsurgery.model.load import (
     LOADING_ERRORS,
+    as_module,
     auto_model,
     cannot_load,
     quiet,
     refuse_codes,
     refuse_invented,
-    set_evaluation_mode,
 )
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
@@ -35,18 +37,18 @@ from swsurgery.storage.splice import Scalar, Splice
 def load(
     checkpoint: Checkpoint, splices: Sequence[Splice], protected: Sequence[Scalar], options: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model of `checkpoint` with every splice made in its parameters; `options` go to from_pretrained.
+    """Load the model of `checkpoint` and apply every splice to its parameters; `options` go to from_pretrained.
 
-    Raises ModelError where transformers cannot load it or would load other weights, where a parameter does not hold
-    the stored value, or where it is not in memory.
+    Raises ModelError if transformers cannot load the model or would load other weights, if a parameter does not have
+    the stored value, or if it is not in memory.
     """
     root = local_directory(checkpoint)
     fixed = {"local_files_only": True, "use_safetensors": True, "variant": checkpoint.variant}
     if options.pop("trust_remote_code", False):
         raise ModelError("code that comes with a checkpoint is not run", root, "leave trust_remote_code out")
     if checkpoint.choice == "index":
-        raise ModelError(f"transformers would load {checkpoint.single}, not what the index lists", root,
-                         "apply the manifest with base.copies: omit, and load the result")  # fmt: skip
+        what = f"transformers would load {checkpoint.single}, not what the index lists"
+        raise ModelError(what, root, "apply the manifest with base.copies: omit, and load the result")
     try:
         with quiet():
             config = options.get("config") or AutoConfig.from_pretrained(
@@ -62,17 +64,17 @@ def load(
     except LOADING_ERRORS as error:
         raise cannot_load(error, root) from error
     refuse_invented(info, root)
-    checkpoint.refuse_changed()  # transformers opens its files by their paths
+    checkpoint.refuse_changed()  # transformers opens files by path, so they may have been replaced
     places = Places(model, find_decoder_layers(model), checkpoint)
     for scalar in (*splices, *protected):
         new = scalar.new if isinstance(scalar, Splice) else scalar.old
         _set(places, scalar, new)
-    set_evaluation_mode(model)
+    as_module(model).eval()
     return model
 
 
 def _set(places: Places, scalar: Scalar, new: bytes) -> None:
-    """Put `new` where the loaded model holds a stored scalar, rounded as the stored value was."""
+    """Set a stored scalar to `new` in the loaded model, rounded to the dtype in which the weight was loaded."""
     place = places.place(scalar.coordinate)
     weight = place.weight
     if weight.device.type == "meta":
@@ -86,8 +88,8 @@ def _set(places: Places, scalar: Scalar, new: bytes) -> None:
 def _expect(found: Tensor, wanted: Tensor, scalar: Scalar) -> None:
     held, due = (_bits(tensor.detach().cpu()) for tensor in (found, wanted))
     if held != due:
-        raise ModelError(f"the loaded model holds {bits_of(held)} ({found.dtype}), not {bits_of(due)}",
-                         scalar.coordinate, "the loader changes this weight: load what apply writes")  # fmt: skip
+        what = f"the loaded model holds {bits_of(held)} ({found.dtype}), not {bits_of(due)}"
+        raise ModelError(what, scalar.coordinate, "the loader changes this weight: load what apply writes")
 
 
 def _scalar(dtype: str, data: bytes) -> Tensor:
@@ -99,7 +101,7 @@ def _bits(tensor: Tensor) -> bytes:
 
 
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where index and shards disagree, ModelError for a dtype that torch lacks."""
+    """Raise CheckpointError if index and shards disagree, and ModelError for a dtype that torch does not have."""
     if checkpoint.disagreements:
         name, what = min(checkpoint.disagreements.items())
         raise CheckpointError(f"index and shards disagree about {name}", what)
@@ -110,11 +112,14 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
 
 
 def tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor of the weight_map, shard by shard in the order of the data, with the splices
-    made. Raises CheckpointError where a shard ends early or a splice's old bytes are not there."""
+    """Yield (name, tensor) for every tensor of the weight_map, with the splices applied.
+
+    The order is that of the data in each shard. Raises CheckpointError if a shard ends early or if it does not contain
+    the old bytes of a splice.
+    """
     for file, shard in checkpoint.shards.items():
         with opened(shard.path) as fd:
-            assert isinstance(fd, int)  # the checkpoint of a model is on this machine
+            assert isinstance(fd, int)  # models run only from local checkpoints
             for info in shard.tensors.values():
                 if checkpoint.weight_map.get(info.name) != file:
                     continue
@@ -123,7 +128,7 @@ def tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple
 
 
 def _read(fd: int, info: TensorInfo, offset: int, splices: Sequence[Splice], file: str) -> Tensor:
-    """One tensor, read into memory of its own."""
+    """Read one tensor into new memory and apply its splices."""
     if not info.size:
         return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype.name])
     data = bytearray(info.size)

@@ -1,6 +1,6 @@
-"""Where stored scalars are inside a loaded model, and how they get other values for a while.
+"""Find stored scalars in a loaded model, and give them other values for the length of a block.
 
-Knows modules and parameters, and not what is computed with them.
+This module depends on modules and parameters, and must not depend on what is computed with them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
 
 Variant = Mapping[Coordinate, float]
-"""Stored scalars and the value that each has in this variant; {} is the checkpoint as it is stored."""
+"""Maps the scalars that differ from the stored checkpoint to their values; {} is the stored checkpoint."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One scalar inside the loaded model. `owners` are all modules that hold its parameter, with the name it has
-    there; `layers` are the decoder layers among which they lie, None for outside."""
+    """One scalar of the loaded model.
+
+    `owners` are the modules that share its parameter, each with the parameter's name in it. `layers` are the numbers of
+    the decoder layers that contain these modules; None stands for modules outside the layers.
+    """
 
     coordinate: Coordinate
     index: tuple[int, ...]
@@ -44,7 +47,7 @@ class Place:
 
 
 class Places:
-    """The places of the scalars of one model, found when they are first asked for."""
+    """The places of scalars in one model, found on first use."""
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], checkpoint: Checkpoint):
         self._checkpoint = checkpoint
@@ -52,18 +55,21 @@ class Places:
         self._found: dict[Coordinate, Place] = {}
 
     def find(self, variants: Sequence[Variant]) -> None:
-        """Find every scalar of `variants`. Raises Unrunnable for one that the loaded model lacks."""
+        """Find every scalar of `variants`. Raises Unrunnable for one that is not in the loaded model."""
         for coordinate in {coordinate for variant in variants for coordinate in variant} - set(self._found):
             self._found[coordinate] = self.place(coordinate)
 
     def touches(self, variant: Variant, where: int | None) -> bool:
-        """Does `variant` change a weight of layer `where` (None: one outside the layers)?"""
+        """Return True if `variant` changes a weight of layer `where` (None: outside the layers)."""
         return any(where in self._found[coordinate].layers for coordinate in variant)
 
     @contextlib.contextmanager
     def swapped(self, variant: Variant, where: int | None | object = ...) -> Iterator[None]:
-        """The weights of layer `where` (None: those outside the layers; ...: all) are those of `variant` while this
-        lasts; afterwards, come what may, they have their very bits back."""
+        """Give the weights of layer `where` the values of `variant` for the length of a block.
+
+        None stands for the weights outside the layers, and ... for all weights. The original bits are restored
+        afterwards, also after an exception. Raises Unrunnable if a loaded value differs from the stored one.
+        """
         kept: list[tuple[Tensor, tuple[int, ...], Tensor]] = []
         try:
             for coordinate, value in variant.items():
@@ -71,7 +77,7 @@ class Places:
                 if where is not ... and where not in place.layers:
                     continue
                 weight = place.weight
-                if weight.device.type == "meta":  # the head, while only the embedding is there
+                if weight.device.type == "meta":  # the head, while only the embedding is loaded
                     continue
                 held = weight[place.index].clone()
                 expected = torch.tensor(place.stored, dtype=torch.float64).to(weight.dtype)
@@ -89,7 +95,7 @@ class Places:
                 weight[index] = held
 
     def place(self, coordinate: Coordinate) -> Place:
-        """The place of a stored scalar in the loaded model: the first candidate that exists."""
+        """Find a stored scalar in the loaded model: the first candidate that exists. Raises Unrunnable if none does."""
         shapes = self._checkpoint.shapes
         if coordinate.tensor in shapes:
             for candidate in loaded_candidates(self._checkpoint.config, coordinate, shapes):
@@ -106,7 +112,7 @@ class Places:
 
 
 class _Owners(NamedTuple):
-    """The modules that hold one parameter, with its name there, and the layers among which they lie."""
+    """The modules that share one parameter, its name in each, the layers that contain them, and its shape."""
 
     modules: tuple[tuple[nn.Module, str], ...]
     layers: frozenset[int | None]
@@ -114,7 +120,7 @@ class _Owners(NamedTuple):
 
 
 def _owners_of_parameters(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, _Owners]:
-    """Every parameter by each of its names."""
+    """Map each name of each parameter to its owners."""
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
     holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     names: dict[str, nn.Parameter] = {}
@@ -135,8 +141,10 @@ def _owners_of_parameters(model: nn.Module, layers: Sequence[nn.Module]) -> dict
 
 
 def find_decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers of the text model in order: the first list of modules, from the outside in, that is as long
-    as the config says; empty where there is none."""
+    """Return the decoder layers of the text model in order.
+
+    They are the first ModuleList, from the outside in, whose length is num_hidden_layers. Empty if no list fits.
+    """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for root in (decoder(model), model):
         for module in root.modules() if root is not None else ():

@@ -1,6 +1,6 @@
-"""Say why a model or a tokenizer cannot be loaded, where transformers' own message points to the wrong place.
+"""Explain why a model or a tokenizer cannot be loaded, in cases in which the message of transformers misleads.
 
-Reads small files of the directory; loads nothing. Importing this module does not load torch.
+This module reads small files of the directory and loads nothing. Importing it does not load torch.
 """
 
 from __future__ import annotations
@@ -15,30 +15,32 @@ from swsurgery.storage.files import not_the_file
 from swsurgery.storage.strict_json import read_config
 
 HEADS = frozenset({"lm_head", "embed_out", "lm_loss", "output_projection", "generator_lm_head", "cls"})
-"""Names of the modules that turn hidden states into logits."""
+"""Names that modules which turn hidden states into logits have in transformers."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "merges.txt", "tiktoken.model", "qwen.tiktoken",
     "vocab.bpe", "spm.model", "source.spm", "bpe.codes",
 )  # fmt: skip
+"""Names of the files from which transformers can load a vocabulary."""
 
 SMALL = 1 << 10
-"""A git-lfs pointer has about 130 bytes."""
+"""Maximum size in bytes of a file that is examined. A git-lfs pointer has about 130 bytes."""
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""Files of a tokenizer that is not complete without others."""
+"""Files with settings of a tokenizer, which do not make a tokenizer on their own."""
 
 _VOCABULARY = re.compile(r"token|vocab|merges|codes|dict|[.](model|bpe|spm|tiktoken)", re.IGNORECASE)
-"""What the name of a vocabulary that TOKENIZER_FILES does not list may contain."""
+"""Matches the name of a vocabulary file that TOKENIZER_FILES does not list."""
 
 _TEXT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+"""Suffixes of the files that transformers reads besides the weights."""
 
 
 def refuse_unrunnable(directory: Path) -> None:
-    """Raise Unrunnable if the names and the small files of the directory show that no model can be run.
+    """Raise Unrunnable if file names and small files of the directory show that no model can be run.
 
-    This takes no memory and no time; importing torch takes 400 MB and seconds.
+    This avoids importing torch in vain, which takes 400 MB and seconds.
     """
     refuse_pointers(directory)
     if not (directory / "config.json").is_file():
@@ -71,12 +73,12 @@ def refuse_dtype(directory: Path) -> None:
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     for section in sections:
         for key in ("dtype", "torch_dtype"):
-            said = section.get(key)
-            if not isinstance(said, str) or said in ("auto", *known) or said.removeprefix("torch.") in known:
+            named = section.get(key)
+            if not isinstance(named, str) or named in ("auto", *known) or named.removeprefix("torch.") in known:
                 continue
-            near = difflib.get_close_matches(said, known, 1)
+            near = difflib.get_close_matches(named, known, 1)
             remedy = f"did you mean {near[0]}?" if near else "such as bfloat16"
-            raise Unrunnable(f"{key} in config.json is {said[:40]!r}, which is no dtype of torch", directory, remedy)
+            raise Unrunnable(f"{key} in config.json is {named[:40]!r}, which is no dtype of torch", directory, remedy)
 
 
 def may_have_tokenizer(directory: Path) -> bool:
@@ -91,7 +93,7 @@ def no_tokenizer(directory: Path) -> Unrunnable:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Return True if a file of a tokenizer is there."""
+    """Return True if the directory contains a file of TOKENIZER_FILES."""
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
@@ -100,8 +102,9 @@ def missing_weights(missing: Iterable[str], directory: Path) -> Unrunnable:
     names = sorted(missing)
     if all(HEADS & set(name.split(".")) for name in names):
         return Unrunnable(
-            f"no language-model head: {names[0]} is not stored", directory,
+            f"no language-model head: {names[0]} is not stored",
+            directory,
             "a reward or embedding model has none and predicts no tokens: use the language model it was made from",
-        )  # fmt: skip
-    return Unrunnable(f"weights that the model needs are missing: {names[0]}", directory,
-                      "see that its config.json belongs to these weights")  # fmt: skip
+        )
+    what = f"weights that the model needs are missing: {names[0]}"
+    return Unrunnable(what, directory, "see that its config.json belongs to these weights")

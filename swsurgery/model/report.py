@@ -1,7 +1,7 @@
-"""The answer of the sanity check: figures of base and patched, and whether they are good enough.
+"""Report the result of the sanity check: the figures of base and patched, and whether they are within the bounds.
 
-This room holds frozen values and the verdict on them. It knows neither torch nor models: `swsurgery/model/` measures,
-the manifest or the command line gives the bounds, the registry keeps what `to_json` returns.
+The bounds come from the manifest or the command line, and the record contains the result of `to_json`. This module must
+not depend on torch or on models.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ class Bounds:
 
 @dataclass(frozen=True)
 class SuperActivation:
-    """The largest hidden state by magnitude that left any decoder layer while the text was read (arXiv:2411.07191).
-    `token` is the position in the model's input, BOS included, of the text's window `window`;
-    both count from 0. A non-finite value counts as larger than any other."""
+    """The hidden state of largest magnitude after any decoder layer, over the whole text (arXiv:2411.07191).
+
+    `token` is its position in the input, including BOS, and `window` the number of the window; both count from 0. A
+    non-finite value is larger than any other.
+    """
 
     layer: int
     token: int
@@ -34,8 +36,11 @@ class SuperActivation:
 
 @dataclass(frozen=True)
 class Side:
-    """The figures of one of the two models. `finite`: every logit was, for the text and for the prompts.
-    `super_activation` is None where the model has no list of decoder layers to watch."""
+    """The figures of one of the two models.
+
+    `finite` is True if every logit of the text and the prompts was finite. `super_activation` is None if the model has
+    no list of decoder layers.
+    """
 
     perplexity: float
     stopword_mass: float
@@ -45,8 +50,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Continuations:
-    """The most likely next tokens after a prompt, likeliest first, as (text, probability); empty where the logits
-    are not finite."""
+    """The most likely next tokens after a prompt as (text, probability), the most likely first.
+
+    They are empty if a logit is not finite.
+    """
 
     prompt: str
     base: tuple[tuple[str, float], ...]
@@ -55,13 +62,13 @@ class Continuations:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the forward check measured, by which means, and the verdict.
+    """The figures of the forward check, how they were measured, and the verdict.
 
-    `kl` is the mean KL(base || patched) per scored token in nats; `windows` of at most `window_tokens` tokens were
-    read and `scored_tokens` predictions in them counted. If there was no base to compare with, `compared` is False, and
-    both sides are the figures of the one model. `method` is "layer by layer" (both models side by side),
-    "streamed" (so, with two layers at a time in memory) or "whole passes". There is no date and no duration in it: the
-    same inputs give the same report.
+    `kl` is the mean KL(base || patched) per scored token in nats. The text had `windows` windows of at most
+    `window_tokens` tokens, in which `scored_tokens` predictions were scored. If no base was compared, `compared` is
+    False and both sides have the figures of the one model. `method` is "layer by layer" (both models side by side),
+    "streamed" (the same with two layers at a time in memory) or "whole passes". The report contains no date and no
+    duration, so the same inputs give the same report.
     """
 
     base: Side
@@ -83,10 +90,10 @@ class CheckReport:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """One line for each reason to reject the patched model; empty means that it passed.
+        """One line for each reason to reject the patched model; empty if it passed.
 
-        Logits of the patched model that are not finite always fail. A ratio that is not finite, be it for
-        non-finite logits of the base, fails every bound there is.
+        Non-finite logits of the patched model always fail. A non-finite ratio, which non-finite logits of the base
+        also cause, fails every bound.
         """
         lines = []
         # Weaker edits help only if the base is sound.
@@ -98,7 +105,7 @@ class CheckReport:
         elif not self.patched.finite:
             lines.append("logits of the model are not finite: text or prompts (search its weights: verify --finite)")
         ratio, most, least = self.perplexity_ratio, self.bounds.max_perplexity_ratio, self.bounds.min_perplexity_ratio
-        # written so that a NaN, which compares false to everything, lands on the failing side
+        # Written so that a NaN, for which every comparison is false, fails.
         if most is not None and not (math.isfinite(ratio) and ratio <= most):
             lines.append(
                 f"perplexity ratio above the bound: {ratio:.6g}, at most {most:g} allowed "
@@ -113,14 +120,17 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
+        """True if there are no failures."""
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of strict JSON types. Measured numbers have 6 significant digits, for float32 sums taken in another
-        order (other thread counts) differ beyond them; NaN and infinities, which JSON lacks, become None.
+        """Return the report as a dict of strict JSON types.
 
-        If nothing was compared, `compared` is false and what needs a base is null or empty. Otherwise there is no such
-        field, so that records keep the bytes that they always had."""
+        Figures have 6 significant digits, because float32 sums in another order (with another number of threads)
+        differ beyond them. NaN and infinities, which JSON does not have, become None. If no base was compared,
+        `compared` is false and the figures that need a base are null or empty. Otherwise the field is absent, so that
+        the bytes of existing records do not change.
+        """
         prompts = [{"prompt": p.prompt, "base": _tokens(p.base), "patched": _tokens(p.patched)} for p in self.prompts]
         document: dict[str, Any] = {
             "base": _side(self.base),

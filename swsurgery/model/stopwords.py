@@ -1,9 +1,8 @@
-"""English function words: those that hold a sentence together and say little on their own.
+"""List English function words.
 
-Articles, pronouns, prepositions, conjunctions, auxiliaries and a few adverbs of degree and time. Without its super
-weights a model puts more probability on such words (arXiv:2411.07191), so their share is one of the
-figures of the check. It is a measuring stick, not a grammar: the list must stay the same, or figures stop being
-comparable.
+They are articles, pronouns, prepositions, conjunctions, auxiliaries and some adverbs of degree and time. A model
+without its super weights gives such words more probability (arXiv:2411.07191), so their probability is a figure of the
+check. The list must not change: figures of different lists cannot be compared.
 """
 
 from __future__ import annotations
@@ -23,3 +22,4 @@ can could may might must shall should will would ought
 again also already always ever never just only even still too very quite rather yet once here there now
 """
 STOP_WORDS = frozenset(_LIST.split())
+"""The words of the list, in lower case."""

@@ -1,10 +1,11 @@
-"""The weights of one layer at a time, read from the shards into buffers that are used again.
+"""Read the weights of one layer at a time from the shards into reused buffers.
 
-Memory is two layers, whatever the model's size: while one is computed the next is read. On a CPU the shards are read
-straight into the buffer that the layer's parameters are views of; for CUDA they go through small pinned pieces, and the
-copies run on a stream of their own. Several devices take the layers in turn.
+Memory is two layers, independent of the size of the model: the next layer is read while one is computed. On a CPU, the
+shards are read directly into the buffer of which the parameters are views. For CUDA, the bytes pass through small
+pinned pieces of main memory, and a separate stream copies them. Several devices take the layers in turn.
 
-`weight_plan.py` says which stored bytes make up which parameter. This room moves them, and knows no layer's meaning.
+`weight_plan.py` decides which stored bytes make up each parameter. This module moves them, and must not depend on the
+meaning of a layer.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ from swsurgery.storage.files import Place, opened
 from swsurgery.threads import Pool
 
 PIECE = 8 << 20
-"""Bytes read in one call."""
+"""Number of bytes that one task reads."""
 
 READERS = max(2, min(8, os.cpu_count() or 2))
-"""Threads that read."""
+"""Number of threads that read."""
 
 
 _new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
 _new_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
+"""The constructors have no annotations in torch."""
 
 
 class StreamedWeights:
-    """Gives each layer its weights while it runs, in the order of the layers, reading ahead.
+    """A source of weights for the layers of a model in their order, which reads ahead.
 
-    `devices` take the layers in turn; what is outside of them is on the first. Raises CheckpointError where a shard
-    cannot be read, and what torch raises where a device has no room for two layers.
+    `devices` take the layers in turn; weights outside the layers are on the first. Methods raise CheckpointError if a
+    shard cannot be read, and torch's errors if a device has not enough memory for two layers.
     """
 
     def __init__(self, plan: WeightPlan, devices: Sequence[torch.device]):
@@ -53,6 +55,7 @@ class StreamedWeights:
 
     @contextlib.contextmanager
     def layer(self, number: int) -> Iterator[torch.device]:
+        """Load the weights of one layer for the length of a block, which receives their device."""
         if not self._in_use:
             self._release()
         if self._loader is None or self._loader.next != number:
@@ -71,7 +74,10 @@ class StreamedWeights:
 
     @contextlib.contextmanager
     def outside(self, head: bool) -> Iterator[torch.device]:
-        """They stay until a layer is asked for, so that one use after another costs one reading."""
+        """Load the weights outside the layers for the length of a block, with those of the head if `head`.
+
+        They stay loaded until a layer is requested, so that consecutive blocks read them once.
+        """
         wanted = tuple(slot for slot in self.plan.outside if head or not slot.head)
         if wanted != self._bound:
             self._release()
@@ -86,10 +92,10 @@ class StreamedWeights:
             self._in_use -= 1
 
     def __del__(self) -> None:
-        self.close()  # of a model that was opened and refused before it ran
+        self.close()  # for a model that was opened and refused before it ran
 
     def close(self) -> None:
-        """Stop reading ahead and give all memory back."""
+        """Stop reading ahead and free all memory. Layers can be loaded again afterwards."""
         self._release()
         self._stop()
         if self._reader is not None:
@@ -110,7 +116,7 @@ class StreamedWeights:
         if self._bound:
             self._unbind(self._bound)
             self._bound = ()
-            torch.cuda.empty_cache()  # what was freed fits nothing that comes next
+            torch.cuda.empty_cache()  # no later allocation fits the freed block
 
     def _bind(self, slots: Sequence[Slot], memory: Tensor) -> None:
         for slot, begin in zip(slots, layout(slots)[0], strict=True):
@@ -129,7 +135,7 @@ class StreamedWeights:
 
 @dataclass(frozen=True)
 class _Task:
-    """One read: bytes of a file into bytes of a buffer, converted where the dtypes differ."""
+    """One read from a file into a buffer, with conversion if the dtypes differ."""
 
     part: Part
     offset: int
@@ -138,6 +144,7 @@ class _Task:
     dtype: torch.dtype
 
     def read(self, files: _Files, memory: Tensor) -> None:
+        """Read the bytes into `memory`, a tensor of bytes in main memory. Raises CheckpointError."""
         if self.part.dtype == self.dtype:
             files.read(self.part.path, self.offset, memory[self.begin : self.begin + self.size])
             return
@@ -148,6 +155,7 @@ class _Task:
 
 
 def _tasks(slot: Slot, begin: int) -> Iterator[_Task]:
+    """Split the parts of a slot, which begins at `begin` in a buffer, into tasks of at most PIECE bytes."""
     for part in slot.parts:
         at, end = part.offset, part.offset + part.size
         while at < end:
@@ -158,7 +166,7 @@ def _tasks(slot: Slot, begin: int) -> Iterator[_Task]:
 
 
 class _Files:
-    """Descriptors of shards, opened when first read. May be used from several threads."""
+    """Descriptors of shards, opened on first use. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._open: dict[Place, int] = {}
@@ -166,17 +174,17 @@ class _Files:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Close them. Raises CheckpointError if one was changed since it was listed."""
+        """Close all shards. Raises CheckpointError if one was changed since it was listed."""
         self._open.clear()
         self._stack.close()
 
     def read(self, path: Place, offset: int, memory: Tensor) -> None:
-        """Fill one-dimensional bytes in main memory. Raises CheckpointError."""
+        """Fill `memory`, a one-dimensional tensor of bytes in main memory, from `offset` on. Raises CheckpointError."""
         with self._lock:
             fd = self._open.get(path)
             if fd is None:
                 file = self._stack.enter_context(opened(path))
-                assert isinstance(file, int)  # the checkpoint of a model is on this machine
+                assert isinstance(file, int)  # models run only from local checkpoints
                 fd = self._open[path] = file
         view = memory.numpy().data
         while view:
@@ -190,13 +198,15 @@ class _Files:
 
 
 def pinned_pieces() -> list[Tensor]:
-    """Room in main memory that CUDA can copy from by itself: two pieces for each thread that reads."""
+    """Allocate main memory from which CUDA copies asynchronously: two pieces for each thread that reads."""
     return [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * READERS)]
 
 
 class _Reader:
-    """Fills memory from the shards, on several threads. For CUDA the bytes go through pinned pieces, and the copies
-    run on a stream of their own."""
+    """Reads shards into memory on several threads.
+
+    For CUDA, the bytes pass through pinned pieces, and a separate stream copies them.
+    """
 
     def __init__(self, devices: Sequence[torch.device]):
         self._files = _Files()
@@ -207,7 +217,7 @@ class _Reader:
             self._pinned.put((piece, _new_event()))
 
     def fill(self, slots: Sequence[Slot], memory: Tensor, device: torch.device) -> None:
-        """Read `slots` into `memory` on `device`; work that the current stream is given later finds it there."""
+        """Read `slots` into `memory` on `device`. Work queued later on the current stream waits for the copies."""
         copied = self.start(slots, memory, device, None)
         if copied is not None:
             torch.cuda.current_stream(device).wait_event(copied)
@@ -215,14 +225,17 @@ class _Reader:
     def start(
         self, slots: Sequence[Slot], memory: Tensor, device: torch.device, free: torch.cuda.Event | None
     ) -> torch.cuda.Event | None:
-        """As `fill`, but copying waits for the event `free`, and whoever uses the memory for the event returned."""
+        """Read `slots` into `memory`, copying after the event `free`.
+
+        Returns the event after which `memory` may be used, or None if it can be used now.
+        """
         begins, _ = layout(slots)
         tasks = [task for slot, begin in zip(slots, begins, strict=True) for task in _tasks(slot, begin)]
         stream = self._streams.get(device)
         if stream is None:
             list(self._threads.map(lambda task: task.read(self._files, memory), tasks))
             return None
-        if free is None:  # memory that was just allocated may still be in use by what was given to the device before
+        if free is None:  # earlier work on the device may still use memory that was just allocated
             stream.wait_stream(torch.cuda.current_stream(device))
         else:
             stream.wait_event(free)
@@ -232,12 +245,14 @@ class _Reader:
         return copied
 
     def close(self) -> None:
+        """Wait for the copies, end the threads and close the shards."""
         for stream in self._streams.values():
             stream.synchronize()
         self._threads.shutdown()
         self._files.close()
 
     def _through_pinned(self, task: _Task, memory: Tensor, stream: torch.cuda.Stream) -> None:
+        """Read a task into a pinned piece and start its copy to `memory` on `stream`."""
         pinned, copied = self._pinned.get()
         try:
             copied.synchronize()
@@ -246,14 +261,16 @@ class _Reader:
             _Task(task.part, task.offset, task.size, 0, task.dtype).read(self._files, host)
             with torch.cuda.stream(stream):
                 memory[task.begin : task.begin + size].copy_(host[:size], non_blocking=host is pinned)
-            copied = stream.record_event()  # a new one: an event stays with the device that it was first recorded on
+            copied = stream.record_event()  # a new event: an event belongs to the device that recorded it first
         finally:
             self._pinned.put((pinned, copied))
 
 
 class _Buffer:
-    """Room for one layer on one device. For CUDA, `copied` is when its bytes are there and `used` when the layer that
-    it last held has been computed."""
+    """Memory for one layer on one device.
+
+    For CUDA, the event `copied` means that its bytes have arrived, and `used` that its last layer has been computed.
+    """
 
     def __init__(self, size: int, device: torch.device):
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -264,8 +281,7 @@ class _Buffer:
 
 
 class _Loader:
-    """Reads layers in order on a thread of its own, two buffers for each device. `take` gives the next, `give` returns
-    it to be filled again."""
+    """Reads layers in order on a separate thread, into two buffers per device."""
 
     def __init__(self, plan: WeightPlan, devices: Sequence[torch.device], first: int, reader: _Reader):
         self.next = first
@@ -280,6 +296,7 @@ class _Loader:
         self._thread.start()
 
     def take(self) -> _Buffer:
+        """Return the buffer of the next layer. Raises the exception that ended the thread."""
         buffer = self._ready.get()
         if isinstance(buffer, BaseException):
             raise buffer
@@ -289,11 +306,13 @@ class _Loader:
         return buffer
 
     def give(self, buffer: _Buffer) -> None:
+        """Return the buffer of the last layer, to be filled again."""
         if buffer.used is not None:
             buffer.used.record(torch.cuda.current_stream(buffer.memory.device))
         self._free[(self.next - 1) % len(self._devices)].put(buffer)
 
     def close(self) -> None:
+        """End the thread."""
         self._stopped.set()
         for free in self._free:
             free.put(None)
@@ -309,5 +328,5 @@ class _Loader:
                 device = self._devices[at]
                 buffer.copied = self._reader.start(self._layers[number], buffer.memory, device, buffer.used)
                 self._ready.put(buffer)
-        except BaseException as error:  # noqa: BLE001 (it is raised again where the layer is taken)
+        except BaseException as error:  # noqa: BLE001 (`take` raises it again)
             self._ready.put(error)

@@ -1,4 +1,4 @@
-"""Say on how much text something was measured, in the same words wherever a figure is shown. Pure, knows no torch."""
+"""Describe the amount of text behind a figure, in the same words for every command. Must not depend on torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Measured(Protocol):
-    """What was measured on text: a check, a sweep or a confirmation."""
+    """A result that was measured on text: a check, a sweep or a confirmation."""
 
     @property
     def windows(self) -> int:

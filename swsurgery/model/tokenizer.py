@@ -1,8 +1,8 @@
-"""A checkpoint's tokenizer, run in a process of its own that may use 2 GB of memory and 60 seconds.
+"""Run a checkpoint's tokenizer in a separate process that may use 2 GB of memory and 60 seconds.
 
-A tokenizer is a program in disguise: regular expressions, replacements and tables of any size, which come from a
-stranger. The process (`tokenizer_child.py`) loads it with transformers and answers requests; the object here asks.
-Imports neither torch nor transformers, so that the process can start while this one imports them.
+A tokenizer consists of regular expressions, replacements and tables of any size from an untrusted source. The process
+(`tokenizer_child.py`) loads it with transformers and answers the requests of the objects defined here. This module
+imports neither torch nor transformers, so that the process can start while this one imports them.
 """
 
 from __future__ import annotations
@@ -23,36 +23,51 @@ from swsurgery.errors import Unrunnable
 from swsurgery.model.refusals import no_tokenizer
 
 MEMORY = 2 << 30
-"""Address space of the process, in bytes. Loading SmolLM2's tokenizer takes 220 MB of it."""
+"""Maximum address space of the process, in bytes. Loading SmolLM2's tokenizer takes 220 MB."""
 
 SECONDS = 60
-"""Processor time of the process, and time that is spent waiting for it."""
+"""Maximum processor time of the process, and maximum time of waiting for it, in seconds."""
 
 MAX_ANSWER = 128 << 20
-"""Bytes. The decoded vocabulary of Gemma 3, the largest known, has 5 MB."""
+"""Maximum size of an answer in bytes. The decoded vocabulary of Gemma 3, the largest known, has 5 MB."""
 
 IDLE_SECONDS = 90
-"""A process that was idle for so long is not used again; it ends soon after."""
+"""Time in seconds after which an idle process is not used again. It ends soon after."""
 
 _idle: list[_Process] = []
+"""Processes that wait for the next tokenizer; at most one."""
+
+
+_ENVIRONMENT = {
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "USE_TORCH": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_ARENA_MAX": "2",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_NUM_THREADS": "1",
+}
+"""Environment variables of the process that keep it small, offline and without torch."""
 
 
 class _Process:
-    """One process that serves one tokenizer after the other."""
+    """A process that serves one tokenizer after the other."""
 
     def __init__(self) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
-        environment = os.environ | {
-            "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "USE_TORCH": "0", "TOKENIZERS_PARALLELISM": "false",
-            "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+        environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": paths}
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             environment.pop(name, None)
         program = [sys.executable, "-P", str(Path(__file__).with_name("tokenizer_child.py"))]
         self._child = subprocess.Popen(
-            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-            bufsize=0, start_new_session=True,
-        )  # fmt: skip
+            program,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            bufsize=0,
+            start_new_session=True,
+        )
         self.end = weakref.finalize(self, _kill, self._child)
         assert self._child.stdin is not None and self._child.stdout is not None
         self._requests, self._answers = self._child.stdin.fileno(), self._child.stdout.fileno()
@@ -60,11 +75,11 @@ class _Process:
         self._left, self.idle_since = 0.0, time.monotonic()
 
     def alive(self) -> bool:
-        """Return True unless it has ended, or is about to because it was idle for long."""
+        """Return False if the process has ended or will end soon because it was idle for too long."""
         return self.end.alive and self._child.poll() is None and time.monotonic() - self.idle_since < IDLE_SECONDS
 
     def allow(self, seconds: float) -> None:
-        """Let the requests from now on take so long in all."""
+        """Set the time in seconds that all following requests together may take."""
         self._left = seconds
 
     def ask(self, request: dict[str, object]) -> dict[str, object]:
@@ -73,13 +88,14 @@ class _Process:
         return self._receive()
 
     def _send(self, request: dict[str, object]) -> None:
+        """Send one request as a line of JSON. Raises _Failed."""
         data = memoryview(json.dumps(request).encode() + b"\n")
         try:
             while data:
                 self._wait(self._requests, select.POLLOUT)
                 data = data[os.write(self._requests, data[: 1 << 16]) :]
         except BrokenPipeError:
-            pass  # what it has said before it ended is read below
+            pass  # _receive reads the last answer of the process
 
     def _receive(self) -> dict[str, object]:
         """Read one answer. Raises _Failed."""
@@ -102,6 +118,7 @@ class _Process:
         return document
 
     def _wait(self, descriptor: int, event: int) -> None:
+        """Wait until `descriptor` is ready. Raises _Failed if the time is used up."""
         poll = select.poll()
         poll.register(descriptor, event)
         begin = time.monotonic()
@@ -112,10 +129,11 @@ class _Process:
 
 
 class _Failed(Exception):
-    """What the tokenizer's process could not do, in a few words."""
+    """Raised if the process fails, with a message of a few words."""
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
+    """End a process with its workers, and close its streams."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -126,13 +144,14 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def start() -> None:
-    """Start a process for a tokenizer that will soon be loaded, so that it is ready by then."""
+    """Start a process in advance for a tokenizer that will be loaded soon."""
     with contextlib.suppress(OSError):
         if not any(process.alive() for process in _idle):
             _idle.append(_Process())
 
 
 def _take(directory: Path) -> _Process:
+    """Return an idle process or start one. Raises Unrunnable, naming `directory`, if none can be started."""
     while _idle:
         process = _idle.pop()
         if process.alive():
@@ -146,7 +165,7 @@ def _take(directory: Path) -> _Process:
 
 
 def _release(process: _Process) -> None:
-    """Keep a process for the next tokenizer, if it ends its work on this one at once."""
+    """Keep a process for the next tokenizer if it finishes with this one within a second, else end it."""
     if not process.alive() or _idle:
         process.end()
         return
@@ -161,28 +180,29 @@ def _release(process: _Process) -> None:
 
 
 class Tokenizer:
-    """The tokenizer in `directory`, with the few calls of transformers' own that this package makes.
+    """The tokenizer in `directory`, with the few methods of transformers' tokenizers that this package uses.
 
-    Raises Unrunnable, here and in each call, if there is no tokenizer, or if it fails or needs too much.
+    The constructor and all methods raise Unrunnable if the tokenizer is missing, fails or exceeds a limit.
     """
 
     def __init__(self, directory: Path):
         self._directory, self._verb = directory, "loaded"
         self._process = _take(directory)
         self._released = weakref.finalize(self, _release, self._process)
-        self._released.atexit = False  # then it is ended
+        self._released.atexit = False  # the process is killed at exit instead
         self._process.allow(SECONDS)
-        said = self._ask({"load": str(directory), "memory": MEMORY, "seconds": SECONDS})
-        size, bos, files = said["size"], said["bos"], said["files"]
+        answer = self._ask({"load": str(directory), "memory": MEMORY, "seconds": SECONDS})
+        size, bos, files = answer["size"], answer["bos"], answer["files"]
         assert isinstance(size, int) and (bos is None or isinstance(bos, int)) and isinstance(files, list)
         self._size, self.bos_token_id = size, bos
-        # For some model types transformers makes up an almost empty tokenizer if there is no file of one.
+        # For some model types, transformers invents an almost empty tokenizer if no file of one exists.
         names = {"tokenizer.json", "tokenizer.model", "tekken.json", *map(str, files)}
         if not any((directory / name).is_file() for name in names):
             raise no_tokenizer(directory)
         self._verb = "run"
 
     def __len__(self) -> int:
+        """Return the number of tokens in the vocabulary."""
         return self._size
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
@@ -192,16 +212,17 @@ class Tokenizer:
         return {"input_ids": ids}
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], clean_up_tokenization_spaces: bool = False) -> list[str]:
-        """Return the text of each sequence of tokens, with its spaces as they are."""
+        """Return the text of each sequence of token ids, with unchanged spaces."""
         assert not clean_up_tokenization_spaces
         texts = self._ask({"ids": [list(ids) for ids in sequences]})["texts"]
         assert isinstance(texts, list)
         return texts
 
     def _ask(self, request: dict[str, object]) -> dict[str, object]:
+        """Send one request and return its answer; end the process if that fails. Raises Unrunnable."""
         try:
             return self._process.ask(request)
-        except BaseException as error:  # an interrupt too: the answer may be on its way still
+        except BaseException as error:  # also an interrupt: the answer may still arrive
             self._released.detach()
             self._process.end()
             if not isinstance(error, _Failed):

@@ -1,8 +1,8 @@
-"""The program of the process that runs a checkpoint's tokenizer. Started by `tokenizer.py`, by its path.
+"""Serve a checkpoint's tokenizer: the program that `tokenizer.py` starts by its path in a separate process.
 
-It imports transformers once, without torch, and then forks a worker for each tokenizer that it is asked for. Requests
-and answers are lines of JSON on stdin and stdout. The worker has limits on memory, processor time and written files; if
-it dies, this program says so in its place.
+It imports transformers once, without torch, and then forks a worker for each requested tokenizer. Requests and answers
+are lines of JSON on stdin and stdout. The worker has limits on memory, processor time and written files. If it dies,
+this program answers instead.
 """
 
 import ctypes
@@ -15,18 +15,23 @@ import sys
 from logging import CRITICAL
 
 IDLE_SECONDS = 120
+"""Time in seconds without a request after which this program ends."""
+
 MAX_TOKENS = 4_000_000
+"""Maximum number of tokens in an encoded text."""
+
 PR_SET_PDEATHSIG = 1
+"""The option of prctl(2) that has this name."""
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process if the one that made it ends (Linux). Elsewhere the end of stdin does."""
+    """Have Linux end this process when its parent ends. On other systems it ends at the end of stdin."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def limit(memory: int, seconds: int) -> None:
-    """Limit this process: address space in bytes, processor time, and no file may be written."""
+    """Limit this process: address space in bytes, processor time in seconds, and no written files."""
     for which, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, seconds),
@@ -35,14 +40,14 @@ def limit(memory: int, seconds: int) -> None:
     ):
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(which, (value, hard))  # the soft limit on time sends SIGXCPU, which says what it was
+        resource.setrlimit(which, (value, hard))  # the soft limit on time sends SIGXCPU, which identifies the cause
 
 
 def read_request() -> dict[str, object] | None:
-    """Read one line from descriptor 0, and nothing behind it; None at the end of the stream."""
+    """Read exactly one line from descriptor 0; None at the end of the stream."""
     pieces = []
     while True:
-        piece = os.read(0, 1 << 20)  # the other side waits for the answer before it sends more
+        piece = os.read(0, 1 << 20)  # the other side sends no more before it has the answer
         pieces.append(piece)
         if not piece:
             return None
@@ -60,7 +65,7 @@ def answer(document: dict[str, object]) -> None:
 
 
 def serve(directory: str) -> None:
-    """Load the tokenizer in `directory` and answer requests about it until one says "end"."""
+    """Load the tokenizer in `directory` and answer requests about it until one contains "end"."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -83,15 +88,15 @@ def serve(directory: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the message of `error`, with the second if it ends in a colon, or else its type."""
+    """Return the first line of the message of `error`, joined with the second if it ends in a colon, or its type."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
-    return said[:160]
+    message = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
+    return message[:160]
 
 
 def work(request: dict[str, object]) -> None:
-    """Be the worker: serve, say what went wrong, and end."""
+    """Serve one tokenizer as the worker, answer with an error if that fails, and end the process."""
     code = 1
     try:
         die_with_parent()
@@ -100,7 +105,7 @@ def work(request: dict[str, object]) -> None:
         code = 0
     except MemoryError:
         pass
-    except BaseException as error:  # noqa: BLE001 (whatever the libraries raise, it is the tokenizer's fault)
+    except BaseException as error:  # noqa: BLE001 (the libraries raise any exception for a bad tokenizer)
         answer({"error": first_line(error)})
         code = 0
     finally:
@@ -108,15 +113,15 @@ def work(request: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Import transformers, then serve one tokenizer after the other until stdin ends or nobody asks for a while."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    """Import transformers, then serve one tokenizer after the other until stdin ends or no request comes in time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     die_with_parent()
-    sys.modules["torch"] = None  # type: ignore[assignment]  # it takes seconds and memory, and no tokenizer needs it
+    sys.modules["torch"] = None  # type: ignore[assignment]  # no tokenizer needs it, and it takes seconds
     try:
-        import tokenizers  # noqa: F401 (so that the workers have it)
+        import tokenizers  # noqa: F401 (imported before the fork)
         from transformers import AutoTokenizer  # noqa: F401
         from transformers.utils import logging
-    except Exception as error:  # noqa: BLE001 (an installation can be broken in any way)
+    except Exception as error:  # noqa: BLE001 (a broken installation raises any exception)
         if read_request() is not None:
             answer({"error": f"transformers cannot be imported: {first_line(error)}"})
         return

@@ -1,13 +1,13 @@
-"""Which stored bytes make up which parameter of a model that is read layer by layer.
+"""Plan which stored bytes make up each parameter of a model that is read layer by layer.
 
-Where that cannot be told (packed weights, fusions that are not known here) the model cannot be streamed, and says so.
-This room knows names, shapes and offsets. It reads no weight, except to compare tied tensors that are stored twice.
+A model with packed weights, or with a fusion that is not listed here, cannot be streamed and raises an error. This
+module works with names, shapes and offsets. It reads weights only to compare tied tensors that are stored twice.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,29 +26,33 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import Place, opened, read_exactly
 
 ALIGNMENT = 256
+"""Each parameter begins at a multiple of this many bytes in a buffer."""
 
 COMPARED = 4 << 20
-"""Bytes of tied tensors that are compared at a time."""
+"""Number of bytes of tied tensors that are compared at a time."""
 
-
-#: How checkpoints name what transformers calls otherwise: (loaded, stored).
 RENAMED = (
     (".mlp.", ".block_sparse_moe."),
     (".mlp.router.", ".block_sparse_moe.gate."),
     ("lm_head.", "embed_out."),
 )
+"""Parts of names that differ between transformers and checkpoints, as (loaded, stored)."""
 
-#: What transformers stacks over the experts, and joins along an expert's rows: its name, and those of the parts.
 STACKED = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "experts.down_proj": (("down_proj",), ("w2",)),
 }
+"""Parameters that transformers stacks over all experts, with the possible names of the stored parts.
+
+The parts of one expert are joined along the rows."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Stored bytes that make up some rows of a parameter, all of it for most: where they lie, and from which element
-    of the parameter on they belong."""
+    """Stored bytes of some or all rows of a parameter.
+
+    They are `size` bytes at `offset` of a shard, and belong to the parameter from its flat index `element` on.
+    """
 
     path: Place
     offset: int
@@ -59,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter or buffer of a module, and what it is read from. `head` says that only the head needs it."""
+    """One parameter or buffer of a module and the parts it is read from. `head` is True if only the head needs it."""
 
     module: nn.Module
     name: str
@@ -71,71 +75,96 @@ class Slot:
 
     @property
     def size(self) -> int:
+        """Bytes of the parameter in a buffer."""
         return self.shape.numel() * self.dtype.itemsize
 
 
+_Holder = tuple[str, nn.Module, str]
+"""One occurrence of a tensor in the model: its full name, its module and its name in the module."""
+
+
 def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint: Checkpoint) -> WeightPlan:
-    """What each layer, and what is outside of them, is read from. Raises ModelError where a weight that is needed is
-    not stored in a form that can be read as it is."""
+    """Find the stored bytes of each parameter, for each layer and for the modules outside the layers.
+
+    Raises ModelError if a weight that is needed is not stored in a form that can be used without transformers.
+    """
     prefixes = ("", *name_prefixes(checkpoint.config))
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
-    # A model that also sees images never needs what sees them here.
-    output = output_embeddings(model)
-    roots = [root for root in (decoder(model), output) if root is not None]
-    needed = {id(module) for root in roots for module in root.modules()}
-    head = {id(output)}
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in module._non_persistent_buffers_set and id(module) in needed:
-                owners.setdefault(id(tensor), []).append((f"{path}.{name}" if path else name, module, name))
+    head = output_embeddings(model)
     in_layers: list[list[Slot]] = [[] for _ in layers]
     outside: list[Slot] = []
-    for holders in owners.values():
-        places = {layer_of.get(id(module)) for _, module, _ in holders}
-        _, module, name = holders[0]
+    for holders in _needed_tensors(model):
+        path, module, name = holders[0]
         tensor = getattr(module, name)
-        found = [(path, _parts(path, tensor.shape, checkpoint, prefixes)) for path, _, _ in holders]
-        stored = [(path, parts) for path, parts in found if parts]
-        if not stored:
-            if HEADS & set(found[0][0].split(".")) and not any(HEADS & set(t.split(".")) for t in checkpoint.shapes):
-                raise missing_weights([found[0][0]], local_directory(checkpoint))
-            raise ModelError("cannot be read layer by layer: no stored form is known", holders[0][0])
-        parts = stored[0][1]
-        # Tied: usually stored under one of its names. If it is stored twice and differs, transformers does not tie.
-        for path, others in stored[1:]:
-            if others != parts and not _same_bytes(parts, others):
-                raise ModelError(
-                    f"cannot be read layer by layer: it is tied to {path}, which is stored with other values",
-                    stored[0][0],
-                )
-        dtype = _loaded_dtype(model, holders[0][0], tensor)
-        if any(
-            part.dtype != dtype and not (part.dtype.is_floating_point and dtype.is_floating_point) for part in parts
-        ):
-            raise ModelError(f"cannot be read layer by layer: stored as {parts[0].dtype}", holders[0][0])
-        for place in places:
+        parts = _stored_parts(holders, tensor.shape, checkpoint, prefixes)
+        dtype = _loaded_dtype(model, path, tensor)
+        if any(part.dtype != dtype and not _both_floating(part.dtype, dtype) for part in parts):
+            raise ModelError(f"cannot be read layer by layer: stored as {parts[0].dtype}", path)
+        for place in {layer_of.get(id(module)) for _, module, _ in holders}:
             mine = tuple((m, n) for _, m, n in holders if layer_of.get(id(m)) == place)
-            slot = Slot(*mine[0], tensor.shape, dtype, parts, mine, all(id(module) in head for module, _ in mine))
+            slot = Slot(*mine[0], tensor.shape, dtype, parts, mine, all(module is head for module, _ in mine))
             (outside if place is None else in_layers[place]).append(slot)
     return WeightPlan(tuple(tuple(slots) for slots in in_layers), tuple(outside))
 
 
+def _needed_tensors(model: PreTrainedModel) -> Iterable[list[_Holder]]:
+    """List the occurrences of each stored tensor of the text model and the head; a tied tensor has several.
+
+    The parts of a model that process images are not needed.
+    """
+    roots = [root for root in (decoder(model), output_embeddings(model)) if root is not None]
+    needed = {id(module) for root in roots for module in root.modules()}
+    holders: dict[int, list[_Holder]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set and id(module) in needed:
+                holders.setdefault(id(tensor), []).append((f"{path}.{name}" if path else name, module, name))
+    return holders.values()
+
+
+def _stored_parts(
+    holders: Sequence[_Holder], shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]
+) -> tuple[Part, ...]:
+    """Find the stored bytes of a tensor, under one of its names.
+
+    A tied tensor is usually stored under one name. Raises ModelError if it is stored under several with different
+    bytes, because transformers then does not tie it, and if it is not stored.
+    """
+    found = [(path, _parts(path, shape, checkpoint, prefixes)) for path, _, _ in holders]
+    stored = [(path, parts) for path, parts in found if parts]
+    if not stored:
+        path = holders[0][0]
+        if HEADS & set(path.split(".")) and not any(HEADS & set(t.split(".")) for t in checkpoint.shapes):
+            raise missing_weights([path], local_directory(checkpoint))
+        raise ModelError("cannot be read layer by layer: no stored form is known", path)
+    first, parts = stored[0]
+    for path, others in stored[1:]:
+        if others != parts and not _same_bytes(parts, others):
+            what = f"cannot be read layer by layer: it is tied to {path}, which is stored with other values"
+            raise ModelError(what, first)
+    return parts
+
+
+def _both_floating(one: torch.dtype, other: torch.dtype) -> bool:
+    """Return True if values of one dtype can be converted to the other."""
+    return one.is_floating_point and other.is_floating_point
+
+
 @dataclass(frozen=True)
 class WeightPlan:
-    """The slots of each layer, and those outside of the layers."""
+    """The slots of each layer, and those outside the layers."""
 
     layers: tuple[tuple[Slot, ...], ...]
     outside: tuple[Slot, ...]
 
     @property
     def largest(self) -> int:
-        """Bytes that the largest layer takes in a buffer."""
+        """Bytes of the largest layer in a buffer."""
         return max(layout(slots)[1] for slots in self.layers)
 
 
 def layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
-    """Where each slot begins in a buffer, and how long the buffer must be."""
+    """Return the offset of each slot in a buffer, and the length of the buffer in bytes."""
     begins, end = [], 0
     for slot in slots:
         begins.append(end)
@@ -144,7 +173,7 @@ def layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
 
 
 def _loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> torch.dtype:
-    """The dtype in which transformers would load it: some modules are kept in float32."""
+    """Return the dtype in which transformers would load a weight; it keeps some modules in float32."""
     kept = names_kept_in_float32(model, tensor.dtype)
     if tensor.is_floating_point() and any(re.search(rf"(?:^|\.){re.escape(name)}(?:$|\.)", path) for name in kept):
         return torch.float32
@@ -152,7 +181,7 @@ def _loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> torch.dt
 
 
 def _parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]) -> tuple[Part, ...]:
-    """The stored bytes of one parameter, or nothing where they are not found in its very shape."""
+    """Find the stored bytes of one parameter. Empty if no stored tensor of its name has its shape."""
     longest = max((prefix for prefix in prefixes if path.startswith(prefix)), key=len)
     bare = path.removeprefix(longest)
     names = [prefix + rest for rest in dict.fromkeys((path, bare)) for prefix in ("", longest, *prefixes)]
@@ -172,6 +201,7 @@ def _parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: Seque
 
 
 def _stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """Find the parts of a parameter (experts, rows, columns) that is stored by expert; empty if one is missing."""
     experts, rows, columns = shape
     wanted = (rows // len(names), columns)
     found = []
@@ -185,7 +215,7 @@ def _stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Che
 
 
 def _same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
-    """Compare the stored bytes of two forms of one parameter, a few MB at a time. Raises ShardError."""
+    """Return True if two stored forms of one parameter have the same bytes. Raises ShardError."""
     if [(part.size, part.dtype, part.element) for part in one] != [(p.size, p.dtype, p.element) for p in other]:
         return False
     for a, b in zip(one, other, strict=True):
@@ -200,7 +230,7 @@ def _same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
 
 
 def _as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
-    """Is a down projection loaded the way round in which it is stored? Any other weight is taken to be."""
+    """Return False for a down projection that is loaded transposed. Other weights count as loaded as stored."""
     index = tuple(range(len(checkpoint.shapes[name])))
     candidates = loaded_candidates(checkpoint.config, Coordinate(name, index), checkpoint.shapes)
     turned = [c for c in candidates if c.tensor == path and c.index != index]
@@ -208,6 +238,7 @@ def _as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
 
 
 def _part(name: str, element: int, checkpoint: Checkpoint) -> Part:
+    """Locate one stored tensor. Raises ModelError if it is quantised or has a dtype that cannot be streamed."""
     info, shard = checkpoint.info(name), checkpoint.shards[checkpoint.weight_map[name]]
     if why := checkpoint.quantisation.refusal(name):
         raise ModelError(f"cannot be read layer by layer: {why}", name)

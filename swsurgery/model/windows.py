@@ -1,4 +1,4 @@
-"""Hold what belongs together."""
+"""Cut a text into the windows of one model, and limit the number of variants by memory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from swsurgery.model.forward import LayeredModel
 from swsurgery.model.tokenizer import Tokenizer
 
 STATES = 2 << 30
-"""Bytes of hidden states that one reading of the model may keep. For a 7B model and 16 windows of 512 tokens in
-bfloat16 that is 32 variants; what is more takes another reading, which then costs less than its computation."""
+"""Maximum bytes of hidden states in one pass over the weights: 32 variants of 16 windows of 512 tokens, for a 7B model
+in bfloat16. More variants take another pass, whose reading then takes less time than its computation."""
 
 
 def windows_of(
     model: PreTrainedModel, tokenizer: Tokenizer, text: str, windows: int, window: int
 ) -> tuple[list[list[int]], int]:
-    """Cut the first `windows` windows of `text`, and count the tokens of text in one.
+    """Cut the first `windows` windows of `text`, and return them with the number of text tokens in one.
 
-    These are `window`, fewer if the model cannot read so many at once or if the text is shorter. Raises ModelError
-    where there are none, or where the model does not know a token.
+    This number is `window`, or fewer if the model's context or the text is shorter. Raises ModelError if no window can
+    be cut, or if a token is beyond the model's vocabulary.
     """
     bos = measure.bos_prefix(tokenizer)
     longest = min(window, load.context_length(model) - len(bos))
@@ -31,9 +31,9 @@ def windows_of(
 
 
 def variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]) -> int:
-    """How many variants beside the base may go through the model in one reading; at least one."""
+    """Return the number of variants, besides the base, that may share one pass over the weights; at least one."""
     config, element = model.model.config.get_text_config(), model.dtype.itemsize
     size: int = sum(map(len, windows)) * config.hidden_size * element
-    if not model.layered(windows[0]):  # then the logits of all variants are there at once
+    if not model.layered(windows[0]):  # then the logits of all variants exist at once
         size += max(map(len, windows)) * config.vocab_size * element
     return max(1, STATES // size - 1)
