@@ -114,7 +114,7 @@ def open_checkpoint(
 
 
 def open_as(
-    root: Path | Repository, chosen: Chosen, *, editing: bool = False, elsewhere: Collection[str] = ()
+    root: Path | Folder | Repository, chosen: Chosen, *, editing: bool = False, elsewhere: Collection[str] = ()
 ) -> Checkpoint:
     """Open a checkpoint with the weights that a record or a manifest chose.
 
