@@ -25,7 +25,7 @@ from faults.copy_swaps import (
 from faults.planted import COPY_RACES, PACKAGE, copy_with
 
 from swsurgery.cli import main
-from swsurgery.storage import folder, hashing
+from swsurgery.storage import folder
 
 
 def replace_shard(base: Path) -> None:
@@ -86,7 +86,7 @@ def test_an_undisturbed_copy_ends_well(tmp_path):
 def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path, monkeypatch, act):
     """After its first bytes were read."""
     base, changed = make(tmp_path), {replace_shard: THIRD, change_scalar: FIRST}[act]
-    true = hashing.stream
+    true = copy.stream
 
     def stream(fd: int, file: object, *rest: object, **more: object) -> tuple[str, str]:
         done = true(fd, file, *rest, **more)
@@ -94,7 +94,7 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path, monkeypatch
             act(base)
         return done
 
-    monkeypatch.setattr(hashing, "stream", stream)
+    monkeypatch.setattr(copy, "stream", stream)
     monkeypatch.setenv("SWSURGERY_THREADS", "1")
     if act is replace_shard:  # the old file is still the one that is open: nothing of the new one is copied
         before = sha256(base / THIRD)

@@ -800,8 +800,8 @@ def test_a_record_alone_is_not_believed(base, tmp_path, apply, refused):
         (base / name).write_bytes(data)
     line = refused(manifest, base)
     assert line == (
-        "the registry says that this manifest was applied, but the scalar holds "
-        f"0x{stored(base / SECOND, down(1), (2, 3))[::-1].hex()}, not 0x0000: {down(1)}[2, 3] "
+        "the registry says that this manifest was applied, but it holds "
+        f"0x{stored(base / SECOND, down(1), (2, 3))[::-1].hex()}, not 0x0000: {SECOND}: {down(1)}[2, 3] "
         "(see swsurgery verify)"
     )
 

@@ -97,7 +97,11 @@ def test_the_default_limits():
     assert (module.MEMORY, module.SECONDS) == (2 << 30, 60)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 200_000, '{"version": "1.0"}', '{"model": ' + '{"a": ' * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 200_000, '{"version": "1.0"}', '{"model": ' + '{"a": ' * 100_000],
+    ids=["empty", "open", "lists", "no model", "maps"],
+)
 def test_files_that_are_no_tokenizer(directory, text):
     (directory / "tokenizer.json").write_text(text)
     with pytest.raises(Unrunnable, match="no tokenizer that can be loaded"):
