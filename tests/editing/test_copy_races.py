@@ -25,6 +25,7 @@ from faults.copy_swaps import (
 from faults.planted import COPY_RACES, PACKAGE, copy_with
 
 from swsurgery.cli import main
+from swsurgery.editing import copy
 from swsurgery.storage import folder
 
 
