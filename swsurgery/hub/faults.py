@@ -56,7 +56,7 @@ class _NoServersWords(logging.Filter):
 
 @functools.cache
 def _mute_library() -> None:
-    """Stop the library from logging the words of a server, whatever handler its log has."""
+    """Stop the library from logging the words of a server, for every handler of its log."""
     from swsurgery.hub.guard import LOGGERS
 
     only = _NoServersWords()

@@ -106,7 +106,7 @@ class _Budget:
 
 _budget: ContextVar[_Budget | None] = ContextVar("_budget", default=None)
 _active = 0
-_active_lock = threading.Lock()  # the client's own threads do not inherit a context variable
+_active_lock = threading.Lock()  # a global, because threads of the client do not inherit context variables
 
 
 def request_headers(api: HfApi) -> dict[str, str]:

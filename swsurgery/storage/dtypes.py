@@ -42,7 +42,7 @@ class Written(float):
 
     @property
     def exact(self) -> Fraction:
-        """The written number, or a stand-in that rounds to the same value in every dtype if it is out of range."""
+        """The written number; outside the range of binary64, a number of its sign that underflows every dtype."""
         if self and math.isfinite(self):
             return Fraction(self._text)
         # The text of an infinity or an underflow may have an exponent of any length, so it is not expanded.
@@ -264,6 +264,7 @@ def _pack(dtype: FloatDtype, negative: int, magnitude: int) -> bytes:
 
 
 def _encode_integer(dtype: Dtype, exact: Fraction) -> bytes:
+    """Encode a value of an integer dtype or BOOL. Raises NumberError if the dtype cannot represent it."""
     if dtype.kind == "bool":
         low, high = 0, 1
     elif dtype.kind == "int":

@@ -193,6 +193,7 @@ def _refuse_number(digits: str) -> NoReturn:
 
 
 def _refuse_surrogates(texts: Iterable[str]) -> None:
+    """Raise ValueError if a text contains half a surrogate pair, which UTF-8 cannot encode."""
     for text in texts:
         try:
             text.encode("utf-8")

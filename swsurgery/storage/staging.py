@@ -275,7 +275,7 @@ def _remove_strays(stage: Folder, names: Collection[str]) -> None:
         for entry in stage.scan(folder):
             if stat.S_ISDIR(entry.mode):
                 if entry.name not in inside:
-                    filesystem.remove_directory(entry)  # its contents were removed before, being further inside
+                    filesystem.remove_directory(entry)  # empty by now, because inner directories come first
             elif entry.name not in names or not stat.S_ISREG(entry.mode):
                 filesystem.remove_file(entry)
 
