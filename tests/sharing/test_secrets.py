@@ -131,7 +131,7 @@ def test_no_output_and_no_file_holds_a_token(directory, options):
 
 def test_no_output_and_no_file_holds_the_private_key(directory):
     pytest.importorskip("model_signing")
-    from test_signing import write_keys
+    from keys import write_keys
 
     key = write_keys(directory.parent / "home")
     sign = ["sign", "base", "--key", str(key), "--debug"]

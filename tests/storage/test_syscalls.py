@@ -216,7 +216,7 @@ PROBE = re.compile(r'socket\(AF_INET6, SOCK_STREAM\|SOCK_CLOEXEC, IPPROTO_IP\)|b
 
 def test_signing_and_checking_open_no_connection(patched):
     pytest.importorskip("model_signing")
-    from test_signing import write_keys
+    from keys import write_keys
 
     write_keys(patched)
     sign = ["sign", "patched", "--key", "key.pem"]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import FIRST, THIRD, write_llama
+from keys import write_keys
 
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main
@@ -26,21 +27,6 @@ from swsurgery.verifying import signature as signature_module
 
 ROOT = Path(__file__).parents[2]
 SIGNATURE = "model.sig"
-
-
-def write_keys(folder: Path, name: str = "key", curve: str = "SECP256R1", password: bytes | None = None) -> Path:
-    """A new private key `name`.pem, and beside it its public key `name`.pub."""
-    from cryptography.hazmat.primitives import serialization as s
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(getattr(ec, curve)())
-    encryption = s.BestAvailableEncryption(password) if password else s.NoEncryption()
-    private = folder / f"{name}.pem"
-    private.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, encryption))
-    private.chmod(0o600)
-    public = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
-    (folder / f"{name}.pub").write_bytes(public)
-    return private
 
 
 @pytest.fixture
