@@ -116,7 +116,7 @@ def scan_sequences(
     watch = LayerSpikes(model)
     search, least = _Search(checkpoint), layers_to_last(layers)
     unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
-    notes = [f"{_listed('layer', unseen)}: the down projection is not looked at"] if unseen else []
+    notes = [f"{_format_numbers('layer', unseen)}: the down projection is not looked at"] if unseen else []
     if layers <= least:
         notes.append(f"the model has {layers} layers: too few for anything to persist through {least} more")
     profile = None
@@ -220,7 +220,7 @@ class _Search:
                 unmade[move.layer, move.channel] = _why_no_maker(scalars, explained, outlier)
         for coordinate, places in found.items():
             scalar = places[0][1]
-            self.candidates[coordinate] = self._candidate(coordinate, places, number)
+            self.candidates[coordinate] = self._make_candidate(coordinate, places, number)
             self._rows[scalar.projection, scalar.row][scalar.col] = 0.0  # the scalar is zero from the next round on
             unmade.pop((scalar.projection.layer, scalar.row), None)
         for (layer, channel), why in sorted(unmade.items()):
@@ -253,7 +253,7 @@ class _Search:
         scalars: list[_Scalar] = []
         total = 0.0
         for part in move.record.multiplied:
-            row = self._row(part.projection, move.channel)
+            row = self._fetch_row(part.projection, move.channel)
             shares = part.share * part.x.double() * row / move.output
             typical = float(part.x.abs().median())
             total += float(shares.sum())
@@ -272,7 +272,9 @@ class _Search:
                 )
         return sorted(scalars, key=lambda s: -s.share), bool(scalars) and abs(total - 1) <= EXPLAINED
 
-    def _candidate(self, coordinate: Coordinate, places: Sequence[tuple[Spell, _Scalar]], number: int) -> Candidate:
+    def _make_candidate(
+        self, coordinate: Coordinate, places: Sequence[tuple[Spell, _Scalar]], number: int
+    ) -> Candidate:
         def score(place: tuple[Spell, _Scalar]) -> float:
             spell, scalar = place
             return abs(spell.move.added) * scalar.share / spell.move.median
@@ -287,7 +289,7 @@ class _Search:
             projection.expert,
             scalar.weight,
             score=score((spell, scalar)),
-            rank=_rank(self.checkpoint, projection, scalar.weight),
+            rank=_find_rank(self.checkpoint, projection, scalar.weight),
             input_spike=scalar.x,
             output_spike=spell.move.output,
             share=scalar.share,
@@ -304,7 +306,9 @@ class _Search:
         for spell in companions:
             fed[spell.move.layer].add(spell.move.channel)
         for layer, channels in sorted(fed.items()):
-            self.notes.append(f"layer {layer} also makes {_listed('channel', channels)} massive, beside a larger one")
+            self.notes.append(
+                f"layer {layer} also makes {_format_numbers('channel', channels)} massive, beside a larger one"
+            )
         ends: dict[Coordinate, str] = {}
         for end in sorted(find_ends(traces, spells), key=lambda end: end.layer):
             scalars, explained = self._decompose(end)
@@ -315,12 +319,13 @@ class _Search:
         self.notes += ends.values()
         for layer, channels in sorted(find_untraced(traces).items()):
             self.untraced.add(layer)
+            names = _format_numbers("channel", channels)
             self.notes.append(
-                f"{_listed('channel', channels)} massive from layer {layer} on, and no MLP that was looked at makes "
+                f"{names} massive from layer {layer} on, and no MLP that was looked at makes "
                 "it: not traced (attention, the embedding, or several layers together)"
             )
 
-    def _row(self, projection: DownProjection, row: int) -> Tensor:
+    def _fetch_row(self, projection: DownProjection, row: int) -> Tensor:
         """Return one stored row, (cols,) in float64, with the candidates of earlier rounds set to zero."""
         key = (projection, row)
         if key not in self._rows:
@@ -350,13 +355,13 @@ def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> T
     return StoredProjection(checkpoint, projection).read_row(row)
 
 
-def _rank(checkpoint: Checkpoint, projection: DownProjection, value: float) -> int:
+def _find_rank(checkpoint: Checkpoint, projection: DownProjection, value: float) -> int:
     """Count the magnitudes of a down projection that are larger than |value|, plus 1."""
     pieces = StoredProjection(checkpoint, projection).read_pieces()
     return 1 + sum(int((piece.double().abs() > abs(value)).sum()) for _, piece in pieces)
 
 
-def _listed(noun: str, numbers: Iterable[int]) -> str:
+def _format_numbers(noun: str, numbers: Iterable[int]) -> str:
     """Format a noun and at most eight of its numbers, in order."""
     ordered = sorted(numbers)
     more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""

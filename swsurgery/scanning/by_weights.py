@@ -77,26 +77,26 @@ class Inputs(NamedTuple):
     how: str
 
 
-def _pair(gate: str, up: str) -> Inputs:
+def _make_pair(gate: str, up: str) -> Inputs:
     return Inputs(gate, up, "pair")
 
 
-def _one(name: str, how: str) -> Inputs:
+def _make_single(name: str, how: str) -> Inputs:
     return Inputs(name, name, how)
 
 
 INPUTS: dict[str, tuple[Inputs, ...]] = {
     "down_proj": (
-        _pair("gate_proj", "up_proj"),
-        _one("gate_up_proj", "halves"),  # Phi-3, and stacked experts
-        _one("up_proj", "alone"),  # MPT
+        _make_pair("gate_proj", "up_proj"),
+        _make_single("gate_up_proj", "halves"),  # Phi-3, and stacked experts
+        _make_single("up_proj", "alone"),  # MPT
     ),
-    "w2": (_pair("w1", "w3"),),  # Mixtral's experts
-    "output_linear": (_one("input_linear", "halves"),),  # Granite-MoE
-    "dense_4h_to_h": (_one("dense_h_to_4h", "alone"),),  # GPT-NeoX, Falcon, BLOOM
-    "c_proj": (_one("c_fc", "alone"),),  # GPT-2 and its relatives, StarCoder2
-    "fc2": (_one("fc1", "alone"),),  # Phi-2, OPT
-    "fc_out": (_one("fc_in", "alone"),),  # GPT-J
+    "w2": (_make_pair("w1", "w3"),),  # Mixtral's experts
+    "output_linear": (_make_single("input_linear", "halves"),),  # Granite-MoE
+    "dense_4h_to_h": (_make_single("dense_h_to_4h", "alone"),),  # GPT-NeoX, Falcon, BLOOM
+    "c_proj": (_make_single("c_fc", "alone"),),  # GPT-2 and its relatives, StarCoder2
+    "fc2": (_make_single("fc1", "alone"),),  # Phi-2, OPT
+    "fc_out": (_make_single("fc_in", "alone"),),  # GPT-J
 }
 """The possible input matrices, by the last name of the down projection. The first ones stored are used."""
 
@@ -192,18 +192,18 @@ def scan_weights(
                 for projection, found in zip(projections, score_neurons(reader, mlps, progress.advance), strict=True)
             ]
             usual = _Usual.of(scored)
-            candidates = _candidates(checkpoint, reader, scored, usual, top, min_z)
+            candidates = _find_candidates(checkpoint, reader, scored, usual, top, min_z)
     finally:
         progress.close()
     if usual.silent:
         notes.append(f"{usual.silent} neurons have no finite score above 0 and were left out")
     unread = unread_layers(config, names.shapes, projections)
     if not candidates:
-        why = _why_none(scored, usual, min_z)
+        why = _explain_none(scored, usual, min_z)
         notes.append(why.replace("no super weight", "no super weight in what was read", 1) if unread else why)
     return ScanReport(
         method="weights",
-        model_type=next((str(s["model_type"]) for s in _sections(config) if s.get("model_type")), "unknown"),
+        model_type=next((str(s["model_type"]) for s in _list_sections(config) if s.get("model_type")), "unknown"),
         layers=len(stored_layers(config, names.shapes, projections)),
         candidates=tuple(candidates),
         notes=tuple(notes),
@@ -242,7 +242,7 @@ class _Names:
         """
         stacked = projection.expert_axis is not None
         expert = projection.expert if stacked and isinstance(projection.expert, int) else None
-        gate_name, up_name, how = self._inputs(projection)
+        gate_name, up_name, how = self._find_inputs(projection)
         gate, up = (Matrix.of(self.checkpoint, name, expert) for name in (gate_name, up_name))
         neurons, both = projection.cols, how in ("halves", "interleaved")
         axes = (neurons * (2 if both else 1), projection.rows)
@@ -257,17 +257,17 @@ class _Names:
             sides = Side(gate), Side(up, neurons if how == "halves" else 0)
         down = Matrix.of(self.checkpoint, projection.tensor, expert)
         if projection.layer not in self._gains:
-            self._gains[projection.layer] = self._gain_before(projection) ** 2, self._gain_behind(projection)
+            self._gains[projection.layer] = self._read_gain_before(projection) ** 2, self._read_gain_behind(projection)
         return Mlp(neurons, 1 if projection.transposed else 0, *sides, down, *self._gains[projection.layer])
 
-    def _inputs(self, projection: DownProjection) -> Inputs:
+    def _find_inputs(self, projection: DownProjection) -> Inputs:
         suffix = ".weight" if projection.tensor.endswith(".weight") else ""
         trunk, _, last = projection.tensor.removesuffix(suffix).rpartition(".")
         sought = []
         for gate, up, how in INPUTS.get(last, ()):
             gate, up = (f"{trunk}.{name}{suffix}" for name in (gate, up))
             if gate in self.shapes and up in self.shapes:
-                interleaved = how == "halves" and _is(self.checkpoint.config, INTERLEAVED)
+                interleaved = how == "halves" and _has_type(self.checkpoint.config, INTERLEAVED)
                 return Inputs(gate, up, "interleaved" if interleaved else how)
             sought.append(gate if gate == up else f"{gate} and {up}")
         raise ArchitectureError(
@@ -276,7 +276,7 @@ class _Names:
             f"looked for {' or '.join(sought) or 'none'}; scan by activations",
         )
 
-    def _gain_before(self, projection: DownProjection) -> NDArray[np.float64]:
+    def _read_gain_before(self, projection: DownProjection) -> NDArray[np.float64]:
         """Read the gain of the norm before the MLP: (channels,). If none is stored, return ones and add a note."""
         layer = layer_name(projection)
         # OPT-350m normalises after each block, so the input of its MLP is the output of the attention's norm.
@@ -288,22 +288,22 @@ class _Names:
         if not stored or (f"{layer}.{NO_PRE_NORM}.weight" in self.shapes and stored[0] not in PRE_NORMS):
             self._note(NO_GAIN)
             return np.ones(projection.rows)
-        return self._gain(f"{layer}.{stored[0]}.weight", projection.rows)
+        return self._read_gain(f"{layer}.{stored[0]}.weight", projection.rows)
 
-    def _gain_behind(self, projection: DownProjection) -> NDArray[np.float32] | None:
+    def _read_gain_behind(self, projection: DownProjection) -> NDArray[np.float32] | None:
         """Read the magnitudes of the gain of the norm after the MLP: (channels,), or None without such a norm."""
         name = self._norms_behind.get(layer_name(projection))
         if name is None:
             return None
         self._note(NORM_BEHIND.format(name.removesuffix(".weight").rpartition(".")[2]))
         with np.errstate(over="ignore"):
-            return np.abs(self._gain(name, projection.rows)).astype(np.float32)
+            return np.abs(self._read_gain(name, projection.rows)).astype(np.float32)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _gain(self, name: str, channels: int) -> NDArray[np.float64]:
+    def _read_gain(self, name: str, channels: int) -> NDArray[np.float64]:
         """Read the gain of one norm. Raises ArchitectureError if it does not fit."""
         info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
         if info.shape != (channels,) or info.dtype.kind != "float":
@@ -314,14 +314,14 @@ class _Names:
         with opened(shard.path) as fd:
             raw = read_exactly(fd, info.size, shard.data_start + info.data_offsets[0], shard.path)
         gain = values_of(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
-        return gain + 1.0 if _is(self.checkpoint.config, ONE_PLUS) else gain
+        return gain + 1.0 if _has_type(self.checkpoint.config, ONE_PLUS) else gain
 
 
-def _is(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
-    return any(section.get("model_type") in model_types for section in _sections(config))
+def _has_type(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
+    return any(section.get("model_type") in model_types for section in _list_sections(config))
 
 
-def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the parts of config.json that may contain the model type, the language model's own first."""
     nested = [config.get(key) for key in ("text_config", "llm_config")]
     return [section for section in nested if isinstance(section, Mapping)] + [config]
@@ -372,7 +372,7 @@ class _Usual:
         return (self.z(layer, scores) >= min_z) & (magnitudes >= MIN_PEAK * self.peak(layer))
 
 
-def _candidates(
+def _find_candidates(
     checkpoint: Checkpoint, reader: Reader, scored: Sequence[_Scored], usual: _Usual, top: int, min_z: float
 ) -> list[Candidate]:
     """Find the best scalars of the best neurons; their down projections are read again for rows and ranks."""
@@ -387,12 +387,12 @@ def _candidates(
     found = [
         candidate
         for number, cols in chosen.items()
-        for candidate in _scalars(checkpoint, reader, scored[number], cols, usual, min_z)
+        for candidate in _find_scalars(checkpoint, reader, scored[number], cols, usual, min_z)
     ]
     return sorted(found, key=lambda c: (-(c.z or 0.0), c.coordinate))[:top]
 
 
-def _scalars(
+def _find_scalars(
     checkpoint: Checkpoint, reader: Reader, one: _Scored, cols: Sequence[int], usual: _Usual, min_z: float
 ) -> list[Candidate]:
     """Find the largest scalar of each column, and those close to it, up to `MAX_ROWS` in all."""
@@ -418,7 +418,7 @@ def _scalars(
     return candidates
 
 
-def _why_none(scored: Sequence[_Scored], usual: _Usual, min_z: float) -> str:
+def _explain_none(scored: Sequence[_Scored], usual: _Usual, min_z: float) -> str:
     """Explain in one line why the neuron with the highest z is no candidate."""
     best = max(
         ((float(z.max()), one, int(z.argmax())) for one in scored for z in [usual.z(one.projection.layer, one.scores)]),

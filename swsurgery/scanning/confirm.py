@@ -147,8 +147,8 @@ def confirm_windows(
     pairs = suspects.pairs
     groups = [g for g in dict.fromkeys([*pairs, core] if len(core) > 1 else pairs) if not g & bars.unjudged]
     losses.measure(groups, progress)
-    joint = _joint_sets(losses, groups, bars.joint)
-    _say_companions(losses, suspects, bars, say)
+    joint = _find_joint_sets(losses, groups, bars.joint)
+    _report_companions(losses, suspects, bars, say)
     judge = _Judge(losses, bars, core.union(*joint), enough)
     together = suspects.together
     return Confirmation(
@@ -165,7 +165,7 @@ def confirm_windows(
         dtype=str(model.dtype).removeprefix("torch."),
         device=load.device_name(model.device),
         scored_tokens=sum(losses.scored),
-        column_nulls=tuple(_column_null(losses, together, *item) for item in suspects.columns.items()),
+        column_nulls=tuple(_measure_column_null(losses, together, *item) for item in suspects.columns.items()),
     )
 
 
@@ -223,11 +223,11 @@ def _choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nu
         crowded=[null[number * len(null) // count] for number in range(count)],
         columns=column_rows(listed, tested, matrices),
         minor=minor_scalars(listed, tested),
-        pairs=_pairs(tested, together),
+        pairs=_choose_pairs(tested, together),
     )
 
 
-def _pairs(tested: Sequence[Candidate], listed: Zeroed) -> list[Zeroed]:
+def _choose_pairs(tested: Sequence[Candidate], listed: Zeroed) -> list[Zeroed]:
     """Choose at most PAIRS pairs of listed scalars, and of any that share a column.
 
     Pairs that share a column come first, then those that share a row, then the best ranked.
@@ -282,9 +282,9 @@ class _Bars:
 
 
 def _set_bars(losses: _Losses, suspects: _Suspects, say: Say) -> _Bars:
-    floor, joint_floor = _floors(losses, suspects, say)
+    floor, joint_floor = _compute_floors(losses, suspects, say)
     bars = {
-        column: _column_bar(losses, suspects.together, suspects.lead(column), rows)
+        column: _set_column_bar(losses, suspects.together, suspects.lead(column), rows)
         for column, rows in suspects.columns.items()
         if len(rows) >= LEAST_ROWS
     }
@@ -299,7 +299,7 @@ def _set_bars(losses: _Losses, suspects: _Suspects, say: Say) -> _Bars:
     )
 
 
-def _floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[float, float]:
+def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[float, float]:
     """Compute the logarithms of ratios that an effect, and an effect beyond the sum of its parts, must exceed.
 
     The first is the null's outer fence: the third quartile plus three times the distance between the quartiles
@@ -308,7 +308,7 @@ def _floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[float, floa
     """
     together = suspects.together
     alone = {scalar: losses.gain(frozenset({scalar})) for scalar in suspects.null}
-    floor = max(math.log(INERT), _outer_fence([gain.log for gain in alone.values()]))
+    floor = max(math.log(INERT), _compute_outer_fence([gain.log for gain in alone.values()]))
     if floor > math.log(INERT):
         say(f"random scalars of like magnitude change perplexity too: only ratios above {_exp(floor):.3g} count")
     for scalar in suspects.null:
@@ -328,14 +328,14 @@ def _floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[float, floa
     return floor, joint_floor
 
 
-def _outer_fence(values: Sequence[float]) -> float:
+def _compute_outer_fence(values: Sequence[float]) -> float:
     if not values:
         return -math.inf
     low, high = (sorted(values)[round(share * (len(values) - 1))] for share in (0.25, 0.75))
     return high + 3 * (high - low) if math.isfinite(high) else math.inf
 
 
-def _column_bar(losses: _Losses, together: Zeroed, lead: Coordinate, rows: Sequence[Coordinate]) -> _Bar:
+def _set_column_bar(losses: _Losses, together: Zeroed, lead: Coordinate, rows: Sequence[Coordinate]) -> _Bar:
     alone = [losses.gain(frozenset({row})).log for row in rows]
     joint = [
         [losses.gain(group | {row}, [group, frozenset({row})]).log for row in rows]
@@ -369,11 +369,11 @@ class _Judge:
             candidate,
             alone=self.losses.effect(frozenset({name})),
             without=self.losses.effect(others) if others else None,
-            verdict=self._verdict(name),
+            verdict=self._decide(name),
             listed=name in together,
         )
 
-    def _verdict(self, name: Coordinate) -> Verdict:
+    def _decide(self, name: Coordinate) -> Verdict:
         if not self.enough or name in self.bars.unjudged:
             return "untested"
         if self.losses.gain(frozenset({name})).low > self.bars.alone(name):
@@ -388,7 +388,7 @@ def _find_core(losses: _Losses, suspects: _Suspects, bars: _Bars) -> Zeroed:
     return frozenset(n for n in suspects.names if n not in bars.unjudged and added[n].low > bars.joint([n]))
 
 
-def _joint_sets(losses: _Losses, groups: Sequence[Zeroed], bar: Callable[[Zeroed], float]) -> list[Zeroed]:
+def _find_joint_sets(losses: _Losses, groups: Sequence[Zeroed], bar: Callable[[Zeroed], float]) -> list[Zeroed]:
     """Find the groups whose effect is clearly larger than the product of the effects of their parts.
 
     The parts are smaller joint sets, strongest first, and the scalars that are in none of these. The groups are
@@ -407,7 +407,7 @@ def _joint_sets(losses: _Losses, groups: Sequence[Zeroed], bar: Callable[[Zeroed
     return sorted(found, key=lambda known: -losses.gain(known).log)
 
 
-def _column_null(losses: _Losses, together: Zeroed, column: Column, rows: Sequence[Coordinate]) -> ColumnNull:
+def _measure_column_null(losses: _Losses, together: Zeroed, column: Column, rows: Sequence[Coordinate]) -> ColumnNull:
     return ColumnNull(
         *column,
         alone=tuple(losses.effect(frozenset({row})).ratio for row in rows),
@@ -415,7 +415,7 @@ def _column_null(losses: _Losses, together: Zeroed, column: Column, rows: Sequen
     )
 
 
-def _say_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: Say) -> None:
+def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: Say) -> None:
     """Report companions that cannot be judged, and those without which the model is better."""
     together = suspects.together
     for candidate in suspects.tested:

@@ -42,7 +42,7 @@ _EXPERT = re.compile(r"(?<=experts\.)(0|[1-9][0-9]{0,8})(?=\.)")
 
 def stored_layers(config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]) -> set[int]:
     """Return the numbers of all layers in the stacks that contain these projections, whatever modules they have."""
-    return {layer for _, layer, _ in _tensors(config, shapes, projections)}
+    return {layer for _, layer, _ in _list_tensors(config, shapes, projections)}
 
 
 def unread_layers(
@@ -54,11 +54,11 @@ def unread_layers(
     layer without such matrices has no MLP and is not listed.
     """
     known = {projection.layer for projection in projections}
-    modules = {_module(projection.tensor) for projection in projections}
+    modules = {_name_module(projection.tensor) for projection in projections}
     tensors: dict[int, set[str]] = defaultdict(set)
     experts: dict[int, set[int]] = defaultdict(set)
-    for name, layer, rest in _tensors(config, shapes, projections):
-        if _module(name) in modules or not _may_be_mlp(rest, shapes[name], any_name=layer not in known):
+    for name, layer, rest in _list_tensors(config, shapes, projections):
+        if _name_module(name) in modules or not _may_be_mlp(rest, shapes[name], any_name=layer not in known):
             continue
         number = _EXPERT.search(rest)
         if number:
@@ -71,7 +71,7 @@ def unread_layers(
     )
 
 
-def _tensors(
+def _list_tensors(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> Iterator[tuple[str, int, str]]:
     """Yield (name, layer, rest of the name) of every tensor in the stacks of layers that contain the projections."""
@@ -91,7 +91,7 @@ def layer_name(projection: DownProjection) -> str:
     return ".".join(steps[: steps.index(str(projection.layer)) + 1])
 
 
-def _module(tensor: str) -> str:
+def _name_module(tensor: str) -> str:
     """Return the name of the module that contains a linear layer or stacked experts, such as model.layers.3.mlp."""
     return tensor.removesuffix(".weight").rpartition(".")[0]
 

@@ -11,7 +11,7 @@ import io
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -139,25 +139,25 @@ def plot_scan(report: ScanReport, path: Path, model: str | None = None) -> None:
     """
     check_figure_path(path)
     with _own_style():
-        paper = _sheet(f"{model or report.model_type}, {report.layers} layers: {_answer(report)}")
-        found = _found(report)
+        paper = _make_sheet(f"{model or report.model_type}, {report.layers} layers: {_format_answer(report)}")
+        found = _list_found(report)
         labelled = found[:MAX_LABELS]
-        rows = _rows(paper, [f.candidate for f in labelled], report.layers)
+        rows = _choose_rows(paper, [f.candidate for f in labelled], report.layers)
         top = TOP - ROW * (max(rows, default=-1) + 1)
         if report.profile is None:
-            panels = _panels(paper, top, 1)
+            panels = _add_panels(paper, top, 1)
             _draw_scores(panels[0], report, found)
         else:
-            panels = _panels(paper, top, 3)
+            panels = _add_panels(paper, top, 3)
             _draw_profile(panels, report, report.profile, found)
             _name_activations(paper, panels[2], report.activations)
-        _layer_axis(panels, report.layers)
+        _set_layer_axis(panels, report.layers)
         for one, row in zip(labelled, rows, strict=True):
-            _label(paper, one, row, report.layers, top)
+            _draw_label(paper, one, row, report.layers, top)
         if len(labelled) < len(found):
-            _note(paper, f"{len(found) - len(labelled)} more marked without a label")
+            _write_note(paper, f"{len(found) - len(labelled)} more marked without a label")
         verdicts = {f.verdict for f in found}
-        _legend(paper, top, [VERDICTS[v] for v in VERDICTS if v in verdicts])
+        _draw_legend(paper, top, [VERDICTS[v] for v in VERDICTS if v in verdicts])
         _save(paper, path)
 
 
@@ -170,7 +170,7 @@ def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> Non
     check_figure_path(path)
     with _own_style():
         scaled = str(report.coordinates[0]) if len(report.coordinates) == 1 else f"{len(report.coordinates)} scalars"
-        paper = _sheet(f"{model}: {scaled}, scaled" if model else f"{scaled}, scaled")
+        paper = _make_sheet(f"{model}: {scaled}, scaled" if model else f"{scaled}, scaled")
         points = sorted([*(p for p in report.points if p.factor != 1), report.base], key=lambda point: point.factor)
         factors = [point.factor for point in points]
         curves = {
@@ -178,18 +178,18 @@ def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> Non
             "KL(base || scaled)\nnats a token": [point.kl if point.finite else math.nan for point in points],
             "stop-word mass": [point.stopword_mass if point.finite else math.nan for point in points],
         }
-        panels = _panels(paper, TOP, len(curves))
+        panels = _add_panels(paper, TOP, len(curves))
         for panel, (name, values) in zip(panels, curves.items(), strict=True):
             panel.set_ylabel(name)
             _draw_curve(panel, factors, values)
-        _logarithmic(panels[0], curves["perplexity"])
+        _set_log_scale(panels[0], curves["perplexity"])
         _write_values(panels[0], factors, curves["perplexity"])
         for panel in panels[1:]:
             panel.set_ylim(0, max(panel.get_ylim()[1], 1e-3))
         panels[-1].set_xlabel("factor")
         gap = any(not math.isfinite(value) for values in curves.values() for value in values)
-        _legend(paper, TOP, [BASE, SCALED, NOT_FINITE] if gap else [BASE, SCALED])
-        _note(paper, f"{measured_text(report)}, {report.dtype} on {report.device}")
+        _draw_legend(paper, TOP, [BASE, SCALED, NOT_FINITE] if gap else [BASE, SCALED])
+        _write_note(paper, f"{measured_text(report)}, {report.dtype} on {report.device}")
         _save(paper, path)
 
 
@@ -206,7 +206,7 @@ def _own_style() -> Iterator[None]:
         yield
 
 
-def _sheet(title: str) -> Axes:
+def _make_sheet(title: str) -> Axes:
     """Make an empty figure with one invisible pair of axes that covers it and has pixels as units."""
     from matplotlib.figure import Figure
 
@@ -214,11 +214,11 @@ def _sheet(title: str) -> Axes:
     paper = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT), zorder=1)
     paper.set_axis_off()
     line = paper.text(LEFT, HEIGHT - 24, printable(title), fontsize=13, fontweight="bold", verticalalignment="center")
-    line.set_fontsize(13 * min(1, (WIDTH - LEFT - 15) / _width(line)))
+    line.set_fontsize(13 * min(1, (WIDTH - LEFT - 15) / _measure_width(line)))
     return paper
 
 
-def _panels(paper: Axes, top: float, count: int) -> list[Axes]:
+def _add_panels(paper: Axes, top: float, count: int) -> list[Axes]:
     """Add `count` panels of equal height, one above the other, from `top` down."""
     height = (top - BOTTOM - GAP * (count - 1)) / count
     panels: list[Axes] = []
@@ -232,7 +232,7 @@ def _panels(paper: Axes, top: float, count: int) -> list[Axes]:
     return panels
 
 
-def _legend(paper: Axes, top: float, marks: Iterable[Mark]) -> None:
+def _draw_legend(paper: Axes, top: float, marks: Iterable[Mark]) -> None:
     handles = [mark.draw(paper, [], []) for mark in marks]
     if handles:
         paper.legend(
@@ -248,34 +248,34 @@ def _legend(paper: Axes, top: float, marks: Iterable[Mark]) -> None:
         )
 
 
-def _note(paper: Axes, text: str) -> None:
+def _write_note(paper: Axes, text: str) -> None:
     paper.text(RIGHT, 16, printable(text), color=GREY, horizontalalignment="right")
 
 
 def _save(paper: Axes, path: Path) -> None:
     ending = path.suffix.lower()
     buffer = io.BytesIO()
-    _figure_of(paper).savefig(buffer, format=ending[1:], metadata=FORMATS[ending])
+    _get_figure(paper).savefig(buffer, format=ending[1:], metadata=FORMATS[ending])
     write_report(path, buffer.getvalue())
 
 
-def _figure_of(artist: Axes | Text) -> Figure:
+def _get_figure(artist: Axes | Text) -> Figure:
     """Return the figure of something on a sheet, which has no subfigures."""
     return cast("Figure", artist.figure)
 
 
-def _width(text: Text) -> float:
+def _measure_width(text: Text) -> float:
     """Measure the width of a text in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    renderer = FigureCanvasAgg(_figure_of(text)).get_renderer()  # type: ignore[no-untyped-call]  # not annotated
+    renderer = FigureCanvasAgg(_get_figure(text)).get_renderer()  # type: ignore[no-untyped-call]  # not annotated
     return text.get_window_extent(renderer).width
 
 
 # A scan
 
 
-def _found(report: ScanReport) -> list[Found]:
+def _list_found(report: ScanReport) -> list[Found]:
     """List the scalars to mark, the most important first, without companions that are inert or untested."""
     trials = report.confirmation.trials if report.confirmation else ()
     found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
@@ -285,7 +285,7 @@ def _found(report: ScanReport) -> list[Found]:
     return sorted(found, key=lambda one: order.index(one.verdict))
 
 
-def _answer(report: ScanReport) -> str:
+def _format_answer(report: ScanReport) -> str:
     count = len(report.super_weights)
     words = "no super weight" if count == 0 else "1 super weight" if count == 1 else f"{count} super weights"
     if report.confirmation is not None and (report.confirmed or not count):
@@ -294,17 +294,17 @@ def _answer(report: ScanReport) -> str:
     return f"{words} found {how}" + (", not confirmed" if count else "")
 
 
-def _x(layer: int, layers: int) -> float:
-    """Compute the x position of a layer's middle on the sheet; it must agree with the limits in `_layer_axis`."""
+def _compute_x(layer: int, layers: int) -> float:
+    """Compute the x position of a layer's middle on the sheet; it must agree with the limits in `_set_layer_axis`."""
     return LEFT + (RIGHT - LEFT) * (layer + 0.5) / layers
 
 
-def _layer_axis(panels: Sequence[Axes], layers: int) -> None:
+def _set_layer_axis(panels: Sequence[Axes], layers: int) -> None:
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, layers) if layers / step <= 32)
     panels[-1].set(xlim=(-0.5, layers - 0.5), xticks=range(0, layers, step), xlabel="layer")
 
 
-def _rows(paper: Axes, candidates: Sequence[Candidate], layers: int) -> list[int]:
+def _choose_rows(paper: Axes, candidates: Sequence[Candidate], layers: int) -> list[int]:
     """Choose a row for the label of each candidate, 0 for the lowest, such that no labels overlap.
 
     A label is a vertical line from its layer with a text to the right of it. From the last layer to the first, each
@@ -313,25 +313,25 @@ def _rows(paper: Axes, candidates: Sequence[Candidate], layers: int) -> list[int
     poles: list[tuple[float, int]] = []
     rows = dict.fromkeys(range(len(candidates)), 0)
     for number in sorted(rows, key=lambda n: (-candidates[n].layer, n)):
-        x = _x(candidates[number].layer, layers)
-        text = paper.text(0, 0, _name(candidates[number]))
-        end = x + _width(text) + 26
+        x = _compute_x(candidates[number].layer, layers)
+        text = paper.text(0, 0, _format_name(candidates[number]))
+        end = x + _measure_width(text) + 26
         text.remove()
         rows[number] = max((row + 1 for pole, row in poles if x <= pole < end), default=0)
         poles.append((x, rows[number]))
     return list(rows.values())
 
 
-def _name(candidate: Candidate) -> str:
+def _format_name(candidate: Candidate) -> str:
     expert = "" if candidate.expert is None else f" expert {candidate.expert}"
     return f"L{candidate.layer}{expert} [{candidate.row}, {candidate.col}]"
 
 
-def _label(paper: Axes, found: Found, row: int, layers: int, top: float) -> None:
-    x, y = _x(found.candidate.layer, layers), top + ROW * (row + 0.5)
+def _draw_label(paper: Axes, found: Found, row: int, layers: int, top: float) -> None:
+    x, y = _compute_x(found.candidate.layer, layers), top + ROW * (row + 0.5)
     paper.plot([x, x], [BOTTOM, y], color=GREY, linewidth=0.7, zorder=0)
     VERDICTS[found.verdict].draw(paper, [x], [y])
-    paper.text(x + 11, y, _name(found.candidate), verticalalignment="center")
+    paper.text(x + 11, y, _format_name(found.candidate), verticalalignment="center")
 
 
 def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, found: Sequence[Found]) -> None:
@@ -340,7 +340,7 @@ def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, 
         ("largest output of\nthe down projection", profile.outputs),
         ("largest hidden state\nafter the layer", profile.residuals),
     )
-    threshold = _linear_up_to([*profile.inputs, *profile.outputs])
+    threshold = _find_threshold([*profile.inputs, *profile.outputs])
     # Spikes from later rounds may exceed those of the unedited model, and must fit into the panels.
     spikes = [
         [v for v in values if v is not None]
@@ -349,37 +349,42 @@ def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, 
     massive = {layer for a in report.activations for layer in range(a.layer, a.last + 1)}
     for panel, (name, values), marked in zip(panels, sides, [*spikes, []], strict=True):
         panel.set_ylabel(name)
-        colours = [BLUE if panel is panels[2] and layer in massive else PALE for layer in range(len(values))]
-        finite = [value if math.isfinite(value) else 0 for value in values]
-        panel.bar(range(len(values)), finite, width=0.8, color=colours)
-        panel.axhline(0, color=GREY, linewidth=0.8)
-        overflown = [layer for layer, value in enumerate(values) if math.isinf(value)]
-        for layer in overflown:
-            panel.text(layer, 0, " infinite", rotation=90, horizontalalignment="center", verticalalignment="bottom")
-        _signed(panel, [*values, *marked], threshold)
+        _draw_bars(panel, values, massive if panel is panels[2] else set())
+        _set_signed_scale(panel, [*values, *marked], threshold)
     for candidate, verdict in reversed(found):  # the most important is drawn last
         for panel, spike in zip(panels, (candidate.input_spike, candidate.output_spike), strict=False):
             if spike is not None and math.isfinite(spike):
                 VERDICTS[verdict].draw(panel, [candidate.layer], [spike])
 
 
-def _linear_up_to(values: Iterable[float]) -> float:
+def _draw_bars(panel: Axes, values: Sequence[float], massive: Collection[int]) -> None:
+    """Draw one bar per layer, blue for the layers `massive`, and write where a value is infinite."""
+    colours = [BLUE if layer in massive else PALE for layer in range(len(values))]
+    finite = [value if math.isfinite(value) else 0 for value in values]
+    panel.bar(range(len(values)), finite, width=0.8, color=colours)
+    panel.axhline(0, color=GREY, linewidth=0.8)
+    for layer, value in enumerate(values):
+        if math.isinf(value):
+            panel.text(layer, 0, " infinite", rotation=90, horizontalalignment="center", verticalalignment="bottom")
+
+
+def _find_threshold(values: Iterable[float]) -> float:
     """Compute the power of ten above twice the median magnitude; most layers stay below it and look small."""
     typical = median([abs(value) for value in values if math.isfinite(value)] or [0])
     return 10.0 ** math.ceil(math.log10(2 * typical)) if typical else 1.0
 
 
-def _signed(panel: Axes, values: Iterable[float], threshold: float) -> None:
+def _set_signed_scale(panel: Axes, values: Iterable[float], threshold: float) -> None:
     """Scale a panel for small values and spikes of both signs: linear up to `threshold`, logarithmic beyond."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     largest = max(-low, high)
-    panel.yaxis.set_major_formatter(_number)
+    panel.yaxis.set_major_formatter(_format_number)
     if largest <= threshold:
         panel.set_ylim(-1.25 * (largest or threshold), 1.25 * (largest or threshold))
         return
     panel.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-    panel.yaxis.set_major_formatter(_number)
+    panel.yaxis.set_major_formatter(_format_number)
     steps = (1, 2, 5) if largest < 10 * threshold else (1,)
     ticks = [s * threshold * 10.0**n for n in range(1 + int(math.log10(largest / threshold))) for s in steps]
     panel.set_yticks([-t for t in ticks if t <= -low] + [0] + [t for t in ticks if t <= high])
@@ -394,7 +399,7 @@ def _name_activations(paper: Axes, panel: Axes, activations: Sequence[Persistent
     largest = sorted(activations, key=lambda a: -abs(a.value))
     lines = ["super activation" if len(largest) == 1 else f"{len(largest)} super activations"]
     for one in largest[:4]:
-        lines += [f"channel {one.channel}: {_number(one.value)}", f"  after layers {one.layer} to {one.last}"]
+        lines += [f"channel {one.channel}: {_format_number(one.value)}", f"  after layers {one.layer} to {one.last}"]
     if len(largest) > 4:
         lines.append(f"and {len(largest) - 4} more")
     top = HEIGHT * panel.get_position().y1
@@ -407,7 +412,11 @@ def _draw_scores(panel: Axes, report: ScanReport, found: Sequence[Found]) -> Non
     if threshold is not None:
         panel.axhline(threshold, color=BLUE, linewidth=1.2, linestyle=(0, (5, 3)))
         panel.text(
-            report.layers - 0.5, threshold, f" threshold {_number(threshold)}", color=BLUE, verticalalignment="center"
+            report.layers - 0.5,
+            threshold,
+            f" threshold {_format_number(threshold)}",
+            color=BLUE,
+            verticalalignment="center",
         )
     if not found:
         why = "\n".join(textwrap.fill(printable(note), 90) for note in report.notes)
@@ -415,7 +424,7 @@ def _draw_scores(panel: Axes, report: ScanReport, found: Sequence[Found]) -> Non
     for candidate, verdict in reversed(found):
         if candidate.z is not None and math.isfinite(candidate.z):
             VERDICTS[verdict].draw(panel, [candidate.layer], [candidate.z])
-    panel.yaxis.set_major_formatter(_number)
+    panel.yaxis.set_major_formatter(_format_number)
     panel.set_ylim(0, 1.1 * max(panel.get_ylim()[1], 1.0))
 
 
@@ -427,7 +436,7 @@ def _draw_curve(panel: Axes, factors: Sequence[float], values: Sequence[float]) 
     panel.plot(factors, [v if ok else math.nan for v, ok in zip(values, finite, strict=True)], color=BLUE, zorder=3)
     panel.axvline(1, color=GREY, linewidth=0.7, zorder=1)
     panel.grid(axis="y", color=PALE, linewidth=0.6)
-    panel.yaxis.set_major_formatter(_number)
+    panel.yaxis.set_major_formatter(_format_number)
     for factor, value, ok in zip(factors, values, finite, strict=True):
         if ok:
             (BASE if factor == 1 else SCALED).draw(panel, [factor], [value])
@@ -436,7 +445,7 @@ def _draw_curve(panel: Axes, factors: Sequence[float], values: Sequence[float]) 
             NOT_FINITE.draw(panel, [factor], [0.97]).set_transform(panel.get_xaxis_transform())
 
 
-def _logarithmic(panel: Axes, values: Iterable[float]) -> None:
+def _set_log_scale(panel: Axes, values: Iterable[float]) -> None:
     """Set a logarithmic axis with at least two round ticks, even if the values hardly differ."""
     finite = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
     low, high = min(finite) / 1.4, max(finite) * 1.7
@@ -447,7 +456,7 @@ def _logarithmic(panel: Axes, values: Iterable[float]) -> None:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     panel.set_yticks([s * 10.0**n for n in decades for s in steps if low <= s * 10.0**n <= high])
     panel.set_yticks([], minor=True)
-    panel.yaxis.set_major_formatter(_number)
+    panel.yaxis.set_major_formatter(_format_number)
     panel.set_ylim(low, high)
 
 
@@ -462,7 +471,7 @@ def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]
         if all(abs(factor - other) / width > 0.055 for other in taken):
             taken.append(factor)
             panel.annotate(
-                _number(value),
+                _format_number(value),
                 (factor, value),
                 xytext=(0, 7),
                 textcoords="offset points",
@@ -472,7 +481,7 @@ def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]
             )
 
 
-def _number(value: float, _position: float | None = None) -> str:
+def _format_number(value: float, _position: float | None = None) -> str:
     """Format a number for reading, such as 23,941, 29.6 and 0.0012, with a true minus sign."""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return text.replace("-", "\N{MINUS SIGN}") if value < 0 else text

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swsurgery.checkpoint.architectures import Expert
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import DownProjection, down_projection
 from swsurgery.errors import ModelError
-from swsurgery.scanning.report import Candidate, Expert
+from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import opened, read_exactly
 

@@ -42,10 +42,10 @@ def known_entry(
     one; then the entry contains the path of the checkpoint. If the scan found nothing, the entry has no coordinates and
     a note. Raises ArchitectureError if the checkpoint has no known down projection.
     """
-    source = _source(report, revision, command)
+    source = _make_source(report, revision, command)
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
-    chosen = _chosen(report)
-    ids = {c.coordinate: _id(c) for c in chosen}
+    chosen = _choose_scalars(report)
+    ids = {c.coordinate: _make_id(c) for c in chosen}
     shape = _read_shape(checkpoint)
     joint_sets, effects = _list_joint(report.confirmation, ids, source) if report.confirmation else ((), ())
     return schema.KnownModel(
@@ -61,9 +61,9 @@ def known_entry(
         sizes_from="config.json and the stored tensors of the scanned checkpoint",
         revision_measured=revision,
         path=None if _REPOSITORY.fullmatch(hf_id) else str(checkpoint.root),
-        notes=tuple(_notes(report, bool(chosen), source)),
+        notes=tuple(_write_notes(report, bool(chosen), source)),
         scans=(source,),
-        coordinates=tuple(_coordinate(c, trials.get(c.coordinate), report, checkpoint, source) for c in chosen),
+        coordinates=tuple(_make_coordinate(c, trials.get(c.coordinate), report, checkpoint, source) for c in chosen),
         joint_sets=joint_sets,
         effects=effects,
     )
@@ -95,16 +95,19 @@ def scan_manifest(
         description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
         base=base,
         edits=[
-            (f"{_id(c)}: {_in_words(c, trials.get(c.coordinate), report)}", edit_fields(c, op, factor, _guard(c)))
+            (
+                f"{_make_id(c)}: {_describe_trial(c, trials.get(c.coordinate), report)}",
+                edit_fields(c, op, factor, _guard(c)),
+            )
             for c in found
         ],
-        damaging=op == "zero" and _largest_ratio(report) >= LARGE_RATIO,
+        damaging=op == "zero" and _find_largest_ratio(report) >= LARGE_RATIO,
     )
     parse_manifest(text.encode(), Path("the scan's manifest"))  # `base` comes from the caller and may be invalid
     return text
 
 
-def _notes(report: ScanReport, found: bool, source: schema.Source) -> Iterator[str]:
+def _write_notes(report: ScanReport, found: bool, source: schema.Source) -> Iterator[str]:
     """Write the notes of an entry: that nothing was found, and which layers were not read."""
     unread = ", ".join(str(layer.layer) for layer in report.unread)
     if unread and found:
@@ -115,7 +118,7 @@ def _notes(report: ScanReport, found: bool, source: schema.Source) -> Iterator[s
         yield f"A scan found no super weight: {source}."
 
 
-def _chosen(report: ScanReport) -> tuple[Candidate, ...]:
+def _choose_scalars(report: ScanReport) -> tuple[Candidate, ...]:
     """Choose the scalars of an entry: the super weights, and all members of joint sets whatever their verdict."""
     if report.confirmation is None:
         return report.super_weights
@@ -127,18 +130,18 @@ def _chosen(report: ScanReport) -> tuple[Candidate, ...]:
     )
 
 
-def _coordinate(
+def _make_coordinate(
     candidate: Candidate, trial: Trial | None, report: ScanReport, checkpoint: Checkpoint, source: schema.Source
 ) -> schema.KnownCoordinate:
     dtype = checkpoint.info(candidate.coordinate.tensor).dtype.name
     exact = _EXACT.get(dtype) if math.isfinite(candidate.value) else None
     effects: list[schema.Effect] = []
     if trial and report.confirmation:
-        effects.append(_effect("zero", trial.alone, report.confirmation, source))
+        effects.append(_make_effect("zero", trial.alone, report.confirmation, source))
         if trial.without:
-            effects.append(_effect("zero all others of the scan", trial.without, report.confirmation, source))
+            effects.append(_make_effect("zero all others of the scan", trial.without, report.confirmation, source))
     return schema.KnownCoordinate(
-        id=_id(candidate),
+        id=_make_id(candidate),
         layer=candidate.layer,
         row=candidate.row,
         col=candidate.col,
@@ -152,7 +155,7 @@ def _coordinate(
         role=trial.verdict if trial else "not confirmed",
         located_by=(f"swsurgery scan --method {report.method}",),
         independent=schema.Independent(location=1, value=1),
-        note=", ".join(_traits(candidate, trial)),
+        note=", ".join(_list_traits(candidate, trial)),
         effects=tuple(effects),
         sources=(source,),
     )
@@ -168,7 +171,7 @@ def _list_joint(
     sets = {
         frozenset(s.coordinates): schema.JointSet(
             coordinates=tuple(ids[c] for c in s.coordinates),
-            effects=(_effect("zero jointly", s.effect, confirmation, source),),
+            effects=(_make_effect("zero jointly", s.effect, confirmation, source),),
         )
         for s in confirmation.joint_sets
     }
@@ -179,25 +182,25 @@ def _list_joint(
         everything = schema.JointSet(
             name="all candidates of the detector",
             coordinates=tuple(ids[c] for c in tested),
-            effects=(_effect("zero jointly", confirmation.together, confirmation, source),),
+            effects=(_make_effect("zero jointly", confirmation.together, confirmation, source),),
         )
         return (*sets.values(), everything), ()
     protocol = f"zero all {len(tested)} candidates of the scan"
-    return tuple(sets.values()), (_effect(protocol, confirmation.together, confirmation, source),)
+    return tuple(sets.values()), (_make_effect(protocol, confirmation.together, confirmation, source),)
 
 
-def _effect(protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Source) -> schema.Effect:
+def _make_effect(protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Source) -> schema.Effect:
     """Convert an effect, with figures of 6 digits; NaN, from logits that are not finite, becomes "not finite"."""
     before, ratio = confirmation.base_perplexity, effect.ratio
-    interval = tuple(_rounded(end) for end in (effect.low, effect.high) if end is not None)
+    interval = tuple(_round(end) for end in (effect.low, effect.high) if end is not None)
     return schema.Effect(
         protocol=protocol,
         metric="ppl",
-        before=_rounded(before),
-        after="not finite" if math.isnan(ratio) else _rounded(before * ratio),
-        ratio="not finite" if math.isnan(ratio) else _rounded(ratio),
+        before=_round(before),
+        after="not finite" if math.isnan(ratio) else _round(before * ratio),
+        ratio="not finite" if math.isnan(ratio) else _round(ratio),
         ci95=interval if len(interval) == 2 and all(map(math.isfinite, interval)) else None,
-        kl=_rounded(effect.kl) if math.isfinite(effect.kl) else None,
+        kl=_round(effect.kl) if math.isfinite(effect.kl) else None,
         conditions=schema.Conditions(
             text_sha256=confirmation.text_sha256,
             windows=confirmation.windows,
@@ -210,7 +213,7 @@ def _effect(protocol: str, effect: Effect, confirmation: Confirmation, source: s
     )
 
 
-def _source(report: ScanReport, revision: str | None, command: str) -> schema.Source:
+def _make_source(report: ScanReport, revision: str | None, command: str) -> schema.Source:
     remarks = [f"revision {revision}"] if revision else []
     if c := report.confirmation:
         remarks.append(f"{measured_text(c)} of the text with sha256 {c.text_sha256}")
@@ -242,7 +245,7 @@ def _read_shape(checkpoint: Checkpoint) -> _Shape:
         hidden_size=first.rows,
         intermediate_size=max(p.cols for p in projections),
         num_experts=len(experts) or None,
-        tensor=_template(first.tensor, first.layer, first.expert),
+        tensor=_make_template(first.tensor, first.layer, first.expert),
         transposed=first.transposed,
     )
 
@@ -258,7 +261,7 @@ def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
     return 1 + max(layers), shape.hidden_size, shape.intermediate_size
 
 
-def _template(tensor: str, layer: int, expert: Expert) -> str:
+def _make_template(tensor: str, layer: int, expert: Expert) -> str:
     """Return a name like `model.layers.{layer}.mlp.down_proj.weight`, with {expert} if it contains an expert."""
     name = re.sub(rf"(?<=\.){layer}(?=\.)", "{layer}", tensor, count=1)
     return name if expert is None else re.sub(rf"(?<=\.){expert}(?=\.)", "{expert}", name, count=1)
@@ -268,11 +271,11 @@ def _guard(candidate: Candidate) -> float | None:
     return candidate.value if math.isfinite(candidate.value) else None
 
 
-def _id(candidate: Candidate) -> str:
+def _make_id(candidate: Candidate) -> str:
     return schema.coordinate_id(candidate.layer, candidate.expert, candidate.row, candidate.col)
 
 
-def _traits(candidate: Candidate, trial: Trial | None) -> Iterator[str]:
+def _list_traits(candidate: Candidate, trial: Trial | None) -> Iterator[str]:
     yield f"rank {candidate.rank} of its matrix by magnitude"
     if candidate.input_spike is not None:
         yield f"input {candidate.input_spike:.4g}"
@@ -288,16 +291,16 @@ def _traits(candidate: Candidate, trial: Trial | None) -> Iterator[str]:
         yield "no detector listed it, it shares the column of one that was"
 
 
-def _in_words(candidate: Candidate, trial: Trial | None, report: ScanReport) -> str:
+def _describe_trial(candidate: Candidate, trial: Trial | None, report: ScanReport) -> str:
     if trial is None or report.confirmation is None:
         return f"not confirmed, score {candidate.score:.4g}"
-    return f"{trial.verdict}; zeroed alone {describe(_effect('zero', trial.alone, report.confirmation, _nobody))}"
+    return f"{trial.verdict}; zeroed alone {describe(_make_effect('zero', trial.alone, report.confirmation, _nobody))}"
 
 
 _nobody = schema.Source(key="scan", kind="own scan", cite="this scan")
 
 
-def _largest_ratio(report: ScanReport) -> float:
+def _find_largest_ratio(report: ScanReport) -> float:
     """Return the largest perplexity ratio measured for zeroing some or all super weights; 1 if none was measured."""
     if report.confirmation is None:
         return 1.0
@@ -309,5 +312,5 @@ def _largest_ratio(report: ScanReport) -> float:
     return max((r for r in ratios if not math.isnan(r)), default=1.0)
 
 
-def _rounded(value: float) -> float:
+def _round(value: float) -> float:
     return float(f"{value:.6g}")

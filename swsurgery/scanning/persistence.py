@@ -51,7 +51,7 @@ def find_spells(traces: Sequence[Trace]) -> Iterator[Spell]:
         for move in trace.moves.values():
             massive = abs(move.after) >= MASSIVE * move.median
             if massive and move.makes and abs(move.added) >= MADE * abs(move.after):
-                last = _last(trace, move)
+                last = _find_last(trace, move)
                 if last - move.layer >= layers_to_last(len(trace.hidden)):
                     yield Spell(sequence, move, last)
 
@@ -85,19 +85,19 @@ def as_activations(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator
     for spell in spells:
         groups[spell.move.layer, spell.move.channel].append(spell)
     for (layer, channel), group in sorted(groups.items()):
-        spell, peak, value = max((_peak(traces, spell) for spell in group), key=lambda found: abs(found[2]))
+        spell, peak, value = max((_find_peak(traces, spell) for spell in group), key=lambda found: abs(found[2]))
         prompts = len({spell.sequence for spell in group})
         yield PersistentActivation(layer, spell.last, channel, value, peak, spell.move.token, spell.sequence, prompts)
 
 
-def _last(trace: Trace, move: Move) -> int:
+def _find_last(trace: Trace, move: Move) -> int:
     """Find the last layer through which the state after `move` persists."""
     states = [float(hidden[move.token, move.channel]) / move.after for hidden in trace.hidden[move.layer :]]
     faded = (number for number, state in enumerate(states) if not state >= KEPT)
     return move.layer + next(faded, len(states)) - 1
 
 
-def _peak(traces: Sequence[Trace], spell: Spell) -> tuple[Spell, int, float]:
+def _find_peak(traces: Sequence[Trace], spell: Spell) -> tuple[Spell, int, float]:
     """Return a spell with the layer of its largest state and that state."""
     sequence, move, last = spell
     states = [float(h[move.token, move.channel]) for h in traces[sequence].hidden[move.layer : last + 1]]

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from swsurgery.checkpoint.architectures import Expert
 from swsurgery.storage.coordinate import Coordinate
 
-Expert = int | Literal["shared"] | None
 Method = Literal["activations", "weights"]
 Answer = Literal["found", "none", "undecided"]
 Verdict = Literal["critical alone", "critical jointly", "inert", "untested"]
@@ -39,7 +39,7 @@ class PersistentActivation:
     prompts: int
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _plain(value) for key, value in vars(self).items()}
+        return {key: _to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Candidate:
     round: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        fields = {key: _plain(value) for key, value in vars(self).items() if key != "coordinate"}
+        fields = {key: _to_plain(value) for key, value in vars(self).items() if key != "coordinate"}
         return {"tensor": self.coordinate.tensor, "index": list(self.coordinate.index), **fields}
 
 
@@ -86,7 +86,7 @@ class Effect:
     kl: float
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _plain(value) for key, value in vars(self).items()}
+        return {key: _to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ColumnNull:
     added: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _plain(value) for key, value in vars(self).items()}
+        return {key: _to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Profile:
     residuals: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {key: [_plain(v) for v in values] for key, values in vars(self).items()}
+        return {key: [_to_plain(v) for v in values] for key, values in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -242,12 +242,12 @@ class ScanReport:
             "layers": self.layers,
             "answer": self.answer,
             "unread": [layer.to_json() for layer in self.unread],
-            "super_weights": [_with_trial(c, trials.get(c.coordinate)) for c in self.super_weights],
-            "candidates": [_with_trial(c, trials.get(c.coordinate)) for c in tested],
+            "super_weights": [_merge_trial(c, trials.get(c.coordinate)) for c in self.super_weights],
+            "candidates": [_merge_trial(c, trials.get(c.coordinate)) for c in tested],
             "super_activations": [a.to_json() for a in self.activations],
             "joint_sets": [s.to_json() for s in (self.confirmation.joint_sets if self.confirmation else ())],
             "notes": list(self.notes),
-            "settings": {key: _plain(value) for key, value in self.settings.items()},
+            "settings": {key: _to_plain(value) for key, value in self.settings.items()},
         }
         if self.profile:
             document |= {"profile": self.profile.to_json(), "prompts": list(self.prompts)}
@@ -255,9 +255,9 @@ class ScanReport:
             keys = ("base_perplexity", "windows", "window_tokens", "scored_tokens", "text_sha256", "dtype", "device")
             document["confirmation"] = {
                 "together": self.confirmation.together.to_json(),
-                "null_ratios": [_plain(ratio) for ratio in self.confirmation.null],
+                "null_ratios": [_to_plain(ratio) for ratio in self.confirmation.null],
                 "column_nulls": [column.to_json() for column in self.confirmation.column_nulls],
-                **{key: _plain(getattr(self.confirmation, key)) for key in keys},
+                **{key: _to_plain(getattr(self.confirmation, key)) for key in keys},
             }
         return document
 
@@ -279,7 +279,7 @@ class SweepPoint:
     peak: float
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _plain(value) for key, value in vars(self).items()}
+        return {key: _to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ class SweepReport:
         }
 
 
-def _with_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
+def _merge_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
     if trial is None:
         return candidate.to_json()
     return candidate.to_json() | {
@@ -328,10 +328,10 @@ def _with_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
     }
 
 
-def _plain(value: object) -> Any:
+def _to_plain(value: object) -> Any:
     """Convert a value to strict JSON: numbers that are not finite become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(v) for v in value]
+        return [_to_plain(v) for v in value]
     return value

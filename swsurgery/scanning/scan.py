@@ -99,7 +99,7 @@ def scan_checkpoint(
         without = "leave out --confirm" if method == "weights" else by_weights
         with or_else(without):
             if method == "activations" or confirm:
-                _need_a_model(checkpoint.directory)
+                _require_model(checkpoint.directory)
             if confirm:
                 from swsurgery.scanning.confirm import refuse_text
 
@@ -146,7 +146,7 @@ def write_outputs(
     """
     checkpoint = open_base(base, weights, variant)
     if outputs.plot is not None:
-        figures.plot_scan(report, outputs.plot, outputs.register or _name(checkpoint))
+        figures.plot_scan(report, outputs.plot, outputs.register or _choose_name(checkpoint))
         say(f"figure: {outputs.plot}")
     if outputs.manifest is not None and not report.super_weights:
         found = "the scan is undecided" if report.answer == "undecided" else "nothing was found"
@@ -190,13 +190,13 @@ def sweep_manifest(
         raise PlanError(
             "no scalar is changed, so there is nothing to sweep", manifest, "add an edit other than protect"
         )
-    _need_a_model(plan.checkpoint.directory)
+    _require_model(plan.checkpoint.directory)
     from swsurgery.scanning.sweep import sweep
 
     rounds = Rounds(progress or Silent())
     report = sweep(plan.checkpoint, coordinates, factors, **vars(options), progress=rounds, say=say)
     if plot is not None:
-        figures.plot_sweep(report, plot, _name(plan.checkpoint))
+        figures.plot_sweep(report, plot, _choose_name(plan.checkpoint))
     return report
 
 
@@ -205,7 +205,7 @@ def open_base(base: str | Path, weights: Weights | None = None, variant: str | N
     return open_chosen(local(named(base)), weights, variant)
 
 
-def _need_a_model(directory: Path) -> None:
+def _require_model(directory: Path) -> None:
     """Start the tokenizer's process. Raises Unrunnable if no model, or not this one, can be run on this machine."""
     if reason := model.available():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
@@ -231,7 +231,7 @@ def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:
             raise TargetError("cannot write", outputs.manifest.absolute().parent, "write where you may")
 
 
-def _name(checkpoint: Checkpoint) -> str:
+def _choose_name(checkpoint: Checkpoint) -> str:
     return checkpoint.repo_id or checkpoint.directory.name
 
 

@@ -87,7 +87,7 @@ class Matrix:
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield the rows [first, end) of each chunk."""
-        return _ranges(self.rows, _chunk_rows(self))
+        return _split_range(self.rows, _count_chunk_rows(self))
 
 
 class Side(NamedTuple):
@@ -148,12 +148,12 @@ class Workspace:
         self.raw = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
         self.blocks = [np.empty(0, np.float32)] * 2
 
-    def block(self, which: int, rows: int, cols: int) -> NDArray[np.float32]:
+    def take_block(self, which: int, rows: int, cols: int) -> NDArray[np.float32]:
         if self.blocks[which].size < rows * cols:
             self.blocks[which] = np.empty(max(rows * cols, BLOCK), np.float32)
         return self.blocks[which][: rows * cols].reshape(rows, cols)
 
-    def room(self, which: int, size: int) -> NDArray[np.uint8]:
+    def take_bytes(self, which: int, size: int) -> NDArray[np.uint8]:
         if self.raw[which].size < size:
             self.raw[which] = np.empty(max(size, CHUNK), np.uint8)
         return self.raw[which][:size]
@@ -192,9 +192,11 @@ class Reader:
                     raise TypeError(f"{matrix.path} is not a file on this machine")
                 self._files[matrix.path] = file
 
-    def rows(self, space: Workspace, which: int, matrix: Matrix, first: int, end: int) -> NDArray[np.unsignedinteger]:
+    def read_rows(
+        self, space: Workspace, which: int, matrix: Matrix, first: int, end: int
+    ) -> NDArray[np.unsignedinteger]:
         """Rows [first, end) as unsigned integers of the dtype's width, in a buffer of `space`. Raises ShardError."""
-        raw = space.room(which, (end - first) * matrix.row_bytes)
+        raw = space.take_bytes(which, (end - first) * matrix.row_bytes)
         left, offset = raw.data, matrix.offset + first * matrix.row_bytes
         while left:
             try:
@@ -259,7 +261,7 @@ def score_neurons(reader: Reader, mlps: Iterable[Mlp], advance: Callable[[int], 
     No MLP may be empty. Sums are made in the order of the file for any number of threads, so that scans are
     reproducible bit for bit.
     """
-    for part, (place, values, size) in reader.map(partial(_compute, reader), _parts(reader, mlps)):
+    for part, (place, values, size) in reader.map(partial(_compute, reader), _split_mlps(reader, mlps)):
         sums = part.sums
         if part.inputs:
             sums.dots[place] += values
@@ -274,7 +276,7 @@ def columns_of(reader: Reader, mlp: Mlp, cols: Sequence[int]) -> NDArray[np.floa
     """Read the magnitudes in some columns of the down projection: (channels, columns), float32."""
 
     def some_rows(space: Workspace, rows: tuple[int, int]) -> NDArray[np.unsignedinteger]:
-        found = _magnitudes(reader.rows(space, 0, mlp.down, *rows))
+        found = _clear_signs(reader.read_rows(space, 0, mlp.down, *rows))
         return found[:, list(cols)] if mlp.axis == 0 else found.T.copy()  # a copy, because the buffer is reused
 
     if mlp.axis == 0:
@@ -288,7 +290,7 @@ def ranks_in(reader: Reader, matrix: Matrix, magnitudes: Sequence[float]) -> lis
     """Count the magnitudes of the matrix that are larger than each of these stored ones, plus 1."""
 
     def larger(space: Workspace, rows: tuple[int, int]) -> list[int]:
-        stored = values_of(_magnitudes(reader.rows(space, 0, matrix, *rows)), matrix.dtype)
+        stored = values_of(_clear_signs(reader.read_rows(space, 0, matrix, *rows)), matrix.dtype)
         return [int(np.count_nonzero(stored > np.float32(magnitude))) for magnitude in magnitudes]
 
     counts = [count for _, count in reader.map(larger, matrix.row_ranges())]
@@ -300,18 +302,18 @@ def values_of(patterns: NDArray[np.unsignedinteger], dtype: Dtype) -> NDArray[np
     values = np.empty(patterns.shape, np.float32)
     with np.errstate(over="ignore"):
         _widen(patterns, dtype, values)
-        values *= np.float32(2.0 ** _missing_exponent(dtype))
+        values *= np.float32(2.0 ** _get_missing_exponent(dtype))
     if dtype.name == "F16":
         values[np.abs(values) >= 65536] = np.inf  # `_widen` makes large numbers of infinity and NaN
     return values
 
 
-def _parts(reader: Reader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
+def _split_mlps(reader: Reader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
     for mlp in mlps:
         reader.open((mlp.gate.matrix, mlp.up.matrix, mlp.down))
         sums = _Sums(mlp)
         rows = mlp.neurons if mlp.axis == 0 else mlp.gate.matrix.rows
-        for first, end in _ranges(rows, _chunk_rows(mlp.gate.matrix)):
+        for first, end in _split_range(rows, _count_chunk_rows(mlp.gate.matrix)):
             yield _Part(sums, True, first, end)
         for first, end in mlp.down.row_ranges():
             yield _Part(sums, False, first, end, last=end == mlp.down.rows)
@@ -321,18 +323,18 @@ def _compute(reader: Reader, space: Workspace, part: _Part) -> tuple[slice, Numb
     """Return a slice of the neurons, what these rows add to their dots or peaks, and the number of bytes read."""
     mlp, rows = part.sums.mlp, (part.first, part.end)
     if part.inputs:
-        return (_neuron_rows if mlp.axis == 0 else _channel_rows)(reader, space, mlp, *rows)
-    stored = reader.rows(space, 0, mlp.down, *rows)
-    steps = list(_ranges(len(stored), max(1, 4 * BLOCK // stored.shape[1])))
+        return (_score_neuron_rows if mlp.axis == 0 else _score_channel_rows)(reader, space, mlp, *rows)
+    stored = reader.read_rows(space, 0, mlp.down, *rows)
+    steps = list(_split_range(len(stored), max(1, 4 * BLOCK // stored.shape[1])))
     peaks = [
-        _weighted(_magnitudes(stored[i:j]), mlp, part.first + i, part.first + j).max(axis=mlp.axis) for i, j in steps
+        _weight(_clear_signs(stored[i:j]), mlp, part.first + i, part.first + j).max(axis=mlp.axis) for i, j in steps
     ]
     if mlp.axis == 1:
         return slice(*rows), np.concatenate(peaks), stored.nbytes
     return slice(None), np.maximum.reduce(peaks), stored.nbytes
 
 
-def _weighted(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end: int) -> Numbers:
+def _weight(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end: int) -> Numbers:
     """Multiply rows [first, end) of the down projection by the gain after it; without one they stay bit patterns."""
     if mlp.behind is None:
         return magnitudes
@@ -341,7 +343,7 @@ def _weighted(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end
         return values_of(magnitudes, mlp.down.dtype) * gain
 
 
-def _magnitudes(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+def _clear_signs(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     """Clear the sign bits of bit patterns, in place.
 
     The resulting integers are ordered like the magnitudes. The maximum of integers is faster than that of floats.
@@ -350,17 +352,17 @@ def _magnitudes(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteg
     return stored
 
 
-def _neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
+def _score_neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
     """Compute the whole dot products of some neurons, from input matrices [neuron, channel]."""
     stored = [
-        reader.rows(space, which, side.matrix, side.first + first, side.first + end)
+        reader.read_rows(space, which, side.matrix, side.first + first, side.first + end)
         for which, side in enumerate(mlp.sources)
     ]
     channels = mlp.gate.matrix.cols
-    weights, factor = _gain(mlp)
+    weights, factor = _scale_gain(mlp)
     dots = np.empty(end - first, np.float32)
-    for i, j in _ranges(end - first, max(1, BLOCK // channels)):
-        gate, up = space.block(0, j - i, channels), space.block(1, j - i, channels)
+    for i, j in _split_range(end - first, max(1, BLOCK // channels)):
+        gate, up = space.take_block(0, j - i, channels), space.take_block(1, j - i, channels)
         _widen(stored[0][i:j], mlp.gate.matrix.dtype, gate)
         if len(stored) > 1:
             _widen(stored[1][i:j], mlp.up.matrix.dtype, up)
@@ -369,17 +371,17 @@ def _neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: in
     return slice(first, end), dots * factor, sum(rows.nbytes for rows in stored)
 
 
-def _channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
+def _score_channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
     """Compute what some channels add to the dot product of every neuron, from input matrices [channel, neuron]."""
-    stored = [reader.rows(space, which, side.matrix, first, end) for which, side in enumerate(mlp.sources)]
+    stored = [reader.read_rows(space, which, side.matrix, first, end) for which, side in enumerate(mlp.sources)]
     gates, ups = (
         rows[:, side.first : side.first + mlp.neurons * side.step : side.step]
         for rows, side in ((stored[0], mlp.gate), (stored[-1], mlp.up))
     )
-    weights, factor = _gain(mlp)
+    weights, factor = _scale_gain(mlp)
     dots = np.zeros(mlp.neurons)
-    for i, j in _ranges(end - first, max(1, BLOCK // mlp.neurons)):
-        gate, up = space.block(0, j - i, mlp.neurons), space.block(1, j - i, mlp.neurons)
+    for i, j in _split_range(end - first, max(1, BLOCK // mlp.neurons)):
+        gate, up = space.take_block(0, j - i, mlp.neurons), space.take_block(1, j - i, mlp.neurons)
         _widen(gates[i:j], mlp.gate.matrix.dtype, gate)
         _widen(ups[i:j], mlp.up.matrix.dtype, up)
         np.multiply(up, weights[first + i : first + j, None], out=up)
@@ -388,10 +390,10 @@ def _channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: i
     return slice(None), dots * factor, sum(rows.nbytes for rows in stored)
 
 
-def _gain(mlp: Mlp) -> tuple[NDArray[np.float32], float]:
+def _scale_gain(mlp: Mlp) -> tuple[NDArray[np.float32], float]:
     """Return a float32 weight for each channel, and the factor that dot products with these weights still need."""
     largest = float(mlp.gain.max(initial=0.0)) or 1.0
-    missing = _missing_exponent(mlp.gate.matrix.dtype) + _missing_exponent(mlp.up.matrix.dtype)
+    missing = _get_missing_exponent(mlp.gate.matrix.dtype) + _get_missing_exponent(mlp.up.matrix.dtype)
     boost = BOOST if missing else 0
     return (mlp.gain / largest * 2.0**boost).astype(np.float32), largest * 2.0 ** (missing - boost)
 
@@ -413,26 +415,26 @@ def _widen(stored: NDArray[np.unsignedinteger], dtype: Dtype, out: NDArray[np.fl
         np.copyto(bits, stored)
         np.left_shift(bits, 16, out=bits)
     elif dtype.bits == 8:
-        np.take(_table(dtype.name), stored, out=out, mode="clip")
+        np.take(_build_table(dtype.name), stored, out=out, mode="clip")
     else:
         np.copyto(out, stored.view(f"<f{dtype.size}"), casting="same_kind")
 
 
-def _missing_exponent(dtype: Dtype) -> int:
+def _get_missing_exponent(dtype: Dtype) -> int:
     """Return n such that `_widen` returns 2**-n times the value."""
     return 112 if dtype.name == "F16" else 0
 
 
 @cache
-def _table(name: str) -> NDArray[np.float32]:
+def _build_table(name: str) -> NDArray[np.float32]:
     """Return the values of all bit patterns of an 8-bit float."""
     return np.array([decode(DTYPES[name], bytes([bits])) for bits in range(256)], np.float32)
 
 
-def _chunk_rows(matrix: Matrix) -> int:
+def _count_chunk_rows(matrix: Matrix) -> int:
     return max(1, CHUNK // matrix.row_bytes)
 
 
-def _ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
+def _split_range(total: int, step: int) -> Iterator[tuple[int, int]]:
     for first in range(0, total, step):
         yield first, min(first + step, total)

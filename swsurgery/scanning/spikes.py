@@ -122,7 +122,7 @@ class LayerSpikes:
     def __init__(self, model: LayeredModel):
         self.model = model
         self._sources, self.unseen = _find_sources(model)
-        self.unread = _unread(model, self.unseen)
+        self.unread = _list_unread(model, self.unseen)
         self._clear(0)
 
     def run(
@@ -152,7 +152,7 @@ class LayerSpikes:
                 handles += source.watch()
             for module in layer.modules():
                 if "norm" in type(module).__name__.lower():
-                    handles.append(module.register_forward_hook(self._note_norm))
+                    handles.append(module.register_forward_hook(self._keep_norm))
             yield
         finally:
             for handle in handles:
@@ -169,23 +169,23 @@ class LayerSpikes:
         sources = [source for source in self._sources[number] if source.called]
         flat = hidden.reshape(-1, hidden.shape[-1])
         output = sum((source.output(len(flat)) for source in sources), torch.zeros_like(flat, dtype=torch.float32))
-        added = self._behind_norm(output) * self._multiplier
-        _note_largest(self.residuals, number, hidden)
+        added = self._find_normed(output) * self._multiplier
+        _keep_largest(self.residuals, number, hidden)
         if sources:
-            _note_largest(self.outputs, number, output)
+            _keep_largest(self.outputs, number, output)
         for source in sources:
-            _note_largest(self.inputs, number, source.neurons())
+            _keep_largest(self.inputs, number, source.neurons())
         for row, (sequence, _) in enumerate(rows):
             tokens = range(row * hidden.shape[1], (row + 1) * hidden.shape[1])
             self._look(number, self.traces[sequence], hidden[row], output[tokens], added[tokens], sources, tokens.start)
         for source in sources:
             source.forget()
 
-    def _note_norm(self, module: nn.Module, arguments: tuple[object, ...], output: object) -> None:
+    def _keep_norm(self, module: nn.Module, arguments: tuple[object, ...], output: object) -> None:
         if arguments and isinstance(arguments[0], Tensor) and isinstance(output, Tensor):
             self._normed.append((arguments[0], output))
 
-    def _behind_norm(self, output: Tensor) -> Tensor:
+    def _find_normed(self, output: Tensor) -> Tensor:
         """Return what was added to the residual stream for an MLP's output.
 
         This is the output of the norm that was called with exactly these values, or else the MLP's output itself.
@@ -239,16 +239,16 @@ class _Linear:
         self._gate: Tensor | None = None
 
     def watch(self) -> list[RemovableHandle]:
-        handles = [self.module.register_forward_hook(self._note)]
+        handles = [self.module.register_forward_hook(self._keep)]
         if self.gate is not None:
-            handles.append(self.gate.register_forward_hook(self._note_gate))
+            handles.append(self.gate.register_forward_hook(self._keep_gate))
         return handles
 
-    def _note(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         # Falcon and Llama 4 later add to this tensor in place.
         self.called, self._x, self._y = True, arguments[0], output.clone()
 
-    def _note_gate(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def _keep_gate(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         self._gate = output.float().sigmoid().flatten()
 
     def output(self, tokens: int) -> Tensor:
@@ -277,9 +277,9 @@ class _Experts:
         self._x = self._index = self._weights = torch.empty(0)
 
     def watch(self) -> list[RemovableHandle]:
-        return [self.module.register_forward_hook(self._note, with_kwargs=True)]
+        return [self.module.register_forward_hook(self._keep, with_kwargs=True)]
 
-    def _note(self, module: nn.Module, arguments: tuple[object, ...], named: dict[str, object], output: Tensor) -> None:
+    def _keep(self, module: nn.Module, arguments: tuple[object, ...], named: dict[str, object], output: Tensor) -> None:
         """Keep the inputs and outputs of one call.
 
         The module is called with hidden states (tokens, channels) and the chosen experts and their weights (tokens,
@@ -298,7 +298,7 @@ class _Experts:
             self._index = torch.arange(experts, device=hidden.device).expand(len(hidden), -1)
             self._weights = torch.ones(self._index.shape)
             self._y = output.reshape(experts, len(hidden), -1).sum(0)
-        self._x = _expert_neurons(module, hidden, self._index)
+        self._x = _compute_expert_neurons(module, hidden, self._index)
         self.called = True
 
     def output(self, tokens: int) -> Tensor:
@@ -327,7 +327,7 @@ class _StackedExperts(Protocol):
     _apply_gate: Callable[[Tensor], Tensor]
 
 
-def _expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
+def _compute_expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     """Compute the inputs of the down projections of each token's chosen experts: (tokens, chosen, cols).
 
     `index` contains the chosen experts (tokens, chosen). `hidden` is (tokens, channels), or (tokens, experts, channels)
@@ -365,7 +365,7 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
     for projection in down_projections(config, shapes):
         if projection.layer >= len(sources):
             continue
-        path, module, name = _loaded_module(modules, config, shapes, projection)
+        path, module, name = _find_loaded_module(modules, config, shapes, projection)
         if module is None:
             unseen.add(projection.layer)
         elif isinstance(projection.expert, int):
@@ -382,7 +382,7 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
     return sources, sorted(unseen)
 
 
-def _unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
+def _list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
     """List the layers with an MLP that is not observed completely."""
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
     projections = list(down_projections(config, shapes))
@@ -394,7 +394,7 @@ def _unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ..
     return tuple(unread[number] for number in sorted(unread))
 
 
-def _loaded_module(
+def _find_loaded_module(
     modules: Mapping[str, nn.Module], config: Mapping[str, Any], shapes: Shapes, projection: DownProjection
 ) -> tuple[str, nn.Module | None, str]:
     """Find the module of a down projection in the loaded model: its path, the module, and the name of the weight."""
@@ -406,7 +406,7 @@ def _loaded_module(
     return "", None, ""
 
 
-def _note_largest(profile: list[float], layer: int, values: Tensor) -> None:
+def _keep_largest(profile: list[float], layer: int, values: Tensor) -> None:
     """Keep the signed value with the largest magnitude of a layer."""
     if values.numel():
         flat = values.flatten()

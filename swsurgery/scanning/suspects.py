@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from swsurgery.checkpoint.architectures import Expert
 from swsurgery.scanning.matrices import ProjectionKey, StoredProjection
-from swsurgery.scanning.report import Candidate, Expert
+from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
 
 COMPANIONS, COMPANION_SHARE, COMPANION_SIGMAS = 2, 1 / 6, 8.0

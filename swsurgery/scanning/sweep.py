@@ -86,7 +86,7 @@ def sweep_windows(
             for outcomes in model.run(windows, [dict(key) for key in group], progress=progress):
                 totals.add_window(windows[outcomes.sequence], outcomes)
             for number, key in enumerate(group):
-                figures.setdefault(key, _point(totals, number))
+                figures.setdefault(key, _make_point(totals, number))
     return SweepReport(
         coordinates=tuple(coordinates),
         base=figures[frozenset()],
@@ -150,7 +150,7 @@ def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.
     raise ModelError("no such scalar in the checkpoint", coordinate)
 
 
-def _point(totals: measure.Totals, number: int) -> SweepPoint:
+def _make_point(totals: measure.Totals, number: int) -> SweepPoint:
     side = totals.side(number)
     return SweepPoint(
         factor=1.0,
