@@ -1,4 +1,4 @@
-"""python -m swsurgery"""
+"""Run the command line: `python -m swsurgery` does what `swsurgery` does."""
 
 from swsurgery.cli import entry
 
