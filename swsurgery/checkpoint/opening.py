@@ -251,7 +251,7 @@ def _read_headers(files: Iterable[BaseFile], remote: bool) -> Iterator[tuple[str
     Remote headers cost one round trip each, so several are read at a time.
     """
 
-    def header(file: BaseFile) -> tuple[str, Shard | CheckpointError]:
+    def read_header(file: BaseFile) -> tuple[str, Shard | CheckpointError]:
         try:
             return file.name, open_shard(file.path)
         except CheckpointError as error:
@@ -259,9 +259,9 @@ def _read_headers(files: Iterable[BaseFile], remote: bool) -> Iterator[tuple[str
 
     if remote:
         with Pool(8) as pool:
-            yield from pool.map(header, files)
+            yield from pool.map(read_header, files)
     else:
-        yield from map(header, files)
+        yield from map(read_header, files)
 
 
 def _find_disagreements(index_name: str, weight_map: dict[str, str], shards: dict[str, Shard]) -> dict[str, str]:

@@ -223,7 +223,7 @@ def _families(config: Mapping[str, Any]) -> tuple[Family, ...]:
         return known
     if config.get("is_encoder_decoder") is True:
         return ()
-    # Only a known model type tells which tensors transformers transposes while loading; others are taken as stored.
+    # The model type decides which tensors transformers transposes while loading. If it is unknown, none is.
     return tuple(
         Family(f.name, f.model_types, f.trunks, tuple(layout for layout in f.layouts if not layout.stored_only))
         for f in FAMILIES
@@ -430,17 +430,8 @@ def _explain_missing(
         for name in _possible_names(families, layer, place):
             _refuse_otherwise_stored(name, shapes)
 
-    dense, routed, shared = (bool(_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
-    experts = _expert_count(families, shapes, layer)
-    choices = ([f"0 to {experts - 1}"] if routed else []) + (["shared"] if shared else [])
-    choice = ", ".join(choices)
-    if dense:
-        return ArchitectureError(f"layer {layer} is dense", f"it has no expert {expert}", "leave expert out")
-    if choice and expert is None:
-        return ArchitectureError(f"layer {layer} is a mixture of experts", "no expert is given", f"expert: {choice}")
-    if choice:
-        return _no_such_expert(layer, expert, choice)
-
+    if (error := _explain_expert(families, shapes, layer, expert)) is not None:
+        return error
     sought = {layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts}
     model_type = next((section["model_type"] for section in _sections(config) if "model_type" in section), "not given")
     return ArchitectureError(
@@ -450,12 +441,28 @@ def _explain_missing(
     )
 
 
+def _explain_expert(
+    families: tuple[Family, ...], shapes: Shapes, layer: int, expert: Expert
+) -> ArchitectureError | None:
+    """Return the error for a missing, superfluous or unknown expert; None if the layer has no down projection."""
+    dense, routed, shared = (bool(_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
+    if dense:
+        return ArchitectureError(f"layer {layer} is dense", f"it has no expert {expert}", "leave expert out")
+    choices = [f"0 to {_count_experts(families, shapes, layer) - 1}"] if routed else []
+    choice = ", ".join([*choices, "shared"] if shared else choices)
+    if not choice:
+        return None
+    if expert is None:
+        return ArchitectureError(f"layer {layer} is a mixture of experts", "no expert is given", f"expert: {choice}")
+    return _no_such_expert(layer, expert, choice)
+
+
 def _no_such_expert(layer: int, expert: Expert, choice: str) -> ArchitectureError:
     """Return the error for an expert that does not exist; `choice` lists those that do."""
     return ArchitectureError(f"layer {layer} has no expert {expert}", f"its experts are {choice}")
 
 
-def _expert_count(families: tuple[Family, ...], shapes: Shapes, layer: int) -> int:
+def _count_experts(families: tuple[Family, ...], shapes: Shapes, layer: int) -> int:
     """Count the routed experts that a layer stores, stacked or individually."""
     count = 0
     while names := _stored_names(families, shapes, layer, count):

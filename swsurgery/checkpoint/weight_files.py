@@ -87,9 +87,7 @@ def find_weights(
     if variant is not None and variant not in variants:
         remedy = f"the variants here: {', '.join(sorted(variants))}" if variants else "it has none"
         raise CheckpointError(f"no variant {variant}", root, remedy)
-    indices = [n for n in names if is_index(n, None)]
-    if INDEX in indices:
-        indices = [INDEX]
+    indices = _find_plain_indices(names)
     if variant is None and SINGLE not in names and not indices:
         variant = _find_only_variant(root, variants)
     single = SINGLE
@@ -107,6 +105,12 @@ def find_weights(
         return WeightFiles(None, tuple(singles), variant=variant)
     shards, weight_map, total = _read_index(root, names, indices[0], elsewhere)
     return WeightFiles(indices[0], tuple(shards), weight_map, total, variant)
+
+
+def _find_plain_indices(names: Iterable[str]) -> list[str]:
+    """Return the index of the usual name, or without it all indices of plain weights."""
+    indices = [n for n in names if is_index(n, None)]
+    return [INDEX] if INDEX in indices else indices
 
 
 def _find_only_variant(root: object, variants: Collection[str]) -> str | None:
