@@ -52,27 +52,17 @@ def lookup(
     """Show the known super weights of a model, your own scans included, or the registry of a patched checkpoint."""
     from swsurgery.known import own, shipped, table
 
+    chosen = bool(status or manifest or factor is not None)
     if forget:
-        if status or manifest or factor is not None:
+        if chosen:
             raise SwsurgeryError("--forget goes with no --status, --manifest or --factor")
-        removed = str(own.forget(model))
-        report_done(f"the own entry was removed: {removed}")
-        if json:
-            output.print_json({"forgotten": removed})
-        else:
-            output.print_text(f"{printable(removed)}: removed, the shipped facts stay")
+        _forget(model, json)
         return
-    there = model.startswith("hf://") or os.sep in model and Path(model).is_dir()
-    if there or Path(model, "swsurgery.json").is_file():
-        if status or manifest or factor is not None:
+    is_checkpoint = model.startswith("hf://") or os.sep in model and Path(model).is_dir()
+    if is_checkpoint or Path(model, "swsurgery.json").is_file():
+        if chosen:
             raise SwsurgeryError("--status, --manifest and --factor go with a model's name, not a checkpoint", model)
-        from swsurgery.checkpoint import record
-        from swsurgery.cli import show
-
-        with reading(model, quiet) as where:
-            patched = record.read_records(where)
-        document = patched.registry.model_dump(mode="json")
-        output.print_json(document) if json else show.registry(patched.registry)
+        _show_record(model, json, quiet)
         return
     found = own.lookup(model)
     if factor is not None and manifest is None:
@@ -90,6 +80,27 @@ def lookup(
         output.print_json(shipped.to_json(found, status or None))
     else:
         output.print_text(table.render_table(found, width(), status or None))
+
+
+def _forget(model: str, json: bool) -> None:
+    from swsurgery.known import own
+
+    removed = str(own.forget(model))
+    report_done(f"the own entry was removed: {removed}")
+    if json:
+        output.print_json({"forgotten": removed})
+    else:
+        output.print_text(f"{printable(removed)}: removed, the shipped facts stay")
+
+
+def _show_record(checkpoint: str, json: bool, quiet: bool) -> None:
+    from swsurgery.checkpoint import record
+    from swsurgery.cli import show
+
+    with reading(checkpoint, quiet) as where:
+        patched = record.read_records(where)
+    document = patched.registry.model_dump(mode="json")
+    output.print_json(document) if json else show.registry(patched.registry)
 
 
 def scan(

@@ -21,6 +21,7 @@ from swsurgery.scanning.report import (
     ColumnNull,
     Confirmation,
     Effect,
+    PersistentActivation,
     ScanReport,
     SweepReport,
     UnreadLayer,
@@ -42,42 +43,48 @@ def show_scan(report: ScanReport) -> None:
     for pattern in _patterns([*report.candidates, *companions]):
         print_text(f"tensor    {printable(pattern)}")
     if report.activations:
-        print_text("\nsuper activations: channels that are massive after these layers")
-        shown = report.activations
-        _table(
-            {
-                "channel": [a.channel for a in shown],
-                "from layer": [a.layer for a in shown],
-                "to layer": [a.last for a in shown],
-                "value": [_number(a.value) for a in shown],
-                "peak after": [a.peak for a in shown],
-                "prompt": [a.prompt for a in shown],
-                "token": [a.token for a in shown],
-                "prompts": [a.prompts for a in shown],
-            }
-        )
+        _print_activations(report.activations)
     if report.candidates:
-        print_text("\ncandidates")
-        candidates = report.candidates
-        _table(
-            _places(candidates)
-            | {
-                "input spike": [_number(c.input_spike) for c in candidates],
-                "output spike": [_number(c.output_spike) for c in candidates],
-                "share": [_number(c.share) for c in candidates],
-                "prompts": [c.prompts for c in candidates],
-                "round": [c.round for c in candidates],
-                "score": [_number(c.score) if report.method == "weights" else None for c in candidates],
-                "z": [_number(c.z) for c in candidates],
-                "rank of |W|": [f"{c.rank:,}" for c in candidates],
-            }
-        )
+        _print_candidates(report.candidates, scored=report.method == "weights")
     if report.confirmation is not None:
         _confirmation(report.confirmation)
     if report.notes:
         print_text("")
     for note in report.notes:
         print_text(f"note      {printable(note)}")
+
+
+def _print_activations(activations: Sequence[PersistentActivation]) -> None:
+    print_text("\nsuper activations: channels that are massive after these layers")
+    _table(
+        {
+            "channel": [a.channel for a in activations],
+            "from layer": [a.layer for a in activations],
+            "to layer": [a.last for a in activations],
+            "value": [_number(a.value) for a in activations],
+            "peak after": [a.peak for a in activations],
+            "prompt": [a.prompt for a in activations],
+            "token": [a.token for a in activations],
+            "prompts": [a.prompts for a in activations],
+        }
+    )
+
+
+def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
+    print_text("\ncandidates")
+    _table(
+        _places(candidates)
+        | {
+            "input spike": [_number(c.input_spike) for c in candidates],
+            "output spike": [_number(c.output_spike) for c in candidates],
+            "share": [_number(c.share) for c in candidates],
+            "prompts": [c.prompts for c in candidates],
+            "round": [c.round for c in candidates],
+            "score": [_number(c.score) if scored else None for c in candidates],
+            "z": [_number(c.z) for c in candidates],
+            "rank of |W|": [f"{c.rank:,}" for c in candidates],
+        }
+    )
 
 
 def show_sweep(report: SweepReport) -> None:

@@ -48,7 +48,7 @@ def shipped_models() -> tuple[KnownModel, ...]:
 
 
 def families() -> list[str]:
-    """Return the sorted names of the families' files, without their extension."""
+    """Return the sorted file names of the model families, without their extension."""
     return sorted(file.stem for file in _FOLDER.glob("*.toml") if file.name not in (_RELATED, _NAMES))
 
 
@@ -85,7 +85,7 @@ def shipped_of_repo(repo_id: str) -> KnownModel | None:
 
 
 def shipped_near(name: str) -> list[KnownModel]:
-    """Return the shipped models of the families with a model of this name; empty if no shipped model has it.
+    """Return all models of the families that contain a model of this name; empty if there is none.
 
     This takes a tenth of the time of reading every family.
     """
