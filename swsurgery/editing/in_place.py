@@ -18,7 +18,8 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import open_as, open_checkpoint
-from swsurgery.checkpoint.record import EditRecord, Patched, Registry, ScalarRecord, read_patched, read_records
+from swsurgery.checkpoint.record import Patched, Registry, ScalarRecord, read_patched, read_records
+from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
 from swsurgery.editing.apply import SMALL, Outcome
 from swsurgery.editing.base import base_of, known_digests
 from swsurgery.editing.copy import Applied, AppliedFile, records_mode
@@ -27,7 +28,7 @@ from swsurgery.editing.plan import make_plan
 from swsurgery.editing.record import complete_registry, draft_registry
 from swsurgery.editing.revert import reversion_notes, undoing
 from swsurgery.editing.sanity import Check, CheckOptions, bounds_of, run_check
-from swsurgery.errors import CheckpointError, LookupFailed, NumberError, PlanError, TargetError
+from swsurgery.errors import CheckpointError, LookupFailed, PlanError, TargetError
 from swsurgery.hub import Uri
 from swsurgery.known import own
 from swsurgery.known.recorded import unlike_bases, unlike_records
@@ -36,7 +37,6 @@ from swsurgery.manifest.load import LoadedManifest, load_manifest
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import filesystem
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import bits_of, json_value
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.hashing import hashed, hashed_twice, hold_to, stream
 from swsurgery.storage.names import OWN_FILES
@@ -330,40 +330,11 @@ def _find_differences(
 
 def _find_other_scalars(registry: Registry, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:
     """Yield each recorded scalar, those of earlier steps included, that the checkpoint does not store as recorded."""
-    names = {f.name for f in checkpoint.files}
-    protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
-    # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
-    inherited = [record for _, record in registry.inherited() if record.file in checkpoint.shards]
-    for record in (*registry.edits, *protected, *inherited):
-        if fault := _compare_scalar(record, checkpoint):
-            yield record, fault
-    seen: set[tuple[str, int]] = set()
-    for record in (*registry.edits, *registry.protected):
-        if (record.file, record.offset) in seen:
-            yield record, "the registry names this scalar twice"
-        seen.add((record.file, record.offset))
-
-
-def _compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> str | None:
-    """Compare a recorded scalar with the headers and the stored bits; return the difference as text, or None."""
-    edit = record if isinstance(record, EditRecord) else None
-    shard = checkpoint.shards.get(record.file)
-    info = shard.tensors.get(record.tensor) if shard else None
-    if shard is None or info is None:
-        return "the registry names a scalar that the shards do not have"
-    try:
-        offset = shard.offset(record.tensor, record.index)
-        old = record.old_bytes
-        wanted = edit.new_bytes if edit else old
-    except (IndexError, NumberError) as error:
-        return f"the registry's entry is not possible: {error}"
-    if (offset, info.dtype.name) != (record.offset, record.dtype):
-        place = f"the registry puts it at byte {record.offset} as {record.dtype}"
-        return f"{place}, the header at byte {offset} as {info.dtype.name}"
-    if record.old != json_value(info.dtype, old) or edit and edit.new != json_value(info.dtype, wanted):
-        return "the registry's values are not what its bits mean"
-    stored = shard.read_scalar(record.tensor, record.index)
-    return None if stored == wanted else f"it holds {bits_of(stored)}, not {bits_of(wanted)}"
+    for record in (*registry.edits, *list_protected(registry, checkpoint)):
+        if fault := compare_scalar(record, checkpoint):
+            yield record, fault.message
+    for record in find_repeated(registry):
+        yield record, "the registry names this scalar twice"
 
 
 def _not_applied(what: str, where: object) -> CheckpointError:

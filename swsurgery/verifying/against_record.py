@@ -18,11 +18,12 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import chunks, undeclared_changes
 from swsurgery.checkpoint.opening import open_as
 from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Registry, ScalarRecord, read_patched
+from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
 from swsurgery.errors import CheckpointError, NumberError
 from swsurgery.progress import Progress
 from swsurgery.storage import dtypes
 from swsurgery.storage.arguments import require_type
-from swsurgery.storage.dtypes import DTYPES, json_value
+from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.files import BaseFile, Repository
 from swsurgery.storage.names import CARD_NAME, GIT_NAME, OWN_FILES, SIGNATURE_NAME
 from swsurgery.storage.strict_json import read_small
@@ -136,7 +137,7 @@ def verify_patched(
         tuple(findings),
         files=len(present),
         edits=len(registry.edits),
-        protected=len(_list_protected(registry, checkpoint)),
+        protected=len(list_protected(registry, checkpoint)),
         proved=tuple(name for name in proved if not registry.files[name].unverified),
         compared_with_base=base is not None,
         unhashed=tuple(unhashed),
@@ -178,17 +179,11 @@ def _check_all_digests(
 def scalar_findings(registry: Registry, checkpoint: Checkpoint) -> list[Finding]:
     """Check every recorded scalar, including those that earlier steps protect, against the headers and stored bits."""
     findings: list[Finding] = []
-    for record in (*registry.edits, *_list_protected(registry, checkpoint)):
+    for record in (*registry.edits, *list_protected(registry, checkpoint)):
         findings += _check_scalar(record, checkpoint)
-    return findings + _check_operations(registry) + _find_repeated(registry)
-
-
-def _list_protected(registry: Registry, checkpoint: Checkpoint) -> list[ScalarRecord]:
-    """List the scalars that this step or an earlier one protects and that can be read from this checkpoint."""
-    names = {f.name for f in checkpoint.files}
-    protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
-    # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
-    return protected + [record for _, record in registry.inherited() if record.file in checkpoint.shards]
+    twice = "the registry names this scalar twice"
+    repeated = [_make_finding(record, "registry", twice) for record in find_repeated(registry)]
+    return findings + _check_operations(registry) + repeated
 
 
 def structure(checkpoint: Checkpoint) -> list[Finding]:
@@ -251,28 +246,11 @@ def _make_finding(record: ScalarRecord, rule: str, message: str) -> Finding:
 
 def _check_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]:
     """Check that a recorded scalar has the recorded dtype, offset, values and bits in this checkpoint."""
-    edit = record if isinstance(record, EditRecord) else None
-    rule, wanted = ("edit-changed", edit.new_bits) if edit else ("protected-changed", record.old_bits)
-    shard = checkpoint.shards.get(record.file)
-    if shard is None or record.tensor not in shard.tensors:
-        return [_make_finding(record, "registry", "the registry names a scalar that the shards do not have")]
-    info = shard.tensors[record.tensor]
-    try:
-        offset = shard.offset(record.tensor, record.index)
-        old = record.old_bytes
-        recorded = edit.new_bytes if edit else old
-    except (IndexError, NumberError) as error:
-        return [_make_finding(record, "registry", f"the registry's entry is not possible: {error}")]
-    if offset != record.offset or info.dtype.name != record.dtype:
-        recorded_place = f"the registry puts it at byte {record.offset} as {record.dtype}"
-        return [
-            _make_finding(record, "registry", f"{recorded_place}, the header at byte {offset} as {info.dtype.name}")
-        ]
-    values = [(record.old, old)] + ([(edit.new, recorded)] if edit else [])
-    if any(value != json_value(info.dtype, bits) for value, bits in values):
-        return [_make_finding(record, "registry", "the registry's values are not what its bits mean")]
-    stored = shard.read_scalar(record.tensor, record.index)
-    return [] if stored == recorded else [_make_finding(record, rule, f"it holds 0x{stored[::-1].hex()}, not {wanted}")]
+    fault = compare_scalar(record, checkpoint)
+    if fault is None:
+        return []
+    changed = "edit-changed" if isinstance(record, EditRecord) else "protected-changed"
+    return [_make_finding(record, "registry" if fault.contradicts else changed, fault.message)]
 
 
 def _check_operations(registry: Registry) -> list[Finding]:
@@ -297,17 +275,6 @@ def _check_operations(registry: Registry) -> list[Finding]:
                 findings.append(_make_finding(edit, "registry", f"{made}, not {edit.new_bits}"))
         except NumberError as error:
             findings.append(_make_finding(edit, "registry", f"the registry's {edit.op} is not possible: {error}"))
-    return findings
-
-
-def _find_repeated(registry: Registry) -> list[Finding]:
-    """Report every scalar that is recorded twice: the bytes put back for one entry would also prove the other."""
-    seen: set[tuple[str, int]] = set()
-    findings = []
-    for record in (*registry.edits, *registry.protected):
-        if (record.file, record.offset) in seen:
-            findings.append(_make_finding(record, "registry", "the registry names this scalar twice"))
-        seen.add((record.file, record.offset))
     return findings
 
 
