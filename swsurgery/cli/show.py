@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.cli.output import print_table, print_text, size
-from swsurgery.errors import printable
+from swsurgery.errors import pluralise, printable
 
 if TYPE_CHECKING:
     from swsurgery.checkpoint.diff import Difference
@@ -31,7 +31,7 @@ def plan(plan: Plan) -> None:
     kept -= {p.coordinate for p in plan.protected}
     and_kept = f", and {len(kept)} that earlier steps protect" if kept else ""
     print_text(
-        f"changes   {_count(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
+        f"changes   {pluralise(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
         f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}{and_kept}"
     )
     _edits(document["splices"], document["protected"])
@@ -63,7 +63,7 @@ def outcome(outcome: Outcome) -> None:
     how = "in place" if in_place else ", ".join(f"{size(n)} {words[k]}" for k, n in amounts.items() if n)
     done = f"wrote     {printable(str(outcome.output))} ({how})"
     if unverified := sum(f.unverified for f in outcome.applied.files):
-        print_text(f"not hashed {_count(unverified, 'file')}: the registry marks the digests as unverified")
+        print_text(f"not hashed {pluralise(unverified, 'file')}: the registry marks the digests as unverified")
     print_text(done if outcome.written else f"unchanged {printable(str(outcome.output))} (it was applied already)")
     print_text(f"prove it  swsurgery verify {printable(str(outcome.output))}")
     print_text(f"undo it   swsurgery revert {printable(str(outcome.output))}{'' if in_place else ' -o DIR'}")
@@ -224,10 +224,6 @@ def _edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) -> None
 def _names(names: tuple[str, ...]) -> str:
     more = len(names) - MAX_NAMES
     return ", ".join(map(printable, names[:MAX_NAMES])) + (f" and {more} more" if more > 0 else "")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _index(numbers: list[int]) -> str:

@@ -13,7 +13,7 @@ from itertools import permutations
 
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.cli.show import MAX_ROWS
-from swsurgery.errors import printable
+from swsurgery.errors import pluralise, printable
 from swsurgery.model.text import measured_text
 from swsurgery.scanning.report import (
     VERDICTS,
@@ -132,7 +132,7 @@ def _confirmation(confirmation: Confirmation) -> None:
         print_text(f"null      {_column_null(column)}")
     if confirmation.null:
         print_text(
-            f"null      {_count(len(confirmation.null), 'random scalar')} of like magnitude, each alone: ratio "
+            f"null      {pluralise(len(confirmation.null), 'random scalar')} of like magnitude, each alone: ratio "
             f"{_ratio(min(confirmation.null))} to {_ratio(max(confirmation.null))}"
         )
     print_text(
@@ -142,8 +142,8 @@ def _confirmation(confirmation: Confirmation) -> None:
 
 
 def _scanned(report: ScanReport) -> str:
-    line = f"{_count(report.layers, 'layer')} of {printable(report.model_type)} by {report.method}"
-    return f"{line}, {_count(len(report.prompts), 'prompt')}" if report.prompts else line
+    line = f"{pluralise(report.layers, 'layer')} of {printable(report.model_type)} by {report.method}"
+    return f"{line}, {pluralise(len(report.prompts), 'prompt')}" if report.prompts else line
 
 
 def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
@@ -174,17 +174,17 @@ def _numbered(noun: str, numbers: Sequence[int]) -> str:
 
 def _answer(report: ScanReport) -> str:
     if report.answer == "undecided":
-        layers = _count(len(report.unread), "layer")
+        layers = pluralise(len(report.unread), "layer")
         what = "confirmed" if report.candidates else "found"
         return f"undecided: nothing was {what}, but {layers} of {report.layers} were not read, or not all of them"
     count = len(report.super_weights)
     if report.confirmation is None or (count and not report.confirmed):
-        return f"{_count(count, 'super weight')}, not confirmed" if count else "none: no super weight was found"
+        return f"{pluralise(count, 'super weight')}, not confirmed" if count else "none: no super weight was found"
     verdicts = Counter(trial.verdict for trial in report.confirmation.trials)
     tally = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS if verdicts[v])
     if not count:
         return "none: no super weight was confirmed" + (f" ({tally})" if tally else "")
-    return f"{_count(count, 'super weight')} confirmed ({tally})"
+    return f"{pluralise(count, 'super weight')} confirmed ({tally})"
 
 
 def _places(candidates: Sequence[Candidate]) -> Columns:
@@ -254,7 +254,7 @@ def _interval(effect: Effect) -> str | None:
 
 def _column_null(column: ColumnNull) -> str:
     expert = "" if column.expert is None else f" expert {column.expert}"
-    line = f"{_count(len(column.alone), 'other large row')} of layer {column.layer}{expert} column {column.col}"
+    line = f"{pluralise(len(column.alone), 'other large row')} of layer {column.layer}{expert} column {column.col}"
     if not column.alone:
         return line
     return f"{line}: alone {_range(column.alone)}, beside all candidates {_range(column.added)}"
@@ -276,7 +276,3 @@ def _ratio(value: float) -> str:
     if 1e6 <= value < math.inf:
         return f"{value:.1e}"
     return f"{value:,.0f}" if 999.95 <= value < 1e6 else f"{value:#.4g}"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
