@@ -33,18 +33,18 @@ def main() -> None:
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")
     checkpoint = open_checkpoint(arguments.model)
-    with load.quiet():
+    with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.root)
         model = load.open_model(checkpoint, device="cpu", placement="whole")
     windows = measure.cut_windows(
-        measure.encode(tokenizer, text), measure.bos_prefix(tokenizer), windows=WINDOWS, window=TOKENS
+        measure.encode(tokenizer, text), measure.get_bos_prefix(tokenizer), windows=WINDOWS, window=TOKENS
     )
     coordinates = [
         locate(checkpoint.config, checkpoint.shapes, layer=layer, row=row, col=col)
         for layer, row, col in SUPER_WEIGHTS.values()
     ]
     totals = measure.Totals([], 1 + len(coordinates))
-    with load.running(model.device, streamed=False):
+    with load.convert_run_errors(model.device, streamed=False):
         # A few windows at a time bound the memory for hidden states.
         for first in range(0, len(windows), 8):
             part = windows[first : first + 8]

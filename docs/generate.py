@@ -30,9 +30,9 @@ def commands() -> str:
 
 def schema() -> str:
     """The manifest's JSON Schema, as `swsurgery schema` prints it."""
-    from swsurgery.manifest.schema import schema
+    from swsurgery.manifest.schema import render_schema
 
-    return json.dumps(schema(), indent=2, sort_keys=True) + "\n"
+    return json.dumps(render_schema(), indent=2, sort_keys=True) + "\n"
 
 
 if __name__ == "__main__":

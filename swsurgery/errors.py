@@ -33,7 +33,7 @@ def pluralise(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def printable(text: str) -> str:
+def escape_control(text: str) -> str:
     """Escape every control, bidirectional and surrogate character in `text`.
 
     A name from a file can then neither break a line nor control the terminal.
@@ -49,11 +49,11 @@ class SwsurgeryError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, where: object = "", remedy: str = ""):
-        line = printable(what)
+        line = escape_control(what)
         if str(where):
-            line += f": {printable(str(where))}"
+            line += f": {escape_control(str(where))}"
         if remedy:
-            line += f" ({printable(remedy)})"
+            line += f" ({escape_control(remedy)})"
         self.faults: tuple[str, ...] = (line,)
         super().__init__(line)
 
@@ -61,7 +61,7 @@ class SwsurgeryError(Exception):
     def of(cls, faults: Iterable[str]) -> SwsurgeryError:
         """Make one error that carries several faults, each of them a complete line."""
         error = cls.__new__(cls)
-        error.faults = tuple(printable(f) for f in faults)
+        error.faults = tuple(escape_control(f) for f in faults)
         Exception.__init__(error, "\n".join(error.faults))
         return error
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeAlias
 
-Expert: TypeAlias = int | Literal["shared"] | None
+ExpertChoice: TypeAlias = int | Literal["shared"] | None
 """The expert of a layer: None if the layer is dense, a number if routed, "shared" if it processes every token."""
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 """The name of every stored tensor, with its stored shape."""
 
-Kind: TypeAlias = Literal["dense", "routed", "shared"]
+ProjectionKind: TypeAlias = Literal["dense", "routed", "shared"]
 Axes: TypeAlias = Literal["row col", "col row", "expert row col", "expert col row"]
 
 
@@ -27,7 +27,7 @@ class Layout:
     `stored_only` is True if transformers transposes the tensor while loading, so that no loaded model has this layout.
     """
 
-    kind: Kind
+    kind: ProjectionKind
     name: str
     axes: Axes
     stored_only: bool = False
@@ -49,7 +49,7 @@ class Family:
     @property
     def prefixes(self) -> tuple[str, ...]:
         """All prefixes that may precede the name of a layout."""
-        return prefixes_of(self.trunks)
+        return list_prefixes(self.trunks)
 
 
 WRAPPERS = ("language_model.", "model.language_model.", "text_model.", "model.text_model.")
@@ -58,7 +58,7 @@ LLaVA's "language_model.model.layers." becomes "model.language_model.layers." wh
 
 
 @cache
-def prefixes_of(trunks: tuple[str, ...]) -> tuple[str, ...]:
+def list_prefixes(trunks: tuple[str, ...]) -> tuple[str, ...]:
     """Return the trunks, each trunk after each wrapper, and the wrappers without a trunk."""
     inner = (*trunks, "")
     return tuple(dict.fromkeys((*trunks, *(wrapper + trunk for wrapper in WRAPPERS for trunk in inner))))

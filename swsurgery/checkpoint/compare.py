@@ -15,18 +15,18 @@ from swsurgery.progress import Progress
 from swsurgery.storage.files import BaseFile, opened, read_exactly
 from swsurgery.storage.shard import Shard, TensorInfo
 
-CHUNK = 1 << 20
+COMPARE_CHUNK = 1 << 20
 """The number of bytes read at a time."""
 
-MAX_NAMED = 10
+MAX_DIFFERENCES = 10
 """Maximum number of differences listed per file; the rest are counted."""
 
-MAX_BYTES = 4096
+MAX_DIFFERENT_BYTES = 4096
 """The number of differing bytes per file after which no more are collected, because the file is another one."""
 
 
 @dataclass(frozen=True)
-class Difference:
+class ByteDifference:
     """One difference between a checkpoint and its base that was not declared.
 
     `kind` is "base" if the sizes of the files differ. `tensor` and `index` are None if the byte belongs to no tensor or
@@ -40,9 +40,9 @@ class Difference:
     index: tuple[int, ...] | None = None
 
 
-def undeclared_changes(
+def find_undeclared_changes(
     checkpoint: Checkpoint, base: Checkpoint, names: list[str], declared: dict[str, set[int]], progress: Progress
-) -> list[Difference]:
+) -> list[ByteDifference]:
     """Compare the named files of both checkpoints byte by byte.
 
     `declared` maps the name of a file to the offsets of the bytes that may differ. Raises CheckpointError.
@@ -53,16 +53,16 @@ def undeclared_changes(
         for name in names:
             ours, theirs = checkpoint.file(name), base.file(name)
             if ours.size != theirs.size:
-                findings.append(Difference("base", f"it has {ours.size} bytes, in the base {theirs.size}", name))
+                findings.append(ByteDifference("base", f"it has {ours.size} bytes, in the base {theirs.size}", name))
                 continue
-            places = _differences(ours, theirs, declared.get(name, set()), progress)
+            places = _find_differences(ours, theirs, declared.get(name, set()), progress)
             findings += _name_bytes(name, places, checkpoint)
     finally:
         progress.close()
     return findings
 
 
-def chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
+def read_chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
     """Yield (offset, bytes) of successive chunks of the file, at most CHUNK bytes each.
 
     No chunk ends inside one of `places`, which are (offset, size) in rising order. Raises CheckpointError.
@@ -70,7 +70,7 @@ def chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int,
     with opened(file.path) as fd:
         offset = 0
         while offset < file.size:
-            end = min(offset + CHUNK, file.size)
+            end = min(offset + COMPARE_CHUNK, file.size)
             before = bisect.bisect_left(places, (end,)) - 1
             if before >= 0 and offset < places[before][0] and end < sum(places[before]):
                 end = places[before][0]
@@ -78,21 +78,21 @@ def chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int,
             offset = end
 
 
-def _differences(file: BaseFile, other: BaseFile, declared: set[int], progress: Progress) -> list[int]:
+def _find_differences(file: BaseFile, other: BaseFile, declared: set[int], progress: Progress) -> list[int]:
     """Return the offsets of the bytes that differ without being declared.
 
     Collects no more once MAX_BYTES are found, but reads both files to the end.
     """
     places: list[int] = []
-    for (offset, ours), (_, theirs) in zip(chunks(file, []), chunks(other, []), strict=True):
-        if ours != theirs and len(places) < MAX_BYTES:
+    for (offset, ours), (_, theirs) in zip(read_chunks(file, []), read_chunks(other, []), strict=True):
+        if ours != theirs and len(places) < MAX_DIFFERENT_BYTES:
             differing = (offset + i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
             places += [at for at in differing if at not in declared]
         progress.advance(len(ours))
     return places
 
 
-def _tensor_at(shard: Shard, at: int) -> TensorInfo | None:
+def _find_tensor_at(shard: Shard, at: int) -> TensorInfo | None:
     """Return the tensor whose data contain byte `at` of the file; None for a byte of the header."""
     for info in shard.tensors.values():
         if info.data_offsets[0] <= at - shard.data_start < info.data_offsets[1]:
@@ -100,22 +100,25 @@ def _tensor_at(shard: Shard, at: int) -> TensorInfo | None:
     return None
 
 
-def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[Difference]:
+def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[ByteDifference]:
     """Describe the bytes at these offsets by the scalars they belong to, each scalar once."""
     shard = checkpoint.shards.get(name)
-    found: dict[tuple[object, ...], Difference] = {}
+    found: dict[tuple[object, ...], ByteDifference] = {}
     for at in places:
-        info = _tensor_at(shard, at) if shard else None
+        info = _find_tensor_at(shard, at) if shard else None
         if shard is None or info is None:
-            found.setdefault((), Difference("undeclared-change", f"byte {at} is not the base's", name))
+            found.setdefault((), ByteDifference("undeclared-change", f"byte {at} is not the base's", name))
         elif info.dtype.bits % 8:
-            found.setdefault((info.name,), Difference("undeclared-change", "it is not the base's", name, info.name))
+            found.setdefault((info.name,), ByteDifference("undeclared-change", "it is not the base's", name, info.name))
         else:
             index = info.index((at - shard.data_start - info.data_offsets[0]) // info.dtype.size)
             message = "it is not the base's, and no declared scalar"
-            found.setdefault((info.name, index), Difference("undeclared-change", message, name, info.name, index))
+            found.setdefault((info.name, index), ByteDifference("undeclared-change", message, name, info.name, index))
     findings = list(found.values())
-    if len(findings) > MAX_NAMED:
-        more = len(findings) - MAX_NAMED
-        findings = [*findings[:MAX_NAMED], Difference("undeclared-change", f"and at least {more} more of these", name)]
+    if len(findings) > MAX_DIFFERENCES:
+        more = len(findings) - MAX_DIFFERENCES
+        findings = [
+            *findings[:MAX_DIFFERENCES],
+            ByteDifference("undeclared-change", f"and at least {more} more of these", name),
+        ]
     return findings

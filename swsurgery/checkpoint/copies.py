@@ -72,7 +72,7 @@ MAX_NOTED = 10
 _NUMBER = re.compile(r"[-.]\d+(?:-of-\d+)?(?=\.safetensors$)")
 
 
-class Listed(Protocol):
+class CopiesListed(Protocol):
     """One file of a checkpoint."""
 
     @property
@@ -85,7 +85,7 @@ class Listed(Protocol):
     def size(self) -> int: ...
 
 
-F = TypeVar("F", bound=Listed)
+F = TypeVar("F", bound=CopiesListed)
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,10 @@ def look_at_others(
         for name, header in read_headers([f for f in others if f.name.lower().endswith(".safetensors")])
         if isinstance(header, Shard)
     }
-    copies = {name for name in by_name if named_as_copy(name)} | _find_copies_by_header(shards, siblings)
-    copies |= {file.name for file in others if _is_index(file.name) and _lists_copies(file, copies, by_name, shards)}
+    copies = {name for name in by_name if is_named_as_copy(name)} | _find_copies_by_header(shards, siblings)
+    copies |= {
+        file.name for file in others if _is_index(file.name) and _is_index_of_copies(file, copies, by_name, shards)
+    }
     copies |= _find_external_data(by_name.keys() - copies, copies, shards)
     stored = sum(shard.size for shard in shards.values())
     known = {*copies, *siblings}
@@ -131,7 +133,7 @@ def look_at_others(
     return Others(tuple(sorted(copies)), (*notes[:MAX_NOTED], *([f"and {more} more such files"] if more > 0 else [])))
 
 
-def named_as_copy(name: str) -> bool:
+def is_named_as_copy(name: str) -> bool:
     """Return True if a file's relative name, with forward slashes, shows that it contains the weights again.
 
     Returns False for safetensors files and their indices, which are read instead.
@@ -173,7 +175,9 @@ def _is_index(name: str) -> bool:
     return bool(re.fullmatch(r"(?:.*/)?[^/]*\.safetensors(?:\.[^./]+)?\.index(?:\.[^./]+)?\.json", name.lower()))
 
 
-def _lists_copies(file: Listed, copies: Collection[str], names: Collection[str], shards: Collection[str]) -> bool:
+def _is_index_of_copies(
+    file: CopiesListed, copies: Collection[str], names: Collection[str], shards: Collection[str]
+) -> bool:
     """Return True if an index that is not in use lists copies or shards, lists only missing files, or is damaged."""
     try:
         weight_map = read_json(file.path, file.name).get("weight_map")

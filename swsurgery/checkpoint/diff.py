@@ -13,15 +13,15 @@ import numpy as np
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.progress import Progress
-from swsurgery.storage.dtypes import json_value
+from swsurgery.storage.dtypes import convert_to_json
 from swsurgery.storage.files import BaseFile, opened, read_exactly
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import Shard, TensorInfo
 
-CHUNK = 4 << 20
+DIFF_CHUNK = 4 << 20
 """The number of bytes read at a time; a multiple of the size of every dtype."""
 
-MAX_NOTES = 20
+MAX_DIFF_NOTES = 20
 """Maximum number of notes about quantised tensors."""
 
 SHORT_RUN = 4
@@ -94,7 +94,7 @@ def diff(a: Checkpoint, b: Checkpoint, progress: Progress, limit: int = 1000) ->
         if name not in files_b or name not in files_a:
             result.files[name] = "only in a" if name in files_a else "only in b"
         elif name not in a.shards and name not in b.shards:
-            result.files[name] = "same" if _same_bytes(files_a[name], files_b[name]) else "changed"
+            result.files[name] = "same" if _has_same_bytes(files_a[name], files_b[name]) else "changed"
     progress.start(sum(s.size - s.data_start for s in a.shards.values()), "B", "comparing")
     try:
         for tensor in sorted(a.weight_map.keys() | b.weight_map.keys()):
@@ -122,13 +122,15 @@ def _compare(tensor: str, a: Checkpoint, b: Checkpoint, result: Difference, prog
         result.mismatched[tensor] = f"{_render_form(info_a)} in a, {_render_form(info_b)} in b"
         return
     same_offsets = info_a.data_offsets == info_b.data_offsets
-    if same_offsets and _same_digest(a.file(a.weight_map[tensor]), b.file(b.weight_map[tensor])):
+    if same_offsets and _has_same_digest(a.file(a.weight_map[tensor]), b.file(b.weight_map[tensor])):
         progress.advance(info_a.size)
         return
     changed = _compare_elements(stored_a, stored_b, result, progress, limit)
     if changed:
         result.tensors[tensor] = (changed, info_a.size // max(info_a.dtype.size, 1))
-        if len(result.notes) < MAX_NOTES and (why := a.quantisation.refusal(tensor) or b.quantisation.refusal(tensor)):
+        if len(result.notes) < MAX_DIFF_NOTES and (
+            why := a.quantisation.refusal(tensor) or b.quantisation.refusal(tensor)
+        ):
             result.notes.append(f"{tensor}: the numbers listed are no weights ({why})")
 
 
@@ -154,8 +156,8 @@ def _compare_elements(
     changed, listed, unit = 0, 0, max(info_a.dtype.size, 1)
     at_a, at_b = (shard.data_start + info.data_offsets[0] for shard, info in (stored_a, stored_b))
     with opened(shard_a.path) as fd_a, opened(shard_b.path) as fd_b:
-        for offset in range(0, info_a.size, CHUNK):
-            size = min(CHUNK, info_a.size - offset)
+        for offset in range(0, info_a.size, DIFF_CHUNK):
+            size = min(DIFF_CHUNK, info_a.size - offset)
             bytes_a = read_exactly(fd_a, size, at_a + offset, shard_a.path)
             bytes_b = read_exactly(fd_b, size, at_b + offset, shard_b.path)
             progress.advance(size)
@@ -192,7 +194,7 @@ def _split_runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
 def _describe_change(info: TensorInfo, start: int, run: np.ndarray, array_a: np.ndarray, array_b: np.ndarray) -> Change:
     """Build the entry of a run; its positions count elements from the element `start` of the tensor."""
     first, last = int(run[0]), int(run[-1])
-    old, new = (json_value(info.dtype, array[first].tobytes()) for array in (array_a, array_b))
+    old, new = (convert_to_json(info.dtype, array[first].tobytes()) for array in (array_a, array_b))
     return Change(info.name, info.index(start + first), len(run), old, new, info.index(start + last))
 
 
@@ -207,7 +209,7 @@ def _read_header(shard: Shard) -> bytes:
         return read_exactly(fd, shard.data_start, 0, shard.path)
 
 
-def _same_digest(a: BaseFile, b: BaseFile) -> bool:
+def _has_same_digest(a: BaseFile, b: BaseFile) -> bool:
     """Return True if the Hub states the same sha256 for both files.
 
     Files in a local cache are compared by their bytes, since the cache may be damaged.
@@ -215,15 +217,15 @@ def _same_digest(a: BaseFile, b: BaseFile) -> bool:
     return a.digest is not None and a.digest == b.digest and not a.is_here and not b.is_here
 
 
-def _same_bytes(a: BaseFile, b: BaseFile) -> bool:
+def _has_same_bytes(a: BaseFile, b: BaseFile) -> bool:
     """Return True if both files have the same contents. Raises CheckpointError."""
     if a.size != b.size:
         return False
-    if _same_digest(a, b):
+    if _has_same_digest(a, b):
         return True
     with opened(a.path) as fd_a, opened(b.path) as fd_b:
-        for offset in range(0, a.size, CHUNK):
-            size = min(CHUNK, a.size - offset)
+        for offset in range(0, a.size, DIFF_CHUNK):
+            size = min(DIFF_CHUNK, a.size - offset)
             if read_exactly(fd_a, size, offset, a.path) != read_exactly(fd_b, size, offset, b.path):
                 return False
     return True

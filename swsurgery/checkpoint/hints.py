@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def snapshot_hint(place: Path) -> str:
+def suggest_snapshot(place: Path) -> str:
     """Return a remedy if `place` is in a repository's folder of a Hugging Face cache, "" otherwise.
 
     `place` is that folder (models--ORG--NAME), its blobs, snapshots or refs, or a file in one of them.
@@ -31,11 +31,11 @@ def is_cache_folder(folder: Path) -> bool:
     return (folder is repo or inner) and (repo / "snapshots").is_dir()
 
 
-def link_remedy(link: Path) -> str:
+def explain_link(link: Path) -> str:
     """Return a remedy for a symbolic link among the files of a checkpoint; a link into a cache suggests a snapshot."""
     try:
         target = Path(os.path.normpath(link.parent / os.readlink(link)))
     except OSError:  # it was removed meanwhile
         target = link
-    hint = snapshot_hint(target) or snapshot_hint(Path(os.path.realpath(link)))
+    hint = suggest_snapshot(target) or suggest_snapshot(Path(os.path.realpath(link)))
     return hint or "give the directory that holds the real files"

@@ -13,11 +13,13 @@ from swsurgery.checkpoint.opening import open_chosen
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import bits_of, json_value
+from swsurgery.storage.dtypes import convert_to_json, format_bits
 from swsurgery.storage.files import Repository
 
 
-def overview(root: Path | Repository, weights: Weights | None = None, variant: str | None = None) -> dict[str, Any]:
+def inspect_files(
+    root: Path | Repository, weights: Weights | None = None, variant: str | None = None
+) -> dict[str, Any]:
     """List the files with their sizes in bytes, and the tensors with their shard, dtype and shape.
 
     `weights` and `variant` choose between several sets of weights, as in `open_chosen`. Raises CheckpointError.
@@ -43,7 +45,7 @@ def overview(root: Path | Repository, weights: Weights | None = None, variant: s
     }
 
 
-def scalar(
+def inspect_tensor(
     root: Path | Repository,
     tensor: str | None,
     at: str | None,
@@ -52,7 +54,7 @@ def scalar(
 ) -> dict[str, Any]:
     """Describe one tensor, or with `at` ("3968,7003") one scalar with its value and bits.
 
-    `weights` and `variant` are as in `overview`. Raises CheckpointError.
+    `weights` and `variant` are as in `inspect_files`. Raises CheckpointError.
     """
     checkpoint = open_chosen(root, weights, variant)
     if tensor is None:
@@ -74,12 +76,12 @@ def scalar(
         raise CheckpointError(str(error), tensor) from None
     data = checkpoint.shards[file].read_scalar(tensor, index)
     try:
-        short = projections.short_form(checkpoint.config, checkpoint.shapes, Coordinate(tensor, index))
+        short = projections.find_short_form(checkpoint.config, checkpoint.shapes, Coordinate(tensor, index))
     except ArchitectureError:
         short = None
     place = dict(zip(("layer", "row", "col", "expert"), short, strict=True)) if short else {}
-    value = json_value(info.dtype, data)
-    return found | {"index": list(index), "offset": offset, "value": value, "bits": bits_of(data), **place}
+    value = convert_to_json(info.dtype, data)
+    return found | {"index": list(index), "offset": offset, "value": value, "bits": format_bits(data), **place}
 
 
 def _parse_index(at: str) -> tuple[int, ...]:

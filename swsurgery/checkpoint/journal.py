@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from swsurgery.checkpoint.journal_format import MAX_JOURNAL, Journal, JournalFile, Place, parse_journal
+from swsurgery.checkpoint.journal_format import MAX_JOURNAL, Journal, JournalFile, JournalPlace, parse_journal
 from swsurgery.errors import CheckpointError, Interrupted, TargetError, report_done
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import read_exactly
 from swsurgery.storage.folder import Entry, Folder, Identity
 from swsurgery.storage.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES
-from swsurgery.storage.splice import Splice, by_file
+from swsurgery.storage.splice import Splice, group_by_file
 from swsurgery.storage.strict_json import read_small
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ ROOM_BYTES = 1 << 20
 File systems that copy on write need free space for every write.
 """
 
-BLOCK = 4096
+JOURNAL_BLOCK = 4096
 """The size in bytes of a block of the file system."""
 
 
@@ -66,26 +66,26 @@ class OpenShard:
         try:
             named = Identity.of(self.entry.stat())
         except OSError as error:
-            raise _changed("was removed", self.entry) from error
+            raise _make_change_error("was removed", self.entry) from error
         if (named.dev, named.ino) != (self.identity.dev, self.identity.ino):
-            raise _changed("was replaced", self.entry)
+            raise _make_change_error("was replaced", self.entry)
         if Identity.of(os.fstat(self.fd)) != self.identity:
-            raise _changed("was changed", self.entry)
+            raise _make_change_error("was changed", self.entry)
 
-    def refuse_unlike(self, place: Place, wanted: bytes) -> None:
+    def refuse_unlike(self, place: JournalPlace, wanted: bytes) -> None:
         """Raise CheckpointError if the file does not have the bytes `wanted` at this place."""
         if read_exactly(self.fd, len(wanted), place.offset, self.entry) != wanted:
-            raise _changed(f"was changed at byte {place.offset}", self.entry)
+            raise _make_change_error(f"was changed at byte {place.offset}", self.entry)
 
 
-def _changed(what: str, where: object) -> CheckpointError:
+def _make_change_error(what: str, where: object) -> CheckpointError:
     """Return the error for a file or directory that another program changed."""
     what = f"{what} by another program while it was edited in place"
     return CheckpointError(what, where, "run again when nothing else writes there")
 
 
 @contextlib.contextmanager
-def edited(
+def apply_splices(
     folder: Folder,
     shards: Mapping[str, OpenShard],
     splices: Sequence[Splice],
@@ -111,7 +111,7 @@ def edited(
         shard.refuse_changed()
     try:
         with filesystem.reported(folder):
-            filesystem.reserve(folder / ROOM, ROOM_BYTES + 2 * BLOCK * journal.blocks(BLOCK))
+            filesystem.reserve(folder / ROOM, ROOM_BYTES + 2 * JOURNAL_BLOCK * journal.blocks(JOURNAL_BLOCK))
             filesystem.write_file(folder / JOURNAL_NEW, raw, mode)
             filesystem.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
             filesystem.sync_directory(folder)
@@ -125,8 +125,8 @@ def edited(
             filesystem.replace_file(folder / JOURNAL, journal.render(), folder / JOURNAL_NEW, mode)
             filesystem.sync_directory(folder)
             for name, data in own.items():
-                if _own_state(folder, journal, name) == "foreign":
-                    raise _changed("was changed", folder / name)
+                if _classify_own_file(folder, journal, name) == "foreign":
+                    raise _make_change_error("was changed", folder / name)
                 _put(folder, name, data, mode)
             filesystem.sync_directory(folder)
             _refuse_disturbed(folder, shards, journal)
@@ -169,7 +169,7 @@ def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal
     begun = filesystem.is_there(folder / JOURNAL)
     files = [_Held(shards[name].fd, folder / name, file, writable=True) for name, file in journal.files.items()]
     left = [f"{file.path} at byte {place.offset}" for file in files for place in file.foreign()]
-    left += [str(folder / name) for name in journal.own if _own_state(folder, journal, name) == "foreign"]
+    left += [str(folder / name) for name in journal.own if _classify_own_file(folder, journal, name) == "foreign"]
     try:
         _put_all_back(folder, journal, files)
     except TargetError as failed:
@@ -216,14 +216,14 @@ def _build_journal(
 ) -> Journal:
     """Build the journal of an edit that has not begun."""
     files = {}
-    for name, mine in sorted(by_file(splices).items()):
+    for name, mine in sorted(group_by_file(splices).items()):
         identity = shards[name].identity
         files[name] = JournalFile(identity.ino, identity.size, _join_splices(mine))
     own = {name: _read_own(folder, name) for name in OWN_FILES}
     return Journal(2, reverts, os.fstat(folder.fd).st_ino, files, own)
 
 
-def _join_splices(splices: list[Splice]) -> list[Place]:
+def _join_splices(splices: list[Splice]) -> list[JournalPlace]:
     """Join adjacent splices into one place each. The splices must be sorted by offset."""
     places: list[list[Splice]] = []
     for splice in splices:
@@ -231,10 +231,10 @@ def _join_splices(splices: list[Splice]) -> list[Place]:
             places[-1].append(splice)
         else:
             places.append([splice])
-    return [Place(p[0].offset, b"".join(s.old for s in p), b"".join(s.new for s in p)) for p in places]
+    return [JournalPlace(p[0].offset, b"".join(s.old for s in p), b"".join(s.new for s in p)) for p in places]
 
 
-def _write(shard: OpenShard, places: list[Place]) -> None:
+def _write(shard: OpenShard, places: list[JournalPlace]) -> None:
     """Write the new bytes of the places and sync them."""
     # If blocks are shared with a clone, a write needs new blocks and fails on a full disk. Writing the old bytes first
     # allocates them while nothing has changed yet.
@@ -254,14 +254,14 @@ def _refuse_disturbed(folder: Folder, shards: Mapping[str, OpenShard], journal: 
         for place in file.places:
             shards[name].refuse_unlike(place, place.new or b"")
     for name in journal.made or ():
-        if _own_state(folder, journal, name) == "foreign":
-            raise _changed("was changed", folder / name)
+        if _classify_own_file(folder, journal, name) == "foreign":
+            raise _make_change_error("was changed", folder / name)
     try:
         moved = not os.path.samestat(os.lstat(folder.path), os.fstat(folder.fd))
     except OSError:
         moved = True
     if moved:
-        raise _changed("was moved or replaced", folder)
+        raise _make_change_error("was moved or replaced", folder)
 
 
 def _read_own(folder: Folder, name: str) -> bytes | None:
@@ -269,7 +269,7 @@ def _read_own(folder: Folder, name: str) -> bytes | None:
     return read_small(folder / name, name, MAX_JOURNAL) if filesystem.is_there(folder / name) else None
 
 
-def _own_state(folder: Folder, journal: Journal, name: str) -> str:
+def _classify_own_file(folder: Folder, journal: Journal, name: str) -> str:
     """Return "old", "new" or "foreign" for the present contents of one of swsurgery's own files."""
     data = _read_own(folder, name)
     if data == journal.own[name]:
@@ -305,7 +305,7 @@ class _Held:
     file: JournalFile
     writable: bool = False
 
-    def foreign(self) -> Iterator[Place]:
+    def foreign(self) -> Iterator[JournalPlace]:
         """Yield the places that have a byte that is neither the old nor the new one.
 
         Old and new bytes may be mixed within one place after a power cut.
@@ -338,7 +338,7 @@ class _Held:
         fd = filesystem.open_for_patching(self.path)
         if not os.path.samestat(os.fstat(fd), os.fstat(self.fd)):
             os.close(fd)
-            raise _changed("was replaced", self.path)
+            raise _make_change_error("was replaced", self.path)
         return fd
 
 
@@ -368,7 +368,7 @@ def _refuse_foreign(folder: Folder, journal: Journal | None, files: list[_Held])
         filesystem.drop_cache(file.fd)
         found += [f"{file.path} at byte {place.offset}" for place in file.foreign()]
     if journal:
-        found += [folder / name for name in journal.own if _own_state(folder, journal, name) == "foreign"]
+        found += [folder / name for name in journal.own if _classify_own_file(folder, journal, name) == "foreign"]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise CheckpointError(
@@ -394,7 +394,7 @@ def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -
                 filesystem.remove_file(folder / name)
             if journal is not None:
                 for name, data in journal.own.items():
-                    if _own_state(folder, journal, name) == "new":
+                    if _classify_own_file(folder, journal, name) == "new":
                         _put(folder, name, data, mode)
             filesystem.sync_directory(folder)
             filesystem.remove_file(folder / JOURNAL)

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from swsurgery.errors import CheckpointError
 from swsurgery.storage.folder import Entry
 from swsurgery.storage.names import JOURNAL, OWN_FILES, SHARD_NAME
-from swsurgery.storage.schema import Position, Strict, Version, whole_number
+from swsurgery.storage.schema import Position, Strict, Version, require_whole_number
 from swsurgery.storage.strict_json import parse_json
 
 MAX_JOURNAL = 256 << 20
@@ -36,7 +36,7 @@ else:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class JournalPlace:
     """Consecutive bytes of a file before and after the edit; `new` is None in a journal of version 1."""
 
     offset: int
@@ -56,7 +56,7 @@ class JournalFile:
 
     inode: int
     size: int
-    places: list[Place]
+    places: list[JournalPlace]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _File2(Strict):
 
 
 class _Head2(Strict):
-    version: Annotated[Literal[2], BeforeValidator(whole_number)]
+    version: Annotated[Literal[2], BeforeValidator(require_whole_number)]
     reverts: bool
     inode: Inode
     files: dict[Name, _File2]
@@ -176,7 +176,7 @@ def _build_version_1(head: _Head1, alone: bool) -> Journal:
     if not alone:
         raise ValueError("something follows its line")
     files = {
-        name: JournalFile(f.inode, f.size, [Place(p.offset, bytes.fromhex(p.old), None) for p in f.places])
+        name: JournalFile(f.inode, f.size, [JournalPlace(p.offset, bytes.fromhex(p.old), None) for p in f.places])
         for name, f in head.files.items()
     }
     own = {n: None if data is None else base64.b64decode(data, validate=True) for n, data in head.own.items()}
@@ -199,7 +199,7 @@ def _build_version_2(head: _Head2, rest: memoryview) -> Journal:
     return Journal(2, head.reverts, head.inode, files, own, head.made)
 
 
-def _build_places(file: _File2) -> list[Place]:
+def _build_places(file: _File2) -> list[JournalPlace]:
     """Divide the bytes of a file into its places. Raises ValueError."""
     old, new = bytes.fromhex(file.old), bytes.fromhex(file.new)
     total = sum(file.sizes)
@@ -207,7 +207,7 @@ def _build_places(file: _File2) -> list[Place]:
         raise ValueError("its places have another number of bytes than its bytes")
     places, at = [], 0
     for offset, size in zip(file.offsets, file.sizes, strict=True):
-        places.append(Place(offset, old[at : at + size], new[at : at + size]))
+        places.append(JournalPlace(offset, old[at : at + size], new[at : at + size]))
         at += size
     if any(a.offset + len(a.old) > b.offset for a, b in pairwise(places)):
         raise ValueError("its places do not rise, or overlap")

@@ -12,8 +12,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from swsurgery.checkpoint.hints import link_remedy
-from swsurgery.checkpoint.weight_files import some
+from swsurgery.checkpoint.hints import explain_link
+from swsurgery.checkpoint.weight_files import format_some
 from swsurgery.errors import CheckpointError, SwsurgeryError
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.folder import Entry, Folder
@@ -24,7 +24,7 @@ LEFT_OUT = (".git", ".cache", "model.sig")
 signature, which covers the other files."""
 
 
-def hold(root: Path) -> Folder:
+def open_directory(root: Path) -> Folder:
     """Open a checkpoint's directory and keep its descriptor. `root` contains no links. Raises CheckpointError."""
     try:
         return Folder.at(root)
@@ -61,17 +61,17 @@ def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
             elif stat.S_ISREG(mode) and entry.identity:
                 files.append(BaseFile(name, entry, entry.identity.size))
             elif stat.S_ISLNK(mode):
-                faults.append(f"is a symbolic link: {name} ({link_remedy(root.path / name)})")
+                faults.append(f"is a symbolic link: {name} ({explain_link(root.path / name)})")
             else:
                 faults.append(f"is not a regular file: {name}")
     if faults:
-        raise CheckpointError.of(f"{fault} in {root}" for fault in some(sorted(faults)))
+        raise CheckpointError.of(f"{fault} in {root}" for fault in format_some(sorted(faults)))
     return tuple(sorted(files, key=lambda f: f.name)), tuple(sorted(left_out))
 
 
-def cached_files(root: Path, names: Iterable[str]) -> dict[str, BaseFile]:
+def list_cached_files(root: Path, names: Iterable[str]) -> dict[str, BaseFile]:
     """Find the named files of a cache snapshot, which may be incomplete otherwise. Raises CheckpointError."""
-    folder = hold(root)
+    folder = open_directory(root)
     cache = _Cache(folder)
     return {name: cache.file(folder / name) for name in names}
 
@@ -93,13 +93,13 @@ class _Cache:
     """
 
     def __init__(self, snapshot: Folder):
-        folder = snapshot_of(snapshot.path)
+        folder = find_snapshot(snapshot.path)
         if folder is None:
             raise CheckpointError("is not in a Hugging Face cache", snapshot)
         repo = folder.parent.parent
-        self.blobs = hold(repo / "blobs")
+        self.blobs = open_directory(repo / "blobs")
         store = repo.parent / "blobs"
-        self.store = hold(store) if store.is_dir() and not store.is_symlink() else None
+        self.store = open_directory(store) if store.is_dir() and not store.is_symlink() else None
 
     def file(self, link: Entry) -> BaseFile:
         """Return the blob to which a link of the snapshot points. Raises CheckpointError."""
@@ -131,10 +131,10 @@ class _Cache:
 
 def is_cache_snapshot(root: Path) -> bool:
     """Return True if `root` is a snapshot folder of a Hugging Face cache, or is inside one."""
-    return snapshot_of(root) is not None
+    return find_snapshot(root) is not None
 
 
-def snapshot_of(root: Path) -> Path | None:
+def find_snapshot(root: Path) -> Path | None:
     """Return the snapshot folder that is `root` or contains it; None outside a cache."""
     for folder in (root, *root.parents):
         if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
@@ -142,12 +142,12 @@ def snapshot_of(root: Path) -> Path | None:
     return None
 
 
-def cache_identity(root: Path) -> tuple[str | None, str | None, str]:
+def identify_cache(root: Path) -> tuple[str | None, str | None, str]:
     """Return (repo_id, commit, folder in the repository) of a path in a Hugging Face cache.
 
     Returns (None, None, "") for a path outside a cache.
     """
-    snapshot = snapshot_of(root)
+    snapshot = find_snapshot(root)
     if snapshot is None:
         return None, None, ""
     kind, _, rest = snapshot.parent.parent.name.partition("--")

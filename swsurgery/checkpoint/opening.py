@@ -16,12 +16,12 @@ from typing import Protocol, get_args
 from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.copies import look_at_others
-from swsurgery.checkpoint.hints import is_cache_folder, snapshot_hint
-from swsurgery.checkpoint.listing import LEFT_OUT, cache_identity, hold, is_cache_snapshot, list_files
+from swsurgery.checkpoint.hints import is_cache_folder, suggest_snapshot
+from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snapshot, list_files, open_directory
 from swsurgery.checkpoint.record import Patched, read_patched, read_records
-from swsurgery.checkpoint.weight_files import Weights, find_weights, other_sets, refuse_too_many, some
+from swsurgery.checkpoint.weight_files import Weights, find_weights, format_some, has_other_sets, refuse_too_many
 from swsurgery.errors import AmbiguousWeights, CheckpointError
-from swsurgery.hub.names import hub_hint
+from swsurgery.hub.names import suggest_uri
 from swsurgery.storage import filesystem
 from swsurgery.storage.arguments import require_choice, require_type
 from swsurgery.storage.files import BaseFile, Repository
@@ -144,7 +144,7 @@ def open_chosen(
     if weights is None and variant is None:
         try:
             checkpoint = open_checkpoint(root, elsewhere=elsewhere)
-            if not other_sets((file.name for file in checkpoint.files), checkpoint.variant):
+            if not has_other_sets((file.name for file in checkpoint.files), checkpoint.variant):
                 return checkpoint
         except AmbiguousWeights:
             checkpoint = None
@@ -197,18 +197,18 @@ def _list_directory(root: Path | Folder, editing: bool) -> _Listing:
             raise _explain_no_directory(root, path)
     in_cache = is_cache_snapshot(path)
     if not in_cache and is_cache_folder(path):
-        raise CheckpointError("is a folder of the Hugging Face cache, not a checkpoint", path, snapshot_hint(path))
+        raise CheckpointError("is a folder of the Hugging Face cache, not a checkpoint", path, suggest_snapshot(path))
     if not in_cache and not editing:
         journal.recover(path)
-    files, left_out = list_files(folder or hold(path))
-    return _Listing(path, files, left_out, *cache_identity(path), in_cache)
+    files, left_out = list_files(folder or open_directory(path))
+    return _Listing(path, files, left_out, *identify_cache(path), in_cache)
 
 
 def _explain_no_directory(given: Path, path: Path) -> CheckpointError:
     """Return the error for a path that is no directory. `path` is `given` without links."""
     if not path.exists():
-        return CheckpointError("no such checkpoint", path, hub_hint(str(given)))
-    remedy = snapshot_hint(given.absolute()) or snapshot_hint(path) or "give the directory that holds this file"
+        return CheckpointError("no such checkpoint", path, suggest_uri(str(given)))
+    remedy = suggest_snapshot(given.absolute()) or suggest_snapshot(path) or "give the directory that holds this file"
     return CheckpointError("a checkpoint is a directory", path, remedy)
 
 
@@ -216,7 +216,7 @@ def _list_repository(repo: Repository) -> _Listing:
     """List a repository. Raises CheckpointError."""
     faults = [f"has a name that cannot be printed: {name!r}" for name in repo.files if not name.isprintable()]
     if faults:
-        raise CheckpointError.of(f"{fault} in {repo}" for fault in some(sorted(faults)))
+        raise CheckpointError.of(f"{fault} in {repo}" for fault in format_some(sorted(faults)))
     left_out = {name.split("/")[0] for name in repo.files if "/" in name} & set(LEFT_OUT)
     files = tuple(
         BaseFile(name, file, file.size, file.sha256)
@@ -241,7 +241,7 @@ def _read_shards(files: list[BaseFile], root: Path | Repository) -> dict[str, Sh
         shards[name] = shard
         refuse_too_many(sum(len(shard.tensors) for shard in shards.values()), size, root)
     if faults:
-        raise CheckpointError.of(some(faults))
+        raise CheckpointError.of(format_some(faults))
     return shards
 
 

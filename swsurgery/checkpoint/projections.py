@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
-from swsurgery.checkpoint.architectures import FAMILIES, Axes, Expert, Family, Kind, Layout, Shapes, prefixes_of
+from swsurgery.checkpoint.architectures import (
+    FAMILIES,
+    Axes,
+    ExpertChoice,
+    Family,
+    Layout,
+    ProjectionKind,
+    Shapes,
+    list_prefixes,
+)
 from swsurgery.checkpoint.quantised import PACKED_SUFFIXES
 from swsurgery.errors import ArchitectureError
 from swsurgery.storage.coordinate import Coordinate
@@ -24,7 +33,7 @@ from swsurgery.storage.coordinate import Coordinate
 _BY_NAME = "name the scalar by tensor and index instead"
 """The remedy in most messages of this module."""
 
-_Match: TypeAlias = tuple[Family, Layout, int, Expert]
+_Match: TypeAlias = tuple[Family, Layout, int, ExpertChoice]
 """The reading of a tensor's name as a down projection: its family, layout, layer and expert."""
 
 
@@ -36,7 +45,7 @@ class DownProjection:
     """
 
     layer: int
-    expert: Expert
+    expert: ExpertChoice
     tensor: str
     axes: Axes
     rows: int
@@ -58,13 +67,13 @@ class DownProjection:
 
 
 def locate(
-    config: Mapping[str, Any], shapes: Shapes, *, layer: int, row: int, col: int, expert: Expert = None
+    config: Mapping[str, Any], shapes: Shapes, *, layer: int, row: int, col: int, expert: ExpertChoice = None
 ) -> Coordinate:
     """Find the stored scalar that multiplies neuron `col` of `layer` and contributes to residual channel `row`.
 
-    `config` is config.json. Raises ArchitectureError as `down_projection` does, and if row or col is out of range.
+    `config` is config.json. Raises ArchitectureError as `find_down_projection` does, and if row or col is out of range.
     """
-    projection = down_projection(config, shapes, layer, expert)
+    projection = find_down_projection(config, shapes, layer, expert)
     faults = [
         f"{axis} {value} is out of range {f'0..{size - 1}' if size else '(the tensor is empty)'}"
         for axis, value, size in (("row", row, projection.rows), ("col", col, projection.cols))
@@ -80,15 +89,17 @@ def locate(
     return Coordinate(projection.tensor, projection.index(row, col))
 
 
-def down_projection(config: Mapping[str, Any], shapes: Shapes, layer: int, expert: Expert = None) -> DownProjection:
+def find_down_projection(
+    config: Mapping[str, Any], shapes: Shapes, layer: int, expert: ExpertChoice = None
+) -> DownProjection:
     """Find one down projection by config.json and the names of the stored tensors.
 
     Raises ArchitectureError if no known name is stored, the layer is out of range, `expert` is missing, superfluous or
     out of range, the tensor is packed, or its shape does not fit the hidden size in config.json.
     """
-    families = _families(config)
-    limit = layer_limit(config)
-    names = _stored_names(families, shapes, layer, expert)
+    families = _get_families(config)
+    limit = read_layer_limit(config)
+    names = _list_stored_names(families, shapes, layer, expert)
     # More layers may be stored than config.json states: DeepSeek-V3 stores its token-prediction module as layer 61.
     if not names or (limit is not None and layer >= limit):
         raise _explain_missing(config, families, shapes, layer, expert)
@@ -98,23 +109,23 @@ def down_projection(config: Mapping[str, Any], shapes: Shapes, layer: int, exper
         raise ArchitectureError(f"layer {layer} has several down projections", ", ".join(names), _BY_NAME)
 
     [(name, layouts)] = names.items()
-    axes = _orientation(config, name, shapes[name], layouts)
+    axes = _find_orientation(config, name, shapes[name], layouts)
     sizes = dict(zip(axes.split(), shapes[name], strict=True))
     if "expert" in sizes and isinstance(expert, int) and not 0 <= expert < sizes["expert"]:
-        raise _no_such_expert(layer, expert, f"0 to {sizes['expert'] - 1}")
+        raise _make_expert_error(layer, expert, f"0 to {sizes['expert'] - 1}")
     return DownProjection(layer, expert, name, axes, rows=sizes["row"], cols=sizes["col"])
 
 
-def down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator[DownProjection]:
+def list_down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator[DownProjection]:
     """Find all down projections, sorted by layer and within a layer in the order dense, expert 0, 1, ..., shared.
 
-    Layers without one are skipped. Raises ArchitectureError if no layer has one, or as `down_projection` does.
+    Layers without one are skipped. Raises ArchitectureError if no layer has one, or as `find_down_projection` does.
     """
-    families = _families(config)
-    limit = layer_limit(config)
-    found: set[tuple[int, Expert]] = set()
+    families = _get_families(config)
+    limit = read_layer_limit(config)
+    found: set[tuple[int, ExpertChoice]] = set()
     for tensor in shapes:
-        for _, layout, layer, expert in _matches(families, tensor):
+        for _, layout, layer, expert in _list_matches(families, tensor):
             if limit is not None and layer >= limit:
                 continue
             if "expert" in layout.axes:
@@ -124,23 +135,23 @@ def down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator[Down
             else:
                 found.add((layer, expert))
     if not found:
-        down_projection(config, shapes, 0)  # raises an error with the names that were looked for
-    return iter([down_projection(config, shapes, *place) for place in sorted(found, key=_order)])
+        find_down_projection(config, shapes, 0)  # raises an error with the names that were looked for
+    return iter([find_down_projection(config, shapes, *place) for place in sorted(found, key=_order)])
 
 
-def short_form(
+def find_short_form(
     config: Mapping[str, Any], shapes: Shapes, coordinate: Coordinate
-) -> tuple[int, int, int, Expert] | None:
+) -> tuple[int, int, int, ExpertChoice] | None:
     """Return (layer, row, col, expert) of a stored scalar, None if it has no short form; the inverse of `locate`."""
     shape = shapes.get(coordinate.tensor, ())
     if len(coordinate.index) != len(shape) or not all(0 <= i < n for i, n in zip(coordinate.index, shape, strict=True)):
         return None
-    for _, layout, layer, named_expert in _matches(_families(config), coordinate.tensor):
+    for _, layout, layer, named_expert in _list_matches(_get_families(config), coordinate.tensor):
         if len(layout.axes.split()) != len(coordinate.index):
             continue
         expert = coordinate.index[0] if "expert" in layout.axes else named_expert
         try:
-            projection = down_projection(config, shapes, layer, expert)
+            projection = find_down_projection(config, shapes, layer, expert)
         except ArchitectureError:
             continue
         if projection.tensor == coordinate.tensor:
@@ -149,7 +160,7 @@ def short_form(
     return None
 
 
-def loaded_candidates(
+def list_loaded_candidates(
     config: Mapping[str, Any], coordinate: Coordinate, shapes: Shapes | None = None
 ) -> tuple[Coordinate, ...]:
     """List the names and indices under which a model loaded by transformers may contain a stored scalar, best first.
@@ -162,9 +173,9 @@ def loaded_candidates(
     `shapes` is needed only if a family stores one name in two orientations (Qwen3-VL-MoE). Raises ArchitectureError if
     the orientation cannot be decided.
     """
-    families = _families(config)
+    families = _get_families(config)
     tensor, index = coordinate
-    matches = _loaded_matches(config, families, coordinate, shapes)
+    matches = _list_loaded_matches(config, families, coordinate, shapes)
     transposed = [layout.stored_only for _, layout, _, _ in matches]
     if any(transposed) and not all(transposed):
         raise ArchitectureError("its orientation is not known by name alone", tensor, "give the stored shapes")
@@ -187,7 +198,7 @@ def loaded_candidates(
     return tuple(dict.fromkeys(candidates))
 
 
-def _loaded_matches(
+def _list_loaded_matches(
     config: Mapping[str, Any], families: tuple[Family, ...], coordinate: Coordinate, shapes: Shapes | None
 ) -> list[_Match]:
     """Return the readings of a stored scalar that its number of axes and its stored shape allow.
@@ -195,31 +206,31 @@ def _loaded_matches(
     Raises ArchitectureError if the shape fits none of them, or several of a known family.
     """
     tensor, index = coordinate
-    matches = [m for m in _matches(families, tensor) if len(m[1].axes.split()) == len(index)]
+    matches = [m for m in _list_matches(families, tensor) if len(m[1].axes.split()) == len(index)]
     if shapes is None or tensor not in shapes or not matches:
         return matches
     layouts = [layout for _, layout, _, _ in matches]
-    if not _known_families(config) and len(_fitting_axes(config, shapes[tensor], layouts)) > 1:
+    if not _get_known_families(config) and len(_list_fitting_axes(config, shapes[tensor], layouts)) > 1:
         return []  # tensors of an unknown family are taken to keep their index when they are loaded
-    axes = _orientation(config, tensor, shapes[tensor], layouts)
+    axes = _find_orientation(config, tensor, shapes[tensor], layouts)
     return [m for m in matches if m[1].axes == axes]
 
 
 def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the possible prefixes of stored and loaded tensors: "model.", "language_model.model." and so on."""
-    return tuple(dict.fromkeys(prefix for family in _families(config) for prefix in family.prefixes))
+    return tuple(dict.fromkeys(prefix for family in _get_families(config) for prefix in family.prefixes))
 
 
 # Choosing the family ------------------------------------------------------------------------------------------------
 
 
-def _families(config: Mapping[str, Any]) -> tuple[Family, ...]:
+def _get_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     """Return the family of the model type in config.json, or all families if the model type is unknown.
 
     With all families, the names of the tensors decide. An unknown encoder-decoder has none, since "layer 3" does not
     identify one of its two stacks.
     """
-    if known := _known_families(config):
+    if known := _get_known_families(config):
         return known
     if config.get("is_encoder_decoder") is True:
         return ()
@@ -230,16 +241,16 @@ def _families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     )
 
 
-def _known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
+def _get_known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     """Return the families of the model type in config.json; empty if it is unknown."""
-    for section in _sections(config):
+    for section in _list_sections(config):
         known = tuple(family for family in FAMILIES if section.get("model_type") in family.model_types)
         if known:
             return known
     return ()
 
 
-def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the parts of config.json that may describe the language model, the most specific first."""
     nested = [config.get(key) for key in ("text_config", "llm_config")]
     return [section for section in nested if isinstance(section, Mapping)] + [config]
@@ -247,11 +258,11 @@ def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _find_number(config: Mapping[str, Any], *keys: str) -> int | None:
     """Return the first positive number under one of the keys, in the most specific section; None if none exists."""
-    values = (section.get(key) for section in _sections(config) for key in keys)
+    values = (section.get(key) for section in _list_sections(config) for key in keys)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
-def layer_limit(config: Mapping[str, Any]) -> int | None:
+def read_layer_limit(config: Mapping[str, Any]) -> int | None:
     """Return the number of layers in config.json; None if it is not stated."""
     return _find_number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -260,10 +271,10 @@ def layer_limit(config: Mapping[str, Any]) -> int | None:
 
 
 @cache
-def _pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
+def _compile_pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
     """Compile the pattern of the full names of a layout, with the groups "layer" and "expert"."""
-    prefix = "|".join(map(re.escape, prefixes_of(trunks)))
-    # Leading zeros are refused, since `_possible_names` does not write them.
+    prefix = "|".join(map(re.escape, list_prefixes(trunks)))
+    # Leading zeros are refused, since `_map_possible_names` does not write them.
     number = r"(?P<{}>0|[1-9][0-9]{{0,8}})"
     tail = re.escape(name)
     for field in ("layer", "expert"):
@@ -271,23 +282,23 @@ def _pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
     return re.compile(f"(?:{prefix}){tail}")
 
 
-def _matches(families: tuple[Family, ...], tensor: str) -> list[_Match]:
+def _list_matches(families: tuple[Family, ...], tensor: str) -> list[_Match]:
     """Return every reading of a tensor's name as a down projection; the expert of a stacked tensor is None."""
     found: list[_Match] = []
     for family in families:
         for layout in family.layouts:
-            match = _pattern(family.trunks, layout.name).fullmatch(tensor)
+            match = _compile_pattern(family.trunks, layout.name).fullmatch(tensor)
             if match is None:
                 continue
             number = match.groupdict().get("expert")
-            expert: Expert = "shared" if layout.kind == "shared" else None if number is None else int(number)
+            expert: ExpertChoice = "shared" if layout.kind == "shared" else None if number is None else int(number)
             found.append((family, layout, int(match["layer"]), expert))
     return found
 
 
-def _possible_names(families: tuple[Family, ...], layer: int, expert: Expert) -> dict[str, list[Layout]]:
+def _map_possible_names(families: tuple[Family, ...], layer: int, expert: ExpertChoice) -> dict[str, list[Layout]]:
     """Map every name that a down projection may have to the layouts with that name."""
-    kind: Kind = "dense" if expert is None else "shared" if expert == "shared" else "routed"
+    kind: ProjectionKind = "dense" if expert is None else "shared" if expert == "shared" else "routed"
     names: dict[str, list[Layout]] = {}
     for family in families:
         for layout in family.layouts:
@@ -298,12 +309,14 @@ def _possible_names(families: tuple[Family, ...], layer: int, expert: Expert) ->
     return names
 
 
-def _stored_names(families: tuple[Family, ...], shapes: Shapes, layer: int, expert: Expert) -> dict[str, list[Layout]]:
-    """Return the `_possible_names` that are stored."""
-    return {name: layouts for name, layouts in _possible_names(families, layer, expert).items() if name in shapes}
+def _list_stored_names(
+    families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
+) -> dict[str, list[Layout]]:
+    """Return the `_map_possible_names` that are stored."""
+    return {name: layouts for name, layouts in _map_possible_names(families, layer, expert).items() if name in shapes}
 
 
-def _order(place: tuple[int, Expert]) -> tuple[int, float]:
+def _order(place: tuple[int, ExpertChoice]) -> tuple[int, float]:
     """Return the sort key of (layer, expert): dense first, then the experts by number, shared last."""
     layer, expert = place
     return layer, -1 if expert is None else float("inf") if expert == "shared" else expert
@@ -312,7 +325,7 @@ def _order(place: tuple[int, Expert]) -> tuple[int, float]:
 # Axes ---------------------------------------------------------------------------------------------------------------
 
 
-def _encode(axes: str, row: int, col: int, expert: Expert) -> tuple[int, ...]:
+def _encode(axes: str, row: int, col: int, expert: ExpertChoice) -> tuple[int, ...]:
     """Order the coordinates of a scalar as the axes of its tensor; the inverse of `_decode`."""
     values = {"row": row, "col": col}
     if expert is not None and expert != "shared":
@@ -320,52 +333,52 @@ def _encode(axes: str, row: int, col: int, expert: Expert) -> tuple[int, ...]:
     return tuple(values[axis] for axis in axes.split())
 
 
-def _decode(axes: str, index: tuple[int, ...], expert: Expert) -> tuple[int, int, Expert]:
+def _decode(axes: str, index: tuple[int, ...], expert: ExpertChoice) -> tuple[int, int, ExpertChoice]:
     """Return (row, col, expert) of an index; `expert` is returned if the tensor does not stack experts."""
     values = dict(zip(axes.split(), index, strict=True))
     return values["row"], values["col"], values.get("expert", expert)
 
 
-def _possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set[Axes]:
+def _list_possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set[Axes]:
     """Return the possible orders of the axes of a tensor with these layouts.
 
     An unknown family may store `experts.down_proj` in either orientation, since the known families use both. The name
     of the block that contains it does not matter.
     """
     axes = {layout.axes for layout in layouts}
-    if _known_families(config):
+    if _get_known_families(config):
         return axes
-    tails = {_tail(layout) for layout in layouts}
-    return axes | {layout.axes for family in FAMILIES for layout in family.layouts if _tail(layout) in tails}
+    tails = {_split_tail(layout) for layout in layouts}
+    return axes | {layout.axes for family in FAMILIES for layout in family.layouts if _split_tail(layout) in tails}
 
 
-def _tail(layout: Layout) -> tuple[str, int]:
+def _split_tail(layout: Layout) -> tuple[str, int]:
     """Return the last part of a layout's name (with ".weight" if present) and its number of dimensions."""
     parts = layout.name.split(".")
     return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:]), len(layout.axes.split())
 
 
-def _hidden_size(config: Mapping[str, Any]) -> int | None:
+def _read_hidden_size(config: Mapping[str, Any]) -> int | None:
     """Return the hidden size in config.json; None if it is not stated."""
     return _find_number(config, "hidden_size", "n_embd", "n_embed", "d_model")
 
 
-def _fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: list[Layout]) -> set[Axes]:
+def _list_fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: list[Layout]) -> set[Axes]:
     """Return the orders of the axes that agree with the shape and the hidden size in config.json."""
-    hidden = _hidden_size(config)
+    hidden = _read_hidden_size(config)
     return {
         axes
-        for axes in _possible_axes(config, layouts)
+        for axes in _list_possible_axes(config, layouts)
         if len(axes.split()) == len(shape) and hidden in (None, dict(zip(axes.split(), shape, strict=True))["row"])
     }
 
 
-def _orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], layouts: list[Layout]) -> Axes:
+def _find_orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], layouts: list[Layout]) -> Axes:
     """Return the only order of the axes that fits the shape. Raises ArchitectureError if none or several fit."""
-    hidden = _hidden_size(config)
-    fitting = _fitting_axes(config, shape, layouts)
+    hidden = _read_hidden_size(config)
+    fitting = _list_fitting_axes(config, shape, layouts)
     if not fitting:
-        possible = sorted(_possible_axes(config, layouts))
+        possible = sorted(_list_possible_axes(config, layouts))
         wanted = " or ".join(f"[{axes.replace(' ', ', ')}]" for axes in possible)
         rows = "" if hidden is None else f" with {hidden} rows"
         raise ArchitectureError(f"shape {list(shape)} is not {wanted}{rows}", name, _BY_NAME)
@@ -401,7 +414,7 @@ def _refuse_otherwise_stored(name: str, shapes: Shapes) -> None:
         raise ArchitectureError(what, stored[0], "edit the checkpoint before it is quantised")
 
 
-def _layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
+def _list_layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
     """Return the numbers of the layers that store any tensor, except tensors named `NAME.weight.REST`."""
     starts = {
         (prefix + layout.name).split("{layer}")[0]
@@ -414,26 +427,28 @@ def _layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
 
 
 def _explain_missing(
-    config: Mapping[str, Any], families: tuple[Family, ...], shapes: Shapes, layer: int, expert: Expert
+    config: Mapping[str, Any], families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
 ) -> ArchitectureError:
     """Return the error that explains why a layer has no such down projection. Raises it for packed ones."""
     for place in (expert, None, 0, "shared"):
-        for name in _possible_names(families, layer, place):
+        for name in _map_possible_names(families, layer, place):
             _refuse_packed(name, shapes)
 
-    by_name = 1 + max(_layer_numbers(families, shapes), default=-1)
-    counts = [count for count in (by_name, layer_limit(config)) if count]
+    by_name = 1 + max(_list_layer_numbers(families, shapes), default=-1)
+    counts = [count for count in (by_name, read_layer_limit(config)) if count]
     if counts and not 0 <= layer < min(counts):
         where = f"it has layers 0 to {min(counts) - 1}"
         return ArchitectureError(f"layer {layer} is beyond the model", where, _BY_NAME)
     for place in (expert, None, 0, "shared"):
-        for name in _possible_names(families, layer, place):
+        for name in _map_possible_names(families, layer, place):
             _refuse_otherwise_stored(name, shapes)
 
     if (error := _explain_expert(families, shapes, layer, expert)) is not None:
         return error
     sought = {layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts}
-    model_type = next((section["model_type"] for section in _sections(config) if "model_type" in section), "not given")
+    model_type = next(
+        (section["model_type"] for section in _list_sections(config) if "model_type" in section), "not given"
+    )
     return ArchitectureError(
         f"no known down projection in layer {layer}",
         f"model_type {model_type}",
@@ -442,10 +457,10 @@ def _explain_missing(
 
 
 def _explain_expert(
-    families: tuple[Family, ...], shapes: Shapes, layer: int, expert: Expert
+    families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
 ) -> ArchitectureError | None:
     """Return the error for a missing, superfluous or unknown expert; None if the layer has no down projection."""
-    dense, routed, shared = (bool(_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
+    dense, routed, shared = (bool(_list_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
     if dense:
         return ArchitectureError(f"layer {layer} is dense", f"it has no expert {expert}", "leave expert out")
     choices = [f"0 to {_count_experts(families, shapes, layer) - 1}"] if routed else []
@@ -454,10 +469,10 @@ def _explain_expert(
         return None
     if expert is None:
         return ArchitectureError(f"layer {layer} is a mixture of experts", "no expert is given", f"expert: {choice}")
-    return _no_such_expert(layer, expert, choice)
+    return _make_expert_error(layer, expert, choice)
 
 
-def _no_such_expert(layer: int, expert: Expert, choice: str) -> ArchitectureError:
+def _make_expert_error(layer: int, expert: ExpertChoice, choice: str) -> ArchitectureError:
     """Return the error for an expert that does not exist; `choice` lists those that do."""
     return ArchitectureError(f"layer {layer} has no expert {expert}", f"its experts are {choice}")
 
@@ -465,7 +480,7 @@ def _no_such_expert(layer: int, expert: Expert, choice: str) -> ArchitectureErro
 def _count_experts(families: tuple[Family, ...], shapes: Shapes, layer: int) -> int:
     """Count the routed experts that a layer stores, stacked or individually."""
     count = 0
-    while names := _stored_names(families, shapes, layer, count):
+    while names := _list_stored_names(families, shapes, layer, count):
         for name, layouts in names.items():
             if "expert" in layouts[0].axes:
                 return shapes[name][0] if shapes[name] else 0

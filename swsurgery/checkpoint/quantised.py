@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 
 from swsurgery.storage.dtypes import Dtype
 
-Kind = Literal["plain", "scaled", "unreadable", "internal"]
+StorageKind = Literal["plain", "scaled", "unreadable", "internal"]
 
 SCALES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("_scale_inv", ("F8",)),
@@ -133,7 +133,7 @@ class Reading:
     permutations of a quantiser. `reason` explains why the tensor is not plain; it is quoted in messages.
     """
 
-    kind: Kind
+    kind: StorageKind
     reason: str = ""
     scale: str | None = None
 
@@ -156,7 +156,7 @@ class Quantisation:
     ):
         self._tensors = tensors
         self._names = sorted(tensors)
-        self.declared = _declaration(config, files, metadata, tensors)
+        self.declared = _describe_declaration(config, files, metadata, tensors)
         self._readings: dict[str, Reading] = {}
         self._layers: dict[str, str | None] = {}
         self._stacks: dict[str, str | None] = {}
@@ -201,16 +201,16 @@ class Quantisation:
 
     def _read_codes(self, name: str, dtype: Dtype) -> Reading:
         """Decide what the numbers of an F8 or integer tensor mean that is not internal."""
-        if _BUFFERS.fullmatch(_last(name)):
+        if _BUFFERS.fullmatch(_get_last_part(name)):
             return PLAIN
         others = list(self._others(name)) or list(self._floats_beside(name))
         if not self.declared and not others:
             return PLAIN
         scale = self._find_scale(name, dtype)
-        if scale is not None and all(o == scale or _HARMLESS.fullmatch(_last(o)) for o in others):
+        if scale is not None and all(o == scale or _HARMLESS.fullmatch(_get_last_part(o)) for o in others):
             return Reading("scaled", f"its elements are multiplied by {scale}", scale)
         if others:
-            others.sort(key=lambda o: (_HARMLESS.fullmatch(_last(o)) is not None, o))
+            others.sort(key=lambda o: (_HARMLESS.fullmatch(_get_last_part(o)) is not None, o))
             more = f" and {len(others) - 4} more" if len(others) > 4 else ""
             return Reading("unreadable", f"what its codes mean depends on {', '.join(others[:4])}{more}")
         return Reading(
@@ -252,7 +252,7 @@ class Quantisation:
 
     def _units(self, name: str) -> Iterator[str]:
         """Yield the tensors that the quantiser of a float weight stored beside it."""
-        if _last(name) == "bias":
+        if _get_last_part(name) == "bias":
             return
         module = name.removesuffix(".weight")
         for other in self._others(name):
@@ -299,7 +299,7 @@ class Quantisation:
         if owner := self._scaled_by(name):
             return f"it belongs to the quantised tensor {owner}"
         # A bias is not quantised; the first version of torchao stored it as `bias:_data`.
-        is_bias = _last(name).partition(":")[0].endswith("bias")
+        is_bias = _get_last_part(name).partition(":")[0].endswith("bias")
         if is_float and path and not is_bias and (codes := self._stacked_codes(".".join(path))):
             return f"it is stored among codes such as {codes}"
         for depth in range(len(path), 0, -1):
@@ -311,8 +311,8 @@ class Quantisation:
 
     def _scaled_by(self, name: str) -> str | None:
         """Return the stacked codes to which `name` belongs: `experts.down_proj` for `experts.down_proj_scale`."""
-        for match in re.finditer("_", _last(name)):
-            cut = len(name) - len(_last(name)) + match.start()
+        for match in re.finditer("_", _get_last_part(name)):
+            cut = len(name) - len(_get_last_part(name)) + match.start()
             for base in (name[:cut], f"{name[:cut]}.weight"):
                 if base in self._tensors and _is_code(self._tensors[base].dtype) and _OFFSHOOT.fullmatch(name[cut:]):
                     return base
@@ -352,7 +352,7 @@ class Quantisation:
         return takewhile(lambda name: name.startswith(prefix), names)
 
 
-def _last(name: str) -> str:
+def _get_last_part(name: str) -> str:
     """Return the last part of a tensor's name."""
     return name.rpartition(".")[2]
 
@@ -362,7 +362,7 @@ def _is_code(dtype: Dtype) -> bool:
     return dtype.kind in ("int", "uint") or dtype.name.startswith(("F8_", "F6_", "F4"))
 
 
-def _declaration(
+def _describe_declaration(
     config: Mapping[str, object],
     files: Iterable[str],
     metadata: Iterable[Mapping[str, str]],

@@ -31,7 +31,7 @@ from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import (
     CheckpointError,
 )
-from swsurgery.hub.names import hub_hint
+from swsurgery.hub.names import suggest_uri
 from swsurgery.storage import dtypes, filesystem
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES
@@ -39,7 +39,7 @@ from swsurgery.storage.files import Place, Repository
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.schema import OfVariant, Position, Strict, Version
-from swsurgery.storage.strict_json import RECORD, first_fault, parse_json, read_small, rendered_pieces
+from swsurgery.storage.strict_json import RECORD, describe_first_fault, parse_json, read_small, render_pieces
 
 REGISTRY_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
 
@@ -110,7 +110,7 @@ class ScalarRecord(Strict):
     @property
     def old_bytes(self) -> bytes:
         """The bytes stored in the base. Raises NumberError if `old_bits` does not have the width of the dtype."""
-        return dtypes.from_bits(DTYPES[self.dtype], self.old_bits)
+        return dtypes.parse_bits(DTYPES[self.dtype], self.old_bits)
 
 
 class EditRecord(ScalarRecord):
@@ -124,7 +124,7 @@ class EditRecord(ScalarRecord):
     @property
     def new_bytes(self) -> bytes:
         """The bytes stored after the edit. Raises NumberError if `new_bits` does not have the width of the dtype."""
-        return dtypes.from_bits(DTYPES[self.dtype], self.new_bits)
+        return dtypes.parse_bits(DTYPES[self.dtype], self.new_bits)
 
 
 class BaseRecord(OfVariant):
@@ -200,7 +200,7 @@ class Registry(Strict):
             "protected": (p.model_dump(mode="json") for p in self.protected),
             "history": (step.model_dump(mode="json") for step in self.history),
         }
-        return rendered_pieces(self.model_dump(mode="json", exclude={*lists}), lists)
+        return render_pieces(self.model_dump(mode="json", exclude={*lists}), lists)
 
     def render(self) -> bytes:
         """Render the bytes of swsurgery.json."""
@@ -223,7 +223,10 @@ class Patched:
 
         Raises CheckpointError if the record or the manifest was edited by hand, since the step could not be undone.
         """
-        if self.registry.render() != self.registry_raw or _sha256(self.manifest_raw) != self.registry.manifest_sha256:
+        if (
+            self.registry.render() != self.registry_raw
+            or _compute_sha256(self.manifest_raw) != self.registry.manifest_sha256
+        ):
             what = "the base's registry or manifest was changed by hand"
             remedy = "restore it, or remove swsurgery's files to begin a new history"
             raise CheckpointError(what, REGISTRY_NAME, remedy)
@@ -245,7 +248,7 @@ class Patched:
     def own_files(self) -> dict[str, bytes]:
         """Map the names of the three files that swsurgery adds to their bytes."""
         sums = {name: record.sha256 for name, record in self.registry.files.items() if record.sha256}
-        sums |= {REGISTRY_NAME: _sha256(self.registry_raw), MANIFEST_NAME: _sha256(self.manifest_raw)}
+        sums |= {REGISTRY_NAME: _compute_sha256(self.registry_raw), MANIFEST_NAME: _compute_sha256(self.manifest_raw)}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         return {REGISTRY_NAME: self.registry_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
 
@@ -265,7 +268,7 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
     elif isinstance(root, Path):
         given, root = root, Path(os.path.realpath(root))
         if not root.exists():
-            raise CheckpointError("no such checkpoint", root, hub_hint(str(given)))
+            raise CheckpointError("no such checkpoint", root, suggest_uri(str(given)))
         cached = is_cache_snapshot(root)
         if not cached:
             journal.recover(root)  # otherwise the record might describe an edit that is about to be undone
@@ -307,7 +310,7 @@ def _validate(data: dict[str, Any], consume: bool = False) -> Registry:
         path = ""
         return Registry.model_validate(data | made)
     except ValidationError as error:
-        raise CheckpointError(f"is not a sound registry: {first_fault(error, path)}", REGISTRY_NAME) from None
+        raise CheckpointError(f"is not a sound registry: {describe_first_fault(error, path)}", REGISTRY_NAME) from None
 
 
 def _intern_strings(record: object, path: str) -> object:
@@ -322,7 +325,7 @@ def _intern_strings(record: object, path: str) -> object:
     return {key: sys.intern(value) if type(value) is str else value for key, value in record.items()}
 
 
-def _sha256(data: bytes) -> str:
+def _compute_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

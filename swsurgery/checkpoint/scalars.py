@@ -12,7 +12,7 @@ from typing import NamedTuple
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
 from swsurgery.errors import NumberError
-from swsurgery.storage.dtypes import json_value
+from swsurgery.storage.dtypes import convert_to_json
 
 
 class ScalarFault(NamedTuple):
@@ -39,7 +39,7 @@ def compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> ScalarFault 
         recorded_place = f"the registry puts it at byte {record.offset} as {record.dtype}"
         return ScalarFault(f"{recorded_place}, the header at byte {offset} as {info.dtype.name}", True)
     values = [(record.old, old)] + ([(edit.new, recorded)] if edit else [])
-    if any(value != json_value(info.dtype, bits) for value, bits in values):
+    if any(value != convert_to_json(info.dtype, bits) for value, bits in values):
         return ScalarFault("the registry's values are not what its bits mean", True)
     stored = shard.read_scalar(record.tensor, record.index)
     if stored == recorded:

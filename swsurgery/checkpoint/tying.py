@@ -117,17 +117,17 @@ _SAMPLED_BYTES = 64 << 10
 """Maximum number of bytes compared of each row."""
 
 
-def tied_by_config(config: Mapping[str, object]) -> bool | None:
+def is_tied_by_config(config: Mapping[str, object]) -> bool | None:
     """Decide from config.json if the head is tied to the embedding; None if loaders disagree or the default is unknown.
 
     Of several stated values, the one closest to the text model decides, as in transformers 4 and vLLM. If none is
     stated, the defaults of all sections must agree: transformers 5 uses the outermost section, other loaders the
     innermost.
     """
-    sections = list(_sections(config))
-    stated = [_stated(section) for section in sections]
+    sections = list(_list_sections(config))
+    stated = [_read_setting(section) for section in sections]
     values = [
-        default if value is None else value for value, default in zip(stated, map(_default, sections), strict=True)
+        default if value is None else value for value, default in zip(stated, map(_get_default, sections), strict=True)
     ]
     if next((value for value in stated if value is not None), False):
         return True
@@ -136,31 +136,31 @@ def tied_by_config(config: Mapping[str, object]) -> bool | None:
     return False if set(values) == {False} else None
 
 
-def tied_pairs(names: Collection[str]) -> Iterator[tuple[str, str]]:
+def list_tied_pairs(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield the pairs (head, embedding) and (embedding, its copy) among stored tensors, even if they are not tied."""
-    yield from _heads(names)
-    yield from _copies(names)
+    yield from _list_heads(names)
+    yield from _list_copies(names)
 
 
-def tied_partner(name: str, checkpoint: Checkpoint) -> str | None:
+def find_tied_partner(name: str, checkpoint: Checkpoint) -> str | None:
     """Return the stored tensor that loaders use in place of `name`, which is not stored; None if none is tied to it."""
     stored = checkpoint.weight_map.keys()
-    heads, with_name = set(_heads(stored)), set(_heads({*stored, name}))
+    heads, with_name = set(_list_heads(stored)), set(_list_heads({*stored, name}))
     # If adding `name` changes the partner of a stored head, `name` is a mistyped name and not an omitted tied tensor.
-    if not heads <= with_name or tied_by_config(checkpoint.config) is False:
+    if not heads <= with_name or is_tied_by_config(checkpoint.config) is False:
         with_name = set()
-    pairs = sorted({*with_name, *_copies({*stored, name})})
+    pairs = sorted({*with_name, *_list_copies({*stored, name})})
     return next((other for pair in pairs if name in pair for other in pair if other != name), None)
 
 
-def tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[str]:
+def list_tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[str]:
     """Describe every edit that changes only one tensor of a tied pair of which both are stored."""
     if not splices:
         return []
     new = {splice.coordinate: splice.new for splice in splices}
-    by_config = tied_by_config(checkpoint.config)
+    by_config = is_tied_by_config(checkpoint.config)
     names = checkpoint.weight_map.keys()
-    pairs = [(pair, by_config) for pair in _heads(names)] + [(pair, None) for pair in _copies(names)]
+    pairs = [(pair, by_config) for pair in _list_heads(names)] + [(pair, None) for pair in _list_copies(names)]
     faults = []
     for pair, tied in pairs:
         one_sided = [
@@ -170,12 +170,12 @@ def tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[str]:
             if splice.coordinate.tensor == tensor
             and new.get(Coordinate(partner, splice.coordinate.index)) != splice.new
         ]
-        if one_sided and (reason := _reason(*pair, tied, checkpoint)):
+        if one_sided and (reason := _find_reason(*pair, tied, checkpoint)):
             faults += [f"{coordinate} {reason.format(partner)} (edit both alike)" for coordinate, partner in one_sided]
     return faults
 
 
-def _reason(first: str, second: str, tied: bool | None, checkpoint: Checkpoint) -> str | None:
+def _find_reason(first: str, second: str, tied: bool | None, checkpoint: Checkpoint) -> str | None:
     """Return the reason why two stored tensors must be edited alike, with "{}" for the partner; None otherwise."""
     if tied is False or first in checkpoint.disagreements or second in checkpoint.disagreements:
         return None
@@ -183,12 +183,12 @@ def _reason(first: str, second: str, tied: bool | None, checkpoint: Checkpoint) 
         return None
     if tied:
         return "is tied to {}, which is stored too: loaders keep one of the two"
-    if stored_alike(first, second, checkpoint):
+    if is_stored_alike(first, second, checkpoint):
         return "may be tied to {}, which is stored with the same values: some loaders keep only one of the two"
     return None
 
 
-def stored_alike(first: str, second: str, checkpoint: Checkpoint) -> bool:
+def is_stored_alike(first: str, second: str, checkpoint: Checkpoint) -> bool:
     """Return True if two tensors have the same shape and dtype, and most of the rows compared are equal.
 
     At most _SAMPLED_ROWS evenly spaced rows are read. A few may differ, because an earlier edit may have changed some
@@ -217,22 +217,22 @@ def _read_rows(tensor: str, rows: Sequence[int], checkpoint: Checkpoint) -> Iter
             )
 
 
-def _sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+def _list_sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """Yield the parts of config.json that may describe the language model, the innermost first."""
     for key in _TEXT_SECTIONS:
         section = config.get(key)
         if isinstance(section, Mapping):
-            yield from _sections(section)
+            yield from _list_sections(section)
     yield config
 
 
-def _stated(section: Mapping[str, object]) -> bool | None:
+def _read_setting(section: Mapping[str, object]) -> bool | None:
     """Return the value that a section of config.json states; None if it states none."""
     values = [bool(section[key]) for key in _SETTINGS if section.get(key) is not None]
     return any(values) if values else None
 
 
-def _default(section: Mapping[str, object]) -> bool | None:
+def _get_default(section: Mapping[str, object]) -> bool | None:
     """Return the default for the model type of a section; None if it is unknown."""
     model_type = section.get("model_type")
     if not isinstance(model_type, str) or model_type not in TIED_BY_DEFAULT | UNTIED_BY_DEFAULT:
@@ -240,7 +240,7 @@ def _default(section: Mapping[str, object]) -> bool | None:
     return model_type in TIED_BY_DEFAULT
 
 
-def _heads(names: Collection[str]) -> Iterator[tuple[str, str]]:
+def _list_heads(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield the pairs (head, embedding) whose names have the same prefix."""
     encoders = [name for name in names if name.endswith(".word_embeddings.weight")]
     for name in (name for name in names if name.endswith(_ENDINGS)):
@@ -250,7 +250,7 @@ def _heads(names: Collection[str]) -> Iterator[tuple[str, str]]:
             yield name, embedding
 
 
-def _copies(names: Collection[str]) -> Iterator[tuple[str, str]]:
+def _list_copies(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield the pairs (embedding, its copy) of an encoder-decoder."""
     endings = tuple(f"{original}.weight" for original in COPIES)
     for name in (name for name in names if name.endswith(endings)):

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 from swsurgery.errors import AmbiguousWeights, CheckpointError
 from swsurgery.storage.files import Place
 from swsurgery.storage.names import SHARD_NAME, VARIANT
-from swsurgery.storage.strict_json import quoted, read_json
+from swsurgery.storage.strict_json import quote, read_json
 
 Weights = Literal["index", "single"]
 """The choice between two sets of weights: the shards of an index, or model.safetensors."""
@@ -101,7 +101,7 @@ def find_weights(
         raise CheckpointError(f"several indices: {', '.join(indices)}", root, "keep the one that loaders read")
     if weights == "index" and not indices or weights == "single" and not singles:
         raise CheckpointError(f"base.weights asks for {weights}, which does not exist", root)
-    if not _uses_index(root, names, indices, singles, weights):
+    if not _choose_index(root, names, indices, singles, weights):
         return WeightFiles(None, tuple(singles), variant=variant)
     shards, weight_map, total = _read_index(root, names, indices[0], elsewhere)
     return WeightFiles(indices[0], tuple(shards), weight_map, total, variant)
@@ -121,11 +121,11 @@ def _find_only_variant(root: object, variants: Collection[str]) -> str | None:
     return next(iter(variants), None)
 
 
-def _uses_index(
+def _choose_index(
     root: object, names: Mapping[str, Listed], indices: list[str], singles: list[str], weights: Weights | None
 ) -> bool:
     """Return True if the index is to be read, False for the single file. Raises AmbiguousWeights without a choice."""
-    one_set = not (singles and indices) or _lists_only(singles[0], names[indices[0]], indices[0])
+    one_set = not (singles and indices) or _is_index_of(singles[0], names[indices[0]], indices[0])
     if weights is None and not one_set:
         raise AmbiguousWeights(
             f"two sets of weights, {singles[0]} and {indices[0]}: transformers loads the first, vLLM and mergekit "
@@ -136,7 +136,7 @@ def _uses_index(
     return bool(indices) and (weights != "single" or one_set)
 
 
-def other_sets(names: Iterable[str], variant: str | None) -> bool:
+def has_other_sets(names: Iterable[str], variant: str | None) -> bool:
     """Return True if a checkpoint has another set of weights besides `variant` (None is the plain weights)."""
     names = list(names)
     sets: set[str | None] = set(_find_variants(names))
@@ -167,9 +167,9 @@ def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
     loose = [n for n in names if SHARD_NAME.fullmatch(n)]
     if len(loose) == 1:
         return loose[0]
-    for name, usual in _second_copies(names).items():
+    for name, usual in _find_second_copies(names).items():
         if usual.endswith((".safetensors", INDEX_SUFFIX)):
-            what = f"no {usual}, but {quoted(name)}, as a browser names a second download"
+            what = f"no {usual}, but {quote(name)}, as a browser names a second download"
             raise CheckpointError(what, root, f"rename it to {usual}")
     if loose and all(SHARD_OF_VARIANT.fullmatch(name) for name in loose):
         what = f"{len(loose)} shards of a variant and no index"
@@ -178,7 +178,7 @@ def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
     raise CheckpointError(what, root, f"a checkpoint has one, or several and {INDEX}")
 
 
-def _lists_only(single: str, index: Listed, name: str) -> bool:
+def _is_index_of(single: str, index: Listed, name: str) -> bool:
     """Return True if the index lists only the single file, as mlx-lm writes it: both are the same set of weights."""
     try:
         weight_map = read_json(index.path, name).get("weight_map")
@@ -199,13 +199,11 @@ def _read_index(
     faults = []
     for shard in dict.fromkeys(json.dumps(v) if type(v) is not str else v for v in weight_map.values()):
         if not SHARD_NAME.fullmatch(shard):
-            faults.append(
-                f"index points to {quoted(shard)}, which is no plain name of a safetensors file: {index_name}"
-            )
+            faults.append(f"index points to {quote(shard)}, which is no plain name of a safetensors file: {index_name}")
         elif shard not in names and shard not in elsewhere:
             faults.append(_describe_missing(root, names, shard))
     if faults:
-        raise CheckpointError.of(some(faults))
+        raise CheckpointError.of(format_some(faults))
     metadata = index.get("metadata")
     total = metadata.get("total_size") if type(metadata) is dict else None
     return sorted(set(weight_map.values())), weight_map, total
@@ -213,12 +211,12 @@ def _read_index(
 
 def _describe_missing(root: object, names: Mapping[str, Listed], shard: str) -> str:
     """Describe a missing shard, and mention a file that is named like a second download of it."""
-    renamed = next((name for name, usual in _second_copies(names).items() if usual == shard), None)
-    remedy = f"rename {quoted(renamed)}, as a browser named it" if renamed else "the download is not complete"
+    renamed = next((name for name, usual in _find_second_copies(names).items() if usual == shard), None)
+    remedy = f"rename {quote(renamed)}, as a browser named it" if renamed else "the download is not complete"
     return f"missing shard: {root}/{shard} ({remedy})"
 
 
-def _second_copies(names: Iterable[str]) -> dict[str, str]:
+def _find_second_copies(names: Iterable[str]) -> dict[str, str]:
     """Map the name of each second copy in the top folder to the usual name, sorted by the former."""
     matches = {name: SECOND_COPY.fullmatch(name) for name in sorted(names) if "/" not in name}
     return {name: match[1] + match[2] for name, match in matches.items() if match}
@@ -231,7 +229,7 @@ def refuse_too_many(tensors: int, size: int, where: object) -> None:
         raise CheckpointError(f"more than the {limit} tensors accepted in a checkpoint of {size} bytes", where)
 
 
-def some(faults: Iterable[str]) -> list[str]:
+def format_some(faults: Iterable[str]) -> list[str]:
     """Return the first MAX_LISTED faults, and a line with the number of the others."""
     faults = list(faults)
     more = len(faults) - MAX_LISTED

@@ -24,7 +24,7 @@ from swsurgery.cli.editing import apply, diff, inspect, revert, schema
 from swsurgery.cli.scanning import check, lookup, scan, sweep
 from swsurgery.cli.sharing import export, publish
 from swsurgery.cli.verifying import lint, sign, verify
-from swsurgery.errors import Interrupted, SwsurgeryError, printable, report_done
+from swsurgery.errors import Interrupted, SwsurgeryError, escape_control, report_done
 
 app = typer.Typer(
     help="Change single scalars of a checkpoint: exactly, safely and provably.",
@@ -39,7 +39,7 @@ for command in (apply, lookup, inspect, check, scan, sweep, verify, lint, diff, 
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _show_version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         output.print_text(__version__)
         raise typer.Exit
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its progress bars follow the same rule as ours
     if "--quiet" in argv:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # and so do its messages about retries
-    previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, _handle_interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     _received.clear()
     report_done(None)
     log, handler = logging.getLogger("swsurgery"), _StderrHandler()
@@ -78,15 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         remedy = "see to the disk or the permissions, then run it again"
-        where = f": {printable(str(error.filename))}" if error.filename else ""
+        where = f": {escape_control(str(error.filename))}" if error.filename else ""
         refusal = f"the system refused ({error.strerror or type(error).__name__}){where} ({remedy})"
-        output.say(_shortage(error) or refusal)
+        output.say(_explain_shortage(error) or refusal)
         return 2
     except Exception as error:  # noqa: BLE001 - the one boundary: what arrives here is a shortage or our bug
         if _received:
             output.say(_received[0].faults[0])
             return _received[0].exit_code
-        shortage = _shortage(error)
+        shortage = _explain_shortage(error)
         if debug or not shortage:
             traceback.print_exc()
         output.say(shortage or "this is a bug in swsurgery: please report it with the lines above")
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shortage(error: Exception) -> str:
+def _explain_shortage(error: Exception) -> str:
     """Return one line if the system has too few resources for the command, or "" for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
@@ -134,7 +134,7 @@ def entry() -> NoReturn:
 _received: list[Interrupted] = []
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the cleanup
     _received.append(Interrupted(signal.Signals(number).name))
     raise _received[0]

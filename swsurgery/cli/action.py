@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from swsurgery._version import __version__
 from swsurgery.checkpoint.opening import held
 from swsurgery.cli import output
-from swsurgery.errors import SwsurgeryError, printable
+from swsurgery.errors import SwsurgeryError, escape_control
 from swsurgery.progress import Silent
 from swsurgery.storage import filesystem
 from swsurgery.verifying import formats
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from swsurgery.checkpoint.weight_files import Weights
     from swsurgery.verifying.verify import Question
 
-MAX_ROWS = 50
+MAX_SUMMARY_ROWS = 50
 """Maximum number of rows in a table of the summary."""
 
 MAX_CELL = 500
@@ -42,9 +42,9 @@ def run(inputs: Mapping[str, str], directory: Path) -> int:
     failures: list[str] = []
     fail = True
     try:
-        fail = _switch(inputs, "FAIL_ON_FINDINGS", True)
-        steps = _steps(inputs)
-        _switch(inputs, "SUMMARY", True)
+        fail = _read_switch(inputs, "FAIL_ON_FINDINGS", True)
+        steps = _choose_steps(inputs)
+        _read_switch(inputs, "SUMMARY", True)
     except SwsurgeryError as error:
         failures += error.faults
         steps = []
@@ -59,23 +59,23 @@ def run(inputs: Mapping[str, str], directory: Path) -> int:
         output.print_text(f"::error title=swsurgery::{_escape_data(failure)}")
     ok = not failures and all(report.ok for report in reports)
     sarif = directory / "swsurgery.sarif"
-    filesystem.replace_file(sarif, _sarif(reports).encode())
+    filesystem.replace_file(sarif, _render_sarif(reports).encode())
     outputs = {"ok": str(ok).lower(), "findings": sum(report.errors for report in reports), "sarif": sarif}
     filesystem.replace_file(directory / "outputs", "".join(f"{k}={v}\n" for k, v in outputs.items()).encode())
     if inputs.get("SUMMARY") != "false":
-        filesystem.replace_file(directory / "summary.md", summary(reports, failures).encode())
+        filesystem.replace_file(directory / "summary.md", render_summary(reports, failures).encode())
     code = 2 if failures else max((report.exit_code for report in reports), default=0)
     return 0 if code == 1 and not fail else code
 
 
-def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
+def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
     """Return the requested checks. Raises SwsurgeryError for invalid inputs, or if no check is requested."""
-    from swsurgery.hub import directory
+    from swsurgery.hub import parse_directory
     from swsurgery.verifying.lint import lint
     from swsurgery.verifying.verify import Question
 
     steps: list[Callable[[], FindingReport]] = []
-    strict, known, finite = (_switch(inputs, name, False) for name in ("STRICT", "KNOWN", "FINITE"))
+    strict, known, finite = (_read_switch(inputs, name, False) for name in ("STRICT", "KNOWN", "FINITE"))
     if lines := [line.strip() for line in inputs.get("LINT", "").splitlines() if line.strip()]:
         paths = [path for line in lines for path in _expand(line)]
         steps.append(lambda: lint(paths, strict))
@@ -95,7 +95,7 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
             weights=weights,
             variant=variant,
         )
-        where = directory(checkpoint)
+        where = parse_directory(checkpoint)
         steps.append(lambda: _verify(where, question))
     elif base or model or files or known or finite or weights or variant:
         raise SwsurgeryError("only the inputs lint and strict mean something without the input checkpoint")
@@ -105,13 +105,13 @@ def _steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]]:
 
 
 def _verify(checkpoint: Path, question: Question) -> FindingReport:
-    from swsurgery.verifying.verify import prove
+    from swsurgery.verifying.verify import verify_checkpoint
 
     with held(checkpoint):
-        return prove(checkpoint, question, Silent()).report(str(checkpoint))
+        return verify_checkpoint(checkpoint, question, Silent()).report(str(checkpoint))
 
 
-def _switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:
+def _read_switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:
     word = inputs.get(name) or str(default).lower()
     if word not in ("true", "false"):
         raise SwsurgeryError(f"the input {name.lower().replace('_', '-')} is true or false", "", f"not {word}")
@@ -138,7 +138,7 @@ def _expand(line: str) -> list[Path]:
     return [Path(name) for name in found]
 
 
-def _sarif(reports: list[FindingReport]) -> str:
+def _render_sarif(reports: list[FindingReport]) -> str:
     """Return one SARIF document with a run for each report."""
     documents = [json.loads(formats.render(report, "sarif")) for report in reports]
     empty = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0"}
@@ -148,51 +148,56 @@ def _sarif(reports: list[FindingReport]) -> str:
 
 def _escape_data(text: str) -> str:
     """Escape the data of a workflow command, which is %, CR and LF; printable text contains neither CR nor LF."""
-    return printable(text).replace("%", "%25").replace("##[", r"\x23#[")
+    return escape_control(text).replace("%", "%25").replace("##[", r"\x23#[")
 
 
 # The job summary ---------------------------------------------------------------------------------------------------
 
 
-def summary(reports: list[FindingReport], failures: list[str]) -> str:
+def render_summary(reports: list[FindingReport], failures: list[str]) -> str:
     """Return the summary in Markdown: the verdicts, tables of the findings, and the checks that failed."""
     lines = ["### swsurgery", ""]
     for report in reports:
-        lines += [f"**{report.command} {_cell(report.subject)}: {_verdict(report)}**", ""]
-        lines += [f"- {_cell(' '.join(line.split()))}" for line in report.checked.splitlines()]
+        lines += [f"**{report.command} {_escape_cell(report.subject)}: {_render_verdict(report)}**", ""]
+        lines += [f"- {_escape_cell(' '.join(line.split()))}" for line in report.checked.splitlines()]
         if report.findings:
             lines += ["", "| level | rule | where | what |", "|---|---|---|---|"]
-            lines += [_row(finding) for finding in report.findings[:MAX_ROWS]]
-            if len(report.findings) > MAX_ROWS:
-                lines.append(f"| | | | and {len(report.findings) - MAX_ROWS} more |")
+            lines += [_render_row(finding) for finding in report.findings[:MAX_SUMMARY_ROWS]]
+            if len(report.findings) > MAX_SUMMARY_ROWS:
+                lines.append(f"| | | | and {len(report.findings) - MAX_SUMMARY_ROWS} more |")
         lines.append("")
     if failures:
-        lines += ["**could not be checked**", "", *(f"- {_cell(failure)}" for failure in failures[:MAX_ROWS]), ""]
+        lines += [
+            "**could not be checked**",
+            "",
+            *(f"- {_escape_cell(failure)}" for failure in failures[:MAX_SUMMARY_ROWS]),
+            "",
+        ]
     return "\n".join([*lines, f"swsurgery {__version__}", ""])
 
 
-def _verdict(report: FindingReport) -> str:
+def _render_verdict(report: FindingReport) -> str:
     if report.errors:
         return f"no, {report.errors} finding{'s' if report.errors > 1 else ''}"
     return "yes" if report.ok else "nothing could be compared"
 
 
-def _row(finding: Finding) -> str:
+def _render_row(finding: Finding) -> str:
     place = [part for part in (finding.file, finding.tensor) if part]
     if finding.index is not None:
         place.append(str(list(finding.index)))
     if finding.manifest is not None:
         place.append(":".join(str(p) for p in (finding.manifest, finding.line, finding.column) if p is not None))
-    return f"| {finding.level} | {finding.rule} | {_cell(' '.join(place))} | {_cell(finding.message)} |"
+    return f"| {finding.level} | {finding.rule} | {_escape_cell(' '.join(place))} | {_escape_cell(finding.message)} |"
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     """Return text as code that cannot contain Markdown, HTML, a mention or a link.
 
     Every character except letters, digits, blanks and dots becomes a character reference, which Markdown does not
     interpret as syntax (CommonMark 0.31, section 2.5).
     """
-    plain = printable(text[: MAX_CELL + 1])
+    plain = escape_control(text[: MAX_CELL + 1])
     if len(plain) > MAX_CELL:
         plain = f"{plain[:MAX_CELL]} ..."
     escaped = "".join(c if c.isalnum() or c in " ." else f"&#{ord(c)};" for c in plain)

@@ -16,7 +16,7 @@ from swsurgery.checkpoint.record import REGISTRY_NAME
 from swsurgery.cli import main
 
 
-def checkpoints_of(files: Iterable[Path]) -> list[Path]:
+def find_checkpoints(files: Iterable[Path]) -> list[Path]:
     """Return the sorted directories that have a record and contain one of the files at any depth."""
     return sorted({d for f in files for d in f.parents if os.path.lexists(d / REGISTRY_NAME)})
 
@@ -24,7 +24,7 @@ def checkpoints_of(files: Iterable[Path]) -> list[Path]:
 def verify_changed(files: Sequence[str]) -> int:
     """Verify each checkpoint and return the largest exit code, or 0 if there is no checkpoint."""
     worst = 0
-    for directory in checkpoints_of(map(Path, files)):
+    for directory in find_checkpoints(map(Path, files)):
         worst = max(worst, main(["verify", "--quiet", "--", str(directory)]))
         if worst > 2:  # interrupted or a bug, so the next checkpoint would fail too
             break

@@ -27,13 +27,13 @@ from swsurgery.cli.options import (
     WeightsOption,
     Window,
     Windows,
-    bounds,
-    moved,
+    describe_traffic,
+    ignore_message,
+    make_bounds,
+    open_for_reading,
     read_text,
-    reading,
-    silent,
 )
-from swsurgery.errors import SwsurgeryError, printable
+from swsurgery.errors import SwsurgeryError, escape_control
 
 
 def apply(
@@ -89,8 +89,8 @@ def apply(
 
         plan = apply.plan_manifest(manifest, base, progress=output.Bar(quiet))
         if isinstance(plan.checkpoint.root, Repo) and not quiet:
-            output.say(moved(plan.checkpoint.root))
-        output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.plan(plan)
+            output.say(describe_traffic(plan.checkpoint.root))
+        output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.show_plan(plan)
         return
     options = sanity.CheckOptions(
         check,
@@ -98,11 +98,11 @@ def apply(
         placement,
         read_text(text),
         prompt or None,
-        bounds(max_perplexity_ratio, min_perplexity_ratio),
+        make_bounds(max_perplexity_ratio, min_perplexity_ratio),
         windows,
         window,
     )
-    bar, say = output.Bar(quiet), silent if quiet else output.say
+    bar, say = output.Bar(quiet), ignore_message if quiet else output.say
     if in_place:
         from swsurgery.editing import in_place as in_place_module
 
@@ -124,7 +124,7 @@ def apply(
             progress=bar,
             say=say,
         )
-    output.print_json(outcome.to_json()) if json else show.outcome(outcome)
+    output.print_json(outcome.to_json()) if json else show.show_outcome(outcome)
 
 
 def revert(
@@ -152,7 +152,9 @@ def revert(
     if json:
         output.print_json({"output": str(written), "notes": notes})
     else:
-        output.print_text(f"{printable(str(written))}: every file has the bytes again that it had before the manifest")
+        output.print_text(
+            f"{escape_control(str(written))}: every file has the bytes again that it had before the manifest"
+        )
         for note in notes if not quiet else ():
             output.say(note)
 
@@ -171,13 +173,13 @@ def inspect(
     from swsurgery.checkpoint import inspect
     from swsurgery.cli import show
 
-    with reading(checkpoint, quiet) as where:
+    with open_for_reading(checkpoint, quiet) as where:
         if tensor is None and at is None:
-            document = inspect.overview(where, weights, variant)
-            output.print_json(document) if json else show.overview(document)
+            document = inspect.inspect_files(where, weights, variant)
+            output.print_json(document) if json else show.show_files(document)
         else:
-            document = inspect.scalar(where, tensor, at, weights, variant)
-            output.print_json(document) if json else show.scalar(document)
+            document = inspect.inspect_tensor(where, tensor, at, weights, variant)
+            output.print_json(document) if json else show.show_tensor(document)
 
 
 def diff(
@@ -197,9 +199,9 @@ def diff(
     from swsurgery.checkpoint.diff import diff as run
     from swsurgery.checkpoint.opening import open_chosen
 
-    with reading(a, quiet) as first, reading(b, quiet) as second:
+    with open_for_reading(a, quiet) as first, open_for_reading(b, quiet) as second:
         difference = run(open_chosen(first, weights, variant), open_chosen(second, weights, variant), output.Bar(quiet))
-    output.print_json(difference.to_json()) if json else show.difference(difference)
+    output.print_json(difference.to_json()) if json else show.show_difference(difference)
     if not difference.same:
         raise typer.Exit(1)
 
@@ -208,4 +210,4 @@ def schema(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
     """Print the JSON Schema of manifests; it is JSON with --json and without."""
     from swsurgery.manifest import schema
 
-    output.print_json(schema.schema())
+    output.print_json(schema.render_schema())

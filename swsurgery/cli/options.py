@@ -15,7 +15,7 @@ from swsurgery.errors import SwsurgeryError, TargetError
 
 if TYPE_CHECKING:
     from swsurgery.hub import Repo
-    from swsurgery.model.report import Bounds
+    from swsurgery.model.report import CheckedBounds
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No talk and no progress on stderr, errors only.")]
@@ -25,16 +25,18 @@ CheckpointArgument = Annotated[
 ]
 
 
-def directory(text: str) -> Path:
+def require_directory(text: str) -> Path:
     """Convert an argument to a directory. Raises HubError for hf://..., which Path would change."""
     from swsurgery import hub
 
-    return hub.directory(text)
+    return hub.parse_directory(text)
 
 
 DirectoryArgument = Annotated[
     Path,
-    typer.Argument(help="A checkpoint's directory.", show_default=False, parser=directory, metavar="checkpoint"),
+    typer.Argument(
+        help="A checkpoint's directory.", show_default=False, parser=require_directory, metavar="checkpoint"
+    ),
 ]
 Text = Annotated[Path | None, typer.Option(help="Text to measure on, instead of the built-in passage.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to continue; may be repeated.")]
@@ -57,11 +59,11 @@ Windows = Annotated[int, typer.Option(min=1, help="Maximum number of windows of 
 Window = Annotated[int, typer.Option(min=2, help="Tokens in a window; shorter windows are faster.")]
 
 
-def silent(line: str) -> None:
+def ignore_message(line: str) -> None:
     """Ignore a message."""
 
 
-def width() -> int:
+def get_width() -> int:
     """Return the number of columns of the terminal, or 100 if it is unknown."""
     import shutil
 
@@ -79,14 +81,14 @@ def read_text(path: Path | None) -> str | None:
         raise SwsurgeryError(f"cannot read the text ({reason})", path) from None
 
 
-def bounds(most: float | None, least: float | None) -> Bounds | None:
+def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None:
     """Return the bounds of the perplexity ratio, or None without any. Raises SwsurgeryError for an invalid ratio."""
-    from swsurgery.model.report import Bounds
+    from swsurgery.model.report import CheckedBounds
 
     for value in (most, least):
         if value is not None and not 0 < value < float("inf"):
             raise SwsurgeryError("a perplexity ratio is a finite number above 0", value)
-    return None if most is None and least is None else Bounds(most, least)
+    return None if most is None and least is None else CheckedBounds(most, least)
 
 
 def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
@@ -101,21 +103,21 @@ def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
 
 
 @contextlib.contextmanager
-def reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
+def open_for_reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
     """Return a checkpoint to read; a local one cannot be edited in place within the block.
 
     For a checkpoint on the Hub, print the amount of data read afterwards, unless `quiet`.
     """
     from swsurgery.checkpoint.opening import held
-    from swsurgery.hub import named, place
+    from swsurgery.hub import parse_location, place
 
-    where = place(named(checkpoint))
+    where = place(parse_location(checkpoint))
     with held(where):
         yield where
     if not isinstance(where, Path) and not quiet:
-        output.say(moved(where))
+        output.say(describe_traffic(where))
 
 
-def moved(repo: Repo) -> str:
+def describe_traffic(repo: Repo) -> str:
     """Return how much was read from a repository and in how many requests."""
-    return f"{repo}: {output.size(repo.traffic.bytes)} in {repo.traffic.requests} range requests"
+    return f"{repo}: {output.format_size(repo.traffic.bytes)} in {repo.traffic.requests} range requests"

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from swsurgery.errors import TargetError, done, printable
+from swsurgery.errors import TargetError, done, escape_control
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -67,7 +67,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def say(line: str) -> None:
     """Print one message on stderr."""
-    _write(f"swsurgery: {printable(line)}\n", sys.stderr)
+    _write(f"swsurgery: {escape_control(line)}\n", sys.stderr)
 
 
 def print_json(document: object) -> None:
@@ -82,7 +82,7 @@ def print_text(text: str) -> None:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table on stdout, with columns of numbers aligned to the right."""
-    table = [[printable(str(cell)) for cell in row] for row in [header, *rows]]
+    table = [[escape_control(str(cell)) for cell in row] for row in [header, *rows]]
     numeric = [all(_is_number(row[i]) for row in table[1:]) for i in range(len(header))]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for row in table:
@@ -131,7 +131,7 @@ def open_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def size(count: int) -> str:
+def format_size(count: int) -> str:
     """Format a number of bytes with a unit, in powers of 1000."""
     number = float(count)
     for unit in ("B", "kB", "MB", "GB"):

@@ -28,13 +28,13 @@ from swsurgery.cli.options import (
     WeightsOption,
     Window,
     Windows,
-    bounds,
+    get_width,
+    ignore_message,
+    make_bounds,
+    open_for_reading,
     read_text,
-    reading,
-    silent,
-    width,
 )
-from swsurgery.errors import Interrupted, SwsurgeryError, printable, report_done
+from swsurgery.errors import Interrupted, SwsurgeryError, escape_control, report_done
 
 
 def lookup(
@@ -79,7 +79,7 @@ def lookup(
     elif json:
         output.print_json(shipped.to_json(found, status or None))
     else:
-        output.print_text(table.render_table(found, width(), status or None))
+        output.print_text(table.render_table(found, get_width(), status or None))
 
 
 def _forget(model: str, json: bool) -> None:
@@ -90,17 +90,17 @@ def _forget(model: str, json: bool) -> None:
     if json:
         output.print_json({"forgotten": removed})
     else:
-        output.print_text(f"{printable(removed)}: removed, the shipped facts stay")
+        output.print_text(f"{escape_control(removed)}: removed, the shipped facts stay")
 
 
 def _show_record(checkpoint: str, json: bool, quiet: bool) -> None:
     from swsurgery.checkpoint import record
     from swsurgery.cli import show
 
-    with reading(checkpoint, quiet) as where:
+    with open_for_reading(checkpoint, quiet) as where:
         patched = record.read_records(where)
     document = patched.registry.model_dump(mode="json")
-    output.print_json(document) if json else show.registry(patched.registry)
+    output.print_json(document) if json else show.show_record(patched.registry)
 
 
 def scan(
@@ -131,15 +131,15 @@ def scan(
 ) -> None:
     """Find the super weights of a checkpoint. Exit 2 if none was found and some layers could not be read."""
     from swsurgery.cli import show_scan
-    from swsurgery.hub import local, named
+    from swsurgery.hub import download_checkpoint, parse_location
     from swsurgery.scanning import scan
 
-    say = silent if quiet else output.say
+    say = ignore_message if quiet else output.say
     _refuse_idle(context, method, confirm, manifest)
     command = _scan_command(method, prompt, confirm, text, windows, window, weights, variant)
     outputs = scan.Outputs(manifest, op, factor, plot, register, command)
     options = scan.RunOptions(device, placement, read_text(text), windows, window)
-    where = local(named(checkpoint))
+    where = download_checkpoint(parse_location(checkpoint))
     report = scan.scan_checkpoint(
         where,
         method,
@@ -189,12 +189,12 @@ def sweep(
 
     report = scan.sweep_manifest(
         manifest,
-        numbers(factors),
+        parse_numbers(factors),
         base=base,
         plot=plot,
         options=scan.RunOptions(device, placement, read_text(text), windows, window),
         progress=output.Bar(quiet),
-        say=silent if quiet else output.say,
+        say=ignore_message if quiet else output.say,
     )
     report_done(f"figure: {plot}" if plot else None)
     output.print_json(report.to_json()) if json else show_scan.show_sweep(report)
@@ -222,25 +222,30 @@ def check(
     """
     from swsurgery.cli import show
     from swsurgery.editing import sanity
-    from swsurgery.hub import local, named, place
+    from swsurgery.hub import download_checkpoint, parse_location, place
 
-    limits = bounds(max_perplexity_ratio, min_perplexity_ratio)
+    limits = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = sanity.CheckOptions(
         "forward", device, placement, read_text(text), prompt or None, limits, windows, window
     )
-    where = named(checkpoint)
+    where = parse_location(checkpoint)
     if not isinstance(where, Path):
         sanity.refuse_bounds_without_base(place(where), limits)
     report = sanity.check_checkpoint(
-        local(where), options, output.Bar(quiet), silent if quiet else output.say, weights, variant
+        download_checkpoint(where),
+        options,
+        output.Bar(quiet),
+        ignore_message if quiet else output.say,
+        weights,
+        variant,
     )
     document = report.to_json() | {"compared": report.compared}
-    output.print_json(document) if json else show.check(document)
+    output.print_json(document) if json else show.show_check(document)
     if not report.ok:
         raise typer.Exit(1)
 
 
-def numbers(text: str) -> list[float]:
+def parse_numbers(text: str) -> list[float]:
     """Parse numbers separated by commas. Raises SwsurgeryError for anything else."""
     try:
         return [float(number) for number in text.split(",")]

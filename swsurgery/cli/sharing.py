@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from swsurgery.cli import output
-from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet, silent
-from swsurgery.errors import SwsurgeryError, printable, report_done
+from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet, ignore_message
+from swsurgery.errors import SwsurgeryError, escape_control, report_done
 
 if TYPE_CHECKING:
     from swsurgery.sharing.publication import Publication
@@ -55,9 +55,9 @@ def publish(
 
     bar = output.Bar(quiet)
     wish = publication.Wish(repo_id, private, create_pr, revision, tag, message)
-    say = silent if quiet else output.say
+    say = ignore_message if quiet else output.say
     if dry_run:
-        found = publish.early_findings(checkpoint)
+        found = publish.find_early(checkpoint)
         plan = make_plan((), hashing=False)
         if json:
             output.print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in found]})
@@ -66,11 +66,11 @@ def publish(
             for finding in found:
                 say(f"would need --accept {finding.rule}: {finding.file}: {finding.message}")
         return
-    plan = make_plan(publish.gate(checkpoint, accept or (), bar), hashing=True)
+    plan = make_plan(publish.check_gate(checkpoint, accept or (), bar), hashing=True)
     if plan.changes and not plan.private and not yes and plan.pull_request is None:
         _ask(plan)
     else:
-        for line in publication.lines(plan, output.size):
+        for line in publication.format_lines(plan, output.format_size):
             say(line)
     done = publish.publish(plan, bar, say, bars=not quiet and sys.stderr.isatty())
     report_done(f"published: {done.repo_id}, commit {done.commit}")
@@ -82,8 +82,8 @@ def publish(
 def _show(plan: Publication) -> None:
     from swsurgery.sharing import publication
 
-    for line in publication.lines(plan, output.size):
-        output.print_text(printable(line))
+    for line in publication.format_lines(plan, output.format_size):
+        output.print_text(escape_control(line))
 
 
 def _ask(plan: Publication) -> None:
@@ -96,7 +96,7 @@ def _ask(plan: Publication) -> None:
             plan.wish.repo_id,
             "give --yes, or --private for a new repository; --dry-run shows the plan",
         )
-    for line in publication.lines(plan, output.size):
+    for line in publication.format_lines(plan, output.format_size):
         output.say(line)
     output.say("Publish this, for everyone to see? [y/N]")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -107,18 +107,18 @@ def _ask(plan: Publication) -> None:
 def _show_published(done: Published) -> None:
     what = "was published already" if done.already else "published"
     where = f"pull request {done.pull_request}, commit {done.commit}" if done.pull_request else f"commit {done.commit}"
-    output.print_text(printable(f"{done.repo_id}: {what}, {where}"))
+    output.print_text(escape_control(f"{done.repo_id}: {what}, {where}"))
     output.print_text(
-        f"uploaded {output.size(done.uploaded)}, copied on the Hub {output.size(done.copied)}, "
-        f"read back {output.size(done.read)}"
+        f"uploaded {output.format_size(done.uploaded)}, copied on the Hub {output.format_size(done.copied)}, "
+        f"read back {output.format_size(done.read)}"
     )
     if not done.findings:
         scalars = "1 edited scalar has its" if done.scalars == 1 else f"{done.scalars} edited scalars have their"
         more = f", {scalars} new bits" if done.scalars else ""
         output.print_text(f"verified: {done.files} files have the planned digests{more}")
     for finding in done.findings:
-        output.print_text(printable(f"{finding.rule}: {finding.file or done.repo_id}: {finding.message}"))
-    output.print_text(printable(done.url))
+        output.print_text(escape_control(f"{finding.rule}: {finding.file or done.repo_id}: {finding.message}"))
+    output.print_text(escape_control(done.url))
 
 
 def export(
@@ -156,8 +156,8 @@ def export(
         output.print_json(exported.to_json())
         return
     scalars = f"{exported.scalars} changed scalar{'s' if exported.scalars > 1 else ''}"
-    output.print_text(f"{printable(str(exported.output))}: {scalars} as {form}")
+    output.print_text(f"{escape_control(str(exported.output))}: {scalars} as {form}")
     for name, size in exported.files.items():
-        output.print_text(f"  {printable(name)}  {output.size(size)}")
+        output.print_text(f"  {escape_control(name)}  {output.format_size(size)}")
     for note in exported.notes if not quiet else ():
         output.say(note)

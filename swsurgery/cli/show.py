@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from swsurgery.cli.output import print_table, print_text, size
-from swsurgery.errors import pluralise, printable
+from swsurgery.cli.output import format_size, print_table, print_text
+from swsurgery.errors import escape_control, pluralise
 
 if TYPE_CHECKING:
     from swsurgery.checkpoint.diff import Difference
@@ -23,10 +23,10 @@ MAX_NAMES = 5
 """Maximum number of files listed by name in one line."""
 
 
-def plan(plan: Plan) -> None:
+def show_plan(plan: Plan) -> None:
     """Print what a plan would change."""
     document = plan.to_json()
-    print_text(f"base      {printable(str(plan.checkpoint.root))}")
+    print_text(f"base      {escape_control(str(plan.checkpoint.root))}")
     kept = set(plan.previous.registry.protectors()) if plan.previous else set()
     kept -= {p.coordinate for p in plan.protected}
     and_kept = f", and {len(kept)} that earlier steps protect" if kept else ""
@@ -34,22 +34,24 @@ def plan(plan: Plan) -> None:
         f"changes   {pluralise(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
         f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}{and_kept}"
     )
-    _edits(document["splices"], document["protected"])
+    _list_edits(document["splices"], document["protected"])
     if plan.pins_checked:
-        print_text(f"pins      checked, the sha256 is the pinned one: {_names(plan.pins_checked)}")
+        print_text(f"pins      checked, the sha256 is the pinned one: {_format_names(plan.pins_checked)}")
     if plan.pins_unchecked:
-        print_text(f"pins      not checked, for only files to be edited are hashed: {_names(plan.pins_unchecked)}")
+        print_text(
+            f"pins      not checked, for only files to be edited are hashed: {_format_names(plan.pins_unchecked)}"
+        )
     for note in plan.notes:
-        print_text(f"note      {printable(note)}")
+        print_text(f"note      {escape_control(note)}")
     print_text("nothing was written")
 
 
-def outcome(outcome: Outcome) -> None:
+def show_outcome(outcome: Outcome) -> None:
     """Print what was applied, the check, and how to prove and undo it."""
     document = outcome.to_json()
-    _edits(document["splices"], document["protected"])
+    _list_edits(document["splices"], document["protected"])
     print_text("")
-    check(document["check"])
+    show_check(document["check"])
     print_text("")
     words = {
         "clone": "cloned",
@@ -60,35 +62,35 @@ def outcome(outcome: Outcome) -> None:
     }
     amounts = {how: sum(f.size for f in outcome.applied.files if f.how == how) for how in words}
     in_place = not any(amounts.values())
-    how = "in place" if in_place else ", ".join(f"{size(n)} {words[k]}" for k, n in amounts.items() if n)
-    done = f"wrote     {printable(str(outcome.output))} ({how})"
+    how = "in place" if in_place else ", ".join(f"{format_size(n)} {words[k]}" for k, n in amounts.items() if n)
+    done = f"wrote     {escape_control(str(outcome.output))} ({how})"
     if unverified := sum(f.unverified for f in outcome.applied.files):
         print_text(f"not hashed {pluralise(unverified, 'file')}: the registry marks the digests as unverified")
-    print_text(done if outcome.written else f"unchanged {printable(str(outcome.output))} (it was applied already)")
-    print_text(f"prove it  swsurgery verify {printable(str(outcome.output))}")
-    print_text(f"undo it   swsurgery revert {printable(str(outcome.output))}{'' if in_place else ' -o DIR'}")
+    print_text(done if outcome.written else f"unchanged {escape_control(str(outcome.output))} (it was applied already)")
+    print_text(f"prove it  swsurgery verify {escape_control(str(outcome.output))}")
+    print_text(f"undo it   swsurgery revert {escape_control(str(outcome.output))}{'' if in_place else ' -o DIR'}")
 
 
-def registry(registry: Registry) -> None:
+def show_record(registry: Registry) -> None:
     """Print a record: the base, the steps, the known super weights among the edits, and the check."""
     base = registry.base
     name = f"{base.repo_id or 'a directory'}{'@' + base.revision if base.revision else ''}"
-    print_text(f"base      {printable(name)}")
+    print_text(f"base      {escape_control(name)}")
     print_text(f"steps     {len(registry.history) + 1}")
     for number, step in enumerate(registry.history, 1):
         print_text(f"\nstep {number}")
         document = step.read().model_dump(mode="json")
-        _edits(document["edits"], document["protected"])
+        _list_edits(document["edits"], document["protected"])
     print_text(f"\nstep {len(registry.history) + 1}")
     document = registry.model_dump(mode="json")
-    _edits(document["edits"], document["protected"])
+    _list_edits(document["edits"], document["protected"])
     for record in (*registry.edits, *registry.protected):
         if record.known:
             fact = f"{record.coordinate}: {record.known.status}, zeroed alone {record.known.causal_alone}"
-            print_text(f"known     {printable(fact)}")
+            print_text(f"known     {escape_control(fact)}")
     print_text("")
     try:
-        check(document["check"])
+        show_check(document["check"])
     except (
         KeyError,
         TypeError,
@@ -98,10 +100,10 @@ def registry(registry: Registry) -> None:
         print_text("check     what the registry says of it cannot be read")
 
 
-def check(document: dict[str, Any]) -> None:
+def show_check(document: dict[str, Any]) -> None:
     """Print a check, given as in the record or as a report's JSON."""
     if document.get("kind", "forward") != "forward":
-        print_text(f"check     no forward check was made: {printable(document['reason'])}")
+        print_text(f"check     no forward check was made: {escape_control(document['reason'])}")
         return
     if document.get("compared") is False:
         _check_alone(document)
@@ -110,13 +112,13 @@ def check(document: dict[str, Any]) -> None:
     rows = [
         ("perplexity", base["perplexity"], patched["perplexity"]),
         ("stop-word mass", mass["base"], mass["patched"]),
-        ("super activation", *(_activation(side["super_activation"]) for side in (base, patched))),
+        ("super activation", *(_format_activation(side["super_activation"]) for side in (base, patched))),
         ("logits finite", *("yes" if side["finite"] else "NO" for side in (base, patched))),
     ]
     print_table(("", "base", "patched"), rows)
     print_text(f"perplexity ratio {document['perplexity_ratio']}, KL(base || patched) {document['kl']} nats a token")
-    _continuations(document, ("base", "patched"))
-    _measured(document)
+    _list_continuations(document, ("base", "patched"))
+    _describe_measured(document)
 
 
 def _check_alone(document: dict[str, Any]) -> None:
@@ -125,26 +127,26 @@ def _check_alone(document: dict[str, Any]) -> None:
     rows = [
         ("perplexity", patched["perplexity"]),
         ("stop-word mass", document["stopword_mass"]["patched"]),
-        ("super activation", _activation(patched["super_activation"])),
+        ("super activation", _format_activation(patched["super_activation"])),
         ("logits finite", "yes" if patched["finite"] else "NO"),
     ]
     print_table(("", "this model"), rows)
     print_text("nothing was compared: no registry says what the base was")
-    _continuations(document, ("patched",))
-    _measured(document)
+    _list_continuations(document, ("patched",))
+    _describe_measured(document)
 
 
-def _continuations(document: dict[str, Any], sides: tuple[str, ...]) -> None:
+def _list_continuations(document: dict[str, Any], sides: tuple[str, ...]) -> None:
     for prompt in document["prompts"]:
-        print_text(f"\n{printable(prompt['prompt'])!r}")
+        print_text(f"\n{escape_control(prompt['prompt'])!r}")
         for side in sides:
-            tokens = ", ".join(f"{printable(token)!r} {p:.3f}" for token, p in prompt[side])
+            tokens = ", ".join(f"{escape_control(token)!r} {p:.3f}" for token, p in prompt[side])
             print_text(f"  {side if len(sides) > 1 else '':8} {tokens or 'no finite logits'}")
 
 
-def _measured(document: dict[str, Any]) -> None:
+def _describe_measured(document: dict[str, Any]) -> None:
     for failure in document["failures"]:
-        print_text(f"FAILED    {printable(failure)}")
+        print_text(f"FAILED    {escape_control(failure)}")
     text = document["text"]
     plural = "" if text["windows"] == 1 else "s"
     print_text(
@@ -153,11 +155,16 @@ def _measured(document: dict[str, Any]) -> None:
     )
 
 
-def difference(difference: Difference) -> None:
+def show_difference(difference: Difference) -> None:
     """Print the differences between two checkpoints."""
     document = difference.to_json()
     rows = [
-        (c["tensor"], _index(c["index"]) + (f" .. {_index(c['last'])}" if "last" in c else ""), c["old"], c["new"])
+        (
+            c["tensor"],
+            _format_index(c["index"]) + (f" .. {_format_index(c['last'])}" if "last" in c else ""),
+            c["old"],
+            c["new"],
+        )
         for c in document["changes"]
     ]
     if rows:
@@ -166,21 +173,22 @@ def difference(difference: Difference) -> None:
         print_text("... more scalars differ than are listed:")
         print_table(("tensor", "changed", "of"), [(t, n, total) for t, (n, total) in difference.tensors.items()])
     for tensor, why in difference.mismatched.items():
-        print_text(f"{printable(tensor)}: {why}")
+        print_text(f"{escape_control(tensor)}: {why}")
     for note in difference.notes:
-        print_text(printable(note))
+        print_text(escape_control(note))
     for name, state in difference.files.items():
         if state != "same":
-            print_text(f"file {printable(name)}: {state}")
+            print_text(f"file {escape_control(name)}: {state}")
     if difference.same:
         print_text("no scalar differs")
 
 
-def overview(document: dict[str, Any]) -> None:
+def show_files(document: dict[str, Any]) -> None:
     """Print the files and tensors of a checkpoint."""
-    print_text(f"{printable(document['checkpoint'])}: {printable(str(document['model_type'] or 'unknown model type'))}")
+    model_type = str(document["model_type"] or "unknown model type")
+    print_text(f"{escape_control(document['checkpoint'])}: {escape_control(model_type)}")
     if document["repo_id"]:
-        print_text(printable(f"{document['repo_id']}@{document['revision']}"))
+        print_text(escape_control(f"{document['repo_id']}@{document['revision']}"))
     print_text("")
     print_table(
         ("file", "bytes", ""), [(f["file"], f["size"], "shard" if f["shard"] else "") for f in document["files"]]
@@ -188,31 +196,31 @@ def overview(document: dict[str, Any]) -> None:
     print_text("")
     print_table(
         ("tensor", "dtype", "shape", "file"),
-        [(t["tensor"], t["dtype"], _index(t["shape"]), t["file"]) for t in document["tensors"]],
+        [(t["tensor"], t["dtype"], _format_index(t["shape"]), t["file"]) for t in document["tensors"]],
     )
     for copy in document["copies"]:
-        print_text(f"\nalso holds the weights: {printable(copy)}")
+        print_text(f"\nalso holds the weights: {escape_control(copy)}")
     for tensor, why in document["disagreements"].items():
-        print_text(f"\nindex and shards disagree about {printable(tensor)}: {printable(why)}")
+        print_text(f"\nindex and shards disagree about {escape_control(tensor)}: {escape_control(why)}")
     for note in document["notes"]:
-        print_text(f"\n{printable(note)}")
+        print_text(f"\n{escape_control(note)}")
 
 
-def scalar(document: dict[str, Any]) -> None:
+def show_tensor(document: dict[str, Any]) -> None:
     """Print the facts about one scalar."""
     for key, value in document.items():
         if key == "expert" and value is None:  # a dense layer has no experts
             continue
-        print_text(f"{key:13} {printable(_index(value) if isinstance(value, list) else str(value))}")
+        print_text(f"{key:13} {escape_control(_format_index(value) if isinstance(value, list) else str(value))}")
 
 
-def _edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) -> None:
+def _list_edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) -> None:
     rows = [
-        (e["op"], e["tensor"], _index(e["index"]), e["dtype"], e["old"], e["new"], e["file"], e["offset"])
+        (e["op"], e["tensor"], _format_index(e["index"]), e["dtype"], e["old"], e["new"], e["file"], e["offset"])
         for e in edits
     ]
     rows += [
-        ("protect", p["tensor"], _index(p["index"]), p["dtype"], p["old"], "", p["file"], p["offset"])
+        ("protect", p["tensor"], _format_index(p["index"]), p["dtype"], p["old"], "", p["file"], p["offset"])
         for p in protected
     ]
     if rows:
@@ -221,16 +229,16 @@ def _edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) -> None
         print_text(f"... and {len(rows) - MAX_ROWS} more")
 
 
-def _names(names: tuple[str, ...]) -> str:
+def _format_names(names: tuple[str, ...]) -> str:
     more = len(names) - MAX_NAMES
-    return ", ".join(map(printable, names[:MAX_NAMES])) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(escape_control, names[:MAX_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
-def _index(numbers: list[int]) -> str:
+def _format_index(numbers: list[int]) -> str:
     return "[" + ", ".join(map(str, numbers)) + "]"
 
 
-def _activation(peak: dict[str, Any] | None) -> str:
+def _format_activation(peak: dict[str, Any] | None) -> str:
     if not peak:
         return "-"
     return f"{peak['value']} (layer {peak['layer']}, token {peak['token']}, channel {peak['channel']})"

@@ -13,8 +13,8 @@ from itertools import permutations
 
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.cli.show import MAX_ROWS
-from swsurgery.errors import pluralise, printable
-from swsurgery.model.text import measured_text
+from swsurgery.errors import escape_control, pluralise
+from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.report import (
     VERDICTS,
     Candidate,
@@ -34,34 +34,34 @@ Columns = dict[str, Sequence[object]]
 
 def show_scan(report: ScanReport) -> None:
     """Print the answer of a scan, its candidates, the causal test and the notes."""
-    print_text(f"scanned   {_scanned(report)}")
-    print_text(f"answer    {_answer(report)}")
+    print_text(f"scanned   {_describe_scanned(report)}")
+    print_text(f"answer    {_describe_answer(report)}")
     for line in describe_unread(report.unread):
-        print_text(f"unread    {printable(line)}")
+        print_text(f"unread    {escape_control(line)}")
     trials = report.confirmation.trials if report.confirmation else ()
     companions = [trial.candidate for trial in trials if not trial.listed]
-    for pattern in _patterns([*report.candidates, *companions]):
-        print_text(f"tensor    {printable(pattern)}")
+    for pattern in _list_patterns([*report.candidates, *companions]):
+        print_text(f"tensor    {escape_control(pattern)}")
     if report.activations:
         _print_activations(report.activations)
     if report.candidates:
         _print_candidates(report.candidates, scored=report.method == "weights")
     if report.confirmation is not None:
-        _confirmation(report.confirmation)
+        _print_confirmation(report.confirmation)
     if report.notes:
         print_text("")
     for note in report.notes:
-        print_text(f"note      {printable(note)}")
+        print_text(f"note      {escape_control(note)}")
 
 
 def _print_activations(activations: Sequence[PersistentActivation]) -> None:
     print_text("\nsuper activations: channels that are massive after these layers")
-    _table(
+    _print_table(
         {
             "channel": [a.channel for a in activations],
             "from layer": [a.layer for a in activations],
             "to layer": [a.last for a in activations],
-            "value": [_number(a.value) for a in activations],
+            "value": [_format_number(a.value) for a in activations],
             "peak after": [a.peak for a in activations],
             "prompt": [a.prompt for a in activations],
             "token": [a.token for a in activations],
@@ -72,16 +72,16 @@ def _print_activations(activations: Sequence[PersistentActivation]) -> None:
 
 def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
     print_text("\ncandidates")
-    _table(
-        _places(candidates)
+    _print_table(
+        _format_places(candidates)
         | {
-            "input spike": [_number(c.input_spike) for c in candidates],
-            "output spike": [_number(c.output_spike) for c in candidates],
-            "share": [_number(c.share) for c in candidates],
+            "input spike": [_format_number(c.input_spike) for c in candidates],
+            "output spike": [_format_number(c.output_spike) for c in candidates],
+            "share": [_format_number(c.share) for c in candidates],
             "prompts": [c.prompts for c in candidates],
             "round": [c.round for c in candidates],
-            "score": [_number(c.score) if scored else None for c in candidates],
-            "z": [_number(c.z) for c in candidates],
+            "score": [_format_number(c.score) if scored else None for c in candidates],
+            "z": [_format_number(c.z) for c in candidates],
             "rank of |W|": [f"{c.rank:,}" for c in candidates],
         }
     )
@@ -90,7 +90,7 @@ def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
 def show_sweep(report: SweepReport) -> None:
     """Print the quality for each factor, including the base, and the text and device it was measured on."""
     for coordinate in report.coordinates:
-        print_text(f"scaled    {printable(str(coordinate))}")
+        print_text(f"scaled    {escape_control(str(coordinate))}")
     others = (point for point in report.points if point.factor != 1)
     points = sorted([*others, report.base], key=lambda point: point.factor)
     print_text("")
@@ -98,51 +98,51 @@ def show_sweep(report: SweepReport) -> None:
         ("factor", "perplexity", "ratio", "KL", "stop-word mass", "largest hidden state", ""),
         [
             (
-                *(_number(p.factor), _number(p.perplexity), _ratio(p.ratio)),
-                *(_number(p.kl), _number(p.stopword_mass), _number(p.peak)),
+                *(_format_number(p.factor), _format_number(p.perplexity), _format_ratio(p.ratio)),
+                *(_format_number(p.kl), _format_number(p.stopword_mass), _format_number(p.peak)),
                 " ".join((["base"] if p is report.base else []) + ([] if p.finite else ["NOT FINITE"])),
             )
             for p in points
         ],
     )
     print_text("\nKL(base || scaled) in nats a token; the largest hidden state is that after any layer")
-    print_text(
-        f"measured on {measured_text(report)}, {report.dtype} on {printable(report.device)}, {printable(report.method)}"
-    )
+    where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
+    print_text(f"measured on {describe_measured_text(report)}, {where}")
 
 
-def _confirmation(confirmation: Confirmation) -> None:
+def _print_confirmation(confirmation: Confirmation) -> None:
     print_text("\ncausal test: zeroed alone, and all others zeroed but not it; perplexity ratios to the base")
     trials = confirmation.trials
-    _table(
-        _places([trial.candidate for trial in trials])
+    _print_table(
+        _format_places([trial.candidate for trial in trials])
         | {
-            "alone": [_ratio(trial.alone.ratio) for trial in trials],
-            "interval": [_interval(trial.alone) for trial in trials],
-            "KL": [_number(trial.alone.kl) for trial in trials],
-            "without": [_ratio(trial.without.ratio) if trial.without else None for trial in trials],
+            "alone": [_format_ratio(trial.alone.ratio) for trial in trials],
+            "interval": [_format_interval(trial.alone) for trial in trials],
+            "KL": [_format_number(trial.alone.kl) for trial in trials],
+            "without": [_format_ratio(trial.without.ratio) if trial.without else None for trial in trials],
             "verdict": [trial.verdict for trial in trials],
             "": [None if trial.listed else "companion" for trial in trials],
         }
     )
-    print_text(f"\ntogether  {_effect(confirmation.together)}")
+    print_text(f"\ntogether  {_format_effect(confirmation.together)}")
     for joint in confirmation.joint_sets:
-        print_text(f"joint     {_effect(joint.effect)}: {printable(_short(joint.coordinates, confirmation))}")
+        names = escape_control(_format_short(joint.coordinates, confirmation))
+        print_text(f"joint     {_format_effect(joint.effect)}: {names}")
     for column in confirmation.column_nulls:
-        print_text(f"null      {_column_null(column)}")
+        print_text(f"null      {_format_column_null(column)}")
     if confirmation.null:
         print_text(
             f"null      {pluralise(len(confirmation.null), 'random scalar')} of like magnitude, each alone: ratio "
-            f"{_ratio(min(confirmation.null))} to {_ratio(max(confirmation.null))}"
+            f"{_format_ratio(min(confirmation.null))} to {_format_ratio(max(confirmation.null))}"
         )
     print_text(
-        f"measured  base perplexity {_number(confirmation.base_perplexity)} on "
-        f"{measured_text(confirmation)}, {confirmation.dtype} on {printable(confirmation.device)}"
+        f"measured  base perplexity {_format_number(confirmation.base_perplexity)} on "
+        f"{describe_measured_text(confirmation)}, {confirmation.dtype} on {escape_control(confirmation.device)}"
     )
 
 
-def _scanned(report: ScanReport) -> str:
-    line = f"{pluralise(report.layers, 'layer')} of {printable(report.model_type)} by {report.method}"
+def _describe_scanned(report: ScanReport) -> str:
+    line = f"{pluralise(report.layers, 'layer')} of {escape_control(report.model_type)} by {report.method}"
     return f"{line}, {pluralise(len(report.prompts), 'prompt')}" if report.prompts else line
 
 
@@ -154,13 +154,13 @@ def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
         alike.setdefault((layer.experts, names), []).append(layer.layer)
     lines = []
     for (experts, names), layers in alike.items():
-        line = _numbered("layer", layers) + (f", {_numbered('expert', experts)}" if experts else "")
+        line = _format_numbered("layer", layers) + (f", {_format_numbered('expert', experts)}" if experts else "")
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"{line}: {', '.join(names[:3])}{more}")
     return lines
 
 
-def _numbered(noun: str, numbers: Sequence[int]) -> str:
+def _format_numbered(noun: str, numbers: Sequence[int]) -> str:
     """Return the noun and its numbers, with three or more consecutive numbers as a range: `layers 1 to 3, 5`."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -172,7 +172,7 @@ def _numbered(noun: str, numbers: Sequence[int]) -> str:
     return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
 
 
-def _answer(report: ScanReport) -> str:
+def _describe_answer(report: ScanReport) -> str:
     if report.answer == "undecided":
         layers = pluralise(len(report.unread), "layer")
         what = "confirmed" if report.candidates else "found"
@@ -187,17 +187,17 @@ def _answer(report: ScanReport) -> str:
     return f"{pluralise(count, 'super weight')} confirmed ({tally})"
 
 
-def _places(candidates: Sequence[Candidate]) -> Columns:
+def _format_places(candidates: Sequence[Candidate]) -> Columns:
     return {
         "layer": [c.layer for c in candidates],
         "expert": [c.expert for c in candidates],
         "row": [c.row for c in candidates],
         "col": [c.col for c in candidates],
-        "value": [_number(c.value) for c in candidates],
+        "value": [_format_number(c.value) for c in candidates],
     }
 
 
-def _table(columns: Columns) -> None:
+def _print_table(columns: Columns) -> None:
     kept = {header: cells for header, cells in columns.items() if any(cell is not None for cell in cells)}
     rows = [["" if cell is None else cell for cell in row] for row in zip(*kept.values(), strict=True)]
     print_table(list(kept), rows[:MAX_ROWS])
@@ -205,15 +205,15 @@ def _table(columns: Columns) -> None:
         print_text(f"... and {len(rows) - MAX_ROWS} more")
 
 
-def _patterns(candidates: Iterable[Candidate]) -> list[str]:
+def _list_patterns(candidates: Iterable[Candidate]) -> list[str]:
     """Return the tensors' names, with {layer} and {expert} for the numbers, and the order of their axes."""
     names: dict[str, list[Candidate]] = {}
     for candidate in candidates:
-        names.setdefault(_pattern(candidate), []).append(candidate)
-    return [f"{name}[{_axes(group)}]" for name, group in names.items()]
+        names.setdefault(_format_pattern(candidate), []).append(candidate)
+    return [f"{name}[{_find_axes(group)}]" for name, group in names.items()]
 
 
-def _pattern(candidate: Candidate) -> str:
+def _format_pattern(candidate: Candidate) -> str:
     numbers = {"layer": candidate.layer, "expert": candidate.expert}
     parts = candidate.coordinate.tensor.split(".")
     for name, number in numbers.items():
@@ -222,7 +222,7 @@ def _pattern(candidate: Candidate) -> str:
     return ".".join(parts)
 
 
-def _axes(candidates: Sequence[Candidate]) -> str:
+def _find_axes(candidates: Sequence[Candidate]) -> str:
     """Return the first order of expert, row and col that fits all candidates, which is not always the only one."""
     length = len(candidates[0].coordinate.index)
     for order in permutations(("expert", "row", "col") if length == 3 else ("row", "col")):
@@ -231,7 +231,7 @@ def _axes(candidates: Sequence[Candidate]) -> str:
     raise AssertionError("a coordinate's index holds its row and col")
 
 
-def _short(coordinates: Iterable[Coordinate], confirmation: Confirmation) -> str:
+def _format_short(coordinates: Iterable[Coordinate], confirmation: Confirmation) -> str:
     known = {trial.candidate.coordinate: trial.candidate for trial in confirmation.trials}
     return " + ".join(_name(known[c]) if c in known else str(c) for c in coordinates)
 
@@ -241,37 +241,41 @@ def _name(candidate: Candidate) -> str:
     return f"L{candidate.layer}{expert} [{candidate.row}, {candidate.col}]"
 
 
-def _effect(effect: Effect) -> str:
-    interval = _interval(effect)
-    return f"ratio {_ratio(effect.ratio)}" + (f" ({interval})" if interval else "") + f", KL {_number(effect.kl)}"
+def _format_effect(effect: Effect) -> str:
+    interval = _format_interval(effect)
+    return (
+        f"ratio {_format_ratio(effect.ratio)}"
+        + (f" ({interval})" if interval else "")
+        + f", KL {_format_number(effect.kl)}"
+    )
 
 
-def _interval(effect: Effect) -> str | None:
+def _format_interval(effect: Effect) -> str | None:
     if effect.low is None or effect.high is None:
         return None
-    return f"{_ratio(effect.low)} to {_ratio(effect.high)}"
+    return f"{_format_ratio(effect.low)} to {_format_ratio(effect.high)}"
 
 
-def _column_null(column: ColumnNull) -> str:
+def _format_column_null(column: ColumnNull) -> str:
     expert = "" if column.expert is None else f" expert {column.expert}"
     line = f"{pluralise(len(column.alone), 'other large row')} of layer {column.layer}{expert} column {column.col}"
     if not column.alone:
         return line
-    return f"{line}: alone {_range(column.alone)}, beside all candidates {_range(column.added)}"
+    return f"{line}: alone {_format_range(column.alone)}, beside all candidates {_format_range(column.added)}"
 
 
-def _range(ratios: Sequence[float]) -> str:
-    return f"{_ratio(min(ratios))} to {_ratio(max(ratios))}"
+def _format_range(ratios: Sequence[float]) -> str:
+    return f"{_format_ratio(min(ratios))} to {_format_ratio(max(ratios))}"
 
 
-def _number(value: float | None) -> str | None:
+def _format_number(value: float | None) -> str | None:
     """Format a number with four digits, more than is reproducible; the JSON contains all digits."""
     if value is None:
         return None
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
-def _ratio(value: float) -> str:
+def _format_ratio(value: float) -> str:
     """Format a ratio with four digits, including trailing zeros, or with two from a million."""
     if 1e6 <= value < math.inf:
         return f"{value:.1e}"

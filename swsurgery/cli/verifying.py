@@ -21,10 +21,10 @@ from swsurgery.cli.options import (
     Quiet,
     VariantOption,
     WeightsOption,
-    reading,
+    open_for_reading,
     refuse_replacing,
 )
-from swsurgery.errors import printable, report_done
+from swsurgery.errors import escape_control, report_done
 
 if TYPE_CHECKING:
     from swsurgery.hub import Uri
@@ -81,9 +81,9 @@ def verify(
         weights,
         variant,
     )
-    with reading(checkpoint, quiet) as where, _hold_base(base) as base_root:
+    with open_for_reading(checkpoint, quiet) as where, _hold_base(base) as base_root:
         refuse_replacing(file, [where, base_root, manifest, signature, public_key])
-        report = verify.prove(where, question, output.Bar(quiet)).report(checkpoint)
+        report = verify.verify_checkpoint(where, question, output.Bar(quiet)).report(checkpoint)
     _write_findings(report, "json" if json else format, file, quiet)
 
 
@@ -91,9 +91,9 @@ def verify(
 def _hold_base(base: str | None) -> Iterator[Path | Uri | None]:
     """Keep a base directory from being edited in place within the block."""
     from swsurgery.checkpoint.opening import held
-    from swsurgery.hub import named
+    from swsurgery.hub import parse_location
 
-    root = named(base) if base else None
+    root = parse_location(base) if base else None
     with held(root) if isinstance(root, Path) else contextlib.nullcontext():
         yield root
 
@@ -150,5 +150,5 @@ def sign(
     if json:
         output.print_json({"checkpoint": str(checkpoint), "signature": str(written)})
         return
-    output.print_text(f"signed    {printable(str(checkpoint))}")
-    output.print_text(f"signature {printable(str(written))}")
+    output.print_text(f"signed    {escape_control(str(checkpoint))}")
+    output.print_text(f"signature {escape_control(str(written))}")

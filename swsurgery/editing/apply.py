@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.listing import cached_files
+from swsurgery.checkpoint.listing import list_cached_files
 from swsurgery.checkpoint.opening import held, open_as
 from swsurgery.checkpoint.record import Patched, Registry
-from swsurgery.editing.base import base_of, known_digests
-from swsurgery.editing.copy import Applied, Link, Source, write_checkpoint
+from swsurgery.editing.base import collect_known_digests, find_base
+from swsurgery.editing.copy import Applied, CopyJob, Link, write_checkpoint
 from swsurgery.editing.pins import check_left_out, check_planned
 from swsurgery.editing.plan import Plan, make_plan
-from swsurgery.editing.record import complete_registry, draft_registry
-from swsurgery.editing.sanity import Check, CheckOptions, bounds_of, run_check
+from swsurgery.editing.record import complete_record, draft_record
+from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
 from swsurgery.errors import ModelError, PlanError, TargetError
-from swsurgery.hub import Uri, fetch, local, place
+from swsurgery.hub import Uri, download_checkpoint, fetch, place
 from swsurgery.manifest.load import load_manifest
-from swsurgery.model.report import Bounds
+from swsurgery.model.report import CheckedBounds
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import filesystem, staging
 from swsurgery.storage.arguments import require_choice, require_type
@@ -42,7 +42,7 @@ from swsurgery.storage.files import Repository
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES
 
-SMALL = 64 << 20
+SMALL_CHECKPOINT = 64 << 20
 """Maximum size, in bytes, of an unedited file that is downloaded for publishing and hashed by an edit in place."""
 
 
@@ -90,9 +90,9 @@ def plan_manifest(manifest: Path, base: str | None = None, *, progress: Progress
     Raises HubError, ManifestError, CheckpointError, PlanError; TargetError while another run edits the base in place.
     """
     loaded = load_manifest(manifest)
-    with held(place(base_of(loaded, base))) as root:
+    with held(place(find_base(loaded, base))) as root:
         plan = make_plan(loaded, open_as(root, loaded.manifest.base))
-        draft_registry(plan)  # so that a dry run refuses what the run itself would refuse
+        draft_record(plan)  # so that a dry run refuses what the run itself would refuse
         return check_planned(plan, progress or Silent())
 
 
@@ -124,12 +124,12 @@ def apply_manifest(
     require_type("reuse_digests", reuse_digests, bool)
     require_type("for_publish", for_publish, bool)
     loaded = load_manifest(manifest)
-    where = base_of(loaded, base)
-    with held(place(where) if for_publish else local(where)) as root:
+    where = find_base(loaded, base)
+    with held(place(where) if for_publish else download_checkpoint(where)) as root:
         plan = make_plan(loaded, open_as(root, loaded.manifest.base))
         refuse_inside(output, plan.checkpoint.root)
-        bounds_of(plan, check)  # raises before the copy, which may take an hour
-        draft = draft_registry(plan)
+        combine_bounds(plan, check)  # raises before the copy, which may take an hour
+        draft = draft_record(plan)
         for note in plan.notes:
             say(note)
         source = _build_source(plan)
@@ -142,12 +142,12 @@ def apply_manifest(
                 source, stage, link=link, progress=progress, digests=DigestCache(), reuse=reuse_digests
             )
             result = run_check(plan, stage, check, progress, say)
-            registry = complete_registry(draft, applied, result)
+            registry = complete_record(draft, applied, result)
             write_own_files(stage, Patched(registry, registry.render(), loaded.raw), source.own_mode)
     return Outcome(output, applied, registry, plan.notes)
 
 
-def _download_touched(source: Source, base: Checkpoint) -> Source:
+def _download_touched(source: CopyJob, base: Checkpoint) -> CopyJob:
     """Download the files that publishing needs on this machine; the others remain in the base's repository.
 
     These are the shards with edits, small files and files without a digest on the Hub. Raises PlanError if the base is
@@ -160,18 +160,18 @@ def _download_touched(source: Source, base: Checkpoint) -> Source:
             "give --base hf://ORG/NAME@REV",
         )
     touched = {s.file for s in source.splices}
-    stay = {f.name for f in source.files if f.name not in touched and f.size > SMALL and f.digest}
+    stay = {f.name for f in source.files if f.name not in touched and f.size > SMALL_CHECKPOINT and f.digest}
     here = [f for f in source.files if f.name not in stay]
     if not base.in_cache:
         folder = fetch(Uri(base.repo_id, base.revision, base.sub), [f.name for f in here])
-        there = cached_files(Path(os.path.realpath(folder)), (f.name for f in here))
+        there = list_cached_files(Path(os.path.realpath(folder)), (f.name for f in here))
         here = [replace(f, path=there[f.name].path) for f in here]
     return replace(source, files=tuple(here), elsewhere=tuple(f for f in source.files if f.name in stay), in_cache=True)
 
 
 def _restrict_check(plan: Plan, options: CheckOptions) -> CheckOptions:
     """Choose the check that works without most shards. Raises ModelError if the user asked for more."""
-    if options.kind == "forward" or bounds_of(plan, options) != Bounds():
+    if options.kind == "forward" or combine_bounds(plan, options) != CheckedBounds():
         raise ModelError(
             "a forward check needs the whole model",
             plan.checkpoint.root,
@@ -186,12 +186,12 @@ def refuse_inside(output: Path, root: Path | Repository) -> None:
         raise TargetError("the target lies inside the base", output, "give another -o")
 
 
-def _build_source(plan: Plan) -> Source:
+def _build_source(plan: Plan) -> CopyJob:
     """Describe the copy that a plan asks for."""
     leave = {*plan.omitted, *OWN_FILES}
     files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
     checkpoint = plan.checkpoint
-    return Source(files, plan.splices, known_digests(plan), checkpoint.in_cache, shards=checkpoint.shards)
+    return CopyJob(files, plan.splices, collect_known_digests(plan), checkpoint.in_cache, shards=checkpoint.shards)
 
 
 def write_own_files(stage: Folder, patched: Patched, mode: int) -> None:

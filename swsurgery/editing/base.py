@@ -7,12 +7,12 @@ from pathlib import Path
 
 from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckpointError, PlanError
-from swsurgery.hub import Uri, named
-from swsurgery.hub.names import hub_hint
+from swsurgery.hub import Uri, parse_location
+from swsurgery.hub.names import suggest_uri
 from swsurgery.manifest.load import LoadedManifest
 
 
-def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
+def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
     """Collect the digests that the base must have: file name -> (sha256, who states it).
 
     Raises PlanError if the manifest and the base's own record contradict each other.
@@ -30,18 +30,18 @@ def known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
     return pins
 
 
-def base_of(loaded: LoadedManifest, base: str | None) -> Path | Uri:
+def find_base(loaded: LoadedManifest, base: str | None) -> Path | Uri:
     """Return the location of the base: `base` if it is given, otherwise what the manifest states.
 
     Raises HubError for a malformed name, CheckpointError for a path that looks like a repository of the Hub.
     """
     if base is not None:
-        return named(base)
+        return parse_location(base)
     said = loaded.manifest.base
     if said.repo_id is not None:
         return Uri(said.repo_id, said.revision, "")
     assert said.path is not None  # the schema requires one of the two
     where = loaded.path.parent / said.path
-    if not os.path.lexists(where) and hub_hint(said.path):
+    if not os.path.lexists(where) and suggest_uri(said.path):
         raise CheckpointError("no such checkpoint", where, "name a repository of the Hub with base.repo_id")
     return where

@@ -27,9 +27,9 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.digest_cache import DigestCache
 from swsurgery.storage.files import BaseFile, open_local, read_exactly
 from swsurgery.storage.folder import Entry, Folder
-from swsurgery.storage.hashing import CHUNK, count_threads, hold_to, refuse_other_header, stream
+from swsurgery.storage.hashing import CHUNK, check_digest, count_threads, refuse_other_header, stream
 from swsurgery.storage.shard import Shard
-from swsurgery.storage.splice import Splice, by_file
+from swsurgery.storage.splice import Splice, group_by_file
 from swsurgery.threads import Pool
 
 Link = Literal["auto", "clone", "copy", "hard"]
@@ -61,7 +61,7 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Source:
+class CopyJob:
     """The files of one checkpoint to copy, the splices to make and the digests that the base must have.
 
     `pins` maps a file name to (digest, who states it). `shards` are the shards from which the splices were planned;
@@ -84,37 +84,37 @@ class Source:
     @property
     def own_mode(self) -> int:
         """Permissions of the files that are added. They repeat weights, so they get what all copied weights have."""
-        return records_mode(self.files)
+        return compute_record_mode(self.files)
 
     @property
     def folder_mode(self) -> int:
         """Permissions of the new directory."""
-        return folder_mode(self.files)
+        return compute_folder_mode(self.files)
 
 
-def folder_mode(files: Iterable[BaseFile]) -> int:
+def compute_folder_mode(files: Iterable[BaseFile]) -> int:
     """Return the permissions for a new directory: those that all directories of these files have."""
     folders = {file.path.folder for file in files if isinstance(file.path, Entry)}
     return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
 
 
-def outside_mode(files: Sequence[BaseFile]) -> int:
+def compute_outside_mode(files: Sequence[BaseFile]) -> int:
     """Return the permissions of a file that repeats weights and is written outside the directory of these files.
 
     A user who cannot read the weights, or cannot enter their directory, must not be able to read it.
     """
-    may_enter = folder_mode(files) & 0o111
-    return records_mode(files) & may_enter * 0o7 | 0o600  # times 7: one bit of each class of users becomes rwx
+    may_enter = compute_folder_mode(files) & 0o111
+    return compute_record_mode(files) & may_enter * 0o7 | 0o600  # times 7: one bit of each class of users becomes rwx
 
 
-def records_mode(files: Iterable[BaseFile]) -> int:
+def compute_record_mode(files: Iterable[BaseFile]) -> int:
     """Return the permissions for a file that repeats weights: those that all weights among these files have."""
     modes = (file.mode for file in files if file.name.endswith(".safetensors"))
     return functools.reduce(operator.and_, modes, 0o666) | 0o600
 
 
 def write_checkpoint(
-    source: Source,
+    source: CopyJob,
     stage: Folder,
     *,
     link: Link,
@@ -147,7 +147,7 @@ def write_checkpoint(
         digests.save()
     for file in source.elsewhere:
         assert file.digest is not None  # the caller chose files whose digests are known
-        hold_to(file, file.digest, source.pins)
+        check_digest(file, file.digest, source.pins)
         applied.append(AppliedFile(file.name, file.size, file.digest, file.digest, "elsewhere"))
     return Applied(tuple(sorted(applied, key=lambda f: f.name)))
 
@@ -185,14 +185,14 @@ class _Copier:
     """Copies files in a few threads. Hashing, reading and writing all release the interpreter's lock."""
 
     def __init__(
-        self, source: Source, stage: Folder, link: Link, progress: Progress, digests: DigestCache, reuse: bool
+        self, source: CopyJob, stage: Folder, link: Link, progress: Progress, digests: DigestCache, reuse: bool
     ) -> None:
         self.source, self.stage, self.link = source, stage, link
         self.progress, self.digests, self.reuse = progress, digests, reuse
         self.threads = count_threads()
         self.stop = threading.Event()
         self.lock = threading.Lock()
-        self.splices = by_file(source.splices)
+        self.splices = group_by_file(source.splices)
 
     def run(self) -> list[AppliedFile]:
         """Copy all files. Raises the first error of a thread, after all threads have stopped."""
@@ -229,7 +229,7 @@ class _Copier:
                     written = self.write(base, target, file, splices, known)
             after = os.fstat(base)
         if not written.unverified:
-            hold_to(file, written.digest, self.source.pins)
+            check_digest(file, written.digest, self.source.pins)
             # Our own hard link changes the ctime. If anything else did, other bytes may have been hashed.
             if written.how == "hard" or after.st_ctime_ns == status.st_ctime_ns:
                 self.digests.put(after, written.digest, started)
@@ -239,7 +239,7 @@ class _Copier:
         """Give the open file a second name. Raises CheckpointError if another file was linked."""
         assert isinstance(file.path, Path | Entry)  # as it is open on this machine
         with filesystem.reported(target):
-            filesystem.hard_link(file.path, target)
+            filesystem.make_hard_link(file.path, target)
             linked = target.stat()
         if not os.path.samestat(linked, os.fstat(base)):
             raise CheckpointError("was replaced while it was linked", file.path, "run again when it rests")
@@ -320,7 +320,7 @@ class _Copier:
                 refuse_other_header(hashlib.sha256(begun).hexdigest(), header, file)
             return _Written("clone" if cloned else "copy", known, known, unverified=True)
         if not cloned:
-            filesystem.bypass_cache(new)
+            filesystem.disable_cache(new)
             write = functools.partial(filesystem.write_all, new)
             digest, patched = stream(base, file, splices, self.advance, write, header)
             return _Written("copy", digest, patched)

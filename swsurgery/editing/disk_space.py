@@ -28,7 +28,7 @@ def refuse_without_room(files: Sequence[BaseFile], edited: Collection[str], stag
     free = status.f_bavail * block
     if needed <= free:
         return
-    free += sum(_disk_usage(stage / file.name) for file in files)
+    free += sum(_measure_disk_usage(stage / file.name) for file in files)
     if needed <= free or link in ("auto", "clone") and _can_clone(copied, stage):
         return
     raise NoSpace(
@@ -38,7 +38,7 @@ def refuse_without_room(files: Sequence[BaseFile], edited: Collection[str], stag
     )
 
 
-def _disk_usage(entry: Entry) -> int:
+def _measure_disk_usage(entry: Entry) -> int:
     """Return the number of bytes on the disk that removing this file would free."""
     try:
         status = entry.stat()

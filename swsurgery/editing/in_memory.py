@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.opening import held, open_as
-from swsurgery.editing.base import base_of, known_digests
+from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import ModelError
-from swsurgery.hub import local
+from swsurgery.hub import download_checkpoint
 from swsurgery.manifest.load import LoadedManifest, load_manifest, parse_manifest
-from swsurgery.storage.hashing import hashed, hold_to
+from swsurgery.storage.hashing import check_digest, hash_file
 
 if TYPE_CHECKING:
     from swsurgery.model.patched import PreTrainedModel, Tensor
@@ -39,7 +39,7 @@ def load_patched(base: str | Path | None, manifest: Given, **options: Any) -> Pr
     _refuse_without("torch", "transformers")
     from swsurgery.model import patched
 
-    with _planned(base, manifest) as plan:
+    with _plan_held(base, manifest) as plan:
         return patched.load(plan.checkpoint, plan.splices, plan.protected, options)
 
 
@@ -56,22 +56,22 @@ def patched_state_dict(base: str | Path | None, manifest: Given) -> Iterator[tup
     from swsurgery.model import patched
 
     with contextlib.ExitStack() as stack:
-        plan = stack.enter_context(_planned(base, manifest))
+        plan = stack.enter_context(_plan_held(base, manifest))
         patched.refuse_unreadable(plan.checkpoint)
         held = stack.pop_all()
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with held:
-            yield from patched.tensors(plan.checkpoint, plan.splices)
+            yield from patched.load_tensors(plan.checkpoint, plan.splices)
 
     return tensors()
 
 
 @contextlib.contextmanager
-def _planned(base: str | Path | None, manifest: Given) -> Iterator[Plan]:
+def _plan_held(base: str | Path | None, manifest: Given) -> Iterator[Plan]:
     """Plan a manifest, and keep its base from being edited in place during the block."""
     loaded = _load(manifest)
-    root = local(base_of(loaded, str(base) if base is not None else None))
+    root = download_checkpoint(find_base(loaded, str(base) if base is not None else None))
     with held(root):
         plan = make_plan(loaded, open_as(root, loaded.manifest.base))
         _check_digests(plan)
@@ -91,11 +91,11 @@ def _load(manifest: Given) -> LoadedManifest:
 
 def _check_digests(plan: Plan) -> None:
     """Hash the shards with edits and the files that the manifest pins. Raises PlanError if a digest differs."""
-    pins = known_digests(plan)
+    pins = collect_known_digests(plan)
     touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):
         file = plan.checkpoint.file(name)
-        hold_to(file, hashed(file), pins)
+        check_digest(file, hash_file(file), pins)
 
 
 def _refuse_without(*names: str) -> None:

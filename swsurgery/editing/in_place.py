@@ -20,27 +20,27 @@ from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import open_as, open_checkpoint
 from swsurgery.checkpoint.record import Patched, Registry, ScalarRecord, read_patched, read_records
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
-from swsurgery.editing.apply import SMALL, Outcome
-from swsurgery.editing.base import base_of, known_digests
-from swsurgery.editing.copy import Applied, AppliedFile, records_mode
+from swsurgery.editing.apply import SMALL_CHECKPOINT, Outcome
+from swsurgery.editing.base import collect_known_digests, find_base
+from swsurgery.editing.copy import Applied, AppliedFile, compute_record_mode
 from swsurgery.editing.pins import check_left_out
 from swsurgery.editing.plan import make_plan
-from swsurgery.editing.record import complete_registry, draft_registry
-from swsurgery.editing.revert import reversion_notes, undoing
-from swsurgery.editing.sanity import Check, CheckOptions, bounds_of, run_check
+from swsurgery.editing.record import complete_record, draft_record
+from swsurgery.editing.revert import build_undo, list_reversion_notes
+from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
 from swsurgery.errors import CheckpointError, LookupFailed, PlanError, TargetError
 from swsurgery.hub import Uri
 from swsurgery.known import own
-from swsurgery.known.recorded import unlike_bases, unlike_records
+from swsurgery.known.recorded import explain_unlike_bases, find_unlike_records
 from swsurgery.known.resolve import look_up, resolve
 from swsurgery.manifest.load import LoadedManifest, load_manifest
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import filesystem
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.folder import Entry, Folder
-from swsurgery.storage.hashing import hashed, hashed_twice, hold_to, stream
+from swsurgery.storage.hashing import check_digest, hash_file, hash_twice, stream
 from swsurgery.storage.names import OWN_FILES
-from swsurgery.storage.splice import Splice, by_file
+from swsurgery.storage.splice import Splice, group_by_file
 
 
 def apply_in_place(
@@ -59,7 +59,7 @@ def apply_in_place(
     """
     progress, check = progress or Silent(), CheckOptions.of(check)
     loaded = load_manifest(manifest)
-    with _open_to_edit(base_of(loaded, base)) as (folder, _), contextlib.ExitStack() as opened:
+    with _open_to_edit(find_base(loaded, base)) as (folder, _), contextlib.ExitStack() as opened:
         checkpoint = open_as(folder, loaded.manifest.base, editing=True)
         previous = read_patched(checkpoint)
         if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
@@ -69,11 +69,11 @@ def apply_in_place(
         plan = make_plan(loaded, checkpoint)
         if plan.omitted:
             raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
-        bounds_of(plan, check)  # before anything is hashed or written
-        draft = draft_registry(plan)
+        combine_bounds(plan, check)  # before anything is hashed or written
+        draft = draft_record(plan)
         for note in plan.notes:
             say(note)
-        pins = known_digests(plan)
+        pins = collect_known_digests(plan)
         check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, progress)
         shards = _open_shards(folder, plan.checkpoint, plan.splices, opened)
         touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, progress)
@@ -84,9 +84,9 @@ def apply_in_place(
         applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
         _refuse_changed(checkpoint, touched)
         _refuse_changed_records(folder, checkpoint)
-        with journal.edited(folder, shards, plan.splices, mode=records_mode(checkpoint.files)) as own:
+        with journal.apply_splices(folder, shards, plan.splices, mode=compute_record_mode(checkpoint.files)) as own:
             result = run_check(plan, folder, check, progress, say)
-            registry = complete_registry(draft, applied, result)
+            registry = complete_record(draft, applied, result)
             own |= Patched(registry, registry.render(), loaded.raw).own_files()
             _refuse_changed(checkpoint, touched)
     return Outcome(folder.path, applied, registry, plan.notes)
@@ -111,7 +111,7 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
             raise CheckpointError(
                 "was changed since it was applied, and would be lost", root / OWN_FILES[1], "move it away"
             )
-        splices = undoing(registry, checkpoint)
+        splices = build_undo(registry, checkpoint)
         names = {f.name: f.size for f in checkpoint.files}
         if wrong := [name for name, record in registry.files.items() if names.get(name) != record.size]:
             raise CheckpointError(
@@ -128,10 +128,12 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
                 raise CheckpointError("does not give the base back: the registry was changed", root / name)
         _refuse_changed(checkpoint, touched)
         _refuse_changed_records(folder, checkpoint)
-        with journal.edited(folder, shards, splices, reverts=True, mode=records_mode(checkpoint.files)) as own:
+        with journal.apply_splices(
+            folder, shards, splices, reverts=True, mode=compute_record_mode(checkpoint.files)
+        ) as own:
             own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
             _refuse_changed(checkpoint, touched)
-    return reversion_notes(registry)
+    return list_reversion_notes(registry)
 
 
 @contextlib.contextmanager
@@ -193,7 +195,7 @@ def _hash_touched(
 
     Raises PlanError if a digest before differs from its pin or has none, CheckpointError if a file changes meanwhile.
     """
-    mine = by_file(splices)
+    mine = group_by_file(splices)
     touched: dict[str, tuple[str, str]] = {}
     unknown: list[str] = []
     progress.start(sum(checkpoint.file(name).size for name in shards), "B", "hashing")
@@ -203,7 +205,7 @@ def _hash_touched(
             touched[name] = stream(shard.fd, file, mine[name], progress.advance)
             shard.refuse_changed()
             digest = touched[name][0]
-            hold_to(file, digest, pins)
+            check_digest(file, digest, pins)
             if name not in pins:
                 unknown.append(f'"{name}": "{digest}"')
     finally:
@@ -266,13 +268,13 @@ def _describe_untouched(
         if file.name in OWN_FILES or file.name in touched:
             continue
         record = before.files.get(file.name) if before else None
-        large = file.size > SMALL or file.name in {*checkpoint.shards, *checkpoint.copies}
+        large = file.size > SMALL_CHECKPOINT or file.name in {*checkpoint.shards, *checkpoint.copies}
         if large and file.name not in stated:
             digest = record.sha256 if record and record.size == file.size else None
             found.append(AppliedFile(file.name, file.size, digest, digest, "place", unverified=digest is not None))
             continue
-        digest = hashed(file, progress if large else None)
-        hold_to(file, digest, pins)
+        digest = hash_file(file, progress if large else None)
+        check_digest(file, digest, pins)
         found.append(AppliedFile(file.name, file.size, digest, digest, "place"))
     return found
 
@@ -288,19 +290,19 @@ def _report_applied(
     registry = patched.registry
     repo_ids = (registry.base.repo_id, (registry.known or {}).get("hf_id"))
     for coordinate, fault in _find_differences(loaded, checkpoint, registry, repo_ids):
-        raise _not_applied(fault, folder.path if coordinate is None else f"{folder.path}: {coordinate}")
+        raise _make_not_applied_error(fault, folder.path if coordinate is None else f"{folder.path}: {coordinate}")
     for record, fault in _find_other_scalars(registry, checkpoint):
-        raise _not_applied(fault, f"{record.file}: {record.coordinate}")
-    mine, files = by_file(undoing(registry, checkpoint)), {f.name: f for f in checkpoint.files}
+        raise _make_not_applied_error(fault, f"{record.file}: {record.coordinate}")
+    mine, files = group_by_file(build_undo(registry, checkpoint)), {f.name: f for f in checkpoint.files}
     for name in sorted({*mine, *loaded.manifest.base.sha256}):
         file, stated = files.get(name), registry.files.get(name)
         if file is None or stated is None:
-            raise _not_applied("the file is not there", folder.path / name)
-        here, restored = hashed_twice(file, mine.get(name, []), progress)
+            raise _make_not_applied_error("the file is not there", folder.path / name)
+        here, restored = hash_twice(file, mine.get(name, []), progress)
         if stated.sha256 not in (here, None) or stated.base_sha256 not in (restored, None):
-            raise _not_applied("the file was changed since", file.path)
+            raise _make_not_applied_error("the file was changed since", file.path)
         if loaded.manifest.base.sha256.get(name, restored) != restored:
-            raise _not_applied("its base is not the one that the manifest pins", file.path)
+            raise _make_not_applied_error("its base is not the one that the manifest pins", file.path)
     with filesystem.reported(folder):
         filesystem.sync_directory(folder)
     done = tuple(
@@ -321,11 +323,11 @@ def _find_differences(
     except LookupFailed as error:
         yield from ((None, fault) for fault in error.faults)
     for repo_id in (base.repo_id, checkpoint.repo_id, *repo_ids):
-        model = model or (own.of_repo(repo_id) if repo_id else None)
+        model = model or (own.find_by_repo(repo_id) if repo_id else None)
     asked, faults = resolve(loaded.manifest, checkpoint, look_up(model))
     yield from ((None, fault) for _, fault in faults)
-    yield from ((None, fault) for _, fault in unlike_bases(loaded.manifest, registry))
-    yield from unlike_records(asked, registry)
+    yield from ((None, fault) for _, fault in explain_unlike_bases(loaded.manifest, registry))
+    yield from find_unlike_records(asked, registry)
 
 
 def _find_other_scalars(registry: Registry, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:
@@ -337,7 +339,7 @@ def _find_other_scalars(registry: Registry, checkpoint: Checkpoint) -> Iterator[
         yield record, "the registry names this scalar twice"
 
 
-def _not_applied(what: str, where: object) -> CheckpointError:
+def _make_not_applied_error(what: str, where: object) -> CheckpointError:
     """Build the error for a record that does not match the manifest or the files."""
     fault = f"the registry says that this manifest was applied, but {what}"
     return CheckpointError(fault, where, "see swsurgery verify")

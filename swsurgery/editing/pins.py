@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from swsurgery.editing.base import known_digests
+from swsurgery.editing.base import collect_known_digests
 from swsurgery.editing.plan import Plan
 from swsurgery.progress import Progress
-from swsurgery.storage.hashing import hashed, hold_to
+from swsurgery.storage.hashing import check_digest, hash_file
 
 
 def check_planned(plan: Plan, progress: Progress) -> Plan:
@@ -21,7 +21,7 @@ def check_planned(plan: Plan, progress: Progress) -> Plan:
     If the base is a directory, the pinned shards with edits are hashed. If it is on the Hub, the digests that the Hub
     lists are compared. Raises PlanError if a digest differs from its pin.
     """
-    pins = known_digests(plan)
+    pins = collect_known_digests(plan)
     touched = {splice.file for splice in plan.splices}
     checked: list[str] = []
     for file in plan.checkpoint.files:
@@ -29,9 +29,9 @@ def check_planned(plan: Plan, progress: Progress) -> Plan:
             continue
         digest = file.digest
         if file.is_here:
-            digest = hashed(file, progress) if file.name in touched else None
+            digest = hash_file(file, progress) if file.name in touched else None
         if digest is not None:
-            hold_to(file, digest, pins)
+            check_digest(file, digest, pins)
             checked.append(file.name)
     unchecked = sorted(set(pins) - set(checked))
     return replace(plan, pins_checked=tuple(sorted(checked)), pins_unchecked=tuple(unchecked))
@@ -44,6 +44,6 @@ def check_left_out(plan: Plan, written: Collection[str], pins: dict[str, tuple[s
     """
     for name in sorted(set(plan.loaded.manifest.base.sha256) - set(written)):
         file = plan.checkpoint.file(name)
-        digest = hashed(file, progress) if file.is_here else file.digest
+        digest = hash_file(file, progress) if file.is_here else file.digest
         if digest is not None:
-            hold_to(file, digest, pins)
+            check_digest(file, digest, pins)

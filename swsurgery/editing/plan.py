@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swsurgery.checkpoint import projections
-from swsurgery.checkpoint.architectures import Expert
+from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, read_patched
-from swsurgery.checkpoint.tying import tied_faults, tied_partner
+from swsurgery.checkpoint.tying import find_tied_partner, list_tied_faults
 from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError
 from swsurgery.known import KnownCoordinate, KnownModel, own, shipped
 from swsurgery.manifest.load import LoadedManifest
-from swsurgery.manifest.operations import Edit, MeasuredValue, Protect, Scale, expectation_fault
+from swsurgery.manifest.operations import Edit, MeasuredValue, Protect, Scale, explain_expectation
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import TensorInfo
@@ -94,7 +94,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     scalars, misfits = _read_edits(loaded, checkpoint, model, protectors)
     splices = tuple(s for s in scalars if isinstance(s, Splice))
     protected = tuple(s for s in scalars if not isinstance(s, Splice))
-    faults += misfits + tied_faults(splices, checkpoint) + _check_copies(loaded, checkpoint, splices)
+    faults += misfits + list_tied_faults(splices, checkpoint) + _check_copies(loaded, checkpoint, splices)
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
     omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
@@ -207,7 +207,7 @@ def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownMode
     base = loaded.manifest.base
     if base.model:
         return own.lookup(base.model)
-    models = (own.of_repo(repo_id) for repo_id in (base.repo_id, checkpoint.repo_id) if repo_id)
+    models = (own.find_by_repo(repo_id) for repo_id in (base.repo_id, checkpoint.repo_id) if repo_id)
     return next((model for model in models if model), None)
 
 
@@ -223,7 +223,7 @@ def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coor
     return facts
 
 
-def _locate(checkpoint: Checkpoint, layer: int, row: int, col: int, expert: Expert) -> Coordinate:
+def _locate(checkpoint: Checkpoint, layer: int, row: int, col: int, expert: ExpertChoice) -> Coordinate:
     """Find the stored scalar that a paper calls (layer, row, col). Raises ArchitectureError."""
     # Include tensors that index and shards place differently, so that the fault reported is the disagreement.
     shapes = {
@@ -260,7 +260,7 @@ def _resolve_known(name: str, checkpoint: Checkpoint, model: KnownModel | None) 
     """Resolve the `known:` of an edit. Raises as `_resolve_edit` does."""
     if model is None:
         raise PlanError("the registry knows nothing of this base", name, "say which known model it is: base.model")
-    entries = shipped.addressable(model) if name == "all" else [shipped.find(model, name)]
+    entries = shipped.list_addressable(model) if name == "all" else [shipped.find(model, name)]
     if not entries:
         raise PlanError(f"the registry has no whole coordinate of {model.hf_id}", name)
     targets: list[tuple[Coordinate, Expected]] = []
@@ -280,7 +280,7 @@ def _read_scalar(edit: Edit, coordinate: Coordinate, expect: Expected, checkpoin
     name, index = coordinate
     if edit.writes:
         _refuse_quantised(name, checkpoint)
-    if not _fits(info, index):
+    if not _check_index(info, index):
         where = f"{name} of shape {list(info.shape)}"
         raise PlanError(f"index {list(index)} is out of range", where, _explain_index(info, index))
     if info.dtype.bits % 8:
@@ -288,12 +288,12 @@ def _read_scalar(edit: Edit, coordinate: Coordinate, expect: Expected, checkpoin
     file = checkpoint.weight_map[name]
     shard = checkpoint.shards[file]
     old = shard.read_scalar(name, index)
-    if expect is not None and (fault := expectation_fault(expect, info.dtype, old)):
+    if expect is not None and (fault := explain_expectation(expect, info.dtype, old)):
         hint = "is this the right base?"
         swapped = index[::-1]
-        if len(index) == 2 and _fits(info, swapped):
+        if len(index) == 2 and _check_index(info, swapped):
             other = shard.read_scalar(name, swapped)
-            if expectation_fault(expect, info.dtype, other) is None:
+            if explain_expectation(expect, info.dtype, other) is None:
                 hint = f"row and col look swapped: {list(swapped)} holds it"
         raise PlanError(fault, coordinate, hint)
     offset = shard.offset(name, index)
@@ -313,7 +313,7 @@ def _find_tensor(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
     if name in checkpoint.disagreements:
         raise PlanError(f"index and shards disagree about {name}", checkpoint.disagreements[name])
     if name not in checkpoint.weight_map:
-        if partner := tied_partner(name, checkpoint):
+        if partner := find_tied_partner(name, checkpoint):
             raise PlanError(f"{name} is tied to {partner} and not stored", remedy=f"edit {partner}")
         raise PlanError("no such tensor", name, _suggest_tensor(name, checkpoint))
     return checkpoint.info(name)
@@ -330,7 +330,7 @@ def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-def _fits(info: TensorInfo, index: tuple[int, ...]) -> bool:
+def _check_index(info: TensorInfo, index: tuple[int, ...]) -> bool:
     """Check that an index is inside the tensor's shape."""
     return len(index) == len(info.shape) and all(i < n for i, n in zip(index, info.shape, strict=True))
 
@@ -339,7 +339,7 @@ def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
     """Explain an index that is out of range, if the reason is obvious; otherwise return the empty text."""
     if 0 in info.shape:
         return "the tensor has no elements"
-    if len(index) == 2 and _fits(info, index[::-1]):
+    if len(index) == 2 and _check_index(info, index[::-1]):
         return f"row and col look swapped: {list(index[::-1])} would fit"
     return ""
 

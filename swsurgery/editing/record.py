@@ -30,7 +30,7 @@ PER_FILE = 300
 """The number of bytes that a file takes in a record besides its name: its size and two digests, indented."""
 
 
-def draft_registry(plan: Plan) -> Registry:
+def draft_record(plan: Plan) -> Registry:
     """Build the record of a plan that is not applied yet, without digests and without the report of the check.
 
     Raises PlanError if the finished record would be larger than any command accepts.
@@ -42,7 +42,7 @@ def draft_registry(plan: Plan) -> Registry:
     draft = Registry(
         registry_version=1,
         swsurgery_version=__version__,
-        created=source_date_epoch(),
+        created=read_source_date_epoch(),
         base=BaseRecord(
             repo_id=checkpoint.repo_id or base.repo_id,
             revision=checkpoint.revision or base.revision,
@@ -64,7 +64,7 @@ def draft_registry(plan: Plan) -> Registry:
     return draft
 
 
-def complete_registry(draft: Registry, applied: Applied, check: dict[str, Any]) -> Registry:
+def complete_record(draft: Registry, applied: Applied, check: dict[str, Any]) -> Registry:
     """Add the digests of all files and the report of the check to a draft."""
     files = {
         f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
@@ -94,7 +94,7 @@ def _refuse_unreadable(draft: Registry, plan: Plan) -> None:
         raise PlanError(f"the manifest has more than the {MAX_JSON} bytes that can be kept", plan.loaded.path, remedy)
 
 
-def source_date_epoch() -> int | None:
+def read_source_date_epoch() -> int | None:
     """Read the environment variable SOURCE_DATE_EPOCH, in seconds since 1970; None if it is not set.
 
     Raises TargetError if it is not a number.

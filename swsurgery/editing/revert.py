@@ -8,7 +8,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, open_patched
 from swsurgery.checkpoint.record import EditRecord, Registry
 from swsurgery.editing.apply import refuse_inside, write_own_files
-from swsurgery.editing.copy import Link, Source, write_checkpoint
+from swsurgery.editing.copy import CopyJob, Link, write_checkpoint
 from swsurgery.errors import CheckpointError, NumberError
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import staging
@@ -35,9 +35,9 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
                 checkpoint.root,
                 "restore what was removed since the edit",
             )
-        source = Source(
+        source = CopyJob(
             files=tuple(f for f in checkpoint.files if f.name in registry.files),
-            splices=undoing(registry, checkpoint),
+            splices=build_undo(registry, checkpoint),
             pins={name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256},
             in_cache=checkpoint.in_cache,
             shards=checkpoint.shards,
@@ -49,10 +49,10 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
                     raise CheckpointError("does not give the base back: the registry was changed", file.name)
             if previous:
                 write_own_files(stage, previous, source.own_mode)
-    return reversion_notes(registry)
+    return list_reversion_notes(registry)
 
 
-def undoing(registry: Registry, checkpoint: Checkpoint) -> tuple[Splice, ...]:
+def build_undo(registry: Registry, checkpoint: Checkpoint) -> tuple[Splice, ...]:
     """Build the splices that undo the edits of a record.
 
     Raises CheckpointError if an edit is not of a scalar of the checkpoint: a record that was changed could name any
@@ -87,7 +87,7 @@ def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
     return splice if (info.dtype.name, offset) == (edit.dtype, edit.offset) else None
 
 
-def reversion_notes(registry: Registry) -> list[str]:
+def list_reversion_notes(registry: Registry) -> list[str]:
     """List what a reversion cannot restore."""
     if registry.omitted:
         return [f"the base also had {', '.join(registry.omitted)}, which had been left out"]

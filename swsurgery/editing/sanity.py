@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from swsurgery import model
-from swsurgery.checkpoint.compare import undeclared_changes
+from swsurgery.checkpoint.compare import find_undeclared_changes
 from swsurgery.checkpoint.opening import held, open_as, open_chosen, refuse_other_weights
 from swsurgery.checkpoint.record import REGISTRY_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
@@ -21,7 +21,7 @@ from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckFailed, ModelError, PlanError, Unrunnable, or_else
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
-from swsurgery.model.report import Bounds, CheckReport
+from swsurgery.model.report import CheckedBounds, CheckReport
 from swsurgery.progress import Progress
 from swsurgery.storage.arguments import require_choice, require_strings, require_type
 from swsurgery.storage.dtypes import DTYPES, decode
@@ -45,7 +45,7 @@ class CheckOptions:
     placement: Placement = "auto"
     text: str | None = None
     prompts: Sequence[str] | None = None
-    bounds: Bounds | None = None
+    bounds: CheckedBounds | None = None
     windows: int = 16
     window: int = 512
 
@@ -56,7 +56,7 @@ class CheckOptions:
         require_choice("placement", self.placement, get_args(Placement))
         require_type("text", self.text, str, optional=True)
         require_strings("prompts", self.prompts)
-        require_type("bounds", self.bounds, Bounds, optional=True)
+        require_type("bounds", self.bounds, CheckedBounds, optional=True)
 
     @classmethod
     def of(cls, check: CheckOptions | Check | None) -> CheckOptions:
@@ -133,18 +133,18 @@ def check_checkpoint(
         return replace(report, compared=patched is not None)
 
 
-def refuse_bounds_without_base(root: Path | Repository, bounds: Bounds | None) -> None:
+def refuse_bounds_without_base(root: Path | Repository, bounds: CheckedBounds | None) -> None:
     """Raise PlanError for bounds on a checkpoint without a record, CheckpointError for a damaged record.
 
     For a repository, this reads only the record and comes before the download of the weights.
     """
-    if bounds not in (None, Bounds()):
+    if bounds not in (None, CheckedBounds()):
         _refuse_bounds_without_base(root, read_patched(root), bounds)
 
 
-def _refuse_bounds_without_base(root: Path | Repository, patched: Patched | None, bounds: Bounds | None) -> None:
+def _refuse_bounds_without_base(root: Path | Repository, patched: Patched | None, bounds: CheckedBounds | None) -> None:
     """Raise PlanError for bounds on a checkpoint without a record."""
-    if patched is None and bounds not in (None, Bounds()):
+    if patched is None and bounds not in (None, CheckedBounds()):
         raise PlanError(
             "a bound on the perplexity ratio needs a base to compare with, and no registry says what it was",
             root,
@@ -159,7 +159,7 @@ def run_check(
 
     Raises CheckFailed if the checkpoint fails, ModelError if a check that was asked for cannot be made.
     """
-    bounds = bounds_of(plan, options)
+    bounds = combine_bounds(plan, options)
     if options.kind == "off":
         return {"kind": "off", "reason": "the check was turned off"}
     weights = _check_weights(plan, patched, progress)
@@ -174,13 +174,13 @@ def run_check(
             report = _check_forward(plan, patched, options, bounds, progress, say)
         except ModelError as error:
             # If the user asked for a forward check, by an option or a bound, it must be made; otherwise it is optional.
-            if options.kind == "forward" or bounds != Bounds() or options.asked:
+            if options.kind == "forward" or bounds != CheckedBounds() or options.asked:
                 if isinstance(error, Unrunnable) and options.bounds is None:
                     raise error.or_else("--check weights") from error
                 raise
             # The path of the stage is temporary and must not appear in the record.
             where = str(patched if isinstance(patched, Folder) else Path(os.path.realpath(patched)))
-            reason = model.available() or str(error).replace(where, "the checkpoint")
+            reason = model.explain_unavailable() or str(error).replace(where, "the checkpoint")
         else:
             if not report.ok:
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
@@ -190,7 +190,7 @@ def run_check(
     return {"kind": "weights", "reason": reason, "weights": weights}
 
 
-def _check_unchanged(bounds: Bounds) -> None:
+def _check_unchanged(bounds: CheckedBounds) -> None:
     """Check the bounds without running a model: base and patched are equal, so the ratio is 1. Raises CheckFailed."""
     unchanged = "check failed: nothing was changed, so the perplexity ratio is 1"
     if bounds.min_perplexity_ratio is not None and bounds.min_perplexity_ratio > 1:
@@ -199,7 +199,7 @@ def _check_unchanged(bounds: Bounds) -> None:
         raise CheckFailed(unchanged, f"at most {bounds.max_perplexity_ratio:g} allowed")
 
 
-def bounds_of(plan: Plan, options: CheckOptions) -> Bounds:
+def combine_bounds(plan: Plan, options: CheckOptions) -> CheckedBounds:
     """Combine the bounds of the manifest with those of the options, which take precedence.
 
     Raises PlanError if no ratio satisfies both bounds, or if the chosen check does not measure the ratio.
@@ -209,19 +209,19 @@ def bounds_of(plan: Plan, options: CheckOptions) -> Bounds:
             f"--check {options.kind} measures no perplexity, and a bound on it was given",
             remedy="leave out one of the two",
         )
-    given, said = options.bounds or Bounds(), plan.loaded.manifest.check
+    given, said = options.bounds or CheckedBounds(), plan.loaded.manifest.check
     most = said.max_perplexity_ratio if given.max_perplexity_ratio is None else given.max_perplexity_ratio
     least = said.min_perplexity_ratio if given.min_perplexity_ratio is None else given.min_perplexity_ratio
     if most is not None and least is not None and least > most:
         raise PlanError(f"no perplexity ratio is at least {least:g} and at most {most:g}", plan.loaded.path)
-    return Bounds(most, least)
+    return CheckedBounds(most, least)
 
 
 def _check_forward(
     plan: Plan,
     patched: Path | Folder,
     options: CheckOptions,
-    bounds: Bounds,
+    bounds: CheckedBounds,
     progress: Progress,
     say: Callable[[str], None],
 ) -> CheckReport:
@@ -261,7 +261,7 @@ def _check_weights(plan: Plan, patched: Path | Folder, progress: Progress) -> di
     compared = isinstance(plan.checkpoint.root, Path) and result.root != plan.checkpoint.root
     wrong: list[str] = []
     if compared:
-        differences = undeclared_changes(result, plan.checkpoint, touched, declared, progress)
+        differences = find_undeclared_changes(result, plan.checkpoint, touched, declared, progress)
         wrong += [f"{difference.file}: {difference.message}" for difference in differences]
     for scalar in (*plan.splices, *plan.protected):
         if scalar.file in elsewhere:

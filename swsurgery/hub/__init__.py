@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, HubError
-from swsurgery.hub.faults import told
-from swsurgery.hub.names import COMMIT, hub_hint, is_file_name, is_revision
+from swsurgery.hub.faults import convert_errors
+from swsurgery.hub.names import COMMIT, is_file_name, is_revision, suggest_uri
 from swsurgery.hub.remote import RemoteFile, Repo, open_repo
 
 __all__ = [
@@ -66,25 +66,25 @@ def parse_uri(text: str) -> Uri:
     """Parse `hf://ORG/NAME[@REVISION][/sub]`, which must be a model. Raises HubError."""
     from huggingface_hub import parse_hf_uri
 
-    with told(text):
+    with convert_errors(text):
         uri = parse_hf_uri(text)
     if uri.type != "model":
         raise HubError(f"a {uri.type}, not a model", text)
     return Uri(uri.id, uri.revision, uri.path_in_repo.strip("/"))
 
 
-def named(text: str | Path) -> Path | Uri:
+def parse_location(text: str | Path) -> Path | Uri:
     """Parse the location of a checkpoint: a directory, or hf://ORG/NAME[@REVISION][/sub]. Raises HubError."""
     if isinstance(text, str) and text.startswith(SCHEME):
         return parse_uri(text)
     if isinstance(text, str) and text.startswith(("https://", "http://", "huggingface.co/", "hf.co/")):
-        raise HubError("a URL is no checkpoint", text, hub_hint(text) or "give a directory, or hf://ORG/NAME")
+        raise HubError("a URL is no checkpoint", text, suggest_uri(text) or "give a directory, or hf://ORG/NAME")
     return Path(text)
 
 
-def directory(text: str) -> Path:
+def parse_directory(text: str) -> Path:
     """Parse the location of a checkpoint that must be on this machine. Raises HubError for one on the Hub."""
-    where = named(text)
+    where = parse_location(text)
     if isinstance(where, Path):
         return where
     remedy = f"download it: hf download {where.repo_id}{_format_option(where)} --local-dir DIRECTORY"
@@ -95,7 +95,7 @@ def _format_option(uri: Uri) -> str:
     return f" --revision {uri.revision}" if uri.revision else ""
 
 
-def offline() -> bool:
+def is_offline() -> bool:
     """Return True if the offline mode of huggingface_hub is on."""
     from huggingface_hub import constants
 
@@ -109,18 +109,18 @@ def place(checkpoint: Path | Uri) -> Path | Repo:
     """
     if isinstance(checkpoint, Path):
         return checkpoint
-    if offline() or checkpoint.is_commit:
-        with contextlib.suppress(CheckpointError) if not offline() else contextlib.nullcontext():
-            return cached(checkpoint)
+    if is_offline() or checkpoint.is_commit:
+        with contextlib.suppress(CheckpointError) if not is_offline() else contextlib.nullcontext():
+            return find_cached(checkpoint)
     return open_repo(checkpoint.repo_id, checkpoint.revision, checkpoint.sub)
 
 
-def local(checkpoint: Path | Uri) -> Path:
+def download_checkpoint(checkpoint: Path | Uri) -> Path:
     """Return a directory with all files of a checkpoint, downloading missing ones to the cache. Raises HubError."""
     return checkpoint if isinstance(checkpoint, Path) else fetch(checkpoint)
 
 
-def cached(uri: Uri) -> Path:
+def find_cached(uri: Uri) -> Path:
     """Return the folder of a repository in the local cache, without opening a connection.
 
     Without a revision it is that of the main branch as last downloaded. Raises CheckpointError if it is missing or
@@ -147,14 +147,14 @@ def fetch(uri: Uri, only: Sequence[str] | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if offline() or uri.is_commit and only is None:
-        with contextlib.suppress(CheckpointError) if not offline() else contextlib.nullcontext():
-            return cached(uri)
+    if is_offline() or uri.is_commit and only is None:
+        with contextlib.suppress(CheckpointError) if not is_offline() else contextlib.nullcontext():
+            return find_cached(uri)
     prefix = f"{uri.sub}/" if uri.sub else ""
     patterns = (
         [_escape_pattern(prefix + name) for name in only] if only is not None else [f"{prefix}*"] if prefix else None
     )
-    with told(uri):
+    with convert_errors(uri):
         folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, allow_patterns=patterns))
     return folder / uri.sub if uri.sub else folder
 
@@ -164,7 +164,7 @@ def _escape_pattern(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def config_error() -> type[Exception]:
+def get_config_error() -> type[Exception]:
     """Return the exception that huggingface_hub raises in transformers for contradictory values in a config.json."""
     from huggingface_hub.errors import StrictDataclassError
 

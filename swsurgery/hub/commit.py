@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swsurgery.errors import HubError
-from swsurgery.hub.faults import told
+from swsurgery.hub.faults import convert_errors
 from swsurgery.hub.names import COMMIT
 from swsurgery.hub.remote import RemoteFile, Traffic, require_commit
 
@@ -62,7 +62,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Target:
+class Branch:
     """The place for a commit: the head of its branch, or that of main if the branch does not exist yet.
 
     `tags` maps the name of each tag to its commit.
@@ -90,17 +90,17 @@ class Sent:
     pull_request: int | None
 
 
-def listing(repo_id: str, revision: str | None = None) -> Listing:
+def list_revision(repo_id: str, revision: str | None = None) -> Listing:
     """List the files of a revision (main by default) and resolve its commit. Raises HubError."""
-    with told(_format_uri(repo_id, revision)):
+    with convert_errors(_format_uri(repo_id, revision)):
         return _list_revision(repo_id, revision)
 
 
-def listing_if_seen(repo_id: str, revision: str | None = None) -> Listing | None:
-    """List a revision like `listing`; returns None if it is missing or hidden from this token. Raises HubError."""
+def list_visible_revision(repo_id: str, revision: str | None = None) -> Listing | None:
+    """List it like `list_revision`, or return None if it is missing or hidden from this token. Raises HubError."""
     from huggingface_hub import errors
 
-    with told(_format_uri(repo_id, revision)):
+    with convert_errors(_format_uri(repo_id, revision)):
         try:
             return _list_revision(repo_id, revision)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
@@ -111,18 +111,18 @@ def listing_if_seen(repo_id: str, revision: str | None = None) -> Listing | None
             raise
 
 
-def look(repo_id: str, branch: str) -> Target | None:
+def look(repo_id: str, branch: str) -> Branch | None:
     """Find the place for a commit; returns None if this token can see no such repository. Raises HubError."""
     from huggingface_hub import HfApi, errors
 
-    with told(_format_uri(repo_id)):
+    with convert_errors(_format_uri(repo_id)):
         try:
             refs = HfApi().list_repo_refs(repo_id)
         except errors.RepositoryNotFoundError:
             return None
         there = any(ref.name == branch for ref in refs.branches)
         head = _list_revision(repo_id, branch if there else None)
-    return Target(head, there, {ref.name: ref.target_commit for ref in refs.tags})
+    return Branch(head, there, {ref.name: ref.target_commit for ref in refs.tags})
 
 
 def _format_uri(repo_id: str, revision: str | None = None) -> str:
@@ -148,7 +148,7 @@ def _list_revision(repo_id: str, revision: str | None) -> Listing:
     return Listing(repo_id, commit, bool(info.private), files, blobs, traffic)
 
 
-def endpoint() -> str:
+def get_endpoint() -> str:
     """Return the URL of the Hub, without a trailing slash."""
     from huggingface_hub import HfApi
 
@@ -156,7 +156,7 @@ def endpoint() -> str:
 
 
 @contextlib.contextmanager
-def drawing(bars: bool) -> Iterator[None]:
+def show_bars(bars: bool) -> Iterator[None]:
     """Show or hide the progress bars of huggingface_hub on stderr within the block."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -172,7 +172,7 @@ def drawing(bars: bool) -> Iterator[None]:
                 enable_progress_bars()
 
 
-def holds_token(data: bytes) -> bool:
+def has_token(data: bytes) -> bool:
     """Return True if `data` contains the token that is sent with requests.
 
     Raises HubError if trusted publishing is configured but no token can be obtained.
@@ -180,7 +180,7 @@ def holds_token(data: bytes) -> bool:
     from huggingface_hub import get_token
     from huggingface_hub.errors import OIDCError
 
-    with told("the token"):
+    with convert_errors("the token"):
         try:
             token = get_token()
         except OIDCError:
@@ -193,7 +193,7 @@ def open_pull_requests(repo_id: str, title: str) -> list[int]:
     """Return the numbers of the open pull requests with this title, ignoring surrounding blanks. Raises HubError."""
     from huggingface_hub import HfApi
 
-    with told(_format_uri(repo_id)):
+    with convert_errors(_format_uri(repo_id)):
         found = HfApi().get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
         return [each.num for each in found if each.title.strip() == title.strip()]
 
@@ -202,7 +202,7 @@ def is_private(repo_id: str) -> bool:
     """Return True if the repository is private now. Raises HubError."""
     from huggingface_hub import HfApi
 
-    with told(_format_uri(repo_id)):
+    with convert_errors(_format_uri(repo_id)):
         return HfApi().repo_info(repo_id).private is True
 
 
@@ -222,7 +222,7 @@ def create_branch(repo_id: str, branch: str, commit: str) -> None:
         HfApi().create_branch(repo_id, branch=branch, revision=commit)
 
 
-def tag(repo_id: str, name: str, commit: str) -> None:
+def create_tag(repo_id: str, name: str, commit: str) -> None:
     """Create a tag for a commit; an existing tag is kept as it is. Raises HubError."""
     from huggingface_hub import HfApi
 
@@ -318,7 +318,7 @@ def _explain_upload(where: object) -> Iterator[None]:
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    with told(where), warnings.catch_warnings():
+    with convert_errors(where), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield

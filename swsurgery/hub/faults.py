@@ -26,12 +26,12 @@ _STATUS = {
 }
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """Replace everything in `text` that looks like a token."""
     return TOKEN.sub("hf_***", text)
 
 
-def broken_off() -> tuple[type[Exception], ...]:
+def list_transport_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that the transport raises if a connection ends in the middle of an answer."""
     from swsurgery.hub.guard import BROKEN_OFF
 
@@ -65,15 +65,15 @@ def _mute_library() -> None:
 
 
 @contextlib.contextmanager
-def told(where: object) -> Iterator[None]:
+def convert_errors(where: object) -> Iterator[None]:
     """Convert what the library raises within the block to a HubError about `where`."""
     from huggingface_hub import errors, get_session
 
-    from swsurgery.hub.guard import Refused, guarded
+    from swsurgery.hub.guard import Refused, guard_requests
 
     _mute_library()
     try:
-        with guarded():
+        with guard_requests():
             yield
     except SwsurgeryError:
         raise
@@ -96,7 +96,7 @@ def told(where: object) -> Iterator[None]:
         what = "neither in the local Hugging Face cache nor to be had from the Hub"
         raise HubError(what, where, "is there a network? is the name right?") from None
     except (errors.HFValidationError, errors.HfUriError, errors.LocalTokenNotFoundError) as error:
-        raise HubError(redacted(str(error).splitlines()[0]), where) from None
+        raise HubError(redact(str(error).splitlines()[0]), where) from None
     except errors.OIDCError:
         what = "HF_OIDC_RESOURCE is set, and there is no identity to exchange"
         raise HubError(what, where, "the job needs the permission id-token: write") from None

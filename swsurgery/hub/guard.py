@@ -28,7 +28,7 @@ from swsurgery.hub.names import COMMIT, SHA256, is_file_name
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-MAX_ANSWER = 16 << 20
+MAX_RESPONSE = 16 << 20
 """Maximum size of an answer kept in memory, in bytes, after decompression. A page of 1,000 files has 0.4 MB."""
 
 MAX_PAGES = 300
@@ -109,13 +109,13 @@ _active = 0
 _active_lock = threading.Lock()  # a global, because threads of the client do not inherit context variables
 
 
-def request_headers(api: HfApi) -> dict[str, str]:
+def build_headers(api: HfApi) -> dict[str, str]:
     """Build the headers that the library sends with a request: the token, if any, and the user agent."""
     return api._build_hf_headers()
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
+def guard_requests() -> Iterator[None]:
     """Check every request and answer of the client of huggingface_hub within the block. Raises Refused."""
     global _active
     factory = _http._GLOBAL_CLIENT_FACTORY
@@ -190,11 +190,11 @@ def _check_response(response: httpx2.Response) -> None:
     length = headers.get("Content-Length")
     if length is not None and not (length.isascii() and length.isdigit() and len(length) < 17):
         raise Refused("the Hub's answer has no valid Content-Length")
-    unpack = _decoder(response)
+    unpack = _make_decoder(response)
     content = request.extensions.get(_KIND) == "content" and response.is_success
-    if request.method != "HEAD" and not content and length is not None and int(length) > MAX_ANSWER:
-        raise Refused(f"the Hub's answer is larger than {MAX_ANSWER >> 20} MB")
-    most = int(length) if content and length is not None and unpack is None else MAX_ANSWER
+    if request.method != "HEAD" and not content and length is not None and int(length) > MAX_RESPONSE:
+        raise Refused(f"the Hub's answer is larger than {MAX_RESPONSE >> 20} MB")
+    most = int(length) if content and length is not None and unpack is None else MAX_RESPONSE
     response.stream = _Bounded(response.stream, most, unpack)
     if not content and response.is_success and request.method in ("GET", "POST") and _is_hub(request.url):
         _check_document(response)
@@ -228,7 +228,7 @@ def _check_headers(response: httpx2.Response) -> None:
             raise Refused(f"the Hub asks to wait {max(waits)} seconds (HTTP {response.status_code})", "try again later")
 
 
-def _decoder(response: httpx2.Response) -> zlib._Decompress | None:
+def _make_decoder(response: httpx2.Response) -> zlib._Decompress | None:
     """Return a decompressor for a body that is compressed although this was not requested; None for a plain body.
 
     Raises Refused if the compression is not supported.

@@ -36,7 +36,7 @@ _URL = re.compile(
 )
 
 
-def hub_hint(given: str) -> str:
+def suggest_uri(given: str) -> str:
     """Return a remedy if a path that does not exist looks like a repository of the Hub or its URL, else ""."""
     if match := _URL.fullmatch(given):
         repo_id, revision, sub = match.groups()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swsurgery.errors import HubError
-from swsurgery.hub.faults import broken_off, told
+from swsurgery.hub.faults import convert_errors, list_transport_errors
 
 HEAD = 64 << 10
 """Number of bytes fetched at the first read near the start of a file; most headers fit, so one request is enough."""
@@ -74,22 +74,22 @@ class RemoteFile:
         """Fetch exactly `size` bytes at `offset`. Raises HubError."""
         from huggingface_hub import HfApi, hf_hub_url, hf_raise_for_status
 
-        from swsurgery.hub.guard import request_headers, stream_with_retries
+        from swsurgery.hub.guard import build_headers, stream_with_retries
 
         api, data = HfApi(), bytearray()
         url = hf_hub_url(self.repo_id, self.path, revision=self.commit, endpoint=api.endpoint)
         for attempt in range(RETRIES):
             begin = len(data)
-            headers = request_headers(api) | {
+            headers = build_headers(api) | {
                 "Range": f"bytes={offset + begin}-{offset + size - 1}",
                 "Accept-Encoding": "identity",
             }
             try:
-                with told(self), stream_with_retries("GET", url, headers=headers) as response:
+                with convert_errors(self), stream_with_retries("GET", url, headers=headers) as response:
                     hf_raise_for_status(response)
                     self._check_range(response.status_code, response.headers, size, offset + begin)
                     # Suppressed here, because the library would request the whole range again and discard the answer.
-                    with contextlib.suppress(*broken_off()):
+                    with contextlib.suppress(*list_transport_errors()):
                         for chunk in response.iter_raw():
                             data += chunk
                             if len(data) >= size:
@@ -140,7 +140,7 @@ def open_repo(repo_id: str, revision: str | None = None, sub: str = "") -> Repo:
 
     where, traffic = f"hf://{repo_id}" + (f"@{revision}" if revision else ""), Traffic()
     prefix = f"{sub}/" if sub else ""
-    with told(where + (f"/{sub}" if sub else "")):
+    with convert_errors(where + (f"/{sub}" if sub else "")):
         api = HfApi()
         commit = require_commit(api.repo_info(repo_id, revision=revision).sha)
         files = {}

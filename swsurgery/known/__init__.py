@@ -28,9 +28,9 @@ third command prints the table of a model that was scanned on this machine.
 moderate (x2 to x4), weak (x1.05 to x2), inert (below x1.05), untested. If only a row is published, the row was zeroed.
 """
 
-from swsurgery.known.own import all_models, forget, lookup, of_repo, own_models, refuse_name, save
+from swsurgery.known.own import find_by_repo, forget, list_all_models, list_own_models, lookup, refuse_name, save
 from swsurgery.known.schema import CAUSAL, STATUSES, KnownCoordinate, KnownModel
-from swsurgery.known.shipped import addressable, find, names_of, to_json
+from swsurgery.known.shipped import find, list_addressable, list_names, to_json
 from swsurgery.known.table import render_manifest, render_table
 
 __all__ = [
@@ -38,14 +38,14 @@ __all__ = [
     "STATUSES",
     "KnownCoordinate",
     "KnownModel",
-    "addressable",
-    "all_models",
+    "list_addressable",
+    "list_all_models",
     "find",
     "forget",
     "lookup",
-    "names_of",
-    "of_repo",
-    "own_models",
+    "list_names",
+    "find_by_repo",
+    "list_own_models",
     "render_manifest",
     "render_table",
     "refuse_name",

@@ -13,7 +13,7 @@ import sys
 
 from swsurgery.known.docs import render_docs
 from swsurgery.known.export import render_entry
-from swsurgery.known.own import own_entry
+from swsurgery.known.own import load_own_entry
 from swsurgery.known.shipped import render_names
 
 if isinstance(sys.stdout, io.TextIOWrapper):
@@ -22,7 +22,7 @@ match sys.argv[1:]:
     case ["names"]:
         text = render_names()
     case ["entry", name]:
-        text = render_entry(own_entry(name))
+        text = render_entry(load_own_entry(name))
     case _:
         text = render_docs()
 sys.stdout.write(text)

@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable
 
 from swsurgery.known.schema import CAUSAL, STATUSES, KnownModel
-from swsurgery.known.shipped import related, shipped_models
-from swsurgery.known.table import figure, in_words, published_ratio, short_value
+from swsurgery.known.shipped import list_related, list_shipped_models
+from swsurgery.known.table import describe_effect_alone, format_figure, format_value, get_published_ratio
 
 
 def render_docs() -> str:
     """Return the text of docs/known.md."""
-    models = shipped_models()
+    models = list_shipped_models()
     total = sum(len(m.coordinates) for m in models)
     out = [
         "# Known super weights",
@@ -64,11 +64,14 @@ def render_docs() -> str:
         out += ["", f"### {model.slug}", "", f"`{model.tensor}` of {model.hf_id}", ""]
         out += _markdown(
             ("coordinate", "value", "status", "zeroed alone", "groups"),
-            [(c.id, short_value(c), c.status, in_words(c), str(c.independent.location)) for c in model.coordinates],
+            [
+                (c.id, format_value(c), c.status, describe_effect_alone(c), str(c.independent.location))
+                for c in model.coordinates
+            ],
         )
         for warning in model.disputes:
             out += ["", f"**Warning.** {warning}"]
-    known = related()
+    known = list_related()
     out += ["", "## Known without a coordinate", "", "Super experts: removing the whole expert breaks the model.", ""]
     out += _markdown(
         ("model", "experts", "effect of removing them", "source"),
@@ -93,16 +96,16 @@ def render_docs() -> str:
 def _strongest(model: KnownModel) -> str:
     order = list(CAUSAL)
     best = min(model.coordinates, key=lambda c: order.index(c.causal_alone))
-    return f"{best.id} {in_words(best)}" if best.causal_alone != "untested" else "untested"
+    return f"{best.id} {describe_effect_alone(best)}" if best.causal_alone != "untested" else "untested"
 
 
 def _strongest_joint(model: KnownModel) -> str:
-    rated = [(r, j) for j in model.joint_sets for r in map(published_ratio, j.effects) if r > 1]
+    rated = [(r, j) for j in model.joint_sets for r in map(get_published_ratio, j.effects) if r > 1]
     ratio, best = max(rated, key=lambda pair: pair[0], default=(1.0, None))
     if best is None:
         return "-"
-    metric = next(e.metric for e in best.effects if published_ratio(e) == ratio).replace("_", " ")
-    return f"{len(best.coordinates)}: {metric} {'not finite' if math.isinf(ratio) else 'x' + figure(ratio)}"
+    metric = next(e.metric for e in best.effects if get_published_ratio(e) == ratio).replace("_", " ")
+    return f"{len(best.coordinates)}: {metric} {'not finite' if math.isinf(ratio) else 'x' + format_figure(ratio)}"
 
 
 def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from swsurgery.errors import LookupFailed
-from swsurgery.known.schema import Effect, KnownModel
+from swsurgery.known.schema import KnownEffect, KnownModel
 
 _TABLES = ("coordinates", "joint_sets")
 _FROM_ID = {"layer", "expert", "row", "col", "tensor"}
@@ -46,7 +46,7 @@ def render_entry(model: KnownModel) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _effect(effect: Effect) -> dict[str, Any]:
+def _effect(effect: KnownEffect) -> dict[str, Any]:
     return effect.model_dump(exclude_defaults=True, exclude={"source"}) | {"source": effect.source.key}
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from swsurgery.errors import LookupFailed
-from swsurgery.known.schema import JointSet, KnownCoordinate, KnownModel
-from swsurgery.known.shipped import lookup_in, normalised, shipped_models, shipped_near, shipped_of_repo
+from swsurgery.known.schema import KnownCoordinate, KnownJointSet, KnownModel
+from swsurgery.known.shipped import find_shipped_by_repo, find_shipped_near, list_shipped_models, lookup_in, normalise
 
 _LONGEST, _KEPT = 100, 80
 """Maximum bytes of an organisation's or a model's name in a file name, and bytes of a longer name before its digest.
@@ -23,10 +23,10 @@ Two such names and an extension fit into the 255 bytes that a file name may have
 """
 
 _LETTERS = str.maketrans("0123456789", "ghijklmnop")
-"""Replaces digits by letters, because `normalised` would separate them."""
+"""Replaces digits by letters, because `normalise` would separate them."""
 
 
-def folder() -> Path:
+def get_own_folder() -> Path:
     """Return the directory of own entries; it may not exist."""
     from platformdirs import user_data_path  # imported here because most commands do not need it
 
@@ -42,10 +42,10 @@ def save(model: KnownModel, mode: int = 0o666) -> Path:
     """
     from swsurgery.storage import filesystem  # slow to load, and a lookup writes nothing
 
-    stem = refuse_name(model.hf_id, _sizes(model))
-    shipped = _shipped(model.hf_id)
+    stem = refuse_name(model.hf_id, _get_sizes(model))
+    shipped = _find_shipped(model.hf_id)
     # An entry saved under another name of the same shipped model is replaced.
-    path = next(iter(_files_of(shipped) if shipped else []), folder() / f"{stem}.json")
+    path = next(iter(_list_files_of(shipped) if shipped else []), get_own_folder() / f"{stem}.json")
     with filesystem.reported(path.parent):
         filesystem.make_directories(path.parent)
     data = (model.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode()
@@ -59,14 +59,14 @@ def refuse_name(name: str, sizes: tuple[int, int, int]) -> str:
     `sizes` are the model's number of layers, hidden size and intermediate size. Raises LookupFailed for a name that no
     entry can have, and for the name of a shipped model of other sizes.
     """
-    stem = _stem(name)
+    stem = _make_stem(name)
     if not stem or not name.isprintable():
         raise LookupFailed("a model's name needs a letter or a digit and no control characters", repr(name))
-    shipped = _shipped(name)
-    if shipped and _sizes(shipped) != sizes:
+    shipped = _find_shipped(name)
+    if shipped and _get_sizes(shipped) != sizes:
         raise LookupFailed(
             f"the name of another model: layers, hidden and intermediate size of {shipped.hf_id} are "
-            f"{_sizes(shipped)}, not {sizes}",
+            f"{_get_sizes(shipped)}, not {sizes}",
             name,
             "give this one another name",
         )
@@ -81,28 +81,28 @@ def forget(name: str) -> Path:
     """
     from swsurgery.storage import filesystem
 
-    path = _own_file(name)
+    path = _find_own_file(name)
     with filesystem.reported(path):
         filesystem.remove_file(path)
     return path
 
 
-def own_entry(name: str) -> KnownModel:
+def load_own_entry(name: str) -> KnownModel:
     """Return the own entry of this name, not merged. Raises LookupFailed if it does not exist or is damaged."""
-    return _load(_own_file(name))
+    return _load(_find_own_file(name))
 
 
-def own_models() -> tuple[KnownModel, ...]:
+def list_own_models() -> tuple[KnownModel, ...]:
     """Return every readable own entry, sorted by file name."""
-    return tuple(model for _, model in _readable())
+    return tuple(model for _, model in _list_readable())
 
 
-def all_models() -> tuple[KnownModel, ...]:
+def list_all_models() -> tuple[KnownModel, ...]:
     """Return every known model: the shipped models, each merged with its own entries, then the other own entries."""
-    own = dict(_readable())
+    own = dict(_list_readable())
     merged = []
-    for model in shipped_models():
-        for path in _files_of(model) if own else ():
+    for model in list_shipped_models():
+        for path in _list_files_of(model) if own else ():
             if path in own:
                 model = merge(model, own.pop(path))
         merged.append(model)
@@ -116,24 +116,24 @@ def lookup(name: str) -> KnownModel:
     the name is unknown (the message suggests near names), if several models have it (the message lists them), or if
     the model's own entry is damaged.
     """
-    if near := shipped_near(name):
-        return _with_own(lookup_in(near, name))
-    paths = _files_named(name)
+    if near := find_shipped_near(name):
+        return _merge_own(lookup_in(near, name))
+    paths = _list_files_named(name)
     if len(paths) == 1:
         return _load(paths[0])
     if paths:
-        raise _several(name, paths)
-    return lookup_in(all_models(), name)
+        raise _make_several_error(name, paths)
+    return lookup_in(list_all_models(), name)
 
 
-def of_repo(repo_id: str) -> KnownModel | None:
+def find_by_repo(repo_id: str) -> KnownModel | None:
     """Return the shipped or own model with exactly this repo_id, or None.
 
     Raises LookupFailed if its own entry is damaged.
     """
-    if model := shipped_of_repo(repo_id):
-        return _with_own(model)
-    path = folder() / f"{_stem(repo_id)}.json"
+    if model := find_shipped_by_repo(repo_id):
+        return _merge_own(model)
+    path = get_own_folder() / f"{_make_stem(repo_id)}.json"
     own = _load(path) if os.path.isfile(path) else None
     return own if own and own.hf_id.lower() == repo_id.lower() else None
 
@@ -179,32 +179,32 @@ def _merge_coordinate(shipped: KnownCoordinate, own: KnownCoordinate | None) -> 
     )
 
 
-def _merge_joint_set(shipped: JointSet, own: JointSet | None) -> JointSet:
+def _merge_joint_set(shipped: KnownJointSet, own: KnownJointSet | None) -> KnownJointSet:
     return shipped.model_copy(update={"effects": shipped.effects + own.effects}) if own else shipped
 
 
-def _with_own(shipped: KnownModel) -> KnownModel:
-    for path in _files_of(shipped):
+def _merge_own(shipped: KnownModel) -> KnownModel:
+    for path in _list_files_of(shipped):
         shipped = merge(shipped, _load(path))
     return shipped
 
 
-def _shipped(name: str) -> KnownModel | None:
-    near = shipped_near(name)
+def _find_shipped(name: str) -> KnownModel | None:
+    near = find_shipped_near(name)
     return lookup_in(near, name) if near else None
 
 
-def _sizes(model: KnownModel) -> tuple[int, int, int]:
+def _get_sizes(model: KnownModel) -> tuple[int, int, int]:
     return model.num_layers, model.hidden_size, model.intermediate_size
 
 
-def _stem(name: str) -> str:
+def _make_stem(name: str) -> str:
     """Return the file name of a model's entry without its extension: `organisation.model`, both normalised.
 
     Neither part contains a dot or a path separator. Returns "" if the name has neither letter nor digit.
     """
     organisation, _, model = name.rpartition("/")
-    parts = [_shorten(normalised(part)) for part in (organisation, model)]
+    parts = [_shorten(normalise(part)) for part in (organisation, model)]
     return ".".join(part for part in parts if part) if parts[1] else ""
 
 
@@ -217,53 +217,53 @@ def _shorten(text: str) -> str:
     return f"{raw[:_KEPT].decode(errors='ignore').rstrip('-')}-{digest}"
 
 
-def _files() -> list[Path]:
+def _list_files() -> list[Path]:
     """List the files of own entries; empty if the folder does not exist or cannot be read."""
     try:
-        names = os.listdir(folder())
+        names = os.listdir(get_own_folder())
     except OSError:
         return []
-    return [folder() / name for name in sorted(names) if name.endswith(".json") and not name.startswith(".")]
+    return [get_own_folder() / name for name in sorted(names) if name.endswith(".json") and not name.startswith(".")]
 
 
-def _files_of(shipped: KnownModel) -> list[Path]:
+def _list_files_of(shipped: KnownModel) -> list[Path]:
     """List the files of own entries under any name of a shipped model."""
     names = dict.fromkeys((shipped.hf_id, *shipped.aliases))
-    paths = dict.fromkeys(folder() / f"{_stem(name)}.json" for name in names)
+    paths = dict.fromkeys(get_own_folder() / f"{_make_stem(name)}.json" for name in names)
     return [path for path in paths if os.path.isfile(path)]
 
 
-def _files_named(name: str) -> list[Path]:
+def _list_files_named(name: str) -> list[Path]:
     """List the files with this name or, if there are none, with this name without organisation or punctuation."""
-    stem, key = _stem(name), _shorten(normalised(name))
-    paths = _files()
+    stem, key = _make_stem(name), _shorten(normalise(name))
+    paths = _list_files()
     exact = [path for path in paths if path.stem == stem]
     return exact or [p for p in paths if key in (p.stem.replace(".", "-"), p.stem.rpartition(".")[2])]
 
 
-def _own_file(name: str) -> Path:
+def _find_own_file(name: str) -> Path:
     """Return the file of the own entry of this name. Raises LookupFailed if no entry or several have the name."""
-    shipped = _shipped(name)
-    paths = _files_of(shipped) if shipped else _files_named(name)
+    shipped = _find_shipped(name)
+    paths = _list_files_of(shipped) if shipped else _list_files_named(name)
     if len(paths) == 1 or paths and shipped:
         return paths[0]
     if paths:
-        raise _several(name, paths)
+        raise _make_several_error(name, paths)
     if shipped:
         raise LookupFailed("no own entry of this model", name, "what is shipped cannot be forgotten")
-    names = ", ".join(model.hf_id for model in own_models())
+    names = ", ".join(model.hf_id for model in list_own_models())
     raise LookupFailed("no own entry of this name", name, f"own entries: {names}" if names else "there are none")
 
 
-def _several(name: str, paths: list[Path]) -> LookupFailed:
+def _make_several_error(name: str, paths: list[Path]) -> LookupFailed:
     """Return the error that lists the names of the entries, taken from the file name if an entry is damaged."""
-    readable = dict(_readable())
+    readable = dict(_list_readable())
     names = [readable[path].hf_id if path in readable else path.stem.replace(".", "/") for path in paths]
     return LookupFailed("several own entries have this name", name, f"give one of {', '.join(names)}")
 
 
-def _readable() -> Iterator[tuple[Path, KnownModel]]:
-    for path in _files():
+def _list_readable() -> Iterator[tuple[Path, KnownModel]]:
+    for path in _list_files():
         try:
             yield path, _load(path)
         except LookupFailed:

@@ -10,38 +10,38 @@ from collections.abc import Iterator, Mapping
 from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
 from swsurgery.errors import NumberError
 from swsurgery.known.resolve import Asked
-from swsurgery.manifest.operations import expectation_fault
+from swsurgery.manifest.operations import explain_expectation
 from swsurgery.manifest.schema import Manifest
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES
 
 
-def unlike_records(asked: Mapping[Coordinate, Asked], registry: Registry) -> Iterator[tuple[Coordinate, str]]:
+def find_unlike_records(asked: Mapping[Coordinate, Asked], registry: Registry) -> Iterator[tuple[Coordinate, str]]:
     """Yield each scalar whose entry in the record differs from the manifest, and the difference as text."""
     recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
     for coordinate, wish in asked.items():
         record = recorded.get(coordinate)
-        message = "nothing was done to it" if record is None else _unlike(wish, record)
+        message = "nothing was done to it" if record is None else _explain_unlike(wish, record)
         if message:
             yield coordinate, f"{wish.edit.op} was asked: {message}"
     for coordinate, record in recorded.items():
         if coordinate not in asked:
-            yield coordinate, f"{_done(record)}, and the manifest does not ask for it"
+            yield coordinate, f"{_get_done(record)}, and the manifest does not ask for it"
 
 
-def _done(record: ScalarRecord) -> str:
+def _get_done(record: ScalarRecord) -> str:
     return f"{record.op} was done" if isinstance(record, EditRecord) else "it was protected"
 
 
-def _unlike(asked: Asked, record: ScalarRecord) -> str | None:
+def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
     """Compare a recorded scalar with what the edit makes of its old bits. Returns the difference as text, or None."""
     edit, dtype = asked.edit, DTYPES[record.dtype]
     done = record.op if isinstance(record, EditRecord) else "protect"
     if done != edit.op:
         return f"{done} was done"
     try:
-        if asked.expect is not None and (fault := expectation_fault(asked.expect, dtype, record.old_bytes)):
+        if asked.expect is not None and (fault := explain_expectation(asked.expect, dtype, record.old_bytes)):
             return f"the base does not fit: {fault}"
         if not isinstance(record, EditRecord):
             return None
@@ -49,12 +49,12 @@ def _unlike(asked: Asked, record: ScalarRecord) -> str | None:
         if factor != record.factor:
             return f"the factor is {factor}, {record.factor} was used"
         new = edit.new_bytes(dtype, record.old_bytes)
-        return None if new == record.new_bytes else f"it makes {dtypes.bits_of(new)}, not {record.new_bits}"
+        return None if new == record.new_bytes else f"it makes {dtypes.format_bits(new)}, not {record.new_bits}"
     except NumberError as error:
         return str(error)
 
 
-def unlike_bases(manifest: Manifest, registry: Registry) -> Iterator[tuple[tuple[str, ...], str]]:
+def explain_unlike_bases(manifest: Manifest, registry: Registry) -> Iterator[tuple[tuple[str, ...], str]]:
     """Compare the base that the manifest names with the base in the record.
 
     Yields each differing node of the manifest, and the difference as text.

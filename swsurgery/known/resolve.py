@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from swsurgery.checkpoint import projections
-from swsurgery.checkpoint.architectures import Expert
+from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ArchitectureError, LookupFailed, PlanError
 from swsurgery.known import KnownModel, shipped
@@ -42,7 +42,7 @@ class KnownPlace(Protocol):
     @property
     def col(self) -> int | None: ...
     @property
-    def expert(self) -> Expert: ...
+    def expert(self) -> ExpertChoice: ...
     @property
     def value(self) -> float | None: ...
     @property
@@ -84,7 +84,7 @@ def look_up(model: KnownModel | None) -> KnownPlaces:
     def places(word: str) -> Sequence[KnownPlace]:
         if model is None:
             raise PlanError("nothing says which known model this is", word, "say which: base.model")
-        return shipped.addressable(model) if word == "all" else [shipped.find(model, word)]
+        return shipped.list_addressable(model) if word == "all" else [shipped.find(model, word)]
 
     return places
 

@@ -41,27 +41,27 @@ CAUSAL: dict[str, str] = {
 _FLOORS: dict[Causal, float] = {"catastrophic": 30.0, "strong": 4.0, "moderate": 2.0, "weak": 1.05}
 
 
-def causal_class(ratio: float) -> Causal:
+def classify_ratio(ratio: float) -> Causal:
     """Return the word for a perplexity ratio, patched / base. NaN and infinity are catastrophic."""
     if math.isnan(ratio):
         return "catastrophic"
     return next((word for word, floor in _FLOORS.items() if ratio >= floor), "inert")
 
 
-def coordinate_id(layer: int, expert: Expert, row: int, col: int | None) -> str:
+def format_coordinate_id(layer: int, expert: Expert, row: int, col: int | None) -> str:
     """Return an id such as `L2.3968.7003`, `L1.E68.940.711` or `L1.Eshared.940.711`; `*` is an unknown column."""
     within = "" if expert is None else f".E{expert}"
     return f"L{layer}{within}.{row}.{'*' if col is None else col}"
 
 
-class Strict(BaseModel):
+class StrictValue(BaseModel):
     """A frozen model without coercion or unknown fields."""
 
     # Infinity is written as a constant, so that Python's json reads the saved value back unchanged.
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True, ser_json_inf_nan="constants")
 
 
-class Source(Strict):
+class Citation(StrictValue):
     """A citable source.
 
     `commit` is a commit of the repository in `cite`. The kind `secondary` means that the source reports another one.
@@ -90,7 +90,7 @@ class Source(Strict):
         return f"{self.cite}@{self.commit}" if self.commit else self.cite
 
 
-class Conditions(Strict):
+class Conditions(StrictValue):
     """The conditions of a scan's measurement.
 
     The text with this sha256 was run as `windows` windows of at most `window_tokens` tokens each, in `dtype` on
@@ -105,7 +105,7 @@ class Conditions(Strict):
     device: str
 
 
-class Effect(Strict):
+class KnownEffect(StrictValue):
     """One measurement.
 
     `dose` contains pairs (scale factor, metric) and `dose_ratio` pairs (scale factor, ratio to `before`). `ci95` is the
@@ -124,10 +124,10 @@ class Effect(Strict):
     dose: tuple[tuple[float, float], ...] = ()
     dose_ratio: tuple[tuple[float, float], ...] = ()
     note: str | None = None
-    source: Source
+    source: Citation
 
     @model_validator(mode="after")
-    def _drop_interval_from_tokens(self) -> Effect:
+    def _drop_interval_from_tokens(self) -> KnownEffect:
         """Drop an interval measured by version 0.1.0, which did not store the number of scored tokens.
 
         It was computed from blocks of tokens and contained the true ratio in only about half of all cases.
@@ -141,14 +141,14 @@ class Effect(Strict):
         return {name: str(f) if isinstance(f, float) and math.isinf(f) else f for name, f in fields.items()}
 
 
-class Independent(Strict):
+class Independent(StrictValue):
     """How many independent groups reported the exact scalar and its value. A paper and its code count once."""
 
     location: Count
     value: Count
 
 
-class KnownCoordinate(Strict):
+class KnownCoordinate(StrictValue):
     """One coordinate, published or measured.
 
     `row` is the output channel (below hidden_size) and `col` the intermediate neuron (below intermediate_size). `col`
@@ -173,8 +173,8 @@ class KnownCoordinate(Strict):
     value_read_by: tuple[str, ...] = ()
     independent: Independent
     note: str | None = None
-    effects: tuple[Effect, ...] = ()
-    sources: tuple[Source, ...]
+    effects: tuple[KnownEffect, ...] = ()
+    sources: tuple[Citation, ...]
 
     @property
     def own(self) -> bool:
@@ -203,13 +203,13 @@ class KnownCoordinate(Strict):
         }
 
 
-class JointSet(Strict):
+class KnownJointSet(StrictValue):
     """Coordinates that were edited together, and the effects."""
 
     name: str | None = None
     coordinates: tuple[str, ...]
     note: str | None = None
-    effects: tuple[Effect, ...]
+    effects: tuple[KnownEffect, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -220,7 +220,7 @@ class JointSet(Strict):
         }
 
 
-class KnownModel(Strict):
+class KnownModel(StrictValue):
     """One model.
 
     The first alias is its short name. `tensor` is a template with {layer} (and {expert}). `transposed` is True if the
@@ -240,12 +240,12 @@ class KnownModel(Strict):
     transposed: bool = False
     revision_measured: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     path: str | None = None
-    scans: tuple[Source, ...] = ()
+    scans: tuple[Citation, ...] = ()
     disputes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    effects: tuple[Effect, ...] = ()
+    effects: tuple[KnownEffect, ...] = ()
     coordinates: tuple[KnownCoordinate, ...]
-    joint_sets: tuple[JointSet, ...] = ()
+    joint_sets: tuple[KnownJointSet, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -257,7 +257,7 @@ class KnownModel(Strict):
         return any(source.kind == "own scan" for source in self.sources)
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[Citation, ...]:
         """All sources cited by this model, in order of first use."""
         effects = [*self.effects, *(e for j in self.joint_sets for e in j.effects)]
         cited = [s for c in self.coordinates for s in (*(e.source for e in c.effects), *c.sources)]
@@ -280,7 +280,7 @@ class KnownModel(Strict):
             "slug": self.slug,
             "own": self.own,
             "aliases": list(self.aliases),
-            "coordinates": [c.to_json() for c in with_status(self, status)],
+            "coordinates": [c.to_json() for c in select_by_status(self, status)],
             "joint_sets": [j.to_json() for j in self.joint_sets],
             "effects": [e.to_json() for e in self.effects],
             "disputes": list(self.disputes),
@@ -289,7 +289,7 @@ class KnownModel(Strict):
         }
 
 
-class SuperExperts(Strict):
+class SuperExperts(StrictValue):
     """Experts whose removal breaks a mixture-of-experts model; for most of them no scalar is published."""
 
     hf_id: str
@@ -300,7 +300,7 @@ class SuperExperts(Strict):
     note: str | None = None
 
 
-class SinkNeurons(Strict):
+class SinkNeurons(StrictValue):
     """Columns of a down projection that feed attention sinks; the relevant rows are not published."""
 
     model: str
@@ -309,7 +309,7 @@ class SinkNeurons(Strict):
     cite: str
 
 
-class NegativeResult(Strict):
+class NegativeResult(StrictValue):
     """Models in which a search or a test found nothing."""
 
     hf_ids: tuple[str, ...]
@@ -317,7 +317,7 @@ class NegativeResult(Strict):
     cite: str
 
 
-class Related(Strict):
+class Related(StrictValue):
     """Published results about super weights that name no scalar."""
 
     super_experts: tuple[SuperExperts, ...]
@@ -326,7 +326,7 @@ class Related(Strict):
     open_questions: tuple[str, ...]
 
 
-def with_status(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
+def select_by_status(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
     """Return the coordinates with one of the given statuses, or all coordinates if `status` is None.
 
     Raises LookupFailed for an unknown status.

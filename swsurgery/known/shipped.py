@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.errors import LookupFailed
-from swsurgery.known.schema import STATUSES, Effect, JointSet, KnownCoordinate, KnownModel, Related, Source, with_status
+from swsurgery.known.schema import (
+    STATUSES,
+    Citation,
+    KnownCoordinate,
+    KnownEffect,
+    KnownJointSet,
+    KnownModel,
+    Related,
+    select_by_status,
+)
 
 _FOLDER = Path(__file__).parent
 _RELATED, _NAMES = "related.toml", "names.toml"
@@ -29,12 +38,12 @@ def load_file(path: Path) -> tuple[KnownModel, ...]:
 
     Raises ValueError if it breaks the schema, cites a source that it does not list, or lists one that it does not cite.
     """
-    raw = _frozen(tomllib.loads(path.read_text("utf-8")))
+    raw = _freeze(tomllib.loads(path.read_text("utf-8")))
     extra = set(raw) ^ {"sources", "models"}
     if extra:
         raise ValueError(f"{path.name}: unknown or missing tables {sorted(extra)}")
-    sources = _Sources({key: Source.model_validate(fields | {"key": key}) for key, fields in raw["sources"].items()})
-    models = tuple(_model(fields, sources) for fields in raw["models"])
+    sources = _Sources({key: Citation.model_validate(fields | {"key": key}) for key, fields in raw["sources"].items()})
+    models = tuple(_build_model(fields, sources) for fields in raw["models"])
     unused = set(sources) - {s.key for m in models for s in m.sources}
     if unused:
         raise ValueError(f"{path.name}: sources {sorted(unused)} are listed and not cited")
@@ -42,29 +51,29 @@ def load_file(path: Path) -> tuple[KnownModel, ...]:
 
 
 @cache
-def shipped_models() -> tuple[KnownModel, ...]:
+def list_shipped_models() -> tuple[KnownModel, ...]:
     """Return every shipped model, sorted by file name and then in file order."""
-    return tuple(model for family in families() for model in _family(family))
+    return tuple(model for family in list_families() for model in _load_family(family))
 
 
-def families() -> list[str]:
+def list_families() -> list[str]:
     """Return the sorted file names of the model families, without their extension."""
     return sorted(file.stem for file in _FOLDER.glob("*.toml") if file.name not in (_RELATED, _NAMES))
 
 
 @cache
-def _family(name: str) -> tuple[KnownModel, ...]:
+def _load_family(name: str) -> tuple[KnownModel, ...]:
     return load_file(_FOLDER / f"{name}.toml")
 
 
 @cache
-def related() -> Related:
+def list_related() -> Related:
     """Return results without an exact coordinate: super experts, sink neurons and searches that found nothing."""
     raw = tomllib.loads((_FOLDER / _RELATED).read_text("utf-8"))
-    return Related.model_validate(_frozen(raw))
+    return Related.model_validate(_freeze(raw))
 
 
-def normalised(name: str) -> str:
+def normalise(name: str) -> str:
     """Return a name without case and punctuation: its runs of letters and of digits, separated by hyphens.
 
     `LLaMA 7B`, `llama_7b` and `llama7b` become equal; Qwen2-57B and Qwen2.5-7B do not.
@@ -72,33 +81,35 @@ def normalised(name: str) -> str:
     return "-".join(re.findall(r"[^\W\d_]+|\d+", name.casefold()))
 
 
-def names_of(model: KnownModel) -> tuple[str, ...]:
+def list_names(model: KnownModel) -> tuple[str, ...]:
     """Return every name that finds this model: repository and aliases, with and without organisation."""
     names = (model.hf_id, *model.aliases)
     return (*names, *(name.split("/")[-1] for name in names if "/" in name))
 
 
-def shipped_of_repo(repo_id: str) -> KnownModel | None:
+def find_shipped_by_repo(repo_id: str) -> KnownModel | None:
     """Return the shipped model published under exactly this repo_id, or None."""
-    models = (m for m in shipped_near(repo_id) if repo_id.lower() in (name.lower() for name in (m.hf_id, *m.aliases)))
+    models = (
+        m for m in find_shipped_near(repo_id) if repo_id.lower() in (name.lower() for name in (m.hf_id, *m.aliases))
+    )
     return next(models, None)
 
 
-def shipped_near(name: str) -> list[KnownModel]:
+def find_shipped_near(name: str) -> list[KnownModel]:
     """Return all models of the families that contain a model of this name; empty if there is none.
 
     This takes a tenth of the time of reading every family.
     """
-    key = normalised(name)
+    key = normalise(name)
     index = tomllib.loads((_FOLDER / _NAMES).read_text("utf-8"))
-    return [model for family, names in index.items() if key in names for model in _family(family)]
+    return [model for family, names in index.items() if key in names for model in _load_family(family)]
 
 
 def render_names() -> str:
     """Return the text of names.toml: for each file, the normalised names of its models."""
     lines = ["# Which file knows which name; written by `python -m swsurgery.known names`", ""]
-    for family in families():
-        names = sorted({normalised(name) for model in _family(family) for name in names_of(model)})
+    for family in list_families():
+        names = sorted({normalise(name) for model in _load_family(family) for name in list_names(model)})
         lines += [f'"{family}" = [', *(f'  "{name}",' for name in names), "]"]
     return "\n".join(lines) + "\n"
 
@@ -111,9 +122,9 @@ def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
     """
     table: dict[str, dict[str, KnownModel]] = {}
     for model in models:
-        for known_name in names_of(model):
-            table.setdefault(normalised(known_name), {})[model.hf_id] = model
-    key = normalised(name)
+        for known_name in list_names(model):
+            table.setdefault(normalise(known_name), {})[model.hf_id] = model
+    key = normalise(name)
     found = list(table.get(key, {}).values())
     if len(found) == 1:
         return found[0]
@@ -121,11 +132,13 @@ def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
         raise LookupFailed(
             "several known models have this name", name, f"give one of {', '.join(m.hf_id for m in found)}"
         )
-    for result in related().negative_results:
-        if key in (normalised(n) for hf_id in result.hf_ids for n in (hf_id, hf_id.split("/")[-1])):
+    for result in list_related().negative_results:
+        if key in (normalise(n) for hf_id in result.hf_ids for n in (hf_id, hf_id.split("/")[-1])):
             raise LookupFailed("no super weight is known", name, f"published result: {result.finding}")
     near = {hf_id: m for n in difflib.get_close_matches(key, table, 6, 0.5) for hf_id, m in table[n].items()}
-    hint = f"did you mean {_either([m.slug for m in list(near.values())[:3]])}?" if near else "no known name is near"
+    hint = (
+        f"did you mean {_join_either([m.slug for m in list(near.values())[:3]])}?" if near else "no known name is near"
+    )
     raise LookupFailed("no such known model", name, hint)
 
 
@@ -135,23 +148,23 @@ def find(model: KnownModel, coordinate_id: str) -> KnownCoordinate:
     Raises LookupFailed, with near ids, if the model has no such coordinate.
     """
     name, _, short = coordinate_id.rpartition(":")
-    if name and normalised(name) not in map(normalised, names_of(model)):
+    if name and normalise(name) not in map(normalise, list_names(model)):
         raise LookupFailed("a coordinate of another model", coordinate_id, f"this one is {model.slug}")
     for coordinate in model.coordinates:
         if coordinate.id == short:
             return coordinate
     near = difflib.get_close_matches(short, [c.id for c in model.coordinates], 3, 0.5)
-    hint = f"did you mean {_either(near)}?" if near else f"swsurgery lookup {model.slug} lists them"
+    hint = f"did you mean {_join_either(near)}?" if near else f"swsurgery lookup {model.slug} lists them"
     raise LookupFailed(f"no such known coordinate of {model.slug}", coordinate_id, hint)
 
 
-def addressable(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
+def list_addressable(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
     """Return the coordinates that identify one scalar, as `known: all` in a manifest does.
 
     Without `status`, refuted coordinates are omitted, because tests found nothing at these positions.
     """
     chosen = set(STATUSES) - {"refuted"} if status is None else status
-    return tuple(c for c in with_status(model, chosen) if c.col is not None)
+    return tuple(c for c in select_by_status(model, chosen) if c.col is not None)
 
 
 def to_json(models: KnownModel | Iterable[KnownModel], status: str | Collection[str] | None = None) -> dict[str, Any]:
@@ -161,24 +174,28 @@ def to_json(models: KnownModel | Iterable[KnownModel], status: str | Collection[
     return {"models": [json.loads(json.dumps(m.to_json(status), allow_nan=False)) for m in listed]}
 
 
-class _Sources(dict[str, Source]):
-    def __missing__(self, key: str) -> Source:
+class _Sources(dict[str, Citation]):
+    def __missing__(self, key: str) -> Citation:
         raise ValueError(f"source {key!r} is cited and not listed")
 
 
-def _model(fields: dict[str, Any], sources: _Sources) -> KnownModel:
-    resolved = _effects(fields, sources, "scans")
+def _build_model(fields: dict[str, Any], sources: _Sources) -> KnownModel:
+    resolved = _expand_effects(fields, sources, "scans")
     resolved["coordinates"] = tuple(
-        KnownCoordinate.model_validate(_parse_id(c, fields.get("tensor", "")) | _effects(c, sources, "sources"))
+        KnownCoordinate.model_validate(_parse_id(c, fields.get("tensor", "")) | _expand_effects(c, sources, "sources"))
         for c in fields.get("coordinates", ())
     )
-    resolved["joint_sets"] = tuple(JointSet.model_validate(_effects(j, sources)) for j in fields.get("joint_sets", ()))
+    resolved["joint_sets"] = tuple(
+        KnownJointSet.model_validate(_expand_effects(j, sources)) for j in fields.get("joint_sets", ())
+    )
     return KnownModel.model_validate(resolved)
 
 
-def _effects(fields: dict[str, Any], sources: _Sources, *lists: str) -> dict[str, Any]:
+def _expand_effects(fields: dict[str, Any], sources: _Sources, *lists: str) -> dict[str, Any]:
     """Return the fields with the keys of sources replaced by the sources."""
-    effects = tuple(Effect.model_validate(e | {"source": sources[e.get("source")]}) for e in fields.get("effects", ()))
+    effects = tuple(
+        KnownEffect.model_validate(e | {"source": sources[e.get("source")]}) for e in fields.get("effects", ())
+    )
     return fields | {"effects": effects} | {name: tuple(sources[key] for key in fields.get(name, ())) for name in lists}
 
 
@@ -192,12 +209,12 @@ def _parse_id(fields: dict[str, Any], template: str) -> dict[str, Any]:
     return {"layer": layer, "expert": expert, "row": row, "col": col, "tensor": tensor}
 
 
-def _frozen(value: Any) -> Any:
+def _freeze(value: Any) -> Any:
     """Convert TOML's lists to tuples, because a strict schema accepts nothing else for a tuple."""
     if isinstance(value, dict):
-        return {key: _frozen(item) for key, item in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+        return {key: _freeze(item) for key, item in value.items()}
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
-def _either(words: list[str]) -> str:
+def _join_either(words: list[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]

@@ -11,12 +11,21 @@ import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from swsurgery.errors import LookupFailed, printable
-from swsurgery.known.schema import STATUSES, Effect, Figure, JointSet, KnownCoordinate, KnownModel, Source, with_status
-from swsurgery.known.shipped import addressable
-from swsurgery.manifest.writer import Operation, edit_fields, manifest_text, refuse_unfit
+from swsurgery.errors import LookupFailed, escape_control
+from swsurgery.known.schema import (
+    STATUSES,
+    Citation,
+    Figure,
+    KnownCoordinate,
+    KnownEffect,
+    KnownJointSet,
+    KnownModel,
+    select_by_status,
+)
+from swsurgery.known.shipped import list_addressable
+from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
 
-UNDECIDED = "A scan is undecided."
+UNDECIDED_NOTE = "A scan is undecided."
 """Beginning of an own entry's note if the scan found nothing but did not read everything."""
 
 LARGE_RATIO = 4.0
@@ -29,14 +38,14 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
     Contains the coordinates with tensor, value, status and the effect of zeroing each alone, then joint sets, other
     measurements, warnings, notes, and the sources as numbered footnotes. Raises LookupFailed for an unknown status.
     """
-    shown = with_status(model, status)
+    shown = select_by_status(model, status)
     notes = _Footnotes()
     out = _Page(width)
     _add_heading(out, model)
     _add_coordinates(out, model, shown, notes)
     _add_joint_sets(out, model, shown, notes)
     out.section("measured otherwise", [f"{e.protocol}: {_describe_effect(e, notes)}" for e in model.effects])
-    out.section("", [f"WARNING: {warning}" for warning in _warnings(model, shown)], indent=0)
+    out.section("", [f"WARNING: {warning}" for warning in _list_warnings(model, shown)], indent=0)
     out.section("notes", [f"- {note}" for note in model.notes])
     notes.mark(*model.scans)
     _add_sources(out, notes.sources)
@@ -59,7 +68,7 @@ def _add_heading(out: _Page, model: KnownModel) -> None:
 
 def _add_coordinates(out: _Page, model: KnownModel, shown: Sequence[KnownCoordinate], notes: _Footnotes) -> None:
     rows = [("coordinate", "value", "status", "zeroed alone")]
-    rows += [(c.id, short_value(c), _status(c), _alone(c)) for c in shown]
+    rows += [(c.id, format_value(c), _describe_status(c), _describe_alone(c)) for c in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     head, *cells = ["  ".join([*(cell.ljust(w) for cell, w in zip(r, widths, strict=False)), r[3]]) for r in rows]
     out.line(head)
@@ -83,7 +92,7 @@ def _add_joint_sets(out: _Page, model: KnownModel, shown: Iterable[KnownCoordina
             out.line(_describe_joint_set(joint_set, notes), indent=4)
 
 
-def _add_sources(out: _Page, sources: Iterable[Source]) -> None:
+def _add_sources(out: _Page, sources: Iterable[Citation]) -> None:
     out.line()
     out.line("sources")
     for number, source in enumerate(sources, 1):
@@ -106,41 +115,41 @@ def render_manifest(
     """
     refuse_unfit(op, factor)
     tested = set(STATUSES) - {"refuted", "insufficient"}
-    coordinates = addressable(model, tested if status is None and op != "protect" else status)
+    coordinates = list_addressable(model, tested if status is None and op != "protect" else status)
     if not coordinates:
-        raise LookupFailed(f"no whole coordinate to {op}", model.slug, _why_none(model, op, status))
+        raise LookupFailed(f"no whole coordinate to {op}", model.slug, _explain_none(model, op, status))
     what = f"{len(coordinates)} known coordinate{'s' if len(coordinates) > 1 else ''} of {model.hf_id}"
     base: dict[str, str | None]
     if model.path:
         base = {"path": model.path, "model": model.hf_id}
     else:
         base = {"repo_id": model.hf_id, "revision": model.revision_measured}
-    return manifest_text(
-        head=[f"{model.hf_id}: printed by", f"  {_command(model, op, factor, status)}"],
+    return write_manifest(
+        head=[f"{model.hf_id}: printed by", f"  {_make_command(model, op, factor, status)}"],
         name=f"{model.slug}-{op}" + (f"-{factor:g}" if factor is not None else ""),
         description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
         base=base,
-        edits=[(f"{c.id}: {_in_few_words(c)}", _edit(c, op, factor)) for c in coordinates],
-        damaging=op == "zero" and _largest_ratio(model, coordinates) >= LARGE_RATIO,
+        edits=[(f"{c.id}: {_summarise_effect(c)}", _make_edit(c, op, factor)) for c in coordinates],
+        damaging=op == "zero" and _find_largest_ratio(model, coordinates) >= LARGE_RATIO,
     )
 
 
-def describe(effect: Effect) -> str:
+def describe(effect: KnownEffect) -> str:
     """Return one measurement in a few words: `wikitext2 ppl 5.67 -> 1211`, `wikitext2 ppl x3667`."""
     metric = effect.metric.replace("_", " ")
-    times = f"x{figure(effect.ratio)}" if effect.ratio not in (None, math.inf) else ""
+    times = f"x{format_figure(effect.ratio)}" if effect.ratio not in (None, math.inf) else ""
     if effect.dose or effect.dose_ratio:
-        pairs = [f"{figure(a)}: {figure(b)}" for a, b in effect.dose]
-        pairs += [f"{figure(a)}: x{figure(b)}" for a, b in effect.dose_ratio]
+        pairs = [f"{format_figure(a)}: {format_figure(b)}" for a, b in effect.dose]
+        pairs += [f"{format_figure(a)}: x{format_figure(b)}" for a, b in effect.dose_ratio]
         return f"{metric} at {', '.join(pairs)}"
     if effect.before is not None and effect.after is not None:
-        return f"{metric} {figure(effect.before)} -> {figure(effect.after)}"
+        return f"{metric} {format_figure(effect.before)} -> {format_figure(effect.after)}"
     if effect.after is None or times:
         return f"{metric} {times}".rstrip()
-    return f"{metric} {figure(effect.after)}"
+    return f"{metric} {format_figure(effect.after)}"
 
 
-def figure(value: Figure) -> str:
+def format_figure(value: Figure) -> str:
     """Format a measured number with four digits, or as an integer from 1000; words stay unchanged."""
     if isinstance(value, str):
         return value
@@ -155,9 +164,9 @@ class _Footnotes:
     """Numbers sources in the order in which they are first cited."""
 
     def __init__(self) -> None:
-        self.sources: list[Source] = []
+        self.sources: list[Citation] = []
 
-    def mark(self, *sources: Source) -> str:
+    def mark(self, *sources: Citation) -> str:
         """Return the marks of the sources, such as "[1] [3]", and number the new ones."""
         marks = []
         for source in dict.fromkeys(sources):
@@ -176,7 +185,7 @@ class _Page:
 
     def line(self, text: str = "", indent: int = 0, hanging: int = 0) -> None:
         """Add one line, wrapped; the lines after the first are indented by `hanging` more."""
-        text = printable(text)  # an own entry may contain text from a config.json
+        text = escape_control(text)  # an own entry may contain text from a config.json
         first, rest = " " * indent, " " * (indent + hanging)
         if len(first) + len(text) <= self.width:
             self.lines.append(first + text if text else "")  # wrapping would remove the spaces between columns
@@ -206,7 +215,7 @@ def _describe_coordinate(model: KnownModel, coordinate: KnownCoordinate, notes: 
     for number, effect in enumerate(coordinate.effects):
         if number == 0 or effect.conditions:
             own = "own scan, " if effect.source.kind == "own scan" else ""
-            yield f"{own}{_protocol(effect)}: {_describe_effect(effect, notes)}"
+            yield f"{own}{_describe_protocol(effect)}: {_describe_effect(effect, notes)}"
     if coordinate.value_printed:
         yield f"printed as {coordinate.value_printed}"
     for remark in (coordinate.role, coordinate.note):
@@ -216,7 +225,7 @@ def _describe_coordinate(model: KnownModel, coordinate: KnownCoordinate, notes: 
     yield f"found by {by} {notes.mark(*coordinate.sources, *(e.source for e in coordinate.effects))}"
 
 
-def _describe_joint_set(joint_set: JointSet, notes: _Footnotes) -> str:
+def _describe_joint_set(joint_set: KnownJointSet, notes: _Footnotes) -> str:
     effects = "; ".join(
         ("whole rows: " if "rows" in e.protocol else "") + _describe_effect(e, notes) for e in joint_set.effects
     )
@@ -224,14 +233,14 @@ def _describe_joint_set(joint_set: JointSet, notes: _Footnotes) -> str:
     return name + effects + (f"; {joint_set.note}" if joint_set.note else "")
 
 
-def _describe_effect(effect: Effect, notes: _Footnotes) -> str:
+def _describe_effect(effect: KnownEffect, notes: _Footnotes) -> str:
     """Return a measurement with its interval, footnote and remark."""
-    interval = f" (95%: x{figure(effect.ci95[0])} to x{figure(effect.ci95[1])})" if effect.ci95 else ""
+    interval = f" (95%: x{format_figure(effect.ci95[0])} to x{format_figure(effect.ci95[1])})" if effect.ci95 else ""
     remark = f" ({effect.note})" if effect.note else ""
     return f"{describe(effect)}{interval} {notes.mark(effect.source)}{remark}"
 
 
-def _warnings(model: KnownModel, shown: Sequence[KnownCoordinate]) -> list[str]:
+def _list_warnings(model: KnownModel, shown: Sequence[KnownCoordinate]) -> list[str]:
     warnings = list(model.disputes)
     alone = [c.id for c in shown if c.independent.location == 1 and c.status != "measured"]
     if alone:
@@ -245,50 +254,50 @@ def _warnings(model: KnownModel, shown: Sequence[KnownCoordinate]) -> list[str]:
     return warnings
 
 
-def _protocol(effect: Effect) -> str:
+def _describe_protocol(effect: KnownEffect) -> str:
     return {"zero": "zeroed", "zero row": "whole row zeroed"}.get(effect.protocol, effect.protocol)
 
 
-def _status(coordinate: KnownCoordinate) -> str:
+def _describe_status(coordinate: KnownCoordinate) -> str:
     if not coordinate.own:
         return coordinate.status
     return "own scan" if coordinate.status == "measured" else f"{coordinate.status}, own scan"
 
 
-def _alone(coordinate: KnownCoordinate) -> str:
+def _describe_alone(coordinate: KnownCoordinate) -> str:
     if coordinate.causal_scope == "row" and coordinate.causal_alone != "untested":
         return f"{coordinate.causal_alone} (row)"
     return coordinate.causal_alone
 
 
-def in_words(coordinate: KnownCoordinate) -> str:
+def describe_effect_alone(coordinate: KnownCoordinate) -> str:
     """Return the effect of zeroing it alone: `catastrophic: wikitext2 ppl 5.67 -> 1211`."""
     effect = next(iter(coordinate.effects), None)
     row = " (whole row)" if effect and effect.protocol == "zero row" and coordinate.col is not None else ""
-    return _alone(coordinate) + (f": {describe(effect)}{row}" if effect else "")
+    return _describe_alone(coordinate) + (f": {describe(effect)}{row}" if effect else "")
 
 
-def _in_few_words(coordinate: KnownCoordinate) -> str:
-    return f"{_status(coordinate)}, alone {in_words(coordinate)}"
+def _summarise_effect(coordinate: KnownCoordinate) -> str:
+    return f"{_describe_status(coordinate)}, alone {describe_effect_alone(coordinate)}"
 
 
-def short_value(coordinate: KnownCoordinate) -> str:
+def format_value(coordinate: KnownCoordinate) -> str:
     """Return the value and its dtype, or `~` and a rounded published value, or `-`."""
     if coordinate.value is not None:
         return f"{coordinate.value!r} {coordinate.dtype}"
     return f"~{coordinate.value_printed.split()[0]}" if coordinate.value_printed else "-"
 
 
-def _cite(source: Source) -> str:
+def _cite(source: Citation) -> str:
     return f"{source.cite}@{source.commit[:12]}" if source.commit else source.cite
 
 
-def _edit(coordinate: KnownCoordinate, op: Operation, factor: float | None) -> dict[str, Any]:
+def _make_edit(coordinate: KnownCoordinate, op: Operation, factor: float | None) -> dict[str, Any]:
     guard = {"value": coordinate.value, "dtype": coordinate.dtype} if coordinate.value is not None else None
-    return edit_fields(coordinate, op, factor, guard)
+    return list_edit_fields(coordinate, op, factor, guard)
 
 
-def _command(model: KnownModel, op: Operation, factor: float | None, status: str | Collection[str] | None) -> str:
+def _make_command(model: KnownModel, op: Operation, factor: float | None, status: str | Collection[str] | None) -> str:
     words = [status] if isinstance(status, str) else [s for s in STATUSES if s in (status or ())]
     return " ".join(
         [f"swsurgery lookup {shlex.quote(model.slug)}", *(f"--status {word}" for word in words), f"--manifest {op}"]
@@ -296,17 +305,17 @@ def _command(model: KnownModel, op: Operation, factor: float | None, status: str
     )
 
 
-def _why_none(model: KnownModel, op: Operation, status: str | Collection[str] | None) -> str:
+def _explain_none(model: KnownModel, op: Operation, status: str | Collection[str] | None) -> str:
     if not model.coordinates:
-        undecided = any(note.startswith(UNDECIDED) for note in model.notes)
+        undecided = any(note.startswith(UNDECIDED_NOTE) for note in model.notes)
         return "its scan is undecided" if undecided else "a scan found none"
-    left = addressable(model)
+    left = list_addressable(model)
     if status is None and left:
         return f"all are insufficient, none was shown to matter; --status insufficient would {op} them"
     return "only rows are published" if all(c.col is None for c in model.coordinates) else "none is of this status"
 
 
-def _largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) -> float:
+def _find_largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) -> float:
     """Return the largest known perplexity ratio for zeroing one of the coordinates or a joint set of them.
 
     Uses ratios published on wikitext-2 or measured by a scan, but no second-hand ones. Returns 1 if no ratio is known.
@@ -317,10 +326,10 @@ def _largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) ->
     for joint_set in model.joint_sets:
         if ids.issuperset(joint_set.coordinates):
             effects += [e for e in joint_set.effects if e.protocol == "zero jointly"]
-    return max(map(published_ratio, effects), default=1.0)
+    return max(map(get_published_ratio, effects), default=1.0)
 
 
-def published_ratio(effect: Effect) -> float:
+def get_published_ratio(effect: KnownEffect) -> float:
     """Return the perplexity ratio of a measurement on wikitext-2 or by a scan; 1 if it has none or is second-hand."""
     if not (effect.metric == "wikitext2_ppl" or effect.conditions) or effect.source.kind == "secondary":
         return 1.0

@@ -21,10 +21,10 @@ from swsurgery.manifest.schema import Base, Bounds, Manifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS, LineColumn, NodePath, Reader, format_path
 from swsurgery.storage.files import opened, read_at_most
 
-MAX_BYTES = 32 << 20
+MAX_MANIFEST = 32 << 20
 """Maximum size of a manifest, in bytes."""
 
-MAX_COUNTED = 50_000
+MAX_MANIFEST_FAULTS = 50_000
 """Maximum number of schema faults examined to find the first MAX_FAULTS."""
 
 
@@ -57,14 +57,14 @@ def load_manifest(path: Path) -> LoadedManifest:
     try:
         real = path.resolve(strict=True)  # the path may be a link, but its target must be a file
         with opened(real) as fd:
-            raw = read_at_most(fd, MAX_BYTES + 1)
+            raw = read_at_most(fd, MAX_MANIFEST + 1)
     except ShardError as error:
         raise ManifestError.of(f"cannot read the manifest: {fault}" for fault in error.faults) from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise ManifestError(f"cannot read the manifest ({getattr(error, 'strerror', error)})", path) from None
-    if len(raw) > MAX_BYTES:
-        raise ManifestError(f"manifest is larger than {MAX_BYTES} bytes", path)
-    return parse_manifest(patch.manifest_text(raw, path) if patch.looks_like(raw) else raw, path)
+    if len(raw) > MAX_MANIFEST:
+        raise ManifestError(f"manifest is larger than {MAX_MANIFEST} bytes", path)
+    return parse_manifest(patch.render_manifest(raw, path) if patch.is_safetensors(raw) else raw, path)
 
 
 def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
@@ -88,7 +88,7 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
             if not faults:
                 return LoadedManifest(path, raw, manifest, reader.positions)
         except ValidationError as error:
-            faults += _schema_faults(error, reader)
+            faults += _list_schema_faults(error, reader)
     # A value that matches no member of a union gives the same line once per member.
     faults = sorted(set(faults))
     lines = [f"{path}:{line}:{column}: {what}" for (line, column), what in faults[:MAX_FAULTS]]
@@ -97,9 +97,9 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
     raise ManifestError.of(lines)
 
 
-def _schema_faults(error: ValidationError, reader: Reader) -> list[tuple[LineColumn, str]]:
+def _list_schema_faults(error: ValidationError, reader: Reader) -> list[tuple[LineColumn, str]]:
     """Return the first MAX_FAULTS + 1 faults in file order; the extra one shows that the list is incomplete."""
-    if error.error_count() > MAX_COUNTED:
+    if error.error_count() > MAX_MANIFEST_FAULTS:
         return [((1, 1), f"{error.error_count()} faults, too many to list (is this a manifest?)")]
     items = [(*_locate(item, reader), item) for item in error.errors(include_url=False, include_input=False)]
     items.sort(key=lambda found: found[0])
@@ -139,14 +139,14 @@ def _describe(item: ErrorDetails, path: NodePath, value: Any) -> str:
         near = difflib.get_close_matches(str(leaf)[:40], _FIELDS, 1) if leaf not in _FIELDS else []
         return "unknown field" + (f" (did you mean {near[0]}?)" if near else "")
     if kind == "union_tag_invalid":
-        return f"unknown op {_short(context['tag'])} (one of {context['expected_tags']})"
+        return f"unknown op {_shorten(context['tag'])} (one of {context['expected_tags']})"
     if kind == "union_tag_not_found":
-        return "op is missing" if isinstance(value, dict) else f"is {_short(value)}, not an edit"
+        return "op is missing" if isinstance(value, dict) else f"is {_shorten(value)}, not an edit"
     if kind == "value_error":
         return str(context["error"])
     field = next((p for p in reversed(path) if isinstance(p, str)), "")
     expected = _EXPECTED.get(field) or _EXPECTED.get(kind) or f"{item['msg'][0].lower()}{item['msg'][1:]}"
-    return f"{expected}, not {_short(value)}"
+    return f"{expected}, not {_shorten(value)}"
 
 
 _EXPECTED = {
@@ -172,7 +172,7 @@ _EXPECTED = {
 """Message for a field; for other fields, message for the kind of error."""
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
 

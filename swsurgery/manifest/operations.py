@@ -100,7 +100,7 @@ class Zero(Target):
 
     def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
         """Return the bytes of zero. Raises NumberError for a dtype without a zero."""
-        return dtypes.zero(dtype)
+        return dtypes.make_zero(dtype)
 
 
 class Scale(Target):
@@ -119,7 +119,7 @@ class Scale(Target):
 
     def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
         """Return the bytes of the scaled value. Raises NumberError if the dtype cannot represent it."""
-        return dtypes.scaled(dtype, old, self.factor)
+        return dtypes.scale_value(dtype, old, self.factor)
 
 
 class Set(Target):
@@ -144,7 +144,7 @@ class Set(Target):
         if self.bits is None:
             assert self.value is not None  # the validator accepts exactly one of the two
             return dtypes.encode(dtype, self.value)
-        new = dtypes.from_bits(dtype, self.bits)
+        new = dtypes.parse_bits(dtype, self.bits)
         value = dtypes.decode(dtype, new)
         if value != value or value in (float("inf"), float("-inf")):
             raise NumberError(f"{self.bits} is {value} in {dtype.name}", remedy="only finite values are set")
@@ -166,10 +166,10 @@ class Protect(Target):
 Edit = Annotated[Zero | Scale | Set | Protect, Field(discriminator="op")]
 
 
-def expectation_fault(expect: float | str | MeasuredValue, dtype: Dtype, stored: bytes) -> str | None:
+def explain_expectation(expect: float | str | MeasuredValue, dtype: Dtype, stored: bytes) -> str | None:
     """Return the difference between `expect` and the stored bytes in words, or None if they agree."""
     if isinstance(expect, str):
-        found = dtypes.bits_of(stored)
+        found = dtypes.format_bits(stored)
         return None if found == expect.lower() else f"expected bits {expect}, stored are {found}"
     value = dtypes.decode(dtype, stored)
     if isinstance(expect, MeasuredValue):

@@ -2,7 +2,7 @@
 
 Tensor number n of the metadata has the entries `n.indices` (I64, row-major positions in increasing order), `n.new` and
 `n.old` (in the tensor's dtype). The base's tensor names are in the metadata only, so none can collide with an entry.
-The same edits give the same bytes. To apply a patch, `manifest_text` converts it to a manifest. Must not depend on
+The same edits give the same bytes. To apply a patch, `render_manifest` converts it to a manifest. Must not depend on
 checkpoints.
 """
 
@@ -22,11 +22,11 @@ from swsurgery._version import __version__
 from swsurgery.errors import CheckpointError, ManifestError, NumberError
 from swsurgery.manifest.operations import Edit
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import DTYPES, Dtype, bits_of
+from swsurgery.storage.dtypes import DTYPES, Dtype, format_bits
 from swsurgery.storage.names import SHARD_NAME
 from swsurgery.storage.schema import OfVariant, Position, Strict
-from swsurgery.storage.shard import TensorInfo, header_length, parse_header
-from swsurgery.storage.strict_json import first_fault, parse_json
+from swsurgery.storage.shard import TensorInfo, decode_header_length, parse_header
+from swsurgery.storage.strict_json import describe_first_fault, parse_json
 
 FORMAT, VERSION = "swsurgery.sparse", "1"
 """Values of `format` and `format_version` in the metadata."""
@@ -127,12 +127,12 @@ class PatchScalar:
             "op": self.op,
             "tensor": self.tensor,
             "index": list(self.index),
-            "expect": bits_of(self.old),
+            "expect": format_bits(self.old),
         }
         if self.op == "scale":
             edit["factor"] = self.factor
         elif self.op == "set":
-            edit["bits"] = bits_of(self.new)
+            edit["bits"] = format_bits(self.new)
         return edit
 
 
@@ -165,7 +165,7 @@ class Patch:
         }
 
 
-def looks_like(raw: bytes) -> bool:
+def is_safetensors(raw: bytes) -> bool:
     """Return True if the bytes begin a safetensors file.
 
     The length of its header contains zero bytes, which YAML and JSON do not allow.
@@ -198,7 +198,7 @@ def render(patch: Patch) -> bytes:
     try:
         _Header.model_validate(header)
     except ValidationError as error:
-        raise ManifestError(f"cannot be written as a patch: {first_fault(error)}") from None
+        raise ManifestError(f"cannot be written as a patch: {describe_first_fault(error)}") from None
     arrays: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for number, group in enumerate(groups):
         dtype, count = group[0].dtype.name, (len(group),)
@@ -210,10 +210,10 @@ def render(patch: Patch) -> bytes:
         "format_version": VERSION,
         "patch": json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")),
     }
-    return safetensors_bytes(arrays, metadata)
+    return render_safetensors(arrays, metadata)
 
 
-def safetensors_bytes(arrays: Mapping[str, tuple[str, Sequence[int], bytes]], metadata: Mapping[str, str]) -> bytes:
+def render_safetensors(arrays: Mapping[str, tuple[str, Sequence[int], bytes]], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file with the given arrays: name -> (dtype, shape, bytes).
 
     Arrays are sorted by width of the dtype, widest first, and then by name. Every array is aligned, and the bytes
@@ -232,7 +232,7 @@ def safetensors_bytes(arrays: Mapping[str, tuple[str, Sequence[int], bytes]], me
     return struct.pack("<Q", len(text)) + text + b"".join(arrays[name][2] for name in order)
 
 
-def json_bytes(document: dict[str, Any]) -> bytes:
+def render_json(document: dict[str, Any]) -> bytes:
     """Return the bytes of a JSON file; equal documents give equal bytes."""
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
@@ -243,7 +243,7 @@ def parse(raw: bytes, path: Path) -> Patch:
     Raises ManifestError, in one line, for anything that `render` does not write.
     """
     try:
-        size = header_length(raw[:8], len(raw), path)
+        size = decode_header_length(raw[:8], len(raw), path)
         tensors, metadata = parse_header(raw[8 : 8 + size], len(raw) - 8 - size)
         form, version = metadata.get("format"), metadata.get("format_version")
         if (form, version) != (FORMAT, VERSION):
@@ -251,9 +251,9 @@ def parse(raw: bytes, path: Path) -> Patch:
             raise ManifestError(what, path, "give a manifest, or what swsurgery export --format sparse wrote")
         header = _Header.model_validate(parse_json(metadata.get("patch", "").encode(), "its metadata"))
         data = memoryview(raw)[8 + size :]
-        scalars = tuple(_scalars(header, {name: (i, data[slice(*i.data_offsets)]) for name, i in tensors.items()}))
+        scalars = tuple(_list_scalars(header, {name: (i, data[slice(*i.data_offsets)]) for name, i in tensors.items()}))
     except ValidationError as error:
-        raise ManifestError(f"not a sound patch: {first_fault(error)}", path) from None
+        raise ManifestError(f"not a sound patch: {describe_first_fault(error)}", path) from None
     except (CheckpointError, NumberError) as error:
         raise ManifestError(f"not a sound patch: {error.faults[0]}", path) from None
     except ValueError as error:
@@ -261,7 +261,7 @@ def parse(raw: bytes, path: Path) -> Patch:
     return Patch(header.base, header.check, header.manifest_sha256, scalars, header.swsurgery_version)
 
 
-def manifest_text(raw: bytes, path: Path) -> bytes:
+def render_manifest(raw: bytes, path: Path) -> bytes:
     """Return the manifest, as JSON, with the same effect as a sparse form.
 
     It expects the old bits and pins the base's digests. Raises ManifestError for a damaged patch.
@@ -285,7 +285,7 @@ def manifest_text(raw: bytes, path: Path) -> bytes:
 _EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
 
 
-def _scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]]) -> Iterator[PatchScalar]:
+def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]]) -> Iterator[PatchScalar]:
     """Yield every scalar of a patch. Raises ValueError with the broken rule, or NumberError."""
     numbers = range(len(header.tensors))
     entries = {f"{number}.{part}" for number in numbers for part in ("indices", "new", "old")}
@@ -331,5 +331,7 @@ def _scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]
             )
             edit = _EDIT.validate_python(scalar.to_edit())
             if edit.new_bytes(dtype, scalar.old) != scalar.new:
-                raise ValueError(f"{scalar.coordinate} holds {bits_of(scalar.new)}, which op {scalar.op} does not give")
+                raise ValueError(
+                    f"{scalar.coordinate} holds {format_bits(scalar.new)}, which op {scalar.op} does not give"
+                )
             yield scalar

@@ -78,7 +78,7 @@ class Manifest(Strict):
     check: Bounds = Bounds()
 
 
-def schema() -> dict[str, Any]:
+def render_schema() -> dict[str, Any]:
     """Return the manifest's JSON Schema (draft 2020-12)."""
     generated = Manifest.model_json_schema()
     return {

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
-from swsurgery.errors import ManifestError, printable
+from swsurgery.errors import ManifestError, escape_control
 
 Operation = Literal["zero", "scale", "protect"]
 
@@ -50,7 +50,7 @@ def refuse_unfit(op: str, factor: float | None) -> None:
         raise ManifestError("the factor has to be a finite number other than 0", factor, "use zero to zero")
 
 
-def manifest_text(
+def write_manifest(
     *,
     head: Iterable[str],
     name: str,
@@ -66,34 +66,34 @@ def manifest_text(
     """
     fitting = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-")[:200]
     lines = [
-        *(f"# {printable(line)}" for line in head),
+        *(f"# {escape_control(line)}" for line in head),
         "version: 1",
         *([f"name: {fitting}"] if fitting else []),
-        f"description: {_yaml(description)}",
+        f"description: {_render_yaml(description)}",
         "base:",
-        *(f"  {key}: {_yaml(value)}" for key, value in base.items() if value is not None),
+        *(f"  {key}: {_render_yaml(value)}" for key, value in base.items() if value is not None),
         "edits:",
     ]
     for comment, fields in edits:
-        lines += [f"  # {printable(comment)}", f"  - {_yaml(fields)}"]
+        lines += [f"  # {escape_control(comment)}", f"  - {_render_yaml(fields)}"]
     if damaging:
         lines += ["check:", f"  min_perplexity_ratio: {ASKED_RATIO!r}"]
     return "\n".join(lines) + "\n"
 
 
-def _yaml(value: object) -> str:
+def _render_yaml(value: object) -> str:
     """Return a scalar or a map in flow style.
 
-    Text that YAML reads as text anyway has no quotes. YAML understands the escapes of JSON and of `printable`.
+    Text that YAML reads as text anyway has no quotes. YAML understands the escapes of JSON and of `escape_control`.
     """
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_render_yaml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str) and _PLAIN.fullmatch(value) and not _RESERVED.fullmatch(value):
         return value
-    return printable(json.dumps(value, ensure_ascii=False))
+    return escape_control(json.dumps(value, ensure_ascii=False))
 
 
-def edit_fields(place: ScalarPlace, op: Operation, factor: float | None, expect: object) -> dict[str, Any]:
+def list_edit_fields(place: ScalarPlace, op: Operation, factor: float | None, expect: object) -> dict[str, Any]:
     """Return the fields of one edit in the order of printing, without those that are None."""
     fields: dict[str, object] = {
         "op": op,

@@ -69,7 +69,7 @@ class Reader:
             problem = error.problem or ""
             if "Unicode character escape" in problem:
                 problem = "half a surrogate pair, or no character (write the character itself)"
-            self.faults.append((_line_column(error.problem_mark or error.context_mark), f"not YAML: {problem}"))
+            self.faults.append((_get_line_column(error.problem_mark or error.context_mark), f"not YAML: {problem}"))
 
     def _read_document(self) -> bool:
         """Read the document. Returns False if the text has none or more than one."""
@@ -213,10 +213,10 @@ def _join_surrogates(text: str) -> str:
 
 
 def _start(event: yaml.Event) -> LineColumn:
-    return _line_column(event.start_mark)
+    return _get_line_column(event.start_mark)
 
 
-def _line_column(mark: Any) -> LineColumn:
+def _get_line_column(mark: Any) -> LineColumn:
     return mark.line + 1, mark.column + 1
 
 

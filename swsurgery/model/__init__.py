@@ -28,13 +28,13 @@ class ScalarChange:
     patched: float
 
 
-def local_directory(checkpoint: Checkpoint) -> Path:
+def require_local_directory(checkpoint: Checkpoint) -> Path:
     """Return the directory of `checkpoint`. Models run only from checkpoints on this machine, never from the Hub."""
     assert isinstance(checkpoint.root, Path)
     return checkpoint.root
 
 
-def available() -> str | None:
+def explain_unavailable() -> str | None:
     """Return why no model can be run here ("torch is not installed"), or None if one can. Loads neither library."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if not missing:

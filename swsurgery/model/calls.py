@@ -37,7 +37,7 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     return hidden, call
 
 
-def hidden_of(returned: Any) -> Tensor:
+def find_hidden(returned: Any) -> Tensor:
     """Return the hidden states in the return value of a layer. Raises Unknown if it has none."""
     hidden = returned[0] if isinstance(returned, tuple) else returned
     if not isinstance(hidden, Tensor):
@@ -45,13 +45,13 @@ def hidden_of(returned: Any) -> Tensor:
     return hidden
 
 
-def like(returned: Any, hidden: Tensor) -> Any:
+def replace_hidden(returned: Any, hidden: Tensor) -> Any:
     """Return a copy of the return value of a layer with other hidden states."""
-    hidden_of(returned)
+    find_hidden(returned)
     return (hidden, *returned[1:]) if isinstance(returned, tuple) else hidden
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def list_leaves(value: Any) -> Iterator[Any]:
     """Yield every value in nested mappings, tuples and lists."""
     if isinstance(value, Mapping):
         value = value.values()
@@ -59,12 +59,12 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
         return
     for item in value:
-        yield from leaves(item)
+        yield from list_leaves(item)
 
 
-def same(calls: Iterable[Call], others: Iterable[Call]) -> bool:
+def is_same_calls(calls: Iterable[Call], others: Iterable[Call]) -> bool:
     """Return True if the calls are equal and consist of tensors and plain values only."""
-    pairs = list(zip(leaves(list(calls)), leaves(list(others)), strict=True))
+    pairs = list(zip(list_leaves(list(calls)), list_leaves(list(others)), strict=True))
     for one, other in pairs:
         if isinstance(one, Tensor):
             if not isinstance(other, Tensor) or not torch.equal(one, other):
@@ -74,14 +74,14 @@ def same(calls: Iterable[Call], others: Iterable[Call]) -> bool:
     return True
 
 
-def on_device(value: Any, device: torch.device) -> Any:
+def move_to_device(value: Any, device: torch.device) -> Any:
     """Return `value` with every tensor in it moved to `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Call):
-        return Call(on_device(value.args, device), on_device(value.kwargs, device))
+        return Call(move_to_device(value.args, device), move_to_device(value.kwargs, device))
     if isinstance(value, Mapping):
-        return {key: on_device(item, device) for key, item in value.items()}
+        return {key: move_to_device(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(on_device(item, device) for item in value)
+        return type(value)(move_to_device(item, device) for item in value)
     return value

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
-from swsurgery.model import Placement, ScalarChange, available, local_directory
+from swsurgery.model import Placement, ScalarChange, explain_unavailable, require_local_directory
 from swsurgery.model.refusals import refuse_unrunnable
-from swsurgery.model.report import Bounds, CheckReport, Continuations
+from swsurgery.model.report import CheckedBounds, CheckReport, Continuations
 from swsurgery.model.tokenizer import start
 from swsurgery.progress import Progress
 from swsurgery.storage.dtypes import decode
@@ -29,7 +29,7 @@ PROMPTS = (
 """Prompts whose continuation a reader can judge; the first is an example in arXiv:2411.07191."""
 
 
-def built_in_text() -> str:
+def read_built_in_text() -> str:
     """Return the default text of the check: about 8,000 words of English in several kinds of prose."""
     return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
 
@@ -40,7 +40,7 @@ def run_checks(
     *,
     text: str | None = None,
     prompts: Sequence[str] | None = None,
-    bounds: Bounds | None = None,
+    bounds: CheckedBounds | None = None,
     device: str = "auto",
     windows: int = 16,
     window: int = 512,
@@ -75,14 +75,14 @@ def run_checks(
     from swsurgery.model import load, measure
     from swsurgery.model.places import Variant
 
-    text = built_in_text() if text is None else text
+    text = read_built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts
-    with load.quiet():
+    with load.hide_output():
         tokenizer = load.load_tokenizer(directory)
         paired = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        vocabulary = measure.vocabulary_size(paired.model)
-        context = load.context_length(paired.model)
-        bos = measure.bos_prefix(tokenizer)
+        vocabulary = measure.get_vocabulary_size(paired.model)
+        context = load.get_context_length(paired.model)
+        bos = measure.get_bos_prefix(tokenizer)
         longest = min(window, context - len(bos))
         pieces = measure.cut_windows(measure.encode(tokenizer, text), bos, windows, longest)
         beginnings = [bos + measure.encode(tokenizer, prompt) for prompt in prompts]
@@ -93,14 +93,14 @@ def run_checks(
         variants = (base, {}) if changes else ({},)
         totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary), len(variants))
         continuations = []
-        with load.running(paired.device, paired.weights is not None):
+        with load.convert_run_errors(paired.device, paired.weights is not None):
             for outcomes in paired.run([*pieces, *beginnings], variants, progress=progress):
                 number = outcomes.sequence - len(pieces)
                 if number < 0:
                     totals.add_window(pieces[outcomes.sequence], outcomes)
                     continue
                 totals.look(outcomes)
-                tops = [measure.top_tokens(tokenizer, logits) for logits in outcomes.logits]
+                tops = [measure.list_top_tokens(tokenizer, logits) for logits in outcomes.logits]
                 continuations.append(Continuations(prompts[number], tops[0], tops[-1]))
         last = len(variants) - 1
         return CheckReport(
@@ -114,11 +114,11 @@ def run_checks(
             scored_tokens=totals.scored,
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             method=paired.method,
-            device=load.device_name(paired.device),
+            device=load.get_device_name(paired.device),
             dtype=str(paired.dtype).removeprefix("torch."),
             torch=torch.__version__,
             transformers=transformers.__version__,
-            bounds=bounds or Bounds(),
+            bounds=bounds or CheckedBounds(),
         )
 
 
@@ -127,10 +127,10 @@ def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
 
     Raises ModelError.
     """
-    if reason := available():
+    if reason := explain_unavailable():
         raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
     _compare(checkpoint, changes)
-    directory = local_directory(checkpoint)
+    directory = require_local_directory(checkpoint)
     refuse_unrunnable(directory)
     try:
         load_numpy()

@@ -29,7 +29,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.model.calls import Call, Unknown, hidden_of, leaves, like, on_device, same, split
+from swsurgery.model.calls import (
+    Call,
+    Unknown,
+    find_hidden,
+    is_same_calls,
+    list_leaves,
+    move_to_device,
+    replace_hidden,
+    split,
+)
 from swsurgery.model.places import Places, Variant, find_decoder_layers
 from swsurgery.progress import Progress, Silent
 
@@ -205,9 +214,9 @@ class LayeredModel:
                 with torch.no_grad(), self._outside():
                     _, calls = self._rehearse(ids)
                     _, others = self._rehearse(ids[::-1])
-                self._layered = len(calls) == len(self.layers) and same(calls, others)
+                self._layered = len(calls) == len(self.layers) and is_same_calls(calls, others)
                 self._one_by_one = any(
-                    leaf.dim() > 1 and len(leaf) != 1 for leaf in leaves(calls) if isinstance(leaf, Tensor)
+                    leaf.dim() > 1 and len(leaf) != 1 for leaf in list_leaves(calls) if isinstance(leaf, Tensor)
                 )
             except torch.OutOfMemoryError:
                 raise
@@ -285,13 +294,13 @@ class LayeredModel:
         variants = range(group.state.shape[1])[columns]
         rows = [(at, v) for at in range(len(group.sequences)) for v in variants]
         size = 1 if self._one_by_one else max(1, TOKENS_AT_ONCE // tokens)
-        call = on_device(group.calls[number], group.state.device)
+        call = move_to_device(group.calls[number], group.state.device)
         for begin in range(0, len(rows), size):
             batch = rows[begin : begin + size]
             at, v = torch.tensor(batch, device=state.device).unbind(1)
             named = [(group.sequences[row], variant) for row, variant in batch]
             with watch.around(number, layer, named) if watch else contextlib.nullcontext(), sdpa_kernel(ATTENTION):
-                hidden = hidden_of(layer(group.state[at, v], *call.args, **call.kwargs))
+                hidden = find_hidden(layer(group.state[at, v], *call.args, **call.kwargs))
             if watch:
                 watch.after(number, named, hidden)
             group.state[at, v] = hidden
@@ -313,7 +322,7 @@ class LayeredModel:
                     self._returned = self._try_layer(number, layer, hidden, call)
                 if len(calls) == len(self.layers):
                     raise _Rehearsed
-                return like(self._returned, hidden)
+                return replace_hidden(self._returned, hidden)
 
             return forward
 
@@ -328,7 +337,7 @@ class LayeredModel:
         if self.weights is not None:
             kept = [(module, dict(module._buffers)) for module in layer.modules()]
             try:
-                moved = on_device(call, torch.device("meta"))
+                moved = move_to_device(call, torch.device("meta"))
                 return type(layer).forward(layer, hidden.to("meta"), *moved.args, **moved.kwargs)
             except REFUSALS:
                 pass
@@ -336,7 +345,7 @@ class LayeredModel:
                 for module, buffers in kept:  # GPT-J moves its table of positions to the device of the last call
                     module._buffers.update(buffers)
         with self._weights_of(number) as device:
-            moved = on_device(call, device)
+            moved = move_to_device(call, device)
             return type(layer).forward(layer, hidden.to(device), *moved.args, **moved.kwargs)
 
     def _head(self, ids: Sequence[int], hidden: Tensor) -> Tensor:
@@ -345,7 +354,7 @@ class LayeredModel:
         def stand_in(number: int, layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 passing, _ = split(args, kwargs)
-                return like(self._returned, hidden if layer is self.layers[-1] else passing)
+                return replace_hidden(self._returned, hidden if layer is self.layers[-1] else passing)
 
             return forward
 
@@ -411,7 +420,7 @@ class LayeredModel:
                 rows = [(sequence, variant)]
                 with watch.around(number, layer, rows) if watch else contextlib.nullcontext():
                     returned = type(layer).forward(layer, *args, **kwargs)
-                hidden = hidden_of(returned)
+                hidden = find_hidden(returned)
                 if watch:
                     watch.after(number, rows, hidden)
                 peaks.look(number, _Group([sequence], [], hidden[:, None]))

@@ -33,7 +33,9 @@ class Interval(NamedTuple):
     high: float | None
 
 
-def mean_interval(values: Sequence[float], weights: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def compute_mean_interval(
+    values: Sequence[float], weights: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval:
     """Compute the Student interval of the mean of `values`, one value per window, weighted by scored tokens.
 
     The standard error is that of a ratio of sums (W. G. Cochran, Sampling Techniques, 1977, section 2.11), with n - 1
@@ -49,11 +51,11 @@ def mean_interval(values: Sequence[float], weights: Sequence[float], confidence:
         return Interval(mean, mean, mean)
     squares = sum((weight * (value - mean)) ** 2 for value, weight in zip(values, weights, strict=True))
     error = math.sqrt(DESIGN_EFFECT * squares * count / (count - 1)) / total
-    reach = student_quantile(confidence, count - 1) * error
+    reach = compute_student_quantile(confidence, count - 1) * error
     return Interval(mean, mean - reach, mean + reach)
 
 
-def prediction_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
+def compute_prediction_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
     """Compute the largest magnitude that one more value, like the two or more given ones, is expected to have.
 
     This is the farther end of the Student prediction interval for a single new observation, and at least the largest
@@ -64,20 +66,20 @@ def prediction_bound(values: Sequence[float], confidence: float = CONFIDENCE) ->
         return math.inf
     mean = sum(values) / count
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    reach = student_quantile(confidence, count - 1) * spread * math.sqrt(1 + 1 / count)
+    reach = compute_student_quantile(confidence, count - 1) * spread * math.sqrt(1 + 1 / count)
     return max(abs(mean) + reach, *map(abs, values))
 
 
-def student_quantile(confidence: float, freedom: int) -> float:
+def compute_student_quantile(confidence: float, freedom: int) -> float:
     """Find t such that a Student variable with `freedom` degrees lies within -t and t with probability `confidence`."""
     low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _student_within(middle, freedom) < confidence else (low, middle)
+        low, high = (middle, high) if _compute_student_probability(middle, freedom) < confidence else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
 
 
-def _student_within(angle: float, freedom: int) -> float:
+def _compute_student_probability(angle: float, freedom: int) -> float:
     """Compute P(|T| < t) for t = sqrt(freedom) * tan(angle) (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2

@@ -29,15 +29,21 @@ from transformers.utils import logging
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
-from swsurgery.hub import config_error
-from swsurgery.model import Placement, local_directory
+from swsurgery.hub import get_config_error
+from swsurgery.model import Placement, require_local_directory
 from swsurgery.model.forward import ATTENTION, LayeredModel
 from swsurgery.model.places import find_decoder_layers
-from swsurgery.model.refusals import has_tokenizer, missing_weights, no_tokenizer, refuse_dtype, refuse_pointers
-from swsurgery.model.stream import StreamedWeights, pinned_pieces
+from swsurgery.model.refusals import (
+    has_tokenizer,
+    make_missing_error,
+    make_tokenizer_error,
+    refuse_dtype,
+    refuse_pointers,
+)
+from swsurgery.model.stream import StreamedWeights, allocate_pinned_pieces
 from swsurgery.model.tokenizer import Tokenizer
-from swsurgery.model.torch_dtypes import streamed_dtype
-from swsurgery.model.transformers_private import AutoClass, LoadingInfo, language_model_class, no_init_weights
+from swsurgery.model.torch_dtypes import get_streamed_dtype
+from swsurgery.model.transformers_private import AutoClass, LoadingInfo, get_language_model_class, no_init_weights
 from swsurgery.model.weight_plan import plan_weights
 
 COMFORTABLE_SHARE = 0.6
@@ -54,13 +60,13 @@ LOADING_ERRORS = (
     ArithmeticError,
     AssertionError,
     SafetensorError,
-    config_error(),
+    get_config_error(),
 )
 """Exceptions that transformers raises for a directory that it cannot load. RuntimeError includes lack of memory."""
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def hide_output() -> Iterator[None]:
     """Hide progress bars and log lines of transformers, and all Python warnings, for the length of a block."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     disable_bars: Callable[[], None] = logging.disable_progress_bar
@@ -95,11 +101,11 @@ def pick_device(name: str) -> torch.device:
         raise Unrunnable("not enough memory on the device", name, "free some of it, or --device cpu") from error
     except RuntimeError as error:
         remedy = "" if name == "cpu" else "--device cpu"
-        raise Unrunnable(f"device does not work: {first_line(error)}", name, remedy) from error
+        raise Unrunnable(f"device does not work: {get_first_line(error)}", name, remedy) from error
     return device
 
 
-def device_name(device: torch.device) -> str:
+def get_device_name(device: torch.device) -> str:
     """Return the name of `device` in reports: "cpu", or the product name of the CUDA device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
@@ -122,12 +128,12 @@ def open_model(
     Raises ModelError if transformers cannot load the model, if weights are missing (transformers would invent them) or
     if memory is insufficient.
     """
-    directory = local_directory(checkpoint)
+    directory = require_local_directory(checkpoint)
     refuse_pointers(directory)
     refuse_dtype(directory)
     target = pick_device(device)
     elements = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    comfortable = elements * 4 <= COMFORTABLE_SHARE * _free_bytes(target)
+    comfortable = elements * 4 <= COMFORTABLE_SHARE * _measure_free_bytes(target)
     aside = checkpoint.choice == "index"
     if aside and placement == "whole":
         what = f"transformers would load {checkpoint.single}, not what the index lists"
@@ -140,12 +146,12 @@ def open_model(
                 raise
             say(f"the model is loaded whole: {error}")
     model = _load_whole(checkpoint, torch.float32 if comfortable else "auto")
-    with running(target):
-        as_module(model).to(target).eval()
+    with convert_run_errors(target):
+        cast_module(model).to(target).eval()
         return LayeredModel(model, checkpoint)
 
 
-def as_module(model: nn.Module) -> nn.Module:
+def cast_module(model: nn.Module) -> nn.Module:
     """Return `model` as a type whose `to` and `eval` have annotations; those of PreTrainedModel have none."""
     return model
 
@@ -157,11 +163,11 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
     try:
         model = _build_without_weights(checkpoint, target)
     except LOADING_ERRORS as error:
-        raise ModelError(f"cannot be read layer by layer: {first_line(error)}", checkpoint.root) from error
+        raise ModelError(f"cannot be read layer by layer: {get_first_line(error)}", checkpoint.root) from error
     layers = find_decoder_layers(model)
     if not layers:
         raise ModelError("cannot be read layer by layer: no list of decoder layers", checkpoint.root)
-    with running(target, streamed=True):
+    with convert_run_errors(target, streamed=True):
         _move_computed_buffers(model, layers, devices)
         weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
         streamed = LayeredModel(model, checkpoint, weights, devices[0])
@@ -173,18 +179,18 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
 def _build_without_weights(checkpoint: Checkpoint, target: torch.device) -> PreTrainedModel:
     """Build the model of `checkpoint` with parameters on the meta device. Raises LOADING_ERRORS."""
     config = transformers.AutoConfig.from_pretrained(
-        local_directory(checkpoint), local_files_only=True, trust_remote_code=False
+        require_local_directory(checkpoint), local_files_only=True, trust_remote_code=False
     )
     text = config.get_text_config()
-    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _stored_dtype(checkpoint)
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _find_stored_dtype(checkpoint)
     if target.type == "cuda":
         with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up later
             threading.Thread(target=_wake, args=(target, dtype), daemon=True).start()
     if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
         raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
-    with no_init_weights(), _parameters_on_meta():
-        model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False)
-        as_module(model).eval()
+    with no_init_weights(), _build_on_meta():
+        model = get_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+        cast_module(model).eval()
     model.tie_weights()  # part of the initialisation that no_init_weights skips
     return model
 
@@ -200,9 +206,9 @@ def _move_computed_buffers(model: nn.Module, layers: Sequence[nn.Module], device
                 module._buffers[buffer] = tensor.to(device_of.get(id(module), devices[0]))
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def _find_stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype of the first stored floating-point weight, which transformers uses if the config names none."""
-    found = (streamed_dtype(checkpoint.info(tensor).dtype.name) for tensor in checkpoint.shapes)
+    found = (get_streamed_dtype(checkpoint.info(tensor).dtype.name) for tensor in checkpoint.shapes)
     return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
@@ -212,7 +218,7 @@ def _wake(device: torch.device, dtype: torch.dtype) -> None:
     This takes a second, which passes while the model is being built.
     """
     with contextlib.suppress(RuntimeError), torch.no_grad():
-        del pinned_pieces()[:]  # torch keeps freed memory for the next request
+        del allocate_pinned_pieces()[:]  # torch keeps freed memory for the next request
         x = torch.zeros(1, 64, 64, device=device, dtype=dtype)
         functional.silu(functional.linear(x, x[0]))
         with sdpa_kernel(ATTENTION):
@@ -228,7 +234,7 @@ def _wake(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _build_on_meta() -> Iterator[None]:
     """Build modules without memory for their parameters for the length of a block. Buffers are computed as usual."""
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -243,23 +249,23 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-def auto_model(config: PreTrainedConfig) -> AutoClass:
+def get_auto_class(config: PreTrainedConfig) -> AutoClass:
     """Return the class that builds a model of `config`: a language model, with or without image input.
 
     Raises Unrunnable for a model type that has neither.
     """
-    if auto := language_model_class(config):
+    if auto := get_language_model_class(config):
         return auto
     what = f"transformers has no language model of model_type {config.model_type}"
     raise Unrunnable(what, config.name_or_path, "an embedding, reward or encoder model predicts no tokens")
 
 
 def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
-    directory = local_directory(checkpoint)
+    directory = require_local_directory(checkpoint)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         refuse_codes(checkpoint, config)
-        model, info = auto_model(config).from_pretrained(
+        model, info = get_auto_class(config).from_pretrained(
             directory,
             config=config,
             variant=checkpoint.variant,
@@ -271,16 +277,16 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
             ignore_mismatched_sizes=True,  # so that the info lists them; refuse_invented refuses all
         )
     except LOADING_ERRORS as error:
-        raise cannot_load(error, directory) from error
+        raise make_load_error(error, directory) from error
     refuse_invented(info, directory)
     checkpoint.refuse_changed()  # transformers opens its files by their paths
     return model
 
 
-def cannot_load(error: Exception, directory: Path) -> Unrunnable:
+def make_load_error(error: Exception, directory: Path) -> Unrunnable:
     """Make the error for an exception of transformers during the loading of the model in `directory`."""
     return Unrunnable(
-        f"transformers cannot load the model: {first_line(error)}",
+        f"transformers cannot load the model: {get_first_line(error)}",
         directory,
         "mend its config.json, or upgrade transformers",
     )
@@ -308,10 +314,10 @@ def refuse_invented(info: LoadingInfo, directory: Path) -> None:
         what = f"{name} is stored as {stored}, but config.json asks for {wanted}{more}"
         raise Unrunnable(what, directory, "mend its config.json")
     if missing := sorted(info["missing_keys"]):
-        raise missing_weights(missing, directory)
+        raise make_missing_error(missing, directory)
 
 
-def context_length(model: PreTrainedModel) -> int:
+def get_context_length(model: PreTrainedModel) -> int:
     """Return the maximum number of tokens in one input, from the config; unlimited if it has no whole number."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else sys.maxsize
@@ -328,16 +334,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return Tokenizer(directory)
     except Unrunnable as error:
         if not has_tokenizer(directory):
-            raise no_tokenizer(directory) from error
+            raise make_tokenizer_error(directory) from error
         try:
             transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except LOADING_ERRORS as fault:
-            raise cannot_load(fault, directory) from fault
+            raise make_load_error(fault, directory) from fault
         raise
 
 
 @contextlib.contextmanager
-def running(device: torch.device, streamed: bool = False) -> Iterator[None]:
+def convert_run_errors(device: torch.device, streamed: bool = False) -> Iterator[None]:
     """Convert errors of torch into Unrunnable while a model is moved to `device` or runs there."""
     remedy = "" if device.type == "cpu" else "--device cpu"
     try:
@@ -346,10 +352,10 @@ def running(device: torch.device, streamed: bool = False) -> Iterator[None]:
         ways = ([] if streamed else ["--placement streamed"]) + ([remedy] if remedy else [])
         raise Unrunnable("not enough memory on the device", device, ", or ".join(ways)) from error
     except RuntimeError as error:
-        raise Unrunnable(f"the model cannot be run: {first_line(error)}", device, remedy) from error
+        raise Unrunnable(f"the model cannot be run: {get_first_line(error)}", device, remedy) from error
 
 
-def first_line(error: Exception) -> str:
+def get_first_line(error: Exception) -> str:
     """Return the first non-empty line of the message of `error`, at most 160 characters.
 
     A line that ends in a colon is joined with the next one. An error without a message gives its type.
@@ -361,7 +367,7 @@ def first_line(error: Exception) -> str:
     return (lines[0].rstrip(":") if lines else type(error).__name__)[:160]
 
 
-def _free_bytes(device: torch.device) -> int:
+def _measure_free_bytes(device: torch.device) -> int:
     """Return the bytes of free memory on `device`. For main memory this is what is available without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

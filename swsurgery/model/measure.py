@@ -26,7 +26,7 @@ TOP = 5
 """Number of next tokens in a report."""
 
 
-def bos_prefix(tokenizer: Tokenizer) -> list[int]:
+def get_bos_prefix(tokenizer: Tokenizer) -> list[int]:
     """Return [BOS] if `tokenizer` begins what it encodes with that token by default, else [].
 
     Tokens that it appends by default (EOS) are never used, because they would end the text to be continued.
@@ -37,7 +37,7 @@ def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     return [bos] if bos is not None and full[:1] == [bos] != plain[:1] else []
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
+def get_vocabulary_size(model: PreTrainedModel) -> int:
     """Return the number of token ids that `model` accepts."""
     size = model.get_input_embeddings().num_embeddings
     assert isinstance(size, int)
@@ -46,7 +46,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def refuse_unknown_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
     """Raise ModelError if a token id is beyond the model's vocabulary."""
-    vocabulary = vocabulary_size(model)
+    vocabulary = get_vocabulary_size(model)
     if (largest := max((token for ids in sequences for token in ids), default=0)) >= vocabulary:
         raise ModelError(f"tokenizer gives token {largest}", f"the model has {vocabulary}", "is it this model's own?")
 
@@ -103,9 +103,9 @@ class Totals:
             logits = base if number == 0 else outcomes.logits[number]
             self._look(number, logits)
             scored = base[:-1], logits[:-1]
-            nll = [self._add(number, *scored, targets, part) for part in _parts(logits[:-1])]
+            nll = [self._add(number, *scored, targets, part) for part in _split_parts(logits[:-1])]
             self.token_nll[number].append(torch.cat(nll))
-            self.peaks[number] = _larger(self.peaks[number], peak, self.windows)
+            self.peaks[number] = _choose_larger(self.peaks[number], peak, self.windows)
         self.scored += len(targets)
         self.windows += 1
 
@@ -115,7 +115,7 @@ class Totals:
             self._look(number, logits)
 
     def _look(self, number: int, logits: Tensor) -> None:
-        self.finite[number] &= all(bool(logits[part].isfinite().all()) for part in _parts(logits))
+        self.finite[number] &= all(bool(logits[part].isfinite().all()) for part in _split_parts(logits))
 
     def _add(self, number: int, base: Tensor, logits: Tensor, targets: Tensor, part: slice) -> Tensor:
         log = logits[part].float().log_softmax(-1)
@@ -135,24 +135,24 @@ class Totals:
 
     def perplexity_ratio(self, number: int = 1) -> float:
         """Return the perplexity of a variant divided by that of the base, even if both exceed the float range."""
-        return _exp((self.nll(number) - self.nll(0)) / self.scored)
+        return _compute_exp((self.nll(number) - self.nll(0)) / self.scored)
 
     def side(self, number: int) -> Side:
         """Return the figures of one variant."""
         return Side(
-            perplexity=_exp(self.nll(number) / self.scored),
+            perplexity=_compute_exp(self.nll(number) / self.scored),
             stopword_mass=self.stop_mass[number] / self.scored,
             finite=self.finite[number],
             super_activation=self.peaks[number],
         )
 
 
-def _parts(logits: Tensor) -> list[slice]:
+def _split_parts(logits: Tensor) -> list[slice]:
     rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
-def top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float], ...]:
+def list_top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float], ...]:
     """Return the most likely tokens after the last position of `logits` (tokens, vocabulary), as (text, probability).
 
     Equal probabilities, which are common in bfloat16, are in the order of token ids. Empty if a logit is not finite.
@@ -165,7 +165,7 @@ def top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float],
     return tuple(zip(texts, probabilities[:TOP].tolist(), strict=True))
 
 
-def _larger(best: SuperActivation | None, peak: Peak | None, window: int) -> SuperActivation | None:
+def _choose_larger(best: SuperActivation | None, peak: Peak | None, window: int) -> SuperActivation | None:
     """Return the one of larger magnitude, or the earlier of equals. A non-finite value is the largest."""
 
     def magnitude(value: float) -> float:
@@ -180,5 +180,5 @@ def _sum(values: Tensor) -> float:
     return float(values.double().sum())
 
 
-def _exp(x: float) -> float:
+def _compute_exp(x: float) -> float:
     return math.exp(x) if not x > 709 else math.inf  # math.exp raises beyond 709; the condition lets NaN through

@@ -16,19 +16,19 @@ from transformers import PreTrainedModel as PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import CheckpointError, ModelError
-from swsurgery.model import local_directory
+from swsurgery.model import require_local_directory
 from swsurgery.model.load import (
     LOADING_ERRORS,
-    as_module,
-    auto_model,
-    cannot_load,
-    quiet,
+    cast_module,
+    get_auto_class,
+    hide_output,
+    make_load_error,
     refuse_codes,
     refuse_invented,
 )
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
-from swsurgery.storage.dtypes import bits_of
+from swsurgery.storage.dtypes import format_bits
 from swsurgery.storage.files import opened
 from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice
@@ -42,7 +42,7 @@ def load(
     Raises ModelError if transformers cannot load the model or would load other weights, if a parameter does not have
     the stored value, or if it is not in memory.
     """
-    root = local_directory(checkpoint)
+    root = require_local_directory(checkpoint)
     fixed = {"local_files_only": True, "use_safetensors": True, "variant": checkpoint.variant}
     if options.pop("trust_remote_code", False):
         raise ModelError("code that comes with a checkpoint is not run", root, "leave trust_remote_code out")
@@ -50,26 +50,26 @@ def load(
         what = f"transformers would load {checkpoint.single}, not what the index lists"
         raise ModelError(what, root, "apply the manifest with base.copies: omit, and load the result")
     try:
-        with quiet():
+        with hide_output():
             config = options.get("config") or AutoConfig.from_pretrained(
                 root, local_files_only=True, trust_remote_code=False
             )
             if "quantization_config" not in options:
                 refuse_codes(checkpoint, config)
-            model, info = auto_model(config).from_pretrained(
+            model, info = get_auto_class(config).from_pretrained(
                 root,
                 trust_remote_code=False,
                 **{**options, **fixed, "config": config, "output_loading_info": True, "ignore_mismatched_sizes": True},
             )
     except LOADING_ERRORS as error:
-        raise cannot_load(error, root) from error
+        raise make_load_error(error, root) from error
     refuse_invented(info, root)
     checkpoint.refuse_changed()  # transformers opens files by path, so they may have been replaced
     places = Places(model, find_decoder_layers(model), checkpoint)
     for scalar in (*splices, *protected):
         new = scalar.new if isinstance(scalar, Splice) else scalar.old
         _set(places, scalar, new)
-    as_module(model).eval()
+    cast_module(model).eval()
     return model
 
 
@@ -79,24 +79,24 @@ def _set(places: Places, scalar: Scalar, new: bytes) -> None:
     weight = place.weight
     if weight.device.type == "meta":
         raise ModelError("offloaded, so it cannot be edited in memory", scalar.coordinate, "give another device_map")
-    old, wanted = (_scalar(scalar.dtype.name, data).to(weight.dtype) for data in (scalar.old, new))
-    _expect(weight[place.index], old, scalar)
+    old, wanted = (_make_scalar(scalar.dtype.name, data).to(weight.dtype) for data in (scalar.old, new))
+    _check_expected(weight[place.index], old, scalar)
     weight[place.index] = wanted.to(weight.device)
-    _expect(weight[place.index], wanted, scalar)
+    _check_expected(weight[place.index], wanted, scalar)
 
 
-def _expect(found: Tensor, wanted: Tensor, scalar: Scalar) -> None:
-    held, due = (_bits(tensor.detach().cpu()) for tensor in (found, wanted))
+def _check_expected(found: Tensor, wanted: Tensor, scalar: Scalar) -> None:
+    held, due = (_view_bits(tensor.detach().cpu()) for tensor in (found, wanted))
     if held != due:
-        what = f"the loaded model holds {bits_of(held)} ({found.dtype}), not {bits_of(due)}"
+        what = f"the loaded model holds {format_bits(held)} ({found.dtype}), not {format_bits(due)}"
         raise ModelError(what, scalar.coordinate, "the loader changes this weight: load what apply writes")
 
 
-def _scalar(dtype: str, data: bytes) -> Tensor:
+def _make_scalar(dtype: str, data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype])[0]
 
 
-def _bits(tensor: Tensor) -> bytes:
+def _view_bits(tensor: Tensor) -> bytes:
     return bytes(tensor.reshape(1).view(torch.uint8).tolist())
 
 
@@ -111,7 +111,7 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             raise ModelError(f"torch has no {dtype}", name)
 
 
-def tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple[str, Tensor]]:
+def load_tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) for every tensor of the weight_map, with the splices applied.
 
     The order is that of the data in each shard. Raises CheckpointError if a shard ends early or if it does not contain

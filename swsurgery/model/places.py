@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import loaded_candidates
+from swsurgery.checkpoint.projections import list_loaded_candidates
 from swsurgery.errors import Unrunnable
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
@@ -51,7 +51,7 @@ class Places:
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], checkpoint: Checkpoint):
         self._checkpoint = checkpoint
-        self._owners = _owners_of_parameters(model, layers)
+        self._owners = _map_owners(model, layers)
         self._found: dict[Coordinate, Place] = {}
 
     def find(self, variants: Sequence[Variant]) -> None:
@@ -98,9 +98,9 @@ class Places:
         """Find a stored scalar in the loaded model: the first candidate that exists. Raises Unrunnable if none does."""
         shapes = self._checkpoint.shapes
         if coordinate.tensor in shapes:
-            for candidate in loaded_candidates(self._checkpoint.config, coordinate, shapes):
+            for candidate in list_loaded_candidates(self._checkpoint.config, coordinate, shapes):
                 owners = self._owners.get(candidate.tensor)
-                if owners and _inside(candidate.index, owners.shape):
+                if owners and _is_inside(candidate.index, owners.shape):
                     shard = self._checkpoint.shards[self._checkpoint.weight_map[coordinate.tensor]]
                     try:
                         stored = shard.read_scalar(*coordinate)
@@ -119,7 +119,7 @@ class _Owners(NamedTuple):
     shape: torch.Size
 
 
-def _owners_of_parameters(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, _Owners]:
+def _map_owners(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, _Owners]:
     """Map each name of each parameter to its owners."""
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
     holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -146,24 +146,24 @@ def find_decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     They are the first ModuleList, from the outside in, whose length is num_hidden_layers. Empty if no list fits.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for root in (decoder(model), model):
+    for root in (find_decoder(model), model):
         for module in root.modules() if root is not None else ():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return list(module)
     return []
 
 
-def decoder(model: PreTrainedModel) -> nn.Module | None:
+def find_decoder(model: PreTrainedModel) -> nn.Module | None:
     """Return the text decoder of `model`, or None."""
     get: Callable[[], nn.Module | None] = model.get_decoder
     return get()
 
 
-def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+def find_output_embeddings(model: PreTrainedModel) -> nn.Module | None:
     """Return the module that turns hidden states into logits, or None."""
     get: Callable[[], nn.Module | None] = model.get_output_embeddings
     return get()
 
 
-def _inside(index: tuple[int, ...], shape: Sequence[int]) -> bool:
+def _is_inside(index: tuple[int, ...], shape: Sequence[int]) -> bool:
     return len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True))

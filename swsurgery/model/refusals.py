@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, Unrunnable
-from swsurgery.storage.files import not_the_file
+from swsurgery.storage.files import recognise_format
 from swsurgery.storage.strict_json import read_config
 
-HEADS = frozenset({"lm_head", "embed_out", "lm_loss", "output_projection", "generator_lm_head", "cls"})
+HEAD_NAMES = frozenset({"lm_head", "embed_out", "lm_loss", "output_projection", "generator_lm_head", "cls"})
 """Names that modules which turn hidden states into logits have in transformers."""
 
 TOKENIZER_FILES = (
@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """Names of the files from which transformers can load a vocabulary."""
 
-SMALL = 1 << 10
+MAX_POINTER = 1 << 10
 """Maximum size in bytes of a file that is examined. A git-lfs pointer has about 130 bytes."""
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -46,15 +46,15 @@ def refuse_unrunnable(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise Unrunnable("no config.json", directory, "copy the base model's config.json there")
     if not may_have_tokenizer(directory):
-        raise no_tokenizer(directory)
+        raise make_tokenizer_error(directory)
 
 
 def refuse_pointers(directory: Path) -> None:
     """Raise Unrunnable if a file that transformers reads beside the weights is a git-lfs pointer or a web page."""
     for path in sorted(directory.iterdir()):
-        if path.suffix not in _TEXT or not path.is_file() or path.stat().st_size > SMALL:
+        if path.suffix not in _TEXT or not path.is_file() or path.stat().st_size > MAX_POINTER:
             continue
-        if found := not_the_file(path.read_bytes()[:8]):
+        if found := recognise_format(path.read_bytes()[:8]):
             raise Unrunnable(found[0], path, found[1])
 
 
@@ -87,7 +87,7 @@ def may_have_tokenizer(directory: Path) -> bool:
     return any(name in TOKENIZER_FILES or _VOCABULARY.search(name) for name in names)
 
 
-def no_tokenizer(directory: Path) -> Unrunnable:
+def make_tokenizer_error(directory: Path) -> Unrunnable:
     """Make the error for a directory without a tokenizer."""
     return Unrunnable("no tokenizer", directory, "copy the base model's tokenizer.json there")
 
@@ -97,10 +97,10 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
-def missing_weights(missing: Iterable[str], directory: Path) -> Unrunnable:
+def make_missing_error(missing: Iterable[str], directory: Path) -> Unrunnable:
     """Make the error for weights that the model needs and the checkpoint does not store."""
     names = sorted(missing)
-    if all(HEADS & set(name.split(".")) for name in names):
+    if all(HEAD_NAMES & set(name.split(".")) for name in names):
         return Unrunnable(
             f"no language-model head: {names[0]} is not stored",
             directory,

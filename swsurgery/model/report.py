@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Bounds:
+class CheckedBounds:
     """Limits, both inclusive, on the perplexity of patched divided by that of base; None sets no limit."""
 
     max_perplexity_ratio: float | None = None
@@ -85,7 +85,7 @@ class CheckReport:
     dtype: str
     torch: str
     transformers: str
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: CheckedBounds = field(default_factory=CheckedBounds)
     compared: bool = True
 
     @property
@@ -131,15 +131,18 @@ class CheckReport:
         `compared` is false and the figures that need a base are null or empty. Otherwise the field is absent, so that
         the bytes of existing records do not change.
         """
-        prompts = [{"prompt": p.prompt, "base": _tokens(p.base), "patched": _tokens(p.patched)} for p in self.prompts]
+        prompts = [
+            {"prompt": p.prompt, "base": _encode_tokens(p.base), "patched": _encode_tokens(p.patched)}
+            for p in self.prompts
+        ]
         document: dict[str, Any] = {
-            "base": _side(self.base),
-            "patched": _side(self.patched),
-            "perplexity_ratio": _number(self.perplexity_ratio),
-            "kl": _number(self.kl),
+            "base": _encode_side(self.base),
+            "patched": _encode_side(self.patched),
+            "perplexity_ratio": _encode_number(self.perplexity_ratio),
+            "kl": _encode_number(self.kl),
             "stopword_mass": {
-                "base": _number(self.base.stopword_mass),
-                "patched": _number(self.patched.stopword_mass),
+                "base": _encode_number(self.base.stopword_mass),
+                "patched": _encode_number(self.patched.stopword_mass),
             },
             "prompts": prompts,
             "text": {
@@ -161,30 +164,30 @@ class CheckReport:
         }
         if not self.compared:
             document |= {"compared": False, "base": None, "perplexity_ratio": None, "kl": None}
-            document["stopword_mass"] = {"base": None, "patched": _number(self.patched.stopword_mass)}
+            document["stopword_mass"] = {"base": None, "patched": _encode_number(self.patched.stopword_mass)}
             document["prompts"] = [{**prompt, "base": []} for prompt in prompts]
         return document
 
 
-def _number(value: float) -> float | None:
+def _encode_number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _side(side: Side) -> dict[str, Any]:
+def _encode_side(side: Side) -> dict[str, Any]:
     peak = side.super_activation
     return {
-        "perplexity": _number(side.perplexity),
+        "perplexity": _encode_number(side.perplexity),
         "finite": side.finite,
         "super_activation": peak
         and {
             "layer": peak.layer,
             "token": peak.token,
             "channel": peak.channel,
-            "value": _number(peak.value),
+            "value": _encode_number(peak.value),
             "window": peak.window,
         },
     }
 
 
-def _tokens(tokens: tuple[tuple[str, float], ...]) -> list[list[Any]]:
-    return [[token, _number(probability)] for token, probability in tokens]
+def _encode_tokens(tokens: tuple[tuple[str, float], ...]) -> list[list[Any]]:
+    return [[token, _encode_number(probability)] for token, probability in tokens]

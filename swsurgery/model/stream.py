@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from swsurgery.errors import CheckpointError
-from swsurgery.model.weight_plan import Part, Slot, WeightPlan, layout
+from swsurgery.model.weight_plan import Part, Slot, WeightPlan, compute_layout
 from swsurgery.storage.files import Place, opened
 from swsurgery.threads import Pool
 
-PIECE = 8 << 20
+STREAM_PIECE = 8 << 20
 """Number of bytes that one task reads."""
 
 READERS = max(2, min(8, os.cpu_count() or 2))
@@ -81,7 +81,7 @@ class StreamedWeights:
         wanted = tuple(slot for slot in self.plan.outside if head or not slot.head)
         if wanted != self._bound:
             self._release()
-            memory = torch.empty(layout(wanted)[1], dtype=torch.uint8, device=self.devices[0])
+            memory = torch.empty(compute_layout(wanted)[1], dtype=torch.uint8, device=self.devices[0])
             self._open().fill(wanted, memory, self.devices[0])
             self._bind(wanted, memory)
             self._bound = wanted
@@ -119,7 +119,7 @@ class StreamedWeights:
             torch.cuda.empty_cache()  # no later allocation fits the freed block
 
     def _bind(self, slots: Sequence[Slot], memory: Tensor) -> None:
-        for slot, begin in zip(slots, layout(slots)[0], strict=True):
+        for slot, begin in zip(slots, compute_layout(slots)[0], strict=True):
             view = memory[begin : begin + slot.size].view(slot.dtype).view(slot.shape)
             for module, name in slot.owners:
                 if name in module._parameters:
@@ -154,12 +154,12 @@ class _Task:
         memory[self.begin : self.begin + len(values)] = values
 
 
-def _tasks(slot: Slot, begin: int) -> Iterator[_Task]:
+def _split_tasks(slot: Slot, begin: int) -> Iterator[_Task]:
     """Split the parts of a slot, which begins at `begin` in a buffer, into tasks of at most PIECE bytes."""
     for part in slot.parts:
         at, end = part.offset, part.offset + part.size
         while at < end:
-            size = min(PIECE, end - at)
+            size = min(STREAM_PIECE, end - at)
             element = part.element + (at - part.offset) // part.dtype.itemsize
             yield _Task(part, at, size, begin + element * slot.dtype.itemsize, slot.dtype)
             at += size
@@ -197,9 +197,9 @@ class _Files:
             view, offset = view[count:], offset + count
 
 
-def pinned_pieces() -> list[Tensor]:
+def allocate_pinned_pieces() -> list[Tensor]:
     """Allocate main memory from which CUDA copies asynchronously: two pieces for each thread that reads."""
-    return [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * READERS)]
+    return [torch.empty(STREAM_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * READERS)]
 
 
 class _Reader:
@@ -213,7 +213,7 @@ class _Reader:
         self._threads = Pool(READERS)
         self._streams = {device: _new_stream(device) for device in devices if device.type == "cuda"}
         self._pinned: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
-        for piece in pinned_pieces() if self._streams else ():
+        for piece in allocate_pinned_pieces() if self._streams else ():
             self._pinned.put((piece, _new_event()))
 
     def fill(self, slots: Sequence[Slot], memory: Tensor, device: torch.device) -> None:
@@ -229,8 +229,8 @@ class _Reader:
 
         Returns the event after which `memory` may be used, or None if it can be used now.
         """
-        begins, _ = layout(slots)
-        tasks = [task for slot, begin in zip(slots, begins, strict=True) for task in _tasks(slot, begin)]
+        begins, _ = compute_layout(slots)
+        tasks = [task for slot, begin in zip(slots, begins, strict=True) for task in _split_tasks(slot, begin)]
         stream = self._streams.get(device)
         if stream is None:
             list(self._threads.map(lambda task: task.read(self._files, memory), tasks))
@@ -257,7 +257,7 @@ class _Reader:
         try:
             copied.synchronize()
             size = task.size // task.part.dtype.itemsize * task.dtype.itemsize
-            host = pinned if size <= PIECE else torch.empty(size, dtype=torch.uint8)
+            host = pinned if size <= STREAM_PIECE else torch.empty(size, dtype=torch.uint8)
             _Task(task.part, task.offset, task.size, 0, task.dtype).read(self._files, host)
             with torch.cuda.stream(stream):
                 memory[task.begin : task.begin + size].copy_(host[:size], non_blocking=host is pinned)

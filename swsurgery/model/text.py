@@ -21,7 +21,7 @@ class Measured(Protocol):
         """Number of predictions that were scored in all windows."""
 
 
-def measured_text(measured: Measured) -> str:
+def describe_measured_text(measured: Measured) -> str:
     """Describe the text, such as "16 windows of 512 tokens (8,176 scored)"."""
     plural = "" if measured.windows == 1 else "s"
     return f"{measured.windows} window{plural} of {measured.window_tokens} tokens ({measured.scored_tokens:,} scored)"

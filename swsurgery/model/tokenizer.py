@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swsurgery.errors import Unrunnable
-from swsurgery.model.refusals import no_tokenizer
+from swsurgery.model.refusals import make_tokenizer_error
 
 MEMORY = 2 << 30
 """Maximum address space of the process, in bytes. Loading SmolLM2's tokenizer takes 220 MB."""
@@ -31,7 +31,7 @@ SECONDS = 60
 MAX_ANSWER = 128 << 20
 """Maximum size of an answer in bytes. The decoded vocabulary of Gemma 3, the largest known, has 5 MB."""
 
-IDLE_SECONDS = 90
+MAX_IDLE_SECONDS = 90
 """Time in seconds after which an idle process is not used again. It ends soon after."""
 
 _idle: list[_Process] = []
@@ -68,7 +68,7 @@ class _Process:
             bufsize=0,
             start_new_session=True,
         )
-        self.end = weakref.finalize(self, _kill, self._child)
+        self.end = weakref.finalize(self, _end_process, self._child)
         assert self._child.stdin is not None and self._child.stdout is not None
         self._requests, self._answers = self._child.stdin.fileno(), self._child.stdout.fileno()
         os.set_blocking(self._requests, False)
@@ -76,7 +76,7 @@ class _Process:
 
     def alive(self) -> bool:
         """Return False if the process has ended or will end soon because it was idle for too long."""
-        return self.end.alive and self._child.poll() is None and time.monotonic() - self.idle_since < IDLE_SECONDS
+        return self.end.alive and self._child.poll() is None and time.monotonic() - self.idle_since < MAX_IDLE_SECONDS
 
     def allow(self, seconds: float) -> None:
         """Set the time in seconds that all following requests together may take."""
@@ -132,7 +132,7 @@ class _Failed(Exception):
     """Raised if the process fails, with a message of a few words."""
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def _end_process(child: subprocess.Popen[bytes]) -> None:
     """End a process with its workers, and close its streams."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
@@ -198,7 +198,7 @@ class Tokenizer:
         # For some model types, transformers invents an almost empty tokenizer if no file of one exists.
         names = {"tokenizer.json", "tokenizer.model", "tekken.json", *map(str, files)}
         if not any((directory / name).is_file() for name in names):
-            raise no_tokenizer(directory)
+            raise make_tokenizer_error(directory)
         self._verb = "run"
 
     def __len__(self) -> int:

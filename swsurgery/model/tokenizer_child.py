@@ -24,13 +24,13 @@ PR_SET_PDEATHSIG = 1
 """The option of prctl(2) that has this name."""
 
 
-def die_with_parent() -> None:
+def end_with_parent() -> None:
     """Have Linux end this process when its parent ends. On other systems it ends at the end of stdin."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def limit(memory: int, seconds: int) -> None:
+def set_limits(memory: int, seconds: int) -> None:
     """Limit this process: address space in bytes, processor time in seconds, and no written files."""
     for which, value in (
         (resource.RLIMIT_AS, memory),
@@ -57,7 +57,7 @@ def read_request() -> dict[str, object] | None:
             return request
 
 
-def answer(document: dict[str, object]) -> None:
+def write_answer(document: dict[str, object]) -> None:
     """Write one line to descriptor 1."""
     data = memoryview(json.dumps(document).encode() + b"\n")
     while data:
@@ -71,23 +71,23 @@ def serve(directory: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     bos = tokenizer.bos_token_id
     files = [str(name) for name in tokenizer.vocab_files_names.values()]
-    answer({"size": len(tokenizer), "bos": bos if isinstance(bos, int) else None, "files": files})
+    write_answer({"size": len(tokenizer), "bos": bos if isinstance(bos, int) else None, "files": files})
     while (request := read_request()) is not None:
         if "end" in request:
-            answer({})
+            write_answer({})
             return
         if "text" in request:
             ids = tokenizer(request["text"], add_special_tokens=request["special"])["input_ids"]
             if len(ids) > MAX_TOKENS:
                 raise ValueError(f"a text of {len(ids)} tokens")
-            answer({"ids": [int(i) for i in ids]})
+            write_answer({"ids": [int(i) for i in ids]})
         else:
             sequences = request["ids"]
             assert isinstance(sequences, list)
-            answer({"texts": tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)})
+            write_answer({"texts": tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)})
 
 
-def first_line(error: BaseException) -> str:
+def get_first_line(error: BaseException) -> str:
     """Return the first line of the message of `error`, joined with the second if it ends in a colon, or its type."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
@@ -99,14 +99,14 @@ def work(request: dict[str, object]) -> None:
     """Serve one tokenizer as the worker, answer with an error if that fails, and end the process."""
     code = 1
     try:
-        die_with_parent()
-        limit(int(str(request["memory"])), int(str(request["seconds"])))
+        end_with_parent()
+        set_limits(int(str(request["memory"])), int(str(request["seconds"])))
         serve(str(request["load"]))
         code = 0
     except MemoryError:
         pass
     except BaseException as error:  # noqa: BLE001 (the libraries raise any exception for a bad tokenizer)
-        answer({"error": first_line(error)})
+        write_answer({"error": get_first_line(error)})
         code = 0
     finally:
         os._exit(code)
@@ -115,7 +115,7 @@ def work(request: dict[str, object]) -> None:
 def main() -> None:
     """Import transformers, then serve one tokenizer after the other until stdin ends or no request comes in time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
-    die_with_parent()
+    end_with_parent()
     sys.modules["torch"] = None  # type: ignore[assignment]  # no tokenizer needs it, and it takes seconds
     try:
         import tokenizers  # noqa: F401 (imported before the fork)
@@ -123,7 +123,7 @@ def main() -> None:
         from transformers.utils import logging
     except Exception as error:  # noqa: BLE001 (a broken installation raises any exception)
         if read_request() is not None:
-            answer({"error": f"transformers cannot be imported: {first_line(error)}"})
+            write_answer({"error": f"transformers cannot be imported: {get_first_line(error)}"})
         return
     logging.set_verbosity(CRITICAL)
     while select.select([0], [], [], IDLE_SECONDS)[0]:
@@ -136,7 +136,7 @@ def main() -> None:
         status = os.waitpid(worker, 0)[1]
         if status:
             memory = os.WIFEXITED(status) or os.WTERMSIG(status) in (signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL)
-            answer({"error": "more memory than it may have" if memory else "more time than it may have"})
+            write_answer({"error": "more memory than it may have" if memory else "more time than it may have"})
 
 
 if __name__ == "__main__":

@@ -20,6 +20,6 @@ STREAMED = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"})
 """Stored dtypes that can be read layer by layer. FP8 is excluded: its values need scales."""
 
 
-def streamed_dtype(name: str) -> torch.dtype | None:
+def get_streamed_dtype(name: str) -> torch.dtype | None:
     """Return the torch dtype of a stored dtype that can be read layer by layer, or None."""
     return TORCH_DTYPES[name] if name in STREAMED else None

@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-__all__ = ["AutoClass", "language_model_class", "names_kept_in_float32", "no_init_weights"]
+__all__ = ["AutoClass", "get_language_model_class", "list_names_kept_in_float32", "no_init_weights"]
 
 LoadingInfo = Mapping[str, Collection[Any]]
 """What from_pretrained reports with output_loading_info: for each kind of problem, the names or tuples found."""
@@ -30,7 +30,7 @@ class AutoClass(Protocol):
         """Load a model; `options` include output_loading_info=True."""
 
 
-def language_model_class(config: PreTrainedConfig) -> AutoClass | None:
+def get_language_model_class(config: PreTrainedConfig) -> AutoClass | None:
     """Return the automatic class that builds a model of `config`, or None if transformers has no language model of it.
 
     A model that also sees images counts.
@@ -41,7 +41,7 @@ def language_model_class(config: PreTrainedConfig) -> AutoClass | None:
     return None
 
 
-def names_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
+def list_names_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
     """Return the names of the modules whose weights stay in float32 when `model` is loaded in `dtype`."""
     strict = model._keep_in_fp32_modules_strict or ()
     half = model._keep_in_fp32_modules or ()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import loaded_candidates, name_prefixes
+from swsurgery.checkpoint.projections import list_loaded_candidates, name_prefixes
 from swsurgery.errors import ModelError
-from swsurgery.model import local_directory
-from swsurgery.model.places import decoder, output_embeddings
-from swsurgery.model.refusals import HEADS, missing_weights
-from swsurgery.model.torch_dtypes import streamed_dtype
-from swsurgery.model.transformers_private import names_kept_in_float32
+from swsurgery.model import require_local_directory
+from swsurgery.model.places import find_decoder, find_output_embeddings
+from swsurgery.model.refusals import HEAD_NAMES, make_missing_error
+from swsurgery.model.torch_dtypes import get_streamed_dtype
+from swsurgery.model.transformers_private import list_names_kept_in_float32
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import Place, opened, read_exactly
 
@@ -90,15 +90,15 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
     """
     prefixes = ("", *name_prefixes(checkpoint.config))
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
-    head = output_embeddings(model)
+    head = find_output_embeddings(model)
     in_layers: list[list[Slot]] = [[] for _ in layers]
     outside: list[Slot] = []
-    for holders in _needed_tensors(model):
+    for holders in _list_needed_tensors(model):
         path, module, name = holders[0]
         tensor = getattr(module, name)
-        parts = _stored_parts(holders, tensor.shape, checkpoint, prefixes)
-        dtype = _loaded_dtype(model, path, tensor)
-        if any(part.dtype != dtype and not _both_floating(part.dtype, dtype) for part in parts):
+        parts = _find_stored_parts(holders, tensor.shape, checkpoint, prefixes)
+        dtype = _find_loaded_dtype(model, path, tensor)
+        if any(part.dtype != dtype and not _is_both_floating(part.dtype, dtype) for part in parts):
             raise ModelError(f"cannot be read layer by layer: stored as {parts[0].dtype}", path)
         for place in {layer_of.get(id(module)) for _, module, _ in holders}:
             mine = tuple((m, n) for _, m, n in holders if layer_of.get(id(m)) == place)
@@ -107,12 +107,12 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
     return WeightPlan(tuple(tuple(slots) for slots in in_layers), tuple(outside))
 
 
-def _needed_tensors(model: PreTrainedModel) -> Iterable[list[_Holder]]:
+def _list_needed_tensors(model: PreTrainedModel) -> Iterable[list[_Holder]]:
     """List the occurrences of each stored tensor of the text model and the head; a tied tensor has several.
 
     The parts of a model that process images are not needed.
     """
-    roots = [root for root in (decoder(model), output_embeddings(model)) if root is not None]
+    roots = [root for root in (find_decoder(model), find_output_embeddings(model)) if root is not None]
     needed = {id(module) for root in roots for module in root.modules()}
     holders: dict[int, list[_Holder]] = {}
     for path, module in model.named_modules():
@@ -122,7 +122,7 @@ def _needed_tensors(model: PreTrainedModel) -> Iterable[list[_Holder]]:
     return holders.values()
 
 
-def _stored_parts(
+def _find_stored_parts(
     holders: Sequence[_Holder], shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]
 ) -> tuple[Part, ...]:
     """Find the stored bytes of a tensor, under one of its names.
@@ -130,22 +130,22 @@ def _stored_parts(
     A tied tensor is usually stored under one name. Raises ModelError if it is stored under several with different
     bytes, because transformers then does not tie it, and if it is not stored.
     """
-    found = [(path, _parts(path, shape, checkpoint, prefixes)) for path, _, _ in holders]
+    found = [(path, _find_parts(path, shape, checkpoint, prefixes)) for path, _, _ in holders]
     stored = [(path, parts) for path, parts in found if parts]
     if not stored:
         path = holders[0][0]
-        if HEADS & set(path.split(".")) and not any(HEADS & set(t.split(".")) for t in checkpoint.shapes):
-            raise missing_weights([path], local_directory(checkpoint))
+        if HEAD_NAMES & set(path.split(".")) and not any(HEAD_NAMES & set(t.split(".")) for t in checkpoint.shapes):
+            raise make_missing_error([path], require_local_directory(checkpoint))
         raise ModelError("cannot be read layer by layer: no stored form is known", path)
     first, parts = stored[0]
     for path, others in stored[1:]:
-        if others != parts and not _same_bytes(parts, others):
+        if others != parts and not _has_same_bytes(parts, others):
             what = f"cannot be read layer by layer: it is tied to {path}, which is stored with other values"
             raise ModelError(what, first)
     return parts
 
 
-def _both_floating(one: torch.dtype, other: torch.dtype) -> bool:
+def _is_both_floating(one: torch.dtype, other: torch.dtype) -> bool:
     """Return True if values of one dtype can be converted to the other."""
     return one.is_floating_point and other.is_floating_point
 
@@ -160,10 +160,10 @@ class WeightPlan:
     @property
     def largest(self) -> int:
         """Bytes of the largest layer in a buffer."""
-        return max(layout(slots)[1] for slots in self.layers)
+        return max(compute_layout(slots)[1] for slots in self.layers)
 
 
-def layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
+def compute_layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
     """Return the offset of each slot in a buffer, and the length of the buffer in bytes."""
     begins, end = [], 0
     for slot in slots:
@@ -172,35 +172,35 @@ def layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
     return begins, end
 
 
-def _loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> torch.dtype:
+def _find_loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> torch.dtype:
     """Return the dtype in which transformers would load a weight; it keeps some modules in float32."""
-    kept = names_kept_in_float32(model, tensor.dtype)
+    kept = list_names_kept_in_float32(model, tensor.dtype)
     if tensor.is_floating_point() and any(re.search(rf"(?:^|\.){re.escape(name)}(?:$|\.)", path) for name in kept):
         return torch.float32
     return tensor.dtype
 
 
-def _parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]) -> tuple[Part, ...]:
+def _find_parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]) -> tuple[Part, ...]:
     """Find the stored bytes of one parameter. Empty if no stored tensor of its name has its shape."""
     longest = max((prefix for prefix in prefixes if path.startswith(prefix)), key=len)
     bare = path.removeprefix(longest)
     names = [prefix + rest for rest in dict.fromkeys((path, bare)) for prefix in ("", longest, *prefixes)]
     names = list(dict.fromkeys(names + [n.replace(*pair) for n in names for pair in RENAMED if pair[0] in n]))
     for name in names:
-        if checkpoint.shapes.get(name) == tuple(shape) and _as_stored(name, path, checkpoint):
-            return (_part(name, 0, checkpoint),)
+        if checkpoint.shapes.get(name) == tuple(shape) and _is_as_stored(name, path, checkpoint):
+            return (_locate_part(name, 0, checkpoint),)
     for ending, choices in STACKED.items():
         for name in names:
             if name.endswith(ending) and len(shape) == 3:
                 stem = name.removesuffix(ending) + "experts."
                 for parts in choices:
-                    found = _stacked(stem, parts, shape, checkpoint)
+                    found = _find_stacked(stem, parts, shape, checkpoint)
                     if found:
                         return found
     return ()
 
 
-def _stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Checkpoint) -> tuple[Part, ...]:
+def _find_stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Checkpoint) -> tuple[Part, ...]:
     """Find the parts of a parameter (experts, rows, columns) that is stored by expert; empty if one is missing."""
     experts, rows, columns = shape
     wanted = (rows // len(names), columns)
@@ -210,11 +210,11 @@ def _stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Che
             stored = f"{stem}{expert}.{name}.weight"
             if checkpoint.shapes.get(stored) != wanted or rows % len(names):
                 return ()
-            found.append(_part(stored, (expert * rows + number * wanted[0]) * columns, checkpoint))
+            found.append(_locate_part(stored, (expert * rows + number * wanted[0]) * columns, checkpoint))
     return tuple(found)
 
 
-def _same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
+def _has_same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
     """Return True if two stored forms of one parameter have the same bytes. Raises ShardError."""
     if [(part.size, part.dtype, part.element) for part in one] != [(p.size, p.dtype, p.element) for p in other]:
         return False
@@ -229,20 +229,20 @@ def _same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
     return True
 
 
-def _as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
+def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
     """Return False for a down projection that is loaded transposed. Other weights count as loaded as stored."""
     index = tuple(range(len(checkpoint.shapes[name])))
-    candidates = loaded_candidates(checkpoint.config, Coordinate(name, index), checkpoint.shapes)
+    candidates = list_loaded_candidates(checkpoint.config, Coordinate(name, index), checkpoint.shapes)
     turned = [c for c in candidates if c.tensor == path and c.index != index]
     return not turned
 
 
-def _part(name: str, element: int, checkpoint: Checkpoint) -> Part:
+def _locate_part(name: str, element: int, checkpoint: Checkpoint) -> Part:
     """Locate one stored tensor. Raises ModelError if it is quantised or has a dtype that cannot be streamed."""
     info, shard = checkpoint.info(name), checkpoint.shards[checkpoint.weight_map[name]]
     if why := checkpoint.quantisation.refusal(name):
         raise ModelError(f"cannot be read layer by layer: {why}", name)
-    dtype = streamed_dtype(info.dtype.name)
+    dtype = get_streamed_dtype(info.dtype.name)
     if dtype is None:
         raise ModelError(f"cannot be read layer by layer: stored as {info.dtype.name}", name)
     return Part(shard.path, shard.data_start + info.data_offsets[0], info.size, dtype, element)

@@ -15,7 +15,7 @@ STATES = 2 << 30
 in bfloat16. More variants take another pass, whose reading then takes less time than its computation."""
 
 
-def windows_of(
+def cut_text_windows(
     model: PreTrainedModel, tokenizer: Tokenizer, text: str, windows: int, window: int
 ) -> tuple[list[list[int]], int]:
     """Cut the first `windows` windows of `text`, and return them with the number of text tokens in one.
@@ -23,14 +23,14 @@ def windows_of(
     This number is `window`, or fewer if the model's context or the text is shorter. Raises ModelError if no window can
     be cut, or if a token is beyond the model's vocabulary.
     """
-    bos = measure.bos_prefix(tokenizer)
-    longest = min(window, load.context_length(model) - len(bos))
+    bos = measure.get_bos_prefix(tokenizer)
+    longest = min(window, load.get_context_length(model) - len(bos))
     pieces = measure.cut_windows(measure.encode(tokenizer, text), bos, windows, longest)
     measure.refuse_unknown_tokens(model, pieces)
     return pieces, max(map(len, pieces)) - len(bos)
 
 
-def variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]) -> int:
+def count_variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]) -> int:
     """Return the number of variants, besides the base, that may share one pass over the weights; at least one."""
     config, element = model.model.config.get_text_config(), model.dtype.itemsize
     size: int = sum(map(len, windows)) * config.hidden_size * element

@@ -33,17 +33,17 @@ from swsurgery.scanning.matrices import StoredProjection, refuse_quantised, refu
 from swsurgery.scanning.persistence import (
     KEPT,
     Spell,
-    as_activations,
+    count_layers_to_last,
     find_ends,
     find_spells,
     find_untraced,
-    layers_to_last,
+    merge_spells,
 )
 from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, ScanReport
 from swsurgery.scanning.spikes import MADE, MASSIVE, LayerSpikes, Move, Trace
 from swsurgery.storage.coordinate import Coordinate
 
-PROMPTS = (*CONTINUED, "It rained all day; we stayed in.\nThen it stopped, and the children ran out.\n")
+SCAN_PROMPTS = (*CONTINUED, "It rained all day; we stayed in.\nThen it stopped, and the children ran out.\n")
 """The default prompts. The last contains delimiters, because massive activations occur on them too (arXiv:2402.17762,
 figure 1)."""
 
@@ -56,7 +56,7 @@ OUTLIER = 10.0
 """The least size of x[col] and of y[row], in medians of the magnitudes of their token, so that both sides are outliers.
 In SmolLM2 the inputs have over 1,000 medians and the outputs over 300."""
 
-COMPANION = 0.25
+MIN_COMPANION_SHARE = 0.25
 """The least share of the token's largest output in the unedited model from which on a further channel counts. A neuron
 that makes an activation feeds other channels too. In SmolLM2 the next channel has 0.07. The two weights of Llama-2-7B
 that matter together are -0.92 and 1.56 in one column, which is a share of 0.59 (docs/known.md)."""
@@ -76,18 +76,18 @@ def scan_activations(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ScanReport:
-    """Find the super weights that `prompts` (None: `PROMPTS`) reveal, in at most `max_rounds` rounds.
+    """Find the super weights that `prompts` (None: `SCAN_PROMPTS`) reveal, in at most `max_rounds` rounds.
 
     Each prompt is read on its own, with BOS in front if the tokenizer adds one, and cut to the context length of the
     config. `device` and `placement` are those of `load.open_model`. Raises ModelError if there is nothing to read, if
     the tokenizer or the model cannot be loaded or run, or if the model's hidden states are not finite, and
     ArchitectureError if the model has no known down projection.
     """
-    prompts = PROMPTS if prompts is None else tuple(prompts)
-    with load.quiet():
+    prompts = SCAN_PROMPTS if prompts is None else tuple(prompts)
+    with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        bos, longest = measure.bos_prefix(tokenizer), load.context_length(model.model)
+        bos, longest = measure.get_bos_prefix(tokenizer), load.get_context_length(model.model)
         sequences = [[*bos, *measure.encode(tokenizer, prompt)][:longest] for prompt in prompts]
         measure.refuse_unknown_tokens(model.model, sequences)
         found = scan_sequences(model, sequences, max_rounds=max_rounds, progress=progress, say=say)
@@ -114,7 +114,7 @@ def scan_sequences(
     if not layers:
         raise Unrunnable("no list of decoder layers in the model", checkpoint.root)
     watch = LayerSpikes(model)
-    search, least = _Search(checkpoint), layers_to_last(layers)
+    search, least = _Search(checkpoint), count_layers_to_last(layers)
     unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
     notes = [f"{_format_numbers('layer', unseen)}: the down projection is not looked at"] if unseen else []
     if layers <= least:
@@ -122,7 +122,7 @@ def scan_sequences(
     profile = None
     rounds = 0
     while rounds < max_rounds:
-        with load.running(model.device, model.weights is not None):
+        with load.convert_run_errors(model.device, model.weights is not None):
             traces = watch.run(sequences, tuple(search.candidates), progress)
         if watch.broken is not None and not search.candidates:
             raise ModelError(
@@ -161,9 +161,9 @@ def scan_sequences(
             "layers_kept": least,
             "share": SHARE,
             "outlier": OUTLIER,
-            "companion": COMPANION,
+            "companion": MIN_COMPANION_SHARE,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": load.device_name(model.device),
+            "device": load.get_device_name(model.device),
             "placement": model.method,
         },
     )
@@ -202,7 +202,7 @@ class _Search:
     def look(self, traces: Sequence[Trace], number: int) -> list[Coordinate]:
         """Add the candidates of round `number`, counted from 1, and return their coordinates."""
         spells, companions = self._split(traces, number == 1)
-        for new in as_activations(traces, spells):
+        for new in merge_spells(traces, spells):
             if not any(old.channel == new.channel and old.layer <= new.layer <= old.last for old in self.activations):
                 self.activations.append(new)
         if number == 1:
@@ -217,7 +217,7 @@ class _Search:
             for scalar in makers:
                 found[scalar.coordinate].append((spell, scalar))
             if not makers:
-                unmade[move.layer, move.channel] = _why_no_maker(scalars, explained, outlier)
+                unmade[move.layer, move.channel] = _explain_no_maker(scalars, explained, outlier)
         for coordinate, places in found.items():
             scalar = places[0][1]
             self.candidates[coordinate] = self._make_candidate(coordinate, places, number)
@@ -240,7 +240,7 @@ class _Search:
         companions: list[Spell] = []
         for spell in find_spells(traces):
             largest = self._largest.get(spell.place[:3], spell.move.record.largest)
-            if spell.place in self._main or abs(spell.move.output) >= COMPANION * largest:
+            if spell.place in self._main or abs(spell.move.output) >= MIN_COMPANION_SHARE * largest:
                 spells.append(spell)
             else:
                 companions.append(spell)
@@ -333,7 +333,7 @@ class _Search:
         return self._rows[key]
 
 
-def _why_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) -> str:
+def _explain_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) -> str:
     """Name the condition that failed: that of the whole output, or else that of the scalar with the largest share."""
     if not scalars:
         return "nothing was multiplied"

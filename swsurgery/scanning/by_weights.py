@@ -25,22 +25,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import DownProjection, down_projections
+from swsurgery.checkpoint.projections import DownProjection, list_down_projections
 from swsurgery.errors import ArchitectureError
 from swsurgery.progress import Progress, Silent
-from swsurgery.scanning.coverage import layer_name, stored_layers, unread_layers
+from swsurgery.scanning.coverage import format_layer_name, list_stored_layers, list_unread_layers
 from swsurgery.scanning.report import Candidate, ScanReport
 from swsurgery.scanning.scores import (
-    THREADS,
+    READ_THREADS,
+    BlockReader,
     Matrix,
     Mlp,
     NeuronScores,
-    Reader,
-    Side,
-    columns_of,
-    ranks_in,
+    ScoreSide,
+    convert_patterns,
+    count_ranks,
+    read_columns,
     score_neurons,
-    values_of,
 )
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
@@ -58,10 +58,10 @@ row."""
 LEAST_SPREAD = math.log(2)
 """The least unit of z, a factor of two: scores that hardly differ have no outliers."""
 
-COMPANION = 0.5
+MIN_COMPANION_SCORE = 0.5
 """The least share of a candidate's magnitude from which on further rows of its column are listed."""
 
-MAX_ROWS = 3
+MAX_ROWS_PER_LAYER = 3
 """The largest number of rows that are listed from one column."""
 
 
@@ -178,7 +178,7 @@ def scan_weights(
         raise ValueError(f"top={top}, min_z={min_z} and threads={threads} must be positive")
     config = checkpoint.config
     names = _Names(checkpoint, checkpoint.shapes)
-    projections = [p for p in down_projections(config, names.shapes) if p.rows and p.cols]
+    projections = [p for p in list_down_projections(config, names.shapes) if p.rows and p.cols]
     if not projections:
         raise ArchitectureError("every down projection is empty", checkpoint.root)
     mlps = [names.mlp(projection) for projection in projections]
@@ -186,7 +186,7 @@ def scan_weights(
     progress = progress or Silent()
     progress.start(sum(mlp.size for mlp in mlps), "B", "scanning weights")
     try:
-        with Reader(threads or THREADS) as reader:
+        with BlockReader(threads or READ_THREADS) as reader:
             scored = [
                 _Scored.of(projection, found)
                 for projection, found in zip(projections, score_neurons(reader, mlps, progress.advance), strict=True)
@@ -197,14 +197,14 @@ def scan_weights(
         progress.close()
     if usual.silent:
         notes.append(f"{usual.silent} neurons have no finite score above 0 and were left out")
-    unread = unread_layers(config, names.shapes, projections)
+    unread = list_unread_layers(config, names.shapes, projections)
     if not candidates:
         why = _explain_none(scored, usual, min_z)
         notes.append(why.replace("no super weight", "no super weight in what was read", 1) if unread else why)
     return ScanReport(
         method="weights",
         model_type=next((str(s["model_type"]) for s in _list_sections(config) if s.get("model_type")), "unknown"),
-        layers=len(stored_layers(config, names.shapes, projections)),
+        layers=len(list_stored_layers(config, names.shapes, projections)),
         candidates=tuple(candidates),
         notes=tuple(notes),
         unread=unread,
@@ -252,9 +252,9 @@ class _Names:
                 stored = f"shape [{matrix.rows}, {matrix.cols}]"
                 raise ArchitectureError(f"{stored} is not {list(wanted)}, which {projection.tensor} needs", matrix.name)
         if how == "interleaved":
-            sides = Side(gate, 0, 2), Side(up, 1, 2)
+            sides = ScoreSide(gate, 0, 2), ScoreSide(up, 1, 2)
         else:
-            sides = Side(gate), Side(up, neurons if how == "halves" else 0)
+            sides = ScoreSide(gate), ScoreSide(up, neurons if how == "halves" else 0)
         down = Matrix.of(self.checkpoint, projection.tensor, expert)
         if projection.layer not in self._gains:
             self._gains[projection.layer] = self._read_gain_before(projection) ** 2, self._read_gain_behind(projection)
@@ -278,7 +278,7 @@ class _Names:
 
     def _read_gain_before(self, projection: DownProjection) -> NDArray[np.float64]:
         """Read the gain of the norm before the MLP: (channels,). If none is stored, return ones and add a note."""
-        layer = layer_name(projection)
+        layer = format_layer_name(projection)
         # OPT-350m normalises after each block, so the input of its MLP is the output of the attention's norm.
         norms: tuple[str, ...] = NORMS
         if self.checkpoint.config.get("do_layer_norm_before") is False:
@@ -292,7 +292,7 @@ class _Names:
 
     def _read_gain_behind(self, projection: DownProjection) -> NDArray[np.float32] | None:
         """Read the magnitudes of the gain of the norm after the MLP: (channels,), or None without such a norm."""
-        name = self._norms_behind.get(layer_name(projection))
+        name = self._norms_behind.get(format_layer_name(projection))
         if name is None:
             return None
         self._note(NORM_BEHIND.format(name.removesuffix(".weight").rpartition(".")[2]))
@@ -313,7 +313,7 @@ class _Names:
             raise ArchitectureError(why, name, "scan an unquantised copy, or by activations")
         with opened(shard.path) as fd:
             raw = read_exactly(fd, info.size, shard.data_start + info.data_offsets[0], shard.path)
-        gain = values_of(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
+        gain = convert_patterns(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
         return gain + 1.0 if _has_type(self.checkpoint.config, ONE_PLUS) else gain
 
 
@@ -373,7 +373,7 @@ class _Usual:
 
 
 def _find_candidates(
-    checkpoint: Checkpoint, reader: Reader, scored: Sequence[_Scored], usual: _Usual, top: int, min_z: float
+    checkpoint: Checkpoint, reader: BlockReader, scored: Sequence[_Scored], usual: _Usual, top: int, min_z: float
 ) -> list[Candidate]:
     """Find the best scalars of the best neurons; their down projections are read again for rows and ranks."""
     neurons = []
@@ -393,21 +393,21 @@ def _find_candidates(
 
 
 def _find_scalars(
-    checkpoint: Checkpoint, reader: Reader, one: _Scored, cols: Sequence[int], usual: _Usual, min_z: float
+    checkpoint: Checkpoint, reader: BlockReader, one: _Scored, cols: Sequence[int], usual: _Usual, min_z: float
 ) -> list[Candidate]:
-    """Find the largest scalar of each column, and those close to it, up to `MAX_ROWS` in all."""
+    """Find the largest scalar of each column, and those close to it, up to `MAX_ROWS_PER_LAYER` in all."""
     projection = one.projection
-    columns = columns_of(reader, one.mlp, cols)
+    columns = read_columns(reader, one.mlp, cols)
     picked: list[tuple[int, int, float, float]] = []
     behind = np.float32(1) if one.mlp.behind is None else one.mlp.behind
     for col, magnitudes in zip(cols, columns.T, strict=True):
         weighted = magnitudes * behind
         scores = weighted / one.peaks[col] * one.scores[col]
         close = usual.remarkable(projection.layer, scores, weighted, min_z)
-        close &= weighted >= COMPANION * one.peaks[col]
-        rows = np.argsort(-weighted, kind="stable")[:MAX_ROWS]
+        close &= weighted >= MIN_COMPANION_SCORE * one.peaks[col]
+        rows = np.argsort(-weighted, kind="stable")[:MAX_ROWS_PER_LAYER]
         picked += [(int(row), col, float(magnitudes[row]), float(scores[row])) for row in rows if close[row]]
-    ranks = ranks_in(reader, one.mlp.down, [magnitude for _, _, magnitude, _ in picked])
+    ranks = count_ranks(reader, one.mlp.down, [magnitude for _, _, magnitude, _ in picked])
     candidates = []
     for (row, col, _, score), rank in zip(picked, ranks, strict=True):
         coordinate = Coordinate(projection.tensor, projection.index(row, col))

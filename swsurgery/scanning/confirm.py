@@ -23,14 +23,21 @@ from typing import NamedTuple
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, load, measure
-from swsurgery.model.check import built_in_text
+from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.intervals import LEAST_WINDOWS, mean_interval, prediction_bound
-from swsurgery.model.windows import variants_at_once, windows_of
+from swsurgery.model.intervals import LEAST_WINDOWS, compute_mean_interval, compute_prediction_bound
+from swsurgery.model.windows import count_variants_at_once, cut_text_windows
 from swsurgery.progress import Progress
 from swsurgery.scanning.matrices import find_projections
 from swsurgery.scanning.report import Candidate, ColumnNull, Confirmation, Effect, JointSet, Trial, Verdict
-from swsurgery.scanning.suspects import Column, column_of, column_rows, companions_of, draw_nulls, minor_scalars
+from swsurgery.scanning.suspects import (
+    Column,
+    choose_column_rows,
+    draw_nulls,
+    find_companions,
+    find_minor_scalars,
+    get_column,
+)
 from swsurgery.storage.coordinate import Coordinate
 
 INERT = 1.05
@@ -75,20 +82,22 @@ def confirm(
     Windows, BOS and scored positions are those of `check.run_checks`. For the method see `confirm_windows`. Raises
     ModelError if the tokenizer or the model cannot be loaded or run.
     """
-    text = built_in_text() if text is None else text
-    with load.quiet():
+    text = read_built_in_text() if text is None else text
+    with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        pieces, longest = windows_of(model.model, tokenizer, text, windows, window)
+        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
         found = confirm_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
     return dataclasses.replace(found, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
 def refuse_text(checkpoint: Checkpoint, text: str | None, windows: int, window: int) -> None:
     """Raise ModelError if `confirm` could not even begin: without a tokenizer, or if no window fits into the text."""
-    with load.quiet():
+    with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
-        measure.cut_windows(measure.encode(tokenizer, built_in_text() if text is None else text), [], windows, window)
+        measure.cut_windows(
+            measure.encode(tokenizer, read_built_in_text() if text is None else text), [], windows, window
+        )
 
 
 def confirm_windows(
@@ -119,8 +128,8 @@ def confirm_windows(
     candidates), and in pairs.
 
     The bar for a companion is also above the effect to be expected of one more large row of its column, predicted from
-    the effects of the others, whether they raise the loss or lower it (`prediction_bound`). A companion is "untested"
-    if its column has fewer than three other large rows.
+    the effects of the others, whether they raise the loss or lower it (`compute_prediction_bound`). A companion is
+    "untested" if its column has fewer than three other large rows.
 
     `say` gets a line if the text is too short, if a null raises the bar, for a companion that cannot be judged or
     whose loss helps, and for a scalar of the null that proves critical.
@@ -163,7 +172,7 @@ def confirm_windows(
         window_tokens=max(map(len, windows)),
         text_sha256="",
         dtype=str(model.dtype).removeprefix("torch."),
-        device=load.device_name(model.device),
+        device=load.get_device_name(model.device),
         scored_tokens=sum(losses.scored),
         column_nulls=tuple(_measure_column_null(losses, together, *item) for item in suspects.columns.items()),
     )
@@ -195,7 +204,7 @@ class _Suspects:
 
     def lead(self, column: Column) -> Coordinate:
         """Return the candidate to which the column owes its companions: the first tested one in it."""
-        return next(candidate.coordinate for candidate in self.tested if column_of(candidate) == column)
+        return next(candidate.coordinate for candidate in self.tested if get_column(candidate) == column)
 
     def groups(self) -> list[Zeroed]:
         """List the sets that are zeroed before joint sets are known."""
@@ -212,7 +221,7 @@ class _Suspects:
 def _choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nulls: int, seed: int) -> _Suspects:
     listed = list({candidate.coordinate: candidate for candidate in candidates}.values())
     matrices = find_projections(checkpoint, listed)
-    tested = listed + companions_of(listed, matrices)
+    tested = listed + find_companions(listed, matrices)
     null = draw_nulls(listed, tested, matrices, nulls, seed)
     together = frozenset(candidate.coordinate for candidate in listed)
     count = min(CONTEXT_NULLS, len(null)) if len(tested) > 1 else 0
@@ -221,8 +230,8 @@ def _choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nu
         together=together,
         null=null,
         crowded=[null[number * len(null) // count] for number in range(count)],
-        columns=column_rows(listed, tested, matrices),
-        minor=minor_scalars(listed, tested),
+        columns=choose_column_rows(listed, tested, matrices),
+        minor=find_minor_scalars(listed, tested),
         pairs=_choose_pairs(tested, together),
     )
 
@@ -293,9 +302,9 @@ def _set_bars(losses: _Losses, suspects: _Suspects, say: Say) -> _Bars:
         floor,
         joint_floor,
         of_minor={
-            c.coordinate: bars.get(column_of(c), _NO_BAR) for c in suspects.tested if c.coordinate in suspects.minor
+            c.coordinate: bars.get(get_column(c), _NO_BAR) for c in suspects.tested if c.coordinate in suspects.minor
         },
-        unjudged={c.coordinate for c in companions if column_of(c) not in bars},
+        unjudged={c.coordinate for c in companions if get_column(c) not in bars},
     )
 
 
@@ -310,10 +319,12 @@ def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[flo
     alone = {scalar: losses.gain(frozenset({scalar})) for scalar in suspects.null}
     floor = max(math.log(INERT), _compute_outer_fence([gain.log for gain in alone.values()]))
     if floor > math.log(INERT):
-        say(f"random scalars of like magnitude change perplexity too: only ratios above {_exp(floor):.3g} count")
+        say(
+            f"random scalars of like magnitude change perplexity too: only ratios above {_compute_exp(floor):.3g} count"
+        )
     for scalar in suspects.null:
         if alone[scalar].low > floor:
-            ratio = f"x{_exp(alone[scalar].log):.3g} without it"
+            ratio = f"x{_compute_exp(alone[scalar].log):.3g} without it"
             say(f"critical, though no candidate: {scalar} (drawn for comparison; perplexity is {ratio})")
     common = [
         losses.gain(together | {scalar}, [together, frozenset({scalar})]).log
@@ -323,7 +334,7 @@ def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[flo
     # If the losses of a broken model are infinite, one more scalar shows nothing.
     joint_floor = max([floor, *filter(math.isfinite, common)])
     if joint_floor > floor:
-        least = f"x{_exp(joint_floor):.3g}"
+        least = f"x{_compute_exp(joint_floor):.3g}"
         say(f"without the candidates random scalars matter more: only joint effects above {least} count")
     return floor, joint_floor
 
@@ -343,7 +354,7 @@ def _set_column_bar(losses: _Losses, together: Zeroed, lead: Coordinate, rows: S
     ]
     # If the losses of a broken model are infinite, one more scalar shows nothing.
     finite = [gains for gains in joint if all(map(math.isfinite, gains))]
-    return _Bar(prediction_bound(alone), max(map(prediction_bound, finite), default=math.inf))
+    return _Bar(compute_prediction_bound(alone), max(map(compute_prediction_bound, finite), default=math.inf))
 
 
 # Verdicts ------------------------------------------------------------------------------------------------------------
@@ -411,7 +422,7 @@ def _measure_column_null(losses: _Losses, together: Zeroed, column: Column, rows
     return ColumnNull(
         *column,
         alone=tuple(losses.effect(frozenset({row})).ratio for row in rows),
-        added=tuple(_exp(losses.gain(together | {row}, [together]).log) for row in rows),
+        added=tuple(_compute_exp(losses.gain(together | {row}, [together]).log) for row in rows),
     )
 
 
@@ -419,10 +430,10 @@ def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: S
     """Report companions that cannot be judged, and those without which the model is better."""
     together = suspects.together
     for candidate in suspects.tested:
-        name, rows = candidate.coordinate, suspects.columns.get(column_of(candidate), ())
+        name, rows = candidate.coordinate, suspects.columns.get(get_column(candidate), ())
         if name in bars.unjudged:
-            lead = suspects.lead(column_of(candidate))
-            both = _exp(losses.gain(frozenset({lead, name})).log)
+            lead = suspects.lead(get_column(candidate))
+            both = _compute_exp(losses.gain(frozenset({lead, name})).log)
             say(
                 f"untested companion: {name} (other large rows in its column: {len(rows)}, at least {LEAST_ROWS} are "
                 f"needed for comparison; perplexity is x{both:.3g} without it and {lead})"
@@ -430,7 +441,7 @@ def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: S
         elif name in bars.of_minor and name not in together:
             added = losses.gain(together | {name}, [together])
             if added.high < -max(math.log(INERT), bars.of_minor[name].joint):
-                ratio = f"x{_exp(added.log):.3g}"
+                ratio = f"x{_compute_exp(added.log):.3g}"
                 say(f"companion that helps: {name} (zeroed on top of all candidates, perplexity is {ratio})")
 
 
@@ -474,8 +485,8 @@ class _Losses:
         wanted.sort(key=lambda group: -min((self._layers[name.tensor] for name in group), default=0))
         if self._base and not wanted:
             return
-        with load.running(self.model.device, self.model.weights is not None):
-            at_once = variants_at_once(self.model, self.windows)
+        with load.convert_run_errors(self.model.device, self.model.weights is not None):
+            at_once = count_variants_at_once(self.model, self.windows)
             for begin in range(0, max(1, len(wanted)), at_once):
                 self._run(wanted[begin : begin + at_once], progress)
 
@@ -486,19 +497,19 @@ class _Losses:
             value - sum(part[number] for part in taken)
             for number, value in enumerate(self._extra[group - self._nothing])
         ]
-        mean, low, high = mean_interval(extra, self.scored)
+        mean, low, high = compute_mean_interval(extra, self.scored)
         # Every comparison with NaN, such as a difference of infinities, is false.
         return _Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
 
     def effect(self, group: Zeroed) -> Effect:
         """Return the effect of zeroing `group`: ratio, interval and KL in nats."""
         gain = self.gain(group)
-        low, high = (None if math.isnan(end) else _exp(end) for end in (gain.low, gain.high))
-        return Effect(_exp(gain.log), low, high, self._kl[group - self._nothing])
+        low, high = (None if math.isnan(end) else _compute_exp(end) for end in (gain.low, gain.high))
+        return Effect(_compute_exp(gain.log), low, high, self._kl[group - self._nothing])
 
     @property
     def base_perplexity(self) -> float:
-        return _exp(mean_interval(self._base, self.scored).mean)
+        return _compute_exp(compute_mean_interval(self._base, self.scored).mean)
 
     def _run(self, groups: Sequence[Zeroed], progress: Progress | None) -> None:
         totals = measure.Totals([], 1 + len(groups))
@@ -520,5 +531,5 @@ class _Losses:
             self._kl[group] = math.inf if math.isnan(kl) else kl
 
 
-def _exp(log: float) -> float:
+def _compute_exp(log: float) -> float:
     return math.exp(log) if not log > 709 else math.inf  # math.exp raises above 709; NaN stays NaN

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 
 from swsurgery.checkpoint.architectures import Shapes
-from swsurgery.checkpoint.projections import DownProjection, layer_limit
+from swsurgery.checkpoint.projections import DownProjection, read_layer_limit
 from swsurgery.scanning.report import UnreadLayer
 
 _MIXERS = (
@@ -40,12 +40,14 @@ _LAYER = re.compile(r"(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.DOTALL)
 _EXPERT = re.compile(r"(?<=experts\.)(0|[1-9][0-9]{0,8})(?=\.)")
 
 
-def stored_layers(config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]) -> set[int]:
+def list_stored_layers(
+    config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
+) -> set[int]:
     """Return the numbers of all layers in the stacks that contain these projections, whatever modules they have."""
     return {layer for _, layer, _ in _list_tensors(config, shapes, projections)}
 
 
-def unread_layers(
+def list_unread_layers(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> tuple[UnreadLayer, ...]:
     """List the layers with matrices that may belong to an MLP, but not to the MLP of any of the projections.
@@ -75,8 +77,8 @@ def _list_tensors(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> Iterator[tuple[str, int, str]]:
     """Yield (name, layer, rest of the name) of every tensor in the stacks of layers that contain the projections."""
-    limit = layer_limit(config)
-    trunks = {layer_name(projection).removesuffix(str(projection.layer)) for projection in projections}
+    limit = read_layer_limit(config)
+    trunks = {format_layer_name(projection).removesuffix(str(projection.layer)) for projection in projections}
     for name in shapes:
         for trunk in trunks:
             match = _LAYER.fullmatch(name[len(trunk) :]) if name.startswith(trunk) else None
@@ -85,7 +87,7 @@ def _list_tensors(
                 yield name, int(match["layer"]), match["rest"]
 
 
-def layer_name(projection: DownProjection) -> str:
+def format_layer_name(projection: DownProjection) -> str:
     """Return the name of the layer that contains a down projection, such as model.layers.3."""
     steps = projection.tensor.split(".")
     return ".".join(steps[: steps.index(str(projection.layer)) + 1])

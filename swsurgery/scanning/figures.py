@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from swsurgery.errors import TargetError, printable
-from swsurgery.model.text import measured_text
+from swsurgery.errors import TargetError, escape_control
+from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, ScanReport, SweepReport, Verdict
 from swsurgery.storage.filesystem import write_report
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 # Without these entries a file contains the time of writing, and the bytes differ.
-FORMATS = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+FIGURE_FORMATS = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 """The endings of a figure's name, and the metadata that its file omits."""
 
 WIDTH, HEIGHT, DPI = 1200, 800, 100
@@ -87,7 +87,7 @@ class Mark(NamedTuple):
         return line
 
 
-VERDICTS: dict[Verdict | None, Mark] = {
+VERDICT_MARKS: dict[Verdict | None, Mark] = {
     "critical alone": Mark("critical alone", "D", VERMILION, VERMILION),
     "critical jointly": Mark("critical jointly", "^", BLACK, ORANGE),
     None: Mark("not tested", "s", VERMILION, "white"),
@@ -112,10 +112,10 @@ class Found(NamedTuple):
 def check_figure_path(path: Path) -> None:
     """Refuse a path that `plot_scan` and `plot_sweep` cannot write to, before the long work begins.
 
-    Raises TargetError if the ending is not in `FORMATS`, if the directory is missing or not writable, and if matplotlib
-    is not installed.
+    Raises TargetError if the ending is not in `FIGURE_FORMATS`, if the directory is missing or not writable, or if
+    matplotlib is not installed.
     """
-    if path.suffix.lower() not in FORMATS:
+    if path.suffix.lower() not in FIGURE_FORMATS:
         raise TargetError("no format for this figure", path, "its name ends in .png, .svg or .pdf")
     if path.is_dir():
         raise TargetError("this is a directory", path, "name the figure's file")
@@ -138,7 +138,7 @@ def plot_scan(report: ScanReport, path: Path, model: str | None = None) -> None:
     the title. Raises TargetError like `check_figure_path`, and if the file cannot be written.
     """
     check_figure_path(path)
-    with _own_style():
+    with _use_own_style():
         paper = _make_sheet(f"{model or report.model_type}, {report.layers} layers: {_format_answer(report)}")
         found = _list_found(report)
         labelled = found[:MAX_LABELS]
@@ -157,7 +157,7 @@ def plot_scan(report: ScanReport, path: Path, model: str | None = None) -> None:
         if len(labelled) < len(found):
             _write_note(paper, f"{len(found) - len(labelled)} more marked without a label")
         verdicts = {f.verdict for f in found}
-        _draw_legend(paper, top, [VERDICTS[v] for v in VERDICTS if v in verdicts])
+        _draw_legend(paper, top, [VERDICT_MARKS[v] for v in VERDICT_MARKS if v in verdicts])
         _save(paper, path)
 
 
@@ -168,7 +168,7 @@ def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> Non
     begins with `model`. Raises TargetError like `plot_scan`.
     """
     check_figure_path(path)
-    with _own_style():
+    with _use_own_style():
         scaled = str(report.coordinates[0]) if len(report.coordinates) == 1 else f"{len(report.coordinates)} scalars"
         paper = _make_sheet(f"{model}: {scaled}, scaled" if model else f"{scaled}, scaled")
         points = sorted([*(p for p in report.points if p.factor != 1), report.base], key=lambda point: point.factor)
@@ -189,7 +189,7 @@ def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> Non
         panels[-1].set_xlabel("factor")
         gap = any(not math.isfinite(value) for values in curves.values() for value in values)
         _draw_legend(paper, TOP, [BASE, SCALED, NOT_FINITE] if gap else [BASE, SCALED])
-        _write_note(paper, f"{measured_text(report)}, {report.dtype} on {report.device}")
+        _write_note(paper, f"{describe_measured_text(report)}, {report.dtype} on {report.device}")
         _save(paper, path)
 
 
@@ -197,7 +197,7 @@ def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> Non
 
 
 @contextmanager
-def _own_style() -> Iterator[None]:
+def _use_own_style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context():
@@ -213,7 +213,9 @@ def _make_sheet(title: str) -> Axes:
     figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), facecolor="white")
     paper = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT), zorder=1)
     paper.set_axis_off()
-    line = paper.text(LEFT, HEIGHT - 24, printable(title), fontsize=13, fontweight="bold", verticalalignment="center")
+    line = paper.text(
+        LEFT, HEIGHT - 24, escape_control(title), fontsize=13, fontweight="bold", verticalalignment="center"
+    )
     line.set_fontsize(13 * min(1, (WIDTH - LEFT - 15) / _measure_width(line)))
     return paper
 
@@ -249,13 +251,13 @@ def _draw_legend(paper: Axes, top: float, marks: Iterable[Mark]) -> None:
 
 
 def _write_note(paper: Axes, text: str) -> None:
-    paper.text(RIGHT, 16, printable(text), color=GREY, horizontalalignment="right")
+    paper.text(RIGHT, 16, escape_control(text), color=GREY, horizontalalignment="right")
 
 
 def _save(paper: Axes, path: Path) -> None:
     ending = path.suffix.lower()
     buffer = io.BytesIO()
-    _get_figure(paper).savefig(buffer, format=ending[1:], metadata=FORMATS[ending])
+    _get_figure(paper).savefig(buffer, format=ending[1:], metadata=FIGURE_FORMATS[ending])
     write_report(path, buffer.getvalue())
 
 
@@ -281,7 +283,7 @@ def _list_found(report: ScanReport) -> list[Found]:
     found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
     tested = {trial.candidate.coordinate for trial in trials}
     found += [Found(candidate, None) for candidate in report.candidates if candidate.coordinate not in tested]
-    order = list(VERDICTS)
+    order = list(VERDICT_MARKS)
     return sorted(found, key=lambda one: order.index(one.verdict))
 
 
@@ -330,7 +332,7 @@ def _format_name(candidate: Candidate) -> str:
 def _draw_label(paper: Axes, found: Found, row: int, layers: int, top: float) -> None:
     x, y = _compute_x(found.candidate.layer, layers), top + ROW * (row + 0.5)
     paper.plot([x, x], [BOTTOM, y], color=GREY, linewidth=0.7, zorder=0)
-    VERDICTS[found.verdict].draw(paper, [x], [y])
+    VERDICT_MARKS[found.verdict].draw(paper, [x], [y])
     paper.text(x + 11, y, _format_name(found.candidate), verticalalignment="center")
 
 
@@ -354,7 +356,7 @@ def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, 
     for candidate, verdict in reversed(found):  # the most important is drawn last
         for panel, spike in zip(panels, (candidate.input_spike, candidate.output_spike), strict=False):
             if spike is not None and math.isfinite(spike):
-                VERDICTS[verdict].draw(panel, [candidate.layer], [spike])
+                VERDICT_MARKS[verdict].draw(panel, [candidate.layer], [spike])
 
 
 def _draw_bars(panel: Axes, values: Sequence[float], massive: Collection[int]) -> None:
@@ -419,11 +421,11 @@ def _draw_scores(panel: Axes, report: ScanReport, found: Sequence[Found]) -> Non
             verticalalignment="center",
         )
     if not found:
-        why = "\n".join(textwrap.fill(printable(note), 90) for note in report.notes)
+        why = "\n".join(textwrap.fill(escape_control(note), 90) for note in report.notes)
         panel.text(0.5, 0.5, why, transform=panel.transAxes, horizontalalignment="center")
     for candidate, verdict in reversed(found):
         if candidate.z is not None and math.isfinite(candidate.z):
-            VERDICTS[verdict].draw(panel, [candidate.layer], [candidate.z])
+            VERDICT_MARKS[verdict].draw(panel, [candidate.layer], [candidate.z])
     panel.yaxis.set_major_formatter(_format_number)
     panel.set_ylim(0, 1.1 * max(panel.get_ylim()[1], 1.0))
 

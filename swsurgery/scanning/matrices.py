@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swsurgery.checkpoint.architectures import Expert
+from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import DownProjection, down_projection
+from swsurgery.checkpoint.projections import DownProjection, find_down_projection
 from swsurgery.errors import ModelError
 from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
@@ -24,7 +24,7 @@ from swsurgery.storage.files import opened, read_exactly
 BAND = 0.14
 """The largest distance of two log2 magnitudes that count as alike: 10%."""
 
-PIECE = 1 << 22
+MATRIX_PIECE = 1 << 22
 """The number of elements of a matrix that are read at a time (one row if a row is longer)."""
 
 WEIGHT_DTYPES = {
@@ -34,7 +34,7 @@ WEIGHT_DTYPES = {
 }  # fmt: skip
 """The stored dtypes in which one element is one weight, and their torch dtypes."""
 
-ProjectionKey = tuple[int, Expert]
+ProjectionKey = tuple[int, ExpertChoice]
 """The layer and the expert of a down projection."""
 
 
@@ -68,12 +68,12 @@ class StoredProjection:
         return self._read_inner(col) if self.projection.transposed else self._read_across(col)
 
     def read_pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Read the matrix in stored order, `PIECE` elements at a time.
+        """Read the matrix in stored order, `MATRIX_PIECE` elements at a time.
 
         Yields the first outer index of a piece and its elements in their stored dtype: (outer, inner). Raises
         ShardError.
         """
-        step = max(1, PIECE // self.inner)
+        step = max(1, MATRIX_PIECE // self.inner)
         for first in range(0, self.outer, step):
             count = min(step, self.outer - first) * self.inner
             yield first, self._read([(first * self.inner, count)]).view(-1, self.inner)
@@ -154,7 +154,7 @@ def find_projections(checkpoint: Checkpoint, candidates: Sequence[Candidate]) ->
     for candidate in candidates:
         key = (candidate.layer, candidate.expert)
         if key not in found:
-            projection = down_projection(checkpoint.config, checkpoint.shapes, *key)
+            projection = find_down_projection(checkpoint.config, checkpoint.shapes, *key)
             refuse_unweighted(checkpoint, projection.tensor)
             refuse_quantised(checkpoint, projection.tensor)
             found[key] = StoredProjection(checkpoint, projection)

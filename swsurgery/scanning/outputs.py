@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from swsurgery._version import __version__
-from swsurgery.checkpoint.architectures import Expert
+from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import down_projections
+from swsurgery.checkpoint.projections import list_down_projections
 from swsurgery.errors import ManifestError
 from swsurgery.known import schema
-from swsurgery.known.table import LARGE_RATIO, UNDECIDED, describe
+from swsurgery.known.table import LARGE_RATIO, UNDECIDED_NOTE, describe
 from swsurgery.manifest.load import parse_manifest
-from swsurgery.manifest.writer import Operation, edit_fields, manifest_text, refuse_unfit
-from swsurgery.model.text import measured_text
-from swsurgery.scanning.coverage import stored_layers
+from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
+from swsurgery.model.text import describe_measured_text
+from swsurgery.scanning.coverage import list_stored_layers
 from swsurgery.scanning.report import Candidate, Confirmation, Effect, ScanReport, Trial
 from swsurgery.storage.coordinate import Coordinate
 
@@ -32,7 +32,7 @@ _EXACT: dict[str, Literal["F16", "BF16", "F32"]] = {"F16": "F16", "BF16": "BF16"
 """The dtypes in which an entry states a value exactly."""
 
 
-def known_entry(
+def make_known_entry(
     report: ScanReport, checkpoint: Checkpoint, *, hf_id: str, revision: str | None = None, command: str
 ) -> schema.KnownModel:
     """Make the entry of known super weights for a scanned checkpoint.
@@ -57,7 +57,7 @@ def known_entry(
         num_experts=shape.num_experts,
         tensor=shape.tensor,
         transposed=shape.transposed,
-        num_layers=sizes(checkpoint)[0],
+        num_layers=read_sizes(checkpoint)[0],
         sizes_from="config.json and the stored tensors of the scanned checkpoint",
         revision_measured=revision,
         path=None if _REPOSITORY.fullmatch(hf_id) else str(checkpoint.root),
@@ -89,7 +89,7 @@ def scan_manifest(
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
     how = "found and confirmed" if report.confirmed else "found, not confirmed"
     what = f"{len(found)} super weight{'s' if len(found) > 1 else ''} that a scan by {report.method} {how}"
-    text = manifest_text(
+    text = write_manifest(
         head=[f"written by swsurgery scan, version {__version__}"],
         name=f"scan-{op}" + (f"-{factor:g}" if factor is not None else ""),
         description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
@@ -97,7 +97,7 @@ def scan_manifest(
         edits=[
             (
                 f"{_make_id(c)}: {_describe_trial(c, trials.get(c.coordinate), report)}",
-                edit_fields(c, op, factor, _guard(c)),
+                list_edit_fields(c, op, factor, _guard(c)),
             )
             for c in found
         ],
@@ -107,13 +107,13 @@ def scan_manifest(
     return text
 
 
-def _write_notes(report: ScanReport, found: bool, source: schema.Source) -> Iterator[str]:
+def _write_notes(report: ScanReport, found: bool, source: schema.Citation) -> Iterator[str]:
     """Write the notes of an entry: that nothing was found, and which layers were not read."""
     unread = ", ".join(str(layer.layer) for layer in report.unread)
     if unread and found:
         yield f"The scan did not read all of layers {unread}, so there may be further super weights: {source}."
     elif unread:
-        yield f"{UNDECIDED} It found nothing in what it read, but did not read all of layers {unread}: {source}."
+        yield f"{UNDECIDED_NOTE} It found nothing in what it read, but did not read all of layers {unread}: {source}."
     elif not found:
         yield f"A scan found no super weight: {source}."
 
@@ -131,11 +131,11 @@ def _choose_scalars(report: ScanReport) -> tuple[Candidate, ...]:
 
 
 def _make_coordinate(
-    candidate: Candidate, trial: Trial | None, report: ScanReport, checkpoint: Checkpoint, source: schema.Source
+    candidate: Candidate, trial: Trial | None, report: ScanReport, checkpoint: Checkpoint, source: schema.Citation
 ) -> schema.KnownCoordinate:
     dtype = checkpoint.info(candidate.coordinate.tensor).dtype.name
     exact = _EXACT.get(dtype) if math.isfinite(candidate.value) else None
-    effects: list[schema.Effect] = []
+    effects: list[schema.KnownEffect] = []
     if trial and report.confirmation:
         effects.append(_make_effect("zero", trial.alone, report.confirmation, source))
         if trial.without:
@@ -151,7 +151,7 @@ def _make_coordinate(
         dtype=exact,
         value_printed=None if exact else f"{candidate.value!r} {dtype}",
         status="measured",
-        causal_alone=schema.causal_class(trial.alone.ratio) if trial and trial.verdict != "untested" else "untested",
+        causal_alone=schema.classify_ratio(trial.alone.ratio) if trial and trial.verdict != "untested" else "untested",
         role=trial.verdict if trial else "not confirmed",
         located_by=(f"swsurgery scan --method {report.method}",),
         independent=schema.Independent(location=1, value=1),
@@ -162,14 +162,14 @@ def _make_coordinate(
 
 
 def _list_joint(
-    confirmation: Confirmation, ids: Mapping[Coordinate, str], source: schema.Source
-) -> tuple[tuple[schema.JointSet, ...], tuple[schema.Effect, ...]]:
+    confirmation: Confirmation, ids: Mapping[Coordinate, str], source: schema.Citation
+) -> tuple[tuple[schema.KnownJointSet, ...], tuple[schema.KnownEffect, ...]]:
     """List the joint sets of an entry, and the effects that belong to no joint set.
 
     All candidates zeroed together are one more joint set if the entry contains all of them, else an effect.
     """
     sets = {
-        frozenset(s.coordinates): schema.JointSet(
+        frozenset(s.coordinates): schema.KnownJointSet(
             coordinates=tuple(ids[c] for c in s.coordinates),
             effects=(_make_effect("zero jointly", s.effect, confirmation, source),),
         )
@@ -179,7 +179,7 @@ def _list_joint(
     if len(tested) < 2 or frozenset(tested) in sets:
         return tuple(sets.values()), ()
     if set(tested) <= set(ids):
-        everything = schema.JointSet(
+        everything = schema.KnownJointSet(
             name="all candidates of the detector",
             coordinates=tuple(ids[c] for c in tested),
             effects=(_make_effect("zero jointly", confirmation.together, confirmation, source),),
@@ -189,11 +189,13 @@ def _list_joint(
     return tuple(sets.values()), (_make_effect(protocol, confirmation.together, confirmation, source),)
 
 
-def _make_effect(protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Source) -> schema.Effect:
+def _make_effect(
+    protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Citation
+) -> schema.KnownEffect:
     """Convert an effect, with figures of 6 digits; NaN, from logits that are not finite, becomes "not finite"."""
     before, ratio = confirmation.base_perplexity, effect.ratio
     interval = tuple(_round(end) for end in (effect.low, effect.high) if end is not None)
-    return schema.Effect(
+    return schema.KnownEffect(
         protocol=protocol,
         metric="ppl",
         before=_round(before),
@@ -213,17 +215,17 @@ def _make_effect(protocol: str, effect: Effect, confirmation: Confirmation, sour
     )
 
 
-def _make_source(report: ScanReport, revision: str | None, command: str) -> schema.Source:
+def _make_source(report: ScanReport, revision: str | None, command: str) -> schema.Citation:
     remarks = [f"revision {revision}"] if revision else []
     if c := report.confirmation:
-        remarks.append(f"{measured_text(c)} of the text with sha256 {c.text_sha256}")
+        remarks.append(f"{describe_measured_text(c)} of the text with sha256 {c.text_sha256}")
         remarks.append(f"{c.dtype} on {c.device}")
         if c.null:
             low, high = min(c.null), max(c.null)
             remarks.append(f"{len(c.null)} random scalars of like size: ppl x{low:.4g} to x{high:.4g}")
     cite, note = f"measured with `{command}`, swsurgery {__version__}", "; ".join(remarks) or None
     key = hashlib.sha256(f"{cite}\n{note}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return schema.Source(key=f"scan-{key}", kind="own scan", cite=cite, note=note)
+    return schema.Citation(key=f"scan-{key}", kind="own scan", cite=cite, note=note)
 
 
 class _Shape(NamedTuple):
@@ -238,7 +240,7 @@ class _Shape(NamedTuple):
 
 def _read_shape(checkpoint: Checkpoint) -> _Shape:
     """Read the sizes of the model; the name and the order of the axes are those of the first down projection."""
-    projections = list(down_projections(checkpoint.config, checkpoint.shapes))
+    projections = list(list_down_projections(checkpoint.config, checkpoint.shapes))
     first = projections[0]
     experts = {p.expert for p in projections if isinstance(p.expert, int)}
     return _Shape(
@@ -250,18 +252,18 @@ def _read_shape(checkpoint: Checkpoint) -> _Shape:
     )
 
 
-def sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
+def read_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
     """Return the number of layers, the hidden and the intermediate size, from the stored tensors.
 
     Raises ArchitectureError if no known down projection is stored.
     """
-    projections = list(down_projections(checkpoint.config, checkpoint.shapes))
+    projections = list(list_down_projections(checkpoint.config, checkpoint.shapes))
     shape = _read_shape(checkpoint)
-    layers = stored_layers(checkpoint.config, checkpoint.shapes, projections)
+    layers = list_stored_layers(checkpoint.config, checkpoint.shapes, projections)
     return 1 + max(layers), shape.hidden_size, shape.intermediate_size
 
 
-def _make_template(tensor: str, layer: int, expert: Expert) -> str:
+def _make_template(tensor: str, layer: int, expert: ExpertChoice) -> str:
     """Return a name like `model.layers.{layer}.mlp.down_proj.weight`, with {expert} if it contains an expert."""
     name = re.sub(rf"(?<=\.){layer}(?=\.)", "{layer}", tensor, count=1)
     return name if expert is None else re.sub(rf"(?<=\.){expert}(?=\.)", "{expert}", name, count=1)
@@ -272,7 +274,7 @@ def _guard(candidate: Candidate) -> float | None:
 
 
 def _make_id(candidate: Candidate) -> str:
-    return schema.coordinate_id(candidate.layer, candidate.expert, candidate.row, candidate.col)
+    return schema.format_coordinate_id(candidate.layer, candidate.expert, candidate.row, candidate.col)
 
 
 def _list_traits(candidate: Candidate, trial: Trial | None) -> Iterator[str]:
@@ -297,7 +299,7 @@ def _describe_trial(candidate: Candidate, trial: Trial | None, report: ScanRepor
     return f"{trial.verdict}; zeroed alone {describe(_make_effect('zero', trial.alone, report.confirmation, _nobody))}"
 
 
-_nobody = schema.Source(key="scan", kind="own scan", cite="this scan")
+_nobody = schema.Citation(key="scan", kind="own scan", cite="this scan")
 
 
 def _find_largest_ratio(report: ScanReport) -> float:

@@ -40,7 +40,7 @@ class Spell(NamedTuple):
         return self.sequence, self.move.layer, self.move.token, self.move.channel
 
 
-def layers_to_last(layers: int) -> int:
+def count_layers_to_last(layers: int) -> int:
     """Compute through how many further layers a state must persist in a model with this many layers."""
     return max(LEAST_LAYERS, math.ceil(layers * LEAST_DEPTH))
 
@@ -52,7 +52,7 @@ def find_spells(traces: Sequence[Trace]) -> Iterator[Spell]:
             massive = abs(move.after) >= MASSIVE * move.median
             if massive and move.makes and abs(move.added) >= MADE * abs(move.after):
                 last = _find_last(trace, move)
-                if last - move.layer >= layers_to_last(len(trace.hidden)):
+                if last - move.layer >= count_layers_to_last(len(trace.hidden)):
                     yield Spell(sequence, move, last)
 
 
@@ -73,13 +73,13 @@ def find_untraced(traces: Sequence[Trace]) -> Mapping[int, set[int]]:
     for trace in traces:
         made = {(move.token, move.channel) for move in trace.moves.values() if move.makes}
         massive = torch.stack([h.abs() >= MASSIVE * m for h, m in zip(trace.hidden, trace.medians, strict=True)])
-        for token, channel in (massive.sum(0) > layers_to_last(len(massive))).nonzero().tolist():
+        for token, channel in (massive.sum(0) > count_layers_to_last(len(massive))).nonzero().tolist():
             if (token, channel) not in made:
                 untraced[int(massive[:, token, channel].int().argmax())].add(channel)
     return untraced
 
 
-def as_activations(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator[PersistentActivation]:
+def merge_spells(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator[PersistentActivation]:
     """Merge the spells of each layer and channel into one activation, with the values of the largest one."""
     groups: dict[tuple[int, int], list[Spell]] = defaultdict(list)
     for spell in spells:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from swsurgery.checkpoint.architectures import Expert
+from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.storage.coordinate import Coordinate
 
 Method = Literal["activations", "weights"]
@@ -57,7 +57,7 @@ class Candidate:
     layer: int
     row: int
     col: int
-    expert: Expert
+    expert: ExpertChoice
     value: float
     score: float
     rank: int
@@ -126,7 +126,7 @@ class ColumnNull:
     """
 
     layer: int
-    expert: Expert
+    expert: ExpertChoice
     col: int
     alone: tuple[float, ...]
     added: tuple[float, ...]

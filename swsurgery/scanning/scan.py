@@ -24,12 +24,12 @@ from swsurgery import model
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, open_checkpoint, open_chosen
 from swsurgery.checkpoint.weight_files import Weights
-from swsurgery.editing.base import base_of
-from swsurgery.editing.copy import outside_mode
+from swsurgery.editing.base import find_base
+from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.pins import check_planned
 from swsurgery.editing.plan import make_plan
 from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
-from swsurgery.hub import local, named
+from swsurgery.hub import download_checkpoint, parse_location
 from swsurgery.known import own
 from swsurgery.manifest.load import load_manifest
 from swsurgery.manifest.writer import refuse_unfit
@@ -91,7 +91,7 @@ def scan_checkpoint(
     Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
     """
     options, progress = options or RunOptions(), progress or Silent()
-    with held(local(named(base))) as root:
+    with held(download_checkpoint(parse_location(base))) as root:
         checkpoint = open_chosen(root, weights, variant)
         if outputs is not None:
             _refuse(outputs, checkpoint)
@@ -153,15 +153,15 @@ def write_outputs(
         say(f"{found}, so there is no manifest: {outputs.manifest}")
     elif outputs.manifest is not None:
         text = outputs_module.scan_manifest(
-            report, base=_as_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
+            report, base=_make_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
         )
-        filesystem.write_file(outputs.manifest, text.encode(), outside_mode(checkpoint.files))
+        filesystem.write_file(outputs.manifest, text.encode(), compute_outside_mode(checkpoint.files))
         say(f"manifest: {outputs.manifest}")
     if outputs.register is not None:
-        entry = outputs_module.known_entry(
+        entry = outputs_module.make_known_entry(
             report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
         )
-        own.save(entry, outside_mode(checkpoint.files))
+        own.save(entry, compute_outside_mode(checkpoint.files))
         say(f"registered: swsurgery lookup {entry.hf_id}")
 
 
@@ -183,7 +183,9 @@ def sweep_manifest(
     if plot is not None:
         figures.check_figure_path(plot)
     loaded = load_manifest(manifest)
-    plan = make_plan(loaded, open_checkpoint(local(base_of(loaded, base)), loaded.manifest.base.weights))
+    plan = make_plan(
+        loaded, open_checkpoint(download_checkpoint(find_base(loaded, base)), loaded.manifest.base.weights)
+    )
     plan = check_planned(plan, progress or Silent())
     coordinates = [splice.coordinate for splice in plan.splices]
     if not coordinates:
@@ -202,12 +204,12 @@ def sweep_manifest(
 
 def open_base(base: str | Path, weights: Weights | None = None, variant: str | None = None) -> Checkpoint:
     """Open a directory or hf://ORG/NAME[@REV], downloaded if necessary. Raises CheckpointError, HubError."""
-    return open_chosen(local(named(base)), weights, variant)
+    return open_chosen(download_checkpoint(parse_location(base)), weights, variant)
 
 
 def _require_model(directory: Path) -> None:
     """Start the tokenizer's process. Raises Unrunnable if no model, or not this one, can be run on this machine."""
-    if reason := model.available():
+    if reason := model.explain_unavailable():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
     refuse_unrunnable(directory)
     numeric.load_numpy()
@@ -217,7 +219,7 @@ def _require_model(directory: Path) -> None:
 def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:
     refuse_unfit(outputs.op, outputs.factor)
     if outputs.register is not None:
-        own.refuse_name(outputs.register, outputs_module.sizes(checkpoint))
+        own.refuse_name(outputs.register, outputs_module.read_sizes(checkpoint))
     if outputs.plot is not None:
         figures.check_figure_path(outputs.plot)
     if outputs.manifest is not None:
@@ -235,7 +237,7 @@ def _choose_name(checkpoint: Checkpoint) -> str:
     return checkpoint.repo_id or checkpoint.directory.name
 
 
-def _as_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
+def _make_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
     """Return the fields of a manifest's base for the checkpoint.
 
     These are repo_id and revision if both are known, else the path relative to the manifest's directory, and the choice

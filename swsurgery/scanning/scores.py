@@ -33,14 +33,14 @@ R = TypeVar("R")
 
 Numbers = NDArray[np.floating | np.unsignedinteger]
 
-CHUNK = 4 << 20
+SCORE_CHUNK = 4 << 20
 """The number of bytes of a matrix that are read at a time (one row if a row is longer)."""
 
-BLOCK = 256 << 10
+SCORE_BLOCK = 256 << 10
 """The number of elements that are converted to float32 at a time. Blocks of an eighth of it fit the second-level cache,
 but take twice as long with two threads, because each numpy call releases the interpreter's lock."""
 
-THREADS = 2
+READ_THREADS = 2
 """The default number of threads: one reads while the other computes. A third would wait for the interpreter's lock."""
 
 BOOST = 120
@@ -90,7 +90,7 @@ class Matrix:
         return _split_range(self.rows, _count_chunk_rows(self))
 
 
-class Side(NamedTuple):
+class ScoreSide(NamedTuple):
     """The input weights of a layer's neurons; neuron i has index first + i * step along the neurons' axis."""
 
     matrix: Matrix
@@ -110,14 +110,14 @@ class Mlp:
 
     neurons: int
     axis: Literal[0, 1]
-    gate: Side
-    up: Side
+    gate: ScoreSide
+    up: ScoreSide
     down: Matrix
     gain: NDArray[np.float64]
     behind: NDArray[np.float32] | None = None
 
     @property
-    def sources(self) -> tuple[Side, ...]:
+    def sources(self) -> tuple[ScoreSide, ...]:
         """The input matrices to read; a tensor with gate and up side by side is read once."""
         both = self.gate != self.up and (self.axis == 0 or self.gate.matrix != self.up.matrix)
         return (self.gate, self.up) if both else (self.gate,)
@@ -150,16 +150,16 @@ class Workspace:
 
     def take_block(self, which: int, rows: int, cols: int) -> NDArray[np.float32]:
         if self.blocks[which].size < rows * cols:
-            self.blocks[which] = np.empty(max(rows * cols, BLOCK), np.float32)
+            self.blocks[which] = np.empty(max(rows * cols, SCORE_BLOCK), np.float32)
         return self.blocks[which][: rows * cols].reshape(rows, cols)
 
     def take_bytes(self, which: int, size: int) -> NDArray[np.uint8]:
         if self.raw[which].size < size:
-            self.raw[which] = np.empty(max(size, CHUNK), np.uint8)
+            self.raw[which] = np.empty(max(size, SCORE_CHUNK), np.uint8)
         return self.raw[which][:size]
 
 
-class Reader:
+class BlockReader:
     """Open shards and the threads that read them; a context manager.
 
     Each thread reads a chunk and then computes on it, so that reading and arithmetic overlap. Results are in order.
@@ -171,7 +171,7 @@ class Reader:
         self._spare: SimpleQueue[Workspace] = SimpleQueue()
         self._stack = ExitStack()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> BlockReader:
         self._pool = Pool(self._threads, "swsurgery-scan")
         for _ in range(self._threads):
             self._spare.put(Workspace())
@@ -241,7 +241,7 @@ class _Sums:
 
     def scores(self) -> NeuronScores:
         with np.errstate(over="ignore"):  # overflow becomes infinity, which is no valid score
-            peaks = values_of(self.peaks, self.mlp.down.dtype) if self.mlp.behind is None else self.peaks
+            peaks = convert_patterns(self.peaks, self.mlp.down.dtype) if self.mlp.behind is None else self.peaks
             return NeuronScores(self.mlp, self.dots.astype(np.float32), peaks)
 
 
@@ -255,7 +255,7 @@ class _Part(NamedTuple):
     last: bool = False
 
 
-def score_neurons(reader: Reader, mlps: Iterable[Mlp], advance: Callable[[int], None]) -> Iterator[NeuronScores]:
+def score_neurons(reader: BlockReader, mlps: Iterable[Mlp], advance: Callable[[int], None]) -> Iterator[NeuronScores]:
     """Yield the scores of each MLP, in order, and call `advance` with the numbers of bytes read.
 
     No MLP may be empty. Sums are made in the order of the file for any number of threads, so that scans are
@@ -272,7 +272,7 @@ def score_neurons(reader: Reader, mlps: Iterable[Mlp], advance: Callable[[int], 
             yield sums.scores()
 
 
-def columns_of(reader: Reader, mlp: Mlp, cols: Sequence[int]) -> NDArray[np.float32]:
+def read_columns(reader: BlockReader, mlp: Mlp, cols: Sequence[int]) -> NDArray[np.float32]:
     """Read the magnitudes in some columns of the down projection: (channels, columns), float32."""
 
     def some_rows(space: Workspace, rows: tuple[int, int]) -> NDArray[np.unsignedinteger]:
@@ -281,23 +281,23 @@ def columns_of(reader: Reader, mlp: Mlp, cols: Sequence[int]) -> NDArray[np.floa
 
     if mlp.axis == 0:
         parts = [part for _, part in reader.map(some_rows, mlp.down.row_ranges())]
-        return values_of(np.concatenate(parts, axis=0), mlp.down.dtype)
+        return convert_patterns(np.concatenate(parts, axis=0), mlp.down.dtype)
     parts = [part for _, part in reader.map(some_rows, [(col, col + 1) for col in cols])]
-    return values_of(np.concatenate(parts, axis=1), mlp.down.dtype)
+    return convert_patterns(np.concatenate(parts, axis=1), mlp.down.dtype)
 
 
-def ranks_in(reader: Reader, matrix: Matrix, magnitudes: Sequence[float]) -> list[int]:
+def count_ranks(reader: BlockReader, matrix: Matrix, magnitudes: Sequence[float]) -> list[int]:
     """Count the magnitudes of the matrix that are larger than each of these stored ones, plus 1."""
 
     def larger(space: Workspace, rows: tuple[int, int]) -> list[int]:
-        stored = values_of(_clear_signs(reader.read_rows(space, 0, matrix, *rows)), matrix.dtype)
+        stored = convert_patterns(_clear_signs(reader.read_rows(space, 0, matrix, *rows)), matrix.dtype)
         return [int(np.count_nonzero(stored > np.float32(magnitude))) for magnitude in magnitudes]
 
     counts = [count for _, count in reader.map(larger, matrix.row_ranges())]
     return [1 + sum(column) for column in zip(*counts, strict=True)]
 
 
-def values_of(patterns: NDArray[np.unsignedinteger], dtype: Dtype) -> NDArray[np.float32]:
+def convert_patterns(patterns: NDArray[np.unsignedinteger], dtype: Dtype) -> NDArray[np.float32]:
     """Convert stored bit patterns to float32 of the same shape; values beyond its range become infinite."""
     values = np.empty(patterns.shape, np.float32)
     with np.errstate(over="ignore"):
@@ -308,7 +308,7 @@ def values_of(patterns: NDArray[np.unsignedinteger], dtype: Dtype) -> NDArray[np
     return values
 
 
-def _split_mlps(reader: Reader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
+def _split_mlps(reader: BlockReader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
     for mlp in mlps:
         reader.open((mlp.gate.matrix, mlp.up.matrix, mlp.down))
         sums = _Sums(mlp)
@@ -319,28 +319,28 @@ def _split_mlps(reader: Reader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
             yield _Part(sums, False, first, end, last=end == mlp.down.rows)
 
 
-def _compute(reader: Reader, space: Workspace, part: _Part) -> tuple[slice, Numbers, int]:
+def _compute(reader: BlockReader, space: Workspace, part: _Part) -> tuple[slice, Numbers, int]:
     """Return a slice of the neurons, what these rows add to their dots or peaks, and the number of bytes read."""
     mlp, rows = part.sums.mlp, (part.first, part.end)
     if part.inputs:
         return (_score_neuron_rows if mlp.axis == 0 else _score_channel_rows)(reader, space, mlp, *rows)
     stored = reader.read_rows(space, 0, mlp.down, *rows)
-    steps = list(_split_range(len(stored), max(1, 4 * BLOCK // stored.shape[1])))
+    steps = list(_split_range(len(stored), max(1, 4 * SCORE_BLOCK // stored.shape[1])))
     peaks = [
-        _weight(_clear_signs(stored[i:j]), mlp, part.first + i, part.first + j).max(axis=mlp.axis) for i, j in steps
+        _apply_gain(_clear_signs(stored[i:j]), mlp, part.first + i, part.first + j).max(axis=mlp.axis) for i, j in steps
     ]
     if mlp.axis == 1:
         return slice(*rows), np.concatenate(peaks), stored.nbytes
     return slice(None), np.maximum.reduce(peaks), stored.nbytes
 
 
-def _weight(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end: int) -> Numbers:
+def _apply_gain(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end: int) -> Numbers:
     """Multiply rows [first, end) of the down projection by the gain after it; without one they stay bit patterns."""
     if mlp.behind is None:
         return magnitudes
     gain = mlp.behind[first:end, None] if mlp.axis == 0 else mlp.behind
     with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are excluded and counted later
-        return values_of(magnitudes, mlp.down.dtype) * gain
+        return convert_patterns(magnitudes, mlp.down.dtype) * gain
 
 
 def _clear_signs(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
@@ -352,7 +352,9 @@ def _clear_signs(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinte
     return stored
 
 
-def _score_neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
+def _score_neuron_rows(
+    reader: BlockReader, space: Workspace, mlp: Mlp, first: int, end: int
+) -> tuple[slice, Numbers, int]:
     """Compute the whole dot products of some neurons, from input matrices [neuron, channel]."""
     stored = [
         reader.read_rows(space, which, side.matrix, side.first + first, side.first + end)
@@ -361,7 +363,7 @@ def _score_neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, e
     channels = mlp.gate.matrix.cols
     weights, factor = _scale_gain(mlp)
     dots = np.empty(end - first, np.float32)
-    for i, j in _split_range(end - first, max(1, BLOCK // channels)):
+    for i, j in _split_range(end - first, max(1, SCORE_BLOCK // channels)):
         gate, up = space.take_block(0, j - i, channels), space.take_block(1, j - i, channels)
         _widen(stored[0][i:j], mlp.gate.matrix.dtype, gate)
         if len(stored) > 1:
@@ -371,7 +373,9 @@ def _score_neuron_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, e
     return slice(first, end), dots * factor, sum(rows.nbytes for rows in stored)
 
 
-def _score_channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, end: int) -> tuple[slice, Numbers, int]:
+def _score_channel_rows(
+    reader: BlockReader, space: Workspace, mlp: Mlp, first: int, end: int
+) -> tuple[slice, Numbers, int]:
     """Compute what some channels add to the dot product of every neuron, from input matrices [channel, neuron]."""
     stored = [reader.read_rows(space, which, side.matrix, first, end) for which, side in enumerate(mlp.sources)]
     gates, ups = (
@@ -380,7 +384,7 @@ def _score_channel_rows(reader: Reader, space: Workspace, mlp: Mlp, first: int, 
     )
     weights, factor = _scale_gain(mlp)
     dots = np.zeros(mlp.neurons)
-    for i, j in _split_range(end - first, max(1, BLOCK // mlp.neurons)):
+    for i, j in _split_range(end - first, max(1, SCORE_BLOCK // mlp.neurons)):
         gate, up = space.take_block(0, j - i, mlp.neurons), space.take_block(1, j - i, mlp.neurons)
         _widen(gates[i:j], mlp.gate.matrix.dtype, gate)
         _widen(ups[i:j], mlp.up.matrix.dtype, up)
@@ -432,7 +436,7 @@ def _build_table(name: str) -> NDArray[np.float32]:
 
 
 def _count_chunk_rows(matrix: Matrix) -> int:
-    return max(1, CHUNK // matrix.row_bytes)
+    return max(1, SCORE_CHUNK // matrix.row_bytes)
 
 
 def _split_range(total: int, step: int) -> Iterator[tuple[int, int]]:

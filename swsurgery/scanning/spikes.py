@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from swsurgery.checkpoint.architectures import Shapes
-from swsurgery.checkpoint.projections import DownProjection, down_projections, loaded_candidates
+from swsurgery.checkpoint.projections import DownProjection, list_down_projections, list_loaded_candidates
 from swsurgery.errors import Unrunnable
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
-from swsurgery.scanning.coverage import unread_layers
+from swsurgery.scanning.coverage import list_unread_layers
 from swsurgery.scanning.report import UnreadLayer
 from swsurgery.storage.coordinate import Coordinate
 
@@ -362,7 +362,7 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
     sources: list[list[_Source]] = [[] for _ in model.layers]
     stacks: dict[nn.Module, _Experts] = {}
     unseen: set[int] = set()
-    for projection in down_projections(config, shapes):
+    for projection in list_down_projections(config, shapes):
         if projection.layer >= len(sources):
             continue
         path, module, name = _find_loaded_module(modules, config, shapes, projection)
@@ -385,8 +385,8 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
 def _list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
     """List the layers with an MLP that is not observed completely."""
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
-    projections = list(down_projections(config, shapes))
-    unread = {layer.layer: layer for layer in unread_layers(config, shapes, projections)}
+    projections = list(list_down_projections(config, shapes))
+    unread = {layer.layer: layer for layer in list_unread_layers(config, shapes, projections)}
     for number in unseen:
         hidden = [p for p in projections if p.layer == number]
         experts = tuple(p.expert for p in hidden if isinstance(p.expert, int))
@@ -399,7 +399,7 @@ def _find_loaded_module(
 ) -> tuple[str, nn.Module | None, str]:
     """Find the module of a down projection in the loaded model: its path, the module, and the name of the weight."""
     coordinate = Coordinate(projection.tensor, projection.index(0, 0))
-    for candidate in loaded_candidates(config, coordinate, shapes):
+    for candidate in list_loaded_candidates(config, coordinate, shapes):
         path, _, name = candidate.tensor.rpartition(".")
         if path in modules and name in modules[path]._parameters:
             return path, modules[path], name

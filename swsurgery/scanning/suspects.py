@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from swsurgery.checkpoint.architectures import Expert
+from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.scanning.matrices import ProjectionKey, StoredProjection
 from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
@@ -26,11 +26,11 @@ COLUMN_NULLS, LARGE_SIGMAS = 5, 4.0
 column is large. In SmolLM2-135M the columns of its six best candidates have 2 to 8 rows beyond four standard
 deviations that are not companions; a normal distribution of 576 rows has 0.04."""
 
-Column = tuple[int, Expert, int]
+Column = tuple[int, ExpertChoice, int]
 """The layer, expert and col of one neuron."""
 
 
-def companions_of(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]) -> list[Candidate]:
+def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]) -> list[Candidate]:
     """Find the outliers in the candidates' columns that are not listed themselves."""
     found: dict[Coordinate, Candidate] = {candidate.coordinate: candidate for candidate in listed}
     for candidate in listed:
@@ -60,30 +60,30 @@ def companions_of(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey, 
     return list(found.values())[len(listed) :]
 
 
-def column_of(candidate: Candidate) -> Column:
+def get_column(candidate: Candidate) -> Column:
     """Return the column that contains a candidate."""
     return candidate.layer, candidate.expert, candidate.col
 
 
-def minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate]) -> set[Coordinate]:
+def find_minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate]) -> set[Coordinate]:
     """Find the scalars that may matter only because their column spikes.
 
     These are all companions, and every candidate with a larger candidate in its column.
     """
     largest: dict[Column, float] = {}
     for candidate in listed:
-        largest[column_of(candidate)] = max(abs(candidate.value), largest.get(column_of(candidate), 0.0))
+        largest[get_column(candidate)] = max(abs(candidate.value), largest.get(get_column(candidate), 0.0))
     names = {candidate.coordinate for candidate in listed}
-    return {c.coordinate for c in tested if c.coordinate not in names or abs(c.value) < largest[column_of(c)]}
+    return {c.coordinate for c in tested if c.coordinate not in names or abs(c.value) < largest[get_column(c)]}
 
 
-def column_rows(
+def choose_column_rows(
     listed: Sequence[Candidate], tested: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]
 ) -> dict[Column, list[Coordinate]]:
     """Find the null of each column that has a minor scalar: its largest rows that are not tested, largest first."""
-    names, minor = {candidate.coordinate for candidate in tested}, minor_scalars(listed, tested)
+    names, minor = {candidate.coordinate for candidate in tested}, find_minor_scalars(listed, tested)
     found: dict[Column, list[Coordinate]] = {}
-    for column in dict.fromkeys(column_of(candidate) for candidate in tested if candidate.coordinate in minor):
+    for column in dict.fromkeys(get_column(candidate) for candidate in tested if candidate.coordinate in minor):
         layer, expert, col = column
         matrix = matrices[layer, expert]
         magnitudes = matrix.read_column(col).abs()

@@ -19,9 +19,9 @@ from torch import nn
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, NumberError
 from swsurgery.model import Placement, load, measure
-from swsurgery.model.check import built_in_text
+from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.windows import variants_at_once, windows_of
+from swsurgery.model.windows import count_variants_at_once, cut_text_windows
 from swsurgery.progress import Progress
 from swsurgery.scanning.report import SweepPoint, SweepReport
 from swsurgery.storage import dtypes
@@ -48,12 +48,12 @@ def sweep(
     the method see `sweep_windows`. Raises NumberError for an impossible factor, before the model is loaded, and
     ModelError if the tokenizer or the model cannot be loaded or run.
     """
-    scaled_values(checkpoint, coordinates, factors)
-    text = built_in_text() if text is None else text
-    with load.quiet():
+    compute_scaled_values(checkpoint, coordinates, factors)
+    text = read_built_in_text() if text is None else text
+    with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        pieces, longest = windows_of(model.model, tokenizer, text, windows, window)
+        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
         embeddings = cast("nn.Embedding", model.model.get_input_embeddings())
         stop_tokens = measure.stop_word_tokens(tokenizer, embeddings.num_embeddings)
         report = sweep_windows(model, coordinates, factors, pieces, stop_tokens, progress=progress)
@@ -75,11 +75,11 @@ def sweep_windows(
     changes no scalar, as at factor 1, the point is exactly that of the base. Many factors are run in groups to limit
     memory, and each group includes the base.
     """
-    keys = [frozenset(variant.items()) for variant in scaled_values(model.checkpoint, coordinates, factors)]
+    keys = [frozenset(variant.items()) for variant in compute_scaled_values(model.checkpoint, coordinates, factors)]
     wanted = list(dict.fromkeys(key for key in keys if key))
     figures: dict[frozenset[tuple[Coordinate, float]], SweepPoint] = {}
-    with load.running(model.device, model.weights is not None):
-        at_once = variants_at_once(model, windows)
+    with load.convert_run_errors(model.device, model.weights is not None):
+        at_once = count_variants_at_once(model, windows)
         for begin in range(0, max(1, len(wanted)), at_once):
             group = [frozenset(), *wanted[begin : begin + at_once]]
             totals = measure.Totals(stop_tokens, len(group))
@@ -97,13 +97,13 @@ def sweep_windows(
         window_tokens=max(map(len, windows)),
         text_sha256="",
         dtype=str(model.dtype).removeprefix("torch."),
-        device=load.device_name(model.device),
+        device=load.get_device_name(model.device),
         method=model.method,
         scored_tokens=sum(len(window) - 1 for window in windows),
     )
 
 
-def scaled_values(
+def compute_scaled_values(
     checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float]
 ) -> list[dict[Coordinate, float]]:
     """Compute for each factor the scalars that it changes and their new values, exact in the stored dtype.
@@ -126,7 +126,7 @@ def scaled_values(
         dtype, data = read_stored(checkpoint, coordinate)
         for variant, factor in zip(values, factors, strict=True):
             try:
-                new = dtypes.scaled(dtype, data, factor) if factor else dtypes.zero(dtype)
+                new = dtypes.scale_value(dtype, data, factor) if factor else dtypes.make_zero(dtype)
                 old, value = dtypes.decode(dtype, data), dtypes.decode(dtype, new)
             except NumberError as error:
                 faults += [f"cannot scale {coordinate} by {factor:g}: {fault}" for fault in error.faults]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
-from swsurgery.errors import pluralise, printable
+from swsurgery.errors import escape_control, pluralise
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying.findings import Finding
 
@@ -86,72 +86,72 @@ _PUNCTUATION = re.compile(r"([!-,./:-@\[-`{-~]|(?<![A-Za-z0-9])-|-(?![A-Za-z0-9]
 """Matches all ASCII punctuation except a hyphen within a word."""
 
 
-def escaped(value: object) -> str:
+def escape(value: object) -> str:
     """Escape `value` as one line of Markdown with at most MAX_NAME characters. It is safe in a table's cell."""
-    text = printable(str(value))
+    text = escape_control(str(value))
     if len(text) > MAX_NAME:
         text = text[: MAX_NAME - 3] + "..."
     return _PUNCTUATION.sub(r"\\\1", text.strip()) or "\\-"
 
 
-def shown(value: object) -> str:
+def render_code(value: object) -> str:
     """Render `value` as code if that needs no escaping, else as escaped text."""
     text = str(value)
-    return f"`{text}`" if len(text) <= MAX_NAME and _CODE.fullmatch(text) else escaped(text)
+    return f"`{text}`" if len(text) <= MAX_NAME and _CODE.fullmatch(text) else escape(text)
 
 
-def fenced(text: str, language: str = "") -> str:
+def fence(text: str, language: str = "") -> str:
     """Render `text` as a code block that its content cannot close."""
-    lines = [printable(line.replace("\t", "    ")) for line in text.splitlines()]
+    lines = [escape_control(line.replace("\t", "    ")) for line in text.splitlines()]
     longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([fence + language, *lines, fence])
 
 
-def fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
+def make_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the front matter: the base, and the base card's licence, language, task, library and tags."""
     found: dict[str, Any] = {}
     if registry.base.repo_id and _REPO_ID.fullmatch(registry.base.repo_id):
         found["base_model"], found["base_model_relation"] = registry.base.repo_id, RELATION
     for name, pattern in _CARRIED.items():
         value = base_fields.get(name)
-        if values := [each for each in _values(name, value)[:MAX_ROWS] if _matches(pattern, each)]:
+        if values := [each for each in _list_values(name, value)[:MAX_ROWS] if _is_match(pattern, each)]:
             found[name] = values if isinstance(value, list) or name in ("language", "tags") else values[0]
     carried = [tag for tag in found.get("tags", ()) if not tag.startswith("base_model:")]
     found["tags"] = list(dict.fromkeys([*carried, *OWN_TAGS]))
     return {name: found[name] for name in FIELDS if name in found}
 
 
-def not_carried(base_fields: Mapping[str, Any], of: Iterable[str] = _CARRIED) -> list[str]:
+def list_omitted_fields(base_fields: Mapping[str, Any], of: Iterable[str] = _CARRIED) -> list[str]:
     """List the fields of the base's card that the front matter omits completely or in part."""
     found = []
     for name in of:
-        values = _values(name, base_fields.get(name))
-        if len(values) > MAX_ROWS or not all(_matches(_CARRIED[name], each) for each in values):
+        values = _list_values(name, base_fields.get(name))
+        if len(values) > MAX_ROWS or not all(_is_match(_CARRIED[name], each) for each in values):
             found.append(name)
     return found
 
 
-def patch_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
+def make_patch_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the front matter of a patch: it has the base's licence, and no library can load it as a model."""
-    found = fields(registry, base_fields)
+    found = make_fields(registry, base_fields)
     if "base_model_relation" in found:
         found["base_model_relation"] = PATCH_RELATION
     found |= {"library_name": "swsurgery", "tags": list(PATCH_TAGS)}
     return {name: found[name] for name in FIELDS if name in found and name != "pipeline_tag"}
 
 
-def _matches(pattern: re.Pattern[str], value: object) -> bool:
+def _is_match(pattern: re.Pattern[str], value: object) -> bool:
     return isinstance(value, str) and value.isprintable() and pattern.fullmatch(value) is not None
 
 
-def _values(name: str, value: object) -> list[Any]:
+def _list_values(name: str, value: object) -> list[Any]:
     """Return the values of one field as a list. YAML 1.1 reads "no", the code of Norwegian, as false."""
     values = value if isinstance(value, list) and name in _LISTS else [] if value is None else [value]
     return ["no" if name == "language" and each is False else each for each in values]
 
 
-def body(
+def render_body(
     registry: Registry,
     repo_id: str,
     manifest: bytes,
@@ -164,35 +164,35 @@ def body(
     `base_card` is the base's card without its front matter. `short` maps coordinates to their layer, row, column and
     expert; coordinates without a short form are missing.
     """
-    name = _base_name(registry)
+    name = _get_base_name(registry)
     parts = [
-        f"# {escaped(repo_id.split('/')[-1])}",
+        f"# {escape(repo_id.split('/')[-1])}",
         f"This is {name}, with {pluralise(len(registry.edits), 'scalar')} changed and every other byte of its weights "
         "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
         "## What was changed",
-        _edits(registry.edits, short or {}),
-        *_protected([*registry.protected, *(record for _, record in registry.inherited())]),
-        *_known(registry),
+        _render_edits(registry.edits, short or {}),
+        *_render_protected([*registry.protected, *(record for _, record in registry.inherited())]),
+        *_render_known(registry),
         "## The check",
         _check(registry.check),
-        *_accepted(accepted),
+        *_render_accepted(accepted),
         "## Verify",
         "From anywhere, or in a copy on your disk:",
-        fenced(f"swsurgery verify hf://{repo_id}\nswsurgery verify DIRECTORY", "sh"),
+        fence(f"swsurgery verify hf://{repo_id}\nswsurgery verify DIRECTORY", "sh"),
         "In a copy it hashes each file with the old values of the table above put back. Where that gives the base's "
         "sha256, which the base's own repository shows, the file is the base's with exactly these scalars changed. "
         "From anywhere it reads the edited scalars, and takes the Hub's word for the sha256 of large files.",
         "## Revert",
-        fenced(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
+        fence(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
         "gives the base's weights back, byte for byte.",
         "## Manifest",
-        _manifest(manifest),
-        *_base_card(name, base_card),
+        _render_manifest(manifest),
+        *_render_base_card(name, base_card),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def patch_body(
+def render_patch_body(
     registry: Registry,
     repo_id: str,
     manifest: bytes,
@@ -205,22 +205,22 @@ def patch_body(
 
     `registry` contains the edits since the first base, and no files.
     """
-    place = _base_uri(registry)
+    place = _get_base_uri(registry)
     base = place or "BASE"
     steps = len(registry.history) + 1
     check = [_check(registry.check)]
     if steps > 1:
         check.insert(0, f"The edits were made in {steps} steps. Of the last one, whose base was the one before:")
     parts = [
-        f"# {escaped(repo_id.split('/')[-1])}",
-        f"A patch of {size} bytes for {_base_name(registry)}, which changes "
+        f"# {escape(repo_id.split('/')[-1])}",
+        f"A patch of {size} bytes for {_get_base_name(registry)}, which changes "
         f"{pluralise(len(registry.edits), 'scalar')} of its weights. There are no weights in this repository. "
         "Made by swsurgery.",
         "## What it changes",
-        _edits(registry.edits, short or {}),
-        *_known(registry),
+        _render_edits(registry.edits, short or {}),
+        *_render_known(registry),
         "## Apply",
-        fenced(
+        fence(
             f"hf download {repo_id} {patch_name} --local-dir .\nswsurgery apply {patch_name} --base {base} -o patched",
             "sh",
         ),
@@ -228,38 +228,38 @@ def patch_body(
         "It is refused where the base holds other bits at these places, or where a shard that it touches has another "
         "sha256. Where torch is installed, the model is run before and after, and `patched` is written only if that "
         "check holds. Or in Python, in memory:",
-        fenced(f'import swsurgery\n\nmodel = swsurgery.load_patched("{base}", "{patch_name}")', "python"),
+        fence(f'import swsurgery\n\nmodel = swsurgery.load_patched("{base}", "{patch_name}")', "python"),
         "## The check",
         "\n\n".join(check),
-        *_accepted(accepted),
+        *_render_accepted(accepted),
         "## Verify and revert",
-        fenced(
+        fence(
             "sha256sum -c SHA256SUMS       # this repository, as it was downloaded\n"
             "swsurgery verify patched      # the base's files, with exactly these scalars changed\n"
             "swsurgery revert patched      # the base's files again, byte for byte",
             "sh",
         ),
         "## Manifest",
-        _manifest(manifest),
+        _render_manifest(manifest),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _base_name(registry: Registry) -> str:
-    name = shown(registry.base.repo_id) if registry.base.repo_id else "a checkpoint that is not on the Hub"
-    return name + (f" at commit `{registry.base.revision}`" if _matches(_PLAIN, registry.base.revision) else "")
+def _get_base_name(registry: Registry) -> str:
+    name = render_code(registry.base.repo_id) if registry.base.repo_id else "a checkpoint that is not on the Hub"
+    return name + (f" at commit `{registry.base.revision}`" if _is_match(_PLAIN, registry.base.revision) else "")
 
 
-def _base_uri(registry: Registry) -> str | None:
+def _get_base_uri(registry: Registry) -> str | None:
     """Return the base's hf:// location for a shell command, or None if it is unknown or unsafe in a shell."""
     base = registry.base
     parts = [(_REPO_ID, base.repo_id), (_PLAIN, base.revision), *([(_FOLDER, base.sub)] if base.sub else [])]
-    if not all(_matches(pattern, part) for pattern, part in parts):
+    if not all(_is_match(pattern, part) for pattern, part in parts):
         return None
     return f"hf://{base.repo_id}@{base.revision}" + (f"/{base.sub}" if base.sub else "")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows[:MAX_ROWS]]
     table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
     if len(rows) > MAX_ROWS:
@@ -267,8 +267,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return table
 
 
-def _index(record: ScalarRecord) -> str:
-    return shown(list(record.index))
+def _format_index(record: ScalarRecord) -> str:
+    return render_code(list(record.index))
 
 
 def _place(short: ShortForm | None) -> Sequence[str]:
@@ -276,47 +276,54 @@ def _place(short: ShortForm | None) -> Sequence[str]:
     if short is None:
         return ["\\-"] * 3
     layer, row, column, expert = short
-    return shown(layer if expert is None else f"{layer}, expert {expert}"), str(row), str(column)
+    return render_code(layer if expert is None else f"{layer}, expert {expert}"), str(row), str(column)
 
 
-def _edits(edits: Sequence[EditRecord], short: Mapping[Coordinate, ShortForm]) -> str:
+def _render_edits(edits: Sequence[EditRecord], short: Mapping[Coordinate, ShortForm]) -> str:
     if not edits:
         return "Nothing."
     rows = [
         [
-            shown(e.tensor),
-            _index(e),
+            render_code(e.tensor),
+            _format_index(e),
             *_place(short.get(e.coordinate)),
-            shown(e.dtype),
-            shown(e.old),
-            shown(e.new),
-            shown(e.op) + (f" by {shown(e.factor)}" if e.factor is not None else ""),
-            f"{shown(e.old_bits)} to {shown(e.new_bits)}",
+            render_code(e.dtype),
+            render_code(e.old),
+            render_code(e.new),
+            render_code(e.op) + (f" by {render_code(e.factor)}" if e.factor is not None else ""),
+            f"{render_code(e.old_bits)} to {render_code(e.new_bits)}",
         ]
         for e in edits
     ]
-    return _table(("tensor", "index", "layer", "row", "column", "dtype", "old", "new", "operation", "bits"), rows)
+    return _render_table(
+        ("tensor", "index", "layer", "row", "column", "dtype", "old", "new", "operation", "bits"), rows
+    )
 
 
-def _protected(protected: Sequence[ScalarRecord]) -> list[str]:
+def _render_protected(protected: Sequence[ScalarRecord]) -> list[str]:
     if not protected:
         return []
-    rows = [[shown(p.tensor), _index(p), shown(p.dtype), shown(p.old), shown(p.old_bits)] for p in protected]
-    return ["## Protected: held to the base's bits", _table(("tensor", "index", "dtype", "value", "bits"), rows)]
+    rows = [
+        [render_code(p.tensor), _format_index(p), render_code(p.dtype), render_code(p.old), render_code(p.old_bits)]
+        for p in protected
+    ]
+    return ["## Protected: held to the base's bits", _render_table(("tensor", "index", "dtype", "value", "bits"), rows)]
 
 
-def _known(registry: Registry) -> list[str]:
+def _render_known(registry: Registry) -> list[str]:
     rows = []
     for record in (*registry.edits, *registry.protected):
         if fact := record.known:
-            sources = ", ".join(shown(str(source.get("cite", ""))) for source in fact.sources[:20])
-            rows.append([shown(fact.id), shown(record.coordinate), shown(fact.status), sources])
-    return ["## What is known of them", _table(("known as", "scalar", "status", "sources"), rows)] if rows else []
+            sources = ", ".join(render_code(str(source.get("cite", ""))) for source in fact.sources[:20])
+            rows.append([render_code(fact.id), render_code(record.coordinate), render_code(fact.status), sources])
+    return (
+        ["## What is known of them", _render_table(("known as", "scalar", "status", "sources"), rows)] if rows else []
+    )
 
 
 def _check(check: Mapping[str, Any]) -> str:
     kind, reason = check.get("kind"), check.get("reason")
-    why = f" ({escaped(reason)})" if reason else ""
+    why = f" ({escape(reason)})" if reason else ""
     if kind == "off":
         return f"None was made{why}."
     if kind != "forward":
@@ -325,53 +332,54 @@ def _check(check: Mapping[str, Any]) -> str:
     for name in ("perplexity", "loss"):
         sides = [check[side].get(name) if isinstance(check.get(side), dict) else None for side in ("base", "patched")]
         if any(side is not None for side in sides):
-            rows.append([name, *map(_figure, sides)])
+            rows.append([name, *map(_format_figure, sides)])
     mass = check.get("stopword_mass")
     if isinstance(mass, dict):
-        rows.append(["stopword mass", _figure(mass.get("base")), _figure(mass.get("patched"))])
+        rows.append(["stopword mass", _format_figure(mass.get("base")), _format_figure(mass.get("patched"))])
     text = check.get("text")
     tokens = text.get("scored_tokens") if isinstance(text, dict) else None
     lines = [
         "Base and patched model on the same text, side by side:",
-        _table(("figure", "base", "patched"), rows),
-        f"Perplexity ratio {_figure(check.get('perplexity_ratio'))}, KL divergence {_figure(check.get('kl'))}, "
-        f"over {_figure(tokens)} tokens; device {shown(check.get('device'))}, dtype "
-        f"{shown(check.get('dtype'))}. Verdict: {'passed' if check.get('ok') is True else '**failed**'}.",
+        _render_table(("figure", "base", "patched"), rows),
+        f"Perplexity ratio {_format_figure(check.get('perplexity_ratio'))}, "
+        f"KL divergence {_format_figure(check.get('kl'))}, over {_format_figure(tokens)} tokens; "
+        f"device {render_code(check.get('device'))}, dtype "
+        f"{render_code(check.get('dtype'))}. Verdict: {'passed' if check.get('ok') is True else '**failed**'}.",
     ]
     return "\n\n".join(lines)
 
 
-def _figure(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else shown(value)
+def _format_figure(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else render_code(value)
 
 
-def _accepted(accepted: Sequence[Finding]) -> list[str]:
+def _render_accepted(accepted: Sequence[Finding]) -> list[str]:
     if not accepted:
         return []
-    rows = [[shown(f.rule), shown(f.file or "-"), escaped(f.message)] for f in accepted]
+    rows = [[render_code(f.rule), render_code(f.file or "-"), escape(f.message)] for f in accepted]
     said = "The publisher was told of these and published all the same."
-    return ["## Accepted findings", said, _table(("finding", "file", "what"), rows)]
+    return ["## Accepted findings", said, _render_table(("finding", "file", "what"), rows)]
 
 
-def _manifest(manifest: bytes) -> str:
+def _render_manifest(manifest: bytes) -> str:
     if len(manifest) > MAX_MANIFEST:
         return f"Its {len(manifest)} bytes are in `manifest.yaml`."
-    return fenced(manifest.decode("utf-8", "replace"), "yaml")
+    return fence(manifest.decode("utf-8", "replace"), "yaml")
 
 
-def _base_card(name: str, card: str | None) -> list[str]:
+def _render_base_card(name: str, card: str | None) -> list[str]:
     if not card or not card.strip():
         return []
     cut = "" if len(card) <= MAX_CARD else f" Its first {MAX_CARD} characters:"
-    quoted = fenced(card[:MAX_CARD].strip("\r\n"), "markdown")
+    quoted = fence(card[:MAX_CARD].strip("\r\n"), "markdown")
     return [f"## The base's own card\n\nBy the authors of {name}, quoted to the letter.{cut}", quoted]
 
 
 def describe(registry: Registry, accepted: Iterable[Finding]) -> str:
     """Render a commit's description as plain text: one line for each edit and each accepted finding, and the base."""
-    lines = [f"{printable(str(e.coordinate))}: {e.old_bits} to {e.new_bits}" for e in registry.edits[:20]]
+    lines = [f"{escape_control(str(e.coordinate))}: {e.old_bits} to {e.new_bits}" for e in registry.edits[:20]]
     if len(registry.edits) > 20:
         lines.append(f"and {len(registry.edits) - 20} more")
-    lines += [f"accepted: {f.rule}: {printable(f.file or '-')}: {printable(f.message)}" for f in accepted]
+    lines += [f"accepted: {f.rule}: {escape_control(f.file or '-')}: {escape_control(f.message)}" for f in accepted]
     lines.append(f"base: {json.dumps({'repo_id': registry.base.repo_id, 'revision': registry.base.revision})}")
     return "\n".join(line[:500] for line in lines)

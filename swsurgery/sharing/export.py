@@ -16,22 +16,22 @@ from typing import Any, Literal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_as
 from swsurgery.checkpoint.record import MANIFEST_NAME, Patched, Registry, read_records
-from swsurgery.editing.base import base_of, known_digests
-from swsurgery.editing.copy import outside_mode
+from swsurgery.editing.base import collect_known_digests, find_base
+from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import CheckpointError, PlanError, TargetError
-from swsurgery.hub import Repo, Uri, named, place
+from swsurgery.hub import Repo, Uri, parse_location, place
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.load import load_manifest, parse_manifest
-from swsurgery.manifest.patch import Patch, PatchBase, PatchBounds, PatchScalar, safetensors_bytes
+from swsurgery.manifest.patch import Patch, PatchBase, PatchBounds, PatchScalar, render_safetensors
 from swsurgery.manifest.schema import Manifest
 from swsurgery.progress import Progress, Silent
 from swsurgery.sharing import lora
 from swsurgery.storage import filesystem, staging
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.hashing import hashed, hold_to
+from swsurgery.storage.hashing import check_digest, hash_file
 
-Format = Literal["sparse", "peft", "vllm"]
+ExportFormat = Literal["sparse", "peft", "vllm"]
 
 TORCH_NAMES = {
     "F64": "float64",
@@ -47,7 +47,7 @@ TORCH_NAMES = {
 
 
 @dataclass(frozen=True)
-class Source:
+class EditSource:
     """The edits to export, and the config.json of their model."""
 
     patch: Patch
@@ -64,7 +64,7 @@ class Exported:
     """Result of an export. `files` maps names, relative to `output` if that is a folder, to sizes in bytes."""
 
     output: Path
-    format: Format
+    format: ExportFormat
     files: dict[str, int]
     scalars: int
     notes: tuple[str, ...]
@@ -81,7 +81,7 @@ class Exported:
 
 def write(
     source: str | Path,
-    form: Format,
+    form: ExportFormat,
     output: Path,
     *,
     base: str | None = None,
@@ -108,7 +108,7 @@ def write(
     return Exported(output, form, sizes, len(found.patch.scalars), (*found.notes, *notes))
 
 
-def render(source: Source, form: Format) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def render(source: EditSource, form: ExportFormat) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Render the files of a format. Returns (file name -> bytes, notes). Raises PlanError, ManifestError.
 
     The name of the single file of the sparse format is empty.
@@ -118,16 +118,16 @@ def render(source: Source, form: Format) -> tuple[dict[str, bytes], tuple[str, .
     if form == "peft":
         if source.codes:
             raise PlanError.of(source.codes)
-        return lora.adapter(source.patch, source.config)
+        return lora.render_adapter(source.patch, source.config)
     return _render_vllm(source.patch), ()
 
 
-def read(source: str | Path, base: str | None = None, progress: Progress | None = None) -> Source:
+def read(source: str | Path, base: str | None = None, progress: Progress | None = None) -> EditSource:
     """Read the edits of a patched checkpoint since its first base, or plan those of a manifest on its base.
 
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
-    where = named(source)
+    where = parse_location(source)
     if isinstance(where, Path) and not where.is_dir():
         return _read_manifest(where, base, progress or Silent())
     if base is not None:
@@ -135,9 +135,9 @@ def read(source: str | Path, base: str | None = None, progress: Progress | None 
     return _read_record(place(where) if isinstance(where, Uri) else where)
 
 
-def _read_manifest(path: Path, base: str | None, progress: Progress) -> Source:
+def _read_manifest(path: Path, base: str | None, progress: Progress) -> EditSource:
     loaded = load_manifest(path)
-    checkpoint = open_as(place(base_of(loaded, base)), loaded.manifest.base)
+    checkpoint = open_as(place(find_base(loaded, base)), loaded.manifest.base)
     plan = make_plan(loaded, checkpoint)
     digests = _find_digests(plan, progress)
     said = loaded.manifest.base
@@ -152,12 +152,12 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
 
     Raises PlanError if a digest differs from the one in the manifest or in the base's own record.
     """
-    pins, found = known_digests(plan), {}
+    pins, found = collect_known_digests(plan), {}
     for name in sorted({s.file for s in plan.splices}):
         file = plan.checkpoint.file(name)
-        digest = hashed(file, progress) if file.is_here else file.digest
+        digest = hash_file(file, progress) if file.is_here else file.digest
         if digest:
-            hold_to(file, digest, pins)
+            check_digest(file, digest, pins)
         elif name in pins:
             digest = pins[name][0]
         if digest:
@@ -165,10 +165,10 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
     return found
 
 
-def _read_record(root: Path | Repo) -> Source:
+def _read_record(root: Path | Repo) -> EditSource:
     patched = read_records(root)
     checkpoint = open_as(root, patched.registry.base, elsewhere=patched.registry.elsewhere)
-    steps = steps_of(patched)
+    steps = list_steps(patched)
     changed: dict[Coordinate, PatchScalar] = {}
     for registry in steps:
         for e in registry.edits:
@@ -194,7 +194,7 @@ def _read_record(root: Path | Repo) -> Source:
     return _make_source(checkpoint, manifest, identity, known, last.manifest_sha256, scalars)
 
 
-def steps_of(patched: Patched | None) -> list[Registry]:
+def list_steps(patched: Patched | None) -> list[Registry]:
     """List the records of all steps in which a checkpoint was patched, in order."""
     steps: list[Registry] = []
     while patched is not None:
@@ -222,7 +222,7 @@ def _make_source(
     digests: dict[str, str],
     manifest_sha256: str,
     scalars: Sequence[PatchScalar],
-) -> Source:
+) -> EditSource:
     if not scalars:
         raise PlanError("nothing is changed, so there is nothing to export", checkpoint.root)
     repo_id, revision = identity
@@ -244,10 +244,10 @@ def _make_source(
         for s in ordered
         if (why := checkpoint.quantisation.refusal(s.tensor))
     ]
-    return Source(
+    return EditSource(
         Patch(base, bounds, manifest_sha256, ordered),
         checkpoint.config,
-        outside_mode(checkpoint.files),
+        compute_outside_mode(checkpoint.files),
         tuple(notes),
         tuple(codes),
     )
@@ -278,8 +278,8 @@ def _render_vllm(patch: Patch) -> dict[str, bytes]:
         arrays[names["indices"]] = "I64", count, b"".join(s.flat.to_bytes(8, "little") for s in group)
     document = {"patches": entries, **patch.origin()}
     return {
-        "patches.json": patch_module.json_bytes(document),
-        "patches.safetensors": safetensors_bytes(arrays, {"format": "pt"}),
+        "patches.json": patch_module.render_json(document),
+        "patches.safetensors": render_safetensors(arrays, {"format": "pt"}),
     }
 
 

@@ -12,9 +12,9 @@ from fractions import Fraction
 from typing import Any
 
 from swsurgery.checkpoint.projections import name_prefixes
-from swsurgery.checkpoint.tying import tied_by_config
+from swsurgery.checkpoint.tying import is_tied_by_config
 from swsurgery.errors import NumberError, PlanError
-from swsurgery.manifest.patch import Patch, PatchScalar, json_bytes, safetensors_bytes
+from swsurgery.manifest.patch import Patch, PatchScalar, render_json, render_safetensors
 from swsurgery.storage.dtypes import DTYPES, decode, encode, round_to, show
 
 LINEAR = frozenset([
@@ -31,7 +31,7 @@ OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """Target names that PEFT 0.21 applies to the stacked experts of a mixture of experts, even if the layer is dense."""
 
 
-def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def render_adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Render a LoRA adapter (arXiv:2106.09685): lora_B @ lora_A is new - old at each edited scalar and zero elsewhere.
 
     A scalar needs rank 1; scalars in one row, or in one column, share a rank. Returns (file name -> bytes, notes on
@@ -78,8 +78,8 @@ def adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tup
     }
     origin = {"format": "pt", "swsurgery": json.dumps(patch.origin(), sort_keys=True, separators=(",", ":"))}
     return {
-        "adapter_config.json": json_bytes(settings),
-        "adapter_model.safetensors": safetensors_bytes(arrays, origin),
+        "adapter_config.json": render_json(settings),
+        "adapter_model.safetensors": render_safetensors(arrays, origin),
     }, tuple(notes)
 
 
@@ -107,7 +107,7 @@ def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
         reason = "is not known to be the weight of a linear layer"
     elif scalar.dtype.kind != "float":
         reason = f"is stored as {scalar.dtype.name}"
-    elif parts[-2] in ("lm_head", "embed_out") and tied_by_config(config):
+    elif parts[-2] in ("lm_head", "embed_out") and is_tied_by_config(config):
         reason = "is tied to the embedding, which an adapter of the head would leave as it is"
     elif _find_module(scalar.tensor, config) is None:
         reason = "has another name in the loaded model"

@@ -13,16 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.compare import chunks
+from swsurgery.checkpoint.compare import read_chunks
 from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.opening import open_as
-from swsurgery.checkpoint.projections import short_form
+from swsurgery.checkpoint.projections import find_short_form
 from swsurgery.checkpoint.record import REGISTRY_NAME, FileRecord, Patched, Registry, read_patched
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError, pluralise
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
-from swsurgery.hub.commit import Listing, Target, listing_if_seen, look, open_pull_requests
-from swsurgery.hub.commit import listing as listing_of
+from swsurgery.hub.commit import Branch, Listing, list_visible_revision, look, open_pull_requests
+from swsurgery.hub.commit import list_revision as listing_of
 from swsurgery.hub.remote import RemoteFile
 from swsurgery.progress import Progress
 from swsurgery.sharing import card
@@ -32,7 +32,7 @@ from swsurgery.storage.files import BaseFile, Place, opened, read_at_most, read_
 from swsurgery.storage.names import OWN_FILES, SIGNATURE_NAME
 from swsurgery.verifying.findings import Finding
 
-SMALL = 16 << 20
+SMALL_FILE = 16 << 20
 """Size in bytes up to which a file is read when the plan is made. Files stored in git itself are never larger."""
 
 
@@ -51,7 +51,7 @@ def make_publication(
     registry = patched.registry
     notes: list[str] = []
     checkpoint = open_as(root, registry.base, elsewhere=registry.elsewhere)
-    base, target = base_listing(registry), target_of(wish)
+    base, target = list_base(registry), find_target(wish)
     if base is None:
         named = registry.base.repo_id or "the base, which the registry does not name,"
         notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
@@ -65,16 +65,16 @@ def make_publication(
     items = [scan.item(name) for name in sorted(names)]
     published = _make_record(registry, items, base)
     records = Patched(published, published.render(), patched.manifest_raw)
-    text = base_card(scan, registry, base)
+    text = read_base_card(scan, registry, base)
     base_fields, base_text = read_card(text, card.FIELDS)
-    notes += card_notes(card.not_carried(base_fields))
-    body = card.body(
-        published, wish.repo_id, patched.manifest_raw, base_text, findings, short_forms(checkpoint, registry)
+    notes += list_card_notes(card.list_omitted_fields(base_fields))
+    body = card.render_body(
+        published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, registry)
     )
-    own = records.own_files() | {card.CARD_NAME: render_card(card.fields(published, base_fields), body)}
+    own = records.own_files() | {card.CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
     items += [scan.own(name, data) for name, data in own.items()]
-    message = wish.message or summary(registry)
-    plan = assembled(root, wish, published, items, left_out, notes, findings, base, target, message)
+    message = wish.message or summarise_edits(registry)
+    plan = assemble(root, wish, published, items, left_out, notes, findings, base, target, message)
     _refuse_second_set(plan)
     return plan
 
@@ -93,7 +93,7 @@ def _refuse_second_set(plan: Publication) -> None:
         raise HubError(what, plan.wish.repo_id, "delete them, or publish in a repository of its own")
 
 
-def assembled(
+def assemble(
     root: Path,
     wish: Wish,
     registry: Registry,
@@ -102,7 +102,7 @@ def assembled(
     notes: Sequence[str],
     findings: Sequence[Finding],
     base: Listing | None,
-    target: Target | None,
+    target: Branch | None,
     message: str,
 ) -> Publication:
     """Build the plan from its files. Adds the files to delete, the tag, and an open pull request with these files."""
@@ -125,13 +125,13 @@ def assembled(
     return replace(plan, pull_request=_find_pull_request(plan)) if wish.create_pr and target else plan
 
 
-def base_listing(registry: Registry) -> Listing | None:
+def list_base(registry: Registry) -> Listing | None:
     """List the base's repository at its commit. None if it is unknown or not visible on this Hub. Raises HubError."""
     named = registry.base
-    return listing_if_seen(named.repo_id, named.revision) if named.repo_id else None
+    return list_visible_revision(named.repo_id, named.revision) if named.repo_id else None
 
 
-def target_of(wish: Wish) -> Target | None:
+def find_target(wish: Wish) -> Branch | None:
     """Find the repository and branch to commit to. Raises HubError if it is public and should be private."""
     target = look(wish.repo_id, wish.branch)
     if target and wish.private and not target.head.private:
@@ -139,7 +139,7 @@ def target_of(wish: Wish) -> Target | None:
     return target
 
 
-def in_base(registry: Registry, name: str) -> str:
+def join_base_path(registry: Registry, name: str) -> str:
     """Return a file's path in the base's repository. The base may be a folder of it."""
     return f"{registry.base.sub}/{name}" if registry.base.sub else name
 
@@ -170,7 +170,7 @@ class Scan:
         checkpoint: Checkpoint,
         registry: Registry,
         base: Listing | None,
-        target: Target | None,
+        target: Branch | None,
         distrusted: set[str | None],
         hashing: bool,
         progress: Progress,
@@ -186,7 +186,7 @@ class Scan:
         file = self.there.get(name)
         if file is None:
             return self._plan_elsewhere(name, self.registry.files[name])
-        if file.size <= SMALL:
+        if file.size <= SMALL_FILE:
             with opened(file.path) as fd:
                 data = read_exactly(fd, file.size, 0, file.path)
             found = _make_item(name, data, file.path)
@@ -201,7 +201,7 @@ class Scan:
     def _find_in_base(self, name: str, sha256: str | None) -> RemoteFile | None:
         """Return the base's file with this content, or else with this name."""
         return self.by_digest.get(sha256 or "") or (
-            self.base.files.get(in_base(self.registry, name)) if self.base else None
+            self.base.files.get(join_base_path(self.registry, name)) if self.base else None
         )
 
     def _plan_elsewhere(self, name: str, record: FileRecord) -> Item:
@@ -254,7 +254,7 @@ def file_sha256(file: BaseFile, progress: Progress) -> str:
     digest = hashlib.sha256()
     progress.start(file.size, "B", f"hashing {file.name}")
     try:
-        for _, chunk in chunks(file, []):
+        for _, chunk in read_chunks(file, []):
             digest.update(chunk)
             progress.advance(len(chunk))
     finally:
@@ -269,14 +269,19 @@ def _make_record(registry: Registry, items: Sequence[Item], base: Listing | None
     for name, record in registry.files.items():
         if name not in found:
             continue
-        if record.sha256 is None and found[name].sha256 and base and found[name].is_in(base, in_base(registry, name)):
+        if (
+            record.sha256 is None
+            and found[name].sha256
+            and base
+            and found[name].is_in(base, join_base_path(registry, name))
+        ):
             record = FileRecord(size=record.size, base_sha256=found[name].sha256, sha256=found[name].sha256)
         files[name] = record
     omitted = sorted({*registry.omitted, *(n for n in registry.files if n not in files)})
     return registry.model_copy(update={"files": files, "omitted": omitted, "elsewhere": []})
 
 
-def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
+def read_base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
     """Read the base's card, from the directory if that has the base's card, else from the base's repository.
 
     Returns "" if there is none, or if the Hub does not permit reading it.
@@ -285,7 +290,7 @@ def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
     if here is not None and card.CARD_NAME in registry.files and card.CARD_NAME not in scan.distrusted:
         with opened(here.path) as file:
             return read_at_most(file, 4 * card.MAX_CARD).decode("utf-8", "replace")
-    theirs = base.files.get(in_base(registry, card.CARD_NAME)) if base else None
+    theirs = base.files.get(join_base_path(registry, card.CARD_NAME)) if base else None
     if theirs is None:
         return ""
     with contextlib.suppress(HubError):  # a gated repository permits listing files, but not reading them
@@ -293,22 +298,22 @@ def base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
     return ""
 
 
-def card_notes(names: Sequence[str]) -> list[str]:
+def list_card_notes(names: Sequence[str]) -> list[str]:
     """Return a note on the fields of the base's card that the new card omits."""
     return [f"not taken over from the base's card, in whole or in part: {', '.join(names)}"] if names else []
 
 
-def short_forms(checkpoint: Checkpoint, registry: Registry) -> dict[Coordinate, card.ShortForm]:
+def find_short_forms(checkpoint: Checkpoint, registry: Registry) -> dict[Coordinate, card.ShortForm]:
     """Return the short form of each edited scalar that has one."""
     found: dict[Coordinate, card.ShortForm] = {}
     for record in registry.edits:
         with contextlib.suppress(ArchitectureError):
-            if form := short_form(checkpoint.config, checkpoint.shapes, record.coordinate):
+            if form := find_short_form(checkpoint.config, checkpoint.shapes, record.coordinate):
                 found[record.coordinate] = form
     return found
 
 
-def _find_obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], list[str]]:
+def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], list[str]]:
     """Return the files to delete, which only an earlier publication has, and notes on other files that stay."""
     if target is None:
         return [], []
@@ -330,7 +335,7 @@ def _find_obsolete(target: Target | None, names: set[str]) -> tuple[list[Item], 
 
 
 def _choose_tag(
-    wish: Wish, registry: Registry, base: Listing | None, target: Target | None, notes: list[str]
+    wish: Wish, registry: Registry, base: Listing | None, target: Branch | None, notes: list[str]
 ) -> str | None:
     """Return the tag to make, or None. A pull request gets none, because its commit is not yet the repository's.
 
@@ -350,7 +355,7 @@ def _choose_tag(
     return name
 
 
-def summary(registry: Registry) -> str:
+def summarise_edits(registry: Registry) -> str:
     """Summarise the edits in one line, for the commit's message."""
     number, base = len(registry.edits), registry.base
     of = f" of {base.repo_id}" if base.repo_id else ""

@@ -19,20 +19,20 @@ from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, EditRecord, Pa
 from swsurgery.errors import HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
-from swsurgery.hub.commit import Target
+from swsurgery.hub.commit import Branch
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.patch import Patch
 from swsurgery.progress import Progress
 from swsurgery.sharing import card, export
 from swsurgery.sharing.plan_checkpoint import (
     Scan,
-    assembled,
-    base_card,
-    base_listing,
-    card_notes,
-    short_forms,
-    summary,
-    target_of,
+    assemble,
+    find_short_forms,
+    find_target,
+    list_base,
+    list_card_notes,
+    read_base_card,
+    summarise_edits,
 )
 from swsurgery.sharing.publication import Publication, Wish
 from swsurgery.storage.coordinate import Coordinate
@@ -54,9 +54,9 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     """
     patched = read_records(root)
     source = export.read(root, progress=progress)
-    registry = _as_one_step(patched, source.patch)
+    registry = _merge_steps(patched, source.patch)
     checkpoint = open_as(root, patched.registry.base, elsewhere=patched.registry.elsewhere)
-    base, target = base_listing(registry), target_of(wish)
+    base, target = list_base(registry), find_target(wish)
     if target:
         _refuse_weights(target, wish.repo_id)
     notes = [*source.notes]
@@ -67,24 +67,24 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
         notes.append(f"{base.repo_id} is private, and the patch tells names and single values of its weights")
     raw = patch_module.render(source.patch)
     once = not patched.registry.history
-    manifest = patched.manifest_raw if once else patch_module.manifest_text(raw, Path(PATCH_NAME))
+    manifest = patched.manifest_raw if once else patch_module.render_manifest(raw, Path(PATCH_NAME))
     scan = Scan(checkpoint, patched.registry, base, target, {f.file for f in findings}, False, progress)
-    base_fields, _ = read_card(base_card(scan, patched.registry, base), card.FIELDS)
-    notes += card_notes(card.not_carried(base_fields, card.LICENCE))
-    body = card.patch_body(
-        registry, wish.repo_id, manifest, PATCH_NAME, len(raw), findings, short_forms(checkpoint, registry)
+    base_fields, _ = read_card(read_base_card(scan, patched.registry, base), card.FIELDS)
+    notes += list_card_notes(card.list_omitted_fields(base_fields, card.LICENCE))
+    body = card.render_patch_body(
+        registry, wish.repo_id, manifest, PATCH_NAME, len(raw), findings, find_short_forms(checkpoint, registry)
     )
     made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
     made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
-    made[card.CARD_NAME] = render_card(card.patch_fields(registry, base_fields), body)
+    made[card.CARD_NAME] = render_card(card.make_patch_fields(registry, base_fields), body)
     items = [scan.own(name, data) for name, data in made.items()]
-    message = wish.message or f"a patch: {summary(registry)}"
-    return assembled(root, wish, registry, items, {}, notes, findings, base, target, message)
+    message = wish.message or f"a patch: {summarise_edits(registry)}"
+    return assemble(root, wish, registry, items, {}, notes, findings, base, target, message)
 
 
-def _as_one_step(patched: Patched, patch: Patch) -> Registry:
+def _merge_steps(patched: Patched, patch: Patch) -> Registry:
     """Return a record with a checkpoint's edits since its first base, and without files."""
-    steps = export.steps_of(patched)
+    steps = export.list_steps(patched)
     first: dict[Coordinate, EditRecord] = {}
     last: dict[Coordinate, EditRecord] = {}
     for registry in steps:
@@ -100,7 +100,7 @@ def _as_one_step(patched: Patched, patch: Patch) -> Registry:
     return patched.registry.model_copy(update=update)
 
 
-def _refuse_weights(target: Target, repo_id: str) -> None:
+def _refuse_weights(target: Branch, repo_id: str) -> None:
     """Raise HubError if the repository contains weights, whose card the patch's card would replace."""
     ours = {PATCH_NAME, *OWN_FILES[1:]}
     if held := sorted(name for name in target.head.files if name.endswith(WEIGHTS) and name not in ours):

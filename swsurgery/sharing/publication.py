@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from swsurgery.checkpoint.record import Registry
 from swsurgery.errors import HubError
-from swsurgery.hub.commit import MAIN, Listing, Target
+from swsurgery.hub.commit import MAIN, Branch, Listing
 from swsurgery.storage.files import Place
 from swsurgery.verifying.findings import Finding
 
@@ -109,7 +109,7 @@ class Publication:
     notes: tuple[str, ...]
     accepted: tuple[Finding, ...]
     base: Listing | None
-    target: Target | None
+    target: Branch | None
     tag: str | None
     message: str
     pull_request: int | None = None
@@ -159,7 +159,7 @@ def is_published(plan: Publication, head: Listing) -> bool:
     return all(item.name not in head.files if item.how == "delete" else item.is_in(head) for item in plan.items)
 
 
-def lines(plan: Publication, size: Callable[[int], str]) -> Iterator[str]:
+def format_lines(plan: Publication, size: Callable[[int], str]) -> Iterator[str]:
     """Yield the plan as lines of text. `size` formats a number of bytes."""
     kind = "private" if plan.private else "public"
     at = f"branch {plan.wish.branch}" if plan.wish.branch != MAIN else "main"

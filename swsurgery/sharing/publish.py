@@ -19,35 +19,43 @@ from typing import Any
 
 from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.record import REGISTRY_NAME, Registry, read_patched
-from swsurgery.errors import CheckFailed, CheckpointError, HubError, Interrupted, ShardError, SwsurgeryError, printable
+from swsurgery.errors import (
+    CheckFailed,
+    CheckpointError,
+    HubError,
+    Interrupted,
+    ShardError,
+    SwsurgeryError,
+    escape_control,
+)
 from swsurgery.hub import Uri, fetch
 from swsurgery.hub import commit as hub
-from swsurgery.hub.commit import Conflict, Copy, CopyRefused, Draft, Listing, Sent, Target
+from swsurgery.hub.commit import Branch, Conflict, Copy, CopyRefused, Draft, Listing, Sent
 from swsurgery.hub.remote import RemoteFile
 from swsurgery.progress import Progress, Silent
 from swsurgery.sharing import card
-from swsurgery.sharing.plan_checkpoint import SMALL, make_publication
-from swsurgery.sharing.publication import Item, Publication, Wish, is_published, lines
+from swsurgery.sharing.plan_checkpoint import SMALL_FILE, make_publication
+from swsurgery.sharing.publication import Item, Publication, Wish, format_lines, is_published
 from swsurgery.storage.files import Place
 from swsurgery.storage.folder import Entry
 from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.verifying.findings import RULES, Finding
-from swsurgery.verifying.verify import Question, prove
+from swsurgery.verifying.verify import Question, verify_checkpoint
 
 __all__ = [
     "Publication",
     "Published",
     "Wish",
-    "early_findings",
-    "gate",
-    "lines",
+    "find_early",
+    "check_gate",
+    "format_lines",
     "make_publication",
     "publish",
-    "refused",
-    "secrets",
+    "make_refusal",
+    "find_secrets",
 ]
 
-TOKEN = re.compile(rb"hf_(?:jwt_|oauth_)?[A-Za-z0-9]{20,}")
+TOKEN_BYTES = re.compile(rb"hf_(?:jwt_|oauth_)?[A-Za-z0-9]{20,}")
 """Matches a token of the Hub in a file. Shorter strings of this form are identifiers in program code."""
 
 
@@ -75,7 +83,7 @@ class Published:
     def url(self) -> str:
         """Address of the commit's or the pull request's page."""
         page = f"discussions/{self.pull_request}" if self.pull_request else f"tree/{self.commit}"
-        return f"{hub.endpoint()}/{self.repo_id}/{page}"
+        return f"{hub.get_endpoint()}/{self.repo_id}/{page}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -91,7 +99,7 @@ class Published:
         }
 
 
-def early_findings(root: Path) -> list[Finding]:
+def find_early(root: Path) -> list[Finding]:
     """Find what prevents publishing, without reading weights: the sanity check, and secrets in small files.
 
     Raises CheckpointError if the directory has no record.
@@ -101,8 +109,8 @@ def early_findings(root: Path) -> list[Finding]:
         raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
     findings = _check_sanity(patched.registry)
     names = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
-    small = (name for name in names if name.parts[0] not in LEFT_OUT and (root / name).stat().st_size <= SMALL)
-    return findings + secrets((name.as_posix(), (root / name).read_bytes()) for name in small)
+    small = (name for name in names if name.parts[0] not in LEFT_OUT and (root / name).stat().st_size <= SMALL_FILE)
+    return findings + find_secrets((name.as_posix(), (root / name).read_bytes()) for name in small)
 
 
 def _check_sanity(registry: Registry) -> list[Finding]:
@@ -121,16 +129,16 @@ def _check_sanity(registry: Registry) -> list[Finding]:
     return [Finding("check-missing", f"the edited model was never run{why}", REGISTRY_NAME)]
 
 
-def secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
+def find_secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
     """Find tokens in files, given as (name, content). The findings do not contain the token."""
     return [
         Finding("secret", "it holds what looks like a token of the Hub", name)
         for name, data in files
-        if TOKEN.search(data) or hub.holds_token(data)
+        if TOKEN_BYTES.search(data) or hub.has_token(data)
     ]
 
 
-def gate(root: Path, accept: Collection[str], progress: Progress | None = None) -> list[Finding]:
+def check_gate(root: Path, accept: Collection[str], progress: Progress | None = None) -> list[Finding]:
     """Check the directory before it is published. Returns the findings, all of whose rules are in `accept`.
 
     Further copies of the weights are ignored, because they are not published. Raises CheckFailed, which lists the
@@ -138,15 +146,15 @@ def gate(root: Path, accept: Collection[str], progress: Progress | None = None) 
     """
     if unknown := sorted(set(accept) - set(RULES)):
         raise SwsurgeryError("there is no such finding to accept", ", ".join(unknown), "verify names them")
-    findings = early_findings(root)
-    findings += prove(root, Question(), progress or Silent()).findings
+    findings = find_early(root)
+    findings += verify_checkpoint(root, Question(), progress or Silent()).findings
     findings = [f for f in findings if f.rule != "duplicate-weights"]
     if any(f.rule not in accept for f in findings):
-        raise refused([f for f in findings if f.rule not in accept])
+        raise make_refusal([f for f in findings if f.rule not in accept])
     return findings
 
 
-def refused(findings: Iterable[Finding]) -> SwsurgeryError:
+def make_refusal(findings: Iterable[Finding]) -> SwsurgeryError:
     """Make the error that lists findings (exit code 1)."""
     faults = [f"not published: {f.rule}: {f.file or f.tensor or '-'}: {f.message}" for f in findings]
     return CheckFailed.of([*faults, "not published: --accept NAME accepts findings, and the card will say so"])
@@ -170,10 +178,10 @@ def publish(
         sent, uploaded, copied = _find_earlier_commit(plan), 0, 0
         already = sent is not None
         if sent is None:
-            with hub.drawing(bars):
+            with hub.show_bars(bars):
                 sent, uploaded, copied = _send(plan, say)
         if plan.tag and not (plan.target and plan.tag in plan.target.tags):
-            hub.tag(plan.wish.repo_id, plan.tag, sent.commit)
+            hub.create_tag(plan.wish.repo_id, plan.tag, sent.commit)
         findings, listing, scalars = _read_back(plan, sent, progress or Silent())
     except Interrupted as error:
         raise error.leaving("the repository is as it was or all new; run the same command again") from None
@@ -198,15 +206,15 @@ def _refuse_secrets(plan: Publication) -> None:
     The gate could not see these texts, because they did not exist yet.
     """
     made = [(item.name, item.content) for item in plan.items if isinstance(item.content, bytes)]
-    found = secrets([("the commit's message", plan.message.encode()), *made])
+    found = find_secrets([("the commit's message", plan.message.encode()), *made])
     if found and not any(f.rule == "secret" for f in plan.accepted):
-        raise refused(found)
+        raise make_refusal(found)
 
 
 def _find_earlier_commit(plan: Publication) -> Sent | None:
     """Return the commit of an earlier run that published everything, or None."""
     if plan.pull_request is not None:
-        return Sent(hub.listing(plan.wish.repo_id, f"refs/pr/{plan.pull_request}").commit, plan.pull_request)
+        return Sent(hub.list_revision(plan.wish.repo_id, f"refs/pr/{plan.pull_request}").commit, plan.pull_request)
     if plan.target and plan.target.branch_is_there and not plan.changes:
         return Sent(plan.target.head.commit, None)
     return None
@@ -255,7 +263,7 @@ def _refuse_public(plan: Publication) -> None:
         raise HubError("the repository has become public, and nothing was committed", plan.wish.repo_id, remedy)
 
 
-def _prepare_target(plan: Publication) -> Target:
+def _prepare_target(plan: Publication) -> Branch:
     """Create the repository and the branch if they do not exist. Raises Conflict if somebody else just did."""
     wish, target = plan.wish, plan.target
     if target is None:
@@ -308,7 +316,7 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
 
     Returns the findings, the new listing, and the number of scalars that were compared.
     """
-    listing = hub.listing(plan.wish.repo_id, sent.commit)
+    listing = hub.list_revision(plan.wish.repo_id, sent.commit)
     findings: list[Finding] = []
     if plan.private and not listing.private:
         exposed = "the repository has become public, so anybody may have read what was published"
@@ -357,12 +365,12 @@ def _compare_file(item: Item, listing: Listing) -> list[Finding]:
         return [Finding("file-missing", "it was published and is not there", item.name)]
     if item.is_in(listing) or there.sha256 is None and item.blob is None and _hash_remote(there) == item.sha256:
         return []
-    return [Finding("digest", f"the Hub has other bytes than {printable(item.sha256 or '?')}", item.name)]
+    return [Finding("digest", f"the Hub has other bytes than {escape_control(item.sha256 or '?')}", item.name)]
 
 
 def _hash_remote(file: RemoteFile) -> str:
     """Compute the sha256 of a small file on the Hub, by downloading it."""
     digest = hashlib.sha256()
-    for offset in range(0, file.size, SMALL):
-        digest.update(file.pread(SMALL, offset))
+    for offset in range(0, file.size, SMALL_FILE):
+        digest.update(file.pread(SMALL_FILE, offset))
     return digest.hexdigest()

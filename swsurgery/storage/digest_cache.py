@@ -22,7 +22,7 @@ from swsurgery.storage.files import open_regular, read_at_most
 MAX_ENTRIES = 20_000
 """Maximum number of digests kept; the oldest are dropped."""
 
-MAX_BYTES = 8 << 20
+MAX_CACHE = 8 << 20
 """Maximum size of the cache file in bytes; MAX_ENTRIES digests need about 3 MB."""
 
 CLOCK_TICK = 2.0
@@ -45,7 +45,7 @@ class DigestCache:
         """Return the cached digest for a file with this status, or None."""
         if self._read is None:
             self._read = _load(self._path)
-        return self._read.get(_identity(status))
+        return self._read.get(_make_identity(status))
 
     def put(self, status: os.stat_result, digest: str, started: float) -> None:
         """Add a digest. `status` is that of the hashed descriptor; hashing began at `started`, in seconds since 1970.
@@ -53,7 +53,7 @@ class DigestCache:
         A file modified less than CLOCK_TICK before `started` is not added: it could change again and keep its mtime.
         """
         if started - status.st_mtime >= CLOCK_TICK:
-            self._new[_identity(status)] = digest
+            self._new[_make_identity(status)] = digest
 
     def save(self) -> None:
         """Write the cache file. Does nothing if it cannot be written."""
@@ -61,7 +61,7 @@ class DigestCache:
             return
         entries = {k: v for k, v in _load(self._path).items() if k not in self._new} | self._new
         entries = dict(list(entries.items())[-MAX_ENTRIES:])
-        document = {"sha256": _checksum(entries), "digests": entries}
+        document = {"sha256": _compute_checksum(entries), "digests": entries}
         try:
             filesystem.make_directories(self._path.parent)
             filesystem.replace_shared(self._path, json.dumps(document, indent=0).encode(), wait=False, mode=0o600)
@@ -81,8 +81,8 @@ def _load(path: Path) -> dict[str, str]:
         status = os.fstat(fd)
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return {}
-        raw = read_at_most(fd, MAX_BYTES + 1)
-        document = json.loads(raw) if len(raw) <= MAX_BYTES else None
+        raw = read_at_most(fd, MAX_CACHE + 1)
+        document = json.loads(raw) if len(raw) <= MAX_CACHE else None
     except (OSError, ValueError, RecursionError):
         return {}
     finally:
@@ -90,14 +90,14 @@ def _load(path: Path) -> dict[str, str]:
     if not isinstance(document, dict):
         return {}
     entries = document.get("digests")
-    if not isinstance(entries, dict) or document.get("sha256") != _checksum(entries):
+    if not isinstance(entries, dict) or document.get("sha256") != _compute_checksum(entries):
         return {}
     return {k: v for k, v in entries.items() if isinstance(v, str) and len(v) == 64}
 
 
-def _checksum(entries: dict[str, str]) -> str:
+def _compute_checksum(entries: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def _identity(status: os.stat_result) -> str:
+def _make_identity(status: os.stat_result) -> str:
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"

@@ -50,7 +50,7 @@ class Written(float):
         return Fraction(-1 if self._text.startswith("-") else 1, 1 << 1080) if digits else Fraction(0)
 
 
-Kind = Literal["float", "int", "uint", "bool", "opaque"]
+DtypeKind = Literal["float", "int", "uint", "bool", "opaque"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Dtype:
 
     name: str
     bits: int
-    kind: Kind
+    kind: DtypeKind
     refusal: str = ""
 
     @property
@@ -164,7 +164,7 @@ def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False
         return _encode_integer(dtype, exact)
     if exact == 0:
         negative = math.copysign(1, value) < 0 if isinstance(value, float) else negative_zero
-        return zero(dtype) if not negative or dtype.special == "fnuz" else _pack(dtype, 1, 0)
+        return make_zero(dtype) if not negative or dtype.special == "fnuz" else _pack(dtype, 1, 0)
     magnitude = _round_magnitude(dtype, abs(exact))
     if magnitude > dtype.largest:
         largest = _decode_magnitude(dtype, dtype.largest)
@@ -174,14 +174,14 @@ def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False
     return _pack(dtype, int(exact < 0), magnitude)
 
 
-def zero(dtype: Dtype) -> bytes:
+def make_zero(dtype: Dtype) -> bytes:
     """Return the bytes of zero: all bits 0. Raises NumberError for a dtype that has no zero or no single values."""
     if dtype.kind == "opaque":
         raise NumberError(f"{dtype.name} {dtype.refusal}")
     return bytes(dtype.size)
 
 
-def scaled(dtype: Dtype, data: bytes, factor: float) -> bytes:
+def scale_value(dtype: Dtype, data: bytes, factor: float) -> bytes:
     """Multiply a stored scalar by `factor` exactly and round the product once to the dtype, half to even.
 
     `factor` is taken as the binary64 number that it is. Raises NumberError for integer dtypes, for a stored value that
@@ -197,12 +197,12 @@ def scaled(dtype: Dtype, data: bytes, factor: float) -> bytes:
     return encode(dtype, product, negative_zero=math.copysign(1, value) * math.copysign(1, factor) < 0)
 
 
-def bits_of(data: bytes) -> str:
+def format_bits(data: bytes) -> str:
     """Render little-endian bytes as a hexadecimal word such as `0x40bc`."""
     return "0x" + data[::-1].hex()
 
 
-def from_bits(dtype: Dtype, text: str) -> bytes:
+def parse_bits(dtype: Dtype, text: str) -> bytes:
     """Parse a word such as `0x40bc` to little-endian bytes. Raises NumberError if its width is not the dtype's."""
     if len(text) - 2 != dtype.bits // 4:
         raise NumberError(f"{text} has {len(text) - 2} hex digits, {dtype.name} takes {dtype.bits // 4}")
@@ -276,7 +276,7 @@ def _encode_integer(dtype: Dtype, exact: Fraction) -> bytes:
     return int(exact).to_bytes(dtype.size, "little", signed=dtype.kind == "int")
 
 
-def json_value(dtype: Dtype, data: bytes) -> int | float | str | None:
+def convert_to_json(dtype: Dtype, data: bytes) -> int | float | str | None:
     """Convert stored bytes to a JSON value: a number, "nan", "inf" or "-inf", or None for an opaque dtype."""
     if dtype.kind == "opaque":
         return None

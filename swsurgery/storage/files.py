@@ -165,6 +165,6 @@ NOT_THE_FILE = (
 """Each row contains the first bytes of a file, what such a file is, and the remedy."""
 
 
-def not_the_file(start: bytes) -> tuple[str, str] | None:
+def recognise_format(start: bytes) -> tuple[str, str] | None:
     """Recognise a file of another format by its first bytes. Returns (reason, remedy), or None if not recognised."""
     return next(((what, remedy) for magic, what, remedy in NOT_THE_FILE if start.startswith(magic)), None)

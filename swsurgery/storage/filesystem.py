@@ -176,7 +176,7 @@ def drop_cache(fd: int) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def bypass_cache(fd: int) -> None:
+def disable_cache(fd: int) -> None:
     """Make `write_all` bypass the page cache if the file system supports it.
 
     Writing a checkpoint through the cache would evict the pages of other programs and defer all writing to `sync`.
@@ -186,7 +186,7 @@ def bypass_cache(fd: int) -> None:
 
 
 def _use_cache(fd: int) -> bool:
-    """Undo `bypass_cache`. Returns False if the cache was not bypassed."""
+    """Undo `disable_cache`. Returns False if the cache was not bypassed."""
     flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
     return bool(flags & direct)
@@ -247,7 +247,7 @@ def write_report(path: Path, data: bytes) -> None:
     is written to the existing file.
     """
     with reported(path):
-        if (number := _own_descriptor(path)) is not None:
+        if (number := _find_own_descriptor(path)) is not None:
             # A newly opened descriptor would have its own position, and later output to the original descriptor
             # would overwrite the report.
             fd = os.dup(number)
@@ -264,7 +264,7 @@ def write_report(path: Path, data: bytes) -> None:
     replace_file(Path(os.path.realpath(path)), data)
 
 
-def _own_descriptor(path: Path) -> int | None:
+def _find_own_descriptor(path: Path) -> int | None:
     """Return the descriptor of this process that a path such as /dev/stdout refers to, or None."""
     streams = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
     text = os.path.abspath(path)
@@ -308,7 +308,7 @@ def copy_range(base: int, new: int, offset: int, size: int) -> int:
     return len(data)
 
 
-def hard_link(base: Path | Entry, new: Path | Entry) -> None:
+def make_hard_link(base: Path | Entry, new: Path | Entry) -> None:
     """Create a second name for a file. This changes its ctime, which an entry of it ignores from now on."""
     if isinstance(base, Entry):
         base.expect_new_ctime()

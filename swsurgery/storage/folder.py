@@ -232,8 +232,8 @@ class Entry:
 def open_beneath(folder: int, name: str, flags: int) -> int:
     """Open a path relative to a directory descriptor. Follows no link, never leaves the directory. Raises OSError."""
     _refuse_climbing(name)
-    fd = _openat2(folder, name, flags)
-    return _by_components(folder, name, flags) if fd is None else fd
+    fd = _call_openat2(folder, name, flags)
+    return _open_by_components(folder, name, flags) if fd is None else fd
 
 
 def _refuse_climbing(name: str) -> None:
@@ -243,7 +243,7 @@ def _refuse_climbing(name: str) -> None:
 
 
 @functools.cache
-def _syscall() -> Callable[..., int]:
+def _load_syscall() -> Callable[..., int]:
     call = ctypes.CDLL(None, use_errno=True).syscall
     call.restype = ctypes.c_long
     return call
@@ -255,12 +255,12 @@ class _How(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-def _openat2(folder: int, name: str, flags: int) -> int | None:
+def _call_openat2(folder: int, name: str, flags: int) -> int | None:
     """Call openat2. Returns None if the kernel does not provide it or refuses to run it. Raises OSError."""
     if not hasattr(os, "O_PATH"):  # not Linux: the number would be that of another call
         return None
     how = _How(flags, 0, _BENEATH)
-    fd = _syscall()(
+    fd = _load_syscall()(
         ctypes.c_long(OPENAT2),
         ctypes.c_long(folder),
         ctypes.c_char_p(os.fsencode(name)),
@@ -275,7 +275,7 @@ def _openat2(folder: int, name: str, flags: int) -> int | None:
     raise OSError(code, os.strerror(code), name)
 
 
-def _by_components(folder: int, name: str, flags: int) -> int:
+def _open_by_components(folder: int, name: str, flags: int) -> int:
     """Open one component after another, each relative to the previous one. Raises OSError."""
     *folders, last = name.split("/")
     here = folder

@@ -13,13 +13,13 @@ from concurrent.futures import Future
 
 from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError
 from swsurgery.progress import Progress, Silent
-from swsurgery.storage.dtypes import bits_of
+from swsurgery.storage.dtypes import format_bits
 from swsurgery.storage.files import BaseFile, open_local
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice
 from swsurgery.threads import Pool
 
-THREADS = "SWSURGERY_THREADS"
+THREADS_VARIABLE = "SWSURGERY_THREADS"
 """Environment variable with the number of files copied at a time. 1 does everything in one thread."""
 
 CHUNK = 4 << 20
@@ -75,12 +75,12 @@ def stream(
 _by_offset = operator.attrgetter("offset")
 
 
-def hashed(file: BaseFile, progress: Progress | None = None) -> str:
+def hash_file(file: BaseFile, progress: Progress | None = None) -> str:
     """Compute the sha256 of a file. Raises ShardError, CheckpointError."""
-    return hashed_twice(file, (), progress)[0]
+    return hash_twice(file, (), progress)[0]
 
 
-def hashed_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | None = None) -> tuple[str, str]:
+def hash_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | None = None) -> tuple[str, str]:
     """Return the sha256 of a file without and with `splices` applied. Raises ShardError, CheckpointError."""
     progress = progress or Silent()
     progress.start(file.size, "B", "hashing")
@@ -91,7 +91,7 @@ def hashed_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress |
         progress.close()
 
 
-def hold_to(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> None:
+def check_digest(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> None:
     """Compare a digest of a base file with every pin for the file and with the digest that the Hub states.
 
     `pins` contains, for each file name, the expected digest and the name of its source. Raises PlanError.
@@ -120,7 +120,7 @@ def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], fi
         part, at = slice(begin - splice.offset, end - splice.offset), slice(begin - offset, end - offset)
         if chunk[at] != splice.old[part]:
             raise CheckpointError(
-                f"{splice.coordinate} does not hold the planned {bits_of(splice.old)}",
+                f"{splice.coordinate} does not hold the planned {format_bits(splice.old)}",
                 file.path,
                 "the base was changed meanwhile",
             )
@@ -132,9 +132,9 @@ def count_threads() -> int:
 
     The default exceeds the number of cores of a small machine, so that no core is idle while the last shard is copied.
     """
-    text = os.environ.get(THREADS, "4")
+    text = os.environ.get(THREADS_VARIABLE, "4")
     if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise SwsurgeryError(f"{THREADS} is {text!r}", "the environment", "give a number from 1 to 64")
+        raise SwsurgeryError(f"{THREADS_VARIABLE} is {text!r}", "the environment", "give a number from 1 to 64")
     return int(text)
 
 

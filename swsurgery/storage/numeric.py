@@ -17,7 +17,7 @@ ADDRESS_SPACE = 96 << 20
 DATA = 48 << 20
 """Private writable memory that `import numpy` needs, in bytes (39 MiB measured)."""
 
-THREADS = "OPENBLAS_NUM_THREADS"
+BLAS_THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 """OpenBLAS reads its number of threads from this environment variable when it is loaded."""
 
 
@@ -27,15 +27,15 @@ def load_numpy() -> None:
         return
     if not _has_memory():
         raise MemoryError("the limit on memory leaves no room for numpy")
-    before = os.environ.get(THREADS)
-    os.environ[THREADS] = "1"
+    before = os.environ.get(BLAS_THREADS_VARIABLE)
+    os.environ[BLAS_THREADS_VARIABLE] = "1"
     try:
         import numpy  # noqa: F401
     finally:  # torch may load its own OpenBLAS, which needs its threads
         if before is None:
-            del os.environ[THREADS]
+            del os.environ[BLAS_THREADS_VARIABLE]
         else:
-            os.environ[THREADS] = before
+            os.environ[BLAS_THREADS_VARIABLE] = before
 
 
 def _has_memory() -> bool:

@@ -39,7 +39,7 @@ class OfVariant(Strict):
         return data if self.variant else {key: value for key, value in data.items() if key != "variant"}
 
 
-def whole_number(value: object) -> int:
+def require_whole_number(value: object) -> int:
     """Raise ValueError unless `value` is an int.
 
     A Literal compares with ==, so it would accept true and 1.0 for 1 even in strict mode.
@@ -49,5 +49,5 @@ def whole_number(value: object) -> int:
     return value
 
 
-Version = Annotated[Literal[1], BeforeValidator(whole_number)]
+Version = Annotated[Literal[1], BeforeValidator(require_whole_number)]
 """Version of a file format of swsurgery."""

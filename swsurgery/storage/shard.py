@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from swsurgery.errors import ShardError
 from swsurgery.storage.dtypes import DTYPES, Dtype
-from swsurgery.storage.files import Place, not_the_file, opened, read_exactly, size_of
-from swsurgery.storage.strict_json import no_duplicates, quoted
+from swsurgery.storage.files import Place, opened, read_exactly, recognise_format, size_of
+from swsurgery.storage.strict_json import quote, refuse_duplicates
 
 MAX_HEADER = 16 << 20
 """Maximum size of a header in bytes. The format allows 100 MB. The largest headers of published checkpoints are below
@@ -109,7 +109,7 @@ def open_shard(path: Place) -> Shard:
     with opened(path) as fd:
         size = size_of(fd)
         length = read_exactly(fd, min(size, 8), 0, path)
-        header_size = header_length(length, size, path)
+        header_size = decode_header_length(length, size, path)
         raw = read_exactly(fd, header_size, 8, path)
     try:
         tensors, metadata = parse_header(raw, size - 8 - header_size)
@@ -118,14 +118,14 @@ def open_shard(path: Place) -> Shard:
     return Shard(path, size, header_size, tensors, metadata, hashlib.sha256(length + raw).hexdigest())
 
 
-def header_length(start: bytes, size: int, path: Place) -> int:
+def decode_header_length(start: bytes, size: int, path: Place) -> int:
     """Decode the header size from the first 8 bytes of a file of `size` bytes. Raises ShardError for other formats."""
     if size < 8:
         raise ShardError(f"is too short for a safetensors file ({size} bytes)", path, "download it again")
     length = int.from_bytes(start, "little")
     if length > size - 8:
         # Not checked earlier, because a valid header length may consist of the same bytes.
-        if found := not_the_file(start):
+        if found := recognise_format(start):
             raise ShardError(found[0], path, found[1])
         reason = f"is truncated: its header says {length} bytes, the file has {size}"
         raise ShardError(reason, path, "download it again")
@@ -168,7 +168,7 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
     try:
         header: dict[str, Any] = json.loads(
             text,
-            object_pairs_hook=no_duplicates,
+            object_pairs_hook=refuse_duplicates,
             # A hook for each integer doubles the time. It is needed only to refuse -0, which would be read as 0.
             parse_int=_parse_integer if _NEGATIVE.search(raw) else None,
             parse_float=_refuse_number,
@@ -198,22 +198,22 @@ def _refuse_surrogates(texts: Iterable[str]) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError(f"{quoted(text)} holds half a surrogate pair") from None
+            raise ValueError(f"{quote(text)} holds half a surrogate pair") from None
 
 
 def _parse_tensor(name: str, entry: Any) -> TensorInfo:
     if type(entry) is not dict or entry.keys() != _FIELDS:
-        raise ValueError(f"tensor {quoted(name)} does not have exactly dtype, shape and data_offsets")
+        raise ValueError(f"tensor {quote(name)} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPES:
-        raise ValueError(f"tensor {quoted(name)} has an unknown dtype {quoted(dtype)}")
+        raise ValueError(f"tensor {quote(name)} has an unknown dtype {quote(dtype)}")
     # isinstance would accept the JSON value true as the integer 1.
     if type(shape) is not list or not _INTEGER.issuperset(map(type, shape)):
-        raise ValueError(f"tensor {quoted(name)} has a shape that is not a list of integers")
+        raise ValueError(f"tensor {quote(name)} has a shape that is not a list of integers")
     if type(offsets) is not list or len(offsets) != 2 or not _INTEGER.issuperset(map(type, offsets)):
-        raise ValueError(f"tensor {quoted(name)} has data_offsets that are not two integers")
+        raise ValueError(f"tensor {quote(name)} has data_offsets that are not two integers")
     if max(shape, default=0) >> 64 or max(offsets) >> 64:
-        raise ValueError(f"tensor {quoted(name)} has a number that is not an unsigned 64-bit integer")
+        raise ValueError(f"tensor {quote(name)} has a number that is not an unsigned 64-bit integer")
     return TensorInfo(name, DTYPES[dtype], tuple(shape), (offsets[0], offsets[1]))
 
 
@@ -226,16 +226,16 @@ def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
     for info in infos:
         begin, end = info.data_offsets
         if begin != position or end < begin:
-            raise ValueError(f"tensor {quoted(info.name)} has data_offsets [{begin}, {end}] where {position} was due")
+            raise ValueError(f"tensor {quote(info.name)} has data_offsets [{begin}, {end}] where {position} was due")
         bits = info.dtype.bits
         for length in info.shape:
             bits *= length
             if bits >= 1 << 64:
-                raise ValueError(f"tensor {quoted(info.name)} has a shape that overflows 64 bits")
+                raise ValueError(f"tensor {quote(info.name)} has a shape that overflows 64 bits")
         if bits % 8:
-            raise ValueError(f"tensor {quoted(info.name)} does not fill whole bytes")
+            raise ValueError(f"tensor {quote(info.name)} does not fill whole bytes")
         if bits // 8 != end - begin:
-            raise ValueError(f"tensor {quoted(info.name)} has {end - begin} bytes where its shape needs {bits // 8}")
+            raise ValueError(f"tensor {quote(info.name)} has {end - begin} bytes where its shape needs {bits // 8}")
         position = end
     if position != data_size:
         raise ValueError(f"the tensors end at byte {position} of the data, the file has {data_size}")

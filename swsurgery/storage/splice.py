@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import Dtype, bits_of, json_value
+from swsurgery.storage.dtypes import Dtype, convert_to_json, format_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Scalar:
             "index": list(self.coordinate.index),
             "dtype": self.dtype.name,
             "offset": self.offset,
-            "old": json_value(self.dtype, self.old),
-            "old_bits": bits_of(self.old),
+            "old": convert_to_json(self.dtype, self.old),
+            "old_bits": format_bits(self.old),
         }
 
 
@@ -55,12 +55,12 @@ class Splice(Scalar):
         if self.factor is not None:
             document["factor"] = self.factor
         document["op"] = self.op
-        document["new"] = json_value(self.dtype, self.new)
-        document["new_bits"] = bits_of(self.new)
+        document["new"] = convert_to_json(self.dtype, self.new)
+        document["new_bits"] = format_bits(self.new)
         return document
 
 
-def by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:
+def group_by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:
     """Group splices by file, each group sorted by offset."""
     groups: dict[str, list[Splice]] = {}
     for splice in splices:

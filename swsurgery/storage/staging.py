@@ -148,7 +148,7 @@ def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool
     while True:
         unreported, made = filesystem.is_there(where.target), False
         if unreported and not filesystem.is_there(where.marker):
-            raise _target_exists(where)
+            raise _has_target(where)
         if not unreported:
             with contextlib.suppress(FileExistsError):
                 filesystem.make_directory(where.stage, mode)
@@ -159,7 +159,7 @@ def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool
             continue  # another run renamed or removed it since
         except OSError as error:
             if unreported and error.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise _target_exists(where) from None
+                raise _has_target(where) from None
             raise
         try:
             if _claim_stage(where, folder, unreported, names, mode):
@@ -175,7 +175,7 @@ def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool
         folder.close()
 
 
-def _target_exists(where: _Names) -> TargetError:
+def _has_target(where: _Names) -> TargetError:
     return TargetError("the target exists", where.target, "give another -o, or remove it")
 
 
@@ -191,7 +191,7 @@ def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str
         return False
     if unreported and not _is_unreported(where, folder, names):
         _remove_leftover(where.marker)
-        raise _target_exists(where)
+        raise _has_target(where)
     if os.fstat(folder.fd).st_uid != os.geteuid():  # the owner could change it after it was checked
         raise TargetError("belongs to another user", here, "remove it, or give another -o")
     if unreported:

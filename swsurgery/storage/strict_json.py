@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.errors import CheckpointError
-from swsurgery.storage.files import Place, not_the_file, opened, read_at_most, size_of
+from swsurgery.storage.files import Place, opened, read_at_most, recognise_format, size_of
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -29,7 +29,7 @@ has one per tensor. Without this limit, 32 MB of `{},` would become a gigabyte o
 MAX_COUNTED = 10_000
 """Maximum number of schema faults that are listed to find the first."""
 
-MAX_DIGITS = 1100
+MAX_NUMBER_LENGTH = 1100
 """Maximum length of a number with a point or an exponent; no binary64 has more than 1,075 significant digits."""
 
 
@@ -47,7 +47,7 @@ class Limits:
         return f"more than the {self.commas} values accepted" if commas > self.commas else None
 
 
-SMALL = Limits(MAX_JSON, MAX_COMMAS)
+SMALL_JSON = Limits(MAX_JSON, MAX_COMMAS)
 """These limits apply to every file except swsurgery.json."""
 
 RECORD = Limits(128 << 20, 1 << 21)
@@ -80,7 +80,7 @@ def read_small(path: Place, name: str, most: int = MAX_JSON) -> bytes:
     return raw
 
 
-def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMALL) -> dict[str, Any]:
+def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMALL_JSON) -> dict[str, Any]:
     """Parse a JSON object, which messages call `name`.
 
     Unless `strict`, accepts Infinity, NaN and repeated keys with equal values. Raises CheckpointError.
@@ -92,13 +92,13 @@ def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMAL
     try:
         value = json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=no_duplicates if strict else _refuse_contradictions,
+            object_pairs_hook=refuse_duplicates if strict else _refuse_contradictions,
             parse_constant=_refuse_constant if strict else float,
             parse_float=_parse_finite if strict else _parse_float,
             parse_int=_parse_whole,
         )
     except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, or one of the hooks
-        if found := not_the_file(raw[:8]):
+        if found := recognise_format(raw[:8]):
             raise CheckpointError(found[0], name, found[1]) from None
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(f"is not sound JSON: {reason}", name) from None
@@ -112,18 +112,18 @@ def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMAL
     return value
 
 
-def rendered(value: object, indent: str = "") -> str:
+def render(value: object, indent: str = "") -> str:
     """Render JSON exactly like `json.dumps(value, indent=2, sort_keys=True)`, but several times faster."""
     deeper = indent + "  "
     if type(value) is dict:
         if not value:
             return "{}"
-        items = [f"{_ESCAPED(key)}: {rendered(value[key], deeper)}" for key in sorted(value)]
+        items = [f"{_ESCAPED(key)}: {render(value[key], deeper)}" for key in sorted(value)]
         return "{\n" + deeper + f",\n{deeper}".join(items) + f"\n{indent}}}"
     if type(value) is list:
         if not value:
             return "[]"
-        return f"[\n{deeper}" + f",\n{deeper}".join([rendered(item, deeper) for item in value]) + f"\n{indent}]"
+        return f"[\n{deeper}" + f",\n{deeper}".join([render(item, deeper) for item in value]) + f"\n{indent}]"
     if value is None:
         return "null"
     if type(value) is str:
@@ -134,24 +134,24 @@ def rendered(value: object, indent: str = "") -> str:
 _ESCAPED = json.encoder.encode_basestring_ascii
 
 
-def rendered_pieces(document: Mapping[str, object], lists: Mapping[str, Iterable[object]]) -> Iterator[str]:
-    """Render `document` merged with `lists` like `rendered`, in pieces; items of a list are taken one at a time."""
+def render_pieces(document: Mapping[str, object], lists: Mapping[str, Iterable[object]]) -> Iterator[str]:
+    """Render `document` merged with `lists` like `render`, in pieces; items of a list are taken one at a time."""
     start = "{\n  "
     for key in sorted({*document, *lists}):
         yield f"{start}{json.dumps(key)}: "
         start = ",\n  "
         if key not in lists:
-            yield rendered(document[key], "  ")
+            yield render(document[key], "  ")
             continue
         before = "[\n    "
         for item in lists[key]:
-            yield before + rendered(item, "    ")
+            yield before + render(item, "    ")
             before = ",\n    "
         yield "[]" if before.startswith("[") else "\n  ]"
     yield "\n}\n"
 
 
-def first_fault(error: ValidationError, path: str = "") -> str:
+def describe_first_fault(error: ValidationError, path: str = "") -> str:
     """Describe the first fault that a schema found, as `location: fault`, or count the faults if they are too many.
 
     `path` is the location of the validated value.
@@ -159,7 +159,7 @@ def first_fault(error: ValidationError, path: str = "") -> str:
     if error.error_count() > MAX_COUNTED:
         return f"{error.error_count()} faults"
     first = error.errors(include_url=False, include_input=False)[0]
-    return quoted(".".join(map(str, (*filter(None, [path]), *first["loc"]))))[1:-1] + f": {first['msg']}"
+    return quote(".".join(map(str, (*filter(None, [path]), *first["loc"]))))[1:-1] + f": {first['msg']}"
 
 
 def _refuse_constant(text: str) -> None:
@@ -171,7 +171,7 @@ def _refuse_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result and json.dumps(result[key], sort_keys=True) != json.dumps(value, sort_keys=True):
-            raise ValueError(f"{quoted(key)} appears twice with different values")
+            raise ValueError(f"{quote(key)} appears twice with different values")
         result[key] = value
     return result
 
@@ -183,7 +183,7 @@ def _parse_finite(text: str) -> float:
 
 
 def _parse_float(text: str) -> float:
-    if len(text) > MAX_DIGITS:
+    if len(text) > MAX_NUMBER_LENGTH:
         raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
     return float(text)
 
@@ -198,13 +198,13 @@ _WIDTH = 120
 """Maximum length of a quoted value, in characters."""
 
 
-def quoted(value: object) -> str:
+def quote(value: object) -> str:
     """Quote a value from a file, shortened to fit one line."""
     text = repr(value[:_WIDTH] if isinstance(value, str) else value)
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a dict for object_pairs_hook of json. Raises ValueError for a repeated key.
 
     Python would keep the last of two equal keys, and other readers keep the first.
@@ -214,6 +214,6 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"{quoted(key)} appears twice")
+                raise ValueError(f"{quote(key)} appears twice")
             seen.add(key)
     return result

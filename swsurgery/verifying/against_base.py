@@ -11,10 +11,10 @@ import hashlib
 from collections.abc import Iterator
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.compare import chunks, undeclared_changes
+from swsurgery.checkpoint.compare import find_undeclared_changes, read_chunks
 from swsurgery.checkpoint.record import Registry
 from swsurgery.editing.plan import Plan, make_plan
-from swsurgery.errors import PlanError, printable
+from swsurgery.errors import PlanError, escape_control
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.progress import Progress
 from swsurgery.storage import dtypes
@@ -23,7 +23,7 @@ from swsurgery.verifying.against_manifest import Wishes, point_at
 from swsurgery.verifying.findings import Finding
 
 
-def planned(loaded: LoadedManifest, base: Checkpoint) -> tuple[Plan | None, list[Finding]]:
+def plan_or_report(loaded: LoadedManifest, base: Checkpoint) -> tuple[Plan | None, list[Finding]]:
     """Plan the manifest on this base. Returns the plan, or None and a finding for each error of the planner."""
     try:
         return make_plan(loaded, base), []
@@ -33,14 +33,14 @@ def planned(loaded: LoadedManifest, base: Checkpoint) -> tuple[Plan | None, list
 
 def _locate_misfit(loaded: LoadedManifest, fault: str) -> Finding:
     for number in range(len(loaded.manifest.edits)):
-        prefix = printable(f"{loaded.where(number)}: ")
+        prefix = escape_control(f"{loaded.where(number)}: ")
         if fault.startswith(prefix):
             return point_at(loaded, Finding("manifest-mismatch", fault.removeprefix(prefix)), ("edits", number))
-    message = fault.removeprefix(printable(f"{loaded.path}: "))
+    message = fault.removeprefix(escape_control(f"{loaded.path}: "))
     return point_at(loaded, Finding("manifest-mismatch", f"the base does not fit: {message}"), ("base",))
 
 
-def plan_against_registry(wishes: Wishes, plan: Plan, registry: Registry) -> list[Finding]:
+def plan_against_record(wishes: Wishes, plan: Plan, registry: Registry) -> list[Finding]:
     """Check that the base's bits are the record's old bits, and the plan's new bits are the record's new bits."""
     recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
     findings = []
@@ -57,7 +57,7 @@ def plan_against_registry(wishes: Wishes, plan: Plan, registry: Registry) -> lis
     return findings
 
 
-def by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
+def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
     """Check a checkpoint without a record: it has the base's files, and only the planned scalars differ."""
     base = plan.checkpoint
     theirs = {f.name for f in base.files} - {*plan.omitted, *OWN_FILES}
@@ -69,7 +69,7 @@ def by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progre
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.end))
     changed = [
         Finding.of_difference(d)
-        for d in undeclared_changes(checkpoint, base, sorted(ours & theirs), declared, progress)
+        for d in find_undeclared_changes(checkpoint, base, sorted(ours & theirs), declared, progress)
     ]
     sound = {name for name, shard in checkpoint.shards.items() if shard.size == base.file(name).size}
     for splice in (s for s in plan.splices if s.file in sound):
@@ -79,8 +79,8 @@ def by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progre
         except (KeyError, IndexError):
             continue  # the header differs from the base's, which `changed` reports
         if stored != splice.new:
-            made = f"{splice.op} makes {dtypes.bits_of(splice.new)} of the base's {dtypes.bits_of(splice.old)}"
-            findings.append(wishes.finding(f"{made}, it holds {dtypes.bits_of(stored)}", splice.coordinate))
+            made = f"{splice.op} makes {dtypes.format_bits(splice.new)} of the base's {dtypes.format_bits(splice.old)}"
+            findings.append(wishes.finding(f"{made}, it holds {dtypes.format_bits(stored)}", splice.coordinate))
     return findings + [wishes.at(f) for f in changed] + list(_check_pins(wishes, base))
 
 
@@ -88,7 +88,7 @@ def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
     """Check the digests that the manifest pins. The planner has checked that these files exist."""
     for name, digest in wishes.loaded.manifest.base.sha256.items():
         here = hashlib.sha256()
-        for _, chunk in chunks(base.file(name), []):
+        for _, chunk in read_chunks(base.file(name), []):
             here.update(chunk)
         if here.hexdigest() != digest:
             message = f"base.sha256 of {name} is {digest}, this base's is {here.hexdigest()}"

@@ -18,7 +18,7 @@ from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.known import KnownCoordinate, KnownModel, own
-from swsurgery.manifest.operations import MeasuredValue, expectation_fault
+from swsurgery.manifest.operations import MeasuredValue, explain_expectation
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES, Dtype, FloatDtype
@@ -96,7 +96,7 @@ class Survival:
         found = []
         for c in self.coordinates:
             if c.held and c.state in ("lost", *UNDECIDED):
-                message = f"{c.id} ({c.status}, zeroed alone: {c.causal_alone}): {told(c)}"
+                message = f"{c.id} ({c.status}, zeroed alone: {c.causal_alone}): {describe_kept(c)}"
                 found.append(Finding(f"known-{c.state}", message, c.file, c.tensor, c.index))
         return found
 
@@ -110,7 +110,7 @@ class Survival:
         }
 
 
-def told(kept: Kept) -> str:
+def describe_kept(kept: Kept) -> str:
     """Describe the state of one coordinate as text."""
     if kept.stored is None:
         return f"cannot be read as one scalar: {kept.reason}"
@@ -132,7 +132,7 @@ def identify(checkpoint: Checkpoint, name: str | None, repo_ids: Iterable[str | 
         return own.lookup(name)
     for repo_id in (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path")):
         if isinstance(repo_id, str) and re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", repo_id):
-            model = own.of_repo(repo_id)
+            model = own.find_by_repo(repo_id)
             if model:
                 return model
     raise CheckpointError("nothing says which known model it is", checkpoint.root, "say which: --model NAME")
@@ -181,7 +181,7 @@ def _read_known(
     if number is None or ratio is None:
         return replace(kept, state="present")
     if step is None and entry.value is not None and entry.dtype is not None:
-        same = expectation_fault(MeasuredValue(value=entry.value, dtype=entry.dtype), dtype, raw) is None
+        same = explain_expectation(MeasuredValue(value=entry.value, dtype=entry.dtype), dtype, raw) is None
     else:
         distance = abs(value - number) if signed else abs(abs(value) - abs(number))
         same = distance <= slack + (step if step is not None else _compute_spacing(dtype, value))

@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from swsurgery.checkpoint.architectures import Expert
+from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, Registry
 from swsurgery.errors import LookupFailed, ManifestError, PlanError
 from swsurgery.known import own
-from swsurgery.known.recorded import unlike_bases, unlike_records
+from swsurgery.known.recorded import explain_unlike_bases, find_unlike_records
 from swsurgery.known.resolve import Asked, KnownPlace, KnownPlaces, look_up, resolve
 from swsurgery.manifest.load import LoadedManifest, parse_manifest
 from swsurgery.storage.coordinate import Coordinate
@@ -66,19 +66,21 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
         model = None
         misfits = [point_at(loaded, Finding("manifest-mismatch", fault), ("base", "model")) for fault in error.faults]
     for repo_id in (base.repo_id, checkpoint.repo_id, *repo_ids):
-        model = model or (own.of_repo(repo_id) if repo_id else None)
+        model = model or (own.find_by_repo(repo_id) if repo_id else None)
     asked, faults = resolve(loaded.manifest, checkpoint, look_up(model))
     misfits += [point_at(loaded, Finding("manifest-mismatch", fault), ("edits", number)) for number, fault in faults]
     return Wishes(loaded, asked, tuple(misfits))
 
 
-def by_registry(wishes: Wishes, registry: Registry) -> list[Finding]:
+def check_by_record(wishes: Wishes, registry: Registry) -> list[Finding]:
     """Check that the record contains exactly what the manifest requests.
 
     Compares scalars, operations, factors and pins, and the new bits with those computed from the old bits.
     """
-    identity = [wishes.finding(message, path=path) for path, message in unlike_bases(wishes.loaded.manifest, registry)]
-    unlike = [wishes.finding(message, record) for record, message in unlike_records(wishes.asked, registry)]
+    identity = [
+        wishes.finding(message, path=path) for path, message in explain_unlike_bases(wishes.loaded.manifest, registry)
+    ]
+    unlike = [wishes.finding(message, record) for record, message in find_unlike_records(wishes.asked, registry)]
     return [*wishes.misfits, *identity, *unlike]
 
 
@@ -91,12 +93,12 @@ class _RecordedPlace:
     layer: int
     row: int
     col: int | None
-    expert: Expert
+    expert: ExpertChoice
     value: float | None
     dtype: str | None
 
 
-def own_findings(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
+def find_own_differences(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
     """Compare the manifest stored in the checkpoint, and those of earlier steps, with the record.
 
     A later version may know other super weights, so `known:` means those that the record quotes.
@@ -135,10 +137,10 @@ def _compare_own_manifest(
     afar = {r.coordinate for r in registry.protected if r.file in elsewhere and r.file not in checkpoint.shards}
     unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}
     yield from ((None, f"edits[{number}]: {fault}") for number, fault in faults if number not in unresolved)
-    for coordinate, message in unlike_records(asked, registry):
+    for coordinate, message in find_unlike_records(asked, registry):
         if coordinate in asked or coordinate not in afar or not unresolved:
             yield coordinate, message
-    for path, message in unlike_bases(manifest, registry):
+    for path, message in explain_unlike_bases(manifest, registry):
         if path[-1] not in {*registry.omitted, *OWN_FILES}:  # these files were not written
             yield None, message
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.compare import chunks, undeclared_changes
+from swsurgery.checkpoint.compare import find_undeclared_changes, read_chunks
 from swsurgery.checkpoint.opening import open_as
 from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Registry, ScalarRecord, read_patched
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
@@ -27,7 +27,7 @@ from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.files import BaseFile, Repository
 from swsurgery.storage.names import CARD_NAME, GIT_NAME, OWN_FILES, SIGNATURE_NAME
 from swsurgery.storage.strict_json import read_small
-from swsurgery.verifying.against_manifest import own_findings
+from swsurgery.verifying.against_manifest import find_own_differences
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.finite import FiniteScan
 
@@ -120,9 +120,9 @@ def verify_patched(
     """Verify an open checkpoint against its record, and against an open base if given."""
     registry = patched.registry
     names = {f.name: f for f in checkpoint.files}
-    findings = structure(checkpoint) + _check_file_list(registry, names) + _check_sums(patched, names)
-    findings += own_findings(patched, checkpoint)
-    findings += scalar_findings(registry, checkpoint)
+    findings = check_structure(checkpoint) + _check_file_list(registry, names) + _check_sums(patched, names)
+    findings += find_own_differences(patched, checkpoint)
+    findings += check_scalars(registry, checkpoint)
     present = [name for name in registry.files if name in names]
     unhashed = [name for name in present if registry.files[name].sha256 is None]
     edited = {edit.file for edit in registry.edits}
@@ -176,7 +176,7 @@ def _check_all_digests(
     return findings, sound
 
 
-def scalar_findings(registry: Registry, checkpoint: Checkpoint) -> list[Finding]:
+def check_scalars(registry: Registry, checkpoint: Checkpoint) -> list[Finding]:
     """Check every recorded scalar, including those that earlier steps protect, against the headers and stored bits."""
     findings: list[Finding] = []
     for record in (*registry.edits, *list_protected(registry, checkpoint)):
@@ -186,7 +186,7 @@ def scalar_findings(registry: Registry, checkpoint: Checkpoint) -> list[Finding]
     return findings + _check_operations(registry) + repeated
 
 
-def structure(checkpoint: Checkpoint) -> list[Finding]:
+def check_structure(checkpoint: Checkpoint) -> list[Finding]:
     """Check that the index agrees with the shards, and that there is no second copy of the weights."""
     findings = [
         Finding("structure", f"index and shards disagree: {why}", tensor=tensor)
@@ -205,7 +205,7 @@ def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
     try:
         for name, shard in checkpoint.shards.items():
             scan = FiniteScan(name, shard)
-            for offset, chunk in chunks(checkpoint.file(name), []):
+            for offset, chunk in read_chunks(checkpoint.file(name), []):
                 scan.feed(offset, chunk)
                 progress.advance(len(chunk))
             findings += scan.findings()
@@ -260,9 +260,9 @@ def _check_operations(registry: Registry) -> list[Finding]:
         dtype = DTYPES[edit.dtype]
         try:
             if edit.op == "zero":
-                new = dtypes.zero(dtype)
+                new = dtypes.make_zero(dtype)
             elif edit.op == "scale" and edit.factor is not None:
-                new = dtypes.scaled(dtype, edit.old_bytes, edit.factor)
+                new = dtypes.scale_value(dtype, edit.old_bytes, edit.factor)
             else:
                 new = edit.new_bytes
             if (edit.op == "scale") != (edit.factor is not None):
@@ -271,7 +271,7 @@ def _check_operations(registry: Registry) -> list[Finding]:
                 )
             elif new != edit.new_bytes:
                 by = f" by {edit.factor}" if edit.op == "scale" else ""
-                made = f"{edit.op}{by} makes {dtypes.bits_of(new)} of {edit.old_bits}"
+                made = f"{edit.op}{by} makes {dtypes.format_bits(new)} of {edit.old_bits}"
                 findings.append(_make_finding(edit, "registry", f"{made}, not {edit.new_bits}"))
         except NumberError as error:
             findings.append(_make_finding(edit, "registry", f"the registry's {edit.op} is not possible: {error}"))
@@ -312,7 +312,7 @@ def _hash_twice(
     """
     here, restored = hashlib.sha256(), hashlib.sha256()
     remaining = collections.deque(old)
-    for offset, chunk in chunks(file, [(at, len(b)) for at, b in old]):
+    for offset, chunk in read_chunks(file, [(at, len(b)) for at, b in old]):
         if scan:
             scan.feed(offset, chunk)
         if hashed:
@@ -355,5 +355,5 @@ def _compare_with_base(
     for edit in registry.edits:
         declared.setdefault(edit.file, set()).update(range(edit.offset, edit.offset + len(edit.old_bits) // 2 - 1))
     names = [f.name for f in checkpoint.files if f.name in registry.files and f.name in theirs]
-    changed = undeclared_changes(checkpoint, base, names, declared, progress)
+    changed = find_undeclared_changes(checkpoint, base, names, declared, progress)
     return findings + [Finding.of_difference(difference) for difference in changed]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from swsurgery.checkpoint.compare import Difference
+from swsurgery.checkpoint.compare import ByteDifference
 
 Level = Literal["error", "warning"]
 """Severity of a rule, as SARIF names it. An error makes the answer no (exit 1); a warning is only reported."""
@@ -101,7 +101,7 @@ class Finding:
             raise ValueError(f"no such rule: {self.rule}")
 
     @classmethod
-    def of_difference(cls, difference: Difference) -> Finding:
+    def of_difference(cls, difference: ByteDifference) -> Finding:
         """Make a finding from a difference between a checkpoint and its base."""
         return cls(difference.kind, difference.message, difference.file, difference.tensor, difference.index)
 

@@ -12,7 +12,7 @@ from swsurgery.storage.numeric import load_numpy
 from swsurgery.storage.shard import Shard, TensorInfo
 from swsurgery.verifying.findings import Finding
 
-MAX_NAMED = 20
+MAX_NONFINITE = 20
 """Maximum number of tensors reported individually for one file."""
 
 
@@ -52,11 +52,11 @@ class FiniteScan:
             info = self._shard.tensors[name]
             value = "NaN or infinite" if info.dtype.kind == "opaque" else str(dtypes.decode(info.dtype, data))
             more = f", and {count - 1} more of this tensor" if count > 1 else ""
-            message = f"it is {value} ({dtypes.bits_of(data)}){more}"
+            message = f"it is {value} ({dtypes.format_bits(data)}){more}"
             found.append(Finding("non-finite", message, self._name, name, info.index(flat)))
-        if len(found) > MAX_NAMED:
-            rest = len(found) - MAX_NAMED
-            found = [*found[:MAX_NAMED], Finding("non-finite", f"and {rest} more tensors of this file", self._name)]
+        if len(found) > MAX_NONFINITE:
+            rest = len(found) - MAX_NONFINITE
+            found = [*found[:MAX_NONFINITE], Finding("non-finite", f"and {rest} more tensors of this file", self._name)]
         return found
 
     def _search(self, info: TensorInfo, start: int, data: memoryview) -> None:

@@ -18,11 +18,11 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from swsurgery._version import __version__
-from swsurgery.errors import pluralise, printable
+from swsurgery.errors import escape_control, pluralise
 from swsurgery.verifying.findings import RULES, Finding
 
-Format = Literal["text", "json", "junit", "sarif", "github"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+ReportFormat = Literal["text", "json", "junit", "sarif", "github"]
+REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class FindingReport:
         return 1 if self.errors else 0 if self.decided else 2
 
 
-def render(report: FindingReport, format: Format) -> str:
+def render(report: FindingReport, format: ReportFormat) -> str:
     """Render the report in one of FORMATS, as text that ends with a newline."""
     return _RENDERERS[format](report)
 
@@ -66,75 +66,75 @@ def render(report: FindingReport, format: Format) -> str:
 # For people ---------------------------------------------------------------------------------------------------------
 
 
-def _text(report: FindingReport) -> str:
+def _render_text(report: FindingReport) -> str:
     lines = []
     for finding in report.findings:
         word = "FINDING" if finding.level == "error" else "warning"
-        lines.append(f"{word}   {finding.rule}: {_sentence(report, finding)}")
+        lines.append(f"{word}   {finding.rule}: {_render_sentence(report, finding)}")
     if report.errors:
-        lines.append(f"{pluralise(report.errors, 'finding')} in {_plain(report.subject)}")
-    lines += _checked(report)
+        lines.append(f"{pluralise(report.errors, 'finding')} in {_escape_plain(report.subject)}")
+    lines += _describe_checked(report)
     if not lines:
-        lines.append(f"{_plain(report.subject)}: nothing was found")
+        lines.append(f"{_escape_plain(report.subject)}: nothing was found")
     return "\n".join(lines) + "\n"
 
 
-def _sentence(report: FindingReport, finding: Finding) -> str:
+def _render_sentence(report: FindingReport, finding: Finding) -> str:
     """Render place, message and manifest line of a finding as one line without control characters."""
-    place = " ".join(part for part in (finding.file, _scalar(finding)) if part) or report.subject
+    place = " ".join(part for part in (finding.file, _format_scalar(finding)) if part) or report.subject
     if finding.manifest is not None and finding.file is None:
-        return _plain(f"{_position(finding)}: {finding.message}")
-    asked = f" ({_position(finding)})" if finding.manifest is not None else ""
-    return _plain(f"{place}: {finding.message}{asked}")
+        return _escape_plain(f"{_format_position(finding)}: {finding.message}")
+    asked = f" ({_format_position(finding)})" if finding.manifest is not None else ""
+    return _escape_plain(f"{place}: {finding.message}{asked}")
 
 
-def _scalar(finding: Finding) -> str:
+def _format_scalar(finding: Finding) -> str:
     index = "" if finding.index is None else str(list(finding.index))
     return f"{finding.tensor or ''}{index}"
 
 
-def _position(finding: Finding) -> str:
+def _format_position(finding: Finding) -> str:
     numbers = (n for n in (finding.line, finding.column) if n is not None)
     return ":".join([str(finding.manifest), *map(str, numbers)])
 
 
-def _checked(report: FindingReport) -> list[str]:
-    return [_plain(line) for line in report.checked.split("\n")] if report.checked else []
+def _describe_checked(report: FindingReport) -> list[str]:
+    return [_escape_plain(line) for line in report.checked.split("\n")] if report.checked else []
 
 
-def _plain(text: str) -> str:
+def _escape_plain(text: str) -> str:
     """Escape text to one line that GitHub's log does not read as a command.
 
     A command begins with `::` at the start of a line, or with `##[` anywhere.
     """
-    line = printable(text).replace("##[", r"\x23#[")
+    line = escape_control(text).replace("##[", r"\x23#[")
     return r"\x3a" + line.lstrip()[1:] if line.lstrip().startswith("::") else line
 
 
 # For scripts --------------------------------------------------------------------------------------------------------
 
 
-def _json(report: FindingReport) -> str:
-    return _dumped(
+def _render_json(report: FindingReport) -> str:
+    return _dump(
         {
             **report.details,
             "ok": report.ok,
             "decided": report.decided,
             "subject": report.subject,
             "findings": [f.to_json() for f in report.findings],
-            "rules": list(_rules(report)),
+            "rules": list(_list_rules(report)),
             "swsurgery_version": __version__,
         }
     )
 
 
-def _dumped(document: Any) -> str:
+def _dump(document: Any) -> str:
     """Render strict JSON in ASCII, in which no name can control a terminal or GitHub's log."""
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
     return text.replace("##[", r"\u0023#[").replace("\x7f", r"\u007f") + "\n"
 
 
-def _rules(report: FindingReport) -> tuple[str, ...]:
+def _list_rules(report: FindingReport) -> tuple[str, ...]:
     """List every rule that was checked or broken, in the order of the table."""
     named = {*report.rules, *(f.rule for f in report.findings)}
     return tuple(name for name in RULES if name in named)
@@ -143,14 +143,16 @@ def _rules(report: FindingReport) -> tuple[str, ...]:
 # JUnit --------------------------------------------------------------------------------------------------------------
 
 
-def _junit(report: FindingReport) -> str:
+def _render_junit(report: FindingReport) -> str:
     """Render one test case for each rule that was checked. A broken rule fails once, with a line for each finding."""
     suites = ElementTree.Element("testsuites")
-    suite = ElementTree.SubElement(suites, "testsuite", name=f"swsurgery {report.command} {_plain(report.subject)}")
+    suite = ElementTree.SubElement(
+        suites, "testsuite", name=f"swsurgery {report.command} {_escape_plain(report.subject)}"
+    )
     failed = skipped = 0
-    for name in _rules(report) or ("all",):
+    for name in _list_rules(report) or ("all",):
         case = ElementTree.SubElement(suite, "testcase", classname=f"swsurgery.{report.command}", name=name, time="0")
-        sentences = [_sentence(report, f) for f in report.findings if f.rule == name]
+        sentences = [_render_sentence(report, f) for f in report.findings if f.rule == name]
         if not sentences:
             continue
         if RULES[name].level == "error":
@@ -170,7 +172,7 @@ def _junit(report: FindingReport) -> str:
     suite.attrib.update(counts, time="0")
     if report.checked:
         output = ElementTree.SubElement(suite, "system-out")
-        output.text = "\n".join(_checked(report))
+        output.text = "\n".join(_describe_checked(report))
     ElementTree.indent(suites)
     body = ElementTree.tostring(suites, encoding="unicode").replace("##[", "&#35;#[")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
@@ -179,7 +181,7 @@ def _junit(report: FindingReport) -> str:
 # SARIF --------------------------------------------------------------------------------------------------------------
 
 
-def _sarif(report: FindingReport) -> str:
+def _render_sarif(report: FindingReport) -> str:
     names = list(RULES)
     seen: Counter[str] = Counter()
     results = []
@@ -187,18 +189,22 @@ def _sarif(report: FindingReport) -> str:
         identity = json.dumps([finding.rule, finding.file, finding.tensor, finding.index])
         seen[identity] += 1
         fingerprint = hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest()
-        location: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": _uri(_path(report, finding))}}}
+        location: dict[str, Any] = {
+            "physicalLocation": {"artifactLocation": {"uri": _make_uri(_choose_path(report, finding))}}
+        }
         if finding.line is not None:
             region = {"startLine": finding.line} | ({"startColumn": finding.column} if finding.column else {})
             location["physicalLocation"]["region"] = region
         if finding.tensor is not None:
-            location["logicalLocations"] = [{"fullyQualifiedName": _plain(_scalar(finding)), "kind": "member"}]
+            location["logicalLocations"] = [
+                {"fullyQualifiedName": _escape_plain(_format_scalar(finding)), "kind": "member"}
+            ]
         results.append(
             {
                 "ruleId": finding.rule,
                 "ruleIndex": names.index(finding.rule),
                 "level": finding.level,
-                "message": {"text": _literal(_sentence(report, finding))},
+                "message": {"text": _escape_literal(_render_sentence(report, finding))},
                 "locations": [location],
                 "partialFingerprints": {"swsurgeryFinding/v1": fingerprint},
             }
@@ -219,21 +225,21 @@ def _sarif(report: FindingReport) -> str:
         "invocations": [{"executionSuccessful": report.decided or bool(report.errors)}],
         "results": results,
     }
-    return _dumped({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]})
+    return _dump({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]})
 
 
-def _literal(text: str) -> str:
+def _escape_literal(text: str) -> str:
     """Escape the placeholders ({0}) and links ([text](target)) that SARIF messages may contain."""
     return text.replace("{", "{{").replace("}", "}}").replace("](", "] (")
 
 
-def _uri(path: str) -> str:
+def _make_uri(path: str) -> str:
     """Render a path as a URI reference: a relative path unchanged, an absolute path as file://."""
     encoded = quote(path.encode("utf-8", "surrogatepass"), safe="/")
     return f"file://{encoded}" if path.startswith("/") else encoded
 
 
-def _path(report: FindingReport, finding: Finding) -> str:
+def _choose_path(report: FindingReport, finding: Finding) -> str:
     """Return the path to annotate: the manifest, else the checkpoint's file, else the checkpoint."""
     if finding.manifest is not None:
         return finding.manifest
@@ -243,39 +249,43 @@ def _path(report: FindingReport, finding: Finding) -> str:
 # GitHub -------------------------------------------------------------------------------------------------------------
 
 
-def _github(report: FindingReport) -> str:
+def _render_github(report: FindingReport) -> str:
     """Render a workflow command for each finding, or a notice that lists what was proved."""
     lines = []
     for finding in report.findings:
         properties = {
-            "file": _path(report, finding),
+            "file": _choose_path(report, finding),
             "line": finding.line,
             "col": finding.column,
             "title": f"swsurgery {report.command}: {finding.rule}",
         }
-        given = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items() if value is not None)
-        lines.append(f"::{finding.level} {given}::{_data(_sentence(report, finding))}")
+        given = ",".join(
+            f"{key}={_escape_property(str(value))}" for key, value in properties.items() if value is not None
+        )
+        lines.append(f"::{finding.level} {given}::{_escape_data(_render_sentence(report, finding))}")
     if report.ok:
-        proved = "; ".join(" ".join(line.split()) for line in _checked(report)) or "nothing was found"
-        lines.append(f"::notice title=swsurgery {report.command}::{_data(_plain(f'{report.subject}: {proved}'))}")
+        proved = "; ".join(" ".join(line.split()) for line in _describe_checked(report)) or "nothing was found"
+        lines.append(
+            f"::notice title=swsurgery {report.command}::{_escape_data(_escape_plain(f'{report.subject}: {proved}'))}"
+        )
     elif not report.errors:
-        message = _data(_plain(f"{report.subject}: nothing could be compared"))
+        message = _escape_data(_escape_plain(f"{report.subject}: nothing could be compared"))
         lines.append(f"::error title=swsurgery {report.command}::{message}")
     return "\n".join(lines) + "\n"
 
 
-def _data(text: str) -> str:
+def _escape_data(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(text: str) -> str:
-    return _data(_plain(text)).replace(":", "%3A").replace(",", "%2C")
+def _escape_property(text: str) -> str:
+    return _escape_data(_escape_plain(text)).replace(":", "%3A").replace(",", "%2C")
 
 
 _RENDERERS: dict[str, Callable[[FindingReport], str]] = {
-    "text": _text,
-    "json": _json,
-    "junit": _junit,
-    "sarif": _sarif,
-    "github": _github,
+    "text": _render_text,
+    "json": _render_json,
+    "junit": _render_junit,
+    "sarif": _render_sarif,
+    "github": _render_github,
 }

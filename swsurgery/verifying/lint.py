@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swsurgery.errors import LookupFailed, ManifestError, pluralise, printable
+from swsurgery.errors import LookupFailed, ManifestError, escape_control, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own, shipped
-from swsurgery.known.schema import coordinate_id
+from swsurgery.known.schema import format_coordinate_id
 from swsurgery.manifest.load import LoadedManifest, load_manifest
 from swsurgery.manifest.operations import MeasuredValue, Scale, Set, Target, Zero
 from swsurgery.storage import dtypes
@@ -23,7 +23,7 @@ from swsurgery.storage.dtypes import DTYPES
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
-TOLERANCE = 2.0**-7
+SCALE_TOLERANCE = 2.0**-7
 """Maximum relative difference between two readings of one value, one of which may be rounded to BF16.
 
 BF16 is the coarsest dtype in which values are published.
@@ -93,7 +93,7 @@ def _convert_faults(error: ManifestError, path: Path) -> Iterator[Finding]:
 
     Raises `error` if no fault has a position: then the file could not be read.
     """
-    name = re.escape(printable(str(path)))
+    name = re.escape(escape_control(str(path)))
     matches = [re.fullmatch(rf"{name}(?::(\d+):(\d+))?: (.*)", fault, re.DOTALL) for fault in error.faults]
     if not any(match and match[1] for match in matches):
         raise error
@@ -102,7 +102,7 @@ def _convert_faults(error: ManifestError, path: Path) -> Iterator[Finding]:
         yield Finding("manifest-invalid", match[3], manifest=str(path), line=line, column=column)
 
 
-Place = tuple[int, int]
+LinePlace = tuple[int, int]
 """Line and column of a position in a manifest, both from 1."""
 
 
@@ -120,14 +120,14 @@ class _Reading:
     same_values: bool
     entries: tuple[KnownCoordinate | None, ...]
     names: tuple[str | None, ...]
-    misses: tuple[tuple[Place, str], ...]
+    misses: tuple[tuple[LinePlace, str], ...]
 
     @property
     def edits(self) -> list[Any]:
         """Edits of the manifest, in order."""
         return self.loaded.manifest.edits
 
-    def place(self, *path: str | int) -> Place:
+    def place(self, *path: str | int) -> LinePlace:
         """Return the position of a field, or of the edit or section that should contain it if it is missing."""
         return self.loaded.position(*path)
 
@@ -135,12 +135,12 @@ class _Reading:
     def of(cls, loaded: LoadedManifest) -> _Reading:
         """Look up everything that a manifest names."""
         base = loaded.manifest.base
-        misses: list[tuple[Place, str]] = []
+        misses: list[tuple[LinePlace, str]] = []
         entries: list[KnownCoordinate | None] = []
         names: list[str | None] = []
         published = model = None
         try:
-            published = model = own.of_repo(base.repo_id) if base.repo_id else None
+            published = model = own.find_by_repo(base.repo_id) if base.repo_id else None
             model = own.lookup(base.model) if base.model else published
         except LookupFailed as error:
             place = loaded.positions[("base", "model") if base.model else ("base",)]
@@ -166,7 +166,7 @@ def _find_entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | Non
         if model is None:
             raise LookupFailed("the registry knows nothing of this base", edit.known, "name its model: base.model")
         if edit.known == "all":
-            if not shipped.addressable(model):
+            if not shipped.list_addressable(model):
                 raise LookupFailed(f"the registry has no whole coordinate of {model.hf_id}", edit.known)
             return None
         entry = shipped.find(model, edit.known)
@@ -189,7 +189,7 @@ def _find_entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | Non
 def _spell(edit: Target) -> str | None:
     """Spell the scalar that an edit names, by its short form or by its tensor and index. None for `known`."""
     if edit.layer is not None and edit.row is not None and edit.col is not None:
-        return coordinate_id(edit.layer, edit.expert, edit.row, edit.col)
+        return format_coordinate_id(edit.layer, edit.expert, edit.row, edit.col)
     if edit.tensor is not None and edit.index is not None:
         return str(Coordinate(edit.tensor, edit.index))
     return None
@@ -198,7 +198,7 @@ def _spell(edit: Target) -> str | None:
 # One function for each rule. Each yields positions and messages -----------------------------------------------------
 
 
-def _find_duplicates(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _find_duplicates(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     first: dict[str, int] = {}
     for number, name in enumerate(reading.names):
         if name is not None and first.setdefault(name, number) != number:
@@ -208,7 +208,7 @@ def _find_duplicates(reading: _Reading) -> Iterator[tuple[Place, str]]:
             )
 
 
-def _check_ranges(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     model = reading.model
     if model is None:
         return
@@ -229,18 +229,18 @@ def _check_ranges(reading: _Reading) -> Iterator[tuple[Place, str]]:
             yield reading.place("edits", number, field), message
 
 
-def _report_misses(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _report_misses(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     yield from reading.misses
 
 
-def _find_contradictions(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _find_contradictions(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     if not reading.same_values:
         return
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
         if entry is None or entry.value is None or edit.expect is None:
             continue
         readings = _interpret(edit.expect)
-        if readings and all(abs(value - entry.value) > TOLERANCE * abs(entry.value) for value in readings):
+        if readings and all(abs(value - entry.value) > SCALE_TOLERANCE * abs(entry.value) for value in readings):
             expected = edit.expect if isinstance(edit.expect, str) else dtypes.show(readings[0])
             message = f"expects {expected}, the registry knows {dtypes.show(entry.value)} ({entry.dtype}) at {entry.id}"
             yield reading.place("edits", number, "expect"), f"edits[{number}].expect: {message}"
@@ -250,20 +250,20 @@ def _interpret(expect: Any) -> list[float]:
     """Return the numbers that an `expect` can mean. Empty if its dtype is not known."""
     if isinstance(expect, str):
         names = _READ_AS.get(len(expect) - 2, ())
-        return [float(dtypes.decode(DTYPES[name], dtypes.from_bits(DTYPES[name], expect))) for name in names]
+        return [float(dtypes.decode(DTYPES[name], dtypes.parse_bits(DTYPES[name], expect))) for name in names]
     if isinstance(expect, MeasuredValue):
         return [] if expect.dtype.startswith("F8") else [float(expect.value)]
     return [float(expect)]
 
 
-def _check_bounds(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _check_bounds(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     bounds = reading.loaded.manifest.check
     least, most = bounds.min_perplexity_ratio, bounds.max_perplexity_ratio
     if least is not None and most is not None and least > most:
         yield reading.place("check"), f"check: no ratio is at least {least:g} and at most {most:g}"
 
 
-def _find_no_effect(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _find_no_effect(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     for number, edit in enumerate(reading.edits):
         if isinstance(edit, Scale) and edit.factor == 1:
             yield reading.place("edits", number, "factor"), f"edits[{number}].factor: 1 changes nothing (use protect)"
@@ -283,7 +283,7 @@ def _get_expected(edit: Set | Zero) -> Any:
     return edit.expect.lower() if isinstance(edit.expect, str) else edit.expect
 
 
-def _find_unguarded(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _find_unguarded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     if reading.loaded.manifest.base.sha256:
         return  # the digests pin the shards, and thus every value
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
@@ -292,14 +292,14 @@ def _find_unguarded(reading: _Reading) -> Iterator[tuple[Place, str]]:
             yield reading.place("edits", number), f"edits[{number}]: overwrites whatever is there (add expect)"
 
 
-def _check_pin(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _check_pin(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     base = reading.loaded.manifest.base
     if base.revision is None and not base.sha256:
         remedy = "add sha256" if base.repo_id is None else "add revision or sha256"
         yield reading.place("base"), f"base: another base would be edited just so ({remedy})"
 
 
-def _check_unbounded(reading: _Reading) -> Iterator[tuple[Place, str]]:
+def _check_unbounded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     bounds = reading.loaded.manifest.check
     unbounded = bounds.max_perplexity_ratio is None and bounds.min_perplexity_ratio is None
     if unbounded and any(edit.writes for edit in reading.edits):
@@ -307,7 +307,7 @@ def _check_unbounded(reading: _Reading) -> Iterator[tuple[Place, str]]:
         yield reading.place("check"), f"check: a model that the edits broke would pass ({remedy})"
 
 
-LINTS: dict[str, Callable[[_Reading], Iterator[tuple[Place, str]]]] = {
+LINTS: dict[str, Callable[[_Reading], Iterator[tuple[LinePlace, str]]]] = {
     "edit-duplicate": _find_duplicates,
     "edit-range": _check_ranges,
     "known-missing": _report_misses,

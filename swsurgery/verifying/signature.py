@@ -246,7 +246,7 @@ def _find_links(root: Path) -> list[str]:
         what = "a snapshot of the Hugging Face cache is made of links"
         raise CheckpointError(what, root, "copy it first: cp -rL SNAPSHOT DIRECTORY")
     faults = []
-    for entry in _walk(root, root):
+    for entry in _list_covered(root, root):
         name = os.path.relpath(entry.path, root)
         if entry.is_symlink():
             faults.append(f"is a symbolic link: {name} (put the real file there)")
@@ -255,13 +255,13 @@ def _find_links(root: Path) -> list[str]:
     return sorted(faults)[:MAX_LISTED]
 
 
-def _walk(folder: Path, root: Path) -> Iterator[os.DirEntry[str]]:
+def _list_covered(folder: Path, root: Path) -> Iterator[os.DirEntry[str]]:
     """Yield every entry below `folder` that a signature covers, except directories."""
     for entry in os.scandir(folder):
         if folder == root and entry.name in NOT_COVERED:
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), root)
+            yield from _list_covered(Path(entry.path), root)
         else:
             yield entry
 

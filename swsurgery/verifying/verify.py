@@ -15,12 +15,12 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_chosen, refuse_other_weights
 from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
-from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, pluralise, printable
-from swsurgery.hub import Repo, named, place
+from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, escape_control, pluralise
+from swsurgery.hub import Repo, parse_location, place
 from swsurgery.progress import Progress
 from swsurgery.storage.files import Repository
 from swsurgery.storage.names import OWN_FILES
-from swsurgery.verifying.against_record import Verification, scan_finite, structure, verify_patched
+from swsurgery.verifying.against_record import Verification, check_structure, scan_finite, verify_patched
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
@@ -91,7 +91,7 @@ class Proof:
 
     def report(self, subject: str) -> FindingReport:
         """Build the report that the output formats render. `subject` is the checkpoint's path as the user wrote it."""
-        checked = "\n".join(map(printable, self.lines()))
+        checked = "\n".join(map(escape_control, self.lines()))
         return FindingReport(subject, "verify", self.findings, checked, self.to_json(), self.rules, self.decided)
 
     def lines(self) -> Iterable[str]:
@@ -114,7 +114,7 @@ class Proof:
             yield f"note      {note}"
 
 
-def prove(root: Path | Repo, question: Question, progress: Progress) -> Proof:
+def verify_checkpoint(root: Path | Repo, question: Question, progress: Progress) -> Proof:
     """Check a checkpoint against everything in `question`, and against its record if it has one.
 
     Raises CheckpointError if there is nothing to check against or a file cannot be read, ManifestError for an invalid
@@ -199,7 +199,7 @@ def _has_shards(root: Path | Repo) -> bool:
 
 def _check_files(checkpoint: Checkpoint, finite: bool, progress: Progress) -> tuple[list[Finding], tuple[str, ...]]:
     """Check a checkpoint that has no record. Returns the findings and the rules that were checked."""
-    findings, rules = structure(checkpoint), ("structure", "duplicate-weights")
+    findings, rules = check_structure(checkpoint), ("structure", "duplicate-weights")
     if not finite:
         return findings, rules
     return findings + scan_finite(checkpoint, progress), (*rules, "non-finite")
@@ -247,13 +247,13 @@ def _open_base(
     opened: then nothing can be proved.
     """
     if question.base is not None:
-        return _open(place(named(question.base)), question)
+        return _open(place(parse_location(question.base)), question)
     if loaded is None:
         return None
-    from swsurgery.editing.base import base_of
+    from swsurgery.editing.base import find_base
 
     try:
-        where = place(base_of(loaded, None))
+        where = place(find_base(loaded, None))
         if patched and isinstance(where, Path) and isinstance(root, Path) and _is_same(where, root):
             return None
         return _open(where, question)
@@ -302,20 +302,20 @@ def _resolve_own_manifest(
 def _check_manifest(
     wishes: Wishes, patched: Patched | None, checkpoint: Checkpoint, base: Checkpoint | None, progress: Progress
 ) -> list[Finding]:
-    from swsurgery.verifying.against_manifest import by_registry
+    from swsurgery.verifying.against_manifest import check_by_record
 
-    findings = by_registry(wishes, patched.registry) if patched else []
+    findings = check_by_record(wishes, patched.registry) if patched else []
     if base is None:
         return findings
-    from swsurgery.verifying.against_base import by_base, plan_against_registry, planned
+    from swsurgery.verifying.against_base import check_by_base, plan_against_record, plan_or_report
 
-    plan, misfits = planned(wishes.loaded, base)
+    plan, misfits = plan_or_report(wishes.loaded, base)
     if plan is None:
         said = {(f.line, f.message) for f in findings}
         return findings + [f for f in misfits if (f.line, f.message) not in said]
     if patched:
-        return findings + plan_against_registry(wishes, plan, patched.registry)
-    return by_base(wishes, plan, checkpoint, progress)
+        return findings + plan_against_record(wishes, plan, patched.registry)
+    return check_by_base(wishes, plan, checkpoint, progress)
 
 
 def _describe_verification(verification: Verification) -> Iterable[str]:
@@ -331,17 +331,17 @@ def _describe_verification(verification: Verification) -> Iterable[str]:
         yield f"elsewhere {pluralise(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
     yield f"protected {pluralise(verification.protected, 'scalar')} with the base's bits"
     if verification.unverified:
-        names, count = _some(verification.unverified), pluralise(len(verification.unverified), "file")
+        names, count = _format_some(verification.unverified), pluralise(len(verification.unverified), "file")
         yield f"unproved  {count} whose digests were copied into the registry without hashing the base: {names}"
     if verification.unhashed:
         count = pluralise(len(verification.unhashed), "file")
-        yield f"unhashed  {count} of which only the size is known: {_some(verification.unhashed)}"
+        yield f"unhashed  {count} of which only the size is known: {_format_some(verification.unhashed)}"
     if verification.compared_with_base:
         yield "compared  byte by byte with the base: nothing else differs"
 
 
 def _describe_survival(survived: Survival) -> Iterable[str]:
-    from swsurgery.verifying.against_known import UNDECIDED, told
+    from swsurgery.verifying.against_known import UNDECIDED, describe_kept
 
     held = [c for c in survived.coordinates if c.held]
     read = [c for c in held if c.state not in UNDECIDED]
@@ -351,12 +351,12 @@ def _describe_survival(survived: Survival) -> Iterable[str]:
     yield f"known     {len(there)} of {pluralise(len(held), 'super weight')} of {survived.model} not lost{aside}"
     for c in survived.coordinates:
         aside = "" if c.held else f" (not held against it: {c.status})"
-        yield f"          {c.id:16} {told(c)}{aside}"
+        yield f"          {c.id:16} {describe_kept(c)}{aside}"
     if survived.rows:
         yield f"          only the row is known of {', '.join(survived.rows)}"
     if not survived.decided:
         yield "          none of them could be compared, so this is neither a yes nor a no"
 
 
-def _some(names: Sequence[str]) -> str:
+def _format_some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

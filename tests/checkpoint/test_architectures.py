@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from swsurgery.checkpoint.architectures import FAMILIES
 from swsurgery.checkpoint.projections import (
     DownProjection,
-    down_projection,
-    down_projections,
-    loaded_candidates,
+    find_down_projection,
+    find_short_form,
+    list_down_projections,
+    list_loaded_candidates,
     locate,
-    short_form,
 )
 from swsurgery.errors import ArchitectureError
 from swsurgery.storage.coordinate import Coordinate
@@ -119,7 +119,7 @@ def test_the_located_scalar_is_the_one_that_is_multiplied(name, variant, tmp_pat
     shutil.copytree(base_folder, patched_folder)
     chance = random.Random(f"{name} {variant}")
 
-    for projection in one_of_each_kind(list(down_projections(config, shapes)), chance):
+    for projection in one_of_each_kind(list(list_down_projections(config, shapes)), chance):
         row, col = chance.randrange(projection.rows), chance.randrange(projection.cols)
         layer, expert = projection.layer, projection.expert
         stored = locate(config, shapes, layer=layer, row=row, col=col, expert=expert)
@@ -134,7 +134,7 @@ def test_the_located_scalar_is_the_one_that_is_multiplied(name, variant, tmp_pat
         [loaded] = changed_scalars(base, patched)
         assert re.search(rf"\.{layer}\.", loaded.tensor)
         parameters = dict(patched.named_parameters(remove_duplicate=False))
-        assert next(c for c in loaded_candidates(config, stored, shapes) if c.tensor in parameters) == loaded
+        assert next(c for c in list_loaded_candidates(config, stored, shapes) if c.tensor in parameters) == loaded
         if isinstance(expert, int) and parameters[loaded.tensor].dim() == 3:
             assert loaded.index[0] == expert
 
@@ -149,7 +149,7 @@ def test_the_located_scalar_is_the_one_that_is_multiplied(name, variant, tmp_pat
         assert torch.equal(after.result[:, others], before.result[:, others])
         assert expected.abs().max() > 1e-3
 
-        assert short_form(config, shapes, stored) == (layer, row, col, expert)
+        assert find_short_form(config, shapes, stored) == (layer, row, col, expert)
 
 
 DENSE = [(0, None), (1, None)]
@@ -170,7 +170,7 @@ PLACES = {
 def test_every_down_projection_is_listed_in_order(name, tmp_path):
     tiny_models.write(name, tmp_path)
     config, shapes = tiny_models.read(tmp_path)
-    listed = list(down_projections(config, shapes))
+    listed = list(list_down_projections(config, shapes))
     assert [(p.layer, p.expert) for p in listed] == PLACES.get(name, DENSE)
     assert {p.rows for p in listed} == {16}
     assert not {p.tensor for p in listed} & {n for n in shapes if "vision" in n or "visual" in n}
@@ -280,7 +280,7 @@ def test_published_names(model_type, names, place, tensor):
     layer, row, col, expert = place
     found = locate(config, shapes, layer=layer, row=row, col=col, expert=expert)
     assert found == (tensor, (col, row) if transposed else (row, col))
-    assert short_form(config, shapes, found) == place
+    assert find_short_form(config, shapes, found) == place
 
 
 def stacked(model_type: str, shape: tuple[int, ...], **config: Any):
@@ -302,8 +302,8 @@ def test_stacked_experts_in_either_orientation(model_type, shape, index):
     config, shapes = stacked(model_type, shape, hidden_size=16)
     found = locate(config, shapes, layer=1, row=3, col=11, expert=2)
     assert found == ("model.layers.1.mlp.experts.down_proj", index)
-    assert short_form(config, shapes, found) == (1, 3, 11, 2)
-    projection = down_projection(config, shapes, 1, 2)
+    assert find_short_form(config, shapes, found) == (1, 3, 11, 2)
+    projection = find_down_projection(config, shapes, 1, 2)
     assert (projection.expert_axis, projection.transposed) == (0, index[1] == 11)
     assert (projection.rows, projection.cols) == (16, 12)
 
@@ -318,7 +318,7 @@ def test_an_unknown_family_is_not_read_in_the_order_of_the_one_that_has_its_name
     config, shapes = table("an unknown one", f"model.layers.{{layer}}.{name}", shape=shape, hidden_size=16)
     found = locate(config, shapes, layer=1, row=3, col=11, expert=2)
     assert found == (f"model.layers.1.{name}", index)
-    assert short_form(config, shapes, found) == (1, 3, 11, 2)
+    assert find_short_form(config, shapes, found) == (1, 3, 11, 2)
 
 
 @pytest.mark.parametrize(
@@ -345,11 +345,11 @@ def test_what_an_unknown_family_may_store_either_way_round_is_refused(name, shap
     ):
         locate(config, shapes, layer=1, row=3, col=11, expert=expert)
     with pytest.raises(ArchitectureError, match="order of rows and columns"):
-        down_projections(config, shapes)
+        list_down_projections(config, shapes)
     stored = Coordinate(f"model.{name.format(layer=1)}", (2, 3, 11)[-len(shape) :])
-    assert short_form(config, shapes, stored) is None
+    assert find_short_form(config, shapes, stored) is None
     # Named by tensor and index it has a place all the same, and nothing is known to turn it.
-    candidates = loaded_candidates(config, stored, shapes)
+    candidates = list_loaded_candidates(config, stored, shapes)
     assert candidates[0] == stored and {c.index for c in candidates} == {stored.index}
 
 
@@ -403,7 +403,7 @@ def test_short_form_is_the_inverse_of_locate(model):
     found = locate(config, shapes, layer=layer, row=row, col=col, expert=expert)
     assert found.tensor in shapes
     assert len(found.index) == len(shapes[found.tensor])
-    assert short_form(config, shapes, found) == (layer, row, col, expert)
+    assert find_short_form(config, shapes, found) == (layer, row, col, expert)
 
 
 LLAMA = table(
@@ -433,7 +433,7 @@ LLAMA = table(
 )
 def test_what_is_no_down_projection_has_no_short_form(coordinate):
     config, shapes = LLAMA
-    assert short_form(config, shapes, coordinate) is None
+    assert find_short_form(config, shapes, coordinate) is None
 
 
 def test_a_name_is_matched_whole_not_in_part():
@@ -456,7 +456,7 @@ def test_a_name_is_matched_whole_not_in_part():
 def test_a_stray_name_adds_no_layer(stray):
     _, shapes = table("llama", "model.layers.{layer}.mlp.down_proj.weight")
     without_count = {"model_type": "llama"}
-    assert [p.layer for p in down_projections(without_count, {stray: (16, 24)} | shapes)] == [0, 1]
+    assert [p.layer for p in list_down_projections(without_count, {stray: (16, 24)} | shapes)] == [0, 1]
     with pytest.raises(ArchitectureError, match="layer 7 is beyond the model: it has layers 0 to 1"):
         locate(without_count, {stray: (16, 24)} | shapes, layer=7, row=0, col=0)
 
@@ -466,7 +466,7 @@ def test_layers_beyond_the_config_are_no_layers_of_the_model():
     name = "model.layers.{layer}.mlp.shared_experts.down_proj.weight"
     config, shapes = table("deepseek_v3", name, layers=62)
     config["num_hidden_layers"] = 61
-    assert [p.layer for p in down_projections(config, shapes)] == list(range(61))
+    assert [p.layer for p in list_down_projections(config, shapes)] == list(range(61))
     with pytest.raises(ArchitectureError, match=r"^layer 61 is beyond the model: it has layers 0 to 60 \("):
         locate(config, shapes, layer=61, row=0, col=0, expert="shared")
 
@@ -513,7 +513,7 @@ def test_layers_beyond_the_config_are_no_layers_of_the_model():
     ],
 )
 def test_loaded_candidates_by_name(model_type, stored, loaded):
-    candidates = loaded_candidates({"model_type": model_type}, stored)
+    candidates = list_loaded_candidates({"model_type": model_type}, stored)
     assert candidates[0] == stored
     assert loaded in candidates
     assert len(set(candidates)) == len(candidates)
@@ -521,14 +521,16 @@ def test_loaded_candidates_by_name(model_type, stored, loaded):
 
 def test_a_tensor_that_is_turned_while_loading_is_never_tried_under_its_own_index():
     config, shapes = stacked("qwen3_vl_moe", (4, 12, 16), hidden_size=16)
-    candidates = loaded_candidates(config, Coordinate("model.layers.1.mlp.experts.down_proj", (2, 11, 3)), shapes)
+    candidates = list_loaded_candidates(config, Coordinate("model.layers.1.mlp.experts.down_proj", (2, 11, 3)), shapes)
     assert Coordinate("model.layers.1.mlp.experts.down_proj", (2, 3, 11)) in candidates
     assert {candidate.index for candidate in candidates} <= {(2, 3, 11), (3, 11)}
 
 
 def test_without_shapes_an_orientation_is_not_guessed():
     with pytest.raises(ArchitectureError, match="not known by name alone: .*give the stored shapes"):
-        loaded_candidates({"model_type": "qwen3_vl_moe"}, Coordinate("model.layers.1.mlp.experts.down_proj", (2, 3, 4)))
+        list_loaded_candidates(
+            {"model_type": "qwen3_vl_moe"}, Coordinate("model.layers.1.mlp.experts.down_proj", (2, 3, 4))
+        )
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -664,8 +666,8 @@ def test_a_packed_down_projection_is_refused_by_name(model_type, tensors, expert
     with pytest.raises(ArchitectureError, match=message):
         locate(config, shapes, layer=1, row=0, col=0, expert=expert)
     with pytest.raises(ArchitectureError, match="is packed"):
-        list(down_projections(config, shapes))
-    assert short_form(config, shapes, Coordinate(next(iter(shapes)), (0, 0))) is None
+        list(list_down_projections(config, shapes))
+    assert find_short_form(config, shapes, Coordinate(next(iter(shapes)), (0, 0))) is None
 
 
 def test_scales_beside_an_unpacked_matrix_are_no_reason_to_refuse():
@@ -688,9 +690,9 @@ def test_a_nonsensical_layer_count_is_ignored(count):
 def test_an_empty_tensor_of_a_trillion_experts_is_not_counted_out():
     config, shapes = stacked("qwen3_moe", (10**12, 16, 0))
     with pytest.raises(ArchitectureError, match="layer 0 is a mixture of experts"):
-        down_projections(config, shapes)
+        list_down_projections(config, shapes)
 
 
 def test_a_model_without_any_down_projection_is_not_an_empty_list():
     with pytest.raises(ArchitectureError, match="no known down projection in layer 0: model_type not given"):
-        down_projections({}, {"backbone.layers.0.mixer.out_proj.weight": (16, 32)})
+        list_down_projections({}, {"backbone.layers.0.mixer.out_proj.weight": (16, 32)})

@@ -130,7 +130,7 @@ def test_what_is_not_listed_is_not_taken_apart(tmp_path, monkeypatch):
     for name, values in (("a", a), ("b", b)):
         (tmp_path / name).mkdir()
         save_file({"x": values}, tmp_path / name / "model.safetensors")
-    monkeypatch.setattr("swsurgery.checkpoint.diff.CHUNK", 4000)
+    monkeypatch.setattr("swsurgery.checkpoint.diff.DIFF_CHUNK", 4000)
     pieces, split = [], np.split
     monkeypatch.setattr(np, "split", lambda *given: pieces.append(split(*given)) or pieces[-1])
     difference = compare(tmp_path / "a", tmp_path / "b", limit=3)

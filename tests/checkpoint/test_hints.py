@@ -16,9 +16,9 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.projections import locate
 from swsurgery.cli import main
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError, SwsurgeryError
-from swsurgery.hub import named
-from swsurgery.hub.names import hub_hint
-from swsurgery.model.report import Bounds
+from swsurgery.hub import parse_location
+from swsurgery.hub.names import suggest_uri
+from swsurgery.model.report import CheckedBounds
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 EDIT = {"op": "zero", "layer": 1, "row": 2, "col": 3}
@@ -177,7 +177,7 @@ def test_other_links_mean_the_directory_of_the_real_files(base, tmp_path):
     ],
 )
 def test_what_looks_like_a_repository_is_written_with_hf(given, meant, tmp_path, monkeypatch, capsys):
-    assert hub_hint(given) == f"a repository of the Hub is written {meant}"
+    assert suggest_uri(given) == f"a repository of the Hub is written {meant}"
     monkeypatch.chdir(tmp_path)
     assert main(["inspect", given]) == 2
     assert capsys.readouterr().err.rstrip().endswith(f"(a repository of the Hub is written {meant})")
@@ -186,13 +186,13 @@ def test_what_looks_like_a_repository_is_written_with_hf(given, meant, tmp_path,
 @pytest.mark.parametrize("given", ["model", "./model", "/org/name", "a/b/c", "../org/name", "~/name", "a/.b"])
 def test_other_paths_get_no_such_hint(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hub_hint(given) == ""
-    assert named(given) == Path(given)
+    assert suggest_uri(given) == ""
+    assert parse_location(given) == Path(given)
 
 
 def test_another_url_is_refused_too():
     with pytest.raises(HubError, match=r"a URL is no checkpoint: .* \(give a directory, or hf://ORG/NAME\)"):
-        named("https://example.org/model")
+        parse_location("https://example.org/model")
 
 
 @pytest.mark.parametrize("path", ["org/name", "https://huggingface.co/org/name"])
@@ -247,7 +247,7 @@ def test_revert_names_the_file_that_is_gone(patched, tmp_path, capsys):
 
 def test_weaker_edits_are_advised_only_if_the_base_is_sound():
     broken = replace(SIDE, finite=False)
-    bounds = Bounds(max_perplexity_ratio=1.0)
+    bounds = CheckedBounds(max_perplexity_ratio=1.0)
     both = replace(REPORT, base=broken, patched=broken, perplexity_ratio=float("nan"), bounds=bounds).failures
     assert [line.split("(")[1] for line in both] == [
         "those of the base are not finite either, so check the base: verify --finite)"

@@ -612,14 +612,14 @@ def test_own_files_are_put_back_as_they_were(base):
     """Also such as are no registry: the block does not know what it writes."""
     (base / OWN_FILES[1]).write_bytes(b"\0\xff")
     before = tree(base)
-    with pytest.raises(CheckpointError), journal.edited(Folder.at(base), {}, []) as own:
+    with pytest.raises(CheckpointError), journal.apply_splices(Folder.at(base), {}, []) as own:
         line, _, rest = (base / JOURNAL).read_bytes()[:-65].partition(b"\n")
         assert json.loads(line)["own"] == {**dict.fromkeys(OWN_FILES), OWN_FILES[1]: 2}
         assert rest == b"\0\xff"
         own[OWN_FILES[0]] = b"new"
         raise CheckpointError("stop")
     assert tree(base) == before
-    with journal.edited(Folder.at(base), {}, []) as own:
+    with journal.apply_splices(Folder.at(base), {}, []) as own:
         own |= {OWN_FILES[0]: b"new", OWN_FILES[1]: None}
     assert tree(base) == {**{n: d for n, d in before.items() if n != OWN_FILES[1]}, OWN_FILES[0]: b"new"}
 
@@ -627,7 +627,7 @@ def test_own_files_are_put_back_as_they_were(base):
 def test_whatever_is_raised_nothing_of_the_work_is_left(base):
     for error in (SwsurgeryError("known"), KeyError("a bug"), KeyboardInterrupt()):
         before = tree(base)
-        with pytest.raises(type(error)), journal.edited(Folder.at(base), {}, []):
+        with pytest.raises(type(error)), journal.apply_splices(Folder.at(base), {}, []):
             assert JOURNAL in names(base) and JOURNAL_NEW not in names(base)
             raise error
         assert tree(base) == before

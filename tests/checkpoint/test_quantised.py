@@ -407,10 +407,10 @@ def test_the_scale_may_be_in_another_shard(tmp_path):
 )
 def test_nothing_reads_codes_as_weights(tmp_path: Path, tensors, capsys):
     """Scanning, sweeping, inspecting, streaming and the checks of a loaded model ask the same rule."""
-    from swsurgery.checkpoint.projections import down_projection
-    from swsurgery.model.weight_plan import _part
+    from swsurgery.checkpoint.projections import find_down_projection
+    from swsurgery.model.weight_plan import _locate_part
     from swsurgery.scanning.by_activations import _read_row
-    from swsurgery.scanning.sweep import scaled_values
+    from swsurgery.scanning.sweep import compute_scaled_values
     from swsurgery.storage.coordinate import Coordinate
 
     root = write_single(tmp_path, {down(0): tensor("F8_E4M3", HIDDEN, INNER), **tensors})
@@ -419,12 +419,12 @@ def test_nothing_reads_codes_as_weights(tmp_path: Path, tensors, capsys):
     with pytest.raises(ArchitectureError, match=f"quantised: .* {scale}"):
         Matrix.of(checkpoint, down(0))
     with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
-        scaled_values(checkpoint, [Coordinate(down(0), (0, 0))], [0.5])
+        compute_scaled_values(checkpoint, [Coordinate(down(0), (0, 0))], [0.5])
     with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
-        _part(down(0), 0, checkpoint)
+        _locate_part(down(0), 0, checkpoint)
     with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
-        _read_row(checkpoint, down_projection(checkpoint.config, checkpoint.shapes, 0), 1)
-    assert scale in inspect.scalar(root, down(0), "1,2")["note"]
+        _read_row(checkpoint, find_down_projection(checkpoint.config, checkpoint.shapes, 0), 1)
+    assert scale in inspect.inspect_tensor(root, down(0), "1,2")["note"]
     assert main(["inspect", str(root), "--tensor", down(0), "--at", "1,2"]) == 0
     meaning = "its elements are multiplied by" if "weight_" in scale else "what its codes mean depends on"
     assert f"quantised: {meaning} {scale}" in capsys.readouterr().out
@@ -479,7 +479,7 @@ def test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded(t
 
 def test_inspect_says_nothing_of_a_plain_weight(tmp_path):
     root = write_single(tmp_path, {down(0): tensor("F8_E4M3", HIDDEN, INNER)})
-    assert "note" not in inspect.scalar(root, down(0), "1,2")
+    assert "note" not in inspect.inspect_tensor(root, down(0), "1,2")
 
 
 def test_an_old_record_of_edited_codes_makes_no_adapter(tmp_path, monkeypatch):

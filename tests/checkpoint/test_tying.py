@@ -11,7 +11,7 @@ import transformers
 from checkpoints import EMBED, HEAD, HIDDEN, down, tensor, write_manifest, write_single
 from huggingface_hub.errors import StrictDataclassError
 
-from swsurgery.checkpoint.tying import TIED_BY_DEFAULT, UNTIED_BY_DEFAULT, tied_by_config, tied_pairs
+from swsurgery.checkpoint.tying import TIED_BY_DEFAULT, UNTIED_BY_DEFAULT, is_tied_by_config, list_tied_pairs
 from swsurgery.cli import main
 from swsurgery.editing.apply import plan_manifest
 from swsurgery.errors import PlanError
@@ -82,7 +82,7 @@ def test_every_tied_head_of_transformers_finds_its_embedding():
                     continue
                 seen += 1
                 names = {target, source}
-                if not any(set(pair) == names for pair in tied_pairs(names)):
+                if not any(set(pair) == names for pair in list_tied_pairs(names)):
                     missing.setdefault((target, source), file.stem)
     assert seen > 300
     assert missing == {}
@@ -121,7 +121,7 @@ LLAVA = {"model_type": "llava", "text_config": {"model_type": "llama"}}
     ],
 )
 def test_config_json_decides_and_else_the_default_of_the_model_type(config, tied):
-    assert tied_by_config(config) is tied
+    assert is_tied_by_config(config) is tied
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gpt2", "bloom", "falcon", "cohere", "opt", "mpt"])

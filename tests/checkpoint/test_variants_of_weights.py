@@ -224,8 +224,8 @@ def test_a_patch_carries_the_variant_and_only_then(base, tmp_path, run):
 
 def test_scan_writes_the_variant_into_its_manifest(base, tmp_path):
     read = scan.open_base(base, variant="fp16")
-    assert scan._as_base(read, base / "m.yaml") == {"path": ".", "variant": "fp16"}
-    assert scan._as_base(scan.open_base(base), base / "m.yaml") == {"path": "."}
+    assert scan._make_base(read, base / "m.yaml") == {"path": ".", "variant": "fp16"}
+    assert scan._make_base(scan.open_base(base), base / "m.yaml") == {"path": "."}
 
 
 def test_the_action_takes_the_variant(base, tmp_path, capsys, monkeypatch):

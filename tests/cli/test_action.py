@@ -18,7 +18,7 @@ import pytest
 import yaml
 from patched import DOWN, FIRST, HIDDEN, MANIFEST, WIDE, apply_text, bfloat16, flip, place, tensors, write_base
 
-from swsurgery.cli.action import MAX_ROWS, run, summary
+from swsurgery.cli.action import MAX_SUMMARY_ROWS, render_summary, run
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
@@ -312,6 +312,6 @@ def test_code_in_the_repository_is_not_run(use, patched, workspace):
 def test_a_summary_stays_below_the_limit_of_the_job_page():
     """One MiB, whatever the names and however many findings."""
     findings = tuple(Finding("digest", "\x1b" * 100_000, "*" * 100_000) for _ in range(1000))
-    text = summary([FindingReport("patched", "verify", findings)] * 2, ["|" * 100_000] * 1000)
+    text = render_summary([FindingReport("patched", "verify", findings)] * 2, ["|" * 100_000] * 1000)
     assert len(text.encode()) < 1 << 20
-    assert f"and {1000 - MAX_ROWS} more" in text
+    assert f"and {1000 - MAX_SUMMARY_ROWS} more" in text

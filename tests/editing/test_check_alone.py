@@ -15,7 +15,7 @@ from swsurgery.editing import sanity
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions, check_checkpoint
 from swsurgery.errors import PlanError
-from swsurgery.model.report import Bounds, CheckReport, Continuations, Side, SuperActivation
+from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Side, SuperActivation
 
 SIDE = Side(perplexity=20.0, stopword_mass=0.25, finite=True, super_activation=SuperActivation(1, 0, 5, -12.5, 3))
 REPORT = CheckReport(
@@ -55,7 +55,7 @@ def test_a_bound_without_a_base_is_bad_input(base, option, capsys):
     )
 
 
-@pytest.mark.parametrize("bounds", [Bounds(max_perplexity_ratio=9.0), Bounds(min_perplexity_ratio=0.1)])
+@pytest.mark.parametrize("bounds", [CheckedBounds(max_perplexity_ratio=9.0), CheckedBounds(min_perplexity_ratio=0.1)])
 def test_so_it_is_in_the_library(base, bounds):
     with pytest.raises(PlanError, match="needs a base to compare with"):
         check_checkpoint(base, CheckOptions(bounds=bounds))

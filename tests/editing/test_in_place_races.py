@@ -64,7 +64,7 @@ def test_an_undisturbed_run_ends_well(tmp_path):
         ("storage.filesystem.sync_directory", 4, False, "made"),
         ("storage.filesystem.sync_directory", 4, True, "made"),
         ("editing.in_place.Outcome", 1, False, "made"),
-        ("cli.show.outcome", 1, False, "made"),
+        ("cli.show.show_outcome", 1, False, "made"),
         ("storage.filesystem.reserve", 1, False, "nothing"),
         ("editing.in_place._describe_untouched", 1, True, "nothing"),
     ],

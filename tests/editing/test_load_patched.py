@@ -307,7 +307,7 @@ def test_a_weight_that_the_loader_changes_is_refused(llama, monkeypatch):
             model.get_parameter(DOWN).data *= 2
             return model, info
 
-    monkeypatch.setattr(patched, "auto_model", lambda config: Doubling)
+    monkeypatch.setattr(patched, "get_auto_class", lambda config: Doubling)
     with pytest.raises(ModelError, match="the loaded model holds 0x"):
         swsurgery.load_patched(llama / "base", llama / "m.json")
 

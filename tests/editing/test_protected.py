@@ -15,7 +15,7 @@ from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import PlanError
 from swsurgery.progress import Silent
-from swsurgery.sharing.card import body
+from swsurgery.sharing.card import render_body
 from swsurgery.verifying.against_record import verify
 
 HEAD = "lm_head.weight"
@@ -74,7 +74,7 @@ def test_the_plan_and_the_card_name_what_earlier_steps_protect(once, tmp_path, c
     assert main(["apply", str(tmp_path / "once.yaml"), "--dry-run"]) == 0
     assert "protects 2\n" in capsys.readouterr().out
     twice = read_patched(apply_text(tmp_path, manifest.read_text(), "twice"))
-    table = body(twice.registry, "org/name", twice.manifest_raw).split("## Protected")[1].split("##")[0]
+    table = render_body(twice.registry, "org/name", twice.manifest_raw).split("## Protected")[1].split("##")[0]
     assert table.count(HEAD.replace("_", "\\_")) + table.count(HEAD) == 1 and "0, 4" in table
 
 

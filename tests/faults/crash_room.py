@@ -109,7 +109,7 @@ def put_back(room: Room) -> object:
 
 
 def look(room: Room) -> object:
-    return inspect.overview(room.image / "model")
+    return inspect.inspect_files(room.image / "model")
 
 
 def prove(room: Room) -> object:

@@ -15,7 +15,7 @@ import safetensors
 
 from fuzz.documents import NUMBERS, SCALARS, Object, Raw, damage, mutate, pick, spell
 from swsurgery.errors import ShardError
-from swsurgery.storage.shard import header_length, parse_header
+from swsurgery.storage.shard import decode_header_length, parse_header
 
 BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -142,7 +142,7 @@ class HeaderTarget:
         except safetensors.SafetensorError:
             theirs = None
         try:
-            start = 8 + header_length(content[:8], len(content), self.path)
+            start = 8 + decode_header_length(content[:8], len(content), self.path)
             tensors, metadata = parse_header(content[8:start], len(content) - start)
         except (ShardError, ValueError) as error:
             line = str(error)

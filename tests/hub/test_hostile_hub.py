@@ -303,7 +303,7 @@ def test_a_wait_without_an_end(hub, base, capsys, status):
 
 
 def test_other_calls_of_the_process_are_left_alone(hub, base, monkeypatch):
-    monkeypatch.setattr(guard, "MAX_ANSWER", 10)
+    monkeypatch.setattr(guard, "MAX_RESPONSE", 10)
     hub.add_repo(BASE, base)
     with pytest.raises(HubError, match="is larger than"):
         product.open_repo(BASE)

@@ -14,9 +14,9 @@ from swsurgery import known
 from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own, schema, shipped, table
 from swsurgery.known.docs import render_docs
-from swsurgery.known.shipped import find, load_file, related, render_names, shipped_models
+from swsurgery.known.shipped import find, list_related, list_shipped_models, load_file, render_names
 
-MODELS = shipped_models()
+MODELS = list_shipped_models()
 COORDINATES = [(m, c) for m in MODELS for c in m.coordinates]
 TABLE_2 = {
     "huggyllama/llama-7b": [(2, 3968, 7003)],
@@ -124,12 +124,12 @@ def test_sources_are_citable_and_consistent_across_files():
 
 
 def test_what_is_known_without_a_coordinate():
-    assert [len(e.experts) for e in related().super_experts] == [2, 1, 10, 3]
+    assert [len(e.experts) for e in list_related().super_experts] == [2, 1, 10, 3]
     moe = own.lookup("qwen3-30b-a3b")
     experts = {f"L{c.layer}.E{c.expert}" for c in moe.coordinates}
-    assert experts == set(related().super_experts[3].experts)
-    assert len(related().sink_neurons) == 4
-    assert len(related().negative_results) == 5
+    assert experts == set(list_related().super_experts[3].experts)
+    assert len(list_related().sink_neurons) == 4
+    assert len(list_related().negative_results) == 5
 
 
 COORDINATE = """
@@ -200,14 +200,14 @@ def test_models_are_frozen():
 
 def test_addressable_leaves_out_rows_and_the_refuted():
     olmo = own.lookup("olmo-1b")
-    ids = [c.id for c in shipped.addressable(olmo)]
+    ids = [c.id for c in shipped.list_addressable(olmo)]
     assert ids == ["L1.1764.1710", "L2.1764.8041", "L15.1764.3454", "L4.1764.556"]
-    refuted = [c.id for c in shipped.addressable(olmo, "refuted")]
+    refuted = [c.id for c in shipped.list_addressable(olmo, "refuted")]
     assert refuted == ["L1.1764.8041", "L15.1764.6840", "L3.1764.1902", "L1.623.1710"]
-    assert [c.id for c in shipped.addressable(olmo, ["paper", "disputed"])] == ["L1.1764.1710", "L2.1764.8041"]
-    assert shipped.addressable(own.lookup("smollm2-135m")) == ()
+    assert [c.id for c in shipped.list_addressable(olmo, ["paper", "disputed"])] == ["L1.1764.1710", "L2.1764.8041"]
+    assert shipped.list_addressable(own.lookup("smollm2-135m")) == ()
     with pytest.raises(LookupFailed, match="no such status: rumour .one of paper, measured, independent-detection"):
-        shipped.addressable(olmo, "rumour")
+        shipped.list_addressable(olmo, "rumour")
 
 
 def test_json_has_the_promised_shape():

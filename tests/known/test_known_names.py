@@ -4,7 +4,7 @@ import pytest
 
 from swsurgery.errors import LookupFailed
 from swsurgery.known import own, shipped
-from swsurgery.known.shipped import lookup_in, names_of, normalised
+from swsurgery.known.shipped import list_names, lookup_in, normalise
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,13 @@ def test_a_model_that_was_searched_in_vain_is_told_apart_from_an_unknown_one():
 
 def test_every_name_finds_its_own_model_and_none_is_ambiguous():
     owners = {}
-    for model in own.all_models():
-        for name in names_of(model):
+    for model in own.list_all_models():
+        for name in list_names(model):
             assert own.lookup(name) is model
             assert own.lookup(name.upper().replace("-", "_")) is model
-            owners.setdefault(normalised(name), set()).add(model.hf_id)
+            owners.setdefault(normalise(name), set()).add(model.hf_id)
     assert {name: ids for name, ids in owners.items() if len(ids) > 1} == {}
-    assert len(owners) > len(own.all_models())
+    assert len(owners) > len(own.list_all_models())
 
 
 def test_an_ambiguous_name_is_refused_with_all_its_models():
@@ -90,9 +90,9 @@ def test_an_ambiguous_name_is_refused_with_all_its_models():
 
 
 def test_slugs_are_unique_lower_case_and_first():
-    slugs = [m.slug for m in own.all_models()]
+    slugs = [m.slug for m in own.list_all_models()]
     assert len(set(slugs)) == 40
-    assert all(slug == slug.lower() == m.aliases[0] for slug, m in zip(slugs, own.all_models(), strict=True))
+    assert all(slug == slug.lower() == m.aliases[0] for slug, m in zip(slugs, own.list_all_models(), strict=True))
     assert {"llama-7b", "llama-2-7b", "llama-3.1-8b-instruct", "smollm2-135m", "olmo-1b"} <= set(slugs)
 
 

@@ -16,15 +16,15 @@ from swsurgery.cli import main
 from swsurgery.errors import LookupFailed, TargetError
 from swsurgery.known import own as own_module
 from swsurgery.known import shipped as shipped_module
-from swsurgery.known.schema import Effect, Independent, JointSet, KnownCoordinate, KnownModel, Source
+from swsurgery.known.schema import Citation, Independent, KnownCoordinate, KnownEffect, KnownJointSet, KnownModel
 
 CITE = "measured with `swsurgery scan ./m --confirm`, swsurgery 0.1.0"
-SOURCE = Source(key="scan-0123abcd", kind="own scan", cite=CITE)
+SOURCE = Citation(key="scan-0123abcd", kind="own scan", cite=CITE)
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32}
 
 
-def measured(ratio: float, protocol: str = "zero") -> Effect:
-    return Effect(protocol=protocol, metric="ppl", before=10.0, after=10.0 * ratio, ratio=ratio, source=SOURCE)
+def measured(ratio: float, protocol: str = "zero") -> KnownEffect:
+    return KnownEffect(protocol=protocol, metric="ppl", before=10.0, after=10.0 * ratio, ratio=ratio, source=SOURCE)
 
 
 def coordinate(layer: int, row: int, col: int, ratio: float = 5.5, value: float = -2.5) -> KnownCoordinate:
@@ -49,13 +49,13 @@ def one(hf_id: str = "my-model", **fields) -> KnownModel:
 def test_what_is_saved_is_what_is_found(own_data):
     model = entry(
         "my-model", coordinate(1, 2, 3, value=-0.59228515625), coordinate(2, 2, 5),
-        joint_sets=(JointSet(coordinates=("L1.2.3", "L2.2.5"), effects=(measured(1 / 3),)),),
+        joint_sets=(KnownJointSet(coordinates=("L1.2.3", "L2.2.5"), effects=(measured(1 / 3),)),),
         effects=(measured(math.inf, "zero everything"),), path="/somewhere/modèle",
     )  # fmt: skip
     path = own_module.save(model)
     assert path.parent == own_data / "swsurgery" / "known"
     assert own_module.lookup("my-model") == model
-    assert own_module.own_models() == (model,)
+    assert own_module.list_own_models() == (model,)
     assert own_module.lookup("my-model").effects[0].ratio == math.inf
     assert shipped_module.to_json(model)["models"][0]["effects"][0]["ratio"] == "inf"
 
@@ -79,9 +79,9 @@ def test_saving_again_replaces(own_data):
 
 def test_a_repository_is_found_by_its_very_id_only():
     own_module.save(one("org/mine"))
-    assert own_module.of_repo("Org/Mine").hf_id == "org/mine"
-    assert own_module.of_repo("mine") is None and own_module.of_repo("other/mine") is None
-    assert own_module.of_repo("huggyllama/llama-7b") is shipped_module.shipped_of_repo("huggyllama/llama-7b")
+    assert own_module.find_by_repo("Org/Mine").hf_id == "org/mine"
+    assert own_module.find_by_repo("mine") is None and own_module.find_by_repo("other/mine") is None
+    assert own_module.find_by_repo("huggyllama/llama-7b") is shipped_module.find_shipped_by_repo("huggyllama/llama-7b")
 
 
 def test_two_organisations_may_have_a_model_of_one_name():
@@ -120,16 +120,19 @@ def test_a_shipped_model_keeps_all_and_gains_what_was_measured():
     added = {"coordinates", "joint_sets", "effects", "notes", "disputes", "scans"}
     assert after.model_dump(exclude=added) == before.model_dump(exclude=added)
     assert after.notes == (*before.notes, "a note") and after.joint_sets == before.joint_sets
-    assert own_module.of_repo("huggyllama/llama-7b") == after
-    assert next(m for m in own_module.all_models() if m.slug == "llama-7b") == after
-    assert len(own_module.all_models()) == len(shipped_module.shipped_models())
+    assert own_module.find_by_repo("huggyllama/llama-7b") == after
+    assert next(m for m in own_module.list_all_models() if m.slug == "llama-7b") == after
+    assert len(own_module.list_all_models()) == len(shipped_module.list_shipped_models())
     own_module.forget("llama-7b")
     assert own_module.lookup("llama-7b") is before
 
 
 def test_an_untested_coordinate_gets_its_class_from_the_measurement():
     shipped, place = next(
-        (m, c) for m in shipped_module.shipped_models() for c in m.coordinates if c.causal_alone == "untested" and c.col
+        (m, c)
+        for m in shipped_module.list_shipped_models()
+        for c in m.coordinates
+        if c.causal_alone == "untested" and c.col
     )
     sizes = {name: getattr(shipped, name) for name in LLAMA_7B}
     own_module.save(entry(shipped.hf_id, coordinate(place.layer, place.row, place.col), **sizes))
@@ -142,7 +145,7 @@ def test_a_joint_set_that_both_have_gets_both_figures():
     pair = shipped.joint_sets[0]
     sizes = {name: getattr(shipped, name) for name in LLAMA_7B}
     places = [tuple(map(int, c[1:].split("."))) for c in pair.coordinates]
-    joint = JointSet(coordinates=tuple(reversed(pair.coordinates)), effects=(measured(99.0, "zero jointly"),))
+    joint = KnownJointSet(coordinates=tuple(reversed(pair.coordinates)), effects=(measured(99.0, "zero jointly"),))
     own_module.save(entry(shipped.hf_id, *(coordinate(*p) for p in places), joint_sets=(joint,), **sizes))
     found = own_module.lookup("llama-13b")
     assert len(found.joint_sets) == len(shipped.joint_sets)
@@ -168,7 +171,7 @@ def test_another_model_under_a_shipped_name_is_refused(own_data):
 
 def test_the_short_name_of_a_shipped_model_stays_its_own():
     own_module.save(one("someone/llama-7b"))
-    assert own_module.lookup("llama-7b") is shipped_module.shipped_of_repo("huggyllama/llama-7b")
+    assert own_module.lookup("llama-7b") is shipped_module.find_shipped_by_repo("huggyllama/llama-7b")
     assert own_module.lookup("someone/llama-7b").own
     with pytest.raises(LookupFailed, match="no own entry of this model: llama-7b .what is shipped cannot be forgotten"):
         own_module.forget("llama-7b")
@@ -238,12 +241,12 @@ def test_a_damaged_entry_is_told_to_those_only_who_ask_for_it(how, capsys):
     }
     path.write_bytes(changed.get(how, DAMAGE[how]))
     assert path.read_bytes() != raw
-    for ask in (own_module.lookup, own_module.of_repo):
+    for ask in (own_module.lookup, own_module.find_by_repo):
         with pytest.raises(LookupFailed, match="is damaged: .*org.my-model.json .swsurgery lookup org/my-model --for"):
             ask("org/my-model")
     assert own_module.lookup("sound").hf_id == "sound" and own_module.lookup("llama-7b").slug == "llama-7b"
-    assert [m.hf_id for m in own_module.own_models()] == ["sound"]
-    assert len(own_module.all_models()) == len(shipped_module.shipped_models()) + 1
+    assert [m.hf_id for m in own_module.list_own_models()] == ["sound"]
+    assert len(own_module.list_all_models()) == len(shipped_module.list_shipped_models()) + 1
     with pytest.raises(LookupFailed, match="no such known model"):
         own_module.lookup("soundd")
     assert main(["lookup", "my-model"]) == 2
@@ -259,7 +262,7 @@ def test_a_damaged_entry_of_a_shipped_model_leaves_the_others_alone():
     with pytest.raises(LookupFailed, match="damaged"):
         own_module.lookup("huggyllama/llama-7b")
     assert own_module.lookup("mistral-7b").slug == "mistral-7b"
-    assert len(own_module.all_models()) == len(shipped_module.shipped_models())
+    assert len(own_module.list_all_models()) == len(shipped_module.list_shipped_models())
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(own_data, monkeypatch, capsys):
@@ -268,7 +271,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(own_data, monkeypatch, capsys)
         own_module.save(one())
     assert caught.value.exit_code == 2 and len(caught.value.faults) == 1
     assert own_module.lookup("llama-7b").slug == "llama-7b", "nothing is needed to look up"
-    assert own_module.own_models() == ()
+    assert own_module.list_own_models() == ()
 
 
 def read_only(path: object, *rest: object, **more: object) -> None:

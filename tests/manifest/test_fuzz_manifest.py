@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swsurgery.errors import ManifestError
-from swsurgery.manifest.load import MAX_BYTES, load_manifest, parse_manifest
+from swsurgery.manifest.load import MAX_MANIFEST, load_manifest, parse_manifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS
 
 SHORT = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -118,8 +118,8 @@ def test_a_manifest_may_be_a_link_but_no_device_no_pipe_and_no_folder(tmp_path):
 
 def test_a_manifest_of_the_limit_is_read_and_one_byte_more_is_not(tmp_path):
     path = tmp_path / "m.yaml"
-    path.write_bytes(json.dumps(MANIFEST).encode().ljust(MAX_BYTES))
+    path.write_bytes(json.dumps(MANIFEST).encode().ljust(MAX_MANIFEST))
     assert load_manifest(path).manifest.name == "fuzz"
-    path.write_bytes(json.dumps(MANIFEST).encode().ljust(MAX_BYTES + 1))
+    path.write_bytes(json.dumps(MANIFEST).encode().ljust(MAX_MANIFEST + 1))
     with pytest.raises(ManifestError, match="larger than"):
         load_manifest(path)

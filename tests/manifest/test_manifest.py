@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from swsurgery.errors import ManifestError, NumberError
-from swsurgery.manifest.load import MAX_BYTES, LoadedManifest, load_manifest, parse_manifest
-from swsurgery.manifest.operations import MeasuredValue, Protect, Scale, Set, Zero, expectation_fault
+from swsurgery.manifest.load import MAX_MANIFEST, LoadedManifest, load_manifest, parse_manifest
+from swsurgery.manifest.operations import MeasuredValue, Protect, Scale, Set, Zero, explain_expectation
 from swsurgery.storage.dtypes import DTYPES
 
 PATH = Path("m.yaml")
@@ -253,8 +253,8 @@ def test_files_are_read_and_refused_by_their_path(tmp_path):
         load_manifest(tmp_path / "missing.yaml")
     with pytest.raises(ManifestError, match="cannot read the manifest"):
         load_manifest(tmp_path)
-    path.write_bytes(b"#" * (MAX_BYTES + 1))
-    with pytest.raises(ManifestError, match=f"manifest is larger than {MAX_BYTES} bytes"):
+    path.write_bytes(b"#" * (MAX_MANIFEST + 1))
+    with pytest.raises(ManifestError, match=f"manifest is larger than {MAX_MANIFEST} bytes"):
         load_manifest(path)
 
 
@@ -327,7 +327,7 @@ STORED = bytes.fromhex("bc40")  # 5.875 in BF16
 @pytest.mark.parametrize("expect", [5.875, "0x40bc", "0x40BC", 5.87, MeasuredValue(value=5.875, dtype="F32"),
                                     MeasuredValue(value=5.87, dtype="F8_E4M3")])  # fmt: skip
 def test_what_is_stored_is_as_expected(expect):
-    assert expectation_fault(expect, BF16, STORED) is None
+    assert explain_expectation(expect, BF16, STORED) is None
 
 
 @pytest.mark.parametrize(
@@ -344,20 +344,20 @@ def test_what_is_stored_is_as_expected(expect):
     ],
 )
 def test_what_is_stored_differs_in_words(expect, words):
-    assert expectation_fault(expect, BF16, STORED) == words
+    assert explain_expectation(expect, BF16, STORED) == words
 
 
 def test_a_value_measured_in_a_coarser_dtype_forgives_the_conversion_and_no_more():
     stored = struct.pack("<f", 3.14159274)
-    assert expectation_fault(MeasuredValue(value=3.140625, dtype="BF16"), F32, stored) is None
-    assert "expected 3.125 (BF16)" in expectation_fault(MeasuredValue(value=3.125, dtype="BF16"), F32, stored)
-    assert "expected 3.140625" in expectation_fault(3.140625, F32, stored)
+    assert explain_expectation(MeasuredValue(value=3.140625, dtype="BF16"), F32, stored) is None
+    assert "expected 3.125 (BF16)" in explain_expectation(MeasuredValue(value=3.125, dtype="BF16"), F32, stored)
+    assert "expected 3.140625" in explain_expectation(3.140625, F32, stored)
 
 
 def test_bits_are_compared_where_values_cannot_be():
-    assert expectation_fault("0x7e00", F16, bytes.fromhex("007e")) is None
-    assert "stored is nan" in expectation_fault(1.0, F16, bytes.fromhex("007e"))
-    assert expectation_fault("0x8000", F16, b"\0\0") == "expected bits 0x8000, stored are 0x0000"
+    assert explain_expectation("0x7e00", F16, bytes.fromhex("007e")) is None
+    assert "stored is nan" in explain_expectation(1.0, F16, bytes.fromhex("007e"))
+    assert explain_expectation("0x8000", F16, b"\0\0") == "expected bits 0x8000, stored are 0x0000"
 
 
 def test_each_operation_makes_its_bytes():

@@ -51,12 +51,12 @@ def test_the_useful_ones_are_there():
     assert {"phi-3-mini-4k-instruct-zero", "llama-3.1-8b-zero", "llama-2-7b-zero"} <= names
 
 
-@pytest.mark.parametrize("model", [*filter(shipped.addressable, own.all_models())], ids=lambda m: m.slug)
+@pytest.mark.parametrize("model", [*filter(shipped.list_addressable, own.list_all_models())], ids=lambda m: m.slug)
 def test_every_addressable_model_has_a_protect_manifest_that_loads(model):
     manifest = parse_manifest(table.render_manifest(model, "protect").encode(), Path("m.yaml")).manifest
     assert {e.op for e in manifest.edits} == {"protect"}
     assert [(e.layer, e.row, e.col) for e in manifest.edits] == [
-        (c.layer, c.row, c.col) for c in shipped.addressable(model)
+        (c.layer, c.row, c.col) for c in shipped.list_addressable(model)
     ]
     assert manifest.check.min_perplexity_ratio is None
     assert manifest.base.revision == model.revision_measured

@@ -21,30 +21,30 @@ from swsurgery import model
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model import check, load
-from swsurgery.model.report import Bounds, CheckReport, Side, SuperActivation
+from swsurgery.model.report import CheckedBounds, CheckReport, Side, SuperActivation
 from swsurgery.progress import Silent
 
 
 @pytest.mark.parametrize(
     ("ratio", "bounds", "words"),
     [
-        (1.5, Bounds(), []),
-        (99.0, Bounds(), []),
-        (1.5, Bounds(max_perplexity_ratio=1.5), []),  # inclusive
-        (1.5, Bounds(min_perplexity_ratio=1.5), []),
-        (1.5, Bounds(max_perplexity_ratio=2, min_perplexity_ratio=1), []),
-        (1.5001, Bounds(max_perplexity_ratio=1.5), ["above"]),
-        (1.4999, Bounds(min_perplexity_ratio=1.5), ["below"]),
-        (1.5, Bounds(max_perplexity_ratio=1, min_perplexity_ratio=2), ["above", "below"]),
-        (math.nan, Bounds(), []),
-        (math.nan, Bounds(max_perplexity_ratio=2), ["above"]),
-        (math.nan, Bounds(min_perplexity_ratio=2), ["below"]),
-        (math.inf, Bounds(max_perplexity_ratio=2), ["above"]),
-        (math.inf, Bounds(min_perplexity_ratio=2), ["below"]),
-        (1.5, Bounds(max_perplexity_ratio=math.nan), ["above"]),
+        (1.5, CheckedBounds(), []),
+        (99.0, CheckedBounds(), []),
+        (1.5, CheckedBounds(max_perplexity_ratio=1.5), []),  # inclusive
+        (1.5, CheckedBounds(min_perplexity_ratio=1.5), []),
+        (1.5, CheckedBounds(max_perplexity_ratio=2, min_perplexity_ratio=1), []),
+        (1.5001, CheckedBounds(max_perplexity_ratio=1.5), ["above"]),
+        (1.4999, CheckedBounds(min_perplexity_ratio=1.5), ["below"]),
+        (1.5, CheckedBounds(max_perplexity_ratio=1, min_perplexity_ratio=2), ["above", "below"]),
+        (math.nan, CheckedBounds(), []),
+        (math.nan, CheckedBounds(max_perplexity_ratio=2), ["above"]),
+        (math.nan, CheckedBounds(min_perplexity_ratio=2), ["below"]),
+        (math.inf, CheckedBounds(max_perplexity_ratio=2), ["above"]),
+        (math.inf, CheckedBounds(min_perplexity_ratio=2), ["below"]),
+        (1.5, CheckedBounds(max_perplexity_ratio=math.nan), ["above"]),
     ],
 )
-def test_bounds_decide(ratio: float, bounds: Bounds, words: list[str]) -> None:
+def test_bounds_decide(ratio: float, bounds: CheckedBounds, words: list[str]) -> None:
     report = replace(REPORT, perplexity_ratio=ratio, bounds=bounds)
     assert [line.split(" the bound:")[0] for line in report.failures] == [f"perplexity ratio {word}" for word in words]
     assert report.ok is (not words)
@@ -60,7 +60,7 @@ def test_logits_that_are_not_finite_fail_without_bounds_if_they_are_the_patched_
 
 
 def test_json_has_the_promised_shape() -> None:
-    document = replace(REPORT, bounds=Bounds(max_perplexity_ratio=1.05)).to_json()
+    document = replace(REPORT, bounds=CheckedBounds(max_perplexity_ratio=1.05)).to_json()
     assert document["base"]["perplexity"] == 20.0
     assert document["patched"]["perplexity"] == 30.0
     assert document["perplexity_ratio"] == 1.5
@@ -85,7 +85,12 @@ def test_json_has_the_promised_shape() -> None:
 def test_json_stays_strict_where_numbers_are_not_finite(value: float) -> None:
     side = Side(value, value, False, SuperActivation(0, 0, 0, value, 0))
     report = replace(
-        REPORT, base=side, patched=side, perplexity_ratio=value, kl=value, bounds=Bounds(max_perplexity_ratio=value)
+        REPORT,
+        base=side,
+        patched=side,
+        perplexity_ratio=value,
+        kl=value,
+        bounds=CheckedBounds(max_perplexity_ratio=value),
     )
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     for name in ("base", "patched"):
@@ -123,10 +128,10 @@ def pair(tmp_path: Path) -> Pair:
 def test_bounds_reach_the_report(pair: Pair) -> None:
     free = run(pair)
     assert free.ok
-    assert free.bounds == Bounds()
-    bounds = Bounds(max_perplexity_ratio=free.perplexity_ratio * 0.99)
+    assert free.bounds == CheckedBounds()
+    bounds = CheckedBounds(max_perplexity_ratio=free.perplexity_ratio * 0.99)
     assert not run(pair, bounds=bounds).ok
-    assert run(pair, bounds=Bounds(min_perplexity_ratio=free.perplexity_ratio * 0.99)).ok
+    assert run(pair, bounds=CheckedBounds(min_perplexity_ratio=free.perplexity_ratio * 0.99)).ok
 
 
 def test_an_overflowing_patch_fails_and_the_base_keeps_its_figures(tmp_path: Path) -> None:
@@ -145,7 +150,7 @@ def test_bfloat16_is_read_as_float32_where_that_fits_and_streamed_where_not(
 ) -> None:
     pair = write_pair(tmp_path, dtype=torch.bfloat16)
     wide = run(pair)
-    monkeypatch.setattr(load, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(load, "_measure_free_bytes", lambda device: 1000)
     narrow = run(pair)
     assert (wide.dtype, wide.method) == ("float32", "layer by layer")
     assert (narrow.dtype, narrow.method) == ("bfloat16", "streamed")
@@ -157,26 +162,26 @@ def test_float32_may_fill_three_fifths_of_the_free_memory(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, free: float, method: str
 ) -> None:
     needed = sum(tensor.numel() * 4 for tensor in load_file(pair.patched / "model.safetensors").values())
-    monkeypatch.setattr(load, "_free_bytes", lambda device: free * needed / 0.6)
+    monkeypatch.setattr(load, "_measure_free_bytes", lambda device: free * needed / 0.6)
     assert run(pair).method == method
 
 
 def test_free_memory_is_a_plausible_number() -> None:
-    assert 2**24 < load._free_bytes(torch.device("cpu")) < 2**50
+    assert 2**24 < load._measure_free_bytes(torch.device("cpu")) < 2**50
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
 def test_missing_libraries_are_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model.available() is None
+    assert model.explain_unavailable() is None
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert model.available() == "torch is not installed"
+    assert model.explain_unavailable() == "torch is not installed"
     line = refusal(pair)
     assert line.startswith("torch is not installed: ")
     assert line.endswith(": the forward check needs it (pip install 'swsurgery[check]')")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert model.available() == "torch and transformers are not installed"
+    assert model.explain_unavailable() == "torch and transformers are not installed"
 
 
 def test_importing_the_check_does_not_load_torch() -> None:

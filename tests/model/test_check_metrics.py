@@ -22,7 +22,7 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import show
 from swsurgery.errors import ModelError
 from swsurgery.model import load, measure
-from swsurgery.model.check import PROMPTS, built_in_text, run_checks
+from swsurgery.model.check import PROMPTS, read_built_in_text, run_checks
 from swsurgery.model.forward import LayeredModel, Outcomes
 from swsurgery.model.report import CheckReport
 from swsurgery.model.stopwords import STOP_WORDS
@@ -80,7 +80,7 @@ def test_a_text_shorter_than_a_window_is_counted_by_its_own_tokens(
     short = check(pair, text=text, window=WINDOW)
     assert 1 < len(ids) < WINDOW
     assert (short.windows, short.window_tokens, short.scored_tokens) == (1, len(ids), len(ids) + bos - 1)
-    show.check(short.to_json())
+    show.show_check(short.to_json())
     assert f"measured on {len(ids) + bos - 1} tokens in 1 window, float32" in capsys.readouterr().out
 
 
@@ -148,7 +148,7 @@ def test_equal_probabilities_come_in_the_order_of_ids() -> None:
     tokenizer = tiny_checkpoint.make_tokenizer()
     logits = torch.zeros(1, 300)
     logits[0, 200] = 1.0
-    shown = measure.top_tokens(tokenizer, logits)
+    shown = measure.list_top_tokens(tokenizer, logits)
     assert [token for token, _ in shown] == [tokenizer.decode([i]) for i in (200, 0, 1, 2, 3)]
 
 
@@ -233,15 +233,15 @@ def test_a_window_is_no_longer_than_the_context(tmp_path: Path) -> None:
 
 
 def test_bos_is_put_in_front_only_where_the_tokenizer_does() -> None:
-    assert measure.bos_prefix(tiny_checkpoint.make_tokenizer(bos=True)) == [0]
-    assert measure.bos_prefix(tiny_checkpoint.make_tokenizer(bos=False)) == []
+    assert measure.get_bos_prefix(tiny_checkpoint.make_tokenizer(bos=True)) == [0]
+    assert measure.get_bos_prefix(tiny_checkpoint.make_tokenizer(bos=False)) == []
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_built_in_text_is_plain_and_long_enough() -> None:
-    text = built_in_text()
+    text = read_built_in_text()
     assert text.isascii()
     # A tokenizer with a token for every word and mark would still fill 16 windows of 512 tokens.
     assert len(re.findall(r"\w+|[^\w\s]", text)) >= 16 * 512
@@ -249,7 +249,7 @@ def test_the_built_in_text_is_plain_and_long_enough() -> None:
 
 
 def test_the_built_in_text_is_what_is_read_by_default(pair: Pair) -> None:
-    default, given = check(pair, text=None, prompts=None, windows=2), check(pair, text=built_in_text(), windows=2)
+    default, given = check(pair, text=None, prompts=None, windows=2), check(pair, text=read_built_in_text(), windows=2)
     assert default.text_sha256 == given.text_sha256 != check(pair).text_sha256
     assert default.base == given.base
     assert tuple(continuation.prompt for continuation in default.prompts) == PROMPTS
@@ -333,7 +333,7 @@ def test_nothing_is_printed_and_the_settings_come_back(pair: Pair, capfd: pytest
         check(pair)
         assert capfd.readouterr() == ("", "")
         assert (logger.get_verbosity(), logger.is_progress_bar_enabled()) == (logging.INFO, True)
-        with load.quiet():
+        with load.hide_output():
             assert not logger.is_progress_bar_enabled()
     finally:
         logger.set_verbosity(before[0])

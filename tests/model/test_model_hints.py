@@ -13,7 +13,7 @@ from tiny_checkpoint import write_pair
 
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ModelError, Unrunnable
-from swsurgery.model.load import first_line, load_tokenizer, open_model
+from swsurgery.model.load import get_first_line, load_tokenizer, open_model
 from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.scanning.spikes import LayerSpikes
 
@@ -141,4 +141,4 @@ def test_several_residual_streams_are_named(base):
     ],
 )
 def test_a_line_that_ends_in_a_colon_goes_on(text, line):
-    assert first_line(ValueError(text)) == line
+    assert get_first_line(ValueError(text)) == line

@@ -9,7 +9,7 @@ from swsurgery import model
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckFailed, ModelError, PlanError
-from swsurgery.model.report import Bounds
+from swsurgery.model.report import CheckedBounds
 
 EDIT = {"op": "zero", "tensor": down(1), "index": [1, 2]}
 
@@ -52,7 +52,7 @@ def test_without_bounds_the_weights_are_checked_and_the_reason_recorded(base, tm
 )
 def test_what_was_asked_for_is_done_or_refused(base, tmp_path, monkeypatch, options, missing):
     if missing:
-        monkeypatch.setattr(model, "available", lambda: "torch is not installed")
+        monkeypatch.setattr(model, "explain_unavailable", lambda: "torch is not installed")
         monkeypatch.setattr("swsurgery.model.check.available", lambda: "torch is not installed")
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
     with pytest.raises(ModelError, match="or --check weights") as refused:
@@ -61,7 +61,7 @@ def test_what_was_asked_for_is_done_or_refused(base, tmp_path, monkeypatch, opti
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [None, Bounds(min_perplexity_ratio=2.0)])
+@pytest.mark.parametrize("option", [None, CheckedBounds(min_perplexity_ratio=2.0)])
 def test_without_torch_bounds_are_not_met(base, tmp_path, monkeypatch, option):
     monkeypatch.setattr("swsurgery.model.check.available", lambda: "torch is not installed")
     more = {} if option else {"check": {"min_perplexity_ratio": 2.0}}
@@ -76,7 +76,7 @@ def test_without_torch_bounds_are_not_met(base, tmp_path, monkeypatch, option):
 def test_a_bound_goes_with_a_check_that_measures_it(base, tmp_path, kind):
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
     with pytest.raises(PlanError, match=f"--check {kind} measures no perplexity"):
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions(kind, bounds=Bounds(2.0)))
+        apply_manifest(manifest, tmp_path / "out", check=CheckOptions(kind, bounds=CheckedBounds(2.0)))
     assert not (tmp_path / "out").exists()
 
 
@@ -89,10 +89,10 @@ def test_one_bound_of_the_options_leaves_the_other_of_the_manifest(base, tmp_pat
 
     monkeypatch.setattr("swsurgery.editing.sanity.run_checks", record)
     manifest = write_manifest(tmp_path / "m.json", base, EDIT, check={"min_perplexity_ratio": 2.0})
-    for option in (None, Bounds(max_perplexity_ratio=9.0), Bounds(min_perplexity_ratio=3.0)):
+    for option in (None, CheckedBounds(max_perplexity_ratio=9.0), CheckedBounds(min_perplexity_ratio=3.0)):
         with pytest.raises(ModelError, match="seen"):
             apply_manifest(manifest, tmp_path / "out", check=CheckOptions(bounds=option))
-    assert held == [Bounds(None, 2.0), Bounds(9.0, 2.0), Bounds(None, 3.0)]
+    assert held == [CheckedBounds(None, 2.0), CheckedBounds(9.0, 2.0), CheckedBounds(None, 3.0)]
 
 
 def test_bounds_that_no_ratio_holds_are_refused_before_anything_is_copied(base, tmp_path):

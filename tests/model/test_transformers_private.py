@@ -12,7 +12,7 @@ from transformers import BertConfig, CLIPConfig, LlamaConfig, LlavaConfig, PreTr
 
 import swsurgery
 from swsurgery.model import transformers_private
-from swsurgery.model.transformers_private import language_model_class, names_kept_in_float32
+from swsurgery.model.transformers_private import get_language_model_class, list_names_kept_in_float32
 
 PRIVATE = re.compile(r"_(?!_)\w+")
 
@@ -20,9 +20,9 @@ PRIVATE = re.compile(r"_(?!_)\w+")
 def test_model_mapping():
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         assert len(auto._model_mapping) > 10
-    assert language_model_class(LlamaConfig()) is transformers.AutoModelForCausalLM
-    assert language_model_class(LlavaConfig()) is transformers.AutoModelForImageTextToText
-    assert language_model_class(CLIPConfig()) is None
+    assert get_language_model_class(LlamaConfig()) is transformers.AutoModelForCausalLM
+    assert get_language_model_class(LlavaConfig()) is transformers.AutoModelForImageTextToText
+    assert get_language_model_class(CLIPConfig()) is None
     assert BertConfig in transformers.AutoModelForCausalLM._model_mapping
 
 
@@ -35,13 +35,13 @@ class Model:
 
 def test_keep_in_fp32_modules_strict():
     assert "_keep_in_fp32_modules_strict" in vars(PreTrainedModel)
-    assert names_kept_in_float32(Model(), torch.bfloat16) == ("norm",)
+    assert list_names_kept_in_float32(Model(), torch.bfloat16) == ("norm",)
 
 
 def test_keep_in_fp32_modules():
     assert "_keep_in_fp32_modules" in vars(PreTrainedModel)
-    assert names_kept_in_float32(Model(), torch.float16) == ("norm", "wo")
-    assert names_kept_in_float32(PreTrainedModel, torch.float16) == ()
+    assert list_names_kept_in_float32(Model(), torch.float16) == ("norm", "wo")
+    assert list_names_kept_in_float32(PreTrainedModel, torch.float16) == ()
 
 
 def test_no_init_weights():

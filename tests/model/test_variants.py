@@ -126,7 +126,7 @@ def test_every_family_gives_the_logits_of_transformers(tmp_path: Path, name: str
     """Streamed where that can be; a family that is loaded whole says so in a line."""
     tiny_models.write(name, tmp_path)
     said: list[str] = []
-    with load.quiet():  # some models' code warns when it is imported
+    with load.hide_output():  # some models' code warns when it is imported
         model = load.open_model(open_checkpoint(tmp_path), device="cpu", placement="streamed", say=said.append)
     whole = tiny_models.load(name, tmp_path)
     for ids, [(logits, peak)] in zip((IDS, SHORT), outcomes(model, [{}], [IDS, SHORT]), strict=True):

@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swsurgery.model.intervals import LEAST_WINDOWS, mean_interval, prediction_bound, student_quantile
+from swsurgery.model.intervals import (
+    LEAST_WINDOWS,
+    compute_mean_interval,
+    compute_prediction_bound,
+    compute_student_quantile,
+)
 
 LOSSES = json.loads((Path(__file__).parents[1] / "assets" / "window_losses.json").read_text(encoding="utf-8"))
 STORED = LOSSES["mean_loss"]["stored"]
@@ -31,19 +36,19 @@ SUPER_WEIGHTS = ["layer 11 [507, 1229]", "layer 2 [507, 90]"]
     ],
 )
 def test_the_quantiles_are_those_of_the_tables(confidence: float, freedom: int, quantile: float) -> None:
-    assert student_quantile(confidence, freedom) == pytest.approx(quantile, rel=1e-5)
+    assert compute_student_quantile(confidence, freedom) == pytest.approx(quantile, rel=1e-5)
 
 
 def test_windows_of_one_length_give_the_textbook_interval() -> None:
     values = [0.1, 0.4, 0.2, 0.3, 0.0, 0.5, 0.25, 0.35, 0.15]
-    mean, low, high = mean_interval(values, [511] * 9)
+    mean, low, high = compute_mean_interval(values, [511] * 9)
     reach = 2.306004 * np.std(values, ddof=1) / 3 * math.sqrt(3)  # the design effect is 3
     assert (mean, low, high) == pytest.approx((np.mean(values), np.mean(values) - reach, np.mean(values) + reach))
 
 
 def test_a_longer_window_counts_as_much_as_its_tokens() -> None:
     values, weights = [1.0] * 4 + [2.0] * 4, [100] * 4 + [300] * 4
-    mean, low, high = mean_interval(values, weights)
+    mean, low, high = compute_mean_interval(values, weights)
     assert mean == pytest.approx(1.75)
     error = math.sqrt(sum((w * (v - 1.75)) ** 2 for v, w in zip(values, weights, strict=True)) * 3 * 8 / 7) / 1600
     assert high - mean == pytest.approx(2.364624 * error)
@@ -52,28 +57,29 @@ def test_a_longer_window_counts_as_much_as_its_tokens() -> None:
 
 def test_fewer_than_eight_windows_give_no_interval() -> None:
     assert LEAST_WINDOWS == 8
-    assert mean_interval([1.0, 2.0] * 3 + [1.5], [1] * 7) == (pytest.approx(1.5), None, None)
-    assert None not in mean_interval([1.0, 2.0] * 4, [1] * 8)
+    assert compute_mean_interval([1.0, 2.0] * 3 + [1.5], [1] * 7) == (pytest.approx(1.5), None, None)
+    assert None not in compute_mean_interval([1.0, 2.0] * 4, [1] * 8)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_an_infinite_window_makes_everything_infinite(value: float) -> None:
-    assert mean_interval([value] + [1.0] * 8, [10] * 9) == (value, value, value)
+    assert compute_mean_interval([value] + [1.0] * 8, [10] * 9) == (value, value, value)
 
 
 def test_a_difference_of_infinities_is_no_number() -> None:
-    assert all(map(math.isnan, mean_interval([math.nan] + [1.0] * 8, [10] * 9)))
+    assert all(map(math.isnan, compute_mean_interval([math.nan] + [1.0] * 8, [10] * 9)))
 
 
 def test_one_more_value_stays_within_the_prediction_bound_as_often_as_stated() -> None:
     generator = random.Random(0)
     within = sum(
-        abs(generator.gauss(0, 1)) <= prediction_bound([generator.gauss(0, 1) for _ in range(4)]) for _ in range(2000)
+        abs(generator.gauss(0, 1)) <= compute_prediction_bound([generator.gauss(0, 1) for _ in range(4)])
+        for _ in range(2000)
     )
     assert within / 2000 >= 0.95
-    assert prediction_bound([0.1, 0.1, 0.1]) == pytest.approx(0.1)
-    assert prediction_bound([-0.3, -0.3, -0.3]) == pytest.approx(0.3), "two-sided"
-    assert prediction_bound([0.1, math.inf, 0.1]) == prediction_bound([0.1, math.nan, 0.1]) == math.inf
+    assert compute_prediction_bound([0.1, 0.1, 0.1]) == pytest.approx(0.1)
+    assert compute_prediction_bound([-0.3, -0.3, -0.3]) == pytest.approx(0.3), "two-sided"
+    assert compute_prediction_bound([0.1, math.inf, 0.1]) == compute_prediction_bound([0.1, math.nan, 0.1]) == math.inf
 
 
 # Coverage -------------------------------------------------------------------------------------------------------------
@@ -105,7 +111,7 @@ def test_a_nominal_95_percent_interval_contains_the_ratio_of_the_whole_text(name
     tokens = [LOSSES["scored_tokens_per_window"]] * length
     covered = 0
     for piece in drawn:
-        _, low, high = mean_interval([extra[number] for number in piece], tokens)
+        _, low, high = compute_mean_interval([extra[number] for number in piece], tokens)
         covered += low <= whole <= high
     assert len(drawn) >= 500
     assert covered / len(drawn) >= 0.90

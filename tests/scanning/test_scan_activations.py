@@ -17,7 +17,7 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import load
 from swsurgery.scanning import by_activations, spikes
-from swsurgery.scanning.by_activations import PROMPTS, scan_activations, scan_sequences
+from swsurgery.scanning.by_activations import SCAN_PROMPTS, scan_activations, scan_sequences
 from swsurgery.scanning.report import ScanReport
 from swsurgery.scanning.spikes import LayerSpikes
 
@@ -273,7 +273,7 @@ def test_an_activation_of_many_equal_scalars_is_noted(llama, tmp_path):
 )
 def test_a_note_names_the_condition_that_failed(shares, input_spike, explained, outlier, why):
     scalars = [by_activations._Scalar(None, 3, col, 1.0, 1.0, share, input_spike) for col, share in enumerate(shares)]
-    assert by_activations._why_no_maker(scalars, explained, outlier) == why
+    assert by_activations._explain_no_maker(scalars, explained, outlier) == why
 
 
 def test_a_scalar_whose_input_is_no_outlier_is_not_refused_for_its_share(llama, tmp_path, monkeypatch):
@@ -389,7 +389,7 @@ def test_products_add_up_to_outputs_in_every_family(family, tmp_path, monkeypatc
 
 
 def test_a_down_projection_that_is_not_in_the_loaded_model_is_said(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(spikes, "loaded_candidates", lambda config, coordinate, shapes: ())
+    monkeypatch.setattr(spikes, "list_loaded_candidates", lambda config, coordinate, shapes: ())
     report = scanned(llama, tmp_path)
     assert report.candidates == ()
     assert report.notes[0] == "layers 0, 1, 2, 3, 4, 5: the down projection is not looked at"
@@ -420,7 +420,7 @@ def test_prompts_are_read_by_the_models_own_tokenizer(placement, tmp_path):
 
     long = scan_activations(checkpoint, prompts=[" ".join(prompts * 60)], device="cpu")  # cut to what the model reads
     assert long.activations == () or long.activations[0].token < 64
-    assert scan_activations(checkpoint, device="cpu").prompts == PROMPTS
+    assert scan_activations(checkpoint, device="cpu").prompts == SCAN_PROMPTS
 
 
 @pytest.mark.model

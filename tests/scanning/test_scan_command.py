@@ -124,7 +124,7 @@ def test_none_is_an_answer(here: Path, capsys: pytest.CaptureFixture[str], metho
 def test_the_weights_alone_are_scanned_without_tokenizer_and_without_torch(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "available", lambda: "torch is not installed")
+    monkeypatch.setattr(model, "explain_unavailable", lambda: "torch is not installed")
     assert main(["scan", "planted", "--method", "weights", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["super_weights"]
     assert (found["layer"], found["row"], found["col"]) == PLACE[:3]
@@ -400,7 +400,7 @@ def test_what_a_scan_writes_is_as_private_as_the_weights_that_it_repeats(here: P
         assert main(["scan", "planted", "--method", "weights", "--manifest", "zero.yaml", "--register", "a/b"]) == 0
     finally:
         os.umask(before)
-    written = [here / "zero.yaml", known.own.folder() / "a.b.json"]
+    written = [here / "zero.yaml", known.own.get_own_folder() / "a.b.json"]
     assert [path.stat().st_mode & 0o777 for path in written] == [mode, mode]
 
 

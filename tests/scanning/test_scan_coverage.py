@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from swsurgery.checkpoint.opening import open_checkpoint
-from swsurgery.checkpoint.projections import down_projections
+from swsurgery.checkpoint.projections import list_down_projections
 from swsurgery.cli import main
 from swsurgery.errors import ManifestError
 from swsurgery.scanning import outputs
 from swsurgery.scanning.by_activations import scan_sequences
 from swsurgery.scanning.by_weights import scan_weights
-from swsurgery.scanning.coverage import unread_layers
+from swsurgery.scanning.coverage import list_unread_layers
 from swsurgery.scanning.report import UnreadLayer
 
 CHANNELS, NEURONS, LAYERS = 16, 24, 6
@@ -126,7 +126,7 @@ def test_an_undecided_scan_is_not_recorded_as_none(folder: Path, capsys: pytest.
     assert "(its scan is undecided)" in capsys.readouterr().err
 
     checkpoint = open_checkpoint(folder)
-    assert outputs.sizes(checkpoint) == (LAYERS, CHANNELS, NEURONS)
+    assert outputs.read_sizes(checkpoint) == (LAYERS, CHANNELS, NEURONS)
     with pytest.raises(ManifestError, match="there is no candidate, and 3 layers were not read"):
         outputs.scan_manifest(scan_weights(checkpoint), base={"path": "."}, op="zero")
 
@@ -200,8 +200,8 @@ DENSE = {f"model.layers.0.mlp.{name}_proj.weight": (4, 4) for name in ("gate", "
 )
 def test_names_that_may_be_an_mlps(names: dict[str, tuple[int, ...]], unread: tuple[UnreadLayer, ...]) -> None:
     config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 4}
-    projections = [p for p in down_projections(config, {**DENSE, "model.layers.0.mlp.down_proj.weight": (4, 5)})]
-    assert unread_layers(config, {**DENSE, **names}, projections) == unread
+    projections = [p for p in list_down_projections(config, {**DENSE, "model.layers.0.mlp.down_proj.weight": (4, 5)})]
+    assert list_unread_layers(config, {**DENSE, **names}, projections) == unread
 
 
 def test_a_layer_that_is_packed_is_not_passed_over(tmp_path: Path) -> None:

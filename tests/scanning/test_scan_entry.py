@@ -20,11 +20,11 @@ from swsurgery.known import own, schema
 from swsurgery.known import shipped as shipped_module
 from swsurgery.known import table as table_module
 from swsurgery.known.export import render_entry
-from swsurgery.known.schema import Effect as KnownEffect
-from swsurgery.known.schema import Source, causal_class
+from swsurgery.known.schema import Citation, classify_ratio
+from swsurgery.known.schema import KnownEffect as KnownEffect
 from swsurgery.known.shipped import load_file
 from swsurgery.manifest.load import load_manifest, parse_manifest
-from swsurgery.scanning.outputs import known_entry, scan_manifest
+from swsurgery.scanning.outputs import make_known_entry, scan_manifest
 from swsurgery.scanning.report import Candidate, Confirmation, Effect, JointSet, ScanReport, Trial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES, decode
@@ -87,7 +87,7 @@ def nothing(report: ScanReport, confirmed: bool) -> ScanReport:
 
 
 def test_the_entry_says_what_was_measured(checkpoint, report):
-    model = known_entry(report, checkpoint, hf_id="org/tiny", revision=REVISION, command=COMMAND)
+    model = make_known_entry(report, checkpoint, hf_id="org/tiny", revision=REVISION, command=COMMAND)
     assert (model.hidden_size, model.intermediate_size, model.num_layers) == (HIDDEN, INNER, LAYERS)
     assert (model.family, model.revision_measured, model.path) == ("llama", REVISION, None)
     assert model.tensor == "model.layers.{layer}.mlp.down_proj.weight" and not model.transposed
@@ -118,7 +118,7 @@ def test_the_entry_says_what_was_measured(checkpoint, report):
 def test_an_interval_that_version_0_1_0_made_from_tokens_is_read_and_not_shown():
     conditions = {"text_sha256": DIGEST, "windows": 16, "window_tokens": 512, "dtype": "float32", "device": "cpu"}
     fields = {"protocol": "zero", "metric": "ppl", "before": 29.6, "after": 162.8, "ratio": 5.5, "ci95": (4.95, 6.05)}
-    source = Source(key="scan", kind="own scan", cite="swsurgery 0.1.0")
+    source = Citation(key="scan", kind="own scan", cite="swsurgery 0.1.0")
     old = KnownEffect(**fields, conditions=conditions, source=source)
     assert (old.ratio, old.ci95, old.conditions.scored_tokens) == (5.5, None, None)
     new = KnownEffect(**fields, conditions=conditions | {"scored_tokens": 8176}, source=source)
@@ -127,19 +127,19 @@ def test_an_interval_that_version_0_1_0_made_from_tokens_is_read_and_not_shown()
 
 
 def test_the_source_repeats_the_scan(checkpoint, report):
-    model = known_entry(report, checkpoint, hf_id="org/tiny", revision=REVISION, command=COMMAND)
+    model = make_known_entry(report, checkpoint, hf_id="org/tiny", revision=REVISION, command=COMMAND)
     [source] = model.sources
     assert source.kind == "own scan" and model.own
     assert f"`{COMMAND}`" in str(source) and str(source).endswith(f"swsurgery {__version__}")
     for fact in (REVISION, "16 windows of 512 tokens (8,176 scored)", DIGEST, "float32 on cpu", "x0.999 to x1.001"):
         assert fact in source.note
-    other = known_entry(report, checkpoint, hf_id="org/tiny", command=COMMAND)
+    other = make_known_entry(report, checkpoint, hf_id="org/tiny", command=COMMAND)
     assert other.sources[0].key != source.key, "another scan is another source"
 
 
 def test_all_candidates_together_are_a_set_where_all_are_in_the_entry(checkpoint, report):
     trials = [replace(t, listed=True) for t in report.confirmation.trials[:2]]
-    model = known_entry(
+    model = make_known_entry(
         replace(report, confirmation=confirmation(*trials, together=60.0)), checkpoint, hf_id="tiny", command=COMMAND
     )
     [joint] = model.joint_sets
@@ -151,13 +151,13 @@ def test_an_inert_member_of_a_joint_set_is_in_the_entry(checkpoint, report):
     third = report.candidates[2].coordinate
     joint = JointSet((report.candidates[0].coordinate, third), effect(9.0))
     changed = replace(report, confirmation=replace(report.confirmation, joint_sets=(joint,)))
-    model = known_entry(changed, checkpoint, hf_id="tiny", command=COMMAND)
+    model = make_known_entry(changed, checkpoint, hf_id="tiny", command=COMMAND)
     assert model.joint_sets[0].coordinates == ("L1.2.3", "L2.4.6")
     assert [c.id for c in model.coordinates] == ["L1.2.3", "L2.2.5", "L2.4.6"]
 
 
 def test_without_a_causal_test_nothing_is_claimed(checkpoint, report):
-    model = known_entry(replace(report, confirmation=None), checkpoint, hf_id="tiny", command=COMMAND)
+    model = make_known_entry(replace(report, confirmation=None), checkpoint, hf_id="tiny", command=COMMAND)
     assert [c.causal_alone for c in model.coordinates] == ["untested"] * 3
     assert all(c.effects == () and c.role == "not confirmed" for c in model.coordinates)
     assert model.joint_sets == () and model.effects == ()
@@ -166,7 +166,7 @@ def test_without_a_causal_test_nothing_is_claimed(checkpoint, report):
 
 @pytest.mark.parametrize("confirmed", [False, True])
 def test_a_scan_that_found_nothing_makes_an_entry_that_says_so(checkpoint, report, confirmed, capsys):
-    model = known_entry(nothing(report, confirmed), checkpoint, hf_id="tiny", command=COMMAND)
+    model = make_known_entry(nothing(report, confirmed), checkpoint, hf_id="tiny", command=COMMAND)
     assert model.coordinates == () and model.joint_sets == () and model.own
     assert "found no super weight" in model.notes[0] and COMMAND in model.notes[0]
     own.save(model)
@@ -183,7 +183,7 @@ def test_a_scan_that_found_nothing_makes_an_entry_that_says_so(checkpoint, repor
      (0.5, "inert")],
 )  # fmt: skip
 def test_classes(ratio, word):
-    assert causal_class(ratio) == word
+    assert classify_ratio(ratio) == word
     assert word in schema.CAUSAL
 
 
@@ -191,7 +191,7 @@ def test_logits_that_were_not_finite_are_kept_as_words(checkpoint, report):
     first, second, _ = report.confirmation.trials
     broken = replace(first, alone=Effect(math.nan, math.nan, math.nan, math.nan))
     endless = replace(second, alone=Effect(math.inf, 2.0, math.inf, math.inf))
-    model = known_entry(
+    model = make_known_entry(
         replace(report, confirmation=confirmation(broken, endless)), checkpoint, hf_id="tiny", command=COMMAND
     )
     one, two = (c.effects[0] for c in model.coordinates)
@@ -204,7 +204,7 @@ def test_logits_that_were_not_finite_are_kept_as_words(checkpoint, report):
 
 
 def test_found_again_by_lookup_and_in_the_plan(checkpoint, report, tmp_path, capsys):
-    model = known_entry(report, checkpoint, hf_id="My Tiny", command=COMMAND)
+    model = make_known_entry(report, checkpoint, hf_id="My Tiny", command=COMMAND)
     own.save(model)
     assert own.lookup("my-tiny") == model
     assert main(["lookup", "my_tiny", "--manifest", "zero"]) == 0
@@ -222,7 +222,7 @@ def test_found_again_by_lookup_and_in_the_plan(checkpoint, report, tmp_path, cap
 
 
 def test_protect_all_reaches_what_was_scanned(checkpoint, report, tmp_path):
-    own.save(known_entry(report, checkpoint, hf_id="tiny", command=COMMAND))
+    own.save(make_known_entry(report, checkpoint, hf_id="tiny", command=COMMAND))
     base = {"path": str(checkpoint.root), "model": "tiny"}
     edits = [{"op": "protect", "known": "all"}]
     raw = json.dumps({"version": 1, "base": base, "edits": edits}).encode()
@@ -313,7 +313,7 @@ def test_transposed_tensors_and_odd_dtypes(tmp_path):
     value = float(decode(DTYPES["F8_E4M3"], stored(folder / "model.safetensors", name, (9, 2))))
     found = Candidate(Coordinate(name, (9, 2)), 1, 2, 9, None, value, 3.0, 1)
     report = ScanReport("weights", "gpt2", 2, (found,))
-    model = known_entry(report, checkpoint, hf_id="g", command=COMMAND)
+    model = make_known_entry(report, checkpoint, hf_id="g", command=COMMAND)
     assert (model.tensor, model.transposed) == ("transformer.h.{layer}.mlp.c_proj.weight", True)
     assert (model.hidden_size, model.intermediate_size) == (HIDDEN, 16)
     [place] = model.coordinates
@@ -332,7 +332,9 @@ def test_experts(tmp_path):
     folder = write_single(tmp_path / "moe", {n: tensor("BF16", 4, 8, seed=2) for n in names.values()}, config)
     checkpoint = open_checkpoint(folder)
     candidates = tuple(Candidate(Coordinate(names[e], (1, 2)), 0, 1, 2, e, 1.5, 3.0, 1) for e in (1, "shared"))
-    model = known_entry(ScanReport("weights", "deepseek_v2", 1, candidates), checkpoint, hf_id="m", command=COMMAND)
+    model = make_known_entry(
+        ScanReport("weights", "deepseek_v2", 1, candidates), checkpoint, hf_id="m", command=COMMAND
+    )
     assert [c.id for c in model.coordinates] == ["L0.E1.1.2", "L0.Eshared.1.2"]
     assert (model.tensor, model.num_experts) == ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", 2)
     own.save(model)
@@ -342,7 +344,7 @@ def test_experts(tmp_path):
 
 
 def test_an_own_entry_becomes_a_shipped_one(checkpoint, report, tmp_path):
-    model = known_entry(report, checkpoint, hf_id="Org/Tiny", revision=REVISION, command=COMMAND)
+    model = make_known_entry(report, checkpoint, hf_id="Org/Tiny", revision=REVISION, command=COMMAND)
     (tmp_path / "tiny.toml").write_text(render_entry(model))
     [shipped] = load_file(tmp_path / "tiny.toml")
     assert {s.kind for s in shipped.sources} == {"scan"} and not shipped.own
@@ -355,7 +357,7 @@ def test_an_own_entry_becomes_a_shipped_one(checkpoint, report, tmp_path):
 
 
 def test_the_table_shows_figures_and_marks_them_as_own(checkpoint, report):
-    model = known_entry(report, checkpoint, hf_id="tiny", command=COMMAND)
+    model = make_known_entry(report, checkpoint, hf_id="tiny", command=COMMAND)
     for width in (80, 120):
         text = table_module.render_table(model, width)
         assert max(map(len, text.splitlines())) <= width

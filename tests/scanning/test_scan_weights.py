@@ -374,8 +374,8 @@ def test_chunks_and_threads_change_nothing(family, tiny, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(saved(tiny(family), tmp_path, tensors))
     whole = scan_weights(checkpoint, threads=1)
     assert scan_weights(checkpoint, threads=5) == whole
-    monkeypatch.setattr(scores, "CHUNK", 500)
-    monkeypatch.setattr(scores, "BLOCK", 70)
+    monkeypatch.setattr(scores, "SCORE_CHUNK", 500)
+    monkeypatch.setattr(scores, "SCORE_BLOCK", 70)
     pieces = scan_weights(checkpoint, threads=1)
     assert scan_weights(checkpoint, threads=3) == pieces
     (one,), (other,) = whole.candidates, pieces.candidates

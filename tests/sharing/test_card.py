@@ -56,7 +56,7 @@ def registry(word: Callable[[], str] | None = None, **more: object) -> Registry:
 
 def rendered(made: Registry, base_fields: dict | None = None, **more: object) -> str:
     arguments = {"repo_id": "org/edited", "manifest": b"version: 1\n"} | more
-    return cards.render(card.fields(made, base_fields or {}), card.body(made, **arguments)).decode()
+    return cards.render(card.make_fields(made, base_fields or {}), card.render_body(made, **arguments)).decode()
 
 
 def split(text: str) -> tuple[dict, str]:
@@ -145,8 +145,8 @@ def test_licence_language_task_and_tags_are_carried_over():
 def test_a_field_that_is_no_plain_text_is_not_carried_over_and_named(field, value):
     data, _ = split(rendered(registry(), {field: value}))
     assert data.get(field) in (None, ["swsurgery", "super-weights"])
-    assert card.not_carried({field: value}) == [field]
-    assert card.not_carried({field: value}, card.LICENCE) == [field] * (field in card.LICENCE)
+    assert card.list_omitted_fields({field: value}) == [field]
+    assert card.list_omitted_fields({field: value}, card.LICENCE) == [field] * (field in card.LICENCE)
 
 
 @pytest.mark.parametrize(
@@ -159,22 +159,26 @@ def test_a_field_that_is_no_plain_text_is_not_carried_over_and_named(field, valu
 def test_any_line_is_carried_over_as_a_licences_name_and_stays_a_string(name):
     base = {"license": name, "license_name": name, "language": ["en", name]}
     data, _ = split(rendered(registry(), base))
-    assert {field: data[field] for field in base} == base and card.not_carried(base) == []
+    assert {field: data[field] for field in base} == base and card.list_omitted_fields(base) == []
 
 
 @pytest.mark.parametrize("written, codes", [("no", ["no"]), ("[en, no]", ["en", "no"]), ("[en, 'no']", ["en", "no"])])
 def test_norwegian_is_a_language(written, codes):
     base, _ = cards.read(f"---\nlanguage: {written}\nlicense: other\n---\n", card.FIELDS)
     data, _ = split(rendered(registry(), base))
-    assert data["language"] == codes and card.not_carried(base) == []
+    assert data["language"] == codes and card.list_omitted_fields(base) == []
 
 
 def test_of_a_list_what_is_plain_is_carried_over_and_the_rest_is_named():
     base = {"language": ["en", "<b>"], "license": ["mit", 7], "tags": ["a", "b|c", "base_model:x/y"]}
     data, _ = split(rendered(registry(), base))
     assert (data["language"], data["license"], data["tags"][0]) == (["en"], ["mit"], "a")
-    assert card.not_carried(base) == ["language", "license", "tags"]
-    assert card.not_carried({"language": ["en"] * 200}) == [] != card.not_carried({"language": ["en"] * 201})
+    assert card.list_omitted_fields(base) == ["language", "license", "tags"]
+    assert (
+        card.list_omitted_fields({"language": ["en"] * 200})
+        == []
+        != card.list_omitted_fields({"language": ["en"] * 201})
+    )
 
 
 def test_a_base_that_is_not_on_the_hub_is_no_base_model():
@@ -263,7 +267,9 @@ def inert(made: str, words: list[str]) -> None:
 
 def patch_card(made: Registry, **more: object) -> str:
     arguments = {"manifest": b"version: 1\n", "patch_name": "patch.safetensors", "size": 900} | more
-    return cards.render(card.patch_fields(made, {}), card.patch_body(made, "org/edit", **arguments)).decode()
+    return cards.render(
+        card.make_patch_fields(made, {}), card.render_patch_body(made, "org/edit", **arguments)
+    ).decode()
 
 
 def test_a_patchs_card_says_how_it_is_applied():
@@ -306,7 +312,7 @@ def test_a_thousand_hostile_strings_stay_text_in_a_patchs_card():
 
 def test_escaping_says_what_was_there():
     for text in ("a|b", "<b>", "a`b", "x*y*", "[a](b)", "\\"):
-        inline = PARSER.parse(card.escaped(text))[1]
+        inline = PARSER.parse(card.escape(text))[1]
         assert "".join(child.content for child in inline.children) == text
 
 

@@ -214,7 +214,7 @@ def _answer(status: int):
 @pytest.fixture
 def sparse(hub, tmp_path, monkeypatch) -> Path:
     """What --for-publish makes: the large untouched shard is not there."""
-    monkeypatch.setattr("swsurgery.editing.apply.SMALL", 10_000)
+    monkeypatch.setattr("swsurgery.editing.apply.SMALL_CHECKPOINT", 10_000)
     commit = put_base(hub, tmp_path / "base", rows=20_000)
     manifest = tmp_path / "sparse.yaml"
     manifest.write_text(f'version: 1\nbase: {{repo_id: {BASE}, revision: "{commit}"}}\nedits: [{EDIT}]\n')

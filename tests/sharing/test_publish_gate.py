@@ -114,7 +114,7 @@ def test_a_token_in_a_file_is_refused_and_not_repeated(hub, patched, capsys):
 
 
 def test_the_very_token_of_the_requests_is_found_whatever_it_looks_like(hub, patched, capsys):
-    assert not publish_module.TOKEN.search(hub.token.encode()), "the other way of finding it"
+    assert not publish_module.TOKEN_BYTES.search(hub.token.encode()), "the other way of finding it"
     (patched / "notes.txt").write_text(hub.token)
     assert publish(patched, accept=("check-missing", "file-undeclared")) == 1
     assert "secret: notes.txt" in capsys.readouterr().err
@@ -140,11 +140,11 @@ def test_a_token_in_the_bases_own_card_is_not_quoted(hub, patched, capsys):
 
 @pytest.mark.parametrize("text", ["hf_hub_download_of_a_file_with_a_long_name", "hf_short", "self_attn"])
 def test_words_of_program_code_are_no_secret(hub, text):
-    assert publish_module.secrets([("code.py", text.encode())]) == []
+    assert publish_module.find_secrets([("code.py", text.encode())]) == []
 
 
 def test_a_secret_is_a_finding_that_names_only_the_file(hub):
-    found = publish_module.secrets([("a", b"x"), ("b", TOKEN.encode()), ("c", b"hf_jwt_" + b"A" * 40)])
+    found = publish_module.find_secrets([("a", b"x"), ("b", TOKEN.encode()), ("c", b"hf_jwt_" + b"A" * 40)])
     assert found == [Finding("secret", "it holds what looks like a token of the Hub", name) for name in "bc"]
 
 

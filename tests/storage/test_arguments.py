@@ -15,12 +15,12 @@ from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.in_place import apply_in_place
 from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions, check_checkpoint
-from swsurgery.model.report import Bounds
+from swsurgery.model.report import CheckedBounds
 from swsurgery.progress import Silent
 from swsurgery.verifying.against_record import verify
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
-NO_CHECKS = [False, True, 0, 1, "", "of", "none", b"off", ["off"], {"kind": "off"}, Bounds(2.0)]
+NO_CHECKS = [False, True, 0, 1, "", "of", "none", b"off", ["off"], {"kind": "off"}, CheckedBounds(2.0)]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_options_of_a_wrong_type_are_a_type_error(fields):
 
 
 def test_every_sound_option_is_taken():
-    CheckOptions("forward", "cuda:1", "streamed", "text", ("prompt",), Bounds(2.0))
+    CheckOptions("forward", "cuda:1", "streamed", "text", ("prompt",), CheckedBounds(2.0))
     CheckOptions(prompts=["a", "b"])
 
 

@@ -70,7 +70,7 @@ def remember(cache: Path, **changes: str) -> None:
     """Write the cache file anew, with a valid checksum, and with other digests for those given as `_<digest>`."""
     entries = json.loads(cache.read_text())["digests"]
     entries = {k: changes.get(f"_{v}", v) for k, v in entries.items()}
-    cache.write_text(json.dumps({"sha256": digest_cache._checksum(entries), "digests": entries}))
+    cache.write_text(json.dumps({"sha256": digest_cache._compute_checksum(entries), "digests": entries}))
 
 
 def flip(path: Path, at: int = -1) -> None:
@@ -95,7 +95,7 @@ def false_cache(base, manifest, cache, tmp_path) -> Path:
 @pytest.fixture
 def same_identity(monkeypatch) -> None:
     """As if an image were mounted whose files have the same device, inode, size and times as others before."""
-    monkeypatch.setattr(digest_cache, "_identity", lambda status: str(status.st_size))
+    monkeypatch.setattr(digest_cache, "_make_identity", lambda status: str(status.st_size))
 
 
 # --- without --reuse-digests every digest is computed
@@ -131,10 +131,10 @@ def test_a_write_through_a_held_memory_map_does_not_satisfy_the_pins(base, pinne
         memory[-1] ^= 1
         memory[-1] ^= 1
         age(base)
-        before = digest_cache._identity(os.stat(base / FIRST))
+        before = digest_cache._make_identity(os.stat(base / FIRST))
         apply(pinned, tmp_path / "first")
         memory[-1] ^= 1
-        if digest_cache._identity(os.stat(base / FIRST)) != before:
+        if digest_cache._make_identity(os.stat(base / FIRST)) != before:
             pytest.skip("this file system notices each write of a map")
         with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
             apply(pinned, tmp_path / "second")
@@ -154,7 +154,7 @@ def test_a_base_renamed_during_the_copy_is_not_remembered_under_its_successor(ba
     with contextlib.suppress(CheckpointError):
         apply(manifest, tmp_path / "out", progress=Swap())
     entries = json.loads(cache.read_text())["digests"]
-    assert entries.get(digest_cache._identity(os.stat(base / FIRST))) is None
+    assert entries.get(digest_cache._make_identity(os.stat(base / FIRST))) is None
     assert real in entries.values()
 
 
@@ -405,7 +405,7 @@ def test_what_is_no_sound_cache_is_not_read(saved, what):
         path.mkdir()
     else:
         path.write_text({
-            "too large": raw + " " * digest_cache.MAX_BYTES,
+            "too large": raw + " " * digest_cache.MAX_CACHE,
             "not JSON": "{",
             "nested": "[" * 200_000,
             "a list": "[]",

@@ -19,7 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swsurgery.errors import NumberError
-from swsurgery.storage.dtypes import DTYPES, Dtype, bits_of, decode, encode, from_bits, round_to, scaled, show, zero
+from swsurgery.storage.dtypes import (
+    DTYPES,
+    Dtype,
+    decode,
+    encode,
+    format_bits,
+    make_zero,
+    parse_bits,
+    round_to,
+    scale_value,
+    show,
+)
 
 ORACLES = {
     "F16": np.float16,
@@ -74,18 +85,18 @@ def same(left: float, right: float) -> bool:
 
 
 def refusal(dtype: Dtype, data: bytes, factor: float) -> str:
-    """What `scaled` says when it refuses. (pytest.raises is too slow for a hundred thousand calls.)"""
+    """What `scale_value` says when it refuses. (pytest.raises is too slow for a hundred thousand calls.)"""
     try:
-        got = scaled(dtype, data, factor)
+        got = scale_value(dtype, data, factor)
     except NumberError as error:
         return str(error)
-    return f"not refused: {bits_of(data)} * {factor} gave {bits_of(got)}"
+    return f"not refused: {format_bits(data)} * {factor} gave {format_bits(got)}"
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_every_pattern_decodes_as_the_independent_decoder_says(name):
     dtype = DTYPES[name]
-    wrong = [bits_of(data) for data, value in patterns(name) if not same(decode(dtype, data), value)]
+    wrong = [format_bits(data) for data, value in patterns(name) if not same(decode(dtype, data), value)]
     assert wrong == []
     assert len(patterns(name)) == 1 << dtype.bits
 
@@ -174,7 +185,7 @@ def test_scaled_is_the_nearest_value_to_the_exact_product(name, factor):
         if place == 0 and name in FNUZ:
             negative = False  # these have one zero
         outcomes["written"] += 1
-        assert scaled(dtype, data, factor) == (place | sign_bit * negative).to_bytes(dtype.size, "little")
+        assert scale_value(dtype, data, factor) == (place | sign_bit * negative).to_bytes(dtype.size, "little")
     finite = 2 * len(values) - (name in FNUZ)
     assert sum(outcomes.values()) == finite
     assert abs(factor) != 1 or outcomes["written"] == finite
@@ -183,7 +194,7 @@ def test_scaled_is_the_nearest_value_to_the_exact_product(name, factor):
 @pytest.mark.parametrize("name", ORACLES)
 def test_factor_one_changes_no_bit(name):
     finite = [data for data, value in patterns(name) if math.isfinite(value)]
-    assert [scaled(DTYPES[name], data, 1.0) for data in finite] == finite
+    assert [scale_value(DTYPES[name], data, 1.0) for data in finite] == finite
 
 
 @pytest.mark.parametrize("name", ["F16", "F32", "BF16"])
@@ -193,8 +204,8 @@ def test_one_rounding_differs_from_rounding_twice(name):
     one = encode(dtype, 1.0)
     mantissa = {"F16": 10, "BF16": 7, "F32": 23}[name]
     factor = 1 + 2.0 ** -(mantissa + 1) + 2.0**-50  # just above half way: up; via a coarser step: a tie, so down
-    assert decode(dtype, scaled(dtype, one, factor)) == 1 + 2.0**-mantissa
-    assert scaled(dtype, one, 1 + 2.0 ** -(mantissa + 1)) == one
+    assert decode(dtype, scale_value(dtype, one, factor)) == 1 + 2.0**-mantissa
+    assert scale_value(dtype, one, 1 + 2.0 ** -(mantissa + 1)) == one
 
 
 @pytest.mark.parametrize("name,word,kind", [("F32", "I", np.float32), ("F64", "Q", np.float64)])
@@ -232,9 +243,9 @@ def test_a_binary64_product_is_the_machines_own(value, factor):
     data = struct.pack("<d", value)
     if math.isinf(product) or (product == 0 and value != 0):
         with pytest.raises(NumberError, match="overflows|underflows"):
-            scaled(dtype, data, factor)
+            scale_value(dtype, data, factor)
     else:
-        assert scaled(dtype, data, factor) == struct.pack("<d", product)
+        assert scale_value(dtype, data, factor) == struct.pack("<d", product)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -249,7 +260,7 @@ def test_integers_agree_with_numpy_and_refuse_what_they_do_not_have(name):
         with pytest.raises(NumberError):
             encode(dtype, value)
     with pytest.raises(NumberError, match=rf"^{name} is an integer dtype.*use set or zero"):
-        scaled(dtype, bytes(dtype.size), 1.0)
+        scale_value(dtype, bytes(dtype.size), 1.0)
 
 
 def test_bool_holds_zero_and_one():
@@ -260,7 +271,7 @@ def test_bool_holds_zero_and_one():
         with pytest.raises(NumberError, match="not a value of BOOL"):
             encode(dtype, value)
     with pytest.raises(NumberError, match="BOOL is an integer dtype"):
-        scaled(dtype, b"\1", 2.0)
+        scale_value(dtype, b"\1", 2.0)
 
 
 @pytest.mark.parametrize("name", OPAQUE)
@@ -270,8 +281,8 @@ def test_dtypes_without_single_real_scalars_are_refused_by_name(name):
     for attempt in (
         lambda: decode(dtype, data),
         lambda: encode(dtype, 0),
-        lambda: zero(dtype),
-        lambda: scaled(dtype, data, 1.0),
+        lambda: make_zero(dtype),
+        lambda: scale_value(dtype, data, 1.0),
     ):
         with pytest.raises(NumberError, match=f"^{name} .*{OPAQUE[name]}"):
             attempt()
@@ -286,9 +297,9 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("name", [*ORACLES, "F32", "F64", *INTEGERS, "BOOL"])
 def test_zero_is_all_bits_zero_and_reads_as_positive_zero(name):
     dtype = DTYPES[name]
-    assert zero(dtype) == bytes(dtype.bits // 8)
-    assert same(decode(dtype, zero(dtype)), 0.0)
-    assert encode(dtype, 0) == zero(dtype)
+    assert make_zero(dtype) == bytes(dtype.bits // 8)
+    assert same(decode(dtype, make_zero(dtype)), 0.0)
+    assert encode(dtype, 0) == make_zero(dtype)
 
 
 @pytest.mark.parametrize("name", ["F16", "BF16", "F8_E4M3", "F8_E5M2", "F32", "F64"])
@@ -296,30 +307,30 @@ def test_negative_zero_keeps_its_sign_where_the_dtype_has_one(name):
     dtype = DTYPES[name]
     negative = bytes(dtype.size - 1) + b"\x80"
     assert encode(dtype, -0.0) == negative
-    assert scaled(dtype, negative, 3.0) == negative
-    assert scaled(dtype, negative, -3.0) == zero(dtype)
-    assert scaled(dtype, zero(dtype), -3.0) == negative
+    assert scale_value(dtype, negative, 3.0) == negative
+    assert scale_value(dtype, negative, -3.0) == make_zero(dtype)
+    assert scale_value(dtype, make_zero(dtype), -3.0) == negative
 
 
 @pytest.mark.parametrize("name", sorted(FNUZ))
 def test_fnuz_dtypes_have_one_zero(name):
     assert encode(DTYPES[name], -0.0) == b"\0"
-    assert scaled(DTYPES[name], b"\0", -1.0) == b"\0"
+    assert scale_value(DTYPES[name], b"\0", -1.0) == b"\0"
 
 
 def test_bits_are_written_most_significant_first():
-    assert bits_of(bytes.fromhex("bc40")) == "0x40bc"
-    assert from_bits(DTYPES["BF16"], "0x40bc") == bytes.fromhex("bc40")
-    assert from_bits(DTYPES["BF16"], "0x40BC") == bytes.fromhex("bc40")
+    assert format_bits(bytes.fromhex("bc40")) == "0x40bc"
+    assert parse_bits(DTYPES["BF16"], "0x40bc") == bytes.fromhex("bc40")
+    assert parse_bits(DTYPES["BF16"], "0x40BC") == bytes.fromhex("bc40")
     assert decode(DTYPES["BF16"], bytes.fromhex("bc40")) == 5.875
     for data, _ in patterns("F16")[::97]:
-        assert from_bits(DTYPES["F16"], bits_of(data)) == data
+        assert parse_bits(DTYPES["F16"], format_bits(data)) == data
 
 
 @pytest.mark.parametrize("name,text", [("BF16", "0x40"), ("BF16", "0x40bc0000"), ("F8_E4M3", "0x4000"), ("F32", "0x")])
 def test_bits_of_another_width_are_refused(name, text):
     with pytest.raises(NumberError, match=f"hex digits, {name} takes {DTYPES[name].bits // 4}"):
-        from_bits(DTYPES[name], text)
+        parse_bits(DTYPES[name], text)
 
 
 def test_rounding_for_comparison_never_raises():

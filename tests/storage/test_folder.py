@@ -18,7 +18,7 @@ from swsurgery.storage.folder import Entry, Folder, Identity
 def way(request, monkeypatch) -> str:
     """Both ways to open below a descriptor; older kernels have only the second."""
     if request.param == "components":
-        monkeypatch.setattr(folder_module, "_openat2", lambda *_: None)
+        monkeypatch.setattr(folder_module, "_call_openat2", lambda *_: None)
     elif not _kernel_has_openat2():
         pytest.skip("this kernel has no openat2")
     return request.param
@@ -27,7 +27,7 @@ def way(request, monkeypatch) -> str:
 def _kernel_has_openat2() -> bool:
     fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        found = folder_module._openat2(fd, ".", os.O_RDONLY | os.O_DIRECTORY)
+        found = folder_module._call_openat2(fd, ".", os.O_RDONLY | os.O_DIRECTORY)
     finally:
         os.close(fd)
     if found is not None:
@@ -153,7 +153,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed_at_the_end(way, root):
 def test_a_hard_link_is_no_change_and_what_is_written_after_it_is(way, root):
     with Folder.at(root) as folder:
         ours, theirs = listed(folder, "a"), listed(folder, "sub/b")
-        filesystem.hard_link(ours, folder / "sub/link")
+        filesystem.make_hard_link(ours, folder / "sub/link")
         filesystem.remove_file(folder / "sub/link")
         os.link(root / "sub/b", root / "theirs")
         assert read(ours) == b"a" and read(theirs) == b"b"

@@ -74,7 +74,7 @@ def test_a_shortage_is_one_line(base, capsys, monkeypatch, error, line):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(inspect, "overview", fail)
+    monkeypatch.setattr(inspect, "inspect_files", fail)
     assert main(["inspect", str(base)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"swsurgery: {line}") and err.count("\n") == 1
@@ -87,7 +87,7 @@ def test_another_error_is_still_a_bug(base, capsys, monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(inspect, "overview", fail)
+    monkeypatch.setattr(inspect, "inspect_files", fail)
     assert main(["inspect", str(base)]) == 3
     assert "this is a bug" in capsys.readouterr().err
 

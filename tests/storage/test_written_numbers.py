@@ -16,7 +16,7 @@ from patched import DOWN, EDITED, FIRST, apply_text, place, write_base
 from swsurgery.cli import main
 from swsurgery.errors import ManifestError, NumberError
 from swsurgery.manifest.load import parse_manifest
-from swsurgery.manifest.operations import expectation_fault
+from swsurgery.manifest.operations import explain_expectation
 from swsurgery.storage.dtypes import DTYPES, Written, decode, encode, show
 
 ABOVE_TIE, TIE, BELOW_TIE = "1.00390625000000000000001", "1.00390625", "1.00390624999999999999999"
@@ -81,11 +81,11 @@ def test_what_is_too_large_for_binary64_is_refused():
 def test_an_expected_value_is_rounded_once_too():
     above, tie = (json.loads(f"[{v}]", parse_float=Written)[0] for v in (ABOVE_TIE, TIE))
     stored = struct.pack("<H", 0x3F81)
-    assert expectation_fault(above, DTYPES["BF16"], stored) is None
-    assert expectation_fault(tie, DTYPES["BF16"], stored) == "expected 1.00390625, stored is 1.0078125 (BF16)"
+    assert explain_expectation(above, DTYPES["BF16"], stored) is None
+    assert explain_expectation(tie, DTYPES["BF16"], stored) == "expected 1.00390625, stored is 1.0078125 (BF16)"
     text = EDIT.replace("op: set", f"op: zero, expect: {ABOVE_TIE}").replace(", value: VALUE", "")
     (guarded,) = parse_manifest(text.encode(), Path("m.yaml")).manifest.edits
-    assert expectation_fault(guarded.expect, DTYPES["BF16"], stored) is None
+    assert explain_expectation(guarded.expect, DTYPES["BF16"], stored) is None
 
 
 def test_a_factor_stays_the_nearest_binary64():

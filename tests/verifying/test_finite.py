@@ -14,7 +14,7 @@ from swsurgery.cli import main
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.verifying.findings import Finding
-from swsurgery.verifying.finite import MAX_NAMED, FiniteScan
+from swsurgery.verifying.finite import MAX_NONFINITE, FiniteScan
 
 FLOATS = [name for name, dtype in DTYPES.items() if dtype.kind == "float"]
 
@@ -82,9 +82,9 @@ def test_scales_and_complex_numbers_have_nans_too(tmp_path):
 
 def test_many_broken_tensors_are_summarised(tmp_path):
     inf = ("F16", (1,), b"\x00\x7c")
-    write_single(tmp_path, {f"t{i:02}": inf for i in range(MAX_NAMED + 5)})
+    write_single(tmp_path, {f"t{i:02}": inf for i in range(MAX_NONFINITE + 5)})
     findings = scan(tmp_path, 1 << 20)
-    assert len(findings) == MAX_NAMED + 1 and "5 more tensors" in findings[-1].message
+    assert len(findings) == MAX_NONFINITE + 1 and "5 more tensors" in findings[-1].message
 
 
 def test_the_command_searches_on_request_and_needs_no_registry(tmp_path, capsys):

@@ -23,7 +23,7 @@ from swsurgery import __version__
 from swsurgery.cli import main
 from swsurgery.storage import filesystem
 from swsurgery.verifying.findings import RULES, Finding
-from swsurgery.verifying.formats import FORMATS, FindingReport, render
+from swsurgery.verifying.formats import REPORT_FORMATS, FindingReport, render
 
 LOST = Finding("known-lost", "it is gone", "model.safetensors", "a.weight", (1, 2))
 ASKED = Finding("edit-changed", "it holds 0x0000", "a b.safetensors", "w", (0,), "ci/edits.yaml", 7, 5)
@@ -248,7 +248,7 @@ def test_github_escapes_as_its_documentation_says():
 def unharmed(report: FindingReport) -> None:
     """What a terminal, a log reader, an XML reader and GitHub's runner must not see."""
     count = len(report.findings)
-    for format in FORMATS:
+    for format in REPORT_FORMATS:
         text = render(report, format)
         assert text.endswith("\n")
         assert all(c.isprintable() or c == "\n" for c in text), "no control, bidirectional or surrogate character"

@@ -13,7 +13,7 @@ from patched import DOWN, EDITED, FIRST, MANIFEST, PROTECTED, SCALED, SECOND, ap
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError, ManifestError
 from swsurgery.progress import Silent
-from swsurgery.verifying.verify import Proof, Question, prove
+from swsurgery.verifying.verify import Proof, Question, verify_checkpoint
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 
@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def ask(folder: Path, name: str, text: str = MANIFEST, base: str | None = None) -> Proof:
     manifest = folder / "asked.yaml"
     manifest.write_text(text)
-    return prove(folder / name, Question(base=base, manifest=manifest), Silent())
+    return verify_checkpoint(folder / name, Question(base=base, manifest=manifest), Silent())
 
 
 def lines(proof: Proof, rule: str = "manifest-mismatch") -> list[str | None]:

@@ -23,7 +23,7 @@ from swsurgery.editing.in_place import apply_in_place
 from swsurgery.errors import LookupFailed
 from swsurgery.progress import Silent
 from swsurgery.sharing import export
-from swsurgery.verifying.against_manifest import own_findings
+from swsurgery.verifying.against_manifest import find_own_differences
 from swsurgery.verifying.against_record import verify
 from swsurgery.verifying.findings import Finding
 
@@ -226,7 +226,7 @@ def test_known_means_what_was_known_then(known_base, tmp_path, monkeypatch, edit
         raise LookupFailed("no such known model", name)
 
     monkeypatch.setattr(known.own, "lookup", unknown)
-    monkeypatch.setattr(known.own, "of_repo", lambda name: None)
+    monkeypatch.setattr(known.own, "find_by_repo", lambda name: None)
     assert findings(tmp_path / "out") == ()
 
 
@@ -291,7 +291,7 @@ def test_a_protected_scalar_of_a_shard_that_is_elsewhere_is_no_finding(patched):
         (patched / name).unlink()
     own = read_patched(patched)
     checkpoint = open_as(patched, own.registry.base, elsewhere=own.registry.elsewhere)
-    assert own_findings(own, checkpoint) == []
+    assert find_own_differences(own, checkpoint) == []
     found = verify(patched, Silent())
     assert found.ok and found.protected == 0
     forge(patched, text.replace("protect", "zero"))

@@ -17,12 +17,12 @@ from swsurgery.cli import main
 from swsurgery.cli.verifying import verify
 from swsurgery.errors import CheckpointError
 from swsurgery.known import KnownCoordinate, KnownModel
-from swsurgery.known.schema import Independent, Source
+from swsurgery.known.schema import Citation, Independent
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying import against_known
 from swsurgery.verifying.verify import Question
 
-SOURCE = Source(key="s", kind="notes", cite="a test")
+SOURCE = Citation(key="s", kind="notes", cite="a test")
 ROW, COL = 4, 7
 SHAPE = (HIDDEN, INNER)
 
