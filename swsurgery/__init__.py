@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from swsurgery.known import lookup
     from swsurgery.manifest.load import load_manifest
     from swsurgery.progress import Silent
-    from swsurgery.verifying.against_record import verify as verify_checkpoint
+    from swsurgery.verifying.verify import verify_record as verify_checkpoint
 
 # The name here -> the room, and the name there where it is another: `verify` and `diff` are rooms themselves.
 _PUBLIC = {
@@ -61,7 +61,7 @@ _PUBLIC = {
     "plan_manifest": ("editing.apply", "plan_manifest"),
     "revert": ("editing.revert", "revert"),
     "revert_in_place": ("editing.in_place", "revert_in_place"),
-    "verify_checkpoint": ("verifying.against_record", "verify"),
+    "verify_checkpoint": ("verifying.verify", "verify_record"),
 }
 
 __all__ = [  # written out, for tools that read and do not run

@@ -164,10 +164,10 @@ def test_the_names_of_the_package_load_on_use_and_never_torch(directory):
 def test_every_public_name_is_what_its_room_holds():
     from swsurgery.checkpoint import diff
     from swsurgery.editing import apply
-    from swsurgery.verifying import against_record
+    from swsurgery.verifying import verify
 
     assert swsurgery.apply_manifest is apply.apply_manifest
-    assert swsurgery.verify_checkpoint is against_record.verify
+    assert swsurgery.verify_checkpoint is verify.verify_record
     assert swsurgery.diff_checkpoints is diff.diff
     assert set(swsurgery.__all__) == {*swsurgery._PUBLIC, "__version__"}
     assert set(swsurgery.__all__) <= set(dir(swsurgery))

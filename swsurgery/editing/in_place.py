@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 from swsurgery.checkpoint import journal
@@ -26,13 +27,13 @@ from swsurgery.editing.copy import Applied, AppliedFile, compute_record_mode
 from swsurgery.editing.pins import check_left_out
 from swsurgery.editing.plan import make_plan
 from swsurgery.editing.record import complete_record, draft_record
+from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
+from swsurgery.editing.resolve import find_conflicts, find_known, resolve
 from swsurgery.editing.revert import build_undo, list_reversion_notes
 from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
-from swsurgery.errors import CheckpointError, LookupFailed, PlanError, TargetError
+from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
 from swsurgery.known import own
-from swsurgery.known.recorded import explain_unlike_bases, find_unlike_records
-from swsurgery.known.resolve import look_up, resolve
 from swsurgery.manifest.load import LoadedManifest, load_manifest
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import filesystem
@@ -317,17 +318,11 @@ def _find_differences(
 ) -> Iterator[tuple[Coordinate | None, str]]:
     """Yield each difference between a record and what its manifest asks of this checkpoint: (scalar or None, fault)."""
     base = loaded.manifest.base
-    model = None
-    try:
-        model = own.lookup(base.model) if base.model else None
-    except LookupFailed as error:
-        yield from ((None, fault) for fault in error.faults)
-    for repo_id in (base.repo_id, checkpoint.repo_id, *repo_ids):
-        model = model or (own.find_by_repo(repo_id) if repo_id else None)
-    asked, faults = resolve(loaded.manifest, checkpoint, look_up(model))
-    yield from ((None, fault) for _, fault in faults)
+    model = own.identify(base.model, (base.repo_id, checkpoint.repo_id, *repo_ids))
+    resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
+    yield from ((None, fault) for _, fault in (*resolution.misfits, *find_conflicts(resolution.asked)))
     yield from ((None, fault) for _, fault in explain_unlike_bases(loaded.manifest, registry))
-    yield from find_unlike_records(asked, registry)
+    yield from find_unlike_records(resolution.by_coordinate(), registry)
 
 
 def _find_other_scalars(registry: Registry, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:

@@ -2,28 +2,24 @@
 
 Reads the headers, the scalars that the edits name and a few rows of tensors that may be tied. Writes nothing, and
 reports all faults at once.
-
-The planner does not use `known.resolve`, which serves the proof of a finished record. That function skips known rows
-without a column, ignores a second `known: all` and continues after the first fault of an edit, and its messages are
-about a record. With it, the planner would report other faults.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from swsurgery.checkpoint import projections
-from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, read_patched
 from swsurgery.checkpoint.tying import find_tied_partner, list_tied_faults
+from swsurgery.editing.resolve import Asked, Misfit, find_conflicts, find_known, locate, resolve
 from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError
-from swsurgery.known import KnownCoordinate, KnownModel, own, shipped
+from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest
-from swsurgery.manifest.operations import Edit, MeasuredValue, Protect, Scale, explain_expectation
+from swsurgery.manifest.operations import Protect, Scale, explain_expectation
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import TensorInfo
@@ -34,9 +30,6 @@ MAX_FAULTS = 100
 
 MAX_NOTES = 20
 """Maximum number of disagreements between index and shards listed individually."""
-
-Expected = int | float | str | MeasuredValue | None
-"""The value, bits or measured value that an edit expects of a scalar; None if it expects nothing."""
 
 
 @dataclass(frozen=True)
@@ -84,60 +77,43 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     """
     faults = _check_base(loaded, checkpoint)
     previous = read_patched(checkpoint)
-    protectors = previous.registry.protectors() if previous else {}
-    try:
-        model = _identify_model(loaded, checkpoint)
-    except LookupFailed as error:
-        faults += [f"{loaded.path}: base.model: {fault}" for fault in error.faults]
-        model = None
-    facts = _locate_known(model, checkpoint)
-    scalars, misfits = _read_edits(loaded, checkpoint, model, protectors)
-    splices = tuple(s for s in scalars if isinstance(s, Splice))
-    protected = tuple(s for s in scalars if not isinstance(s, Splice))
-    faults += misfits + list_tied_faults(splices, checkpoint) + _check_copies(loaded, checkpoint, splices)
+    model, unknown = _identify_model(loaded, checkpoint)
+    resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
+    read, misfits = _read_scalars(resolution.asked, checkpoint)
+    # Edits of a scalar that cannot be read are not in conflict: each of them has its own fault.
+    misfits += [*resolution.misfits, *find_conflicts([one for one, _ in read])]
+    misfits += _check_protected(resolution.asked, previous)
+    splices = tuple(scalar for _, scalar in read if isinstance(scalar, Splice))
+    faults += unknown + [f"{loaded.where(n)}: {message}" for n, message in sorted(misfits, key=lambda m: m.number)]
+    faults += list_tied_faults(splices, checkpoint) + _check_copies(loaded, checkpoint, splices)
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
     omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
+    protected = tuple(scalar for _, scalar in read if not isinstance(scalar, Splice))
     notes = tuple(_collect_notes(loaded, checkpoint))
+    facts = _locate_known(model, checkpoint)
     return Plan(loaded, checkpoint, previous, model, splices, protected, omitted, notes, facts=facts)
 
 
-def _read_edits(
-    loaded: LoadedManifest, checkpoint: Checkpoint, model: KnownModel | None, protectors: Mapping[Coordinate, int]
-) -> tuple[list[Scalar], list[str]]:
-    """Resolve every edit and read its scalars; return them in the manifest's order, and all faults.
-
-    A scalar that cannot be read does not conflict with a second edit of it, so that the faults of both are reported.
-    For this reason each edit is read before the next is resolved.
-    """
-    edits = loaded.manifest.edits
-    scalars: dict[Coordinate, tuple[int, Scalar]] = {}
-    faults: list[str] = []
-    # `known: all` names every known super weight that no other edit names, so it is resolved last.
-    for number, edit in sorted(enumerate(edits), key=lambda item: (item[1].known == "all", item[0])):
-        where = loaded.where(number)
+def _read_scalars(asked: Sequence[Asked], checkpoint: Checkpoint) -> tuple[list[tuple[Asked, Scalar]], list[Misfit]]:
+    """Read every scalar that can be read; return them in the manifest's order, and the faults of the others."""
+    read: list[tuple[Asked, Scalar]] = []
+    misfits: list[Misfit] = []
+    for one in asked:
         try:
-            targets = _resolve_edit(edit, checkpoint, model)
-        except (ArchitectureError, LookupFailed, PlanError) as error:
-            faults += [f"{where}: {fault}" for fault in error.faults]
-            continue
-        for coordinate, expect in targets:
-            if coordinate in scalars:
-                first = scalars[coordinate][0]
-                # `known: all` yields to an edit that names the scalar. Two edits with `known: all` are in conflict.
-                if edit.known != "all" or edits[first].known == "all":
-                    faults.append(f"{where}: {coordinate} has two operations (the other is edits[{first}])")
-                continue
-            if edit.writes and coordinate in protectors:
-                faults.append(
-                    f"{where}: {coordinate} is protected by step {protectors[coordinate]} of the base's own "
-                    "registry (revert that step, or start from the first base)"
-                )
-            try:
-                scalars[coordinate] = number, _read_scalar(edit, coordinate, expect, checkpoint)
-            except (PlanError, NumberError) as error:
-                faults += [f"{where}: {fault}" for fault in error.faults]
-    return [scalar for _, scalar in sorted(scalars.values(), key=lambda item: item[0])], faults
+            read.append((one, _read_scalar(one, checkpoint)))
+        except (PlanError, NumberError) as error:
+            misfits += [Misfit(one.number, fault) for fault in error.faults]
+    return read, misfits
+
+
+def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterator[Misfit]:
+    """Report every edit that would change a scalar which the base's own record protects."""
+    protectors = previous.registry.protectors() if previous else {}
+    for one in asked:
+        if one.edit.writes and one.coordinate in protectors:
+            message = f"{one.coordinate} is protected by step {protectors[one.coordinate]} of the base's own registry"
+            yield Misfit(one.number, f"{message} (revert that step, or start from the first base)")
 
 
 def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Sequence[Splice]) -> list[str]:
@@ -199,16 +175,13 @@ def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
     return faults
 
 
-def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> KnownModel | None:
-    """Identify the base among the known models; None if it is unknown.
-
-    Raises LookupFailed if the manifest names a model that is unknown. An unknown repo_id is no fault.
-    """
+def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> tuple[KnownModel | None, list[str]]:
+    """Identify the base among the known models: None if it is unknown, and the faults of a wrong `base.model`."""
     base = loaded.manifest.base
-    if base.model:
-        return own.lookup(base.model)
-    models = (own.find_by_repo(repo_id) for repo_id in (base.repo_id, checkpoint.repo_id) if repo_id)
-    return next((model for model in models if model), None)
+    try:
+        return own.identify(base.model, (base.repo_id, checkpoint.repo_id)), []
+    except LookupFailed as error:
+        return None, [f"{loaded.path}: base.model: {fault}" for fault in error.faults]
 
 
 def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:
@@ -217,65 +190,15 @@ def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coor
     for entry in model.coordinates if model else ():
         if entry.col is not None:
             try:
-                facts[_locate(checkpoint, entry.layer, entry.row, entry.col, entry.expert)] = entry
+                facts[locate(checkpoint, entry.layer, entry.row, entry.col, entry.expert)] = entry
             except ArchitectureError:
                 continue  # The checkpoint differs from that model. An edit that names the super weight reports it.
     return facts
 
 
-def _locate(checkpoint: Checkpoint, layer: int, row: int, col: int, expert: ExpertChoice) -> Coordinate:
-    """Find the stored scalar that a paper calls (layer, row, col). Raises ArchitectureError."""
-    # Include tensors that index and shards place differently, so that the fault reported is the disagreement.
-    shapes = {
-        tensor: shard.tensors[tensor].shape
-        for shard in checkpoint.shards.values()
-        for tensor in checkpoint.disagreements
-        if tensor in shard.tensors
-    }
-    return projections.locate(
-        checkpoint.config,
-        {**checkpoint.shapes, **shapes} if shapes else checkpoint.shapes,
-        layer=layer,
-        row=row,
-        col=col,
-        expert=expert,
-    )
-
-
-def _resolve_edit(edit: Edit, checkpoint: Checkpoint, model: KnownModel | None) -> list[tuple[Coordinate, Expected]]:
-    """List the scalars that an edit names, each with the value that the edit expects.
-
-    Raises ArchitectureError, LookupFailed or PlanError for the first that has no meaning in this checkpoint.
-    """
-    if edit.tensor is not None and edit.index is not None:
-        return [(Coordinate(edit.tensor, edit.index), edit.expect)]
-    if edit.layer is not None and edit.row is not None and edit.col is not None:
-        return [(_locate(checkpoint, edit.layer, edit.row, edit.col, edit.expert), edit.expect)]
-    if edit.known is not None:
-        return _resolve_known(edit.known, checkpoint, model)
-    raise ValueError("the edit names no scalar")  # impossible: the schema requires one of the three forms
-
-
-def _resolve_known(name: str, checkpoint: Checkpoint, model: KnownModel | None) -> list[tuple[Coordinate, Expected]]:
-    """Resolve the `known:` of an edit. Raises as `_resolve_edit` does."""
-    if model is None:
-        raise PlanError("the registry knows nothing of this base", name, "say which known model it is: base.model")
-    entries = shipped.list_addressable(model) if name == "all" else [shipped.find(model, name)]
-    if not entries:
-        raise PlanError(f"the registry has no whole coordinate of {model.hf_id}", name)
-    targets: list[tuple[Coordinate, Expected]] = []
-    for entry in entries:
-        if entry.col is None:
-            raise PlanError(f"only the row of {entry.id} is known, not the scalar", model.hf_id)
-        expect = None
-        if entry.dtype is not None and entry.value is not None:
-            expect = MeasuredValue(value=entry.value, dtype=entry.dtype)
-        targets.append((_locate(checkpoint, entry.layer, entry.row, entry.col, entry.expert), expect))
-    return targets
-
-
-def _read_scalar(edit: Edit, coordinate: Coordinate, expect: Expected, checkpoint: Checkpoint) -> Scalar:
+def _read_scalar(asked: Asked, checkpoint: Checkpoint) -> Scalar:
     """Check one coordinate, read it and compute its new bytes. Raises PlanError, NumberError."""
+    edit, coordinate, expect = asked.edit, asked.coordinate, asked.expect
     info = _find_tensor(coordinate, checkpoint)
     name, index = coordinate
     if edit.writes:

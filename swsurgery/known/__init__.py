@@ -7,8 +7,6 @@ It must not depend on a running model, torch or numpy.
     shipped.py   reads the shipped TOML files, one per model family
     own.py       the user's own entries, and lookup by name in both
     table.py     the table for the terminal, and manifests
-    resolve.py   from the edits of a manifest to the scalars of a checkpoint
-    recorded.py  compares a manifest with the record of what was done
     export.py    an own entry in the format of the shipped files
     docs.py      the page docs/known.md
     *.toml       the data; related.toml contains results without a coordinate, names.toml is a generated index

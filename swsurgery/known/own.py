@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from swsurgery.errors import LookupFailed
 from swsurgery.known.schema import KnownCoordinate, KnownJointSet, KnownModel
 from swsurgery.known.shipped import find_shipped_by_repo, find_shipped_near, list_shipped_models, lookup_in, normalise
+
+_REPO_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 
 _LONGEST, _KEPT = 100, 80
 """Maximum bytes of an organisation's or a model's name in a file name, and bytes of a longer name before its digest.
@@ -136,6 +139,18 @@ def find_by_repo(repo_id: str) -> KnownModel | None:
     path = get_own_folder() / f"{_make_stem(repo_id)}.json"
     own = _load(path) if os.path.isfile(path) else None
     return own if own and own.hf_id.lower() == repo_id.lower() else None
+
+
+def identify(name: str | None, repo_ids: Iterable[object]) -> KnownModel | None:
+    """Return the known model of this name or, without a name, the first that is published under one of `repo_ids`.
+
+    What is no repository id is skipped. None if no repository is known. Raises LookupFailed if the name is unknown, or
+    if the model's own entry is damaged.
+    """
+    if name:
+        return lookup(name)
+    valid = (repo_id for repo_id in repo_ids if isinstance(repo_id, str) and _REPO_ID.fullmatch(repo_id))
+    return next(filter(None, map(find_by_repo, valid)), None)
 
 
 def merge(shipped: KnownModel, own: KnownModel) -> KnownModel:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.editing.resolve import expect_known
 from swsurgery.errors import ArchitectureError, CheckpointError
-from swsurgery.known import KnownCoordinate, KnownModel, own
-from swsurgery.manifest.operations import MeasuredValue, explain_expectation
+from swsurgery.known import KnownCoordinate, KnownModel
+from swsurgery.manifest.operations import explain_expectation
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES, Dtype, FloatDtype
@@ -122,22 +123,6 @@ def describe_kept(kept: Kept) -> str:
     return f"{kept.state}: {dtypes.show(kept.known)} -> {stored}{ratio}{doubt}"
 
 
-def identify(checkpoint: Checkpoint, name: str | None, repo_ids: Iterable[str | None] = ()) -> KnownModel:
-    """Find the known model that a checkpoint is a copy or a descendant of.
-
-    Uses `name` if given, else the first known repository among `repo_ids`, the cache's repository, and _name_or_path in
-    config.json. Raises LookupFailed for an unknown `name`, and CheckpointError if none of these is known.
-    """
-    if name is not None:
-        return own.lookup(name)
-    for repo_id in (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path")):
-        if isinstance(repo_id, str) and re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", repo_id):
-            model = own.find_by_repo(repo_id)
-            if model:
-                return model
-    raise CheckpointError("nothing says which known model it is", checkpoint.root, "say which: --model NAME")
-
-
 def survey(
     checkpoint: Checkpoint, model: KnownModel, declared: Collection[Coordinate] = (), tolerance: float = TOLERANCE
 ) -> Survival:
@@ -180,8 +165,8 @@ def _read_known(
         return replace(kept, state="lost")
     if number is None or ratio is None:
         return replace(kept, state="present")
-    if step is None and entry.value is not None and entry.dtype is not None:
-        same = explain_expectation(MeasuredValue(value=entry.value, dtype=entry.dtype), dtype, raw) is None
+    if step is None and (expected := expect_known(entry)) is not None:
+        same = explain_expectation(expected, dtype, raw) is None
     else:
         distance = abs(value - number) if signed else abs(abs(value) - abs(number))
         same = distance <= slack + (step if step is not None else _compute_spacing(dtype, value))

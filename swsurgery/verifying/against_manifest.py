@@ -7,20 +7,25 @@ Edits are resolved against the checkpoint's headers, and the arithmetic is repea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from swsurgery.checkpoint.architectures import ExpertChoice
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, Registry
-from swsurgery.errors import LookupFailed, ManifestError, PlanError
+from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
+from swsurgery.editing.resolve import Asked, KnownPlace, find_conflicts, find_known, resolve
+from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own
-from swsurgery.known.recorded import explain_unlike_bases, find_unlike_records
-from swsurgery.known.resolve import Asked, KnownPlace, KnownPlaces, look_up, resolve
 from swsurgery.manifest.load import LoadedManifest, parse_manifest
+from swsurgery.manifest.operations import MeasuredValue
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.schema import Position
 from swsurgery.verifying.findings import Finding
 
 Node = tuple[str | int, ...]
@@ -59,17 +64,19 @@ def point_at(loaded: LoadedManifest, finding: Finding, path: Node) -> Finding:
 def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...] = ()) -> Wishes:
     """Resolve every edit against the headers of `checkpoint`. `repo_ids` are further repositories of its base."""
     base = loaded.manifest.base
-    misfits = []
+    repo_ids = (base.repo_id, checkpoint.repo_id, *repo_ids)
+    misfits: list[Finding] = []
     try:
-        model = own.lookup(base.model) if base.model else None
+        model = own.identify(base.model, repo_ids)
     except LookupFailed as error:
-        model = None
+        if not base.model:
+            raise
         misfits = [point_at(loaded, Finding("manifest-mismatch", fault), ("base", "model")) for fault in error.faults]
-    for repo_id in (base.repo_id, checkpoint.repo_id, *repo_ids):
-        model = model or (own.find_by_repo(repo_id) if repo_id else None)
-    asked, faults = resolve(loaded.manifest, checkpoint, look_up(model))
-    misfits += [point_at(loaded, Finding("manifest-mismatch", fault), ("edits", number)) for number, fault in faults]
-    return Wishes(loaded, asked, tuple(misfits))
+        model = own.identify(None, repo_ids)
+    resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
+    for number, fault in (*resolution.misfits, *find_conflicts(resolution.asked)):
+        misfits.append(point_at(loaded, Finding("manifest-mismatch", fault), ("edits", number)))
+    return Wishes(loaded, resolution.by_coordinate(), tuple(misfits))
 
 
 def check_by_record(wishes: Wishes, registry: Registry) -> list[Finding]:
@@ -84,18 +91,18 @@ def check_by_record(wishes: Wishes, registry: Registry) -> list[Finding]:
     return [*wishes.misfits, *identity, *unlike]
 
 
-@dataclass(frozen=True)
-class _RecordedPlace:
+class _RecordedPlace(BaseModel):
     """A known super weight as the record quotes it."""
 
+    model_config = ConfigDict(strict=True, frozen=True)
     id: str
     status: str
-    layer: int
-    row: int
-    col: int | None
-    expert: ExpertChoice
-    value: float | None
-    dtype: str | None
+    layer: Position
+    row: Position
+    col: Position | None
+    expert: Position | Literal["shared"] | None
+    value: object
+    dtype: object
 
 
 def find_own_differences(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
@@ -132,7 +139,8 @@ def _compare_own_manifest(
     except ManifestError as error:
         yield None, f"it is no sound manifest: {error.faults[0].removeprefix(f'{MANIFEST_NAME}:')}"
         return
-    asked, faults = resolve(manifest, checkpoint, _look_up_recorded(registry))
+    resolution = resolve(manifest, checkpoint, partial(_find_recorded, registry))
+    asked, faults = resolution.by_coordinate(), [*resolution.misfits, *find_conflicts(resolution.asked)]
     # Protected scalars of shards that stay in the base's repository cannot be resolved without the shard's header.
     afar = {r.coordinate for r in registry.protected if r.file in elsewhere and r.file not in checkpoint.shards}
     unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}
@@ -145,19 +153,27 @@ def _compare_own_manifest(
             yield None, message
 
 
-def _look_up_recorded(registry: Registry) -> KnownPlaces:
-    """Return a function that finds the known super weights quoted in the record when the edit was made."""
+def _find_recorded(registry: Registry, name: str) -> list[KnownPlace]:
+    """Find the super weights that `known:` meant when the edit was made, as the record quotes them.
 
-    def places(word: str) -> Sequence[KnownPlace]:
-        fields = _RecordedPlace.__dataclass_fields__
-        try:
-            found = [_RecordedPlace(**{f: c[f] for f in fields}) for c in (registry.known or {})["coordinates"]]
-        except (KeyError, TypeError):
-            raise PlanError("the registry does not say which super weights were known", word) from None
-        wanted = word.rpartition(":")[2]
-        chosen = [p for p in found if (p.status != "refuted" if word == "all" else p.id == wanted)]
-        if not chosen:
-            raise PlanError("the registry recorded no such known super weight", word)
-        return chosen
+    Raises LookupFailed.
+    """
+    try:
+        found = [_RecordedPlace.model_validate(quoted) for quoted in (registry.known or {})["coordinates"]]
+    except (KeyError, TypeError, ValidationError):
+        raise LookupFailed("the registry does not say which super weights were known", name) from None
+    wanted = name.rpartition(":")[2]
+    chosen = [p for p in found if (p.status != "refuted" if name == "all" else p.id == wanted)]
+    if not chosen:
+        raise LookupFailed("the registry recorded no such known super weight", name)
+    try:
+        return [KnownPlace(p.layer, p.row, p.col, p.expert, _read_expected(p)) for p in chosen if p.col is not None]
+    except ValidationError:
+        raise LookupFailed(f"the value that the registry recorded of {name} is none") from None
 
-    return places
+
+def _read_expected(quoted: _RecordedPlace) -> MeasuredValue | None:
+    """Return the value that the edit expected. Raises ValidationError."""
+    if quoted.dtype is None:
+        return None
+    return MeasuredValue.model_validate({"value": quoted.value, "dtype": quoted.dtype})

@@ -11,23 +11,19 @@ import collections
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes, read_chunks
-from swsurgery.checkpoint.opening import open_as
-from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Registry, ScalarRecord, read_patched
+from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Registry, ScalarRecord
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
-from swsurgery.errors import CheckpointError, NumberError
+from swsurgery.errors import NumberError
 from swsurgery.progress import Progress
 from swsurgery.storage import dtypes
-from swsurgery.storage.arguments import require_type
 from swsurgery.storage.dtypes import DTYPES
-from swsurgery.storage.files import BaseFile, Repository
+from swsurgery.storage.files import BaseFile
 from swsurgery.storage.names import CARD_NAME, GIT_NAME, OWN_FILES, SIGNATURE_NAME
 from swsurgery.storage.strict_json import read_small
-from swsurgery.verifying.against_manifest import find_own_differences
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.finite import FiniteScan
 
@@ -94,34 +90,23 @@ class Verification:
         }
 
 
-def verify(root: Path | Repository, progress: Progress, base: Path | None = None, finite: bool = False) -> Verification:
-    """Verify the patched checkpoint in `root` against its record, and against `base` if given.
-
-    For a checkpoint on the Hub, only headers, edited scalars and small files are read; the digests of large files are
-    the ones that the Hub lists. Raises CheckpointError if the record is missing, or if it or the base cannot be read.
-    """
-    require_type("finite", finite, bool)
-    patched = read_patched(root)
-    if patched is None:
-        remedy = "only a checkpoint that swsurgery patched has one"
-        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}", remedy)
-    said = patched.registry.base
-    base_checkpoint = open_as(base, said) if base is not None else None
-    try:
-        checkpoint = open_as(root, said, elsewhere=patched.registry.elsewhere)
-    except CheckpointError as error:
-        return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
-    return verify_patched(patched, checkpoint, progress, base_checkpoint, finite)
-
-
 def verify_patched(
-    patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None = None, finite: bool = False
+    patched: Patched,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    base: Checkpoint | None = None,
+    finite: bool = False,
+    of_manifest: Sequence[Finding] = (),
 ) -> Verification:
-    """Verify an open checkpoint against its record, and against an open base if given."""
+    """Verify an open checkpoint against its record, and against an open base if given.
+
+    `of_manifest` are the findings about the manifest stored in the checkpoint. The caller makes them, because resolving
+    a manifest needs code of the editing package.
+    """
     registry = patched.registry
     names = {f.name: f for f in checkpoint.files}
     findings = check_structure(checkpoint) + _check_file_list(registry, names) + _check_sums(patched, names)
-    findings += find_own_differences(patched, checkpoint)
+    findings += of_manifest
     findings += check_scalars(registry, checkpoint)
     present = [name for name in registry.files if name in names]
     unhashed = [name for name in present if registry.files[name].sha256 is None]

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swsurgery.editing.resolve import read_target
 from swsurgery.errors import LookupFailed, ManifestError, escape_control, pluralise
-from swsurgery.known import KnownCoordinate, KnownModel, own, shipped
-from swsurgery.known.schema import format_coordinate_id
+from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest, load_manifest
-from swsurgery.manifest.operations import MeasuredValue, Scale, Set, Target, Zero
+from swsurgery.manifest.operations import MeasuredValue, Scale, Set, Zero
 from swsurgery.storage import dtypes
-from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
@@ -140,59 +139,24 @@ class _Reading:
         names: list[str | None] = []
         published = model = None
         try:
-            published = model = own.find_by_repo(base.repo_id) if base.repo_id else None
-            model = own.lookup(base.model) if base.model else published
+            published = model = own.identify(None, (base.repo_id,))
+            model = own.identify(base.model, ()) if base.model else published
         except LookupFailed as error:
             place = loaded.positions[("base", "model") if base.model else ("base",)]
             misses += [(place, fault) for fault in error.faults]
         same_model = published is not None and model is not None and published.hf_id == model.hf_id
         same_values = base.repo_id is None or same_model
         for number, edit in enumerate(loaded.manifest.edits):
-            entry = None
+            target, entry = read_target(edit), None
             try:
-                entry = _find_entry(edit, model)
+                entry = target.find_entry(model)
             except LookupFailed as error:
                 if model is not None or not misses:  # a model that was not found is reported once
                     place = loaded.position("edits", number, "known")
                     misses += [(place, fault) for fault in error.faults]
             entries.append(entry)
-            names.append(entry.id if entry else _spell(edit))
+            names.append(entry.id if entry else None if edit.known else str(target))
         return cls(loaded, model, same_values, tuple(entries), tuple(names), tuple(misses))
-
-
-def _find_entry(edit: Target, model: KnownModel | None) -> KnownCoordinate | None:
-    """Find the known coordinate that an edit names in any form. Raises LookupFailed if its `known` has no match."""
-    if edit.known is not None:
-        if model is None:
-            raise LookupFailed("the registry knows nothing of this base", edit.known, "name its model: base.model")
-        if edit.known == "all":
-            if not shipped.list_addressable(model):
-                raise LookupFailed(f"the registry has no whole coordinate of {model.hf_id}", edit.known)
-            return None
-        entry = shipped.find(model, edit.known)
-        if entry.col is None:
-            raise LookupFailed(f"only the row of {entry.id} is known, not the scalar", model.hf_id)
-        return entry
-    if model is None:
-        return None
-    for entry in model.coordinates:
-        if edit.layer is not None:
-            same = (entry.layer, entry.expert, entry.row, entry.col) == (edit.layer, edit.expert, edit.row, edit.col)
-        else:
-            index = (entry.col, entry.row) if model.transposed else (entry.row, entry.col)
-            same = (entry.tensor, index) == (edit.tensor, edit.index)
-        if same:
-            return entry
-    return None
-
-
-def _spell(edit: Target) -> str | None:
-    """Spell the scalar that an edit names, by its short form or by its tensor and index. None for `known`."""
-    if edit.layer is not None and edit.row is not None and edit.col is not None:
-        return format_coordinate_id(edit.layer, edit.expert, edit.row, edit.col)
-    if edit.tensor is not None and edit.index is not None:
-        return str(Coordinate(edit.tensor, edit.index))
-    return None
 
 
 # One function for each rule. Each yields positions and messages -----------------------------------------------------

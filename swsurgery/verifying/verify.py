@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.opening import open_chosen, refuse_other_weights
+from swsurgery.checkpoint.opening import open_as, open_chosen, refuse_other_weights
 from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, escape_control, pluralise
 from swsurgery.hub import Repo, parse_location, place
 from swsurgery.progress import Progress
+from swsurgery.storage.arguments import require_type
 from swsurgery.storage.files import Repository
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.verifying.against_record import Verification, check_structure, scan_finite, verify_patched
@@ -134,7 +135,7 @@ def verify_checkpoint(root: Path | Repo, question: Question, progress: Progress)
     wishes = _resolve_wishes(loaded, checkpoint, repo_ids)
     verification = None
     if patched is not None:
-        verification = verify_patched(patched, checkpoint, progress, base, question.finite)
+        verification = _verify_with_manifest(patched, checkpoint, progress, base, question.finite)
         findings, rules = [*verification.findings], verification.rules
         if any(f.index is not None for f in findings):
             wanted = wishes or _resolve_own_manifest(root, patched, checkpoint, repo_ids)
@@ -163,6 +164,38 @@ def verify_checkpoint(root: Path | Repo, question: Question, progress: Progress)
         question.signature,
         checkpoint.notes,
     )
+
+
+def verify_record(
+    root: Path | Repository, progress: Progress, base: Path | None = None, finite: bool = False
+) -> Verification:
+    """Verify the patched checkpoint in `root` against its record, and against `base` if given.
+
+    For a checkpoint on the Hub, only headers, edited scalars and small files are read; the digests of large files are
+    the ones that the Hub lists. Raises CheckpointError if the record is missing, or if it or the base cannot be read.
+    """
+    require_type("finite", finite, bool)
+    patched = read_patched(root)
+    if patched is None:
+        remedy = "only a checkpoint that swsurgery patched has one"
+        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}", remedy)
+    said = patched.registry.base
+    base_checkpoint = open_as(base, said) if base is not None else None
+    try:
+        checkpoint = open_as(root, said, elsewhere=patched.registry.elsewhere)
+    except CheckpointError as error:
+        return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
+    return _verify_with_manifest(patched, checkpoint, progress, base_checkpoint, finite)
+
+
+def _verify_with_manifest(
+    patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None, finite: bool
+) -> Verification:
+    """Verify an open checkpoint against its record, and its record against the manifest stored beside it."""
+    from swsurgery.verifying.against_manifest import find_own_differences
+
+    differences = find_own_differences(patched, checkpoint)
+    return verify_patched(patched, checkpoint, progress, base, finite, differences)
 
 
 def _read_record(root: Path | Repo, question: Question) -> Patched | None:
@@ -230,10 +263,13 @@ def _load_manifest(path: Path | None) -> LoadedManifest | None:
 def _survey_known(
     question: Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
 ) -> Survival:
+    from swsurgery.known import own
     from swsurgery.verifying import against_known
 
     declared = {e.coordinate for e in patched.registry.edits} if patched else set()
-    model = against_known.identify(checkpoint, question.model, repo_ids)
+    model = own.identify(question.model, (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path")))
+    if model is None:
+        raise CheckpointError("nothing says which known model it is", checkpoint.root, "say which: --model NAME")
     return against_known.survey(checkpoint, model, declared, question.tolerance)
 
 

@@ -25,7 +25,7 @@ from swsurgery.errors import CheckpointError, SwsurgeryError, TargetError
 from swsurgery.progress import Silent
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES
-from swsurgery.verifying.against_record import verify
+from swsurgery.verifying.verify import verify_record
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
 SET = {"op": "set", "tensor": HEAD, "index": [11, 5], "value": 1.0}
@@ -92,7 +92,7 @@ def test_a_killed_edit_is_undone_and_can_be_made_again(base, manifest, at, numbe
     assert main(["inspect", str(base)]) == 0
     assert tree(base) == before
     assert main(list(in_place(manifest))) == 0
-    assert verify(base, Silent()).ok
+    assert verify_record(base, Silent()).ok
     assert not names(base) & set(WORKING_FILES)
 
 
@@ -101,7 +101,7 @@ def test_killed_after_the_journal_is_gone_it_is_done(base, manifest):
     before = tree(base)
     killed("storage.filesystem.remove_file", *in_place(manifest), number=2, after=True)
     assert not names(base) & set(WORKING_FILES)
-    assert tree(base) != before and verify(base, Silent()).ok
+    assert tree(base) != before and verify_record(base, Silent()).ok
     done = run(*in_place(manifest))
     assert (done.returncode, done.stderr) == (0, "swsurgery: it was applied already; nothing was written\n")
 
@@ -183,13 +183,13 @@ def test_the_next_command_puts_the_old_bytes_back_and_says_so(base, manifest, tm
 def test_the_same_command_undoes_and_does_it(base, manifest, cut_off):
     done = run(*in_place(manifest))
     assert (done.returncode, done.stderr) == (0, TOLD.format(base))
-    assert verify(base, Silent()).ok
+    assert verify_record(base, Silent()).ok
     assert {n: d for n, d in tree(base).items() if n in cut_off and d != cut_off[n]}.keys() == {SECOND, THIRD}
 
 
 def test_a_copy_of_what_was_cut_off_is_a_copy_of_the_base(base, manifest, tmp_path, cut_off):
     assert main(["apply", str(manifest), "-o", str(tmp_path / "out"), "--check", "off"]) == 0
-    assert verify(tmp_path / "out", Silent(), base).ok
+    assert verify_record(tmp_path / "out", Silent(), base).ok
     assert not names(tmp_path / "out") & set(WORKING_FILES)
 
 

@@ -44,7 +44,7 @@ from swsurgery.errors import CheckFailed, Interrupted
 from swsurgery.progress import Silent
 from swsurgery.storage import filesystem
 from swsurgery.storage.names import OWN_FILES, WORKING_FILES
-from swsurgery.verifying.against_record import verify
+from swsurgery.verifying.verify import verify_record
 
 SHARDS = (FIRST, SECOND, THIRD)
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
@@ -142,7 +142,7 @@ def test_a_manifest_that_only_protects_changes_no_shard(base, tmp_path, apply):
     assert {p: t for p, t in modified(base).items() if p in times and p != str(base)} == {
         p: t for p, t in times.items() if p != str(base)
     }
-    assert verify(base, Silent()).ok
+    assert verify_record(base, Silent()).ok
 
 
 def test_the_registry_says_both_digests_of_what_was_touched(base, manifest, apply):
@@ -165,14 +165,14 @@ def test_the_sums_are_those_of_the_files(base, manifest, apply):
 
 def test_what_was_edited_in_place_verifies_and_a_changed_bit_does_not(base, manifest, apply):
     apply(manifest)
-    verification = verify(base, Silent())
+    verification = verify_record(base, Silent())
     assert verification.ok and verification.edits == 3 and verification.protected == 1
     assert verification.unhashed == (FIRST,)
     offset, _ = place(base / SECOND, down(1), (0, 0))
     data = bytearray((base / SECOND).read_bytes())
     data[offset] ^= 1
     (base / SECOND).write_bytes(data)
-    assert not verify(base, Silent()).ok
+    assert not verify_record(base, Silent()).ok
 
 
 def test_the_shards_bytes_are_those_of_a_copy(base, manifest, tmp_path, apply):
@@ -196,7 +196,7 @@ def test_folders_of_other_tools_are_left_alone(base, tmp_path, apply):
         (base / folder / "deep").mkdir(parents=True)
         (base / folder / "deep" / "file").write_text("theirs")
     assert apply(pinned(tmp_path / "m.json", base, ZERO))[0] == 0
-    assert verify(base, Silent()).ok
+    assert verify_record(base, Silent()).ok
     assert main(["revert", str(base)]) == 0
     assert all((base / folder / "deep" / "file").read_text() == "theirs" for folder in (".git", ".cache"))
 
@@ -319,7 +319,7 @@ def test_two_manifests_are_two_steps_that_revert_takes_back_one_by_one(base, man
     assert stored(base / SECOND, down(1), (5, 9)) == b"\0\0"
     assert stored(base / SECOND, down(1), (2, 3)) == b"\0\0", "the first step is still there"
     assert len(json.loads((base / "swsurgery.json").read_text())["history"]) == 1
-    assert verify(base, Silent()).ok
+    assert verify_record(base, Silent()).ok
     assert main(["revert", str(base)]) == 0
     assert tree(base) == once
     assert main(["revert", str(base)]) == 0
@@ -588,7 +588,7 @@ def test_others_are_refused_while_it_is_edited(base, manifest, tmp_path, apply, 
     told = f"swsurgery: another run is reading or editing it: {base} (wait for it, or stop it)\n"
     assert answers == [(2, told)] * len(commands)
     assert not (tmp_path / "out").exists()
-    assert verify(base, Silent()).ok
+    assert verify_record(base, Silent()).ok
 
 
 @pytest.fixture

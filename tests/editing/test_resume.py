@@ -35,7 +35,7 @@ from swsurgery.errors import CheckpointError, Interrupted, PlanError, TargetErro
 from swsurgery.progress import Silent
 from swsurgery.storage import filesystem
 from swsurgery.storage.names import OWN_FILES
-from swsurgery.verifying.against_record import verify
+from swsurgery.verifying.verify import verify_record
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
 SET = {"op": "set", "tensor": HEAD, "index": [11, 5], "value": 1.0}
@@ -121,7 +121,7 @@ def test_finished_files_are_kept_and_not_written_again(base, manifest, out, tmp_
     assert files[SECOND].base_digest == sha256(base / SECOND)
     assert files[SECOND].patched_digest == sha256(out / SECOND) != sha256(base / SECOND)
     assert tree(out) == undisturbed(manifest, tmp_path)
-    assert verify(out, Silent(), base).ok
+    assert verify_record(out, Silent(), base).ok
     assert not partial(out).exists()
 
 
@@ -152,7 +152,7 @@ def test_a_wrong_byte_in_an_edited_scalar_is_not_kept(base, manifest, out, stopp
         file.seek(offset)
         file.write(b"\x01")
     assert kept(copy(manifest, out)) == set(tree(base)) - {SECOND}
-    assert verify(out, Silent(), base).ok
+    assert verify_record(out, Silent(), base).ok
 
 
 def test_another_manifest_keeps_only_what_is_the_same(base, out, tmp_path, stopped_late):
@@ -167,7 +167,7 @@ def test_another_base_keeps_nothing_of_what_differs(base, out, tmp_path, stopped
     aged(other)
     manifest = write_manifest(tmp_path / "other.json", other, ZERO, SET)
     copy(manifest, out)
-    assert verify(out, Silent(), other).ok and not verify(out, Silent(), base).ok
+    assert verify_record(out, Silent(), other).ok and not verify_record(out, Silent(), base).ok
 
 
 def test_a_base_that_was_changed_in_between_is_copied_as_it_is_now(base, manifest, out, stopped_late):
@@ -177,7 +177,7 @@ def test_a_base_that_was_changed_in_between_is_copied_as_it_is_now(base, manifes
     files = copy(manifest, out)
     assert FIRST not in kept(files) and SECOND in kept(files)
     assert (out / FIRST).read_bytes() == bytes(data)
-    assert verify(out, Silent(), base).ok
+    assert verify_record(out, Silent(), base).ok
 
 
 def test_a_pinned_base_that_was_changed_in_between_is_refused(base, out, tmp_path, stopped_late):
@@ -334,7 +334,7 @@ def test_a_run_killed_at_the_rename_is_finished_by_the_same_command(base, manife
     done = run("apply", manifest, "-o", out, "--check", "off", "--link", "copy")
     assert (done.returncode, done.stderr) == (0, "")
     assert tree(out) == undisturbed(manifest, tmp_path)
-    assert verify(out, Silent(), base).ok
+    assert verify_record(out, Silent(), base).ok
     assert names(tmp_path) == {"base", "m.json", "out", "undisturbed"}
 
 
@@ -345,7 +345,7 @@ def test_a_second_step_killed_at_the_rename_is_finished_too(manifest, out, tmp_p
     again = tmp_path / "again"
     killed("storage.filesystem.rename_new", "apply", second, "-o", again, "--check", "off", after=True)
     assert run("apply", second, "-o", again, "--check", "off").returncode == 0
-    assert verify(again, Silent()).ok
+    assert verify_record(again, Silent()).ok
 
 
 def test_a_revert_killed_at_the_rename_is_finished_too(base, manifest, out, tmp_path):
@@ -395,7 +395,7 @@ def test_a_link_in_place_of_the_target_is_left_alone(manifest, out, tmp_path):
     out.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(TargetError, match="the target exists"):
         copy(manifest, out)
-    assert out.is_symlink() and verify(tmp_path / "elsewhere", Silent()).ok
+    assert out.is_symlink() and verify_record(tmp_path / "elsewhere", Silent()).ok
 
 
 def test_a_failure_after_the_rename_takes_the_target_back(manifest, out, monkeypatch):

@@ -14,7 +14,7 @@ from swsurgery.editing.revert import revert
 from swsurgery.errors import SwsurgeryError, TargetError
 from swsurgery.progress import Silent
 from swsurgery.storage.names import OWN_FILES
-from swsurgery.verifying.against_record import verify
+from swsurgery.verifying.verify import verify_record
 
 SECOND_STEP = f"""version: 1
 base: {{path: patched}}
@@ -45,7 +45,7 @@ def test_undoes_the_last_of_two_manifests_and_then_the_first(patched, tmp_path):
     revert(tmp_path / "again", tmp_path / "once")
     assert contents(tmp_path / "once") == contents(patched)
     assert set(OWN_FILES) <= set(contents(tmp_path / "once"))
-    assert verify(tmp_path / "once", Silent()).ok
+    assert verify_record(tmp_path / "once", Silent()).ok
     revert(tmp_path / "once", tmp_path / "twice")
     assert contents(tmp_path / "twice") == contents(tmp_path / "base")
 

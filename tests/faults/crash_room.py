@@ -41,7 +41,7 @@ from swsurgery.editing import apply, in_place, revert, sanity
 from swsurgery.errors import Interrupted, SwsurgeryError
 from swsurgery.progress import Silent
 from swsurgery.storage.names import STAGE_TOKEN
-from swsurgery.verifying import against_record
+from swsurgery.verifying import verify
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 LONG_AGO = 1_700_000_000
@@ -113,7 +113,7 @@ def look(room: Room) -> object:
 
 
 def prove(room: Room) -> object:
-    result = against_record.verify(room.image / "model", Silent())
+    result = verify.verify_record(room.image / "model", Silent())
     if not result.ok:
         raise AssertionError(f"verify says {result.findings[0].message}")
     return result

@@ -41,7 +41,7 @@ from swsurgery.progress import Silent
 from swsurgery.sharing import export
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.shard import parse_header
-from swsurgery.verifying.against_record import verify
+from swsurgery.verifying.verify import verify_record
 
 OFF = CheckOptions("off")
 REPO, COMMIT = "org/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -120,7 +120,7 @@ def test_applying_the_patch_gives_every_file_that_applying_the_manifest_gives(tm
     edits = [sorted(r["edits"], key=lambda e: (e["file"], e["offset"])) for r in registries]
     assert edits[0] == edits[1] and [e["op"] for e in edits[1]] == ["set", "zero", "scale", "set"]
     assert registries[0]["base"] == registries[1]["base"]
-    assert verify(tmp_path / "two", Silent()).ok
+    assert verify_record(tmp_path / "two", Silent()).ok
     revert(tmp_path / "two", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(base)
 

@@ -17,7 +17,7 @@ from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions, check_checkpoint
 from swsurgery.model.report import CheckedBounds
 from swsurgery.progress import Silent
-from swsurgery.verifying.against_record import verify
+from swsurgery.verifying.verify import verify_record
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
 NO_CHECKS = [False, True, 0, 1, "", "of", "none", b"off", ["off"], {"kind": "off"}, CheckedBounds(2.0)]
@@ -121,4 +121,4 @@ def test_which_weights_are_meant(base, weights: Any):
 def test_other_arguments_of_verify(manifest, tmp_path):
     apply_manifest(manifest, tmp_path / "out", check="off")
     with pytest.raises(TypeError, match="^finite must be a bool, not 'no'"):
-        verify(tmp_path / "out", Silent(), finite="no")
+        verify_record(tmp_path / "out", Silent(), finite="no")

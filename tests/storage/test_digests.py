@@ -24,7 +24,7 @@ from swsurgery.progress import Silent
 from swsurgery.sharing import export
 from swsurgery.storage import digest_cache, filesystem
 from swsurgery.storage.digest_cache import DigestCache
-from swsurgery.verifying.against_record import verify
+from swsurgery.verifying.verify import verify_record
 
 OFF = CheckOptions("off")
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}  # in SECOND
@@ -205,7 +205,7 @@ def test_untouched_files_have_remembered_digests_and_are_marked(base, manifest, 
         "sha256": sha256(tmp_path / "out" / SECOND),
         "size": (base / SECOND).stat().st_size,
     }
-    assert {f.rule for f in verify(tmp_path / "out", Silent()).findings} == {"digest", "undeclared-change"}
+    assert {f.rule for f in verify_record(tmp_path / "out", Silent()).findings} == {"digest", "undeclared-change"}
 
 
 @pytest.mark.parametrize("link", ["copy", "hard"])
@@ -214,7 +214,7 @@ def test_verify_reports_unverified_files_and_does_not_count_them_as_proved(manif
     files = apply(manifest, tmp_path / "out", link=link, reuse_digests=True)
     unverified = sorted(name for name, record in files.items() if record.get("unverified"))
     assert FIRST in unverified and THIRD in unverified and SECOND not in unverified
-    found = verify(tmp_path / "out", Silent())
+    found = verify_record(tmp_path / "out", Silent())
     assert found.ok and list(found.unverified) == unverified and list(found.proved) == [SECOND]
     assert main(["verify", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
@@ -287,7 +287,7 @@ def test_an_edit_in_place_marks_what_it_copies_from_the_earlier_record(manifest,
     files = json.loads((out / "swsurgery.json").read_text())["files"]
     assert files[FIRST] == {**first[FIRST], "unverified": True}
     assert "unverified" not in files[SECOND] and "unverified" not in files["config.json"]
-    found = verify(out, Silent())
+    found = verify_record(out, Silent())
     assert found.ok and set(found.unverified) == {FIRST, THIRD} and SECOND in found.proved
 
 

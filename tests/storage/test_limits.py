@@ -24,7 +24,7 @@ from swsurgery.manifest.load import load_manifest, parse_manifest
 from swsurgery.progress import Silent
 from swsurgery.storage import strict_json
 from swsurgery.storage.strict_json import RECORD, Limits, render, render_pieces
-from swsurgery.verifying.against_record import verify
+from swsurgery.verifying.verify import verify_record
 
 MANY, SIDE = 100_000, 1000
 TENSOR = "model.language_model.layers.17.mlp.experts.11.down_proj.weight"
@@ -136,7 +136,7 @@ def test_a_chain_whose_record_would_be_too_large_stops_before_it_writes(base, tm
         f"{path} (apply one manifest with all edits to the first base, or revert a step first)"
     )
     assert (tree(base), {p: p.stat().st_mtime_ns for p in times}) == (before, times)
-    assert verify(base, Silent()).ok
+    assert verify_record(base, Silent()).ok
     for _ in range(number):
         assert main(["revert", str(base)]) == 0
     assert tree(base) == original

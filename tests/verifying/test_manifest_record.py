@@ -24,8 +24,8 @@ from swsurgery.errors import LookupFailed
 from swsurgery.progress import Silent
 from swsurgery.sharing import export
 from swsurgery.verifying.against_manifest import find_own_differences
-from swsurgery.verifying.against_record import verify
 from swsurgery.verifying.findings import Finding
+from swsurgery.verifying.verify import verify_record
 
 REGISTRY, OWN_MANIFEST, SUMS = "swsurgery.json", "manifest.yaml", "SHA256SUMS"
 QWEN = "Qwen/Qwen3-1.7B"
@@ -57,7 +57,7 @@ def forge(root: Path, manifest: str | None = None, change: Any = None) -> None:
 
 
 def findings(root: Path) -> tuple[Finding, ...]:
-    return verify(root, Silent()).findings
+    return verify_record(root, Silent()).findings
 
 
 def test_the_twin_a_forgery_that_changes_nothing_is_fine(patched):
@@ -292,7 +292,7 @@ def test_a_protected_scalar_of_a_shard_that_is_elsewhere_is_no_finding(patched):
     own = read_patched(patched)
     checkpoint = open_as(patched, own.registry.base, elsewhere=own.registry.elsewhere)
     assert find_own_differences(own, checkpoint) == []
-    found = verify(patched, Silent())
+    found = verify_record(patched, Silent())
     assert found.ok and found.protected == 0
     forge(patched, text.replace("protect", "zero"))
     assert {f.rule for f in findings(patched)} == {"manifest"}

@@ -29,8 +29,9 @@ from patched import (
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError
 from swsurgery.progress import Silent
-from swsurgery.verifying.against_record import Verification, verify
+from swsurgery.verifying.against_record import Verification
 from swsurgery.verifying.findings import RULES
+from swsurgery.verifying.verify import verify_record
 
 REGISTRY = "swsurgery.json"
 
@@ -42,7 +43,7 @@ def patched(tmp_path, monkeypatch) -> Path:
 
 
 def run(root: Path, base: Path | None = None) -> Verification:
-    return verify(root, Silent(), base)
+    return verify_record(root, Silent(), base)
 
 
 def found(root: Path, base: Path | None = None) -> set[tuple[str, str | None]]:
@@ -447,7 +448,7 @@ def test_values_are_searched_while_the_files_are_hashed(patched):
     data = bytearray((patched / SECOND).read_bytes())
     data[-2:] = b"\xc0\x7f"
     (patched / SECOND).write_bytes(data)
-    (finding,) = verify(patched, Silent(), finite=True).findings
+    (finding,) = verify_record(patched, Silent(), finite=True).findings
     assert (finding.rule, finding.file, finding.tensor) == ("non-finite", SECOND, "lm_head.weight")
     assert run(patched).ok, "only on request"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
+from swsurgery.editing.resolve import Asked
 from swsurgery.errors import NumberError
-from swsurgery.known.resolve import Asked
-from swsurgery.manifest.operations import explain_expectation
+from swsurgery.manifest.operations import Scale, explain_expectation
 from swsurgery.manifest.schema import Manifest
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
@@ -45,7 +45,7 @@ def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
             return f"the base does not fit: {fault}"
         if not isinstance(record, EditRecord):
             return None
-        factor = getattr(edit, "factor", None)
+        factor = edit.factor if isinstance(edit, Scale) else None
         if factor != record.factor:
             return f"the factor is {factor}, {record.factor} was used"
         new = edit.new_bytes(dtype, record.old_bytes)
