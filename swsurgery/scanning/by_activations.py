@@ -289,7 +289,7 @@ class _Search:
             projection.expert,
             scalar.weight,
             score=score((spell, scalar)),
-            rank=_find_rank(self.checkpoint, projection, scalar.weight),
+            rank=StoredProjection(self.checkpoint, projection).rank(scalar.weight),
             input_spike=scalar.x,
             output_spike=spell.move.output,
             share=scalar.share,
@@ -353,12 +353,6 @@ def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> T
     refuse_quantised(checkpoint, projection.tensor)
     refuse_unweighted(checkpoint, projection.tensor)
     return StoredProjection(checkpoint, projection).read_row(row)
-
-
-def _find_rank(checkpoint: Checkpoint, projection: DownProjection, value: float) -> int:
-    """Count the magnitudes of a down projection that are larger than |value|, plus 1."""
-    pieces = StoredProjection(checkpoint, projection).read_pieces()
-    return 1 + sum(int((piece.double().abs() > abs(value)).sum()) for _, piece in pieces)
 
 
 def _format_numbers(noun: str, numbers: Iterable[int]) -> str:

@@ -17,6 +17,7 @@ from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import DownProjection, find_down_projection
 from swsurgery.errors import ModelError
+from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import opened, read_exactly
@@ -27,12 +28,8 @@ BAND = 0.14
 MATRIX_PIECE = 1 << 22
 """The number of elements of a matrix that are read at a time (one row if a row is longer)."""
 
-WEIGHT_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
-"""The stored dtypes in which one element is one weight, and their torch dtypes."""
+WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+"""The stored dtypes in which one element is one weight."""
 
 ProjectionKey = tuple[int, ExpertChoice]
 """The layer and the expert of a down projection."""
@@ -78,9 +75,9 @@ class StoredProjection:
             count = min(step, self.outer - first) * self.inner
             yield first, self._read([(first * self.inner, count)]).view(-1, self.inner)
 
-    def rank(self, magnitude: float) -> int:
-        """Count the float32 magnitudes of the matrix that are larger than `magnitude`, plus 1."""
-        return 1 + sum(int((piece.float().abs() > magnitude).sum()) for _, piece in self.read_pieces())
+    def rank(self, value: float) -> int:
+        """Count the magnitudes of the matrix that are larger than that of `value`, plus 1. Compares in float64."""
+        return 1 + sum(int((piece.double().abs() > abs(value)).sum()) for _, piece in self.read_pieces())
 
     def draw_similar(
         self, magnitudes: Sequence[float], count: int, avoid: set[int], seed: int
@@ -129,7 +126,7 @@ class StoredProjection:
         start, size = shard.offset(name, self.projection.index(0, 0)), info.dtype.size
         with opened(shard.path) as fd:
             data = b"".join(read_exactly(fd, n * size, start + first * size, shard.path) for first, n in runs)
-        return torch.frombuffer(bytearray(data), dtype=WEIGHT_DTYPES[info.dtype.name])
+        return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype.name])
 
 
 def refuse_unweighted(checkpoint: Checkpoint, tensor: str) -> None:

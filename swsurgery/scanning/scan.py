@@ -126,7 +126,17 @@ def scan_checkpoint(
             said: list[str] = []
             rounds = Rounds(progress, "confirmation round")
             with or_else("leave out --confirm"):
-                confirmation = run(checkpoint, report.candidates, **vars(options), progress=rounds, say=said.append)
+                confirmation = run(
+                    checkpoint,
+                    report.candidates,
+                    device=options.device,
+                    placement=options.placement,
+                    text=options.text,
+                    windows=options.windows,
+                    window=options.window,
+                    progress=rounds,
+                    say=said.append,
+                )
             report = dataclasses.replace(report, confirmation=confirmation, notes=(*report.notes, *said))
         return report
 
@@ -196,7 +206,18 @@ def sweep_manifest(
     from swsurgery.scanning.sweep import sweep
 
     rounds = Rounds(progress or Silent())
-    report = sweep(plan.checkpoint, coordinates, factors, **vars(options), progress=rounds, say=say)
+    report = sweep(
+        plan.checkpoint,
+        coordinates,
+        factors,
+        device=options.device,
+        placement=options.placement,
+        text=options.text,
+        windows=options.windows,
+        window=options.window,
+        progress=rounds,
+        say=say,
+    )
     if plot is not None:
         figures.plot_sweep(report, plot, _choose_name(plan.checkpoint))
     return report

@@ -49,7 +49,7 @@ def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey
                     row=row,
                     value=float(column[row]),
                     score=0.0,
-                    rank=matrix.rank(float(magnitudes[row])),
+                    rank=matrix.rank(float(column[row])),
                     z=None,
                     input_spike=None,
                     output_spike=None,
