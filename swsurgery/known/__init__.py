@@ -11,7 +11,7 @@ It must not depend on a running model, torch or numpy.
     docs.py      the page docs/known.md
     *.toml       the data; related.toml contains results without a coordinate, names.toml is a generated index
 
-To add a model, add a table to its family's file, or a new file, and run the first two commands in __main__.py. The
+To add a model, add a table to its family's file, or a new file, and run the first two commands in docs/known.py. The
 third command prints the table of a model that was scanned on this machine.
 
 `status` is the origin of a coordinate:

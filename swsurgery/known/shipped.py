@@ -53,7 +53,7 @@ def load_file(path: Path) -> tuple[KnownModel, ...]:
 @cache
 def list_shipped_models() -> tuple[KnownModel, ...]:
     """Return every shipped model, sorted by file name and then in file order."""
-    return tuple(model for family in list_families() for model in _load_family(family))
+    return tuple(model for family in list_families() for model in load_family(family))
 
 
 def list_families() -> list[str]:
@@ -62,7 +62,8 @@ def list_families() -> list[str]:
 
 
 @cache
-def _load_family(name: str) -> tuple[KnownModel, ...]:
+def load_family(name: str) -> tuple[KnownModel, ...]:
+    """Return the models of one family, named as its file without the extension."""
     return load_file(_FOLDER / f"{name}.toml")
 
 
@@ -102,16 +103,7 @@ def find_shipped_near(name: str) -> list[KnownModel]:
     """
     key = normalise(name)
     index = tomllib.loads((_FOLDER / _NAMES).read_text("utf-8"))
-    return [model for family, names in index.items() if key in names for model in _load_family(family)]
-
-
-def render_names() -> str:
-    """Return the text of names.toml: for each file, the normalised names of its models."""
-    lines = ["# Which file knows which name; written by `python -m swsurgery.known names`", ""]
-    for family in list_families():
-        names = sorted({normalise(name) for model in _load_family(family) for name in list_names(model)})
-        lines += [f'"{family}" = [', *(f'  "{name}",' for name in names), "]"]
-    return "\n".join(lines) + "\n"
+    return [model for family, names in index.items() if key in names for model in load_family(family)]
 
 
 def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:

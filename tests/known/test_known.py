@@ -9,12 +9,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from known import render_names
+from known_page import render_page
 
 from swsurgery import known
 from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own, schema, shipped, table
-from swsurgery.known.docs import render_docs
-from swsurgery.known.shipped import find, list_related, list_shipped_models, load_file, render_names
+from swsurgery.known.shipped import find, list_related, list_shipped_models, load_file
 
 MODELS = list_shipped_models()
 COORDINATES = [(m, c) for m in MODELS for c in m.coordinates]
@@ -331,15 +332,15 @@ def test_table_of_one_status():
 
 def test_documentation_is_up_to_date():
     page = Path(__file__).parents[2] / "docs" / "known.md"
-    assert page.read_text("utf-8") == render_docs(), "run python -m swsurgery.known > docs/known.md"
+    assert page.read_text("utf-8") == render_page(), "run python docs/known.py > docs/known.md"
     for model, coordinate in COORDINATES:
-        assert f"### {model.slug}\n" in render_docs()
-        assert f"| {coordinate.id} |" in render_docs()
+        assert f"### {model.slug}\n" in render_page()
+        assert f"| {coordinate.id} |" in render_page()
 
 
 def test_index_of_names_is_up_to_date():
     index = Path(known.__file__).with_name("names.toml").read_text("utf-8")
-    assert index == render_names(), "run python -m swsurgery.known names > swsurgery/known/names.toml"
+    assert index == render_names(), "run python docs/known.py names > swsurgery/known/names.toml"
     assert '"huggyllama-llama-7-b"' in index
 
 

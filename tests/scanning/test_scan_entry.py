@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import HIDDEN, INNER, LAYERS, SECOND, THIRD, down, stored, tensor, write_llama, write_single
+from known_entry import render_entry
 
 from swsurgery import __version__
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -19,7 +20,6 @@ from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own, schema
 from swsurgery.known import shipped as shipped_module
 from swsurgery.known import table as table_module
-from swsurgery.known.export import render_entry
 from swsurgery.known.schema import Citation, classify_ratio
 from swsurgery.known.schema import KnownEffect as KnownEffect
 from swsurgery.known.shipped import load_file
