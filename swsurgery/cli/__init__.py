@@ -7,12 +7,13 @@ are imported inside the command that needs them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -20,8 +21,11 @@ import typer
 
 from swsurgery._version import __version__
 from swsurgery.cli import output
-from swsurgery.cli.editing import apply, diff, inspect, revert, schema
-from swsurgery.cli.scanning import check, lookup, scan, sweep
+from swsurgery.cli.checkpoint import diff, inspect
+from swsurgery.cli.editing import apply, check, revert
+from swsurgery.cli.known import lookup
+from swsurgery.cli.manifest import schema
+from swsurgery.cli.scanning import scan, sweep
 from swsurgery.cli.sharing import export, publish
 from swsurgery.cli.verifying import lint, sign, verify
 from swsurgery.errors import Interrupted, SwsurgeryError, escape_control, report_done
@@ -47,64 +51,55 @@ def _show_version(version: Annotated[bool, typer.Option("--version", help="Print
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done or yes, 1 no, 2 bad input, 3 a bug, 130 interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    if "--quiet" in argv or not output.is_terminal(sys.stderr):
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its progress bars follow the same rule as ours
-    if "--quiet" in argv:
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # and so do its messages about retries
-    previous = {s: signal.signal(s, _handle_interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-    _received.clear()
     report_done(None)
-    log, handler = logging.getLogger("swsurgery"), _StderrHandler()
-    log.addHandler(handler)
-    try:
-        app(argv, prog_name="swsurgery")
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 0
-    except (SwsurgeryError, Interrupted) as error:
-        if _received and not isinstance(error, Interrupted):
-            error = _received[0]  # a library replaced the interruption by an error of its own
-        if debug:
-            traceback.print_exc()
-        for fault in error.faults:
-            output.say(fault)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader of stdout left, as `head` does. Without this, Python would report the error again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # an error that no module expects: a failing disk, a file removed meanwhile
-        if debug:
-            traceback.print_exc()
-        remedy = "see to the disk or the permissions, then run it again"
-        where = f": {escape_control(str(error.filename))}" if error.filename else ""
-        refusal = f"the system refused ({error.strerror or type(error).__name__}){where} ({remedy})"
-        output.say(_explain_shortage(error) or refusal)
-        return 2
-    except Exception as error:  # noqa: BLE001 - the one boundary: what arrives here is a shortage or our bug
-        if _received:
-            output.say(_received[0].faults[0])
-            return _received[0].exit_code
-        shortage = _explain_shortage(error)
-        if debug or not shortage:
-            traceback.print_exc()
-        output.say(shortage or "this is a bug in swsurgery: please report it with the lines above")
-        return 2 if shortage else 3
-    finally:
-        log.removeHandler(handler)
-        for number, action in previous.items():
-            signal.signal(number, action)
+    out = output.Output()
+    with _convert_signals(), _print_log():
+        try:
+            app(sys.argv[1:] if argv is None else list(argv), prog_name="swsurgery", obj=out)
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else 0
+        except BrokenPipeError:
+            # The reader of stdout left, as `head` does. Without this, Python would report the error again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (Exception, Interrupted) as error:  # noqa: BLE001 - the one boundary
+            return _report_error(error, out.debug)
     return 0
 
 
-def _explain_shortage(error: Exception) -> str:
+def _report_error(error: Exception | Interrupted, debug: bool) -> int:
+    """Print an error on stderr, with its traceback for `debug` or a bug. Return the exit code."""
+    known: BaseException = error
+    if _received and not isinstance(error, Interrupted | OSError):
+        known = _received[0]  # a library replaced the interruption by an error of its own
+    if isinstance(known, SwsurgeryError | Interrupted):
+        lines, code = known.faults, known.exit_code
+    elif shortage := _explain_shortage(error):
+        lines, code = (shortage,), 2
+    elif isinstance(error, OSError):  # no module expects it: a failing disk, or a file that was removed meanwhile
+        lines, code = (_describe_refusal(error),), 2
+    else:
+        lines, code = ("this is a bug in swsurgery: please report it with the lines above",), 3
+    if debug or code == 3:
+        traceback.print_exception(error)
+    for line in lines:
+        output.say(line)
+    return code
+
+
+def _describe_refusal(error: OSError) -> str:
+    where = f": {escape_control(str(error.filename))}" if error.filename else ""
+    remedy = "check the disk and the permissions, then run the command again"
+    return f"the system reported an error ({error.strerror or type(error).__name__}){where} ({remedy})"
+
+
+def _explain_shortage(error: BaseException) -> str:
     """Return one line if the system has too few resources for the command, or "" for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-        return "not enough memory: the system gave no more (free some, or raise the limit on it, then run it again)"
+        return "not enough memory (free some, or raise the limit on memory, then run the command again)"
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
-        return "no further thread can be started: the system refused (raise the limit on processes, then run it again)"
+        return "cannot start a thread (raise the limit on processes, then run the command again)"
     return ""
 
 
@@ -125,16 +120,39 @@ class _StderrHandler(logging.Handler):
         output.say(record.getMessage())
 
 
-def entry() -> NoReturn:
-    """Run the command of this process."""
-    output.open_standard_streams()
-    sys.exit(main())
+@contextlib.contextmanager
+def _print_log() -> Iterator[None]:
+    """Print the library's log messages within the block."""
+    log, handler = logging.getLogger("swsurgery"), _StderrHandler()
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 _received: list[Interrupted] = []
+
+
+@contextlib.contextmanager
+def _convert_signals() -> Iterator[None]:
+    """Raise Interrupted for SIGINT and SIGTERM within the block."""
+    _received.clear()
+    previous = {number: signal.signal(number, _handle_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)
 
 
 def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the cleanup
     _received.append(Interrupted(signal.Signals(number).name))
     raise _received[0]
+
+
+def entry() -> NoReturn:
+    """Run the command of this process."""
+    output.open_standard_streams()
+    sys.exit(main())

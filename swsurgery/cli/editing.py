@@ -1,7 +1,4 @@
-"""Commands that read and write checkpoints: apply, revert, inspect, diff, schema.
-
-Each calls one library function and prints the result.
-"""
+"""Commands that edit checkpoints and check edited ones: apply, revert, check."""
 
 from __future__ import annotations
 
@@ -10,204 +7,186 @@ from typing import Annotated, Literal
 
 import typer
 
-from swsurgery.cli import output
 from swsurgery.cli.options import (
+    BaseOption,
     CheckpointArgument,
-    Debug,
     DeviceOption,
     DirectoryArgument,
-    Json,
     MaxRatio,
     MinRatio,
     PlacementOption,
-    Prompt,
-    Quiet,
-    Text,
+    PromptOption,
+    TextOption,
     VariantOption,
     WeightsOption,
-    Window,
-    Windows,
+    WindowOption,
+    WindowsOption,
+    command,
     describe_traffic,
-    ignore_message,
     make_bounds,
-    open_for_reading,
     read_text,
 )
+from swsurgery.cli.output import Output, print_json, print_text
 from swsurgery.errors import SwsurgeryError, escape_control
 
 
+@command
 def apply(
+    out: Output,
     manifest: Annotated[
-        Path, typer.Argument(help="The manifest, YAML or JSON; or a patch that export wrote.", show_default=False)
+        Path, typer.Argument(help="A manifest (YAML or JSON), or a patch that export wrote.", show_default=False)
     ],
-    base: Annotated[
-        str | None, typer.Option(help="The base, instead of the manifest's: a directory or hf://ORG/NAME[@REV].")
-    ] = None,
+    base: BaseOption = None,
     directory: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The patched checkpoint; else a folder here named after the manifest."),
+        typer.Option("-o", "--output", help="The new directory; by default ./NAME for a manifest NAME.yaml."),
     ] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Edit the base itself, under a journal; only a few bytes are written.")
+        bool, typer.Option("--in-place", help="Edit the base itself. Writes a few bytes, and a journal to undo them.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     link: Annotated[
         Literal["auto", "clone", "copy", "hard"],
-        typer.Option(help="How files get over: auto clones where the file system can, and copies otherwise."),
+        typer.Option(help="How files are copied: auto clones if the file system can, and copies otherwise."),
     ] = "auto",
     check: Annotated[
         Literal["auto", "off", "weights", "forward"],
-        typer.Option(help="The sanity check: auto runs the model where torch is installed."),
+        typer.Option(help="The sanity check; auto runs the model if torch is installed."),
     ] = "auto",
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
-    text: Text = None,
-    windows: Windows = 16,
-    window: Window = 512,
-    prompt: Prompt = None,
+    text: TextOption = None,
+    windows: WindowsOption = 16,
+    window: WindowOption = 512,
+    prompt: PromptOption = None,
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
     for_publish: Annotated[
-        bool, typer.Option("--for-publish", help="Of a base on the Hub download only what publishing needs here.")
+        bool, typer.Option("--for-publish", help="Download only those files of the base that publish needs.")
     ] = False,
     reuse_digests: Annotated[
         bool,
         typer.Option(
-            "--reuse-digests", help="Do not hash untouched files hashed before; the record marks them as unverified."
+            "--reuse-digests",
+            help="Use earlier digests of unedited files instead of hashing them; the record marks them as unverified.",
         ),
     ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
-    """Apply a manifest: write the patched checkpoint, checked, with its registry; or write nothing."""
+    """Apply a manifest: write a patched checkpoint, checked and with its record, or nothing."""
     from swsurgery.cli import show
     from swsurgery.editing import apply, sanity
 
     if dry_run:
-        from swsurgery.hub import Repo
-
-        plan = apply.plan_manifest(manifest, base, progress=output.Bar(quiet))
-        if isinstance(plan.checkpoint.root, Repo) and not quiet:
-            output.say(describe_traffic(plan.checkpoint.root))
-        output.print_json({"output": None, **plan.to_json(), "check": None}) if json else show.show_plan(plan)
+        _print_plan(out, manifest, base)
         return
-    options = sanity.CheckOptions(
-        check,
-        device,
-        placement,
-        read_text(text),
-        prompt or None,
-        make_bounds(max_perplexity_ratio, min_perplexity_ratio),
-        windows,
-        window,
-    )
-    bar, say = output.Bar(quiet), ignore_message if quiet else output.say
+    bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
+    options = sanity.CheckOptions(check, device, placement, read_text(text), prompt or None, bounds, windows, window)
     if in_place:
         from swsurgery.editing import in_place as in_place_module
 
         if directory or link != "auto" or reuse_digests or for_publish:
             raise SwsurgeryError(
-                "--in-place writes no copy, so it goes with no -o, --link, --reuse-digests or --for-publish"
+                "--in-place writes no copy, so it cannot be combined with -o, --link, --reuse-digests or --for-publish"
             )
-        outcome = in_place_module.apply_in_place(manifest, base=base, check=options, progress=bar, say=say)
+        outcome = in_place_module.apply_in_place(
+            manifest, base=base, check=options, progress=out.make_bar(), say=out.note
+        )
     else:
-        target = directory or Path.cwd() / manifest.stem
         outcome = apply.apply_manifest(
             manifest,
-            target,
+            directory or Path.cwd() / manifest.stem,
             base=base,
             link=link,
             check=options,
             reuse_digests=reuse_digests,
             for_publish=for_publish,
-            progress=bar,
-            say=say,
+            progress=out.make_bar(),
+            say=out.note,
         )
-    output.print_json(outcome.to_json()) if json else show.show_outcome(outcome)
+    out.print_result(outcome, show.show_outcome)
 
 
+def _print_plan(out: Output, manifest: Path, base: str | None) -> None:
+    from swsurgery.cli import show
+    from swsurgery.editing.apply import plan_manifest
+    from swsurgery.hub import Repo
+
+    plan = plan_manifest(manifest, base, progress=out.make_bar())
+    if isinstance(plan.checkpoint.root, Repo):
+        out.note(describe_traffic(plan.checkpoint.root))
+    if out.json:
+        print_json({"output": None, **plan.to_json(), "check": None})
+    else:
+        show.show_plan(plan)
+
+
+@command
 def revert(
+    out: Output,
     checkpoint: DirectoryArgument,
     directory: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where the base is written; else it is put back in place.")
+        Path | None, typer.Option("-o", "--output", help="A new directory for the base; by default, undo in place.")
     ] = None,
-    link: Annotated[Literal["auto", "clone", "copy"], typer.Option(help="How files get over.")] = "auto",
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    link: Annotated[Literal["auto", "clone", "copy"], typer.Option(help="How files are copied, with -o.")] = "auto",
 ) -> None:
-    """Give the base of a patched checkpoint back, byte for byte."""
+    """Restore the base of a patched checkpoint, byte for byte."""
+    from swsurgery.hub import parse_directory
+
+    patched = parse_directory(checkpoint)
     if directory is None:
-        from swsurgery.editing import in_place as in_place_module
+        from swsurgery.editing.in_place import revert_in_place
 
         if link != "auto":
-            raise SwsurgeryError("--link goes with -o")
-        notes = in_place_module.revert_in_place(checkpoint, output.Bar(quiet))
+            raise SwsurgeryError("--link needs -o")
+        notes = revert_in_place(patched, out.make_bar())
     else:
         from swsurgery.editing import revert
 
-        notes = revert.revert(checkpoint, directory, link=link, progress=output.Bar(quiet))
-    written = directory or checkpoint
-    if json:
-        output.print_json({"output": str(written), "notes": notes})
+        notes = revert.revert(patched, directory, link=link, progress=out.make_bar())
+    written = directory or patched
+    if out.json:
+        print_json({"output": str(written), "notes": notes})
     else:
-        output.print_text(
-            f"{escape_control(str(written))}: every file has the bytes again that it had before the manifest"
-        )
-        for note in notes if not quiet else ():
-            output.say(note)
+        print_text(f"{escape_control(str(written))}: every file has the same bytes as before the manifest was applied")
+        for note in notes:
+            out.note(note)
 
 
-def inspect(
+@command
+def check(
+    out: Output,
     checkpoint: CheckpointArgument,
-    tensor: Annotated[str | None, typer.Option(help="Only this tensor.")] = None,
-    at: Annotated[str | None, typer.Option(help="One scalar of it: its index, such as 3968,7003.")] = None,
+    text: TextOption = None,
+    windows: WindowsOption = 16,
+    window: WindowOption = 512,
+    prompt: PromptOption = None,
+    max_perplexity_ratio: MaxRatio = None,
+    min_perplexity_ratio: MinRatio = None,
     weights: WeightsOption = None,
     variant: VariantOption = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
 ) -> None:
-    """List files and tensors, or print one scalar with its bits."""
-    from swsurgery.checkpoint import inspect
+    """Run a patched checkpoint and its base on the same text. Exit 1 if a bound is not met.
+
+    A checkpoint without a record is run alone: nothing is compared, and bounds are an error.
+    """
     from swsurgery.cli import show
+    from swsurgery.editing import sanity
+    from swsurgery.hub import download_checkpoint, parse_location, place
 
-    with open_for_reading(checkpoint, quiet) as where:
-        if tensor is None and at is None:
-            document = inspect.inspect_files(where, weights, variant)
-            output.print_json(document) if json else show.show_files(document)
-        else:
-            document = inspect.inspect_tensor(where, tensor, at, weights, variant)
-            output.print_json(document) if json else show.show_tensor(document)
-
-
-def diff(
-    a: CheckpointArgument,
-    b: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
-    weights: WeightsOption = None,
-    variant: VariantOption = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Name every scalar in which two checkpoints differ. Exit 1 where they do."""
-    from swsurgery.cli import show
-    from swsurgery.storage import numeric
-
-    numeric.load_numpy()
-    from swsurgery.checkpoint.diff import diff as run
-    from swsurgery.checkpoint.opening import open_chosen
-
-    with open_for_reading(a, quiet) as first, open_for_reading(b, quiet) as second:
-        difference = run(open_chosen(first, weights, variant), open_chosen(second, weights, variant), output.Bar(quiet))
-    output.print_json(difference.to_json()) if json else show.show_difference(difference)
-    if not difference.same:
+    bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
+    options = sanity.CheckOptions(
+        "forward", device, placement, read_text(text), prompt or None, bounds, windows, window
+    )
+    where = parse_location(checkpoint)
+    if not isinstance(where, Path):
+        sanity.refuse_bounds_without_base(place(where), bounds)
+    report = sanity.check_checkpoint(download_checkpoint(where), options, out.make_bar(), out.note, weights, variant)
+    document = report.to_json() | {"compared": report.compared}
+    if out.json:
+        print_json(document)
+    else:
+        show.show_check(document)
+    if not report.ok:
         raise typer.Exit(1)
-
-
-def schema(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Print the JSON Schema of manifests; it is JSON with --json and without."""
-    from swsurgery.manifest import schema
-
-    output.print_json(schema.render_schema())

@@ -1,66 +1,105 @@
-"""Options shared by several commands, and the conversion of their values."""
+"""Declare the options that several commands share, and convert their values."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Concatenate, Literal, ParamSpec
 
 import typer
 
-from swsurgery.cli import output
+from swsurgery.cli.output import Output, format_size, is_terminal
 from swsurgery.errors import SwsurgeryError, TargetError
 
 if TYPE_CHECKING:
     from swsurgery.hub import Repo
     from swsurgery.model.report import CheckedBounds
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No talk and no progress on stderr, errors only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+P = ParamSpec("P")
+
+
+def _declare(name: str, text: str) -> inspect.Parameter:
+    annotation = Annotated[bool, typer.Option(f"--{name}", help=text)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+
+
+COMMON = (
+    _declare("json", "Print one JSON document instead of text."),
+    _declare("quiet", "Print only errors on stderr: no messages and no progress."),
+    _declare("debug", "Print the traceback of an error."),
+)
+"""Options of every command."""
+
+
+def command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., None]:
+    """Make a command of a function: it also takes the options in COMMON.
+
+    The function receives them as its first argument. `main` gives the same Output to the context, so that it knows the
+    options when it reports an error.
+    """
+
+    def run(context: typer.Context, *arguments: P.args, **named: P.kwargs) -> None:
+        out: Output = context.obj
+        out.json, out.quiet, out.debug = (named.pop(option.name) is True for option in COMMON)
+        out.given = frozenset(name for name in named if _is_given(context, name))
+        _restrain_hub(out)
+        function(out, *arguments, **named)
+
+    functools.update_wrapper(run, function)
+    signature = inspect.signature(function, eval_str=True)
+    own = list(signature.parameters.values())[1:]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    vars(run)["__signature__"] = signature.replace(parameters=[context, *own, *COMMON])
+    return run
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _restrain_hub(out: Output) -> None:
+    """Apply --quiet to the progress bars and messages of huggingface_hub, which is not imported yet."""
+    if out.quiet or not is_terminal(sys.stderr):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if out.quiet:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it reports retries as warnings
+
+
 CheckpointArgument = Annotated[
     str, typer.Argument(help="A checkpoint: a directory, or hf://ORG/NAME[@REV][/sub].", show_default=False)
 ]
-
-
-def require_directory(text: str) -> Path:
-    """Convert an argument to a directory. Raises HubError for hf://..., which Path would change."""
-    from swsurgery import hub
-
-    return hub.parse_directory(text)
-
-
-DirectoryArgument = Annotated[
-    Path,
-    typer.Argument(
-        help="A checkpoint's directory.", show_default=False, parser=require_directory, metavar="checkpoint"
-    ),
+DirectoryArgument = Annotated[str, typer.Argument(help="The checkpoint's directory.", show_default=False)]
+BaseOption = Annotated[
+    str | None, typer.Option(help="The base, if not the manifest's: a directory or hf://ORG/NAME[@REV].")
 ]
-Text = Annotated[Path | None, typer.Option(help="Text to measure on, instead of the built-in passage.")]
-Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to continue; may be repeated.")]
-MaxRatio = Annotated[float | None, typer.Option(help="Fail where patched/base perplexity is above this.")]
-MinRatio = Annotated[float | None, typer.Option(help="Fail where patched/base perplexity is below this.")]
-DeviceOption = Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where the model runs.")]
+TextOption = Annotated[
+    Path | None, typer.Option(help="A file with the text to measure on, instead of the built-in passage.")
+]
+PromptOption = Annotated[list[str] | None, typer.Option(help="A prompt for the model to continue; may be repeated.")]
+MaxRatio = Annotated[float | None, typer.Option(help="Fail if the perplexity ratio patched/base is above this.")]
+MinRatio = Annotated[float | None, typer.Option(help="Fail if the perplexity ratio patched/base is below this.")]
+DeviceOption = Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="The device that runs the model.")]
 PlacementOption = Annotated[
     Literal["auto", "whole", "streamed"],
-    typer.Option(help="All weights in memory, or two layers at a time; auto streams what does not fit."),
+    typer.Option(help="Keep all weights in memory (whole) or two layers (streamed); auto streams what does not fit."),
 ]
 WeightsOption = Annotated[
     Literal["index", "single"] | None,
-    typer.Option(help="Which weights to read, where an index and a single file are there and no registry."),
+    typer.Option(help="Which weights to read if there is an index and a single file, but no record."),
 ]
 VariantOption = Annotated[
     str | None,
-    typer.Option(help="Which variant of the weights to read, such as fp16: model.fp16.safetensors."),
+    typer.Option(help="Which variant of the weights to read, such as fp16 for model.fp16.safetensors."),
 ]
-Windows = Annotated[int, typer.Option(min=1, help="Maximum number of windows of text to measure on.")]
-Window = Annotated[int, typer.Option(min=2, help="Tokens in a window; shorter windows are faster.")]
-
-
-def ignore_message(line: str) -> None:
-    """Ignore a message."""
+PlotOption = Annotated[Path | None, typer.Option(help="Draw the figure to this file: .png, .svg or .pdf.")]
+WindowsOption = Annotated[int, typer.Option(min=1, help="Maximum number of windows of text to measure on.")]
+WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in each window; shorter windows are faster.")]
 
 
 def get_width() -> int:
@@ -87,7 +126,7 @@ def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None
 
     for value in (most, least):
         if value is not None and not 0 < value < float("inf"):
-            raise SwsurgeryError("a perplexity ratio is a finite number above 0", value)
+            raise SwsurgeryError("a perplexity ratio must be a finite number above 0", value)
     return None if most is None and least is None else CheckedBounds(most, least)
 
 
@@ -99,14 +138,16 @@ def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
     places = [Path(os.path.realpath(report)), Path(os.path.realpath(report.parent), report.name)] if report else []
     reals = [os.path.realpath(each) for each in inputs if isinstance(each, Path)]
     if any(place.is_relative_to(real) for place in places for real in reals):
-        raise TargetError("the report would replace what it is about, or lie in it", report, "give another --output")
+        raise TargetError(
+            "the report would overwrite an input, or be written inside it", report, "choose another --output"
+        )
 
 
 @contextlib.contextmanager
-def open_for_reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
-    """Return a checkpoint to read; a local one cannot be edited in place within the block.
+def open_for_reading(checkpoint: str, out: Output) -> Iterator[Path | Repo]:
+    """Yield a checkpoint to read; a local one cannot be edited in place within the block.
 
-    For a checkpoint on the Hub, print the amount of data read afterwards, unless `quiet`.
+    For a checkpoint on the Hub, print the amount of data read afterwards.
     """
     from swsurgery.checkpoint.opening import held
     from swsurgery.hub import parse_location, place
@@ -114,10 +155,10 @@ def open_for_reading(checkpoint: str, quiet: bool) -> Iterator[Path | Repo]:
     where = place(parse_location(checkpoint))
     with held(where):
         yield where
-    if not isinstance(where, Path) and not quiet:
-        output.say(describe_traffic(where))
+    if not isinstance(where, Path):
+        out.note(describe_traffic(where))
 
 
 def describe_traffic(repo: Repo) -> str:
     """Return how much was read from a repository and in how many requests."""
-    return f"{repo}: {output.format_size(repo.traffic.bytes)} in {repo.traffic.requests} range requests"
+    return f"{repo}: {format_size(repo.traffic.bytes)} in {repo.traffic.requests} range requests"

@@ -10,13 +10,54 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, Protocol, TextIO, TypeVar
 
 from swsurgery.errors import TargetError, done, escape_control
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+
+class Result(Protocol):
+    """A value that a command prints as JSON or as text."""
+
+    def to_json(self) -> object:
+        """Return the value as one JSON document."""
+
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclass
+class Output:
+    """How a command prints: the options --json, --quiet and --debug, which every command has.
+
+    `given` are the names of the command's other parameters that are on the command line. `main` creates the value, and
+    the command sets it as soon as the command line is parsed.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    given: frozenset[str] = frozenset()
+
+    def print_result(self, result: R, show: Callable[[R], None]) -> None:
+        """Print a result on stdout: as one JSON document, or as text by calling `show`."""
+        if self.json:
+            print_json(result.to_json())
+        else:
+            show(result)
+
+    def note(self, line: str) -> None:
+        """Print one message on stderr, unless --quiet was given."""
+        if not self.quiet:
+            say(line)
+
+    def make_bar(self) -> Bar:
+        """Make a progress bar, which is invisible if --quiet was given."""
+        return Bar(self.quiet)
 
 
 class Bar:

@@ -1,7 +1,4 @@
-"""Commands that share edits and checkpoints: publish, export.
-
-Each calls one function of `sharing` and prints the result.
-"""
+"""Commands that share edits and checkpoints: publish, export."""
 
 from __future__ import annotations
 
@@ -12,78 +9,89 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from swsurgery.cli import output
-from swsurgery.cli.options import Debug, DirectoryArgument, Json, Quiet, ignore_message
-from swsurgery.errors import SwsurgeryError, escape_control, report_done
+from swsurgery.cli.options import BaseOption, DirectoryArgument, command
+from swsurgery.cli.output import Output, format_size, print_json, print_text, say
+from swsurgery.errors import SwsurgeryError, escape_control, pluralise, report_done
 
 if TYPE_CHECKING:
-    from swsurgery.sharing.publication import Publication
+    from swsurgery.sharing.export import Exported
+    from swsurgery.sharing.publication import Publication, Wish
     from swsurgery.sharing.publish import Published
     from swsurgery.verifying.findings import Finding
 
 
+@command
 def publish(
+    out: Output,
     checkpoint: DirectoryArgument,
-    repo_id: Annotated[str, typer.Argument(help="Where to: ORG/NAME on the Hub.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="The repository on the Hub: ORG/NAME.", show_default=False)],
     patch: Annotated[
-        bool, typer.Option("--patch", help="Publish the edits alone: four small files and no weights.")
+        bool, typer.Option("--patch", help="Publish only the edits: four small files, without weights.")
     ] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and send nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the public sees it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Publish publicly without asking.")] = False,
     accept: Annotated[
-        list[str] | None, typer.Option(help="Publish in spite of this finding; may be repeated. The card says so.")
+        list[str] | None,
+        typer.Option(help="Publish despite findings of this rule, and list them on the card; may be repeated."),
     ] = None,
-    revision: Annotated[str, typer.Option(help="The branch to commit to; made where it is not there.")] = "main",
-    tag: Annotated[str | None, typer.Option(help="Name of the tag, instead of base-COMMIT.")] = None,
-    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    revision: Annotated[str, typer.Option(help="The branch to commit to; created if it does not exist.")] = "main",
+    tag: Annotated[str | None, typer.Option(help="The name of the tag; by default base-COMMIT.")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit message.")] = None,
 ) -> None:
-    """Publish a patched checkpoint: one commit, in which only what changed is uploaded. Exit 1 where a finding forbids
-    it, or where what the Hub then serves is not what was planned."""  # noqa: D205 (a blank line would change the help)
-    from swsurgery.sharing import plan_checkpoint, publication, publish
+    """Publish a patched checkpoint in one commit that uploads only what changed.
 
-    def make_plan(accepted: Sequence[Finding], hashing: bool) -> Publication:
-        if patch:
-            from swsurgery.sharing.plan_patch import make_patch_publication
+    Exit 1 if a finding prevents it, or if the Hub afterwards serves other files than planned.
+    """
+    from swsurgery.hub import parse_directory
+    from swsurgery.sharing import publication, publish
 
-            return make_patch_publication(checkpoint, wish, accepted, bar)
-        return plan_checkpoint.make_publication(checkpoint, wish, accepted, bar, hashing=hashing)
-
-    bar = output.Bar(quiet)
+    root = parse_directory(checkpoint)
     wish = publication.Wish(repo_id, private, create_pr, revision, tag, message)
-    say = ignore_message if quiet else output.say
     if dry_run:
-        found = publish.find_early(checkpoint)
-        plan = make_plan((), hashing=False)
-        if json:
-            output.print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in found]})
-        else:
-            _show(plan)
-            for finding in found:
-                say(f"would need --accept {finding.rule}: {finding.file}: {finding.message}")
+        found = publish.find_early(root)
+        _print_plan(out, _make_plan(out, root, wish, patch), found)
         return
-    plan = make_plan(publish.check_gate(checkpoint, accept or (), bar), hashing=True)
+    accepted = publish.check_gate(root, accept or (), out.make_bar())
+    plan = _make_plan(out, root, wish, patch, accepted, hashing=True)
     if plan.changes and not plan.private and not yes and plan.pull_request is None:
         _ask(plan)
     else:
-        for line in publication.format_lines(plan, output.format_size):
-            say(line)
-    done = publish.publish(plan, bar, say, bars=not quiet and sys.stderr.isatty())
+        for line in publication.format_lines(plan, format_size):
+            out.note(line)
+    done = publish.publish(plan, out.make_bar(), out.note, bars=not out.quiet and sys.stderr.isatty())
     report_done(f"published: {done.repo_id}, commit {done.commit}")
-    output.print_json({"plan": plan.to_json(), "published": done.to_json()}) if json else _show_published(done)
+    if out.json:
+        print_json({"plan": plan.to_json(), "published": done.to_json()})
+    else:
+        _show_published(done)
     if done.findings:
         raise typer.Exit(1)
 
 
-def _show(plan: Publication) -> None:
+def _make_plan(
+    out: Output, root: Path, wish: Wish, patch: bool, accepted: Sequence[Finding] = (), hashing: bool = False
+) -> Publication:
+    if patch:
+        from swsurgery.sharing.plan_patch import make_patch_publication
+
+        return make_patch_publication(root, wish, accepted, out.make_bar())
+    from swsurgery.sharing.plan_checkpoint import make_publication
+
+    return make_publication(root, wish, accepted, out.make_bar(), hashing=hashing)
+
+
+def _print_plan(out: Output, plan: Publication, findings: Sequence[Finding]) -> None:
     from swsurgery.sharing import publication
 
-    for line in publication.format_lines(plan, output.format_size):
-        output.print_text(escape_control(line))
+    if out.json:
+        print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in findings]})
+        return
+    for line in publication.format_lines(plan, format_size):
+        print_text(escape_control(line))
+    for finding in findings:
+        out.note(f"needs --accept {finding.rule}: {finding.file}: {finding.message}")
 
 
 def _ask(plan: Publication) -> None:
@@ -92,36 +100,37 @@ def _ask(plan: Publication) -> None:
 
     if not sys.stdin.isatty():
         raise SwsurgeryError(
-            "the public would see it, and nobody is there to ask",
+            "publishing publicly needs a confirmation, but stdin is not a terminal",
             plan.wish.repo_id,
             "give --yes, or --private for a new repository; --dry-run shows the plan",
         )
-    for line in publication.format_lines(plan, output.format_size):
-        output.say(line)
-    output.say("Publish this, for everyone to see? [y/N]")
+    for line in publication.format_lines(plan, format_size):
+        say(line)
+    say("Publish this, visible to everyone? [y/N]")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        output.say("nothing was published")
+        say("nothing was published")
         raise typer.Exit(1)
 
 
 def _show_published(done: Published) -> None:
-    what = "was published already" if done.already else "published"
+    what = "had already been published" if done.already else "published"
     where = f"pull request {done.pull_request}, commit {done.commit}" if done.pull_request else f"commit {done.commit}"
-    output.print_text(escape_control(f"{done.repo_id}: {what}, {where}"))
-    output.print_text(
-        f"uploaded {output.format_size(done.uploaded)}, copied on the Hub {output.format_size(done.copied)}, "
-        f"read back {output.format_size(done.read)}"
+    print_text(escape_control(f"{done.repo_id}: {what}, {where}"))
+    print_text(
+        f"uploaded {format_size(done.uploaded)}, copied on the Hub {format_size(done.copied)}, "
+        f"read back {format_size(done.read)}"
     )
     if not done.findings:
-        scalars = "1 edited scalar has its" if done.scalars == 1 else f"{done.scalars} edited scalars have their"
-        more = f", {scalars} new bits" if done.scalars else ""
-        output.print_text(f"verified: {done.files} files have the planned digests{more}")
+        more = f", and {pluralise(done.scalars, 'edited scalar')} with the planned bits" if done.scalars else ""
+        print_text(f"verified: {pluralise(done.files, 'file')} with the planned digests{more}")
     for finding in done.findings:
-        output.print_text(escape_control(f"{finding.rule}: {finding.file or done.repo_id}: {finding.message}"))
-    output.print_text(escape_control(done.url))
+        print_text(escape_control(f"{finding.rule}: {finding.file or done.repo_id}: {finding.message}"))
+    print_text(escape_control(done.url))
 
 
+@command
 def export(
+    out: Output,
     source: Annotated[
         str,
         typer.Argument(
@@ -133,31 +142,29 @@ def export(
         Literal["sparse", "peft", "vllm"],
         typer.Option(
             "--format",
-            help="sparse: one file that apply takes; peft: a LoRA adapter; vllm: arrays for its checkpoint patches.",
+            help="sparse: one file for apply; peft: a LoRA adapter; vllm: arrays for its checkpoint patches.",
             show_default=False,
         ),
     ],
     target: Annotated[
         Path, typer.Option("-o", "--output", help="The new file (sparse) or folder (peft, vllm).", show_default=False)
     ],
-    base: Annotated[
-        str | None, typer.Option(help="The manifest's base, instead of its own: a directory or hf://ORG/NAME[@REV].")
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    base: BaseOption = None,
 ) -> None:
-    """Write the edits alone, in a few kilobytes."""
+    """Write only the edits, in a few kilobytes."""
     from swsurgery.sharing import export as export_module
 
-    exported = export_module.write(source, form, target, base=base, progress=output.Bar(quiet))
+    exported = export_module.write(source, form, target, base=base, progress=out.make_bar())
     report_done(f"the output was written: {exported.output}")
-    if json:
-        output.print_json(exported.to_json())
-        return
-    scalars = f"{exported.scalars} changed scalar{'s' if exported.scalars > 1 else ''}"
-    output.print_text(f"{escape_control(str(exported.output))}: {scalars} as {form}")
+    out.print_result(exported, _show_exported)
+    if not out.json:
+        for note in exported.notes:
+            out.note(note)
+
+
+def _show_exported(exported: Exported) -> None:
+    print_text(
+        f"{escape_control(str(exported.output))}: {pluralise(exported.scalars, 'changed scalar')} as {exported.format}"
+    )
     for name, size in exported.files.items():
-        output.print_text(f"  {escape_control(name)}  {output.format_size(size)}")
-    for note in exported.notes if not quiet else ():
-        output.say(note)
+        print_text(f"  {escape_control(name)}  {format_size(size)}")

@@ -36,10 +36,10 @@ def show_plan(plan: Plan) -> None:
     )
     _list_edits(document["splices"], document["protected"])
     if plan.pins_checked:
-        print_text(f"pins      checked, the sha256 is the pinned one: {_format_names(plan.pins_checked)}")
+        print_text(f"pins      match the sha256 of {_format_names(plan.pins_checked)}")
     if plan.pins_unchecked:
         print_text(
-            f"pins      not checked, for only files to be edited are hashed: {_format_names(plan.pins_unchecked)}"
+            f"pins      not checked, because only files to be edited are hashed: {_format_names(plan.pins_unchecked)}"
         )
     for note in plan.notes:
         print_text(f"note      {escape_control(note)}")
@@ -65,39 +65,38 @@ def show_outcome(outcome: Outcome) -> None:
     how = "in place" if in_place else ", ".join(f"{format_size(n)} {words[k]}" for k, n in amounts.items() if n)
     done = f"wrote     {escape_control(str(outcome.output))} ({how})"
     if unverified := sum(f.unverified for f in outcome.applied.files):
-        print_text(f"not hashed {pluralise(unverified, 'file')}: the registry marks the digests as unverified")
-    print_text(done if outcome.written else f"unchanged {escape_control(str(outcome.output))} (it was applied already)")
+        print_text(f"not hashed {pluralise(unverified, 'file')}: the record marks the digests as unverified")
+    print_text(
+        done
+        if outcome.written
+        else f"unchanged {escape_control(str(outcome.output))} (the manifest was already applied)"
+    )
     print_text(f"prove it  swsurgery verify {escape_control(str(outcome.output))}")
     print_text(f"undo it   swsurgery revert {escape_control(str(outcome.output))}{'' if in_place else ' -o DIR'}")
 
 
-def show_record(registry: Registry) -> None:
+def show_record(record: Registry) -> None:
     """Print a record: the base, the steps, the known super weights among the edits, and the check."""
-    base = registry.base
+    base = record.base
     name = f"{base.repo_id or 'a directory'}{'@' + base.revision if base.revision else ''}"
     print_text(f"base      {escape_control(name)}")
-    print_text(f"steps     {len(registry.history) + 1}")
-    for number, step in enumerate(registry.history, 1):
+    print_text(f"steps     {len(record.history) + 1}")
+    for number, step in enumerate(record.history, 1):
         print_text(f"\nstep {number}")
         document = step.read().model_dump(mode="json")
         _list_edits(document["edits"], document["protected"])
-    print_text(f"\nstep {len(registry.history) + 1}")
-    document = registry.model_dump(mode="json")
+    print_text(f"\nstep {len(record.history) + 1}")
+    document = record.model_dump(mode="json")
     _list_edits(document["edits"], document["protected"])
-    for record in (*registry.edits, *registry.protected):
-        if record.known:
-            fact = f"{record.coordinate}: {record.known.status}, zeroed alone {record.known.causal_alone}"
+    for scalar in (*record.edits, *record.protected):
+        if scalar.known:
+            fact = f"{scalar.coordinate}: {scalar.known.status}, zeroed alone {scalar.known.causal_alone}"
             print_text(f"known     {escape_control(fact)}")
     print_text("")
     try:
         show_check(document["check"])
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ):  # the check's report is JSON without a schema, and anybody may have written it
-        print_text("check     what the registry says of it cannot be read")
+    except (KeyError, TypeError, AttributeError, ValueError):  # the report is JSON without a schema, from anybody
+        print_text("check     the report in the record cannot be read")
 
 
 def show_check(document: dict[str, Any]) -> None:
@@ -116,7 +115,7 @@ def show_check(document: dict[str, Any]) -> None:
         ("logits finite", *("yes" if side["finite"] else "NO" for side in (base, patched))),
     ]
     print_table(("", "base", "patched"), rows)
-    print_text(f"perplexity ratio {document['perplexity_ratio']}, KL(base || patched) {document['kl']} nats a token")
+    print_text(f"perplexity ratio {document['perplexity_ratio']}, KL(base || patched) {document['kl']} nats per token")
     _list_continuations(document, ("base", "patched"))
     _describe_measured(document)
 
@@ -131,7 +130,7 @@ def _check_alone(document: dict[str, Any]) -> None:
         ("logits finite", "yes" if patched["finite"] else "NO"),
     ]
     print_table(("", "this model"), rows)
-    print_text("nothing was compared: no registry says what the base was")
+    print_text("nothing was compared, because there is no record of the base")
     _list_continuations(document, ("patched",))
     _describe_measured(document)
 
@@ -148,10 +147,9 @@ def _describe_measured(document: dict[str, Any]) -> None:
     for failure in document["failures"]:
         print_text(f"FAILED    {escape_control(failure)}")
     text = document["text"]
-    plural = "" if text["windows"] == 1 else "s"
     print_text(
-        f"\nmeasured on {text['scored_tokens']} tokens in {text['windows']} window{plural}, {document['dtype']} on "
-        f"{document['device']}"
+        f"\nmeasured on {text['scored_tokens']} tokens in {pluralise(text['windows'], 'window')}, "
+        f"{document['dtype']} on {document['device']}"
     )
 
 
@@ -170,7 +168,7 @@ def show_difference(difference: Difference) -> None:
     if rows:
         print_table(("tensor", "index", "a", "b"), rows[:MAX_ROWS])
     if len(rows) > MAX_ROWS or difference.truncated:
-        print_text("... more scalars differ than are listed:")
+        print_text("... more scalars differ than are listed; the number in each tensor:")
         print_table(("tensor", "changed", "of"), [(t, n, total) for t, (n, total) in difference.tensors.items()])
     for tensor, why in difference.mismatched.items():
         print_text(f"{escape_control(tensor)}: {why}")
@@ -199,7 +197,7 @@ def show_files(document: dict[str, Any]) -> None:
         [(t["tensor"], t["dtype"], _format_index(t["shape"]), t["file"]) for t in document["tensors"]],
     )
     for copy in document["copies"]:
-        print_text(f"\nalso holds the weights: {escape_control(copy)}")
+        print_text(f"\nanother copy of the weights: {escape_control(copy)}")
     for tensor, why in document["disagreements"].items():
         print_text(f"\nindex and shards disagree about {escape_control(tensor)}: {escape_control(why)}")
     for note in document["notes"]:

@@ -105,13 +105,15 @@ def show_sweep(report: SweepReport) -> None:
             for p in points
         ],
     )
-    print_text("\nKL(base || scaled) in nats a token; the largest hidden state is that after any layer")
+    print_text("\nKL(base || scaled) is in nats per token; the largest hidden state is the largest after any layer")
     where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
     print_text(f"measured on {describe_measured_text(report)}, {where}")
 
 
 def _print_confirmation(confirmation: Confirmation) -> None:
-    print_text("\ncausal test: zeroed alone, and all others zeroed but not it; perplexity ratios to the base")
+    print_text(
+        "\ncausal test: perplexity ratio to the base with one zeroed (alone), and with all others zeroed (without)"
+    )
     trials = confirmation.trials
     _print_table(
         _format_places([trial.candidate for trial in trials])
@@ -132,7 +134,7 @@ def _print_confirmation(confirmation: Confirmation) -> None:
         print_text(f"null      {_format_column_null(column)}")
     if confirmation.null:
         print_text(
-            f"null      {pluralise(len(confirmation.null), 'random scalar')} of like magnitude, each alone: ratio "
+            f"null      {pluralise(len(confirmation.null), 'random scalar')} of similar magnitude, each alone: ratio "
             f"{_format_ratio(min(confirmation.null))} to {_format_ratio(max(confirmation.null))}"
         )
     print_text(
@@ -176,7 +178,7 @@ def _describe_answer(report: ScanReport) -> str:
     if report.answer == "undecided":
         layers = pluralise(len(report.unread), "layer")
         what = "confirmed" if report.candidates else "found"
-        return f"undecided: nothing was {what}, but {layers} of {report.layers} were not read, or not all of them"
+        return f"undecided: nothing was {what}, but {layers} of {report.layers} were not read completely"
     count = len(report.super_weights)
     if report.confirmation is None or (count and not report.confirmed):
         return f"{pluralise(count, 'super weight')}, not confirmed" if count else "none: no super weight was found"

@@ -85,7 +85,7 @@ def test_without_a_bound_the_document_says_that_nothing_was_compared(base, capsy
 def test_without_a_bound_the_text_says_so_too(base, capsys):
     assert main(["check", str(base)]) == 0
     out = capsys.readouterr().out
-    assert "nothing was compared: no registry says what the base was\n" in out
+    assert "nothing was compared, because there is no record of the base\n" in out
     assert "ratio" not in out and "patched" not in out
     assert "perplexity" in out and "' yes' 0.500" in out
 

@@ -77,7 +77,7 @@ def test_a_removed_own_entry_is_named(tmp_path, capsys, monkeypatch):
     gone = tmp_path / "entry.json"
     monkeypatch.setattr("swsurgery.known.own.forget", lambda name: gone)
     assert run_full(monkeypatch, "lookup", "mine", "--forget") == 2
-    assert capsys.readouterr().err == f"{FULL} (the own entry was removed: {gone})\n"
+    assert capsys.readouterr().err == f"{FULL} (your entry was removed: {gone})\n"
 
 
 def test_a_publication_is_named(hub, tmp_path, capsys, monkeypatch):

@@ -479,7 +479,7 @@ def test_leaving_copies_out_is_refused(base, tmp_path, refused):
 
 @pytest.mark.parametrize("options", [("-o", "elsewhere"), ("--link", "copy"), ("--reuse-digests",)])
 def test_options_of_a_copy_are_refused(base, manifest, refused, options):
-    said = "--in-place writes no copy, so it goes with no -o, --link, --reuse-digests or --for-publish"
+    said = "--in-place writes no copy, so it cannot be combined with -o, --link, --reuse-digests or --for-publish"
     assert refused(manifest, base, *options) == said
 
 

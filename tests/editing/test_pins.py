@@ -80,15 +80,15 @@ def test_the_other_pins_are_said_to_be_unchecked(base, capsys):
     code, out, _ = dry(manifest, capsys=capsys)
     lines = [line for line in out.splitlines() if line.startswith("pins")]
     assert lines == [
-        f"pins      checked, the sha256 is the pinned one: {SECOND}",
-        f"pins      not checked, for only files to be edited are hashed: {FIRST}, {THIRD}",
+        f"pins      match the sha256 of {SECOND}",
+        f"pins      not checked, because only files to be edited are hashed: {FIRST}, {THIRD}",
     ]
     plan = plan_manifest(manifest)
     assert (plan.pins_checked, plan.pins_unchecked) == ((SECOND,), (FIRST, THIRD))
 
 
 def test_without_pins_nothing_is_hashed_and_nothing_said(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("swsurgery.editing.pins.hashed", None)
+    monkeypatch.setattr("swsurgery.editing.pins.hash_file", None)
     manifest = write_manifest(tmp_path / "m.json", base, ZERO)
     code, out, _ = dry(manifest, "--json", capsys=capsys)
     assert code == 0 and "pins" not in json.loads(out)

@@ -343,7 +343,7 @@ def test_the_command_shows_and_forgets(capsys):
 def test_forget_stands_alone(more, capsys):
     path = own_module.save(one())
     assert main(["lookup", "my-model", "--forget", *more]) == 2
-    assert "--forget goes with no" in capsys.readouterr().err and path.exists()
+    assert "--forget cannot be combined with" in capsys.readouterr().err and path.exists()
 
 
 def test_without_an_own_entry_nothing_more_is_opened_or_loaded():

@@ -83,7 +83,7 @@ def test_unread_experts_make_the_answer_undecided(folder: Path, capsys: pytest.C
     path = "model.layers.*.feed_forward.experts.*."
     assert shown[:3] == [
         "scanned   6 layers of jamba by weights",
-        "answer    undecided: nothing was found, but 3 layers of 6 were not read, or not all of them",
+        "answer    undecided: nothing was found, but 3 layers of 6 were not read completely",
         f"unread    layers 1, 3, 5, experts 0 to 3: {path}down_proj.weight, {path}gate_proj.weight, "
         f"{path}up_proj.weight",
     ]

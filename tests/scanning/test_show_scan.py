@@ -106,7 +106,7 @@ def test_a_confirmed_scan(lines):
     assert shown[2 : 2 + len(head)] == head
     assert shown[2 + len(head) :] == [
         "",
-        "causal test: zeroed alone, and all others zeroed but not it; perplexity ratios to the base",
+        "causal test: perplexity ratio to the base with one zeroed (alone), and with all others zeroed (without)",
         "layer  row   col  value  alone  interval             KL  without  verdict",
         "   11  507  1229  5.875  5.574  5.100 to 5.960      1.7    1.310  critical alone",
         "    2  507    90  5.094  1.310  1.200 to 1.400      0.3    5.580  critical jointly",
@@ -116,7 +116,7 @@ def test_a_confirmed_scan(lines):
         "joint     ratio 54.26 (49.00 to 60.00), KL 3.1: L11 [507, 1229] + L2 [507, 90]",
         "null      3 other large rows of layer 11 column 1229: alone 0.9980 to 1.002, beside all candidates 0.5100 to "
         "1.160",
-        "null      3 random scalars of like magnitude, each alone: ratio 0.9998 to 1.000",
+        "null      3 random scalars of similar magnitude, each alone: ratio 0.9998 to 1.000",
         "measured  base perplexity 29.6 on 16 windows of 512 tokens (8,176 scored), float32 on cpu",
     ]
 
@@ -314,7 +314,7 @@ def test_a_sweep_is_listed_by_factor_with_the_base_once(lines):
         "     1        29.6  1.000    0          0.3125                23,941  base",
         "     2         nan    nan  nan             nan                47,882  NOT FINITE",
         "",
-        "KL(base || scaled) in nats a token; the largest hidden state is that after any layer",
+        "KL(base || scaled) is in nats per token; the largest hidden state is the largest after any layer",
         "measured on 1 window of 512 tokens (511 scored), float32 on cpu, whole",
     ]
     assert lines(SWEEP) == wanted

@@ -84,14 +84,14 @@ def test_people_are_told_in_words(hub, commit, patched, capsys):
     assert main(["publish", str(patched), NEW, "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert f"{NEW}: to be made, public; one commit to main" in out and f"base: hf://{BASE}@{commit}" in out
-    assert "to copy on the Hub: 49.3 kB; to upload:" in out and "would need --accept check-missing" in err
+    assert "to copy on the Hub: 49.3 kB; to upload:" in out and "needs --accept check-missing" in err
     assert main(["publish", str(patched), NEW, "--yes", *ACCEPT]) == 0
     out, err = capsys.readouterr()
-    assert f"{NEW}: published, commit {hub.head(NEW).oid}" in out and "1 edited scalar has" in out
+    assert f"{NEW}: published, commit {hub.head(NEW).oid}" in out and "and 1 edited scalar with the planned bits" in out
     assert f"/{NEW}/tree/{hub.head(NEW).oid}" in out and "accepted findings: check-missing" in err
     assert main(["publish", str(patched), NEW, "--quiet", *ACCEPT]) == 0
     out, err = capsys.readouterr()
-    assert "was published already" in out and err == ""
+    assert "had already been published" in out and err == ""
 
 
 def test_what_the_hub_adds_to_a_base_without_git_is_no_finding(hub, tmp_path, capsys):

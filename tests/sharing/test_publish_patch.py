@@ -116,7 +116,7 @@ def test_the_gate_and_the_question_are_the_same(hub, patched, capsys):
     code, _, err = run(capsys, patched, "--yes")
     assert code == 1 and "not published: check-missing" in err and hub.traffic.requests() == []
     code, _, err = run(capsys, patched, *ACCEPT)
-    assert code == 2 and "the public would see it" in err and NEW not in hub.state.repos
+    assert code == 2 and "publishing publicly needs a confirmation" in err and NEW not in hub.state.repos
     code, _, _ = run(capsys, patched, *ACCEPT, "--private")
     assert code == 0 and hub.repo(NEW).private
 
@@ -126,7 +126,7 @@ def test_the_same_again_makes_no_commit_and_another_edit_makes_one(hub, tmp_path
     first = hub.head(NEW).oid
     assert main(["publish", str(patched), NEW, "--patch", *ACCEPT]) == 0
     out, _ = capsys.readouterr()
-    assert "was published already" in out and "4 files have the planned digests\n" in out
+    assert "had already been published" in out and "4 files with the planned digests\n" in out
     assert hub.head(NEW).oid == first
     hub.commit(NEW, {"notes.txt": b"a stranger's"})
     other = patch(hub, tmp_path, commit, f"[{{op: scale, tensor: {down(0)}, index: [1, 1], factor: 2.0}}]", "second")

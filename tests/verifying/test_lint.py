@@ -295,7 +295,7 @@ def test_the_output_goes_to_a_file(files, capsys):
     printed = capsys.readouterr().out
     arguments = ["lint", "error.yaml", "--format", "sarif", "--output", "lint.sarif"]
     assert main(arguments) == 1
-    assert capsys.readouterr() == ("", "swsurgery: 1 findings in lint.sarif\n")
+    assert capsys.readouterr() == ("", "swsurgery: 1 finding in lint.sarif\n")
     assert main([*arguments, "--quiet"]) == 1
     assert capsys.readouterr() == ("", "")
     assert Path("lint.sarif").read_text() == printed
