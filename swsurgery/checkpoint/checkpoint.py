@@ -14,7 +14,6 @@ from typing import Any
 from swsurgery.checkpoint.quantised import Quantisation
 from swsurgery.checkpoint.weight_files import SINGLE, Weights, is_index
 from swsurgery.storage.files import BaseFile, Repository
-from swsurgery.storage.folder import Entry
 from swsurgery.storage.shard import Shard, TensorInfo
 
 
@@ -94,5 +93,5 @@ class Checkpoint:
     def refuse_changed(self) -> None:
         """Raise CheckpointError if a local file was replaced since it was listed."""
         for file in self.files:
-            if isinstance(file.path, Entry):
-                file.path.refuse_replaced()
+            if file.entry:
+                file.entry.refuse_replaced()

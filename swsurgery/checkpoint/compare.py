@@ -12,7 +12,7 @@ from typing import Literal
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.progress import Progress
-from swsurgery.storage.files import BaseFile, opened, read_exactly
+from swsurgery.storage.files import BaseFile, fill
 from swsurgery.storage.shard import Shard, TensorInfo
 
 COMPARE_CHUNK = 1 << 20
@@ -65,16 +65,20 @@ def find_undeclared_changes(
 def read_chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
     """Yield (offset, bytes) of successive chunks of the file, at most CHUNK bytes each.
 
-    No chunk ends inside one of `places`, which are (offset, size) in rising order. Raises CheckpointError.
+    No chunk ends inside one of `places`, which are (offset, size) in rising order. Two chunks may have the same memory.
+    Raises CheckpointError.
     """
-    with opened(file.path) as fd:
-        offset = 0
+    buffer, offset = bytearray(), 0
+    with file.source.open() as opened:
         while offset < file.size:
             end = min(offset + COMPARE_CHUNK, file.size)
             before = bisect.bisect_left(places, (end,)) - 1
             if before >= 0 and offset < places[before][0] and end < sum(places[before]):
                 end = places[before][0]
-            yield offset, bytearray(read_exactly(fd, end - offset, offset, file.path))
+            if len(buffer) != end - offset:
+                buffer = bytearray(end - offset)
+            fill(opened, buffer, offset)
+            yield offset, buffer
             offset = end
 
 

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
 
 from swsurgery.errors import CheckpointError
-from swsurgery.storage.files import Place
+from swsurgery.storage.files import File
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.strict_json import read_json
@@ -79,7 +79,7 @@ class CopiesListed(Protocol):
     def name(self) -> str: ...
 
     @property
-    def path(self) -> Place: ...
+    def source(self) -> File: ...
 
     @property
     def size(self) -> int: ...
@@ -180,7 +180,7 @@ def _is_index_of_copies(
 ) -> bool:
     """Return True if an index that is not in use lists copies or shards, lists only missing files, or is damaged."""
     try:
-        weight_map = read_json(file.path, file.name).get("weight_map")
+        weight_map = read_json(file.source, file.name).get("weight_map")
     except CheckpointError:
         return True
     folder = file.name.rpartition("/")[0]

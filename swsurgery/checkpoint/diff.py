@@ -14,7 +14,7 @@ import numpy as np
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.progress import Progress
 from swsurgery.storage.dtypes import convert_to_json
-from swsurgery.storage.files import BaseFile, opened, read_exactly
+from swsurgery.storage.files import BaseFile, fill, read_exactly, same_bytes
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import Shard, TensorInfo
 
@@ -154,12 +154,15 @@ def _compare_elements(
     """
     (shard_a, info_a), shard_b = stored_a, stored_b[0]
     changed, listed, unit = 0, 0, max(info_a.dtype.size, 1)
+    bytes_a, bytes_b = bytearray(), bytearray()
     at_a, at_b = (shard.data_start + info.data_offsets[0] for shard, info in (stored_a, stored_b))
-    with opened(shard_a.path) as fd_a, opened(shard_b.path) as fd_b:
+    with shard_a.file.open() as file_a, shard_b.file.open() as file_b:
         for offset in range(0, info_a.size, DIFF_CHUNK):
             size = min(DIFF_CHUNK, info_a.size - offset)
-            bytes_a = read_exactly(fd_a, size, at_a + offset, shard_a.path)
-            bytes_b = read_exactly(fd_b, size, at_b + offset, shard_b.path)
+            if size != len(bytes_a):
+                bytes_a, bytes_b = bytearray(size), bytearray(size)
+            fill(file_a, bytes_a, at_a + offset)
+            fill(file_b, bytes_b, at_b + offset)
             progress.advance(size)
             if bytes_a == bytes_b:
                 continue
@@ -205,8 +208,7 @@ def _render_form(info: TensorInfo) -> str:
 
 def _read_header(shard: Shard) -> bytes:
     """Read the bytes of the header, with its length field."""
-    with opened(shard.path) as fd:
-        return read_exactly(fd, shard.data_start, 0, shard.path)
+    return read_exactly(shard.file, shard.data_start, 0)
 
 
 def _has_same_digest(a: BaseFile, b: BaseFile) -> bool:
@@ -219,13 +221,4 @@ def _has_same_digest(a: BaseFile, b: BaseFile) -> bool:
 
 def _has_same_bytes(a: BaseFile, b: BaseFile) -> bool:
     """Return True if both files have the same contents. Raises CheckpointError."""
-    if a.size != b.size:
-        return False
-    if _has_same_digest(a, b):
-        return True
-    with opened(a.path) as fd_a, opened(b.path) as fd_b:
-        for offset in range(0, a.size, DIFF_CHUNK):
-            size = min(DIFF_CHUNK, a.size - offset)
-            if read_exactly(fd_a, size, offset, a.path) != read_exactly(fd_b, size, offset, b.path):
-                return False
-    return True
+    return a.size == b.size and (_has_same_digest(a, b) or same_bytes(a.source, b.source, a.size))

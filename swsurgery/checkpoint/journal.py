@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swsurgery.checkpoint.journal_format import MAX_JOURNAL, Journal, JournalFile, JournalPlace, parse_journal
-from swsurgery.errors import CheckpointError, Interrupted, TargetError, report_done
+from swsurgery.errors import CheckpointError, Interrupted, SwsurgeryError, TargetError, report_done
 from swsurgery.storage import filesystem
-from swsurgery.storage.files import read_exactly
+from swsurgery.storage.files import LocalFile, read_exactly
 from swsurgery.storage.folder import Entry, Folder, Identity
 from swsurgery.storage.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES
 from swsurgery.storage.splice import Splice, group_by_file
@@ -53,6 +53,11 @@ class OpenShard:
             self.fd = filesystem.open_for_patching(entry)
         self.identity = entry.identity or Identity.of(os.fstat(self.fd))
 
+    @property
+    def file(self) -> LocalFile:
+        """The open file, for reading."""
+        return LocalFile(self.entry, self.fd)
+
     def close(self) -> None:
         """Close the descriptor."""
         os.close(self.fd)
@@ -74,7 +79,7 @@ class OpenShard:
 
     def refuse_unlike(self, place: JournalPlace, wanted: bytes) -> None:
         """Raise CheckpointError if the file does not have the bytes `wanted` at this place."""
-        if read_exactly(self.fd, len(wanted), place.offset, self.entry) != wanted:
+        if read_exactly(self.file, len(wanted), place.offset) != wanted:
             raise _make_change_error(f"was changed at byte {place.offset}", self.entry)
 
 
@@ -266,7 +271,7 @@ def _refuse_disturbed(folder: Folder, shards: Mapping[str, OpenShard], journal: 
 
 def _read_own(folder: Folder, name: str) -> bytes | None:
     """Read one of swsurgery's own files; None if it does not exist."""
-    return read_small(folder / name, name, MAX_JOURNAL) if filesystem.is_there(folder / name) else None
+    return read_small(LocalFile(folder / name), name, MAX_JOURNAL) if filesystem.is_there(folder / name) else None
 
 
 def _classify_own_file(folder: Folder, journal: Journal, name: str) -> str:
@@ -293,7 +298,7 @@ def _put(folder: Folder, name: str, data: bytes | None, mode: int) -> None:
 def _read_journal(folder: Folder) -> Journal | None:
     """Read the journal; None if the directory has none. Raises CheckpointError."""
     path = folder / JOURNAL
-    return parse_journal(read_small(path, JOURNAL, MAX_JOURNAL), path) if filesystem.is_there(path) else None
+    return parse_journal(read_small(LocalFile(path), JOURNAL, MAX_JOURNAL), path) if filesystem.is_there(path) else None
 
 
 @dataclass(frozen=True)
@@ -305,13 +310,18 @@ class _Held:
     file: JournalFile
     writable: bool = False
 
+    @property
+    def opened(self) -> LocalFile:
+        """The open file, for reading."""
+        return LocalFile(self.path, self.fd)
+
     def foreign(self) -> Iterator[JournalPlace]:
         """Yield the places that have a byte that is neither the old nor the new one.
 
         Old and new bytes may be mixed within one place after a power cut.
         """
         for place in self.file.places:
-            if not place.is_ours(read_exactly(self.fd, len(place.old), place.offset, self.path)):
+            if not place.is_ours(read_exactly(self.opened, len(place.old), place.offset)):
                 yield place
 
     def put_back(self) -> None:
@@ -324,7 +334,7 @@ class _Held:
         filesystem.drop_cache(self.fd)  # after a failed fsync the cache may hold old bytes that never reached the disk
         try:
             for place in self.file.places:
-                now = read_exactly(self.fd, len(place.old), place.offset, self.path)
+                now = read_exactly(self.opened, len(place.old), place.offset)
                 if now != place.old and place.is_ours(now):
                     target = self._reopened() if target is None else target
                     filesystem.write_at(target, place.old, place.offset)
@@ -399,6 +409,6 @@ def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -
             filesystem.sync_directory(folder)
             filesystem.remove_file(folder / JOURNAL)
             filesystem.sync_directory(folder)
-    except TargetError as error:
+    except SwsurgeryError as error:
         remedy = f"{error}; its journal is kept, and the next command tries again"
         raise TargetError("an edit in place was cut off and could not be undone yet", folder, remedy) from error

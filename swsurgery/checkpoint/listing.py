@@ -15,7 +15,7 @@ from pathlib import Path
 from swsurgery.checkpoint.hints import explain_link
 from swsurgery.checkpoint.weight_files import format_some
 from swsurgery.errors import CheckpointError, SwsurgeryError
-from swsurgery.storage.files import BaseFile
+from swsurgery.storage.files import BaseFile, LocalFile
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.names import SHARD_NAME, STAGE_TOKEN, WORKING_FILES
 
@@ -59,7 +59,7 @@ def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
                 except CheckpointError as error:
                     faults += error.faults
             elif stat.S_ISREG(mode) and entry.identity:
-                files.append(BaseFile(name, entry, entry.identity.size))
+                files.append(BaseFile(name, LocalFile(entry), entry.identity.size))
             elif stat.S_ISLNK(mode):
                 faults.append(f"is a symbolic link: {name} ({explain_link(root.path / name)})")
             else:
@@ -125,8 +125,8 @@ class _Cache:
             raise CheckpointError(f"is not fully downloaded: {link.name}") from None
         if not stat.S_ISREG(status.st_mode):
             raise outside
-        entry = Entry.listed(blob.folder, blob.name, status)
-        return BaseFile(link.name, entry, status.st_size, target.name if len(target.name) == 64 else None)
+        file = LocalFile(Entry.listed(blob.folder, blob.name, status))
+        return BaseFile(link.name, file, status.st_size, target.name if len(target.name) == 64 else None)
 
 
 def is_cache_snapshot(root: Path) -> bool:

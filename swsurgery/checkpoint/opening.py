@@ -91,7 +91,7 @@ def open_checkpoint(
     stored = sum(shard.size - shard.data_start for shard in shards.values())
     if chosen.total_size is not None and chosen.total_size != stored and not elsewhere:
         notes.append(f"{chosen.index} says total_size {chosen.total_size}, the shards hold {stored} bytes")
-    config = read_config(names["config.json"].path, "config.json") if "config.json" in names else {}
+    config = read_config(names["config.json"].source, "config.json") if "config.json" in names else {}
     rest = [f for f in listing.files if f.name not in shard_names and f.name != chosen.index]
     others = look_at_others(rest, shards, lambda files: _read_headers(files, remote))
     return Checkpoint(
@@ -253,7 +253,7 @@ def _read_headers(files: Iterable[BaseFile], remote: bool) -> Iterator[tuple[str
 
     def read_header(file: BaseFile) -> tuple[str, Shard | CheckpointError]:
         try:
-            return file.name, open_shard(file.path)
+            return file.name, open_shard(file.source)
         except CheckpointError as error:
             return file.name, error
 

@@ -35,7 +35,7 @@ from swsurgery.hub.names import suggest_uri
 from swsurgery.storage import dtypes, filesystem
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES
-from swsurgery.storage.files import Place, Repository
+from swsurgery.storage.files import File, LocalFile, Repository
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.schema import OfVariant, Position, Strict, Version
@@ -259,12 +259,12 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
     In a directory given by its path, an interrupted edit in place is undone first. Raises CheckpointError for a damaged
     record and for a directory that does not exist; TargetError.
     """
-    places: Mapping[str, Place]
+    places: Mapping[str, File]
     if isinstance(root, Checkpoint):
-        places = {file.name: file.path for file in root.files}
+        places = {file.name: file.source for file in root.files}
         root = root.root
     elif isinstance(root, Folder):
-        places = {n: root / n for n in (REGISTRY_NAME, MANIFEST_NAME) if filesystem.is_there(root / n)}
+        places = {n: LocalFile(root / n) for n in (REGISTRY_NAME, MANIFEST_NAME) if filesystem.is_there(root / n)}
     elif isinstance(root, Path):
         given, root = root, Path(os.path.realpath(root))
         if not root.exists():
@@ -273,7 +273,7 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
         if not cached:
             journal.recover(root)  # otherwise the record might describe an edit that is about to be undone
         paths = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (REGISTRY_NAME, MANIFEST_NAME)}
-        places = {name: path for name, path in paths.items() if filesystem.is_there(path)}
+        places = {name: LocalFile(path) for name, path in paths.items() if filesystem.is_there(path)}
     else:
         places = root.files
     if REGISTRY_NAME not in places:

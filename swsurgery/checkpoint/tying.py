@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.files import opened, read_exactly
+from swsurgery.storage.files import read_exactly
 from swsurgery.storage.splice import Splice
 
 _TIED_BY_DEFAULT = """
@@ -210,11 +210,9 @@ def _read_rows(tensor: str, rows: Sequence[int], checkpoint: Checkpoint) -> Iter
     """Yield the first _SAMPLED_BYTES bytes of each row of a tensor. Raises CheckpointError."""
     info, shard = checkpoint.info(tensor), checkpoint.shards[checkpoint.weight_map[tensor]]
     size = info.size // (info.shape[0] if len(info.shape) > 1 else 1)
-    with opened(shard.path) as file:
+    with shard.file.open() as file:
         for row in rows:
-            yield read_exactly(
-                file, min(size, _SAMPLED_BYTES), shard.data_start + info.data_offsets[0] + row * size, shard.path
-            )
+            yield read_exactly(file, min(size, _SAMPLED_BYTES), shard.data_start + info.data_offsets[0] + row * size)
 
 
 def _list_sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from swsurgery.errors import AmbiguousWeights, CheckpointError
-from swsurgery.storage.files import Place
+from swsurgery.storage.files import File
 from swsurgery.storage.names import SHARD_NAME, VARIANT
 from swsurgery.storage.strict_json import quote, read_json
 
@@ -49,7 +49,7 @@ class Listed(Protocol):
     """One file of a checkpoint."""
 
     @property
-    def path(self) -> Place: ...
+    def source(self) -> File: ...
 
     @property
     def size(self) -> int: ...
@@ -181,7 +181,7 @@ def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
 def _is_index_of(single: str, index: Listed, name: str) -> bool:
     """Return True if the index lists only the single file, as mlx-lm writes it: both are the same set of weights."""
     try:
-        weight_map = read_json(index.path, name).get("weight_map")
+        weight_map = read_json(index.source, name).get("weight_map")
     except CheckpointError:
         return False  # if this index is chosen, it is read again and the error reported
     return type(weight_map) is dict and bool(weight_map) and all(shard == single for shard in weight_map.values())
@@ -191,7 +191,7 @@ def _read_index(
     root: object, names: Mapping[str, Listed], index_name: str, elsewhere: Collection[str]
 ) -> tuple[list[str], dict[str, str], object]:
     """Return the shards, the weight_map and the total_size of an index. Raises CheckpointError."""
-    index = read_json(names[index_name].path, index_name)
+    index = read_json(names[index_name].source, index_name)
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError("has no weight_map", index_name)

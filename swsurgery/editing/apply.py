@@ -165,7 +165,7 @@ def _download_touched(source: CopyJob, base: Checkpoint) -> CopyJob:
     if not base.in_cache:
         folder = fetch(Uri(base.repo_id, base.revision, base.sub), [f.name for f in here])
         there = list_cached_files(Path(os.path.realpath(folder)), (f.name for f in here))
-        here = [replace(f, path=there[f.name].path) for f in here]
+        here = [replace(f, source=there[f.name].source) for f in here]
     return replace(source, files=tuple(here), elsewhere=tuple(f for f in source.files if f.name in stay), in_cache=True)
 
 

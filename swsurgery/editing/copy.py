@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from swsurgery.editing.disk_space import refuse_without_room
@@ -25,9 +24,9 @@ from swsurgery.errors import CheckpointError, TargetError
 from swsurgery.progress import Progress
 from swsurgery.storage import filesystem
 from swsurgery.storage.digest_cache import DigestCache
-from swsurgery.storage.files import BaseFile, open_local, read_exactly
+from swsurgery.storage.files import CHUNK, BaseFile, LocalFile, fill, read_exactly
 from swsurgery.storage.folder import Entry, Folder
-from swsurgery.storage.hashing import CHUNK, check_digest, count_threads, refuse_other_header, stream
+from swsurgery.storage.hashing import check_digest, count_threads, refuse_other_header, stream
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice, group_by_file
 from swsurgery.threads import Pool
@@ -94,7 +93,7 @@ class CopyJob:
 
 def compute_folder_mode(files: Iterable[BaseFile]) -> int:
     """Return the permissions for a new directory: those that all directories of these files have."""
-    folders = {file.path.folder for file in files if isinstance(file.path, Entry)}
+    folders = {file.entry.folder for file in files if file.entry}
     return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
 
 
@@ -157,9 +156,9 @@ def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
     modes: dict[str, int] = {}
     for file in files:
         parts = file.name.split("/")[:-1]
-        entry = file.path
+        entry = file.entry
         for name in ("/".join(parts[:end]) for end in range(1, len(parts) + 1)):
-            if isinstance(entry, Entry) and entry.name == file.name:
+            if entry and entry.name == file.name:
                 modes[name] = (entry.folder / name).stat().st_mode & 0o777 | 0o700
             else:  # in a cache, where all files are in the folder of the blobs
                 modes[name] = 0o777
@@ -216,8 +215,8 @@ class _Copier:
         splices = self.splices.get(file.name, [])
         target = self.stage / file.name
         started = time.time()
-        with open_local(file.path) as base:
-            status = os.fstat(base)
+        with file.require_local().open() as base:
+            status = os.fstat(base.fd)
             written = self.keep(base, target, file, splices)
             if written is None:
                 with filesystem.reported(target):
@@ -227,7 +226,7 @@ class _Copier:
                     written = self.link_to(base, file, target, known)
                 else:
                     written = self.write(base, target, file, splices, known)
-            after = os.fstat(base)
+            after = os.fstat(base.fd)
         if not written.unverified:
             check_digest(file, written.digest, self.source.pins)
             # Our own hard link changes the ctime. If anything else did, other bytes may have been hashed.
@@ -235,14 +234,13 @@ class _Copier:
                 self.digests.put(after, written.digest, started)
         return AppliedFile(file.name, file.size, written.digest, written.patched, written.how, written.unverified)
 
-    def link_to(self, base: int, file: BaseFile, target: Entry, known: str | None) -> _Written:
+    def link_to(self, base: LocalFile, file: BaseFile, target: Entry, known: str | None) -> _Written:
         """Give the open file a second name. Raises CheckpointError if another file was linked."""
-        assert isinstance(file.path, Path | Entry)  # as it is open on this machine
         with filesystem.reported(target):
-            filesystem.make_hard_link(file.path, target)
+            filesystem.make_hard_link(base.where, target)
             linked = target.stat()
-        if not os.path.samestat(linked, os.fstat(base)):
-            raise CheckpointError("was replaced while it was linked", file.path, "run again when it rests")
+        if not os.path.samestat(linked, os.fstat(base.fd)):
+            raise CheckpointError("was replaced while it was linked", file.source, "run again when it rests")
         if known:
             self.advance(file.size)
             return _Written("hard", known, known, unverified=True)
@@ -259,7 +257,7 @@ class _Copier:
             return None
         return self.digests.get(status)
 
-    def keep(self, base: int, target: Entry, file: BaseFile, splices: list[Splice]) -> _Written | None:
+    def keep(self, base: LocalFile, target: Entry, file: BaseFile, splices: list[Splice]) -> _Written | None:
         """Keep what an interrupted run wrote if it is byte for byte what would be written now; None if it is not."""
         if self.link == "hard" or not filesystem.is_there(target):
             return None
@@ -270,22 +268,23 @@ class _Copier:
             read += size
             self.advance(size)
 
-        with open_local(target) as fd:
-            status = os.fstat(fd)
+        with LocalFile(target).open() as kept:
+            status = os.fstat(kept.fd)
             if status.st_size != file.size or status.st_nlink > 1 or status.st_mode & 0o777 & ~file.mode:
                 return None
             with filesystem.reported(target):
-                filesystem.sync(fd)
-                filesystem.drop_cache(fd)
+                filesystem.sync(kept.fd)
+                filesystem.drop_cache(kept.fd)
             try:
-                comparison = _Comparison(fd, target)
-                digest, patched = stream(base, file, splices, advance, comparison, self.header_of(file))
+                digest, patched = stream(base, file, splices, advance, _Comparison(kept), self.header_of(file))
             except _Different:
                 self.advance(-read)
                 return None
         return _Written("kept", digest, patched)
 
-    def write(self, base: int, target: Entry, file: BaseFile, splices: list[Splice], known: str | None) -> _Written:
+    def write(
+        self, base: LocalFile, target: Entry, file: BaseFile, splices: list[Splice], known: str | None
+    ) -> _Written:
         """Write one file and synchronise it with the disk; remove it after an error."""
         try:
             with filesystem.reported(target):
@@ -302,10 +301,10 @@ class _Copier:
         return done
 
     def fill(
-        self, base: int, new: int, target: Entry, file: BaseFile, splices: list[Splice], known: str | None
+        self, base: LocalFile, new: int, target: Entry, file: BaseFile, splices: list[Splice], known: str | None
     ) -> _Written:
         """Write the bytes of one file into the new, empty file `new`, by cloning it if possible."""
-        cloned = self.link in ("auto", "clone") and filesystem.clone(base, new)
+        cloned = self.link in ("auto", "clone") and filesystem.clone(base.fd, new)
         if self.link == "clone" and not cloned:
             raise TargetError("this file system cannot clone", self.stage.path.parent, "use --link auto")
         header = self.header_of(file)
@@ -313,10 +312,9 @@ class _Copier:
             if cloned:
                 self.advance(file.size)
             else:
-                self.copy_in_kernel(base, new, file)
+                self.copy_in_kernel(base.fd, new, file)
             if header:
-                with open_local(target) as copy:
-                    begun = read_exactly(copy, min(header.data_start, file.size), 0, target)
+                begun = read_exactly(LocalFile(target), min(header.data_start, file.size), 0)
                 refuse_other_header(hashlib.sha256(begun).hexdigest(), header, file)
             return _Written("clone" if cloned else "copy", known, known, unverified=True)
         if not cloned:
@@ -324,7 +322,7 @@ class _Copier:
             write = functools.partial(filesystem.write_all, new)
             digest, patched = stream(base, file, splices, self.advance, write, header)
             return _Written("copy", digest, patched)
-        with open_local(target) as copy:  # hash the clone, because the base may change from now on
+        with LocalFile(target).open() as copy:  # hash the clone, because the base may change from now on
             digest, patched = stream(copy, file, splices, self.advance, header=header)
         for splice in splices:
             filesystem.write_at(new, splice.new, splice.offset)
@@ -336,7 +334,7 @@ class _Copier:
         while offset < file.size:
             copied = filesystem.copy_range(base, new, offset, min(64 * CHUNK, file.size - offset))
             if not copied:
-                raise CheckpointError("the file ended while it was read", file.path, "it was truncated meanwhile")
+                raise CheckpointError("the file ended while it was read", file.source, "it was truncated meanwhile")
             offset += copied
             self.advance(copied)
 
@@ -355,17 +353,14 @@ class _Different(Exception):
 class _Comparison:
     """A sink of `stream` that compares each chunk with a file; raises _Different at the first difference."""
 
-    def __init__(self, fd: int, path: Entry) -> None:
-        self.fd, self.path, self.offset = fd, path, 0
+    def __init__(self, file: LocalFile) -> None:
+        self.file, self.offset = file, 0
         self.buffer = bytearray(CHUNK)
 
     def __call__(self, chunk: memoryview) -> None:
         if len(chunk) != len(self.buffer):
             self.buffer = bytearray(len(chunk))
-        view, filled = memoryview(self.buffer), 0
-        with filesystem.reported(self.path):
-            while count := os.preadv(self.fd, [view[filled:]], self.offset + filled):
-                filled += count
+        filled = fill(self.file, self.buffer, self.offset, may_end=True)
         # Comparing a bytearray is one call of memcmp; two memoryviews are compared byte by byte.
         if filled != len(chunk) or self.buffer != chunk:
             raise _Different

@@ -50,16 +50,13 @@ def _measure_disk_usage(entry: Entry) -> int:
 def _can_clone(files: Sequence[BaseFile], stage: Folder) -> bool:
     """Clone the largest file under a temporary name, to see if the file system can."""
     largest = max(files, key=lambda file: file.size)
-    if not isinstance(largest.path, Entry):
+    if not largest.is_here:
         return False
-    base, probe = largest.path.open(), stage / STAGE_TOKEN
-    try:
-        with filesystem.reported(probe):
-            new = filesystem.create(probe, 0o600)
-            try:
-                return filesystem.clone(base, new)
-            finally:
-                os.close(new)
-                filesystem.remove_file(probe)
-    finally:
-        os.close(base)
+    probe = stage / STAGE_TOKEN
+    with largest.require_local().open() as base, filesystem.reported(probe):
+        new = filesystem.create(probe, 0o600)
+        try:
+            return filesystem.clone(base.fd, new)
+        finally:
+            os.close(new)
+            filesystem.remove_file(probe)

@@ -95,7 +95,7 @@ def _check_digests(plan: Plan) -> None:
     touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):
         file = plan.checkpoint.file(name)
-        check_digest(file, hash_file(file), pins)
+        check_digest(file, hash_file(file.source), pins)
 
 
 def _refuse_without(*names: str) -> None:

@@ -176,9 +176,10 @@ def _open_shards(
     """
     shards: dict[str, journal.OpenShard] = {}
     for name in sorted({s.file for s in splices}):
-        entry = checkpoint.file(name).path
-        if not isinstance(entry, Entry) or entry.folder is not folder:
-            raise TargetError("is not in the directory to edit", entry)
+        file = checkpoint.file(name)
+        entry = file.entry
+        if entry is None or entry.folder is not folder:
+            raise TargetError("is not in the directory to edit", file.source)
         _refuse_shared(entry)
         shards[name] = journal.OpenShard(entry)
         opened.callback(shards[name].close)
@@ -203,7 +204,7 @@ def _hash_touched(
     try:
         for name, shard in shards.items():
             file = checkpoint.file(name)
-            touched[name] = stream(shard.fd, file, mine[name], progress.advance)
+            touched[name] = stream(shard.file, file, mine[name], progress.advance)
             shard.refuse_changed()
             digest = touched[name][0]
             check_digest(file, digest, pins)
@@ -220,16 +221,16 @@ def _hash_touched(
 def _refuse_changed(checkpoint: Checkpoint, touched: Collection[str]) -> None:
     """Raise CheckpointError if a file without edits was replaced or changed since it was listed."""
     for file in checkpoint.files:
-        if isinstance(file.path, Entry) and file.name not in touched and file.name not in OWN_FILES:
-            file.path.refuse_replaced()
+        if file.entry and file.name not in touched and file.name not in OWN_FILES:
+            file.entry.refuse_replaced()
 
 
 def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if one of swsurgery's own files was changed or created since the files were listed."""
-    listed = {file.name: file.path for file in checkpoint.files}
+    listed = {file.name: file.entry for file in checkpoint.files}
     for name in OWN_FILES:
         entry = listed.get(name)
-        if isinstance(entry, Entry):
+        if entry:
             entry.refuse_replaced()
         elif filesystem.is_there(folder / name):
             raise CheckpointError(
@@ -274,7 +275,7 @@ def _describe_untouched(
             digest = record.sha256 if record and record.size == file.size else None
             found.append(AppliedFile(file.name, file.size, digest, digest, "place", unverified=digest is not None))
             continue
-        digest = hash_file(file, progress if large else None)
+        digest = hash_file(file.source, progress if large else None)
         check_digest(file, digest, pins)
         found.append(AppliedFile(file.name, file.size, digest, digest, "place"))
     return found
@@ -301,9 +302,9 @@ def _report_applied(
             raise _make_not_applied_error("the file is not there", folder.path / name)
         here, restored = hash_twice(file, mine.get(name, []), progress)
         if stated.sha256 not in (here, None) or stated.base_sha256 not in (restored, None):
-            raise _make_not_applied_error("the file was changed since", file.path)
+            raise _make_not_applied_error("the file was changed since", file.source)
         if loaded.manifest.base.sha256.get(name, restored) != restored:
-            raise _make_not_applied_error("its base is not the one that the manifest pins", file.path)
+            raise _make_not_applied_error("its base is not the one that the manifest pins", file.source)
     with filesystem.reported(folder):
         filesystem.sync_directory(folder)
     done = tuple(

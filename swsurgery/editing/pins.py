@@ -29,7 +29,7 @@ def check_planned(plan: Plan, progress: Progress) -> Plan:
             continue
         digest = file.digest
         if file.is_here:
-            digest = hash_file(file, progress) if file.name in touched else None
+            digest = hash_file(file.source, progress) if file.name in touched else None
         if digest is not None:
             check_digest(file, digest, pins)
             checked.append(file.name)
@@ -44,6 +44,6 @@ def check_left_out(plan: Plan, written: Collection[str], pins: dict[str, tuple[s
     """
     for name in sorted(set(plan.loaded.manifest.base.sha256) - set(written)):
         file = plan.checkpoint.file(name)
-        digest = hash_file(file, progress) if file.is_here else file.digest
+        digest = hash_file(file.source, progress) if file.is_here else file.digest
         if digest is not None:
             check_digest(file, digest, pins)

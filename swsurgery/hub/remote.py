@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from swsurgery.errors import HubError
@@ -50,17 +51,24 @@ class RemoteFile:
     size: int
     sha256: str | None
     xet: str | None
-    traffic: Traffic = field(repr=False)
-    _head: dict[str, bytes] = field(default_factory=dict, repr=False)
+    traffic: Traffic = field(repr=False, compare=False)
+    _head: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"hf://{self.repo_id}@{self.commit}/{self.path}"
 
-    def pread(self, size: int, offset: int) -> bytes:
-        """Read `size` bytes at `offset`; fewer only at the end of the file. Raises HubError."""
-        size = max(0, min(size, self.size - offset))
-        if not size:
-            return b""
+    def open(self) -> AbstractContextManager[RemoteFile]:
+        """Return the file as it is: no connection stays open between two reads."""
+        return contextlib.nullcontext(self)
+
+    def readinto(self, buffer: memoryview, offset: int) -> int:
+        """Read bytes from `offset` on into `buffer`, and return their number; 0 only at the end. Raises HubError."""
+        size = max(0, min(len(buffer), self.size - offset))
+        if size:
+            buffer[:size] = self._read(size, offset)
+        return size
+
+    def _read(self, size: int, offset: int) -> bytes:
         if offset < HEAD and "head" not in self._head:
             self._head["head"] = self._fetch_range(min(HEAD, self.size), 0)
         if offset + size <= len(self._head.get("head", b"")):

@@ -15,11 +15,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from swsurgery.errors import ManifestError, ShardError
+from swsurgery.errors import ManifestError, SwsurgeryError
 from swsurgery.manifest import patch
 from swsurgery.manifest.schema import Base, Bounds, Manifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS, LineColumn, NodePath, Reader, format_path
-from swsurgery.storage.files import opened, read_at_most
+from swsurgery.storage.files import LocalFile, read_at_most
 
 MAX_MANIFEST = 32 << 20
 """Maximum size of a manifest, in bytes."""
@@ -56,9 +56,8 @@ def load_manifest(path: Path) -> LoadedManifest:
     """
     try:
         real = path.resolve(strict=True)  # the path may be a link, but its target must be a file
-        with opened(real) as fd:
-            raw = read_at_most(fd, MAX_MANIFEST + 1)
-    except ShardError as error:
+        raw = read_at_most(LocalFile(real), MAX_MANIFEST + 1)
+    except SwsurgeryError as error:
         raise ManifestError.of(f"cannot read the manifest: {fault}" for fault in error.faults) from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise ManifestError(f"cannot read the manifest ({getattr(error, 'strerror', error)})", path) from None

@@ -5,7 +5,6 @@ This module must not depend on the planner, and writes nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from swsurgery.model.load import (
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.storage.dtypes import format_bits
-from swsurgery.storage.files import opened
+from swsurgery.storage.files import File, fill
 from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice
 
@@ -118,26 +117,20 @@ def load_tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[
     the old bytes of a splice.
     """
     for file, shard in checkpoint.shards.items():
-        with opened(shard.path) as fd:
-            assert isinstance(fd, int)  # models run only from local checkpoints
+        with shard.file.open() as opened:
             for info in shard.tensors.values():
                 if checkpoint.weight_map.get(info.name) != file:
                     continue
                 here = [s for s in splices if s.coordinate.tensor == info.name]
-                yield info.name, _read(fd, info, shard.data_start + info.data_offsets[0], here, file)
+                yield info.name, _read(opened, info, shard.data_start + info.data_offsets[0], here, file)
 
 
-def _read(fd: int, info: TensorInfo, offset: int, splices: Sequence[Splice], file: str) -> Tensor:
+def _read(opened: File, info: TensorInfo, offset: int, splices: Sequence[Splice], file: str) -> Tensor:
     """Read one tensor into new memory and apply its splices."""
     if not info.size:
         return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype.name])
     data = bytearray(info.size)
-    view, done = memoryview(data), 0
-    while done < info.size:
-        count = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
-        if not count:
-            raise CheckpointError("the file ended while it was read", file, "it was truncated meanwhile")
-        done += count
+    fill(opened, data, offset)
     for splice in splices:
         begin = splice.offset - offset
         place = slice(begin, begin + len(splice.old))

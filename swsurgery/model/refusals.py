@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, Unrunnable
-from swsurgery.storage.files import recognise_format
+from swsurgery.storage.files import LocalFile, recognise_format
 from swsurgery.storage.strict_json import read_config
 
 HEAD_NAMES = frozenset({"lm_head", "embed_out", "lm_loss", "output_projection", "generator_lm_head", "cls"})
@@ -64,7 +64,7 @@ def refuse_dtype(directory: Path) -> None:
     if not path.is_file():
         return
     try:
-        config = read_config(Path(path.resolve()), "config.json")
+        config = read_config(LocalFile(path.resolve()), "config.json")
     except CheckpointError as error:
         raise Unrunnable(f"config.json cannot be read: {error}", directory) from error
     import torch

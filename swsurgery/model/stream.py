@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swsurgery.errors import CheckpointError
 from swsurgery.model.weight_plan import Part, Slot, WeightPlan, compute_layout
-from swsurgery.storage.files import Place, opened
+from swsurgery.storage.files import File, fill
 from swsurgery.threads import Pool
 
 STREAM_PIECE = 8 << 20
@@ -146,10 +145,10 @@ class _Task:
     def read(self, files: _Files, memory: Tensor) -> None:
         """Read the bytes into `memory`, a tensor of bytes in main memory. Raises CheckpointError."""
         if self.part.dtype == self.dtype:
-            files.read(self.part.path, self.offset, memory[self.begin : self.begin + self.size])
+            files.read(self.part.file, self.offset, memory[self.begin : self.begin + self.size])
             return
         raw = torch.empty(self.size, dtype=torch.uint8)
-        files.read(self.part.path, self.offset, raw)
+        files.read(self.part.file, self.offset, raw)
         values = raw.view(self.part.dtype).to(self.dtype).view(torch.uint8)
         memory[self.begin : self.begin + len(values)] = values
 
@@ -166,10 +165,10 @@ def _split_tasks(slot: Slot, begin: int) -> Iterator[_Task]:
 
 
 class _Files:
-    """Descriptors of shards, opened on first use. Safe to use from several threads."""
+    """Open shards, each opened at its first use. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._open: dict[Place, int] = {}
+        self._open: dict[File, File] = {}
         self._stack = contextlib.ExitStack()
         self._lock = threading.Lock()
 
@@ -178,23 +177,13 @@ class _Files:
         self._open.clear()
         self._stack.close()
 
-    def read(self, path: Place, offset: int, memory: Tensor) -> None:
+    def read(self, file: File, offset: int, memory: Tensor) -> None:
         """Fill `memory`, a one-dimensional tensor of bytes in main memory, from `offset` on. Raises CheckpointError."""
         with self._lock:
-            fd = self._open.get(path)
-            if fd is None:
-                file = self._stack.enter_context(opened(path))
-                assert isinstance(file, int)  # models run only from local checkpoints
-                fd = self._open[path] = file
-        view = memory.numpy().data
-        while view:
-            try:
-                count = os.preadv(fd, [view], offset)
-            except OSError as error:
-                raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", path) from error
-            if not count:
-                raise CheckpointError("the file ended while it was read", path, "it was truncated meanwhile")
-            view, offset = view[count:], offset + count
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(file.open())
+            opened = self._open[file]
+        fill(opened, memory.numpy().data, offset)
 
 
 def allocate_pinned_pieces() -> list[Tensor]:

@@ -23,7 +23,7 @@ from swsurgery.model.refusals import HEAD_NAMES, make_missing_error
 from swsurgery.model.torch_dtypes import get_streamed_dtype
 from swsurgery.model.transformers_private import list_names_kept_in_float32
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.files import Place, opened, read_exactly
+from swsurgery.storage.files import File, same_bytes
 
 ALIGNMENT = 256
 """Each parameter begins at a multiple of this many bytes in a buffer."""
@@ -54,7 +54,7 @@ class Part:
     They are `size` bytes at `offset` of a shard, and belong to the parameter from its flat index `element` on.
     """
 
-    path: Place
+    file: File
     offset: int
     size: int
     dtype: torch.dtype
@@ -218,15 +218,8 @@ def _has_same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
     """Return True if two stored forms of one parameter have the same bytes. Raises ShardError."""
     if [(part.size, part.dtype, part.element) for part in one] != [(p.size, p.dtype, p.element) for p in other]:
         return False
-    for a, b in zip(one, other, strict=True):
-        with opened(a.path) as first, opened(b.path) as second:
-            for at in range(0, a.size, COMPARED):
-                size = min(COMPARED, a.size - at)
-                if read_exactly(first, size, a.offset + at, a.path) != read_exactly(
-                    second, size, b.offset + at, b.path
-                ):
-                    return False
-    return True
+    pairs = zip(one, other, strict=True)
+    return all(same_bytes(a.file, b.file, a.size, a.offset, b.offset) for a, b in pairs)
 
 
 def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
@@ -245,4 +238,4 @@ def _locate_part(name: str, element: int, checkpoint: Checkpoint) -> Part:
     dtype = get_streamed_dtype(info.dtype.name)
     if dtype is None:
         raise ModelError(f"cannot be read layer by layer: stored as {info.dtype.name}", name)
-    return Part(shard.path, shard.data_start + info.data_offsets[0], info.size, dtype, element)
+    return Part(shard.file, shard.data_start + info.data_offsets[0], info.size, dtype, element)

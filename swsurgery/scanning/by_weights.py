@@ -44,7 +44,7 @@ from swsurgery.scanning.scores import (
 )
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
-from swsurgery.storage.files import opened, read_exactly
+from swsurgery.storage.files import read_exactly
 
 MIN_Z = 5.0
 """The least robust z-score of a candidate. Six scalars of SmolLM2-135M-Instruct reach it (5.2 to 6.9): zeroing any of
@@ -311,8 +311,7 @@ class _Names:
             raise ArchitectureError(what, name)
         if why := self.checkpoint.quantisation.refusal(name):
             raise ArchitectureError(why, name, "scan an unquantised copy, or by activations")
-        with opened(shard.path) as fd:
-            raw = read_exactly(fd, info.size, shard.data_start + info.data_offsets[0], shard.path)
+        raw = read_exactly(shard.file, info.size, shard.data_start + info.data_offsets[0])
         gain = convert_patterns(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
         return gain + 1.0 if _has_type(self.checkpoint.config, ONE_PLUS) else gain
 

@@ -20,7 +20,7 @@ from swsurgery.errors import ModelError
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.files import opened, read_exactly
+from swsurgery.storage.files import read_exactly
 
 BAND = 0.14
 """The largest distance of two log2 magnitudes that count as alike: 10%."""
@@ -124,8 +124,8 @@ class StoredProjection:
         name = self.projection.tensor
         info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
         start, size = shard.offset(name, self.projection.index(0, 0)), info.dtype.size
-        with opened(shard.path) as fd:
-            data = b"".join(read_exactly(fd, n * size, start + first * size, shard.path) for first, n in runs)
+        with shard.file.open() as file:
+            data = b"".join(read_exactly(file, n * size, start + first * size) for first, n in runs)
         return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype.name])
 
 

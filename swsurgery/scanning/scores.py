@@ -8,7 +8,6 @@ are outliers.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -23,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.errors import ArchitectureError, ShardError
+from swsurgery.errors import ArchitectureError
 from swsurgery.storage.dtypes import DTYPES, Dtype, decode
-from swsurgery.storage.files import Place, opened
+from swsurgery.storage.files import File, fill
 from swsurgery.threads import Pool
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ class Matrix:
     """A matrix in a shard, row-major from byte `offset` of the file: a tensor, or one expert of a stacked tensor."""
 
     name: str
-    path: Place
+    file: File
     offset: int
     dtype: Dtype
     rows: int
@@ -74,7 +73,7 @@ class Matrix:
             raise ArchitectureError(why, tensor, "scan an unquantised copy, or by activations")
         rows, cols = info.shape[-2:]
         start = shard.data_start + info.data_offsets[0] + (expert or 0) * rows * cols * info.dtype.size
-        return cls(tensor, shard.path, start, info.dtype, rows, cols)
+        return cls(tensor, shard.file, start, info.dtype, rows, cols)
 
     @property
     def row_bytes(self) -> int:
@@ -167,7 +166,7 @@ class BlockReader:
 
     def __init__(self, threads: int):
         self._threads = threads
-        self._files: dict[Place, int] = {}
+        self._files: dict[File, File] = {}
         self._spare: SimpleQueue[Workspace] = SimpleQueue()
         self._stack = ExitStack()
 
@@ -186,26 +185,15 @@ class BlockReader:
     def open(self, matrices: Iterable[Matrix]) -> None:
         """Open the shards of these matrices. Raises ShardError."""
         for matrix in matrices:
-            if matrix.path not in self._files:
-                file = self._stack.enter_context(opened(matrix.path))
-                if not isinstance(file, int):
-                    raise TypeError(f"{matrix.path} is not a file on this machine")
-                self._files[matrix.path] = file
+            if matrix.file not in self._files:
+                self._files[matrix.file] = self._stack.enter_context(matrix.file.open())
 
     def read_rows(
         self, space: Workspace, which: int, matrix: Matrix, first: int, end: int
     ) -> NDArray[np.unsignedinteger]:
         """Rows [first, end) as unsigned integers of the dtype's width, in a buffer of `space`. Raises ShardError."""
         raw = space.take_bytes(which, (end - first) * matrix.row_bytes)
-        left, offset = raw.data, matrix.offset + first * matrix.row_bytes
-        while left:
-            try:
-                count = os.preadv(self._files[matrix.path], [left], offset)
-            except OSError as error:
-                raise ShardError(f"cannot read ({os.strerror(error.errno or 0)})", matrix.path) from error
-            if not count:
-                raise ShardError("the file ended while it was read", matrix.path, "it was changed meanwhile")
-            left, offset = left[count:], offset + count
+        fill(self._files[matrix.file], raw.data, matrix.offset + first * matrix.row_bytes)
         return raw.view(f"<u{matrix.dtype.size}").reshape(end - first, matrix.cols)
 
     def map(self, function: Callable[[Workspace, T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:

@@ -155,7 +155,7 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
     pins, found = collect_known_digests(plan), {}
     for name in sorted({s.file for s in plan.splices}):
         file = plan.checkpoint.file(name)
-        digest = hash_file(file, progress) if file.is_here else file.digest
+        digest = hash_file(file.source, progress) if file.is_here else file.digest
         if digest:
             check_digest(file, digest, pins)
         elif name in pins:

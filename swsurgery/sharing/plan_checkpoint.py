@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.compare import read_chunks
 from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.opening import open_as
 from swsurgery.checkpoint.projections import find_short_form
@@ -28,7 +27,8 @@ from swsurgery.progress import Progress
 from swsurgery.sharing import card
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.files import BaseFile, Place, opened, read_at_most, read_exactly
+from swsurgery.storage.files import BaseFile, File, read_at_most, read_exactly
+from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.names import OWN_FILES, SIGNATURE_NAME
 from swsurgery.verifying.findings import Finding
 
@@ -187,11 +187,9 @@ class Scan:
         if file is None:
             return self._plan_elsewhere(name, self.registry.files[name])
         if file.size <= SMALL_FILE:
-            with opened(file.path) as fd:
-                data = read_exactly(fd, file.size, 0, file.path)
-            found = _make_item(name, data, file.path)
+            found = _make_item(name, read_exactly(file.source, file.size, 0), file.source)
         else:
-            found = Item(name, "upload", file.size, "", self._get_digest(file), None, file.path)
+            found = Item(name, "upload", file.size, "", self._get_digest(file), None, file.source)
         return self._decide(found, "edited" if name in self.edited else "")
 
     def own(self, name: str, data: bytes) -> Item:
@@ -241,25 +239,12 @@ class Scan:
         record = self.registry.files.get(file.name)
         if record and record.sha256 and file.name not in self.distrusted:
             return record.sha256
-        return file_sha256(file, self.progress) if self.hashing else None
+        return hash_file(file.source, self.progress, f"hashing {file.name}") if self.hashing else None
 
 
-def _make_item(name: str, data: bytes, content: Place | bytes) -> Item:
+def _make_item(name: str, data: bytes, content: File | bytes) -> Item:
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return Item(name, "upload", len(data), "", hashlib.sha256(data).hexdigest(), blob, content)
-
-
-def file_sha256(file: BaseFile, progress: Progress) -> str:
-    """Compute the sha256 of a large file, with a progress bar."""
-    digest = hashlib.sha256()
-    progress.start(file.size, "B", f"hashing {file.name}")
-    try:
-        for _, chunk in read_chunks(file, []):
-            digest.update(chunk)
-            progress.advance(len(chunk))
-    finally:
-        progress.close()
-    return digest.hexdigest()
 
 
 def _make_record(registry: Registry, items: Sequence[Item], base: Listing | None) -> Registry:
@@ -288,13 +273,12 @@ def read_base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
     """
     here = scan.there.get(card.CARD_NAME)
     if here is not None and card.CARD_NAME in registry.files and card.CARD_NAME not in scan.distrusted:
-        with opened(here.path) as file:
-            return read_at_most(file, 4 * card.MAX_CARD).decode("utf-8", "replace")
+        return read_at_most(here.source, 4 * card.MAX_CARD).decode("utf-8", "replace")
     theirs = base.files.get(join_base_path(registry, card.CARD_NAME)) if base else None
     if theirs is None:
         return ""
     with contextlib.suppress(HubError):  # a gated repository permits listing files, but not reading them
-        return theirs.pread(4 * card.MAX_CARD, 0).decode("utf-8", "replace")
+        return read_at_most(theirs, 4 * card.MAX_CARD).decode("utf-8", "replace")
     return ""
 
 

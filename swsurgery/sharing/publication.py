@@ -14,7 +14,7 @@ from typing import Any, Literal
 from swsurgery.checkpoint.record import Registry
 from swsurgery.errors import HubError
 from swsurgery.hub.commit import MAIN, Branch, Listing
-from swsurgery.storage.files import Place
+from swsurgery.storage.files import File
 from swsurgery.verifying.findings import Finding
 
 How = Literal["copy", "upload", "keep", "delete"]
@@ -36,7 +36,7 @@ class Item:
     why: str
     sha256: str | None = None
     blob: str | None = None
-    content: Place | bytes | None = field(default=None, repr=False)
+    content: File | bytes | None = field(default=None, repr=False)
     source: str | None = None
 
     def is_in(self, listing: Listing, path: str = "") -> bool:

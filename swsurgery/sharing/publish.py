@@ -10,7 +10,6 @@ repository has the old state or the new one, and the same call continues.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
@@ -31,13 +30,13 @@ from swsurgery.errors import (
 from swsurgery.hub import Uri, fetch
 from swsurgery.hub import commit as hub
 from swsurgery.hub.commit import Branch, Conflict, Copy, CopyRefused, Draft, Listing, Sent
-from swsurgery.hub.remote import RemoteFile
 from swsurgery.progress import Progress, Silent
 from swsurgery.sharing import card
 from swsurgery.sharing.plan_checkpoint import SMALL_FILE, make_publication
 from swsurgery.sharing.publication import Item, Publication, Wish, format_lines, is_published
-from swsurgery.storage.files import Place
+from swsurgery.storage.files import File, LocalFile, read_at_most
 from swsurgery.storage.folder import Entry
+from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.verifying.findings import RULES, Finding
 from swsurgery.verifying.verify import Question, verify_checkpoint
@@ -299,16 +298,16 @@ def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Calla
             raise CheckpointError("changed while it was being published", plan.root / name, remedy)
 
 
-def _check_content(content: Place | bytes) -> Path | bytes:
+def _check_content(content: File | bytes) -> Path | bytes:
     """Return the path or the bytes to upload. Raises CheckpointError if the path now belongs to another file.
 
     The check is needed because the library opens the file by its path.
     """
-    if isinstance(content, Entry):
-        content.refuse_replaced()
-        return content.path
-    assert isinstance(content, Path | bytes), "what is elsewhere is fetched first"
-    return content
+    if isinstance(content, bytes):
+        return content
+    assert isinstance(content, LocalFile) and isinstance(content.where, Entry), "other files are downloaded first"
+    content.where.refuse_replaced()
+    return content.where.path
 
 
 def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[Finding], Listing, int]:
@@ -324,7 +323,7 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
     for item in plan.items:
         findings += _compare_file(item, listing)
         if isinstance(item.content, bytes) and item.name in listing.files:
-            data = listing.files[item.name].pread(listing.files[item.name].size, 0)
+            data = read_at_most(listing.files[item.name], listing.files[item.name].size)
             if data != item.content:
                 findings.append(Finding("digest", "the Hub serves other bytes than were published", item.name))
     changed, scalars = _compare_scalars(plan.registry, listing, progress)
@@ -363,14 +362,6 @@ def _compare_file(item: Item, listing: Listing) -> list[Finding]:
         return [Finding("file-undeclared", "it is still there", item.name)] if there else []
     if there is None:
         return [Finding("file-missing", "it was published and is not there", item.name)]
-    if item.is_in(listing) or there.sha256 is None and item.blob is None and _hash_remote(there) == item.sha256:
+    if item.is_in(listing) or there.sha256 is None and item.blob is None and hash_file(there) == item.sha256:
         return []
     return [Finding("digest", f"the Hub has other bytes than {escape_control(item.sha256 or '?')}", item.name)]
-
-
-def _hash_remote(file: RemoteFile) -> str:
-    """Compute the sha256 of a small file on the Hub, by downloading it."""
-    digest = hashlib.sha256()
-    for offset in range(0, file.size, SMALL_FILE):
-        digest.update(file.pread(SMALL_FILE, offset))
-    return digest.hexdigest()

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from swsurgery.errors import ShardError, TargetError
+from swsurgery.errors import SwsurgeryError
 from swsurgery.storage import filesystem
-from swsurgery.storage.files import open_regular, read_at_most
+from swsurgery.storage.files import LocalFile, read_at_most
 
 MAX_ENTRIES = 20_000
 """Maximum number of digests kept; the oldest are dropped."""
@@ -65,7 +65,7 @@ class DigestCache:
         try:
             filesystem.make_directories(self._path.parent)
             filesystem.replace_shared(self._path, json.dumps(document, indent=0).encode(), wait=False, mode=0o600)
-        except (OSError, TargetError):
+        except (OSError, SwsurgeryError):
             return
         self._new = {}
         self._read = None
@@ -74,19 +74,14 @@ class DigestCache:
 def _load(path: Path) -> dict[str, str]:
     """Read the entries of a cache file. Returns no entries if the file cannot be trusted."""
     try:
-        fd = open_regular(path)
-    except (OSError, ShardError):
-        return {}
-    try:
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return {}
-        raw = read_at_most(fd, MAX_CACHE + 1)
+        with LocalFile(path).open() as file:
+            status = os.fstat(file.fd)
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return {}
+            raw = read_at_most(file, MAX_CACHE + 1)
         document = json.loads(raw) if len(raw) <= MAX_CACHE else None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, SwsurgeryError, ValueError, RecursionError):
         return {}
-    finally:
-        os.close(fd)
     if not isinstance(document, dict):
         return {}
     entries = document.get("digests")

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage.dtypes import format_bits
-from swsurgery.storage.files import BaseFile, open_local
+from swsurgery.storage.files import CHUNK, BaseFile, File, fill
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice
 from swsurgery.threads import Pool
@@ -22,12 +22,9 @@ from swsurgery.threads import Pool
 THREADS_VARIABLE = "SWSURGERY_THREADS"
 """Environment variable with the number of files copied at a time. 1 does everything in one thread."""
 
-CHUNK = 4 << 20
-"""Bytes read at a time: large enough to keep the disk and the hash busy, small enough for the processor cache."""
-
 
 def stream(
-    fd: int,
+    opened: File,
     file: BaseFile,
     splices: Sequence[Splice],
     advance: Callable[[int], None],
@@ -45,7 +42,7 @@ def stream(
     jobs: list[Future[None]] = []
     first = 0
     with Pool(min(2, count_threads())) as lanes:  # one thread writes, the other hashes what is written
-        for offset, chunk in _read_chunks(fd, file):
+        for offset, chunk in _read_chunks(opened, file.size):
             if header and offset < header_end:
                 begun.update(chunk[: header_end - offset])
                 if header_end <= offset + len(chunk):
@@ -75,9 +72,19 @@ def stream(
 _by_offset = operator.attrgetter("offset")
 
 
-def hash_file(file: BaseFile, progress: Progress | None = None) -> str:
-    """Compute the sha256 of a file. Raises ShardError, CheckpointError."""
-    return hash_twice(file, (), progress)[0]
+def hash_file(file: File, progress: Progress | None = None, what: str = "hashing") -> str:
+    """Compute the sha256 of a file; `what` is the label of the progress bar. Raises ShardError, SwsurgeryError."""
+    progress, digest = progress or Silent(), hashlib.sha256()
+    with file.open() as opened:
+        size = opened.size
+        progress.start(size, "B", what)
+        try:
+            for _, chunk in _read_chunks(opened, size):
+                digest.update(chunk)
+                progress.advance(len(chunk))
+        finally:
+            progress.close()
+    return digest.hexdigest()
 
 
 def hash_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | None = None) -> tuple[str, str]:
@@ -85,8 +92,8 @@ def hash_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | N
     progress = progress or Silent()
     progress.start(file.size, "B", "hashing")
     try:
-        with open_local(file.path) as fd:
-            return stream(fd, file, splices, progress.advance)
+        with file.source.open() as opened:
+            return stream(opened, file, splices, progress.advance)
     finally:
         progress.close()
 
@@ -100,14 +107,14 @@ def check_digest(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) 
         if wanted and wanted != digest:
             changed = f"{file.name} was changed since the edit: restore it, or give the unchanged checkpoint"
             remedy = changed if who == "its registry" else "is this the right checkpoint?"
-            raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.path, remedy)
+            raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.source, remedy)
 
 
 def refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
     """Raise CheckpointError unless `digest` is that of `header`, with which the edits were planned."""
     if digest != header.header_sha256:
         reason = "does not have the header that the edits were planned with"
-        raise CheckpointError(reason, file.path, "the base was changed meanwhile")
+        raise CheckpointError(reason, file.source, "the base was changed meanwhile")
 
 
 def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], file: BaseFile) -> None:
@@ -121,7 +128,7 @@ def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], fi
         if chunk[at] != splice.old[part]:
             raise CheckpointError(
                 f"{splice.coordinate} does not hold the planned {format_bits(splice.old)}",
-                file.path,
+                file.source,
                 "the base was changed meanwhile",
             )
         chunk[at] = splice.new[part]
@@ -138,23 +145,13 @@ def count_threads() -> int:
     return int(text)
 
 
-def _read_chunks(base: int, file: BaseFile) -> Iterator[tuple[int, memoryview]]:
-    """Yield (offset, bytes) for each chunk of a file. Raises CheckpointError if the file cannot be read or is shorter.
+def _read_chunks(file: File, size: int) -> Iterator[tuple[int, memoryview]]:
+    """Yield (offset, bytes) for each chunk of a file of `size` bytes. Raises CheckpointError.
 
     Two buffers are used alternately. They are aligned to pages, as writes that bypass the page cache require.
     """
     buffers = itertools.cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))])
-    offset = 0
-    while offset < file.size:
-        buffer = next(buffers)[: file.size - offset]
-        filled = 0
-        while filled < len(buffer):
-            try:
-                count = os.preadv(base, [buffer[filled:]], offset + filled)
-            except OSError as error:
-                raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", file.path) from error
-            if not count:
-                raise CheckpointError("the file ended while it was read", file.path, "it was truncated meanwhile")
-            filled += count
+    for offset in range(0, size, CHUNK):
+        buffer = next(buffers)[: size - offset]
+        fill(file, buffer, offset)
         yield offset, buffer
-        offset += len(buffer)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from swsurgery.errors import ShardError
 from swsurgery.storage.dtypes import DTYPES, Dtype
-from swsurgery.storage.files import Place, opened, read_exactly, recognise_format, size_of
+from swsurgery.storage.files import File, read_exactly, recognise_format
 from swsurgery.storage.strict_json import quote, refuse_duplicates
 
 MAX_HEADER = 16 << 20
@@ -78,7 +78,7 @@ class Shard:
     of all bytes before the data section.
     """
 
-    path: Place
+    file: File
     size: int
     header_size: int
     tensors: dict[str, TensorInfo]
@@ -97,40 +97,42 @@ class Shard:
 
     def read_scalar(self, name: str, index: tuple[int, ...]) -> bytes:
         """Read the stored bytes of one scalar, little-endian. Raises ShardError, KeyError, IndexError."""
-        with opened(self.path) as fd:
-            return read_exactly(fd, self.tensors[name].dtype.size, self.offset(name, index), self.path)
+        return read_exactly(self.file, self.tensors[name].dtype.size, self.offset(name, index))
 
 
-def open_shard(path: Place) -> Shard:
+def open_shard(file: File) -> Shard:
     """Read and check the header of one safetensors file, without reading tensor data.
 
     Raises ShardError, which names the violated rule.
     """
-    with opened(path) as fd:
-        size = size_of(fd)
-        length = read_exactly(fd, min(size, 8), 0, path)
-        header_size = decode_header_length(length, size, path)
-        raw = read_exactly(fd, header_size, 8, path)
+    with file.open() as opened:
+        size = opened.size
+        length = read_exactly(opened, min(size, 8), 0)
+        header_size = decode_header_length(length, size, file)
+        raw = read_exactly(opened, header_size, 8)
     try:
         tensors, metadata = parse_header(raw, size - 8 - header_size)
     except ValueError as error:
-        raise ShardError(f"malformed safetensors header: {error}", path) from None
-    return Shard(path, size, header_size, tensors, metadata, hashlib.sha256(length + raw).hexdigest())
+        raise ShardError(f"malformed safetensors header: {error}", file) from None
+    return Shard(file, size, header_size, tensors, metadata, hashlib.sha256(length + raw).hexdigest())
 
 
-def decode_header_length(start: bytes, size: int, path: Place) -> int:
-    """Decode the header size from the first 8 bytes of a file of `size` bytes. Raises ShardError for other formats."""
+def decode_header_length(start: bytes, size: int, file: object) -> int:
+    """Decode the header size from the first 8 bytes of a file of `size` bytes. `file` is named in messages only.
+
+    Raises ShardError for other formats.
+    """
     if size < 8:
-        raise ShardError(f"is too short for a safetensors file ({size} bytes)", path, "download it again")
+        raise ShardError(f"is too short for a safetensors file ({size} bytes)", file, "download it again")
     length = int.from_bytes(start, "little")
     if length > size - 8:
         # Not checked earlier, because a valid header length may consist of the same bytes.
         if found := recognise_format(start):
-            raise ShardError(found[0], path, found[1])
+            raise ShardError(found[0], file, found[1])
         reason = f"is truncated: its header says {length} bytes, the file has {size}"
-        raise ShardError(reason, path, "download it again")
+        raise ShardError(reason, file, "download it again")
     if length > MAX_HEADER:
-        raise ShardError(f"has a header of {length} bytes, more than the {MAX_HEADER} accepted", path)
+        raise ShardError(f"has a header of {length} bytes, more than the {MAX_HEADER} accepted", file)
     return length
 
 

@@ -32,6 +32,7 @@ from swsurgery.errors import (
     report_done,
 )
 from swsurgery.storage import filesystem
+from swsurgery.storage.files import LocalFile, read_at_most
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.names import STAGE_TOKEN
 
@@ -231,16 +232,13 @@ def _read_ctime(entry: Entry) -> int:
 def _read_own_file(entry: Entry) -> tuple[bytes, int] | None:
     """Read a small regular file of this user; returns (bytes, ctime in ns), or None for anything else."""
     try:
-        fd = entry.open()
+        with LocalFile(entry).open() as file:
+            status = os.fstat(file.fd)
+            if status.st_uid != os.geteuid() or status.st_size > _MAX_MARKER:
+                return None
+            return read_at_most(file, _MAX_MARKER), status.st_ctime_ns
     except CheckpointError:
         return None
-    try:
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or status.st_size > _MAX_MARKER:
-            return None
-        return os.pread(fd, _MAX_MARKER, 0), status.st_ctime_ns
-    finally:
-        os.close(fd)
 
 
 def _remove_leftover(marker: Entry) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.errors import CheckpointError
-from swsurgery.storage.files import Place, opened, read_at_most, recognise_format, size_of
+from swsurgery.storage.files import File, read_at_most, recognise_format
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -57,24 +57,24 @@ ASCII, as written by swsurgery, because other text needs up to four bytes of mem
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: Place, name: str) -> dict[str, Any]:
+def read_json(file: File, name: str) -> dict[str, Any]:
     """Read a JSON object from a regular file, which messages call `name`. Raises CheckpointError."""
-    return parse_json(read_small(path, name), name)
+    return parse_json(read_small(file, name), name)
 
 
-def read_config(path: Place, name: str) -> dict[str, Any]:
+def read_config(file: File, name: str) -> dict[str, Any]:
     """Read a config.json. Its numbers may be infinite or NaN, so check them before writing them as JSON.
 
     Raises CheckpointError.
     """
-    return parse_json(read_small(path, name), name, strict=False)
+    return parse_json(read_small(file, name), name, strict=False)
 
 
-def read_small(path: Place, name: str, most: int = MAX_JSON) -> bytes:
+def read_small(file: File, name: str, most: int = MAX_JSON) -> bytes:
     """Read a regular file of at most `most` bytes. Raises CheckpointError."""
-    with opened(path) as fd:
+    with file.open() as opened:
         # A file with a larger reported size is not read at all.
-        raw = read_at_most(fd, most + 1) if size_of(fd) <= most else None
+        raw = read_at_most(opened, most + 1) if opened.size <= most else None
     if raw is None or len(raw) > most:
         raise CheckpointError(f"has more than the {most} bytes accepted", name)
     return raw

@@ -7,17 +7,17 @@ manifest's line.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.compare import find_undeclared_changes, read_chunks
+from swsurgery.checkpoint.compare import find_undeclared_changes
 from swsurgery.checkpoint.record import Registry
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import PlanError, escape_control
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.progress import Progress
 from swsurgery.storage import dtypes
+from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.verifying.against_manifest import Wishes, point_at
 from swsurgery.verifying.findings import Finding
@@ -87,9 +87,7 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
 def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
     """Check the digests that the manifest pins. The planner has checked that these files exist."""
     for name, digest in wishes.loaded.manifest.base.sha256.items():
-        here = hashlib.sha256()
-        for _, chunk in read_chunks(base.file(name), []):
-            here.update(chunk)
-        if here.hexdigest() != digest:
-            message = f"base.sha256 of {name} is {digest}, this base's is {here.hexdigest()}"
+        here = hash_file(base.file(name).source)
+        if here != digest:
+            message = f"base.sha256 of {name} is {digest}, this base's is {here}"
             yield wishes.finding(message, path=("base", "sha256", name))

@@ -220,7 +220,7 @@ def _check_sums(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
     expected = patched.own_files()["SHA256SUMS"]
     if "SHA256SUMS" not in names:
         findings.append(Finding("file-missing", "the registry goes with it, it is not there", "SHA256SUMS"))
-    elif names["SHA256SUMS"].size != len(expected) or read_small(names["SHA256SUMS"].path, "SHA256SUMS") != expected:
+    elif names["SHA256SUMS"].size != len(expected) or read_small(names["SHA256SUMS"].source, "SHA256SUMS") != expected:
         findings.append(Finding("digest", "it does not list what the registry lists", "SHA256SUMS"))
     return findings
 

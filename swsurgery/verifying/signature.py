@@ -22,7 +22,7 @@ from swsurgery.checkpoint.record import read_patched
 from swsurgery.checkpoint.weight_files import MAX_LISTED
 from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, TargetError
 from swsurgery.storage import filesystem
-from swsurgery.storage.files import read_exactly
+from swsurgery.storage.files import LocalFile, read_exactly
 from swsurgery.storage.strict_json import parse_json, read_small
 from swsurgery.verifying.findings import Finding
 
@@ -60,11 +60,11 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
         with _convert_key_errors(key, library):
             config = library.signing.Config().use_elliptic_key_signer(private_key=key_path)
     config.set_hashing_config(_Hashing.of(library, root, signature))
-    with _make_memory_file(b"") as (memory, path):
+    with _make_memory_file(b"") as (fd, path):
         with _lock_for_reading(root):
             config.sign(root, path)
         checkpoint.refuse_changed()  # the library opens the files by their paths
-        data = read_exactly(memory, os.fstat(memory).st_size, 0, path)
+        data = read_exactly(LocalFile(path, fd), os.fstat(fd).st_size, 0)
     temporary = signature.with_name(f".{signature.name}.partial")
     with filesystem.reported(signature):
         filesystem.remove_file(temporary)  # left by a killed run
@@ -84,7 +84,7 @@ def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Find
     signature = Path(os.path.abspath(signature))
     if faults := _find_links(root):
         return [Finding("signature", fault) for fault in faults]
-    raw = read_small(signature, str(signature))
+    raw = read_small(LocalFile(signature), str(signature))
     with _open_key(public_key, private=False) as path, _convert_key_errors(public_key, library):
         config = library.verifying.Config().use_elliptic_key_verifier(public_key=path)
     hashing = _Hashing.of(library, root, signature)

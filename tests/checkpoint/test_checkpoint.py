@@ -337,10 +337,10 @@ def test_a_snapshot_opens_the_blobs_and_knows_repository_and_revision(snapshot):
     assert is_cache_snapshot(snapshot)
     assert (checkpoint.repo_id, checkpoint.revision, checkpoint.in_cache) == ("org/tiny", COMMIT, True)
     weights, config = checkpoint.file("model.safetensors"), checkpoint.file("config.json")
-    assert weights.path.path == snapshot.resolve().parents[1] / "blobs" / ("5" * 64)
+    assert weights.entry.path == snapshot.resolve().parents[1] / "blobs" / ("5" * 64)
     assert (weights.digest, config.digest) == ("5" * 64, None)
     assert checkpoint.config == {"model_type": "llama"}
-    assert not weights.path.path.is_symlink()
+    assert not weights.entry.path.is_symlink()
 
 
 def test_a_blob_in_the_store_that_repositories_share_is_followed(snapshot):
@@ -353,7 +353,7 @@ def test_a_blob_in_the_store_that_repositories_share_is_followed(snapshot):
     blob.symlink_to(f"../../blobs/ab/{name}")
     checkpoint = open_checkpoint(snapshot)
     assert set(checkpoint.weight_map) == {"shared"}
-    assert checkpoint.file("model.safetensors").path.path == hub.resolve() / "blobs" / "ab" / name
+    assert checkpoint.file("model.safetensors").entry.path == hub.resolve() / "blobs" / "ab" / name
 
 
 @pytest.mark.parametrize("how", ["directly", "through a blob", "other repository", "odd name", "above the store"])

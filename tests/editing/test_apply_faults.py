@@ -32,7 +32,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing import sanity
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
-from swsurgery.errors import CheckFailed, CheckpointError, ModelError, TargetError
+from swsurgery.errors import CheckFailed, CheckpointError, ModelError, SwsurgeryError, TargetError
 from swsurgery.progress import Silent
 from swsurgery.storage import filesystem
 
@@ -129,11 +129,15 @@ def test_a_target_inside_the_base_is_refused(manifest, tmp_path, through_a_link)
 
 
 def test_a_base_that_cannot_be_read_is_not_blamed_on_the_target(manifest, tmp_path, monkeypatch):
-    def broken(*args: object) -> int:
-        raise OSError(errno.EIO, "broken disk")
+    preadv = os.preadv
+
+    def broken(fd: int, *rest: object) -> int:
+        if Path(os.readlink(f"/proc/self/fd/{fd}")).parent == tmp_path / "base":
+            raise OSError(errno.EIO, "broken disk")
+        return preadv(fd, *rest)
 
     monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(CheckpointError, match=rf"^cannot read \(Input/output error\): {tmp_path / 'base'}/"):
+    with pytest.raises(SwsurgeryError, match=rf"^cannot read \(Input/output error\): {tmp_path / 'base'}/"):
         apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"))
     assert not (tmp_path / "out").exists()
 

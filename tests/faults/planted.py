@@ -131,16 +131,16 @@ COPY_RACES = (
         "listed files are opened by their paths",
         "storage/files.py",
         """\
-    fd = path.open() if isinstance(path, Entry) else open_regular(path)
-    try:
-        yield fd
-        if isinstance(path, Entry):
-            path.refuse_changed(fd)
+        fd = self.where.open() if isinstance(self.where, Entry) else _open_path(self.where)
+        try:
+            yield replace(self, fd=fd)
+            if isinstance(self.where, Entry):
+                self.where.refuse_changed(fd)
 """,
         """\
-    fd = open_regular(path.path if isinstance(path, Entry) else path)
-    try:
-        yield fd
+        fd = _open_path(self.where.path if isinstance(self.where, Entry) else self.where)
+        try:
+            yield replace(self, fd=fd)
 """,
     ),
     Bug(
@@ -175,7 +175,7 @@ IN_PLACE_RACES = (
     Bug(
         "old bytes are not read before they are overwritten",
         "checkpoint/journal.py",
-        "        if read_exactly(self.fd, len(wanted), place.offset, self.entry) != wanted:\n",
+        "        if read_exactly(self.file, len(wanted), place.offset) != wanted:\n",
         "        if False:\n",
     ),
     Bug(

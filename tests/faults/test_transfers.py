@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(bool(transfers.missing()), reason=transfers.miss
 @pytest.mark.parametrize(
     ("name", "calls"),
     [
-        ("copy", {"write", "pread", "preadv"}),
-        ("copy of a base hashed before", {"write", "pread", "preadv"}),
+        ("copy", {"write", "preadv"}),
+        ("copy of a base hashed before", {"write", "preadv"}),
         ("edit in place", {"write", "pwrite", "preadv"}),
     ],
 )

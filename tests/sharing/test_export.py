@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from checkpoints import FIRST, THIRD, down, sha256, tensor, tree, write_llama, write_manifest, write_single
+from checkpoints import FIRST, SECOND, THIRD, down, sha256, tensor, tree, write_llama, write_manifest, write_single
 from hub import fixture
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -357,14 +357,6 @@ def test_only_protecting_is_nothing_to_export(tmp_path):
 
 def test_of_the_base_only_headers_scalars_and_touched_shards_are_read(tmp_path, monkeypatch):
     base = write_llama(tmp_path / "base")
-    opened: set[str] = set()
-    plain = os.pread
-
-    def reading(fd: int, size: int, offset: int) -> bytes:
-        opened.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
-        return plain(fd, size, offset)
-
-    monkeypatch.setattr(os, "pread", reading)
     counted: dict[str, int] = {}
     read = os.preadv
 
@@ -375,8 +367,8 @@ def test_of_the_base_only_headers_scalars_and_touched_shards_are_read(tmp_path, 
 
     monkeypatch.setattr(os, "preadv", counting)
     export.write(write_manifest(tmp_path / "m.json", base, ZERO), "sparse", tmp_path / "p")
-    assert counted == {FIRST: (base / FIRST).stat().st_size}
-    assert THIRD in opened, "its header"
+    assert [name for name in (FIRST, SECOND, THIRD) if counted[name] >= (base / name).stat().st_size] == [FIRST]
+    assert counted[THIRD] > 0, "its header"
 
 
 def test_a_patch_becomes_an_adapter(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from swsurgery.errors import CheckpointError, ShardError, TargetError
 from swsurgery.storage import filesystem
 from swsurgery.storage import folder as folder_module
-from swsurgery.storage.files import opened
+from swsurgery.storage.files import LocalFile
 from swsurgery.storage.folder import Entry, Folder, Identity
 
 
@@ -48,8 +48,8 @@ def root(tmp_path) -> Path:
 
 
 def read(entry: Entry) -> bytes:
-    with opened(entry) as fd:
-        return os.read(fd, 100)
+    with LocalFile(entry).open() as file:
+        return os.read(file.fd, 100)
 
 
 @pytest.mark.parametrize("name", ["a", "sub/b", "sub/deep/c"])
@@ -145,8 +145,8 @@ def test_a_file_that_is_no_longer_what_was_listed_is_refused(way, root, name, ch
 
 def test_a_file_that_changes_while_it_is_read_is_noticed_at_the_end(way, root):
     changed = pytest.raises(CheckpointError, match="changed or replaced")
-    with Folder.at(root) as folder, changed, opened(listed(folder, "a")) as fd:
-        assert os.read(fd, 1) == b"a"
+    with Folder.at(root) as folder, changed, LocalFile(listed(folder, "a")).open() as file:
+        assert os.read(file.fd, 1) == b"a"
         rewritten(root / "a")
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from swsurgery.errors import CheckpointError, ShardError
 from swsurgery.storage.dtypes import DTYPES
+from swsurgery.storage.files import LocalFile
 from swsurgery.storage.shard import MAX_HEADER, open_shard, parse_header
 
 CASES = json.loads((Path(__file__).parents[1] / "assets" / "headers.json").read_text())
@@ -90,10 +91,10 @@ def test_each_case_gets_its_verdict_and_what_is_accepted_reads_as_the_official_p
     path = written(content)
     if case["ours"] == "reject":
         with pytest.raises(ShardError) as caught:
-            open_shard(path)
+            open_shard(LocalFile(path))
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
         return
-    shard = open_shard(path)
+    shard = open_shard(LocalFile(path))
     data = content[shard.data_start :]
     assert shard.size == len(content)
     read = sorted((i.name, i.dtype.name, i.shape, data[slice(*i.data_offsets)]) for i in shard.tensors.values())
@@ -195,7 +196,7 @@ RULES = [
 @pytest.mark.parametrize("raw,data_size,message", RULES, ids=[rule[2] for rule in RULES])
 def test_each_rule_names_itself(raw, data_size, message, written):
     with pytest.raises(ShardError) as caught:
-        open_shard(written(file_of(raw, bytes(data_size))))
+        open_shard(LocalFile(written(file_of(raw, bytes(data_size)))))
     assert message in str(caught.value)
     assert str(caught.value).startswith("malformed safetensors header: ")
 
@@ -206,14 +207,14 @@ def test_a_header_over_the_limit_is_refused_before_it_is_read(tmp_path):
     os.truncate(path, 8 + MAX_HEADER + 1)  # sparse
     before = time.perf_counter()
     with pytest.raises(ShardError, match=f"has a header of {MAX_HEADER + 1} bytes, more than the {MAX_HEADER}"):
-        open_shard(path)
+        open_shard(LocalFile(path))
     assert time.perf_counter() - before < 0.5
 
 
 def test_a_header_of_exactly_the_limit_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(file_of(b"{}" + b" " * (MAX_HEADER - 2)))
-    assert open_shard(path).header_size == MAX_HEADER
+    assert open_shard(LocalFile(path)).header_size == MAX_HEADER
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_a_header_of_exactly_the_limit_is_read(tmp_path):
 )
 def test_other_files_are_told_by_what_they_are(content, message, written):
     with pytest.raises(ShardError) as caught:
-        open_shard(written(content))
+        open_shard(LocalFile(written(content)))
     assert message in str(caught.value)
 
 
@@ -244,15 +245,15 @@ def test_a_file_is_not_taken_for_another_format_where_its_first_bytes_are_a_leng
     path.write_bytes(struct.pack("<Q", length))
     os.truncate(path, 8 + length)
     with pytest.raises(ShardError, match="more than the"):
-        open_shard(path)
+        open_shard(LocalFile(path))
 
 
 def test_every_truncation_of_a_sound_file_is_refused(written):
     content = safetensors.numpy.save({"a": np.arange(6, dtype=np.float32), "b": np.ones((2, 3), np.float16)})
-    assert set(open_shard(written(content)).tensors) == {"a", "b"}
+    assert set(open_shard(LocalFile(written(content))).tensors) == {"a", "b"}
     for length in range(len(content)):
         with pytest.raises(ShardError):
-            open_shard(written(content[:length]))
+            open_shard(LocalFile(written(content[:length])))
 
 
 def test_a_fifo_does_not_hang_and_a_directory_and_a_link_are_no_shards(tmp_path, written):
@@ -267,7 +268,7 @@ def test_a_fifo_does_not_hang_and_a_directory_and_a_link_are_no_shards(tmp_path,
         (tmp_path / "missing", "No such file"),
     ]:
         with pytest.raises(ShardError, match=message) as caught:
-            open_shard(path)
+            open_shard(LocalFile(path))
         assert isinstance(caught.value, CheckpointError)
     assert time.perf_counter() - before < 1
 
@@ -275,7 +276,7 @@ def test_a_fifo_does_not_hang_and_a_directory_and_a_link_are_no_shards(tmp_path,
 def test_scalars_are_read_where_numpy_wrote_them(written):
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     path = written(safetensors.numpy.save({"w": array, "v": np.arange(5, dtype=np.int64)}))
-    shard = open_shard(path)
+    shard = open_shard(LocalFile(path))
     info = shard.tensors["w"]
     for index in np.ndindex(array.shape):
         data = shard.read_scalar("w", index)
@@ -292,14 +293,14 @@ def test_scalars_are_read_where_numpy_wrote_them(written):
     [((0, 0), "rank 3"), ((0, 0, 0, 0), "rank 3"), ((2, 0, 0), "out of range"), ((0, -1, 0), "out of range")],
 )
 def test_an_index_outside_the_tensor_is_refused(index, message, written):
-    shard = open_shard(written(safetensors.numpy.save({"w": np.zeros((2, 3, 4), np.float32)})))
+    shard = open_shard(LocalFile(written(safetensors.numpy.save({"w": np.zeros((2, 3, 4), np.float32)}))))
     with pytest.raises(IndexError, match=message):
         shard.read_scalar("w", index)
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_an_error_and_no_crash(written):
     path = written(safetensors.numpy.save({"w": np.zeros(1000, np.float32)}))
-    shard = open_shard(path)
+    shard = open_shard(LocalFile(path))
     os.truncate(path, shard.data_start + 100)
     with pytest.raises(ShardError, match="ended while it was read"):
         shard.read_scalar("w", (999,))
@@ -307,4 +308,4 @@ def test_a_file_that_shrinks_after_it_was_opened_is_an_error_and_no_crash(writte
 
 def test_tensors_come_in_the_order_of_their_data(written):
     header = {"b": ONE | {"data_offsets": [4, 8]}, "a": ONE | {"data_offsets": [8, 12]}, "c": ONE}
-    assert list(open_shard(written(file_of(header, bytes(12)))).tensors) == ["c", "b", "a"]
+    assert list(open_shard(LocalFile(written(file_of(header, bytes(12))))).tensors) == ["c", "b", "a"]
