@@ -214,7 +214,7 @@ def main() -> None:
         "|---|---:|---:|---:|",
         *(f"| {name} | {seconds:.1f} | {megabytes:.0f} MB | {ratio:.2f} |" for name, seconds, megabytes, ratio in rows),
         "",
-        "Ratios of ours are medians over pairs of runs. The load, edit, save rivals write no digest and no registry.",
+        "Ratios of ours are medians over pairs of runs. The load, edit, save rivals write no digest and no record.",
         "",
         "With hard links and without hashing untouched shards again (`--link hard --reuse-digests`):",
         f"{median(hard)[0]:.1f} s, {hard_ratio:.2f} times copying",

@@ -60,4 +60,4 @@ run diff -r "$model" "$work/reverted"
 tell "11. Not all or nothing: quality by the factor on those scalars."
 run swsurgery sweep "$work/zero.yaml" --factors 0,0.5,0.8,1,1.2,1.5 --windows 8 --window 64 --plot "$work/sweep.png"
 
-tell "Done. The patched checkpoint with its registry (swsurgery.json) and the figures are in $work."
+tell "Done. The patched checkpoint with its record (swsurgery.json) and the figures are in $work."

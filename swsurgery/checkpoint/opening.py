@@ -126,7 +126,7 @@ def open_as(
 def open_patched(root: Path) -> tuple[Patched, Checkpoint]:
     """Open a patched checkpoint with its record. Raises CheckpointError if it has no record."""
     patched = read_records(root)
-    return patched, open_as(root, patched.registry.base)
+    return patched, open_as(root, patched.record.base)
 
 
 def open_chosen(
@@ -149,7 +149,7 @@ def open_chosen(
         except AmbiguousWeights:
             checkpoint = None
         patched = read_patched(root)
-        recorded = patched.registry.base if patched else None
+        recorded = patched.record.base if patched else None
         if checkpoint is not None and (recorded is None or recorded.variant == checkpoint.variant):
             return checkpoint
         if recorded is not None:

@@ -41,7 +41,7 @@ from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.schema import OfVariant, Position, Strict, Version
 from swsurgery.storage.strict_json import RECORD, describe_first_fault, parse_json, read_small, render_pieces
 
-REGISTRY_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
+RECORD_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
 
 MAX_FIELDS = 100
 """Maximum number of fields of a record or of one of its entries; the models below have far fewer."""
@@ -148,12 +148,12 @@ class HistoryStep(Strict):
     registry: dict[str, Any]
     manifest: str
 
-    def read(self) -> Registry:
+    def read(self) -> Record:
         """Validate the earlier record and return it. Raises CheckpointError."""
         return _validate(self.registry | {"history": []})
 
 
-class Registry(Strict):
+class Record(Strict):
     """The contents of swsurgery.json.
 
     `files` has every file of the patched checkpoint except the three that swsurgery adds. The files in `elsewhere` are
@@ -214,8 +214,8 @@ class Registry(Strict):
 class Patched:
     """The record of a patched checkpoint, and the bytes of the record and of the manifest as read."""
 
-    registry: Registry
-    registry_raw: bytes
+    record: Record
+    record_raw: bytes
     manifest_raw: bytes
 
     def as_history(self) -> list[HistoryStep]:
@@ -223,34 +223,31 @@ class Patched:
 
         Raises CheckpointError if the record or the manifest was edited by hand, since the step could not be undone.
         """
-        if (
-            self.registry.render() != self.registry_raw
-            or _compute_sha256(self.manifest_raw) != self.registry.manifest_sha256
-        ):
-            what = "the base's registry or manifest was changed by hand"
+        if self.record.render() != self.record_raw or _compute_sha256(self.manifest_raw) != self.record.manifest_sha256:
+            what = "the base's record or manifest was changed by hand"
             remedy = "restore it, or remove swsurgery's files to begin a new history"
-            raise CheckpointError(what, REGISTRY_NAME, remedy)
-        own = {k: v for k, v in self.registry.model_dump(mode="json").items() if k != "history"}
-        return [*self.registry.history, HistoryStep(registry=own, manifest=self.manifest_raw.decode())]
+            raise CheckpointError(what, RECORD_NAME, remedy)
+        own = {k: v for k, v in self.record.model_dump(mode="json").items() if k != "history"}
+        return [*self.record.history, HistoryStep(registry=own, manifest=self.manifest_raw.decode())]
 
     def previous(self) -> Patched | None:
         """Return the record of the patched checkpoint to which this step was applied; None if the base was unpatched.
 
         Raises CheckpointError.
         """
-        if not self.registry.history:
+        if not self.record.history:
             return None
-        *earlier, last = self.registry.history
+        *earlier, last = self.record.history
         data = last.registry | {"history": [step.model_dump(mode="json") for step in earlier]}
-        registry = _validate(data)
-        return Patched(registry, registry.render(), last.manifest.encode())
+        record = _validate(data)
+        return Patched(record, record.render(), last.manifest.encode())
 
     def own_files(self) -> dict[str, bytes]:
         """Map the names of the three files that swsurgery adds to their bytes."""
-        sums = {name: record.sha256 for name, record in self.registry.files.items() if record.sha256}
-        sums |= {REGISTRY_NAME: _compute_sha256(self.registry_raw), MANIFEST_NAME: _compute_sha256(self.manifest_raw)}
+        sums = {name: record.sha256 for name, record in self.record.files.items() if record.sha256}
+        sums |= {RECORD_NAME: _compute_sha256(self.record_raw), MANIFEST_NAME: _compute_sha256(self.manifest_raw)}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        return {REGISTRY_NAME: self.registry_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
+        return {RECORD_NAME: self.record_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
 
 
 def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | None:
@@ -264,7 +261,7 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
         places = {file.name: file.source for file in root.files}
         root = root.root
     elif isinstance(root, Folder):
-        places = {n: LocalFile(root / n) for n in (REGISTRY_NAME, MANIFEST_NAME) if filesystem.is_there(root / n)}
+        places = {n: LocalFile(root / n) for n in (RECORD_NAME, MANIFEST_NAME) if filesystem.is_there(root / n)}
     elif isinstance(root, Path):
         given, root = root, Path(os.path.realpath(root))
         if not root.exists():
@@ -272,20 +269,20 @@ def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | Non
         cached = is_cache_snapshot(root)
         if not cached:
             journal.recover(root)  # otherwise the record might describe an edit that is about to be undone
-        paths = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (REGISTRY_NAME, MANIFEST_NAME)}
+        paths = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (RECORD_NAME, MANIFEST_NAME)}
         places = {name: LocalFile(path) for name, path in paths.items() if filesystem.is_there(path)}
     else:
         places = root.files
-    if REGISTRY_NAME not in places:
+    if RECORD_NAME not in places:
         return None
-    raw = read_small(places[REGISTRY_NAME], REGISTRY_NAME, RECORD.size)
-    registry = _validate(parse_json(raw, REGISTRY_NAME, limits=RECORD), consume=True)
+    raw = read_small(places[RECORD_NAME], RECORD_NAME, RECORD.size)
+    record = _validate(parse_json(raw, RECORD_NAME, limits=RECORD), consume=True)
     if MANIFEST_NAME not in places:
-        raise CheckpointError("the manifest beside the registry is missing", f"{root}/{MANIFEST_NAME}")
-    return Patched(registry, raw, read_small(places[MANIFEST_NAME], MANIFEST_NAME))
+        raise CheckpointError("the manifest beside the record is missing", f"{root}/{MANIFEST_NAME}")
+    return Patched(record, raw, read_small(places[MANIFEST_NAME], MANIFEST_NAME))
 
 
-def _validate(data: dict[str, Any], consume: bool = False) -> Registry:
+def _validate(data: dict[str, Any], consume: bool = False) -> Record:
     """Validate the JSON of a record and build it.
 
     `consume` empties the lists of `data` meanwhile, which frees their memory. Raises CheckpointError.
@@ -294,7 +291,7 @@ def _validate(data: dict[str, Any], consume: bool = False) -> Registry:
     models: dict[str, type[ScalarRecord]] = {"edits": EditRecord, "protected": ScalarRecord}
     try:
         if len(data) > MAX_FIELDS:
-            raise CheckpointError(f"is not a sound registry: it has {len(data)} fields", REGISTRY_NAME)
+            raise CheckpointError(f"is not a valid record: it has {len(data)} fields", RECORD_NAME)
         made: dict[str, list[ScalarRecord]] = {}
         for key, model in models.items():
             items = data.get(key)
@@ -308,9 +305,9 @@ def _validate(data: dict[str, Any], consume: bool = False) -> Registry:
                 path = f"{key}.{len(records)}"
                 records.append(model.model_validate(_intern_strings(items.pop(), path)))
         path = ""
-        return Registry.model_validate(data | made)
+        return Record.model_validate(data | made)
     except ValidationError as error:
-        raise CheckpointError(f"is not a sound registry: {describe_first_fault(error, path)}", REGISTRY_NAME) from None
+        raise CheckpointError(f"is not a valid record: {describe_first_fault(error, path)}", RECORD_NAME) from None
 
 
 def _intern_strings(record: object, path: str) -> object:
@@ -321,7 +318,7 @@ def _intern_strings(record: object, path: str) -> object:
     if type(record) is not dict:
         return record
     if len(record) > MAX_FIELDS:
-        raise CheckpointError(f"is not a sound registry: {path} has {len(record)} fields", REGISTRY_NAME)
+        raise CheckpointError(f"is not a valid record: {path} has {len(record)} fields", RECORD_NAME)
     return {key: sys.intern(value) if type(value) is str else value for key, value in record.items()}
 
 
@@ -333,7 +330,5 @@ def read_records(root: Path | Folder | Repository) -> Patched:
     """Read the record of a patched checkpoint, as `read_patched` does. Raises CheckpointError if it has none."""
     patched = read_patched(root)
     if patched is None:
-        raise CheckpointError(
-            "no registry", f"{root}/{OWN_FILES[0]}", "only a checkpoint that swsurgery patched has one"
-        )
+        raise CheckpointError("no record", f"{root}/{OWN_FILES[0]}", "only a checkpoint that swsurgery patched has one")
     return patched

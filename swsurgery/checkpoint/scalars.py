@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
+from swsurgery.checkpoint.record import EditRecord, Record, ScalarRecord
 from swsurgery.errors import NumberError
 from swsurgery.storage.dtypes import convert_to_json
 
@@ -27,20 +27,20 @@ def compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> ScalarFault 
     edit = record if isinstance(record, EditRecord) else None
     shard = checkpoint.shards.get(record.file)
     if shard is None or record.tensor not in shard.tensors:
-        return ScalarFault("the registry names a scalar that the shards do not have", True)
+        return ScalarFault("the record names a scalar that the shards do not have", True)
     info = shard.tensors[record.tensor]
     try:
         offset = shard.offset(record.tensor, record.index)
         old = record.old_bytes
         recorded = edit.new_bytes if edit else old
     except (IndexError, NumberError) as error:
-        return ScalarFault(f"the registry's entry is not possible: {error}", True)
+        return ScalarFault(f"the record's entry is invalid: {error}", True)
     if offset != record.offset or info.dtype.name != record.dtype:
-        recorded_place = f"the registry puts it at byte {record.offset} as {record.dtype}"
+        recorded_place = f"the record puts it at byte {record.offset} as {record.dtype}"
         return ScalarFault(f"{recorded_place}, the header at byte {offset} as {info.dtype.name}", True)
     values = [(record.old, old)] + ([(edit.new, recorded)] if edit else [])
     if any(value != convert_to_json(info.dtype, bits) for value, bits in values):
-        return ScalarFault("the registry's values are not what its bits mean", True)
+        return ScalarFault("the record's values do not match its bits", True)
     stored = shard.read_scalar(record.tensor, record.index)
     if stored == recorded:
         return None
@@ -48,18 +48,18 @@ def compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> ScalarFault 
     return ScalarFault(f"it holds 0x{stored[::-1].hex()}, not {wanted}", False)
 
 
-def list_protected(registry: Registry, checkpoint: Checkpoint) -> list[ScalarRecord]:
+def list_protected(record: Record, checkpoint: Checkpoint) -> list[ScalarRecord]:
     """List the scalars that this step or an earlier one protects and that can be read here."""
     names = {f.name for f in checkpoint.files}
-    protected = [r for r in registry.protected if r.file in names or r.file not in registry.elsewhere]
+    protected = [r for r in record.protected if r.file in names or r.file not in record.elsewhere]
     # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
-    return protected + [record for _, record in registry.inherited() if record.file in checkpoint.shards]
+    return protected + [entry for _, entry in record.inherited() if entry.file in checkpoint.shards]
 
 
-def find_repeated(registry: Registry) -> Iterator[ScalarRecord]:
+def find_repeated(record: Record) -> Iterator[ScalarRecord]:
     """Yield each record of a scalar that an earlier one names: restoring one would vouch for the other."""
     seen: set[tuple[str, int]] = set()
-    for record in (*registry.edits, *registry.protected):
-        if (record.file, record.offset) in seen:
-            yield record
-        seen.add((record.file, record.offset))
+    for entry in (*record.edits, *record.protected):
+        if (entry.file, entry.offset) in seen:
+            yield entry
+        seen.add((entry.file, entry.offset))

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from swsurgery.checkpoint.record import REGISTRY_NAME
+from swsurgery.checkpoint.record import RECORD_NAME
 from swsurgery.cli import main
 
 
 def find_checkpoints(files: Iterable[Path]) -> list[Path]:
     """Return the sorted directories that have a record and contain one of the files at any depth."""
-    return sorted({d for f in files for d in f.parents if os.path.lexists(d / REGISTRY_NAME)})
+    return sorted({d for f in files for d in f.parents if os.path.lexists(d / RECORD_NAME)})
 
 
 def verify_changed(files: Sequence[str]) -> int:

@@ -66,7 +66,7 @@ def _print_record(out: Output, checkpoint: str) -> None:
     from swsurgery.cli import show
 
     with open_for_reading(checkpoint, out) as where:
-        record = read_records(where).registry
+        record = read_records(where).record
     if out.json:
         print_json(record.model_dump(mode="json"))
     else:

@@ -12,7 +12,7 @@ from swsurgery.errors import escape_control, pluralise
 
 if TYPE_CHECKING:
     from swsurgery.checkpoint.diff import Difference
-    from swsurgery.checkpoint.record import Registry
+    from swsurgery.checkpoint.record import Record
     from swsurgery.editing.apply import Outcome
     from swsurgery.editing.plan import Plan
 
@@ -27,7 +27,7 @@ def show_plan(plan: Plan) -> None:
     """Print what a plan would change."""
     document = plan.to_json()
     print_text(f"base      {escape_control(str(plan.checkpoint.root))}")
-    kept = set(plan.previous.registry.protectors()) if plan.previous else set()
+    kept = set(plan.previous.record.protectors()) if plan.previous else set()
     kept -= {p.coordinate for p in plan.protected}
     and_kept = f", and {len(kept)} that earlier steps protect" if kept else ""
     print_text(
@@ -75,7 +75,7 @@ def show_outcome(outcome: Outcome) -> None:
     print_text(f"undo it   swsurgery revert {escape_control(str(outcome.output))}{'' if in_place else ' -o DIR'}")
 
 
-def show_record(record: Registry) -> None:
+def show_record(record: Record) -> None:
     """Print a record: the base, the steps, the known super weights among the edits, and the check."""
     base = record.base
     name = f"{base.repo_id or 'a directory'}{'@' + base.revision if base.revision else ''}"

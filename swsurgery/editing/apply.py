@@ -5,7 +5,7 @@
     make_plan            resolves edits to splices, reports all faults      plan.py
     write_checkpoint     copies bytes, makes splices, hashes, in a stage    copy.py
     run_check            compares base and patched; may run the model       sanity.py
-    complete_registry    records what was done, and its proof               record.py
+    complete_record    records what was done, and its proof               record.py
     staged               renames the stage, so that all or nothing exists   storage/staging.py
 
 `revert.py` is the opposite and needs only the record. `in_place.py` does both in the same directory, with a journal.
@@ -23,7 +23,7 @@ from typing import Any, get_args
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import list_cached_files
 from swsurgery.checkpoint.opening import held, open_as
-from swsurgery.checkpoint.record import Patched, Registry
+from swsurgery.checkpoint.record import Patched, Record
 from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import Applied, CopyJob, Link, write_checkpoint
 from swsurgery.editing.pins import check_left_out, check_planned
@@ -55,7 +55,7 @@ class Outcome:
 
     output: Path
     applied: Applied
-    registry: Registry
+    record: Record
     notes: tuple[str, ...] = ()
     written: bool = True
 
@@ -66,7 +66,7 @@ class Outcome:
             | ({"unverified": True} if f.unverified else {})
             for f in self.applied.files
         }
-        document = self.registry.model_dump(mode="json")
+        document = self.record.model_dump(mode="json")
         records = (document["edits"], document["protected"])
         edits, protected = ([{k: v for k, v in r.items() if k != "known"} for r in each] for each in records)
         return {
@@ -142,9 +142,9 @@ def apply_manifest(
                 source, stage, link=link, progress=progress, digests=DigestCache(), reuse=reuse_digests
             )
             result = run_check(plan, stage, check, progress, say)
-            registry = complete_record(draft, applied, result)
-            write_own_files(stage, Patched(registry, registry.render(), loaded.raw), source.own_mode)
-    return Outcome(output, applied, registry, plan.notes)
+            record = complete_record(draft, applied, result)
+            write_own_files(stage, Patched(record, record.render(), loaded.raw), source.own_mode)
+    return Outcome(output, applied, record, plan.notes)
 
 
 def _download_touched(source: CopyJob, base: Checkpoint) -> CopyJob:

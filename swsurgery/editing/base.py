@@ -18,12 +18,12 @@ def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
     Raises PlanError if the manifest and the base's own record contradict each other.
     """
     pins = {n: (digest, "the manifest") for n, digest in plan.loaded.manifest.base.sha256.items()}
-    for name, record in plan.previous.registry.files.items() if plan.previous else ():
+    for name, record in plan.previous.record.files.items() if plan.previous else ():
         if record.sha256:
-            wanted, who = pins.setdefault(name, (record.sha256, "its registry"))
+            wanted, who = pins.setdefault(name, (record.sha256, "its record"))
             if wanted != record.sha256:
                 raise PlanError(
-                    f"its registry says sha256 {record.sha256}, but {who} says {wanted}",
+                    f"its record says sha256 {record.sha256}, but {who} says {wanted}",
                     f"{plan.checkpoint.root}/{name}",
                     "is this the right checkpoint?",
                 )

@@ -19,7 +19,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import open_as, open_checkpoint
-from swsurgery.checkpoint.record import Patched, Registry, ScalarRecord, read_patched, read_records
+from swsurgery.checkpoint.record import Patched, Record, ScalarRecord, read_patched, read_records
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
 from swsurgery.editing.apply import SMALL_CHECKPOINT, Outcome
 from swsurgery.editing.base import collect_known_digests, find_base
@@ -63,7 +63,7 @@ def apply_in_place(
     with _open_to_edit(find_base(loaded, base)) as (folder, _), contextlib.ExitStack() as opened:
         checkpoint = open_as(folder, loaded.manifest.base, editing=True)
         previous = read_patched(checkpoint)
-        if previous and previous.registry.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
+        if previous and previous.record.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
             outcome = _report_applied(folder, checkpoint, loaded, previous, progress)
             say(*outcome.notes)
             return outcome
@@ -79,7 +79,7 @@ def apply_in_place(
         shards = _open_shards(folder, plan.checkpoint, plan.splices, opened)
         touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, progress)
         stated = loaded.manifest.base.sha256
-        before = previous.registry if previous else None
+        before = previous.record if previous else None
         rest = _describe_untouched(plan.checkpoint, touched, before, pins, stated, progress)
         edited = [AppliedFile(name, plan.checkpoint.file(name).size, *both, "place") for name, both in touched.items()]
         applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
@@ -87,10 +87,10 @@ def apply_in_place(
         _refuse_changed_records(folder, checkpoint)
         with journal.apply_splices(folder, shards, plan.splices, mode=compute_record_mode(checkpoint.files)) as own:
             result = run_check(plan, folder, check, progress, say)
-            registry = complete_record(draft, applied, result)
-            own |= Patched(registry, registry.render(), loaded.raw).own_files()
+            record = complete_record(draft, applied, result)
+            own |= Patched(record, record.render(), loaded.raw).own_files()
             _refuse_changed(checkpoint, touched)
-    return Outcome(folder.path, applied, registry, plan.notes)
+    return Outcome(folder.path, applied, record, plan.notes)
 
 
 def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
@@ -106,27 +106,27 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
             return ["only the edit that had been cut off was undone"]
         root = folder.path
         patched = read_records(folder)
-        registry, previous = patched.registry, patched.previous()
-        checkpoint = open_as(folder, registry.base, editing=True)
-        if hashlib.sha256(patched.manifest_raw).hexdigest() != registry.manifest_sha256:
+        record, previous = patched.record, patched.previous()
+        checkpoint = open_as(folder, record.base, editing=True)
+        if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
             raise CheckpointError(
                 "was changed since it was applied, and would be lost", root / OWN_FILES[1], "move it away"
             )
-        splices = build_undo(registry, checkpoint)
+        splices = build_undo(record, checkpoint)
         names = {f.name: f.size for f in checkpoint.files}
-        if wrong := [name for name, record in registry.files.items() if names.get(name) != record.size]:
+        if wrong := [name for name, entry in record.files.items() if names.get(name) != entry.size]:
             raise CheckpointError(
                 f"cannot be reverted, for these were changed or removed since the edit: {', '.join(wrong)}",
                 root,
                 "restore them",
             )
-        pins = {name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256}
+        pins = {name: (entry.sha256, "its record") for name, entry in record.files.items() if entry.sha256}
         shards = _open_shards(folder, checkpoint, splices, opened)
         touched = _hash_touched(checkpoint, shards, splices, pins, progress)
-        _describe_untouched(checkpoint, touched, registry, pins, (), progress)
+        _describe_untouched(checkpoint, touched, record, pins, (), progress)
         for name, (_, restored) in touched.items():
-            if restored != registry.files[name].base_sha256:
-                raise CheckpointError("does not give the base back: the registry was changed", root / name)
+            if restored != record.files[name].base_sha256:
+                raise CheckpointError("does not give the base back: the record was changed", root / name)
         _refuse_changed(checkpoint, touched)
         _refuse_changed_records(folder, checkpoint)
         with journal.apply_splices(
@@ -134,7 +134,7 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
         ) as own:
             own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
             _refuse_changed(checkpoint, touched)
-    return list_reversion_notes(registry)
+    return list_reversion_notes(record)
 
 
 @contextlib.contextmanager
@@ -253,7 +253,7 @@ def _refuse_shared(entry: Entry) -> None:
 def _describe_untouched(
     checkpoint: Checkpoint,
     touched: Collection[str],
-    before: Registry | None,
+    before: Record | None,
     pins: dict[str, tuple[str, str]],
     stated: Collection[str],
     progress: Progress,
@@ -289,15 +289,15 @@ def _report_applied(
     The record must be what this manifest makes of the base, and the files must be what the record states. Raises
     CheckpointError otherwise.
     """
-    registry = patched.registry
-    repo_ids = (registry.base.repo_id, (registry.known or {}).get("hf_id"))
-    for coordinate, fault in _find_differences(loaded, checkpoint, registry, repo_ids):
+    record = patched.record
+    repo_ids = (record.base.repo_id, (record.known or {}).get("hf_id"))
+    for coordinate, fault in _find_differences(loaded, checkpoint, record, repo_ids):
         raise _make_not_applied_error(fault, folder.path if coordinate is None else f"{folder.path}: {coordinate}")
-    for record, fault in _find_other_scalars(registry, checkpoint):
-        raise _make_not_applied_error(fault, f"{record.file}: {record.coordinate}")
-    mine, files = group_by_file(build_undo(registry, checkpoint)), {f.name: f for f in checkpoint.files}
+    for entry, fault in _find_other_scalars(record, checkpoint):
+        raise _make_not_applied_error(fault, f"{entry.file}: {entry.coordinate}")
+    mine, files = group_by_file(build_undo(record, checkpoint)), {f.name: f for f in checkpoint.files}
     for name in sorted({*mine, *loaded.manifest.base.sha256}):
-        file, stated = files.get(name), registry.files.get(name)
+        file, stated = files.get(name), record.files.get(name)
         if file is None or stated is None:
             raise _make_not_applied_error("the file is not there", folder.path / name)
         here, restored = hash_twice(file, mine.get(name, []), progress)
@@ -308,34 +308,34 @@ def _report_applied(
     with filesystem.reported(folder):
         filesystem.sync_directory(folder)
     done = tuple(
-        AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in registry.files.items()
+        AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in record.files.items()
     )
     note = "it was applied already; nothing was written"
-    return Outcome(folder.path, Applied(done), registry, (note,), written=False)
+    return Outcome(folder.path, Applied(done), record, (note,), written=False)
 
 
 def _find_differences(
-    loaded: LoadedManifest, checkpoint: Checkpoint, registry: Registry, repo_ids: Collection[str | None]
+    loaded: LoadedManifest, checkpoint: Checkpoint, record: Record, repo_ids: Collection[str | None]
 ) -> Iterator[tuple[Coordinate | None, str]]:
     """Yield each difference between a record and what its manifest asks of this checkpoint: (scalar or None, fault)."""
     base = loaded.manifest.base
     model = own.identify(base.model, (base.repo_id, checkpoint.repo_id, *repo_ids))
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
     yield from ((None, fault) for _, fault in (*resolution.misfits, *find_conflicts(resolution.asked)))
-    yield from ((None, fault) for _, fault in explain_unlike_bases(loaded.manifest, registry))
-    yield from find_unlike_records(resolution.by_coordinate(), registry)
+    yield from ((None, fault) for _, fault in explain_unlike_bases(loaded.manifest, record))
+    yield from find_unlike_records(resolution.by_coordinate(), record)
 
 
-def _find_other_scalars(registry: Registry, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:
+def _find_other_scalars(record: Record, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:
     """Yield each recorded scalar, those of earlier steps included, that the checkpoint does not store as recorded."""
-    for record in (*registry.edits, *list_protected(registry, checkpoint)):
-        if fault := compare_scalar(record, checkpoint):
-            yield record, fault.message
-    for record in find_repeated(registry):
-        yield record, "the registry names this scalar twice"
+    for entry in (*record.edits, *list_protected(record, checkpoint)):
+        if fault := compare_scalar(entry, checkpoint):
+            yield entry, fault.message
+    for entry in find_repeated(record):
+        yield entry, "the record names this scalar twice"
 
 
 def _make_not_applied_error(what: str, where: object) -> CheckpointError:
     """Build the error for a record that does not match the manifest or the files."""
-    fault = f"the registry says that this manifest was applied, but {what}"
+    fault = f"the record says that this manifest was applied, but {what}"
     return CheckpointError(fault, where, "see swsurgery verify")

@@ -109,10 +109,10 @@ def _read_scalars(asked: Sequence[Asked], checkpoint: Checkpoint) -> tuple[list[
 
 def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterator[Misfit]:
     """Report every edit that would change a scalar which the base's own record protects."""
-    protectors = previous.registry.protectors() if previous else {}
+    protectors = previous.record.protectors() if previous else {}
     for one in asked:
         if one.edit.writes and one.coordinate in protectors:
-            message = f"{one.coordinate} is protected by step {protectors[one.coordinate]} of the base's own registry"
+            message = f"{one.coordinate} is protected by step {protectors[one.coordinate]} of the base's own record"
             yield Misfit(one.number, f"{message} (revert that step, or start from the first base)")
 
 

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from swsurgery._version import __version__
-from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Registry, ScalarRecord
+from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Record, ScalarRecord
 from swsurgery.errors import PlanError, TargetError
 from swsurgery.known import shipped
 from swsurgery.storage.strict_json import MAX_JSON, RECORD, Limits
@@ -30,7 +30,7 @@ PER_FILE = 300
 """The number of bytes that a file takes in a record besides its name: its size and two digests, indented."""
 
 
-def draft_record(plan: Plan) -> Registry:
+def draft_record(plan: Plan) -> Record:
     """Build the record of a plan that is not applied yet, without digests and without the report of the check.
 
     Raises PlanError if the finished record would be larger than any command accepts.
@@ -39,7 +39,7 @@ def draft_record(plan: Plan) -> Registry:
     named_by: Literal["cache", "manifest"] | None = None
     if checkpoint.repo_id or base.repo_id:
         named_by = "cache" if checkpoint.repo_id else "manifest"
-    draft = Registry(
+    draft = Record(
         registry_version=1,
         swsurgery_version=__version__,
         created=read_source_date_epoch(),
@@ -64,7 +64,7 @@ def draft_record(plan: Plan) -> Registry:
     return draft
 
 
-def complete_record(draft: Registry, applied: Applied, check: dict[str, Any]) -> Registry:
+def complete_record(draft: Record, applied: Applied, check: dict[str, Any]) -> Record:
     """Add the digests of all files and the report of the check to a draft."""
     files = {
         f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
@@ -74,7 +74,7 @@ def complete_record(draft: Registry, applied: Applied, check: dict[str, Any]) ->
     return draft.model_copy(update={"files": files, "elsewhere": elsewhere, "check": check})
 
 
-def _refuse_unreadable(draft: Registry, plan: Plan) -> None:
+def _refuse_unreadable(draft: Record, plan: Plan) -> None:
     """Raise PlanError if swsurgery's own files would exceed what `read_patched` accepts."""
     size, commas = LATER.size, LATER.commas
     for piece in draft.pieces():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
+from swsurgery.checkpoint.record import EditRecord, Record, ScalarRecord
 from swsurgery.editing.resolve import Asked
 from swsurgery.errors import NumberError
 from swsurgery.manifest.operations import Scale, explain_expectation
@@ -17,17 +17,17 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES
 
 
-def find_unlike_records(asked: Mapping[Coordinate, Asked], registry: Registry) -> Iterator[tuple[Coordinate, str]]:
+def find_unlike_records(asked: Mapping[Coordinate, Asked], record: Record) -> Iterator[tuple[Coordinate, str]]:
     """Yield each scalar whose entry in the record differs from the manifest, and the difference as text."""
-    recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
+    recorded = {r.coordinate: r for r in (*record.edits, *record.protected)}
     for coordinate, wish in asked.items():
-        record = recorded.get(coordinate)
-        message = "nothing was done to it" if record is None else _explain_unlike(wish, record)
+        entry = recorded.get(coordinate)
+        message = "nothing was done to it" if entry is None else _explain_unlike(wish, entry)
         if message:
             yield coordinate, f"{wish.edit.op} was asked: {message}"
-    for coordinate, record in recorded.items():
+    for coordinate, entry in recorded.items():
         if coordinate not in asked:
-            yield coordinate, f"{_get_done(record)}, and the manifest does not ask for it"
+            yield coordinate, f"{_get_done(entry)}, and the manifest does not ask for it"
 
 
 def _get_done(record: ScalarRecord) -> str:
@@ -54,19 +54,19 @@ def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
         return str(error)
 
 
-def explain_unlike_bases(manifest: Manifest, registry: Registry) -> Iterator[tuple[tuple[str, ...], str]]:
+def explain_unlike_bases(manifest: Manifest, record: Record) -> Iterator[tuple[tuple[str, ...], str]]:
     """Compare the base that the manifest names with the base in the record.
 
     Yields each differing node of the manifest, and the difference as text.
     """
     base = manifest.base
     for name in ("repo_id", "revision", "weights", "variant"):
-        said, found = getattr(base, name), getattr(registry.base, name)
+        said, found = getattr(base, name), getattr(record.base, name)
         if said is not None and found is not None and said != found:
             yield ("base", name), f"base.{name} is {said}, the base was {found}"
     for name, digest in base.sha256.items():
-        record = registry.files.get(name)
-        found = record.base_sha256 if record else None
+        entry = record.files.get(name)
+        found = entry.base_sha256 if entry else None
         if found != digest:
-            what = f"the base's was {found}" if found else "the registry does not know the base's"
+            what = f"the base's was {found}" if found else "the record does not know the base's"
             yield ("base", "sha256", name), f"base.sha256 of {name} is {digest}, {what}"

@@ -218,10 +218,10 @@ def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, 
     Raises LookupFailed if the model is None, or has no such coordinate with a column.
     """
     if model is None:
-        raise LookupFailed("the registry knows nothing of this base", name, "say which known model it is: base.model")
+        raise LookupFailed("no known super weights of this base", name, "say which known model it is: base.model")
     entries = shipped.list_addressable(model) if name == "all" else (shipped.find(model, name),)
     if not entries:
-        raise LookupFailed(f"the registry has no whole coordinate of {model.hf_id}", name)
+        raise LookupFailed(f"no known super weight of {model.hf_id} has a complete coordinate", name)
     for entry in entries:
         if entry.col is None:
             raise LookupFailed(f"only the row of {entry.id} is known, not the scalar", model.hf_id)

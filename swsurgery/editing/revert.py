@@ -6,7 +6,7 @@ from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, open_patched
-from swsurgery.checkpoint.record import EditRecord, Registry
+from swsurgery.checkpoint.record import EditRecord, Record
 from swsurgery.editing.apply import refuse_inside, write_own_files
 from swsurgery.editing.copy import CopyJob, Link, write_checkpoint
 from swsurgery.errors import CheckpointError, NumberError
@@ -27,43 +27,43 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
     with held(root):
         patched, checkpoint = open_patched(root)
         refuse_inside(output, checkpoint.root)
-        registry, previous = patched.registry, patched.previous()
+        record, previous = patched.record, patched.previous()
         names = {f.name for f in checkpoint.files}
-        if missing := [name for name in registry.files if name not in names]:
+        if missing := [name for name in record.files if name not in names]:
             raise CheckpointError(
                 f"cannot be reverted, for it lacks {', '.join(missing)}",
                 checkpoint.root,
                 "restore what was removed since the edit",
             )
         source = CopyJob(
-            files=tuple(f for f in checkpoint.files if f.name in registry.files),
-            splices=build_undo(registry, checkpoint),
-            pins={name: (record.sha256, "its registry") for name, record in registry.files.items() if record.sha256},
+            files=tuple(f for f in checkpoint.files if f.name in record.files),
+            splices=build_undo(record, checkpoint),
+            pins={name: (entry.sha256, "its record") for name, entry in record.files.items() if entry.sha256},
             in_cache=checkpoint.in_cache,
             shards=checkpoint.shards,
         )
         with staging.staged(output, source.names, OWN_FILES, source.folder_mode) as stage:
             applied = write_checkpoint(source, stage, link=link, progress=progress or Silent())
             for file in applied.files:
-                if file.patched_digest != (registry.files[file.name].base_sha256 or file.patched_digest):
-                    raise CheckpointError("does not give the base back: the registry was changed", file.name)
+                if file.patched_digest != (record.files[file.name].base_sha256 or file.patched_digest):
+                    raise CheckpointError("does not give the base back: the record was changed", file.name)
             if previous:
                 write_own_files(stage, previous, source.own_mode)
-    return list_reversion_notes(registry)
+    return list_reversion_notes(record)
 
 
-def build_undo(registry: Registry, checkpoint: Checkpoint) -> tuple[Splice, ...]:
+def build_undo(record: Record, checkpoint: Checkpoint) -> tuple[Splice, ...]:
     """Build the splices that undo the edits of a record.
 
     Raises CheckpointError if an edit is not of a scalar of the checkpoint: a record that was changed could name any
     byte.
     """
     splices: list[Splice] = []
-    for edit in registry.edits:
-        splice = _undo(edit, checkpoint) if edit.file in registry.files else None
+    for edit in record.edits:
+        splice = _undo(edit, checkpoint) if edit.file in record.files else None
         if splice is None:
             raise CheckpointError(
-                "the registry names a scalar that is not there",
+                "the record names a scalar that is not there",
                 f"{edit.coordinate} in {edit.file}",
                 "restore swsurgery.json",
             )
@@ -87,8 +87,8 @@ def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
     return splice if (info.dtype.name, offset) == (edit.dtype, edit.offset) else None
 
 
-def list_reversion_notes(registry: Registry) -> list[str]:
+def list_reversion_notes(record: Record) -> list[str]:
     """List what a reversion cannot restore."""
-    if registry.omitted:
-        return [f"the base also had {', '.join(registry.omitted)}, which had been left out"]
+    if record.omitted:
+        return [f"the base also had {', '.join(record.omitted)}, which had been left out"]
     return []

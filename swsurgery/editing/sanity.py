@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from swsurgery import model
 from swsurgery.checkpoint.compare import find_undeclared_changes
 from swsurgery.checkpoint.opening import held, open_as, open_chosen, refuse_other_weights
-from swsurgery.checkpoint.record import REGISTRY_NAME, Patched, read_patched
+from swsurgery.checkpoint.record import RECORD_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckFailed, ModelError, PlanError, Unrunnable, or_else
@@ -104,17 +104,17 @@ def check_checkpoint(
     with held(root):
         patched = read_patched(root)
         _refuse_bounds_without_base(root, patched, options.bounds)
-        registry = patched.registry if patched else None
-        said = registry.base if registry else None
+        record = patched.record if patched else None
+        said = record.base if record else None
         if said is not None:
-            refuse_other_weights(weights, said.weights, REGISTRY_NAME, variant, said.variant)
+            refuse_other_weights(weights, said.weights, RECORD_NAME, variant, said.variant)
             weights, variant = said.weights or weights, said.variant or variant
         checkpoint = open_chosen(root, weights, variant)
         changes = [
             model.ScalarChange(
                 e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))
             )
-            for e in (registry.edits if registry else ())
+            for e in (record.edits if record else ())
         ]
         with or_else("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
             report = run_checks(
@@ -146,7 +146,7 @@ def _refuse_bounds_without_base(root: Path | Repository, patched: Patched | None
     """Raise PlanError for bounds on a checkpoint without a record."""
     if patched is None and bounds not in (None, CheckedBounds()):
         raise PlanError(
-            "a bound on the perplexity ratio needs a base to compare with, and no registry says what it was",
+            "a bound on the perplexity ratio needs a base to compare with, and no record names the base",
             root,
             "leave out the bounds, or give a patched checkpoint",
         )

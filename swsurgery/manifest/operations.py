@@ -63,7 +63,7 @@ class Target(Strict):
         BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
         Field(description="index in the stored shape"),
     ] = None
-    known: str | None = Field(None, description="a coordinate id of the registry, such as L2.3968.7003, or all")
+    known: str | None = Field(None, description="the id of a known super weight, such as L2.3968.7003, or all")
     expect: Annotated[Number | Bits | MeasuredValue | None, Exact] = Field(
         None, description="refuse to edit unless this is stored there: a value, bits, or a value and its dtype"
     )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from swsurgery.checkpoint.record import EditRecord, Registry, ScalarRecord
+from swsurgery.checkpoint.record import EditRecord, Record, ScalarRecord
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying.findings import Finding
@@ -108,11 +108,11 @@ def fence(text: str, language: str = "") -> str:
     return "\n".join([fence + language, *lines, fence])
 
 
-def make_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
+def make_fields(record: Record, base_fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the front matter: the base, and the base card's licence, language, task, library and tags."""
     found: dict[str, Any] = {}
-    if registry.base.repo_id and _REPO_ID.fullmatch(registry.base.repo_id):
-        found["base_model"], found["base_model_relation"] = registry.base.repo_id, RELATION
+    if record.base.repo_id and _REPO_ID.fullmatch(record.base.repo_id):
+        found["base_model"], found["base_model_relation"] = record.base.repo_id, RELATION
     for name, pattern in _CARRIED.items():
         value = base_fields.get(name)
         if values := [each for each in _list_values(name, value)[:MAX_ROWS] if _is_match(pattern, each)]:
@@ -132,9 +132,9 @@ def list_omitted_fields(base_fields: Mapping[str, Any], of: Iterable[str] = _CAR
     return found
 
 
-def make_patch_fields(registry: Registry, base_fields: Mapping[str, Any]) -> dict[str, Any]:
+def make_patch_fields(record: Record, base_fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the front matter of a patch: it has the base's licence, and no library can load it as a model."""
-    found = make_fields(registry, base_fields)
+    found = make_fields(record, base_fields)
     if "base_model_relation" in found:
         found["base_model_relation"] = PATCH_RELATION
     found |= {"library_name": "swsurgery", "tags": list(PATCH_TAGS)}
@@ -152,7 +152,7 @@ def _list_values(name: str, value: object) -> list[Any]:
 
 
 def render_body(
-    registry: Registry,
+    record: Record,
     repo_id: str,
     manifest: bytes,
     base_card: str | None = None,
@@ -164,17 +164,17 @@ def render_body(
     `base_card` is the base's card without its front matter. `short` maps coordinates to their layer, row, column and
     expert; coordinates without a short form are missing.
     """
-    name = _get_base_name(registry)
+    name = _get_base_name(record)
     parts = [
         f"# {escape(repo_id.split('/')[-1])}",
-        f"This is {name}, with {pluralise(len(registry.edits), 'scalar')} changed and every other byte of its weights "
+        f"This is {name}, with {pluralise(len(record.edits), 'scalar')} changed and every other byte of its weights "
         "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
         "## What was changed",
-        _render_edits(registry.edits, short or {}),
-        *_render_protected([*registry.protected, *(record for _, record in registry.inherited())]),
-        *_render_known(registry),
+        _render_edits(record.edits, short or {}),
+        *_render_protected([*record.protected, *(entry for _, entry in record.inherited())]),
+        *_render_known(record),
         "## The check",
-        _check(registry.check),
+        _check(record.check),
         *_render_accepted(accepted),
         "## Verify",
         "From anywhere, or in a copy on your disk:",
@@ -193,7 +193,7 @@ def render_body(
 
 
 def render_patch_body(
-    registry: Registry,
+    record: Record,
     repo_id: str,
     manifest: bytes,
     patch_name: str,
@@ -203,22 +203,22 @@ def render_patch_body(
 ) -> str:
     """Render the Markdown text of the card of a patch, the file `patch_name` of `size` bytes.
 
-    `registry` contains the edits since the first base, and no files.
+    `record` contains the edits since the first base, and no files.
     """
-    place = _get_base_uri(registry)
+    place = _get_base_uri(record)
     base = place or "BASE"
-    steps = len(registry.history) + 1
-    check = [_check(registry.check)]
+    steps = len(record.history) + 1
+    check = [_check(record.check)]
     if steps > 1:
         check.insert(0, f"The edits were made in {steps} steps. Of the last one, whose base was the one before:")
     parts = [
         f"# {escape(repo_id.split('/')[-1])}",
-        f"A patch of {size} bytes for {_get_base_name(registry)}, which changes "
-        f"{pluralise(len(registry.edits), 'scalar')} of its weights. There are no weights in this repository. "
+        f"A patch of {size} bytes for {_get_base_name(record)}, which changes "
+        f"{pluralise(len(record.edits), 'scalar')} of its weights. There are no weights in this repository. "
         "Made by swsurgery.",
         "## What it changes",
-        _render_edits(registry.edits, short or {}),
-        *_render_known(registry),
+        _render_edits(record.edits, short or {}),
+        *_render_known(record),
         "## Apply",
         fence(
             f"hf download {repo_id} {patch_name} --local-dir .\nswsurgery apply {patch_name} --base {base} -o patched",
@@ -245,14 +245,14 @@ def render_patch_body(
     return "\n\n".join(parts) + "\n"
 
 
-def _get_base_name(registry: Registry) -> str:
-    name = render_code(registry.base.repo_id) if registry.base.repo_id else "a checkpoint that is not on the Hub"
-    return name + (f" at commit `{registry.base.revision}`" if _is_match(_PLAIN, registry.base.revision) else "")
+def _get_base_name(record: Record) -> str:
+    name = render_code(record.base.repo_id) if record.base.repo_id else "a checkpoint that is not on the Hub"
+    return name + (f" at commit `{record.base.revision}`" if _is_match(_PLAIN, record.base.revision) else "")
 
 
-def _get_base_uri(registry: Registry) -> str | None:
+def _get_base_uri(record: Record) -> str | None:
     """Return the base's hf:// location for a shell command, or None if it is unknown or unsafe in a shell."""
-    base = registry.base
+    base = record.base
     parts = [(_REPO_ID, base.repo_id), (_PLAIN, base.revision), *([(_FOLDER, base.sub)] if base.sub else [])]
     if not all(_is_match(pattern, part) for pattern, part in parts):
         return None
@@ -310,12 +310,12 @@ def _render_protected(protected: Sequence[ScalarRecord]) -> list[str]:
     return ["## Protected: held to the base's bits", _render_table(("tensor", "index", "dtype", "value", "bits"), rows)]
 
 
-def _render_known(registry: Registry) -> list[str]:
+def _render_known(record: Record) -> list[str]:
     rows = []
-    for record in (*registry.edits, *registry.protected):
-        if fact := record.known:
+    for entry in (*record.edits, *record.protected):
+        if fact := entry.known:
             sources = ", ".join(render_code(str(source.get("cite", ""))) for source in fact.sources[:20])
-            rows.append([render_code(fact.id), render_code(record.coordinate), render_code(fact.status), sources])
+            rows.append([render_code(fact.id), render_code(entry.coordinate), render_code(fact.status), sources])
     return (
         ["## What is known of them", _render_table(("known as", "scalar", "status", "sources"), rows)] if rows else []
     )
@@ -375,11 +375,11 @@ def _render_base_card(name: str, card: str | None) -> list[str]:
     return [f"## The base's own card\n\nBy the authors of {name}, quoted to the letter.{cut}", quoted]
 
 
-def describe(registry: Registry, accepted: Iterable[Finding]) -> str:
+def describe(record: Record, accepted: Iterable[Finding]) -> str:
     """Render a commit's description as plain text: one line for each edit and each accepted finding, and the base."""
-    lines = [f"{escape_control(str(e.coordinate))}: {e.old_bits} to {e.new_bits}" for e in registry.edits[:20]]
-    if len(registry.edits) > 20:
-        lines.append(f"and {len(registry.edits) - 20} more")
+    lines = [f"{escape_control(str(e.coordinate))}: {e.old_bits} to {e.new_bits}" for e in record.edits[:20]]
+    if len(record.edits) > 20:
+        lines.append(f"and {len(record.edits) - 20} more")
     lines += [f"accepted: {f.rule}: {escape_control(f.file or '-')}: {escape_control(f.message)}" for f in accepted]
-    lines.append(f"base: {json.dumps({'repo_id': registry.base.repo_id, 'revision': registry.base.revision})}")
+    lines.append(f"base: {json.dumps({'repo_id': record.base.repo_id, 'revision': record.base.revision})}")
     return "\n".join(line[:500] for line in lines)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_as
-from swsurgery.checkpoint.record import MANIFEST_NAME, Patched, Registry, read_records
+from swsurgery.checkpoint.record import MANIFEST_NAME, Patched, Record, read_records
 from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.plan import Plan, make_plan
@@ -131,7 +131,7 @@ def read(source: str | Path, base: str | None = None, progress: Progress | None 
     if isinstance(where, Path) and not where.is_dir():
         return _read_manifest(where, base, progress or Silent())
     if base is not None:
-        raise PlanError("the base of a patched checkpoint is in its registry", source, "leave --base away")
+        raise PlanError("the base of a patched checkpoint is in its record", source, "leave --base away")
     return _read_record(place(where) if isinstance(where, Uri) else where)
 
 
@@ -167,13 +167,13 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
 
 def _read_record(root: Path | Repo) -> EditSource:
     patched = read_records(root)
-    checkpoint = open_as(root, patched.registry.base, elsewhere=patched.registry.elsewhere)
+    checkpoint = open_as(root, patched.record.base, elsewhere=patched.record.elsewhere)
     steps = list_steps(patched)
     changed: dict[Coordinate, PatchScalar] = {}
-    for registry in steps:
-        for e in registry.edits:
+    for record in steps:
+        for e in record.edits:
             if e.tensor not in checkpoint.shapes or e.dtype != checkpoint.info(e.tensor).dtype.name:
-                what = "the registry names a scalar that is not there"
+                what = "the record names a scalar that is not there"
                 raise CheckpointError(what, f"{e.coordinate} in {e.file}", "restore swsurgery.json")
             earlier = changed.get(e.coordinate)
             if earlier:  # two operations on one scalar are exported as the final value
@@ -185,7 +185,7 @@ def _read_record(root: Path | Repo) -> EditSource:
         stored = checkpoint.shards[s.file].read_scalar(*s.coordinate)
         if stored != s.new:
             where = f"{s.coordinate} in {s.file}"
-            raise CheckpointError("is not what its registry says", where, "swsurgery verify says more")
+            raise CheckpointError("differs from its record", where, "swsurgery verify says more")
     first, last = steps[0], steps[-1]
     digests = {s.file: first.files[s.file].base_sha256 for s in scalars}
     manifest = parse_manifest(patched.manifest_raw, Path(MANIFEST_NAME)).manifest
@@ -194,11 +194,11 @@ def _read_record(root: Path | Repo) -> EditSource:
     return _make_source(checkpoint, manifest, identity, known, last.manifest_sha256, scalars)
 
 
-def list_steps(patched: Patched | None) -> list[Registry]:
+def list_steps(patched: Patched | None) -> list[Record]:
     """List the records of all steps in which a checkpoint was patched, in order."""
-    steps: list[Registry] = []
+    steps: list[Record] = []
     while patched is not None:
-        steps.append(patched.registry)
+        steps.append(patched.record)
         patched = patched.previous()
     return steps[::-1]
 

@@ -16,7 +16,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.opening import open_as
 from swsurgery.checkpoint.projections import find_short_form
-from swsurgery.checkpoint.record import REGISTRY_NAME, FileRecord, Patched, Registry, read_patched
+from swsurgery.checkpoint.record import RECORD_NAME, FileRecord, Patched, Record, read_patched
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError, pluralise
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
@@ -47,33 +47,33 @@ def make_publication(
     """
     patched = read_patched(root)
     if patched is None:
-        raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
-    registry = patched.registry
+        raise CheckpointError("no record", root / RECORD_NAME, "only a checkpoint that swsurgery patched has one")
+    record = patched.record
     notes: list[str] = []
-    checkpoint = open_as(root, registry.base, elsewhere=registry.elsewhere)
-    base, target = list_base(registry), find_target(wish)
+    checkpoint = open_as(root, record.base, elsewhere=record.elsewhere)
+    base, target = list_base(record), find_target(wish)
     if base is None:
-        named = registry.base.repo_id or "the base, which the registry does not name,"
+        named = record.base.repo_id or "the base, which the record does not name,"
         notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
     elif base.private and not (target.head.private if target else wish.private):
         notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
-    left_out = _list_left_out(checkpoint, registry)
+    left_out = _list_left_out(checkpoint, record)
     distrusted = {f.file for f in findings}
-    scan = Scan(checkpoint, registry, base, target, distrusted, hashing, progress)
-    names = [n for n in registry.files if n not in left_out and (n in scan.there or n in registry.elsewhere)]
-    names += [n for n in scan.there if n not in registry.files and n not in left_out and n not in OWN_FILES]
+    scan = Scan(checkpoint, record, base, target, distrusted, hashing, progress)
+    names = [n for n in record.files if n not in left_out and (n in scan.there or n in record.elsewhere)]
+    names += [n for n in scan.there if n not in record.files and n not in left_out and n not in OWN_FILES]
     items = [scan.item(name) for name in sorted(names)]
-    published = _make_record(registry, items, base)
+    published = _make_record(record, items, base)
     records = Patched(published, published.render(), patched.manifest_raw)
-    text = read_base_card(scan, registry, base)
+    text = read_base_card(scan, record, base)
     base_fields, base_text = read_card(text, card.FIELDS)
     notes += list_card_notes(card.list_omitted_fields(base_fields))
     body = card.render_body(
-        published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, registry)
+        published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, record)
     )
     own = records.own_files() | {card.CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
     items += [scan.own(name, data) for name, data in own.items()]
-    message = wish.message or summarise_edits(registry)
+    message = wish.message or summarise_edits(record)
     plan = assemble(root, wish, published, items, left_out, notes, findings, base, target, message)
     _refuse_second_set(plan)
     return plan
@@ -96,7 +96,7 @@ def _refuse_second_set(plan: Publication) -> None:
 def assemble(
     root: Path,
     wish: Wish,
-    registry: Registry,
+    record: Record,
     items: Sequence[Item],
     left_out: Mapping[str, str],
     notes: Sequence[str],
@@ -108,11 +108,11 @@ def assemble(
     """Build the plan from its files. Adds the files to delete, the tag, and an open pull request with these files."""
     gone, said = _find_obsolete(target, {item.name for item in items})
     notes = [*notes, *said]
-    tag = _choose_tag(wish, registry, base, target, notes)
+    tag = _choose_tag(wish, record, base, target, notes)
     plan = Publication(
         root,
         wish,
-        registry,
+        record,
         tuple(sorted([*items, *gone], key=lambda i: i.name)),
         left_out,
         tuple(notes),
@@ -125,9 +125,9 @@ def assemble(
     return replace(plan, pull_request=_find_pull_request(plan)) if wish.create_pr and target else plan
 
 
-def list_base(registry: Registry) -> Listing | None:
+def list_base(record: Record) -> Listing | None:
     """List the base's repository at its commit. None if it is unknown or not visible on this Hub. Raises HubError."""
-    named = registry.base
+    named = record.base
     return list_visible_revision(named.repo_id, named.revision) if named.repo_id else None
 
 
@@ -139,26 +139,26 @@ def find_target(wish: Wish) -> Branch | None:
     return target
 
 
-def join_base_path(registry: Registry, name: str) -> str:
+def join_base_path(record: Record, name: str) -> str:
     """Return a file's path in the base's repository. The base may be a folder of it."""
-    return f"{registry.base.sub}/{name}" if registry.base.sub else name
+    return f"{record.base.sub}/{name}" if record.base.sub else name
 
 
-def _list_left_out(checkpoint: Checkpoint, registry: Registry) -> dict[str, str]:
+def _list_left_out(checkpoint: Checkpoint, record: Record) -> dict[str, str]:
     """Return the names of files that are not published, and the reasons."""
     left = dict.fromkeys(checkpoint.left_out, "belongs to the tool that downloaded it, not to the checkpoint")
     left |= dict.fromkeys(checkpoint.copies, "holds the weights once more, and was not edited")
     for file in checkpoint.files:
         if set(file.name.split("/")) & set(LEFT_OUT):
             left[file.name] = "lies in a folder that the Hub does not take"
-    names = {f.name for f in checkpoint.files} | set(registry.files)
+    names = {f.name for f in checkpoint.files} | set(record.files)
     for name, why in (
-        (SIGNATURE_NAME, "signs the directory with its own card and registry, not what is published"),
+        (SIGNATURE_NAME, "signs the directory with its own card and record, not what is published"),
         (card.CARD_NAME, "the new card takes its place, and quotes the base's"),
     ):
         if name in names:
             left[name] = why
-    left |= {name: "was left out when the manifest was applied" for name in registry.omitted if name not in left}
+    left |= {name: "was left out when the manifest was applied" for name in record.omitted if name not in left}
     return dict(sorted(left.items()))
 
 
@@ -168,7 +168,7 @@ class Scan:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        registry: Registry,
+        record: Record,
         base: Listing | None,
         target: Branch | None,
         distrusted: set[str | None],
@@ -176,8 +176,8 @@ class Scan:
         progress: Progress,
     ):
         self.there = {f.name: f for f in checkpoint.files}
-        self.edited = {e.file for e in registry.edits}
-        self.registry, self.base, self.target = registry, base, target
+        self.edited = {e.file for e in record.edits}
+        self.record, self.base, self.target = record, base, target
         self.distrusted, self.hashing, self.progress = distrusted, hashing, progress
         self.by_digest = {f.sha256: f for f in base.files.values() if f.sha256} if base else {}
 
@@ -185,7 +185,7 @@ class Scan:
         """Plan a file of the checkpoint. Raises CheckpointError if neither the directory nor the base has it."""
         file = self.there.get(name)
         if file is None:
-            return self._plan_elsewhere(name, self.registry.files[name])
+            return self._plan_elsewhere(name, self.record.files[name])
         if file.size <= SMALL_FILE:
             found = _make_item(name, read_exactly(file.source, file.size, 0), file.source)
         else:
@@ -199,7 +199,7 @@ class Scan:
     def _find_in_base(self, name: str, sha256: str | None) -> RemoteFile | None:
         """Return the base's file with this content, or else with this name."""
         return self.by_digest.get(sha256 or "") or (
-            self.base.files.get(join_base_path(self.registry, name)) if self.base else None
+            self.base.files.get(join_base_path(self.record, name)) if self.base else None
         )
 
     def _plan_elsewhere(self, name: str, record: FileRecord) -> Item:
@@ -236,7 +236,7 @@ class Scan:
 
     def _get_digest(self, file: BaseFile) -> str | None:
         """Return the digest in the record, or hash the file if the record has none or is not trusted."""
-        record = self.registry.files.get(file.name)
+        record = self.record.files.get(file.name)
         if record and record.sha256 and file.name not in self.distrusted:
             return record.sha256
         return hash_file(file.source, self.progress, f"hashing {file.name}") if self.hashing else None
@@ -247,34 +247,34 @@ def _make_item(name: str, data: bytes, content: File | bytes) -> Item:
     return Item(name, "upload", len(data), "", hashlib.sha256(data).hexdigest(), blob, content)
 
 
-def _make_record(registry: Registry, items: Sequence[Item], base: Listing | None) -> Registry:
+def _make_record(record: Record, items: Sequence[Item], base: Listing | None) -> Record:
     """Return the record to publish: it lists exactly these files, with every known digest, and none elsewhere."""
     found = {item.name: item for item in items}
     files = {}
-    for name, record in registry.files.items():
+    for name, entry in record.files.items():
         if name not in found:
             continue
         if (
-            record.sha256 is None
+            entry.sha256 is None
             and found[name].sha256
             and base
-            and found[name].is_in(base, join_base_path(registry, name))
+            and found[name].is_in(base, join_base_path(record, name))
         ):
-            record = FileRecord(size=record.size, base_sha256=found[name].sha256, sha256=found[name].sha256)
-        files[name] = record
-    omitted = sorted({*registry.omitted, *(n for n in registry.files if n not in files)})
-    return registry.model_copy(update={"files": files, "omitted": omitted, "elsewhere": []})
+            entry = FileRecord(size=entry.size, base_sha256=found[name].sha256, sha256=found[name].sha256)
+        files[name] = entry
+    omitted = sorted({*record.omitted, *(n for n in record.files if n not in files)})
+    return record.model_copy(update={"files": files, "omitted": omitted, "elsewhere": []})
 
 
-def read_base_card(scan: Scan, registry: Registry, base: Listing | None) -> str:
+def read_base_card(scan: Scan, record: Record, base: Listing | None) -> str:
     """Read the base's card, from the directory if that has the base's card, else from the base's repository.
 
     Returns "" if there is none, or if the Hub does not permit reading it.
     """
     here = scan.there.get(card.CARD_NAME)
-    if here is not None and card.CARD_NAME in registry.files and card.CARD_NAME not in scan.distrusted:
+    if here is not None and card.CARD_NAME in record.files and card.CARD_NAME not in scan.distrusted:
         return read_at_most(here.source, 4 * card.MAX_CARD).decode("utf-8", "replace")
-    theirs = base.files.get(join_base_path(registry, card.CARD_NAME)) if base else None
+    theirs = base.files.get(join_base_path(record, card.CARD_NAME)) if base else None
     if theirs is None:
         return ""
     with contextlib.suppress(HubError):  # a gated repository permits listing files, but not reading them
@@ -287,13 +287,13 @@ def list_card_notes(names: Sequence[str]) -> list[str]:
     return [f"not taken over from the base's card, in whole or in part: {', '.join(names)}"] if names else []
 
 
-def find_short_forms(checkpoint: Checkpoint, registry: Registry) -> dict[Coordinate, card.ShortForm]:
+def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, card.ShortForm]:
     """Return the short form of each edited scalar that has one."""
     found: dict[Coordinate, card.ShortForm] = {}
-    for record in registry.edits:
+    for entry in record.edits:
         with contextlib.suppress(ArchitectureError):
-            if form := find_short_form(checkpoint.config, checkpoint.shapes, record.coordinate):
-                found[record.coordinate] = form
+            if form := find_short_form(checkpoint.config, checkpoint.shapes, entry.coordinate):
+                found[entry.coordinate] = form
     return found
 
 
@@ -304,12 +304,12 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
     head = target.head
     earlier: Collection[str] = ()
     notes: list[str] = []
-    if REGISTRY_NAME in head.files:
+    if RECORD_NAME in head.files:
         try:
             patched = read_patched(head)
-            earlier = patched.registry.files if patched else ()
+            earlier = patched.record.files if patched else ()
         except CheckpointError:
-            notes.append(f"{REGISTRY_NAME} in the repository cannot be read: no earlier file is removed")
+            notes.append(f"{RECORD_NAME} in the repository cannot be read: no earlier file is removed")
     rest = sorted(set(head.files) - names - {".gitattributes"})
     gone = [Item(n, "delete", head.files[n].size, "of an earlier publication") for n in rest if n in earlier]
     if strange := [name for name in rest if name not in earlier]:
@@ -319,13 +319,13 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
 
 
 def _choose_tag(
-    wish: Wish, registry: Registry, base: Listing | None, target: Branch | None, notes: list[str]
+    wish: Wish, record: Record, base: Listing | None, target: Branch | None, notes: list[str]
 ) -> str | None:
     """Return the tag to make, or None. A pull request gets none, because its commit is not yet the repository's.
 
     Adds a note if the tag exists and stays at another commit. Raises HubError if --tag names such a tag.
     """
-    commit = base.commit if base else registry.base.revision or ""
+    commit = base.commit if base else record.base.revision or ""
     name = wish.tag or (f"base-{commit[:12]}" if len(commit) == 40 else None)
     if wish.create_pr:
         if wish.tag:
@@ -339,9 +339,9 @@ def _choose_tag(
     return name
 
 
-def summarise_edits(registry: Registry) -> str:
+def summarise_edits(record: Record) -> str:
     """Summarise the edits in one line, for the commit's message."""
-    number, base = len(registry.edits), registry.base
+    number, base = len(record.edits), record.base
     of = f" of {base.repo_id}" if base.repo_id else ""
     at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
     return f"{pluralise(number, 'scalar')}{of}{at} changed"

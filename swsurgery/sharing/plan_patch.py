@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swsurgery.checkpoint.opening import open_as
-from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, EditRecord, Patched, Registry, read_records
+from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, EditRecord, Patched, Record, read_records
 from swsurgery.errors import HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
@@ -54,41 +54,41 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     """
     patched = read_records(root)
     source = export.read(root, progress=progress)
-    registry = _merge_steps(patched, source.patch)
-    checkpoint = open_as(root, patched.registry.base, elsewhere=patched.registry.elsewhere)
-    base, target = list_base(registry), find_target(wish)
+    record = _merge_steps(patched, source.patch)
+    checkpoint = open_as(root, patched.record.base, elsewhere=patched.record.elsewhere)
+    base, target = list_base(record), find_target(wish)
     if target:
         _refuse_weights(target, wish.repo_id)
     notes = [*source.notes]
     if base is None:
-        named = registry.base.repo_id or "the base, which the registry does not name,"
+        named = record.base.repo_id or "the base, which the record does not name,"
         notes.append(f"{named} cannot be seen at this Hub: whoever applies the patch needs it at hand")
     elif base.private and not (target.head.private if target else wish.private):
         notes.append(f"{base.repo_id} is private, and the patch tells names and single values of its weights")
     raw = patch_module.render(source.patch)
-    once = not patched.registry.history
+    once = not patched.record.history
     manifest = patched.manifest_raw if once else patch_module.render_manifest(raw, Path(PATCH_NAME))
-    scan = Scan(checkpoint, patched.registry, base, target, {f.file for f in findings}, False, progress)
-    base_fields, _ = read_card(read_base_card(scan, patched.registry, base), card.FIELDS)
+    scan = Scan(checkpoint, patched.record, base, target, {f.file for f in findings}, False, progress)
+    base_fields, _ = read_card(read_base_card(scan, patched.record, base), card.FIELDS)
     notes += list_card_notes(card.list_omitted_fields(base_fields, card.LICENCE))
     body = card.render_patch_body(
-        registry, wish.repo_id, manifest, PATCH_NAME, len(raw), findings, find_short_forms(checkpoint, registry)
+        record, wish.repo_id, manifest, PATCH_NAME, len(raw), findings, find_short_forms(checkpoint, record)
     )
     made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
     made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
-    made[card.CARD_NAME] = render_card(card.make_patch_fields(registry, base_fields), body)
+    made[card.CARD_NAME] = render_card(card.make_patch_fields(record, base_fields), body)
     items = [scan.own(name, data) for name, data in made.items()]
-    message = wish.message or f"a patch: {summarise_edits(registry)}"
-    return assemble(root, wish, registry, items, {}, notes, findings, base, target, message)
+    message = wish.message or f"a patch: {summarise_edits(record)}"
+    return assemble(root, wish, record, items, {}, notes, findings, base, target, message)
 
 
-def _merge_steps(patched: Patched, patch: Patch) -> Registry:
+def _merge_steps(patched: Patched, patch: Patch) -> Record:
     """Return a record with a checkpoint's edits since its first base, and without files."""
     steps = export.list_steps(patched)
     first: dict[Coordinate, EditRecord] = {}
     last: dict[Coordinate, EditRecord] = {}
-    for registry in steps:
-        for edit in registry.edits:
+    for record in steps:
+        for edit in record.edits:
             first.setdefault(edit.coordinate, edit)
             last[edit.coordinate] = edit
     edits = []
@@ -97,7 +97,7 @@ def _merge_steps(patched: Patched, patch: Patch) -> Registry:
         changes = {"old": old.old, "old_bits": old.old_bits, "op": scalar.op, "factor": scalar.factor}
         edits.append(last[scalar.coordinate].model_copy(update=changes))
     update = {"base": steps[0].base, "edits": edits, "files": {}, "omitted": [], "elsewhere": [], "protected": []}
-    return patched.registry.model_copy(update=update)
+    return patched.record.model_copy(update=update)
 
 
 def _refuse_weights(target: Branch, repo_id: str) -> None:

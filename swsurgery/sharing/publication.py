@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from swsurgery.checkpoint.record import Registry
+from swsurgery.checkpoint.record import Record
 from swsurgery.errors import HubError
 from swsurgery.hub.commit import MAIN, Branch, Listing
 from swsurgery.storage.files import File
@@ -103,7 +103,7 @@ class Publication:
 
     root: Path
     wish: Wish
-    registry: Registry
+    record: Record
     items: tuple[Item, ...]
     left_out: Mapping[str, str]
     notes: tuple[str, ...]

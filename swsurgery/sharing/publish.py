@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.checkpoint.listing import LEFT_OUT
-from swsurgery.checkpoint.record import REGISTRY_NAME, Registry, read_patched
+from swsurgery.checkpoint.record import RECORD_NAME, Record, read_patched
 from swsurgery.errors import (
     CheckFailed,
     CheckpointError,
@@ -105,27 +105,27 @@ def find_early(root: Path) -> list[Finding]:
     """
     patched = read_patched(root)
     if patched is None:
-        raise CheckpointError("no registry", root / REGISTRY_NAME, "only a checkpoint that swsurgery patched has one")
-    findings = _check_sanity(patched.registry)
+        raise CheckpointError("no record", root / RECORD_NAME, "only a checkpoint that swsurgery patched has one")
+    findings = _check_sanity(patched.record)
     names = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
     small = (name for name in names if name.parts[0] not in LEFT_OUT and (root / name).stat().st_size <= SMALL_FILE)
     return findings + find_secrets((name.as_posix(), (root / name).read_bytes()) for name in small)
 
 
-def _check_sanity(registry: Registry) -> list[Finding]:
+def _check_sanity(record: Record) -> list[Finding]:
     """Report a sanity check that failed, or that never ran the edited model."""
-    check = registry.check
+    check = record.check
     if check.get("kind") == "forward":
         failures = check.get("failures")
         if check.get("ok") is True and not failures:
             return []
         said = "; ".join(map(str, failures)) if isinstance(failures, list) and failures else "the check says no"
-        return [Finding("check-failed", said, REGISTRY_NAME)]
-    if not registry.edits:
+        return [Finding("check-failed", said, RECORD_NAME)]
+    if not record.edits:
         return []
     reason = check.get("reason")
     why = f" ({reason})" if isinstance(reason, str) else ""
-    return [Finding("check-missing", f"the edited model was never run{why}", REGISTRY_NAME)]
+    return [Finding("check-missing", f"the edited model was never run{why}", RECORD_NAME)]
 
 
 def find_secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
@@ -234,7 +234,7 @@ def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int
         gone = [name for name, item in items.items() if item.how == "delete"]
         _refuse_public(plan)
         try:
-            sent = draft.send(copies, plan.base, gone, plan.message, card.describe(plan.registry, plan.accepted))
+            sent = draft.send(copies, plan.base, gone, plan.message, card.describe(plan.record, plan.accepted))
         except CopyRefused as error:
             say(f"the Hub does not copy {', '.join(error.names)} from {plan.base}: uploading instead")
             uploads = [replace(items[name], how="upload") for name in error.names]
@@ -326,15 +326,15 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
             data = read_at_most(listing.files[item.name], listing.files[item.name].size)
             if data != item.content:
                 findings.append(Finding("digest", "the Hub serves other bytes than were published", item.name))
-    changed, scalars = _compare_scalars(plan.registry, listing, progress)
+    changed, scalars = _compare_scalars(plan.record, listing, progress)
     return findings + changed, listing, scalars
 
 
-def _compare_scalars(registry: Registry, listing: Listing, progress: Progress) -> tuple[list[Finding], int]:
+def _compare_scalars(record: Record, listing: Listing, progress: Progress) -> tuple[list[Finding], int]:
     """Compare the edited scalars that the Hub serves with the record. Returns the findings and the number compared."""
     findings: list[Finding] = []
     shards: dict[str, Shard] = {}
-    edits = [e for e in registry.edits if e.file in listing.files]
+    edits = [e for e in record.edits if e.file in listing.files]
     progress.start(len(edits), "scalar", "reading back")
     try:
         for edit in edits:

@@ -106,7 +106,7 @@ def check_digest(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) 
     for wanted, who in (pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
         if wanted and wanted != digest:
             changed = f"{file.name} was changed since the edit: restore it, or give the unchanged checkpoint"
-            remedy = changed if who == "its registry" else "is this the right checkpoint?"
+            remedy = changed if who == "its record" else "is this the right checkpoint?"
             raise PlanError(f"its sha256 is {digest}, but {who} says {wanted}", file.source, remedy)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes
-from swsurgery.checkpoint.record import Registry
+from swsurgery.checkpoint.record import Record
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import PlanError, escape_control
 from swsurgery.manifest.load import LoadedManifest
@@ -40,19 +40,19 @@ def _locate_misfit(loaded: LoadedManifest, fault: str) -> Finding:
     return point_at(loaded, Finding("manifest-mismatch", f"the base does not fit: {message}"), ("base",))
 
 
-def plan_against_record(wishes: Wishes, plan: Plan, registry: Registry) -> list[Finding]:
+def plan_against_record(wishes: Wishes, plan: Plan, record: Record) -> list[Finding]:
     """Check that the base's bits are the record's old bits, and the plan's new bits are the record's new bits."""
-    recorded = {r.coordinate: r for r in (*registry.edits, *registry.protected)}
+    recorded = {r.coordinate: r for r in (*record.edits, *record.protected)}
     findings = []
     for scalar in (*plan.splices, *plan.protected):
-        record = recorded.get(scalar.coordinate)
-        if record is None:
-            continue  # by_registry reports it
+        entry = recorded.get(scalar.coordinate)
+        if entry is None:
+            continue  # by_record reports it
         ours = scalar.to_json()
         names = [name for name in ("file", "offset", "dtype", "old_bits", "new_bits") if name in ours]
-        unlike = [name for name in names if ours[name] != getattr(record, name, None)]
+        unlike = [name for name in names if ours[name] != getattr(entry, name, None)]
         if unlike:
-            said = ", ".join(f"{k} {ours[k]} and not {getattr(record, k, None)}" for k in unlike)
+            said = ", ".join(f"{k} {ours[k]} and not {getattr(entry, k, None)}" for k in unlike)
             findings.append(wishes.finding(f"the base gives {said}", scalar.coordinate))
     return findings
 

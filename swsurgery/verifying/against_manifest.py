@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, Registry
+from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, Record
 from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
 from swsurgery.editing.resolve import Asked, KnownPlace, find_conflicts, find_known, resolve
 from swsurgery.errors import LookupFailed, ManifestError
@@ -79,15 +79,15 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
     return Wishes(loaded, resolution.by_coordinate(), tuple(misfits))
 
 
-def check_by_record(wishes: Wishes, registry: Registry) -> list[Finding]:
+def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
     """Check that the record contains exactly what the manifest requests.
 
     Compares scalars, operations, factors and pins, and the new bits with those computed from the old bits.
     """
     identity = [
-        wishes.finding(message, path=path) for path, message in explain_unlike_bases(wishes.loaded.manifest, registry)
+        wishes.finding(message, path=path) for path, message in explain_unlike_bases(wishes.loaded.manifest, record)
     ]
-    unlike = [wishes.finding(message, record) for record, message in find_unlike_records(wishes.asked, registry)]
+    unlike = [wishes.finding(message, entry) for entry, message in find_unlike_records(wishes.asked, record)]
     return [*wishes.misfits, *identity, *unlike]
 
 
@@ -110,28 +110,28 @@ def find_own_differences(patched: Patched, checkpoint: Checkpoint) -> list[Findi
 
     A later version may know other super weights, so `known:` means those that the record quotes.
     """
-    registry = patched.registry
-    if hashlib.sha256(patched.manifest_raw).hexdigest() != registry.manifest_sha256:
-        return [Finding("manifest", "it is not the manifest that the registry was made from", MANIFEST_NAME)]
+    record = patched.record
+    if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
+        return [Finding("manifest", "it is not the manifest that the record was made from", MANIFEST_NAME)]
     findings = [
         Finding("manifest", message, MANIFEST_NAME, *(place or ()))
-        for place, message in _compare_own_manifest(patched.manifest_raw, registry, registry.elsewhere, checkpoint)
+        for place, message in _compare_own_manifest(patched.manifest_raw, record, record.elsewhere, checkpoint)
     ]
-    for number, step in enumerate(registry.history, 1):
+    for number, step in enumerate(record.history, 1):
         earlier, raw = step.read(), step.manifest.encode()
         if hashlib.sha256(raw).hexdigest() != earlier.manifest_sha256:
-            message = f"the manifest of step {number} is not the one that the registry of that step was made from"
-            findings.append(Finding("manifest", message, REGISTRY_NAME))
-        elif (earlier.base.weights, earlier.base.variant) == (registry.base.weights, registry.base.variant):
+            message = f"the manifest of step {number} is not the one that the record of that step was made from"
+            findings.append(Finding("manifest", message, RECORD_NAME))
+        elif (earlier.base.weights, earlier.base.variant) == (record.base.weights, record.base.variant):
             findings += [
-                Finding("manifest", f"step {number}: {message}", REGISTRY_NAME, *(place or ()))
-                for place, message in _compare_own_manifest(raw, earlier, registry.elsewhere, checkpoint)
+                Finding("manifest", f"step {number}: {message}", RECORD_NAME, *(place or ()))
+                for place, message in _compare_own_manifest(raw, earlier, record.elsewhere, checkpoint)
             ]
     return findings
 
 
 def _compare_own_manifest(
-    raw: bytes, registry: Registry, elsewhere: Collection[str], checkpoint: Checkpoint
+    raw: bytes, record: Record, elsewhere: Collection[str], checkpoint: Checkpoint
 ) -> Iterator[tuple[Coordinate | None, str]]:
     """Yield each difference between a record and the manifest that it was made from, with its scalar if any."""
     try:
@@ -139,37 +139,37 @@ def _compare_own_manifest(
     except ManifestError as error:
         yield None, f"it is no sound manifest: {error.faults[0].removeprefix(f'{MANIFEST_NAME}:')}"
         return
-    resolution = resolve(manifest, checkpoint, partial(_find_recorded, registry))
+    resolution = resolve(manifest, checkpoint, partial(_find_recorded, record))
     asked, faults = resolution.by_coordinate(), [*resolution.misfits, *find_conflicts(resolution.asked)]
     # Protected scalars of shards that stay in the base's repository cannot be resolved without the shard's header.
-    afar = {r.coordinate for r in registry.protected if r.file in elsewhere and r.file not in checkpoint.shards}
+    afar = {r.coordinate for r in record.protected if r.file in elsewhere and r.file not in checkpoint.shards}
     unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}
     yield from ((None, f"edits[{number}]: {fault}") for number, fault in faults if number not in unresolved)
-    for coordinate, message in find_unlike_records(asked, registry):
+    for coordinate, message in find_unlike_records(asked, record):
         if coordinate in asked or coordinate not in afar or not unresolved:
             yield coordinate, message
-    for path, message in explain_unlike_bases(manifest, registry):
-        if path[-1] not in {*registry.omitted, *OWN_FILES}:  # these files were not written
+    for path, message in explain_unlike_bases(manifest, record):
+        if path[-1] not in {*record.omitted, *OWN_FILES}:  # these files were not written
             yield None, message
 
 
-def _find_recorded(registry: Registry, name: str) -> list[KnownPlace]:
+def _find_recorded(record: Record, name: str) -> list[KnownPlace]:
     """Find the super weights that `known:` meant when the edit was made, as the record quotes them.
 
     Raises LookupFailed.
     """
     try:
-        found = [_RecordedPlace.model_validate(quoted) for quoted in (registry.known or {})["coordinates"]]
+        found = [_RecordedPlace.model_validate(quoted) for quoted in (record.known or {})["coordinates"]]
     except (KeyError, TypeError, ValidationError):
-        raise LookupFailed("the registry does not say which super weights were known", name) from None
+        raise LookupFailed("the record does not say which super weights were known", name) from None
     wanted = name.rpartition(":")[2]
     chosen = [p for p in found if (p.status != "refuted" if name == "all" else p.id == wanted)]
     if not chosen:
-        raise LookupFailed("the registry recorded no such known super weight", name)
+        raise LookupFailed("the record has no such known super weight", name)
     try:
         return [KnownPlace(p.layer, p.row, p.col, p.expert, _read_expected(p)) for p in chosen if p.col is not None]
     except ValidationError:
-        raise LookupFailed(f"the value that the registry recorded of {name} is none") from None
+        raise LookupFailed(f"the record has no valid value of {name}") from None
 
 
 def _read_expected(quoted: _RecordedPlace) -> MeasuredValue | None:

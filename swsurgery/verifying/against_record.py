@@ -15,7 +15,7 @@ from typing import Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes, read_chunks
-from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Registry, ScalarRecord
+from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Record, ScalarRecord
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
 from swsurgery.errors import NumberError
 from swsurgery.progress import Progress
@@ -27,7 +27,7 @@ from swsurgery.storage.strict_json import read_small
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.finite import FiniteScan
 
-RULES_OF_REGISTRY = (
+RULES_OF_RECORD = (
     "structure",
     "digest",
     "file-missing",
@@ -66,7 +66,7 @@ class Verification:
     unread: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
-    rules: tuple[str, ...] = field(default=RULES_OF_REGISTRY)
+    rules: tuple[str, ...] = field(default=RULES_OF_RECORD)
 
     @property
     def ok(self) -> bool:
@@ -103,39 +103,39 @@ def verify_patched(
     `of_manifest` are the findings about the manifest stored in the checkpoint. The caller makes them, because resolving
     a manifest needs code of the editing package.
     """
-    registry = patched.registry
+    record = patched.record
     names = {f.name: f for f in checkpoint.files}
-    findings = check_structure(checkpoint) + _check_file_list(registry, names) + _check_sums(patched, names)
+    findings = check_structure(checkpoint) + _check_file_list(record, names) + _check_sums(patched, names)
     findings += of_manifest
-    findings += check_scalars(registry, checkpoint)
-    present = [name for name in registry.files if name in names]
-    unhashed = [name for name in present if registry.files[name].sha256 is None]
-    edited = {edit.file for edit in registry.edits}
+    findings += check_scalars(record, checkpoint)
+    present = [name for name in record.files if name in names]
+    unhashed = [name for name in present if record.files[name].sha256 is None]
+    edited = {edit.file for edit in record.edits}
     unread = [n for n in present if n in edited and not finite and not names[n].is_here]
-    found, sound = _check_all_digests(registry, checkpoint, present, finite, progress)
+    found, sound = _check_all_digests(record, checkpoint, present, finite, progress)
     findings += found
     proved = [name for name in sound if name not in unhashed and name not in unread]
     if base is not None:
-        findings += _compare_with_base(checkpoint, base, registry, progress)
-    rules = RULES_OF_REGISTRY + (("base",) if base else ()) + (("non-finite",) if finite else ())
+        findings += _compare_with_base(checkpoint, base, record, progress)
+    rules = RULES_OF_RECORD + (("base",) if base else ()) + (("non-finite",) if finite else ())
     return Verification(
         tuple(findings),
         files=len(present),
-        edits=len(registry.edits),
-        protected=len(list_protected(registry, checkpoint)),
-        proved=tuple(name for name in proved if not registry.files[name].unverified),
+        edits=len(record.edits),
+        protected=len(list_protected(record, checkpoint)),
+        proved=tuple(name for name in proved if not record.files[name].unverified),
         compared_with_base=base is not None,
         unhashed=tuple(unhashed),
         finite=finite,
         unread=tuple(unread),
-        elsewhere=tuple(n for n in registry.elsewhere if n not in names),
-        unverified=tuple(name for name in proved if registry.files[name].unverified),
+        elsewhere=tuple(n for n in record.elsewhere if n not in names),
+        unverified=tuple(name for name in proved if record.files[name].unverified),
         rules=rules,
     )
 
 
 def _check_all_digests(
-    registry: Registry, checkpoint: Checkpoint, names: Sequence[str], finite: bool, progress: Progress
+    record: Record, checkpoint: Checkpoint, names: Sequence[str], finite: bool, progress: Progress
 ) -> tuple[list[Finding], list[str]]:
     """Check the digests of the named files, and search shards for NaN and infinities if `finite` is True.
 
@@ -143,16 +143,16 @@ def _check_all_digests(
     """
     files = {file.name: file for file in checkpoint.files}
     edited: dict[str, list[EditRecord]] = {}
-    for edit in registry.edits:
+    for edit in record.edits:
         edited.setdefault(edit.file, []).append(edit)
     findings: list[Finding] = []
     sound: list[str] = []
-    size = sum(files[name].size for name in names if finite or registry.files[name].sha256 is not None)
+    size = sum(files[name].size for name in names if finite or record.files[name].sha256 is not None)
     progress.start(size, "B", "verifying")
     try:
         for name in names:
             scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
-            found = _check_digests(files[name], registry.files[name], edited.get(name, []), scan, progress)
+            found = _check_digests(files[name], record.files[name], edited.get(name, []), scan, progress)
             findings += found + (scan.findings() if scan else [])
             if not found:
                 sound.append(name)
@@ -161,14 +161,14 @@ def _check_all_digests(
     return findings, sound
 
 
-def check_scalars(registry: Registry, checkpoint: Checkpoint) -> list[Finding]:
+def check_scalars(record: Record, checkpoint: Checkpoint) -> list[Finding]:
     """Check every recorded scalar, including those that earlier steps protect, against the headers and stored bits."""
     findings: list[Finding] = []
-    for record in (*registry.edits, *list_protected(registry, checkpoint)):
-        findings += _check_scalar(record, checkpoint)
-    twice = "the registry names this scalar twice"
-    repeated = [_make_finding(record, "registry", twice) for record in find_repeated(registry)]
-    return findings + _check_operations(registry) + repeated
+    for entry in (*record.edits, *list_protected(record, checkpoint)):
+        findings += _check_scalar(entry, checkpoint)
+    twice = "the record names this scalar twice"
+    repeated = [_make_finding(entry, "registry", twice) for entry in find_repeated(record)]
+    return findings + _check_operations(record) + repeated
 
 
 def check_structure(checkpoint: Checkpoint) -> list[Finding]:
@@ -199,15 +199,15 @@ def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
     return findings
 
 
-def _check_file_list(registry: Registry, names: dict[str, BaseFile]) -> list[Finding]:
+def _check_file_list(record: Record, names: dict[str, BaseFile]) -> list[Finding]:
     missing = [
-        Finding("file-missing", "the registry lists it, it is not there", name)
-        for name in registry.files
-        if name not in names and name not in registry.elsewhere
+        Finding("file-missing", "the record lists it, but it is missing", name)
+        for name in record.files
+        if name not in names and name not in record.elsewhere
     ]
-    listed = {*registry.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
+    listed = {*record.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
     extra = [
-        Finding("file-undeclared", "it is there, the registry does not list it", name)
+        Finding("file-undeclared", "it exists, but the record does not list it", name)
         for name in names
         if name not in listed
     ]
@@ -219,9 +219,9 @@ def _check_sums(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
     findings = []
     expected = patched.own_files()["SHA256SUMS"]
     if "SHA256SUMS" not in names:
-        findings.append(Finding("file-missing", "the registry goes with it, it is not there", "SHA256SUMS"))
+        findings.append(Finding("file-missing", "it belongs to the record, but is missing", "SHA256SUMS"))
     elif names["SHA256SUMS"].size != len(expected) or read_small(names["SHA256SUMS"].source, "SHA256SUMS") != expected:
-        findings.append(Finding("digest", "it does not list what the registry lists", "SHA256SUMS"))
+        findings.append(Finding("digest", "it lists other digests than the record", "SHA256SUMS"))
     return findings
 
 
@@ -238,10 +238,10 @@ def _check_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> list[Finding]
     return [_make_finding(record, "registry" if fault.contradicts else changed, fault.message)]
 
 
-def _check_operations(registry: Registry) -> list[Finding]:
+def _check_operations(record: Record) -> list[Finding]:
     """Check that each edit's operation, applied to its old bits, gives its new bits."""
     findings = []
-    for edit in registry.edits:
+    for edit in record.edits:
         dtype = DTYPES[edit.dtype]
         try:
             if edit.op == "zero":
@@ -252,14 +252,14 @@ def _check_operations(registry: Registry) -> list[Finding]:
                 new = edit.new_bytes
             if (edit.op == "scale") != (edit.factor is not None):
                 findings.append(
-                    _make_finding(edit, "registry", f"the registry's {edit.op} and its factor do not go together")
+                    _make_finding(edit, "registry", f"the record's {edit.op} and its factor do not go together")
                 )
             elif new != edit.new_bytes:
                 by = f" by {edit.factor}" if edit.op == "scale" else ""
                 made = f"{edit.op}{by} makes {dtypes.format_bits(new)} of {edit.old_bits}"
                 findings.append(_make_finding(edit, "registry", f"{made}, not {edit.new_bits}"))
         except NumberError as error:
-            findings.append(_make_finding(edit, "registry", f"the registry's {edit.op} is not possible: {error}"))
+            findings.append(_make_finding(edit, "registry", f"the record's {edit.op} is invalid: {error}"))
     return findings
 
 
@@ -270,7 +270,7 @@ def _check_digests(
     try:
         old = sorted((e.offset, e.old_bytes) for e in edits)
     except NumberError as error:
-        return [Finding("registry", f"the registry's old bits are not possible: {error}", file.name)]
+        return [Finding("registry", f"the record's old bits are invalid: {error}", file.name)]
     findings = _check_file_record(file, record, bool(edits))
     if file.digest is not None and not file.is_here and scan is None:
         progress.advance(file.size)
@@ -323,22 +323,20 @@ def _check_file_record(file: BaseFile, record: FileRecord, edited: bool) -> list
     if file.size != record.size:
         findings.append(Finding("digest", f"it has {file.size} bytes, not {record.size}", file.name))
     if (record.sha256 is None) != (record.base_sha256 is None):
-        findings.append(Finding("registry", "the registry knows one of its two digests only", file.name))
+        findings.append(Finding("registry", "the record has only one of its two digests", file.name))
     elif record.sha256 is None and edited:
-        findings.append(Finding("registry", "the registry declares edits of it and knows no digest", file.name))
+        findings.append(Finding("registry", "the record declares edits of it but has no digest", file.name))
     return findings
 
 
-def _compare_with_base(
-    checkpoint: Checkpoint, base: Checkpoint, registry: Registry, progress: Progress
-) -> list[Finding]:
+def _compare_with_base(checkpoint: Checkpoint, base: Checkpoint, record: Record, progress: Progress) -> list[Finding]:
     theirs, findings = {f.name: f for f in base.files}, []
-    for name in registry.files:
+    for name in record.files:
         if name not in theirs:
             findings.append(Finding("base", "the base does not have it", name))
     declared: dict[str, set[int]] = {}
-    for edit in registry.edits:
+    for edit in record.edits:
         declared.setdefault(edit.file, set()).update(range(edit.offset, edit.offset + len(edit.old_bits) // 2 - 1))
-    names = [f.name for f in checkpoint.files if f.name in registry.files and f.name in theirs]
+    names = [f.name for f in checkpoint.files if f.name in record.files and f.name in theirs]
     changed = find_undeclared_changes(checkpoint, base, names, declared, progress)
     return findings + [Finding.of_difference(difference) for difference in changed]

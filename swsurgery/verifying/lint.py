@@ -206,7 +206,7 @@ def _find_contradictions(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
         readings = _interpret(edit.expect)
         if readings and all(abs(value - entry.value) > SCALE_TOLERANCE * abs(entry.value) for value in readings):
             expected = edit.expect if isinstance(edit.expect, str) else dtypes.show(readings[0])
-            message = f"expects {expected}, the registry knows {dtypes.show(entry.value)} ({entry.dtype}) at {entry.id}"
+            message = f"expects {expected}, the known value is {dtypes.show(entry.value)} ({entry.dtype}) at {entry.id}"
             yield reading.place("edits", number, "expect"), f"edits[{number}].expect: {message}"
 
 

@@ -47,7 +47,7 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
         raise CheckpointError.of(f"{fault} in {root}" for fault in faults)
     patched = read_patched(root)
     try:
-        said = patched.registry.base if patched else None
+        said = patched.record.base if patched else None
         checkpoint = open_as(root, said) if said else open_checkpoint(root)
     except AmbiguousWeights:  # both sets of weights are signed, so both must be valid
         open_checkpoint(root, "index")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_as, open_chosen, refuse_other_weights
-from swsurgery.checkpoint.record import MANIFEST_NAME, REGISTRY_NAME, Patched, read_patched
+from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, escape_control, pluralise
 from swsurgery.hub import Repo, parse_location, place
@@ -52,7 +52,7 @@ class Question:
     variant: str | None = None
 
     @property
-    def needs_no_registry(self) -> bool:
+    def needs_no_record(self) -> bool:
         """True if any requested check also works for a checkpoint without a record."""
         return bool(self.known or self.manifest or self.finite or self.signature)
 
@@ -101,9 +101,7 @@ class Proof:
         if self.verification is not None and clean:
             yield from _describe_verification(self.verification)
         if self.manifest is not None and clean:
-            how = (
-                f"and byte by byte from {self.base}" if self.base else "on the base's bits as the registry proves them"
-            )
+            how = f"and byte by byte from {self.base}" if self.base else "on the base's bits as the record proves them"
             yield f"manifest  exactly {self.manifest.path}: every edit done once more {how}"
         if self.survival is not None:
             yield from _describe_survival(self.survival)
@@ -126,7 +124,7 @@ def verify_checkpoint(root: Path | Repo, question: Question, progress: Progress)
     question = _choose_weights(question, patched, loaded)
     base = _open_base(root, question, loaded, patched)
     try:
-        checkpoint = _open(root, question, patched.registry.elsewhere if patched else ())
+        checkpoint = _open(root, question, patched.record.elsewhere if patched else ())
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise
@@ -178,11 +176,11 @@ def verify_record(
     patched = read_patched(root)
     if patched is None:
         remedy = "only a checkpoint that swsurgery patched has one"
-        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}", remedy)
-    said = patched.registry.base
+        raise CheckpointError("no record", f"{root}/{OWN_FILES[0]}", remedy)
+    said = patched.record.base
     base_checkpoint = open_as(base, said) if base is not None else None
     try:
-        checkpoint = open_as(root, said, elsewhere=patched.registry.elsewhere)
+        checkpoint = open_as(root, said, elsewhere=patched.record.elsewhere)
     except CheckpointError as error:
         return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
     return _verify_with_manifest(patched, checkpoint, progress, base_checkpoint, finite)
@@ -206,9 +204,9 @@ def _read_record(root: Path | Repo, question: Question) -> Patched | None:
     if (question.signature is None) != (question.public_key is None):
         raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
     patched = read_patched(root)
-    if patched is None and not question.needs_no_registry:
+    if patched is None and not question.needs_no_record:
         remedy = "only a patched checkpoint has one; --known and --manifest do without"
-        raise CheckpointError("no registry", f"{root}/{OWN_FILES[0]}", remedy)
+        raise CheckpointError("no record", f"{root}/{OWN_FILES[0]}", remedy)
     return patched
 
 
@@ -217,10 +215,10 @@ def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedM
 
     Raises CheckpointError if the question names other weights.
     """
-    said = patched.registry.base if patched else loaded.manifest.base if loaded else None
+    said = patched.record.base if patched else loaded.manifest.base if loaded else None
     if said is None:
         return question
-    who = REGISTRY_NAME if patched else str(question.manifest)
+    who = RECORD_NAME if patched else str(question.manifest)
     refuse_other_weights(question.weights, said.weights, who, question.variant, said.variant)
     return replace(question, weights=said.weights or question.weights, variant=said.variant or question.variant)
 
@@ -266,7 +264,7 @@ def _survey_known(
     from swsurgery.known import own
     from swsurgery.verifying import against_known
 
-    declared = {e.coordinate for e in patched.registry.edits} if patched else set()
+    declared = {e.coordinate for e in patched.record.edits} if patched else set()
     model = own.identify(question.model, (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path")))
     if model is None:
         raise CheckpointError("nothing says which known model it is", checkpoint.root, "say which: --model NAME")
@@ -307,8 +305,8 @@ def _list_repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
     """Return the repository ids in a record: of the base, and of the known model whose super weights it quotes."""
     if patched is None:
         return ()
-    facts = patched.registry.known or {}
-    return patched.registry.base.repo_id, facts.get("hf_id")
+    facts = patched.record.known or {}
+    return patched.record.base.repo_id, facts.get("hf_id")
 
 
 def _resolve_wishes(
@@ -340,7 +338,7 @@ def _check_manifest(
 ) -> list[Finding]:
     from swsurgery.verifying.against_manifest import check_by_record
 
-    findings = check_by_record(wishes, patched.registry) if patched else []
+    findings = check_by_record(wishes, patched.record) if patched else []
     if base is None:
         return findings
     from swsurgery.verifying.against_base import check_by_base, plan_against_record, plan_or_report
@@ -350,12 +348,12 @@ def _check_manifest(
         said = {(f.line, f.message) for f in findings}
         return findings + [f for f in misfits if (f.line, f.message) not in said]
     if patched:
-        return findings + plan_against_record(wishes, plan, patched.registry)
+        return findings + plan_against_record(wishes, plan, patched.record)
     return check_by_base(wishes, plan, checkpoint, progress)
 
 
 def _describe_verification(verification: Verification) -> Iterable[str]:
-    yield f"verified  {pluralise(verification.files - len(verification.unhashed), 'file')} with the registry's sha256"
+    yield f"verified  {pluralise(verification.files - len(verification.unhashed), 'file')} with the record's sha256"
     if verification.proved:
         others = verification.unread or verification.unverified
         put_back = "the rest" if others else f"with {pluralise(verification.edits, 'scalar')} put back, they"
@@ -368,7 +366,7 @@ def _describe_verification(verification: Verification) -> Iterable[str]:
     yield f"protected {pluralise(verification.protected, 'scalar')} with the base's bits"
     if verification.unverified:
         names, count = _format_some(verification.unverified), pluralise(len(verification.unverified), "file")
-        yield f"unproved  {count} whose digests were copied into the registry without hashing the base: {names}"
+        yield f"unproved  {count} whose digests were copied into the record without hashing the base: {names}"
     if verification.unhashed:
         count = pluralise(len(verification.unhashed), "file")
         yield f"unhashed  {count} of which only the size is known: {_format_some(verification.unhashed)}"

@@ -1,4 +1,4 @@
-"""Index, config, registry and journal with odd contents: a value or a known error, never a traceback."""
+"""Index, config, record and journal with odd contents: a value or a known error, never a traceback."""
 
 from __future__ import annotations
 

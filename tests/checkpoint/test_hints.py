@@ -227,7 +227,7 @@ def test_revert_names_the_file_that_was_edited(patched, tmp_path, capsys):
     for options in ([], ["-o", str(tmp_path / "back")]):
         assert main(["revert", str(patched), *options]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert "its registry says" in line
+        assert "its record says" in line
         assert line.endswith("(README.md was changed since the edit: restore it, or give the unchanged checkpoint)")
     card.write_text("longer than it was before")
     assert main(["revert", str(patched)]) == 2

@@ -44,7 +44,7 @@ def test_every_name_stands_once_and_every_kind_of_file_is_there():
     names = [hostile.name for hostile in HOSTILE]
     assert len(names) == len(set(names)) >= 55
     assert {name.partition(":")[0] for name in names} == {
-        "manifest", "header", "headers", "index", "config", "registry"
+        "manifest", "header", "headers", "index", "config", "record"
     }  # fmt: skip
 
 

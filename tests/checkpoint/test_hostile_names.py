@@ -103,8 +103,8 @@ def test_names_in_a_header_and_a_config(name, model_type, key, value):
 
 @PROFILE
 @given(data=st.data(), name=strings.filter(lambda s: s and s != "__metadata__"))
-def test_strings_in_a_registry(data, name):
-    """Any string of the registry, a key included, is made hostile: verify, lookup and revert stay sound."""
+def test_strings_in_a_record(data, name):
+    """Any string of the record, a key included, is made hostile: verify, lookup and revert stay sound."""
     with folder() as place:
         write_single(place / "base", {name: tensor("F32", 2, 2)})
         edits = [{"op": "zero", "tensor": name, "index": [0, 1]}, {"op": "protect", "tensor": name, "index": [1, 1]}]

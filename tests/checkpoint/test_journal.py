@@ -571,7 +571,7 @@ def test_an_undoing_that_cannot_be_synced_is_not_done(base, cut_off, monkeypatch
 
 
 def test_a_journal_that_could_not_be_read_back_is_not_begun_with(base, manifest, tmp_path, monkeypatch, capsys):
-    """A registry of tens of megabytes would make one."""
+    """A record of tens of megabytes would make one."""
     assert main(list(in_place(manifest))) == 0
     before = tree(base)
     limit = sum(len(before[name]) for name in OWN_FILES)
@@ -609,7 +609,7 @@ def test_the_journal_holds_what_undoing_needs(base, cut_off):
 
 
 def test_own_files_are_put_back_as_they_were(base):
-    """Also such as are no registry: the block does not know what it writes."""
+    """Also such as are no record: the block does not know what it writes."""
     (base / OWN_FILES[1]).write_bytes(b"\0\xff")
     before = tree(base)
     with pytest.raises(CheckpointError), journal.apply_splices(Folder.at(base), {}, []) as own:

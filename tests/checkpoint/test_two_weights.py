@@ -1,4 +1,4 @@
-"""An index and a single file in one directory: what is only looked at is chosen by the registry, or by --weights."""
+"""An index and a single file in one directory: what is only looked at is chosen by the record, or by --weights."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_option_chooses_what_is_inspected(base, run):
     assert shards == ["model.safetensors"]
 
 
-def test_the_registry_chooses_where_there_is_one(patched, run):
+def test_the_record_chooses_where_there_is_one(patched, run):
     code, document, _ = run("inspect", patched, *EDITED)
     assert (code, document["value"]) == (0, 0)
     assert run("inspect", patched, *EDITED, "--weights", "single")[1]["value"] != 0, "the copy can be looked at"

@@ -207,7 +207,7 @@ def test_a_record_without_a_variant_has_no_such_key(base, tmp_path, run):
     assert run("apply", manifest, "-o", tmp_path / "p", "--check", "weights")[0] == 0
     assert "variant" not in json.loads((tmp_path / "p" / "swsurgery.json").read_text())["base"]
     patched = read_patched(tmp_path / "p")
-    assert patched.registry.render() == patched.registry_raw
+    assert patched.record.render() == patched.record_raw
 
 
 def test_a_patch_carries_the_variant_and_only_then(base, tmp_path, run):

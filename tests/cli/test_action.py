@@ -232,7 +232,7 @@ def test_manifests_are_linted_by_pattern_in_the_same_run(use, patched, workspace
         ({"CHECKPOINT": "patched", "SUMMARY": "no"}, "the input summary is true or false"),
         ({"CHECKPOINT": "patched", "FAIL_ON_FINDINGS": "never"}, "the input fail-on-findings is true or false"),
         ({"CHECKPOINT": "none"}, "none"),
-        ({"CHECKPOINT": "base"}, "no registry"),
+        ({"CHECKPOINT": "base"}, "no record"),
         ({"CHECKPOINT": "patched", "MANIFEST": "none.yaml"}, "cannot read the manifest"),
         ({"CHECKPOINT": "patched", "KNOWN": "true", "MODEL": "no-such-model"}, "no-such-model"),
         ({"CHECKPOINT": "none", "FAIL_ON_FINDINGS": "false"}, "none"),

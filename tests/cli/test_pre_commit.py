@@ -142,7 +142,7 @@ def test_a_checkpoint_at_the_root_of_the_repository_is_seen(run, repository):
     assert run("swsurgery-verify", "config.json").returncode == 1
 
 
-def test_a_damaged_registry_is_not_passed_over(run, repository):
+def test_a_damaged_record_is_not_passed_over(run, repository):
     (repository / "one" / "swsurgery.json").write_text("{")
     done = run("swsurgery-verify", "one/swsurgery.json", "two/swsurgery.json")
     assert done.returncode == 2

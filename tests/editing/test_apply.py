@@ -54,7 +54,7 @@ def base(tmp_path) -> Path:
 
 
 def apply(base: Path, output: Path, *edits: dict, **options) -> dict:
-    """Apply the edits; returns the registry as it lies in the output."""
+    """Apply the edits; returns the record as it lies in the output."""
     manifest = write_manifest(output.with_suffix(".json"), base, *edits)
     apply_manifest(manifest, output, **{"check": OFF, **options})
     return json.loads((output / "swsurgery.json").read_text())
@@ -82,7 +82,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def test_only_the_named_bytes_change(base, tmp_path):
     bits = {"op": "set", "bits": "0x1234"}
-    registry = apply(
+    record = apply(
         base, tmp_path / "out", ZERO,
         {**bits, "tensor": EMBED, "index": [11, 5]}, {**bits, "layer": 0, "row": 0, "col": 0},
         {"op": "set", "tensor": NORM, "index": [0], "value": -1.5},
@@ -95,7 +95,7 @@ def test_only_the_named_bytes_change(base, tmp_path):
         (SECOND, NORM, (0,), b"\0\0\xc0\xbf"),
     )
     assert set(tree(tmp_path / "out")) == set(tree(base)) | OWN
-    assert [(e["file"], e["offset"]) for e in registry["edits"]] == [
+    assert [(e["file"], e["offset"]) for e in record["edits"]] == [
         (SECOND, place(base / SECOND, down(1), (2, 3))[0]),
         (FIRST, place(base / FIRST, EMBED, (11, 5))[0]),
         (FIRST, place(base / FIRST, down(0), (0, 0))[0]),
@@ -110,9 +110,9 @@ def test_the_base_is_not_touched(base, tmp_path):
 
 
 def test_protecting_alone_changes_nothing(base, tmp_path):
-    registry = apply(base, tmp_path / "out", {**ZERO, "op": "protect"})
+    record = apply(base, tmp_path / "out", {**ZERO, "op": "protect"})
     assert weights(tmp_path / "out") == tree(base)
-    assert registry["edits"] == [] and len(registry["protected"]) == 1
+    assert record["edits"] == [] and len(record["protected"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -209,12 +209,12 @@ def test_any_edits_change_their_bytes_only_and_are_undone(edits, tmp_path_factor
 
 def test_the_records_hold_the_digests_of_the_files(base, tmp_path):
     out = tmp_path / "out"
-    registry = apply(base, out, ZERO, {"op": "zero", "layer": 2, "row": 0, "col": 0})
-    assert registry["files"] == {
+    record = apply(base, out, ZERO, {"op": "zero", "layer": 2, "row": 0, "col": 0})
+    assert record["files"] == {
         name: {"size": len(data), "base_sha256": sha256(base / name), "sha256": sha256(out / name)}
         for name, data in tree(base).items()
     }
-    changed = {n for n, r in registry["files"].items() if r["sha256"] != r["base_sha256"]}
+    changed = {n for n, r in record["files"].items() if r["sha256"] != r["base_sha256"]}
     assert changed == {SECOND, THIRD}
     lines = (out / "SHA256SUMS").read_text().splitlines()
     assert lines == [f"{sha256(out / name)}  {name}" for name in sorted(tree(out)) if name != "SHA256SUMS"]
@@ -349,16 +349,16 @@ def test_a_patched_base_that_was_changed_since_is_refused(base, tmp_path):
     data[-1] ^= 1
     (first / THIRD).write_bytes(data)
     for attempt in (lambda: apply(first, tmp_path / "out", ZERO), lambda: revert(first, tmp_path / "out")):
-        with pytest.raises(PlanError, match=f"its sha256 is {sha256(first / THIRD)}, but its registry says"):
+        with pytest.raises(PlanError, match=f"its sha256 is {sha256(first / THIRD)}, but its record says"):
             attempt()
         assert not (tmp_path / "out").exists()
 
 
-def test_a_registry_changed_by_hand_begins_no_history(base, tmp_path):
+def test_a_record_changed_by_hand_begins_no_history(base, tmp_path):
     first = tmp_path / "first"
     apply(base, first, ZERO)
     (first / "manifest.yaml").write_bytes((first / "manifest.yaml").read_bytes() + b"\n")
-    with pytest.raises(CheckpointError, match="registry or manifest was changed by hand"):
+    with pytest.raises(CheckpointError, match="record or manifest was changed by hand"):
         apply(first, tmp_path / "out", {**ZERO, "col": 4})
     assert not (tmp_path / "out").exists()
 
@@ -367,10 +367,10 @@ def test_manifests_in_turn_are_undone_in_turn(base, tmp_path):
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     apply(base, first, ZERO)
     apply(first, second, {"op": "set", "layer": 1, "row": 2, "col": 3, "value": 7.0})
-    registry = apply(second, third, {"op": "zero", "tensor": NORM, "index": [3]})
+    record = apply(second, third, {"op": "zero", "tensor": NORM, "index": [3]})
     assert weights(third) == expected(base, (SECOND, down(1), (2, 3), b"\0\x47"), (SECOND, NORM, (3,), bytes(4)))
-    assert [len(step["registry"]["edits"]) for step in registry["history"]] == [1, 1]
-    assert registry["history"][0]["registry"]["edits"][0]["old_bits"] == (
+    assert [len(step["registry"]["edits"]) for step in record["history"]] == [1, 1]
+    assert record["history"][0]["registry"]["edits"][0]["old_bits"] == (
         "0x" + stored(base / SECOND, down(1), (2, 3))[::-1].hex()
     )
     for patched, back, wanted in ((third, "a", second), (tmp_path / "a", "b", first), (tmp_path / "b", "c", base)):

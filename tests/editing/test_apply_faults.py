@@ -331,7 +331,7 @@ def test_bounds_that_cannot_be_measured_are_not_met(base, tmp_path, monkeypatch)
     said: list[str] = []
     outcome = apply_manifest(write_manifest(tmp_path / "free.json", base, ZERO), tmp_path / "out", say=said.append)
     assert said == ["no forward check was made: no tokenizer: here"]
-    assert (outcome.registry.check["kind"], outcome.registry.check["reason"]) == ("weights", "no tokenizer: here")
+    assert (outcome.record.check["kind"], outcome.record.check["reason"]) == ("weights", "no tokenizer: here")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A checkpoint without a registry has nothing to be compared with, and check does not pretend that it has."""
+"""A checkpoint without a record has nothing to be compared with, and check does not pretend that it has."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_bound_without_a_base_is_bad_input(base, option, capsys):
     out, err = capsys.readouterr()
     assert (out, err) == (
         "",
-        "swsurgery: a bound on the perplexity ratio needs a base to compare with, and no registry says what it was: "
+        "swsurgery: a bound on the perplexity ratio needs a base to compare with, and no record names the base: "
         f"{base} (leave out the bounds, or give a patched checkpoint)\n",
     )
 

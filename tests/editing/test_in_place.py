@@ -145,7 +145,7 @@ def test_a_manifest_that_only_protects_changes_no_shard(base, tmp_path, apply):
     assert verify_record(base, Silent()).ok
 
 
-def test_the_registry_says_both_digests_of_what_was_touched(base, manifest, apply):
+def test_the_record_says_both_digests_of_what_was_touched(base, manifest, apply):
     before = {name: hashlib.sha256(data).hexdigest() for name, data in tree(base).items()}
     apply(manifest)
     files = json.loads((base / "swsurgery.json").read_text())["files"]
@@ -357,7 +357,7 @@ def test_revert_refuses_what_is_not_as_it_left_it(base, manifest, apply, capsys,
     assert (tree(base), modified(base)) == (before, times)
 
 
-def edit_registry(base: Path, **record: object) -> None:
+def edit_record(base: Path, **record: object) -> None:
     path = base / "swsurgery.json"
     document = json.loads(path.read_text())
     document["edits"][0] |= record
@@ -372,9 +372,9 @@ def edit_registry(base: Path, **record: object) -> None:
      {"file": "../base/" + SECOND}, {"old_bits": "0x1234"}, {"new_bits": "0x1234"}, {"old_bits": "0x12"}],
     ids=lambda record: ",".join(f"{k}={v}" for k, v in record.items()),
 )  # fmt: skip
-def test_revert_refuses_a_registry_that_does_not_fit_the_shard(base, manifest, apply, capsys, record):
+def test_revert_refuses_a_record_that_does_not_fit_the_shard(base, manifest, apply, capsys, record):
     apply(manifest)
-    edit_registry(base, **record)
+    edit_record(base, **record)
     before = tree(base)
     assert main(["revert", str(base)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -449,7 +449,7 @@ def test_a_wrong_digest_is_refused(base, tmp_path, refused):
     assert sha256(base / SECOND) in line and "the manifest says 0000" in line
 
 
-def test_what_the_manifest_says_counts_beside_a_registry_too(base, manifest, tmp_path, apply, refused):
+def test_what_the_manifest_says_counts_beside_a_record_too(base, manifest, tmp_path, apply, refused):
     apply(manifest)
     record = {"path": str(base), "sha256": {SECOND: "0" * 64}}
     second = write_manifest(tmp_path / "second.json", record, {"op": "zero", "layer": 1, "row": 0, "col": 0})
@@ -605,7 +605,7 @@ def test_a_base_that_is_being_copied_is_not_edited(base, manifest, reading, refu
 
 
 def test_a_step_that_finishes_while_another_is_planned_is_not_forgotten(base, manifest, tmp_path, monkeypatch):
-    """What the second run read before the first one had the directory must not become its registry."""
+    """What the second run read before the first one had the directory must not become its record."""
     late = pinned(tmp_path / "late.json", base, PROTECT)
     make_plan, first = plan_module.make_plan, []
 
@@ -686,7 +686,7 @@ def test_a_manifest_proves_the_edit_that_it_made_in_place(base, tmp_path, apply,
         name: sha256(base / name) for name in (FIRST, THIRD)
     }
     assert main(["verify", str(base), "--manifest", str(manifest)]) == 0
-    assert "as the registry proves them" in capsys.readouterr().out
+    assert "as the record proves them" in capsys.readouterr().out
     assert main(["verify", str(base), "--manifest", str(other)]) == 1
     assert "nothing was done to it" in capsys.readouterr().out
 
@@ -785,7 +785,7 @@ def test_a_forged_record_is_not_believed(base, manifest, apply, refused, name):
             (base / shard).write_bytes(original[shard])
     forge(base, change)
     line = refused(manifest, base)
-    assert line.startswith("the registry says that this manifest was applied, but ") and says in line
+    assert line.startswith("the record says that this manifest was applied, but ") and says in line
 
 
 def test_a_record_alone_is_not_believed(base, tmp_path, apply, refused):
@@ -800,7 +800,7 @@ def test_a_record_alone_is_not_believed(base, tmp_path, apply, refused):
         (base / name).write_bytes(data)
     line = refused(manifest, base)
     assert line == (
-        "the registry says that this manifest was applied, but it holds "
+        "the record says that this manifest was applied, but it holds "
         f"0x{stored(base / SECOND, down(1), (2, 3))[::-1].hex()}, not 0x0000: {SECOND}: {down(1)}[2, 3] "
         "(see swsurgery verify)"
     )

@@ -68,7 +68,7 @@ def test_so_it_is_of_a_patched_base_that_was_changed_since(base, tmp_path, capsy
     raw[-1] ^= 1
     (out / SECOND).write_bytes(raw)
     code, _, err = dry(second, capsys=capsys)
-    assert code == 2 and "but its registry says" in err
+    assert code == 2 and "but its record says" in err
 
 
 def test_the_other_pins_are_said_to_be_unchecked(base, capsys):

@@ -111,7 +111,7 @@ MISFITS = {
         {"op": "set", "layer": 1, "row": 2, "col": 3, "bits": "0x00000000"},
         "cannot set {d1}[2, 3]: 0x00000000 has 8 hex digits, F16 takes 4",
     ),
-    "known without a model": ({"op": "zero", "known": "L2.3968.7003"}, "the registry knows nothing of this base"),
+    "known without a model": ({"op": "zero", "known": "L2.3968.7003"}, "no known super weights of this base"),
     "all without a model": ({"op": "protect", "known": "all"}, "(say which known model it is: base.model)"),
 }
 
@@ -334,7 +334,7 @@ def test_a_known_coordinate_brings_its_value(known_base):
         ("qwen3-1.7b", "L2.1.1", "no such known coordinate of"),
         ("qwen3-1.7b", "L2.9.", "no such known coordinate of"),
         ("smollm2-135m", "L11.507.*", "only the row of L11.507.* is known, not the scalar"),
-        ("smollm2-135m", "all", "the registry has no whole coordinate of HuggingFaceTB/SmolLM2-135M"),
+        ("smollm2-135m", "all", "complete coordinate of HuggingFaceTB/SmolLM2-135M"),
     ],
 )
 def test_a_coordinate_that_is_not_known_is_refused(base, model, known, message):
@@ -405,8 +405,8 @@ def test_a_further_copy_of_the_weights_asks_for_a_decision(base, tmp_path):
         apply_manifest(manifest, tmp_path / decision, check=OFF, say=notes.append)
         assert (tmp_path / decision / "model-q4.gguf").exists() is there
         assert any("model-q4.gguf" in note for note in notes)
-        registry = json.loads((tmp_path / decision / "swsurgery.json").read_text())
-        assert (registry["omitted"] == ["model-q4.gguf"]) is not there
+        record = json.loads((tmp_path / decision / "swsurgery.json").read_text())
+        assert (record["omitted"] == ["model-q4.gguf"]) is not there
 
 
 def test_protecting_alone_reaches_every_copy(base, tmp_path):

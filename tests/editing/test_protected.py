@@ -44,7 +44,7 @@ def test_an_edit_of_it_is_refused_with_all_other_faults(once, tmp_path, capsys):
         assert main(["apply", str(manifest), "--check", "off", *options]) == 2
         lines = capsys.readouterr().err.splitlines()
         head, middle, other = (line.removeprefix("swsurgery: ") for line in lines)
-        where = "is protected by step 1 of the base's own registry"
+        where = "is protected by step 1 of the base's own record"
         assert head == f"{manifest}:4:5: edits[0]: {HEAD}[0, 0] {where} {REMEDY}"
         assert middle == f"{manifest}:6:5: edits[2]: {DOWN}{list(PROTECTED)} {where} {REMEDY}"
         assert "no such tensor: nowhere" in other
@@ -74,7 +74,7 @@ def test_the_plan_and_the_card_name_what_earlier_steps_protect(once, tmp_path, c
     assert main(["apply", str(tmp_path / "once.yaml"), "--dry-run"]) == 0
     assert "protects 2\n" in capsys.readouterr().out
     twice = read_patched(apply_text(tmp_path, manifest.read_text(), "twice"))
-    table = render_body(twice.registry, "org/name", twice.manifest_raw).split("## Protected")[1].split("##")[0]
+    table = render_body(twice.record, "org/name", twice.manifest_raw).split("## Protected")[1].split("##")[0]
     assert table.count(HEAD.replace("_", "\\_")) + table.count(HEAD) == 1 and "0, 4" in table
 
 

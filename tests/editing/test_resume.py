@@ -214,7 +214,7 @@ def test_what_is_kept_needs_no_cache(base, manifest, out, stopped_late, own_cach
 def test_strays_are_removed(manifest, out, tmp_path, stopped_late):
     stage = partial(out)
     (stage / "stray").write_text("x")
-    (stage / OWN_FILES[0]).write_text("half a registry")
+    (stage / OWN_FILES[0]).write_text("half a record")
     (stage / "folder" / "deep").mkdir(parents=True)
     (stage / "folder" / "deep" / "stray").write_text("x")
     (stage / "assets" / "stray").write_text("x")

@@ -82,7 +82,7 @@ def test_refuses_a_missing_file(patched, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["old_bits", "new_bits", "offset"])
-def test_refuses_a_registry_that_does_not_lead_to_the_base(patched, tmp_path, key):
+def test_refuses_a_record_that_does_not_lead_to_the_base(patched, tmp_path, key):
     path = patched / "swsurgery.json"
     document = json.loads(path.read_text())
     document["edits"][0][key] = 8 if key == "offset" else "0x1234"
@@ -101,8 +101,8 @@ def test_refuses_bits_of_another_width_as_bad_input(patched, tmp_path):
         revert(patched, tmp_path / "back")
 
 
-def test_refuses_a_checkpoint_without_a_registry(patched, tmp_path):
-    with pytest.raises(SwsurgeryError, match="no registry"):
+def test_refuses_a_checkpoint_without_a_record(patched, tmp_path):
+    with pytest.raises(SwsurgeryError, match="no record"):
         revert(tmp_path / "base", tmp_path / "back")
 
 

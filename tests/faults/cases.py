@@ -1,7 +1,7 @@
 """What is run under faults, and what must hold afterwards.
 
 A case is one command in a small room: a base of three shards, manifests, and perhaps what an earlier run left. What
-the target must become comes from struct and json alone; the registry beside it comes from an undisturbed run of the
+the target must become comes from struct and json alone; the record beside it comes from an undisturbed run of the
 product and is held against the files. This room injects nothing: it prepares, runs, and names what is wrong.
 """
 
@@ -252,10 +252,10 @@ def held(made: Tree | None, wanted: Tree) -> Tree:
     if {n: d for n, d in made.items() if n not in OWN} != wanted or not set(OWN) <= set(made):
         raise AssertionError(f"an undisturbed run gives other files: {sorted(made)}")
     digests = {n: hashlib.sha256(d).hexdigest() for n, d in made.items() if d is not None}
-    registry = json.loads(made[OWN[0]] or b"")
-    for name, record in registry["files"].items():
-        if record["sha256"] not in (digests[name], None):  # None: an edit in place need not read every shard
-            raise AssertionError(f"the registry of an undisturbed run is wrong about {name}")
+    record = json.loads(made[OWN[0]] or b"")
+    for name, entry in record["files"].items():
+        if entry["sha256"] not in (digests[name], None):  # None: an edit in place need not read every shard
+            raise AssertionError(f"the record of an undisturbed run is wrong about {name}")
     return made
 
 

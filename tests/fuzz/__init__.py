@@ -2,7 +2,7 @@
 
     documents.py   JSON and YAML as trees whose leaves may be misspelled, and their mutations
     headers.py     safetensors files, compared with the official parser
-    readers.py     index, config, manifest, registry and journal
+    readers.py     index, config, manifest, record and journal
     hostile.py     inputs that are large on purpose, each with its name
     long.py        the long run: millions of inputs, figures to docs/reliability/fuzz.json
 

@@ -1,7 +1,7 @@
 """Inputs made to cost time or memory, each a file of its own kind under its name, and what handling it costs.
 
 The bound for each, measured on the real command from its start to its end, the imports too: 2 seconds of processor
-time and 256 MB of memory at the most, or 320 MB for a large registry; it is handled, or refused with one line.
+time and 256 MB of memory at the most, or 320 MB for a large record; it is handled, or refused with one line.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def many_full_headers(folder: Path) -> list[str]:
     return ["inspect", str(folder)]
 
 
-def registry(**fields: Any) -> str:
+def record(**fields: Any) -> str:
     return json.dumps({"registry_version": 1, "swsurgery_version": "0.1.0", **fields})
 
 
@@ -148,7 +148,7 @@ def laughs() -> str:
 
 
 MANIFEST_SIZE, HEADER_SIZE, JSON_SIZE = 8 * MIB, 16 * MIB, 32 * MIB
-"""A large manifest, and the product's own limits of a header and of a JSON file other than the registry."""
+"""A large manifest, and the product's own limits of a header and of a JSON file other than the record."""
 
 DIGITS, DEEP = "1" * 1_000_000, 100_000
 MANY, MANY_EDITS = "keys and values", "more than 150000 edits"
@@ -250,48 +250,48 @@ HOSTILE = (
         None,
     ),
     Hostile(
-        "registry: 500,000 edits that are none",
-        file(OWN_FILES[0], lambda: registry(edits=[1] * 500_000), "verify"),
-        "sound registry",
+        "record: 500,000 edits that are none",
+        file(OWN_FILES[0], lambda: record(edits=[1] * 500_000), "verify"),
+        "valid record",
     ),
     Hostile(
-        "registry: a history of 500,000 numbers",
-        file(OWN_FILES[0], lambda: registry(history=[1] * 500_000), "verify"),
-        "sound registry",
+        "record: a history of 500,000 numbers",
+        file(OWN_FILES[0], lambda: record(history=[1] * 500_000), "verify"),
+        "valid record",
     ),
     Hostile(
-        "registry: 250,000 unknown fields",
-        file(OWN_FILES[0], lambda: registry(**{f"x{i}": 1 for i in range(250_000)}), "verify"),
-        "sound registry",
+        "record: 250,000 unknown fields",
+        file(OWN_FILES[0], lambda: record(**{f"x{i}": 1 for i in range(250_000)}), "verify"),
+        "valid record",
     ),
     Hostile(
-        "registry: an index of 500,000 words",
-        file(OWN_FILES[0], lambda: registry(edits=[{"index": ["a"] * 500_000}]), "verify"),
-        "sound registry",
+        "record: an index of 500,000 words",
+        file(OWN_FILES[0], lambda: record(edits=[{"index": ["a"] * 500_000}]), "verify"),
+        "valid record",
     ),
     Hostile(
-        "registry: 2,000,000 edits that are none",
-        file(OWN_FILES[0], lambda: registry(edits=[1] * 2_000_000), "verify"),
-        "sound registry",
+        "record: 2,000,000 edits that are none",
+        file(OWN_FILES[0], lambda: record(edits=[1] * 2_000_000), "verify"),
+        "valid record",
     ),
     Hostile(
-        "registry: an edit of 1,000,000 fields",
-        file(OWN_FILES[0], lambda: registry(edits=[{f"x{i}": 1 for i in range(1_000_000)}]), "verify"),
+        "record: an edit of 1,000,000 fields",
+        file(OWN_FILES[0], lambda: record(edits=[{f"x{i}": 1 for i in range(1_000_000)}]), "verify"),
         "1000000 fields",
         320,
     ),
     Hostile(
-        "registry: 3,000,000 empty lists",
-        file(OWN_FILES[0], lambda: registry(edits=[[]] * 3_000_000), "verify"),
+        "record: 3,000,000 empty lists",
+        file(OWN_FILES[0], lambda: record(edits=[[]] * 3_000_000), "verify"),
         "values accepted",
     ),
     Hostile(
-        "registry: 100 MiB of one word",
+        "record: 100 MiB of one word",
         file(OWN_FILES[0], lambda: filled('{"registry_version": "', "é", '"}', 3 * JSON_SIZE), "verify"),
         "beyond ASCII",
     ),
-    Hostile("registry: 160 MiB", file(OWN_FILES[0], lambda: " " * (5 * JSON_SIZE), "verify"), "bytes accepted"),
-    Hostile("registry: nested 100,000 deep", file(OWN_FILES[0], '{"a":' + "[" * DEEP, "verify"), "nested too deeply"),
+    Hostile("record: 160 MiB", file(OWN_FILES[0], lambda: " " * (5 * JSON_SIZE), "verify"), "bytes accepted"),
+    Hostile("record: nested 100,000 deep", file(OWN_FILES[0], '{"a":' + "[" * DEEP, "verify"), "nested too deeply"),
 )
 
 _CHILD = """

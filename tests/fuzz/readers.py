@@ -1,4 +1,4 @@
-"""The other files that somebody else may have written: index, config, manifest, registry, journal.
+"""The other files that somebody else may have written: index, config, manifest, record, journal.
 
 The promise: any bytes give a value or a SwsurgeryError whose faults are lines of bounded length. What is accepted is
 held against json.loads, where the file is JSON. To add a reader, add a class and its row in READERS.
@@ -67,7 +67,7 @@ SCALAR = {
     "old": 1.5, "old_bits": "0x3fc0",
     "known": {"id": "L0.1.2", "status": "paper", "causal_alone": "strong", "sources": [SOURCE]},
 }  # fmt: skip
-REGISTRY = {
+RECORD = {
     "registry_version": 1,
     "swsurgery_version": "0.1.0",
     "created": None,
@@ -169,9 +169,9 @@ class ManifestYaml(ManifestJson):
         return spell_yaml(random, document)
 
 
-class RegistryFile(Reader):
-    name = "registry"
-    template = tree(REGISTRY)
+class RecordFile(Reader):
+    name = "record"
+    template = tree(RECORD)
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -179,8 +179,8 @@ class RegistryFile(Reader):
 
     def read(self, content: bytes) -> bool:
         (self.folder / OWN_FILES[0]).write_bytes(content)
-        registry = read_patched(self.folder).registry
-        return registry.model_dump(mode="json", exclude_unset=True) == json.loads(content)
+        record = read_patched(self.folder).record
+        return record.model_dump(mode="json", exclude_unset=True) == json.loads(content)
 
 
 class JournalFile(Reader):
@@ -223,4 +223,4 @@ def _no_json(text: str) -> None:
     raise ValueError(text)
 
 
-READERS: tuple[Callable[[Path], Reader], ...] = (Index, Config, ManifestYaml, ManifestJson, RegistryFile, JournalFile)
+READERS: tuple[Callable[[Path], Reader], ...] = (Index, Config, ManifestYaml, ManifestJson, RecordFile, JournalFile)

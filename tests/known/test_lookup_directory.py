@@ -1,4 +1,4 @@
-"""lookup of a directory: the registry of the patched checkpoint in it, for people and as JSON."""
+"""lookup of a directory: the record of the patched checkpoint in it, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_shows_every_edit_and_protected_scalar(patched, capsys):
     ]
 
 
-def test_json_is_the_registry(patched, capsys):
+def test_json_is_the_record(patched, capsys):
     assert main(["lookup", str(patched), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((patched / "swsurgery.json").read_text())
 
@@ -49,7 +49,7 @@ def test_a_relative_name_is_the_directory_too(patched, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["{}", "base", "./base"])
-def test_a_directory_without_a_registry_is_bad_input(patched, monkeypatch, capsys, name):
+def test_a_directory_without_a_record_is_bad_input(patched, monkeypatch, capsys, name):
     monkeypatch.chdir(patched.parent)
     assert main(["lookup", name.format(patched.parent / "base")]) == 2
     streams = capsys.readouterr()
@@ -57,7 +57,7 @@ def test_a_directory_without_a_registry_is_bad_input(patched, monkeypatch, capsy
     assert streams.err.startswith("swsurgery: ")
 
 
-def test_a_damaged_registry_is_bad_input(patched, capsys):
+def test_a_damaged_record_is_bad_input(patched, capsys):
     (patched / "swsurgery.json").write_text("{")
     assert main(["lookup", str(patched)]) == 2
     assert capsys.readouterr().err.startswith("swsurgery: is not sound JSON")

@@ -32,7 +32,7 @@ def test_shipped_manifest_is_what_its_command_prints(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_shipped_manifest_loads_and_matches_the_registry(path):
+def test_shipped_manifest_loads_and_matches_the_known_super_weights(path):
     manifest = load_manifest(path).manifest
     assert manifest.name == path.stem
     model = own.lookup(manifest.base.repo_id)

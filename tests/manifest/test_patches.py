@@ -116,10 +116,10 @@ def test_applying_the_patch_gives_every_file_that_applying_the_manifest_gives(tm
     records = {"swsurgery.json", "manifest.yaml", "SHA256SUMS"}
     assert {n: d for n, d in one.items() if n not in records} == {n: d for n, d in two.items() if n not in records}
     assert one[THIRD] != (base / THIRD).read_bytes()
-    registries = [json.loads(files["swsurgery.json"]) for files in (one, two)]
-    edits = [sorted(r["edits"], key=lambda e: (e["file"], e["offset"])) for r in registries]
+    records = [json.loads(files["swsurgery.json"]) for files in (one, two)]
+    edits = [sorted(r["edits"], key=lambda e: (e["file"], e["offset"])) for r in records]
     assert edits[0] == edits[1] and [e["op"] for e in edits[1]] == ["set", "zero", "scale", "set"]
-    assert registries[0]["base"] == registries[1]["base"]
+    assert records[0]["base"] == records[1]["base"]
     assert verify_record(tmp_path / "two", Silent()).ok
     revert(tmp_path / "two", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(base)

@@ -39,7 +39,7 @@ def test_without_bounds_the_weights_are_checked_and_the_reason_recorded(base, tm
     said = []
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
     outcome = apply_manifest(manifest, tmp_path / "out", say=said.append)
-    check = outcome.registry.check
+    check = outcome.record.check
     assert check["kind"] == "weights" and "config.json" in check["reason"]
     assert "--check" not in check["reason"] + "".join(said)  # it is what was done
     assert check["weights"]["changed_scalars"] == 1
@@ -111,5 +111,5 @@ def test_what_changes_nothing_does_no_damage(base, tmp_path):
 
 def test_the_reason_does_not_say_where_the_checkpoint_was_made(base, tmp_path):
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
-    registries = [apply_manifest(manifest, tmp_path / name).registry.render() for name in ("one", "two")]
-    assert registries[0] == registries[1] and str(tmp_path).encode() not in registries[0]
+    records = [apply_manifest(manifest, tmp_path / name).record.render() for name in ("one", "two")]
+    assert records[0] == records[1] and str(tmp_path).encode() not in records[0]

@@ -314,7 +314,7 @@ def test_a_streamed_check_says_what_a_whole_one_says(here: Path, capsys: pytest.
         assert streamed[key] == pytest.approx(whole[key], rel=1e-4)
 
 
-def test_a_checkpoint_without_a_registry_is_measured_and_compared_with_nothing(
+def test_a_checkpoint_without_a_record_is_measured_and_compared_with_nothing(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", "planted", "--text", "text.txt", "--device", "cpu", "--json"]) == 0

@@ -1,4 +1,4 @@
-"""A finished scan as an entry of the registry and as a manifest: figures, sources and guards are those of the scan."""
+"""A finished scan as a known entry and as a manifest: figures, sources and guards are those of the scan."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Registry, ScalarRecord
+from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Record, ScalarRecord
 from swsurgery.hub import cards
 from swsurgery.sharing import card
 from swsurgery.storage.coordinate import Coordinate
@@ -26,8 +26,8 @@ FORWARD = {
 }  # fmt: skip
 
 
-def registry(word: Callable[[], str] | None = None, **more: object) -> Registry:
-    """A registry with one edit and one protected scalar; `word` gives every word that may be a stranger's."""
+def record(word: Callable[[], str] | None = None, **more: object) -> Record:
+    """A record with one edit and one protected scalar; `word` gives every word that may be a stranger's."""
 
     def own(text: object) -> object:
         return word() if word else text
@@ -51,10 +51,10 @@ def registry(word: Callable[[], str] | None = None, **more: object) -> Registry:
         "manifest_sha256": "0" * 64,
         "history": [],
     }
-    return Registry(**fields | more)
+    return Record(**fields | more)
 
 
-def rendered(made: Registry, base_fields: dict | None = None, **more: object) -> str:
+def rendered(made: Record, base_fields: dict | None = None, **more: object) -> str:
     arguments = {"repo_id": "org/edited", "manifest": b"version: 1\n"} | more
     return cards.render(card.make_fields(made, base_fields or {}), card.render_body(made, **arguments)).decode()
 
@@ -91,7 +91,7 @@ def table(markdown: str, heading: str) -> list[list[str]]:
 def test_what_was_changed_stands_in_a_table():
     coordinate = Coordinate("model.layers.2.mlp.down_proj.weight", (3968, 7003))
     short = {coordinate: (2, 3968, 7003, None)}
-    _, body = split(rendered(registry(), short=short))
+    _, body = split(rendered(record(), short=short))
     header, row = table(body, "What was changed")
     assert dict(zip(header, row, strict=True)) == {
         "tensor": coordinate.tensor, "index": "[3968, 7003]", "layer": "2", "row": "3968", "column": "7003",
@@ -103,18 +103,18 @@ def test_what_was_changed_stands_in_a_table():
 
 def test_the_check_and_what_was_accepted_stand_in_the_card():
     found = [Finding("digest", "its sha256 is another", "config.json")]
-    _, body = split(rendered(registry(), accepted=found))
+    _, body = split(rendered(record(), accepted=found))
     assert table(body, "The check")[1] == ["perplexity", "12.3457", "890.1"]
     assert "Perplexity ratio 72.1, KL divergence 3.5, over 511 tokens" in body and "Verdict: passed" in body
     assert table(body, "Accepted findings")[1] == ["digest", "config.json", "its sha256 is another"]
-    _, without = split(rendered(registry(check={"kind": "off", "reason": "the check was turned off"})))
+    _, without = split(rendered(record(check={"kind": "off", "reason": "the check was turned off"})))
     assert "None was made (the check was turned off)" in without and "Accepted" not in without
-    _, failed = split(rendered(registry(check=FORWARD | {"ok": False})))
+    _, failed = split(rendered(record(check=FORWARD | {"ok": False})))
     assert "Verdict: **failed**" in failed
 
 
 def test_how_to_verify_and_to_revert_and_the_manifest_stand_in_blocks():
-    _, body = split(rendered(registry(), manifest=b"version: 1\nbase: {path: ```x}\n"))
+    _, body = split(rendered(record(), manifest=b"version: 1\nbase: {path: ```x}\n"))
     blocks = [token.content for token in tokens(body) if token.type == "fence"]
     assert "swsurgery verify hf://org/edited\nswsurgery verify DIRECTORY\n" in blocks
     assert "version: 1\nbase: {path: ```x}\n" in blocks
@@ -126,7 +126,7 @@ def test_licence_language_task_and_tags_are_carried_over():
         "license": "other", "license_name": "llama3", "license_link": "LICENSE", "language": "en",
         "tags": ["a", "a", "b c"], "pipeline_tag": "text-generation", "library_name": "transformers",
     }  # fmt: skip
-    data, _ = split(rendered(registry(), base))
+    data, _ = split(rendered(record(), base))
     assert data == base | {
         "base_model": "org/base", "base_model_relation": "finetune", "language": ["en"],
         "tags": ["a", "b c", "swsurgery", "super-weights"],
@@ -143,7 +143,7 @@ def test_licence_language_task_and_tags_are_carried_over():
     ],
 )  # fmt: skip
 def test_a_field_that_is_no_plain_text_is_not_carried_over_and_named(field, value):
-    data, _ = split(rendered(registry(), {field: value}))
+    data, _ = split(rendered(record(), {field: value}))
     assert data.get(field) in (None, ["swsurgery", "super-weights"])
     assert card.list_omitted_fields({field: value}) == [field]
     assert card.list_omitted_fields({field: value}, card.LICENCE) == [field] * (field in card.LICENCE)
@@ -158,20 +158,20 @@ def test_a_field_that_is_no_plain_text_is_not_carried_over_and_named(field, valu
 )  # fmt: skip
 def test_any_line_is_carried_over_as_a_licences_name_and_stays_a_string(name):
     base = {"license": name, "license_name": name, "language": ["en", name]}
-    data, _ = split(rendered(registry(), base))
+    data, _ = split(rendered(record(), base))
     assert {field: data[field] for field in base} == base and card.list_omitted_fields(base) == []
 
 
 @pytest.mark.parametrize("written, codes", [("no", ["no"]), ("[en, no]", ["en", "no"]), ("[en, 'no']", ["en", "no"])])
 def test_norwegian_is_a_language(written, codes):
     base, _ = cards.read(f"---\nlanguage: {written}\nlicense: other\n---\n", card.FIELDS)
-    data, _ = split(rendered(registry(), base))
+    data, _ = split(rendered(record(), base))
     assert data["language"] == codes and card.list_omitted_fields(base) == []
 
 
 def test_of_a_list_what_is_plain_is_carried_over_and_the_rest_is_named():
     base = {"language": ["en", "<b>"], "license": ["mit", 7], "tags": ["a", "b|c", "base_model:x/y"]}
-    data, _ = split(rendered(registry(), base))
+    data, _ = split(rendered(record(), base))
     assert (data["language"], data["license"], data["tags"][0]) == (["en"], ["mit"], "a")
     assert card.list_omitted_fields(base) == ["language", "license", "tags"]
     assert (
@@ -182,13 +182,13 @@ def test_of_a_list_what_is_plain_is_carried_over_and_the_rest_is_named():
 
 
 def test_a_base_that_is_not_on_the_hub_is_no_base_model():
-    data, body = split(rendered(registry(base=BaseRecord(repo_id=None, revision=None, named_by=None))))
+    data, body = split(rendered(record(base=BaseRecord(repo_id=None, revision=None, named_by=None))))
     assert set(data) == {"tags"} and "not on the Hub" in body
 
 
 def test_many_edits_and_a_long_manifest_are_left_to_their_files():
-    edit = registry().edits[0]
-    _, body = split(rendered(registry(edits=[edit] * 1000), manifest=b"x" * 100_000))
+    edit = record().edits[0]
+    _, body = split(rendered(record(edits=[edit] * 1000), manifest=b"x" * 100_000))
     assert len(table(body, "What was changed")) == card.MAX_ROWS + 1 and "and 800 more" in body
     assert "Its 100000 bytes are in `manifest.yaml`" in body and len(body) < 200_000
 
@@ -206,7 +206,7 @@ base_model: evil/model
 
 
 def test_the_bases_own_card_is_quoted_and_nothing_in_it_is_live():
-    _, body = split(rendered(registry(), base_card=HOSTILE_CARD))
+    _, body = split(rendered(record(), base_card=HOSTILE_CARD))
     found = tokens(body)
     assert not {t.type for t in found} & {"html_block", "html_inline", "link_open", "image"}
     quoted = [t.content for t in found if t.type == "fence" and t.info == "markdown"]
@@ -217,7 +217,7 @@ def test_the_bases_own_card_is_quoted_and_nothing_in_it_is_live():
 
 
 def test_an_endless_card_is_cut():
-    _, body = split(rendered(registry(), base_card="`" * 10_000_000))
+    _, body = split(rendered(record(), base_card="`" * 10_000_000))
     assert len(body) < 4 * card.MAX_CARD and tokens(body)[-1].type == "fence"
 
 
@@ -245,7 +245,7 @@ def test_ten_thousand_hostile_strings_stay_text():
         begin = len(seen)
         base_fields = {name: word() for name in card.FIELDS} | {"tags": [word()], "language": [word()]}
         made = rendered(
-            registry(word), base_fields, base_card=word(), manifest=word().encode("utf-8", "replace"),
+            record(word), base_fields, base_card=word(), manifest=word().encode("utf-8", "replace"),
             accepted=[Finding("digest", word(), word())],
         )  # fmt: skip
         inert(made, seen[begin:])
@@ -265,7 +265,7 @@ def inert(made: str, words: list[str]) -> None:
     assert not controls, words
 
 
-def patch_card(made: Registry, **more: object) -> str:
+def patch_card(made: Record, **more: object) -> str:
     arguments = {"manifest": b"version: 1\n", "patch_name": "patch.safetensors", "size": 900} | more
     return cards.render(
         card.make_patch_fields(made, {}), card.render_patch_body(made, "org/edit", **arguments)
@@ -273,12 +273,12 @@ def patch_card(made: Registry, **more: object) -> str:
 
 
 def test_a_patchs_card_says_how_it_is_applied():
-    data, body = split(patch_card(registry()))
+    data, body = split(patch_card(record()))
     assert data["base_model"] == "org/base" and data["base_model_relation"] == "adapter"
     assert "pipeline_tag" not in data and data["library_name"] == "swsurgery"
     assert table(body, "What it changes")[1][:2] == ["model.layers.2.mlp.down_proj.weight", "[3968, 7003]"]
     assert f"swsurgery apply patch.safetensors --base hf://org/base@{COMMIT} -o patched" in body
-    inside = registry(base=BaseRecord(repo_id="org/base", revision=COMMIT, named_by="cache", sub="a/b"))
+    inside = record(base=BaseRecord(repo_id="org/base", revision=COMMIT, named_by="cache", sub="a/b"))
     assert f"--base hf://org/base@{COMMIT}/a/b -o patched" in patch_card(inside)
 
 
@@ -286,7 +286,7 @@ def test_a_patchs_card_says_how_it_is_applied():
 @pytest.mark.parametrize("text", ["a; rm -rf ~", "$(id)", "`id`", "a b", 'a"b', "a\nb", "-o/etc"])
 def test_no_strangers_word_gets_into_a_command(part, text):
     base = {"repo_id": "org/base", "revision": COMMIT, "named_by": "cache", part: text}
-    _, body = split(patch_card(registry(base=BaseRecord(**base))))
+    _, body = split(patch_card(record(base=BaseRecord(**base))))
     commands = [t.content for t in tokens(body) if t.type == "fence" and t.info in ("sh", "python")]
     assert len(commands) == 3 and "--base BASE -o patched" in commands[0]
     assert not [c for c in commands if text in c]
@@ -301,7 +301,7 @@ def test_a_thousand_hostile_strings_stay_text_in_a_patchs_card():
 
     while len(seen) < 1000:
         made = patch_card(
-            registry(word), manifest=word().encode("utf-8", "replace"), accepted=[Finding("digest", word(), word())]
+            record(word), manifest=word().encode("utf-8", "replace"), accepted=[Finding("digest", word(), word())]
         )
         data, body = split(made)
         assert set(data) <= set(card.FIELDS), seen
@@ -339,7 +339,7 @@ def test_front_matter_is_read_as_far_as_it_can_be(front, fields, capsys, caplog)
 
 
 def test_a_commits_description_is_lines():
-    edit = registry(lambda: "x\ny").edits[0]
-    text = card.describe(registry(edits=[edit] * 30), [Finding("digest", "a\nb", "c")])
+    edit = record(lambda: "x\ny").edits[0]
+    text = card.describe(record(edits=[edit] * 30), [Finding("digest", "a\nb", "c")])
     assert len(text.splitlines()) == 20 + 1 + 1 + 1
     assert "accepted: digest: c: a\\nb" in text and "and 10 more" in text

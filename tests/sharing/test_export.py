@@ -337,13 +337,13 @@ def test_a_base_that_the_manifest_does_not_mean_is_refused(tmp_path):
     export.write(str(write_manifest(tmp_path / "m.json", sound, ZERO)), "sparse", tmp_path / "p")
 
 
-def test_a_checkpoint_that_is_not_what_its_registry_says_is_refused(tmp_path):
+def test_a_checkpoint_that_is_not_what_its_record_says_is_refused(tmp_path):
     base = write_llama(tmp_path / "base")
     apply_manifest(write_manifest(tmp_path / "m.json", base, ZERO), tmp_path / "edited", check=OFF)
     (tmp_path / "edited" / FIRST).write_bytes((base / FIRST).read_bytes())
-    with pytest.raises(CheckpointError, match="is not what its registry says"):
+    with pytest.raises(CheckpointError, match="differs from its record"):
         export.write(str(tmp_path / "edited"), "sparse", tmp_path / "p")
-    with pytest.raises(CheckpointError, match="no registry"):
+    with pytest.raises(CheckpointError, match="no record"):
         export.write(str(base), "sparse", tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
@@ -413,9 +413,9 @@ def test_a_checkpoint_of_which_only_the_edited_shard_is_here_is_exported(any_hub
     manifest = write_manifest(tmp_path / "m.json", {"repo_id": name, "revision": commit}, EDIT_OF_LAST)
     apply_manifest(manifest, tmp_path / "edited", check=OFF)
     export.write(tmp_path / "edited", "sparse", tmp_path / "p")
-    registry = json.loads((tmp_path / "edited" / "swsurgery.json").read_text())
-    registry["elsewhere"] = [FIRST]
-    (tmp_path / "edited" / "swsurgery.json").write_text(json.dumps(registry))
+    record = json.loads((tmp_path / "edited" / "swsurgery.json").read_text())
+    record["elsewhere"] = [FIRST]
+    (tmp_path / "edited" / "swsurgery.json").write_text(json.dumps(record))
     (tmp_path / "edited" / FIRST).unlink()
     export.write(tmp_path / "edited", "sparse", tmp_path / "again")
     assert (tmp_path / "p").read_bytes() == (tmp_path / "again").read_bytes()

@@ -242,9 +242,9 @@ def test_a_file_that_stayed_on_the_hub_and_is_not_copied_is_fetched_and_uploaded
 
 def test_a_file_that_is_nowhere_is_refused(hub, sparse, capsys):
     hub.commit(BASE, {THIRD: None})
-    registry = json.loads((sparse / "swsurgery.json").read_text())
-    registry["base"]["revision"] = hub.head(BASE).oid
-    (sparse / "swsurgery.json").write_text(json.dumps(registry))
+    record = json.loads((sparse / "swsurgery.json").read_text())
+    record["base"]["revision"] = hub.head(BASE).oid
+    (sparse / "swsurgery.json").write_text(json.dumps(record))
     code, _, err = run(capsys, sparse, NEW, "--dry-run")
     assert code == 2 and "the base's repository does not have it" in err
 
@@ -286,7 +286,7 @@ def test_an_edit_in_place_is_hashed_and_its_untouched_shards_are_copied(hub, tmp
 
 def test_a_directory_that_nobody_patched_is_refused(hub, tmp_path, capsys):
     code, _, err = run(capsys, write_base(tmp_path / "plain"), NEW, "--yes")
-    assert code == 2 and "no registry" in err and hub.traffic.requests() == []
+    assert code == 2 and "no record" in err and hub.traffic.requests() == []
 
 
 def test_a_hub_that_serves_other_bytes_than_it_took_is_found_out(hub, patched, capsys):

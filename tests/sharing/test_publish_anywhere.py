@@ -84,9 +84,9 @@ def test_another_manifest_makes_another_commit_and_removes_only_its_own_files(an
         any_hub, tmp_path, commit, f"[{{op: scale, tensor: {down(0)}, index: [1, 1], factor: 2.0}}]", "second"
     )
     (second / "tokenizer.json").unlink()
-    registry = json.loads((second / "swsurgery.json").read_text())
-    del registry["files"]["tokenizer.json"]
-    (second / "swsurgery.json").write_text(json.dumps(registry, indent=2, sort_keys=True) + "\n")
+    record = json.loads((second / "swsurgery.json").read_text())
+    del record["files"]["tokenizer.json"]
+    (second / "swsurgery.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     (second / "SHA256SUMS").write_text(
         "".join(line for line in (second / "SHA256SUMS").read_text().splitlines(True) if "tokenizer" not in line)
     )

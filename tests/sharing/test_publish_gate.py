@@ -34,13 +34,13 @@ def publish(directory: Path, *more: str, accept: tuple[str, ...] = ("check-missi
 
 
 def rewrite(directory: Path, **check: object) -> None:
-    """Another check in the registry, and the digests of swsurgery's own files set right."""
+    """Another check in the record, and the digests of swsurgery's own files set right."""
     import hashlib
 
     path = directory / "swsurgery.json"
-    registry = json.loads(path.read_text())
-    registry["check"] = check
-    path.write_text(json.dumps(registry, indent=2, sort_keys=True) + "\n")
+    record = json.loads(path.read_text())
+    record["check"] = check
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     sums = directory / "SHA256SUMS"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     lines = [f"{digest}  swsurgery.json\n" if "swsurgery.json" in x else x for x in sums.read_text().splitlines(True)]
@@ -128,10 +128,10 @@ def test_a_token_in_the_message_is_refused(hub, patched, capsys):
 def test_a_token_in_the_bases_own_card_is_not_quoted(hub, patched, capsys):
     hub.commit("org/base", {"README.md": f"# {TOKEN}\n".encode()})
     path = patched / "swsurgery.json"
-    registry = json.loads(path.read_text())
-    registry["base"]["revision"] = hub.head("org/base").oid
-    del registry["files"]["README.md"]
-    path.write_text(json.dumps(registry, indent=2, sort_keys=True) + "\n")
+    record = json.loads(path.read_text())
+    record["base"]["revision"] = hub.head("org/base").oid
+    del record["files"]["README.md"]
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     (patched / "README.md").unlink()
     assert publish(patched, accept=("check-missing", "digest", "manifest")) == 1
     out, err = capsys.readouterr()

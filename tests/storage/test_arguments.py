@@ -49,14 +49,14 @@ def test_an_argument_that_is_no_check_is_a_type_error_and_nothing_is_written(bas
 @pytest.mark.parametrize("check", ["off", CheckOptions("off")])
 def test_a_check_turned_off_is_off(manifest, tmp_path, check):
     apply_manifest(manifest, tmp_path / "out", check=check)
-    assert read_patched(tmp_path / "out").registry.check["kind"] == "off"
+    assert read_patched(tmp_path / "out").record.check["kind"] == "off"
     apply_in_place(manifest, check=check)
-    assert read_patched(tmp_path / "base").registry.check["kind"] == "off"
+    assert read_patched(tmp_path / "base").record.check["kind"] == "off"
 
 
 def test_weights_by_its_name_checks_the_weights(manifest, tmp_path):
     apply_manifest(manifest, tmp_path / "out", check="weights")
-    found = read_patched(tmp_path / "out").registry.check
+    found = read_patched(tmp_path / "out").record.check
     assert (found["kind"], found["reason"]) == ("weights", "only the weights were to be checked")
 
 

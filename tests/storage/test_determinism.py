@@ -267,7 +267,7 @@ def test_another_manifest_gives_other_bytes(tmp_path, expected, number):
     assert any(name.endswith(".safetensors") for name in different) == (changed[number]["op"] != "protect")
 
 
-def test_another_date_on_purpose_gives_another_registry_only(tmp_path, expected):
+def test_another_date_on_purpose_gives_another_record_only(tmp_path, expected):
     digests = Run(write_inputs(tmp_path), environment={"SOURCE_DATE_EPOCH": "1700000000"}).digests()
     assert {name for name in expected if digests[name] != expected[name]} == {"swsurgery.json", "SHA256SUMS"}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import FIRST, SECOND, THIRD, sha256, tree, write_llama, write_manifest
 
-from swsurgery.checkpoint.record import FileRecord, Registry
+from swsurgery.checkpoint.record import FileRecord, Record
 from swsurgery.cli import main
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.in_place import apply_in_place
@@ -172,7 +172,7 @@ def test_a_reversion_hashes_what_it_writes(manifest, tmp_path, same_identity):
     age(tmp_path / "out")
     revert(tmp_path / "out", tmp_path / "back")
     flip(tmp_path / "out" / FIRST)
-    with pytest.raises(PlanError, match="its sha256 is .*but its registry says"):
+    with pytest.raises(PlanError, match="its sha256 is .*but its record says"):
         revert(tmp_path / "out", tmp_path / "again")
 
 
@@ -218,7 +218,7 @@ def test_verify_reports_unverified_files_and_does_not_count_them_as_proved(manif
     assert found.ok and list(found.unverified) == unverified and list(found.proved) == [SECOND]
     assert main(["verify", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert f"unproved  {len(unverified)} files whose digests were copied into the registry" in said
+    assert f"unproved  {len(unverified)} files whose digests were copied into the record" in said
     assert main(["verify", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["unverified"] == unverified
     assert main(["verify", str(tmp_path / "first")]) == 0
@@ -246,12 +246,12 @@ def test_a_pinned_file_is_hashed_even_so(base, pinned, tmp_path, false_cache):
 
 
 def test_a_patched_base_is_hashed_even_so(manifest, tmp_path, same_identity):
-    """Its registry says what its digests must be."""
+    """Its record says what its digests must be."""
     apply(manifest, tmp_path / "first")
     second = write_manifest(tmp_path / "second.json", age(tmp_path / "first"), {**ZERO, "row": 1})
     apply(second, tmp_path / "again")
     flip(tmp_path / "first" / FIRST)
-    with pytest.raises(PlanError, match="its sha256 is .*but its registry says"):
+    with pytest.raises(PlanError, match="its sha256 is .*but its record says"):
         apply(second, tmp_path / "out", reuse_digests=True)
 
 
@@ -312,7 +312,7 @@ def test_a_record_without_unverified_files_has_the_bytes_it_always_had(manifest,
     apply(manifest, tmp_path / "out")
     raw = (tmp_path / "out" / "swsurgery.json").read_bytes()
     assert b"unverified" not in raw
-    assert Registry.model_validate_json(raw).render() == raw
+    assert Record.model_validate_json(raw).render() == raw
     record = FileRecord(size=1, base_sha256=FALSE, sha256=FALSE)
     assert record.model_dump(mode="json") == {"size": 1, "base_sha256": FALSE, "sha256": FALSE}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CONFIG, INDEX, tensor, write_shard
-from fuzz.readers import MANIFEST, REGISTRY, SCALAR
+from fuzz.readers import MANIFEST, RECORD, SCALAR
 
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import CheckpointError, ManifestError, SwsurgeryError
@@ -174,20 +174,20 @@ def test_no_other_file_of_a_checkpoint_is_a_pipe_or_a_link(name, target, root, o
     assert all(path.is_relative_to(root) for path in opened)
 
 
-def write_registry(root: Path, name: object) -> None:
-    """A registry in which a file, an edit and a protected scalar are of that name."""
+def write_record(root: Path, name: object) -> None:
+    """A record in which a file, an edit and a protected scalar are of that name."""
     scalar = SCALAR | {"file": name, "tensor": "a"}
     edit = scalar | {"op": "scale", "new": 3.0, "new_bits": "0x4040", "factor": 2.0}
     files = {str(name): {"size": 1, "base_sha256": "0" * 64, "sha256": "0" * 64}}
-    document = REGISTRY | {"files": files, "edits": [edit], "protected": [scalar], "omitted": [name], "history": []}
+    document = RECORD | {"files": files, "edits": [edit], "protected": [scalar], "omitted": [name], "history": []}
     (root / "swsurgery.json").write_text(json.dumps(document))
     (root / "manifest.yaml").write_text("version: 1\n")
 
 
 @pytest.mark.parametrize("value", [row[1] for row in TABLE if row[2] is nothing and row[1] != OK],
                          ids=[row[0] for row in TABLE if row[2] is nothing and row[1] != OK])  # fmt: skip
-def test_a_registry_leads_nowhere_either(value, root, opened):
-    write_registry(root, value.replace("{root}", str(root)) if isinstance(value, str) else value)
+def test_a_record_leads_nowhere_either(value, root, opened):
+    write_record(root, value.replace("{root}", str(root)) if isinstance(value, str) else value)
     try:
         assert not verify_record(root, Silent()).ok
     except SwsurgeryError as error:

@@ -192,9 +192,9 @@ def test_what_is_rendered_is_what_json_renders(base, tmp_path):
             main(["apply", str(step(base, tmp_path / f"{number}.json", number)), "--in-place", "--check", "off"]) == 0
         )
     patched = read_patched(base)
-    document = patched.registry.model_dump(mode="json")
+    document = patched.record.model_dump(mode="json")
     assert len(document["history"]) == 1 and len(document["edits"]) == 10
-    assert (json.dumps(document, indent=2, sort_keys=True) + "\n").encode() == patched.registry_raw
+    assert (json.dumps(document, indent=2, sort_keys=True) + "\n").encode() == patched.record_raw
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_fault_in_a_record_is_named_with_its_number(base, tmp_path, capsys, ch
     (base / "swsurgery.json").write_text(json.dumps(document))
     capsys.readouterr()
     assert main(["verify", str(base)]) == 2
-    assert f"is not a sound registry: {says}" in capsys.readouterr().err
+    assert f"is not a valid record: {says}" in capsys.readouterr().err
 
 
 # --- manifests

@@ -298,14 +298,14 @@ def test_a_base_that_points_outside_is_refused_and_nothing_outside_is_opened(dir
     assert not [place for place in directory.glob("*/out")]
 
 
-def test_a_registry_that_names_files_outside_opens_none(patched):
+def test_a_record_that_names_files_outside_opens_none(patched):
     path = patched / "patched" / "swsurgery.json"
-    registry = json.loads(path.read_text())
-    record = registry["files"]["tokenizer.json"]
-    registry["files"] |= {"../secret.safetensors": record, str(patched / "home/.netrc"): record}
-    for edit in registry["edits"]:
+    record = json.loads(path.read_text())
+    entry = record["files"]["tokenizer.json"]
+    record["files"] |= {"../secret.safetensors": entry, str(patched / "home/.netrc"): entry}
+    for edit in record["edits"]:
         edit["file"] = "../secret.safetensors"
-    path.write_text(json.dumps(registry))
+    path.write_text(json.dumps(record))
     commands = [
         ["verify", "patched"],
         ["revert", "patched", "-o", "out"],

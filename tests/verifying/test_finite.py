@@ -87,7 +87,7 @@ def test_many_broken_tensors_are_summarised(tmp_path):
     assert len(findings) == MAX_NONFINITE + 1 and "5 more tensors" in findings[-1].message
 
 
-def test_the_command_searches_on_request_and_needs_no_registry(tmp_path, capsys):
+def test_the_command_searches_on_request_and_needs_no_record(tmp_path, capsys):
     root = write_llama(tmp_path / "model")
     assert main(["verify", str(root), "--finite", "--quiet"]) == 0
     assert "no stored floating-point value is NaN or infinite" in capsys.readouterr().out

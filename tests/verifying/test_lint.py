@@ -22,7 +22,7 @@ DIRECTORY = 'base: {path: checkpoint, sha256: {model.safetensors: "' + 64 * "0" 
 UNPINNED = "base: {path: checkpoint}"
 BOUNDS = "check: {min_perplexity_ratio: 2.0}"
 DOWN = "model.layers.2.mlp.down_proj.weight"
-# llama-7b's one super weight, as arXiv:2411.07191 and the registry have it: layer 2, row 3968, col 7003.
+# llama-7b's one super weight, as arXiv:2411.07191 and the record have it: layer 2, row 3968, col 7003.
 HERE = "layer: 2, row: 3968, col: 7003"
 VALUE = "-1.9267578125"
 

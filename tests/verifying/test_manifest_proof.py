@@ -20,7 +20,7 @@ OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """base, patched (with its registry), and bare: the same without one."""
+    """base, patched (with its record), and bare: the same without one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_base(tmp_path / "base")
     apply_text(tmp_path, MANIFEST, "patched")
@@ -54,11 +54,11 @@ def test_what_the_manifest_made_is_proved_from_the_base(folder, name):
     assert any("byte by byte from" in line for line in proof.lines())
 
 
-def test_a_registry_proves_it_without_the_base(folder):
+def test_a_record_proves_it_without_the_base(folder):
     remove_base(folder)
     proof = ask(folder, "patched")
     assert proof.findings == () and proof.base is None
-    assert any("as the registry proves them" in line for line in proof.lines())
+    assert any("as the record proves them" in line for line in proof.lines())
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         ask(folder, "bare")
     assert ask(folder, "bare", base=str(folder / "elsewhere")).findings == ()
@@ -70,7 +70,7 @@ def test_words_beside_the_edits_do_not_matter(folder):
 
 
 EDITS = MANIFEST[MANIFEST.index("edits:") :]
-BASE_TOO = pytest.mark.parametrize("with_base", [True, False], ids=["with-base", "registry-alone"])
+BASE_TOO = pytest.mark.parametrize("with_base", [True, False], ids=["with-base", "record-alone"])
 
 
 @BASE_TOO
@@ -97,7 +97,7 @@ def test_another_edit_is_a_mismatch_at_its_line(folder, old, new, line, with_bas
 
 
 @pytest.mark.parametrize(("old", "new"), [("factor: 2.0", "factor: 4.0"), ("op: zero, ", "op: set, value: 1.0, ")])
-def test_another_edit_is_a_mismatch_without_a_registry(folder, old, new):
+def test_another_edit_is_a_mismatch_without_a_record(folder, old, new):
     proof = ask(folder, "bare", MANIFEST.replace(old, new, 1))
     assert len(lines(proof)) == 1 and new.split(",")[0] in lines(proof)[0]
 
@@ -168,7 +168,7 @@ def pinned(digest: str) -> str:
     return MANIFEST.replace("base: {path: base}", f"base:\n  path: base\n  sha256:\n    {SECOND}: '{digest}'")
 
 
-def test_a_pin_is_held_against_the_base_or_the_registry(folder):
+def test_a_pin_is_held_against_the_base_or_the_record(folder):
     digest = hashlib.sha256((folder / "base" / SECOND).read_bytes()).hexdigest()
     for name in ("patched", "bare"):
         assert ask(folder, name, pinned(digest)).findings == ()
@@ -187,7 +187,7 @@ def test_another_base_is_found_at_its_scalar(folder):
         assert any("{op: scale" in line for line in lines(proof)), proof.findings
 
 
-def test_another_repository_than_the_registry_names(folder):
+def test_another_repository_than_the_record_names(folder):
     remove_base(folder)
     document = json.loads((folder / "patched" / "swsurgery.json").read_text())
     document["base"].update(repo_id="org/right", revision="a" * 40)
@@ -212,7 +212,7 @@ def test_the_command_says_what_was_proved(folder, capsys, monkeypatch):
     assert main(["verify", "bare", "--manifest", "other.yaml", "--quiet", "--format", "github"]) == 1
     assert capsys.readouterr().out.startswith("::error file=other.yaml,line=5,col=5,title=")
     assert main(["verify", "bare", "--quiet"]) == 2
-    assert "no registry" in capsys.readouterr().err
+    assert "no record" in capsys.readouterr().err
 
 
 def test_another_value_is_told_by_the_arithmetic_alone(folder):

@@ -1,4 +1,4 @@
-"""verify compares the manifest beside the registry with what the registry says was done."""
+"""verify compares the manifest beside the record with what the record says was done."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from swsurgery.verifying.against_manifest import find_own_differences
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.verify import verify_record
 
-REGISTRY, OWN_MANIFEST, SUMS = "swsurgery.json", "manifest.yaml", "SHA256SUMS"
+RECORD, OWN_MANIFEST, SUMS = "swsurgery.json", "manifest.yaml", "SHA256SUMS"
 QWEN = "Qwen/Qwen3-1.7B"
 
 
@@ -42,17 +42,17 @@ def sha256(data: bytes) -> str:
 
 
 def forge(root: Path, manifest: str | None = None, change: Any = None) -> None:
-    """Write another manifest and another registry, and make every digest of swsurgery's own files agree."""
+    """Write another manifest and another record, and make every digest of swsurgery's own files agree."""
     raw = (root / OWN_MANIFEST).read_bytes() if manifest is None else manifest.encode()
-    document = json.loads((root / REGISTRY).read_text())
+    document = json.loads((root / RECORD).read_text())
     document["manifest_sha256"] = sha256(raw)
     if change is not None:
         change(document)
-    registry = (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
-    sums = {name: record["sha256"] for name, record in document["files"].items() if record["sha256"]}
-    sums |= {REGISTRY: sha256(registry), OWN_MANIFEST: sha256(raw)}
+    record = (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+    sums = {name: entry["sha256"] for name, entry in document["files"].items() if entry["sha256"]}
+    sums |= {RECORD: sha256(record), OWN_MANIFEST: sha256(raw)}
     (root / OWN_MANIFEST).write_bytes(raw)
-    (root / REGISTRY).write_bytes(registry)
+    (root / RECORD).write_bytes(record)
     (root / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
@@ -108,7 +108,7 @@ def test_a_manifest_that_asks_for_something_else(patched, old, new, index, said)
     ],
 )  # fmt: skip
 def test_whatever_else_it_asks(patched, old, new, said):
-    """A name of the base that the registry does not know is no contradiction."""
+    """A name of the base that the record does not know is no contradiction."""
     forge(patched, MANIFEST.replace(old, new, 1))
     found = findings(patched)
     assert {f.rule for f in found} == ({"manifest"} if said else set())
@@ -126,13 +126,13 @@ def test_another_name_of_the_base_than_the_recorded_one(patched):
 
 
 def test_other_bits_than_the_arithmetic_gives(patched):
-    """A registry that sells a set as what it is, beside a manifest that asked for another value."""
+    """A record that sells a set as what it is, beside a manifest that asked for another value."""
 
     def sell(document):
         document["edits"][1].update(op="set")
         del document["edits"][1]["factor"]
 
-    scaled = json.loads((patched / REGISTRY).read_text())["edits"][1]
+    scaled = json.loads((patched / RECORD).read_text())["edits"][1]
     asked = f"{{op: set, tensor: {DOWN}, index: [3, 5], bits: '{scaled['new_bits']}'}}"
     edit = f"{{op: scale, tensor: {DOWN}, index: [3, 5], factor: 2.0}}"
     forge(patched, MANIFEST.replace(edit, asked), sell)
@@ -155,7 +155,7 @@ def test_the_command_says_so_at_the_line_and_exits_1(patched, capsys):
 def test_a_manifest_changed_by_hand_is_one_finding(patched):
     (patched / OWN_MANIFEST).write_text(MANIFEST.replace("factor: 2.0", "factor: 4.0"))
     assert [f.message for f in findings(patched) if f.rule == "manifest"] == [
-        "it is not the manifest that the registry was made from"
+        "it is not the manifest that the record was made from"
     ]
 
 
@@ -170,7 +170,7 @@ def twice(patched, tmp_path) -> Path:
 
 def test_both_steps_of_a_history_are_compared(twice):
     assert findings(twice) == ()
-    text = json.loads((twice / REGISTRY).read_text())["history"][0]["manifest"]
+    text = json.loads((twice / RECORD).read_text())["history"][0]["manifest"]
 
     def ask(document):
         step = document["history"][0]
@@ -179,7 +179,7 @@ def test_both_steps_of_a_history_are_compared(twice):
 
     forge(twice, None, ask)
     (finding,) = findings(twice)
-    assert (finding.rule, finding.file, finding.index) == ("manifest", REGISTRY, SCALED)
+    assert (finding.rule, finding.file, finding.index) == ("manifest", RECORD, SCALED)
     assert finding.message == "step 1: scale was asked: the factor is 4.0, 2.0 was used"
 
 
@@ -189,7 +189,7 @@ def test_an_earlier_manifest_that_is_not_the_one_of_its_step(twice):
 
     forge(twice, None, ask)
     (finding,) = findings(twice)
-    assert (finding.rule, finding.file) == ("manifest", REGISTRY)
+    assert (finding.rule, finding.file) == ("manifest", RECORD)
     assert "the manifest of step 1 is not the one" in finding.message
 
 
@@ -234,15 +234,15 @@ def test_known_means_what_was_known_then(known_base, tmp_path, monkeypatch, edit
     ("change", "said"),
     [
         (lambda d: d["known"]["coordinates"].pop(), "zero was done, and the manifest does not ask for it"),
-        (lambda d: d.update(known=None), "the registry does not say which super weights were known"),
-        (lambda d: d["known"].update(coordinates=[]), "the registry recorded no such known super weight"),
-        (lambda d: d["known"].update(coordinates=[1]), "the registry does not say which super weights were known"),
+        (lambda d: d.update(known=None), "the record does not say which super weights were known"),
+        (lambda d: d["known"].update(coordinates=[]), "the record has no such known super weight"),
+        (lambda d: d["known"].update(coordinates=[1]), "the record does not say which super weights were known"),
         (lambda d: d["known"]["coordinates"][0].update(value=5.0), "the base does not fit: expected 5"),
-        (lambda d: d["known"]["coordinates"][0].update(value="x"), "the value that the registry recorded"),
+        (lambda d: d["known"]["coordinates"][0].update(value="x"), "the record has no valid value of"),
         (lambda d: d["known"]["coordinates"][0].update(layer=9), "edits[0]: "),
     ],
 )
-def test_what_the_registry_says_was_known_is_compared(known_base, tmp_path, change, said):
+def test_what_the_record_says_was_known_is_compared(known_base, tmp_path, change, said):
     where = {"path": str(known_base), "model": QWEN}
     apply_manifest(write_manifest(tmp_path / "m.json", where, {"op": "zero", "known": "all"}), tmp_path / "out",
                    check="off")  # fmt: skip
@@ -273,7 +273,7 @@ def test_an_edit_in_place_and_left_out_files_with_pins_are_no_finding(tmp_path):
     manifest = write_manifest(tmp_path / "m.json", {"path": str(base), "copies": "omit", "sha256": pins}, edit)
     apply_manifest(manifest, tmp_path / "out", check="off")
     assert findings(tmp_path / "out") == ()
-    record = {"path": str(tmp_path / "out"), "sha256": {REGISTRY: sha256((tmp_path / "out" / REGISTRY).read_bytes())}}
+    record = {"path": str(tmp_path / "out"), "sha256": {RECORD: sha256((tmp_path / "out" / RECORD).read_bytes())}}
     apply_in_place(write_manifest(tmp_path / "2.json", record, {**edit, "row": 1}), check="off")
     assert findings(tmp_path / "out") == ()
 
@@ -290,7 +290,7 @@ def test_a_protected_scalar_of_a_shard_that_is_elsewhere_is_no_finding(patched):
     for name in (FIRST, SECOND):
         (patched / name).unlink()
     own = read_patched(patched)
-    checkpoint = open_as(patched, own.registry.base, elsewhere=own.registry.elsewhere)
+    checkpoint = open_as(patched, own.record.base, elsewhere=own.record.elsewhere)
     assert find_own_differences(own, checkpoint) == []
     found = verify_record(patched, Silent())
     assert found.ok and found.protected == 0

@@ -151,7 +151,7 @@ def test_without_a_value_only_zero_is_lost(tmp_path):
     assert only(holding(tmp_path / "b", 0.0), fact()).state == "lost"
 
 
-def test_what_a_registry_declares_is_not_lost(tmp_path):
+def test_what_a_record_declares_is_not_lost(tmp_path):
     root = holding(tmp_path, 0.0)
     kept = only(root, EXACT, declared={Coordinate(down(0), (ROW, COL))})
     assert kept.state == "declared"
@@ -389,7 +389,7 @@ def test_a_damaged_shard_is_a_finding_and_an_absent_checkpoint_bad_input(mistral
     assert main(["verify", str(tmp_path / "absent"), "--model", "mistral-7b"]) == 2
 
 
-def test_an_edit_that_the_registry_declares_is_not_lost(mistral, tmp_path, capsys):
+def test_an_edit_that_the_record_declares_is_not_lost(mistral, tmp_path, capsys):
     mistral(-0.2734375)
     manifest = tmp_path / "zero.yaml"
     manifest.write_text(

@@ -33,7 +33,7 @@ from swsurgery.verifying.against_record import Verification
 from swsurgery.verifying.findings import RULES
 from swsurgery.verifying.verify import verify_record
 
-REGISTRY = "swsurgery.json"
+RECORD = "swsurgery.json"
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def found(root: Path, base: Path | None = None) -> set[tuple[str, str | None]]:
 
 
 def rewrite(root: Path, change) -> None:
-    """Let `change` edit the registry's document, and write it in the registry's own form."""
-    document = json.loads((root / REGISTRY).read_text())
+    """Let `change` edit the record's document, and write it in the record's own form."""
+    document = json.loads((root / RECORD).read_text())
     change(document)
-    (root / REGISTRY).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    (root / RECORD).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def test_a_clean_checkpoint_is_proved(patched):
@@ -151,7 +151,7 @@ def test_missing_sums(patched):
 
 def test_a_missing_manifest_cannot_be_verified(patched):
     (patched / "manifest.yaml").unlink()
-    with pytest.raises(CheckpointError, match="manifest beside the registry is missing"):
+    with pytest.raises(CheckpointError, match="manifest beside the record is missing"):
         run(patched)
 
 
@@ -221,22 +221,22 @@ def base_digest(document):
         (lambda d: d["files"].pop(SECOND), "file-undeclared"),
     ],
 )
-def test_a_registry_that_says_something_else(patched, change, rule):
+def test_a_record_that_says_something_else(patched, change, rule):
     rewrite(patched, change)
     findings = found(patched)
     assert rule in {r for r, _ in findings}
-    assert ("digest", "SHA256SUMS") in findings, "the registry itself is no longer the one that was listed"
+    assert ("digest", "SHA256SUMS") in findings, "the record itself is no longer the one that was listed"
 
 
 def reseal(root: Path) -> None:
-    """Make SHA256SUMS agree with a forged registry, as a careful forger would."""
+    """Make SHA256SUMS agree with a forged record, as a careful forger would."""
     lines = (root / "SHA256SUMS").read_text().splitlines()
-    digest = hashlib.sha256((root / REGISTRY).read_bytes()).hexdigest()
-    lines = [f"{digest}  {REGISTRY}" if line.endswith(f"  {REGISTRY}") else line for line in lines]
+    digest = hashlib.sha256((root / RECORD).read_bytes()).hexdigest()
+    lines = [f"{digest}  {RECORD}" if line.endswith(f"  {RECORD}") else line for line in lines]
     (root / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
-def test_a_resealed_registry_that_was_not_changed_is_fine(patched):
+def test_a_resealed_record_that_was_not_changed_is_fine(patched):
     rewrite(patched, lambda d: None)
     reseal(patched)
     assert run(patched).ok
@@ -283,7 +283,7 @@ def test_a_scalar_forged_across_the_end_of_a_file_does_not_hang(patched):
         lambda d: d["files"][FIRST].__setitem__("size", 2.0),
     ],
 )
-def test_a_registry_of_another_shape_is_refused(patched, change):
+def test_a_record_of_another_shape_is_refused(patched, change):
     rewrite(patched, change)
     with pytest.raises(CheckpointError):
         run(patched)
@@ -295,20 +295,20 @@ def test_a_registry_of_another_shape_is_refused(patched, change):
      b'{"registry_version": ' + b"9" * 10_000 + b"}"],
     ids=["empty", "cut", "list", "null", "not-utf8", "nan", "duplicate", "deep", "long-number"],
 )  # fmt: skip
-def test_a_registry_that_is_no_document_is_refused(patched, raw):
-    (patched / REGISTRY).write_bytes(raw)
+def test_a_record_that_is_no_document_is_refused(patched, raw):
+    (patched / RECORD).write_bytes(raw)
     with pytest.raises(CheckpointError):
         run(patched)
 
 
-def test_a_huge_registry_is_refused_unread(patched):
-    with (patched / REGISTRY).open("r+b") as file:
+def test_a_huge_record_is_refused_unread(patched):
+    with (patched / RECORD).open("r+b") as file:
         file.truncate(1 << 40)  # sparse: it takes no room, but reading it would take all memory
     with pytest.raises(CheckpointError):
         run(patched)
 
 
-def test_a_registry_may_not_lead_out_of_the_directory(patched):
+def test_a_record_may_not_lead_out_of_the_directory(patched):
     rewrite(patched, lambda d: d["files"].__setitem__("../base/config.json", d["files"]["config.json"]))
     try:
         assert ("file-missing", "../base/config.json") in found(patched)
@@ -316,8 +316,8 @@ def test_a_registry_may_not_lead_out_of_the_directory(patched):
         assert "../base/config.json" in str(error)
 
 
-def test_without_a_registry_there_is_nothing_to_verify(patched):
-    with pytest.raises(CheckpointError, match="no registry"):
+def test_without_a_record_there_is_nothing_to_verify(patched):
+    with pytest.raises(CheckpointError, match="no record"):
         run(patched.parent / "base")
 
 
@@ -415,9 +415,9 @@ def test_json_names_rule_file_tensor_index_and_message(patched, capsys):
 def unhash(root: Path, *names: str) -> None:
     """What an edit in place writes of files that it did not touch."""
     rewrite(root, lambda d: [d["files"][n].update(sha256=None, base_sha256=None) for n in names])
-    digest = hashlib.sha256((root / REGISTRY).read_bytes()).hexdigest()
+    digest = hashlib.sha256((root / RECORD).read_bytes()).hexdigest()
     kept = [line for line in (root / "SHA256SUMS").read_text().splitlines() if line.split("  ")[1] not in names]
-    lines = [f"{digest}  {REGISTRY}" if line.endswith(f"  {REGISTRY}") else line for line in kept]
+    lines = [f"{digest}  {RECORD}" if line.endswith(f"  {RECORD}") else line for line in kept]
     (root / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
@@ -428,7 +428,7 @@ def test_a_file_of_unknown_digest_is_held_to_its_size_and_listed(patched, capsys
     assert SECOND not in verification.proved and FIRST in verification.proved
     assert main(["verify", str(patched), "--quiet"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "verified  3 files with the registry's sha256"
+    assert lines[0] == "verified  3 files with the record's sha256"
     assert f"unhashed  2 files of which only the size is known: {SECOND}, tokenizer.json" in lines
     (patched / "tokenizer.json").write_text("{}")
     assert found(patched) == {("digest", "tokenizer.json")}
@@ -471,7 +471,7 @@ def test_a_signature_is_no_undeclared_file(patched):
     assert run(patched).ok
 
 
-def test_a_finding_about_an_edit_points_into_the_manifest_beside_the_registry(patched, capsys):
+def test_a_finding_about_an_edit_points_into_the_manifest_beside_the_record(patched, capsys):
     flip(patched / FIRST, place(patched / FIRST, DOWN, SCALED))
     flip(patched / FIRST, place(patched / FIRST, DOWN, PROTECTED))
     assert main(["verify", str(patched), "--format", "sarif", "--quiet"]) == 1
