@@ -63,7 +63,7 @@ def find_undeclared_changes(
 
 
 def read_chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
-    """Yield (offset, bytes) of successive chunks of the file, at most CHUNK bytes each.
+    """Yield (offset, bytes) of successive chunks of the file, at most COMPARE_CHUNK bytes each.
 
     No chunk ends inside one of `places`, which are (offset, size) in rising order. Two chunks may have the same memory.
     Raises CheckpointError.

@@ -144,7 +144,7 @@ def test_chunks_do_not_show(base, tmp_path, monkeypatch):
     after[DOWN].reshape(-1)[[0, 7, 15, 23]] ^= 1
     other = write_base(tmp_path / "other", after)
     whole = compare(base, other)
-    monkeypatch.setattr(sys.modules["swsurgery.checkpoint.diff"], "CHUNK", 8)
+    monkeypatch.setattr(sys.modules["swsurgery.checkpoint.diff"], "DIFF_CHUNK", 8)
     assert compare(base, other).changes == whole.changes
     assert [c.index for c in whole.changes] == [(0, 0), (1, 1), (2, 3), (3, 5)]
 

@@ -323,7 +323,7 @@ def test_bounds_that_cannot_be_measured_are_not_met(base, tmp_path, monkeypatch)
         raise ModelError("no tokenizer", "here")
 
     monkeypatch.setattr(sanity, "run_checks", cannot)
-    monkeypatch.setattr(sanity.model, "available", lambda: None)
+    monkeypatch.setattr(sanity.model, "explain_unavailable", lambda: None)
     bounded = write_manifest(tmp_path / "bounded.json", base, ZERO, check={"min_perplexity_ratio": 2.0})
     with pytest.raises(ModelError, match="no tokenizer"):
         apply_manifest(bounded, tmp_path / "out")

@@ -382,7 +382,7 @@ def test_a_scalar_across_two_chunks_of_reading_is_put_back_whole(tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = write_patched(tmp_path)
     at = place(root / FIRST, DOWN, EDITED)
-    monkeypatch.setattr(sys.modules["swsurgery.checkpoint.compare"], "CHUNK", at + 1)
+    monkeypatch.setattr(sys.modules["swsurgery.checkpoint.compare"], "COMPARE_CHUNK", at + 1)
     assert run(root).ok
 
 
