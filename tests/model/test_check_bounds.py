@@ -186,7 +186,8 @@ def test_missing_libraries_are_named(pair: Pair, monkeypatch: pytest.MonkeyPatch
 
 def test_importing_the_check_does_not_load_torch() -> None:
     code = (
-        "import sys, swsurgery.model.check, swsurgery.model.report, swsurgery.progress; swsurgery.model.explain_unavailable(); "
+        "import sys, swsurgery.model.check, swsurgery.model.report, swsurgery.progress; "
+        "swsurgery.model.explain_unavailable(); "
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
