@@ -13,7 +13,8 @@ from typing import Any
 
 from swsurgery.checkpoint.quantised import Quantisation
 from swsurgery.checkpoint.weight_files import SINGLE, Weights, is_index
-from swsurgery.storage.files import BaseFile, Repository
+from swsurgery.hub.remote import RemoteTree
+from swsurgery.storage.files import BaseFile
 from swsurgery.storage.shard import Shard, TensorInfo
 
 
@@ -27,7 +28,7 @@ class Checkpoint:
     a commit, `sub` a folder of the repository, and `variant` the chosen variant of the weights ("fp16").
     """
 
-    root: Path | Repository
+    root: Path | RemoteTree
     files: tuple[BaseFile, ...]
     shards: dict[str, Shard]
     weight_map: dict[str, str]

@@ -12,13 +12,13 @@ from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.opening import open_chosen
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import ArchitectureError, CheckpointError
+from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import convert_to_json, format_bits
-from swsurgery.storage.files import Repository
 
 
 def inspect_files(
-    root: Path | Repository, weights: Weights | None = None, variant: str | None = None
+    root: Path | RemoteTree, weights: Weights | None = None, variant: str | None = None
 ) -> dict[str, Any]:
     """List the files with their sizes in bytes, and the tensors with their shard, dtype and shape.
 
@@ -46,7 +46,7 @@ def inspect_files(
 
 
 def inspect_tensor(
-    root: Path | Repository,
+    root: Path | RemoteTree,
     tensor: str | None,
     at: str | None,
     weights: Weights | None = None,

@@ -22,9 +22,10 @@ from swsurgery.checkpoint.record import Patched, read_patched, read_records
 from swsurgery.checkpoint.weight_files import Weights, find_weights, format_some, has_other_sets, refuse_too_many
 from swsurgery.errors import AmbiguousWeights, CheckpointError
 from swsurgery.hub.names import suggest_uri
+from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage import filesystem
 from swsurgery.storage.arguments import require_choice, require_type
-from swsurgery.storage.files import BaseFile, Repository
+from swsurgery.storage.files import BaseFile
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import WORKING_FILES
 from swsurgery.storage.shard import Shard, open_shard
@@ -46,7 +47,7 @@ class Chosen(Protocol):
 class _Listing:
     """The files of a checkpoint and the place they come from, before any of them is read."""
 
-    root: Path | Repository
+    root: Path | RemoteTree
     files: tuple[BaseFile, ...]
     left_out: tuple[str, ...]
     repo_id: str | None
@@ -56,7 +57,7 @@ class _Listing:
 
 
 def open_checkpoint(
-    root: Path | Folder | Repository,
+    root: Path | Folder | RemoteTree,
     weights: Weights | None = None,
     variant: str | None = None,
     *,
@@ -114,7 +115,7 @@ def open_checkpoint(
 
 
 def open_as(
-    root: Path | Folder | Repository, chosen: Chosen, *, editing: bool = False, elsewhere: Collection[str] = ()
+    root: Path | Folder | RemoteTree, chosen: Chosen, *, editing: bool = False, elsewhere: Collection[str] = ()
 ) -> Checkpoint:
     """Open a checkpoint with the weights that a record or a manifest chose.
 
@@ -130,7 +131,7 @@ def open_patched(root: Path) -> tuple[Patched, Checkpoint]:
 
 
 def open_chosen(
-    root: Path | Repository,
+    root: Path | RemoteTree,
     weights: Weights | None = None,
     variant: str | None = None,
     *,
@@ -158,7 +159,7 @@ def open_chosen(
 
 
 @contextlib.contextmanager
-def held(root: Path | Repository) -> Iterator[Path | Repository]:
+def held(root: Path | RemoteTree) -> Iterator[Path | RemoteTree]:
     """Keep other runs from editing a directory in place during the block; yield `root`.
 
     An edit in place that was interrupted is undone first. Raises TargetError while another run edits the directory.
@@ -212,7 +213,7 @@ def _explain_no_directory(given: Path, path: Path) -> CheckpointError:
     return CheckpointError("a checkpoint is a directory", path, remedy)
 
 
-def _list_repository(repo: Repository) -> _Listing:
+def _list_repository(repo: RemoteTree) -> _Listing:
     """List a repository. Raises CheckpointError."""
     faults = [f"has a name that cannot be printed: {name!r}" for name in repo.files if not name.isprintable()]
     if faults:
@@ -226,7 +227,7 @@ def _list_repository(repo: Repository) -> _Listing:
     return _Listing(repo, files, tuple(sorted(left_out)), repo.repo_id, repo.commit, repo.sub)
 
 
-def _read_shards(files: list[BaseFile], root: Path | Repository) -> dict[str, Shard]:
+def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Shard]:
     """Read the headers of the shards.
 
     Raises CheckpointError that lists every malformed header, or if the shards have too many tensors.

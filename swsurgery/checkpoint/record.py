@@ -32,10 +32,11 @@ from swsurgery.errors import (
     CheckpointError,
 )
 from swsurgery.hub.names import suggest_uri
+from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage import dtypes, filesystem
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES
-from swsurgery.storage.files import File, LocalFile, Repository
+from swsurgery.storage.files import File, LocalFile
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.schema import OfVariant, Position, Strict, Version
@@ -250,7 +251,7 @@ class Patched:
         return {RECORD_NAME: self.record_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
 
 
-def read_patched(root: Path | Folder | Repository | Checkpoint) -> Patched | None:
+def read_patched(root: Path | Folder | RemoteTree | Checkpoint) -> Patched | None:
     """Read the record in a directory or repository, or the one that an opened checkpoint lists; None if it has none.
 
     In a directory given by its path, an interrupted edit in place is undone first. Raises CheckpointError for a damaged
@@ -326,7 +327,7 @@ def _compute_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_records(root: Path | Folder | Repository) -> Patched:
+def read_records(root: Path | Folder | RemoteTree) -> Patched:
     """Read the record of a patched checkpoint, as `read_patched` does. Raises CheckpointError if it has none."""
     patched = read_patched(root)
     if patched is None:

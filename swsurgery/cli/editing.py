@@ -109,10 +109,10 @@ def apply(
 def _print_plan(out: Output, manifest: Path, base: str | None) -> None:
     from swsurgery.cli import show
     from swsurgery.editing.apply import plan_manifest
-    from swsurgery.hub import Repo
+    from swsurgery.hub import RemoteTree
 
     plan = plan_manifest(manifest, base, progress=out.make_bar())
-    if isinstance(plan.checkpoint.root, Repo):
+    if isinstance(plan.checkpoint.root, RemoteTree):
         out.note(describe_traffic(plan.checkpoint.root))
     if out.json:
         print_json({"output": None, **plan.to_json(), "check": None})

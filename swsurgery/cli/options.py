@@ -17,7 +17,7 @@ from swsurgery.cli.output import Output, format_size, is_terminal
 from swsurgery.errors import SwsurgeryError, TargetError
 
 if TYPE_CHECKING:
-    from swsurgery.hub import Repo
+    from swsurgery.hub import RemoteTree
     from swsurgery.model.report import CheckedBounds
 
 P = ParamSpec("P")
@@ -144,7 +144,7 @@ def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
 
 
 @contextlib.contextmanager
-def open_for_reading(checkpoint: str, out: Output) -> Iterator[Path | Repo]:
+def open_for_reading(checkpoint: str, out: Output) -> Iterator[Path | RemoteTree]:
     """Yield a checkpoint to read; a local one cannot be edited in place within the block.
 
     For a checkpoint on the Hub, print the amount of data read afterwards.
@@ -159,6 +159,6 @@ def open_for_reading(checkpoint: str, out: Output) -> Iterator[Path | Repo]:
         out.note(describe_traffic(where))
 
 
-def describe_traffic(repo: Repo) -> str:
+def describe_traffic(repo: RemoteTree) -> str:
     """Return how much was read from a repository and in how many requests."""
     return f"{repo}: {format_size(repo.traffic.bytes)} in {repo.traffic.requests} range requests"

@@ -32,13 +32,13 @@ from swsurgery.editing.record import complete_record, draft_record
 from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
 from swsurgery.errors import ModelError, PlanError, TargetError
 from swsurgery.hub import Uri, download_checkpoint, fetch, place
+from swsurgery.hub.remote import RemoteTree
 from swsurgery.manifest.load import load_manifest
 from swsurgery.model.report import CheckedBounds
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage import filesystem, staging
 from swsurgery.storage.arguments import require_choice, require_type
 from swsurgery.storage.digest_cache import DigestCache
-from swsurgery.storage.files import Repository
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES
 
@@ -180,7 +180,7 @@ def _restrict_check(plan: Plan, options: CheckOptions) -> CheckOptions:
     return replace(options, kind="weights" if options.kind == "auto" else options.kind)
 
 
-def refuse_inside(output: Path, root: Path | Repository) -> None:
+def refuse_inside(output: Path, root: Path | RemoteTree) -> None:
     """Raise TargetError for a target inside the base: it would change the base and later be copied with it."""
     if isinstance(root, Path) and Path(os.path.realpath(output)).is_relative_to(root):
         raise TargetError("the target lies inside the base", output, "give another -o")

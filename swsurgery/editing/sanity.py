@@ -19,13 +19,13 @@ from swsurgery.checkpoint.record import RECORD_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckFailed, ModelError, PlanError, Unrunnable, or_else
+from swsurgery.hub.remote import RemoteTree
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.model.report import CheckedBounds, CheckReport
 from swsurgery.progress import Progress
 from swsurgery.storage.arguments import require_choice, require_strings, require_type
 from swsurgery.storage.dtypes import DTYPES, decode
-from swsurgery.storage.files import Repository
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.splice import Splice
 
@@ -133,7 +133,7 @@ def check_checkpoint(
         return replace(report, compared=patched is not None)
 
 
-def refuse_bounds_without_base(root: Path | Repository, bounds: CheckedBounds | None) -> None:
+def refuse_bounds_without_base(root: Path | RemoteTree, bounds: CheckedBounds | None) -> None:
     """Raise PlanError for bounds on a checkpoint without a record, CheckpointError for a damaged record.
 
     For a repository, this reads only the record and comes before the download of the weights.
@@ -142,7 +142,7 @@ def refuse_bounds_without_base(root: Path | Repository, bounds: CheckedBounds | 
         _refuse_bounds_without_base(root, read_patched(root), bounds)
 
 
-def _refuse_bounds_without_base(root: Path | Repository, patched: Patched | None, bounds: CheckedBounds | None) -> None:
+def _refuse_bounds_without_base(root: Path | RemoteTree, patched: Patched | None, bounds: CheckedBounds | None) -> None:
     """Raise PlanError for bounds on a checkpoint without a record."""
     if patched is None and bounds not in (None, CheckedBounds()):
         raise PlanError(

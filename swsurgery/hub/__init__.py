@@ -16,11 +16,11 @@ from pathlib import Path
 from swsurgery.errors import CheckpointError, HubError
 from swsurgery.hub.faults import convert_errors
 from swsurgery.hub.names import COMMIT, is_file_name, is_revision, suggest_uri
-from swsurgery.hub.remote import RemoteFile, Repo, open_repo
+from swsurgery.hub.remote import RemoteFile, RemoteTree, open_tree
 
 __all__ = [
     "RemoteFile",
-    "Repo",
+    "RemoteTree",
     "Uri",
     "cached",
     "config_error",
@@ -28,7 +28,7 @@ __all__ = [
     "fetch",
     "local",
     "named",
-    "open_repo",
+    "open_tree",
     "parse_uri",
     "place",
 ]
@@ -102,7 +102,7 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def place(checkpoint: Path | Uri) -> Path | Repo:
+def place(checkpoint: Path | Uri) -> Path | RemoteTree:
     """Choose where headers and single scalars are read: a directory, or a repository read in byte ranges.
 
     A repository in the local cache is used if the revision is a full commit or the offline mode is on. Raises HubError.
@@ -112,7 +112,7 @@ def place(checkpoint: Path | Uri) -> Path | Repo:
     if is_offline() or checkpoint.is_commit:
         with contextlib.suppress(CheckpointError) if not is_offline() else contextlib.nullcontext():
             return find_cached(checkpoint)
-    return open_repo(checkpoint.repo_id, checkpoint.revision, checkpoint.sub)
+    return open_tree(checkpoint.repo_id, checkpoint.revision, checkpoint.sub)
 
 
 def download_checkpoint(checkpoint: Path | Uri) -> Path:

@@ -10,14 +10,14 @@ import contextlib
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swsurgery.errors import HubError
 from swsurgery.hub.faults import convert_errors
 from swsurgery.hub.names import COMMIT
-from swsurgery.hub.remote import RemoteFile, Traffic, require_commit
+from swsurgery.hub.remote import RemoteTree, list_tree
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -42,33 +42,13 @@ class CopyRefused(HubError):
 
 
 @dataclass(frozen=True)
-class Listing:
-    """A repository at one commit. `blobs` contains the git object id (sha1) of each file that git itself stores."""
-
-    repo_id: str
-    commit: str
-    private: bool
-    files: dict[str, RemoteFile] = field(repr=False)
-    blobs: dict[str, str] = field(repr=False)
-    traffic: Traffic = field(default_factory=Traffic, repr=False)
-
-    @property
-    def sub(self) -> str:
-        """The folder that is listed: always the whole repository."""
-        return ""
-
-    def __str__(self) -> str:
-        return f"hf://{self.repo_id}@{self.commit}"
-
-
-@dataclass(frozen=True)
 class Branch:
     """The place for a commit: the head of its branch, or that of main if the branch does not exist yet.
 
     `tags` maps the name of each tag to its commit.
     """
 
-    head: Listing
+    head: RemoteTree
     branch_is_there: bool
     tags: dict[str, str]
 
@@ -90,19 +70,13 @@ class Sent:
     pull_request: int | None
 
 
-def list_revision(repo_id: str, revision: str | None = None) -> Listing:
-    """List the files of a revision (main by default) and resolve its commit. Raises HubError."""
-    with convert_errors(_format_uri(repo_id, revision)):
-        return _list_revision(repo_id, revision)
-
-
-def list_visible_revision(repo_id: str, revision: str | None = None) -> Listing | None:
-    """List it like `list_revision`, or return None if it is missing or hidden from this token. Raises HubError."""
+def open_visible_tree(repo_id: str, revision: str | None = None) -> RemoteTree | None:
+    """Open a tree like `open_tree`; None if it is missing or hidden from this token. Raises HubError."""
     from huggingface_hub import errors
 
     with convert_errors(_format_uri(repo_id, revision)):
         try:
-            return _list_revision(repo_id, revision)
+            return list_tree(repo_id, revision)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             return None
         except errors.HfHubHTTPError as error:
@@ -111,7 +85,7 @@ def list_visible_revision(repo_id: str, revision: str | None = None) -> Listing 
             raise
 
 
-def look(repo_id: str, branch: str) -> Branch | None:
+def find_branch(repo_id: str, branch: str) -> Branch | None:
     """Find the place for a commit; returns None if this token can see no such repository. Raises HubError."""
     from huggingface_hub import HfApi, errors
 
@@ -121,31 +95,12 @@ def look(repo_id: str, branch: str) -> Branch | None:
         except errors.RepositoryNotFoundError:
             return None
         there = any(ref.name == branch for ref in refs.branches)
-        head = _list_revision(repo_id, branch if there else None)
+        head = list_tree(repo_id, branch if there else None)
     return Branch(head, there, {ref.name: ref.target_commit for ref in refs.tags})
 
 
 def _format_uri(repo_id: str, revision: str | None = None) -> str:
     return f"hf://{repo_id}" + (f"@{revision}" if revision else "")
-
-
-def _list_revision(repo_id: str, revision: str | None) -> Listing:
-    """List the files of a revision. Raises the errors of huggingface_hub."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    api, traffic = HfApi(), Traffic()
-    files: dict[str, RemoteFile] = {}
-    blobs: dict[str, str] = {}
-    info = api.repo_info(repo_id, revision=revision)
-    commit = require_commit(info.sha)
-    for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit):
-        if isinstance(entry, RepoFile):
-            sha256 = entry.lfs.sha256 if entry.lfs else None
-            files[entry.path] = RemoteFile(repo_id, commit, entry.path, entry.size, sha256, entry.xet_hash, traffic)
-            if sha256 is None:
-                blobs[entry.path] = entry.blob_id
-    return Listing(repo_id, commit, bool(info.private), files, blobs, traffic)
 
 
 def get_endpoint() -> str:
@@ -260,7 +215,7 @@ class Draft:
     def send(
         self,
         copies: Collection[Copy],
-        source: Listing | None,
+        source: RemoteTree | None,
         deletions: Collection[str],
         message: str,
         description: str,

@@ -121,14 +121,19 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Repo:
-    """A model repository at one commit, or its folder `sub`. `files` has names relative to `sub`."""
+class RemoteTree:
+    """The files of a model repository at one commit, or those in its folder `sub`, with names relative to `sub`.
+
+    `blobs` contains the git object id (sha1) of each file that git itself stores.
+    """
 
     repo_id: str
     commit: str
     sub: str
     files: dict[str, RemoteFile] = field(repr=False)
-    traffic: Traffic = field(default_factory=Traffic, repr=False)
+    blobs: dict[str, str] = field(repr=False)
+    private: bool
+    traffic: Traffic = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"hf://{self.repo_id}@{self.commit}" + (f"/{self.sub}" if self.sub else "")
@@ -141,21 +146,28 @@ def require_commit(commit: str | None) -> str:
     return commit
 
 
-def open_repo(repo_id: str, revision: str | None = None, sub: str = "") -> Repo:
+def open_tree(repo_id: str, revision: str | None = None, sub: str = "") -> RemoteTree:
     """Resolve a revision (a branch, tag or commit; None is main) to its commit and list the files. Raises HubError."""
+    where = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
+    with convert_errors(where + (f"/{sub}" if sub else "")):
+        return list_tree(repo_id, revision, sub)
+
+
+def list_tree(repo_id: str, revision: str | None, sub: str = "") -> RemoteTree:
+    """List the files as `open_tree` does. Raises the errors of huggingface_hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    where, traffic = f"hf://{repo_id}" + (f"@{revision}" if revision else ""), Traffic()
+    api, traffic = HfApi(), Traffic()
+    files: dict[str, RemoteFile] = {}
+    blobs: dict[str, str] = {}
     prefix = f"{sub}/" if sub else ""
-    with convert_errors(where + (f"/{sub}" if sub else "")):
-        api = HfApi()
-        commit = require_commit(api.repo_info(repo_id, revision=revision).sha)
-        files = {}
-        for entry in api.list_repo_tree(repo_id, sub or None, recursive=True, revision=commit):
-            if isinstance(entry, RepoFile):
-                sha256 = entry.lfs.sha256 if entry.lfs else None
-                files[entry.path.removeprefix(prefix)] = RemoteFile(
-                    repo_id, commit, entry.path, entry.size, sha256, entry.xet_hash, traffic
-                )
-    return Repo(repo_id, commit, sub, files, traffic)
+    info = api.repo_info(repo_id, revision=revision)
+    commit = require_commit(info.sha)
+    for entry in api.list_repo_tree(repo_id, sub or None, recursive=True, revision=commit):
+        if isinstance(entry, RepoFile):
+            name, sha256 = entry.path.removeprefix(prefix), entry.lfs.sha256 if entry.lfs else None
+            files[name] = RemoteFile(repo_id, commit, entry.path, entry.size, sha256, entry.xet_hash, traffic)
+            if sha256 is None:
+                blobs[name] = entry.blob_id
+    return RemoteTree(repo_id, commit, sub, files, blobs, bool(info.private), traffic)

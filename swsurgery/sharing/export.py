@@ -20,7 +20,7 @@ from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import CheckpointError, PlanError, TargetError
-from swsurgery.hub import Repo, Uri, parse_location, place
+from swsurgery.hub import RemoteTree, Uri, parse_location, place
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.load import load_manifest, parse_manifest
 from swsurgery.manifest.patch import Patch, PatchBase, PatchBounds, PatchScalar, render_safetensors
@@ -165,7 +165,7 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
     return found
 
 
-def _read_record(root: Path | Repo) -> EditSource:
+def _read_record(root: Path | RemoteTree) -> EditSource:
     patched = read_records(root)
     checkpoint = open_as(root, patched.record.base, elsewhere=patched.record.elsewhere)
     steps = list_steps(patched)

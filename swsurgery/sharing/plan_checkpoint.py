@@ -20,9 +20,8 @@ from swsurgery.checkpoint.record import RECORD_NAME, FileRecord, Patched, Record
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError, pluralise
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
-from swsurgery.hub.commit import Branch, Listing, list_visible_revision, look, open_pull_requests
-from swsurgery.hub.commit import list_revision as listing_of
-from swsurgery.hub.remote import RemoteFile
+from swsurgery.hub.commit import Branch, find_branch, open_pull_requests, open_visible_tree
+from swsurgery.hub.remote import RemoteFile, RemoteTree, open_tree
 from swsurgery.progress import Progress
 from swsurgery.sharing import card
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published
@@ -101,7 +100,7 @@ def assemble(
     left_out: Mapping[str, str],
     notes: Sequence[str],
     findings: Sequence[Finding],
-    base: Listing | None,
+    base: RemoteTree | None,
     target: Branch | None,
     message: str,
 ) -> Publication:
@@ -125,15 +124,15 @@ def assemble(
     return replace(plan, pull_request=_find_pull_request(plan)) if wish.create_pr and target else plan
 
 
-def list_base(record: Record) -> Listing | None:
+def list_base(record: Record) -> RemoteTree | None:
     """List the base's repository at its commit. None if it is unknown or not visible on this Hub. Raises HubError."""
     named = record.base
-    return list_visible_revision(named.repo_id, named.revision) if named.repo_id else None
+    return open_visible_tree(named.repo_id, named.revision) if named.repo_id else None
 
 
 def find_target(wish: Wish) -> Branch | None:
     """Find the repository and branch to commit to. Raises HubError if it is public and should be private."""
-    target = look(wish.repo_id, wish.branch)
+    target = find_branch(wish.repo_id, wish.branch)
     if target and wish.private and not target.head.private:
         raise HubError("the repository is public", wish.repo_id, "change that in its settings, or go without --private")
     return target
@@ -169,7 +168,7 @@ class Scan:
         self,
         checkpoint: Checkpoint,
         record: Record,
-        base: Listing | None,
+        base: RemoteTree | None,
         target: Branch | None,
         distrusted: set[str | None],
         hashing: bool,
@@ -247,7 +246,7 @@ def _make_item(name: str, data: bytes, content: File | bytes) -> Item:
     return Item(name, "upload", len(data), "", hashlib.sha256(data).hexdigest(), blob, content)
 
 
-def _make_record(record: Record, items: Sequence[Item], base: Listing | None) -> Record:
+def _make_record(record: Record, items: Sequence[Item], base: RemoteTree | None) -> Record:
     """Return the record to publish: it lists exactly these files, with every known digest, and none elsewhere."""
     found = {item.name: item for item in items}
     files = {}
@@ -266,7 +265,7 @@ def _make_record(record: Record, items: Sequence[Item], base: Listing | None) ->
     return record.model_copy(update={"files": files, "omitted": omitted, "elsewhere": []})
 
 
-def read_base_card(scan: Scan, record: Record, base: Listing | None) -> str:
+def read_base_card(scan: Scan, record: Record, base: RemoteTree | None) -> str:
     """Read the base's card, from the directory if that has the base's card, else from the base's repository.
 
     Returns "" if there is none, or if the Hub does not permit reading it.
@@ -319,7 +318,7 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
 
 
 def _choose_tag(
-    wish: Wish, record: Record, base: Listing | None, target: Branch | None, notes: list[str]
+    wish: Wish, record: Record, base: RemoteTree | None, target: Branch | None, notes: list[str]
 ) -> str | None:
     """Return the tag to make, or None. A pull request gets none, because its commit is not yet the repository's.
 
@@ -350,7 +349,7 @@ def summarise_edits(record: Record) -> str:
 def _find_pull_request(plan: Publication) -> int | None:
     """Find an open pull request with exactly these files, made by an earlier run that did not get the Hub's answer."""
     for number in open_pull_requests(plan.wish.repo_id, plan.message):
-        head = listing_of(plan.wish.repo_id, f"refs/pr/{number}")
+        head = open_tree(plan.wish.repo_id, f"refs/pr/{number}")
         if is_published(plan, head):
             return number
     return None

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from swsurgery.checkpoint.record import Record
 from swsurgery.errors import HubError
-from swsurgery.hub.commit import MAIN, Branch, Listing
+from swsurgery.hub.commit import MAIN, Branch
+from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.files import File
 from swsurgery.verifying.findings import Finding
 
@@ -39,7 +40,7 @@ class Item:
     content: File | bytes | None = field(default=None, repr=False)
     source: str | None = None
 
-    def is_in(self, listing: Listing, path: str = "") -> bool:
+    def is_in(self, listing: RemoteTree, path: str = "") -> bool:
         """Return True if a revision has exactly this file at `path`, by default at its name."""
         path = path or self.name
         there = listing.files.get(path)
@@ -108,7 +109,7 @@ class Publication:
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
     accepted: tuple[Finding, ...]
-    base: Listing | None
+    base: RemoteTree | None
     target: Branch | None
     tag: str | None
     message: str
@@ -154,7 +155,7 @@ class Publication:
         }
 
 
-def is_published(plan: Publication, head: Listing) -> bool:
+def is_published(plan: Publication, head: RemoteTree) -> bool:
     """Return True if a revision has every file of the plan, and none of those to delete."""
     return all(item.name not in head.files if item.how == "delete" else item.is_in(head) for item in plan.items)
 

@@ -29,7 +29,8 @@ from swsurgery.errors import (
 )
 from swsurgery.hub import Uri, fetch
 from swsurgery.hub import commit as hub
-from swsurgery.hub.commit import Branch, Conflict, Copy, CopyRefused, Draft, Listing, Sent
+from swsurgery.hub.commit import Branch, Conflict, Copy, CopyRefused, Draft, Sent
+from swsurgery.hub.remote import RemoteTree, open_tree
 from swsurgery.progress import Progress, Silent
 from swsurgery.sharing import card
 from swsurgery.sharing.plan_checkpoint import SMALL_FILE, make_publication
@@ -213,7 +214,7 @@ def _refuse_secrets(plan: Publication) -> None:
 def _find_earlier_commit(plan: Publication) -> Sent | None:
     """Return the commit of an earlier run that published everything, or None."""
     if plan.pull_request is not None:
-        return Sent(hub.list_revision(plan.wish.repo_id, f"refs/pr/{plan.pull_request}").commit, plan.pull_request)
+        return Sent(open_tree(plan.wish.repo_id, f"refs/pr/{plan.pull_request}").commit, plan.pull_request)
     if plan.target and plan.target.branch_is_there and not plan.changes:
         return Sent(plan.target.head.commit, None)
     return None
@@ -240,7 +241,7 @@ def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int
             uploads = [replace(items[name], how="upload") for name in error.names]
             items |= {item.name: item for item in uploads}
         except Conflict:
-            now = None if plan.wish.create_pr else hub.look(plan.wish.repo_id, plan.wish.branch)
+            now = None if plan.wish.create_pr else hub.find_branch(plan.wish.repo_id, plan.wish.branch)
             if now is None or not is_published(plan, now.head):
                 raise
             sent = Sent(now.head.commit, None)  # the commit was made, and only the Hub's answer was lost
@@ -267,7 +268,7 @@ def _prepare_target(plan: Publication) -> Branch:
     wish, target = plan.wish, plan.target
     if target is None:
         hub.create(wish.repo_id, wish.private)
-        target = hub.look(wish.repo_id, wish.branch)
+        target = hub.find_branch(wish.repo_id, wish.branch)
         if target is None:
             raise HubError("the repository was made and cannot be seen", wish.repo_id, "run the same command again")
         if target.head.private != wish.private or set(target.head.files) - {".gitattributes"}:
@@ -310,12 +311,12 @@ def _check_content(content: File | bytes) -> Path | bytes:
     return content.where.path
 
 
-def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[Finding], Listing, int]:
+def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[Finding], RemoteTree, int]:
     """Compare the new revision, as the Hub lists and serves it, with the plan.
 
     Returns the findings, the new listing, and the number of scalars that were compared.
     """
-    listing = hub.list_revision(plan.wish.repo_id, sent.commit)
+    listing = open_tree(plan.wish.repo_id, sent.commit)
     findings: list[Finding] = []
     if plan.private and not listing.private:
         exposed = "the repository has become public, so anybody may have read what was published"
@@ -330,7 +331,7 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
     return findings + changed, listing, scalars
 
 
-def _compare_scalars(record: Record, listing: Listing, progress: Progress) -> tuple[list[Finding], int]:
+def _compare_scalars(record: Record, listing: RemoteTree, progress: Progress) -> tuple[list[Finding], int]:
     """Compare the edited scalars that the Hub serves with the record. Returns the findings and the number compared."""
     findings: list[Finding] = []
     shards: dict[str, Shard] = {}
@@ -355,7 +356,7 @@ def _compare_scalars(record: Record, listing: Listing, progress: Progress) -> tu
     return findings, len(edits)
 
 
-def _compare_file(item: Item, listing: Listing) -> list[Finding]:
+def _compare_file(item: Item, listing: RemoteTree) -> list[Finding]:
     """Compare one file of the plan with the new listing."""
     there = listing.files.get(item.name)
     if item.how == "delete":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,13 +39,6 @@ class File(Protocol):
 
         Raises SwsurgeryError.
         """
-
-
-class Remote(File, Protocol):
-    """A file on another machine. `sha256` is its digest if the server states one."""
-
-    @property
-    def sha256(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -198,22 +191,6 @@ class BaseFile:
         if not isinstance(self.source, LocalFile):
             raise TypeError(f"{self.source} is not a file on this machine")
         return self.source
-
-
-class Repository(Protocol):
-    """A checkpoint on another machine, at one commit; its files are read in byte ranges."""
-
-    @property
-    def repo_id(self) -> str: ...
-
-    @property
-    def commit(self) -> str: ...
-
-    @property
-    def sub(self) -> str: ...
-
-    @property
-    def files(self) -> Mapping[str, Remote]: ...
 
 
 NOT_THE_FILE = (

@@ -16,10 +16,9 @@ from swsurgery.checkpoint.opening import open_as, open_chosen, refuse_other_weig
 from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, escape_control, pluralise
-from swsurgery.hub import Repo, parse_location, place
+from swsurgery.hub import RemoteTree, parse_location, place
 from swsurgery.progress import Progress
 from swsurgery.storage.arguments import require_type
-from swsurgery.storage.files import Repository
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.verifying.against_record import Verification, check_structure, scan_finite, verify_patched
 from swsurgery.verifying.findings import Finding
@@ -70,7 +69,7 @@ class Proof:
     verification: Verification | None = None
     survival: Survival | None = None
     manifest: LoadedManifest | None = None
-    base: Path | Repository | None = None
+    base: Path | RemoteTree | None = None
     finite: bool = False
     signature: Path | None = None
     notes: tuple[str, ...] = ()
@@ -113,7 +112,7 @@ class Proof:
             yield f"note      {note}"
 
 
-def verify_checkpoint(root: Path | Repo, question: Question, progress: Progress) -> Proof:
+def verify_checkpoint(root: Path | RemoteTree, question: Question, progress: Progress) -> Proof:
     """Check a checkpoint against everything in `question`, and against its record if it has one.
 
     Raises CheckpointError if there is nothing to check against or a file cannot be read, ManifestError for an invalid
@@ -165,7 +164,7 @@ def verify_checkpoint(root: Path | Repo, question: Question, progress: Progress)
 
 
 def verify_record(
-    root: Path | Repository, progress: Progress, base: Path | None = None, finite: bool = False
+    root: Path | RemoteTree, progress: Progress, base: Path | None = None, finite: bool = False
 ) -> Verification:
     """Verify the patched checkpoint in `root` against its record, and against `base` if given.
 
@@ -196,7 +195,7 @@ def _verify_with_manifest(
     return verify_patched(patched, checkpoint, progress, base, finite, differences)
 
 
-def _read_record(root: Path | Repo, question: Question) -> Patched | None:
+def _read_record(root: Path | RemoteTree, question: Question) -> Patched | None:
     """Read the record, or return None if the question can be answered without one.
 
     Raises SwsurgeryError for a signature without a public key, and CheckpointError for a missing or damaged record.
@@ -223,7 +222,7 @@ def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedM
     return replace(question, weights=said.weights or question.weights, variant=said.variant or question.variant)
 
 
-def _has_shards(root: Path | Repo) -> bool:
+def _has_shards(root: Path | RemoteTree) -> bool:
     """Return True if `root` is a local directory that contains safetensors files."""
     return isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))
 
@@ -236,7 +235,7 @@ def _check_files(checkpoint: Checkpoint, finite: bool, progress: Progress) -> tu
     return findings + scan_finite(checkpoint, progress), (*rules, "non-finite")
 
 
-def _check_signature(root: Path | Repo, signature: Path, public_key: Path) -> list[Finding]:
+def _check_signature(root: Path | RemoteTree, signature: Path, public_key: Path) -> list[Finding]:
     """Check the signature of a local checkpoint. Raises SwsurgeryError for a checkpoint on the Hub."""
     from swsurgery.verifying.signature import verify_signature
 
@@ -245,7 +244,7 @@ def _check_signature(root: Path | Repo, signature: Path, public_key: Path) -> li
     return verify_signature(root, signature, public_key)
 
 
-def _open(root: Path | Repo, question: Question, elsewhere: Collection[str] = ()) -> Checkpoint:
+def _open(root: Path | RemoteTree, question: Question, elsewhere: Collection[str] = ()) -> Checkpoint:
     """Open a checkpoint with the weights that `question` names."""
     return open_chosen(root, question.weights, question.variant, elsewhere=elsewhere)
 
@@ -272,7 +271,7 @@ def _survey_known(
 
 
 def _open_base(
-    root: Path | Repo, question: Question, loaded: LoadedManifest | None, patched: Patched | None
+    root: Path | RemoteTree, question: Question, loaded: LoadedManifest | None, patched: Patched | None
 ) -> Checkpoint | None:
     """Open the base that `question` names, or the manifest's base if it is available.
 
@@ -320,7 +319,7 @@ def _resolve_wishes(
 
 
 def _resolve_own_manifest(
-    root: Path | Repo, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
+    root: Path | RemoteTree, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
 ) -> Wishes | None:
     """Resolve the manifest stored in the checkpoint, so that findings can name its lines. None if it is invalid."""
     from swsurgery.manifest.load import parse_manifest

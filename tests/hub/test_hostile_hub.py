@@ -154,7 +154,7 @@ def test_documents_that_are_none(hub, base, tmp_path, capsys, body, route):
             pytest.skip("no branches")
         hub.fail("GET", pattern, Reply(body))
         with pytest.raises(HubError, match="the Hub's answer is not valid: hf://org/base"):
-            commit.look(BASE, "main")
+            commit.find_branch(BASE, "main")
         return
     hub.fail("GET", pattern, Reply(body))
     assert f"the Hub's answer is not valid: hf://{BASE}" in refused(capsys, "inspect", f"hf://{BASE}")
@@ -306,7 +306,7 @@ def test_other_calls_of_the_process_are_left_alone(hub, base, monkeypatch):
     monkeypatch.setattr(guard, "MAX_RESPONSE", 10)
     hub.add_repo(BASE, base)
     with pytest.raises(HubError, match="is larger than"):
-        product.open_repo(BASE)
+        product.open_tree(BASE)
     assert hub.api().repo_info(BASE).id == BASE
 
 
