@@ -110,14 +110,14 @@ def measured(base: Path, work: Path, busy: bool) -> tuple[list[Row], dict[str, f
     rows = [
         Row("`inspect --at` of one scalar, of each shard", bytes_of(most), f"{bytes_of(SHARD_HEADER)}",
             most <= SHARD_HEADER),
-        Row("`inspect --at` of one scalar, beside", bytes_of(beside), bytes_of(BESIDE), beside <= BESIDE),
+        Row("`inspect --at` of one scalar, everything else", bytes_of(beside), bytes_of(BESIDE), beside <= BESIDE),
         Row("`apply --for-publish`, down", bytes_of(apply.down), f"{bytes_of(down)} (1)", apply.down <= down),
         Row("`publish`, up", bytes_of(sent.up), f"{bytes_of(up)} (2)", sent.up <= up),
         Row("`publish`, down: the new revision read back", bytes_of(sent.down), f"{bytes_of(headers)} (3)",
             sent.down <= headers),
         Row(f"`publish --dry-run`, best of 5, less its {fastest.requests} round trips ({trips:.2f} s)",
             f"{wall:.2f} s", "(4)" if busy else f"{DRY_RUN:.2f} s", busy or wall <= DRY_RUN),
-        Row("`publish --dry-run`, best of 5, processor's time", f"{processor:.2f} s", f"{DRY_RUN:.2f} s",
+        Row("`publish --dry-run`, best of 5, processor time", f"{processor:.2f} s", f"{DRY_RUN:.2f} s",
             processor <= DRY_RUN),
         Row("the plain way, down: the whole model", bytes_of(whole), "computed", True),
         Row("the plain way, up: the whole model", bytes_of(whole), "computed", True),
@@ -145,17 +145,17 @@ def section(base: Path, rows: list[Row], seconds: dict[str, float], load: float,
     ]  # fmt: skip
     return "\n".join([
         HEADING, "",
-        "Made by `python benchmarks/hub.py BASE --write`: a server that speaks the Hub's protocol on loopback, the",
-        f"real client, a base of {total:.1f} GB, one edited scalar. Bytes are those of the bodies of requests and",
-        f"answers. {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()};",
+        "Made by `python benchmarks/hub.py BASE --write`: a server with the Hub's protocol on loopback, the real",
+        f"client, a base of {total:.1f} GB, one edited scalar. Only the bodies of requests and answers are",
+        f"counted. {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()};",
         f"the machine was {other}.", "",
         *table, "",
-        "(1) The touched shard, 2 MB for the header of each shard, and the small files. (2) The touched shard and",
+        "(1) The edited shard, 2 MB for the header of each shard, and the small files. (2) The edited shard and",
         "1 MB. (3) 2 MB for the header of each shard."
-        + (" (4) At most 1 s where the machine has nothing else to do." if busy else ""), "",
-        "The plain way is `snapshot_download`, an edit, `save_pretrained` and `upload_folder`; its bytes are the",
-        "model's, before what Xet saves.", "",
-        "Seconds here, where a round trip costs next to nothing: "
+        + (" (4) At most 1 s if the machine is idle." if busy else ""), "",
+        "The plain way is `snapshot_download`, an edit, `save_pretrained` and `upload_folder`. Its bytes are those of",
+        "the model; Xet may save some of them.", "",
+        "Seconds here, with almost no time for a round trip: "
         + ", ".join(f"`{name}` {value:.1f}" for name, value in seconds.items()) + ".",
     ])  # fmt: skip
 

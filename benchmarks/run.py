@@ -207,19 +207,21 @@ def main() -> None:
     }
     shutil.rmtree(out, ignore_errors=True)
     lines = [
-        f"One scalar of a 5.6 GB checkpoint (3 shards), whole processes, sync included; {options.rounds} rounds in",
-        f"turn, medians. {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}.",
+        "One edited scalar of a 5.6 GB checkpoint (3 shards). Times are of whole processes, including sync: medians",
+        f"of {options.rounds} rounds in turn. {os.cpu_count()} cores, Linux {platform.release()},",
+        f"Python {platform.python_version()}.",
         "",
-        "| what | seconds | peak memory | against cp -r + sync |",
+        "| what | seconds | peak memory | relative to cp -r + sync |",
         "|---|---:|---:|---:|",
         *(f"| {name} | {seconds:.1f} | {megabytes:.0f} MB | {ratio:.2f} |" for name, seconds, megabytes, ratio in rows),
         "",
-        "Ratios of ours are medians over pairs of runs. The load, edit, save rivals write no digest and no record.",
+        "Our ratios are medians over pairs of runs. The programs that load, edit and save write neither digests nor",
+        "a record.",
         "",
-        "With hard links and without hashing untouched shards again (`--link hard --reuse-digests`):",
+        "With hard links and without hashing unchanged shards again (`--link hard --reuse-digests`):",
         f"{median(hard)[0]:.1f} s, {hard_ratio:.2f} times copying",
-        f"the touched shard alone with `cp` + sync ({median(single)[0]:.1f} s); its digests are taken meanwhile.",
-        "On a disk that takes more than 1.5 GB/s the two digests are what limits, and the ratio is higher.",
+        f"the edited shard alone with `cp` + sync ({median(single)[0]:.1f} s). This includes its digests.",
+        "On a disk that writes more than 1.5 GB/s the two digests take longest, and the ratio is higher.",
         "",
         "Peak memory of apply by size of the checkpoint:",
         "",
@@ -227,7 +229,7 @@ def main() -> None:
         "|---|---:|",
         *(f"| {size} | {peak} |" for size, peak in memory),
         "",
-        "Answer times: " + ", ".join(f"`swsurgery {name}` {seconds:.2f} s" for name, seconds in start.items()) + ".",
+        "Start-up times: " + ", ".join(f"`swsurgery {name}` {seconds:.2f} s" for name, seconds in start.items()) + ".",
     ]
     print("\n".join(lines))
     if options.write:

@@ -7,8 +7,6 @@ It must not depend on a running model, torch or numpy.
     shipped.py   reads the shipped TOML files, one per model family
     own.py       the user's own entries, and lookup by name in both
     table.py     the table for the terminal, and manifests
-    export.py    an own entry in the format of the shipped files
-    docs.py      the page docs/known.md
     *.toml       the data; related.toml contains results without a coordinate, names.toml is a generated index
 
 To add a model, add a table to its family's file, or a new file, and run the first two commands in docs/known.py. The
@@ -16,12 +14,12 @@ third command prints the table of a model that was scanned on this machine.
 
 `status` is the origin of a coordinate:
     paper                   printed in a paper, in a table or in a sentence
-    measured                found by `swsurgery scan`: by this project, or by yourself where it says own scan
+    measured                found by `swsurgery scan`: by this project, or by you if it is marked as own scan
     independent-detection   found by a third party's detector, in no paper
     code-only               only in the code of the authors or of a fork
-    disputed                sources disagree on where it is or whether it matters
-    refuted                 a published test found no lasting effect, or no large weight is there
-    insufficient            doubted by its own author, untested, or not borne out by the evidence
+    disputed                sources disagree about its position or its importance
+    refuted                 a published test found no lasting effect, or the weight is not large
+    insufficient            doubted by its own author, untested, or not supported by the evidence
 `causal_alone` is the effect on perplexity of zeroing only this scalar: catastrophic (x30 or more), strong (x4 to x30),
 moderate (x2 to x4), weak (x1.05 to x2), inert (below x1.05), untested. If only a row is published, the row was zeroed.
 """

@@ -23,12 +23,12 @@ Figure = Annotated[float, Field(ge=-math.inf)] | str  # the bound excludes NaN, 
 
 STATUSES: dict[str, str] = {
     "paper": "printed in a paper, in a table or in a sentence",
-    "measured": "found by `swsurgery scan`: by this project, or by yourself where it says own scan",
+    "measured": "found by `swsurgery scan`: by this project, or by you if it is marked as own scan",
     "independent-detection": "found by a third party's detector, in no paper",
     "code-only": "only in the code of the authors or of a fork",
-    "disputed": "sources disagree on where it is or whether it matters",
-    "refuted": "a published test found no lasting effect, or no large weight is there",
-    "insufficient": "doubted by its own author, untested, or not borne out by the evidence",
+    "disputed": "sources disagree about its position or its importance",
+    "refuted": "a published test found no lasting effect, or the weight is not large",
+    "insufficient": "doubted by its own author, untested, or not supported by the evidence",
 }
 CAUSAL: dict[str, str] = {
     "catastrophic": "perplexity x30 or more",

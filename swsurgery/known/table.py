@@ -278,7 +278,7 @@ def describe_effect_alone(coordinate: KnownCoordinate) -> str:
 
 
 def _summarise_effect(coordinate: KnownCoordinate) -> str:
-    return f"{_describe_status(coordinate)}, alone {describe_effect_alone(coordinate)}"
+    return f"status {_describe_status(coordinate)}; zeroed alone {describe_effect_alone(coordinate)}"
 
 
 def format_value(coordinate: KnownCoordinate) -> str:

@@ -1,6 +1,6 @@
-"""docs/reliability.md from docs/reliability/*.json: `python -m faults.report` with tests/ on the path.
+"""Write docs/reliability.md from docs/reliability/*.json: `python -m faults.report` with tests/ on the path.
 
-Every figure comes out of those files; here are only the words.
+Every figure comes from those files; this module contains only the words.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FIGURES, PAGE = DOCS / "reliability", DOCS / "reliability.md"
 
 Row = Mapping[str, Any]
 Figures = Mapping[str, Row]
-"""Technique -> the document that its run wrote."""
+"""The document that each technique's run wrote, by the name of the technique."""
 
 NAMES = {
     "kill": "SIGKILL", "errors": "error codes", "power": "power cuts", "crash": "crash images",
@@ -28,18 +28,21 @@ NAMES = {
 """The sweeps, in the order of the page."""
 
 SHOWN = 20
-"""Violations that the page shows of one kind of sweep; the others are in the file."""
+"""Maximum number of violations shown for one kind of sweep; the others are in the file."""
 
 
 TOLD = re.compile(r": (exit \d$|a traceback|stderr holds)")
-"""A violation in how a run spoke of its error."""
+"""Matches a violation in how a run reported its error."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """One promise. `sweeps`: the runs that put it to the test, each with a pattern of the rows that count; `tests`:
-    files of the test suite that do; `fuzz`: targets of the fuzzer. `telling`: whether it is about what a run says of
-    its errors; else about what it leaves."""
+    """One promise.
+
+    `sweeps` names the runs that test it, each with a pattern of the rows that count. `tests` names files of the test
+    suite, `fuzz` targets of the fuzzer. `telling` is true if the promise is about how a run reports its errors, and
+    false if it is about the files that the run leaves.
+    """
 
     words: str
     sweeps: Mapping[str, str]
@@ -54,85 +57,88 @@ _POINTS, _CRASH, _RACES = "faults/test_points.py", "faults/test_crash_cases.py",
 PROMISES = (
     Promise("The base is never written: its bytes, inodes, mtimes and links stay, unless it is edited in place.",
             _ALL, (_POINTS, _CRASH, "editing/test_apply.py")),
-    Promise("The output is there whole or not at all.", _ALL, (_POINTS, _CRASH, "editing/test_apply_faults.py")),
+    Promise("The output is complete or absent.", _ALL, (_POINTS, _CRASH, "editing/test_apply_faults.py")),
     Promise("Exit 0 means durable: a power cut afterwards loses nothing.", {"power": "", "crash": "crash"},
             (_CRASH, "faults/test_crash_planted.py")),
-    Promise("After any fault the same command finishes, with identical bytes and no litter.",
+    Promise("After any fault the same command completes, with identical bytes and no leftover files.",
             _ALL, (_POINTS, _CRASH, "editing/test_resume.py")),
     Promise("Every error of the system is reported: exit 2, one line, no traceback; a failed fsync is final.",
             {"errors": "", "crash": "EIO|EMFILE|ENOSPC|fsync fails", "space": ""}, (_POINTS, _CRASH), (), True),
-    Promise("Short transfers and shards over 2 GiB come out right.",
+    Promise("Short transfers and shards over 2 GiB give the right bytes.",
             {"short": "", "large": "", "crash": "short transfers"}, ("faults/test_transfers.py",)),
-    Promise("An edit in place is undone or done, whenever it is cut off, and can be reverted.",
+    Promise("An interrupted edit in place is undone or complete, and can be reverted.",
             dict.fromkeys(_ALL, "in place|killed edit"),
             (_POINTS, _CRASH, "editing/test_in_place.py", "checkpoint/test_journal.py")),
     Promise("Only the named scalars change.", {},
             ("editing/test_apply.py", "checkpoint/test_diff.py", "verifying/test_verify.py")),
-    Promise("Arithmetic is exact and rounded once; what a dtype cannot hold is refused.", {},
+    Promise("Arithmetic is exact and rounded once; values that a dtype cannot represent are refused.", {},
             ("storage/test_dtypes.py",)),
-    Promise("What the official parser refuses is refused, and what is accepted is read the same way.", {},
+    Promise("Whatever the official parser refuses is refused; whatever is accepted is read in the same way.", {},
             ("storage/test_shard_header.py", "storage/test_fuzz_header.py"), ("header",)),
     Promise("No path leaves the model's directory, no code is run, no socket opened.", {},
             ("checkpoint/test_hostile_names.py", "storage/test_hostile_paths.py", "editing/test_no_pickle.py",
              "storage/test_syscalls.py")),
     Promise("Hostile input costs bounded time and memory.", {}, ("checkpoint/test_hostile_bounds.py",), ("bounds",)),
     Promise("The same inputs give the same bytes.", {}, ("storage/test_determinism.py",)),
-    Promise("A base that is another one, or changes meanwhile, is refused.", {},
+    Promise("Another base, or one that changes during the run, is refused.", {},
             ("editing/test_apply_faults.py", "verifying/test_manifest_proof.py")),
-    Promise("No token comes into any output.", {}, ("sharing/test_secrets.py",)),
-    Promise("Runs at the same time do not mix: one wins, the others say so.", {"races": "", "crash": "a second run"},
+    Promise("No token appears in any output.", {}, ("sharing/test_secrets.py",)),
+    Promise("Simultaneous runs do not mix: one wins, the others report it.", {"races": "", "crash": "a second run"},
             (_RACES, _CRASH)),
 )  # fmt: skip
-"""In the order in which they are numbered."""
+"""The promises, in the order of their numbers."""
 
 INTRODUCTION = """\
-What swsurgery promises about files, how each promise was put to the test, how often, and what came of it. All figures
-are written by `make faults` (SIGKILL, errors, power cuts; about an hour, as root) and `make fuzz` into
-`docs/reliability/`, and this page is made of them. A sample of the same faults is part of every `make test`.\
+This page lists what swsurgery promises about files, how each promise was tested, how often, and with what result.
+`make faults` (SIGKILL, errors, power cuts; about an hour, as root) and `make fuzz` write all figures into
+`docs/reliability/`, and this page is generated from them. Every `make test` includes a sample of the same faults.\
 """
 
 METHOD = """\
-Each case runs the real command in a process of its own, on a checkpoint of three shards. A run is traced first and its
-system calls are counted; then it is run again once for each of them, with the fault at that call. Afterwards
+Each case runs the real command in its own process, on a checkpoint of three shards. First a run is traced and its
+system calls are counted. Then the run is repeated once for each system call, with the fault at that call. Afterwards
+these conditions must hold:
 
-- the base must have the same bytes, inodes, mtimes and links;
-- the target must be the old one or the new one, byte for byte: an edit in place after the next command, by turns
-  `verify`, `inspect`, the same `apply` and `revert`;
-- the same command again must end well, with the right bytes and nothing left over.
+- The base has the same bytes, inodes, mtimes and links.
+- The target is the old one or the new one, byte for byte. After an edit in place this is checked after the next
+  command, which is `verify`, `inspect`, the same `apply` and `revert` in turn.
+- The same command, run again, succeeds, with the right bytes and nothing left over.
 
-What is right comes from struct and json, not from the product. A power cut is the process killed at a call and the
-file system shut down at once, in four ways: all is lost that was not synced; the file system's journal was written by
-chance; the weights were; or the journal and the first page of the weights.\
+The expected bytes are computed with struct and json, not with the product. In a power cut, the process is killed at a
+call and the file system is shut down at once, in four ways: everything that was not synced is lost; the file system's
+journal happened to be written; the weights happened to be written; or the journal and the first page of the weights.\
 """
 
 CRASH = """\
-In one process, on a disk kept in memory that knows what was synced: after each operation of a run, what a crash could
-leave is put on a real file system, with what was not synced gone, kept, torn in sectors or zero, and the next command
-has to make it good. The same disk lets calls fail once or from there on, signals come, and other runs begin.\
+This test runs in one process, on a simulated disk in memory that tracks what was synced. After each operation of a
+run, the states that a crash could leave are written to a real file system: what was not synced is missing, kept, torn
+in sectors, or zero. The next command must recover from each state. The same disk can also make calls fail once or
+permanently, deliver signals, and start other runs.\
 """
 
 LIMITS = """\
-- A power cut is the shutdown ioctl of ext4 and xfs, or an image of the disk in memory. Disks that lie about a flush and
-  file systems over a network are not covered, nor are macOS and Windows.
+- A power cut is the shutdown ioctl of ext4 and xfs, or an image of the disk in memory. Disks that report a flush
+  without doing it, network file systems, macOS and Windows are not covered.
 - Calls are counted in a run with one thread (`SWSURGERY_THREADS=1`). With several threads the same calls are made in
-  other orders. The runs that are killed or failed are forks of a process that has loaded the product's modules, for
-  loading takes most of a run's time; those that race, or have short transfers, start from the beginning.
-- One fault at a time, once or lasting, except in the cases that begin with a run already killed.
-- An error of a `close` may pass unreported, since everything is synced before; so may one of the user's cache of
+  other orders. Runs that are killed or made to fail are forks of a process that has already loaded the product's
+  modules, because loading takes most of the time of a run. Runs that race or have short transfers start from the
+  beginning.
+- Each case has one fault, once or permanent, except the cases that begin with a run that was already killed.
+- An error of a `close` may go unreported, because everything was synced before. So may an error of the user's cache of
   digests, which saves time and proves nothing. Such runs are counted as excused.
-- A `revert` in place that is run again after it was done says that there is nothing to revert, and a copy killed after
-  its last rename says that the target exists: exit 2, and the work is done.
-- The kernel's memory running out is not covered.\
+- If a completed `revert` in place is run again, it reports that there is nothing to revert. If a copy was killed after
+  its last rename, the next run reports that the target exists. In both cases the exit code is 2 and the work is done.
+- Running out of the kernel's memory is not covered.\
 """
 
 
 def load(folder: Path = FIGURES) -> dict[str, dict[str, Any]]:
-    """Every document that a run wrote."""
+    """Read every document that a run wrote."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def render(figures: Figures) -> str:
-    """The whole page."""
+    """Return the text of the page."""
     parts = ["# Reliability\n\n" + INTRODUCTION, "## Sixteen promises\n\n" + _promises(figures)]
     sections: tuple[tuple[tuple[str, ...], str, Callable[[Figures], str]], ...] = (
         (("kill", "errors", "power", "short"), "## A fault at every system call", _calls),
@@ -173,7 +179,7 @@ def _promises(figures: Figures) -> str:
              ", ".join(f"`{Path(file).name}`" for file in promise.tests),
              f"{passed} passed" + (f", {failed} failed" if failed else "") if tests else "not counted")
         )  # fmt: skip
-    return _table(("", "promise", "faults", "broke it", "tests", ""), rows)
+    return _table(("", "promise", "faults", "violations", "tests", ""), rows)
 
 
 def _calls(figures: Figures) -> str:
@@ -191,9 +197,9 @@ def _calls(figures: Figures) -> str:
         [(subject, *(found.get(column, "") for column in columns)) for subject, found in cells.items()],
     )
     rows = [row for name in ("kill", "errors", "power", "short") for row in _rows(figures, name)]
-    told = f"{METHOD}\n\nViolations, of cases"
+    told = f"{METHOD}\n\nViolations and cases"
     if any("*" in cell for found in cells.values() for cell in found.values()):
-        told += "; with * each call had one of the faults that it can have, in turn, not all of them"
+        told += ". In cells with *, each call had only one of its possible faults, in turn"
     return f"{told}:\n\n{table}{_remarks(rows)}"
 
 
@@ -214,18 +220,18 @@ def _crash(figures: Figures) -> str:
         of = [row for row in rows if row["mode"] == mode]
         found.append((mode, f"{sum(map(_broken, of))} of {sum(r['cases'] for r in of):,}"))
     ran = "; ".join(dict.fromkeys(row["operation"] for row in rows))
-    table = _table(("what happens", "violations"), found)
-    return f"{CRASH}\n\n{_filled(f'Run so: {ran}.')}\n\n{table}{_remarks(rows)}"
+    table = _table(("event", "violations"), found)
+    return f"{CRASH}\n\n{_filled(f'These operations were tested: {ran}.')}\n\n{table}{_remarks(rows)}"
 
 
 def _remarks(rows: Sequence[Row]) -> str:
-    """What was excused, and what was broken, or the beginning of it."""
+    """List the excused runs and the first violations."""
     excused: Counter[str] = Counter()
     for row in rows:
         excused.update(row.get("excused", {}))
     lines = [f"- excused in {number:,} runs: {why}" for why, number in sorted(excused.items())]
     broken = [f"- **broken** ({_what(row)}): {v.splitlines()[0]}" for row in rows for v in row["violations"]]
-    lines += broken[:SHOWN] + ([f"- and {len(broken) - SHOWN} more of the like"] if len(broken) > SHOWN else [])
+    lines += broken[:SHOWN] + ([f"- and {len(broken) - SHOWN} more"] if len(broken) > SHOWN else [])
     return "\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -239,9 +245,9 @@ def _planted(figures: Figures) -> str:
     caught = sum(any(c["violations"] for c in row["found"].values()) for row in found)
     most = max(sum(bool(row["found"].get(t, {}).get("violations")) for row in found) for t in techniques)
     told = _filled(
-        f"Each bug was put into a copy of the product, and a sample of the same sweeps was run over it: {caught} of "
-        f"{len(rows)} were caught, by no technique alone more than {most}. Violations, and in how many cases (one case "
-        "can have several):"
+        f"Each bug was planted in a copy of the product, and a sample of the same sweeps was run on it. {caught} of "
+        f"{len(rows)} were caught; no single technique caught more than {most}. The table shows violations and cases "
+        "(one case can have several violations):"
     )
     return f"{told}\n\n{_table(('bug', *techniques), rows)}"
 
@@ -262,10 +268,11 @@ def _incumbents(figures: Figures) -> str:
     places = sorted({row["place"] for row in found if row["place"]})
     head = ("writer", "killed: a mixture", "power cut: a mixture", "power cut after success: lost", "loads")
     told = (
-        f"Each writer was killed, and the power cut on {' and '.join(places)}, at each call that changes its directory "
-        "and after it had reported success; into a new directory and, but for swsurgery, which refuses to, over an "
-        "older one. A mixture has some new files, or some bytes, under their final names; the last column counts those "
-        "that the official reader loads without an error although the weights are neither the old nor the new."
+        f"Each writer was killed, and the power was cut on {' and '.join(places)}, at each call that changes its "
+        "directory and after it had reported success. It wrote into a new directory, and over an older one, which "
+        "swsurgery refuses. A mixture has some new files or some new bytes under their final names. The last column "
+        "counts mixtures that the official reader loads without an error although the weights are neither the old nor "
+        "the new."
     )
     return f"{_filled(told)}\n\n{_table(head, rows)}"
 
@@ -283,15 +290,15 @@ def _fuzz(figures: Figures) -> str:
     ]  # fmt: skip
     text = _table(("reader", "inputs", "accepted", "stricter", "lax", "read differently", "tracebacks"), rows)
     told = _filled(
-        f"Headers are held against safetensors {document['safetensors']}: stricter is refused here and accepted there, "
-        f"lax the other way round. Of the other readers a traceback is what is looked for."
+        f"Headers are compared with safetensors {document['safetensors']}. Stricter means refused here and accepted "
+        "there; lax means the opposite. In the other readers the test looks for tracebacks."
     )
     text = f"{told}\n\n{text}"
     if bounds := document["bounds"]:
         held = sum(row["held"] for row in bounds)
         slow, large = (max(bounds, key=lambda row: row[what]) for what in ("seconds", "peak_mb"))
         text += "\n\n" + _filled(
-            f"{held} of {len(bounds)} hostile inputs, each read by a process of its own, were handled or refused "
+            f"{held} of {len(bounds)} hostile inputs, each read by its own process, were handled or refused "
             f"within 2 s and 256 MB. The slowest took {slow['seconds']} s ({slow['input']}), the largest "
             f"{large['peak_mb']} MB ({large['input']})."
         )
@@ -307,8 +314,11 @@ def _circumstances(figures: Figures) -> str:
 
 
 def _broken(row: Row, telling: bool | None = None) -> int:
-    """Cases of a row in which something was wrong; one case may have several violations. With `telling` only those in
-    which an error was told badly, or only the others, where a row knows both."""
+    """Count the cases of a row with a violation; one case may have several.
+
+    If the row can tell them apart, `telling` selects the cases that reported an error badly (True) or the others
+    (False).
+    """
     found = row["violations"]
     if telling is not None and row.get("technique") in ("error code", "full disk", "read-only file system"):
         found = [violation for violation in found if bool(TOLD.search(violation)) == telling]
@@ -324,7 +334,7 @@ def _rows(figures: Figures, name: str) -> Sequence[Row]:
 
 
 def _what(row: Row) -> str:
-    """What a row is about."""
+    """Describe the subject of a row."""
     return f"{row.get('subject') or row['operation']}, {row.get('mode') or row.get('technique')}"
 
 

@@ -42,15 +42,15 @@ KINDS = {
 }  # fmt: skip
 
 EXCUSED = (
-    ("close", "", "what was written was synced before"),
+    ("close", "", "the data had already been synced"),
     ("", "^cache/", "the cache of digests may be lost: it saves time and proves nothing"),
-    ("fcntl", "", "it only asks for writing past the page cache"),
-    ("fallocate", "", "the C library then takes the space by writing"),
-    ("newfstatat", "", "asking whether a file is there: the work itself finds out"),
-    ("flock", "(base|earlier|model)$", "a reader that cannot lock reads all the same"),
+    ("fcntl", "", "it only requests writes that bypass the page cache"),
+    ("fallocate", "", "the C library then allocates the space by writing"),
+    ("newfstatat", "", "a check whether a file exists: the operation itself reports a missing file"),
+    ("flock", "(base|earlier|model)$", "a reader that cannot lock reads anyway"),
     ("ioctl", r"\.json$", "it only asks whether the file is a terminal"),
-    ("preadv2", r"\.partial/", "what a killed run left is read to go on from it, else it is written anew"),
-    ("mkdir", r"\.partial/", "a killed run had made the folder"),
+    ("preadv2", r"\.partial/", "the files of a killed run are read to resume it, or written again"),
+    ("mkdir", r"\.partial/", "a killed run had created the folder"),
 )
 """(call, file, why a run may end well although this failed); the result must be whole all the same."""
 

@@ -427,7 +427,7 @@ def test_prompts_are_read_by_the_models_own_tokenizer(placement, tmp_path):
 @pytest.mark.skipif(not MODEL, reason="SWSURGERY_TEST_MODEL names no model")
 def test_smollm2(tmp_path):
     """Layer 11 [507, 1229] is the known super weight. The neighbours in its channel are of the same kind: zeroing
-    them too multiplies the perplexity further (docs/detection-activations.md)."""
+    them too multiplies the perplexity further (docs/detection.md)."""
     report = scan_activations(open_checkpoint(Path(MODEL)), device="cpu")
     assert places(report) == [(11, 507, 1229, None), (11, 507, 1487, None), (2, 507, 90, None), (2, 507, 430, None)]
     assert [c.value for c in report.candidates] == [5.875, 6.0625, 5.09375, -5.3125]
