@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Concatenate, Literal, ParamSpec
 
 import typer
 
-from swsurgery.cli.output import Output, format_size, is_terminal
+from swsurgery.cli.output import Output, is_terminal
 from swsurgery.errors import SwsurgeryError, TargetError
+from swsurgery.storage.numbers import format_size
 
 if TYPE_CHECKING:
     from swsurgery.hub import RemoteTree

@@ -172,16 +172,6 @@ def open_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def format_size(count: int) -> str:
-    """Format a number of bytes with a unit, in powers of 1000."""
-    number = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    raise AssertionError
-
-
 def _is_number(text: str) -> bool:
     try:
         float(text.replace(",", ""))

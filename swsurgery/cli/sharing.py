@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from swsurgery.cli.options import BaseOption, DirectoryArgument, command
-from swsurgery.cli.output import Output, format_size, print_json, print_text, say
+from swsurgery.cli.output import Output, print_json, print_text, say
 from swsurgery.errors import SwsurgeryError, escape_control, pluralise, report_done
+from swsurgery.storage.numbers import format_size
 
 if TYPE_CHECKING:
     from swsurgery.sharing.export import Exported
@@ -58,7 +59,7 @@ def publish(
     if plan.changes and not plan.private and not yes and plan.pull_request is None:
         _ask(plan)
     else:
-        for line in publication.format_lines(plan, format_size):
+        for line in publication.format_lines(plan):
             out.note(line)
     done = publish.publish(plan, out.make_bar(), out.note, bars=not out.quiet and sys.stderr.isatty())
     report_done(f"published: {done.repo_id}, commit {done.commit}")
@@ -88,7 +89,7 @@ def _print_plan(out: Output, plan: Publication, findings: Sequence[Finding]) -> 
     if out.json:
         print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in findings]})
         return
-    for line in publication.format_lines(plan, format_size):
+    for line in publication.format_lines(plan):
         print_text(escape_control(line))
     for finding in findings:
         out.note(f"needs --accept {finding.rule}: {finding.file}: {finding.message}")
@@ -104,7 +105,7 @@ def _ask(plan: Publication) -> None:
             plan.wish.repo_id,
             "give --yes, or --private for a new repository; --dry-run shows the plan",
         )
-    for line in publication.format_lines(plan, format_size):
+    for line in publication.format_lines(plan):
         say(line)
     say("Publish this, visible to everyone? [y/N]")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

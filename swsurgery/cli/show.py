@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from swsurgery.cli.output import format_size, print_table, print_text
+from swsurgery.cli.output import print_table, print_text
 from swsurgery.errors import escape_control, pluralise
+from swsurgery.storage.numbers import format_size
 
 if TYPE_CHECKING:
     from swsurgery.checkpoint.diff import Difference

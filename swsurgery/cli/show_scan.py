@@ -5,7 +5,6 @@ Must not compute anything or import torch.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from swsurgery.scanning.report import (
     UnreadLayer,
 )
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.numbers import format_number, format_ratio
 
 Columns = dict[str, Sequence[object]]
 """Header -> cells. A column that contains only None is not printed."""
@@ -61,7 +61,7 @@ def _print_activations(activations: Sequence[PersistentActivation]) -> None:
             "channel": [a.channel for a in activations],
             "from layer": [a.layer for a in activations],
             "to layer": [a.last for a in activations],
-            "value": [_format_number(a.value) for a in activations],
+            "value": [_format_cell(a.value) for a in activations],
             "peak after": [a.peak for a in activations],
             "prompt": [a.prompt for a in activations],
             "token": [a.token for a in activations],
@@ -75,13 +75,13 @@ def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
     _print_table(
         _format_places(candidates)
         | {
-            "input spike": [_format_number(c.input_spike) for c in candidates],
-            "output spike": [_format_number(c.output_spike) for c in candidates],
-            "share": [_format_number(c.share) for c in candidates],
+            "input spike": [_format_cell(c.input_spike) for c in candidates],
+            "output spike": [_format_cell(c.output_spike) for c in candidates],
+            "share": [_format_cell(c.share) for c in candidates],
             "prompts": [c.prompts for c in candidates],
             "round": [c.round for c in candidates],
-            "score": [_format_number(c.score) if scored else None for c in candidates],
-            "z": [_format_number(c.z) for c in candidates],
+            "score": [_format_cell(c.score) if scored else None for c in candidates],
+            "z": [_format_cell(c.z) for c in candidates],
             "rank of |W|": [f"{c.rank:,}" for c in candidates],
         }
     )
@@ -98,8 +98,8 @@ def show_sweep(report: SweepReport) -> None:
         ("factor", "perplexity", "ratio", "KL", "stop-word mass", "largest hidden state", ""),
         [
             (
-                *(_format_number(p.factor), _format_number(p.perplexity), _format_ratio(p.ratio)),
-                *(_format_number(p.kl), _format_number(p.stopword_mass), _format_number(p.peak)),
+                *(_format_cell(p.factor), _format_cell(p.perplexity), format_ratio(p.ratio)),
+                *(_format_cell(p.kl), _format_cell(p.stopword_mass), _format_cell(p.peak)),
                 " ".join((["base"] if p is report.base else []) + ([] if p.finite else ["NOT FINITE"])),
             )
             for p in points
@@ -118,10 +118,10 @@ def _print_confirmation(confirmation: Confirmation) -> None:
     _print_table(
         _format_places([trial.candidate for trial in trials])
         | {
-            "alone": [_format_ratio(trial.alone.ratio) for trial in trials],
+            "alone": [format_ratio(trial.alone.ratio) for trial in trials],
             "interval": [_format_interval(trial.alone) for trial in trials],
-            "KL": [_format_number(trial.alone.kl) for trial in trials],
-            "without": [_format_ratio(trial.without.ratio) if trial.without else None for trial in trials],
+            "KL": [_format_cell(trial.alone.kl) for trial in trials],
+            "without": [format_ratio(trial.without.ratio) if trial.without else None for trial in trials],
             "verdict": [trial.verdict for trial in trials],
             "": [None if trial.listed else "companion" for trial in trials],
         }
@@ -135,10 +135,10 @@ def _print_confirmation(confirmation: Confirmation) -> None:
     if confirmation.null:
         print_text(
             f"null      {pluralise(len(confirmation.null), 'random scalar')} of similar magnitude, each alone: ratio "
-            f"{_format_ratio(min(confirmation.null))} to {_format_ratio(max(confirmation.null))}"
+            f"{format_ratio(min(confirmation.null))} to {format_ratio(max(confirmation.null))}"
         )
     print_text(
-        f"measured  base perplexity {_format_number(confirmation.base_perplexity)} on "
+        f"measured  base perplexity {format_number(confirmation.base_perplexity)} on "
         f"{describe_measured_text(confirmation)}, {confirmation.dtype} on {escape_control(confirmation.device)}"
     )
 
@@ -195,7 +195,7 @@ def _format_places(candidates: Sequence[Candidate]) -> Columns:
         "expert": [c.expert for c in candidates],
         "row": [c.row for c in candidates],
         "col": [c.col for c in candidates],
-        "value": [_format_number(c.value) for c in candidates],
+        "value": [_format_cell(c.value) for c in candidates],
     }
 
 
@@ -246,16 +246,16 @@ def _name(candidate: Candidate) -> str:
 def _format_effect(effect: Effect) -> str:
     interval = _format_interval(effect)
     return (
-        f"ratio {_format_ratio(effect.ratio)}"
+        f"ratio {format_ratio(effect.ratio)}"
         + (f" ({interval})" if interval else "")
-        + f", KL {_format_number(effect.kl)}"
+        + f", KL {format_number(effect.kl)}"
     )
 
 
 def _format_interval(effect: Effect) -> str | None:
     if effect.low is None or effect.high is None:
         return None
-    return f"{_format_ratio(effect.low)} to {_format_ratio(effect.high)}"
+    return f"{format_ratio(effect.low)} to {format_ratio(effect.high)}"
 
 
 def _format_column_null(column: ColumnNull) -> str:
@@ -267,18 +267,9 @@ def _format_column_null(column: ColumnNull) -> str:
 
 
 def _format_range(ratios: Sequence[float]) -> str:
-    return f"{_format_ratio(min(ratios))} to {_format_ratio(max(ratios))}"
+    return f"{format_ratio(min(ratios))} to {format_ratio(max(ratios))}"
 
 
-def _format_number(value: float | None) -> str | None:
-    """Format a number with four digits, more than is reproducible; the JSON contains all digits."""
-    if value is None:
-        return None
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
-
-
-def _format_ratio(value: float) -> str:
-    """Format a ratio with four digits, including trailing zeros, or with two from a million."""
-    if 1e6 <= value < math.inf:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if 999.95 <= value < 1e6 else f"{value:#.4g}"
+def _format_cell(value: float | None) -> str | None:
+    """Format a number for a table; None for an empty cell. The JSON contains all digits."""
+    return None if value is None else format_number(value)

@@ -24,6 +24,7 @@ from swsurgery.known.schema import (
 )
 from swsurgery.known.shipped import list_addressable
 from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
+from swsurgery.storage.numbers import format_number
 
 UNDECIDED_NOTE = "A scan is undecided."
 """Beginning of an own entry's note if the scan found nothing but did not read everything."""
@@ -155,9 +156,7 @@ def format_figure(value: Figure) -> str:
         return value
     if math.isinf(value):
         return "infinite"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.0f}"
-    return f"{value:.4g}"
+    return format_number(value, commas=(10_000, math.inf))
 
 
 class _Footnotes:

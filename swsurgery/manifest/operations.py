@@ -21,7 +21,8 @@ from pydantic.config import JsonDict
 
 from swsurgery.errors import NumberError
 from swsurgery.storage import dtypes
-from swsurgery.storage.dtypes import DTYPES, Dtype, Written
+from swsurgery.storage.dtypes import DTYPES, Dtype
+from swsurgery.storage.numbers import Written, format_exact
 from swsurgery.storage.schema import Position, Strict
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -178,9 +179,9 @@ def explain_expectation(expect: float | str | MeasuredValue, dtype: Dtype, store
         same = dtypes.round_to(coarse, value) == dtypes.round_to(coarse, expect.value)
         if same or value == dtypes.round_to(dtype, expect.value):
             return None
-        return f"expected {dtypes.show(expect.value)} ({expect.dtype}), stored is {dtypes.show(value)}"
+        return f"expected {format_exact(expect.value)} ({expect.dtype}), stored is {format_exact(value)}"
     try:
         same = dtypes.decode(dtype, dtypes.encode(dtype, expect)) == value
     except NumberError:
         same = False
-    return None if same else f"expected {dtypes.show(expect)}, stored is {dtypes.show(value)} ({dtype.name})"
+    return None if same else f"expected {format_exact(expect)}, stored is {format_exact(value)} ({dtype.name})"

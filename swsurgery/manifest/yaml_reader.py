@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from swsurgery.manifest.schema import MAX_EDITS
-from swsurgery.storage.dtypes import Written
+from swsurgery.storage.numbers import Written
 
 MAX_NODES = 100_000
 """Maximum number of keys and values outside the edits."""

@@ -10,6 +10,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swsurgery.storage.numbers import round_number
+
 
 @dataclass(frozen=True)
 class CheckedBounds:
@@ -170,7 +172,7 @@ class CheckReport:
 
 
 def _encode_number(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return round_number(value) if math.isfinite(value) else None
 
 
 def _encode_side(side: Side) -> dict[str, Any]:

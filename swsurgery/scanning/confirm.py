@@ -39,6 +39,7 @@ from swsurgery.scanning.suspects import (
     get_column,
 )
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.numbers import format_number
 
 INERT = 1.05
 """The largest perplexity ratio of an inert scalar; docs/known.md uses the same limit."""
@@ -319,12 +320,11 @@ def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[flo
     alone = {scalar: losses.gain(frozenset({scalar})) for scalar in suspects.null}
     floor = max(math.log(INERT), _compute_outer_fence([gain.log for gain in alone.values()]))
     if floor > math.log(INERT):
-        say(
-            f"random scalars of like magnitude change perplexity too: only ratios above {_compute_exp(floor):.3g} count"
-        )
+        least = format_number(_compute_exp(floor), 3)
+        say(f"random scalars of like magnitude change perplexity too: only ratios above {least} count")
     for scalar in suspects.null:
         if alone[scalar].low > floor:
-            ratio = f"x{_compute_exp(alone[scalar].log):.3g} without it"
+            ratio = f"x{format_number(_compute_exp(alone[scalar].log), 3)} without it"
             say(f"critical, though no candidate: {scalar} (drawn for comparison; perplexity is {ratio})")
     common = [
         losses.gain(together | {scalar}, [together, frozenset({scalar})]).log
@@ -334,7 +334,7 @@ def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[flo
     # If the losses of a broken model are infinite, one more scalar shows nothing.
     joint_floor = max([floor, *filter(math.isfinite, common)])
     if joint_floor > floor:
-        least = f"x{_compute_exp(joint_floor):.3g}"
+        least = f"x{format_number(_compute_exp(joint_floor), 3)}"
         say(f"without the candidates random scalars matter more: only joint effects above {least} count")
     return floor, joint_floor
 
@@ -436,12 +436,12 @@ def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: S
             both = _compute_exp(losses.gain(frozenset({lead, name})).log)
             say(
                 f"untested companion: {name} (other large rows in its column: {len(rows)}, at least {LEAST_ROWS} are "
-                f"needed for comparison; perplexity is x{both:.3g} without it and {lead})"
+                f"needed for comparison; perplexity is x{format_number(both, 3)} without it and {lead})"
             )
         elif name in bars.of_minor and name not in together:
             added = losses.gain(together | {name}, [together])
             if added.high < -max(math.log(INERT), bars.of_minor[name].joint):
-                ratio = f"x{_compute_exp(added.log):.3g}"
+                ratio = f"x{format_number(_compute_exp(added.log), 3)}"
                 say(f"companion that helps: {name} (zeroed on top of all candidates, perplexity is {ratio})")
 
 

@@ -21,6 +21,7 @@ from swsurgery.errors import TargetError, escape_control
 from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, ScanReport, SweepReport, Verdict
 from swsurgery.storage.filesystem import write_report
+from swsurgery.storage.numbers import format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -381,12 +382,12 @@ def _set_signed_scale(panel: Axes, values: Iterable[float], threshold: float) ->
     finite = [value for value in values if math.isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     largest = max(-low, high)
-    panel.yaxis.set_major_formatter(_format_number)
+    panel.yaxis.set_major_formatter(_format_tick)
     if largest <= threshold:
         panel.set_ylim(-1.25 * (largest or threshold), 1.25 * (largest or threshold))
         return
     panel.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-    panel.yaxis.set_major_formatter(_format_number)
+    panel.yaxis.set_major_formatter(_format_tick)
     steps = (1, 2, 5) if largest < 10 * threshold else (1,)
     ticks = [s * threshold * 10.0**n for n in range(1 + int(math.log10(largest / threshold))) for s in steps]
     panel.set_yticks([-t for t in ticks if t <= -low] + [0] + [t for t in ticks if t <= high])
@@ -401,7 +402,7 @@ def _name_activations(paper: Axes, panel: Axes, activations: Sequence[Persistent
     largest = sorted(activations, key=lambda a: -abs(a.value))
     lines = ["super activation" if len(largest) == 1 else f"{len(largest)} super activations"]
     for one in largest[:4]:
-        lines += [f"channel {one.channel}: {_format_number(one.value)}", f"  after layers {one.layer} to {one.last}"]
+        lines += [f"channel {one.channel}: {_format_tick(one.value)}", f"  after layers {one.layer} to {one.last}"]
     if len(largest) > 4:
         lines.append(f"and {len(largest) - 4} more")
     top = HEIGHT * panel.get_position().y1
@@ -416,7 +417,7 @@ def _draw_scores(panel: Axes, report: ScanReport, found: Sequence[Found]) -> Non
         panel.text(
             report.layers - 0.5,
             threshold,
-            f" threshold {_format_number(threshold)}",
+            f" threshold {_format_tick(threshold)}",
             color=BLUE,
             verticalalignment="center",
         )
@@ -426,7 +427,7 @@ def _draw_scores(panel: Axes, report: ScanReport, found: Sequence[Found]) -> Non
     for candidate, verdict in reversed(found):
         if candidate.z is not None and math.isfinite(candidate.z):
             VERDICT_MARKS[verdict].draw(panel, [candidate.layer], [candidate.z])
-    panel.yaxis.set_major_formatter(_format_number)
+    panel.yaxis.set_major_formatter(_format_tick)
     panel.set_ylim(0, 1.1 * max(panel.get_ylim()[1], 1.0))
 
 
@@ -438,7 +439,7 @@ def _draw_curve(panel: Axes, factors: Sequence[float], values: Sequence[float]) 
     panel.plot(factors, [v if ok else math.nan for v, ok in zip(values, finite, strict=True)], color=BLUE, zorder=3)
     panel.axvline(1, color=GREY, linewidth=0.7, zorder=1)
     panel.grid(axis="y", color=PALE, linewidth=0.6)
-    panel.yaxis.set_major_formatter(_format_number)
+    panel.yaxis.set_major_formatter(_format_tick)
     for factor, value, ok in zip(factors, values, finite, strict=True):
         if ok:
             (BASE if factor == 1 else SCALED).draw(panel, [factor], [value])
@@ -458,7 +459,7 @@ def _set_log_scale(panel: Axes, values: Iterable[float]) -> None:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     panel.set_yticks([s * 10.0**n for n in decades for s in steps if low <= s * 10.0**n <= high])
     panel.set_yticks([], minor=True)
-    panel.yaxis.set_major_formatter(_format_number)
+    panel.yaxis.set_major_formatter(_format_tick)
     panel.set_ylim(low, high)
 
 
@@ -473,7 +474,7 @@ def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]
         if all(abs(factor - other) / width > 0.055 for other in taken):
             taken.append(factor)
             panel.annotate(
-                _format_number(value),
+                _format_tick(value),
                 (factor, value),
                 xytext=(0, 7),
                 textcoords="offset points",
@@ -483,7 +484,7 @@ def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]
             )
 
 
-def _format_number(value: float, _position: float | None = None) -> str:
+def _format_tick(value: float, _position: float | None = None) -> str:
     """Format a number for reading, such as 23,941, 29.6 and 0.0012, with a true minus sign."""
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    text = format_number(value, 3)
     return text.replace("-", "\N{MINUS SIGN}") if value < 0 else text

@@ -25,6 +25,7 @@ from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.coverage import list_stored_layers
 from swsurgery.scanning.report import Candidate, Confirmation, Effect, ScanReport, Trial
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.numbers import format_number, round_number
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
@@ -194,15 +195,15 @@ def _make_effect(
 ) -> schema.KnownEffect:
     """Convert an effect, with figures of 6 digits; NaN, from logits that are not finite, becomes "not finite"."""
     before, ratio = confirmation.base_perplexity, effect.ratio
-    interval = tuple(_round(end) for end in (effect.low, effect.high) if end is not None)
+    interval = tuple(round_number(end) for end in (effect.low, effect.high) if end is not None)
     return schema.KnownEffect(
         protocol=protocol,
         metric="ppl",
-        before=_round(before),
-        after="not finite" if math.isnan(ratio) else _round(before * ratio),
-        ratio="not finite" if math.isnan(ratio) else _round(ratio),
+        before=round_number(before),
+        after="not finite" if math.isnan(ratio) else round_number(before * ratio),
+        ratio="not finite" if math.isnan(ratio) else round_number(ratio),
         ci95=interval if len(interval) == 2 and all(map(math.isfinite, interval)) else None,
-        kl=_round(effect.kl) if math.isfinite(effect.kl) else None,
+        kl=round_number(effect.kl) if math.isfinite(effect.kl) else None,
         conditions=schema.Conditions(
             text_sha256=confirmation.text_sha256,
             windows=confirmation.windows,
@@ -222,7 +223,9 @@ def _make_source(report: ScanReport, revision: str | None, command: str) -> sche
         remarks.append(f"{c.dtype} on {c.device}")
         if c.null:
             low, high = min(c.null), max(c.null)
-            remarks.append(f"{len(c.null)} random scalars of like size: ppl x{low:.4g} to x{high:.4g}")
+            remarks.append(
+                f"{len(c.null)} random scalars of like size: ppl x{format_number(low)} to x{format_number(high)}"
+            )
     cite, note = f"measured with `{command}`, swsurgery {__version__}", "; ".join(remarks) or None
     key = hashlib.sha256(f"{cite}\n{note}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return schema.Citation(key=f"scan-{key}", kind="own scan", cite=cite, note=note)
@@ -280,22 +283,22 @@ def _make_id(candidate: Candidate) -> str:
 def _list_traits(candidate: Candidate, trial: Trial | None) -> Iterator[str]:
     yield f"rank {candidate.rank} of its matrix by magnitude"
     if candidate.input_spike is not None:
-        yield f"input {candidate.input_spike:.4g}"
+        yield f"input {format_number(candidate.input_spike)}"
     if candidate.output_spike is not None:
-        yield f"output {candidate.output_spike:.4g}"
+        yield f"output {format_number(candidate.output_spike)}"
     if candidate.share is not None:
         yield f"{candidate.share:.0%} of that output"
     if candidate.prompts is not None:
         yield f"in {candidate.prompts} prompts"
     if candidate.z is not None:
-        yield f"robust z-score {candidate.z:.4g}"
+        yield f"robust z-score {format_number(candidate.z)}"
     if trial and not trial.listed:
         yield "no detector listed it, it shares the column of one that was"
 
 
 def _describe_trial(candidate: Candidate, trial: Trial | None, report: ScanReport) -> str:
     if trial is None or report.confirmation is None:
-        return f"not confirmed, score {candidate.score:.4g}"
+        return f"not confirmed, score {format_number(candidate.score)}"
     return f"{trial.verdict}; zeroed alone {describe(_make_effect('zero', trial.alone, report.confirmation, _nobody))}"
 
 
@@ -312,7 +315,3 @@ def _find_largest_ratio(report: ScanReport) -> float:
     if zeroed == {t.candidate.coordinate for t in report.confirmation.trials}:
         ratios.append(report.confirmation.together.ratio)
     return max((r for r in ratios if not math.isnan(r)), default=1.0)
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")

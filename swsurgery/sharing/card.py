@@ -15,6 +15,7 @@ from typing import Any
 from swsurgery.checkpoint.record import EditRecord, Record, ScalarRecord
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.numbers import NO_COMMAS, format_number
 from swsurgery.verifying.findings import Finding
 
 CARD_NAME = "README.md"
@@ -350,7 +351,9 @@ def _check(check: Mapping[str, Any]) -> str:
 
 
 def _format_figure(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else render_code(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return render_code(value)
+    return format_number(value, 6, NO_COMMAS)
 
 
 def _render_accepted(accepted: Sequence[Finding]) -> list[str]:

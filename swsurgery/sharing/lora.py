@@ -15,7 +15,8 @@ from swsurgery.checkpoint.projections import name_prefixes
 from swsurgery.checkpoint.tying import is_tied_by_config
 from swsurgery.errors import NumberError, PlanError
 from swsurgery.manifest.patch import Patch, PatchScalar, render_json, render_safetensors
-from swsurgery.storage.dtypes import DTYPES, decode, encode, round_to, show
+from swsurgery.storage.dtypes import DTYPES, decode, encode, round_to
+from swsurgery.storage.numbers import format_exact
 
 LINEAR = frozenset([
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "Wqkv", "dense", "gate_proj",
@@ -112,9 +113,9 @@ def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
     elif _find_module(scalar.tensor, config) is None:
         reason = "has another name in the loaded model"
     elif not math.isfinite(decode(scalar.dtype, scalar.old)):
-        reason = f"is {show(decode(scalar.dtype, scalar.old))} in the base, which stays so whatever is added"
+        reason = f"is {format_exact(decode(scalar.dtype, scalar.old))} in the base, which stays so whatever is added"
     elif not math.isfinite(decode(scalar.dtype, scalar.new)):
-        reason = f"becomes {show(decode(scalar.dtype, scalar.new))}, which no finite sum is"
+        reason = f"becomes {format_exact(decode(scalar.dtype, scalar.new))}, which no finite sum is"
     if not reason:
         return None
     return f"a LoRA adapter cannot hold this edit: {scalar.coordinate} {reason} (use --format sparse)"
@@ -146,8 +147,8 @@ def _compute_delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
     merged = round_to(scalar.dtype, total)
     if merged == new:
         return delta, []
-    result = f"merged by PEFT, {scalar.coordinate} becomes {show(merged)}, not {show(new)}"
-    return delta, [f"{result}: new - old = {show(difference)} does not fit into float32"]
+    result = f"merged by PEFT, {scalar.coordinate} becomes {format_exact(merged)}, not {format_exact(new)}"
+    return delta, [f"{result}: new - old = {format_exact(difference)} does not fit into float32"]
 
 
 def _factorise(deltas: dict[tuple[int, int], bytes], rows: int, columns: int) -> tuple[list[bytes], list[bytes]]:

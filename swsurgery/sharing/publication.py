@@ -6,7 +6,7 @@ plan_checkpoint.py and plan_patch.py make plans, and publish.py carries them out
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from swsurgery.errors import HubError
 from swsurgery.hub.commit import MAIN, Branch
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.files import File
+from swsurgery.storage.numbers import format_size
 from swsurgery.verifying.findings import Finding
 
 How = Literal["copy", "upload", "keep", "delete"]
@@ -160,8 +161,8 @@ def is_published(plan: Publication, head: RemoteTree) -> bool:
     return all(item.name not in head.files if item.how == "delete" else item.is_in(head) for item in plan.items)
 
 
-def format_lines(plan: Publication, size: Callable[[int], str]) -> Iterator[str]:
-    """Yield the plan as lines of text. `size` formats a number of bytes."""
+def format_lines(plan: Publication) -> Iterator[str]:
+    """Yield the plan as lines of text."""
     kind = "private" if plan.private else "public"
     at = f"branch {plan.wish.branch}" if plan.wish.branch != MAIN else "main"
     what = f"a pull request to {at}" if plan.wish.create_pr else at
@@ -172,7 +173,7 @@ def format_lines(plan: Publication, size: Callable[[int], str]) -> Iterator[str]
     if plan.base:
         yield f"base: {plan.base}"
     for item in plan.items:
-        yield f"  {item.how:7} {size(item.size):>9}  {item.name}: {item.why}"
+        yield f"  {item.how:7} {format_size(item.size):>9}  {item.name}: {item.why}"
     for name, why in plan.left_out.items():
         yield f"  not     {'':9}  {name}: {why}"
     yield from plan.notes
@@ -180,4 +181,4 @@ def format_lines(plan: Publication, size: Callable[[int], str]) -> Iterator[str]
         yield f"accepted findings: {', '.join(sorted({f.rule for f in plan.accepted}))}"
     if plan.tag:
         yield f"tag: {plan.tag}"
-    yield f"to copy on the Hub: {size(plan.copy_bytes)}; to upload: {size(plan.upload_bytes)}"
+    yield f"to copy on the Hub: {format_size(plan.copy_bytes)}; to upload: {format_size(plan.upload_bytes)}"

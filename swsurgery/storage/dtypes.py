@@ -18,36 +18,12 @@ from functools import cached_property
 from typing import Literal
 
 from swsurgery.errors import NumberError
+from swsurgery.storage.numbers import Written, format_exact
 
 Value = int | float
 """A decoded scalar is an int for integer dtypes and BOOL, and a float for float dtypes.
 
 Every float dtype of the format is a subset of binary64, so a Python float represents each of its values exactly."""
-
-
-class Written(float):
-    """A decimal number as it was written, in JSON's grammar.
-
-    As a float it is the nearest binary64. Rounding it to a dtype must start from `exact`, because going through
-    binary64 would round twice.
-    """
-
-    __slots__ = ("_text",)
-    _text: str
-
-    def __new__(cls, text: str) -> Written:
-        number = super().__new__(cls, text)
-        number._text = text
-        return number
-
-    @property
-    def exact(self) -> Fraction:
-        """The written number; outside the range of binary64, a number of its sign that underflows every dtype."""
-        if self and math.isfinite(self):
-            return Fraction(self._text)
-        # The text of an infinity or an underflow may have an exponent of any length, so it is not expanded.
-        digits = self._text.lower().partition("e")[0].strip("-0.")
-        return Fraction(-1 if self._text.startswith("-") else 1, 1 << 1080) if digits else Fraction(0)
 
 
 DtypeKind = Literal["float", "int", "uint", "bool", "opaque"]
@@ -168,9 +144,11 @@ def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False
     magnitude = _round_magnitude(dtype, abs(exact))
     if magnitude > dtype.largest:
         largest = _decode_magnitude(dtype, dtype.largest)
-        raise NumberError(f"{show(value)} overflows {dtype.name}, whose largest value is {show(largest)}")
+        what = f"{format_exact(value)} overflows {dtype.name}"
+        raise NumberError(f"{what}, whose largest value is {format_exact(largest)}")
     if magnitude == 0:
-        raise NumberError(f"{show(value)} underflows {dtype.name} to zero", remedy="zero it where zero is meant")
+        what = f"{format_exact(value)} underflows {dtype.name} to zero"
+        raise NumberError(what, remedy="zero it where zero is meant")
     return _pack(dtype, int(exact < 0), magnitude)
 
 
@@ -219,19 +197,6 @@ def round_to(dtype: Dtype, value: Value | Fraction) -> float:
         return math.copysign(math.inf if not -1 <= value <= 1 else 0.0, value)
 
 
-def show(value: Value | Fraction) -> str:
-    """Render a value for people: the shortest decimal that reads back as the same float."""
-    if isinstance(value, int):
-        return str(value)
-    try:
-        number = float(value)
-    except OverflowError:
-        return "a number beyond 1e308"
-    if not number and (value.exact if isinstance(value, Written) else value):
-        return "a number nearer to zero than 5e-324"
-    return repr(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
-
-
 def _decode_magnitude(dtype: FloatDtype, magnitude: int) -> float:
     """Decode a finite bit pattern without its sign bit. The result is exact, because binary64 contains every dtype."""
     exponent, mantissa = magnitude >> dtype.mantissa, magnitude & ((1 << dtype.mantissa) - 1)
@@ -272,7 +237,8 @@ def _encode_integer(dtype: Dtype, exact: Fraction) -> bytes:
     else:
         low, high = 0, (1 << dtype.bits) - 1
     if exact.denominator != 1 or not low <= exact <= high:
-        raise NumberError(f"{show(exact)} is not a value of {dtype.name}", remedy=f"whole numbers from {low} to {high}")
+        what = f"{format_exact(exact)} is not a value of {dtype.name}"
+        raise NumberError(what, remedy=f"whole numbers from {low} to {high}")
     return int(exact).to_bytes(dtype.size, "little", signed=dtype.kind == "int")
 
 

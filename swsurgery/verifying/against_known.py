@@ -23,6 +23,7 @@ from swsurgery.manifest.operations import explain_expectation
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES, Dtype, FloatDtype
+from swsurgery.storage.numbers import format_exact, format_number
 from swsurgery.verifying.findings import Finding
 
 State = Literal["kept", "changed", "suspicious", "lost", "present", "declared", "unreadable"]
@@ -115,12 +116,12 @@ def describe_kept(kept: Kept) -> str:
     """Describe the state of one coordinate as text."""
     if kept.stored is None:
         return f"cannot be read as one scalar: {kept.reason}"
-    stored = f"{dtypes.show(kept.stored)} ({kept.dtype})"
+    stored = f"{format_exact(kept.stored)} ({kept.dtype})"
     if kept.known is None:
         return f"{kept.state}: {stored} is stored, no value is known"
-    ratio = "" if kept.ratio is None or kept.state == "kept" else f", x{kept.ratio:.4g}"
+    ratio = "" if kept.ratio is None or kept.state == "kept" else f", x{format_number(kept.ratio)}"
     doubt = ", so the stored numbers may be no weights" if kept.state == "suspicious" else ""
-    return f"{kept.state}: {dtypes.show(kept.known)} -> {stored}{ratio}{doubt}"
+    return f"{kept.state}: {format_exact(kept.known)} -> {stored}{ratio}{doubt}"
 
 
 def survey(

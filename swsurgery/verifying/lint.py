@@ -19,6 +19,7 @@ from swsurgery.manifest.load import LoadedManifest, load_manifest
 from swsurgery.manifest.operations import MeasuredValue, Scale, Set, Zero
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
+from swsurgery.storage.numbers import format_exact
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
@@ -205,8 +206,10 @@ def _find_contradictions(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
             continue
         readings = _interpret(edit.expect)
         if readings and all(abs(value - entry.value) > SCALE_TOLERANCE * abs(entry.value) for value in readings):
-            expected = edit.expect if isinstance(edit.expect, str) else dtypes.show(readings[0])
-            message = f"expects {expected}, the known value is {dtypes.show(entry.value)} ({entry.dtype}) at {entry.id}"
+            expected = edit.expect if isinstance(edit.expect, str) else format_exact(readings[0])
+            message = (
+                f"expects {expected}, the known value is {format_exact(entry.value)} ({entry.dtype}) at {entry.id}"
+            )
             yield reading.place("edits", number, "expect"), f"edits[{number}].expect: {message}"
 
 

@@ -29,8 +29,8 @@ from swsurgery.storage.dtypes import (
     parse_bits,
     round_to,
     scale_value,
-    show,
 )
+from swsurgery.storage.numbers import format_exact
 
 ORACLES = {
     "F16": np.float16,
@@ -357,4 +357,4 @@ def test_rounding_for_comparison_never_raises():
     ],
 )
 def test_values_are_shown_as_people_read_them(value, text):
-    assert show(value) == text
+    assert format_exact(value) == text

@@ -17,7 +17,8 @@ from swsurgery.cli import main
 from swsurgery.errors import ManifestError, NumberError
 from swsurgery.manifest.load import parse_manifest
 from swsurgery.manifest.operations import explain_expectation
-from swsurgery.storage.dtypes import DTYPES, Written, decode, encode, show
+from swsurgery.storage.dtypes import DTYPES, decode, encode
+from swsurgery.storage.numbers import Written, format_exact
 
 ABOVE_TIE, TIE, BELOW_TIE = "1.00390625000000000000001", "1.00390625", "1.00390624999999999999999"
 EDIT = f"version: 1\nbase: {{path: base}}\nedits:\n  - {{op: set, tensor: {DOWN}, index: [1, 2], value: VALUE}}\n"
@@ -104,7 +105,7 @@ def test_a_manifest_is_printed_as_ever():
 def test_every_binary64_written_out_in_full_is_itself(value):
     written = Written(f"{value:.1100e}" if value else repr(value))
     assert (written, written.exact) == (value, Fraction(value))
-    assert show(written) == show(value)
+    assert format_exact(written) == format_exact(value)
     with np.errstate(over="ignore", under="ignore"):
         expected = np.float32(value)
     if np.isfinite(expected) and (expected or not value):

@@ -1,0 +1,85 @@
+"""Format numbers for people, and round them for JSON documents.
+
+Every number that is printed with a chosen number of digits is formatted here. Must not depend on dtypes or files.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+NO_COMMAS = (math.inf, math.inf)
+"""Value of `commas` for `format_number`: no number is written with commas."""
+
+
+class Written(float):
+    """A decimal number as it was written, in JSON's grammar.
+
+    As a float it is the nearest binary64. Rounding it to a dtype must start from `exact`, because going through
+    binary64 would round twice.
+    """
+
+    __slots__ = ("_text",)
+    _text: str
+
+    def __new__(cls, text: str) -> Written:
+        number = super().__new__(cls, text)
+        number._text = text
+        return number
+
+    @property
+    def exact(self) -> Fraction:
+        """The written number; outside the range of binary64, a number of its sign that underflows every dtype."""
+        from fractions import Fraction  # slow to import, and most commands need only the functions below
+
+        if self and math.isfinite(self):
+            return Fraction(self._text)
+        # The text of an infinity or an underflow may have an exponent of any length, so it is not expanded.
+        digits = self._text.lower().partition("e")[0].strip("-0.")
+        return Fraction(-1 if self._text.startswith("-") else 1, 1 << 1080) if digits else Fraction(0)
+
+
+def format_exact(value: float | Fraction) -> str:
+    """Format a value exactly: the shortest decimal that reads back as the same float."""
+    if isinstance(value, int):
+        return str(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return "a number beyond 1e308"
+    if not number and (value.exact if isinstance(value, Written) else value):
+        return "a number nearer to zero than 5e-324"
+    return repr(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
+
+
+def format_number(value: float, digits: int = 4, commas: tuple[float, float] = (1000, 1e7)) -> str:
+    """Format a measured number with `digits` significant digits.
+
+    If its magnitude is at least the first number of `commas` and below the second, it becomes a whole number with
+    commas: 23,941.
+    """
+    return f"{value:,.0f}" if commas[0] <= abs(value) < commas[1] else f"{value:.{digits}g}"
+
+
+def format_ratio(value: float) -> str:
+    """Format a ratio with four digits, including trailing zeros, or with two from a million."""
+    if 1e6 <= value < math.inf:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if 999.95 <= value < 1e6 else f"{value:#.4g}"
+
+
+def format_size(count: int) -> str:
+    """Format a number of bytes with a unit, in powers of 1000."""
+    number, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if number >= 1000:
+            number, unit = number / 1000, larger
+    return f"{count} B" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def round_number(value: float) -> float:
+    """Round a measured number to the six significant digits that JSON documents contain."""
+    return float(f"{value:.6g}")
