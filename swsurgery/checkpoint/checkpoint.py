@@ -45,9 +45,14 @@ class Checkpoint:
     variant: str | None = None
 
     @property
+    def is_here(self) -> bool:
+        """True if the files are on this machine."""
+        return not isinstance(self.root, RemoteTree)
+
+    @property
     def directory(self) -> Path:
         """Return `root` as a path. Raises TypeError if the files are not on this machine."""
-        if not isinstance(self.root, Path):
+        if isinstance(self.root, RemoteTree):
             raise TypeError(f"{self.root} is not a directory on this machine")
         return self.root
 

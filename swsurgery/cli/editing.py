@@ -173,15 +173,15 @@ def check(
     """
     from swsurgery.cli import show
     from swsurgery.editing import sanity
-    from swsurgery.hub import download_checkpoint, parse_location, place
+    from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = sanity.CheckOptions(
         "forward", device, placement, read_text(text), prompt or None, bounds, windows, window
     )
     where = parse_location(checkpoint)
-    if not isinstance(where, Path):
-        sanity.refuse_bounds_without_base(place(where), bounds)
+    if isinstance(where, Uri):
+        sanity.refuse_bounds_without_base(open_location(where), bounds)
     report = sanity.check_checkpoint(download_checkpoint(where), options, out.make_bar(), out.note, weights, variant)
     document = report.to_json() | {"compared": report.compared}
     if out.json:

@@ -151,12 +151,12 @@ def open_for_reading(checkpoint: str, out: Output) -> Iterator[Path | RemoteTree
     For a checkpoint on the Hub, print the amount of data read afterwards.
     """
     from swsurgery.checkpoint.opening import held
-    from swsurgery.hub import parse_location, place
+    from swsurgery.hub import RemoteTree, open_location, parse_location
 
-    where = place(parse_location(checkpoint))
+    where = open_location(parse_location(checkpoint))
     with held(where):
         yield where
-    if not isinstance(where, Path):
+    if isinstance(where, RemoteTree):
         out.note(describe_traffic(where))
 
 

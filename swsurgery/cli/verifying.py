@@ -84,10 +84,10 @@ def verify(
 def _hold_base(base: str | None) -> Iterator[Path | Uri | None]:
     """Keep a base directory from being edited in place within the block."""
     from swsurgery.checkpoint.opening import held
-    from swsurgery.hub import parse_location
+    from swsurgery.hub import Uri, parse_location
 
     root = parse_location(base) if base else None
-    with held(root) if isinstance(root, Path) else contextlib.nullcontext():
+    with contextlib.nullcontext() if root is None or isinstance(root, Uri) else held(root):
         yield root
 
 

@@ -31,8 +31,7 @@ from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.record import complete_record, draft_record
 from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
 from swsurgery.errors import ModelError, PlanError, TargetError
-from swsurgery.hub import Uri, download_checkpoint, fetch, place
-from swsurgery.hub.remote import RemoteTree
+from swsurgery.hub import Uri, download_checkpoint, fetch, open_location
 from swsurgery.manifest.load import load_manifest
 from swsurgery.model.report import CheckedBounds
 from swsurgery.progress import Progress, Silent
@@ -90,7 +89,7 @@ def plan_manifest(manifest: Path, base: str | None = None, *, progress: Progress
     Raises HubError, ManifestError, CheckpointError, PlanError; TargetError while another run edits the base in place.
     """
     loaded = load_manifest(manifest)
-    with held(place(find_base(loaded, base))) as root:
+    with held(open_location(find_base(loaded, base))) as root:
         plan = make_plan(loaded, open_as(root, loaded.manifest.base))
         draft_record(plan)  # so that a dry run refuses what the run itself would refuse
         return check_planned(plan, progress or Silent())
@@ -125,9 +124,9 @@ def apply_manifest(
     require_type("for_publish", for_publish, bool)
     loaded = load_manifest(manifest)
     where = find_base(loaded, base)
-    with held(place(where) if for_publish else download_checkpoint(where)) as root:
+    with held(open_location(where) if for_publish else download_checkpoint(where)) as root:
         plan = make_plan(loaded, open_as(root, loaded.manifest.base))
-        refuse_inside(output, plan.checkpoint.root)
+        refuse_inside(output, plan.checkpoint)
         combine_bounds(plan, check)  # raises before the copy, which may take an hour
         draft = draft_record(plan)
         for note in plan.notes:
@@ -180,9 +179,9 @@ def _restrict_check(plan: Plan, options: CheckOptions) -> CheckOptions:
     return replace(options, kind="weights" if options.kind == "auto" else options.kind)
 
 
-def refuse_inside(output: Path, root: Path | RemoteTree) -> None:
+def refuse_inside(output: Path, base: Checkpoint) -> None:
     """Raise TargetError for a target inside the base: it would change the base and later be copied with it."""
-    if isinstance(root, Path) and Path(os.path.realpath(output)).is_relative_to(root):
+    if base.is_here and Path(os.path.realpath(output)).is_relative_to(base.directory):
         raise TargetError("the target lies inside the base", output, "give another -o")
 
 

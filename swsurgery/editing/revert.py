@@ -26,7 +26,7 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
     require_choice("link", link, ("auto", "clone", "copy"))
     with held(root):
         patched, checkpoint = open_patched(root)
-        refuse_inside(output, checkpoint.root)
+        refuse_inside(output, checkpoint)
         record, previous = patched.record, patched.previous()
         names = {f.name for f in checkpoint.files}
         if missing := [name for name in record.files if name not in names]:

@@ -258,7 +258,7 @@ def _check_weights(plan: Plan, patched: Path | Folder, progress: Progress) -> di
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))
-    compared = isinstance(plan.checkpoint.root, Path) and result.root != plan.checkpoint.root
+    compared = plan.checkpoint.is_here and result.root != plan.checkpoint.root
     wrong: list[str] = []
     if compared:
         differences = find_undeclared_changes(result, plan.checkpoint, touched, declared, progress)

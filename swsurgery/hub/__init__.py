@@ -30,7 +30,7 @@ __all__ = [
     "named",
     "open_tree",
     "parse_uri",
-    "place",
+    "open_location",
 ]
 
 SCHEME = "hf://"
@@ -85,7 +85,7 @@ def parse_location(text: str | Path) -> Path | Uri:
 def parse_directory(text: str) -> Path:
     """Parse the location of a checkpoint that must be on this machine. Raises HubError for one on the Hub."""
     where = parse_location(text)
-    if isinstance(where, Path):
+    if not isinstance(where, Uri):
         return where
     remedy = f"download it: hf download {where.repo_id}{_format_option(where)} --local-dir DIRECTORY"
     raise HubError("needs a local copy", where, remedy)
@@ -102,12 +102,12 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def place(checkpoint: Path | Uri) -> Path | RemoteTree:
+def open_location(checkpoint: Path | Uri) -> Path | RemoteTree:
     """Choose where headers and single scalars are read: a directory, or a repository read in byte ranges.
 
     A repository in the local cache is used if the revision is a full commit or the offline mode is on. Raises HubError.
     """
-    if isinstance(checkpoint, Path):
+    if not isinstance(checkpoint, Uri):
         return checkpoint
     if is_offline() or checkpoint.is_commit:
         with contextlib.suppress(CheckpointError) if not is_offline() else contextlib.nullcontext():
@@ -117,7 +117,7 @@ def place(checkpoint: Path | Uri) -> Path | RemoteTree:
 
 def download_checkpoint(checkpoint: Path | Uri) -> Path:
     """Return a directory with all files of a checkpoint, downloading missing ones to the cache. Raises HubError."""
-    return checkpoint if isinstance(checkpoint, Path) else fetch(checkpoint)
+    return fetch(checkpoint) if isinstance(checkpoint, Uri) else checkpoint
 
 
 def find_cached(uri: Uri) -> Path:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.storage.coordinate import Coordinate
 
 Placement = Literal["auto", "whole", "streamed"]
@@ -26,12 +24,6 @@ class ScalarChange:
     coordinate: Coordinate
     base: float
     patched: float
-
-
-def require_local_directory(checkpoint: Checkpoint) -> Path:
-    """Return the directory of `checkpoint`. Models run only from checkpoints on this machine, never from the Hub."""
-    assert isinstance(checkpoint.root, Path)
-    return checkpoint.root
 
 
 def explain_unavailable() -> str | None:

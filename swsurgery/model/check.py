@@ -12,7 +12,7 @@ from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
-from swsurgery.model import Placement, ScalarChange, explain_unavailable, require_local_directory
+from swsurgery.model import Placement, ScalarChange, explain_unavailable
 from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.model.report import CheckedBounds, CheckReport, Continuations
 from swsurgery.model.tokenizer import start
@@ -130,7 +130,7 @@ def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
     if reason := explain_unavailable():
         raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
     _compare(checkpoint, changes)
-    directory = require_local_directory(checkpoint)
+    directory = checkpoint.directory
     refuse_unrunnable(directory)
     try:
         load_numpy()

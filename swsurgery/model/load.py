@@ -30,7 +30,7 @@ from transformers.utils import logging
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.hub import get_config_error
-from swsurgery.model import Placement, require_local_directory
+from swsurgery.model import Placement
 from swsurgery.model.forward import ATTENTION, LayeredModel
 from swsurgery.model.places import find_decoder_layers
 from swsurgery.model.refusals import (
@@ -128,7 +128,7 @@ def open_model(
     Raises ModelError if transformers cannot load the model, if weights are missing (transformers would invent them) or
     if memory is insufficient.
     """
-    directory = require_local_directory(checkpoint)
+    directory = checkpoint.directory
     refuse_pointers(directory)
     refuse_dtype(directory)
     target = pick_device(device)
@@ -179,7 +179,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
 def _build_without_weights(checkpoint: Checkpoint, target: torch.device) -> PreTrainedModel:
     """Build the model of `checkpoint` with parameters on the meta device. Raises LOADING_ERRORS."""
     config = transformers.AutoConfig.from_pretrained(
-        require_local_directory(checkpoint), local_files_only=True, trust_remote_code=False
+        checkpoint.directory, local_files_only=True, trust_remote_code=False
     )
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _find_stored_dtype(checkpoint)
@@ -261,7 +261,7 @@ def get_auto_class(config: PreTrainedConfig) -> AutoClass:
 
 
 def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
-    directory = require_local_directory(checkpoint)
+    directory = checkpoint.directory
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         refuse_codes(checkpoint, config)

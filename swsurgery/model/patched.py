@@ -15,7 +15,6 @@ from transformers import PreTrainedModel as PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import CheckpointError, ModelError
-from swsurgery.model import require_local_directory
 from swsurgery.model.load import (
     LOADING_ERRORS,
     cast_module,
@@ -41,7 +40,7 @@ def load(
     Raises ModelError if transformers cannot load the model or would load other weights, if a parameter does not have
     the stored value, or if it is not in memory.
     """
-    root = require_local_directory(checkpoint)
+    root = checkpoint.directory
     fixed = {"local_files_only": True, "use_safetensors": True, "variant": checkpoint.variant}
     if options.pop("trust_remote_code", False):
         raise ModelError("code that comes with a checkpoint is not run", root, "leave trust_remote_code out")

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import list_loaded_candidates, name_prefixes
 from swsurgery.errors import ModelError
-from swsurgery.model import require_local_directory
 from swsurgery.model.places import find_decoder, find_output_embeddings
 from swsurgery.model.refusals import HEAD_NAMES, make_missing_error
 from swsurgery.model.torch_dtypes import get_streamed_dtype
@@ -135,7 +134,7 @@ def _find_stored_parts(
     if not stored:
         path = holders[0][0]
         if HEAD_NAMES & set(path.split(".")) and not any(HEAD_NAMES & set(t.split(".")) for t in checkpoint.shapes):
-            raise make_missing_error([path], require_local_directory(checkpoint))
+            raise make_missing_error([path], checkpoint.directory)
         raise ModelError("cannot be read layer by layer: no stored form is known", path)
     first, parts = stored[0]
     for path, others in stored[1:]:

@@ -20,7 +20,7 @@ from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import CheckpointError, PlanError, TargetError
-from swsurgery.hub import RemoteTree, Uri, parse_location, place
+from swsurgery.hub import RemoteTree, Uri, open_location, parse_location
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.load import load_manifest, parse_manifest
 from swsurgery.manifest.patch import Patch, PatchBase, PatchBounds, PatchScalar, render_safetensors
@@ -128,16 +128,16 @@ def read(source: str | Path, base: str | None = None, progress: Progress | None 
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
     where = parse_location(source)
-    if isinstance(where, Path) and not where.is_dir():
+    if not isinstance(where, Uri) and not where.is_dir():
         return _read_manifest(where, base, progress or Silent())
     if base is not None:
         raise PlanError("the base of a patched checkpoint is in its record", source, "leave --base away")
-    return _read_record(place(where) if isinstance(where, Uri) else where)
+    return _read_record(open_location(where))
 
 
 def _read_manifest(path: Path, base: str | None, progress: Progress) -> EditSource:
     loaded = load_manifest(path)
-    checkpoint = open_as(place(find_base(loaded, base)), loaded.manifest.base)
+    checkpoint = open_as(open_location(find_base(loaded, base)), loaded.manifest.base)
     plan = make_plan(loaded, checkpoint)
     digests = _find_digests(plan, progress)
     said = loaded.manifest.base

@@ -16,7 +16,7 @@ from swsurgery.checkpoint.opening import open_as, open_chosen, refuse_other_weig
 from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, escape_control, pluralise
-from swsurgery.hub import RemoteTree, parse_location, place
+from swsurgery.hub import RemoteTree, open_location, parse_location
 from swsurgery.progress import Progress
 from swsurgery.storage.arguments import require_type
 from swsurgery.storage.names import OWN_FILES
@@ -224,7 +224,7 @@ def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedM
 
 def _has_shards(root: Path | RemoteTree) -> bool:
     """Return True if `root` is a local directory that contains safetensors files."""
-    return isinstance(root, Path) and root.is_dir() and any(root.glob("*.safetensors"))
+    return not isinstance(root, RemoteTree) and root.is_dir() and any(root.glob("*.safetensors"))
 
 
 def _check_files(checkpoint: Checkpoint, finite: bool, progress: Progress) -> tuple[list[Finding], tuple[str, ...]]:
@@ -239,7 +239,7 @@ def _check_signature(root: Path | RemoteTree, signature: Path, public_key: Path)
     """Check the signature of a local checkpoint. Raises SwsurgeryError for a checkpoint on the Hub."""
     from swsurgery.verifying.signature import verify_signature
 
-    if not isinstance(root, Path):
+    if isinstance(root, RemoteTree):
         raise SwsurgeryError("a signature covers files that are here", root, "download it: hf download")
     return verify_signature(root, signature, public_key)
 
@@ -280,14 +280,14 @@ def _open_base(
     opened: then nothing can be proved.
     """
     if question.base is not None:
-        return _open(place(parse_location(question.base)), question)
+        return _open(open_location(parse_location(question.base)), question)
     if loaded is None:
         return None
     from swsurgery.editing.base import find_base
 
     try:
-        where = place(find_base(loaded, None))
-        if patched and isinstance(where, Path) and isinstance(root, Path) and _is_same(where, root):
+        where = open_location(find_base(loaded, None))
+        if patched and _is_same(where, root):
             return None
         return _open(where, question)
     except CheckpointError:
@@ -296,7 +296,10 @@ def _open_base(
         return None
 
 
-def _is_same(first: Path, second: Path) -> bool:
+def _is_same(first: Path | RemoteTree, second: Path | RemoteTree) -> bool:
+    """Return True if both are the same local directory."""
+    if isinstance(first, RemoteTree) or isinstance(second, RemoteTree):
+        return False
     return os.path.realpath(first) == os.path.realpath(second)
 
 
@@ -325,7 +328,7 @@ def _resolve_own_manifest(
     from swsurgery.manifest.load import parse_manifest
 
     try:
-        beside = root if isinstance(root, Path) else Path()
+        beside = Path() if isinstance(root, RemoteTree) else root
         loaded = parse_manifest(patched.manifest_raw, beside / MANIFEST_NAME)
     except ManifestError:
         return None  # the manifest was changed by hand, which its digest already reports
