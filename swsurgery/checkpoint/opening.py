@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, get_args
@@ -80,7 +80,6 @@ def open_checkpoint(
     names = {f.name: f for f in listing.files}
     chosen = find_weights(listing.root, names, weights, variant, elsewhere)
     shard_names = [name for name in chosen.shards if name in names]
-    remote = not isinstance(listing.root, Path)
     shards = _read_shards([names[name] for name in shard_names], listing.root)
     disagreements: dict[str, str] = {}
     if chosen.index is None:
@@ -94,7 +93,7 @@ def open_checkpoint(
         notes.append(f"{chosen.index} says total_size {chosen.total_size}, the shards hold {stored} bytes")
     config = read_config(names["config.json"].source, "config.json") if "config.json" in names else {}
     rest = [f for f in listing.files if f.name not in shard_names and f.name != chosen.index]
-    others = look_at_others(rest, shards, lambda files: _read_headers(files, remote))
+    others = look_at_others(rest, shards, _read_headers)
     return Checkpoint(
         root=listing.root,
         files=listing.files,
@@ -235,7 +234,7 @@ def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Sh
     faults: list[str] = []
     shards: dict[str, Shard] = {}
     size = sum(file.size for file in files)
-    for name, shard in _read_headers(files, remote=not isinstance(root, Path)):
+    for name, shard in _read_headers(files):
         if isinstance(shard, CheckpointError):
             faults += shard.faults
             continue
@@ -246,7 +245,7 @@ def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Sh
     return shards
 
 
-def _read_headers(files: Iterable[BaseFile], remote: bool) -> Iterator[tuple[str, Shard | CheckpointError]]:
+def _read_headers(files: Sequence[BaseFile]) -> Iterator[tuple[str, Shard | CheckpointError]]:
     """Yield the name and the header of each file, or the error if its header is malformed.
 
     Remote headers cost one round trip each, so several are read at a time.
@@ -258,7 +257,7 @@ def _read_headers(files: Iterable[BaseFile], remote: bool) -> Iterator[tuple[str
         except CheckpointError as error:
             return file.name, error
 
-    if remote:
+    if not all(file.is_here for file in files):
         with Pool(8) as pool:
             yield from pool.map(read_header, files)
     else:
