@@ -118,26 +118,26 @@ class Unrunnable(ModelError):
     """The model cannot be run at all.
 
     The code that loads and runs models does not know the command, so it gives only remedies that all commands share. A
-    command adds its own remedy with `or_else`.
+    command adds its own remedy with `add_remedy`.
     """
 
     def __init__(self, what: str, where: object = "", remedy: str = ""):
         super().__init__(what, where, remedy)
         self._parts = what, where, remedy
 
-    def or_else(self, way: str) -> Unrunnable:
+    def add_remedy(self, way: str) -> Unrunnable:
         """Return the same error with one more remedy."""
         what, where, remedy = self._parts
         return Unrunnable(what, where, f"{remedy}, or {way}" if remedy else way)
 
 
 @contextlib.contextmanager
-def or_else(way: str) -> Iterator[None]:
+def add_remedy(way: str) -> Iterator[None]:
     """Add `way` to the remedies of an Unrunnable that the block raises."""
     try:
         yield
     except Unrunnable as error:
-        raise error.or_else(way) from error
+        raise error.add_remedy(way) from error
 
 
 class CheckFailed(SwsurgeryError):
@@ -157,7 +157,7 @@ def report_done(what: str | None) -> None:
         _done.append(what)
 
 
-def done() -> str:
+def describe_done() -> str:
     """Return what the command has done so far; "" if nothing."""
     return "; ".join(_done[1:])
 

@@ -14,7 +14,7 @@ import numpy as np
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.progress import Progress
 from swsurgery.storage.dtypes import convert_to_json
-from swsurgery.storage.files import BaseFile, fill, read_exactly, same_bytes
+from swsurgery.storage.files import BaseFile, fill, has_same_bytes, read_exactly
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import Shard, TensorInfo
 
@@ -221,4 +221,4 @@ def _has_same_digest(a: BaseFile, b: BaseFile) -> bool:
 
 def _has_same_bytes(a: BaseFile, b: BaseFile) -> bool:
     """Return True if both files have the same contents. Raises CheckpointError."""
-    return a.size == b.size and (_has_same_digest(a, b) or same_bytes(a.source, b.source, a.size))
+    return a.size == b.size and (_has_same_digest(a, b) or has_same_bytes(a.source, b.source, a.size))

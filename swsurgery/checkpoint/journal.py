@@ -49,7 +49,7 @@ class OpenShard:
         Raises TargetError if it cannot be written, CheckpointError if it is not the file that was listed.
         """
         self.entry = entry
-        with filesystem.reported(entry):
+        with filesystem.convert_os_errors(entry):
             self.fd = filesystem.open_for_patching(entry)
         self.identity = entry.identity or Identity.of(os.fstat(self.fd))
 
@@ -115,7 +115,7 @@ def apply_splices(
     for shard in shards.values():
         shard.refuse_changed()
     try:
-        with filesystem.reported(folder):
+        with filesystem.convert_os_errors(folder):
             filesystem.reserve(folder / ROOM, ROOM_BYTES + 2 * JOURNAL_BLOCK * journal.blocks(JOURNAL_BLOCK))
             filesystem.write_file(folder / JOURNAL_NEW, raw, mode)
             filesystem.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
@@ -123,7 +123,7 @@ def apply_splices(
             for name, file in journal.files.items():
                 _write(shards[name], file.places)
         yield own
-        with filesystem.reported(folder):
+        with filesystem.convert_os_errors(folder):
             made = {name: None if data is None else hashlib.sha256(data).hexdigest() for name, data in own.items()}
             journal = replace(journal, made=made)
             # With these digests, recovery recognises the new contents of swsurgery's own files.
@@ -196,9 +196,9 @@ def recover(root: Path, *, moved: bool = False) -> Journal | None:
     """
     if not any(filesystem.is_there(root / name) for name in WORKING_FILES):
         return None
-    with filesystem.reported(root):
+    with filesystem.convert_os_errors(root):
         folder = Folder.at(root)
-    with folder, filesystem.locked(folder, exclusive=True):
+    with folder, filesystem.lock_directory(folder, exclusive=True):
         return recover_locked(folder, moved=moved)
 
 
@@ -206,7 +206,7 @@ def recover_locked(folder: Folder, *, moved: bool = False) -> Journal | None:
     """Do the work of `recover` for a caller that holds the directory's exclusive lock."""
     if not any(filesystem.is_there(folder / name) for name in WORKING_FILES):
         return None
-    with filesystem.reported(folder), contextlib.ExitStack() as opened:
+    with filesystem.convert_os_errors(folder), contextlib.ExitStack() as opened:
         journal = _read_journal(folder)
         files = _open_files(folder, journal, moved, opened) if journal else []
         _refuse_foreign(folder, journal, files)
@@ -396,7 +396,7 @@ def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -
     modes = (os.fstat(file.fd).st_mode for file in files)
     mode = functools.reduce(operator.and_, modes, 0o666) | 0o600
     try:
-        with filesystem.reported(folder):
+        with filesystem.convert_os_errors(folder):
             filesystem.remove_file(folder / ROOM)  # first, since restoring may need its space
             for file in files:
                 file.put_back()

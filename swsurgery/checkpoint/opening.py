@@ -167,7 +167,7 @@ def held(root: Path | RemoteTree) -> Iterator[Path | RemoteTree]:
         real = Path(os.path.realpath(root))
         if not is_cache_snapshot(real):
             journal.recover(real)  # needs the exclusive lock, so it comes before the shared one
-        with filesystem.locked(root, exclusive=False):
+        with filesystem.lock_directory(root, exclusive=False):
             yield root
     else:
         yield root  # the function that opens it reports what is wrong

@@ -97,6 +97,6 @@ def _print_known(out: Output, model: str, status: list[str] | None) -> None:
 
     found = own.lookup(model)
     if out.json:
-        print_json(shipped.to_json(found, status))
+        print_json(shipped.build_json(found, status))
     else:
         print_text(table.render_table(found, get_width(), status))

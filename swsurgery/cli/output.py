@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol, TextIO, TypeVar
 
-from swsurgery.errors import TargetError, done, escape_control
+from swsurgery.errors import TargetError, describe_done, escape_control
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -152,7 +152,7 @@ def _write(text: str, stream: TextIO | None = None) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # otherwise Python would retry at exit
         if stream is sys.stdout:
-            raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", "stdout", done()) from error
+            raise TargetError(f"cannot write ({os.strerror(error.errno or 0)})", "stdout", describe_done()) from error
 
 
 def open_standard_streams() -> None:

@@ -6,7 +6,7 @@
     write_checkpoint     copies bytes, makes splices, hashes, in a stage    copy.py
     run_check            compares base and patched; may run the model       sanity.py
     complete_record    records what was done, and its proof               record.py
-    staged               renames the stage, so that all or nothing exists   storage/staging.py
+    stage_output         renames the stage, so that all or nothing exists   storage/staging.py
 
 `revert.py` is the opposite and needs only the record. `in_place.py` does both in the same directory, with a journal.
 Verification (`verifying/against_record.py`) uses none of this.
@@ -136,7 +136,7 @@ def apply_manifest(
         if for_publish:
             check = _restrict_check(plan, check)
             source = _download_touched(source, plan.checkpoint)
-        with staging.staged(output, source.names, OWN_FILES, source.folder_mode) as stage:
+        with staging.stage_output(output, source.names, OWN_FILES, source.folder_mode) as stage:
             applied = write_checkpoint(
                 source, stage, link=link, progress=progress, digests=DigestCache(), reuse=reuse_digests
             )

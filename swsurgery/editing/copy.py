@@ -163,7 +163,7 @@ def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
             else:  # in a cache, where all files are in the folder of the blobs
                 modes[name] = 0o777
     for name in sorted(modes):
-        with filesystem.reported(stage / name):
+        with filesystem.convert_os_errors(stage / name):
             with contextlib.suppress(FileExistsError):
                 filesystem.make_directory(stage / name, modes[name])
             with (stage / name).open_folder() as folder:
@@ -219,7 +219,7 @@ class _Copier:
             status = os.fstat(base.fd)
             written = self.keep(base, target, file, splices)
             if written is None:
-                with filesystem.reported(target):
+                with filesystem.convert_os_errors(target):
                     filesystem.remove_file(target)
                 known = self.look_up_digest(file, splices, status)
                 if self.link == "hard" and not splices:
@@ -236,7 +236,7 @@ class _Copier:
 
     def link_to(self, base: LocalFile, file: BaseFile, target: Entry, known: str | None) -> _Written:
         """Give the open file a second name. Raises CheckpointError if another file was linked."""
-        with filesystem.reported(target):
+        with filesystem.convert_os_errors(target):
             filesystem.make_hard_link(base.where, target)
             linked = target.stat()
         if not os.path.samestat(linked, os.fstat(base.fd)):
@@ -272,7 +272,7 @@ class _Copier:
             status = os.fstat(kept.fd)
             if status.st_size != file.size or status.st_nlink > 1 or status.st_mode & 0o777 & ~file.mode:
                 return None
-            with filesystem.reported(target):
+            with filesystem.convert_os_errors(target):
                 filesystem.sync(kept.fd)
                 filesystem.drop_cache(kept.fd)
             try:
@@ -287,7 +287,7 @@ class _Copier:
     ) -> _Written:
         """Write one file and synchronise it with the disk; remove it after an error."""
         try:
-            with filesystem.reported(target):
+            with filesystem.convert_os_errors(target):
                 new = filesystem.create(target, file.mode)
                 try:
                     done = self.fill(base, new, target, file, splices, known)

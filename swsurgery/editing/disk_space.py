@@ -53,7 +53,7 @@ def _can_clone(files: Sequence[BaseFile], stage: Folder) -> bool:
     if not largest.is_here:
         return False
     probe = stage / STAGE_TOKEN
-    with largest.require_local().open() as base, filesystem.reported(probe):
+    with largest.require_local().open() as base, filesystem.convert_os_errors(probe):
         new = filesystem.create(probe, 0o600)
         try:
             return filesystem.clone(base.fd, new)

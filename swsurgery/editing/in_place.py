@@ -147,9 +147,9 @@ def _open_to_edit(root: Path | Uri, *, moved: bool = False) -> Iterator[tuple[Fo
     root = _find_directory(root)
     if not root.is_dir():
         open_checkpoint(root)  # raises an error that explains what `root` is
-    with filesystem.reported(root):
+    with filesystem.convert_os_errors(root):
         folder = Folder.at(root)
-    with folder, filesystem.locked(folder, exclusive=True):
+    with folder, filesystem.lock_directory(folder, exclusive=True):
         yield folder, journal.recover_locked(folder, moved=moved)
 
 
@@ -240,7 +240,7 @@ def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
 
 def _refuse_shared(entry: Entry) -> None:
     """Raise TargetError for a file that has other names or is read-only."""
-    with filesystem.reported(entry):
+    with filesystem.convert_os_errors(entry):
         status = entry.stat()
     if status.st_nlink > 1:
         raise TargetError(
@@ -305,7 +305,7 @@ def _report_applied(
             raise _make_not_applied_error("the file was changed since", file.source)
         if loaded.manifest.base.sha256.get(name, restored) != restored:
             raise _make_not_applied_error("its base is not the one that the manifest pins", file.source)
-    with filesystem.reported(folder):
+    with filesystem.convert_os_errors(folder):
         filesystem.sync_directory(folder)
     done = tuple(
         AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in record.files.items()

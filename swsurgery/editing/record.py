@@ -55,7 +55,7 @@ def draft_record(plan: Plan) -> Record:
         omitted=list(plan.omitted),
         edits=[EditRecord.model_validate(_describe(s, plan)) for s in plan.splices],
         protected=[ScalarRecord.model_validate(_describe(s, plan)) for s in plan.protected],
-        known=shipped.to_json(plan.model)["models"][0] if plan.model else None,
+        known=shipped.build_json(plan.model)["models"][0] if plan.model else None,
         check={},
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
         history=plan.previous.as_history() if plan.previous else [],

@@ -42,7 +42,7 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
             in_cache=checkpoint.in_cache,
             shards=checkpoint.shards,
         )
-        with staging.staged(output, source.names, OWN_FILES, source.folder_mode) as stage:
+        with staging.stage_output(output, source.names, OWN_FILES, source.folder_mode) as stage:
             applied = write_checkpoint(source, stage, link=link, progress=progress or Silent())
             for file in applied.files:
                 if file.patched_digest != (record.files[file.name].base_sha256 or file.patched_digest):

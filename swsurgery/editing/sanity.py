@@ -18,7 +18,7 @@ from swsurgery.checkpoint.opening import held, open_as, open_chosen, refuse_othe
 from swsurgery.checkpoint.record import RECORD_NAME, Patched, read_patched
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.plan import Plan
-from swsurgery.errors import CheckFailed, ModelError, PlanError, Unrunnable, or_else
+from swsurgery.errors import CheckFailed, ModelError, PlanError, Unrunnable, add_remedy
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
@@ -116,7 +116,7 @@ def check_checkpoint(
             )
             for e in (record.edits if record else ())
         ]
-        with or_else("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
+        with add_remedy("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
             report = run_checks(
                 checkpoint,
                 changes,
@@ -176,7 +176,7 @@ def run_check(
             # If the user asked for a forward check, by an option or a bound, it must be made; otherwise it is optional.
             if options.kind == "forward" or bounds != CheckedBounds() or options.asked:
                 if isinstance(error, Unrunnable) and options.bounds is None:
-                    raise error.or_else("--check weights") from error
+                    raise error.add_remedy("--check weights") from error
                 raise
             # The path of the stage is temporary and must not appear in the record.
             where = str(patched if isinstance(patched, Folder) else Path(os.path.realpath(patched)))

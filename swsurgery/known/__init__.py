@@ -26,12 +26,13 @@ moderate (x2 to x4), weak (x1.05 to x2), inert (below x1.05), untested. If only 
 
 from swsurgery.known.own import find_by_repo, forget, list_all_models, list_own_models, lookup, refuse_name, save
 from swsurgery.known.schema import CAUSAL, STATUSES, KnownCoordinate, KnownModel
-from swsurgery.known.shipped import find, list_addressable, list_names, to_json
+from swsurgery.known.shipped import build_json, find, list_addressable, list_names
 from swsurgery.known.table import render_manifest, render_table
 
 __all__ = [
     "CAUSAL",
     "STATUSES",
+    "build_json",
     "KnownCoordinate",
     "KnownModel",
     "list_addressable",
@@ -46,5 +47,4 @@ __all__ = [
     "render_table",
     "refuse_name",
     "save",
-    "to_json",
 ]

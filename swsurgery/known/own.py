@@ -49,7 +49,7 @@ def save(model: KnownModel, mode: int = 0o666) -> Path:
     shipped = _find_shipped(model.hf_id)
     # An entry saved under another name of the same shipped model is replaced.
     path = next(iter(_list_files_of(shipped) if shipped else []), get_own_folder() / f"{stem}.json")
-    with filesystem.reported(path.parent):
+    with filesystem.convert_os_errors(path.parent):
         filesystem.make_directories(path.parent)
     data = (model.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode()
     filesystem.replace_shared(path, data, mode=mode)
@@ -85,7 +85,7 @@ def forget(name: str) -> Path:
     from swsurgery.storage import filesystem
 
     path = _find_own_file(name)
-    with filesystem.reported(path):
+    with filesystem.convert_os_errors(path):
         filesystem.remove_file(path)
     return path
 

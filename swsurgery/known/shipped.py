@@ -159,7 +159,9 @@ def list_addressable(model: KnownModel, status: str | Collection[str] | None = N
     return tuple(c for c in select_by_status(model, chosen) if c.col is not None)
 
 
-def to_json(models: KnownModel | Iterable[KnownModel], status: str | Collection[str] | None = None) -> dict[str, Any]:
+def build_json(
+    models: KnownModel | Iterable[KnownModel], status: str | Collection[str] | None = None
+) -> dict[str, Any]:
     """Return the document of `lookup --json`: plain values, with infinities as the text "inf"."""
     listed = [models] if isinstance(models, KnownModel) else models
     # The round trip through JSON converts tuples to lists, so that callers can compare documents.

@@ -22,7 +22,7 @@ from swsurgery.model.tokenizer import Tokenizer
 LOGITS_AT_ONCE = 2**22
 """Number of logits in a slice. In float32 a slice has 16 MB, and a handful of such tensors exist at a time."""
 
-TOP = 5
+TOP_TOKENS = 5
 """Number of next tokens in a report."""
 
 
@@ -161,8 +161,8 @@ def list_top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, fl
     if not last.isfinite().all():
         return ()
     probabilities, ids = last.softmax(-1).sort(descending=True, stable=True)
-    texts = tokenizer.batch_decode([[i] for i in ids[:TOP].tolist()], clean_up_tokenization_spaces=False)
-    return tuple(zip(texts, probabilities[:TOP].tolist(), strict=True))
+    texts = tokenizer.batch_decode([[i] for i in ids[:TOP_TOKENS].tolist()], clean_up_tokenization_spaces=False)
+    return tuple(zip(texts, probabilities[:TOP_TOKENS].tolist(), strict=True))
 
 
 def _choose_larger(best: SuperActivation | None, peak: Peak | None, window: int) -> SuperActivation | None:

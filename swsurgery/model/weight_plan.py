@@ -22,7 +22,7 @@ from swsurgery.model.refusals import HEAD_NAMES, make_missing_error
 from swsurgery.model.torch_dtypes import get_streamed_dtype
 from swsurgery.model.transformers_private import list_names_kept_in_float32
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.files import File, same_bytes
+from swsurgery.storage.files import File, has_same_bytes
 
 ALIGNMENT = 256
 """Each parameter begins at a multiple of this many bytes in a buffer."""
@@ -218,7 +218,7 @@ def _has_same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
     if [(part.size, part.dtype, part.element) for part in one] != [(p.size, p.dtype, p.element) for p in other]:
         return False
     pairs = zip(one, other, strict=True)
-    return all(same_bytes(a.file, b.file, a.size, a.offset, b.offset) for a, b in pairs)
+    return all(has_same_bytes(a.file, b.file, a.size, a.offset, b.offset) for a, b in pairs)
 
 
 def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:

@@ -28,7 +28,7 @@ from swsurgery.editing.base import find_base
 from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.pins import check_planned
 from swsurgery.editing.plan import make_plan
-from swsurgery.errors import PlanError, TargetError, Unrunnable, or_else
+from swsurgery.errors import PlanError, TargetError, Unrunnable, add_remedy
 from swsurgery.hub import download_checkpoint, parse_location
 from swsurgery.known import own
 from swsurgery.manifest.load import load_manifest
@@ -97,7 +97,7 @@ def scan_checkpoint(
             _refuse(outputs, checkpoint)
         by_weights = "--method weights without --confirm" if confirm else "--method weights"
         without = "leave out --confirm" if method == "weights" else by_weights
-        with or_else(without):
+        with add_remedy(without):
             if method == "activations" or confirm:
                 _require_model(checkpoint.directory)
             if confirm:
@@ -125,7 +125,7 @@ def scan_checkpoint(
 
             said: list[str] = []
             rounds = Rounds(progress, "confirmation round")
-            with or_else("leave out --confirm"):
+            with add_remedy("leave out --confirm"):
                 confirmation = run(
                     checkpoint,
                     report.candidates,

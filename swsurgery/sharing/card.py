@@ -50,7 +50,7 @@ OWN_TAGS = ("swsurgery", "super-weights")
 PATCH_TAGS = (*OWN_TAGS, "patch")
 """Tags of every published patch."""
 
-MAX_ROWS, MAX_NAME, MAX_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
+MAX_CARD_ROWS, MAX_NAME, MAX_QUOTED_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
 """Maximum number of rows of a table or a list, characters of a name, and bytes of a quoted manifest and a quoted card.
 
 The files themselves contain the rest.
@@ -116,7 +116,7 @@ def make_fields(record: Record, base_fields: Mapping[str, Any]) -> dict[str, Any
         found["base_model"], found["base_model_relation"] = record.base.repo_id, RELATION
     for name, pattern in _CARRIED.items():
         value = base_fields.get(name)
-        if values := [each for each in _list_values(name, value)[:MAX_ROWS] if _is_match(pattern, each)]:
+        if values := [each for each in _list_values(name, value)[:MAX_CARD_ROWS] if _is_match(pattern, each)]:
             found[name] = values if isinstance(value, list) or name in ("language", "tags") else values[0]
     carried = [tag for tag in found.get("tags", ()) if not tag.startswith("base_model:")]
     found["tags"] = list(dict.fromkeys([*carried, *OWN_TAGS]))
@@ -128,7 +128,7 @@ def list_omitted_fields(base_fields: Mapping[str, Any], of: Iterable[str] = _CAR
     found = []
     for name in of:
         values = _list_values(name, base_fields.get(name))
-        if len(values) > MAX_ROWS or not all(_is_match(_CARRIED[name], each) for each in values):
+        if len(values) > MAX_CARD_ROWS or not all(_is_match(_CARRIED[name], each) for each in values):
             found.append(name)
     return found
 
@@ -261,10 +261,10 @@ def _get_base_uri(record: Record) -> str | None:
 
 
 def _render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows[:MAX_ROWS]]
+    lines = [header, ["---"] * len(header), *rows[:MAX_CARD_ROWS]]
     table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    if len(rows) > MAX_ROWS:
-        table += f"\n\nand {len(rows) - MAX_ROWS} more, all in `swsurgery.json`."
+    if len(rows) > MAX_CARD_ROWS:
+        table += f"\n\nand {len(rows) - MAX_CARD_ROWS} more, all in `swsurgery.json`."
     return table
 
 
@@ -365,7 +365,7 @@ def _render_accepted(accepted: Sequence[Finding]) -> list[str]:
 
 
 def _render_manifest(manifest: bytes) -> str:
-    if len(manifest) > MAX_MANIFEST:
+    if len(manifest) > MAX_QUOTED_MANIFEST:
         return f"Its {len(manifest)} bytes are in `manifest.yaml`."
     return fence(manifest.decode("utf-8", "replace"), "yaml")
 

@@ -101,7 +101,7 @@ def write(
         _write_new(output, files[""], found.mode)
     else:
         may_read = found.mode & 0o444
-        with staging.staged(output, (), files, found.mode | may_read >> 2) as stage:
+        with staging.stage_output(output, (), files, found.mode | may_read >> 2) as stage:
             for name, data in files.items():
                 filesystem.write_file(stage / name, data, found.mode)
     sizes = {name or output.name: len(data) for name, data in sorted(files.items())}
@@ -288,10 +288,10 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         filesystem.write_file(temporary, data, mode)
-        with filesystem.reported(path):
+        with filesystem.convert_os_errors(path):
             filesystem.rename_new(temporary, path)
             filesystem.sync_directory(path.parent)
     except BaseException:
-        with filesystem.reported(path):
+        with filesystem.convert_os_errors(path):
             filesystem.remove_file(temporary)
         raise

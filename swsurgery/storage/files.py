@@ -142,7 +142,7 @@ def read_at_most(file: File, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def same_bytes(one: File, other: File, size: int, offset: int = 0, other_offset: int = 0) -> bool:
+def has_same_bytes(one: File, other: File, size: int, offset: int = 0, other_offset: int = 0) -> bool:
     """Compare `size` bytes of two files, from an offset on in each. Raises ShardError if a file ends early."""
     ours, theirs = bytearray(min(size, CHUNK)), bytearray(min(size, CHUNK))
     with one.open() as first, other.open() as second:

@@ -2,7 +2,8 @@
 
 Functions are thin: one call each, repeated if the kernel may do less than requested. A failed fsync is final and never
 retried, because a second fsync may succeed although the data is lost. If an Entry is passed instead of a path, the call
-is relative to the descriptor of its folder. `reported` turns an OSError into a TargetError with the path and a remedy.
+is relative to the descriptor of its folder. `convert_os_errors` turns an OSError into a TargetError with the path and a
+remedy.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _placed(path: Path | Entry) -> Iterator[tuple[str, int | None]]:
 
 
 @contextlib.contextmanager
-def reported(path: Path | Entry | Folder | str) -> Iterator[None]:
+def convert_os_errors(path: Path | Entry | Folder | str) -> Iterator[None]:
     """Convert an OSError of the block to a TargetError about `path`."""
     try:
         yield
@@ -81,12 +82,12 @@ def is_there(path: Path | Entry) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
+def lock_directory(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
     """Lock a directory for reading (shared) or for editing in place (exclusive). The lock ends with the process.
 
     Raises TargetError if another run has a conflicting lock, unless `wait` is set.
     """
-    with reported(folder):
+    with convert_os_errors(folder):
         where = "." if isinstance(folder, Folder) else folder
         below = folder.fd if isinstance(folder, Folder) else None
         fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=below)
@@ -162,7 +163,7 @@ def open_for_patching(path: Path | Entry) -> int:
 
 def reserve(path: Path | Entry, size: int) -> None:
     """Create a file that occupies `size` bytes of the disk. Removing it later frees the space."""
-    with reported(path):
+    with convert_os_errors(path):
         fd = create(path)
         try:
             os.posix_fallocate(fd, 0, size)
@@ -215,7 +216,7 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
 
 def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:
     """Create a small file that is durable when this returns. Raises TargetError."""
-    with reported(path):
+    with convert_os_errors(path):
         fd = create(path, mode)
         try:
             write_all(fd, data)
@@ -232,7 +233,7 @@ def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None
     temporary = temporary or path.with_name(f".{path.name.rpartition('/')[2]}.{os.getpid()}")
     try:
         write_file(temporary, data, mode)
-        with reported(path), _placed(temporary) as (old, fd), _placed(path) as (new, to):
+        with convert_os_errors(path), _placed(temporary) as (old, fd), _placed(path) as (new, to):
             os.replace(old, new, src_dir_fd=fd, dst_dir_fd=to)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -246,7 +247,7 @@ def write_report(path: Path, data: bytes) -> None:
     A regular file is replaced atomically, also through a link. For a device, a pipe, /dev/stdout or /dev/fd/N the data
     is written to the existing file.
     """
-    with reported(path):
+    with convert_os_errors(path):
         if (number := _find_own_descriptor(path)) is not None:
             # A newly opened descriptor would have its own position, and later output to the original descriptor
             # would overwrite the report.
@@ -278,9 +279,9 @@ def replace_shared(path: Path, data: bytes, *, wait: bool = True, mode: int = 0o
     A lock admits one run at a time. The temporary file has a fixed name, so the next run removes one that a killed run
     left. Raises TargetError if another run has the lock, unless `wait` is set.
     """
-    with locked(path.parent, exclusive=True, wait=wait):
+    with lock_directory(path.parent, exclusive=True, wait=wait):
         temporary = path.with_name(f".{path.name}.new")
-        with reported(temporary):
+        with convert_os_errors(temporary):
             remove_file(temporary)
         replace_file(path, data, temporary, mode)
 

@@ -24,7 +24,7 @@ MAX_HEADER = 16 << 20
 """Maximum size of a header in bytes. The format allows 100 MB. The largest headers of published checkpoints are below
 1 MB, and a hostile one of 68 MB costs a reader seconds and a gigabyte of memory."""
 
-MAX_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 17
+MAX_HEADER_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 17
 """Maximum number of commas in a header, and the maximum for a file with little data. Commas bound the number of JSON
 values and are counted before parsing. A tensor of two dimensions has five. A published checkpoint of 92,000 tensors has
 163 files; the first limit allows 100,000 tensors in one file, the second a quarter of that. The limit between the two
@@ -143,7 +143,7 @@ def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dic
     """
     if not raw.startswith(b"{"):
         raise ValueError("it does not begin with {")
-    limit = max(COMMAS_WITHOUT_DATA, min(MAX_COMMAS, data_size >> 9))
+    limit = max(COMMAS_WITHOUT_DATA, min(MAX_HEADER_COMMAS, data_size >> 9))
     if raw.count(b",") > limit:
         raise ValueError(f"it has more than {limit} values")
     header = _parse_object(raw)

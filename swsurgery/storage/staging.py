@@ -63,7 +63,9 @@ class _Names:
 
 
 @contextlib.contextmanager
-def staged(target: Path, names: Collection[str], last: Collection[str] = (), mode: int = 0o777) -> Iterator[Folder]:
+def stage_output(
+    target: Path, names: Collection[str], last: Collection[str] = (), mode: int = 0o777
+) -> Iterator[Folder]:
     """Create and lock a directory beside `target`, and rename it to `target` durably when the block succeeds.
 
     `names` contains the files, relative to the directory, that the block writes. `last` contains files that describe
@@ -76,15 +78,15 @@ def staged(target: Path, names: Collection[str], last: Collection[str] = (), mod
     cannot be undone, the error message reports that the output exists.
     """
     target = Path(os.path.abspath(target))
-    with filesystem.reported(target):
+    with filesystem.convert_os_errors(target):
         where = _Names.of(target)
         stage, made = _lock_stage(where, {*names, *last}, mode)
     with where.parent, stage:  # the lock ends with the descriptor, so a killed run leaves none
         try:
-            with filesystem.reported(stage):
+            with filesystem.convert_os_errors(stage):
                 _remove_strays(stage, names)
             yield stage
-            with filesystem.reported(target):
+            with filesystem.convert_os_errors(target):
                 _commit(where, stage)
             report_done(f"the output was written: {target}")
         except BaseException as error:

@@ -66,7 +66,7 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
         checkpoint.refuse_changed()  # the library opens the files by their paths
         data = read_exactly(LocalFile(path, fd), os.fstat(fd).st_size, 0)
     temporary = signature.with_name(f".{signature.name}.partial")
-    with filesystem.reported(signature):
+    with filesystem.convert_os_errors(signature):
         filesystem.remove_file(temporary)  # left by a killed run
         filesystem.replace_file(signature, data, temporary)
         filesystem.sync_directory(signature.parent)
@@ -228,7 +228,7 @@ def _open_file(fd: int) -> Path:
 @contextlib.contextmanager
 def _lock_for_reading(root: Path) -> Iterator[None]:
     """Prevent edits in place of `root` during the block, and convert an OSError to a CheckpointError."""
-    with filesystem.locked(root, exclusive=False):
+    with filesystem.lock_directory(root, exclusive=False):
         try:
             yield
         except OSError as error:

@@ -695,7 +695,7 @@ def test_a_manifest_proves_the_edit_that_it_made_in_place(base, tmp_path, apply,
 def test_what_is_edited_is_not_read_meanwhile(base, manifest, tmp_path, capsys, words):
     copy = tmp_path / "copy"
     assert main(["apply", str(manifest), "-o", str(copy), "--check", "off", "--quiet"]) == 0
-    with filesystem.locked(base, exclusive=True):
+    with filesystem.lock_directory(base, exclusive=True):
         assert main(words.format(base, copy).split()) == 2
     assert capsys.readouterr().err.startswith("swsurgery: another run is editing it in place")
 

@@ -58,13 +58,13 @@ BUGS = (
         "storage/staging.py",
         """\
             yield stage
-            with filesystem.reported(target):
+            with filesystem.convert_os_errors(target):
                 _commit(where, stage)
 """,
         """\
                 filesystem.rename_new(where.stage, where.target)
             yield stage
-            with filesystem.reported(target):
+            with filesystem.convert_os_errors(target):
                 for folder in _list_folders(stage):
                     with (stage / folder).open_folder() if folder else contextlib.nullcontext(stage) as held:
                         filesystem.sync_directory(held)

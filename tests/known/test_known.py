@@ -212,7 +212,7 @@ def test_addressable_leaves_out_rows_and_the_refuted():
 
 
 def test_json_has_the_promised_shape():
-    document = shipped.to_json(own.lookup("olmo-1b"))
+    document = shipped.build_json(own.lookup("olmo-1b"))
     [model] = document["models"]
     assert model["hf_id"] == "allenai/OLMo-1B-0724-hf"
     assert model["aliases"][0] == model["slug"] == "olmo-1b"
@@ -226,12 +226,12 @@ def test_json_has_the_promised_shape():
 
 
 def test_json_of_everything_is_plain_and_keeps_infinities_as_words():
-    document = shipped.to_json(MODELS)
+    document = shipped.build_json(MODELS)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert sum(len(m["coordinates"]) for m in document["models"]) == 114
-    [llama] = shipped.to_json(own.lookup("llama-2-7b"))["models"]
+    [llama] = shipped.build_json(own.lookup("llama-2-7b"))["models"]
     assert llama["joint_sets"][0]["effects"][0]["ratio"] == "inf"
-    [only] = shipped.to_json(own.lookup("llama-2-7b"), "paper")["models"]
+    [only] = shipped.build_json(own.lookup("llama-2-7b"), "paper")["models"]
     assert [c["id"] for c in only["coordinates"]] == ["L1.2533.7890"]
 
 

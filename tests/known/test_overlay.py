@@ -57,7 +57,7 @@ def test_what_is_saved_is_what_is_found(own_data):
     assert own_module.lookup("my-model") == model
     assert own_module.list_own_models() == (model,)
     assert own_module.lookup("my-model").effects[0].ratio == math.inf
-    assert shipped_module.to_json(model)["models"][0]["effects"][0]["ratio"] == "inf"
+    assert shipped_module.build_json(model)["models"][0]["effects"][0]["ratio"] == "inf"
 
 
 @pytest.mark.parametrize("name", ["org/My_Model-7B", "ORG/my model 7b", "my-model-7b", "MyModel"])

@@ -125,7 +125,7 @@ def test_several_residual_streams_are_named(base):
     watch = LayerSpikes(open_model(open_checkpoint(base), device="cpu", placement="whole"))
     with pytest.raises(Unrunnable) as caught:
         watch.after(0, [(0, 0)], torch.zeros(1, 3, 4, 16))
-    assert str(caught.value.or_else("--method weights")) == (
+    assert str(caught.value.add_remedy("--method weights")) == (
         f"its layers pass several residual streams on, and a scan by activations follows one: {base} (--method weights)"
     )
 

@@ -252,6 +252,6 @@ def test_a_run_that_makes_its_stage_while_another_ends_does_not_take_its_marker(
         true(entry, mode)
 
     monkeypatch.setattr(filesystem, "make_directory", make_directory)
-    with pytest.raises(TargetError, match="the target exists"), staging.staged(out, ()):
+    with pytest.raises(TargetError, match="the target exists"), staging.stage_output(out, ()):
         pass
     assert seen == [".out.partial"] and names(tmp_path) == {"base", "m.json", "out"}
