@@ -28,7 +28,7 @@ from swsurgery.editing.pins import check_left_out
 from swsurgery.editing.plan import make_plan
 from swsurgery.editing.record import complete_record, draft_record
 from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
-from swsurgery.editing.resolve import find_conflicts, find_known, resolve
+from swsurgery.editing.resolve import find_known, resolve
 from swsurgery.editing.revert import build_undo, list_reversion_notes
 from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
 from swsurgery.errors import CheckpointError, PlanError, TargetError
@@ -321,7 +321,7 @@ def _find_differences(
     base = loaded.manifest.base
     model = own.identify(base.model, (base.repo_id, checkpoint.repo_id, *repo_ids))
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
-    yield from ((None, fault) for _, fault in (*resolution.misfits, *find_conflicts(resolution.asked)))
+    yield from ((None, fault) for _, fault in resolution.list_misfits())
     yield from ((None, fault) for _, fault in explain_unlike_bases(loaded.manifest, record))
     yield from find_unlike_records(resolution.by_coordinate(), record)
 

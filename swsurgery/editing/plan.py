@@ -81,7 +81,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
     read, misfits = _read_scalars(resolution.asked, checkpoint)
     # Edits of a scalar that cannot be read are not in conflict: each of them has its own fault.
-    misfits += [*resolution.misfits, *find_conflicts([one for one, _ in read])]
+    misfits += [*resolution.misfits, *find_conflicts((one.number, one.coordinate) for one, _ in read)]
     misfits += _check_protected(resolution.asked, previous)
     splices = tuple(scalar for _, scalar in read if isinstance(scalar, Splice))
     faults += unknown + [f"{loaded.where(n)}: {message}" for n, message in sorted(misfits, key=lambda m: m.number)]

@@ -8,7 +8,7 @@ To add a target, write a class with the methods of `EditTarget` and return it fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -59,6 +59,10 @@ class Resolution:
 
     asked: tuple[Asked, ...]
     misfits: tuple[Misfit, ...]
+
+    def list_misfits(self) -> list[Misfit]:
+        """List the edits that do not fit, and those of a scalar that an earlier edit names."""
+        return [*self.misfits, *find_conflicts((one.number, one.coordinate) for one in self.asked)]
 
     def by_coordinate(self) -> dict[Coordinate, Asked]:
         """Map each scalar to the first edit that names it."""
@@ -203,13 +207,13 @@ def resolve(manifest: Manifest, checkpoint: Checkpoint, find_known: FindKnown) -
     return Resolution(tuple(kept), tuple(misfits))
 
 
-def find_conflicts(asked: Iterable[Asked]) -> Iterator[Misfit]:
-    """Yield a misfit for every edit of a scalar that an earlier edit names too."""
-    first: dict[Coordinate, int] = {}
-    for one in asked:
-        other = first.setdefault(one.coordinate, one.number)
-        if other != one.number:
-            yield Misfit(one.number, f"{one.coordinate} has two operations (the other is edits[{other}])")
+def find_conflicts(named: Iterable[tuple[int, Hashable]]) -> Iterator[Misfit]:
+    """Yield a misfit for every edit of a scalar that an earlier edit names too. `named` are (edit, scalar) pairs."""
+    first: dict[Hashable, int] = {}
+    for number, scalar in named:
+        other = first.setdefault(scalar, number)
+        if other != number:
+            yield Misfit(number, f"{scalar} has two operations (the other is edits[{other}])")
 
 
 def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, ...]:
@@ -221,7 +225,7 @@ def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, 
         raise LookupFailed("no known super weights of this base", name, "say which known model it is: base.model")
     entries = shipped.list_addressable(model) if name == "all" else (shipped.find(model, name),)
     if not entries:
-        raise LookupFailed(f"no known super weight of {model.hf_id} has a complete coordinate", name)
+        raise LookupFailed(f"no complete coordinate of {model.hf_id} is known", name)
     for entry in entries:
         if entry.col is None:
             raise LookupFailed(f"only the row of {entry.id} is known, not the scalar", model.hf_id)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, Record
 from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
-from swsurgery.editing.resolve import Asked, KnownPlace, find_conflicts, find_known, resolve
+from swsurgery.editing.resolve import Asked, KnownPlace, find_known, resolve
 from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own
 from swsurgery.manifest.load import LoadedManifest, parse_manifest
@@ -74,7 +74,7 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
         misfits = [point_at(loaded, Finding("manifest-mismatch", fault), ("base", "model")) for fault in error.faults]
         model = own.identify(None, repo_ids)
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
-    for number, fault in (*resolution.misfits, *find_conflicts(resolution.asked)):
+    for number, fault in resolution.list_misfits():
         misfits.append(point_at(loaded, Finding("manifest-mismatch", fault), ("edits", number)))
     return Wishes(loaded, resolution.by_coordinate(), tuple(misfits))
 
@@ -140,7 +140,7 @@ def _compare_own_manifest(
         yield None, f"it is no sound manifest: {error.faults[0].removeprefix(f'{MANIFEST_NAME}:')}"
         return
     resolution = resolve(manifest, checkpoint, partial(_find_recorded, record))
-    asked, faults = resolution.by_coordinate(), [*resolution.misfits, *find_conflicts(resolution.asked)]
+    asked, faults = resolution.by_coordinate(), resolution.list_misfits()
     # Protected scalars of shards that stay in the base's repository cannot be resolved without the shard's header.
     afar = {r.coordinate for r in record.protected if r.file in elsewhere and r.file not in checkpoint.shards}
     unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}

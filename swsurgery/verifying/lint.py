@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from swsurgery.editing.resolve import read_target
+from swsurgery.editing.resolve import Expected, find_conflicts, read_target
 from swsurgery.errors import LookupFailed, ManifestError, escape_control, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest, load_manifest
-from swsurgery.manifest.operations import MeasuredValue, Scale, Set, Zero
+from swsurgery.manifest.operations import Edit, MeasuredValue, Scale, Set, Zero
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.numbers import format_exact
@@ -123,7 +122,7 @@ class _Reading:
     misses: tuple[tuple[LinePlace, str], ...]
 
     @property
-    def edits(self) -> list[Any]:
+    def edits(self) -> list[Edit]:
         """Edits of the manifest, in order."""
         return self.loaded.manifest.edits
 
@@ -164,13 +163,8 @@ class _Reading:
 
 
 def _find_duplicates(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
-    first: dict[str, int] = {}
-    for number, name in enumerate(reading.names):
-        if name is not None and first.setdefault(name, number) != number:
-            yield (
-                reading.place("edits", number),
-                f"edits[{number}]: {name} has two operations (the other is edits[{first[name]}])",
-            )
+    for number, message in find_conflicts((n, name) for n, name in enumerate(reading.names) if name is not None):
+        yield reading.place("edits", number), f"edits[{number}]: {message}"
 
 
 def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
@@ -180,14 +174,20 @@ def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     for number, edit in enumerate(reading.edits):
         # In a mixture of experts, dense layers, experts and shared experts differ in width, so columns are not checked.
         width = model.intermediate_size if model.num_experts is None else None
-        sizes = {"layer": model.num_layers, "row": model.hidden_size, "col": width, "expert": model.num_experts}
+        limits = {
+            "layer": (edit.layer, model.num_layers),
+            "row": (edit.row, model.hidden_size),
+            "col": (edit.col, width),
+            "expert": (edit.expert, model.num_experts),
+        }
         wrong = [
-            (field, getattr(edit, field), size)
-            for field, size in sizes.items()
-            if size is not None and isinstance(getattr(edit, field), int) and getattr(edit, field) >= size
+            (field, value, size)
+            for field, (value, size) in limits.items()
+            if isinstance(value, int) and size is not None and value >= size
         ]
-        fields = [field for field, *_ in wrong]
-        swapped = fields == ["row"] and edit.col < model.hidden_size and (width is None or edit.row < width)
+        row, col = edit.row, edit.col
+        fits = row is not None and col is not None and col < model.hidden_size and (width is None or row < width)
+        swapped = fits and [field for field, *_ in wrong] == ["row"]
         for field, value, size in wrong:
             hint = "row and col look swapped" if swapped else "they count from 0"
             message = f"edits[{number}].{field}: {value} is out of range: {model.hf_id} has {size} ({hint})"
@@ -213,7 +213,7 @@ def _find_contradictions(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
             yield reading.place("edits", number, "expect"), f"edits[{number}].expect: {message}"
 
 
-def _interpret(expect: Any) -> list[float]:
+def _interpret(expect: float | str | MeasuredValue) -> list[float]:
     """Return the numbers that an `expect` can mean. Empty if its dtype is not known."""
     if isinstance(expect, str):
         names = _READ_AS.get(len(expect) - 2, ())
@@ -238,13 +238,13 @@ def _find_no_effect(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
             yield reading.place("edits", number), f"edits[{number}]: writes the value that it expects (use protect)"
 
 
-def _get_written(edit: Set | Zero) -> Any:
+def _get_written(edit: Set | Zero) -> Expected:
     if isinstance(edit, Set):
         return edit.value if edit.bits is None else edit.bits.lower()
     return f"0x{'0' * (len(edit.expect) - 2)}" if isinstance(edit.expect, str) else 0
 
 
-def _get_expected(edit: Set | Zero) -> Any:
+def _get_expected(edit: Set | Zero) -> Expected:
     if isinstance(edit.expect, MeasuredValue):
         return edit.expect.value
     return edit.expect.lower() if isinstance(edit.expect, str) else edit.expect
