@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.checkpoint import projections
-from swsurgery.checkpoint.opening import open_chosen
+from swsurgery.checkpoint.opening import held, open_checkpoint
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.hub.remote import RemoteTree
@@ -22,9 +22,9 @@ def inspect_files(
 ) -> dict[str, Any]:
     """List the files with their sizes in bytes, and the tensors with their shard, dtype and shape.
 
-    `weights` and `variant` choose between several sets of weights, as in `open_chosen`. Raises CheckpointError.
+    `weights` and `variant` choose between several sets of weights, as in `open_checkpoint`. Raises CheckpointError.
     """
-    checkpoint = open_chosen(root, weights, variant)
+    checkpoint = open_checkpoint(root, weights, variant)
     shard_of = checkpoint.shards
     tensors = [
         {"tensor": info.name, "file": file, "dtype": info.dtype.name, "shape": list(info.shape), "bytes": info.size}
@@ -56,32 +56,33 @@ def inspect_tensor(
 
     `weights` and `variant` are as in `inspect_files`. Raises CheckpointError.
     """
-    checkpoint = open_chosen(root, weights, variant)
-    if tensor is None:
-        raise CheckpointError("--at needs --tensor", at or "")
-    if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
-        raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
-    info, file = checkpoint.info(tensor), checkpoint.weight_map[tensor]
-    found: dict[str, Any] = {"tensor": tensor, "file": file, "dtype": info.dtype.name, "shape": list(info.shape)}
-    if why := checkpoint.quantisation.refusal(tensor):
-        found["note"] = why
-    if at is None:
-        return found | {"bytes": info.size, "data_offsets": list(info.data_offsets)}
-    index = _parse_index(at)
-    if info.dtype.bits % 8:
-        raise CheckpointError(f"{info.dtype.name} {info.dtype.refusal}", tensor)
-    try:
-        offset = checkpoint.shards[file].offset(tensor, index)
-    except IndexError as error:
-        raise CheckpointError(str(error), tensor) from None
-    data = checkpoint.shards[file].read_scalar(tensor, index)
-    try:
-        short = projections.find_short_form(checkpoint.config, checkpoint.shapes, Coordinate(tensor, index))
-    except ArchitectureError:
-        short = None
-    place = dict(zip(("layer", "row", "col", "expert"), short, strict=True)) if short else {}
-    value = convert_to_json(info.dtype, data)
-    return found | {"index": list(index), "offset": offset, "value": value, "bits": format_bits(data), **place}
+    with held(root) as entered:
+        checkpoint = open_checkpoint(entered, weights, variant)
+        if tensor is None:
+            raise CheckpointError("--at needs --tensor", at or "")
+        if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
+            raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
+        info, file = checkpoint.info(tensor), checkpoint.weight_map[tensor]
+        found: dict[str, Any] = {"tensor": tensor, "file": file, "dtype": info.dtype.name, "shape": list(info.shape)}
+        if why := checkpoint.quantisation.refusal(tensor):
+            found["note"] = why
+        if at is None:
+            return found | {"bytes": info.size, "data_offsets": list(info.data_offsets)}
+        index = _parse_index(at)
+        if info.dtype.bits % 8:
+            raise CheckpointError(f"{info.dtype.name} {info.dtype.refusal}", tensor)
+        try:
+            offset = checkpoint.shards[file].offset(tensor, index)
+        except IndexError as error:
+            raise CheckpointError(str(error), tensor) from None
+        data = checkpoint.shards[file].read_scalar(tensor, index)
+        try:
+            short = projections.find_short_form(checkpoint.config, checkpoint.shapes, Coordinate(tensor, index))
+        except ArchitectureError:
+            short = None
+        place = dict(zip(("layer", "row", "col", "expert"), short, strict=True)) if short else {}
+        value = convert_to_json(info.dtype, data)
+        return found | {"index": list(index), "offset": offset, "value": value, "bits": format_bits(data), **place}
 
 
 def _parse_index(at: str) -> tuple[int, ...]:

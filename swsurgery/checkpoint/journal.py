@@ -1,7 +1,7 @@
 """Edit files of a directory in place, so that after any fault either all new bytes or all old bytes are stored.
 
 A journal with the old and the new bytes is synced before the first write and removed after the last write is synced.
-Every function that opens a directory with a journal restores the old bytes first (`recover`). All paths are relative to
+`opening.held`, by which every directory is entered, restores the old bytes first (`recover`). All paths are relative to
 one descriptor of the directory, and each shard is opened once. Bytes that are neither old nor new were written by
 another program: they are reported and never overwritten. This module knows splices and files. It must not depend on
 what the bytes mean or decide whether they may be changed.
@@ -17,7 +17,6 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from swsurgery.checkpoint.journal_format import MAX_JOURNAL, Journal, JournalFile, JournalPlace, parse_journal
 from swsurgery.errors import CheckpointError, Interrupted, SwsurgeryError, TargetError, report_done
@@ -188,23 +187,22 @@ def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal
         raise error.leaving("the old bytes were put back") from None
 
 
-def recover(root: Path, *, moved: bool = False) -> Journal | None:
+def is_pending(folder: Folder) -> bool:
+    """Return True if an edit in place was interrupted in this directory, or is going on.
+
+    Raises TargetError if this cannot be determined.
+    """
+    return any(filesystem.is_there(folder / name) for name in WORKING_FILES)
+
+
+def recover(folder: Folder, *, moved: bool = False) -> Journal | None:
     """Undo an edit in place that was interrupted, remove its working files, and return its journal, if it has one.
 
-    `moved` also accepts a journal that was copied with its directory. Raises TargetError if another run is editing the
-    directory or it cannot be written; CheckpointError if the journal is damaged or does not match the files.
+    The caller must hold the directory's exclusive lock. `moved` also accepts a journal that was copied with its
+    directory. Raises TargetError if the directory cannot be written; CheckpointError if the journal is damaged or does
+    not match the files.
     """
-    if not any(filesystem.is_there(root / name) for name in WORKING_FILES):
-        return None
-    with filesystem.convert_os_errors(root):
-        folder = Folder.at(root)
-    with folder, filesystem.lock_directory(folder, exclusive=True):
-        return recover_locked(folder, moved=moved)
-
-
-def recover_locked(folder: Folder, *, moved: bool = False) -> Journal | None:
-    """Do the work of `recover` for a caller that holds the directory's exclusive lock."""
-    if not any(filesystem.is_there(folder / name) for name in WORKING_FILES):
+    if not is_pending(folder):
         return None
     with filesystem.convert_os_errors(folder), contextlib.ExitStack() as opened:
         journal = _read_journal(folder)

@@ -15,7 +15,8 @@ from pathlib import Path
 from swsurgery.checkpoint.hints import explain_link
 from swsurgery.checkpoint.weight_files import format_some
 from swsurgery.errors import CheckpointError, SwsurgeryError
-from swsurgery.storage.files import BaseFile, LocalFile
+from swsurgery.storage import filesystem
+from swsurgery.storage.files import BaseFile, File, LocalFile
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.names import SHARD_NAME, STAGE_TOKEN, WORKING_FILES
 
@@ -74,6 +75,16 @@ def list_cached_files(root: Path, names: Iterable[str]) -> dict[str, BaseFile]:
     folder = open_directory(root)
     cache = _Cache(folder)
     return {name: cache.file(folder / name) for name in names}
+
+
+def find_files(root: Folder, names: Iterable[str]) -> dict[str, File]:
+    """Map those of `names` that exist in a directory or in a cache snapshot to their entries.
+
+    Raises CheckpointError for a link of a snapshot that leads out of its cache.
+    """
+    cache = _Cache(root) if is_cache_snapshot(root.path) else None
+    there = [root / name for name in names if filesystem.is_there(root / name)]
+    return {entry.name: cache.file(entry).source if cache else LocalFile(entry) for entry in there}
 
 
 def _scan(root: Folder, name: str) -> list[Entry]:

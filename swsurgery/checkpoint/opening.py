@@ -1,7 +1,7 @@
 """Open a checkpoint: list its files, choose its weights, and read the headers of its shards.
 
-Reads headers and small JSON files, never tensor data. Unless the caller is itself editing in place, an edit in place
-that was interrupted is undone first; nothing else is written.
+Every directory is entered through `held`, which undoes an edit in place that was interrupted and locks the directory.
+`read_checkpoint` only reads: headers and small JSON files, never tensor data.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.copies import look_at_others
 from swsurgery.checkpoint.hints import is_cache_folder, suggest_snapshot
+from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snapshot, list_files, open_directory
-from swsurgery.checkpoint.record import Patched, read_patched, read_records
-from swsurgery.checkpoint.weight_files import Weights, find_weights, format_some, has_other_sets, refuse_too_many
-from swsurgery.errors import AmbiguousWeights, CheckpointError
+from swsurgery.checkpoint.record import find_record_among
+from swsurgery.checkpoint.weight_files import Weights, find_weights, format_some, has_several_sets, refuse_too_many
+from swsurgery.errors import CheckpointError, TargetError
 from swsurgery.hub.names import suggest_uri
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage import filesystem
@@ -57,26 +58,74 @@ class _Listing:
 
 
 def open_checkpoint(
-    root: Path | Folder | RemoteTree,
-    weights: Weights | None = None,
-    variant: str | None = None,
-    *,
-    editing: bool = False,
-    elsewhere: Collection[str] = (),
+    root: Path | Folder | RemoteTree, weights: Weights | None = None, variant: str | None = None
 ) -> Checkpoint:
-    """Open the checkpoint in a directory, in a directory that is held already, or in a repository.
+    """Enter a directory (or a repository) with `held`, and read its checkpoint as `read_checkpoint` does.
 
-    `weights` chooses between an index and a single file if both exist. `variant` ("fp16") chooses the weights of that
-    variant; without it the plain weights are taken, or the only variant if no plain weights exist. Shards in
-    `elsewhere` may be missing. `editing` is for the run that is itself editing the directory in place; for any other,
-    an interrupted edit in place is undone first.
+    If several sets of weights exist, `weights` and `variant` choose one; if neither is given, the record of a patched
+    checkpoint chooses. Raises the errors of both functions, and CheckpointError for a damaged record.
+    """
+    with held(root) as entered:
+        listing = _list(entered)
+        if weights is None and variant is None and has_several_sets([file.name for file in listing.files]):
+            patched = find_record_among({file.name: file.source for file in listing.files}, listing.root)
+            if patched is not None:
+                weights, variant = patched.record.base.weights, patched.record.base.variant
+        return _read(listing, weights, variant)
+
+
+@contextlib.contextmanager
+def held(root: Path | Folder | RemoteTree) -> Iterator[Folder | RemoteTree]:
+    """Enter a directory for reading: undo an interrupted edit in place, and prevent new ones during the block.
+
+    Yields the open directory. One that is held already and a repository are yielded as they are. Raises CheckpointError
+    if `root` is not a directory, and TargetError while another run edits it or if the edit cannot be undone.
+    """
+    if not isinstance(root, Path):
+        yield root
+        return
+    folder = _open_directory(root)
+    editable = not is_cache_snapshot(folder.path)
+    if editable and journal.is_pending(folder):
+        with held_for_editing(folder):  # undoing needs the exclusive lock, so it comes before the shared one
+            pass
+    with filesystem.lock_directory(folder, exclusive=False):
+        if editable and journal.is_pending(folder):
+            raise TargetError("another edit in place was cut off just now", folder, "run the same command again")
+        yield folder
+
+
+@contextlib.contextmanager
+def held_for_editing(root: Path | Folder, *, moved: bool = False) -> Iterator[tuple[Folder, Journal | None]]:
+    """Enter a directory for an edit in place: lock it against every other run, and undo an interrupted edit.
+
+    Yields the open directory and the journal of the interrupted edit, or None. `moved` also accepts a journal that was
+    copied with its directory. Raises the errors of `held`; TargetError also while another run reads the directory.
+    """
+    folder = root if isinstance(root, Folder) else _open_directory(root)
+    with filesystem.lock_directory(folder, exclusive=True):
+        yield folder, journal.recover(folder, moved=moved)
+
+
+def read_checkpoint(root: Folder | RemoteTree, chosen: Chosen, *, elsewhere: Collection[str] = ()) -> Checkpoint:
+    """Read the listing and the headers of a checkpoint, in a directory that the caller holds or in a repository.
+
+    `chosen.weights` decides between an index and a single file if both exist. `chosen.variant` ("fp16") takes the
+    weights of that variant; without it the plain weights are taken, or the only variant if no plain weights exist.
+    Shards in `elsewhere` may be missing.
 
     Raises CheckpointError (ShardError for a malformed shard) that lists every fault found; AmbiguousWeights if several
-    sets of weights exist and none was chosen; TargetError while another run edits the directory in place; HubError.
+    sets of weights exist and none was chosen; HubError.
     """
+    return _read(_list(root), chosen.weights, chosen.variant, elsewhere)
+
+
+def _read(
+    listing: _Listing, weights: Weights | None, variant: str | None, elsewhere: Collection[str] = ()
+) -> Checkpoint:
+    """Find the weights in a listing, and read the index, the headers and config.json."""
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
-    listing = _list_directory(root, editing) if isinstance(root, Path | Folder) else _list_repository(root)
     names = {f.name: f for f in listing.files}
     chosen = find_weights(listing.root, names, weights, variant, elsewhere)
     shard_names = [name for name in chosen.shards if name in names]
@@ -113,66 +162,6 @@ def open_checkpoint(
     )
 
 
-def open_as(
-    root: Path | Folder | RemoteTree, chosen: Chosen, *, editing: bool = False, elsewhere: Collection[str] = ()
-) -> Checkpoint:
-    """Open a checkpoint with the weights that a record or a manifest chose.
-
-    Raises the errors of `open_checkpoint`.
-    """
-    return open_checkpoint(root, chosen.weights, chosen.variant, editing=editing, elsewhere=elsewhere)
-
-
-def open_patched(root: Path) -> tuple[Patched, Checkpoint]:
-    """Open a patched checkpoint with its record. Raises CheckpointError if it has no record."""
-    patched = read_records(root)
-    return patched, open_as(root, patched.record.base)
-
-
-def open_chosen(
-    root: Path | RemoteTree,
-    weights: Weights | None = None,
-    variant: str | None = None,
-    *,
-    elsewhere: Collection[str] = (),
-) -> Checkpoint:
-    """Open the checkpoint in `root` for reading only.
-
-    If it has several sets of weights, `weights` and `variant` choose one; without them the record of a patched
-    checkpoint does. Raises the errors of `open_checkpoint`.
-    """
-    if weights is None and variant is None:
-        try:
-            checkpoint = open_checkpoint(root, elsewhere=elsewhere)
-            if not has_other_sets((file.name for file in checkpoint.files), checkpoint.variant):
-                return checkpoint
-        except AmbiguousWeights:
-            checkpoint = None
-        patched = read_patched(root)
-        recorded = patched.record.base if patched else None
-        if checkpoint is not None and (recorded is None or recorded.variant == checkpoint.variant):
-            return checkpoint
-        if recorded is not None:
-            weights, variant = recorded.weights, recorded.variant
-    return open_checkpoint(root, weights, variant, elsewhere=elsewhere)
-
-
-@contextlib.contextmanager
-def held(root: Path | RemoteTree) -> Iterator[Path | RemoteTree]:
-    """Keep other runs from editing a directory in place during the block; yield `root`.
-
-    An edit in place that was interrupted is undone first. Raises TargetError while another run edits the directory.
-    """
-    if isinstance(root, Path) and root.is_dir():
-        real = Path(os.path.realpath(root))
-        if not is_cache_snapshot(real):
-            journal.recover(real)  # needs the exclusive lock, so it comes before the shared one
-        with filesystem.lock_directory(root, exclusive=False):
-            yield root
-    else:
-        yield root  # the function that opens it reports what is wrong
-
-
 def refuse_other_weights(
     asked: Weights | None, said: Weights | None, who: str, variant: str | None = None, said_variant: str | None = None
 ) -> None:
@@ -187,21 +176,22 @@ def refuse_other_weights(
             )
 
 
-def _list_directory(root: Path | Folder, editing: bool) -> _Listing:
-    """List a directory, undoing an interrupted edit in place first unless `editing`. Raises CheckpointError."""
-    if isinstance(root, Folder):
-        folder, path = root, root.path
-    else:
-        folder, path = None, Path(os.path.realpath(root))
-        if not path.is_dir():
-            raise _explain_no_directory(root, path)
-    in_cache = is_cache_snapshot(path)
-    if not in_cache and is_cache_folder(path):
+def _open_directory(root: Path) -> Folder:
+    """Open the directory of a checkpoint. Raises CheckpointError, which explains what else `root` is."""
+    path = Path(os.path.realpath(root))
+    if not path.is_dir():
+        raise _explain_no_directory(root, path)
+    if not is_cache_snapshot(path) and is_cache_folder(path):
         raise CheckpointError("is a folder of the Hugging Face cache, not a checkpoint", path, suggest_snapshot(path))
-    if not in_cache and not editing:
-        journal.recover(path)
-    files, left_out = list_files(folder or open_directory(path))
-    return _Listing(path, files, left_out, *identify_cache(path), in_cache)
+    return open_directory(path)
+
+
+def _list(root: Folder | RemoteTree) -> _Listing:
+    """List the files of a checkpoint. Raises CheckpointError for an entry that a checkpoint must not contain."""
+    if not isinstance(root, Folder):
+        return _list_repository(root)
+    files, left_out = list_files(root)
+    return _Listing(root.path, files, left_out, *identify_cache(root.path), is_cache_snapshot(root.path))
 
 
 def _explain_no_directory(given: Path, path: Path) -> CheckpointError:

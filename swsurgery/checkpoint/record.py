@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -24,19 +22,17 @@ from pydantic import (
     model_serializer,
 )
 
-from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.listing import is_cache_snapshot
+from swsurgery.checkpoint.listing import find_files
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import (
     CheckpointError,
 )
-from swsurgery.hub.names import suggest_uri
 from swsurgery.hub.remote import RemoteTree
-from swsurgery.storage import dtypes, filesystem
+from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES
-from swsurgery.storage.files import File, LocalFile
+from swsurgery.storage.files import File
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.schema import OfVariant, Position, Strict, Version
@@ -251,36 +247,39 @@ class Patched:
         return {RECORD_NAME: self.record_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
 
 
-def read_patched(root: Path | Folder | RemoteTree | Checkpoint) -> Patched | None:
-    """Read the record in a directory or repository, or the one that an opened checkpoint lists; None if it has none.
+def read_record(root: Folder | RemoteTree) -> Patched:
+    """Read the record of a patched checkpoint, as `find_record` does. Raises CheckpointError also if it has none."""
+    patched = find_record(root)
+    if patched is None:
+        what = "only a checkpoint that swsurgery patched has one; verify --known and verify --manifest need none"
+        raise CheckpointError("no registry", f"{root}/{RECORD_NAME}", what)
+    return patched
 
-    In a directory given by its path, an interrupted edit in place is undone first. Raises CheckpointError for a damaged
-    record and for a directory that does not exist; TargetError.
+
+def find_record(root: Folder | RemoteTree | Checkpoint) -> Patched | None:
+    """Read the record in a directory that the caller holds, a repository or an open checkpoint; None if it has none.
+
+    Raises CheckpointError for a damaged record.
     """
-    places: Mapping[str, File]
     if isinstance(root, Checkpoint):
-        places = {file.name: file.source for file in root.files}
-        root = root.root
-    elif isinstance(root, Folder):
-        places = {n: LocalFile(root / n) for n in (RECORD_NAME, MANIFEST_NAME) if filesystem.is_there(root / n)}
-    elif isinstance(root, Path):
-        given, root = root, Path(os.path.realpath(root))
-        if not root.exists():
-            raise CheckpointError("no such checkpoint", root, suggest_uri(str(given)))
-        cached = is_cache_snapshot(root)
-        if not cached:
-            journal.recover(root)  # otherwise the record might describe an edit that is about to be undone
-        paths = {n: Path(os.path.realpath(root / n)) if cached else root / n for n in (RECORD_NAME, MANIFEST_NAME)}
-        places = {name: LocalFile(path) for name, path in paths.items() if filesystem.is_there(path)}
-    else:
-        places = root.files
-    if RECORD_NAME not in places:
+        return find_record_among({file.name: file.source for file in root.files}, root.root)
+    if isinstance(root, Folder):
+        return find_record_among(find_files(root, (RECORD_NAME, MANIFEST_NAME)), root)
+    return find_record_among(root.files, root)
+
+
+def find_record_among(files: Mapping[str, File], root: object) -> Patched | None:
+    """Read the record among the files of a checkpoint (name -> file); None if it is not there.
+
+    `root` is the checkpoint, for messages. Raises CheckpointError for a damaged record.
+    """
+    if RECORD_NAME not in files:
         return None
-    raw = read_small(places[RECORD_NAME], RECORD_NAME, RECORD.size)
+    raw = read_small(files[RECORD_NAME], RECORD_NAME, RECORD.size)
     record = _validate(parse_json(raw, RECORD_NAME, limits=RECORD), consume=True)
-    if MANIFEST_NAME not in places:
+    if MANIFEST_NAME not in files:
         raise CheckpointError("the manifest beside the record is missing", f"{root}/{MANIFEST_NAME}")
-    return Patched(record, raw, read_small(places[MANIFEST_NAME], MANIFEST_NAME))
+    return Patched(record, raw, read_small(files[MANIFEST_NAME], MANIFEST_NAME))
 
 
 def _validate(data: dict[str, Any], consume: bool = False) -> Record:
@@ -325,11 +324,3 @@ def _intern_strings(record: object, path: str) -> object:
 
 def _compute_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def read_records(root: Path | Folder | RemoteTree) -> Patched:
-    """Read the record of a patched checkpoint, as `read_patched` does. Raises CheckpointError if it has none."""
-    patched = read_patched(root)
-    if patched is None:
-        raise CheckpointError("no record", f"{root}/{OWN_FILES[0]}", "only a checkpoint that swsurgery patched has one")
-    return patched

@@ -136,13 +136,10 @@ def _choose_index(
     return bool(indices) and (weights != "single" or one_set)
 
 
-def has_other_sets(names: Iterable[str], variant: str | None) -> bool:
-    """Return True if a checkpoint has another set of weights besides `variant` (None is the plain weights)."""
-    names = list(names)
-    sets: set[str | None] = set(_find_variants(names))
-    if SINGLE in names or INDEX in names:
-        sets.add(None)
-    return bool(sets - {variant})
+def has_several_sets(names: Collection[str]) -> bool:
+    """Return True if more than one single file or index exists, and thus more than one set of weights may."""
+    plain = [name for name in names if name == SINGLE or is_index(name, None)]
+    return len(plain) + sum(map(len, _find_variants(names).values())) > 1
 
 
 def is_index(name: str, variant: str | None) -> bool:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swsurgery._version import __version__
-from swsurgery.checkpoint.opening import held
 from swsurgery.cli import output
 from swsurgery.errors import SwsurgeryError, escape_control
 from swsurgery.progress import Silent
@@ -107,8 +106,7 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
 def _verify(checkpoint: Path, question: Question) -> FindingReport:
     from swsurgery.verifying.verify import verify_checkpoint
 
-    with held(checkpoint):
-        return verify_checkpoint(checkpoint, question, Silent()).report(str(checkpoint))
+    return verify_checkpoint(checkpoint, question, Silent()).report(str(checkpoint))
 
 
 def _read_switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:

@@ -52,10 +52,15 @@ def diff(
 
     numeric.load_numpy()
     from swsurgery.checkpoint.diff import diff as run
-    from swsurgery.checkpoint.opening import open_chosen
+    from swsurgery.checkpoint.opening import held, open_checkpoint
 
-    with open_for_reading(a, out) as first, open_for_reading(b, out) as second:
-        base, patched = open_chosen(first, weights, variant), open_chosen(second, weights, variant)
+    with (
+        open_for_reading(a, out) as first,
+        open_for_reading(b, out) as second,
+        held(first) as one,
+        held(second) as other,
+    ):
+        base, patched = open_checkpoint(one, weights, variant), open_checkpoint(other, weights, variant)
         difference = run(base, patched, out.make_bar())
     out.print_result(difference, show.show_difference)
     if not difference.same:

@@ -62,11 +62,12 @@ def _forget(out: Output, model: str) -> None:
 
 
 def _print_record(out: Output, checkpoint: str) -> None:
-    from swsurgery.checkpoint.record import read_records
+    from swsurgery.checkpoint.opening import held
+    from swsurgery.checkpoint.record import read_record
     from swsurgery.cli import show
 
-    with open_for_reading(checkpoint, out) as where:
-        record = read_records(where).record
+    with open_for_reading(checkpoint, out) as where, held(where) as entered:
+        record = read_record(entered).record
     if out.json:
         print_json(record.model_dump(mode="json"))
     else:

@@ -146,16 +146,14 @@ def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
 
 @contextlib.contextmanager
 def open_for_reading(checkpoint: str, out: Output) -> Iterator[Path | RemoteTree]:
-    """Yield a checkpoint to read; a local one cannot be edited in place within the block.
+    """Yield a checkpoint to read.
 
     For a checkpoint on the Hub, print the amount of data read afterwards.
     """
-    from swsurgery.checkpoint.opening import held
     from swsurgery.hub import RemoteTree, open_location, parse_location
 
     where = open_location(parse_location(checkpoint))
-    with held(where):
-        yield where
+    yield where
     if isinstance(where, RemoteTree):
         out.note(describe_traffic(where))
 

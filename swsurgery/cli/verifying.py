@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,7 +20,6 @@ from swsurgery.cli.output import Output, print_json, print_text
 from swsurgery.errors import escape_control, pluralise, report_done
 
 if TYPE_CHECKING:
-    from swsurgery.hub import Uri
     from swsurgery.verifying.formats import FindingReport
 
 Format = Literal["text", "json", "junit", "sarif", "github"]
@@ -60,6 +57,7 @@ def verify(
     file: ReportFile = None,
 ) -> None:
     """Prove that a patched checkpoint is its base with exactly the declared scalars changed. Exit 1 if it is not."""
+    from swsurgery.hub import parse_location
     from swsurgery.verifying import verify
 
     question = verify.Question(
@@ -74,21 +72,10 @@ def verify(
         weights,
         variant,
     )
-    with open_for_reading(checkpoint, out) as where, _hold_base(base) as base_root:
-        refuse_replacing(file, [where, base_root, manifest, signature, public_key])
+    with open_for_reading(checkpoint, out) as where:
+        refuse_replacing(file, [where, parse_location(base) if base else None, manifest, signature, public_key])
         report = verify.verify_checkpoint(where, question, out.make_bar()).report(checkpoint)
     _write_findings(out, report, format, file)
-
-
-@contextlib.contextmanager
-def _hold_base(base: str | None) -> Iterator[Path | Uri | None]:
-    """Keep a base directory from being edited in place within the block."""
-    from swsurgery.checkpoint.opening import held
-    from swsurgery.hub import Uri, parse_location
-
-    root = parse_location(base) if base else None
-    with contextlib.nullcontext() if root is None or isinstance(root, Uri) else held(root):
-        yield root
 
 
 @command

@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import list_cached_files
-from swsurgery.checkpoint.opening import held, open_as
+from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.record import Patched, Record
 from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import Applied, CopyJob, Link, write_checkpoint
@@ -90,7 +90,7 @@ def plan_manifest(manifest: Path, base: str | None = None, *, progress: Progress
     """
     loaded = load_manifest(manifest)
     with held(open_location(find_base(loaded, base))) as root:
-        plan = make_plan(loaded, open_as(root, loaded.manifest.base))
+        plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
         draft_record(plan)  # so that a dry run refuses what the run itself would refuse
         return check_planned(plan, progress or Silent())
 
@@ -125,7 +125,7 @@ def apply_manifest(
     loaded = load_manifest(manifest)
     where = find_base(loaded, base)
     with held(open_location(where) if for_publish else download_checkpoint(where)) as root:
-        plan = make_plan(loaded, open_as(root, loaded.manifest.base))
+        plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
         refuse_inside(output, plan.checkpoint)
         combine_bounds(plan, check)  # raises before the copy, which may take an hour
         draft = draft_record(plan)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swsurgery.checkpoint.opening import held, open_as
+from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import ModelError
@@ -71,9 +71,8 @@ def patched_state_dict(base: str | Path | None, manifest: Given) -> Iterator[tup
 def _plan_held(base: str | Path | None, manifest: Given) -> Iterator[Plan]:
     """Plan a manifest, and keep its base from being edited in place during the block."""
     loaded = _load(manifest)
-    root = download_checkpoint(find_base(loaded, str(base) if base is not None else None))
-    with held(root):
-        plan = make_plan(loaded, open_as(root, loaded.manifest.base))
+    with held(download_checkpoint(find_base(loaded, str(base) if base is not None else None))) as entered:
+        plan = make_plan(loaded, read_checkpoint(entered, loaded.manifest.base))
         _check_digests(plan)
         yield plan
 

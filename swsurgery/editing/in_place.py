@@ -16,10 +16,9 @@ from pathlib import Path
 
 from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import is_cache_snapshot
-from swsurgery.checkpoint.opening import open_as, open_checkpoint
-from swsurgery.checkpoint.record import Patched, Record, ScalarRecord, read_patched, read_records
+from swsurgery.checkpoint.opening import held_for_editing, read_checkpoint
+from swsurgery.checkpoint.record import Patched, Record, ScalarRecord, find_record, read_record
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
 from swsurgery.editing.apply import SMALL_CHECKPOINT, Outcome
 from swsurgery.editing.base import collect_known_digests, find_base
@@ -60,9 +59,10 @@ def apply_in_place(
     """
     progress, check = progress or Silent(), CheckOptions.of(check)
     loaded = load_manifest(manifest)
-    with _open_to_edit(find_base(loaded, base)) as (folder, _), contextlib.ExitStack() as opened:
-        checkpoint = open_as(folder, loaded.manifest.base, editing=True)
-        previous = read_patched(checkpoint)
+    root = _find_directory(find_base(loaded, base))
+    with held_for_editing(root) as (folder, _), contextlib.ExitStack() as opened:
+        checkpoint = read_checkpoint(folder, loaded.manifest.base)
+        previous = find_record(checkpoint)
         if previous and previous.record.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
             outcome = _report_applied(folder, checkpoint, loaded, previous, progress)
             say(*outcome.notes)
@@ -101,13 +101,13 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
     file was changed since the edit.
     """
     progress = progress or Silent()
-    with _open_to_edit(root, moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
+    with held_for_editing(_find_directory(root), moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
         if cut_off and not cut_off.reverts:
             return ["only the edit that had been cut off was undone"]
         root = folder.path
-        patched = read_records(folder)
+        patched = read_record(folder)
         record, previous = patched.record, patched.previous()
-        checkpoint = open_as(folder, record.base, editing=True)
+        checkpoint = read_checkpoint(folder, record.base)
         if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
             raise CheckpointError(
                 "was changed since it was applied, and would be lost", root / OWN_FILES[1], "move it away"
@@ -135,22 +135,6 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
             own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
             _refuse_changed(checkpoint, touched)
     return list_reversion_notes(record)
-
-
-@contextlib.contextmanager
-def _open_to_edit(root: Path | Uri, *, moved: bool = False) -> Iterator[tuple[Folder, Journal | None]]:
-    """Open and lock the directory to edit during the block, and undo an interrupted edit; yield it and its journal.
-
-    The directory is locked before it is read. The journal is that of the interrupted edit; None if none was
-    interrupted. Raises TargetError, CheckpointError.
-    """
-    root = _find_directory(root)
-    if not root.is_dir():
-        open_checkpoint(root)  # raises an error that explains what `root` is
-    with filesystem.convert_os_errors(root):
-        folder = Folder.at(root)
-    with folder, filesystem.lock_directory(folder, exclusive=True):
-        yield folder, journal.recover_locked(folder, moved=moved)
 
 
 def _find_directory(root: Path | Uri) -> Path:

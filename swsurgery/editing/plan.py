@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import Patched, read_patched
+from swsurgery.checkpoint.record import Patched, find_record
 from swsurgery.checkpoint.tying import find_tied_partner, list_tied_faults
 from swsurgery.editing.resolve import Asked, Misfit, find_conflicts, find_known, locate, resolve
 from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError
@@ -76,7 +76,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     Raises PlanError with all faults, and CheckpointError if the base's own record is damaged.
     """
     faults = _check_base(loaded, checkpoint)
-    previous = read_patched(checkpoint)
+    previous = find_record(checkpoint)
     model, unknown = _identify_model(loaded, checkpoint)
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
     read, misfits = _read_scalars(resolution.asked, checkpoint)

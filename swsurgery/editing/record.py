@@ -75,7 +75,7 @@ def complete_record(draft: Record, applied: Applied, check: dict[str, Any]) -> R
 
 
 def _refuse_unreadable(draft: Record, plan: Plan) -> None:
-    """Raise PlanError if swsurgery's own files would exceed what `read_patched` accepts."""
+    """Raise PlanError if swsurgery's own files would exceed what `read_record` accepts."""
     size, commas = LATER.size, LATER.commas
     for piece in draft.pieces():
         size += len(piece)

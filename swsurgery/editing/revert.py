@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.opening import held, open_patched
-from swsurgery.checkpoint.record import EditRecord, Record
+from swsurgery.checkpoint.opening import held, read_checkpoint
+from swsurgery.checkpoint.record import EditRecord, Record, read_record
 from swsurgery.editing.apply import refuse_inside, write_own_files
 from swsurgery.editing.copy import CopyJob, Link, write_checkpoint
 from swsurgery.errors import CheckpointError, NumberError
@@ -24,8 +24,9 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
     a file was changed since the edit, TargetError if `output` cannot be written.
     """
     require_choice("link", link, ("auto", "clone", "copy"))
-    with held(root):
-        patched, checkpoint = open_patched(root)
+    with held(root) as entered:
+        patched = read_record(entered)
+        checkpoint = read_checkpoint(entered, patched.record.base)
         refuse_inside(output, checkpoint)
         record, previous = patched.record, patched.previous()
         names = {f.name for f in checkpoint.files}

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 
 from swsurgery import model
 from swsurgery.checkpoint.compare import find_undeclared_changes
-from swsurgery.checkpoint.opening import held, open_as, open_chosen, refuse_other_weights
-from swsurgery.checkpoint.record import RECORD_NAME, Patched, read_patched
+from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint, refuse_other_weights
+from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckFailed, ModelError, PlanError, Unrunnable, add_remedy
@@ -101,15 +101,15 @@ def check_checkpoint(
         )
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
-    with held(root):
-        patched = read_patched(root)
+    with held(root) as entered:
+        patched = find_record(entered)
         _refuse_bounds_without_base(root, patched, options.bounds)
         record = patched.record if patched else None
         said = record.base if record else None
         if said is not None:
             refuse_other_weights(weights, said.weights, RECORD_NAME, variant, said.variant)
             weights, variant = said.weights or weights, said.variant or variant
-        checkpoint = open_chosen(root, weights, variant)
+        checkpoint = open_checkpoint(entered, weights, variant)
         changes = [
             model.ScalarChange(
                 e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))
@@ -139,7 +139,8 @@ def refuse_bounds_without_base(root: Path | RemoteTree, bounds: CheckedBounds | 
     For a repository, this reads only the record and comes before the download of the weights.
     """
     if bounds not in (None, CheckedBounds()):
-        _refuse_bounds_without_base(root, read_patched(root), bounds)
+        with held(root) as entered:
+            _refuse_bounds_without_base(root, find_record(entered), bounds)
 
 
 def _refuse_bounds_without_base(root: Path | RemoteTree, patched: Patched | None, bounds: CheckedBounds | None) -> None:
@@ -153,7 +154,7 @@ def _refuse_bounds_without_base(root: Path | RemoteTree, patched: Patched | None
 
 
 def run_check(
-    plan: Plan, patched: Path | Folder, options: CheckOptions, progress: Progress, say: Callable[[str], None]
+    plan: Plan, patched: Folder, options: CheckOptions, progress: Progress, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Check a checkpoint that is staged or being edited in place; return the report for the record, as JSON.
 
@@ -179,8 +180,7 @@ def run_check(
                     raise error.add_remedy("--check weights") from error
                 raise
             # The path of the stage is temporary and must not appear in the record.
-            where = str(patched if isinstance(patched, Folder) else Path(os.path.realpath(patched)))
-            reason = model.explain_unavailable() or str(error).replace(where, "the checkpoint")
+            reason = model.explain_unavailable() or str(error).replace(str(patched), "the checkpoint")
         else:
             if not report.ok:
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
@@ -219,7 +219,7 @@ def combine_bounds(plan: Plan, options: CheckOptions) -> CheckedBounds:
 
 def _check_forward(
     plan: Plan,
-    patched: Path | Folder,
+    patched: Folder,
     options: CheckOptions,
     bounds: CheckedBounds,
     progress: Progress,
@@ -231,7 +231,7 @@ def _check_forward(
         for s in plan.splices
     ]
     return run_checks(
-        open_as(patched, plan.loaded.manifest.base, editing=True),
+        read_checkpoint(patched, plan.loaded.manifest.base),
         changes,
         text=options.text,
         prompts=options.prompts,
@@ -245,16 +245,16 @@ def _check_forward(
     )
 
 
-def _check_weights(plan: Plan, patched: Path | Folder, progress: Progress) -> dict[str, Any]:
+def _check_weights(plan: Plan, patched: Folder, progress: Progress) -> dict[str, Any]:
     """Reread the shards with edits: only the planned scalars differ from the base, and they have the planned values.
 
     The first half is left out for an edit in place, which leaves no base to compare with, and for a base on the Hub.
     Raises CheckFailed.
     """
     touched = sorted({s.file for s in plan.splices})
-    there = set(os.listdir(patched.fd if isinstance(patched, Folder) else patched))
+    there = set(os.listdir(patched.fd))
     elsewhere = [name for name in plan.checkpoint.shards if name not in there]
-    result = open_as(patched, plan.loaded.manifest.base, editing=True, elsewhere=elsewhere)
+    result = read_checkpoint(patched, plan.loaded.manifest.base, elsewhere=elsewhere)
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))

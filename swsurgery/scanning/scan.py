@@ -1,6 +1,6 @@
 """Run the commands `scan` and `sweep` from beginning to end.
 
-    open_base            the checkpoint's headers                            checkpoint/opening.py, hub
+    open_checkpoint      the checkpoint's headers                            checkpoint/opening.py, hub
     scan_activations     scalars behind persistent activations               by_activations.py
     scan_weights         scalars that could make one, from weights alone     by_weights.py
     confirm              effects of zeroing them, against random scalars     confirm.py
@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from swsurgery import model
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.opening import held, open_checkpoint, open_chosen
+from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.base import find_base
 from swsurgery.editing.copy import compute_outside_mode
@@ -91,8 +91,8 @@ def scan_checkpoint(
     Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
     """
     options, progress = options or RunOptions(), progress or Silent()
-    with held(download_checkpoint(parse_location(base))) as root:
-        checkpoint = open_chosen(root, weights, variant)
+    with held(download_checkpoint(parse_location(base))) as entered:
+        checkpoint = open_checkpoint(entered, weights, variant)
         if outputs is not None:
             _refuse(outputs, checkpoint)
         by_weights = "--method weights without --confirm" if confirm else "--method weights"
@@ -154,7 +154,7 @@ def write_outputs(
     `say` gets a line about each file as soon as it is written, so that after a failure the user knows which exist.
     Raises TargetError if a file cannot be written, and LookupFailed if the name belongs to another model.
     """
-    checkpoint = open_base(base, weights, variant)
+    checkpoint = open_checkpoint(download_checkpoint(parse_location(base)), weights, variant)
     if outputs.plot is not None:
         figures.plot_scan(report, outputs.plot, outputs.register or _choose_name(checkpoint))
         say(f"figure: {outputs.plot}")
@@ -193,39 +193,33 @@ def sweep_manifest(
     if plot is not None:
         figures.check_figure_path(plot)
     loaded = load_manifest(manifest)
-    plan = make_plan(
-        loaded, open_checkpoint(download_checkpoint(find_base(loaded, base)), loaded.manifest.base.weights)
-    )
-    plan = check_planned(plan, progress or Silent())
-    coordinates = [splice.coordinate for splice in plan.splices]
-    if not coordinates:
-        raise PlanError(
-            "no scalar is changed, so there is nothing to sweep", manifest, "add an edit other than protect"
-        )
-    _require_model(plan.checkpoint.directory)
-    from swsurgery.scanning.sweep import sweep
+    with held(download_checkpoint(find_base(loaded, base))) as entered:
+        plan = make_plan(loaded, read_checkpoint(entered, loaded.manifest.base))
+        plan = check_planned(plan, progress or Silent())
+        coordinates = [splice.coordinate for splice in plan.splices]
+        if not coordinates:
+            raise PlanError(
+                "no scalar is changed, so there is nothing to sweep", manifest, "add an edit other than protect"
+            )
+        _require_model(plan.checkpoint.directory)
+        from swsurgery.scanning.sweep import sweep
 
-    rounds = Rounds(progress or Silent())
-    report = sweep(
-        plan.checkpoint,
-        coordinates,
-        factors,
-        device=options.device,
-        placement=options.placement,
-        text=options.text,
-        windows=options.windows,
-        window=options.window,
-        progress=rounds,
-        say=say,
-    )
+        rounds = Rounds(progress or Silent())
+        report = sweep(
+            plan.checkpoint,
+            coordinates,
+            factors,
+            device=options.device,
+            placement=options.placement,
+            text=options.text,
+            windows=options.windows,
+            window=options.window,
+            progress=rounds,
+            say=say,
+        )
     if plot is not None:
         figures.plot_sweep(report, plot, _choose_name(plan.checkpoint))
     return report
-
-
-def open_base(base: str | Path, weights: Weights | None = None, variant: str | None = None) -> Checkpoint:
-    """Open a directory or hf://ORG/NAME[@REV], downloaded if necessary. Raises CheckpointError, HubError."""
-    return open_chosen(download_checkpoint(parse_location(base)), weights, variant)
 
 
 def _require_model(directory: Path) -> None:

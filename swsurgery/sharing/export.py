@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.opening import open_as
-from swsurgery.checkpoint.record import MANIFEST_NAME, Patched, Record, read_records
+from swsurgery.checkpoint.opening import held, read_checkpoint
+from swsurgery.checkpoint.record import MANIFEST_NAME, Patched, Record, read_record
 from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.plan import Plan, make_plan
@@ -29,6 +29,7 @@ from swsurgery.progress import Progress, Silent
 from swsurgery.sharing import lora
 from swsurgery.storage import filesystem, staging
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.folder import Folder
 from swsurgery.storage.hashing import check_digest, hash_file
 
 ExportFormat = Literal["sparse", "peft", "vllm"]
@@ -132,14 +133,15 @@ def read(source: str | Path, base: str | None = None, progress: Progress | None 
         return _read_manifest(where, base, progress or Silent())
     if base is not None:
         raise PlanError("the base of a patched checkpoint is in its record", source, "leave --base away")
-    return _read_record(open_location(where))
+    return read_edits(open_location(where))
 
 
 def _read_manifest(path: Path, base: str | None, progress: Progress) -> EditSource:
     loaded = load_manifest(path)
-    checkpoint = open_as(open_location(find_base(loaded, base)), loaded.manifest.base)
-    plan = make_plan(loaded, checkpoint)
-    digests = _find_digests(plan, progress)
+    with held(open_location(find_base(loaded, base))) as entered:
+        checkpoint = read_checkpoint(entered, loaded.manifest.base)
+        plan = make_plan(loaded, checkpoint)
+        digests = _find_digests(plan, progress)
     said = loaded.manifest.base
     identity = checkpoint.repo_id or said.repo_id, checkpoint.revision or said.revision
     scalars = [_make_scalar(checkpoint, s.coordinate, s.old, s.new, s.op, s.factor) for s in plan.splices]
@@ -165,9 +167,15 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
     return found
 
 
-def _read_record(root: Path | RemoteTree) -> EditSource:
-    patched = read_records(root)
-    checkpoint = open_as(root, patched.record.base, elsewhere=patched.record.elsewhere)
+def read_edits(root: Path | Folder | RemoteTree) -> EditSource:
+    """Read the edits of a patched checkpoint since its first base. Raises CheckpointError."""
+    with held(root) as entered:
+        patched = read_record(entered)
+        return _read_edits(patched, read_checkpoint(entered, patched.record.base, elsewhere=patched.record.elsewhere))
+
+
+def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
+    """Compare the recorded edits with the checkpoint. Raises CheckpointError if a scalar is not as recorded."""
     steps = list_steps(patched)
     changed: dict[Coordinate, PatchScalar] = {}
     for record in steps:

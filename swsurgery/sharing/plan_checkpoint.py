@@ -14,9 +14,9 @@ from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import LEFT_OUT
-from swsurgery.checkpoint.opening import open_as
+from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.projections import find_short_form
-from swsurgery.checkpoint.record import RECORD_NAME, FileRecord, Patched, Record, read_patched
+from swsurgery.checkpoint.record import RECORD_NAME, FileRecord, Patched, Record, find_record, read_record
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError, pluralise
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
@@ -44,34 +44,33 @@ def make_publication(
     large files without a digest are planned as if they were the base's. Raises HubError, and CheckpointError if the
     directory is not a patched checkpoint.
     """
-    patched = read_patched(root)
-    if patched is None:
-        raise CheckpointError("no record", root / RECORD_NAME, "only a checkpoint that swsurgery patched has one")
-    record = patched.record
-    notes: list[str] = []
-    checkpoint = open_as(root, record.base, elsewhere=record.elsewhere)
-    base, target = list_base(record), find_target(wish)
-    if base is None:
-        named = record.base.repo_id or "the base, which the record does not name,"
-        notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
-    elif base.private and not (target.head.private if target else wish.private):
-        notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
-    left_out = _list_left_out(checkpoint, record)
-    distrusted = {f.file for f in findings}
-    scan = Scan(checkpoint, record, base, target, distrusted, hashing, progress)
-    names = [n for n in record.files if n not in left_out and (n in scan.there or n in record.elsewhere)]
-    names += [n for n in scan.there if n not in record.files and n not in left_out and n not in OWN_FILES]
-    items = [scan.item(name) for name in sorted(names)]
-    published = _make_record(record, items, base)
-    records = Patched(published, published.render(), patched.manifest_raw)
-    text = read_base_card(scan, record, base)
-    base_fields, base_text = read_card(text, card.FIELDS)
-    notes += list_card_notes(card.list_omitted_fields(base_fields))
-    body = card.render_body(
-        published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, record)
-    )
-    own = records.own_files() | {card.CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
-    items += [scan.own(name, data) for name, data in own.items()]
+    with held(root) as entered:
+        patched = read_record(entered)
+        record = patched.record
+        notes: list[str] = []
+        checkpoint = read_checkpoint(entered, record.base, elsewhere=record.elsewhere)
+        base, target = list_base(record), find_target(wish)
+        if base is None:
+            named = record.base.repo_id or "the base, which the record does not name,"
+            notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
+        elif base.private and not (target.head.private if target else wish.private):
+            notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
+        left_out = _list_left_out(checkpoint, record)
+        distrusted = {f.file for f in findings}
+        scan = Scan(checkpoint, record, base, target, distrusted, hashing, progress)
+        names = [n for n in record.files if n not in left_out and (n in scan.there or n in record.elsewhere)]
+        names += [n for n in scan.there if n not in record.files and n not in left_out and n not in OWN_FILES]
+        items = [scan.item(name) for name in sorted(names)]
+        published = _make_record(record, items, base)
+        records = Patched(published, published.render(), patched.manifest_raw)
+        text = read_base_card(scan, record, base)
+        base_fields, base_text = read_card(text, card.FIELDS)
+        notes += list_card_notes(card.list_omitted_fields(base_fields))
+        body = card.render_body(
+            published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, record)
+        )
+        own = records.own_files() | {card.CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
+        items += [scan.own(name, data) for name, data in own.items()]
     message = wish.message or summarise_edits(record)
     plan = assemble(root, wish, published, items, left_out, notes, findings, base, target, message)
     _refuse_second_set(plan)
@@ -305,7 +304,7 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
     notes: list[str] = []
     if RECORD_NAME in head.files:
         try:
-            patched = read_patched(head)
+            patched = find_record(head)
             earlier = patched.record.files if patched else ()
         except CheckpointError:
             notes.append(f"{RECORD_NAME} in the repository cannot be read: no earlier file is removed")

@@ -14,8 +14,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from swsurgery.checkpoint.opening import open_as
-from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, EditRecord, Patched, Record, read_records
+from swsurgery.checkpoint.opening import held, read_checkpoint
+from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, EditRecord, Patched, Record, read_record
 from swsurgery.errors import HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
@@ -52,10 +52,11 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     If the checkpoint was patched several times, the patch contains all edits since the first base. Raises HubError,
     CheckpointError if the directory is not a patched checkpoint, and PlanError if nothing is changed.
     """
-    patched = read_records(root)
-    source = export.read(root, progress=progress)
+    with held(root) as entered:
+        patched = read_record(entered)
+        source = export.read_edits(entered)
+        checkpoint = read_checkpoint(entered, patched.record.base, elsewhere=patched.record.elsewhere)
     record = _merge_steps(patched, source.patch)
-    checkpoint = open_as(root, patched.record.base, elsewhere=patched.record.elsewhere)
     base, target = list_base(record), find_target(wish)
     if target:
         _refuse_weights(target, wish.repo_id)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.checkpoint.listing import LEFT_OUT
-from swsurgery.checkpoint.record import RECORD_NAME, Record, read_patched
+from swsurgery.checkpoint.opening import held
+from swsurgery.checkpoint.record import RECORD_NAME, Record, read_record
 from swsurgery.errors import (
     CheckFailed,
     CheckpointError,
@@ -36,7 +37,7 @@ from swsurgery.sharing import card
 from swsurgery.sharing.plan_checkpoint import SMALL_FILE, make_publication
 from swsurgery.sharing.publication import Item, Publication, Wish, format_lines, is_published
 from swsurgery.storage.files import File, LocalFile, read_at_most
-from swsurgery.storage.folder import Entry
+from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.verifying.findings import RULES, Finding
@@ -104,10 +105,13 @@ def find_early(root: Path) -> list[Finding]:
 
     Raises CheckpointError if the directory has no record.
     """
-    patched = read_patched(root)
-    if patched is None:
-        raise CheckpointError("no record", root / RECORD_NAME, "only a checkpoint that swsurgery patched has one")
-    findings = _check_sanity(patched.record)
+    with held(root) as entered:
+        return _find_early(root, entered)
+
+
+def _find_early(root: Path, entered: Folder | RemoteTree) -> list[Finding]:
+    """Do the work of `find_early` in a directory that is held."""
+    findings = _check_sanity(read_record(entered).record)
     names = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
     small = (name for name in names if name.parts[0] not in LEFT_OUT and (root / name).stat().st_size <= SMALL_FILE)
     return findings + find_secrets((name.as_posix(), (root / name).read_bytes()) for name in small)
@@ -146,8 +150,9 @@ def check_gate(root: Path, accept: Collection[str], progress: Progress | None = 
     """
     if unknown := sorted(set(accept) - set(RULES)):
         raise SwsurgeryError("there is no such finding to accept", ", ".join(unknown), "verify names them")
-    findings = find_early(root)
-    findings += verify_checkpoint(root, Question(), progress or Silent()).findings
+    with held(root) as entered:
+        findings = _find_early(root, entered)
+        findings += verify_checkpoint(entered, Question(), progress or Silent()).findings
     findings = [f for f in findings if f.rule != "duplicate-weights"]
     if any(f.rule not in accept for f in findings):
         raise make_refusal([f for f in findings if f.rule not in accept])
@@ -178,7 +183,7 @@ def publish(
         sent, uploaded, copied = _find_earlier_commit(plan), 0, 0
         already = sent is not None
         if sent is None:
-            with hub.show_bars(bars):
+            with held(plan.root), hub.show_bars(bars):
                 sent, uploaded, copied = _send(plan, say)
         if plan.tag and not (plan.target and plan.tag in plan.target.tags):
             hub.create_tag(plan.wish.repo_id, plan.tag, sent.commit)

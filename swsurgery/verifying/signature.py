@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.checkpoint.listing import is_cache_snapshot
-from swsurgery.checkpoint.opening import open_as, open_checkpoint
-from swsurgery.checkpoint.record import read_patched
+from swsurgery.checkpoint.opening import held, open_checkpoint
 from swsurgery.checkpoint.weight_files import MAX_LISTED
 from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, TargetError
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_exactly
+from swsurgery.storage.folder import Folder
 from swsurgery.storage.strict_json import parse_json, read_small
 from swsurgery.verifying.findings import Finding
 
@@ -45,26 +45,26 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
     signature = root / SIGNATURE_NAME if signature is None else Path(os.path.abspath(signature))
     if faults := _find_links(root):
         raise CheckpointError.of(f"{fault} in {root}" for fault in faults)
-    patched = read_patched(root)
-    try:
-        said = patched.record.base if patched else None
-        checkpoint = open_as(root, said) if said else open_checkpoint(root)
-    except AmbiguousWeights:  # both sets of weights are signed, so both must be valid
-        open_checkpoint(root, "index")
-        checkpoint = open_checkpoint(root, "single")
-    if filesystem.is_there(signature):
-        raise TargetError("the signature exists", signature, "remove it, or give another --signature")
-    with _open_key(key, private=True) as key_path:
-        if Path(os.path.realpath(key)).is_relative_to(root):
-            raise SwsurgeryError("the private key lies in the checkpoint", key, "move it out before anyone gets both")
-        with _convert_key_errors(key, library):
-            config = library.signing.Config().use_elliptic_key_signer(private_key=key_path)
-    config.set_hashing_config(_Hashing.of(library, root, signature))
-    with _make_memory_file(b"") as (fd, path):
-        with _lock_for_reading(root):
-            config.sign(root, path)
-        checkpoint.refuse_changed()  # the library opens the files by their paths
-        data = read_exactly(LocalFile(path, fd), os.fstat(fd).st_size, 0)
+    with held(root) as entered:
+        try:
+            checkpoint = open_checkpoint(entered)
+        except AmbiguousWeights:  # both sets of weights are signed, so both must be valid
+            open_checkpoint(entered, "index")
+            checkpoint = open_checkpoint(entered, "single")
+        if filesystem.is_there(signature):
+            raise TargetError("the signature exists", signature, "remove it, or give another --signature")
+        with _open_key(key, private=True) as key_path:
+            if Path(os.path.realpath(key)).is_relative_to(root):
+                remedy = "move it out before anyone gets both"
+                raise SwsurgeryError("the private key lies in the checkpoint", key, remedy)
+            with _convert_key_errors(key, library):
+                config = library.signing.Config().use_elliptic_key_signer(private_key=key_path)
+        config.set_hashing_config(_Hashing.of(library, root, signature))
+        with _make_memory_file(b"") as (fd, path):
+            with _convert_os_errors(root):
+                config.sign(root, path)
+            checkpoint.refuse_changed()  # the library opens the files by their paths
+            data = read_exactly(LocalFile(path, fd), os.fstat(fd).st_size, 0)
     temporary = signature.with_name(f".{signature.name}.partial")
     with filesystem.convert_os_errors(signature):
         filesystem.remove_file(temporary)  # left by a killed run
@@ -73,15 +73,20 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
     return signature
 
 
-def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Finding]:
+def verify_signature(root: Path | Folder, signature: Path, public_key: Path) -> list[Finding]:
     """Verify the signature of the checkpoint in `root` with `public_key` (PEM).
 
     Returns a finding for each file that is not as signed; none if the signature covers every file as it is. Raises
     CheckpointError if the checkpoint or the signature cannot be read, SwsurgeryError for a key that cannot be used.
     """
+    with held(root):
+        path = root.path if isinstance(root, Folder) else Path(os.path.realpath(root))
+        return _verify(path, Path(os.path.abspath(signature)), public_key)
+
+
+def _verify(root: Path, signature: Path, public_key: Path) -> list[Finding]:
+    """Do the work of `verify_signature` in a directory that is held."""
     library = _load_library()
-    root = Path(os.path.realpath(root))
-    signature = Path(os.path.abspath(signature))
     if faults := _find_links(root):
         return [Finding("signature", fault) for fault in faults]
     raw = read_small(LocalFile(signature), str(signature))
@@ -92,7 +97,7 @@ def verify_signature(root: Path, signature: Path, public_key: Path) -> list[Find
     refusals = (ValueError, KeyError, TypeError, IndexError, AttributeError, library.InvalidSignature)
     try:
         covered, left_out = _read_statement(raw, signature.name)
-        with _make_memory_file(raw) as (_, path), _lock_for_reading(root), contextlib.redirect_stdout(io.StringIO()):
+        with _make_memory_file(raw) as (_, path), _convert_os_errors(root), contextlib.redirect_stdout(io.StringIO()):
             config.verify(root, path)  # the library prints warnings about signatures in an older form to stdout
     except CheckpointError as error:
         return [Finding("signature", fault, signature.name) for fault in error.faults]
@@ -226,13 +231,12 @@ def _open_file(fd: int) -> Path:
 
 
 @contextlib.contextmanager
-def _lock_for_reading(root: Path) -> Iterator[None]:
-    """Prevent edits in place of `root` during the block, and convert an OSError to a CheckpointError."""
-    with filesystem.lock_directory(root, exclusive=False):
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", error.filename or root) from error
+def _convert_os_errors(root: Path) -> Iterator[None]:
+    """Convert an OSError of the block to a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read ({os.strerror(error.errno or 0)})", error.filename or root) from error
 
 
 def _find_links(root: Path) -> list[str]:

@@ -5,21 +5,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.opening import open_as, open_chosen, refuse_other_weights
-from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, read_patched
+from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint, refuse_other_weights
+from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, find_record, read_record
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, escape_control, pluralise
 from swsurgery.hub import RemoteTree, open_location, parse_location
 from swsurgery.progress import Progress
 from swsurgery.storage.arguments import require_type
-from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.folder import Folder
 from swsurgery.verifying.against_record import Verification, check_structure, scan_finite, verify_patched
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
@@ -112,18 +113,26 @@ class Proof:
             yield f"note      {note}"
 
 
-def verify_checkpoint(root: Path | RemoteTree, question: Question, progress: Progress) -> Proof:
+def verify_checkpoint(root: Path | Folder | RemoteTree, question: Question, progress: Progress) -> Proof:
     """Check a checkpoint against everything in `question`, and against its record if it has one.
 
     Raises CheckpointError if there is nothing to check against or a file cannot be read, ManifestError for an invalid
     manifest, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key.
     """
+    with held(root) as entered, contextlib.ExitStack() as bases:
+        return _verify_entered(entered, question, progress, bases)
+
+
+def _verify_entered(
+    root: Folder | RemoteTree, question: Question, progress: Progress, bases: contextlib.ExitStack
+) -> Proof:
+    """Do the work of `verify_checkpoint` in a directory that is held. `bases` keeps the base held as well."""
     patched = _read_record(root, question)
     loaded = _load_manifest(question.manifest)
     question = _choose_weights(question, patched, loaded)
-    base = _open_base(root, question, loaded, patched)
+    base = _open_base(root, question, loaded, patched, bases)
     try:
-        checkpoint = _open(root, question, patched.record.elsewhere if patched else ())
+        checkpoint = read_checkpoint(root, question, elsewhere=patched.record.elsewhere if patched else ())
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise
@@ -172,17 +181,16 @@ def verify_record(
     the ones that the Hub lists. Raises CheckpointError if the record is missing, or if it or the base cannot be read.
     """
     require_type("finite", finite, bool)
-    patched = read_patched(root)
-    if patched is None:
-        remedy = "only a checkpoint that swsurgery patched has one"
-        raise CheckpointError("no record", f"{root}/{OWN_FILES[0]}", remedy)
-    said = patched.record.base
-    base_checkpoint = open_as(base, said) if base is not None else None
-    try:
-        checkpoint = open_as(root, said, elsewhere=patched.record.elsewhere)
-    except CheckpointError as error:
-        return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
-    return _verify_with_manifest(patched, checkpoint, progress, base_checkpoint, finite)
+    with held(root) as entered, contextlib.ExitStack() as bases:
+        patched = read_record(entered)
+        said, base_checkpoint = patched.record.base, None
+        if base is not None:
+            base_checkpoint = read_checkpoint(bases.enter_context(held(base)), said)
+        try:
+            checkpoint = read_checkpoint(entered, said, elsewhere=patched.record.elsewhere)
+        except CheckpointError as error:
+            return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
+        return _verify_with_manifest(patched, checkpoint, progress, base_checkpoint, finite)
 
 
 def _verify_with_manifest(
@@ -195,18 +203,14 @@ def _verify_with_manifest(
     return verify_patched(patched, checkpoint, progress, base, finite, differences)
 
 
-def _read_record(root: Path | RemoteTree, question: Question) -> Patched | None:
+def _read_record(root: Folder | RemoteTree, question: Question) -> Patched | None:
     """Read the record, or return None if the question can be answered without one.
 
     Raises SwsurgeryError for a signature without a public key, and CheckpointError for a missing or damaged record.
     """
     if (question.signature is None) != (question.public_key is None):
         raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
-    patched = read_patched(root)
-    if patched is None and not question.needs_no_record:
-        remedy = "only a patched checkpoint has one; --known and --manifest do without"
-        raise CheckpointError("no record", f"{root}/{OWN_FILES[0]}", remedy)
-    return patched
+    return find_record(root) if question.needs_no_record else read_record(root)
 
 
 def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedManifest | None) -> Question:
@@ -222,9 +226,9 @@ def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedM
     return replace(question, weights=said.weights or question.weights, variant=said.variant or question.variant)
 
 
-def _has_shards(root: Path | RemoteTree) -> bool:
+def _has_shards(root: Folder | RemoteTree) -> bool:
     """Return True if `root` is a local directory that contains safetensors files."""
-    return not isinstance(root, RemoteTree) and root.is_dir() and any(root.glob("*.safetensors"))
+    return not isinstance(root, RemoteTree) and any(root.path.glob("*.safetensors"))
 
 
 def _check_files(checkpoint: Checkpoint, finite: bool, progress: Progress) -> tuple[list[Finding], tuple[str, ...]]:
@@ -235,18 +239,13 @@ def _check_files(checkpoint: Checkpoint, finite: bool, progress: Progress) -> tu
     return findings + scan_finite(checkpoint, progress), (*rules, "non-finite")
 
 
-def _check_signature(root: Path | RemoteTree, signature: Path, public_key: Path) -> list[Finding]:
+def _check_signature(root: Folder | RemoteTree, signature: Path, public_key: Path) -> list[Finding]:
     """Check the signature of a local checkpoint. Raises SwsurgeryError for a checkpoint on the Hub."""
     from swsurgery.verifying.signature import verify_signature
 
     if isinstance(root, RemoteTree):
         raise SwsurgeryError("a signature covers files that are here", root, "download it: hf download")
     return verify_signature(root, signature, public_key)
-
-
-def _open(root: Path | RemoteTree, question: Question, elsewhere: Collection[str] = ()) -> Checkpoint:
-    """Open a checkpoint with the weights that `question` names."""
-    return open_chosen(root, question.weights, question.variant, elsewhere=elsewhere)
 
 
 def _load_manifest(path: Path | None) -> LoadedManifest | None:
@@ -271,16 +270,21 @@ def _survey_known(
 
 
 def _open_base(
-    root: Path | RemoteTree, question: Question, loaded: LoadedManifest | None, patched: Patched | None
+    root: Folder | RemoteTree,
+    question: Question,
+    loaded: LoadedManifest | None,
+    patched: Patched | None,
+    bases: contextlib.ExitStack,
 ) -> Checkpoint | None:
-    """Open the base that `question` names, or the manifest's base if it is available.
+    """Open the base that `question` names, or the manifest's base if it is available; `bases` keeps it held.
 
     Returns None if the checkpoint has a record and its base is not available, or if the base was edited in place and is
     the checkpoint itself. Raises CheckpointError if the checkpoint has no record and the manifest's base cannot be
     opened: then nothing can be proved.
     """
     if question.base is not None:
-        return _open(open_location(parse_location(question.base)), question)
+        base = bases.enter_context(held(open_location(parse_location(question.base))))
+        return open_checkpoint(base, question.weights, question.variant)
     if loaded is None:
         return None
     from swsurgery.editing.base import find_base
@@ -289,18 +293,18 @@ def _open_base(
         where = open_location(find_base(loaded, None))
         if patched and _is_same(where, root):
             return None
-        return _open(where, question)
+        return open_checkpoint(bases.enter_context(held(where)), question.weights, question.variant)
     except CheckpointError:
         if patched is None:
             raise
         return None
 
 
-def _is_same(first: Path | RemoteTree, second: Path | RemoteTree) -> bool:
+def _is_same(first: Path | RemoteTree, second: Folder | RemoteTree) -> bool:
     """Return True if both are the same local directory."""
     if isinstance(first, RemoteTree) or isinstance(second, RemoteTree):
         return False
-    return os.path.realpath(first) == os.path.realpath(second)
+    return Path(os.path.realpath(first)) == second.path
 
 
 def _list_repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
@@ -322,13 +326,13 @@ def _resolve_wishes(
 
 
 def _resolve_own_manifest(
-    root: Path | RemoteTree, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
+    root: Folder | RemoteTree, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
 ) -> Wishes | None:
     """Resolve the manifest stored in the checkpoint, so that findings can name its lines. None if it is invalid."""
     from swsurgery.manifest.load import parse_manifest
 
     try:
-        beside = Path() if isinstance(root, RemoteTree) else root
+        beside = Path() if isinstance(root, RemoteTree) else root.path
         loaded = parse_manifest(patched.manifest_raw, beside / MANIFEST_NAME)
     except ManifestError:
         return None  # the manifest was changed by hand, which its digest already reports

@@ -197,7 +197,7 @@ def test_where_nothing_was_cut_off_nothing_is_said_or_written(base, caplog):
     """The no-op twin."""
     times = {p: p.stat().st_mtime_ns for p in (base, *base.iterdir())}
     with caplog.at_level(logging.DEBUG):
-        assert journal.recover(base) is None
+        assert journal.recover(Folder.at(base)) is None
     assert caplog.messages == []
     assert {p: p.stat().st_mtime_ns for p in (base, *base.iterdir())} == times
 
@@ -566,7 +566,7 @@ def test_an_undoing_that_cannot_be_synced_is_not_done(base, cut_off, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", broken)
         with pytest.raises(TargetError, match="could not be undone yet"):
-            journal.recover(base)
+            journal.recover(Folder.at(base))
     assert (base / JOURNAL).exists()
 
 

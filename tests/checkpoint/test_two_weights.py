@@ -80,10 +80,10 @@ def test_diff_reads_the_weights_that_were_edited(base, patched, run):
 
 
 def test_scan_writes_a_manifest_of_the_weights_that_it_read(base):
-    read = scan.open_base(base, "single")
+    read = open_checkpoint(base, "single")
     assert scan._make_base(read, base / "m.yaml") == {"path": ".", "weights": "single"}
     (base / "model.safetensors").unlink()
-    assert scan._make_base(scan.open_base(base), base / "m.yaml") == {"path": "."}
+    assert scan._make_base(open_checkpoint(base), base / "m.yaml") == {"path": "."}
 
 
 def test_verify_takes_the_option_only_where_nothing_else_says(base, patched, run, tmp_path):

@@ -25,13 +25,14 @@ from checkpoints import (
 from safetensors.torch import load_file
 
 from swsurgery.checkpoint.opening import open_checkpoint
-from swsurgery.checkpoint.record import read_patched
+from swsurgery.checkpoint.record import read_record
 from swsurgery.cli import action, main
 from swsurgery.editing.in_memory import load_patched
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ModelError
 from swsurgery.model.check import run_checks
 from swsurgery.model.load import open_model
 from swsurgery.scanning import scan
+from swsurgery.storage.folder import Folder
 
 NAME = down(0)
 PLAIN = {NAME: tensor("F32", HIDDEN, INNER, seed=1)}
@@ -206,7 +207,7 @@ def test_a_record_without_a_variant_has_no_such_key(base, tmp_path, run):
     manifest = write_manifest(tmp_path / "m.json", {"path": str(base), "copies": "keep"}, EDIT)
     assert run("apply", manifest, "-o", tmp_path / "p", "--check", "weights")[0] == 0
     assert "variant" not in json.loads((tmp_path / "p" / "swsurgery.json").read_text())["base"]
-    patched = read_patched(tmp_path / "p")
+    patched = read_record(Folder.at(tmp_path / "p"))
     assert patched.record.render() == patched.record_raw
 
 
@@ -223,9 +224,9 @@ def test_a_patch_carries_the_variant_and_only_then(base, tmp_path, run):
 
 
 def test_scan_writes_the_variant_into_its_manifest(base, tmp_path):
-    read = scan.open_base(base, variant="fp16")
+    read = open_checkpoint(base, variant="fp16")
     assert scan._make_base(read, base / "m.yaml") == {"path": ".", "variant": "fp16"}
-    assert scan._make_base(scan.open_base(base), base / "m.yaml") == {"path": "."}
+    assert scan._make_base(open_checkpoint(base), base / "m.yaml") == {"path": "."}
 
 
 def test_the_action_takes_the_variant(base, tmp_path, capsys, monkeypatch):

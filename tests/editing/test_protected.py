@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from patched import DOWN, MANIFEST, PROTECTED, SECOND, apply_text, contents, flip, place, write_base
 
-from swsurgery.checkpoint.record import read_patched
+from swsurgery.checkpoint.record import read_record
 from swsurgery.cli import main
 from swsurgery.editing.apply import apply_manifest, plan_manifest
 from swsurgery.editing.revert import revert
@@ -16,6 +16,7 @@ from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import PlanError
 from swsurgery.progress import Silent
 from swsurgery.sharing.card import render_body
+from swsurgery.storage.folder import Folder
 from swsurgery.verifying.verify import verify_record
 
 HEAD = "lm_head.weight"
@@ -73,7 +74,7 @@ def test_the_plan_and_the_card_name_what_earlier_steps_protect(once, tmp_path, c
         assert said in capsys.readouterr().out
     assert main(["apply", str(tmp_path / "once.yaml"), "--dry-run"]) == 0
     assert "protects 2\n" in capsys.readouterr().out
-    twice = read_patched(apply_text(tmp_path, manifest.read_text(), "twice"))
+    twice = read_record(Folder.at(apply_text(tmp_path, manifest.read_text(), "twice")))
     table = render_body(twice.record, "org/name", twice.manifest_raw).split("## Protected")[1].split("##")[0]
     assert table.count(HEAD.replace("_", "\\_")) + table.count(HEAD) == 1 and "0, 4" in table
 

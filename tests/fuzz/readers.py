@@ -19,10 +19,11 @@ from fuzz.documents import KEYS, SCALARS, Node, Raw, copied, damage, mutate, pic
 from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.projections import locate
-from swsurgery.checkpoint.record import read_patched
+from swsurgery.checkpoint.record import read_record
 from swsurgery.errors import SwsurgeryError
 from swsurgery.manifest.load import parse_manifest
 from swsurgery.manifest.schema import Manifest
+from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import JOURNAL, OWN_FILES
 
 LONGEST_LINE = 1000
@@ -179,7 +180,7 @@ class RecordFile(Reader):
 
     def read(self, content: bytes) -> bool:
         (self.folder / OWN_FILES[0]).write_bytes(content)
-        record = read_patched(self.folder).record
+        record = read_record(Folder.at(self.folder)).record
         return record.model_dump(mode="json", exclude_unset=True) == json.loads(content)
 
 
@@ -212,7 +213,7 @@ class JournalFile(Reader):
     def read(self, content: bytes) -> bool:
         (self.folder / JOURNAL).write_bytes(content)
         try:
-            return journal.recover(self.folder) and not (self.folder / JOURNAL).exists()
+            return journal.recover(Folder.at(self.folder)) and not (self.folder / JOURNAL).exists()
         finally:
             (self.folder / JOURNAL).unlink(missing_ok=True)
             for name in OWN_FILES:

@@ -9,7 +9,7 @@ import pytest
 from checkpoints import SECOND, sha256, tree, write_llama, write_manifest
 
 from swsurgery.checkpoint.opening import open_checkpoint
-from swsurgery.checkpoint.record import read_patched
+from swsurgery.checkpoint.record import read_record
 from swsurgery.editing import apply as apply_module
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.in_place import apply_in_place
@@ -17,6 +17,7 @@ from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions, check_checkpoint
 from swsurgery.model.report import CheckedBounds
 from swsurgery.progress import Silent
+from swsurgery.storage.folder import Folder
 from swsurgery.verifying.verify import verify_record
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
@@ -49,14 +50,14 @@ def test_an_argument_that_is_no_check_is_a_type_error_and_nothing_is_written(bas
 @pytest.mark.parametrize("check", ["off", CheckOptions("off")])
 def test_a_check_turned_off_is_off(manifest, tmp_path, check):
     apply_manifest(manifest, tmp_path / "out", check=check)
-    assert read_patched(tmp_path / "out").record.check["kind"] == "off"
+    assert read_record(Folder.at(tmp_path / "out")).record.check["kind"] == "off"
     apply_in_place(manifest, check=check)
-    assert read_patched(tmp_path / "base").record.check["kind"] == "off"
+    assert read_record(Folder.at(tmp_path / "base")).record.check["kind"] == "off"
 
 
 def test_weights_by_its_name_checks_the_weights(manifest, tmp_path):
     apply_manifest(manifest, tmp_path / "out", check="weights")
-    found = read_patched(tmp_path / "out").record.check
+    found = read_record(Folder.at(tmp_path / "out")).record.check
     assert (found["kind"], found["reason"]) == ("weights", "only the weights were to be checked")
 
 

@@ -15,7 +15,7 @@ import pytest
 from checkpoints import FIRST, HIDDEN, INNER, SECOND, THIRD, down, sha256, tree, write_llama, write_manifest
 
 from swsurgery.checkpoint import record as checkpoint_record
-from swsurgery.checkpoint.record import read_patched
+from swsurgery.checkpoint.record import read_record
 from swsurgery.cli import main
 from swsurgery.editing import record as record_module
 from swsurgery.errors import ManifestError
@@ -23,6 +23,7 @@ from swsurgery.manifest import yaml_reader
 from swsurgery.manifest.load import load_manifest, parse_manifest
 from swsurgery.progress import Silent
 from swsurgery.storage import strict_json
+from swsurgery.storage.folder import Folder
 from swsurgery.storage.strict_json import RECORD, Limits, render, render_pieces
 from swsurgery.verifying.verify import verify_record
 
@@ -34,6 +35,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from swsurgery.cli import main
+from swsurgery.storage.folder import Folder
 code = main(sys.argv[1:])
 status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
 Path("peak").write_text(str(int(status["VmHWM"].split()[0]) / 1024))
@@ -191,7 +193,7 @@ def test_what_is_rendered_is_what_json_renders(base, tmp_path):
         assert (
             main(["apply", str(step(base, tmp_path / f"{number}.json", number)), "--in-place", "--check", "off"]) == 0
         )
-    patched = read_patched(base)
+    patched = read_record(Folder.at(base))
     document = patched.record.model_dump(mode="json")
     assert len(document["history"]) == 1 and len(document["edits"]) == 10
     assert (json.dumps(document, indent=2, sort_keys=True) + "\n").encode() == patched.record_raw

@@ -15,14 +15,15 @@ from checkpoints import down, place, write_llama, write_manifest, write_sparse_s
 from patched import DOWN, EDITED, FIRST, MANIFEST, SCALED, SECOND, apply_text, write_base
 
 from swsurgery import known
-from swsurgery.checkpoint.opening import open_as
-from swsurgery.checkpoint.record import read_patched
+from swsurgery.checkpoint.opening import read_checkpoint
+from swsurgery.checkpoint.record import read_record
 from swsurgery.cli import main
 from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.in_place import apply_in_place
 from swsurgery.errors import LookupFailed
 from swsurgery.progress import Silent
 from swsurgery.sharing import export
+from swsurgery.storage.folder import Folder
 from swsurgery.verifying.against_manifest import find_own_differences
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.verify import verify_record
@@ -289,8 +290,8 @@ def test_a_protected_scalar_of_a_shard_that_is_elsewhere_is_no_finding(patched):
     forge(patched, text, leave)
     for name in (FIRST, SECOND):
         (patched / name).unlink()
-    own = read_patched(patched)
-    checkpoint = open_as(patched, own.record.base, elsewhere=own.record.elsewhere)
+    own = read_record(Folder.at(patched))
+    checkpoint = read_checkpoint(Folder.at(patched), own.record.base, elsewhere=own.record.elsewhere)
     assert find_own_differences(own, checkpoint) == []
     found = verify_record(patched, Silent())
     assert found.ok and found.protected == 0

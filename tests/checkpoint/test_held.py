@@ -1,0 +1,226 @@
+"""Every function and command that reads a directory enters it once, and an edit in place that was cut off is undone."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect as inspect_module
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import FIRST, HEAD, SECOND, THIRD, down, sha256, tree, write_llama, write_manifest
+from keys import write_keys
+
+import swsurgery
+from swsurgery.checkpoint import inspect, journal
+from swsurgery.checkpoint.opening import held, open_checkpoint
+from swsurgery.cli import app, main
+from swsurgery.editing import in_place, sanity
+from swsurgery.editing.apply import apply_manifest, plan_manifest
+from swsurgery.editing.in_memory import load_patched, patched_state_dict
+from swsurgery.editing.in_place import apply_in_place, revert_in_place
+from swsurgery.editing.revert import revert
+from swsurgery.errors import SwsurgeryError, TargetError
+from swsurgery.progress import Silent
+from swsurgery.scanning import scan
+from swsurgery.sharing import export, publish
+from swsurgery.storage import filesystem
+from swsurgery.storage.folder import Folder
+from swsurgery.storage.names import JOURNAL, WORKING_FILES
+from swsurgery.verifying import signature, verify
+
+PACKAGE = Path(swsurgery.__file__).parent
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+class Room:
+    """`model`, which was patched once and whose second edit in place was cut off; and what a call may need beside it.
+
+    `before` is what `model` contained before the second edit, and `recoveries` the directories that were recovered.
+    """
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch):
+        self.folder, self.model, self.out = folder, write_llama(folder / "model"), folder / "out"
+        self.twin = write_llama(folder / "twin")
+        apply_in_place(self.manifest("first", {"op": "zero", "layer": 1, "row": 2, "col": 3}), check="off")
+        self.before = tree(self.model)
+        self.third = self.manifest("third", {"op": "zero", "layer": 1, "row": 1, "col": 1})
+        with patch.context() as context, pytest.raises(Killed):
+            context.setattr(in_place, "run_check", self._stop)
+            context.setattr(journal, "_take_back", lambda *arguments: None)
+            edit = {"op": "set", "tensor": HEAD, "index": [11, 5], "value": 1.0}
+            apply_in_place(self.manifest("second", edit), check="off")
+        assert (self.model / JOURNAL).exists() and tree(self.model)[THIRD] != self.before[THIRD]
+        self.recoveries: list[Path] = []
+        true = journal.recover
+
+        def recover(directory: Folder, **more: bool) -> object:
+            self.recoveries.append(directory.path)
+            return true(directory, **more)
+
+        patch.setattr(journal, "recover", recover)
+
+    def manifest(self, name: str, edit: dict[str, object]) -> Path:
+        pins = {shard: sha256(self.model / shard) for shard in (FIRST, SECOND, THIRD)}
+        return write_manifest(self.folder / f"{name}.json", {"path": str(self.model), "sha256": pins}, edit)
+
+    @staticmethod
+    def _stop(*arguments: object) -> None:
+        raise Killed
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch) -> Room:
+    return Room(tmp_path, monkeypatch)
+
+
+FUNCTIONS: dict[str, Callable[[Room], object]] = {
+    "open_checkpoint": lambda room: open_checkpoint(room.model),
+    "plan_manifest": lambda room: plan_manifest(room.third),
+    "apply_manifest": lambda room: apply_manifest(room.third, room.out, check="off"),
+    "revert": lambda room: revert(room.model, room.out),
+    "revert_in_place": lambda room: revert_in_place(room.model),
+    "check_checkpoint": lambda room: sanity.check_checkpoint(room.model),
+    "verify_record": lambda room: verify.verify_record(room.model, Silent()),
+    "verify_checkpoint": lambda room: verify.verify_checkpoint(room.model, verify.Question(), Silent()),
+    "verify_checkpoint, and it is its own base": lambda room: verify.verify_checkpoint(
+        room.model, question(base=str(room.model)), Silent()
+    ),
+    "verify_checkpoint, and it is the base": lambda room: verify.verify_checkpoint(
+        room.twin, question(base=str(room.model)), Silent()
+    ),
+    "verify_checkpoint, and it is the manifest's": lambda room: verify.verify_checkpoint(
+        room.twin, question(manifest=room.third), Silent()
+    ),
+    "inspect_files": lambda room: inspect.inspect_files(room.model),
+    "inspect_tensor": lambda room: inspect.inspect_tensor(room.model, down(1), "2,3"),
+    "scan_checkpoint": lambda room: scan.scan_checkpoint(room.model, "weights"),
+    "sweep_manifest": lambda room: scan.sweep_manifest(room.third, [0.0, 1.0]),
+    "export": lambda room: export.write(str(room.model), "sparse", room.out),
+    "export of a manifest": lambda room: export.write(str(room.third), "sparse", room.out),
+    "find_early": lambda room: publish.find_early(room.model),
+    "check_gate": lambda room: publish.check_gate(room.model, ["check-missing"]),
+}
+"""Functions that leave the directory as it was before the edit that was cut off, or raise an error afterwards."""
+
+NEED_TORCH: dict[str, Callable[[Room], object]] = {
+    "load_patched": lambda room: load_patched(room.model, room.third),
+    "patched_state_dict": lambda room: list(patched_state_dict(room.model, room.third)),
+}
+
+COMMANDS = (
+    "verify {model}", "verify {model} --known", "verify {model} --finite", "verify {model} --base {model}",
+    "verify {twin} --finite --base {model}", "verify {twin} --manifest {third}", "inspect {model}",
+    "inspect {model} --tensor lm_head.weight --at 0,0", "lookup {model}", "diff {model} {model}", "diff {twin} {model}",
+    "revert {model}", "revert {model} -o {out}", "apply {third} --dry-run", "apply {third} -o {out} --check off",
+    "check {model}", "scan {model} --method weights", "scan {model}", "sweep {third} --factors 0,1",
+    "export {model} --format sparse -o {out}", "export {third} --format sparse -o {out}",
+)  # fmt: skip
+
+
+def question(**fields: object) -> verify.Question:
+    """A question that a checkpoint without a record can be asked."""
+    return replace(verify.Question(finite=True), **fields)
+
+
+def assert_recovered_once(room: Room) -> None:
+    assert room.recoveries == [room.model]
+    assert tree(room.model) == room.before
+    assert not any((room.model / name).exists() for name in WORKING_FILES)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_recovers_once(room, name):
+    with contextlib.suppress(SwsurgeryError):
+        FUNCTIONS[name](room)
+    assert_recovered_once(room)
+
+
+@pytest.mark.parametrize("name", NEED_TORCH)
+def test_a_function_that_loads_the_patched_model_recovers_once(room, name):
+    with contextlib.suppress(SwsurgeryError):
+        NEED_TORCH[name](room)
+    assert_recovered_once(room)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_recovers_once(room, command, capsys):
+    main([word.format(**vars(room)) for word in command.split()])
+    assert "internal error" not in capsys.readouterr().err
+    assert_recovered_once(room)
+
+
+def test_an_edit_in_place_recovers_once_and_is_made(room):
+    apply_in_place(room.third, check="off")
+    assert room.recoveries == [room.model] and verify.verify_record(room.model, Silent()).ok
+    revert_in_place(room.model)
+    assert tree(room.model) == room.before
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], ["--yes", "--accept", "check-missing"], ["--patch", "--dry-run"]])
+def test_publish_recovers_once(hub, room, options):
+    assert main(["publish", str(room.model), "org/edited", *options]) == 0
+    assert_recovered_once(room)
+
+
+def test_signing_recovers_once(room, tmp_path):
+    pytest.importorskip("model_signing")
+    signature.sign(room.model, write_keys(tmp_path), tmp_path / "model.sig")
+    assert_recovered_once(room)
+
+
+def test_verifying_a_signature_recovers_once(room, tmp_path):
+    pytest.importorskip("model_signing")
+    with contextlib.suppress(SwsurgeryError):
+        signature.verify_signature(room.model, room.third, tmp_path / "key.pub")
+    assert_recovered_once(room)
+
+
+def test_no_command_is_forgotten():
+    tested = {command.split()[0] for command in COMMANDS} | {"publish", "sign"}
+    named = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert named - tested == {"lint", "schema"}, "these read no checkpoint"
+
+
+def test_no_public_function_is_forgotten():
+    tested = {*FUNCTIONS, *NEED_TORCH, "apply_in_place"}
+    functions = {name for name in swsurgery.__all__ if inspect_module.isfunction(getattr(swsurgery, name))}
+    assert functions - tested == {"diff_checkpoints", "load_manifest", "lookup"}, "these are not given a directory"
+
+
+def test_recovery_is_called_in_one_place():
+    calls = [path.name for path in PACKAGE.rglob("*.py") for _ in range(path.read_text().count("journal.recover("))]
+    assert calls == ["opening.py"]
+
+
+def test_what_is_held_already_is_not_entered_again(room):
+    with held(room.model) as entered, held(entered) as again:
+        assert again is entered
+    assert_recovered_once(room)
+
+
+def test_a_directory_can_be_held_twice_and_not_edited_meanwhile(room):
+    busy = pytest.raises(TargetError, match="another run is reading or editing it")
+    with held(room.model), held(room.model), busy:
+        revert_in_place(room.model)
+    assert_recovered_once(room)
+
+
+def test_an_edit_that_is_cut_off_before_the_lock_is_not_read(room, monkeypatch):
+    """Between the recovery and the lock of a reader another run may begin an edit and be killed."""
+    true = filesystem.lock_directory
+
+    @contextlib.contextmanager
+    def locked(folder: Folder, exclusive: bool) -> Iterator[None]:
+        with true(folder, exclusive):
+            if not exclusive:
+                (room.model / JOURNAL).touch()
+            yield
+
+    monkeypatch.setattr(filesystem, "lock_directory", locked)
+    with pytest.raises(TargetError, match="another edit in place was cut off just now"), held(room.model):
+        pytest.fail("it was entered")
