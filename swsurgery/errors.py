@@ -176,6 +176,6 @@ class Interrupted(BaseException):
         super().__init__(*self.faults)
         self.signal = signal
 
-    def leaving(self, left: str) -> Interrupted:
+    def replace_left(self, left: str) -> Interrupted:
         """Return the same signal with another description of what remains."""
         return Interrupted(self.signal, left)

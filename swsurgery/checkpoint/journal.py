@@ -162,7 +162,7 @@ def _finish(folder: Folder, reverts: bool, error: BaseException) -> None:
         what = f"{_describe_result(folder, reverts)}, but a power cut could still undo it ({reason})"
         raise TargetError(what, remedy="see to the disk, then run the same command again") from error
     if isinstance(error, Interrupted):
-        raise error.leaving(_describe_result(folder, reverts)) from None
+        raise error.replace_left(_describe_result(folder, reverts)) from None
 
 
 def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal, error: BaseException) -> None:
@@ -178,13 +178,13 @@ def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal
         _put_all_back(folder, journal, files)
     except TargetError as failed:
         if isinstance(error, Interrupted):
-            raise error.leaving(str(failed)) from failed
+            raise error.replace_left(str(failed)) from failed
         raise
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         _log.warning("left as another program wrote it: %s%s", left[0], more)
     if begun and isinstance(error, Interrupted):
-        raise error.leaving("the old bytes were put back") from None
+        raise error.replace_left("the old bytes were put back") from None
 
 
 def is_pending(folder: Folder) -> bool:
@@ -334,14 +334,14 @@ class _Held:
             for place in self.file.places:
                 now = read_exactly(self.opened, len(place.old), place.offset)
                 if now != place.old and place.is_ours(now):
-                    target = self._reopened() if target is None else target
+                    target = self._reopen() if target is None else target
                     filesystem.write_at(target, place.old, place.offset)
             filesystem.sync(self.fd if target is None else target)
         finally:
             if target not in (None, self.fd):
                 os.close(target)
 
-    def _reopened(self) -> int:
+    def _reopen(self) -> int:
         """Open the same file for writing."""
         fd = filesystem.open_for_patching(self.path)
         if not os.path.samestat(os.fstat(fd), os.fstat(self.fd)):

@@ -136,7 +136,7 @@ class _Cache:
             raise CheckpointError(f"is not fully downloaded: {link.name}") from None
         if not stat.S_ISREG(status.st_mode):
             raise outside
-        file = LocalFile(Entry.listed(blob.folder, blob.name, status))
+        file = LocalFile(Entry.from_status(blob.folder, blob.name, status))
         return BaseFile(link.name, file, status.st_size, target.name if len(target.name) == 64 else None)
 
 

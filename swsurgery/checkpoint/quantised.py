@@ -164,7 +164,7 @@ class Quantisation:
     def __repr__(self) -> str:
         return f"<Quantisation of {len(self._names)} tensors, declared: {self.declared}>"
 
-    def reading(self, name: str) -> Reading:
+    def get_reading(self, name: str) -> Reading:
         """Decide what the numbers of the tensor `name` mean. Raises KeyError if it does not exist."""
         if name not in self._readings:
             self._readings[name] = self._read(name)
@@ -172,7 +172,7 @@ class Quantisation:
 
     def refusal(self, name: str) -> str | None:
         """Return the reason why the numbers of the tensor `name` are not weights, None if they are."""
-        reading = self.reading(name)
+        reading = self.get_reading(name)
         if reading.kind == "plain":
             return None
         if reading.kind == "internal":
@@ -182,7 +182,7 @@ class Quantisation:
     def first_codes(self) -> str | None:
         """Return the name of the first quantised weight stored as F8 or integers, None if there is none."""
         coded = (name for name, header in self._tensors.items() if _is_code(header.dtype))
-        return next((name for name in coded if self.reading(name).kind in ("scaled", "unreadable")), None)
+        return next((name for name in coded if self.get_reading(name).kind in ("scaled", "unreadable")), None)
 
     def _read(self, name: str) -> Reading:
         """Decide what the numbers of a tensor mean."""
@@ -296,11 +296,11 @@ class Quantisation:
 
     def _find_owner(self, name: str, path: list[str], is_float: bool) -> str:
         """Return the reason why a tensor belongs to codes stored elsewhere, "" if it does not."""
-        if owner := self._scaled_by(name):
+        if owner := self._find_scaled(name):
             return f"it belongs to the quantised tensor {owner}"
         # A bias is not quantised; the first version of torchao stored it as `bias:_data`.
         is_bias = _get_last_part(name).partition(":")[0].endswith("bias")
-        if is_float and path and not is_bias and (codes := self._stacked_codes(".".join(path))):
+        if is_float and path and not is_bias and (codes := self._find_stacked_codes(".".join(path))):
             return f"it is stored among codes such as {codes}"
         for depth in range(len(path), 0, -1):
             module = ".".join(path[:depth])
@@ -309,7 +309,7 @@ class Quantisation:
                 return f"it belongs to a quantised layer, whose codes are {codes}"
         return ""
 
-    def _scaled_by(self, name: str) -> str | None:
+    def _find_scaled(self, name: str) -> str | None:
         """Return the stacked codes to which `name` belongs: `experts.down_proj` for `experts.down_proj_scale`."""
         for match in re.finditer("_", _get_last_part(name)):
             cut = len(name) - len(_get_last_part(name)) + match.start()
@@ -330,7 +330,7 @@ class Quantisation:
             self._layers[module] = found[0] if found else None
         return self._layers[module]
 
-    def _stacked_codes(self, module: str) -> str | None:
+    def _find_stacked_codes(self, module: str) -> str | None:
         """Return a matrix of codes that `module` itself stores: the experts of a layer, or Marlin's `B`."""
         if module not in self._stacks:
             self._stacks[module] = next(self._matrices_of_codes(module), None)

@@ -172,7 +172,7 @@ class Record(Strict):
     manifest_sha256: Digest
     history: Annotated[list[HistoryStep], FailFast()]
 
-    def inherited(self) -> list[tuple[int, ScalarRecord]]:
+    def list_inherited(self) -> list[tuple[int, ScalarRecord]]:
         """Return the scalars that earlier steps protect, each with the number (from 1) of the first step that does so.
 
         Scalars that this step protects with the same bits are left out. Raises CheckpointError if an earlier record is
@@ -188,7 +188,7 @@ class Record(Strict):
     def protectors(self) -> dict[Coordinate, int]:
         """Map every scalar that this step or an earlier one protects to the number (from 1) of the step."""
         steps = {record.coordinate: len(self.history) + 1 for record in self.protected}
-        return steps | {record.coordinate: number for number, record in self.inherited()}
+        return steps | {record.coordinate: number for number, record in self.list_inherited()}
 
     def pieces(self) -> Iterator[str]:
         """Render swsurgery.json piece by piece, so that a large record is never in memory twice."""
@@ -227,7 +227,7 @@ class Patched:
         own = {k: v for k, v in self.record.model_dump(mode="json").items() if k != "history"}
         return [*self.record.history, HistoryStep(registry=own, manifest=self.manifest_raw.decode())]
 
-    def previous(self) -> Patched | None:
+    def rebuild_previous(self) -> Patched | None:
         """Return the record of the patched checkpoint to which this step was applied; None if the base was unpatched.
 
         Raises CheckpointError.

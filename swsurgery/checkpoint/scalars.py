@@ -53,7 +53,7 @@ def list_protected(record: Record, checkpoint: Checkpoint) -> list[ScalarRecord]
     names = {f.name for f in checkpoint.files}
     protected = [r for r in record.protected if r.file in names or r.file not in record.elsewhere]
     # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
-    return protected + [entry for _, entry in record.inherited() if entry.file in checkpoint.shards]
+    return protected + [entry for _, entry in record.list_inherited() if entry.file in checkpoint.shards]
 
 
 def find_repeated(record: Record) -> Iterator[ScalarRecord]:

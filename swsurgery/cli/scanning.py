@@ -80,7 +80,7 @@ def scan(
     except Interrupted as interrupted:
         if not lines:
             raise
-        raise interrupted.leaving("what was written stays") from interrupted
+        raise interrupted.replace_left("what was written stays") from interrupted
     finally:  # print the result, which took long to compute, and the files written, even if writing failed
         report_done("; ".join(lines))
         out.print_result(report, show_scan.show_scan)

@@ -106,7 +106,7 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
             return ["only the edit that had been cut off was undone"]
         root = folder.path
         patched = read_record(folder)
-        record, previous = patched.record, patched.previous()
+        record, previous = patched.record, patched.rebuild_previous()
         checkpoint = read_checkpoint(folder, record.base)
         if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
             raise CheckpointError(

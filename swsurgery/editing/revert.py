@@ -28,7 +28,7 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
         patched = read_record(entered)
         checkpoint = read_checkpoint(entered, patched.record.base)
         refuse_inside(output, checkpoint)
-        record, previous = patched.record, patched.previous()
+        record, previous = patched.record, patched.rebuild_previous()
         names = {f.name for f in checkpoint.files}
         if missing := [name for name in record.files if name not in names]:
             raise CheckpointError(

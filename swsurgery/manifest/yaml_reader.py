@@ -130,9 +130,9 @@ class Reader:
             while not isinstance(item := next(self._events), yaml.SequenceEndEvent):
                 items.append(self._read(item, (*path, len(items))))
             return items
-        return self._mapping(path)
+        return self._read_mapping(path)
 
-    def _mapping(self, path: NodePath) -> dict[str, Any]:
+    def _read_mapping(self, path: NodePath) -> dict[str, Any]:
         result: dict[str, Any] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):

@@ -190,7 +190,7 @@ class LayeredModel:
         progress = progress or Silent()
         self.places.find(variants)
         try:
-            layered = self.layered(sequences[0])
+            layered = self.is_layered(sequences[0])
             steps = len(sequences) + (len(self.layers) if layered else 0)
             total, unit = (steps, "step") if self.weights is None else (sum(self.weights.sizes), "B")
             progress.start(total, unit, f"{len(self.layers)} layers")
@@ -203,7 +203,7 @@ class LayeredModel:
             if self.weights is not None:
                 self.weights.close()
 
-    def layered(self, ids: Sequence[int]) -> bool:
+    def is_layered(self, ids: Sequence[int]) -> bool:
         """Return True if the layers can be called from here.
 
         Their arguments must not depend on the tokens and must not carry state from call to call. Two rehearsals, of
@@ -246,7 +246,7 @@ class LayeredModel:
                         group.state = group.state.repeat(1, len(variants), 1, 1)
                     if touched:
                         for index, variant in enumerate(variants):
-                            with self.places.swapped(variant, number):
+                            with self.places.swap(variant, number):
                                 self._advance(number, layer, group, slice(index, index + 1), watch)
                     else:
                         self._advance(number, layer, group, slice(None), watch)
@@ -260,7 +260,7 @@ class LayeredModel:
                 state = group.state[at].to(device).expand(len(variants), -1, -1)
 
                 def logits(index: int, ids: Sequence[int] = ids, state: Tensor = state) -> Tensor:
-                    with torch.no_grad(), self.places.swapped(variants[index], None):
+                    with torch.no_grad(), self.places.swap(variants[index], None):
                         return self._head(ids, state[index : index + 1])
 
                 found = tuple(peaks.of(number, index) for index in range(len(variants)))
@@ -280,7 +280,7 @@ class LayeredModel:
             for number in numbers:
                 rows = []
                 for variant in variants if apart else ({},):
-                    with self.places.swapped(variant, None):
+                    with self.places.swap(variant, None):
                         hidden, calls = self._rehearse(sequences[number])
                     rows.append(hidden[0])
                 states.append(torch.stack(rows))
@@ -326,7 +326,7 @@ class LayeredModel:
 
             return forward
 
-        with self._replaced(stand_in), contextlib.suppress(_Rehearsed):
+        with self._replace_forwards(stand_in), contextlib.suppress(_Rehearsed):
             self.model(input_ids=self._tokens(ids), use_cache=False)
         if len(calls) != len(self.layers):
             raise Unknown
@@ -358,11 +358,11 @@ class LayeredModel:
 
             return forward
 
-        with self._replaced(stand_in):
+        with self._replace_forwards(stand_in):
             return self._logits(ids)
 
     @contextlib.contextmanager
-    def _replaced(self, stand_in: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    def _replace_forwards(self, stand_in: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
         """Replace the forward method of each layer with the result of `stand_in` for the length of a block."""
         kept = [layer.__dict__.get("forward") for layer in self.layers]
         try:
@@ -407,15 +407,15 @@ class LayeredModel:
                     found.append(found[0])
                     continue
                 peaks = _Peaks()
-                with self.places.swapped(variant), self._observed(number, index, watch, peaks):
+                with self.places.swap(variant), self._observe(number, index, watch, peaks):
                     logits.append(self._logits(ids))
                 found.append(peaks.of(number, 0))
             yield Outcomes(number, Logits(len(logits), logits.__getitem__), tuple(found))
             progress.advance(1)
 
     @contextlib.contextmanager
-    def _observed(self, sequence: int, variant: int, watch: Watch | None, peaks: _Peaks) -> Iterator[None]:
-        def observed(number: int, layer: nn.Module) -> Callable[..., Any]:
+    def _observe(self, sequence: int, variant: int, watch: Watch | None, peaks: _Peaks) -> Iterator[None]:
+        def watch_layer(number: int, layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 rows = [(sequence, variant)]
                 with watch.around(number, layer, rows) if watch else contextlib.nullcontext():
@@ -428,7 +428,7 @@ class LayeredModel:
 
             return forward
 
-        with self._replaced(observed):
+        with self._replace_forwards(watch_layer):
             yield
 
 

@@ -171,7 +171,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         _move_computed_buffers(model, layers, devices)
         weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
         streamed = LayeredModel(model, checkpoint, weights, devices[0])
-        if not streamed.layered([0, 1, 2]):
+        if not streamed.is_layered([0, 1, 2]):
             raise ModelError("cannot be read layer by layer: its layers are called in another way", checkpoint.root)
     return streamed
 

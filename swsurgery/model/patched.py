@@ -73,7 +73,7 @@ def load(
 
 def _set(places: Places, scalar: Scalar, new: bytes) -> None:
     """Set a stored scalar to `new` in the loaded model, rounded to the dtype in which the weight was loaded."""
-    place = places.place(scalar.coordinate)
+    place = places.find_place(scalar.coordinate)
     weight = place.weight
     if weight.device.type == "meta":
         raise ModelError("offloaded, so it cannot be edited in memory", scalar.coordinate, "give another device_map")

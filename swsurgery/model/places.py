@@ -57,14 +57,14 @@ class Places:
     def find(self, variants: Sequence[Variant]) -> None:
         """Find every scalar of `variants`. Raises Unrunnable for one that is not in the loaded model."""
         for coordinate in {coordinate for variant in variants for coordinate in variant} - set(self._found):
-            self._found[coordinate] = self.place(coordinate)
+            self._found[coordinate] = self.find_place(coordinate)
 
     def touches(self, variant: Variant, where: int | None) -> bool:
         """Return True if `variant` changes a weight of layer `where` (None: outside the layers)."""
         return any(where in self._found[coordinate].layers for coordinate in variant)
 
     @contextlib.contextmanager
-    def swapped(self, variant: Variant, where: int | None | object = ...) -> Iterator[None]:
+    def swap(self, variant: Variant, where: int | None | object = ...) -> Iterator[None]:
         """Give the weights of layer `where` the values of `variant` for the length of a block.
 
         None stands for the weights outside the layers, and ... for all weights. The original bits are restored
@@ -94,7 +94,7 @@ class Places:
             for weight, index, held in reversed(kept):
                 weight[index] = held
 
-    def place(self, coordinate: Coordinate) -> Place:
+    def find_place(self, coordinate: Coordinate) -> Place:
         """Find a stored scalar in the loaded model: the first candidate that exists. Raises Unrunnable if none does."""
         shapes = self._checkpoint.shapes
         if coordinate.tensor in shapes:

@@ -34,6 +34,6 @@ def count_variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]
     """Return the number of variants, besides the base, that may share one pass over the weights; at least one."""
     config, element = model.model.config.get_text_config(), model.dtype.itemsize
     size: int = sum(map(len, windows)) * config.hidden_size * element
-    if not model.layered(windows[0]):  # then the logits of all variants exist at once
+    if not model.is_layered(windows[0]):  # then the logits of all variants exist at once
         size += max(map(len, windows)) * config.vocab_size * element
     return max(1, STATES // size - 1)

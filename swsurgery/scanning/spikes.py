@@ -218,7 +218,7 @@ class LayerSpikes:
         records: dict[int, TokenRecord] = {}
         for token, channel in moved.nonzero().tolist():
             if token not in records:
-                multiplied = tuple(part for source in sources for part in source.multiplied(start + token))
+                multiplied = tuple(part for source in sources for part in source.list_multiplied(start + token))
                 sizes = output[token].abs()
                 records[token] = TokenRecord(multiplied, float(sizes.max()), float(sizes.median()))
             at = (token, channel)
@@ -259,7 +259,7 @@ class _Linear:
     def neurons(self) -> Tensor:
         return self._x
 
-    def multiplied(self, token: int) -> list[Multiplied]:
+    def list_multiplied(self, token: int) -> list[Multiplied]:
         x = self._x.reshape(-1, self._x.shape[-1])[token].float().cpu()
         return [Multiplied(self.projection, 1.0 if self._gate is None else float(self._gate[token]), x)]
 
@@ -307,7 +307,7 @@ class _Experts:
     def neurons(self) -> Tensor:
         return self._x
 
-    def multiplied(self, token: int) -> list[Multiplied]:
+    def list_multiplied(self, token: int) -> list[Multiplied]:
         return [
             Multiplied(
                 self.projections[expert], float(self._weights[token, place]), self._x[token, place].float().cpu()

@@ -172,7 +172,7 @@ def render_body(
         "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
         "## What was changed",
         _render_edits(record.edits, short or {}),
-        *_render_protected([*record.protected, *(entry for _, entry in record.inherited())]),
+        *_render_protected([*record.protected, *(entry for _, entry in record.list_inherited())]),
         *_render_known(record),
         "## The check",
         _check(record.check),
@@ -272,7 +272,7 @@ def _format_index(record: ScalarRecord) -> str:
     return render_code(list(record.index))
 
 
-def _place(short: ShortForm | None) -> Sequence[str]:
+def _render_place(short: ShortForm | None) -> Sequence[str]:
     """Render the cells for layer, row and column. The cell of the layer includes the expert."""
     if short is None:
         return ["\\-"] * 3
@@ -287,7 +287,7 @@ def _render_edits(edits: Sequence[EditRecord], short: Mapping[Coordinate, ShortF
         [
             render_code(e.tensor),
             _format_index(e),
-            *_place(short.get(e.coordinate)),
+            *_render_place(short.get(e.coordinate)),
             render_code(e.dtype),
             render_code(e.old),
             render_code(e.new),

@@ -207,7 +207,7 @@ def list_steps(patched: Patched | None) -> list[Record]:
     steps: list[Record] = []
     while patched is not None:
         steps.append(patched.record)
-        patched = patched.previous()
+        patched = patched.rebuild_previous()
     return steps[::-1]
 
 

@@ -189,7 +189,7 @@ def publish(
             hub.create_tag(plan.wish.repo_id, plan.tag, sent.commit)
         findings, listing, scalars = _read_back(plan, sent, progress or Silent())
     except Interrupted as error:
-        raise error.leaving("the repository is as it was or all new; run the same command again") from None
+        raise error.replace_left("the repository is as it was or all new; run the same command again") from None
     return Published(
         plan.wish.repo_id,
         sent.commit,

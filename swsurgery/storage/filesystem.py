@@ -44,13 +44,13 @@ _REMEDIES = {
 
 
 @contextlib.contextmanager
-def _placed(path: Path | Entry) -> Iterator[tuple[str, int | None]]:
+def _open_parent(path: Path | Entry) -> Iterator[tuple[str, int | None]]:
     """Yield the two arguments of a system call for a path or an entry: its name and the descriptor of its directory.
 
     The descriptor is None for a path. Raises OSError.
     """
     if isinstance(path, Entry):
-        with path.placed() as (fd, name):
+        with path.open_parent() as (fd, name):
             yield name, fd
     else:
         yield os.fspath(path), None
@@ -72,7 +72,7 @@ def is_there(path: Path | Entry) -> bool:
     os.path.lexists returns False in that case, and a caller would conclude that no journal exists.
     """
     try:
-        with _placed(path) as (name, fd):
+        with _open_parent(path) as (name, fd):
             os.lstat(name, dir_fd=fd)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -107,13 +107,13 @@ def lock_directory(folder: Path | Folder, exclusive: bool, *, wait: bool = False
 
 def remove_file(path: Path | Entry) -> None:
     """Remove a file if it exists."""
-    with contextlib.suppress(FileNotFoundError), _placed(path) as (name, fd):
+    with contextlib.suppress(FileNotFoundError), _open_parent(path) as (name, fd):
         os.unlink(name, dir_fd=fd)
 
 
 def make_directory(path: Path | Entry, mode: int = 0o777) -> None:
     """Create a directory with permissions `mode`, reduced by the umask."""
-    with _placed(path) as (name, fd):
+    with _open_parent(path) as (name, fd):
         os.mkdir(name, mode, dir_fd=fd)
 
 
@@ -131,7 +131,7 @@ def make_directories(path: Path) -> None:
 
 def remove_directory(path: Path | Entry) -> None:
     """Remove an empty directory."""
-    with _placed(path) as (name, fd):
+    with _open_parent(path) as (name, fd):
         os.rmdir(name, dir_fd=fd)
 
 
@@ -146,7 +146,7 @@ def lock(folder: Folder) -> bool:
 
 def create(path: Path | Entry, mode: int = 0o666) -> int:
     """Create a file with permissions `mode`, reduced by the umask, and return a descriptor for writing."""
-    with _placed(path) as (name, folder):
+    with _open_parent(path) as (name, folder):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(name, flags, mode, dir_fd=folder)
 
@@ -156,9 +156,9 @@ def open_for_patching(path: Path | Entry) -> int:
 
     Raises OSError, and for an entry also the errors of `Entry.open`.
     """
-    with _placed(path) as (name, folder):
+    with _open_parent(path) as (name, folder):
         fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    return path.sound(fd) if isinstance(path, Entry) else fd
+    return path.check_descriptor(fd) if isinstance(path, Entry) else fd
 
 
 def reserve(path: Path | Entry, size: int) -> None:
@@ -233,7 +233,7 @@ def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None
     temporary = temporary or path.with_name(f".{path.name.rpartition('/')[2]}.{os.getpid()}")
     try:
         write_file(temporary, data, mode)
-        with convert_os_errors(path), _placed(temporary) as (old, fd), _placed(path) as (new, to):
+        with convert_os_errors(path), _open_parent(temporary) as (old, fd), _open_parent(path) as (new, to):
             os.replace(old, new, src_dir_fd=fd, dst_dir_fd=to)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -313,7 +313,7 @@ def make_hard_link(base: Path | Entry, new: Path | Entry) -> None:
     """Create a second name for a file. This changes its ctime, which an entry of it ignores from now on."""
     if isinstance(base, Entry):
         base.expect_new_ctime()
-    with _placed(base) as (old, fd), _placed(new) as (name, to):
+    with _open_parent(base) as (old, fd), _open_parent(new) as (name, to):
         os.link(old, name, src_dir_fd=fd, dst_dir_fd=to, follow_symlinks=False)
 
 
@@ -334,7 +334,7 @@ def sync_directory(path: Path | Folder) -> None:
 
 def rename_new(old: Path | Entry, new: Path | Entry) -> None:
     """Rename without ever replacing an existing name. Raises OSError (EEXIST)."""
-    with _placed(old) as (name, fd), _placed(new) as (to_name, to):
+    with _open_parent(old) as (name, fd), _open_parent(new) as (to_name, to):
         _rename_new(name, fd, to_name, to)
 
 

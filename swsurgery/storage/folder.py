@@ -49,7 +49,7 @@ class Identity:
         """Take the identity from the result of a stat."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
-    def same(self, other: Identity, *ignored: Field) -> bool:
+    def is_same(self, other: Identity, *ignored: Field) -> bool:
         """Compare all fields except `ignored`: "ctime_ns" after our own hard link, both times after our own writes."""
         fields: tuple[Field, ...] = ("dev", "ino", "size", "mtime_ns", "ctime_ns")
         return all(getattr(self, field) == getattr(other, field) for field in fields if field not in ignored)
@@ -103,7 +103,7 @@ class Folder:
 
     def _entry(self, fd: int, name: str, last: str) -> Entry:
         status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-        return Entry.listed(self, name, status)
+        return Entry.from_status(self, name, status)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Entry:
     links: int = 0
 
     @classmethod
-    def listed(cls, folder: Folder, name: str, status: os.stat_result) -> Entry:
+    def from_status(cls, folder: Folder, name: str, status: os.stat_result) -> Entry:
         """Make an entry with the identity, mode and links of a stat result."""
         return cls(folder, name, Identity.of(status), status.st_mode, status.st_nlink)
 
@@ -138,7 +138,7 @@ class Entry:
         return Entry(self.folder, "/".join((*self.name.split("/")[:-1], name)))
 
     @contextlib.contextmanager
-    def placed(self) -> Iterator[tuple[int, str]]:
+    def open_parent(self) -> Iterator[tuple[int, str]]:
         """Open the directory of the entry; yields its descriptor and the last component of the name. Raises OSError."""
         inner, _, last = self.name.rpartition("/")
         if not inner:
@@ -154,12 +154,12 @@ class Entry:
 
     def stat(self) -> os.stat_result:
         """Stat the entry without following a link. Raises OSError."""
-        with self.placed() as (fd, last):
+        with self.open_parent() as (fd, last):
             return os.stat(last, dir_fd=fd, follow_symlinks=False)
 
     def readlink(self) -> str:
         """Read the target of the entry, which must be a link. Raises OSError."""
-        with self.placed() as (fd, last):
+        with self.open_parent() as (fd, last):
             return os.readlink(last, dir_fd=fd)
 
     def open_folder(self) -> Folder:
@@ -177,7 +177,7 @@ class Entry:
             if error.errno == errno.ELOOP or self._is_link():
                 raise ShardError("is a symbolic link", self, "give the directory that holds the real files") from None
             raise ShardError(os.strerror(error.errno or 0), self) from None
-        return self.sound(fd)
+        return self.check_descriptor(fd)
 
     def expect_new_ctime(self) -> None:
         """Ignore the ctime of this file from now on, because this run is about to create a hard link to it."""
@@ -205,10 +205,10 @@ class Entry:
         # Creating or removing a hard link changes the ctime. This run does so, or another run on the same base.
         if (self.identity.dev, self.identity.ino) in self.folder.linked or self.links != status.st_nlink:
             ignored += ("ctime_ns",)
-        if not self.identity.same(Identity.of(status), *ignored):
+        if not self.identity.is_same(Identity.of(status), *ignored):
             raise CheckpointError("was changed or replaced while it was read", self, "run again when it rests")
 
-    def sound(self, fd: int) -> int:
+    def check_descriptor(self, fd: int) -> int:
         """Return the descriptor if it refers to the listed regular file; close it otherwise.
 
         Raises the errors of `open`.

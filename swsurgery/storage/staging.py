@@ -103,7 +103,7 @@ def stage_output(
             report_done(None)
             if isinstance(error, Interrupted):
                 left = f"run the same command to continue, or remove {where.stage}" if kept else NOTHING_LEFT
-                raise error.leaving(left) from None
+                raise error.replace_left(left) from None
             raise
 
 
@@ -111,7 +111,7 @@ def _report_visible(error: BaseException, target: Path) -> BaseException:
     """Return `error` with a message that the output exists nevertheless."""
     what = f"{target} is there and complete, but may not survive a power cut: remove it, or see swsurgery verify"
     if isinstance(error, Interrupted):
-        return error.leaving(what)
+        return error.replace_left(what)
     if isinstance(error, SwsurgeryError):
         return TargetError.of((*error.faults, f"the output could not be taken back: {what}"))
     return error

@@ -53,7 +53,7 @@ def plan_against_record(wishes: Wishes, plan: Plan, record: Record) -> list[Find
         unlike = [name for name in names if ours[name] != getattr(entry, name, None)]
         if unlike:
             said = ", ".join(f"{k} {ours[k]} and not {getattr(entry, k, None)}" for k in unlike)
-            findings.append(wishes.finding(f"the base gives {said}", scalar.coordinate))
+            findings.append(wishes.make_finding(f"the base gives {said}", scalar.coordinate))
     return findings
 
 
@@ -80,7 +80,7 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
             continue  # the header differs from the base's, which `changed` reports
         if stored != splice.new:
             made = f"{splice.op} makes {dtypes.format_bits(splice.new)} of the base's {dtypes.format_bits(splice.old)}"
-            findings.append(wishes.finding(f"{made}, it holds {dtypes.format_bits(stored)}", splice.coordinate))
+            findings.append(wishes.make_finding(f"{made}, it holds {dtypes.format_bits(stored)}", splice.coordinate))
     return findings + [wishes.at(f) for f in changed] + list(_check_pins(wishes, base))
 
 
@@ -90,4 +90,4 @@ def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
         here = hash_file(base.file(name).source)
         if here != digest:
             message = f"base.sha256 of {name} is {digest}, this base's is {here}"
-            yield wishes.finding(message, path=("base", "sha256", name))
+            yield wishes.make_finding(message, path=("base", "sha256", name))

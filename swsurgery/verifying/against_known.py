@@ -193,7 +193,7 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
     """
     name, index = coordinate
     info = checkpoint.info(name)
-    reading = checkpoint.quantisation.reading(name)
+    reading = checkpoint.quantisation.get_reading(name)
     if reading.kind == "internal":
         raise _Unreadable(f"{name} holds no weights: {reading.reason}")
     if reading.kind == "unreadable":

@@ -40,7 +40,7 @@ class Wishes:
     asked: dict[Coordinate, Asked]
     misfits: tuple[Finding, ...]
 
-    def finding(self, message: str, coordinate: Coordinate | None = None, *, path: Node | None = None) -> Finding:
+    def make_finding(self, message: str, coordinate: Coordinate | None = None, *, path: Node | None = None) -> Finding:
         """Make a manifest-mismatch at the edit that names `coordinate`, or at the manifest's node `path`."""
         finding = Finding("manifest-mismatch", message)
         if coordinate is not None:
@@ -85,9 +85,10 @@ def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
     Compares scalars, operations, factors and pins, and the new bits with those computed from the old bits.
     """
     identity = [
-        wishes.finding(message, path=path) for path, message in explain_unlike_bases(wishes.loaded.manifest, record)
+        wishes.make_finding(message, path=path)
+        for path, message in explain_unlike_bases(wishes.loaded.manifest, record)
     ]
-    unlike = [wishes.finding(message, entry) for entry, message in find_unlike_records(wishes.asked, record)]
+    unlike = [wishes.make_finding(message, entry) for entry, message in find_unlike_records(wishes.asked, record)]
     return [*wishes.misfits, *identity, *unlike]
 
 

@@ -126,7 +126,7 @@ class _Reading:
         """Edits of the manifest, in order."""
         return self.loaded.manifest.edits
 
-    def place(self, *path: str | int) -> LinePlace:
+    def locate(self, *path: str | int) -> LinePlace:
         """Return the position of a field, or of the edit or section that should contain it if it is missing."""
         return self.loaded.position(*path)
 
@@ -164,7 +164,7 @@ class _Reading:
 
 def _find_duplicates(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     for number, message in find_conflicts((n, name) for n, name in enumerate(reading.names) if name is not None):
-        yield reading.place("edits", number), f"edits[{number}]: {message}"
+        yield reading.locate("edits", number), f"edits[{number}]: {message}"
 
 
 def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
@@ -191,7 +191,7 @@ def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
         for field, value, size in wrong:
             hint = "row and col look swapped" if swapped else "they count from 0"
             message = f"edits[{number}].{field}: {value} is out of range: {model.hf_id} has {size} ({hint})"
-            yield reading.place("edits", number, field), message
+            yield reading.locate("edits", number, field), message
 
 
 def _report_misses(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
@@ -210,7 +210,7 @@ def _find_contradictions(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
             message = (
                 f"expects {expected}, the known value is {format_exact(entry.value)} ({entry.dtype}) at {entry.id}"
             )
-            yield reading.place("edits", number, "expect"), f"edits[{number}].expect: {message}"
+            yield reading.locate("edits", number, "expect"), f"edits[{number}].expect: {message}"
 
 
 def _interpret(expect: float | str | MeasuredValue) -> list[float]:
@@ -227,15 +227,15 @@ def _check_bounds(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     bounds = reading.loaded.manifest.check
     least, most = bounds.min_perplexity_ratio, bounds.max_perplexity_ratio
     if least is not None and most is not None and least > most:
-        yield reading.place("check"), f"check: no ratio is at least {least:g} and at most {most:g}"
+        yield reading.locate("check"), f"check: no ratio is at least {least:g} and at most {most:g}"
 
 
 def _find_no_effect(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     for number, edit in enumerate(reading.edits):
         if isinstance(edit, Scale) and edit.factor == 1:
-            yield reading.place("edits", number, "factor"), f"edits[{number}].factor: 1 changes nothing (use protect)"
+            yield reading.locate("edits", number, "factor"), f"edits[{number}].factor: 1 changes nothing (use protect)"
         elif isinstance(edit, Set | Zero) and edit.expect is not None and _get_written(edit) == _get_expected(edit):
-            yield reading.place("edits", number), f"edits[{number}]: writes the value that it expects (use protect)"
+            yield reading.locate("edits", number), f"edits[{number}]: writes the value that it expects (use protect)"
 
 
 def _get_written(edit: Set | Zero) -> Expected:
@@ -256,14 +256,14 @@ def _find_unguarded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
         brought = edit.known == "all" or edit.known is not None and entry is not None and entry.value is not None
         if edit.writes and edit.expect is None and not brought:
-            yield reading.place("edits", number), f"edits[{number}]: overwrites whatever is there (add expect)"
+            yield reading.locate("edits", number), f"edits[{number}]: overwrites whatever is there (add expect)"
 
 
 def _check_pin(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     base = reading.loaded.manifest.base
     if base.revision is None and not base.sha256:
         remedy = "add sha256" if base.repo_id is None else "add revision or sha256"
-        yield reading.place("base"), f"base: another base would be edited just so ({remedy})"
+        yield reading.locate("base"), f"base: another base would be edited just so ({remedy})"
 
 
 def _check_unbounded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
@@ -271,7 +271,7 @@ def _check_unbounded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     unbounded = bounds.max_perplexity_ratio is None and bounds.min_perplexity_ratio is None
     if unbounded and any(edit.writes for edit in reading.edits):
         remedy = "add max_perplexity_ratio or min_perplexity_ratio"
-        yield reading.place("check"), f"check: a model that the edits broke would pass ({remedy})"
+        yield reading.locate("check"), f"check: a model that the edits broke would pass ({remedy})"
 
 
 LINTS: dict[str, Callable[[_Reading], Iterator[tuple[LinePlace, str]]]] = {

@@ -36,7 +36,7 @@ def rule(tensors: Mapping[str, tuple], config: Mapping | None = None, files=(), 
 
 def kinds(tensors: Mapping[str, tuple], *args, **named) -> dict[str, str]:
     found = rule(tensors, *args, **named)
-    return {name: found.reading(name).kind for name in tensors}
+    return {name: found.get_reading(name).kind for name in tensors}
 
 
 def declared(method: str, **more: object) -> dict:
@@ -278,7 +278,7 @@ DECLARATIONS: dict[str, dict] = {
 def test_where_quantisation_is_declared_codes_without_a_scale_are_unreadable(where, dtype):
     tensors = {f"{L}.weight": (dtype, 8, 32), f"{L}.bias": ("BF16", 8), "model.norm.weight": ("BF16", 8)}
     found = rule(tensors, **DECLARATIONS[where])
-    assert found.reading(f"{L}.weight").kind == "unreadable"
+    assert found.get_reading(f"{L}.weight").kind == "unreadable"
     assert str(found.declared) in found.refusal(f"{L}.weight")
     assert found.refusal("model.norm.weight") is None and found.refusal(f"{L}.bias") is None
 
@@ -307,7 +307,7 @@ def test_without_a_declaration_a_weight_alone_is_plain(source, dtype):
 @pytest.mark.parametrize("other", ["scale", "anything", "weight_scale", "sub.module", "weight.__x"])
 def test_with_anything_beside_it_it_is_not(other):
     tensors = {f"{L}.weight": ("F8_E4M3", 8, 32), f"{L}.{other}": ("F32", 1)}
-    assert rule(tensors).reading(f"{L}.weight").kind == ("scaled" if other == "weight_scale" else "unreadable")
+    assert rule(tensors).get_reading(f"{L}.weight").kind == ("scaled" if other == "weight_scale" else "unreadable")
 
 
 PLAIN_FLOATS = {
@@ -397,7 +397,7 @@ def test_the_scale_may_be_in_another_shard(tmp_path):
     for name, tensors in shards.items():
         write_shard(tmp_path / name, tensors)
     write_index(tmp_path, shards)
-    assert open_checkpoint(tmp_path).quantisation.reading(down(0)).kind == "unreadable"
+    assert open_checkpoint(tmp_path).quantisation.get_reading(down(0)).kind == "unreadable"
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ def test_an_old_record_of_edited_codes_makes_no_adapter(tmp_path, monkeypatch):
 def test_each_known_scale_format_is_read(tmp_path):
     """A scale that is added to the table needs a layer in FORMATS that is read through it."""
     read = {
-        rule({f"{L}.{n}": h for n, h in layer.items()}, config).reading(f"{L}.weight").scale
+        rule({f"{L}.{n}": h for n, h in layer.items()}, config).get_reading(f"{L}.weight").scale
         for layer, config, found in FORMATS.values()
         if found.get("weight") == "scaled"
     }

@@ -182,7 +182,7 @@ IN_PLACE_RACES = (
         "files are opened by their paths",
         "storage/filesystem.py",
         """\
-        with path.placed() as (fd, name):
+        with path.open_parent() as (fd, name):
             yield name, fd
 """,
         """\

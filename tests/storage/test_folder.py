@@ -165,12 +165,12 @@ def test_a_hard_link_is_no_change_and_what_is_written_after_it_is(way, root):
 
 def test_an_identity_compares_all_but_the_fields_ignored():
     one = Identity(1, 2, 3, 4, 5)
-    assert one.same(Identity(1, 2, 3, 4, 5))
+    assert one.is_same(Identity(1, 2, 3, 4, 5))
     for other, field in zip(
         (Identity(0, 2, 3, 4, 5), Identity(1, 0, 3, 4, 5), Identity(1, 2, 0, 4, 5), Identity(1, 2, 3, 0, 5),
          Identity(1, 2, 3, 4, 0)), ("dev", "ino", "size", "mtime_ns", "ctime_ns"), strict=True,
     ):  # fmt: skip
-        assert not one.same(other) and one.same(other, field)
+        assert not one.is_same(other) and one.is_same(other, field)
 
 
 def test_files_are_made_replaced_renamed_and_removed_below_the_directory(way, root):
