@@ -18,13 +18,13 @@ _FROM_ID = {"layer", "expert", "row", "col", "tensor"}
 
 
 def render_entry(model: KnownModel) -> str:
-    """Return the text of a family's file that contains only this model, with the own scans marked as this project's.
+    """Render a model as the TOML text of a family's file. The user's own scans become scans of this project.
 
     Raises LookupFailed if the tensor of a coordinate does not follow the model's template.
     """
     for c in model.coordinates:
         if c.tensor != model.tensor.format(layer=c.layer, expert=c.expert):
-            raise LookupFailed("not the tensor that the model's template gives", c.tensor, f"it is {model.tensor}")
+            raise LookupFailed("the tensor does not follow the model's template", c.tensor, f"it is {model.tensor}")
     fields = model.model_dump(exclude_defaults=True, exclude={*_TABLES, "path", "aliases", "scans", "effects"})
     short = (model.hf_id.rpartition("/")[2].lower(),)
     fields["aliases"] = short if model.aliases == (model.hf_id,) else model.aliases

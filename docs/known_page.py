@@ -14,7 +14,7 @@ from swsurgery.known.table import describe_effect_alone, format_figure, format_v
 
 
 def render_page() -> str:
-    """Return the text of docs/known.md."""
+    """Render docs/known.md, a page in Markdown, from the shipped files."""
     models = list_shipped_models()
     total = sum(len(m.coordinates) for m in models)
     out = [

@@ -1,6 +1,6 @@
 """Compare what a manifest requests with what a record contains.
 
-The arithmetic is repeated on the record's old bits. Must not import the planner, whose result is compared.
+This module repeats the arithmetic on the record's old bits. It must not import the planner, whose result it checks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from swsurgery.storage.dtypes import DTYPES
 
 
 def find_unlike_records(asked: Mapping[Coordinate, Asked], record: Record) -> Iterator[tuple[Coordinate, str]]:
-    """Yield each scalar whose entry in the record differs from the manifest, and the difference as text."""
+    """Yield (coordinate, difference in words) for each scalar that the manifest and the record treat differently."""
     recorded = {r.coordinate: r for r in (*record.edits, *record.protected)}
     for coordinate, wish in asked.items():
         entry = recorded.get(coordinate)
         message = "nothing was done to it" if entry is None else _explain_unlike(wish, entry)
         if message:
-            yield coordinate, f"{wish.edit.op} was asked: {message}"
+            yield coordinate, f"{wish.edit.op} was requested: {message}"
     for coordinate, entry in recorded.items():
         if coordinate not in asked:
             yield coordinate, f"{_get_done(entry)}, and the manifest does not ask for it"
@@ -35,7 +35,7 @@ def _get_done(record: ScalarRecord) -> str:
 
 
 def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
-    """Compare a recorded scalar with what the edit makes of its old bits. Returns the difference as text, or None."""
+    """Compare a recorded scalar with the result of the edit on its old bits; describe the difference, if any."""
     edit, dtype = asked.edit, DTYPES[record.dtype]
     done = record.op if isinstance(record, EditRecord) else "protect"
     if done != edit.op:
@@ -57,7 +57,7 @@ def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
 def explain_unlike_bases(manifest: Manifest, record: Record) -> Iterator[tuple[tuple[str, ...], str]]:
     """Compare the base that the manifest names with the base in the record.
 
-    Yields each differing node of the manifest, and the difference as text.
+    Yields (path of the node in the manifest, difference in words) for each difference.
     """
     base = manifest.base
     for name in ("repo_id", "revision", "weights", "variant"):

@@ -1,7 +1,7 @@
 """Known super weights, found by model name: published by papers and repositories, or measured by a scan.
 
-The package contains the shipped data, the user's own scans, lookup in both, and the tables and manifests made of them.
-It must not depend on a running model, torch or numpy.
+The package contains the shipped data, the user's own scans, lookup in both, and the tables and manifests made from
+them. It must not depend on a running model, torch or numpy.
 
     schema.py    models, coordinates, measurements and sources
     shipped.py   reads the shipped TOML files, one per model family
@@ -9,8 +9,8 @@ It must not depend on a running model, torch or numpy.
     table.py     the table for the terminal, and manifests
     *.toml       the data; related.toml contains results without a coordinate, names.toml is a generated index
 
-To add a model, add a table to its family's file, or a new file, and run the first two commands in docs/known.py. The
-third command prints the table of a model that was scanned on this machine.
+To add a model, add a table to its family's file or add a new file, then run the first two commands in docs/known.py.
+The third command prints the table of a model that was scanned on this machine.
 
 `status` is the origin of a coordinate:
     paper                   printed in a paper, in a table or in a sentence

@@ -26,7 +26,7 @@ Two such names and an extension fit into the 255 bytes that a file name may have
 """
 
 _LETTERS = str.maketrans("0123456789", "ghijklmnop")
-"""Replaces digits by letters, because `normalise` would separate them."""
+"""Replaces the digits of a digest by letters, because a normalised name has hyphens between letters and digits."""
 
 
 def get_own_folder() -> Path:
@@ -37,9 +37,9 @@ def get_own_folder() -> Path:
 
 
 def save(model: KnownModel, mode: int = 0o666) -> Path:
-    """Save an own entry and return its file, which gets the permissions `mode` restricted by the umask.
+    """Save an own entry, in a file with the permissions `mode` restricted by the umask, and return the file's path.
 
-    The entry replaces an older one of the same name, ignoring case and punctuation. Raises LookupFailed if the name
+    The entry replaces an older one with the same name, ignoring case and punctuation. Raises LookupFailed if the name
     has neither letter nor digit, is not printable, or belongs to a shipped model of other sizes. Raises TargetError if
     the file cannot be written.
     """
@@ -57,10 +57,10 @@ def save(model: KnownModel, mode: int = 0o666) -> Path:
 
 
 def refuse_name(name: str, sizes: tuple[int, int, int]) -> str:
-    """Return the file name of an own entry, without its extension.
+    """Return the file name, without extension, of the own entry for a model called `name`.
 
-    `sizes` are the model's number of layers, hidden size and intermediate size. Raises LookupFailed for a name that no
-    entry can have, and for the name of a shipped model of other sizes.
+    `sizes` are the model's number of layers, hidden size and intermediate size. Raises LookupFailed if the name has
+    neither letter nor digit, is not printable, or belongs to a shipped model of other sizes.
     """
     stem = _make_stem(name)
     if not stem or not name.isprintable():
@@ -77,10 +77,10 @@ def refuse_name(name: str, sizes: tuple[int, int, int]) -> str:
 
 
 def forget(name: str) -> Path:
-    """Remove the own entry of this name, even if it is damaged, and return the path of the removed file.
+    """Remove the own entry with this name, even if it is damaged, and return the path of the removed file.
 
-    Raises LookupFailed if no such entry exists; shipped entries cannot be removed. Raises TargetError if the file
-    cannot be removed.
+    Raises LookupFailed if there is no such entry, because shipped entries cannot be removed. Raises TargetError if the
+    file cannot be removed.
     """
     from swsurgery.storage import filesystem
 
@@ -91,7 +91,7 @@ def forget(name: str) -> Path:
 
 
 def load_own_entry(name: str) -> KnownModel:
-    """Return the own entry of this name, not merged. Raises LookupFailed if it does not exist or is damaged."""
+    """Return the own entry with this name, without the shipped entry. Raises LookupFailed if missing or damaged."""
     return _load(_find_own_file(name))
 
 
@@ -101,7 +101,7 @@ def list_own_models() -> tuple[KnownModel, ...]:
 
 
 def list_all_models() -> tuple[KnownModel, ...]:
-    """Return every known model: the shipped models, each merged with its own entries, then the other own entries."""
+    """Return every known model: shipped models, each merged with its own entries, and then the other own entries."""
     own = dict(_list_readable())
     merged = []
     for model in list_shipped_models():
@@ -113,11 +113,11 @@ def list_all_models() -> tuple[KnownModel, ...]:
 
 
 def lookup(name: str) -> KnownModel:
-    """Return the model of this name, ignoring case and punctuation but never guessing.
+    """Return the model with this name, ignoring case and punctuation but never guessing.
 
-    A shipped model takes precedence over an own entry of the same name without organisation. Raises LookupFailed if
-    the name is unknown (the message suggests near names), if several models have it (the message lists them), or if
-    the model's own entry is damaged.
+    If `name` has no organisation, a shipped model takes precedence over an own entry. Raises LookupFailed if the name
+    is unknown (the message suggests similar names), if several models have it (the message lists them), or if the
+    model's own entry is damaged.
     """
     if near := find_shipped_near(name):
         return _merge_own(lookup_in(near, name))
@@ -154,10 +154,10 @@ def identify(name: str | None, repo_ids: Iterable[object]) -> KnownModel | None:
 
 
 def merge(shipped: KnownModel, own: KnownModel) -> KnownModel:
-    """Return the shipped entry with the additions of the own entry.
+    """Add the contents of an own entry to a shipped one.
 
-    Adds the measurements of common coordinates and joint sets, and the coordinates and joint sets that only the own
-    entry has. Replaces nothing, except that a measured `causal_alone` replaces "untested".
+    The result contains the measurements of both entries, and the coordinates and joint sets of both. A measured
+    `causal_alone` replaces "untested"; nothing else is replaced.
     """
     measured = {c.id: c for c in own.coordinates}
     coordinates = [_merge_coordinate(c, measured.pop(c.id, None)) for c in shipped.coordinates]
@@ -214,9 +214,9 @@ def _get_sizes(model: KnownModel) -> tuple[int, int, int]:
 
 
 def _make_stem(name: str) -> str:
-    """Return the file name of a model's entry without its extension: `organisation.model`, both normalised.
+    """Compute the file name, without extension, of a model's entry: `organisation.model`, both normalised.
 
-    Neither part contains a dot or a path separator. Returns "" if the name has neither letter nor digit.
+    Neither part contains a dot or a path separator. Returns "" if the model's name has neither letter nor digit.
     """
     organisation, _, model = name.rpartition("/")
     parts = [_shorten(normalise(part)) for part in (organisation, model)]
@@ -249,7 +249,7 @@ def _list_files_of(shipped: KnownModel) -> list[Path]:
 
 
 def _list_files_named(name: str) -> list[Path]:
-    """List the files with this name or, if there are none, with this name without organisation or punctuation."""
+    """List the own entries' files with this name; if there is none, those whose model part or joined parts match."""
     stem, key = _make_stem(name), _shorten(normalise(name))
     paths = _list_files()
     exact = [path for path in paths if path.stem == stem]
@@ -257,7 +257,7 @@ def _list_files_named(name: str) -> list[Path]:
 
 
 def _find_own_file(name: str) -> Path:
-    """Return the file of the own entry of this name. Raises LookupFailed if no entry or several have the name."""
+    """Find the file of the own entry with this name. Raises LookupFailed if no entry or several entries have it."""
     shipped = _find_shipped(name)
     paths = _list_files_of(shipped) if shipped else _list_files_named(name)
     if len(paths) == 1 or paths and shipped:
@@ -271,7 +271,7 @@ def _find_own_file(name: str) -> Path:
 
 
 def _make_several_error(name: str, paths: list[Path]) -> LookupFailed:
-    """Return the error that lists the names of the entries, taken from the file name if an entry is damaged."""
+    """Make the error that lists the entries with this name. A damaged entry is listed by its file name."""
     readable = dict(_list_readable())
     names = [readable[path].hf_id if path in readable else path.stem.replace(".", "/") for path in paths]
     return LookupFailed("several own entries have this name", name, f"give one of {', '.join(names)}")

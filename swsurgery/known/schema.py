@@ -42,7 +42,7 @@ _FLOORS: dict[Causal, float] = {"catastrophic": 30.0, "strong": 4.0, "moderate":
 
 
 def classify_ratio(ratio: float) -> Causal:
-    """Return the word for a perplexity ratio, patched / base. NaN and infinity are catastrophic."""
+    """Return the word of CAUSAL for a perplexity ratio, patched / base. NaN and infinity are catastrophic."""
     if math.isnan(ratio):
         return "catastrophic"
     return next((word for word, floor in _FLOORS.items() if ratio >= floor), "inert")
@@ -55,17 +55,17 @@ def format_coordinate_id(layer: int, expert: Expert, row: int, col: int | None) 
 
 
 class StrictValue(BaseModel):
-    """A frozen model without coercion or unknown fields."""
+    """A frozen pydantic model that rejects unknown fields and values of another type."""
 
     # Infinity is written as a constant, so that Python's json reads the saved value back unchanged.
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True, ser_json_inf_nan="constants")
 
 
 class Citation(StrictValue):
-    """A citable source.
+    """A source that can be cited.
 
-    `commit` is a commit of the repository in `cite`. The kind `secondary` means that the source reports another one.
-    `scan` is this project's own measurement and `own scan` the user's; both cite the command that repeats it.
+    `commit` is a commit of the repository in `cite`. The kind `secondary` means that the source repeats another one.
+    The kind `scan` is a measurement by this project and `own scan` one by the user. Both cite the command to repeat it.
     """
 
     key: str
@@ -106,11 +106,11 @@ class Conditions(StrictValue):
 
 
 class KnownEffect(StrictValue):
-    """One measurement.
+    """One measurement of `metric`: its values before and after the edit that `protocol` describes.
 
     `dose` contains pairs (scale factor, metric) and `dose_ratio` pairs (scale factor, ratio to `before`). `ci95` is the
-    95% confidence interval of `ratio`. `kl`, the mean KL(before || after) in nats per token, and `conditions` come from
-    scans.
+    95% confidence interval of `ratio`. Only scans set `conditions` and `kl`, the mean KL(before || after) in nats per
+    token.
     """
 
     protocol: str
@@ -142,7 +142,7 @@ class KnownEffect(StrictValue):
 
 
 class Independent(StrictValue):
-    """How many independent groups reported the exact scalar and its value. A paper and its code count once."""
+    """The numbers of independent groups that reported the location and the value. A paper and its code count once."""
 
     location: Count
     value: Count
@@ -204,7 +204,7 @@ class KnownCoordinate(StrictValue):
 
 
 class KnownJointSet(StrictValue):
-    """Coordinates that were edited together, and the effects."""
+    """Coordinates that were edited together, by their ids, and the effects of that."""
 
     name: str | None = None
     coordinates: tuple[str, ...]
@@ -221,11 +221,12 @@ class KnownJointSet(StrictValue):
 
 
 class KnownModel(StrictValue):
-    """One model.
+    """One model and its known super weights.
 
-    The first alias is its short name. `tensor` is a template with {layer} (and {expert}). `transposed` is True if the
-    checkpoint stores [col, row]. `revision_measured` is the measured commit. `path` is the directory of a checkpoint
-    that is not a repository. `scans` are the scans of the whole model, including those that found nothing.
+    The first alias is the short name. `tensor` is a template for tensor names with {layer} (and {expert}). `transposed`
+    is True if the checkpoint stores [col, row]. `revision_measured` is the commit that was measured. `path` is the
+    directory of a checkpoint in no repository. `scans` contains the scans of the whole model, including those that
+    found nothing.
     """
 
     aliases: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -290,7 +291,7 @@ class KnownModel(StrictValue):
 
 
 class SuperExperts(StrictValue):
-    """Experts whose removal breaks a mixture-of-experts model; for most of them no scalar is published."""
+    """Experts whose removal breaks a mixture-of-experts model. For most of them no scalar is published."""
 
     hf_id: str
     also: tuple[str, ...] = ()

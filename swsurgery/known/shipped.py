@@ -75,9 +75,9 @@ def list_related() -> Related:
 
 
 def normalise(name: str) -> str:
-    """Return a name without case and punctuation: its runs of letters and of digits, separated by hyphens.
+    """Normalise a name: its runs of letters and its runs of digits in lower case, joined by hyphens.
 
-    `LLaMA 7B`, `llama_7b` and `llama7b` become equal; Qwen2-57B and Qwen2.5-7B do not.
+    `LLaMA 7B`, `llama_7b` and `llama7b` all become `llama-7-b`; Qwen2-57B and Qwen2.5-7B stay different.
     """
     return "-".join(re.findall(r"[^\W\d_]+|\d+", name.casefold()))
 
@@ -97,9 +97,9 @@ def find_shipped_by_repo(repo_id: str) -> KnownModel | None:
 
 
 def find_shipped_near(name: str) -> list[KnownModel]:
-    """Return all models of the families that contain a model of this name; empty if there is none.
+    """Return all models of each family in which some model has this name; empty if there is none.
 
-    This takes a tenth of the time of reading every family.
+    The index of names makes this ten times as fast as reading every family.
     """
     key = normalise(name)
     index = tomllib.loads((_FOLDER / _NAMES).read_text("utf-8"))
@@ -109,7 +109,7 @@ def find_shipped_near(name: str) -> list[KnownModel]:
 def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
     """Return the one of `models` with this name, ignoring case and punctuation but never guessing.
 
-    Raises LookupFailed if the name is unknown (the message suggests near names) or if several models have it (the
+    Raises LookupFailed if the name is unknown (the message suggests similar names) or if several models have it (the
     message lists them).
     """
     table: dict[str, dict[str, KnownModel]] = {}
@@ -137,7 +137,7 @@ def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
 def find(model: KnownModel, coordinate_id: str) -> KnownCoordinate:
     """Return the coordinate with this id: `L2.3968.7003` or, with a name of the model, `llama-7b:L2.3968.7003`.
 
-    Raises LookupFailed, with near ids, if the model has no such coordinate.
+    Raises LookupFailed if the model has no such coordinate; the message suggests similar ids.
     """
     name, _, short = coordinate_id.rpartition(":")
     if name and normalise(name) not in map(normalise, list_names(model)):
@@ -151,7 +151,7 @@ def find(model: KnownModel, coordinate_id: str) -> KnownCoordinate:
 
 
 def list_addressable(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
-    """Return the coordinates that identify one scalar, as `known: all` in a manifest does.
+    """Return the coordinates that identify one scalar each, which are those that `known: all` in a manifest names.
 
     Without `status`, refuted coordinates are omitted, because tests found nothing at these positions.
     """
@@ -186,7 +186,7 @@ def _build_model(fields: dict[str, Any], sources: _Sources) -> KnownModel:
 
 
 def _expand_effects(fields: dict[str, Any], sources: _Sources, *lists: str) -> dict[str, Any]:
-    """Return the fields with the keys of sources replaced by the sources."""
+    """Replace the keys of sources in effects, and in the fields named by `lists`, by the sources themselves."""
     effects = tuple(
         KnownEffect.model_validate(e | {"source": sources[e.get("source")]}) for e in fields.get("effects", ())
     )
@@ -196,7 +196,7 @@ def _expand_effects(fields: dict[str, Any], sources: _Sources, *lists: str) -> d
 def _parse_id(fields: dict[str, Any], template: str) -> dict[str, Any]:
     match = _ID.fullmatch(fields.get("id", ""))
     if match is None:
-        raise ValueError(f"{fields.get('id')!r} is no id such as L2.3968.7003, L1.E68.940.711 or L11.507.*")
+        raise ValueError(f"{fields.get('id')!r} is not an id like L2.3968.7003, L1.E68.940.711 or L11.507.*")
     layer, number, row, col = (int(p) if p and p.isdigit() else None for p in match.groups())
     expert = "shared" if match[2] == "shared" else number
     tensor = template.format(layer=layer, expert=expert)

@@ -27,17 +27,18 @@ from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit,
 from swsurgery.storage.numbers import format_number
 
 UNDECIDED_NOTE = "A scan is undecided."
-"""Beginning of an own entry's note if the scan found nothing but did not read everything."""
+"""First words of the note in an own entry if the scan found nothing and did not read every layer."""
 
 LARGE_RATIO = 4.0
-"""Minimum published perplexity ratio for which a zero manifest makes the sanity check require damage."""
+"""Minimum known perplexity ratio from zeroing for which a printed manifest makes the sanity check require damage."""
 
 
 def render_table(model: KnownModel, width: int = 100, status: str | Collection[str] | None = None) -> str:
-    """Return a table of one model for a terminal of `width` columns.
+    """Render one model as a table for a terminal of `width` columns.
 
-    Contains the coordinates with tensor, value, status and the effect of zeroing each alone, then joint sets, other
-    measurements, warnings, notes, and the sources as numbered footnotes. Raises LookupFailed for an unknown status.
+    The table contains the coordinates with tensor, value, status and the effect of zeroing each alone, then joint sets,
+    other measurements, warnings, notes, and the sources as numbered footnotes. Raises LookupFailed for an unknown
+    status.
     """
     shown = select_by_status(model, status)
     notes = _Footnotes()
@@ -108,11 +109,11 @@ def render_manifest(
     factor: float | None = None,
     status: str | Collection[str] | None = None,
 ) -> str:
-    """Return the YAML text of a manifest that applies `op` to the known coordinates of a model.
+    """Render a manifest, as YAML text, that applies `op` to the known coordinates of a model.
 
-    Without `status`, protect uses every addressable coordinate. Zero and scale also omit the insufficient ones, because
-    no test has shown that they matter. Raises ManifestError for another operation or a factor that does not fit it, and
-    LookupFailed if no coordinate is left.
+    Without `status`, a protect manifest contains every coordinate that identifies a scalar and is not refuted. A zero
+    or scale manifest also omits those with status insufficient, because no test has shown that they matter. Raises
+    ManifestError for another operation or a factor that does not fit it, and LookupFailed if no coordinate is left.
     """
     refuse_unfit(op, factor)
     tested = set(STATUSES) - {"refuted", "insufficient"}
@@ -136,7 +137,7 @@ def render_manifest(
 
 
 def describe(effect: KnownEffect) -> str:
-    """Return one measurement in a few words: `wikitext2 ppl 5.67 -> 1211`, `wikitext2 ppl x3667`."""
+    """Describe one measurement in a few words, as in `wikitext2 ppl 5.67 -> 1211` or `wikitext2 ppl x3667`."""
     metric = effect.metric.replace("_", " ")
     times = f"x{format_figure(effect.ratio)}" if effect.ratio not in (None, math.inf) else ""
     if effect.dose or effect.dose_ratio:
@@ -160,13 +161,13 @@ def format_figure(value: Figure) -> str:
 
 
 class _Footnotes:
-    """Numbers sources in the order in which they are first cited."""
+    """Numbers sources in the order of their first citation."""
 
     def __init__(self) -> None:
         self.sources: list[Citation] = []
 
     def mark(self, *sources: Citation) -> str:
-        """Return the marks of the sources, such as "[1] [3]", and number the new ones."""
+        """Cite the sources: number those that are new, and return the marks of all, such as "[1] [3]"."""
         marks = []
         for source in dict.fromkeys(sources):
             if source not in self.sources:
@@ -176,7 +177,7 @@ class _Footnotes:
 
 
 class _Page:
-    """Lines wrapped to a width."""
+    """The lines of a table, wrapped to a width."""
 
     def __init__(self, width: int):
         self.width = max(width, 40)
@@ -210,7 +211,7 @@ def _describe_coordinate(model: KnownModel, coordinate: KnownCoordinate, notes: 
     stored = (coordinate.row, "*" if coordinate.col is None else coordinate.col)
     first, second = reversed(stored) if model.transposed else stored
     yield f"{coordinate.tensor}[{first}, {second}]" + (" (stored transposed)" if model.transposed else "")
-    # Of the published effects only the first, which is the strongest, is shown; those of a scan are all shown.
+    # Only the first published effect, the strongest, is shown. All effects that a scan measured are shown.
     for number, effect in enumerate(coordinate.effects):
         if number == 0 or effect.conditions:
             own = "own scan, " if effect.source.kind == "own scan" else ""
@@ -233,7 +234,7 @@ def _describe_joint_set(joint_set: KnownJointSet, notes: _Footnotes) -> str:
 
 
 def _describe_effect(effect: KnownEffect, notes: _Footnotes) -> str:
-    """Return a measurement with its interval, footnote and remark."""
+    """Describe a measurement, with its interval, footnote and remark."""
     interval = f" (95%: x{format_figure(effect.ci95[0])} to x{format_figure(effect.ci95[1])})" if effect.ci95 else ""
     remark = f" ({effect.note})" if effect.note else ""
     return f"{describe(effect)}{interval} {notes.mark(effect.source)}{remark}"
@@ -246,7 +247,7 @@ def _list_warnings(model: KnownModel, shown: Sequence[KnownCoordinate]) -> list[
         warnings.append(f"reported by one group only: {', '.join(alone)}")
     copied = [c.id for c in shown if c.independent.location == 0]
     if copied:
-        warnings.append(f"found by nobody at this place, copied or misprinted: {', '.join(copied)}")
+        warnings.append(f"no source found it at this position, so it was copied or misprinted: {', '.join(copied)}")
     rows = [c.id for c in shown if c.col is None]
     if rows:
         warnings.append(f"only the row is published, so a manifest cannot name the scalar: {', '.join(rows)}")
@@ -270,7 +271,7 @@ def _describe_alone(coordinate: KnownCoordinate) -> str:
 
 
 def describe_effect_alone(coordinate: KnownCoordinate) -> str:
-    """Return the effect of zeroing it alone: `catastrophic: wikitext2 ppl 5.67 -> 1211`."""
+    """Describe the effect of zeroing the coordinate alone, as in `catastrophic: wikitext2 ppl 5.67 -> 1211`."""
     effect = next(iter(coordinate.effects), None)
     row = " (whole row)" if effect and effect.protocol == "zero row" and coordinate.col is not None else ""
     return _describe_alone(coordinate) + (f": {describe(effect)}{row}" if effect else "")
@@ -281,7 +282,7 @@ def _summarise_effect(coordinate: KnownCoordinate) -> str:
 
 
 def format_value(coordinate: KnownCoordinate) -> str:
-    """Return the value and its dtype, or `~` and a rounded published value, or `-`."""
+    """Format the value of a coordinate: the exact value and its dtype, `~` and a published value, or `-`."""
     if coordinate.value is not None:
         return f"{coordinate.value!r} {coordinate.dtype}"
     return f"~{coordinate.value_printed.split()[0]}" if coordinate.value_printed else "-"
@@ -315,9 +316,9 @@ def _explain_none(model: KnownModel, op: Operation, status: str | Collection[str
 
 
 def _find_largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate]) -> float:
-    """Return the largest known perplexity ratio for zeroing one of the coordinates or a joint set of them.
+    """Find the largest known perplexity ratio from zeroing one of the coordinates or a joint set of them.
 
-    Uses ratios published on wikitext-2 or measured by a scan, but no second-hand ones. Returns 1 if no ratio is known.
+    The ratio was published for wikitext-2 or measured by a scan, and is not second-hand. Returns 1 if none is known.
     """
     coordinates = list(coordinates)
     ids = {c.id for c in coordinates}
@@ -329,7 +330,7 @@ def _find_largest_ratio(model: KnownModel, coordinates: Iterable[KnownCoordinate
 
 
 def get_published_ratio(effect: KnownEffect) -> float:
-    """Return the perplexity ratio of a measurement on wikitext-2 or by a scan; 1 if it has none or is second-hand."""
+    """Return the perplexity ratio of a measurement on wikitext-2 or by a scan; 1 for any other or second-hand one."""
     if not (effect.metric == "wikitext2_ppl" or effect.conditions) or effect.source.kind == "secondary":
         return 1.0
     if isinstance(effect.ratio, float):

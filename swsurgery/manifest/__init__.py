@@ -1,5 +1,5 @@
-"""Everything about what the user asks for: operations, targets, the schema, and the readers and writers of manifests.
+"""Define, read and write manifests, which state the edits that a user asks for.
 
-A manifest is read strictly, with the line and column of every fault, and a patch is its compact form for export.
-This package must not depend on checkpoints, models or torch.
+A manifest is read strictly, and every fault is reported with its line and column. A patch is a manifest in a compact
+form for export. This package must not depend on checkpoints, models or torch.
 """

@@ -97,7 +97,7 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
 
 
 def _list_schema_faults(error: ValidationError, reader: Reader) -> list[tuple[LineColumn, str]]:
-    """Return the first MAX_FAULTS + 1 faults in file order; the extra one shows that the list is incomplete."""
+    """List the first MAX_FAULTS + 1 faults in file order. The last of so many shows that the list is incomplete."""
     if error.error_count() > MAX_MANIFEST_FAULTS:
         return [((1, 1), f"{error.error_count()} faults, too many to list (is this a manifest?)")]
     items = [(*_locate(item, reader), item) for item in error.errors(include_url=False, include_input=False)]
@@ -111,7 +111,7 @@ def _list_schema_faults(error: ValidationError, reader: Reader) -> list[tuple[Li
 
 
 def _locate(item: ErrorDetails, reader: Reader) -> tuple[LineColumn, NodePath, Any]:
-    """Return the position of a pydantic error, the path of its node and the value of that node."""
+    """Find the position of a pydantic error, the path of its node in the manifest, and the node's value."""
     path: list[str | int] = []
     value = reader.value
     for part in item["loc"]:
@@ -128,7 +128,7 @@ def _locate(item: ErrorDetails, reader: Reader) -> tuple[LineColumn, NodePath, A
 
 
 def _describe(item: ErrorDetails, path: NodePath, value: Any) -> str:
-    """Return one pydantic error in words, with the remedy."""
+    """Describe one pydantic error in words, with the remedy."""
     kind, context = item["type"], item.get("ctx", {})
     leaf = item["loc"][-1] if item["loc"] else ""
     if kind == "missing":
@@ -168,7 +168,7 @@ _EXPECTED = {
     "literal_error": "is none of the values that this field has",
     "too_short": "should not be empty",
 }
-"""Message for a field; for other fields, message for the kind of error."""
+"""Messages, by the name of the field or, for other fields, by pydantic's type of the error."""
 
 
 def _shorten(value: object) -> str:

@@ -44,14 +44,14 @@ _ONE_TARGET: JsonDict = {
 
 
 class MeasuredValue(Strict):
-    """A value that somebody read in another dtype than the stored one: compared after rounding to it."""
+    """A value that was read in another dtype than the stored one. It is compared after rounding to that dtype."""
 
     value: Annotated[Number, Exact]
     dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
 
 
 class Target(Strict):
-    """Which scalars, and optionally which value is expected there: exactly one of the three forms."""
+    """The scalars that an edit names, in exactly one of the three forms, and optionally their expected value."""
 
     layer: Position | None = Field(None, description="0-based decoder layer")
     row: Position | None = Field(None, description="output channel of the down projection")
@@ -66,7 +66,7 @@ class Target(Strict):
     ] = None
     known: str | None = Field(None, description="the id of a known super weight, such as L2.3968.7003, or all")
     expect: Annotated[Number | Bits | MeasuredValue | None, Exact] = Field(
-        None, description="refuse to edit unless this is stored there: a value, bits, or a value and its dtype"
+        None, description="the stored value (a value, bits, or a value and its dtype); another one is an error"
     )
 
     @model_validator(mode="after")
@@ -88,12 +88,12 @@ class Target(Strict):
         if forms["tensor, index"] and (self.tensor is None or self.index is None):
             raise ValueError(f"is missing {'tensor' if self.tensor is None else 'index'}")
         if self.known is not None and self.expect is not None:
-            raise ValueError("has both known and expect: known brings the expected values itself")
+            raise ValueError("has both known and expect: known super weights already have expected values")
         return self
 
 
 class Zero(Target):
-    """All bits zero."""
+    """Set all bits to zero."""
 
     model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
     writes: ClassVar[bool] = True
@@ -105,12 +105,12 @@ class Zero(Target):
 
 
 class Scale(Target):
-    """The exact product of the stored value and `factor`, rounded once to the stored dtype, half to even."""
+    """Multiply the stored value by `factor`: the exact product, rounded once to the stored dtype, half to even."""
 
     model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
     writes: ClassVar[bool] = True
     op: Literal["scale"]
-    factor: Finite = Field(description="taken as the binary64 number nearest to what is written; not 0")
+    factor: Finite = Field(description="rounded to the nearest binary64 number; not 0")
 
     @model_validator(mode="after")
     def _not_zero(self) -> Scale:
@@ -124,7 +124,7 @@ class Scale(Target):
 
 
 class Set(Target):
-    """A given value, rounded once to the stored dtype, or given bits."""
+    """Store a given value, rounded once to the stored dtype, or given bits."""
 
     model_config = ConfigDict(
         json_schema_extra={"allOf": [_ONE_TARGET, {"oneOf": [{"required": ["value"]}, {"required": ["bits"]}]}]}
@@ -137,7 +137,7 @@ class Set(Target):
     @model_validator(mode="after")
     def _value_or_bits(self) -> Set:
         if (self.value is None) == (self.bits is None):
-            raise ValueError("needs value or bits, one of them")
+            raise ValueError("needs either value or bits")
         return self
 
     def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
@@ -153,14 +153,14 @@ class Set(Target):
 
 
 class Protect(Target):
-    """The stored bits must be the base's, whatever else is done to the checkpoint."""
+    """Keep the base's bits, through every other edit of this and later manifests."""
 
     model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
     writes: ClassVar[bool] = False
     op: Literal["protect"]
 
     def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
-        """Return `old`."""
+        """Return `old`, because a protected scalar keeps its bytes."""
         return old
 
 
@@ -168,14 +168,14 @@ Edit = Annotated[Zero | Scale | Set | Protect, Field(discriminator="op")]
 
 
 def explain_expectation(expect: float | str | MeasuredValue, dtype: Dtype, stored: bytes) -> str | None:
-    """Return the difference between `expect` and the stored bytes in words, or None if they agree."""
+    """Describe the difference between `expect` and the stored bytes; None if they agree."""
     if isinstance(expect, str):
         found = dtypes.format_bits(stored)
         return None if found == expect.lower() else f"expected bits {expect}, stored are {found}"
     value = dtypes.decode(dtype, stored)
     if isinstance(expect, MeasuredValue):
         coarse = DTYPES[expect.dtype]
-        # Rounding both values to the coarser dtype ignores what a conversion between the dtypes changes.
+        # Values that differ only by a conversion between the dtypes are equal after rounding to the coarser dtype.
         same = dtypes.round_to(coarse, value) == dtypes.round_to(coarse, expect.value)
         if same or value == dtypes.round_to(dtype, expect.value):
             return None

@@ -1,9 +1,9 @@
 """Read and write patches: small safetensors files with the old and new bits of each edited scalar.
 
 Tensor number n of the metadata has the entries `n.indices` (I64, row-major positions in increasing order), `n.new` and
-`n.old` (in the tensor's dtype). The base's tensor names are in the metadata only, so none can collide with an entry.
-The same edits give the same bytes. To apply a patch, `render_manifest` converts it to a manifest. Must not depend on
-checkpoints.
+`n.old` (in the tensor's dtype). The base's tensor names are only in the metadata, so none can collide with an entry.
+The same edits give the same bytes. To apply a patch, `render_manifest` converts it to a manifest. This module must not
+depend on checkpoints.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PatchBase(OfVariant):
-    """The base that a patch applies to; `sha256` contains the known digests of the edited shards."""
+    """The base to which a patch applies. `sha256` contains the known digests of the edited shards."""
 
     repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$")] | None = None
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
@@ -122,7 +122,7 @@ class PatchScalar:
         return Coordinate(self.tensor, self.index)
 
     def to_edit(self) -> dict[str, Any]:
-        """Return the edit of a manifest that makes exactly this change."""
+        """Make the fields of a manifest's edit that makes exactly this change."""
         edit: dict[str, object] = {
             "op": self.op,
             "tensor": self.tensor,
@@ -138,9 +138,9 @@ class PatchScalar:
 
 @dataclass(frozen=True)
 class Patch:
-    """Edits without their checkpoint.
+    """The changes that a manifest makes to a base, without the base's files.
 
-    `scalars` are sorted by tensor and position. `manifest_sha256` is the digest of the manifest they come from.
+    `scalars` are sorted by tensor and position. `manifest_sha256` is the digest of the manifest.
     """
 
     base: PatchBase
@@ -174,12 +174,12 @@ def is_safetensors(raw: bytes) -> bool:
 
 
 def render(patch: Patch) -> bytes:
-    """Return the bytes of the sparse form.
+    """Render a patch as the bytes of a safetensors file, the sparse form.
 
-    Raises ManifestError if the patch has no scalars, more than MAX_SCALARS, or values that a patch cannot contain.
+    Raises ManifestError if the patch has no scalars, more than MAX_SCALARS, or values that the schema rejects.
     """
     if not 0 < len(patch.scalars) <= MAX_SCALARS:
-        raise ManifestError(f"{len(patch.scalars)} changed scalars, where a patch has 1 to {MAX_SCALARS}")
+        raise ManifestError(f"a patch has 1 to {MAX_SCALARS} changed scalars, not {len(patch.scalars)}")
     groups = patch.by_tensor()
     header = {
         **patch.origin(),
@@ -214,10 +214,10 @@ def render(patch: Patch) -> bytes:
 
 
 def render_safetensors(arrays: Mapping[str, tuple[str, Sequence[int], bytes]], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file with the given arrays: name -> (dtype, shape, bytes).
+    """Render a safetensors file that contains `arrays`: name -> (dtype, shape, little-endian bytes).
 
-    Arrays are sorted by width of the dtype, widest first, and then by name. Every array is aligned, and the bytes
-    depend on nothing else.
+    Arrays are sorted by width of the dtype, widest first, and then by name, so that each is aligned. Equal arguments
+    give equal bytes.
     """
     order = sorted(arrays, key=lambda name: (-DTYPES[arrays[name][0]].bits, name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -233,14 +233,14 @@ def render_safetensors(arrays: Mapping[str, tuple[str, Sequence[int], bytes]], m
 
 
 def render_json(document: dict[str, Any]) -> bytes:
-    """Return the bytes of a JSON file; equal documents give equal bytes."""
+    """Render a JSON file with sorted keys, so that equal documents give equal bytes."""
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
 def parse(raw: bytes, path: Path) -> Patch:
-    """Read a patch from the bytes of a sparse form; `path` appears only in messages.
+    """Read a patch from the bytes of a sparse form. `path` appears only in messages.
 
-    Raises ManifestError, in one line, for anything that `render` does not write.
+    Raises ManifestError with one fault for any bytes that `render` does not write.
     """
     try:
         size = decode_header_length(raw[:8], len(raw), path)
@@ -253,18 +253,18 @@ def parse(raw: bytes, path: Path) -> Patch:
         data = memoryview(raw)[8 + size :]
         scalars = tuple(_list_scalars(header, {name: (i, data[slice(*i.data_offsets)]) for name, i in tensors.items()}))
     except ValidationError as error:
-        raise ManifestError(f"not a sound patch: {describe_first_fault(error)}", path) from None
+        raise ManifestError(f"invalid patch: {describe_first_fault(error)}", path) from None
     except (CheckpointError, NumberError) as error:
-        raise ManifestError(f"not a sound patch: {error.faults[0]}", path) from None
+        raise ManifestError(f"invalid patch: {error.faults[0]}", path) from None
     except ValueError as error:
-        raise ManifestError(f"not a sound patch: {error}", path) from None
+        raise ManifestError(f"invalid patch: {error}", path) from None
     return Patch(header.base, header.check, header.manifest_sha256, scalars, header.swsurgery_version)
 
 
 def render_manifest(raw: bytes, path: Path) -> bytes:
-    """Return the manifest, as JSON, with the same effect as a sparse form.
+    """Convert the bytes of a sparse form to a manifest in JSON with the same effect.
 
-    It expects the old bits and pins the base's digests. Raises ManifestError for a damaged patch.
+    The manifest expects the old bits and pins the base's digests. Raises ManifestError for a damaged patch.
     """
     patch = parse(raw, path)
     base = {key: value for key, value in patch.base.model_dump(mode="json").items() if value}
@@ -295,7 +295,7 @@ def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memory
         raise ValueError(f"it has more than {MAX_SCALARS} scalars")
     names = [tensor.name for tensor in header.tensors]
     if names != sorted(set(names)):
-        raise ValueError("its tensors are not in order, each once")
+        raise ValueError("its tensors are not sorted by name, or one is repeated")
     for number, tensor in zip(numbers, header.tensors, strict=True):
         where, count, dtype = f"{tensor.name!r:.90}", len(tensor.edits), DTYPES[tensor.dtype]
         if dtype.kind == "opaque":
@@ -305,7 +305,7 @@ def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memory
             info, parts[part] = arrays[f"{number}.{part}"]
             if (info.dtype.name, info.shape) != (wanted, (count,)):
                 raise ValueError(
-                    f"{number}.{part} is {info.dtype.name} of shape {list(info.shape)}, where {where} "
+                    f"{number}.{part} is {info.dtype.name} of shape {list(info.shape)}, but {where} "
                     f"needs {wanted} of [{count}]"
                 )
         positions = struct.unpack(f"<{count}q", parts["indices"])
@@ -314,7 +314,7 @@ def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memory
             if not 0 <= flat < size:
                 raise ValueError(f"position {flat} is out of range for {where} of shape {list(tensor.shape)}")
             if flat <= last:
-                raise ValueError(f"positions of {where} do not rise: {flat} after {last}")
+                raise ValueError(f"positions of {where} do not increase: {flat} after {last}")
             if (operation.op == "scale") != (operation.factor is not None):
                 raise ValueError(f"{where} has op {operation.op} and factor {operation.factor}")
             last, here = flat, slice(at * dtype.size, (at + 1) * dtype.size)
@@ -332,6 +332,6 @@ def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memory
             edit = _EDIT.validate_python(scalar.to_edit())
             if edit.new_bytes(dtype, scalar.old) != scalar.new:
                 raise ValueError(
-                    f"{scalar.coordinate} holds {format_bits(scalar.new)}, which op {scalar.op} does not give"
+                    f"{scalar.coordinate} is {format_bits(scalar.new)}, which op {scalar.op} does not produce"
                 )
             yield scalar

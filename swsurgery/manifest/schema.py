@@ -16,7 +16,7 @@ from swsurgery.storage.schema import Strict, Version
 MAX_EDITS = 150_000
 """Maximum number of edits.
 
-An edit of 100,000 scalars must work; the largest published set of weights removed at once has 7,000.
+100,000 scalars must be possible. The largest published set of weights that were removed together has 7,000.
 """
 
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$"
@@ -33,14 +33,14 @@ class Base(Strict):
         Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="the commit: 40 hex digits, quoted")] | None
     ) = None
     path: Annotated[str, Field(min_length=1, description="a directory, relative to the manifest")] | None = None
-    model: Annotated[str, Field(description="which known model it is, where repo_id does not say")] | None = None
+    model: Annotated[str, Field(description="name of the known model, if repo_id does not identify it")] | None = None
     sha256: Annotated[
         dict[Annotated[str, Field(pattern=FILE_NAME)], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]],
-        Field(description="digests of shards: another base is refused"),
+        Field(description="digests of shards; a base with other digests is an error"),
     ] = {}
     weights: Annotated[
         Literal["index", "single"] | None,
-        Field(description="which weights to edit where both an index and a single file are there"),
+        Field(description="which weights to edit if there are both an index and a single file"),
     ] = None
     variant: Annotated[
         str | None,
@@ -48,27 +48,27 @@ class Base(Strict):
     ] = None
     copies: Annotated[
         Literal["omit", "keep"] | None,
-        Field(description="further copies of the weights: leave them out, or carry them along unedited"),
+        Field(description="further copies of the weights: omit them, or copy them unedited"),
     ] = None
 
     @model_validator(mode="after")
     def _one_place(self) -> Base:
         if (self.repo_id is None) == (self.path is None):
-            raise ValueError("needs repo_id or path, one of them")
+            raise ValueError("needs either repo_id or path")
         if self.revision is not None and self.repo_id is None:
             raise ValueError("has a revision without a repo_id")
         return self
 
 
 class Bounds(Strict):
-    """What the sanity check has to hold."""
+    """Limits on the perplexity ratio, patched / base, in the sanity check."""
 
     max_perplexity_ratio: Ratio | None = None
     min_perplexity_ratio: Ratio | None = None
 
 
 class Manifest(Strict):
-    """What to do to which scalars of which base."""
+    """The base, the edits of its scalars, and the limits of the sanity check."""
 
     version: Version
     name: Annotated[str, Field(pattern=FILE_NAME)] | None = None

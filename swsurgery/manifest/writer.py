@@ -16,9 +16,9 @@ from swsurgery.errors import ManifestError, escape_control
 Operation = Literal["zero", "scale", "protect"]
 
 ASKED_RATIO = 2.0
-"""Minimum perplexity ratio that the sanity check asks for if the edits are expected to damage the model.
+"""Minimum perplexity ratio that the sanity check requires if the edits are expected to damage the model.
 
-It is below the published ratios because the check measures on another text with another context length.
+It is below the published ratios because the check uses another text and another context length.
 """
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._-]*(?:[/ ][A-Za-z0-9._-]+)*")
@@ -41,7 +41,7 @@ class ScalarPlace(Protocol):
 
 
 def refuse_unfit(op: str, factor: float | None) -> None:
-    """Raise ManifestError if known super weights have no such operation or if the factor does not fit it."""
+    """Raise ManifestError if `op` is not one for known super weights, or if the factor does not fit it."""
     if op not in ("zero", "scale", "protect"):
         raise ManifestError("no such operation for known coordinates", op, "zero, scale or protect")
     if (op == "scale") != (factor is not None):
@@ -59,7 +59,7 @@ def write_manifest(
     edits: Iterable[tuple[str, Mapping[str, Any]]],
     damaging: bool,
 ) -> str:
-    """Return the YAML text of a manifest.
+    """Render a manifest as YAML text.
 
     The lines of `head` and the text of each edit become comments. Fields of `base` that are None are omitted.
     `damaging` makes the sanity check require a perplexity ratio of at least ASKED_RATIO.
@@ -82,9 +82,9 @@ def write_manifest(
 
 
 def _render_yaml(value: object) -> str:
-    """Return a scalar or a map in flow style.
+    """Render a scalar or a map in YAML's flow style.
 
-    Text that YAML reads as text anyway has no quotes. YAML understands the escapes of JSON and of `escape_control`.
+    Text that YAML reads as text without quotes gets none. YAML understands the escapes of JSON and of `escape_control`.
     """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_render_yaml(item)}" for key, item in value.items()) + "}"
@@ -94,7 +94,7 @@ def _render_yaml(value: object) -> str:
 
 
 def list_edit_fields(place: ScalarPlace, op: Operation, factor: float | None, expect: object) -> dict[str, Any]:
-    """Return the fields of one edit in the order of printing, without those that are None."""
+    """Make the fields of one edit, in the order in which they are printed, without those that are None."""
     fields: dict[str, object] = {
         "op": op,
         "layer": place.layer,

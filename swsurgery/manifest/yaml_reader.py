@@ -20,10 +20,10 @@ MAX_NODES = 100_000
 """Maximum number of keys and values outside the edits."""
 
 MAX_NODES_OF_EDIT = 100
-"""Maximum number of keys and values in one edit; about 11 are usual."""
+"""Maximum number of keys and values in one edit. Most edits have about 11."""
 
 MAX_PLACED = 100_000
-"""Maximum number of nodes inside edits with a stored position; later faults point at the beginning of the edit."""
+"""Maximum number of nodes inside edits whose positions are stored. A fault in a later node has its edit's position."""
 
 MAX_DEPTH = 16
 """Maximum nesting depth."""
@@ -42,10 +42,10 @@ LineColumn = tuple[int, int]
 
 
 class Reader:
-    """Plain values, positions and faults of a document.
+    """The plain values, positions and faults of a document.
 
-    The values are built from the parser's events. A loader would resolve anchors and tags, which makes small files
-    expand without limit, and would convert words such as `no`. Reading stops at the limits above.
+    The values are built from the parser's events. A YAML loader would resolve anchors and tags, with which a small file
+    can expand without limit, and would convert words such as `no`. Reading stops at the limits above.
     """
 
     def __init__(self, text: str):
@@ -57,7 +57,7 @@ class Reader:
         if odd := _ODD_CHARACTER.search(text):
             start = odd.start()
             place = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
-            what = f"not YAML: the character U+{ord(odd[0]):04X} has no place in YAML"
+            what = f"not YAML: the character U+{ord(odd[0]):04X} is not allowed"
             self.faults.append((place, f"{what} (write it as an escape, in double quotes)"))
             return
         self._events: Iterator[Any] = iter(_LOADER(_join_surrogates(text)).get_event, None)
@@ -177,11 +177,11 @@ class Reader:
 
 
 class _Stop(Exception):
-    """Stops the reader after too many faults or at a limit; the reason is among the faults."""
+    """Stops the reader at a limit, or after too many faults. The reason is among the faults."""
 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Loader used for its events only. libyaml, included in PyYAML's wheels, is 25 times faster than the Python parser."""
+"""Loader, used only for its events. PyYAML's wheels include libyaml, 25 times faster than the Python parser."""
 
 _NUMBER_LIKE = re.compile(r"-?[0-9][0-9.eE+-]*")
 
@@ -195,7 +195,7 @@ _PAIR = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]
 def _join_surrogates(text: str) -> str:
     """Replace the two escapes that JSON uses for a character above U+FFFF by YAML's single escape.
 
-    Columns after such a character on its line are two too small.
+    Each replacement makes the columns of later faults on its line too small by two.
     """
     most = MAX_NODES + 20 * MAX_EDITS
     if not _PAIR.search(text) or text.count(",") > most or text.count("\\u") > MAX_NODES:

@@ -14,7 +14,8 @@ from typing import Literal
 from swsurgery.storage.coordinate import Coordinate
 
 Placement = Literal["auto", "whole", "streamed"]
-"""The weights that are on the device while a model runs: "whole" is all of them, "streamed" is two layers at a time."""
+"""How many weights are on the device at a time: "whole" is all of them, "streamed" is two layers, and "auto" is whole
+if all of them fit in float32."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class ScalarChange:
 
 
 def explain_unavailable() -> str | None:
-    """Return why no model can be run here ("torch is not installed"), or None if one can. Loads neither library."""
+    """Return why no model can run here, such as "torch is not installed"; None if torch and transformers are installed.
+
+    Imports neither library, so a broken installation is not noticed.
+    """
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if not missing:
         return None

@@ -46,7 +46,7 @@ def find_hidden(returned: Any) -> Tensor:
 
 
 def replace_hidden(returned: Any, hidden: Tensor) -> Any:
-    """Return a copy of the return value of a layer with other hidden states."""
+    """Return what a layer returned, with its hidden states replaced by `hidden`. Raises Unknown like `find_hidden`."""
     find_hidden(returned)
     return (hidden, *returned[1:]) if isinstance(returned, tuple) else hidden
 
@@ -63,7 +63,7 @@ def list_leaves(value: Any) -> Iterator[Any]:
 
 
 def is_same_calls(calls: Iterable[Call], others: Iterable[Call]) -> bool:
-    """Return True if the calls are equal and consist of tensors and plain values only."""
+    """Return True if both sequences of calls have equal arguments; False for any that is no tensor or plain value."""
     pairs = list(zip(list_leaves(list(calls)), list_leaves(list(others)), strict=True))
     for one, other in pairs:
         if isinstance(one, Tensor):

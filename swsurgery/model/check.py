@@ -30,7 +30,7 @@ PROMPTS = (
 
 
 def read_built_in_text() -> str:
-    """Return the default text of the check: about 8,000 words of English in several kinds of prose."""
+    """Read the default text of the check: about 8,000 words of English in several kinds of prose."""
     return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
 
 
@@ -57,12 +57,12 @@ def run_checks(
 
     The figures of each model, over the scored positions, are the perplexity (exp of the mean negative log-likelihood),
     the mean probability of all stop words and the largest hidden state after any decoder layer. The figures of the
-    pair are the ratio of the perplexities and the mean KL(base || patched) in nats. Each prompt has the five most
-    likely next tokens of each model.
+    pair are the ratio of the perplexities and the mean KL(base || patched) in nats. For each prompt, the report lists
+    the five most likely next tokens of each model.
 
     `device` is "auto", "cpu", "cuda" or "cuda:N". `placement` is "whole" (all weights in memory), "streamed" (two
     layers at a time, read from the shards) or "auto" (streamed if all weights do not fit). Weights are in float32 if
-    that fits, else in the stored dtype. Without `changes` the model runs once, and both sides have its figures.
+    that fits, else in the stored dtype. If `changes` is empty, the model runs once, and base and patched are equal.
 
     Raises ModelError with one line if a library is missing, if the device does not work or is too small, if the model
     or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check is not an
@@ -123,9 +123,9 @@ def run_checks(
 
 
 def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
-    """Run the cheap checks, start the tokenizer's process, import torch and return the directory of the checkpoint.
+    """Run the checks that take no model, start the tokenizer's process, import torch, and return the directory.
 
-    Raises ModelError.
+    Raises ModelError if a library, a file or memory is missing, or if a scalar does not have its patched value.
     """
     if reason := explain_unavailable():
         raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
@@ -135,7 +135,7 @@ def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
     try:
         load_numpy()
     except MemoryError as error:
-        raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on it") from error
+        raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
     start()
     try:
         from swsurgery.model import load, measure  # noqa: F401 (they import torch and transformers)
@@ -149,7 +149,7 @@ def _refuse_lengths(prompts: Sequence[str], sequences: Sequence[Sequence[int]], 
     """Raise ModelError for a prompt that is empty or longer than the context of the model."""
     for prompt, ids in zip(prompts, sequences, strict=True):
         if not 1 <= len(ids) <= context:
-            raise ModelError(f"prompt of {len(ids)} tokens", repr(prompt), f"the model reads 1 to {context}")
+            raise ModelError(f"prompt of {len(ids)} tokens", repr(prompt), f"give 1 to {context} tokens")
 
 
 def _compare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> None:
@@ -162,4 +162,6 @@ def _compare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> None:
             raise ModelError("no such scalar in the checkpoint", change.coordinate) from None
         value = float(decode(checkpoint.info(tensor).dtype, stored))
         if value != change.patched:
-            raise ModelError(f"holds {value:g}, not the patched value {change.patched:g}", change.coordinate)
+            raise ModelError(
+                f"the stored value {value:g} is not the patched value {change.patched:g}", change.coordinate
+            )

@@ -7,7 +7,7 @@ result equals loading each variant's checkpoint on its own, for scalars in any p
 and the embedding.
 
 A rehearsal finds out how the model calls its layers (masks, positions): the code of transformers runs with stand-ins
-for the layers, which note their arguments. Then this module calls the layers one after the other, so that only the
+for the layers, which record their arguments. Then this module calls the layers one after the other, so that only the
 running layer needs its weights (stream.py). The code of transformers computes the head. If the layers of a model cannot
 be called this way, the whole model runs once per variant.
 
@@ -43,11 +43,11 @@ from swsurgery.model.places import Places, Variant, find_decoder_layers
 from swsurgery.progress import Progress, Silent
 
 TOKENS_AT_ONCE = 2048
-"""Maximum number of tokens in one call of a layer: enough to keep a device busy, and few enough to bound its memory."""
+"""Maximum number of tokens in one call of a layer. More tokens need more memory and keep a device no busier."""
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Attention kernels that may be used. cuDNN's is excluded: it makes a plan for every new shape, which takes half a
-second on an H100, as long as everything else for a model of 13.5 GB."""
+"""Attention kernels that torch may use. cuDNN's kernel is excluded: on an H100 it takes half a second to plan each new
+shape, as long as the rest of a run of a 13.5 GB model."""
 
 REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 """Exceptions that the code of a model raises for arguments that it does not expect."""
@@ -63,9 +63,10 @@ class Peak(NamedTuple):
 
 
 class Logits:
-    """The logits (tokens, vocabulary) of each variant for one sequence, computed on access and not stored.
+    """The logits (tokens, vocabulary) of each variant for one sequence, in the model's dtype.
 
-    All of them together may be larger than the model. They must be read before the next sequence is requested.
+    They are computed on access and not stored, because together they may be larger than the model. They must be read
+    before the next sequence is requested.
     """
 
     def __init__(self, variants: int, compute: Callable[[int], Tensor]):
@@ -84,7 +85,10 @@ class Logits:
 
 
 class Outcomes(NamedTuple):
-    """The results of all variants for one sequence: logits (tokens, vocabulary) in the model's dtype, and peaks."""
+    """The results of all variants for the sequence with number `sequence`.
+
+    `peaks` contains the largest hidden state of each variant, or None if the model has no list of decoder layers.
+    """
 
     sequence: int
     logits: Logits
@@ -184,8 +188,9 @@ class LayeredModel:
         """Run every sequence of token ids in every variant and yield one Outcomes per sequence, in order.
 
         Sequences may differ in length. Besides the weights, memory holds sequences x variants x tokens x channels
-        hidden states. `progress` counts one step per layer and per sequence, or the bytes streamed; its label counts
-        the layers and then the sequences.
+        hidden states. `progress` counts one step per layer and per sequence, or the bytes streamed. Its label names the
+        current layer or sequence. Raises ModelError as the class describes, and CheckpointError if a streamed shard
+        cannot be read.
         """
         progress = progress or Silent()
         self.places.find(variants)
@@ -206,8 +211,8 @@ class LayeredModel:
     def is_layered(self, ids: Sequence[int]) -> bool:
         """Return True if the layers can be called from here.
 
-        Their arguments must not depend on the tokens and must not carry state from call to call. Two rehearsals, of
-        `ids` and of its reverse, decide this once.
+        This requires arguments that neither depend on the tokens nor carry state from call to call. Two rehearsals, of
+        the token ids `ids` and of their reverse, decide it on the first call.
         """
         if self._layered is None:
             try:
@@ -268,7 +273,7 @@ class LayeredModel:
                 progress.advance(0 if self.weights else 1)
 
     def _enter(self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant]) -> list[_Group]:
-        """Compute the input of the first layer, in one group for each length of sequence."""
+        """Compute the input of the first layer for every sequence. Sequences of equal length form one group."""
         lengths: dict[int, list[int]] = defaultdict(list)
         for number, ids in enumerate(sequences):
             lengths[len(ids)].append(number)
@@ -288,7 +293,7 @@ class LayeredModel:
         return groups
 
     def _advance(self, number: int, layer: nn.Module, group: _Group, columns: slice, watch: Watch | None) -> None:
-        """Take some variants of all sequences of a group through one layer, in batches of bounded size."""
+        """Run one layer on the variants `columns` of all sequences of a group, in batches of bounded size."""
         state = group.state[:, columns]
         tokens = state.shape[2]
         variants = range(group.state.shape[1])[columns]
@@ -308,7 +313,8 @@ class LayeredModel:
     def _rehearse(self, ids: Sequence[int]) -> tuple[Tensor, list[Call]]:
         """Run the model with stand-ins for its layers.
 
-        Returns the hidden states (1, tokens, channels) that enter the first layer, and the other arguments of each.
+        Returns the hidden states (1, tokens, channels) that enter the first layer, and the other arguments of each
+        layer. Raises Unknown if the model does not call every layer once, in a form that `calls.py` supports.
         """
         entered: list[Tensor] = []
         calls: list[Call] = []

@@ -21,8 +21,8 @@ DESIGN_EFFECT = 3.0
 """Variance of the mean of consecutive windows, divided by that of as many independent windows (L. Kish, Survey
 Sampling, 1965). SmolLM2-135M on 256 consecutive windows of 256 tokens of WikiText-2, with layer 11 [507, 1229] zeroed:
 the loss differences of windows 1 to 4 apart correlate by 0.33, 0.32, 0.24 and 0.24, and 1 + 2 * 1.13 = 3.3. Without
-this factor a nominal 95% interval of 8 or 16 consecutive windows contains the mean of all in 80% to 84% of cases, with
-it in 92% to 97% (tests/test_intervals.py)."""
+this factor a nominal 95% interval from 8 or 16 consecutive windows contains the mean of all windows in 80% to 84% of
+cases, with it in 92% to 97% (tests/scanning/test_intervals.py)."""
 
 
 class Interval(NamedTuple):
@@ -56,10 +56,10 @@ def compute_mean_interval(
 
 
 def compute_prediction_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Compute the largest magnitude that one more value, like the two or more given ones, is expected to have.
+    """Compute a bound on the magnitude of one more value from the source of `values`, which are at least two.
 
-    This is the farther end of the Student prediction interval for a single new observation, and at least the largest
-    magnitude of `values`. Infinite if a value is not finite.
+    The bound is the larger of two magnitudes: the farther end of the Student prediction interval for a single new
+    observation, and the largest of `values`. It is infinite if a value is not finite.
     """
     count = len(values)
     if not all(map(math.isfinite, values)):
@@ -71,7 +71,7 @@ def compute_prediction_bound(values: Sequence[float], confidence: float = CONFID
 
 
 def compute_student_quantile(confidence: float, freedom: int) -> float:
-    """Find t such that a Student variable with `freedom` degrees lies within -t and t with probability `confidence`."""
+    """Find t such that a Student variable with `freedom` degrees is between -t and t with probability `confidence`."""
     low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Load a model and a tokenizer from a local directory, choose device and dtype, and refuse what cannot be loaded.
+"""Open models and tokenizers in local directories: choose device and dtype, load, and explain failures.
 
 Only files of the directory are read, weights only from safetensors, and code in a checkpoint is never run. Progress
 bars, warnings and tracebacks of the libraries are suppressed. This module must not depend on what the model computes.
@@ -47,7 +47,7 @@ from swsurgery.model.transformers_private import AutoClass, LoadingInfo, get_lan
 from swsurgery.model.weight_plan import plan_weights
 
 COMFORTABLE_SHARE = 0.6
-"""Largest share of the free memory that float32 weights may fill. The rest is for logits."""
+"""Maximum share of the free memory that float32 weights may fill. The rest is for logits."""
 
 LOADING_ERRORS = (
     OSError,
@@ -122,8 +122,8 @@ def open_model(
     "whole" puts all weights on the device, in float32 if that fits comfortably, else in the dtype of config.json.
     "streamed" uses the dtype of config.json and holds two layers at a time; "cuda" without a number then takes all CUDA
     devices in turn. "auto" is "whole" if float32 fits comfortably. A model that cannot be streamed is loaded whole, and
-    `say` receives a line about it. Shards next to a single file that was not chosen are always streamed, because
-    transformers would load the single file.
+    `say` receives a line about it. If the user chose an index although a single file exists too, the model is always
+    streamed, because transformers would load the single file.
 
     Raises ModelError if transformers cannot load the model, if weights are missing (transformers would invent them) or
     if memory is insufficient.
@@ -172,7 +172,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
         streamed = LayeredModel(model, checkpoint, weights, devices[0])
         if not streamed.is_layered([0, 1, 2]):
-            raise ModelError("cannot be read layer by layer: its layers are called in another way", checkpoint.root)
+            raise ModelError("cannot be read layer by layer: its layers cannot be called one by one", checkpoint.root)
     return streamed
 
 
@@ -213,9 +213,9 @@ def _find_stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _wake(device: torch.device, dtype: torch.dtype) -> None:
-    """Have CUDA pin memory and load the kernels that every layer needs.
+    """Make CUDA pin memory and load the kernels that every layer needs.
 
-    This takes a second, which passes while the model is being built.
+    This takes a second. A thread does it while the model is being built.
     """
     with contextlib.suppress(RuntimeError), torch.no_grad():
         del allocate_pinned_pieces()[:]  # torch keeps freed memory for the next request
@@ -235,7 +235,7 @@ def _wake(device: torch.device, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def _build_on_meta() -> Iterator[None]:
-    """Build modules without memory for their parameters for the length of a block. Buffers are computed as usual."""
+    """Create parameters on the meta device, without memory, for the length of a block. Buffers are not affected."""
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.device.type == "meta":
@@ -284,41 +284,42 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
 
 
 def make_load_error(error: Exception, directory: Path) -> Unrunnable:
-    """Make the error for an exception of transformers during the loading of the model in `directory`."""
+    """Make the error for an exception that transformers raised while it loaded the model in `directory`."""
     return Unrunnable(
         f"transformers cannot load the model: {get_first_line(error)}",
         directory,
-        "mend its config.json, or upgrade transformers",
+        "repair its config.json, or upgrade transformers",
     )
 
 
 def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     """Raise Unrunnable if transformers would use the codes of quantised weights as weights.
 
-    It dequantises only if the config declares it, and ignores a `.scale` beside an FP8 weight with a warning.
+    transformers dequantises only weights that the config declares as quantised. It ignores a `.scale` tensor beside an
+    FP8 weight with a warning.
     """
     declared = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
     if not any(declared) and (name := checkpoint.quantisation.first_codes()):
         why = checkpoint.quantisation.refusal(name)
-        raise Unrunnable(f"transformers would take its codes for weights: {why}", name, "load an unquantised copy")
+        raise Unrunnable(f"transformers would use its codes as weights: {why}", name, "load an unquantised copy")
 
 
 def refuse_invented(info: LoadingInfo, directory: Path) -> None:
-    """Raise Unrunnable if transformers invented weights, because they are not stored or have another shape.
+    """Raise Unrunnable if transformers initialised weights at random, because they are missing or have another shape.
 
-    `info` is the loading info of from_pretrained with ignore_mismatched_sizes, so that it lists the shapes.
+    `info` is the loading info of from_pretrained, which lists shapes if called with ignore_mismatched_sizes=True.
     """
     misfits = sorted((name, list(stored), list(wanted)) for name, stored, wanted in info["mismatched_keys"])
     for name, stored, wanted in misfits[:1]:
         more = f", and {len(misfits) - 1} more tensors do not fit it" if len(misfits) > 1 else ""
         what = f"{name} is stored as {stored}, but config.json asks for {wanted}{more}"
-        raise Unrunnable(what, directory, "mend its config.json")
+        raise Unrunnable(what, directory, "repair its config.json")
     if missing := sorted(info["missing_keys"]):
         raise make_missing_error(missing, directory)
 
 
 def get_context_length(model: PreTrainedModel) -> int:
-    """Return the maximum number of tokens in one input, from the config; unlimited if it has no whole number."""
+    """Return the maximum number of tokens in one input, from the config; sys.maxsize if the config states none."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else sys.maxsize
 
@@ -326,7 +327,8 @@ def get_context_length(model: PreTrainedModel) -> int:
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Load the tokenizer in `directory` in a process of its own.
 
-    Raises Unrunnable if that fails, for a git-lfs pointer and for a config.json that transformers cannot read.
+    Raises Unrunnable if it cannot be loaded, if a file is a git-lfs pointer, or if transformers cannot read
+    config.json.
     """
     refuse_pointers(directory)
     refuse_dtype(directory)
@@ -368,7 +370,7 @@ def get_first_line(error: Exception) -> str:
 
 
 def _measure_free_bytes(device: torch.device) -> int:
-    """Return the bytes of free memory on `device`. For main memory this is what is available without swapping."""
+    """Return the number of bytes of memory that `device` has free; for a CPU, those available without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:

@@ -48,7 +48,9 @@ def refuse_unknown_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[i
     """Raise ModelError if a token id is beyond the model's vocabulary."""
     vocabulary = get_vocabulary_size(model)
     if (largest := max((token for ids in sequences for token in ids), default=0)) >= vocabulary:
-        raise ModelError(f"tokenizer gives token {largest}", f"the model has {vocabulary}", "is it this model's own?")
+        raise ModelError(
+            f"the tokenizer gives token {largest}", f"the model has {vocabulary}", "use this model's tokenizer"
+        )
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -56,7 +58,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ModelError("text that is not Unicode", ascii(text)[:80]) from None
+        raise ModelError("the text is not valid Unicode", ascii(text)[:80]) from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -67,7 +69,11 @@ def cut_windows(ids: Sequence[int], bos: Sequence[int], windows: int, window: in
     two tokens, because no token could be predicted.
     """
     if windows < 1 or window < 2:
-        raise ModelError("no room for text", f"{windows} windows of {window} tokens", "at least one window of two")
+        raise ModelError(
+            "too few or too short windows",
+            f"{windows} windows of {window} tokens",
+            "use at least one of at least two tokens",
+        )
     if len(ids) < 2:
         raise ModelError("the text is too short", f"{len(ids)} of at least 2 tokens", "give a longer one")
     starts = range(0, max(1, len(ids) - window + 1), window)[:windows]
@@ -96,7 +102,10 @@ class Totals:
         """The negative log-likelihoods of the scored tokens of each variant and window (float64, on the CPU)."""
 
     def add_window(self, ids: Sequence[int], outcomes: Outcomes) -> None:
-        """Add the window `ids`, in which every position is scored that has a next token."""
+        """Add the outcomes of one window with the token ids `ids`.
+
+        Each position except the last is scored: the logits there predict the next token.
+        """
         base = outcomes.logits[0]
         targets = torch.tensor(ids[1:], device=base.device)
         for number, peak in enumerate(outcomes.peaks):
@@ -110,7 +119,7 @@ class Totals:
         self.windows += 1
 
     def look(self, outcomes: Outcomes) -> None:
-        """Record only whether all logits are finite."""
+        """Record whether the logits of a prompt are finite. A prompt is not scored."""
         for number, logits in enumerate(outcomes.logits):
             self._look(number, logits)
 
@@ -134,11 +143,11 @@ class Totals:
         return max(self.kl[number] / self.scored, 0.0)
 
     def perplexity_ratio(self, number: int = 1) -> float:
-        """Return the perplexity of a variant divided by that of the base, even if both exceed the float range."""
+        """Return the perplexity of a variant divided by that of the base; each may exceed the range of floats."""
         return _compute_exp((self.nll(number) - self.nll(0)) / self.scored)
 
     def side(self, number: int) -> Side:
-        """Return the figures of one variant."""
+        """Return perplexity, stop-word mass, finiteness and largest hidden state of one variant."""
         return Side(
             perplexity=_compute_exp(self.nll(number) / self.scored),
             stopword_mass=self.stop_mass[number] / self.scored,
@@ -166,7 +175,7 @@ def list_top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, fl
 
 
 def _choose_larger(best: SuperActivation | None, peak: Peak | None, window: int) -> SuperActivation | None:
-    """Return the one of larger magnitude, or the earlier of equals. A non-finite value is the largest."""
+    """Return `best` or `peak`, whichever is larger in magnitude; `best` if equal. A non-finite value is the largest."""
 
     def magnitude(value: float) -> float:
         return abs(value) if math.isfinite(value) else math.inf

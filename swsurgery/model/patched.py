@@ -76,7 +76,11 @@ def _set(places: Places, scalar: Scalar, new: bytes) -> None:
     place = places.find_place(scalar.coordinate)
     weight = place.weight
     if weight.device.type == "meta":
-        raise ModelError("offloaded, so it cannot be edited in memory", scalar.coordinate, "give another device_map")
+        raise ModelError(
+            "the weight is the weight is the weight is the weight is offloaded, so it cannot be edited in memory",
+            scalar.coordinate,
+            "give another device_map",
+        )
     old, wanted = (_make_scalar(scalar.dtype.name, data).to(weight.dtype) for data in (scalar.old, new))
     _check_expected(weight[place.index], old, scalar)
     weight[place.index] = wanted.to(weight.device)
@@ -87,7 +91,9 @@ def _check_expected(found: Tensor, wanted: Tensor, scalar: Scalar) -> None:
     held, due = (_view_bits(tensor.detach().cpu()) for tensor in (found, wanted))
     if held != due:
         what = f"the loaded model holds {format_bits(held)} ({found.dtype}), not {format_bits(due)}"
-        raise ModelError(what, scalar.coordinate, "the loader changes this weight: load what apply writes")
+        raise ModelError(
+            what, scalar.coordinate, "the loader changes this weight: apply the manifest and load the result"
+        )
 
 
 def _make_scalar(dtype: str, data: bytes) -> Tensor:
@@ -112,8 +118,8 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
 def load_tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) for every tensor of the weight_map, with the splices applied.
 
-    The order is that of the data in each shard. Raises CheckpointError if a shard ends early or if it does not contain
-    the old bytes of a splice.
+    Tensors are yielded shard by shard, in the order of their data. Raises CheckpointError if a shard ends early or does
+    not contain the old bytes of a splice.
     """
     for file, shard in checkpoint.shards.items():
         with shard.file.open() as opened:
@@ -125,7 +131,7 @@ def load_tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[
 
 
 def _read(opened: File, info: TensorInfo, offset: int, splices: Sequence[Splice], file: str) -> Tensor:
-    """Read one tensor into new memory and apply its splices."""
+    """Read one tensor, whose data begin at `offset` of the file, into new memory and apply its splices."""
     if not info.size:
         return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype.name])
     data = bytearray(info.size)

@@ -1,6 +1,6 @@
 """Find stored scalars in a loaded model, and give them other values for the length of a block.
 
-This module depends on modules and parameters, and must not depend on what is computed with them.
+This module uses modules and parameters of torch, and must not depend on texts or metrics.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class _Owners(NamedTuple):
 
 
 def _map_owners(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, _Owners]:
-    """Map each name of each parameter to its owners."""
+    """Find the owners of each parameter, by name. A tied parameter has several names."""
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
     holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     names: dict[str, nn.Parameter] = {}
@@ -154,13 +154,13 @@ def find_decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module | None:
-    """Return the text decoder of `model`, or None."""
+    """Return the module of `model` that contains its decoder layers for text; None if transformers knows none."""
     get: Callable[[], nn.Module | None] = model.get_decoder
     return get()
 
 
 def find_output_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """Return the module that turns hidden states into logits, or None."""
+    """Return the module that turns hidden states into logits; None if the model has none."""
     get: Callable[[], nn.Module | None] = model.get_output_embeddings
     return get()
 

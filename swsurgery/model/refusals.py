@@ -1,4 +1,4 @@
-"""Explain why a model or a tokenizer cannot be loaded, in cases in which the message of transformers misleads.
+"""Explain why a model or a tokenizer cannot be loaded in cases for which transformers' own message is misleading.
 
 This module reads small files of the directory and loads nothing. Importing it does not load torch.
 """
@@ -15,7 +15,7 @@ from swsurgery.storage.files import LocalFile, recognise_format
 from swsurgery.storage.strict_json import read_config
 
 HEAD_NAMES = frozenset({"lm_head", "embed_out", "lm_loss", "output_projection", "generator_lm_head", "cls"})
-"""Names that modules which turn hidden states into logits have in transformers."""
+"""Names in transformers of the modules that turn hidden states into logits."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 """Names of the files from which transformers can load a vocabulary."""
 
 MAX_POINTER = 1 << 10
-"""Maximum size in bytes of a file that is examined. A git-lfs pointer has about 130 bytes."""
+"""Maximum size in bytes of a file that may be a git-lfs pointer. A pointer has about 130 bytes."""
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Files with settings of a tokenizer, which do not make a tokenizer on their own."""
@@ -40,7 +40,7 @@ _TEXT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 def refuse_unrunnable(directory: Path) -> None:
     """Raise Unrunnable if file names and small files of the directory show that no model can be run.
 
-    This avoids importing torch in vain, which takes 400 MB and seconds.
+    Importing torch takes seconds and 400 MB, so this is checked first.
     """
     refuse_pointers(directory)
     if not (directory / "config.json").is_file():
@@ -78,11 +78,13 @@ def refuse_dtype(directory: Path) -> None:
                 continue
             near = difflib.get_close_matches(named, known, 1)
             remedy = f"did you mean {near[0]}?" if near else "such as bfloat16"
-            raise Unrunnable(f"{key} in config.json is {named[:40]!r}, which is no dtype of torch", directory, remedy)
+            raise Unrunnable(
+                f"{key} in config.json is {named[:40]!r}, which is not a dtype of torch", directory, remedy
+            )
 
 
 def may_have_tokenizer(directory: Path) -> bool:
-    """Return False if no file of the directory can be the vocabulary of a tokenizer, known or unknown."""
+    """Return False if no file name of the directory looks like the vocabulary of a tokenizer."""
     names = [path.name for path in directory.iterdir() if path.name not in _SETTINGS]
     return any(name in TOKENIZER_FILES or _VOCABULARY.search(name) for name in names)
 
@@ -93,7 +95,7 @@ def make_tokenizer_error(directory: Path) -> Unrunnable:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Return True if the directory contains a file of TOKENIZER_FILES."""
+    """Return True if the directory contains a file that transformers can load as a vocabulary."""
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
@@ -107,4 +109,4 @@ def make_missing_error(missing: Iterable[str], directory: Path) -> Unrunnable:
             "a reward or embedding model has none and predicts no tokens: use the language model it was made from",
         )
     what = f"weights that the model needs are missing: {names[0]}"
-    return Unrunnable(what, directory, "see that its config.json belongs to these weights")
+    return Unrunnable(what, directory, "use the config.json that belongs to these weights")

@@ -38,7 +38,7 @@ class SuperActivation:
 
 @dataclass(frozen=True)
 class Side:
-    """The figures of one of the two models.
+    """The figures of one model, base or patched.
 
     `finite` is True if every logit of the text and the prompts was finite. `super_activation` is None if the model has
     no list of decoder layers.
@@ -52,9 +52,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Continuations:
-    """The most likely next tokens after a prompt as (text, probability), the most likely first.
+    """The most likely next tokens after a prompt, by base and by patched, as (text, probability).
 
-    They are empty if a logit is not finite.
+    The most likely token is first. A tuple is empty if a logit of its model is not finite.
     """
 
     prompt: str
@@ -67,10 +67,10 @@ class CheckReport:
     """The figures of the forward check, how they were measured, and the verdict.
 
     `kl` is the mean KL(base || patched) per scored token in nats. The text had `windows` windows of at most
-    `window_tokens` tokens, in which `scored_tokens` predictions were scored. If no base was compared, `compared` is
-    False and both sides have the figures of the one model. `method` is "layer by layer" (both models side by side),
-    "streamed" (the same with two layers at a time in memory) or "whole passes". The report contains no date and no
-    duration, so the same inputs give the same report.
+    `window_tokens` tokens, in which `scored_tokens` predictions were scored. If there was no base to compare with,
+    `compared` is False and `base` equals `patched`. `method` is "layer by layer" (both models side by side), "streamed"
+    (the same with two layers at a time in memory) or "whole passes" (one model after the other). The report contains no
+    date and no duration, so the same inputs give the same report.
     """
 
     base: Side
@@ -92,10 +92,10 @@ class CheckReport:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """One line for each reason to reject the patched model; empty if it passed.
+        """The reasons to reject the patched model, one line each; empty if it passed.
 
-        Non-finite logits of the patched model always fail. A non-finite ratio, which non-finite logits of the base
-        also cause, fails every bound.
+        Non-finite logits of the patched model always fail. A non-finite ratio fails every bound; non-finite logits of
+        the base cause one too.
         """
         lines = []
         # Weaker edits help only if the base is sound.
@@ -128,10 +128,10 @@ class CheckReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as a dict of strict JSON types.
 
-        Figures have 6 significant digits, because float32 sums in another order (with another number of threads)
-        differ beyond them. NaN and infinities, which JSON does not have, become None. If no base was compared,
-        `compared` is false and the figures that need a base are null or empty. Otherwise the field is absent, so that
-        the bytes of existing records do not change.
+        Figures have 6 significant digits, because further digits depend on the number of threads, which changes the
+        order of float32 sums. NaN and infinities, which JSON does not have, become None. If there was no base to
+        compare with, `compared` is false and the figures that need a base are null or empty. Otherwise the field is
+        absent, so that the bytes of existing records do not change.
         """
         prompts = [
             {"prompt": p.prompt, "base": _encode_tokens(p.base), "patched": _encode_tokens(p.patched)}

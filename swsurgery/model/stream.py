@@ -1,11 +1,11 @@
 """Read the weights of one layer at a time from the shards into reused buffers.
 
-Memory is two layers, independent of the size of the model: the next layer is read while one is computed. On a CPU, the
-shards are read directly into the buffer of which the parameters are views. For CUDA, the bytes pass through small
+Memory use is that of two layers, whatever the size of the model: the next layer is read while one is computed. On a
+CPU, shards are read directly into a buffer, and the parameters are views of it. For CUDA, the bytes pass through small
 pinned pieces of main memory, and a separate stream copies them. Several devices take the layers in turn.
 
-`weight_plan.py` decides which stored bytes make up each parameter. This module moves them, and must not depend on the
-meaning of a layer.
+`weight_plan.py` decides which stored bytes make up each parameter. This module moves the bytes, and must not depend on
+what a layer computes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ READERS = max(2, min(8, os.cpu_count() or 2))
 
 _new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
 _new_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
-"""The constructors have no annotations in torch."""
+"""torch's constructors with the annotations that torch lacks."""
 
 
 class StreamedWeights:
-    """A source of weights for the layers of a model in their order, which reads ahead.
+    """A source of weights that reads the layers of a model in order, one layer ahead.
 
-    `devices` take the layers in turn; weights outside the layers are on the first. Methods raise CheckpointError if a
-    shard cannot be read, and torch's errors if a device has not enough memory for two layers.
+    `devices` take the layers in turn; weights outside the layers are on the first device. Methods raise CheckpointError
+    if a shard cannot be read, and torch.OutOfMemoryError if a device has no memory for two layers.
     """
 
     def __init__(self, plan: WeightPlan, devices: Sequence[torch.device]):
@@ -75,7 +75,7 @@ class StreamedWeights:
     def outside(self, head: bool) -> Iterator[torch.device]:
         """Load the weights outside the layers for the length of a block, with those of the head if `head`.
 
-        They stay loaded until a layer is requested, so that consecutive blocks read them once.
+        These weights stay loaded until a layer is requested, so that consecutive blocks read them once.
         """
         wanted = tuple(slot for slot in self.plan.outside if head or not slot.head)
         if wanted != self._bound:
@@ -134,7 +134,10 @@ class StreamedWeights:
 
 @dataclass(frozen=True)
 class _Task:
-    """One read from a file into a buffer, with conversion if the dtypes differ."""
+    """One read of at most PIECE bytes: `size` bytes at `offset` of the part's shard, to byte `begin` of a buffer.
+
+    `dtype` is that of the parameter. If the part is stored in another dtype, its values are converted.
+    """
 
     part: Part
     offset: int
@@ -178,7 +181,7 @@ class _Files:
         self._stack.close()
 
     def read(self, file: File, offset: int, memory: Tensor) -> None:
-        """Fill `memory`, a one-dimensional tensor of bytes in main memory, from `offset` on. Raises CheckpointError."""
+        """Fill `memory`, a uint8 vector in main memory, with the bytes from `offset` on. Raises CheckpointError."""
         with self._lock:
             if file not in self._open:
                 self._open[file] = self._stack.enter_context(file.open())
@@ -187,7 +190,7 @@ class _Files:
 
 
 def allocate_pinned_pieces() -> list[Tensor]:
-    """Allocate main memory from which CUDA copies asynchronously: two pieces for each thread that reads."""
+    """Allocate pinned memory, from which CUDA copies asynchronously: two pieces of PIECE bytes per reading thread."""
     return [torch.empty(STREAM_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * READERS)]
 
 
@@ -206,7 +209,7 @@ class _Reader:
             self._pinned.put((piece, _new_event()))
 
     def fill(self, slots: Sequence[Slot], memory: Tensor, device: torch.device) -> None:
-        """Read `slots` into `memory` on `device`. Work queued later on the current stream waits for the copies."""
+        """Read `slots` into `memory` on `device`. Later work on the device's current stream waits for the copies."""
         copied = self.start(slots, memory, device, None)
         if copied is not None:
             torch.cuda.current_stream(device).wait_event(copied)
@@ -214,7 +217,7 @@ class _Reader:
     def start(
         self, slots: Sequence[Slot], memory: Tensor, device: torch.device, free: torch.cuda.Event | None
     ) -> torch.cuda.Event | None:
-        """Read `slots` into `memory`, copying after the event `free`.
+        """Read `slots` into `memory` on `device`; copies wait for the event `free`, if one is given.
 
         Returns the event after which `memory` may be used, or None if it can be used now.
         """
@@ -258,7 +261,7 @@ class _Reader:
 class _Buffer:
     """Memory for one layer on one device.
 
-    For CUDA, the event `copied` means that its bytes have arrived, and `used` that its last layer has been computed.
+    For CUDA, the event `copied` means that the layer's bytes have arrived, and `used` that the layer has been computed.
     """
 
     def __init__(self, size: int, device: torch.device):
@@ -270,7 +273,7 @@ class _Buffer:
 
 
 class _Loader:
-    """Reads layers in order on a separate thread, into two buffers per device."""
+    """Reads the layers from number `first` on, in order, on a separate thread, into two buffers per device."""
 
     def __init__(self, plan: WeightPlan, devices: Sequence[torch.device], first: int, reader: _Reader):
         self.next = first
@@ -295,7 +298,7 @@ class _Loader:
         return buffer
 
     def give(self, buffer: _Buffer) -> None:
-        """Return the buffer of the last layer, to be filled again."""
+        """Release the buffer of the layer that was taken last, so that another layer can be read into it."""
         if buffer.used is not None:
             buffer.used.record(torch.cuda.current_stream(buffer.memory.device))
         self._free[(self.next - 1) % len(self._devices)].put(buffer)

@@ -1,8 +1,8 @@
 """Run a checkpoint's tokenizer in a separate process that may use 2 GB of memory and 60 seconds.
 
 A tokenizer consists of regular expressions, replacements and tables of any size from an untrusted source. The process
-(`tokenizer_child.py`) loads it with transformers and answers the requests of the objects defined here. This module
-imports neither torch nor transformers, so that the process can start while this one imports them.
+(`tokenizer_child.py`) loads the tokenizer with transformers and answers the requests of class `Tokenizer`. This module
+imports neither torch nor transformers, so that the process can start while its parent imports them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEMORY = 2 << 30
 """Maximum address space of the process, in bytes. Loading SmolLM2's tokenizer takes 220 MB."""
 
 SECONDS = 60
-"""Maximum processor time of the process, and maximum time of waiting for it, in seconds."""
+"""Maximum processor time of the process in seconds, and maximum time that its parent waits for it."""
 
 MAX_ANSWER = 128 << 20
 """Maximum size of an answer in bytes. The decoded vocabulary of Gemma 3, the largest known, has 5 MB."""
@@ -47,7 +47,7 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "OMP_NUM_THREADS": "1",
 }
-"""Environment variables of the process that keep it small, offline and without torch."""
+"""Environment variables for the process, which keep it small, offline and without torch."""
 
 
 class _Process:
@@ -111,7 +111,7 @@ class _Process:
         try:
             document = json.loads(data)
         except ValueError:
-            raise _Failed("its process was cut off") from None
+            raise _Failed("its process ended within an answer") from None
         assert isinstance(document, dict)
         if "error" in document:
             raise _Failed(str(document["error"]))
@@ -144,7 +144,7 @@ def _end_process(child: subprocess.Popen[bytes]) -> None:
 
 
 def start() -> None:
-    """Start a process in advance for a tokenizer that will be loaded soon."""
+    """Start a process for the next `Tokenizer` in advance, unless one is idle already."""
     with contextlib.suppress(OSError):
         if not any(process.alive() for process in _idle):
             _idle.append(_Process())
@@ -165,7 +165,7 @@ def _take(directory: Path) -> _Process:
 
 
 def _release(process: _Process) -> None:
-    """Keep a process for the next tokenizer if it finishes with this one within a second, else end it."""
+    """Keep a process for the next tokenizer if it is done with the present one within a second; else end it."""
     if not process.alive() or _idle:
         process.end()
         return
@@ -206,7 +206,7 @@ class Tokenizer:
         return self._size
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """Return {"input_ids": the tokens of `text`}."""
+        """Return {"input_ids": the token ids of `text`}, like a tokenizer of transformers."""
         ids = self._ask({"text": text, "special": add_special_tokens})["ids"]
         assert isinstance(ids, list)
         return {"input_ids": ids}
@@ -227,5 +227,5 @@ class Tokenizer:
             self._process.end()
             if not isinstance(error, _Failed):
                 raise
-            what = f"no tokenizer that can be {self._verb}: {error}"
-            raise Unrunnable(what, self._directory, "mend its tokenizer files") from None
+            what = f"the tokenizer cannot be {self._verb}: {error}"
+            raise Unrunnable(what, self._directory, "repair its tokenizer files") from None

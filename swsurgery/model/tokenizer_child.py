@@ -21,17 +21,17 @@ MAX_TOKENS = 4_000_000
 """Maximum number of tokens in an encoded text."""
 
 PR_SET_PDEATHSIG = 1
-"""The option of prctl(2) that has this name."""
+"""Number of the prctl(2) option of this name."""
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when its parent ends. On other systems it ends at the end of stdin."""
+    """Make Linux end this process when its parent ends. Other systems end it when its stdin is closed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def set_limits(memory: int, seconds: int) -> None:
-    """Limit this process: address space in bytes, processor time in seconds, and no written files."""
+    """Limit this process to `memory` bytes of address space and `seconds` of processor time, and to writing no file."""
     for which, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, seconds),
@@ -44,7 +44,7 @@ def set_limits(memory: int, seconds: int) -> None:
 
 
 def read_request() -> dict[str, object] | None:
-    """Read exactly one line from descriptor 0; None at the end of the stream."""
+    """Read one line of JSON from descriptor 0; None at the end of the stream."""
     pieces = []
     while True:
         piece = os.read(0, 1 << 20)  # the other side sends no more before it has the answer
@@ -58,7 +58,7 @@ def read_request() -> dict[str, object] | None:
 
 
 def write_answer(document: dict[str, object]) -> None:
-    """Write one line to descriptor 1."""
+    """Write one line of JSON to descriptor 1."""
     data = memoryview(json.dumps(document).encode() + b"\n")
     while data:
         data = data[os.write(1, data) :]
@@ -136,7 +136,9 @@ def main() -> None:
         status = os.waitpid(worker, 0)[1]
         if status:
             memory = os.WIFEXITED(status) or os.WTERMSIG(status) in (signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL)
-            write_answer({"error": "more memory than it may have" if memory else "more time than it may have"})
+            write_answer(
+                {"error": "it needs more memory than it may use" if memory else "it needs more time than it may use"}
+            )
 
 
 if __name__ == "__main__":

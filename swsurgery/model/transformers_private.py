@@ -27,13 +27,13 @@ class AutoClass(Protocol):
         """Build a model without reading weights."""
 
     def from_pretrained(self, directory: str | PathLike[str], /, **options: Any) -> tuple[PreTrainedModel, LoadingInfo]:
-        """Load a model; `options` include output_loading_info=True."""
+        """Load a model. Returns its loading info too, so `options` must contain output_loading_info=True."""
 
 
 def get_language_model_class(config: PreTrainedConfig) -> AutoClass | None:
-    """Return the automatic class that builds a model of `config`, or None if transformers has no language model of it.
+    """Return the automatic class that builds a model of `config`, or None if transformers has no language model for it.
 
-    A model that also sees images counts.
+    Language models that also accept images are included.
     """
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
@@ -42,7 +42,7 @@ def get_language_model_class(config: PreTrainedConfig) -> AutoClass | None:
 
 
 def list_names_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return the names of the modules whose weights stay in float32 when `model` is loaded in `dtype`."""
+    """Return the names of the modules whose weights transformers keeps in float32 when it loads `model` in `dtype`."""
     strict = model._keep_in_fp32_modules_strict or ()
     half = model._keep_in_fp32_modules or ()
     return (*strict, *half) if dtype == torch.float16 else tuple(strict)

@@ -28,7 +28,7 @@ ALIGNMENT = 256
 """Each parameter begins at a multiple of this many bytes in a buffer."""
 
 COMPARED = 4 << 20
-"""Number of bytes of tied tensors that are compared at a time."""
+"""Number of bytes read at a time to compare two tied tensors."""
 
 RENAMED = (
     (".mlp.", ".block_sparse_moe."),
@@ -50,7 +50,7 @@ The parts of one expert are joined along the rows."""
 class Part:
     """Stored bytes of some or all rows of a parameter.
 
-    They are `size` bytes at `offset` of a shard, and belong to the parameter from its flat index `element` on.
+    They are `size` bytes at `offset` of a shard. Their first value has the flat index `element` in the parameter.
     """
 
     file: File
@@ -62,7 +62,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter or buffer of a module and the parts it is read from. `head` is True if only the head needs it."""
+    """One parameter or buffer, and the parts from which it is read.
+
+    `owners` are the modules that share it, each with its name in the module; the first is `module` and `name`. `head`
+    is True if only the language-model head needs it.
+    """
 
     module: nn.Module
     name: str
@@ -85,7 +89,7 @@ _Holder = tuple[str, nn.Module, str]
 def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint: Checkpoint) -> WeightPlan:
     """Find the stored bytes of each parameter, for each layer and for the modules outside the layers.
 
-    Raises ModelError if a weight that is needed is not stored in a form that can be used without transformers.
+    Raises ModelError if a needed weight is stored in a form that only transformers can load.
     """
     prefixes = ("", *name_prefixes(checkpoint.config))
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
@@ -107,9 +111,9 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
 
 
 def _list_needed_tensors(model: PreTrainedModel) -> Iterable[list[_Holder]]:
-    """List the occurrences of each stored tensor of the text model and the head; a tied tensor has several.
+    """List the occurrences of each tensor that the text model and its head store; a tied tensor has several.
 
-    The parts of a model that process images are not needed.
+    The parts of a model that process images are not listed.
     """
     roots = [root for root in (find_decoder(model), find_output_embeddings(model)) if root is not None]
     needed = {id(module) for root in roots for module in root.modules()}
@@ -126,8 +130,8 @@ def _find_stored_parts(
 ) -> tuple[Part, ...]:
     """Find the stored bytes of a tensor, under one of its names.
 
-    A tied tensor is usually stored under one name. Raises ModelError if it is stored under several with different
-    bytes, because transformers then does not tie it, and if it is not stored.
+    A tied tensor is usually stored under one name. Raises ModelError if it is not stored, or if it is stored under
+    several names with different bytes: transformers would then load separate tensors.
     """
     found = [(path, _find_parts(path, shape, checkpoint, prefixes)) for path, _, _ in holders]
     stored = [(path, parts) for path, parts in found if parts]
@@ -151,7 +155,7 @@ def _is_both_floating(one: torch.dtype, other: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """The slots of each layer, and those outside the layers."""
+    """The slots of each layer, and the slots of the modules outside the layers."""
 
     layers: tuple[tuple[Slot, ...], ...]
     outside: tuple[Slot, ...]
@@ -163,7 +167,7 @@ class WeightPlan:
 
 
 def compute_layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
-    """Return the offset of each slot in a buffer, and the length of the buffer in bytes."""
+    """Compute the offset of each slot in a buffer, and the length of the buffer, in bytes."""
     begins, end = [], 0
     for slot in slots:
         begins.append(end)
@@ -222,7 +226,10 @@ def _has_same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
 
 
 def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
-    """Return False for a down projection that is loaded transposed. Other weights count as loaded as stored."""
+    """Return False if transformers transposes the stored tensor `name` when it loads it as the parameter `path`.
+
+    Only down projections are known to be transposed.
+    """
     index = tuple(range(len(checkpoint.shapes[name])))
     candidates = list_loaded_candidates(checkpoint.config, Coordinate(name, index), checkpoint.shapes)
     turned = [c for c in candidates if c.tensor == path and c.index != index]

@@ -12,16 +12,16 @@ from swsurgery.model.tokenizer import Tokenizer
 
 STATES = 2 << 30
 """Maximum bytes of hidden states in one pass over the weights: 32 variants of 16 windows of 512 tokens, for a 7B model
-in bfloat16. More variants take another pass, whose reading then takes less time than its computation."""
+in bfloat16. More variants take another pass. A pass of this size takes longer to compute than to read."""
 
 
 def cut_text_windows(
     model: PreTrainedModel, tokenizer: Tokenizer, text: str, windows: int, window: int
 ) -> tuple[list[list[int]], int]:
-    """Cut the first `windows` windows of `text`, and return them with the number of text tokens in one.
+    """Cut the first `windows` windows of `text`, as token ids, and return them with the number of text tokens in each.
 
-    This number is `window`, or fewer if the model's context or the text is shorter. Raises ModelError if no window can
-    be cut, or if a token is beyond the model's vocabulary.
+    This number, which excludes BOS, is `window`, or less if the model's context or the text is shorter. Raises
+    ModelError if no window can be cut, or if a token id is beyond the model's vocabulary.
     """
     bos = measure.get_bos_prefix(tokenizer)
     longest = min(window, load.get_context_length(model) - len(bos))

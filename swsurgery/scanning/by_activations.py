@@ -1,16 +1,17 @@
 """Find super weights by their effect on the residual stream (`scan --method activations`).
 
-The method follows section 3.1 of arXiv:2411.07191. A super activation is a residual channel that is massive and stays
-massive over many layers. It is traced to the layers whose MLP makes it. The output y[row] of their down projection is
-the sum over its neurons of x[col] * W[row, col], and the scalars that make a large share of it are candidates. They are
-set to zero and the model is run again, until no persistent activation is left, because the first may hide others.
+The method follows section 3.1 of arXiv:2411.07191. A super activation is a residual channel that becomes massive in one
+layer and stays massive over many. It is traced to the layers whose MLP makes it. The output y[row] of their down
+projection is the sum over its neurons of x[col] * W[row, col], and the scalars that make a large share of it are
+candidates. One activation may hide others, so the candidates are set to zero and the model is run again until no
+persistent activation is left.
 
     spikes.py       the run: which MLP moved which massive state, and what its down projection multiplied
     persistence.py  which of these states persist
     this module     which scalars make them, and the rounds
 
-This module decides no verdicts; confirm.py measures the candidates. docs/detection.md explains when the answer is
-"none", and on which models the thresholds are calibrated.
+This module gives no verdicts; confirm.py measures the effect of each candidate. docs/detection.md explains when the
+answer is "none", and on which models the thresholds are calibrated.
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ SCAN_PROMPTS = (*CONTINUED, "It rained all day; we stayed in.\nThen it stopped, 
 figure 1)."""
 
 SHARE = 0.25
-"""The least share of y[row] that x[col] * W[row, col] must have if the scalar is to count as a maker of the activation.
-In SmolLM2 two neurons each make those of layer 11 (0.73, 0.26) and 2 (0.65, 0.34), and no other neuron has more than
-0.02. A scalar with a smaller share is found in a later round, after the larger one is set to zero."""
+"""Minimum of x[col] * W[row, col] / y[row] for a scalar that makes the activation. In SmolLM2 two neurons make the
+activation of layer 11 (0.73 and 0.26) and two that of layer 2 (0.65 and 0.34); no other neuron has more than 0.02. A
+scalar with a smaller share is found in a later round, after the larger one is set to zero."""
 
 OUTLIER = 10.0
-"""The least size of x[col] and of y[row], in medians of the magnitudes of their token, so that both sides are outliers.
-In SmolLM2 the inputs have over 1,000 medians and the outputs over 300."""
+"""Minimum magnitude of x[col] and of y[row], in medians of the magnitudes for the same token: both must be outliers. In
+SmolLM2 the inputs have over 1,000 medians and the outputs over 300."""
 
 MIN_COMPANION_SHARE = 0.25
-"""The least share of the token's largest output in the unedited model from which on a further channel counts. A neuron
-that makes an activation feeds other channels too. In SmolLM2 the next channel has 0.07. The two weights of Llama-2-7B
-that matter together are -0.92 and 1.56 in one column, which is a share of 0.59 (docs/known.md)."""
+"""Minimum output of a channel, as a share of the token's largest output in the unedited model. A neuron that makes an
+activation feeds other channels too, and smaller ones are only noted. In SmolLM2 the next channel has a share of 0.07.
+The two weights of Llama-2-7B that matter together are -0.92 and 1.56 in one column: a share of 0.59 (docs/known.md)."""
 
 EXPLAINED = 0.2
-"""The largest relative difference between an output and the sum of its products. If it is larger, the model did not
-multiply with the stored row."""
+"""Maximum relative difference between an output and the sum of its products. If the difference is larger, the model did
+not multiply with the stored row."""
 
 
 def scan_activations(
@@ -79,8 +80,8 @@ def scan_activations(
     """Find the super weights that `prompts` (None: `SCAN_PROMPTS`) reveal, in at most `max_rounds` rounds.
 
     Each prompt is read on its own, with BOS in front if the tokenizer adds one, and cut to the context length of the
-    config. `device` and `placement` are those of `load.open_model`. Raises ModelError if there is nothing to read, if
-    the tokenizer or the model cannot be loaded or run, or if the model's hidden states are not finite, and
+    config. `device` and `placement` are those of `load.open_model`. Raises ModelError if a prompt has no token, if the
+    tokenizer or the model cannot be loaded or run, or if the model's hidden states are not finite. Raises
     ArchitectureError if the model has no known down projection.
     """
     prompts = SCAN_PROMPTS if prompts is None else tuple(prompts)
@@ -105,7 +106,7 @@ def scan_sequences(
     """Scan by activations like `scan_activations`, but on token ids; `prompts` of the report is empty.
 
     A candidate's `score` is the part of the hidden state that its scalar adds, in medians of the layer's hidden states.
-    The score, both spikes and the share are those of the prompt with the largest score. Candidates are sorted by round,
+    The score, both spikes and the share come from the prompt with the largest score. Candidates are sorted by round,
     then by score.
     """
     if not sequences or not all(sequences):
@@ -116,7 +117,7 @@ def scan_sequences(
     watch = LayerSpikes(model)
     search, least = _Search(checkpoint), count_layers_to_last(layers)
     unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
-    notes = [f"{_format_numbers('layer', unseen)}: the down projection is not looked at"] if unseen else []
+    notes = [f"{_format_numbers('layer', unseen)}: the down projection is not observed"] if unseen else []
     if layers <= least:
         notes.append(f"the model has {layers} layers: too few for anything to persist through {least} more")
     profile = None
@@ -138,11 +139,11 @@ def scan_sequences(
         rounds += 1
         profile = profile or Profile(tuple(watch.inputs), tuple(watch.outputs), tuple(watch.residuals))
         fresh = search.look(traces, rounds)
-        say(f"round {rounds}: {', '.join(map(str, fresh)) or 'nothing more that persists'}")
+        say(f"round {rounds}: {', '.join(map(str, fresh)) or 'nothing else persists'}")
         if not fresh:
             break
     else:
-        notes.append(f"stopped after {max_rounds} rounds: more may stand behind what was found")
+        notes.append(f"stopped after {max_rounds} rounds: more rounds may find more super weights")
     return ScanReport(
         method="activations",
         model_type=str(checkpoint.config.get("model_type", "not given")),
@@ -170,7 +171,10 @@ def scan_sequences(
 
 
 class _Scalar(NamedTuple):
-    """One product of a decomposed output; `outlier` is True if x[col] is an outlier among the neurons of its token."""
+    """One product x[col] * W[row, col] of an output y[row], and its share of the output.
+
+    `outlier` is True if x[col] is an outlier among the neurons of its token.
+    """
 
     projection: DownProjection
     row: int
@@ -186,7 +190,7 @@ class _Scalar(NamedTuple):
 
 
 class _Search:
-    """The results so far. `look` adds the traces of one round; the first round is that of the unedited model."""
+    """The results of the rounds so far. In round 1 the model is unedited."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
@@ -200,7 +204,7 @@ class _Search:
         self._rows: dict[tuple[DownProjection, int], Tensor] = {}
 
     def look(self, traces: Sequence[Trace], number: int) -> list[Coordinate]:
-        """Add the candidates of round `number`, counted from 1, and return their coordinates."""
+        """Add the candidates that the traces of round `number` (from 1) show, and return their coordinates."""
         spells, companions = self._split(traces, number == 1)
         for new in merge_spells(traces, spells):
             if not any(old.channel == new.channel and old.layer <= new.layer <= old.last for old in self.activations):
@@ -225,8 +229,7 @@ class _Search:
             unmade.pop((scalar.projection.layer, scalar.row), None)
         for (layer, channel), why in sorted(unmade.items()):
             self.notes.append(
-                f"round {number}: channel {channel} persists from layer {layer} on, and no scalar counts as its maker "
-                f"({why})"
+                f"round {number}: channel {channel} persists from layer {layer} on, and no scalar explains it ({why})"
             )
         return list(found)
 
@@ -249,7 +252,10 @@ class _Search:
         return spells, companions
 
     def _decompose(self, move: Move) -> tuple[list[_Scalar], bool]:
-        """Find the scalars with the largest shares of an output, in order, and whether all products add up to it."""
+        """Find the scalars with the largest shares of an output, largest first.
+
+        Also returns True if the products of the stored row add up to the output.
+        """
         scalars: list[_Scalar] = []
         total = 0.0
         for part in move.record.multiplied:
@@ -298,24 +304,25 @@ class _Search:
         )
 
     def _note_the_rest(self, traces: Sequence[Trace], spells: Sequence[Spell], companions: Sequence[Spell]) -> None:
-        """Add notes about the unedited model beside its candidates.
+        """Add notes about what the unedited model shows beside candidates.
 
-        These are companions, scalars that remove an activation again, and massive states that no MLP makes.
+        The notes are about companions, scalars that remove an activation again, and massive states that no MLP makes.
         """
         fed: dict[int, set[int]] = defaultdict(set)
         for spell in companions:
             fed[spell.move.layer].add(spell.move.channel)
         for layer, channels in sorted(fed.items()):
             self.notes.append(
-                f"layer {layer} also makes {_format_numbers('channel', channels)} massive, beside a larger one"
+                f"layer {layer} also makes {_format_numbers('channel', channels)} massive, as a side effect of a "
+                "larger activation"
             )
         ends: dict[Coordinate, str] = {}
         for end in sorted(find_ends(traces, spells), key=lambda end: end.layer):
             scalars, explained = self._decompose(end)
             if explained and scalars[0].share >= SHARE:
                 first = scalars[0]
-                makes = f"{first.coordinate} = {first.weight:g} makes {first.share:.2f} of that"
-                ends.setdefault(first.coordinate, f"layer {end.layer} takes channel {end.channel} back: {makes}")
+                makes = f"{first.coordinate} = {first.weight:g} makes {first.share:.2f} of the change"
+                ends.setdefault(first.coordinate, f"layer {end.layer} removes channel {end.channel} again: {makes}")
         self.notes += ends.values()
         for layer, channels in sorted(find_untraced(traces).items()):
             self.untraced.add(layer)
@@ -334,11 +341,11 @@ class _Search:
 
 
 def _explain_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) -> str:
-    """Name the condition that failed: that of the whole output, or else that of the scalar with the largest share."""
+    """Explain which condition an output does not meet or, if it meets all, its scalar with the largest share."""
     if not scalars:
-        return "nothing was multiplied"
+        return "the down projection was not called"
     if not explained:
-        return "the stored row does not add up to it"
+        return "the products of the stored row do not add up to it"
     if not outlier:
         return f"the output is below {OUTLIER:g} medians of its token"
     largest = f"the largest share is {scalars[0].share:.2f}"
@@ -356,7 +363,7 @@ def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> T
 
 
 def _format_numbers(noun: str, numbers: Iterable[int]) -> str:
-    """Format a noun and at most eight of its numbers, in order."""
+    """Format a noun and at most eight numbers in increasing order, as in "layers 3, 5"."""
     ordered = sorted(numbers)
     more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
     return f"{noun}{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered[:8]))}{more}"

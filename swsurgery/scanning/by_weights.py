@@ -9,8 +9,8 @@ before the MLP multiplies both rows. Without a gate, fc_i replaces both rows. do
 A norm after the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4) divides the whole output by its size and multiplies channel k
 by its gain, so |gain_k| is a factor of the score too. The size is not, because it depends on the input.
 
-This module determines which matrices belong together and which scores are outliers. It runs no forward pass and must
-not import torch; the arithmetic is in scores.py.
+This module decides which scores are outliers. mlps.py finds the matrices, and scores.py computes the scores. No module
+of the three runs a forward pass or imports torch.
 """
 
 from __future__ import annotations
@@ -47,29 +47,30 @@ from swsurgery.storage.dtypes import decode
 from swsurgery.storage.files import read_exactly
 
 MIN_Z = 5.0
-"""The least robust z-score of a candidate. Six scalars of SmolLM2-135M-Instruct reach it (5.2 to 6.9): zeroing any of
+"""Minimum robust z-score of a candidate. Six scalars of SmolLM2-135M-Instruct reach it (5.2 to 6.9): zeroing any of
 five raises perplexity, and zeroing the sixth erases the super activation. Random weights stay below 3."""
 
 MIN_PEAK = 2.0
-"""The least magnitude of a candidate, in medians of the column maxima of its layer: 6.9 to 8.7 for those six, below 2
-for random weights. Without this limit a neuron whose large scalar was set to 0 would still be listed, with its next
+"""Minimum magnitude of a candidate, in medians of the column maxima of its layer: 6.9 to 8.7 for those six, below 2 for
+random weights. Without this limit a neuron whose large scalar was set to 0 would still be listed, with its next largest
 row."""
 
 LEAST_SPREAD = math.log(2)
-"""The least unit of z, a factor of two: scores that hardly differ have no outliers."""
+"""Minimum spread of the scores' logarithms, a factor of two: if scores hardly differ, none is an outlier."""
 
-MIN_COMPANION_SCORE = 0.5
-"""The least share of a candidate's magnitude from which on further rows of its column are listed."""
+MIN_ROW_SHARE = 0.5
+"""Minimum magnitude of a further listed row of a candidate's column, as a share of the candidate's magnitude."""
 
-MAX_ROWS_PER_LAYER = 3
-"""The largest number of rows that are listed from one column."""
+MAX_ROWS_PER_COLUMN = 3
+"""Maximum number of rows listed from one column."""
 
 
 class Inputs(NamedTuple):
-    """The stored names of a layer's input matrices, which replace the last name of the down projection.
+    """The stored names of an MLP's input matrices.
 
-    `how` is "pair" for separate gate and up, "alone" for an MLP without a gate, and for one tensor with both "halves"
-    (gate first) or "interleaved" (alternating).
+    In `INPUTS` they replace the last part of the down projection's name. `how` is "pair" for two tensors, gate and up;
+    "alone" for an MLP without a gate; "halves" for one tensor with gate first and up second; and "interleaved" for one
+    tensor in which gate and up alternate.
     """
 
     gate: str
@@ -98,25 +99,25 @@ INPUTS: dict[str, tuple[Inputs, ...]] = {
     "fc2": (_make_single("fc1", "alone"),),  # Phi-2, OPT
     "fc_out": (_make_single("fc_in", "alone"),),  # GPT-J
 }
-"""The possible input matrices, by the last name of the down projection. The first ones stored are used."""
+"""The possible input matrices, by the last part of the down projection's name. The first ones stored are used."""
 
 INTERLEAVED = ("gpt_oss",)
-"""The model types whose gate_up_proj alternates gate and up."""
+"""The model types in whose gate_up_proj gate and up alternate."""
 
 PRE_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm")
-"""The names of norms that are certainly before the MLP."""
+"""Names that only norms before the MLP have."""
 
 NORMS = (
     *PRE_NORMS,
     *("ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "final_layer_norm", "input_layernorm", "ln_1"),
 )
-"""The names of the norm before the MLP; the first one stored is used. Parallel blocks share that of the attention."""
+"""Names of the norm before the MLP; the first one stored is used. If MLP and attention are parallel, they share it."""
 
 NO_PRE_NORM = "post_feedforward_layernorm"
-"""A norm with this name, without any of PRE_NORMS, means that no norm is before the MLP (OLMo 2 and 3, EXAONE 4)."""
+"""If a layer has a norm of this name and none of PRE_NORMS, no norm is before its MLP (OLMo 2 and 3, EXAONE 4)."""
 
 POST_NORM = re.compile(r"post_(feed_?forward|mlp|ffn|ff|moe)_(layer|rms)?norm")
-"""The names of a norm after the MLP, before its output is added to the residual stream."""
+"""Matches the name of a norm that is applied to the MLP's output before the residual addition."""
 
 NO_GAIN = "no gain of a norm before the MLP is stored: it counts as 1"
 
@@ -139,10 +140,10 @@ ONE_PLUS = (
 
 
 class _Scored(NamedTuple):
-    """One MLP with the best scalar of each neuron.
+    """One MLP with the largest scalar of each neuron.
 
-    `scores`: (neurons,) float32. `peaks`: (neurons,) float32, the magnitudes of these scalars, multiplied by the gain
-    of the norm after the MLP, if it has one.
+    `scores`: (neurons,) float32, the scores of these scalars. `peaks`: (neurons,) float32, their magnitudes, multiplied
+    by the gain of the norm after the MLP, if it has one.
     """
 
     projection: DownProjection
@@ -171,8 +172,8 @@ def scan_weights(
     of experts. A candidate is also at least `MIN_PEAK` times as large as the layer's median column maximum. The report
     does not depend on `threads`.
 
-    Raises ArchitectureError if the model's MLPs are not known, packed or scaled by other tensors, ShardError if a file
-    ends early, and ValueError for limits that are not positive.
+    Raises ArchitectureError if the model's MLPs are unknown, packed, or scaled by other tensors, ShardError if a file
+    ends early, and ValueError if `top`, `min_z` or `threads` is not positive.
     """
     if top < 1 or not min_z > 0 or (threads is not None and threads < 1):
         raise ValueError(f"top={top}, min_z={min_z} and threads={threads} must be positive")
@@ -222,7 +223,7 @@ def scan_weights(
 
 
 class _Names:
-    """Find the matrices and norms around a down projection by their stored names; `notes` are lines for the user."""
+    """Finds the matrices and norms of each MLP by their stored names. `notes` contains lines for the user."""
 
     def __init__(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]):
         self.checkpoint, self.shapes = checkpoint, shapes
@@ -307,7 +308,7 @@ class _Names:
         """Read the gain of one norm. Raises ArchitectureError if it does not fit."""
         info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
         if info.shape != (channels,) or info.dtype.kind != "float":
-            what = f"{info.dtype.name} {list(info.shape)} is no gain of {channels} channels"
+            what = f"{info.dtype.name} {list(info.shape)} is not the gain of {channels} channels"
             raise ArchitectureError(what, name)
         if why := self.checkpoint.quantisation.refusal(name):
             raise ArchitectureError(why, name, "scan an unquantised copy, or by activations")
@@ -321,7 +322,7 @@ def _has_type(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
 
 
 def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the parts of config.json that may contain the model type, the language model's own first."""
+    """List the sections of config.json that may contain the model type, that of the language model first."""
     nested = [config.get(key) for key in ("text_config", "llm_config")]
     return [section for section in nested if isinstance(section, Mapping)] + [config]
 
@@ -333,8 +334,8 @@ def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 class _Usual:
     """The statistics of each layer.
 
-    `layers` contains by layer the median and the spread of the scores' logarithm, and the median of the column maxima.
-    `silent` is the number of neurons without a finite score above 0; the statistics exclude them.
+    `layers` contains for each layer the median and the spread of the scores' logarithms, and the median of the column
+    maxima. `silent` is the number of neurons without a finite score above 0. The statistics exclude them.
     """
 
     layers: dict[int, tuple[float, float, float]]
@@ -359,7 +360,7 @@ class _Usual:
         return self.layers[layer][2] if layer in self.layers else math.inf
 
     def z(self, layer: int, scores: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Compute the robust z-score of each score; minus infinity for scores that are not finite and above 0."""
+        """Compute the robust z-score of each score; minus infinity unless the score is finite and above 0."""
         alive = np.isfinite(scores) & (scores > 0)
         median, spread, _ = self.layers.get(layer, (0.0, 1.0, 0.0))
         logarithms = np.log(np.where(alive, scores, 1.0).astype(np.float64))
@@ -374,7 +375,7 @@ class _Usual:
 def _find_candidates(
     checkpoint: Checkpoint, reader: BlockReader, scored: Sequence[_Scored], usual: _Usual, top: int, min_z: float
 ) -> list[Candidate]:
-    """Find the best scalars of the best neurons; their down projections are read again for rows and ranks."""
+    """Find the best scalars of the `top` best neurons. Their down projections are read again for rows and ranks."""
     neurons = []
     for number, one in enumerate(scored):
         z = usual.z(one.projection.layer, one.scores)
@@ -394,7 +395,7 @@ def _find_candidates(
 def _find_scalars(
     checkpoint: Checkpoint, reader: BlockReader, one: _Scored, cols: Sequence[int], usual: _Usual, min_z: float
 ) -> list[Candidate]:
-    """Find the largest scalar of each column, and those close to it, up to `MAX_ROWS_PER_LAYER` in all."""
+    """Find the candidates in each of `cols`: the largest scalar and those close to it, at most MAX_ROWS_PER_COLUMN."""
     projection = one.projection
     columns = read_columns(reader, one.mlp, cols)
     picked: list[tuple[int, int, float, float]] = []
@@ -403,8 +404,8 @@ def _find_scalars(
         weighted = magnitudes * behind
         scores = weighted / one.peaks[col] * one.scores[col]
         close = usual.remarkable(projection.layer, scores, weighted, min_z)
-        close &= weighted >= MIN_COMPANION_SCORE * one.peaks[col]
-        rows = np.argsort(-weighted, kind="stable")[:MAX_ROWS_PER_LAYER]
+        close &= weighted >= MIN_ROW_SHARE * one.peaks[col]
+        rows = np.argsort(-weighted, kind="stable")[:MAX_ROWS_PER_COLUMN]
         picked += [(int(row), col, float(magnitudes[row]), float(scores[row])) for row in rows if close[row]]
     ranks = count_ranks(reader, one.mlp.down, [magnitude for _, _, magnitude, _ in picked])
     candidates = []

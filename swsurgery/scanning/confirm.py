@@ -1,13 +1,14 @@
 """Measure what a model loses without each candidate of a scan, and without several of them at once.
 
-Every candidate is zeroed alone, together with all others, left out of all others, and in pairs. So are scalars from
-the same matrices with similar magnitudes that no detector lists, the null. All of these are variants of one run of the
-model. Outliers in a candidate's column share its input. They are tested too, although no detector lists them:
-Llama-2-7B's best known super weight has little effect without such a companion (docs/known.md). Any large row of a
-spiking column may change the loss, so a companion is compared with the other large rows of its own column.
+Each candidate is zeroed alone, and in pairs. All candidates are zeroed together, with and without each of them. The
+null is zeroed for comparison: scalars of the same matrices with similar magnitudes that no detector lists. All of these
+are variants of one run of the model. Companions, which are other outliers in a candidate's column, share its input.
+They are tested too, although no detector lists them: Llama-2-7B's best known super weight has little effect without its
+companion (docs/known.md). Any large row of a spiking column may change the loss, so a companion is compared with the
+other large rows of its own column.
 
-This module measures losses with `forward.py` and decides verdicts. Companions and both nulls come from `suspects.py`,
-the intervals from `intervals.py`. It does not search for candidates and prints nothing.
+This module sets the bars and decides verdicts. `losses.py` measures, `suspects.py` chooses companions and both nulls,
+and `intervals.py` computes intervals. This module does not search for candidates and prints nothing.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number
 
 INERT = 1.05
-"""The largest perplexity ratio of an inert scalar; docs/known.md uses the same limit."""
+"""Maximum perplexity ratio of an inert scalar. docs/known.md uses the same limit."""
 
 LEAST_ROWS = 3
-"""The least number of other large rows of a column with which a companion can be compared."""
+"""Minimum number of other large rows in a column with which a companion is compared."""
 
 PAIRS = 28
-"""The largest number of pairs that are tested: all pairs of up to eight candidates."""
+"""Maximum number of pairs that are tested: all pairs of eight candidates."""
 
 CONTEXT_NULLS = 6
-"""The number of nulls that are also zeroed on top of all candidates: in a broken model any change has a larger
-effect."""
+"""Number of null scalars that are also zeroed on top of all candidates, because any change has a larger effect in a
+model that is broken already."""
 
 Zeroed = frozenset[Coordinate]
 """A set of scalars that are zeroed together; the empty set is the model as stored."""
@@ -78,9 +79,9 @@ def confirm(
     progress: Progress | None = None,
     say: Say = _ignore,
 ) -> Confirmation:
-    """Test `candidates` on the first `windows` windows of `window` tokens of `text` (None: the built-in one).
+    """Test `candidates` on the first `windows` windows of `window` tokens of `text` (None: the built-in text).
 
-    Windows, BOS and scored positions are those of `check.run_checks`. For the method see `confirm_windows`. Raises
+    Windows, BOS and scored positions are those of `check.run_checks`. `confirm_windows` describes the method. Raises
     ModelError if the tokenizer or the model cannot be loaded or run.
     """
     text = read_built_in_text() if text is None else text
@@ -93,7 +94,7 @@ def confirm(
 
 
 def refuse_text(checkpoint: Checkpoint, text: str | None, windows: int, window: int) -> None:
-    """Raise ModelError if `confirm` could not even begin: without a tokenizer, or if no window fits into the text."""
+    """Raise ModelError if the tokenizer cannot be loaded, or if the text is too short for a window."""
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         measure.cut_windows(
@@ -111,38 +112,40 @@ def confirm_windows(
     progress: Progress | None = None,
     say: Say = _ignore,
 ) -> Confirmation:
-    """Test `candidates` on token ids, each of `windows` on its own.
+    """Test `candidates` on token ids; each of `windows` is an input of its own.
 
-    The effect of zeroing some scalars is the model's perplexity without them divided by that with them. Its 95%
-    interval is computed from the mean losses of whole windows (`intervals.py`). With fewer than eight windows no
-    interval is computed, and every verdict is "untested". An effect is clear if the low end of its interval is above
-    1.05 and above what is common in the null: `nulls` scalars of the candidates' matrices in all, zeroed one at a time.
-    They are drawn with `seed` from those within 10% of a candidate's magnitude, or else from those with the nearest
-    magnitudes, and never from a candidate's column.
+    The effect of zeroing some scalars is the model's perplexity without them divided by its perplexity with them. The
+    95% interval of an effect is computed from the mean losses of whole windows (`intervals.py`). If there are fewer
+    than eight windows, no interval is computed and every verdict is "untested".
 
-    A scalar is "critical alone" if its effect is clear. It is "critical jointly" if it is not, but zeroing all
-    candidates, or a joint set, has clearly less effect without it, by more than its effect alone. Some of the null,
-    zeroed on top of all candidates, set the bar for this too. A joint set is a group whose effect is clearly larger
-    than the product of the effects of the smaller joint sets within it and of its other scalars. Tested for it are
-    pairs of candidates, pairs within a column, and the group of all scalars that matter for the effect of all
-    candidates. A companion is tested alone, on top of all candidates (so that the effect without it is that of all
-    candidates), and in pairs.
+    An effect is clear if the low end of its interval is above 1.05 and above the effects that are common in the null.
+    The null are `nulls` scalars of the candidates' matrices, zeroed one at a time. They are drawn with `seed` from the
+    scalars within 10% of a candidate's magnitude or, if these are too few, from those with the nearest magnitudes. None
+    is in a candidate's column.
 
-    The bar for a companion is also above the effect to be expected of one more large row of its column, predicted from
-    the effects of the others, whether they raise the loss or lower it (`compute_prediction_bound`). A companion is
+    A scalar is "critical alone" if its effect is clear. Any other scalar is "critical jointly" if it is in a joint set,
+    or if it clearly adds more to the effect of all other candidates than its effect alone. Some null scalars are zeroed
+    on top of all candidates to set the bar for this. A joint set is a group whose effect is clearly larger than the
+    product of the effects of its parts, which are smaller joint sets and single scalars. These groups are tested: pairs
+    of candidates, pairs within a column, and the group of all scalars that add to the effect of all candidates.
+
+    A companion is tested alone, in pairs, and on top of all candidates. Its bar is also above the effect predicted for
+    one more large row of its column (`intervals.py`), whether these rows raise the loss or lower it. A companion is
     "untested" if its column has fewer than three other large rows.
 
-    `say` gets a line if the text is too short, if a null raises the bar, for a companion that cannot be judged or
-    whose loss helps, and for a scalar of the null that proves critical.
+    `say` receives a line if the text is too short, if the null raises a bar, if a companion cannot be judged, if
+    zeroing a companion lowers the loss, and if a null scalar is critical.
 
     The same inputs on the same machine give the same result. Raises ModelError if no candidate or no window is given,
-    if a candidate is not a scalar of the checkpoint's down projections, if the elements of their dtype are not
-    weights, and if the losses of the model as stored are not finite.
+    if a candidate is not a scalar of the checkpoint's down projections, if their elements are not weights, or if the
+    losses of the stored model are not finite.
     """
     if not candidates:
         raise ModelError("nothing to confirm", "no candidates")
     if not windows or any(len(window) < 2 for window in windows):
-        raise ModelError("no room for text", f"{len(windows)} windows", "at least one, of at least two tokens each")
+        raise ModelError(
+            "too few or too short windows", f"{len(windows)} windows", "use at least one of at least two tokens"
+        )
     suspects = _choose_suspects(model.checkpoint, candidates, nulls, seed)
     losses = _Losses(model, windows, suspects.tested)
     losses.measure(suspects.groups(), progress)
@@ -186,9 +189,10 @@ def confirm_windows(
 class _Suspects:
     """The scalars that a confirmation zeroes.
 
-    `tested` are the listed candidates and their companions, `together` the listed ones alone. `null` are the random
-    scalars, `crowded` those of them that are also zeroed on top of all candidates. `columns` contains the null of each
-    column with a minor scalar, `minor` these scalars.
+    `tested` contains the candidates and then their companions, `together` the candidates alone. `null` contains the
+    random scalars, `crowded` those that are also zeroed on top of all candidates. `minor` contains the scalars that may
+    matter only because their column spikes, and `columns` the null of each of their columns. `pairs` are candidates for
+    joint sets.
     """
 
     tested: list[Candidate]
@@ -204,11 +208,11 @@ class _Suspects:
         return [candidate.coordinate for candidate in self.tested]
 
     def lead(self, column: Column) -> Coordinate:
-        """Return the candidate to which the column owes its companions: the first tested one in it."""
+        """Return the first tested candidate in `column`, whose companions the column's other scalars are."""
         return next(candidate.coordinate for candidate in self.tested if get_column(candidate) == column)
 
     def groups(self) -> list[Zeroed]:
-        """List the sets that are zeroed before joint sets are known."""
+        """List the sets of scalars to zero in the first run, before joint sets are known."""
         groups = [frozenset({name}) for name in (*self.names, *self.null)]
         for name in self.names:
             groups += [self.together | {name}, self.together - {name}]
@@ -238,9 +242,9 @@ def _choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nu
 
 
 def _choose_pairs(tested: Sequence[Candidate], listed: Zeroed) -> list[Zeroed]:
-    """Choose at most PAIRS pairs of listed scalars, and of any that share a column.
+    """Choose at most PAIRS pairs: of two candidates, or of any two scalars that share a column.
 
-    Pairs that share a column come first, then those that share a row, then the best ranked.
+    Pairs that share a column come first, then pairs that share a row, then the best ranked.
     """
 
     def same_column(one: Candidate, other: Candidate) -> bool:
@@ -262,7 +266,11 @@ def _choose_pairs(tested: Sequence[Candidate], listed: Zeroed) -> list[Zeroed]:
 
 
 class _Bar(NamedTuple):
-    """The largest effect, up or down, to be expected of one more row of a column: alone, and beyond its parts."""
+    """The largest effect, up or down, predicted for one more row of a column.
+
+    Both are logarithms of perplexity ratios: of the row `alone`, and `joint`, beyond the sum of the effects of its
+    parts.
+    """
 
     alone: float
     joint: float
@@ -273,10 +281,10 @@ _NO_BAR = _Bar(-math.inf, -math.inf)
 
 @dataclass(frozen=True)
 class _Bars:
-    """The logarithms of ratios that effects must exceed to be clear.
+    """The logarithms of perplexity ratios that clear effects exceed.
 
-    `floor` is the bar of an effect and `joint_floor` that of an effect beyond the sum of its parts. `of_minor` contains
-    the further bars of minor scalars. `unjudged` are the companions whose columns have too few rows for a bar.
+    `floor` applies to an effect, and `joint_floor` to an effect beyond the sum of its parts. `of_minor` contains the
+    additional bars of minor scalars. `unjudged` contains the companions whose columns have too few rows for a bar.
     """
 
     floor: float
@@ -310,32 +318,33 @@ def _set_bars(losses: _Losses, suspects: _Suspects, say: Say) -> _Bars:
 
 
 def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[float, float]:
-    """Compute the logarithms of ratios that an effect, and an effect beyond the sum of its parts, must exceed.
+    """Compute the bars for an effect and for an effect beyond the sum of its parts, as logarithms of ratios.
 
-    The first is the null's outer fence: the third quartile plus three times the distance between the quartiles
-    (J. W. Tukey, Exploratory Data Analysis, 1977). It is not the null's largest effect, because another super weight
-    may be among the scalars of similar magnitude, and must not hide the first. `say` gets a line about such a scalar.
+    The first bar is the null's outer fence: the third quartile plus three times the distance between the quartiles
+    (J. W. Tukey, Exploratory Data Analysis, 1977). The null's largest effect would be a worse bar: another super weight
+    may be among the scalars of similar magnitude and would hide the candidates. `say` receives a line about such a
+    scalar.
     """
     together = suspects.together
     alone = {scalar: losses.gain(frozenset({scalar})) for scalar in suspects.null}
     floor = max(math.log(INERT), _compute_outer_fence([gain.log for gain in alone.values()]))
     if floor > math.log(INERT):
         least = format_number(_compute_exp(floor), 3)
-        say(f"random scalars of like magnitude change perplexity too: only ratios above {least} count")
+        say(f"random scalars of similar magnitude change perplexity too: only ratios above {least} count")
     for scalar in suspects.null:
         if alone[scalar].low > floor:
             ratio = f"x{format_number(_compute_exp(alone[scalar].log), 3)} without it"
-            say(f"critical, though no candidate: {scalar} (drawn for comparison; perplexity is {ratio})")
+            say(f"critical, but not a candidate: {scalar} (drawn for comparison; perplexity is {ratio})")
     common = [
         losses.gain(together | {scalar}, [together, frozenset({scalar})]).log
         for scalar in suspects.crowded
         if alone[scalar].low <= floor
     ]
-    # If the losses of a broken model are infinite, one more scalar shows nothing.
+    # If the losses without the candidates are infinite, zeroing one more scalar shows nothing.
     joint_floor = max([floor, *filter(math.isfinite, common)])
     if joint_floor > floor:
         least = f"x{format_number(_compute_exp(joint_floor), 3)}"
-        say(f"without the candidates random scalars matter more: only joint effects above {least} count")
+        say(f"without the candidates, random scalars have larger effects: only joint effects above {least} count")
     return floor, joint_floor
 
 
@@ -352,7 +361,7 @@ def _set_column_bar(losses: _Losses, together: Zeroed, lead: Coordinate, rows: S
         [losses.gain(group | {row}, [group, frozenset({row})]).log for row in rows]
         for group in (together, frozenset({lead}))
     ]
-    # If the losses of a broken model are infinite, one more scalar shows nothing.
+    # If the losses without the candidates are infinite, zeroing one more scalar shows nothing.
     finite = [gains for gains in joint if all(map(math.isfinite, gains))]
     return _Bar(compute_prediction_bound(alone), max(map(compute_prediction_bound, finite), default=math.inf))
 
@@ -362,9 +371,9 @@ def _set_column_bar(losses: _Losses, together: Zeroed, lead: Coordinate, rows: S
 
 @dataclass(frozen=True)
 class _Judge:
-    """The measurements that verdicts are made from.
+    """Decides verdicts from measurements.
 
-    `jointly` are the scalars that matter together with others. `enough` is True if the text has enough windows.
+    `jointly` contains the scalars that matter together with others. `enough` is True if the text has enough windows.
     """
 
     losses: _Losses
@@ -373,7 +382,7 @@ class _Judge:
     enough: bool
 
     def try_out(self, candidate: Candidate, together: Zeroed) -> Trial:
-        """Return the trial of one scalar; `together` are all listed candidates."""
+        """Make the trial of one scalar; `together` contains all candidates that a detector lists."""
         name = candidate.coordinate
         others = together - {name}
         return Trial(
@@ -393,17 +402,16 @@ class _Judge:
 
 
 def _find_core(losses: _Losses, suspects: _Suspects, bars: _Bars) -> Zeroed:
-    """Find the scalars that add clearly more to the others than their effect alone: they are part of a joint effect."""
+    """Find the scalars that clearly add more to the effect of all other candidates than their effect alone."""
     together = suspects.together
     added = {n: losses.gain(together | {n}, [together - {n}, frozenset({n})]) for n in suspects.names}
     return frozenset(n for n in suspects.names if n not in bars.unjudged and added[n].low > bars.joint([n]))
 
 
 def _find_joint_sets(losses: _Losses, groups: Sequence[Zeroed], bar: Callable[[Zeroed], float]) -> list[Zeroed]:
-    """Find the groups whose effect is clearly larger than the product of the effects of their parts.
+    """Find the groups whose effect is clearly larger than the product of the effects of their parts, strongest first.
 
-    The parts are smaller joint sets, strongest first, and the scalars that are in none of these. The groups are
-    returned strongest first.
+    The parts of a group are the smaller joint sets in it, strongest first, and the scalars that are in none of them.
     """
     found: list[Zeroed] = []
     for group in sorted(groups, key=len):
@@ -427,7 +435,7 @@ def _measure_column_null(losses: _Losses, together: Zeroed, column: Column, rows
 
 
 def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: Say) -> None:
-    """Report companions that cannot be judged, and those without which the model is better."""
+    """Report companions that cannot be judged, and companions whose zeroing lowers the loss."""
     together = suspects.together
     for candidate in suspects.tested:
         name, rows = candidate.coordinate, suspects.columns.get(get_column(candidate), ())
@@ -449,7 +457,7 @@ def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: S
 
 
 class _Gain(NamedTuple):
-    """The rise of the logarithm of the perplexity and the ends of its interval, which are NaN without an interval."""
+    """A rise of the logarithm of the perplexity, and the ends of its interval; NaN if there is no interval."""
 
     log: float
     low: float
@@ -457,27 +465,28 @@ class _Gain(NamedTuple):
 
 
 class _Losses:
-    """The losses of the model on each window without some scalars.
+    """Measures and stores the losses of the model on each window with sets of scalars zeroed.
 
-    Losses are kept by window, so that the difference between any two sets has an interval. All scalars that will be
-    zeroed are in matrices of `tested`.
+    Losses are stored by window, so that the difference between any two sets has an interval. All scalars to be zeroed
+    are in matrices of the `tested` scalars.
     """
 
     def __init__(self, model: LayeredModel, windows: Sequence[Sequence[int]], tested: Sequence[Candidate]):
         self.model, self.windows = model, windows
         self.scored = [len(window) - 1 for window in windows]
         self._layers = {candidate.coordinate.tensor: candidate.layer for candidate in tested}
-        # Zeroing a scalar that is zero has exactly no effect.
+        # Zeroing a scalar that is zero has no effect at all, so such scalars are left out of every set.
         self._nothing = frozenset(candidate.coordinate for candidate in tested if candidate.value == 0)
         self._base: list[float] = []
-        # The additional loss per token, by set of scalars and window.
+        # The additional loss in nats per token, by set of scalars and window.
         self._extra: dict[Zeroed, list[float]] = {frozenset(): [0.0] * len(windows)}
         self._kl: dict[Zeroed, float] = {frozenset(): 0.0}
 
     def measure(self, groups: Iterable[Zeroed], progress: Progress | None) -> None:
-        """Measure each group that is not measured yet, in as few runs of the model as memory allows.
+        """Measure each group that has not been measured, in as few runs of the model as memory allows.
 
-        Groups whose first layer is late run together, because the layers before it are computed only once.
+        Groups run in the order of their first layers, the last first, because the layers before the first edited one
+        are computed once for all groups of a run.
         """
         wanted = [
             group for group in dict.fromkeys(group - self._nothing for group in groups) if group not in self._extra
@@ -491,18 +500,21 @@ class _Losses:
                 self._run(wanted[begin : begin + at_once], progress)
 
     def gain(self, group: Zeroed, parts: Iterable[Zeroed] = ()) -> _Gain:
-        """Compute the loss from zeroing `group` less the losses from zeroing each of `parts`, in nats per token."""
+        """Compute the rise in loss from zeroing `group`, minus the rises from zeroing each of `parts`.
+
+        The unit is nats per token, so the rise is also that of the logarithm of the perplexity.
+        """
         taken = [self._extra[part - self._nothing] for part in parts]
         extra = [
             value - sum(part[number] for part in taken)
             for number, value in enumerate(self._extra[group - self._nothing])
         ]
         mean, low, high = compute_mean_interval(extra, self.scored)
-        # Every comparison with NaN, such as a difference of infinities, is false.
+        # A difference of infinities is NaN, and every comparison with NaN is false.
         return _Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
 
     def effect(self, group: Zeroed) -> Effect:
-        """Return the effect of zeroing `group`: ratio, interval and KL in nats."""
+        """Compute the effect of zeroing `group`: perplexity ratio, interval, and mean KL in nats."""
         gain = self.gain(group)
         low, high = (None if math.isnan(end) else _compute_exp(end) for end in (gain.low, gain.high))
         return Effect(_compute_exp(gain.log), low, high, self._kl[group - self._nothing])

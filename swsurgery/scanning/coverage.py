@@ -1,8 +1,8 @@
 """List the MLP matrices of a checkpoint that a scan did not read, from the stored names and shapes alone.
 
-A scan reads the down projections that projections.py knows. A family may store only some of its MLPs under such names
-(Jamba: the dense layers, not the experts); then finding nothing does not prove that nothing exists. This module lists
-the remaining matrices. It reads no file and must not import torch or transformers.
+A scan reads the down projections that projections.py knows. If a family stores only some of its MLPs under such names
+(Jamba: the dense layers, not the experts), a scan that finds nothing does not prove that nothing exists. This module
+lists the remaining matrices. It reads no file and must not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _MIXERS = (
     "lora_",
     "_hc",
 )
-"""Substrings in the names of modules that mix tokens or residual streams (`ffn_hc`), normalise or embed. Their matrices
-are not part of an MLP."""
+"""Substrings of the names of modules that are not MLPs: those that mix tokens or residual streams (`ffn_hc`), normalise
+or embed."""
 
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "expert", "moe")
-"""Substrings in the names of MLPs. If one MLP of a layer was read, only matrices with such names are added from it."""
+"""Substrings of the names of MLPs. If one MLP of a layer was read, only other matrices with such names are listed."""
 
 _ROUTERS = re.compile(r"(gate|wg|\w*router\w*|\w*expert_gates?)", re.IGNORECASE)
 _LAYER = re.compile(r"(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.DOTALL)
@@ -43,16 +43,16 @@ _EXPERT = re.compile(r"(?<=experts\.)(0|[1-9][0-9]{0,8})(?=\.)")
 def list_stored_layers(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> set[int]:
-    """Return the numbers of all layers in the stacks that contain these projections, whatever modules they have."""
+    """Find the numbers of all layers, with or without an MLP, in the stacks that contain the projections."""
     return {layer for _, layer, _ in _list_tensors(config, shapes, projections)}
 
 
 def list_unread_layers(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> tuple[UnreadLayer, ...]:
-    """List the layers with matrices that may belong to an MLP, but not to the MLP of any of the projections.
+    """List the layers with matrices that may belong to an MLP and that are not in the MLP of any of the projections.
 
-    In a layer without a known down projection these are all matrices except those of attention, norms and the like. A
+    In a layer without a known down projection, these are all matrices except those of attention, norms and the like. A
     layer without such matrices has no MLP and is not listed.
     """
     known = {projection.layer for projection in projections}
@@ -82,7 +82,7 @@ def _list_tensors(
     for name in shapes:
         for trunk in trunks:
             match = _LAYER.fullmatch(name[len(trunk) :]) if name.startswith(trunk) else None
-            # Layers beyond the number in the config predict further tokens and are not part of the model.
+            # Layers beyond num_hidden_layers predict further tokens and are not part of the model.
             if match and (limit is None or int(match["layer"]) < limit):
                 yield name, int(match["layer"]), match["rest"]
 

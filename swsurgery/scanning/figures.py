@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 # Without these entries a file contains the time of writing, and the bytes differ.
 FIGURE_FORMATS = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-"""The endings of a figure's name, and the metadata that its file omits."""
+"""The formats of a figure, by the ending of its file name, and the metadata that its file omits."""
 
 WIDTH, HEIGHT, DPI = 1200, 800, 100
-"""The size of the sheet in pixels and its resolution. All positions are in pixels from its lower left corner."""
+"""Width and height of the sheet in pixels, and its resolution. Positions are in pixels from its lower left corner."""
 
 LEFT, RIGHT, BOTTOM, TOP = 115, 1000, 62, 740
 """The edges of the panels. The title is above them and the legend to their right."""
 
 GAP, ROW = 18, 18
-"""The distance between two panels, and between two rows of labels, in pixels."""
+"""Distance between two panels, and height of a row of labels, in pixels."""
 
 MAX_LABELS = 14
-"""The largest number of labels; they take at most a third of the sheet."""
+"""Maximum number of labels, which then take at most a third of the sheet."""
 
 BLACK, GREY, PALE = "#222222", "#808080", "#c8c8c8"
 BLUE, VERMILION, ORANGE = "#0072b2", "#d55e00", "#e69f00"
@@ -64,7 +64,7 @@ STYLE: dict[RcKeyType, object] = {
 
 
 class Mark(NamedTuple):
-    """A shape with its meaning."""
+    """A marker in a figure: its meaning for the legend, its shape, and its two colours."""
 
     meaning: str
     shape: str
@@ -95,8 +95,8 @@ VERDICT_MARKS: dict[Verdict | None, Mark] = {
     "untested": Mark("untested", "v", BLACK, "white"),
     "inert": Mark("inert", "o", GREY, "white"),
 }
-"""The marks of verdicts, in the order in which candidates get labels. None means that no causal test was run, and
-"untested" that it allowed no verdict."""
+"""The marks of verdicts, in the order in which candidates get labels. None means that there was no causal test, and
+"untested" that the test allowed no verdict."""
 
 BASE = Mark("as stored (factor 1)", "D", VERMILION, VERMILION)
 SCALED = Mark("scaled", "o", BLUE, BLUE)
@@ -111,19 +111,19 @@ class Found(NamedTuple):
 
 
 def check_figure_path(path: Path) -> None:
-    """Refuse a path that `plot_scan` and `plot_sweep` cannot write to, before the long work begins.
+    """Raise TargetError if `plot_scan` and `plot_sweep` could not write `path`; called before the model runs.
 
-    Raises TargetError if the ending is not in `FIGURE_FORMATS`, if the directory is missing or not writable, or if
+    The reasons are an ending that is not in `FIGURE_FORMATS`, a directory that is missing or not writable, and that
     matplotlib is not installed.
     """
     if path.suffix.lower() not in FIGURE_FORMATS:
-        raise TargetError("no format for this figure", path, "its name ends in .png, .svg or .pdf")
+        raise TargetError("unknown figure format", path, "end the name in .png, .svg or .pdf")
     if path.is_dir():
         raise TargetError("this is a directory", path, "name the figure's file")
     if not path.parent.is_dir():
         raise TargetError("no such directory", path.parent, "make the directory first")
     if not os.access(path.parent, os.W_OK):
-        raise TargetError("cannot write", path, "write where you may")
+        raise TargetError("cannot write", path, "choose a place where you may write")
     try:
         import matplotlib.figure  # noqa: F401  imported, because an installed package may be broken
     except ImportError as error:
@@ -263,7 +263,7 @@ def _save(paper: Axes, path: Path) -> None:
 
 
 def _get_figure(artist: Axes | Text) -> Figure:
-    """Return the figure of something on a sheet, which has no subfigures."""
+    """Return the figure that contains `artist`. A sheet has no subfigures, so this is never a SubFigure."""
     return cast("Figure", artist.figure)
 
 
@@ -361,7 +361,7 @@ def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, 
 
 
 def _draw_bars(panel: Axes, values: Sequence[float], massive: Collection[int]) -> None:
-    """Draw one bar per layer, blue for the layers `massive`, and write where a value is infinite."""
+    """Draw one bar per layer, blue in the layers `massive`, and the word "infinite" instead of an infinite bar."""
     colours = [BLUE if layer in massive else PALE for layer in range(len(values))]
     finite = [value if math.isfinite(value) else 0 for value in values]
     panel.bar(range(len(values)), finite, width=0.8, color=colours)
@@ -372,7 +372,7 @@ def _draw_bars(panel: Axes, values: Sequence[float], massive: Collection[int]) -
 
 
 def _find_threshold(values: Iterable[float]) -> float:
-    """Compute the power of ten above twice the median magnitude; most layers stay below it and look small."""
+    """Compute the power of ten above twice the median magnitude. Most layers are below it and have small bars."""
     typical = median([abs(value) for value in values if math.isfinite(value)] or [0])
     return 10.0 ** math.ceil(math.log10(2 * typical)) if typical else 1.0
 
@@ -396,7 +396,7 @@ def _set_signed_scale(panel: Axes, values: Iterable[float], threshold: float) ->
 
 
 def _name_activations(paper: Axes, panel: Axes, activations: Sequence[PersistentActivation]) -> None:
-    """Write beside the panel of hidden states which channels the blue bars belong to."""
+    """Write the channels of the blue bars beside the panel of hidden states."""
     if not activations:
         return
     largest = sorted(activations, key=lambda a: -abs(a.value))

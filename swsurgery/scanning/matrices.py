@@ -23,10 +23,10 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import read_exactly
 
 BAND = 0.14
-"""The largest distance of two log2 magnitudes that count as alike: 10%."""
+"""Maximum distance between log2 of two magnitudes that count as similar: 10%."""
 
 MATRIX_PIECE = 1 << 22
-"""The number of elements of a matrix that are read at a time (one row if a row is longer)."""
+"""Number of elements of a matrix that are read at a time (one row if a row is longer)."""
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """The stored dtypes in which one element is one weight."""
@@ -57,18 +57,18 @@ class StoredProjection:
         return Coordinate(self.projection.tensor, self.projection.index(row, col))
 
     def read_row(self, row: int) -> Tensor:
-        """Read the weights into one residual channel: (cols,), float64. Raises ShardError."""
+        """Read the weights that feed one residual channel: (cols,), float64. Raises ShardError."""
         return self._read_inner(row) if not self.projection.transposed else self._read_across(row)
 
     def read_column(self, col: int) -> Tensor:
-        """Read the weights of one neuron: (rows,), float64. Raises ShardError."""
+        """Read the weights that one neuron's value is multiplied by: (rows,), float64. Raises ShardError."""
         return self._read_inner(col) if self.projection.transposed else self._read_across(col)
 
     def read_pieces(self) -> Iterator[tuple[int, Tensor]]:
         """Read the matrix in stored order, `MATRIX_PIECE` elements at a time.
 
-        Yields the first outer index of a piece and its elements in their stored dtype: (outer, inner). Raises
-        ShardError.
+        Yields (first, piece): the outer index of the piece's first row, and its elements (outer, inner) in their stored
+        dtype. Raises ShardError.
         """
         step = max(1, MATRIX_PIECE // self.inner)
         for first in range(0, self.outer, step):
@@ -84,8 +84,8 @@ class StoredProjection:
     ) -> list[list[Coordinate]]:
         """Draw up to `count` scalars for each of `magnitudes`, outside the columns `avoid`.
 
-        Scalars whose magnitude is within 10% are drawn at random, with `seed`. If there are too few of them, those
-        with the nearest magnitudes follow.
+        They are drawn at random, with `seed`, from the scalars whose magnitude is within 10%. If there are too few of
+        these, the scalars with the nearest magnitudes are added. Raises ShardError.
         """
         generator = torch.Generator().manual_seed(seed)
         columns = torch.tensor(sorted(avoid), dtype=torch.long)
@@ -120,7 +120,7 @@ class StoredProjection:
         return self._read([(outer * self.inner + inner, 1) for outer in range(self.outer)]).double()
 
     def _read(self, runs: Iterable[tuple[int, int]]) -> Tensor:
-        """Read elements in their stored dtype: for each run (first, count), counted from the start of the matrix."""
+        """Read runs (first, count) of elements, counted from the start of the matrix, in their stored dtype."""
         name = self.projection.tensor
         info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
         start, size = shard.offset(name, self.projection.index(0, 0)), info.dtype.size
@@ -130,10 +130,10 @@ class StoredProjection:
 
 
 def refuse_unweighted(checkpoint: Checkpoint, tensor: str) -> None:
-    """Raise ModelError if the elements of a tensor have a dtype in which they are not weights."""
+    """Raise ModelError if the dtype of a tensor is not one in which each element is a weight."""
     dtype = checkpoint.info(tensor).dtype.name
     if dtype not in WEIGHT_DTYPES:
-        raise ModelError(f"{dtype} holds no single weights", tensor)
+        raise ModelError(f"{dtype} elements are not weights", tensor)
 
 
 def refuse_quantised(checkpoint: Checkpoint, tensor: str) -> None:
@@ -145,7 +145,8 @@ def refuse_quantised(checkpoint: Checkpoint, tensor: str) -> None:
 def find_projections(checkpoint: Checkpoint, candidates: Sequence[Candidate]) -> dict[ProjectionKey, StoredProjection]:
     """Find the down projection of each candidate.
 
-    Raises ModelError if a candidate is not one of its scalars, or if its elements are not weights.
+    Raises ModelError if a candidate is not a scalar of its layer's down projection, or if the elements of that are not
+    weights.
     """
     found: dict[ProjectionKey, StoredProjection] = {}
     for candidate in candidates:

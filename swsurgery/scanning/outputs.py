@@ -30,7 +30,7 @@ from swsurgery.storage.numbers import format_number, round_number
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
 _EXACT: dict[str, Literal["F16", "BF16", "F32"]] = {"F16": "F16", "BF16": "BF16", "F32": "F32"}
-"""The dtypes in which an entry states a value exactly."""
+"""The dtypes for which an entry states an exact value."""
 
 
 def make_known_entry(
@@ -39,9 +39,9 @@ def make_known_entry(
     """Make the entry of known super weights for a scanned checkpoint.
 
     The entry contains the super weights and the members of joint sets, with stored values and measured figures. It
-    cites `command`, which repeats the scan. `hf_id` is a repository, or any other name for a checkpoint that is not in
-    one; then the entry contains the path of the checkpoint. If the scan found nothing, the entry has no coordinates and
-    a note. Raises ArchitectureError if the checkpoint has no known down projection.
+    cites `command`, which repeats the scan. `hf_id` is a repository or, for a checkpoint in no repository, any other
+    name; the entry then contains the checkpoint's path. If the scan found nothing, the entry has a note instead of
+    coordinates. Raises ArchitectureError if the checkpoint has no known down projection.
     """
     source = _make_source(report, revision, command)
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
@@ -76,9 +76,9 @@ def scan_manifest(
     """Write the YAML text of a manifest that applies `op` to the super weights of a scan.
 
     Each edit expects the stored value. `base` contains the fields of the manifest's base: `path` (absolute, or relative
-    to the manifest), or `repo_id` and `revision`. If the scan measured that zeroing does large damage, the check of a
-    zero manifest requires damage. Raises ManifestError if the scan found nothing, if `factor` does not fit `op`, or if
-    `base` is not valid in a manifest.
+    to the manifest), or `repo_id` and `revision`. If zeroing did large damage in the causal test, the check of a
+    manifest with `op` "zero" requires damage. Raises ManifestError if the scan found nothing, if `factor` does not fit
+    `op`, or if `base` is not valid in a manifest.
     """
     refuse_unfit(op, factor)
     found = report.super_weights
@@ -109,7 +109,7 @@ def scan_manifest(
 
 
 def _write_notes(report: ScanReport, found: bool, source: schema.Citation) -> Iterator[str]:
-    """Write the notes of an entry: that nothing was found, and which layers were not read."""
+    """Yield the notes of an entry: that nothing was found, or which layers were not read."""
     unread = ", ".join(str(layer.layer) for layer in report.unread)
     if unread and found:
         yield f"The scan did not read all of layers {unread}, so there may be further super weights: {source}."
@@ -167,7 +167,8 @@ def _list_joint(
 ) -> tuple[tuple[schema.KnownJointSet, ...], tuple[schema.KnownEffect, ...]]:
     """List the joint sets of an entry, and the effects that belong to no joint set.
 
-    All candidates zeroed together are one more joint set if the entry contains all of them, else an effect.
+    The effect of zeroing all candidates becomes one more joint set if the entry contains all of them. Otherwise it
+    belongs to no joint set.
     """
     sets = {
         frozenset(s.coordinates): schema.KnownJointSet(
@@ -193,7 +194,7 @@ def _list_joint(
 def _make_effect(
     protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Citation
 ) -> schema.KnownEffect:
-    """Convert an effect, with figures of 6 digits; NaN, from logits that are not finite, becomes "not finite"."""
+    """Convert an effect to that of an entry, with 6 significant digits. NaN becomes the words "not finite"."""
     before, ratio = confirmation.base_perplexity, effect.ratio
     interval = tuple(round_number(end) for end in (effect.low, effect.high) if end is not None)
     return schema.KnownEffect(
@@ -242,7 +243,7 @@ class _Shape(NamedTuple):
 
 
 def _read_shape(checkpoint: Checkpoint) -> _Shape:
-    """Read the sizes of the model; the name and the order of the axes are those of the first down projection."""
+    """Read the sizes of the model from its stored tensors, and the name and axis order of its first down projection."""
     projections = list(list_down_projections(checkpoint.config, checkpoint.shapes))
     first = projections[0]
     experts = {p.expert for p in projections if isinstance(p.expert, int)}
@@ -256,7 +257,7 @@ def _read_shape(checkpoint: Checkpoint) -> _Shape:
 
 
 def read_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Return the number of layers, the hidden and the intermediate size, from the stored tensors.
+    """Read the number of layers, the hidden size and the intermediate size from the stored tensors.
 
     Raises ArchitectureError if no known down projection is stored.
     """
@@ -267,7 +268,7 @@ def read_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
 
 
 def _make_template(tensor: str, layer: int, expert: ExpertChoice) -> str:
-    """Return a name like `model.layers.{layer}.mlp.down_proj.weight`, with {expert} if it contains an expert."""
+    """Replace the numbers in a tensor's name, as in `model.layers.{layer}.mlp.experts.{expert}.down_proj.weight`."""
     name = re.sub(rf"(?<=\.){layer}(?=\.)", "{layer}", tensor, count=1)
     return name if expert is None else re.sub(rf"(?<=\.){expert}(?=\.)", "{expert}", name, count=1)
 
@@ -306,7 +307,7 @@ _nobody = schema.Citation(key="scan", kind="own scan", cite="this scan")
 
 
 def _find_largest_ratio(report: ScanReport) -> float:
-    """Return the largest perplexity ratio measured for zeroing some or all super weights; 1 if none was measured."""
+    """Find the largest perplexity ratio measured for zeroing some or all super weights; 1 if none was measured."""
     if report.confirmation is None:
         return 1.0
     zeroed = {c.coordinate for c in report.super_weights}

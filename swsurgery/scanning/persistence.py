@@ -1,8 +1,8 @@
 """Find the massive hidden states that persist over many layers, in the traces of spikes.py.
 
 A spell is one such state: a channel of a token, from the layer whose MLP makes it to the last layer through which it
-persists. Spikes of the last layers serve the logits and are no spells. This module uses hidden states only; which
-scalars make them is determined in by_activations.py.
+persists. Spikes of the last layers only shape the logits and are not spells. This module uses hidden states only;
+by_activations.py finds the scalars that make them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from swsurgery.scanning.report import PersistentActivation
 from swsurgery.scanning.spikes import MADE, MASSIVE, Move, Trace
 
 KEPT = 0.5
-"""The least share of its first value that a state must keep, with the same sign, to persist. In SmolLM2 the two states
-lose 2% and 20% over 16 and 6 layers; one layer later they have 33% to 47% and 11% to 19% of it."""
+"""Minimum ratio of a persistent state to its first value, with the same sign. In SmolLM2 the two states keep 98% and
+80% over 16 and 6 layers; one layer later they have 33% to 47% and 11% to 19%."""
 
 LEAST_LAYERS, LEAST_DEPTH = 3, 1 / 8
-"""The least number of further layers, and the least share of the model's layers, through which a state must persist.
-States that appear in the last layers therefore do not count. In SmolLM2 the two states persist through 16 and 6 of 30
-layers; no layers follow its spikes in layer 29."""
+"""Minimum number of further layers through which a state must persist, and minimum share of the model's layers. States
+that appear in the last layers therefore do not count. In SmolLM2 the two states persist through 16 and 6 of 30 layers;
+the spikes in layer 29, the last, do not count."""
 
 
 class Spell(NamedTuple):
@@ -36,7 +36,7 @@ class Spell(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int, int, int]:
-        """Sequence, layer, token and channel."""
+        """Sequence, layer, token and channel of the state."""
         return self.sequence, self.move.layer, self.move.token, self.move.channel
 
 
@@ -57,7 +57,7 @@ def find_spells(traces: Sequence[Trace]) -> Iterator[Spell]:
 
 
 def find_ends(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator[Move]:
-    """Find the moves that end spells: an MLP removes the state in the layer right after the last."""
+    """Find the moves that end spells: those with which an MLP removes the state right after its last layer."""
     for sequence, move, last in spells:
         end = traces[sequence].moves.get((last + 1, move.token, move.channel))
         if end is not None and end.added * move.after < 0:
@@ -65,7 +65,7 @@ def find_ends(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator[Move
 
 
 def find_untraced(traces: Sequence[Trace]) -> Mapping[int, set[int]]:
-    """Find the channels that are massive for as long as a spell although no MLP makes them, by their first layer.
+    """Find the channels, by first layer, that are massive for as long as a spell although no MLP makes them.
 
     Attention may make them, or the embedding, or several layers together.
     """
@@ -80,7 +80,7 @@ def find_untraced(traces: Sequence[Trace]) -> Mapping[int, set[int]]:
 
 
 def merge_spells(traces: Sequence[Trace], spells: Iterable[Spell]) -> Iterator[PersistentActivation]:
-    """Merge the spells of each layer and channel into one activation, with the values of the largest one."""
+    """Merge the spells of each layer and channel into one activation, with the values of its largest spell."""
     groups: dict[tuple[int, int], list[Spell]] = defaultdict(list)
     for spell in spells:
         groups[spell.move.layer, spell.move.channel].append(spell)

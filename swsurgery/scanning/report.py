@@ -25,8 +25,8 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 class PersistentActivation:
     """A residual channel that is massive from `layer` through `last`.
 
-    `value` is its signed hidden state with the largest magnitude, at `token` of prompt number `prompt` after layer
-    `peak`. `prompts` is the number of prompts in which the channel is massive.
+    `value` is the channel's signed hidden state of largest magnitude, found at `token` of prompt number `prompt` after
+    layer `peak`. `prompts` is the number of prompts in which the channel is massive.
     """
 
     layer: int
@@ -46,11 +46,11 @@ class PersistentActivation:
 class Candidate:
     """One scalar that a detector lists as a possible super weight.
 
-    `score` is the method's own measure, and `rank` that of its magnitude in its matrix, 1 for the largest. Fields that
-    the method does not measure are None. From activations: `input_spike` = x[col], `output_spike` = y[row] and `share`
-    = x[col] * W[row, col] / y[row] for the prompt with the largest score, the number of `prompts` that agree, and the
-    `round` in which it was found, counted from 1. From weights: `z`, the robust z-score of the score's logarithm among
-    those of all neurons of its layer.
+    `score` is the method's own measure. `rank` is the rank of the scalar's magnitude in its matrix, 1 for the largest.
+    Fields that the method does not measure are None. A scan by activations sets `input_spike` = x[col], `output_spike`
+    = y[row] and `share` = x[col] * W[row, col] / y[row], from the prompt with the largest score; the number of
+    `prompts` that show the scalar; and the `round` that found it, counted from 1. A scan by weights sets `z`, the
+    robust z-score of the score's logarithm among those of all neurons of the layer.
     """
 
     coordinate: Coordinate
@@ -75,9 +75,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of zeroing a set of scalars: patched / base perplexity with its 95% interval, and mean KL in nats.
+    """The effect of zeroing a set of scalars.
 
-    `low` and `high` are None if the text has too few windows for an interval.
+    `ratio` is the perplexity without the scalars divided by that with them, and `low` and `high` are the ends of its
+    95% interval, or None if the text has too few windows. `kl` is the mean KL(with || without) per token in nats.
     """
 
     ratio: float
@@ -93,8 +94,8 @@ class Effect:
 class Trial:
     """The causal test of one candidate.
 
-    `alone` is the effect of zeroing it, and `without` that of zeroing all other candidates (None if it is the only
-    one). `listed` is False for a companion, which no detector lists but which is in the column of a candidate.
+    `alone` is the effect of zeroing the candidate, and `without` the effect of zeroing all other candidates, or None if
+    there is no other. `listed` is False for a companion, an outlier in a candidate's column that no detector lists.
     """
 
     candidate: Candidate
@@ -120,9 +121,10 @@ class JointSet:
 
 @dataclass(frozen=True)
 class ColumnNull:
-    """The effects of zeroing the other large rows of a column, with which its companions are compared.
+    """The effects of zeroing other large rows of a column, with which the column's companions are compared.
 
-    Both are perplexity ratios, one per row: of the row `alone`, and `added` by the row to the effect of all candidates.
+    Both tuples contain one perplexity ratio per row. `alone` is the effect of zeroing the row, and `added` is what
+    zeroing it adds to the effect of zeroing all candidates.
     """
 
     layer: int
@@ -139,9 +141,9 @@ class ColumnNull:
 class Confirmation:
     """The whole causal test.
 
-    `together` is the effect of zeroing all candidates. `null` contains the perplexity ratios for zeroing random scalars
-    of similar magnitude in the same matrices, one at a time. The text had `windows` windows of `window_tokens` tokens,
-    in which `scored_tokens` predictions were scored.
+    `together` is the effect of zeroing all candidates. `null` contains one perplexity ratio for each random scalar of
+    similar magnitude in the same matrices, zeroed alone. The text had `windows` windows of `window_tokens` tokens, in
+    which `scored_tokens` predictions were scored.
     """
 
     trials: tuple[Trial, ...]
@@ -162,8 +164,8 @@ class Confirmation:
 class Profile:
     """The largest values in each layer of the unedited model, over all prompts.
 
-    Each is the signed value with the largest magnitude, by layer: in the input and in the output of the down
-    projection, and in the residual stream after the layer. NaN means that the layer has no such value.
+    Each tuple contains one signed value per layer, that of largest magnitude: among the inputs of the down projection,
+    among its outputs, and in the residual stream after the layer. NaN means that the layer has no such value.
     """
 
     inputs: tuple[float, ...]
@@ -178,7 +180,8 @@ class Profile:
 class UnreadLayer:
     """A layer with matrices that may belong to an MLP and that the scan did not read.
 
-    `experts` are the numbers of the unread experts. In the names `tensors`, * replaces that number.
+    `experts` contains the numbers of the unread experts. `tensors` contains the names of the matrices, with * instead
+    of an expert's number.
     """
 
     layer: int
@@ -193,8 +196,8 @@ class UnreadLayer:
 class ScanReport:
     """The result of one scan.
 
-    `notes` are lines for the user, such as the reason why nothing was found. `layers` is the number of layers of the
-    model, including those that were not read.
+    `notes` contains lines for the user, such as the reason why nothing was found. `layers` is the number of layers of
+    the model, including those that were not read.
     """
 
     method: Method
@@ -211,7 +214,7 @@ class ScanReport:
 
     @property
     def super_weights(self) -> tuple[Candidate, ...]:
-        """The critical scalars, and the candidates on which no verdict was possible."""
+        """The critical scalars and the candidates without a verdict; all candidates if there was no causal test."""
         if self.confirmation is None:
             return self.candidates
         critical = ("critical alone", "critical jointly")
@@ -223,12 +226,12 @@ class ScanReport:
 
     @property
     def confirmed(self) -> bool:
-        """True if the causal test was run, on enough text for verdicts."""
+        """True if there was a causal test with enough text for verdicts."""
         return self.confirmation is not None and any(t.verdict != "untested" for t in self.confirmation.trials)
 
     @property
     def answer(self) -> Answer:
-        """The answer of the scan; "none" only if every layer was read."""
+        """The answer of the scan. If nothing was found it is "none" or, if a layer was not read, "undecided"."""
         if self.super_weights:
             return "found"
         return "undecided" if self.unread else "none"
@@ -266,8 +269,8 @@ class ScanReport:
 class SweepPoint:
     """The measurements of the model with the swept scalars at `factor` times their stored values.
 
-    `kl` is KL(base || this) in nats per token. `peak` is the signed hidden state with the largest magnitude after any
-    layer (NaN if the model's layers cannot be observed).
+    `ratio` is the perplexity divided by that of the base, and `kl` the mean KL(base || scaled) in nats per token.
+    `peak` is the signed hidden state of largest magnitude after any layer, or NaN if the model's layers are not known.
     """
 
     factor: float

@@ -8,7 +8,7 @@
     scan_manifest        a manifest for apply                                outputs.py
     sweep                quality as a function of a factor                   sweep.py
 
-Impossible requests are refused before the long work begins, and files are written only after it.
+Requests that must fail are refused before the model runs, and files are written only after it ran.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ManifestOp = Literal["zero", "scale", "protect"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options for running a model, and the text to run it on; None is the built-in passage."""
+    """The options for running a model. `text` is the text to run it on; None is the built-in text."""
 
     device: str = "auto"
     placement: Placement = "auto"
@@ -59,8 +59,8 @@ class RunOptions:
 class Outputs:
     """The files that a scan is asked to write.
 
-    `manifest` applies `op` (with `factor`) to the super weights that were found, and `plot` is a figure. `register` is
-    the name of an entry that lookup finds; the entry cites `command` as its source.
+    `manifest` is the path of a manifest that applies `op` (with `factor`) to the super weights, and `plot` the path of
+    a figure. `register` is the name of an entry that lookup then finds; the entry cites `command` as its source.
     """
 
     manifest: Path | None = None
@@ -160,7 +160,7 @@ def write_outputs(
         say(f"figure: {outputs.plot}")
     if outputs.manifest is not None and not report.super_weights:
         found = "the scan is undecided" if report.answer == "undecided" else "nothing was found"
-        say(f"{found}, so there is no manifest: {outputs.manifest}")
+        say(f"{found}, so no manifest was written: {outputs.manifest}")
     elif outputs.manifest is not None:
         text = outputs_module.scan_manifest(
             report, base=_make_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
@@ -185,7 +185,7 @@ def sweep_manifest(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> SweepReport:
-    """Measure the base of `manifest` with the scalars that it changes multiplied by each of `factors`.
+    """Measure the base of `manifest` with the scalars that the manifest changes multiplied by each of `factors`.
 
     Raises ManifestError, CheckpointError, PlanError, NumberError, ModelError, TargetError.
     """
@@ -223,7 +223,7 @@ def sweep_manifest(
 
 
 def _require_model(directory: Path) -> None:
-    """Start the tokenizer's process. Raises Unrunnable if no model, or not this one, can be run on this machine."""
+    """Start the tokenizer's process. Raises Unrunnable if this machine cannot run models, or not this one."""
     if reason := model.explain_unavailable():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
     refuse_unrunnable(directory)
@@ -239,13 +239,13 @@ def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:
         figures.check_figure_path(outputs.plot)
     if outputs.manifest is not None:
         if outputs.plot is not None and os.path.abspath(outputs.manifest) == os.path.abspath(outputs.plot):
-            raise TargetError("one file for the manifest and the figure", outputs.manifest, "give two names")
+            raise TargetError("the manifest and the figure have the same name", outputs.manifest, "give two names")
         if filesystem.is_there(outputs.manifest):
-            raise TargetError("the manifest exists", outputs.manifest, "give another name, or remove it")
+            raise TargetError("the manifest exists already", outputs.manifest, "give another name, or remove it")
         if not outputs.manifest.absolute().parent.is_dir():
             raise TargetError("no such directory", outputs.manifest.absolute().parent, "make it first")
         if not os.access(outputs.manifest.absolute().parent, os.W_OK):
-            raise TargetError("cannot write", outputs.manifest.absolute().parent, "write where you may")
+            raise TargetError("cannot write", outputs.manifest.absolute().parent, "choose a place where you may write")
 
 
 def _choose_name(checkpoint: Checkpoint) -> str:
@@ -255,8 +255,8 @@ def _choose_name(checkpoint: Checkpoint) -> str:
 def _make_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
     """Return the fields of a manifest's base for the checkpoint.
 
-    These are repo_id and revision if both are known, else the path relative to the manifest's directory, and the choice
-    of weights, if there was one.
+    They are repo_id and revision if both are known, else the path relative to the manifest's directory. The user's
+    choice of weights is added, if there was one.
     """
     chosen = {"weights": checkpoint.choice, "variant": checkpoint.variant}
     chosen = {key: value for key, value in chosen.items() if value}

@@ -33,17 +33,17 @@ R = TypeVar("R")
 Numbers = NDArray[np.floating | np.unsignedinteger]
 
 SCORE_CHUNK = 4 << 20
-"""The number of bytes of a matrix that are read at a time (one row if a row is longer)."""
+"""Number of bytes of a matrix that are read at a time (one row if a row is longer)."""
 
 SCORE_BLOCK = 256 << 10
-"""The number of elements that are converted to float32 at a time. Blocks of an eighth of it fit the second-level cache,
-but take twice as long with two threads, because each numpy call releases the interpreter's lock."""
+"""Number of elements that are converted to float32 at a time. Blocks an eighth as large would fit into the second-level
+cache, but take twice as long with two threads, because each numpy call releases the interpreter's lock."""
 
 READ_THREADS = 2
-"""The default number of threads: one reads while the other computes. A third would wait for the interpreter's lock."""
+"""Default number of threads: one reads while the other computes. A third would wait for the interpreter's lock."""
 
 BOOST = 120
-"""The power of two that multiplies F16 operands, because `_widen` returns 2**-112 times their values."""
+"""Exponent of the power of two that multiplies F16 operands, because `_widen` returns 2**-112 times their values."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Matrix:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, tensor: str, expert: int | None = None) -> Matrix:
-        """Return a stored tensor of rank 2, or matrix `expert` of a tensor of rank 3.
+        """Locate a stored tensor of rank 2, or matrix `expert` of a tensor of rank 3.
 
-        Raises ArchitectureError for another rank, for a dtype that is no float, and for elements that another tensor
-        scales.
+        Raises ArchitectureError if the tensor has another rank, a dtype that is not a float, or elements that another
+        tensor scales.
         """
         shard, info = checkpoint.shards[checkpoint.weight_map[tensor]], checkpoint.info(tensor)
         if len(info.shape) != (2 if expert is None else 3):
@@ -90,7 +90,7 @@ class Matrix:
 
 
 class ScoreSide(NamedTuple):
-    """The input weights of a layer's neurons; neuron i has index first + i * step along the neurons' axis."""
+    """The input weights of an MLP's neurons: neuron i is at index first + i * step of the matrix's neuron axis."""
 
     matrix: Matrix
     first: int = 0
@@ -117,7 +117,7 @@ class Mlp:
 
     @property
     def sources(self) -> tuple[ScoreSide, ...]:
-        """The input matrices to read; a tensor with gate and up side by side is read once."""
+        """The input matrices to read. A tensor that contains gate and up side by side is read once."""
         both = self.gate != self.up and (self.axis == 0 or self.gate.matrix != self.up.matrix)
         return (self.gate, self.up) if both else (self.gate,)
 
@@ -141,7 +141,7 @@ class NeuronScores(NamedTuple):
 
 
 class Workspace:
-    """The buffers of one thread: two for the bytes of chunks, and two for blocks of float32."""
+    """The reusable buffers of one thread: two for the bytes of chunks, and two for blocks of float32."""
 
     def __init__(self) -> None:
         self.raw = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
@@ -159,9 +159,9 @@ class Workspace:
 
 
 class BlockReader:
-    """Open shards and the threads that read them; a context manager.
+    """Open shards, and threads that read chunks of them and compute on these; a context manager.
 
-    Each thread reads a chunk and then computes on it, so that reading and arithmetic overlap. Results are in order.
+    While one thread reads a chunk, another computes on the chunk that it has read.
     """
 
     def __init__(self, threads: int):
@@ -191,13 +191,19 @@ class BlockReader:
     def read_rows(
         self, space: Workspace, which: int, matrix: Matrix, first: int, end: int
     ) -> NDArray[np.unsignedinteger]:
-        """Rows [first, end) as unsigned integers of the dtype's width, in a buffer of `space`. Raises ShardError."""
+        """Read rows [first, end) into a buffer of `space`, as unsigned integers of the dtype's width.
+
+        Returns (end - first, cols). Raises ShardError.
+        """
         raw = space.take_bytes(which, (end - first) * matrix.row_bytes)
         fill(self._files[matrix.file], raw.data, matrix.offset + first * matrix.row_bytes)
         return raw.view(f"<u{matrix.dtype.size}").reshape(end - first, matrix.cols)
 
     def map(self, function: Callable[[Workspace, T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-        """Yield (item, function(workspace, item)) in the order of the items, which are taken only a few ahead."""
+        """Run `function` on the threads, and yield (item, function(workspace, item)) in the order of the items.
+
+        At most 2 * threads + 1 items are taken before the first result is yielded, so memory use is bounded.
+        """
         pending: deque[tuple[T, Future[R]]] = deque()
         for item in items:
             pending.append((item, self._pool.submit(self._run, function, item)))
@@ -217,9 +223,9 @@ class BlockReader:
 
 
 class _Sums:
-    """The dot products and the largest magnitudes of one MLP's neurons, from the rows read so far.
+    """The dot products and largest magnitudes of one MLP's neurons, over the rows read so far.
 
-    The magnitudes are bit patterns, or float32 if a gain multiplies them.
+    `peaks` contains bit patterns, or float32 values if the gain of a norm multiplies them.
     """
 
     def __init__(self, mlp: Mlp):
@@ -234,7 +240,7 @@ class _Sums:
 
 
 class _Part(NamedTuple):
-    """Rows [first, end) of the input matrices, or of the down projection, of one MLP."""
+    """Rows [first, end) of an MLP's input matrices (if `inputs`) or of its down projection; `last` ends the MLP."""
 
     sums: _Sums
     inputs: bool
@@ -244,10 +250,10 @@ class _Part(NamedTuple):
 
 
 def score_neurons(reader: BlockReader, mlps: Iterable[Mlp], advance: Callable[[int], None]) -> Iterator[NeuronScores]:
-    """Yield the scores of each MLP, in order, and call `advance` with the numbers of bytes read.
+    """Yield the scores of each MLP, in order, and call `advance` with the number of bytes read after each chunk.
 
-    No MLP may be empty. Sums are made in the order of the file for any number of threads, so that scans are
-    reproducible bit for bit.
+    No MLP may be empty. Sums are added in the order of the file whatever the number of threads, so that scans are
+    reproducible bit for bit. Raises ShardError.
     """
     for part, (place, values, size) in reader.map(partial(_compute, reader), _split_mlps(reader, mlps)):
         sums = part.sums
@@ -275,7 +281,7 @@ def read_columns(reader: BlockReader, mlp: Mlp, cols: Sequence[int]) -> NDArray[
 
 
 def count_ranks(reader: BlockReader, matrix: Matrix, magnitudes: Sequence[float]) -> list[int]:
-    """Count the magnitudes of the matrix that are larger than each of these stored ones, plus 1."""
+    """Compute the rank of each of `magnitudes` in the matrix: 1 plus the number of larger magnitudes."""
 
     def larger(space: Workspace, rows: tuple[int, int]) -> list[int]:
         stored = convert_patterns(_clear_signs(reader.read_rows(space, 0, matrix, *rows)), matrix.dtype)
@@ -292,7 +298,7 @@ def convert_patterns(patterns: NDArray[np.unsignedinteger], dtype: Dtype) -> NDA
         _widen(patterns, dtype, values)
         values *= np.float32(2.0 ** _get_missing_exponent(dtype))
     if dtype.name == "F16":
-        values[np.abs(values) >= 65536] = np.inf  # `_widen` makes large numbers of infinity and NaN
+        values[np.abs(values) >= 65536] = np.inf  # `_widen` converts infinity and NaN to large numbers
     return values
 
 
@@ -308,7 +314,7 @@ def _split_mlps(reader: BlockReader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
 
 
 def _compute(reader: BlockReader, space: Workspace, part: _Part) -> tuple[slice, Numbers, int]:
-    """Return a slice of the neurons, what these rows add to their dots or peaks, and the number of bytes read."""
+    """Compute what one part adds: a slice of the neurons, values for their dots or peaks, and the bytes read."""
     mlp, rows = part.sums.mlp, (part.first, part.end)
     if part.inputs:
         return (_score_neuron_rows if mlp.axis == 0 else _score_channel_rows)(reader, space, mlp, *rows)
@@ -323,7 +329,10 @@ def _compute(reader: BlockReader, space: Workspace, part: _Part) -> tuple[slice,
 
 
 def _apply_gain(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end: int) -> Numbers:
-    """Multiply rows [first, end) of the down projection by the gain after it; without one they stay bit patterns."""
+    """Multiply rows [first, end) of the down projection by the gain of the norm after it.
+
+    Returns the bit patterns unchanged if no norm follows.
+    """
     if mlp.behind is None:
         return magnitudes
     gain = mlp.behind[first:end, None] if mlp.axis == 0 else mlp.behind
@@ -343,7 +352,7 @@ def _clear_signs(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinte
 def _score_neuron_rows(
     reader: BlockReader, space: Workspace, mlp: Mlp, first: int, end: int
 ) -> tuple[slice, Numbers, int]:
-    """Compute the whole dot products of some neurons, from input matrices [neuron, channel]."""
+    """Compute the complete dot products of neurons [first, end), from input matrices [neuron, channel]."""
     stored = [
         reader.read_rows(space, which, side.matrix, side.first + first, side.first + end)
         for which, side in enumerate(mlp.sources)
@@ -364,7 +373,7 @@ def _score_neuron_rows(
 def _score_channel_rows(
     reader: BlockReader, space: Workspace, mlp: Mlp, first: int, end: int
 ) -> tuple[slice, Numbers, int]:
-    """Compute what some channels add to the dot product of every neuron, from input matrices [channel, neuron]."""
+    """Compute what channels [first, end) add to every neuron's dot product, from matrices [channel, neuron]."""
     stored = [reader.read_rows(space, which, side.matrix, first, end) for which, side in enumerate(mlp.sources)]
     gates, ups = (
         rows[:, side.first : side.first + mlp.neurons * side.step : side.step]
@@ -383,7 +392,7 @@ def _score_channel_rows(
 
 
 def _scale_gain(mlp: Mlp) -> tuple[NDArray[np.float32], float]:
-    """Return a float32 weight for each channel, and the factor that dot products with these weights still need."""
+    """Return float32 weights (channels,) for the gain, and the factor that dot products with them still need."""
     largest = float(mlp.gain.max(initial=0.0)) or 1.0
     missing = _get_missing_exponent(mlp.gate.matrix.dtype) + _get_missing_exponent(mlp.up.matrix.dtype)
     boost = BOOST if missing else 0
@@ -395,8 +404,8 @@ def _widen(stored: NDArray[np.unsignedinteger], dtype: Dtype, out: NDArray[np.fl
 
     A shift converts a 16-bit pattern to a float32 pattern. F16 has 5 bits of exponent and float32 has 8. After a shift
     by 13 the mantissa is in its position, and the exponent is that of 2**-112 times the value, also for subnormal
-    numbers. The shift of a signed integer repeats the sign bit; the copies are masked. This is twice as fast as numpy's
-    own conversion. An F16 infinity becomes 65536, which is larger than any F16 weight.
+    numbers. Shifting a signed integer repeats the sign bit, so a mask clears the copies. This is twice as fast as
+    numpy's own conversion. An F16 infinity becomes 65536, which is larger than any F16 weight.
     """
     bits = out.view(np.int32)
     if dtype.name == "F16":
@@ -413,7 +422,7 @@ def _widen(stored: NDArray[np.unsignedinteger], dtype: Dtype, out: NDArray[np.fl
 
 
 def _get_missing_exponent(dtype: Dtype) -> int:
-    """Return n such that `_widen` returns 2**-n times the value."""
+    """Return the n for which `_widen` returns 2**-n times the value."""
     return 112 if dtype.name == "F16" else 0
 
 

@@ -1,15 +1,14 @@
 """Observe what the down projections add to the residual stream while a model runs layer by layer.
 
-For every sequence, `LayerSpikes` keeps the hidden states after each layer. For every massive hidden state that an MLP
-makes or removes (`Move`), it keeps what the down projections multiplied. No module of a mixture of experts has the
-neurons of the chosen experts as its input, so they are computed here a second time from the inputs of the experts. If
-a norm follows the MLP (Gemma 3, OLMo 2), the residual stream receives the norm's output, so both its input and its
-output are kept.
+For every sequence, `LayerSpikes` stores the hidden states after each layer. For every massive hidden state that an MLP
+makes or removes (`Move`), it stores the inputs of the down projections. If a norm follows the MLP (Gemma 3, OLMo 2),
+the residual stream receives the norm's output, so both its input and its output are stored.
 
-This module measures. It reads no shard; by_activations.py decides what counts as a super weight.
+This module reads no shard. sources.py observes the modules of down projections, and by_activations.py decides what is a
+super weight.
 
-Memory: the hidden states of all tokens after all layers in float32 (7B, five prompts of ten tokens: 26 MB), and one
-vector of neurons for each token with a massive state.
+Memory holds the hidden states of all tokens after all layers in float32 (7B, five prompts of ten tokens: 26 MB), and
+one vector of neurons for each token with a massive state.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ from swsurgery.scanning.report import UnreadLayer
 from swsurgery.storage.coordinate import Coordinate
 
 MASSIVE = 400.0
-"""The least size of a massive hidden state, in medians of |hidden state| of its layer and sequence.
+"""Minimum magnitude of a massive hidden state, in medians of |hidden state| of its layer and sequence.
 
-Calibrated on SmolLM2-135M-Instruct. The channel that its super weights make in layer 2 has 589 to 899 medians. In layer
-1, before they act, it has 200 to 300, and little depends on that. Any other channel before layer 11 has at most 160.
-arXiv:2402.17762 uses about 1,000, which would miss layer 2. Random weights give 3 to 10.
+Calibrated on SmolLM2-135M-Instruct. The channel that its super weights make massive has 589 to 899 medians in layer 2.
+In layer 1, before they act, it has 200 to 300 medians, and zeroing that changes little. Any other channel before layer
+11 has at most 160. arXiv:2402.17762 uses about 1,000, which would miss layer 2. Random weights give 3 to 10.
 """
 
 MADE = 0.3
-"""The least share of a massive state that an MLP must add to count as making (or removing) it. Calibrated like MASSIVE:
-layer 2 adds 0.57 to 0.80 and layer 11 0.998; layers 28 and 9 remove 0.53 to 0.66 and 0.76 to 0.87, layer 8 at most
-0.16."""
+"""Minimum share of a massive state that an MLP adds or subtracts, if it makes or removes the state. Calibrated like
+MASSIVE: layers 2 and 11 add 0.57 to 0.80 and 0.998, layers 28 and 9 remove 0.53 to 0.66 and 0.76 to 0.87, and layer 8,
+which removes no state, changes at most 0.16."""
 
 TINY = torch.finfo(torch.float32).tiny
 """The smallest normal float32, used as the least median."""
@@ -54,8 +53,8 @@ TINY = torch.finfo(torch.float32).tiny
 class Multiplied:
     """The neurons `x` of one down projection for one token: (cols,), float32.
 
-    Its output is multiplied by `share` before it is added to that of the MLP. For an expert, `share` is the router's
-    weight.
+    The output of the projection is multiplied by `share` before it is added to the MLP's output. For an expert, `share`
+    is the router's weight.
     """
 
     projection: DownProjection
@@ -79,8 +78,9 @@ class TokenRecord:
 class Move:
     """A massive hidden state that an MLP makes or removes.
 
-    `output` is the output of the down projection and `added` what was added to the residual stream; they differ if a
-    norm follows the MLP. `after` is the state after the layer and `median` the median of the layer's magnitudes.
+    `output` is the output of the down projection and `added` is the value added to the residual stream. They differ if
+    a norm follows the MLP. `after` is the state after the layer, and `median` the median magnitude of the layer's
+    states.
     """
 
     layer: int
@@ -103,7 +103,7 @@ class Trace:
     """The observations of one sequence.
 
     `hidden` contains the hidden states after each layer: (tokens, channels), float32, on the CPU. `medians` contains
-    their median magnitudes by layer, `moves` all moves by (layer, token, channel).
+    the median magnitude of each, and `moves` all moves by (layer, token, channel).
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -112,10 +112,10 @@ class Trace:
 
 
 class LayerSpikes:
-    """Run a model and observe its down projections.
+    """Runs a model and observes its down projections.
 
-    `unseen` are the layers with a down projection that is not found in the loaded model. `unread` are the layers with
-    an MLP that is unseen or whose stored names are not known. Raises ArchitectureError if the model has no known down
+    `unseen` contains the layers with a down projection that the loaded model does not have. `unread` contains these and
+    the layers with an MLP whose stored names are not known. Raises ArchitectureError if the model has no known down
     projection.
     """
 
@@ -186,9 +186,9 @@ class LayerSpikes:
             self._normed.append((arguments[0], output))
 
     def _find_normed(self, output: Tensor) -> Tensor:
-        """Return what was added to the residual stream for an MLP's output.
+        """Find the values that were added to the residual stream for an MLP's output: (tokens, channels), float32.
 
-        This is the output of the norm that was called with exactly these values, or else the MLP's output itself.
+        They are the output of the norm that was called with the MLP's output or, without such a norm, the MLP's output.
         """
         for given, made in self._normed:
             if given.numel() == output.numel() and torch.allclose(given.reshape(output.shape).float(), output):
@@ -228,7 +228,7 @@ class LayerSpikes:
 
 
 class _Linear:
-    """The down projection of a dense or shared MLP, and the gate that scales a shared MLP, if it has one."""
+    """Observes the down projection of a dense or shared MLP, and the gate that scales a shared MLP, if there is one."""
 
     def __init__(self, projection: DownProjection, module: nn.Module, gate: nn.Module | None):
         self.projection, self.module, self.gate = projection, module, gate
@@ -245,14 +245,14 @@ class _Linear:
         return handles
 
     def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        # Falcon and Llama 4 later add to this tensor in place.
+        # A copy, because Falcon and Llama 4 later add to this tensor in place.
         self.called, self._x, self._y = True, arguments[0], output.clone()
 
     def _keep_gate(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         self._gate = output.float().sigmoid().flatten()
 
     def output(self, tokens: int) -> Tensor:
-        """Return what the projection adds to the MLP's output: (tokens, channels), float32."""
+        """Compute what the projection adds to the MLP's output: (tokens, channels), float32."""
         y = self._y.reshape(tokens, -1).float()
         return y if self._gate is None else y * self._gate[:, None]
 
@@ -265,7 +265,7 @@ class _Linear:
 
 
 class _Experts:
-    """The routed experts of a layer, stacked in one module as in transformers >= 5."""
+    """Observes the routed experts of a layer, which transformers 5 and later stack in one module."""
 
     def __init__(self, module: nn.Module):
         self.projections: dict[int, DownProjection] = {}
@@ -282,9 +282,9 @@ class _Experts:
     def _keep(self, module: nn.Module, arguments: tuple[object, ...], named: dict[str, object], output: Tensor) -> None:
         """Keep the inputs and outputs of one call.
 
-        The module is called with hidden states (tokens, channels) and the chosen experts and their weights (tokens,
-        chosen). In Llama 4 it is called with hidden states (experts * tokens, channels) alone; the router has already
-        multiplied them, by zero for experts that are not chosen.
+        The module receives hidden states (tokens, channels), and the chosen experts and their weights (tokens, chosen).
+        In Llama 4 it receives only hidden states (experts * tokens, channels), which the router has already multiplied
+        by its weights: zero for an expert that it did not choose.
         """
         hidden, *routing = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -320,7 +320,7 @@ _Source = _Linear | _Experts
 
 
 class _StackedExperts(Protocol):
-    """The parts that transformers' modules of stacked experts have in common."""
+    """The attributes that the modules of stacked experts in transformers have in common."""
 
     gate_up_proj: Tensor
     act_fn: Callable[[Tensor], Tensor]
@@ -330,8 +330,9 @@ class _StackedExperts(Protocol):
 def _compute_expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     """Compute the inputs of the down projections of each token's chosen experts: (tokens, chosen, cols).
 
-    `index` contains the chosen experts (tokens, chosen). `hidden` is (tokens, channels), or (tokens, experts, channels)
-    if each expert has its own input.
+    No module has these neurons as its input, so they are computed again from the experts' inputs. `index` contains the
+    chosen experts (tokens, chosen). `hidden` is (tokens, channels), or (tokens, experts, channels) if each expert has
+    its own input.
     """
     experts = cast("_StackedExperts", module)
     found: Tensor | None = None
@@ -356,7 +357,7 @@ def _compute_expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) ->
 
 
 def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
-    """Find the modules of the down projections in the loaded model, by layer, and the layers with one missing."""
+    """Find the modules of the down projections in the loaded model, by layer, and the layers that lack one."""
     modules = dict(model.model.named_modules(remove_duplicate=False))
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
     sources: list[list[_Source]] = [[] for _ in model.layers]
@@ -369,7 +370,7 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
         if module is None:
             unseen.add(projection.layer)
         elif isinstance(projection.expert, int):
-            if name == "weight" or not hasattr(module, "gate_up_proj"):  # experts as modules of their own
+            if name == "weight" or not hasattr(module, "gate_up_proj"):  # each expert is a module
                 unseen.add(projection.layer)
                 continue
             if module not in stacks:
@@ -383,7 +384,7 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
 
 
 def _list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
-    """List the layers with an MLP that is not observed completely."""
+    """List the layers with an MLP that `LayerSpikes` does not observe or observes only in part."""
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
     projections = list(list_down_projections(config, shapes))
     unread = {layer.layer: layer for layer in list_unread_layers(config, shapes, projections)}
@@ -407,7 +408,7 @@ def _find_loaded_module(
 
 
 def _keep_largest(profile: list[float], layer: int, values: Tensor) -> None:
-    """Keep the signed value with the largest magnitude of a layer."""
+    """Update a layer's signed value of largest magnitude."""
     if values.numel():
         flat = values.flatten()
         value = float(flat[flat.abs().argmax()])

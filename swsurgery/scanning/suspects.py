@@ -1,8 +1,8 @@
 """Choose the scalars that a confirmation tests beside the candidates: companions and nulls.
 
-A companion is in a candidate's column, so it has the same input, and is large for that column. The null consists of
-scalars from the same matrices with similar magnitudes that no detector lists. Companions have their own null: the
-other large rows of their column. All of them are found in the stored down projections. This module runs no model.
+A companion is an outlier in a candidate's column, so it has the same input. The null consists of scalars of the same
+matrices with similar magnitudes that no detector lists. Companions have a null of their own: the other large rows of
+their column. This module finds all of them in the stored down projections. It runs no model.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
 
 COMPANIONS, COMPANION_SHARE, COMPANION_SIGMAS = 2, 1 / 6, 8.0
-"""The number of companions tested for each candidate, their least share of the candidate's magnitude, and their least
+"""Maximum number of companions of a candidate, their minimum share of the candidate's magnitude, and their minimum
 distance from zero in robust standard deviations of the column. Known companions have half the candidate's magnitude
-(Llama-2-7B, docs/known.md). In SmolLM2-135M the weakest companion with an effect has a fifth of it, and is 39 standard
-deviations from zero."""
+(Llama-2-7B, docs/known.md). In SmolLM2-135M the weakest companion with an effect has a fifth of the candidate's
+magnitude, and is 39 standard deviations from zero."""
 
 COLUMN_NULLS, LARGE_SIGMAS = 5, 4.0
-"""The number of rows in the null of a companion, and the number of robust standard deviations from which on a row of a
-column is large. In SmolLM2-135M the columns of its six best candidates have 2 to 8 rows beyond four standard
-deviations that are not companions; a normal distribution of 576 rows has 0.04."""
+"""Maximum number of rows in the null of a companion, and minimum distance of a large row from zero in robust standard
+deviations of the column. In SmolLM2-135M the columns of the six best candidates have 2 to 8 rows beyond four standard
+deviations that are not companions; in a normal distribution, 0.04 of 576 rows are."""
 
 Column = tuple[int, ExpertChoice, int]
 """The layer, expert and col of one neuron."""
 
 
 def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]) -> list[Candidate]:
-    """Find the outliers in the candidates' columns that are not listed themselves."""
+    """Find the outliers in the candidates' columns that are not candidates themselves. Raises ShardError."""
     found: dict[Coordinate, Candidate] = {candidate.coordinate: candidate for candidate in listed}
     for candidate in listed:
         matrix = matrices[candidate.layer, candidate.expert]
         column = matrix.read_column(candidate.col)
         magnitudes = column.abs()
-        sigma = 1.4826 * float(magnitudes.median())  # the standard deviation of a normal distribution around zero
+        sigma = 1.4826 * float(magnitudes.median())  # estimates the standard deviation of normal values around zero
         least = max(COMPANION_SHARE * float(magnitudes[candidate.row]), COMPANION_SIGMAS * sigma)
         rows = [row for row in magnitudes.argsort(descending=True, stable=True).tolist() if row != candidate.row]
         for row in rows[:COMPANIONS]:
@@ -68,7 +68,7 @@ def get_column(candidate: Candidate) -> Column:
 def find_minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate]) -> set[Coordinate]:
     """Find the scalars that may matter only because their column spikes.
 
-    These are all companions, and every candidate with a larger candidate in its column.
+    They are all companions, and every candidate in whose column there is a larger candidate.
     """
     largest: dict[Column, float] = {}
     for candidate in listed:
@@ -80,7 +80,7 @@ def find_minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate])
 def choose_column_rows(
     listed: Sequence[Candidate], tested: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]
 ) -> dict[Column, list[Coordinate]]:
-    """Find the null of each column that has a minor scalar: its largest rows that are not tested, largest first."""
+    """Find the null of each column with a minor scalar: its largest rows that are not tested, largest first."""
     names, minor = {candidate.coordinate for candidate in tested}, find_minor_scalars(listed, tested)
     found: dict[Column, list[Coordinate]] = {}
     for column in dict.fromkeys(get_column(candidate) for candidate in tested if candidate.coordinate in minor):
@@ -104,7 +104,7 @@ def draw_nulls(
     nulls: int,
     seed: int,
 ) -> list[Coordinate]:
-    """Draw `nulls` scalars, divided evenly among the candidates; fewer if the matrices are too small."""
+    """Draw `nulls` scalars similar to the candidates, equally many for each; fewer if the matrices are too small."""
     templates = [candidate for candidate in listed if candidate.value != 0]
     shares = {t.coordinate: len(range(number, nulls, len(templates))) for number, t in enumerate(templates)}
     drawn: list[Coordinate] = []

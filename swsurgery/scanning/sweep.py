@@ -1,8 +1,8 @@
 """Measure a model's quality with some scalars at several multiples of their stored values.
 
 Every factor is a variant of one run of the model (`forward.py`), and the figures are those of the sanity check
-(`measure.py`). This module computes the scaled values, which are equal to those that a manifest with `op: scale`
-writes, and collects the figures. It decides no verdicts.
+(`measure.py`). This module computes the scaled values, which are those that a manifest with `op: scale` writes, and
+collects the figures. It gives no verdicts.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def sweep(
 ) -> SweepReport:
     """Run the model with all of `coordinates` multiplied by each of `factors`.
 
-    The text is the first `windows` windows of `window` tokens of `text` (None: the built-in one). Windows, BOS, scored
-    positions and figures are those of `check.run_checks`, and `device` and `placement` those of `load.open_model`. For
-    the method see `sweep_windows`. Raises NumberError for an impossible factor, before the model is loaded, and
+    The text is the first `windows` windows of `window` tokens of `text` (None: the built-in text). Windows, BOS, scored
+    positions and figures are those of `check.run_checks`, and `device` and `placement` those of `load.open_model`.
+    `sweep_windows` describes the method. Raises NumberError for an impossible factor, before the model is loaded, and
     ModelError if the tokenizer or the model cannot be loaded or run.
     """
     compute_scaled_values(checkpoint, coordinates, factors)
@@ -69,11 +69,11 @@ def sweep_windows(
     *,
     progress: Progress | None = None,
 ) -> SweepReport:
-    """Sweep like `sweep`, but on token ids, each of `windows` on its own; one point per factor, in the given order.
+    """Sweep on token ids; each of `windows` is an input of its own. The points are in the order of `factors`.
 
-    A scalar's value is the exact product, rounded once to the stored dtype; for factor 0 all its bits are zero. If that
-    changes no scalar, as at factor 1, the point is exactly that of the base. Many factors are run in groups to limit
-    memory, and each group includes the base.
+    A scalar's value is the exact product, rounded once to the stored dtype; at factor 0 all its bits are zero. If a
+    factor changes no scalar, such as factor 1, its point equals that of the base. Many factors are run in groups, each
+    with the base, to limit memory.
     """
     keys = [frozenset(variant.items()) for variant in compute_scaled_values(model.checkpoint, coordinates, factors)]
     wanted = list(dict.fromkeys(key for key in keys if key))
@@ -106,21 +106,21 @@ def sweep_windows(
 def compute_scaled_values(
     checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float]
 ) -> list[dict[Coordinate, float]]:
-    """Compute for each factor the scalars that it changes and their new values, exact in the stored dtype.
+    """Compute for each factor the scalars that it changes, with their new values, which the stored dtype represents.
 
-    Raises NumberError with all faults (no factor, a factor that is not finite or repeated, a product that the dtype
-    cannot represent) and ModelError if no scalar is given, or one is repeated or not in the checkpoint.
+    Raises NumberError with all faults: no factor, a factor that is not finite or repeated, or a product that the dtype
+    cannot represent. Raises ModelError if no scalar is given, or if a scalar is repeated or not in the checkpoint.
     """
     if not coordinates:
         raise ModelError("nothing to sweep", "no coordinates")
     if not factors:
         raise NumberError("nothing to sweep", "no factors")
     faults = [f"factor is not finite: {factor}" for factor in factors if not math.isfinite(factor)]
-    faults += [f"factor stands twice: {factor:g}" for factor, times in Counter(factors).items() if times > 1]
+    faults += [f"factor is given twice: {factor:g}" for factor, times in Counter(factors).items() if times > 1]
     if faults:
         raise NumberError.of(faults)
     if twice := [coordinate for coordinate, times in Counter(coordinates).items() if times > 1]:
-        raise ModelError("coordinate stands twice", twice[0])
+        raise ModelError("coordinate is given twice", twice[0])
     values: list[dict[Coordinate, float]] = [{} for _ in factors]
     for coordinate in coordinates:
         dtype, data = read_stored(checkpoint, coordinate)

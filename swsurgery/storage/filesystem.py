@@ -34,8 +34,8 @@ _CANNOT_COPY_RANGE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
 _REMEDIES = {
     errno.ENOSPC: "free some space, or write to another file system",
     errno.EDQUOT: "free some of the quota, or write to another file system",
-    errno.EACCES: "write where you may",
-    errno.EPERM: "write where you may",
+    errno.EACCES: "choose a place where you may write",
+    errno.EPERM: "choose a place where you may write",
     errno.EROFS: "write to a file system that is not read-only",
     errno.ENOENT: "make the directory first",
     errno.EMFILE: "raise the limit of open files",

@@ -464,7 +464,7 @@ def test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded(t
     shape = stored[f"{name}.weight"][1]
     stored |= {f"{name}.weight": tensor("F8_E4M3", *shape), f"{name}.scale": tensor("F32", 1, one=True)}
     write_shard(path, stored)
-    message = f"transformers would take its codes for weights: quantised: .* depends on {name}.scale: {name}.weight"
+    message = f"transformers would use its codes as weights: quantised: .* depends on {name}.scale: {name}.weight"
     with pytest.raises(Unrunnable, match=message):
         open_model(open_checkpoint(base), device="cpu", placement="whole")
     with pytest.raises(ModelError, match=message):

@@ -179,7 +179,7 @@ def test_a_minimal_file_loads(tmp_path):
         ("num_layers = 2", "num_layers = 2\nnum_heads = 2", "num_heads"),
         ("hidden_size = 4\n", "", "hidden_size"),
         ('tensor = "layers.{layer}.weight"\n', "", "tensor"),
-        ('id = "L1.2.3"', 'id = "L1.2"', "is no id"),
+        ('id = "L1.2.3"', 'id = "L1.2"', "is not an id"),
         ('id = "L1.2.3"', 'id = "L1.2.3"\nvalue = 1.0', "value and dtype"),
         ('id = "L1.2.3"', 'id = "L1.2.3"\nvalue = 1.0\ndtype = "float16"', "dtype"),
         ("[sources]", "extra = 1\n[sources]", "unknown or missing tables"),
@@ -310,7 +310,7 @@ def test_table_warns_where_sources_disagree_and_only_there():
     single = table.render_table(own.lookup("qwen3-1.7b"), 120)
     assert "WARNING: reported by one group only: L2.1793.1821, L2.1999.1821" in single
     copied = table.render_table(own.lookup("llama-3-8b-instruct"), 120)
-    assert "WARNING: found by nobody at this place" in copied
+    assert "WARNING: no source found it at this position" in copied
     assert "WARNING: only the row is published" in table.render_table(own.lookup("smollm2-135m"), 120)
 
 

@@ -283,7 +283,9 @@ def test_a_read_only_folder_is_one_line_and_exit_2(monkeypatch, capsys):
     before = path.read_bytes()
     with monkeypatch.context() as patch:  # the tests may run as root, whom no mode stops
         patch.setattr(os, "open", read_only)
-        with pytest.raises(TargetError, match=r"cannot write .Permission denied.: .*known .write where you may"):
+        with pytest.raises(
+            TargetError, match=r"cannot write .Permission denied.: .*known .choose a place where you may write"
+        ):
             own_module.save(entry("my-model", coordinate(3, 4, 5)))
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", read_only)

@@ -77,7 +77,7 @@ def test_line_ends_of_other_alphabets_are_taken_only_as_escapes(name):
     manifest = {"version": 1, "base": {"path": "b"}, "edits": [{"op": "zero", "tensor": name, "index": [0]}]}
     assert parse_manifest(json.dumps(manifest).encode(), Path("m.json")).manifest.edits[0].tensor == name
     (fault,) = refusal(json.dumps(manifest, ensure_ascii=False))
-    assert "has no place in YAML (write it as an escape, in double quotes)" in fault
+    assert "is not allowed (write it as an escape, in double quotes)" in fault
 
 
 def test_no_more_faults_are_listed_than_one_can_read():

@@ -222,7 +222,7 @@ def test_a_tokenizer_of_another_model(pair: Pair) -> None:
     [
         ({"text": ""}, "the text is too short: 0 of at least 2 tokens"),
         ({"text": "a"}, "the text is too short: 1 of at least 2 tokens"),
-        ({"windows": 0}, "no room for text: 0 windows of 24 tokens"),
+        ({"windows": 0}, "too few or too short windows: 0 windows of 24 tokens"),
         ({"prompts": ("The river", "")}, "prompt of 0 tokens: ''"),
         ({"prompts": ("!?" * 40,)}, "prompt of 80 tokens: "),
         ({"device": "tpu"}, "no such device: tpu"),
@@ -279,7 +279,7 @@ def test_a_tensor_that_does_not_fit_the_config_is_named_with_both_shapes(pair: P
     ):
         (pair.patched / "config.json").write_text(json.dumps(config | size))
         line = refusal(pair, placement=placement)
-        assert line.endswith(f"{misfit} more tensors do not fit it: {pair.patched} (mend its config.json)")
+        assert line.endswith(f"{misfit} more tensors do not fit it: {pair.patched} (repair its config.json)")
     (pair.patched / "config.json").write_text(json.dumps(config))
     assert run(pair, placement=placement).base.finite
 
@@ -288,7 +288,7 @@ def test_a_model_that_transformers_does_not_know(pair: Pair) -> None:
     config = pair.config | {"model_type": "abacus"}
     (pair.patched / "config.json").write_text(json.dumps(config))
     line = refusal(pair)
-    assert line.startswith(("transformers cannot load the model: ", "no tokenizer that can be loaded: "))
+    assert line.startswith(("transformers cannot load the model: ", "the tokenizer cannot be loaded: "))
 
 
 def test_code_that_a_checkpoint_brings_along_is_not_run(pair: Pair) -> None:
@@ -303,7 +303,7 @@ def test_code_that_a_checkpoint_brings_along_is_not_run(pair: Pair) -> None:
 
 def test_the_value_in_the_directory_is_not_the_patched_one(pair: Pair) -> None:
     wrong = replace(pair, changes=(change((3, 7), patched=4.0, base=0.0),))
-    assert f"holds 5, not the patched value 4: {DOWN}[3, 7]" in refusal(wrong)
+    assert f"the stored value 5 is not the patched value 4: {DOWN}[3, 7]" in refusal(wrong)
 
 
 def test_silence_has_the_shape_of_progress() -> None:

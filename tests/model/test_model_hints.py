@@ -68,7 +68,7 @@ def test_a_vocabulary_of_an_unlisted_name_is_left_to_transformers(tmp_path, name
 @pytest.mark.parametrize(("said", "hint"), [("bfloat61", "did you mean bfloat16?"), ("??", "such as bfloat16")])
 def test_a_dtype_that_is_none_is_the_config_s_fault(base, key, said, hint):
     configure(base, **{"dtype": "float32", key: said})
-    expected = f"{key} in config.json is {said!r}, which is no dtype of torch: {base} ({hint})"
+    expected = f"{key} in config.json is {said!r}, which is not a dtype of torch: {base} ({hint})"
     assert refused(load_tokenizer, base) == refused(load_whole, base) == expected
 
 
@@ -82,13 +82,13 @@ def test_another_fault_of_the_config_is_not_blamed_on_the_tokenizer(base):
     configure(base, model_type="no-such-type")
     (base / "tokenizer.json").write_text("{")
     line = refused(load_tokenizer, base)
-    assert line.startswith("transformers cannot load the model: ") and "mend its config.json" in line
+    assert line.startswith("transformers cannot load the model: ") and "repair its config.json" in line
 
 
 def test_a_tokenizer_that_is_broken_is(base):
     (base / "tokenizer.json").write_text("{")
     line = refused(load_tokenizer, base)
-    assert line.startswith("no tokenizer that can be loaded: ") and line.endswith(f"{base} (mend its tokenizer files)")
+    assert line.startswith("the tokenizer cannot be loaded: ") and line.endswith(f"{base} (repair its tokenizer files)")
 
 
 def without_head(base: Path, **more: torch.Tensor) -> None:

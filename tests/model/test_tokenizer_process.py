@@ -78,7 +78,7 @@ def test_the_process_is_used_again_and_knows_nothing_of_the_last_tokenizer(direc
 @pytest.mark.parametrize(
     ("normalizers", "memory", "seconds", "said"),
     [
-        (GROW, 400 << 20, 60, "more memory than it may have"),
+        (GROW, 400 << 20, 60, "it needs more memory than it may use"),
         (STALL, 2 << 30, 2, "more time|more than 2 seconds|retry-limit"),
     ],
 )
@@ -87,7 +87,7 @@ def test_a_hostile_tokenizer_is_stopped(directory, monkeypatch, normalizers, mem
     monkeypatch.setattr(module, "SECONDS", seconds)
     spoil(directory, normalizers)
     before, begin = children(), time.monotonic()
-    with pytest.raises(Unrunnable, match=f"no tokenizer that can be (loaded|run): .*({said}).*: {directory} \\(mend"):
+    with pytest.raises(Unrunnable, match=f"the tokenizer cannot be (loaded|run): .*({said}).*: {directory} \\(repair"):
         Tokenizer(directory)("a banana")
     assert time.monotonic() - begin < seconds + 10
     assert children() <= before
@@ -104,13 +104,13 @@ def test_the_default_limits():
 )
 def test_files_that_are_no_tokenizer(directory, text):
     (directory / "tokenizer.json").write_text(text)
-    with pytest.raises(Unrunnable, match="no tokenizer that can be loaded"):
+    with pytest.raises(Unrunnable, match="the tokenizer cannot be loaded"):
         Tokenizer(directory)
 
 
 def test_no_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(Unrunnable, match="no tokenizer"):
+    with pytest.raises(Unrunnable, match="the tokenizer cannot be"):
         Tokenizer(tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_apply_says_so_in_one_line(tmp_path, capsys, monkeypatch, kind, code):
     capsys.readouterr()
     assert main(["apply", str(manifest), "-o", str(tmp_path / "out"), "--check", kind]) == code
     err = capsys.readouterr().err
-    assert "more memory than it may have" in err and "Traceback" not in err
+    assert "it needs more memory than it may use" in err and "Traceback" not in err
     assert err.count("\n") == 1 and ("no forward check was made" in err) == (kind == "auto")
     assert (tmp_path / "out").exists() == (kind == "auto")
 
@@ -204,4 +204,4 @@ def test_check_of_a_hostile_tokenizer_is_one_line(tmp_path, capsys, monkeypatch)
         capsys.readouterr()
         assert main(words) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "more memory than it may have" in err
+        assert err.count("\n") == 1 and "it needs more memory than it may use" in err

@@ -454,7 +454,7 @@ def test_what_random_scalars_do_too_is_inert(plain: Bench) -> None:
     found, said = told(plain, lambda z: 0.3 * (first in z) + 1.0 * (len(z) == 1 and not z & names))
     assert verdicts(found) == ["inert"] * 3
     (line,) = said
-    assert line.startswith("random scalars of like magnitude change perplexity too: only ratios above 2.7")
+    assert line.startswith("random scalars of similar magnitude change perplexity too: only ratios above 2.7")
     found, said = told(plain, lambda z: math.nan if len(z) == 1 and not z & names else 1.0 * (first in z))
     assert verdicts(found) == ["inert"] * 3
 
@@ -469,7 +469,7 @@ def test_a_super_weight_among_the_null_is_named_and_hides_nothing(plain: Bench) 
     found, said = told(plain, extra)
     assert verdicts(found) == ["critical alone", "inert", "inert"]
     (line,) = said
-    assert line.startswith(f"critical, though no candidate: {unlisted[0]} ") and "x7.3" in line
+    assert line.startswith(f"critical, but not a candidate: {unlisted[0]} ") and "x7.3" in line
     assert max(found.null) == pytest.approx(math.exp(2.0), rel=0.02)
 
 
@@ -480,7 +480,7 @@ def test_in_a_broken_model_any_change_counts_little(plain: Bench) -> None:
     assert verdicts(found) == ["critical alone", "inert", "inert"]
     assert found.joint_sets == ()
     (line,) = said
-    assert line.startswith("without the candidates random scalars matter more: only joint effects above x1.2")
+    assert line.startswith("without the candidates, random scalars have larger effects: only joint effects above x1.2")
 
 
 COMPANION = (0, 8, 7)
@@ -629,7 +629,7 @@ def test_a_matrix_of_integers_is_refused(plain: Bench, tmp_path: Path) -> None:
     tensors = plain.tensors | {good.coordinate.tensor: plain.tensors[good.coordinate.tensor].to(torch.int8)}
     save_file(tensors, tmp_path / "integers" / "model.safetensors", {"format": "pt"})
     model = SimpleNamespace(checkpoint=open_checkpoint(tmp_path / "integers"))
-    assert refusal(model, [good], [[1, 2]]) == f"I8 holds no single weights: {good.coordinate.tensor}"
+    assert refusal(model, [good], [[1, 2]]) == f"I8 elements are not weights: {good.coordinate.tensor}"
 
 
 def test_a_model_without_finite_losses_is_refused(plain: Bench) -> None:

@@ -226,7 +226,7 @@ def test_a_directory_of_the_name_is_refused(tmp_path):
 
 def test_a_directory_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))
-    assert "write where you may" in refused(tmp_path / "figure.png")
+    assert "choose a place where you may write" in refused(tmp_path / "figure.png")
 
 
 def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):

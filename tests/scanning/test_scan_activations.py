@@ -204,7 +204,7 @@ def test_what_takes_an_activation_back_is_noted(llama, tmp_path):
     report = scanned(llama, tmp_path / "after")
     assert places(report) == places(before) == [PLACE]
     assert (before.activations[0].last, report.activations[0].last) == (5, 4)
-    line = f"layer 5 takes channel 5 back: {coordinate_of(open_checkpoint(tmp_path / 'after'), eraser)}"
+    line = f"layer 5 removes channel 5 again: {coordinate_of(open_checkpoint(tmp_path / 'after'), eraser)}"
     assert [note.startswith(line) for note in report.notes] == [True] and before.notes == ()
 
 
@@ -257,15 +257,15 @@ def test_an_activation_of_many_equal_scalars_is_noted(llama, tmp_path):
     report = scanned(llama, tmp_path)
     assert report.candidates == () and report.activations[0].channel == 5
     assert report.notes == (
-        "round 1: channel 5 persists from layer 1 on, and no scalar counts as its maker (the largest share is 0.04)",
+        "round 1: channel 5 persists from layer 1 on, and no scalar explains it (the largest share is 0.04)",
     )
 
 
 @pytest.mark.parametrize(
     ("shares", "input_spike", "explained", "outlier", "why"),
     [
-        ((), False, False, True, "nothing was multiplied"),
-        ((1.0,), True, False, True, "the stored row does not add up to it"),
+        ((), False, False, True, "the down projection was not called"),
+        ((1.0,), True, False, True, "the products of the stored row do not add up to it"),
         ((1.0,), True, True, False, "the output is below 10 medians of its token"),
         ((1.0, 0.0), False, True, True, "the largest share is 1.00, but its input is below 10 medians"),
         ((0.2, 0.1), True, True, True, "the largest share is 0.20"),
@@ -280,7 +280,7 @@ def test_a_scalar_whose_input_is_no_outlier_is_not_refused_for_its_share(llama, 
     assert places(scanned(llama, tmp_path / "found")) == [PLACE]
     monkeypatch.setattr(by_activations, "OUTLIER", 1e9)
     (note,) = scanned(llama, tmp_path / "refused").notes
-    assert note.endswith("counts as its maker (the output is below 1e+09 medians of its token)")
+    assert note.endswith("explains it (the output is below 1e+09 medians of its token)")
 
 
 def test_a_stored_row_that_is_not_what_was_multiplied_is_not_decomposed(llama, tmp_path):
@@ -288,7 +288,7 @@ def test_a_stored_row_that_is_not_what_was_multiplied_is_not_decomposed(llama, t
     weights_of(llama, PLACE)[2].mul_(3)  # in memory only
     report = scan_sequences(layered, SEQUENCES)
     assert report.candidates == ()
-    assert "the stored row does not add up to it" in report.notes[0]
+    assert "the products of the stored row do not add up to it" in report.notes[0]
 
 
 def test_hidden_states_that_are_not_finite_are_one_line(llama, tmp_path):
@@ -392,7 +392,7 @@ def test_a_down_projection_that_is_not_in_the_loaded_model_is_said(llama, tmp_pa
     monkeypatch.setattr(spikes, "list_loaded_candidates", lambda config, coordinate, shapes: ())
     report = scanned(llama, tmp_path)
     assert report.candidates == ()
-    assert report.notes[0] == "layers 0, 1, 2, 3, 4, 5: the down projection is not looked at"
+    assert report.notes[0] == "layers 0, 1, 2, 3, 4, 5: the down projection is not observed"
 
 
 # With a tokenizer ---------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_prompts_are_read_by_the_models_own_tokenizer(placement, tmp_path):
     )
     assert places(report) == [PLACE] and report.prompts == tuple(prompts)
     assert report.settings["placement"] == {"whole": "layer by layer", "streamed": "streamed"}[placement]
-    assert said == [f"round 1: {report.candidates[0].coordinate}", "round 2: nothing more that persists"]
+    assert said == [f"round 1: {report.candidates[0].coordinate}", "round 2: nothing else persists"]
     given = scan_sequences(load.open_model(checkpoint, device="cpu", placement="whole"), encoded)
     assert given.candidates[0].score == pytest.approx(report.candidates[0].score, rel=1e-4)
 
@@ -433,7 +433,7 @@ def test_smollm2(tmp_path):
     assert [c.value for c in report.candidates] == [5.875, 6.0625, 5.09375, -5.3125]
     assert {c.prompts for c in report.candidates} == {5}
     assert [(a.layer, a.last, a.channel) for a in report.activations] == [(2, 8, 507), (11, 27, 507)]
-    assert any("layer 28 takes channel 507 back" in note and "[507, 678]" in note for note in report.notes)
+    assert any("layer 28 removes channel 507 again" in note and "[507, 678]" in note for note in report.notes)
 
 
 def test_what_the_residual_stream_takes_of_an_output_is_what_counts(tmp_path):

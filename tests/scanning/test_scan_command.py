@@ -116,7 +116,7 @@ def test_none_is_an_answer(here: Path, capsys: pytest.CaptureFixture[str], metho
     assert main(["scan", "random", "--method", method, *ask, "--confirm", *files, "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     assert "none" in printed.out
-    assert "nothing was found, so there is no manifest: zero.yaml" in printed.err
+    assert "nothing was found, so no manifest was written: zero.yaml" in printed.err
     assert not (here / "zero.yaml").exists()
     assert own.lookup("nothing here").coordinates == ()
 
@@ -230,7 +230,7 @@ def test_the_bar_says_which_round_and_which_layer(here: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["scan", "planted", "--manifest", "text.txt"], "the manifest exists: text.txt"),
+        (["scan", "planted", "--manifest", "text.txt"], "the manifest exists already: text.txt"),
         (["scan", "planted", "--manifest", "no/zero.yaml"], "no such directory: "),
         (["scan", "planted", "--plot", "scan.jpg"], ".png"),
         (["scan", "planted", "--manifest", "m.yaml", "--op", "scale"], "scale needs a factor"),
@@ -241,9 +241,12 @@ def test_the_bar_says_which_round_and_which_layer(here: Path, monkeypatch: pytes
         ),
         (["scan", "planted", "--register", "llama-7b"], "the name of another model: layers, hidden and intermediate"),
         (["scan", "planted", "--register", "///"], "a model's name needs a letter or a digit"),
-        (["scan", "planted", "--manifest", "a.svg", "--plot", "a.svg"], "one file for the manifest and the figure"),
+        (
+            ["scan", "planted", "--manifest", "a.svg", "--plot", "a.svg"],
+            "the manifest and the figure have the same name",
+        ),
         (["scan", "planted", "--confirm", "--text", "/dev/null"], "the text is too short"),
-        (["scan", "planted", "--prompt", "\udcff"], "text that is not Unicode"),
+        (["scan", "planted", "--prompt", "\udcff"], "the text is not valid Unicode"),
         (["scan", "nowhere"], "no such checkpoint: "),
         (["scan", "planted", "--text", "nowhere.txt", "--confirm"], "cannot read the text"),
         (["sweep", "keep.yaml", "--factors", "0,1"], "no scalar is changed, so there is nothing to sweep: keep.yaml"),
@@ -366,7 +369,7 @@ def test_a_tokenizer_of_another_model_is_one_line(here: Path, capsys: pytest.Cap
     for words in (["scan", "small"], ["scan", "small", "--placement", "streamed"]):
         assert main([*words, "--device", "cpu"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("swsurgery: tokenizer gives token") and "the model has 40" in line
+        assert line.startswith("swsurgery: the tokenizer gives token") and "the model has 40" in line
 
 
 def test_a_reader_of_stderr_that_leaves_loses_no_result(here: Path) -> None:

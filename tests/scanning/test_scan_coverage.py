@@ -116,7 +116,7 @@ def test_an_undecided_scan_is_not_recorded_as_none(folder: Path, capsys: pytest.
     manifest = folder.parent / "zero.yaml"
     scan = ["scan", str(folder), "--method", "weights", "--register", "tiny", "--manifest", str(manifest)]
     assert main(scan) == 2
-    assert f"the scan is undecided, so there is no manifest: {manifest}" in capsys.readouterr().err
+    assert f"the scan is undecided, so no manifest was written: {manifest}" in capsys.readouterr().err
     assert not manifest.exists()
     assert main(["lookup", "tiny"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -143,7 +143,7 @@ def test_an_activation_that_begins_at_an_unread_layer_is_undecided(
 ) -> None:
     nothing = scan_sequences(planted.opened(jamba, tmp_path / "random"), SEQUENCES)
     assert (nothing.answer, nothing.unread) == ("none", ())  # no channel is massive, so no MLP has to be read
-    assert nothing.notes == ("layers 1, 3, 5: the down projection is not looked at",)
+    assert nothing.notes == ("layers 1, 3, 5: the down projection is not observed",)
 
     monkeypatch.setattr(planted, "weights_of", expert_weights)
     planted.plant(jamba, Place(1, 5, 7, 1))

@@ -294,7 +294,7 @@ def test_a_manifest_of_nothing_is_refused(report, confirmed, op):
         ({"path": "tiny"}, "zero", 0.5, "zero takes no factor"),
         ({"path": "tiny"}, "scale", math.nan, "finite number other than 0"),
         ({"path": "tiny"}, "set", None, "no such operation"),
-        ({"path": "tiny", "repo_id": "org/tiny"}, "zero", None, "needs repo_id or path, one of them"),
+        ({"path": "tiny", "repo_id": "org/tiny"}, "zero", None, "needs either repo_id or path"),
         ({"repo_id": "org/tiny", "revision": "main"}, "zero", None, "40 hex digits"),
     ],
 )
@@ -339,7 +339,7 @@ def test_experts(tmp_path):
     assert (model.tensor, model.num_experts) == ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", 2)
     own.save(model)
     assert own.lookup("m") == model
-    with pytest.raises(LookupFailed, match="not the tensor that the model's template gives"):
+    with pytest.raises(LookupFailed, match="the tensor does not follow the model's template"):
         render_entry(model)
 
 

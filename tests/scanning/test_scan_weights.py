@@ -499,7 +499,7 @@ MLP = "model.layers.1.mlp."
         (lambda t: t.update({f"{MLP}up_proj.weight_scale_inv": tensor("F32", 1, 1)}),
          rf"quantised: {MLP}up_proj.weight_scale_inv is stored beside it, .*: {MLP}up_proj.weight \("),
         (lambda t: t.update({"model.layers.1.post_attention_layernorm.weight": tensor("F32", 7)}),
-         r"F32 \[7\] is no gain of 13 channels: model.layers.1.post_attention_layernorm.weight"),
+         r"F32 \[7\] is not the gain of 13 channels: model.layers.1.post_attention_layernorm.weight"),
         (lambda t: t.update({f"{MLP}down_proj.qweight": tensor("I32", 3, 3)}), "is packed"),
         (lambda t: [t.update({name: ("F32", (13, 0), b"")}) for name in t if "down_proj" in name],
          "every down projection is empty"),

@@ -214,9 +214,9 @@ def test_factors_that_cannot_be_are_refused(checkpoint: Checkpoint) -> None:
         "factor is not finite: inf",
     )
     assert faults(NumberError, checkpoint, [0.5, 0.0, 2, 0.5, -0.0, 2.0]) == (
-        "factor stands twice: 0.5",
-        "factor stands twice: 0",
-        "factor stands twice: 2",
+        "factor is given twice: 0.5",
+        "factor is given twice: 0",
+        "factor is given twice: 2",
     )
 
 
@@ -232,7 +232,7 @@ def test_a_product_that_the_dtype_cannot_hold_is_refused_with_factor_and_scalar(
 
 def test_scalars_that_are_not_there_are_refused(checkpoint: Checkpoint) -> None:
     assert faults(ModelError, checkpoint, [0.5], []) == ("nothing to sweep: no coordinates",)
-    assert faults(ModelError, checkpoint, [0.5], [FIRST, SECOND, FIRST]) == (f"coordinate stands twice: {FIRST}",)
+    assert faults(ModelError, checkpoint, [0.5], [FIRST, SECOND, FIRST]) == (f"coordinate is given twice: {FIRST}",)
     for coordinate in (
         Coordinate(DOWN, (16, 0)),
         Coordinate(DOWN, (0, -1)),
@@ -249,4 +249,4 @@ def test_a_token_that_the_model_does_not_know_is_refused(base: Path, tmp_path: P
     tiny_models.write("llama", tmp_path / "small")  # knows 32 tokens, the tokenizer more
     tiny_checkpoint.make_tokenizer().save_pretrained(tmp_path / "small")
     (line,) = faults(ModelError, open_checkpoint(tmp_path / "small"), [0.5])
-    assert line.startswith("tokenizer gives token ") and "the model has 32" in line
+    assert line.startswith("the tokenizer gives token ") and "the model has 32" in line

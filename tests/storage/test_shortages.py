@@ -158,7 +158,7 @@ def test_a_forward_check_without_memory_for_numpy_is_not_made(base, edit, tmp_pa
     monkeypatch.setattr("swsurgery.model.check.load_numpy", fail)
     said: list[str] = []
     apply_manifest(edit, tmp_path / "out", say=said.append)
-    reason = "not enough memory: torch cannot be loaded (raise the limit on it)"
+    reason = "not enough memory: torch cannot be loaded (raise the limit on memory)"
     assert said[-1] == f"no forward check was made: {reason}"
     with pytest.raises(Unrunnable, match="not enough memory"):
         apply_manifest(edit, tmp_path / "new", check=CheckOptions("forward"))
