@@ -252,7 +252,7 @@ def read_record(root: Folder | RemoteTree) -> Patched:
     patched = find_record(root)
     if patched is None:
         what = "only a checkpoint that swsurgery patched has one; verify --known and verify --manifest need none"
-        raise CheckpointError("no registry", f"{root}/{RECORD_NAME}", what)
+        raise CheckpointError("no record", f"{root}/{RECORD_NAME}", what)
     return patched
 
 

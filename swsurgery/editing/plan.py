@@ -20,13 +20,11 @@ from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanE
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.manifest.operations import Protect, Scale, explain_expectation
+from swsurgery.manifest.yaml_reader import MAX_FAULTS
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice
-
-MAX_FAULTS = 100
-"""Maximum number of faults listed individually."""
 
 MAX_NOTES = 20
 """Maximum number of disagreements between index and shards listed individually."""

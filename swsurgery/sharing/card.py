@@ -18,9 +18,6 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import NO_COMMAS, format_number
 from swsurgery.verifying.findings import Finding
 
-CARD_NAME = "README.md"
-"""Name of the model card in a repository."""
-
 ShortForm = tuple[int, int, int, object]
 """Layer, row and column of a scalar, and its expert or None."""
 

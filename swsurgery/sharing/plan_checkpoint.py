@@ -28,7 +28,7 @@ from swsurgery.sharing.publication import Item, Publication, Wish, is_published
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import BaseFile, File, read_at_most, read_exactly
 from swsurgery.storage.hashing import hash_file
-from swsurgery.storage.names import OWN_FILES, SIGNATURE_NAME
+from swsurgery.storage.names import CARD_NAME, OWN_FILES, SIGNATURE_NAME
 from swsurgery.verifying.findings import Finding
 
 SMALL_FILE = 16 << 20
@@ -69,7 +69,7 @@ def make_publication(
         body = card.render_body(
             published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, record)
         )
-        own = records.own_files() | {card.CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
+        own = records.own_files() | {CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
         items += [scan.own(name, data) for name, data in own.items()]
     message = wish.message or summarise_edits(record)
     plan = assemble(root, wish, published, items, left_out, notes, findings, base, target, message)
@@ -152,7 +152,7 @@ def _list_left_out(checkpoint: Checkpoint, record: Record) -> dict[str, str]:
     names = {f.name for f in checkpoint.files} | set(record.files)
     for name, why in (
         (SIGNATURE_NAME, "signs the directory with its own card and record, not what is published"),
-        (card.CARD_NAME, "the new card takes its place, and quotes the base's"),
+        (CARD_NAME, "the new card takes its place, and quotes the base's"),
     ):
         if name in names:
             left[name] = why
@@ -269,10 +269,10 @@ def read_base_card(scan: Scan, record: Record, base: RemoteTree | None) -> str:
 
     Returns "" if there is none, or if the Hub does not permit reading it.
     """
-    here = scan.there.get(card.CARD_NAME)
-    if here is not None and card.CARD_NAME in record.files and card.CARD_NAME not in scan.distrusted:
+    here = scan.there.get(CARD_NAME)
+    if here is not None and CARD_NAME in record.files and CARD_NAME not in scan.distrusted:
         return read_at_most(here.source, 4 * card.MAX_CARD).decode("utf-8", "replace")
-    theirs = base.files.get(join_base_path(record, card.CARD_NAME)) if base else None
+    theirs = base.files.get(join_base_path(record, CARD_NAME)) if base else None
     if theirs is None:
         return ""
     with contextlib.suppress(HubError):  # a gated repository permits listing files, but not reading them

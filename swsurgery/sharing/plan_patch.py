@@ -36,7 +36,7 @@ from swsurgery.sharing.plan_checkpoint import (
 )
 from swsurgery.sharing.publication import Publication, Wish
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.names import CARD_NAME, OWN_FILES
 from swsurgery.verifying.findings import Finding
 
 PATCH_NAME = "patch.safetensors"
@@ -77,7 +77,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     )
     made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
     made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
-    made[card.CARD_NAME] = render_card(card.make_patch_fields(record, base_fields), body)
+    made[CARD_NAME] = render_card(card.make_patch_fields(record, base_fields), body)
     items = [scan.own(name, data) for name, data in made.items()]
     message = wish.message or f"a patch: {summarise_edits(record)}"
     return assemble(root, wish, record, items, {}, notes, findings, base, target, message)

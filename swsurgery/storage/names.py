@@ -24,7 +24,7 @@ WORKING_FILES = (JOURNAL, JOURNAL_NEW, ROOM, *(f".{name}.new" for name in OWN_FI
 """An interrupted edit in place leaves these files behind. They are no part of the checkpoint; recovery removes them."""
 
 SIGNATURE_NAME = "model.sig"
-"""The signature covers all other files, including the record, so the record cannot list it."""
+"""Conventional name of a signature. It covers all other files, including the record, so the record cannot list it."""
 
 CARD_NAME = "README.md"
 """The model card of a published checkpoint quotes the record, so the record cannot list it. A card that the record does

@@ -23,11 +23,9 @@ from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, 
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_exactly
 from swsurgery.storage.folder import Folder
+from swsurgery.storage.names import SIGNATURE_NAME
 from swsurgery.storage.strict_json import parse_json, read_small
 from swsurgery.verifying.findings import Finding
-
-SIGNATURE_NAME = "model.sig"
-"""Conventional name of the signature file in a checkpoint. The signature covers all other files."""
 
 NOT_COVERED = (".git", ".github", ".gitattributes", ".gitignore", ".cache", SIGNATURE_NAME)
 """Top-level names that a signature does not cover: names that the format leaves to version control, the cache of a
