@@ -115,7 +115,7 @@ def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[By
         elif info.dtype.bits % 8:
             found.setdefault((info.name,), ByteDifference("undeclared-change", "it is not the base's", name, info.name))
         else:
-            index = info.index((at - shard.data_start - info.data_offsets[0]) // info.dtype.size)
+            index = info.unflatten((at - shard.data_start - info.data_offsets[0]) // info.dtype.size)
             message = "it is not the base's, and no declared scalar"
             found.setdefault((info.name, index), ByteDifference("undeclared-change", message, name, info.name, index))
     findings = list(found.values())

@@ -198,7 +198,7 @@ def _describe_change(info: TensorInfo, start: int, run: np.ndarray, array_a: np.
     """Build the entry of a run; its positions count elements from the element `start` of the tensor."""
     first, last = int(run[0]), int(run[-1])
     old, new = (convert_to_json(info.dtype, array[first].tobytes()) for array in (array_a, array_b))
-    return Change(info.name, info.index(start + first), len(run), old, new, info.index(start + last))
+    return Change(info.name, info.unflatten(start + first), len(run), old, new, info.unflatten(start + last))
 
 
 def _render_form(info: TensorInfo) -> str:

@@ -72,7 +72,7 @@ def inspect_tensor(
         if info.dtype.bits % 8:
             raise CheckpointError(f"{info.dtype.name} {info.dtype.refusal}", tensor)
         try:
-            offset = checkpoint.shards[file].offset(tensor, index)
+            offset = checkpoint.shards[file].find_offset(tensor, index)
         except IndexError as error:
             raise CheckpointError(str(error), tensor) from None
         data = checkpoint.shards[file].read_scalar(tensor, index)

@@ -30,7 +30,7 @@ def compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> ScalarFault 
         return ScalarFault("the record names a scalar that the shards do not have", True)
     info = shard.tensors[record.tensor]
     try:
-        offset = shard.offset(record.tensor, record.index)
+        offset = shard.find_offset(record.tensor, record.index)
         old = record.old_bytes
         recorded = edit.new_bytes if edit else old
     except (IndexError, NumberError) as error:

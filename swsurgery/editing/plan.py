@@ -217,7 +217,7 @@ def _read_scalar(asked: Asked, checkpoint: Checkpoint) -> Scalar:
             if explain_expectation(expect, info.dtype, other) is None:
                 hint = f"row and col look swapped: {list(swapped)} holds it"
         raise PlanError(fault, coordinate, hint)
-    offset = shard.offset(name, index)
+    offset = shard.find_offset(name, index)
     if isinstance(edit, Protect):
         return Scalar(file, coordinate, info.dtype, offset, old)
     try:

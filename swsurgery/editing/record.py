@@ -87,7 +87,7 @@ def _refuse_unreadable(draft: Record, plan: Plan) -> None:
     remedy = "make fewer edits"
     if draft.history:
         remedy = "apply one manifest with all edits to the first base, or revert a step first"
-    if fault := RECORD.fault(size, commas):
+    if fault := RECORD.describe_excess(size, commas):
         what = f"the record of {count} scalars and {len(draft.history)} earlier steps would have {fault}"
         raise PlanError(what, plan.loaded.path, remedy)
     if len(plan.loaded.raw) > MAX_JSON:

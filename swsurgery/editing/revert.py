@@ -82,7 +82,7 @@ def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
         splice = Splice(
             edit.file, edit.coordinate, info.dtype, edit.offset, edit.new_bytes, op="set", new=edit.old_bytes
         )
-        offset = shard.offset(edit.tensor, edit.index)
+        offset = shard.find_offset(edit.tensor, edit.index)
     except (IndexError, NumberError):
         return None
     return splice if (info.dtype.name, offset) == (edit.dtype, edit.offset) else None

@@ -161,7 +161,7 @@ def is_private(repo_id: str) -> bool:
         return HfApi().repo_info(repo_id).private is True
 
 
-def create(repo_id: str, private: bool) -> None:
+def create_repository(repo_id: str, private: bool) -> None:
     """Create a repository; an existing one is kept as it is. Raises HubError."""
     from huggingface_hub import HfApi
 

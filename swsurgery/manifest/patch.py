@@ -115,7 +115,7 @@ class PatchScalar:
 
     @property
     def index(self) -> tuple[int, ...]:
-        return TensorInfo(self.tensor, self.dtype, self.shape, (0, 0)).index(self.flat)
+        return TensorInfo(self.tensor, self.dtype, self.shape, (0, 0)).unflatten(self.flat)
 
     @property
     def coordinate(self) -> Coordinate:

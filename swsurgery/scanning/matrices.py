@@ -123,7 +123,7 @@ class StoredProjection:
         """Read runs (first, count) of elements, counted from the start of the matrix, in their stored dtype."""
         name = self.projection.tensor
         info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
-        start, size = shard.offset(name, self.projection.index(0, 0)), info.dtype.size
+        start, size = shard.find_offset(name, self.projection.index(0, 0)), info.dtype.size
         with shard.file.open() as file:
             data = b"".join(read_exactly(file, n * size, start + first * size) for first, n in runs)
         return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype.name])

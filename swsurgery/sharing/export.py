@@ -216,7 +216,7 @@ def _make_scalar(
 ) -> PatchScalar:
     info = checkpoint.info(coordinate.tensor)
     try:
-        flat = info.flat(coordinate.index)
+        flat = info.flatten(coordinate.index)
     except IndexError as error:
         raise CheckpointError(str(error), coordinate.tensor, "restore swsurgery.json") from None
     file = checkpoint.weight_map[coordinate.tensor]

@@ -272,7 +272,7 @@ def _prepare_target(plan: Publication) -> Branch:
     """Create the repository and the branch if they do not exist. Raises Conflict if somebody else just did."""
     wish, target = plan.wish, plan.target
     if target is None:
-        hub.create(wish.repo_id, wish.private)
+        hub.create_repository(wish.repo_id, wish.private)
         target = hub.find_branch(wish.repo_id, wish.branch)
         if target is None:
             raise HubError("the repository was made and cannot be seen", wish.repo_id, "run the same command again")

@@ -67,7 +67,9 @@ class FloatDtype(Dtype):
         return {"ieee": all_ones - (1 << self.mantissa), "fn": all_ones - 1, "fnuz": all_ones}[self.special]
 
 
-def _float(name: str, exponent: int, mantissa: int, bias: int, special: Literal["ieee", "fn", "fnuz"]) -> FloatDtype:
+def _make_float(
+    name: str, exponent: int, mantissa: int, bias: int, special: Literal["ieee", "fn", "fnuz"]
+) -> FloatDtype:
     bits = 1 + exponent + mantissa
     return FloatDtype(name, bits, "float", exponent=exponent, mantissa=mantissa, bias=bias, special=special)
 
@@ -83,20 +85,20 @@ DTYPES: dict[str, Dtype] = {
         Dtype("F6_E3M2", 6, "opaque", refusal=_SUB_BYTE),
         Dtype("U8", 8, "uint"),
         Dtype("I8", 8, "int"),
-        _float("F8_E5M2", 5, 2, 15, "ieee"),
-        _float("F8_E4M3", 4, 3, 7, "fn"),
+        _make_float("F8_E5M2", 5, 2, 15, "ieee"),
+        _make_float("F8_E4M3", 4, 3, 7, "fn"),
         Dtype("F8_E8M0", 8, "opaque", refusal="holds block scales (powers of two) and has no zero"),
-        _float("F8_E4M3FNUZ", 4, 3, 8, "fnuz"),
-        _float("F8_E5M2FNUZ", 5, 2, 16, "fnuz"),
+        _make_float("F8_E4M3FNUZ", 4, 3, 8, "fnuz"),
+        _make_float("F8_E5M2FNUZ", 5, 2, 16, "fnuz"),
         Dtype("I16", 16, "int"),
         Dtype("U16", 16, "uint"),
-        _float("F16", 5, 10, 15, "ieee"),
-        _float("BF16", 8, 7, 127, "ieee"),
+        _make_float("F16", 5, 10, 15, "ieee"),
+        _make_float("BF16", 8, 7, 127, "ieee"),
         Dtype("I32", 32, "int"),
         Dtype("U32", 32, "uint"),
-        _float("F32", 8, 23, 127, "ieee"),
+        _make_float("F32", 8, 23, 127, "ieee"),
         Dtype("C64", 64, "opaque", refusal="is complex: an edit has one real value"),
-        _float("F64", 11, 52, 1023, "ieee"),
+        _make_float("F64", 11, 52, 1023, "ieee"),
         Dtype("I64", 64, "int"),
         Dtype("U64", 64, "uint"),
     )

@@ -34,7 +34,7 @@ class OfVariant(Strict):
     variant: Annotated[str, Field(pattern=f"^{VARIANT}$")] | None = None
 
     @model_serializer(mode="wrap")
-    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _drop_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = serialize(self)
         return data if self.variant else {key: value for key, value in data.items() if key != "variant"}
 

@@ -49,7 +49,7 @@ class TensorInfo:
         """Size of the data in bytes."""
         return self.data_offsets[1] - self.data_offsets[0]
 
-    def flat(self, index: tuple[int, ...]) -> int:
+    def flatten(self, index: tuple[int, ...]) -> int:
         """Return the row-major position of `index`. Raises IndexError if it is out of range or has the wrong rank."""
         if len(index) != len(self.shape):
             shape = f"shape {list(self.shape)} has rank {len(self.shape)}"
@@ -61,8 +61,8 @@ class TensorInfo:
             position = position * length + i
         return position
 
-    def index(self, flat: int) -> tuple[int, ...]:
-        """Return the index of a row-major position; the inverse of `flat`."""
+    def unflatten(self, flat: int) -> tuple[int, ...]:
+        """Return the index of a row-major position; the inverse of `flatten`."""
         index = []
         for length in reversed(self.shape):
             flat, i = divmod(flat, length)
@@ -90,14 +90,14 @@ class Shard:
         """Offset of the data section in the file, after the 8 bytes of length and the header."""
         return 8 + self.header_size
 
-    def offset(self, name: str, index: tuple[int, ...]) -> int:
+    def find_offset(self, name: str, index: tuple[int, ...]) -> int:
         """Return the byte offset of one scalar in the file. Raises KeyError, IndexError."""
         info = self.tensors[name]
-        return self.data_start + info.data_offsets[0] + info.flat(index) * info.dtype.size
+        return self.data_start + info.data_offsets[0] + info.flatten(index) * info.dtype.size
 
     def read_scalar(self, name: str, index: tuple[int, ...]) -> bytes:
         """Read the stored bytes of one scalar, little-endian. Raises ShardError, KeyError, IndexError."""
-        return read_exactly(self.file, self.tensors[name].dtype.size, self.offset(name, index))
+        return read_exactly(self.file, self.tensors[name].dtype.size, self.find_offset(name, index))
 
 
 def open_shard(file: File) -> Shard:

@@ -98,7 +98,7 @@ def stage_output(
                 kept = shards and (isinstance(error, Interrupted) or isinstance(error, NoSpace) and not made)
                 if not kept:
                     _remove_tree(where.stage)
-            if _is(where.target, stage):
+            if _is_folder(where.target, stage):
                 raise _report_visible(error, target) from error
             report_done(None)
             if isinstance(error, Interrupted):
@@ -136,7 +136,7 @@ def _commit(where: _Names, stage: Folder) -> None:
 
 def _take_back(where: _Names, stage: Folder) -> None:
     """Undo the completed steps of `_commit`, if any."""
-    if _is(where.target, stage):
+    if _is_folder(where.target, stage):
         filesystem.rename_new(where.target, where.stage)
         with contextlib.suppress(OSError):
             filesystem.sync_directory(where.parent)
@@ -151,7 +151,7 @@ def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool
     while True:
         unreported, made = filesystem.is_there(where.target), False
         if unreported and not filesystem.is_there(where.marker):
-            raise _has_target(where)
+            raise _make_target_error(where)
         if not unreported:
             with contextlib.suppress(FileExistsError):
                 filesystem.make_directory(where.stage, mode)
@@ -162,7 +162,7 @@ def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool
             continue  # another run renamed or removed it since
         except OSError as error:
             if unreported and error.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise _has_target(where) from None
+                raise _make_target_error(where) from None
             raise
         try:
             if _claim_stage(where, folder, unreported, names, mode):
@@ -178,7 +178,7 @@ def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool
         folder.close()
 
 
-def _has_target(where: _Names) -> TargetError:
+def _make_target_error(where: _Names) -> TargetError:
     return TargetError("the target exists", where.target, "give another -o, or remove it")
 
 
@@ -190,11 +190,11 @@ def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str
     here = where.target if unreported else where.stage
     if not filesystem.lock(folder):
         raise TargetError("another run is writing it", where.target, "wait for it, or stop it")
-    if not _is(here, folder) or not unreported and filesystem.is_there(where.target):
+    if not _is_folder(here, folder) or not unreported and filesystem.is_there(where.target):
         return False
     if unreported and not _is_unreported(where, folder, names):
         _remove_leftover(where.marker)
-        raise _has_target(where)
+        raise _make_target_error(where)
     if os.fstat(folder.fd).st_uid != os.geteuid():  # the owner could change it after it was checked
         raise TargetError("belongs to another user", here, "remove it, or give another -o")
     if unreported:
@@ -205,7 +205,7 @@ def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str
     return True
 
 
-def _is(entry: Entry, folder: Folder) -> bool:
+def _is_folder(entry: Entry, folder: Folder) -> bool:
     """Return True if a name refers to the open directory."""
     try:
         return os.path.samestat(entry.stat(), os.fstat(folder.fd))

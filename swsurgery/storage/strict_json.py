@@ -40,7 +40,7 @@ class Limits:
     size: int
     commas: int
 
-    def fault(self, size: int, commas: int) -> str | None:
+    def describe_excess(self, size: int, commas: int) -> str | None:
         """Describe the limit that a file of `size` bytes with `commas` commas exceeds; None if it exceeds none."""
         if size > self.size:
             return f"more than the {self.size} bytes accepted"
@@ -85,7 +85,7 @@ def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMAL
 
     Unless `strict`, accepts Infinity, NaN and repeated keys with equal values. Raises CheckpointError.
     """
-    if fault := limits.fault(len(raw), raw.count(b",")):
+    if fault := limits.describe_excess(len(raw), raw.count(b",")):
         raise CheckpointError(f"has {fault}", name)
     if len(raw) > MAX_JSON and not raw.isascii():
         raise CheckpointError(f"has more than {MAX_JSON} bytes and characters beyond ASCII", name)

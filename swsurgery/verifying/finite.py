@@ -53,7 +53,7 @@ class FiniteScan:
             value = "NaN or infinite" if info.dtype.kind == "opaque" else str(dtypes.decode(info.dtype, data))
             more = f", and {count - 1} more of this tensor" if count > 1 else ""
             message = f"it is {value} ({dtypes.format_bits(data)}){more}"
-            found.append(Finding("non-finite", message, self._name, name, info.index(flat)))
+            found.append(Finding("non-finite", message, self._name, name, info.unflatten(flat)))
         if len(found) > MAX_NONFINITE:
             rest = len(found) - MAX_NONFINITE
             found = [*found[:MAX_NONFINITE], Finding("non-finite", f"and {rest} more tensors of this file", self._name)]

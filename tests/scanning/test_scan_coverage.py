@@ -64,9 +64,9 @@ def raise_neuron(folder: Path, layer: int) -> None:
     path, shard = f"model.layers.{layer}.feed_forward.", checkpoint.shards["model.safetensors"]
     data = np.memmap(file, "u1", "r+")
     for name, factor in (("gate_proj", 20.0), ("up_proj", 20.0)):
-        start = shard.offset(f"{path}{name}.weight", (7, 0))
+        start = shard.find_offset(f"{path}{name}.weight", (7, 0))
         data[start : start + 4 * CHANNELS].view("<f4")[:] = factor
-    start = shard.offset(f"{path}down_proj.weight", (5, 7))
+    start = shard.find_offset(f"{path}down_proj.weight", (5, 7))
     data[start : start + 4].view("<f4")[:] = 50.0
     data.flush()
 

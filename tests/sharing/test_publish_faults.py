@@ -226,13 +226,13 @@ def test_a_file_that_changes_while_it_is_published_is_found_before_the_commit(hu
 
 
 def test_a_repository_that_somebody_else_made_and_filled_meanwhile_is_left_alone(hub, patched, capsys, monkeypatch):
-    real = publish_module.hub.create
+    real = publish_module.hub.create_repository
 
     def late(repo_id, private):
         real(repo_id, private)
         hub.commit(repo_id, {"x.txt": b"somebody's"})
 
-    monkeypatch.setattr(publish_module.hub, "create", late)
+    monkeypatch.setattr(publish_module.hub, "create_repository", late)
     assert publish(patched) == 2
     assert "somebody else made it meanwhile" in capsys.readouterr().err
     assert set(tree(hub)) == {".gitattributes", "x.txt"}

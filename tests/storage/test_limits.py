@@ -166,7 +166,7 @@ def test_the_estimate_is_no_less_than_what_is_written(base, tmp_path, monkeypatc
     path, sizes = step(base, tmp_path / "m.json", 0), []
 
     class Counting(Limits):
-        def fault(self, size: int, commas: int) -> None:
+        def describe_excess(self, size: int, commas: int) -> None:
             sizes.append((size, commas))
 
     with monkeypatch.context() as patch:

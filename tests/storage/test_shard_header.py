@@ -281,9 +281,9 @@ def test_scalars_are_read_where_numpy_wrote_them(written):
     for index in np.ndindex(array.shape):
         data = shard.read_scalar("w", index)
         assert data == array[index].tobytes()
-        start = shard.offset("w", index)
+        start = shard.find_offset("w", index)
         assert path.read_bytes()[start : start + 4] == data
-        assert info.index(info.flat(index)) == index
+        assert info.unflatten(info.flatten(index)) == index
     assert info.size == array.nbytes
     assert shard.read_scalar("v", (4,)) == struct.pack("<q", 4)
 
