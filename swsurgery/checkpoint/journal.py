@@ -85,7 +85,7 @@ class OpenShard:
 def _make_change_error(what: str, where: object) -> CheckpointError:
     """Return the error for a file or directory that another program changed."""
     what = f"{what} by another program while it was edited in place"
-    return CheckpointError(what, where, "run again when nothing else writes there")
+    return CheckpointError(what, where, "run again when no other program writes there")
 
 
 @contextlib.contextmanager

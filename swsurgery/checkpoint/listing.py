@@ -93,7 +93,9 @@ def _scan(root: Folder, name: str) -> list[Entry]:
         return root.scan(name)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise SwsurgeryError(f"cannot be listed ({reason})", root.path / name, "run again when it rests") from error
+        raise SwsurgeryError(
+            f"cannot be listed ({reason})", root.path / name, "run again when no other program writes there"
+        ) from error
 
 
 class _Cache:

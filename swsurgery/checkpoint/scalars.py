@@ -45,7 +45,7 @@ def compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> ScalarFault 
     if stored == recorded:
         return None
     wanted = edit.new_bits if edit else record.old_bits
-    return ScalarFault(f"it holds 0x{stored[::-1].hex()}, not {wanted}", False)
+    return ScalarFault(f"the scalar is 0x{stored[::-1].hex()}, not {wanted}", False)
 
 
 def list_protected(record: Record, checkpoint: Checkpoint) -> list[ScalarRecord]:

@@ -182,7 +182,7 @@ def _restrict_check(plan: Plan, options: CheckOptions) -> CheckOptions:
 def refuse_inside(output: Path, base: Checkpoint) -> None:
     """Raise TargetError for a target inside the base: it would change the base and later be copied with it."""
     if base.is_here and Path(os.path.realpath(output)).is_relative_to(base.directory):
-        raise TargetError("the target lies inside the base", output, "give another -o")
+        raise TargetError("the output is inside the base", output, "choose another -o")
 
 
 def _build_source(plan: Plan) -> CopyJob:

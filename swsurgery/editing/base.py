@@ -23,7 +23,7 @@ def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
             wanted, who = pins.setdefault(name, (record.sha256, "its record"))
             if wanted != record.sha256:
                 raise PlanError(
-                    f"its record says sha256 {record.sha256}, but {who} says {wanted}",
+                    f"the base's record has sha256 {record.sha256}, but {who} has {wanted}",
                     f"{plan.checkpoint.root}/{name}",
                     "is this the right checkpoint?",
                 )
@@ -43,5 +43,5 @@ def find_base(loaded: LoadedManifest, base: str | None) -> Path | Uri:
     assert said.path is not None  # the schema requires one of the two
     where = loaded.path.parent / said.path
     if not os.path.lexists(where) and suggest_uri(said.path):
-        raise CheckpointError("no such checkpoint", where, "name a repository of the Hub with base.repo_id")
+        raise CheckpointError("no such checkpoint", where, "for a repository on the Hub, use base.repo_id")
     return where

@@ -131,7 +131,7 @@ def write_checkpoint(
     """
     if link == "hard" and source.in_cache:
         raise TargetError(
-            "a hard link into a Hugging Face cache shares the file with every repo and revision there",
+            "a hard link would share the file with other repositories and revisions in the Hugging Face cache",
             stage.path.parent,
             "use --link auto",
         )
@@ -240,7 +240,11 @@ class _Copier:
             filesystem.make_hard_link(base.where, target)
             linked = target.stat()
         if not os.path.samestat(linked, os.fstat(base.fd)):
-            raise CheckpointError("was replaced while it was linked", file.source, "run again when it rests")
+            raise CheckpointError(
+                "the file was replaced while it was being linked",
+                file.source,
+                "run again when no other program writes there",
+            )
         if known:
             self.advance(file.size)
             return _Written("hard", known, known, unverified=True)
@@ -306,7 +310,7 @@ class _Copier:
         """Write the bytes of one file into the new, empty file `new`, by cloning it if possible."""
         cloned = self.link in ("auto", "clone") and filesystem.clone(base.fd, new)
         if self.link == "clone" and not cloned:
-            raise TargetError("this file system cannot clone", self.stage.path.parent, "use --link auto")
+            raise TargetError("this file system cannot clone files", self.stage.path.parent, "use --link auto")
         header = self.header_of(file)
         if known:
             if cloned:

@@ -32,7 +32,7 @@ def refuse_without_room(files: Sequence[BaseFile], edited: Collection[str], stag
     if needed <= free or link in ("auto", "clone") and _can_clone(copied, stage):
         return
     raise NoSpace(
-        f"not enough room: the copy needs {needed} bytes, {free} are free",
+        f"not enough disk space: the copy needs {needed} bytes, {free} are free",
         stage.path.parent,
         "free some space, or write to another file system",
     )

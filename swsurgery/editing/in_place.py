@@ -69,7 +69,7 @@ def apply_in_place(
             return outcome
         plan = make_plan(loaded, checkpoint)
         if plan.omitted:
-            raise PlanError("an edit in place leaves no file out", ", ".join(plan.omitted), "say base.copies: keep")
+            raise PlanError("an edit in place cannot leave files out", ", ".join(plan.omitted), "set base.copies: keep")
         combine_bounds(plan, check)  # before anything is hashed or written
         draft = draft_record(plan)
         for note in plan.notes:
@@ -103,20 +103,22 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
     progress = progress or Silent()
     with held_for_editing(_find_directory(root), moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
         if cut_off and not cut_off.reverts:
-            return ["only the edit that had been cut off was undone"]
+            return ["only the interrupted edit was undone; the edits before it remain"]
         root = folder.path
         patched = read_record(folder)
         record, previous = patched.record, patched.rebuild_previous()
         checkpoint = read_checkpoint(folder, record.base)
         if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
             raise CheckpointError(
-                "was changed since it was applied, and would be lost", root / OWN_FILES[1], "move it away"
+                "the manifest was changed since it was applied, and revert would delete it",
+                root / OWN_FILES[1],
+                "move it away",
             )
         splices = build_undo(record, checkpoint)
         names = {f.name: f.size for f in checkpoint.files}
         if wrong := [name for name, entry in record.files.items() if names.get(name) != entry.size]:
             raise CheckpointError(
-                f"cannot be reverted, for these were changed or removed since the edit: {', '.join(wrong)}",
+                f"cannot revert, because these files were changed or removed since the edit: {', '.join(wrong)}",
                 root,
                 "restore them",
             )
@@ -126,7 +128,9 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
         _describe_untouched(checkpoint, touched, record, pins, (), progress)
         for name, (_, restored) in touched.items():
             if restored != record.files[name].base_sha256:
-                raise CheckpointError("does not give the base back: the record was changed", root / name)
+                raise CheckpointError(
+                    "reverting this file would not restore the base, because the record was changed", root / name
+                )
         _refuse_changed(checkpoint, touched)
         _refuse_changed_records(folder, checkpoint)
         with journal.apply_splices(
@@ -140,13 +144,17 @@ def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
 def _find_directory(root: Path | Uri) -> Path:
     """Find the directory to edit. Raises TargetError if a change would also affect other checkpoints."""
     if isinstance(root, Uri):
-        raise TargetError("an edit in place needs a directory of your own", root, "give one with --base")
+        raise TargetError(
+            "a checkpoint on the Hub cannot be edited in place", root, "download it, and give the directory with --base"
+        )
     if root.is_symlink():
-        raise TargetError("is a symbolic link", root, "give the directory itself")
+        raise TargetError("the directory is a symbolic link", root, "give the directory itself")
     real = Path(os.path.realpath(root))
     if is_cache_snapshot(real):
         raise TargetError(
-            "lies in a Hugging Face cache, which shares its files with other revisions and repos", root, "apply with -o"
+            "a Hugging Face cache cannot be edited in place, because other revisions and repositories share its files",
+            root,
+            "apply with -o",
         )
     return real
 
@@ -163,7 +171,7 @@ def _open_shards(
         file = checkpoint.file(name)
         entry = file.entry
         if entry is None or entry.folder is not folder:
-            raise TargetError("is not in the directory to edit", file.source)
+            raise TargetError("the file is not in the directory to edit", file.source)
         _refuse_shared(entry)
         shards[name] = journal.OpenShard(entry)
         opened.callback(shards[name].close)
@@ -197,8 +205,8 @@ def _hash_touched(
     finally:
         progress.close()
     if unknown:
-        fault = "nothing vouches for what it was before the edit, so it could not be proved afterwards"
-        raise PlanError(fault, checkpoint.root, f"if it is the right base, add base.sha256: {{{', '.join(unknown)}}}")
+        fault = "no sha256 of these files is known, so the edit could not be proved afterwards"
+        raise PlanError(fault, checkpoint.root, f"if this is the right base, add base.sha256: {{{', '.join(unknown)}}}")
     return touched
 
 
@@ -218,7 +226,9 @@ def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
             entry.refuse_replaced()
         elif filesystem.is_there(folder / name):
             raise CheckpointError(
-                "was written by another program meanwhile", folder / name, "run again when nothing else writes there"
+                "another program wrote this file during the edit",
+                folder / name,
+                "run again when no other program writes there",
             )
 
 
@@ -228,10 +238,12 @@ def _refuse_shared(entry: Entry) -> None:
         status = entry.stat()
     if status.st_nlink > 1:
         raise TargetError(
-            f"has {status.st_nlink} hard links, so the change would show under other names too", entry, "apply with -o"
+            f"the file has {status.st_nlink} hard links, so the edit would also change it under its other names",
+            entry,
+            "apply with -o",
         )
     if not status.st_mode & stat.S_IWUSR:
-        raise TargetError("is marked read-only", entry, "apply with -o, or chmod u+w it")
+        raise TargetError("the file is read-only", entry, "apply with -o, or run chmod u+w on it")
 
 
 def _describe_untouched(
@@ -283,18 +295,18 @@ def _report_applied(
     for name in sorted({*mine, *loaded.manifest.base.sha256}):
         file, stated = files.get(name), record.files.get(name)
         if file is None or stated is None:
-            raise _make_not_applied_error("the file is not there", folder.path / name)
+            raise _make_not_applied_error("the file is missing", folder.path / name)
         here, restored = hash_twice(file, mine.get(name, []), progress)
         if stated.sha256 not in (here, None) or stated.base_sha256 not in (restored, None):
-            raise _make_not_applied_error("the file was changed since", file.source)
+            raise _make_not_applied_error("the file was changed later", file.source)
         if loaded.manifest.base.sha256.get(name, restored) != restored:
-            raise _make_not_applied_error("its base is not the one that the manifest pins", file.source)
+            raise _make_not_applied_error("its base does not have the sha256 that the manifest pins", file.source)
     with filesystem.convert_os_errors(folder):
         filesystem.sync_directory(folder)
     done = tuple(
         AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in record.files.items()
     )
-    note = "it was applied already; nothing was written"
+    note = "the manifest was already applied; nothing was written"
     return Outcome(folder.path, Applied(done), record, (note,), written=False)
 
 
@@ -316,10 +328,10 @@ def _find_other_scalars(record: Record, checkpoint: Checkpoint) -> Iterator[tupl
         if fault := compare_scalar(entry, checkpoint):
             yield entry, fault.message
     for entry in find_repeated(record):
-        yield entry, "the record names this scalar twice"
+        yield entry, "the record lists this scalar twice"
 
 
 def _make_not_applied_error(what: str, where: object) -> CheckpointError:
     """Build the error for a record that does not match the manifest or the files."""
-    fault = f"the record says that this manifest was applied, but {what}"
-    return CheckpointError(fault, where, "see swsurgery verify")
+    fault = f"the record says that this manifest was applied; however, {what}"
+    return CheckpointError(fault, where, "run swsurgery verify")

@@ -110,7 +110,7 @@ def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterat
     protectors = previous.record.protectors() if previous else {}
     for one in asked:
         if one.edit.writes and one.coordinate in protectors:
-            message = f"{one.coordinate} is protected by step {protectors[one.coordinate]} of the base's own record"
+            message = f"{one.coordinate} is protected by step {protectors[one.coordinate]} of the base's record"
             yield Misfit(one.number, f"{message} (revert that step, or start from the first base)")
 
 
@@ -119,8 +119,9 @@ def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Seque
     if not splices or not checkpoint.copies or loaded.manifest.base.copies is not None:
         return []
     return [
-        f"{loaded.path}: the edit would not reach further copies of the weights: {', '.join(checkpoint.copies)} "
-        "(say base.copies: omit to leave them out, or keep to carry them along unedited)"
+        f"{loaded.path}: the base contains more copies of the weights, which would not be edited: "
+        f"{', '.join(checkpoint.copies)} "
+        "(set base.copies to omit to leave them out, or to keep to copy them unedited)"
     ]
 
 
@@ -135,16 +136,16 @@ def _collect_notes(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
     """List what the user should know about the checkpoint although it does not prevent the edit."""
     copies = loaded.manifest.base.copies
     disagreements = [
-        f"index and shards disagree about {tensor}: {why}; both are carried along as they are, and verify will find it"
+        f"index and shards disagree about {tensor}: {why}; both are copied unchanged, and verify will report it"
         for tensor, why in checkpoint.disagreements.items()
     ]
     notes = [*checkpoint.notes, *_shorten(disagreements, MAX_NOTES)]
     if checkpoint.copies and copies == "keep":
-        notes.append(f"carried along unedited: {', '.join(checkpoint.copies)}")
+        notes.append(f"copied unedited: {', '.join(checkpoint.copies)}")
     if checkpoint.copies and copies == "omit":
-        notes.append(f"left out, for they hold the unedited weights: {', '.join(checkpoint.copies)}")
+        notes.append(f"left out, because they contain the unedited weights: {', '.join(checkpoint.copies)}")
     if checkpoint.left_out:
-        notes.append(f"left out, for they are no part of a checkpoint: {', '.join(checkpoint.left_out)}")
+        notes.append(f"left out, because they are not part of a checkpoint: {', '.join(checkpoint.left_out)}")
     return notes
 
 
@@ -157,7 +158,7 @@ def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
         (base.revision, checkpoint.revision, "revision"),
     ):
         if said and found and said != found:
-            faults.append(f"{loaded.path}: base.{what} is {said}, the checkpoint is {found} (give the right base)")
+            faults.append(f"{loaded.path}: base.{what} is {said}, but the checkpoint has {found} (give the right base)")
     names = {f.name: f for f in checkpoint.files}
     for name, digest in base.sha256.items():
         if name not in names:
@@ -166,7 +167,7 @@ def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
             faults.append(f"{loaded.path}: wrong base: {name} has digest {names[name].digest}, not {digest}")
     if "swsurgery.json" not in names:
         faults += [
-            f"{checkpoint.root}/{name}: the base has a file of the name that swsurgery writes (rename it)"
+            f"{checkpoint.root}/{name}: the base already has a file with this name, which swsurgery writes (rename it)"
             for name in OWN_FILES
             if any(n == name or n.startswith(f"{name}/") for n in names)
         ]
@@ -215,7 +216,7 @@ def _read_scalar(asked: Asked, checkpoint: Checkpoint) -> Scalar:
         if len(index) == 2 and _check_index(info, swapped):
             other = shard.read_scalar(name, swapped)
             if explain_expectation(expect, info.dtype, other) is None:
-                hint = f"row and col look swapped: {list(swapped)} holds it"
+                hint = f"row and col look swapped: {list(swapped)} has this value"
         raise PlanError(fault, coordinate, hint)
     offset = shard.find_offset(name, index)
     if isinstance(edit, Protect):

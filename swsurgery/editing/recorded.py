@@ -22,16 +22,16 @@ def find_unlike_records(asked: Mapping[Coordinate, Asked], record: Record) -> It
     recorded = {r.coordinate: r for r in (*record.edits, *record.protected)}
     for coordinate, wish in asked.items():
         entry = recorded.get(coordinate)
-        message = "nothing was done to it" if entry is None else _explain_unlike(wish, entry)
+        message = "the record does not list the scalar" if entry is None else _explain_unlike(wish, entry)
         if message:
             yield coordinate, f"{wish.edit.op} was requested: {message}"
     for coordinate, entry in recorded.items():
         if coordinate not in asked:
-            yield coordinate, f"{_get_done(entry)}, and the manifest does not ask for it"
+            yield coordinate, f"{_get_done(entry)}, but the manifest does not ask for it"
 
 
 def _get_done(record: ScalarRecord) -> str:
-    return f"{record.op} was done" if isinstance(record, EditRecord) else "it was protected"
+    return f"the record has {record.op}" if isinstance(record, EditRecord) else "the record protects the scalar"
 
 
 def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
@@ -39,17 +39,17 @@ def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
     edit, dtype = asked.edit, DTYPES[record.dtype]
     done = record.op if isinstance(record, EditRecord) else "protect"
     if done != edit.op:
-        return f"{done} was done"
+        return f"the record has {done}"
     try:
         if asked.expect is not None and (fault := explain_expectation(asked.expect, dtype, record.old_bytes)):
-            return f"the base does not fit: {fault}"
+            return f"the base does not match: {fault}"
         if not isinstance(record, EditRecord):
             return None
         factor = edit.factor if isinstance(edit, Scale) else None
         if factor != record.factor:
-            return f"the factor is {factor}, {record.factor} was used"
+            return f"the record has the factor {record.factor}, not {factor}"
         new = edit.new_bytes(dtype, record.old_bytes)
-        return None if new == record.new_bytes else f"it makes {dtypes.format_bits(new)}, not {record.new_bits}"
+        return None if new == record.new_bytes else f"the record has {record.new_bits}, not {dtypes.format_bits(new)}"
     except NumberError as error:
         return str(error)
 
@@ -63,10 +63,10 @@ def explain_unlike_bases(manifest: Manifest, record: Record) -> Iterator[tuple[t
     for name in ("repo_id", "revision", "weights", "variant"):
         said, found = getattr(base, name), getattr(record.base, name)
         if said is not None and found is not None and said != found:
-            yield ("base", name), f"base.{name} is {said}, the base was {found}"
+            yield ("base", name), f"base.{name} is {said}, but the base was {found}"
     for name, digest in base.sha256.items():
         entry = record.files.get(name)
         found = entry.base_sha256 if entry else None
         if found != digest:
-            what = f"the base's was {found}" if found else "the record does not know the base's"
-            yield ("base", "sha256", name), f"base.sha256 of {name} is {digest}, {what}"
+            what = f"the base's was {found}" if found else "the record has no digest of the base"
+            yield ("base", "sha256", name), f"base.sha256 of {name} is {digest}, but {what}"

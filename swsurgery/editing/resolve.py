@@ -222,13 +222,13 @@ def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, 
     Raises LookupFailed if the model is None, or has no such coordinate with a column.
     """
     if model is None:
-        raise LookupFailed("no known super weights of this base", name, "say which known model it is: base.model")
+        raise LookupFailed("no known super weights of this base", name, "name its known model in base.model")
     entries = shipped.list_addressable(model) if name == "all" else (shipped.find(model, name),)
     if not entries:
         raise LookupFailed(f"no complete coordinate of {model.hf_id} is known", name)
     for entry in entries:
         if entry.col is None:
-            raise LookupFailed(f"only the row of {entry.id} is known, not the scalar", model.hf_id)
+            raise LookupFailed(f"only the row of {entry.id} is known, not the column", model.hf_id)
     return entries
 
 

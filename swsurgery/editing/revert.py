@@ -32,9 +32,9 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
         names = {f.name for f in checkpoint.files}
         if missing := [name for name in record.files if name not in names]:
             raise CheckpointError(
-                f"cannot be reverted, for it lacks {', '.join(missing)}",
+                f"cannot revert, because these files are missing: {', '.join(missing)}",
                 checkpoint.root,
-                "restore what was removed since the edit",
+                "restore them",
             )
         source = CopyJob(
             files=tuple(f for f in checkpoint.files if f.name in record.files),
@@ -47,7 +47,9 @@ def revert(root: Path, output: Path, *, link: Link = "auto", progress: Progress 
             applied = write_checkpoint(source, stage, link=link, progress=progress or Silent())
             for file in applied.files:
                 if file.patched_digest != (record.files[file.name].base_sha256 or file.patched_digest):
-                    raise CheckpointError("does not give the base back: the record was changed", file.name)
+                    raise CheckpointError(
+                        "reverting this file would not restore the base, because the record was changed", file.name
+                    )
             if previous:
                 write_own_files(stage, previous, source.own_mode)
     return list_reversion_notes(record)
@@ -64,7 +66,7 @@ def build_undo(record: Record, checkpoint: Checkpoint) -> tuple[Splice, ...]:
         splice = _undo(edit, checkpoint) if edit.file in record.files else None
         if splice is None:
             raise CheckpointError(
-                "the record names a scalar that is not there",
+                "the record lists a scalar that does not exist",
                 f"{edit.coordinate} in {edit.file}",
                 "restore swsurgery.json",
             )
@@ -91,5 +93,5 @@ def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
 def list_reversion_notes(record: Record) -> list[str]:
     """List what a reversion cannot restore."""
     if record.omitted:
-        return [f"the base also had {', '.join(record.omitted)}, which had been left out"]
+        return [f"not restored, because the edit had left them out: {', '.join(record.omitted)}"]
     return []

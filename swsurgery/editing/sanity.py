@@ -116,7 +116,7 @@ def check_checkpoint(
             )
             for e in (record.edits if record else ())
         ]
-        with add_remedy("swsurgery verify, which runs none") if patched else contextlib.nullcontext():
+        with add_remedy("swsurgery verify, which does not run the model") if patched else contextlib.nullcontext():
             report = run_checks(
                 checkpoint,
                 changes,
@@ -206,7 +206,7 @@ def combine_bounds(plan: Plan, options: CheckOptions) -> CheckedBounds:
     """
     if options.kind in ("off", "weights") and options.bounds:
         raise PlanError(
-            f"--check {options.kind} measures no perplexity, and a bound on it was given",
+            f"--check {options.kind} does not measure perplexity, but a bound on its ratio was given",
             remedy="leave out one of the two",
         )
     given, said = options.bounds or CheckedBounds(), plan.loaded.manifest.check

@@ -237,7 +237,7 @@ def _make_decoder(response: httpx2.Response) -> zlib._Decompress | None:
     if coding in ("", "identity") or response.request.method == "HEAD":
         return None
     if coding != "gzip" or "Range" in response.request.headers:
-        raise Refused("the Hub's answer is compressed, which was not asked for", "download it: hf download")
+        raise Refused("the Hub's answer is compressed, which was not asked for", "download it with hf download")
     for name in ("Content-Encoding", "Content-Length"):  # they describe the compressed body
         if name in response.headers:
             del response.headers[name]

@@ -166,7 +166,7 @@ def render_body(
     parts = [
         f"# {escape(repo_id.split('/')[-1])}",
         f"This is {name}, with {pluralise(len(record.edits), 'scalar')} changed and every other byte of its weights "
-        "as it was. Made by swsurgery, which recorded each change in `swsurgery.json`.",
+        "unchanged. Made by swsurgery, which recorded each change in `swsurgery.json`.",
         "## What was changed",
         _render_edits(record.edits, short or {}),
         *_render_protected([*record.protected, *(entry for _, entry in record.list_inherited())]),
@@ -175,11 +175,11 @@ def render_body(
         _check(record.check),
         *_render_accepted(accepted),
         "## Verify",
-        "From anywhere, or in a copy on your disk:",
+        "On the Hub, or in a local copy:",
         fence(f"swsurgery verify hf://{repo_id}\nswsurgery verify DIRECTORY", "sh"),
-        "In a copy it hashes each file with the old values of the table above put back. Where that gives the base's "
-        "sha256, which the base's own repository shows, the file is the base's with exactly these scalars changed. "
-        "From anywhere it reads the edited scalars, and takes the Hub's word for the sha256 of large files.",
+        "In a local copy, this hashes each file with the old values of the table above put back. If the result is the "
+        "base's sha256, which the base's own repository shows, the file is the base's with exactly these scalars "
+        "changed. On the Hub, it reads the edited scalars and relies on the sha256 that the Hub lists for large files.",
         "## Revert",
         fence(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
         "gives the base's weights back, byte for byte.",
@@ -208,7 +208,9 @@ def render_patch_body(
     steps = len(record.history) + 1
     check = [_check(record.check)]
     if steps > 1:
-        check.insert(0, f"The edits were made in {steps} steps. Of the last one, whose base was the one before:")
+        check.insert(
+            0, f"The edits were made in {steps} steps. The check of the last step compares it with the step before:"
+        )
     parts = [
         f"# {escape(repo_id.split('/')[-1])}",
         f"A patch of {size} bytes for {_get_base_name(record)}, which changes "
@@ -222,10 +224,10 @@ def render_patch_body(
             f"hf download {repo_id} {patch_name} --local-dir .\nswsurgery apply {patch_name} --base {base} -o patched",
             "sh",
         ),
-        *([] if place else ["`BASE` is the directory of the checkpoint that it was made of."]),
-        "It is refused where the base holds other bits at these places, or where a shard that it touches has another "
-        "sha256. Where torch is installed, the model is run before and after, and `patched` is written only if that "
-        "check holds. Or in Python, in memory:",
+        *([] if place else ["`BASE` is the directory of the checkpoint that the patch was made from."]),
+        "The patch is refused if the base has other bits at these coordinates, or if a shard to be edited has another "
+        "sha256. If torch is installed, the model is run before and after, and `patched` is written only if that "
+        "check passes. Or in Python, in memory:",
         fence(f'import swsurgery\n\nmodel = swsurgery.load_patched("{base}", "{patch_name}")', "python"),
         "## The check",
         "\n\n".join(check),
@@ -305,7 +307,10 @@ def _render_protected(protected: Sequence[ScalarRecord]) -> list[str]:
         [render_code(p.tensor), _format_index(p), render_code(p.dtype), render_code(p.old), render_code(p.old_bits)]
         for p in protected
     ]
-    return ["## Protected: held to the base's bits", _render_table(("tensor", "index", "dtype", "value", "bits"), rows)]
+    return [
+        "## Protected: the same bits as in the base",
+        _render_table(("tensor", "index", "dtype", "value", "bits"), rows),
+    ]
 
 
 def _render_known(record: Record) -> list[str]:
@@ -314,9 +319,7 @@ def _render_known(record: Record) -> list[str]:
         if fact := entry.known:
             sources = ", ".join(render_code(str(source.get("cite", ""))) for source in fact.sources[:20])
             rows.append([render_code(fact.id), render_code(entry.coordinate), render_code(fact.status), sources])
-    return (
-        ["## What is known of them", _render_table(("known as", "scalar", "status", "sources"), rows)] if rows else []
-    )
+    return ["## Known super weights", _render_table(("known as", "scalar", "status", "sources"), rows)] if rows else []
 
 
 def _check(check: Mapping[str, Any]) -> str:
@@ -357,7 +360,7 @@ def _render_accepted(accepted: Sequence[Finding]) -> list[str]:
     if not accepted:
         return []
     rows = [[render_code(f.rule), render_code(f.file or "-"), escape(f.message)] for f in accepted]
-    said = "The publisher was told of these and published all the same."
+    said = "The publisher knew these findings and accepted them."
     return ["## Accepted findings", said, _render_table(("finding", "file", "what"), rows)]
 
 
@@ -372,7 +375,7 @@ def _render_base_card(name: str, card: str | None) -> list[str]:
         return []
     cut = "" if len(card) <= MAX_CARD else f" Its first {MAX_CARD} characters:"
     quoted = fence(card[:MAX_CARD].strip("\r\n"), "markdown")
-    return [f"## The base's own card\n\nBy the authors of {name}, quoted to the letter.{cut}", quoted]
+    return [f"## The base's own card\n\nBy the authors of {name}, quoted verbatim.{cut}", quoted]
 
 
 def describe(record: Record, accepted: Iterable[Finding]) -> str:

@@ -95,7 +95,7 @@ def write(
     the errors of `read`.
     """
     if filesystem.is_there(output):
-        raise TargetError("the target exists", output, "give another -o, or remove it")
+        raise TargetError("the output already exists", output, "choose another -o, or remove it")
     found = read(source, base, progress)
     files, notes = render(found, form)
     if form == "sparse":
@@ -132,7 +132,11 @@ def read(source: str | Path, base: str | None = None, progress: Progress | None 
     if not isinstance(where, Uri) and not where.is_dir():
         return _read_manifest(where, base, progress or Silent())
     if base is not None:
-        raise PlanError("the base of a patched checkpoint is in its record", source, "leave --base away")
+        raise PlanError(
+            "--base goes with a manifest, because the record of a patched checkpoint names its base",
+            source,
+            "leave out --base",
+        )
     return read_edits(open_location(where))
 
 
@@ -181,7 +185,7 @@ def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
     for record in steps:
         for e in record.edits:
             if e.tensor not in checkpoint.shapes or e.dtype != checkpoint.info(e.tensor).dtype.name:
-                what = "the record names a scalar that is not there"
+                what = "the record lists a scalar that does not exist"
                 raise CheckpointError(what, f"{e.coordinate} in {e.file}", "restore swsurgery.json")
             earlier = changed.get(e.coordinate)
             if earlier:  # two operations on one scalar are exported as the final value
@@ -193,7 +197,7 @@ def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
         stored = checkpoint.shards[s.file].read_scalar(*s.coordinate)
         if stored != s.new:
             where = f"{s.coordinate} in {s.file}"
-            raise CheckpointError("differs from its record", where, "swsurgery verify says more")
+            raise CheckpointError("differs from its record", where, "run swsurgery verify")
     first, last = steps[0], steps[-1]
     digests = {s.file: first.files[s.file].base_sha256 for s in scalars}
     manifest = parse_manifest(patched.manifest_raw, Path(MANIFEST_NAME)).manifest
@@ -244,11 +248,11 @@ def _make_source(
         copies=manifest.base.copies,
     )
     missing = sorted({s.file for s in scalars} - set(digests))
-    notes = [f"bound to its base by old values only, for no digest is known of {name}" for name in missing]
+    notes = [f"no sha256 is known of {name}, so only the old values identify the base" for name in missing]
     ordered = tuple(sorted(scalars, key=lambda s: (s.tensor, s.flat)))
     bounds = PatchBounds(**manifest.check.model_dump())
     codes = [
-        f"a LoRA adapter cannot hold this edit: {s.coordinate} is no weight ({why})"
+        f"a LoRA adapter cannot represent this edit: {s.coordinate} is not a weight ({why})"
         for s in ordered
         if (why := checkpoint.quantisation.refusal(s.tensor))
     ]
@@ -269,7 +273,7 @@ def _render_vllm(patch: Patch) -> dict[str, bytes]:
     floating-point values and int64 indices.
     """
     faults = [
-        f"vLLM's patches hold floating-point values only, not {s.dtype.name}: {s.coordinate}"
+        f"a vLLM patch contains only floating-point values, not {s.dtype.name}: {s.coordinate}"
         for s in patch.scalars
         if s.dtype.name not in TORCH_NAMES
     ]

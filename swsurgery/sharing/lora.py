@@ -101,24 +101,26 @@ def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
     linear = TRANSPOSED.get(kind, LINEAR)
     reason = ""
     if "experts" in parts:
-        reason = "is an expert's weight, which transformers stacks"
+        reason = "is the weight of an expert, and transformers stacks the experts in one tensor"
     elif parts[-2:-1] and parts[-2] in OF_EXPERTS and any("experts" in key for key in config):
-        reason = "has a name that PEFT takes for that of the experts"
+        reason = "has a name that PEFT would apply to the experts"
     elif len(scalar.shape) != 2 or parts[-1] != "weight" or len(parts) < 2 or parts[-2] not in linear:
         reason = "is not known to be the weight of a linear layer"
     elif scalar.dtype.kind != "float":
         reason = f"is stored as {scalar.dtype.name}"
     elif parts[-2] in ("lm_head", "embed_out") and is_tied_by_config(config):
-        reason = "is tied to the embedding, which an adapter of the head would leave as it is"
+        reason = "is tied to the embedding, which an adapter of the head would not change"
     elif _find_module(scalar.tensor, config) is None:
         reason = "has another name in the loaded model"
     elif not math.isfinite(decode(scalar.dtype, scalar.old)):
-        reason = f"is {format_exact(decode(scalar.dtype, scalar.old))} in the base, which stays so whatever is added"
+        reason = (
+            f"is {format_exact(decode(scalar.dtype, scalar.old))} in the base, and adding a number does not change that"
+        )
     elif not math.isfinite(decode(scalar.dtype, scalar.new)):
-        reason = f"becomes {format_exact(decode(scalar.dtype, scalar.new))}, which no finite sum is"
+        reason = f"becomes {format_exact(decode(scalar.dtype, scalar.new))}, which adding a finite number cannot give"
     if not reason:
         return None
-    return f"a LoRA adapter cannot hold this edit: {scalar.coordinate} {reason} (use --format sparse)"
+    return f"a LoRA adapter cannot represent this edit: {scalar.coordinate} {reason} (use --format sparse)"
 
 
 def _find_module(tensor: str, config: dict[str, Any]) -> str | None:
@@ -140,7 +142,9 @@ def _compute_delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
     try:
         delta = encode(single, difference)
     except NumberError as error:
-        raise PlanError(f"a LoRA adapter has float32: {error}", scalar.coordinate, "use --format sparse") from None
+        raise PlanError(
+            f"a LoRA adapter stores the difference as float32: {error}", scalar.coordinate, "use --format sparse"
+        ) from None
     total: float | Fraction = Fraction(old) + Fraction(decode(single, delta))
     if scalar.dtype.name != "F64":
         total = round_to(single, total)  # PEFT adds in float32, or in float64 to a weight that is float64

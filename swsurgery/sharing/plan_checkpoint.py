@@ -52,9 +52,9 @@ def make_publication(
         base, target = list_base(record), find_target(wish)
         if base is None:
             named = record.base.repo_id or "the base, which the record does not name,"
-            notes.append(f"{named} cannot be seen at this Hub: nothing is copied from it")
+            notes.append(f"{named} is not visible on this Hub, so nothing is copied from it")
         elif base.private and not (target.head.private if target else wish.private):
-            notes.append(f"{base.repo_id} is private, and what is copied from it will be public")
+            notes.append(f"{base.repo_id} is private, but the files copied from it will be public")
         left_out = _list_left_out(checkpoint, record)
         distrusted = {f.file for f in findings}
         scan = Scan(checkpoint, record, base, target, distrusted, hashing, progress)
@@ -87,8 +87,8 @@ def _refuse_second_set(plan: Publication) -> None:
     ours = sets & {item.name for item in plan.items if item.how != "delete"}
     theirs = sorted(sets & there - {item.name for item in plan.items})
     if ours and theirs:
-        what = f"the repository holds other weights, which some loaders take first ({theirs[0]})"
-        raise HubError(what, plan.wish.repo_id, "delete them, or publish in a repository of its own")
+        what = f"the repository contains other weights, which some loaders would load instead ({theirs[0]})"
+        raise HubError(what, plan.wish.repo_id, "delete them, or publish to another repository")
 
 
 def assemble(
@@ -133,7 +133,11 @@ def find_target(wish: Wish) -> Branch | None:
     """Find the repository and branch to commit to. Raises HubError if it is public and should be private."""
     target = find_branch(wish.repo_id, wish.branch)
     if target and wish.private and not target.head.private:
-        raise HubError("the repository is public", wish.repo_id, "change that in its settings, or go without --private")
+        raise HubError(
+            "--private was given, but the repository is public",
+            wish.repo_id,
+            "make it private in its settings, or leave out --private",
+        )
     return target
 
 
@@ -145,14 +149,14 @@ def join_base_path(record: Record, name: str) -> str:
 def _list_left_out(checkpoint: Checkpoint, record: Record) -> dict[str, str]:
     """Return the names of files that are not published, and the reasons."""
     left = dict.fromkeys(checkpoint.left_out, "belongs to the tool that downloaded it, not to the checkpoint")
-    left |= dict.fromkeys(checkpoint.copies, "holds the weights once more, and was not edited")
+    left |= dict.fromkeys(checkpoint.copies, "is another copy of the weights, which was not edited")
     for file in checkpoint.files:
         if set(file.name.split("/")) & set(LEFT_OUT):
-            left[file.name] = "lies in a folder that the Hub does not take"
+            left[file.name] = "is in a folder that the Hub does not accept"
     names = {f.name for f in checkpoint.files} | set(record.files)
     for name, why in (
-        (SIGNATURE_NAME, "signs the directory with its own card and record, not what is published"),
-        (CARD_NAME, "the new card takes its place, and quotes the base's"),
+        (SIGNATURE_NAME, "signs the local directory, whose card and record are not the published ones"),
+        (CARD_NAME, "is replaced by the new card, which quotes it"),
     ):
         if name in names:
             left[name] = why
@@ -204,7 +208,7 @@ class Scan:
         """Plan a file that is not in the directory. Raises CheckpointError if the base does not have it."""
         theirs = self._find_in_base(name, record.sha256)
         if theirs is None or theirs.size != record.size or (theirs.sha256 or record.sha256) != record.sha256:
-            what = "is not in the directory, and the base's repository does not have it"
+            what = "the file is neither in the directory nor in the base's repository"
             raise CheckpointError(what, name, "apply the manifest again without --for-publish")
         blob = self.base.blobs.get(theirs.path) if self.base else None
         return self._decide(Item(name, "upload", theirs.size, "", record.sha256, blob), "fetched first")
@@ -214,22 +218,24 @@ class Scan:
         if theirs is not None:
             item = replace(item, source=theirs.path)
         if self.target and item.is_in(self.target.head):
-            return replace(item, how="keep", why="is there already")
+            return replace(item, how="keep", why="already in the repository")
         if why in ("edited", "made for this repository"):
             return replace(item, why=why)
         aside = f", {why}" if why else ""
         if self.base is None:
-            return replace(item, why=f"the base cannot be seen at this Hub{aside}")
+            return replace(item, why=f"the base is not visible on this Hub{aside}")
         if theirs is None:
             return replace(item, why=f"the base's repository does not have it{aside}")
         if theirs.sha256 is None:
             return replace(item, why=f"a small file{aside}")
         if item.sha256 is None and theirs.size == item.size:
-            return replace(item, how="copy", why="unchanged, unless hashing it says otherwise")
+            return replace(
+                item, how="copy", why="as large as the base's file; its sha256 is computed before publishing"
+            )
         if theirs.sha256 != item.sha256:
-            return replace(item, why=f"not the file that the base's repository has{aside}")
+            return replace(item, why=f"not the same file as in the base's repository{aside}")
         if theirs.xet is None:
-            return replace(item, why=f"the Hub has no Xet hash of it, and copies nothing else{aside}")
+            return replace(item, why=f"the Hub copies only files with a Xet hash, and this one has none{aside}")
         return replace(item, how="copy", why="unchanged from the base")
 
     def _get_digest(self, file: BaseFile) -> str | None:
@@ -282,7 +288,7 @@ def read_base_card(scan: Scan, record: Record, base: RemoteTree | None) -> str:
 
 def list_card_notes(names: Sequence[str]) -> list[str]:
     """Return a note on the fields of the base's card that the new card omits."""
-    return [f"not taken over from the base's card, in whole or in part: {', '.join(names)}"] if names else []
+    return [f"not copied from the base's card, or only in part: {', '.join(names)}"] if names else []
 
 
 def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, card.ShortForm]:
@@ -307,12 +313,14 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
             patched = find_record(head)
             earlier = patched.record.files if patched else ()
         except CheckpointError:
-            notes.append(f"{RECORD_NAME} in the repository cannot be read: no earlier file is removed")
+            notes.append(
+                f"{RECORD_NAME} in the repository cannot be read, so files of an earlier publication are not removed"
+            )
     rest = sorted(set(head.files) - names - {".gitattributes"})
-    gone = [Item(n, "delete", head.files[n].size, "of an earlier publication") for n in rest if n in earlier]
+    gone = [Item(n, "delete", head.files[n].size, "from an earlier publication") for n in rest if n in earlier]
     if strange := [name for name in rest if name not in earlier]:
         some = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
-        notes.append(f"already in the repository, no part of this, and left as it is: {some}")
+        notes.append(f"already in the repository, not part of this publication, and left unchanged: {some}")
     return gone, notes
 
 
@@ -327,12 +335,14 @@ def _choose_tag(
     name = wish.tag or (f"base-{commit[:12]}" if len(commit) == 40 else None)
     if wish.create_pr:
         if wish.tag:
-            raise HubError("a pull request gets no tag", wish.tag, "go without --tag, and tag it when it is merged")
+            raise HubError(
+                "a pull request cannot have a tag", wish.tag, "leave out --tag, and tag the commit when it is merged"
+            )
         return None
     if name and target and name in target.tags and target.tags[name] != target.head.commit:
         if wish.tag:
-            raise HubError("there is such a tag already, of another commit", name, "give another --tag")
-        notes.append(f"the tag {name} stays where it is: at the first publication of this base")
+            raise HubError("the tag already exists at another commit", name, "choose another --tag")
+        notes.append(f"the tag {name} is not moved: it marks the first publication of this base")
         return None
     return name
 

@@ -63,9 +63,9 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     notes = [*source.notes]
     if base is None:
         named = record.base.repo_id or "the base, which the record does not name,"
-        notes.append(f"{named} cannot be seen at this Hub: whoever applies the patch needs it at hand")
+        notes.append(f"{named} is not visible on this Hub, so whoever applies the patch needs a local copy")
     elif base.private and not (target.head.private if target else wish.private):
-        notes.append(f"{base.repo_id} is private, and the patch tells names and single values of its weights")
+        notes.append(f"{base.repo_id} is private, but the patch reveals names and single values of its weights")
     raw = patch_module.render(source.patch)
     once = not patched.record.history
     manifest = patched.manifest_raw if once else patch_module.render_manifest(raw, Path(PATCH_NAME))
@@ -105,5 +105,5 @@ def _refuse_weights(target: Branch, repo_id: str) -> None:
     """Raise HubError if the repository contains weights, whose card the patch's card would replace."""
     ours = {PATCH_NAME, *OWN_FILES[1:]}
     if held := sorted(name for name in target.head.files if name.endswith(WEIGHTS) and name not in ours):
-        what = f"the repository holds weights ({held[0]})"
-        raise HubError(what, repo_id, "publish the patch in a repository of its own")
+        what = f"the repository contains weights ({held[0]})"
+        raise HubError(what, repo_id, "publish the patch to a repository without weights")

@@ -87,12 +87,12 @@ class Wish:
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", (self.message or "").strip() or None)
         if self.message and _NO_TEXT.search(self.message):
-            raise HubError("not UTF-8, in the commit's message", self.message)
+            raise HubError("the commit's message is not valid UTF-8", self.message)
         if self.repo_id.count("/") != 1:
-            raise HubError("a repository is named ORG/NAME", self.repo_id)
+            raise HubError("the name of a repository must have the form ORG/NAME", self.repo_id)
         for kind, name in (("branch", self.branch), ("tag", self.tag)):
             if name is not None and not is_ref_name(name):
-                raise HubError(f"git takes no such name for a {kind}", name or "the empty one")
+                raise HubError(f"git does not accept this name for a {kind}", name or "the empty name")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def format_lines(plan: Publication) -> Iterator[str]:
     at = f"branch {plan.wish.branch}" if plan.wish.branch != MAIN else "main"
     what = f"a pull request to {at}" if plan.wish.create_pr else at
     if plan.target is None:
-        yield f"{plan.wish.repo_id}: to be made, {kind}; one commit to {what}"
+        yield f"{plan.wish.repo_id}: new, {kind}; one commit to {what}"
     else:
         yield f"{plan.wish.repo_id}: {kind}; one commit to {what} on top of {plan.target.head.commit}"
     if plan.base:

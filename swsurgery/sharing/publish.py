@@ -124,7 +124,7 @@ def _check_sanity(record: Record) -> list[Finding]:
         failures = check.get("failures")
         if check.get("ok") is True and not failures:
             return []
-        said = "; ".join(map(str, failures)) if isinstance(failures, list) and failures else "the check says no"
+        said = "; ".join(map(str, failures)) if isinstance(failures, list) and failures else "the check failed"
         return [Finding("check-failed", said, RECORD_NAME)]
     if not record.edits:
         return []
@@ -136,7 +136,7 @@ def _check_sanity(record: Record) -> list[Finding]:
 def find_secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
     """Find tokens in files, given as (name, content). The findings do not contain the token."""
     return [
-        Finding("secret", "it holds what looks like a token of the Hub", name)
+        Finding("secret", "the text contains what looks like a token of the Hub", name)
         for name, data in files
         if TOKEN_BYTES.search(data) or hub.has_token(data)
     ]
@@ -149,7 +149,9 @@ def check_gate(root: Path, accept: Collection[str], progress: Progress | None = 
     findings that are not accepted, SwsurgeryError for a rule that does not exist, and CheckpointError.
     """
     if unknown := sorted(set(accept) - set(RULES)):
-        raise SwsurgeryError("there is no such finding to accept", ", ".join(unknown), "verify names them")
+        raise SwsurgeryError(
+            "no rule has this name", ", ".join(unknown), "give the name of a rule, as publish and verify print it"
+        )
     with held(root) as entered:
         findings = _find_early(root, entered)
         findings += verify_checkpoint(entered, Question(), progress or Silent()).findings
@@ -162,7 +164,9 @@ def check_gate(root: Path, accept: Collection[str], progress: Progress | None = 
 def make_refusal(findings: Iterable[Finding]) -> SwsurgeryError:
     """Make the error that lists findings (exit code 1)."""
     faults = [f"not published: {f.rule}: {f.file or f.tensor or '-'}: {f.message}" for f in findings]
-    return CheckFailed.of([*faults, "not published: --accept NAME accepts findings, and the card will say so"])
+    return CheckFailed.of(
+        [*faults, "not published: --accept RULE publishes despite such findings, and the card lists them"]
+    )
 
 
 def publish(
@@ -189,7 +193,9 @@ def publish(
             hub.create_tag(plan.wish.repo_id, plan.tag, sent.commit)
         findings, listing, scalars = _read_back(plan, sent, progress or Silent())
     except Interrupted as error:
-        raise error.replace_left("the repository is as it was or all new; run the same command again") from None
+        raise error.replace_left(
+            "the repository is either unchanged or has the whole commit; run the same command again"
+        ) from None
     return Published(
         plan.wish.repo_id,
         sent.commit,
@@ -242,7 +248,7 @@ def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int
         try:
             sent = draft.send(copies, plan.base, gone, plan.message, card.describe(plan.record, plan.accepted))
         except CopyRefused as error:
-            say(f"the Hub does not copy {', '.join(error.names)} from {plan.base}: uploading instead")
+            say(f"the Hub did not copy {', '.join(error.names)} from {plan.base}: uploading instead")
             uploads = [replace(items[name], how="upload") for name in error.names]
             items |= {item.name: item for item in uploads}
         except Conflict:
@@ -275,9 +281,11 @@ def _prepare_target(plan: Publication) -> Branch:
         hub.create_repository(wish.repo_id, wish.private)
         target = hub.find_branch(wish.repo_id, wish.branch)
         if target is None:
-            raise HubError("the repository was made and cannot be seen", wish.repo_id, "run the same command again")
+            raise HubError("the repository was created but cannot be read", wish.repo_id, "run the same command again")
         if target.head.private != wish.private or set(target.head.files) - {".gitattributes"}:
-            raise Conflict("somebody else made it meanwhile", wish.repo_id, "run the same command again")
+            raise Conflict(
+                "somebody else created the repository at the same time", wish.repo_id, "run the same command again"
+            )
     if not target.branch_is_there and not wish.create_pr:
         hub.create_branch(wish.repo_id, wish.branch, target.head.commit)
     return target
@@ -292,7 +300,7 @@ def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Calla
     contents = {item.name: _check_content(item.content) for item in items if item.content is not None}
     if absent:
         assert plan.base is not None, "only the base has what is not in the directory"
-        say(f"fetching {', '.join(absent)} from {plan.base}, to upload it")
+        say(f"downloading {', '.join(absent)} from {plan.base}, to upload it")
         folder = fetch(Uri(plan.base.repo_id, plan.base.commit, ""), list(absent.values()))
         contents |= {name: (folder / path).resolve() for name, path in absent.items()}
     if not contents:
@@ -301,7 +309,7 @@ def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Calla
     for name, sha256 in draft.add(contents).items():
         if sha256 != wanted[name]:
             remedy = "nothing was committed; run the same command again"
-            raise CheckpointError("changed while it was being published", plan.root / name, remedy)
+            raise CheckpointError("the file changed while it was being published", plan.root / name, remedy)
 
 
 def _check_content(content: File | bytes) -> Path | bytes:
@@ -331,7 +339,9 @@ def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[
         if isinstance(item.content, bytes) and item.name in listing.files:
             data = read_at_most(listing.files[item.name], listing.files[item.name].size)
             if data != item.content:
-                findings.append(Finding("digest", "the Hub serves other bytes than were published", item.name))
+                findings.append(
+                    Finding("digest", "the Hub serves bytes that differ from the published ones", item.name)
+                )
     changed, scalars = _compare_scalars(plan.record, listing, progress)
     return findings + changed, listing, scalars
 
@@ -349,7 +359,7 @@ def _compare_scalars(record: Record, listing: RemoteTree, progress: Progress) ->
                     shards[edit.file] = open_shard(listing.files[edit.file])
                 stored = shards[edit.file].read_scalar(edit.tensor, edit.index)
             except (ShardError, KeyError, IndexError):
-                found = "a shard without it"
+                found = "a shard without this scalar"
             else:
                 found = "" if stored == edit.new_bytes else f"0x{stored[::-1].hex()}"
             if found:
@@ -365,9 +375,13 @@ def _compare_file(item: Item, listing: RemoteTree) -> list[Finding]:
     """Compare one file of the plan with the new listing."""
     there = listing.files.get(item.name)
     if item.how == "delete":
-        return [Finding("file-undeclared", "it is still there", item.name)] if there else []
+        return [Finding("file-undeclared", "the file still exists", item.name)] if there else []
     if there is None:
-        return [Finding("file-missing", "it was published and is not there", item.name)]
+        return [Finding("file-missing", "the file was published but does not exist", item.name)]
     if item.is_in(listing) or there.sha256 is None and item.blob is None and hash_file(there) == item.sha256:
         return []
-    return [Finding("digest", f"the Hub has other bytes than {escape_control(item.sha256 or '?')}", item.name)]
+    return [
+        Finding(
+            "digest", f"the file on the Hub does not have the sha256 {escape_control(item.sha256 or '?')}", item.name
+        )
+    ]

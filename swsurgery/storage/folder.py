@@ -206,7 +206,9 @@ class Entry:
         if (self.identity.dev, self.identity.ino) in self.folder.linked or self.links != status.st_nlink:
             ignored += ("ctime_ns",)
         if not self.identity.is_same(Identity.of(status), *ignored):
-            raise CheckpointError("was changed or replaced while it was read", self, "run again when it rests")
+            raise CheckpointError(
+                "was changed or replaced while it was read", self, "run again when no other program writes there"
+            )
 
     def check_descriptor(self, fd: int) -> int:
         """Return the descriptor if it refers to the listed regular file; close it otherwise.

@@ -179,7 +179,7 @@ def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool
 
 
 def _make_target_error(where: _Names) -> TargetError:
-    return TargetError("the target exists", where.target, "give another -o, or remove it")
+    return TargetError("the output already exists", where.target, "choose another -o, or remove it")
 
 
 def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str], mode: int) -> bool:
@@ -196,12 +196,12 @@ def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str
         _remove_leftover(where.marker)
         raise _make_target_error(where)
     if os.fstat(folder.fd).st_uid != os.geteuid():  # the owner could change it after it was checked
-        raise TargetError("belongs to another user", here, "remove it, or give another -o")
+        raise TargetError("belongs to another user", here, "remove it, or choose another -o")
     if unreported:
         filesystem.rename_new(where.target, where.stage)
     filesystem.restrict(folder, mode)  # the base may have stricter permissions than when the stage was made
     if not _remove_leftover(where.marker):
-        raise TargetError("is in the way", where.marker, "remove it, or give another -o")
+        raise TargetError("is in the way", where.marker, "remove it, or choose another -o")
     return True
 
 

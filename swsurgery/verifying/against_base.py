@@ -37,7 +37,7 @@ def _locate_misfit(loaded: LoadedManifest, fault: str) -> Finding:
         if fault.startswith(prefix):
             return point_at(loaded, Finding("manifest-mismatch", fault.removeprefix(prefix)), ("edits", number))
     message = fault.removeprefix(escape_control(f"{loaded.path}: "))
-    return point_at(loaded, Finding("manifest-mismatch", f"the base does not fit: {message}"), ("base",))
+    return point_at(loaded, Finding("manifest-mismatch", f"the base does not match: {message}"), ("base",))
 
 
 def plan_against_record(wishes: Wishes, plan: Plan, record: Record) -> list[Finding]:
@@ -62,8 +62,14 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
     base = plan.checkpoint
     theirs = {f.name for f in base.files} - {*plan.omitted, *OWN_FILES}
     ours = {f.name for f in checkpoint.files}
-    findings = [Finding("file-missing", "the base has it, it is not there", name) for name in sorted(theirs - ours)]
-    findings += [Finding("file-undeclared", "it is there, the base does not have it", n) for n in sorted(ours - theirs)]
+    findings = [
+        Finding("file-missing", "the base has this file, but the checkpoint does not", name)
+        for name in sorted(theirs - ours)
+    ]
+    findings += [
+        Finding("file-undeclared", "the checkpoint has this file, but the base does not", n)
+        for n in sorted(ours - theirs)
+    ]
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.end))
@@ -79,8 +85,12 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
         except (KeyError, IndexError):
             continue  # the header differs from the base's, which `changed` reports
         if stored != splice.new:
-            made = f"{splice.op} makes {dtypes.format_bits(splice.new)} of the base's {dtypes.format_bits(splice.old)}"
-            findings.append(wishes.make_finding(f"{made}, it holds {dtypes.format_bits(stored)}", splice.coordinate))
+            made = (
+                f"{splice.op} gives {dtypes.format_bits(splice.new)} from the base's {dtypes.format_bits(splice.old)}"
+            )
+            findings.append(
+                wishes.make_finding(f"{made}, but the checkpoint has {dtypes.format_bits(stored)}", splice.coordinate)
+            )
     return findings + [wishes.at(f) for f in changed] + list(_check_pins(wishes, base))
 
 

@@ -118,9 +118,9 @@ def describe_kept(kept: Kept) -> str:
         return f"cannot be read as one scalar: {kept.reason}"
     stored = f"{format_exact(kept.stored)} ({kept.dtype})"
     if kept.known is None:
-        return f"{kept.state}: {stored} is stored, no value is known"
+        return f"{kept.state}: {stored} is stored, and no value is known"
     ratio = "" if kept.ratio is None or kept.state == "kept" else f", x{format_number(kept.ratio)}"
-    doubt = ", so the stored numbers may be no weights" if kept.state == "suspicious" else ""
+    doubt = ", so the stored numbers may not be weights" if kept.state == "suspicious" else ""
     return f"{kept.state}: {format_exact(kept.known)} -> {stored}{ratio}{doubt}"
 
 
@@ -135,7 +135,9 @@ def survey(
         _read_known(c, c.col, checkpoint, declared, tolerance) for c in model.coordinates if c.col is not None
     )
     if not coordinates:
-        raise CheckpointError("no whole coordinate is known", model.hf_id, "swsurgery scan finds them")
+        raise CheckpointError(
+            "no complete coordinate is known of this model", model.hf_id, "find them with swsurgery scan"
+        )
     return Survival(model.hf_id, tolerance, coordinates, tuple(c.id for c in model.coordinates if c.col is None))
 
 
@@ -195,11 +197,11 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
     info = checkpoint.info(name)
     reading = checkpoint.quantisation.get_reading(name)
     if reading.kind == "internal":
-        raise _Unreadable(f"{name} holds no weights: {reading.reason}")
+        raise _Unreadable(f"{name} does not contain weights: {reading.reason}")
     if reading.kind == "unreadable":
         raise _Unreadable(f"{name} is quantised: {reading.reason}")
     if info.dtype.kind == "opaque" or (info.dtype.kind != "float" and reading.scale is None):
-        raise _Unreadable(f"{name} holds {info.dtype.name}, and no scale says what that means")
+        raise _Unreadable(f"{name} is stored as {info.dtype.name}, and has no scale")
     raw = checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, index)
     value = dtypes.decode(info.dtype, raw)
     if reading.scale is None or not math.isfinite(value):
@@ -215,7 +217,7 @@ def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index
         raise _Unreadable(f"index and shards disagree about {name}")
     info = checkpoint.info(name)
     if info.dtype.kind != "float":
-        raise _Unreadable(f"{name} holds {info.dtype.name}")
+        raise _Unreadable(f"the scale {name} is stored as {info.dtype.name}")
     _refuse_turned(checkpoint, name)
     scale_shape = info.shape
     if math.prod(scale_shape) == 1:
@@ -225,13 +227,17 @@ def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index
     elif len(scale_shape) == len(shape):
         blocks = _find_blocks(checkpoint, shape, scale_shape)
         if blocks is None:
-            raise _Unreadable(f"{name} of shape {list(scale_shape)} does not say which block scales what")
+            raise _Unreadable(
+                f"the shape {list(scale_shape)} of {name} does not show which scale belongs to which block"
+            )
         place = tuple(i // block for i, block in zip(index, blocks, strict=True))
     else:
-        raise _Unreadable(f"{name} of shape {list(scale_shape)} does not fit {list(shape)}")
+        raise _Unreadable(
+            f"the scale {name} of shape {list(scale_shape)} does not fit the weight of shape {list(shape)}"
+        )
     value = dtypes.decode(info.dtype, checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, place))
     if not math.isfinite(value):
-        raise _Unreadable(f"{name} holds {value}")
+        raise _Unreadable(f"the scale {name} contains {value}")
     # LLM.int8 stores the largest magnitude of a row, which is 127 steps (arXiv:2208.07339, section 2.1).
     return Fraction(value) / 127 if name.endswith(".SCB") else Fraction(value)
 

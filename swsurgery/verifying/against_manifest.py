@@ -113,7 +113,7 @@ def find_own_differences(patched: Patched, checkpoint: Checkpoint) -> list[Findi
     """
     record = patched.record
     if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
-        return [Finding("manifest", "it is not the manifest that the record was made from", MANIFEST_NAME)]
+        return [Finding("manifest", "this is not the manifest that the record was made from", MANIFEST_NAME)]
     findings = [
         Finding("manifest", message, MANIFEST_NAME, *(place or ()))
         for place, message in _compare_own_manifest(patched.manifest_raw, record, record.elsewhere, checkpoint)
@@ -138,7 +138,7 @@ def _compare_own_manifest(
     try:
         manifest = parse_manifest(raw, Path(MANIFEST_NAME)).manifest
     except ManifestError as error:
-        yield None, f"it is no sound manifest: {error.faults[0].removeprefix(f'{MANIFEST_NAME}:')}"
+        yield None, f"the manifest is invalid: {error.faults[0].removeprefix(f'{MANIFEST_NAME}:')}"
         return
     resolution = resolve(manifest, checkpoint, partial(_find_recorded, record))
     asked, faults = resolution.by_coordinate(), resolution.list_misfits()
@@ -162,7 +162,7 @@ def _find_recorded(record: Record, name: str) -> list[KnownPlace]:
     try:
         found = [_RecordedPlace.model_validate(quoted) for quoted in (record.known or {})["coordinates"]]
     except (KeyError, TypeError, ValidationError):
-        raise LookupFailed("the record does not say which super weights were known", name) from None
+        raise LookupFailed("the record does not list the known super weights", name) from None
     wanted = name.rpartition(":")[2]
     chosen = [p for p in found if (p.status != "refuted" if name == "all" else p.id == wanted)]
     if not chosen:

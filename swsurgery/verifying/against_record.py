@@ -166,7 +166,7 @@ def check_scalars(record: Record, checkpoint: Checkpoint) -> list[Finding]:
     findings: list[Finding] = []
     for entry in (*record.edits, *list_protected(record, checkpoint)):
         findings += _check_scalar(entry, checkpoint)
-    twice = "the record names this scalar twice"
+    twice = "the record lists this scalar twice"
     repeated = [_make_finding(entry, "registry", twice) for entry in find_repeated(record)]
     return findings + _check_operations(record) + repeated
 
@@ -178,7 +178,7 @@ def check_structure(checkpoint: Checkpoint) -> list[Finding]:
         for tensor, why in checkpoint.disagreements.items()
     ]
     return findings + [
-        Finding("duplicate-weights", "it holds the weights once more, and no edit of the shards reaches it", name)
+        Finding("duplicate-weights", "the file is another copy of the weights, which the edits did not change", name)
         for name in checkpoint.copies
     ]
 
@@ -252,11 +252,13 @@ def _check_operations(record: Record) -> list[Finding]:
                 new = edit.new_bytes
             if (edit.op == "scale") != (edit.factor is not None):
                 findings.append(
-                    _make_finding(edit, "registry", f"the record's {edit.op} and its factor do not go together")
+                    _make_finding(
+                        edit, "registry", f"in the record, the operation {edit.op} and the factor contradict each other"
+                    )
                 )
             elif new != edit.new_bytes:
                 by = f" by {edit.factor}" if edit.op == "scale" else ""
-                made = f"{edit.op}{by} makes {dtypes.format_bits(new)} of {edit.old_bits}"
+                made = f"{edit.op}{by} gives {dtypes.format_bits(new)} from {edit.old_bits}"
                 findings.append(_make_finding(edit, "registry", f"{made}, not {edit.new_bits}"))
         except NumberError as error:
             findings.append(_make_finding(edit, "registry", f"the record's {edit.op} is invalid: {error}"))
@@ -283,7 +285,11 @@ def _check_digests(
         findings.append(Finding("digest", f"its sha256 is {here}, not {record.sha256}", file.name))
     if record.base_sha256 is not None and restored != record.base_sha256:
         findings.append(
-            Finding("undeclared-change", "with the declared scalars put back it is not the base's file", file.name)
+            Finding(
+                "undeclared-change",
+                "with the old bits of the declared scalars put back, it is not the base's file",
+                file.name,
+            )
         )
     return findings
 
@@ -333,7 +339,7 @@ def _compare_with_base(checkpoint: Checkpoint, base: Checkpoint, record: Record,
     theirs, findings = {f.name: f for f in base.files}, []
     for name in record.files:
         if name not in theirs:
-            findings.append(Finding("base", "the base does not have it", name))
+            findings.append(Finding("base", "the base does not have this file", name))
     declared: dict[str, set[int]] = {}
     for edit in record.edits:
         declared.setdefault(edit.file, set()).update(range(edit.offset, edit.offset + len(edit.old_bits) // 2 - 1))

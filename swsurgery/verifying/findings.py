@@ -39,7 +39,7 @@ RULES: dict[str, Rule] = {
         Rule("registry", "The record contradicts itself or the shards it describes."),
         Rule(
             "manifest",
-            "The manifest beside the record was changed, or asks for something other than what was done.",
+            "The manifest in the checkpoint was changed, or its edits are not those of the record.",
         ),
         Rule("manifest-mismatch", "The checkpoint is not what the manifest makes of its base."),
         Rule("base", "The given base is not the base that this checkpoint was made from."),
@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "known-suspicious",
-            "A known super weight reads as more than four times its value, so the stored numbers may be no weights.",
+            "A known super weight reads as more than four times its value, so the stored numbers may not be weights.",
             "warning",
         ),
         Rule("non-finite", "A stored floating-point value is NaN or infinite."),
@@ -60,7 +60,7 @@ RULES: dict[str, Rule] = {
             "The weights are stored again in another form, which no edit of the shards changes.",
             "warning",
         ),
-        Rule("signature", "The signature does not vouch for the files as they are."),
+        Rule("signature", "The signature does not match the files."),
         Rule("manifest-invalid", "A manifest breaks the grammar or the schema of manifests.", "error", "lint"),
         Rule("edit-duplicate", "Two edits name the same scalar.", "error", "lint"),
         Rule("edit-range", "An edit names a coordinate that its model does not have.", "error", "lint"),
@@ -70,7 +70,9 @@ RULES: dict[str, Rule] = {
         Rule("edit-no-effect", "An edit writes the value that is already stored.", "warning", "lint"),
         Rule("expect-missing", "An edit does not state the value that it expects.", "warning", "lint"),
         Rule("base-unpinned", "Neither a revision nor a digest identifies the base.", "warning", "lint"),
-        Rule("bounds-missing", "No bound would stop a model that the edits broke.", "warning", "lint"),
+        Rule(
+            "bounds-missing", "The check has no bound, so a model that the edits broke would pass.", "warning", "lint"
+        ),
         Rule("check-missing", "The model was never run after it was edited.", "error", "publish"),
         Rule("check-failed", "The sanity check found that the edits broke the model.", "error", "publish"),
         Rule("public", "A repository that was to be private is public after the commit.", "error", "publish"),

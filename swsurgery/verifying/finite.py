@@ -51,12 +51,12 @@ class FiniteScan:
         for name, (count, flat, data) in self._bad.items():
             info = self._shard.tensors[name]
             value = "NaN or infinite" if info.dtype.kind == "opaque" else str(dtypes.decode(info.dtype, data))
-            more = f", and {count - 1} more of this tensor" if count > 1 else ""
+            more = f", and {count - 1} more in this tensor" if count > 1 else ""
             message = f"it is {value} ({dtypes.format_bits(data)}){more}"
             found.append(Finding("non-finite", message, self._name, name, info.unflatten(flat)))
         if len(found) > MAX_NONFINITE:
             rest = len(found) - MAX_NONFINITE
-            found = [*found[:MAX_NONFINITE], Finding("non-finite", f"and {rest} more tensors of this file", self._name)]
+            found = [*found[:MAX_NONFINITE], Finding("non-finite", f"and {rest} more tensors in this file", self._name)]
         return found
 
     def _search(self, info: TensorInfo, start: int, data: memoryview) -> None:

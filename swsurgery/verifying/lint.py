@@ -189,7 +189,7 @@ def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
         fits = row is not None and col is not None and col < model.hidden_size and (width is None or row < width)
         swapped = fits and [field for field, *_ in wrong] == ["row"]
         for field, value, size in wrong:
-            hint = "row and col look swapped" if swapped else "they count from 0"
+            hint = "row and col look swapped" if swapped else "they start at 0"
             message = f"edits[{number}].{field}: {value} is out of range: {model.hf_id} has {size} ({hint})"
             yield reading.locate("edits", number, field), message
 
@@ -256,14 +256,17 @@ def _find_unguarded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
         brought = edit.known == "all" or edit.known is not None and entry is not None and entry.value is not None
         if edit.writes and edit.expect is None and not brought:
-            yield reading.locate("edits", number), f"edits[{number}]: overwrites whatever is there (add expect)"
+            yield reading.locate("edits", number), f"edits[{number}]: overwrites any value (add expect)"
 
 
 def _check_pin(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     base = reading.loaded.manifest.base
     if base.revision is None and not base.sha256:
         remedy = "add sha256" if base.repo_id is None else "add revision or sha256"
-        yield reading.locate("base"), f"base: another base would be edited just so ({remedy})"
+        yield (
+            reading.locate("base"),
+            f"base: it is not pinned, so another model would be edited without an error ({remedy})",
+        )
 
 
 def _check_unbounded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
@@ -271,7 +274,7 @@ def _check_unbounded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     unbounded = bounds.max_perplexity_ratio is None and bounds.min_perplexity_ratio is None
     if unbounded and any(edit.writes for edit in reading.edits):
         remedy = "add max_perplexity_ratio or min_perplexity_ratio"
-        yield reading.locate("check"), f"check: a model that the edits broke would pass ({remedy})"
+        yield reading.locate("check"), f"check: without a bound, a model that the edits broke would pass ({remedy})"
 
 
 LINTS: dict[str, Callable[[_Reading], Iterator[tuple[LinePlace, str]]]] = {

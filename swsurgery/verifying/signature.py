@@ -50,11 +50,11 @@ def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
             open_checkpoint(entered, "index")
             checkpoint = open_checkpoint(entered, "single")
         if filesystem.is_there(signature):
-            raise TargetError("the signature exists", signature, "remove it, or give another --signature")
+            raise TargetError("the signature already exists", signature, "remove it, or choose another --signature")
         with _open_key(key, private=True) as key_path:
             if Path(os.path.realpath(key)).is_relative_to(root):
-                remedy = "move it out before anyone gets both"
-                raise SwsurgeryError("the private key lies in the checkpoint", key, remedy)
+                remedy = "move it out, so that it is not shared with the checkpoint"
+                raise SwsurgeryError("the private key is inside the checkpoint", key, remedy)
             with _convert_key_errors(key, library):
                 config = library.signing.Config().use_elliptic_key_signer(private_key=key_path)
         config.set_hashing_config(_Hashing.of(library, root, signature))
@@ -101,21 +101,23 @@ def _verify(root: Path, signature: Path, public_key: Path) -> list[Finding]:
         return [Finding("signature", fault, signature.name) for fault in error.faults]
     except refusals as error:
         if hashing.found is None:  # the library checks the key before it hashes
-            return [Finding("signature", "it was not made with this key, or was changed since", signature.name)]
+            return [
+                Finding("signature", "the signature was not made with this key, or was changed later", signature.name)
+            ]
         return _compare_digests(covered, hashing.found) or [Finding("signature", str(error), signature.name)]
     allowed = {*NOT_COVERED, _make_relative(signature, root)}
     return [
-        Finding("signature", "the signature leaves it out", name)
+        Finding("signature", "the signature does not cover this file", name)
         for name in left_out
         if name not in allowed and filesystem.is_there(root / name)
     ]
 
 
 def _compare_digests(covered: dict[str, str], found: dict[str, str]) -> list[Finding]:
-    findings = [Finding("signature", "it is not there, and was when it was signed", n) for n in covered.keys() - found]
-    findings += [Finding("signature", "it was not there when it was signed", n) for n in found.keys() - covered]
+    findings = [Finding("signature", "the file was signed, but is missing", n) for n in covered.keys() - found]
+    findings += [Finding("signature", "the file was added after signing", n) for n in found.keys() - covered]
     findings += [
-        Finding("signature", f"its sha256 is {found[n]}, the signed one is {covered[n]}", n)
+        Finding("signature", f"its sha256 is {found[n]}, but the signed one is {covered[n]}", n)
         for n in covered.keys() & found
         if covered[n] != found[n]
     ]
@@ -131,10 +133,10 @@ def _read_statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
     predicate = parse_json(base64.b64decode(envelope["payload"], validate=True), name)["predicate"]
     how = predicate["serialization"]
     if (how["method"], how["hash_type"]) != ("files", "sha256"):
-        raise CheckpointError("it does not hold one sha256 for each file, the only form read here", name)
+        raise CheckpointError("the signature does not list one sha256 for each file, the only form supported", name)
     resources = predicate["resources"]
     if len(resources) != len({r["name"] for r in resources}):
-        raise CheckpointError("it names a file twice", name)
+        raise CheckpointError("the signature lists a file twice", name)
     return {r["name"]: r["digest"] for r in resources}, [str(n) for n in how.get("ignore_paths", [])]
 
 
@@ -179,7 +181,7 @@ def _load_library() -> _Library:
     try:
         return _Library()
     except ImportError as error:
-        raise SwsurgeryError("signatures need more packages", error, "pip install 'swsurgery[sign]'") from None
+        raise SwsurgeryError("signatures need additional packages", error, "pip install 'swsurgery[sign]'") from None
 
 
 @contextlib.contextmanager
@@ -195,9 +197,9 @@ def _open_key(path: Path, *, private: bool) -> Iterator[Path]:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise SwsurgeryError("a key is a regular file", path)
+            raise SwsurgeryError("the key is not a regular file", path)
         if private and stat.S_IMODE(status.st_mode) & 0o077:
-            raise SwsurgeryError("others can read the private key, or write it", path, f"chmod 600 {path}")
+            raise SwsurgeryError("other users can read or write the private key", path, f"chmod 600 {path}")
         yield _open_file(fd)
     finally:
         os.close(fd)
@@ -209,8 +211,8 @@ def _convert_key_errors(key: Path, library: _Library) -> Iterator[None]:
         yield
     except (ValueError, TypeError, AttributeError, library.UnsupportedAlgorithm):
         # An RSA key has no curve, and an encrypted key needs a password: both give the same error.
-        remedy = "a PEM file without a password, made as docs/signing.md says"
-        raise SwsurgeryError("not a key on the curve P-256, P-384 or P-521", key, remedy) from None
+        remedy = "use a PEM file without a password, as docs/signing.md describes"
+        raise SwsurgeryError("the key is not on the curve P-256, P-384 or P-521", key, remedy) from None
 
 
 @contextlib.contextmanager
@@ -245,13 +247,13 @@ def _find_links(root: Path) -> list[str]:
     if not root.is_dir():
         raise CheckpointError("no such checkpoint", root)
     if is_cache_snapshot(root):
-        what = "a snapshot of the Hugging Face cache is made of links"
+        what = "a snapshot of the Hugging Face cache consists of links, which cannot be signed"
         raise CheckpointError(what, root, "copy it first: cp -rL SNAPSHOT DIRECTORY")
     faults = []
     for entry in _list_covered(root, root):
         name = os.path.relpath(entry.path, root)
         if entry.is_symlink():
-            faults.append(f"is a symbolic link: {name} (put the real file there)")
+            faults.append(f"is a symbolic link: {name} (replace it with the file itself)")
         elif not entry.is_file(follow_symlinks=False):
             faults.append(f"is not a regular file: {name}")
     return sorted(faults)[:MAX_LISTED]

@@ -101,8 +101,12 @@ class Proof:
         if self.verification is not None and clean:
             yield from _describe_verification(self.verification)
         if self.manifest is not None and clean:
-            how = f"and byte by byte from {self.base}" if self.base else "on the base's bits as the record proves them"
-            yield f"manifest  exactly {self.manifest.path}: every edit done once more {how}"
+            how = (
+                f"and compared byte by byte with {self.base}"
+                if self.base
+                else "from the base's bits, which the record proves"
+            )
+            yield f"manifest  exactly {self.manifest.path}: every edit recomputed {how}"
         if self.survival is not None:
             yield from _describe_survival(self.survival)
         if self.signature is not None and not any(f.rule == "signature" for f in self.findings):
@@ -209,7 +213,7 @@ def _read_record(root: Folder | RemoteTree, question: Question) -> Patched | Non
     Raises SwsurgeryError for a signature without a public key, and CheckpointError for a missing or damaged record.
     """
     if (question.signature is None) != (question.public_key is None):
-        raise SwsurgeryError("a signature is checked with a public key", remedy="give --signature and --public-key")
+        raise SwsurgeryError("--signature needs --public-key, and the other way round")
     return find_record(root) if question.needs_no_record else read_record(root)
 
 
@@ -244,7 +248,7 @@ def _check_signature(root: Folder | RemoteTree, signature: Path, public_key: Pat
     from swsurgery.verifying.signature import verify_signature
 
     if isinstance(root, RemoteTree):
-        raise SwsurgeryError("a signature covers files that are here", root, "download it: hf download")
+        raise SwsurgeryError("a signature can only be checked on a local copy", root, "download it with hf download")
     return verify_signature(root, signature, public_key)
 
 
@@ -265,7 +269,7 @@ def _survey_known(
     declared = {e.coordinate for e in patched.record.edits} if patched else set()
     model = own.identify(question.model, (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path")))
     if model is None:
-        raise CheckpointError("nothing says which known model it is", checkpoint.root, "say which: --model NAME")
+        raise CheckpointError("cannot tell which known model this is", checkpoint.root, "name it with --model")
     return against_known.survey(checkpoint, model, declared, question.tolerance)
 
 
@@ -366,7 +370,7 @@ def _describe_verification(verification: Verification) -> Iterable[str]:
         yield f"proved    {put_back} have the base's sha256"
     if verification.unread:
         names = ", ".join(verification.unread)
-        yield f"unread    {names}: the sha256 is the Hub's word; the edited scalars were read"
+        yield f"unread    {names}: only the edited scalars were read; the sha256 is the one that the Hub lists"
     if verification.elsewhere:
         yield f"elsewhere {pluralise(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
     yield f"protected {pluralise(verification.protected, 'scalar')} with the base's bits"
@@ -390,12 +394,12 @@ def _describe_survival(survived: Survival) -> Iterable[str]:
     aside = f", {edited} of them edited on purpose" if edited else ""
     yield f"known     {len(there)} of {pluralise(len(held), 'super weight')} of {survived.model} not lost{aside}"
     for c in survived.coordinates:
-        aside = "" if c.held else f" (not held against it: {c.status})"
+        aside = "" if c.held else f" (not counted: {c.status})"
         yield f"          {c.id:16} {describe_kept(c)}{aside}"
     if survived.rows:
         yield f"          only the row is known of {', '.join(survived.rows)}"
     if not survived.decided:
-        yield "          none of them could be compared, so this is neither a yes nor a no"
+        yield "          none of them could be compared, so the answer is neither yes nor no"
 
 
 def _format_some(names: Sequence[str]) -> str:

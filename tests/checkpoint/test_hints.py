@@ -199,7 +199,7 @@ def test_another_url_is_refused_too():
 def test_a_repository_as_the_path_of_a_manifest(tmp_path, capsys, path):
     manifest = write_manifest(tmp_path / "m.json", {"path": path}, EDIT)
     assert main(["apply", str(manifest), "--dry-run"]) == 2
-    assert capsys.readouterr().err.rstrip().endswith("(name a repository of the Hub with base.repo_id)")
+    assert capsys.readouterr().err.rstrip().endswith("(for a repository on the Hub, use base.repo_id)")
 
 
 @pytest.mark.parametrize("command", ["verify", "publish", "check"])
@@ -239,7 +239,7 @@ def test_revert_names_the_file_that_is_gone(patched, tmp_path, capsys):
     (patched / "README.md").unlink()
     assert main(["revert", str(patched), "-o", str(tmp_path / "back")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "it lacks README.md" in line and line.endswith("(restore what was removed since the edit)")
+    assert "it lacks README.md" in line and line.endswith("(restore them)")
 
 
 # --- a base that is not finite

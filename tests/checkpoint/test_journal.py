@@ -103,7 +103,7 @@ def test_killed_after_the_journal_is_gone_it_is_done(base, manifest):
     assert not names(base) & set(WORKING_FILES)
     assert tree(base) != before and verify_record(base, Silent()).ok
     done = run(*in_place(manifest))
-    assert (done.returncode, done.stderr) == (0, "swsurgery: it was applied already; nothing was written\n")
+    assert (done.returncode, done.stderr) == (0, "swsurgery: the manifest was already applied; nothing was written\n")
 
 
 def test_a_killed_second_step_leaves_the_first(base, manifest, tmp_path):

@@ -490,7 +490,7 @@ def test_an_old_record_of_edited_codes_makes_no_adapter(tmp_path, monkeypatch):
     with monkeypatch.context() as old:
         old.setattr(Quantisation, "refusal", lambda self, name: None)
         apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"))
-    with pytest.raises(PlanError, match=rf"LoRA adapter cannot hold this edit: {L}.weight\[1, 2\] is no weight"):
+    with pytest.raises(PlanError, match=rf"LoRA adapter cannot represent this edit: {L}.weight\[1, 2\] is no weight"):
         export.write(tmp_path / "out", "peft", tmp_path / "adapter")
     assert export.write(tmp_path / "out", "sparse", tmp_path / "patch.safetensors").scalars == 1
     assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0

@@ -107,7 +107,7 @@ def test_a_target_that_exists_is_left_alone(manifest, tmp_path, kind):
     else:
         target.symlink_to("nowhere")
     before, link = tree(tmp_path), os.path.islink(target)
-    assert refused(manifest, target) == f"the target exists: {target} (give another -o, or remove it)"
+    assert refused(manifest, target) == f"the output already exists: {target} (choose another -o, or remove it)"
     assert (tree(tmp_path), os.path.islink(target)) == (before, link)
 
 
@@ -124,7 +124,7 @@ def test_a_target_inside_the_base_is_refused(manifest, tmp_path, through_a_link)
     (tmp_path / "link").symlink_to(tmp_path / "base")
     target = tmp_path / ("link" if through_a_link else "base") / "out"
     before = tree(tmp_path / "base")
-    assert refused(manifest, target) == f"the target lies inside the base: {target} (give another -o)"
+    assert refused(manifest, target) == f"the output is inside the base: {target} (choose another -o)"
     assert tree(tmp_path / "base") == before
 
 
@@ -296,7 +296,7 @@ def test_a_target_that_appears_meanwhile_is_not_overwritten(manifest, tmp_path):
         (tmp_path / "out").mkdir()
 
     (tmp_path / "base" / ".cache").mkdir()  # it is left out, and that is said before anything is written
-    with pytest.raises(TargetError, match="the target exists"):
+    with pytest.raises(TargetError, match="the output already exists"):
         apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"), say=appear)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -283,7 +283,7 @@ def test_the_same_command_again_says_so_and_writes_nothing(base, manifest, apply
     apply(manifest)
     before, times = tree(base), modified(base)
     code, out, lines = apply(manifest)
-    assert (code, lines) == (0, ["swsurgery: it was applied already; nothing was written"])
+    assert (code, lines) == (0, ["swsurgery: the manifest was already applied; nothing was written"])
     assert (tree(base), modified(base)) == (before, times)
     assert "wrote" not in out
 
@@ -467,14 +467,14 @@ def test_a_side_file_that_was_changed_after_the_first_step_is_refused(base, mani
 
 def test_a_shard_that_is_marked_read_only_is_refused(base, manifest, refused):
     os.chmod(base / SECOND, 0o444)
-    assert refused(manifest, base) == f"is marked read-only: {base / SECOND} (apply with -o, or chmod u+w it)"
+    assert refused(manifest, base) == f"the file is read-only: {base / SECOND} (apply with -o, or run chmod u+w on it)"
 
 
 def test_leaving_copies_out_is_refused(base, tmp_path, refused):
     (base / "pytorch_model.bin").write_bytes(b"the weights once more")
     record = {"path": str(base), "sha256": {SECOND: sha256(base / SECOND)}, "copies": "omit"}
     line = refused(write_manifest(tmp_path / "m.json", record, ZERO), base)
-    assert line == "an edit in place leaves no file out: pytorch_model.bin (say base.copies: keep)"
+    assert line == "an edit in place cannot leave files out: pytorch_model.bin (set base.copies: keep)"
 
 
 @pytest.mark.parametrize("options", [("-o", "elsewhere"), ("--link", "copy"), ("--reuse-digests",)])
@@ -686,9 +686,9 @@ def test_a_manifest_proves_the_edit_that_it_made_in_place(base, tmp_path, apply,
         name: sha256(base / name) for name in (FIRST, THIRD)
     }
     assert main(["verify", str(base), "--manifest", str(manifest)]) == 0
-    assert "as the record proves them" in capsys.readouterr().out
+    assert "which the record proves" in capsys.readouterr().out
     assert main(["verify", str(base), "--manifest", str(other)]) == 1
-    assert "nothing was done to it" in capsys.readouterr().out
+    assert "does not list the scalar" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", ["check {0}", "scan {0} --method weights", "verify {1} --base {0}", "diff {1} {0}"])
@@ -761,14 +761,14 @@ def none_done(document: dict) -> None:
 
 
 FORGED = {
-    "no edits": (none_done, "nothing was done to it"),
-    "one edit fewer": (lambda d: d["edits"].pop(), "nothing was done to it"),
-    "another operation": (lambda d: d["edits"][0].update(op="set"), "set was done"),
-    "another factor": (lambda d: d["edits"][1].update(factor=3.0), "the factor is 2.0, 3.0 was used"),
-    "nothing protected": (lambda d: d.update(protected=[]), "nothing was done to it"),
+    "no edits": (none_done, "does not list the scalar"),
+    "one edit fewer": (lambda d: d["edits"].pop(), "does not list the scalar"),
+    "another operation": (lambda d: d["edits"][0].update(op="set"), "the record has set"),
+    "another factor": (lambda d: d["edits"][1].update(factor=3.0), "the record has the factor 3.0, not 2.0"),
+    "nothing protected": (lambda d: d.update(protected=[]), "does not list the scalar"),
     "another base": (lambda d: d["files"][SECOND].update(base_sha256="0" * 64), f"base.sha256 of {SECOND}"),
-    "another result": (lambda d: d["files"][SECOND].update(sha256="0" * 64), "the file was changed since"),
-    "other old bits": (lambda d: d["edits"][0].update(old_bits="0x3c00", old=1.0), "the file was changed since"),
+    "another result": (lambda d: d["files"][SECOND].update(sha256="0" * 64), "the file was changed later"),
+    "other old bits": (lambda d: d["edits"][0].update(old_bits="0x3c00", old=1.0), "the file was changed later"),
     "an edit that nobody asked for": (
         lambda d: d["edits"].append({**d["edits"][0], "index": [0, 0]}), "the manifest does not ask for it",
     ),
@@ -785,7 +785,7 @@ def test_a_forged_record_is_not_believed(base, manifest, apply, refused, name):
             (base / shard).write_bytes(original[shard])
     forge(base, change)
     line = refused(manifest, base)
-    assert line.startswith("the record says that this manifest was applied, but ") and says in line
+    assert line.startswith("the record says that this manifest was applied; however, ") and says in line
 
 
 def test_a_record_alone_is_not_believed(base, tmp_path, apply, refused):
@@ -800,7 +800,7 @@ def test_a_record_alone_is_not_believed(base, tmp_path, apply, refused):
         (base / name).write_bytes(data)
     line = refused(manifest, base)
     assert line == (
-        "the record says that this manifest was applied, but it holds "
+        "the record says that this manifest was applied; however, the scalar is "
         f"0x{stored(base / SECOND, down(1), (2, 3))[::-1].hex()}, not 0x0000: {SECOND}: {down(1)}[2, 3] "
         "(see swsurgery verify)"
     )

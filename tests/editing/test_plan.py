@@ -112,7 +112,7 @@ MISFITS = {
         "cannot set {d1}[2, 3]: 0x00000000 has 8 hex digits, F16 takes 4",
     ),
     "known without a model": ({"op": "zero", "known": "L2.3968.7003"}, "no known super weights of this base"),
-    "all without a model": ({"op": "protect", "known": "all"}, "(say which known model it is: base.model)"),
+    "all without a model": ({"op": "protect", "known": "all"}, "(name its known model in base.model)"),
 }
 
 
@@ -135,7 +135,7 @@ def test_a_wrong_value_is_refused_and_a_right_one_is_not(base, tmp_path):
 def test_an_expected_value_at_the_swapped_place_is_recognised(base):
     bits = "0x" + stored(base / SECOND, down(1), (3, 2))[::-1].hex()
     (fault,) = faults(base, {**ZERO, "expect": bits})
-    assert fault.endswith("(row and col look swapped: [3, 2] holds it)")
+    assert fault.endswith("(row and col look swapped: [3, 2] has this value)")
 
 
 def test_every_misfit_is_listed_with_its_line(base):
@@ -333,7 +333,7 @@ def test_a_known_coordinate_brings_its_value(known_base):
     [
         ("qwen3-1.7b", "L2.1.1", "no such known coordinate of"),
         ("qwen3-1.7b", "L2.9.", "no such known coordinate of"),
-        ("smollm2-135m", "L11.507.*", "only the row of L11.507.* is known, not the scalar"),
+        ("smollm2-135m", "L11.507.*", "only the row of L11.507.* is known, not the column"),
         ("smollm2-135m", "all", "complete coordinate of HuggingFaceTB/SmolLM2-135M"),
     ],
 )
@@ -366,8 +366,8 @@ def test_another_repository_or_revision_than_the_manifest_says_is_refused(tmp_pa
     manifest = write_manifest(tmp_path / "m.json", {"repo_id": "org/other", "revision": OTHER_COMMIT}, ZERO)
     found = _faults(snapshot, manifest, str(snapshot))
     assert len(found) == 2
-    assert "base.repo_id is org/other, the checkpoint is org/name" in found[0]
-    assert f"base.revision is {OTHER_COMMIT}, the checkpoint is {COMMIT}" in found[1]
+    assert "base.repo_id is org/other, but the checkpoint has org/name" in found[0]
+    assert f"base.revision is {OTHER_COMMIT}, but the checkpoint has {COMMIT}" in found[1]
     manifest = write_manifest(tmp_path / "m.json", {"repo_id": "org/name", "revision": COMMIT}, ZERO)
     plan = plan_manifest(manifest, str(snapshot))
     assert (plan.checkpoint.repo_id, plan.checkpoint.revision, len(plan.splices)) == ("org/name", COMMIT, 1)
@@ -397,7 +397,7 @@ def test_a_pin_of_a_file_that_is_not_there_is_refused(base):
 def test_a_further_copy_of_the_weights_asks_for_a_decision(base, tmp_path):
     (base / "model-q4.gguf").write_bytes(b"GGUF")
     (fault,) = faults(base, ZERO)
-    assert "the edit would not reach further copies of the weights: model-q4.gguf" in fault
+    assert "the base contains more copies of the weights, which would not be edited: model-q4.gguf" in fault
     for decision, there in (("omit", False), ("keep", True)):
         where = {"path": str(base), "copies": decision}
         notes: list[str] = []
@@ -422,4 +422,6 @@ def test_a_base_with_a_file_of_swsurgerys_own_name_is_refused(base, name, folder
         (base / name).mkdir()
     (base / name / "x" if folder else base / name).write_text("something else")
     (fault,) = faults(base, ZERO)
-    assert fault.endswith(f"{base / name}: the base has a file of the name that swsurgery writes (rename it)")
+    assert fault.endswith(
+        f"{base / name}: the base already has a file with this name, which swsurgery writes (rename it)"
+    )

@@ -45,7 +45,7 @@ def test_an_edit_of_it_is_refused_with_all_other_faults(once, tmp_path, capsys):
         assert main(["apply", str(manifest), "--check", "off", *options]) == 2
         lines = capsys.readouterr().err.splitlines()
         head, middle, other = (line.removeprefix("swsurgery: ") for line in lines)
-        where = "is protected by step 1 of the base's own record"
+        where = "is protected by step 1 of the base's record"
         assert head == f"{manifest}:4:5: edits[0]: {HEAD}[0, 0] {where} {REMEDY}"
         assert middle == f"{manifest}:6:5: edits[2]: {DOWN}{list(PROTECTED)} {where} {REMEDY}"
         assert "no such tensor: nowhere" in other

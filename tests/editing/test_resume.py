@@ -357,7 +357,7 @@ def test_a_revert_killed_at_the_rename_is_finished_too(base, manifest, out, tmp_
 
 def refused_and_left_alone(manifest: Path, out: Path) -> None:
     before, identity = tree(out), out.stat().st_ino
-    with pytest.raises(TargetError, match="the target exists"):
+    with pytest.raises(TargetError, match="the output already exists"):
         copy(manifest, out)
     assert (tree(out), out.stat().st_ino) == (before, identity)
     assert not partial(out).exists()
@@ -393,7 +393,7 @@ def test_a_link_in_place_of_the_target_is_left_alone(manifest, out, tmp_path):
     killed("storage.filesystem.rename_new", "apply", manifest, "-o", out, "--check", "off", after=True)
     out.rename(tmp_path / "elsewhere")
     out.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(TargetError, match="the target exists"):
+    with pytest.raises(TargetError, match="the output already exists"):
         copy(manifest, out)
     assert out.is_symlink() and verify_record(tmp_path / "elsewhere", Silent()).ok
 

@@ -375,7 +375,7 @@ class Stage:
         return faults + self.others_changed()
 
     def finished_before(self, done: Done) -> bool:
-        """Whether a refusal only says that the work is done: the target exists, or nothing is left to revert."""
+        """Whether a refusal says that the work is done: the output already exists, or nothing is left to revert."""
         again = not self.case.in_place or self.case.gives_base
         return done.code == 2 and len(done.lines) == 1 and self.complete and again
 

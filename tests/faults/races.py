@@ -20,7 +20,7 @@ from faults.tracing import Done
 
 RACERS = 8
 SLOW = (("SHIM_SLOW", "100000"),)
-BUSY = ("another run is", "the target exists")
+BUSY = ("another run is", "the output already exists")
 """What a run says that was not alone, or came late."""
 
 

@@ -127,7 +127,8 @@ LIMITS = """\
 - An error of a `close` may go unreported, because everything was synced before. So may an error of the user's cache of
   digests, which saves time and proves nothing. Such runs are counted as excused.
 - If a completed `revert` in place is run again, it reports that there is nothing to revert. If a copy was killed after
-  its last rename, the next run reports that the target exists. In both cases the exit code is 2 and the work is done.
+  its last rename, the next run reports that the output already exists. In both cases the exit code is 2 and the work is
+  done.
 - Running out of the kernel's memory is not covered.\
 """
 

@@ -97,8 +97,8 @@ def test_what_was_changed_stands_in_a_table():
         "tensor": coordinate.tensor, "index": "[3968, 7003]", "layer": "2", "row": "3968", "column": "7003",
         "dtype": "F16", "old": "-17.328125", "new": "0.0", "operation": "zero", "bits": "0xcc55 to 0x0000",
     }  # fmt: skip
-    assert table(body, "Protected: held to the base's bits")[1][:2] == [coordinate.tensor, "[3968, 7003]"]
-    assert table(body, "What is known of them")[1] == ["llama-7b:0", str(coordinate), "published", "arXiv:2411.07191"]
+    assert table(body, "Protected: the same bits as in the base")[1][:2] == [coordinate.tensor, "[3968, 7003]"]
+    assert table(body, "Known super weights")[1] == ["llama-7b:0", str(coordinate), "published", "arXiv:2411.07191"]
 
 
 def test_the_check_and_what_was_accepted_stand_in_the_card():

@@ -139,7 +139,7 @@ def test_a_family_is_exported_rightly_or_refused(tmp_path, name):
         export.write(str(manifest), "peft", tmp_path / "adapter")
     except PlanError as error:
         assert name in EXPERTS | set(tiny_models.VISION_LANGUAGE_MODELS)
-        assert len(error.faults) == 1 and "a LoRA adapter cannot hold this edit: " in error.faults[0]
+        assert len(error.faults) == 1 and "a LoRA adapter cannot represent this edit: " in error.faults[0]
         assert not (tmp_path / "adapter").exists()
         return
     plain, wanted = (logits(tiny_models.load(name, folder)) for folder in (base, tmp_path / "edited"))
@@ -197,7 +197,7 @@ def test_what_is_no_linear_layer_is_refused_with_its_coordinate(tmp_path, capsys
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", **edit}, fine)
     assert main(["export", str(manifest), "--format", "peft", "-o", str(tmp_path / "adapter")]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert f"cannot hold this edit: {edit['tensor']}[{', '.join(map(str, edit['index']))}] is" in line
+    assert f"cannot represent this edit: {edit['tensor']}[{', '.join(map(str, edit['index']))}] is" in line
     assert not (tmp_path / "adapter").exists()
 
 
@@ -246,7 +246,7 @@ def test_the_fields_of_vllm_give_the_patched_tensors(tmp_path):
 def test_integers_are_refused_for_vllm(tmp_path):
     base = write_llama(tmp_path / "base", {"counts": tensor("I64", 4)})
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": "counts", "index": [2]})
-    with pytest.raises(PlanError, match=r"floating-point values only, not I64: counts\[2\]"):
+    with pytest.raises(PlanError, match=r"only floating-point values, not I64: counts\[2\]"):
         export.write(str(manifest), "vllm", tmp_path / "vllm")
 
 
@@ -287,7 +287,7 @@ def test_a_target_that_exists_is_refused_and_stays(tmp_path, form, kind):
     manifest = write_manifest(tmp_path / "m.json", write_llama(tmp_path / "base"), ZERO)
     target = tmp_path / "new"
     {"file": target.touch, "folder": target.mkdir, "dangling link": lambda: target.symlink_to("nowhere")}[kind]()
-    with pytest.raises(TargetError, match="the target exists"):
+    with pytest.raises(TargetError, match="the output already exists"):
         export.write(str(manifest), form, target)
     assert not target.is_dir() or list(target.iterdir()) == []
     assert not target.is_file() or target.read_bytes() == b""

@@ -36,7 +36,7 @@ def test_a_plan_names_what_of_the_bases_card_is_not_taken_over(hub, tmp_path, ca
         "---\nlicense: other\nlicense_name: a (b)\nlicense_link: ftp://x\ntags: [a|b]\n---\n"
     )
     patched = patch(hub, tmp_path, hub.add_repo(BASE, folder))
-    said = "not taken over from the base's card, in whole or in part: license_link"
+    said = "not copied from the base's card, or only in part: license_link"
     _, document, _ = run(capsys, patched, NEW, "--dry-run")
     assert f"{said}, tags" in document["plan"]["notes"]
     _, document, _ = run(capsys, patched, NEW, "--patch", "--dry-run")
@@ -145,7 +145,7 @@ def test_blanks_around_a_message_are_no_part_of_it(hub, patched, capsys):
 def test_nobody_is_made_private_or_public_behind_their_back(hub, patched, capsys):
     before = hub.add_repo(NEW)
     code, _, err = run(capsys, patched, NEW, "--private", *ACCEPT)
-    assert code == 2 and "the repository is public" in err
+    assert code == 2 and "--private was given, but the repository is public" in err
     code, _, err = run(capsys, patched, NEW, *ACCEPT)
     assert code == 2 and "--yes" in err and err.count("\n") == 1
     assert hub.head(NEW).oid == before

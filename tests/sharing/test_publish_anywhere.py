@@ -121,7 +121,7 @@ def test_a_branch_is_made_and_main_stays(any_hub, patched, capsys):
     assert served(any_hub, NEW, "edits")[SECOND] == digests(patched)[SECOND]
     assert tags(any_hub) == {"v1": api.repo_info(name, revision="edits").sha}
     code, _, err = run(capsys, patched, name, "--tag", "v1", *ACCEPT)
-    assert code == 2 and "there is such a tag already" in err
+    assert code == 2 and "the tag already exists at another commit" in err
 
 
 def test_a_private_repository_needs_no_question_and_stays_private(any_hub, patched, capsys):

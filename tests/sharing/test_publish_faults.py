@@ -221,7 +221,7 @@ def test_a_file_that_changes_while_it_is_published_is_found_before_the_commit(hu
 
     monkeypatch.setattr(commit.Draft, "add", late)
     assert publish(patched) == 2
-    assert "changed while it was being published" in capsys.readouterr().err
+    assert "the file changed while it was being published" in capsys.readouterr().err
     assert set(tree(hub)) == {".gitattributes"}
 
 
@@ -234,7 +234,7 @@ def test_a_repository_that_somebody_else_made_and_filled_meanwhile_is_left_alone
 
     monkeypatch.setattr(publish_module.hub, "create_repository", late)
     assert publish(patched) == 2
-    assert "somebody else made it meanwhile" in capsys.readouterr().err
+    assert "somebody else created the repository at the same time" in capsys.readouterr().err
     assert set(tree(hub)) == {".gitattributes", "x.txt"}
 
 

@@ -103,7 +103,7 @@ def test_a_file_that_nobody_declared_is_refused(hub, patched, capsys):
 
 def test_a_finding_that_does_not_exist_cannot_be_accepted(hub, patched, capsys):
     assert publish(patched, accept=("all",)) == 2
-    assert "no such finding to accept: all" in capsys.readouterr().err and NEW not in hub.state.repos
+    assert "no rule has this name: all" in capsys.readouterr().err and NEW not in hub.state.repos
 
 
 def test_a_token_in_a_file_is_refused_and_not_repeated(hub, patched, capsys):
@@ -145,7 +145,7 @@ def test_words_of_program_code_are_no_secret(hub, text):
 
 def test_a_secret_is_a_finding_that_names_only_the_file(hub):
     found = publish_module.find_secrets([("a", b"x"), ("b", TOKEN.encode()), ("c", b"hf_jwt_" + b"A" * 40)])
-    assert found == [Finding("secret", "it holds what looks like a token of the Hub", name) for name in "bc"]
+    assert found == [Finding("secret", "the text contains what looks like a token of the Hub", name) for name in "bc"]
 
 
 WHERE = ("/refs", "/revision/", "/tree/", "repos/create", "preupload", "objects/batch", "validate-yaml", "paths-info",

@@ -149,7 +149,7 @@ def test_a_repository_of_weights_is_left_alone(hub, patched, capsys):
     assert main(["publish", str(patched), NEW, "--yes", *ACCEPT]) == 0
     before = hub.head(NEW).oid
     code, _, err = run(capsys, patched, "--yes", *ACCEPT)
-    assert code == 2 and "the repository holds weights (model-00001-of-00003.safetensors)" in err
+    assert code == 2 and "the repository contains weights (model-00001-of-00003.safetensors)" in err
     assert hub.head(NEW).oid == before
 
 
@@ -181,7 +181,7 @@ def test_a_base_that_is_not_on_the_hub_has_to_be_at_hand(hub, tmp_path, commit, 
     apply_manifest(manifest, tmp_path / "out", check=CheckOptions("weights"))
     code, document, err = run(capsys, tmp_path / "out", "--yes", *ACCEPT)
     assert code == 0, err
-    assert "whoever applies the patch needs it at hand" in " ".join(document["plan"]["notes"])
+    assert "whoever applies the patch needs a local copy" in " ".join(document["plan"]["notes"])
     card = hub.read(NEW, "README.md").decode()
     assert "--base BASE -o patched" in card and "base_model" not in card and "not on the Hub" in card
 

@@ -339,7 +339,7 @@ def test_a_base_on_the_hub_with_a_file_of_our_name(hub, tmp_path, capsys, name):
         assert main(["apply", str(manifest), *words]) == 2
         ours = name.split("/")[0]
         err = capsys.readouterr().err
-        assert f"/{ours}: the base has a file of the name that swsurgery writes (rename it)" in err
+        assert f"/{ours}: the base already has a file with this name, which swsurgery writes (rename it)" in err
         assert words != ["--dry-run"] or f"hf://{BASE}@{commit}/{ours}" in err
 
 

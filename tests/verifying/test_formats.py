@@ -369,5 +369,5 @@ def test_a_report_does_not_replace_what_it_is_of(tmp_path, capsys, words):
     before = tree(tmp_path)
     places = {"base": base, "other": other, "manifest": manifest, "key": key, "snapshot": snapshot, "shard": FIRST}
     assert main(words.format(**places).split()) == 2
-    assert "give another --output" in capsys.readouterr().err
+    assert "choose another --output" in capsys.readouterr().err
     assert tree(tmp_path) == before

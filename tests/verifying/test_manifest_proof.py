@@ -51,14 +51,14 @@ def remove_base(folder: Path) -> None:
 def test_what_the_manifest_made_is_proved_from_the_base(folder, name):
     proof = ask(folder, name)
     assert proof.findings == () and proof.base == folder / "base"
-    assert any("byte by byte from" in line for line in proof.lines())
+    assert any("compared byte by byte with" in line for line in proof.lines())
 
 
 def test_a_record_proves_it_without_the_base(folder):
     remove_base(folder)
     proof = ask(folder, "patched")
     assert proof.findings == () and proof.base is None
-    assert any("as the record proves them" in line for line in proof.lines())
+    assert any("which the record proves" in line for line in proof.lines())
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         ask(folder, "bare")
     assert ask(folder, "bare", base=str(folder / "elsewhere")).findings == ()
@@ -224,4 +224,4 @@ def test_another_value_is_told_by_the_arithmetic_alone(folder):
     assert ask(folder, "valued", text.replace("value: 3.0", "bits: '0x4040'")).findings == ()
     (finding,) = ask(folder, "valued", text.replace("3.0", "4.0")).findings
     assert (finding.rule, finding.line) == ("manifest-mismatch", 4)
-    assert "0x4080, not 0x4040" in finding.message
+    assert "0x4040, not 0x4080" in finding.message

@@ -73,14 +73,19 @@ def test_the_twin_a_forgery_that_changes_nothing_is_fine(patched):
         ("op: zero, ", "op: set, value: 1.0, ", EDITED, "set was requested: zero was done"),
         ("op: zero, ", "op: protect, ", EDITED, "protect was requested: zero was done"),
         ("op: protect, ", "op: zero, ", (0, 4), "zero was requested: protect was done"),
-        ("index: [0, 4]}", "index: [0, 4], expect: '0x0000'}", (0, 4), "the base does not fit: expected bits 0x0000"),
-        ("index: [1, 2]}", "index: [1, 2], expect: 77.0}", EDITED, "the base does not fit: expected 77"),
-        (f"  - {{op: zero, tensor: {DOWN}, index: [1, 2]}}\n", "", EDITED, "zero was done, and the manifest does not"),
+        ("index: [0, 4]}", "index: [0, 4], expect: '0x0000'}", (0, 4), "the base does not match: expected bits 0x0000"),
+        ("index: [1, 2]}", "index: [1, 2], expect: 77.0}", EDITED, "the base does not match: expected 77"),
+        (
+            f"  - {{op: zero, tensor: {DOWN}, index: [1, 2]}}\n",
+            "",
+            EDITED,
+            "the record has zero, but the manifest does not",
+        ),
         (
             f"  - {{op: protect, tensor: {DOWN}, index: [0, 4]}}\n",
             "",
             (0, 4),
-            "it was protected, and the manifest does",
+            "the record protects the scalar, but the manifest does",
         ),
     ],
 )
@@ -95,17 +100,17 @@ def test_a_manifest_that_asks_for_something_else(patched, old, new, index, said)
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("index: [1, 2]", "index: [1, 3]", {"nothing was done to it", "zero was done, and the manifest does not ask"}),
+        ("index: [1, 2]", "index: [1, 3]", {"does not list the scalar", "zero, but the manifest does not ask"}),
         ("{path: base}", "{repo_id: org/other}", set()),
-        ("edits:\n", f"edits:\n  - {{op: zero, tensor: {DOWN}, index: [0, 0]}}\n", {"nothing was done to it"}),
+        ("edits:\n", f"edits:\n  - {{op: zero, tensor: {DOWN}, index: [0, 0]}}\n", {"does not list the scalar"}),
         ("edits:\n", f"edits:\n  - {{op: zero, tensor: {DOWN}, index: [3, 5]}}\n",
          {"has two operations", "zero was requested: scale was done"}),
         ("edits:\n", "edits:\n  - {op: zero, layer: 7, row: 0, col: 0}\n", {"edits[0]: "}),
-        ("edits:\n", "edits:\n  - {op: protect, known: all}\n", {"which super weights were known"}),
+        ("edits:\n", "edits:\n  - {op: protect, known: all}\n", {"does not list the known super weights"}),
         ("{path: base}", f"{{path: base, sha256: {{{SECOND}: '{'1' * 64}'}}}}", {f"base.sha256 of {SECOND} is 111"}),
         ("{path: base}", "{path: base, weights: single}", set()),
-        ("version: 1", "version: 2", {"it is no sound manifest: 1:10: version"}),
-        (MANIFEST, "[", {"it is no sound manifest"}),
+        ("version: 1", "version: 2", {"the manifest is invalid: 1:10: version"}),
+        (MANIFEST, "[", {"the manifest is invalid"}),
     ],
 )  # fmt: skip
 def test_whatever_else_it_asks(patched, old, new, said):
@@ -123,7 +128,7 @@ def test_another_name_of_the_base_than_the_recorded_one(patched):
 
     forge(patched, MANIFEST.replace("{path: base}", "{repo_id: org/other}"), record)
     (finding,) = findings(patched)
-    assert (finding.rule, finding.message) == ("manifest", "base.repo_id is org/other, the base was org/name")
+    assert (finding.rule, finding.message) == ("manifest", "base.repo_id is org/other, but the base was org/name")
 
 
 def test_other_bits_than_the_arithmetic_gives(patched):
@@ -156,7 +161,7 @@ def test_the_command_says_so_at_the_line_and_exits_1(patched, capsys):
 def test_a_manifest_changed_by_hand_is_one_finding(patched):
     (patched / OWN_MANIFEST).write_text(MANIFEST.replace("factor: 2.0", "factor: 4.0"))
     assert [f.message for f in findings(patched) if f.rule == "manifest"] == [
-        "it is not the manifest that the record was made from"
+        "this is not the manifest that the record was made from"
     ]
 
 
@@ -234,11 +239,11 @@ def test_known_means_what_was_known_then(known_base, tmp_path, monkeypatch, edit
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda d: d["known"]["coordinates"].pop(), "zero was done, and the manifest does not ask for it"),
-        (lambda d: d.update(known=None), "the record does not say which super weights were known"),
+        (lambda d: d["known"]["coordinates"].pop(), "the record has zero, but the manifest does not ask for it"),
+        (lambda d: d.update(known=None), "the record does not list the known super weights"),
         (lambda d: d["known"].update(coordinates=[]), "the record has no such known super weight"),
-        (lambda d: d["known"].update(coordinates=[1]), "the record does not say which super weights were known"),
-        (lambda d: d["known"]["coordinates"][0].update(value=5.0), "the base does not fit: expected 5"),
+        (lambda d: d["known"].update(coordinates=[1]), "the record does not list the known super weights"),
+        (lambda d: d["known"]["coordinates"][0].update(value=5.0), "the base does not match: expected 5"),
         (lambda d: d["known"]["coordinates"][0].update(value="x"), "the record has no valid value of"),
         (lambda d: d["known"]["coordinates"][0].update(layer=9), "edits[0]: "),
     ],

@@ -110,7 +110,7 @@ def test_every_flipped_bit_is_caught_and_its_file_named(signed):
 def test_every_removed_file_is_caught(signed, tmp_path):
     for name in names(signed):
         os.rename(signed / name, tmp_path / "away")
-        assert findings(signed) == [(name, "it is not there, and was when it was signed")]
+        assert findings(signed) == [(name, "the file was signed, but is missing")]
         os.rename(tmp_path / "away", signed / name)
     assert findings(signed) == []
 
@@ -119,7 +119,7 @@ def test_every_removed_file_is_caught(signed, tmp_path):
 def test_every_added_file_is_caught(signed, name):
     (signed / name).parent.mkdir(parents=True, exist_ok=True)
     (signed / name).touch()
-    assert findings(signed) == [(name, "it was not there when it was signed")]
+    assert findings(signed) == [(name, "the file was added after signing")]
 
 
 def test_every_renamed_file_is_caught(signed):
@@ -138,7 +138,7 @@ def test_two_files_that_changed_places_are_caught(signed):
 def test_a_file_replaced_by_a_link_to_itself_is_caught(signed, tmp_path):
     os.rename(signed / FIRST, tmp_path / FIRST)
     (signed / FIRST).symlink_to(tmp_path / FIRST)
-    assert findings(signed) == [(None, f"is a symbolic link: {FIRST} (put the real file there)")]
+    assert findings(signed) == [(None, f"is a symbolic link: {FIRST} (replace it with the file itself)")]
 
 
 def test_a_named_pipe_is_caught_and_does_not_hang(signed):
@@ -155,7 +155,7 @@ def test_what_version_control_and_downloads_leave_is_not_covered(signed):
 
 def test_another_key_is_a_finding(signed, tmp_path):
     write_keys(tmp_path, "other")
-    assert findings(signed, "other") == [(SIGNATURE, "it was not made with this key, or was changed since")]
+    assert findings(signed, "other") == [(SIGNATURE, "the signature was not made with this key, or was changed later")]
 
 
 def test_a_signature_of_another_checkpoint_is_a_finding(signed, tmp_path):
@@ -231,7 +231,7 @@ def test_a_payload_that_was_edited_to_fit_is_a_finding(signed):
     statement["subject"][0]["digest"]["sha256"] = root
     text = base64.b64encode(json.dumps(statement, indent=2).encode()).decode()
     (signed / SIGNATURE).write_text(json.dumps(changed(document, "dsseEnvelope.payload", text)))
-    assert findings(signed) == [(SIGNATURE, "it was not made with this key, or was changed since")]
+    assert findings(signed) == [(SIGNATURE, "the signature was not made with this key, or was changed later")]
 
 
 def test_a_signer_who_left_a_file_out_is_told(signed, tmp_path):
@@ -242,7 +242,9 @@ def test_a_signer_who_left_a_file_out_is_told(signed, tmp_path):
     partial = hashing.Config().set_ignored_paths(paths=["config.json", "not-there"])
     config = standard.Config().use_elliptic_key_signer(private_key=tmp_path / "key.pem")
     config.set_hashing_config(partial).sign(signed, tmp_path / "partial.sig")
-    assert findings(signed, signature=tmp_path / "partial.sig") == [("config.json", "the signature leaves it out")]
+    assert findings(signed, signature=tmp_path / "partial.sig") == [
+        ("config.json", "the signature does not cover this file")
+    ]
 
 
 def test_a_signature_of_another_form_is_named(signed, tmp_path):
@@ -260,14 +262,14 @@ def test_a_signature_of_another_form_is_named(signed, tmp_path):
 def test_a_private_key_that_others_can_touch_is_refused(tmp_path, mode):
     root, key = write_llama(tmp_path / "checkpoint"), write_keys(tmp_path)
     key.chmod(mode)
-    with pytest.raises(SwsurgeryError, match="others can read the private key.*chmod 600"):
+    with pytest.raises(SwsurgeryError, match="other users can read or write the private key.*chmod 600"):
         signature_module.sign(root, key)
     assert not (root / SIGNATURE).exists()
 
 
 def test_a_private_key_in_the_checkpoint_is_refused(tmp_path):
     root = write_llama(tmp_path / "checkpoint")
-    with pytest.raises(SwsurgeryError, match="lies in the checkpoint"):
+    with pytest.raises(SwsurgeryError, match="is inside the checkpoint"):
         signature_module.sign(root, write_keys(root))
     assert not (root / SIGNATURE).exists()
 
@@ -304,7 +306,7 @@ def test_keys_that_cannot_be_used_are_one_line(tmp_path, signed):
 
 def test_a_signature_is_never_overwritten(signed, tmp_path):
     before = (signed / SIGNATURE).read_bytes()
-    with pytest.raises(TargetError, match="the signature exists"):
+    with pytest.raises(TargetError, match="the signature already exists"):
         signature_module.sign(signed, tmp_path / "key.pem")
     assert (signed / SIGNATURE).read_bytes() == before
     signature_module.sign(signed, tmp_path / "key.pem", tmp_path / "second.sig")
@@ -332,7 +334,7 @@ def test_what_a_killed_run_left_is_cleaned_up(tmp_path):
 def test_links_and_caches_are_refused_with_the_remedy(tmp_path):
     root, key = write_llama(tmp_path / "checkpoint"), write_keys(tmp_path)
     (root / "link").symlink_to("config.json")
-    with pytest.raises(CheckpointError, match=r"symbolic link: link \(put the real file there\)"):
+    with pytest.raises(CheckpointError, match=r"symbolic link: link \(replace it with the file itself\)"):
         signature_module.sign(root, key)
     repo = tmp_path / "models--org--name"
     (repo / "blobs").mkdir(parents=True)

@@ -100,7 +100,7 @@ def test_a_suspicious_value_neither_proves_nor_loses(tmp_path):
     assert (kept.state, kept.stored, kept.ratio) == ("suspicious", -190.0, 76.0)
     (finding,) = survey.findings()
     assert (finding.rule, finding.level, finding.tensor) == ("known-suspicious", "warning", down(0))
-    assert "suspicious: -2.5 -> -190 (BF16), x76, so the stored numbers may be no weights" in finding.message
+    assert "suspicious: -2.5 -> -190 (BF16), x76, so the stored numbers may not be weights" in finding.message
     assert not survey.decided and survey.to_json()["decided"] is False
 
 
@@ -169,7 +169,7 @@ def test_a_doubted_coordinate_is_told_and_not_held(tmp_path, status):
 def test_a_row_is_named_and_a_model_of_rows_cannot_be_asked(tmp_path):
     checkpoint = open_checkpoint(holding(tmp_path, -2.5))
     assert against_known.survey(checkpoint, model(EXACT, fact(col=None))).rows == (f"L0.{ROW}.None",)
-    with pytest.raises(CheckpointError, match="no whole coordinate"):
+    with pytest.raises(CheckpointError, match="no complete coordinate"):
         against_known.survey(checkpoint, model(fact(col=None)))
 
 
@@ -284,11 +284,11 @@ F32_ONE = ("F32", (1,), struct.pack("<f", 1.0))
     [
         ({down(0).replace("weight", "qweight"): tensor("I32", HIDDEN, 2)}, "packed"),
         ({down(0): tensor("U8", 30, 1), down(0) + ".absmax": tensor("F32", 2)}, "packed"),
-        ({down(0): tensor("I8", *SHAPE)}, "no scale says"),
+        ({down(0): tensor("I8", *SHAPE)}, "has no scale"),
         ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": F32_ONE, down(0) + "_scale_2": F32_ONE}, "scale_2"),
         ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": tensor("F32", 4, 4)}, "which block"),
         ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": tensor("F32", 5)}, "does not fit"),
-        ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": tensor("F8_E8M0", 1)}, "holds F8_E8M0"),
+        ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": tensor("F8_E8M0", 1)}, "stored as F8_E8M0"),
         ({down(0): tensor("I8", *SHAPE), down(0) + "_scale": F32_ONE, down(0) + "_zero_point": F32_ONE}, "zero_point"),
         ({down(0): tensor("BF16", 3, INNER)}, "rows"),
         ({"other": tensor("BF16", 2)}, "no known down projection"),
@@ -336,7 +336,7 @@ def test_a_model_is_known_by_its_config_or_by_the_name_given(mistral, capsys):
     assert "L1.2070.7310     kept: -0.2734375 -> -0.2734375 (BF16)" in capsys.readouterr().out
     unnamed = mistral(-0.2734375, _name_or_path="../local")
     assert main(["verify", str(unnamed), "--known"]) == 2
-    assert "say which: --model NAME" in capsys.readouterr().err
+    assert "name it with --model" in capsys.readouterr().err
     assert main(["verify", str(unnamed), "--known", "--model", "mistral-7b"]) == 0
     assert main(["verify", str(unnamed), "--model", "mistral-7b"]) == 0, "--model alone asks for it"
     assert main(["verify", str(unnamed), "--known", "--model", "no such"]) == 2
@@ -362,7 +362,7 @@ def test_a_suspicious_super_weight_is_exit_2(mistral, capsys):
     root = mistral(-13.0)
     assert main(["verify", str(root), "--model", "mistral-7b"]) == 2
     out = capsys.readouterr().out
-    assert "warning   known-suspicious: " in out and "0 of 1 super weight of" in out and "neither a yes nor a no" in out
+    assert "warning   known-suspicious: " in out and "0 of 1 super weight of" in out and "neither yes nor no" in out
     assert main(["verify", str(root), "--model", "mistral-7b", "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
     assert document["known"]["decided"] is False and document["known"]["coordinates"][0]["state"] == "suspicious"
@@ -377,7 +377,7 @@ def test_what_cannot_be_compared_is_neither_yes_nor_no(tmp_path, capsys):
     root = write_llama(tmp_path / "model")
     assert main(["verify", str(root), "--model", "mistral-7b"]) == 2
     out = capsys.readouterr().out
-    assert "warning   known-unreadable: " in out and "neither a yes nor a no" in out
+    assert "warning   known-unreadable: " in out and "neither yes nor no" in out
 
 
 def test_a_damaged_shard_is_a_finding_and_an_absent_checkpoint_bad_input(mistral, tmp_path, capsys):
