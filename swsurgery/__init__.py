@@ -1,10 +1,12 @@
 """Change single scalars of a checkpoint exactly, safely and with a proof.
 
-    from pathlib import Path
     import swsurgery
 
-    swsurgery.apply_manifest(Path("edits.yaml"), Path("patched"))
-    assert swsurgery.verify_checkpoint(Path("patched"), swsurgery.Silent()).ok
+    swsurgery.apply("edits.yaml", output="patched")
+    assert swsurgery.verify("patched").ok
+
+The functions are the commands: `swsurgery.verify` does what `swsurgery verify` does. docs/python.md has an example of
+each.
 
 Each package imports only packages below it:
 
@@ -26,71 +28,89 @@ Public names are loaded on first use, so importing this package is fast.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swsurgery._version import __version__
 
 if TYPE_CHECKING:
-    from swsurgery.checkpoint.diff import diff as diff_checkpoints
+    from swsurgery.checkpoint.diff import diff
+    from swsurgery.checkpoint.inspect import inspect
     from swsurgery.checkpoint.opening import open_checkpoint
-    from swsurgery.editing.apply import apply_manifest, plan_manifest
+    from swsurgery.editing.apply import apply, plan
     from swsurgery.editing.in_memory import load_patched, patched_state_dict
-    from swsurgery.editing.in_place import apply_in_place, revert_in_place
     from swsurgery.editing.revert import revert
-    from swsurgery.editing.sanity import CheckOptions, check_checkpoint
+    from swsurgery.editing.sanity import CheckOptions, check
     from swsurgery.errors import SwsurgeryError
-    from swsurgery.known import lookup
+    from swsurgery.known.lookup import lookup
     from swsurgery.manifest.load import load_manifest
-    from swsurgery.progress import Silent
-    from swsurgery.verifying.verify import verify_record as verify_checkpoint
+    from swsurgery.progress import Reporter, Silent
+    from swsurgery.scanning.scan import scan, sweep
+    from swsurgery.sharing.export import export
+    from swsurgery.sharing.publish import publish
+    from swsurgery.verifying.lint import lint
+    from swsurgery.verifying.signature import sign
+    from swsurgery.verifying.verify import verify
 
-# The name here -> the room, and the name there where it is another: `verify` and `diff` are rooms themselves.
-_PUBLIC = {
-    "CheckOptions": ("editing.sanity", "CheckOptions"),
-    "Silent": ("progress", "Silent"),
-    "SwsurgeryError": ("errors", "SwsurgeryError"),
-    "apply_in_place": ("editing.in_place", "apply_in_place"),
-    "apply_manifest": ("editing.apply", "apply_manifest"),
-    "check_checkpoint": ("editing.sanity", "check_checkpoint"),
-    "diff_checkpoints": ("checkpoint.diff", "diff"),
-    "load_manifest": ("manifest.load", "load_manifest"),
-    "load_patched": ("editing.in_memory", "load_patched"),
-    "lookup": ("known", "lookup"),
-    "open_checkpoint": ("checkpoint.opening", "open_checkpoint"),
-    "patched_state_dict": ("editing.in_memory", "patched_state_dict"),
-    "plan_manifest": ("editing.apply", "plan_manifest"),
-    "revert": ("editing.revert", "revert"),
-    "revert_in_place": ("editing.in_place", "revert_in_place"),
-    "verify_checkpoint": ("verifying.verify", "verify_record"),
+_MODULES = {
+    "CheckOptions": "editing.sanity",
+    "Reporter": "progress",
+    "Silent": "progress",
+    "SwsurgeryError": "errors",
+    "apply": "editing.apply",
+    "check": "editing.sanity",
+    "diff": "checkpoint.diff",
+    "export": "sharing.export",
+    "inspect": "checkpoint.inspect",
+    "lint": "verifying.lint",
+    "load_manifest": "manifest.load",
+    "load_patched": "editing.in_memory",
+    "lookup": "known.lookup",
+    "open_checkpoint": "checkpoint.opening",
+    "patched_state_dict": "editing.in_memory",
+    "plan": "editing.apply",
+    "publish": "sharing.publish",
+    "revert": "editing.revert",
+    "scan": "scanning.scan",
+    "sign": "verifying.signature",
+    "sweep": "scanning.scan",
+    "verify": "verifying.verify",
 }
+"""Public names, and the module that each is loaded from on first use."""
 
 __all__ = [  # written out, for tools that read and do not run
     "CheckOptions",
+    "Reporter",
     "Silent",
     "SwsurgeryError",
     "__version__",
-    "apply_in_place",
-    "apply_manifest",
-    "check_checkpoint",
-    "diff_checkpoints",
+    "apply",
+    "check",
+    "diff",
+    "export",
+    "inspect",
+    "lint",
     "load_manifest",
     "load_patched",
     "lookup",
     "open_checkpoint",
     "patched_state_dict",
-    "plan_manifest",
+    "plan",
+    "publish",
     "revert",
-    "revert_in_place",
-    "verify_checkpoint",
+    "scan",
+    "sign",
+    "sweep",
+    "verify",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room, there = _PUBLIC[name]
-    return getattr(import_module(f"{__name__}.{room}"), there)
+if not TYPE_CHECKING:  # type checkers see the imports above, and an error for any other name
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_MODULES})

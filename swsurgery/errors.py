@@ -44,9 +44,13 @@ def escape_control(text: str) -> str:
 
 
 class SwsurgeryError(Exception):
-    """Base class of all known errors. `faults` contains one line per fault."""
+    """Base class of all known errors. `faults` contains one line per fault.
+
+    `result` is what had been computed before, if only writing it failed.
+    """
 
     exit_code = 2
+    result: object = None
 
     def __init__(self, what: str, where: object = "", remedy: str = ""):
         line = escape_control(what)
@@ -170,6 +174,7 @@ class Interrupted(BaseException):
     """
 
     exit_code = 130
+    result: object = None
 
     def __init__(self, signal: str, left: str | None = None):
         self.faults = SwsurgeryError("interrupted", signal, left or _done[-1]).faults

@@ -1,12 +1,12 @@
-"""Define how long-running work reports its progress.
+"""Define how the library reports progress and notes.
 
-This module contains the protocol and a silent implementation. The visible progress bar is in `cli/output.py` and is
+This module contains the protocols and a silent implementation. The visible progress bar is in `cli/output.py` and is
 passed in.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Progress(Protocol):
@@ -25,8 +25,16 @@ class Progress(Protocol):
         """End the task; a second call does nothing."""
 
 
+@runtime_checkable
+class Reporter(Progress, Protocol):
+    """Receives the progress of the work, and notes for the user. Public functions accept one as `reporter`."""
+
+    def say(self, line: str) -> None:
+        """Receive one note, a line without a newline."""
+
+
 class Silent:
-    """A Progress that does nothing."""
+    """A Reporter that does nothing."""
 
     def start(self, total: int, unit: str, label: str) -> None:
         pass
@@ -39,6 +47,18 @@ class Silent:
 
     def close(self) -> None:
         pass
+
+    def say(self, line: str) -> None:
+        pass
+
+
+def require_reporter(reporter: Reporter | None) -> Reporter:
+    """Return the reporter, or a silent one for None. Raises TypeError for any other value."""
+    if reporter is None:
+        return Silent()
+    if not isinstance(reporter, Reporter):
+        raise TypeError(f"reporter must be None or a Reporter, not {reporter!r:.80}")
+    return reporter
 
 
 class Rounds:

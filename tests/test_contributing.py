@@ -74,7 +74,7 @@ def test_the_steps_of_apply_are_called_in_the_order_of_the_page():
     assert [int(cells[0]) for cells in table] == list(range(1, len(table) + 1))
     steps = [name for cells in table[:-1] for name in names(cells[1])]
     body = ast.parse(Path(apply.__file__).read_text()).body
-    (function,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "apply_manifest")
+    (function,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "apply")
     calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
     calls.sort(key=lambda call: (call.end_lineno, call.end_col_offset))  # an argument is computed before its call
     called = [ast.unparse(call.func).rpartition(".")[2] for call in calls]

@@ -5,17 +5,22 @@ Both are streamed, so memory use does not depend on their size. This is the only
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.progress import Progress
+from swsurgery.checkpoint.opening import open_checkpoint, open_for_reading
+from swsurgery.checkpoint.weight_files import Weights
+from swsurgery.progress import Progress, Reporter, require_reporter
+from swsurgery.storage.arguments import require_integer
 from swsurgery.storage.dtypes import convert_to_json
 from swsurgery.storage.files import BaseFile, fill, has_same_bytes, read_exactly
 from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.result import TableResult
 from swsurgery.storage.shard import Shard, TensorInfo
 
 DIFF_CHUNK = 4 << 20
@@ -48,8 +53,8 @@ class Change:
         return row if self.last is None or self.count == 1 else row | {"count": self.count, "last": list(self.last)}
 
 
-@dataclass
-class Difference:
+@dataclass(frozen=True, repr=False)
+class Difference(TableResult):
     """The result of comparing two checkpoints.
 
     `tensors` maps a changed tensor to (number of changed scalars, number of scalars). `mismatched` maps a tensor that
@@ -57,12 +62,12 @@ class Difference:
     `truncated` is True if changes were left out of `changes`.
     """
 
-    changes: list[Change] = field(default_factory=list)
-    tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
-    mismatched: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    truncated: bool = False
-    notes: list[str] = field(default_factory=list)
+    changes: tuple[Change, ...]
+    tensors: Mapping[str, tuple[int, int]]
+    mismatched: Mapping[str, str]
+    files: Mapping[str, str]
+    truncated: bool
+    notes: tuple[str, ...]
 
     @property
     def same(self) -> bool:
@@ -71,67 +76,102 @@ class Difference:
         return not self.tensors and not self.mismatched and all(state == "same" for state in others)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON output."""
+        """Return the document that `diff --json` prints."""
         return {
             "changes": [c.to_json() for c in self.changes],
             "tensors": {t: {"changed": n, "of": total} for t, (n, total) in self.tensors.items()},
-            "mismatched": self.mismatched,
-            "files": self.files,
+            "mismatched": dict(self.mismatched),
+            "files": dict(self.files),
             "truncated": self.truncated,
-            "notes": self.notes,
+            "notes": list(self.notes),
         }
 
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per listed change: tensor, index, old and new value, number of scalars and last index."""
+        return [{**vars(c), "index": list(c.index), "last": list(c.last or c.index)} for c in self.changes]
 
-def diff(a: Checkpoint, b: Checkpoint, progress: Progress, limit: int = 1000) -> Difference:
-    """Compare every tensor and every other file of two checkpoints.
 
-    At most `limit` changes of each tensor are listed; all are counted. If both checkpoints are on the Hub, files with
-    the same sha256 are not read. Raises CheckpointError if a file cannot be read.
+@dataclass
+class _Found:
+    """What has been found so far; the fields are those of `Difference`."""
+
+    changes: list[Change] = field(default_factory=list)
+    tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
+    mismatched: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    truncated: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    weights: Weights | None = None,
+    variant: str | None = None,
+    limit: int = 1000,
+    reporter: Reporter | None = None,
+) -> Difference:
+    """Compare every tensor, scalar by scalar, and every other file of two checkpoints.
+
+    `a` and `b` are directories or hf://ORG/NAME[@REV][/sub]. At most `limit` changes of each tensor are listed; all are
+    counted. If both checkpoints are on the Hub, files with the same sha256 are not read. `weights` and `variant` choose
+    between several sets of weights. Memory use does not depend on the size of the checkpoints.
+
+    Raises TypeError, HubError, CheckpointError; TargetError while another run edits one of them in place.
     """
-    result = Difference()
+    reporter, limit = require_reporter(reporter), require_integer("limit", limit)
+    with open_for_reading("a", a, reporter) as first, open_for_reading("b", b, reporter) as second:
+        return _compare_checkpoints(
+            open_checkpoint(first, weights, variant), open_checkpoint(second, weights, variant), limit, reporter
+        )
+
+
+def _compare_checkpoints(a: Checkpoint, b: Checkpoint, limit: int, progress: Progress) -> Difference:
+    found = _Found()
     files_a, files_b = {f.name: f for f in a.files}, {f.name: f for f in b.files}
     for name in sorted(files_a.keys() | files_b.keys()):
         if name not in files_b or name not in files_a:
-            result.files[name] = "only in a" if name in files_a else "only in b"
+            found.files[name] = "only in a" if name in files_a else "only in b"
         elif name not in a.shards and name not in b.shards:
-            result.files[name] = "same" if _has_same_bytes(files_a[name], files_b[name]) else "changed"
+            found.files[name] = "same" if _has_same_bytes(files_a[name], files_b[name]) else "changed"
     progress.start(sum(s.size - s.data_start for s in a.shards.values()), "B", "comparing")
     try:
         for tensor in sorted(a.weight_map.keys() | b.weight_map.keys()):
-            _compare(tensor, a, b, result, progress, limit)
+            _compare(tensor, a, b, found, progress, limit)
     finally:
         progress.close()
     for name in a.shards.keys() & b.shards.keys():
-        touched = any(a.weight_map.get(t) == name for t in [*result.tensors, *result.mismatched])
+        touched = any(a.weight_map.get(t) == name for t in [*found.tensors, *found.mismatched])
         header = files_a[name].size != files_b[name].size or _read_header(a.shards[name]) != _read_header(
             b.shards[name]
         )
-        result.files[name] = "changed" if touched or header else "same"
-    result.files = dict(sorted(result.files.items()))
-    return result
+        found.files[name] = "changed" if touched or header else "same"
+    files = dict(sorted(found.files.items()))
+    return Difference(tuple(found.changes), found.tensors, found.mismatched, files, found.truncated, tuple(found.notes))
 
 
-def _compare(tensor: str, a: Checkpoint, b: Checkpoint, result: Difference, progress: Progress, limit: int) -> None:
-    """Compare one tensor and add what differs to `result`."""
+def _compare(tensor: str, a: Checkpoint, b: Checkpoint, found: _Found, progress: Progress, limit: int) -> None:
+    """Compare one tensor and add what differs to `found`."""
     stored_a, stored_b = _find(tensor, a), _find(tensor, b)
     if stored_a is None or stored_b is None:
-        result.mismatched[tensor] = "not in a" if stored_b is not None else "not in b"
+        found.mismatched[tensor] = "not in a" if stored_b is not None else "not in b"
         return
     info_a, info_b = stored_a[1], stored_b[1]
     if (info_a.dtype, info_a.shape) != (info_b.dtype, info_b.shape):
-        result.mismatched[tensor] = f"{_render_form(info_a)} in a, {_render_form(info_b)} in b"
+        found.mismatched[tensor] = f"{_render_form(info_a)} in a, {_render_form(info_b)} in b"
         return
     same_offsets = info_a.data_offsets == info_b.data_offsets
     if same_offsets and _has_same_digest(a.file(a.weight_map[tensor]), b.file(b.weight_map[tensor])):
         progress.advance(info_a.size)
         return
-    changed = _compare_elements(stored_a, stored_b, result, progress, limit)
+    changed = _compare_elements(stored_a, stored_b, found, progress, limit)
     if changed:
-        result.tensors[tensor] = (changed, info_a.size // max(info_a.dtype.size, 1))
-        if len(result.notes) < MAX_DIFF_NOTES and (
+        found.tensors[tensor] = (changed, info_a.size // max(info_a.dtype.size, 1))
+        if len(found.notes) < MAX_DIFF_NOTES and (
             why := a.quantisation.refusal(tensor) or b.quantisation.refusal(tensor)
         ):
-            result.notes.append(f"{tensor}: the numbers listed are no weights ({why})")
+            found.notes.append(f"{tensor}: the numbers listed are no weights ({why})")
 
 
 def _find(tensor: str, checkpoint: Checkpoint) -> tuple[Shard, TensorInfo] | None:
@@ -144,11 +184,11 @@ def _find(tensor: str, checkpoint: Checkpoint) -> tuple[Shard, TensorInfo] | Non
 def _compare_elements(
     stored_a: tuple[Shard, TensorInfo],
     stored_b: tuple[Shard, TensorInfo],
-    result: Difference,
+    found: _Found,
     progress: Progress,
     limit: int,
 ) -> int:
-    """Compare two tensors of one dtype and shape, add at most `limit` changes to `result`, and count all changes.
+    """Compare two tensors of one dtype and shape, add at most `limit` changes to `found`, and count all changes.
 
     Elements smaller than a byte are counted in bytes and not listed.
     """
@@ -170,14 +210,14 @@ def _compare_elements(
             places = np.flatnonzero((array_a != array_b).any(axis=1))
             changed += len(places)
             if info_a.dtype.bits % 8:
-                result.truncated = True
+                found.truncated = True
                 continue
             for run in _split_runs(places, limit - listed):
                 if listed == limit:
-                    result.truncated = True
+                    found.truncated = True
                     break
                 listed += 1
-                result.changes.append(_describe_change(info_a, offset // unit, run, array_a, array_b))
+                found.changes.append(_describe_change(info_a, offset // unit, run, array_a, array_b))
     return changed
 
 

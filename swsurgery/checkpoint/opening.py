@@ -22,13 +22,15 @@ from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snap
 from swsurgery.checkpoint.record import find_record_among
 from swsurgery.checkpoint.weight_files import Weights, find_weights, format_some, has_several_sets, refuse_too_many
 from swsurgery.errors import CheckpointError, TargetError
+from swsurgery.hub import RemoteTree, open_location, parse_location
 from swsurgery.hub.names import suggest_uri
-from swsurgery.hub.remote import RemoteTree
+from swsurgery.progress import Reporter
 from swsurgery.storage import filesystem
-from swsurgery.storage.arguments import require_choice, require_type
+from swsurgery.storage.arguments import require_choice, require_location, require_type
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import WORKING_FILES
+from swsurgery.storage.numbers import format_size
 from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.storage.strict_json import read_config
 from swsurgery.threads import Pool
@@ -58,13 +60,18 @@ class _Listing:
 
 
 def open_checkpoint(
-    root: Path | Folder | RemoteTree, weights: Weights | None = None, variant: str | None = None
+    root: str | Path | Folder | RemoteTree, weights: Weights | None = None, variant: str | None = None
 ) -> Checkpoint:
-    """Enter a directory (or a repository) with `held`, and read its checkpoint as `read_checkpoint` does.
+    """Open a checkpoint: list its files and read the headers of its shards, no tensor.
+
+    `root` is a directory or hf://ORG/NAME[@REV][/sub], of which byte ranges are read; or a directory or a repository
+    that is open already. A directory is entered with `held`.
 
     If several sets of weights exist, `weights` and `variant` choose one; if neither is given, the record of a patched
     checkpoint chooses. Raises the errors of both functions, and CheckpointError for a damaged record.
     """
+    if not isinstance(root, Folder | RemoteTree):
+        root = open_location(parse_location(require_location("root", root)))
     with held(root) as entered:
         listing = _list(entered)
         if weights is None and variant is None and has_several_sets([file.name for file in listing.files]):
@@ -160,6 +167,24 @@ def _read(
         sub=listing.sub,
         variant=chosen.variant,
     )
+
+
+@contextlib.contextmanager
+def open_for_reading(name: str, checkpoint: str | Path, reporter: Reporter) -> Iterator[Folder | RemoteTree]:
+    """Yield a checkpoint to read, given as a directory or hf://ORG/NAME[@REV][/sub] by the argument `name`.
+
+    A directory is entered with `held`. Of a repository, byte ranges are read, and the reporter is told how many bytes
+    after the block. Raises TypeError, HubError and the errors of `held`.
+    """
+    with held(open_location(parse_location(require_location(name, checkpoint)))) as root:
+        yield root
+    if isinstance(root, RemoteTree):
+        reporter.say(describe_traffic(root))
+
+
+def describe_traffic(tree: RemoteTree) -> str:
+    """Return how much was read from a repository and in how many requests."""
+    return f"{tree}: {format_size(tree.traffic.bytes)} in {tree.traffic.requests} range requests"
 
 
 def refuse_other_weights(

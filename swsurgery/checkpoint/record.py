@@ -35,7 +35,9 @@ from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.files import File
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.result import TableResult
 from swsurgery.storage.schema import OfVariant, Position, Strict, Version
+from swsurgery.storage.splice import list_scalar_rows
 from swsurgery.storage.strict_json import RECORD, describe_first_fault, parse_json, read_small, render_pieces
 
 RECORD_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
@@ -150,7 +152,7 @@ class HistoryStep(Strict):
         return _validate(self.registry | {"history": []})
 
 
-class Record(Strict):
+class Record(TableResult, Strict):
     """The contents of swsurgery.json.
 
     `files` has every file of the patched checkpoint except the three that swsurgery adds. The files in `elsewhere` are
@@ -171,6 +173,15 @@ class Record(Strict):
     check: dict[str, Any]
     manifest_sha256: Digest
     history: Annotated[list[HistoryStep], FailFast()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contents of swsurgery.json."""
+        return self.model_dump(mode="json")
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per edited and per protected scalar: op, tensor, index, dtype, old, new, file, offset."""
+        document = self.to_json()
+        return list_scalar_rows(document["edits"], document["protected"])
 
     def list_inherited(self) -> list[tuple[int, ScalarRecord]]:
         """Return the scalars that earlier steps protect, each with the number (from 1) of the first step that does so.

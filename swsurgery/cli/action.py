@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from swsurgery._version import __version__
 from swsurgery.cli import output
 from swsurgery.errors import SwsurgeryError, escape_control
-from swsurgery.progress import Silent
 from swsurgery.storage import filesystem
 from swsurgery.verifying import formats
 from swsurgery.verifying.findings import Finding
@@ -26,7 +25,6 @@ from swsurgery.verifying.formats import FindingReport
 
 if TYPE_CHECKING:
     from swsurgery.checkpoint.weight_files import Weights
-    from swsurgery.verifying.verify import Question
 
 MAX_SUMMARY_ROWS = 50
 """Maximum number of rows in a table of the summary."""
@@ -71,42 +69,38 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
     """Return the requested checks. Raises SwsurgeryError for invalid inputs, or if no check is requested."""
     from swsurgery.hub import parse_directory
     from swsurgery.verifying.lint import lint
-    from swsurgery.verifying.verify import Question
+    from swsurgery.verifying.verify import verify
 
     steps: list[Callable[[], FindingReport]] = []
     strict, known, finite = (_read_switch(inputs, name, False) for name in ("STRICT", "KNOWN", "FINITE"))
     if lines := [line.strip() for line in inputs.get("LINT", "").splitlines() if line.strip()]:
         paths = [path for line in lines for path in _expand(line)]
-        steps.append(lambda: lint(paths, strict))
+        steps.append(lambda: lint(paths, strict=strict))
     checkpoint, base, model = (inputs.get(name) or None for name in ("CHECKPOINT", "BASE", "MODEL"))
     files = {name: Path(inputs[name]) for name in ("MANIFEST", "SIGNATURE", "PUBLIC_KEY") if inputs.get(name)}
     weights = _choose_weights(inputs)
     variant = inputs.get("VARIANT") or None
     if checkpoint:
-        question = Question(
-            base=base,
-            manifest=files.get("MANIFEST"),
-            known=known or model is not None,
-            model=model,
-            finite=finite,
-            signature=files.get("SIGNATURE"),
-            public_key=files.get("PUBLIC_KEY"),
-            weights=weights,
-            variant=variant,
-        )
         where = parse_directory(checkpoint)
-        steps.append(lambda: _verify(where, question))
+        steps.append(
+            lambda: verify(
+                where,
+                manifest=files.get("MANIFEST"),
+                base=base,
+                known=known,
+                model=model,
+                finite=finite,
+                signature=files.get("SIGNATURE"),
+                public_key=files.get("PUBLIC_KEY"),
+                weights=weights,
+                variant=variant,
+            )
+        )
     elif base or model or files or known or finite or weights or variant:
         raise SwsurgeryError("only the inputs lint and strict mean something without the input checkpoint")
     if not steps:
         raise SwsurgeryError("nothing to do: give the input checkpoint, the input lint, or both")
     return steps
-
-
-def _verify(checkpoint: Path, question: Question) -> FindingReport:
-    from swsurgery.verifying.verify import verify_checkpoint
-
-    return verify_checkpoint(checkpoint, question, Silent()).report(str(checkpoint))
 
 
 def _read_switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:

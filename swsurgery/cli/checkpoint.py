@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from swsurgery.cli.options import CheckpointArgument, VariantOption, WeightsOption, command, open_for_reading
-from swsurgery.cli.output import Output, print_json
+from swsurgery.cli.options import CheckpointArgument, VariantOption, WeightsOption, command
+from swsurgery.cli.output import Output
 
 
 @command
@@ -25,17 +25,9 @@ def inspect(
     from swsurgery.checkpoint import inspect
     from swsurgery.cli import show
 
-    with open_for_reading(checkpoint, out) as where:
-        if tensor is None and at is None:
-            document = inspect.inspect_files(where, weights, variant)
-            show_document = show.show_files
-        else:
-            document = inspect.inspect_tensor(where, tensor, at, weights, variant)
-            show_document = show.show_tensor
-        if out.json:
-            print_json(document)
-        else:
-            show_document(document)
+    found = inspect.inspect(checkpoint, tensor, at, weights=weights, variant=variant, reporter=out.make_reporter())
+    show_document = show.show_files if isinstance(found, inspect.Overview) else show.show_tensor
+    out.print_result(found, lambda found: show_document(found.to_json()))
 
 
 @command
@@ -51,17 +43,9 @@ def diff(
     from swsurgery.storage import numeric
 
     numeric.load_numpy()
-    from swsurgery.checkpoint.diff import diff as run
-    from swsurgery.checkpoint.opening import held, open_checkpoint
+    from swsurgery.checkpoint import diff
 
-    with (
-        open_for_reading(a, out) as first,
-        open_for_reading(b, out) as second,
-        held(first) as one,
-        held(second) as other,
-    ):
-        base, patched = open_checkpoint(one, weights, variant), open_checkpoint(other, weights, variant)
-        difference = run(base, patched, out.make_bar())
+    difference = diff.diff(a, b, weights=weights, variant=variant, reporter=out.make_reporter())
     out.print_result(difference, show.show_difference)
     if not difference.same:
         raise typer.Exit(1)

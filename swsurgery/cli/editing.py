@@ -22,12 +22,9 @@ from swsurgery.cli.options import (
     WindowOption,
     WindowsOption,
     command,
-    describe_traffic,
-    make_bounds,
     read_text,
 )
-from swsurgery.cli.output import Output, print_json, print_text
-from swsurgery.errors import SwsurgeryError, escape_control
+from swsurgery.cli.output import Output
 
 
 @command
@@ -77,47 +74,22 @@ def apply(
     from swsurgery.editing import apply, sanity
 
     if dry_run:
-        _print_plan(out, manifest, base)
+        out.print_result(apply.plan(manifest, base, reporter=out.make_reporter()), show.show_plan)
         return
-    bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
+    bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = sanity.CheckOptions(check, device, placement, read_text(text), prompt or None, bounds, windows, window)
-    if in_place:
-        from swsurgery.editing import in_place as in_place_module
-
-        if directory or link != "auto" or reuse_digests or for_publish:
-            raise SwsurgeryError(
-                "--in-place writes no copy, so it cannot be combined with -o, --link, --reuse-digests or --for-publish"
-            )
-        outcome = in_place_module.apply_in_place(
-            manifest, base=base, check=options, progress=out.make_bar(), say=out.note
-        )
-    else:
-        outcome = apply.apply_manifest(
-            manifest,
-            directory or Path.cwd() / manifest.stem,
-            base=base,
-            link=link,
-            check=options,
-            reuse_digests=reuse_digests,
-            for_publish=for_publish,
-            progress=out.make_bar(),
-            say=out.note,
-        )
-    out.print_result(outcome, show.show_outcome)
-
-
-def _print_plan(out: Output, manifest: Path, base: str | None) -> None:
-    from swsurgery.cli import show
-    from swsurgery.editing.apply import plan_manifest
-    from swsurgery.hub import RemoteTree
-
-    plan = plan_manifest(manifest, base, progress=out.make_bar())
-    if isinstance(plan.checkpoint.root, RemoteTree):
-        out.note(describe_traffic(plan.checkpoint.root))
-    if out.json:
-        print_json({"output": None, **plan.to_json(), "check": None})
-    else:
-        show.show_plan(plan)
+    applied = apply.apply(
+        manifest,
+        base,
+        directory,
+        in_place=in_place,
+        link=link,
+        check=options,
+        reuse_digests=reuse_digests,
+        for_publish=for_publish,
+        reporter=out.make_reporter(),
+    )
+    out.print_result(applied, show.show_applied)
 
 
 @command
@@ -130,25 +102,13 @@ def revert(
     link: Annotated[Literal["auto", "clone", "copy"], typer.Option(help="How files are copied, with -o.")] = "auto",
 ) -> None:
     """Restore the base of a patched checkpoint, byte for byte."""
-    from swsurgery.hub import parse_directory
+    from swsurgery.cli import show
+    from swsurgery.editing import revert
 
-    patched = parse_directory(checkpoint)
-    if directory is None:
-        from swsurgery.editing.in_place import revert_in_place
-
-        if link != "auto":
-            raise SwsurgeryError("--link needs -o")
-        notes = revert_in_place(patched, out.make_bar())
-    else:
-        from swsurgery.editing import revert
-
-        notes = revert.revert(patched, directory, link=link, progress=out.make_bar())
-    written = directory or patched
-    if out.json:
-        print_json({"output": str(written), "notes": notes})
-    else:
-        print_text(f"{escape_control(str(written))}: every file has the same bytes as before the manifest was applied")
-        for note in notes:
+    reverted = revert.revert(checkpoint, directory, link=link, reporter=out.make_reporter())
+    out.print_result(reverted, show.show_reverted)
+    if not out.json:
+        for note in reverted.notes:
             out.note(note)
 
 
@@ -173,20 +133,21 @@ def check(
     """
     from swsurgery.cli import show
     from swsurgery.editing import sanity
-    from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 
-    bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
-    options = sanity.CheckOptions(
-        "forward", device, placement, read_text(text), prompt or None, bounds, windows, window
+    report = sanity.check(
+        checkpoint,
+        text=read_text(text),
+        prompts=prompt or None,
+        windows=windows,
+        window=window,
+        max_perplexity_ratio=max_perplexity_ratio,
+        min_perplexity_ratio=min_perplexity_ratio,
+        weights=weights,
+        variant=variant,
+        device=device,
+        placement=placement,
+        reporter=out.make_reporter(),
     )
-    where = parse_location(checkpoint)
-    if isinstance(where, Uri):
-        sanity.refuse_bounds_without_base(open_location(where), bounds)
-    report = sanity.check_checkpoint(download_checkpoint(where), options, out.make_bar(), out.note, weights, variant)
-    document = report.to_json() | {"compared": report.compared}
-    if out.json:
-        print_json(document)
-    else:
-        show.show_check(document)
+    out.print_result(report, lambda report: show.show_check(report.to_json()))
     if not report.ok:
         raise typer.Exit(1)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from swsurgery.cli.options import command, get_width, open_for_reading
+from swsurgery.cli.options import command, get_width
 from swsurgery.cli.output import Output, print_json, print_text
 from swsurgery.errors import SwsurgeryError, escape_control, report_done
+
+if TYPE_CHECKING:
+    from swsurgery.known.lookup import KnownSuperWeights
 
 
 @command
@@ -27,27 +29,29 @@ def lookup(
     forget: Annotated[bool, typer.Option("--forget", help="Remove your own entry, made by scan --register.")] = False,
 ) -> None:
     """Print the known super weights of a model, or the record of a patched checkpoint."""
-    status = status or None
+    from swsurgery.known import lookup, table
+
     chosen = bool(status or manifest or factor is not None)
     if forget:
         if chosen:
             raise SwsurgeryError("--forget cannot be combined with --status, --manifest or --factor")
         _forget(out, model)
-    elif _is_checkpoint(model):
-        if chosen:
-            raise SwsurgeryError("--status, --manifest and --factor need the name of a model, not a checkpoint", model)
-        _print_record(out, model)
-    elif manifest:
-        _print_manifest(out, model, manifest, factor, status)
-    elif factor is not None:
+        return
+    if chosen and lookup.is_checkpoint(model):
+        raise SwsurgeryError("--status, --manifest and --factor need the name of a model, not a checkpoint", model)
+    if factor is not None and manifest is None:
         raise SwsurgeryError("--factor needs --manifest scale")
+    found = lookup.lookup(model, status=status or None, reporter=out.make_reporter())
+    if not isinstance(found, lookup.KnownSuperWeights):
+        from swsurgery.cli import show
+
+        out.print_result(found, show.show_record)
+    elif manifest:
+        _print_manifest(out, found, manifest, factor)
     else:
-        _print_known(out, model, status)
-
-
-def _is_checkpoint(name: str) -> bool:
-    is_directory = os.sep in name and Path(name).is_dir()
-    return name.startswith("hf://") or is_directory or Path(name, "swsurgery.json").is_file()
+        out.print_result(
+            found, lambda found: print_text(table.render_table(found.models[0], get_width(), found.statuses))
+        )
 
 
 def _forget(out: Output, model: str) -> None:
@@ -61,43 +65,15 @@ def _forget(out: Output, model: str) -> None:
         print_text(f"{escape_control(removed)}: your entry was removed; entries shipped with swsurgery remain")
 
 
-def _print_record(out: Output, checkpoint: str) -> None:
-    from swsurgery.checkpoint.opening import held
-    from swsurgery.checkpoint.record import read_record
-    from swsurgery.cli import show
-
-    with open_for_reading(checkpoint, out) as where, held(where) as entered:
-        record = read_record(entered).record
-    if out.json:
-        print_json(record.model_dump(mode="json"))
-    else:
-        show.show_record(record)
-
-
 def _print_manifest(
-    out: Output,
-    model: str,
-    operation: Literal["zero", "scale", "protect"],
-    factor: float | None,
-    status: list[str] | None,
+    out: Output, found: KnownSuperWeights, operation: Literal["zero", "scale", "protect"], factor: float | None
 ) -> None:
-    from swsurgery.known import own, table
+    from swsurgery.known import table
 
-    text = table.render_manifest(own.lookup(model), operation, factor, status)
+    text = table.render_manifest(found.models[0], operation, factor, found.statuses)
     if out.json:
         from swsurgery.manifest.load import parse_manifest
 
-        loaded = parse_manifest(text.encode(), Path(f"{operation}.yaml"))
-        print_json(loaded.manifest.model_dump(mode="json", exclude_unset=True))
+        print_json(parse_manifest(text.encode(), Path(f"{operation}.yaml")).to_json())
     else:
         print_text(text)
-
-
-def _print_known(out: Output, model: str, status: list[str] | None) -> None:
-    from swsurgery.known import own, shipped, table
-
-    found = own.lookup(model)
-    if out.json:
-        print_json(shipped.build_json(found, status))
-    else:
-        print_text(table.render_table(found, get_width(), status))

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Concatenate, Literal, ParamSpec
+from typing import Annotated, Concatenate, Literal, ParamSpec
 
 import typer
 
 from swsurgery.cli.output import Output, is_terminal
 from swsurgery.errors import SwsurgeryError, TargetError
-from swsurgery.storage.numbers import format_size
-
-if TYPE_CHECKING:
-    from swsurgery.hub import RemoteTree
-    from swsurgery.model.report import CheckedBounds
 
 P = ParamSpec("P")
 
@@ -121,16 +115,6 @@ def read_text(path: Path | None) -> str | None:
         raise SwsurgeryError(f"cannot read the text ({reason})", path) from None
 
 
-def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None:
-    """Return the bounds of the perplexity ratio, or None without any. Raises SwsurgeryError for an invalid ratio."""
-    from swsurgery.model.report import CheckedBounds
-
-    for value in (most, least):
-        if value is not None and not 0 < value < float("inf"):
-            raise SwsurgeryError("a perplexity ratio must be a finite number above 0", value)
-    return None if most is None and least is None else CheckedBounds(most, least)
-
-
 def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
     """Raise TargetError if a report would replace a local input or a file in one.
 
@@ -142,22 +126,3 @@ def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
         raise TargetError(
             "the report would overwrite an input, or be written inside it", report, "choose another --output"
         )
-
-
-@contextlib.contextmanager
-def open_for_reading(checkpoint: str, out: Output) -> Iterator[Path | RemoteTree]:
-    """Yield a checkpoint to read.
-
-    For a checkpoint on the Hub, print the amount of data read afterwards.
-    """
-    from swsurgery.hub import RemoteTree, open_location, parse_location
-
-    where = open_location(parse_location(checkpoint))
-    yield where
-    if isinstance(where, RemoteTree):
-        out.note(describe_traffic(where))
-
-
-def describe_traffic(repo: RemoteTree) -> str:
-    """Return how much was read from a repository and in how many requests."""
-    return f"{repo}: {format_size(repo.traffic.bytes)} in {repo.traffic.requests} range requests"

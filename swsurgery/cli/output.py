@@ -12,19 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from swsurgery.errors import TargetError, describe_done, escape_control
+from swsurgery.storage.result import Result
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-
-class Result(Protocol):
-    """A value that a command prints as JSON or as text."""
-
-    def to_json(self) -> object:
-        """Return the value as one JSON document."""
 
 
 R = TypeVar("R", bound=Result)
@@ -55,15 +49,19 @@ class Output:
         if not self.quiet:
             say(line)
 
-    def make_bar(self) -> Bar:
-        """Make a progress bar, which is invisible if --quiet was given."""
+    def make_reporter(self) -> Bar:
+        """Make a progress bar that also prints notes; it prints nothing if --quiet was given."""
         return Bar(self.quiet)
 
 
 class Bar:
-    """A progress bar on stderr; invisible if `quiet` or if stderr is not a terminal."""
+    """A reporter that prints notes and a progress bar on stderr, nothing if `quiet`.
+
+    The bar is invisible if stderr is not a terminal.
+    """
 
     def __init__(self, quiet: bool = False):
+        self._quiet = quiet
         self._hidden = quiet or not is_terminal(sys.stderr)
         self._bar: tqdm[NoReturn] | None = None
 
@@ -99,6 +97,10 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def say(self, line: str) -> None:
+        if not self._quiet:
+            say(line)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

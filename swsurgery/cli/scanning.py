@@ -54,39 +54,37 @@ def scan(
 ) -> None:
     """Find the super weights of a checkpoint. Exit 2 if none was found but some layers could not be read."""
     from swsurgery.cli import show_scan
-    from swsurgery.hub import download_checkpoint, parse_location
     from swsurgery.scanning import scan
+    from swsurgery.scanning.report import Scan
 
     _refuse_idle(out.given, method, confirm, manifest)
-    command = _scan_command(method, prompt, confirm, text, windows, window, weights, variant)
-    outputs = scan.Outputs(manifest, op, factor, plot, register, command)
-    options = scan.RunOptions(device, placement, read_text(text), windows, window)
-    where = download_checkpoint(parse_location(checkpoint))
-    report = scan.scan_checkpoint(
-        where,
-        method,
-        prompts=prompt or None,
-        confirm=confirm,
-        options=options,
-        outputs=outputs,
-        weights=weights,
-        variant=variant,
-        progress=out.make_bar(),
-        say=out.note,
-    )
-    lines: list[str] = []
     try:
-        scan.write_outputs(report, where, outputs, lines.append, weights, variant)
-    except Interrupted as interrupted:
-        if not lines:
-            raise
-        raise interrupted.replace_left("what was written stays") from interrupted
-    finally:  # print the result, which took long to compute, and the files written, even if writing failed
-        report_done("; ".join(lines))
-        out.print_result(report, show_scan.show_scan)
-        for line in lines:
-            out.note(line)
-    if report.answer == "undecided":
+        found = scan.scan(
+            checkpoint,
+            method=method,
+            prompts=prompt or None,
+            confirm=confirm,
+            manifest=manifest,
+            op=op,
+            factor=factor,
+            plot=plot,
+            register=register,
+            command=_scan_command(method, prompt, confirm, text, windows, window, weights, variant),
+            weights=weights,
+            variant=variant,
+            text=read_text(text),
+            windows=windows,
+            window=window,
+            device=device,
+            placement=placement,
+            reporter=out.make_reporter(),
+        )
+    except (SwsurgeryError, Interrupted) as error:
+        if isinstance(error.result, Scan):  # it took long to compute, and only writing a file failed
+            out.print_result(error.result, show_scan.show_scan)
+        raise
+    out.print_result(found, show_scan.show_scan)
+    if found.answer == "undecided":
         out.note("undecided: some layers were not read, and no super weight was found in the others")
         raise typer.Exit(2)
 
@@ -110,14 +108,17 @@ def sweep(
     from swsurgery.cli import show_scan
     from swsurgery.scanning import scan
 
-    report = scan.sweep_manifest(
+    report = scan.sweep(
         manifest,
         parse_numbers(factors),
-        base=base,
+        base,
         plot=plot,
-        options=scan.RunOptions(device, placement, read_text(text), windows, window),
-        progress=out.make_bar(),
-        say=out.note,
+        text=read_text(text),
+        windows=windows,
+        window=window,
+        device=device,
+        placement=placement,
+        reporter=out.make_reporter(),
     )
     if plot:
         report_done(f"figure: {plot}")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from swsurgery.cli.options import BaseOption, DirectoryArgument, command
-from swsurgery.cli.output import Output, print_json, print_text, say
+from swsurgery.cli.output import Output, print_text, say
 from swsurgery.errors import SwsurgeryError, escape_control, pluralise, report_done
 from swsurgery.storage.numbers import format_size
 
 if TYPE_CHECKING:
     from swsurgery.sharing.export import Exported
-    from swsurgery.sharing.publication import Publication, Wish
-    from swsurgery.sharing.publish import Published
-    from swsurgery.verifying.findings import Finding
+    from swsurgery.sharing.publication import Publication
+    from swsurgery.sharing.publish import Proposal, Published
 
 
 @command
@@ -45,54 +43,47 @@ def publish(
 
     Exit 1 if a finding prevents it, or if the Hub afterwards serves other files than planned.
     """
-    from swsurgery.hub import parse_directory
     from swsurgery.sharing import publication, publish
 
-    root = parse_directory(checkpoint)
-    wish = publication.Wish(repo_id, private, create_pr, revision, tag, message)
-    if dry_run:
-        found = publish.find_early(root)
-        _print_plan(out, _make_plan(out, root, wish, patch), found)
+    def confirm(plan: Publication) -> None:
+        if plan.changes and not plan.private and not yes and plan.pull_request is None:
+            _ask(plan)
+        else:
+            for line in publication.format_lines(plan):
+                out.note(line)
+
+    done = publish.publish(
+        checkpoint,
+        repo_id,
+        patch=patch,
+        private=private,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        accept=accept or (),
+        revision=revision,
+        tag=tag,
+        message=message,
+        confirm=confirm,
+        bars=not out.quiet and sys.stderr.isatty(),
+        reporter=out.make_reporter(),
+    )
+    if isinstance(done, publish.Proposal):
+        out.print_result(done, _show_proposal)
+        if not out.json:
+            for finding in done.findings:
+                out.note(f"needs --accept {finding.rule}: {finding.file}: {finding.message}")
         return
-    accepted = publish.check_gate(root, accept or (), out.make_bar())
-    plan = _make_plan(out, root, wish, patch, accepted, hashing=True)
-    if plan.changes and not plan.private and not yes and plan.pull_request is None:
-        _ask(plan)
-    else:
-        for line in publication.format_lines(plan):
-            out.note(line)
-    done = publish.publish(plan, out.make_bar(), out.note, bars=not out.quiet and sys.stderr.isatty())
     report_done(f"published: {done.repo_id}, commit {done.commit}")
-    if out.json:
-        print_json({"plan": plan.to_json(), "published": done.to_json()})
-    else:
-        _show_published(done)
+    out.print_result(done, _show_published)
     if done.findings:
         raise typer.Exit(1)
 
 
-def _make_plan(
-    out: Output, root: Path, wish: Wish, patch: bool, accepted: Sequence[Finding] = (), hashing: bool = False
-) -> Publication:
-    if patch:
-        from swsurgery.sharing.plan_patch import make_patch_publication
-
-        return make_patch_publication(root, wish, accepted, out.make_bar())
-    from swsurgery.sharing.plan_checkpoint import make_publication
-
-    return make_publication(root, wish, accepted, out.make_bar(), hashing=hashing)
-
-
-def _print_plan(out: Output, plan: Publication, findings: Sequence[Finding]) -> None:
+def _show_proposal(proposal: Proposal) -> None:
     from swsurgery.sharing import publication
 
-    if out.json:
-        print_json({"plan": plan.to_json(), "findings": [f.to_json() for f in findings]})
-        return
-    for line in publication.format_lines(plan):
+    for line in publication.format_lines(proposal.plan):
         print_text(escape_control(line))
-    for finding in findings:
-        out.note(f"needs --accept {finding.rule}: {finding.file}: {finding.message}")
 
 
 def _ask(plan: Publication) -> None:
@@ -155,7 +146,7 @@ def export(
     """Write only the edits, in a few kilobytes."""
     from swsurgery.sharing import export as export_module
 
-    exported = export_module.write(source, form, target, base=base, progress=out.make_bar())
+    exported = export_module.export(source, target, format=form, base=base, reporter=out.make_reporter())
     report_done(f"the output was written: {exported.output}")
     out.print_result(exported, _show_exported)
     if not out.json:

@@ -5,6 +5,7 @@ Must not compute anything or import torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.cli.output import print_table, print_text
@@ -14,8 +15,9 @@ from swsurgery.storage.numbers import format_size
 if TYPE_CHECKING:
     from swsurgery.checkpoint.diff import Difference
     from swsurgery.checkpoint.record import Record
-    from swsurgery.editing.apply import Outcome
+    from swsurgery.editing.applied import Applied
     from swsurgery.editing.plan import Plan
+    from swsurgery.editing.revert import Reverted
 
 MAX_ROWS = 40
 """Maximum number of rows printed of a table."""
@@ -47,9 +49,9 @@ def show_plan(plan: Plan) -> None:
     print_text("nothing was written")
 
 
-def show_outcome(outcome: Outcome) -> None:
+def show_applied(applied: Applied) -> None:
     """Print what was applied, the check, and how to prove and undo it."""
-    document = outcome.to_json()
+    document = applied.to_json()
     _list_edits(document["splices"], document["protected"])
     print_text("")
     show_check(document["check"])
@@ -61,19 +63,25 @@ def show_outcome(outcome: Outcome) -> None:
         "kept": "kept from the interrupted run",
         "elsewhere": "left in the base's repository",
     }
-    amounts = {how: sum(f.size for f in outcome.applied.files if f.how == how) for how in words}
+    amounts = {how: sum(f.size for f in applied.copied.files if f.how == how) for how in words}
     in_place = not any(amounts.values())
     how = "in place" if in_place else ", ".join(f"{format_size(n)} {words[k]}" for k, n in amounts.items() if n)
-    done = f"wrote     {escape_control(str(outcome.output))} ({how})"
-    if unverified := sum(f.unverified for f in outcome.applied.files):
+    done = f"wrote     {escape_control(str(applied.output))} ({how})"
+    if unverified := sum(f.unverified for f in applied.copied.files):
         print_text(f"not hashed {pluralise(unverified, 'file')}: the record marks the digests as unverified")
     print_text(
         done
-        if outcome.written
-        else f"unchanged {escape_control(str(outcome.output))} (the manifest was already applied)"
+        if applied.written
+        else f"unchanged {escape_control(str(applied.output))} (the manifest was already applied)"
     )
-    print_text(f"prove it  swsurgery verify {escape_control(str(outcome.output))}")
-    print_text(f"undo it   swsurgery revert {escape_control(str(outcome.output))}{'' if in_place else ' -o DIR'}")
+    print_text(f"prove it  swsurgery verify {escape_control(str(applied.output))}")
+    print_text(f"undo it   swsurgery revert {escape_control(str(applied.output))}{'' if in_place else ' -o DIR'}")
+
+
+def show_reverted(reverted: Reverted) -> None:
+    """Print which base was restored."""
+    written = escape_control(str(reverted.output))
+    print_text(f"{written}: every file has the same bytes as before the manifest was applied")
 
 
 def show_record(record: Record) -> None:
@@ -100,7 +108,7 @@ def show_record(record: Record) -> None:
         print_text("check     the report in the record cannot be read")
 
 
-def show_check(document: dict[str, Any]) -> None:
+def show_check(document: Mapping[str, Any]) -> None:
     """Print a check, given as in the record or as a report's JSON."""
     if document.get("kind", "forward") != "forward":
         print_text(f"check     no forward check was made: {escape_control(document['reason'])}")
@@ -121,7 +129,7 @@ def show_check(document: dict[str, Any]) -> None:
     _describe_measured(document)
 
 
-def _check_alone(document: dict[str, Any]) -> None:
+def _check_alone(document: Mapping[str, Any]) -> None:
     """Print the measurements of a model that was not compared with a base."""
     patched = document["patched"]
     rows = [
@@ -136,7 +144,7 @@ def _check_alone(document: dict[str, Any]) -> None:
     _describe_measured(document)
 
 
-def _list_continuations(document: dict[str, Any], sides: tuple[str, ...]) -> None:
+def _list_continuations(document: Mapping[str, Any], sides: tuple[str, ...]) -> None:
     for prompt in document["prompts"]:
         print_text(f"\n{escape_control(prompt['prompt'])!r}")
         for side in sides:
@@ -144,7 +152,7 @@ def _list_continuations(document: dict[str, Any], sides: tuple[str, ...]) -> Non
             print_text(f"  {side if len(sides) > 1 else '':8} {tokens or 'no finite logits'}")
 
 
-def _describe_measured(document: dict[str, Any]) -> None:
+def _describe_measured(document: Mapping[str, Any]) -> None:
     for failure in document["failures"]:
         print_text(f"FAILED    {escape_control(failure)}")
     text = document["text"]
@@ -182,7 +190,7 @@ def show_difference(difference: Difference) -> None:
         print_text("no scalar differs")
 
 
-def show_files(document: dict[str, Any]) -> None:
+def show_files(document: Mapping[str, Any]) -> None:
     """Print the files and tensors of a checkpoint."""
     model_type = str(document["model_type"] or "unknown model type")
     print_text(f"{escape_control(document['checkpoint'])}: {escape_control(model_type)}")
@@ -205,7 +213,7 @@ def show_files(document: dict[str, Any]) -> None:
         print_text(f"\n{escape_control(note)}")
 
 
-def show_tensor(document: dict[str, Any]) -> None:
+def show_tensor(document: Mapping[str, Any]) -> None:
     """Print the facts about one scalar."""
     for key, value in document.items():
         if key == "expert" and value is None:  # a dense layer has no experts

@@ -21,8 +21,8 @@ from swsurgery.scanning.report import (
     Confirmation,
     Effect,
     PersistentActivation,
-    ScanReport,
-    SweepReport,
+    Scan,
+    Sweep,
     UnreadLayer,
 )
 from swsurgery.storage.coordinate import Coordinate
@@ -32,7 +32,7 @@ Columns = dict[str, Sequence[object]]
 """Header -> cells. A column that contains only None is not printed."""
 
 
-def show_scan(report: ScanReport) -> None:
+def show_scan(report: Scan) -> None:
     """Print the answer of a scan, its candidates, the causal test and the notes."""
     print_text(f"scanned   {_describe_scanned(report)}")
     print_text(f"answer    {_describe_answer(report)}")
@@ -87,7 +87,7 @@ def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
     )
 
 
-def show_sweep(report: SweepReport) -> None:
+def show_sweep(report: Sweep) -> None:
     """Print the quality for each factor, including the base, and the text and device it was measured on."""
     for coordinate in report.coordinates:
         print_text(f"scaled    {escape_control(str(coordinate))}")
@@ -143,7 +143,7 @@ def _print_confirmation(confirmation: Confirmation) -> None:
     )
 
 
-def _describe_scanned(report: ScanReport) -> str:
+def _describe_scanned(report: Scan) -> str:
     line = f"{pluralise(report.layers, 'layer')} of {escape_control(report.model_type)} by {report.method}"
     return f"{line}, {pluralise(len(report.prompts), 'prompt')}" if report.prompts else line
 
@@ -174,7 +174,7 @@ def _format_numbered(noun: str, numbers: Sequence[int]) -> str:
     return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
 
 
-def _describe_answer(report: ScanReport) -> str:
+def _describe_answer(report: Scan) -> str:
     if report.answer == "undecided":
         layers = pluralise(len(report.unread), "layer")
         what = "confirmed" if report.candidates else "found"

@@ -13,14 +13,14 @@ from swsurgery.cli.options import (
     VariantOption,
     WeightsOption,
     command,
-    open_for_reading,
     refuse_replacing,
 )
-from swsurgery.cli.output import Output, print_json, print_text
+from swsurgery.cli.output import Output, print_text
 from swsurgery.errors import escape_control, pluralise, report_done
 
 if TYPE_CHECKING:
     from swsurgery.verifying.formats import FindingReport
+    from swsurgery.verifying.signature import Signed
 
 Format = Literal["text", "json", "junit", "sarif", "github"]
 FormatOption = Annotated[Format, typer.Option(help="The format of the findings.")]
@@ -60,22 +60,23 @@ def verify(
     from swsurgery.hub import parse_location
     from swsurgery.verifying import verify
 
-    question = verify.Question(
-        base,
-        manifest,
-        known or model is not None,
-        model,
-        known_tolerance,
-        finite,
-        signature,
-        public_key,
-        weights,
-        variant,
+    inputs = [parse_location(each) for each in (checkpoint, base) if each is not None]
+    refuse_replacing(file, [*inputs, manifest, signature, public_key])
+    verification = verify.verify(
+        checkpoint,
+        manifest=manifest,
+        base=base,
+        known=known,
+        model=model,
+        tolerance=known_tolerance,
+        finite=finite,
+        signature=signature,
+        public_key=public_key,
+        weights=weights,
+        variant=variant,
+        reporter=out.make_reporter(),
     )
-    with open_for_reading(checkpoint, out) as where:
-        refuse_replacing(file, [where, parse_location(base) if base else None, manifest, signature, public_key])
-        report = verify.verify_checkpoint(where, question, out.make_bar()).report(checkpoint)
-    _write_findings(out, report, format, file)
+    _write_findings(out, verification, format, file)
 
 
 @command
@@ -87,10 +88,10 @@ def lint(
     file: ReportFile = None,
 ) -> None:
     """Find mistakes in manifests, offline and without a checkpoint. Exit 1 if there are any."""
-    from swsurgery.verifying.lint import lint as run
+    from swsurgery.verifying import lint
 
     refuse_replacing(file, manifests)
-    _write_findings(out, run(manifests, strict), format, file)
+    _write_findings(out, lint.lint(manifests, strict=strict, reporter=out.make_reporter()), format, file)
 
 
 def _write_findings(out: Output, report: FindingReport, form: Format, file: Path | None) -> None:
@@ -118,14 +119,13 @@ def sign(
     ] = None,
 ) -> None:
     """Sign every file of a checkpoint with a private key."""
-    from swsurgery.hub import parse_directory
     from swsurgery.verifying import signature as signature_module
 
-    root = parse_directory(checkpoint)
-    written = signature_module.sign(root, key, signature)
-    report_done(f"the signature was written: {written}")
-    if out.json:
-        print_json({"checkpoint": str(root), "signature": str(written)})
-    else:
-        print_text(f"signed    {escape_control(str(root))}")
-        print_text(f"signature {escape_control(str(written))}")
+    signed = signature_module.sign(checkpoint, key, signature, reporter=out.make_reporter())
+    report_done(f"the signature was written: {signed.signature}")
+    out.print_result(signed, _show_signed)
+
+
+def _show_signed(signed: Signed) -> None:
+    print_text(f"signed    {escape_control(str(signed.checkpoint))}")
+    print_text(f"signature {escape_control(str(signed.signature))}")

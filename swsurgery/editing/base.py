@@ -30,7 +30,7 @@ def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
     return pins
 
 
-def find_base(loaded: LoadedManifest, base: str | None) -> Path | Uri:
+def find_base(loaded: LoadedManifest, base: str | Path | None) -> Path | Uri:
     """Return the location of the base: `base` if it is given, otherwise what the manifest states.
 
     Raises HubError for a malformed name, CheckpointError for a path that looks like a repository of the Hub.

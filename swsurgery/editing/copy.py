@@ -53,7 +53,7 @@ class AppliedFile:
 
 
 @dataclass(frozen=True)
-class Applied:
+class Copied:
     """What was written into the staged directory."""
 
     files: tuple[AppliedFile, ...]
@@ -120,7 +120,7 @@ def write_checkpoint(
     progress: Progress,
     digests: DigestCache | None = None,
     reuse: bool = False,
-) -> Applied:
+) -> Copied:
     """Write every file of `source` into the directory `stage`.
 
     Each file of the base is hashed, and its digest is stored in `digests`. With `reuse`, a file without splices and
@@ -148,7 +148,7 @@ def write_checkpoint(
         assert file.digest is not None  # the caller chose files whose digests are known
         check_digest(file, file.digest, source.pins)
         applied.append(AppliedFile(file.name, file.size, file.digest, file.digest, "elsewhere"))
-    return Applied(tuple(sorted(applied, key=lambda f: f.name)))
+    return Copied(tuple(sorted(applied, key=lambda f: f.name)))
 
 
 def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,46 +16,49 @@ from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import ModelError
 from swsurgery.hub import download_checkpoint
-from swsurgery.manifest.load import LoadedManifest, load_manifest, parse_manifest
+from swsurgery.manifest.load import ManifestLike, load_manifest
+from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage.hashing import check_digest, hash_file
 
 if TYPE_CHECKING:
     from swsurgery.model.patched import PreTrainedModel, Tensor
 
-Given = Path | str | bytes | dict[str, Any] | LoadedManifest
-"""A manifest is given as a path to it or to a patch, as bytes, as a dict of its content, or loaded."""
 
+def load_patched(
+    manifest: ManifestLike, base: str | Path | None = None, *, reporter: Reporter | None = None, **options: Any
+) -> PreTrainedModel:
+    """Load the model that transformers would load from the patched checkpoint, in evaluation mode; write nothing.
 
-def load_patched(base: str | Path | None, manifest: Given, **options: Any) -> PreTrainedModel:
-    """Load the model that transformers would load from the patched checkpoint, in evaluation mode.
+    `manifest` and `base` are those of `apply`; a base on the Hub is downloaded. `options` are passed to from_pretrained
+    of transformers: dtype, device_map, attn_implementation and so on. New values are rounded to the dtype of the loaded
+    model, as stored values are. Each edited and protected scalar is compared before and after.
 
-    `base` is a directory or "hf://ORG/NAME[@REV]"; None means the base that the manifest names. `options` are passed to
-    from_pretrained of transformers: dtype, device_map, attn_implementation and so on. New values are rounded to the
-    dtype of the loaded model, as stored values are. Each edited and protected scalar is compared before and after.
-
-    Raises HubError, ManifestError, CheckpointError, PlanError (a digest or an expected value differs), ModelError.
+    Raises TypeError, HubError, ManifestError, CheckpointError, PlanError (a digest or an expected value differs),
+    ModelError.
     """
     _refuse_without("torch", "transformers")
     from swsurgery.model import patched
 
-    with _plan_held(base, manifest) as plan:
+    with _plan_held(manifest, base, require_reporter(reporter)) as plan:
         return patched.load(plan.checkpoint, plan.splices, plan.protected, options)
 
 
-def patched_state_dict(base: str | Path | None, manifest: Given) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) for every tensor of the patched checkpoint.
+def patched_state_dict(
+    manifest: ManifestLike, base: str | Path | None = None, *, reporter: Reporter | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for every tensor of the patched checkpoint; write nothing.
 
-    Tensors have their stored dtype and shape, are on the CPU and come in the order of the shards; one is in memory at a
-    time. `base` and `manifest` are those of `load_patched`.
+    `manifest` and `base` are those of `apply`; a base on the Hub is downloaded. Tensors have their stored dtype and
+    shape, are on the CPU and come in the order of the shards; one is in memory at a time.
 
-    Raises HubError, ManifestError, CheckpointError, PlanError or ModelError at once if the request cannot be done, and
-    CheckpointError during the iteration if a shard has changed.
+    Raises TypeError, HubError, ManifestError, CheckpointError, PlanError or ModelError at once if the request cannot be
+    done, and CheckpointError during the iteration if a shard has changed.
     """
     _refuse_without("torch")
     from swsurgery.model import patched
 
     with contextlib.ExitStack() as stack:
-        plan = stack.enter_context(_plan_held(base, manifest))
+        plan = stack.enter_context(_plan_held(manifest, base, require_reporter(reporter)))
         patched.refuse_unreadable(plan.checkpoint)
         held = stack.pop_all()
 
@@ -68,24 +70,15 @@ def patched_state_dict(base: str | Path | None, manifest: Given) -> Iterator[tup
 
 
 @contextlib.contextmanager
-def _plan_held(base: str | Path | None, manifest: Given) -> Iterator[Plan]:
+def _plan_held(manifest: ManifestLike, base: str | Path | None, reporter: Reporter) -> Iterator[Plan]:
     """Plan a manifest, and keep its base from being edited in place during the block."""
-    loaded = _load(manifest)
-    with held(download_checkpoint(find_base(loaded, str(base) if base is not None else None))) as entered:
-        plan = make_plan(loaded, read_checkpoint(entered, loaded.manifest.base))
+    loaded = load_manifest(manifest, base)
+    with held(download_checkpoint(find_base(loaded, base))) as root:
+        plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
         _check_digests(plan)
+        for note in plan.notes:
+            reporter.say(note)
         yield plan
-
-
-def _load(manifest: Given) -> LoadedManifest:
-    """Read and check a manifest, in whatever form it is given."""
-    if isinstance(manifest, LoadedManifest):
-        return manifest
-    if isinstance(manifest, dict):
-        manifest = json.dumps(manifest).encode()
-    if isinstance(manifest, bytes):
-        return parse_manifest(manifest, Path("manifest"))  # a base.path is relative to the current directory
-    return load_manifest(Path(manifest))
 
 
 def _check_digests(plan: Plan) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,21 +20,21 @@ from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import held_for_editing, read_checkpoint
 from swsurgery.checkpoint.record import Patched, Record, ScalarRecord, find_record, read_record
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
-from swsurgery.editing.apply import SMALL_CHECKPOINT, Outcome
-from swsurgery.editing.base import collect_known_digests, find_base
-from swsurgery.editing.copy import Applied, AppliedFile, compute_record_mode
+from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
+from swsurgery.editing.base import collect_known_digests
+from swsurgery.editing.copy import AppliedFile, Copied, compute_record_mode
 from swsurgery.editing.pins import check_left_out
 from swsurgery.editing.plan import make_plan
 from swsurgery.editing.record import complete_record, draft_record
 from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
 from swsurgery.editing.resolve import find_known, resolve
-from swsurgery.editing.revert import build_undo, list_reversion_notes
-from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
+from swsurgery.editing.sanity import CheckOptions, combine_bounds, run_check
+from swsurgery.editing.undo import build_undo, list_reversion_notes
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
 from swsurgery.known import own
-from swsurgery.manifest.load import LoadedManifest, load_manifest
-from swsurgery.progress import Progress, Silent
+from swsurgery.manifest.load import LoadedManifest
+from swsurgery.progress import Progress, Reporter
 from swsurgery.storage import filesystem
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.folder import Entry, Folder
@@ -43,67 +43,56 @@ from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.splice import Splice, group_by_file
 
 
-def apply_in_place(
-    manifest: Path,
-    *,
-    base: str | None = None,
-    check: CheckOptions | Check | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Outcome:
+def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions, reporter: Reporter) -> Applied:
     """Turn the base itself into the patched checkpoint, checked and with its record, or leave it as it is.
 
-    A manifest that was applied last is not applied again. `say` receives each note for the user. Raises ManifestError,
-    CheckpointError, PlanError, ModelError; TargetError if the directory or a file in it must not be written;
-    CheckFailed if the patched checkpoint fails the check.
+    A manifest that was applied last is not applied again. Raises CheckpointError, PlanError, ModelError; TargetError if
+    the directory or a file in it must not be written; CheckFailed if the patched checkpoint fails the check.
     """
-    progress, check = progress or Silent(), CheckOptions.of(check)
-    loaded = load_manifest(manifest)
-    root = _find_directory(find_base(loaded, base))
+    root = _find_directory(base)
     with held_for_editing(root) as (folder, _), contextlib.ExitStack() as opened:
         checkpoint = read_checkpoint(folder, loaded.manifest.base)
         previous = find_record(checkpoint)
         if previous and previous.record.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
-            outcome = _report_applied(folder, checkpoint, loaded, previous, progress)
-            say(*outcome.notes)
-            return outcome
+            found = _report_applied(folder, checkpoint, loaded, previous, reporter)
+            reporter.say(*found.notes)
+            return found
         plan = make_plan(loaded, checkpoint)
         if plan.omitted:
             raise PlanError("an edit in place cannot leave files out", ", ".join(plan.omitted), "set base.copies: keep")
         combine_bounds(plan, check)  # before anything is hashed or written
         draft = draft_record(plan)
         for note in plan.notes:
-            say(note)
+            reporter.say(note)
         pins = collect_known_digests(plan)
-        check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, progress)
+        check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, reporter)
         shards = _open_shards(folder, plan.checkpoint, plan.splices, opened)
-        touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, progress)
+        touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, reporter)
         stated = loaded.manifest.base.sha256
         before = previous.record if previous else None
-        rest = _describe_untouched(plan.checkpoint, touched, before, pins, stated, progress)
+        rest = _describe_untouched(plan.checkpoint, touched, before, pins, stated, reporter)
         edited = [AppliedFile(name, plan.checkpoint.file(name).size, *both, "place") for name, both in touched.items()]
-        applied = Applied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
+        copied = Copied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
         _refuse_changed(checkpoint, touched)
         _refuse_changed_records(folder, checkpoint)
         with journal.apply_splices(folder, shards, plan.splices, mode=compute_record_mode(checkpoint.files)) as own:
-            result = run_check(plan, folder, check, progress, say)
-            record = complete_record(draft, applied, result)
+            result = run_check(plan, folder, check, reporter, reporter.say)
+            record = complete_record(draft, copied, result)
             own |= Patched(record, record.render(), loaded.raw).own_files()
             _refuse_changed(checkpoint, touched)
-    return Outcome(folder.path, applied, record, plan.notes)
+    return Applied(folder.path, copied, record, plan.notes)
 
 
-def revert_in_place(root: Path, progress: Progress | None = None) -> list[str]:
+def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
     """Turn a patched checkpoint itself back into its base, and return notes for the user.
 
     If several manifests were applied one after the other, only the last is undone. If an edit was interrupted, only
     that edit is undone; an interrupted reversion starts again. Raises CheckpointError, TargetError, and PlanError if a
     file was changed since the edit.
     """
-    progress = progress or Silent()
     with held_for_editing(_find_directory(root), moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
         if cut_off and not cut_off.reverts:
-            return ["only the interrupted edit was undone; the edits before it remain"]
+            return ("only the interrupted edit was undone; the edits before it remain",)
         root = folder.path
         patched = read_record(folder)
         record, previous = patched.record, patched.rebuild_previous()
@@ -279,7 +268,7 @@ def _describe_untouched(
 
 def _report_applied(
     folder: Folder, checkpoint: Checkpoint, loaded: LoadedManifest, patched: Patched, progress: Progress
-) -> Outcome:
+) -> Applied:
     """Report that nothing has to be done, because an earlier run applied this manifest.
 
     The record must be what this manifest makes of the base, and the files must be what the record states. Raises
@@ -307,7 +296,7 @@ def _report_applied(
         AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in record.files.items()
     )
     note = "the manifest was already applied; nothing was written"
-    return Outcome(folder.path, Applied(done), record, (note,), written=False)
+    return Applied(folder.path, Copied(done), record, (note,), written=False)
 
 
 def _find_differences(

@@ -23,15 +23,16 @@ from swsurgery.manifest.operations import Protect, Scale, explain_expectation
 from swsurgery.manifest.yaml_reader import MAX_FAULTS
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.result import TableResult
 from swsurgery.storage.shard import TensorInfo
-from swsurgery.storage.splice import Scalar, Splice
+from swsurgery.storage.splice import Scalar, Splice, list_scalar_rows
 
 MAX_NOTES = 20
 """Maximum number of disagreements between index and shards listed individually."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(TableResult):
     """Everything that applying a manifest needs.
 
     `omitted` are the files of the base that are not copied. `previous` are the base's own records if the base is itself
@@ -58,14 +59,21 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Build the JSON document that `apply --dry-run --json` prints."""
         document: dict[str, Any] = {
+            "output": None,
             "splices": [s.to_json() for s in self.splices],
             "protected": [p.to_json() for p in self.protected],
             "omitted": list(self.omitted),
             "notes": list(self.notes),
+            "check": None,
         }
         if self.pins_checked or self.pins_unchecked:
             document["pins"] = {"checked": list(self.pins_checked), "not_checked": list(self.pins_unchecked)}
         return document
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per changed and per protected scalar: op, tensor, index, dtype, old, new, file, offset."""
+        document = self.to_json()
+        return list_scalar_rows(document["splices"], document["protected"])
 
 
 def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:

@@ -18,7 +18,7 @@ from swsurgery.known import shipped
 from swsurgery.storage.strict_json import MAX_JSON, RECORD, Limits
 
 if TYPE_CHECKING:  # for annotations only
-    from swsurgery.editing.copy import Applied
+    from swsurgery.editing.copy import Copied
     from swsurgery.editing.plan import Plan
     from swsurgery.storage.splice import Scalar
 
@@ -64,13 +64,13 @@ def draft_record(plan: Plan) -> Record:
     return draft
 
 
-def complete_record(draft: Record, applied: Applied, check: dict[str, Any]) -> Record:
+def complete_record(draft: Record, copied: Copied, check: dict[str, Any]) -> Record:
     """Add the digests of all files and the report of the check to a draft."""
     files = {
         f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
-        for f in applied.files
+        for f in copied.files
     }
-    elsewhere = [f.name for f in applied.files if f.how == "elsewhere"]
+    elsewhere = [f.name for f in copied.files if f.how == "elsewhere"]
     return draft.model_copy(update={"files": files, "elsewhere": elsewhere, "check": check})
 
 

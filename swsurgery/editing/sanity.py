@@ -18,13 +18,20 @@ from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint,
 from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.plan import Plan
-from swsurgery.errors import CheckFailed, ModelError, PlanError, Unrunnable, add_remedy
-from swsurgery.hub.remote import RemoteTree
+from swsurgery.errors import CheckFailed, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
+from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.model.report import CheckedBounds, CheckReport
-from swsurgery.progress import Progress
-from swsurgery.storage.arguments import require_choice, require_strings, require_type
+from swsurgery.progress import Progress, Reporter, require_reporter
+from swsurgery.storage.arguments import (
+    require_choice,
+    require_integer,
+    require_location,
+    require_number,
+    require_strings,
+    require_type,
+)
 from swsurgery.storage.dtypes import DTYPES, decode
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.splice import Splice
@@ -57,6 +64,8 @@ class CheckOptions:
         require_type("text", self.text, str, optional=True)
         require_strings("prompts", self.prompts)
         require_type("bounds", self.bounds, CheckedBounds, optional=True)
+        for name in ("windows", "window"):
+            object.__setattr__(self, name, require_integer(name, getattr(self, name)))
 
     @classmethod
     def of(cls, check: CheckOptions | Check | None) -> CheckOptions:
@@ -77,30 +86,43 @@ class CheckOptions:
         return given != ("auto", "auto", None, None, 16, 512)
 
 
-def check_checkpoint(
-    root: Path,
-    options: CheckOptions | Check | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda line: None,
+def check(
+    checkpoint: str | Path,
+    *,
+    text: str | None = None,
+    prompts: Sequence[str] | None = None,
+    windows: int = 16,
+    window: int = 512,
+    max_perplexity_ratio: float | None = None,
+    min_perplexity_ratio: float | None = None,
     weights: Weights | None = None,
     variant: str | None = None,
+    device: str = "auto",
+    placement: Placement = "auto",
+    reporter: Reporter | None = None,
 ) -> CheckReport:
     """Run a checkpoint and, if it has a record, compare it with its base.
 
-    A checkpoint without a record cannot be compared: the report has `compared` False, and bounds are refused. `weights`
-    and `variant` choose between several sets of weights if no record does. `options` of the kinds "off" and "weights"
-    are refused, because the model is always run. `say` receives each note for the user.
+    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The perplexity is measured on at most
+    `windows` windows of `window` tokens of `text`, by default the built-in passage, and each of `prompts` is continued
+    by one token. The bounds are limits on patched / base perplexity. A checkpoint without a record cannot be compared:
+    then the report has `compared` False, and bounds are refused. `weights` and `variant` choose between several sets of
+    weights if no record does. `device` is "auto", "cpu" or "cuda"; `placement` is "whole" (all weights in memory),
+    "streamed" (two layers at a time) or "auto".
 
-    Raises TypeError, CheckpointError, ModelError; PlanError for bounds without a record; TargetError while another run
-    edits the checkpoint in place.
+    Raises TypeError, HubError, CheckpointError, ModelError; PlanError for bounds without a record; TargetError while
+    another run edits the checkpoint in place.
     """
-    options = CheckOptions.of(options)
-    if options.kind in ("off", "weights"):
-        raise TypeError(
-            f"check_checkpoint runs the model, so the kind must be 'auto' or 'forward', not {options.kind!r}"
-        )
+    reporter = require_reporter(reporter)
+    bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
+    options = CheckOptions("forward", device, placement, text, prompts, bounds, windows, window)
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
+    where = parse_location(require_location("checkpoint", checkpoint))
+    if isinstance(where, Uri) and bounds:  # before the download of the weights
+        with held(open_location(where)) as remote:
+            _refuse_bounds_without_base(where, find_record(remote), bounds)
+    root = download_checkpoint(where)
     with held(root) as entered:
         patched = find_record(entered)
         _refuse_bounds_without_base(root, patched, options.bounds)
@@ -109,7 +131,7 @@ def check_checkpoint(
         if said is not None:
             refuse_other_weights(weights, said.weights, RECORD_NAME, variant, said.variant)
             weights, variant = said.weights or weights, said.variant or variant
-        checkpoint = open_checkpoint(entered, weights, variant)
+        opened = open_checkpoint(entered, weights, variant)
         changes = [
             model.ScalarChange(
                 e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))
@@ -117,8 +139,8 @@ def check_checkpoint(
             for e in (record.edits if record else ())
         ]
         with add_remedy("swsurgery verify, which does not run the model") if patched else contextlib.nullcontext():
-            report = run_checks(
-                checkpoint,
+            found = run_checks(
+                opened,
                 changes,
                 text=options.text,
                 prompts=options.prompts,
@@ -127,23 +149,28 @@ def check_checkpoint(
                 placement=options.placement,
                 windows=options.windows,
                 window=options.window,
-                progress=progress,
-                say=say,
+                progress=reporter,
+                say=reporter.say,
             )
-        return replace(report, compared=patched is not None)
+        return replace(found, compared=patched is not None)
 
 
-def refuse_bounds_without_base(root: Path | RemoteTree, bounds: CheckedBounds | None) -> None:
-    """Raise PlanError for bounds on a checkpoint without a record, CheckpointError for a damaged record.
+def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None:
+    """Return bounds on the perplexity ratio, or None without any.
 
-    For a repository, this reads only the record and comes before the download of the weights.
+    Raises TypeError for a value that is no number, SwsurgeryError for one that no ratio can have.
     """
-    if bounds not in (None, CheckedBounds()):
-        with held(root) as entered:
-            _refuse_bounds_without_base(root, find_record(entered), bounds)
+    given = [
+        None if value is None else require_number(f"{name}_perplexity_ratio", value)
+        for name, value in (("max", most), ("min", least))
+    ]
+    for value in given:
+        if value is not None and not 0 < value < float("inf"):
+            raise SwsurgeryError("a perplexity ratio must be a finite number above 0", value)
+    return None if given == [None, None] else CheckedBounds(*given)
 
 
-def _refuse_bounds_without_base(root: Path | RemoteTree, patched: Patched | None, bounds: CheckedBounds | None) -> None:
+def _refuse_bounds_without_base(root: Path | Uri, patched: Patched | None, bounds: CheckedBounds | None) -> None:
     """Raise PlanError for bounds on a checkpoint without a record."""
     if patched is None and bounds not in (None, CheckedBounds()):
         raise PlanError(
@@ -184,7 +211,7 @@ def run_check(
         else:
             if not report.ok:
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
-            return {"kind": "forward", "reason": None, "weights": weights, **report.to_json()}
+            return {"kind": "forward", "reason": None, "weights": weights, **report.to_record()}
     if plan.splices:
         say(f"no forward check was made: {reason}")
     return {"kind": "weights", "reason": reason, "weights": weights}

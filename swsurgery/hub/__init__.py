@@ -82,7 +82,7 @@ def parse_location(text: str | Path) -> Path | Uri:
     return Path(text)
 
 
-def parse_directory(text: str) -> Path:
+def parse_directory(text: str | Path) -> Path:
     """Parse the location of a checkpoint that must be on this machine. Raises HubError for one on the Hub."""
     where = parse_location(text)
     if not isinstance(where, Uri):

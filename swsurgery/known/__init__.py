@@ -24,7 +24,7 @@ The third command prints the table of a model that was scanned on this machine.
 moderate (x2 to x4), weak (x1.05 to x2), inert (below x1.05), untested. If only a row is published, the row was zeroed.
 """
 
-from swsurgery.known.own import find_by_repo, forget, list_all_models, list_own_models, lookup, refuse_name, save
+from swsurgery.known.own import find_by_repo, find_model, forget, list_all_models, list_own_models, refuse_name, save
 from swsurgery.known.schema import CAUSAL, STATUSES, KnownCoordinate, KnownModel
 from swsurgery.known.shipped import build_json, find, list_addressable, list_names
 from swsurgery.known.table import render_manifest, render_table
@@ -39,7 +39,7 @@ __all__ = [
     "list_all_models",
     "find",
     "forget",
-    "lookup",
+    "find_model",
     "list_names",
     "find_by_repo",
     "list_own_models",

@@ -112,7 +112,7 @@ def list_all_models() -> tuple[KnownModel, ...]:
     return (*merged, *own.values())
 
 
-def lookup(name: str) -> KnownModel:
+def find_model(name: str) -> KnownModel:
     """Return the model with this name, ignoring case and punctuation but never guessing.
 
     If `name` has no organisation, a shipped model takes precedence over an own entry. Raises LookupFailed if the name
@@ -148,7 +148,7 @@ def identify(name: str | None, repo_ids: Iterable[object]) -> KnownModel | None:
     if the model's own entry is damaged.
     """
     if name:
-        return lookup(name)
+        return find_model(name)
     valid = (repo_id for repo_id in repo_ids if isinstance(repo_id, str) and _REPO_ID.fullmatch(repo_id))
     return next(filter(None, map(find_by_repo, valid)), None)
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from swsurgery.errors import ManifestError, SwsurgeryError
 from swsurgery.manifest import patch
+from swsurgery.manifest.operations import Target
 from swsurgery.manifest.schema import Base, Bounds, Manifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS, LineColumn, NodePath, Reader, format_path
 from swsurgery.storage.files import LocalFile, read_at_most
+from swsurgery.storage.result import Result
 
 MAX_MANIFEST = 32 << 20
 """Maximum size of a manifest, in bytes."""
@@ -28,14 +33,18 @@ MAX_MANIFEST_FAULTS = 50_000
 """Maximum number of schema faults examined to find the first MAX_FAULTS."""
 
 
-@dataclass(frozen=True)
-class LoadedManifest:
+@dataclass(frozen=True, repr=False)
+class LoadedManifest(Result):
     """A manifest with its source text and the position of each node."""
 
     path: Path
     raw: bytes
     manifest: Manifest
-    positions: dict[NodePath, LineColumn]
+    positions: dict[NodePath, LineColumn] = field(repr=False)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the manifest's fields as written, without defaults."""
+        return self.manifest.model_dump(mode="json", exclude_unset=True)
 
     def position(self, *path: str | int) -> LineColumn:
         """Return the line and column of a node, or of its nearest ancestor with a known position."""
@@ -49,11 +58,77 @@ class LoadedManifest:
         return f"{self.path}:{line}:{column}: edits[{edit}]"
 
 
-def load_manifest(path: Path) -> LoadedManifest:
+ManifestLike = (
+    str | Path | bytes | Mapping[str, object] | Sequence[Mapping[str, object] | Target] | Manifest | LoadedManifest
+)
+"""A path to a manifest or a patch, a manifest's text as bytes, its content, its edits alone, or a manifest."""
+
+
+def load_manifest(manifest: ManifestLike, base: str | Path | None = None) -> LoadedManifest:
     """Read and validate a manifest, or convert a patch written by `swsurgery export` to a manifest.
 
-    Raises ManifestError with every fault, one line each: `file:line:column: path: fault`.
+    A list of edits needs `base`, a directory or hf://ORG/NAME[@REV], which becomes the manifest's base; other manifests
+    name their base. Integers and floats of numpy are accepted in a dict and in a list of edits. A relative `base.path`
+    is relative to the manifest's directory, or to the current directory if the manifest is no file.
+
+    Raises ManifestError with every fault, one line each: `file:line:column: path: fault`. Raises TypeError for a
+    manifest of another type, and for a list of edits without a base.
     """
+    if isinstance(manifest, LoadedManifest):
+        return manifest
+    if isinstance(manifest, str | Path):
+        return _load_file(Path(manifest))
+    if isinstance(manifest, bytes):
+        return parse_manifest(manifest, IN_MEMORY)
+    if isinstance(manifest, Manifest):
+        return parse_manifest(_render_document(manifest), IN_MEMORY)
+    if isinstance(manifest, Mapping):
+        return parse_manifest(_render_document(dict(manifest)), IN_MEMORY)
+    if isinstance(manifest, list | tuple) and all(isinstance(edit, Mapping | Target) for edit in manifest):
+        if base is None:
+            raise TypeError("base must be a str or a Path with a list of edits, which names no base itself")
+        document = {"version": 1, "base": _describe_base(base), "edits": list(manifest)}
+        return parse_manifest(_render_document(document), IN_MEMORY)
+    raise TypeError(
+        "manifest must be a path (str or Path), a dict, a Manifest, a LoadedManifest, bytes or a list of edits, "
+        f"not {manifest!r:.80}"
+    )
+
+
+IN_MEMORY = Path("manifest")
+"""Name in messages of a manifest that is not a file."""
+
+
+def _render_document(document: object) -> bytes:
+    """Render the content of a manifest as JSON, one field per line so that messages can name lines."""
+    return json.dumps(document, indent=1, default=_convert_value).encode()
+
+
+def _convert_value(value: object) -> object:
+    """Convert a value that JSON lacks: a number of numpy, a path or a pydantic model. Raises TypeError for others."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a manifest must contain texts, numbers, lists and dicts, not {value!r:.80}")
+
+
+def _describe_base(base: str | Path) -> dict[str, str]:
+    """Return the field `base` of a manifest for a directory or hf://ORG/NAME[@REV][/sub]."""
+    match = re.fullmatch(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/]+))?(?:/.*)?", str(base))
+    if match is None:
+        return {"path": str(base)}
+    revision = {"revision": match[2]} if match[2] and re.fullmatch("[0-9a-f]{40}", match[2]) else {}
+    return {"repo_id": match[1], **revision}
+
+
+def _load_file(path: Path) -> LoadedManifest:
     try:
         real = path.resolve(strict=True)  # the path may be a link, but its target must be a file
         raw = read_at_most(LocalFile(real), MAX_MANIFEST + 1)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from swsurgery.storage.numbers import round_number
+from swsurgery.storage.result import Result
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Continuations:
     patched: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True)
-class CheckReport:
+@dataclass(frozen=True, repr=False)
+class CheckReport(Result):
     """The figures of the forward check, how they were measured, and the verdict.
 
     `kl` is the mean KL(base || patched) per scored token in nats. The text had `windows` windows of at most
@@ -126,7 +127,11 @@ class CheckReport:
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as a dict of strict JSON types.
+        """Return the document that `check --json` prints: that of `to_record`, and always the field `compared`."""
+        return self.to_record() | {"compared": self.compared}
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the report as strict JSON types, as the record contains it.
 
         Figures have 6 significant digits, because further digits depend on the number of threads, which changes the
         order of float32 sums. NaN and infinities, which JSON does not have, become None. If there was no base to

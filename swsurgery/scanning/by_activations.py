@@ -40,7 +40,7 @@ from swsurgery.scanning.persistence import (
     find_untraced,
     merge_spells,
 )
-from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, ScanReport
+from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, Scan
 from swsurgery.scanning.spikes import MADE, MASSIVE, LayerSpikes, Move, Trace
 from swsurgery.storage.coordinate import Coordinate
 
@@ -76,7 +76,7 @@ def scan_activations(
     max_rounds: int = 8,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> ScanReport:
+) -> Scan:
     """Find the super weights that `prompts` (None: `SCAN_PROMPTS`) reveal, in at most `max_rounds` rounds.
 
     Each prompt is read on its own, with BOS in front if the tokenizer adds one, and cut to the context length of the
@@ -102,7 +102,7 @@ def scan_sequences(
     max_rounds: int = 8,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> ScanReport:
+) -> Scan:
     """Scan by activations like `scan_activations`, but on token ids; `prompts` of the report is empty.
 
     A candidate's `score` is the part of the hidden state that its scalar adds, in medians of the layer's hidden states.
@@ -144,7 +144,7 @@ def scan_sequences(
             break
     else:
         notes.append(f"stopped after {max_rounds} rounds: more rounds may find more super weights")
-    return ScanReport(
+    return Scan(
         method="activations",
         model_type=str(checkpoint.config.get("model_type", "not given")),
         layers=layers,

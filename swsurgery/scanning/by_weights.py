@@ -29,7 +29,7 @@ from swsurgery.checkpoint.projections import DownProjection, list_down_projectio
 from swsurgery.errors import ArchitectureError
 from swsurgery.progress import Progress, Silent
 from swsurgery.scanning.coverage import format_layer_name, list_stored_layers, list_unread_layers
-from swsurgery.scanning.report import Candidate, ScanReport
+from swsurgery.scanning.report import Candidate, Scan
 from swsurgery.scanning.scores import (
     READ_THREADS,
     BlockReader,
@@ -164,7 +164,7 @@ def scan_weights(
     top: int = 10,
     min_z: float = MIN_Z,
     progress: Progress | None = None,
-) -> ScanReport:
+) -> Scan:
     """Find at most `top` scalars whose score has a robust z-score of at least `min_z` in its layer, best first.
 
     z is the logarithm of the score less the median, divided by 1.4826 times the median absolute deviation, or by
@@ -202,7 +202,7 @@ def scan_weights(
     if not candidates:
         why = _explain_none(scored, usual, min_z)
         notes.append(why.replace("no super weight", "no super weight in what was read", 1) if unread else why)
-    return ScanReport(
+    return Scan(
         method="weights",
         model_type=next((str(s["model_type"]) for s in _list_sections(config) if s.get("model_type")), "unknown"),
         layers=len(list_stored_layers(config, names.shapes, projections)),

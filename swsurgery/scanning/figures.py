@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from swsurgery.errors import TargetError, escape_control
 from swsurgery.model.text import describe_measured_text
-from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, ScanReport, SweepReport, Verdict
+from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, Scan, Sweep, Verdict
 from swsurgery.storage.filesystem import write_report
 from swsurgery.storage.numbers import format_number
 
@@ -130,7 +130,7 @@ def check_figure_path(path: Path) -> None:
         raise TargetError("a figure needs matplotlib", path, "pip install 'swsurgery[plot]'") from error
 
 
-def plot_scan(report: ScanReport, path: Path, model: str | None = None) -> None:
+def plot_scan(report: Scan, path: Path, model: str | None = None) -> None:
     """Draw the measurements of a scan by layer, with marked super weights, and replace the file `path`.
 
     From activations: the largest input and output of the down projection and the largest hidden state after the layer
@@ -162,7 +162,7 @@ def plot_scan(report: ScanReport, path: Path, model: str | None = None) -> None:
         _save(paper, path)
 
 
-def plot_sweep(report: SweepReport, path: Path, model: str | None = None) -> None:
+def plot_sweep(report: Sweep, path: Path, model: str | None = None) -> None:
     """Draw perplexity (logarithmic), KL(base || scaled) and stop-word mass by factor, and replace the file `path`.
 
     The base is the point at factor 1. A value that is not finite is a gap in the line with a cross above it. The title
@@ -278,7 +278,7 @@ def _measure_width(text: Text) -> float:
 # A scan
 
 
-def _list_found(report: ScanReport) -> list[Found]:
+def _list_found(report: Scan) -> list[Found]:
     """List the scalars to mark, the most important first, without companions that are inert or untested."""
     trials = report.confirmation.trials if report.confirmation else ()
     found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
@@ -288,7 +288,7 @@ def _list_found(report: ScanReport) -> list[Found]:
     return sorted(found, key=lambda one: order.index(one.verdict))
 
 
-def _format_answer(report: ScanReport) -> str:
+def _format_answer(report: Scan) -> str:
     count = len(report.super_weights)
     words = "no super weight" if count == 0 else "1 super weight" if count == 1 else f"{count} super weights"
     if report.confirmation is not None and (report.confirmed or not count):
@@ -337,7 +337,7 @@ def _draw_label(paper: Axes, found: Found, row: int, layers: int, top: float) ->
     paper.text(x + 11, y, _format_name(found.candidate), verticalalignment="center")
 
 
-def _draw_profile(panels: Sequence[Axes], report: ScanReport, profile: Profile, found: Sequence[Found]) -> None:
+def _draw_profile(panels: Sequence[Axes], report: Scan, profile: Profile, found: Sequence[Found]) -> None:
     sides = (
         ("largest input of\nthe down projection", profile.inputs),
         ("largest output of\nthe down projection", profile.outputs),
@@ -409,7 +409,7 @@ def _name_activations(paper: Axes, panel: Axes, activations: Sequence[Persistent
     paper.text(RIGHT + 16, top, "\n".join(lines), color=BLUE, verticalalignment="top", linespacing=1.35)
 
 
-def _draw_scores(panel: Axes, report: ScanReport, found: Sequence[Found]) -> None:
+def _draw_scores(panel: Axes, report: Scan, found: Sequence[Found]) -> None:
     panel.set_ylabel("robust z-score of the neuron's score")
     threshold = report.settings.get("min_z")
     if threshold is not None:

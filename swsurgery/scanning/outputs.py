@@ -23,7 +23,7 @@ from swsurgery.manifest.load import parse_manifest
 from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
 from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.coverage import list_stored_layers
-from swsurgery.scanning.report import Candidate, Confirmation, Effect, ScanReport, Trial
+from swsurgery.scanning.report import Candidate, Confirmation, Effect, Scan, Trial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number, round_number
 
@@ -34,7 +34,7 @@ _EXACT: dict[str, Literal["F16", "BF16", "F32"]] = {"F16": "F16", "BF16": "BF16"
 
 
 def make_known_entry(
-    report: ScanReport, checkpoint: Checkpoint, *, hf_id: str, revision: str | None = None, command: str
+    report: Scan, checkpoint: Checkpoint, *, hf_id: str, revision: str | None = None, command: str
 ) -> schema.KnownModel:
     """Make the entry of known super weights for a scanned checkpoint.
 
@@ -70,9 +70,7 @@ def make_known_entry(
     )
 
 
-def scan_manifest(
-    report: ScanReport, *, base: Mapping[str, str | None], op: Operation, factor: float | None = None
-) -> str:
+def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation, factor: float | None = None) -> str:
     """Write the YAML text of a manifest that applies `op` to the super weights of a scan.
 
     Each edit expects the stored value. `base` contains the fields of the manifest's base: `path` (absolute, or relative
@@ -108,7 +106,7 @@ def scan_manifest(
     return text
 
 
-def _write_notes(report: ScanReport, found: bool, source: schema.Citation) -> Iterator[str]:
+def _write_notes(report: Scan, found: bool, source: schema.Citation) -> Iterator[str]:
     """Yield the notes of an entry: that nothing was found, or which layers were not read."""
     unread = ", ".join(str(layer.layer) for layer in report.unread)
     if unread and found:
@@ -119,7 +117,7 @@ def _write_notes(report: ScanReport, found: bool, source: schema.Citation) -> It
         yield f"A scan found no super weight: {source}."
 
 
-def _choose_scalars(report: ScanReport) -> tuple[Candidate, ...]:
+def _choose_scalars(report: Scan) -> tuple[Candidate, ...]:
     """Choose the scalars of an entry: the super weights, and all members of joint sets whatever their verdict."""
     if report.confirmation is None:
         return report.super_weights
@@ -132,7 +130,7 @@ def _choose_scalars(report: ScanReport) -> tuple[Candidate, ...]:
 
 
 def _make_coordinate(
-    candidate: Candidate, trial: Trial | None, report: ScanReport, checkpoint: Checkpoint, source: schema.Citation
+    candidate: Candidate, trial: Trial | None, report: Scan, checkpoint: Checkpoint, source: schema.Citation
 ) -> schema.KnownCoordinate:
     dtype = checkpoint.info(candidate.coordinate.tensor).dtype.name
     exact = _EXACT.get(dtype) if math.isfinite(candidate.value) else None
@@ -217,7 +215,7 @@ def _make_effect(
     )
 
 
-def _make_source(report: ScanReport, revision: str | None, command: str) -> schema.Citation:
+def _make_source(report: Scan, revision: str | None, command: str) -> schema.Citation:
     remarks = [f"revision {revision}"] if revision else []
     if c := report.confirmation:
         remarks.append(f"{describe_measured_text(c)} of the text with sha256 {c.text_sha256}")
@@ -297,7 +295,7 @@ def _list_traits(candidate: Candidate, trial: Trial | None) -> Iterator[str]:
         yield "no detector listed it, it shares the column of one that was"
 
 
-def _describe_trial(candidate: Candidate, trial: Trial | None, report: ScanReport) -> str:
+def _describe_trial(candidate: Candidate, trial: Trial | None, report: Scan) -> str:
     if trial is None or report.confirmation is None:
         return f"not confirmed, score {format_number(candidate.score)}"
     return f"{trial.verdict}; zeroed alone {describe(_make_effect('zero', trial.alone, report.confirmation, _nobody))}"
@@ -306,7 +304,7 @@ def _describe_trial(candidate: Candidate, trial: Trial | None, report: ScanRepor
 _nobody = schema.Citation(key="scan", kind="own scan", cite="this scan")
 
 
-def _find_largest_ratio(report: ScanReport) -> float:
+def _find_largest_ratio(report: Scan) -> float:
     """Find the largest perplexity ratio measured for zeroing some or all super weights; 1 if none was measured."""
     if report.confirmation is None:
         return 1.0

@@ -1,7 +1,7 @@
 """Define the results of scans and sweeps, from which tables, figures, manifests and JSON are made.
 
 A detector lists super activations and candidates (`Candidate`), the causal test, if it is run, measures them
-(`Trial`), and `ScanReport` contains both. All results are frozen. This module must not import torch and reads no files.
+(`Trial`), and `Scan` contains both. All results are frozen. This module must not import torch and reads no files.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.result import TableResult
 
 Method = Literal["activations", "weights"]
 Answer = Literal["found", "none", "undecided"]
@@ -192,8 +193,8 @@ class UnreadLayer:
         return {"layer": self.layer, "experts": list(self.experts), "tensors": list(self.tensors)}
 
 
-@dataclass(frozen=True)
-class ScanReport:
+@dataclass(frozen=True, repr=False)
+class Scan(TableResult):
     """The result of one scan.
 
     `notes` contains lines for the user, such as the reason why nothing was found. `layers` is the number of layers of
@@ -210,7 +211,8 @@ class ScanReport:
     confirmation: Confirmation | None = None
     notes: tuple[str, ...] = ()
     unread: tuple[UnreadLayer, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    shown: ClassVar[tuple[str, ...]] = ("answer", "super_weights")
 
     @property
     def super_weights(self) -> tuple[Candidate, ...]:
@@ -236,7 +238,13 @@ class ScanReport:
             return "found"
         return "undecided" if self.unread else "none"
 
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per candidate: its tensor, index, layer, row, col, expert, value, score and verdict."""
+        columns = ("tensor", "index", "layer", "row", "col", "expert", "value", "score", "verdict")
+        return [{column: row.get(column) for column in columns} for row in self.to_json()["candidates"]]
+
     def to_json(self) -> dict[str, Any]:
+        """Return the document that `scan --json` prints."""
         trials = {t.candidate.coordinate: t for t in (self.confirmation.trials if self.confirmation else ())}
         tested = [t.candidate for t in trials.values()] or list(self.candidates)
         document: dict[str, Any] = {
@@ -285,8 +293,8 @@ class SweepPoint:
         return {key: _to_plain(value) for key, value in vars(self).items()}
 
 
-@dataclass(frozen=True)
-class SweepReport:
+@dataclass(frozen=True, repr=False)
+class Sweep(TableResult):
     """The quality of a model as a function of the factor; `base` is the model as stored."""
 
     coordinates: tuple[Coordinate, ...]
@@ -300,7 +308,12 @@ class SweepReport:
     method: str
     scored_tokens: int
 
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per factor, in the given order: the fields of a SweepPoint."""
+        return [point.to_json() for point in self.points]
+
     def to_json(self) -> dict[str, Any]:
+        """Return the document that `sweep --json` prints."""
         return {
             "coordinates": [{"tensor": c.tensor, "index": list(c.index)} for c in self.coordinates],
             "base": self.base.to_json(),

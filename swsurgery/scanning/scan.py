@@ -1,12 +1,12 @@
 """Run the commands `scan` and `sweep` from beginning to end.
 
-    open_checkpoint      the checkpoint's headers                            checkpoint/opening.py, hub
+    open_checkpoint      the checkpoint's headers                            checkpoint/opening.py
     scan_activations     scalars behind persistent activations               by_activations.py
     scan_weights         scalars that could make one, from weights alone     by_weights.py
     confirm              effects of zeroing them, against random scalars     confirm.py
     known_entry          the entry that lookup prints                        outputs.py, known/own.py
     scan_manifest        a manifest for apply                                outputs.py
-    sweep                quality as a function of a factor                   sweep.py
+    sweep_checkpoint     quality as a function of a factor                   sweep.py
 
 Requests that must fail are refused before the model runs, and files are written only after it ran.
 """
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from swsurgery import model
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -28,35 +28,52 @@ from swsurgery.editing.base import find_base
 from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.pins import check_planned
 from swsurgery.editing.plan import make_plan
-from swsurgery.errors import PlanError, TargetError, Unrunnable, add_remedy
+from swsurgery.errors import Interrupted, PlanError, SwsurgeryError, TargetError, Unrunnable, add_remedy, report_done
 from swsurgery.hub import download_checkpoint, parse_location
 from swsurgery.known import own
-from swsurgery.manifest.load import load_manifest
+from swsurgery.manifest.load import ManifestLike, load_manifest
 from swsurgery.manifest.writer import refuse_unfit
 from swsurgery.model import Placement, tokenizer
 from swsurgery.model.refusals import refuse_unrunnable
-from swsurgery.progress import Progress, Rounds, Silent
+from swsurgery.progress import Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
 from swsurgery.scanning import outputs as outputs_module
-from swsurgery.scanning.report import Method, ScanReport, SweepReport
+from swsurgery.scanning.report import Method, Scan, Sweep
 from swsurgery.storage import filesystem, numeric
+from swsurgery.storage.arguments import (
+    require_choice,
+    require_integer,
+    require_location,
+    require_number,
+    require_path,
+    require_strings,
+    require_type,
+)
 
 ManifestOp = Literal["zero", "scale", "protect"]
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class _RunOptions:
     """The options for running a model. `text` is the text to run it on; None is the built-in text."""
 
-    device: str = "auto"
-    placement: Placement = "auto"
-    text: str | None = None
-    windows: int = 16
-    window: int = 512
+    device: str
+    placement: Placement
+    text: str | None
+    windows: int
+    window: int
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for a field of the wrong type or an unknown choice."""
+        require_type("device", self.device, str)
+        require_choice("placement", self.placement, get_args(Placement))
+        require_type("text", self.text, str, optional=True)
+        for name in ("windows", "window"):
+            object.__setattr__(self, name, require_integer(name, getattr(self, name)))
 
 
 @dataclass(frozen=True)
-class Outputs:
+class _Outputs:
     """The files that a scan is asked to write.
 
     `manifest` is the path of a manifest that applies `op` (with `factor`) to the super weights, and `plot` the path of
@@ -71,155 +88,220 @@ class Outputs:
     command: str = "swsurgery scan"
 
 
-def scan_checkpoint(
-    base: str | Path,
-    method: Method = "activations",
+def scan(
+    checkpoint: str | Path,
     *,
+    method: Method = "activations",
     prompts: Sequence[str] | None = None,
     confirm: bool = False,
-    options: RunOptions | None = None,
-    outputs: Outputs | None = None,
+    manifest: str | Path | None = None,
+    op: ManifestOp = "zero",
+    factor: float | None = None,
+    plot: str | Path | None = None,
+    register: str | None = None,
+    command: str = "swsurgery scan",
     weights: Weights | None = None,
     variant: str | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> ScanReport:
-    """Find the super weights of `base`: a directory, or hf://ORG/NAME[@REV].
+    text: str | None = None,
+    windows: int = 16,
+    window: int = 512,
+    device: str = "auto",
+    placement: Placement = "auto",
+    reporter: Reporter | None = None,
+) -> Scan:
+    """Find the super weights of a checkpoint (arXiv:2411.07191), and write the files that are asked for.
 
-    `outputs` are the files that `write_outputs` will write afterwards; impossible ones are refused before the scan.
-    `weights` and `variant` choose between several sets of weights if the checkpoint has no record.
-    Raises CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError, TargetError.
+    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The method "activations" runs
+    `prompts` and looks for scalars behind persistent activations; "weights" reads the weights alone. With `confirm`,
+    the effect of zeroing each candidate is measured on at most `windows` windows of `window` tokens of `text`, by
+    default the built-in passage. `device` and `placement` are those of `check`. `weights` and `variant` choose between
+    several sets of weights if no record does.
+
+    `manifest` is a new file: a manifest that applies `op` (with `factor`) to the super weights. `plot` is a figure,
+    .png, .svg or .pdf. `register` is the name under which `lookup` finds the result from then on; the entry cites
+    `command` as its source. Impossible files are refused before the scan.
+
+    Raises TypeError, HubError, CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError,
+    TargetError. If a file cannot be written after the scan, the error's attribute `result` is the Scan.
     """
-    options, progress = options or RunOptions(), progress or Silent()
-    with held(download_checkpoint(parse_location(base))) as entered:
-        checkpoint = open_checkpoint(entered, weights, variant)
-        if outputs is not None:
-            _refuse(outputs, checkpoint)
-        by_weights = "--method weights without --confirm" if confirm else "--method weights"
-        without = "leave out --confirm" if method == "weights" else by_weights
-        with add_remedy(without):
-            if method == "activations" or confirm:
-                _require_model(checkpoint.directory)
-            if confirm:
-                from swsurgery.scanning.confirm import refuse_text
-
-                refuse_text(checkpoint, options.text, options.windows, options.window)
-            if method == "activations":
-                from swsurgery.scanning.by_activations import scan_activations
-
-                report = scan_activations(
-                    checkpoint,
-                    prompts=prompts,
-                    device=options.device,
-                    placement=options.placement,
-                    progress=Rounds(progress),
-                    say=say,
-                )
-            else:
-                numeric.load_numpy()
-                from swsurgery.scanning.by_weights import scan_weights
-
-                report = scan_weights(checkpoint, progress=progress)
-        if confirm and report.candidates:
-            from swsurgery.scanning.confirm import confirm as run
-
-            said: list[str] = []
-            rounds = Rounds(progress, "confirmation round")
-            with add_remedy("leave out --confirm"):
-                confirmation = run(
-                    checkpoint,
-                    report.candidates,
-                    device=options.device,
-                    placement=options.placement,
-                    text=options.text,
-                    windows=options.windows,
-                    window=options.window,
-                    progress=rounds,
-                    say=said.append,
-                )
-            report = dataclasses.replace(report, confirmation=confirmation, notes=(*report.notes, *said))
-        return report
+    reporter = require_reporter(reporter)
+    require_choice("method", method, get_args(Method))
+    require_choice("op", op, get_args(ManifestOp))
+    require_strings("prompts", prompts)
+    require_type("confirm", confirm, bool)
+    require_type("register", register, str, optional=True)
+    outputs = _Outputs(
+        None if manifest is None else require_path("manifest", manifest),
+        op,
+        None if factor is None else require_number("factor", factor),
+        None if plot is None else require_path("plot", plot),
+        register,
+        command,
+    )
+    options = _RunOptions(device, placement, text, windows, window)
+    with held(download_checkpoint(parse_location(require_location("checkpoint", checkpoint)))) as entered:
+        opened = open_checkpoint(entered, weights, variant)
+        _refuse(outputs, opened)
+        found = _find(opened, method, prompts, confirm, options, reporter)
+    # The directory is released before the files are written, because one of them may be in it.
+    try:
+        _write_outputs(found, opened, outputs, reporter)
+    except (SwsurgeryError, Interrupted) as error:
+        error.result = found
+        raise
+    return found
 
 
-def write_outputs(
-    report: ScanReport,
-    base: str | Path,
-    outputs: Outputs,
-    say: Callable[[str], None] = lambda line: None,
-    weights: Weights | None = None,
-    variant: str | None = None,
-) -> None:
+def _find(
+    checkpoint: Checkpoint,
+    method: Method,
+    prompts: Sequence[str] | None,
+    confirm: bool,
+    options: _RunOptions,
+    reporter: Reporter,
+) -> Scan:
+    """Scan an open checkpoint, and confirm the candidates if requested."""
+    by_weights = "--method weights without --confirm" if confirm else "--method weights"
+    without = "leave out --confirm" if method == "weights" else by_weights
+    with add_remedy(without):
+        if method == "activations" or confirm:
+            _require_model(checkpoint.directory)
+        if confirm:
+            from swsurgery.scanning.confirm import refuse_text
+
+            refuse_text(checkpoint, options.text, options.windows, options.window)
+        if method == "activations":
+            from swsurgery.scanning.by_activations import scan_activations
+
+            found = scan_activations(
+                checkpoint,
+                prompts=prompts,
+                device=options.device,
+                placement=options.placement,
+                progress=Rounds(reporter),
+                say=reporter.say,
+            )
+        else:
+            numeric.load_numpy()
+            from swsurgery.scanning.by_weights import scan_weights
+
+            found = scan_weights(checkpoint, progress=reporter)
+    if confirm and found.candidates:
+        from swsurgery.scanning.confirm import confirm as run
+
+        said: list[str] = []
+        rounds = Rounds(reporter, "confirmation round")
+        with add_remedy("leave out --confirm"):
+            confirmation = run(
+                checkpoint,
+                found.candidates,
+                device=options.device,
+                placement=options.placement,
+                text=options.text,
+                windows=options.windows,
+                window=options.window,
+                progress=rounds,
+                say=said.append,
+            )
+        found = dataclasses.replace(found, confirmation=confirmation, notes=(*found.notes, *said))
+    return found
+
+
+def _write_outputs(found: Scan, checkpoint: Checkpoint, outputs: _Outputs, reporter: Reporter) -> None:
     """Write the files that `outputs` asks for.
 
-    `say` gets a line about each file as soon as it is written, so that after a failure the user knows which exist.
-    Raises TargetError if a file cannot be written, and LookupFailed if the name belongs to another model.
+    The reporter gets a line about each file as soon as it is written, so that after a failure the user knows which
+    exist. Raises TargetError if a file cannot be written, LookupFailed if the name belongs to another model, and
+    Interrupted, which names the files written.
     """
-    checkpoint = open_checkpoint(download_checkpoint(parse_location(base)), weights, variant)
-    if outputs.plot is not None:
-        figures.plot_scan(report, outputs.plot, outputs.register or _choose_name(checkpoint))
-        say(f"figure: {outputs.plot}")
-    if outputs.manifest is not None and not report.super_weights:
-        found = "the scan is undecided" if report.answer == "undecided" else "nothing was found"
-        say(f"{found}, so no manifest was written: {outputs.manifest}")
-    elif outputs.manifest is not None:
-        text = outputs_module.scan_manifest(
-            report, base=_make_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
-        )
-        filesystem.write_file(outputs.manifest, text.encode(), compute_outside_mode(checkpoint.files))
-        say(f"manifest: {outputs.manifest}")
-    if outputs.register is not None:
-        entry = outputs_module.make_known_entry(
-            report, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
-        )
-        own.save(entry, compute_outside_mode(checkpoint.files))
-        say(f"registered: swsurgery lookup {entry.hf_id}")
+    written: list[str] = []
+
+    def report(line: str) -> None:
+        written.append(line)
+        report_done("; ".join(written))
+        reporter.say(line)
+
+    try:
+        if outputs.plot is not None:
+            figures.plot_scan(found, outputs.plot, outputs.register or _choose_name(checkpoint))
+            report(f"figure: {outputs.plot}")
+        if outputs.manifest is not None and not found.super_weights:
+            why = "the scan is undecided" if found.answer == "undecided" else "nothing was found"
+            report(f"{why}, so no manifest was written: {outputs.manifest}")
+        elif outputs.manifest is not None:
+            text = outputs_module.scan_manifest(
+                found, base=_make_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
+            )
+            filesystem.write_file(outputs.manifest, text.encode(), compute_outside_mode(checkpoint.files))
+            report(f"manifest: {outputs.manifest}")
+        if outputs.register is not None:
+            entry = outputs_module.make_known_entry(
+                found, checkpoint, hf_id=outputs.register, revision=checkpoint.revision, command=outputs.command
+            )
+            own.save(entry, compute_outside_mode(checkpoint.files))
+            report(f"registered: swsurgery lookup {entry.hf_id}")
+    except Interrupted as interrupted:
+        if not written:
+            raise
+        raise interrupted.replace_left("what was written stays") from interrupted
 
 
-def sweep_manifest(
-    manifest: Path,
+def sweep(
+    manifest: ManifestLike,
     factors: Sequence[float],
+    base: str | Path | None = None,
     *,
-    base: str | None = None,
-    options: RunOptions | None = None,
-    plot: Path | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> SweepReport:
-    """Measure the base of `manifest` with the scalars that the manifest changes multiplied by each of `factors`.
+    plot: str | Path | None = None,
+    text: str | None = None,
+    windows: int = 16,
+    window: int = 512,
+    device: str = "auto",
+    placement: Placement = "auto",
+    reporter: Reporter | None = None,
+) -> Sweep:
+    """Measure the base of a manifest with the scalars that the manifest changes multiplied by each of `factors`.
 
-    Raises ManifestError, CheckpointError, PlanError, NumberError, ModelError, TargetError.
+    `manifest` and `base` are those of `apply`; a base on the Hub is downloaded. The text and the model options are
+    those of `check`. `plot` is a figure, .png, .svg or .pdf. Writes nothing else.
+
+    Raises TypeError, HubError, ManifestError, CheckpointError, PlanError, NumberError, ModelError, TargetError.
     """
-    options = options or RunOptions()
-    if plot is not None:
-        figures.check_figure_path(plot)
-    loaded = load_manifest(manifest)
+    reporter = require_reporter(reporter)
+    if isinstance(factors, str) or not isinstance(factors, Iterable):
+        raise TypeError(f"factors must be a list of numbers, not {factors!r:.80}")
+    numbers = [require_number("factors", factor) for factor in factors]
+    target = None if plot is None else require_path("plot", plot)
+    options = _RunOptions(device, placement, text, windows, window)
+    if target is not None:
+        figures.check_figure_path(target)
+    loaded = load_manifest(manifest, base)
     with held(download_checkpoint(find_base(loaded, base))) as entered:
         plan = make_plan(loaded, read_checkpoint(entered, loaded.manifest.base))
-        plan = check_planned(plan, progress or Silent())
+        plan = check_planned(plan, reporter)
         coordinates = [splice.coordinate for splice in plan.splices]
         if not coordinates:
             raise PlanError(
-                "no scalar is changed, so there is nothing to sweep", manifest, "add an edit other than protect"
+                "no scalar is changed, so there is nothing to sweep", loaded.path, "add an edit other than protect"
             )
         _require_model(plan.checkpoint.directory)
-        from swsurgery.scanning.sweep import sweep
+        from swsurgery.scanning.sweep import sweep_checkpoint
 
-        rounds = Rounds(progress or Silent())
-        report = sweep(
+        rounds = Rounds(reporter)
+        found = sweep_checkpoint(
             plan.checkpoint,
             coordinates,
-            factors,
+            numbers,
             device=options.device,
             placement=options.placement,
             text=options.text,
             windows=options.windows,
             window=options.window,
             progress=rounds,
-            say=say,
+            say=reporter.say,
         )
-    if plot is not None:
-        figures.plot_sweep(report, plot, _choose_name(plan.checkpoint))
-    return report
+    if target is not None:
+        figures.plot_sweep(found, target, _choose_name(plan.checkpoint))
+    return found
 
 
 def _require_model(directory: Path) -> None:
@@ -231,7 +313,7 @@ def _require_model(directory: Path) -> None:
     tokenizer.start()
 
 
-def _refuse(outputs: Outputs, checkpoint: Checkpoint) -> None:
+def _refuse(outputs: _Outputs, checkpoint: Checkpoint) -> None:
     refuse_unfit(outputs.op, outputs.factor)
     if outputs.register is not None:
         own.refuse_name(outputs.register, outputs_module.read_sizes(checkpoint))

@@ -23,12 +23,12 @@ from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
 from swsurgery.progress import Progress
-from swsurgery.scanning.report import SweepPoint, SweepReport
+from swsurgery.scanning.report import Sweep, SweepPoint
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 
 
-def sweep(
+def sweep_checkpoint(
     checkpoint: Checkpoint,
     coordinates: Sequence[Coordinate],
     factors: Sequence[float],
@@ -40,7 +40,7 @@ def sweep(
     window: int = 512,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> SweepReport:
+) -> Sweep:
     """Run the model with all of `coordinates` multiplied by each of `factors`.
 
     The text is the first `windows` windows of `window` tokens of `text` (None: the built-in text). Windows, BOS, scored
@@ -68,7 +68,7 @@ def sweep_windows(
     stop_tokens: Sequence[int] = (),
     *,
     progress: Progress | None = None,
-) -> SweepReport:
+) -> Sweep:
     """Sweep on token ids; each of `windows` is an input of its own. The points are in the order of `factors`.
 
     A scalar's value is the exact product, rounded once to the stored dtype; at factor 0 all its bits are zero. If a
@@ -87,7 +87,7 @@ def sweep_windows(
                 totals.add_window(windows[outcomes.sequence], outcomes)
             for number, key in enumerate(group):
                 figures.setdefault(key, _make_point(totals, number))
-    return SweepReport(
+    return Sweep(
         coordinates=tuple(coordinates),
         base=figures[frozenset()],
         points=tuple(

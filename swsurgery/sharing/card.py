@@ -228,7 +228,7 @@ def render_patch_body(
         "The patch is refused if the base has other bits at these coordinates, or if a shard to be edited has another "
         "sha256. If torch is installed, the model is run before and after, and `patched` is written only if that "
         "check passes. Or in Python, in memory:",
-        fence(f'import swsurgery\n\nmodel = swsurgery.load_patched("{base}", "{patch_name}")', "python"),
+        fence(f'import swsurgery\n\nmodel = swsurgery.load_patched("{patch_name}", "{base}")', "python"),
         "## The check",
         "\n\n".join(check),
         *_render_accepted(accepted),

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, read_checkpoint
@@ -20,17 +20,19 @@ from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import CheckpointError, PlanError, TargetError
-from swsurgery.hub import RemoteTree, Uri, open_location, parse_location
+from swsurgery.hub import RemoteTree, open_location, parse_location
 from swsurgery.manifest import patch as patch_module
-from swsurgery.manifest.load import load_manifest, parse_manifest
+from swsurgery.manifest.load import LoadedManifest, ManifestLike, load_manifest, parse_manifest
 from swsurgery.manifest.patch import Patch, PatchBase, PatchBounds, PatchScalar, render_safetensors
 from swsurgery.manifest.schema import Manifest
-from swsurgery.progress import Progress, Silent
+from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.sharing import lora
 from swsurgery.storage import filesystem, staging
+from swsurgery.storage.arguments import require_choice, require_path
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.hashing import check_digest, hash_file
+from swsurgery.storage.result import Result
 
 ExportFormat = Literal["sparse", "peft", "vllm"]
 
@@ -60,8 +62,8 @@ class EditSource:
     """One line for each edit of a number that is not a weight. Only records of version 0.1.0 can contain such edits."""
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(Result):
     """Result of an export. `files` maps names, relative to `output` if that is a folder, to sizes in bytes."""
 
     output: Path
@@ -71,6 +73,7 @@ class Exported:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the document that `export --json` prints."""
         return {
             "output": str(self.output),
             "format": self.format,
@@ -80,33 +83,39 @@ class Exported:
         }
 
 
-def write(
-    source: str | Path,
-    form: ExportFormat,
-    output: Path,
+def export(
+    source: ManifestLike,
+    output: str | Path,
     *,
-    base: str | None = None,
-    progress: Progress | None = None,
+    format: ExportFormat,
+    base: str | Path | None = None,
+    reporter: Reporter | None = None,
 ) -> Exported:
-    """Export edits into the new file `output` (sparse) or the new folder `output` (peft, vllm).
+    """Export edits without their checkpoint, in a few kilobytes.
 
-    `source` is a patched checkpoint (a directory or hf://...), or a manifest or patch, which alone use `base`. Raises
-    TargetError if the target exists or cannot be written, PlanError for an edit that the format does not support, and
-    the errors of `read`.
+    `source` is a patched checkpoint (a directory or hf://ORG/NAME[@REV][/sub]), or a manifest in any form that `apply`
+    takes; `base` replaces the manifest's base. The format "sparse" is one new file that `apply` takes, "peft" a new
+    folder with a LoRA adapter, and "vllm" a new folder with arrays for vLLM's checkpoint patches. Headers and single
+    scalars are read; for a manifest, the shards with edits are hashed.
+
+    Raises TypeError, HubError, ManifestError, CheckpointError; TargetError if the output exists or cannot be written;
+    PlanError for an edit that the format does not support.
     """
-    if filesystem.is_there(output):
-        raise TargetError("the output already exists", output, "choose another -o, or remove it")
-    found = read(source, base, progress)
-    files, notes = render(found, form)
-    if form == "sparse":
-        _write_new(output, files[""], found.mode)
+    reporter, target = require_reporter(reporter), require_path("output", output)
+    require_choice("format", format, get_args(ExportFormat))
+    if filesystem.is_there(target):
+        raise TargetError("the output already exists", target, "choose another -o, or remove it")
+    found = read(source, base, reporter)
+    files, notes = render(found, format)
+    if format == "sparse":
+        _write_new(target, files[""], found.mode)
     else:
         may_read = found.mode & 0o444
-        with staging.stage_output(output, (), files, found.mode | may_read >> 2) as stage:
+        with staging.stage_output(target, (), files, found.mode | may_read >> 2) as stage:
             for name, data in files.items():
                 filesystem.write_file(stage / name, data, found.mode)
-    sizes = {name or output.name: len(data) for name, data in sorted(files.items())}
-    return Exported(output, form, sizes, len(found.patch.scalars), (*found.notes, *notes))
+    sizes = {name or target.name: len(data) for name, data in sorted(files.items())}
+    return Exported(target, format, sizes, len(found.patch.scalars), (*found.notes, *notes))
 
 
 def render(source: EditSource, form: ExportFormat) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -123,25 +132,24 @@ def render(source: EditSource, form: ExportFormat) -> tuple[dict[str, bytes], tu
     return _render_vllm(source.patch), ()
 
 
-def read(source: str | Path, base: str | None = None, progress: Progress | None = None) -> EditSource:
+def read(source: ManifestLike, base: str | Path | None, progress: Progress) -> EditSource:
     """Read the edits of a patched checkpoint since its first base, or plan those of a manifest on its base.
 
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
-    where = parse_location(source)
-    if not isinstance(where, Uri) and not where.is_dir():
-        return _read_manifest(where, base, progress or Silent())
+    where = parse_location(source) if isinstance(source, str | Path) else None
+    if where is None or (isinstance(where, Path) and not where.is_dir()):
+        return _read_manifest(load_manifest(source, base), base, progress)
     if base is not None:
         raise PlanError(
             "--base goes with a manifest, because the record of a patched checkpoint names its base",
-            source,
+            where,
             "leave out --base",
         )
     return read_edits(open_location(where))
 
 
-def _read_manifest(path: Path, base: str | None, progress: Progress) -> EditSource:
-    loaded = load_manifest(path)
+def _read_manifest(loaded: LoadedManifest, base: str | Path | None, progress: Progress) -> EditSource:
     with held(open_location(find_base(loaded, base))) as entered:
         checkpoint = read_checkpoint(entered, loaded.manifest.base)
         plan = make_plan(loaded, checkpoint)

@@ -17,6 +17,7 @@ from swsurgery.hub.commit import MAIN, Branch
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.files import File
 from swsurgery.storage.numbers import format_size
+from swsurgery.storage.result import TableResult
 from swsurgery.verifying.findings import Finding
 
 How = Literal["copy", "upload", "keep", "delete"]
@@ -95,8 +96,8 @@ class Wish:
                 raise HubError(f"git does not accept this name for a {kind}", name or "the empty name")
 
 
-@dataclass(frozen=True)
-class Publication:
+@dataclass(frozen=True, repr=False)
+class Publication(TableResult):
     """The plan of a publication.
 
     `base` is None if the Hub cannot copy from it, and `target` is None if the repository does not exist yet.
@@ -136,7 +137,12 @@ class Publication:
         """Number of bytes that are uploaded."""
         return sum(item.size for item in self.items if item.how == "upload")
 
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per file: its name, how it gets into the new revision, its size in bytes, and why."""
+        return [{"name": i.name, "how": i.how, "size": i.size, "why": i.why} for i in self.items]
+
     def to_json(self) -> dict[str, Any]:
+        """Return the plan as strict JSON types."""
         return {
             "repo_id": self.wish.repo_id,
             "branch": self.wish.branch,
@@ -145,7 +151,7 @@ class Publication:
             "create_pr": self.wish.create_pr,
             "parent": self.target.head.commit if self.target else None,
             "base": {"repo_id": self.base.repo_id, "commit": self.base.commit} if self.base else None,
-            "files": [{"name": i.name, "how": i.how, "size": i.size, "why": i.why} for i in self.items],
+            "files": self.to_rows(),
             "left_out": [{"name": name, "why": why} for name, why in self.left_out.items()],
             "copy_bytes": self.copy_bytes,
             "upload_bytes": self.upload_bytes,

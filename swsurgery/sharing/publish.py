@@ -11,10 +11,10 @@ repository has the old state or the new one, and the same call continues.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.opening import held
@@ -28,46 +28,36 @@ from swsurgery.errors import (
     SwsurgeryError,
     escape_control,
 )
-from swsurgery.hub import Uri, fetch
+from swsurgery.hub import Uri, fetch, parse_directory
 from swsurgery.hub import commit as hub
 from swsurgery.hub.commit import Branch, Conflict, Copy, CopyRefused, Draft, Sent
 from swsurgery.hub.remote import RemoteTree, open_tree
-from swsurgery.progress import Progress, Silent
+from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.sharing import card
 from swsurgery.sharing.plan_checkpoint import SMALL_FILE, make_publication
-from swsurgery.sharing.publication import Item, Publication, Wish, format_lines, is_published
+from swsurgery.sharing.publication import Item, Publication, Wish, is_published
+from swsurgery.storage.arguments import require_location, require_strings, require_type
 from swsurgery.storage.files import File, LocalFile, read_at_most
-from swsurgery.storage.folder import Entry, Folder
+from swsurgery.storage.folder import Entry
 from swsurgery.storage.hashing import hash_file
+from swsurgery.storage.result import TableResult
 from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.verifying.findings import RULES, Finding
-from swsurgery.verifying.verify import Question, verify_checkpoint
-
-__all__ = [
-    "Publication",
-    "Published",
-    "Wish",
-    "find_early",
-    "check_gate",
-    "format_lines",
-    "make_publication",
-    "publish",
-    "make_refusal",
-    "find_secrets",
-]
+from swsurgery.verifying.verify import verify
 
 TOKEN_BYTES = re.compile(rb"hf_(?:jwt_|oauth_)?[A-Za-z0-9]{20,}")
 """Matches a token of the Hub in a file. Shorter strings of this form are identifiers in program code."""
 
 
-@dataclass(frozen=True)
-class Published:
+@dataclass(frozen=True, repr=False)
+class Published(TableResult):
     """The published state.
 
     `already` is True if an earlier run had published everything. `uploaded`, `copied` and `read` are bytes; `files` and
-    `scalars` are the numbers that were read back. `findings` report differences from the plan.
+    `scalars` are the numbers that were read back. `findings` report differences from `plan`.
     """
 
+    plan: Publication = field(repr=False)
     repo_id: str
     commit: str
     pull_request: int | None
@@ -87,7 +77,8 @@ class Published:
         return f"{hub.get_endpoint()}/{self.repo_id}/{page}"
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        """Return the document that `publish --json` prints."""
+        published = {
             "repo_id": self.repo_id,
             "commit": self.commit,
             "pull_request": self.pull_request,
@@ -98,6 +89,120 @@ class Published:
             "verified": {"files": self.files, "scalars": self.scalars},
             "findings": [f.to_json() for f in self.findings],
         }
+        return {"plan": self.plan.to_json(), "published": published}
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per file of the plan: its name, how it was published, its size in bytes, and why."""
+        return self.plan.to_rows()
+
+
+@dataclass(frozen=True, repr=False)
+class Proposal(TableResult):
+    """What `publish` would do, and the findings that it would refuse unless they are accepted."""
+
+    plan: Publication
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `publish --dry-run --json` prints."""
+        return {"plan": self.plan.to_json(), "findings": [f.to_json() for f in self.findings]}
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per file of the plan: its name, how it is published, its size in bytes, and why."""
+        return self.plan.to_rows()
+
+
+@overload
+def publish(
+    checkpoint: str | Path,
+    repo_id: str,
+    *,
+    patch: bool = False,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: Literal[False] = False,
+    accept: Sequence[str] = (),
+    revision: str = "main",
+    tag: str | None = None,
+    message: str | None = None,
+    confirm: Callable[[Publication], None] = lambda plan: None,
+    bars: bool = False,
+    reporter: Reporter | None = None,
+) -> Published: ...
+
+
+@overload
+def publish(
+    checkpoint: str | Path,
+    repo_id: str,
+    *,
+    patch: bool = False,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: bool,
+    accept: Sequence[str] = (),
+    revision: str = "main",
+    tag: str | None = None,
+    message: str | None = None,
+    confirm: Callable[[Publication], None] = lambda plan: None,
+    bars: bool = False,
+    reporter: Reporter | None = None,
+) -> Published | Proposal: ...
+
+
+def publish(
+    checkpoint: str | Path,
+    repo_id: str,
+    *,
+    patch: bool = False,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    accept: Sequence[str] = (),
+    revision: str = "main",
+    tag: str | None = None,
+    message: str | None = None,
+    confirm: Callable[[Publication], None] = lambda plan: None,
+    bars: bool = False,
+    reporter: Reporter | None = None,
+) -> Published | Proposal:
+    """Publish a patched checkpoint on the Hub in one commit, in which only what changed is uploaded.
+
+    `checkpoint` is a directory, and `repo_id` is ORG/NAME. With `patch`, only the edits are published, and no weights.
+    A repository that does not exist is created, `private` if requested; `create_pr` opens a pull request instead of
+    committing to the branch `revision`. `accept` lists the rules whose findings do not forbid publishing. `tag` is by
+    default named after the base's commit, and `message` is made of the edits.
+
+    `confirm` is called with the plan before anything is sent, and raises an exception to stop; nobody is asked
+    otherwise. With `dry_run`, nothing is sent and a Proposal is returned. `bars` lets the Hub's client draw its own
+    progress bars. If the work is interrupted, the same call finishes it.
+
+    Raises TypeError, CheckpointError, HubError; CheckFailed, which lists the findings that are not accepted.
+    """
+    reporter = require_reporter(reporter)
+    root = parse_directory(require_location("checkpoint", checkpoint))
+    require_type("repo_id", repo_id, str)
+    require_strings("accept", accept)
+    for name, value in (("patch", patch), ("private", private), ("create_pr", create_pr), ("dry_run", dry_run)):
+        require_type(name, value, bool)
+    wish = Wish(repo_id, private, create_pr, revision, tag, message)
+    early = find_early(root)
+    if dry_run:
+        return Proposal(_make_plan(root, wish, (), patch, False, reporter), tuple(early))
+    accepted = check_gate(root, accept, early, reporter)
+    plan = _make_plan(root, wish, accepted, patch, True, reporter)
+    confirm(plan)
+    return _carry_out(plan, bars, reporter)
+
+
+def _make_plan(
+    root: Path, wish: Wish, accepted: Sequence[Finding], patch: bool, hashing: bool, progress: Progress
+) -> Publication:
+    if patch:
+        from swsurgery.sharing.plan_patch import make_patch_publication
+
+        return make_patch_publication(root, wish, accepted, progress)
+    return make_publication(root, wish, accepted, progress, hashing=hashing)
 
 
 def find_early(root: Path) -> list[Finding]:
@@ -106,15 +211,10 @@ def find_early(root: Path) -> list[Finding]:
     Raises CheckpointError if the directory has no record.
     """
     with held(root) as entered:
-        return _find_early(root, entered)
-
-
-def _find_early(root: Path, entered: Folder | RemoteTree) -> list[Finding]:
-    """Do the work of `find_early` in a directory that is held."""
-    findings = _check_sanity(read_record(entered).record)
-    names = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
-    small = (name for name in names if name.parts[0] not in LEFT_OUT and (root / name).stat().st_size <= SMALL_FILE)
-    return findings + find_secrets((name.as_posix(), (root / name).read_bytes()) for name in small)
+        findings = _check_sanity(read_record(entered).record)
+        names = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
+        small = (name for name in names if name.parts[0] not in LEFT_OUT and (root / name).stat().st_size <= SMALL_FILE)
+        return findings + find_secrets((name.as_posix(), (root / name).read_bytes()) for name in small)
 
 
 def _check_sanity(record: Record) -> list[Finding]:
@@ -142,7 +242,7 @@ def find_secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
     ]
 
 
-def check_gate(root: Path, accept: Collection[str], progress: Progress | None = None) -> list[Finding]:
+def check_gate(root: Path, accept: Collection[str], early: Sequence[Finding], reporter: Reporter) -> list[Finding]:
     """Check the directory before it is published. Returns the findings, all of whose rules are in `accept`.
 
     Further copies of the weights are ignored, because they are not published. Raises CheckFailed, which lists the
@@ -152,9 +252,7 @@ def check_gate(root: Path, accept: Collection[str], progress: Progress | None = 
         raise SwsurgeryError(
             "no rule has this name", ", ".join(unknown), "give the name of a rule, as publish and verify print it"
         )
-    with held(root) as entered:
-        findings = _find_early(root, entered)
-        findings += verify_checkpoint(entered, Question(), progress or Silent()).findings
+    findings = [*early, *verify(root, reporter=reporter).findings]
     findings = [f for f in findings if f.rule != "duplicate-weights"]
     if any(f.rule not in accept for f in findings):
         raise make_refusal([f for f in findings if f.rule not in accept])
@@ -169,18 +267,11 @@ def make_refusal(findings: Iterable[Finding]) -> SwsurgeryError:
     )
 
 
-def publish(
-    plan: Publication,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    *,
-    bars: bool = False,
-) -> Published:
-    """Carry out the plan. Files that the Hub refuses to copy are uploaded, which `say` reports.
+def _carry_out(plan: Publication, bars: bool, reporter: Reporter) -> Published:
+    """Carry out the plan. Files that the Hub refuses to copy are uploaded, which the reporter is told.
 
-    `bars` allows the Hub's client to draw its own progress bars. Raises CheckpointError if a file changed since it was
-    planned, Conflict if the branch changed, HubError, and Interrupted. After an error, the same call with a new plan
-    finishes the work.
+    Raises CheckpointError if a file changed since it was planned, Conflict if the branch changed, HubError, and
+    Interrupted.
     """
     try:
         _refuse_secrets(plan)
@@ -188,15 +279,16 @@ def publish(
         already = sent is not None
         if sent is None:
             with held(plan.root), hub.show_bars(bars):
-                sent, uploaded, copied = _send(plan, say)
+                sent, uploaded, copied = _send(plan, reporter.say)
         if plan.tag and not (plan.target and plan.tag in plan.target.tags):
             hub.create_tag(plan.wish.repo_id, plan.tag, sent.commit)
-        findings, listing, scalars = _read_back(plan, sent, progress or Silent())
+        findings, listing, scalars = _read_back(plan, sent, reporter)
     except Interrupted as error:
         raise error.replace_left(
             "the repository is either unchanged or has the whole commit; run the same command again"
         ) from None
     return Published(
+        plan,
         plan.wish.repo_id,
         sent.commit,
         sent.pull_request,

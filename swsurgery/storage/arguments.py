@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Collection
+from pathlib import Path
 
 
 def require_choice(name: str, value: object, choices: Collection[str], *, optional: bool = False) -> None:
@@ -23,3 +26,32 @@ def require_strings(name: str, value: object) -> None:
     """Raise TypeError unless `value` is None or a list or tuple of strings. A single string is refused."""
     if value is not None and not (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)):
         raise TypeError(f"{name} must be None or a list of strings, not {value!r:.80}")
+
+
+def require_location(name: str, value: object) -> str | Path:
+    """Return the location of a checkpoint, a str or a Path, unchanged. Raises TypeError for any other value."""
+    if isinstance(value, str | Path):
+        return value
+    raise TypeError(f"{name} must be a str or a Path, not {value!r:.80}")
+
+
+def require_path(name: str, value: object) -> Path:
+    """Return a path given as a str or a Path. Raises TypeError for any other value."""
+    return Path(require_location(name, value))
+
+
+def require_integer(name: str, value: object) -> int:
+    """Return an integer given as an int or another integer type, such as numpy's. Raises TypeError for anything else.
+
+    A bool is refused.
+    """
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        return operator.index(value)
+    raise TypeError(f"{name} must be an integer, not {value!r:.80}")
+
+
+def require_number(name: str, value: object) -> float:
+    """Return a number given as an int, a float or a number of numpy. Raises TypeError for anything else."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name} must be a number, not {value!r:.80}")

@@ -5,7 +5,7 @@ A plan consists of these values, and copying needs nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,3 +68,12 @@ def group_by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:
     for group in groups.values():
         group.sort(key=lambda s: s.offset)
     return groups
+
+
+def list_scalar_rows(
+    edits: Iterable[Mapping[str, object]], protected: Iterable[Mapping[str, object]]
+) -> list[dict[str, object]]:
+    """Return one table row per edited and per protected scalar, given as the JSON objects of the record."""
+    columns = ("op", "tensor", "index", "dtype", "old", "new", "file", "offset")
+    everything = [*edits, *({**scalar, "op": "protect"} for scalar in protected)]
+    return [{column: scalar.get(column) for column in columns} for scalar in everything]

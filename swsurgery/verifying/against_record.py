@@ -23,6 +23,7 @@ from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.names import CARD_NAME, GIT_NAME, OWN_FILES, SIGNATURE_NAME
+from swsurgery.storage.result import Result
 from swsurgery.storage.strict_json import read_small
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.finite import FiniteScan
@@ -42,8 +43,8 @@ RULES_OF_RECORD = (
 """Rules that every verification of a record checks."""
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class RecordProof(Result):
     """Result of verifying a patched checkpoint against its record.
 
     `files`, `edits` and `protected` are the numbers that were checked. Each of the following names files:
@@ -97,7 +98,7 @@ def verify_patched(
     base: Checkpoint | None = None,
     finite: bool = False,
     of_manifest: Sequence[Finding] = (),
-) -> Verification:
+) -> RecordProof:
     """Verify an open checkpoint against its record, and against an open base if given.
 
     `of_manifest` are the findings about the manifest stored in the checkpoint. The caller makes them, because resolving
@@ -118,7 +119,7 @@ def verify_patched(
     if base is not None:
         findings += _compare_with_base(checkpoint, base, record, progress)
     rules = RULES_OF_RECORD + (("base",) if base else ()) + (("non-finite",) if finite else ())
-    return Verification(
+    return RecordProof(
         tuple(findings),
         files=len(present),
         edits=len(record.edits),

@@ -13,20 +13,21 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 from urllib.parse import quote
 from xml.etree import ElementTree
 
 from swsurgery._version import __version__
 from swsurgery.errors import escape_control, pluralise
+from swsurgery.storage.result import TableResult
 from swsurgery.verifying.findings import RULES, Finding
 
 ReportFormat = Literal["text", "json", "junit", "sarif", "github"]
 REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
 
-@dataclass(frozen=True)
-class FindingReport:
+@dataclass(frozen=True, repr=False)
+class FindingReport(TableResult):
     """Findings of one command about one checkpoint or manifest.
 
     `subject` is the path as the user gave it; paths in the output begin with it. `command` is a name such as "verify".
@@ -35,12 +36,13 @@ class FindingReport:
     """
 
     subject: str
-    command: str
+    command: str = field(repr=False)
     findings: tuple[Finding, ...]
-    checked: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
-    rules: tuple[str, ...] = ()
+    checked: str = field(default="", repr=False)
+    details: dict[str, Any] = field(default_factory=dict, repr=False)
+    rules: tuple[str, ...] = field(default=(), repr=False)
     decided: bool = True
+    shown: ClassVar[tuple[str, ...]] = ("ok",)
 
     @property
     def errors(self) -> int:
@@ -56,6 +58,23 @@ class FindingReport:
     def exit_code(self) -> int:
         """0 for yes, 1 for no, 2 if undecided."""
         return 1 if self.errors else 0 if self.decided else 2
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that the command prints with --json."""
+        return {
+            **self.details,
+            "ok": self.ok,
+            "decided": self.decided,
+            "subject": self.subject,
+            "findings": [f.to_json() for f in self.findings],
+            "rules": list(_list_rules(self)),
+            "swsurgery_version": __version__,
+        }
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per finding: its rule, level, place and message."""
+        rows = [f.to_json() for f in self.findings]
+        return [{**row, **{name: row.get(name) for name in ("manifest", "line", "column")}} for row in rows]
 
 
 def render(report: FindingReport, format: ReportFormat) -> str:
@@ -115,17 +134,7 @@ def _escape_plain(text: str) -> str:
 
 
 def _render_json(report: FindingReport) -> str:
-    return _dump(
-        {
-            **report.details,
-            "ok": report.ok,
-            "decided": report.decided,
-            "subject": report.subject,
-            "findings": [f.to_json() for f in report.findings],
-            "rules": list(_list_rules(report)),
-            "swsurgery_version": __version__,
-        }
-    )
+    return _dump(report.to_json())
 
 
 def _dump(document: Any) -> str:

@@ -10,13 +10,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from swsurgery.editing.resolve import Expected, find_conflicts, read_target
 from swsurgery.errors import LookupFailed, ManifestError, escape_control, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
-from swsurgery.manifest.load import LoadedManifest, load_manifest
+from swsurgery.manifest.load import IN_MEMORY, LoadedManifest, ManifestLike, load_manifest
 from swsurgery.manifest.operations import Edit, MeasuredValue, Scale, Set, Zero
+from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import dtypes
+from swsurgery.storage.arguments import require_type
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.numbers import format_exact
 from swsurgery.verifying.findings import Finding
@@ -32,7 +35,7 @@ _READ_AS = {4: ("F16", "BF16"), 8: ("F32",), 16: ("F64",)}
 """Number of hexadecimal digits -> dtypes of this width. Two digits are missing: too many dtypes have eight bits."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LintReport(FindingReport):
     """Findings in manifests. If `strict` is True, a warning makes the answer no, as an error does."""
 
@@ -44,38 +47,50 @@ class LintReport(FindingReport):
         return len(self.findings) if self.strict else super().errors
 
 
-def lint(paths: Sequence[Path], strict: bool = False) -> LintReport:
-    """Check every manifest. The findings are in the order of the files and their lines.
+def lint(
+    manifests: ManifestLike | Sequence[ManifestLike], *, strict: bool = False, reporter: Reporter | None = None
+) -> LintReport:
+    """Find what is wrong with manifests, offline and without a checkpoint.
 
-    Raises ManifestError, which names all unreadable files, if any file cannot be read.
+    `manifests` is one manifest, or a list of them: paths, texts as bytes, dicts, or a Manifest. The findings are in the
+    order of the manifests and their lines. With `strict`, a warning makes the answer no, as an error does.
+
+    Raises TypeError; ManifestError, which names all unreadable files, if any file cannot be read.
     """
+    require_reporter(reporter)
+    require_type("strict", strict, bool)
+    several = isinstance(manifests, list | tuple)
+    given = cast("Sequence[ManifestLike]", manifests if several else [manifests])
+    paths = [Path(each) if isinstance(each, str) else each for each in given]
+    different = [each for number, each in enumerate(paths) if each not in paths[:number]]
     findings: list[Finding] = []
     unreadable: list[str] = []
-    paths = list(dict.fromkeys(paths))
-    for path in paths:
+    for each in different:
         try:
-            findings += lint_manifest(path)
+            findings += lint_manifest(each)
         except ManifestError as error:
             unreadable += error.faults
     if unreadable:
         raise ManifestError.of(unreadable)
-    several = pluralise(len(paths), "manifest")
+    count = pluralise(len(different), "manifest")
     faulty = {f.manifest for f in findings}
+    names = [str(_name(each)) for each in different]
     return LintReport(
-        subject=str(paths[0]) if len(paths) == 1 else several,
+        subject=names[0] if len(names) == 1 else count,
         command="lint",
         findings=tuple(findings),
-        checked=f"{len(paths) - len(faulty)} of {several} without a finding",
-        details={"manifests": [str(path) for path in paths]},
+        checked=f"{len(names) - len(faulty)} of {count} without a finding",
+        details={"manifests": names},
         rules=("manifest-invalid", *LINTS),
         strict=strict,
     )
 
 
-def lint_manifest(path: Path) -> list[Finding]:
+def lint_manifest(manifest: ManifestLike) -> list[Finding]:
     """Check one manifest. The findings are in the order of its lines. Raises ManifestError if it cannot be read."""
+    path = _name(manifest)
     try:
-        loaded = load_manifest(path)
+        loaded = load_manifest(manifest)
     except ManifestError as error:
         return list(_convert_faults(error, path))
     reading = _Reading.of(loaded)
@@ -85,6 +100,13 @@ def lint_manifest(path: Path) -> list[Finding]:
         for (line, column), message in check(reading)
     ]
     return sorted(found, key=lambda finding: (finding.line or 0, finding.column or 0))
+
+
+def _name(manifest: ManifestLike) -> Path:
+    """Return the path that the loader's messages name."""
+    if isinstance(manifest, LoadedManifest):
+        return manifest.path
+    return Path(manifest) if isinstance(manifest, str | Path) else IN_MEMORY
 
 
 def _convert_faults(error: ManifestError, path: Path) -> Iterator[Finding]:

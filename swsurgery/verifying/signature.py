@@ -13,6 +13,7 @@ import io
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import held, open_checkpoint
 from swsurgery.checkpoint.weight_files import MAX_LISTED
 from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, TargetError
+from swsurgery.hub import parse_directory
+from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import filesystem
+from swsurgery.storage.arguments import require_location, require_path
 from swsurgery.storage.files import LocalFile, read_exactly
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import SIGNATURE_NAME
+from swsurgery.storage.result import Result
 from swsurgery.storage.strict_json import parse_json, read_small
 from swsurgery.verifying.findings import Finding
 
@@ -32,12 +37,41 @@ NOT_COVERED = (".git", ".github", ".gitattributes", ".gitignore", ".cache", SIGN
 download, and the signature itself."""
 
 
-def sign(root: Path, key: Path, signature: Path | None = None) -> Path:
-    """Sign every file of the checkpoint in `root` with the private key in `key` (PEM; P-256, P-384 or P-521).
+@dataclass(frozen=True, repr=False)
+class Signed(Result):
+    """A checkpoint that was signed, and the file with its signature."""
 
-    Writes the signature to `signature`, by default model.sig in the checkpoint, and returns its path. Raises
-    CheckpointError, TargetError if the signature exists, and SwsurgeryError for a key that cannot be used.
+    checkpoint: Path
+    signature: Path
+
+    def to_json(self) -> dict[str, object]:
+        """Return the document that `sign --json` prints."""
+        return {"checkpoint": str(self.checkpoint), "signature": str(self.signature)}
+
+
+def sign(
+    checkpoint: str | Path,
+    key: str | Path,
+    signature: str | Path | None = None,
+    *,
+    reporter: Reporter | None = None,
+) -> Signed:
+    """Sign every file of a checkpoint with a private key (PEM; P-256, P-384 or P-521).
+
+    `checkpoint` is a directory; one on the Hub must be downloaded first. The signature, in the format of OpenSSF Model
+    Signing, is written to the new file `signature`, by default model.sig in the checkpoint.
+
+    Raises TypeError, HubError, CheckpointError; TargetError if the signature exists; SwsurgeryError for a key that
+    cannot be used.
     """
+    require_reporter(reporter)
+    given = parse_directory(require_location("checkpoint", checkpoint))
+    key = require_path("key", key)
+    target = None if signature is None else require_path("signature", signature)
+    return Signed(given, _sign(given, key, target))
+
+
+def _sign(root: Path, key: Path, signature: Path | None) -> Path:
     library = _load_library()
     root = Path(os.path.realpath(root))
     signature = root / SIGNATURE_NAME if signature is None else Path(os.path.abspath(signature))

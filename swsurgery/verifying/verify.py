@@ -8,31 +8,37 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint, refuse_other_weights
+from swsurgery.checkpoint.opening import (
+    held,
+    open_checkpoint,
+    open_for_reading,
+    read_checkpoint,
+    refuse_other_weights,
+)
 from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, find_record, read_record
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, escape_control, pluralise
 from swsurgery.hub import RemoteTree, open_location, parse_location
-from swsurgery.progress import Progress
-from swsurgery.storage.arguments import require_type
+from swsurgery.progress import Progress, Reporter, require_reporter
+from swsurgery.storage.arguments import require_location, require_number, require_path, require_type
 from swsurgery.storage.folder import Folder
-from swsurgery.verifying.against_record import Verification, check_structure, scan_finite, verify_patched
+from swsurgery.verifying.against_record import RecordProof, check_structure, scan_finite, verify_patched
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
 if TYPE_CHECKING:  # each of these modules answers one question and is imported only when it is asked
-    from swsurgery.manifest.load import LoadedManifest
+    from swsurgery.manifest.load import LoadedManifest, ManifestLike
     from swsurgery.verifying.against_known import Survival
     from swsurgery.verifying.against_manifest import Wishes
 
 
 @dataclass(frozen=True)
-class Question:
+class _Question:
     """What to check a checkpoint against.
 
     `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set. `public_key`
@@ -40,8 +46,8 @@ class Question:
     and neither the record nor the manifest names one.
     """
 
-    base: str | None = None
-    manifest: Path | None = None
+    base: str | Path | None = None
+    manifest: ManifestLike | None = None
     known: bool = False
     model: str | None = None
     tolerance: float = 0.25
@@ -54,11 +60,24 @@ class Question:
     @property
     def needs_no_record(self) -> bool:
         """True if any requested check also works for a checkpoint without a record."""
-        return bool(self.known or self.manifest or self.finite or self.signature)
+        return bool(self.known or self.manifest is not None or self.finite or self.signature)
+
+
+@dataclass(frozen=True, repr=False)
+class Verification(FindingReport):
+    """The findings of all checks. `ok` is True if no finding is an error and something could be compared.
+
+    `record` is the proof from the checkpoint's record, None without one. `known` is what became of the known super
+    weights, None unless they were asked for. `base` is the base that was compared.
+    """
+
+    record: RecordProof | None = None
+    known: Survival | None = field(default=None, repr=False)
+    base: Path | RemoteTree | None = None
 
 
 @dataclass(frozen=True)
-class Proof:
+class _Proof:
     """Result of all checks: the findings, and the result of each check.
 
     `verification` is None if the checkpoint has no record. `base` is the location of the base that was compared.
@@ -67,7 +86,7 @@ class Proof:
 
     findings: tuple[Finding, ...]
     rules: tuple[str, ...]
-    verification: Verification | None = None
+    verification: RecordProof | None = None
     survival: Survival | None = None
     manifest: LoadedManifest | None = None
     base: Path | RemoteTree | None = None
@@ -90,10 +109,21 @@ class Proof:
         findings = [f.to_json() for f in self.findings]
         return document | {"findings": findings, "finite": self.finite, "notes": list(self.notes)}
 
-    def report(self, subject: str) -> FindingReport:
+    def report(self, subject: str) -> Verification:
         """Build the report that the output formats render. `subject` is the checkpoint's path as the user wrote it."""
         checked = "\n".join(map(escape_control, self.lines()))
-        return FindingReport(subject, "verify", self.findings, checked, self.to_json(), self.rules, self.decided)
+        return Verification(
+            subject,
+            "verify",
+            self.findings,
+            checked,
+            self.to_json(),
+            self.rules,
+            self.decided,
+            self.verification,
+            self.survival,
+            self.base,
+        )
 
     def lines(self) -> Iterable[str]:
         """Yield what was proved, as text. A claim is omitted if any finding contradicts it."""
@@ -117,22 +147,58 @@ class Proof:
             yield f"note      {note}"
 
 
-def verify_checkpoint(root: Path | Folder | RemoteTree, question: Question, progress: Progress) -> Proof:
-    """Check a checkpoint against everything in `question`, and against its record if it has one.
+def verify(
+    checkpoint: str | Path,
+    *,
+    manifest: ManifestLike | None = None,
+    base: str | Path | None = None,
+    known: bool = False,
+    model: str | None = None,
+    tolerance: float = 0.25,
+    finite: bool = False,
+    signature: str | Path | None = None,
+    public_key: str | Path | None = None,
+    weights: Weights | None = None,
+    variant: str | None = None,
+    reporter: Reporter | None = None,
+) -> Verification:
+    """Check a checkpoint against its record and against whatever else is given.
 
-    Raises CheckpointError if there is nothing to check against or a file cannot be read, ManifestError for an invalid
-    manifest, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key.
+    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]; of a repository, only headers, edited scalars and small
+    files are read, and the digests of large files are those that the Hub lists. The record proves that the checkpoint
+    is its base with exactly the declared scalars changed, without the base. `base` is compared byte by byte.
+    `manifest`, in any form that `apply` takes, must have made exactly this checkpoint. With `known`, the known super
+    weights of the checkpoint's model, or of `model`, must not be lost: at most the share `tolerance` of their value.
+    With `finite`, all values are searched for NaN and infinities. `signature` is checked with `public_key` (PEM).
+    `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
+
+    Raises TypeError; CheckpointError if there is nothing to check against or a file cannot be read; HubError,
+    ManifestError, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key.
     """
-    with held(root) as entered, contextlib.ExitStack() as bases:
-        return _verify_entered(entered, question, progress, bases)
+    reporter = require_reporter(reporter)
+    require_type("known", known, bool)
+    require_type("finite", finite, bool)
+    require_type("model", model, str, optional=True)
+    question = _Question(
+        None if base is None else require_location("base", base),
+        manifest,
+        known or model is not None,
+        model,
+        require_number("tolerance", tolerance),
+        finite,
+        None if signature is None else require_path("signature", signature),
+        None if public_key is None else require_path("public_key", public_key),
+        weights,
+        variant,
+    )
+    with open_for_reading("checkpoint", checkpoint, reporter) as root, contextlib.ExitStack() as bases:
+        return _prove(root, question, reporter, bases).report(str(checkpoint))
 
 
-def _verify_entered(
-    root: Folder | RemoteTree, question: Question, progress: Progress, bases: contextlib.ExitStack
-) -> Proof:
-    """Do the work of `verify_checkpoint` in a directory that is held. `bases` keeps the base held as well."""
+def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, bases: contextlib.ExitStack) -> _Proof:
+    """Check a checkpoint against everything in `question`, and against its record. `bases` keeps the base held."""
     patched = _read_record(root, question)
-    loaded = _load_manifest(question.manifest)
+    loaded = _load_manifest(question)
     question = _choose_weights(question, patched, loaded)
     base = _open_base(root, question, loaded, patched, bases)
     try:
@@ -140,7 +206,7 @@ def _verify_entered(
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise
-        return Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
+        return _Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
     repo_ids = _list_repo_ids(patched)
     wishes = _resolve_wishes(loaded, checkpoint, repo_ids)
     verification = None
@@ -163,7 +229,7 @@ def _verify_entered(
     if question.signature is not None and question.public_key is not None:
         findings += _check_signature(root, question.signature, question.public_key)
         rules += ("signature",)
-    return Proof(
+    return _Proof(
         tuple(findings),
         rules,
         verification,
@@ -176,30 +242,9 @@ def _verify_entered(
     )
 
 
-def verify_record(
-    root: Path | RemoteTree, progress: Progress, base: Path | None = None, finite: bool = False
-) -> Verification:
-    """Verify the patched checkpoint in `root` against its record, and against `base` if given.
-
-    For a checkpoint on the Hub, only headers, edited scalars and small files are read; the digests of large files are
-    the ones that the Hub lists. Raises CheckpointError if the record is missing, or if it or the base cannot be read.
-    """
-    require_type("finite", finite, bool)
-    with held(root) as entered, contextlib.ExitStack() as bases:
-        patched = read_record(entered)
-        said, base_checkpoint = patched.record.base, None
-        if base is not None:
-            base_checkpoint = read_checkpoint(bases.enter_context(held(base)), said)
-        try:
-            checkpoint = read_checkpoint(entered, said, elsewhere=patched.record.elsewhere)
-        except CheckpointError as error:
-            return Verification(tuple(Finding("structure", fault) for fault in error.faults), 0, 0, 0, (), False)
-        return _verify_with_manifest(patched, checkpoint, progress, base_checkpoint, finite)
-
-
 def _verify_with_manifest(
     patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None, finite: bool
-) -> Verification:
+) -> RecordProof:
     """Verify an open checkpoint against its record, and its record against the manifest stored beside it."""
     from swsurgery.verifying.against_manifest import find_own_differences
 
@@ -207,7 +252,7 @@ def _verify_with_manifest(
     return verify_patched(patched, checkpoint, progress, base, finite, differences)
 
 
-def _read_record(root: Folder | RemoteTree, question: Question) -> Patched | None:
+def _read_record(root: Folder | RemoteTree, question: _Question) -> Patched | None:
     """Read the record, or return None if the question can be answered without one.
 
     Raises SwsurgeryError for a signature without a public key, and CheckpointError for a missing or damaged record.
@@ -217,7 +262,7 @@ def _read_record(root: Folder | RemoteTree, question: Question) -> Patched | Non
     return find_record(root) if question.needs_no_record else read_record(root)
 
 
-def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedManifest | None) -> Question:
+def _choose_weights(question: _Question, patched: Patched | None, loaded: LoadedManifest | None) -> _Question:
     """Return the question with the weights that the record names, or the manifest if the checkpoint has no record.
 
     Raises CheckpointError if the question names other weights.
@@ -225,7 +270,7 @@ def _choose_weights(question: Question, patched: Patched | None, loaded: LoadedM
     said = patched.record.base if patched else loaded.manifest.base if loaded else None
     if said is None:
         return question
-    who = RECORD_NAME if patched else str(question.manifest)
+    who = RECORD_NAME if patched or loaded is None else str(loaded.path)
     refuse_other_weights(question.weights, said.weights, who, question.variant, said.variant)
     return replace(question, weights=said.weights or question.weights, variant=said.variant or question.variant)
 
@@ -252,16 +297,16 @@ def _check_signature(root: Folder | RemoteTree, signature: Path, public_key: Pat
     return verify_signature(root, signature, public_key)
 
 
-def _load_manifest(path: Path | None) -> LoadedManifest | None:
-    if path is None:
+def _load_manifest(question: _Question) -> LoadedManifest | None:
+    if question.manifest is None:
         return None
     from swsurgery.manifest.load import load_manifest
 
-    return load_manifest(path)
+    return load_manifest(question.manifest, question.base)
 
 
 def _survey_known(
-    question: Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
+    question: _Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
 ) -> Survival:
     from swsurgery.known import own
     from swsurgery.verifying import against_known
@@ -275,7 +320,7 @@ def _survey_known(
 
 def _open_base(
     root: Folder | RemoteTree,
-    question: Question,
+    question: _Question,
     loaded: LoadedManifest | None,
     patched: Patched | None,
     bases: contextlib.ExitStack,
@@ -362,7 +407,7 @@ def _check_manifest(
     return check_by_base(wishes, plan, checkpoint, progress)
 
 
-def _describe_verification(verification: Verification) -> Iterable[str]:
+def _describe_verification(verification: RecordProof) -> Iterable[str]:
     yield f"verified  {pluralise(verification.files - len(verification.unhashed), 'file')} with the record's sha256"
     if verification.proved:
         others = verification.unread or verification.unverified

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect as inspect_module
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,16 @@ from checkpoints import FIRST, HEAD, SECOND, THIRD, down, sha256, tree, write_ll
 from keys import write_keys
 
 import swsurgery
-from swsurgery.checkpoint import inspect, journal
-from swsurgery.checkpoint.opening import held, open_checkpoint
+from swsurgery.checkpoint import journal
+from swsurgery.checkpoint.opening import held
 from swsurgery.cli import app, main
-from swsurgery.editing import in_place, sanity
-from swsurgery.editing.apply import apply_manifest, plan_manifest
-from swsurgery.editing.in_memory import load_patched, patched_state_dict
-from swsurgery.editing.in_place import apply_in_place, revert_in_place
-from swsurgery.editing.revert import revert
+from swsurgery.editing import in_place
 from swsurgery.errors import SwsurgeryError, TargetError
-from swsurgery.progress import Silent
-from swsurgery.scanning import scan
-from swsurgery.sharing import export, publish
+from swsurgery.sharing import publish
 from swsurgery.storage import filesystem
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import JOURNAL, WORKING_FILES
-from swsurgery.verifying import signature, verify
+from swsurgery.verifying import signature
 
 PACKAGE = Path(swsurgery.__file__).parent
 
@@ -46,14 +39,16 @@ class Room:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch):
         self.folder, self.model, self.out = folder, write_llama(folder / "model"), folder / "out"
         self.twin = write_llama(folder / "twin")
-        apply_in_place(self.manifest("first", {"op": "zero", "layer": 1, "row": 2, "col": 3}), check="off")
+        swsurgery.apply(
+            self.manifest("first", {"op": "zero", "layer": 1, "row": 2, "col": 3}), in_place=True, check="off"
+        )
         self.before = tree(self.model)
         self.third = self.manifest("third", {"op": "zero", "layer": 1, "row": 1, "col": 1})
         with patch.context() as context, pytest.raises(Killed):
             context.setattr(in_place, "run_check", self._stop)
             context.setattr(journal, "_take_back", lambda *arguments: None)
             edit = {"op": "set", "tensor": HEAD, "index": [11, 5], "value": 1.0}
-            apply_in_place(self.manifest("second", edit), check="off")
+            swsurgery.apply(self.manifest("second", edit), in_place=True, check="off")
         assert (self.model / JOURNAL).exists() and tree(self.model)[THIRD] != self.before[THIRD]
         self.recoveries: list[Path] = []
         true = journal.recover
@@ -79,37 +74,31 @@ def room(tmp_path, monkeypatch) -> Room:
 
 
 FUNCTIONS: dict[str, Callable[[Room], object]] = {
-    "open_checkpoint": lambda room: open_checkpoint(room.model),
-    "plan_manifest": lambda room: plan_manifest(room.third),
-    "apply_manifest": lambda room: apply_manifest(room.third, room.out, check="off"),
-    "revert": lambda room: revert(room.model, room.out),
-    "revert_in_place": lambda room: revert_in_place(room.model),
-    "check_checkpoint": lambda room: sanity.check_checkpoint(room.model),
-    "verify_record": lambda room: verify.verify_record(room.model, Silent()),
-    "verify_checkpoint": lambda room: verify.verify_checkpoint(room.model, verify.Question(), Silent()),
-    "verify_checkpoint, and it is its own base": lambda room: verify.verify_checkpoint(
-        room.model, question(base=str(room.model)), Silent()
-    ),
-    "verify_checkpoint, and it is the base": lambda room: verify.verify_checkpoint(
-        room.twin, question(base=str(room.model)), Silent()
-    ),
-    "verify_checkpoint, and it is the manifest's": lambda room: verify.verify_checkpoint(
-        room.twin, question(manifest=room.third), Silent()
-    ),
-    "inspect_files": lambda room: inspect.inspect_files(room.model),
-    "inspect_tensor": lambda room: inspect.inspect_tensor(room.model, down(1), "2,3"),
-    "scan_checkpoint": lambda room: scan.scan_checkpoint(room.model, "weights"),
-    "sweep_manifest": lambda room: scan.sweep_manifest(room.third, [0.0, 1.0]),
-    "export": lambda room: export.write(str(room.model), "sparse", room.out),
-    "export of a manifest": lambda room: export.write(str(room.third), "sparse", room.out),
-    "find_early": lambda room: publish.find_early(room.model),
-    "check_gate": lambda room: publish.check_gate(room.model, ["check-missing"]),
+    "open_checkpoint": lambda room: swsurgery.open_checkpoint(room.model),
+    "plan": lambda room: swsurgery.plan(room.third),
+    "apply": lambda room: swsurgery.apply(room.third, output=room.out, check="off"),
+    "revert": lambda room: swsurgery.revert(room.model, room.out),
+    "revert in place": lambda room: swsurgery.revert(room.model),
+    "check": lambda room: swsurgery.check(room.model),
+    "verify": lambda room: swsurgery.verify(room.model),
+    "verify, and it is its own base": lambda room: swsurgery.verify(room.model, base=room.model, finite=True),
+    "verify, and it is the base": lambda room: swsurgery.verify(room.twin, base=room.model, finite=True),
+    "verify, and it is the manifest's": lambda room: swsurgery.verify(room.twin, manifest=room.third, finite=True),
+    "diff": lambda room: swsurgery.diff(room.twin, room.model),
+    "inspect": lambda room: swsurgery.inspect(room.model),
+    "inspect a scalar": lambda room: swsurgery.inspect(room.model, down(1), (2, 3)),
+    "lookup": lambda room: swsurgery.lookup(room.model),
+    "scan": lambda room: swsurgery.scan(room.model, method="weights"),
+    "sweep": lambda room: swsurgery.sweep(room.third, [0.0, 1.0]),
+    "export": lambda room: swsurgery.export(room.model, room.out, format="sparse"),
+    "export of a manifest": lambda room: swsurgery.export(room.third, room.out, format="sparse"),
+    "publish": lambda room: publish.find_early(room.model),
 }
 """Functions that leave the directory as it was before the edit that was cut off, or raise an error afterwards."""
 
 NEED_TORCH: dict[str, Callable[[Room], object]] = {
-    "load_patched": lambda room: load_patched(room.model, room.third),
-    "patched_state_dict": lambda room: list(patched_state_dict(room.model, room.third)),
+    "load_patched": lambda room: swsurgery.load_patched(room.third, room.model),
+    "patched_state_dict": lambda room: list(swsurgery.patched_state_dict(room.third, room.model)),
 }
 
 COMMANDS = (
@@ -120,11 +109,6 @@ COMMANDS = (
     "check {model}", "scan {model} --method weights", "scan {model}", "sweep {third} --factors 0,1",
     "export {model} --format sparse -o {out}", "export {third} --format sparse -o {out}",
 )  # fmt: skip
-
-
-def question(**fields: object) -> verify.Question:
-    """A question that a checkpoint without a record can be asked."""
-    return replace(verify.Question(finite=True), **fields)
 
 
 def assert_recovered_once(room: Room) -> None:
@@ -155,9 +139,9 @@ def test_a_command_recovers_once(room, command, capsys):
 
 
 def test_an_edit_in_place_recovers_once_and_is_made(room):
-    apply_in_place(room.third, check="off")
-    assert room.recoveries == [room.model] and verify.verify_record(room.model, Silent()).ok
-    revert_in_place(room.model)
+    swsurgery.apply(room.third, in_place=True, check="off")
+    assert room.recoveries == [room.model] and swsurgery.verify(room.model).ok
+    swsurgery.revert(room.model)
     assert tree(room.model) == room.before
 
 
@@ -187,9 +171,9 @@ def test_no_command_is_forgotten():
 
 
 def test_no_public_function_is_forgotten():
-    tested = {*FUNCTIONS, *NEED_TORCH, "apply_in_place"}
+    tested = {*FUNCTIONS, *NEED_TORCH, "sign"}
     functions = {name for name in swsurgery.__all__ if inspect_module.isfunction(getattr(swsurgery, name))}
-    assert functions - tested == {"diff_checkpoints", "load_manifest", "lookup"}, "these are not given a directory"
+    assert functions - tested == {"lint", "load_manifest"}, "these are not given a directory"
 
 
 def test_recovery_is_called_in_one_place():
@@ -206,7 +190,7 @@ def test_what_is_held_already_is_not_entered_again(room):
 def test_a_directory_can_be_held_twice_and_not_edited_meanwhile(room):
     busy = pytest.raises(TargetError, match="another run is reading or editing it")
     with held(room.model), held(room.model), busy:
-        revert_in_place(room.model)
+        swsurgery.revert(room.model)
     assert_recovered_once(room)
 
 

@@ -17,15 +17,14 @@ import pytest
 from checkpoints import FIRST, HEAD, SECOND, THIRD, down, place, sha256, tree, write_llama, write_manifest
 from killed import killed, names, run
 
+import swsurgery
 from swsurgery.checkpoint import journal, journal_format
 from swsurgery.checkpoint.journal_format import Journal, JournalFile, parse_journal
 from swsurgery.cli import main
 from swsurgery.editing import in_place as in_place_module
 from swsurgery.errors import CheckpointError, SwsurgeryError, TargetError
-from swsurgery.progress import Silent
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES
-from swsurgery.verifying.verify import verify_record
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
 SET = {"op": "set", "tensor": HEAD, "index": [11, 5], "value": 1.0}
@@ -62,7 +61,7 @@ def cut_off(base, manifest, monkeypatch) -> dict[str, bytes]:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(in_place_module, "run_check", stop)
         patch.setattr(journal, "_take_back", lambda *arguments: None)
-        in_place_module.apply_in_place(manifest)
+        swsurgery.apply(manifest, in_place=True)
     assert tree(base)[SECOND] != before[SECOND] and tree(base)[THIRD] != before[THIRD]
     assert {JOURNAL, ROOM} <= names(base)
     return before
@@ -92,7 +91,7 @@ def test_a_killed_edit_is_undone_and_can_be_made_again(base, manifest, at, numbe
     assert main(["inspect", str(base)]) == 0
     assert tree(base) == before
     assert main(list(in_place(manifest))) == 0
-    assert verify_record(base, Silent()).ok
+    assert swsurgery.verify(base).ok
     assert not names(base) & set(WORKING_FILES)
 
 
@@ -101,7 +100,7 @@ def test_killed_after_the_journal_is_gone_it_is_done(base, manifest):
     before = tree(base)
     killed("storage.filesystem.remove_file", *in_place(manifest), number=2, after=True)
     assert not names(base) & set(WORKING_FILES)
-    assert tree(base) != before and verify_record(base, Silent()).ok
+    assert tree(base) != before and swsurgery.verify(base).ok
     done = run(*in_place(manifest))
     assert (done.returncode, done.stderr) == (0, "swsurgery: the manifest was already applied; nothing was written\n")
 
@@ -183,13 +182,13 @@ def test_the_next_command_puts_the_old_bytes_back_and_says_so(base, manifest, tm
 def test_the_same_command_undoes_and_does_it(base, manifest, cut_off):
     done = run(*in_place(manifest))
     assert (done.returncode, done.stderr) == (0, TOLD.format(base))
-    assert verify_record(base, Silent()).ok
+    assert swsurgery.verify(base).ok
     assert {n: d for n, d in tree(base).items() if n in cut_off and d != cut_off[n]}.keys() == {SECOND, THIRD}
 
 
 def test_a_copy_of_what_was_cut_off_is_a_copy_of_the_base(base, manifest, tmp_path, cut_off):
     assert main(["apply", str(manifest), "-o", str(tmp_path / "out"), "--check", "off"]) == 0
-    assert verify_record(tmp_path / "out", Silent(), base).ok
+    assert swsurgery.verify(tmp_path / "out", base=base).ok
     assert not names(tmp_path / "out") & set(WORKING_FILES)
 
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import EMBED, HIDDEN, INNER, down, tensor, tree, write_index, write_manifest, write_shard, write_single
 
+import swsurgery
 from swsurgery.checkpoint import inspect
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.quantised import SCALES, Quantisation
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest, plan_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import ArchitectureError, ModelError, PlanError
 from swsurgery.scanning.scores import Matrix
@@ -209,15 +209,15 @@ def test_no_tensor_of_an_unreadable_format_can_be_edited(name, tmp_path):
     manifest = write_manifest(tmp_path / "m.json", base, *edits)
     before = tree(tmp_path)
     with pytest.raises(PlanError) as caught:
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"))
+        swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("off"))
     assert tree(tmp_path) == before
     assert len(caught.value.faults) == len(edits)
     for fault in caught.value.faults:
         assert "quantised" in fault and fault.endswith("(edit the model before it is quantised)")
     norm = write_manifest(tmp_path / "n.json", base, {"op": "zero", "tensor": "model.norm.weight", "index": [1]})
-    assert len(plan_manifest(norm).splices) == 1
+    assert len(swsurgery.plan(norm).splices) == 1
     protect = write_manifest(tmp_path / "p.json", base, *({**e, "op": "protect"} for e in edits[:1]))
-    assert len(plan_manifest(protect).protected) == 1
+    assert len(swsurgery.plan(protect).protected) == 1
 
 
 STACKED: dict[str, tuple[dict[str, tuple], dict, dict[str, str]]] = {
@@ -376,7 +376,7 @@ def test_a_router_of_fp8_with_its_correction_is_plain():
 def test_an_integer_buffer_of_a_float_model_is_edited(tmp_path):
     base = write_single(tmp_path / "base", {"model.lookup.weight": ("I64", (3,), bytes(range(24)))})
     edit = {"op": "set", "tensor": "model.lookup.weight", "index": [1], "value": 7}
-    apply_manifest(write_manifest(tmp_path / "m.json", base, edit), tmp_path / "out", check=CheckOptions("off"))
+    swsurgery.apply(write_manifest(tmp_path / "m.json", base, edit), output=tmp_path / "out", check=CheckOptions("off"))
     data = (tmp_path / "out" / "model.safetensors").read_bytes()[-24:]
     assert data == bytes(range(8)) + (7).to_bytes(8, "little") + bytes(range(16, 24))
 
@@ -384,7 +384,7 @@ def test_an_integer_buffer_of_a_float_model_is_edited(tmp_path):
 def test_a_plain_fp8_weight_is_edited(tmp_path):
     base = write_single(tmp_path / "base", {down(0): ("F8_E4M3", (HIDDEN, INNER), bytes([0x38] * HIDDEN * INNER))})
     edit = {"op": "set", "layer": 0, "row": 1, "col": 2, "value": 2.0}
-    apply_manifest(write_manifest(tmp_path / "m.json", base, edit), tmp_path / "out", check=CheckOptions("off"))
+    swsurgery.apply(write_manifest(tmp_path / "m.json", base, edit), output=tmp_path / "out", check=CheckOptions("off"))
     data = (tmp_path / "out" / "model.safetensors").read_bytes()[-HIDDEN * INNER :]
     assert [i for i, byte in enumerate(data) if byte != 0x38] == [INNER + 2] and data[INNER + 2] == 0x40
 
@@ -424,7 +424,7 @@ def test_nothing_reads_codes_as_weights(tmp_path: Path, tensors, capsys):
         _locate_part(down(0), 0, checkpoint)
     with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
         _read_row(checkpoint, find_down_projection(checkpoint.config, checkpoint.shapes, 0), 1)
-    assert scale in inspect.inspect_tensor(root, down(0), "1,2")["note"]
+    assert scale in inspect.inspect(root, down(0), "1,2").to_json()["note"]
     assert main(["inspect", str(root), "--tensor", down(0), "--at", "1,2"]) == 0
     meaning = "its elements are multiplied by" if "weight_" in scale else "what its codes mean depends on"
     assert f"quantised: {meaning} {scale}" in capsys.readouterr().out
@@ -479,7 +479,7 @@ def test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded(t
 
 def test_inspect_says_nothing_of_a_plain_weight(tmp_path):
     root = write_single(tmp_path, {down(0): tensor("F8_E4M3", HIDDEN, INNER)})
-    assert "note" not in inspect.inspect_tensor(root, down(0), "1,2")
+    assert "note" not in inspect.inspect(root, down(0), "1,2").to_json()
 
 
 def test_an_old_record_of_edited_codes_makes_no_adapter(tmp_path, monkeypatch):
@@ -489,10 +489,10 @@ def test_an_old_record_of_edited_codes_makes_no_adapter(tmp_path, monkeypatch):
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "row": 1, "col": 2})
     with monkeypatch.context() as old:
         old.setattr(Quantisation, "refusal", lambda self, name: None)
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"))
+        swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("off"))
     with pytest.raises(PlanError, match=rf"LoRA adapter cannot represent this edit: {L}.weight\[1, 2\] is no weight"):
-        export.write(tmp_path / "out", "peft", tmp_path / "adapter")
-    assert export.write(tmp_path / "out", "sparse", tmp_path / "patch.safetensors").scalars == 1
+        export.export(tmp_path / "out", tmp_path / "adapter", format="peft")
+    assert export.export(tmp_path / "out", tmp_path / "patch.safetensors", format="sparse").scalars == 1
     assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0
     assert main(["revert", str(tmp_path / "out"), "-o", str(tmp_path / "back"), "--quiet"]) == 0
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()

@@ -11,9 +11,9 @@ import transformers
 from checkpoints import EMBED, HEAD, HIDDEN, down, tensor, write_manifest, write_single
 from huggingface_hub.errors import StrictDataclassError
 
+import swsurgery
 from swsurgery.checkpoint.tying import TIED_BY_DEFAULT, UNTIED_BY_DEFAULT, is_tied_by_config, list_tied_pairs
 from swsurgery.cli import main
-from swsurgery.editing.apply import plan_manifest
 from swsurgery.errors import PlanError
 
 ROWS = 40
@@ -29,7 +29,7 @@ def faults(base: Path, *tensors: str, value: float = 0.5) -> list[str]:
     edits = [{"op": "set", "tensor": name, "index": [7, 3], "value": value} for name in tensors]
     manifest = write_manifest(base.parent / "m.json", base, *edits)
     try:
-        plan_manifest(manifest)
+        swsurgery.plan(manifest)
     except PlanError as error:
         return list(error.faults)
     return []

@@ -37,7 +37,7 @@ from checkpoints import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swsurgery.editing.apply import apply_manifest
+import swsurgery
 from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckpointError, PlanError, TargetError
@@ -56,7 +56,7 @@ def base(tmp_path) -> Path:
 def apply(base: Path, output: Path, *edits: dict, **options) -> dict:
     """Apply the edits; returns the record as it lies in the output."""
     manifest = write_manifest(output.with_suffix(".json"), base, *edits)
-    apply_manifest(manifest, output, **{"check": OFF, **options})
+    swsurgery.apply(manifest, output=output, **{"check": OFF, **options})
     return json.loads((output / "swsurgery.json").read_text())
 
 
@@ -290,7 +290,7 @@ def test_other_bytes_under_the_old_time_are_hashed_again(base, tmp_path, link):
     assert files[FIRST]["sha256"] == sha256(base / FIRST)
     pinned = write_manifest(tmp_path / "pinned.json", {"path": str(base), "sha256": pins}, ZERO)
     with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
-        apply_manifest(pinned, tmp_path / "third", check=OFF, link=link)
+        swsurgery.apply(pinned, output=tmp_path / "third", check=OFF, link=link)
 
 
 @pytest.mark.parametrize("name", [FIRST, SECOND])

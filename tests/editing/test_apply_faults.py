@@ -26,11 +26,12 @@ from checkpoints import (
     write_manifest,
     write_sparse_shard,
 )
+from listening import Listener
 
+import swsurgery
 from swsurgery import cli
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing import sanity
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckFailed, CheckpointError, ModelError, SwsurgeryError, TargetError
 from swsurgery.progress import Silent
@@ -138,7 +139,7 @@ def test_a_base_that_cannot_be_read_is_not_blamed_on_the_target(manifest, tmp_pa
 
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(SwsurgeryError, match=rf"^cannot read \(Input/output error\): {tmp_path / 'base'}/"):
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"))
+        swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("off"))
     assert not (tmp_path / "out").exists()
 
 
@@ -297,7 +298,7 @@ def test_a_target_that_appears_meanwhile_is_not_overwritten(manifest, tmp_path):
 
     (tmp_path / "base" / ".cache").mkdir()  # it is left out, and that is said before anything is written
     with pytest.raises(TargetError, match="the output already exists"):
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"), say=appear)
+        swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("off"), reporter=Listener(appear))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -326,10 +327,12 @@ def test_bounds_that_cannot_be_measured_are_not_met(base, tmp_path, monkeypatch)
     monkeypatch.setattr(sanity.model, "explain_unavailable", lambda: None)
     bounded = write_manifest(tmp_path / "bounded.json", base, ZERO, check={"min_perplexity_ratio": 2.0})
     with pytest.raises(ModelError, match="no tokenizer"):
-        apply_manifest(bounded, tmp_path / "out")
+        swsurgery.apply(bounded, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     said: list[str] = []
-    outcome = apply_manifest(write_manifest(tmp_path / "free.json", base, ZERO), tmp_path / "out", say=said.append)
+    outcome = swsurgery.apply(
+        write_manifest(tmp_path / "free.json", base, ZERO), output=tmp_path / "out", reporter=Listener(said.append)
+    )
     assert said == ["no forward check was made: no tokenizer: here"]
     assert (outcome.record.check["kind"], outcome.record.check["reason"]) == ("weights", "no tokenizer: here")
 
@@ -351,7 +354,7 @@ def test_bytes_that_are_written_wrong_are_found_by_the_check(manifest, tmp_path,
 
     monkeypatch.setattr(filesystem, "write_all", write_wrong)
     with pytest.raises(CheckFailed) as caught:
-        apply_manifest(manifest, tmp_path / "out", link="copy", check=CheckOptions("weights"))
+        swsurgery.apply(manifest, output=tmp_path / "out", link="copy", check=CheckOptions("weights"))
     assert any(message in fault for fault in caught.value.faults), caught.value.faults
     assert caught.value.exit_code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m.json"]
@@ -379,5 +382,7 @@ def test_a_file_that_is_replaced_before_it_is_copied_is_refused(manifest, base, 
         (base / name).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]) + more)
 
     with pytest.raises(CheckpointError, match=f"was changed or replaced while it was read: .*{name}"):
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions("off"), link=link, progress=_Meanwhile(change))
+        swsurgery.apply(
+            manifest, output=tmp_path / "out", check=CheckOptions("off"), link=link, reporter=_Meanwhile(change)
+        )
     assert not (tmp_path / "out").exists()

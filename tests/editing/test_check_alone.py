@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from checkpoints import write_llama, write_manifest
 
+import swsurgery
 from swsurgery.cli import main
 from swsurgery.editing import sanity
-from swsurgery.editing.apply import apply_manifest
-from swsurgery.editing.sanity import CheckOptions, check_checkpoint
 from swsurgery.errors import PlanError
-from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Side, SuperActivation
+from swsurgery.model.report import CheckReport, Continuations, Side, SuperActivation
 
 SIDE = Side(perplexity=20.0, stopword_mass=0.25, finite=True, super_activation=SuperActivation(1, 0, 5, -12.5, 3))
 REPORT = CheckReport(
@@ -34,7 +33,7 @@ def base(tmp_path) -> Path:
 @pytest.fixture
 def patched(base, tmp_path) -> Path:
     edit = {"op": "zero", "layer": 1, "row": 2, "col": 3}
-    apply_manifest(write_manifest(tmp_path / "m.json", base, edit), tmp_path / "patched", check="off")
+    swsurgery.apply(write_manifest(tmp_path / "m.json", base, edit), output=tmp_path / "patched", check="off")
     return tmp_path / "patched"
 
 
@@ -55,10 +54,10 @@ def test_a_bound_without_a_base_is_bad_input(base, option, capsys):
     )
 
 
-@pytest.mark.parametrize("bounds", [CheckedBounds(max_perplexity_ratio=9.0), CheckedBounds(min_perplexity_ratio=0.1)])
+@pytest.mark.parametrize("bounds", [{"max_perplexity_ratio": 9.0}, {"min_perplexity_ratio": 0.1}], ids=str)
 def test_so_it_is_in_the_library(base, bounds):
     with pytest.raises(PlanError, match="needs a base to compare with"):
-        check_checkpoint(base, CheckOptions(bounds=bounds))
+        swsurgery.check(base, **bounds)
 
 
 def test_it_is_refused_before_torch_is_imported(base):
@@ -101,4 +100,4 @@ def test_a_patched_checkpoint_is_compared_and_held_to_bounds(patched, capsys):
 
 
 def test_what_goes_into_records_has_no_new_field():
-    assert "compared" not in REPORT.to_json()
+    assert "compared" not in REPORT.to_record()

@@ -34,8 +34,8 @@ from checkpoints import (
     write_sparse_shard,
 )
 
+import swsurgery
 from swsurgery.cli import main, output
-from swsurgery.editing import apply as apply_module
 from swsurgery.editing import in_place
 from swsurgery.editing import plan as plan_module
 from swsurgery.editing.in_memory import patched_state_dict
@@ -44,7 +44,6 @@ from swsurgery.errors import CheckFailed, Interrupted
 from swsurgery.progress import Silent
 from swsurgery.storage import filesystem
 from swsurgery.storage.names import OWN_FILES, WORKING_FILES
-from swsurgery.verifying.verify import verify_record
 
 SHARDS = (FIRST, SECOND, THIRD)
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
@@ -142,7 +141,7 @@ def test_a_manifest_that_only_protects_changes_no_shard(base, tmp_path, apply):
     assert {p: t for p, t in modified(base).items() if p in times and p != str(base)} == {
         p: t for p, t in times.items() if p != str(base)
     }
-    assert verify_record(base, Silent()).ok
+    assert swsurgery.verify(base).ok
 
 
 def test_the_record_says_both_digests_of_what_was_touched(base, manifest, apply):
@@ -165,18 +164,18 @@ def test_the_sums_are_those_of_the_files(base, manifest, apply):
 
 def test_what_was_edited_in_place_verifies_and_a_changed_bit_does_not(base, manifest, apply):
     apply(manifest)
-    verification = verify_record(base, Silent())
-    assert verification.ok and verification.edits == 3 and verification.protected == 1
-    assert verification.unhashed == (FIRST,)
+    verification = swsurgery.verify(base)
+    assert verification.ok and verification.record.edits == 3 and verification.record.protected == 1
+    assert verification.record.unhashed == (FIRST,)
     offset, _ = place(base / SECOND, down(1), (0, 0))
     data = bytearray((base / SECOND).read_bytes())
     data[offset] ^= 1
     (base / SECOND).write_bytes(data)
-    assert not verify_record(base, Silent()).ok
+    assert not swsurgery.verify(base).ok
 
 
 def test_the_shards_bytes_are_those_of_a_copy(base, manifest, tmp_path, apply):
-    apply_module.apply_manifest(manifest, tmp_path / "copy", check=CheckOptions("off"))
+    swsurgery.apply(manifest, output=tmp_path / "copy", check=CheckOptions("off"))
     apply(manifest)
     assert theirs(base) == theirs(tmp_path / "copy")
 
@@ -196,7 +195,7 @@ def test_folders_of_other_tools_are_left_alone(base, tmp_path, apply):
         (base / folder / "deep").mkdir(parents=True)
         (base / folder / "deep" / "file").write_text("theirs")
     assert apply(pinned(tmp_path / "m.json", base, ZERO))[0] == 0
-    assert verify_record(base, Silent()).ok
+    assert swsurgery.verify(base).ok
     assert main(["revert", str(base)]) == 0
     assert all((base / folder / "deep" / "file").read_text() == "theirs" for folder in (".git", ".cache"))
 
@@ -319,7 +318,7 @@ def test_two_manifests_are_two_steps_that_revert_takes_back_one_by_one(base, man
     assert stored(base / SECOND, down(1), (5, 9)) == b"\0\0"
     assert stored(base / SECOND, down(1), (2, 3)) == b"\0\0", "the first step is still there"
     assert len(json.loads((base / "swsurgery.json").read_text())["history"]) == 1
-    assert verify_record(base, Silent()).ok
+    assert swsurgery.verify(base).ok
     assert main(["revert", str(base)]) == 0
     assert tree(base) == once
     assert main(["revert", str(base)]) == 0
@@ -327,7 +326,7 @@ def test_two_manifests_are_two_steps_that_revert_takes_back_one_by_one(base, man
 
 
 def test_a_copy_can_be_reverted_in_place(base, manifest, tmp_path):
-    apply_module.apply_manifest(manifest, tmp_path / "copy", link="copy", check=CheckOptions("off"))
+    swsurgery.apply(manifest, output=tmp_path / "copy", link="copy", check=CheckOptions("off"))
     assert main(["revert", str(tmp_path / "copy")]) == 0
     assert tree(tmp_path / "copy") == tree(base)
 
@@ -588,7 +587,7 @@ def test_others_are_refused_while_it_is_edited(base, manifest, tmp_path, apply, 
     told = f"swsurgery: another run is reading or editing it: {base} (wait for it, or stop it)\n"
     assert answers == [(2, told)] * len(commands)
     assert not (tmp_path / "out").exists()
-    assert verify_record(base, Silent()).ok
+    assert swsurgery.verify(base).ok
 
 
 @pytest.fixture

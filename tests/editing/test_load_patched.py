@@ -33,7 +33,6 @@ from safetensors.torch import load_file
 from tiny_checkpoint import DOWN, load, write_pair
 
 import swsurgery
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import ManifestError, ModelError, PlanError
 from swsurgery.sharing import export
@@ -62,7 +61,7 @@ def llama(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         base = write_pair(folder, dtype=torch.bfloat16).base
-        apply_manifest(write_manifest(folder / "m.json", base, *EDITS), folder / "edited", check=OFF)
+        swsurgery.apply(write_manifest(folder / "m.json", base, *EDITS), output=folder / "edited", check=OFF)
     return folder
 
 
@@ -72,7 +71,7 @@ def llama(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16], ids=str)
 def test_the_model_is_the_one_of_the_patched_checkpoint(llama, dtype):
     options = {} if dtype is None else {"dtype": dtype}
-    model = swsurgery.load_patched(llama / "base", llama / "m.json", **options)
+    model = swsurgery.load_patched(llama / "m.json", llama / "base", **options)
     wanted = transformers.AutoModelForCausalLM.from_pretrained(llama / "edited", **options).eval()
     assert not model.training and model.dtype is (dtype or torch.bfloat16)
     assert torch.equal(logits(model), logits(wanted))
@@ -85,7 +84,7 @@ def test_the_model_is_the_one_of_the_patched_checkpoint(llama, dtype):
 def test_a_manifest_in_any_form_does_the_same(llama, tmp_path, kind):
     path, base = llama / "m.json", str(llama / "base")
     if kind == "patch":
-        export.write(path, "sparse", tmp_path / "p")
+        export.export(path, tmp_path / "p", format="sparse")
     given = {
         "text": path.read_bytes(),
         "dict": json.loads(path.read_text()),
@@ -94,7 +93,7 @@ def test_a_manifest_in_any_form_does_the_same(llama, tmp_path, kind):
         "patch": tmp_path / "p",
         "own base": path,
     }[kind]
-    model = swsurgery.load_patched(None if kind == "own base" else base, given)
+    model = swsurgery.load_patched(given, None if kind == "own base" else base)
     assert model.get_parameter(DOWN)[3, 7] == 5
 
 
@@ -113,8 +112,8 @@ def test_transposed_stacked_and_renamed_weights_are_found(tmp_path, name):
     down = max(name for name in shapes if any(part in name for part in OUTPUT_PROJECTIONS))
     index = [n // 2 for n in shapes[down]]
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "set", "tensor": down, "index": index, "value": 4})
-    apply_manifest(manifest, tmp_path / "edited", check=OFF)
-    model = swsurgery.load_patched(base, manifest)
+    swsurgery.apply(manifest, output=tmp_path / "edited", check=OFF)
+    model = swsurgery.load_patched(manifest, base)
     found, wanted = model.state_dict(), tiny_models.load(name, tmp_path / "edited").state_dict()
     plain = tiny_models.load(name, base).state_dict()
     assert [n for n in wanted if not torch.equal(wanted[n], plain[n])], "the edit is in the loaded model"
@@ -128,7 +127,7 @@ def test_an_edit_of_a_tied_embedding_reaches_the_head(tmp_path):
     model.tie_weights()
     model.save_pretrained(base)
     edit = {"op": "set", "tensor": "model.embed_tokens.weight", "index": [7, 3], "value": 6}
-    model = swsurgery.load_patched(base, write_manifest(tmp_path / "m.json", base, edit))
+    model = swsurgery.load_patched(write_manifest(tmp_path / "m.json", base, edit), base)
     assert model.get_output_embeddings().weight[7, 3] == 6
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
@@ -137,8 +136,8 @@ def test_nothing_is_written(llama, monkeypatch):
     before = tree(llama)
     for name in ("create", "write_all", "write_at", "write_file", "replace_file", "make_directories", "rename_new"):
         monkeypatch.setattr(filesystem, name, lambda *arguments, name=name: pytest.fail(f"{name}{arguments}"))
-    swsurgery.load_patched(llama / "base", llama / "m.json")
-    assert len(list(swsurgery.patched_state_dict(llama / "base", llama / "m.json"))) == 21
+    swsurgery.load_patched(llama / "m.json", llama / "base")
+    assert len(list(swsurgery.patched_state_dict(llama / "m.json", llama / "base"))) == 21
     assert tree(llama) == before
 
 
@@ -187,10 +186,10 @@ def test_the_state_dict_is_that_of_the_patched_shards(tmp_path):
     edits += [{"op": "set", "tensor": "extra_I64.weight", "index": [0, 0], "value": -(2**63)}]
     edits += [{"op": "set", "tensor": "extra_scalar.weight", "index": [], "value": 9}]
     manifest = write_manifest(tmp_path / "m.json", base, *edits)
-    apply_manifest(manifest, tmp_path / "edited", check=OFF)
+    swsurgery.apply(manifest, output=tmp_path / "edited", check=OFF)
     wanted = {n: t for shard in (FIRST, SECOND, THIRD) for n, t in load_file(tmp_path / "edited" / shard).items()}
     plain = {n: t for shard in (FIRST, SECOND, THIRD) for n, t in load_file(base / shard).items()}
-    found = dict(swsurgery.patched_state_dict(base, manifest))
+    found = dict(swsurgery.patched_state_dict(manifest, base))
     assert found.keys() == wanted.keys()
     assert [n for n in wanted if not same(found[n], wanted[n])] == []
     assert len([n for n in wanted if not same(plain[n], wanted[n])]) == len(edits)
@@ -198,7 +197,7 @@ def test_the_state_dict_is_that_of_the_patched_shards(tmp_path):
 
 def test_one_tensor_is_in_memory_at_a_time(llama):
     alive: list[weakref.ref] = []
-    for _, weights in swsurgery.patched_state_dict(llama / "base", llama / "m.json"):
+    for _, weights in swsurgery.patched_state_dict(llama / "m.json", llama / "base"):
         assert [r for r in alive if r() is not None] == []
         alive.append(weakref.ref(weights))
         del weights
@@ -208,14 +207,14 @@ def test_one_tensor_is_in_memory_at_a_time(llama):
 def test_a_state_dict_loads_into_a_model(llama):
     config = transformers.AutoConfig.from_pretrained(llama / "base")
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model.load_state_dict(dict(swsurgery.patched_state_dict(llama / "base", llama / "m.json")))
+    model.load_state_dict(dict(swsurgery.patched_state_dict(llama / "m.json", llama / "base")))
     assert torch.equal(logits(model), logits(load(llama / "edited")))
 
 
 def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path):
     base = write_llama(tmp_path / "base")
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 2, "row": 0, "col": 0})
-    tensors = swsurgery.patched_state_dict(base, manifest)
+    tensors = swsurgery.patched_state_dict(manifest, base)
     next(tensors)
     offset, size = place(base / THIRD, down(2), (0, 0))
     data = bytearray((base / THIRD).read_bytes())
@@ -271,15 +270,15 @@ def test_a_model_that_transformers_cannot_load_is_one_line(tmp_path):
     base = write_single(tmp_path / "base", {DOWN: tensor("F32", 6, 10)}, {"model_type": "no_such"})
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": DOWN, "index": [0, 0]})
     with pytest.raises(ModelError, match="transformers cannot load the model"):
-        swsurgery.load_patched(base, manifest)
-    assert len(dict(swsurgery.patched_state_dict(base, manifest))) == 1
+        swsurgery.load_patched(manifest, base)
+    assert len(dict(swsurgery.patched_state_dict(manifest, base))) == 1
 
 
 def test_weights_that_would_be_made_up_are_refused(tmp_path):
     base = write_llama(tmp_path / "base")
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "row": 0, "col": 0})
     with pytest.raises(ModelError, match="weights that the model needs are missing|cannot load the model"):
-        swsurgery.load_patched(base, manifest)
+        swsurgery.load_patched(manifest, base)
 
 
 def test_a_tensor_that_does_not_fit_the_config_is_named(llama, tmp_path):
@@ -287,14 +286,14 @@ def test_a_tensor_that_does_not_fit_the_config_is_named(llama, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": 328}))
     with pytest.raises(ModelError, match=r" is stored as \[320, 16\], but config.json asks for \[328, 16\]"):
-        swsurgery.load_patched(base, write_manifest(tmp_path / "m.json", base, *EDITS))
+        swsurgery.load_patched(write_manifest(tmp_path / "m.json", base, *EDITS), base)
 
 
 def test_a_dtype_that_torch_lacks_is_refused_at_once(tmp_path):
     base = write_llama(tmp_path / "base", {"odd": ("F4", (4,), bytes(2))})
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "row": 0, "col": 0})
     with pytest.raises(ModelError, match="torch has no F4.*odd"):
-        swsurgery.patched_state_dict(base, manifest)
+        swsurgery.patched_state_dict(manifest, base)
 
 
 def test_a_weight_that_the_loader_changes_is_refused(llama, monkeypatch):
@@ -309,7 +308,7 @@ def test_a_weight_that_the_loader_changes_is_refused(llama, monkeypatch):
 
     monkeypatch.setattr(patched, "get_auto_class", lambda config: Doubling)
     with pytest.raises(ModelError, match="the loaded model holds 0x"):
-        swsurgery.load_patched(llama / "base", llama / "m.json")
+        swsurgery.load_patched(llama / "m.json", llama / "base")
 
 
 def test_a_machine_without_torch_is_told_what_to_install(llama, monkeypatch):
@@ -326,17 +325,17 @@ def test_a_base_on_the_hub_is_fetched(any_hub, llama):
     manifest = json.loads((llama / "m.json").read_text())
     commit, name = any_hub.add_repo("org/base", llama / "base"), any_hub.name("org/base")
     manifest["base"] = {"repo_id": name, "revision": commit}
-    wanted = swsurgery.load_patched(llama / "base", manifest).state_dict()
+    wanted = swsurgery.load_patched(manifest, llama / "base").state_dict()
     for base in (None, f"hf://{name}", f"hf://{name}@{commit}"):
-        found = swsurgery.load_patched(base, manifest).state_dict()
+        found = swsurgery.load_patched(manifest, base).state_dict()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert len(dict(swsurgery.patched_state_dict(base, manifest))) == 21
+        assert len(dict(swsurgery.patched_state_dict(manifest, base))) == 21
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_device_the_model_is_the_same(llama):
-    model = swsurgery.load_patched(llama / "base", llama / "m.json", device_map="cuda", dtype=torch.float32)
+    model = swsurgery.load_patched(llama / "m.json", llama / "base", device_map="cuda", dtype=torch.float32)
     assert model.device.type == "cuda" and model.get_parameter(DOWN)[3, 7] == 5
     found, wanted = logits(model, tiny_models.TOKENS.cuda()).cpu(), logits(load(llama / "edited").float())
     assert torch.allclose(found, wanted, atol=1e-3)

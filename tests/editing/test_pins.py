@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from checkpoints import FIRST, SECOND, THIRD, sha256, tree, write_llama, write_manifest
 
+import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest, plan_manifest
-from swsurgery.editing.in_place import apply_in_place
 from swsurgery.errors import PlanError
 from swsurgery.progress import Silent
 
@@ -61,7 +60,7 @@ def test_so_it_is_of_a_patch(base, tmp_path, capsys):
 
 def test_so_it_is_of_a_patched_base_that_was_changed_since(base, tmp_path, capsys):
     out = tmp_path / "out"
-    apply_manifest(write_manifest(tmp_path / "m.json", base, ZERO), out, check="off")
+    swsurgery.apply(write_manifest(tmp_path / "m.json", base, ZERO), output=out, check="off")
     second = write_manifest(tmp_path / "second.json", out, {**ZERO, "row": 1})
     assert dry(second, capsys=capsys)[0] == 0
     raw = bytearray((out / SECOND).read_bytes())
@@ -83,7 +82,7 @@ def test_the_other_pins_are_said_to_be_unchecked(base, capsys):
         f"pins      match the sha256 of {SECOND}",
         f"pins      not checked, because only files to be edited are hashed: {FIRST}, {THIRD}",
     ]
-    plan = plan_manifest(manifest)
+    plan = swsurgery.plan(manifest)
     assert (plan.pins_checked, plan.pins_unchecked) == ((SECOND,), (FIRST, THIRD))
 
 
@@ -107,7 +106,7 @@ def test_the_hashing_is_shown(base):
             self.done += amount
 
     progress = Seen()
-    plan_manifest(pinned(base), progress=progress)
+    swsurgery.plan(pinned(base), reporter=progress)
     assert progress.total == progress.done == (base / SECOND).stat().st_size
 
 
@@ -121,26 +120,25 @@ def test_a_pinned_file_that_is_left_out_is_compared_all_the_same(base, tmp_path,
     where = {"path": str(base), "copies": "omit", "sha256": {"model-q4.gguf": digest}}
     manifest = write_manifest(tmp_path / "m.json", where, ZERO)
     if right:
-        apply_manifest(manifest, tmp_path / "out", check="off")
+        swsurgery.apply(manifest, output=tmp_path / "out", check="off")
         return
     with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
-        apply_manifest(manifest, tmp_path / "out", check="off")
+        swsurgery.apply(manifest, output=tmp_path / "out", check="off")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_pinned_record_of_the_base_is_compared_too(base, tmp_path, in_place):
     first = tmp_path / "first"
-    apply_manifest(write_manifest(tmp_path / "m.json", base, ZERO), first, check="off")
+    swsurgery.apply(write_manifest(tmp_path / "m.json", base, ZERO), output=first, check="off")
     before = tree(first)
     for digest in (WRONG, sha256(first / "swsurgery.json")):
         record = {"path": str(first), "sha256": {"swsurgery.json": digest}}
         second = write_manifest(tmp_path / "second.json", record, {**ZERO, "row": 1})
-        run = apply_in_place if in_place else apply_manifest
-        arguments = (second,) if in_place else (second, tmp_path / "second")
+        target = {"in_place": True} if in_place else {"output": tmp_path / "second"}
         if digest != WRONG:
-            run(*arguments, check="off")
+            swsurgery.apply(second, check="off", **target)
             return
         with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
-            run(*arguments, check="off")
+            swsurgery.apply(second, check="off", **target)
         assert tree(first) == before and not (tmp_path / "second").exists()

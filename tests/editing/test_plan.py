@@ -25,8 +25,9 @@ from checkpoints import (
     write_single,
     write_sparse_shard,
 )
+from listening import Listener
 
-from swsurgery.editing.apply import apply_manifest, plan_manifest
+import swsurgery
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import PlanError
 
@@ -49,14 +50,14 @@ def faults(base: Path | dict, *edits: dict, **more: object) -> list[str]:
 def _faults(base: Path, manifest: Path, override: str | None = None) -> list[str]:
     before = tree(base.parent)
     with pytest.raises(PlanError) as caught:
-        apply_manifest(manifest, base.parent / "patched", base=override, check=OFF)
+        swsurgery.apply(manifest, output=base.parent / "patched", base=override, check=OFF)
     assert tree(base.parent) == before
     assert str(caught.value) == "\n".join(caught.value.faults)
     return [fault.removeprefix(f"{manifest}:").removeprefix(f"{manifest}: ").strip() for fault in caught.value.faults]
 
 
 def test_a_plan_names_the_bytes(base, tmp_path):
-    plan = plan_manifest(
+    plan = swsurgery.plan(
         write_manifest(tmp_path / "m.json", base, ZERO, {"op": "protect", "tensor": NORM, "index": [5]})
     )
     (splice,), (protected,) = plan.splices, plan.protected
@@ -70,7 +71,7 @@ def test_a_plan_names_the_bytes(base, tmp_path):
 def test_planning_writes_nothing(base, tmp_path):
     manifest = write_manifest(tmp_path / "m.json", base, ZERO)
     before = tree(tmp_path)
-    plan_manifest(manifest)
+    swsurgery.plan(manifest)
     assert tree(tmp_path) == before
 
 
@@ -129,7 +130,7 @@ def test_a_wrong_value_is_refused_and_a_right_one_is_not(base, tmp_path):
     (fault,) = faults(base, {**edit, "expect": 123.5})
     assert f"{NORM}[0]" in fault and "expected 123.5, stored is" in fault and "is this the right base?" in fault
     bits = "0x" + stored(base / SECOND, NORM, (0,))[::-1].hex()
-    assert plan_manifest(write_manifest(tmp_path / "m.json", base, {**edit, "expect": bits})).splices
+    assert swsurgery.plan(write_manifest(tmp_path / "m.json", base, {**edit, "expect": bits})).splices
 
 
 def test_an_expected_value_at_the_swapped_place_is_recognised(base):
@@ -180,7 +181,7 @@ def test_a_stored_nan_cannot_be_scaled_but_zeroed(tmp_path):
     base = write_llama(tmp_path / "base", {"x": ("BF16", (1,), b"\xc0\x7f")})
     (fault,) = faults(base, {"op": "scale", "tensor": "x", "index": [0], "factor": 2.0})
     assert "cannot scale x[0]: the stored value is nan, which cannot be scaled (use set or zero)" in fault
-    plan = plan_manifest(write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": "x", "index": [0]}))
+    plan = swsurgery.plan(write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": "x", "index": [0]}))
     assert plan.splices[0].new == b"\0\0"
 
 
@@ -196,7 +197,7 @@ def test_a_quantised_weight_is_refused_and_may_be_protected(tmp_path, companion)
         "its elements are multiplied by" if companion in ("weight_scale", "SCB") else "what its codes mean depends on"
     )
     assert f"quantised: {meaning} {stem}.{companion}: {stem}.weight" in fault
-    assert plan_manifest(write_manifest(tmp_path / "m.json", base, {"op": "protect", **place_of})).protected
+    assert swsurgery.plan(write_manifest(tmp_path / "m.json", base, {"op": "protect", **place_of})).protected
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_tied_tensors_that_are_both_stored_are_edited_alike(tmp_path):
     (fault,) = faults(base, head)
     assert f"{HEAD}[1, 2] is tied to {EMBED}, which is stored too" in fault
     assert len(faults(base, embed, {**head, "op": "set", "value": 2.0})) == 2
-    assert len(plan_manifest(write_manifest(tmp_path / "m.json", base, embed, head)).splices) == 2
+    assert len(swsurgery.plan(write_manifest(tmp_path / "m.json", base, embed, head)).splices) == 2
 
 
 def test_a_text_config_that_is_no_map_is_passed_over(tmp_path):
@@ -247,7 +248,7 @@ def test_a_tied_head_is_known_behind_a_prefix(tmp_path):
 
 
 def test_untied_tensors_are_edited_alone(base, tmp_path):
-    assert plan_manifest(
+    assert swsurgery.plan(
         write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": HEAD, "index": [0, 0]})
     ).splices
 
@@ -275,7 +276,7 @@ def test_what_they_say_differently_of_other_tensors_is_told(base, tmp_path):
     document = json.loads(index.read_text())
     document["weight_map"] |= {NORM: FIRST, "ghost": FIRST}
     index.write_text(json.dumps(document))
-    notes = plan_manifest(write_manifest(tmp_path / "m.json", base, ZERO)).notes
+    notes = swsurgery.plan(write_manifest(tmp_path / "m.json", base, ZERO)).notes
     assert [note.split(":")[0] for note in notes] == [
         f"index and shards disagree about {name}" for name in (NORM, "ghost")
     ]
@@ -303,7 +304,7 @@ def test_known_all_yields_to_edits_that_name_a_scalar(known_base, tmp_path):
     everything = {"op": "protect", "known": "all"}
     where = {"path": str(known_base), "model": QWEN["hf_id"]}
     for edits in ([explicit, everything], [everything, explicit]):
-        plan = plan_manifest(write_manifest(tmp_path / "m.json", where, *edits))
+        plan = swsurgery.plan(write_manifest(tmp_path / "m.json", where, *edits))
         assert [s.coordinate.index for s in plan.splices] == [(1793, 1821)]
         assert [s.coordinate.index for s in plan.protected] == [(1999, 1821)]
         ids = [plan.facts[scalar.coordinate].id for scalar in (*plan.splices, *plan.protected)]
@@ -369,7 +370,7 @@ def test_another_repository_or_revision_than_the_manifest_says_is_refused(tmp_pa
     assert "base.repo_id is org/other, but the checkpoint has org/name" in found[0]
     assert f"base.revision is {OTHER_COMMIT}, but the checkpoint has {COMMIT}" in found[1]
     manifest = write_manifest(tmp_path / "m.json", {"repo_id": "org/name", "revision": COMMIT}, ZERO)
-    plan = plan_manifest(manifest, str(snapshot))
+    plan = swsurgery.plan(manifest, str(snapshot))
     assert (plan.checkpoint.repo_id, plan.checkpoint.revision, len(plan.splices)) == ("org/name", COMMIT, 1)
 
 
@@ -386,7 +387,7 @@ def test_a_pinned_digest_is_held_against_the_bytes(base):
     (fault,) = faults({"path": str(base), "sha256": right | {FIRST: "1" * 64}}, ZERO)
     assert f"its sha256 is {right[FIRST]}, but the manifest says {'1' * 64}: {base / FIRST}" in fault
     manifest = write_manifest(base.parent / "m.json", {"path": str(base), "sha256": right}, ZERO)
-    apply_manifest(manifest, base.parent / "patched", check=OFF)
+    swsurgery.apply(manifest, output=base.parent / "patched", check=OFF)
 
 
 def test_a_pin_of_a_file_that_is_not_there_is_refused(base):
@@ -402,7 +403,7 @@ def test_a_further_copy_of_the_weights_asks_for_a_decision(base, tmp_path):
         where = {"path": str(base), "copies": decision}
         notes: list[str] = []
         manifest = write_manifest(tmp_path / "m.json", where, ZERO)
-        apply_manifest(manifest, tmp_path / decision, check=OFF, say=notes.append)
+        swsurgery.apply(manifest, output=tmp_path / decision, check=OFF, reporter=Listener(notes.append))
         assert (tmp_path / decision / "model-q4.gguf").exists() is there
         assert any("model-q4.gguf" in note for note in notes)
         record = json.loads((tmp_path / decision / "swsurgery.json").read_text())
@@ -411,7 +412,7 @@ def test_a_further_copy_of_the_weights_asks_for_a_decision(base, tmp_path):
 
 def test_protecting_alone_reaches_every_copy(base, tmp_path):
     (base / "model-q4.gguf").write_bytes(b"GGUF")
-    plan = plan_manifest(write_manifest(tmp_path / "m.json", base, {**ZERO, "op": "protect"}))
+    plan = swsurgery.plan(write_manifest(tmp_path / "m.json", base, {**ZERO, "op": "protect"}))
     assert (len(plan.protected), plan.omitted) == (1, ())
 
 

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 from patched import DOWN, MANIFEST, PROTECTED, SECOND, apply_text, contents, flip, place, write_base
 
+import swsurgery
 from swsurgery.checkpoint.record import read_record
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest, plan_manifest
 from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import PlanError
-from swsurgery.progress import Silent
 from swsurgery.sharing.card import render_body
 from swsurgery.storage.folder import Folder
-from swsurgery.verifying.verify import verify_record
 
 HEAD = "lm_head.weight"
 FIRST_STEP = MANIFEST + f"  - {{op: protect, tensor: {HEAD}, index: [0, 0]}}\n"
@@ -55,13 +53,13 @@ def test_an_edit_of_it_is_refused_with_all_other_faults(once, tmp_path, capsys):
 def test_later_steps_hold_it_and_count_it(once, tmp_path, capsys):
     twice = apply_text(tmp_path, step("once", NEIGHBOUR), "twice")
     thrice = apply_text(tmp_path, step("twice", f"{{op: protect, tensor: {HEAD}, index: [0, 1]}}"), "thrice")
-    assert [verify_record(each, Silent()).protected for each in (once, twice, thrice)] == [2, 2, 3]
+    assert [swsurgery.verify(each).record.protected for each in (once, twice, thrice)] == [2, 2, 3]
     assert main(["verify", str(thrice)]) == 0
     assert "protected 3 scalars with the base's bits" in capsys.readouterr().out
     for edit, number in ((BROKEN, 1), (NEIGHBOUR, 3)):
         (tmp_path / "fourth.yaml").write_text(step("thrice", edit))
         with pytest.raises(PlanError, match=f"is protected by step {number} of "):
-            plan_manifest(tmp_path / "fourth.yaml")
+            swsurgery.plan(tmp_path / "fourth.yaml")
 
 
 def test_the_plan_and_the_card_name_what_earlier_steps_protect(once, tmp_path, capsys):
@@ -81,8 +79,8 @@ def test_the_plan_and_the_card_name_what_earlier_steps_protect(once, tmp_path, c
 
 def test_protecting_it_once_more_counts_it_once(once, tmp_path):
     twice = apply_text(tmp_path, step("once", f"{{op: protect, tensor: {HEAD}, index: [0, 0]}}"), "twice")
-    found = verify_record(twice, Silent())
-    assert (found.ok, found.protected) == (True, 2)
+    found = swsurgery.verify(twice)
+    assert (found.ok, found.record.protected) == (True, 2)
 
 
 def test_a_neighbour_is_edited_and_the_steps_are_undone_one_by_one(once, tmp_path):
@@ -93,20 +91,20 @@ def test_a_neighbour_is_edited_and_the_steps_are_undone_one_by_one(once, tmp_pat
     revert(tmp_path / "back", tmp_path / "first")
     assert contents(tmp_path / "first") == contents(tmp_path / "base")
     (tmp_path / "free.yaml").write_text(step("first", BROKEN))
-    apply_manifest(tmp_path / "free.yaml", tmp_path / "free", check=CheckOptions("off"))
+    swsurgery.apply(tmp_path / "free.yaml", output=tmp_path / "free", check=CheckOptions("off"))
 
 
 def test_verify_finds_it_changed(once, tmp_path):
     twice = apply_text(tmp_path, step("once", NEIGHBOUR), "twice")
     flip(twice / SECOND, place(twice / SECOND, HEAD, (0, 0)))
-    findings = verify_record(twice, Silent()).findings
+    findings = swsurgery.verify(twice).findings
     assert [(f.tensor, f.index) for f in findings if f.rule == "protected-changed"] == [(HEAD, (0, 0))]
 
 
 def test_an_edit_in_place_is_held_to_it_too(once, tmp_path, capsys):
     (tmp_path / "second.yaml").write_text(step("once", NEIGHBOUR))
     assert main(["apply", str(tmp_path / "second.yaml"), "--in-place", "--check", "off"]) == 0
-    assert verify_record(once, Silent()).protected == 2
+    assert swsurgery.verify(once).record.protected == 2
     (tmp_path / "third.yaml").write_text(step("once", BROKEN))
     assert main(["apply", str(tmp_path / "third.yaml"), "--in-place", "--check", "off"]) == 2
     assert "is protected by step 1 of " in capsys.readouterr().err
@@ -119,8 +117,8 @@ def test_a_protected_scalar_of_other_weights_does_not_confuse_verify(tmp_path):
     both = "{path: base, weights: index, copies: keep}"
     apply_text(tmp_path, FIRST_STEP.replace("{path: base}", both), "once")
     second = step("once", NEIGHBOUR).replace("path: once", "path: once, weights: single, copies: keep")
-    found = verify_record(apply_text(tmp_path, second, "twice"), Silent())
-    assert (found.ok, found.protected) == (True, 0), "its file is held by its digest"
+    found = swsurgery.verify(apply_text(tmp_path, second, "twice"))
+    assert (found.ok, found.record.protected) == (True, 0), "its file is held by its digest"
     broken = step("once", BROKEN).replace("path: once", "path: once, weights: single, copies: keep")
     with pytest.raises(PlanError, match="is protected by step 1 of "):
         apply_text(tmp_path, broken, "thrice")

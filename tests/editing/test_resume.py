@@ -26,16 +26,14 @@ from checkpoints import (
 )
 from killed import killed, names, run, signalled
 
+import swsurgery
 from swsurgery.cli import main
 from swsurgery.editing import apply
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.copy import AppliedFile
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import Interrupted, PlanError, SwsurgeryError, TargetError
-from swsurgery.progress import Silent
 from swsurgery.storage import filesystem
 from swsurgery.storage.names import OWN_FILES
-from swsurgery.verifying.verify import verify_record
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
 SET = {"op": "set", "tensor": HEAD, "index": [11, 5], "value": 1.0}
@@ -75,13 +73,13 @@ def marker(output: Path) -> Path:
 
 def undisturbed(manifest: Path, tmp_path: Path) -> dict[str, bytes]:
     """What the same command makes where nothing happens to it."""
-    apply_manifest(manifest, tmp_path / "undisturbed", link="copy", check=CheckOptions("off"))
+    swsurgery.apply(manifest, output=tmp_path / "undisturbed", link="copy", check=CheckOptions("off"))
     return tree(tmp_path / "undisturbed")
 
 
 def copy(manifest: Path, output: Path) -> dict[str, AppliedFile]:
-    outcome = apply_manifest(manifest, output, link="copy", check=CheckOptions("off"))
-    return {file.name: file for file in outcome.applied.files}
+    outcome = swsurgery.apply(manifest, output=output, link="copy", check=CheckOptions("off"))
+    return {file.name: file for file in outcome.copied.files}
 
 
 def kept(files: dict[str, AppliedFile]) -> set[str]:
@@ -121,7 +119,7 @@ def test_finished_files_are_kept_and_not_written_again(base, manifest, out, tmp_
     assert files[SECOND].base_digest == sha256(base / SECOND)
     assert files[SECOND].patched_digest == sha256(out / SECOND) != sha256(base / SECOND)
     assert tree(out) == undisturbed(manifest, tmp_path)
-    assert verify_record(out, Silent(), base).ok
+    assert swsurgery.verify(out, base=base).ok
     assert not partial(out).exists()
 
 
@@ -152,7 +150,7 @@ def test_a_wrong_byte_in_an_edited_scalar_is_not_kept(base, manifest, out, stopp
         file.seek(offset)
         file.write(b"\x01")
     assert kept(copy(manifest, out)) == set(tree(base)) - {SECOND}
-    assert verify_record(out, Silent(), base).ok
+    assert swsurgery.verify(out, base=base).ok
 
 
 def test_another_manifest_keeps_only_what_is_the_same(base, out, tmp_path, stopped_late):
@@ -167,7 +165,7 @@ def test_another_base_keeps_nothing_of_what_differs(base, out, tmp_path, stopped
     aged(other)
     manifest = write_manifest(tmp_path / "other.json", other, ZERO, SET)
     copy(manifest, out)
-    assert verify_record(out, Silent(), other).ok and not verify_record(out, Silent(), base).ok
+    assert swsurgery.verify(out, base=other).ok and not swsurgery.verify(out, base=base).ok
 
 
 def test_a_base_that_was_changed_in_between_is_copied_as_it_is_now(base, manifest, out, stopped_late):
@@ -177,7 +175,7 @@ def test_a_base_that_was_changed_in_between_is_copied_as_it_is_now(base, manifes
     files = copy(manifest, out)
     assert FIRST not in kept(files) and SECOND in kept(files)
     assert (out / FIRST).read_bytes() == bytes(data)
-    assert verify_record(out, Silent(), base).ok
+    assert swsurgery.verify(out, base=base).ok
 
 
 def test_a_pinned_base_that_was_changed_in_between_is_refused(base, out, tmp_path, stopped_late):
@@ -334,7 +332,7 @@ def test_a_run_killed_at_the_rename_is_finished_by_the_same_command(base, manife
     done = run("apply", manifest, "-o", out, "--check", "off", "--link", "copy")
     assert (done.returncode, done.stderr) == (0, "")
     assert tree(out) == undisturbed(manifest, tmp_path)
-    assert verify_record(out, Silent(), base).ok
+    assert swsurgery.verify(out, base=base).ok
     assert names(tmp_path) == {"base", "m.json", "out", "undisturbed"}
 
 
@@ -345,7 +343,7 @@ def test_a_second_step_killed_at_the_rename_is_finished_too(manifest, out, tmp_p
     again = tmp_path / "again"
     killed("storage.filesystem.rename_new", "apply", second, "-o", again, "--check", "off", after=True)
     assert run("apply", second, "-o", again, "--check", "off").returncode == 0
-    assert verify_record(again, Silent()).ok
+    assert swsurgery.verify(again).ok
 
 
 def test_a_revert_killed_at_the_rename_is_finished_too(base, manifest, out, tmp_path):
@@ -395,7 +393,7 @@ def test_a_link_in_place_of_the_target_is_left_alone(manifest, out, tmp_path):
     out.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(TargetError, match="the output already exists"):
         copy(manifest, out)
-    assert out.is_symlink() and verify_record(tmp_path / "elsewhere", Silent()).ok
+    assert out.is_symlink() and swsurgery.verify(tmp_path / "elsewhere").ok
 
 
 def test_a_failure_after_the_rename_takes_the_target_back(manifest, out, monkeypatch):

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from patched import DOWN, EDITED, FIRST, MANIFEST, SECOND, apply_text, contents, flip, place, write_base, write_patched
 
+import swsurgery
 from swsurgery.cli import main
 from swsurgery.editing.revert import revert
 from swsurgery.errors import SwsurgeryError, TargetError
-from swsurgery.progress import Silent
 from swsurgery.storage.names import OWN_FILES
-from swsurgery.verifying.verify import verify_record
 
 SECOND_STEP = f"""version: 1
 base: {{path: patched}}
@@ -35,7 +34,7 @@ def test_gives_the_base_back_byte_for_byte(patched, tmp_path):
     assert contents(tmp_path / "base")[FIRST] != before[FIRST], "there is something to undo"
     shutil.copytree(tmp_path / "base", tmp_path / "kept")
     shutil.rmtree(tmp_path / "base")
-    assert revert(patched, tmp_path / "back") == []
+    assert revert(patched, tmp_path / "back").notes == ()
     assert contents(tmp_path / "back") == contents(tmp_path / "kept")
     assert contents(patched) == before, "the patched checkpoint is left as it was"
 
@@ -45,7 +44,7 @@ def test_undoes_the_last_of_two_manifests_and_then_the_first(patched, tmp_path):
     revert(tmp_path / "again", tmp_path / "once")
     assert contents(tmp_path / "once") == contents(patched)
     assert set(OWN_FILES) <= set(contents(tmp_path / "once"))
-    assert verify_record(tmp_path / "once", Silent()).ok
+    assert swsurgery.verify(tmp_path / "once").ok
     revert(tmp_path / "once", tmp_path / "twice")
     assert contents(tmp_path / "twice") == contents(tmp_path / "base")
 
@@ -120,7 +119,7 @@ def test_notes_what_the_base_had_besides(tmp_path, monkeypatch):
     (base / "pytorch_model.bin").write_bytes(b"another copy of the weights")
     text = MANIFEST.replace("{path: base}", "{path: base, copies: omit}")
     patched = apply_text(tmp_path, text, "patched")
-    (note,) = revert(patched, tmp_path / "back")
+    (note,) = revert(patched, tmp_path / "back").notes
     assert "pytorch_model.bin" in note
     kept = contents(base)
     del kept["pytorch_model.bin"]

@@ -36,12 +36,13 @@ from checkpoints import tensor as random_tensor
 
 from faults.crash_calls import Watch, watching
 from faults.crash_fs import SECTOR, Image, Start, Step
-from swsurgery.checkpoint import inspect
-from swsurgery.editing import apply, in_place, revert, sanity
+from swsurgery.checkpoint.inspect import inspect
+from swsurgery.editing import sanity
+from swsurgery.editing.apply import apply
+from swsurgery.editing.revert import revert
 from swsurgery.errors import Interrupted, SwsurgeryError
-from swsurgery.progress import Silent
 from swsurgery.storage.names import STAGE_TOKEN
-from swsurgery.verifying import verify
+from swsurgery.verifying.verify import verify
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 LONG_AGO = 1_700_000_000
@@ -89,15 +90,15 @@ NO_CHECK = sanity.CheckOptions("off")
 
 
 def copy(room: Room, link: str = "auto") -> object:
-    return apply.apply_manifest(room.folder / "m.json", room.image / "out", link=link, check=NO_CHECK)
+    return apply(room.folder / "m.json", output=room.image / "out", link=link, check=NO_CHECK)
 
 
 def revert_copy(room: Room) -> object:
-    return revert.revert(room.folder / "patched", room.image / "out")
+    return revert(room.folder / "patched", room.image / "out")
 
 
 def edit(room: Room, manifest: str = "pinned.json") -> object:
-    return in_place.apply_in_place(room.folder / manifest, base=str(room.image / "model"), check=NO_CHECK)
+    return apply(room.folder / manifest, in_place=True, base=str(room.image / "model"), check=NO_CHECK)
 
 
 def edit_again(room: Room) -> object:
@@ -105,15 +106,15 @@ def edit_again(room: Room) -> object:
 
 
 def put_back(room: Room) -> object:
-    return in_place.revert_in_place(room.image / "model")
+    return revert(room.image / "model")
 
 
 def look(room: Room) -> object:
-    return inspect.inspect_files(room.image / "model")
+    return inspect(room.image / "model")
 
 
 def prove(room: Room) -> object:
-    result = verify.verify_record(room.image / "model", Silent())
+    result = verify(room.image / "model")
     if not result.ok:
         raise AssertionError(f"verify says {result.findings[0].message}")
     return result

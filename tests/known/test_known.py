@@ -51,7 +51,7 @@ def test_counts():
 def test_the_whole_table_of_the_paper_is_there():
     assert sum(map(len, TABLE_2.values())) == 21
     for hf_id, rows in TABLE_2.items():
-        known_rows = {(c.layer, c.row, c.col): c for c in own.lookup(hf_id).coordinates}
+        known_rows = {(c.layer, c.row, c.col): c for c in own.find_model(hf_id).coordinates}
         for row in rows:
             assert "yu-table-2" in {s.key for s in known_rows[row].sources}, (hf_id, row)
     cited = sum("yu-table-2" in {s.key for s in c.sources} for _, c in COORDINATES)
@@ -59,7 +59,7 @@ def test_the_whole_table_of_the_paper_is_there():
 
 
 def test_the_best_known_super_weight():
-    [coordinate] = own.lookup("llama-7b").coordinates
+    [coordinate] = own.find_model("llama-7b").coordinates
     assert (coordinate.layer, coordinate.row, coordinate.col) == (2, 3968, 7003)
     assert coordinate.tensor == "model.layers.2.mlp.down_proj.weight"
     assert (coordinate.value, coordinate.dtype) == (-1.9267578125, "F16")
@@ -106,10 +106,10 @@ def test_rounded_prints_are_no_guards():
 
 
 def test_row_level_evidence_is_marked():
-    row = find(own.lookup("smollm2-135m"), "L11.507.*")
+    row = find(own.find_model("smollm2-135m"), "L11.507.*")
     assert (row.col, row.causal_alone, row.causal_scope) == (None, "strong", "row")
-    assert "strong (row)" in table.render_table(own.lookup("smollm2-135m"), 80)
-    assert find(own.lookup("llama-7b"), "L2.3968.7003").causal_scope == "scalar"
+    assert "strong (row)" in table.render_table(own.find_model("smollm2-135m"), 80)
+    assert find(own.find_model("llama-7b"), "L2.3968.7003").causal_scope == "scalar"
 
 
 def test_sources_are_citable_and_consistent_across_files():
@@ -126,7 +126,7 @@ def test_sources_are_citable_and_consistent_across_files():
 
 def test_what_is_known_without_a_coordinate():
     assert [len(e.experts) for e in list_related().super_experts] == [2, 1, 10, 3]
-    moe = own.lookup("qwen3-30b-a3b")
+    moe = own.find_model("qwen3-30b-a3b")
     experts = {f"L{c.layer}.E{c.expert}" for c in moe.coordinates}
     assert experts == set(list_related().super_experts[3].experts)
     assert len(list_related().sink_neurons) == 4
@@ -196,23 +196,23 @@ def test_a_file_that_breaks_the_schema_is_refused(tmp_path, old, new, complaint)
 
 def test_models_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
-        own.lookup("llama-7b").hidden_size = 1
+        own.find_model("llama-7b").hidden_size = 1
 
 
 def test_addressable_leaves_out_rows_and_the_refuted():
-    olmo = own.lookup("olmo-1b")
+    olmo = own.find_model("olmo-1b")
     ids = [c.id for c in shipped.list_addressable(olmo)]
     assert ids == ["L1.1764.1710", "L2.1764.8041", "L15.1764.3454", "L4.1764.556"]
     refuted = [c.id for c in shipped.list_addressable(olmo, "refuted")]
     assert refuted == ["L1.1764.8041", "L15.1764.6840", "L3.1764.1902", "L1.623.1710"]
     assert [c.id for c in shipped.list_addressable(olmo, ["paper", "disputed"])] == ["L1.1764.1710", "L2.1764.8041"]
-    assert shipped.list_addressable(own.lookup("smollm2-135m")) == ()
+    assert shipped.list_addressable(own.find_model("smollm2-135m")) == ()
     with pytest.raises(LookupFailed, match="no such status: rumour .one of paper, measured, independent-detection"):
         shipped.list_addressable(olmo, "rumour")
 
 
 def test_json_has_the_promised_shape():
-    document = shipped.build_json(own.lookup("olmo-1b"))
+    document = shipped.build_json(own.find_model("olmo-1b"))
     [model] = document["models"]
     assert model["hf_id"] == "allenai/OLMo-1B-0724-hf"
     assert model["aliases"][0] == model["slug"] == "olmo-1b"
@@ -229,9 +229,9 @@ def test_json_of_everything_is_plain_and_keeps_infinities_as_words():
     document = shipped.build_json(MODELS)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert sum(len(m["coordinates"]) for m in document["models"]) == 114
-    [llama] = shipped.build_json(own.lookup("llama-2-7b"))["models"]
+    [llama] = shipped.build_json(own.find_model("llama-2-7b"))["models"]
     assert llama["joint_sets"][0]["effects"][0]["ratio"] == "inf"
-    [only] = shipped.build_json(own.lookup("llama-2-7b"), "paper")["models"]
+    [only] = shipped.build_json(own.find_model("llama-2-7b"), "paper")["models"]
     assert [c["id"] for c in only["coordinates"]] == ["L1.2533.7890"]
 
 
@@ -255,12 +255,12 @@ def test_table_fits_the_terminal_and_names_everything(model, width):
 
 
 def test_table_says_what_zeroing_does_alone_and_together():
-    assert "zeroed: wikitext2 ppl 5.67 -> 1211 [1]" in table.render_table(own.lookup("llama-7b"), 80)
-    llama_13b = table.render_table(own.lookup("llama-13b"), 120)
+    assert "zeroed: wikitext2 ppl 5.67 -> 1211 [1]" in table.render_table(own.find_model("llama-7b"), 80)
+    llama_13b = table.render_table(own.find_model("llama-13b"), 120)
     assert "wikitext2 ppl x1.145" in llama_13b
     assert "L2.2231.2278 + L2.2231.6939" in llama_13b
     assert "the published pair: wikitext2 ppl x129.8 (95%: x118.1 to x143.1)" in llama_13b
-    assert "transformer.h.2.mlp.c_proj.weight[666, 447]" in table.render_table(own.lookup("gpt2"), 80)
+    assert "transformer.h.2.mlp.c_proj.weight[666, 447]" in table.render_table(own.find_model("gpt2"), 80)
 
 
 # The commit of superweights/notes.md in which each number was read.
@@ -280,7 +280,7 @@ SECOND, THIRD = "7f6bd998d21637c00bb0c66023ef4356fa10532d", "701088bdcbe6b09d8a3
     ],
 )
 def test_a_number_is_cited_from_the_commit_that_contains_it(model, coordinate, ratio, ci95, commit):
-    [known_one] = [c for c in own.lookup(model).coordinates if c.id == coordinate]
+    [known_one] = [c for c in own.find_model(model).coordinates if c.id == coordinate]
     [effect] = [e for e in known_one.effects if e.ratio == ratio and e.ci95 == ci95]
     assert effect.source.commit == commit
 
@@ -297,37 +297,39 @@ def test_no_shipped_interval_was_computed_from_tokens():
 
 @pytest.mark.parametrize("model", ["mistral-7b", "olmo-1b"])
 def test_doses_and_the_mean_control_are_cited_from_the_commit_that_contains_them(model):
-    protocols = {e.protocol.split(",")[0]: e for e in own.lookup(model).effects if e.source.key.startswith("arctos")}
+    protocols = {
+        e.protocol.split(",")[0]: e for e in own.find_model(model).effects if e.source.key.startswith("arctos")
+    }
     assert {"scale", "zero"} <= set(protocols)
     assert {e.source.commit for e in protocols.values()} == {THIRD}
 
 
 def test_table_warns_where_sources_disagree_and_only_there():
-    olmo = " ".join(table.render_table(own.lookup("olmo-1b"), 80).split())
+    olmo = " ".join(table.render_table(own.find_model("olmo-1b"), 80).split())
     assert "WARNING: Sources disagree on the second coordinate: the paper's Table 2 prints layer 1" in olmo
     assert "have layer 2" in olmo
-    assert "WARNING" not in table.render_table(own.lookup("llama-7b"), 80)
-    single = table.render_table(own.lookup("qwen3-1.7b"), 120)
+    assert "WARNING" not in table.render_table(own.find_model("llama-7b"), 80)
+    single = table.render_table(own.find_model("qwen3-1.7b"), 120)
     assert "WARNING: reported by one group only: L2.1793.1821, L2.1999.1821" in single
-    copied = table.render_table(own.lookup("llama-3-8b-instruct"), 120)
+    copied = table.render_table(own.find_model("llama-3-8b-instruct"), 120)
     assert "WARNING: no source found it at this position" in copied
-    assert "WARNING: only the row is published" in table.render_table(own.lookup("smollm2-135m"), 120)
+    assert "WARNING: only the row is published" in table.render_table(own.find_model("smollm2-135m"), 120)
 
 
 def test_table_footnotes_are_all_listed():
-    text = table.render_table(own.lookup("phi-3-mini"), 100)
+    text = table.render_table(own.find_model("phi-3-mini"), 100)
     body, listed = text.split("\nsources\n")
     cited = {int(word[1:-1]) for word in body.replace("(", " ").split() if word[0] == "[" and word[1:-1].isdigit()}
-    assert cited == set(range(1, len(own.lookup("phi-3-mini").sources) + 1))
+    assert cited == set(range(1, len(own.find_model("phi-3-mini").sources) + 1))
     assert [line.split()[0] for line in listed.splitlines() if line.startswith("  [")] == [
         f"[{n}]" for n in sorted(cited)
     ]
 
 
 def test_table_of_one_status():
-    text = table.render_table(own.lookup("olmo-1b"), 80, status="paper")
+    text = table.render_table(own.find_model("olmo-1b"), 80, status="paper")
     assert "L1.1764.1710" in text and "L15.1764.6840" not in text
-    assert "none of this status" in table.render_table(own.lookup("olmo-1b"), 80, status="code-only")
+    assert "none of this status" in table.render_table(own.find_model("olmo-1b"), 80, status="code-only")
 
 
 def test_documentation_is_up_to_date():
@@ -348,7 +350,7 @@ def test_one_name_opens_one_file():
     code = (
         "import tomllib; from swsurgery import known; loads, opened = tomllib.loads, [];"
         "tomllib.loads = lambda text: opened.append(text[:9]) or loads(text);"
-        "known.lookup('phi-3-mini'); print(len(opened)); print(*opened, sep='')"
+        "known.find_model('phi-3-mini'); print(len(opened)); print(*opened, sep='')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0] == "2", done.stdout  # the index and phi-3.toml
@@ -383,7 +385,7 @@ def test_words_agree_with_the_published_ratios():
 def test_lookup_is_light():
     """Neither torch nor numpy nor a YAML reader is loaded to look a name up."""
     code = (
-        "import sys; from swsurgery import known; known.render_table(known.lookup('llama-7b'), 80);"
+        "import sys; from swsurgery import known; known.render_table(known.find_model('llama-7b'), 80);"
         "print(*sorted({'torch', 'numpy', 'yaml', 'huggingface_hub', 'transformers', 'typer'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -391,7 +393,7 @@ def test_lookup_is_light():
 
 
 def test_manifest_faults():
-    llama = own.lookup("llama-7b")
+    llama = own.find_model("llama-7b")
     with pytest.raises(ManifestError, match="scale needs a factor"):
         table.render_manifest(llama, "scale")
     with pytest.raises(ManifestError, match="zero takes no factor"):
@@ -402,8 +404,8 @@ def test_manifest_faults():
         with pytest.raises(ManifestError, match="finite number other than 0"):
             table.render_manifest(llama, "scale", factor)
     with pytest.raises(LookupFailed, match="no whole coordinate to protect: smollm2-135m .only rows are published"):
-        table.render_manifest(own.lookup("smollm2-135m"), "protect")
+        table.render_manifest(own.find_model("smollm2-135m"), "protect")
     with pytest.raises(LookupFailed, match="all are insufficient"):
-        table.render_manifest(own.lookup("falcon-7b"), "zero")
+        table.render_manifest(own.find_model("falcon-7b"), "zero")
     with pytest.raises(LookupFailed, match="none is of this status"):
         table.render_manifest(llama, "zero", status="code-only")

@@ -31,7 +31,7 @@ from swsurgery.known.shipped import list_names, lookup_in, normalise
     ],
 )
 def test_names_that_are_found(name, hf_id):
-    assert own.lookup(name).hf_id == hf_id
+    assert own.find_model(name).hf_id == hf_id
 
 
 @pytest.mark.parametrize(
@@ -51,36 +51,36 @@ def test_names_that_are_found(name, hf_id):
 )
 def test_names_that_are_not_guessed(name):
     with pytest.raises(LookupFailed, match="no such known model"):
-        own.lookup(name)
+        own.find_model(name)
 
 
 def test_an_unknown_name_gets_the_nearest_ones():
     with pytest.raises(LookupFailed) as caught:
-        own.lookup("qwen 7b")
+        own.find_model("qwen 7b")
     assert "did you mean" in str(caught.value) and "qwen2.5-7b" in str(caught.value)
     assert caught.value.exit_code == 2
     with pytest.raises(LookupFailed, match="no known name is near"):
-        own.lookup("zzz")
+        own.find_model("zzz")
 
 
 def test_a_model_that_was_searched_in_vain_is_told_apart_from_an_unknown_one():
     with pytest.raises(LookupFailed, match="no super weight is known: pythia-1b .published result: channels 371"):
-        own.lookup("pythia-1b")
+        own.find_model("pythia-1b")
 
 
 def test_every_name_finds_its_own_model_and_none_is_ambiguous():
     owners = {}
     for model in own.list_all_models():
         for name in list_names(model):
-            assert own.lookup(name) is model
-            assert own.lookup(name.upper().replace("-", "_")) is model
+            assert own.find_model(name) is model
+            assert own.find_model(name.upper().replace("-", "_")) is model
             owners.setdefault(normalise(name), set()).add(model.hf_id)
     assert {name: ids for name, ids in owners.items() if len(ids) > 1} == {}
     assert len(owners) > len(own.list_all_models())
 
 
 def test_an_ambiguous_name_is_refused_with_all_its_models():
-    llama, mistral = own.lookup("llama-7b"), own.lookup("mistral-7b")
+    llama, mistral = own.find_model("llama-7b"), own.find_model("mistral-7b")
     twin = mistral.model_copy(update={"aliases": ("mistral-7b", "LLaMA_7B")})
     with pytest.raises(LookupFailed, match="several known models") as caught:
         lookup_in([llama, twin], "llama 7b")
@@ -97,16 +97,16 @@ def test_slugs_are_unique_lower_case_and_first():
 
 
 def test_coordinates_are_found_by_id():
-    llama = own.lookup("llama-7b")
+    llama = own.find_model("llama-7b")
     assert shipped.find(llama, "L2.3968.7003").col == 7003
     assert shipped.find(llama, "llama-7b:L2.3968.7003") is shipped.find(llama, "huggyllama/llama-7b:L2.3968.7003")
-    moe = shipped.find(own.lookup("qwen3-30b-a3b"), "L1.E68.940.711")
+    moe = shipped.find(own.find_model("qwen3-30b-a3b"), "L1.E68.940.711")
     assert (moe.expert, moe.tensor) == (68, "model.layers.1.mlp.experts.68.down_proj.weight")
-    assert shipped.find(own.lookup("smollm2-135m"), "L11.507.*").col is None
+    assert shipped.find(own.find_model("smollm2-135m"), "L11.507.*").col is None
 
 
 def test_unknown_coordinates_are_not_guessed():
-    llama = own.lookup("llama-7b")
+    llama = own.find_model("llama-7b")
     with pytest.raises(LookupFailed, match=r"no such known coordinate of llama-7b.*did you mean L2.3968.7003"):
         shipped.find(llama, "L2.3968.7004")
     with pytest.raises(LookupFailed, match="swsurgery lookup llama-7b lists them"):

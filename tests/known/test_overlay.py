@@ -54,9 +54,9 @@ def test_what_is_saved_is_what_is_found(own_data):
     )  # fmt: skip
     path = own_module.save(model)
     assert path.parent == own_data / "swsurgery" / "known"
-    assert own_module.lookup("my-model") == model
+    assert own_module.find_model("my-model") == model
     assert own_module.list_own_models() == (model,)
-    assert own_module.lookup("my-model").effects[0].ratio == math.inf
+    assert own_module.find_model("my-model").effects[0].ratio == math.inf
     assert shipped_module.build_json(model)["models"][0]["effects"][0]["ratio"] == "inf"
 
 
@@ -65,15 +65,15 @@ def test_case_and_punctuation_do_not_matter(name):
     own_module.save(one("org/My_Model-7B"))
     if name == "MyModel":
         with pytest.raises(LookupFailed, match="no such known model: MyModel .did you mean"):
-            own_module.lookup(name)
+            own_module.find_model(name)
     else:
-        assert own_module.lookup(name).hf_id == "org/My_Model-7B"
+        assert own_module.find_model(name).hf_id == "org/My_Model-7B"
 
 
 def test_saving_again_replaces(own_data):
     first = own_module.save(one())
     assert own_module.save(entry("My_Model", coordinate(3, 4, 5))) == first
-    assert [c.id for c in own_module.lookup("my-model").coordinates] == ["L3.4.5"]
+    assert [c.id for c in own_module.find_model("my-model").coordinates] == ["L3.4.5"]
     assert os.listdir(first.parent) == [first.name], "no temporary file is left"
 
 
@@ -87,28 +87,28 @@ def test_a_repository_is_found_by_its_very_id_only():
 def test_two_organisations_may_have_a_model_of_one_name():
     own_module.save(one("a/twin"))
     own_module.save(entry("b/twin", coordinate(3, 4, 5)))
-    assert own_module.lookup("b/twin").coordinates[0].id == "L3.4.5"
+    assert own_module.find_model("b/twin").coordinates[0].id == "L3.4.5"
     with pytest.raises(LookupFailed, match="several own entries have this name: twin .give one of a/twin, b/twin"):
-        own_module.lookup("twin")
+        own_module.find_model("twin")
     with pytest.raises(LookupFailed, match="several own entries"):
         own_module.forget("twin")
     own_module.forget("a/twin")
-    assert own_module.lookup("twin").hf_id == "b/twin"
+    assert own_module.find_model("twin").hf_id == "b/twin"
 
 
 def test_punctuation_tells_two_names_apart_that_are_one_without_it():
     own_module.save(one("a/b-c"))
     own_module.save(entry("a-b/c", coordinate(3, 4, 5)))
-    assert own_module.lookup("a/b-c").hf_id == "a/b-c"
-    assert own_module.lookup("a-b/c").hf_id == "a-b/c"
+    assert own_module.find_model("a/b-c").hf_id == "a/b-c"
+    assert own_module.find_model("a-b/c").hf_id == "a-b/c"
 
 
 def test_a_shipped_model_keeps_all_and_gains_what_was_measured():
-    before = own_module.lookup("llama-7b")
+    before = own_module.find_model("llama-7b")
     [published] = before.coordinates
     own = (coordinate(2, 3968, 7003, 200.0, value=-1.9267578125), coordinate(5, 6, 7))
     own_module.save(entry("huggyllama/llama-7b", *own, notes=("a note",), **LLAMA_7B))
-    after = own_module.lookup("LLaMA 7B")
+    after = own_module.find_model("LLaMA 7B")
     both, new = after.coordinates
     assert new == own[1] and new.status == "measured"
     assert both.effects == published.effects + own[0].effects
@@ -124,7 +124,7 @@ def test_a_shipped_model_keeps_all_and_gains_what_was_measured():
     assert next(m for m in own_module.list_all_models() if m.slug == "llama-7b") == after
     assert len(own_module.list_all_models()) == len(shipped_module.list_shipped_models())
     own_module.forget("llama-7b")
-    assert own_module.lookup("llama-7b") is before
+    assert own_module.find_model("llama-7b") is before
 
 
 def test_an_untested_coordinate_gets_its_class_from_the_measurement():
@@ -136,18 +136,18 @@ def test_an_untested_coordinate_gets_its_class_from_the_measurement():
     )
     sizes = {name: getattr(shipped, name) for name in LLAMA_7B}
     own_module.save(entry(shipped.hf_id, coordinate(place.layer, place.row, place.col), **sizes))
-    found = shipped_module.find(own_module.lookup(shipped.hf_id), place.id)
+    found = shipped_module.find(own_module.find_model(shipped.hf_id), place.id)
     assert (found.causal_alone, found.status, found.value) == ("strong", place.status, place.value)
 
 
 def test_a_joint_set_that_both_have_gets_both_figures():
-    shipped = own_module.lookup("llama-13b")
+    shipped = own_module.find_model("llama-13b")
     pair = shipped.joint_sets[0]
     sizes = {name: getattr(shipped, name) for name in LLAMA_7B}
     places = [tuple(map(int, c[1:].split("."))) for c in pair.coordinates]
     joint = KnownJointSet(coordinates=tuple(reversed(pair.coordinates)), effects=(measured(99.0, "zero jointly"),))
     own_module.save(entry(shipped.hf_id, *(coordinate(*p) for p in places), joint_sets=(joint,), **sizes))
-    found = own_module.lookup("llama-13b")
+    found = own_module.find_model("llama-13b")
     assert len(found.joint_sets) == len(shipped.joint_sets)
     assert found.joint_sets[0].effects == pair.effects + joint.effects
 
@@ -155,7 +155,7 @@ def test_a_joint_set_that_both_have_gets_both_figures():
 def test_an_alias_of_a_shipped_model_is_that_model_and_has_one_entry():
     first = own_module.save(entry("llama-7b", coordinate(5, 6, 7), **LLAMA_7B))
     assert own_module.save(entry("huggyllama/llama-7b", coordinate(8, 9, 10), **LLAMA_7B)) == first
-    assert [c.id for c in own_module.lookup("llama-7b").coordinates] == ["L2.3968.7003", "L8.9.10"]
+    assert [c.id for c in own_module.find_model("llama-7b").coordinates] == ["L2.3968.7003", "L8.9.10"]
 
 
 def test_another_model_under_a_shipped_name_is_refused(own_data):
@@ -171,8 +171,8 @@ def test_another_model_under_a_shipped_name_is_refused(own_data):
 
 def test_the_short_name_of_a_shipped_model_stays_its_own():
     own_module.save(one("someone/llama-7b"))
-    assert own_module.lookup("llama-7b") is shipped_module.find_shipped_by_repo("huggyllama/llama-7b")
-    assert own_module.lookup("someone/llama-7b").own
+    assert own_module.find_model("llama-7b") is shipped_module.find_shipped_by_repo("huggyllama/llama-7b")
+    assert own_module.find_model("someone/llama-7b").own
     with pytest.raises(LookupFailed, match="no own entry of this model: llama-7b .what is shipped cannot be forgotten"):
         own_module.forget("llama-7b")
 
@@ -184,7 +184,7 @@ def test_unknown_names(own_data):
     with pytest.raises(LookupFailed, match="no own entry of this name: nothing .own entries: my-model"):
         own_module.forget("nothing")
     with pytest.raises(LookupFailed, match="did you mean my-model"):
-        own_module.lookup("my-modle")
+        own_module.find_model("my-modle")
 
 
 HOSTILE = [
@@ -200,17 +200,17 @@ def test_no_name_leaves_the_folder(own_data, name):
     assert path.parent == own_data / "swsurgery" / "known"
     assert [p for p in own_data.rglob("*") if p.is_file()] == [path]
     assert len(os.fsencode(path.name)) < 230 and not path.name.startswith((".", "-"))
-    assert own_module.lookup(name).hf_id == name
-    assert own_module.lookup(name.upper()).hf_id == name
-    assert own_module.lookup(path.stem.replace(".", "/")).hf_id == name, "the name that the messages print"
+    assert own_module.find_model(name).hf_id == name
+    assert own_module.find_model(name.upper()).hf_id == name
+    assert own_module.find_model(path.stem.replace(".", "/")).hf_id == name, "the name that the messages print"
     assert own_module.forget(name) == path and not path.exists()
 
 
 def test_long_names_with_one_beginning_are_two():
     own_module.save(one("x" * 300 + "a"))
     own_module.save(entry("x" * 300 + "b", coordinate(3, 4, 5)))
-    assert own_module.lookup("x" * 300 + "A").coordinates[0].id == "L1.2.3"
-    assert own_module.lookup("x" * 300 + "b").coordinates[0].id == "L3.4.5"
+    assert own_module.find_model("x" * 300 + "A").coordinates[0].id == "L1.2.3"
+    assert own_module.find_model("x" * 300 + "b").coordinates[0].id == "L3.4.5"
 
 
 @pytest.mark.parametrize("name", ["", "..", "org/", "org/..", "///", "🦙", "a\nb", "a\0b", "a\x1b[2J", "a\udc80"])
@@ -241,14 +241,14 @@ def test_a_damaged_entry_is_told_to_those_only_who_ask_for_it(how, capsys):
     }
     path.write_bytes(changed.get(how, DAMAGE[how]))
     assert path.read_bytes() != raw
-    for ask in (own_module.lookup, own_module.find_by_repo):
+    for ask in (own_module.find_model, own_module.find_by_repo):
         with pytest.raises(LookupFailed, match="is damaged: .*org.my-model.json .swsurgery lookup org/my-model --for"):
             ask("org/my-model")
-    assert own_module.lookup("sound").hf_id == "sound" and own_module.lookup("llama-7b").slug == "llama-7b"
+    assert own_module.find_model("sound").hf_id == "sound" and own_module.find_model("llama-7b").slug == "llama-7b"
     assert [m.hf_id for m in own_module.list_own_models()] == ["sound"]
     assert len(own_module.list_all_models()) == len(shipped_module.list_shipped_models()) + 1
     with pytest.raises(LookupFailed, match="no such known model"):
-        own_module.lookup("soundd")
+        own_module.find_model("soundd")
     assert main(["lookup", "my-model"]) == 2
     streams = capsys.readouterr()
     assert streams.out == "" and streams.err.count("\n") == 1
@@ -260,8 +260,8 @@ def test_a_damaged_entry_of_a_shipped_model_leaves_the_others_alone():
     path = own_module.save(entry("llama-7b", coordinate(5, 6, 7), **LLAMA_7B))
     path.write_bytes(b"{")
     with pytest.raises(LookupFailed, match="damaged"):
-        own_module.lookup("huggyllama/llama-7b")
-    assert own_module.lookup("mistral-7b").slug == "mistral-7b"
+        own_module.find_model("huggyllama/llama-7b")
+    assert own_module.find_model("mistral-7b").slug == "mistral-7b"
     assert len(own_module.list_all_models()) == len(shipped_module.list_shipped_models())
 
 
@@ -270,7 +270,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(own_data, monkeypatch, capsys)
     with pytest.raises(TargetError, match="cannot write .(Not a directory|File exists)") as caught:
         own_module.save(one())
     assert caught.value.exit_code == 2 and len(caught.value.faults) == 1
-    assert own_module.lookup("llama-7b").slug == "llama-7b", "nothing is needed to look up"
+    assert own_module.find_model("llama-7b").slug == "llama-7b", "nothing is needed to look up"
     assert own_module.list_own_models() == ()
 
 
@@ -313,7 +313,7 @@ def _save(number: int) -> str:
 def test_savers_at_the_same_time_leave_one_whole_entry():
     with ProcessPoolExecutor(4) as pool:
         ids = set(pool.map(_save, range(8)))
-    found = own_module.lookup("shared").coordinates
+    found = own_module.find_model("shared").coordinates
     assert len(found) == 50 and found[0].id in ids and len({c.row for c in found}) == 1
 
 
@@ -352,7 +352,7 @@ def test_without_an_own_entry_nothing_more_is_opened_or_loaded():
     code = (
         "import sys, builtins, io; from swsurgery import known; opened = [];"
         "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None);"
-        "known.lookup('llama-7b'); print(*sorted({'swsurgery.storage.filesystem', 'ctypes'} & set(sys.modules)));"
+        "known.find_model('llama-7b'); print(*sorted({'swsurgery.storage.filesystem', 'ctypes'} & set(sys.modules)));"
         "print(*[name for name in opened if name.endswith(('.toml', '.json'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -22,7 +22,7 @@ def rendered(command: str) -> str:
     assert set(given) <= {"--manifest", "--status", "--factor"}
     factor = float(given["--factor"]) if "--factor" in given else None
     status = [value for option, value in pairs if option == "--status"] or None
-    return table.render_manifest(own.lookup(name), given["--manifest"], factor, status)
+    return table.render_manifest(own.find_model(name), given["--manifest"], factor, status)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -35,7 +35,7 @@ def test_shipped_manifest_is_what_its_command_prints(path):
 def test_shipped_manifest_loads_and_matches_the_known_super_weights(path):
     manifest = load_manifest(path).manifest
     assert manifest.name == path.stem
-    model = own.lookup(manifest.base.repo_id)
+    model = own.find_model(manifest.base.repo_id)
     facts = {(c.layer, c.expert, c.row, c.col): c for c in model.coordinates}
     for edit in manifest.edits:
         fact = facts[edit.layer, edit.expert, edit.row, edit.col]
@@ -63,7 +63,7 @@ def test_every_addressable_model_has_a_protect_manifest_that_loads(model):
 
 
 def test_scale_manifest():
-    text = table.render_manifest(own.lookup("qwen3-30b-a3b"), "scale", 1.5)
+    text = table.render_manifest(own.find_model("qwen3-30b-a3b"), "scale", 1.5)
     manifest = parse_manifest(text.encode(), Path("m.yaml")).manifest
     assert [(e.op, e.factor, e.expert) for e in manifest.edits] == [("scale", 1.5, x) for x in (68, 92, 82)]
     assert "--manifest scale --factor 1.5" in text
@@ -84,14 +84,14 @@ def test_scale_manifest():
     ],
 )
 def test_a_zero_manifest_asks_for_damage_only_where_it_was_published(name, status, asks):
-    text = table.render_manifest(own.lookup(name), "zero", status=status)
+    text = table.render_manifest(own.find_model(name), "zero", status=status)
     manifest = parse_manifest(text.encode(), Path("m.yaml")).manifest
     assert manifest.check.min_perplexity_ratio == (2.0 if asks else None)
     assert manifest.check.max_perplexity_ratio is None
 
 
 def test_zero_and_scale_leave_out_what_nobody_has_shown_to_matter():
-    llama = own.lookup("llama-2-7b")
+    llama = own.find_model("llama-2-7b")
     assert len(re.findall("op: protect", table.render_manifest(llama, "protect"))) == 6
     assert len(re.findall("op: zero", table.render_manifest(llama, "zero"))) == 2
     assert len(re.findall("op: zero", table.render_manifest(llama, "zero", status="insufficient"))) == 4

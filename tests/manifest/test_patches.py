@@ -30,18 +30,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import ManifestError, PlanError
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.load import load_manifest
-from swsurgery.progress import Silent
 from swsurgery.sharing import export
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.shard import parse_header
-from swsurgery.verifying.verify import verify_record
 
 OFF = CheckOptions("off")
 REPO, COMMIT = "org/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -63,7 +61,7 @@ def base(tmp_path) -> Path:
 def patch(tmp_path, base) -> Path:
     """The sparse form of EDITS of a base with a repository's name."""
     manifest = write_manifest(tmp_path / "edits.json", {"repo_id": REPO, "revision": COMMIT}, *EDITS)
-    export.write(manifest, "sparse", tmp_path / "patch.safetensors", base=str(base))
+    export.export(manifest, tmp_path / "patch.safetensors", format="sparse", base=str(base))
     return tmp_path / "patch.safetensors"
 
 
@@ -101,17 +99,17 @@ def test_our_own_strict_reader_takes_it_and_every_array_is_aligned(patch):
 
 def test_the_same_edits_give_the_same_bytes_from_the_manifest_and_from_what_was_made_of_it(tmp_path, base, patch):
     manifest = tmp_path / "edits.json"
-    apply_manifest(manifest, tmp_path / "patched", base=str(base), check=OFF)
-    export.write(str(tmp_path / "patched"), "sparse", tmp_path / "again.safetensors")
+    swsurgery.apply(manifest, output=tmp_path / "patched", base=str(base), check=OFF)
+    export.export(str(tmp_path / "patched"), tmp_path / "again.safetensors", format="sparse")
     assert (tmp_path / "again.safetensors").read_bytes() == patch.read_bytes()
     other = write_manifest(tmp_path / "other.json", {"repo_id": REPO, "revision": COMMIT}, *EDITS[:3])
-    export.write(other, "sparse", tmp_path / "other.safetensors", base=str(base))
+    export.export(other, tmp_path / "other.safetensors", format="sparse", base=str(base))
     assert (tmp_path / "other.safetensors").read_bytes() != patch.read_bytes(), "the twin: other edits, other bytes"
 
 
 def test_applying_the_patch_gives_every_file_that_applying_the_manifest_gives(tmp_path, base, patch):
-    apply_manifest(tmp_path / "edits.json", tmp_path / "one", base=str(base), check=OFF)
-    apply_manifest(patch, tmp_path / "two", base=str(base), check=OFF)
+    swsurgery.apply(tmp_path / "edits.json", output=tmp_path / "one", base=str(base), check=OFF)
+    swsurgery.apply(patch, output=tmp_path / "two", base=str(base), check=OFF)
     one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
     records = {"swsurgery.json", "manifest.yaml", "SHA256SUMS"}
     assert {n: d for n, d in one.items() if n not in records} == {n: d for n, d in two.items() if n not in records}
@@ -120,14 +118,14 @@ def test_applying_the_patch_gives_every_file_that_applying_the_manifest_gives(tm
     edits = [sorted(r["edits"], key=lambda e: (e["file"], e["offset"])) for r in records]
     assert edits[0] == edits[1] and [e["op"] for e in edits[1]] == ["set", "zero", "scale", "set"]
     assert records[0]["base"] == records[1]["base"]
-    assert verify_record(tmp_path / "two", Silent()).ok
+    assert swsurgery.verify(tmp_path / "two").ok
     revert(tmp_path / "two", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(base)
 
 
 def test_a_patch_of_what_a_patch_made_is_that_patch_but_for_its_manifest(tmp_path, base, patch):
-    apply_manifest(patch, tmp_path / "two", base=str(base), check=OFF)
-    export.write(str(tmp_path / "two"), "sparse", tmp_path / "again.safetensors")
+    swsurgery.apply(patch, output=tmp_path / "two", base=str(base), check=OFF)
+    export.export(str(tmp_path / "two"), tmp_path / "again.safetensors", format="sparse")
     again = patch_module.parse((tmp_path / "again.safetensors").read_bytes(), tmp_path)
     first = patch_module.parse(patch.read_bytes(), patch)
     assert (again.scalars, again.base) == (first.scalars, first.base)
@@ -149,7 +147,7 @@ def test_another_base_is_refused_by_its_digest(tmp_path, base, patch):
     data[-1] ^= 1  # in the head, which no edit touches
     (base / THIRD).write_bytes(data)
     with pytest.raises(PlanError, match=f"sha256.*{THIRD}|{THIRD}.*sha256"):
-        apply_manifest(patch, tmp_path / "two", base=str(base), check=OFF)
+        swsurgery.apply(patch, output=tmp_path / "two", base=str(base), check=OFF)
     assert not (tmp_path / "two").exists()
 
 
@@ -171,7 +169,7 @@ def test_bounds_and_choices_of_the_manifest_come_along(tmp_path, base):
         EDITS[0],
         check={"max_perplexity_ratio": 1.05},
     )
-    export.write(manifest, "sparse", tmp_path / "p.safetensors")
+    export.export(manifest, tmp_path / "p.safetensors", format="sparse")
     loaded = load_manifest(tmp_path / "p.safetensors").manifest
     assert (loaded.base.weights, loaded.base.copies, loaded.base.model) == ("index", "omit", "llama-7b")
     assert loaded.check.max_perplexity_ratio == 1.05 and loaded.check.min_perplexity_ratio is None
@@ -182,13 +180,13 @@ def test_a_base_patched_twice_is_exported_as_one_step_from_the_first_base(tmp_pa
     first = write_manifest(
         tmp_path / "1.json", base, EDITS[0], {"op": "set", "layer": 2, "row": 1, "col": 1, "value": 3}
     )
-    apply_manifest(first, tmp_path / "one", check=OFF)
+    swsurgery.apply(first, output=tmp_path / "one", check=OFF)
     second = write_manifest(
         tmp_path / "2.json", tmp_path / "one", EDITS[3], {"op": "scale", "layer": 2, "row": 1, "col": 1, "factor": 2.0}
     )
-    apply_manifest(second, tmp_path / "two", check=OFF)
-    export.write(str(tmp_path / "two"), "sparse", tmp_path / "p.safetensors")
-    apply_manifest(tmp_path / "p.safetensors", tmp_path / "again", base=str(base), check=OFF)
+    swsurgery.apply(second, output=tmp_path / "two", check=OFF)
+    export.export(str(tmp_path / "two"), tmp_path / "p.safetensors", format="sparse")
+    swsurgery.apply(tmp_path / "p.safetensors", output=tmp_path / "again", base=str(base), check=OFF)
     for name in (FIRST, SECOND, THIRD):
         assert sha256(tmp_path / "again" / name) == sha256(tmp_path / "two" / name)
     scalars = patch_module.parse((tmp_path / "p.safetensors").read_bytes(), tmp_path).scalars

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from checkpoints import CONFIG, down, write_llama, write_manifest
+from listening import Listener
 
+import swsurgery
 from swsurgery import model
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckFailed, ModelError, PlanError
 from swsurgery.model.report import CheckedBounds
@@ -23,7 +24,7 @@ def base(tmp_path):
 def test_a_forward_check_that_was_asked_for_is_refused(base, tmp_path):
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
     with pytest.raises(ModelError, match="--check weights") as refused:
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions("forward"))
+        swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("forward"))
     assert len(refused.value.faults) == 1 and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
@@ -31,14 +32,14 @@ def test_a_forward_check_that_was_asked_for_is_refused(base, tmp_path):
 def test_so_are_bounds_that_cannot_be_measured(base, tmp_path):
     manifest = write_manifest(tmp_path / "m.json", base, EDIT, check={"max_perplexity_ratio": 2})
     with pytest.raises(ModelError):
-        apply_manifest(manifest, tmp_path / "out")
+        swsurgery.apply(manifest, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_without_bounds_the_weights_are_checked_and_the_reason_recorded(base, tmp_path):
     said = []
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
-    outcome = apply_manifest(manifest, tmp_path / "out", say=said.append)
+    outcome = swsurgery.apply(manifest, output=tmp_path / "out", reporter=Listener(said.append))
     check = outcome.record.check
     assert check["kind"] == "weights" and "config.json" in check["reason"]
     assert "--check" not in check["reason"] + "".join(said)  # it is what was done
@@ -56,7 +57,7 @@ def test_what_was_asked_for_is_done_or_refused(base, tmp_path, monkeypatch, opti
         monkeypatch.setattr("swsurgery.model.check.explain_unavailable", lambda: "torch is not installed")
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
     with pytest.raises(ModelError, match="or --check weights") as refused:
-        apply_manifest(manifest, tmp_path / "out", check=options)
+        swsurgery.apply(manifest, output=tmp_path / "out", check=options)
     assert ("torch is not installed" in str(refused.value)) == missing
     assert not (tmp_path / "out").exists()
 
@@ -67,7 +68,7 @@ def test_without_torch_bounds_are_not_met(base, tmp_path, monkeypatch, option):
     more = {} if option else {"check": {"min_perplexity_ratio": 2.0}}
     manifest = write_manifest(tmp_path / "m.json", base, EDIT, **more)
     with pytest.raises(ModelError, match="torch is not installed") as refused:
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions(bounds=option))
+        swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions(bounds=option))
     assert ("or --check weights" in str(refused.value)) == (option is None)  # it would refuse the option's bound
     assert not (tmp_path / "out").exists()
 
@@ -76,7 +77,7 @@ def test_without_torch_bounds_are_not_met(base, tmp_path, monkeypatch, option):
 def test_a_bound_goes_with_a_check_that_measures_it(base, tmp_path, kind):
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
     with pytest.raises(PlanError, match=f"--check {kind} measures no perplexity"):
-        apply_manifest(manifest, tmp_path / "out", check=CheckOptions(kind, bounds=CheckedBounds(2.0)))
+        swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions(kind, bounds=CheckedBounds(2.0)))
     assert not (tmp_path / "out").exists()
 
 
@@ -91,25 +92,25 @@ def test_one_bound_of_the_options_leaves_the_other_of_the_manifest(base, tmp_pat
     manifest = write_manifest(tmp_path / "m.json", base, EDIT, check={"min_perplexity_ratio": 2.0})
     for option in (None, CheckedBounds(max_perplexity_ratio=9.0), CheckedBounds(min_perplexity_ratio=3.0)):
         with pytest.raises(ModelError, match="seen"):
-            apply_manifest(manifest, tmp_path / "out", check=CheckOptions(bounds=option))
+            swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions(bounds=option))
     assert held == [CheckedBounds(None, 2.0), CheckedBounds(9.0, 2.0), CheckedBounds(None, 3.0)]
 
 
 def test_bounds_that_no_ratio_holds_are_refused_before_anything_is_copied(base, tmp_path):
     impossible = {"min_perplexity_ratio": 2.0, "max_perplexity_ratio": 1.0}
     with pytest.raises(PlanError, match="no perplexity ratio is at least 2 and at most 1"):
-        apply_manifest(write_manifest(tmp_path / "m.json", base, EDIT, check=impossible), tmp_path / "out")
+        swsurgery.apply(write_manifest(tmp_path / "m.json", base, EDIT, check=impossible), output=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m.json"]
 
 
 def test_what_changes_nothing_does_no_damage(base, tmp_path):
     manifest = write_manifest(tmp_path / "m.json", base, EDIT | {"op": "protect"}, check={"min_perplexity_ratio": 2.0})
     with pytest.raises(CheckFailed, match="nothing was changed, so the perplexity ratio is 1"):
-        apply_manifest(manifest, tmp_path / "out")
+        swsurgery.apply(manifest, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_reason_does_not_say_where_the_checkpoint_was_made(base, tmp_path):
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
-    records = [apply_manifest(manifest, tmp_path / name).record.render() for name in ("one", "two")]
+    records = [swsurgery.apply(manifest, output=tmp_path / name).record.render() for name in ("one", "two")]
     assert records[0] == records[1] and str(tmp_path).encode() not in records[0]

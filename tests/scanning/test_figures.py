@@ -26,9 +26,9 @@ from swsurgery.scanning.report import (
     Effect,
     PersistentActivation,
     Profile,
-    ScanReport,
+    Scan,
+    Sweep,
     SweepPoint,
-    SweepReport,
     Trial,
 )
 from swsurgery.storage.coordinate import Coordinate
@@ -59,7 +59,7 @@ def profile() -> Profile:
     return Profile(tuple(inputs), tuple(outputs), tuple(residuals))
 
 
-REPORT = ScanReport(
+REPORT = Scan(
     method="activations",
     model_type="llama",
     layers=30,
@@ -67,12 +67,12 @@ REPORT = ScanReport(
     activations=(PersistentActivation(11, 27, 507, 23941.0, 14, 0, 0, 4),),
     profile=profile(),
 )
-WEIGHTS = ScanReport(
+WEIGHTS = Scan(
     "weights", "llama", 30, (candidate(28, 507, 678, z=14.2), candidate(11, 507, 1229, z=13.6)), settings={"min_z": 7.5}
 )
 
 
-def confirmed(report: ScanReport, **verdicts: str) -> ScanReport:
+def confirmed(report: Scan, **verdicts: str) -> Scan:
     """REPORT's scalars by name, with a verdict each."""
     effect = Effect(1.0, 0.9, 1.1, 0.0)
     trials = [
@@ -87,7 +87,7 @@ def point(factor: float, perplexity: float, kl: float, mass: float, finite: bool
     return SweepPoint(factor, perplexity, perplexity / 29.6, kl, mass, finite, 23000.0)
 
 
-SWEEP = SweepReport(
+SWEEP = Sweep(
     coordinates=(MAKER.coordinate,),
     base=point(1, 29.6, 0, 0.31),
     points=(point(2, 71, 0.9, 0.36), point(0, 165, 2.1, 0.05), point(0.5, 44, 0.5, 0.22), point(1, 29.6, 0, 0.31)),
@@ -111,8 +111,8 @@ def texts(path: Path) -> list[tuple[str, float, float]]:
     return found
 
 
-def words(report: ScanReport | SweepReport, path: Path, model: str | None = None) -> list[str]:
-    (plot_scan if isinstance(report, ScanReport) else plot_sweep)(report, path, model)
+def words(report: Scan | Sweep, path: Path, model: str | None = None) -> list[str]:
+    (plot_scan if isinstance(report, Scan) else plot_sweep)(report, path, model)
     return [text for text, _, _ in texts(path)]
 
 
@@ -125,10 +125,10 @@ def svg(tmp_path) -> Path:
 def draw(tmp_path, monkeypatch):
     """The panels of a report's figure, from above, with all that was drawn in them."""
 
-    def draw(report: ScanReport | SweepReport):
+    def draw(report: Scan | Sweep):
         sheets: list[Figure] = []
         monkeypatch.setattr(figures, "_save", lambda paper, path: sheets.append(paper.figure))
-        (plot_scan if isinstance(report, ScanReport) else plot_sweep)(report, tmp_path / "figure.png")
+        (plot_scan if isinstance(report, Scan) else plot_sweep)(report, tmp_path / "figure.png")
         return sheets[0].axes[1:]
 
     return draw
@@ -379,7 +379,7 @@ def test_spikes_and_ordinary_layers_share_a_scale_of_decades(draw):
 
 def test_layers_without_a_value_or_with_an_infinite_one_are_drawn_as_such(draw):
     values = (math.nan, 2.0, math.inf, -math.inf, 3.0)
-    report = ScanReport("activations", "llama", 5, (), profile=Profile(values, values, values))
+    report = Scan("activations", "llama", 5, (), profile=Profile(values, values, values))
     for panel in draw(report):
         assert [bar.get_height() for bar in panel.patches] == [0, 2, 0, 0, 3]
         assert [(text.get_position()[0], text.get_text().strip()) for text in panel.texts] == [

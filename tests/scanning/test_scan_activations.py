@@ -18,7 +18,7 @@ from swsurgery.errors import ModelError
 from swsurgery.model import load
 from swsurgery.scanning import by_activations, spikes
 from swsurgery.scanning.by_activations import SCAN_PROMPTS, scan_activations, scan_sequences
-from swsurgery.scanning.report import ScanReport
+from swsurgery.scanning.report import Scan
 from swsurgery.scanning.spikes import LayerSpikes
 
 MODEL = os.environ.get("SWSURGERY_TEST_MODEL")
@@ -26,11 +26,11 @@ PLACE = Place(1, 5, 9)
 INTO_OTHER = 12  # another neuron of the same layer
 
 
-def places(report: ScanReport) -> list[tuple]:
+def places(report: Scan) -> list[tuple]:
     return [(c.layer, c.row, c.col, c.expert) for c in report.candidates]
 
 
-def scanned(model, folder: Path, **how) -> ScanReport:
+def scanned(model, folder: Path, **how) -> Scan:
     return scan_sequences(opened(model, folder), SEQUENCES, **how)
 
 

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_checkpoint import TEXT
 
+import swsurgery
 from swsurgery import known, model
 from swsurgery.cli import main, output
 from swsurgery.errors import Interrupted, ModelError, TargetError
 from swsurgery.known import own
 from swsurgery.model.forward import LayeredModel
-from swsurgery.scanning import by_activations, scan, spikes
+from swsurgery.scanning import by_activations, spikes
 
 PLACE = planted.Place(layer=1, row=5, col=7)
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -95,7 +96,7 @@ def test_on_too_little_text_the_candidates_are_kept_as_not_confirmed(
     assert "note      too little text for intervals and verdicts: 7 windows (a verdict needs 8" in shown
     assert "on 7 windows of 16 tokens (" in shown
     assert "found, not confirmed" in (here / "zero.yaml").read_text()
-    (coordinate,) = own.lookup("short").coordinates
+    (coordinate,) = own.find_model("short").coordinates
     assert (coordinate.row, coordinate.role, coordinate.causal_alone) == (5, "untested", "untested")
     assert "--confirm --windows 7 --window 16 --text text.txt" in coordinate.sources[0].cite
     assert coordinate.effects[0].ci95 is None and coordinate.effects[0].ratio is not None
@@ -118,7 +119,7 @@ def test_none_is_an_answer(here: Path, capsys: pytest.CaptureFixture[str], metho
     assert "none" in printed.out
     assert "nothing was found, so no manifest was written: zero.yaml" in printed.err
     assert not (here / "zero.yaml").exists()
-    assert own.lookup("nothing here").coordinates == ()
+    assert own.find_model("nothing here").coordinates == ()
 
 
 def test_the_weights_alone_are_scanned_without_tokenizer_and_without_torch(
@@ -408,6 +409,6 @@ def test_what_a_scan_writes_is_as_private_as_the_weights_that_it_repeats(here: P
 
 
 def test_scan_in_python_says_what_the_command_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = scan.scan_checkpoint("planted", prompts=PROMPTS, options=scan.RunOptions(device="cpu"))
+    report = swsurgery.scan("planted", prompts=PROMPTS, device="cpu")
     assert main(["scan", "planted", *ASK, "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report.to_json()))

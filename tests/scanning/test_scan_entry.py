@@ -25,7 +25,7 @@ from swsurgery.known.schema import KnownEffect as KnownEffect
 from swsurgery.known.shipped import load_file
 from swsurgery.manifest.load import load_manifest, parse_manifest
 from swsurgery.scanning.outputs import make_known_entry, scan_manifest
-from swsurgery.scanning.report import Candidate, Confirmation, Effect, JointSet, ScanReport, Trial
+from swsurgery.scanning.report import Candidate, Confirmation, Effect, JointSet, Scan, Trial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES, decode
 
@@ -63,14 +63,14 @@ def confirmation(*trials: Trial, together: float = 50.0, joint: tuple[JointSet, 
 
 
 @pytest.fixture
-def report(checkpoint) -> ScanReport:
+def report(checkpoint) -> Scan:
     """Two candidates, of which one matters alone and one does not, and a companion that matters jointly."""
     root = checkpoint.root
     first = candidate(root, 1, 2, 3, SECOND, "F16", input_spike=26.46, output_spike=-342.24, share=0.98, prompts=4)
     second = candidate(root, 2, 2, 5, THIRD, "F32", rank=7)
     third = candidate(root, 2, 4, 6, THIRD, "F32", z=3.5)
     joint = JointSet((first.coordinate, second.coordinate), effect(54.25))
-    return ScanReport(
+    return Scan(
         "activations", "llama", LAYERS, (first, second, third),
         confirmation=confirmation(
             trial(first, 5.5, "critical alone"), trial(second, 1.01, "critical jointly", listed=False),
@@ -79,7 +79,7 @@ def report(checkpoint) -> ScanReport:
     )  # fmt: skip
 
 
-def nothing(report: ScanReport, confirmed: bool) -> ScanReport:
+def nothing(report: Scan, confirmed: bool) -> Scan:
     if not confirmed:
         return replace(report, candidates=(), confirmation=None)
     trials = [replace(t, verdict="inert") for t in report.confirmation.trials]
@@ -198,15 +198,15 @@ def test_logits_that_were_not_finite_are_kept_as_words(checkpoint, report):
     assert (one.ratio, one.after, one.ci95, one.kl) == ("not finite", "not finite", None, None)
     assert (two.ratio, two.after, two.ci95, two.kl) == (math.inf, math.inf, None, None)
     own.save(model)
-    assert own.lookup("tiny") == model
-    json.dumps(shipped_module.to_json(own.lookup("tiny")), allow_nan=False)
+    assert own.find_model("tiny") == model
+    json.dumps(shipped_module.to_json(own.find_model("tiny")), allow_nan=False)
     assert "not finite" in table_module.render_table(model, 100) and "infinite" in table_module.render_table(model, 100)
 
 
 def test_found_again_by_lookup_and_in_the_plan(checkpoint, report, tmp_path, capsys):
     model = make_known_entry(report, checkpoint, hf_id="My Tiny", command=COMMAND)
     own.save(model)
-    assert own.lookup("my-tiny") == model
+    assert own.find_model("my-tiny") == model
     assert main(["lookup", "my_tiny", "--manifest", "zero"]) == 0
     text = capsys.readouterr().out
     (tmp_path / "zero.yaml").write_text(text)
@@ -312,7 +312,7 @@ def test_transposed_tensors_and_odd_dtypes(tmp_path):
     checkpoint = open_checkpoint(folder)
     value = float(decode(DTYPES["F8_E4M3"], stored(folder / "model.safetensors", name, (9, 2))))
     found = Candidate(Coordinate(name, (9, 2)), 1, 2, 9, None, value, 3.0, 1)
-    report = ScanReport("weights", "gpt2", 2, (found,))
+    report = Scan("weights", "gpt2", 2, (found,))
     model = make_known_entry(report, checkpoint, hf_id="g", command=COMMAND)
     assert (model.tensor, model.transposed) == ("transformer.h.{layer}.mlp.c_proj.weight", True)
     assert (model.hidden_size, model.intermediate_size) == (HIDDEN, 16)
@@ -332,13 +332,11 @@ def test_experts(tmp_path):
     folder = write_single(tmp_path / "moe", {n: tensor("BF16", 4, 8, seed=2) for n in names.values()}, config)
     checkpoint = open_checkpoint(folder)
     candidates = tuple(Candidate(Coordinate(names[e], (1, 2)), 0, 1, 2, e, 1.5, 3.0, 1) for e in (1, "shared"))
-    model = make_known_entry(
-        ScanReport("weights", "deepseek_v2", 1, candidates), checkpoint, hf_id="m", command=COMMAND
-    )
+    model = make_known_entry(Scan("weights", "deepseek_v2", 1, candidates), checkpoint, hf_id="m", command=COMMAND)
     assert [c.id for c in model.coordinates] == ["L0.E1.1.2", "L0.Eshared.1.2"]
     assert (model.tensor, model.num_experts) == ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", 2)
     own.save(model)
-    assert own.lookup("m") == model
+    assert own.find_model("m") == model
     with pytest.raises(LookupFailed, match="the tensor does not follow the model's template"):
         render_entry(model)
 

@@ -9,7 +9,7 @@ import pytest
 from planted import SEQUENCES, Place, build, coordinate_of, opened, plant, weights_of
 
 from swsurgery.scanning.by_activations import scan_sequences
-from swsurgery.scanning.report import ScanReport
+from swsurgery.scanning.report import Scan
 
 PLACEMENTS = 20
 FAMILIES = {  # name: neurons, experts, and settings that differ from those of tiny_models
@@ -20,7 +20,7 @@ FAMILIES = {  # name: neurons, experts, and settings that differ from those of t
 }
 
 
-def found(report: ScanReport) -> list:
+def found(report: Scan) -> list:
     return [candidate.coordinate for candidate in report.candidates]
 
 

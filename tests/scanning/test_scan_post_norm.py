@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from swsurgery.scanning.by_activations import scan_sequences
 from swsurgery.scanning.by_weights import NORM_BEHIND, ONE_PLUS, scan_weights
-from swsurgery.scanning.report import ScanReport
+from swsurgery.scanning.report import Scan
 
 FAMILIES = {
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4"), "post_feedforward_layernorm"),
@@ -31,11 +31,11 @@ def gain_behind(model: PreTrainedModel, family: str, layer: int) -> Tensor:
     return getattr(model.model.layers[layer], FAMILIES[family]).weight.data
 
 
-def places(report: ScanReport) -> Found:
+def places(report: Scan) -> Found:
     return [(c.layer, c.row, c.col) for c in report.candidates]
 
 
-def both(model: PreTrainedModel, folder: Path) -> tuple[Found, ScanReport]:
+def both(model: PreTrainedModel, folder: Path) -> tuple[Found, Scan]:
     """What the scan by activations finds, and the report of the scan by weights."""
     layered = opened(model, folder)
     return places(scan_sequences(layered, SEQUENCES)), scan_weights(layered.checkpoint)

@@ -15,9 +15,9 @@ from swsurgery.scanning.report import (
     Effect,
     JointSet,
     PersistentActivation,
-    ScanReport,
+    Scan,
+    Sweep,
     SweepPoint,
-    SweepReport,
     Trial,
 )
 from swsurgery.storage.coordinate import Coordinate
@@ -35,7 +35,7 @@ MAKER = candidate(
 )  # fmt: skip
 HELPER = candidate(2, 507, 90, 5.09375, 4, input_spike=95.5, output_spike=486.0, share=0.99, prompts=3, round=2)
 COMPANION = candidate(11, 88, 1229, 0.61, 4012)
-SCAN = ScanReport(
+SCAN = Scan(
     method="activations",
     model_type="llama",
     layers=30,
@@ -71,8 +71,8 @@ CONFIRMED = dataclasses.replace(
 def lines(capsys):
     """What is shown of a report, line by line."""
 
-    def lines(report: ScanReport | SweepReport) -> list[str]:
-        (show_scan if isinstance(report, ScanReport) else show_sweep)(report)
+    def lines(report: Scan | Sweep) -> list[str]:
+        (show_scan if isinstance(report, Scan) else show_sweep)(report)
         shown = capsys.readouterr()
         assert shown.err == ""
         return shown.out.splitlines()
@@ -167,7 +167,7 @@ def test_an_untested_companion_is_counted_and_is_no_super_weight(lines):
 
 def test_nothing_found_is_a_sentence_with_its_reasons(lines):
     notes = ("no channel is massive over half of the layers", "a name\nof two lines")
-    assert lines(ScanReport("activations", "qwen3", 24, (), prompts=("a",), notes=notes)) == [
+    assert lines(Scan("activations", "qwen3", 24, (), prompts=("a",), notes=notes)) == [
         "scanned   24 layers of qwen3 by activations, 1 prompt",
         "answer    none: no super weight was found",
         "",
@@ -189,7 +189,7 @@ def test_a_scan_by_weights(lines):
         dataclasses.replace(candidate(28, 507, 678, -4.78125, 9, z=14.234), score=912.4),
         dataclasses.replace(candidate(11, 507, 1229, 5.875, 2, z=13.6), score=0.00012345),
     )
-    assert lines(ScanReport("weights", "llama", 30, found)) == [
+    assert lines(Scan("weights", "llama", 30, found)) == [
         "scanned   30 layers of llama by weights",
         "answer    2 super weights, not confirmed",
         "tensor    model.layers.{layer}.mlp.down_proj.weight[row, col]",
@@ -240,14 +240,14 @@ def test_a_scan_by_weights(lines):
     ids=["transposed", "expert", "stacked experts", "mixed", "a square place"],
 )
 def test_the_tensors_are_named_once_by_their_pattern(lines, found, pattern):
-    shown = lines(ScanReport("weights", "any", 30, tuple(found)))
+    shown = lines(Scan("weights", "any", 30, tuple(found)))
     assert [line.split(maxsplit=1)[1] for line in shown if line.startswith("tensor")] == pattern
 
 
 def test_an_expert_has_its_column(lines):
     tensor = "model.layers.{}.mlp.experts.{}.down_proj.weight"
     found = (candidate(1, 2070, 7310, 2.1, tensor=tensor, expert=5), candidate(2, 1, 2, -0.5))
-    assert lines(ScanReport("weights", "mixtral", 32, found))[-3:] == [
+    assert lines(Scan("weights", "mixtral", 32, found))[-3:] == [
         "layer  expert   row   col  value  score  rank of |W|",
         "    1  5       2070  7310    2.1      1            1",
         "    2             1     2   -0.5      1            1",
@@ -263,9 +263,9 @@ def test_a_joint_set_with_a_scalar_outside_the_trials_names_it_in_full(lines):
 
 def test_a_long_table_ends_with_the_rest_counted(lines):
     found = tuple(candidate(layer, 1, 2, 1.0) for layer in range(45))
-    shown = lines(ScanReport("weights", "llama", 45, found))
+    shown = lines(Scan("weights", "llama", 45, found))
     assert shown[-1] == "... and 5 more" and shown[-2].split()[0] == "39"
-    assert lines(ScanReport("weights", "llama", 45, found[:40]))[-1].split()[0] == "39"
+    assert lines(Scan("weights", "llama", 45, found[:40]))[-1].split()[0] == "39"
 
 
 def test_the_widest_numbers_of_a_real_model_fit_120_columns(lines):
@@ -284,7 +284,7 @@ def point(factor, perplexity, kl, mass, finite=True) -> SweepPoint:
     return SweepPoint(factor, perplexity, perplexity / 29.6, kl, mass, finite, 23941.0 * factor)
 
 
-SWEEP = SweepReport(
+SWEEP = Sweep(
     coordinates=(MAKER.coordinate, HELPER.coordinate),
     base=point(1.0, 29.6, 0.0, 0.3125),
     points=(

@@ -26,8 +26,8 @@ from swsurgery.model import load
 from swsurgery.model import windows as windows_module
 from swsurgery.model.forward import LayeredModel, Outcomes
 from swsurgery.model.stopwords import STOP_WORDS
-from swsurgery.scanning.report import SweepReport
-from swsurgery.scanning.sweep import sweep, sweep_windows
+from swsurgery.scanning.report import Sweep
+from swsurgery.scanning.sweep import sweep_checkpoint, sweep_windows
 from swsurgery.storage.coordinate import Coordinate
 
 WINDOW = 24
@@ -46,13 +46,13 @@ def checkpoint(base: Path) -> Checkpoint:
     return open_checkpoint(base)
 
 
-def swept(checkpoint: Checkpoint, factors: Sequence[float] = FACTORS, **options: Any) -> SweepReport:
+def swept(checkpoint: Checkpoint, factors: Sequence[float] = FACTORS, **options: Any) -> Sweep:
     settings = {"text": TEXT, "device": "cpu", "window": WINDOW} | options
-    return sweep(checkpoint, [FIRST, SECOND], factors, **settings)
+    return sweep_checkpoint(checkpoint, [FIRST, SECOND], factors, **settings)
 
 
 @pytest.fixture(scope="module")
-def report(checkpoint: Checkpoint) -> SweepReport:
+def report(checkpoint: Checkpoint) -> Sweep:
     return swept(checkpoint)
 
 
@@ -96,9 +96,7 @@ class Alone:
         return float(np.exp(self.logs[:, stop]).sum(-1).mean())
 
 
-def test_each_point_is_the_model_whose_file_holds_the_scaled_scalars(
-    base: Path, report: SweepReport, tmp_path: Path
-) -> None:
+def test_each_point_is_the_model_whose_file_holds_the_scaled_scalars(base: Path, report: Sweep, tmp_path: Path) -> None:
     windows = windows_of(base)
     vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
     stop = [i for token, i in vocabulary.items() if token.removeprefix("\u0120").lower() in STOP_WORDS]
@@ -116,7 +114,7 @@ def test_each_point_is_the_model_whose_file_holds_the_scaled_scalars(
     assert len({point.perplexity for point in report.points}) == len(FACTORS)
 
 
-def test_factor_one_is_the_base_to_the_last_digit(report: SweepReport) -> None:
+def test_factor_one_is_the_base_to_the_last_digit(report: Sweep) -> None:
     assert report.base == report.points[1]
     assert (report.base.ratio, report.base.kl, report.base.factor) == (1.0, 0.0, 1.0)
 
@@ -126,7 +124,7 @@ def test_a_factor_that_changes_no_bit_is_the_base(checkpoint: Checkpoint) -> Non
     assert (point.factor, point.ratio, point.kl) == (1.0001, 1.0, 0.0)
 
 
-def test_what_was_read_is_said(report: SweepReport, base: Path) -> None:
+def test_what_was_read_is_said(report: Sweep, base: Path) -> None:
     assert report.coordinates == (FIRST, SECOND)
     assert (report.windows, report.window_tokens) == (len(windows_of(base)), WINDOW)
     assert report.scored_tokens == sum(len(ids) - 1 for ids in windows_of(base))
@@ -164,7 +162,7 @@ def test_scalars_may_lie_anywhere(tmp_path: Path, name: str, tensor: str, index:
 
 
 def test_many_factors_are_run_in_groups_and_equal_values_once(
-    checkpoint: Checkpoint, report: SweepReport, base: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, report: Sweep, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
     run = LayeredModel.run
@@ -203,7 +201,7 @@ def faults(
     kind: type, checkpoint: Checkpoint, factors: Sequence[float], coordinates: Sequence[Coordinate] = (FIRST,)
 ) -> tuple[str, ...]:
     with pytest.raises(kind) as caught:
-        sweep(checkpoint, coordinates, factors, text=TEXT, device="cpu")
+        sweep_checkpoint(checkpoint, coordinates, factors, text=TEXT, device="cpu")
     return caught.value.faults
 
 

@@ -17,9 +17,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_checkpoint import DOWN, load, write_pair
 
+import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.plan import make_plan
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import ArchitectureError, CheckpointError, PlanError, TargetError
@@ -56,8 +56,8 @@ def made(folder: Path, dtype: torch.dtype, *edits: dict) -> tuple[Path, Path, Pa
     """(base, patched, adapter) of a tiny Llama."""
     base = write_pair(folder, dtype=dtype).base
     manifest = write_manifest(folder / "m.json", base, *edits)
-    apply_manifest(manifest, folder / "edited", check=OFF)
-    export.write(str(folder / "edited"), "peft", folder / "adapter")
+    swsurgery.apply(manifest, output=folder / "edited", check=OFF)
+    export.export(str(folder / "edited"), folder / "adapter", format="peft")
     return base, folder / "edited", folder / "adapter"
 
 
@@ -134,9 +134,9 @@ def test_a_family_is_exported_rightly_or_refused(tmp_path, name):
     base = tmp_path / "base"
     tiny_models.write(name, base)
     manifest = short(name, tmp_path, base)
-    apply_manifest(manifest, tmp_path / "edited", check=OFF)
+    swsurgery.apply(manifest, output=tmp_path / "edited", check=OFF)
     try:
-        export.write(str(manifest), "peft", tmp_path / "adapter")
+        export.export(str(manifest), tmp_path / "adapter", format="peft")
     except PlanError as error:
         assert name in EXPERTS | set(tiny_models.VISION_LANGUAGE_MODELS)
         assert len(error.faults) == 1 and "a LoRA adapter cannot represent this edit: " in error.faults[0]
@@ -153,8 +153,8 @@ def test_attention_of_a_mixture_of_experts_is_exported(tmp_path):
     tiny_models.write("mixtral", base)
     edit = {"op": "set", "tensor": "model.layers.1.self_attn.v_proj.weight", "index": [3, 5], "value": 4}
     manifest = write_manifest(tmp_path / "m.json", base, edit)
-    apply_manifest(manifest, tmp_path / "edited", check=OFF)
-    export.write(manifest, "peft", tmp_path / "adapter")
+    swsurgery.apply(manifest, output=tmp_path / "edited", check=OFF)
+    export.export(manifest, tmp_path / "adapter", format="peft")
     wanted = logits(tiny_models.load("mixtral", tmp_path / "edited"))
     found = logits(adapted(tiny_models.load("mixtral", base), tmp_path / "adapter"))
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -167,7 +167,7 @@ def test_a_checkpoint_saved_without_its_head_gets_the_names_of_the_model_with_on
         tmp_path / "m.json", base,
         {"op": "zero", "tensor": "layers.1.mlp.down_proj.weight", "index": [3, 5]},
     )  # fmt: skip
-    export.write(str(manifest), "peft", tmp_path / "adapter")
+    export.export(str(manifest), tmp_path / "adapter", format="peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.1.mlp.down_proj"]
 
@@ -207,7 +207,7 @@ def test_a_difference_that_float32_cannot_hold_is_named_with_what_it_gives(tmp_p
 
     base = write_single(tmp_path / "base", {down(0): ("F32", (1, 2), single(5.875) + single(5.875))})
     edits = [{"op": "set", "tensor": down(0), "index": [0, n], "value": v} for n, v in enumerate((1e-7, 2.0))]
-    exported = export.write(write_manifest(tmp_path / "m.json", base, *edits), "peft", tmp_path / "adapter")
+    exported = export.export(write_manifest(tmp_path / "m.json", base, *edits), tmp_path / "adapter", format="peft")
     [note] = exported.notes
     assert note.startswith(f"merged by PEFT, {down(0)}[0, 0] becomes 0, not ")
     # The oracle: the same sum in torch.
@@ -225,7 +225,7 @@ def test_a_difference_that_float32_cannot_hold_is_named_with_what_it_gives(tmp_p
 
 def test_the_fields_of_vllm_give_the_patched_tensors(tmp_path):
     base, edited, _ = made(tmp_path, torch.bfloat16, *EDITS)
-    export.write(str(edited), "vllm", tmp_path / "vllm")
+    export.export(str(edited), tmp_path / "vllm", format="vllm")
     document = json.loads((tmp_path / "vllm" / "patches.json").read_text())
     arrays = load_file(tmp_path / "vllm" / "patches.safetensors")
     plain, wanted = load_file(base / "model.safetensors"), load_file(edited / "model.safetensors")
@@ -247,7 +247,7 @@ def test_integers_are_refused_for_vllm(tmp_path):
     base = write_llama(tmp_path / "base", {"counts": tensor("I64", 4)})
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "tensor": "counts", "index": [2]})
     with pytest.raises(PlanError, match=r"only floating-point values, not I64: counts\[2\]"):
-        export.write(str(manifest), "vllm", tmp_path / "vllm")
+        export.export(str(manifest), tmp_path / "vllm", format="vllm")
 
 
 # Every format --------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_a_target_that_exists_is_refused_and_stays(tmp_path, form, kind):
     target = tmp_path / "new"
     {"file": target.touch, "folder": target.mkdir, "dangling link": lambda: target.symlink_to("nowhere")}[kind]()
     with pytest.raises(TargetError, match="the output already exists"):
-        export.write(str(manifest), form, target)
+        export.export(str(manifest), target, format=form)
     assert not target.is_dir() or list(target.iterdir()) == []
     assert not target.is_file() or target.read_bytes() == b""
 
@@ -296,11 +296,11 @@ def test_a_target_that_exists_is_refused_and_stays(tmp_path, form, kind):
 @pytest.mark.parametrize("form", ["peft", "vllm"])
 def test_what_a_killed_run_left_behind_is_replaced(tmp_path, form):
     manifest = write_manifest(tmp_path / "m.json", write_llama(tmp_path / "base"), ZERO)
-    export.write(manifest, form, tmp_path / "whole")
+    export.export(manifest, tmp_path / "whole", format=form)
     (tmp_path / ".new.partial").mkdir()
     for name in [*tree(tmp_path / "whole"), "stray"]:
         (tmp_path / ".new.partial" / name).write_text("half")
-    export.write(manifest, form, tmp_path / "new")
+    export.export(manifest, tmp_path / "new", format=form)
     assert tree(tmp_path / "new") == tree(tmp_path / "whole")
     assert not (tmp_path / ".new.partial").exists()
 
@@ -315,7 +315,7 @@ def test_a_file_that_appears_while_it_is_written_is_not_replaced(tmp_path, monke
 
     monkeypatch.setattr(filesystem, "write_file", late)
     with pytest.raises(TargetError, match="File exists"):
-        export.write(str(manifest), "sparse", tmp_path / "new")
+        export.export(str(manifest), tmp_path / "new", format="sparse")
     assert (tmp_path / "new").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m.json", "new"]
 
@@ -332,19 +332,19 @@ def test_a_base_that_the_manifest_does_not_mean_is_refused(tmp_path):
     base = write_llama(tmp_path / "base")
     pinned = {"path": str(base), "sha256": {FIRST: "0" * 64}}
     with pytest.raises(PlanError, match="but the manifest says 0000"):
-        export.write(str(write_manifest(tmp_path / "m.json", pinned, ZERO)), "sparse", tmp_path / "p")
+        export.export(str(write_manifest(tmp_path / "m.json", pinned, ZERO)), tmp_path / "p", format="sparse")
     sound = {"path": str(base), "sha256": {FIRST: sha256(base / FIRST)}}
-    export.write(str(write_manifest(tmp_path / "m.json", sound, ZERO)), "sparse", tmp_path / "p")
+    export.export(str(write_manifest(tmp_path / "m.json", sound, ZERO)), tmp_path / "p", format="sparse")
 
 
 def test_a_checkpoint_that_is_not_what_its_record_says_is_refused(tmp_path):
     base = write_llama(tmp_path / "base")
-    apply_manifest(write_manifest(tmp_path / "m.json", base, ZERO), tmp_path / "edited", check=OFF)
+    swsurgery.apply(write_manifest(tmp_path / "m.json", base, ZERO), output=tmp_path / "edited", check=OFF)
     (tmp_path / "edited" / FIRST).write_bytes((base / FIRST).read_bytes())
     with pytest.raises(CheckpointError, match="differs from its record"):
-        export.write(str(tmp_path / "edited"), "sparse", tmp_path / "p")
+        export.export(str(tmp_path / "edited"), tmp_path / "p", format="sparse")
     with pytest.raises(CheckpointError, match="no record"):
-        export.write(str(base), "sparse", tmp_path / "p")
+        export.export(str(base), tmp_path / "p", format="sparse")
     assert not (tmp_path / "p").exists()
 
 
@@ -352,7 +352,7 @@ def test_only_protecting_is_nothing_to_export(tmp_path):
     base = write_llama(tmp_path / "base")
     manifest = write_manifest(tmp_path / "m.json", base, {**ZERO, "op": "protect"})
     with pytest.raises(PlanError, match="nothing is changed"):
-        export.write(str(manifest), "sparse", tmp_path / "p")
+        export.export(str(manifest), tmp_path / "p", format="sparse")
 
 
 def test_of_the_base_only_headers_scalars_and_touched_shards_are_read(tmp_path, monkeypatch):
@@ -366,15 +366,15 @@ def test_of_the_base_only_headers_scalars_and_touched_shards_are_read(tmp_path, 
         return read(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", counting)
-    export.write(write_manifest(tmp_path / "m.json", base, ZERO), "sparse", tmp_path / "p")
+    export.export(write_manifest(tmp_path / "m.json", base, ZERO), tmp_path / "p", format="sparse")
     assert [name for name in (FIRST, SECOND, THIRD) if counted[name] >= (base / name).stat().st_size] == [FIRST]
     assert counted[THIRD] > 0, "its header"
 
 
 def test_a_patch_becomes_an_adapter(tmp_path):
     base, edited, adapter = made(tmp_path, torch.float32, *EDITS)
-    export.write(str(edited), "sparse", tmp_path / "p")
-    export.write(str(tmp_path / "p"), "peft", tmp_path / "again", base=str(base))
+    export.export(str(edited), tmp_path / "p", format="sparse")
+    export.export(str(tmp_path / "p"), tmp_path / "again", format="peft", base=str(base))
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "again"))
     assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
 
@@ -388,11 +388,11 @@ def test_of_a_repository_headers_and_scalars_are_read_and_the_digest_is_the_hubs
     commit = hub.add_repo("org/base", base)
     manifest = write_manifest(tmp_path / "m.json", {"repo_id": "org/base", "revision": commit}, EDIT_OF_LAST)
     hub.traffic.clear()
-    export.write(manifest, "sparse", tmp_path / "p")
+    export.export(manifest, tmp_path / "p", format="sparse")
     assert hub.traffic.sent() < 20_000 < (base / THIRD).stat().st_size
     said = patch_module.parse((tmp_path / "p").read_bytes(), tmp_path).base
     assert (said.repo_id, said.revision, said.sha256) == ("org/base", commit, {THIRD: sha256(base / THIRD)})
-    export.write(manifest, "sparse", tmp_path / "local", base=str(base))
+    export.export(manifest, tmp_path / "local", format="sparse", base=str(base))
     assert (tmp_path / "local").read_bytes() == (tmp_path / "p").read_bytes()
 
 
@@ -400,10 +400,10 @@ def test_a_patched_repository_is_exported_and_its_patch_is_applied_to_the_base(a
     base = write_llama(tmp_path / "base")
     commit, name = any_hub.add_repo("org/base", base), any_hub.name("org/base")
     manifest = write_manifest(tmp_path / "m.json", {"repo_id": name, "revision": commit}, EDIT_OF_LAST)
-    apply_manifest(manifest, tmp_path / "edited", check=OFF)
+    swsurgery.apply(manifest, output=tmp_path / "edited", check=OFF)
     any_hub.add_repo("org/edited", tmp_path / "edited")
-    export.write(f"hf://{any_hub.name('org/edited')}", "sparse", tmp_path / "p")
-    apply_manifest(tmp_path / "p", tmp_path / "again", check=OFF)
+    export.export(f"hf://{any_hub.name('org/edited')}", tmp_path / "p", format="sparse")
+    swsurgery.apply(tmp_path / "p", output=tmp_path / "again", check=OFF)
     assert sha256(tmp_path / "again" / THIRD) == sha256(tmp_path / "edited" / THIRD) != sha256(base / THIRD)
 
 
@@ -411,11 +411,11 @@ def test_a_checkpoint_of_which_only_the_edited_shard_is_here_is_exported(any_hub
     base = write_llama(tmp_path / "base")
     commit, name = any_hub.add_repo("org/base", base), any_hub.name("org/base")
     manifest = write_manifest(tmp_path / "m.json", {"repo_id": name, "revision": commit}, EDIT_OF_LAST)
-    apply_manifest(manifest, tmp_path / "edited", check=OFF)
-    export.write(tmp_path / "edited", "sparse", tmp_path / "p")
+    swsurgery.apply(manifest, output=tmp_path / "edited", check=OFF)
+    export.export(tmp_path / "edited", tmp_path / "p", format="sparse")
     record = json.loads((tmp_path / "edited" / "swsurgery.json").read_text())
     record["elsewhere"] = [FIRST]
     (tmp_path / "edited" / "swsurgery.json").write_text(json.dumps(record))
     (tmp_path / "edited" / FIRST).unlink()
-    export.write(tmp_path / "edited", "sparse", tmp_path / "again")
+    export.export(tmp_path / "edited", tmp_path / "again", format="sparse")
     assert (tmp_path / "p").read_bytes() == (tmp_path / "again").read_bytes()

@@ -11,8 +11,8 @@ from hub import fixture
 from huggingface_hub import snapshot_download
 from publishing import BASE, EDIT, NEW, OWN, digests, how, patch, put_base, run, tree, write_base
 
+import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.hub.remote import HEAD
 
@@ -218,7 +218,7 @@ def sparse(hub, tmp_path, monkeypatch) -> Path:
     commit = put_base(hub, tmp_path / "base", rows=20_000)
     manifest = tmp_path / "sparse.yaml"
     manifest.write_text(f'version: 1\nbase: {{repo_id: {BASE}, revision: "{commit}"}}\nedits: [{EDIT}]\n')
-    apply_manifest(manifest, tmp_path / "sparse", check=CheckOptions("weights"), for_publish=True)
+    swsurgery.apply(manifest, output=tmp_path / "sparse", check=CheckOptions("weights"), for_publish=True)
     assert not (tmp_path / "sparse" / THIRD).exists()
     return tmp_path / "sparse"
 
@@ -257,7 +257,7 @@ def test_further_copies_of_the_weights_are_left_out_and_named(hub, tmp_path, com
         (extra / file.name).write_bytes(file.read_bytes())
     manifest = tmp_path / "copies.yaml"
     manifest.write_text(f"version: 1\nbase: {{path: with-copies}}\nedits: [{EDIT}]\n")
-    apply_manifest(manifest, tmp_path / "copies", check=CheckOptions("weights"))
+    swsurgery.apply(manifest, output=tmp_path / "copies", check=CheckOptions("weights"))
     (tmp_path / "copies" / "pytorch_model.bin").write_bytes(b"weights")
     (tmp_path / "copies" / ".cache").mkdir()
     (tmp_path / "copies" / ".cache" / "x").write_text("x")
@@ -269,7 +269,6 @@ def test_further_copies_of_the_weights_are_left_out_and_named(hub, tmp_path, com
 
 
 def test_an_edit_in_place_is_hashed_and_its_untouched_shards_are_copied(hub, tmp_path, commit, capsys):
-    from swsurgery.editing.in_place import apply_in_place
 
     here = tmp_path / "here"
     snapshot_download(BASE, revision=commit, local_dir=here)
@@ -277,7 +276,7 @@ def test_an_edit_in_place_is_hashed_and_its_untouched_shards_are_copied(hub, tmp
     pins = f'{{{SECOND}: "{digests(tmp_path / "base")[SECOND]}"}}'
     base = f'{{repo_id: {BASE}, revision: "{commit}", sha256: {pins}}}'
     manifest.write_text(f"version: 1\nbase: {base}\nedits: [{EDIT}]\n")
-    apply_in_place(manifest, base=str(here), check=CheckOptions("weights"))
+    swsurgery.apply(manifest, in_place=True, base=str(here), check=CheckOptions("weights"))
     code, document, err = run(capsys, here, NEW, "--yes", *ACCEPT)
     assert code == 0, err
     assert how(document)[THIRD] == "copy"
@@ -324,7 +323,9 @@ def test_a_base_in_a_folder_of_its_repository_is_copied_by_content(hub, tmp_path
     commit = hub.add_repo(BASE, whole)
     manifest = tmp_path / "folder.yaml"
     manifest.write_text(f'version: 1\nbase: {{repo_id: {BASE}, revision: "{commit}"}}\nedits: [{EDIT}]\n')
-    apply_manifest(manifest, tmp_path / "out", base=f"hf://{BASE}@{commit}/model", check=CheckOptions("weights"))
+    swsurgery.apply(
+        manifest, output=tmp_path / "out", base=f"hf://{BASE}@{commit}/model", check=CheckOptions("weights")
+    )
     code, document, err = run(capsys, tmp_path / "out", NEW, "--yes", *ACCEPT)
     assert code == 0, err
     assert how(document)[THIRD] == "copy" and tree(hub)[THIRD] == digests(whole / "model")[THIRD]
@@ -345,7 +346,7 @@ def test_of_13_gigabytes_only_the_edited_shard_travels(hub, tmp_path, capsys):
     assert sum(file.stat().st_size for file in base.iterdir()) > 13.5e9
     manifest = tmp_path / "large.yaml"
     manifest.write_text(f'version: 1\nbase: {{repo_id: {BASE}, revision: "{commit}"}}\nedits: [{EDIT}]\n')
-    apply_manifest(manifest, tmp_path / "out", check=CheckOptions("weights"), for_publish=True)
+    swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("weights"), for_publish=True)
     beginnings = sum(min(file.stat().st_size, HEAD) for file in base.glob("*.safetensors"))
     whole = sum((base / name).stat().st_size for name in (FIRST, SECOND, THIRD))  # the edited one, and small files
     assert hub.traffic.sent(origin="store") == beginnings + whole and hub.traffic.sent(origin="hub") < 20_000

@@ -14,8 +14,8 @@ from hub.faults import Drop
 from huggingface_hub import hf_hub_download
 from publishing import BASE, EDIT, digests, patch, put_base, served, tree
 
+import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.manifest import patch as patch_module
 
@@ -158,7 +158,7 @@ def test_two_manifests_are_one_patch_of_the_first_base(any_hub, tmp_path, commit
     manifest = tmp_path / "next.yaml"
     edits = f"[{{op: set, tensor: {down(1)}, index: [2, 3], value: 2}}, {{op: zero, tensor: {down(0)}, index: [1, 1]}}]"
     manifest.write_text(f"version: 1\nbase: {{path: patched}}\nedits: {edits}\n")
-    apply_manifest(manifest, tmp_path / "twice", check=CheckOptions("weights"))
+    swsurgery.apply(manifest, output=tmp_path / "twice", check=CheckOptions("weights"))
     assert first.is_dir()
     code, _, err = run(capsys, tmp_path / "twice", "--private", *ACCEPT, to=any_hub.name(NEW))
     assert code == 0, err
@@ -170,7 +170,7 @@ def test_two_manifests_are_one_patch_of_the_first_base(any_hub, tmp_path, commit
     for name in (PATCH, "manifest.yaml"):  # either makes both steps at once
         (tmp_path / "taken" / name).write_bytes(any_hub.read(NEW, name))
         out = tmp_path / f"once-{name}"
-        apply_manifest(tmp_path / "taken" / name, out, check=CheckOptions("weights"))
+        swsurgery.apply(tmp_path / "taken" / name, output=out, check=CheckOptions("weights"))
         assert weights(out) == weights(tmp_path / "twice")
 
 
@@ -178,7 +178,7 @@ def test_a_base_that_is_not_on_the_hub_has_to_be_at_hand(hub, tmp_path, commit, 
     shutil.copytree(tmp_path / "base", tmp_path / "here")
     manifest = tmp_path / "here.yaml"
     manifest.write_text(f"version: 1\nbase: {{path: here}}\nedits: [{EDIT}]\n")
-    apply_manifest(manifest, tmp_path / "out", check=CheckOptions("weights"))
+    swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("weights"))
     code, document, err = run(capsys, tmp_path / "out", "--yes", *ACCEPT)
     assert code == 0, err
     assert "whoever applies the patch needs a local copy" in " ".join(document["plan"]["notes"])

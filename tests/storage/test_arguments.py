@@ -8,17 +8,14 @@ from typing import Any
 import pytest
 from checkpoints import SECOND, sha256, tree, write_llama, write_manifest
 
+import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.record import read_record
 from swsurgery.editing import apply as apply_module
-from swsurgery.editing.apply import apply_manifest
-from swsurgery.editing.in_place import apply_in_place
 from swsurgery.editing.revert import revert
-from swsurgery.editing.sanity import CheckOptions, check_checkpoint
+from swsurgery.editing.sanity import CheckOptions
 from swsurgery.model.report import CheckedBounds
-from swsurgery.progress import Silent
 from swsurgery.storage.folder import Folder
-from swsurgery.verifying.verify import verify_record
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
 NO_CHECKS = [False, True, 0, 1, "", "of", "none", b"off", ["off"], {"kind": "off"}, CheckedBounds(2.0)]
@@ -39,24 +36,22 @@ def test_an_argument_that_is_no_check_is_a_type_error_and_nothing_is_written(bas
     said = "check must be a CheckOptions, None, or one of 'auto', 'off', 'weights', 'forward', not "
     before = tree(base)
     with pytest.raises(TypeError, match=said):
-        apply_manifest(manifest, tmp_path / "out", check=check)
+        swsurgery.apply(manifest, output=tmp_path / "out", check=check)
     with pytest.raises(TypeError, match=said):
-        apply_in_place(manifest, check=check)
-    with pytest.raises(TypeError, match=said):
-        check_checkpoint(base, check)
+        swsurgery.apply(manifest, in_place=True, check=check)
     assert tree(base) == before and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("check", ["off", CheckOptions("off")])
 def test_a_check_turned_off_is_off(manifest, tmp_path, check):
-    apply_manifest(manifest, tmp_path / "out", check=check)
+    swsurgery.apply(manifest, output=tmp_path / "out", check=check)
     assert read_record(Folder.at(tmp_path / "out")).record.check["kind"] == "off"
-    apply_in_place(manifest, check=check)
+    swsurgery.apply(manifest, in_place=True, check=check)
     assert read_record(Folder.at(tmp_path / "base")).record.check["kind"] == "off"
 
 
 def test_weights_by_its_name_checks_the_weights(manifest, tmp_path):
-    apply_manifest(manifest, tmp_path / "out", check="weights")
+    swsurgery.apply(manifest, output=tmp_path / "out", check="weights")
     found = read_record(Folder.at(tmp_path / "out")).record.check
     assert (found["kind"], found["reason"]) == ("weights", "only the weights were to be checked")
 
@@ -65,14 +60,14 @@ def test_weights_by_its_name_checks_the_weights(manifest, tmp_path):
 def test_the_other_names_are_kinds_too(manifest, tmp_path, monkeypatch, check, kind):
     kinds = []
     monkeypatch.setattr(apply_module, "run_check", lambda plan, stage, check, *rest: kinds.append(check.kind) or {})
-    apply_manifest(manifest, tmp_path / "out", check=check)
+    swsurgery.apply(manifest, output=tmp_path / "out", check=check)
     assert kinds == [kind]
 
 
 @pytest.mark.parametrize("check", ["off", "weights", CheckOptions("off"), CheckOptions("weights")])
 def test_a_checkpoint_that_is_there_is_always_run(base, check):
-    with pytest.raises(TypeError, match="the kind must be 'auto' or 'forward', not '(off|weights)'"):
-        check_checkpoint(base, check)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'check'"):
+        swsurgery.check(base, check=check)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +96,13 @@ def test_every_sound_option_is_taken():
 )
 def test_other_arguments_of_apply(manifest, tmp_path, name, value):
     with pytest.raises(TypeError, match=f"^{name} must be .*, not {value!r}"):
-        apply_manifest(manifest, tmp_path / "out", check="off", **{name: value})
+        swsurgery.apply(manifest, output=tmp_path / "out", check="off", **{name: value})
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("link", ["hard", "reflink", None])
 def test_other_arguments_of_revert(manifest, tmp_path, link):
-    apply_manifest(manifest, tmp_path / "out", check="off")
+    swsurgery.apply(manifest, output=tmp_path / "out", check="off")
     with pytest.raises(TypeError, match="^link must be one of 'auto', 'clone', 'copy', not "):
         revert(tmp_path / "out", tmp_path / "back", link=link)
     assert not (tmp_path / "back").exists()
@@ -120,6 +115,6 @@ def test_which_weights_are_meant(base, weights: Any):
 
 
 def test_other_arguments_of_verify(manifest, tmp_path):
-    apply_manifest(manifest, tmp_path / "out", check="off")
+    swsurgery.apply(manifest, output=tmp_path / "out", check="off")
     with pytest.raises(TypeError, match="^finite must be a bool, not 'no'"):
-        verify_record(tmp_path / "out", Silent(), finite="no")
+        swsurgery.verify(tmp_path / "out", finite="no")

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 from checkpoints import FIRST, SECOND, THIRD, sha256, tree, write_llama, write_manifest
 
+import swsurgery
 from swsurgery.checkpoint.record import FileRecord, Record
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest
-from swsurgery.editing.in_place import apply_in_place
 from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckpointError, PlanError
@@ -24,7 +23,6 @@ from swsurgery.progress import Silent
 from swsurgery.sharing import export
 from swsurgery.storage import digest_cache, filesystem
 from swsurgery.storage.digest_cache import DigestCache
-from swsurgery.verifying.verify import verify_record
 
 OFF = CheckOptions("off")
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}  # in SECOND
@@ -62,7 +60,7 @@ def cache(own_cache) -> Path:
 
 def apply(manifest: Path, output: Path, **options: object) -> dict[str, dict[str, object]]:
     """Apply without a check; returns the files of the record."""
-    apply_manifest(manifest, output, check=OFF, **options)
+    swsurgery.apply(manifest, output=output, check=OFF, **options)
     return json.loads((output / "swsurgery.json").read_text())["files"]
 
 
@@ -205,7 +203,7 @@ def test_untouched_files_have_remembered_digests_and_are_marked(base, manifest, 
         "sha256": sha256(tmp_path / "out" / SECOND),
         "size": (base / SECOND).stat().st_size,
     }
-    assert {f.rule for f in verify_record(tmp_path / "out", Silent()).findings} == {"digest", "undeclared-change"}
+    assert {f.rule for f in swsurgery.verify(tmp_path / "out").findings} == {"digest", "undeclared-change"}
 
 
 @pytest.mark.parametrize("link", ["copy", "hard"])
@@ -214,8 +212,8 @@ def test_verify_reports_unverified_files_and_does_not_count_them_as_proved(manif
     files = apply(manifest, tmp_path / "out", link=link, reuse_digests=True)
     unverified = sorted(name for name, record in files.items() if record.get("unverified"))
     assert FIRST in unverified and THIRD in unverified and SECOND not in unverified
-    found = verify_record(tmp_path / "out", Silent())
-    assert found.ok and list(found.unverified) == unverified and list(found.proved) == [SECOND]
+    found = swsurgery.verify(tmp_path / "out")
+    assert found.ok and list(found.record.unverified) == unverified and list(found.record.proved) == [SECOND]
     assert main(["verify", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert f"unproved  {len(unverified)} files whose digests were copied into the record" in said
@@ -274,7 +272,7 @@ def test_a_file_written_just_now_is_not_remembered(base, manifest, cache, tmp_pa
 def test_an_edit_in_place_takes_no_digest_from_the_cache(base, pinned, tmp_path, false_cache):
     record = {"path": str(base), "sha256": {SECOND: sha256(base / SECOND)}}
     manifest = write_manifest(tmp_path / "place.json", record, ZERO)
-    apply_in_place(manifest, check=OFF)
+    swsurgery.apply(manifest, in_place=True, check=OFF)
     files = json.loads((base / "swsurgery.json").read_text())["files"]
     assert files[FIRST] == {"size": (base / FIRST).stat().st_size, "base_sha256": None, "sha256": None}
 
@@ -283,12 +281,12 @@ def test_an_edit_in_place_marks_what_it_copies_from_the_earlier_record(manifest,
     out = tmp_path / "out"
     first = apply(manifest, out)
     second = write_manifest(tmp_path / "second.json", out, {**ZERO, "row": 1})
-    apply_in_place(second, check=OFF)
+    swsurgery.apply(second, in_place=True, check=OFF)
     files = json.loads((out / "swsurgery.json").read_text())["files"]
     assert files[FIRST] == {**first[FIRST], "unverified": True}
     assert "unverified" not in files[SECOND] and "unverified" not in files["config.json"]
-    found = verify_record(out, Silent())
-    assert found.ok and set(found.unverified) == {FIRST, THIRD} and SECOND in found.proved
+    found = swsurgery.verify(out)
+    assert found.ok and set(found.record.unverified) == {FIRST, THIRD} and SECOND in found.record.proved
 
 
 def test_an_edit_in_place_hashes_what_the_manifest_pins(manifest, tmp_path):
@@ -298,9 +296,9 @@ def test_an_edit_in_place_hashes_what_the_manifest_pins(manifest, tmp_path):
     flip(out / FIRST)
     second = write_manifest(tmp_path / "second.json", record, {**ZERO, "row": 1})
     with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
-        apply_in_place(second, check=OFF)
+        swsurgery.apply(second, in_place=True, check=OFF)
     flip(out / FIRST)
-    apply_in_place(second, check=OFF)
+    swsurgery.apply(second, in_place=True, check=OFF)
     files = json.loads((out / "swsurgery.json").read_text())["files"]
     assert "unverified" not in files[FIRST] and files[THIRD]["unverified"] is True
 

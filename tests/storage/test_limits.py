@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from checkpoints import FIRST, HIDDEN, INNER, SECOND, THIRD, down, sha256, tree, write_llama, write_manifest
 
+import swsurgery
 from swsurgery.checkpoint import record as checkpoint_record
 from swsurgery.checkpoint.record import read_record
 from swsurgery.cli import main
@@ -21,11 +22,9 @@ from swsurgery.editing import record as record_module
 from swsurgery.errors import ManifestError
 from swsurgery.manifest import yaml_reader
 from swsurgery.manifest.load import load_manifest, parse_manifest
-from swsurgery.progress import Silent
 from swsurgery.storage import strict_json
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.strict_json import RECORD, Limits, render, render_pieces
-from swsurgery.verifying.verify import verify_record
 
 MANY, SIDE = 100_000, 1000
 TENSOR = "model.language_model.layers.17.mlp.experts.11.down_proj.weight"
@@ -138,7 +137,7 @@ def test_a_chain_whose_record_would_be_too_large_stops_before_it_writes(base, tm
         f"{path} (apply one manifest with all edits to the first base, or revert a step first)"
     )
     assert (tree(base), {p: p.stat().st_mtime_ns for p in times}) == (before, times)
-    assert verify_record(base, Silent()).ok
+    assert swsurgery.verify(base).ok
     for _ in range(number):
         assert main(["revert", str(base)]) == 0
     assert tree(base) == original

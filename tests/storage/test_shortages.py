@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from checkpoints import HIDDEN, INNER, VOCABULARY, down, tensor, write_llama, write_manifest, write_single
 from hub import fixture
+from listening import Listener
 from publishing import BASE, EDIT, digests
 from publishing import write_base as write_hub_base
 
+import swsurgery
 from swsurgery.checkpoint import inspect
 from swsurgery.cli import main, output
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import Unrunnable
 from swsurgery.threads import Pool
@@ -74,7 +75,7 @@ def test_a_shortage_is_one_line(base, capsys, monkeypatch, error, line):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(inspect, "inspect_files", fail)
+    monkeypatch.setattr(inspect, "open_checkpoint", fail)
     assert main(["inspect", str(base)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"swsurgery: {line}") and err.count("\n") == 1
@@ -87,7 +88,7 @@ def test_another_error_is_still_a_bug(base, capsys, monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(inspect, "inspect_files", fail)
+    monkeypatch.setattr(inspect, "open_checkpoint", fail)
     assert main(["inspect", str(base)]) == 3
     assert "this is a bug" in capsys.readouterr().err
 
@@ -131,7 +132,7 @@ def run_limited(tmp_path: Path, limit: str, words: str) -> subprocess.CompletedP
 def compared(base, edit, tmp_path) -> Path:
     """A directory with a base, its patched copy `out`, and `other`, which differs from the base."""
     write_llama(tmp_path / "other", extra={NAME: tensor("BF16", 2, 2, seed=8)})
-    apply_manifest(edit, tmp_path / "out", check=CheckOptions("off"))
+    swsurgery.apply(edit, output=tmp_path / "out", check=CheckOptions("off"))
     return tmp_path
 
 
@@ -157,11 +158,11 @@ def test_a_forward_check_without_memory_for_numpy_is_not_made(base, edit, tmp_pa
 
     monkeypatch.setattr("swsurgery.model.check.load_numpy", fail)
     said: list[str] = []
-    apply_manifest(edit, tmp_path / "out", say=said.append)
+    swsurgery.apply(edit, output=tmp_path / "out", reporter=Listener(said.append))
     reason = "not enough memory: torch cannot be loaded (raise the limit on memory)"
     assert said[-1] == f"no forward check was made: {reason}"
     with pytest.raises(Unrunnable, match="not enough memory"):
-        apply_manifest(edit, tmp_path / "new", check=CheckOptions("forward"))
+        swsurgery.apply(edit, output=tmp_path / "new", check=CheckOptions("forward"))
 
 
 @pytest.mark.parametrize("before", [None, "7"])

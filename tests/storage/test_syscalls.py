@@ -194,10 +194,9 @@ def test_commands_that_only_read_write_nothing(directory):
 
 @pytest.fixture
 def patched(directory) -> Path:
-    from swsurgery.editing.apply import apply_manifest
     from swsurgery.editing.sanity import CheckOptions
 
-    apply_manifest(directory / "manifest.yaml", directory / "patched", check=CheckOptions("off"))
+    swsurgery.apply(directory / "manifest.yaml", output=directory / "patched", check=CheckOptions("off"))
     edit = {"op": "zero", "tensor": down(2), "index": [3, 4]}
     write_manifest(directory / "in-place.yaml", Path("patched"), edit)
     return directory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swsurgery.editing.apply import apply_manifest
+import swsurgery
 from swsurgery.editing.sanity import CheckOptions
 
 HIDDEN, WIDE, VOCABULARY = 4, 6, 8
@@ -88,7 +88,7 @@ def apply_text(directory: Path, text: str, name: str, base: Path | None = None) 
     manifest = directory / f"{name}.yaml"
     manifest.write_text(text)
     output = directory / name
-    apply_manifest(manifest, output, base=base and str(base), check=CheckOptions("off"))
+    swsurgery.apply(manifest, output=output, base=base and str(base), check=CheckOptions("off"))
     return output
 
 

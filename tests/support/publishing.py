@@ -9,8 +9,8 @@ from pathlib import Path
 from checkpoints import HIDDEN, down, tensor, write_llama
 from huggingface_hub import snapshot_download
 
+import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest
 from swsurgery.editing.sanity import CheckOptions
 
 BASE, NEW = "org/base", "org/edited"
@@ -42,7 +42,7 @@ def patch(hub, directory: Path, commit: str, edits: str = f"[{EDIT}, {PROTECT}]"
     base = Path(snapshot_download(hub.name(BASE), revision=commit))
     manifest = directory / f"{name}.yaml"
     manifest.write_text(f'version: 1\nbase: {{repo_id: {hub.name(BASE)}, revision: "{commit}"}}\nedits: {edits}\n')
-    apply_manifest(manifest, directory / name, base=str(base), check=CheckOptions("weights"))
+    swsurgery.apply(manifest, output=directory / name, base=str(base), check=CheckOptions("weights"))
     return directory / name
 
 

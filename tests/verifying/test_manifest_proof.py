@@ -12,8 +12,7 @@ from patched import DOWN, EDITED, FIRST, MANIFEST, PROTECTED, SCALED, SECOND, ap
 
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError, ManifestError
-from swsurgery.progress import Silent
-from swsurgery.verifying.verify import Proof, Question, verify_checkpoint
+from swsurgery.verifying.verify import Verification, verify
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 
@@ -28,13 +27,13 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def ask(folder: Path, name: str, text: str = MANIFEST, base: str | None = None) -> Proof:
+def ask(folder: Path, name: str, text: str = MANIFEST, base: str | None = None) -> Verification:
     manifest = folder / "asked.yaml"
     manifest.write_text(text)
-    return verify_checkpoint(folder / name, Question(base=base, manifest=manifest), Silent())
+    return verify(folder / name, base=base, manifest=manifest)
 
 
-def lines(proof: Proof, rule: str = "manifest-mismatch") -> list[str | None]:
+def lines(proof: Verification, rule: str = "manifest-mismatch") -> list[str | None]:
     """The manifest's lines that the findings of `rule` point at, as text."""
     found = []
     for finding in (f for f in proof.findings if f.rule == rule):
@@ -51,14 +50,14 @@ def remove_base(folder: Path) -> None:
 def test_what_the_manifest_made_is_proved_from_the_base(folder, name):
     proof = ask(folder, name)
     assert proof.findings == () and proof.base == folder / "base"
-    assert any("compared byte by byte with" in line for line in proof.lines())
+    assert any("compared byte by byte with" in line for line in proof.checked.splitlines())
 
 
 def test_a_record_proves_it_without_the_base(folder):
     remove_base(folder)
     proof = ask(folder, "patched")
     assert proof.findings == () and proof.base is None
-    assert any("which the record proves" in line for line in proof.lines())
+    assert any("which the record proves" in line for line in proof.checked.splitlines())
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         ask(folder, "bare")
     assert ask(folder, "bare", base=str(folder / "elsewhere")).findings == ()
@@ -93,7 +92,7 @@ def test_another_edit_is_a_mismatch_at_its_line(folder, old, new, line, with_bas
     assert old in MANIFEST
     proof = ask(folder, "patched", MANIFEST.replace(old, new, 1))
     assert any(text.startswith(line) for text in lines(proof)), proof.findings
-    assert not any(text.startswith("manifest") for text in proof.lines()), "nothing is claimed"
+    assert not any(text.startswith("manifest") for text in proof.checked.splitlines()), "nothing is claimed"
 
 
 @pytest.mark.parametrize(("old", "new"), [("factor: 2.0", "factor: 4.0"), ("op: zero, ", "op: set, value: 1.0, ")])

@@ -14,19 +14,16 @@ from checkpoints import FIRST as FIRST_OF_THREE
 from checkpoints import down, place, write_llama, write_manifest, write_sparse_shard
 from patched import DOWN, EDITED, FIRST, MANIFEST, SCALED, SECOND, apply_text, write_base
 
+import swsurgery
 from swsurgery import known
 from swsurgery.checkpoint.opening import read_checkpoint
 from swsurgery.checkpoint.record import read_record
 from swsurgery.cli import main
-from swsurgery.editing.apply import apply_manifest
-from swsurgery.editing.in_place import apply_in_place
 from swsurgery.errors import LookupFailed
-from swsurgery.progress import Silent
 from swsurgery.sharing import export
 from swsurgery.storage.folder import Folder
 from swsurgery.verifying.against_manifest import find_own_differences
 from swsurgery.verifying.findings import Finding
-from swsurgery.verifying.verify import verify_record
 
 RECORD, OWN_MANIFEST, SUMS = "swsurgery.json", "manifest.yaml", "SHA256SUMS"
 QWEN = "Qwen/Qwen3-1.7B"
@@ -58,7 +55,7 @@ def forge(root: Path, manifest: str | None = None, change: Any = None) -> None:
 
 
 def findings(root: Path) -> tuple[Finding, ...]:
-    return verify_record(root, Silent()).findings
+    return swsurgery.verify(root).findings
 
 
 def test_the_twin_a_forgery_that_changes_nothing_is_fine(patched):
@@ -225,7 +222,7 @@ def known_base(tmp_path) -> Path:
 def test_known_means_what_was_known_then(known_base, tmp_path, monkeypatch, edits):
     """Also if a later version knows other super weights, or cannot identify the model."""
     manifest = write_manifest(tmp_path / "m.json", {"path": str(known_base), "model": QWEN}, *edits)
-    apply_manifest(manifest, tmp_path / "out", check="off")
+    swsurgery.apply(manifest, output=tmp_path / "out", check="off")
     assert findings(tmp_path / "out") == ()
 
     def unknown(name: str) -> None:
@@ -250,8 +247,8 @@ def test_known_means_what_was_known_then(known_base, tmp_path, monkeypatch, edit
 )
 def test_what_the_record_says_was_known_is_compared(known_base, tmp_path, change, said):
     where = {"path": str(known_base), "model": QWEN}
-    apply_manifest(write_manifest(tmp_path / "m.json", where, {"op": "zero", "known": "all"}), tmp_path / "out",
-                   check="off")  # fmt: skip
+    manifest = write_manifest(tmp_path / "m.json", where, {"op": "zero", "known": "all"})
+    swsurgery.apply(manifest, output=tmp_path / "out", check="off")
     forge(tmp_path / "out", None, change)
     found = findings(tmp_path / "out")
     assert {f.rule for f in found} == {"manifest"} and any(said in f.message for f in found)
@@ -263,8 +260,8 @@ def test_what_the_record_says_was_known_is_compared(known_base, tmp_path, change
 def test_a_patch_asks_for_what_it_did(tmp_path):
     base = write_base(tmp_path / "base")
     apply_text(tmp_path, MANIFEST, "patched")
-    export.write(tmp_path / "patched", "sparse", tmp_path / "p.safetensors")
-    apply_manifest(tmp_path / "p.safetensors", tmp_path / "out", base=str(base), check="off")
+    export.export(tmp_path / "patched", tmp_path / "p.safetensors", format="sparse")
+    swsurgery.apply(tmp_path / "p.safetensors", output=tmp_path / "out", base=str(base), check="off")
     assert findings(tmp_path / "out") == ()
     text = (tmp_path / "out" / OWN_MANIFEST).read_text()
     forge(tmp_path / "out", text.replace('"factor": 2.0', '"factor": 4.0'))
@@ -277,10 +274,10 @@ def test_an_edit_in_place_and_left_out_files_with_pins_are_no_finding(tmp_path):
     pins = {name: sha256((base / name).read_bytes()) for name in ("model-q4.gguf", FIRST_OF_THREE)}
     edit = {"op": "zero", "layer": 0, "row": 2, "col": 3}
     manifest = write_manifest(tmp_path / "m.json", {"path": str(base), "copies": "omit", "sha256": pins}, edit)
-    apply_manifest(manifest, tmp_path / "out", check="off")
+    swsurgery.apply(manifest, output=tmp_path / "out", check="off")
     assert findings(tmp_path / "out") == ()
     record = {"path": str(tmp_path / "out"), "sha256": {RECORD: sha256((tmp_path / "out" / RECORD).read_bytes())}}
-    apply_in_place(write_manifest(tmp_path / "2.json", record, {**edit, "row": 1}), check="off")
+    swsurgery.apply(write_manifest(tmp_path / "2.json", record, {**edit, "row": 1}), in_place=True, check="off")
     assert findings(tmp_path / "out") == ()
 
 
@@ -298,8 +295,8 @@ def test_a_protected_scalar_of_a_shard_that_is_elsewhere_is_no_finding(patched):
     own = read_record(Folder.at(patched))
     checkpoint = read_checkpoint(Folder.at(patched), own.record.base, elsewhere=own.record.elsewhere)
     assert find_own_differences(own, checkpoint) == []
-    found = verify_record(patched, Silent())
-    assert found.ok and found.protected == 0
+    found = swsurgery.verify(patched)
+    assert found.ok and found.record.protected == 0
     forge(patched, text.replace("protect", "zero"))
     assert {f.rule for f in findings(patched)} == {"manifest"}
 

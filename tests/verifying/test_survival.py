@@ -20,7 +20,7 @@ from swsurgery.known import KnownCoordinate, KnownModel
 from swsurgery.known.schema import Citation, Independent
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying import against_known
-from swsurgery.verifying.verify import Question
+from swsurgery.verifying.verify import verify as verify_checkpoint
 
 SOURCE = Citation(key="s", kind="notes", cite="a test")
 ROW, COL = 4, 7
@@ -407,4 +407,4 @@ def test_an_edit_that_the_record_declares_is_not_lost(mistral, tmp_path, capsys)
 
 def test_the_tolerance_is_the_same_wherever_it_is_the_default():
     assert inspect.signature(verify).parameters["known_tolerance"].default == against_known.TOLERANCE
-    assert Question().tolerance == against_known.TOLERANCE
+    assert inspect.signature(verify_checkpoint).parameters["tolerance"].default == against_known.TOLERANCE

@@ -26,12 +26,11 @@ from patched import (
     write_patched,
 )
 
+import swsurgery
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError
-from swsurgery.progress import Silent
 from swsurgery.verifying.against_record import Verification
 from swsurgery.verifying.findings import RULES
-from swsurgery.verifying.verify import verify_record
 
 RECORD = "swsurgery.json"
 
@@ -43,7 +42,7 @@ def patched(tmp_path, monkeypatch) -> Path:
 
 
 def run(root: Path, base: Path | None = None) -> Verification:
-    return verify_record(root, Silent(), base)
+    return swsurgery.verify(root, base=base)
 
 
 def found(root: Path, base: Path | None = None) -> set[tuple[str, str | None]]:
@@ -61,14 +60,20 @@ def test_a_clean_checkpoint_is_proved(patched):
     verification = run(patched)
     assert verification.findings == ()
     assert verification.ok
-    assert (verification.edits, verification.protected) == (2, 1)
-    assert set(verification.proved) == {FIRST, SECOND, "config.json", "tokenizer.json", "model.safetensors.index.json"}
-    assert not verification.compared_with_base
+    assert (verification.record.edits, verification.record.protected) == (2, 1)
+    assert set(verification.record.proved) == {
+        FIRST,
+        SECOND,
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+    }
+    assert not verification.record.compared_with_base
 
 
 def test_a_clean_checkpoint_holds_against_its_base(patched):
     verification = run(patched, patched.parent / "base")
-    assert verification.ok and verification.compared_with_base
+    assert verification.ok and verification.record.compared_with_base
 
 
 def test_the_planner_is_not_needed(patched, tmp_path):
@@ -96,8 +101,8 @@ def test_a_configuration_that_says_something_else(patched):
 
 def test_a_proved_file_is_not_listed_once_it_is_changed(patched):
     flip(patched / SECOND, -1)
-    assert SECOND not in run(patched).proved
-    assert FIRST in run(patched).proved
+    assert SECOND not in run(patched).record.proved
+    assert FIRST in run(patched).record.proved
 
 
 def test_an_edited_scalar_that_was_changed_again(patched):
@@ -424,8 +429,8 @@ def unhash(root: Path, *names: str) -> None:
 def test_a_file_of_unknown_digest_is_held_to_its_size_and_listed(patched, capsys):
     unhash(patched, SECOND, "tokenizer.json")
     verification = run(patched)
-    assert verification.ok and verification.unhashed == ("model-00002-of-00002.safetensors", "tokenizer.json")
-    assert SECOND not in verification.proved and FIRST in verification.proved
+    assert verification.ok and verification.record.unhashed == ("model-00002-of-00002.safetensors", "tokenizer.json")
+    assert SECOND not in verification.record.proved and FIRST in verification.record.proved
     assert main(["verify", str(patched), "--quiet"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "verified  3 files with the record's sha256"
@@ -448,7 +453,7 @@ def test_values_are_searched_while_the_files_are_hashed(patched):
     data = bytearray((patched / SECOND).read_bytes())
     data[-2:] = b"\xc0\x7f"
     (patched / SECOND).write_bytes(data)
-    (finding,) = verify_record(patched, Silent(), finite=True).findings
+    (finding,) = swsurgery.verify(patched, finite=True).findings
     assert (finding.rule, finding.file, finding.tensor) == ("non-finite", SECOND, "lm_head.weight")
     assert run(patched).ok, "only on request"
 

@@ -1,0 +1,78 @@
+"""Look up the known super weights of a model, or the record of a patched checkpoint.
+
+Must not load anything slow: `swsurgery lookup` answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swsurgery.errors import SwsurgeryError
+from swsurgery.known import own, shipped
+from swsurgery.known.schema import KnownModel, select_by_status
+from swsurgery.progress import Reporter, require_reporter
+from swsurgery.storage.arguments import require_location, require_strings
+from swsurgery.storage.result import TableResult
+
+if TYPE_CHECKING:
+    from swsurgery.checkpoint.record import Record
+
+
+@dataclass(frozen=True, repr=False)
+class KnownSuperWeights(TableResult):
+    """The known super weights of models; only those of the given statuses, unless `statuses` is None."""
+
+    models: tuple[KnownModel, ...]
+    statuses: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `lookup --json` prints."""
+        return shipped.build_json(self.models, self.statuses)
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per coordinate: model, id, tensor, row, col, value, dtype, status and effect of zeroing it."""
+        columns = ("id", "layer", "expert", "row", "col", "tensor", "value", "dtype", "status", "causal_alone")
+        return [
+            {"model": model.hf_id, **{column: getattr(found, column) for column in columns}}
+            for model in self.models
+            for found in select_by_status(model, self.statuses)
+        ]
+
+
+def lookup(
+    model: str | Path, *, status: str | Sequence[str] | None = None, reporter: Reporter | None = None
+) -> KnownSuperWeights | Record:
+    """Return the known super weights of a model, the user's own scans included, or the record of a checkpoint.
+
+    `model` is a model's name ("llama-7b"), or a patched checkpoint: a directory or hf://ORG/NAME[@REV][/sub]. `status`
+    selects coordinates by where they come from: one of the words that `swsurgery.known` explains, or several.
+
+    Raises TypeError; LookupFailed for an unknown name, with near names, or an unknown status; CheckpointError and
+    HubError for a checkpoint without a record.
+    """
+    reporter = require_reporter(reporter)
+    require_location("model", model)
+    statuses = (status,) if isinstance(status, str) else status
+    require_strings("status", statuses)
+    if not is_checkpoint(model):
+        found = own.find_model(str(model))
+        select_by_status(found, statuses)  # refuses an unknown status
+        return KnownSuperWeights((found,), None if statuses is None else tuple(statuses))
+    if statuses is not None:
+        raise SwsurgeryError("--status, --manifest and --factor need the name of a model, not a checkpoint", model)
+    from swsurgery.checkpoint.opening import open_for_reading
+    from swsurgery.checkpoint.record import read_record
+
+    with open_for_reading("model", model, reporter) as root:
+        return read_record(root).record
+
+
+def is_checkpoint(model: str | Path) -> bool:
+    """Return True for the location of a checkpoint, False for the name of a model."""
+    if isinstance(model, Path) or model.startswith("hf://"):
+        return True
+    return (os.sep in model and Path(model).is_dir()) or Path(model, "swsurgery.json").is_file()
