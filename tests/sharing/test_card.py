@@ -189,7 +189,7 @@ def test_a_base_that_is_not_on_the_hub_is_no_base_model():
 def test_many_edits_and_a_long_manifest_are_left_to_their_files():
     edit = record().edits[0]
     _, body = split(rendered(record(edits=[edit] * 1000), manifest=b"x" * 100_000))
-    assert len(table(body, "What was changed")) == card.MAX_ROWS + 1 and "and 800 more" in body
+    assert len(table(body, "What was changed")) == card.MAX_CARD_ROWS + 1 and "and 800 more" in body
     assert "Its 100000 bytes are in `manifest.yaml`" in body and len(body) < 200_000
 
 
