@@ -165,7 +165,7 @@ def test_a_parent_that_becomes_a_link_gets_nothing_of_ours(tmp_path, moment):
 
 def during_open(base: Path, act: Callable[[Path], None], *words: str) -> int:
     """Run a command that reads; the base changes before the last file of it is opened for reading."""
-    with acting("storage.folder.Entry.refuse_changed", lambda: act(base), number=4):
+    with acting("storage.folder.Entry.refuse_changed", lambda: act(base), number=6):
         return main([*words, "--quiet"])
 
 
