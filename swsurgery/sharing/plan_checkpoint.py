@@ -57,20 +57,20 @@ def make_publication(
             notes.append(f"{base.repo_id} is private, but the files copied from it will be public")
         left_out = _list_left_out(checkpoint, record)
         distrusted = {f.file for f in findings}
-        scan = Scan(checkpoint, record, base, target, distrusted, hashing, progress)
-        names = [n for n in record.files if n not in left_out and (n in scan.there or n in record.elsewhere)]
-        names += [n for n in scan.there if n not in record.files and n not in left_out and n not in OWN_FILES]
-        items = [scan.item(name) for name in sorted(names)]
+        planner = FilePlanner(checkpoint, record, base, target, distrusted, hashing, progress)
+        names = [n for n in record.files if n not in left_out and (n in planner.there or n in record.elsewhere)]
+        names += [n for n in planner.there if n not in record.files and n not in left_out and n not in OWN_FILES]
+        items = [planner.item(name) for name in sorted(names)]
         published = _make_record(record, items, base)
         records = Patched(published, published.render(), patched.manifest_raw)
-        text = read_base_card(scan, record, base)
+        text = read_base_card(planner, record, base)
         base_fields, base_text = read_card(text, card.FIELDS)
         notes += list_card_notes(card.list_omitted_fields(base_fields))
         body = card.render_body(
             published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, record)
         )
         own = records.own_files() | {CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
-        items += [scan.own(name, data) for name, data in own.items()]
+        items += [planner.own(name, data) for name, data in own.items()]
     message = wish.message or summarise_edits(record)
     plan = assemble(root, wish, published, items, left_out, notes, findings, base, target, message)
     _refuse_second_set(plan)
@@ -164,7 +164,7 @@ def _list_left_out(checkpoint: Checkpoint, record: Record) -> dict[str, str]:
     return dict(sorted(left.items()))
 
 
-class Scan:
+class FilePlanner:
     """Decides for each file how it gets into the repository."""
 
     def __init__(
@@ -270,13 +270,13 @@ def _make_record(record: Record, items: Sequence[Item], base: RemoteTree | None)
     return record.model_copy(update={"files": files, "omitted": omitted, "elsewhere": []})
 
 
-def read_base_card(scan: Scan, record: Record, base: RemoteTree | None) -> str:
+def read_base_card(planner: FilePlanner, record: Record, base: RemoteTree | None) -> str:
     """Read the base's card, from the directory if that has the base's card, else from the base's repository.
 
     Returns "" if there is none, or if the Hub does not permit reading it.
     """
-    here = scan.there.get(CARD_NAME)
-    if here is not None and CARD_NAME in record.files and CARD_NAME not in scan.distrusted:
+    here = planner.there.get(CARD_NAME)
+    if here is not None and CARD_NAME in record.files and CARD_NAME not in planner.distrusted:
         return read_at_most(here.source, 4 * card.MAX_CARD).decode("utf-8", "replace")
     theirs = base.files.get(join_base_path(record, CARD_NAME)) if base else None
     if theirs is None:

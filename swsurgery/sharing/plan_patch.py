@@ -25,7 +25,7 @@ from swsurgery.manifest.patch import Patch
 from swsurgery.progress import Progress
 from swsurgery.sharing import card, export
 from swsurgery.sharing.plan_checkpoint import (
-    Scan,
+    FilePlanner,
     assemble,
     find_short_forms,
     find_target,
@@ -69,8 +69,8 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     raw = patch_module.render(source.patch)
     once = not patched.record.history
     manifest = patched.manifest_raw if once else patch_module.render_manifest(raw, Path(PATCH_NAME))
-    scan = Scan(checkpoint, patched.record, base, target, {f.file for f in findings}, False, progress)
-    base_fields, _ = read_card(read_base_card(scan, patched.record, base), card.FIELDS)
+    planner = FilePlanner(checkpoint, patched.record, base, target, {f.file for f in findings}, False, progress)
+    base_fields, _ = read_card(read_base_card(planner, patched.record, base), card.FIELDS)
     notes += list_card_notes(card.list_omitted_fields(base_fields, card.LICENCE))
     body = card.render_patch_body(
         record, wish.repo_id, manifest, PATCH_NAME, len(raw), findings, find_short_forms(checkpoint, record)
@@ -78,7 +78,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
     made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
     made[CARD_NAME] = render_card(card.make_patch_fields(record, base_fields), body)
-    items = [scan.own(name, data) for name, data in made.items()]
+    items = [planner.own(name, data) for name, data in made.items()]
     message = wish.message or f"a patch: {summarise_edits(record)}"
     return assemble(root, wish, record, items, {}, notes, findings, base, target, message)
 
