@@ -48,9 +48,9 @@ class Uri:
     def __post_init__(self) -> None:
         """Raise HubError for a revision or a folder that would lead to a path outside the cache."""
         if self.revision is not None and not is_revision(self.revision):
-            raise HubError("no name of a branch, a tag or a commit", self.revision)
+            raise HubError("not a valid name of a branch, a tag or a commit", self.revision)
         if self.sub and not is_file_name(self.sub):
-            raise HubError("no name of a folder in a repository", self.sub)
+            raise HubError("not a valid name of a folder in a repository", self.sub)
 
     @property
     def is_commit(self) -> bool:
@@ -78,7 +78,7 @@ def parse_location(text: str | Path) -> Path | Uri:
     if isinstance(text, str) and text.startswith(SCHEME):
         return parse_uri(text)
     if isinstance(text, str) and text.startswith(("https://", "http://", "huggingface.co/", "hf.co/")):
-        raise HubError("a URL is no checkpoint", text, suggest_uri(text) or "give a directory, or hf://ORG/NAME")
+        raise HubError("a URL is not a checkpoint", text, suggest_uri(text) or "give a directory, or hf://ORG/NAME")
     return Path(text)
 
 

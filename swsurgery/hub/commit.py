@@ -267,7 +267,7 @@ def _select_names(copies: Collection[Copy], digests: Collection[str] = ()) -> li
 
 @contextlib.contextmanager
 def _explain_upload(where: object) -> Iterator[None]:
-    """Convert errors like `told`, for calls that write: the client validates answers and wraps errors of its threads.
+    """Convert errors of calls that write: the client validates answers and wraps errors of its threads.
 
     Its warnings repeat what the server wrote about the card, so they are not shown.
     """
@@ -286,8 +286,8 @@ def _explain_upload(where: object) -> Iterator[None]:
             raise cause from None
         except (ValueError, KeyError) as error:
             if str(error).startswith("Invalid metadata in README.md"):
-                raise HubError("the Hub does not take the card's metadata", where) from None
+                raise HubError("the Hub rejects the card's metadata", where) from None
             if str(error).startswith("LFS batch API returned errors"):
                 remedy = "is there storage left in this namespace?"
-                raise HubError("the Hub does not take a large file", where, remedy) from None
+                raise HubError("the Hub rejects a large file", where, remedy) from None
             raise HubError("the Hub's answer is not valid", where, "run the same command again") from None

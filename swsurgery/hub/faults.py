@@ -17,12 +17,12 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
 """A token of the Hub has this form."""
 
 _STATUS = {
-    401: ("the Hub asks who you are", "log in: hf auth login, or set HF_TOKEN"),
-    403: ("the Hub does not allow it", "does your token have the right to?"),
+    401: ("the Hub requires you to log in", "run hf auth login, or set HF_TOKEN"),
+    403: ("the Hub refuses access", "check the permissions of your token"),
     404: ("not found on the Hub", "is the name right? private and gated repositories need a token: hf auth login"),
-    409: ("the Hub says that it conflicts with what is there", "run the same command again"),
+    409: ("the Hub reports a conflict with what exists", "run the same command again"),
     412: ("somebody else committed meanwhile", "run the same command again"),
-    429: ("the Hub asks to go slower", "wait a few minutes, then run the same command again"),
+    429: ("the Hub limits the rate of requests", "wait a few minutes, then run the same command again"),
 }
 
 
@@ -93,7 +93,7 @@ def convert_errors(where: object) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         raise HubError(*_describe_status(status, where)) from None
     except errors.LocalEntryNotFoundError:
-        what = "neither in the local Hugging Face cache nor to be had from the Hub"
+        what = "neither in the local Hugging Face cache nor available from the Hub"
         raise HubError(what, where, "is there a network? is the name right?") from None
     except (errors.HFValidationError, errors.HfUriError, errors.LocalTokenNotFoundError) as error:
         raise HubError(redact(str(error).splitlines()[0]), where) from None

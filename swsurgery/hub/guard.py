@@ -81,7 +81,7 @@ _KIND = "swsurgery_kind"
 
 
 class Refused(Exception):
-    """A request or an answer beyond the limits. `told` converts it to a HubError that names the repository."""
+    """A request or an answer beyond the limits. `convert_errors` makes a HubError of it that names the repository."""
 
     def __init__(self, what: str, remedy: str = "is this the right Hub?"):
         super().__init__(what)
@@ -209,13 +209,13 @@ def _check_headers(response: httpx2.Response) -> None:
         if not COMMIT.fullmatch(commit):
             raise Refused("the Hub's answer names an invalid commit")
         if asked and asked[1] != commit:
-            raise Refused("the Hub answers another commit than it was asked for")
+            raise Refused("the Hub returned another commit than requested")
     etags = [headers.get("X-Linked-ETag"), headers.get("ETag") if request.method == "HEAD" else None]
     if not all(ETAG.fullmatch(etag) for etag in etags if etag is not None):
         raise Refused("the Hub's answer has an ETag that cannot be the name of a file")
     xet = headers.get("X-Xet-Hash")
     if xet is not None and not SHA256.fullmatch(xet):
-        raise Refused("the Hub's answer has a Xet hash that is none")
+        raise Refused("the Hub's answer has an invalid Xet hash")
     if response.status_code in _http._DEFAULT_RETRY_ON_STATUS_CODES:
         limit = _http.parse_ratelimit_headers(headers)
         after = headers.get("Retry-After", "").strip()
@@ -304,7 +304,7 @@ def _check_tree(entries: list[dict[str, object]]) -> None:
     _require(isinstance(entries, list))
     for entry in entries:
         if not is_file_name(entry["path"]):
-            raise Refused(f"the Hub lists a file of an impossible name: {ascii(entry['path'])[:80]}")
+            raise Refused(f"the Hub lists a file with an invalid name: {ascii(entry['path'])[:80]}")
         _require(entry["type"] in ("file", "directory") and COMMIT.fullmatch(str(entry["oid"])) is not None)
         _require(_is_size(entry.get("size", 0)))
         lfs, xet = entry.get("lfs"), entry.get("xetHash")

@@ -115,11 +115,9 @@ class RemoteFile:
         if status == 200 and begin == 0 and size == self.size:
             return
         if status != 206:  # the body would be the whole file
-            raise HubError("the server does not answer ranges", self, "download it with hf download")
+            raise HubError("the server does not support range requests", self, "download it with hf download")
         if not headers.get("Content-Range", "").replace(" ", "").startswith(f"bytes{begin}-"):
-            raise HubError(
-                "the server answers another range than it was asked for", self, "download it with hf download"
-            )
+            raise HubError("the server returned another range than requested", self, "download it with hf download")
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def is_there(path: Path | Entry) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise TargetError(f"cannot tell whether it is there ({os.strerror(error.errno or 0)})", path) from error
+        raise TargetError(f"cannot determine whether it exists ({os.strerror(error.errno or 0)})", path) from error
     return True
 
 

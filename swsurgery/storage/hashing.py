@@ -127,7 +127,7 @@ def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], fi
         part, at = slice(begin - splice.offset, end - splice.offset), slice(begin - offset, end - offset)
         if chunk[at] != splice.old[part]:
             raise CheckpointError(
-                f"{splice.coordinate} does not hold the planned {format_bits(splice.old)}",
+                f"{splice.coordinate} does not have the planned bits {format_bits(splice.old)}",
                 file.source,
                 "the base was changed meanwhile",
             )

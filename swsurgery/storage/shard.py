@@ -228,7 +228,9 @@ def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
     for info in infos:
         begin, end = info.data_offsets
         if begin != position or end < begin:
-            raise ValueError(f"tensor {quote(info.name)} has data_offsets [{begin}, {end}] where {position} was due")
+            raise ValueError(
+                f"tensor {quote(info.name)} has data_offsets [{begin}, {end}], expected to start at {position}"
+            )
         bits = info.dtype.bits
         for length in info.shape:
             bits *= length

@@ -91,7 +91,7 @@ def stage_output(
             report_done(f"the output was written: {target}")
         except BaseException as error:
             kept = False
-            with contextlib.suppress(OSError, TargetError):
+            with contextlib.suppress(OSError, SwsurgeryError):
                 _take_back(where, stage)
                 # Unfinished files were removed already, so any remaining shard can be reused.
                 shards = any(n.endswith(".safetensors") for n in _list_files(stage))
@@ -109,7 +109,7 @@ def stage_output(
 
 def _report_visible(error: BaseException, target: Path) -> BaseException:
     """Return `error` with a message that the output exists nevertheless."""
-    what = f"{target} is there and complete, but may not survive a power cut: remove it, or see swsurgery verify"
+    what = f"{target} is complete, but could be lost in a power cut: remove it, or check it with swsurgery verify"
     if isinstance(error, Interrupted):
         return error.replace_left(what)
     if isinstance(error, SwsurgeryError):

@@ -101,12 +101,12 @@ def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMAL
         if found := recognise_format(raw[:8]):
             raise CheckpointError(found[0], name, found[1]) from None
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise CheckpointError(f"is not sound JSON: {reason}", name) from None
+        raise CheckpointError(f"is not valid JSON: {reason}", name) from None
     if _SURROGATE.search(raw):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise CheckpointError("is not sound JSON: it holds half a surrogate pair", name) from None
+            raise CheckpointError("is not valid JSON: it contains half a surrogate pair", name) from None
     if type(value) is not dict:
         raise CheckpointError("is not a JSON object", name)
     return value
@@ -178,19 +178,19 @@ def _refuse_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_finite(text: str) -> float:
     if not math.isfinite(value := _parse_float(text)):
-        raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
+        raise ValueError(f"{text[:40]} is not a number that a checkpoint may contain")
     return value
 
 
 def _parse_float(text: str) -> float:
     if len(text) > MAX_NUMBER_LENGTH:
-        raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
+        raise ValueError(f"{text[:40]} is not a number that a checkpoint may contain")
     return float(text)
 
 
 def _parse_whole(text: str) -> int:
     if len(text) > 40:  # larger than any size or offset, and messages quote some numbers
-        raise ValueError(f"{text[:40]} is not a number that a checkpoint has")
+        raise ValueError(f"{text[:40]} is not a number that a checkpoint may contain")
     return int(text)
 
 

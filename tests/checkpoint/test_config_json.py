@@ -62,7 +62,7 @@ def test_but_not_with_different_values(tmp_path, text):
 
 @pytest.mark.parametrize("text", ["infinity", "nan", "+Infinity", "1" * 41, "1." + "0" * 2000])
 def test_what_python_does_not_write_is_refused(tmp_path, text):
-    with pytest.raises(CheckpointError, match="is not sound JSON: .*: config.json"):
+    with pytest.raises(CheckpointError, match="is not valid JSON: .*: config.json"):
         value_of(tmp_path, f'"x": {text}', "x")
 
 
@@ -71,9 +71,9 @@ def test_the_index_and_the_record_stay_strict(tmp_path, more):
     base = write_llama(tmp_path / "base")
     text = (base / INDEX).read_text().rstrip()
     (base / INDEX).write_text(text[:-1] + f", {more}}}")
-    with pytest.raises(CheckpointError, match=f"is not sound JSON: .*: {INDEX}"):
+    with pytest.raises(CheckpointError, match=f"is not valid JSON: .*: {INDEX}"):
         open_checkpoint(base)
-    with pytest.raises(CheckpointError, match="is not sound JSON: .*: swsurgery.json"):
+    with pytest.raises(CheckpointError, match="is not valid JSON: .*: swsurgery.json"):
         parse_json(f"{{{more}}}".encode(), "swsurgery.json")
 
 

@@ -191,7 +191,7 @@ def test_other_paths_get_no_such_hint(given, tmp_path, monkeypatch):
 
 
 def test_another_url_is_refused_too():
-    with pytest.raises(HubError, match=r"a URL is no checkpoint: .* \(give a directory, or hf://ORG/NAME\)"):
+    with pytest.raises(HubError, match=r"a URL is not a checkpoint: .* \(give a directory, or hf://ORG/NAME\)"):
         parse_location("https://example.org/model")
 
 
@@ -262,5 +262,5 @@ def test_weaker_edits_are_advised_only_if_the_base_is_sound():
 
 def test_the_index_of_a_config_that_cannot_be_read_names_the_config(base):
     (base / "config.json").write_text(json.dumps(CONFIG)[:-1])
-    with pytest.raises(CheckpointError, match="is not sound JSON: .*: config.json"):
+    with pytest.raises(CheckpointError, match="is not valid JSON: .*: config.json"):
         open_checkpoint(base)

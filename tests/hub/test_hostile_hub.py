@@ -78,13 +78,13 @@ def test_a_commit_in_an_answer_is_a_commit(hub, base, tmp_path, capsys, named):
     ("header", "value", "said"),
     [
         ("X-Repo-Commit", "../../../outside", "names an invalid commit"),
-        ("X-Repo-Commit", "c" * 40, "another commit than it was asked for"),
+        ("X-Repo-Commit", "c" * 40, "another commit than requested"),
         ("ETag", '"../../../outside"', "an ETag that cannot be the name of a file"),
         ("ETag", '"/etc/outside"', "an ETag that cannot be the name of a file"),
         ("ETag", '".."', "an ETag that cannot be the name of a file"),
         ("ETag", '"' + "e" * 300 + '"', "an ETag that cannot be the name of a file"),
         ("X-Linked-ETag", '"../../../outside"', "an ETag that cannot be the name of a file"),
-        ("X-Xet-Hash", "../outside", "a Xet hash that is none"),
+        ("X-Xet-Hash", "../outside", "an invalid Xet hash"),
         ("Content-Length", "-5", ""),
         ("Content-Length", "9" * 40, ""),
     ],
@@ -107,7 +107,7 @@ def test_names_in_a_listing_stay_in_the_repository(hub, base, tmp_path, capsys, 
     fault = hub.fail("GET", "/tree/", Reply(tree(path=name)), times=None)
     before = written(hub)
     for words in (applied(base, tmp_path / "out"), ["inspect", f"hf://{BASE}"]):
-        assert "lists a file of an impossible name" in refused(capsys, *words)
+        assert "lists a file with an invalid name" in refused(capsys, *words)
     assert fault.hits == 2 and not {n for n in written(hub) - before if "outside" in n}
 
 
@@ -312,13 +312,13 @@ def test_other_calls_of_the_process_are_left_alone(hub, base, monkeypatch):
 
 @pytest.mark.parametrize("revision", ["../../x", "/x", "a/../b", "", "a b", "a..b", "x.lock", "-x", "a\nb", "a//b"])
 def test_a_revision_that_would_lead_out_of_the_cache(revision):
-    with pytest.raises(HubError, match="no name of a branch"):
+    with pytest.raises(HubError, match="not a valid name of a branch"):
         Uri(BASE, revision, "")
 
 
 @pytest.mark.parametrize("sub", ["..", "../x", "a/../..", "/etc", "a//b"])
 def test_a_folder_that_would_lead_out_of_the_cache(sub):
-    with pytest.raises(HubError, match="no name of a folder"):
+    with pytest.raises(HubError, match="not a valid name of a folder"):
         Uri(BASE, None, sub)
 
 

@@ -126,7 +126,7 @@ def test_a_server_that_answers_small_files_whole_will_do_and_large_ones_not(hub,
     assert run(capsys, "inspect", f"hf://{BASE}", *FAR)[0] == 0
     monkeypatch.setattr(wire, "byte_range", lambda header, size: None)
     code, _, err = run(capsys, "inspect", f"hf://{BASE}", *FAR)
-    assert code == 2 and "does not answer ranges" in err
+    assert code == 2 and "does not support range requests" in err
 
 
 def test_another_range_than_was_asked_for_is_no_answer(hub, base, capsys, monkeypatch):

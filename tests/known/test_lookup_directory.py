@@ -60,4 +60,4 @@ def test_a_directory_without_a_record_is_bad_input(patched, monkeypatch, capsys,
 def test_a_damaged_record_is_bad_input(patched, capsys):
     (patched / "swsurgery.json").write_text("{")
     assert main(["lookup", str(patched)]) == 2
-    assert capsys.readouterr().err.startswith("swsurgery: is not sound JSON")
+    assert capsys.readouterr().err.startswith("swsurgery: is not valid JSON")

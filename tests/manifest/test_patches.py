@@ -306,7 +306,7 @@ RULES = {
     "not a number": (bits("0.new", b"\xc0\x7f"), "only finite values"),
     "a version to come": (None, "version 2 of a patch"),
     "another format": (None, "a safetensors file, but not a patch"),
-    "no metadata of ours": (None, "is not sound JSON"),
+    "no metadata of ours": (None, "is not valid JSON"),
 }
 METADATA = {
     "a version to come": {"format_version": "2"},

@@ -217,15 +217,15 @@ def test_an_output_that_cannot_be_taken_back_is_reported_as_there(manifest, out,
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"swsurgery: cannot write (Input/output error): {out}"
     assert second == (
-        f"swsurgery: the output could not be taken back: {out} is there and complete, but may not survive a power cut: "
-        "remove it, or see swsurgery verify"
+        f"swsurgery: the output could not be taken back: {out} is complete, but could be lost in a power cut: "
+        "remove it, or check it with swsurgery verify"
     )
     monkeypatch.undo()
     assert apply(manifest, out) == 0, "and the same command finishes it"
     assert names(tmp_path) == {"base", "m.json", "out"}
 
 
-@pytest.mark.parametrize("at", ["storage.staging._is", "cli.output.print_json"])
+@pytest.mark.parametrize("at", ["storage.staging._is_folder", "cli.output.print_json"])
 def test_a_signal_is_answered_with_what_is_there(manifest, out, at):
     """Before the name is given nothing is left; after it the output is."""
     arguments = ("apply", manifest, "-o", out, "--check", "off", "--json")
