@@ -62,7 +62,7 @@ variants = [{PLACE: 3.5}, {}] if device == "cuda" else [{}]
 totals = measure.Totals([], len(variants))
 for outcomes in model.run(windows, variants):
     totals.add_window(windows[outcomes.sequence], outcomes)
-assert model.method == "streamed" and totals.side(0).finite
+assert model.method == "streamed" and totals.summarise_side(0).finite
 """
 LOAD = """
 begin = time.perf_counter()

@@ -56,14 +56,14 @@ class Checkpoint:
             raise TypeError(f"{self.root} is not a directory on this machine")
         return self.root
 
-    def info(self, tensor: str) -> TensorInfo:
+    def get_info(self, tensor: str) -> TensorInfo:
         """Return the header entry of a tensor in `weight_map`. Raises KeyError."""
         return self.shards[self.weight_map[tensor]].tensors[tensor]
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The stored shape of every tensor that the index and the shards place in the same shard."""
-        return {t: self.info(t).shape for t in self.weight_map if t not in self.disagreements}
+        return {t: self.get_info(t).shape for t in self.weight_map if t not in self.disagreements}
 
     @property
     def single(self) -> str:
@@ -76,7 +76,7 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         for shard in self.shards.values():
             tensors |= shard.tensors
-        tensors |= {t: self.info(t) for t in self.shapes}
+        tensors |= {t: self.get_info(t) for t in self.shapes}
         return Quantisation(
             tensors, self.config, (f.name for f in self.files), (shard.metadata for shard in self.shards.values())
         )
@@ -92,7 +92,7 @@ class Checkpoint:
             return "index" if self.single in names and self.single not in self.shards else None
         return "single" if self.single in self.shards and any(is_index(n, self.variant) for n in names) else None
 
-    def file(self, name: str) -> BaseFile:
+    def get_file(self, name: str) -> BaseFile:
         """Return the file of this name. Raises StopIteration if the checkpoint does not have it."""
         return next(f for f in self.files if f.name == name)
 

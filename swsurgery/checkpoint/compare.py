@@ -48,10 +48,10 @@ def find_undeclared_changes(
     `declared` maps the name of a file to the offsets of the bytes that may differ. Raises CheckpointError.
     """
     findings = []
-    progress.start(sum(checkpoint.file(n).size for n in names), "B", "comparing with the base")
+    progress.start(sum(checkpoint.get_file(n).size for n in names), "B", "comparing with the base")
     try:
         for name in names:
-            ours, theirs = checkpoint.file(name), base.file(name)
+            ours, theirs = checkpoint.get_file(name), base.get_file(name)
             if ours.size != theirs.size:
                 findings.append(ByteDifference("base", f"it has {ours.size} bytes, in the base {theirs.size}", name))
                 continue

@@ -162,14 +162,14 @@ def _compare(tensor: str, a: Checkpoint, b: Checkpoint, found: _Found, progress:
         found.mismatched[tensor] = f"{_render_form(info_a)} in a, {_render_form(info_b)} in b"
         return
     same_offsets = info_a.data_offsets == info_b.data_offsets
-    if same_offsets and _has_same_digest(a.file(a.weight_map[tensor]), b.file(b.weight_map[tensor])):
+    if same_offsets and _has_same_digest(a.get_file(a.weight_map[tensor]), b.get_file(b.weight_map[tensor])):
         progress.advance(info_a.size)
         return
     changed = _compare_elements(stored_a, stored_b, found, progress, limit)
     if changed:
         found.tensors[tensor] = (changed, info_a.size // max(info_a.dtype.size, 1))
         if len(found.notes) < MAX_DIFF_NOTES and (
-            why := a.quantisation.refusal(tensor) or b.quantisation.refusal(tensor)
+            why := a.quantisation.explain_refusal(tensor) or b.quantisation.explain_refusal(tensor)
         ):
             found.notes.append(f"{tensor}: the numbers listed are no weights ({why})")
 

@@ -163,9 +163,9 @@ def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None
     """Describe a tensor, or one scalar of it. Raises CheckpointError."""
     if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
         raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
-    info, file = checkpoint.info(tensor), checkpoint.weight_map[tensor]
+    info, file = checkpoint.get_info(tensor), checkpoint.weight_map[tensor]
     found: dict[str, object] = {"tensor": tensor, "file": file, "dtype": info.dtype.name, "shape": list(info.shape)}
-    if why := checkpoint.quantisation.refusal(tensor):
+    if why := checkpoint.quantisation.explain_refusal(tensor):
         found["note"] = why
     if index is None:
         return found | {"bytes": info.size, "data_offsets": list(info.data_offsets)}

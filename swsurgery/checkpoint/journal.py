@@ -115,7 +115,7 @@ def apply_splices(
         shard.refuse_changed()
     try:
         with filesystem.convert_os_errors(folder):
-            filesystem.reserve(folder / ROOM, ROOM_BYTES + 2 * JOURNAL_BLOCK * journal.blocks(JOURNAL_BLOCK))
+            filesystem.reserve(folder / ROOM, ROOM_BYTES + 2 * JOURNAL_BLOCK * journal.list_blocks(JOURNAL_BLOCK))
             filesystem.write_file(folder / JOURNAL_NEW, raw, mode)
             filesystem.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
             filesystem.sync_directory(folder)

@@ -76,7 +76,7 @@ class Journal:
     own: dict[str, bytes | None]
     made: dict[str, str | None] | None = None
 
-    def blocks(self, size: int) -> int:
+    def list_blocks(self, size: int) -> int:
         """Count the blocks of `size` bytes that the edit writes to."""
         return sum(
             len({b for p in file.places for b in range(p.offset // size, (p.offset + len(p.old) - 1) // size + 1)})

@@ -61,7 +61,7 @@ class DownProjection:
         """The axis that counts experts; None if the tensor does not stack experts."""
         return 0 if "expert" in self.axes else None
 
-    def index(self, row: int, col: int) -> tuple[int, ...]:
+    def find_index(self, row: int, col: int) -> tuple[int, ...]:
         """Return the index of (row, col) in the stored shape."""
         return _encode(self.axes, row, col, self.expert)
 
@@ -86,7 +86,7 @@ def locate(
             projection.tensor,
             f"row and col look swapped: [{col}, {row}] would fit" if swap_fits else "row is the output channel",
         )
-    return Coordinate(projection.tensor, projection.index(row, col))
+    return Coordinate(projection.tensor, projection.find_index(row, col))
 
 
 def find_down_projection(

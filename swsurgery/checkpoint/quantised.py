@@ -170,7 +170,7 @@ class Quantisation:
             self._readings[name] = self._read(name)
         return self._readings[name]
 
-    def refusal(self, name: str) -> str | None:
+    def explain_refusal(self, name: str) -> str | None:
         """Return the reason why the numbers of the tensor `name` are not weights, None if they are."""
         reading = self.get_reading(name)
         if reading.kind == "plain":
@@ -179,7 +179,7 @@ class Quantisation:
             return "packed or scaling values of a quantised layer, not weights"
         return f"quantised: {reading.reason}"
 
-    def first_codes(self) -> str | None:
+    def find_codes(self) -> str | None:
         """Return the name of the first quantised weight stored as F8 or integers, None if there is none."""
         coded = (name for name, header in self._tensors.items() if _is_code(header.dtype))
         return next((name for name in coded if self.get_reading(name).kind in ("scaled", "unreadable")), None)

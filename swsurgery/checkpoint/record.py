@@ -196,12 +196,12 @@ class Record(TableResult, Strict):
         again = {(record.file, record.offset, record.old_bits) for record in self.protected}
         return [found[key] for key in found if key not in again]
 
-    def protectors(self) -> dict[Coordinate, int]:
+    def map_protectors(self) -> dict[Coordinate, int]:
         """Map every scalar that this step or an earlier one protects to the number (from 1) of the step."""
         steps = {record.coordinate: len(self.history) + 1 for record in self.protected}
         return steps | {record.coordinate: number for number, record in self.list_inherited()}
 
-    def pieces(self) -> Iterator[str]:
+    def render_pieces(self) -> Iterator[str]:
         """Render swsurgery.json piece by piece, so that a large record is never in memory twice."""
         lists = {
             "edits": (e.model_dump(mode="json") for e in self.edits),
@@ -213,7 +213,7 @@ class Record(TableResult, Strict):
     def render(self) -> bytes:
         """Render the bytes of swsurgery.json."""
         out = io.BytesIO()
-        for piece in self.pieces():
+        for piece in self.render_pieces():
             out.write(piece.encode())
         return out.getvalue()
 
@@ -226,7 +226,7 @@ class Patched:
     record_raw: bytes
     manifest_raw: bytes
 
-    def as_history(self) -> list[HistoryStep]:
+    def extend_history(self) -> list[HistoryStep]:
         """Return the history with this record as the last step.
 
         Raises CheckpointError if the record or the manifest was edited by hand, since the step could not be undone.
@@ -250,7 +250,7 @@ class Patched:
         record = _validate(data)
         return Patched(record, record.render(), last.manifest.encode())
 
-    def own_files(self) -> dict[str, bytes]:
+    def render_own_files(self) -> dict[str, bytes]:
         """Map the names of the three files that swsurgery adds to their bytes."""
         sums = {name: record.sha256 for name, record in self.record.files.items() if record.sha256}
         sums |= {RECORD_NAME: _compute_sha256(self.record_raw), MANIFEST_NAME: _compute_sha256(self.manifest_raw)}

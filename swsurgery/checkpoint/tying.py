@@ -179,7 +179,7 @@ def _find_reason(first: str, second: str, tied: bool | None, checkpoint: Checkpo
     """Return the reason why two stored tensors must be edited alike, with "{}" for the partner; None otherwise."""
     if tied is False or first in checkpoint.disagreements or second in checkpoint.disagreements:
         return None
-    if checkpoint.info(first).shape != checkpoint.info(second).shape:
+    if checkpoint.get_info(first).shape != checkpoint.get_info(second).shape:
         return None
     if tied:
         return "is tied to {}, which is stored too: loaders keep one of the two"
@@ -194,7 +194,7 @@ def is_stored_alike(first: str, second: str, checkpoint: Checkpoint) -> bool:
     At most _SAMPLED_ROWS evenly spaced rows are read. A few may differ, because an earlier edit may have changed some
     scalars of one tensor.
     """
-    one, other = checkpoint.info(first), checkpoint.info(second)
+    one, other = checkpoint.get_info(first), checkpoint.get_info(second)
     if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.size:
         return False
     rows = one.shape[0] if len(one.shape) > 1 else 1
@@ -208,7 +208,7 @@ def is_stored_alike(first: str, second: str, checkpoint: Checkpoint) -> bool:
 
 def _read_rows(tensor: str, rows: Sequence[int], checkpoint: Checkpoint) -> Iterator[bytes]:
     """Yield the first _SAMPLED_BYTES bytes of each row of a tensor. Raises CheckpointError."""
-    info, shard = checkpoint.info(tensor), checkpoint.shards[checkpoint.weight_map[tensor]]
+    info, shard = checkpoint.get_info(tensor), checkpoint.shards[checkpoint.weight_map[tensor]]
     size = info.size // (info.shape[0] if len(info.shape) > 1 else 1)
     with shard.file.open() as file:
         for row in rows:

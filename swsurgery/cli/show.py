@@ -30,7 +30,7 @@ def show_plan(plan: Plan) -> None:
     """Print what a plan would change."""
     document = plan.to_json()
     print_text(f"base      {escape_control(str(plan.checkpoint.root))}")
-    kept = set(plan.previous.record.protectors()) if plan.previous else set()
+    kept = set(plan.previous.record.map_protectors()) if plan.previous else set()
     kept -= {p.coordinate for p in plan.protected}
     and_kept = f", and {len(kept)} that earlier steps protect" if kept else ""
     print_text(

@@ -179,5 +179,5 @@ def _make_job(plan: Plan) -> CopyJob:
 
 def write_own_files(stage: Folder, patched: Patched, mode: int) -> None:
     """Write swsurgery's own three files into the stage."""
-    for name, data in patched.own_files().items():
+    for name, data in patched.render_own_files().items():
         filesystem.write_file(stage / name, data, mode)

@@ -71,14 +71,16 @@ def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions
         stated = loaded.manifest.base.sha256
         before = previous.record if previous else None
         rest = _describe_untouched(plan.checkpoint, touched, before, pins, stated, reporter)
-        edited = [AppliedFile(name, plan.checkpoint.file(name).size, *both, "place") for name, both in touched.items()]
+        edited = [
+            AppliedFile(name, plan.checkpoint.get_file(name).size, *both, "place") for name, both in touched.items()
+        ]
         copied = Copied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
         _refuse_changed(checkpoint, touched)
         _refuse_changed_records(folder, checkpoint)
         with journal.apply_splices(folder, shards, plan.splices, mode=compute_record_mode(checkpoint.files)) as own:
             result = run_check(plan, folder, check, reporter, reporter.say)
             record = complete_record(draft, copied, result)
-            own |= Patched(record, record.render(), loaded.raw).own_files()
+            own |= Patched(record, record.render(), loaded.raw).render_own_files()
             _refuse_changed(checkpoint, touched)
     return Applied(folder.path, copied, record, plan.notes)
 
@@ -125,7 +127,7 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
         with journal.apply_splices(
             folder, shards, splices, reverts=True, mode=compute_record_mode(checkpoint.files)
         ) as own:
-            own |= previous.own_files() if previous else dict.fromkeys(OWN_FILES)
+            own |= previous.render_own_files() if previous else dict.fromkeys(OWN_FILES)
             _refuse_changed(checkpoint, touched)
     return list_reversion_notes(record)
 
@@ -157,7 +159,7 @@ def _open_shards(
     """
     shards: dict[str, journal.OpenShard] = {}
     for name in sorted({s.file for s in splices}):
-        file = checkpoint.file(name)
+        file = checkpoint.get_file(name)
         entry = file.entry
         if entry is None or entry.folder is not folder:
             raise TargetError("the file is not in the directory to edit", file.source)
@@ -181,10 +183,10 @@ def _hash_touched(
     mine = group_by_file(splices)
     touched: dict[str, tuple[str, str]] = {}
     unknown: list[str] = []
-    progress.start(sum(checkpoint.file(name).size for name in shards), "B", "hashing")
+    progress.start(sum(checkpoint.get_file(name).size for name in shards), "B", "hashing")
     try:
         for name, shard in shards.items():
-            file = checkpoint.file(name)
+            file = checkpoint.get_file(name)
             touched[name] = stream(shard.file, file, mine[name], progress.advance)
             shard.refuse_changed()
             digest = touched[name][0]
@@ -308,7 +310,7 @@ def _find_differences(
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
     yield from ((None, fault) for _, fault in resolution.list_misfits())
     yield from ((None, fault) for _, fault in explain_unlike_bases(loaded.manifest, record))
-    yield from find_unlike_records(resolution.by_coordinate(), record)
+    yield from find_unlike_records(resolution.group_by_coordinate(), record)
 
 
 def _find_other_scalars(record: Record, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:

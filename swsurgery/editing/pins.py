@@ -43,7 +43,7 @@ def check_left_out(plan: Plan, written: Collection[str], pins: dict[str, tuple[s
     Raises PlanError if a digest differs from its pin.
     """
     for name in sorted(set(plan.loaded.manifest.base.sha256) - set(written)):
-        file = plan.checkpoint.file(name)
+        file = plan.checkpoint.get_file(name)
         digest = hash_file(file.source, progress) if file.is_here else file.digest
         if digest is not None:
             check_digest(file, digest, pins)

@@ -52,7 +52,7 @@ class Plan(TableResult):
     pins_unchecked: tuple[str, ...] = ()
     facts: Mapping[Coordinate, KnownCoordinate] = field(default_factory=dict, repr=False)
 
-    def splices_of(self, file: str) -> list[Splice]:
+    def get_splices(self, file: str) -> list[Splice]:
         """List the splices of one file in the order of their offsets."""
         return sorted((s for s in self.splices if s.file == file), key=lambda s: s.offset)
 
@@ -90,7 +90,9 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     misfits += [*resolution.misfits, *find_conflicts((one.number, one.coordinate) for one, _ in read)]
     misfits += _check_protected(resolution.asked, previous)
     splices = tuple(scalar for _, scalar in read if isinstance(scalar, Splice))
-    faults += unknown + [f"{loaded.where(n)}: {message}" for n, message in sorted(misfits, key=lambda m: m.number)]
+    faults += unknown + [
+        f"{loaded.describe_position(n)}: {message}" for n, message in sorted(misfits, key=lambda m: m.number)
+    ]
     faults += list_tied_faults(splices, checkpoint) + _check_copies(loaded, checkpoint, splices)
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
@@ -115,7 +117,7 @@ def _read_scalars(asked: Sequence[Asked], checkpoint: Checkpoint) -> tuple[list[
 
 def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterator[Misfit]:
     """Report every edit that would change a scalar which the base's own record protects."""
-    protectors = previous.record.protectors() if previous else {}
+    protectors = previous.record.map_protectors() if previous else {}
     for one in asked:
         if one.edit.writes and one.coordinate in protectors:
             message = f"{one.coordinate} is protected by step {protectors[one.coordinate]} of the base's record"
@@ -230,7 +232,7 @@ def _read_scalar(asked: Asked, checkpoint: Checkpoint) -> Scalar:
     if isinstance(edit, Protect):
         return Scalar(file, coordinate, info.dtype, offset, old)
     try:
-        new = edit.new_bytes(info.dtype, old)
+        new = edit.compute_bytes(info.dtype, old)
     except NumberError as error:
         raise PlanError.of(f"cannot {edit.op} {coordinate}: {fault}" for fault in error.faults) from None
     factor = edit.factor if isinstance(edit, Scale) else None
@@ -246,7 +248,7 @@ def _find_tensor(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
         if partner := find_tied_partner(name, checkpoint):
             raise PlanError(f"{name} is tied to {partner} and not stored", remedy=f"edit {partner}")
         raise PlanError("no such tensor", name, _suggest_tensor(name, checkpoint))
-    return checkpoint.info(name)
+    return checkpoint.get_info(name)
 
 
 def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
@@ -276,5 +278,5 @@ def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
 
 def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
     """Raise PlanError if a tensor does not store plain weights."""
-    if why := checkpoint.quantisation.refusal(name):
+    if why := checkpoint.quantisation.explain_refusal(name):
         raise PlanError(why, name, "edit the model before it is quantised")

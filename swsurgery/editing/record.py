@@ -58,7 +58,7 @@ def draft_record(plan: Plan) -> Record:
         known=shipped.build_json(plan.model)["models"][0] if plan.model else None,
         check={},
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
-        history=plan.previous.as_history() if plan.previous else [],
+        history=plan.previous.extend_history() if plan.previous else [],
     )
     _refuse_unreadable(draft, plan)
     return draft
@@ -77,7 +77,7 @@ def complete_record(draft: Record, copied: Copied, check: dict[str, Any]) -> Rec
 def _refuse_unreadable(draft: Record, plan: Plan) -> None:
     """Raise PlanError if swsurgery's own files would exceed what `read_record` accepts."""
     size, commas = LATER.size, LATER.commas
-    for piece in draft.pieces():
+    for piece in draft.render_pieces():
         size += len(piece)
         commas += piece.count(",")
     for file in plan.checkpoint.files:

@@ -48,7 +48,7 @@ def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
         factor = edit.factor if isinstance(edit, Scale) else None
         if factor != record.factor:
             return f"the record has the factor {record.factor}, not {factor}"
-        new = edit.new_bytes(dtype, record.old_bytes)
+        new = edit.compute_bytes(dtype, record.old_bytes)
         return None if new == record.new_bytes else f"the record has {record.new_bits}, not {dtypes.format_bits(new)}"
     except NumberError as error:
         return str(error)

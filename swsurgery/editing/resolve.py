@@ -64,7 +64,7 @@ class Resolution:
         """List the edits that do not fit, and those of a scalar that an earlier edit names."""
         return [*self.misfits, *find_conflicts((one.number, one.coordinate) for one in self.asked)]
 
-    def by_coordinate(self) -> dict[Coordinate, Asked]:
+    def group_by_coordinate(self) -> dict[Coordinate, Asked]:
         """Map each scalar to the first edit that names it."""
         first: dict[Coordinate, Asked] = {}
         for asked in self.asked:

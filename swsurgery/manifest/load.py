@@ -46,13 +46,13 @@ class LoadedManifest(Result):
         """Return the manifest's fields as written, without defaults."""
         return self.manifest.model_dump(mode="json", exclude_unset=True)
 
-    def position(self, *path: str | int) -> LineColumn:
+    def find_position(self, *path: str | int) -> LineColumn:
         """Return the line and column of a node, or of its nearest ancestor with a known position."""
         while path not in self.positions:
             path = path[:-1]
         return self.positions[path]
 
-    def where(self, edit: int) -> str:
+    def describe_position(self, edit: int) -> str:
         """Return `file:line:column: edits[n]` for an edit, given its number from 0."""
         line, column = self.positions[("edits", edit)]
         return f"{self.path}:{line}:{column}: edits[{edit}]"

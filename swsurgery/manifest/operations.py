@@ -99,7 +99,7 @@ class Zero(Target):
     writes: ClassVar[bool] = True
     op: Literal["zero"]
 
-    def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+    def compute_bytes(self, dtype: Dtype, old: bytes) -> bytes:
         """Return the bytes of zero. Raises NumberError for a dtype without a zero."""
         return dtypes.make_zero(dtype)
 
@@ -118,7 +118,7 @@ class Scale(Target):
             raise ValueError("has factor 0: use op zero")
         return self
 
-    def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+    def compute_bytes(self, dtype: Dtype, old: bytes) -> bytes:
         """Return the bytes of the scaled value. Raises NumberError if the dtype cannot represent it."""
         return dtypes.scale_value(dtype, old, self.factor)
 
@@ -140,7 +140,7 @@ class Set(Target):
             raise ValueError("needs either value or bits")
         return self
 
-    def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+    def compute_bytes(self, dtype: Dtype, old: bytes) -> bytes:
         """Return the bytes of `value` or `bits`. Raises NumberError if the dtype cannot represent the value."""
         if self.bits is None:
             assert self.value is not None  # the validator accepts exactly one of the two
@@ -159,7 +159,7 @@ class Protect(Target):
     writes: ClassVar[bool] = False
     op: Literal["protect"]
 
-    def new_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+    def compute_bytes(self, dtype: Dtype, old: bytes) -> bytes:
         """Return `old`, because a protected scalar keeps its bytes."""
         return old
 

@@ -149,14 +149,14 @@ class Patch:
     scalars: tuple[PatchScalar, ...]
     swsurgery_version: str = __version__
 
-    def by_tensor(self) -> list[list[PatchScalar]]:
+    def group_by_tensor(self) -> list[list[PatchScalar]]:
         """Group the scalars by tensor."""
         groups: dict[str, list[PatchScalar]] = {}
         for scalar in self.scalars:
             groups.setdefault(scalar.tensor, []).append(scalar)
         return list(groups.values())
 
-    def origin(self) -> dict[str, Any]:
+    def describe_origin(self) -> dict[str, Any]:
         """Return the provenance of the edits for the metadata of another format."""
         return {
             "swsurgery_version": self.swsurgery_version,
@@ -180,9 +180,9 @@ def render(patch: Patch) -> bytes:
     """
     if not 0 < len(patch.scalars) <= MAX_SCALARS:
         raise ManifestError(f"a patch has 1 to {MAX_SCALARS} changed scalars, not {len(patch.scalars)}")
-    groups = patch.by_tensor()
+    groups = patch.group_by_tensor()
     header = {
-        **patch.origin(),
+        **patch.describe_origin(),
         "check": patch.check.model_dump(mode="json"),
         "tensors": [
             {
@@ -330,7 +330,7 @@ def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memory
                 operation.factor,
             )
             edit = _EDIT.validate_python(scalar.to_edit())
-            if edit.new_bytes(dtype, scalar.old) != scalar.new:
+            if edit.compute_bytes(dtype, scalar.old) != scalar.new:
                 raise ValueError(
                     f"{scalar.coordinate} is {format_bits(scalar.new)}, which op {scalar.op} does not produce"
                 )

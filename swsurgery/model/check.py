@@ -104,10 +104,10 @@ def run_checks(
                 continuations.append(Continuations(prompts[number], tops[0], tops[-1]))
         last = len(variants) - 1
         return CheckReport(
-            base=totals.side(0),
-            patched=totals.side(last),
-            perplexity_ratio=totals.perplexity_ratio(last),
-            kl=totals.mean_kl(last),
+            base=totals.summarise_side(0),
+            patched=totals.summarise_side(last),
+            perplexity_ratio=totals.compute_perplexity_ratio(last),
+            kl=totals.compute_mean_kl(last),
             prompts=tuple(continuations),
             windows=len(pieces),
             window_tokens=max(map(len, pieces)) - len(bos),
@@ -160,7 +160,7 @@ def _compare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> None:
             stored = checkpoint.shards[checkpoint.weight_map[tensor]].read_scalar(tensor, index)
         except (KeyError, IndexError):
             raise ModelError("no such scalar in the checkpoint", change.coordinate) from None
-        value = float(decode(checkpoint.info(tensor).dtype, stored))
+        value = float(decode(checkpoint.get_info(tensor).dtype, stored))
         if value != change.patched:
             raise ModelError(
                 f"the stored value {value:g} is not the patched value {change.patched:g}", change.coordinate

@@ -243,7 +243,7 @@ class LayeredModel:
         peaks = _Peaks()
         for number, layer in enumerate(self.layers):
             progress.relabel(f"layer {number + 1}/{len(self.layers)}")
-            touched = any(self.places.touches(variant, number) for variant in variants)
+            touched = any(self.places.has_scalars_in(variant, number) for variant in variants)
             with self._weights_of(number) as device:
                 for group in groups:
                     group.state = group.state.to(device)
@@ -277,7 +277,7 @@ class LayeredModel:
         lengths: dict[int, list[int]] = defaultdict(list)
         for number, ids in enumerate(sequences):
             lengths[len(ids)].append(number)
-        apart = any(self.places.touches(variant, None) for variant in variants)
+        apart = any(self.places.has_scalars_in(variant, None) for variant in variants)
         groups = []
         for numbers in lengths.values():
             states: list[Tensor] = []

@@ -208,7 +208,7 @@ def _move_computed_buffers(model: nn.Module, layers: Sequence[nn.Module], device
 
 def _find_stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype of the first stored floating-point weight, which transformers uses if the config names none."""
-    found = (get_streamed_dtype(checkpoint.info(tensor).dtype.name) for tensor in checkpoint.shapes)
+    found = (get_streamed_dtype(checkpoint.get_info(tensor).dtype.name) for tensor in checkpoint.shapes)
     return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
@@ -299,8 +299,8 @@ def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     FP8 weight with a warning.
     """
     declared = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
-    if not any(declared) and (name := checkpoint.quantisation.first_codes()):
-        why = checkpoint.quantisation.refusal(name)
+    if not any(declared) and (name := checkpoint.quantisation.find_codes()):
+        why = checkpoint.quantisation.explain_refusal(name)
         raise Unrunnable(f"transformers would use its codes as weights: {why}", name, "load an unquantised copy")
 
 

@@ -134,22 +134,22 @@ class Totals:
         self.stop_mass[number] += _sum(log[:, self.stop_tokens].exp().sum(-1))
         return -log.gather(-1, targets[part, None])[:, 0].double().cpu()
 
-    def nll(self, number: int) -> float:
+    def compute_nll(self, number: int) -> float:
         """Return the negative log-likelihood of a variant, summed over all scored tokens, in nats."""
         return sum(float(window.sum()) for window in self.token_nll[number])
 
-    def mean_kl(self, number: int = 1) -> float:
+    def compute_mean_kl(self, number: int = 1) -> float:
         """Return the mean KL(base || variant) per scored token in nats; a negative rounding error gives 0."""
         return max(self.kl[number] / self.scored, 0.0)
 
-    def perplexity_ratio(self, number: int = 1) -> float:
+    def compute_perplexity_ratio(self, number: int = 1) -> float:
         """Return the perplexity of a variant divided by that of the base; each may exceed the range of floats."""
-        return _compute_exp((self.nll(number) - self.nll(0)) / self.scored)
+        return _compute_exp((self.compute_nll(number) - self.compute_nll(0)) / self.scored)
 
-    def side(self, number: int) -> Side:
+    def summarise_side(self, number: int) -> Side:
         """Return perplexity, stop-word mass, finiteness and largest hidden state of one variant."""
         return Side(
-            perplexity=_compute_exp(self.nll(number) / self.scored),
+            perplexity=_compute_exp(self.compute_nll(number) / self.scored),
             stopword_mass=self.stop_mass[number] / self.scored,
             finite=self.finite[number],
             super_activation=self.peaks[number],

@@ -110,7 +110,7 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         name, what = min(checkpoint.disagreements.items())
         raise CheckpointError(f"index and shards disagree about {name}", what)
     for name in checkpoint.weight_map:
-        dtype = checkpoint.info(name).dtype.name
+        dtype = checkpoint.get_info(name).dtype.name
         if dtype not in TORCH_DTYPES:
             raise ModelError(f"torch has no {dtype}", name)
 

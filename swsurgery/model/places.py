@@ -59,7 +59,7 @@ class Places:
         for coordinate in {coordinate for variant in variants for coordinate in variant} - set(self._found):
             self._found[coordinate] = self.find_place(coordinate)
 
-    def touches(self, variant: Variant, where: int | None) -> bool:
+    def has_scalars_in(self, variant: Variant, where: int | None) -> bool:
         """Return True if `variant` changes a weight of layer `where` (None: outside the layers)."""
         return any(where in self._found[coordinate].layers for coordinate in variant)
 
@@ -106,7 +106,7 @@ class Places:
                         stored = shard.read_scalar(*coordinate)
                     except IndexError:
                         break
-                    value = float(decode(self._checkpoint.info(coordinate.tensor).dtype, stored))
+                    value = float(decode(self._checkpoint.get_info(coordinate.tensor).dtype, stored))
                     return Place(coordinate, candidate.index, value, owners.modules, owners.layers)
         raise Unrunnable("no such scalar in the loaded model", coordinate)
 

@@ -238,8 +238,8 @@ def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
 
 def _locate_part(name: str, element: int, checkpoint: Checkpoint) -> Part:
     """Locate one stored tensor. Raises ModelError if it is quantised or has a dtype that cannot be streamed."""
-    info, shard = checkpoint.info(name), checkpoint.shards[checkpoint.weight_map[name]]
-    if why := checkpoint.quantisation.refusal(name):
+    info, shard = checkpoint.get_info(name), checkpoint.shards[checkpoint.weight_map[name]]
+    if why := checkpoint.quantisation.explain_refusal(name):
         raise ModelError(f"cannot be read layer by layer: {why}", name)
     dtype = get_streamed_dtype(info.dtype.name)
     if dtype is None:

@@ -186,7 +186,7 @@ class _Scalar(NamedTuple):
 
     @property
     def coordinate(self) -> Coordinate:
-        return Coordinate(self.projection.tensor, self.projection.index(self.row, self.col))
+        return Coordinate(self.projection.tensor, self.projection.find_index(self.row, self.col))
 
 
 class _Search:
@@ -295,7 +295,7 @@ class _Search:
             projection.expert,
             scalar.weight,
             score=score((spell, scalar)),
-            rank=StoredProjection(self.checkpoint, projection).rank(scalar.weight),
+            rank=StoredProjection(self.checkpoint, projection).compute_rank(scalar.weight),
             input_spike=scalar.x,
             output_spike=spell.move.output,
             share=scalar.share,

@@ -306,11 +306,11 @@ class _Names:
 
     def _read_gain(self, name: str, channels: int) -> NDArray[np.float64]:
         """Read the gain of one norm. Raises ArchitectureError if it does not fit."""
-        info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
+        info, shard = self.checkpoint.get_info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
         if info.shape != (channels,) or info.dtype.kind != "float":
             what = f"{info.dtype.name} {list(info.shape)} is not the gain of {channels} channels"
             raise ArchitectureError(what, name)
-        if why := self.checkpoint.quantisation.refusal(name):
+        if why := self.checkpoint.quantisation.explain_refusal(name):
             raise ArchitectureError(why, name, "scan an unquantised copy, or by activations")
         raw = read_exactly(shard.file, info.size, shard.data_start + info.data_offsets[0])
         gain = convert_patterns(np.frombuffer(raw, f"<u{info.dtype.size}"), info.dtype).astype(np.float64)
@@ -410,7 +410,7 @@ def _find_scalars(
     ranks = count_ranks(reader, one.mlp.down, [magnitude for _, _, magnitude, _ in picked])
     candidates = []
     for (row, col, _, score), rank in zip(picked, ranks, strict=True):
-        coordinate = Coordinate(projection.tensor, projection.index(row, col))
+        coordinate = Coordinate(projection.tensor, projection.find_index(row, col))
         shard = checkpoint.shards[checkpoint.weight_map[projection.tensor]]
         value = float(decode(one.mlp.down.dtype, shard.read_scalar(*coordinate)))
         z = float(usual.z(projection.layer, np.array([score]))[0])

@@ -539,7 +539,7 @@ class _Losses:
                 float((nll.nan_to_num(nan=math.inf, posinf=math.inf) - stored).mean())
                 for nll, stored in zip(totals.token_nll[number], base, strict=True)
             ]
-            kl = totals.mean_kl(number)
+            kl = totals.compute_mean_kl(number)
             self._kl[group] = math.inf if math.isnan(kl) else kl
 
 

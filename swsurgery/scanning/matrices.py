@@ -53,8 +53,8 @@ class StoredProjection:
     def inner(self) -> int:
         return self.projection.rows if self.projection.transposed else self.projection.cols
 
-    def coordinate(self, row: int, col: int) -> Coordinate:
-        return Coordinate(self.projection.tensor, self.projection.index(row, col))
+    def make_coordinate(self, row: int, col: int) -> Coordinate:
+        return Coordinate(self.projection.tensor, self.projection.find_index(row, col))
 
     def read_row(self, row: int) -> Tensor:
         """Read the weights that feed one residual channel: (cols,), float64. Raises ShardError."""
@@ -75,7 +75,7 @@ class StoredProjection:
             count = min(step, self.outer - first) * self.inner
             yield first, self._read([(first * self.inner, count)]).view(-1, self.inner)
 
-    def rank(self, value: float) -> int:
+    def compute_rank(self, value: float) -> int:
         """Count the magnitudes of the matrix that are larger than that of `value`, plus 1. Compares in float64."""
         return 1 + sum(int((piece.double().abs() > abs(value)).sum()) for _, piece in self.read_pieces())
 
@@ -111,7 +111,7 @@ class StoredProjection:
 
     def _at(self, flat: int) -> Coordinate:
         outer, inner = divmod(flat, self.inner)
-        return self.coordinate(inner, outer) if self.projection.transposed else self.coordinate(outer, inner)
+        return self.make_coordinate(inner, outer) if self.projection.transposed else self.make_coordinate(outer, inner)
 
     def _read_inner(self, outer: int) -> Tensor:
         return self._read([(outer * self.inner, self.inner)]).double()
@@ -122,8 +122,8 @@ class StoredProjection:
     def _read(self, runs: Iterable[tuple[int, int]]) -> Tensor:
         """Read runs (first, count) of elements, counted from the start of the matrix, in their stored dtype."""
         name = self.projection.tensor
-        info, shard = self.checkpoint.info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
-        start, size = shard.find_offset(name, self.projection.index(0, 0)), info.dtype.size
+        info, shard = self.checkpoint.get_info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
+        start, size = shard.find_offset(name, self.projection.find_index(0, 0)), info.dtype.size
         with shard.file.open() as file:
             data = b"".join(read_exactly(file, n * size, start + first * size) for first, n in runs)
         return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype.name])
@@ -131,14 +131,14 @@ class StoredProjection:
 
 def refuse_unweighted(checkpoint: Checkpoint, tensor: str) -> None:
     """Raise ModelError if the dtype of a tensor is not one in which each element is a weight."""
-    dtype = checkpoint.info(tensor).dtype.name
+    dtype = checkpoint.get_info(tensor).dtype.name
     if dtype not in WEIGHT_DTYPES:
         raise ModelError(f"{dtype} elements are not weights", tensor)
 
 
 def refuse_quantised(checkpoint: Checkpoint, tensor: str) -> None:
     """Raise ModelError if the elements of a tensor are codes of a quantiser."""
-    if why := checkpoint.quantisation.refusal(tensor):
+    if why := checkpoint.quantisation.explain_refusal(tensor):
         raise ModelError(why, tensor, "scan an unquantised copy")
 
 
@@ -158,6 +158,6 @@ def find_projections(checkpoint: Checkpoint, candidates: Sequence[Candidate]) ->
             found[key] = StoredProjection(checkpoint, projection)
         projection = found[key].projection
         inside = 0 <= candidate.row < projection.rows and 0 <= candidate.col < projection.cols
-        if not inside or found[key].coordinate(candidate.row, candidate.col) != candidate.coordinate:
+        if not inside or found[key].make_coordinate(candidate.row, candidate.col) != candidate.coordinate:
             raise ModelError("no such scalar of a down projection", candidate.coordinate)
     return found

@@ -132,7 +132,7 @@ def _choose_scalars(report: Scan) -> tuple[Candidate, ...]:
 def _make_coordinate(
     candidate: Candidate, trial: Trial | None, report: Scan, checkpoint: Checkpoint, source: schema.Citation
 ) -> schema.KnownCoordinate:
-    dtype = checkpoint.info(candidate.coordinate.tensor).dtype.name
+    dtype = checkpoint.get_info(candidate.coordinate.tensor).dtype.name
     exact = _EXACT.get(dtype) if math.isfinite(candidate.value) else None
     effects: list[schema.KnownEffect] = []
     if trial and report.confirmation:

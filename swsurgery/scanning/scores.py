@@ -64,12 +64,12 @@ class Matrix:
         Raises ArchitectureError if the tensor has another rank, a dtype that is not a float, or elements that another
         tensor scales.
         """
-        shard, info = checkpoint.shards[checkpoint.weight_map[tensor]], checkpoint.info(tensor)
+        shard, info = checkpoint.shards[checkpoint.weight_map[tensor]], checkpoint.get_info(tensor)
         if len(info.shape) != (2 if expert is None else 3):
             raise ArchitectureError(f"shape {list(info.shape)} is not that of an MLP's matrix", tensor)
         if info.dtype.kind != "float":
             raise ArchitectureError(f"{info.dtype.name} numbers are not weights", tensor, "scan an unquantised copy")
-        if why := checkpoint.quantisation.refusal(tensor):
+        if why := checkpoint.quantisation.explain_refusal(tensor):
             raise ArchitectureError(why, tensor, "scan an unquantised copy, or by activations")
         rows, cols = info.shape[-2:]
         start = shard.data_start + info.data_offsets[0] + (expert or 0) * rows * cols * info.dtype.size
@@ -84,7 +84,7 @@ class Matrix:
         """The size in bytes."""
         return self.rows * self.row_bytes
 
-    def row_ranges(self) -> Iterator[tuple[int, int]]:
+    def split_rows(self) -> Iterator[tuple[int, int]]:
         """Yield the rows [first, end) of each chunk."""
         return _split_range(self.rows, _count_chunk_rows(self))
 
@@ -274,7 +274,7 @@ def read_columns(reader: BlockReader, mlp: Mlp, cols: Sequence[int]) -> NDArray[
         return found[:, list(cols)] if mlp.axis == 0 else found.T.copy()  # a copy, because the buffer is reused
 
     if mlp.axis == 0:
-        parts = [part for _, part in reader.map(some_rows, mlp.down.row_ranges())]
+        parts = [part for _, part in reader.map(some_rows, mlp.down.split_rows())]
         return convert_patterns(np.concatenate(parts, axis=0), mlp.down.dtype)
     parts = [part for _, part in reader.map(some_rows, [(col, col + 1) for col in cols])]
     return convert_patterns(np.concatenate(parts, axis=1), mlp.down.dtype)
@@ -287,7 +287,7 @@ def count_ranks(reader: BlockReader, matrix: Matrix, magnitudes: Sequence[float]
         stored = convert_patterns(_clear_signs(reader.read_rows(space, 0, matrix, *rows)), matrix.dtype)
         return [int(np.count_nonzero(stored > np.float32(magnitude))) for magnitude in magnitudes]
 
-    counts = [count for _, count in reader.map(larger, matrix.row_ranges())]
+    counts = [count for _, count in reader.map(larger, matrix.split_rows())]
     return [1 + sum(column) for column in zip(*counts, strict=True)]
 
 
@@ -309,7 +309,7 @@ def _split_mlps(reader: BlockReader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
         rows = mlp.neurons if mlp.axis == 0 else mlp.gate.matrix.rows
         for first, end in _split_range(rows, _count_chunk_rows(mlp.gate.matrix)):
             yield _Part(sums, True, first, end)
-        for first, end in mlp.down.row_ranges():
+        for first, end in mlp.down.split_rows():
             yield _Part(sums, False, first, end, last=end == mlp.down.rows)
 
 

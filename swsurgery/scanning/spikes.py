@@ -399,7 +399,7 @@ def _find_loaded_module(
     modules: Mapping[str, nn.Module], config: Mapping[str, Any], shapes: Shapes, projection: DownProjection
 ) -> tuple[str, nn.Module | None, str]:
     """Find the module of a down projection in the loaded model: its path, the module, and the name of the weight."""
-    coordinate = Coordinate(projection.tensor, projection.index(0, 0))
+    coordinate = Coordinate(projection.tensor, projection.find_index(0, 0))
     for candidate in list_loaded_candidates(config, coordinate, shapes):
         path, _, name = candidate.tensor.rpartition(".")
         if path in modules and name in modules[path]._parameters:

@@ -41,7 +41,7 @@ def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey
         least = max(COMPANION_SHARE * float(magnitudes[candidate.row]), COMPANION_SIGMAS * sigma)
         rows = [row for row in magnitudes.argsort(descending=True, stable=True).tolist() if row != candidate.row]
         for row in rows[:COMPANIONS]:
-            name = matrix.coordinate(row, candidate.col)
+            name = matrix.make_coordinate(row, candidate.col)
             if candidate.value != 0 and float(magnitudes[row]) >= least and name not in found:
                 found[name] = dataclasses.replace(
                     candidate,
@@ -49,7 +49,7 @@ def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey
                     row=row,
                     value=float(column[row]),
                     score=0.0,
-                    rank=matrix.rank(float(column[row])),
+                    rank=matrix.compute_rank(float(column[row])),
                     z=None,
                     input_spike=None,
                     output_spike=None,
@@ -89,7 +89,7 @@ def choose_column_rows(
         magnitudes = matrix.read_column(col).abs()
         least = LARGE_SIGMAS * 1.4826 * float(magnitudes.median())
         rows = [
-            matrix.coordinate(row, col)
+            matrix.make_coordinate(row, col)
             for row in magnitudes.argsort(descending=True, stable=True).tolist()
             if float(magnitudes[row]) >= least and float(magnitudes[row]) > 0
         ]

@@ -143,7 +143,7 @@ def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.
     tensor, index = coordinate
     shape = checkpoint.shapes.get(tensor, ())
     if index and len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True)):
-        if why := checkpoint.quantisation.refusal(tensor):
+        if why := checkpoint.quantisation.explain_refusal(tensor):
             raise ModelError(why, coordinate)
         shard = checkpoint.shards[checkpoint.weight_map[tensor]]
         return shard.tensors[tensor].dtype, shard.read_scalar(tensor, index)
@@ -151,12 +151,12 @@ def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.
 
 
 def _make_point(totals: measure.Totals, number: int) -> SweepPoint:
-    side = totals.side(number)
+    side = totals.summarise_side(number)
     return SweepPoint(
         factor=1.0,
         perplexity=side.perplexity,
-        ratio=totals.perplexity_ratio(number),
-        kl=totals.mean_kl(number),
+        ratio=totals.compute_perplexity_ratio(number),
+        kl=totals.compute_mean_kl(number),
         stopword_mass=side.stopword_mass,
         finite=side.finite,
         peak=math.nan if side.super_activation is None else side.super_activation.value,

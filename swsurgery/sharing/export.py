@@ -168,7 +168,7 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
     """
     pins, found = collect_known_digests(plan), {}
     for name in sorted({s.file for s in plan.splices}):
-        file = plan.checkpoint.file(name)
+        file = plan.checkpoint.get_file(name)
         digest = hash_file(file.source, progress) if file.is_here else file.digest
         if digest:
             check_digest(file, digest, pins)
@@ -192,7 +192,7 @@ def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
     changed: dict[Coordinate, PatchScalar] = {}
     for record in steps:
         for e in record.edits:
-            if e.tensor not in checkpoint.shapes or e.dtype != checkpoint.info(e.tensor).dtype.name:
+            if e.tensor not in checkpoint.shapes or e.dtype != checkpoint.get_info(e.tensor).dtype.name:
                 what = "the record lists a scalar that does not exist"
                 raise CheckpointError(what, f"{e.coordinate} in {e.file}", "restore swsurgery.json")
             earlier = changed.get(e.coordinate)
@@ -226,7 +226,7 @@ def list_steps(patched: Patched | None) -> list[Record]:
 def _make_scalar(
     checkpoint: Checkpoint, coordinate: Coordinate, old: bytes, new: bytes, op: str, factor: float | None
 ) -> PatchScalar:
-    info = checkpoint.info(coordinate.tensor)
+    info = checkpoint.get_info(coordinate.tensor)
     try:
         flat = info.flatten(coordinate.index)
     except IndexError as error:
@@ -262,7 +262,7 @@ def _make_source(
     codes = [
         f"a LoRA adapter cannot represent this edit: {s.coordinate} is not a weight ({why})"
         for s in ordered
-        if (why := checkpoint.quantisation.refusal(s.tensor))
+        if (why := checkpoint.quantisation.explain_refusal(s.tensor))
     ]
     return EditSource(
         Patch(base, bounds, manifest_sha256, ordered),
@@ -288,7 +288,7 @@ def _render_vllm(patch: Patch) -> dict[str, bytes]:
     if faults:
         raise PlanError.of(faults)
     entries, arrays = [], {}
-    for number, group in enumerate(patch.by_tensor()):
+    for number, group in enumerate(patch.group_by_tensor()):
         first, count = group[0], (len(group),)
         names = {part: f"{number}.{part}" for part in ("values", "indices")}
         entries.append(
@@ -296,7 +296,7 @@ def _render_vllm(patch: Patch) -> dict[str, bytes]:
         )
         arrays[names["values"]] = first.dtype.name, count, b"".join(s.new for s in group)
         arrays[names["indices"]] = "I64", count, b"".join(s.flat.to_bytes(8, "little") for s in group)
-    document = {"patches": entries, **patch.origin()}
+    document = {"patches": entries, **patch.describe_origin()}
     return {
         "patches.json": patch_module.render_json(document),
         "patches.safetensors": render_safetensors(arrays, {"format": "pt"}),

@@ -45,7 +45,7 @@ def render_adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, byte
     arrays: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     ranks: dict[str, int] = {}
     notes: list[str] = []
-    for group in patch.by_tensor():
+    for group in patch.group_by_tensor():
         module = _find_module(group[0].tensor, config)
         assert module is not None, "_explain_unfit refuses a tensor without a module"
         rows, columns = group[0].shape[::-1] if transposed else group[0].shape
@@ -77,7 +77,7 @@ def render_adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, byte
         "bias": "none",
         "fan_in_fan_out": transposed,
     }
-    origin = {"format": "pt", "swsurgery": json.dumps(patch.origin(), sort_keys=True, separators=(",", ":"))}
+    origin = {"format": "pt", "swsurgery": json.dumps(patch.describe_origin(), sort_keys=True, separators=(",", ":"))}
     return {
         "adapter_config.json": render_json(settings),
         "adapter_model.safetensors": render_safetensors(arrays, origin),

@@ -60,7 +60,7 @@ def make_publication(
         planner = FilePlanner(checkpoint, record, base, target, distrusted, hashing, progress)
         names = [n for n in record.files if n not in left_out and (n in planner.there or n in record.elsewhere)]
         names += [n for n in planner.there if n not in record.files and n not in left_out and n not in OWN_FILES]
-        items = [planner.item(name) for name in sorted(names)]
+        items = [planner.plan_item(name) for name in sorted(names)]
         published = _make_record(record, items, base)
         records = Patched(published, published.render(), patched.manifest_raw)
         text = read_base_card(planner, record, base)
@@ -69,8 +69,8 @@ def make_publication(
         body = card.render_body(
             published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, record)
         )
-        own = records.own_files() | {CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
-        items += [planner.own(name, data) for name, data in own.items()]
+        own = records.render_own_files() | {CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
+        items += [planner.plan_own(name, data) for name, data in own.items()]
     message = wish.message or summarise_edits(record)
     plan = assemble(root, wish, published, items, left_out, notes, findings, base, target, message)
     _refuse_second_set(plan)
@@ -183,7 +183,7 @@ class FilePlanner:
         self.distrusted, self.hashing, self.progress = distrusted, hashing, progress
         self.by_digest = {f.sha256: f for f in base.files.values() if f.sha256} if base else {}
 
-    def item(self, name: str) -> Item:
+    def plan_item(self, name: str) -> Item:
         """Plan a file of the checkpoint. Raises CheckpointError if neither the directory nor the base has it."""
         file = self.there.get(name)
         if file is None:
@@ -194,7 +194,7 @@ class FilePlanner:
             found = Item(name, "upload", file.size, "", self._get_digest(file), None, file.source)
         return self._decide(found, "edited" if name in self.edited else "")
 
-    def own(self, name: str, data: bytes) -> Item:
+    def plan_own(self, name: str, data: bytes) -> Item:
         """Plan a file that swsurgery makes for the repository."""
         return self._decide(_make_item(name, data, data), "made for this repository")
 

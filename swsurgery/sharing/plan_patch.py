@@ -78,7 +78,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
     made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
     made[CARD_NAME] = render_card(card.make_patch_fields(record, base_fields), body)
-    items = [planner.own(name, data) for name, data in made.items()]
+    items = [planner.plan_own(name, data) for name, data in made.items()]
     message = wish.message or f"a patch: {summarise_edits(record)}"
     return assemble(root, wish, record, items, {}, notes, findings, base, target, message)
 

@@ -33,7 +33,7 @@ def plan_or_report(loaded: LoadedManifest, base: Checkpoint) -> tuple[Plan | Non
 
 def _locate_misfit(loaded: LoadedManifest, fault: str) -> Finding:
     for number in range(len(loaded.manifest.edits)):
-        prefix = escape_control(f"{loaded.where(number)}: ")
+        prefix = escape_control(f"{loaded.describe_position(number)}: ")
         if fault.startswith(prefix):
             return point_at(loaded, Finding("manifest-mismatch", fault.removeprefix(prefix)), ("edits", number))
     message = fault.removeprefix(escape_control(f"{loaded.path}: "))
@@ -77,7 +77,7 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
         Finding.of_difference(d)
         for d in find_undeclared_changes(checkpoint, base, sorted(ours & theirs), declared, progress)
     ]
-    sound = {name for name, shard in checkpoint.shards.items() if shard.size == base.file(name).size}
+    sound = {name for name, shard in checkpoint.shards.items() if shard.size == base.get_file(name).size}
     for splice in (s for s in plan.splices if s.file in sound):
         tensor, index = splice.coordinate
         try:
@@ -91,13 +91,13 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
             findings.append(
                 wishes.make_finding(f"{made}, but the checkpoint has {dtypes.format_bits(stored)}", splice.coordinate)
             )
-    return findings + [wishes.at(f) for f in changed] + list(_check_pins(wishes, base))
+    return findings + [wishes.attach_position(f) for f in changed] + list(_check_pins(wishes, base))
 
 
 def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
     """Check the digests that the manifest pins. The planner has checked that these files exist."""
     for name, digest in wishes.loaded.manifest.base.sha256.items():
-        here = hash_file(base.file(name).source)
+        here = hash_file(base.get_file(name).source)
         if here != digest:
             message = f"base.sha256 of {name} is {digest}, this base's is {here}"
             yield wishes.make_finding(message, path=("base", "sha256", name))

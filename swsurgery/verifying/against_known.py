@@ -93,7 +93,7 @@ class Survival:
         """True if any coordinate that counts is neither unreadable nor suspicious."""
         return any(c.held and c.state not in UNDECIDED for c in self.coordinates)
 
-    def findings(self) -> list[Finding]:
+    def list_findings(self) -> list[Finding]:
         """Return one finding for each coordinate that is lost, suspicious or unreadable."""
         found = []
         for c in self.coordinates:
@@ -155,7 +155,7 @@ def _read_known(
         value, step, raw = _read(checkpoint, coordinate)
     except (ArchitectureError, _Unreadable) as error:
         return replace(kept, reason=str(error))
-    dtype = checkpoint.info(coordinate.tensor).dtype
+    dtype = checkpoint.get_info(coordinate.tensor).dtype
     number, slack, signed = _read_known_value(entry)
     kept = replace(kept, stored=value, dtype=dtype.name, known=number)
     ratio = None
@@ -194,7 +194,7 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
     the weight itself.
     """
     name, index = coordinate
-    info = checkpoint.info(name)
+    info = checkpoint.get_info(name)
     reading = checkpoint.quantisation.get_reading(name)
     if reading.kind == "internal":
         raise _Unreadable(f"{name} does not contain weights: {reading.reason}")
@@ -215,7 +215,7 @@ def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index
     """Read the scale that applies to the scalar at `index`, stored per tensor, row or block. Raises _Unreadable."""
     if name in checkpoint.disagreements:
         raise _Unreadable(f"index and shards disagree about {name}")
-    info = checkpoint.info(name)
+    info = checkpoint.get_info(name)
     if info.dtype.kind != "float":
         raise _Unreadable(f"the scale {name} is stored as {info.dtype.name}")
     _refuse_turned(checkpoint, name)

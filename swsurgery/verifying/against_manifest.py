@@ -45,9 +45,9 @@ class Wishes:
         finding = Finding("manifest-mismatch", message)
         if coordinate is not None:
             finding = replace(finding, tensor=coordinate.tensor, index=coordinate.index)
-        return self.at(finding, path if path is not None else ("edits",))
+        return self.attach_position(finding, path if path is not None else ("edits",))
 
-    def at(self, finding: Finding, path: Node = ()) -> Finding:
+    def attach_position(self, finding: Finding, path: Node = ()) -> Finding:
         """Return the finding with the position of the edit that names its scalar, or of the node `path` if any."""
         if finding.tensor is not None and finding.index is not None:
             scalar = self.asked.get(Coordinate(finding.tensor, finding.index))
@@ -76,7 +76,7 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
     for number, fault in resolution.list_misfits():
         misfits.append(point_at(loaded, Finding("manifest-mismatch", fault), ("edits", number)))
-    return Wishes(loaded, resolution.by_coordinate(), tuple(misfits))
+    return Wishes(loaded, resolution.group_by_coordinate(), tuple(misfits))
 
 
 def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
@@ -141,7 +141,7 @@ def _compare_own_manifest(
         yield None, f"the manifest is invalid: {error.faults[0].removeprefix(f'{MANIFEST_NAME}:')}"
         return
     resolution = resolve(manifest, checkpoint, partial(_find_recorded, record))
-    asked, faults = resolution.by_coordinate(), resolution.list_misfits()
+    asked, faults = resolution.group_by_coordinate(), resolution.list_misfits()
     # Protected scalars of shards that stay in the base's repository cannot be resolved without the shard's header.
     afar = {r.coordinate for r in record.protected if r.file in elsewhere and r.file not in checkpoint.shards}
     unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}

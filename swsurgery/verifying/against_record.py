@@ -154,7 +154,7 @@ def _check_all_digests(
         for name in names:
             scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
             found = _check_digests(files[name], record.files[name], edited.get(name, []), scan, progress)
-            findings += found + (scan.findings() if scan else [])
+            findings += found + (scan.list_findings() if scan else [])
             if not found:
                 sound.append(name)
     finally:
@@ -191,10 +191,10 @@ def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
     try:
         for name, shard in checkpoint.shards.items():
             scan = FiniteScan(name, shard)
-            for offset, chunk in read_chunks(checkpoint.file(name), []):
+            for offset, chunk in read_chunks(checkpoint.get_file(name), []):
                 scan.feed(offset, chunk)
                 progress.advance(len(chunk))
-            findings += scan.findings()
+            findings += scan.list_findings()
     finally:
         progress.close()
     return findings
@@ -218,7 +218,7 @@ def _check_file_list(record: Record, names: dict[str, BaseFile]) -> list[Finding
 def _check_sums(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
     """Check that SHA256SUMS agrees with the record."""
     findings = []
-    expected = patched.own_files()["SHA256SUMS"]
+    expected = patched.render_own_files()["SHA256SUMS"]
     if "SHA256SUMS" not in names:
         findings.append(Finding("file-missing", "it belongs to the record, but is missing", "SHA256SUMS"))
     elif names["SHA256SUMS"].size != len(expected) or read_small(names["SHA256SUMS"].source, "SHA256SUMS") != expected:

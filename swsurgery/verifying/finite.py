@@ -45,7 +45,7 @@ class FiniteScan:
                 return
             self._next += 1
 
-    def findings(self) -> list[Finding]:
+    def list_findings(self) -> list[Finding]:
         """Return one finding for each tensor with such values, with their number and the first of them."""
         found = []
         for name, (count, flat, data) in self._bad.items():

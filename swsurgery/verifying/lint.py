@@ -150,7 +150,7 @@ class _Reading:
 
     def locate(self, *path: str | int) -> LinePlace:
         """Return the position of a field, or of the edit or section that should contain it if it is missing."""
-        return self.loaded.position(*path)
+        return self.loaded.find_position(*path)
 
     @classmethod
     def of(cls, loaded: LoadedManifest) -> _Reading:
@@ -174,7 +174,7 @@ class _Reading:
                 entry = target.find_entry(model)
             except LookupFailed as error:
                 if model is not None or not misses:  # a model that was not found is reported once
-                    place = loaded.position("edits", number, "known")
+                    place = loaded.find_position("edits", number, "known")
                     misses += [(place, fault) for fault in error.faults]
             entries.append(entry)
             names.append(entry.id if entry else None if edit.known else str(target))

@@ -215,7 +215,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         findings, rules = [*verification.findings], verification.rules
         if any(f.index is not None for f in findings):
             wanted = wishes or _resolve_own_manifest(root, patched, checkpoint, repo_ids)
-            findings = [wanted.at(f) for f in findings] if wanted else findings
+            findings = [wanted.attach_position(f) for f in findings] if wanted else findings
     else:
         findings, rules = _check_files(checkpoint, question.finite, progress)
     if wishes is not None:
@@ -224,7 +224,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
     kept = None
     if question.known:
         kept = _survey_known(question, checkpoint, patched, repo_ids)
-        findings += kept.findings()
+        findings += kept.list_findings()
         rules += ("known-lost", "known-unreadable", "known-suspicious")
     if question.signature is not None and question.public_key is not None:
         findings += _check_signature(root, question.signature, question.public_key)

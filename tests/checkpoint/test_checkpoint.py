@@ -55,9 +55,9 @@ def test_a_single_file_is_a_checkpoint(single):
     assert checkpoint.index_name is None
     assert checkpoint.config == {"model_type": "llama"}
     assert [f.name for f in checkpoint.files] == ["config.json", "model.safetensors"]
-    assert checkpoint.info("a").shape == (2, 3)
+    assert checkpoint.get_info("a").shape == (2, 3)
     assert checkpoint.shapes == {"a": (2, 3), "b": (2, 3)}
-    assert checkpoint.file("model.safetensors").size == (single / "model.safetensors").stat().st_size
+    assert checkpoint.get_file("model.safetensors").size == (single / "model.safetensors").stat().st_size
     assert (checkpoint.copies, checkpoint.left_out, checkpoint.notes, checkpoint.disagreements) == ((), (), (), {})
     assert (checkpoint.repo_id, checkpoint.revision, checkpoint.in_cache) == (None, None, False)
 
@@ -336,7 +336,7 @@ def test_a_snapshot_opens_the_blobs_and_knows_repository_and_revision(snapshot):
     checkpoint = open_checkpoint(snapshot)
     assert is_cache_snapshot(snapshot)
     assert (checkpoint.repo_id, checkpoint.revision, checkpoint.in_cache) == ("org/tiny", COMMIT, True)
-    weights, config = checkpoint.file("model.safetensors"), checkpoint.file("config.json")
+    weights, config = checkpoint.get_file("model.safetensors"), checkpoint.get_file("config.json")
     assert weights.entry.path == snapshot.resolve().parents[1] / "blobs" / ("5" * 64)
     assert (weights.digest, config.digest) == ("5" * 64, None)
     assert checkpoint.config == {"model_type": "llama"}
@@ -353,7 +353,7 @@ def test_a_blob_in_the_store_that_repositories_share_is_followed(snapshot):
     blob.symlink_to(f"../../blobs/ab/{name}")
     checkpoint = open_checkpoint(snapshot)
     assert set(checkpoint.weight_map) == {"shared"}
-    assert checkpoint.file("model.safetensors").entry.path == hub.resolve() / "blobs" / "ab" / name
+    assert checkpoint.get_file("model.safetensors").entry.path == hub.resolve() / "blobs" / "ab" / name
 
 
 @pytest.mark.parametrize("how", ["directly", "through a blob", "other repository", "odd name", "above the store"])

@@ -279,8 +279,8 @@ def test_where_quantisation_is_declared_codes_without_a_scale_are_unreadable(whe
     tensors = {f"{L}.weight": (dtype, 8, 32), f"{L}.bias": ("BF16", 8), "model.norm.weight": ("BF16", 8)}
     found = rule(tensors, **DECLARATIONS[where])
     assert found.get_reading(f"{L}.weight").kind == "unreadable"
-    assert str(found.declared) in found.refusal(f"{L}.weight")
-    assert found.refusal("model.norm.weight") is None and found.refusal(f"{L}.bias") is None
+    assert str(found.declared) in found.explain_refusal(f"{L}.weight")
+    assert found.explain_refusal("model.norm.weight") is None and found.explain_refusal(f"{L}.bias") is None
 
 
 @pytest.mark.parametrize(

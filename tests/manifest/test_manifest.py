@@ -75,7 +75,7 @@ def test_a_good_manifest_reads_as_it_is_written():
     assert (bits.expert, bits.value, bits.bits) == ("shared", None, "0x40BC")
     assert known.known == "all"
     assert (measured.index, measured.expect) == ((), MeasuredValue(value=2.5, dtype="F16"))
-    assert [loaded.where(i) for i in (0, 1, 5)] == ["m.yaml:15:5: edits[0]", "m.yaml:16:5: edits[1]",
+    assert [loaded.describe_position(i) for i in (0, 1, 5)] == ["m.yaml:15:5: edits[0]", "m.yaml:16:5: edits[1]",
                                                    "m.yaml:24:5: edits[5]"]  # fmt: skip
 
 
@@ -362,14 +362,14 @@ def test_bits_are_compared_where_values_cannot_be():
 
 def test_each_operation_makes_its_bytes():
     spot = {"layer": 1, "row": 2, "col": 3}
-    assert Zero(op="zero", **spot).new_bytes(BF16, STORED) == b"\0\0"
-    assert Scale(op="scale", factor=2.0, **spot).new_bytes(BF16, STORED) == bytes.fromhex("3c41")
-    assert Scale(op="scale", factor=1.0, **spot).new_bytes(BF16, STORED) == STORED
-    assert Set(op="set", value=5.875, **spot).new_bytes(BF16, b"\0\0") == STORED
-    assert Set(op="set", bits="0x40bc", **spot).new_bytes(BF16, b"\0\0") == STORED
+    assert Zero(op="zero", **spot).compute_bytes(BF16, STORED) == b"\0\0"
+    assert Scale(op="scale", factor=2.0, **spot).compute_bytes(BF16, STORED) == bytes.fromhex("3c41")
+    assert Scale(op="scale", factor=1.0, **spot).compute_bytes(BF16, STORED) == STORED
+    assert Set(op="set", value=5.875, **spot).compute_bytes(BF16, b"\0\0") == STORED
+    assert Set(op="set", bits="0x40bc", **spot).compute_bytes(BF16, b"\0\0") == STORED
     assert [kind.writes for kind in (Zero, Scale, Set, Protect)] == [True, True, True, False]
     for bits, word in (("0x7f80", "inf"), ("0xff80", "-inf"), ("0x7fc0", "nan")):
         with pytest.raises(NumberError, match=f"{bits} is {word} in BF16 .*only finite values are set"):
-            Set(op="set", bits=bits, **spot).new_bytes(BF16, b"\0\0")
+            Set(op="set", bits=bits, **spot).compute_bytes(BF16, b"\0\0")
     with pytest.raises(NumberError, match="0x40 has 2 hex digits, BF16 takes 4"):
-        Set(op="set", bits="0x40", **spot).new_bytes(BF16, b"\0\0")
+        Set(op="set", bits="0x40", **spot).compute_bytes(BF16, b"\0\0")

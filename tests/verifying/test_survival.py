@@ -98,7 +98,7 @@ def test_a_suspicious_value_neither_proves_nor_loses(tmp_path):
     survey = against_known.survey(open_checkpoint(holding(tmp_path, -190.0)), model(EXACT))
     (kept,) = survey.coordinates
     assert (kept.state, kept.stored, kept.ratio) == ("suspicious", -190.0, 76.0)
-    (finding,) = survey.findings()
+    (finding,) = survey.list_findings()
     assert (finding.rule, finding.level, finding.tensor) == ("known-suspicious", "warning", down(0))
     assert "suspicious: -2.5 -> -190 (BF16), x76, so the stored numbers may not be weights" in finding.message
     assert not survey.decided and survey.to_json()["decided"] is False
@@ -163,7 +163,7 @@ def test_a_doubted_coordinate_is_told_and_not_held(tmp_path, status):
     root = holding(tmp_path, 0.0)
     survey = against_known.survey(open_checkpoint(root), model(fact(value=-2.5, dtype="BF16", status=status)))
     assert survey.coordinates[0].state == "lost" and not survey.coordinates[0].held
-    assert survey.findings() == [] and not survey.decided
+    assert survey.list_findings() == [] and not survey.decided
 
 
 def test_a_row_is_named_and_a_model_of_rows_cannot_be_asked(tmp_path):
@@ -175,7 +175,7 @@ def test_a_row_is_named_and_a_model_of_rows_cannot_be_asked(tmp_path):
 
 def test_a_lost_one_is_a_finding_with_its_scalar(tmp_path):
     survey = against_known.survey(open_checkpoint(holding(tmp_path, 0.0)), model(EXACT))
-    (finding,) = survey.findings()
+    (finding,) = survey.list_findings()
     assert (finding.rule, finding.level) == ("known-lost", "error")
     assert (finding.file, finding.tensor, finding.index) == ("model.safetensors", down(0), (ROW, COL))
     assert "-2.5 -> 0 (BF16)" in finding.message
@@ -299,7 +299,7 @@ def test_what_is_no_single_number_is_said_to_be_unreadable(tmp_path, tensors, re
     survey = against_known.survey(open_checkpoint(write_single(tmp_path, tensors)), model(EXACT))
     (kept,) = survey.coordinates
     assert kept.state == "unreadable" and reason in kept.reason
-    (finding,) = survey.findings()
+    (finding,) = survey.list_findings()
     assert (finding.rule, finding.level) == ("known-unreadable", "warning")
     assert not survey.decided
 
