@@ -15,11 +15,12 @@ from swsurgery.checkpoint.quantised import Quantisation
 from swsurgery.checkpoint.weight_files import SINGLE, Weights, is_index
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.files import BaseFile
+from swsurgery.storage.result import TableResult
 from swsurgery.storage.shard import Shard, TensorInfo
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(TableResult):
     """Every file of a checkpoint and the headers of its shards.
 
     `weight_map` maps each tensor to the shard in which loaders look for it. `copies` names the files beside the shards
@@ -48,6 +49,29 @@ class Checkpoint:
     def is_here(self) -> bool:
         """True if the files are on this machine."""
         return not isinstance(self.root, RemoteTree)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the document that `inspect --json` prints: the files and tensors, with sizes in bytes."""
+        model_type = self.config.get("model_type")
+        return {
+            "checkpoint": str(self.root),
+            "model_type": model_type if isinstance(model_type, str) else None,
+            "repo_id": self.repo_id,
+            "revision": self.revision,
+            "files": [{"file": f.name, "size": f.size, "shard": f.name in self.shards} for f in self.files],
+            "tensors": self.to_rows(),
+            "copies": list(self.copies),
+            "disagreements": self.disagreements,
+            "notes": list(self.notes),
+        }
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per tensor: its name, shard, dtype, stored shape and size in bytes."""
+        return [
+            {"tensor": info.name, "file": file, "dtype": info.dtype.name, "shape": list(info.shape), "bytes": info.size}
+            for file, shard in self.shards.items()
+            for info in shard.tensors.values()
+        ]
 
     @property
     def directory(self) -> Path:

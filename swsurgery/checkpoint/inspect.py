@@ -19,55 +19,7 @@ from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage.arguments import require_integer, require_type
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import convert_to_json, format_bits
-from swsurgery.storage.result import Result, TableResult
-
-
-@dataclass(frozen=True, repr=False)
-class Overview(TableResult):
-    """The files and tensors of a checkpoint, from its headers.
-
-    `files` are (name, size in bytes, whether it is a shard). `revision` is a commit. `copies` names files that hold the
-    weights again. `disagreements` maps tensors to a description of how the index and the shards contradict each other.
-    """
-
-    checkpoint: str
-    model_type: str | None
-    repo_id: str | None
-    revision: str | None
-    files: tuple[tuple[str, int, bool], ...]
-    tensors: tuple[StoredTensor, ...]
-    copies: tuple[str, ...]
-    disagreements: Mapping[str, str]
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, object]:
-        """Return the document that `inspect --json` prints."""
-        return {
-            "checkpoint": self.checkpoint,
-            "model_type": self.model_type,
-            "repo_id": self.repo_id,
-            "revision": self.revision,
-            "files": [{"file": name, "size": size, "shard": shard} for name, size, shard in self.files],
-            "tensors": self.to_rows(),
-            "copies": list(self.copies),
-            "disagreements": dict(self.disagreements),
-            "notes": list(self.notes),
-        }
-
-    def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per tensor: its name, file, dtype, shape and size in bytes."""
-        return [{**vars(tensor), "shape": list(tensor.shape)} for tensor in self.tensors]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor: its shard, dtype (safetensors' name), stored shape and size in bytes."""
-
-    tensor: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
+from swsurgery.storage.result import Result
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +49,7 @@ def inspect(
     weights: Weights | None = None,
     variant: str | None = None,
     reporter: Reporter | None = None,
-) -> Overview: ...
+) -> Checkpoint: ...
 
 
 @overload
@@ -109,7 +61,7 @@ def inspect(
     weights: Weights | None = None,
     variant: str | None = None,
     reporter: Reporter | None = None,
-) -> Overview | Details: ...
+) -> Checkpoint | Details: ...
 
 
 def inspect(
@@ -120,8 +72,8 @@ def inspect(
     weights: Weights | None = None,
     variant: str | None = None,
     reporter: Reporter | None = None,
-) -> Overview | Details:
-    """List the files and tensors of a checkpoint, or describe one tensor, or one scalar with its value and bits.
+) -> Checkpoint | Details:
+    """Open a checkpoint to list its files and tensors, or describe one tensor, or one scalar with its value and bits.
 
     `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]. `at` is the index of a scalar in the stored shape of
     `tensor`: integers, or text such as "3968,7003". `weights` and `variant` choose between several sets of weights.
@@ -134,29 +86,10 @@ def inspect(
     with open_for_reading("checkpoint", checkpoint, require_reporter(reporter)) as root:
         opened = open_checkpoint(root, weights, variant)
         if tensor is None and at is None:
-            return _list_contents(opened)
+            return opened
         if tensor is None:
             raise CheckpointError("--at needs --tensor", at or "")
         return Details(_describe(opened, tensor, index))
-
-
-def _list_contents(checkpoint: Checkpoint) -> Overview:
-    model_type = checkpoint.config.get("model_type")
-    return Overview(
-        checkpoint=str(checkpoint.root),
-        model_type=model_type if isinstance(model_type, str) else None,
-        repo_id=checkpoint.repo_id,
-        revision=checkpoint.revision,
-        files=tuple((f.name, f.size, f.name in checkpoint.shards) for f in checkpoint.files),
-        tensors=tuple(
-            StoredTensor(info.name, file, info.dtype.name, info.shape, info.size)
-            for file, shard in checkpoint.shards.items()
-            for info in shard.tensors.values()
-        ),
-        copies=checkpoint.copies,
-        disagreements=checkpoint.disagreements,
-        notes=checkpoint.notes,
-    )
 
 
 def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None) -> dict[str, object]:

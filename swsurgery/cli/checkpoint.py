@@ -23,10 +23,11 @@ def inspect(
 ) -> None:
     """List files and tensors, or print one scalar with its bits."""
     from swsurgery.checkpoint import inspect
+    from swsurgery.checkpoint.checkpoint import Checkpoint
     from swsurgery.cli import show
 
     found = inspect.inspect(checkpoint, tensor, at, weights=weights, variant=variant, reporter=out.make_reporter())
-    show_document = show.show_files if isinstance(found, inspect.Overview) else show.show_tensor
+    show_document = show.show_files if isinstance(found, Checkpoint) else show.show_tensor
     out.print_result(found, lambda found: show_document(found.to_json()))
 
 

@@ -10,6 +10,7 @@ from swsurgery.errors import CheckpointError, PlanError
 from swsurgery.hub import Uri, parse_location
 from swsurgery.hub.names import suggest_uri
 from swsurgery.manifest.load import LoadedManifest
+from swsurgery.storage.arguments import require_location
 
 
 def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
@@ -36,7 +37,7 @@ def find_base(loaded: LoadedManifest, base: str | Path | None) -> Path | Uri:
     Raises HubError for a malformed name, CheckpointError for a path that looks like a repository of the Hub.
     """
     if base is not None:
-        return parse_location(base)
+        return parse_location(require_location("base", base))
     said = loaded.manifest.base
     if said.repo_id is not None:
         return Uri(said.repo_id, said.revision, "")

@@ -471,7 +471,7 @@ def test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded(t
         open_model(open_checkpoint(base), device="cpu", placement="streamed")
     norm = {"op": "zero", "tensor": "model.norm.weight", "index": [0]}
     with pytest.raises(Unrunnable, match=message):
-        load_patched(base, write_manifest(tmp_path / "m.json", base, norm))
+        load_patched(write_manifest(tmp_path / "m.json", base, norm), base)
     del stored[f"{name}.scale"]
     write_shard(path, stored)
     assert open_model(open_checkpoint(base), device="cpu", placement="whole")

@@ -129,9 +129,9 @@ def test_a_patched_model_is_not_loaded_from_the_file_that_was_not_chosen(tmp_pat
         "edits": [{"op": "zero", "tensor": name, "index": [1, 2]}],
     }
     with pytest.raises(ModelError, match="transformers would load model.safetensors"):
-        load_patched(pair.base, manifest)
+        load_patched(manifest, pair.base)
     manifest["base"]["weights"] = "single"
-    model = load_patched(pair.base, manifest)
+    model = load_patched(manifest, pair.base)
     assert float(model.state_dict()[name][0, 0]) == float(weights[name][0, 0])
 
 

@@ -248,7 +248,7 @@ def test_the_model_of_the_variant_runs(tmp_path):
     assert perplexities[1] == perplexities[2] != perplexities[0]
     manifest = {"version": 1, "base": {"path": str(pair.base), "variant": "fp16", "copies": "keep"},
                 "edits": [{"op": "zero", "tensor": tiny_checkpoint.DOWN, "index": [1, 2]}]}  # fmt: skip
-    state = load_patched(pair.base, manifest).state_dict()[tiny_checkpoint.DOWN]
+    state = load_patched(manifest, pair.base).state_dict()[tiny_checkpoint.DOWN]
     stored = load_file(pair.base / FP16)[tiny_checkpoint.DOWN]
     assert (float(state[1, 2]), float(state[3, 7])) == (0.0, float(stored[3, 7]))
 

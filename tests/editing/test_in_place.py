@@ -728,7 +728,7 @@ def test_what_is_read_whole_is_not_edited_meanwhile(base, manifest, tmp_path, ap
 def test_a_cut_off_edit_is_undone_for_those_who_load_it_from_python(base, manifest):
     before = tree(base)
     (base / WORKING_FILES[2]).touch()
-    assert dict(patched_state_dict(base, manifest))
+    assert dict(patched_state_dict(manifest, base))
     assert tree(base) == before
 
 

@@ -146,8 +146,8 @@ def test_the_kernel_is_asked_to_write_nothing(llama, tmp_path):
     script = (
         "import sys, swsurgery\n"
         f"base, manifest = {str(llama / 'base')!r}, {str(llama / 'm.json')!r}\n"
-        "assert float(swsurgery.load_patched(base, manifest).get_parameter(" + repr(DOWN) + ")[3, 7]) == 5\n"
-        "assert sum(1 for _ in swsurgery.patched_state_dict(base, manifest)) == 21\n"
+        "assert float(swsurgery.load_patched(manifest, base).get_parameter(" + repr(DOWN) + ")[3, 7]) == 5\n"
+        "assert sum(1 for _ in swsurgery.patched_state_dict(manifest, base)) == 21\n"
     )
     traced = tmp_path / "trace"
     calls = "trace=openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat"
@@ -234,7 +234,7 @@ BOTH = pytest.mark.parametrize("function", FUNCTIONS, ids=["model", "dict"])
 def test_another_value_than_expected_is_refused_before_anything_is_read(llama, tmp_path, function):
     manifest = write_manifest(tmp_path / "m.json", llama / "base", {**EDITS[0], "expect": 77.5})
     with pytest.raises(PlanError, match="expected 77.5"):
-        function(None, manifest)
+        function(manifest)
 
 
 @BOTH
@@ -244,10 +244,10 @@ def test_another_digest_is_refused(llama, tmp_path, function, sound):
     base = {"path": str(llama / "base"), "sha256": {"model.safetensors": digest}}
     manifest = write_manifest(tmp_path / "m.json", base, EDITS[0])
     if sound:
-        function(None, manifest)
+        function(manifest)
     else:
         with pytest.raises(PlanError, match="but the manifest says"):
-            function(None, manifest)
+            function(manifest)
 
 
 @BOTH
@@ -261,9 +261,9 @@ def test_bad_manifests_and_bases_are_our_own_errors(llama, tmp_path, function):
         ("hf://no such name", llama / "m.json"),
     ):
         with pytest.raises(swsurgery.SwsurgeryError):
-            function(base, manifest)
+            function(manifest, base)
     with pytest.raises(ManifestError):
-        function(llama / "base", b"version: 2")
+        function(b"version: 2", llama / "base")
 
 
 def test_a_model_that_transformers_cannot_load_is_one_line(tmp_path):
@@ -318,7 +318,7 @@ def test_a_machine_without_torch_is_told_what_to_install(llama, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
     for function in FUNCTIONS:
         with pytest.raises(ModelError, match=r"not installed: torch \(pip install 'swsurgery\[check\]'\)"):
-            function(llama / "base", llama / "m.json")
+            function(llama / "m.json", llama / "base")
 
 
 def test_a_base_on_the_hub_is_fetched(any_hub, llama):

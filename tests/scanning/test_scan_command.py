@@ -390,8 +390,9 @@ def test_a_full_disk_behind_stdout_is_one_line_and_the_manifest_is_there(here: P
     words = [sys.executable, "-m", "swsurgery", "scan", "planted", "--method", "weights", "--manifest", "zero.yaml"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    written = "swsurgery: manifest: zero.yaml\n"
     line = "swsurgery: cannot write (No space left on device): stdout (manifest: zero.yaml)\n"
-    assert (done.returncode, done.stderr) == (2, line)
+    assert (done.returncode, done.stderr) == (2, written + line)
     assert (here / "zero.yaml").exists()
 
 

@@ -199,7 +199,7 @@ def test_logits_that_were_not_finite_are_kept_as_words(checkpoint, report):
     assert (two.ratio, two.after, two.ci95, two.kl) == (math.inf, math.inf, None, None)
     own.save(model)
     assert own.find_model("tiny") == model
-    json.dumps(shipped_module.to_json(own.find_model("tiny")), allow_nan=False)
+    json.dumps(shipped_module.build_json(own.find_model("tiny")), allow_nan=False)
     assert "not finite" in table_module.render_table(model, 100) and "infinite" in table_module.render_table(model, 100)
 
 

@@ -267,13 +267,13 @@ def test_a_repository_that_becomes_public_before_the_commit_gets_none(
 
 def test_a_repository_that_became_public_while_the_plan_was_made_gets_no_upload(hub, patched, capsys, monkeypatch):
     hub.add_repo(NEW, private=True)
-    real = publish_module.publish
+    real = publish_module._carry_out
 
     def late(*arguments, **named):
         hub.repo(NEW).private = False
         return real(*arguments, **named)
 
-    monkeypatch.setattr(publish_module, "publish", late)
+    monkeypatch.setattr(publish_module, "_carry_out", late)
     assert publish(patched, NEW, "--private") == 2
     assert "has become public" in capsys.readouterr().err and hub.traffic.requests(method="PUT") == []
 

@@ -150,7 +150,7 @@ def test_a_base_renamed_during_the_copy_is_not_remembered_under_its_successor(ba
             other.replace(base / FIRST)
 
     with contextlib.suppress(CheckpointError):
-        apply(manifest, tmp_path / "out", progress=Swap())
+        apply(manifest, tmp_path / "out", reporter=Swap())
     entries = json.loads(cache.read_text())["digests"]
     assert entries.get(digest_cache._make_identity(os.stat(base / FIRST))) is None
     assert real in entries.values()
@@ -160,9 +160,9 @@ def test_exports_and_loaded_models_compute_the_digests_of_what_they_touch(base, 
     apply(pinned, tmp_path / "first")
     flip(base / SECOND)
     with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
-        export.read(pinned)
+        export.read(pinned, None, Silent())
     free = write_manifest(tmp_path / "free.json", base, ZERO)
-    assert export.read(free).patch.base.sha256 == {SECOND: sha256(base / SECOND)}
+    assert export.read(free, None, Silent()).patch.base.sha256 == {SECOND: sha256(base / SECOND)}
 
 
 def test_a_reversion_hashes_what_it_writes(manifest, tmp_path, same_identity):

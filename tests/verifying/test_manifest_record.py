@@ -228,7 +228,7 @@ def test_known_means_what_was_known_then(known_base, tmp_path, monkeypatch, edit
     def unknown(name: str) -> None:
         raise LookupFailed("no such known model", name)
 
-    monkeypatch.setattr(known.own, "lookup", unknown)
+    monkeypatch.setattr(known.own, "find_model", unknown)
     monkeypatch.setattr(known.own, "find_by_repo", lambda name: None)
     assert findings(tmp_path / "out") == ()
 

@@ -33,7 +33,7 @@ SIGNATURE = "model.sig"
 def signed(tmp_path) -> Path:
     """A checkpoint with its signature inside; key.pem and key.pub lie beside it."""
     root = write_llama(tmp_path / "checkpoint")
-    assert signature_module.sign(root, write_keys(tmp_path)) == root / SIGNATURE
+    assert signature_module.sign(root, write_keys(tmp_path)).signature == root / SIGNATURE
     return root
 
 

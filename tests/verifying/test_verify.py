@@ -29,8 +29,8 @@ from patched import (
 import swsurgery
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError
-from swsurgery.verifying.against_record import Verification
 from swsurgery.verifying.findings import RULES
+from swsurgery.verifying.verify import Verification
 
 RECORD = "swsurgery.json"
 
