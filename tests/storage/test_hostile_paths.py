@@ -52,9 +52,10 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every path that os.open was given, links resolved."""
     real, paths = os.open, []
 
-    def record(path, *arguments, **options):
-        paths.append(Path(os.path.realpath(path)))
-        return real(path, *arguments, **options)
+    def record(path, *arguments, dir_fd=None, **options):
+        below = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        paths.append(Path(os.path.realpath(os.path.join(below, path))))
+        return real(path, *arguments, dir_fd=dir_fd, **options)
 
     monkeypatch.setattr(os, "open", record)
     return paths
