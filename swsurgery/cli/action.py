@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from swsurgery._version import __version__
 from swsurgery.cli import output
-from swsurgery.errors import SwsurgeryError, escape_control
+from swsurgery.errors import SwsurgeryError, escape_control, pluralise
 from swsurgery.storage import filesystem
 from swsurgery.verifying import formats
 from swsurgery.verifying.findings import Finding
@@ -97,7 +97,7 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
             )
         )
     elif base or model or files or known or finite or weights or variant:
-        raise SwsurgeryError("only the inputs lint and strict mean something without the input checkpoint")
+        raise SwsurgeryError("without the input checkpoint, only the inputs lint and strict may be given")
     if not steps:
         raise SwsurgeryError("nothing to do: give the input checkpoint, the input lint, or both")
     return steps
@@ -106,7 +106,7 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
 def _read_switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:
     word = inputs.get(name) or str(default).lower()
     if word not in ("true", "false"):
-        raise SwsurgeryError(f"the input {name.lower().replace('_', '-')} is true or false", "", f"not {word}")
+        raise SwsurgeryError(f"the input {name.lower().replace('_', '-')} must be true or false", "", f"not {word}")
     return word == "true"
 
 
@@ -119,7 +119,7 @@ def _choose_weights(inputs: Mapping[str, str]) -> Weights | None:
         case "single":
             return "single"
         case word:
-            raise SwsurgeryError("the input weights is index or single", "", f"not {word}")
+            raise SwsurgeryError("the input weights must be index or single", "", f"not {word}")
 
 
 def _expand(line: str) -> list[Path]:
@@ -170,7 +170,7 @@ def render_summary(reports: list[FindingReport], failures: list[str]) -> str:
 
 def _render_verdict(report: FindingReport) -> str:
     if report.errors:
-        return f"no, {report.errors} finding{'s' if report.errors > 1 else ''}"
+        return f"no, {pluralise(report.errors, 'finding')}"
     return "yes" if report.ok else "nothing could be compared"
 
 

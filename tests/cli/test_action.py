@@ -226,11 +226,11 @@ def test_manifests_are_linted_by_pattern_in_the_same_run(use, patched, workspace
         ({"FINITE": "true"}, "without the input checkpoint"),
         ({"MANIFEST": "patched.yaml"}, "without the input checkpoint"),
         ({"CHECKPOINT": "patched", "SIGNATURE": "patched/model.sig"}, "key"),
-        ({"CHECKPOINT": "patched", "FINITE": "yes"}, "the input finite is true or false"),
-        ({"CHECKPOINT": "patched", "WEIGHTS": "both"}, "the input weights is index or single"),
+        ({"CHECKPOINT": "patched", "FINITE": "yes"}, "the input finite must be true or false"),
+        ({"CHECKPOINT": "patched", "WEIGHTS": "both"}, "the input weights must be index or single"),
         ({"WEIGHTS": "index"}, "without the input checkpoint"),
-        ({"CHECKPOINT": "patched", "SUMMARY": "no"}, "the input summary is true or false"),
-        ({"CHECKPOINT": "patched", "FAIL_ON_FINDINGS": "never"}, "the input fail-on-findings is true or false"),
+        ({"CHECKPOINT": "patched", "SUMMARY": "no"}, "the input summary must be true or false"),
+        ({"CHECKPOINT": "patched", "FAIL_ON_FINDINGS": "never"}, "the input fail-on-findings must be true or false"),
         ({"CHECKPOINT": "none"}, "none"),
         ({"CHECKPOINT": "base"}, "no record"),
         ({"CHECKPOINT": "patched", "MANIFEST": "none.yaml"}, "cannot read the manifest"),
@@ -256,7 +256,7 @@ def test_a_failure_reaches_the_job(use, patched):
     assert (job.code, job.stderr, job.outputs["ok"]) == (2, "", "false")
     assert "could not be checked" in job.summary and job.annotations[0].startswith("::error title=swsurgery::")
     job = use(checkpoint="patched", extras="sign] evil")
-    assert (job.code, job.outputs) == (2, {}) and "letters and commas" in job.annotations[0]
+    assert (job.code, job.outputs) == (2, {}) and "only letters and commas" in job.annotations[0]
 
 
 def test_no_summary_where_none_is_wanted(use, patched):

@@ -259,7 +259,7 @@ def test_hard_links_into_a_cache_are_refused(base, tmp_path):
     (root / "blobs").mkdir(parents=True)
     snapshot.parent.mkdir()
     base.rename(snapshot)
-    with pytest.raises(TargetError, match="hard link into a Hugging Face cache .*use --link auto"):
+    with pytest.raises(TargetError, match="hard link would share the file .* Hugging Face cache: .*use --link auto"):
         apply(snapshot, tmp_path / "out", ZERO, link="hard")
     assert not (tmp_path / "out").exists()
     apply(snapshot, tmp_path / "out", ZERO)
@@ -267,7 +267,7 @@ def test_hard_links_into_a_cache_are_refused(base, tmp_path):
 
 def test_a_clone_that_cannot_be_made_is_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(filesystem, "FICLONE", 0)  # an ioctl that no file system knows
-    with pytest.raises(TargetError, match="this file system cannot clone: .*use --link auto"):
+    with pytest.raises(TargetError, match="this file system cannot clone files: .*use --link auto"):
         apply(base, tmp_path / "out", ZERO, link="clone")
     assert not (tmp_path / "out").exists()
     apply(base, tmp_path / "out", ZERO)  # auto copies instead

@@ -59,7 +59,7 @@ def test_a_copy_that_does_not_fit_is_refused_before_it_begins(manifest, out, tmp
     assert apply(manifest, out, "--link", link) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"swsurgery: not enough room: the copy needs {blocks * BLOCK} bytes, {(blocks - 1) * BLOCK} are free: "
+        f"swsurgery: not enough disk space: the copy needs {blocks * BLOCK} bytes, {(blocks - 1) * BLOCK} are free: "
         f"{tmp_path} (free some space, or write to another file system)"
     )
     assert not written and names(tmp_path) == {"base", "m.json"}
@@ -74,7 +74,7 @@ def test_a_reversion_asks_too(manifest, out, tmp_path, left, capsys):
     assert apply(manifest, out) == 0
     left(1)
     assert main(["revert", str(out), "-o", str(tmp_path / "back"), "--link", "copy", "--quiet"]) == 2
-    assert "not enough room" in capsys.readouterr().err
+    assert "not enough disk space" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
 
 

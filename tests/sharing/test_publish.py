@@ -83,7 +83,7 @@ def test_a_first_publication_moves_the_edited_shard_and_small_files(hub, commit,
 def test_people_are_told_in_words(hub, commit, patched, capsys):
     assert main(["publish", str(patched), NEW, "--dry-run"]) == 0
     out, err = capsys.readouterr()
-    assert f"{NEW}: to be made, public; one commit to main" in out and f"base: hf://{BASE}@{commit}" in out
+    assert f"{NEW}: new, public; one commit to main" in out and f"base: hf://{BASE}@{commit}" in out
     assert "to copy on the Hub: 49.3 kB; to upload:" in out and "needs --accept check-missing" in err
     assert main(["publish", str(patched), NEW, "--yes", *ACCEPT]) == 0
     out, err = capsys.readouterr()
@@ -160,7 +160,7 @@ def test_somebody_who_is_asked_may_say_no(hub, patched, capsys, monkeypatch):
 
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     code, _, err = run(capsys, patched, NEW, *ACCEPT)
-    assert code == 1 and "for everyone to see?" in err and "to upload" in err
+    assert code == 1 and "visible to everyone?" in err and "to upload" in err
     assert NEW not in hub.state.repos
     monkeypatch.setattr("sys.stdin", Terminal("y\n"))
     assert run(capsys, patched, NEW, *ACCEPT)[0] == 0
@@ -196,7 +196,7 @@ def test_what_is_not_copied_is_uploaded_and_said(hub, commit, patched, capsys, r
     code, document, err = run(capsys, patched, NEW, "--yes", *ACCEPT)
     assert code == 0
     assert tree(hub)[THIRD] == digests(patched)[THIRD]
-    early = {"no xet": "no Xet hash", "gone": "cannot be seen"}.get(reason)
+    early = {"no xet": "only files with a Xet hash", "gone": "not visible"}.get(reason)
     if early:
         assert how(document)[THIRD] == "upload" and early in json.dumps(document["plan"])
     else:
@@ -236,7 +236,7 @@ def test_a_file_that_stayed_on_the_hub_is_copied_there_and_never_downloaded(hub,
 def test_a_file_that_stayed_on_the_hub_and_is_not_copied_is_fetched_and_uploaded(hub, tmp_path, sparse, capsys):
     hub.repo(BASE).region = "eu"
     code, _, err = run(capsys, sparse, NEW, "--yes", *ACCEPT)
-    assert code == 0 and f"fetching {THIRD}" in err
+    assert code == 0 and f"downloading {THIRD}" in err
     assert tree(hub)[THIRD] == digests(tmp_path / "base")[THIRD]
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_is_nowhere_is_refused(hub, sparse, capsys):
     record["base"]["revision"] = hub.head(BASE).oid
     (sparse / "swsurgery.json").write_text(json.dumps(record))
     code, _, err = run(capsys, sparse, NEW, "--dry-run")
-    assert code == 2 and "the base's repository does not have it" in err
+    assert code == 2 and "neither in the directory nor in the base's repository" in err
 
 
 def test_further_copies_of_the_weights_are_left_out_and_named(hub, tmp_path, commit, capsys):
@@ -383,7 +383,7 @@ def test_a_repository_is_not_given_a_second_set_of_weights(hub, tmp_path, patche
     (tmp_path / "old" / "model.safetensors").write_bytes((patched / FIRST).read_bytes())
     before = hub.add_repo(NEW, tmp_path / "old")
     code, _, err = run(capsys, patched, NEW, "--yes", *ACCEPT)
-    assert code == 2 and "holds other weights" in err and hub.head(NEW).oid == before
+    assert code == 2 and "contains other weights" in err and hub.head(NEW).oid == before
     hub.commit(NEW, {"model.safetensors": None})
     assert run(capsys, patched, NEW, "--yes", *ACCEPT)[0] == 0
     assert main(["verify", f"hf://{NEW}"]) == 0

@@ -66,10 +66,10 @@ def test_the_twin_a_forgery_that_changes_nothing_is_fine(patched):
 @pytest.mark.parametrize(
     ("old", "new", "index", "said"),
     [
-        ("factor: 2.0", "factor: 4.0", SCALED, "scale was requested: the factor is 4.0, 2.0 was used"),
-        ("op: zero, ", "op: set, value: 1.0, ", EDITED, "set was requested: zero was done"),
-        ("op: zero, ", "op: protect, ", EDITED, "protect was requested: zero was done"),
-        ("op: protect, ", "op: zero, ", (0, 4), "zero was requested: protect was done"),
+        ("factor: 2.0", "factor: 4.0", SCALED, "scale was requested: the record has the factor 2.0, not 4.0"),
+        ("op: zero, ", "op: set, value: 1.0, ", EDITED, "set was requested: the record has zero"),
+        ("op: zero, ", "op: protect, ", EDITED, "protect was requested: the record has zero"),
+        ("op: protect, ", "op: zero, ", (0, 4), "zero was requested: the record has protect"),
         ("index: [0, 4]}", "index: [0, 4], expect: '0x0000'}", (0, 4), "the base does not match: expected bits 0x0000"),
         ("index: [1, 2]}", "index: [1, 2], expect: 77.0}", EDITED, "the base does not match: expected 77"),
         (
@@ -101,7 +101,7 @@ def test_a_manifest_that_asks_for_something_else(patched, old, new, index, said)
         ("{path: base}", "{repo_id: org/other}", set()),
         ("edits:\n", f"edits:\n  - {{op: zero, tensor: {DOWN}, index: [0, 0]}}\n", {"does not list the scalar"}),
         ("edits:\n", f"edits:\n  - {{op: zero, tensor: {DOWN}, index: [3, 5]}}\n",
-         {"has two operations", "zero was requested: scale was done"}),
+         {"has two operations", "zero was requested: the record has scale"}),
         ("edits:\n", "edits:\n  - {op: zero, layer: 7, row: 0, col: 0}\n", {"edits[0]: "}),
         ("edits:\n", "edits:\n  - {op: protect, known: all}\n", {"does not list the known super weights"}),
         ("{path: base}", f"{{path: base, sha256: {{{SECOND}: '{'1' * 64}'}}}}", {f"base.sha256 of {SECOND} is 111"}),
@@ -143,7 +143,7 @@ def test_other_bits_than_the_arithmetic_gives(patched):
     forge(patched, MANIFEST.replace(edit, asked.replace(scaled["new_bits"], "0x3f80")))
     (finding,) = findings(patched)
     assert (finding.rule, finding.index) == ("manifest", SCALED)
-    assert finding.message == f"set was requested: it makes 0x3f80, not {scaled['new_bits']}"
+    assert finding.message == f"set was requested: the record has {scaled['new_bits']}, not 0x3f80"
 
 
 def test_the_command_says_so_at_the_line_and_exits_1(patched, capsys):
@@ -183,7 +183,7 @@ def test_both_steps_of_a_history_are_compared(twice):
     forge(twice, None, ask)
     (finding,) = findings(twice)
     assert (finding.rule, finding.file, finding.index) == ("manifest", RECORD, SCALED)
-    assert finding.message == "step 1: scale was requested: the factor is 4.0, 2.0 was used"
+    assert finding.message == "step 1: scale was requested: the record has the factor 2.0, not 4.0"
 
 
 def test_an_earlier_manifest_that_is_not_the_one_of_its_step(twice):
