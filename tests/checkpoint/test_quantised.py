@@ -488,7 +488,7 @@ def test_an_old_record_of_edited_codes_makes_no_adapter(tmp_path, monkeypatch):
     base = write_single(tmp_path / "base", {down(0): weight, f"{L}.scale": tensor("F32", 1)})
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "row": 1, "col": 2})
     with monkeypatch.context() as old:
-        old.setattr(Quantisation, "refusal", lambda self, name: None)
+        old.setattr(Quantisation, "explain_refusal", lambda self, name: None)
         swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("off"))
     with pytest.raises(PlanError, match=rf"LoRA adapter cannot represent this edit: {L}.weight\[1, 2\] is no weight"):
         export.export(tmp_path / "out", tmp_path / "adapter", format="peft")

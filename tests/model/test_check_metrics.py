@@ -300,7 +300,7 @@ def test_progress_of_a_streamed_model_counts_bytes_and_layers(pair: Pair) -> Non
 
 
 def test_progress_of_whole_passes_counts_sequences(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayeredModel, "layered", lambda self, ids: False)
+    monkeypatch.setattr(LayeredModel, "is_layered", lambda self, ids: False)
     progress = Recorder()
     report = check(pair, progress=progress)
     sequences = report.windows + len(BEGINNINGS)

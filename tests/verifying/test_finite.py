@@ -26,7 +26,7 @@ def scan(root, step: int) -> list[Finding]:
     search = FiniteScan("model.safetensors", shard)
     for offset in range(0, len(data), step):
         search.feed(offset, data[offset : offset + step])
-    return search.findings()
+    return search.list_findings()
 
 
 def patterns(dtype: str) -> bytes:
