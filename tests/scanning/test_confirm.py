@@ -382,7 +382,7 @@ class Told:
         self.model, self.dtype, self.device = bench.model().model, torch.float32, torch.device("cpu")
         self.weights = None
 
-    def layered(self, ids: Sequence[int]) -> bool:
+    def is_layered(self, ids: Sequence[int]) -> bool:
         return True
 
     def run(self, sequences: Any, variants: Any, *, progress: Any = None) -> Iterator[Outcomes]:
