@@ -162,7 +162,7 @@ def list_addressable(model: KnownModel, status: str | Collection[str] | None = N
 def build_json(
     models: KnownModel | Iterable[KnownModel], status: str | Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Return the document of `lookup --json`: plain values, with infinities as the text "inf"."""
+    """Convert models to the document that `lookup --json` prints. An infinity becomes the text "inf"."""
     listed = [models] if isinstance(models, KnownModel) else models
     # The round trip through JSON converts tuples to lists, so that callers can compare documents.
     return {"models": [json.loads(json.dumps(m.to_json(status), allow_nan=False)) for m in listed]}

@@ -209,7 +209,7 @@ class LayeredModel:
                 self.weights.close()
 
     def is_layered(self, ids: Sequence[int]) -> bool:
-        """Return True if the layers can be called from here.
+        """Return True if this class can call the layers one by one.
 
         This requires arguments that neither depend on the tokens nor carry state from call to call. Two rehearsals, of
         the token ids `ids` and of their reverse, decide it on the first call.

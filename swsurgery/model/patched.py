@@ -77,7 +77,7 @@ def _set(places: Places, scalar: Scalar, new: bytes) -> None:
     weight = place.weight
     if weight.device.type == "meta":
         raise ModelError(
-            "the weight is the weight is the weight is the weight is offloaded, so it cannot be edited in memory",
+            "the weight is offloaded, so it cannot be edited in memory",
             scalar.coordinate,
             "give another device_map",
         )

@@ -95,7 +95,10 @@ class Places:
                 weight[index] = held
 
     def find_place(self, coordinate: Coordinate) -> Place:
-        """Find a stored scalar in the loaded model: the first candidate that exists. Raises Unrunnable if none does."""
+        """Find a stored scalar in the loaded model, under the first of its possible names that exists there.
+
+        Raises Unrunnable if the checkpoint or the loaded model has no such scalar.
+        """
         shapes = self._checkpoint.shapes
         if coordinate.tensor in shapes:
             for candidate in list_loaded_candidates(self._checkpoint.config, coordinate, shapes):
