@@ -175,7 +175,11 @@ def test_a_location_is_a_str_or_a_path(room, name, bad):
     assert tree(room) == before
 
 
-@pytest.mark.parametrize("bad", [None, 3, object(), [3], ["edits.json"], {1, 2}], ids=repr)
+@pytest.mark.parametrize(
+    "bad",
+    [None, 3, object(), [3], ["edits.json"], {1, 2}],
+    ids=lambda bad: "object" if type(bad) is object else repr(bad),
+)
 @pytest.mark.parametrize("verb", ["apply", "plan", "load_manifest", "load_patched", "patched_state_dict"])
 def test_what_is_no_manifest_is_a_type_error(room, verb, bad):
     with pytest.raises(TypeError, match="manifest must be a path .*, a dict, a Manifest, .* or a list of edits, not"):

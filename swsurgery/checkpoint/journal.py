@@ -407,6 +407,8 @@ def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -
             filesystem.sync_directory(folder)
             filesystem.remove_file(folder / JOURNAL)
             filesystem.sync_directory(folder)
+    except CheckpointError:
+        raise
     except SwsurgeryError as error:
         remedy = f"{error}; its journal is kept, and the next command tries again"
         raise TargetError("an edit in place was cut off and could not be undone yet", folder, remedy) from error

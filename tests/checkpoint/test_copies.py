@@ -99,7 +99,7 @@ def test_an_edit_that_would_not_reach_it_is_refused(base, tmp_path, capsys):
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 1, "row": 2, "col": 3})
     assert main(["apply", str(manifest), "--dry-run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "would not reach further copies of the weights: X.GGUF, llama-fp16.safetensors (say base.copies" in line
+    assert "would not be edited: X.GGUF, llama-fp16.safetensors (set base.copies" in line
 
 
 # --- safetensors, by the header alone

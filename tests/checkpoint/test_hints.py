@@ -232,14 +232,14 @@ def test_revert_names_the_file_that_was_edited(patched, tmp_path, capsys):
     card.write_text("longer than it was before")
     assert main(["revert", str(patched)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "these were changed or removed since the edit: README.md" in line and line.endswith("(restore them)")
+    assert "these files were changed or removed since the edit: README.md" in line and line.endswith("(restore them)")
 
 
 def test_revert_names_the_file_that_is_gone(patched, tmp_path, capsys):
     (patched / "README.md").unlink()
     assert main(["revert", str(patched), "-o", str(tmp_path / "back")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "it lacks README.md" in line and line.endswith("(restore them)")
+    assert "these files are missing: README.md" in line and line.endswith("(restore them)")
 
 
 # --- a base that is not finite

@@ -490,7 +490,9 @@ def test_an_old_record_of_edited_codes_makes_no_adapter(tmp_path, monkeypatch):
     with monkeypatch.context() as old:
         old.setattr(Quantisation, "explain_refusal", lambda self, name: None)
         swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("off"))
-    with pytest.raises(PlanError, match=rf"LoRA adapter cannot represent this edit: {L}.weight\[1, 2\] is no weight"):
+    with pytest.raises(
+        PlanError, match=rf"LoRA adapter cannot represent this edit: {L}.weight\[1, 2\] is not a weight"
+    ):
         export.export(tmp_path / "out", tmp_path / "adapter", format="peft")
     assert export.export(tmp_path / "out", tmp_path / "patch.safetensors", format="sparse").scalars == 1
     assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0

@@ -76,7 +76,7 @@ def test_without_torch_bounds_are_not_met(base, tmp_path, monkeypatch, option):
 @pytest.mark.parametrize("kind", ["off", "weights"])
 def test_a_bound_goes_with_a_check_that_measures_it(base, tmp_path, kind):
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
-    with pytest.raises(PlanError, match=f"--check {kind} measures no perplexity"):
+    with pytest.raises(PlanError, match=f"--check {kind} does not measure perplexity"):
         swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions(kind, bounds=CheckedBounds(2.0)))
     assert not (tmp_path / "out").exists()
 

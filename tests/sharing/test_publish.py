@@ -170,7 +170,7 @@ def test_somebody_who_is_asked_may_say_no(hub, patched, capsys, monkeypatch):
 def test_a_pull_request_to_a_repository_of_others(hub, patched, capsys):
     before = hub.add_repo("meta/theirs")
     code, _, err = run(capsys, patched, "meta/theirs", "--yes", *ACCEPT)
-    assert code == 2 and "does not allow" in err
+    assert code == 2 and "refuses access" in err
     assert run(capsys, patched, "meta/theirs", "--create-pr", "--yes", *ACCEPT)[0] == 0
     assert hub.head("meta/theirs").oid == before
     assert tree(hub, "meta/theirs", "refs/pr/1")[SECOND] == digests(patched)[SECOND]

@@ -174,9 +174,9 @@ def test_a_conflict_with_the_very_same_commit_is_success(hub, patched, monkeypat
         (400, "the Hub refused (HTTP 400)"),
         (409, "HTTP 409"),
         (412, "HTTP 412"),
-        (429, "slower"),
+        (429, "rate of requests"),
         (500, "HTTP 500"),
-        (403, "not allow"),
+        (403, "refuses access"),
     ],
 )
 def test_a_commit_that_the_hub_refuses_is_one_line(hub, patched, capsys, status, line):

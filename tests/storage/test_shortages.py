@@ -368,7 +368,7 @@ def test_a_base_on_the_hub_whose_record_contradicts_a_pin(hub, tmp_path, capsys)
         err = capsys.readouterr().err
         assert code in (0, 2) and "Traceback" not in err
         if words[0] == "export":
-            assert code == 2 and f"its record says sha256 {'0' * 64}, but the manifest says {'1' * 64}" in err
+            assert code == 2 and f"the base's record has sha256 {'0' * 64}, but the manifest has {'1' * 64}" in err
             assert "/config.json (is this the right checkpoint?)" in err
 
 
