@@ -73,6 +73,6 @@ def lookup(
 
 def is_checkpoint(model: str | Path) -> bool:
     """Return True for the location of a checkpoint, False for the name of a model."""
-    if isinstance(model, Path) or model.startswith("hf://"):
+    if not isinstance(model, str) or model.startswith("hf://"):
         return True
     return (os.sep in model and Path(model).is_dir()) or Path(model, "swsurgery.json").is_file()

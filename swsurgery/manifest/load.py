@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import numbers
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from swsurgery.manifest import patch
 from swsurgery.manifest.operations import Target
 from swsurgery.manifest.schema import Base, Bounds, Manifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS, LineColumn, NodePath, Reader, format_path
+from swsurgery.storage.arguments import is_path
 from swsurgery.storage.files import LocalFile, read_at_most
 from swsurgery.storage.result import Result
 
@@ -76,7 +78,7 @@ def load_manifest(manifest: ManifestLike, base: str | Path | None = None) -> Loa
     """
     if isinstance(manifest, LoadedManifest):
         return manifest
-    if isinstance(manifest, str | Path):
+    if is_path(manifest):
         return _load_file(Path(manifest))
     if isinstance(manifest, bytes):
         return parse_manifest(manifest, IN_MEMORY)
@@ -110,8 +112,8 @@ def _convert_value(value: object) -> object:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, Mapping):

@@ -28,7 +28,7 @@ from swsurgery.manifest.schema import Manifest
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.sharing import lora
 from swsurgery.storage import filesystem, staging
-from swsurgery.storage.arguments import require_choice, require_path
+from swsurgery.storage.arguments import is_path, require_choice, require_path
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.hashing import check_digest, hash_file
@@ -137,7 +137,7 @@ def read(source: ManifestLike, base: str | Path | None, progress: Progress) -> E
 
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
-    where = parse_location(source) if isinstance(source, str | Path) else None
+    where = parse_location(source) if is_path(source) else None
     if where is None or (isinstance(where, Path) and not where.is_dir()):
         return _read_manifest(load_manifest(source, base), base, progress)
     if base is not None:

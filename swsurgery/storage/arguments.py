@@ -6,6 +6,7 @@ import numbers
 import operator
 from collections.abc import Collection
 from pathlib import Path
+from typing import TypeGuard
 
 
 def require_choice(name: str, value: object, choices: Collection[str], *, optional: bool = False) -> None:
@@ -28,9 +29,14 @@ def require_strings(name: str, value: object) -> None:
         raise TypeError(f"{name} must be None or a list of strings, not {value!r:.80}")
 
 
+def is_path(value: object) -> TypeGuard[str | Path]:
+    """Return True for a str or a Path, the two ways to give a path or a location."""
+    return isinstance(value, str | Path)
+
+
 def require_location(name: str, value: object) -> str | Path:
     """Return the location of a checkpoint, a str or a Path, unchanged. Raises TypeError for any other value."""
-    if isinstance(value, str | Path):
+    if is_path(value):
         return value
     raise TypeError(f"{name} must be a str or a Path, not {value!r:.80}")
 

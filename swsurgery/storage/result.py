@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from html import escape
-from pathlib import Path
 from typing import ClassVar
 
 from swsurgery.errors import escape_control
+from swsurgery.storage.arguments import is_path
 
 MAX_TEXT = 60
 """Maximum number of characters of a text that a repr shows."""
@@ -74,7 +74,7 @@ def _list_fields(result: Result) -> Iterator[tuple[str, object]]:
 
 def _summarise(value: object) -> str:
     """Return a short text, a number or a result as it is, the number of items of a collection, "" for anything else."""
-    if isinstance(value, str | Path):
+    if is_path(value):
         text = str(value)
         return repr(text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 3]}...")
     if isinstance(value, bool | int | float | Result):

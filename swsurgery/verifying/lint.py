@@ -19,7 +19,7 @@ from swsurgery.manifest.load import IN_MEMORY, LoadedManifest, ManifestLike, loa
 from swsurgery.manifest.operations import Edit, MeasuredValue, Scale, Set, Zero
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import dtypes
-from swsurgery.storage.arguments import require_type
+from swsurgery.storage.arguments import is_path, require_type
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.numbers import format_exact
 from swsurgery.verifying.findings import Finding
@@ -106,7 +106,7 @@ def _name(manifest: ManifestLike) -> Path:
     """Return the path that the loader's messages name."""
     if isinstance(manifest, LoadedManifest):
         return manifest.path
-    return Path(manifest) if isinstance(manifest, str | Path) else IN_MEMORY
+    return Path(manifest) if is_path(manifest) else IN_MEMORY
 
 
 def _convert_faults(error: ManifestError, path: Path) -> Iterator[Finding]:
