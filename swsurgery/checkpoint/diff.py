@@ -93,7 +93,7 @@ class Difference(TableResult):
 
 @dataclass
 class _Found:
-    """What has been found so far; the fields are those of `Difference`."""
+    """What has been found so far, in fields with the names of those of `Difference`, and two buffers that are reused."""
 
     changes: list[Change] = field(default_factory=list)
     tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -101,6 +101,7 @@ class _Found:
     files: dict[str, str] = field(default_factory=dict)
     truncated: bool = False
     notes: list[str] = field(default_factory=list)
+    buffers: tuple[bytearray, bytearray] = field(default_factory=lambda: (bytearray(DIFF_CHUNK), bytearray(DIFF_CHUNK)))
 
 
 def diff(
@@ -194,13 +195,11 @@ def _compare_elements(
     """
     (shard_a, info_a), shard_b = stored_a, stored_b[0]
     changed, listed, unit = 0, 0, max(info_a.dtype.size, 1)
-    bytes_a, bytes_b = bytearray(), bytearray()
     at_a, at_b = (shard.data_start + info.data_offsets[0] for shard, info in (stored_a, stored_b))
     with shard_a.file.open() as file_a, shard_b.file.open() as file_b:
         for offset in range(0, info_a.size, DIFF_CHUNK):
             size = min(DIFF_CHUNK, info_a.size - offset)
-            if size != len(bytes_a):
-                bytes_a, bytes_b = bytearray(size), bytearray(size)
+            bytes_a, bytes_b = found.buffers if size == DIFF_CHUNK else (bytearray(size), bytearray(size))
             fill(file_a, bytes_a, at_a + offset)
             fill(file_b, bytes_b, at_b + offset)
             progress.advance(size)
