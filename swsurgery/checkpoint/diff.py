@@ -93,7 +93,7 @@ class Difference(TableResult):
 
 @dataclass
 class _Found:
-    """What has been found so far, in fields with the names of those of `Difference`, and two buffers that are reused."""
+    """What has been found so far, in fields with the names of those of `Difference`, and two reused buffers."""
 
     changes: list[Change] = field(default_factory=list)
     tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
