@@ -5,8 +5,8 @@
     swsurgery.apply("edits.yaml", output="patched")
     assert swsurgery.verify("patched").ok
 
-The functions are the commands: `swsurgery.verify` does what `swsurgery verify` does. docs/python.md has an example of
-each.
+A function and the command of the same name do the same: `swsurgery.verify` does what `swsurgery verify` does.
+docs/python.md has an example of each function.
 
 Each package imports only packages below it:
 
@@ -75,9 +75,9 @@ _MODULES = {
     "sweep": "scanning.scan",
     "verify": "verifying.verify",
 }
-"""Public names, and the module that each is loaded from on first use."""
+"""Maps each public name to the module (below `swsurgery.`) from which it is loaded on first use."""
 
-__all__ = [  # written out, for tools that read and do not run
+__all__ = [  # written out for tools that read this file without running it
     "CheckOptions",
     "Reporter",
     "Silent",
@@ -104,7 +104,7 @@ __all__ = [  # written out, for tools that read and do not run
 ]
 
 
-if not TYPE_CHECKING:  # type checkers see the imports above, and an error for any other name
+if not TYPE_CHECKING:  # type checkers use the imports above, and report any other name as an error
 
     def __getattr__(name):
         if name not in _MODULES:

@@ -1,4 +1,4 @@
-"""Run the command line: `python -m swsurgery` does what `swsurgery` does."""
+"""Run the command line: `python -m swsurgery` does the same as `swsurgery`."""
 
 from swsurgery.cli import entry
 

@@ -13,10 +13,10 @@
     ├── LookupFailed          no such known model or coordinate, or an ambiguous name
     ├── HubError              the Hub cannot be reached, or refuses
     ├── ModelError            the model cannot be loaded or run
-    │   └── Unrunnable        no command can run it; a command that can work without running it adds how
-    └── CheckFailed           exit 1: the sanity check failed; the target was not made
+    │   └── Unrunnable        the model cannot be run at all; some commands add a remedy that does not need a run
+    └── CheckFailed           exit 1: the sanity check failed; the output was not made
 
-    Interrupted               exit 130: SIGINT or SIGTERM; not an Exception, so that no library catches it
+    Interrupted               exit 130: SIGINT or SIGTERM; `except Exception` does not catch it
 
 A message is one line, `what: where (remedy)`. An error with several faults prints one such line for each. Any other
 exception that escapes is a bug (exit 3).
@@ -44,9 +44,9 @@ def escape_control(text: str) -> str:
 
 
 class SwsurgeryError(Exception):
-    """Base class of all known errors. `faults` contains one line per fault.
+    """Base class of all errors that swsurgery raises on purpose. `faults` contains one line per fault.
 
-    `result` is what had been computed before, if only writing it failed.
+    `result` is the result of the command if it was computed and only writing it to a file failed, otherwise None.
     """
 
     exit_code = 2
@@ -63,7 +63,7 @@ class SwsurgeryError(Exception):
 
     @classmethod
     def of(cls, faults: Iterable[str]) -> SwsurgeryError:
-        """Make one error that carries several faults, each of them a complete line."""
+        """Make one error with several faults. Each fault is a complete line, such as "what: where (remedy)"."""
         error = cls.__new__(cls)
         error.faults = tuple(escape_control(f) for f in faults)
         Exception.__init__(error, "\n".join(error.faults))
@@ -130,14 +130,14 @@ class Unrunnable(ModelError):
         self._parts = what, where, remedy
 
     def add_remedy(self, way: str) -> Unrunnable:
-        """Return the same error with one more remedy."""
+        """Return a copy of this error whose message also gives the remedy `way`."""
         what, where, remedy = self._parts
         return Unrunnable(what, where, f"{remedy}, or {way}" if remedy else way)
 
 
 @contextlib.contextmanager
 def add_remedy(way: str) -> Iterator[None]:
-    """Add `way` to the remedies of an Unrunnable that the block raises."""
+    """Add the remedy `way` to the message of an Unrunnable that the `with` block raises."""
     try:
         yield
     except Unrunnable as error:
@@ -149,28 +149,31 @@ class CheckFailed(SwsurgeryError):
 
 
 NOTHING_LEFT = "nothing was left behind"
-"""Interrupted ends with this text if no file remains."""
+"""Last part of the message of an Interrupted if the command left no file behind."""
 
 _done = [NOTHING_LEFT]
 
 
 def report_done(what: str | None) -> None:
-    """Set the result that exists already, for messages about a signal or a failed stdout; None if nothing exists."""
+    """Store what the command has produced so far, such as "figure: sweep.png"; None if it has produced nothing.
+
+    The text becomes part of the message if a signal arrives or writing to stdout fails.
+    """
     del _done[1:]
     if what:
         _done.append(what)
 
 
 def describe_done() -> str:
-    """Return what the command has done so far; "" if nothing."""
+    """Return the text that was given to `report_done`, or "" if the command has produced nothing."""
     return "; ".join(_done[1:])
 
 
 class Interrupted(BaseException):
-    """A signal ended the command. `left` describes what remains; the default is the text given to `report_done`.
+    """A signal ended the command. `left` describes what it leaves on disk, by default with the text of `report_done`.
 
-    Not an Exception, because torch and transformers catch those while they are imported, and would continue or raise
-    another error.
+    Not a subclass of Exception: torch and transformers catch every Exception while they are imported, and would
+    continue or raise another error.
     """
 
     exit_code = 130
@@ -182,5 +185,5 @@ class Interrupted(BaseException):
         self.signal = signal
 
     def replace_left(self, left: str) -> Interrupted:
-        """Return the same signal with another description of what remains."""
+        """Return an Interrupted for the same signal whose message describes what remains on disk as `left`."""
         return Interrupted(self.signal, left)

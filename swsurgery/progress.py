@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 
 class Progress(Protocol):
-    """Receives the progress of one task at a time: `start`, any number of `advance`, then always `close`."""
+    """Receives the progress of one task at a time: `start`, any number of `advance`, then `close`."""
 
     def start(self, total: int, unit: str, label: str) -> None:
         """Begin a task of `total` units, each called `unit` ("B" for bytes), shown as `label`."""
@@ -27,10 +27,10 @@ class Progress(Protocol):
 
 @runtime_checkable
 class Reporter(Progress, Protocol):
-    """Receives the progress of the work, and notes for the user. Public functions accept one as `reporter`."""
+    """Receives progress and notes for the user. Public functions take a Reporter as the argument `reporter`."""
 
     def say(self, line: str) -> None:
-        """Receive one note, a line without a newline."""
+        """Receive one note for the user: one line, without the newline."""
 
 
 class Silent:
@@ -53,7 +53,7 @@ class Silent:
 
 
 def require_reporter(reporter: Reporter | None) -> Reporter:
-    """Return the reporter, or a silent one for None. Raises TypeError for any other value."""
+    """Return `reporter`, or a Silent if it is None. Raises TypeError if it is not a Reporter."""
     if reporter is None:
         return Silent()
     if not isinstance(reporter, Reporter):
@@ -62,9 +62,9 @@ def require_reporter(reporter: Reporter | None) -> Reporter:
 
 
 class Rounds:
-    """A Progress that forwards several similar tasks to `progress`, one after another.
+    """A Progress that forwards several similar tasks to `progress`, one after another, and numbers them.
 
-    It prefixes each label with `word` and the number of the task: "round 2, ...".
+    Each label begins with `word` and the number of the task, such as "round 2, layer 5".
     """
 
     def __init__(self, progress: Progress, word: str = "round"):

@@ -15,10 +15,10 @@ R = TypeVar("R")
 
 
 class Pool:
-    """At most `threads` threads that make submitted calls in order. Leaving the context waits for all calls.
+    """Up to `threads` threads that start submitted calls in order. Leaving the `with` block waits for all calls.
 
-    A limit on processes or memory can prevent a thread from starting. Then the threads that did start make all calls.
-    Without any thread, `submit` makes the call itself. If `threads` is 1 or less, no thread is started.
+    A limit on processes or memory can prevent a thread from starting. The threads that did start then make all calls.
+    If no thread started, `submit` makes each call itself. If `threads` is 1 or less, no thread is started.
     """
 
     def __init__(self, threads: int, name: str = "swsurgery"):
@@ -31,7 +31,7 @@ class Pool:
                 self._threads.append(thread)
 
     def submit(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> Future[R]:
-        """Schedule a call and return its future. Without threads, the call is made at once and may raise."""
+        """Schedule a call and return its future. Without threads, make the call now and raise its exception."""
         future: Future[R] = Future()
         if not self._threads:
             future.set_result(call(*arguments, **named))
@@ -42,7 +42,7 @@ class Pool:
                 return
             try:
                 result = call(*arguments, **named)
-            except BaseException as error:  # noqa: BLE001 (the future raises it for the caller)
+            except BaseException as error:  # noqa: BLE001 (the future raises the error in the caller)
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -74,7 +74,7 @@ class Pool:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
-            del task  # otherwise its result would stay in memory until the next one
+            del task  # otherwise the result of this task would stay in memory until the next task
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,8 @@
 """The commands: each opens its arguments, calls one library function and prints the result.
 
 The package contains one module of commands per library package, the shared options and everything that writes to the
-terminal; only this package imports typer and tqdm. Nothing below may depend on it, and modules that are slow to load
-are imported inside the command that needs them.
+terminal. Only this package imports typer and tqdm, and no other package may import this one. Modules that are slow to
+load are imported inside the command that needs them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def _show_version(version: Annotated[bool, typer.Option("--version", help="Print
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done or yes, 1 no, 2 bad input, 3 a bug, 130 interrupted."""
+    """Run one command and return its exit code. `argv` are the words after `swsurgery`, by default those of sys.argv.
+
+    0: done, or the answer is "yes". 1: the answer is "no". 2: bad input. 3: a bug. 130: interrupted.
+    """
     report_done(None)
     out = output.Output()
     with _convert_signals(), _print_log():
@@ -59,24 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else 0
         except BrokenPipeError:
-            # The reader of stdout left, as `head` does. Without this, Python would report the error again at exit.
+            # The program that read stdout, such as `head`, has ended. Python would report the error again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except (Exception, Interrupted) as error:  # noqa: BLE001 - the one boundary
+        except (Exception, Interrupted) as error:  # noqa: BLE001 - every error ends here
             return _report_error(error, out.debug)
     return 0
 
 
 def _report_error(error: Exception | Interrupted, debug: bool) -> int:
-    """Print an error on stderr, with its traceback for `debug` or a bug. Return the exit code."""
+    """Print an error on stderr, with its traceback if it is a bug or `debug` is set. Return the exit code."""
     known: BaseException = error
     if _received and not isinstance(error, Interrupted | OSError):
-        known = _received[0]  # a library replaced the interruption by an error of its own
+        known = _received[0]  # a library caught the Interrupted and raised its own error instead
     if isinstance(known, SwsurgeryError | Interrupted):
         lines, code = known.faults, known.exit_code
     elif shortage := _explain_shortage(error):
         lines, code = (shortage,), 2
-    elif isinstance(error, OSError):  # no module expects it: a failing disk, or a file that was removed meanwhile
+    elif isinstance(error, OSError):  # no module handled it: a disk failed, or a file was removed meanwhile
         lines, code = (_describe_refusal(error),), 2
     else:
         lines, code = ("this is a bug in swsurgery: please report it with the lines above",), 3
@@ -94,7 +97,7 @@ def _describe_refusal(error: OSError) -> str:
 
 
 def _explain_shortage(error: BaseException) -> str:
-    """Return one line if the system has too few resources for the command, or "" for any other error."""
+    """Return the message if too little memory or too few threads were available; "" for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         return "not enough memory (free some, or raise the limit on memory, then run the command again)"
@@ -110,7 +113,10 @@ OUT_OF_MEMORY = (
     "failed to map segment",
     "std::bad_alloc",
 )
-"""Messages of torch, the dynamic linker and C++. numpy raises MemoryError, and system calls raise OSError."""
+"""Parts of the messages by which torch, the dynamic linker and C++ report that memory ran out.
+
+Their errors have no type of their own. numpy raises MemoryError, and system calls raise OSError.
+"""
 
 
 class _StderrHandler(logging.Handler):
@@ -122,7 +128,7 @@ class _StderrHandler(logging.Handler):
 
 @contextlib.contextmanager
 def _print_log() -> Iterator[None]:
-    """Print the library's log messages within the block."""
+    """Print the library's log messages on stderr while the `with` block runs."""
     log, handler = logging.getLogger("swsurgery"), _StderrHandler()
     log.addHandler(handler)
     try:
@@ -136,7 +142,7 @@ _received: list[Interrupted] = []
 
 @contextlib.contextmanager
 def _convert_signals() -> Iterator[None]:
-    """Raise Interrupted for SIGINT and SIGTERM within the block."""
+    """Raise Interrupted if SIGINT or SIGTERM arrives while the `with` block runs."""
     _received.clear()
     previous = {number: signal.signal(number, _handle_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -153,6 +159,6 @@ def _handle_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def entry() -> NoReturn:
-    """Run the command of this process."""
+    """Run the command that sys.argv contains, and end the process with its exit code."""
     output.open_standard_streams()
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""Lint, verify and report as the GitHub Action, which runs `python -I -m swsurgery.cli.action DIRECTORY`.
+"""Run lint and verify for the GitHub Action, which calls `python -I -m swsurgery.cli.action DIRECTORY`.
 
 The environment contains the action's inputs. Each manifest and the checkpoint are read once. The findings are written
 to stdout as workflow commands, which become annotations, and to three files in DIRECTORY: `swsurgery.sarif`,
-`summary.md` (Markdown for the job's page) and `outputs` (the action's outputs, one `name=value` per line).
+`summary.md` (the job summary, in Markdown) and `outputs` (the outputs of the action, one `name=value` per line).
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ if TYPE_CHECKING:
     from swsurgery.checkpoint.weight_files import Weights
 
 MAX_SUMMARY_ROWS = 50
-"""Maximum number of rows in a table of the summary."""
+"""Maximum number of findings in a table of the job summary, and of failures in its list."""
 
 MAX_CELL = 500
-"""Maximum number of characters in a cell. Escaping lengthens it up to six times, and a summary may have 1 MiB."""
+"""Maximum number of characters of text in a table cell, before escaping.
+
+Escaping makes up to ten bytes of one character, and GitHub limits a job summary to 1 MiB.
+"""
 
 
 def run(inputs: Mapping[str, str], directory: Path) -> int:
-    """Run the requested checks and write the three files. Returns the exit code: 0 yes, 1 no, 2 bad input."""
+    """Run the checks that `inputs` request, and write the three files to `directory`. Return the exit code.
+
+    0: the answer is "yes", or FAIL_ON_FINDINGS is false. 1: a check found errors. 2: a check could not be made.
+    """
     reports: list[FindingReport] = []
     failures: list[str] = []
     fail = True
@@ -97,16 +103,16 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
             )
         )
     elif base or model or files or known or finite or weights or variant:
-        raise SwsurgeryError("without the input checkpoint, only the inputs lint and strict may be given")
+        raise SwsurgeryError("an input of verify is set, but not the input `checkpoint`", "", "set `checkpoint`")
     if not steps:
-        raise SwsurgeryError("nothing to do: give the input checkpoint, the input lint, or both")
+        raise SwsurgeryError("nothing to do: set the input `checkpoint`, `lint`, or both")
     return steps
 
 
 def _read_switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:
     word = inputs.get(name) or str(default).lower()
     if word not in ("true", "false"):
-        raise SwsurgeryError(f"the input {name.lower().replace('_', '-')} must be true or false", "", f"not {word}")
+        raise SwsurgeryError(f"the input {name.lower().replace('_', '-')} must be true or false, but is {word}")
     return word == "true"
 
 
@@ -119,7 +125,7 @@ def _choose_weights(inputs: Mapping[str, str]) -> Weights | None:
         case "single":
             return "single"
         case word:
-            raise SwsurgeryError("the input weights must be index or single", "", f"not {word}")
+            raise SwsurgeryError(f"the input weights must be index or single, but is {word}")
 
 
 def _expand(line: str) -> list[Path]:
@@ -131,7 +137,7 @@ def _expand(line: str) -> list[Path]:
 
 
 def _render_sarif(reports: list[FindingReport]) -> str:
-    """Return one SARIF document with a run for each report."""
+    """Return one SARIF document that contains a run for each report."""
     documents = [json.loads(formats.render(report, "sarif")) for report in reports]
     empty = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0"}
     first = documents[0] if documents else empty
@@ -139,7 +145,7 @@ def _render_sarif(reports: list[FindingReport]) -> str:
 
 
 def _escape_data(text: str) -> str:
-    """Escape the data of a workflow command, which is %, CR and LF; printable text contains neither CR nor LF."""
+    """Escape the text of a workflow command, in which %, CR, LF and ##[ have a meaning."""
     return escape_control(text).replace("%", "%25").replace("##[", r"\x23#[")
 
 
@@ -147,7 +153,7 @@ def _escape_data(text: str) -> str:
 
 
 def render_summary(reports: list[FindingReport], failures: list[str]) -> str:
-    """Return the summary in Markdown: the verdicts, tables of the findings, and the checks that failed."""
+    """Return the job summary in Markdown: each report with its findings, then the checks that could not be made."""
     lines = ["### swsurgery", ""]
     for report in reports:
         lines += [f"**{report.command} {_escape_cell(report.subject)}: {_render_verdict(report)}**", ""]
@@ -184,10 +190,10 @@ def _render_row(finding: Finding) -> str:
 
 
 def _escape_cell(text: str) -> str:
-    """Return text as code that cannot contain Markdown, HTML, a mention or a link.
+    """Return text as HTML code in which Markdown, HTML, mentions and links have no effect.
 
-    Every character except letters, digits, blanks and dots becomes a character reference, which Markdown does not
-    interpret as syntax (CommonMark 0.31, section 2.5).
+    Every character except letters, digits, spaces and dots becomes a character reference such as `&#42;`, which
+    Markdown does not interpret as syntax (CommonMark 0.31, section 2.5).
     """
     plain = escape_control(text[: MAX_CELL + 1])
     if len(plain) > MAX_CELL:

@@ -1,4 +1,4 @@
-"""Verify every patched checkpoint that contains one of the given files.
+"""Verify every patched checkpoint that contains at least one of the given files.
 
 The pre-commit hook swsurgery-verify runs `python -I -m swsurgery.cli.changed FILE...` with the files of a commit. Any
 changed file of a patched checkpoint, not only its record, can invalidate the proof. Exit codes are those of
@@ -17,7 +17,7 @@ from swsurgery.cli import main
 
 
 def find_checkpoints(files: Iterable[Path]) -> list[Path]:
-    """Return the sorted directories that have a record and contain one of the files at any depth."""
+    """Return the directories that have a record and contain at least one of the files, at any depth. Sorted."""
     return sorted({d for f in files for d in f.parents if os.path.lexists(d / RECORD_NAME)})
 
 
@@ -26,7 +26,7 @@ def verify_changed(files: Sequence[str]) -> int:
     worst = 0
     for directory in find_checkpoints(map(Path, files)):
         worst = max(worst, main(["verify", "--quiet", "--", str(directory)]))
-        if worst > 2:  # interrupted or a bug, so the next checkpoint would fail too
+        if worst > 2:  # interrupted, or a bug: the next checkpoint would fail too
             break
     return worst
 

@@ -1,4 +1,4 @@
-"""Commands that look at checkpoints: inspect, diff."""
+"""Commands that read and compare checkpoints: inspect, diff."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inspect(
 def diff(
     out: Output,
     a: CheckpointArgument,
-    b: Annotated[str, typer.Argument(help="The checkpoint to compare it with.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="The checkpoint to compare A with.", show_default=False)],
     weights: WeightsOption = None,
     variant: VariantOption = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands that edit checkpoints and check edited ones: apply, revert, check."""
+"""Commands that edit checkpoints, undo edits and check the result: apply, revert, check."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def apply(
         ),
     ] = False,
 ) -> None:
-    """Apply a manifest: write a patched checkpoint, checked and with its record, or nothing."""
+    """Apply a manifest: write a patched checkpoint with its record, or nothing if any step fails."""
     from swsurgery.cli import show
     from swsurgery.editing import apply, sanity
 
@@ -129,7 +129,7 @@ def check(
 ) -> None:
     """Run a patched checkpoint and its base on the same text. Exit 1 if a bound is not met.
 
-    A checkpoint without a record is run alone: nothing is compared, and bounds are an error.
+    A checkpoint without a record is run alone: it is compared with nothing, so a bound is an error.
     """
     from swsurgery.cli import show
     from swsurgery.editing import sanity

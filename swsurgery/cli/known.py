@@ -23,7 +23,7 @@ def lookup(
         list[str] | None, typer.Option(help="Print only super weights with this status; may be repeated.")
     ] = None,
     manifest: Annotated[
-        Literal["zero", "scale", "protect"] | None, typer.Option(help="Print a manifest with this operation.")
+        Literal["zero", "scale", "protect"] | None, typer.Option(help="Print a manifest that uses this operation.")
     ] = None,
     factor: Annotated[float | None, typer.Option(help="The factor for --manifest scale.")] = None,
     forget: Annotated[bool, typer.Option("--forget", help="Remove your own entry, made by scan --register.")] = False,

@@ -32,10 +32,10 @@ COMMON = (
 
 
 def command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., None]:
-    """Make a command of a function: it also takes the options in COMMON.
+    """Make a command from a function, and add the options in COMMON to it.
 
-    The function receives them as its first argument. `main` gives the same Output to the context, so that it knows the
-    options when it reports an error.
+    The function receives these options as its first argument, an Output. `main` creates the Output, so it knows the
+    options too when it reports an error.
     """
 
     def run(context: typer.Context, *arguments: P.args, **named: P.kwargs) -> None:
@@ -59,11 +59,14 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _restrain_hub(out: Output) -> None:
-    """Apply --quiet to the progress bars and messages of huggingface_hub, which is not imported yet."""
+    """Silence huggingface_hub if --quiet was given, and its progress bars also if stderr is not a terminal.
+
+    huggingface_hub reads these environment variables when it is imported, so this must run before.
+    """
     if out.quiet or not is_terminal(sys.stderr):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if out.quiet:
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it reports retries as warnings
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # huggingface_hub reports retries as warnings
 
 
 CheckpointArgument = Annotated[
@@ -71,7 +74,7 @@ CheckpointArgument = Annotated[
 ]
 DirectoryArgument = Annotated[str, typer.Argument(help="The checkpoint's directory.", show_default=False)]
 BaseOption = Annotated[
-    str | None, typer.Option(help="The base, if not the manifest's: a directory or hf://ORG/NAME[@REV].")
+    str | None, typer.Option(help="The base, instead of the manifest's base: a directory or hf://ORG/NAME[@REV].")
 ]
 TextOption = Annotated[
     Path | None, typer.Option(help="A file with the text to measure on, instead of the built-in passage.")
@@ -82,11 +85,13 @@ MinRatio = Annotated[float | None, typer.Option(help="Fail if the perplexity rat
 DeviceOption = Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="The device that runs the model.")]
 PlacementOption = Annotated[
     Literal["auto", "whole", "streamed"],
-    typer.Option(help="Keep all weights in memory (whole) or two layers (streamed); auto streams what does not fit."),
+    typer.Option(
+        help="Keep all weights in memory (whole) or two layers (streamed); auto streams a model that does not fit."
+    ),
 ]
 WeightsOption = Annotated[
     Literal["index", "single"] | None,
-    typer.Option(help="Which weights to read if there is an index and a single file, but no record."),
+    typer.Option(help="Which weights to read if there are an index and a single file, but no record."),
 ]
 VariantOption = Annotated[
     str | None,
@@ -98,14 +103,14 @@ WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in each window; s
 
 
 def get_width() -> int:
-    """Return the number of columns of the terminal, or 100 if it is unknown."""
+    """Return the width of the terminal in characters, or 100 if it is unknown."""
     import shutil
 
     return shutil.get_terminal_size((100, 24)).columns
 
 
 def read_text(path: Path | None) -> str | None:
-    """Read a text in UTF-8, if a path is given. Raises SwsurgeryError if it cannot be read."""
+    """Return the contents of a UTF-8 file, or None if `path` is None. Raises SwsurgeryError if it cannot be read."""
     if path is None:
         return None
     try:
@@ -116,9 +121,10 @@ def read_text(path: Path | None) -> str | None:
 
 
 def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
-    """Raise TargetError if a report would replace a local input or a file in one.
+    """Raise TargetError if the file `report` would replace a local input, or a file inside an input directory.
 
-    The path is checked both with links followed and without, because the files in a snapshot of a cache are links.
+    The path of `report` is checked with and without following its last link, because the files of a checkpoint in the
+    Hub's cache are symbolic links.
     """
     places = [Path(os.path.realpath(report)), Path(os.path.realpath(report.parent), report.name)] if report else []
     reals = [os.path.realpath(each) for each in inputs if isinstance(each, Path)]

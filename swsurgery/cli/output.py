@@ -1,6 +1,6 @@
 """Write data to stdout, and messages and progress to stderr.
 
-The only module that imports tqdm. Must not depend on what the commands print.
+Only this module imports tqdm. It must not depend on what the commands print.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ R = TypeVar("R", bound=Result)
 
 @dataclass
 class Output:
-    """How a command prints: the options --json, --quiet and --debug, which every command has.
+    """How a command prints: the values of --json, --quiet and --debug, which every command has.
 
-    `given` are the names of the command's other parameters that are on the command line. `main` creates the value, and
-    the command sets it as soon as the command line is parsed.
+    `given` contains the names of the command's other parameters that the user gave. `main` creates the Output, and the
+    command sets its fields as soon as the command line is parsed.
     """
 
     json: bool = False
@@ -50,14 +50,14 @@ class Output:
             say(line)
 
     def make_reporter(self) -> Bar:
-        """Make a progress bar that also prints notes; it prints nothing if --quiet was given."""
+        """Make a Reporter that draws a progress bar and prints notes, or nothing if --quiet was given."""
         return Bar(self.quiet)
 
 
 class Bar:
-    """A reporter that prints notes and a progress bar on stderr, nothing if `quiet`.
+    """A Reporter that prints notes and a progress bar on stderr, or nothing if `quiet` is set.
 
-    The bar is invisible if stderr is not a terminal.
+    The bar is not drawn if stderr is not a terminal.
     """
 
     def __init__(self, quiet: bool = False):
@@ -66,11 +66,11 @@ class Bar:
         self._bar: tqdm[NoReturn] | None = None
 
     def start(self, total: int, unit: str, label: str) -> None:
-        """Draw a new bar; the unit "B" is printed with prefixes such as MB."""
+        """Draw a new bar. If `unit` is "B", numbers are printed with a prefix, such as 1.50MB."""
         self.close()
         if self._hidden:
             return
-        from tqdm import tqdm  # a tenth of the start-up time, and most commands draw no bar
+        from tqdm import tqdm  # importing it takes a tenth of the start-up time, and most commands draw no bar
 
         tqdm.set_lock(threading.RLock())  # the default lock uses a file in /dev/shm
         in_bytes = unit == "B"
@@ -104,7 +104,7 @@ class Bar:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Return True if the stream is open and a terminal."""
+    """Return True if the stream is open and is connected to a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
@@ -136,8 +136,8 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 def _write(text: str, stream: TextIO | None = None) -> None:
     """Write text to a stream, stdout by default.
 
-    If the reader has left, as `head` does, or the stream is closed, nothing more is printed and the exit code remains
-    the command's answer. Raises TargetError if stdout cannot be written; the message includes what was already done.
+    If the stream is closed, or the program that reads it has ended (such as `head`), nothing more is printed, and the
+    exit code stays the same. Raises TargetError if stdout cannot be written; the message says what was done before.
     """
     stream = stream or sys.stdout
     if stream is None or stream.closed:
@@ -158,15 +158,15 @@ def _write(text: str, stream: TextIO | None = None) -> None:
 
 
 def open_standard_streams() -> None:
-    """Open the standard streams that the parent process closed, and escape characters that stdout and stderr lack.
+    """Open the standard streams that the parent process closed. Escape characters that their encoding lacks.
 
-    Without this, the next file opened would get descriptor 1, and printed text would be written into that file.
+    If stdout stayed closed, the next file opened would get its descriptor, and text would be printed into that file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is `number`
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)

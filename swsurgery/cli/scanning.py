@@ -36,17 +36,21 @@ def scan(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to run; may be repeated.")] = None,
     confirm: Annotated[bool, typer.Option("--confirm", help="Measure the effect of zeroing each candidate.")] = False,
     manifest: Annotated[Path | None, typer.Option(help="Write a manifest of the super weights found.")] = None,
-    op: Annotated[Literal["zero", "scale", "protect"], typer.Option(help="The operation of that manifest.")] = "zero",
+    op: Annotated[
+        Literal["zero", "scale", "protect"], typer.Option(help="The operation in the manifest that --manifest writes.")
+    ] = "zero",
     factor: Annotated[float | None, typer.Option(help="The factor for --op scale.")] = None,
     plot: PlotOption = None,
-    register: Annotated[str | None, typer.Option(help="Save the result under this name for lookup.")] = None,
+    register: Annotated[
+        str | None, typer.Option(help="Save the result, so that lookup finds it under this name.")
+    ] = None,
     weights: WeightsOption = None,
     variant: VariantOption = None,
     text: Annotated[
         Path | None, typer.Option(help="A file with the text to confirm on, instead of the built-in passage.")
     ] = None,
     windows: Annotated[
-        int, typer.Option(min=1, help="Maximum number of windows of text to confirm on; a verdict needs 8.")
+        int, typer.Option(min=1, help="Maximum number of windows of text to confirm on; a verdict needs at least 8.")
     ] = 16,
     window: WindowOption = 512,
     device: DeviceOption = "auto",
@@ -80,7 +84,7 @@ def scan(
             reporter=out.make_reporter(),
         )
     except (SwsurgeryError, Interrupted) as error:
-        if isinstance(error.result, Scan):  # it took long to compute, and only writing a file failed
+        if isinstance(error.result, Scan):  # the scan took long, and only writing a file failed
             out.print_result(error.result, show_scan.show_scan)
         raise
     out.print_result(found, show_scan.show_scan)
@@ -104,7 +108,7 @@ def sweep(
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
 ) -> None:
-    """Measure the model's quality with a manifest's scalars multiplied by each factor."""
+    """Multiply the scalars of a manifest by each factor, and measure the model's quality."""
     from swsurgery.cli import show_scan
     from swsurgery.scanning import scan
 
@@ -126,17 +130,17 @@ def sweep(
 
 
 def parse_numbers(text: str) -> list[float]:
-    """Parse numbers separated by commas. Raises SwsurgeryError for anything else."""
+    """Parse numbers separated by commas, such as "0,0.5,1". Raises SwsurgeryError for any other text."""
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise SwsurgeryError(
-            "factors must be numbers separated by commas", repr(text), "such as 0,0.5,1,1.5,2"
+            "factors must be numbers separated by commas", repr(text), "write them like 0,0.5,1,1.5,2"
         ) from None
 
 
 def _refuse_idle(given: Collection[str], method: str, confirm: bool, manifest: Path | None) -> None:
-    """Raise SwsurgeryError for an option that has no effect with the other options."""
+    """Raise SwsurgeryError if the user gave an option that has no effect without another one, which is missing."""
     activations = method == "activations"
     for option, used, beside in (
         ("prompt", activations, "--method activations"),
@@ -162,7 +166,7 @@ def _scan_command(
     weights: str | None,
     variant: str | None,
 ) -> str:
-    """Return the command that repeats a scan, without paths and devices of this machine."""
+    """Return the command that repeats a scan. CHECKPOINT replaces the path, and options for the device are left out."""
     words = ["swsurgery", "scan", "CHECKPOINT", "--method", method]
     for prompt in prompts or ():
         words += ["--prompt", shlex.quote(prompt)]

@@ -41,7 +41,7 @@ def publish(
 ) -> None:
     """Publish a patched checkpoint in one commit that uploads only what changed.
 
-    Exit 1 if a finding prevents it, or if the Hub afterwards serves other files than planned.
+    Exit 1 if a finding prevents publishing, or if the files on the Hub afterwards are not the planned ones.
     """
     from swsurgery.sharing import publication, publish
 
@@ -87,7 +87,10 @@ def _show_proposal(proposal: Proposal) -> None:
 
 
 def _ask(plan: Publication) -> None:
-    """Show the plan and ask for confirmation. Raises SwsurgeryError if stdin is not a terminal."""
+    """Show the plan and ask the user to confirm it. Raises typer.Exit if the answer is not yes.
+
+    Raises SwsurgeryError if stdin is not a terminal.
+    """
     from swsurgery.sharing import publication
 
     if not sys.stdin.isatty():
@@ -134,7 +137,7 @@ def export(
         Literal["sparse", "peft", "vllm"],
         typer.Option(
             "--format",
-            help="sparse: one file for apply; peft: a LoRA adapter; vllm: arrays for its checkpoint patches.",
+            help="sparse: one file for apply; peft: a LoRA adapter; vllm: arrays for vLLM's checkpoint patches.",
             show_default=False,
         ),
     ],
@@ -143,7 +146,7 @@ def export(
     ],
     base: BaseOption = None,
 ) -> None:
-    """Write only the edits, in a few kilobytes."""
+    """Write only the edits, without the checkpoint: a few kilobytes."""
     from swsurgery.sharing import export as export_module
 
     exported = export_module.export(source, target, format=form, base=base, reporter=out.make_reporter())

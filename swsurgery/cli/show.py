@@ -1,6 +1,6 @@
-"""Print the library's values as lines and tables on stdout.
+"""Print the results of library functions as lines and tables on stdout.
 
-Must not compute anything or import torch.
+This module must not compute anything or import torch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from swsurgery.editing.revert import Reverted
 
 MAX_ROWS = 40
-"""Maximum number of rows printed of a table."""
+"""Maximum number of rows that are printed for one table."""
 
 MAX_NAMES = 5
-"""Maximum number of files listed by name in one line."""
+"""Maximum number of file names that are listed in one line."""
 
 
 def show_plan(plan: Plan) -> None:
-    """Print what a plan would change."""
+    """Print the edits that a plan would make, the checked pins and the notes."""
     document = plan.to_json()
     print_text(f"base      {escape_control(str(plan.checkpoint.root))}")
     kept = set(plan.previous.record.map_protectors()) if plan.previous else set()
@@ -50,7 +50,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_applied(applied: Applied) -> None:
-    """Print what was applied, the check, and how to prove and undo it."""
+    """Print the edits made, the report of the sanity check, and the commands that prove and undo the edits."""
     document = applied.to_json()
     _list_edits(document["splices"], document["protected"])
     print_text("")
@@ -79,7 +79,7 @@ def show_applied(applied: Applied) -> None:
 
 
 def show_reverted(reverted: Reverted) -> None:
-    """Print which base was restored."""
+    """Print the directory in which the base was restored."""
     written = escape_control(str(reverted.output))
     print_text(f"{written}: every file has the same bytes as before the manifest was applied")
 
@@ -104,12 +104,12 @@ def show_record(record: Record) -> None:
     print_text("")
     try:
         show_check(document["check"])
-    except (KeyError, TypeError, AttributeError, ValueError):  # the report is JSON without a schema, from anybody
+    except (KeyError, TypeError, AttributeError, ValueError):  # the report has no schema
         print_text("check     the report in the record cannot be read")
 
 
 def show_check(document: Mapping[str, Any]) -> None:
-    """Print a check, given as in the record or as a report's JSON."""
+    """Print the report of a sanity check. `document` is its JSON, from a record or from `to_json`."""
     if document.get("kind", "forward") != "forward":
         print_text(f"check     no forward check was made: {escape_control(document['reason'])}")
         return
@@ -130,7 +130,7 @@ def show_check(document: Mapping[str, Any]) -> None:
 
 
 def _check_alone(document: Mapping[str, Any]) -> None:
-    """Print the measurements of a model that was not compared with a base."""
+    """Print the measurements of a model that has no base to be compared with."""
     patched = document["patched"]
     rows = [
         ("perplexity", patched["perplexity"]),
@@ -214,9 +214,9 @@ def show_files(document: Mapping[str, Any]) -> None:
 
 
 def show_tensor(document: Mapping[str, Any]) -> None:
-    """Print the facts about one scalar."""
+    """Print the facts about one tensor or one scalar, one fact per line."""
     for key, value in document.items():
-        if key == "expert" and value is None:  # a dense layer has no experts
+        if key == "expert" and value is None:  # the layer has no experts
             continue
         print_text(f"{key:13} {escape_control(_format_index(value) if isinstance(value, list) else str(value))}")
 

@@ -1,6 +1,6 @@
 """Print the results of scans and sweeps as lines and tables on stdout.
 
-Must not compute anything or import torch.
+This module must not compute anything or import torch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number, format_ratio
 
 Columns = dict[str, Sequence[object]]
-"""Header -> cells. A column that contains only None is not printed."""
+"""Maps the header of each column to its cells. A column that contains only None is not printed."""
 
 
 def show_scan(report: Scan) -> None:
-    """Print the answer of a scan, its candidates, the causal test and the notes."""
+    """Print the answer of a scan, then its candidates, the effects of zeroing them, and the notes."""
     print_text(f"scanned   {_describe_scanned(report)}")
     print_text(f"answer    {_describe_answer(report)}")
     for line in describe_unread(report.unread):
@@ -55,7 +55,7 @@ def show_scan(report: Scan) -> None:
 
 
 def _print_activations(activations: Sequence[PersistentActivation]) -> None:
-    print_text("\nsuper activations: channels that are massive after these layers")
+    print_text("\nsuper activations: channels with massive values after these layers")
     _print_table(
         {
             "channel": [a.channel for a in activations],
@@ -88,7 +88,7 @@ def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
 
 
 def show_sweep(report: Sweep) -> None:
-    """Print the quality for each factor, including the base, and the text and device it was measured on."""
+    """Print the model's quality for each factor and for the base, then the text and the device used."""
     for coordinate in report.coordinates:
         print_text(f"scaled    {escape_control(str(coordinate))}")
     others = (point for point in report.points if point.factor != 1)
@@ -112,7 +112,7 @@ def show_sweep(report: Sweep) -> None:
 
 def _print_confirmation(confirmation: Confirmation) -> None:
     print_text(
-        "\ncausal test: perplexity ratio to the base with one zeroed (alone), and with all others zeroed (without)"
+        "\ncausal test: perplexity ratio to the base with this scalar zeroed (alone), and with all others (without)"
     )
     trials = confirmation.trials
     _print_table(
@@ -149,7 +149,10 @@ def _describe_scanned(report: Scan) -> str:
 
 
 def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
-    """Return one line per group of layers with the same unread tensors: layers, experts and tensors."""
+    """Return one line for each group of layers in which the same tensors were not read.
+
+    For example "layers 1 to 3: model.layers.*.mlp.down_proj.weight". Experts that were not read follow the layers.
+    """
     alike: dict[tuple[tuple[int, ...], tuple[str, ...]], list[int]] = {}
     for layer in unread:
         names = tuple(re.sub(rf"(?<=\.){layer.layer}(?=\.)", "*", name, count=1) for name in layer.tensors)
@@ -163,7 +166,7 @@ def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
 
 
 def _format_numbered(noun: str, numbers: Sequence[int]) -> str:
-    """Return the noun and its numbers, with three or more consecutive numbers as a range: `layers 1 to 3, 5`."""
+    """Return the noun and the numbers, such as "layers 1 to 3, 5". At least three consecutive numbers make a range."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -208,7 +211,10 @@ def _print_table(columns: Columns) -> None:
 
 
 def _list_patterns(candidates: Iterable[Candidate]) -> list[str]:
-    """Return the tensors' names, with {layer} and {expert} for the numbers, and the order of their axes."""
+    """Return each distinct tensor name with its axes, such as "model.layers.{layer}.mlp.down_proj.weight[row, col]".
+
+    Placeholders replace the numbers of the layer and the expert.
+    """
     names: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         names.setdefault(_format_pattern(candidate), []).append(candidate)
@@ -225,12 +231,15 @@ def _format_pattern(candidate: Candidate) -> str:
 
 
 def _find_axes(candidates: Sequence[Candidate]) -> str:
-    """Return the first order of expert, row and col that fits all candidates, which is not always the only one."""
+    """Return the axes of the candidates' tensors in order, such as "row, col".
+
+    If several orders agree with the indices of all candidates, the first one is returned.
+    """
     length = len(candidates[0].coordinate.index)
     for order in permutations(("expert", "row", "col") if length == 3 else ("row", "col")):
         if all(c.coordinate.index == tuple(getattr(c, axis) for axis in order) for c in candidates):
             return ", ".join(order)
-    raise AssertionError("a coordinate's index holds its row and col")
+    raise AssertionError("the index of a candidate must contain its row and col")
 
 
 def _format_short(coordinates: Iterable[Coordinate], confirmation: Confirmation) -> str:
@@ -271,5 +280,5 @@ def _format_range(ratios: Sequence[float]) -> str:
 
 
 def _format_cell(value: float | None) -> str | None:
-    """Format a number for a table; None for an empty cell. The JSON contains all digits."""
+    """Format a number for a table, rounded. None stays None, an empty cell. --json prints all digits."""
     return None if value is None else format_number(value)

@@ -35,13 +35,13 @@ def verify(
         str | None, typer.Option(help="Also compare byte by byte with this base: a directory or hf://ORG/NAME[@REV].")
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option(help="Prove that the checkpoint is exactly what this manifest makes of its base.")
+        Path | None, typer.Option(help="Prove that the checkpoint is exactly what this manifest makes from its base.")
     ] = None,
     known: Annotated[
-        bool, typer.Option("--known", help="Check the known super weights of its model; needs no record.")
+        bool, typer.Option("--known", help="Check the known super weights of the model; needs no record.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="The known model that it derives from, if it does not say so. Implies --known.")
+        str | None, typer.Option(help="The known model it is made from, if its files do not name one. Implies --known.")
     ] = None,
     known_tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="The fraction of its value that a known super weight may have lost.")
@@ -87,7 +87,7 @@ def lint(
     format: FormatOption = "text",
     file: ReportFile = None,
 ) -> None:
-    """Find mistakes in manifests, offline and without a checkpoint. Exit 1 if there are any."""
+    """Find mistakes in manifests, offline and without a checkpoint. Exit 1 if there is a mistake."""
     from swsurgery.verifying import lint
 
     refuse_replacing(file, manifests)
@@ -95,7 +95,7 @@ def lint(
 
 
 def _write_findings(out: Output, report: FindingReport, form: Format, file: Path | None) -> None:
-    """Print the findings or write them to a file. Raises typer.Exit if the exit code is not 0."""
+    """Print the findings, or write them to `file`. Raises typer.Exit if the exit code of the report is not 0."""
     from swsurgery.storage import filesystem
     from swsurgery.verifying import formats
 
@@ -115,7 +115,7 @@ def sign(
     checkpoint: DirectoryArgument,
     key: Annotated[Path, typer.Option(help="Your private key, a PEM file that only you can read.", show_default=False)],
     signature: Annotated[
-        Path | None, typer.Option(help="The signature's file; by default model.sig in the checkpoint.")
+        Path | None, typer.Option(help="The file to write the signature to; by default model.sig in the checkpoint.")
     ] = None,
 ) -> None:
     """Sign every file of a checkpoint with a private key."""

@@ -83,7 +83,7 @@ def lines(capsys):
 FOUND = """\
 tensor    model.layers.{layer}.mlp.down_proj.weight[row, col]
 
-super activations: channels that are massive after these layers
+super activations: channels with massive values after these layers
 channel  from layer  to layer   value  peak after  prompt  token  prompts
     507          11        27  23,941          14       0      0        4
 
@@ -106,7 +106,7 @@ def test_a_confirmed_scan(lines):
     assert shown[2 : 2 + len(head)] == head
     assert shown[2 + len(head) :] == [
         "",
-        "causal test: perplexity ratio to the base with one zeroed (alone), and with all others zeroed (without)",
+        "causal test: perplexity ratio to the base with this scalar zeroed (alone), and with all others (without)",
         "layer  row   col  value  alone  interval             KL  without  verdict",
         "   11  507  1229  5.875  5.574  5.100 to 5.960      1.7    1.310  critical alone",
         "    2  507    90  5.094  1.310  1.200 to 1.400      0.3    5.580  critical jointly",
