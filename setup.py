@@ -13,7 +13,10 @@ LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")
 
 
 def describe(readme: str, source: str | None) -> str:
-    """Return the README with absolute links below `source`, or with plain text for each relative link if it is None."""
+    """Return the README with its relative links made absolute: below `source`, the address of the repository.
+
+    If `source` is None, each relative link becomes plain text.
+    """
 
     def replace(link: re.Match[str]) -> str:
         text, target = link.groups()

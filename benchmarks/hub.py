@@ -1,10 +1,11 @@
-"""What an edit of one scalar costs in traffic with the Hub; prints a table, and exits 1 where a target is missed.
+"""Measure the traffic with the Hub that an edit of one scalar needs. Print a table; exit 1 if a target is missed.
 
 usage: python benchmarks/hub.py BASE [--work DIR] [--write]
 
-BASE is a checkpoint of the benchmarks' shapes, such as `make bench BENCH=--full` makes in build/bench/13.5GB. The Hub
-is the tests' own server on loopback, in this process; every command is a process of its own. Bytes are those of the
-bodies of requests and answers, as the server counts them. --work (build/bench-hub) takes three times the touched shard.
+BASE is a checkpoint that benchmarks/run.py made, such as build/bench/13.5GB from `make bench BENCH=--full`. The Hub is
+the server of the tests, on loopback and in this process. Every command is a process of its own. The server counts the
+bytes in the bodies of requests and responses. The directory --work (build/bench-hub) must have room for three times the
+edited shard.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ from hub.server import Hub  # noqa: E402
 TENSOR, INDEX = "model.layers.2.mlp.down_proj.weight", [17, 90]
 BASE, NEW = "org/base", "ada/edited"
 SHARD_HEADER, BESIDE, DRY_RUN = 2_000_000, 64_000, 1.0
-"""Bytes read of one shard for a scalar, bytes of everything else then, and seconds."""
+"""Targets: bytes read from one shard by `inspect --at`, bytes of everything else that it reads, and seconds of
+`publish --dry-run`."""
 
 HEADING = "## The Hub"
 
 
 @dataclass
 class Ran:
-    """One command: seconds of wall and of processor, bytes each way, requests, and the bytes that came from the store,
-    by path: there lie the shards."""
+    """One command: wall and processor seconds, bytes down and up, and the number of requests.
+
+    `store` maps each path of the server's large-file store, which contains the shards, to the bytes sent from it.
+    """
 
     wall: float
     cpu: float
@@ -60,7 +64,7 @@ def bytes_of(size: float) -> str:
 
 
 def command(hub: Hub, home: Path, *words: str) -> Ran:
-    """Run swsurgery against the Hub. Exits where it fails."""
+    """Run a command of swsurgery with this Hub, and measure it. Exits if the command or the Hub fails."""
     environment = {**os.environ, **hub.environment(home), "XDG_CACHE_HOME": str(home)}
     hub.traffic.clear()
     begin = time.perf_counter()
@@ -79,7 +83,7 @@ def command(hub: Hub, home: Path, *words: str) -> Ran:
 
 
 def measured(base: Path, work: Path, busy: bool) -> tuple[list[Row], dict[str, float]]:
-    """The rows of the table, and the seconds of each command; on a busy machine the wall is not held to a target."""
+    """Return the rows of the table, and the seconds of each command. If `busy`, wall time has no target."""
     sizes = {file.name: file.stat().st_size for file in base.iterdir()}
     touched = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"][TENSOR]
     shards = [name for name in sizes if name.endswith(".safetensors")]
@@ -127,7 +131,7 @@ def measured(base: Path, work: Path, busy: bool) -> tuple[list[Row], dict[str, f
 
 
 def _round_trips(hub: Hub, number: int) -> float:
-    """Seconds that so many small requests take, one after the other."""
+    """Return the seconds that `number` small requests take, one after the other."""
     begin = time.perf_counter()
     for _ in range(number):
         with urllib.request.urlopen(f"{hub.endpoint}/api/models/{BASE}") as answer:
@@ -136,7 +140,7 @@ def _round_trips(hub: Hub, number: int) -> float:
 
 
 def section(base: Path, rows: list[Row], seconds: dict[str, float], load: float, busy: bool) -> str:
-    """The Markdown of the results."""
+    """Return the results as a section in Markdown."""
     total = sum(file.stat().st_size for file in base.iterdir()) / 1e9
     other = f"busy with other work (load {load:.1f} before it began)" if busy else f"idle (load {load:.1f})"
     table = [
@@ -164,12 +168,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("--work", type=Path, default=Path("build/bench-hub"))
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
     options = parser.parse_args()
     work, load = options.work.resolve(), os.getloadavg()[0]
     busy = load > (os.cpu_count() or 1) / 2
     if work.exists():
-        parser.error(f"there is something already: {work}")
+        parser.error(f"the --work directory already exists: {work} (remove it or choose another)")
     (work / "hub").mkdir(parents=True)
     try:
         rows, seconds = measured(options.base.resolve(), work, busy)

@@ -1,9 +1,9 @@
-"""Whole-process benchmarks against what people do today; prints a table and writes docs/benchmarks.md.
+"""Compare swsurgery with other ways to edit a checkpoint: print a table, and write it to docs/benchmarks.md.
 
 usage: python benchmarks/run.py [--work DIR] [--rounds N] [--full] [--mergekit PYTHON] [--write]
 
-Every figure is a whole process, timed from outside; rivals take turns in one run, so the ratios hold when the
-machine's speed drifts. --full adds a 13.5 GB checkpoint; --mergekit names a Python that has mergekit installed.
+Every time is that of a whole process, measured from outside. The compared commands take turns, so their ratio holds
+if the machine becomes slower. --full adds a 13.5 GB checkpoint. --mergekit names a Python with mergekit installed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import sys
 import time
 from pathlib import Path
 
-SIZES = {  # hidden, intermediate, layers, key-value width, vocabulary, gigabytes a shard
+SIZES = {  # hidden, intermediate, layers, key-value width, vocabulary, gigabytes per shard
     "0.3 GB": (1024, 2816, 10, 1024, 32000, 0.1),
     "5.6 GB": (3072, 8192, 26, 1024, 32000, 2.0),
     "13.5 GB": (4096, 11008, 32, 4096, 32000, 5.0),
-    "141 GB": (8192, 28672, 80, 1024, 128256, 5.0),  # as Llama-3-70B
+    "141 GB": (8192, 28672, 80, 1024, 128256, 5.0),  # the shapes of Llama-3-70B
 }
 TENSOR, INDEX = "model.layers.2.mlp.down_proj.weight", [17, 90]
 SWSURGERY = [sys.executable, "-m", "swsurgery"]
@@ -59,7 +59,7 @@ save_file(tensors, out / touched, metadata={"format": "pt"})
 
 
 def write_checkpoint(folder: Path, size: str) -> None:
-    """A Llama-shaped F16 checkpoint of random finite weights."""
+    """Write an F16 checkpoint of random finite weights, with the tensors of a Llama model of this size."""
     hidden, inner, layers, kv, vocabulary, gigabytes = SIZES[size]
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(layers):
@@ -116,7 +116,7 @@ def write_checkpoint(folder: Path, size: str) -> None:
 
 
 def run(command: list[str], output: Path, **environment: str) -> tuple[float, float]:
-    """(wall seconds, peak resident MB of the largest process) of one command that ends with a sync."""
+    """Run a command and a sync. Return the seconds of both, and the peak resident MB of the largest process."""
     output.unlink() if output.is_file() else shutil.rmtree(output, ignore_errors=True)
     os.sync()
     begin = time.perf_counter()
@@ -135,7 +135,10 @@ def median(rounds: list[tuple[float, float]]) -> tuple[float, float]:
 def versus(
     name: str, ours: list[str], theirs: list[str], out: Path, rounds: int, before: list[str] | None = None
 ) -> tuple[list, list, float]:
-    """Two commands in turn: their runs and the median of the pairs' ratios. `before` ours something else is run."""
+    """Run two commands in turn. Return the runs of each, and the median ratio of their times, `ours` to `theirs`.
+
+    The command `before` is run before each run of `ours`, and is not measured.
+    """
     a, b = [], []
     for _ in range(rounds):
         if before:
@@ -184,8 +187,8 @@ def main() -> None:
         reference = median(theirs)[0]
         weight_map = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
         touched = ["cp", str(base / weight_map[TENSOR]), str(out)]
-        # Removing the links of the round before changes the ctimes that remembered digests belong to; a copy hashes all
-        # files and remembers them again.
+        # Removing the hard links of the previous round changes ctimes, which makes the stored digests invalid. A copy
+        # hashes all files again and stores their digests.
         hard, single, hard_ratio = versus(
             "hard links", apply(base, "--link", "hard", "--reuse-digests"), touched, out, options.rounds,
             apply(base, "--link", "copy"),

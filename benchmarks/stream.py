@@ -1,9 +1,10 @@
-"""Streaming one layer at a time against loading a whole model, on a Llama-7B-shaped checkpoint of random weights.
+"""Compare streaming one layer at a time with loading a whole model, on a checkpoint of Llama-7B's shapes.
 
 usage: python benchmarks/stream.py [--work DIR] [--rounds N] [--device cpu|cuda] [--size SIZE] [--write]
 
-Each figure is a process of its own: seconds after the imports, and its peak of main and of device memory. On the CPU
-one prompt of 9 tokens is run; on CUDA base and patched are checked over 4 windows of 512 tokens.
+The weights are random. Each row is measured in a process of its own: seconds after the imports, and the peaks of main
+and of device memory. On the CPU, one prompt of 9 tokens is run. On CUDA, swsurgery runs base and patched over 4 windows
+of 512 tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ transformers.utils.logging.disable_progress_bar()
 generator = torch.Generator().manual_seed(0)
 windows = torch.randint(3, 32000, (1, 9) if device == "cpu" else (4, 512), generator=generator).tolist()
 devices = torch.cuda.device_count() if device == "cuda" else 0
-if devices:  # a process that has used the device before: its kernels are loaded
+if devices:  # run a tiny model first, so that loading the kernels is not measured
     tiny = transformers.LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(tiny).to(device, torch.float16)(input_ids=torch.tensor(windows, device=device)).logits.float()
     torch.cuda.synchronize()
@@ -87,11 +88,11 @@ JOBS = {
         "transformers: load, run one window": AS_STORED + RUN,
     },
 }
-"""By device; the second is what the others are compared with."""
+"""The scripts to measure on each device. The others are compared with the second one."""
 
 
 def forget_files() -> None:
-    """Empty the page cache, so that every byte comes from the disk. Needs root."""
+    """Empty the page cache, so that every byte is read from the disk. Needs root."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
@@ -107,14 +108,14 @@ def measured(script: str, folder: Path, device: str) -> dict:
 
 
 def read_all(folder: Path) -> float:
-    """Seconds that one `cat` of the shards takes."""
+    """Return the seconds that `cat` needs to read all shards."""
     begin = time.perf_counter()
     subprocess.run(["cat", *map(str, sorted(folder.glob("*.safetensors")))], stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - begin
 
 
 def scan_weights(folder: Path) -> float:
-    """Seconds that `swsurgery scan --method weights` takes as a process."""
+    """Return the seconds that a process of `swsurgery scan --method weights` needs."""
     begin = time.perf_counter()
     command = [sys.executable, "-m", "swsurgery", "scan", str(folder), "--method", "weights"]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
@@ -127,9 +128,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", default="13.5 GB")
-    parser.add_argument("--only-ours", action="store_true", help="for checkpoints that nothing else can load")
+    parser.add_argument(
+        "--only-ours", action="store_true", help="measure only swsurgery, for checkpoints that nothing else can load"
+    )
     parser.add_argument("--cold", action="store_true", help="empty the page cache before each run (as root)")
-    parser.add_argument("--write", type=Path, help="where the table goes")
+    parser.add_argument("--write", type=Path, help="write the table to this file")
     options = parser.parse_args()
     folder = options.work.resolve() / options.size.replace(" ", "")
     if not folder.exists():
@@ -141,7 +144,7 @@ def main() -> None:
     runs: dict[str, list[dict]] = {name: [] for name in jobs}
     prepare = forget_files if options.cold else lambda: read_all(folder)
     cats, scans = [], []
-    for number in range(options.rounds + 1):  # the first round warms libraries and kernels up, and does not count
+    for number in range(options.rounds + 1):  # round 0 only warms up libraries and kernels
         for name, script in jobs.items():
             prepare()
             run = measured(script, folder, options.device)

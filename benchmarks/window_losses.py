@@ -1,7 +1,7 @@
 """Measure per-window losses for the coverage test of `scan --confirm`'s intervals.
 
-Writes tests/assets/window_losses.json: for each window of a text the mean negative log-likelihood of its scored tokens,
-of the model as it is stored and with each of two super weights zeroed. The text itself is not kept.
+Writes tests/assets/window_losses.json. For each window of a text, the file contains the mean negative log-likelihood of
+the scored tokens: once for the stored model, and once with each of two super weights zeroed. The text is not stored.
 
     python benchmarks/window_losses.py MODEL_DIRECTORY wikitext2-test.txt
 """
@@ -26,7 +26,7 @@ OUTPUT = Path(__file__).parent.parent / "tests" / "assets" / "window_losses.json
 
 
 def main() -> None:
-    """Run the model once over all windows, with both super weights as variants."""
+    """Run the model once over all windows: unedited, and with each super weight zeroed. Write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
@@ -45,7 +45,7 @@ def main() -> None:
     ]
     totals = measure.Totals([], 1 + len(coordinates))
     with load.convert_run_errors(model.device, streamed=False):
-        # A few windows at a time bound the memory for hidden states.
+        # Eight windows at a time, to limit the memory for hidden states.
         for first in range(0, len(windows), 8):
             part = windows[first : first + 8]
             for outcomes in model.run(part, [{}, *({coordinate: 0.0} for coordinate in coordinates)]):
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def digest(path: Path) -> str:
-    """Hash a shard in blocks."""
+    """Return the sha256 of a file. The file is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

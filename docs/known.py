@@ -1,7 +1,7 @@
-"""Print a text made from the known super weights.
+"""Print a file that is generated from the known super weights.
 
-Without an argument, print the page docs/known.md. With `names`, print the index of names. With `entry`, print a model
-that was scanned on this machine, in the format of the file of its family.
+Without an argument, print the page docs/known.md. With `names`, print names.toml, which maps names of models to files.
+With `entry NAME`, print the result that `scan --register NAME` saved on this machine, in the format of shipped files.
 
 python docs/known.py > docs/known.md
 python docs/known.py names > swsurgery/known/names.toml
@@ -21,7 +21,7 @@ from swsurgery.known.shipped import list_families, list_names, load_family, norm
 
 
 def render_names() -> str:
-    """Return the text of names.toml: for each family's file, the normalised names of its models."""
+    """Return the text of names.toml: the normalised names of the models in each shipped file."""
     lines = ["# Which file knows which name; written by `python docs/known.py names`", ""]
     for family in list_families():
         names = sorted({normalise(name) for model in load_family(family) for name in list_names(model)})

@@ -1,6 +1,7 @@
-"""Write an own entry as TOML, in the format of the shipped files, so that no number is copied by hand.
+"""Render an own entry (a result saved by `scan --register`) as TOML, in the format of the shipped files.
 
-The standard library cannot write TOML, so this module writes the few forms that the schema needs.
+No number has to be copied by hand. The standard library cannot write TOML, so this module writes the few forms of TOML
+that the schema needs.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ _FROM_ID = {"layer", "expert", "row", "col", "tensor"}
 
 
 def render_entry(model: KnownModel) -> str:
-    """Render a model as the TOML text of a family's file. The user's own scans become scans of this project.
+    """Render a model as TOML, as in a shipped file. Sources of the kind "own scan" get the kind "scan".
 
     Raises LookupFailed if the tensor of a coordinate does not follow the model's template.
     """
     for c in model.coordinates:
         if c.tensor != model.tensor.format(layer=c.layer, expert=c.expert):
-            raise LookupFailed("the tensor does not follow the model's template", c.tensor, f"it is {model.tensor}")
+            raise LookupFailed(
+                "the tensor does not follow the model's template", c.tensor, f"the template is {model.tensor}"
+            )
     fields = model.model_dump(exclude_defaults=True, exclude={*_TABLES, "path", "aliases", "scans", "effects"})
     short = (model.hf_id.rpartition("/")[2].lower(),)
     fields["aliases"] = short if model.aliases == (model.hf_id,) else model.aliases
@@ -68,6 +71,6 @@ def _value(value: Any) -> str:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     if isinstance(value, str):
-        # TOML has the escapes of JSON, but it requires one for DEL, which JSON leaves as it is.
+        # TOML has the same escapes as JSON, but DEL must be escaped in TOML only.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)

@@ -1,6 +1,6 @@
-"""Generate docs/known.md: vocabulary, every model and coordinate, and results without a coordinate.
+"""Generate docs/known.md: definitions, every model and coordinate, and published results without a coordinate.
 
-Must not depend on the user's own entries.
+The page must not depend on the entries that `scan --register` saved on this machine.
 """
 
 from __future__ import annotations
