@@ -1,7 +1,8 @@
-"""Compare a base with the digests that the manifest, a patch or the base's own record pins.
+"""Compare the digests of a base's files with their pins, for files that are not copied.
 
-`copy.py` compares every file that it copies. This module is for files that are not copied: those of a dry run, and
-pinned files that an edit leaves out or replaces. Every digest is computed from the file or listed by the Hub.
+A pin is the sha256 that the manifest, a patch or the base's own record requires of a file. `copy.py` compares every
+file that it copies. This module compares the files of a dry run, and the pinned files that an edit leaves out or
+replaces. Every digest is computed from the file or listed by the Hub.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from swsurgery.storage.hashing import check_digest, hash_file
 
 
 def check_planned(plan: Plan, progress: Progress) -> Plan:
-    """Compare the digests that a dry run can; return the plan with the names of the files compared and not compared.
+    """Compare digests with pins for a dry run, and return the plan with its `pins_checked` and `pins_unchecked` set.
 
-    If the base is a directory, the pinned shards with edits are hashed. If it is on the Hub, the digests that the Hub
-    lists are compared. Raises PlanError if a digest differs from its pin.
+    If the base is a directory, only the pinned shards with edits are hashed and compared. If the base is on the Hub,
+    the digests that the Hub lists are compared. Raises PlanError if a digest differs from its pin.
     """
     pins = collect_known_digests(plan)
     touched = {splice.file for splice in plan.splices}
@@ -38,9 +39,9 @@ def check_planned(plan: Plan, progress: Progress) -> Plan:
 
 
 def check_left_out(plan: Plan, written: Collection[str], pins: dict[str, tuple[str, str]], progress: Progress) -> None:
-    """Compare the files that the manifest pins and that are not among the files `written`.
+    """Compare the digest of each file that the manifest pins and that is not in `written` with its pin.
 
-    Raises PlanError if a digest differs from its pin.
+    A file on the Hub without a listed digest is skipped. Raises PlanError if a digest differs.
     """
     for name in sorted(set(plan.loaded.manifest.base.sha256) - set(written)):
         file = plan.checkpoint.get_file(name)

@@ -28,16 +28,17 @@ from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice, list_scalar_rows
 
 MAX_NOTES = 20
-"""Maximum number of disagreements between index and shards listed individually."""
+"""Maximum number of notes, each about one tensor on whose shard the index and the headers disagree."""
 
 
 @dataclass(frozen=True, repr=False)
 class Plan(TableResult):
-    """Everything that applying a manifest needs.
+    """The changes that a manifest makes to a checkpoint, and what `apply` needs to make them.
 
-    `omitted` are the files of the base that are not copied. `previous` are the base's own records if the base is itself
-    a patched checkpoint. `pins_checked` are the files whose digests a dry run compared with a pin, and
-    `pins_unchecked` the pinned files that it did not hash. `facts` maps coordinates to known super weights.
+    `omitted` contains the base's files that are not copied. If the base is a patched checkpoint, `previous` contains
+    its record. A pin is a digest that the manifest or this record requires of a file. A dry run compares the files in
+    `pins_checked` with their pins, and not the files in `pins_unchecked`. `facts` maps coordinates to known super
+    weights.
     """
 
     loaded: LoadedManifest
@@ -104,7 +105,10 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
 
 
 def _read_scalars(asked: Sequence[Asked], checkpoint: Checkpoint) -> tuple[list[tuple[Asked, Scalar]], list[Misfit]]:
-    """Read every scalar that can be read; return them in the manifest's order, and the faults of the others."""
+    """Read every scalar that the edits name.
+
+    Returns the scalars that can be edited, in the manifest's order, and a fault for each of the other scalars.
+    """
     read: list[tuple[Asked, Scalar]] = []
     misfits: list[Misfit] = []
     for one in asked:
@@ -116,7 +120,7 @@ def _read_scalars(asked: Sequence[Asked], checkpoint: Checkpoint) -> tuple[list[
 
 
 def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterator[Misfit]:
-    """Report every edit that would change a scalar which the base's own record protects."""
+    """Report every edit that would change a scalar protected by the base's own record."""
     protectors = previous.record.map_protectors() if previous else {}
     for one in asked:
         if one.edit.writes and one.coordinate in protectors:
@@ -125,7 +129,7 @@ def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterat
 
 
 def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Sequence[Splice]) -> list[str]:
-    """Report further copies of the weights if the manifest does not decide what happens to them."""
+    """Report the base's other copies of the weights, such as *.bin, if the manifest does not set base.copies."""
     if not splices or not checkpoint.copies or loaded.manifest.base.copies is not None:
         return []
     return [
@@ -136,14 +140,14 @@ def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Seque
 
 
 def _shorten(lines: list[str], limit: int, prefix: str = "") -> list[str]:
-    """Cut a list of messages to `limit` lines and a line, with `prefix`, that counts the others."""
+    """Keep the first `limit` messages, and replace the rest by one line that begins with `prefix` and counts them."""
     if len(lines) <= limit:
         return lines
     return [*lines[:limit], f"{prefix}and {len(lines) - limit} more of these"]
 
 
 def _collect_notes(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
-    """List what the user should know about the checkpoint although it does not prevent the edit."""
+    """List facts about the checkpoint that do not prevent the edit but that the user should know."""
     copies = loaded.manifest.base.copies
     disagreements = [
         f"index and shards disagree about {tensor}: {why}; both are copied unchanged, and verify will report it"
@@ -185,7 +189,7 @@ def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
 
 
 def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> tuple[KnownModel | None, list[str]]:
-    """Identify the base among the known models: None if it is unknown, and the faults of a wrong `base.model`."""
+    """Return the known model that the base is (None if no known model matches), and the faults of `base.model`."""
     base = loaded.manifest.base
     try:
         return own.identify(base.model, (base.repo_id, checkpoint.repo_id)), []
@@ -206,7 +210,10 @@ def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coor
 
 
 def _read_scalar(asked: Asked, checkpoint: Checkpoint) -> Scalar:
-    """Check one coordinate, read it and compute its new bytes. Raises PlanError, NumberError."""
+    """Read one scalar, compare it with the value that the edit expects, and compute its new bytes.
+
+    Raises PlanError or NumberError if the scalar does not exist, differs, or cannot be edited.
+    """
     edit, coordinate, expect = asked.edit, asked.coordinate, asked.expect
     info = _find_tensor(coordinate, checkpoint)
     name, index = coordinate
@@ -240,7 +247,10 @@ def _read_scalar(asked: Asked, checkpoint: Checkpoint) -> Scalar:
 
 
 def _find_tensor(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
-    """Find the header's entry of a coordinate's tensor. Raises PlanError if loaders would not find the tensor."""
+    """Find the header entry of the tensor that a coordinate names.
+
+    Raises PlanError if the tensor is not stored, or if the index and the headers place it in different shards.
+    """
     name = coordinate.tensor
     if name in checkpoint.disagreements:
         raise PlanError(f"index and shards disagree about {name}", checkpoint.disagreements[name])
@@ -252,9 +262,9 @@ def _find_tensor(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
 
 
 def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
-    """Suggest the tensor with the most similar name; the empty text if none is similar.
+    """Suggest the tensor with the most similar name, as in "did you mean ...?"; "" if no name is similar.
 
-    Only names with the same ending are compared: comparing thousands takes half a second.
+    Only names with the same last two parts are compared, or all if there are none; at most 500, because of the time.
     """
     ending = name.rsplit(".", 2)[-2:]
     alike = [t for t in checkpoint.weight_map if t.rsplit(".", 2)[-2:] == ending] or list(checkpoint.weight_map)
@@ -263,12 +273,12 @@ def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
 
 
 def _check_index(info: TensorInfo, index: tuple[int, ...]) -> bool:
-    """Check that an index is inside the tensor's shape."""
+    """Return True if an index has one number per axis of the tensor and each is below the axis's length."""
     return len(index) == len(info.shape) and all(i < n for i, n in zip(index, info.shape, strict=True))
 
 
 def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
-    """Explain an index that is out of range, if the reason is obvious; otherwise return the empty text."""
+    """Explain why an index is out of range, as in "row and col look swapped"; "" if the reason is not obvious."""
     if 0 in info.shape:
         return "the tensor has no elements"
     if len(index) == 2 and _check_index(info, index[::-1]):

@@ -1,7 +1,8 @@
-"""Resolve the edits of a manifest into the scalars of a checkpoint that they name.
+"""Find the scalars of a checkpoint that the edits of a manifest name.
 
-The planner, the check against a manifest, an edit in place that finds its work done and the linter share this module.
-It reads the headers of the checkpoint but no tensor data. It must not import the planner, whose result is checked.
+The planner, `verify --manifest`, the linter and `apply --in-place` use this module; the last to recognise a manifest
+that was already applied. It reads the headers of the checkpoint but no tensor data. It must not import the planner,
+because `verify --manifest` checks the planner's result.
 
 To add a target, write a class with the methods of `EditTarget` and return it from `read_target`.
 """
@@ -23,11 +24,11 @@ from swsurgery.manifest.schema import Manifest
 from swsurgery.storage.coordinate import Coordinate
 
 Expected = int | float | str | MeasuredValue | None
-"""What an edit expects of a scalar: a value, bits as text, a measured value, or None for anything."""
+"""The value that an edit expects a scalar to have: a number, bits such as "0x40bc", a MeasuredValue; None for any."""
 
 
 class TargetPlace(NamedTuple):
-    """One scalar that a target names, and what the edit expects there."""
+    """One scalar that a target names, and the value that the edit expects it to have."""
 
     coordinate: Coordinate
     expect: Expected
@@ -35,7 +36,7 @@ class TargetPlace(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One scalar that the edit with this number, counted from 0, names."""
+    """One scalar that an edit names. `number` is the edit's position in the manifest, counted from 0."""
 
     number: int
     edit: Edit
@@ -44,7 +45,7 @@ class Asked:
 
 
 class Misfit(NamedTuple):
-    """An edit that cannot be made, by its number from 0, and the reason."""
+    """The reason why an edit cannot be made. `number` is the edit's position in the manifest, counted from 0."""
 
     number: int
     message: str
@@ -61,7 +62,7 @@ class Resolution:
     misfits: tuple[Misfit, ...]
 
     def list_misfits(self) -> list[Misfit]:
-        """List the edits that do not fit, and those of a scalar that an earlier edit names."""
+        """List the edits that do not fit the checkpoint, and the edits of a scalar that an earlier edit also names."""
         return [*self.misfits, *find_conflicts((one.number, one.coordinate) for one in self.asked)]
 
     def group_by_coordinate(self) -> dict[Coordinate, Asked]:
@@ -74,7 +75,7 @@ class Resolution:
 
 @dataclass(frozen=True)
 class KnownPlace:
-    """A known super weight, as far as an edit with `known:` uses it."""
+    """The position and the expected value of a known super weight that an edit names with `known:`."""
 
     layer: int
     row: int
@@ -84,28 +85,34 @@ class KnownPlace:
 
 
 FindKnown = Callable[[str], Sequence[KnownPlace]]
-"""Type of a function that finds the super weights that `known:` means ("all", or an id).
+"""Type of a function that returns the known super weights for the text after `known:`, which is "all" or an id.
 
-Raises LookupFailed if there are none.
+The function raises LookupFailed if there are none.
 """
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What a target is resolved against: the headers of a checkpoint, and known super weights."""
+    """The checkpoint in which the scalars of a target are searched, and the function that finds known super weights."""
 
     checkpoint: Checkpoint
     find_known: FindKnown
 
 
 class EditTarget(Protocol):
-    """What an edit refers to. `str()` spells it as short as possible."""
+    """The scalars that an edit refers to. `str()` returns the shortest form, such as `L2.3968.7003`."""
 
     def resolve(self, scope: Scope) -> Iterator[TargetPlace]:
-        """Yield each place that exists; then raise ArchitectureError, LookupFailed or PlanError for the others."""
+        """Yield each scalar of the target that can be located in the checkpoint.
+
+        Afterwards, raises ArchitectureError, LookupFailed or PlanError if any scalar could not be located.
+        """
 
     def find_entry(self, model: KnownModel | None) -> KnownCoordinate | None:
-        """Find the known coordinate that is this target, without a checkpoint. Raises LookupFailed."""
+        """Return the entry of `model` that this target refers to, without reading a checkpoint; None if there is none.
+
+        Raises LookupFailed if the target is an id that `model` does not have.
+        """
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class LayerScalar:
 
 @dataclass(frozen=True)
 class KnownScalars:
-    """Known super weights, named by "all" or by the id of one."""
+    """All known super weights of a model (`name` is "all"), or the one whose id is `name`."""
 
     name: str
 
@@ -189,9 +196,9 @@ def read_target(edit: Target) -> EditTarget:
 
 
 def resolve(manifest: Manifest, checkpoint: Checkpoint, find_known: FindKnown) -> Resolution:
-    """Resolve every edit of a manifest against the headers of a checkpoint.
+    """Find the scalars that each edit of a manifest names in a checkpoint.
 
-    `known: all` means every known super weight that no other edit names.
+    `known: all` names every known super weight that no other edit of the manifest names.
     """
     scope = Scope(checkpoint, find_known)
     asked: list[Asked] = []
@@ -208,7 +215,10 @@ def resolve(manifest: Manifest, checkpoint: Checkpoint, find_known: FindKnown) -
 
 
 def find_conflicts(named: Iterable[tuple[int, Hashable]]) -> Iterator[Misfit]:
-    """Yield a misfit for every edit of a scalar that an earlier edit names too. `named` are (edit, scalar) pairs."""
+    """Yield a misfit for every edit of a scalar that an earlier edit also names.
+
+    `named` contains pairs of an edit's number and a scalar, in the manifest's order.
+    """
     first: dict[Hashable, int] = {}
     for number, scalar in named:
         other = first.setdefault(scalar, number)
@@ -217,15 +227,18 @@ def find_conflicts(named: Iterable[tuple[int, Hashable]]) -> Iterator[Misfit]:
 
 
 def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, ...]:
-    """Return the coordinates of a model that `known:` means ("all", or an id). All of them have a column.
+    """Return the coordinates of a model for the text after `known:`, which is "all" or an id.
 
-    Raises LookupFailed if the model is None, or has no such coordinate with a column.
+    Each coordinate returned has a column. Raises LookupFailed if `model` is None, if it has no such coordinate, or if
+    only the coordinate's row is known.
     """
     if model is None:
-        raise LookupFailed("no known super weights of this base", name, "name its known model in base.model")
+        raise LookupFailed(
+            "no known super weights of this base", name, "set base.model to the known model that the base is"
+        )
     entries = shipped.list_addressable(model) if name == "all" else (shipped.find(model, name),)
     if not entries:
-        raise LookupFailed(f"no complete coordinate of {model.hf_id} is known", name)
+        raise LookupFailed(f"no complete coordinate (layer, row and col) of {model.hf_id} is known", name)
     for entry in entries:
         if entry.col is None:
             raise LookupFailed(f"only the row of {entry.id} is known, not the column", model.hf_id)
@@ -233,7 +246,7 @@ def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, 
 
 
 def find_known(model: KnownModel | None, name: str) -> list[KnownPlace]:
-    """Find the super weights of a model that `known:` means, as this version knows them. Raises LookupFailed."""
+    """Return position and expected value of each super weight that `select_known` selects. Raises LookupFailed."""
     return [
         KnownPlace(entry.layer, entry.row, entry.col, entry.expert, expect_known(entry))
         for entry in select_known(model, name)
@@ -242,14 +255,17 @@ def find_known(model: KnownModel | None, name: str) -> list[KnownPlace]:
 
 
 def expect_known(entry: KnownCoordinate) -> MeasuredValue | None:
-    """Return the value that an edit of a known super weight expects; None if none is published."""
+    """Return the value that an edit of a known super weight expects; None if no exact value is known."""
     if entry.value is None or entry.dtype is None:
         return None
     return MeasuredValue(value=entry.value, dtype=entry.dtype)
 
 
 def locate(checkpoint: Checkpoint, layer: int, row: int, col: int, expert: ExpertChoice) -> Coordinate:
-    """Find the stored scalar that a paper calls (layer, row, col). Raises ArchitectureError."""
+    """Find the stored scalar that a paper calls (layer, row, col).
+
+    Raises ArchitectureError if the checkpoint has no such scalar, or if its architecture is not supported.
+    """
     # Include tensors that index and shards place differently, so that the fault reported is the disagreement.
     shapes = {
         tensor: shard.tensors[tensor].shape

@@ -1,4 +1,4 @@
-"""Give the base of a patched checkpoint back from its record alone, without the base."""
+"""Restore the base of a patched checkpoint from the patched files and their record, without a copy of the base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from swsurgery.storage.result import Result
 
 @dataclass(frozen=True, repr=False)
 class Reverted(Result):
-    """A base that was given back in the directory `output`. `notes` list what could not be restored."""
+    """The result of `revert`: the base was restored in the directory `output`.
+
+    `notes` list files that could not be restored, or edits that remain.
+    """
 
     output: Path
     notes: tuple[str, ...]
@@ -39,7 +42,7 @@ def revert(
     link: Link = "auto",
     reporter: Reporter | None = None,
 ) -> Reverted:
-    """Give the base of a patched checkpoint back, byte for byte, from the record alone.
+    """Restore the base of a patched checkpoint, byte for byte, from the patched files and their record.
 
     `checkpoint` is a directory; one on the Hub must be downloaded first. The base is written into the new directory
     `output`, or replaces the patched checkpoint if there is no `output`. `link` is that of `apply`, without "hard". If

@@ -11,8 +11,8 @@ from swsurgery.storage.splice import Splice
 def build_undo(record: Record, checkpoint: Checkpoint) -> tuple[Splice, ...]:
     """Build the splices that undo the edits of a record.
 
-    Raises CheckpointError if an edit is not of a scalar of the checkpoint: a record that was changed could name any
-    byte.
+    Raises CheckpointError if a recorded scalar does not exist in the checkpoint at the recorded offset and with the
+    recorded dtype. Without this check, a record that someone changed could make `revert` overwrite any byte.
     """
     splices: list[Splice] = []
     for edit in record.edits:
@@ -28,7 +28,7 @@ def build_undo(record: Record, checkpoint: Checkpoint) -> tuple[Splice, ...]:
 
 
 def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
-    """Build the splice that undoes one edit; None if the checkpoint has no such scalar."""
+    """Build the splice that undoes one edit; None if the scalar is not stored as the record states."""
     shard = checkpoint.shards.get(edit.file)
     info = shard.tensors.get(edit.tensor) if shard else None
     if shard is None or info is None:
@@ -44,7 +44,7 @@ def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
 
 
 def list_reversion_notes(record: Record) -> tuple[str, ...]:
-    """List what a reversion cannot restore."""
+    """Return notes for the user about files of the base that a reversion cannot restore."""
     if record.omitted:
-        return (f"not restored, because the edit had left them out: {', '.join(record.omitted)}",)
+        return (f"these files were not restored, because the edit left them out: {', '.join(record.omitted)}",)
     return ()

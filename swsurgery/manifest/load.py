@@ -32,7 +32,7 @@ MAX_MANIFEST = 32 << 20
 """Maximum size of a manifest, in bytes."""
 
 MAX_MANIFEST_FAULTS = 50_000
-"""Maximum number of schema faults examined to find the first MAX_FAULTS."""
+"""Maximum number of schema faults that are sorted by line to list the first MAX_FAULTS. More give one summary line."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,13 +49,13 @@ class LoadedManifest(Result):
         return self.manifest.model_dump(mode="json", exclude_unset=True)
 
     def find_position(self, *path: str | int) -> LineColumn:
-        """Return the line and column of a node, or of its nearest ancestor with a known position."""
+        """Return the line and column of the node at `path`, or of its nearest parent whose position is stored."""
         while path not in self.positions:
             path = path[:-1]
         return self.positions[path]
 
     def describe_position(self, edit: int) -> str:
-        """Return `file:line:column: edits[n]` for an edit, given its number from 0."""
+        """Return the position of edit number `edit`, counted from 0, as `file:line:column: edits[0]`."""
         line, column = self.positions[("edits", edit)]
         return f"{self.path}:{line}:{column}: edits[{edit}]"
 
@@ -63,7 +63,11 @@ class LoadedManifest(Result):
 ManifestLike = (
     str | Path | bytes | Mapping[str, object] | Sequence[Mapping[str, object] | Target] | Manifest | LoadedManifest
 )
-"""A path to a manifest or a patch, a manifest's text as bytes, its content, its edits alone, or a manifest."""
+"""The forms in which a function accepts a manifest.
+
+They are a path to a manifest or a patch, a manifest's text as bytes, its fields as a dict, a list of its edits, a
+Manifest, or a LoadedManifest.
+"""
 
 
 def load_manifest(manifest: ManifestLike, base: str | Path | None = None) -> LoadedManifest:
@@ -71,7 +75,7 @@ def load_manifest(manifest: ManifestLike, base: str | Path | None = None) -> Loa
 
     A list of edits needs `base`, a directory or hf://ORG/NAME[@REV], which becomes the manifest's base; other manifests
     name their base. Integers and floats of numpy are accepted in a dict and in a list of edits. A relative `base.path`
-    is relative to the manifest's directory, or to the current directory if the manifest is no file.
+    is relative to the manifest's directory, or to the current directory if the manifest is not a file.
 
     Raises ManifestError with every fault, one line each: `file:line:column: path: fault`. Raises TypeError for a
     manifest of another type, and for a list of edits without a base.
@@ -88,7 +92,7 @@ def load_manifest(manifest: ManifestLike, base: str | Path | None = None) -> Loa
         return parse_manifest(_render_document(dict(manifest)), IN_MEMORY)
     if isinstance(manifest, list | tuple) and all(isinstance(edit, Mapping | Target) for edit in manifest):
         if base is None:
-            raise TypeError("base must be a str or a Path with a list of edits, which names no base itself")
+            raise TypeError("a list of edits does not name its base, so base must be given (a str or a Path)")
         document = {"version": 1, "base": _describe_base(base), "edits": list(manifest)}
         return parse_manifest(_render_document(document), IN_MEMORY)
     raise TypeError(
@@ -98,7 +102,7 @@ def load_manifest(manifest: ManifestLike, base: str | Path | None = None) -> Loa
 
 
 IN_MEMORY = Path("manifest")
-"""Name in messages of a manifest that is not a file."""
+"""Name that messages use for a manifest that is not a file."""
 
 
 def _render_document(document: object) -> bytes:
@@ -107,7 +111,10 @@ def _render_document(document: object) -> bytes:
 
 
 def _convert_value(value: object) -> object:
-    """Convert a value that JSON lacks: a number of numpy, a path or a pydantic model. Raises TypeError for others."""
+    """Convert a value that `json` cannot write: a numpy number, a path, a mapping or a pydantic model.
+
+    Raises TypeError for a value of any other type.
+    """
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
@@ -174,7 +181,10 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
 
 
 def _list_schema_faults(error: ValidationError, reader: Reader) -> list[tuple[LineColumn, str]]:
-    """List the first MAX_FAULTS + 1 faults in file order. The last of so many shows that the list is incomplete."""
+    """List the schema faults in file order, at most MAX_FAULTS + 1. The caller prints MAX_FAULTS of them.
+
+    The additional fault tells the caller that there are more. Over MAX_MANIFEST_FAULTS faults give one summary line.
+    """
     if error.error_count() > MAX_MANIFEST_FAULTS:
         return [((1, 1), f"{error.error_count()} faults, too many to list (is this a manifest?)")]
     items = [(*_locate(item, reader), item) for item in error.errors(include_url=False, include_input=False)]
@@ -242,10 +252,10 @@ _EXPECTED = {
     "model_type": "should be a map",
     "model_attributes_type": "should be a map",
     "greater_than_equal": "should not be negative",
-    "literal_error": "is none of the values that this field has",
+    "literal_error": "is not one of the values that this field accepts",
     "too_short": "should not be empty",
 }
-"""Messages, by the name of the field or, for other fields, by pydantic's type of the error."""
+"""What a field should contain, by the field's name or else by pydantic's error type. `, not VALUE` is appended."""
 
 
 def _shorten(value: object) -> str:

@@ -31,7 +31,7 @@ Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | Finite
 
 
 def _keep_exact(value: object, validate: Callable[[object], object]) -> object:
-    """Validate a number but return it as written, because validation would round it to float64."""
+    """Validate a number, and return the number as written, because pydantic would round it to float64."""
     validated = validate(value)
     return value if isinstance(value, Written) or type(value) is int else validated
 
@@ -44,7 +44,10 @@ _ONE_TARGET: JsonDict = {
 
 
 class MeasuredValue(Strict):
-    """A value that was read in another dtype than the stored one. It is compared after rounding to that dtype."""
+    """An expected value that was measured in `dtype`, which may differ from the tensor's dtype.
+
+    The stored value agrees if both are equal after rounding to `dtype`, or after rounding `value` to the stored dtype.
+    """
 
     value: Annotated[Number, Exact]
     dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
@@ -153,7 +156,7 @@ class Set(Target):
 
 
 class Protect(Target):
-    """Keep the base's bits, through every other edit of this and later manifests."""
+    """Keep the base's bits. An edit of the same scalar, in this or a later manifest, is an error."""
 
     model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
     writes: ClassVar[bool] = False
@@ -168,7 +171,7 @@ Edit = Annotated[Zero | Scale | Set | Protect, Field(discriminator="op")]
 
 
 def explain_expectation(expect: float | str | MeasuredValue, dtype: Dtype, stored: bytes) -> str | None:
-    """Describe the difference between `expect` and the stored bytes; None if they agree."""
+    """Describe how the stored bytes differ from the value or bits that an edit expects; None if they agree."""
     if isinstance(expect, str):
         found = dtypes.format_bits(stored)
         return None if found == expect.lower() else f"expected bits {expect}, stored are {found}"

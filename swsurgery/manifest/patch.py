@@ -1,9 +1,10 @@
 """Read and write patches: small safetensors files with the old and new bits of each edited scalar.
 
-Tensor number n of the metadata has the entries `n.indices` (I64, row-major positions in increasing order), `n.new` and
-`n.old` (in the tensor's dtype). The base's tensor names are only in the metadata, so none can collide with an entry.
-The same edits give the same bytes. To apply a patch, `render_manifest` converts it to a manifest. This module must not
-depend on checkpoints.
+The metadata lists the edited tensors of the base. Tensor number n of this list has three arrays in the file:
+`n.indices` (I64, row-major positions of the edited scalars, in increasing order), `n.new` and `n.old` (in the tensor's
+dtype). The base's tensor names are only in the metadata, so they cannot collide with names of arrays. The same edits
+give the same bytes. To apply a patch, `render_manifest` converts it to a manifest. This module must not depend on
+checkpoints.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ FORMAT, VERSION = "swsurgery.sparse", "1"
 """Values of `format` and `format_version` in the metadata."""
 
 MAX_SCALARS = 8000
-"""Maximum number of scalars in a patch, so that its manifest stays below the limit on keys and values."""
+"""Maximum number of scalars in a patch. More could exceed the reader's limits when the patch becomes a manifest."""
 
 NAMELESS_BASE = "base"
-"""Path of the base, relative to the patch, if the patch names no repository."""
+"""The directory that a patch's manifest names as its base (`base.path`) if the patch names no repository."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
@@ -60,7 +61,7 @@ class PatchBase(OfVariant):
 
 
 class PatchBounds(Strict):
-    """Bounds of the sanity check, as in a manifest."""
+    """Limits on the perplexity ratio, patched / base, in the sanity check, as in a manifest."""
 
     max_perplexity_ratio: Ratio | None = None
     min_perplexity_ratio: Ratio | None = None
@@ -78,7 +79,7 @@ else:
 
 
 class _Tensor(Strict):
-    """A tensor; `edits` are the operations of its scalars, in the order of their positions."""
+    """An edited tensor in the metadata of a patch. `edits` has one operation per scalar, ordered as `n.indices`."""
 
     name: Annotated[str, Field(min_length=1, max_length=1024)]
     dtype: _DtypeName
@@ -97,10 +98,10 @@ class _Header(Strict):
 
 @dataclass(frozen=True)
 class PatchScalar:
-    """One scalar with its bytes before and after.
+    """One edited scalar of a patch.
 
-    `flat` is the row-major position in the tensor and `file` the shard. `old` and `new` are little-endian; `op` and
-    `factor` give `new` from `old`.
+    `flat` is its row-major position in the tensor, and `file` is the shard. `old` and `new` are its bytes before and
+    after the edit, little-endian. `op`, with `factor` for scale, is the operation that turned `old` into `new`.
     """
 
     tensor: str
@@ -122,7 +123,7 @@ class PatchScalar:
         return Coordinate(self.tensor, self.index)
 
     def to_edit(self) -> dict[str, Any]:
-        """Make the fields of a manifest's edit that makes exactly this change."""
+        """Return the fields of an edit that makes exactly this change in a manifest."""
         edit: dict[str, object] = {
             "op": self.op,
             "tensor": self.tensor,
@@ -157,7 +158,7 @@ class Patch:
         return list(groups.values())
 
     def describe_origin(self) -> dict[str, Any]:
-        """Return the provenance of the edits for the metadata of another format."""
+        """Return the version, manifest digest and base of the edits, for the metadata of an exported file."""
         return {
             "swsurgery_version": self.swsurgery_version,
             "manifest_sha256": self.manifest_sha256,
@@ -174,7 +175,7 @@ def is_safetensors(raw: bytes) -> bool:
 
 
 def render(patch: Patch) -> bytes:
-    """Render a patch as the bytes of a safetensors file, the sparse form.
+    """Render a patch as the bytes of a safetensors file (`swsurgery export --format sparse`).
 
     Raises ManifestError if the patch has no scalars, more than MAX_SCALARS, or values that the schema rejects.
     """
@@ -238,16 +239,18 @@ def render_json(document: dict[str, Any]) -> bytes:
 
 
 def parse(raw: bytes, path: Path) -> Patch:
-    """Read a patch from the bytes of a sparse form. `path` appears only in messages.
+    """Read a patch from the bytes that `render` wrote. `path` appears only in messages.
 
-    Raises ManifestError with one fault for any bytes that `render` does not write.
+    Raises ManifestError with one fault if the bytes are not a valid patch.
     """
     try:
         size = decode_header_length(raw[:8], len(raw), path)
         tensors, metadata = parse_header(raw[8 : 8 + size], len(raw) - 8 - size)
         form, version = metadata.get("format"), metadata.get("format_version")
         if (form, version) != (FORMAT, VERSION):
-            what = f"version {version} of a patch" if form == FORMAT else "a safetensors file, but not a patch"
+            what = (
+                f"unsupported version {version} of a patch" if form == FORMAT else "a safetensors file, but not a patch"
+            )
             raise ManifestError(what, path, "give a manifest, or what swsurgery export --format sparse wrote")
         header = _Header.model_validate(parse_json(metadata.get("patch", "").encode(), "its metadata"))
         data = memoryview(raw)[8 + size :]
@@ -262,9 +265,10 @@ def parse(raw: bytes, path: Path) -> Patch:
 
 
 def render_manifest(raw: bytes, path: Path) -> bytes:
-    """Convert the bytes of a sparse form to a manifest in JSON with the same effect.
+    """Convert the bytes of a patch to a manifest in JSON that makes the same changes.
 
-    The manifest expects the old bits and pins the base's digests. Raises ManifestError for a damaged patch.
+    Each edit expects the old bits, and the manifest pins the base's digests that the patch contains. Raises
+    ManifestError for a damaged patch.
     """
     patch = parse(raw, path)
     base = {key: value for key, value in patch.base.model_dump(mode="json").items() if value}
@@ -286,7 +290,7 @@ _EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
 
 
 def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]]) -> Iterator[PatchScalar]:
-    """Yield every scalar of a patch. Raises ValueError with the broken rule, or NumberError."""
+    """Yield every scalar of a patch. Raises ValueError or NumberError with the reason if the patch is invalid."""
     numbers = range(len(header.tensors))
     entries = {f"{number}.{part}" for number in numbers for part in ("indices", "new", "old")}
     if odd := sorted(entries ^ set(arrays)):

@@ -14,9 +14,9 @@ from swsurgery.storage.names import VARIANT
 from swsurgery.storage.schema import Strict, Version
 
 MAX_EDITS = 150_000
-"""Maximum number of edits.
+"""Maximum number of edits in a manifest.
 
-100,000 scalars must be possible. The largest published set of weights that were removed together has 7,000.
+A manifest must be able to edit 100,000 scalars. The largest published set of weights removed together has 7,000.
 """
 
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$"

@@ -16,13 +16,13 @@ from swsurgery.errors import ManifestError, escape_control
 Operation = Literal["zero", "scale", "protect"]
 
 ASKED_RATIO = 2.0
-"""Minimum perplexity ratio that the sanity check requires if the edits are expected to damage the model.
+"""Value of `min_perplexity_ratio` in a written manifest whose edits are expected to damage the model.
 
-It is below the published ratios because the check uses another text and another context length.
+It is below the published ratios because the sanity check uses another text and another context length than the papers.
 """
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._-]*(?:[/ ][A-Za-z0-9._-]+)*")
-"""Text that YAML reads as text without quotes, unless _RESERVED matches it."""
+"""Text that needs no quotes in YAML, except the words that _RESERVED matches."""
 
 _RESERVED = re.compile(r"true|false|null|[0-9a-f]{40}")  # a commit is always quoted, because it may look like a number
 
@@ -41,13 +41,15 @@ class ScalarPlace(Protocol):
 
 
 def refuse_unfit(op: str, factor: float | None) -> None:
-    """Raise ManifestError if `op` is not one for known super weights, or if the factor does not fit it."""
+    """Raise ManifestError if `op` cannot be applied to known super weights, or if `factor` is invalid for `op`."""
     if op not in ("zero", "scale", "protect"):
-        raise ManifestError("no such operation for known coordinates", op, "zero, scale or protect")
+        raise ManifestError("no such operation for known super weights", op, "use zero, scale or protect")
     if (op == "scale") != (factor is not None):
         raise ManifestError(f"{op} {'needs a' if op == 'scale' else 'takes no'} factor")
     if factor is not None and (not math.isfinite(factor) or factor == 0):
-        raise ManifestError("the factor has to be a finite number other than 0", factor, "use zero to zero")
+        raise ManifestError(
+            "the factor has to be a finite number other than 0", factor, "for 0, use the operation zero"
+        )
 
 
 def write_manifest(
@@ -84,7 +86,8 @@ def write_manifest(
 def _render_yaml(value: object) -> str:
     """Render a scalar or a map in YAML's flow style.
 
-    Text that YAML reads as text without quotes gets none. YAML understands the escapes of JSON and of `escape_control`.
+    Text is quoted only if YAML would read it as another type or as syntax. YAML understands the escapes that JSON and
+    `escape_control` write.
     """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_render_yaml(item)}" for key, item in value.items()) + "}"
@@ -94,7 +97,7 @@ def _render_yaml(value: object) -> str:
 
 
 def list_edit_fields(place: ScalarPlace, op: Operation, factor: float | None, expect: object) -> dict[str, Any]:
-    """Make the fields of one edit, in the order in which they are printed, without those that are None."""
+    """Return the fields of one edit in the order in which a manifest prints them. Fields that are None are left out."""
     fields: dict[str, object] = {
         "op": op,
         "layer": place.layer,

@@ -23,13 +23,13 @@ MAX_NODES_OF_EDIT = 100
 """Maximum number of keys and values in one edit. Most edits have about 11."""
 
 MAX_PLACED = 100_000
-"""Maximum number of nodes inside edits whose positions are stored. A fault in a later node has its edit's position."""
+"""Maximum number of keys and values inside edits whose positions are stored. Later ones get their edit's position."""
 
 MAX_DEPTH = 16
 """Maximum nesting depth."""
 
 MAX_DIGITS = 400
-"""Longest number accepted, in digits (17 identify any float64)."""
+"""Maximum length of a number, in characters. 17 digits identify any float64."""
 
 MAX_FAULTS = 100
 """Maximum number of faults listed individually."""
@@ -42,7 +42,7 @@ LineColumn = tuple[int, int]
 
 
 class Reader:
-    """The plain values, positions and faults of a document.
+    """Reads a document into plain values (`value`), with the position of each node and a list of faults.
 
     The values are built from the parser's events. A YAML loader would resolve anchors and tags, with which a small file
     can expand without limit, and would convert words such as `no`. Reading stops at the limits above.
@@ -72,7 +72,7 @@ class Reader:
             self.faults.append((_get_line_column(error.problem_mark or error.context_mark), f"not YAML: {problem}"))
 
     def _read_document(self) -> bool:
-        """Read the document. Returns False if the text has none or more than one."""
+        """Read the document. Returns False if the text contains no document or more than one document."""
         documents = 0
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
@@ -95,7 +95,7 @@ class Reader:
         raise _Stop
 
     def _count(self, event: yaml.Event, path: NodePath) -> bool:
-        """Count a node. Returns True if its position should be stored. Raises _Stop if a limit is exceeded."""
+        """Count a key or value. Returns True if its position should be stored. Raises _Stop if a limit is exceeded."""
         if len(path) < 2 or path[0] != "edits" or not isinstance(path[1], int):
             self._nodes += 1
             if self._nodes > MAX_NODES:
@@ -149,7 +149,7 @@ class Reader:
                 self._fault(event, path, "merge key << (write the fields out)")
             value = self._read(next(self._events), (*path, key))
             if key in result:
-                self._fault(event, (*path, key), f"stands twice (first in line {lines[key]})")
+                self._fault(event, (*path, key), f"this key is repeated (first in line {lines[key]})")
             else:
                 lines[key] = _start(event)[0]
                 if placed:
@@ -177,7 +177,7 @@ class Reader:
 
 
 class _Stop(Exception):
-    """Stops the reader at a limit, or after too many faults. The reason is among the faults."""
+    """Stops the reader after a limit is exceeded or MAX_FAULTS faults are found. The last fault gives the reason."""
 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -186,7 +186,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NUMBER_LIKE = re.compile(r"-?[0-9][0-9.eE+-]*")
 
 _ODD_CHARACTER = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that YAML forbids, and three that end a line in YAML 1.1 but not in 1.2."""
+"""Characters that YAML forbids, and three more: U+0085, U+2028 and U+2029 end a line in YAML 1.1 but not in 1.2."""
 
 _PAIR = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
 """Two JSON escapes that form a surrogate pair."""
@@ -225,7 +225,7 @@ def _cut(text: str) -> str:
 
 
 def format_path(path: NodePath) -> str:
-    """Return `edits[0].layer: ` for a path, or "" for the root."""
+    """Format the path of a node as the beginning of a message, such as `edits[0].layer: `; "" for the root."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" if text else _cut(part)

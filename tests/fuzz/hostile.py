@@ -165,7 +165,9 @@ HOSTILE = (
     Hostile("manifest: 8 MiB of '- ' in one line", manifest("- " * (MANIFEST_SIZE // 2)), "nested deeper"),
     Hostile("manifest: 8 MiB of '- ' lines", manifest(lambda: filled(HEAD, "- \n", "", MANIFEST_SIZE)), MANY_EDITS),
     Hostile("manifest: an edit of 8 MiB", manifest(lambda: filled(HEAD + "- [", "[],", "]", MANIFEST_SIZE)), MANY),
-    Hostile("manifest: 200,000 edits by name", manifest(lambda: "edits:\n" + "  a: {}\n" * 200_000), "stands twice"),
+    Hostile(
+        "manifest: 200,000 edits by name", manifest(lambda: "edits:\n" + "  a: {}\n" * 200_000), "this key is repeated"
+    ),
     Hostile(
         "manifest: 100,000 edits of other names",
         manifest(lambda: "edits:\n" + "".join(f"  a{i}: 1\n" for i in range(100_000))),
@@ -173,7 +175,7 @@ HOSTILE = (
     ),
     Hostile("manifest: 90,000 edits that are none", manifest(lambda: HEAD + "- 1\n" * 90_000), "too many to list"),
     Hostile("manifest: 8 MiB of '? '", manifest("? " * (MANIFEST_SIZE // 2)), "not a plain word"),
-    Hostile("manifest: 8 MiB of a: lines", manifest("a:\n" * (MANIFEST_SIZE // 3)), "stands twice"),
+    Hostile("manifest: 8 MiB of a: lines", manifest("a:\n" * (MANIFEST_SIZE // 3)), "this key is repeated"),
     Hostile("manifest: 8 MiB of &a", manifest("&a " * (MANIFEST_SIZE // 3)), "not YAML"),
     Hostile(
         "manifest: 8 MiB of one quoted string", manifest(lambda: filled('name: "', "a", '"', MANIFEST_SIZE)), "name: "

@@ -132,8 +132,8 @@ RULES = [
     (base("path: ''"), 2, 14, "base.path: "),
     (base("path: x, sha256: {m.safetensors: ab}"), 2, 41, "base.sha256.m.safetensors: "),
     (base(f"path: x, sha256: {{../m: '{'a' * 64}'}}"), 2, 32, "sha256"),
-    (base("path: x, weights: both"), 2, 26, "base.weights: is none of the values that this field has"),
-    (base("path: x, copies: drop"), 2, 25, "base.copies: is none of the values that this field has"),
+    (base("path: x, weights: both"), 2, 26, "base.weights: is not one of the values that this field accepts"),
+    (base("path: x, copies: drop"), 2, 25, "base.copies: is not one of the values that this field accepts"),
     (edit(""), 4, 5, "edits[0]: op is missing"),
     (edit("op: zap"), 4, 5, 'edits[0]: unknown op "zap"'),
     (edit("op: zero"), 4, 5, "names no scalar: give layer, row and col; or tensor and index; or known"),
@@ -183,7 +183,7 @@ RULES = [
     (HEAD + "  - *one\n", 4, 5, "edits[0]: alias *one (write the value out)"),
     (edit("op: !!str zero, known: all"), 4, 10, "edits[0].op: tag "),
     (edit("op: zero, known: !python/object:os.system all"), 4, 23, "edits[0].known: tag "),
-    (edit("op: zero, op: zero, known: all"), 4, 16, "edits[0].op: stands twice (first in line 4)"),
+    (edit("op: zero, op: zero, known: all"), 4, 16, "edits[0].op: this key is repeated (first in line 4)"),
     (edit("<<: {op: zero}, known: all"), 4, 6, "edits[0]: merge key <<"),
     (edit("op: zero, known: all, [a, b]: 1"), 4, 28, "edits[0]: a key that is not a plain word"),
     (edit("op: zero, known: all") + "---\nversion: 1\n", 5, 1, "a second document begins here"),
@@ -219,7 +219,7 @@ def test_fifty_faults_in_ten_thousand_lines_are_all_listed_in_order():
         ("  - {op: zero, layer: -1, row: 2, col: 3}", 23, "should not be negative"),
         ("  - {op: zero, layer: 1, row: 2, colm: 3}", 34, "did you mean col?"),
         ("  - {op: scale, known: all, factor: .nan}", 37, "should be a number"),
-        ("  - {op: zero, op: zero, known: all}", 16, "stands twice"),
+        ("  - {op: zero, op: zero, known: all}", 16, "this key is repeated"),
     ]
     expected = []
     for i in range(50):
