@@ -19,7 +19,7 @@ from swsurgery.storage.numbers import NO_COMMAS, format_number
 from swsurgery.verifying.findings import Finding
 
 ShortForm = tuple[int, int, int, object]
-"""Layer, row and column of a scalar, and its expert or None."""
+"""The short form of a coordinate: its layer, row, column, and expert or None."""
 
 FIELDS = (
     "base_model",
@@ -32,14 +32,14 @@ FIELDS = (
     "license_link",
     "tags",
 )
-"""All fields that the front matter may contain, in order."""
+"""Fields that the front matter, the YAML block at the top of the card, may contain, in order."""
 
 RELATION = "finetune"
-"""Relation to the base. The Hub knows adapter, merge, quantized and finetune; the last one fits changed values in the
-base's own format."""
+"""How the Hub relates a patched checkpoint to its base. Of the Hub's four relations (adapter, merge, quantized and
+finetune), "finetune" fits best, because values are changed and the format is not."""
 
 PATCH_RELATION = "adapter"
-"""Relation of a patch to its base, without which the patch cannot be used."""
+"""How the Hub relates a patch to its base: as an adapter, because the patch is useless without the base."""
 
 OWN_TAGS = ("swsurgery", "super-weights")
 """Tags of every published checkpoint."""
@@ -48,10 +48,8 @@ PATCH_TAGS = (*OWN_TAGS, "patch")
 """Tags of every published patch."""
 
 MAX_CARD_ROWS, MAX_NAME, MAX_QUOTED_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
-"""Maximum number of rows of a table or a list, characters of a name, and bytes of a quoted manifest and a quoted card.
-
-The files themselves contain the rest.
-"""
+"""Limits of a card: rows of a table or a list, characters of a name, bytes of the manifest that it quotes, and
+characters of the base's card that it quotes. What the card omits is in the files themselves."""
 
 _LINE = re.compile(r"(?=.*\S)[^<>]{1,200}")
 """Matches text that YAML always writes as a string. It excludes < and >, because a Markdown reader that does not know
@@ -85,7 +83,7 @@ _PUNCTUATION = re.compile(r"([!-,./:-@\[-`{-~]|(?<![A-Za-z0-9])-|-(?![A-Za-z0-9]
 
 
 def escape(value: object) -> str:
-    """Escape `value` as one line of Markdown with at most MAX_NAME characters. It is safe in a table's cell."""
+    """Escape `value` as one line of Markdown with at most MAX_NAME characters, which is safe in a table's cell."""
     text = escape_control(str(value))
     if len(text) > MAX_NAME:
         text = text[: MAX_NAME - 3] + "..."
@@ -93,7 +91,7 @@ def escape(value: object) -> str:
 
 
 def render_code(value: object) -> str:
-    """Render `value` as code if that needs no escaping, else as escaped text."""
+    """Render `value` as inline code, or as escaped text if it contains characters that are unsafe in code."""
     text = str(value)
     return f"`{text}`" if len(text) <= MAX_NAME and _CODE.fullmatch(text) else escape(text)
 
@@ -107,7 +105,7 @@ def fence(text: str, language: str = "") -> str:
 
 
 def make_fields(record: Record, base_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the front matter: the base, and the base card's licence, language, task, library and tags."""
+    """Return the fields of the front matter: the base, the tags, and what is copied from the base's card."""
     found: dict[str, Any] = {}
     if record.base.repo_id and _REPO_ID.fullmatch(record.base.repo_id):
         found["base_model"], found["base_model_relation"] = record.base.repo_id, RELATION
@@ -131,7 +129,10 @@ def list_omitted_fields(base_fields: Mapping[str, Any], of: Iterable[str] = _CAR
 
 
 def make_patch_fields(record: Record, base_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the front matter of a patch: it has the base's licence, and no library can load it as a model."""
+    """Return the fields of a patch's front matter, with the base's licence and languages.
+
+    The library is swsurgery and the task is omitted, because no other library can load a patch as a model.
+    """
     found = make_fields(record, base_fields)
     if "base_model_relation" in found:
         found["base_model_relation"] = PATCH_RELATION
@@ -144,7 +145,7 @@ def _is_match(pattern: re.Pattern[str], value: object) -> bool:
 
 
 def _list_values(name: str, value: object) -> list[Any]:
-    """Return the values of one field as a list. YAML 1.1 reads "no", the code of Norwegian, as false."""
+    """Return the values of one field as a list. The language code "no" (Norwegian) is false in YAML 1.1."""
     values = value if isinstance(value, list) and name in _LISTS else [] if value is None else [value]
     return ["no" if name == "language" and each is False else each for each in values]
 
@@ -159,8 +160,8 @@ def render_body(
 ) -> str:
     """Render the Markdown text of a checkpoint's card.
 
-    `base_card` is the base's card without its front matter. `short` maps coordinates to their layer, row, column and
-    expert; coordinates without a short form are missing.
+    `base_card` is the base's card without its front matter. `accepted` are findings that did not prevent publishing.
+    `short` maps coordinates to their short forms; a coordinate without a short form is not in it.
     """
     name = _get_base_name(record)
     parts = [
@@ -182,7 +183,7 @@ def render_body(
         "changed. On the Hub, it reads the edited scalars and relies on the sha256 that the Hub lists for large files.",
         "## Revert",
         fence(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
-        "gives the base's weights back, byte for byte.",
+        "This restores the base's weights, byte for byte.",
         "## Manifest",
         _render_manifest(manifest),
         *_render_base_card(name, base_card),
@@ -201,7 +202,7 @@ def render_patch_body(
 ) -> str:
     """Render the Markdown text of the card of a patch, the file `patch_name` of `size` bytes.
 
-    `record` contains the edits since the first base, and no files.
+    `record` contains all edits since the first base, and lists no files. `accepted` and `short`: see `render_body`.
     """
     place = _get_base_uri(record)
     base = place or "BASE"
@@ -272,7 +273,7 @@ def _format_index(record: ScalarRecord) -> str:
 
 
 def _render_place(short: ShortForm | None) -> Sequence[str]:
-    """Render the cells for layer, row and column. The cell of the layer includes the expert."""
+    """Render the three cells of a table for layer, row and column. The layer's cell includes the expert."""
     if short is None:
         return ["\\-"] * 3
     layer, row, column, expert = short
@@ -326,7 +327,7 @@ def _check(check: Mapping[str, Any]) -> str:
     kind, reason = check.get("kind"), check.get("reason")
     why = f" ({escape(reason)})" if reason else ""
     if kind == "off":
-        return f"None was made{why}."
+        return f"No check was made{why}."
     if kind != "forward":
         return f"The weights were read back: exactly the scalars above differ. The model was not run{why}."
     rows = []

@@ -1,7 +1,8 @@
-"""Export edits without their checkpoint: sparse (read by `apply`), peft (a LoRA adapter), vllm (vLLM's patches).
+"""Export edits as small files in the format sparse (a patch for `apply`), peft (a LoRA adapter) or vllm (for vLLM).
 
-The files are made without torch. Only headers and single scalars of the source are read. For a manifest with its base,
-the touched shards are also read once, for their digests.
+The files are made without torch. From a patched checkpoint, only headers and single scalars are read. If the source is
+a manifest, the shards of its base that it edits are also read once, to compute their digests. The first base of a
+checkpoint that was patched in several steps is the checkpoint before the first step.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TORCH_NAMES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
-"""Names in torch of the floating-point dtypes."""
+"""Maps the name of each floating-point dtype in safetensors to its name in torch."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,21 @@ class EditSource:
     patch: Patch
     config: dict[str, Any]
     mode: int
-    """Permissions of the exported files: not more than those of the weights."""
+    """Permissions of the exported files: they permit no more than the permissions of the weights."""
     notes: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
-    """One line for each edit of a number that is not a weight. Only records of version 0.1.0 can contain such edits."""
+    """One message for each edit of a stored number that is not a weight, such as a quantised code.
+
+    Only the records that swsurgery 0.1.0 made can contain such an edit.
+    """
 
 
 @dataclass(frozen=True, repr=False)
 class Exported(Result):
-    """Result of an export. `files` maps names, relative to `output` if that is a folder, to sizes in bytes."""
+    """Result of `export`. `scalars` is the number of exported scalars.
+
+    `files` maps the name of each file to its size in bytes. If `output` is a folder, the names are relative to it.
+    """
 
     output: Path
     format: ExportFormat
@@ -91,12 +98,12 @@ def export(
     base: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Exported:
-    """Export edits without their checkpoint, in a few kilobytes.
+    """Export edits without their checkpoint, as files of a few kilobytes.
 
     `source` is a patched checkpoint (a directory or hf://ORG/NAME[@REV][/sub]), or a manifest in any form that `apply`
-    takes; `base` replaces the manifest's base. The format "sparse" is one new file that `apply` takes, "peft" a new
-    folder with a LoRA adapter, and "vllm" a new folder with arrays for vLLM's checkpoint patches. Headers and single
-    scalars are read; for a manifest, the shards with edits are hashed.
+    takes; `base` replaces the manifest's base. The format "sparse" makes one new file that `apply` takes, "peft" a new
+    folder with a LoRA adapter, and "vllm" a new folder with arrays for vLLM's checkpoint patches. Only headers and
+    single scalars are read, but for a manifest, each shard with an edit is also hashed.
 
     Raises TypeError, HubError, ManifestError, CheckpointError; TargetError if the output exists or cannot be written;
     PlanError for an edit that the format does not support.
@@ -121,7 +128,7 @@ def export(
 def render(source: EditSource, form: ExportFormat) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Render the files of a format. Returns (file name -> bytes, notes). Raises PlanError, ManifestError.
 
-    The name of the single file of the sparse format is empty.
+    The sparse format makes a single file, whose name in the dict is "".
     """
     if form == "sparse":
         return {"": patch_module.render(source.patch)}, ()
@@ -133,7 +140,7 @@ def render(source: EditSource, form: ExportFormat) -> tuple[dict[str, bytes], tu
 
 
 def read(source: ManifestLike, base: str | Path | None, progress: Progress) -> EditSource:
-    """Read the edits of a patched checkpoint since its first base, or plan those of a manifest on its base.
+    """Read the edits that a patched checkpoint contains since its first base, or plan a manifest on its base.
 
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
@@ -142,7 +149,7 @@ def read(source: ManifestLike, base: str | Path | None, progress: Progress) -> E
         return _read_manifest(load_manifest(source, base), base, progress)
     if base is not None:
         raise PlanError(
-            "--base goes with a manifest, because the record of a patched checkpoint names its base",
+            "--base is only for a manifest; this is a patched checkpoint, whose record names its base",
             where,
             "leave out --base",
         )
@@ -162,9 +169,10 @@ def _read_manifest(loaded: LoadedManifest, base: str | Path | None, progress: Pr
 
 
 def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
-    """Return the sha256 of each touched shard, computed from its bytes or, for a base on the Hub, listed by the Hub.
+    """Return the sha256 of each shard with an edit, as far as it is known.
 
-    Raises PlanError if a digest differs from the one in the manifest or in the base's own record.
+    A local shard is hashed; for a base on the Hub, the sha256 is the one that the Hub lists or the manifest
+    pins. Raises PlanError if a digest differs from the one in the manifest or in the base's own record.
     """
     pins, found = collect_known_digests(plan), {}
     for name in sorted({s.file for s in plan.splices}):
@@ -180,14 +188,17 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
 
 
 def read_edits(root: Path | Folder | RemoteTree) -> EditSource:
-    """Read the edits of a patched checkpoint since its first base. Raises CheckpointError."""
+    """Read the edits that a patched checkpoint contains since its first base. Raises CheckpointError."""
     with held(root) as entered:
         patched = read_record(entered)
         return _read_edits(patched, read_checkpoint(entered, patched.record.base, elsewhere=patched.record.elsewhere))
 
 
 def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
-    """Compare the recorded edits with the checkpoint. Raises CheckpointError if a scalar is not as recorded."""
+    """Collect the edits of all steps, and check that the checkpoint contains their new values.
+
+    Raises CheckpointError if a stored scalar differs from the record.
+    """
     steps = list_steps(patched)
     changed: dict[Coordinate, PatchScalar] = {}
     for record in steps:
@@ -205,7 +216,7 @@ def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
         stored = checkpoint.shards[s.file].read_scalar(*s.coordinate)
         if stored != s.new:
             where = f"{s.coordinate} in {s.file}"
-            raise CheckpointError("differs from its record", where, "run swsurgery verify")
+            raise CheckpointError("the stored scalar differs from its record", where, "run swsurgery verify")
     first, last = steps[0], steps[-1]
     digests = {s.file: first.files[s.file].base_sha256 for s in scalars}
     manifest = parse_manifest(patched.manifest_raw, Path(MANIFEST_NAME)).manifest
@@ -215,7 +226,7 @@ def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
 
 
 def list_steps(patched: Patched | None) -> list[Record]:
-    """List the records of all steps in which a checkpoint was patched, in order."""
+    """List the records of all steps in which a checkpoint was patched, the earliest first."""
     steps: list[Record] = []
     while patched is not None:
         steps.append(patched.record)
@@ -274,11 +285,11 @@ def _make_source(
 
 
 def _render_vllm(patch: Patch) -> dict[str, bytes]:
-    """Render the arguments of vLLM's CheckpointWeightPatch for each tensor. Raises PlanError for other dtypes.
+    """Render the arguments of vLLM's CheckpointWeightPatch for each tensor. Raises PlanError.
 
-    patches.json contains the arguments; `values` and `indices` are names of arrays in patches.safetensors. vLLM has no
-    file format for them. Source: vllm/model_executor/model_loader/checkpoint_weight_patch.py, which requires
-    floating-point values and int64 indices.
+    vLLM has no file format for these arguments. Here patches.json contains them, and its `values` and `indices` are
+    names of arrays in patches.safetensors. Source: vllm/model_executor/model_loader/checkpoint_weight_patch.py, which
+    requires floating-point values and int64 indices; PlanError lists the scalars that have another dtype.
     """
     faults = [
         f"a vLLM patch contains only floating-point values, not {s.dtype.name}: {s.coordinate}"
@@ -304,7 +315,7 @@ def _render_vllm(patch: Patch) -> dict[str, bytes]:
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
-    """Write a new file atomically. Raises TargetError if it exists."""
+    """Write a new file atomically. Raises TargetError if a file of this name exists."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         filesystem.write_file(temporary, data, mode)

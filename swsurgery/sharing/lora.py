@@ -1,6 +1,6 @@
 """Render edits of single scalars as a LoRA adapter that PEFT loads.
 
-The files are made as bytes, without torch and without PEFT. Their names are the ones that PEFT 0.21 saves.
+The files are made as bytes, without torch and without PEFT, under the names that PEFT 0.21 uses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LINEAR = frozenset([
     "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "c_proj", "dense_h_to_4h",
     "dense_4h_to_h", "lm_head", "embed_out",
 ])  # fmt: skip
-"""Names of modules that are linear layers in every family of transformers, except those in TRANSPOSED."""
+"""Names of modules that are linear layers in every model type of transformers that is not in TRANSPOSED."""
 
 TRANSPOSED = {"gpt2": frozenset({"c_attn", "c_fc", "c_proj"}), "openai-gpt": frozenset({"c_attn", "c_fc", "c_proj"})}
 """Model types that use transformers' Conv1D layers, stored as [input, output], and the names of these layers."""
@@ -85,7 +85,7 @@ def render_adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, byte
 
 
 def _get_kind(config: dict[str, Any]) -> str:
-    """Return the model type, or "" if config.json gives none that is text."""
+    """Return the model type in config.json, or "" if it is missing or not a string."""
     kind = config.get("model_type")
     return kind if isinstance(kind, str) else ""
 
@@ -93,8 +93,8 @@ def _get_kind(config: dict[str, Any]) -> str:
 def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
     """Return why an adapter cannot represent this edit, or None if it can.
 
-    Only tensors that are certainly linear layers are accepted. An adapter would silently ignore a scaling or a routing
-    weight of the same name.
+    Only tensors that are certainly weights of linear layers are accepted. PEFT would silently ignore an adapter for
+    any other weight, such as a scale or the weight of a router.
     """
     parts = scalar.tensor.split(".")
     kind = _get_kind(config)
@@ -111,7 +111,7 @@ def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
     elif parts[-2] in ("lm_head", "embed_out") and is_tied_by_config(config):
         reason = "is tied to the embedding, which an adapter of the head would not change"
     elif _find_module(scalar.tensor, config) is None:
-        reason = "has another name in the loaded model"
+        reason = "may have another name in the loaded model"
     elif not math.isfinite(decode(scalar.dtype, scalar.old)):
         reason = (
             f"is {format_exact(decode(scalar.dtype, scalar.old))} in the base, and adding a number does not change that"
@@ -124,7 +124,7 @@ def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
 
 
 def _find_module(tensor: str, config: dict[str, Any]) -> str | None:
-    """Return the module of a stored weight in the model with a head, or None if it is not certain."""
+    """Return the module that contains a stored weight in the model with its head, or None if that is uncertain."""
     module = tensor.removesuffix(".weight")
     if any(type(config.get(section)) is dict for section in ("text_config", "language_config", "llm_config")):
         return module if module.startswith("model.language_model.") else None
@@ -135,7 +135,10 @@ def _find_module(tensor: str, config: dict[str, Any]) -> str | None:
 
 
 def _compute_delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
-    """Return new - old in float32, and a note if adding it to the base's weight does not give the new value."""
+    """Return new - old as the bytes of a float32, and a list of notes.
+
+    There is a note if adding this difference to the base's weight, as PEFT does, does not give the new value.
+    """
     single = DTYPES["F32"]
     old, new = decode(scalar.dtype, scalar.old), decode(scalar.dtype, scalar.new)
     difference = Fraction(new) - Fraction(old)
@@ -158,7 +161,7 @@ def _compute_delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:
 def _factorise(deltas: dict[tuple[int, int], bytes], rows: int, columns: int) -> tuple[list[bytes], list[bytes]]:
     """Return the rows of lora_A (rank x columns) and of lora_B (rows x rank), as bytes of float32.
 
-    All nonzero values of one factor are 1, so the product is exact.
+    All nonzero values of one of the two matrices are 1, so their product is exact.
     """
     one = encode(DTYPES["F32"], 1)
     by_row = len({row for row, _ in deltas}) <= len({column for _, column in deltas})

@@ -32,7 +32,10 @@ from swsurgery.storage.names import CARD_NAME, OWN_FILES, SIGNATURE_NAME
 from swsurgery.verifying.findings import Finding
 
 SMALL_FILE = 16 << 20
-"""Size in bytes up to which a file is read when the plan is made. Files stored in git itself are never larger."""
+"""Maximum size in bytes of a file whose contents are read into memory while planning.
+
+No file that the Hub stores in git itself, without LFS, is larger.
+"""
 
 
 def make_publication(
@@ -40,9 +43,9 @@ def make_publication(
 ) -> Publication:
     """Plan the publication of the patched checkpoint in `root`.
 
-    `findings` are the accepted findings; the record's digests of their files are not trusted. If `hashing` is False,
-    large files without a digest are planned as if they were the base's. Raises HubError, and CheckpointError if the
-    directory is not a patched checkpoint.
+    `findings` are the accepted findings. If a finding concerns a file, the record's digest of the file is not trusted.
+    If `hashing` is False, a large file without a digest is planned as if it were equal to the base's file of the same
+    size. Raises HubError, and CheckpointError if the directory is not a patched checkpoint.
     """
     with held(root) as entered:
         patched = read_record(entered)
@@ -78,9 +81,9 @@ def make_publication(
 
 
 def _refuse_second_set(plan: Publication) -> None:
-    """Raise HubError if the repository would contain a single file and an index.
+    """Raise HubError if the repository would contain both model.safetensors and an index of shards.
 
-    One loader would load the edited weights, and another the weights that were already in the repository.
+    Some loaders would load the edited weights, and others the weights that were already in the repository.
     """
     sets = {"model.safetensors", "model.safetensors.index.json"}
     there = set(plan.target.head.files) if plan.target else set()
@@ -103,7 +106,10 @@ def assemble(
     target: Branch | None,
     message: str,
 ) -> Publication:
-    """Build the plan from its files. Adds the files to delete, the tag, and an open pull request with these files."""
+    """Build the plan from its files, and add the files to delete and the tag.
+
+    Also adds the number of an open pull request that already has exactly these files, if one was requested.
+    """
     gone, said = _find_obsolete(target, {item.name for item in items})
     notes = [*notes, *said]
     tag = _choose_tag(wish, record, base, target, notes)
@@ -124,13 +130,19 @@ def assemble(
 
 
 def list_base(record: Record) -> RemoteTree | None:
-    """List the base's repository at its commit. None if it is unknown or not visible on this Hub. Raises HubError."""
+    """List the files of the base's repository at its commit.
+
+    Returns None if the record names no repository, or if the repository is not visible on this Hub. Raises HubError.
+    """
     named = record.base
     return open_visible_tree(named.repo_id, named.revision) if named.repo_id else None
 
 
 def find_target(wish: Wish) -> Branch | None:
-    """Find the repository and branch to commit to. Raises HubError if it is public and should be private."""
+    """Find the branch to commit to. Returns None if the repository does not exist yet.
+
+    Raises HubError if the repository is public although a private one was requested.
+    """
     target = find_branch(wish.repo_id, wish.branch)
     if target and wish.private and not target.head.private:
         raise HubError(
@@ -142,12 +154,12 @@ def find_target(wish: Wish) -> Branch | None:
 
 
 def join_base_path(record: Record, name: str) -> str:
-    """Return a file's path in the base's repository. The base may be a folder of it."""
+    """Return the path of a file in the base's repository. The base may be a folder of this repository."""
     return f"{record.base.sub}/{name}" if record.base.sub else name
 
 
 def _list_left_out(checkpoint: Checkpoint, record: Record) -> dict[str, str]:
-    """Return the names of files that are not published, and the reasons."""
+    """Return (name -> reason) of the files that are not published."""
     left = dict.fromkeys(checkpoint.left_out, "belongs to the tool that downloaded it, not to the checkpoint")
     left |= dict.fromkeys(checkpoint.copies, "is another copy of the weights, which was not edited")
     for file in checkpoint.files:
@@ -184,7 +196,7 @@ class FilePlanner:
         self.by_digest = {f.sha256: f for f in base.files.values() if f.sha256} if base else {}
 
     def plan_item(self, name: str) -> Item:
-        """Plan a file of the checkpoint. Raises CheckpointError if neither the directory nor the base has it."""
+        """Plan a file of the checkpoint. Raises CheckpointError if it is neither in the directory nor in the base."""
         file = self.there.get(name)
         if file is None:
             return self._plan_elsewhere(name, self.record.files[name])
@@ -195,17 +207,17 @@ class FilePlanner:
         return self._decide(found, "edited" if name in self.edited else "")
 
     def plan_own(self, name: str, data: bytes) -> Item:
-        """Plan a file that swsurgery makes for the repository."""
+        """Plan a file that swsurgery makes for the repository, such as the card, with the content `data`."""
         return self._decide(_make_item(name, data, data), "made for this repository")
 
     def _find_in_base(self, name: str, sha256: str | None) -> RemoteFile | None:
-        """Return the base's file with this content, or else with this name."""
+        """Return the base's file with this sha256, else the one with this name, else None."""
         return self.by_digest.get(sha256 or "") or (
             self.base.files.get(join_base_path(self.record, name)) if self.base else None
         )
 
     def _plan_elsewhere(self, name: str, record: FileRecord) -> Item:
-        """Plan a file that is not in the directory. Raises CheckpointError if the base does not have it."""
+        """Plan a file that is only in the base's repository. Raises CheckpointError if the file is not there."""
         theirs = self._find_in_base(name, record.sha256)
         if theirs is None or theirs.size != record.size or (theirs.sha256 or record.sha256) != record.sha256:
             what = "the file is neither in the directory nor in the base's repository"
@@ -239,7 +251,10 @@ class FilePlanner:
         return replace(item, how="copy", why="unchanged from the base")
 
     def _get_digest(self, file: BaseFile) -> str | None:
-        """Return the digest in the record, or hash the file if the record has none or is not trusted."""
+        """Return the sha256 in the record. If it is missing or not trusted, hash the file.
+
+        Returns None if the file would have to be hashed and `hashing` is False.
+        """
         record = self.record.files.get(file.name)
         if record and record.sha256 and file.name not in self.distrusted:
             return record.sha256
@@ -252,7 +267,7 @@ def _make_item(name: str, data: bytes, content: File | bytes) -> Item:
 
 
 def _make_record(record: Record, items: Sequence[Item], base: RemoteTree | None) -> Record:
-    """Return the record to publish: it lists exactly these files, with every known digest, and none elsewhere."""
+    """Return the record to publish. It lists exactly the files that are published, with every known digest."""
     found = {item.name: item for item in items}
     files = {}
     for name, entry in record.files.items():
@@ -271,9 +286,9 @@ def _make_record(record: Record, items: Sequence[Item], base: RemoteTree | None)
 
 
 def read_base_card(planner: FilePlanner, record: Record, base: RemoteTree | None) -> str:
-    """Read the base's card, from the directory if that has the base's card, else from the base's repository.
+    """Read the base's card: the copy in the directory, or else the one in the base's repository.
 
-    Returns "" if there is none, or if the Hub does not permit reading it.
+    Returns "" if the base has no card, or if the Hub does not permit reading it.
     """
     here = planner.there.get(CARD_NAME)
     if here is not None and CARD_NAME in record.files and CARD_NAME not in planner.distrusted:
@@ -287,12 +302,12 @@ def read_base_card(planner: FilePlanner, record: Record, base: RemoteTree | None
 
 
 def list_card_notes(names: Sequence[str]) -> list[str]:
-    """Return a note on the fields of the base's card that the new card omits."""
+    """Return a list with one note on these fields of the base's card, or [] if there are none."""
     return [f"not copied from the base's card, or only in part: {', '.join(names)}"] if names else []
 
 
 def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, card.ShortForm]:
-    """Return the short form of each edited scalar that has one."""
+    """Return the short form (layer, row, column, expert) of each edited scalar that has one."""
     found: dict[Coordinate, card.ShortForm] = {}
     for entry in record.edits:
         with contextlib.suppress(ArchitectureError):
@@ -302,7 +317,10 @@ def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate,
 
 
 def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], list[str]]:
-    """Return the files to delete, which only an earlier publication has, and notes on other files that stay."""
+    """Return the files to delete, and notes on other files that stay in the repository.
+
+    A file is deleted if an earlier publication contained it and `names`, the files of this one, do not.
+    """
     if target is None:
         return [], []
     head = target.head
@@ -320,16 +338,18 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
     gone = [Item(n, "delete", head.files[n].size, "from an earlier publication") for n in rest if n in earlier]
     if strange := [name for name in rest if name not in earlier]:
         some = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
-        notes.append(f"already in the repository, not part of this publication, and left unchanged: {some}")
+        notes.append(f"these files in the repository are not part of this publication and stay unchanged: {some}")
     return gone, notes
 
 
 def _choose_tag(
     wish: Wish, record: Record, base: RemoteTree | None, target: Branch | None, notes: list[str]
 ) -> str | None:
-    """Return the tag to make, or None. A pull request gets none, because its commit is not yet the repository's.
+    """Return the name of the tag to create, or None.
 
-    Adds a note if the tag exists and stays at another commit. Raises HubError if --tag names such a tag.
+    No tag is created for a pull request, because its commit is not in the branch until it is merged. A tag that exists
+    at another commit is not moved: a default tag is then skipped with a note, and a tag that was chosen with --tag
+    raises HubError.
     """
     commit = base.commit if base else record.base.revision or ""
     name = wish.tag or (f"base-{commit[:12]}" if len(commit) == 40 else None)
@@ -356,7 +376,10 @@ def summarise_edits(record: Record) -> str:
 
 
 def _find_pull_request(plan: Publication) -> int | None:
-    """Find an open pull request with exactly these files, made by an earlier run that did not get the Hub's answer."""
+    """Return the number of an open pull request with exactly these files, or None.
+
+    An earlier run that did not get the Hub's answer may have opened it.
+    """
     for number in open_pull_requests(plan.wish.repo_id, plan.message):
         head = open_tree(plan.wish.repo_id, f"refs/pr/{number}")
         if is_published(plan, head):

@@ -2,10 +2,10 @@
 
     patch.safetensors   the sparse format, which `apply` reads
     manifest.yaml       the same edits as text
-    SHA256SUMS          the digests of both
+    SHA256SUMS          the digests of these two files
     README.md           the card: the edits, their base, and how to apply them
 
-The record is not published, because it describes files that are not in the repository. `apply` makes it again.
+The record is not published, because it describes files that are not in the repository. `apply` makes a new one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from swsurgery.storage.names import CARD_NAME, OWN_FILES
 from swsurgery.verifying.findings import Finding
 
 PATCH_NAME = "patch.safetensors"
-"""Name of the patch in a repository."""
+"""Name of the file with the patch in a repository."""
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
 """Endings of the names of weight files, which must not be in the same repository as a patch."""
@@ -84,7 +84,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
 
 
 def _merge_steps(patched: Patched, patch: Patch) -> Record:
-    """Return a record with a checkpoint's edits since its first base, and without files."""
+    """Return a record that contains all edits of a checkpoint since its first base, and lists no files."""
     steps = export.list_steps(patched)
     first: dict[Coordinate, EditRecord] = {}
     last: dict[Coordinate, EditRecord] = {}
@@ -102,7 +102,7 @@ def _merge_steps(patched: Patched, patch: Patch) -> Record:
 
 
 def _refuse_weights(target: Branch, repo_id: str) -> None:
-    """Raise HubError if the repository contains weights, whose card the patch's card would replace."""
+    """Raise HubError if the repository contains weights: the patch's card would replace the card of the weights."""
     ours = {PATCH_NAME, *OWN_FILES[1:]}
     if held := sorted(name for name in target.head.files if name.endswith(WEIGHTS) and name not in ours):
         what = f"the repository contains weights ({held[0]})"

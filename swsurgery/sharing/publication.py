@@ -21,16 +21,16 @@ from swsurgery.storage.result import TableResult
 from swsurgery.verifying.findings import Finding
 
 How = Literal["copy", "upload", "keep", "delete"]
-"""How a file gets into the new revision. "copy" is done by the Hub, from the base's repository."""
+"""What the commit does with a file. With "copy", the Hub copies it from the base's repository; "keep" leaves it."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file of the new revision, or one to delete.
+    """One file of the plan: a file of the new revision, or a file to delete.
 
-    `content` is None if the file is not in the directory. `sha256` is None if the file must be hashed first. `blob` is
-    git's digest (sha1) of a small file. `source` is the path in the base's repository, which differs from `name` if the
-    base is a folder of its repository.
+    `why` is the reason for `how`. `content` is None if the file is not in the directory. `sha256` is None if the file
+    is not hashed yet. `blob` is git's sha1 digest of a small file. `source` is the path of the file in the base's
+    repository, which differs from `name` if the base is a folder of its repository.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Item:
     source: str | None = None
 
     def is_in(self, listing: RemoteTree, path: str = "") -> bool:
-        """Return True if a revision has exactly this file at `path`, by default at its name."""
+        """Return True if a revision contains exactly this file at `path`, by default at the path `name`."""
         path = path or self.name
         there = listing.files.get(path)
         if there is None or there.size != self.size:
@@ -61,7 +61,7 @@ ref or a commit."""
 
 
 _NO_TEXT = re.compile(r"[\ud800-\udfff]")
-"""Matches the surrogates that Python makes from bytes of an argument that are not UTF-8."""
+"""Matches a surrogate. Python makes surrogates from bytes of a command's argument that are not valid UTF-8."""
 
 
 def is_ref_name(name: str) -> bool:
@@ -71,11 +71,11 @@ def is_ref_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Wish:
-    """Options that the user chose.
+    """The options of a publication that the user chose.
 
     If `tag` is None, the tag is named after the base's commit. If `message` is None or empty, it is made from the
-    edits; blanks around it are removed, as git and the Hub do. Raises HubError for an invalid name of a repository,
-    branch or tag, before any work begins.
+    edits; leading and trailing blanks are removed, as git and the Hub do. Raises HubError for an invalid
+    name of a repository, branch or tag, before any work begins.
     """
 
     repo_id: str
@@ -100,8 +100,9 @@ class Wish:
 class Publication(TableResult):
     """The plan of a publication.
 
-    `base` is None if the Hub cannot copy from it, and `target` is None if the repository does not exist yet.
-    `pull_request` is the number of an open pull request that already has exactly these files.
+    `left_out` maps the names of files that are not published to the reasons. `base` is None if the Hub cannot copy from
+    the base, and `target` is None if the repository does not exist yet. `pull_request` is the number of
+    an open pull request that already has exactly these files.
     """
 
     root: Path
@@ -119,7 +120,7 @@ class Publication(TableResult):
 
     @property
     def private(self) -> bool:
-        """True if the repository is private, or will be."""
+        """True if the repository is private, or will be created as a private one."""
         return self.target.head.private if self.target else self.wish.private
 
     @property
@@ -142,7 +143,7 @@ class Publication(TableResult):
         return [{"name": i.name, "how": i.how, "size": i.size, "why": i.why} for i in self.items]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as strict JSON types."""
+        """Return the plan as a JSON document."""
         return {
             "repo_id": self.wish.repo_id,
             "branch": self.wish.branch,
@@ -163,7 +164,7 @@ class Publication(TableResult):
 
 
 def is_published(plan: Publication, head: RemoteTree) -> bool:
-    """Return True if a revision has every file of the plan, and none of those to delete."""
+    """Return True if a revision contains every file of the plan, and none of the files to delete."""
     return all(item.name not in head.files if item.how == "delete" else item.is_in(head) for item in plan.items)
 
 

@@ -1,6 +1,6 @@
 """Publish a patched checkpoint: check it, plan, make one commit, and read the result back.
 
-    gate               findings of `verify`, of the sanity check, and secrets   -> accepted findings, or an error
+    check_gate         findings of `verify`, of the sanity check, and secrets   -> accepted findings, or an error
     make_publication   see plan_checkpoint.py and plan_patch.py                 -> a plan that can be shown first
     publish            one commit on top of the parent in the plan              -> the published state, read back
 
@@ -46,15 +46,19 @@ from swsurgery.verifying.findings import RULES, Finding
 from swsurgery.verifying.verify import verify
 
 TOKEN_BYTES = re.compile(rb"hf_(?:jwt_|oauth_)?[A-Za-z0-9]{20,}")
-"""Matches a token of the Hub in a file. Shorter strings of this form are identifiers in program code."""
+"""Matches what looks like an access token of the Hub in the bytes of a file.
+
+Shorter strings that begin with hf_ are not matched, because they are identifiers in program code.
+"""
 
 
 @dataclass(frozen=True, repr=False)
 class Published(TableResult):
-    """The published state.
+    """Result of `publish`: the commit, and what was read back from the Hub.
 
-    `already` is True if an earlier run had published everything. `uploaded`, `copied` and `read` are bytes; `files` and
-    `scalars` are the numbers that were read back. `findings` report differences from `plan`.
+    `already` is True if an earlier run had published everything. `uploaded`, `copied` and `read` are numbers of bytes;
+    `files` and `scalars` are the numbers of files and edited scalars that were compared with `plan` afterwards.
+    `findings` report the differences.
     """
 
     plan: Publication = field(repr=False)
@@ -72,7 +76,7 @@ class Published(TableResult):
 
     @property
     def url(self) -> str:
-        """Address of the commit's or the pull request's page."""
+        """Address of the web page of the commit or the pull request."""
         page = f"discussions/{self.pull_request}" if self.pull_request else f"tree/{self.commit}"
         return f"{hub.get_endpoint()}/{self.repo_id}/{page}"
 
@@ -98,7 +102,7 @@ class Published(TableResult):
 
 @dataclass(frozen=True, repr=False)
 class Proposal(TableResult):
-    """What `publish` would do, and the findings that it would refuse unless they are accepted."""
+    """Result of a dry run: the plan, and the findings that prevent publishing if they are not accepted."""
 
     plan: Publication
     findings: tuple[Finding, ...]
@@ -166,15 +170,15 @@ def publish(
     bars: bool = False,
     reporter: Reporter | None = None,
 ) -> Published | Proposal:
-    """Publish a patched checkpoint on the Hub in one commit, in which only what changed is uploaded.
+    """Publish a patched checkpoint on the Hub in one commit, for which only changed files are uploaded.
 
     `checkpoint` is a directory, and `repo_id` is ORG/NAME. With `patch`, only the edits are published, and no weights.
     A repository that does not exist is created, `private` if requested; `create_pr` opens a pull request instead of
-    committing to the branch `revision`. `accept` lists the rules whose findings do not forbid publishing. `tag` is by
-    default named after the base's commit, and `message` is made of the edits.
+    committing to the branch `revision`. `accept` lists the rules whose findings do not forbid publishing. By default,
+    `tag` is named after the base's commit, and `message` summarises the edits.
 
-    `confirm` is called with the plan before anything is sent, and raises an exception to stop; nobody is asked
-    otherwise. With `dry_run`, nothing is sent and a Proposal is returned. `bars` lets the Hub's client draw its own
+    `confirm` is called with the plan before anything is sent, and can raise an exception to stop. By default, nobody is
+    asked. With `dry_run`, nothing is sent and a Proposal is returned. `bars` lets the Hub's client draw its own
     progress bars. If the work is interrupted, the same call finishes it.
 
     Raises TypeError, CheckpointError, HubError; CheckFailed, which lists the findings that are not accepted.
@@ -206,7 +210,7 @@ def _make_plan(
 
 
 def find_early(root: Path) -> list[Finding]:
-    """Find what prevents publishing, without reading weights: the sanity check, and secrets in small files.
+    """Find what prevents publishing without reading weights: a bad sanity check, and tokens in small files.
 
     Raises CheckpointError if the directory has no record.
     """
@@ -243,10 +247,11 @@ def find_secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
 
 
 def check_gate(root: Path, accept: Collection[str], early: Sequence[Finding], reporter: Reporter) -> list[Finding]:
-    """Check the directory before it is published. Returns the findings, all of whose rules are in `accept`.
+    """Verify the directory before it is published. Returns the findings, which are all accepted.
 
-    Further copies of the weights are ignored, because they are not published. Raises CheckFailed, which lists the
-    findings that are not accepted, SwsurgeryError for a rule that does not exist, and CheckpointError.
+    A finding is accepted if its rule is in `accept`. Further copies of the weights are ignored, because they are
+    not published. Raises CheckFailed, which lists the findings that are not accepted, SwsurgeryError for a rule that
+    does not exist, and CheckpointError.
     """
     if unknown := sorted(set(accept) - set(RULES)):
         raise SwsurgeryError(
@@ -260,7 +265,7 @@ def check_gate(root: Path, accept: Collection[str], early: Sequence[Finding], re
 
 
 def make_refusal(findings: Iterable[Finding]) -> SwsurgeryError:
-    """Make the error that lists findings (exit code 1)."""
+    """Make the error that refuses to publish and lists the findings (exit code 1)."""
     faults = [f"not published: {f.rule}: {f.file or f.tensor or '-'}: {f.message}" for f in findings]
     return CheckFailed.of(
         [*faults, "not published: --accept RULE publishes despite such findings, and the card lists them"]
@@ -268,7 +273,7 @@ def make_refusal(findings: Iterable[Finding]) -> SwsurgeryError:
 
 
 def _carry_out(plan: Publication, bars: bool, reporter: Reporter) -> Published:
-    """Carry out the plan. Files that the Hub refuses to copy are uploaded, which the reporter is told.
+    """Carry out the plan. Files that the Hub refuses to copy are uploaded, and `reporter` prints their names.
 
     Raises CheckpointError if a file changed since it was planned, Conflict if the branch changed, HubError, and
     Interrupted.
@@ -417,7 +422,7 @@ def _check_content(content: File | bytes) -> Path | bytes:
 
 
 def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[Finding], RemoteTree, int]:
-    """Compare the new revision, as the Hub lists and serves it, with the plan.
+    """Compare the new revision with the plan: the Hub's listing of it, and the bytes that the Hub serves.
 
     Returns the findings, the new listing, and the number of scalars that were compared.
     """
@@ -467,7 +472,11 @@ def _compare_file(item: Item, listing: RemoteTree) -> list[Finding]:
     """Compare one file of the plan with the new listing."""
     there = listing.files.get(item.name)
     if item.how == "delete":
-        return [Finding("file-undeclared", "the file still exists", item.name)] if there else []
+        return (
+            [Finding("file-undeclared", "the file should have been deleted, but still exists", item.name)]
+            if there
+            else []
+        )
     if there is None:
         return [Finding("file-missing", "the file was published but does not exist", item.name)]
     if item.is_in(listing) or there.sha256 is None and item.blob is None and hash_file(there) == item.sha256:

@@ -1,8 +1,8 @@
 """Check with the base that a checkpoint is exactly what a manifest makes of this base.
 
-The manifest is planned again on the base, and the plan is compared with the record or with the checkpoint's bytes.
-`against_manifest.py` does the check without the base and without the planner. Every finding about an edit names the
-manifest's line.
+The manifest is planned again on the base. The plan is compared with the checkpoint's record or, without a record, with
+the checkpoint's bytes. `against_manifest.py` contains the check that needs neither the base nor the planner. Every
+finding about an edit contains the position of the edit in the manifest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from swsurgery.verifying.findings import Finding
 
 
 def plan_or_report(loaded: LoadedManifest, base: Checkpoint) -> tuple[Plan | None, list[Finding]]:
-    """Plan the manifest on this base. Returns the plan, or None and a finding for each error of the planner."""
+    """Plan the manifest on this base. Returns (plan, []), or None and one finding for each error of the planner."""
     try:
         return make_plan(loaded, base), []
     except PlanError as error:
@@ -41,7 +41,7 @@ def _locate_misfit(loaded: LoadedManifest, fault: str) -> Finding:
 
 
 def plan_against_record(wishes: Wishes, plan: Plan, record: Record) -> list[Finding]:
-    """Check that the base's bits are the record's old bits, and the plan's new bits are the record's new bits."""
+    """Compare each planned scalar with its entry in the record: file, offset, dtype, old bits and new bits."""
     recorded = {r.coordinate: r for r in (*record.edits, *record.protected)}
     findings = []
     for scalar in (*plan.splices, *plan.protected):
@@ -52,13 +52,13 @@ def plan_against_record(wishes: Wishes, plan: Plan, record: Record) -> list[Find
         names = [name for name in ("file", "offset", "dtype", "old_bits", "new_bits") if name in ours]
         unlike = [name for name in names if ours[name] != getattr(entry, name, None)]
         if unlike:
-            said = ", ".join(f"{k} {ours[k]} and not {getattr(entry, k, None)}" for k in unlike)
-            findings.append(wishes.make_finding(f"the base gives {said}", scalar.coordinate))
+            said = ", ".join(f"{k} {ours[k]} (the record has {getattr(entry, k, None)})" for k in unlike)
+            findings.append(wishes.make_finding(f"planned on this base, the scalar has {said}", scalar.coordinate))
     return findings
 
 
 def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
-    """Check a checkpoint without a record: it has the base's files, and only the planned scalars differ."""
+    """Check that a checkpoint without a record has the base's files, and that exactly the planned scalars differ."""
     base = plan.checkpoint
     theirs = {f.name for f in base.files} - {*plan.omitted, *OWN_FILES}
     ours = {f.name for f in checkpoint.files}
@@ -95,9 +95,9 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
 
 
 def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
-    """Check the digests that the manifest pins. The planner has checked that these files exist."""
+    """Compare the base's files with the manifest's base.sha256. The planner has checked that these files exist."""
     for name, digest in wishes.loaded.manifest.base.sha256.items():
         here = hash_file(base.get_file(name).source)
         if here != digest:
-            message = f"base.sha256 of {name} is {digest}, this base's is {here}"
+            message = f"base.sha256 of {name} is {digest}, but this base's file has {here}"
             yield wishes.make_finding(message, path=("base", "sha256", name))

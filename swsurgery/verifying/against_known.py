@@ -1,8 +1,8 @@
 """Check whether a checkpoint still has the known super weights of its model, with their values.
 
-Works on any checkpoint, including fine-tuned, merged and quantised ones: it reads one scalar for each known coordinate.
-checkpoint/quantised.py decides how a stored number is read: as a weight, through a scale, or not at all. Nothing is
-guessed. Must not depend on the record; callers pass the set of edited coordinates.
+Works on any checkpoint, including fine-tuned, merged and quantised ones: one scalar is read for each known coordinate.
+checkpoint/quantised.py decides whether a stored number is a weight, must be multiplied by a scale, or cannot be read.
+Nothing is guessed. This module must not depend on the record: its callers pass the set of edited coordinates.
 """
 
 from __future__ import annotations
@@ -27,37 +27,47 @@ from swsurgery.storage.numbers import format_exact, format_number
 from swsurgery.verifying.findings import Finding
 
 State = Literal["kept", "changed", "suspicious", "lost", "present", "declared", "unreadable"]
-"""State of a known super weight. "present" means that no known value exists to compare with; "declared" means that the
-record contains an edit of it."""
+"""State of a known super weight in a checkpoint.
+
+"kept": it has its known value, except for rounding. "changed": it has another value of the same sign, which is neither
+lost nor suspicious. "lost": it is zero or not finite, has the opposite sign, or is smaller than TOLERANCE permits.
+"suspicious": it is larger than SUSPICIOUS permits. "present": its known value does not exist, so nothing is compared.
+"declared": the record contains an edit of it. "unreadable": it cannot be read as one number.
+"""
 
 TOLERANCE = 0.25
-"""Fraction of its known value that a super weight may lose.
+"""Maximum fraction of its known value that a super weight may lose before it is reported as lost.
 
-The shipped sweeps show where damage begins: at 0.75 of the value, perplexity is x1.03 (Mistral-7B, OLMo-1B); at 0.5 it
-is x1.39 and x8.3, at 0.25 x83 and x279. At twice the value, zero-shot accuracy changes by less than half a point
-(Llama-7B 70.1 to 70.6, Mistral-7B 74.0 to 73.8), so growth is reported but is no finding. FP8 rounds by at most 1/16.
+The shipped sweeps of Mistral-7B and OLMo-1B show where damage begins. If the super weight is scaled to 0.75 of its
+value, perplexity is multiplied by 1.03; at 0.5 it is multiplied by 1.39 and 8.3, and at 0.25 by 83 and 279. A larger
+value is shown but is not a finding: at twice the value, zero-shot accuracy changes by about half a point (Llama-7B
+70.1 to 70.6, Mistral-7B 74.0 to 73.8). Rounding to FP8 changes a value by at most 1/16 of it, which is permitted.
 """
 
 NOT_HELD = ("disputed", "refuted", "insufficient")
-"""Statuses that never make the answer no: sources disagree, or possibly no large weight was ever at the coordinate."""
+"""Statuses of known coordinates that never make the answer "no".
+
+The sources disagree about such a coordinate, or there may never have been a large weight at it.
+"""
 
 SUSPICIOUS = 4.0
 """A stored value larger than this multiple of the known value is suspicious.
 
-No fine-tuning is known to change a super weight this much, but quantised codes read as if they were weights are larger
-than the weights by one over their scale.
+No fine-tuning is known to change a super weight this much. The stored numbers are more probably the codes of a
+quantiser, which are larger than the weights by the factor 1 / scale.
 """
 
 UNDECIDED = ("suspicious", "unreadable")
-"""States that neither prove a super weight nor show that it is lost."""
+"""States in which it remains unknown whether a super weight was kept or lost."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One known coordinate in one checkpoint.
+    """State of one known coordinate in one checkpoint.
 
-    `known` and `stored` are values. `ratio` is stored / known, or the ratio of magnitudes if the known sign is unknown.
-    `held` is False if the published sources doubt the coordinate. `reason` explains why it is unreadable.
+    `known` is the published value, and `stored` is the checkpoint's value, multiplied by its scale if it is quantised.
+    `ratio` is stored / known, or the ratio of magnitudes if the published sign is unknown. `held` is False if the
+    status is in NOT_HELD: then the state does not affect the answer. `reason` explains the state "unreadable".
     """
 
     id: str
@@ -81,7 +91,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Survival:
-    """All known coordinates of one model in one checkpoint. `rows` are the ids for which only the row is known."""
+    """States of all known coordinates of one model in one checkpoint.
+
+    `tolerance` is the fraction of its value that a super weight may lose. `rows` are the ids of the super weights of
+    which only the row is known, without a column; they are not read.
+    """
 
     model: str
     tolerance: float
@@ -90,11 +104,11 @@ class Survival:
 
     @property
     def decided(self) -> bool:
-        """True if any coordinate that counts is neither unreadable nor suspicious."""
+        """True if at least one coordinate gives an answer: it is `held`, and its state is not in UNDECIDED."""
         return any(c.held and c.state not in UNDECIDED for c in self.coordinates)
 
     def list_findings(self) -> list[Finding]:
-        """Return one finding for each coordinate that is lost, suspicious or unreadable."""
+        """Return one finding for each `held` coordinate that is lost, suspicious or unreadable."""
         found = []
         for c in self.coordinates:
             if c.held and c.state in ("lost", *UNDECIDED):
@@ -113,7 +127,7 @@ class Survival:
 
 
 def describe_kept(kept: Kept) -> str:
-    """Describe the state of one coordinate as text."""
+    """Describe the state of one coordinate as text, such as "kept: 3.5 -> 3.5 (BF16)"."""
     if kept.stored is None:
         return f"cannot be read as one scalar: {kept.reason}"
     stored = f"{format_exact(kept.stored)} ({kept.dtype})"
@@ -129,7 +143,7 @@ def survey(
 ) -> Survival:
     """Read every known scalar of `model`. Scalars in `declared` were edited on purpose and get the state "declared".
 
-    Raises CheckpointError if no complete coordinate of the model is known.
+    Raises CheckpointError if no coordinate of the model is known completely, with its row and column.
     """
     coordinates = tuple(
         _read_known(c, c.col, checkpoint, declared, tolerance) for c in model.coordinates if c.col is not None
@@ -177,21 +191,21 @@ def _read_known(
 
 
 def _judge(ratio: float, tolerance: float) -> State:
-    """Return the state of a scalar whose value is `ratio` times the known one."""
+    """Return the state of a scalar whose value is `ratio` times the known value, not counting "kept"."""
     if ratio > SUSPICIOUS:
         return "suspicious"
     return "lost" if ratio < 1 - tolerance else "changed"
 
 
 class _Unreadable(Exception):
-    """Explains why a coordinate has no single number."""
+    """Raised if a coordinate cannot be read as one number. The message gives the reason."""
 
 
 def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
     """Read one scalar. Returns (value, step, stored bytes). Raises _Unreadable.
 
-    `step` is the distance between neighbouring values of a scaled format at this value, or None if the stored scalar is
-    the weight itself.
+    If the stored number is multiplied by a scale, `step` is the distance from this value to the next one that can be
+    stored with the same scale. If the stored number is the weight itself, `step` is None.
     """
     name, index = coordinate
     info = checkpoint.get_info(name)
@@ -214,7 +228,7 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
 def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Fraction:
     """Read the scale that applies to the scalar at `index`, stored per tensor, row or block. Raises _Unreadable."""
     if name in checkpoint.disagreements:
-        raise _Unreadable(f"index and shards disagree about {name}")
+        raise _Unreadable(f"index and shards disagree about the scale {name}")
     info = checkpoint.get_info(name)
     if info.dtype.kind != "float":
         raise _Unreadable(f"the scale {name} is stored as {info.dtype.name}")
@@ -248,14 +262,17 @@ def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
     if not scale.endswith(".SCB") or form not in checkpoint.shapes:
         return
     if math.prod(checkpoint.shapes[form]) != 1:
-        raise _Unreadable(f"{form} is not one number")
+        raise _Unreadable(f"{form} does not contain exactly one number")
     data = checkpoint.shards[checkpoint.weight_map[form]].read_scalar(form, (0,) * len(checkpoint.shapes[form]))
     if any(data):
-        raise _Unreadable(f"{form} says that the matrix is not stored row by row")
+        raise _Unreadable(f"according to {form}, the matrix is not stored row by row")
 
 
 def _find_blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the number of elements along each axis that share a scale, or None if the shapes do not decide it."""
+    """Return the size along each axis of the blocks of a weight that share a scale, such as (128, 128).
+
+    `shape` is the shape of the weight, and `scales` that of its scales. Returns None if they fit several sizes or none.
+    """
     config = checkpoint.config.get("quantization_config")
     said = config.get("weight_block_size") if isinstance(config, dict) else None
     if isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said):
@@ -268,9 +285,9 @@ def _find_blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[i
 
 
 def _compute_spacing(dtype: Dtype, value: float) -> float:
-    """Return the distance between neighbouring values of a float dtype around `value`."""
+    """Return the distance from `value` to the next larger magnitude in a float dtype."""
     if not isinstance(dtype, FloatDtype):
-        raise ValueError(f"{dtype.name} is no floating-point dtype")
+        raise ValueError(f"{dtype.name} is not a floating-point dtype")
     exponent = max(math.frexp(value)[1] - 1, 1 - dtype.bias) if value else 1 - dtype.bias
     return math.ldexp(1.0, exponent - dtype.mantissa)
 
@@ -278,7 +295,7 @@ def _compute_spacing(dtype: Dtype, value: float) -> float:
 def _read_known_value(entry: KnownCoordinate) -> tuple[float | None, float, bool]:
     """Return (known value, its uncertainty, True if its sign is known).
 
-    A printed value is exact to half of its last digit.
+    A value printed in a paper is uncertain by half a unit of its last digit: 1.25 means 1.245 to 1.255.
     """
     if entry.value is not None and entry.dtype is not None:
         return entry.value or None, _compute_spacing(DTYPES[entry.dtype], entry.value), True

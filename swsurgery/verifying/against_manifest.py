@@ -34,21 +34,28 @@ Node = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a manifest requests of a checkpoint: each scalar once, and the edits that cannot be resolved."""
+    """What a manifest requests of a checkpoint.
+
+    `asked` maps the coordinate of each scalar to what the edits request for it. `misfits` are findings about edits that
+    do not fit the checkpoint's headers, and about a model name that is not known.
+    """
 
     loaded: LoadedManifest
     asked: dict[Coordinate, Asked]
     misfits: tuple[Finding, ...]
 
     def make_finding(self, message: str, coordinate: Coordinate | None = None, *, path: Node | None = None) -> Finding:
-        """Make a manifest-mismatch at the edit that names `coordinate`, or at the manifest's node `path`."""
+        """Make a finding of manifest-mismatch at the edit of `coordinate`, else at the manifest's node `path`."""
         finding = Finding("manifest-mismatch", message)
         if coordinate is not None:
             finding = replace(finding, tensor=coordinate.tensor, index=coordinate.index)
         return self.attach_position(finding, path if path is not None else ("edits",))
 
     def attach_position(self, finding: Finding, path: Node = ()) -> Finding:
-        """Return the finding with the position of the edit that names its scalar, or of the node `path` if any."""
+        """Return the finding with the position in the manifest of the edit of its scalar.
+
+        If no edit names the scalar, the position is that of the node `path`. An empty `path` adds no position.
+        """
         if finding.tensor is not None and finding.index is not None:
             scalar = self.asked.get(Coordinate(finding.tensor, finding.index))
             path = ("edits", scalar.number) if scalar else path
@@ -62,7 +69,11 @@ def point_at(loaded: LoadedManifest, finding: Finding, path: Node) -> Finding:
 
 
 def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...] = ()) -> Wishes:
-    """Resolve every edit against the headers of `checkpoint`. `repo_ids` are further repositories of its base."""
+    """Resolve every edit against the headers of `checkpoint`.
+
+    The known model is the one that the manifest names, else the first one that is published under the repository id of
+    the base, of the checkpoint, or in `repo_ids`. Raises LookupFailed if the user's own entry of the model is damaged.
+    """
     base = loaded.manifest.base
     repo_ids = (base.repo_id, checkpoint.repo_id, *repo_ids)
     misfits: list[Finding] = []
@@ -82,7 +93,7 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
 def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
     """Check that the record contains exactly what the manifest requests.
 
-    Compares scalars, operations, factors and pins, and the new bits with those computed from the old bits.
+    Compares scalars, operations, factors and pins. Also computes the new bits again from the record's old bits.
     """
     identity = [
         wishes.make_finding(message, path=path)
@@ -93,7 +104,7 @@ def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
 
 
 class _RecordedPlace(BaseModel):
-    """A known super weight as the record quotes it."""
+    """A known super weight, with the fields that the record quotes from the data of `lookup`."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     id: str
@@ -107,9 +118,10 @@ class _RecordedPlace(BaseModel):
 
 
 def find_own_differences(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
-    """Compare the manifest stored in the checkpoint, and those of earlier steps, with the record.
+    """Compare the manifest stored in the checkpoint with its record, and each earlier step's manifest with its record.
 
-    A later version may know other super weights, so `known:` means those that the record quotes.
+    An edit by `known:` means the super weights that the record quotes, because another version of swsurgery may know
+    others.
     """
     record = patched.record
     if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
@@ -134,7 +146,7 @@ def find_own_differences(patched: Patched, checkpoint: Checkpoint) -> list[Findi
 def _compare_own_manifest(
     raw: bytes, record: Record, elsewhere: Collection[str], checkpoint: Checkpoint
 ) -> Iterator[tuple[Coordinate | None, str]]:
-    """Yield each difference between a record and the manifest that it was made from, with its scalar if any."""
+    """Yield (scalar or None, message) for each difference between a record and the manifest that it was made from."""
     try:
         manifest = parse_manifest(raw, Path(MANIFEST_NAME)).manifest
     except ManifestError as error:
@@ -155,9 +167,9 @@ def _compare_own_manifest(
 
 
 def _find_recorded(record: Record, name: str) -> list[KnownPlace]:
-    """Find the super weights that `known:` meant when the edit was made, as the record quotes them.
+    """Find the super weights that `known: NAME` meant when the edit was made, as the record quotes them.
 
-    Raises LookupFailed.
+    Raises LookupFailed if the record quotes none of this name.
     """
     try:
         found = [_RecordedPlace.model_validate(quoted) for quoted in (record.known or {})["coordinates"]]
@@ -174,7 +186,7 @@ def _find_recorded(record: Record, name: str) -> list[KnownPlace]:
 
 
 def _read_expected(quoted: _RecordedPlace) -> MeasuredValue | None:
-    """Return the value that the edit expected. Raises ValidationError."""
+    """Return the value that the edit expected to find in the base, or None. Raises ValidationError."""
     if quoted.dtype is None:
         return None
     return MeasuredValue.model_validate({"value": quoted.value, "dtype": quoted.dtype})

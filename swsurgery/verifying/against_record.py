@@ -1,8 +1,8 @@
 """Verify a patched checkpoint against its record. Must not import the planner.
 
-The proof: a patched shard is hashed twice in one pass, as it is and with the record's old bytes put back. If the second
-hash equals the base's digest (which the Hub publishes), the shard is the base with exactly the declared bytes changed.
-The base itself is not needed, unless a byte-by-byte comparison with it is requested.
+The proof: a patched shard is read once and hashed twice, unchanged and with the record's old bytes put back. If the
+second hash equals the base's digest (which the Hub publishes), the shard is the base's with exactly the declared bytes
+changed. The base itself is needed only for a byte-by-byte comparison with it.
 """
 
 from __future__ import annotations
@@ -40,20 +40,23 @@ RULES_OF_RECORD = (
     "manifest",
     "duplicate-weights",
 )
-"""Rules that every verification of a record checks."""
+"""Names of the rules that every verification of a record checks."""
 
 
 @dataclass(frozen=True, repr=False)
 class RecordProof(Result):
     """Result of verifying a patched checkpoint against its record.
 
-    `files`, `edits` and `protected` are the numbers that were checked. Each of the following names files:
-    `proved`: hashing with the old bytes put back gave the base's digest.
-    `unverified`: has the record's digests, but these were copied into the record without hashing the base.
-    `unhashed`: the record has no digest, because an edit in place did not touch the file. Only its size was checked.
-    `unread`: an edited file on the Hub that was not downloaded. Its digest is the one that the Hub lists.
-    `elsewhere`: an unchanged file that stays in the base's repository.
+    `files`, `edits` and `protected` are the numbers of files, edited scalars and protected scalars that were checked.
     `finite` is True if all stored floating-point values were searched for NaN and infinities.
+
+    The other fields contain names of files.
+    `proved`: with the old bytes put back, these files have the digests of the base's files.
+    `unverified`: these files have the record's digests, which were copied into it without hashing the base.
+    `unhashed`: the record has no digest of these files, because an edit in place did not touch them. Only their sizes
+    were checked.
+    `unread`: edited files on the Hub that were not downloaded. Their digests are those that the Hub lists.
+    `elsewhere`: unchanged files that are only in the base's repository.
     """
 
     findings: tuple[Finding, ...]
@@ -101,8 +104,8 @@ def verify_patched(
 ) -> RecordProof:
     """Verify an open checkpoint against its record, and against an open base if given.
 
-    `of_manifest` are the findings about the manifest stored in the checkpoint. The caller makes them, because resolving
-    a manifest needs code of the editing package.
+    With `finite`, all files are also searched for NaN and infinities. `of_manifest` are findings about the manifest
+    stored in the checkpoint. The caller makes them, because resolving a manifest needs code of the editing package.
     """
     record = patched.record
     names = {f.name: f for f in checkpoint.files}
@@ -163,7 +166,7 @@ def _check_all_digests(
 
 
 def check_scalars(record: Record, checkpoint: Checkpoint) -> list[Finding]:
-    """Check every recorded scalar, including those that earlier steps protect, against the headers and stored bits."""
+    """Compare every recorded scalar, including those that earlier steps protect, with the headers and stored bits."""
     findings: list[Finding] = []
     for entry in (*record.edits, *list_protected(record, checkpoint)):
         findings += _check_scalar(entry, checkpoint)
@@ -185,7 +188,7 @@ def check_structure(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
-    """Search all shards for NaN and infinities, reading each of them once."""
+    """Search all shards for NaN and infinities. Reads each shard once."""
     findings: list[Finding] = []
     progress.start(sum(shard.size for shard in checkpoint.shards.values()), "B", "searching for NaN and infinities")
     try:
@@ -202,13 +205,13 @@ def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
 
 def _check_file_list(record: Record, names: dict[str, BaseFile]) -> list[Finding]:
     missing = [
-        Finding("file-missing", "the record lists it, but it is missing", name)
+        Finding("file-missing", "the record lists this file, but it is missing", name)
         for name in record.files
         if name not in names and name not in record.elsewhere
     ]
     listed = {*record.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
     extra = [
-        Finding("file-undeclared", "it exists, but the record does not list it", name)
+        Finding("file-undeclared", "this file exists, but the record does not list it", name)
         for name in names
         if name not in listed
     ]
@@ -220,9 +223,9 @@ def _check_sums(patched: Patched, names: dict[str, BaseFile]) -> list[Finding]:
     findings = []
     expected = patched.render_own_files()["SHA256SUMS"]
     if "SHA256SUMS" not in names:
-        findings.append(Finding("file-missing", "it belongs to the record, but is missing", "SHA256SUMS"))
+        findings.append(Finding("file-missing", "this file belongs to the record, but is missing", "SHA256SUMS"))
     elif names["SHA256SUMS"].size != len(expected) or read_small(names["SHA256SUMS"].source, "SHA256SUMS") != expected:
-        findings.append(Finding("digest", "it lists other digests than the record", "SHA256SUMS"))
+        findings.append(Finding("digest", "this file lists other digests than the record", "SHA256SUMS"))
     return findings
 
 
@@ -262,14 +265,17 @@ def _check_operations(record: Record) -> list[Finding]:
                 made = f"{edit.op}{by} gives {dtypes.format_bits(new)} from {edit.old_bits}"
                 findings.append(_make_finding(edit, "registry", f"{made}, not {edit.new_bits}"))
         except NumberError as error:
-            findings.append(_make_finding(edit, "registry", f"the record's {edit.op} is invalid: {error}"))
+            findings.append(_make_finding(edit, "registry", f"the record's operation {edit.op} is invalid: {error}"))
     return findings
 
 
 def _check_digests(
     file: BaseFile, record: FileRecord, edits: list[EditRecord], scan: FiniteScan | None, progress: Progress
 ) -> list[Finding]:
-    """Check the digests of one file, as it is and with the old bytes put back. `scan` gets the bytes as they are."""
+    """Check the digests of one file: of its stored bytes, and of the same bytes with the edits' old bytes put back.
+
+    `scan` searches the stored bytes for NaN and infinities.
+    """
     try:
         old = sorted((e.offset, e.old_bytes) for e in edits)
     except NumberError as error:
@@ -283,12 +289,12 @@ def _check_digests(
         return findings
     here, restored = _hash_twice(file, old, hashed, scan, progress)
     if record.sha256 is not None and here != record.sha256:
-        findings.append(Finding("digest", f"its sha256 is {here}, not {record.sha256}", file.name))
+        findings.append(Finding("digest", f"the file's sha256 is {here}, not {record.sha256}", file.name))
     if record.base_sha256 is not None and restored != record.base_sha256:
         findings.append(
             Finding(
                 "undeclared-change",
-                "with the old bits of the declared scalars put back, it is not the base's file",
+                "with the old bits of the declared scalars put back, the file is not the base's",
                 file.name,
             )
         )
@@ -298,7 +304,7 @@ def _check_digests(
 def _hash_twice(
     file: BaseFile, old: list[tuple[int, bytes]], hashed: bool, scan: FiniteScan | None, progress: Progress
 ) -> tuple[str, str]:
-    """Read a file once and return two digests: as it is, and with the `old` (offset, bytes) put back.
+    """Read a file once and return two sha256 digests: of its bytes, and with the `old` (offset, bytes) put back.
 
     If `hashed` is False, the file is only read for `scan`, and the digests have no meaning.
     """
@@ -319,20 +325,26 @@ def _hash_twice(
 
 
 def _check_hub_digest(file: BaseFile, record: FileRecord) -> list[Finding]:
-    """Check the digest that the Hub lists for a file that was not downloaded."""
+    """Compare the sha256 that the Hub lists for a file that was not downloaded with the record."""
     if record.sha256 in (None, file.digest):
         return []
-    return [Finding("digest", f"its sha256 is {file.digest}, not {record.sha256}", file.name)]
+    return [Finding("digest", f"the file's sha256 is {file.digest}, not {record.sha256}", file.name)]
 
 
 def _check_file_record(file: BaseFile, record: FileRecord, edited: bool) -> list[Finding]:
     findings = []
     if file.size != record.size:
-        findings.append(Finding("digest", f"it has {file.size} bytes, not {record.size}", file.name))
+        findings.append(
+            Finding("digest", f"the file has {file.size} bytes, but {record.size} according to the record", file.name)
+        )
     if (record.sha256 is None) != (record.base_sha256 is None):
-        findings.append(Finding("registry", "the record has only one of its two digests", file.name))
+        findings.append(
+            Finding("registry", "the record has only one of the file's two digests (sha256 and base_sha256)", file.name)
+        )
     elif record.sha256 is None and edited:
-        findings.append(Finding("registry", "the record declares edits of it but has no digest", file.name))
+        findings.append(
+            Finding("registry", "the record declares edits of this file, but has no digest of it", file.name)
+        )
     return findings
 
 

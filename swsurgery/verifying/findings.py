@@ -13,12 +13,12 @@ from typing import Any, Literal
 from swsurgery.checkpoint.compare import ByteDifference
 
 Level = Literal["error", "warning"]
-"""Severity of a rule, as SARIF names it. An error makes the answer no (exit 1); a warning is only reported."""
+"""Severity of a rule, as SARIF names it. An error makes the answer "no" (exit code 1); a warning is only reported."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table. `meaning` is a sentence that applies to every finding of the rule; `command` checks it."""
+    """One rule. `meaning` is a sentence that is true of every finding of the rule; `command` checks the rule."""
 
     name: str
     meaning: str
@@ -43,7 +43,7 @@ RULES: dict[str, Rule] = {
         ),
         Rule("manifest-mismatch", "The checkpoint is not what the manifest makes of its base."),
         Rule("base", "The given base is not the base that this checkpoint was made from."),
-        Rule("known-lost", "A known super weight is missing, or no longer has its value."),
+        Rule("known-lost", "A known super weight is missing, or lost more of its value than the tolerance."),
         Rule(
             "known-unreadable",
             "A known super weight cannot be read as one scalar, so whether it was kept is unknown.",
@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "known-suspicious",
-            "A known super weight reads as more than four times its value, so the stored numbers may not be weights.",
+            "A known super weight has more than four times its known value, so the stored numbers may not be weights.",
             "warning",
         ),
         Rule("non-finite", "A stored floating-point value is NaN or infinite."),
@@ -66,7 +66,12 @@ RULES: dict[str, Rule] = {
         Rule("edit-range", "An edit names a coordinate that its model does not have.", "error", "lint"),
         Rule("known-missing", "A manifest asks for a model or a super weight that is not known.", "error", "lint"),
         Rule("expect-contradicts", "An edit expects another value than the known one.", "error", "lint"),
-        Rule("bounds-impossible", "No perplexity ratio meets both bounds of the check.", "error", "lint"),
+        Rule(
+            "bounds-impossible",
+            "The minimum perplexity ratio of the check is larger than the maximum.",
+            "error",
+            "lint",
+        ),
         Rule("edit-no-effect", "An edit writes the value that is already stored.", "warning", "lint"),
         Rule("expect-missing", "An edit does not state the value that it expects.", "warning", "lint"),
         Rule("base-unpinned", "Neither a revision nor a digest identifies the base.", "warning", "lint"),
@@ -85,8 +90,9 @@ RULES: dict[str, Rule] = {
 class Finding:
     """One violation of a rule.
 
-    `rule` is a name in RULES; any other name raises ValueError. `file` is relative to the checkpoint, and `index` is in
-    the stored shape. If the finding concerns a manifest, `manifest` is its path, and `line` and `column` count from 1.
+    `rule` is a name in RULES; any other name raises ValueError. `file` is a path relative to the checkpoint. `index` is
+    an index into the tensor's stored shape. If the finding concerns a manifest, `manifest` is its path, and `line`
+    and `column` count from 1.
     """
 
     rule: str
@@ -113,7 +119,7 @@ class Finding:
         return RULES[self.rule].level
 
     def to_json(self) -> dict[str, Any]:
-        """Return the finding as a JSON document. It has manifest, line and column only if a manifest is concerned."""
+        """Return the finding as JSON. The keys manifest, line and column exist only if it concerns a manifest."""
         document: dict[str, Any] = {
             "rule": self.rule,
             "level": self.level,

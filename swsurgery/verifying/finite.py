@@ -1,7 +1,7 @@
 """Find NaN and infinities in the raw bytes of a shard while another function reads them.
 
-The search is exact for every floating-point dtype; the bit patterns come from the table of dtypes. Memory use is one
-chunk. Integers and the sub-byte floats of OCP MX have neither NaN nor infinity and are skipped.
+The search is exact for every floating-point dtype: the table of dtypes contains the bit patterns. Only one chunk of the
+shard is in memory. Integers and the sub-byte floats of OCP MX have neither NaN nor infinity and are skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_NONFINITE = 20
 
 
 class FiniteScan:
-    """Search one shard. Feed its bytes in order, in pieces of any size, then call `findings`."""
+    """Searches one shard for NaN and infinities. Feed its bytes in order, in pieces of any size, then list findings."""
 
     def __init__(self, name: str, shard: Shard):
         self._name, self._shard = name, shard
@@ -46,21 +46,27 @@ class FiniteScan:
             self._next += 1
 
     def list_findings(self) -> list[Finding]:
-        """Return one finding for each tensor with such values, with their number and the first of them."""
+        """Return one finding for each tensor that contains NaN or infinities: the first of them, and how many follow.
+
+        If more than MAX_NONFINITE tensors do, the rest are only counted, in one more finding.
+        """
         found = []
         for name, (count, flat, data) in self._bad.items():
             info = self._shard.tensors[name]
             value = "NaN or infinite" if info.dtype.kind == "opaque" else str(dtypes.decode(info.dtype, data))
-            more = f", and {count - 1} more in this tensor" if count > 1 else ""
-            message = f"it is {value} ({dtypes.format_bits(data)}){more}"
+            more = f", and {count - 1} more in this tensor are not finite" if count > 1 else ""
+            message = f"the value is {value} ({dtypes.format_bits(data)}){more}"
             found.append(Finding("non-finite", message, self._name, name, info.unflatten(flat)))
         if len(found) > MAX_NONFINITE:
             rest = len(found) - MAX_NONFINITE
-            found = [*found[:MAX_NONFINITE], Finding("non-finite", f"and {rest} more tensors in this file", self._name)]
+            found = [
+                *found[:MAX_NONFINITE],
+                Finding("non-finite", f"{rest} more tensors of this file are not finite", self._name),
+            ]
         return found
 
     def _search(self, info: TensorInfo, start: int, data: memoryview) -> None:
-        """Search whole words, the first of which begins `start` bytes after the start of the tensor."""
+        """Search whole words: elements, or halves of complex ones. `data` begins `start` bytes into the tensor."""
         load_numpy()
         import numpy as np
 
@@ -89,7 +95,7 @@ class FiniteScan:
 def _describe_words(dtype: Dtype) -> tuple[int, int, int, int | None] | None:
     """Return (bytes per word, mask, lowest, highest): a masked word from lowest to highest is not finite.
 
-    Returns None if every value of the dtype is finite. `highest` is None if it has no limit.
+    Returns None if every value of the dtype is finite. `highest` is None if there is no upper limit.
     """
     if dtype.name == "C64":
         dtype = DTYPES["F32"]  # a C64 is two of these

@@ -31,8 +31,9 @@ class FindingReport(TableResult):
     """Findings of one command about one checkpoint or manifest.
 
     `subject` is the path as the user gave it; paths in the output begin with it. `command` is a name such as "verify".
-    `checked` is text, in lines, that lists what was proved. `details` are further fields of the JSON document. `rules`
-    are the rules that were checked. `decided` is False if nothing could be compared: the answer is neither yes nor no.
+    `checked` lists what was proved, as lines of text. `details` are further fields of the JSON document. `rules` are
+    the names of the rules that were checked. `decided` is False if nothing could be compared: the answer is then
+    neither "yes" nor "no".
     """
 
     subject: str
@@ -46,17 +47,17 @@ class FindingReport(TableResult):
 
     @property
     def errors(self) -> int:
-        """Number of findings that make the answer no."""
+        """Number of findings that make the answer "no"."""
         return sum(f.level == "error" for f in self.findings)
 
     @property
     def ok(self) -> bool:
-        """True if the answer is yes."""
+        """True if the answer is "yes": something could be compared, and no finding is an error."""
         return self.decided and not self.errors
 
     @property
     def exit_code(self) -> int:
-        """0 for yes, 1 for no, 2 if undecided."""
+        """Exit code of the command: 0 for "yes", 1 for "no", 2 if undecided."""
         return 1 if self.errors else 0 if self.decided else 2
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class FindingReport(TableResult):
 
 
 def render(report: FindingReport, format: ReportFormat) -> str:
-    """Render the report in one of FORMATS, as text that ends with a newline."""
+    """Render the report in one of REPORT_FORMATS, as text that ends with a newline."""
     return _RENDERERS[format](report)
 
 
@@ -99,7 +100,7 @@ def _render_text(report: FindingReport) -> str:
 
 
 def _render_sentence(report: FindingReport, finding: Finding) -> str:
-    """Render place, message and manifest line of a finding as one line without control characters."""
+    """Render a finding as one line without control characters: place, message, and position in the manifest."""
     place = " ".join(part for part in (finding.file, _format_scalar(finding)) if part) or report.subject
     if finding.manifest is not None and finding.file is None:
         return _escape_plain(f"{_format_position(finding)}: {finding.message}")
@@ -122,9 +123,9 @@ def _describe_checked(report: FindingReport) -> list[str]:
 
 
 def _escape_plain(text: str) -> str:
-    """Escape text to one line that GitHub's log does not read as a command.
+    """Escape text to one line that GitHub's log does not read as a workflow command.
 
-    A command begins with `::` at the start of a line, or with `##[` anywhere.
+    Such a command begins with `::` at the start of a line, or with `##[` anywhere.
     """
     line = escape_control(text).replace("##[", r"\x23#[")
     return r"\x3a" + line.lstrip()[1:] if line.lstrip().startswith("::") else line
@@ -144,7 +145,7 @@ def _dump(document: Any) -> str:
 
 
 def _list_rules(report: FindingReport) -> tuple[str, ...]:
-    """List every rule that was checked or broken, in the order of the table."""
+    """List the name of every rule that was checked or broken, in the order of RULES."""
     named = {*report.rules, *(f.rule for f in report.findings)}
     return tuple(name for name in RULES if name in named)
 
@@ -153,7 +154,7 @@ def _list_rules(report: FindingReport) -> tuple[str, ...]:
 
 
 def _render_junit(report: FindingReport) -> str:
-    """Render one test case for each rule that was checked. A broken rule fails once, with a line for each finding."""
+    """Render one test case for each rule that was checked. Its text has one line for each finding of the rule."""
     suites = ElementTree.Element("testsuites")
     suite = ElementTree.SubElement(
         suites, "testsuite", name=f"swsurgery {report.command} {_escape_plain(report.subject)}"
@@ -249,7 +250,7 @@ def _make_uri(path: str) -> str:
 
 
 def _choose_path(report: FindingReport, finding: Finding) -> str:
-    """Return the path to annotate: the manifest, else the checkpoint's file, else the checkpoint."""
+    """Return the path that a finding concerns: the manifest, else the checkpoint's file, else the checkpoint."""
     if finding.manifest is not None:
         return finding.manifest
     return str(PurePosixPath(report.subject) / finding.file) if finding.file else report.subject
@@ -259,7 +260,7 @@ def _choose_path(report: FindingReport, finding: Finding) -> str:
 
 
 def _render_github(report: FindingReport) -> str:
-    """Render a workflow command for each finding, or a notice that lists what was proved."""
+    """Render a workflow command for each finding, and a notice that lists what was proved if the answer is "yes"."""
     lines = []
     for finding in report.findings:
         properties = {

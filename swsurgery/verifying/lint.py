@@ -1,7 +1,8 @@
 """Check manifests without a checkpoint and without a network connection.
 
-A manifest that does not load is a finding, not an error. The other rules report what the planner would refuse once it
-has the base, and what it would do without a warning. Only the manifests and the known super weights are read.
+A manifest that breaks the grammar or the schema gives findings, not an error. The other rules report what the planner
+would refuse once it has the base, and what it would do without a warning. Only the manifests and the known super
+weights are read.
 """
 
 from __future__ import annotations
@@ -26,24 +27,27 @@ from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
 SCALE_TOLERANCE = 2.0**-7
-"""Maximum relative difference between two readings of one value, one of which may be rounded to BF16.
+"""Maximum relative difference between the value that an edit expects and the known value.
 
-BF16 is the coarsest dtype in which values are published.
+Either of them may be rounded to BF16, the coarsest dtype in which values are published.
 """
 
 _READ_AS = {4: ("F16", "BF16"), 8: ("F32",), 16: ("F64",)}
-"""Number of hexadecimal digits -> dtypes of this width. Two digits are missing: too many dtypes have eight bits."""
+"""Maps the number of hexadecimal digits of an `expect` to the dtypes of this width.
+
+There is no row for two digits, because too many dtypes have eight bits.
+"""
 
 
 @dataclass(frozen=True, repr=False)
 class LintReport(FindingReport):
-    """Findings in manifests. If `strict` is True, a warning makes the answer no, as an error does."""
+    """Findings in manifests. If `strict` is True, a warning makes the answer "no", as an error does."""
 
     strict: bool = False
 
     @property
     def errors(self) -> int:
-        """Number of findings that make the answer no."""
+        """Number of findings that make the answer "no"."""
         return len(self.findings) if self.strict else super().errors
 
 
@@ -53,7 +57,7 @@ def lint(
     """Find what is wrong with manifests, offline and without a checkpoint.
 
     `manifests` is one manifest, or a list of them: paths, texts as bytes, dicts, or a Manifest. The findings are in the
-    order of the manifests and their lines. With `strict`, a warning makes the answer no, as an error does.
+    order of the manifests and their lines. With `strict`, a warning makes the answer "no", as an error does.
 
     Raises TypeError; ManifestError, which names all unreadable files, if any file cannot be read.
     """
@@ -103,16 +107,16 @@ def lint_manifest(manifest: ManifestLike) -> list[Finding]:
 
 
 def _name(manifest: ManifestLike) -> Path:
-    """Return the path that the loader's messages name."""
+    """Return the path by which the messages of `load_manifest` name this manifest."""
     if isinstance(manifest, LoadedManifest):
         return manifest.path
     return Path(manifest) if is_path(manifest) else IN_MEMORY
 
 
 def _convert_faults(error: ManifestError, path: Path) -> Iterator[Finding]:
-    """Convert the loader's faults, `path:line:column: what`, to findings.
+    """Convert the faults of `load_manifest`, such as "m.yaml:3:5: unknown field", to findings.
 
-    Raises `error` if no fault has a position: then the file could not be read.
+    Raises `error` if no fault has a position, because the file could then not be read.
     """
     name = re.escape(escape_control(str(path)))
     matches = [re.fullmatch(rf"{name}(?::(\d+):(\d+))?: (.*)", fault, re.DOTALL) for fault in error.faults]
@@ -131,9 +135,10 @@ LinePlace = tuple[int, int]
 class _Reading:
     """A manifest, and the known super weights that it concerns.
 
-    `model` is the known model that the base is a copy of, or a descendant of if `same_values` is False. `entries[i]` is
-    the known coordinate that edit i names, and `names[i]` one spelling of its scalar (None for `known: all`). `misses`
-    are the requests for unknown models or coordinates, with their positions.
+    `model` is the known model of the base, or None. If `same_values` is False, the base may have other values than this
+    model, for example after fine-tuning. `entries[i]` is the known coordinate that edit i names, or None. `names[i]` is
+    a name of the scalar of edit i (None for `known: all`); two edits of one name conflict. `misses` are positions and
+    messages about models and coordinates that are not known.
     """
 
     loaded: LoadedManifest
@@ -145,7 +150,7 @@ class _Reading:
 
     @property
     def edits(self) -> list[Edit]:
-        """Edits of the manifest, in order."""
+        """Edits in the order of the manifest."""
         return self.loaded.manifest.edits
 
     def locate(self, *path: str | int) -> LinePlace:
@@ -154,7 +159,7 @@ class _Reading:
 
     @classmethod
     def of(cls, loaded: LoadedManifest) -> _Reading:
-        """Look up everything that a manifest names."""
+        """Look up the model and the known coordinates that a manifest names."""
         base = loaded.manifest.base
         misses: list[tuple[LinePlace, str]] = []
         entries: list[KnownCoordinate | None] = []
@@ -211,7 +216,7 @@ def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
         fits = row is not None and col is not None and col < model.hidden_size and (width is None or row < width)
         swapped = fits and [field for field, *_ in wrong] == ["row"]
         for field, value, size in wrong:
-            hint = "row and col look swapped" if swapped else "they start at 0"
+            hint = "row and col look swapped" if swapped else "numbers start at 0"
             message = f"edits[{number}].{field}: {value} is out of range: {model.hf_id} has {size} ({hint})"
             yield reading.locate("edits", number, field), message
 
@@ -230,13 +235,13 @@ def _find_contradictions(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
         if readings and all(abs(value - entry.value) > SCALE_TOLERANCE * abs(entry.value) for value in readings):
             expected = edit.expect if isinstance(edit.expect, str) else format_exact(readings[0])
             message = (
-                f"expects {expected}, the known value is {format_exact(entry.value)} ({entry.dtype}) at {entry.id}"
+                f"expects {expected}, but the known value is {format_exact(entry.value)} ({entry.dtype}) at {entry.id}"
             )
             yield reading.locate("edits", number, "expect"), f"edits[{number}].expect: {message}"
 
 
 def _interpret(expect: float | str | MeasuredValue) -> list[float]:
-    """Return the numbers that an `expect` can mean. Empty if its dtype is not known."""
+    """Return the values that an `expect` can mean: bits are decoded as each dtype of their width. May be empty."""
     if isinstance(expect, str):
         names = _READ_AS.get(len(expect) - 2, ())
         return [float(dtypes.decode(DTYPES[name], dtypes.parse_bits(DTYPES[name], expect))) for name in names]
@@ -249,7 +254,7 @@ def _check_bounds(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     bounds = reading.loaded.manifest.check
     least, most = bounds.min_perplexity_ratio, bounds.max_perplexity_ratio
     if least is not None and most is not None and least > most:
-        yield reading.locate("check"), f"check: no ratio is at least {least:g} and at most {most:g}"
+        yield reading.locate("check"), f"check: the minimum ratio ({least:g}) is larger than the maximum ({most:g})"
 
 
 def _find_no_effect(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
@@ -278,7 +283,7 @@ def _find_unguarded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
         brought = edit.known == "all" or edit.known is not None and entry is not None and entry.value is not None
         if edit.writes and edit.expect is None and not brought:
-            yield reading.locate("edits", number), f"edits[{number}]: overwrites any value (add expect)"
+            yield reading.locate("edits", number), f"edits[{number}]: overwrites whatever value is stored (add expect)"
 
 
 def _check_pin(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
@@ -310,7 +315,7 @@ LINTS: dict[str, Callable[[_Reading], Iterator[tuple[LinePlace, str]]]] = {
     "base-unpinned": _check_pin,
     "bounds-missing": _check_unbounded,
 }
-"""Rules that need no checkpoint, and the function that checks each.
+"""Maps each rule that needs no checkpoint to the function that checks it.
 
 To add a rule, write its function, its row here, its row in findings.py, and its paragraph in docs/ci.md.
 """

@@ -1,8 +1,8 @@
 """Sign whole checkpoints and verify signatures, in the format of OpenSSF Model Signing, with keys in files.
 
-A signature proves who signed the files; the record proves what was changed in them. The library model-signing (the
-extra `sign`) makes and checks signatures. This module decides which files are covered and which keys are accepted, and
-never follows a link. It must not depend on edits or bases, and opens no connection.
+A signature proves who signed the files; the record proves what was changed in them. The library model-signing, which
+the extra `sign` installs, makes and checks signatures. This module decides which files are covered and which keys are
+accepted. It never follows a link or opens a connection, and must not depend on edits or bases.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from swsurgery.storage.strict_json import parse_json, read_small
 from swsurgery.verifying.findings import Finding
 
 NOT_COVERED = (".git", ".github", ".gitattributes", ".gitignore", ".cache", SIGNATURE_NAME)
-"""Top-level names that a signature does not cover: names that the format leaves to version control, the cache of a
-download, and the signature itself."""
+"""Top-level names that a signature does not cover: the files and folders of git and GitHub, the cache of a download,
+and the signature itself."""
 
 
 @dataclass(frozen=True, repr=False)
 class Signed(Result):
-    """A checkpoint that was signed, and the file with its signature."""
+    """Result of `sign`: the checkpoint, and the file that contains its signature."""
 
     checkpoint: Path
     signature: Path
@@ -61,7 +61,7 @@ def sign(
     `checkpoint` is a directory; one on the Hub must be downloaded first. The signature, in the format of OpenSSF Model
     Signing, is written to the new file `signature`, by default model.sig in the checkpoint.
 
-    Raises TypeError, HubError, CheckpointError; TargetError if the signature exists; SwsurgeryError for a key that
+    Raises TypeError, HubError, CheckpointError; TargetError if the file `signature` exists; SwsurgeryError if the key
     cannot be used.
     """
     require_reporter(reporter)
@@ -108,8 +108,9 @@ def _sign(root: Path, key: Path, signature: Path | None) -> Path:
 def verify_signature(root: Path | Folder, signature: Path, public_key: Path) -> list[Finding]:
     """Verify the signature of the checkpoint in `root` with `public_key` (PEM).
 
-    Returns a finding for each file that is not as signed; none if the signature covers every file as it is. Raises
-    CheckpointError if the checkpoint or the signature cannot be read, SwsurgeryError for a key that cannot be used.
+    Returns a finding for each file that was changed, added or removed after signing, and for each file that the
+    signature does not cover. Raises CheckpointError if the checkpoint or the signature cannot be read, and
+    SwsurgeryError if the key cannot be used.
     """
     with held(root):
         path = root.path if isinstance(root, Folder) else Path(os.path.realpath(root))
@@ -117,7 +118,7 @@ def verify_signature(root: Path | Folder, signature: Path, public_key: Path) -> 
 
 
 def _verify(root: Path, signature: Path, public_key: Path) -> list[Finding]:
-    """Do the work of `verify_signature` in a directory that is held."""
+    """Verify the signature like `verify_signature`, for a directory that the caller keeps open and locked."""
     library = _load_library()
     if faults := _find_links(root):
         return [Finding("signature", fault) for fault in faults]
@@ -151,7 +152,7 @@ def _compare_digests(covered: dict[str, str], found: dict[str, str]) -> list[Fin
     findings = [Finding("signature", "the file was signed, but is missing", n) for n in covered.keys() - found]
     findings += [Finding("signature", "the file was added after signing", n) for n in found.keys() - covered]
     findings += [
-        Finding("signature", f"its sha256 is {found[n]}, but the signed one is {covered[n]}", n)
+        Finding("signature", f"the file's sha256 is {found[n]}, but the signed sha256 is {covered[n]}", n)
         for n in covered.keys() & found
         if covered[n] != found[n]
     ]
@@ -159,9 +160,9 @@ def _compare_digests(covered: dict[str, str], found: dict[str, str]) -> list[Fin
 
 
 def _read_statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
-    """Read a signature without checking it. Returns (file -> sha256, top-level names that are not covered).
+    """Read the contents of a signature without checking it. Returns (file -> sha256, names that are not covered).
 
-    Raises CheckpointError, and the errors of indexing if the document has another form.
+    Raises CheckpointError, and KeyError, TypeError and the like if the document has an unexpected form.
     """
     envelope = parse_json(raw, name)["dsseEnvelope"]
     predicate = parse_json(base64.b64decode(envelope["payload"], validate=True), name)["predicate"]
@@ -175,9 +176,9 @@ def _read_statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
 
 
 class _Hashing:
-    """Hashing configuration for the library. It delegates to the library's own, and stores the digests.
+    """Hashing configuration for model-signing that also stores the digests which the library computes.
 
-    `found` maps each file to its sha256. It is None until the library has hashed the files.
+    `found` maps the name of each file to its sha256. It is None until the library has hashed the files.
     """
 
     def __init__(self, config: Any):
@@ -186,7 +187,7 @@ class _Hashing:
 
     @classmethod
     def of(cls, library: _Library, root: Path, signature: Path) -> _Hashing:
-        """Configure sha256 for each file of `root`, without the files that a signature does not cover."""
+        """Make the configuration that hashes each file of `root` with sha256, except those in NOT_COVERED."""
         names = [*NOT_COVERED, *filter(None, [_make_relative(signature, root)])]
         config = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
         return cls(config.set_ignored_paths(paths=sorted(set(names)), ignore_git_paths=False))
@@ -220,7 +221,9 @@ def _load_library() -> _Library:
 
 @contextlib.contextmanager
 def _open_key(path: Path, *, private: bool) -> Iterator[Path]:
-    """Open the key's file, check it, and yield a path to the open file, so that the checked file is the one used.
+    """Open the file of a key, check it, and yield a path to the open file.
+
+    The library opens this path, so it cannot get another file than the one that was checked.
 
     Raises SwsurgeryError if the file cannot be read or, for a private key, if other users can access it.
     """
@@ -251,7 +254,7 @@ def _convert_key_errors(key: Path, library: _Library) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _make_memory_file(data: bytes) -> Iterator[tuple[int, Path]]:
-    """Make a file in memory with the content `data`, because the library accepts only paths."""
+    """Make a file in memory that contains `data`, because the library accepts only paths. Yields (fd, path)."""
     fd = os.memfd_create("swsurgery", os.MFD_CLOEXEC)
     try:
         filesystem.write_all(fd, data)
@@ -266,7 +269,7 @@ def _open_file(fd: int) -> Path:
 
 @contextlib.contextmanager
 def _convert_os_errors(root: Path) -> Iterator[None]:
-    """Convert an OSError of the block to a CheckpointError."""
+    """Convert an OSError of the `with` block to a CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -274,9 +277,10 @@ def _convert_os_errors(root: Path) -> Iterator[None]:
 
 
 def _find_links(root: Path) -> list[str]:
-    """List faults for the first MAX_LISTED links and special files: their content is not in the directory.
+    """Return a message for each link and special file, at most MAX_LISTED: their content is not in the directory.
 
-    Raises CheckpointError if the directory does not exist, or is a snapshot of the cache, which consists of links.
+    Raises CheckpointError if the directory does not exist, or is a snapshot of the Hugging Face cache, which
+    consists of links.
     """
     if not root.is_dir():
         raise CheckpointError("no such checkpoint", root)

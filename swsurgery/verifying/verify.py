@@ -31,7 +31,7 @@ from swsurgery.verifying.against_record import RecordProof, check_structure, sca
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
-if TYPE_CHECKING:  # each of these modules answers one question and is imported only when it is asked
+if TYPE_CHECKING:  # each of these modules does one optional check and is imported only for this check
     from swsurgery.manifest.load import LoadedManifest, ManifestLike
     from swsurgery.verifying.against_known import Survival
     from swsurgery.verifying.against_manifest import Wishes
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # each of these modules answers one question and is imported 
 
 @dataclass(frozen=True)
 class _Question:
-    """What to check a checkpoint against.
+    """The options of `verify`: what to check a checkpoint against.
 
     `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set. `public_key`
     (PEM) is required with `signature`. `weights` and `variant` choose the weights if the checkpoint has several sets
@@ -67,8 +67,9 @@ class _Question:
 class Verification(FindingReport):
     """The findings of all checks. `ok` is True if no finding is an error and something could be compared.
 
-    `record` is the proof from the checkpoint's record, None without one. `known` is what became of the known super
-    weights, None unless they were asked for. `base` is the base that was compared.
+    `record` is the proof from the checkpoint's record, or None if it has no record. `known` contains the states of the
+    known super weights, or is None if they were not requested. `base` is the location of the base that was compared, or
+    None.
     """
 
     record: RecordProof | None = None
@@ -162,13 +163,13 @@ def verify(
     variant: str | None = None,
     reporter: Reporter | None = None,
 ) -> Verification:
-    """Check a checkpoint against its record and against whatever else is given.
+    """Check a checkpoint against its record, and against a base, a manifest, known super weights and a signature.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]; of a repository, only headers, edited scalars and small
-    files are read, and the digests of large files are those that the Hub lists. The record proves that the checkpoint
-    is its base with exactly the declared scalars changed, without the base. `base` is compared byte by byte.
-    `manifest`, in any form that `apply` takes, must have made exactly this checkpoint. With `known`, the known super
-    weights of the checkpoint's model, or of `model`, must not be lost: at most the share `tolerance` of their value.
+    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]. From a repository, only headers, edited scalars and small
+    files are read; for large files, the digests that the Hub lists are used. The record alone, without the base, proves
+    that the checkpoint is its base with exactly the declared scalars changed. `base` is compared byte by byte.
+    `manifest`, in any form that `apply` takes, must describe exactly this checkpoint. With `known`, no known super
+    weight of the checkpoint's model, or of `model`, may have lost more than the fraction `tolerance` of its value.
     With `finite`, all values are searched for NaN and infinities. `signature` is checked with `public_key` (PEM).
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
 
@@ -196,7 +197,7 @@ def verify(
 
 
 def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, bases: contextlib.ExitStack) -> _Proof:
-    """Check a checkpoint against everything in `question`, and against its record. `bases` keeps the base held."""
+    """Check a checkpoint against its record and everything in `question`. `bases` keeps the base open and locked."""
     patched = _read_record(root, question)
     loaded = _load_manifest(question)
     question = _choose_weights(question, patched, loaded)
@@ -245,7 +246,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
 def _verify_with_manifest(
     patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None, finite: bool
 ) -> RecordProof:
-    """Verify an open checkpoint against its record, and its record against the manifest stored beside it."""
+    """Verify an open checkpoint against its record, and the record against the manifest in the checkpoint."""
     from swsurgery.verifying.against_manifest import find_own_differences
 
     differences = find_own_differences(patched, checkpoint)
@@ -253,17 +254,18 @@ def _verify_with_manifest(
 
 
 def _read_record(root: Folder | RemoteTree, question: _Question) -> Patched | None:
-    """Read the record, or return None if the question can be answered without one.
+    """Read the record. Returns None if there is none and a requested check works without it.
 
-    Raises SwsurgeryError for a signature without a public key, and CheckpointError for a missing or damaged record.
+    Raises SwsurgeryError for a signature without a public key, and CheckpointError if the record is damaged, or missing
+    and needed.
     """
     if (question.signature is None) != (question.public_key is None):
-        raise SwsurgeryError("--signature needs --public-key, and the other way round")
+        raise SwsurgeryError("--signature and --public-key must be given together")
     return find_record(root) if question.needs_no_record else read_record(root)
 
 
 def _choose_weights(question: _Question, patched: Patched | None, loaded: LoadedManifest | None) -> _Question:
-    """Return the question with the weights that the record names, or the manifest if the checkpoint has no record.
+    """Return the question with the choice of weights in the record or, without a record, in the manifest.
 
     Raises CheckpointError if the question names other weights.
     """
@@ -325,11 +327,11 @@ def _open_base(
     patched: Patched | None,
     bases: contextlib.ExitStack,
 ) -> Checkpoint | None:
-    """Open the base that `question` names, or the manifest's base if it is available; `bases` keeps it held.
+    """Open the base that `question` names, or else the manifest's base. `bases` keeps the base open and locked.
 
-    Returns None if the checkpoint has a record and its base is not available, or if the base was edited in place and is
-    the checkpoint itself. Raises CheckpointError if the checkpoint has no record and the manifest's base cannot be
-    opened: then nothing can be proved.
+    Returns None if no base is named. If the checkpoint has a record, also returns None if the manifest's base is not
+    available, or is the checkpoint itself because it was edited in place. Raises CheckpointError if there is no record
+    and the manifest's base cannot be opened, because nothing can then be proved.
     """
     if question.base is not None:
         base = bases.enter_context(held(open_location(parse_location(question.base))))
@@ -357,7 +359,7 @@ def _is_same(first: Path | RemoteTree, second: Folder | RemoteTree) -> bool:
 
 
 def _list_repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
-    """Return the repository ids in a record: of the base, and of the known model whose super weights it quotes."""
+    """Return the repository ids in a record: that of the base, and that of the known model that the record quotes."""
     if patched is None:
         return ()
     facts = patched.record.known or {}
@@ -377,7 +379,7 @@ def _resolve_wishes(
 def _resolve_own_manifest(
     root: Folder | RemoteTree, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
 ) -> Wishes | None:
-    """Resolve the manifest stored in the checkpoint, so that findings can name its lines. None if it is invalid."""
+    """Resolve the manifest in the checkpoint, so that findings can name its lines. Returns None if it is invalid."""
     from swsurgery.manifest.load import parse_manifest
 
     try:

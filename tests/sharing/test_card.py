@@ -108,7 +108,7 @@ def test_the_check_and_what_was_accepted_stand_in_the_card():
     assert "Perplexity ratio 72.1, KL divergence 3.5, over 511 tokens" in body and "Verdict: passed" in body
     assert table(body, "Accepted findings")[1] == ["digest", "config.json", "its sha256 is another"]
     _, without = split(rendered(record(check={"kind": "off", "reason": "the check was turned off"})))
-    assert "None was made (the check was turned off)" in without and "Accepted" not in without
+    assert "No check was made (the check was turned off)" in without and "Accepted" not in without
     _, failed = split(rendered(record(check=FORWARD | {"ok": False})))
     assert "Verdict: **failed**" in failed
 

@@ -62,7 +62,7 @@ def test_pieces_of_any_size_find_the_same(tmp_path, step, dtype):
     data = data[: 23 * size] + nan + data[24 * size :]
     write_single(tmp_path, {"a": tensor("U8", 3), "w": (kind, shape, data), "z": tensor("F32", 2)}, padding=5)
     (finding,) = scan(tmp_path, step)
-    assert (finding.tensor, finding.index, finding.message) == ("w", (3, 2), f"it is nan (0x{nan[::-1].hex()})")
+    assert (finding.tensor, finding.index, finding.message) == ("w", (3, 2), f"the value is nan (0x{nan[::-1].hex()})")
 
 
 def test_integers_with_the_bits_of_a_nan_are_fine(tmp_path):
