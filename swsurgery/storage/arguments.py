@@ -1,4 +1,7 @@
-"""Check arguments of the public functions, so that a value of the wrong type never acts like a default."""
+"""Check the types of arguments of the public functions.
+
+In each function, `name` is the name of the argument in the message, and `value` is the value that was passed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TypeGuard
 
 
 def require_choice(name: str, value: object, choices: Collection[str], *, optional: bool = False) -> None:
-    """Raise TypeError unless `value` is one of the strings `choices`, or None if it is `optional`."""
+    """Raise TypeError if `value` is not one of the strings `choices`. With `optional`, None is accepted too."""
     if value is None and optional or isinstance(value, str) and value in choices:
         return
     listed = ", ".join(map(repr, choices))
@@ -18,19 +21,19 @@ def require_choice(name: str, value: object, choices: Collection[str], *, option
 
 
 def require_type(name: str, value: object, kind: type, *, optional: bool = False) -> None:
-    """Raise TypeError unless `value` is a `kind`, or None if it is `optional`."""
+    """Raise TypeError if `value` is not an instance of `kind`. With `optional`, None is accepted too."""
     if not (value is None and optional or isinstance(value, kind)):
         raise TypeError(f"{name} must be {'None or ' if optional else ''}a {kind.__name__}, not {value!r:.80}")
 
 
 def require_strings(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is None or a list or tuple of strings. A single string is refused."""
+    """Accept None and a list or tuple of strings. Raises TypeError for anything else, also for a single string."""
     if value is not None and not (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)):
         raise TypeError(f"{name} must be None or a list of strings, not {value!r:.80}")
 
 
 def is_path(value: object) -> TypeGuard[str | Path]:
-    """Return True for a str or a Path, the two ways to give a path or a location."""
+    """Return True for a str or a Path, the two types in which a caller may pass a path or a location."""
     return isinstance(value, str | Path)
 
 
@@ -42,14 +45,14 @@ def require_location(name: str, value: object) -> str | Path:
 
 
 def require_path(name: str, value: object) -> Path:
-    """Return a path given as a str or a Path. Raises TypeError for any other value."""
+    """Convert a str or a Path to a Path. Raises TypeError for any other value."""
     return Path(require_location(name, value))
 
 
 def require_integer(name: str, value: object) -> int:
-    """Return an integer given as an int or another integer type, such as numpy's. Raises TypeError for anything else.
+    """Convert an int, or a value of another integer type such as numpy's, to an int.
 
-    A bool is refused.
+    Raises TypeError for anything else, also for a bool.
     """
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         return operator.index(value)
@@ -57,7 +60,7 @@ def require_integer(name: str, value: object) -> int:
 
 
 def require_number(name: str, value: object) -> float:
-    """Return a number given as an int, a float or a number of numpy. Raises TypeError for anything else."""
+    """Convert an int, a float or a real number of numpy to a float. Raises TypeError for anything else."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     raise TypeError(f"{name} must be a number, not {value!r:.80}")

@@ -1,4 +1,4 @@
-"""Name one scalar of a checkpoint. This module knows neither files nor models."""
+"""Name one scalar of a checkpoint. Must not depend on files or models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 
 class Coordinate(NamedTuple):
-    """One scalar: the name of a stored tensor and an index into its *stored* shape."""
+    """The name of one scalar: the name of its tensor, and its index in the *stored* shape of the tensor.
+
+    Prints as `model.layers.2.mlp.down_proj.weight[3968, 7003]`.
+    """
 
     tensor: str
     index: tuple[int, ...]  # type: ignore[assignment]  # the field hides tuple.index, which no caller needs

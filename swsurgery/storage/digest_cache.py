@@ -1,8 +1,9 @@
-"""Cache sha256 digests of files between runs, keyed by device, inode, size, mtime and ctime of the hashed descriptor.
+"""Cache sha256 digests of files between runs, keyed by device, inode, size, mtime and ctime of the file.
 
-A matching key proves nothing: a write through an existing memory map changes none of the five numbers, and another
-image mounted at the same path can repeat them all. A cached digest is therefore never compared with a pin. Only
-`apply --reuse-digests` copies it into a record, which marks it as unverified. Losing the cache costs time only.
+A matching key does not prove that the file is unchanged: a write through an existing memory map changes none of the
+five numbers, and a file of another disk image mounted at the same path can have the same five. A cached digest is
+therefore never compared with an expected digest. Only `apply --reuse-digests` copies it into a record, which marks it
+as unverified. If the cache is lost, files are hashed again.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_at_most
 
 MAX_ENTRIES = 20_000
-"""Maximum number of digests kept; the oldest are dropped."""
+"""Maximum number of digests in the cache file; the oldest are dropped."""
 
 MAX_CACHE = 8 << 20
 """Maximum size of the cache file in bytes; MAX_ENTRIES digests need about 3 MB."""
 
 CLOCK_TICK = 2.0
-"""Coarsest resolution of mtime among common file systems, in seconds (FAT)."""
+"""Resolution of mtime on FAT, in seconds: the coarsest of all common file systems."""
 
 
 class DigestCache:
-    """Digests keyed by file identity, stored in the user's cache directory or in `path`.
+    """Digests keyed by device, inode, size, mtime and ctime, in the file `path` or in the user's cache directory.
 
-    The cache file is read at the first lookup and again when new digests are saved. It is ignored unless it is a
-    regular file that belongs to this user, is writable by nobody else, and matches the checksum that it contains.
+    The cache file is read at the first lookup and again when new digests are saved. It must be a regular
+    file that belongs to this user, is writable by nobody else, and matches the checksum that it contains; any other
+    file is ignored.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -42,21 +44,23 @@ class DigestCache:
         self._read: dict[str, str] | None = None
 
     def get(self, status: os.stat_result) -> str | None:
-        """Return the cached digest for a file with this status, or None."""
+        """Return the cached digest of the file whose stat result is `status`, or None if the cache has none."""
         if self._read is None:
             self._read = _load(self._path)
         return self._read.get(_make_identity(status))
 
     def put(self, status: os.stat_result, digest: str, started: float) -> None:
-        """Add a digest. `status` is that of the hashed descriptor; hashing began at `started`, in seconds since 1970.
+        """Add the digest of a file, which `save` writes to the cache file.
 
-        A file modified less than CLOCK_TICK before `started` is not added: it could change again and keep its mtime.
+        `status` is the stat result of the hashed descriptor, and `started` the time at which hashing began, in seconds
+        since 1970. A file modified less than CLOCK_TICK before `started` is not added, because a later change could
+        leave its mtime unchanged.
         """
         if started - status.st_mtime >= CLOCK_TICK:
             self._new[_make_identity(status)] = digest
 
     def save(self) -> None:
-        """Write the cache file. Does nothing if it cannot be written."""
+        """Write the added digests to the cache file. If the file cannot be written, raises no error."""
         if not self._new:
             return
         entries = {k: v for k, v in _load(self._path).items() if k not in self._new} | self._new
@@ -72,7 +76,7 @@ class DigestCache:
 
 
 def _load(path: Path) -> dict[str, str]:
-    """Read the entries of a cache file. Returns no entries if the file cannot be trusted."""
+    """Read the digests in a cache file, by key. Returns an empty dict if the file cannot be read or trusted."""
     try:
         with LocalFile(path).open() as file:
             status = os.fstat(file.fd)

@@ -1,7 +1,7 @@
 """Decode and encode single scalars of every safetensors dtype exactly.
 
-Arithmetic uses exact fractions and rounds once, half to even. No value saturates. This module knows numbers and bits
-only: no tensors, no files, no torch.
+Arithmetic uses exact fractions and rounds once, half to even. A value too large for its dtype is an error; it is never
+replaced by the largest value. Must not depend on tensors, files or torch.
 
 Sources: the safetensors format (README, and `Dtype` in its Rust crate) for names and sizes; IEEE 754-2019 for
 binary16/32/64; "FP8 Formats for Deep Learning" (arXiv:2209.05433) for F8_E4M3 and F8_E5M2; "8-bit Numerical Formats for
@@ -21,9 +21,9 @@ from swsurgery.errors import NumberError
 from swsurgery.storage.numbers import Written, format_exact
 
 Value = int | float
-"""A decoded scalar is an int for integer dtypes and BOOL, and a float for float dtypes.
+"""A decoded scalar: an int for integer dtypes and BOOL, a float for float dtypes.
 
-Every float dtype of the format is a subset of binary64, so a Python float represents each of its values exactly."""
+A Python float is a float64, which represents every value of every float dtype of safetensors exactly."""
 
 
 DtypeKind = Literal["float", "int", "uint", "bool", "opaque"]
@@ -31,9 +31,10 @@ DtypeKind = Literal["float", "int", "uint", "bool", "opaque"]
 
 @dataclass(frozen=True)
 class Dtype:
-    """One dtype of the format. `bits` is the width of an element.
+    """One dtype of safetensors. `bits` is the width of one element.
 
-    A scalar of an "opaque" dtype has no single value and cannot be edited; `refusal` explains why.
+    If `kind` is "opaque", an element has no single real value and cannot be edited. `refusal` then explains why, and
+    follows the name of the dtype in messages: "C64 is complex".
     """
 
     name: str
@@ -49,10 +50,11 @@ class Dtype:
 
 @dataclass(frozen=True)
 class FloatDtype(Dtype):
-    """A binary floating-point dtype: 1 sign bit, then `exponent` bits, then `mantissa` bits. Its kind is "float".
+    """A binary floating-point dtype: 1 sign bit, then `exponent` bits, then `mantissa` bits. `kind` is "float".
 
-    `special` defines which bit patterns are not numbers: "ieee" (the top exponent encodes infinity and NaN), "fn" (only
-    the all-ones pattern is NaN) or "fnuz" (only 0x80 is NaN, and negative zero does not exist).
+    `bias` is the number that is subtracted from the stored exponent. `special` defines which bit patterns are
+    not numbers: "ieee" (those with the largest exponent are infinity and NaN), "fn" (only the one with all bits 1 after
+    the sign is NaN) or "fnuz" (only 0x80 is NaN, and negative zero does not exist).
     """
 
     exponent: int = field(kw_only=True)
@@ -74,7 +76,7 @@ def _make_float(
     return FloatDtype(name, bits, "float", exponent=exponent, mantissa=mantissa, bias=bias, special=special)
 
 
-_SUB_BYTE = "holds several elements in a byte, which are scaled by block: a scalar of it is not a weight"
+_SUB_BYTE = "packs several elements into a byte and scales them by block, so one element is not a weight"
 
 DTYPES: dict[str, Dtype] = {
     d.name: d
@@ -87,7 +89,7 @@ DTYPES: dict[str, Dtype] = {
         Dtype("I8", 8, "int"),
         _make_float("F8_E5M2", 5, 2, 15, "ieee"),
         _make_float("F8_E4M3", 4, 3, 7, "fn"),
-        Dtype("F8_E8M0", 8, "opaque", refusal="holds block scales (powers of two) and has no zero"),
+        Dtype("F8_E8M0", 8, "opaque", refusal="contains block scales (powers of two) and has no zero"),
         _make_float("F8_E4M3FNUZ", 4, 3, 8, "fnuz"),
         _make_float("F8_E5M2FNUZ", 5, 2, 16, "fnuz"),
         Dtype("I16", 16, "int"),
@@ -97,7 +99,7 @@ DTYPES: dict[str, Dtype] = {
         Dtype("I32", 32, "int"),
         Dtype("U32", 32, "uint"),
         _make_float("F32", 8, 23, 127, "ieee"),
-        Dtype("C64", 64, "opaque", refusal="is complex: an edit has one real value"),
+        Dtype("C64", 64, "opaque", refusal="is complex, but an edit sets one real number"),
         _make_float("F64", 11, 52, 1023, "ieee"),
         Dtype("I64", 64, "int"),
         Dtype("U64", 64, "uint"),
@@ -106,9 +108,9 @@ DTYPES: dict[str, Dtype] = {
 
 
 def decode(dtype: Dtype, data: bytes) -> Value:
-    """Decode one scalar from its little-endian bytes, exactly, including NaN and infinities.
+    """Decode the little-endian bytes of one scalar to its exact value, which may be NaN or infinite.
 
-    Raises NumberError for a dtype whose scalars have no single real value.
+    Raises NumberError for an opaque dtype.
     """
     if dtype.kind == "opaque":
         raise NumberError(f"{dtype.name} {dtype.refusal}")
@@ -129,9 +131,9 @@ def decode(dtype: Dtype, data: bytes) -> Value:
 def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False) -> bytes:
     """Encode `value` as little-endian bytes, rounded once to the dtype, half to even.
 
-    `negative_zero` selects the sign of a zero that is given as an int or a Fraction. Never saturates: raises
-    NumberError on overflow, for NaN and infinities, for a non-zero value that would round to zero, for a value that an
-    integer dtype cannot represent, and for a dtype whose scalars have no single real value.
+    An int or a Fraction cannot be -0.0: with `negative_zero`, one that is 0 is encoded as negative zero. Raises
+    NumberError for a value that is too large for the dtype, NaN or infinite, for a non-zero value that would round to
+    zero, for a value that an integer dtype cannot represent, and for an opaque dtype.
     """
     if dtype.kind == "opaque":
         raise NumberError(f"{dtype.name} {dtype.refusal}")
@@ -150,12 +152,12 @@ def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False
         raise NumberError(f"{what}, whose largest value is {format_exact(largest)}")
     if magnitude == 0:
         what = f"{format_exact(value)} underflows {dtype.name} to zero"
-        raise NumberError(what, remedy="zero it where zero is meant")
+        raise NumberError(what, remedy="use op: zero if the value should become zero")
     return _pack(dtype, int(exact < 0), magnitude)
 
 
 def make_zero(dtype: Dtype) -> bytes:
-    """Return the bytes of zero: all bits 0. Raises NumberError for a dtype that has no zero or no single values."""
+    """Return the bytes of zero: all bits 0. Raises NumberError for an opaque dtype."""
     if dtype.kind == "opaque":
         raise NumberError(f"{dtype.name} {dtype.refusal}")
     return bytes(dtype.size)
@@ -164,8 +166,8 @@ def make_zero(dtype: Dtype) -> bytes:
 def scale_value(dtype: Dtype, data: bytes, factor: float) -> bytes:
     """Multiply a stored scalar by `factor` exactly and round the product once to the dtype, half to even.
 
-    `factor` is taken as the binary64 number that it is. Raises NumberError for integer dtypes, for a stored value that
-    is not finite, and for a product that `encode` refuses.
+    The float64 `factor` is not rounded to the dtype before it is multiplied. Raises NumberError for integer dtypes, for
+    a stored value that is not finite, and for a product that `encode` refuses.
     """
     if dtype.kind in ("int", "uint", "bool"):
         raise NumberError(f"{dtype.name} is an integer dtype: a product is not exact", remedy="use set or zero")
@@ -178,19 +180,25 @@ def scale_value(dtype: Dtype, data: bytes, factor: float) -> bytes:
 
 
 def format_bits(data: bytes) -> str:
-    """Render little-endian bytes as a hexadecimal word such as `0x40bc`."""
+    """Format the little-endian bytes of a scalar as a hexadecimal number such as `0x40bc`."""
     return "0x" + data[::-1].hex()
 
 
 def parse_bits(dtype: Dtype, text: str) -> bytes:
-    """Parse a word such as `0x40bc` to little-endian bytes. Raises NumberError if its width is not the dtype's."""
+    """Parse a hexadecimal number such as `0x40bc` to little-endian bytes; the inverse of `format_bits`.
+
+    Raises NumberError if the number of digits is not that of the dtype.
+    """
     if len(text) - 2 != dtype.bits // 4:
         raise NumberError(f"{text} has {len(text) - 2} hex digits, {dtype.name} takes {dtype.bits // 4}")
     return bytes.fromhex(text[2:])[::-1]
 
 
 def round_to(dtype: Dtype, value: Value | Fraction) -> float:
-    """Round `value` to the dtype for a comparison; overflow gives an infinity and underflow gives 0."""
+    """Round `value` to a value of the dtype, for a comparison with stored values.
+
+    Where `encode` would raise NumberError, returns infinity on overflow, 0 on underflow, and NaN for NaN.
+    """
     try:
         return decode(dtype, encode(dtype, value))
     except NumberError:
@@ -200,7 +208,7 @@ def round_to(dtype: Dtype, value: Value | Fraction) -> float:
 
 
 def _decode_magnitude(dtype: FloatDtype, magnitude: int) -> float:
-    """Decode a finite bit pattern without its sign bit. The result is exact, because binary64 contains every dtype."""
+    """Decode a finite bit pattern without its sign bit. The float64 result is exact."""
     exponent, mantissa = magnitude >> dtype.mantissa, magnitude & ((1 << dtype.mantissa) - 1)
     if exponent:
         mantissa += 1 << dtype.mantissa
@@ -208,10 +216,10 @@ def _decode_magnitude(dtype: FloatDtype, magnitude: int) -> float:
 
 
 def _round_magnitude(dtype: FloatDtype, exact: Fraction) -> int:
-    """Find the bit pattern nearest to a positive number, half to even, without its sign bit.
+    """Return the bit pattern, without its sign bit, of the value nearest to a positive number, half to even.
 
-    Uses integers only. Patterns are ordered like the values they encode, so a carry out of the mantissa increments the
-    exponent, and an overflow is a pattern above `largest`.
+    Uses integers only. Bit patterns are ordered like the values that they encode, so a carry out of the mantissa
+    increments the exponent. On overflow the result is greater than `dtype.largest`.
     """
     numerator, denominator = exact.numerator, exact.denominator
     exponent = numerator.bit_length() - denominator.bit_length()
@@ -240,7 +248,7 @@ def _encode_integer(dtype: Dtype, exact: Fraction) -> bytes:
         low, high = 0, (1 << dtype.bits) - 1
     if exact.denominator != 1 or not low <= exact <= high:
         what = f"{format_exact(exact)} is not a value of {dtype.name}"
-        raise NumberError(what, remedy=f"whole numbers from {low} to {high}")
+        raise NumberError(what, remedy=f"give a whole number from {low} to {high}")
     return int(exact).to_bytes(dtype.size, "little", signed=dtype.kind == "int")
 
 

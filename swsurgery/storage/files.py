@@ -1,6 +1,6 @@
 """Open and read files, on this machine or on the Hub.
 
-A file that changes or ends while it is read is an error. No link is followed.
+It is an error if a file changes or ends while it is read. Symbolic links are not followed.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ CHUNK = 4 << 20
 """Bytes read at a time: large enough to keep the disk and the hash busy, small enough for the processor cache."""
 
 SMALLEST = 64 << 10
-"""Minimum number of bytes requested at a time if the reported size of a file may be wrong."""
+"""Minimum number of bytes that `read_at_most` reads at a time, because the reported size of a file may be wrong."""
 
 
 class File(Protocol):
-    """A file to read: a `LocalFile` of this machine or a `RemoteFile` on the Hub. Messages name it by its string."""
+    """A file to read: a `LocalFile` of this machine or a `RemoteFile` on the Hub. Messages contain its `str()`."""
 
     @property
     def size(self) -> int:
         """Size in bytes."""
 
     def open(self) -> AbstractContextManager[File]:
-        """Keep the file open during the block, and yield it. Outside such a block each read opens the file again."""
+        """Keep the file open during the block, and yield it. Each read outside of the block opens the file again."""
 
     def readinto(self, buffer: memoryview, offset: int) -> int:
-        """Read bytes from `offset` on into `buffer`, and return their number; 0 only at the end of the file.
+        """Read bytes into `buffer`, starting at `offset` in the file, and return the number of bytes read.
 
-        Raises SwsurgeryError.
+        The number may be less than the size of the buffer; it is 0 only at the end of the file. Raises SwsurgeryError.
         """
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A regular file of this machine, found by its path or by its entry in an open directory.
+    """A regular file of this machine, given by its path or by its Entry in a directory that is kept open.
 
-    It is opened without following a link and without blocking on a FIFO. An entry has the identity that the file had
-    when it was listed. `fd` is the descriptor of an open file, otherwise -1.
+    The file is opened without following a symbolic link and without blocking on a FIFO. `fd` is the descriptor of the
+    file while it is open, otherwise -1.
     """
 
     where: Path | Entry
@@ -65,8 +65,8 @@ class LocalFile:
     def open(self) -> Iterator[LocalFile]:
         """Keep the file open during the block, and yield it.
 
-        Raises ShardError for anything but a regular file, and CheckpointError for an entry that was replaced since it
-        was listed or is changed before the block ends.
+        Raises ShardError for anything but a regular file. If `where` is an Entry, raises CheckpointError if the file
+        was changed or replaced after its directory was listed, or is changed before the block ends.
         """
         if self.fd >= 0:
             yield self
@@ -80,9 +80,10 @@ class LocalFile:
             os.close(fd)
 
     def readinto(self, buffer: memoryview, offset: int) -> int:
-        """Read bytes from `offset` on into `buffer`, and return their number; 0 only at the end of the file.
+        """Read bytes into `buffer`, starting at `offset` in the file, and return the number of bytes read.
 
-        Raises SwsurgeryError if the disk fails: that is no fault of the checkpoint.
+        The number may be less than the size of the buffer; it is 0 only at the end of the file. Raises the errors of
+        `open`, and SwsurgeryError if the disk fails.
         """
         with self.open() as file:
             try:
@@ -106,9 +107,9 @@ def _open_path(path: Path) -> int:
 
 
 def fill(file: File, buffer: bytearray | memoryview, offset: int, *, may_end: bool = False) -> int:
-    """Read from `offset` on until the buffer is full, and return the number of bytes read.
+    """Read bytes, starting at `offset` in the file, until `buffer` is full, and return the number of bytes read.
 
-    Raises ShardError if the file ends before, unless `may_end` is set.
+    If the file ends before, raises ShardError, or returns the smaller number of bytes if `may_end` is True.
     """
     view, filled = memoryview(buffer), 0
     while filled < len(view):
@@ -116,20 +117,20 @@ def fill(file: File, buffer: bytearray | memoryview, offset: int, *, may_end: bo
         if not count:
             if may_end:
                 break
-            raise ShardError("the file ended while it was read", file, "it was changed or truncated meanwhile")
+            raise ShardError("the file ended while it was read", file, "run again when no other program writes to it")
         filled += count
     return filled
 
 
 def read_exactly(file: File, size: int, offset: int) -> bytes:
-    """Read exactly `size` bytes at `offset`. Raises ShardError if the file ends early, SwsurgeryError."""
+    """Read exactly `size` bytes at `offset`. Raises ShardError if the file ends before; errors of `readinto`."""
     buffer = bytearray(size)
     fill(file, buffer, offset)
     return bytes(buffer)
 
 
 def read_at_most(file: File, limit: int) -> bytes:
-    """Read the whole file, or its first `limit` bytes, regardless of its reported size (0 for files in /proc)."""
+    """Read the whole file, but at most `limit` bytes. The reported size is not trusted: in /proc it is 0."""
     parts, offset = [], 0
     with file.open() as opened:
         while offset < limit:
@@ -143,7 +144,10 @@ def read_at_most(file: File, limit: int) -> bytes:
 
 
 def has_same_bytes(one: File, other: File, size: int, offset: int = 0, other_offset: int = 0) -> bool:
-    """Compare `size` bytes of two files, from an offset on in each. Raises ShardError if a file ends early."""
+    """Return True if `one`, from `offset` on, and `other`, from `other_offset` on, have the same `size` bytes.
+
+    Raises ShardError if a file ends before.
+    """
     ours, theirs = bytearray(min(size, CHUNK)), bytearray(min(size, CHUNK))
     with one.open() as first, other.open() as second:
         for at in range(0, size, CHUNK):
@@ -160,9 +164,9 @@ def has_same_bytes(one: File, other: File, size: int, offset: int = 0, other_off
 class BaseFile:
     """One file of a checkpoint.
 
-    `name` is relative to the checkpoint and uses forward slashes. `source` is what the file is read from: an entry of
-    an open directory (`blobs/` for a cache snapshot), or a remote file. `size` is in bytes, as listed. `digest` is the
-    sha256 that the Hub's cache or the Hub states, if any.
+    `name` is the path of the file relative to the checkpoint, with forward slashes. The bytes are read from `source`: a
+    LocalFile of an Entry (in `blobs/` for a snapshot in the Hub's cache), or a RemoteFile. `size` is the size in bytes
+    when the directory was listed. `digest` is the sha256 that the Hub or the Hub's cache states, or None.
     """
 
     name: str
@@ -172,13 +176,13 @@ class BaseFile:
 
     @property
     def entry(self) -> Entry | None:
-        """The entry in an open directory, with the file's identity when it was listed; None for a remote file."""
+        """The Entry from which a local file is read; None for a remote file."""
         where = self.source.where if isinstance(self.source, LocalFile) else None
         return where if isinstance(where, Entry) else None
 
     @property
     def mode(self) -> int:
-        """Permissions of a copy: those of the file, and readable by the owner."""
+        """Permissions of a copy: those of the file plus read permission for the owner, or 0o666 for a remote file."""
         return self.entry.mode & 0o777 | 0o400 if self.entry else 0o666
 
     @property
@@ -187,7 +191,7 @@ class BaseFile:
         return isinstance(self.source, LocalFile)
 
     def require_local(self) -> LocalFile:
-        """Return the file, which must be on this machine. Raises TypeError for a remote file."""
+        """Return `source` as a LocalFile. Raises TypeError for a remote file."""
         if not isinstance(self.source, LocalFile):
             raise TypeError(f"{self.source} is not a file on this machine")
         return self.source
@@ -201,9 +205,13 @@ NOT_THE_FILE = (
     (b"<!", "is an HTML page, perhaps a failed download", "download it again"),
     (b"<htm", "is an HTML page, perhaps a failed download", "download it again"),
 )
-"""Each row contains the first bytes of a file, what such a file is, and the remedy."""
+"""Files of other formats that users give by mistake. Each row contains the first bytes of a file, the fault that a
+message reports, and its remedy."""
 
 
 def recognise_format(start: bytes) -> tuple[str, str] | None:
-    """Recognise a file of another format by its first bytes. Returns (reason, remedy), or None if not recognised."""
+    """Recognise a format of NOT_THE_FILE by the first bytes of a file.
+
+    Returns (fault, remedy) for a message, or None for any other file.
+    """
     return next(((what, remedy) for magic, what, remedy in NOT_THE_FILE if start.startswith(magic)), None)

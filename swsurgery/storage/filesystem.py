@@ -1,6 +1,6 @@
 """Make every system call of swsurgery that changes a file system.
 
-Functions are thin: one call each, repeated if the kernel may do less than requested. A failed fsync is final and never
+Most functions make one system call, and repeat it if the kernel may do less than requested. A failed fsync is never
 retried, because a second fsync may succeed although the data is lost. If an Entry is passed instead of a path, the call
 is relative to the descriptor of its folder. `convert_os_errors` turns an OSError into a TargetError with the path and a
 remedy.
@@ -37,17 +37,17 @@ _REMEDIES = {
     errno.EACCES: "choose a place where you may write",
     errno.EPERM: "choose a place where you may write",
     errno.EROFS: "write to a file system that is not read-only",
-    errno.ENOENT: "make the directory first",
+    errno.ENOENT: "create the directory first",
     errno.EMFILE: "raise the limit of open files",
-    errno.EXDEV: "hard links and clones stay on one file system: use --link copy",
+    errno.EXDEV: "use --link copy: hard links and clones cannot cross file systems",
 }
 
 
 @contextlib.contextmanager
 def _open_parent(path: Path | Entry) -> Iterator[tuple[str, int | None]]:
-    """Yield the two arguments of a system call for a path or an entry: its name and the descriptor of its directory.
+    """Yield the two arguments with which a system call finds a file: its name and the descriptor of its directory.
 
-    The descriptor is None for a path. Raises OSError.
+    For a path, the name is the whole path and the descriptor is None. Raises OSError.
     """
     if isinstance(path, Entry):
         with path.open_parent() as (fd, name):
@@ -67,9 +67,10 @@ def convert_os_errors(path: Path | Entry | Folder | str) -> Iterator[None]:
 
 
 def is_there(path: Path | Entry) -> bool:
-    """Return True if the name exists, also as a broken link. Raises TargetError if this cannot be determined.
+    """Return True if a file, a directory or a link of this name exists, even if the link is broken.
 
-    os.path.lexists returns False in that case, and a caller would conclude that no journal exists.
+    Raises TargetError if the system call fails. os.path.lexists would then return False, and a caller would conclude
+    that no journal exists.
     """
     try:
         with _open_parent(path) as (name, fd):
@@ -83,9 +84,10 @@ def is_there(path: Path | Entry) -> bool:
 
 @contextlib.contextmanager
 def lock_directory(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
-    """Lock a directory for reading (shared) or for editing in place (exclusive). The lock ends with the process.
+    """Lock a directory during the block: exclusively for editing in place, or shared for reading.
 
-    Raises TargetError if another run has a conflicting lock, unless `wait` is set.
+    The kernel releases the lock if the process is killed. If another run has a conflicting lock, waits with `wait`, and
+    raises TargetError otherwise.
     """
     with convert_os_errors(folder):
         where = "." if isinstance(folder, Folder) else folder
@@ -95,10 +97,10 @@ def lock_directory(folder: Path | Folder, exclusive: bool, *, wait: bool = False
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            doing = "reading or editing it" if exclusive else "editing it in place"
-            raise TargetError(f"another run is {doing}", folder, "wait for it, or stop it") from None
+            doing = "reading or editing this directory" if exclusive else "editing this directory in place"
+            raise TargetError(f"another run is {doing}", folder, "wait until that run ends, or stop it") from None
         except OSError as error:
-            if exclusive:  # some network file systems have no locks; a reader notices a change by its hashes
+            if exclusive:  # some network file systems have no locks; a reader finds a changed file by its digest
                 raise TargetError(f"cannot lock ({os.strerror(error.errno or 0)})", folder) from error
         yield
     finally:
@@ -136,7 +138,7 @@ def remove_directory(path: Path | Entry) -> None:
 
 
 def lock(folder: Folder) -> bool:
-    """Lock a directory exclusively while its descriptor is open. Returns False if another run has a lock."""
+    """Lock a directory exclusively until its descriptor is closed. Returns False if another run has locked it."""
     try:
         fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -152,9 +154,9 @@ def create(path: Path | Entry, mode: int = 0o666) -> int:
 
 
 def open_for_patching(path: Path | Entry) -> int:
-    """Open an existing file for reading and for overwriting parts of it; follows no link.
+    """Open an existing file for reading and for overwriting parts of it, without following a link.
 
-    Raises OSError, and for an entry also the errors of `Entry.open`.
+    Raises OSError; for an Entry also the errors of `Entry.check_descriptor`.
     """
     with _open_parent(path) as (name, folder):
         fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
@@ -162,7 +164,7 @@ def open_for_patching(path: Path | Entry) -> int:
 
 
 def reserve(path: Path | Entry, size: int) -> None:
-    """Create a file that occupies `size` bytes of the disk. Removing it later frees the space."""
+    """Create a file that occupies `size` bytes of the disk. Removing the file later frees the space."""
     with convert_os_errors(path):
         fd = create(path)
         try:
@@ -187,7 +189,7 @@ def disable_cache(fd: int) -> None:
 
 
 def _use_cache(fd: int) -> bool:
-    """Undo `disable_cache`. Returns False if the cache was not bypassed."""
+    """Make `write_all` use the page cache again. Returns False if it already does."""
     flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
     return bool(flags & direct)
@@ -200,14 +202,14 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         try:
             view = view[os.write(fd, view) :]
         except OSError as error:
-            # Writes that bypass the cache must consist of whole blocks. The end of the file, and the rest after a
-            # short write, are refused and go through the cache.
+            # A write that bypasses the cache must consist of whole blocks. Others (the end of the file, or the rest
+            # after a short write) fail with EINVAL and are repeated through the cache.
             if error.errno != errno.EINVAL or not _use_cache(fd):
                 raise
 
 
 def write_at(fd: int, data: bytes, offset: int) -> None:
-    """Write all of `data` at `offset`; the current position stays."""
+    """Write all of `data` at `offset`, without moving the current position of the descriptor."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -215,7 +217,7 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
 
 
 def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:
-    """Create a small file that is durable when this returns. Raises TargetError."""
+    """Create a small file and sync it to the disk. Raises TargetError."""
     with convert_os_errors(path):
         fd = create(path, mode)
         try:
@@ -228,7 +230,8 @@ def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:
 def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None = None, mode: int = 0o666) -> None:
     """Create a small file, or replace it atomically. Raises TargetError.
 
-    The data is first written to `temporary`, which must not exist and must be in the same directory.
+    The data is first written to `temporary`, which must be new and in the same directory. By default
+    its name is made of the name of `path` and the number of this process.
     """
     temporary = temporary or path.with_name(f".{path.name.rpartition('/')[2]}.{os.getpid()}")
     try:
@@ -244,8 +247,8 @@ def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None
 def write_report(path: Path, data: bytes) -> None:
     """Write a report to the path that the user named. Raises TargetError.
 
-    A regular file is replaced atomically, also through a link. For a device, a pipe, /dev/stdout or /dev/fd/N the data
-    is written to the existing file.
+    A regular file is replaced atomically; if `path` is a link, the file to which it points is replaced. If `path` is a
+    device, a pipe, /dev/stdout or /dev/fd/N, the data is written to it.
     """
     with convert_os_errors(path):
         if (number := _find_own_descriptor(path)) is not None:
@@ -266,7 +269,7 @@ def write_report(path: Path, data: bytes) -> None:
 
 
 def _find_own_descriptor(path: Path) -> int | None:
-    """Return the descriptor of this process that a path such as /dev/stdout refers to, or None."""
+    """Return the number of the descriptor that a path such as /dev/stdout names; None for any other path."""
     streams = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
     text = os.path.abspath(path)
     match = re.fullmatch(r"/(?:dev|proc/self)/fd/([0-9]{1,9})", text)
@@ -274,10 +277,10 @@ def _find_own_descriptor(path: Path) -> int | None:
 
 
 def replace_shared(path: Path, data: bytes, *, wait: bool = True, mode: int = 0o666) -> None:
-    """Replace a file in one of swsurgery's own directories, where several runs may write the same file.
+    """Replace a file in a directory of swsurgery (such as its cache), where several runs may write the same file.
 
-    A lock admits one run at a time. The temporary file has a fixed name, so the next run removes one that a killed run
-    left. Raises TargetError if another run has the lock, unless `wait` is set.
+    A lock on the directory admits one run at a time. If another run has the lock, waits with `wait`, and raises
+    TargetError otherwise. The temporary file has a fixed name, so that a run removes one left by a killed run.
     """
     with lock_directory(path.parent, exclusive=True, wait=wait):
         temporary = path.with_name(f".{path.name}.new")
@@ -287,7 +290,7 @@ def replace_shared(path: Path, data: bytes, *, wait: bool = True, mode: int = 0o
 
 
 def clone(base: int, new: int) -> bool:
-    """Make the empty file `new` share the blocks of `base`. Returns False if the file system cannot."""
+    """Make the empty file `new` share the blocks of `base`. Returns False if the file system cannot share blocks."""
     try:
         fcntl.ioctl(new, FICLONE, base)
     except OSError as error:
@@ -298,7 +301,10 @@ def clone(base: int, new: int) -> bool:
 
 
 def copy_range(base: int, new: int, offset: int, size: int) -> int:
-    """Copy up to `size` bytes at `offset` inside the kernel. Returns the number copied, 0 at the end of the file."""
+    """Copy up to `size` bytes at `offset` from `base` to `new`, inside the kernel if it can.
+
+    Returns the number of bytes copied, which is 0 at the end of `base`.
+    """
     try:
         return os.copy_file_range(base, new, size, offset, offset)
     except OSError as error:
@@ -310,7 +316,10 @@ def copy_range(base: int, new: int, offset: int, size: int) -> int:
 
 
 def make_hard_link(base: Path | Entry, new: Path | Entry) -> None:
-    """Create a second name for a file. This changes its ctime, which an entry of it ignores from now on."""
+    """Create a hard link: `new` becomes a second name of the file `base`.
+
+    This changes the ctime of the file. If `base` is an Entry, its folder ignores the ctime of the file from now on.
+    """
     if isinstance(base, Entry):
         base.expect_new_ctime()
     with _open_parent(base) as (old, fd), _open_parent(new) as (name, to):
@@ -333,7 +342,7 @@ def sync_directory(path: Path | Folder) -> None:
 
 
 def rename_new(old: Path | Entry, new: Path | Entry) -> None:
-    """Rename without ever replacing an existing name. Raises OSError (EEXIST)."""
+    """Rename a file or directory. Raises OSError (EEXIST) if `new` exists, instead of replacing it."""
     with _open_parent(old) as (name, fd), _open_parent(new) as (to_name, to):
         _rename_new(name, fd, to_name, to)
 

@@ -1,8 +1,9 @@
 """Keep a directory open and open its files relative to it.
 
 A checked path can refer to another file a moment later. A descriptor cannot: a file opened relative to an open
-directory is in that directory, even if the path of the directory now refers to another one. No component of a name is
-followed through a link. An `Identity` shows if a file is still the one that was listed. This module only reads;
+directory is in that directory, even if the path of the directory now refers to another one. A name is never opened
+through a symbolic link, whichever of its components is the link. An `Identity` shows whether a name still refers to the
+file that was listed, with the same contents. This module only reads;
 filesystem.py contains the functions that change files.
 """
 
@@ -23,10 +24,10 @@ from typing import Literal
 from swsurgery.errors import CheckpointError, ShardError
 
 OPENAT2 = 437
-"""Number of the system call on every Linux architecture; glibc 2.36 has no wrapper function."""
+"""Number of the system call openat2 on every Linux architecture. glibc 2.36 has no function for this call."""
 
 _BENEATH = 0x02 | 0x04 | 0x08
-"""The value is RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH."""
+"""Flags for openat2: RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _REGULAR = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -36,7 +37,10 @@ Field = Literal["dev", "ino", "size", "mtime_ns", "ctime_ns"]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Five numbers that differ between files and change when a file is written. Times are in nanoseconds."""
+    """Five numbers of a stat result. They differ between any two files, and change when the file is written.
+
+    Times are in nanoseconds.
+    """
 
     dev: int
     ino: int
@@ -46,20 +50,24 @@ class Identity:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
-        """Take the identity from the result of a stat."""
+        """Make the identity of the file whose stat result is `status`."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def is_same(self, other: Identity, *ignored: Field) -> bool:
-        """Compare all fields except `ignored`: "ctime_ns" after our own hard link, both times after our own writes."""
+        """Return True if all fields except `ignored` are equal.
+
+        A caller ignores "ctime_ns" if this run made a hard link to the file, and both times if this run wrote to it.
+        """
         fields: tuple[Field, ...] = ("dev", "ino", "size", "mtime_ns", "ctime_ns")
         return all(getattr(self, field) == getattr(other, field) for field in fields if field not in ignored)
 
 
 class Folder:
-    """A directory kept open by the descriptor `fd`. `path` is the path it was opened by, used in messages only.
+    """A directory that is kept open by the descriptor `fd`. Only messages use `path`, by which it was opened.
 
-    The descriptor is closed by `close`, at the end of a `with` block, or with the object. `folder / name` is the entry
-    of that name; a name may have several components.
+    `close`, the end of a `with` block and the deletion of the object close the descriptor. `folder / name` is the Entry
+    `name` below the directory; `name` may have several components, such as "unet/config.json". `linked` contains the
+    device and inode of each file whose ctime is ignored, because this run makes a hard link to the file.
     """
 
     def __init__(self, fd: int, path: Path):
@@ -92,7 +100,10 @@ class Folder:
         return f"Folder({self.fd}, {str(self.path)!r})"
 
     def scan(self, name: str = "") -> list[Entry]:
-        """List the directory, or its subdirectory `name`, sorted by name, with identities. Raises OSError."""
+        """List the entries of the directory, or of its subdirectory `name`, sorted by name. Raises OSError.
+
+        Each entry has the identity, mode and links of its file.
+        """
         fd = open_beneath(self.fd, name or ".", _DIRECTORY)  # a new descriptor, because the read position is shared
         try:
             with os.scandir(fd) as found:
@@ -108,10 +119,10 @@ class Folder:
 
 @dataclass(frozen=True)
 class Entry:
-    """A name below an open directory.
+    """A name below an open directory, which may have several components. A file of this name need not exist.
 
-    `identity`, `mode` and `links` (the number of hard links) are those at the time of the listing; `identity` is None
-    for an entry that was not listed.
+    `identity`, `mode` and `links` (the number of hard links) describe the file at the time when the directory was
+    listed. `identity` is None if the entry does not come from a listing.
     """
 
     folder: Folder
@@ -127,7 +138,7 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """Path for messages. Never open the file by it: the path may refer to another file by now."""
+        """Path for messages. Never open the file by this path, which may refer to another file by now."""
         return self.folder.path / self.name
 
     def __str__(self) -> str:
@@ -139,7 +150,10 @@ class Entry:
 
     @contextlib.contextmanager
     def open_parent(self) -> Iterator[tuple[int, str]]:
-        """Open the directory of the entry; yields its descriptor and the last component of the name. Raises OSError."""
+        """Open the directory that contains the entry. Yields its descriptor and the last component of `name`.
+
+        Raises OSError.
+        """
         inner, _, last = self.name.rpartition("/")
         if not inner:
             _refuse_climbing(last)
@@ -167,9 +181,10 @@ class Entry:
         return Folder(open_beneath(self.folder.fd, self.name, _DIRECTORY), self.path)
 
     def open(self) -> int:
-        """Open a regular file for reading; never blocks on a FIFO.
+        """Open a regular file for reading, without blocking on a FIFO, and return its descriptor.
 
-        Raises ShardError, or CheckpointError for a file that is not the listed one.
+        Raises ShardError if the file cannot be opened or is not regular, and CheckpointError if it was changed or
+        replaced after the listing.
         """
         try:
             fd = open_beneath(self.folder.fd, self.name, os.O_RDONLY | _REGULAR)
@@ -185,14 +200,14 @@ class Entry:
             self.folder.linked.add((self.identity.dev, self.identity.ino))
 
     def refuse_changed(self, fd: int, *ignored: Field) -> None:
-        """Raise CheckpointError if the open file is not the listed one or was changed since.
+        """Raise CheckpointError if the open file `fd` is not the listed file, or was changed after the listing.
 
-        Does nothing for an entry that was not listed.
+        The fields `ignored` of the identity are not compared. Without an identity nothing is compared.
         """
         self._refuse(os.fstat(fd), ignored)
 
     def refuse_replaced(self) -> None:
-        """Raise CheckpointError if the name now refers to another file than the listed one, or the file was changed."""
+        """Raise CheckpointError if the name no longer refers to the file that was listed, or the file was changed."""
         try:
             status = self.stat()
         except OSError as error:
@@ -202,7 +217,7 @@ class Entry:
     def _refuse(self, status: os.stat_result, ignored: tuple[Field, ...]) -> None:
         if self.identity is None:
             return
-        # Creating or removing a hard link changes the ctime. This run does so, or another run on the same base.
+        # Creating or removing a hard link changes the ctime. This run may do that, or another run on the same base.
         if (self.identity.dev, self.identity.ino) in self.folder.linked or self.links != status.st_nlink:
             ignored += ("ctime_ns",)
         if not self.identity.is_same(Identity.of(status), *ignored):
@@ -211,9 +226,9 @@ class Entry:
             )
 
     def check_descriptor(self, fd: int) -> int:
-        """Return the descriptor if it refers to the listed regular file; close it otherwise.
+        """Return `fd` if it refers to the regular file that was listed. Otherwise close `fd` and raise an error.
 
-        Raises the errors of `open`.
+        Raises ShardError if the file is not regular, and the errors of `refuse_changed`.
         """
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -232,7 +247,10 @@ class Entry:
 
 
 def open_beneath(folder: int, name: str, flags: int) -> int:
-    """Open a path relative to a directory descriptor. Follows no link, never leaves the directory. Raises OSError."""
+    """Open the path `name` relative to the directory descriptor `folder`, and return the new descriptor.
+
+    Follows no link and never leaves the directory. Raises OSError.
+    """
     _refuse_climbing(name)
     fd = _call_openat2(folder, name, flags)
     return _open_by_components(folder, name, flags) if fd is None else fd
@@ -259,7 +277,7 @@ class _How(ctypes.Structure):
 
 def _call_openat2(folder: int, name: str, flags: int) -> int | None:
     """Call openat2. Returns None if the kernel does not provide it or refuses to run it. Raises OSError."""
-    if not hasattr(os, "O_PATH"):  # not Linux: the number would be that of another call
+    if not hasattr(os, "O_PATH"):  # not Linux, where OPENAT2 may be the number of another call
         return None
     how = _How(flags, 0, _BENEATH)
     fd = _load_syscall()(
@@ -278,7 +296,7 @@ def _call_openat2(folder: int, name: str, flags: int) -> int | None:
 
 
 def _open_by_components(folder: int, name: str, flags: int) -> int:
-    """Open one component after another, each relative to the previous one. Raises OSError."""
+    """Open the path `name` one component at a time, each relative to the one before. Raises OSError."""
     *folders, last = name.split("/")
     here = folder
     try:

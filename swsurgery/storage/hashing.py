@@ -1,4 +1,7 @@
-"""Hash files in one pass, with and without the splices of a plan applied, and compare digests with pins."""
+"""Hash files in one pass, with and without the edits of a plan, and compare digests with expected ones.
+
+An edit of one scalar is a Splice: its offset, its old bytes and its new bytes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from swsurgery.storage.splice import Splice
 from swsurgery.threads import Pool
 
 THREADS_VARIABLE = "SWSURGERY_THREADS"
-"""Environment variable with the number of files copied at a time. 1 does everything in one thread."""
+"""Environment variable with the number of files that are copied at a time. With 1, only one thread is used."""
 
 
 def stream(
@@ -31,11 +34,11 @@ def stream(
     sink: Callable[[memoryview], None] | None = None,
     header: Shard | None = None,
 ) -> tuple[str, str]:
-    """Read a file once; returns (sha256 of its bytes, sha256 of its bytes with the splices applied).
+    """Read a file once. Returns the sha256 of its bytes and the sha256 of its bytes with `splices` applied.
 
     `splices` must be sorted by offset and must not overlap. `sink` receives the bytes with the splices applied, in
-    chunks. Raises CheckpointError if the file does not contain the old bytes of a splice or does not start with the
-    same header as `header`, and any error of `sink`.
+    chunks, and `advance` the size of each chunk. Raises CheckpointError if the file does not contain the old bytes of a
+    splice, or if its header is not the one that `header` describes. Also raises the errors of `sink`.
     """
     digest, patched = hashlib.sha256(), None
     begun, header_end = hashlib.sha256(), header.data_start if header else 0
@@ -56,7 +59,7 @@ def stream(
             if inside:
                 digest.update(chunk)
                 _apply_splices(chunk, offset, inside, file)
-            for job in jobs:  # of the previous chunk, whose buffer is filled next
+            for job in jobs:  # wait for the previous chunk, because its buffer is filled next
                 job.result()
             jobs = [lanes.submit(patched.update, chunk)] if patched is not None else []
             if sink is not None:
@@ -88,7 +91,7 @@ def hash_file(file: File, progress: Progress | None = None, what: str = "hashing
 
 
 def hash_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | None = None) -> tuple[str, str]:
-    """Return the sha256 of a file without and with `splices` applied. Raises ShardError, CheckpointError."""
+    """Return the sha256 of a file, and its sha256 with `splices` applied. Raises ShardError, CheckpointError."""
     progress = progress or Silent()
     progress.start(file.size, "B", "hashing")
     try:
@@ -99,9 +102,10 @@ def hash_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | N
 
 
 def check_digest(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> None:
-    """Compare a digest of a base file with every pin for the file and with the digest that the Hub states.
+    """Compare the digest of a file of the base with the expected digest and with the digest that the Hub states.
 
-    `pins` contains, for each file name, the expected digest and the name of its source. Raises PlanError.
+    `pins` maps a file name to the expected digest and the place that states it, such as "its record". Raises PlanError if
+    a digest differs. A missing digest is not compared.
     """
     for wanted, who in (pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
         if wanted and wanted != digest:
@@ -111,16 +115,19 @@ def check_digest(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) 
 
 
 def refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
-    """Raise CheckpointError unless `digest` is that of `header`, with which the edits were planned."""
+    """Raise CheckpointError if a file's header changed since the edits were planned with `header`.
+
+    `digest` is the sha256 of the bytes before the data section, as `header.header_sha256`.
+    """
     if digest != header.header_sha256:
         reason = "does not have the header that the edits were planned with"
-        raise CheckpointError(reason, file.source, "the base was changed meanwhile")
+        raise CheckpointError(reason, file.source, "run again when no other program writes to the base")
 
 
 def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], file: BaseFile) -> None:
-    """Apply splices to a chunk that starts at `offset` in the file. A scalar may extend over two chunks.
+    """Apply splices to a chunk that starts at `offset` in the file. The bytes of one scalar may be in two chunks.
 
-    Raises CheckpointError if the old bytes are not as planned.
+    Raises CheckpointError if the chunk does not contain the old bytes of a splice.
     """
     for splice in splices:
         begin, end = max(splice.offset, offset), min(splice.end, offset + len(chunk))
@@ -129,15 +136,16 @@ def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], fi
             raise CheckpointError(
                 f"{splice.coordinate} does not have the planned bits {format_bits(splice.old)}",
                 file.source,
-                "the base was changed meanwhile",
+                "run again when no other program writes to the base",
             )
         chunk[at] = splice.new[part]
 
 
 def count_threads() -> int:
-    """Read the number of threads from the environment. Raises SwsurgeryError if it is not a number from 1 to 64.
+    """Read the number of threads from the environment variable SWSURGERY_THREADS. The default is 4.
 
     The default exceeds the number of cores of a small machine, so that no core is idle while the last shard is copied.
+    Raises SwsurgeryError if the value is not a number from 1 to 64.
     """
     text = os.environ.get(THREADS_VARIABLE, "4")
     if not text.isdecimal() or not 1 <= int(text) <= 64:
@@ -148,7 +156,7 @@ def count_threads() -> int:
 def _read_chunks(file: File, size: int) -> Iterator[tuple[int, memoryview]]:
     """Yield (offset, bytes) for each chunk of a file of `size` bytes. Raises CheckpointError.
 
-    Two buffers are used alternately. They are aligned to pages, as writes that bypass the page cache require.
+    Two buffers are used alternately. They are aligned to pages, as required for writes that bypass the page cache.
     """
     buffers = itertools.cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))])
     for offset in range(0, size, CHUNK):

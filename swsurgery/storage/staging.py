@@ -1,11 +1,11 @@
-"""Create a directory that gets its name only when it is complete and durable.
+"""Create a directory that gets its final name only when it is complete and synced to the disk.
 
-The directory (the stage) is written beside its target, as `.NAME.partial`, under a lock. To commit it, a random token
-is written into it and into a marker, `.NAME.committing`. Then follow the rename and the removal of token and marker,
-each synced before the next step. A run that finds two equal tokens concludes that an earlier run was killed in between,
-and renames the directory back. A directory without such a token is never changed, so a directory that the user made or
-copied is safe. The token is removed before the marker, and the marker before success is reported, so a finished output
-contains neither.
+The directory is first written beside the target NAME as `.NAME.partial` (the stage), under a lock. To commit it, a
+random token is written to a file in the stage and to the file `.NAME.committing` beside it (the marker). Then the stage
+is renamed to NAME, the token is removed, and the marker is removed. Each step is synced before the next one. Success is
+reported last, so a finished output has neither a token nor a marker. A run that finds a target and a marker with equal
+tokens concludes that an earlier run was killed after the rename (the target is unreported), and renames the target
+back. A target without an equal token is never changed, so a directory that the user made or copied is safe.
 
 Every system call that changes something is in filesystem.py. All calls are relative to open directories.
 """
@@ -39,16 +39,16 @@ from swsurgery.storage.names import STAGE_TOKEN
 _TOKEN = re.compile(rb"[0-9a-f]{64}\n")
 
 _LEFTOVER = re.compile(rb"[0-9a-f:]{0,64}\n?\0*")
-"""A marker that a killed run left has this form: a token, the beginning of one, zeros after a power cut, or the device
-and inode that version 0.1.0 wrote."""
+"""Contents of a marker that a killed run left: a token, the beginning of a token, zeros after a power
+cut, or the device and inode that version 0.1.0 wrote."""
 
 _MAX_MARKER = 128
-"""Maximum size of a marker or token file in bytes."""
+"""Maximum size of a marker or a token file, in bytes."""
 
 
 @dataclass(frozen=True)
 class _Names:
-    """The three names of one output and their parent directory, which is kept open."""
+    """The target, the stage and the marker of one output, and their parent directory, which is kept open."""
 
     parent: Folder
     target: Entry
@@ -68,14 +68,15 @@ def stage_output(
 ) -> Iterator[Folder]:
     """Create and lock a directory beside `target`, and rename it to `target` durably when the block succeeds.
 
-    `names` contains the files, relative to the directory, that the block writes. `last` contains files that describe
-    them and are always written anew. If a killed run left some of `names`, they still exist when the block starts, and
-    the block must replace or verify them; everything else is removed. `mode` is reduced by the umask.
+    Yields the open directory. The block writes the files `names` and then the files `last`; both are names relative to
+    the directory. If an earlier run was killed, some of `names` may exist when the block starts: the block must replace
+    or verify them. All other files, including `last`, are removed before. `mode` contains the permissions of the
+    directory, reduced by the umask.
 
-    After an exception the directory is removed, so `target` is complete or absent. Two exceptions to this: a directory
-    with a finished shard is kept on Interrupted, and on NoSpace if it existed before. Raises TargetError if the target
-    exists, cannot be created, or is being written by another run. If an error occurs after the rename and the rename
-    cannot be undone, the error message reports that the output exists.
+    If the block fails, the directory is removed, so `target` is complete or absent. A directory with a finished
+    shard is kept after Interrupted, and after NoSpace if this call did not create it, so the next run can reuse the
+    shard. Raises TargetError if the target exists, cannot be created, or is being written by another run. If an error
+    occurs after the rename and the rename cannot be undone, the error message reports that the output exists.
     """
     target = Path(os.path.abspath(target))
     with filesystem.convert_os_errors(target):
@@ -108,7 +109,7 @@ def stage_output(
 
 
 def _report_visible(error: BaseException, target: Path) -> BaseException:
-    """Return `error` with a message that the output exists nevertheless."""
+    """Add to the message of `error` that the output exists although the run failed."""
     what = f"{target} is complete, but could be lost in a power cut: remove it, or check it with swsurgery verify"
     if isinstance(error, Interrupted):
         return error.replace_left(what)
@@ -118,7 +119,7 @@ def _report_visible(error: BaseException, target: Path) -> BaseException:
 
 
 def _commit(where: _Names, stage: Folder) -> None:
-    """Rename the stage to the target. If this is killed before the token is removed, the next run renames it back."""
+    """Rename the stage to the target. If the process is killed before it removes the token, the next run undoes it."""
     token = secrets.token_hex(32).encode() + b"\n"
     filesystem.write_file(stage / STAGE_TOKEN, token, 0o600)
     for folder in _list_folders(stage):
@@ -144,9 +145,10 @@ def _take_back(where: _Names, stage: Folder) -> None:
 
 
 def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool]:
-    """Open and lock the stage; returns it and True if this call created it.
+    """Open and lock the stage. Returns the open stage, and True if this call created it.
 
-    A target that a killed run renamed, but did not report as finished, is renamed back. Raises TargetError, OSError.
+    An unreported target (renamed by a run that was killed before it reported success) is renamed back to the stage.
+    Raises TargetError, OSError.
     """
     while True:
         unreported, made = filesystem.is_there(where.target), False
@@ -183,30 +185,32 @@ def _make_target_error(where: _Names) -> TargetError:
 
 
 def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str], mode: int) -> bool:
-    """Lock an open stage, or an unreported target, and prepare it for this run.
+    """Lock the open directory `folder` and prepare it as the stage of this run.
 
-    Returns False if another run renamed or removed it in the meantime. Raises TargetError, OSError.
+    `folder` is the stage. With `unreported` it is the target: a killed run may have renamed it without reporting it,
+    and then it is renamed back. Returns False if another run renamed or removed `folder` in the meantime. Raises
+    TargetError, OSError.
     """
     here = where.target if unreported else where.stage
     if not filesystem.lock(folder):
-        raise TargetError("another run is writing it", where.target, "wait for it, or stop it")
+        raise TargetError("another run is writing this directory", where.target, "wait until that run ends, or stop it")
     if not _is_folder(here, folder) or not unreported and filesystem.is_there(where.target):
         return False
     if unreported and not _is_unreported(where, folder, names):
         _remove_leftover(where.marker)
         raise _make_target_error(where)
-    if os.fstat(folder.fd).st_uid != os.geteuid():  # the owner could change it after it was checked
-        raise TargetError("belongs to another user", here, "remove it, or choose another -o")
+    if os.fstat(folder.fd).st_uid != os.geteuid():  # the other user could change the directory after this check
+        raise TargetError("this directory belongs to another user", here, "remove it, or choose another -o")
     if unreported:
         filesystem.rename_new(where.target, where.stage)
     filesystem.restrict(folder, mode)  # the base may have stricter permissions than when the stage was made
     if not _remove_leftover(where.marker):
-        raise TargetError("is in the way", where.marker, "remove it, or choose another -o")
+        raise TargetError("this file is in the way", where.marker, "remove it, or choose another -o")
     return True
 
 
 def _is_folder(entry: Entry, folder: Folder) -> bool:
-    """Return True if a name refers to the open directory."""
+    """Return True if `entry` still refers to the open directory `folder`."""
     try:
         return os.path.samestat(entry.stat(), os.fstat(folder.fd))
     except OSError:
@@ -214,10 +218,10 @@ def _is_folder(entry: Entry, folder: Folder) -> bool:
 
 
 def _is_unreported(where: _Names, target: Folder, names: set[str]) -> bool:
-    """Return True if a killed run renamed this directory and nobody changed it since.
+    """Return True if a killed run renamed the directory `target` and nobody changed the directory afterwards.
 
-    Marker and token must belong to this user and be equal, all files must be among `names`, and none may have a later
-    ctime than the marker.
+    The marker and the token must belong to this user and be equal. All files in `target` must be among `names`, and no
+    file may have a later ctime than the marker.
     """
     marker, token = _read_own_file(where.marker), _read_own_file(target / STAGE_TOKEN)
     if marker is None or token is None or marker[0] != token[0] or not _TOKEN.fullmatch(marker[0]):
@@ -232,7 +236,10 @@ def _read_ctime(entry: Entry) -> int:
 
 
 def _read_own_file(entry: Entry) -> tuple[bytes, int] | None:
-    """Read a small regular file of this user; returns (bytes, ctime in ns), or None for anything else."""
+    """Read a marker or a token file. Returns (bytes, ctime in nanoseconds).
+
+    Returns None if there is no such file, or if it is not regular, is too large or belongs to another user.
+    """
     try:
         with LocalFile(entry).open() as file:
             status = os.fstat(file.fd)
@@ -244,7 +251,10 @@ def _read_own_file(entry: Entry) -> tuple[bytes, int] | None:
 
 
 def _remove_leftover(marker: Entry) -> bool:
-    """Remove the marker of an earlier run, if any. Returns False if swsurgery did not write it for this user."""
+    """Remove the marker of an earlier run, if it exists.
+
+    Returns False, and removes nothing, if the file is not a marker that swsurgery wrote for this user.
+    """
     if not filesystem.is_there(marker):
         return True
     text = _read_own_file(marker)
@@ -255,7 +265,7 @@ def _remove_leftover(marker: Entry) -> bool:
 
 
 def _list_folders(folder: Folder, name: str = "") -> Iterator[str]:
-    """Yield the names of all directories below `folder`, innermost first, and "" for `folder` itself."""
+    """Yield the names of all directories below `folder`, inner ones first, and finally "" for `folder` itself."""
     for entry in folder.scan(name):
         if stat.S_ISDIR(entry.mode):
             yield from _list_folders(folder, entry.name)
@@ -263,7 +273,7 @@ def _list_folders(folder: Folder, name: str = "") -> Iterator[str]:
 
 
 def _list_files(folder: Folder) -> set[str]:
-    """Return the names of everything below a directory except directories."""
+    """Return the names of all files, links and the like below a directory, in all its subdirectories."""
     found = (entry for name in _list_folders(folder) for entry in folder.scan(name))
     return {entry.name for entry in found if not stat.S_ISDIR(entry.mode)}
 

@@ -188,7 +188,7 @@ def test_what_is_held_already_is_not_entered_again(room):
 
 
 def test_a_directory_can_be_held_twice_and_not_edited_meanwhile(room):
-    busy = pytest.raises(TargetError, match="another run is reading or editing it")
+    busy = pytest.raises(TargetError, match="another run is reading or editing this directory")
     with held(room.model), held(room.model), busy:
         swsurgery.revert(room.model)
     assert_recovered_once(room)

@@ -283,7 +283,10 @@ def test_of_two_runs_with_one_target_the_second_is_refused(large, tmp_path):
     first.send_signal(signal.SIGSTOP)
     try:
         code, lines = apply(large, out)
-        assert (code, lines) == (2, [f"swsurgery: another run is writing it: {out} (wait for it, or stop it)"])
+        assert (code, lines) == (
+            2,
+            [f"swsurgery: another run is writing this directory: {out} (wait until that run ends, or stop it)"],
+        )
         assert not out.exists() and partial(out).exists()
     finally:
         first.send_signal(signal.SIGCONT)

@@ -585,7 +585,9 @@ def test_others_are_refused_while_it_is_edited(base, manifest, tmp_path, apply, 
 
     during_the_check(meanwhile)
     assert apply(manifest)[0] == 0
-    told = f"swsurgery: another run is reading or editing it: {base} (wait for it, or stop it)\n"
+    told = (
+        f"swsurgery: another run is reading or editing this directory: {base} (wait until that run ends, or stop it)\n"
+    )
     assert answers == [(2, told)] * len(commands)
     assert not (tmp_path / "out").exists()
     assert swsurgery.verify(base).ok
@@ -601,7 +603,10 @@ def reading(base) -> Iterator[None]:
 
 
 def test_a_base_that_is_being_copied_is_not_edited(base, manifest, reading, refused):
-    assert refused(manifest, base) == f"another run is reading or editing it: {base} (wait for it, or stop it)"
+    assert (
+        refused(manifest, base)
+        == f"another run is reading or editing this directory: {base} (wait until that run ends, or stop it)"
+    )
 
 
 def test_a_step_that_finishes_while_another_is_planned_is_not_forgotten(base, manifest, tmp_path, monkeypatch):
@@ -697,7 +702,7 @@ def test_what_is_edited_is_not_read_meanwhile(base, manifest, tmp_path, capsys, 
     assert main(["apply", str(manifest), "-o", str(copy), "--check", "off", "--quiet"]) == 0
     with filesystem.lock_directory(base, exclusive=True):
         assert main(words.format(base, copy).split()) == 2
-    assert capsys.readouterr().err.startswith("swsurgery: another run is editing it in place")
+    assert capsys.readouterr().err.startswith("swsurgery: another run is editing this directory in place")
 
 
 @pytest.mark.parametrize("command", ["verify", "diff"])

@@ -166,7 +166,7 @@ def test_what_is_no_marker_of_ours_is_neither_believed_nor_removed(manifest, out
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "swsurgery: " + (
         f"the output already exists: {out} (choose another -o, or remove it)" if there else
-        f"is in the way: {marker(out)} (remove it, or choose another -o)"
+        f"this file is in the way: {marker(out)} (remove it, or choose another -o)"
     )  # fmt: skip
     assert os.path.lexists(marker(out)) and (tree(out) if there else None) == before
     assert not out.with_name(".out.partial").exists()
