@@ -104,8 +104,8 @@ def hash_twice(file: BaseFile, splices: Sequence[Splice], progress: Progress | N
 def check_digest(file: BaseFile, digest: str, pins: dict[str, tuple[str, str]]) -> None:
     """Compare the digest of a file of the base with the expected digest and with the digest that the Hub states.
 
-    `pins` maps a file name to the expected digest and the place that states it, such as "its record". Raises PlanError if
-    a digest differs. A missing digest is not compared.
+    `pins` maps a file name to the expected digest and the place that states it, such as "its record". A missing digest
+    is not compared. Raises PlanError if a digest differs.
     """
     for wanted, who in (pins.get(file.name, (None, "")), (file.digest, "its blob's name")):
         if wanted and wanted != digest:

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
 NO_COMMAS = (math.inf, math.inf)
-"""Value of `commas` for `format_number`: no number is written with commas."""
+"""Pass this as `commas` to `format_number` to write no number with commas."""
 
 
 class Written(float):
-    """A decimal number as it was written, in JSON's grammar.
+    """A float that keeps the decimal text from which it was read, such as 1e-3. The text is in JSON's grammar.
 
-    As a float it is the nearest binary64. Rounding it to a dtype must start from `exact`, because going through
-    binary64 would round twice.
+    The value of the float is the float64 nearest to the text. To round to a dtype, start from `exact`: rounding the
+    float64 would round twice.
     """
 
     __slots__ = ("_text",)
@@ -32,7 +32,7 @@ class Written(float):
 
     @property
     def exact(self) -> Fraction:
-        """The written number; outside the range of binary64, a number of its sign that underflows every dtype."""
+        """The exact number. If its float64 is 0 or infinite, 2**-1080 with its sign, which underflows every dtype."""
         from fractions import Fraction  # slow to import, and most commands need only the functions below
 
         if self and math.isfinite(self):
@@ -43,7 +43,7 @@ class Written(float):
 
 
 def format_exact(value: float | Fraction) -> str:
-    """Format a value exactly: the shortest decimal that reads back as the same float."""
+    """Format a value as the shortest decimal that is read back as the same float."""
     if isinstance(value, int):
         return str(value)
     try:
@@ -58,21 +58,24 @@ def format_exact(value: float | Fraction) -> str:
 def format_number(value: float, digits: int = 4, commas: tuple[float, float] = (1000, 1e7)) -> str:
     """Format a measured number with `digits` significant digits.
 
-    If its magnitude is at least the first number of `commas` and below the second, it becomes a whole number with
-    commas: 23,941.
+    If the magnitude is at least `commas[0]` and below `commas[1]`, the number is rounded to a whole number and written
+    with commas: 23,941.
     """
     return f"{value:,.0f}" if commas[0] <= abs(value) < commas[1] else f"{value:.{digits}g}"
 
 
 def format_ratio(value: float) -> str:
-    """Format a ratio with four digits, including trailing zeros, or with two from a million."""
+    """Format a ratio with four significant digits: 1.500.
+
+    A larger one becomes a whole number with commas (23,941), and from a million on it has two digits: 1.2e+06.
+    """
     if 1e6 <= value < math.inf:
         return f"{value:.1e}"
     return f"{value:,.0f}" if 999.95 <= value < 1e6 else f"{value:#.4g}"
 
 
 def format_size(count: int) -> str:
-    """Format a number of bytes with a unit, in powers of 1000."""
+    """Format a number of bytes with a unit, in powers of 1000: 512 B, 1.5 GB."""
     number, unit = float(count), "B"
     for larger in ("kB", "MB", "GB"):
         if number >= 1000:

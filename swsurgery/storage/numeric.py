@@ -1,7 +1,7 @@
 """Import numpy so that a shortage of memory or threads raises a Python exception.
 
 numpy loads OpenBLAS, which calls exit(1) if it cannot allocate its buffers, and sends SIGINT if it cannot start a
-thread. A caller would read exit code 1 as an answer ("the checkpoints differ", "the check failed").
+thread. The caller of a command would take exit code 1 for an answer ("the checkpoints differ", "the check failed").
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ DATA = 48 << 20
 """Private writable memory that `import numpy` needs, in bytes (39 MiB measured)."""
 
 BLAS_THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
-"""OpenBLAS reads its number of threads from this environment variable when it is loaded."""
+"""Environment variable from which OpenBLAS reads its number of threads when it is loaded."""
 
 
 def load_numpy() -> None:
-    """Import numpy with one OpenBLAS thread; swsurgery does no linear algebra with it. Raises MemoryError."""
+    """Import numpy with one OpenBLAS thread, because swsurgery does no linear algebra with numpy.
+
+    Raises MemoryError if a memory limit of this process leaves too little for numpy.
+    """
     if "numpy" in sys.modules:
         return
     if not _has_memory():
@@ -39,7 +42,7 @@ def load_numpy() -> None:
 
 
 def _has_memory() -> bool:
-    """Return True unless a memory limit of this process is too low for numpy in addition to what is in use."""
+    """Return False if a memory limit of this process leaves too little for numpy. Memory already in use counts."""
     try:
         pages = [int(count) for count in Path("/proc/self/statm").read_text().split()]
     except OSError:  # not Linux

@@ -27,7 +27,7 @@ class Result:
     """A frozen value that a public function returns. It has a one-line repr and a JSON document."""
 
     shown: ClassVar[tuple[str, ...]] = ()
-    """Properties that the repr shows before the fields."""
+    """Names of the properties that the repr shows before the fields."""
 
     def to_json(self) -> Mapping[str, object]:
         """Return the document that the command of the same name prints with --json, as strict JSON types."""
@@ -73,7 +73,10 @@ def _list_fields(result: Result) -> Iterator[tuple[str, object]]:
 
 
 def _summarise(value: object) -> str:
-    """Return a short text, a number or a result as it is, the number of items of a collection, "" for anything else."""
+    """Format the value of a field for the repr: a shortened text, a number, a result, or the number of items.
+
+    Returns "" for an empty collection and for a value of any other type, which the repr leaves out.
+    """
     if is_path(value):
         text = str(value)
         return repr(text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 3]}...")

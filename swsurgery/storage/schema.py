@@ -28,7 +28,7 @@ class Strict(BaseModel):
 class OfVariant(Strict):
     """A reference to a base with an optional variant of its weights.
 
-    The key is omitted if no variant is named, so that earlier versions can read records and patches.
+    Without a variant, the JSON has no key `variant`. Earlier versions of swsurgery can therefore read such files.
     """
 
     variant: Annotated[str, Field(pattern=f"^{VARIANT}$")] | None = None
@@ -50,4 +50,4 @@ def require_whole_number(value: object) -> int:
 
 
 Version = Annotated[Literal[1], BeforeValidator(require_whole_number)]
-"""Version of a file format of swsurgery."""
+"""The version number in a file that swsurgery writes. Only 1 is valid."""

@@ -1,7 +1,7 @@
 """Read the header of a safetensors file strictly, and single scalars of its tensors.
 
-This reader accepts a subset of what the official parser (safetensors 0.8.0) accepts, with the same meaning. It refuses
-files in which that parser would silently choose one of two meanings (the last of two equal names), and forms that the
+This reader accepts fewer files than the official parser (safetensors 0.8.0). It reads each of them as that parser does.
+It refuses a header in which the same name occurs twice, of which the official parser keeps the last, and forms that the
 specification does not define, because an editor must not guess which tensor is meant. Files are read with pread and
 never mapped, because truncating a mapped file kills the process that reads it.
 """
@@ -25,10 +25,10 @@ MAX_HEADER = 16 << 20
 1 MB, and a hostile one of 68 MB costs a reader seconds and a gigabyte of memory."""
 
 MAX_HEADER_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 17
-"""Maximum number of commas in a header, and the maximum for a file with little data. Commas bound the number of JSON
-values and are counted before parsing. A tensor of two dimensions has five. A published checkpoint of 92,000 tensors has
-163 files; the first limit allows 100,000 tensors in one file, the second a quarter of that. The limit between the two
-is one comma per 512 bytes of data."""
+"""Maximum number of commas in a header, and the maximum for a file with little data. Counting commas before parsing
+bounds the number of JSON values. The entry of a two-dimensional tensor takes five commas, so the first maximum allows
+about 100,000 tensors and the second about 26,000. (A published checkpoint of 92,000 tensors has 163 files.) For a file
+in between, the maximum is one comma per 512 bytes of data."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _INTEGER = {int}
@@ -74,8 +74,9 @@ class TensorInfo:
 class Shard:
     """The header of one safetensors file.
 
-    `tensors` is sorted by data offset. `header_size` excludes the 8 bytes of its length. `header_sha256` is the digest
-    of all bytes before the data section.
+    `size` is the size of the file. `header_size` is the size of the JSON header, without the 8 bytes before it that
+    contain this size. `tensors` is sorted by data offset. `header_sha256` is the digest of all bytes before the data
+    section.
     """
 
     file: File
@@ -87,7 +88,7 @@ class Shard:
 
     @property
     def data_start(self) -> int:
-        """Offset of the data section in the file, after the 8 bytes of length and the header."""
+        """Offset of the data section in the file: the size of the header plus the 8 bytes before it."""
         return 8 + self.header_size
 
     def find_offset(self, name: str, index: tuple[int, ...]) -> int:
@@ -118,9 +119,9 @@ def open_shard(file: File) -> Shard:
 
 
 def decode_header_length(start: bytes, size: int, file: object) -> int:
-    """Decode the header size from the first 8 bytes of a file of `size` bytes. `file` is named in messages only.
+    """Decode the header size from the first 8 bytes of a file of `size` bytes. Only messages use `file`.
 
-    Raises ShardError for other formats.
+    Raises ShardError if the file has another format, is truncated, or has a header larger than MAX_HEADER.
     """
     if size < 8:
         raise ShardError(f"is too short for a safetensors file ({size} bytes)", file, "download it again")
@@ -129,7 +130,7 @@ def decode_header_length(start: bytes, size: int, file: object) -> int:
         # Not checked earlier, because a valid header length may consist of the same bytes.
         if found := recognise_format(start):
             raise ShardError(found[0], file, found[1])
-        reason = f"is truncated: its header says {length} bytes, the file has {size}"
+        reason = f"is truncated: its header says {length} bytes, but the file has {size}"
         raise ShardError(reason, file, "download it again")
     if length > MAX_HEADER:
         raise ShardError(f"has a header of {length} bytes, more than the {MAX_HEADER} accepted", file)
@@ -137,7 +138,7 @@ def decode_header_length(start: bytes, size: int, file: object) -> int:
 
 
 def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Parse header bytes; returns (tensors sorted by data offset, metadata).
+    """Parse the JSON header. Returns the tensors by name, sorted by data offset, and the metadata.
 
     `data_size` is the size of the data section in bytes. Raises ValueError, which names the violated rule.
     """
@@ -200,7 +201,7 @@ def _refuse_surrogates(texts: Iterable[str]) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError(f"{quote(text)} holds half a surrogate pair") from None
+            raise ValueError(f"{quote(text)} contains half a surrogate pair") from None
 
 
 def _parse_tensor(name: str, entry: Any) -> TensorInfo:
@@ -242,4 +243,4 @@ def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
             raise ValueError(f"tensor {quote(info.name)} has {end - begin} bytes where its shape needs {bits // 8}")
         position = end
     if position != data_size:
-        raise ValueError(f"the tensors end at byte {position} of the data, the file has {data_size}")
+        raise ValueError(f"the tensors end at byte {position} of the data section, which has {data_size} bytes")

@@ -1,6 +1,6 @@
 """Describe single scalars in a file: their position and their bytes before and after an edit.
 
-A plan consists of these values, and copying needs nothing else.
+A plan consists of such descriptions, and copying with edits needs nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from swsurgery.storage.dtypes import Dtype, convert_to_json, format_bits
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """One stored scalar. `offset` is relative to the start of the file; `old` contains its bytes, little-endian."""
+    """One stored scalar. `offset` is its position in `file`, in bytes; `old` contains its little-endian bytes."""
 
     file: str
     coordinate: Coordinate
@@ -43,7 +43,10 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Splice(Scalar):
-    """A change of one scalar. While copying, `old` is compared with the base and `new` is written instead."""
+    """An edit of one scalar by the operation `op`. `factor` is the factor of a scale, otherwise None.
+
+    While the file is copied, the bytes in the base must equal `old`, and the bytes `new` are written instead.
+    """
 
     op: str = ""
     new: bytes = b""
@@ -73,7 +76,7 @@ def group_by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:
 def list_scalar_rows(
     edits: Iterable[Mapping[str, object]], protected: Iterable[Mapping[str, object]]
 ) -> list[dict[str, object]]:
-    """Return one table row per edited and per protected scalar, given as the JSON objects of the record."""
+    """Return one table row per edited scalar and per protected scalar. Both are JSON objects of the record."""
     columns = ("op", "tensor", "index", "dtype", "old", "new", "file", "offset")
     everything = [*edits, *({**scalar, "op": "protect"} for scalar in protected)]
     return [{column: scalar.get(column) for column in columns} for scalar in everything]

@@ -1,6 +1,6 @@
 """Read and write the JSON files of a checkpoint: bounded size and depth, no duplicate keys, no NaN.
 
-Only config.json is read leniently, because published ones contain Infinity and NaN, and keys that appear twice with the
+Only config.json is read leniently, because published files contain Infinity, NaN, and keys that appear twice with the
 same value.
 """
 
@@ -23,11 +23,12 @@ MAX_JSON = 32 << 20
 """Maximum size of a file in bytes. The index of 91,000 published tensors has 9 MB; one of 210,000 would have 25 MB."""
 
 MAX_COMMAS = 1 << 19
-"""Maximum number of commas, counted before parsing. Each value except the first of its list or map needs one; an index
-has one per tensor. Without this limit, 32 MB of `{},` would become a gigabyte of empty maps."""
+"""Maximum number of commas, counted before parsing. In a list or map, each value except the first
+needs a comma; an index has one per tensor. Without this limit, 32 MB of `{},` would become a gigabyte of empty maps."""
 
 MAX_COUNTED = 10_000
-"""Maximum number of schema faults that are listed to find the first."""
+"""Maximum number of schema faults of which the first is described. If there are more, only their number is reported,
+because pydantic builds the list of all faults to return the first."""
 
 MAX_NUMBER_LENGTH = 1100
 """Maximum length of a number with a point or an exponent; no binary64 has more than 1,075 significant digits."""
@@ -48,17 +49,17 @@ class Limits:
 
 
 SMALL_JSON = Limits(MAX_JSON, MAX_COMMAS)
-"""These limits apply to every file except swsurgery.json."""
+"""Limits for every JSON file except swsurgery.json."""
 
 RECORD = Limits(128 << 20, 1 << 21)
-"""These limits apply to swsurgery.json: 100,000 scalars need 60 MB and 1.4 million commas. Beyond MAX_JSON it must be
-ASCII, as written by swsurgery, because other text needs up to four bytes of memory per byte."""
+"""Limits for swsurgery.json: 100,000 scalars need 60 MB and 1.4 million commas. A file larger than MAX_JSON must be
+ASCII, as swsurgery writes it, because other text needs up to four bytes of memory per byte of the file."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(file: File, name: str) -> dict[str, Any]:
-    """Read a JSON object from a regular file, which messages call `name`. Raises CheckpointError."""
+    """Read a JSON object from a regular file, whose name in messages is `name`. Raises CheckpointError."""
     return parse_json(read_small(file, name), name)
 
 
@@ -81,9 +82,9 @@ def read_small(file: File, name: str, most: int = MAX_JSON) -> bytes:
 
 
 def parse_json(raw: bytes, name: str, strict: bool = True, limits: Limits = SMALL_JSON) -> dict[str, Any]:
-    """Parse a JSON object, which messages call `name`.
+    """Parse the bytes of a JSON file, which must contain an object. `name` is the name of the file in messages.
 
-    Unless `strict`, accepts Infinity, NaN and repeated keys with equal values. Raises CheckpointError.
+    If `strict` is False, accepts Infinity, NaN, and repeated keys with equal values. Raises CheckpointError.
     """
     if fault := limits.describe_excess(len(raw), raw.count(b",")):
         raise CheckpointError(f"has {fault}", name)
@@ -135,7 +136,7 @@ _ESCAPED = json.encoder.encode_basestring_ascii
 
 
 def render_pieces(document: Mapping[str, object], lists: Mapping[str, Iterable[object]]) -> Iterator[str]:
-    """Render `document` merged with `lists` like `render`, in pieces; items of a list are taken one at a time."""
+    """Render `document` merged with `lists` as `render` does, in pieces. Items of `lists` are taken one at a time."""
     start = "{\n  "
     for key in sorted({*document, *lists}):
         yield f"{start}{json.dumps(key)}: "
