@@ -1,6 +1,6 @@
-"""Describe what a checkpoint contains: its files, weights, record, journal, and how its architecture stores them.
+"""Read checkpoints: their files, weights and records, and the place where each architecture stores a scalar.
 
-This package reads a checkpoint from a directory or through a repository's files, compares two of them byte by byte,
-and undoes an interrupted edit in place. It must not depend on manifests, on known super weights, on running a model or
-on any package above: import its modules directly, since this one imports nothing.
+The package reads a checkpoint in a directory or in a repository of the Hub, compares two checkpoints byte by byte, and
+undoes an interrupted edit in place. It must not depend on manifests, on known super weights, on running a model or on
+the packages that import it. Import its modules directly: this file imports nothing.
 """

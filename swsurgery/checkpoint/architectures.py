@@ -11,10 +11,11 @@ from functools import cache
 from typing import Literal, TypeAlias
 
 ExpertChoice: TypeAlias = int | Literal["shared"] | None
-"""The expert of a layer: None if the layer is dense, a number if routed, "shared" if it processes every token."""
+"""The expert that contains a down projection: None in a dense layer, the number of a routed expert such as 7, or
+"shared" for the expert that processes every token."""
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-"""The name of every stored tensor, with its stored shape."""
+"""A mapping from the name of every stored tensor to its stored shape."""
 
 ProjectionKind: TypeAlias = Literal["dense", "routed", "shared"]
 Axes: TypeAlias = Literal["row col", "col row", "expert row col", "expert col row"]
@@ -22,9 +23,11 @@ Axes: TypeAlias = Literal["row col", "col row", "expert row col", "expert col ro
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to store a down projection: the name of the tensor after the prefix, and the meaning of its axes.
+    """One way to store a down projection.
 
-    `stored_only` is True if transformers transposes the tensor while loading, so that no loaded model has this layout.
+    `name` is the name of the tensor without its prefix, such as "layers.{layer}.mlp.down_proj.weight" without "model.".
+    `axes` names the axes of the tensor in order. `stored_only` is True if transformers transposes the tensor while
+    loading it, so that only files have this layout and no loaded model does.
     """
 
     kind: ProjectionKind
@@ -37,8 +40,9 @@ class Layout:
 class Family:
     """Model types (as in config.json) that store their down projections in the same way.
 
-    `trunks` are the prefixes of tensor names in a text-only model, with and without the language-modelling head. A
-    mixture of experts has several layouts: one per kind of layer, and one per way to store the experts.
+    `trunks` are the prefixes of tensor names in a text-only model: one if the model has a language-modelling head
+    ("model."), one if it has none (""). A mixture of experts has several layouts: one for each kind of layer, and one
+    for each way to store the experts.
     """
 
     name: str
@@ -48,18 +52,18 @@ class Family:
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """All prefixes that may precede the name of a layout."""
+        """All prefixes that may precede a layout's name in the full name of a tensor."""
         return list_prefixes(self.trunks)
 
 
 WRAPPERS = ("language_model.", "model.language_model.", "text_model.", "model.text_model.")
-"""Prefixes of the language model in vision-language models. Each may precede or replace the trunk of any family:
-LLaVA's "language_model.model.layers." becomes "model.language_model.layers." when it is loaded."""
+"""Prefixes of the language model in vision-language models. Each may precede or replace the trunk of any family.
+Example: LLaVA stores "language_model.model.layers.", and transformers loads it as "model.language_model.layers."."""
 
 
 @cache
 def list_prefixes(trunks: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the trunks, each trunk after each wrapper, and the wrappers without a trunk."""
+    """Return all prefixes of tensor names: each trunk alone, each wrapper with each trunk, and each wrapper alone."""
     inner = (*trunks, "")
     return tuple(dict.fromkeys((*trunks, *(wrapper + trunk for wrapper in WRAPPERS for trunk in inner))))
 

@@ -23,10 +23,11 @@ from swsurgery.storage.shard import Shard, TensorInfo
 class Checkpoint(TableResult):
     """Every file of a checkpoint and the headers of its shards.
 
-    `weight_map` maps each tensor to the shard in which loaders look for it. `copies` names the files beside the shards
-    that hold the weights again. `left_out` names the top-level entries that are not part of the checkpoint.
-    `disagreements` maps a tensor to a description of how the index and the shards contradict each other. `revision` is
-    a commit, `sub` a folder of the repository, and `variant` the chosen variant of the weights ("fp16").
+    `weight_map` maps each tensor to the shard in which loaders look for it. `copies` lists the names of files outside
+    the shards that contain the weights a second time (such as GGUF). `left_out` lists names in the directory that are
+    not part of the checkpoint (such as ".git"). `disagreements` maps each tensor for which the index contradicts the
+    shards to a description of the contradiction. `revision` is the commit of the repository, `sub` the folder in the
+    repository, and `variant` the chosen variant of the weights (such as "fp16").
     """
 
     root: Path | RemoteTree
@@ -86,17 +87,17 @@ class Checkpoint(TableResult):
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The stored shape of every tensor that the index and the shards place in the same shard."""
+        """The stored shape of every tensor in `weight_map`, except those in `disagreements`."""
         return {t: self.get_info(t).shape for t in self.weight_map if t not in self.disagreements}
 
     @property
     def single(self) -> str:
-        """The name of the single file, which transformers prefers to an index if it exists."""
+        """The name of a single file with all weights. If it exists, transformers loads it instead of an index."""
         return f"model.{self.variant}.safetensors" if self.variant else SINGLE
 
     @cached_property
     def quantisation(self) -> Quantisation:
-        """The classifier of stored numbers: plain weights, codes, or internals of a quantiser."""
+        """Answers for each tensor what its numbers are: weights, codes, or a quantiser's own values such as scales."""
         tensors: dict[str, TensorInfo] = {}
         for shard in self.shards.values():
             tensors |= shard.tensors
@@ -107,9 +108,9 @@ class Checkpoint(TableResult):
 
     @cached_property
     def choice(self) -> Weights | None:
-        """The weights that were chosen if both an index and a single file exist; None if only one set exists.
+        """The set of weights that was chosen if an index and a single file both exist; None if only one set exists.
 
-        An index that lists only the single file is not a second set.
+        An index that lists only the single file is not counted as a second set.
         """
         names = {f.name for f in self.files}
         if self.index_name is not None:

@@ -1,6 +1,6 @@
 """Compare a checkpoint with its base byte by byte, and name the scalar to which each differing byte belongs.
 
-The caller states which bytes may differ; this module must not read the record.
+The caller declares which bytes may differ. This module must not read the record.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from swsurgery.storage.files import BaseFile, fill
 from swsurgery.storage.shard import Shard, TensorInfo
 
 COMPARE_CHUNK = 1 << 20
-"""The number of bytes read at a time."""
+"""Number of bytes read from a file at a time."""
 
 MAX_DIFFERENCES = 10
-"""Maximum number of differences listed per file; the rest are counted."""
+"""Maximum number of differences listed for each file. A last line counts the further ones."""
 
 MAX_DIFFERENT_BYTES = 4096
-"""The number of differing bytes per file after which no more are collected, because the file is another one."""
+"""Number of differing bytes in one file at which the comparison stops collecting them, because the file is evidently
+not an edited copy of the base's file."""
 
 
 @dataclass(frozen=True)
 class ByteDifference:
     """One difference between a checkpoint and its base that was not declared.
 
-    `kind` is "base" if the sizes of the files differ. `tensor` and `index` are None if the byte belongs to no tensor or
-    the elements are smaller than a byte.
+    `kind` is "base" if the sizes of the files differ, otherwise "undeclared-change". `tensor` is None if the differing
+    byte is not in the data of a tensor. `index` is None in that case too, and if the elements are smaller than a byte.
     """
 
     kind: Literal["base", "undeclared-change"]
@@ -43,7 +44,7 @@ class ByteDifference:
 def find_undeclared_changes(
     checkpoint: Checkpoint, base: Checkpoint, names: list[str], declared: dict[str, set[int]], progress: Progress
 ) -> list[ByteDifference]:
-    """Compare the named files of both checkpoints byte by byte.
+    """Compare the files `names` of both checkpoints byte by byte and return the differences that were not declared.
 
     `declared` maps the name of a file to the offsets of the bytes that may differ. Raises CheckpointError.
     """
@@ -63,10 +64,10 @@ def find_undeclared_changes(
 
 
 def read_chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytearray]]:
-    """Yield (offset, bytes) of successive chunks of the file, at most COMPARE_CHUNK bytes each.
+    """Yield (offset, bytes) for successive chunks of the file, each of at most COMPARE_CHUNK bytes.
 
-    No chunk ends inside one of `places`, which are (offset, size) in rising order. Two chunks may have the same memory.
-    Raises CheckpointError.
+    `places` are (offset, size) in rising order, and no chunk ends inside a place. The next chunk may overwrite the
+    memory of the one before it. Raises CheckpointError.
     """
     buffer, offset = bytearray(), 0
     with file.source.open() as opened:
@@ -83,9 +84,9 @@ def read_chunks(file: BaseFile, places: list[tuple[int, int]]) -> Iterator[tuple
 
 
 def _find_differences(file: BaseFile, other: BaseFile, declared: set[int], progress: Progress) -> list[int]:
-    """Return the offsets of the bytes that differ without being declared.
+    """Return the offsets of the bytes that differ between two files and are not in `declared`.
 
-    Collects no more once MAX_BYTES are found, but reads both files to the end.
+    Stops collecting at about MAX_DIFFERENT_BYTES offsets, but reads both files to the end.
     """
     places: list[int] = []
     for (offset, ours), (_, theirs) in zip(read_chunks(file, []), read_chunks(other, []), strict=True):
@@ -97,7 +98,7 @@ def _find_differences(file: BaseFile, other: BaseFile, declared: set[int], progr
 
 
 def _find_tensor_at(shard: Shard, at: int) -> TensorInfo | None:
-    """Return the tensor whose data contain byte `at` of the file; None for a byte of the header."""
+    """Return the tensor whose data contain the byte at offset `at` of the file; None if no tensor's data contain it."""
     for info in shard.tensors.values():
         if info.data_offsets[0] <= at - shard.data_start < info.data_offsets[1]:
             return info
@@ -105,7 +106,10 @@ def _find_tensor_at(shard: Shard, at: int) -> TensorInfo | None:
 
 
 def _name_bytes(name: str, places: list[int], checkpoint: Checkpoint) -> list[ByteDifference]:
-    """Describe the bytes at these offsets by the scalars they belong to, each scalar once."""
+    """Return one difference for each scalar of the file `name` that contains a byte at one of the offsets `places`.
+
+    Bytes outside the tensors count as one difference, and so does a tensor with elements smaller than a byte.
+    """
     shard = checkpoint.shards.get(name)
     found: dict[tuple[object, ...], ByteDifference] = {}
     for at in places:

@@ -1,7 +1,7 @@
-"""Find files that contain the weights a second time, which an edit of the shards does not change.
+"""Find files outside the shards that contain the weights a second time. An edit of the shards does not change them.
 
-A safetensors file is recognised by its header, and an index by the files that it lists. Other formats are recognised by
-their names, in upper or lower case: reading them would need further parsers, and pickles are never opened.
+A safetensors file is recognised by its header, and an index by the files that it lists. Files of other formats are
+recognised by their names, ignoring case: their contents would need more parsers, and pickles are never opened.
 """
 
 from __future__ import annotations
@@ -35,45 +35,49 @@ ANYWHERE = (
     "tf_model*.h5*", "*.weights.h5", "*.keras", "*.ckpt.data-*-of-*", "*.ckpt.index", "saved_model.pb",
     "variables.data-*-of-*", "flax_model*.msgpack*", "*.pdparams", "*.pdiparams", "rust_model.ot",
 )  # fmt: skip
-"""Patterns of the last part of a file's name, in any folder."""
+"""Patterns of copies of the weights in other formats. They are matched against a file's name without its folder."""
 
 FOLDERS = (
     "original/*", "onnx/*", "coreml/*", "openvino/*", "mlx/*", "metal/*", "*.mlpackage/*", "*.mlmodelc/*",
     "pytorch_model_fsdp_*/*", "*/pytorch_model_fsdp_*/*",
 )  # fmt: skip
-"""Patterns of the whole relative name of a file."""
+"""Patterns of copies of the weights in other formats. They are matched against a file's path within the checkpoint."""
 
 BESIDE = tuple(f"{stem}*.{ending}" for stem in ("model", "consolidated") for ending in ("bin", "pt", "pth"))
-"""Patterns of names in the top folder only; in other folders such a file is often another model."""
+"""Patterns of copies in the checkpoint's top folder. In a subfolder, a file with such a name is often another model."""
 
 ONNX_DATA = ("*.data", "*_data", "*.pb", "*.weight", "*.weights", "*.bias", "onnx__*", "weights.bin", "*.onnx*")
-"""Patterns of names of ONNX external data. The format allows any name, for example the name of the tensor."""
+"""Patterns of names of files with the tensor data of an ONNX file in the same folder. ONNX allows any name, so names
+equal to a tensor's name are accepted too."""
 
 MODULE = re.compile(r"\d+_(?!Transformer/)\w+/pytorch_model\.bin")
-"""The pattern of the weights of sentence-transformers' further layers (2_Dense), which are not in the shards."""
+"""The pattern of the weight files of sentence-transformers' additional layers, such as "2_Dense/pytorch_model.bin". The
+shards do not contain these layers, so the files are no copies."""
 
 TRAINING = re.compile(
     r"(?:.*/)?optimizer[^/]*/.*|(?:.*/)?(?:optimizer|scheduler|rng_state|random_states|training_args|trainer_state|"
     r"scaler|sampler)[\w-]*\.(?:pt|pth|bin|pkl|json)"
 )
-"""The pattern of files that a training run leaves beside the weights, none of which contains the weights."""
+"""The pattern of files that a training run writes in addition to the weights, such as "optimizer.pt". They do not
+contain the weights."""
 
 NO_WEIGHTS = re.compile(
     r"(?:.*/)?(?:tokenizer[^/]*|vocab[^/]*|merges[^/]*|spiece\.model|adapter_[^/]*|[^/]*\.(?:json|txt|md))"
 )
-"""The pattern of files that may be large without a note: tokenizers, text and adapters."""
+"""The pattern of tokenizers, text files and adapters. They may be large and do not get a note."""
 
 LARGE = 4 << 20
-"""Minimum size in bytes of a file that gets a note; it must also have a tenth of the size of the shards."""
+"""Minimum size in bytes of an unknown file that gets a note. The file must also have at least a tenth of the size of
+all shards together."""
 
 MAX_NOTED = 10
-"""Maximum number of files with a note; the rest are counted."""
+"""Maximum number of files that get a note of their own. One last note counts the further files."""
 
 _NUMBER = re.compile(r"[-.]\d+(?:-of-\d+)?(?=\.safetensors$)")
 
 
 class CopiesListed(Protocol):
-    """One file of a checkpoint."""
+    """The facts about a file of a checkpoint that the search for copies needs: name, contents and size in bytes."""
 
     @property
     def name(self) -> str: ...
@@ -90,7 +94,10 @@ F = TypeVar("F", bound=CopiesListed)
 
 @dataclass(frozen=True)
 class Others:
-    """The names of the files beside the shards that are copies of the weights, and notes about the other files."""
+    """The result of the search: `copies` are the names of files that contain the weights again.
+
+    `notes` are warnings for the user about files that may contain weights.
+    """
 
     copies: tuple[str, ...]
     notes: tuple[str, ...]
@@ -101,10 +108,10 @@ def look_at_others(
     shards: Mapping[str, Shard],
     read_headers: Callable[[list[F]], Iterator[tuple[str, Shard | CheckpointError]]],
 ) -> Others:
-    """Sort the files of a checkpoint that are neither shards nor the index in use into copies and others.
+    """Find the copies of the weights among `others`: the files that are neither shards nor the index in use.
 
-    `read_headers` yields the name of each safetensors file with its header, or with an error if the file is damaged,
-    which makes it no copy.
+    `read_headers` yields the name of each safetensors file with its header, or with an error if the file is damaged. A
+    damaged file does not count as a copy.
     """
     by_name = {file.name: file for file in others}
     siblings = {
@@ -134,9 +141,10 @@ def look_at_others(
 
 
 def is_named_as_copy(name: str) -> bool:
-    """Return True if a file's relative name, with forward slashes, shows that it contains the weights again.
+    """Return True if the name alone shows that a file contains the weights again, such as "onnx/model.onnx".
 
-    Returns False for safetensors files and their indices, which are read instead.
+    `name` is the path within the checkpoint, with forward slashes. Returns False for safetensors files and their
+    indices, because these are recognised by their contents.
     """
     lower = name.lower()
     if lower.endswith(".safetensors") or _is_index(lower) or MODULE.fullmatch(name) or TRAINING.fullmatch(lower):
@@ -150,11 +158,12 @@ def is_named_as_copy(name: str) -> bool:
 
 
 def _find_copies_by_header(shards: Mapping[str, Shard], siblings: Mapping[str, Shard]) -> set[str]:
-    """Return the safetensors files that share a tensor's name and shape with the shards, or most of their shapes.
+    """Return the names of the safetensors files in `siblings` that contain weights of the shards again.
 
-    Comparing the shapes finds Mistral's consolidated files and other original formats, whose tensors have other names.
-    Files whose names differ only in a number are taken together. They are a copy if their shapes cover at least half of
-    the elements in the shards; draft layers and vision towers do not.
+    A file is a copy if one of its tensors has the same name and shape as a tensor in the shards. A file with other
+    names, such as Mistral's "consolidated.safetensors", is a copy if the shapes of its tensors match at least half of
+    the elements in the shards. Draft layers and vision towers stay below half. Files whose names differ only in a
+    number are counted together.
     """
     held = {(info.name, info.shape) for shard in shards.values() for info in shard.tensors.values()}
     copies = {n for n, header in siblings.items() if any((i.name, i.shape) in held for i in header.tensors.values())}
@@ -171,14 +180,17 @@ def _find_copies_by_header(shards: Mapping[str, Shard], siblings: Mapping[str, S
 
 
 def _is_index(name: str) -> bool:
-    """Return True for the name of an index of safetensors files, in any folder and of any variant."""
+    """Return True if `name` is the name of an index of safetensors files, in any folder and for any variant."""
     return bool(re.fullmatch(r"(?:.*/)?[^/]*\.safetensors(?:\.[^./]+)?\.index(?:\.[^./]+)?\.json", name.lower()))
 
 
 def _is_index_of_copies(
     file: CopiesListed, copies: Collection[str], names: Collection[str], shards: Collection[str]
 ) -> bool:
-    """Return True if an index that is not in use lists copies or shards, lists only missing files, or is damaged."""
+    """Return True if an index that is not in use counts as a copy of the weights.
+
+    It does if it lists a copy or a shard, if none of the files that it lists exists, or if it cannot be parsed.
+    """
     try:
         weight_map = read_json(file.source, file.name).get("weight_map")
     except CheckpointError:
@@ -191,7 +203,7 @@ def _is_index_of_copies(
 
 
 def _find_external_data(names: Iterable[str], copies: Iterable[str], shards: Mapping[str, Shard]) -> set[str]:
-    """Return the files that are parts of copies in the same folder: ONNX external data and FSDP metadata."""
+    """Return those of `names` that belong to a copy in the same folder: tensor data of ONNX, or metadata of FSDP."""
     endings: dict[str, set[str]] = {}
     for copy in copies:
         endings.setdefault(copy.rpartition("/")[0], set()).add(PurePosixPath(copy.lower()).suffix)
@@ -207,7 +219,10 @@ def _find_external_data(names: Iterable[str], copies: Iterable[str], shards: Map
 
 
 def _describe_unread(name: str, header: Shard, shards: Mapping[str, Shard]) -> str:
-    """Write a note about a file with tensors that are in no shard; "" for an adapter or a file in a folder."""
+    """Return a note about a safetensors file with tensors that are in no shard.
+
+    Returns "" if the shards contain all its tensors, for an adapter, and for a file in a subfolder.
+    """
     unknown = sum(not any(tensor in shard.tensors for shard in shards.values()) for tensor in header.tensors)
     if not unknown or "/" in name or name.lower().startswith("adapter_"):
         return ""

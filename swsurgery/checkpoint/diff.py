@@ -1,6 +1,7 @@
 """List the scalars in which two checkpoints differ, by tensor and index, even if their shards are divided differently.
 
-Both are streamed, so memory use does not depend on their size. This is the only module of the package that needs numpy.
+Both checkpoints are read in chunks, so memory use does not depend on their size. No other module of this package needs
+numpy.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from swsurgery.storage.result import TableResult
 from swsurgery.storage.shard import Shard, TensorInfo
 
 DIFF_CHUNK = 4 << 20
-"""The number of bytes read at a time; a multiple of the size of every dtype."""
+"""Number of bytes read from a tensor at a time. It is a multiple of the size of every dtype, so no scalar is split."""
 
 MAX_DIFF_NOTES = 20
-"""Maximum number of notes about quantised tensors."""
+"""Maximum number of notes that the numbers listed for a tensor are not weights but codes of a quantiser."""
 
 SHORT_RUN = 4
-"""The longest run of neighbouring changed scalars that is listed one by one; a longer run is one entry."""
+"""Maximum number of neighbouring changed scalars that are listed one by one. A longer run is listed as one entry."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A run of `count` neighbouring changed scalars, from `index` to `last` in row-major order.
+    """A run of `count` neighbouring changed scalars of one tensor, from `index` to `last` in row-major order.
 
-    `old` and `new` are the values of the first.
+    `old` and `new` are the values of the run's first scalar in the checkpoints a and b.
     """
 
     tensor: str
@@ -48,7 +49,7 @@ class Change:
     last: tuple[int, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry of the JSON output."""
+        """Return the entry of `changes` in the output of `diff --json`; `count` and `last` only for several scalars."""
         row = {"tensor": self.tensor, "index": list(self.index), "old": self.old, "new": self.new}
         return row if self.last is None or self.count == 1 else row | {"count": self.count, "last": list(self.last)}
 
@@ -57,9 +58,9 @@ class Change:
 class Difference(TableResult):
     """The result of comparing two checkpoints.
 
-    `tensors` maps a changed tensor to (number of changed scalars, number of scalars). `mismatched` maps a tensor that
-    cannot be compared to the reason. `files` maps every file to "same", "changed", "only in a" or "only in b".
-    `truncated` is True if changes were left out of `changes`.
+    `tensors` maps each changed tensor to (number of changed scalars, number of all scalars). `mismatched` maps each
+    tensor that cannot be compared to the reason. `files` maps the name of every file to "same", "changed", "only in a"
+    or "only in b". `truncated` is True if `changes` does not list every change.
     """
 
     changes: tuple[Change, ...]
@@ -71,7 +72,7 @@ class Difference(TableResult):
 
     @property
     def same(self) -> bool:
-        """True if no tensor differs, and no file except those that swsurgery adds."""
+        """True if all tensors and all files are equal. The files that swsurgery adds to a checkpoint are ignored."""
         others = [state for name, state in self.files.items() if name not in OWN_FILES]
         return not self.tensors and not self.mismatched and all(state == "same" for state in others)
 
@@ -87,13 +88,16 @@ class Difference(TableResult):
         }
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per listed change: tensor, index, old and new value, number of scalars and last index."""
+        """Return one row per entry of `changes`: tensor, index, count, old, new and last (the run's last index)."""
         return [{**vars(c), "index": list(c.index), "last": list(c.last or c.index)} for c in self.changes]
 
 
 @dataclass
 class _Found:
-    """What has been found so far, in fields with the names of those of `Difference`, and two reused buffers."""
+    """The part of the result found so far: the same fields as in `Difference`, but mutable.
+
+    `buffers` receive the chunks of both checkpoints and are used again for every chunk.
+    """
 
     changes: list[Change] = field(default_factory=list)
     tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -115,9 +119,10 @@ def diff(
 ) -> Difference:
     """Compare every tensor, scalar by scalar, and every other file of two checkpoints.
 
-    `a` and `b` are directories or hf://ORG/NAME[@REV][/sub]. At most `limit` changes of each tensor are listed; all are
-    counted. If both checkpoints are on the Hub, files with the same sha256 are not read. `weights` and `variant` choose
-    between several sets of weights. Memory use does not depend on the size of the checkpoints.
+    `a` and `b` are directories or hf://ORG/NAME[@REV][/sub]. All changes are counted, but at most `limit` changes of
+    each tensor are listed. If both checkpoints are on the Hub, files with the same sha256 are not read. If a checkpoint
+    has several sets of weights, `weights` and `variant` choose one. Memory use does not depend on the size of the
+    checkpoints.
 
     Raises TypeError, HubError, CheckpointError; TargetError while another run edits one of them in place.
     """
@@ -153,7 +158,7 @@ def _compare_checkpoints(a: Checkpoint, b: Checkpoint, limit: int, progress: Pro
 
 
 def _compare(tensor: str, a: Checkpoint, b: Checkpoint, found: _Found, progress: Progress, limit: int) -> None:
-    """Compare one tensor and add what differs to `found`."""
+    """Compare one tensor of both checkpoints and add its differences to `found`."""
     stored_a, stored_b = _find(tensor, a), _find(tensor, b)
     if stored_a is None or stored_b is None:
         found.mismatched[tensor] = "not in a" if stored_b is not None else "not in b"
@@ -176,7 +181,7 @@ def _compare(tensor: str, a: Checkpoint, b: Checkpoint, found: _Found, progress:
 
 
 def _find(tensor: str, checkpoint: Checkpoint) -> tuple[Shard, TensorInfo] | None:
-    """Return a tensor and the shard in which loaders look for it; None if it is not stored."""
+    """Return the shard in which loaders look for a tensor, and its header entry; None if it is not stored there."""
     shard = checkpoint.shards.get(checkpoint.weight_map.get(tensor, ""))
     info = shard.tensors.get(tensor) if shard else None
     return None if shard is None or info is None else (shard, info)
@@ -189,9 +194,10 @@ def _compare_elements(
     progress: Progress,
     limit: int,
 ) -> int:
-    """Compare two tensors of one dtype and shape, add at most `limit` changes to `found`, and count all changes.
+    """Compare two tensors of the same dtype and shape, and return the number of scalars that differ.
 
-    Elements smaller than a byte are counted in bytes and not listed.
+    Adds at most `limit` changes to `found`. If the elements are smaller than a byte, the differing bytes are counted
+    instead and no change is listed.
     """
     (shard_a, info_a), shard_b = stored_a, stored_b[0]
     changed, listed, unit = 0, 0, max(info_a.dtype.size, 1)
@@ -221,10 +227,10 @@ def _compare_elements(
 
 
 def _split_runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Yield each run of more than SHORT_RUN neighbours as one array, and every other position by itself.
+    """Split rising positions: yield a run of more than SHORT_RUN neighbours as one array, other positions singly.
 
-    May stop once more than `most` arrays were yielded: a fine-tuned model differs in so many places that splitting all
-    of them would take most of the time.
+    At most `most` + 1 runs are split, because a fine-tuned model differs in so many positions that splitting all of
+    them would take most of the time.
     """
     ends = np.flatnonzero(np.diff(places) > 1) + 1
     if len(ends) > most:
@@ -234,26 +240,29 @@ def _split_runs(places: np.ndarray, most: int) -> Iterator[np.ndarray]:
 
 
 def _describe_change(info: TensorInfo, start: int, run: np.ndarray, array_a: np.ndarray, array_b: np.ndarray) -> Change:
-    """Build the entry of a run; its positions count elements from the element `start` of the tensor."""
+    """Build the entry of a run of changed scalars.
+
+    The positions in `run` count elements of the tensor, beginning at its element number `start`.
+    """
     first, last = int(run[0]), int(run[-1])
     old, new = (convert_to_json(info.dtype, array[first].tobytes()) for array in (array_a, array_b))
     return Change(info.name, info.unflatten(start + first), len(run), old, new, info.unflatten(start + last))
 
 
 def _render_form(info: TensorInfo) -> str:
-    """Render dtype and shape."""
+    """Render the dtype and the stored shape of a tensor, such as "BF16 [2048, 7168]"."""
     return f"{info.dtype.name} {list(info.shape)}"
 
 
 def _read_header(shard: Shard) -> bytes:
-    """Read the bytes of the header, with its length field."""
+    """Read the raw header of a shard, including the 8 bytes that state its length."""
     return read_exactly(shard.file, shard.data_start, 0)
 
 
 def _has_same_digest(a: BaseFile, b: BaseFile) -> bool:
-    """Return True if the Hub states the same sha256 for both files.
+    """Return True if both files are on the Hub and it states the same sha256 for them.
 
-    Files in a local cache are compared by their bytes, since the cache may be damaged.
+    Returns False if a file is in a local cache: the cache may be damaged, so the caller must compare the bytes.
     """
     return a.digest is not None and a.digest == b.digest and not a.is_here and not b.is_here
 

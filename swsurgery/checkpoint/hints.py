@@ -1,4 +1,7 @@
-"""Suggest a remedy for a path that is not a checkpoint. Reads names of files and refs/main of a cache."""
+"""Suggest a remedy for a path that is not a checkpoint but in a Hugging Face cache.
+
+Reads only the names of files, and the file refs/main of a cached repository.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from pathlib import Path
 
 
 def suggest_snapshot(place: Path) -> str:
-    """Return a remedy if `place` is in a repository's folder of a Hugging Face cache, "" otherwise.
+    """Return a remedy that names a snapshot, for a path in a Hugging Face cache; "" if there is none to suggest.
 
-    `place` is that folder (models--ORG--NAME), its blobs, snapshots or refs, or a file in one of them.
+    `place` may be the folder of a cached repository (models--ORG--NAME), its folder blobs, snapshots or refs, or a
+    file at most two folders deeper.
     """
     repo = next((p for p in (place, *place.parents[:3]) if p.name.startswith("models--")), None)
     if repo is None or not (repo / "snapshots").is_dir():
@@ -25,14 +29,17 @@ def suggest_snapshot(place: Path) -> str:
 
 
 def is_cache_folder(folder: Path) -> bool:
-    """Return True for a repository's folder in a Hugging Face cache, and for its blobs, snapshots and refs."""
+    """Return True if `folder` is a repository's folder in a Hugging Face cache, or its blobs, snapshots or refs."""
     repo = folder if folder.name.startswith("models--") else folder.parent
     inner = folder.name in ("blobs", "snapshots", "refs") and repo.name.startswith("models--")
     return (folder is repo or inner) and (repo / "snapshots").is_dir()
 
 
 def explain_link(link: Path) -> str:
-    """Return a remedy for a symbolic link among the files of a checkpoint; a link into a cache suggests a snapshot."""
+    """Return a remedy for a symbolic link in the directory of a checkpoint.
+
+    If the link points into a Hugging Face cache, the remedy names a snapshot to use instead of the directory.
+    """
     try:
         target = Path(os.path.normpath(link.parent / os.readlink(link)))
     except OSError:  # it was removed meanwhile

@@ -1,6 +1,6 @@
 """Describe a checkpoint for `inspect`: its files and tensors, one tensor, or one scalar.
 
-Reads the headers and that scalar only.
+Of the stored tensors, only the scalar that is asked for is read.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from swsurgery.storage.result import Result
 
 @dataclass(frozen=True, repr=False)
 class Details(Result):
-    """One tensor, or one scalar of it: the fields of the document that `inspect --tensor --json` prints.
+    """A description of one tensor or of one scalar: the document that `inspect --tensor --json` prints.
 
-    A tensor has bytes and data_offsets. A scalar has index, offset (from the start of the file), value and bits; and
-    layer, row, col and expert, if it is in a down projection. `note` says why the numbers are no weights.
+    Both have the fields tensor, file, dtype and shape. A tensor also has bytes (its size) and data_offsets. A scalar
+    also has index, offset (in bytes from the start of the file), value and bits. If the scalar is in a down projection,
+    it has layer, row, col and expert. If the stored numbers are not weights, the field note gives the reason.
     """
 
     fields: Mapping[str, object]
 
     def to_json(self) -> dict[str, object]:
-        """Return the fields."""
+        """Return the document that `inspect --tensor --json` prints."""
         return dict(self.fields)
 
     def __repr__(self) -> str:
@@ -73,11 +74,11 @@ def inspect(
     variant: str | None = None,
     reporter: Reporter | None = None,
 ) -> Checkpoint | Details:
-    """Open a checkpoint to list its files and tensors, or describe one tensor, or one scalar with its value and bits.
+    """Describe a checkpoint: all its files and tensors, or one tensor, or one scalar with its value and bits.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]. `at` is the index of a scalar in the stored shape of
-    `tensor`: integers, or text such as "3968,7003". `weights` and `variant` choose between several sets of weights.
-    Reads the headers and that scalar only.
+    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]. Without `tensor`, the opened checkpoint is returned. `at`
+    is the index of a scalar in the stored shape of `tensor`: integers, or text such as "3968,7003". If the checkpoint
+    has several sets of weights, `weights` and `variant` choose one. Of the stored tensors, only this scalar is read.
 
     Raises TypeError, HubError, CheckpointError; TargetError while another run edits the checkpoint in place.
     """
@@ -93,7 +94,7 @@ def inspect(
 
 
 def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None) -> dict[str, object]:
-    """Describe a tensor, or one scalar of it. Raises CheckpointError."""
+    """Return the fields of `Details` for a tensor, or for its scalar at `index`. Raises CheckpointError."""
     if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
         raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
     info, file = checkpoint.get_info(tensor), checkpoint.weight_map[tensor]
