@@ -2,13 +2,13 @@
 
 The method follows section 3.1 of arXiv:2411.07191. A super activation is a residual channel that becomes massive in one
 layer and stays massive over many. It is traced to the layers whose MLP makes it. The output y[row] of their down
-projection is the sum over its neurons of x[col] * W[row, col], and the scalars that make a large share of it are
-candidates. One activation may hide others, so the candidates are set to zero and the model is run again until no
-persistent activation is left.
+projection is the sum over its neurons of x[col] * W[row, col]. Scalars whose products make up a large share of this sum
+are candidates. One activation may hide others, so the candidates are set to zero and the model is run again until no
+new candidate is found.
 
-    spikes.py       the run: which MLP moved which massive state, and what its down projection multiplied
-    persistence.py  which of these states persist
-    this module     which scalars make them, and the rounds
+    spikes.py       runs the model; records which MLP makes or removes which massive hidden state
+    persistence.py  decides which of these states persist over many layers
+    this module     finds the scalars that make the persistent states, in several rounds
 
 This module gives no verdicts; confirm.py measures the effect of each candidate. docs/detection.md explains when the
 answer is "none", and on which models the thresholds are calibrated.
@@ -45,26 +45,29 @@ from swsurgery.scanning.spikes import MADE, MASSIVE, LayerSpikes, Move, Trace
 from swsurgery.storage.coordinate import Coordinate
 
 SCAN_PROMPTS = (*CONTINUED, "It rained all day; we stayed in.\nThen it stopped, and the children ran out.\n")
-"""The default prompts. The last contains delimiters, because massive activations occur on them too (arXiv:2402.17762,
-figure 1)."""
+"""The default prompts of a scan. The last prompt contains punctuation and line breaks, because massive activations also
+occur at such tokens (arXiv:2402.17762, figure 1)."""
 
 SHARE = 0.25
-"""Minimum of x[col] * W[row, col] / y[row] for a scalar that makes the activation. In SmolLM2 two neurons make the
-activation of layer 11 (0.73 and 0.26) and two that of layer 2 (0.65 and 0.34); no other neuron has more than 0.02. A
-scalar with a smaller share is found in a later round, after the larger one is set to zero."""
+"""Minimum share x[col] * W[row, col] / y[row] of a scalar that becomes a candidate. In SmolLM2 two neurons make the
+activation of layer 11 (shares 0.73 and 0.26), and two make the activation of layer 2 (0.65 and 0.34). No other neuron
+has a share above 0.02. A scalar whose share is too small at first may reach the minimum in a later round, after the
+scalars with larger shares are set to zero."""
 
 OUTLIER = 10.0
-"""Minimum magnitude of x[col] and of y[row], in medians of the magnitudes for the same token: both must be outliers. In
-SmolLM2 the inputs have over 1,000 medians and the outputs over 300."""
+"""Minimum magnitude of x[col] and of y[row], each divided by the median magnitude of x or y for the same token. Both
+must reach it. In SmolLM2 the quotient is over 1,000 for the inputs and over 300 for the outputs."""
 
 MIN_COMPANION_SHARE = 0.25
-"""Minimum output of a channel, as a share of the token's largest output in the unedited model. A neuron that makes an
-activation feeds other channels too, and smaller ones are only noted. In SmolLM2 the next channel has a share of 0.07.
-The two weights of Llama-2-7B that matter together are -0.92 and 1.56 in one column: a share of 0.59 (docs/known.md)."""
+"""Minimum output at which a persistent activation is searched for its scalars, as a share of the MLP's largest output
+for the same token in the unedited model. A neuron that makes an activation also feeds other channels; an output below
+the minimum is only noted. The minimum is above the largest share of such a side effect in SmolLM2 (0.07). It is below
+the share of the second of two weights in one column of Llama-2-7B that matter together (0.92 / 1.56 = 0.59;
+docs/known.md)."""
 
 EXPLAINED = 0.2
-"""Maximum relative difference between an output and the sum of its products. If the difference is larger, the model did
-not multiply with the stored row."""
+"""Maximum relative difference between an output y[row] and the sum of the products x[col] * W[row, col]. A larger
+difference shows that the model did not multiply with the stored row W[row]."""
 
 
 def scan_activations(
@@ -79,10 +82,11 @@ def scan_activations(
 ) -> Scan:
     """Find the super weights that `prompts` (None: `SCAN_PROMPTS`) reveal, in at most `max_rounds` rounds.
 
-    Each prompt is read on its own, with BOS in front if the tokenizer adds one, and cut to the context length of the
-    config. `device` and `placement` are those of `load.open_model`. Raises ModelError if a prompt has no token, if the
-    tokenizer or the model cannot be loaded or run, or if the model's hidden states are not finite. Raises
-    ArchitectureError if the model has no known down projection.
+    The model runs on each prompt separately. A prompt begins with BOS if the tokenizer adds BOS, and is cut to the
+    context length in config.json. `device` and `placement` are passed to `load.open_model`.
+
+    Raises ModelError if a prompt has no token, if the tokenizer or the model cannot be loaded or run, or if the model's
+    hidden states are not finite. Raises ArchitectureError if the model has no known down projection.
     """
     prompts = SCAN_PROMPTS if prompts is None else tuple(prompts)
     with load.hide_output():
@@ -103,23 +107,27 @@ def scan_sequences(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Scan:
-    """Scan by activations like `scan_activations`, but on token ids; `prompts` of the report is empty.
+    """Scan by activations like `scan_activations`, but on token ids; `prompts` of the result is empty.
 
-    A candidate's `score` is the part of the hidden state that its scalar adds, in medians of the layer's hidden states.
-    The score, both spikes and the share come from the prompt with the largest score. Candidates are sorted by round,
-    then by score.
+    A candidate's `score` is the value that its scalar adds to the hidden state, divided by the median magnitude of the
+    layer's hidden states. The fields `score`, `input_spike`, `output_spike` and `share` of a candidate come from the
+    prompt with the largest score. Candidates are sorted by round, then by score, largest first.
     """
     if not sequences or not all(sequences):
-        raise ModelError("nothing to read", f"{len(sequences)} prompts", "give prompts of at least one token")
+        raise ModelError(
+            "nothing to read: no prompts, or one without tokens",
+            f"{len(sequences)} prompts",
+            "give prompts of at least one token",
+        )
     checkpoint, layers = model.checkpoint, len(model.layers)
     if not layers:
-        raise Unrunnable("no list of decoder layers in the model", checkpoint.root)
+        raise Unrunnable("the model has no list of decoder layers", checkpoint.root)
     watch = LayerSpikes(model)
     search, least = _Search(checkpoint), count_layers_to_last(layers)
     unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
     notes = [f"{_format_numbers('layer', unseen)}: the down projection is not observed"] if unseen else []
     if layers <= least:
-        notes.append(f"the model has {layers} layers: too few for anything to persist through {least} more")
+        notes.append(f"the model has {layers} layers: too few for an activation to persist through {least} more")
     profile = None
     rounds = 0
     while rounds < max_rounds:
@@ -152,7 +160,7 @@ def scan_sequences(
         activations=tuple(search.activations),
         profile=profile,
         notes=(*notes, *search.notes),
-        # An unread layer matters only if an untraced massive state begins in it or later.
+        # An unread layer may hide a super weight only if a massive state without a known cause begins there or later.
         unread=tuple(layer for layer in watch.unread if layer.layer <= max(search.untraced, default=-1)),
         settings={
             "rounds": rounds,
@@ -171,9 +179,10 @@ def scan_sequences(
 
 
 class _Scalar(NamedTuple):
-    """One product x[col] * W[row, col] of an output y[row], and its share of the output.
+    """One scalar W[row, col] of a down projection, with its input `x` = x[col] for one token.
 
-    `outlier` is True if x[col] is an outlier among the neurons of its token.
+    `share` is the product x[col] * W[row, col] divided by the output y[row]. `outlier` is True if the magnitude of
+    x[col] is at least `OUTLIER` times the median magnitude of the projection's inputs for that token.
     """
 
     projection: DownProjection
@@ -190,7 +199,10 @@ class _Scalar(NamedTuple):
 
 
 class _Search:
-    """The results of the rounds so far. In round 1 the model is unedited."""
+    """Collects the candidates, activations and notes of all rounds. In round 1 the model is unedited.
+
+    `untraced` contains the first layers of persistent massive states that no observed MLP makes.
+    """
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
@@ -198,13 +210,14 @@ class _Search:
         self.activations: list[PersistentActivation] = []
         self.notes: list[str] = []
         self.untraced: set[int] = set()
-        # In the unedited model: the largest output by sequence, layer and token, and the outputs of comparable size.
+        # Of the unedited model: the MLP's largest output by (sequence, layer, token), and the places of the persistent
+        # states that are searched for scalars, as (sequence, layer, token, channel).
         self._largest: dict[tuple[int, int, int], float] = {}
         self._main: set[tuple[int, int, int, int]] = set()
         self._rows: dict[tuple[DownProjection, int], Tensor] = {}
 
     def look(self, traces: Sequence[Trace], number: int) -> list[Coordinate]:
-        """Add the candidates that the traces of round `number` (from 1) show, and return their coordinates."""
+        """Add the candidates found in the traces of round `number` (counted from 1), and return their coordinates."""
         spells, companions = self._split(traces, number == 1)
         for new in merge_spells(traces, spells):
             if not any(old.channel == new.channel and old.layer <= new.layer <= old.last for old in self.activations):
@@ -225,7 +238,7 @@ class _Search:
         for coordinate, places in found.items():
             scalar = places[0][1]
             self.candidates[coordinate] = self._make_candidate(coordinate, places, number)
-            self._rows[scalar.projection, scalar.row][scalar.col] = 0.0  # the scalar is zero from the next round on
+            self._rows[scalar.projection, scalar.row][scalar.col] = 0.0  # the next rounds run without this scalar
             unmade.pop((scalar.projection.layer, scalar.row), None)
         for (layer, channel), why in sorted(unmade.items()):
             self.notes.append(
@@ -234,7 +247,11 @@ class _Search:
         return list(found)
 
     def _split(self, traces: Sequence[Trace], unedited: bool) -> tuple[list[Spell], list[Spell]]:
-        """Separate the persistent states from those that only accompany a larger output of the same token."""
+        """Divide the persistent states into those to search for scalars and mere side effects of a larger output.
+
+        A state belongs to the first list if its output is at least `MIN_COMPANION_SHARE` of the largest output for the
+        same token in the unedited model, or if it was in the first list in round 1.
+        """
         if unedited:
             for sequence, trace in enumerate(traces):
                 for move in trace.moves.values():
@@ -252,9 +269,9 @@ class _Search:
         return spells, companions
 
     def _decompose(self, move: Move) -> tuple[list[_Scalar], bool]:
-        """Find the scalars with the largest shares of an output, largest first.
+        """Return the scalars whose products make up the largest shares of an output, largest first.
 
-        Also returns True if the products of the stored row add up to the output.
+        The second value is True if the products of the whole stored row add up to the output (see `EXPLAINED`).
         """
         scalars: list[_Scalar] = []
         total = 0.0
@@ -304,9 +321,10 @@ class _Search:
         )
 
     def _note_the_rest(self, traces: Sequence[Trace], spells: Sequence[Spell], companions: Sequence[Spell]) -> None:
-        """Add notes about what the unedited model shows beside candidates.
+        """Add notes on observations in the unedited model that give no candidate.
 
-        The notes are about companions, scalars that remove an activation again, and massive states that no MLP makes.
+        The notes list channels that are massive only as a side effect (`companions`), scalars that remove an activation
+        again, and persistent massive states that no observed MLP makes.
         """
         fed: dict[int, set[int]] = defaultdict(set)
         for spell in companions:
@@ -328,8 +346,8 @@ class _Search:
             self.untraced.add(layer)
             names = _format_numbers("channel", channels)
             self.notes.append(
-                f"{names} massive from layer {layer} on, and no MLP that was looked at makes "
-                "it: not traced (attention, the embedding, or several layers together)"
+                f"{names} massive from layer {layer} on, but no observed MLP makes this state: "
+                "not traced (the cause may be attention, the embedding, or several layers together)"
             )
 
     def _fetch_row(self, projection: DownProjection, row: int) -> Tensor:
@@ -341,11 +359,11 @@ class _Search:
 
 
 def _explain_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) -> str:
-    """Explain which condition an output does not meet or, if it meets all, its scalar with the largest share."""
+    """Explain why no scalar makes an output: the first condition for a candidate that is not met."""
     if not scalars:
         return "the down projection was not called"
     if not explained:
-        return "the products of the stored row do not add up to it"
+        return "the products of the stored row do not add up to the output"
     if not outlier:
         return f"the output is below {OUTLIER:g} medians of its token"
     largest = f"the largest share is {scalars[0].share:.2f}"
@@ -355,7 +373,8 @@ def _explain_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool
 def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> Tensor:
     """Read one row of a down projection: (cols,), float64.
 
-    Raises ModelError if its elements are not weights, ShardError if the file cannot be read.
+    Raises ModelError if the projection is quantised, so that its elements are not weights. Raises ShardError if the
+    file cannot be read.
     """
     refuse_quantised(checkpoint, projection.tensor)
     refuse_unweighted(checkpoint, projection.tensor)

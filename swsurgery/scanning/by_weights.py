@@ -1,16 +1,19 @@
 """Find super weights from the weights alone, by reading the MLPs once (`scan --method weights`).
 
-Neuron i of a gated MLP computes silu(g_i . x) * (u_i . x), and W_down[:, i] adds that to the residual stream. Far from
-zero silu is the identity, so this is (g_i . x) * (u_i . x), which over unit vectors x is at most
-(|g_i||u_i| + g_i . u_i) / 2. It is largest if both rows are long and point in the same direction. The second term alone
-ranks best, so the score of a scalar is |W_down[k, i]| * |sum_d gain_d^2 g_id u_id|, in which the gain of the norm
-before the MLP multiplies both rows. Without a gate, fc_i replaces both rows. docs/detection.md compares the variants.
+Neuron i of a gated MLP computes silu(g_i . x) * (u_i . x), where g_i and u_i are rows of the gate and up matrices. The
+column W_down[:, i] multiplies this value, and the product is added to the residual stream. For large positive arguments
+silu is nearly the identity, so the value is about (g_i . x) * (u_i . x). Over unit vectors x its maximum is
+(|g_i||u_i| + g_i . u_i) / 2, which is large if both rows are long and point in the same direction. The term g_i . u_i
+alone ranks super weights best. The score of a scalar is therefore |W_down[k, i]| * |sum_d gain_d^2 g_id u_id|; the gain
+of the norm before the MLP multiplies both rows. In an MLP without a gate, the row fc_i replaces both g_i and u_i.
+docs/detection.md compares variants of the score.
 
-A norm after the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4) divides the whole output by its size and multiplies channel k
-by its gain, so |gain_k| is a factor of the score too. The size is not, because it depends on the input.
+A norm after the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4) divides the whole output by its root mean square and
+multiplies channel k by gain_k, so the score is multiplied by |gain_k| too. The score leaves out the root mean square,
+because it depends on the input.
 
-This module decides which scores are outliers. mlps.py finds the matrices, and scores.py computes the scores. No module
-of the three runs a forward pass or imports torch.
+This module finds the matrices of each MLP and decides which scores are outliers; scores.py computes the scores. Neither
+module runs a forward pass or imports torch.
 """
 
 from __future__ import annotations
@@ -47,30 +50,32 @@ from swsurgery.storage.dtypes import decode
 from swsurgery.storage.files import read_exactly
 
 MIN_Z = 5.0
-"""Minimum robust z-score of a candidate. Six scalars of SmolLM2-135M-Instruct reach it (5.2 to 6.9): zeroing any of
-five raises perplexity, and zeroing the sixth erases the super activation. Random weights stay below 3."""
+"""Minimum robust z-score of a candidate (see `scan_weights`). Six scalars of SmolLM2-135M-Instruct reach it, with 5.2
+to 6.9. Zeroing any one of five of them raises perplexity, and zeroing the sixth erases the super activation. In random
+weights every z-score is below 3."""
 
 MIN_PEAK = 2.0
-"""Minimum magnitude of a candidate, in medians of the column maxima of its layer: 6.9 to 8.7 for those six, below 2 for
-random weights. Without this limit a neuron whose large scalar was set to 0 would still be listed, with its next largest
-row."""
+"""Minimum magnitude of a candidate, divided by the median of the largest magnitudes of all columns of its layer. The
+quotient is 6.9 to 8.7 for the six scalars of SmolLM2 that `MIN_Z` mentions, and below 2 for random weights. Without
+this limit, a column whose large scalar was set to 0 would still be listed, with its second largest scalar."""
 
 LEAST_SPREAD = math.log(2)
-"""Minimum spread of the scores' logarithms, a factor of two: if scores hardly differ, none is an outlier."""
+"""Minimum spread of the natural logarithms of a layer's scores, which corresponds to a factor of two. It prevents that
+small differences count as outliers in a layer whose scores are almost equal."""
 
 MIN_ROW_SHARE = 0.5
-"""Minimum magnitude of a further listed row of a candidate's column, as a share of the candidate's magnitude."""
+"""Minimum magnitude of a further scalar that is listed from a column, as a share of the column's largest magnitude."""
 
 MAX_ROWS_PER_COLUMN = 3
-"""Maximum number of rows listed from one column."""
+"""Maximum number of scalars that are listed from one column."""
 
 
 class Inputs(NamedTuple):
-    """The stored names of an MLP's input matrices.
+    """The stored names of an MLP's input matrices, and how the tensors contain gate and up.
 
-    In `INPUTS` they replace the last part of the down projection's name. `how` is "pair" for two tensors, gate and up;
-    "alone" for an MLP without a gate; "halves" for one tensor with gate first and up second; and "interleaved" for one
-    tensor in which gate and up alternate.
+    In `INPUTS`, a name such as "gate_proj" replaces the last part of the down projection's name. `how` is "pair" for
+    two tensors, gate and up; "alone" for an MLP without a gate; "halves" for one tensor with all gate rows first and
+    then all up rows; and "interleaved" for one tensor in which gate rows and up rows alternate.
     """
 
     gate: str
@@ -99,31 +104,34 @@ INPUTS: dict[str, tuple[Inputs, ...]] = {
     "fc2": (_make_single("fc1", "alone"),),  # Phi-2, OPT
     "fc_out": (_make_single("fc_in", "alone"),),  # GPT-J
 }
-"""The possible input matrices, by the last part of the down projection's name. The first ones stored are used."""
+"""The possible input matrices, by the last part of the down projection's name. The first alternative whose tensors are
+in the checkpoint is used."""
 
 INTERLEAVED = ("gpt_oss",)
-"""The model types in whose gate_up_proj gate and up alternate."""
+"""The model types whose gate_up_proj alternates between gate rows and up rows."""
 
 PRE_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm")
-"""Names that only norms before the MLP have."""
+"""Names of norms that are always before the MLP, whatever the model."""
 
 NORMS = (
     *PRE_NORMS,
     *("ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "final_layer_norm", "input_layernorm", "ln_1"),
 )
-"""Names of the norm before the MLP; the first one stored is used. If MLP and attention are parallel, they share it."""
+"""Names of the norm before the MLP. The first name that the checkpoint contains is used. The last two names belong to
+models in which the MLP and attention run in parallel and share one norm."""
 
 NO_PRE_NORM = "post_feedforward_layernorm"
-"""If a layer has a norm of this name and none of PRE_NORMS, no norm is before its MLP (OLMo 2 and 3, EXAONE 4)."""
+"""The name of a norm after the MLP. A layer that has it, but no norm in `PRE_NORMS`, has no norm before its MLP (OLMo 2
+and 3, EXAONE 4)."""
 
 POST_NORM = re.compile(r"post_(feed_?forward|mlp|ffn|ff|moe)_(layer|rms)?norm")
 """Matches the name of a norm that is applied to the MLP's output before the residual addition."""
 
-NO_GAIN = "no gain of a norm before the MLP is stored: it counts as 1"
+NO_GAIN = "no gain of a norm before the MLP is stored, so the score uses a gain of 1"
 
 NORM_BEHIND = (
-    "a norm follows the MLP ({}): the score has its gain, but not its division by the size of the whole output, which "
-    "depends on the input; a low score is weaker evidence than in other models (scan by activations too)"
+    "a norm follows the MLP ({}): the score includes its gain, but not its division by the size of the whole output, "
+    "which depends on the input; a low score is weaker evidence than in other models (scan by activations too)"
 )
 
 NORM_OF_THE_SUM = (
@@ -140,10 +148,10 @@ ONE_PLUS = (
 
 
 class _Scored(NamedTuple):
-    """One MLP with the largest scalar of each neuron.
+    """One MLP, with the score of the largest scalar in each neuron's column of the down projection.
 
-    `scores`: (neurons,) float32, the scores of these scalars. `peaks`: (neurons,) float32, their magnitudes, multiplied
-    by the gain of the norm after the MLP, if it has one.
+    `scores`: (neurons,) float32, the scores of these scalars. `peaks`: (neurons,) float32, the magnitudes of these
+    scalars, multiplied by the gain of the norm after the MLP if there is such a norm.
     """
 
     projection: DownProjection
@@ -167,16 +175,17 @@ def scan_weights(
 ) -> Scan:
     """Find at most `top` scalars whose score has a robust z-score of at least `min_z` in its layer, best first.
 
-    z is the logarithm of the score less the median, divided by 1.4826 times the median absolute deviation, or by
-    `LEAST_SPREAD` if that is larger. Both are taken over the best scalars of all neurons of the layer, including those
-    of experts. A candidate is also at least `MIN_PEAK` times as large as the layer's median column maximum. The report
-    does not depend on `threads`.
+    The z-score is computed from the logarithms of scores: the scalar's logarithm minus the layer's median, divided by
+    the layer's spread. The spread is 1.4826 times the median absolute deviation, but at least `LEAST_SPREAD`. The
+    statistics of a layer use one scalar per neuron, the one with the highest score, and include the neurons of all
+    experts. A candidate must also be at least `MIN_PEAK` times as large as the layer's median column maximum. The
+    result does not depend on `threads`.
 
-    Raises ArchitectureError if the model's MLPs are unknown, packed, or scaled by other tensors, ShardError if a file
-    ends early, and ValueError if `top`, `min_z` or `threads` is not positive.
+    Raises ArchitectureError if the model's MLPs are unknown, packed, or scaled by other tensors; ShardError if a file
+    ends early; and ValueError if `top`, `min_z` or `threads` is not positive.
     """
     if top < 1 or not min_z > 0 or (threads is not None and threads < 1):
-        raise ValueError(f"top={top}, min_z={min_z} and threads={threads} must be positive")
+        raise ValueError(f"top, min_z and threads must be positive, not {top}, {min_z} and {threads}")
     config = checkpoint.config
     names = _Names(checkpoint, checkpoint.shapes)
     projections = [p for p in list_down_projections(config, names.shapes) if p.rows and p.cols]
@@ -228,7 +237,7 @@ class _Names:
     def __init__(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]):
         self.checkpoint, self.shapes = checkpoint, shapes
         self.notes: list[str] = []
-        # By layer, because experts share them: the squared gain of the norm before, and the gain of the norm after.
+        # The squared gain of the norm before the MLP and the gain of the norm after it, by layer: experts share norms.
         self._gains: dict[int, tuple[NDArray[np.float64], NDArray[np.float32] | None]] = {}
         self._norms_behind: dict[str, str] = {}
         for name in shapes:
@@ -278,7 +287,7 @@ class _Names:
         )
 
     def _read_gain_before(self, projection: DownProjection) -> NDArray[np.float64]:
-        """Read the gain of the norm before the MLP: (channels,). If none is stored, return ones and add a note."""
+        """Read the gain of the norm before the MLP: (channels,). If no gain is stored, return ones and add a note."""
         layer = format_layer_name(projection)
         # OPT-350m normalises after each block, so the input of its MLP is the output of the attention's norm.
         norms: tuple[str, ...] = NORMS
@@ -292,7 +301,7 @@ class _Names:
         return self._read_gain(f"{layer}.{stored[0]}.weight", projection.rows)
 
     def _read_gain_behind(self, projection: DownProjection) -> NDArray[np.float32] | None:
-        """Read the magnitudes of the gain of the norm after the MLP: (channels,), or None without such a norm."""
+        """Read the magnitudes of the gain of the norm after the MLP: (channels,). Returns None if no norm follows."""
         name = self._norms_behind.get(format_layer_name(projection))
         if name is None:
             return None
@@ -305,7 +314,10 @@ class _Names:
             self.notes.append(note)
 
     def _read_gain(self, name: str, channels: int) -> NDArray[np.float64]:
-        """Read the gain of one norm. Raises ArchitectureError if it does not fit."""
+        """Read the factor by which one norm multiplies each channel: (channels,), float64.
+
+        Raises ArchitectureError if the tensor is not a float vector of this length, or if it is quantised.
+        """
         info, shard = self.checkpoint.get_info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
         if info.shape != (channels,) or info.dtype.kind != "float":
             what = f"{info.dtype.name} {list(info.shape)} is not the gain of {channels} channels"
@@ -332,10 +344,10 @@ def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class _Usual:
-    """The statistics of each layer.
+    """The statistics of the scores of each layer.
 
     `layers` contains for each layer the median and the spread of the scores' logarithms, and the median of the column
-    maxima. `silent` is the number of neurons without a finite score above 0. The statistics exclude them.
+    maxima. `silent` is the number of neurons whose score is 0 or not finite; the statistics exclude these neurons.
     """
 
     layers: dict[int, tuple[float, float, float]]
@@ -360,7 +372,7 @@ class _Usual:
         return self.layers[layer][2] if layer in self.layers else math.inf
 
     def z(self, layer: int, scores: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Compute the robust z-score of each score; minus infinity unless the score is finite and above 0."""
+        """Compute the robust z-score of each score: minus infinity if the score is 0 or not finite."""
         alive = np.isfinite(scores) & (scores > 0)
         median, spread, _ = self.layers.get(layer, (0.0, 1.0, 0.0))
         logarithms = np.log(np.where(alive, scores, 1.0).astype(np.float64))
@@ -375,7 +387,11 @@ class _Usual:
 def _find_candidates(
     checkpoint: Checkpoint, reader: BlockReader, scored: Sequence[_Scored], usual: _Usual, top: int, min_z: float
 ) -> list[Candidate]:
-    """Find the best scalars of the `top` best neurons. Their down projections are read again for rows and ranks."""
+    """Find the candidates in the columns of the `top` neurons with the highest z-scores.
+
+    Only the largest magnitude of each column is known so far, so the down projections are read again to find the rows
+    of the candidates and their ranks.
+    """
     neurons = []
     for number, one in enumerate(scored):
         z = usual.z(one.projection.layer, one.scores)
@@ -395,7 +411,11 @@ def _find_candidates(
 def _find_scalars(
     checkpoint: Checkpoint, reader: BlockReader, one: _Scored, cols: Sequence[int], usual: _Usual, min_z: float
 ) -> list[Candidate]:
-    """Find the candidates in each of `cols`: the largest scalar and those close to it, at most MAX_ROWS_PER_COLUMN."""
+    """Find the candidates in each of the columns `cols`, at most MAX_ROWS_PER_COLUMN per column.
+
+    They are the largest scalar of the column and the scalars with at least `MIN_ROW_SHARE` of its magnitude. Each must
+    also meet the conditions of `scan_weights`.
+    """
     projection = one.projection
     columns = read_columns(reader, one.mlp, cols)
     picked: list[tuple[int, int, float, float]] = []
@@ -419,7 +439,7 @@ def _find_scalars(
 
 
 def _explain_none(scored: Sequence[_Scored], usual: _Usual, min_z: float) -> str:
-    """Explain in one line why the neuron with the highest z is no candidate."""
+    """Explain in one line why the neuron with the highest z-score gives no candidate."""
     best = max(
         ((float(z.max()), one, int(z.argmax())) for one in scored for z in [usual.z(one.projection.layer, one.scores)]),
         key=lambda entry: entry[0],
@@ -430,9 +450,9 @@ def _explain_none(scored: Sequence[_Scored], usual: _Usual, min_z: float) -> str
         return "no super weight: no neuron has a finite score above 0"
     place = f"layer {layer}" + ("" if one.projection.expert is None else f", expert {one.projection.expert}")
     if z < min_z:
-        return f"no super weight: the highest z of all neurons is {z:.1f} ({place}, col {col}), {min_z:g} is needed"
+        return f"no super weight: the highest z of all neurons is {z:.1f} ({place}, col {col}), but {min_z:g} is needed"
     share = float(one.peaks[col]) / usual.peak(layer)
     return (
         f"no super weight: the neuron with the highest z, {z:.1f} ({place}, col {col}), has no large scalar: "
-        f"{share:.1f} times the usual column maximum, {MIN_PEAK:g} is needed"
+        f"{share:.1f} times the usual column maximum, but {MIN_PEAK:g} times is needed"
     )

@@ -227,7 +227,7 @@ def test_nothing_persists_in_a_shallow_model(layers, tmp_path):
         weight.mul_(300)
     report = scanned(model, tmp_path)
     assert report.candidates == () == report.activations
-    assert report.notes == (f"the model has {layers} layers: too few for anything to persist through 3 more",)
+    assert report.notes == (f"the model has {layers} layers: too few for an activation to persist through 3 more",)
     assert len(report.profile.inputs) == layers
 
 
@@ -265,7 +265,7 @@ def test_an_activation_of_many_equal_scalars_is_noted(llama, tmp_path):
     ("shares", "input_spike", "explained", "outlier", "why"),
     [
         ((), False, False, True, "the down projection was not called"),
-        ((1.0,), True, False, True, "the products of the stored row do not add up to it"),
+        ((1.0,), True, False, True, "the products of the stored row do not add up to the output"),
         ((1.0,), True, True, False, "the output is below 10 medians of its token"),
         ((1.0, 0.0), False, True, True, "the largest share is 1.00, but its input is below 10 medians"),
         ((0.2, 0.1), True, True, True, "the largest share is 0.20"),
@@ -288,7 +288,7 @@ def test_a_stored_row_that_is_not_what_was_multiplied_is_not_decomposed(llama, t
     weights_of(llama, PLACE)[2].mul_(3)  # in memory only
     report = scan_sequences(layered, SEQUENCES)
     assert report.candidates == ()
-    assert "the products of the stored row do not add up to it" in report.notes[0]
+    assert "the products of the stored row do not add up to the output" in report.notes[0]
 
 
 def test_hidden_states_that_are_not_finite_are_one_line(llama, tmp_path):
