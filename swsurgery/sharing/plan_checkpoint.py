@@ -108,7 +108,7 @@ def assemble(
 ) -> Publication:
     """Build the plan from its files, and add the files to delete and the tag.
 
-    Also adds the number of an open pull request that already has exactly these files, if one was requested.
+    Also adds the number of an open pull request that already has exactly these files, if a pull request was requested.
     """
     gone, said = _find_obsolete(target, {item.name for item in items})
     notes = [*notes, *said]
@@ -302,7 +302,7 @@ def read_base_card(planner: FilePlanner, record: Record, base: RemoteTree | None
 
 
 def list_card_notes(names: Sequence[str]) -> list[str]:
-    """Return a list with one note on these fields of the base's card, or [] if there are none."""
+    """Return a list with one note that names the fields which the new card omits, or [] if `names` is empty."""
     return [f"not copied from the base's card, or only in part: {', '.join(names)}"] if names else []
 
 

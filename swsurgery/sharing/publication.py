@@ -21,7 +21,11 @@ from swsurgery.storage.result import TableResult
 from swsurgery.verifying.findings import Finding
 
 How = Literal["copy", "upload", "keep", "delete"]
-"""What the commit does with a file. With "copy", the Hub copies it from the base's repository; "keep" leaves it."""
+"""What happens to a file in the commit.
+
+"copy": the Hub copies it from the base's repository. "upload": its bytes are sent to the Hub. "keep": it is already in
+the repository. "delete": it is removed from the repository.
+"""
 
 
 @dataclass(frozen=True)

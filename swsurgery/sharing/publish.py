@@ -389,7 +389,7 @@ def _prepare_target(plan: Publication) -> Branch:
 
 
 def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Callable[[str], None]) -> None:
-    """Upload contents for the draft. Files that are not in the directory are downloaded from the base first.
+    """Upload the contents of `items` for the commit. A file that is not in the directory is first downloaded.
 
     Raises CheckpointError if a file changed since it was planned.
     """

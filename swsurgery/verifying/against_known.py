@@ -150,7 +150,9 @@ def survey(
     )
     if not coordinates:
         raise CheckpointError(
-            "no complete coordinate is known of this model", model.hf_id, "find them with swsurgery scan"
+            "no complete coordinate (row and column) of this model is known",
+            model.hf_id,
+            "find them with swsurgery scan",
         )
     return Survival(model.hf_id, tolerance, coordinates, tuple(c.id for c in model.coordinates if c.col is None))
 

@@ -17,7 +17,7 @@ MAX_NONFINITE = 20
 
 
 class FiniteScan:
-    """Searches one shard for NaN and infinities. Feed its bytes in order, in pieces of any size, then list findings."""
+    """Searches one shard for NaN and infinities. Feed its bytes in order, in pieces of any size."""
 
     def __init__(self, name: str, shard: Shard):
         self._name, self._shard = name, shard

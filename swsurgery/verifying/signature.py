@@ -223,7 +223,7 @@ def _load_library() -> _Library:
 def _open_key(path: Path, *, private: bool) -> Iterator[Path]:
     """Open the file of a key, check it, and yield a path to the open file.
 
-    The library opens this path, so it cannot get another file than the one that was checked.
+    Because the library opens this path, it reads the same file that was checked.
 
     Raises SwsurgeryError if the file cannot be read or, for a private key, if other users can access it.
     """
