@@ -82,7 +82,7 @@ class CopyJob:
 
     @property
     def own_mode(self) -> int:
-        """Permissions of the files that are added. They repeat weights, so they get what all copied weights have."""
+        """Permissions of swsurgery's own files. They contain values of weights, so they are no more readable than the weights."""
         return compute_record_mode(self.files)
 
     @property

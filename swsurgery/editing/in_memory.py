@@ -31,7 +31,8 @@ def load_patched(
 
     `manifest` and `base` are those of `apply`; a base on the Hub is downloaded. `options` are passed to from_pretrained
     of transformers: dtype, device_map, attn_implementation and so on. New values are rounded to the dtype of the loaded
-    model, as stored values are. Each edited and protected scalar is compared before and after.
+    model, as stored values are. The loaded value of each edited and protected scalar is compared with the stored one
+    before the edit, and with the wanted one after it.
 
     Raises TypeError, HubError, ManifestError, CheckpointError, PlanError (a digest or an expected value differs),
     ModelError.

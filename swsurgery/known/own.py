@@ -142,10 +142,10 @@ def find_by_repo(repo_id: str) -> KnownModel | None:
 
 
 def identify(name: str | None, repo_ids: Iterable[object]) -> KnownModel | None:
-    """Return the known model of this name or, without a name, the first that is published under one of `repo_ids`.
+    """Return the known model with this name or, if `name` is None, the first known model with one of `repo_ids`.
 
-    What is no repository id is skipped. None if no repository is known. Raises LookupFailed if the name is unknown, or
-    if the model's own entry is damaged.
+    Values that are not repository ids are skipped. Returns None if no known model has any of the ids. Raises
+    LookupFailed if the name is unknown, or if the model's own entry is damaged.
     """
     if name:
         return find_model(name)
@@ -249,7 +249,11 @@ def _list_files_of(shipped: KnownModel) -> list[Path]:
 
 
 def _list_files_named(name: str) -> list[Path]:
-    """List the own entries' files with this name; if there is none, those whose model part or joined parts match."""
+    """List the files of the own entries with this name.
+
+    If there are none, list those whose model name without the organisation, or whose organisation and model joined by a
+    hyphen, equal `name`.
+    """
     stem, key = _make_stem(name), _shorten(normalise(name))
     paths = _list_files()
     exact = [path for path in paths if path.stem == stem]

@@ -282,7 +282,7 @@ def _summarise_effect(coordinate: KnownCoordinate) -> str:
 
 
 def format_value(coordinate: KnownCoordinate) -> str:
-    """Format the value of a coordinate: the exact value and its dtype, `~` and a published value, or `-`."""
+    """Format the value of a coordinate: the exact value and its dtype; else `~` and the published value; else `-`."""
     if coordinate.value is not None:
         return f"{coordinate.value!r} {coordinate.dtype}"
     return f"~{coordinate.value_printed.split()[0]}" if coordinate.value_printed else "-"
