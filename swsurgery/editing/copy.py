@@ -82,7 +82,10 @@ class CopyJob:
 
     @property
     def own_mode(self) -> int:
-        """Permissions of swsurgery's own files. They contain values of weights, so they are no more readable than the weights."""
+        """Permissions of swsurgery's own files, which contain values of weights.
+
+        Users who cannot read the base's files cannot read these files either.
+        """
         return compute_record_mode(self.files)
 
     @property
