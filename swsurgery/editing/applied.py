@@ -1,4 +1,4 @@
-"""Define the result of `apply`, whether it wrote a copy or edited in place."""
+"""Define the result of `apply`, for a copy and for an edit in place."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from swsurgery.editing.copy import Copied
 from swsurgery.storage.result import TableResult
 
 SMALL_CHECKPOINT = 64 << 20
-"""Maximum size, in bytes, of an unedited file that is downloaded for publishing and hashed by an edit in place."""
+"""Maximum size in bytes of a small file.
+
+Files without edits are downloaded for publishing, and hashed by an edit in place, only if they are small.
+"""
 
 
 @dataclass(frozen=True, repr=False)
 class Applied(TableResult):
-    """A patched checkpoint that was made.
+    """The result of `apply`: the patched checkpoint in the directory `output`.
 
-    `record` is the record in swsurgery.json. `written` is False if the directory was the patched checkpoint already
-    and nothing had to be done.
+    `copied` lists its files, and `record` is the content of its swsurgery.json. `written` is False if an earlier edit
+    in place had already applied the manifest, so that nothing was written.
     """
 
     output: Path

@@ -1,16 +1,15 @@
 """Apply a manifest to a copy of its base: the whole operation on one page.
 
-    load_manifest        reads what the user asked for                      manifest/load.py
-    open_checkpoint      lists the files and reads their headers            checkpoint/opening.py
-    make_plan            resolves edits to splices, reports all faults      plan.py
-    write_checkpoint     copies bytes, makes splices, hashes, in a stage    copy.py
-    run_check            compares base and patched; may run the model       sanity.py
-    complete_record    records what was done, and its proof               record.py
-    stage_output         renames the stage, so that all or nothing exists   storage/staging.py
+    load_manifest     reads what the user asked for                                         manifest/load.py
+    open_checkpoint   lists the files and reads their headers                               checkpoint/opening.py
+    make_plan         converts edits to splices (bytes to replace), or reports all faults   plan.py
+    write_checkpoint  copies the files into a temporary directory, splices and hashes       copy.py
+    run_check         compares the patched checkpoint with its base; may run both           sanity.py
+    complete_record   adds the digests and the result of the check to the record            record.py
+    stage_output      gives the temporary directory its final name, or removes it           storage/staging.py
 
-`in_place.py` writes into the base itself, under a journal. `revert.py` is the opposite of both and needs only the
-record.
-Verification (`verifying/against_record.py`) uses none of this.
+`in_place.py` edits the base itself, and a journal allows it to be restored. `revert.py` restores the base from a
+patched checkpoint and its record. Verification (`verifying/against_record.py`) uses none of these modules.
 """
 
 from __future__ import annotations
@@ -49,18 +48,20 @@ def plan(manifest: ManifestLike, base: str | Path | None = None, *, reporter: Re
 
     `manifest` is a path to a manifest or a patch, a manifest's text as bytes, a dict, a Manifest, a LoadedManifest or a
     list of edits, which needs `base`. `base` replaces the base that the manifest names: a directory or
-    hf://ORG/NAME[@REV][/sub]. Of a repository, only headers and single scalars are read, and the digests that the Hub
-    lists are compared with the pins. Of a directory, the pinned shards with edits are hashed. The plan lists the pins
-    that were not checked.
+    hf://ORG/NAME[@REV][/sub].
 
-    Raises TypeError, HubError, ManifestError, CheckpointError and PlanError, which lists every fault; TargetError while
-    another run edits the base in place.
+    A pin is the digest that the manifest, or the base's own record, requires of a file. From a repository, only headers
+    and single scalars are read, and the digests that the Hub lists are compared with the pins. In a directory, the
+    pinned shards with edits are hashed. The plan lists the pins that were not checked.
+
+    Raises TypeError, HubError, ManifestError, CheckpointError; PlanError, which lists every fault; TargetError if
+    another run is editing the base in place.
     """
     reporter = require_reporter(reporter)
     loaded = load_manifest(manifest, base)
     with held(open_location(find_base(loaded, base))) as root:
         found = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
-        draft_record(found)  # so that a dry run refuses what the run itself would refuse
+        draft_record(found)  # so that a dry run refuses what `apply` would refuse
         found = check_planned(found, reporter)
     if isinstance(root, RemoteTree):
         reporter.say(describe_traffic(root))
@@ -79,18 +80,19 @@ def apply(
     for_publish: bool = False,
     reporter: Reporter | None = None,
 ) -> Applied:
-    """Make the patched checkpoint `output`, checked and with its record, or nothing.
+    """Write the patched checkpoint `output` with its record, if it passes the check. An error leaves no partial output.
 
     `manifest` and `base` are those of `plan`; a base on the Hub is downloaded. Without `output`, the patched checkpoint
     is a folder of the current directory with the manifest's name. With `in_place`, the base itself becomes the patched
-    checkpoint: a few bytes are written under a journal, nothing is copied, and a manifest that was applied last is not
-    applied again.
+    checkpoint: only the edited scalars are overwritten, and no file is copied. If this manifest was the last one
+    applied to the directory, nothing is written.
 
-    `link` says how files are copied: "auto" clones them if the file system can and copies them otherwise, "hard" makes
-    hard links. `check` is the sanity check: "auto" runs base and patched if torch is installed, "weights" only rereads
-    the stored scalars. With `for_publish`, only the small files and the shards with edits are downloaded, and `publish`
-    copies the others on the Hub. With `reuse_digests`, files that have neither an edit nor a pin and that were hashed
-    before are not hashed again: their cached digests go into the record, marked as unverified.
+    `link` selects how files are copied: "auto" clones them if the file system can and copies them otherwise; "hard"
+    makes hard links of the files without edits. `check` selects the sanity check: "auto" runs both checkpoints if torch
+    is installed; "weights" only compares the stored bytes with the plan. With `for_publish`, only the small files and
+    the shards with edits are downloaded, and `publish` copies the other files on the Hub. With `reuse_digests`, a file
+    that an earlier run hashed is not hashed again if it has no edit and no pin (a required digest): its cached digest
+    goes into the record, marked as unverified.
 
     Raises TypeError, HubError, ManifestError, CheckpointError, PlanError, ModelError; TargetError if the output exists
     or cannot be written; CheckFailed if the patched checkpoint fails the check.
@@ -131,14 +133,15 @@ def apply(
 
 
 def _download_touched(job: CopyJob, base: Checkpoint) -> CopyJob:
-    """Download the files that publishing needs on this machine; the others remain in the base's repository.
+    """Download the files that publishing needs on this machine, and return the copy job for them.
 
-    These are the shards with edits, small files and files without a digest on the Hub. Raises PlanError if the base is
-    not in a repository, HubError.
+    These files are the shards with edits, small files, and files whose digest the Hub does not list. The remaining
+    files stay in the base's repository, and the job lists them as `elsewhere`. Raises HubError, and PlanError if the
+    base is not in a repository.
     """
     if base.repo_id is None or base.revision is None:
         raise PlanError(
-            "--for-publish leaves files in the base's repository, so the base must be in one",
+            "--for-publish leaves files in the base's repository, so the base must be in a repository on the Hub",
             base.root,
             "give --base hf://ORG/NAME@REV",
         )
@@ -153,7 +156,10 @@ def _download_touched(job: CopyJob, base: Checkpoint) -> CopyJob:
 
 
 def _restrict_check(plan: Plan, options: CheckOptions) -> CheckOptions:
-    """Choose the check that works without most shards. Raises ModelError if the user asked for more."""
+    """Replace the check "auto" by "weights", because most shards are not downloaded.
+
+    Raises ModelError if the user asked for a forward check or for a bound on the perplexity ratio.
+    """
     if options.kind == "forward" or combine_bounds(plan, options) != CheckedBounds():
         raise ModelError(
             "a forward check needs the whole model",
@@ -164,13 +170,13 @@ def _restrict_check(plan: Plan, options: CheckOptions) -> CheckOptions:
 
 
 def refuse_inside(output: Path, base: Checkpoint) -> None:
-    """Raise TargetError for a target inside the base: it would change the base and later be copied with it."""
+    """Raise TargetError if the directory `output` is inside the base, because writing it would change the base."""
     if base.is_here and Path(os.path.realpath(output)).is_relative_to(base.directory):
         raise TargetError("the output is inside the base", output, "choose another -o")
 
 
 def _make_job(plan: Plan) -> CopyJob:
-    """Describe the copy that a plan asks for."""
+    """Build the copy job of a plan: all files of the base except omitted files and swsurgery's own files."""
     leave = {*plan.omitted, *OWN_FILES}
     files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
     checkpoint = plan.checkpoint
@@ -178,6 +184,6 @@ def _make_job(plan: Plan) -> CopyJob:
 
 
 def write_own_files(stage: Folder, patched: Patched, mode: int) -> None:
-    """Write swsurgery's own three files into the stage."""
+    """Write the record, the manifest and SHA256SUMS of a patched checkpoint into the stage."""
     for name, data in patched.render_own_files().items():
         filesystem.write_file(stage / name, data, mode)

@@ -1,4 +1,4 @@
-"""Find the base of a manifest and the digests that it must have."""
+"""Find the base of a manifest, and the digests that the files of the base must have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swsurgery.storage.arguments import require_location
 
 
 def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
-    """Collect the digests that the base must have: file name -> (sha256, who states it).
+    """Collect the digests that files of the base must have: file name -> (sha256, "the manifest" or "its record").
 
     Raises PlanError if the manifest and the base's own record contradict each other.
     """
@@ -32,16 +32,17 @@ def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 def find_base(loaded: LoadedManifest, base: str | Path | None) -> Path | Uri:
-    """Return the location of the base: `base` if it is given, otherwise what the manifest states.
+    """Return the location of the base: `base` if it is given, otherwise the base that the manifest names.
 
-    Raises HubError for a malformed name, CheckpointError for a path that looks like a repository of the Hub.
+    Raises HubError for a malformed name, and CheckpointError if the manifest's path does not exist and looks like the
+    name of a repository on the Hub.
     """
     if base is not None:
         return parse_location(require_location("base", base))
     said = loaded.manifest.base
     if said.repo_id is not None:
         return Uri(said.repo_id, said.revision, "")
-    assert said.path is not None  # the schema requires one of the two
+    assert said.path is not None  # the schema requires either repo_id or path
     where = loaded.path.parent / said.path
     if not os.path.lexists(where) and suggest_uri(said.path):
         raise CheckpointError("no such checkpoint", where, "for a repository on the Hub, use base.repo_id")

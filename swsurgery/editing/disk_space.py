@@ -1,4 +1,4 @@
-"""Refuse a copy that does not fit on the disk before its first byte is written."""
+"""Before a copy begins, check that it fits on the disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from swsurgery.storage.names import STAGE_TOKEN
 def refuse_without_room(files: Sequence[BaseFile], edited: Collection[str], stage: Folder, link: str) -> None:
     """Raise NoSpace if copies of these files do not fit into the stage's file system.
 
-    `edited` are the names of the files that cannot be hard links. The space of files that an interrupted run left in
-    the stage counts as free. Hard links and clones need no space; if it matters, one file is cloned to see if the file
-    system can. A file system that does not report its size is not checked.
+    `edited` contains the names of the files with edits, which cannot be hard links. The space of files that an
+    interrupted run left in the stage counts as free. Hard links and clones need no space. If there is too little space
+    for copies, one file is cloned to find out if the file system supports clones. A file system that does not report
+    its size is not checked.
     """
     status = os.fstatvfs(stage.fd)
     if not status.f_blocks:
@@ -48,7 +49,7 @@ def _measure_disk_usage(entry: Entry) -> int:
 
 
 def _can_clone(files: Sequence[BaseFile], stage: Folder) -> bool:
-    """Clone the largest file under a temporary name, to see if the file system can."""
+    """Return True if the file system can clone the largest file. The clone is temporary and is removed."""
     largest = max(files, key=lambda file: file.size)
     if not largest.is_here:
         return False

@@ -1,6 +1,7 @@
 """Load a model, or its tensors, with the edits of a manifest made in memory; write nothing.
 
-Plans and refuses as `apply` does. `model/patched.py` reads the weights, as it is the one that imports torch.
+A manifest is planned, and its faults are reported, as by `apply`. `model/patched.py` reads the weights, because this
+package must not import torch.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def patched_state_dict(
     """Yield (name, tensor) for every tensor of the patched checkpoint; write nothing.
 
     `manifest` and `base` are those of `apply`; a base on the Hub is downloaded. Tensors have their stored dtype and
-    shape, are on the CPU and come in the order of the shards; one is in memory at a time.
+    shape, are on the CPU and come in the order of the shards. Only one tensor is in memory at a time.
 
-    Raises TypeError, HubError, ManifestError, CheckpointError, PlanError or ModelError at once if the request cannot be
-    done, and CheckpointError during the iteration if a shard has changed.
+    The call itself raises TypeError, HubError, ManifestError, CheckpointError, PlanError or ModelError if the tensors
+    cannot be loaded. The iteration raises CheckpointError if a shard has changed since the call.
     """
     _refuse_without("torch")
     from swsurgery.model import patched
@@ -72,7 +73,7 @@ def patched_state_dict(
 
 @contextlib.contextmanager
 def _plan_held(manifest: ManifestLike, base: str | Path | None, reporter: Reporter) -> Iterator[Plan]:
-    """Plan a manifest, and keep its base from being edited in place during the block."""
+    """Plan a manifest, and lock its base during the block, so that no other run edits the base in place."""
     loaded = load_manifest(manifest, base)
     with held(download_checkpoint(find_base(loaded, base))) as root:
         plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
@@ -83,7 +84,11 @@ def _plan_held(manifest: ManifestLike, base: str | Path | None, reporter: Report
 
 
 def _check_digests(plan: Plan) -> None:
-    """Hash the shards with edits and the files that the manifest pins. Raises PlanError if a digest differs."""
+    """Compare digests with their pins, for the pinned shards with edits and for the files that the manifest pins.
+
+    A pin is the digest that the manifest, or the base's own record, requires of a file. Raises PlanError if a digest
+    differs from its pin.
+    """
     pins = collect_known_digests(plan)
     touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):

@@ -1,7 +1,8 @@
 """Apply and revert in the directory of the base: write a few bytes of each shard with edits, and copy nothing.
 
-Afterwards the base no longer exists, so its digests are checked before: each shard with edits is hashed once, and the
-manifest or an earlier record must state the same digest. `checkpoint/journal.py` keeps the old bytes until the end.
+After the edit the base no longer exists, so its digests are checked before the edit: each shard with edits is hashed
+once, and the manifest or an earlier record must state the same digest. `checkpoint/journal.py` keeps the old bytes
+until the edit is complete.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ from swsurgery.storage.splice import Splice, group_by_file
 
 
 def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions, reporter: Reporter) -> Applied:
-    """Turn the base itself into the patched checkpoint, checked and with its record, or leave it as it is.
+    """Turn the base itself into the patched checkpoint with its record; restore the base after an error.
 
-    A manifest that was applied last is not applied again. Raises CheckpointError, PlanError, ModelError; TargetError if
-    the directory or a file in it must not be written; CheckFailed if the patched checkpoint fails the check.
+    If this manifest was the last one applied to the directory, nothing is written.
+
+    Raises CheckpointError, PlanError, ModelError; TargetError if the directory or a file in it must not be written;
+    CheckFailed if the patched checkpoint fails the check.
     """
     root = _find_directory(base)
     with held_for_editing(root) as (folder, _), contextlib.ExitStack() as opened:
@@ -60,7 +63,7 @@ def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions
         plan = make_plan(loaded, checkpoint)
         if plan.omitted:
             raise PlanError("an edit in place cannot leave files out", ", ".join(plan.omitted), "set base.copies: keep")
-        combine_bounds(plan, check)  # before anything is hashed or written
+        combine_bounds(plan, check)  # raises before anything is hashed or written
         draft = draft_record(plan)
         for note in plan.notes:
             reporter.say(note)
@@ -86,10 +89,10 @@ def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions
 
 
 def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
-    """Turn a patched checkpoint itself back into its base, and return notes for the user.
+    """Restore the base in the directory of the patched checkpoint itself, and return notes for the user.
 
     If several manifests were applied one after the other, only the last is undone. If an edit was interrupted, only
-    that edit is undone; an interrupted reversion starts again. Raises CheckpointError, TargetError, and PlanError if a
+    that edit is undone; an interrupted reversion is repeated. Raises CheckpointError, TargetError, and PlanError if a
     file was changed since the edit.
     """
     with held_for_editing(_find_directory(root), moved=True) as (folder, cut_off), contextlib.ExitStack() as opened:
@@ -133,7 +136,11 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
 
 
 def _find_directory(root: Path | Uri) -> Path:
-    """Find the directory to edit. Raises TargetError if a change would also affect other checkpoints."""
+    """Return the path of the directory to edit, without symbolic links.
+
+    Raises TargetError for a base on the Hub, for a symbolic link, and for a snapshot in the Hugging Face cache, whose
+    files other revisions share.
+    """
     if isinstance(root, Uri):
         raise TargetError(
             "a checkpoint on the Hub cannot be edited in place", root, "download it, and give the directory with --base"
@@ -155,7 +162,7 @@ def _open_shards(
 ) -> dict[str, journal.OpenShard]:
     """Open each file with splices once, for hashing and for writing.
 
-    Raises TargetError for a file that must not be written, CheckpointError for a file that was replaced.
+    Raises TargetError for a file that must not be written, and CheckpointError for a file that was replaced.
     """
     shards: dict[str, journal.OpenShard] = {}
     for name in sorted({s.file for s in splices}):
@@ -176,9 +183,10 @@ def _hash_touched(
     pins: dict[str, tuple[str, str]],
     progress: Progress,
 ) -> dict[str, tuple[str, str]]:
-    """Read each file with splices once: name -> (sha256 before, sha256 after).
+    """Read each file with splices once, and return name -> (sha256 before the splices, sha256 after them).
 
-    Raises PlanError if a digest before differs from its pin or has none, CheckpointError if a file changes meanwhile.
+    Nothing is written. `pins` contains the required sha256 of each file. Raises PlanError if a file has another sha256
+    before the splices or is not in `pins`, and CheckpointError if a file changes while it is read.
     """
     mine = group_by_file(splices)
     touched: dict[str, tuple[str, str]] = {}
@@ -224,7 +232,7 @@ def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
 
 
 def _refuse_shared(entry: Entry) -> None:
-    """Raise TargetError for a file that has other names or is read-only."""
+    """Raise TargetError for a file that has other hard links or is read-only."""
     with filesystem.convert_os_errors(entry):
         status = entry.stat()
     if status.st_nlink > 1:
@@ -247,8 +255,9 @@ def _describe_untouched(
 ) -> list[AppliedFile]:
     """Describe the files without splices.
 
-    Small files, and files whose digest the manifest has `stated`, are hashed. The digests of others are copied from the
-    earlier record and marked as unverified, or are None.
+    A file is hashed if it is small and contains no weights, or if its name is in `stated`: the manifest pins its
+    digest. The digest of any other file is copied from the earlier record `before` and marked as unverified, or is None
+    if `before` does not list the file with its present size.
 
     Raises PlanError if a digest differs from its pin.
     """
@@ -271,10 +280,10 @@ def _describe_untouched(
 def _report_applied(
     folder: Folder, checkpoint: Checkpoint, loaded: LoadedManifest, patched: Patched, progress: Progress
 ) -> Applied:
-    """Report that nothing has to be done, because an earlier run applied this manifest.
+    """Return the result for a manifest that an earlier run applied to the directory, so that nothing is written.
 
-    The record must be what this manifest makes of the base, and the files must be what the record states. Raises
-    CheckpointError otherwise.
+    Raises CheckpointError if the record does not contain exactly the edits of this manifest, or if the files do not
+    agree with the record.
     """
     record = patched.record
     repo_ids = (record.base.repo_id, (record.known or {}).get("hf_id"))
@@ -291,7 +300,7 @@ def _report_applied(
         if stated.sha256 not in (here, None) or stated.base_sha256 not in (restored, None):
             raise _make_not_applied_error("the file was changed later", file.source)
         if loaded.manifest.base.sha256.get(name, restored) != restored:
-            raise _make_not_applied_error("its base does not have the sha256 that the manifest pins", file.source)
+            raise _make_not_applied_error("the base of this file does not have the pinned sha256", file.source)
     with filesystem.convert_os_errors(folder):
         filesystem.sync_directory(folder)
     done = tuple(
@@ -304,7 +313,10 @@ def _report_applied(
 def _find_differences(
     loaded: LoadedManifest, checkpoint: Checkpoint, record: Record, repo_ids: Collection[str | None]
 ) -> Iterator[tuple[Coordinate | None, str]]:
-    """Yield each difference between a record and what its manifest asks of this checkpoint: (scalar or None, fault)."""
+    """Yield each difference between a manifest and a record, as (scalar, fault).
+
+    The scalar is None if the fault concerns the base, or an edit that does not fit the checkpoint.
+    """
     base = loaded.manifest.base
     model = own.identify(base.model, (base.repo_id, checkpoint.repo_id, *repo_ids))
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
@@ -314,7 +326,10 @@ def _find_differences(
 
 
 def _find_other_scalars(record: Record, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:
-    """Yield each recorded scalar, those of earlier steps included, that the checkpoint does not store as recorded."""
+    """Yield (recorded scalar, fault) for each scalar that the checkpoint stores differently or that is recorded twice.
+
+    Scalars that an earlier step protects are compared too.
+    """
     for entry in (*record.edits, *list_protected(record, checkpoint)):
         if fault := compare_scalar(entry, checkpoint):
             yield entry, fault.message
