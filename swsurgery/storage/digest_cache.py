@@ -1,9 +1,9 @@
 """Cache sha256 digests of files between runs, keyed by device, inode, size, mtime and ctime of the file.
 
 A matching key does not prove that the file is unchanged: a write through an existing memory map changes none of the
-five numbers, and a file of another disk image mounted at the same path can have the same five. A cached digest is
-therefore never compared with an expected digest. Only `apply --reuse-digests` copies it into a record, which marks it
-as unverified. If the cache is lost, files are hashed again.
+five numbers, and a file of another disk image mounted at the same path can have the same five numbers. A cached digest
+is therefore never compared with an expected digest. Only `apply --reuse-digests` copies cached digests into a record,
+and the record marks them as unverified. If the cache is lost, files are hashed again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_at_most
 
 MAX_ENTRIES = 20_000
-"""Maximum number of digests in the cache file; the oldest are dropped."""
+"""Maximum number of digests in the cache file. If there are more, the oldest are dropped."""
 
 MAX_CACHE = 8 << 20
 """Maximum size of the cache file in bytes; MAX_ENTRIES digests need about 3 MB."""
@@ -44,13 +44,13 @@ class DigestCache:
         self._read: dict[str, str] | None = None
 
     def get(self, status: os.stat_result) -> str | None:
-        """Return the cached digest of the file whose stat result is `status`, or None if the cache has none."""
+        """Return the cached digest of the file whose stat result is `status`, or None if it is not cached."""
         if self._read is None:
             self._read = _load(self._path)
         return self._read.get(_make_identity(status))
 
     def put(self, status: os.stat_result, digest: str, started: float) -> None:
-        """Add the digest of a file, which `save` writes to the cache file.
+        """Add the digest of a file. `save` writes it to the cache file.
 
         `status` is the stat result of the hashed descriptor, and `started` the time at which hashing began, in seconds
         since 1970. A file modified less than CLOCK_TICK before `started` is not added, because a later change could
@@ -60,7 +60,7 @@ class DigestCache:
             self._new[_make_identity(status)] = digest
 
     def save(self) -> None:
-        """Write the added digests to the cache file. If the file cannot be written, raises no error."""
+        """Write the added digests to the cache file. Raises no error if the file cannot be written."""
         if not self._new:
             return
         entries = {k: v for k, v in _load(self._path).items() if k not in self._new} | self._new

@@ -33,8 +33,8 @@ DtypeKind = Literal["float", "int", "uint", "bool", "opaque"]
 class Dtype:
     """One dtype of safetensors. `bits` is the width of one element.
 
-    If `kind` is "opaque", an element has no single real value and cannot be edited. `refusal` then explains why, and
-    follows the name of the dtype in messages: "C64 is complex".
+    If `kind` is "opaque", elements cannot be edited. `refusal` then explains why. In messages it follows the name of
+    the dtype: "C64 is complex, but an edit sets one real number".
     """
 
     name: str
@@ -131,9 +131,10 @@ def decode(dtype: Dtype, data: bytes) -> Value:
 def encode(dtype: Dtype, value: Value | Fraction, *, negative_zero: bool = False) -> bytes:
     """Encode `value` as little-endian bytes, rounded once to the dtype, half to even.
 
-    An int or a Fraction cannot be -0.0: with `negative_zero`, one that is 0 is encoded as negative zero. Raises
-    NumberError for a value that is too large for the dtype, NaN or infinite, for a non-zero value that would round to
-    zero, for a value that an integer dtype cannot represent, and for an opaque dtype.
+    An int or a Fraction cannot be -0.0. If it is 0 and `negative_zero` is True, it is encoded as negative zero.
+
+    Raises NumberError if the dtype is opaque, if `value` is NaN, infinite or too large for the dtype, if a non-zero
+    value would round to zero, or if the dtype is an integer dtype that cannot represent `value`.
     """
     if dtype.kind == "opaque":
         raise NumberError(f"{dtype.name} {dtype.refusal}")
@@ -170,7 +171,7 @@ def scale_value(dtype: Dtype, data: bytes, factor: float) -> bytes:
     a stored value that is not finite, and for a product that `encode` refuses.
     """
     if dtype.kind in ("int", "uint", "bool"):
-        raise NumberError(f"{dtype.name} is an integer dtype: a product is not exact", remedy="use set or zero")
+        raise NumberError(f"{dtype.name} is an integer dtype, so it cannot be scaled", remedy="use set or zero")
     value = decode(dtype, data)
     if not math.isfinite(value):
         raise NumberError(f"the stored value is {value}, which cannot be scaled", remedy="use set or zero")
@@ -187,17 +188,17 @@ def format_bits(data: bytes) -> str:
 def parse_bits(dtype: Dtype, text: str) -> bytes:
     """Parse a hexadecimal number such as `0x40bc` to little-endian bytes; the inverse of `format_bits`.
 
-    Raises NumberError if the number of digits is not that of the dtype.
+    Raises NumberError if `text` has more or fewer digits than a value of the dtype.
     """
     if len(text) - 2 != dtype.bits // 4:
-        raise NumberError(f"{text} has {len(text) - 2} hex digits, {dtype.name} takes {dtype.bits // 4}")
+        raise NumberError(f"{text} has {len(text) - 2} hex digits, but {dtype.name} takes {dtype.bits // 4}")
     return bytes.fromhex(text[2:])[::-1]
 
 
 def round_to(dtype: Dtype, value: Value | Fraction) -> float:
     """Round `value` to a value of the dtype, for a comparison with stored values.
 
-    Where `encode` would raise NumberError, returns infinity on overflow, 0 on underflow, and NaN for NaN.
+    Never raises NumberError: an overflow becomes infinity, an underflow becomes 0, and NaN stays NaN.
     """
     try:
         return decode(dtype, encode(dtype, value))
@@ -216,7 +217,7 @@ def _decode_magnitude(dtype: FloatDtype, magnitude: int) -> float:
 
 
 def _round_magnitude(dtype: FloatDtype, exact: Fraction) -> int:
-    """Return the bit pattern, without its sign bit, of the value nearest to a positive number, half to even.
+    """Round a positive number to the dtype, half to even. Returns the bit pattern without its sign bit.
 
     Uses integers only. Bit patterns are ordered like the values that they encode, so a carry out of the mantissa
     increments the exponent. On overflow the result is greater than `dtype.largest`.

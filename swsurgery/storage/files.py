@@ -109,7 +109,7 @@ def _open_path(path: Path) -> int:
 def fill(file: File, buffer: bytearray | memoryview, offset: int, *, may_end: bool = False) -> int:
     """Read bytes, starting at `offset` in the file, until `buffer` is full, and return the number of bytes read.
 
-    If the file ends before, raises ShardError, or returns the smaller number of bytes if `may_end` is True.
+    If the file ends before the buffer is full, raises ShardError, or with `may_end` returns the smaller number.
     """
     view, filled = memoryview(buffer), 0
     while filled < len(view):
@@ -123,7 +123,7 @@ def fill(file: File, buffer: bytearray | memoryview, offset: int, *, may_end: bo
 
 
 def read_exactly(file: File, size: int, offset: int) -> bytes:
-    """Read exactly `size` bytes at `offset`. Raises ShardError if the file ends before; errors of `readinto`."""
+    """Read exactly `size` bytes at `offset`. Raises ShardError if the file is too short; errors of `readinto`."""
     buffer = bytearray(size)
     fill(file, buffer, offset)
     return bytes(buffer)
@@ -144,9 +144,9 @@ def read_at_most(file: File, limit: int) -> bytes:
 
 
 def has_same_bytes(one: File, other: File, size: int, offset: int = 0, other_offset: int = 0) -> bool:
-    """Return True if `one`, from `offset` on, and `other`, from `other_offset` on, have the same `size` bytes.
+    """Compare `size` bytes of `one` at `offset` with the bytes of `other` at `other_offset`. Returns True if equal.
 
-    Raises ShardError if a file ends before.
+    Raises ShardError if a file is too short.
     """
     ours, theirs = bytearray(min(size, CHUNK)), bytearray(min(size, CHUNK))
     with one.open() as first, other.open() as second:

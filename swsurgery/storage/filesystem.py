@@ -86,8 +86,8 @@ def is_there(path: Path | Entry) -> bool:
 def lock_directory(folder: Path | Folder, exclusive: bool, *, wait: bool = False) -> Iterator[None]:
     """Lock a directory during the block: exclusively for editing in place, or shared for reading.
 
-    The kernel releases the lock if the process is killed. If another run has a conflicting lock, waits with `wait`, and
-    raises TargetError otherwise.
+    The kernel releases the lock if the process is killed. If another run has a conflicting lock, waits for that run if
+    `wait` is True, and raises TargetError otherwise.
     """
     with convert_os_errors(folder):
         where = "." if isinstance(folder, Folder) else folder
@@ -120,14 +120,14 @@ def make_directory(path: Path | Entry, mode: int = 0o777) -> None:
 
 
 def restrict(folder: Folder, mode: int) -> None:
-    """Remove every permission of a directory that is not in `mode`."""
+    """Remove from a directory all permissions that are not in `mode`."""
     before = os.fstat(folder.fd).st_mode & 0o7777
     if before & ~mode:
         os.fchmod(folder.fd, before & mode)
 
 
 def make_directories(path: Path) -> None:
-    """Create a directory and its parents; existing ones are kept."""
+    """Create a directory and its missing parents. Does nothing if the directory exists."""
     os.makedirs(path, exist_ok=True)
 
 
@@ -184,12 +184,12 @@ def disable_cache(fd: int) -> None:
 
     Writing a checkpoint through the cache would evict the pages of other programs and defer all writing to `sync`.
     """
-    with contextlib.suppress(OSError, AttributeError):  # tmpfs before Linux 6.6; other systems
+    with contextlib.suppress(OSError, AttributeError):  # no O_DIRECT: tmpfs before Linux 6.6, other operating systems
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
 
 
 def _use_cache(fd: int) -> bool:
-    """Make `write_all` use the page cache again. Returns False if it already does."""
+    """Make `write_all` use the page cache again. Returns False if it was not bypassing the cache."""
     flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
     return bool(flags & direct)
@@ -202,8 +202,8 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         try:
             view = view[os.write(fd, view) :]
         except OSError as error:
-            # A write that bypasses the cache must consist of whole blocks. Others (the end of the file, or the rest
-            # after a short write) fail with EINVAL and are repeated through the cache.
+            # A write that bypasses the cache must consist of whole blocks. Other writes (the end of the file, or the
+            # rest after a short write) fail with EINVAL and are repeated through the cache.
             if error.errno != errno.EINVAL or not _use_cache(fd):
                 raise
 
@@ -230,8 +230,8 @@ def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:
 def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None = None, mode: int = 0o666) -> None:
     """Create a small file, or replace it atomically. Raises TargetError.
 
-    The data is first written to `temporary`, which must be new and in the same directory. By default
-    its name is made of the name of `path` and the number of this process.
+    The data is first written to `temporary`, which must not exist and must be in the same directory. By default, the
+    name of `temporary` is made of the name of `path` and the number of this process.
     """
     temporary = temporary or path.with_name(f".{path.name.rpartition('/')[2]}.{os.getpid()}")
     try:
@@ -279,8 +279,9 @@ def _find_own_descriptor(path: Path) -> int | None:
 def replace_shared(path: Path, data: bytes, *, wait: bool = True, mode: int = 0o666) -> None:
     """Replace a file in a directory of swsurgery (such as its cache), where several runs may write the same file.
 
-    A lock on the directory admits one run at a time. If another run has the lock, waits with `wait`, and raises
-    TargetError otherwise. The temporary file has a fixed name, so that a run removes one left by a killed run.
+    A lock on the directory admits one run at a time. If another run has the lock, waits for that run if `wait` is True,
+    and raises TargetError otherwise. The temporary file has a fixed name, so the next run removes the temporary file of
+    a killed run.
     """
     with lock_directory(path.parent, exclusive=True, wait=wait):
         temporary = path.with_name(f".{path.name}.new")
@@ -301,7 +302,7 @@ def clone(base: int, new: int) -> bool:
 
 
 def copy_range(base: int, new: int, offset: int, size: int) -> int:
-    """Copy up to `size` bytes at `offset` from `base` to `new`, inside the kernel if it can.
+    """Copy up to `size` bytes at `offset` from `base` to `new`, within the kernel if the file system supports that.
 
     Returns the number of bytes copied, which is 0 at the end of `base`.
     """

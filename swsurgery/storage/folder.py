@@ -1,10 +1,9 @@
 """Keep a directory open and open its files relative to it.
 
 A checked path can refer to another file a moment later. A descriptor cannot: a file opened relative to an open
-directory is in that directory, even if the path of the directory now refers to another one. A name is never opened
-through a symbolic link, whichever of its components is the link. An `Identity` shows whether a name still refers to the
-file that was listed, with the same contents. This module only reads;
-filesystem.py contains the functions that change files.
+directory is in that directory, even if the path of the directory now refers to another one. If any component of a name
+is a symbolic link, the file is not opened. An `Identity` shows whether a name still refers to the file that was listed,
+with the same contents. This module only reads; filesystem.py contains the functions that change files.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Field = Literal["dev", "ino", "size", "mtime_ns", "ctime_ns"]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Five numbers of a stat result. They differ between any two files, and change when the file is written.
+    """Five numbers of a stat result, by which a file that was changed or replaced is recognised.
 
     Times are in nanoseconds.
     """
@@ -63,7 +62,7 @@ class Identity:
 
 
 class Folder:
-    """A directory that is kept open by the descriptor `fd`. Only messages use `path`, by which it was opened.
+    """A directory that is kept open. `fd` is its descriptor; `path`, by which it was opened, is only for messages.
 
     `close`, the end of a `with` block and the deletion of the object close the descriptor. `folder / name` is the Entry
     `name` below the directory; `name` may have several components, such as "unet/config.json". `linked` contains the
@@ -119,7 +118,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Entry:
-    """A name below an open directory, which may have several components. A file of this name need not exist.
+    """A name below an open directory, such as "unet/config.json". A file of this name need not exist.
 
     `identity`, `mode` and `links` (the number of hard links) describe the file at the time when the directory was
     listed. `identity` is None if the entry does not come from a listing.
@@ -202,7 +201,7 @@ class Entry:
     def refuse_changed(self, fd: int, *ignored: Field) -> None:
         """Raise CheckpointError if the open file `fd` is not the listed file, or was changed after the listing.
 
-        The fields `ignored` of the identity are not compared. Without an identity nothing is compared.
+        The fields `ignored` of the identity are not compared. If the entry has no identity, nothing is compared.
         """
         self._refuse(os.fstat(fd), ignored)
 

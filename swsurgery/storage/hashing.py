@@ -23,7 +23,7 @@ from swsurgery.storage.splice import Splice
 from swsurgery.threads import Pool
 
 THREADS_VARIABLE = "SWSURGERY_THREADS"
-"""Environment variable with the number of files that are copied at a time. With 1, only one thread is used."""
+"""Environment variable that sets how many files are copied at a time. If it is 1, only one thread is used."""
 
 
 def stream(
@@ -36,9 +36,10 @@ def stream(
 ) -> tuple[str, str]:
     """Read a file once. Returns the sha256 of its bytes and the sha256 of its bytes with `splices` applied.
 
-    `splices` must be sorted by offset and must not overlap. `sink` receives the bytes with the splices applied, in
-    chunks, and `advance` the size of each chunk. Raises CheckpointError if the file does not contain the old bytes of a
-    splice, or if its header is not the one that `header` describes. Also raises the errors of `sink`.
+    `opened` is the source of `file`, already open. `splices` must be sorted by offset and must not overlap. `sink`
+    receives the bytes with the splices applied, in chunks, and `advance` the size of each chunk. Raises CheckpointError
+    if the file does not contain the old bytes of a splice, or if `header` is given and describes another header. Also
+    raises the errors of `sink`.
     """
     digest, patched = hashlib.sha256(), None
     begun, header_end = hashlib.sha256(), header.data_start if header else 0
@@ -55,7 +56,7 @@ def stream(
             end = bisect.bisect_left(splices, offset + len(chunk), first, key=_by_offset)
             inside = splices[first:end]
             if inside and patched is None:
-                patched = digest.copy()  # the files are equal up to this point
+                patched = digest.copy()  # base and patched file are equal up to this point
             if inside:
                 digest.update(chunk)
                 _apply_splices(chunk, offset, inside, file)
@@ -149,7 +150,8 @@ def count_threads() -> int:
     """
     text = os.environ.get(THREADS_VARIABLE, "4")
     if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise SwsurgeryError(f"{THREADS_VARIABLE} is {text!r}", "the environment", "give a number from 1 to 64")
+        what = f"{THREADS_VARIABLE} is {text!r}, not a number from 1 to 64"
+        raise SwsurgeryError(what, "the environment", "change or unset it")
     return int(text)
 
 

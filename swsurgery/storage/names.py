@@ -31,7 +31,7 @@ the signature."""
 
 CARD_NAME = "README.md"
 """File name of the model card. The card of a published checkpoint quotes the record, so the record cannot list it.
-If the record does list a card, it is the card of the base, and its digest must be the listed one."""
+A card that a record does list is the card of the base, and must have the listed digest."""
 
 GIT_NAME = ".gitattributes"
 """Git settings of a repository. The Hub adds this file if the base has none; reading weights does not depend on it."""

@@ -32,7 +32,11 @@ class Written(float):
 
     @property
     def exact(self) -> Fraction:
-        """The exact number. If its float64 is 0 or infinite, 2**-1080 with its sign, which underflows every dtype."""
+        """The exact number, such as 1/1000 for 1e-3.
+
+        If a non-zero number underflows or overflows float64, the result is 2**-1080 with the sign of the number. This
+        result underflows every dtype.
+        """
         from fractions import Fraction  # slow to import, and most commands need only the functions below
 
         if self and math.isfinite(self):
@@ -67,7 +71,8 @@ def format_number(value: float, digits: int = 4, commas: tuple[float, float] = (
 def format_ratio(value: float) -> str:
     """Format a ratio with four significant digits: 1.500.
 
-    A larger one becomes a whole number with commas (23,941), and from a million on it has two digits: 1.2e+06.
+    A ratio of 1,000 or more becomes a whole number with commas: 23,941. A ratio of a million or more has two digits:
+    1.2e+06.
     """
     if 1e6 <= value < math.inf:
         return f"{value:.1e}"

@@ -30,7 +30,7 @@ class Result:
     """Names of the properties that the repr shows before the fields."""
 
     def to_json(self) -> Mapping[str, object]:
-        """Return the document that the command of the same name prints with --json, as strict JSON types."""
+        """Return the document that the command for this result prints with --json, as strict JSON types."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -49,7 +49,7 @@ class TableResult(Result):
     """A result that is also a table."""
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one dict per row, all with the same keys, as pandas.DataFrame takes them."""
+        """Return one dict per row, all with the same keys. pandas.DataFrame accepts the list."""
         raise NotImplementedError
 
     def _repr_html_(self) -> str:
@@ -75,7 +75,7 @@ def _list_fields(result: Result) -> Iterator[tuple[str, object]]:
 def _summarise(value: object) -> str:
     """Format the value of a field for the repr: a shortened text, a number, a result, or the number of items.
 
-    Returns "" for an empty collection and for a value of any other type, which the repr leaves out.
+    Returns "" for an empty collection and for a value of any other type. The repr leaves out such a field.
     """
     if is_path(value):
         text = str(value)

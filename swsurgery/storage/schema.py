@@ -40,9 +40,9 @@ class OfVariant(Strict):
 
 
 def require_whole_number(value: object) -> int:
-    """Raise ValueError unless `value` is an int.
+    """Return `value` if it is an int and not a bool. Raises ValueError otherwise.
 
-    A Literal compares with ==, so it would accept true and 1.0 for 1 even in strict mode.
+    A Literal compares with ==, so it would accept true and 1.0 in place of 1, even in strict mode.
     """
     if type(value) is not int:
         raise ValueError("should be a whole number")

@@ -1,9 +1,9 @@
 """Read the header of a safetensors file strictly, and single scalars of its tensors.
 
-This reader accepts fewer files than the official parser (safetensors 0.8.0). It reads each of them as that parser does.
-It refuses a header in which the same name occurs twice, of which the official parser keeps the last, and forms that the
-specification does not define, because an editor must not guess which tensor is meant. Files are read with pread and
-never mapped, because truncating a mapped file kills the process that reads it.
+This reader accepts fewer files than the official parser (safetensors 0.8.0). It reads every file that it accepts as the
+official parser does. It refuses a header that contains the same name twice (the official parser would use the last
+entry), and forms that the specification does not define: an editor must not guess which tensor is meant. Files are read
+with pread and never mapped, because truncating a mapped file kills the process that reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from swsurgery.storage.strict_json import quote, refuse_duplicates
 
 MAX_HEADER = 16 << 20
 """Maximum size of a header in bytes. The format allows 100 MB. The largest headers of published checkpoints are below
-1 MB, and a hostile one of 68 MB costs a reader seconds and a gigabyte of memory."""
+1 MB. Parsing a hostile header of 68 MB takes seconds and a gigabyte of memory."""
 
 MAX_HEADER_COMMAS, COMMAS_WITHOUT_DATA = 1 << 19, 1 << 17
 """Maximum number of commas in a header, and the maximum for a file with little data. Counting commas before parsing
@@ -50,10 +50,10 @@ class TensorInfo:
         return self.data_offsets[1] - self.data_offsets[0]
 
     def flatten(self, index: tuple[int, ...]) -> int:
-        """Return the row-major position of `index`. Raises IndexError if it is out of range or has the wrong rank."""
+        """Return the row-major position of `index`. Raises IndexError for an index out of range or of another rank."""
         if len(index) != len(self.shape):
             shape = f"shape {list(self.shape)} has rank {len(self.shape)}"
-            raise IndexError(f"index {list(index)} has {len(index)} numbers, {shape}")
+            raise IndexError(f"index {list(index)} has {len(index)} numbers, but {shape}")
         position = 0
         for i, length in zip(index, self.shape, strict=True):
             if not 0 <= i < length:
@@ -130,7 +130,7 @@ def decode_header_length(start: bytes, size: int, file: object) -> int:
         # Not checked earlier, because a valid header length may consist of the same bytes.
         if found := recognise_format(start):
             raise ShardError(found[0], file, found[1])
-        reason = f"is truncated: its header says {length} bytes, but the file has {size}"
+        reason = f"is truncated: its header should have {length} bytes, but the file has only {size}"
         raise ShardError(reason, file, "download it again")
     if length > MAX_HEADER:
         raise ShardError(f"has a header of {length} bytes, more than the {MAX_HEADER} accepted", file)
@@ -206,7 +206,7 @@ def _refuse_surrogates(texts: Iterable[str]) -> None:
 
 def _parse_tensor(name: str, entry: Any) -> TensorInfo:
     if type(entry) is not dict or entry.keys() != _FIELDS:
-        raise ValueError(f"tensor {quote(name)} does not have exactly dtype, shape and data_offsets")
+        raise ValueError(f"tensor {quote(name)} does not have exactly the fields dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPES:
         raise ValueError(f"tensor {quote(name)} has an unknown dtype {quote(dtype)}")
@@ -240,7 +240,7 @@ def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
         if bits % 8:
             raise ValueError(f"tensor {quote(info.name)} does not fill whole bytes")
         if bits // 8 != end - begin:
-            raise ValueError(f"tensor {quote(info.name)} has {end - begin} bytes where its shape needs {bits // 8}")
+            raise ValueError(f"tensor {quote(info.name)} has {end - begin} bytes, but its shape needs {bits // 8}")
         position = end
     if position != data_size:
         raise ValueError(f"the tensors end at byte {position} of the data section, which has {data_size} bytes")

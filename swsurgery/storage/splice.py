@@ -1,6 +1,6 @@
 """Describe single scalars in a file: their position and their bytes before and after an edit.
 
-A plan consists of such descriptions, and copying with edits needs nothing else.
+A plan contains one description per edited scalar. Copying with edits needs nothing else from the plan.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def group_by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:
 def list_scalar_rows(
     edits: Iterable[Mapping[str, object]], protected: Iterable[Mapping[str, object]]
 ) -> list[dict[str, object]]:
-    """Return one table row per edited scalar and per protected scalar. Both are JSON objects of the record."""
+    """Return one table row per edited and per protected scalar. The arguments contain JSON objects of the record."""
     columns = ("op", "tensor", "index", "dtype", "old", "new", "file", "offset")
     everything = [*edits, *({**scalar, "op": "protect"} for scalar in protected)]
     return [{column: scalar.get(column) for column in columns} for scalar in everything]

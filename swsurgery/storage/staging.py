@@ -5,7 +5,7 @@ random token is written to a file in the stage and to the file `.NAME.committing
 is renamed to NAME, the token is removed, and the marker is removed. Each step is synced before the next one. Success is
 reported last, so a finished output has neither a token nor a marker. A run that finds a target and a marker with equal
 tokens concludes that an earlier run was killed after the rename (the target is unreported), and renames the target
-back. A target without an equal token is never changed, so a directory that the user made or copied is safe.
+back. If the tokens differ or one is missing, the target is never changed, so a directory of the user is safe.
 
 Every system call that changes something is in filesystem.py. All calls are relative to open directories.
 """
@@ -39,8 +39,8 @@ from swsurgery.storage.names import STAGE_TOKEN
 _TOKEN = re.compile(rb"[0-9a-f]{64}\n")
 
 _LEFTOVER = re.compile(rb"[0-9a-f:]{0,64}\n?\0*")
-"""Contents of a marker that a killed run left: a token, the beginning of a token, zeros after a power
-cut, or the device and inode that version 0.1.0 wrote."""
+"""Contents of a marker that a killed run left: a token, the beginning of a token, zeros after a power cut, or the
+device and inode that version 0.1.0 wrote."""
 
 _MAX_MARKER = 128
 """Maximum size of a marker or a token file, in bytes."""
@@ -70,19 +70,20 @@ def stage_output(
 
     Yields the open directory. The block writes the files `names` and then the files `last`; both are names relative to
     the directory. If an earlier run was killed, some of `names` may exist when the block starts: the block must replace
-    or verify them. All other files, including `last`, are removed before. `mode` contains the permissions of the
-    directory, reduced by the umask.
+    or verify them. All other files, including `last`, are removed before the block starts. `mode` contains the
+    permissions of the directory, reduced by the umask.
 
-    If the block fails, the directory is removed, so `target` is complete or absent. A directory with a finished
-    shard is kept after Interrupted, and after NoSpace if this call did not create it, so the next run can reuse the
-    shard. Raises TargetError if the target exists, cannot be created, or is being written by another run. If an error
-    occurs after the rename and the rename cannot be undone, the error message reports that the output exists.
+    If the block fails, the directory is not renamed, so `target` is complete or absent. The directory is removed, with
+    two exceptions: if it contains a finished shard that the next run can reuse, it is kept after Interrupted, and after
+    NoSpace if an earlier run created the directory. Raises TargetError if the target exists, cannot be created, or is
+    being written by another run. If an error occurs after the rename and the rename cannot be undone, the error message
+    reports that the output exists.
     """
     target = Path(os.path.abspath(target))
     with filesystem.convert_os_errors(target):
         where = _Names.of(target)
         stage, made = _lock_stage(where, {*names, *last}, mode)
-    with where.parent, stage:  # the lock ends with the descriptor, so a killed run leaves none
+    with where.parent, stage:  # the lock ends with the descriptor, so a killed run leaves no lock
         try:
             with filesystem.convert_os_errors(stage):
                 _remove_strays(stage, names)
@@ -119,7 +120,7 @@ def _report_visible(error: BaseException, target: Path) -> BaseException:
 
 
 def _commit(where: _Names, stage: Folder) -> None:
-    """Rename the stage to the target. If the process is killed before it removes the token, the next run undoes it."""
+    """Rename the stage to the target. If a run is killed before it removes the token, the next run renames it back."""
     token = secrets.token_hex(32).encode() + b"\n"
     filesystem.write_file(stage / STAGE_TOKEN, token, 0o600)
     for folder in _list_folders(stage):
@@ -187,9 +188,9 @@ def _make_target_error(where: _Names) -> TargetError:
 def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str], mode: int) -> bool:
     """Lock the open directory `folder` and prepare it as the stage of this run.
 
-    `folder` is the stage. With `unreported` it is the target: a killed run may have renamed it without reporting it,
-    and then it is renamed back. Returns False if another run renamed or removed `folder` in the meantime. Raises
-    TargetError, OSError.
+    If `unreported` is True, `folder` is the target. It is renamed back to the stage if a killed run renamed it without
+    reporting success; otherwise TargetError is raised. Returns False if another run renamed or removed `folder` in the
+    meantime. Raises TargetError, OSError.
     """
     here = where.target if unreported else where.stage
     if not filesystem.lock(folder):
@@ -265,7 +266,10 @@ def _remove_leftover(marker: Entry) -> bool:
 
 
 def _list_folders(folder: Folder, name: str = "") -> Iterator[str]:
-    """Yield the names of all directories below `folder`, inner ones first, and finally "" for `folder` itself."""
+    """Yield the names of all directories below the directory `name`, inner ones first, and finally `name` itself.
+
+    "" is the name of `folder`.
+    """
     for entry in folder.scan(name):
         if stat.S_ISDIR(entry.mode):
             yield from _list_folders(folder, entry.name)
@@ -273,7 +277,7 @@ def _list_folders(folder: Folder, name: str = "") -> Iterator[str]:
 
 
 def _list_files(folder: Folder) -> set[str]:
-    """Return the names of all files, links and the like below a directory, in all its subdirectories."""
+    """Return the names of everything below a directory except directories, also in its subdirectories."""
     found = (entry for name in _list_folders(folder) for entry in folder.scan(name))
     return {entry.name for entry in found if not stat.S_ISDIR(entry.mode)}
 

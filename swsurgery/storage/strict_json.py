@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 MAX_JSON = 32 << 20
-"""Maximum size of a file in bytes. The index of 91,000 published tensors has 9 MB; one of 210,000 would have 25 MB."""
+"""Maximum size of a file in bytes. A published index of 91,000 tensors has 9 MB; 210,000 tensors would need 25 MB."""
 
 MAX_COMMAS = 1 << 19
-"""Maximum number of commas, counted before parsing. In a list or map, each value except the first
-needs a comma; an index has one per tensor. Without this limit, 32 MB of `{},` would become a gigabyte of empty maps."""
+"""Maximum number of commas, counted before parsing. In a list or map, each value except the first needs a comma; an
+index has one comma per tensor. Without this limit, 32 MB of `{},` would become a gigabyte of empty maps."""
 
 MAX_COUNTED = 10_000
-"""Maximum number of schema faults of which the first is described. If there are more, only their number is reported,
-because pydantic builds the list of all faults to return the first."""
+"""If a document has more schema faults than this, only their number is reported. To describe the first fault, pydantic
+would have to build the list of all of them."""
 
 MAX_NUMBER_LENGTH = 1100
-"""Maximum length of a number with a point or an exponent; no binary64 has more than 1,075 significant digits."""
+"""Maximum length of a number with a point or an exponent, in characters. No float64 needs more."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Limits:
     commas: int
 
     def describe_excess(self, size: int, commas: int) -> str | None:
-        """Describe the limit that a file of `size` bytes with `commas` commas exceeds; None if it exceeds none."""
+        """Describe the limit that a file of `size` bytes with `commas` commas exceeds, or return None."""
         if size > self.size:
             return f"more than the {self.size} bytes accepted"
         return f"more than the {self.commas} values accepted" if commas > self.commas else None
@@ -153,9 +153,9 @@ def render_pieces(document: Mapping[str, object], lists: Mapping[str, Iterable[o
 
 
 def describe_first_fault(error: ValidationError, path: str = "") -> str:
-    """Describe the first fault that a schema found, as `location: fault`, or count the faults if they are too many.
+    """Describe the first fault that a schema found, as `location: fault`.
 
-    `path` is the location of the validated value.
+    If there are more than MAX_COUNTED faults, returns only their number. `path` is the location of the validated value.
     """
     if error.error_count() > MAX_COUNTED:
         return f"{error.error_count()} faults"

@@ -222,7 +222,7 @@ def test_a_truncated_shard_is_refused(manifest, tmp_path):
     line = refused(manifest, tmp_path / "out")
     assert "malformed safetensors header: the tensors end at byte" in line and str(shard) in line
     os.truncate(shard, 100)
-    assert refused(manifest, tmp_path / "out").startswith("is truncated: its header says ")
+    assert refused(manifest, tmp_path / "out").startswith("is truncated: its header should have ")
 
 
 def test_several_faults_are_several_lines(base, tmp_path):

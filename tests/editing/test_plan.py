@@ -110,7 +110,7 @@ MISFITS = {
     ),
     "bits of another width": (
         {"op": "set", "layer": 1, "row": 2, "col": 3, "bits": "0x00000000"},
-        "cannot set {d1}[2, 3]: 0x00000000 has 8 hex digits, F16 takes 4",
+        "cannot set {d1}[2, 3]: 0x00000000 has 8 hex digits, but F16 takes 4",
     ),
     "known without a model": ({"op": "zero", "known": "L2.3968.7003"}, "no known super weights of this base"),
     "all without a model": ({"op": "protect", "known": "all"}, "(name its known model in base.model)"),

@@ -112,7 +112,7 @@ def header_file(random: Random) -> bytes:
 REASONS = (
     ("appears twice", "a name that stands twice"),
     ("does not begin with {", "white space before the header"),
-    ("exactly dtype, shape", "unknown fields of a tensor, or its fields as a list"),
+    ("exactly the fields dtype, shape", "unknown fields of a tensor, or its fields as a list"),
     ("unknown dtype", "a dtype that is not plain text"),
     ("thousands of digits", "an unknown field with a number that is no 64-bit integer"),
     ("is not an unsigned 64-bit", "an unknown field with a number that is no 64-bit integer"),

@@ -210,8 +210,10 @@ HOSTILE = (
     Hostile("header: a rank of 130,000", header(lambda: shape("0,", 130_000)), None),
     Hostile("header: a rank of 130,000, all of 2**63", header(lambda: shape(f"{1 << 63},", 130_000)), "overflows"),
     Hostile("header: 16 MiB of [", header(b'{"a":' + b"[" * (HEADER_SIZE - 5)), "nested too deeply"),
-    Hostile("header: 130,000 empty maps", header(lambda: b'{"a":[' + b"{}," * 130_000 + b"{}]}"), "exactly dtype"),
-    Hostile("header: 16 MiB of one name", header(lambda: b'{"' + b"a" * (HEADER_SIZE - 6) + b'":1}'), "exactly dtype"),
+    Hostile("header: 130,000 empty maps", header(lambda: b'{"a":[' + b"{}," * 130_000 + b"{}]}"), "exactly the fields"),
+    Hostile(
+        "header: 16 MiB of one name", header(lambda: b'{"' + b"a" * (HEADER_SIZE - 6) + b'":1}'), "exactly the fields"
+    ),
     Hostile(
         "header: 16 MiB of metadata",
         header(lambda: filled('{"__metadata__":{"a":"', "é", '"}}', HEADER_SIZE).encode()),

@@ -371,5 +371,5 @@ def test_each_operation_makes_its_bytes():
     for bits, word in (("0x7f80", "inf"), ("0xff80", "-inf"), ("0x7fc0", "nan")):
         with pytest.raises(NumberError, match=f"{bits} is {word} in BF16 .*only finite values are set"):
             Set(op="set", bits=bits, **spot).compute_bytes(BF16, b"\0\0")
-    with pytest.raises(NumberError, match="0x40 has 2 hex digits, BF16 takes 4"):
+    with pytest.raises(NumberError, match="0x40 has 2 hex digits, but BF16 takes 4"):
         Set(op="set", bits="0x40", **spot).compute_bytes(BF16, b"\0\0")

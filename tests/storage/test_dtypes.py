@@ -329,7 +329,7 @@ def test_bits_are_written_most_significant_first():
 
 @pytest.mark.parametrize("name,text", [("BF16", "0x40"), ("BF16", "0x40bc0000"), ("F8_E4M3", "0x4000"), ("F32", "0x")])
 def test_bits_of_another_width_are_refused(name, text):
-    with pytest.raises(NumberError, match=f"hex digits, {name} takes {DTYPES[name].bits // 4}"):
+    with pytest.raises(NumberError, match=f"hex digits, but {name} takes {DTYPES[name].bits // 4}"):
         parse_bits(DTYPES[name], text)
 
 

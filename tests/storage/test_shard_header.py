@@ -180,7 +180,7 @@ RULES = [
     (b'{"__metadata__":{"a":1}}', 0, "__metadata__ is not a map from string to string"),
     (b'{"__metadata__":{"a":"\\ud800"}}', 0, "half a surrogate pair"),
     (json.dumps({"\ud800": ONE}).encode(), 4, "half a surrogate pair"),
-    (json.dumps({"a": ONE | {"x": 1}}).encode(), 4, "tensor 'a' does not have exactly dtype, shape"),
+    (json.dumps({"a": ONE | {"x": 1}}).encode(), 4, "tensor 'a' does not have exactly the fields dtype, shape"),
     (json.dumps({"a": ONE | {"dtype": "F33"}}).encode(), 4, "tensor 'a' has an unknown dtype 'F33'"),
     (json.dumps({"a": ONE | {"shape": [True]}}).encode(), 4, "shape that is not a list of integers"),
     (json.dumps({"a": ONE | {"data_offsets": [0, 4, 8]}}).encode(), 4, "data_offsets that are not two integers"),
@@ -188,7 +188,7 @@ RULES = [
     (json.dumps({"a": ONE | {"data_offsets": [1, 5]}}).encode(), 5, "[1, 5], expected to start at 0"),
     (json.dumps({"a": ONE | {"shape": [1 << 40, 1 << 40]}}).encode(), 4, "shape that overflows 64 bits"),
     (json.dumps({"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 0]}}).encode(), 0, "does not fill whole bytes"),
-    (json.dumps({"a": ONE | {"shape": [2]}}).encode(), 4, "has 4 bytes where its shape needs 8"),
+    (json.dumps({"a": ONE | {"shape": [2]}}).encode(), 4, "has 4 bytes, but its shape needs 8"),
     (json.dumps({"a": ONE}).encode(), 5, "the tensors end at byte 4 of the data section, which has 5 bytes"),
 ]
 
@@ -222,7 +222,7 @@ def test_a_header_of_exactly_the_limit_is_read(tmp_path):
     [
         (b"", "too short for a safetensors file (0 bytes)"),
         (b"1234567", "too short for a safetensors file (7 bytes)"),
-        (struct.pack("<Q", 100) + b"{}", "is truncated: its header says 100 bytes, but the file has 10"),
+        (struct.pack("<Q", 100) + b"{}", "is truncated: its header should have 100 bytes, but the file has only 10"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "is a git-lfs pointer"),
         (b"<!DOCTYPE html><html>404</html>", "is an HTML page"),
         (b"<html><body>Not found</body></html>", "is an HTML page"),
