@@ -187,7 +187,7 @@ def test_what_is_no_manifest_is_a_type_error(room, verb, bad):
 
 
 def test_a_list_of_edits_needs_a_base():
-    with pytest.raises(TypeError, match="base must be a str or a Path with a list of edits"):
+    with pytest.raises(TypeError, match="a list of edits does not name its base, so base must be a str or a Path"):
         swsurgery.plan([EDIT])
 
 

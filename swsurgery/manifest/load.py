@@ -92,7 +92,7 @@ def load_manifest(manifest: ManifestLike, base: str | Path | None = None) -> Loa
         return parse_manifest(_render_document(dict(manifest)), IN_MEMORY)
     if isinstance(manifest, list | tuple) and all(isinstance(edit, Mapping | Target) for edit in manifest):
         if base is None:
-            raise TypeError("a list of edits does not name its base, so base must be given (a str or a Path)")
+            raise TypeError("a list of edits does not name its base, so base must be a str or a Path")
         document = {"version": 1, "base": _describe_base(base), "edits": list(manifest)}
         return parse_manifest(_render_document(document), IN_MEMORY)
     raise TypeError(

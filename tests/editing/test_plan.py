@@ -113,7 +113,7 @@ MISFITS = {
         "cannot set {d1}[2, 3]: 0x00000000 has 8 hex digits, but F16 takes 4",
     ),
     "known without a model": ({"op": "zero", "known": "L2.3968.7003"}, "no known super weights of this base"),
-    "all without a model": ({"op": "protect", "known": "all"}, "(name its known model in base.model)"),
+    "all without a model": ({"op": "protect", "known": "all"}, "(set base.model to the known model that the base is)"),
 }
 
 
@@ -335,7 +335,7 @@ def test_a_known_coordinate_brings_its_value(known_base):
         ("qwen3-1.7b", "L2.1.1", "no such known coordinate of"),
         ("qwen3-1.7b", "L2.9.", "no such known coordinate of"),
         ("smollm2-135m", "L11.507.*", "only the row of L11.507.* is known, not the column"),
-        ("smollm2-135m", "all", "complete coordinate of HuggingFaceTB/SmolLM2-135M"),
+        ("smollm2-135m", "all", "complete coordinate (layer, row and col) of HuggingFaceTB/SmolLM2-135M"),
     ],
 )
 def test_a_coordinate_that_is_not_known_is_refused(base, model, known, message):
