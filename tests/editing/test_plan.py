@@ -166,8 +166,8 @@ def test_an_empty_tensor_has_no_scalar(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "op", "message"),
     [
-        ("F8_E8M0", {"op": "zero"}, "cannot zero x[0, 1]: F8_E8M0 holds block scales (powers of two) and has no zero"),
-        ("F8_E8M0", {"op": "protect", "expect": 1.0}, "F8_E8M0 holds block scales"),
+        ("F8_E8M0", {"op": "zero"}, "cannot zero x[0, 1]: F8_E8M0 contains block scales (powers of two)"),
+        ("F8_E8M0", {"op": "protect", "expect": 1.0}, "F8_E8M0 contains block scales"),
         ("I8", {"op": "scale", "factor": 2.0}, "cannot scale x[0, 1]: I8 is an integer dtype"),
     ],
 )
