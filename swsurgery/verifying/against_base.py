@@ -1,4 +1,4 @@
-"""Check with the base that a checkpoint is exactly what a manifest makes of this base.
+"""Check that a checkpoint is exactly what a manifest makes of a given base.
 
 The manifest is planned again on the base. The plan is compared with the checkpoint's record or, without a record, with
 the checkpoint's bytes. `against_manifest.py` contains the check that needs neither the base nor the planner. Every
@@ -24,7 +24,10 @@ from swsurgery.verifying.findings import Finding
 
 
 def plan_or_report(loaded: LoadedManifest, base: Checkpoint) -> tuple[Plan | None, list[Finding]]:
-    """Plan the manifest on this base. Returns (plan, []), or None and one finding for each error of the planner."""
+    """Plan the manifest on this base.
+
+    Returns (plan, []), or (None, findings) if the manifest does not fit the base: one finding for each planning error.
+    """
     try:
         return make_plan(loaded, base), []
     except PlanError as error:
@@ -47,13 +50,13 @@ def plan_against_record(wishes: Wishes, plan: Plan, record: Record) -> list[Find
     for scalar in (*plan.splices, *plan.protected):
         entry = recorded.get(scalar.coordinate)
         if entry is None:
-            continue  # by_record reports it
+            continue  # `check_by_record` reports the missing entry
         ours = scalar.to_json()
         names = [name for name in ("file", "offset", "dtype", "old_bits", "new_bits") if name in ours]
         unlike = [name for name in names if ours[name] != getattr(entry, name, None)]
         if unlike:
             said = ", ".join(f"{k} {ours[k]} (the record has {getattr(entry, k, None)})" for k in unlike)
-            findings.append(wishes.make_finding(f"planned on this base, the scalar has {said}", scalar.coordinate))
+            findings.append(wishes.make_finding(f"the plan on this base has {said}", scalar.coordinate))
     return findings
 
 
@@ -99,5 +102,5 @@ def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:
     for name, digest in wishes.loaded.manifest.base.sha256.items():
         here = hash_file(base.get_file(name).source)
         if here != digest:
-            message = f"base.sha256 of {name} is {digest}, but this base's file has {here}"
+            message = f"base.sha256 of {name} is {digest}, but the sha256 of the base's file is {here}"
             yield wishes.make_finding(message, path=("base", "sha256", name))

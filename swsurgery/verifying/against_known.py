@@ -31,23 +31,24 @@ State = Literal["kept", "changed", "suspicious", "lost", "present", "declared", 
 
 "kept": it has its known value, except for rounding. "changed": it has another value of the same sign, which is neither
 lost nor suspicious. "lost": it is zero or not finite, has the opposite sign, or is smaller than TOLERANCE permits.
-"suspicious": it is larger than SUSPICIOUS permits. "present": its known value does not exist, so nothing is compared.
-"declared": the record contains an edit of it. "unreadable": it cannot be read as one number.
+"suspicious": it is larger than SUSPICIOUS permits. "present": no value of it was published, so nothing is
+compared. "declared": the record contains an edit of it. "unreadable": it cannot be read as one number.
 """
 
 TOLERANCE = 0.25
 """Maximum fraction of its known value that a super weight may lose before it is reported as lost.
 
 The shipped sweeps of Mistral-7B and OLMo-1B show where damage begins. If the super weight is scaled to 0.75 of its
-value, perplexity is multiplied by 1.03; at 0.5 it is multiplied by 1.39 and 8.3, and at 0.25 by 83 and 279. A larger
-value is shown but is not a finding: at twice the value, zero-shot accuracy changes by about half a point (Llama-7B
-70.1 to 70.6, Mistral-7B 74.0 to 73.8). Rounding to FP8 changes a value by at most 1/16 of it, which is permitted.
+value, perplexity is multiplied by 1.03; at 0.5 it is multiplied by 1.39 and 8.3, and at 0.25 by 83 and 279. A super
+weight that became larger, up to SUSPICIOUS, is shown but is not a finding: at twice the value, zero-shot accuracy
+changes by about half a point (Llama-7B 70.1 to 70.6, Mistral-7B 74.0 to 73.8). Rounding to FP8 changes a value by at
+most 1/16 of it, which is permitted.
 """
 
 NOT_HELD = ("disputed", "refuted", "insufficient")
 """Statuses of known coordinates that never make the answer "no".
 
-The sources disagree about such a coordinate, or there may never have been a large weight at it.
+The sources disagree about such a coordinate, or the weight there may never have been large.
 """
 
 SUSPICIOUS = 4.0
@@ -193,7 +194,7 @@ def _read_known(
 
 
 def _judge(ratio: float, tolerance: float) -> State:
-    """Return the state of a scalar whose value is `ratio` times the known value, not counting "kept"."""
+    """Return the state of a scalar that is not "kept" and whose value is `ratio` times the known value."""
     if ratio > SUSPICIOUS:
         return "suspicious"
     return "lost" if ratio < 1 - tolerance else "changed"
@@ -206,8 +207,8 @@ class _Unreadable(Exception):
 def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
     """Read one scalar. Returns (value, step, stored bytes). Raises _Unreadable.
 
-    If the stored number is multiplied by a scale, `step` is the distance from this value to the next one that can be
-    stored with the same scale. If the stored number is the weight itself, `step` is None.
+    If the stored number is multiplied by a scale, `step` is the distance from this value to the next value that can
+    be stored with the same scale. If the stored number is the weight itself, `step` is None.
     """
     name, index = coordinate
     info = checkpoint.get_info(name)
@@ -217,7 +218,7 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
     if reading.kind == "unreadable":
         raise _Unreadable(f"{name} is quantised: {reading.reason}")
     if info.dtype.kind == "opaque" or (info.dtype.kind != "float" and reading.scale is None):
-        raise _Unreadable(f"{name} is stored as {info.dtype.name}, and has no scale")
+        raise _Unreadable(f"{name} is stored as {info.dtype.name} and has no scale, so its values are unknown")
     raw = checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, index)
     value = dtypes.decode(info.dtype, raw)
     if reading.scale is None or not math.isfinite(value):
@@ -228,12 +229,12 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
 
 
 def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Fraction:
-    """Read the scale that applies to the scalar at `index`, stored per tensor, row or block. Raises _Unreadable."""
+    """Read the scale for the scalar at `index`: there is one per tensor, per row or per block. Raises _Unreadable."""
     if name in checkpoint.disagreements:
         raise _Unreadable(f"index and shards disagree about the scale {name}")
     info = checkpoint.get_info(name)
     if info.dtype.kind != "float":
-        raise _Unreadable(f"the scale {name} is stored as {info.dtype.name}")
+        raise _Unreadable(f"the scale {name} is stored as {info.dtype.name}, which is not a floating-point dtype")
     _refuse_turned(checkpoint, name)
     scale_shape = info.shape
     if math.prod(scale_shape) == 1:
@@ -253,13 +254,13 @@ def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index
         )
     value = dtypes.decode(info.dtype, checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, place))
     if not math.isfinite(value):
-        raise _Unreadable(f"the scale {name} contains {value}")
+        raise _Unreadable(f"the scale {name} contains {value}, which is not finite")
     # LLM.int8 stores the largest magnitude of a row, which is 127 steps (arXiv:2208.07339, section 2.1).
     return Fraction(value) / 127 if name.endswith(".SCB") else Fraction(value)
 
 
 def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
-    """Raise _Unreadable if the bitsandbytes field `weight_format` is not 0: the int8 matrix is not stored by rows."""
+    """Raise _Unreadable if the `weight_format` of bitsandbytes is not 0: the matrix is then not stored by rows."""
     form = scale.removesuffix("SCB") + "weight_format"
     if not scale.endswith(".SCB") or form not in checkpoint.shapes:
         return
@@ -271,9 +272,10 @@ def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
 
 
 def _find_blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the size along each axis of the blocks of a weight that share a scale, such as (128, 128).
+    """Return the shape of the blocks of a weight that share one scale, such as (128, 128).
 
-    `shape` is the shape of the weight, and `scales` that of its scales. Returns None if they fit several sizes or none.
+    `shape` is the shape of the weight, and `scales` is the shape of its scales. Returns None if the two shapes do not
+    determine the shape of the blocks.
     """
     config = checkpoint.config.get("quantization_config")
     said = config.get("weight_block_size") if isinstance(config, dict) else None

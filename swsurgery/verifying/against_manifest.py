@@ -45,16 +45,16 @@ class Wishes:
     misfits: tuple[Finding, ...]
 
     def make_finding(self, message: str, coordinate: Coordinate | None = None, *, path: Node | None = None) -> Finding:
-        """Make a finding of manifest-mismatch at the edit of `coordinate`, else at the manifest's node `path`."""
+        """Make a manifest-mismatch finding at the edit of `coordinate`, or else at the manifest's node `path`."""
         finding = Finding("manifest-mismatch", message)
         if coordinate is not None:
             finding = replace(finding, tensor=coordinate.tensor, index=coordinate.index)
         return self.attach_position(finding, path if path is not None else ("edits",))
 
     def attach_position(self, finding: Finding, path: Node = ()) -> Finding:
-        """Return the finding with the position in the manifest of the edit of its scalar.
+        """Add to a finding the line and column of the edit that names its scalar.
 
-        If no edit names the scalar, the position is that of the node `path`. An empty `path` adds no position.
+        If no edit names the scalar, the position of the node `path` is added. An empty `path` adds no position.
         """
         if finding.tensor is not None and finding.index is not None:
             scalar = self.asked.get(Coordinate(finding.tensor, finding.index))
@@ -71,8 +71,9 @@ def point_at(loaded: LoadedManifest, finding: Finding, path: Node) -> Finding:
 def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...] = ()) -> Wishes:
     """Resolve every edit against the headers of `checkpoint`.
 
-    The known model is the one that the manifest names, else the first one that is published under the repository id of
-    the base, of the checkpoint, or in `repo_ids`. Raises LookupFailed if the user's own entry of the model is damaged.
+    The known model is the one that the manifest names. If it names none, the model is looked up by repository id: that
+    of the base, that of the checkpoint, then `repo_ids`. Raises LookupFailed if the user's own entry of the model is
+    damaged.
     """
     base = loaded.manifest.base
     repo_ids = (base.repo_id, checkpoint.repo_id, *repo_ids)
@@ -93,7 +94,8 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
 def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
     """Check that the record contains exactly what the manifest requests.
 
-    Compares scalars, operations, factors and pins. Also computes the new bits again from the record's old bits.
+    Compares the scalars, the operations and factors, and the base's revision and digests. Also computes the new bits
+    again from the record's old bits.
     """
     identity = [
         wishes.make_finding(message, path=path)
@@ -120,8 +122,8 @@ class _RecordedPlace(BaseModel):
 def find_own_differences(patched: Patched, checkpoint: Checkpoint) -> list[Finding]:
     """Compare the manifest stored in the checkpoint with its record, and each earlier step's manifest with its record.
 
-    An edit by `known:` means the super weights that the record quotes, because another version of swsurgery may know
-    others.
+    An edit with `known:` stands for the super weights that the record quotes, because this version of swsurgery may
+    know different ones.
     """
     record = patched.record
     if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
@@ -169,7 +171,7 @@ def _compare_own_manifest(
 def _find_recorded(record: Record, name: str) -> list[KnownPlace]:
     """Find the super weights that `known: NAME` meant when the edit was made, as the record quotes them.
 
-    Raises LookupFailed if the record quotes none of this name.
+    Raises LookupFailed if the record quotes no super weight of this name.
     """
     try:
         found = [_RecordedPlace.model_validate(quoted) for quoted in (record.known or {})["coordinates"]]
@@ -186,7 +188,10 @@ def _find_recorded(record: Record, name: str) -> list[KnownPlace]:
 
 
 def _read_expected(quoted: _RecordedPlace) -> MeasuredValue | None:
-    """Return the value that the edit expected to find in the base, or None. Raises ValidationError."""
+    """Return the value that the edit expected to find in the base, or None if none was known.
+
+    Raises ValidationError if the quoted value is invalid.
+    """
     if quoted.dtype is None:
         return None
     return MeasuredValue.model_validate({"value": quoted.value, "dtype": quoted.dtype})

@@ -52,7 +52,7 @@ class RecordProof(Result):
 
     The other fields contain names of files.
     `proved`: with the old bytes put back, these files have the digests of the base's files.
-    `unverified`: these files have the record's digests, which were copied into it without hashing the base.
+    `unverified`: these files have the record's digests, but the base's files were not hashed when the record was made.
     `unhashed`: the record has no digest of these files, because an edit in place did not touch them. Only their sizes
     were checked.
     `unread`: edited files on the Hub that were not downloaded. Their digests are those that the Hub lists.
@@ -294,7 +294,7 @@ def _check_digests(
         findings.append(
             Finding(
                 "undeclared-change",
-                "with the old bits of the declared scalars put back, the file is not the base's",
+                "even with the old bits of the declared scalars put back, the file differs from the base's",
                 file.name,
             )
         )
@@ -325,7 +325,7 @@ def _hash_twice(
 
 
 def _check_hub_digest(file: BaseFile, record: FileRecord) -> list[Finding]:
-    """Compare the sha256 that the Hub lists for a file that was not downloaded with the record."""
+    """Compare the record of a file that was not downloaded with the sha256 that the Hub lists for the file."""
     if record.sha256 in (None, file.digest):
         return []
     return [Finding("digest", f"the file's sha256 is {file.digest}, not {record.sha256}", file.name)]

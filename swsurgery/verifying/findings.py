@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
         Rule("non-finite", "A stored floating-point value is NaN or infinite."),
         Rule(
             "duplicate-weights",
-            "The weights are stored again in another form, which no edit of the shards changes.",
+            "The checkpoint contains a second copy of the weights, which edits of the shards do not change.",
             "warning",
         ),
         Rule("signature", "The signature does not match the files."),

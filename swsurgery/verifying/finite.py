@@ -46,22 +46,23 @@ class FiniteScan:
             self._next += 1
 
     def list_findings(self) -> list[Finding]:
-        """Return one finding for each tensor that contains NaN or infinities: the first of them, and how many follow.
+        """Return one finding for each tensor that contains NaN or infinities.
 
-        If more than MAX_NONFINITE tensors do, the rest are only counted, in one more finding.
+        It gives the first such value and the number of the others. If there are more than MAX_NONFINITE such tensors,
+        one last finding gives the number of the remaining tensors.
         """
         found = []
         for name, (count, flat, data) in self._bad.items():
             info = self._shard.tensors[name]
             value = "NaN or infinite" if info.dtype.kind == "opaque" else str(dtypes.decode(info.dtype, data))
-            more = f", and {count - 1} more in this tensor are not finite" if count > 1 else ""
+            more = f", and {count - 1} more values in this tensor are not finite" if count > 1 else ""
             message = f"the value is {value} ({dtypes.format_bits(data)}){more}"
             found.append(Finding("non-finite", message, self._name, name, info.unflatten(flat)))
         if len(found) > MAX_NONFINITE:
             rest = len(found) - MAX_NONFINITE
             found = [
                 *found[:MAX_NONFINITE],
-                Finding("non-finite", f"{rest} more tensors of this file are not finite", self._name),
+                Finding("non-finite", f"{rest} more tensors of this file contain NaN or infinite values", self._name),
             ]
         return found
 
@@ -93,12 +94,12 @@ class FiniteScan:
 
 
 def _describe_words(dtype: Dtype) -> tuple[int, int, int, int | None] | None:
-    """Return (bytes per word, mask, lowest, highest): a masked word from lowest to highest is not finite.
+    """Return (bytes per word, mask, lowest, highest). A word is not finite if `lowest` <= word & mask <= `highest`.
 
     Returns None if every value of the dtype is finite. `highest` is None if there is no upper limit.
     """
     if dtype.name == "C64":
-        dtype = DTYPES["F32"]  # a C64 is two of these
+        dtype = DTYPES["F32"]  # a C64 consists of two F32 numbers
     if dtype.name == "F8_E8M0":
         return 1, 0xFF, 0xFF, None  # OCP MX 1.0, section 5.4.1: the scale with all bits set is NaN
     if not isinstance(dtype, FloatDtype):

@@ -116,7 +116,7 @@ def _name(manifest: ManifestLike) -> Path:
 def _convert_faults(error: ManifestError, path: Path) -> Iterator[Finding]:
     """Convert the faults of `load_manifest`, such as "m.yaml:3:5: unknown field", to findings.
 
-    Raises `error` if no fault has a position, because the file could then not be read.
+    Raises `error` if no fault has a position, which means that the file could not be read.
     """
     name = re.escape(escape_control(str(path)))
     matches = [re.fullmatch(rf"{name}(?::(\d+):(\d+))?: (.*)", fault, re.DOTALL) for fault in error.faults]
@@ -154,7 +154,7 @@ class _Reading:
         return self.loaded.manifest.edits
 
     def locate(self, *path: str | int) -> LinePlace:
-        """Return the position of a field, or of the edit or section that should contain it if it is missing."""
+        """Return the position of a field. If the field is missing, return that of the edit or section it belongs to."""
         return self.loaded.find_position(*path)
 
     @classmethod
@@ -217,7 +217,9 @@ def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
         swapped = fits and [field for field, *_ in wrong] == ["row"]
         for field, value, size in wrong:
             hint = "row and col look swapped" if swapped else "numbers start at 0"
-            message = f"edits[{number}].{field}: {value} is out of range: {model.hf_id} has {size} ({hint})"
+            message = (
+                f"edits[{number}].{field}: {value} is out of range: {model.hf_id} has {pluralise(size, field)} ({hint})"
+            )
             yield reading.locate("edits", number, field), message
 
 

@@ -58,8 +58,8 @@ def sign(
 ) -> Signed:
     """Sign every file of a checkpoint with a private key (PEM; P-256, P-384 or P-521).
 
-    `checkpoint` is a directory; one on the Hub must be downloaded first. The signature, in the format of OpenSSF Model
-    Signing, is written to the new file `signature`, by default model.sig in the checkpoint.
+    `checkpoint` is a directory; a checkpoint on the Hub must be downloaded first. The signature, in the format of
+    OpenSSF Model Signing, is written to the new file `signature`, by default model.sig in the checkpoint.
 
     Raises TypeError, HubError, CheckpointError; TargetError if the file `signature` exists; SwsurgeryError if the key
     cannot be used.
@@ -277,7 +277,9 @@ def _convert_os_errors(root: Path) -> Iterator[None]:
 
 
 def _find_links(root: Path) -> list[str]:
-    """Return a message for each link and special file, at most MAX_LISTED: their content is not in the directory.
+    """Return a message for each link and special file, at most MAX_LISTED. Neither can be signed.
+
+    The content of a link or of a special file is not in the directory, so it can change after signing.
 
     Raises CheckpointError if the directory does not exist, or is a snapshot of the Hugging Face cache, which
     consists of links.

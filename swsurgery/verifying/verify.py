@@ -101,7 +101,7 @@ class _Proof:
         return self.survival is None or self.survival.decided
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON document of the record's verification, extended by the other checks."""
+        """Return the JSON document of the proof from the record, with the results of the other checks added."""
         document = self.verification.to_json() if self.verification else {}
         if self.manifest is not None:
             document["manifest"] = {"path": str(self.manifest.path), "base": self.base and str(self.base)}
@@ -141,7 +141,7 @@ class _Proof:
         if self.survival is not None:
             yield from _describe_survival(self.survival)
         if self.signature is not None and not any(f.rule == "signature" for f in self.findings):
-            yield f"signature {self.signature} covers every file as it is"
+            yield f"signature {self.signature} covers every file, and no file was changed after signing"
         if self.finite and not any(f.rule == "non-finite" for f in self.findings):
             yield "finite    no stored floating-point value is NaN or infinite"
         for note in self.notes:
@@ -256,8 +256,8 @@ def _verify_with_manifest(
 def _read_record(root: Folder | RemoteTree, question: _Question) -> Patched | None:
     """Read the record. Returns None if there is none and a requested check works without it.
 
-    Raises SwsurgeryError for a signature without a public key, and CheckpointError if the record is damaged, or missing
-    and needed.
+    Raises SwsurgeryError for a signature without a public key. Raises CheckpointError if the record is damaged, or if
+    it is missing and every requested check needs it.
     """
     if (question.signature is None) != (question.public_key is None):
         raise SwsurgeryError("--signature and --public-key must be given together")
@@ -265,9 +265,9 @@ def _read_record(root: Folder | RemoteTree, question: _Question) -> Patched | No
 
 
 def _choose_weights(question: _Question, patched: Patched | None, loaded: LoadedManifest | None) -> _Question:
-    """Return the question with the choice of weights in the record or, without a record, in the manifest.
+    """Return the question with the weights that the record names or, without a record, that the manifest names.
 
-    Raises CheckpointError if the question names other weights.
+    Raises CheckpointError if the user chose other weights.
     """
     said = patched.record.base if patched else loaded.manifest.base if loaded else None
     if said is None:
@@ -413,7 +413,9 @@ def _describe_verification(verification: RecordProof) -> Iterable[str]:
     yield f"verified  {pluralise(verification.files - len(verification.unhashed), 'file')} with the record's sha256"
     if verification.proved:
         others = verification.unread or verification.unverified
-        put_back = "the rest" if others else f"with {pluralise(verification.edits, 'scalar')} put back, they"
+        put_back = (
+            "files not listed below" if others else f"with {pluralise(verification.edits, 'scalar')} put back, they"
+        )
         yield f"proved    {put_back} have the base's sha256"
     if verification.unread:
         names = ", ".join(verification.unread)
@@ -444,7 +446,7 @@ def _describe_survival(survived: Survival) -> Iterable[str]:
         aside = "" if c.held else f" (not counted: {c.status})"
         yield f"          {c.id:16} {describe_kept(c)}{aside}"
     if survived.rows:
-        yield f"          only the row is known of {', '.join(survived.rows)}"
+        yield f"          not read, because only the row is known: {', '.join(survived.rows)}"
     if not survived.decided:
         yield "          none of them could be compared, so the answer is neither yes nor no"
 

@@ -203,7 +203,7 @@ def test_swapped_row_and_col_are_named(tmp_path):
     path.write_text(text(LLAMA, "op: protect, layer: 2, row: 7003, col: 3968"))
     (finding,) = lint_manifest(path)
     assert finding.message == (
-        "edits[0].row: 7003 is out of range: huggyllama/llama-7b has 4096 (row and col look swapped)"
+        "edits[0].row: 7003 is out of range: huggyllama/llama-7b has 4096 rows (row and col look swapped)"
     )
 
 
