@@ -1,10 +1,11 @@
 """Edit files of a directory in place, so that after any fault either all new bytes or all old bytes are stored.
 
-A journal with the old and the new bytes is synced before the first write and removed after the last write is synced.
-`opening.held`, by which every directory is entered, restores the old bytes first (`recover`). All paths are relative to
-one descriptor of the directory, and each shard is opened once. Bytes that are neither old nor new were written by
-another program: they are reported and never overwritten. This module knows splices and files. It must not depend on
-what the bytes mean or decide whether they may be changed.
+The journal is a file with the old and the new bytes. It is synced before the first write and removed after the last
+write is synced. If an edit was interrupted, `opening.held` restores the old bytes (`recover`) before anything else
+uses the directory. All paths are relative to one descriptor of the directory, and each shard is opened once. Bytes that
+are neither old nor new were written by another program: they are reported and never overwritten.
+
+The writes are given as splices. This module must not interpret the bytes or decide whether they may be changed.
 """
 
 from __future__ import annotations
@@ -30,22 +31,26 @@ from swsurgery.storage.strict_json import read_small
 _log = logging.getLogger(__name__)
 
 ROOM_BYTES = 1 << 20
-"""Bytes reserved for restoring the old bytes, in addition to two blocks for each block that is written to.
+"""Disk space in bytes that is reserved for restoring the old bytes, in addition to two blocks for each edited block.
 
 File systems that copy on write need free space for every write.
 """
 
 JOURNAL_BLOCK = 4096
-"""The size in bytes of a block of the file system."""
+"""The size of a file system block in bytes, as assumed when the space to reserve is computed."""
 
 
 class OpenShard:
-    """A shard that is open for reading and writing, with its identity after this run's last write."""
+    """A shard that is open for reading and writing.
+
+    `identity` is the identity of the file after the last write of this run. If it differs later, another program
+    changed the file.
+    """
 
     def __init__(self, entry: Entry):
-        """Open the entry for writing.
+        """Open the file of a directory entry for writing.
 
-        Raises TargetError if it cannot be written, CheckpointError if it is not the file that was listed.
+        Raises TargetError if it cannot be written, CheckpointError if the file was replaced after it was listed.
         """
         self.entry = entry
         with filesystem.convert_os_errors(entry):
@@ -54,19 +59,19 @@ class OpenShard:
 
     @property
     def file(self) -> LocalFile:
-        """The open file, for reading."""
+        """The open shard as a file to read from."""
         return LocalFile(self.entry, self.fd)
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the descriptor of the shard."""
         os.close(self.fd)
 
     def settle(self) -> None:
-        """Record the file's identity after this run's own writes."""
+        """Set `identity` to the present identity of the file. To be called after each write of this run."""
         self.identity = Identity.of(os.fstat(self.fd))
 
     def refuse_changed(self) -> None:
-        """Raise CheckpointError if another program changed the file or gave its name to another file."""
+        """Raise CheckpointError if another program changed, removed or replaced the file."""
         try:
             named = Identity.of(self.entry.stat())
         except OSError as error:
@@ -77,13 +82,16 @@ class OpenShard:
             raise _make_change_error("was changed", self.entry)
 
     def refuse_unlike(self, place: JournalPlace, wanted: bytes) -> None:
-        """Raise CheckpointError if the file does not have the bytes `wanted` at this place."""
+        """Raise CheckpointError if the file does not contain the bytes `wanted` at the offset of `place`."""
         if read_exactly(self.file, len(wanted), place.offset) != wanted:
             raise _make_change_error(f"was changed at byte {place.offset}", self.entry)
 
 
 def _make_change_error(what: str, where: object) -> CheckpointError:
-    """Return the error for a file or directory that another program changed."""
+    """Return the error for a file or directory `where` that another program changed.
+
+    `what` is the change, such as "was removed".
+    """
     what = f"{what} by another program while it was edited in place"
     return CheckpointError(what, where, "run again when no other program writes there")
 
@@ -97,14 +105,15 @@ def apply_splices(
     reverts: bool = False,
     mode: int = 0o600,
 ) -> Iterator[dict[str, bytes | None]]:
-    """Apply the splices to the open `shards` during the block, and undo them if it raises an exception.
+    """Apply the splices to the open `shards` before the `with` block, and undo them if the block raises an exception.
 
-    Yields a dict that the block fills with the new contents of swsurgery's own files (name -> bytes, None to remove the
-    file); they are written when the block ends without an exception. These files and the journal get the permissions
-    `mode`, reduced by the umask. The caller must hold the directory's exclusive lock.
+    Yields an empty dict. The block fills it with the new contents of swsurgery's own files, such as swsurgery.json
+    (name -> bytes, or None to remove the file). They are written when the block ends without an exception. These files
+    and the journal get the permissions `mode`, reduced by the umask. `reverts` is True if the splices undo an earlier
+    edit; messages then say so. The caller must hold the directory's exclusive lock.
 
-    Raises TargetError; CheckpointError if another program changes the directory meanwhile, and then leaves the bytes
-    that the other program wrote.
+    Raises TargetError if the directory cannot be written. Raises CheckpointError if another program changes the
+    directory meanwhile; the bytes that the other program wrote are then left as they are.
     """
     own: dict[str, bytes | None] = {}
     journal = _build_journal(folder, shards, splices, reverts)
@@ -148,27 +157,31 @@ def apply_splices(
 
 
 def _describe_result(folder: Folder, reverts: bool) -> str:
-    """Report that the edit, or its reversal, is complete."""
+    """Return the message that the edit of a directory, or its reversal, is complete."""
     return f"{'the base was put back' if reverts else 'the edit was made'}: {folder}"
 
 
 def _finish(folder: Folder, reverts: bool, error: BaseException) -> None:
-    """Report that the edit was made although an exception followed it. Raises Interrupted, TargetError."""
+    """Report that the edit was made, although `error` was raised after its last step.
+
+    Raises TargetError if the directory cannot be synced, and Interrupted if `error` is an Interrupted.
+    """
     report_done(_describe_result(folder, reverts))
     try:
         filesystem.sync_directory(folder)
     except OSError as failed:
         reason = os.strerror(failed.errno or 0)
         what = f"{_describe_result(folder, reverts)}, but a power cut could still undo it ({reason})"
-        raise TargetError(what, remedy="see to the disk, then run the same command again") from error
+        raise TargetError(what, remedy="repair or replace the disk, then run the same command again") from error
     if isinstance(error, Interrupted):
         raise error.replace_left(_describe_result(folder, reverts)) from None
 
 
 def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal, error: BaseException) -> None:
-    """Undo the writes of this run.
+    """Undo the writes of this run after the exception `error`.
 
-    Raises Interrupted with a message about the undoing if a signal was the cause; TargetError if undoing fails.
+    Bytes that another program wrote are left, with a warning. Raises TargetError if undoing fails. If `error` is an
+    Interrupted, raises an Interrupted whose message tells whether the old bytes were restored.
     """
     begun = filesystem.is_there(folder / JOURNAL)
     files = [_Held(shards[name].fd, folder / name, file, writable=True) for name, file in journal.files.items()]
@@ -182,25 +195,26 @@ def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal
         raise
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        _log.warning("left as another program wrote it: %s%s", left[0], more)
+        _log.warning("not restored, because another program wrote to it: %s%s", left[0], more)
     if begun and isinstance(error, Interrupted):
         raise error.replace_left("the old bytes were put back") from None
 
 
 def is_pending(folder: Folder) -> bool:
-    """Return True if an edit in place was interrupted in this directory, or is going on.
+    """Return True if an edit in place was interrupted in this directory, or is running now.
 
-    Raises TargetError if this cannot be determined.
+    Raises TargetError if the directory cannot be read.
     """
     return any(filesystem.is_there(folder / name) for name in WORKING_FILES)
 
 
 def recover(folder: Folder, *, moved: bool = False) -> Journal | None:
-    """Undo an edit in place that was interrupted, remove its working files, and return its journal, if it has one.
+    """Undo an interrupted edit in place, remove its working files, and return its journal.
 
-    The caller must hold the directory's exclusive lock. `moved` also accepts a journal that was copied with its
-    directory. Raises TargetError if the directory cannot be written; CheckpointError if the journal is damaged or does
-    not match the files.
+    Returns None if no edit was interrupted, or if one was interrupted before its journal was complete. The caller must
+    hold the directory's exclusive lock. If `moved` is True, a journal is also accepted if it was copied together with
+    its directory. Raises TargetError if the directory cannot be written. Raises CheckpointError if the journal is
+    damaged or does not match the files, or if another program changed the files after the interruption.
     """
     if not is_pending(folder):
         return None
@@ -217,7 +231,7 @@ def recover(folder: Folder, *, moved: bool = False) -> Journal | None:
 def _build_journal(
     folder: Folder, shards: Mapping[str, OpenShard], splices: Sequence[Splice], reverts: bool
 ) -> Journal:
-    """Build the journal of an edit that has not begun."""
+    """Build the journal of an edit from its splices, before the first write. Reads swsurgery's own files."""
     files = {}
     for name, mine in sorted(group_by_file(splices).items()):
         identity = shards[name].identity
@@ -227,7 +241,10 @@ def _build_journal(
 
 
 def _join_splices(splices: list[Splice]) -> list[JournalPlace]:
-    """Join adjacent splices into one place each. The splices must be sorted by offset."""
+    """Return the places of a shard that the splices change: adjacent splices become one place.
+
+    The splices must be sorted by offset.
+    """
     places: list[list[Splice]] = []
     for splice in splices:
         if places and places[-1][-1].end == splice.offset:
@@ -238,9 +255,12 @@ def _join_splices(splices: list[Splice]) -> list[JournalPlace]:
 
 
 def _write(shard: OpenShard, places: list[JournalPlace]) -> None:
-    """Write the new bytes of the places and sync them."""
+    """Write the new bytes of the edited places of a shard, and sync the shard.
+
+    Raises CheckpointError if another program changed the shard.
+    """
     # If blocks are shared with a clone, a write needs new blocks and fails on a full disk. Writing the old bytes first
-    # allocates them while nothing has changed yet.
+    # allocates the new blocks while the file still has its old contents.
     for data in ("old", "new"):
         shard.refuse_changed()
         for place in places:
@@ -251,7 +271,10 @@ def _write(shard: OpenShard, places: list[JournalPlace]) -> None:
 
 
 def _refuse_disturbed(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal) -> None:
-    """Raise CheckpointError if another program changed the directory, a shard or one of swsurgery's own files."""
+    """Raise CheckpointError if another program moved the directory or changed a file of this edit.
+
+    The files are the edited shards and swsurgery's own files.
+    """
     for name, file in journal.files.items():
         shards[name].refuse_changed()
         for place in file.places:
@@ -268,12 +291,15 @@ def _refuse_disturbed(folder: Folder, shards: Mapping[str, OpenShard], journal: 
 
 
 def _read_own(folder: Folder, name: str) -> bytes | None:
-    """Read one of swsurgery's own files; None if it does not exist."""
+    """Return the bytes of one of swsurgery's own files, such as swsurgery.json; None if it does not exist."""
     return read_small(LocalFile(folder / name), name, MAX_JOURNAL) if filesystem.is_there(folder / name) else None
 
 
 def _classify_own_file(folder: Folder, journal: Journal, name: str) -> str:
-    """Return "old", "new" or "foreign" for the present contents of one of swsurgery's own files."""
+    """Return "old", "new" or "foreign" for the present contents of one of swsurgery's own files.
+
+    "foreign" means that another program wrote the contents.
+    """
     data = _read_own(folder, name)
     if data == journal.own[name]:
         return "old"
@@ -288,20 +314,20 @@ def _put(folder: Folder, name: str, data: bytes | None, mode: int) -> None:
     if data is None:
         filesystem.remove_file(folder / name)
     else:
-        with contextlib.suppress(FileNotFoundError):  # a file with fewer permissions keeps them
+        with contextlib.suppress(FileNotFoundError):  # an existing file gets no permissions that it does not have
             mode &= (folder / name).stat().st_mode & 0o777 | 0o600
         filesystem.replace_file(folder / name, data, folder / f".{name}.new", mode)
 
 
 def _read_journal(folder: Folder) -> Journal | None:
-    """Read the journal; None if the directory has none. Raises CheckpointError."""
+    """Return the journal of a directory; None if it has no journal. Raises CheckpointError if it is damaged."""
     path = folder / JOURNAL
     return parse_journal(read_small(LocalFile(path), JOURNAL, MAX_JOURNAL), path) if filesystem.is_there(path) else None
 
 
 @dataclass(frozen=True)
 class _Held:
-    """An open file that a journal describes. `writable` is True if `fd` is open for writing too."""
+    """An open shard that the journal describes. `writable` is True if its descriptor `fd` also permits writing."""
 
     fd: int
     path: Entry
@@ -310,23 +336,24 @@ class _Held:
 
     @property
     def opened(self) -> LocalFile:
-        """The open file, for reading."""
+        """The open shard as a file to read from."""
         return LocalFile(self.path, self.fd)
 
     def foreign(self) -> Iterator[JournalPlace]:
-        """Yield the places that have a byte that is neither the old nor the new one.
+        """Yield the places to which another program wrote: one of their bytes is neither the old nor the new byte.
 
-        Old and new bytes may be mixed within one place after a power cut.
+        A place may contain both old and new bytes after a power cut.
         """
         for place in self.file.places:
             if not place.is_ours(read_exactly(self.opened, len(place.old), place.offset)):
                 yield place
 
     def put_back(self) -> None:
-        """Restore the old bytes and sync the file.
+        """Restore the old bytes of the shard and sync it.
 
-        Writes only the places that differ: after a full disk or a file that cannot be written, all bytes may be old
-        already. Syncs even if nothing differs, because an earlier write may not have reached the disk.
+        Only places that differ from the old bytes are written, so a shard in which nothing differs need not be
+        writable. It is synced even then, because an earlier write may not have reached the disk. Places to which
+        another program wrote are left.
         """
         target = self.fd if self.writable else None
         filesystem.drop_cache(self.fd)  # after a failed fsync the cache may hold old bytes that never reached the disk
@@ -342,7 +369,7 @@ class _Held:
                 os.close(target)
 
     def _reopen(self) -> int:
-        """Open the same file for writing."""
+        """Open the shard for writing and return the descriptor. Raises CheckpointError if the shard was replaced."""
         fd = filesystem.open_for_patching(self.path)
         if not os.path.samestat(os.fstat(fd), os.fstat(self.fd)):
             os.close(fd)
@@ -351,9 +378,9 @@ class _Held:
 
 
 def _open_files(folder: Folder, journal: Journal, moved: bool, opened: contextlib.ExitStack) -> list[_Held]:
-    """Open the files of the journal for reading; `opened` closes them.
+    """Open the shards that the journal describes for reading. `opened` closes them.
 
-    Raises CheckpointError if they are not the files that the journal describes.
+    `moved` is as for `recover`. Raises CheckpointError if a shard is not the file that the journal describes.
     """
     files = []
     for name, file in journal.files.items():
@@ -364,13 +391,17 @@ def _open_files(folder: Folder, journal: Journal, moved: bool, opened: contextli
             what = "an edit in place was cut off before this directory was copied here"
             raise CheckpointError(what, folder, f"to put the old bytes back, run: swsurgery revert {folder}")
         if status.st_size != file.size or any(p.offset + len(p.old) > file.size for p in file.places):
-            raise CheckpointError("it is not the file that the journal speaks of", folder / name)
+            what = "the file does not match the journal of the interrupted edit"
+            raise CheckpointError(what, folder / name)
         files.append(_Held(fd, folder / name, file))
     return files
 
 
 def _refuse_foreign(folder: Folder, journal: Journal | None, files: list[_Held]) -> None:
-    """Raise CheckpointError if recovery would overwrite bytes that this edit did not write."""
+    """Raise CheckpointError if another program wrote to the edited places or to swsurgery's own files.
+
+    Recovery would overwrite what the other program wrote.
+    """
     found: list[object] = []
     for file in files:
         filesystem.drop_cache(file.fd)
@@ -380,22 +411,22 @@ def _refuse_foreign(folder: Folder, journal: Journal | None, files: list[_Held])
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise CheckpointError(
-            "an edit in place was cut off, and another program has written since to what it edited",
+            "an edit in place was cut off, and another program has written to the edited files since",
             f"{found[0]}{more}",
-            f"restore the files from the base, or keep them as they are by removing {folder / JOURNAL}",
+            f"restore the files from the base, or remove {folder / JOURNAL} to keep them as they are",
         )
 
 
 def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -> None:
-    """Restore the old contents of the directory, and remove the journal last.
+    """Restore the old contents of the directory's files, remove the working files, and remove the journal last.
 
-    Raises TargetError and keeps the journal if a step fails.
+    If a step fails, keeps the journal and raises TargetError, or CheckpointError if another program replaced a shard.
     """
     modes = (os.fstat(file.fd).st_mode for file in files)
     mode = functools.reduce(operator.and_, modes, 0o666) | 0o600
     try:
         with filesystem.convert_os_errors(folder):
-            filesystem.remove_file(folder / ROOM)  # first, since restoring may need its space
+            filesystem.remove_file(folder / ROOM)  # first, because restoring may need the reserved space
             for file in files:
                 file.put_back()
             for name in WORKING_FILES[1:]:
@@ -410,5 +441,5 @@ def _put_all_back(folder: Folder, journal: Journal | None, files: list[_Held]) -
     except CheckpointError:
         raise
     except SwsurgeryError as error:
-        remedy = f"{error}; its journal is kept, and the next command tries again"
+        remedy = f"{error}; the journal of the edit is kept, and the next command tries again"
         raise TargetError("an edit in place was cut off and could not be undone yet", folder, remedy) from error

@@ -1,8 +1,9 @@
 """Render and parse the journal of an edit in place: version 2 is written, versions 1 and 2 are read.
 
-Version 2 is a line of JSON, followed by the old contents of swsurgery's own files and by the sha256 of all that in
-hexadecimal. Version 1, which swsurgery 0.1.0 wrote, is a line of JSON and its sha256; it has the own files in base64,
-and does not contain the new bytes. This module must not open files.
+The journal contains what is needed to undo the edit. Version 2 consists of a line of JSON, the old contents of
+swsurgery's own files (such as swsurgery.json), and the sha256 of these two parts in hexadecimal. Version 1, which
+swsurgery 0.1.0 wrote, is a line of JSON and its sha256. That line contains the old contents of swsurgery's own files
+in base64, and only the old bytes of the shards, not the new ones. This module must not open files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from swsurgery.storage.schema import Position, Strict, Version, require_whole_nu
 from swsurgery.storage.strict_json import parse_json
 
 MAX_JOURNAL = 256 << 20
-"""Maximum size in bytes: a line of at most 32 MB, and the old contents of swsurgery's own files."""
+"""Maximum size of a journal in bytes. Its JSON line may have at most 32 MB; the rest is for the old contents of
+swsurgery's own files."""
 
 Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
 Name = Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
@@ -37,14 +39,21 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class JournalPlace:
-    """Consecutive bytes of a file before and after the edit; `new` is None in a journal of version 1."""
+    """Consecutive bytes of a shard before and after the edit.
+
+    `offset` counts bytes from the start of the file. `new` is None in a journal of version 1, which lacks the new
+    bytes.
+    """
 
     offset: int
     old: bytes
     new: bytes | None
 
     def is_ours(self, now: bytes) -> bool:
-        """Return True if every byte of `now` has its old or its new value, or if the new values are unknown."""
+        """Return True if each of the present bytes `now` has its old or its new value, so no other program wrote here.
+
+        Always True in a journal of version 1, which lacks the new values.
+        """
         if self.new is None or now in (self.old, self.new):
             return True
         return all(a in (b, c) for a, b, c in zip(now, self.old, self.new, strict=True))
@@ -52,7 +61,7 @@ class JournalPlace:
 
 @dataclass(frozen=True)
 class JournalFile:
-    """One edited file: its inode, its size in bytes, and the edited places in rising order without overlap."""
+    """One edited shard: its inode, its size in bytes, and its edited places, sorted by offset without overlap."""
 
     inode: int
     size: int
@@ -63,10 +72,13 @@ class JournalFile:
 class Journal:
     """Everything needed to restore a directory to its state before an edit in place.
 
-    `own` maps swsurgery's own files to their old contents, None for a file that did not exist. `made` maps them to the
-    digests of their new contents, None for a file that is removed; it is None until the new contents are known, and
-    none of these files is written before. `inode` belongs to the directory: it identifies a journal that was copied
-    with its directory and describes other files. `reverts` is True if the interrupted run was a `revert`.
+    `files` maps the names of the edited shards to their old and new bytes. `own` maps the names of swsurgery's own
+    files to their old contents, or to None for a file that did not exist. `made` maps these names to the digests of the
+    new contents, or to None for a file that is removed. While the new contents are unknown, `made` is None, and none of
+    swsurgery's own files has been written.
+
+    `inode` is that of the directory. If the directory has another inode now, it was copied together with the journal,
+    and the inodes in `files` are those of the original files. `reverts` is True if the run was a `revert`.
     """
 
     version: Literal[1, 2]
@@ -77,14 +89,14 @@ class Journal:
     made: dict[str, str | None] | None = None
 
     def list_blocks(self, size: int) -> int:
-        """Count the blocks of `size` bytes that the edit writes to."""
+        """Return the number of file system blocks, each of `size` bytes, to which the edit writes."""
         return sum(
             len({b for p in file.places for b in range(p.offset // size, (p.offset + len(p.old) - 1) // size + 1)})
             for file in self.files.values()
         )
 
     def render(self) -> bytes:
-        """Render the journal in version 2."""
+        """Return the bytes of the journal's file, in version 2 of the format."""
         files = {
             name: {
                 "inode": file.inode,
@@ -149,13 +161,16 @@ class _Head2(Strict):
 
 
 def parse_journal(raw: bytes, path: Entry) -> Journal:
-    """Parse a journal of either version. Raises CheckpointError if it is damaged, invalid or too large."""
+    """Parse the bytes `raw` of a journal of version 1 or 2.
+
+    `path` is named in messages. Raises CheckpointError if the journal is damaged, invalid or too large.
+    """
     if len(raw) > MAX_JOURNAL:
-        what = f"the journal would have more than the {MAX_JOURNAL} bytes accepted"
-        raise CheckpointError(what, path, "use apply -o")
+        what = f"the edit is too large to be done in place: its journal would have more than {MAX_JOURNAL} bytes"
+        raise CheckpointError(what, path, "write a patched copy with apply -o")
     body = memoryview(raw)[:-65]
     if raw[-65:] != hashlib.sha256(body).hexdigest().encode() + b"\n":
-        remedy = "restore the directory, or hold it against the base with swsurgery diff"
+        remedy = "restore the directory from the base, or compare it with the base by swsurgery diff"
         raise CheckpointError("the journal of an edit in place is damaged", path, remedy)
     line = raw[: raw.find(b"\n", 0, len(body)) + 1] or bytes(body)
     document = parse_json(line, JOURNAL)
@@ -166,15 +181,18 @@ def parse_journal(raw: bytes, path: Entry) -> Journal:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"is not a sound journal: {place}: {first['msg']}", path) from None
+        raise CheckpointError(f"is not a valid journal: {place}: {first['msg']}", path) from None
     except ValueError as error:
-        raise CheckpointError(f"is not a sound journal: {error}", path) from None
+        raise CheckpointError(f"is not a valid journal: {error}", path) from None
 
 
 def _build_version_1(head: _Head1, alone: bool) -> Journal:
-    """Build a journal of version 1; `alone` is True if nothing follows its line. Raises ValueError."""
+    """Build a journal of version 1 from its JSON line.
+
+    `alone` is True if the digest follows the JSON line immediately. Raises ValueError if it does not.
+    """
     if not alone:
-        raise ValueError("something follows its line")
+        raise ValueError("there are bytes between the JSON line and the digest")
     files = {
         name: JournalFile(f.inode, f.size, [JournalPlace(p.offset, bytes.fromhex(p.old), None) for p in f.places])
         for name, f in head.files.items()
@@ -184,10 +202,14 @@ def _build_version_1(head: _Head1, alone: bool) -> Journal:
 
 
 def _build_version_2(head: _Head2, rest: memoryview) -> Journal:
-    """Build a journal of version 2; `rest` is what follows its line, without the digest. Raises ValueError."""
+    """Build a journal of version 2 from its JSON line and the bytes after that line.
+
+    `rest` is the part between the JSON line and the digest: the old contents of swsurgery's own files, joined in the
+    order of the files' names. Raises ValueError if the sizes in the JSON line do not fit these bytes.
+    """
     files = {name: JournalFile(f.inode, f.size, _build_places(f)) for name, f in head.files.items()}
     if set(head.own) != set(OWN_FILES):
-        raise ValueError("it does not speak of each of swsurgery's own files")
+        raise ValueError(f"`own` must name these files and no others: {', '.join(OWN_FILES)}")
     own: dict[str, bytes | None] = {}
     at = 0
     for name in sorted(head.own):
@@ -195,20 +217,23 @@ def _build_version_2(head: _Head2, rest: memoryview) -> Journal:
         own[name] = None if size is None else bytes(rest[at : at + size])
         at += size or 0
     if at != len(rest):
-        raise ValueError(f"{len(rest)} bytes follow its line, not {at}")
+        raise ValueError(f"there are {len(rest)} bytes between the JSON line and the digest, but there should be {at}")
     return Journal(2, head.reverts, head.inode, files, own, head.made)
 
 
 def _build_places(file: _File2) -> list[JournalPlace]:
-    """Divide the bytes of a file into its places. Raises ValueError."""
+    """Divide the old and the new bytes of a shard into its edited places.
+
+    Raises ValueError if the sizes of the places do not fit the bytes, or the places overlap or are not sorted.
+    """
     old, new = bytes.fromhex(file.old), bytes.fromhex(file.new)
     total = sum(file.sizes)
     if len(file.offsets) != len(file.sizes) or not total == len(old) == len(new):
-        raise ValueError("its places have another number of bytes than its bytes")
+        raise ValueError("the offsets, sizes, old bytes and new bytes of a file do not fit together")
     places, at = [], 0
     for offset, size in zip(file.offsets, file.sizes, strict=True):
         places.append(JournalPlace(offset, old[at : at + size], new[at : at + size]))
         at += size
     if any(a.offset + len(a.old) > b.offset for a, b in pairwise(places)):
-        raise ValueError("its places do not rise, or overlap")
+        raise ValueError("the places of a file overlap or are not sorted by offset")
     return places

@@ -1,11 +1,12 @@
 """Find the stored tensor of a layer's down projection, and convert between coordinates and short forms.
 
-Papers report a super weight as layer, row and col (arXiv:2411.07191, table 2), and in a mixture of experts with the
-number of the expert. Row is the output channel, a position in the residual stream; col is the intermediate neuron.
-This module converts that short form to a `Coordinate`, the name and index under which the scalar is *stored*, and back.
+Papers report a super weight in short form: as layer, row and col (arXiv:2411.07191, table 2), and in a mixture of
+experts also by the number of the expert. Row is the output channel of the down projection, a position in the residual
+stream. Col is its input, the intermediate neuron. This module converts the short form to a `Coordinate`, which consists
+of the tensor's name and the index under which the scalar is *stored*, and it converts a `Coordinate` back.
 
-The table in architectures.py lists the possible names and axes. This module must not read files or import torch or
-transformers: it takes config.json as a mapping, and the name and shape of each tensor.
+The table in architectures.py lists the possible names and axes of the tensors. This module must not read files or
+import torch or transformers. Its functions receive config.json as a mapping, and the name and shape of each tensor.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ from swsurgery.errors import ArchitectureError
 from swsurgery.storage.coordinate import Coordinate
 
 _BY_NAME = "name the scalar by tensor and index instead"
-"""The remedy in most messages of this module."""
+"""The remedy in most error messages of this module."""
 
 _Match: TypeAlias = tuple[Family, Layout, int, ExpertChoice]
-"""The reading of a tensor's name as a down projection: its family, layout, layer and expert."""
+"""What a tensor's name says if it is the name of a down projection: the family, the layout, the layer and the expert.
+The expert is None in a dense layer, and in a tensor that stacks all experts."""
 
 
 @dataclass(frozen=True)
 class DownProjection:
     """One down projection as stored, with `rows` output channels and `cols` intermediate neurons.
 
-    `axes` names the axes of the stored tensor in order.
+    `axes` names the axes of the stored tensor in order, such as "expert row col".
     """
 
     layer: int
@@ -53,25 +55,27 @@ class DownProjection:
 
     @property
     def transposed(self) -> bool:
-        """True if the tensor is stored as [..., col, row]."""
+        """True if the last two axes of the stored tensor are [col, row] instead of [row, col]."""
         return self.axes.endswith("col row")
 
     @property
     def expert_axis(self) -> int | None:
-        """The axis that counts experts; None if the tensor does not stack experts."""
+        """The axis of the tensor that counts experts, which is 0; None if the tensor does not stack experts."""
         return 0 if "expert" in self.axes else None
 
     def find_index(self, row: int, col: int) -> tuple[int, ...]:
-        """Return the index of (row, col) in the stored shape."""
+        """Return the index of the scalar (row, col) in the stored tensor, such as (expert, col, row)."""
         return _encode(self.axes, row, col, self.expert)
 
 
 def locate(
     config: Mapping[str, Any], shapes: Shapes, *, layer: int, row: int, col: int, expert: ExpertChoice = None
 ) -> Coordinate:
-    """Find the stored scalar that multiplies neuron `col` of `layer` and contributes to residual channel `row`.
+    """Return the coordinate of a scalar that is given in short form.
 
-    `config` is config.json. Raises ArchitectureError as `find_down_projection` does, and if row or col is out of range.
+    The scalar multiplies the intermediate neuron `col` of `layer`, and the product is added to channel `row` of the
+    residual stream. `config` is config.json. Raises ArchitectureError if `row` or `col` is out of range, or if
+    `find_down_projection` raises it.
     """
     projection = find_down_projection(config, shapes, layer, expert)
     faults = [
@@ -92,15 +96,18 @@ def locate(
 def find_down_projection(
     config: Mapping[str, Any], shapes: Shapes, layer: int, expert: ExpertChoice = None
 ) -> DownProjection:
-    """Find one down projection by config.json and the names of the stored tensors.
+    """Find the down projection of a layer, or of one expert in the layer, among the stored tensors.
 
-    Raises ArchitectureError if no known name is stored, the layer is out of range, `expert` is missing, superfluous or
-    out of range, the tensor is packed, or its shape does not fit the hidden size in config.json.
+    `config` is config.json. Raises ArchitectureError in these cases: no tensor has a known name of this down
+    projection, or several have one; the layer is out of range; `expert` is missing in a mixture of experts, given for a
+    dense layer, or out of range; the tensor is packed; the shape does not fit the hidden size in config.json, or does
+    not tell rows from columns.
     """
     families = _get_families(config)
     limit = read_layer_limit(config)
     names = _list_stored_names(families, shapes, layer, expert)
-    # More layers may be stored than config.json states: DeepSeek-V3 stores its token-prediction module as layer 61.
+    # More layers may be stored than config.json states. DeepSeek-V3 stores its token-prediction module as layer 61,
+    # although config.json states 61 layers (0 to 60).
     if not names or (limit is not None and layer >= limit):
         raise _explain_missing(config, families, shapes, layer, expert)
     for name in names:
@@ -119,7 +126,8 @@ def find_down_projection(
 def list_down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator[DownProjection]:
     """Find all down projections, sorted by layer and within a layer in the order dense, expert 0, 1, ..., shared.
 
-    Layers without one are skipped. Raises ArchitectureError if no layer has one, or as `find_down_projection` does.
+    Layers without a down projection are skipped. Raises ArchitectureError if no layer has a down projection, or if
+    `find_down_projection` raises it for one of them.
     """
     families = _get_families(config)
     limit = read_layer_limit(config)
@@ -130,7 +138,7 @@ def list_down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator
                 continue
             if "expert" in layout.axes:
                 shape = shapes[tensor]
-                # The shape of an empty tensor may state any number of experts, so it counts as none.
+                # The header of an empty tensor may state any number of experts, so it counts as zero experts.
                 found.update((layer, number) for number in range(shape[0] if shape and all(shape) else 0))
             else:
                 found.add((layer, expert))
@@ -142,7 +150,10 @@ def list_down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator
 def find_short_form(
     config: Mapping[str, Any], shapes: Shapes, coordinate: Coordinate
 ) -> tuple[int, int, int, ExpertChoice] | None:
-    """Return (layer, row, col, expert) of a stored scalar, None if it has no short form; the inverse of `locate`."""
+    """Return the short form (layer, row, col, expert) of a stored scalar: the inverse of `locate`.
+
+    Returns None if the scalar does not exist, or if it is not part of a down projection that can be found.
+    """
     shape = shapes.get(coordinate.tensor, ())
     if len(coordinate.index) != len(shape) or not all(0 <= i < n for i, n in zip(coordinate.index, shape, strict=True)):
         return None
@@ -163,24 +174,25 @@ def find_short_form(
 def list_loaded_candidates(
     config: Mapping[str, Any], coordinate: Coordinate, shapes: Shapes | None = None
 ) -> tuple[Coordinate, ...]:
-    """List the names and indices under which a model loaded by transformers may contain a stored scalar, best first.
+    """List the names and indices under which a model loaded by transformers may contain a stored scalar.
 
     The caller looks up each name in `model.named_parameters(remove_duplicate=False)` (a tied tensor has two names) and
-    takes the first that exists. The order is: the stored name, the same name under other prefixes, and the position in
-    the stacked experts of transformers >= 5. For tensors other than down projections only the prefix varies; tensors
-    that transformers fuses are not found.
+    takes the first that exists. The list begins with the stored name. It continues with the same name under other
+    prefixes, and with the position in the stacked experts of transformers >= 5. For a tensor that is not a down
+    projection, only the prefix varies. Tensors that transformers joins into one while loading are not found.
 
-    `shapes` is needed only if a family stores one name in two orientations (Qwen3-VL-MoE). Raises ArchitectureError if
-    the orientation cannot be decided.
+    `shapes` is needed only if a family stores tensors of one name in two orientations (Qwen3-VL-MoE). Raises
+    ArchitectureError if the orientation cannot be decided.
     """
     families = _get_families(config)
     tensor, index = coordinate
     matches = _list_loaded_matches(config, families, coordinate, shapes)
     transposed = [layout.stored_only for _, layout, _, _ in matches]
     if any(transposed) and not all(transposed):
-        raise ArchitectureError("its orientation is not known by name alone", tensor, "give the stored shapes")
+        what = "the name of the tensor does not tell whether it is stored as [row, col] or [col, row]"
+        raise ArchitectureError(what, tensor, "give the stored shapes")
 
-    # A tensor that is transposed while loading keeps its name, so its stored index would name another scalar.
+    # A tensor that is transposed while loading keeps its name, but the stored index would name another scalar of it.
     candidates = [] if any(transposed) else [coordinate]
     for family, layout, layer, named_expert in matches:
         row, col, expert = _decode(layout.axes, index, named_expert)
@@ -201,9 +213,9 @@ def list_loaded_candidates(
 def _list_loaded_matches(
     config: Mapping[str, Any], families: tuple[Family, ...], coordinate: Coordinate, shapes: Shapes | None
 ) -> list[_Match]:
-    """Return the readings of a stored scalar that its number of axes and its stored shape allow.
+    """Return the layouts that agree with the length of a coordinate's index and with the stored shape of its tensor.
 
-    Raises ArchitectureError if the shape fits none of them, or several of a known family.
+    Raises ArchitectureError if the shape agrees with no layout, or with several layouts of a known family.
     """
     tensor, index = coordinate
     matches = [m for m in _list_matches(families, tensor) if len(m[1].axes.split()) == len(index)]
@@ -211,13 +223,13 @@ def _list_loaded_matches(
         return matches
     layouts = [layout for _, layout, _, _ in matches]
     if not _get_known_families(config) and len(_list_fitting_axes(config, shapes[tensor], layouts)) > 1:
-        return []  # tensors of an unknown family are taken to keep their index when they are loaded
+        return []  # of an unknown family, transformers is assumed to load every tensor in its stored orientation
     axes = _find_orientation(config, tensor, shapes[tensor], layouts)
     return [m for m in matches if m[1].axes == axes]
 
 
 def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the possible prefixes of stored and loaded tensors: "model.", "language_model.model." and so on."""
+    """Return the prefixes that names of stored and loaded tensors may have, such as "model." and "text_model."."""
     return tuple(dict.fromkeys(prefix for family in _get_families(config) for prefix in family.prefixes))
 
 
@@ -225,16 +237,17 @@ def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _get_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
-    """Return the family of the model type in config.json, or all families if the model type is unknown.
+    """Return the families of the model type in config.json, or all families if the model type is unknown.
 
-    With all families, the names of the tensors decide. An unknown encoder-decoder has none, since "layer 3" does not
-    identify one of its two stacks.
+    If all families are returned, the names of the tensors decide between them. An encoder-decoder of unknown type has
+    no family, because "layer 3" may be a layer of the encoder or of the decoder.
     """
     if known := _get_known_families(config):
         return known
     if config.get("is_encoder_decoder") is True:
         return ()
-    # The model type decides which tensors transformers transposes while loading. If it is unknown, none is.
+    # The model type decides which tensors transformers transposes while loading. If the type is unknown, we assume that
+    # transformers transposes no tensor.
     return tuple(
         Family(f.name, f.model_types, f.trunks, tuple(layout for layout in f.layouts if not layout.stored_only))
         for f in FAMILIES
@@ -242,7 +255,7 @@ def _get_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
 
 
 def _get_known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
-    """Return the families of the model type in config.json; empty if it is unknown."""
+    """Return the families that have the model type in config.json; an empty tuple if no family has it."""
     for section in _list_sections(config):
         known = tuple(family for family in FAMILIES if section.get("model_type") in family.model_types)
         if known:
@@ -257,13 +270,16 @@ def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _find_number(config: Mapping[str, Any], *keys: str) -> int | None:
-    """Return the first positive number under one of the keys, in the most specific section; None if none exists."""
+    """Return the first positive integer that config.json has under one of the keys; None if it has none.
+
+    The most specific section is searched first, and in each section the keys in the given order.
+    """
     values = (section.get(key) for section in _list_sections(config) for key in keys)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def read_layer_limit(config: Mapping[str, Any]) -> int | None:
-    """Return the number of layers in config.json; None if it is not stated."""
+    """Return the number of layers that config.json states; None if it states no number."""
     return _find_number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -272,9 +288,12 @@ def read_layer_limit(config: Mapping[str, Any]) -> int | None:
 
 @cache
 def _compile_pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
-    """Compile the pattern of the full names of a layout, with the groups "layer" and "expert"."""
+    """Compile the pattern of the full tensor names of a layout. Its groups "layer" and "expert" match the numbers.
+
+    `name` is the layout's name, such as "layers.{layer}.mlp.down_proj.weight". `trunks` are the family's prefixes.
+    """
     prefix = "|".join(map(re.escape, list_prefixes(trunks)))
-    # Leading zeros are refused, since `_map_possible_names` does not write them.
+    # Numbers with leading zeros do not match, because `_map_possible_names` builds names without them.
     number = r"(?P<{}>0|[1-9][0-9]{{0,8}})"
     tail = re.escape(name)
     for field in ("layer", "expert"):
@@ -283,7 +302,10 @@ def _compile_pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
 
 
 def _list_matches(families: tuple[Family, ...], tensor: str) -> list[_Match]:
-    """Return every reading of a tensor's name as a down projection; the expert of a stacked tensor is None."""
+    """Return what a tensor's name says about the down projection, once for each layout that has such a name.
+
+    The list is empty if the tensor is not a down projection.
+    """
     found: list[_Match] = []
     for family in families:
         for layout in family.layouts:
@@ -297,7 +319,7 @@ def _list_matches(families: tuple[Family, ...], tensor: str) -> list[_Match]:
 
 
 def _map_possible_names(families: tuple[Family, ...], layer: int, expert: ExpertChoice) -> dict[str, list[Layout]]:
-    """Map every name that a down projection may have to the layouts with that name."""
+    """Map every tensor name that the down projection of a layer or expert may have to the layouts with that name."""
     kind: ProjectionKind = "dense" if expert is None else "shared" if expert == "shared" else "routed"
     names: dict[str, list[Layout]] = {}
     for family in families:
@@ -312,12 +334,12 @@ def _map_possible_names(families: tuple[Family, ...], layer: int, expert: Expert
 def _list_stored_names(
     families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
 ) -> dict[str, list[Layout]]:
-    """Return the `_map_possible_names` that are stored."""
+    """Return the names of `_map_possible_names` under which a tensor is stored, with the layouts of each name."""
     return {name: layouts for name, layouts in _map_possible_names(families, layer, expert).items() if name in shapes}
 
 
 def _order(place: tuple[int, ExpertChoice]) -> tuple[int, float]:
-    """Return the sort key of (layer, expert): dense first, then the experts by number, shared last."""
+    """Return the sort key of (layer, expert): by layer, then no expert, the experts by number, the shared expert."""
     layer, expert = place
     return layer, -1 if expert is None else float("inf") if expert == "shared" else expert
 
@@ -326,7 +348,7 @@ def _order(place: tuple[int, ExpertChoice]) -> tuple[int, float]:
 
 
 def _encode(axes: str, row: int, col: int, expert: ExpertChoice) -> tuple[int, ...]:
-    """Order the coordinates of a scalar as the axes of its tensor; the inverse of `_decode`."""
+    """Return the index of a scalar: its row, col and expert in the order of the tensor's axes. Inverse of `_decode`."""
     values = {"row": row, "col": col}
     if expert is not None and expert != "shared":
         values["expert"] = expert
@@ -334,16 +356,19 @@ def _encode(axes: str, row: int, col: int, expert: ExpertChoice) -> tuple[int, .
 
 
 def _decode(axes: str, index: tuple[int, ...], expert: ExpertChoice) -> tuple[int, int, ExpertChoice]:
-    """Return (row, col, expert) of an index; `expert` is returned if the tensor does not stack experts."""
+    """Return (row, col, expert) of the scalar at an index. Inverse of `_encode`.
+
+    If the tensor does not stack experts, the index does not contain the expert, and the argument `expert` is returned.
+    """
     values = dict(zip(axes.split(), index, strict=True))
     return values["row"], values["col"], values.get("expert", expert)
 
 
 def _list_possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set[Axes]:
-    """Return the possible orders of the axes of a tensor with these layouts.
+    """Return the orders of axes that a tensor may have if its name fits these layouts.
 
-    An unknown family may store `experts.down_proj` in either orientation, since the known families use both. The name
-    of the block that contains it does not matter.
+    If the family is unknown, these are the orders in which known families store tensors with the same last part of the
+    name. For example, known families store `experts.down_proj` in both orientations.
     """
     axes = {layout.axes for layout in layouts}
     if _get_known_families(config):
@@ -353,18 +378,18 @@ def _list_possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set
 
 
 def _split_tail(layout: Layout) -> tuple[str, int]:
-    """Return the last part of a layout's name (with ".weight" if present) and its number of dimensions."""
+    """Return the last part of a layout's name and the number of its axes, such as ("down_proj.weight", 2)."""
     parts = layout.name.split(".")
     return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:]), len(layout.axes.split())
 
 
 def _read_hidden_size(config: Mapping[str, Any]) -> int | None:
-    """Return the hidden size in config.json; None if it is not stated."""
+    """Return the hidden size that config.json states; None if it states none."""
     return _find_number(config, "hidden_size", "n_embd", "n_embed", "d_model")
 
 
 def _list_fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: list[Layout]) -> set[Axes]:
-    """Return the orders of the axes that agree with the shape and the hidden size in config.json."""
+    """Return the possible orders of a tensor's axes that agree with its shape and the hidden size in config.json."""
     hidden = _read_hidden_size(config)
     return {
         axes
@@ -374,14 +399,15 @@ def _list_fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layout
 
 
 def _find_orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], layouts: list[Layout]) -> Axes:
-    """Return the only order of the axes that fits the shape. Raises ArchitectureError if none or several fit."""
+    """Return the order of a tensor's axes that fits its shape. Raises ArchitectureError if no order or several fit."""
     hidden = _read_hidden_size(config)
     fitting = _list_fitting_axes(config, shape, layouts)
     if not fitting:
         possible = sorted(_list_possible_axes(config, layouts))
         wanted = " or ".join(f"[{axes.replace(' ', ', ')}]" for axes in possible)
         rows = "" if hidden is None else f" with {hidden} rows"
-        raise ArchitectureError(f"shape {list(shape)} is not {wanted}{rows}", name, _BY_NAME)
+        what = f"the down projection has shape {list(shape)}, but {wanted}{rows} is expected"
+        raise ArchitectureError(what, name, _BY_NAME)
     if len(fitting) > 1:
         why = "config.json does not give the hidden size" if hidden is None else "the matrix is square"
         raise ArchitectureError("the order of rows and columns is not known", name, f"{why}; {_BY_NAME}")
@@ -392,7 +418,10 @@ def _find_orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ..
 
 
 def _refuse_packed(name: str, shapes: Shapes) -> None:
-    """Raise ArchitectureError if a down projection is stored in packed form."""
+    """Raise ArchitectureError if the down projection `name` is packed: several codes of few bits stored as one number.
+
+    Packed tensors are recognised by the endings of their names.
+    """
     for suffix in PACKED_SUFFIXES:
         packed = name.removesuffix(".weight") + suffix
         if packed in shapes:
@@ -404,7 +433,7 @@ def _refuse_packed(name: str, shapes: Shapes) -> None:
 
 
 def _refuse_otherwise_stored(name: str, shapes: Shapes) -> None:
-    """Raise ArchitectureError if tensors of a down projection are stored, but not its weight."""
+    """Raise ArchitectureError if other tensors of the down projection `name` are stored, but its weight is not."""
     if not name.endswith(".weight") or name in shapes:
         return
     module = name.removesuffix("weight")
@@ -415,7 +444,10 @@ def _refuse_otherwise_stored(name: str, shapes: Shapes) -> None:
 
 
 def _list_layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
-    """Return the numbers of the layers that store any tensor, except tensors named `NAME.weight.REST`."""
+    """Return the numbers of all layers of which a tensor is stored.
+
+    Tensors named `NAME.weight.REST`, which quantisers add, do not count.
+    """
     starts = {
         (prefix + layout.name).split("{layer}")[0]
         for family in families
@@ -429,7 +461,10 @@ def _list_layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int
 def _explain_missing(
     config: Mapping[str, Any], families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
 ) -> ArchitectureError:
-    """Return the error that explains why a layer has no such down projection. Raises it for packed ones."""
+    """Return the error that explains why the down projection of a layer or expert was not found.
+
+    Raises ArchitectureError itself if the down projection is packed or quantised.
+    """
     for place in (expert, None, 0, "shared"):
         for name in _map_possible_names(families, layer, place):
             _refuse_packed(name, shapes)
@@ -452,14 +487,18 @@ def _explain_missing(
     return ArchitectureError(
         f"no known down projection in layer {layer}",
         f"model_type {model_type}",
-        f"looked for {', '.join(sorted(sought)) or 'none, as the layers of an encoder-decoder are two'}; {_BY_NAME}",
+        f"looked for {', '.join(sorted(sought)) or 'no name, because an encoder-decoder has two stacks of layers'}; "
+        f"{_BY_NAME}",
     )
 
 
 def _explain_expert(
     families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
 ) -> ArchitectureError | None:
-    """Return the error for a missing, superfluous or unknown expert; None if the layer has no down projection."""
+    """Return the error for an expert that is not given, given for a dense layer, or not in the layer.
+
+    Returns None if the layer has no down projection with a known name.
+    """
     dense, routed, shared = (bool(_list_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
     if dense:
         return ArchitectureError(f"layer {layer} is dense", f"it has no expert {expert}", "leave expert out")
@@ -473,12 +512,12 @@ def _explain_expert(
 
 
 def _make_expert_error(layer: int, expert: ExpertChoice, choice: str) -> ArchitectureError:
-    """Return the error for an expert that does not exist; `choice` lists those that do."""
+    """Return the error for an expert that does not exist. `choice` lists the experts of the layer ("0 to 7")."""
     return ArchitectureError(f"layer {layer} has no expert {expert}", f"its experts are {choice}")
 
 
 def _count_experts(families: tuple[Family, ...], shapes: Shapes, layer: int) -> int:
-    """Count the routed experts that a layer stores, stacked or individually."""
+    """Return the number of routed experts of a layer, which are stored in one stacked tensor or one by one."""
     count = 0
     while names := _list_stored_names(families, shapes, layer, count):
         for name, layouts in names.items():

@@ -1,7 +1,8 @@
 """Define and read the record, the file `swsurgery.json` of a patched checkpoint.
 
-It contains the edits, the identity of the base, and the bytes that prove the edits and undo them. The same inputs give
-the same bytes: keys are sorted, and no clock is read unless SOURCE_DATE_EPOCH is set.
+The record contains the edits, the identity of the base, and the old and new bits by which the edits are proved and
+undone. The same edits of the same base always give a record with the same bytes: its keys are sorted, and it contains
+no time unless SOURCE_DATE_EPOCH is set.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from swsurgery.storage.strict_json import RECORD, describe_first_fault, parse_js
 RECORD_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
 
 MAX_FIELDS = 100
-"""Maximum number of fields of a record or of one of its entries; the models below have far fewer."""
+"""Maximum number of fields in a record, and in each of its entries. Valid ones have at most 13 and 12 fields."""
 
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ Index = Annotated[tuple[Position, ...], FailFast(), BeforeValidator(lambda v: tu
 class FileRecord(Strict):
     """One file of the patched checkpoint: its size in bytes, and its sha256 in the base and after the edit.
 
-    Both digests are None if they are unknown: an edit in place does not read the files that it does not change.
+    Both digests are None for a file that an edit in place does not change, because such an edit does not read it.
     `unverified` is True if the digests were not computed for this record, but copied from the cache of digests or from
     an earlier record.
     """
@@ -78,7 +79,7 @@ class FileRecord(Strict):
 
 
 class KnownFacts(Strict):
-    """What is published about a coordinate that is a known super weight."""
+    """What the known super weights state about one coordinate of the record: its id, its status and its sources."""
 
     id: str
     status: str
@@ -89,7 +90,8 @@ class KnownFacts(Strict):
 class ScalarRecord(Strict):
     """One scalar of the base: where it is stored, and its value before the edit.
 
-    `offset` counts bytes from the start of the file. `old_bits` are the stored bits as hexadecimal digits.
+    `offset` counts bytes from the start of the file. `old_bits` are the bits in the base in hexadecimal, such as
+    "0xbf17" for a BF16 scalar.
     """
 
     file: str
@@ -103,17 +105,20 @@ class ScalarRecord(Strict):
 
     @property
     def coordinate(self) -> Coordinate:
-        """The tensor and the index in its stored shape."""
+        """The coordinate of the scalar: the tensor's name and the index in its stored shape."""
         return Coordinate(self.tensor, self.index)
 
     @property
     def old_bytes(self) -> bytes:
-        """The bytes stored in the base. Raises NumberError if `old_bits` does not have the width of the dtype."""
+        """The scalar's bytes in the base. Raises NumberError if `old_bits` has more or fewer bits than the dtype."""
         return dtypes.parse_bits(DTYPES[self.dtype], self.old_bits)
 
 
 class EditRecord(ScalarRecord):
-    """One changed scalar, with its value after the edit."""
+    """One scalar that was edited: its operation, and its value before and after the edit.
+
+    `new_bits` are the bits after the edit in hexadecimal. `factor` is the factor of the operation "scale".
+    """
 
     op: Literal["zero", "scale", "set"]
     new: int | float | str | None
@@ -122,16 +127,19 @@ class EditRecord(ScalarRecord):
 
     @property
     def new_bytes(self) -> bytes:
-        """The bytes stored after the edit. Raises NumberError if `new_bits` does not have the width of the dtype."""
+        """The scalar's bytes after the edit.
+
+        Raises NumberError if `new_bits` has more or fewer bits than the dtype.
+        """
         return dtypes.parse_bits(DTYPES[self.dtype], self.new_bits)
 
 
 class BaseRecord(OfVariant):
-    """The identity of the base: its repository, its commit, and the folder `sub` in the repository.
+    """The identity of the base: its repository, the commit `revision`, and the folder `sub` in the repository.
 
-    `named_by` is the source of the identity: "cache" for the Hub or its local cache, "manifest" if only the manifest
-    states it. `weights` is the choice between an index and a single file, if both exist. `variant` ("fp16") is the
-    variant of the weights that the manifest chose.
+    `named_by` is the source of the identity: "cache" if the base was read from the Hub or from its local cache,
+    "manifest" if only the manifest states it. `weights` tells which set of weights was edited if the base has both an
+    index and a single file. `variant` (such as "fp16") is the variant of the weights that the manifest chose.
     """
 
     repo_id: str | None
@@ -142,22 +150,27 @@ class BaseRecord(OfVariant):
 
 
 class HistoryStep(Strict):
-    """An earlier record of this checkpoint, without its own history, and the manifest that was applied."""
+    """One earlier edit of a checkpoint that was edited several times.
+
+    Contains the record of that edit, without the field `history`, and the text of the manifest that was applied.
+    """
 
     registry: dict[str, Any]
     manifest: str
 
     def read(self) -> Record:
-        """Validate the earlier record and return it. Raises CheckpointError."""
+        """Return the earlier record with an empty history. Raises CheckpointError if it is not valid."""
         return _validate(self.registry | {"history": []})
 
 
 class Record(TableResult, Strict):
     """The contents of swsurgery.json.
 
-    `files` has every file of the patched checkpoint except the three that swsurgery adds. The files in `elsewhere` are
-    unchanged and were not downloaded: publishing copies them from the base's repository. `history` has the records of
-    earlier steps, the oldest first.
+    `files` maps the name of every file of the patched checkpoint to its digests, except the three files that swsurgery
+    adds. `elsewhere` lists files of the base that are unchanged and were not downloaded: publishing copies them from
+    the base's repository. `protected` lists scalars that must keep the bits they have in the base.
+
+    A checkpoint may be edited several times. Each edit is a step: `history` lists the earlier ones, the oldest first.
     """
 
     registry_version: Version
@@ -175,7 +188,7 @@ class Record(TableResult, Strict):
     history: Annotated[list[HistoryStep], FailFast()]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the contents of swsurgery.json."""
+        """Return the contents of swsurgery.json as a dict of JSON values."""
         return self.model_dump(mode="json")
 
     def to_rows(self) -> list[dict[str, object]]:
@@ -184,10 +197,11 @@ class Record(TableResult, Strict):
         return list_scalar_rows(document["edits"], document["protected"])
 
     def list_inherited(self) -> list[tuple[int, ScalarRecord]]:
-        """Return the scalars that earlier steps protect, each with the number (from 1) of the first step that does so.
+        """Return the scalars that earlier steps protect, each as (number of the step, scalar).
 
-        Scalars that this step protects with the same bits are left out. Raises CheckpointError if an earlier record is
-        invalid.
+        Steps are numbered from 1. If several steps protect a scalar with the same bits, it is listed once, with the
+        first of them. Scalars that this step protects with the same bits are left out. Raises CheckpointError if an
+        earlier record is not valid.
         """
         found: dict[tuple[str, int, str], tuple[int, ScalarRecord]] = {}
         for number, step in enumerate(self.history, 1):
@@ -197,12 +211,12 @@ class Record(TableResult, Strict):
         return [found[key] for key in found if key not in again]
 
     def map_protectors(self) -> dict[Coordinate, int]:
-        """Map every scalar that this step or an earlier one protects to the number (from 1) of the step."""
+        """Map every scalar that this step or an earlier step protects to the number of that step, counted from 1."""
         steps = {record.coordinate: len(self.history) + 1 for record in self.protected}
         return steps | {record.coordinate: number for number, record in self.list_inherited()}
 
     def render_pieces(self) -> Iterator[str]:
-        """Render swsurgery.json piece by piece, so that a large record is never in memory twice."""
+        """Yield the text of swsurgery.json piece by piece, so that the text of a large record need not be in memory."""
         lists = {
             "edits": (e.model_dump(mode="json") for e in self.edits),
             "protected": (p.model_dump(mode="json") for p in self.protected),
@@ -211,7 +225,7 @@ class Record(TableResult, Strict):
         return render_pieces(self.model_dump(mode="json", exclude={*lists}), lists)
 
     def render(self) -> bytes:
-        """Render the bytes of swsurgery.json."""
+        """Return the bytes of swsurgery.json."""
         out = io.BytesIO()
         for piece in self.render_pieces():
             out.write(piece.encode())
@@ -220,28 +234,28 @@ class Record(TableResult, Strict):
 
 @dataclass(frozen=True)
 class Patched:
-    """The record of a patched checkpoint, and the bytes of the record and of the manifest as read."""
+    """The record of a patched checkpoint, with the bytes of the files swsurgery.json and manifest.yaml as read."""
 
     record: Record
     record_raw: bytes
     manifest_raw: bytes
 
     def extend_history(self) -> list[HistoryStep]:
-        """Return the history with this record as the last step.
+        """Return the history for the record of the next edit: the history of this record, and this record as last step.
 
-        Raises CheckpointError if the record or the manifest was edited by hand, since the step could not be undone.
+        Raises CheckpointError if the record or the manifest was edited by hand, because this step could not be undone.
         """
         if self.record.render() != self.record_raw or _compute_sha256(self.manifest_raw) != self.record.manifest_sha256:
             what = "the base's record or manifest was changed by hand"
-            remedy = "restore it, or remove swsurgery's files to begin a new history"
+            remedy = f"restore the file, or remove {', '.join(OWN_FILES)} to begin a new history"
             raise CheckpointError(what, RECORD_NAME, remedy)
         own = {k: v for k, v in self.record.model_dump(mode="json").items() if k != "history"}
         return [*self.record.history, HistoryStep(registry=own, manifest=self.manifest_raw.decode())]
 
     def rebuild_previous(self) -> Patched | None:
-        """Return the record of the patched checkpoint to which this step was applied; None if the base was unpatched.
+        """Return the record that the checkpoint had before this step; None if this step is its first.
 
-        Raises CheckpointError.
+        Raises CheckpointError if the earlier record is not valid.
         """
         if not self.record.history:
             return None
@@ -251,7 +265,7 @@ class Patched:
         return Patched(record, record.render(), last.manifest.encode())
 
     def render_own_files(self) -> dict[str, bytes]:
-        """Map the names of the three files that swsurgery adds to their bytes."""
+        """Return the three files that swsurgery adds, as a dict from name to bytes."""
         sums = {name: record.sha256 for name, record in self.record.files.items() if record.sha256}
         sums |= {RECORD_NAME: _compute_sha256(self.record_raw), MANIFEST_NAME: _compute_sha256(self.manifest_raw)}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
@@ -259,18 +273,21 @@ class Patched:
 
 
 def read_record(root: Folder | RemoteTree) -> Patched:
-    """Read the record of a patched checkpoint, as `find_record` does. Raises CheckpointError also if it has none."""
+    """Read the record of a patched checkpoint.
+
+    Works like `find_record`, but also raises CheckpointError if the checkpoint has no record.
+    """
     patched = find_record(root)
     if patched is None:
-        what = "only a checkpoint that swsurgery patched has one; verify --known and verify --manifest need none"
-        raise CheckpointError("no record", f"{root}/{RECORD_NAME}", what)
+        remedy = "give a checkpoint that swsurgery patched; verify --known and verify --manifest need no record"
+        raise CheckpointError("the checkpoint has no record", f"{root}/{RECORD_NAME}", remedy)
     return patched
 
 
 def find_record(root: Folder | RemoteTree | Checkpoint) -> Patched | None:
-    """Read the record in a directory that the caller holds, a repository or an open checkpoint; None if it has none.
+    """Read the record of a directory, a repository or an open checkpoint; None if there is no record.
 
-    Raises CheckpointError for a damaged record.
+    The caller must have entered a directory with `opening.held`. Raises CheckpointError if the record is damaged.
     """
     if isinstance(root, Checkpoint):
         return find_record_among({file.name: file.source for file in root.files}, root.root)
@@ -280,34 +297,37 @@ def find_record(root: Folder | RemoteTree | Checkpoint) -> Patched | None:
 
 
 def find_record_among(files: Mapping[str, File], root: object) -> Patched | None:
-    """Read the record among the files of a checkpoint (name -> file); None if it is not there.
+    """Read the record among the files of a checkpoint (name -> file); None if there is no record.
 
-    `root` is the checkpoint, for messages. Raises CheckpointError for a damaged record.
+    `root` is the checkpoint's place, which messages name. Raises CheckpointError if the record is damaged or has no
+    manifest beside it.
     """
     if RECORD_NAME not in files:
         return None
     raw = read_small(files[RECORD_NAME], RECORD_NAME, RECORD.size)
     record = _validate(parse_json(raw, RECORD_NAME, limits=RECORD), consume=True)
     if MANIFEST_NAME not in files:
-        raise CheckpointError("the manifest beside the record is missing", f"{root}/{MANIFEST_NAME}")
+        what = "the checkpoint has a record, but its manifest is missing"
+        raise CheckpointError(what, f"{root}/{MANIFEST_NAME}")
     return Patched(record, raw, read_small(files[MANIFEST_NAME], MANIFEST_NAME))
 
 
 def _validate(data: dict[str, Any], consume: bool = False) -> Record:
-    """Validate the JSON of a record and build it.
+    """Build a record from the JSON values `data`. Raises CheckpointError if they are not valid.
 
-    `consume` empties the lists of `data` meanwhile, which frees their memory. Raises CheckpointError.
+    If `consume` is True, the lists in `data` are emptied while the record is built, which saves memory.
     """
     path = ""
     models: dict[str, type[ScalarRecord]] = {"edits": EditRecord, "protected": ScalarRecord}
     try:
         if len(data) > MAX_FIELDS:
-            raise CheckpointError(f"is not a valid record: it has {len(data)} fields", RECORD_NAME)
+            what = f"is not a valid record: it has {len(data)} fields, and at most {MAX_FIELDS} are allowed"
+            raise CheckpointError(what, RECORD_NAME)
         made: dict[str, list[ScalarRecord]] = {}
         for key, model in models.items():
             items = data.get(key)
             if type(items) is not list:
-                continue  # the model of the record reports what is wrong
+                continue  # Record.model_validate reports the fault
             records: list[ScalarRecord] = []
             made[key] = records
             items = items if consume else [*items]
@@ -322,14 +342,15 @@ def _validate(data: dict[str, Any], consume: bool = False) -> Record:
 
 
 def _intern_strings(record: object, path: str) -> object:
-    """Replace the strings of an entry by interned copies, since thousands of entries share them.
+    """Return one entry of a record with interned strings, because thousands of entries have the same strings.
 
-    Raises CheckpointError for too many fields.
+    `path` is the place of the entry in the record, such as "edits.3". Raises CheckpointError for too many fields.
     """
     if type(record) is not dict:
         return record
     if len(record) > MAX_FIELDS:
-        raise CheckpointError(f"is not a valid record: {path} has {len(record)} fields", RECORD_NAME)
+        what = f"is not a valid record: {path} has {len(record)} fields, and at most {MAX_FIELDS} are allowed"
+        raise CheckpointError(what, RECORD_NAME)
     return {key: sys.intern(value) if type(value) is str else value for key, value in record.items()}
 
 

@@ -1,8 +1,8 @@
-"""Find tied weights: tensors that loaders use as one parameter, such as the embedding and the head.
+"""Find tied weights: tensors that loaders use as one parameter, such as the embedding and the language-modelling head.
 
-If both tensors of a pair are stored, a loader keeps one of them and drops the other, so an edit of only one may have no
-effect. This module finds the pairs in a checkpoint and decides from config.json if they are tied. It must not import
-transformers: a test compares its tables with the classes of transformers instead.
+If both tensors of a tied pair are stored, a loader keeps one of them and drops the other, so an edit of only one tensor
+may have no effect. This module finds the pairs in a checkpoint and decides from config.json if they are tied. It must
+not import transformers: a test compares the tables of this module with the classes of transformers instead.
 """
 
 from __future__ import annotations
@@ -87,10 +87,12 @@ backbone.embeddings backbone.embedding rwkv.embeddings gpt_neox.embed_in gpt_neo
 biogpt.embed_tokens led.shared prophetnet.word_embeddings embedding.word_embeddings
 """
 EMBEDDINGS = (*(trunk + name for trunk in _TRUNKS for name in _INPUTS), *_EMBEDDINGS.split())
-"""Names of embeddings after the prefix that they share with the head; the first stored one is tied to the head."""
+"""Names of embeddings, without the prefix that they have in common with the head and without the ending ".weight". The
+head is tied to the first of them that is stored."""
 
 _ENCODER_EMBEDDING = re.compile(r"\w+(\.\w+)?\.embeddings(\.text_embeddings)?\.word_embeddings\.weight")
-"""The pattern of the embedding of BERT and related models after that prefix; the first part is the model's name."""
+"""The pattern of the full name of the embedding in BERT and related models, without the prefix that it has in common
+with the head. The first part is the name of the model, as in "bert.embeddings.word_embeddings.weight"."""
 
 COPIES = {
     "shared": (
@@ -101,28 +103,29 @@ COPIES = {
     ),
     "word_embeddings": ("encoder.word_embeddings", "decoder.word_embeddings"),
 }
-"""Embeddings of encoder-decoders, with the other names under which the same embedding may be stored. Config.json does
-not state which of them are tied, so they count as tied if their stored values are alike."""
+"""Embeddings of encoder-decoders, with the other names under which the same embedding may be stored again. config.json
+does not state which of these tensors are tied, so two of them count as tied if their stored values are the same."""
 
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Keys of config.json under which multimodal models describe their language model."""
 
 _SETTINGS = ("tie_word_embeddings", "tie_embedding", "weight_tying")
-"""Keys that state if the head is tied; LFM2 uses the second and OLMo 1 the third."""
+"""Keys of config.json that state if the head is tied. LFM2 uses `tie_embedding`, and OLMo 1 uses `weight_tying`."""
 
 _SAMPLED_ROWS = 16
-"""Maximum number of rows compared to decide if two tensors have the same values."""
+"""Maximum number of rows of each tensor that are compared to decide if two tensors have the same values."""
 
 _SAMPLED_BYTES = 64 << 10
-"""Maximum number of bytes compared of each row."""
+"""Maximum number of bytes of each row that are compared."""
 
 
 def is_tied_by_config(config: Mapping[str, object]) -> bool | None:
-    """Decide from config.json if the head is tied to the embedding; None if loaders disagree or the default is unknown.
+    """Decide from config.json if the head is tied to the embedding.
 
-    Of several stated values, the one closest to the text model decides, as in transformers 4 and vLLM. If none is
-    stated, the defaults of all sections must agree: transformers 5 uses the outermost section, other loaders the
-    innermost.
+    If several sections of config.json state a value, the section of the text model decides, as in transformers 4 and
+    vLLM. If no section states a value, the model types of all sections must have the same default, because transformers
+    5 uses the outermost section and other loaders the innermost. Returns None if loaders would decide differently, or
+    if the default of a model type is unknown.
     """
     sections = list(_list_sections(config))
     stated = [_read_setting(section) for section in sections]
@@ -137,16 +140,22 @@ def is_tied_by_config(config: Mapping[str, object]) -> bool | None:
 
 
 def list_tied_pairs(names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs (head, embedding) and (embedding, its copy) among stored tensors, even if they are not tied."""
+    """Yield the pairs of stored tensors that can be tied: (head, embedding) and (embedding, copy of the embedding).
+
+    Whether the tensors of a pair are tied is not examined.
+    """
     yield from _list_heads(names)
     yield from _list_copies(names)
 
 
 def find_tied_partner(name: str, checkpoint: Checkpoint) -> str | None:
-    """Return the stored tensor that loaders use in place of `name`, which is not stored; None if none is tied to it."""
+    """Return the stored tensor that loaders use for the tensor `name`, which is not stored.
+
+    Returns None if no stored tensor is tied to it.
+    """
     stored = checkpoint.weight_map.keys()
     heads, with_name = set(_list_heads(stored)), set(_list_heads({*stored, name}))
-    # If adding `name` changes the partner of a stored head, `name` is a mistyped name and not an omitted tied tensor.
+    # If `name` would replace the embedding of a stored head, it is a mistyped name and not an omitted tied tensor.
     if not heads <= with_name or is_tied_by_config(checkpoint.config) is False:
         with_name = set()
     pairs = sorted({*with_name, *_list_copies({*stored, name})})
@@ -154,7 +163,7 @@ def find_tied_partner(name: str, checkpoint: Checkpoint) -> str | None:
 
 
 def list_tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[str]:
-    """Describe every edit that changes only one tensor of a tied pair of which both are stored."""
+    """Return a message for every edit that changes only one tensor of a tied pair although both tensors are stored."""
     if not splices:
         return []
     new = {splice.coordinate: splice.new for splice in splices}
@@ -171,12 +180,19 @@ def list_tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[
             and new.get(Coordinate(partner, splice.coordinate.index)) != splice.new
         ]
         if one_sided and (reason := _find_reason(*pair, tied, checkpoint)):
-            faults += [f"{coordinate} {reason.format(partner)} (edit both alike)" for coordinate, partner in one_sided]
+            faults += [
+                f"{coordinate} {reason.format(partner)} (edit both tensors in the same way)"
+                for coordinate, partner in one_sided
+            ]
     return faults
 
 
 def _find_reason(first: str, second: str, tied: bool | None, checkpoint: Checkpoint) -> str | None:
-    """Return the reason why two stored tensors must be edited alike, with "{}" for the partner; None otherwise."""
+    """Return the reason why two stored tensors must have the same edits; None if they need not.
+
+    The reason is a text about one of the tensors, with "{}" in place of the other tensor's name. `tied` is the answer
+    of `is_tied_by_config`.
+    """
     if tied is False or first in checkpoint.disagreements or second in checkpoint.disagreements:
         return None
     if checkpoint.get_info(first).shape != checkpoint.get_info(second).shape:
@@ -189,10 +205,10 @@ def _find_reason(first: str, second: str, tied: bool | None, checkpoint: Checkpo
 
 
 def is_stored_alike(first: str, second: str, checkpoint: Checkpoint) -> bool:
-    """Return True if two tensors have the same shape and dtype, and most of the rows compared are equal.
+    """Return True if two tensors have the same shape and dtype, and more than half of the compared rows are equal.
 
-    At most _SAMPLED_ROWS evenly spaced rows are read. A few may differ, because an earlier edit may have changed some
-    scalars of one tensor.
+    At most _SAMPLED_ROWS evenly spaced rows are compared. Some rows may differ, because an earlier edit may have
+    changed a few scalars of only one tensor.
     """
     one, other = checkpoint.get_info(first), checkpoint.get_info(second)
     if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.size:
@@ -207,7 +223,7 @@ def is_stored_alike(first: str, second: str, checkpoint: Checkpoint) -> bool:
 
 
 def _read_rows(tensor: str, rows: Sequence[int], checkpoint: Checkpoint) -> Iterator[bytes]:
-    """Yield the first _SAMPLED_BYTES bytes of each row of a tensor. Raises CheckpointError."""
+    """Yield the first _SAMPLED_BYTES bytes of each of the given rows of a tensor. Raises CheckpointError."""
     info, shard = checkpoint.get_info(tensor), checkpoint.shards[checkpoint.weight_map[tensor]]
     size = info.size // (info.shape[0] if len(info.shape) > 1 else 1)
     with shard.file.open() as file:
@@ -225,13 +241,19 @@ def _list_sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object
 
 
 def _read_setting(section: Mapping[str, object]) -> bool | None:
-    """Return the value that a section of config.json states; None if it states none."""
+    """Return True or False if a section of config.json states that the head is tied or not; None if it states neither.
+
+    If several keys of _SETTINGS exist, one that is true suffices.
+    """
     values = [bool(section[key]) for key in _SETTINGS if section.get(key) is not None]
     return any(values) if values else None
 
 
 def _get_default(section: Mapping[str, object]) -> bool | None:
-    """Return the default for the model type of a section; None if it is unknown."""
+    """Return True or False if models of the section's model type have a tied head by default or not.
+
+    Returns None if the model type is unknown.
+    """
     model_type = section.get("model_type")
     if not isinstance(model_type, str) or model_type not in TIED_BY_DEFAULT | UNTIED_BY_DEFAULT:
         return None
@@ -239,7 +261,7 @@ def _get_default(section: Mapping[str, object]) -> bool | None:
 
 
 def _list_heads(names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs (head, embedding) whose names have the same prefix."""
+    """Yield the pairs (head, embedding) of tensors in `names` whose names have the same prefix."""
     encoders = [name for name in names if name.endswith(".word_embeddings.weight")]
     for name in (name for name in names if name.endswith(_ENDINGS)):
         head = _HEAD.fullmatch(name)
@@ -249,7 +271,7 @@ def _list_heads(names: Collection[str]) -> Iterator[tuple[str, str]]:
 
 
 def _list_copies(names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs (embedding, its copy) of an encoder-decoder."""
+    """Yield the pairs (embedding, copy of the embedding) among `names`, which encoder-decoders may store."""
     endings = tuple(f"{original}.weight" for original in COPIES)
     for name in (name for name in names if name.endswith(endings)):
         for original, copies in COPIES.items():
@@ -259,7 +281,10 @@ def _list_copies(names: Collection[str]) -> Iterator[tuple[str, str]]:
 
 
 def _find_embedding(prefix: str, names: Collection[str], encoders: Sequence[str]) -> str | None:
-    """Return the stored embedding with this prefix; None if it does not exist."""
+    """Return the name of the embedding that has the prefix of the head; None if `names` does not contain one.
+
+    `encoders` are the names that may be the embedding of a BERT model.
+    """
     for name in EMBEDDINGS:
         if f"{prefix}{name}.weight" in names:
             return f"{prefix}{name}.weight"

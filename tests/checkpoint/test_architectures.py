@@ -527,7 +527,7 @@ def test_a_tensor_that_is_turned_while_loading_is_never_tried_under_its_own_inde
 
 
 def test_without_shapes_an_orientation_is_not_guessed():
-    with pytest.raises(ArchitectureError, match="not known by name alone: .*give the stored shapes"):
+    with pytest.raises(ArchitectureError, match="does not tell whether it is stored as .*: .*give the stored shapes"):
         list_loaded_candidates(
             {"model_type": "qwen3_vl_moe"}, Coordinate("model.layers.1.mlp.experts.down_proj", (2, 3, 4))
         )
@@ -605,7 +605,7 @@ def with_tensor(model, name, shape=(8, 24)):
                 {f"model.{stack}.layers.0.fc2.weight": (16, 24) for stack in ("encoder", "decoder")},
             ),
             (0, 0, 0, None),
-            r"no known down projection in layer 0: model_type bart \(looked for none, .*encoder-decoder are two; .*\)",
+            r"no known down projection in layer 0: model_type bart \(looked for no name, .*two stacks of layers; .*\)",
         ),
         (
             with_tensor(table("llama", "layers.{layer}.mlp.down_proj.weight"), "model.layers.0.mlp.down_proj.weight"),
@@ -616,12 +616,14 @@ def with_tensor(model, name, shape=(8, 24)):
         (
             table("llama", "model.layers.{layer}.mlp.down_proj.weight", shape=(24, 16), hidden_size=16),
             (0, 0, 0, None),
-            r"shape \[24, 16\] is not \[row, col\] with 16 rows: model\.layers\.0\.mlp\.down_proj\.weight \(.*\)",
+            r"the down projection has shape \[24, 16\], but \[row, col\] with 16 rows is expected: "
+            r"model\.layers\.0\.mlp\.down_proj\.weight \(.*\)",
         ),
         (
             stacked("mixtral", (16, 24)),
             (0, 0, 0, 0),
-            r"shape \[16, 24\] is not \[expert, row, col\]: model\.layers\.0\.mlp\.experts\.down_proj \(.*\)",
+            r"the down projection has shape \[16, 24\], but \[expert, row, col\] is expected: "
+            r"model\.layers\.0\.mlp\.experts\.down_proj \(.*\)",
         ),
         (
             stacked("qwen3_vl_moe", (4, 16, 16), hidden_size=16),

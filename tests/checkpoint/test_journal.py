@@ -410,8 +410,8 @@ def test_recovery_writes_nothing_over_what_another_program_wrote(base, manifest,
     before = tree(base)
     assert main(list(in_place(manifest)) if command == "apply" else [command, str(base)]) == 2
     assert capsys.readouterr().err == (
-        "swsurgery: an edit in place was cut off, and another program has written since to what it edited: "
-        f"{where} (restore the files from the base, or keep them as they are by removing {base / JOURNAL})\n"
+        "swsurgery: an edit in place was cut off, and another program has written to the edited files since: "
+        f"{where} (restore the files from the base, or remove {base / JOURNAL} to keep them as they are)\n"
     )
     assert tree(base) == before
 

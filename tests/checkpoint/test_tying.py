@@ -130,7 +130,8 @@ def test_an_edit_of_one_half_is_refused_if_the_class_ties_by_default(model_type,
     base = write(tmp_path / "base", {EMBED: SAME, HEAD: second}, {"model_type": model_type})
     for tensor_, partner in ((HEAD, EMBED), (EMBED, HEAD)):
         assert faults(base, tensor_) == [
-            f"{tensor_}[7, 3] is tied to {partner}, which is stored too: loaders keep one of the two (edit both alike)"
+            f"{tensor_}[7, 3] is tied to {partner}, which is stored too: loaders keep one of the two "
+            "(edit both tensors in the same way)"
         ]
     assert faults(base, HEAD, EMBED) == []
 
@@ -140,7 +141,7 @@ def test_if_config_json_leaves_it_open_equal_tensors_count_as_tied(config, tmp_p
     alike = write(tmp_path / "alike", {EMBED: SAME, HEAD: SAME}, config)
     assert faults(alike, HEAD) == [
         f"{HEAD}[7, 3] may be tied to {EMBED}, which is stored with the same values: some loaders keep only one of "
-        "the two (edit both alike)"
+        "the two (edit both tensors in the same way)"
     ]
     assert faults(alike, HEAD, EMBED) == []
     assert faults(write(tmp_path / "apart", {EMBED: SAME, HEAD: OTHER}, config), HEAD) == []

@@ -166,7 +166,7 @@ def test_each_fault_is_one_line(run, tmp_path):
 def test_errors_are_said_also_when_quiet_and_debug_shows_where(run):
     plain = run("verify", "base", "--quiet")
     assert plain.returncode == 2
-    assert plain.stderr.startswith("swsurgery: no record") and plain.stderr.count("\n") == 1
+    assert plain.stderr.startswith("swsurgery: the checkpoint has no record") and plain.stderr.count("\n") == 1
     debug = run("verify", "base", "--quiet", "--debug")
     assert debug.returncode == 2
     assert "Traceback (most recent call last)" in debug.stderr

@@ -136,6 +136,6 @@ def test_an_edit_whose_end_cannot_be_synced_is_reported_as_made(tmp_path, monkey
     assert calls and code == 2
     assert lines == [
         f"swsurgery: the edit was made: {room.base}, but a power cut could still undo it (Input/output error) "
-        "(see to the disk, then run the same command again)"
+        "(repair or replace the disk, then run the same command again)"
     ]
     assert room.run("verify", str(room.base)) == (0, [])

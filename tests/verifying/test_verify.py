@@ -156,7 +156,7 @@ def test_missing_sums(patched):
 
 def test_a_missing_manifest_cannot_be_verified(patched):
     (patched / "manifest.yaml").unlink()
-    with pytest.raises(CheckpointError, match="manifest beside the record is missing"):
+    with pytest.raises(CheckpointError, match="record, but its manifest is missing"):
         run(patched)
 
 
