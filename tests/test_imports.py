@@ -40,6 +40,7 @@ LEVELS = {
     "hub": 2,
     "checkpoint": 3,
     "manifest": 3,
+    "rewriting": 3,
     "model": 4,
     "known": 4,
     "editing": 5,
