@@ -19,8 +19,9 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ArchitectureError, LookupFailed, PlanError
 from swsurgery.known import KnownCoordinate, KnownModel, shipped
 from swsurgery.known.schema import format_coordinate_id
-from swsurgery.manifest.operations import Edit, MeasuredValue, Target
+from swsurgery.manifest.operations import Edit
 from swsurgery.manifest.schema import Manifest
+from swsurgery.manifest.targets import MeasuredValue, Target
 from swsurgery.storage.coordinate import Coordinate
 
 Expected = int | float | str | MeasuredValue | None

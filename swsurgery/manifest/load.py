@@ -21,8 +21,8 @@ from pydantic_core import ErrorDetails
 
 from swsurgery.errors import ManifestError, SwsurgeryError
 from swsurgery.manifest import patch
-from swsurgery.manifest.operations import Target
 from swsurgery.manifest.schema import Base, Bounds, Manifest
+from swsurgery.manifest.targets import Target
 from swsurgery.manifest.yaml_reader import MAX_FAULTS, LineColumn, NodePath, Reader, format_path
 from swsurgery.storage.arguments import is_path
 from swsurgery.storage.files import LocalFile, read_at_most

@@ -1,105 +1,75 @@
-"""Define the four operations of a manifest and what each does to the bytes of one scalar.
+"""Define the operations of a manifest and what each does to the bytes of one scalar.
 
-An edit names its scalars in one of three forms: `layer`, `row`, `col` (and `expert`), the short form used in papers;
-`tensor` and `index`, in the stored shape; or `known`, coordinates of known super weights. To add an operation, write
-its class here and add it to `Edit`. Must not depend on checkpoints.
+targets.py defines what an edit names. The functions that compute new values for whole regions are in the package
+`rewriting`, which gets an operation's options as JSON. To add an operation, write its class here and add it to `Edit`.
+Must not depend on checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WrapValidator,
-    model_validator,
-)
-from pydantic.config import JsonDict
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from swsurgery.errors import NumberError
+from swsurgery.manifest.targets import (
+    REGION_FORMS,
+    SCALAR_FORMS,
+    TARGET_FIELDS,
+    Bits,
+    Exact,
+    Finite,
+    MeasuredValue,
+    Number,
+    Target,
+    describe_forms,
+)
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES, Dtype
-from swsurgery.storage.numbers import Written, format_exact
-from swsurgery.storage.schema import Position, Strict
+from swsurgery.storage.numbers import format_exact
+from swsurgery.storage.schema import Strict
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Bits = Annotated[str, Field(pattern=r"^0x([0-9a-fA-F]{2}|[0-9a-fA-F]{4}|[0-9a-fA-F]{8}|[0-9a-fA-F]{16})$")]
-Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | Finite
-
-
-def _keep_exact(value: object, validate: Callable[[object], object]) -> object:
-    """Validate a number, and return the number as written, because pydantic would round it to float64."""
-    validated = validate(value)
-    return value if isinstance(value, Written) or type(value) is int else validated
+Bit = Annotated[int, Field(ge=0, lt=64)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Width = Annotated[int, Field(ge=1, lt=1 << 31)]
+Block = Annotated[Width | tuple[Width, Width], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+"""The size of a block: n consecutive scalars of a row, or [rows, columns]."""
 
 
-Exact = WrapValidator(_keep_exact)
+class Operation(Target):
+    """An edit: a target, and an operation with its options.
 
-_ONE_TARGET: JsonDict = {
-    "oneOf": [{"required": ["layer", "row", "col"]}, {"required": ["tensor", "index"]}, {"required": ["known"]}]
-}
-
-
-class MeasuredValue(Strict):
-    """An expected value that was measured in `dtype`, which may differ from the tensor's dtype.
-
-    The stored value agrees if both are equal after rounding to `dtype`, or after rounding `value` to the stored dtype.
+    `writes` is False if the operation changes nothing. `on_regions` is True if it may name rows, columns, neurons,
+    experts, slices and whole tensors, and `on_scalars` if it may name single scalars.
     """
 
-    value: Annotated[Number, Exact]
-    dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
+    op: str
+    writes: ClassVar[bool] = True
+    on_regions: ClassVar[bool] = True
+    on_scalars: ClassVar[bool] = True
 
-
-class Target(Strict):
-    """The scalars that an edit names, in exactly one of the three forms, and optionally their expected value."""
-
-    layer: Position | None = Field(None, description="0-based decoder layer")
-    row: Position | None = Field(None, description="output channel of the down projection")
-    col: Position | None = Field(None, description="intermediate neuron: input of the down projection")
-    expert: Position | Literal["shared"] | None = Field(None, description="expert of a mixture-of-experts layer")
-    tensor: str | None = Field(None, description="name of the stored tensor")
-    index: Annotated[
-        tuple[Position, ...] | None,
-        # YAML and JSON give lists, but strict mode accepts only a tuple.
-        BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
-        Field(description="index in the stored shape"),
-    ] = None
-    known: str | None = Field(None, description="the id of a known super weight, such as L2.3968.7003, or all")
-    expect: Annotated[Number | Bits | MeasuredValue | None, Exact] = Field(
-        None, description="the stored value (a value, bits, or a value and its dtype); another one is an error"
-    )
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of the operation itself as JSON, without those that have their default, such as {"factor": 2}."""
+        fields: dict[str, Any] = self.model_dump(
+            mode="json", by_alias=True, exclude_defaults=True, exclude={"op", *TARGET_FIELDS}
+        )
+        return fields
 
     @model_validator(mode="after")
-    def _one_form(self) -> Target:
-        short = [self.layer, self.row, self.col]
-        forms = {
-            "layer, row, col": any(f is not None for f in [*short, self.expert]),
-            "tensor, index": self.tensor is not None or self.index is not None,
-            "known": self.known is not None,
-        }
-        given = [form for form, present in forms.items() if present]
-        if not given:
-            raise ValueError("names no scalar: give layer, row and col; or tensor and index; or known")
-        if len(given) > 1:
-            raise ValueError(f"names its scalar in more than one way ({'; '.join(given)}): give one of them")
-        if forms["layer, row, col"] and None in short:
-            missing = [n for n, f in zip(("layer", "row", "col"), short, strict=True) if f is None]
-            raise ValueError(f"is missing {' and '.join(missing)}")
-        if forms["tensor, index"] and (self.tensor is None or self.index is None):
-            raise ValueError(f"is missing {'tensor' if self.tensor is None else 'index'}")
-        if self.known is not None and self.expect is not None:
-            raise ValueError("has both known and expect: known super weights already have expected values")
+    def _fits_target(self) -> Operation:
+        scalar = self.form.name in SCALAR_FORMS
+        if scalar and not self.on_scalars and self.known is None:
+            raise ValueError(f"{self.op} needs more than one scalar: give tensors, a slice, a row or an expert")
+        if not scalar and not self.on_regions:
+            raise ValueError(f"{self.op} changes one scalar, but the edit names a {self.form.name}")
         return self
 
 
-class Zero(Target):
+class Zero(Operation):
     """Set all bits to zero."""
 
-    model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
-    writes: ClassVar[bool] = True
+    model_config = ConfigDict(json_schema_extra=describe_forms())
     op: Literal["zero"]
 
     def compute_bytes(self, dtype: Dtype, old: bytes) -> bytes:
@@ -107,11 +77,10 @@ class Zero(Target):
         return dtypes.make_zero(dtype)
 
 
-class Scale(Target):
+class Scale(Operation):
     """Multiply the stored value by `factor`: the exact product, rounded once to the stored dtype, half to even."""
 
-    model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
-    writes: ClassVar[bool] = True
+    model_config = ConfigDict(json_schema_extra=describe_forms())
     op: Literal["scale"]
     factor: Finite = Field(description="rounded to the nearest binary64 number; not 0")
 
@@ -126,13 +95,12 @@ class Scale(Target):
         return dtypes.scale_value(dtype, old, self.factor)
 
 
-class Set(Target):
+class Set(Operation):
     """Store a given value, rounded once to the stored dtype, or given bits."""
 
     model_config = ConfigDict(
-        json_schema_extra={"allOf": [_ONE_TARGET, {"oneOf": [{"required": ["value"]}, {"required": ["bits"]}]}]}
+        json_schema_extra={"allOf": [describe_forms(), {"oneOf": [{"required": ["value"]}, {"required": ["bits"]}]}]}
     )
-    writes: ClassVar[bool] = True
     op: Literal["set"]
     value: Annotated[Number | None, Exact] = None
     bits: Bits | None = None
@@ -155,10 +123,151 @@ class Set(Target):
         return new
 
 
-class Protect(Target):
-    """Keep the base's bits. An edit of the same scalar, in this or a later manifest, is an error."""
+class Flip(Operation):
+    """Invert bits of one stored scalar. Bit 0 is the least significant one: bit 15 of a BF16 is its sign."""
 
-    model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
+    model_config = ConfigDict(json_schema_extra=describe_forms(SCALAR_FORMS))
+    on_regions: ClassVar[bool] = False
+    op: Literal["flip"]
+    bit: Annotated[
+        Bit | tuple[Bit, ...],
+        BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+        Field(description="number of the bit, or several numbers; bit 0 is the least significant one"),
+    ]
+    raw: bool = Field(False, description="also flip bits of packed integers, scales and zero points")
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of the bits to invert."""
+        return self.bit if isinstance(self.bit, tuple) else (self.bit,)
+
+    @field_validator("bit")
+    @classmethod
+    def _different(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
+            raise ValueError("names no bit" if not value else "names a bit twice")
+        return value
+
+    def compute_bytes(self, dtype: Dtype, old: bytes) -> bytes:
+        """Return the bytes with the bits inverted. Raises NumberError for a bit that the dtype does not have."""
+        if max(self.numbers) >= dtype.bits:
+            raise NumberError(f"{dtype.name} has no bit {max(self.numbers)}", remedy=f"give 0 to {dtype.bits - 1}")
+        mask = sum(1 << number for number in self.numbers)
+        return (int.from_bytes(old, "little") ^ mask).to_bytes(dtype.size, "little")
+
+
+class ClipRule(Strict):
+    """The threshold of a clip, by exactly one rule (arXiv:2411.07191, section 4, for `z`)."""
+
+    z: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="|w| above mean(|w|) + z * std(|w|) is clipped"
+    )
+    fraction: Share | None = Field(None, description="this fraction of the scalars, those of largest |w|, is clipped")
+    iqr: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="values outside [Q1 - iqr * (Q3 - Q1), Q3 + iqr * (Q3 - Q1)] are clipped"
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> ClipRule:
+        if sum(rule is not None for rule in (self.z, self.fraction, self.iqr)) != 1:
+            raise ValueError("needs exactly one of z, fraction and iqr")
+        return self
+
+
+class _Scoped(Operation):
+    """An operation whose statistics belong to a tensor, a channel or a block."""
+
+    on_scalars: ClassVar[bool] = False
+    per: Literal["tensor", "channel"] = Field("tensor", description="scalars that share one statistic; channel: a row")
+    block: Block | None = Field(
+        None, description="scalars that share one statistic: n along a row, or [rows, columns]; instead of per"
+    )
+
+    @model_validator(mode="after")
+    def _one_scope(self) -> _Scoped:
+        if self.block is not None and "per" in self.model_fields_set:
+            raise ValueError("has both per and block: give one of them")
+        return self
+
+
+class Clip(_Scoped, ClipRule):
+    """Limit values to a threshold. Values beyond it become the threshold, with their sign."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                describe_forms(REGION_FORMS),
+                {"oneOf": [{"required": [rule]} for rule in ("z", "fraction", "iqr")]},
+            ]
+        }
+    )
+    op: Literal["clip"]
+
+
+class PruneOutliers(Operation):
+    """Set the scalars of largest |w| to zero: `count` of them or a fraction, over all tensors of the edit together."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [describe_forms(REGION_FORMS), {"oneOf": [{"required": ["count"]}, {"required": ["fraction"]}]}]
+        }
+    )
+    on_scalars: ClassVar[bool] = False
+    op: Literal["prune_outliers"]
+    count: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
+    fraction: Share | None = None
+
+    @model_validator(mode="after")
+    def _count_or_fraction(self) -> PruneOutliers:
+        if (self.count is None) == (self.fraction is None):
+            raise ValueError("needs either count or fraction")
+        return self
+
+
+class Round(_Scoped):
+    """Round values to the nearest of a few levels, as simple quantisation does, and store them in the same dtype."""
+
+    model_config = ConfigDict(json_schema_extra=describe_forms(REGION_FORMS))
+    op: Literal["round"]
+    bits: Annotated[int, Field(ge=2, le=8, description="2 to 8; the number of levels is 2**bits")]
+    symmetric: bool = Field(True, description="levels from -max|w| to max|w|; false: from the minimum to the maximum")
+    levels: Literal["integer", "nf4"] = Field(
+        "integer", description="evenly spaced levels, or the 16 levels of NF4 (arXiv:2305.14314)"
+    )
+    clip: ClipRule | None = Field(None, description="clip first, by this rule")
+
+    @model_validator(mode="after")
+    def _nf4(self) -> Round:
+        if self.levels == "nf4" and (self.bits != 4 or not self.symmetric):
+            raise ValueError("has levels nf4, which are 4 bits and symmetric")
+        return self
+
+
+class Restore(Operation):
+    """Put back the values of another checkpoint, or the known values of super weights."""
+
+    model_config = ConfigDict(json_schema_extra=describe_forms())
+    op: Literal["restore"]
+    source: Annotated[
+        str | None,
+        Field(
+            alias="from",
+            min_length=1,
+            description="the checkpoint with the bytes to restore: a directory, relative to the manifest, or hf://",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _known_or_from(self) -> Restore:
+        if self.source is None and self.form.name not in ("known", "scalar", "scalar by index"):
+            raise ValueError("needs from: known values exist only for single scalars")
+        return self
+
+
+class Protect(Operation):
+    """Keep the base's bits. An edit of the same scalar is an error; a rewrite of its tensor leaves it as it is."""
+
+    model_config = ConfigDict(json_schema_extra=describe_forms())
     writes: ClassVar[bool] = False
     op: Literal["protect"]
 
@@ -167,7 +276,12 @@ class Protect(Target):
         return old
 
 
-Edit = Annotated[Zero | Scale | Set | Protect, Field(discriminator="op")]
+Edit = Annotated[
+    Zero | Scale | Set | Flip | Clip | PruneOutliers | Round | Restore | Protect, Field(discriminator="op")
+]
+
+ScalarEdit = Zero | Scale | Set | Flip | Protect
+"""Operations that compute the new bytes of a scalar from its old bytes alone."""
 
 
 def explain_expectation(expect: float | str | MeasuredValue, dtype: Dtype, stored: bytes) -> str | None:

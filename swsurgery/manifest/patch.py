@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, ValidationEr
 
 from swsurgery._version import __version__
 from swsurgery.errors import CheckpointError, ManifestError, NumberError
-from swsurgery.manifest.operations import Edit
+from swsurgery.manifest.operations import ScalarEdit
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES, Dtype, format_bits
 from swsurgery.storage.names import SHARD_NAME
@@ -286,7 +286,7 @@ def render_manifest(raw: bytes, path: Path) -> bytes:
     return ("{" + ",\n".join([*lines, f'"edits": [\n{edits}\n]']) + "}\n").encode()
 
 
-_EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
+_EDIT: TypeAdapter[ScalarEdit] = TypeAdapter(ScalarEdit)
 
 
 def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]]) -> Iterator[PatchScalar]:

@@ -22,7 +22,7 @@ from swsurgery.editing.resolve import Asked, KnownPlace, find_known, resolve
 from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own
 from swsurgery.manifest.load import LoadedManifest, parse_manifest
-from swsurgery.manifest.operations import MeasuredValue
+from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.schema import Position

@@ -17,7 +17,8 @@ from swsurgery.editing.resolve import Expected, find_conflicts, read_target
 from swsurgery.errors import LookupFailed, ManifestError, escape_control, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import IN_MEMORY, LoadedManifest, ManifestLike, load_manifest
-from swsurgery.manifest.operations import Edit, MeasuredValue, Scale, Set, Zero
+from swsurgery.manifest.operations import Edit, Scale, Set, Zero
+from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import dtypes
 from swsurgery.storage.arguments import is_path, require_type

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from swsurgery.errors import ManifestError, NumberError
 from swsurgery.manifest.load import MAX_MANIFEST, LoadedManifest, load_manifest, parse_manifest
-from swsurgery.manifest.operations import MeasuredValue, Protect, Scale, Set, Zero, explain_expectation
+from swsurgery.manifest.operations import Protect, Scale, Set, Zero, explain_expectation
+from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.storage.dtypes import DTYPES
 
 PATH = Path("m.yaml")
