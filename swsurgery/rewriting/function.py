@@ -24,10 +24,11 @@ depend on the size of the blocks that are read."""
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor from which statistics are taken.
+    """One region of a stored tensor, from which statistics are taken.
 
-    `read` yields the bit patterns in the stored order, in flat arrays of any length. `kept` are the flat indices of
-    protected scalars, in rising order.
+    `name` identifies the region within an edit: an edit that changes two regions of one tensor uses two names. `shape`
+    is the shape of the region. `read` yields its bit patterns in C order, in flat arrays of any length that may share
+    one buffer. `kept` are the flat indices in the region of protected scalars, in rising order.
     """
 
     name: str
@@ -63,10 +64,11 @@ class Function(Protocol):
         """
         ...
 
-    def compute(self, name: str, dtype: Dtype, row: int, words: Words) -> Words:
-        """Return the new bit patterns of a block (rows, columns) of tensor `name` whose first row is `row`.
+    def compute(self, name: str, dtype: Dtype, row: int, words: Words, out: Words | None = None) -> Words:
+        """Return the new bit patterns of a block (rows, columns) of the source `name` whose first row is `row`.
 
-        The caller restores protected scalars afterwards. Raises NumberError for a result that the dtype cannot
-        represent.
+        `words` is C-contiguous. The result is written to `out` if it is given, which may be `words` itself. The caller
+        restores protected scalars afterwards, since they may have any value in the result. Several threads may compute
+        blocks at the same time. Raises NumberError for a result that the dtype cannot represent.
         """
         ...
