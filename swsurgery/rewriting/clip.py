@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from swsurgery.errors import NumberError
 from swsurgery.rewriting.function import Source, Words
 from swsurgery.rewriting.kept import Kept
-from swsurgery.rewriting.scope import TENSOR, Scope, gather, scatter
+from swsurgery.rewriting.scope import TENSOR, Scope, find_pieces, gather, scatter
 from swsurgery.rewriting.statistics import (
     count_fraction,
     count_scalars,
@@ -101,7 +101,7 @@ class Clip:
         if out is None:
             out = np.empty_like(words)
         columns = words.shape[1]
-        for begin, end in self.scope.find_pieces(*words.shape):
+        for begin, end in find_pieces(len(words), columns, self.scope.height):
             piece = words[begin:end]
             if self.scope.is_tensor:
                 keys = order_words(floating, piece)

@@ -9,6 +9,7 @@ from swsurgery.rewriting.clip import Clip, Rule
 from swsurgery.rewriting.elementwise import Scale, SetValue, Zero
 from swsurgery.rewriting.function import Function
 from swsurgery.rewriting.prune import PruneOutliers
+from swsurgery.rewriting.round import Round
 from swsurgery.rewriting.scope import read_scope
 
 Options = Mapping[str, object]
@@ -54,12 +55,12 @@ def _build_set(options: Options) -> Function:
 
 
 def _build_clip(options: Options) -> Function:
-    _refuse_unknown("clip", options, *RULES, "per", "block")
     return read_clip(options)
 
 
 def read_clip(options: Options) -> Clip:
     """Build a clip from exactly one of `z`, `fraction` and `iqr`, and `per` or `block`."""
+    _refuse_unknown("clip", options, *RULES, "per", "block")
     _require_one("clip", options, *RULES)
     rule = next(name for name in RULES if options.get(name) is not None)
     amount = _read_number(rule, options[rule])
@@ -82,12 +83,31 @@ def _build_prune(options: Options) -> Function:
     return PruneOutliers(count=count)
 
 
+def _build_round(options: Options) -> Function:
+    _refuse_unknown("round", options, "bits", "symmetric", "levels", "per", "block", "clip")
+    bits, clip = options.get("bits"), options.get("clip")
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f"bits is {bits!r}: give a whole number from 2 to 8")
+    symmetric, levels = options.get("symmetric", True), options.get("levels", "integer")
+    if not isinstance(symmetric, bool):
+        raise ValueError(f"symmetric is {symmetric!r}: give true or false")
+    if levels != "integer" and levels != "nf4":
+        raise ValueError(f"levels is {levels!r}: give integer or nf4")
+    if levels == "nf4" and (bits != 4 or not symmetric):
+        raise ValueError("levels nf4 are 4 bits and symmetric")
+    if clip is not None and not isinstance(clip, Mapping):
+        raise ValueError(f"clip is {clip!r}: give the options of a clip, such as {{'z': 5}}")
+    scope = read_scope(options.get("per"), options.get("block"))
+    return Round(bits, symmetric, levels, scope, None if clip is None else read_clip(clip))
+
+
 FUNCTIONS: dict[str, Callable[[Options], Function]] = {
     "zero": _build_zero,
     "scale": _build_scale,
     "set": _build_set,
     "clip": _build_clip,
     "prune_outliers": _build_prune,
+    "round": _build_round,
 }
 
 

@@ -69,15 +69,15 @@ class Scope:
             for left, right, width in _divide(columns, self.columns or columns):
                 yield Tile(slice(begin, end), slice(left, right), height, width)
 
-    def find_pieces(self, rows: int, columns: int, height: int | None = None) -> Iterator[tuple[int, int]]:
-        """Yield (first row, row after the last) of pieces of about PIECE_SCALARS scalars with whole groups.
 
-        `height` replaces the number of rows of a group.
-        """
-        height = height or self.height
-        step = max(PIECE_SCALARS // max(columns, 1) // height, 1) * height
-        for begin in range(0, rows, step):
-            yield begin, min(begin + step, rows)
+def find_pieces(rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
+    """Yield (first row, row after the last) of pieces of about PIECE_SCALARS scalars; each is a multiple of `height`.
+
+    The last piece may have fewer rows.
+    """
+    step = max(PIECE_SCALARS // max(columns, 1) // height, 1) * height
+    for begin in range(0, rows, step):
+        yield begin, min(begin + step, rows)
 
 
 TENSOR = Scope()

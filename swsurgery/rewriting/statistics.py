@@ -25,6 +25,7 @@ from swsurgery.rewriting.values import (
     has_not_finite,
     order_words,
     require_float,
+    restore_words,
 )
 from swsurgery.storage.dtypes import FloatDtype
 
@@ -133,6 +134,21 @@ def measure_moments(source: Source) -> Moments:
         return Moments(0, 0.0, 0.0, 0.0, 0.0)
     mean = total / count
     return Moments(count, mean, math.sqrt(max(squares / count - mean * mean, 0.0)), smallest, largest)
+
+
+def measure_range(source: Source) -> tuple[float, float]:
+    """Return the smallest and the largest scalar, and (0, 0) for a source without scalars that are not protected.
+
+    Raises NumberError if a scalar is NaN or infinite.
+    """
+    low, high = math.inf, -math.inf
+    for dtype, words in _read_counted(source):
+        if words.size:
+            keys = order_words(dtype, words)
+            ends = restore_words(dtype, np.array([keys.min(), keys.max()]))
+            first, last = decode_doubles(dtype, ends).tolist()
+            low, high = min(low, first), max(high, last)
+    return (low, high) if low <= high else (0.0, 0.0)
 
 
 def sum_rows(values: Doubles) -> Doubles:

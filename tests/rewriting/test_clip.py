@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from arrays import FLOATS, draw_patterns, draw_weights, source_of, values_of, words_of
+from arrays import FLOATS, draw_patterns, draw_weights, list_groups, source_of, values_of, words_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,21 +35,6 @@ def find_limits(options: dict, values: np.ndarray) -> tuple[float, float]:
         return -top, top
     q1, q3 = np.quantile(values, [0.25, 0.75])
     return q1 - options["iqr"] * (q3 - q1), q3 + options["iqr"] * (q3 - q1)
-
-
-def list_groups(options: dict, shape: tuple[int, int]) -> list[np.ndarray]:
-    """The flat indices of each group of a matrix."""
-    flat = np.arange(math.prod(shape)).reshape(shape)
-    if "block" in options:
-        block = options["block"]
-        rows, columns = block if isinstance(block, list) else (1, block)
-    else:
-        rows, columns = (1, shape[1]) if options.get("per") == "channel" else shape
-    return [
-        flat[r : r + rows, c : c + columns].reshape(-1)
-        for r in range(0, shape[0], rows)
-        for c in range(0, shape[1], columns)
-    ]
 
 
 def clip_each(name: str, words: np.ndarray, options: dict, kept: tuple[int, ...] = ()) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from swsurgery.rewriting.apply import Array, make_source
@@ -58,3 +60,18 @@ def source_of(name: str, words: np.ndarray, kept: tuple[int, ...] = (), pieces: 
             buffer[:] = 0  # nobody may use a piece after it asked for the next one
 
     return Source(source.name, source.dtype, source.shape, read, source.kept)
+
+
+def list_groups(options: dict, shape: tuple[int, int]) -> list[np.ndarray]:
+    """The flat indices of each group of a matrix."""
+    flat = np.arange(math.prod(shape)).reshape(shape)
+    if "block" in options:
+        block = options["block"]
+        rows, columns = block if isinstance(block, list) else (1, block)
+    else:
+        rows, columns = (1, shape[1]) if options.get("per") == "channel" else (max(shape[0], 1), shape[1])
+    return [
+        flat[r : r + rows, c : c + columns].reshape(-1)
+        for r in range(0, shape[0], rows)
+        for c in range(0, shape[1], columns)
+    ]

@@ -1,0 +1,251 @@
+"""Round the scalars of a region to a few levels, as weight-only quantisation by rounding to nearest does.
+
+The scalars stay in their dtype: each one becomes the value that its quantised code stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swsurgery.errors import NumberError
+from swsurgery.rewriting.clip import Clip
+from swsurgery.rewriting.function import Source, Words
+from swsurgery.rewriting.kept import Kept
+from swsurgery.rewriting.scope import TENSOR, Scope, find_pieces, find_shared_height
+from swsurgery.rewriting.statistics import measure_range, raise_not_finite, read_pieces
+from swsurgery.rewriting.values import (
+    Doubles,
+    Singles,
+    decode_doubles,
+    decode_singles,
+    encode_doubles,
+    encode_singles,
+    find_not_finite,
+    pack_singles,
+    require_float,
+)
+from swsurgery.storage.dtypes import Dtype, FloatDtype
+
+Levels = Literal["integer", "nf4"]
+Floats = NDArray[np.floating]
+"""An array of float32 for dtypes of at most 16 bits, of float64 for the others."""
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The levels of 4-bit NormalFloat, as float32 values (QLoRA, arXiv:2305.14314, appendix E)."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Round to nearest. Every group of scalars has 2**bits levels, which depend on its own extremes.
+
+    - `symmetric`: scale = max|w| / (2**(bits - 1) - 1), and code = w / scale rounded half to even, so that codes lie in
+      -(2**(bits - 1) - 1) .. 2**(bits - 1) - 1.
+    - not `symmetric`: the range is [min(w, 0), max(w, 0)], scale = range / (2**bits - 1), and the zero point is
+      -min(w, 0) / scale rounded half to even. Codes lie in 0 .. 2**bits - 1, so that 0 is a level.
+    - `levels` "nf4": code = the level of NF4 nearest to w / max|w|; the lower one of two equally near levels.
+
+    The new value is (code - zero point) * scale, or level * max|w|, rounded once to the stored dtype. Zero is always
+    0.0, since codes have no negative zero. A group of zeros stays zero.
+
+    Scales are float64 quotients. For dtypes of at most 16 bits they are rounded to float32, and codes and new values
+    are computed in float32; for F32 and F64 in float64. The arithmetic is thus at least 13 bits wider than the stored
+    dtype (F64 excepted), so that the scalar of largest magnitude keeps its value in symmetric and NF4 groups.
+
+    `clip` is applied first, with the statistics of the unrounded tensor. Protected scalars count in no statistic.
+    """
+
+    bits: int
+    symmetric: bool = True
+    levels: Levels = "integer"
+    scope: Scope = TENSOR
+    clip: Clip | None = None
+    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def sparse(self) -> bool:
+        """False: most scalars change."""
+        return False
+
+    def find_height(self, shape: Sequence[int]) -> int:
+        """Return the number of rows with whole groups, those of `clip` included."""
+        return find_shared_height(self.scope, self.clip.scope if self.clip else TENSOR)
+
+    def measure(self, sources: Sequence[Source]) -> Round:
+        """Return the function with what depends on whole tensors: the limits of `clip`, and ranges.
+
+        Raises NumberError if `clip` does, and if a scalar is NaN or infinite.
+        """
+        for source in sources:
+            require_float(source.dtype, source.name)
+        clip = self.clip.measure(sources) if self.clip else None
+        ranges = {s.name: measure_range(_clip_source(clip, s)) for s in sources} if self.scope.is_tensor else {}
+        return replace(self, clip=clip, kept=Kept.of_sources(sources), ranges=ranges)
+
+    def compute(self, name: str, dtype: Dtype, row: int, words: Words, out: Words | None = None) -> Words:
+        """Return the rounded values.
+
+        Raises NumberError if a scalar of the block is NaN or infinite, and if a new value overflows the dtype, which is
+        possible only for levels that are not symmetric.
+        """
+        floating = require_float(dtype, name)
+        if out is None:
+            out = np.empty_like(words)
+        rows, columns = words.shape
+        height = self.find_height(words.shape)
+        wide = floating.bits > 16
+        pieces = list(find_pieces(rows, columns, height))
+        largest = max((end - begin for begin, end in pieces), default=0)
+        values: Floats = np.empty((largest, columns), np.float64 if wide else np.float32)
+        spare = np.empty_like(values)
+        for begin, end in pieces:
+            first = (row + begin) * columns
+            piece = words[begin:end]
+            if self.clip:
+                piece = self.clip.compute(name, dtype, row + begin, piece)
+            part = values[: end - begin]
+            self._decode(name, floating, first, piece, part)
+            safe = True
+            for tile in self.scope.find_tiles(end - begin, columns):
+                group = tile.view(part)
+                low, high = self._find_ranges(name, group, tile.view(spare[: end - begin]))
+                if not (np.isfinite(low).all() and np.isfinite(high).all()):
+                    self._raise_not_finite(name, floating, first, piece)
+                safe &= self._quantise(name, floating, group, low, high, tile.view(spare[: end - begin]))
+            _encode(name, floating, part, out[begin:end], safe)
+        return out
+
+    def _decode(self, name: str, dtype: FloatDtype, first: int, words: Words, values: Floats) -> None:
+        """Write the values to `values`, with 0, which changes no statistic, for protected scalars."""
+        if values.dtype == np.float64:
+            decode_doubles(dtype, words, cast(Doubles, values))
+        else:
+            decode_singles(dtype, words, cast(Singles, values))
+        kept = self.kept.find(name, first, words.size)
+        if len(kept):
+            values.reshape(-1)[kept] = 0
+
+    def _raise_not_finite(self, name: str, dtype: FloatDtype, first: int, words: Words) -> None:
+        bad = np.setdiff1d(np.flatnonzero(find_not_finite(dtype, words)), self.kept.find(name, first, words.size))
+        raise_not_finite(name, len(bad), self.kept.format_index(name, first + int(bad[0])))
+
+    def _find_ranges(self, name: str, groups: Floats, spare: Floats) -> tuple[Doubles, Doubles]:
+        """Return the lowest and highest level of each group, as arrays (groups down, 1, groups across, 1)."""
+        if self.scope.is_tensor:
+            low, high = (np.full((1, 1, 1, 1), end) for end in self.ranges[name])
+            if self._is_symmetric:
+                high = np.maximum(-low, high)
+                low = -high
+        elif self._is_symmetric:
+            np.abs(groups, out=spare)
+            high = _reduce(np.maximum, spare)
+            low = -high
+        else:
+            low, high = _reduce(np.minimum, groups), _reduce(np.maximum, groups)
+        return np.minimum(low, 0), np.maximum(high, 0)
+
+    @property
+    def _is_symmetric(self) -> bool:
+        return self.symmetric or self.levels == "nf4"
+
+    def _quantise(
+        self, name: str, dtype: FloatDtype, groups: Floats, low: Doubles, high: Doubles, spare: Floats
+    ) -> bool:
+        """Replace values by those of their codes. Returns False if a result may be larger than the dtype's largest."""
+        kind = groups.dtype.type
+        if self.levels == "nf4":
+            _quantise_nf4(groups, _use_one_for_zero(high.astype(kind)), spare)
+            return True
+        if self.symmetric:
+            top = (1 << (self.bits - 1)) - 1
+            scale = _use_one_for_zero((high / top).astype(kind))
+            zero = np.full_like(high, top)
+            top *= 2
+        else:
+            top = (1 << self.bits) - 1
+            with np.errstate(over="ignore"):
+                exact = (high - low) / top
+            if not np.isfinite(exact).all():
+                raise NumberError("the range of the scalars overflows float64", name)
+            scale = _use_one_for_zero(exact.astype(kind))
+            zero = np.clip(np.rint(-low / scale), 0, top)
+        lowest, highest = (-zero).astype(kind), (top - zero).astype(kind)
+        np.divide(groups, scale, out=groups)
+        np.rint(groups, out=groups)
+        np.clip(groups, lowest, highest, out=groups)  # code - zero point
+        np.add(groups, kind(0), out=groups)  # -0.0 becomes 0.0
+        with np.errstate(over="ignore"):  # refused later
+            np.multiply(groups, scale, out=groups)
+        reach = np.maximum(np.abs(lowest), highest) * scale.astype(np.float64)
+        return bool(reach.max() < _find_safe_limit(dtype))
+
+
+def _clip_source(clip: Clip | None, source: Source) -> Source:
+    """Return a source that reads the clipped scalars of `source`."""
+    if clip is None:
+        return source
+    columns = source.shape[-1] if source.shape else 1
+
+    def read() -> Iterator[Words]:
+        height = clip.scope.height
+        step = max((1 << 16) // max(columns, 1) // height, 1) * height
+        for first, words in read_pieces(source, step * max(columns, 1)):
+            block = words.reshape(-1, columns)
+            yield clip.compute(source.name, source.dtype, first // columns, block).reshape(-1)
+
+    return replace(source, read=read)
+
+
+def _encode(name: str, dtype: FloatDtype, values: Floats, out: Words, safe: bool) -> None:
+    """Round values to the dtype. Raises NumberError for an overflow, which cannot occur if `safe` is True."""
+    try:
+        if values.dtype == np.float64:
+            encode_doubles(dtype, cast(Doubles, values), out)
+        elif safe:
+            pack_singles(dtype, cast(Singles, values), out)
+        else:
+            encode_singles(dtype, cast(Singles, values), out)
+    except NumberError as error:
+        raise NumberError(str(error), name, "round symmetrically") from error
+
+
+def _reduce(reduce: np.ufunc, groups: Floats) -> Doubles:
+    """Reduce each group of a tile to one number."""
+    found: Doubles = reduce.reduce(reduce.reduce(groups, axis=3, keepdims=True), axis=1, keepdims=True)
+    return found.astype(np.float64)
+
+
+def _use_one_for_zero(scale: Floats) -> Floats:
+    """Replace a scale of 0, of a group of zeros, by 1: then 0 / scale is 0."""
+    scale[scale == 0] = 1
+    return scale
+
+
+def _find_safe_limit(dtype: FloatDtype) -> float:
+    """Return a bound below which no value overflows the dtype."""
+    return float(2.0 ** ((dtype.largest >> dtype.mantissa) - dtype.bias))
+
+
+def _quantise_nf4(groups: Floats, top: Floats, spare: Floats) -> None:
+    """Replace values by the nearest level times `top`, the maximum magnitude of the group."""
+    kind = groups.dtype.type
+    levels = np.array(NF4)
+    middles = (levels[1:] + levels[:-1]) / 2  # exact
+    limits = middles.astype(kind)
+    limits = np.where(limits > middles, np.nextafter(limits, kind(-1)), limits)  # w > limit exactly if w > middle
+    np.divide(groups, top, out=groups)
+    codes = np.zeros(groups.shape, np.uint8)
+    above = np.empty(groups.shape, np.bool_)
+    for limit in limits:
+        np.greater(groups, limit, out=above)
+        np.add(codes, above.view(np.uint8), out=codes)
+    np.multiply(np.take(levels.astype(kind), codes, mode="wrap"), top, out=groups)

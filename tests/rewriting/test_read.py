@@ -1,0 +1,94 @@
+"""Functions built from the JSON options of manifests and records."""
+
+from __future__ import annotations
+
+import pytest
+
+from swsurgery.rewriting.clip import Clip
+from swsurgery.rewriting.elementwise import Scale, SetValue, Zero
+from swsurgery.rewriting.prune import PruneOutliers
+from swsurgery.rewriting.read import build_function
+from swsurgery.rewriting.round import Round
+from swsurgery.rewriting.scope import CHANNEL, TENSOR, Scope
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "function"),
+    [
+        ("zero", {}, Zero()),
+        ("scale", {"factor": -0.5}, Scale(-0.5)),
+        ("scale", {"factor": 3}, Scale(3.0)),
+        ("set", {"value": 7}, SetValue(7)),
+        ("set", {"value": 0.25, "bits": None}, SetValue(0.25)),
+        ("set", {"bits": "0x40bc"}, SetValue(bits="0x40bc")),
+        ("clip", {"z": 5}, Clip("z", 5.0)),
+        ("clip", {"fraction": 0.01, "per": "tensor"}, Clip("fraction", 0.01)),
+        ("clip", {"iqr": 0, "per": "channel"}, Clip("iqr", 0.0, CHANNEL)),
+        ("clip", {"iqr": 1.5, "block": 128}, Clip("iqr", 1.5, Scope(1, 128))),
+        ("clip", {"z": 3, "block": [64, 32]}, Clip("z", 3.0, Scope(64, 32))),
+        ("prune_outliers", {"count": 7000}, PruneOutliers(7000)),
+        ("prune_outliers", {"fraction": 0.001}, PruneOutliers(fraction=0.001)),
+        ("round", {"bits": 4}, Round(4)),
+        ("round", {"bits": 8, "symmetric": False, "per": "channel"}, Round(8, False, "integer", CHANNEL)),
+        ("round", {"bits": 4, "levels": "nf4", "block": 64}, Round(4, True, "nf4", Scope(1, 64))),
+        (
+            "round",
+            {"bits": 3, "block": (128, 128), "clip": {"z": 9}},
+            Round(3, scope=Scope(128, 128), clip=Clip("z", 9.0, TENSOR)),
+        ),
+    ],
+)
+def test_options_become_a_function(op, options, function):
+    assert build_function(op, options) == function
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "message"),
+    [
+        ("flip", {}, "no function computes 'flip': give one of zero, scale"),
+        ("zero", {"factor": 1}, "zero has no option factor"),
+        ("scale", {}, "factor is None: give a finite number"),
+        ("scale", {"factor": 0}, "factor is 0: use zero"),
+        ("scale", {"factor": float("inf")}, "factor is inf"),
+        ("scale", {"factor": True}, "factor is True"),
+        ("set", {}, "set needs exactly one of value, bits"),
+        ("set", {"value": 1, "bits": "0x40bc"}, "exactly one"),
+        ("set", {"value": "1"}, "value is '1': give a number"),
+        ("set", {"value": False}, "value is False"),
+        ("set", {"bits": "40bc"}, "bits is '40bc': give a hexadecimal number"),
+        ("clip", {}, "clip needs exactly one of z, fraction, iqr"),
+        ("clip", {"z": 1, "iqr": 1}, "exactly one"),
+        ("clip", {"z": 0}, "z is 0: give a positive number"),
+        ("clip", {"z": -1}, "z is -1"),
+        ("clip", {"iqr": -0.1}, "iqr is -0.1: give a number from 0"),
+        ("clip", {"fraction": 0}, "fraction is 0: give a number between 0 and 1"),
+        ("clip", {"fraction": 1}, "fraction is 1"),
+        ("clip", {"z": float("nan")}, "z is nan"),
+        ("clip", {"z": 1, "per": "row"}, "per is 'row': give tensor or channel"),
+        ("clip", {"z": 1, "per": "channel", "block": 4}, "both per and block"),
+        ("clip", {"z": 1, "block": 0}, "block is 0: give a positive whole number"),
+        ("clip", {"z": 1, "block": [4]}, r"block is \[4\]"),
+        ("clip", {"z": 1, "block": [4, True]}, "block is"),
+        ("clip", {"z": 1, "block": "4"}, "block is '4'"),
+        ("clip", {"z": 1, "bits": 4}, "clip has no option bits"),
+        ("prune_outliers", {}, "prune_outliers needs exactly one of count, fraction"),
+        ("prune_outliers", {"count": 0}, "count is 0: give a positive whole number"),
+        ("prune_outliers", {"count": 1.5}, "count is 1.5"),
+        ("prune_outliers", {"fraction": 1.5}, "fraction is 1.5"),
+        ("round", {}, "bits is None: give a whole number from 2 to 8"),
+        ("round", {"bits": 1}, "bits is 1"),
+        ("round", {"bits": 9}, "bits is 9"),
+        ("round", {"bits": 4.0}, "bits is 4.0"),
+        ("round", {"bits": 4, "symmetric": 1}, "symmetric is 1: give true or false"),
+        ("round", {"bits": 4, "levels": "fp4"}, "levels is 'fp4': give integer or nf4"),
+        ("round", {"bits": 3, "levels": "nf4"}, "levels nf4 are 4 bits and symmetric"),
+        ("round", {"bits": 4, "levels": "nf4", "symmetric": False}, "levels nf4 are 4 bits and symmetric"),
+        ("round", {"bits": 4, "clip": 5}, "clip is 5: give the options of a clip"),
+        ("round", {"bits": 4, "clip": {}}, "clip needs exactly one of z, fraction, iqr"),
+        ("round", {"bits": 4, "clip": {"z": 5, "bits": 4}}, "clip has no option bits"),
+        ("round", {"bits": 4, "group": 128}, "round has no option group"),
+    ],
+)
+def test_nonsense_is_refused(op, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_function(op, options)
