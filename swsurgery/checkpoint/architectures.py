@@ -1,6 +1,7 @@
-"""List how each family of models stores its down projections: the table `FAMILIES`.
+"""List how each family of models stores its MLPs: the table `FAMILIES`.
 
-To support another family, add a row. projections.py uses the table.
+To support another family, add a row. projections.py finds down projections with the table, and structures.py finds
+neurons and experts.
 """
 
 from __future__ import annotations
@@ -19,20 +20,38 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 ProjectionKind: TypeAlias = Literal["dense", "routed", "shared"]
 Axes: TypeAlias = Literal["row col", "col row", "expert row col", "expert col row"]
+Fusion: TypeAlias = Literal["apart", "halves", "alternating"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The input projections of an MLP: the matrices whose products are the activations of its neurons.
+
+    `names` are the names of the modules, which replace the name of the down projection's module: ("gate_proj",
+    "up_proj"), or one name if the MLP has no gate. `fusion` is "apart" if each matrix is a tensor. Otherwise one tensor
+    has gate and up: "halves" stores all neurons of the gate before those of up, "alternating" stores gate and up of
+    neuron 0, then of neuron 1, and so on. The axes are those of the down projection with row and col exchanged.
+    """
+
+    names: tuple[str, ...]
+    fusion: Fusion = "apart"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to store a down projection.
+    """One way to store a down projection and the input projections of the same MLP.
 
     `name` is the name of the tensor without its prefix, such as "layers.{layer}.mlp.down_proj.weight" without "model.".
-    `axes` names the axes of the tensor in order. `stored_only` is True if transformers transposes the tensor while
-    loading it, so that only files have this layout and no loaded model does.
+    `axes` names the axes of the tensor in order. `inputs` is None if nobody has compared the input projections with a
+    running model; rows and columns are supported then, but not neurons and experts. `stored_only` is True if
+    transformers transposes the tensors while loading them, so that only files have this layout and no loaded model
+    does.
     """
 
     kind: ProjectionKind
     name: str
     axes: Axes
+    inputs: Inputs | None
     stored_only: bool = False
 
 
@@ -70,85 +89,134 @@ def list_prefixes(trunks: tuple[str, ...]) -> tuple[str, ...]:
 
 _MODEL = ("model.", "")
 _TRANSFORMER = ("transformer.", "")
-_DENSE = Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col")
-_EXPERTS = Layout("routed", "layers.{layer}.mlp.experts.{expert}.down_proj.weight", "row col")
+_GATED = Inputs(("gate_proj", "up_proj"))
+_FUSED = Inputs(("gate_up_proj",), "halves")
+_FUSED_LINEAR = Inputs(("input_linear",), "halves")
+_C_FC = Inputs(("c_fc",))
+_FC1 = Inputs(("fc1",))
+_H_TO_4H = Inputs(("dense_h_to_4h",))
+_DENSE = Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _GATED)
+_EXPERTS = Layout("routed", "layers.{layer}.mlp.experts.{expert}.down_proj.weight", "row col", _GATED)
 # transformers >= 5 stacks the experts while loading, and saves the stacked form if save_original_format=False.
-_STACKED = Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert row col")
+_STACKED = Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert row col", _FUSED)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         "Llama",
         (
-            *("llama", "mistral", "smollm3", "granite", "stablelm", "phi3"),  # SmolLM2, DeepSeek-LLM, EuroLLM: llama
+            *("llama", "mistral", "smollm3", "granite", "stablelm"),  # SmolLM2, DeepSeek-LLM, EuroLLM: llama
             *("cohere", "cohere2", "olmo", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text"),
             *("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"),
         ),
         _MODEL,
         (_DENSE,),
     ),
-    Family("Phi-2", ("phi",), _MODEL, (Layout("dense", "layers.{layer}.mlp.fc2.weight", "row col"),)),
-    Family("StarCoder2", ("starcoder2",), _MODEL, (Layout("dense", "layers.{layer}.mlp.c_proj.weight", "row col"),)),
+    Family(
+        "Phi-3 and GLM-4",
+        ("phi3", "glm", "glm4"),
+        _MODEL,
+        (Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _FUSED),),
+    ),
+    Family("Phi-2", ("phi",), _MODEL, (Layout("dense", "layers.{layer}.mlp.fc2.weight", "row col", _FC1),)),
+    Family(
+        "StarCoder2", ("starcoder2",), _MODEL, (Layout("dense", "layers.{layer}.mlp.c_proj.weight", "row col", _C_FC),)
+    ),
     Family(
         "Falcon and BLOOM",
         ("falcon", "bloom"),
         _TRANSFORMER,
-        (Layout("dense", "h.{layer}.mlp.dense_4h_to_h.weight", "row col"),),
+        (Layout("dense", "h.{layer}.mlp.dense_4h_to_h.weight", "row col", _H_TO_4H),),
     ),
     Family(
         "GPT-NeoX",
         ("gpt_neox",),
         ("gpt_neox.", ""),
-        (Layout("dense", "layers.{layer}.mlp.dense_4h_to_h.weight", "row col"),),
+        (Layout("dense", "layers.{layer}.mlp.dense_4h_to_h.weight", "row col", _H_TO_4H),),
     ),
     # GPT-2's Conv1D stores [in, out]. The families below with the same tensor name use Linear, which stores [out, in].
-    Family("GPT-2", ("gpt2",), _TRANSFORMER, (Layout("dense", "h.{layer}.mlp.c_proj.weight", "col row"),)),
+    Family("GPT-2", ("gpt2",), _TRANSFORMER, (Layout("dense", "h.{layer}.mlp.c_proj.weight", "col row", _C_FC),)),
     Family(
         "GPT-Neo and GPT-BigCode",
         ("gpt_neo", "gpt_bigcode"),
         _TRANSFORMER,
-        (Layout("dense", "h.{layer}.mlp.c_proj.weight", "row col"),),
+        (Layout("dense", "h.{layer}.mlp.c_proj.weight", "row col", _C_FC),),
     ),
-    Family("GPT-J", ("gptj",), _TRANSFORMER, (Layout("dense", "h.{layer}.mlp.fc_out.weight", "row col"),)),
+    Family(
+        "GPT-J",
+        ("gptj",),
+        _TRANSFORMER,
+        (Layout("dense", "h.{layer}.mlp.fc_out.weight", "row col", Inputs(("fc_in",))),),
+    ),
     Family(
         "OPT",
         ("opt",),
         ("model.decoder.", "decoder."),
-        (Layout("dense", "layers.{layer}.fc2.weight", "row col"),),
+        (Layout("dense", "layers.{layer}.fc2.weight", "row col", _FC1),),
     ),
-    Family("MPT", ("mpt",), _TRANSFORMER, (Layout("dense", "blocks.{layer}.ffn.down_proj.weight", "row col"),)),
+    Family(
+        "MPT",
+        ("mpt",),
+        _TRANSFORMER,
+        (Layout("dense", "blocks.{layer}.ffn.down_proj.weight", "row col", Inputs(("up_proj",))),),
+    ),
     Family(
         "Mixtral",
         ("mixtral", "phimoe"),
         _MODEL,
-        (Layout("routed", "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", "row col"), _STACKED),
+        (
+            Layout(
+                "routed",
+                "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+                "row col",
+                Inputs(("w1", "w3")),
+            ),
+            _STACKED,
+        ),
     ),
     Family(
         "Qwen-MoE",
         ("qwen2_moe", "qwen3_moe"),
         _MODEL,
-        (_DENSE, _EXPERTS, _STACKED, Layout("shared", "layers.{layer}.mlp.shared_expert.down_proj.weight", "row col")),
+        (
+            _DENSE,
+            _EXPERTS,
+            _STACKED,
+            Layout("shared", "layers.{layer}.mlp.shared_expert.down_proj.weight", "row col", _GATED),
+        ),
     ),
     Family(
         "DeepSeek-V2 and V3",
         ("deepseek_v2", "deepseek_v3"),
         _MODEL,
-        (_DENSE, _EXPERTS, _STACKED, Layout("shared", "layers.{layer}.mlp.shared_experts.down_proj.weight", "row col")),
+        (
+            _DENSE,
+            _EXPERTS,
+            _STACKED,
+            Layout("shared", "layers.{layer}.mlp.shared_experts.down_proj.weight", "row col", _GATED),
+        ),
     ),
     Family("OLMoE", ("olmoe",), _MODEL, (_EXPERTS, _STACKED)),
     Family(
         "gpt-oss",
         ("gpt_oss",),
         _MODEL,
-        (Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert col row"),),
+        (
+            Layout(
+                "routed",
+                "layers.{layer}.mlp.experts.down_proj",
+                "expert col row",
+                Inputs(("gate_up_proj",), "alternating"),
+            ),
+        ),
     ),
     Family(
         "Llama 4",
         ("llama4", "llama4_text"),
         _MODEL,
         (
-            Layout("dense", "layers.{layer}.feed_forward.down_proj.weight", "row col"),
-            Layout("routed", "layers.{layer}.feed_forward.experts.down_proj", "expert col row"),
-            Layout("shared", "layers.{layer}.feed_forward.shared_expert.down_proj.weight", "row col"),
+            Layout("dense", "layers.{layer}.feed_forward.down_proj.weight", "row col", _GATED),
+            Layout("routed", "layers.{layer}.feed_forward.experts.down_proj", "expert col row", _FUSED),
+            Layout("shared", "layers.{layer}.feed_forward.shared_expert.down_proj.weight", "row col", _GATED),
         ),
     ),
     Family(
@@ -156,9 +224,9 @@ FAMILIES: tuple[Family, ...] = (
         ("granitemoe", "granitemoeshared"),
         _MODEL,
         (
-            Layout("routed", "layers.{layer}.block_sparse_moe.output_linear.weight", "expert row col"),
-            Layout("routed", "layers.{layer}.block_sparse_moe.experts.down_proj", "expert row col"),
-            Layout("shared", "layers.{layer}.shared_mlp.output_linear.weight", "row col"),
+            Layout("routed", "layers.{layer}.block_sparse_moe.output_linear.weight", "expert row col", _FUSED_LINEAR),
+            Layout("routed", "layers.{layer}.block_sparse_moe.experts.down_proj", "expert row col", _FUSED),
+            Layout("shared", "layers.{layer}.shared_mlp.output_linear.weight", "row col", _FUSED_LINEAR),
         ),
     ),
     # The published files have [expert, col, row]; transformers >= 5 saves [expert, row, col] under the same name.
@@ -169,7 +237,7 @@ FAMILIES: tuple[Family, ...] = (
         (
             _DENSE,
             _STACKED,
-            Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert col row", stored_only=True),
+            Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert col row", _FUSED, stored_only=True),
         ),
     ),
 )

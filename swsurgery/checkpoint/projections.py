@@ -111,7 +111,7 @@ def find_down_projection(
     if not names or (limit is not None and layer >= limit):
         raise _explain_missing(config, families, shapes, layer, expert)
     for name in names:
-        _refuse_packed(name, shapes)
+        refuse_packed(name, shapes)
     if len(names) > 1:
         raise ArchitectureError(f"layer {layer} has several down projections", ", ".join(names), _BY_NAME)
 
@@ -222,7 +222,7 @@ def _list_loaded_matches(
     if shapes is None or tensor not in shapes or not matches:
         return matches
     layouts = [layout for _, layout, _, _ in matches]
-    if not _get_known_families(config) and len(_list_fitting_axes(config, shapes[tensor], layouts)) > 1:
+    if not find_known_families(config) and len(_list_fitting_axes(config, shapes[tensor], layouts)) > 1:
         return []  # of an unknown family, transformers is assumed to load every tensor in its stored orientation
     axes = _find_orientation(config, tensor, shapes[tensor], layouts)
     return [m for m in matches if m[1].axes == axes]
@@ -231,6 +231,13 @@ def _list_loaded_matches(
 def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the prefixes that names of stored and loaded tensors may have, such as "model." and "text_model."."""
     return tuple(dict.fromkeys(prefix for family in _get_families(config) for prefix in family.prefixes))
+
+
+def list_layouts(config: Mapping[str, Any], projection: DownProjection) -> tuple[Layout, ...]:
+    """List the layouts that a down projection may have: one kind of MLP for a known family, several for others."""
+    matches = _list_matches(_get_families(config), projection.tensor)
+    known = find_known_families(config)
+    return tuple(layout for _, layout, _, _ in matches if not known or layout.axes == projection.axes)
 
 
 # Choosing the family ------------------------------------------------------------------------------------------------
@@ -242,7 +249,7 @@ def _get_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     If all families are returned, the names of the tensors decide between them. An encoder-decoder of unknown type has
     no family, because "layer 3" may be a layer of the encoder or of the decoder.
     """
-    if known := _get_known_families(config):
+    if known := find_known_families(config):
         return known
     if config.get("is_encoder_decoder") is True:
         return ()
@@ -254,7 +261,7 @@ def _get_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     )
 
 
-def _get_known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
+def find_known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     """Return the families that have the model type in config.json; an empty tuple if no family has it."""
     for section in _list_sections(config):
         known = tuple(family for family in FAMILIES if section.get("model_type") in family.model_types)
@@ -371,7 +378,7 @@ def _list_possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set
     name. For example, known families store `experts.down_proj` in both orientations.
     """
     axes = {layout.axes for layout in layouts}
-    if _get_known_families(config):
+    if find_known_families(config):
         return axes
     tails = {_split_tail(layout) for layout in layouts}
     return axes | {layout.axes for family in FAMILIES for layout in family.layouts if _split_tail(layout) in tails}
@@ -417,30 +424,27 @@ def _find_orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ..
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_packed(name: str, shapes: Shapes) -> None:
-    """Raise ArchitectureError if the down projection `name` is packed: several codes of few bits stored as one number.
-
-    Packed tensors are recognised by the endings of their names.
-    """
+def refuse_packed(name: str, shapes: Shapes, what: str = "the down projection") -> None:
+    """Raise ArchitectureError if a matrix is stored in packed form. `what` describes it in the message."""
     for suffix in PACKED_SUFFIXES:
         packed = name.removesuffix(".weight") + suffix
         if packed in shapes:
             raise ArchitectureError(
-                "the down projection is packed, so no single scalar of it can be edited",
+                f"{what} is packed, so no single scalar of it can be edited",
                 packed,
                 "edit the checkpoint before it is quantised",
             )
 
 
-def _refuse_otherwise_stored(name: str, shapes: Shapes) -> None:
-    """Raise ArchitectureError if other tensors of the down projection `name` are stored, but its weight is not."""
+def refuse_otherwise_stored(name: str, shapes: Shapes, what: str = "the down projection") -> None:
+    """Raise ArchitectureError if tensors of a matrix are stored, but not its weight. `what` is for the message."""
     if not name.endswith(".weight") or name in shapes:
         return
     module = name.removesuffix("weight")
     stored = sorted(t for t in shapes if t.startswith(module) and t != f"{module}bias")
     if stored:
-        what = "the down projection is quantised or stored in parts, so no single scalar of it can be edited"
-        raise ArchitectureError(what, stored[0], "edit the checkpoint before it is quantised")
+        how = f"{what} is quantised or stored in parts, so no single scalar of it can be edited"
+        raise ArchitectureError(how, stored[0], "edit the checkpoint before it is quantised")
 
 
 def _list_layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
@@ -467,7 +471,7 @@ def _explain_missing(
     """
     for place in (expert, None, 0, "shared"):
         for name in _map_possible_names(families, layer, place):
-            _refuse_packed(name, shapes)
+            refuse_packed(name, shapes)
 
     by_name = 1 + max(_list_layer_numbers(families, shapes), default=-1)
     counts = [count for count in (by_name, read_layer_limit(config)) if count]
@@ -476,7 +480,7 @@ def _explain_missing(
         return ArchitectureError(f"layer {layer} is beyond the model", where, _BY_NAME)
     for place in (expert, None, 0, "shared"):
         for name in _map_possible_names(families, layer, place):
-            _refuse_otherwise_stored(name, shapes)
+            refuse_otherwise_stored(name, shapes)
 
     if (error := _explain_expert(families, shapes, layer, expert)) is not None:
         return error

@@ -79,7 +79,7 @@ _IMAGE = {"image_token_index": 31, "boi_token_index": 29, "eoi_token_index": 30}
 TEXT_MODELS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "smollm3", "granite", "stablelm", "phi3", "cohere", "cohere2"), _TEXT),
     **dict.fromkeys(("olmo", "olmo2", "olmo3", "qwen2", "phi", "starcoder2", "gpt_neox"), _TEXT),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen3"), _TEXT_8),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen3", "glm", "glm4"), _TEXT_8),
     "falcon": {
         "vocab_size": 32,
         "hidden_size": 16,
@@ -191,7 +191,7 @@ VISION_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-OTHER_MODELS: dict[str, dict[str, Any]] = {"glm4": _TEXT_8, "exaone4": _TEXT_8, "jamba": _TEXT}
+OTHER_MODELS: dict[str, dict[str, Any]] = {"exaone4": _TEXT_8, "jamba": _TEXT}
 """Model types that no family of the product names; their tensors have the names of known ones, some of Jamba's not."""
 
 MODELS = TEXT_MODELS | VISION_LANGUAGE_MODELS
