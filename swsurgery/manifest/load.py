@@ -14,13 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from swsurgery.errors import ManifestError, SwsurgeryError
 from swsurgery.manifest import patch
+from swsurgery.manifest.operations import Edit
 from swsurgery.manifest.schema import Base, Bounds, Manifest
 from swsurgery.manifest.targets import Target
 from swsurgery.manifest.yaml_reader import MAX_FAULTS, LineColumn, NodePath, Reader, format_path
@@ -46,7 +47,7 @@ class LoadedManifest(Result):
 
     def to_json(self) -> dict[str, object]:
         """Return the manifest's fields as written, without defaults."""
-        return self.manifest.model_dump(mode="json", exclude_unset=True)
+        return self.manifest.model_dump(mode="json", exclude_unset=True, by_alias=True)
 
     def find_position(self, *path: str | int) -> LineColumn:
         """Return the line and column of the node at `path`, or of its nearest parent whose position is stored."""
@@ -122,7 +123,7 @@ def _convert_value(value: object) -> object:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude_unset=True)
+        return value.model_dump(mode="json", exclude_unset=True, by_alias=True)
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"a manifest must contain texts, numbers, lists and dicts, not {value!r:.80}")
@@ -201,8 +202,10 @@ def _locate(item: ErrorDetails, reader: Reader) -> tuple[LineColumn, NodePath, A
     """Find the position of a pydantic error, the path of its node in the manifest, and the node's value."""
     path: list[str | int] = []
     value = reader.value
-    for part in item["loc"]:
-        # pydantic inserts the tags of discriminators and unions into its paths; the data has no such nodes
+    for depth, part in enumerate(item["loc"]):
+        # pydantic inserts the op of an edit behind its number, and tags of unions; the data has no such nodes
+        if depth == 2 and path[0] == "edits":
+            continue
         exists = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
         if exists:
             path.append(part)
@@ -231,22 +234,39 @@ def _describe(item: ErrorDetails, path: NodePath, value: Any) -> str:
     if kind == "value_error":
         return str(context["error"])
     field = next((p for p in reversed(path) if isinstance(p, str)), "")
-    expected = _EXPECTED.get(field) or _EXPECTED.get(kind) or f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    op = item["loc"][2] if path[:1] == ("edits",) and len(item["loc"]) > 2 else ""
+    names = (f"{op}.{field}", field, kind)
+    expected = next((_EXPECTED[n] for n in names if n in _EXPECTED), f"{item['msg'][0].lower()}{item['msg'][1:]}")
     return f"{expected}, not {_shorten(value)}"
 
 
 _EXPECTED = {
     "expect": "should be a number, bits such as 0x40bc, or {value: ..., dtype: ...}",
     "value": "should be a finite number",
-    "bits": "should be hex bits of the dtype's width, such as 0x40bc",
+    "set.bits": "should be hex bits of the dtype's width, such as 0x40bc",
     "revision": "should be the commit's 40 hex digits, in quotes",
     "index": "should be a list of whole numbers from 0, such as [3968, 7003]",
     "expert": "should be a whole number from 0, or shared",
+    "slice": 'should be indices and ranges in quotes, such as "3, 10:20", without a step',
+    "flip.bit": "should be the number of a bit from 0 to 63, or a list of such numbers",
+    "clip.z": "should be a number above 0",
+    "round.z": "should be a number above 0",
+    "clip.iqr": "should be a number from 0",
+    "round.iqr": "should be a number from 0",
+    "fraction": "should be a number above 0 and below 1",
+    "count": "should be a whole number from 1",
+    "round.bits": "should be a whole number from 2 to 8",
+    "round.clip": "should be a rule such as {z: 5}",
+    "per": "should be tensor or channel",
+    "block": "should be a whole number from 1, or two of them for rows and columns",
+    "levels": "should be integer or nf4",
     "sha256": "should map names of shards to 64 hex digits",
     "int_type": "should be a whole number",
     "float_type": "should be a number",
     "finite_number": "should be a finite number",
     "string_type": "should be text",
+    "string_too_short": "should not be empty",
+    "bool_type": "should be true or false",
     "list_type": "should be a list",
     "dict_type": "should be a map",
     "model_type": "should be a map",
@@ -264,6 +284,11 @@ def _shorten(value: object) -> str:
 
 
 _FIELDS = sorted(
-    {name for model in (Manifest, Base, Bounds) for name in model.model_fields}
-    | {"op", "layer", "row", "col", "expert", "tensor", "index", "known", "expect", "factor", "value", "bits"}
+    {"op"}
+    | {
+        field.alias or name
+        for model in (Manifest, Base, Bounds, *get_args(get_args(Edit)[0]))
+        for name, field in model.model_fields.items()
+    }
 )
+"""Every field of a manifest, for suggestions."""

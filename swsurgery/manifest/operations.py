@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from swsurgery.errors import NumberError
 from swsurgery.manifest.targets import (
@@ -23,6 +24,8 @@ from swsurgery.manifest.targets import (
     Number,
     Target,
     describe_forms,
+    make_tuple,
+    require_one_of,
 )
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES, Dtype
@@ -30,17 +33,17 @@ from swsurgery.storage.numbers import format_exact
 from swsurgery.storage.schema import Strict
 
 Bit = Annotated[int, Field(ge=0, lt=64)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 Width = Annotated[int, Field(ge=1, lt=1 << 31)]
-Block = Annotated[Width | tuple[Width, Width], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Block = Width | Annotated[tuple[Width, Width], BeforeValidator(make_tuple)]
 """The size of a block: n consecutive scalars of a row, or [rows, columns]."""
 
 
 class Operation(Target):
     """An edit: a target, and an operation with its options.
 
-    `writes` is False if the operation changes nothing. `on_regions` is True if it may name rows, columns, neurons,
-    experts, slices and whole tensors, and `on_scalars` if it may name single scalars.
+    `writes` is False if the operation changes nothing. `on_scalars` is True if the operation accepts single scalars.
+    `on_regions` is True if it accepts rows, columns, neurons, experts, slices and whole tensors.
     """
 
     op: str
@@ -50,7 +53,7 @@ class Operation(Target):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields of the operation itself as JSON, without those that have their default, such as {"factor": 2}."""
+        """The fields of the operation itself as JSON, such as {"factor": 2.0}, without those that have their default."""
         fields: dict[str, Any] = self.model_dump(
             mode="json", by_alias=True, exclude_defaults=True, exclude={"op", *TARGET_FIELDS}
         )
@@ -58,11 +61,12 @@ class Operation(Target):
 
     @model_validator(mode="after")
     def _fits_target(self) -> Operation:
-        scalar = self.form.name in SCALAR_FORMS
-        if scalar and not self.on_scalars and self.known is None:
-            raise ValueError(f"{self.op} needs more than one scalar: give tensors, a slice, a row or an expert")
-        if not scalar and not self.on_regions:
-            raise ValueError(f"{self.op} changes one scalar, but the edit names a {self.form.name}")
+        form = self.form
+        if not self.on_scalars and (form.name not in REGION_FORMS or self.known == "all"):
+            named = "known: all names single scalars" if self.known else f"it names {form.phrase}"
+            raise ValueError(f"{self.op} needs more than one scalar, but {named} (give tensors, or a slice)")
+        if not self.on_regions and form.name not in SCALAR_FORMS:
+            raise ValueError(f"{self.op} changes single scalars, but it names {form.phrase}")
         return self
 
 
@@ -82,7 +86,9 @@ class Scale(Operation):
 
     model_config = ConfigDict(json_schema_extra=describe_forms())
     op: Literal["scale"]
-    factor: Finite = Field(description="rounded to the nearest binary64 number; not 0")
+    factor: Finite = Field(
+        description="rounded to the nearest binary64 number; not 0", json_schema_extra={"not": {"const": 0}}
+    )
 
     @model_validator(mode="after")
     def _not_zero(self) -> Scale:
@@ -98,9 +104,7 @@ class Scale(Operation):
 class Set(Operation):
     """Store a given value, rounded once to the stored dtype, or given bits."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"allOf": [describe_forms(), {"oneOf": [{"required": ["value"]}, {"required": ["bits"]}]}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"allOf": [describe_forms(), require_one_of("value", "bits")]})
     op: Literal["set"]
     value: Annotated[Number | None, Exact] = None
     bits: Bits | None = None
@@ -130,9 +134,11 @@ class Flip(Operation):
     on_regions: ClassVar[bool] = False
     op: Literal["flip"]
     bit: Annotated[
-        Bit | tuple[Bit, ...],
-        BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
-        Field(description="number of the bit, or several numbers; bit 0 is the least significant one"),
+        Bit
+        | Annotated[
+            tuple[Bit, ...], BeforeValidator(make_tuple), Field(min_length=1, json_schema_extra={"uniqueItems": True})
+        ],
+        Field(description="number of the bit, or a list of numbers; bit 0 is the least significant one"),
     ]
     raw: bool = Field(False, description="also flip bits of packed integers, scales and zero points")
 
@@ -144,8 +150,8 @@ class Flip(Operation):
     @field_validator("bit")
     @classmethod
     def _different(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
-            raise ValueError("names no bit" if not value else "names a bit twice")
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError("names a bit twice")
         return value
 
     def compute_bytes(self, dtype: Dtype, old: bytes) -> bytes:
@@ -157,12 +163,15 @@ class Flip(Operation):
 
 
 class ClipRule(Strict):
-    """The threshold of a clip, by exactly one rule (arXiv:2411.07191, section 4, for `z`)."""
+    """The threshold of a clip, by exactly one rule. `z` is the rule of arXiv:2411.07191, section 4."""
 
+    model_config = ConfigDict(json_schema_extra=require_one_of("z", "fraction", "iqr"))
     z: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="|w| above mean(|w|) + z * std(|w|) is clipped"
     )
-    fraction: Share | None = Field(None, description="this fraction of the scalars, those of largest |w|, is clipped")
+    fraction: Fraction | None = Field(
+        None, description="this fraction of the scalars, those of largest |w|, is clipped"
+    )
     iqr: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="values outside [Q1 - iqr * (Q3 - Q1), Q3 + iqr * (Q3 - Q1)] are clipped"
     )
@@ -174,8 +183,18 @@ class ClipRule(Strict):
         return self
 
 
+_REGIONS: JsonDict = {**describe_forms(REGION_FORMS), "properties": {"known": {"not": {"const": "all"}}}}
+
+_ONE_SCOPE: JsonDict = {"not": {"required": ["per", "block"], "properties": {"block": {"not": {"type": "null"}}}}}
+
+_NF4: JsonDict = {
+    "if": {"required": ["levels"], "properties": {"levels": {"const": "nf4"}}},
+    "then": {"properties": {"bits": {"const": 4}, "symmetric": {"const": True}}},
+}
+
+
 class _Scoped(Operation):
-    """An operation whose statistics belong to a tensor, a channel or a block."""
+    """An operation that computes its statistics for each tensor, channel or block separately."""
 
     on_scalars: ClassVar[bool] = False
     per: Literal["tensor", "channel"] = Field("tensor", description="scalars that share one statistic; channel: a row")
@@ -194,12 +213,7 @@ class Clip(_Scoped, ClipRule):
     """Limit values to a threshold. Values beyond it become the threshold, with their sign."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "allOf": [
-                describe_forms(REGION_FORMS),
-                {"oneOf": [{"required": [rule]} for rule in ("z", "fraction", "iqr")]},
-            ]
-        }
+        json_schema_extra={"allOf": [_REGIONS, _ONE_SCOPE, require_one_of("z", "fraction", "iqr")]}
     )
     op: Literal["clip"]
 
@@ -207,15 +221,11 @@ class Clip(_Scoped, ClipRule):
 class PruneOutliers(Operation):
     """Set the scalars of largest |w| to zero: `count` of them or a fraction, over all tensors of the edit together."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "allOf": [describe_forms(REGION_FORMS), {"oneOf": [{"required": ["count"]}, {"required": ["fraction"]}]}]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"allOf": [_REGIONS, require_one_of("count", "fraction")]})
     on_scalars: ClassVar[bool] = False
     op: Literal["prune_outliers"]
     count: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
-    fraction: Share | None = None
+    fraction: Fraction | None = None
 
     @model_validator(mode="after")
     def _count_or_fraction(self) -> PruneOutliers:
@@ -227,7 +237,7 @@ class PruneOutliers(Operation):
 class Round(_Scoped):
     """Round values to the nearest of a few levels, as simple quantisation does, and store them in the same dtype."""
 
-    model_config = ConfigDict(json_schema_extra=describe_forms(REGION_FORMS))
+    model_config = ConfigDict(json_schema_extra={"allOf": [_REGIONS, _ONE_SCOPE, _NF4]})
     op: Literal["round"]
     bits: Annotated[int, Field(ge=2, le=8, description="2 to 8; the number of levels is 2**bits")]
     symmetric: bool = Field(True, description="levels from -max|w| to max|w|; false: from the minimum to the maximum")
@@ -239,28 +249,37 @@ class Round(_Scoped):
     @model_validator(mode="after")
     def _nf4(self) -> Round:
         if self.levels == "nf4" and (self.bits != 4 or not self.symmetric):
-            raise ValueError("has levels nf4, which are 4 bits and symmetric")
+            raise ValueError("has levels nf4, which need bits 4 and symmetric levels")
         return self
 
 
 class Restore(Operation):
     """Put back the values of another checkpoint, or the known values of super weights."""
 
-    model_config = ConfigDict(json_schema_extra=describe_forms())
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                describe_forms(),
+                {
+                    "anyOf": [
+                        {"required": ["from"], "properties": {"from": {"not": {"type": "null"}}}},
+                        describe_forms(SCALAR_FORMS),
+                    ]
+                },
+            ]
+        }
+    )
     op: Literal["restore"]
-    source: Annotated[
-        str | None,
-        Field(
-            alias="from",
-            min_length=1,
-            description="the checkpoint with the bytes to restore: a directory, relative to the manifest, or hf://",
-        ),
-    ] = None
+    source: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        alias="from",
+        description="the checkpoint with the bytes to restore: a directory, relative to the manifest, or hf://",
+    )
 
     @model_validator(mode="after")
     def _known_or_from(self) -> Restore:
-        if self.source is None and self.form.name not in ("known", "scalar", "scalar by index"):
-            raise ValueError("needs from: known values exist only for single scalars")
+        if self.source is None and self.form.name not in SCALAR_FORMS:
+            raise ValueError(f"is missing from: known values exist only for scalars, but it names {self.form.phrase}")
         return self
 
 

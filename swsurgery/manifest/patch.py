@@ -286,7 +286,7 @@ def render_manifest(raw: bytes, path: Path) -> bytes:
     return ("{" + ",\n".join([*lines, f'"edits": [\n{edits}\n]']) + "}\n").encode()
 
 
-_EDIT: TypeAdapter[ScalarEdit] = TypeAdapter(ScalarEdit)
+_EDIT: TypeAdapter[ScalarEdit] = TypeAdapter(Annotated[ScalarEdit, Field(discriminator="op")])
 
 
 def _list_scalars(header: _Header, arrays: Mapping[str, tuple[TensorInfo, memoryview]]) -> Iterator[PatchScalar]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, WrapValidator, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, WrapValidator, model_validator
 from pydantic.config import JsonDict
 
 from swsurgery.storage.numbers import Written
@@ -34,23 +35,27 @@ Exact = WrapValidator(_keep_exact)
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a target: the fields that it requires, and the fields that it may have in addition."""
+    """One form of a target: the fields that it requires, and the fields that it may have in addition.
+
+    `phrase` names what the target is in a message, such as "a row".
+    """
 
     name: str
+    phrase: str
     fields: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
 
 FORMS: tuple[Form, ...] = (
-    Form("scalar", ("layer", "row", "col"), ("expert", "expect")),
-    Form("scalar by index", ("tensor", "index"), ("expect",)),
-    Form("row", ("layer", "row"), ("expert",)),
-    Form("column", ("layer", "col"), ("expert",)),
-    Form("neuron", ("layer", "neuron"), ("expert",)),
-    Form("expert", ("layer", "expert")),
-    Form("slice", ("tensor", "slice")),
-    Form("tensors", ("tensors",)),
-    Form("known", ("known",)),
+    Form("scalar", "a scalar", ("layer", "row", "col"), ("expert", "expect")),
+    Form("scalar by index", "a scalar", ("tensor", "index"), ("expect",)),
+    Form("row", "a row", ("layer", "row"), ("expert",)),
+    Form("column", "a column", ("layer", "col"), ("expert",)),
+    Form("neuron", "a neuron", ("layer", "neuron"), ("expert",)),
+    Form("expert", "an expert", ("layer", "expert")),
+    Form("slice", "a slice", ("tensor", "slice")),
+    Form("tensors", "whole tensors", ("tensors",)),
+    Form("known", "known super weights", ("known",)),
 )
 """Every form of a target. The fields of an edit fit at most one form."""
 
@@ -58,22 +63,46 @@ TARGET_FIELDS = ("layer", "row", "col", "neuron", "expert", "tensor", "index", "
 """All fields of a target. The other fields of an edit belong to its operation."""
 
 SCALAR_FORMS = ("scalar", "scalar by index", "known")
-"""Forms that name single scalars. `known` with the id of a row, column or expert is found out with the known model."""
+"""Forms that can name single scalars. Only the known model shows whether the id after `known` is that of a scalar."""
 
 REGION_FORMS = tuple(form.name for form in FORMS if form.name not in ("scalar", "scalar by index"))
-"""Forms that name more than one scalar."""
+"""Forms that can name more than one scalar. `known: all` cannot: it names single scalars."""
 
 _PLACES = tuple(field for field in TARGET_FIELDS if field != "expect")
 
+_FORM_OF: dict[frozenset[str], Form] = {
+    frozenset((*form.fields, *extra)): form
+    for form in FORMS
+    for count in range(len(form.optional) + 1)
+    for extra in combinations(form.optional, count)
+}
+"""Maps each set of fields that a target may have to its form."""
+
 
 def describe_forms(names: Sequence[str] | None = None) -> JsonDict:
-    """Return the part of a JSON Schema that requires exactly one of the named forms; of all forms for None."""
+    """Return the part of a JSON Schema that requires exactly one of the named forms; of all forms for None.
+
+    A field that is null counts as absent, as it does for the loader.
+    """
     choices: list[JsonDict] = []
     for form in FORMS:
         if names is None or form.name in names:
-            excluded = [f for f in TARGET_FIELDS if f not in (*form.fields, *form.optional)]
-            choices.append({"required": [*form.fields], "properties": {field: {"type": "null"} for field in excluded}})
+            choices.append(
+                {
+                    "required": [*form.fields],
+                    "properties": {
+                        field: {"not": {"type": "null"}} if field in form.fields else {"type": "null"}
+                        for field in TARGET_FIELDS
+                        if field not in form.optional
+                    },
+                }
+            )
     return {"oneOf": [*choices]}
+
+
+def require_one_of(*fields: str) -> JsonDict:
+    """Return the part of a JSON Schema that requires exactly one of the fields. A null field counts as absent."""
+    return {"oneOf": [{"required": [field], "properties": {field: {"not": {"type": "null"}}}} for field in fields]}
 
 
 class MeasuredValue(Strict):
@@ -86,20 +115,26 @@ class MeasuredValue(Strict):
     dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
 
 
-def _make_tuple(value: object) -> object:
+def make_tuple(value: object) -> object:
     """Convert a list to a tuple, because YAML and JSON give lists, but strict mode accepts only a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
-_AXIS = re.compile(r"\s*(?:(?P<index>-?\d{1,18})|(?P<begin>-?\d{1,18})?\s*:\s*(?P<end>-?\d{1,18})?)\s*")
-"""One axis of a slice: an index such as 3, or a range such as 10:20, :20 or 10: without a step."""
+_AXIS = " *(?:-?[0-9]{1,18}|(?:-?[0-9]{1,18})? *: *(?:-?[0-9]{1,18})?) *"
+"""Pattern of one axis of a slice: an index such as 3, or a range such as 10:20, :20 or 10: without a step."""
+
+_INDEX_LIMITS: JsonDict = {"exclusiveMinimum": -(10**18), "exclusiveMaximum": 10**18}
+
+SLICE = f"^{_AXIS}(?:,{_AXIS})*$"
+"""Pattern of a slice."""
 
 
 @dataclass(frozen=True)
 class AxisSlice:
-    """The indices that a slice selects on one axis: from `begin` to before `end`, as in numpy; None is open.
+    """The indices that a slice selects on one axis.
 
-    `index` is set instead if the slice selects a single index.
+    `index` is a single index, and removes the axis; None for a range. `begin` and `end` limit a range as in numpy; None
+    leaves that side open. Negative numbers count from the end.
     """
 
     begin: int | None = None
@@ -108,23 +143,29 @@ class AxisSlice:
 
 
 def parse_slice(text: str) -> tuple[AxisSlice, ...]:
-    """Parse a slice such as "3, 10:20" with numpy's semantics, without steps. Raises ValueError."""
+    """Parse a slice such as "3, 10:20", which has numpy's meaning. A step is not allowed. Raises ValueError."""
+    if not re.fullmatch(SLICE, text):
+        raise ValueError(f"{text!r:.60} is not a slice")
     axes: list[AxisSlice] = []
     for part in text.split(","):
-        match = _AXIS.fullmatch(part)
-        if match is None:
-            raise ValueError(f"{part.strip()!r} is not a slice: give indices and ranges such as 3, 10:20")
-        index, begin, end = (None if value is None else int(value) for value in match.group("index", "begin", "end"))
-        axes.append(AxisSlice(begin, end, index))
+        begin, colon, end = (None if not word.strip() else word for word in part.partition(":"))
+        first, last = (None if word is None else int(word) for word in (begin, end))
+        axes.append(AxisSlice(first, last) if colon else AxisSlice(index=first))
     return tuple(axes)
 
 
-def _check_slice(text: object) -> object:
-    if isinstance(text, str):
-        parse_slice(text)
-    elif type(text) is int:
-        return str(text)  # `slice: 3` is read by YAML as a number
-    return text
+def _convert_index(value: object) -> object:
+    """Convert an index that is not in quotes to text, because YAML reads `slice: 3` as a number."""
+    return str(value) if type(value) is int else value
+
+
+Slice = Annotated[
+    str,
+    BeforeValidator(_convert_index),
+    Field(pattern=SLICE),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": SLICE}, {"type": "integer", **_INDEX_LIMITS}]}),
+]
+"""A slice as text. An index alone may be a number."""
 
 
 class Target(Strict):
@@ -137,17 +178,14 @@ class Target(Strict):
     expert: Position | Literal["shared"] | None = Field(None, description="expert of a mixture-of-experts layer")
     tensor: str | None = Field(None, description="name of the stored tensor")
     index: Annotated[
-        tuple[Position, ...] | None, BeforeValidator(_make_tuple), Field(description="index in the stored shape")
+        tuple[Position, ...] | None, BeforeValidator(make_tuple), Field(description="index in the stored shape")
     ] = None
-    slice: Annotated[
-        str | None,
-        BeforeValidator(_check_slice),
-        Field(description='part of the tensor in the stored shape, as in numpy and without steps: "3, 10:20"'),
-    ] = None
-    tensors: Annotated[
-        str | None,
-        Field(min_length=1, description="whole tensors: a name, or a glob in which * matches any text, dots too"),
-    ] = None
+    slice: Slice | None = Field(
+        None, description='part of the tensor in the stored shape, as in numpy and without steps: "3, 10:20"'
+    )
+    tensors: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="whole tensors: a name, or a glob in which * matches any text, dots too"
+    )
     known: str | None = Field(
         None, description="the id of a known super weight, row, column or expert, such as L2.3968.7003; or all"
     )
@@ -158,42 +196,51 @@ class Target(Strict):
     @property
     def form(self) -> Form:
         """The form in which the target is given."""
-        given = {field for field in _PLACES if getattr(self, field) is not None}
-        return next(f for f in FORMS if set(f.fields) <= given <= {*f.fields, *f.optional})
+        return _FORM_OF[frozenset(self._list_given())]
+
+    def _list_given(self) -> list[str]:
+        """List the fields that name the target, without `expect`."""
+        return [field for field in _PLACES if field in self.model_fields_set and getattr(self, field) is not None]
 
     @model_validator(mode="after")
     def _one_form(self) -> Target:
-        given = [field for field in _PLACES if getattr(self, field) is not None]
-        fitting = [f for f in FORMS if set(f.fields) <= set(given) <= {*f.fields, *f.optional}]
-        if not given:
-            raise ValueError("names no target: give layer, row and col; tensor and index; known; or another form")
-        if not fitting:
+        given = self._list_given()
+        form = _FORM_OF.get(frozenset(given))
+        if form is None:
             raise ValueError(_explain_misfit(given))
-        if self.expect is not None and "expect" not in fitting[0].optional:
+        if self.expect is not None and "expect" not in form.optional:
             if self.known is not None:
                 raise ValueError("has both known and expect: known super weights already have expected values")
-            raise ValueError(f"has expect, which is the value of one scalar, but it names a {fitting[0].name}")
+            raise ValueError(f"has expect, which is the value of one scalar, but names {form.phrase}")
         return self
 
 
+_WAYS = {
+    "layer": ("layer", "row", "col", "neuron", "expert"),
+    "tensor": ("tensor", "index", "slice"),
+    "tensors": ("tensors",),
+    "known": ("known",),
+}
+"""The fields of a target by the way in which they name it. The fields of an edit belong to one way."""
+
+
 def _explain_misfit(given: Sequence[str]) -> str:
-    """Explain why the fields of a target fit no form, from the ways in which it begins to name one."""
-    ways = {
-        "layer": {"layer", "row", "col", "neuron", "expert"},
-        "tensor": {"tensor", "index", "slice"},
-        "tensors": {"tensors"},
-        "known": {"known"},
-    }
-    used = [name for name, fields in ways.items() if fields & set(given)]
+    """Explain why the fields of a target fit no form."""
+    if not given:
+        return (
+            "names no target: give layer and row, col, neuron or expert; tensor and index or slice; tensors; or known"
+        )
+    used = {way: [f for f in fields if f in given] for way, fields in _WAYS.items() if {*fields} & {*given}}
     if len(used) > 1:
-        fields = "; ".join(", ".join(f for f in given if f in ways[name]) for name in used)
+        fields = "; ".join(", ".join(found) for found in used.values())
         return f"names its target in more than one way ({fields}): give one of them"
-    if "neuron" in given and {"row", "col"} & set(given):
-        return "has neuron with row or col: a neuron is a whole gate row, up row and down column"
-    if used == ["tensor"]:
-        if {"index", "slice"} <= set(given):
-            return "has both index and slice: give one of them"
-        return "is missing tensor" if "tensor" not in given else "is missing index or slice (tensors names whole ones)"
+    if "tensor" in used:
+        if "tensor" not in given:
+            return "is missing tensor"
+        both = len(given) > 1
+        return "has both index and slice: give one of them" if both else "is missing index or slice (or use tensors)"
     if "layer" not in given:
         return "is missing layer"
+    if "neuron" in given:
+        return "has neuron with row or col: a neuron is its gate row, up row and down column"
     return "is missing row, col, neuron or expert"

@@ -33,7 +33,7 @@ BAD = [
     GOOD | {"edits": [{"op": "zap", "known": "all"}]},
     GOOD | {"edits": [{"op": "zero"}]},
     GOOD | {"edits": [{"op": "zero", "known": "all", "tensor": "t", "index": [0]}]},
-    GOOD | {"edits": [{"op": "zero", "layer": 1, "row": 2}]},
+    GOOD | {"edits": [{"op": "zero", "layer": 1}]},
     GOOD | {"edits": [{"op": "zero", "layer": -1, "row": 2, "col": 3}]},
     GOOD | {"edits": [{"op": "zero", "layer": "1", "row": 2, "col": 3}]},
     GOOD | {"edits": [{"op": "scale", "known": "all"}]},
