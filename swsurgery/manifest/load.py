@@ -14,14 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from swsurgery.errors import ManifestError, SwsurgeryError
 from swsurgery.manifest import patch
-from swsurgery.manifest.operations import Edit
+from swsurgery.manifest.operations import OPERATIONS
 from swsurgery.manifest.schema import Base, Bounds, Manifest
 from swsurgery.manifest.targets import Target
 from swsurgery.manifest.yaml_reader import MAX_FAULTS, LineColumn, NodePath, Reader, format_path
@@ -206,7 +206,10 @@ def _locate(item: ErrorDetails, reader: Reader) -> tuple[LineColumn, NodePath, A
         # pydantic inserts the op of an edit behind its number, and tags of unions; the data has no such nodes
         if depth == 2 and path[0] == "edits":
             continue
-        exists = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if isinstance(value, dict):
+            exists = part in value
+        else:
+            exists = isinstance(value, list) and isinstance(part, int) and path[-1] not in _WHOLE
         if exists:
             path.append(part)
             value = value[part]
@@ -221,7 +224,7 @@ def _describe(item: ErrorDetails, path: NodePath, value: Any) -> str:
     """Describe one pydantic error in words, with the remedy."""
     kind, context = item["type"], item.get("ctx", {})
     leaf = item["loc"][-1] if item["loc"] else ""
-    if kind == "missing":
+    if kind == "missing" and isinstance(leaf, str):
         return f"{leaf} is missing"
     if kind == "extra_forbidden":
         # A field of another operation or target is spelled correctly, so a suggestion would be wrong.
@@ -239,6 +242,9 @@ def _describe(item: ErrorDetails, path: NodePath, value: Any) -> str:
     expected = next((_EXPECTED[n] for n in names if n in _EXPECTED), f"{item['msg'][0].lower()}{item['msg'][1:]}")
     return f"{expected}, not {_shorten(value)}"
 
+
+_WHOLE = ("bit", "block")
+"""Fields that are a number or a list of numbers. A fault in an item is a fault of the field."""
 
 _EXPECTED = {
     "expect": "should be a number, bits such as 0x40bc, or {value: ..., dtype: ...}",
@@ -283,12 +289,7 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-_FIELDS = sorted(
-    {"op"}
-    | {
-        field.alias or name
-        for model in (Manifest, Base, Bounds, *get_args(get_args(Edit)[0]))
-        for name, field in model.model_fields.items()
-    }
-)
+_MODELS: tuple[type[BaseModel], ...] = (Manifest, Base, Bounds, *OPERATIONS)
+
+_FIELDS = sorted({field.alias or name for model in _MODELS for name, field in model.model_fields.items()})
 """Every field of a manifest, for suggestions."""

@@ -7,7 +7,7 @@ Must not depend on checkpoints.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
@@ -23,17 +23,18 @@ from swsurgery.manifest.targets import (
     MeasuredValue,
     Number,
     Target,
-    describe_forms,
     make_tuple,
+    require_fields,
     require_one_of,
+    select_forms,
 )
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES, Dtype
-from swsurgery.storage.numbers import format_exact
+from swsurgery.storage.numbers import Written, format_exact
 from swsurgery.storage.schema import Strict
 
 Bit = Annotated[int, Field(ge=0, lt=64)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Width = Annotated[int, Field(ge=1, lt=1 << 31)]
 Block = Width | Annotated[tuple[Width, Width], BeforeValidator(make_tuple)]
 """The size of a block: n consecutive scalars of a row, or [rows, columns]."""
@@ -53,14 +54,23 @@ class Operation(Target):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields of the operation itself as JSON, such as {"factor": 2.0}, without those that have their default."""
+        """The fields of the operation itself as JSON, such as {"factor": 2.0}. A field with its default is left out."""
         fields: dict[str, Any] = self.model_dump(
             mode="json", by_alias=True, exclude_defaults=True, exclude={"op", *TARGET_FIELDS}
         )
         return fields
 
+    @classmethod
+    def describe_targets(cls) -> JsonDict:
+        """Return the part of a JSON Schema that requires a target on which the operation works."""
+        if cls.on_scalars:
+            return select_forms(SCALAR_FORMS + (REGION_FORMS if cls.on_regions else ()))
+        return {**select_forms(REGION_FORMS), "properties": {"known": {"not": {"const": "all"}}}}
+
     @model_validator(mode="after")
     def _fits_target(self) -> Operation:
+        if self.on_scalars and self.on_regions:
+            return self
         form = self.form
         if not self.on_scalars and (form.name not in REGION_FORMS or self.known == "all"):
             named = "known: all names single scalars" if self.known else f"it names {form.phrase}"
@@ -73,7 +83,6 @@ class Operation(Target):
 class Zero(Operation):
     """Set all bits to zero."""
 
-    model_config = ConfigDict(json_schema_extra=describe_forms())
     op: Literal["zero"]
 
     def compute_bytes(self, dtype: Dtype, old: bytes) -> bytes:
@@ -84,7 +93,6 @@ class Zero(Operation):
 class Scale(Operation):
     """Multiply the stored value by `factor`: the exact product, rounded once to the stored dtype, half to even."""
 
-    model_config = ConfigDict(json_schema_extra=describe_forms())
     op: Literal["scale"]
     factor: Finite = Field(
         description="rounded to the nearest binary64 number; not 0", json_schema_extra={"not": {"const": 0}}
@@ -104,10 +112,17 @@ class Scale(Operation):
 class Set(Operation):
     """Store a given value, rounded once to the stored dtype, or given bits."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [describe_forms(), require_one_of("value", "bits")]})
+    model_config = ConfigDict(json_schema_extra={"allOf": [require_one_of("value", "bits")]})
     op: Literal["set"]
     value: Annotated[Number | None, Exact] = None
     bits: Bits | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The value or the bits. A value that is no float64 is its text, because JSON readers would round it."""
+        if isinstance(self.value, Written) and self.value.exact != float(self.value):
+            return {"value": self.value.text}
+        return super().options
 
     @model_validator(mode="after")
     def _value_or_bits(self) -> Set:
@@ -130,13 +145,12 @@ class Set(Operation):
 class Flip(Operation):
     """Invert bits of one stored scalar. Bit 0 is the least significant one: bit 15 of a BF16 is its sign."""
 
-    model_config = ConfigDict(json_schema_extra=describe_forms(SCALAR_FORMS))
     on_regions: ClassVar[bool] = False
     op: Literal["flip"]
     bit: Annotated[
         Bit
         | Annotated[
-            tuple[Bit, ...], BeforeValidator(make_tuple), Field(min_length=1, json_schema_extra={"uniqueItems": True})
+            tuple[Bit, ...], Field(min_length=1, json_schema_extra={"uniqueItems": True}), BeforeValidator(make_tuple)
         ],
         Field(description="number of the bit, or a list of numbers; bit 0 is the least significant one"),
     ]
@@ -169,9 +183,7 @@ class ClipRule(Strict):
     z: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="|w| above mean(|w|) + z * std(|w|) is clipped"
     )
-    fraction: Fraction | None = Field(
-        None, description="this fraction of the scalars, those of largest |w|, is clipped"
-    )
+    fraction: Share | None = Field(None, description="this fraction of the scalars, those of largest |w|, is clipped")
     iqr: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="values outside [Q1 - iqr * (Q3 - Q1), Q3 + iqr * (Q3 - Q1)] are clipped"
     )
@@ -183,9 +195,7 @@ class ClipRule(Strict):
         return self
 
 
-_REGIONS: JsonDict = {**describe_forms(REGION_FORMS), "properties": {"known": {"not": {"const": "all"}}}}
-
-_ONE_SCOPE: JsonDict = {"not": {"required": ["per", "block"], "properties": {"block": {"not": {"type": "null"}}}}}
+_ONE_SCOPE: JsonDict = {"not": require_fields("per", "block")}
 
 _NF4: JsonDict = {
     "if": {"required": ["levels"], "properties": {"levels": {"const": "nf4"}}},
@@ -212,20 +222,18 @@ class _Scoped(Operation):
 class Clip(_Scoped, ClipRule):
     """Limit values to a threshold. Values beyond it become the threshold, with their sign."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"allOf": [_REGIONS, _ONE_SCOPE, require_one_of("z", "fraction", "iqr")]}
-    )
+    model_config = ConfigDict(json_schema_extra={"allOf": [_ONE_SCOPE, require_one_of("z", "fraction", "iqr")]})
     op: Literal["clip"]
 
 
 class PruneOutliers(Operation):
     """Set the scalars of largest |w| to zero: `count` of them or a fraction, over all tensors of the edit together."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [_REGIONS, require_one_of("count", "fraction")]})
+    model_config = ConfigDict(json_schema_extra={"allOf": [require_one_of("count", "fraction")]})
     on_scalars: ClassVar[bool] = False
     op: Literal["prune_outliers"]
     count: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
-    fraction: Fraction | None = None
+    fraction: Share | None = None
 
     @model_validator(mode="after")
     def _count_or_fraction(self) -> PruneOutliers:
@@ -237,7 +245,7 @@ class PruneOutliers(Operation):
 class Round(_Scoped):
     """Round values to the nearest of a few levels, as simple quantisation does, and store them in the same dtype."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [_REGIONS, _ONE_SCOPE, _NF4]})
+    model_config = ConfigDict(json_schema_extra={"allOf": [_ONE_SCOPE, _NF4]})
     op: Literal["round"]
     bits: Annotated[int, Field(ge=2, le=8, description="2 to 8; the number of levels is 2**bits")]
     symmetric: bool = Field(True, description="levels from -max|w| to max|w|; false: from the minimum to the maximum")
@@ -257,17 +265,7 @@ class Restore(Operation):
     """Put back the values of another checkpoint, or the known values of super weights."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "allOf": [
-                describe_forms(),
-                {
-                    "anyOf": [
-                        {"required": ["from"], "properties": {"from": {"not": {"type": "null"}}}},
-                        describe_forms(SCALAR_FORMS),
-                    ]
-                },
-            ]
-        }
+        json_schema_extra={"anyOf": [require_fields(*one) for one in (["from"], ["row", "col"], ["index"], ["known"])]}
     )
     op: Literal["restore"]
     source: Annotated[str, Field(min_length=1)] | None = Field(
@@ -286,7 +284,6 @@ class Restore(Operation):
 class Protect(Operation):
     """Keep the base's bits. An edit of the same scalar is an error; a rewrite of its tensor leaves it as it is."""
 
-    model_config = ConfigDict(json_schema_extra=describe_forms())
     writes: ClassVar[bool] = False
     op: Literal["protect"]
 
@@ -298,6 +295,9 @@ class Protect(Operation):
 Edit = Annotated[
     Zero | Scale | Set | Flip | Clip | PruneOutliers | Round | Restore | Protect, Field(discriminator="op")
 ]
+
+OPERATIONS: tuple[type[Operation], ...] = get_args(get_args(Edit)[0])
+"""Every operation, in the order of `Edit`."""
 
 ScalarEdit = Zero | Scale | Set | Flip | Protect
 """Operations that compute the new bytes of a scalar from its old bytes alone."""

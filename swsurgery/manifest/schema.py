@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from swsurgery.manifest.operations import Edit
+from swsurgery.manifest.operations import OPERATIONS, Edit
+from swsurgery.manifest.targets import describe_forms
 from swsurgery.storage.names import VARIANT
 from swsurgery.storage.schema import Strict, Version
 
@@ -68,7 +69,7 @@ class Bounds(Strict):
 
 
 class Manifest(Strict):
-    """The base, the edits of its scalars, and the limits of the sanity check."""
+    """The base, the edits, and the limits of the sanity check."""
 
     version: Version
     name: Annotated[str, Field(pattern=FILE_NAME)] | None = None
@@ -81,6 +82,10 @@ class Manifest(Strict):
 def render_schema() -> dict[str, Any]:
     """Return the manifest's JSON Schema (draft 2020-12)."""
     generated = Manifest.model_json_schema()
+    definitions = generated["$defs"]
+    for operation in OPERATIONS:
+        definitions[operation.__name__].setdefault("allOf", []).append(operation.describe_targets())
+    definitions |= describe_forms()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **generated,

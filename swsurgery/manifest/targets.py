@@ -79,30 +79,33 @@ _FORM_OF: dict[frozenset[str], Form] = {
 """Maps each set of fields that a target may have to its form."""
 
 
-def describe_forms(names: Sequence[str] | None = None) -> JsonDict:
-    """Return the part of a JSON Schema that requires exactly one of the named forms; of all forms for None.
-
-    A field that is null counts as absent, as it does for the loader.
-    """
-    choices: list[JsonDict] = []
+def describe_forms() -> dict[str, JsonDict]:
+    """Return the definition of each form in a JSON Schema, by name. A field that is null counts as absent."""
+    definitions: dict[str, JsonDict] = {}
     for form in FORMS:
-        if names is None or form.name in names:
-            choices.append(
-                {
-                    "required": [*form.fields],
-                    "properties": {
-                        field: {"not": {"type": "null"}} if field in form.fields else {"type": "null"}
-                        for field in TARGET_FIELDS
-                        if field not in form.optional
-                    },
-                }
-            )
-    return {"oneOf": [*choices]}
+        given = require_fields(*form.fields)
+        absent: JsonDict = {f: {"type": "null"} for f in TARGET_FIELDS if f not in (*form.fields, *form.optional)}
+        definitions[_make_definition_name(form)] = {"allOf": [given, {"properties": absent}]}
+    return definitions
+
+
+def select_forms(names: Sequence[str]) -> JsonDict:
+    """Return the part of a JSON Schema that requires one of the named forms, which `describe_forms` defines."""
+    return {"oneOf": [{"$ref": f"#/$defs/{_make_definition_name(form)}"} for form in FORMS if form.name in names]}
+
+
+def _make_definition_name(form: Form) -> str:
+    return f"{form.name.replace(' ', '_')}_target"
+
+
+def require_fields(*fields: str) -> JsonDict:
+    """Return the part of a JSON Schema that requires the fields. A field that is null counts as absent."""
+    return {"required": [*fields], "properties": {field: {"not": {"type": "null"}} for field in fields}}
 
 
 def require_one_of(*fields: str) -> JsonDict:
-    """Return the part of a JSON Schema that requires exactly one of the fields. A null field counts as absent."""
-    return {"oneOf": [{"required": [field], "properties": {field: {"not": {"type": "null"}}}} for field in fields]}
+    """Return the part of a JSON Schema that requires exactly one of the fields."""
+    return {"oneOf": [require_fields(field) for field in fields]}
 
 
 class MeasuredValue(Strict):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from swsurgery.manifest.schema import MAX_EDITS
-from swsurgery.storage.numbers import Written
+from swsurgery.storage.numbers import JSON_NUMBER, Written
 
 MAX_NODES = 100_000
 """Maximum number of keys and values outside the edits."""
@@ -171,7 +171,7 @@ class Reader:
             return text == "true"
         if re.fullmatch(r"-?(0|[1-9][0-9]*)", text) and len(text) <= 40:
             return int(text)
-        if re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?", text):
+        if re.fullmatch(JSON_NUMBER, text):
             return Written(text)
         return sys.intern(text)
 

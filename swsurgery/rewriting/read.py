@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 
 from swsurgery.rewriting.clip import Clip, Rule
@@ -11,6 +12,7 @@ from swsurgery.rewriting.function import Function
 from swsurgery.rewriting.prune import PruneOutliers
 from swsurgery.rewriting.round import Round
 from swsurgery.rewriting.scope import read_scope
+from swsurgery.storage.numbers import JSON_NUMBER, Written
 
 Options = Mapping[str, object]
 
@@ -49,6 +51,8 @@ def _build_set(options: Options) -> Function:
         if not isinstance(bits, str) or not bits.startswith("0x"):
             raise ValueError(f"bits is {bits!r}: give a hexadecimal number such as '0x40bc'")
         return SetValue(bits=bits)
+    if isinstance(value, str) and re.fullmatch(JSON_NUMBER, value):
+        value = Written(value)  # the text of a number that is no float64
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"value is {value!r}: give a number")
     return SetValue(value)  # not converted to float64: it may be a Written or an int of any size

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fractions import Fraction
 
+JSON_NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?"
+"""Pattern of a number in JSON's grammar."""
+
 NO_COMMAS = (math.inf, math.inf)
 """Pass this as `commas` to `format_number` to write no number with commas."""
 
@@ -29,6 +32,11 @@ class Written(float):
         number = super().__new__(cls, text)
         number._text = text
         return number
+
+    @property
+    def text(self) -> str:
+        """The decimal text."""
+        return self._text
 
     @property
     def exact(self) -> Fraction:
