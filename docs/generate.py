@@ -11,7 +11,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 COMMANDS = (
     "apply", "lookup", "scan", "sweep", "inspect", "check", "verify", "lint", "diff", "revert", "publish", "export",
-    "sign", "schema",
+    "recipe", "sign", "schema",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ docs/python.md has an example of each function.
 Each package imports only packages below it:
 
     cli/           commands and their output
-    sharing/       publishing, and exporting only the edits
+    sharing/       publishing, exporting only the edits, and recipes for quantisers
     scanning/      finding super weights, confirming them, sweeping factors
     verifying/     proofs and checks of a checkpoint, of a manifest and of a signature
     editing/       applying a manifest: plan, copy, edit in place or in memory, revert, sanity check
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from swsurgery.scanning.scan import scan, sweep
     from swsurgery.sharing.export import export
     from swsurgery.sharing.publish import publish
+    from swsurgery.sharing.recipes.recipe import recipe
     from swsurgery.verifying.lint import lint
     from swsurgery.verifying.signature import sign
     from swsurgery.verifying.verify import verify
@@ -69,6 +70,7 @@ _MODULES = {
     "patched_state_dict": "editing.in_memory",
     "plan": "editing.apply",
     "publish": "sharing.publish",
+    "recipe": "sharing.recipes.recipe",
     "revert": "editing.revert",
     "scan": "scanning.scan",
     "sign": "verifying.signature",
@@ -96,6 +98,7 @@ __all__ = [  # written out for tools that read this file without running it
     "patched_state_dict",
     "plan",
     "publish",
+    "recipe",
     "revert",
     "scan",
     "sign",

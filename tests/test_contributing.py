@@ -96,7 +96,7 @@ def test_links_to_files_of_the_repository_lead_somewhere(page):
 
 
 def test_there_is_a_recipe_for_each_extension_point():
-    assert set(RECIPES) == {"A dtype", "An operation", "A model family", "A rule", "A known model"}
+    assert set(RECIPES) == {"A dtype", "An operation", "A model family", "A rule", "A recipe", "A known model"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -26,7 +26,7 @@ from swsurgery.cli.editing import apply, check, revert
 from swsurgery.cli.known import lookup
 from swsurgery.cli.manifest import schema
 from swsurgery.cli.scanning import scan, sweep
-from swsurgery.cli.sharing import export, publish
+from swsurgery.cli.sharing import export, publish, recipe
 from swsurgery.cli.verifying import lint, sign, verify
 from swsurgery.errors import Interrupted, SwsurgeryError, escape_control, report_done
 
@@ -38,7 +38,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (apply, lookup, inspect, check, scan, sweep, verify, lint, diff, revert, publish, export, sign, schema):
+for command in (
+    apply,
+    lookup,
+    inspect,
+    check,
+    scan,
+    sweep,
+    verify,
+    lint,
+    diff,
+    revert,
+    publish,
+    export,
+    recipe,
+    sign,
+    schema,
+):
     app.command()(command)
 
 

@@ -26,12 +26,18 @@ def lookup(
         Literal["zero", "scale", "protect"] | None, typer.Option(help="Print a manifest that uses this operation.")
     ] = None,
     factor: Annotated[float | None, typer.Option(help="The factor for --manifest scale.")] = None,
+    form: Annotated[
+        Literal["table", "modules"],
+        typer.Option("--as", help="What to print: a table, or only the names of the modules with super weights."),
+    ] = "table",
     forget: Annotated[bool, typer.Option("--forget", help="Remove your own entry, made by scan --register.")] = False,
 ) -> None:
     """Print the known super weights of a model, or the record of a patched checkpoint."""
     from swsurgery.known import lookup, table
 
     chosen = bool(status or manifest or factor is not None)
+    if form == "modules" and (manifest or forget):
+        raise SwsurgeryError("--as cannot be combined with --manifest or --forget")
     if forget:
         if chosen:
             raise SwsurgeryError("--forget cannot be combined with --status, --manifest or --factor")
@@ -39,6 +45,8 @@ def lookup(
         return
     if chosen and lookup.is_checkpoint(model):
         raise SwsurgeryError("--status, --manifest and --factor need the name of a model, not a checkpoint", model)
+    if form == "modules" and lookup.is_checkpoint(model):
+        raise SwsurgeryError("--as needs the name of a model", model, "swsurgery recipe lists modules of a checkpoint")
     if factor is not None and manifest is None:
         raise SwsurgeryError("--factor needs --manifest scale")
     found = lookup.lookup(model, status=status or None, reporter=out.make_reporter())
@@ -48,10 +56,24 @@ def lookup(
         out.print_result(found, show.show_record)
     elif manifest:
         _print_manifest(out, found, manifest, factor)
+    elif form == "modules":
+        _print_modules(out, found)
     else:
         out.print_result(
             found, lambda found: print_text(table.render_table(found.models[0], get_width(), found.statuses))
         )
+
+
+def _print_modules(out: Output, found: KnownSuperWeights) -> None:
+    from swsurgery.known import shipped
+
+    [model] = found.models
+    modules = shipped.list_modules(model, found.statuses)
+    if out.json:
+        print_json({"model": model.hf_id, "modules": list(modules)})
+    else:
+        for module in modules:
+            print_text(module)
 
 
 def _forget(out: Output, model: str) -> None:

@@ -1,4 +1,4 @@
-"""Commands that share edits and checkpoints: publish, export."""
+"""Commands that share edits and checkpoints, and print recipes: publish, export, recipe."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from swsurgery.sharing.export import Exported
     from swsurgery.sharing.publication import Publication
     from swsurgery.sharing.publish import Proposal, Published
+    from swsurgery.sharing.recipes.recipe import Recipe
 
 
 @command
@@ -163,3 +164,45 @@ def _show_exported(exported: Exported) -> None:
     )
     for name, size in exported.files.items():
         print_text(f"  {escape_control(name)}  {format_size(size)}")
+
+
+Quantiser = Literal[
+    "llm-compressor",
+    "compressed-tensors",
+    "transformers",
+    "torchao",
+    "gptqmodel",
+    "auto-round",
+    "llama.cpp",
+    "bitsandbytes",
+]
+
+
+@command
+def recipe(
+    out: Output,
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|MODEL",
+            help="A checkpoint (a directory or hf://ORG/NAME[@REV]), or the name of a known model.",
+            show_default=False,
+        ),
+    ],
+    tool: Annotated[Quantiser, typer.Option("--for", help="The quantiser that the recipe is for.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="The known model that the checkpoint is made from, if its files do not name one.")
+    ] = None,
+) -> None:
+    """Print the configuration of a quantiser that keeps the modules with super weights in high precision."""
+    from swsurgery.sharing.recipes.recipe import recipe
+
+    made = recipe(subject, tool, model=model, reporter=out.make_reporter())
+    out.print_result(made, _show_recipe)
+    if not out.json:
+        for note in made.notes:
+            out.note(note)
+
+
+def _show_recipe(made: Recipe) -> None:
+    print_text(made.text.removesuffix("\n"))

@@ -159,6 +159,15 @@ def list_addressable(model: KnownModel, status: str | Collection[str] | None = N
     return tuple(c for c in select_by_status(model, chosen) if c.col is not None)
 
 
+def list_modules(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[str, ...]:
+    """Return the names of the modules that contain the known super weights, each once, without the ending ".weight".
+
+    Without `status`, refuted coordinates are omitted. A coordinate without a column counts, because its row is known.
+    """
+    chosen = set(STATUSES) - {"refuted"} if status is None else status
+    return tuple(dict.fromkeys(c.tensor.removesuffix(".weight") for c in select_by_status(model, chosen)))
+
+
 def build_json(
     models: KnownModel | Iterable[KnownModel], status: str | Collection[str] | None = None
 ) -> dict[str, Any]:
