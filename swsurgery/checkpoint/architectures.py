@@ -24,7 +24,7 @@ Fusion: TypeAlias = Literal["apart", "halves", "alternating"]
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputLayout:
     """The input projections of an MLP: the matrices whose products are the activations of its neurons.
 
     `names` are the names of the modules, which replace the name of the down projection's module: ("gate_proj",
@@ -51,7 +51,7 @@ class Layout:
     kind: ProjectionKind
     name: str
     axes: Axes
-    inputs: Inputs | None
+    inputs: InputLayout | None
     stored_only: bool = False
 
 
@@ -89,12 +89,12 @@ def list_prefixes(trunks: tuple[str, ...]) -> tuple[str, ...]:
 
 _MODEL = ("model.", "")
 _TRANSFORMER = ("transformer.", "")
-_GATED = Inputs(("gate_proj", "up_proj"))
-_FUSED = Inputs(("gate_up_proj",), "halves")
-_FUSED_LINEAR = Inputs(("input_linear",), "halves")
-_C_FC = Inputs(("c_fc",))
-_FC1 = Inputs(("fc1",))
-_H_TO_4H = Inputs(("dense_h_to_4h",))
+_GATED = InputLayout(("gate_proj", "up_proj"))
+_FUSED = InputLayout(("gate_up_proj",), "halves")
+_FUSED_LINEAR = InputLayout(("input_linear",), "halves")
+_C_FC = InputLayout(("c_fc",))
+_FC1 = InputLayout(("fc1",))
+_H_TO_4H = InputLayout(("dense_h_to_4h",))
 _DENSE = Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _GATED)
 _EXPERTS = Layout("routed", "layers.{layer}.mlp.experts.{expert}.down_proj.weight", "row col", _GATED)
 # transformers >= 5 stacks the experts while loading, and saves the stacked form if save_original_format=False.
@@ -145,7 +145,7 @@ FAMILIES: tuple[Family, ...] = (
         "GPT-J",
         ("gptj",),
         _TRANSFORMER,
-        (Layout("dense", "h.{layer}.mlp.fc_out.weight", "row col", Inputs(("fc_in",))),),
+        (Layout("dense", "h.{layer}.mlp.fc_out.weight", "row col", InputLayout(("fc_in",))),),
     ),
     Family(
         "OPT",
@@ -157,7 +157,7 @@ FAMILIES: tuple[Family, ...] = (
         "MPT",
         ("mpt",),
         _TRANSFORMER,
-        (Layout("dense", "blocks.{layer}.ffn.down_proj.weight", "row col", Inputs(("up_proj",))),),
+        (Layout("dense", "blocks.{layer}.ffn.down_proj.weight", "row col", InputLayout(("up_proj",))),),
     ),
     Family(
         "Mixtral",
@@ -168,7 +168,7 @@ FAMILIES: tuple[Family, ...] = (
                 "routed",
                 "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
                 "row col",
-                Inputs(("w1", "w3")),
+                InputLayout(("w1", "w3")),
             ),
             _STACKED,
         ),
@@ -205,7 +205,7 @@ FAMILIES: tuple[Family, ...] = (
                 "routed",
                 "layers.{layer}.mlp.experts.down_proj",
                 "expert col row",
-                Inputs(("gate_up_proj",), "alternating"),
+                InputLayout(("gate_up_proj",), "alternating"),
             ),
         ),
     ),

@@ -285,6 +285,12 @@ def _find_number(config: Mapping[str, Any], *keys: str) -> int | None:
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
+def read_model_type(config: Mapping[str, Any]) -> str:
+    """Return the model type of the language model in config.json, for messages; "not given" if there is none."""
+    types = [section["model_type"] for section in _list_sections(config) if "model_type" in section]
+    return str(types[0]) if types else "not given"
+
+
 def read_layer_limit(config: Mapping[str, Any]) -> int | None:
     """Return the number of layers that config.json states; None if it states no number."""
     return _find_number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -485,12 +491,9 @@ def _explain_missing(
     if (error := _explain_expert(families, shapes, layer, expert)) is not None:
         return error
     sought = {layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts}
-    model_type = next(
-        (section["model_type"] for section in _list_sections(config) if "model_type" in section), "not given"
-    )
     return ArchitectureError(
         f"no known down projection in layer {layer}",
-        f"model_type {model_type}",
+        f"model_type {read_model_type(config)}",
         f"looked for {', '.join(sorted(sought)) or 'no name, because an encoder-decoder has two stacks of layers'}; "
         f"{_BY_NAME}",
     )

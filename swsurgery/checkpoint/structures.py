@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from swsurgery.checkpoint.architectures import ExpertChoice, Inputs, Shapes
+from swsurgery.checkpoint.architectures import ExpertChoice, InputLayout, Shapes
 from swsurgery.checkpoint.projections import (
     DownProjection,
     find_down_projection,
     find_known_families,
     list_layouts,
+    read_model_type,
     refuse_otherwise_stored,
     refuse_packed,
 )
@@ -68,9 +69,9 @@ def locate_neuron(
 ) -> tuple[Region, ...]:
     """Find everything that one neuron of an MLP has alone: its gate row, its up row and its down column.
 
-    A neuron of an MLP without a gate has one input row and a down column. If the input projections have biases, the
-    neuron's elements of them are included, since the activation would not be zero without its weights otherwise. The
-    order is gate, gate bias, up, up bias, down. The regions do not overlap.
+    A neuron of an MLP without a gate has one input row and a down column. A neuron includes its bias: if the input
+    projections have biases, its elements of them are found too, and zeros in all regions make its activation exactly
+    zero. The order is gate, gate bias, up, up bias, down. The regions do not overlap.
 
     Raises ArchitectureError also if the gate of the family is unknown, or a tensor of the MLP is missing or has a shape
     that does not fit.
@@ -112,7 +113,7 @@ def locate_expert(
 # Tensors of an MLP --------------------------------------------------------------------------------------------------
 
 
-def _find_inputs(config: Mapping[str, Any], projection: DownProjection, shapes: Shapes, *, whole: bool) -> Inputs:
+def _find_inputs(config: Mapping[str, Any], projection: DownProjection, shapes: Shapes, *, whole: bool) -> InputLayout:
     """Return how the MLP of a down projection stores its input projections.
 
     In an unknown family, only the names of a gate and an up projection that are separate tensors are unambiguous. If
@@ -125,7 +126,9 @@ def _find_inputs(config: Mapping[str, Any], projection: DownProjection, shapes: 
         stored = [inputs for inputs in found if all(_name_sibling(projection, n) in shapes for n in inputs.names)]
         found = [inputs for inputs in stored if len(inputs.names) == 2 or (whole and inputs.fusion != "apart")]
     if not found:
-        family = families[0].name if families else "an unknown family"
+        family = f"model type {read_model_type(config)}"
+        if families:
+            family = f"{families[0].name} ({family})"
         raise ArchitectureError(f"the gate of {family} is unknown", projection.tensor, _BY_SLICE)
     _refuse_other_matrices(projection, found[0], shapes)
     return found[0]
@@ -136,7 +139,7 @@ def _read_down(projection: DownProjection, shapes: Shapes) -> _Stored:
     return _Stored(projection.tensor, tuple(projection.axes.split()), shapes[projection.tensor])
 
 
-def _list_input_tensors(projection: DownProjection, inputs: Inputs, shapes: Shapes) -> Iterator[_Stored]:
+def _list_input_tensors(projection: DownProjection, inputs: InputLayout, shapes: Shapes) -> Iterator[_Stored]:
     """Yield the tensors of the input projections, and after each its bias if it is stored.
 
     Raises ArchitectureError if a matrix is packed or missing, or a shape does not fit that of the down projection.
@@ -193,7 +196,7 @@ def _name_sibling(projection: DownProjection, module: str) -> str:
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_other_matrices(projection: DownProjection, inputs: Inputs, shapes: Shapes) -> None:
+def _refuse_other_matrices(projection: DownProjection, inputs: InputLayout, shapes: Shapes) -> None:
     """Raise ArchitectureError if the MLP stores another matrix with one row or column per neuron.
 
     Example: MPT with a gated MLP, which transformers does not support, stores the gate as `ffn.gate`.
