@@ -23,7 +23,8 @@ def lookup(
         list[str] | None, typer.Option(help="Print only super weights with this status; may be repeated.")
     ] = None,
     manifest: Annotated[
-        Literal["zero", "scale", "protect"] | None, typer.Option(help="Print a manifest that uses this operation.")
+        Literal["zero", "scale", "protect", "restore"] | None,
+        typer.Option(help="Print a manifest that uses this operation."),
     ] = None,
     factor: Annotated[float | None, typer.Option(help="The factor for --manifest scale.")] = None,
     form: Annotated[
@@ -88,7 +89,10 @@ def _forget(out: Output, model: str) -> None:
 
 
 def _print_manifest(
-    out: Output, found: KnownSuperWeights, operation: Literal["zero", "scale", "protect"], factor: float | None
+    out: Output,
+    found: KnownSuperWeights,
+    operation: Literal["zero", "scale", "protect", "restore"],
+    factor: float | None,
 ) -> None:
     from swsurgery.known import table
 

@@ -29,6 +29,9 @@ from swsurgery.storage.numbers import format_number
 UNDECIDED_NOTE = "A scan is undecided."
 """First words of the note in an own entry if the scan found nothing and did not read every layer."""
 
+DERIVED = "checkpoint"
+"""The directory that a restore manifest names as its base: a placeholder, which --base replaces."""
+
 LARGE_RATIO = 4.0
 """Minimum known perplexity ratio from zeroing for which a printed manifest makes the sanity check require damage."""
 
@@ -112,26 +115,39 @@ def render_manifest(
     """Render a manifest, as YAML text, that applies `op` to the known coordinates of a model.
 
     Without `status`, a protect manifest contains every coordinate that identifies a scalar and is not refuted. A zero
-    or scale manifest also omits those with status insufficient, because no test has shown that they matter. Raises
-    ManifestError for another operation or a factor that does not fit it, and LookupFailed if no coordinate is left.
+    or scale manifest also omits those with status insufficient, because no test has shown that they matter. A restore
+    manifest is for a checkpoint that was derived from the model; it contains the coordinates whose exact value is
+    known, and lists the others in a comment. Raises ManifestError for another operation or a factor that does not fit
+    it, and LookupFailed if no coordinate is left.
     """
-    refuse_unfit(op, factor)
+    refuse_unfit(op, factor, values_known=True)
     tested = set(STATUSES) - {"refuted", "insufficient"}
-    coordinates = list_addressable(model, tested if status is None and op != "protect" else status)
+    listed = list_addressable(model, tested if status is None and op in ("zero", "scale") else status)
+    coordinates = [c for c in listed if op != "restore" or c.value is not None]
     if not coordinates:
-        raise LookupFailed(f"no whole coordinate to {op}", model.slug, _explain_none(model, op, status))
+        reason = "no exact value is known" if listed else _explain_none(model, op, status)
+        raise LookupFailed(f"no whole coordinate to {op}", model.slug, reason)
+    head = [f"{model.hf_id}: printed by", f"  {_make_command(model, op, factor, status)}"]
+    if op == "restore":
+        head.append(
+            "Give the checkpoint whose super weights are to be restored: swsurgery apply MANIFEST --base CHECKPOINT"
+        )
+    if unknown := [c.id for c in listed if c not in coordinates]:
+        head.append(f"Not restored, because no exact value is known: {', '.join(unknown)}")
     what = f"{len(coordinates)} known coordinate{'s' if len(coordinates) > 1 else ''} of {model.hf_id}"
     base: dict[str, str | None]
-    if model.path:
+    if op == "restore":
+        base = {"path": DERIVED, "model": model.hf_id}
+    elif model.path:
         base = {"path": model.path, "model": model.hf_id}
     else:
         base = {"repo_id": model.hf_id, "revision": model.revision_measured}
     return write_manifest(
-        head=[f"{model.hf_id}: printed by", f"  {_make_command(model, op, factor, status)}"],
+        head=head,
         name=f"{model.slug}-{op}" + (f"-{factor:g}" if factor is not None else ""),
         description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
         base=base,
-        edits=[(f"{c.id}: {_summarise_effect(c)}", _make_edit(c, op, factor)) for c in coordinates],
+        edits=[(_make_comment(c, op), _make_edit(c, op, factor)) for c in coordinates],
         damaging=op == "zero" and _find_largest_ratio(model, coordinates) >= LARGE_RATIO,
     )
 
@@ -292,7 +308,14 @@ def _cite(source: Citation) -> str:
     return f"{source.cite}@{source.commit[:12]}" if source.commit else source.cite
 
 
+def _make_comment(coordinate: KnownCoordinate, op: Operation) -> str:
+    value = f"value {format_value(coordinate)}; " if op == "restore" else ""
+    return f"{coordinate.id}: {value}{_summarise_effect(coordinate)}"
+
+
 def _make_edit(coordinate: KnownCoordinate, op: Operation, factor: float | None) -> dict[str, Any]:
+    if op == "restore":
+        return {"op": op, "known": coordinate.id}
     guard = {"value": coordinate.value, "dtype": coordinate.dtype} if coordinate.value is not None else None
     return list_edit_fields(coordinate, op, factor, guard)
 

@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 
 from swsurgery.errors import ManifestError, escape_control
 
-Operation = Literal["zero", "scale", "protect"]
+Operation = Literal["zero", "scale", "protect", "restore"]
+"""The operations in a written manifest. Only manifests of known super weights have `restore`."""
 
 ASKED_RATIO = 2.0
 """Value of `min_perplexity_ratio` in a written manifest whose edits are expected to damage the model.
@@ -40,10 +41,14 @@ class ScalarPlace(Protocol):
     def col(self) -> int | None: ...
 
 
-def refuse_unfit(op: str, factor: float | None) -> None:
-    """Raise ManifestError if `op` cannot be applied to known super weights, or if `factor` is invalid for `op`."""
-    if op not in ("zero", "scale", "protect"):
-        raise ManifestError("no such operation for known super weights", op, "use zero, scale or protect")
+def refuse_unfit(op: str, factor: float | None, *, values_known: bool = False) -> None:
+    """Raise ManifestError if `op` cannot be applied to known super weights, or if `factor` is invalid for `op`.
+
+    `restore` is accepted only with `values_known`: it writes values that are known from the original model.
+    """
+    if op not in ("zero", "scale", "protect") and not (values_known and op == "restore"):
+        remedy = "use zero, scale, protect or restore" if values_known else "use zero, scale or protect"
+        raise ManifestError("no such operation for known super weights", op, remedy)
     if (op == "scale") != (factor is not None):
         raise ManifestError(f"{op} {'needs a' if op == 'scale' else 'takes no'} factor")
     if factor is not None and (not math.isfinite(factor) or factor == 0):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own, shipped, table
 from swsurgery.manifest.load import load_manifest, parse_manifest
+from swsurgery.manifest.writer import refuse_unfit
 
 FOLDER = Path(__file__).parents[2] / "manifests"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -95,3 +97,34 @@ def test_zero_and_scale_leave_out_what_nobody_has_shown_to_matter():
     assert len(re.findall("op: protect", table.render_manifest(llama, "protect"))) == 6
     assert len(re.findall("op: zero", table.render_manifest(llama, "zero"))) == 2
     assert len(re.findall("op: zero", table.render_manifest(llama, "zero", status="insufficient"))) == 4
+
+
+@pytest.mark.parametrize("model", [*filter(shipped.list_addressable, own.list_all_models())], ids=lambda m: m.slug)
+def test_a_restore_manifest_names_every_scalar_with_an_exact_value(model):
+    """The others stand in a comment. The derived checkpoint is given with --base, so nothing is pinned."""
+    listed = shipped.list_addressable(model)
+    exact = [c.id for c in listed if c.value is not None]
+    if not exact:
+        with pytest.raises(LookupFailed, match="no whole coordinate to restore: .* \\(no exact value is known\\)"):
+            table.render_manifest(model, "restore")
+        return
+    text = table.render_manifest(model, "restore")
+    manifest = parse_manifest(text.encode(), Path("m.yaml")).manifest
+    assert [(e.op, e.known, e.source) for e in manifest.edits] == [("restore", name, None) for name in exact]
+    assert (manifest.base.path, manifest.base.model, manifest.base.revision) == ("checkpoint", model.hf_id, None)
+    assert own.identify(manifest.base.model, ()).hf_id == model.hf_id
+    assert manifest.check.min_perplexity_ratio is None
+    others = [c.id for c in listed if c.value is None]
+    assert [line for line in text.splitlines() if line.startswith("# Not restored")] == (
+        [f"# Not restored, because no exact value is known: {', '.join(others)}"] if others else []
+    )
+
+
+def test_both_kinds_of_model_occur_and_a_scan_restores_nothing():
+    models = [*filter(shipped.list_addressable, own.list_all_models())]
+    exact = [any(c.value is not None for c in shipped.list_addressable(m)) for m in models]
+    assert any(exact) and not all(exact)
+    with pytest.raises(ManifestError, match="no such operation for known super weights: restore .*zero, scale or prot"):
+        refuse_unfit("restore", None)
+    with pytest.raises(ManifestError, match="restore takes no factor"):
+        table.render_manifest(own.find_model("llama-7b"), "restore", 2.0)

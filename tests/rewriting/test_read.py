@@ -53,7 +53,7 @@ def test_options_become_a_function(op, options, function):
         ("scale", {"factor": True}, "factor is True"),
         ("set", {}, "set needs exactly one of value, bits"),
         ("set", {"value": 1, "bits": "0x40bc"}, "exactly one"),
-        ("set", {"value": "1"}, "value is '1': give a number"),
+        ("set", {"value": "one"}, "value is 'one': give a number"),
         ("set", {"value": False}, "value is False"),
         ("set", {"bits": "40bc"}, "bits is '40bc': give a hexadecimal number"),
         ("clip", {}, "clip needs exactly one of z, fraction, iqr"),
