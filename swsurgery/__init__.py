@@ -19,6 +19,7 @@ Each package imports only packages below it:
     known/         published and measured super weights
     checkpoint/    what a checkpoint contains: files, record, journal, projections, quantisation
     manifest/      what a user may request
+    rewriting/     new values for rows, columns, experts and whole tensors
     hub/           bytes on the Hub; only this package imports huggingface_hub
     storage/       bytes on disk: files, headers, dtypes, staging, hashing
 

@@ -15,23 +15,22 @@ from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError
 from swsurgery.rewriting.function import Source, Words
-from swsurgery.rewriting.kept import Kept
-from swsurgery.rewriting.scope import TENSOR, Scope, find_pieces, gather, scatter
+from swsurgery.rewriting.kept import Indices, KeptScalars
+from swsurgery.rewriting.scope import TENSOR, Grouping, find_pieces, gather, scatter
 from swsurgery.rewriting.statistics import (
+    add_rows,
+    check_piece,
     count_fraction,
     count_scalars,
     find_largest,
     find_ordered,
     measure_moments,
-    raise_not_finite,
-    sum_rows,
 )
 from swsurgery.rewriting.values import (
     Doubles,
     decode_doubles,
     encode_doubles,
     find_magnitudes,
-    find_not_finite,
     get_word_type,
     has_not_finite,
     order_words,
@@ -45,7 +44,7 @@ Keys = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Limits:
+class ClipLimits:
     """The lowest and the highest permitted scalar of each group, as the ordered integers of `order_words`.
 
     Both are arrays with one entry per group.
@@ -56,7 +55,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipFunction:
     """Limit values to a threshold. A value beyond it becomes the threshold, with its sign.
 
     - `z`: |w| is limited to mean(|w|) + amount * std(|w|), with the population standard deviation.
@@ -72,9 +71,9 @@ class Clip:
 
     rule: Rule
     amount: float
-    scope: Scope = TENSOR
-    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
-    limits: Mapping[str, Limits] = field(default_factory=dict, repr=False, compare=False)
+    scope: Grouping = TENSOR
+    kept: KeptScalars = field(default_factory=KeptScalars, repr=False, compare=False)
+    limits: Mapping[str, ClipLimits] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def sparse(self) -> bool:
@@ -85,7 +84,7 @@ class Clip:
         """Return the number of rows of a group."""
         return self.scope.height
 
-    def measure(self, sources: Sequence[Source]) -> Clip:
+    def measure(self, sources: Sequence[Source]) -> ClipFunction:
         """Return the function with the limits of each tensor, if the scope is the tensor.
 
         Raises NumberError if a scalar is NaN or infinite, and if the clip would set every scalar to zero.
@@ -93,26 +92,29 @@ class Clip:
         for source in sources:
             require_float(source.dtype, source.name)
         limits = {s.name: self._measure_source(s) for s in sources} if self.scope.is_tensor else {}
-        return replace(self, kept=Kept.of_sources(sources), limits=limits)
+        return replace(self, kept=KeptScalars.of_sources(sources), limits=limits)
 
     def compute(self, name: str, dtype: Dtype, row: int, words: Words, out: Words | None = None) -> Words:
         """Return the limited values. Raises NumberError as `measure` does, for the groups of the block."""
         floating = require_float(dtype, name)
         if out is None:
             out = np.empty_like(words)
-        columns = words.shape[1]
-        for begin, end in find_pieces(len(words), columns, self.scope.height):
-            piece = words[begin:end]
+        rows, columns = words.shape
+        for piece in find_pieces(rows, columns, self.scope.height, 1 if self.scope.is_tensor else self.scope.columns):
+            part, target = piece.view(words), piece.view(out)
             if self.scope.is_tensor:
-                keys = order_words(floating, piece)
                 found = self.limits[name]
+                keys = order_words(floating, part)
                 np.clip(keys, keys.dtype.type(found.low[0]), keys.dtype.type(found.high[0]), out=keys)
-                restore_words(floating, keys, out[begin:end])
+                restore_words(floating, keys, target)
             else:
-                self._clip_groups(name, floating, (row + begin) * columns, piece, out[begin:end])
+                if has_not_finite(floating, part):
+                    check_piece(self.kept, name, floating, row, columns, piece, part)
+                kept = self.kept.find_in_piece(name, row, columns, piece)
+                self._clip_groups(name, floating, part, kept, target)
         return out
 
-    def _measure_source(self, source: Source) -> Limits:
+    def _measure_source(self, source: Source) -> ClipLimits:
         dtype = require_float(source.dtype, source.name)
         count = count_scalars(source)
         if not count:
@@ -137,21 +139,14 @@ class Clip:
             _refuse_empty(source.name)
         return limits
 
-    def _clip_groups(self, name: str, dtype: FloatDtype, first: int, words: Words, out: Words) -> None:
-        """Clip a piece with whole groups. `first` is the flat index of its first scalar."""
-        kept = self.kept.find(name, first, words.size)
+    def _clip_groups(self, name: str, dtype: FloatDtype, words: Words, kept: Indices, out: Words) -> None:
+        """Clip a piece with whole groups. `kept` are the flat indices of its protected scalars."""
         mask = None
-        source = words
         if len(kept):
-            source = words.copy()
-            source.reshape(-1)[kept] = 0
             mask = np.zeros(words.shape, np.bool_)
             mask.reshape(-1)[kept] = True
-        if has_not_finite(dtype, source):
-            bad = np.flatnonzero(find_not_finite(dtype, source))
-            raise_not_finite(name, len(bad), self.kept.format_index(name, first + int(bad[0])))
         for tile in self.scope.find_tiles(*words.shape):
-            groups = gather(tile, source)
+            groups = gather(tile, words)
             if mask is None:
                 limits = self._find_limits(name, dtype, groups)
             else:
@@ -161,7 +156,7 @@ class Clip:
             np.clip(keys, low, high, out=keys)
             scatter(tile, restore_words(dtype, keys), out)
 
-    def _find_limits_without(self, name: str, dtype: FloatDtype, groups: Words, masks: NDArray[np.bool_]) -> Limits:
+    def _find_limits_without(self, name: str, dtype: FloatDtype, groups: Words, masks: NDArray[np.bool_]) -> ClipLimits:
         """Return the limits of each row of `groups`, computed without the scalars that are marked in `masks`."""
         found = _make_limits(dtype, np.full(len(groups), -math.inf), np.full(len(groups), math.inf))
         marked = masks.any(axis=1)
@@ -173,7 +168,7 @@ class Clip:
                 found.low[places], found.high[places] = limits.low, limits.high
         return found
 
-    def _find_limits(self, name: str, dtype: FloatDtype, groups: Words) -> Limits:
+    def _find_limits(self, name: str, dtype: FloatDtype, groups: Words) -> ClipLimits:
         """Return the limits of each row of `groups`. Raises NumberError if a group would become zero."""
         count = groups.shape[1]
         if self.rule == "iqr":
@@ -202,10 +197,10 @@ class Clip:
         """Return mean + amount * std of each row of magnitudes, which are overwritten."""
         count = magnitudes.shape[1]
         smallest = magnitudes.min(axis=1)
-        mean = sum_rows(magnitudes) / count
+        mean = add_rows(magnitudes) / count
         with np.errstate(over="ignore", under="ignore"):
             np.multiply(magnitudes, magnitudes, out=magnitudes)
-            squares = sum_rows(magnitudes) / count
+            squares = add_rows(magnitudes) / count
         if not np.isfinite(squares).all():
             raise NumberError("the squares of the scalars overflow float64", name)
         std = np.sqrt(np.maximum(squares - mean * mean, 0))
@@ -232,12 +227,12 @@ def _find_quartile_places(count: int) -> list[int]:
     return [last // 4, -(-last // 4), 3 * last // 4, -(-3 * last // 4)]
 
 
-def _make_limits(dtype: FloatDtype, low: Doubles, high: Doubles) -> Limits:
+def _make_limits(dtype: FloatDtype, low: Doubles, high: Doubles) -> ClipLimits:
     """Round thresholds inwards to values of the dtype: `low` up and `high` down."""
     lowest = -1 - _round_down(dtype, -low)
     if dtype.special == "fnuz":  # the key -1 is NaN instead of -0.0
         lowest[lowest == -1] = 0
-    return Limits(lowest, _round_down(dtype, high))
+    return ClipLimits(lowest, _round_down(dtype, high))
 
 
 def _round_down(dtype: FloatDtype, limits: Doubles) -> Keys:
@@ -252,7 +247,7 @@ def _round_down(dtype: FloatDtype, limits: Doubles) -> Keys:
     return keys
 
 
-def _refuse_crossed(limits: Limits, inside: NDArray[np.signedinteger], name: str) -> None:
+def _refuse_crossed(limits: ClipLimits, inside: NDArray[np.signedinteger], name: str) -> None:
     """Raise NumberError if a group has no scalar between its fences; `inside` are the upper neighbours of Q1."""
     if ((inside < limits.low) | (inside > limits.high)).any():
         raise NumberError("the clip would change every scalar", name, "give a larger iqr")

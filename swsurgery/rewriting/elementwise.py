@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError, pluralise
 from swsurgery.rewriting.function import CHUNK_SCALARS, Source, Words
-from swsurgery.rewriting.kept import Kept
+from swsurgery.rewriting.kept import KeptScalars
 from swsurgery.rewriting.statistics import read_pieces
 from swsurgery.rewriting.values import get_word_type, require_float
 from swsurgery.storage import dtypes
@@ -29,10 +29,10 @@ class _Independent:
 
 
 @dataclass(frozen=True)
-class Zero(_Independent):
+class ZeroFunction(_Independent):
     """Set all bits to zero."""
 
-    def measure(self, sources: Sequence[Source]) -> Zero:
+    def measure(self, sources: Sequence[Source]) -> ZeroFunction:
         """Return the function itself. Raises NumberError for a dtype without a zero."""
         _check(dtypes.make_zero, sources)
         return self
@@ -43,13 +43,13 @@ class Zero(_Independent):
 
 
 @dataclass(frozen=True)
-class SetValue(_Independent):
+class SetFunction(_Independent):
     """Store `value`, rounded once to the stored dtype, or `bits` such as "0x40bc" as they are."""
 
     value: dtypes.Value | None = None
     bits: str | None = None
 
-    def measure(self, sources: Sequence[Source]) -> SetValue:
+    def measure(self, sources: Sequence[Source]) -> SetFunction:
         """Return the function itself. Raises NumberError for a dtype that cannot represent the value."""
         _check(self._encode, sources)
         return self
@@ -85,7 +85,7 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class Scale(_Independent):
+class ScaleFunction(_Independent):
     """Multiply by the float64 `factor`: the exact product, rounded once to the stored dtype, half to even.
 
     An overflow, an underflow to zero and a stored value that is not finite are errors, as in
@@ -93,15 +93,15 @@ class Scale(_Independent):
     """
 
     factor: float
-    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    kept: KeptScalars = field(default_factory=KeptScalars, repr=False, compare=False)
     _tables: dict[str, _Table] = field(default_factory=dict, repr=False, compare=False)
 
-    def measure(self, sources: Sequence[Source]) -> Scale:
+    def measure(self, sources: Sequence[Source]) -> ScaleFunction:
         """Scale all sources, and return the function with their protected scalars.
 
         Raises NumberError if products cannot be represented, with their number and the first index.
         """
-        function = Scale(self.factor, Kept.of_sources(sources), self._tables)
+        function = ScaleFunction(self.factor, KeptScalars.of_sources(sources), self._tables)
         for source in sources:
             dtype = require_float(source.dtype, source.name)
             function._raise_for(source.name, _Refused.join(function._find_refused(source, dtype)))

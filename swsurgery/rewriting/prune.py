@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError, pluralise
 from swsurgery.rewriting.function import CHUNK_SCALARS, Source, Words
-from swsurgery.rewriting.kept import Kept
+from swsurgery.rewriting.kept import KeptScalars
 from swsurgery.rewriting.statistics import count_fraction, count_scalars, find_largest, read_pieces
 from swsurgery.rewriting.values import decode_doubles, encode_doubles, find_magnitudes, get_word_type, require_float
 from swsurgery.storage.dtypes import Dtype, FloatDtype
@@ -28,7 +28,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PruneOutliers:
+class PruneFunction:
     """Set the largest |w| of all sources together to zero: `count` of them, or `fraction` of all, rounded down.
 
     Among equal magnitudes, those of an earlier source and of a lower flat index become zero first. Protected scalars
@@ -48,7 +48,7 @@ class PruneOutliers:
         """Return 1: every scalar is independent of the others once the sources are measured."""
         return 1
 
-    def measure(self, sources: Sequence[Source]) -> PruneOutliers:
+    def measure(self, sources: Sequence[Source]) -> PruneFunction:
         """Return the function with the threshold of each source.
 
         Raises NumberError if a scalar is NaN or infinite, and if no scalar would remain.
@@ -103,7 +103,7 @@ class PruneOutliers:
 def _read_marked(source: Source, mark: Callable[[Words], NDArray[np.bool_]]) -> Iterator[tuple[int, NDArray[np.bool_]]]:
     """Yield (first flat index, mark of the bit patterns of |w|) of pieces; protected scalars are not marked."""
     dtype = require_float(source.dtype, source.name)
-    kept = Kept.of_sources([source])
+    kept = KeptScalars.of_sources([source])
     for first, words in read_pieces(source, CHUNK_SCALARS):
         marked = mark(find_magnitudes(dtype, words))
         marked[kept.find(source.name, first, len(words))] = False

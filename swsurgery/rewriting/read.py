@@ -6,17 +6,17 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from swsurgery.rewriting.clip import Clip, Rule
-from swsurgery.rewriting.elementwise import Scale, SetValue, Zero
+from swsurgery.rewriting.clip import ClipFunction, Rule
+from swsurgery.rewriting.elementwise import ScaleFunction, SetFunction, ZeroFunction
 from swsurgery.rewriting.function import Function
-from swsurgery.rewriting.prune import PruneOutliers
-from swsurgery.rewriting.round import Round
+from swsurgery.rewriting.prune import PruneFunction
+from swsurgery.rewriting.round import RoundFunction
 from swsurgery.rewriting.scope import read_scope
 from swsurgery.storage.numbers import JSON_NUMBER, Written
 
 Options = Mapping[str, object]
 
-RULES: tuple[Rule, ...] = ("z", "fraction", "iqr")
+_RULES: tuple[Rule, ...] = ("z", "fraction", "iqr")
 
 
 def build_function(op: str, options: Options) -> Function:
@@ -32,7 +32,7 @@ def build_function(op: str, options: Options) -> Function:
 
 def _build_zero(options: Options) -> Function:
     _refuse_unknown("zero", options)
-    return Zero()
+    return ZeroFunction()
 
 
 def _build_scale(options: Options) -> Function:
@@ -40,7 +40,7 @@ def _build_scale(options: Options) -> Function:
     factor = _read_number("factor", options.get("factor"))
     if not factor:
         raise ValueError("factor is 0: use zero")
-    return Scale(factor)
+    return ScaleFunction(factor)
 
 
 def _build_set(options: Options) -> Function:
@@ -50,29 +50,29 @@ def _build_set(options: Options) -> Function:
     if bits is not None:
         if not isinstance(bits, str) or not bits.startswith("0x"):
             raise ValueError(f"bits is {bits!r}: give a hexadecimal number such as '0x40bc'")
-        return SetValue(bits=bits)
+        return SetFunction(bits=bits)
     if isinstance(value, str) and re.fullmatch(JSON_NUMBER, value):
         value = Written(value)  # the text of a number that is no float64
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"value is {value!r}: give a number")
-    return SetValue(value)  # not converted to float64: it may be a Written or an int of any size
+    return SetFunction(value)  # not converted to float64: it may be a Written or an int of any size
 
 
 def _build_clip(options: Options) -> Function:
     return read_clip(options)
 
 
-def read_clip(options: Options) -> Clip:
+def read_clip(options: Options) -> ClipFunction:
     """Build a clip from exactly one of `z`, `fraction` and `iqr`, and `per` or `block`."""
-    _refuse_unknown("clip", options, *RULES, "per", "block")
-    _require_one("clip", options, *RULES)
-    rule = next(name for name in RULES if options.get(name) is not None)
+    _refuse_unknown("clip", options, *_RULES, "per", "block")
+    _require_one("clip", options, *_RULES)
+    rule = next(name for name in _RULES if options.get(name) is not None)
     amount = _read_number(rule, options[rule])
     if rule == "fraction":
         _check_fraction(amount)
     elif amount < 0 or (rule == "z" and not amount):
         raise ValueError(f"{rule} is {amount:g}: give a {'positive number' if rule == 'z' else 'number from 0'}")
-    return Clip(rule, amount, read_scope(options.get("per"), options.get("block")))
+    return ClipFunction(rule, amount, read_scope(options.get("per"), options.get("block")))
 
 
 def _build_prune(options: Options) -> Function:
@@ -80,11 +80,11 @@ def _build_prune(options: Options) -> Function:
     if _require_one("prune_outliers", options, "count", "fraction") == "fraction":
         fraction = _read_number("fraction", options["fraction"])
         _check_fraction(fraction)
-        return PruneOutliers(fraction=fraction)
+        return PruneFunction(fraction=fraction)
     count = options["count"]
     if type(count) is not int or count < 1:
         raise ValueError(f"count is {count!r}: give a positive whole number")
-    return PruneOutliers(count=count)
+    return PruneFunction(count=count)
 
 
 def _build_round(options: Options) -> Function:
@@ -102,7 +102,7 @@ def _build_round(options: Options) -> Function:
     if clip is not None and not isinstance(clip, Mapping):
         raise ValueError(f"clip is {clip!r}: give the options of a clip, such as {{'z': 5}}")
     scope = read_scope(options.get("per"), options.get("block"))
-    return Round(bits, symmetric, levels, scope, None if clip is None else read_clip(clip))
+    return RoundFunction(bits, symmetric, levels, scope, None if clip is None else read_clip(clip))
 
 
 FUNCTIONS: dict[str, Callable[[Options], Function]] = {

@@ -5,6 +5,7 @@ The scalars stay in their dtype: each one becomes the value that its quantised c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
@@ -13,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError
-from swsurgery.rewriting.clip import Clip
+from swsurgery.rewriting.clip import ClipFunction
 from swsurgery.rewriting.function import Source, Words
-from swsurgery.rewriting.kept import Kept
-from swsurgery.rewriting.scope import TENSOR, Scope, find_pieces, find_shared_height
-from swsurgery.rewriting.statistics import measure_range, raise_not_finite, read_pieces
+from swsurgery.rewriting.kept import Indices, KeptScalars
+from swsurgery.rewriting.scope import TENSOR, Grouping, Piece, find_pieces
+from swsurgery.rewriting.statistics import check_piece, measure_range, read_pieces
 from swsurgery.rewriting.values import (
     Doubles,
     Singles,
@@ -25,7 +26,6 @@ from swsurgery.rewriting.values import (
     decode_singles,
     encode_doubles,
     encode_singles,
-    find_not_finite,
     pack_singles,
     require_float,
 )
@@ -44,7 +44,7 @@ NF4 = (
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundFunction:
     """Round to nearest. Every group of scalars has 2**bits levels, which depend on its own extremes.
 
     - `symmetric`: scale = max|w| / (2**(bits - 1) - 1), and code = w / scale rounded half to even, so that codes lie in
@@ -66,9 +66,9 @@ class Round:
     bits: int
     symmetric: bool = True
     levels: Levels = "integer"
-    scope: Scope = TENSOR
-    clip: Clip | None = None
-    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    scope: Grouping = TENSOR
+    clip: ClipFunction | None = None
+    kept: KeptScalars = field(default_factory=KeptScalars, repr=False, compare=False)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -78,9 +78,9 @@ class Round:
 
     def find_height(self, shape: Sequence[int]) -> int:
         """Return the number of rows with whole groups, those of `clip` included."""
-        return find_shared_height(self.scope, self.clip.scope if self.clip else TENSOR)
+        return math.lcm(self.scope.height, self.clip.scope.height if self.clip else 1)
 
-    def measure(self, sources: Sequence[Source]) -> Round:
+    def measure(self, sources: Sequence[Source]) -> RoundFunction:
         """Return the function with what depends on whole tensors: the limits of `clip`, and ranges.
 
         Raises NumberError if `clip` does, and if a scalar is NaN or infinite.
@@ -89,7 +89,7 @@ class Round:
             require_float(source.dtype, source.name)
         clip = self.clip.measure(sources) if self.clip else None
         ranges = {s.name: measure_range(_clip_source(clip, s)) for s in sources} if self.scope.is_tensor else {}
-        return replace(self, clip=clip, kept=Kept.of_sources(sources), ranges=ranges)
+        return replace(self, clip=clip, kept=KeptScalars.of_sources(sources), ranges=ranges)
 
     def compute(self, name: str, dtype: Dtype, row: int, words: Words, out: Words | None = None) -> Words:
         """Return the rounded values.
@@ -101,42 +101,40 @@ class Round:
         if out is None:
             out = np.empty_like(words)
         rows, columns = words.shape
-        height = self.find_height(words.shape)
-        wide = floating.bits > 16
-        pieces = list(find_pieces(rows, columns, height))
-        largest = max((end - begin for begin, end in pieces), default=0)
-        values: Floats = np.empty((largest, columns), np.float64 if wide else np.float32)
-        spare = np.empty_like(values)
-        for begin, end in pieces:
-            first = (row + begin) * columns
-            piece = words[begin:end]
+        pieces = list(self._find_pieces(rows, columns))
+        size = max((piece.scalars for piece in pieces), default=0)
+        buffers: list[Floats] = [np.empty(size, np.float64 if floating.bits > 16 else np.float32) for _ in range(2)]
+        for piece in pieces:
+            part = piece.view(words)
+            values, spare = (buffer[: piece.scalars].reshape(part.shape) for buffer in buffers)
             if self.clip:
-                piece = self.clip.compute(name, dtype, row + begin, piece)
-            part = values[: end - begin]
-            self._decode(name, floating, first, piece, part)
+                part = self.clip.compute(name, dtype, row + piece.begin, np.ascontiguousarray(part))
+            self._decode(floating, part, self.kept.find_in_piece(name, row, columns, piece), values)
             safe = True
-            for tile in self.scope.find_tiles(end - begin, columns):
-                group = tile.view(part)
-                low, high = self._find_ranges(name, group, tile.view(spare[: end - begin]))
+            for tile in self.scope.find_tiles(*part.shape):
+                groups, free = tile.view(values), tile.view(spare)
+                low, high = self._find_ranges(name, groups, free)
                 if not (np.isfinite(low).all() and np.isfinite(high).all()):
-                    self._raise_not_finite(name, floating, first, piece)
-                safe &= self._quantise(name, floating, group, low, high, tile.view(spare[: end - begin]))
-            _encode(name, floating, part, out[begin:end], safe)
+                    check_piece(self.kept, name, floating, row, columns, piece, part)
+                safe &= self._quantise(name, floating, groups, low, high)
+            _encode(name, floating, values, piece.view(out), safe)
         return out
 
-    def _decode(self, name: str, dtype: FloatDtype, first: int, words: Words, values: Floats) -> None:
+    def _find_pieces(self, rows: int, columns: int) -> Iterator[Piece]:
+        """Yield pieces with whole groups. If `clip` has groups too, pieces have all columns."""
+        height = self.find_height((rows, columns))
+        if self.clip and not self.clip.scope.is_tensor:
+            return find_pieces(rows, columns, height, None)
+        return find_pieces(rows, columns, height, 1 if self.scope.is_tensor else self.scope.columns)
+
+    def _decode(self, dtype: FloatDtype, words: Words, kept: Indices, values: Floats) -> None:
         """Write the values to `values`, with 0, which changes no statistic, for protected scalars."""
         if values.dtype == np.float64:
             decode_doubles(dtype, words, cast(Doubles, values))
         else:
             decode_singles(dtype, words, cast(Singles, values))
-        kept = self.kept.find(name, first, words.size)
         if len(kept):
             values.reshape(-1)[kept] = 0
-
-    def _raise_not_finite(self, name: str, dtype: FloatDtype, first: int, words: Words) -> None:
-        bad = np.setdiff1d(np.flatnonzero(find_not_finite(dtype, words)), self.kept.find(name, first, words.size))
-        raise_not_finite(name, len(bad), self.kept.format_index(name, first + int(bad[0])))
 
     def _find_ranges(self, name: str, groups: Floats, spare: Floats) -> tuple[Doubles, Doubles]:
         """Return the lowest and highest level of each group, as arrays (groups down, 1, groups across, 1)."""
@@ -157,13 +155,11 @@ class Round:
     def _is_symmetric(self) -> bool:
         return self.symmetric or self.levels == "nf4"
 
-    def _quantise(
-        self, name: str, dtype: FloatDtype, groups: Floats, low: Doubles, high: Doubles, spare: Floats
-    ) -> bool:
+    def _quantise(self, name: str, dtype: FloatDtype, groups: Floats, low: Doubles, high: Doubles) -> bool:
         """Replace values by those of their codes. Returns False if a result may be larger than the dtype's largest."""
         kind = groups.dtype.type
         if self.levels == "nf4":
-            _quantise_nf4(groups, _use_one_for_zero(high.astype(kind)), spare)
+            _quantise_nf4(groups, _use_one_for_zero(high.astype(kind)))
             return True
         if self.symmetric:
             top = (1 << (self.bits - 1)) - 1
@@ -189,7 +185,7 @@ class Round:
         return bool(reach.max() < _find_safe_limit(dtype))
 
 
-def _clip_source(clip: Clip | None, source: Source) -> Source:
+def _clip_source(clip: ClipFunction | None, source: Source) -> Source:
     """Return a source that reads the clipped scalars of `source`."""
     if clip is None:
         return source
@@ -235,7 +231,7 @@ def _find_safe_limit(dtype: FloatDtype) -> float:
     return float(2.0 ** ((dtype.largest >> dtype.mantissa) - dtype.bias))
 
 
-def _quantise_nf4(groups: Floats, top: Floats, spare: Floats) -> None:
+def _quantise_nf4(groups: Floats, top: Floats) -> None:
     """Replace values by the nearest level times `top`, the maximum magnitude of the group."""
     kind = groups.dtype.type
     levels = np.array(NF4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -45,7 +44,7 @@ def scatter(tile: Tile, groups: NDArray[Scalar], out: NDArray[Scalar]) -> None:
 
 
 @dataclass(frozen=True)
-class Scope:
+class Grouping:
     """The size of a group. `columns` is None for whole rows, and both are None for the whole tensor."""
 
     rows: int | None = None
@@ -70,21 +69,42 @@ class Scope:
                 yield Tile(slice(begin, end), slice(left, right), height, width)
 
 
-def find_pieces(rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
-    """Yield (first row, row after the last) of pieces of about PIECE_SCALARS scalars; each is a multiple of `height`.
+class Piece(NamedTuple):
+    """A part of a matrix: rows `begin` to `end`, and columns `left` to `right`."""
 
-    The last piece may have fewer rows.
+    begin: int
+    end: int
+    left: int
+    right: int
+
+    @property
+    def scalars(self) -> int:
+        """The number of scalars in the part."""
+        return (self.end - self.begin) * (self.right - self.left)
+
+    def view(self, matrix: NDArray[Scalar]) -> NDArray[Scalar]:
+        """Return the part of `matrix` as a view."""
+        return matrix[self.begin : self.end, self.left : self.right]
+
+
+def find_pieces(rows: int, columns: int, height: int, width: int | None) -> Iterator[Piece]:
+    """Yield pieces of about PIECE_SCALARS scalars that cover a matrix, in rising order.
+
+    Their sides are multiples of `height` and `width` (None: all columns), except at the end of the matrix.
     """
-    step = max(PIECE_SCALARS // max(columns, 1) // height, 1) * height
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
+    width = width or max(columns, 1)
+    down = max(PIECE_SCALARS // max(columns, 1) // height, 1) * height
+    across = max(PIECE_SCALARS // down // width, 1) * width
+    for begin in range(0, rows, down):
+        for left in range(0, columns, across):
+            yield Piece(begin, min(begin + down, rows), left, min(left + across, columns))
 
 
-TENSOR = Scope()
-CHANNEL = Scope(1)
+TENSOR = Grouping()
+CHANNEL = Grouping(1)
 
 
-def read_scope(per: object, block: object) -> Scope:
+def read_scope(per: object, block: object) -> Grouping:
     """Read the options `per` ("tensor" or "channel") and `block` (n or [rows, columns]); None if one is absent.
 
     Raises ValueError for other values, and if both are given.
@@ -98,12 +118,7 @@ def read_scope(per: object, block: object) -> Scope:
     sides = block if isinstance(block, list | tuple) else (1, block)
     if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
         raise ValueError(f"block is {block!r}: give a positive whole number or [rows, columns]")
-    return Scope(*sides)
-
-
-def find_shared_height(*scopes: Scope) -> int:
-    """Return the smallest number of rows that consists of whole groups of every scope."""
-    return math.lcm(*(scope.height for scope in scopes))
+    return Grouping(*sides)
 
 
 def _divide(length: int, size: int) -> Iterator[tuple[int, int, int]]:

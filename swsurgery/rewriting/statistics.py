@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError, pluralise
 from swsurgery.rewriting.function import CHUNK_SCALARS, Source, Words
-from swsurgery.rewriting.kept import Kept
+from swsurgery.rewriting.kept import KeptScalars
+from swsurgery.rewriting.scope import Piece
 from swsurgery.rewriting.values import (
     Doubles,
     decode_doubles,
@@ -80,7 +81,7 @@ def read_pieces(source: Source, length: int) -> Iterator[tuple[int, Words]]:
 def check_finite(source: Source) -> None:
     """Raise NumberError if a scalar that is not protected is NaN or infinite, with their number and the first index."""
     dtype = require_float(source.dtype, source.name)
-    kept = Kept.of_sources([source])
+    kept = KeptScalars.of_sources([source])
     count, where = 0, 0
     for first, words in read_pieces(source, CHUNK_SCALARS):
         if has_not_finite(dtype, words):
@@ -90,13 +91,29 @@ def check_finite(source: Source) -> None:
                 where = first + int(bad.argmax())
             count += int(np.count_nonzero(bad))
     if count:
-        raise_not_finite(source.name, count, kept.format_index(source.name, where))
+        refuse_not_finite(source.name, count, kept.format_index(source.name, where))
 
 
-def raise_not_finite(name: str, count: int, index: str) -> None:
+def refuse_not_finite(name: str, count: int, index: str) -> None:
     """Raise the NumberError for `count` scalars of source `name` that are NaN or infinite."""
     verb = "is" if count == 1 else "are"
     raise NumberError(f"{pluralise(count, 'scalar')} {verb} NaN or infinite", f"{name} (first: {index})")
+
+
+def check_piece(
+    kept: KeptScalars, name: str, dtype: FloatDtype, row: int, columns: int, piece: Piece, words: Words
+) -> None:
+    """Raise NumberError if a scalar of a piece that is not protected is NaN or infinite.
+
+    `words` are the bit patterns of the piece; the other arguments are those of `KeptScalars.find_in_piece`.
+    """
+    bad = np.setdiff1d(
+        np.flatnonzero(find_not_finite(dtype, words)), kept.find_in_piece(name, row, columns, piece), assume_unique=True
+    )
+    if len(bad):
+        down, across = divmod(int(bad[0]), piece.right - piece.left)
+        flat = (row + piece.begin + down) * columns + piece.left + across
+        refuse_not_finite(name, len(bad), kept.format_index(name, flat))
 
 
 def measure_moments(source: Source) -> Moments:
@@ -106,7 +123,7 @@ def measure_moments(source: Source) -> Moments:
     square overflows float64.
     """
     dtype = require_float(source.dtype, source.name)
-    kept = Kept.of_sources([source])
+    kept = KeptScalars.of_sources([source])
     total = squares = largest = 0.0
     smallest = math.inf
     for first, words in read_pieces(source, CHUNK_SCALARS):
@@ -151,7 +168,7 @@ def measure_range(source: Source) -> tuple[float, float]:
     return (low, high) if low <= high else (0.0, 0.0)
 
 
-def sum_rows(values: Doubles) -> Doubles:
+def add_rows(values: Doubles) -> Doubles:
     """Sum each row of a C-contiguous matrix in float64, over chunks of 65,536 columns that are added in order."""
     total: Doubles = np.add.reduce(values[:, :CHUNK_SCALARS], axis=1)
     for begin in range(CHUNK_SCALARS, values.shape[1], CHUNK_SCALARS):
@@ -195,7 +212,7 @@ def find_ordered(source: Source, places: Sequence[int]) -> list[float]:
 def _read_counted(source: Source) -> Iterator[tuple[FloatDtype, Words]]:
     """Yield the bit patterns that are not protected. Raises NumberError if one of them is NaN or infinite."""
     dtype = require_float(source.dtype, source.name)
-    kept = Kept.of_sources([source])
+    kept = KeptScalars.of_sources([source])
     for first, words in read_pieces(source, CHUNK_SCALARS):
         skipped = kept.find(source.name, first, len(words))
         if len(skipped):

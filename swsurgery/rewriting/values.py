@@ -32,11 +32,6 @@ def require_float(dtype: Dtype, name: str) -> FloatDtype:
     raise NumberError(f"{dtype.name} is not a floating-point dtype", name, "only zero and set accept it")
 
 
-def fits_float32(dtype: FloatDtype) -> bool:
-    """Return True if float32 represents every value of the dtype: all dtypes except F64."""
-    return dtype.bits <= 32
-
-
 def decode_singles(dtype: FloatDtype, words: Words, out: Singles | None = None) -> Singles:
     """Convert bit patterns of a dtype of at most 32 bits to float32. Every value is exact; NaN stays NaN."""
     if out is None:
@@ -177,7 +172,7 @@ def _round_to_float16(bits: NDArray[np.uint32], out: Words) -> None:
     if tiny.any():  # 0.5 + |w| is rounded to multiples of 2**-24, as subnormal float16 values are
         subnormal = (bits.view(np.float32) + np.float32(0.5)).view(np.uint32)
         subnormal -= np.uint32(0x3F000000)
-    np.minimum(bits, np.uint32(0x477FFFFF), out=bits)  # all larger values round to infinity
+    np.clip(bits, np.uint32(0), np.uint32(0x477FFFFF), out=bits)  # all larger values round to infinity
     odd = bits >> np.uint32(13)
     odd &= np.uint32(1)
     bits += odd

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from swsurgery.errors import NumberError
 from swsurgery.rewriting.apply import compute_region
-from swsurgery.rewriting.clip import Clip
+from swsurgery.rewriting.clip import ClipFunction
 from swsurgery.rewriting.read import build_function
 from swsurgery.rewriting.values import find_not_finite, get_word_type
 from swsurgery.storage.dtypes import DTYPES
@@ -146,15 +146,15 @@ def test_equal_magnitudes_stay(name, value, scope):
 
 def test_a_fraction_below_one_scalar_changes_nothing():
     words = draw_weights("F16", (5, 7))
-    assert np.array_equal(compute_region(Clip("fraction", 0.0285), "w", DTYPES["F16"], words), words)
-    changed = compute_region(Clip("fraction", 0.0286), "w", DTYPES["F16"], words) != words
+    assert np.array_equal(compute_region(ClipFunction("fraction", 0.0285), "w", DTYPES["F16"], words), words)
+    changed = compute_region(ClipFunction("fraction", 0.0286), "w", DTYPES["F16"], words) != words
     assert changed.reshape(-1).nonzero()[0].tolist() == [np.abs(values_of("F16", words)).argmax()]
 
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_a_fence_at_zero_gives_a_zero(name):
     words = words_of(name, [[0, 0, 0, 1, 1, 1, 1, -3, 0]])
-    found = compute_region(Clip("iqr", 0), "w", DTYPES[name], words)
+    found = compute_region(ClipFunction("iqr", 0), "w", DTYPES[name], words)
     assert values_of(name, found).tolist() == [[0, 0, 0, 1, 1, 1, 1, 0, 0]]
 
 
@@ -205,7 +205,7 @@ def test_an_interquartile_range_that_overflows_is_refused(scope):
 
 def test_an_integer_dtype_is_refused():
     with pytest.raises(NumberError, match="I8 is not a floating-point dtype: w"):
-        compute_region(Clip("z", 3), "w", DTYPES["I8"], np.zeros((2, 2), np.uint8))
+        compute_region(ClipFunction("z", 3), "w", DTYPES["I8"], np.zeros((2, 2), np.uint8))
 
 
 @pytest.mark.parametrize("scope", SCOPES, ids=str)

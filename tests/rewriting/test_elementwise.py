@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from swsurgery.errors import NumberError
 from swsurgery.rewriting.apply import Array, compute_region, compute_regions
-from swsurgery.rewriting.elementwise import Scale, SetValue, Zero
+from swsurgery.rewriting.elementwise import ScaleFunction, SetFunction, ZeroFunction
 from swsurgery.rewriting.values import get_word_type
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
@@ -40,10 +40,10 @@ def check_scale(name: str, words: np.ndarray, factor: float) -> None:
         many = f"{len(refused)} scalar{'s' if len(refused) > 1 else ''} of w cannot be scaled"
         index = [int(i) for i in np.unravel_index(refused[0], words.shape)]
         with pytest.raises(NumberError) as error:
-            compute_region(Scale(factor), "w", dtype, words)
+            compute_region(ScaleFunction(factor), "w", dtype, words)
         assert str(error.value).startswith(many) and f"the first, {index}: " in str(error.value)
     # What cannot be scaled may be protected.
-    found = compute_region(Scale(factor), "w", dtype, words, tuple(refused), rows=2)
+    found = compute_region(ScaleFunction(factor), "w", dtype, words, tuple(refused), rows=2)
     assert found.reshape(-1).tolist() == expected
 
 
@@ -79,7 +79,7 @@ def test_a_product_near_the_middle_of_two_float32_values_rounds_once(mantissa, e
 
 
 def test_the_same_table_serves_a_second_block():
-    function = Scale(3.0).measure([source_of("BF16", draw_weights("BF16", (4, 5)))])
+    function = ScaleFunction(3.0).measure([source_of("BF16", draw_weights("BF16", (4, 5)))])
     words = draw_weights("BF16", (4, 5), seed=1)
     found = function.compute("w", DTYPES["BF16"], 0, words)
     assert found.reshape(-1).tolist() == scale_each("BF16", words, 3.0)[0]
@@ -93,22 +93,22 @@ def test_compute_refuses_what_measure_did_not_see(name, value, why):
     words[1, 0] = bad if math.isnan(value) else words_of(name, [value])[0]
     if why:
         with pytest.raises(NumberError, match=rf"1 scalar of w cannot be scaled by 1e\+06; the first, \[16\]: .*{why}"):
-            Scale(1e6).compute("w", DTYPES[name], 7, words)
+            ScaleFunction(1e6).compute("w", DTYPES[name], 7, words)
     else:
-        Scale(1e6).compute("w", DTYPES[name], 7, words)
+        ScaleFunction(1e6).compute("w", DTYPES[name], 7, words)
 
 
 @pytest.mark.parametrize("name", ["I8", "U16", "BOOL", "F8_E8M0"])
 def test_scale_refuses_other_dtypes(name):
     words = np.zeros((2, 2), get_word_type(DTYPES[name]))
     with pytest.raises(NumberError, match="not a floating-point dtype: w"):
-        compute_region(Scale(2.0), "w", DTYPES[name], words)
+        compute_region(ScaleFunction(2.0), "w", DTYPES[name], words)
 
 
 @pytest.mark.parametrize("name", [*FLOATS, "I8", "U16", "I32", "U64", "BOOL"])
 def test_zero_clears_every_bit_but_the_protected(name):
     words = np.full((3, 4), 77, get_word_type(DTYPES[name]))
-    found = compute_region(Zero(), "w", DTYPES[name], words, kept=(0, 7))
+    found = compute_region(ZeroFunction(), "w", DTYPES[name], words, kept=(0, 7))
     assert found.reshape(-1).tolist() == [77 if n in (0, 7) else 0 for n in range(12)]
     assert (words == 77).all(), "the input is unchanged"
 
@@ -116,7 +116,7 @@ def test_zero_clears_every_bit_but_the_protected(name):
 def test_zero_refuses_a_dtype_without_zero():
     words = np.zeros((2, 2), np.uint8)
     with pytest.raises(NumberError, match="F8_E8M0 contains block scales.*: w"):
-        compute_region(Zero(), "w", DTYPES["F8_E8M0"], words)
+        compute_region(ZeroFunction(), "w", DTYPES["F8_E8M0"], words)
 
 
 @pytest.mark.parametrize("name", [*FLOATS, "I8", "U16", "I64"])
@@ -128,13 +128,15 @@ def test_set_stores_what_the_scalar_function_encodes(name, value):
         expected = int.from_bytes(dtypes.encode(dtype, value), "little")
     except NumberError:
         with pytest.raises(NumberError, match=f"is not a value of {name}.*: w"):
-            compute_region(SetValue(value), "w", dtype, words)
+            compute_region(SetFunction(value), "w", dtype, words)
     else:
-        assert (compute_region(SetValue(value), "w", dtype, words) == expected).all()
+        assert (compute_region(SetFunction(value), "w", dtype, words) == expected).all()
 
 
 def test_set_stores_bits():
-    assert (compute_region(SetValue(bits="0x40bc"), "w", DTYPES["BF16"], np.zeros((2, 3), np.uint16)) == 0x40BC).all()
+    assert (
+        compute_region(SetFunction(bits="0x40bc"), "w", DTYPES["BF16"], np.zeros((2, 3), np.uint16)) == 0x40BC
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -142,10 +144,10 @@ def test_set_stores_bits():
 )
 def test_set_refuses_bits(bits, why):
     with pytest.raises(NumberError, match=why):
-        compute_region(SetValue(bits=bits), "w", DTYPES["BF16"], np.zeros((2, 3), np.uint16))
+        compute_region(SetFunction(bits=bits), "w", DTYPES["BF16"], np.zeros((2, 3), np.uint16))
 
 
-@pytest.mark.parametrize("function", [Zero(), SetValue(1.5), Scale(2.0)])
+@pytest.mark.parametrize("function", [ZeroFunction(), SetFunction(1.5), ScaleFunction(2.0)])
 def test_results_go_to_out_which_may_be_the_input(function):
     words = draw_weights("BF16", (4, 6))
     expected = function.compute("w", DTYPES["BF16"], 0, words)
@@ -157,7 +159,7 @@ def test_results_go_to_out_which_may_be_the_input(function):
     assert not function.sparse and function.find_height((4, 6)) == 1
 
 
-@pytest.mark.parametrize("function", [Zero(), SetValue(1.5), Scale(2.0)])
+@pytest.mark.parametrize("function", [ZeroFunction(), SetFunction(1.5), ScaleFunction(2.0)])
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,), (), (5,), (2, 3, 4)])
 def test_any_shape(function, shape):
     words = np.full(shape, 0x3F80, np.uint16)

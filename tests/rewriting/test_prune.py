@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from swsurgery.errors import NumberError
 from swsurgery.rewriting.apply import Array, compute_region, compute_regions
-from swsurgery.rewriting.prune import PruneOutliers
+from swsurgery.rewriting.prune import PruneFunction
 from swsurgery.storage.dtypes import DTYPES
 
 
@@ -29,7 +29,7 @@ def prune_each(arrays: dict[str, Array], count: int) -> dict[str, np.ndarray]:
 def check(arrays: dict[str, Array], count: int) -> None:
     expected = prune_each(arrays, count)
     for rows in (None, 1, 3):
-        found = compute_regions(PruneOutliers(count=count), arrays, rows)
+        found = compute_regions(PruneFunction(count=count), arrays, rows)
         assert all(np.array_equal(found[name], expected[name]) for name in arrays)
 
 
@@ -56,7 +56,7 @@ def test_equal_magnitudes_go_in_the_order_of_sources_and_indices():
     arrays = {"b": Array(DTYPES["BF16"], ones, kept=(0,)), "a": Array(DTYPES["F32"], more)}
     expected = [(2, "a"), (2, "b"), (1, "b"), (3, "b"), (5, "b"), (0, "a"), (1, "a")]
     for count in range(1, 8):
-        found = compute_regions(PruneOutliers(count=count), arrays)
+        found = compute_regions(PruneFunction(count=count), arrays)
         pruned = {(n, name) for name in arrays for n in np.flatnonzero(found[name].reshape(-1) == 0).tolist()}
         assert pruned == set(expected[:count])
 
@@ -87,26 +87,26 @@ def test_a_fraction_of_all_scalars_is_rounded_down():
     words = draw_weights("F16", (10, 10))
     arrays = {"a": Array(DTYPES["F16"], words, kept=(5,)), "b": Array(DTYPES["F16"], words[:2].copy())}
     for fraction, count in ((0.3, 35), (1 / 119, 0), (0.0085, 1), (0.999, 118)):
-        found = compute_regions(PruneOutliers(fraction=fraction), arrays)
+        found = compute_regions(PruneFunction(fraction=fraction), arrays)
         assert all(np.array_equal(found[name], w) for name, w in prune_each(arrays, count).items())
 
 
 @pytest.mark.parametrize("name", ["BF16", "F32"])
 def test_the_length_of_what_is_read_does_not_matter(name):
     words = draw_weights(name, (30, 50))
-    expected = PruneOutliers(count=99).measure([source_of(name, words, (7, 8))]).cuts
+    expected = PruneFunction(count=99).measure([source_of(name, words, (7, 8))]).cuts
     for pieces in (1, 13, 64, 1500):
-        assert PruneOutliers(count=99).measure([source_of(name, words, (7, 8), pieces)]).cuts == expected
+        assert PruneFunction(count=99).measure([source_of(name, words, (7, 8), pieces)]).cuts == expected
 
 
 @pytest.mark.parametrize(("count", "kept"), [(12, ()), (13, ()), (11, (3,))])
 def test_pruning_everything_is_refused(count, kept):
     words = draw_weights("BF16", (3, 4))
     with pytest.raises(NumberError, match=rf"^pruning {count} of {12 - len(kept)} scalars removes everything: w$"):
-        compute_region(PruneOutliers(count=count), "w", DTYPES["BF16"], words, kept)
+        compute_region(PruneFunction(count=count), "w", DTYPES["BF16"], words, kept)
     arrays = {name: Array(DTYPES["BF16"], words) for name in "ab"}
     with pytest.raises(NumberError, match="^pruning 24 of 24 scalars removes everything: 2 tensors$"):
-        compute_regions(PruneOutliers(count=24), arrays)
+        compute_regions(PruneFunction(count=24), arrays)
 
 
 @pytest.mark.parametrize(("name", "bad"), [("BF16", 0x7FC0), ("F32", 0xFF800000), ("F8_E4M3FNUZ", 0x80)])
@@ -114,19 +114,19 @@ def test_a_scalar_that_is_not_finite_is_refused(name, bad):
     words = draw_weights(name, (10, 11))
     words[3, 4] = words[7, 0] = bad
     with pytest.raises(NumberError, match=r"^2 scalars are NaN or infinite: w \(first: \[3, 4\]\)$"):
-        compute_region(PruneOutliers(count=3), "w", DTYPES[name], words)
-    found = compute_region(PruneOutliers(count=3), "w", DTYPES[name], words, kept=(37, 77))
+        compute_region(PruneFunction(count=3), "w", DTYPES[name], words)
+    found = compute_region(PruneFunction(count=3), "w", DTYPES[name], words, kept=(37, 77))
     assert (found == 0).sum() >= 3 and found[3, 4] == bad
 
 
 def test_an_integer_dtype_is_refused():
     with pytest.raises(NumberError, match="I8 is not a floating-point dtype: w"):
-        compute_region(PruneOutliers(count=1), "w", DTYPES["I8"], np.zeros((2, 2), np.uint8))
+        compute_region(PruneFunction(count=1), "w", DTYPES["I8"], np.zeros((2, 2), np.uint8))
 
 
 def test_results_go_to_out_which_may_be_the_input():
     words = draw_weights("BF16", (6, 8))
-    function = PruneOutliers(count=7).measure([source_of("BF16", words)])
+    function = PruneFunction(count=7).measure([source_of("BF16", words)])
     expected = function.compute("w", DTYPES["BF16"], 0, words)
     out = np.empty_like(words)
     assert function.compute("w", DTYPES["BF16"], 0, words, out) is out and np.array_equal(out, expected)

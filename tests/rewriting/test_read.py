@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import pytest
 
-from swsurgery.rewriting.clip import Clip
-from swsurgery.rewriting.elementwise import Scale, SetValue, Zero
-from swsurgery.rewriting.prune import PruneOutliers
+from swsurgery.rewriting.clip import ClipFunction
+from swsurgery.rewriting.elementwise import ScaleFunction, SetFunction, ZeroFunction
+from swsurgery.rewriting.prune import PruneFunction
 from swsurgery.rewriting.read import build_function
-from swsurgery.rewriting.round import Round
-from swsurgery.rewriting.scope import CHANNEL, TENSOR, Scope
+from swsurgery.rewriting.round import RoundFunction
+from swsurgery.rewriting.scope import CHANNEL, TENSOR, Grouping
 
 
 @pytest.mark.parametrize(
     ("op", "options", "function"),
     [
-        ("zero", {}, Zero()),
-        ("scale", {"factor": -0.5}, Scale(-0.5)),
-        ("scale", {"factor": 3}, Scale(3.0)),
-        ("set", {"value": 7}, SetValue(7)),
-        ("set", {"value": 0.25, "bits": None}, SetValue(0.25)),
-        ("set", {"bits": "0x40bc"}, SetValue(bits="0x40bc")),
-        ("clip", {"z": 5}, Clip("z", 5.0)),
-        ("clip", {"fraction": 0.01, "per": "tensor"}, Clip("fraction", 0.01)),
-        ("clip", {"iqr": 0, "per": "channel"}, Clip("iqr", 0.0, CHANNEL)),
-        ("clip", {"iqr": 1.5, "block": 128}, Clip("iqr", 1.5, Scope(1, 128))),
-        ("clip", {"z": 3, "block": [64, 32]}, Clip("z", 3.0, Scope(64, 32))),
-        ("prune_outliers", {"count": 7000}, PruneOutliers(7000)),
-        ("prune_outliers", {"fraction": 0.001}, PruneOutliers(fraction=0.001)),
-        ("round", {"bits": 4}, Round(4)),
-        ("round", {"bits": 8, "symmetric": False, "per": "channel"}, Round(8, False, "integer", CHANNEL)),
-        ("round", {"bits": 4, "levels": "nf4", "block": 64}, Round(4, True, "nf4", Scope(1, 64))),
+        ("zero", {}, ZeroFunction()),
+        ("scale", {"factor": -0.5}, ScaleFunction(-0.5)),
+        ("scale", {"factor": 3}, ScaleFunction(3.0)),
+        ("set", {"value": 7}, SetFunction(7)),
+        ("set", {"value": 0.25, "bits": None}, SetFunction(0.25)),
+        ("set", {"bits": "0x40bc"}, SetFunction(bits="0x40bc")),
+        ("clip", {"z": 5}, ClipFunction("z", 5.0)),
+        ("clip", {"fraction": 0.01, "per": "tensor"}, ClipFunction("fraction", 0.01)),
+        ("clip", {"iqr": 0, "per": "channel"}, ClipFunction("iqr", 0.0, CHANNEL)),
+        ("clip", {"iqr": 1.5, "block": 128}, ClipFunction("iqr", 1.5, Grouping(1, 128))),
+        ("clip", {"z": 3, "block": [64, 32]}, ClipFunction("z", 3.0, Grouping(64, 32))),
+        ("prune_outliers", {"count": 7000}, PruneFunction(7000)),
+        ("prune_outliers", {"fraction": 0.001}, PruneFunction(fraction=0.001)),
+        ("round", {"bits": 4}, RoundFunction(4)),
+        ("round", {"bits": 8, "symmetric": False, "per": "channel"}, RoundFunction(8, False, "integer", CHANNEL)),
+        ("round", {"bits": 4, "levels": "nf4", "block": 64}, RoundFunction(4, True, "nf4", Grouping(1, 64))),
         (
             "round",
             {"bits": 3, "block": (128, 128), "clip": {"z": 9}},
-            Round(3, scope=Scope(128, 128), clip=Clip("z", 9.0, TENSOR)),
+            RoundFunction(3, scope=Grouping(128, 128), clip=ClipFunction("z", 9.0, TENSOR)),
         ),
     ],
 )

@@ -84,8 +84,8 @@ def test_sums_of_rows_do_not_depend_on_the_number_of_rows(columns):
     expected = [
         sum(float(row[b : b + CHUNK_SCALARS].sum()) for b in range(0, columns, CHUNK_SCALARS)) for row in values
     ]
-    assert statistics.sum_rows(values).tolist() == expected
-    assert [statistics.sum_rows(values[n : n + 1])[0] for n in range(5)] == expected
+    assert statistics.add_rows(values).tolist() == expected
+    assert [statistics.add_rows(values[n : n + 1])[0] for n in range(5)] == expected
 
 
 @pytest.mark.parametrize("name", FLOATS)
