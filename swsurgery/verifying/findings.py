@@ -62,8 +62,18 @@ RULES: dict[str, Rule] = {
         ),
         Rule("signature", "The signature does not match the files."),
         Rule("manifest-invalid", "A manifest breaks the grammar or the schema of manifests.", "error", "lint"),
-        Rule("edit-duplicate", "Two edits name the same scalar.", "error", "lint"),
-        Rule("edit-range", "An edit names a coordinate that its model does not have.", "error", "lint"),
+        Rule(
+            "edit-duplicate",
+            "Two edits name the same scalar, or two operations the same row, tensor or other part.",
+            "error",
+            "lint",
+        ),
+        Rule(
+            "edit-range",
+            "An edit names a coordinate, row, neuron, expert or slice that its model does not have.",
+            "error",
+            "lint",
+        ),
         Rule("known-missing", "A manifest asks for a model or a super weight that is not known.", "error", "lint"),
         Rule("expect-contradicts", "An edit expects another value than the known one.", "error", "lint"),
         Rule(
@@ -72,8 +82,13 @@ RULES: dict[str, Rule] = {
             "error",
             "lint",
         ),
-        Rule("edit-no-effect", "An edit writes the value that is already stored.", "warning", "lint"),
-        Rule("expect-missing", "An edit does not state the value that it expects.", "warning", "lint"),
+        Rule(
+            "edit-no-effect",
+            "An edit writes the value that is already stored, or another edit protects all that it names.",
+            "warning",
+            "lint",
+        ),
+        Rule("expect-missing", "An edit of a scalar does not state the value that it expects.", "warning", "lint"),
         Rule("base-unpinned", "Neither a revision nor a digest identifies the base.", "warning", "lint"),
         Rule(
             "bounds-missing", "The check has no bound, so a model that the edits broke would pass.", "warning", "lint"

@@ -17,8 +17,8 @@ from swsurgery.editing.resolve import Expected, find_conflicts, read_target
 from swsurgery.errors import LookupFailed, ManifestError, escape_control, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import IN_MEMORY, LoadedManifest, ManifestLike, load_manifest
-from swsurgery.manifest.operations import Edit, Scale, Set, Zero
-from swsurgery.manifest.targets import MeasuredValue
+from swsurgery.manifest.operations import Edit, Restore, Scale, Set, Zero
+from swsurgery.manifest.targets import SCALAR_FORMS, MeasuredValue
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import dtypes
 from swsurgery.storage.arguments import is_path, require_type
@@ -26,6 +26,7 @@ from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.numbers import format_exact
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
+from swsurgery.verifying.lint_ranges import find_range_faults
 
 SCALE_TOLERANCE = 2.0**-7
 """Maximum relative difference between the value that an edit expects and the known value.
@@ -138,8 +139,9 @@ class _Reading:
 
     `model` is the known model of the base, or None. If `same_values` is False, the base may have other values than this
     model, for example after fine-tuning. `entries[i]` is the known coordinate that edit i names, or None. `names[i]` is
-    a name of the scalar of edit i (None for `known: all`); two edits of one name conflict. `misses` are positions and
-    messages about models and coordinates that are not known.
+    a name of the scalar of edit i; two edits of one name conflict. It is None for `known: all`, and for an edit of a
+    region such as a row, whose name is in `regions[i]`. `misses` are positions and messages about models and
+    coordinates that are not known.
     """
 
     loaded: LoadedManifest
@@ -147,12 +149,19 @@ class _Reading:
     same_values: bool
     entries: tuple[KnownCoordinate | None, ...]
     names: tuple[str | None, ...]
+    regions: tuple[str | None, ...]
     misses: tuple[tuple[LinePlace, str], ...]
 
     @property
     def edits(self) -> list[Edit]:
         """Edits in the order of the manifest."""
         return self.loaded.manifest.edits
+
+    def list_regions(self) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+        """List number and region of the edits that change regions, and of those that protect regions."""
+        named = [(number, name) for number, name in enumerate(self.regions) if name is not None]
+        changed = [one for one in named if self.edits[one[0]].writes]
+        return changed, [one for one in named if not self.edits[one[0]].writes]
 
     def locate(self, *path: str | int) -> LinePlace:
         """Return the position of a field. If the field is missing, return that of the edit or section it belongs to."""
@@ -165,6 +174,7 @@ class _Reading:
         misses: list[tuple[LinePlace, str]] = []
         entries: list[KnownCoordinate | None] = []
         names: list[str | None] = []
+        regions: list[str | None] = []
         published = model = None
         try:
             published = model = own.identify(None, (base.repo_id,))
@@ -175,53 +185,47 @@ class _Reading:
         same_model = published is not None and model is not None and published.hf_id == model.hf_id
         same_values = base.repo_id is None or same_model
         for number, edit in enumerate(loaded.manifest.edits):
-            target, entry = read_target(edit), None
+            name = entry = None
+            region = None if edit.form.name in SCALAR_FORMS else _name_region(edit)
             try:
-                entry = target.find_entry(model)
+                if region is None:
+                    target = read_target(edit)
+                    entry = target.find_entry(model)
+                    name = entry.id if entry else None if edit.known else str(target)
             except LookupFailed as error:
                 if model is not None or not misses:  # a model that was not found is reported once
                     place = loaded.find_position("edits", number, "known")
                     misses += [(place, fault) for fault in error.faults]
             entries.append(entry)
-            names.append(entry.id if entry else None if edit.known else str(target))
-        return cls(loaded, model, same_values, tuple(entries), tuple(names), tuple(misses))
+            names.append(name)
+            regions.append(region)
+        return cls(loaded, model, same_values, tuple(entries), tuple(names), tuple(regions), tuple(misses))
+
+
+def _name_region(edit: Edit) -> str:
+    """Name the row, column, neuron, expert, slice or tensors of an edit. Equal texts name equal regions."""
+    if edit.slice is not None:
+        axes = (axis.replace(" ", "") for axis in edit.slice.split(","))
+        return f"{edit.tensor}[{', '.join(axes)}]"
+    values = {field: getattr(edit, field) for field in (*edit.form.fields, *edit.form.optional)}
+    return edit.tensors or ", ".join(f"{field} {value}" for field, value in values.items() if value is not None)
 
 
 # One function for each rule. Each yields positions and messages -----------------------------------------------------
 
 
 def _find_duplicates(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
-    for number, message in find_conflicts((n, name) for n, name in enumerate(reading.names) if name is not None):
-        yield reading.locate("edits", number), f"edits[{number}]: {message}"
+    writers, protectors = reading.list_regions()
+    scalars = [(n, name) for n, name in enumerate(reading.names) if name is not None]
+    for named in (scalars, writers, protectors):
+        for number, message in find_conflicts(named):
+            yield reading.locate("edits", number), f"edits[{number}]: {message}"
 
 
 def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
-    model = reading.model
-    if model is None:
-        return
     for number, edit in enumerate(reading.edits):
-        # In a mixture of experts, dense layers, experts and shared experts differ in width, so columns are not checked.
-        width = model.intermediate_size if model.num_experts is None else None
-        limits = {
-            "layer": (edit.layer, model.num_layers),
-            "row": (edit.row, model.hidden_size),
-            "col": (edit.col, width),
-            "expert": (edit.expert, model.num_experts),
-        }
-        wrong = [
-            (field, value, size)
-            for field, (value, size) in limits.items()
-            if isinstance(value, int) and size is not None and value >= size
-        ]
-        row, col = edit.row, edit.col
-        fits = row is not None and col is not None and col < model.hidden_size and (width is None or row < width)
-        swapped = fits and [field for field, *_ in wrong] == ["row"]
-        for field, value, size in wrong:
-            hint = "row and col look swapped" if swapped else "numbers start at 0"
-            message = (
-                f"edits[{number}].{field}: {value} is out of range: {model.hf_id} has {pluralise(size, field)} ({hint})"
-            )
-            yield reading.locate("edits", number, field), message
+        for field, fault in find_range_faults(edit, reading.model):
+            yield reading.locate("edits", number, field), f"edits[{number}].{field}: {fault}"
 
 
 def _report_misses(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
@@ -261,6 +265,11 @@ def _check_bounds(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
 
 
 def _find_no_effect(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
+    changed, protected = reading.list_regions()
+    numbers = {name: number for number, name in protected}
+    for number, name in changed:
+        if name in numbers:
+            yield reading.locate("edits", number), f"edits[{number}]: edits[{numbers[name]}] protects all of {name}"
     for number, edit in enumerate(reading.edits):
         if isinstance(edit, Scale) and edit.factor == 1:
             yield reading.locate("edits", number, "factor"), f"edits[{number}].factor: 1 changes nothing (use protect)"
@@ -284,8 +293,10 @@ def _find_unguarded(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     if reading.loaded.manifest.base.sha256:
         return  # the digests pin the shards, and thus every value
     for number, (edit, entry) in enumerate(zip(reading.edits, reading.entries, strict=True)):
+        if not edit.writes or edit.expect is not None or isinstance(edit, Restore) or reading.regions[number]:
+            continue  # the stored value is not known before a restore, and a region has no single value
         brought = edit.known == "all" or edit.known is not None and entry is not None and entry.value is not None
-        if edit.writes and edit.expect is None and not brought:
+        if not brought:
             yield reading.locate("edits", number), f"edits[{number}]: overwrites whatever value is stored (add expect)"
 
 
