@@ -60,7 +60,7 @@ CASES = [
      text(LLAMA, f"op: zero, {HERE}, expect: {VALUE}", "op: protect, layer: 2, row: 3968, col: 7004")),
     ("edit-duplicate",
      text(LLAMA, "op: zero, known: L2.3968.7003", f"@op: protect, tensor: {DOWN}, index: [3968, 7003]"),
-     text(LLAMA, "op: zero, known: L2.3968.7003", f"op: protect, tensor: {DOWN}, index: [7003, 3968]")),
+     text(LLAMA, "op: zero, known: L2.3968.7003", f"op: protect, tensor: {DOWN}, index: [3968, 7004]")),
     ("edit-duplicate",
      text(DIRECTORY, "op: protect, tensor: t, index: [1]", "@op: zero, tensor: t, index: [1]"),
      text(DIRECTORY, "op: protect, tensor: t, index: [1]", "op: zero, tensor: t, index: [1, 0]")),
