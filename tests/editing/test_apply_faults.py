@@ -341,7 +341,7 @@ def test_bounds_that_cannot_be_measured_are_not_met(base, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("where", "message"), [("beside", "it is not the base's, and no declared scalar"), ("on", "holds 0x")]
+    ("where", "message"), [("beside", "it is not the base's, and no declared scalar"), ("on", "has the bits 0x")]
 )
 def test_bytes_that_are_written_wrong_are_found_by_the_check(manifest, tmp_path, monkeypatch, where, message):
     """A bit falls over on its way to the disk, in a scalar that was not to change or in the one that was."""
