@@ -104,7 +104,9 @@ def read_source_date_epoch() -> int | None:
     """
     text = os.environ.get("SOURCE_DATE_EPOCH", "")
     if text and not re.fullmatch(r"[0-9]{1,18}", text):
-        raise TargetError(f"SOURCE_DATE_EPOCH is {text[:40]!r}, not a number", "the environment", "give seconds since 1970")
+        raise TargetError(
+            f"SOURCE_DATE_EPOCH is {text[:40]!r}, not a number", "the environment", "give seconds since 1970"
+        )
     return int(text) if text else None
 
 

@@ -295,7 +295,7 @@ def _check_weights(plan: Plan, patched: Folder, progress: Progress) -> dict[str,
             continue
         stored = result.shards[scalar.file].read_scalar(*scalar.coordinate)
         if stored != (scalar.new if isinstance(scalar, Splice) else scalar.old):
-            wrong.append(f"{scalar.coordinate} has the bits 0x{stored[::-1].hex()} after the edit, not the planned ones")
+            wrong.append(f"{scalar.coordinate} has the bits 0x{stored[::-1].hex()}, not the planned bits")
     if wrong:
         raise CheckFailed.of(f"check failed: {line}" for line in wrong)
     return {"changed_scalars": len(plan.splices), "protected_scalars": len(plan.protected), "shards": touched}

@@ -156,7 +156,7 @@ class Set(Target):
 
 
 class Protect(Target):
-    """Keep the base's bits. An edit of the same scalar, in this or a later manifest, is an error."""
+    """Keep the base's bits. Another edit of the scalar in this manifest, or a change by a later one, is an error."""
 
     model_config = ConfigDict(json_schema_extra=_ONE_TARGET)
     writes: ClassVar[bool] = False
