@@ -608,7 +608,7 @@ def refusal(
 def test_what_cannot_be_tested_is_refused(plain: Bench) -> None:
     model, good = plain.model(), plain.candidate((0, 3, 7))
     text = [[1, 2, 3]]
-    assert refusal(model, [], text) == "nothing to confirm: no candidates"
+    assert refusal(model, [], text) == "nothing to confirm: the list of candidates is empty"
     assert "at least one" in refusal(model, [good], [])
     assert "at least two tokens" in refusal(model, [good], [[1, 2], [3]])
     tensor = good.coordinate.tensor
