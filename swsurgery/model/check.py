@@ -26,7 +26,7 @@ PROMPTS = (
     "Once upon a time, there was a",
     "Two plus two equals",
 )
-"""The default prompts. A reader can judge whether a continuation of them makes sense. The first prompt is an example in
+"""The default prompts. A reader can judge whether their continuations make sense. The first prompt is an example in
 arXiv:2411.07191."""
 
 

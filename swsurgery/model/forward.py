@@ -98,7 +98,7 @@ class Outcomes(NamedTuple):
 
 
 class Watch(Protocol):
-    """An observer, given by the caller of `LayeredModel.run`, of each call of a decoder layer."""
+    """An object that is passed to `LayeredModel.run` and observes each call of a decoder layer."""
 
     def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
         """Return a context manager that is open during one call of the decoder layer `number`, with its weights loaded.
@@ -176,9 +176,9 @@ class LayeredModel:
     def method(self) -> str:
         """How the model runs: "streamed", "layer by layer" or "whole passes".
 
-        Streamed means with the weights of two layers in memory, and layer by layer with all weights in memory. In whole
-        passes, the whole model runs once per variant, because its layers cannot be called separately. The value is
-        final after the first run.
+        With "streamed", the weights of two layers at a time are in memory; with "layer by layer", all weights are. With
+        "whole passes", the whole model runs once per variant, because its layers cannot be called separately. The value
+        is final after the first run.
         """
         if self._layered is False:
             return "whole passes"

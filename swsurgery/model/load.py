@@ -224,7 +224,7 @@ def _find_stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _wake(device: torch.device, dtype: torch.dtype) -> None:
-    """Make CUDA pin memory and load the kernels that every layer needs, so that the first layer does not wait for it.
+    """Make CUDA pin memory and load the kernels that every layer needs, before the first layer runs.
 
     This takes a second, so a thread does it while the model is being built.
     """

@@ -29,7 +29,7 @@ TOP_TOKENS = 5
 
 
 def get_bos_prefix(tokenizer: Tokenizer) -> list[int]:
-    """Return the list of the BOS token's id if `tokenizer` puts BOS in front of a text by default, else [].
+    """Return a list of the BOS token's id if `tokenizer` puts BOS in front of a text by default; otherwise [].
 
     Tokens that a tokenizer appends by default, such as EOS, are never used: they would end the text that the model is
     to continue.

@@ -109,9 +109,9 @@ def _view_bits(tensor: Tensor) -> bytes:
 
 
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
-    """Raise an error for a tensor that cannot be read into torch.
+    """Raise an error if a tensor cannot be read into torch.
 
-    This is CheckpointError if index and shards disagree about a tensor, and ModelError if torch does not have its
+    The error is CheckpointError if index and shards disagree about a tensor, and ModelError if torch does not have its
     dtype.
     """
     if checkpoint.disagreements:

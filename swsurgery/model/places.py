@@ -71,9 +71,9 @@ class Places:
     def swap(self, variant: Variant, where: int | None | object = ...) -> Iterator[None]:
         """Give the weights of layer `where` the values of `variant` for the length of a `with` block.
 
-        If `where` is None, this applies to the weights outside the layers; if it is ..., to all weights. The original
-        bits are restored afterwards, also after an exception. Raises Unrunnable if a loaded value differs from the
-        stored one.
+        If `where` is None, the weights outside the layers get these values; without `where`, all weights do. The
+        original bits are restored afterwards, also after an exception. Raises Unrunnable if a loaded value differs from
+        the stored one.
         """
         kept: list[tuple[Tensor, tuple[int, ...], Tensor]] = []
         try:

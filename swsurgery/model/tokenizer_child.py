@@ -36,7 +36,7 @@ def end_with_parent() -> None:
 def set_limits(memory: int, seconds: int) -> None:
     """Limit this process to `memory` bytes of address space and `seconds` of processor time.
 
-    The process can then write no files either.
+    The process is also forbidden to write files.
     """
     for which, value in (
         (resource.RLIMIT_AS, memory),
@@ -46,9 +46,7 @@ def set_limits(memory: int, seconds: int) -> None:
     ):
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(
-            which, (value, hard)
-        )  # beyond the soft limit on time, SIGXCPU is sent, which identifies the cause
+        resource.setrlimit(which, (value, hard))  # past the soft limit on time, SIGXCPU identifies the cause
 
 
 def read_request() -> dict[str, object] | None:
