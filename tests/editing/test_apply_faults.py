@@ -115,7 +115,7 @@ def test_a_target_that_exists_is_left_alone(manifest, tmp_path, kind):
 def test_a_target_without_a_parent_is_refused(manifest, tmp_path):
     target = tmp_path / "no" / "out"
     assert refused(manifest, target) == (
-        f"cannot write (No such file or directory): {target} (make the directory first)"
+        f"cannot write (No such file or directory): {target} (create the directory first)"
     )
     assert not target.parent.exists()
 
