@@ -164,7 +164,7 @@ def _collect_notes(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
 
 
 def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
-    """List every sign that this checkpoint is not the base that the manifest means."""
+    """List the signs that this checkpoint is not the base that the manifest means, and files with swsurgery's names."""
     base = loaded.manifest.base
     faults: list[str] = []
     for said, found, what in (

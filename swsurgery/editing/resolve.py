@@ -234,9 +234,7 @@ def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, 
     only the coordinate's row is known.
     """
     if model is None:
-        raise LookupFailed(
-            "no known super weights of this base", name, "set base.model to the known model that the base is"
-        )
+        raise LookupFailed("no known super weights of this base", name, "set base.model to the name of the known model")
     entries = shipped.list_addressable(model) if name == "all" else (shipped.find(model, name),)
     if not entries:
         raise LookupFailed(f"no complete coordinate (layer, row and col) of {model.hf_id} is known", name)
