@@ -14,7 +14,7 @@
     ├── HubError              the Hub cannot be reached, or refuses
     ├── ModelError            the model cannot be loaded or run
     │   └── Unrunnable        the model cannot be run at all; some commands add a remedy that does not need a run
-    └── CheckFailed           exit 1: the sanity check failed; the output was not made
+    └── CheckFailed           exit 1: a check failed, so nothing was written or published
 
     Interrupted               exit 130: SIGINT or SIGTERM; `except Exception` does not catch it
 

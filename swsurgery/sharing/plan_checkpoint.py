@@ -106,7 +106,7 @@ def assemble(
     target: Branch | None,
     message: str,
 ) -> Publication:
-    """Build the plan from its files, and add the files to delete and the tag.
+    """Build the plan from the files to publish. Adds the files to delete and the tag.
 
     Also adds the number of an open pull request that already has exactly these files, if a pull request was requested.
     """
@@ -223,7 +223,7 @@ class FilePlanner:
             what = "the file is neither in the directory nor in the base's repository"
             raise CheckpointError(what, name, "apply the manifest again without --for-publish")
         blob = self.base.blobs.get(theirs.path) if self.base else None
-        return self._decide(Item(name, "upload", theirs.size, "", record.sha256, blob), "fetched first")
+        return self._decide(Item(name, "upload", theirs.size, "", record.sha256, blob), "downloaded first")
 
     def _decide(self, item: Item, why: str) -> Item:
         theirs = self._find_in_base(item.name, item.sha256)
@@ -302,8 +302,8 @@ def read_base_card(planner: FilePlanner, record: Record, base: RemoteTree | None
 
 
 def list_card_notes(names: Sequence[str]) -> list[str]:
-    """Return a list with one note that names the fields which the new card omits, or [] if `names` is empty."""
-    return [f"not copied from the base's card, or only in part: {', '.join(names)}"] if names else []
+    """Return a note on the fields `names`, which the new card omits, as a list; [] if there are no such fields."""
+    return [f"fields of the base's card that are not copied, or only in part: {', '.join(names)}"] if names else []
 
 
 def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, card.ShortForm]:
@@ -378,7 +378,7 @@ def summarise_edits(record: Record) -> str:
 def _find_pull_request(plan: Publication) -> int | None:
     """Return the number of an open pull request with exactly these files, or None.
 
-    An earlier run that did not get the Hub's answer may have opened it.
+    An earlier run may have opened it without receiving the Hub's answer.
     """
     for number in open_pull_requests(plan.wish.repo_id, plan.message):
         head = open_tree(plan.wish.repo_id, f"refs/pr/{number}")
