@@ -26,7 +26,7 @@ MAIN = "main"
 """Name of the branch that every repository has."""
 
 NOTHING_IGNORED = "# nothing is ignored\n"
-"""Sent in place of the repository's .gitignore, because of which the Hub could silently omit files of a commit."""
+"""The .gitignore that is sent with an upload. The repository's own one could make the Hub silently omit files."""
 
 
 class Conflict(HubError):
@@ -71,7 +71,7 @@ class Sent:
 
 
 def open_visible_tree(repo_id: str, revision: str | None = None) -> RemoteTree | None:
-    """Do the same as `open_tree`, but return None if the tree is missing or hidden from this token. Raises HubError."""
+    """List a tree like `open_tree`, but return None if it is missing or hidden from this token. Raises HubError."""
     from huggingface_hub import errors
 
     with convert_errors(_format_uri(repo_id, revision)):
@@ -86,7 +86,7 @@ def open_visible_tree(repo_id: str, revision: str | None = None) -> RemoteTree |
 
 
 def find_branch(repo_id: str, branch: str) -> Branch | None:
-    """Find where to commit. Returns None if the repository is missing or hidden from this token. Raises HubError."""
+    """Return where to commit, or None if the repository is missing or hidden from this token. Raises HubError."""
     from huggingface_hub import HfApi, errors
 
     with convert_errors(_format_uri(repo_id)):

@@ -46,7 +46,7 @@ class _NoServersWords(logging.Filter):
     """Reduce log records of huggingface_hub to texts that a server cannot choose: HTTP status and waiting time."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Shorten the record to the part that is recognised. Returns False, which drops the record, if no part is."""
+        """Shorten the record to its recognised part. Returns False, which drops it, if no part is recognised."""
         text = record.getMessage()
         found = _FIXED.fullmatch(text) or _STATUS_LINE.match(text)
         if found is not None:

@@ -35,7 +35,7 @@ MAX_PAGES = 300
 """Maximum number of requests for lists (pages of 1,000 files) in one call."""
 
 MAX_SECONDS = 600.0
-"""Maximum duration of all requests for lists in one call."""
+"""Maximum duration of all requests for lists in one call, in seconds."""
 
 MAX_WAIT = 330
 """Longest wait that the Hub may ask for, in seconds. The Hub's rate limits are per 300 seconds."""
@@ -155,7 +155,7 @@ def _is_hub(url: httpx2.URL) -> bool:
 
 
 def _is_identity_provider(url: httpx2.URL) -> bool:
-    """Return True for the origin that issues the token of GitHub Actions, which trusted publishing exchanges."""
+    """Return True if this URL issues the identity tokens of GitHub Actions, which trusted publishing uses."""
     named = os.environ.get("ACTIONS_ID_TOKEN_REQUEST_URL")
     return named is not None and _http._url_origin(str(url)) == _http._url_origin(named)
 

@@ -20,7 +20,7 @@ HEAD = 64 << 10
 """Number of bytes fetched by a file's first read near its start. Most headers are smaller, so one request is enough."""
 
 RETRIES = 5
-"""Maximum number of requests for one range."""
+"""Maximum number of requests for one range of bytes, if connections break."""
 
 
 @dataclass
@@ -143,7 +143,7 @@ class RemoteTree:
 
 
 def require_commit(commit: str | None) -> str:
-    """Return the commit that an answer of the Hub names. Raises ValueError if it names none."""
+    """Return the commit that an answer of the Hub names. Raises ValueError if the answer names no commit."""
     if commit is None:
         raise ValueError("the answer names no commit")
     return commit
@@ -157,7 +157,7 @@ def open_tree(repo_id: str, revision: str | None = None, sub: str = "") -> Remot
 
 
 def list_tree(repo_id: str, revision: str | None, sub: str = "") -> RemoteTree:
-    """Do the same as `open_tree`, but raise the errors of huggingface_hub instead of HubError."""
+    """List files like `open_tree`, but raise the errors of huggingface_hub instead of HubError."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
