@@ -170,7 +170,9 @@ def describe_done() -> str:
 
 
 class Interrupted(BaseException):
-    """A signal ended the command. `left` describes what it leaves on disk, by default with the text of `report_done`.
+    """A signal ended the command. `left` describes what the command leaves on disk.
+
+    If `left` is None, the text given to `report_done` is used.
 
     Not a subclass of Exception: torch and transformers catch every Exception while they are imported, and would
     continue or raise another error.

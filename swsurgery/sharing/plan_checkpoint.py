@@ -44,7 +44,7 @@ def make_publication(
     """Plan the publication of the patched checkpoint in `root`.
 
     `findings` are the accepted findings. If a finding concerns a file, the record's digest of the file is not trusted.
-    If `hashing` is False, a large file without a digest is planned as if it were equal to the base's file of the same
+    If `hashing` is False, a large file whose digest is unknown is assumed to equal the base's file of the same name and
     size. Raises HubError, and CheckpointError if the directory is not a patched checkpoint.
     """
     with held(root) as entered:
@@ -83,7 +83,7 @@ def make_publication(
 def _refuse_second_set(plan: Publication) -> None:
     """Raise HubError if the repository would contain both model.safetensors and an index of shards.
 
-    Some loaders would load the edited weights, and others the weights that were already in the repository.
+    Some loaders would then load the edited weights, and others the weights that were already in the repository.
     """
     sets = {"model.safetensors", "model.safetensors.index.json"}
     there = set(plan.target.head.files) if plan.target else set()
@@ -211,7 +211,7 @@ class FilePlanner:
         return self._decide(_make_item(name, data, data), "made for this repository")
 
     def _find_in_base(self, name: str, sha256: str | None) -> RemoteFile | None:
-        """Return the base's file with this sha256, else the one with this name, else None."""
+        """Return the base's file with this sha256, or else the base's file with this name, or else None."""
         return self.by_digest.get(sha256 or "") or (
             self.base.files.get(join_base_path(self.record, name)) if self.base else None
         )

@@ -57,7 +57,7 @@ class Published(TableResult):
     """Result of `publish`: the commit, and what was read back from the Hub.
 
     `already` is True if an earlier run had published everything. `uploaded`, `copied` and `read` are numbers of bytes;
-    `files` and `scalars` are the numbers of files and edited scalars that were compared with `plan` afterwards.
+    `files` and `scalars` are the numbers of files and edited scalars that were then compared with `plan`.
     `findings` report the differences.
     """
 
