@@ -22,15 +22,16 @@ __all__ = [
     "RemoteFile",
     "RemoteTree",
     "Uri",
-    "cached",
-    "config_error",
-    "directory",
+    "download_checkpoint",
     "fetch",
-    "local",
-    "named",
-    "open_tree",
-    "parse_uri",
+    "find_cached",
+    "get_config_error",
+    "is_offline",
     "open_location",
+    "open_tree",
+    "parse_directory",
+    "parse_location",
+    "parse_uri",
 ]
 
 SCHEME = "hf://"

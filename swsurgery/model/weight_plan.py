@@ -28,9 +28,6 @@ from swsurgery.storage.files import File, has_same_bytes
 ALIGNMENT = 256
 """Each parameter begins at a multiple of this many bytes in a buffer."""
 
-COMPARED = 4 << 20
-"""Number of bytes read at a time to compare two tied tensors."""
-
 RENAMED = (
     (".mlp.", ".block_sparse_moe."),
     (".mlp.router.", ".block_sparse_moe.gate."),

@@ -121,7 +121,7 @@ def check_figure_path(path: Path) -> None:
     if path.is_dir():
         raise TargetError("this is a directory", path, "name the figure's file")
     if not path.parent.is_dir():
-        raise TargetError("no such directory", path.parent, "make the directory first")
+        raise TargetError("no such directory", path.parent, "create the directory first")
     if not os.access(path.parent, os.W_OK):
         raise TargetError("cannot write", path, "choose a place where you may write")
     try:
