@@ -23,8 +23,9 @@ and drops to 33% to 47% in the next layer. The other keeps 80% through 6 layers 
 
 LEAST_LAYERS, LEAST_DEPTH = 3, 1 / 8
 """Minimum number of layers through which a state must persist after the layer that makes it: a count, and a share of
-the model's layers; the larger applies. States that appear in the last layers therefore do not count. In SmolLM2, which has 30 layers, one state
-persists through 16 and the other through 6. The massive states of its last layer do not count."""
+the model's layers; the larger applies. States that appear in the last layers therefore do not count. In SmolLM2, which
+has 30 layers, one state persists through 16 and the other through 6. The massive states of its last layer do not
+count."""
 
 
 class Spell(NamedTuple):

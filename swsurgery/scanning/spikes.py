@@ -96,7 +96,7 @@ class Move:
 
     @property
     def makes(self) -> bool:
-        """True if the value that the MLP adds has the sign of the state after the layer. False if it removes a state."""
+        """True if the value that the MLP adds has the sign of the state after the layer: the MLP makes the state."""
         return self.added * self.after > 0
 
 
