@@ -221,14 +221,14 @@ HOSTILE = (
     ),
     Hostile("header: an integer of a million digits", header(f'{{"a":{DIGITS}}}'.encode()), "thousands of digits"),
     Hostile("header: 16 MiB of spaces", header(lambda: b"{}".ljust(HEADER_SIZE)), None),
-    Hostile("headers: 8 files of 25,000 tensors", many_full_headers, "tensors accepted"),
+    Hostile("headers: 8 files of 25,000 tensors", many_full_headers, "may have at most"),
     Hostile("index: as the largest known, 91,991 tensors", largest_known, None),
     Hostile(
         "index: a million entries",
         file(checkpoints.INDEX, lambda: index_of(1_000_000, "m.safetensors")),
         "values accepted",
     ),
-    Hostile("index: 500,000 entries", file(checkpoints.INDEX, lambda: index_of(500_000)), "tensors accepted"),
+    Hostile("index: 500,000 entries", file(checkpoints.INDEX, lambda: index_of(500_000)), "may have at most"),
     Hostile("index: 49,000 entries that no shard has", file(checkpoints.INDEX, lambda: index_of(49_000)), None),
     Hostile(
         "index: 49,000 shards that are not there",
@@ -241,7 +241,7 @@ HOSTILE = (
     Hostile(
         "index: 32 MiB of one place",
         file(checkpoints.INDEX, lambda: filled('{"weight_map":{"a":"', "é", '"}}', JSON_SIZE)),
-        "no plain name",
+        "not a plain file name",
     ),
     Hostile("index: nested 100,000 deep", file(checkpoints.INDEX, "[" * DEEP + "]" * DEEP), "nested too deeply"),
     Hostile("index: 64 MiB", file(checkpoints.INDEX, lambda: " " * (2 * JSON_SIZE)), "bytes accepted"),
