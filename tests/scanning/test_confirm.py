@@ -618,7 +618,7 @@ def test_what_cannot_be_tested_is_refused(plain: Bench) -> None:
         dataclasses.replace(good, row=16, coordinate=Coordinate(tensor, (16, 7))),
         dataclasses.replace(good, row=-1, coordinate=Coordinate(tensor, (-1, 7))),
     ):
-        assert refusal(model, [good, wrong], text) == f"no such scalar of a down projection: {wrong.coordinate}"
+        assert refusal(model, [good, wrong], text) == f"this is not a scalar of a down projection: {wrong.coordinate}"
     beyond = dataclasses.replace(good, layer=9)
     assert "beyond the model" in refusal(model, [beyond], text, ArchitectureError)
 
