@@ -14,7 +14,7 @@
     ├── HubError              the Hub cannot be reached, or refuses
     ├── ModelError            the model cannot be loaded or run
     │   └── Unrunnable        the model cannot be run at all; some commands add a remedy that does not need a run
-    └── CheckFailed           exit 1: the sanity check failed; the output was not made
+    └── CheckFailed           exit 1: a check failed, so nothing was written or published
 
     Interrupted               exit 130: SIGINT or SIGTERM; `except Exception` does not catch it
 
@@ -170,7 +170,9 @@ def describe_done() -> str:
 
 
 class Interrupted(BaseException):
-    """A signal ended the command. `left` describes what it leaves on disk, by default with the text of `report_done`.
+    """A signal ended the command. `left` describes what the command leaves on disk.
+
+    If `left` is None, the text given to `report_done` is used.
 
     Not a subclass of Exception: torch and transformers catch every Exception while they are imported, and would
     continue or raise another error.

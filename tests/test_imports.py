@@ -226,3 +226,9 @@ def test_a_model_without_these_files_is_refused_before_torch_is_loaded(
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert f"no {said}: " in done.stdout
     assert not {"torch", "transformers"} & set(ast.literal_eval(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("module", sorted(m for m, path in SOURCES.items() if "\n__all__ = [" in path.read_text()))
+def test_a_module_has_every_name_that_it_exports(module):
+    loaded = import_module(module)
+    assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []

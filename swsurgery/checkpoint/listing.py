@@ -1,7 +1,7 @@
-"""List the files of a checkpoint's directory through descriptors, each with its identity at that moment.
+"""List the files of a checkpoint's directory through descriptors, each with its identity when it was listed.
 
-Handles plain directories and snapshots of the Hugging Face cache, whose files are links into `blobs/`. This module must
-not open files, follow a link out of a cache, or write.
+Handles plain directories and snapshots of the Hugging Face cache, in which each file is a link to a file in `blobs/`.
+This module must not open files, follow a link out of a cache, or write.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.names import SHARD_NAME, STAGE_TOKEN, WORKING_FILES
 
 LEFT_OUT = (".git", ".cache", "model.sig")
-"""Top-level names that are not part of a checkpoint: the folders of download and version control tools, and the
-signature, which covers the other files."""
+"""Names in the directory that are not part of a checkpoint: the folders of git and of download tools, and the file with
+the signature of all other files."""
 
 
 def open_directory(root: Path) -> Folder:
-    """Open a checkpoint's directory and keep its descriptor. `root` contains no links. Raises CheckpointError."""
+    """Open a checkpoint's directory `root`, a path without links. Raises CheckpointError if it cannot be opened."""
     try:
         return Folder.at(root)
     except OSError as error:
@@ -34,9 +34,9 @@ def open_directory(root: Path) -> Folder:
 
 
 def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
-    """List the regular files below `root`, sorted by name, and the names in LEFT_OUT that exist.
+    """Return the regular files in `root` and its folders, sorted by name, and the names of LEFT_OUT that exist.
 
-    Raises CheckpointError with every entry that a checkpoint must not contain.
+    Raises CheckpointError that lists every entry that a checkpoint must not contain, such as a symbolic link.
     """
     cache = _Cache(root) if is_cache_snapshot(root.path) else None
     files, faults, left_out = [], [], []
@@ -71,16 +71,19 @@ def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
 
 
 def list_cached_files(root: Path, names: Iterable[str]) -> dict[str, BaseFile]:
-    """Find the named files of a cache snapshot, which may be incomplete otherwise. Raises CheckpointError."""
+    """Return the named files of a cache snapshot, as a dict from name to file.
+
+    Other files of the snapshot may be missing. Raises CheckpointError if a named file is not downloaded.
+    """
     folder = open_directory(root)
     cache = _Cache(folder)
     return {name: cache.file(folder / name) for name in names}
 
 
 def find_files(root: Folder, names: Iterable[str]) -> dict[str, File]:
-    """Map those of `names` that exist in a directory or in a cache snapshot to their entries.
+    """Return the files with these names that exist in a directory or a cache snapshot, as a dict from name to file.
 
-    Raises CheckpointError for a link of a snapshot that leads out of its cache.
+    Raises CheckpointError if a link of a snapshot points out of its cache.
     """
     cache = _Cache(root) if is_cache_snapshot(root.path) else None
     there = [root / name for name in names if filesystem.is_there(root / name)]
@@ -88,7 +91,7 @@ def find_files(root: Folder, names: Iterable[str]) -> dict[str, File]:
 
 
 def _scan(root: Folder, name: str) -> list[Entry]:
-    """List the entries of a folder below `root`. Raises CheckpointError."""
+    """Return the entries of the folder `name` in `root`. Raises SwsurgeryError if the folder cannot be listed."""
     try:
         return root.scan(name)
     except OSError as error:
@@ -99,10 +102,10 @@ def _scan(root: Folder, name: str) -> list[Entry]:
 
 
 class _Cache:
-    """The blobs to which the links of a cache snapshot point.
+    """The blobs of a Hugging Face cache: the files to which the links of a snapshot point.
 
-    A link must end in the `blobs/` of the same repository. Since huggingface_hub 1.32 such a blob may itself be a link
-    into the blob store that all repositories of the cache share.
+    A link must point to a file in the folder `blobs/` of the same repository. Since huggingface_hub 1.32, this file may
+    be another link, which points into the blob store that all repositories of the cache share.
     """
 
     def __init__(self, snapshot: Folder):
@@ -115,8 +118,11 @@ class _Cache:
         self.store = open_directory(store) if store.is_dir() and not store.is_symlink() else None
 
     def file(self, link: Entry) -> BaseFile:
-        """Return the blob to which a link of the snapshot points. Raises CheckpointError."""
-        outside = CheckpointError(f"links to a place outside its own cache: {link.name}")
+        """Return the blob to which a link of the snapshot points.
+
+        Raises CheckpointError if the blob is missing, or if the link points out of the cache.
+        """
+        outside = CheckpointError(f"is a link that points outside the Hugging Face cache: {link.name}")
         try:
             target = Path(os.path.normpath(link.path.parent / link.readlink()))
             if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", target.name):
@@ -148,7 +154,7 @@ def is_cache_snapshot(root: Path) -> bool:
 
 
 def find_snapshot(root: Path) -> Path | None:
-    """Return the snapshot folder that is `root` or contains it; None outside a cache."""
+    """Return the snapshot folder of a Hugging Face cache that is or contains `root`; None if there is none."""
     for folder in (root, *root.parents):
         if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
             return folder
@@ -158,7 +164,8 @@ def find_snapshot(root: Path) -> Path | None:
 def identify_cache(root: Path) -> tuple[str | None, str | None, str]:
     """Return (repo_id, commit, folder in the repository) of a path in a Hugging Face cache.
 
-    Returns (None, None, "") for a path outside a cache.
+    `repo_id` is None if the repository does not contain a model, and the commit is None if the snapshot's name is not a
+    commit. Returns (None, None, "") for a path outside a cache.
     """
     snapshot = find_snapshot(root)
     if snapshot is None:

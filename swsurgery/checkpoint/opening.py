@@ -1,7 +1,7 @@
 """Open a checkpoint: list its files, choose its weights, and read the headers of its shards.
 
-Every directory is entered through `held`, which undoes an edit in place that was interrupted and locks the directory.
-`read_checkpoint` only reads: headers and small JSON files, never tensor data.
+Every directory is entered through `held`, which undoes an interrupted edit in place and locks the directory.
+`read_checkpoint` reads headers and small JSON files, never tensor data, and it does not write.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from swsurgery.threads import Pool
 
 
 class Chosen(Protocol):
-    """The choice between several sets of weights, as the base of a manifest or of a record states it."""
+    """The choice between several sets of weights in one checkpoint, as a manifest or a record states it for its base.
+
+    `weights` is "index" or "single", `variant` is a name such as "fp16", and None means that no choice is stated.
+    """
 
     @property
     def weights(self) -> Weights | None: ...
@@ -48,7 +51,7 @@ class Chosen(Protocol):
 
 @dataclass(frozen=True)
 class _Listing:
-    """The files of a checkpoint and the place they come from, before any of them is read."""
+    """The files of a checkpoint and their origin (repository, commit, folder), before any of the files is read."""
 
     root: Path | RemoteTree
     files: tuple[BaseFile, ...]
@@ -62,13 +65,14 @@ class _Listing:
 def open_checkpoint(
     root: str | Path | Folder | RemoteTree, weights: Weights | None = None, variant: str | None = None
 ) -> Checkpoint:
-    """Open a checkpoint: list its files and read the headers of its shards, no tensor.
+    """Open a checkpoint: list its files and read the headers of its shards, but no tensor.
 
-    `root` is a directory or hf://ORG/NAME[@REV][/sub], of which byte ranges are read; or a directory or a repository
-    that is open already. A directory is entered with `held`.
+    `root` is a directory, or a repository as hf://ORG/NAME[@REV][/sub], of which only byte ranges are read. It may also
+    be a directory or repository that is already open. A directory is entered with `held`.
 
-    If several sets of weights exist, `weights` and `variant` choose one; if neither is given, the record of a patched
-    checkpoint chooses. Raises the errors of both functions, and CheckpointError for a damaged record.
+    If several sets of weights exist, `weights` and `variant` choose one. If neither is given, the choice in the record
+    of a patched checkpoint is used. Raises the errors of `held` and `read_checkpoint`, and CheckpointError if the
+    record is damaged.
     """
     if not isinstance(root, Folder | RemoteTree):
         root = open_location(parse_location(require_location("root", root)))
@@ -83,10 +87,11 @@ def open_checkpoint(
 
 @contextlib.contextmanager
 def held(root: Path | Folder | RemoteTree) -> Iterator[Folder | RemoteTree]:
-    """Enter a directory for reading: undo an interrupted edit in place, and prevent new ones during the block.
+    """Enter a directory for reading: undo an interrupted edit in place, and prevent new edits during the `with` block.
 
-    Yields the open directory. One that is held already and a repository are yielded as they are. Raises CheckpointError
-    if `root` is not a directory, and TargetError while another run edits it or if the edit cannot be undone.
+    Yields the open directory. If `root` is not a path but a repository, or a directory that was entered before, it is
+    yielded unchanged. Raises CheckpointError if the path is not a directory. Raises TargetError while another run edits
+    the directory, or if the interrupted edit cannot be undone.
     """
     if not isinstance(root, Path):
         yield root
@@ -94,7 +99,7 @@ def held(root: Path | Folder | RemoteTree) -> Iterator[Folder | RemoteTree]:
     folder = _open_directory(root)
     editable = not is_cache_snapshot(folder.path)
     if editable and journal.is_pending(folder):
-        with held_for_editing(folder):  # undoing needs the exclusive lock, so it comes before the shared one
+        with held_for_editing(folder):  # undoing needs the exclusive lock, so it is done before the shared lock
             pass
     with filesystem.lock_directory(folder, exclusive=False):
         if editable and journal.is_pending(folder):
@@ -106,8 +111,9 @@ def held(root: Path | Folder | RemoteTree) -> Iterator[Folder | RemoteTree]:
 def held_for_editing(root: Path | Folder, *, moved: bool = False) -> Iterator[tuple[Folder, Journal | None]]:
     """Enter a directory for an edit in place: lock it against every other run, and undo an interrupted edit.
 
-    Yields the open directory and the journal of the interrupted edit, or None. `moved` also accepts a journal that was
-    copied with its directory. Raises the errors of `held`; TargetError also while another run reads the directory.
+    Yields the open directory, and the journal of the interrupted edit or None. If `moved` is True, a journal is also
+    accepted if it was copied together with its directory. Raises the errors of `held`, and TargetError while another
+    run reads the directory.
     """
     folder = root if isinstance(root, Folder) else _open_directory(root)
     with filesystem.lock_directory(folder, exclusive=True):
@@ -115,14 +121,14 @@ def held_for_editing(root: Path | Folder, *, moved: bool = False) -> Iterator[tu
 
 
 def read_checkpoint(root: Folder | RemoteTree, chosen: Chosen, *, elsewhere: Collection[str] = ()) -> Checkpoint:
-    """Read the listing and the headers of a checkpoint, in a directory that the caller holds or in a repository.
+    """List the files of a checkpoint and read the headers of its shards.
 
-    `chosen.weights` decides between an index and a single file if both exist. `chosen.variant` ("fp16") takes the
-    weights of that variant; without it the plain weights are taken, or the only variant if no plain weights exist.
-    Shards in `elsewhere` may be missing.
+    `root` is a repository, or a directory that the caller has entered with `held`. `chosen.weights` decides between an
+    index and a single file if both exist. `chosen.variant` is the variant to read, such as "fp16". If it is None, the
+    plain weights are read, or the only variant if no plain weights exist. Shards in `elsewhere` may be missing.
 
-    Raises CheckpointError (ShardError for a malformed shard) that lists every fault found; AmbiguousWeights if several
-    sets of weights exist and none was chosen; HubError.
+    Raises CheckpointError that lists every fault found, AmbiguousWeights if several sets of weights exist and `chosen`
+    names none of them, and HubError.
     """
     return _read(_list(root), chosen.weights, chosen.variant, elsewhere)
 
@@ -130,7 +136,7 @@ def read_checkpoint(root: Folder | RemoteTree, chosen: Chosen, *, elsewhere: Col
 def _read(
     listing: _Listing, weights: Weights | None, variant: str | None, elsewhere: Collection[str] = ()
 ) -> Checkpoint:
-    """Find the weights in a listing, and read the index, the headers and config.json."""
+    """Find the weights among the files of a listing, and read the index, the headers of the shards and config.json."""
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
     names = {f.name: f for f in listing.files}
@@ -146,7 +152,7 @@ def _read(
     notes = []
     stored = sum(shard.size - shard.data_start for shard in shards.values())
     if chosen.total_size is not None and chosen.total_size != stored and not elsewhere:
-        notes.append(f"{chosen.index} says total_size {chosen.total_size}, the shards hold {stored} bytes")
+        notes.append(f"{chosen.index} states total_size {chosen.total_size}, but the shards contain {stored} bytes")
     config = read_config(names["config.json"].source, "config.json") if "config.json" in names else {}
     rest = [f for f in listing.files if f.name not in shard_names and f.name != chosen.index]
     others = look_at_others(rest, shards, _read_headers)
@@ -171,10 +177,11 @@ def _read(
 
 @contextlib.contextmanager
 def open_for_reading(name: str, checkpoint: str | Path, reporter: Reporter) -> Iterator[Folder | RemoteTree]:
-    """Yield a checkpoint to read, given as a directory or hf://ORG/NAME[@REV][/sub] by the argument `name`.
+    """Yield the checkpoint to read: a directory entered with `held`, or an open repository.
 
-    A directory is entered with `held`. Of a repository, byte ranges are read, and the reporter is told how many bytes
-    after the block. Raises TypeError, HubError and the errors of `held`.
+    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], and `name` is the name of the caller's argument, which
+    error messages quote. After the `with` block, the reporter prints how many bytes were read from the repository.
+    Raises TypeError, HubError and the errors of `held`.
     """
     with held(open_location(parse_location(require_location(name, checkpoint)))) as root:
         yield root
@@ -183,26 +190,31 @@ def open_for_reading(name: str, checkpoint: str | Path, reporter: Reporter) -> I
 
 
 def describe_traffic(tree: RemoteTree) -> str:
-    """Return how much was read from a repository and in how many requests."""
+    """Return a message that states how many bytes were read from a repository, and in how many requests."""
     return f"{tree}: {format_size(tree.traffic.bytes)} in {tree.traffic.requests} range requests"
 
 
 def refuse_other_weights(
     asked: Weights | None, said: Weights | None, who: str, variant: str | None = None, said_variant: str | None = None
 ) -> None:
-    """Raise CheckpointError if the user asks for other weights or another variant than `who` states.
+    """Raise CheckpointError if the user asks for other weights or another variant than a record or manifest states.
 
-    `asked` and `variant` come from the user, `said` and `said_variant` from `who` (a record or a manifest).
+    `asked` and `variant` are the user's options. `said` and `said_variant` are stated by the record or manifest, and
+    `who` is its name in messages.
     """
     for option, wanted, found in (("weights", asked, said), ("variant", variant, said_variant)):
         if wanted and found and wanted != found:
             raise CheckpointError(
-                f"--{option} {wanted} was given, and {found} are the weights of", who, f"leave --{option} out"
+                f"--{option} {wanted} was given, but the choice {found} is stated in", who, f"leave --{option} out"
             )
 
 
 def _open_directory(root: Path) -> Folder:
-    """Open the directory of a checkpoint. Raises CheckpointError, which explains what else `root` is."""
+    """Open the directory of a checkpoint.
+
+    Raises CheckpointError if `root` does not exist, is a file, or is a folder of the Hugging Face cache above the
+    snapshots.
+    """
     path = Path(os.path.realpath(root))
     if not path.is_dir():
         raise _explain_no_directory(root, path)
@@ -220,15 +232,15 @@ def _list(root: Folder | RemoteTree) -> _Listing:
 
 
 def _explain_no_directory(given: Path, path: Path) -> CheckpointError:
-    """Return the error for a path that is no directory. `path` is `given` without links."""
+    """Return the error for a path that is not a directory. `path` is `given` with all links resolved."""
     if not path.exists():
         return CheckpointError("no such checkpoint", path, suggest_uri(str(given)))
-    remedy = suggest_snapshot(given.absolute()) or suggest_snapshot(path) or "give the directory that holds this file"
-    return CheckpointError("a checkpoint is a directory", path, remedy)
+    remedy = suggest_snapshot(given.absolute()) or suggest_snapshot(path) or "give the directory that contains the file"
+    return CheckpointError("a checkpoint is a directory, but this is a file", path, remedy)
 
 
 def _list_repository(repo: RemoteTree) -> _Listing:
-    """List a repository. Raises CheckpointError."""
+    """List the files of a repository. Raises CheckpointError if a file's name cannot be printed."""
     faults = [f"has a name that cannot be printed: {name!r}" for name in repo.files if not name.isprintable()]
     if faults:
         raise CheckpointError.of(f"{fault} in {repo}" for fault in format_some(sorted(faults)))
@@ -242,7 +254,7 @@ def _list_repository(repo: RemoteTree) -> _Listing:
 
 
 def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Shard]:
-    """Read the headers of the shards.
+    """Return the shards in these files, as a dict from the file's name to the shard with its header.
 
     Raises CheckpointError that lists every malformed header, or if the shards have too many tensors.
     """
@@ -261,9 +273,9 @@ def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Sh
 
 
 def _read_headers(files: Sequence[BaseFile]) -> Iterator[tuple[str, Shard | CheckpointError]]:
-    """Yield the name and the header of each file, or the error if its header is malformed.
+    """Yield (name, shard) for each file, or (name, error) if the header of the file is malformed.
 
-    Remote headers cost one round trip each, so several are read at a time.
+    Each header in a repository takes one request, so eight headers are read at a time.
     """
 
     def read_header(file: BaseFile) -> tuple[str, Shard | CheckpointError]:
@@ -280,7 +292,10 @@ def _read_headers(files: Sequence[BaseFile]) -> Iterator[tuple[str, Shard | Chec
 
 
 def _find_disagreements(index_name: str, weight_map: dict[str, str], shards: dict[str, Shard]) -> dict[str, str]:
-    """Map each tensor that the index and the shards place differently to a description of the difference."""
+    """Find the tensors for which the index contradicts the shards.
+
+    Returns a dict from the tensor's name to a description of the contradiction.
+    """
     homes: dict[str, list[str]] = {}
     for name, shard in shards.items():
         for tensor in shard.tensors:
@@ -289,10 +304,10 @@ def _find_disagreements(index_name: str, weight_map: dict[str, str], shards: dic
     for tensor, named in weight_map.items():
         if named not in homes.get(tensor, ()):
             actual = ", ".join(homes.get(tensor, ())) or "no shard"
-            found[tensor] = f"{index_name} puts it in {named}, it is in {actual}"
+            found[tensor] = f"{index_name} puts it in {named}, but it is in {actual}"
     for tensor, names in homes.items():
         if len(names) > 1:
-            found.setdefault(tensor, f"it stands in {len(names)} shards: {', '.join(names)}")
+            found.setdefault(tensor, f"it is stored in {len(names)} shards: {', '.join(names)}")
         if tensor not in weight_map:
             found.setdefault(tensor, f"it is in {names[0]}, but {index_name} does not list it, so loaders skip it")
     return found

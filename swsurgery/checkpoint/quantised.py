@@ -1,4 +1,4 @@
-"""Decide which stored numbers are weights, and which are codes or internals of a quantiser.
+"""Decide which stored numbers are weights, and which are codes, scales or other numbers of a quantiser.
 
 Planning, verification, scanning, export and inspection share this rule. It depends on the names, dtypes and shapes of
 the tensors, config.json, the names of the files and the metadata of the shards. It must not open files.
@@ -126,11 +126,11 @@ class Header(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """The meaning of the stored numbers of one tensor.
+    """What the stored numbers of one tensor are.
 
-    plain: the numbers are weights. scaled: they are weights after multiplication by the tensor `scale`, whose format is
-    known. unreadable: the tensor is a quantised weight of another format. internal: it contains scales, codes or
-    permutations of a quantiser. `reason` explains why the tensor is not plain; it is quoted in messages.
+    "plain": weights. "scaled": weights after multiplication by the tensor `scale`, whose format is known. "unreadable":
+    a quantised weight of another format. "internal": numbers that only a quantiser needs, such as scales and
+    permutations. `reason` explains in messages why the tensor is not plain.
     """
 
     kind: StorageKind
@@ -142,9 +142,10 @@ PLAIN = Reading("plain")
 
 
 class Quantisation:
-    """The meaning of the stored numbers of every tensor of a checkpoint, decided on first use and remembered.
+    """What the stored numbers of every tensor of a checkpoint are, decided on first use and remembered.
 
-    `declared` names the place where the checkpoint declares quantisation, None if it does not.
+    `declared` names the place where the checkpoint declares quantisation, such as "config.json (quantization_config)".
+    It is None if the checkpoint does not declare it.
     """
 
     def __init__(
@@ -165,13 +166,13 @@ class Quantisation:
         return f"<Quantisation of {len(self._names)} tensors, declared: {self.declared}>"
 
     def get_reading(self, name: str) -> Reading:
-        """Decide what the numbers of the tensor `name` mean. Raises KeyError if it does not exist."""
+        """Decide what the numbers of the tensor `name` are. Raises KeyError if there is no such tensor."""
         if name not in self._readings:
             self._readings[name] = self._read(name)
         return self._readings[name]
 
     def explain_refusal(self, name: str) -> str | None:
-        """Return the reason why the numbers of the tensor `name` are not weights, None if they are."""
+        """Explain why the tensor `name` does not store plain weights; None if it does."""
         reading = self.get_reading(name)
         if reading.kind == "plain":
             return None
@@ -180,12 +181,12 @@ class Quantisation:
         return f"quantised: {reading.reason}"
 
     def find_codes(self) -> str | None:
-        """Return the name of the first quantised weight stored as F8 or integers, None if there is none."""
+        """Find the first quantised weight that is stored as F8 or integers; None if there is none."""
         coded = (name for name, header in self._tensors.items() if _is_code(header.dtype))
         return next((name for name in coded if self.get_reading(name).kind in ("scaled", "unreadable")), None)
 
     def _read(self, name: str) -> Reading:
-        """Decide what the numbers of a tensor mean."""
+        """Decide what the numbers of a tensor are."""
         dtype, shape = self._tensors[name].dtype, self._tensors[name].shape
         if why := self._internal(name, dtype, shape):
             return Reading("internal", why)
@@ -200,7 +201,7 @@ class Quantisation:
     # Codes ------------------------------------------------------------------------------------------------------
 
     def _read_codes(self, name: str, dtype: Dtype) -> Reading:
-        """Decide what the numbers of an F8 or integer tensor mean that is not internal."""
+        """Decide what the numbers of an F8 or integer tensor are. Internal tensors are excluded before."""
         if _BUFFERS.fullmatch(_get_last_part(name)):
             return PLAIN
         others = list(self._others(name)) or list(self._floats_beside(name))
@@ -218,7 +219,7 @@ class Quantisation:
         )
 
     def _find_scale(self, name: str, dtype: Dtype) -> str | None:
-        """Return the name of the scale of these codes if its format is known, None otherwise."""
+        """Find the scale by which the codes of `name` are multiplied; None if no scale of a known format is stored."""
         stem = name.removesuffix(".weight")
         for ending, dtypes in SCALES:
             named = (stem + ending,) if ending.startswith(".") else (name + ending, f"{stem}.weight{ending}")
@@ -228,7 +229,7 @@ class Quantisation:
         return None
 
     def _others(self, name: str) -> Iterator[str]:
-        """Yield the tensors of a weight's module except weight and bias, or those named after a stacked tensor."""
+        """Yield the other tensors of a weight's module except the bias, or those named after a stacked tensor."""
         module = name.removesuffix(".weight")
         if module != name:
             skip = {f"{module}.{last}" for last in _WEIGHTS}
@@ -251,7 +252,7 @@ class Quantisation:
     # Floats -----------------------------------------------------------------------------------------------------
 
     def _units(self, name: str) -> Iterator[str]:
-        """Yield the tensors that the quantiser of a float weight stored beside it."""
+        """Yield the tensors beside a float weight that a quantiser stored, such as its scale."""
         if _get_last_part(name) == "bias":
             return
         module = name.removesuffix(".weight")
@@ -275,7 +276,7 @@ class Quantisation:
     # Internals --------------------------------------------------------------------------------------------------
 
     def _internal(self, name: str, dtype: Dtype, shape: tuple[int, ...]) -> str:
-        """Return the reason why a tensor is an internal of a quantiser, "" if it is not."""
+        """Explain why only a quantiser needs a tensor; "" if the tensor has another use."""
         *path, last = name.split(".")
         is_float = dtype.kind == "float" and not _is_code(dtype)
         if name == _MARKER:
@@ -295,7 +296,7 @@ class Quantisation:
         return self._find_owner(name, path, is_float)
 
     def _find_owner(self, name: str, path: list[str], is_float: bool) -> str:
-        """Return the reason why a tensor belongs to codes stored elsewhere, "" if it does not."""
+        """Explain to which codes a scale or similar tensor belongs; "" if it belongs to none."""
         if owner := self._find_scaled(name):
             return f"it belongs to the quantised tensor {owner}"
         # A bias is not quantised; the first version of torchao stored it as `bias:_data`.

@@ -1,7 +1,7 @@
-"""Compare the scalars that a record names with what a checkpoint stores.
+"""Compare the scalars that a record lists with the scalars that a checkpoint stores.
 
-Used by the proof from the record and by an edit in place that finds its work done. Reads headers and the recorded
-scalars only, and must not import the planner.
+Verification uses this module, and an edit in place that finds its manifest already applied. It reads headers and the
+recorded scalars only, and must not import the planner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from swsurgery.storage.dtypes import convert_to_json
 
 
 class ScalarFault(NamedTuple):
-    """One recorded scalar that does not match. `contradicts` is True if the record itself is wrong, not the bits."""
+    """A recorded scalar that differs from the stored one.
+
+    `contradicts` is True if the record contradicts itself or the headers, and False if only the stored bits differ.
+    """
 
     message: str
     contradicts: bool
@@ -49,7 +52,7 @@ def compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> ScalarFault 
 
 
 def list_protected(record: Record, checkpoint: Checkpoint) -> list[ScalarRecord]:
-    """List the scalars that this step or an earlier one protects and that can be read here."""
+    """List the scalars that this record or an earlier one protects, except those in files that are not here."""
     names = {f.name for f in checkpoint.files}
     protected = [r for r in record.protected if r.file in names or r.file not in record.elsewhere]
     # An earlier step may have protected scalars of a file that is elsewhere, or of another copy of the weights.
@@ -57,7 +60,10 @@ def list_protected(record: Record, checkpoint: Checkpoint) -> list[ScalarRecord]
 
 
 def find_repeated(record: Record) -> Iterator[ScalarRecord]:
-    """Yield each record of a scalar that an earlier one names: restoring one would vouch for the other."""
+    """Yield each entry of a record for a scalar that an earlier entry also lists.
+
+    Such a record proves nothing: putting back the old bits of one entry could hide a change that the other declares.
+    """
     seen: set[tuple[str, int]] = set()
     for entry in (*record.edits, *record.protected):
         if (entry.file, entry.offset) in seen:

@@ -1,7 +1,8 @@
 """Find the files that contain the weights of a checkpoint: an index with its shards, or a single file.
 
-Reads the index but no shard. A variant is a second set of the same weights, named as transformers and diffusers name
-it: `model.fp16.safetensors`, or `model.safetensors.index.fp16.json` with its shards.
+This module reads the index but no shard. A variant is another set of the same weights, often in another dtype. Its
+files have the names that transformers and diffusers use: `model.fp16.safetensors` for a single file, or
+`model.safetensors.index.fp16.json` for an index with shards. The weights without a variant's name are called plain.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ VARIANT_FILES = (
     re.compile(rf"model\.safetensors\.index\.({VARIANT})\.json"),
     re.compile(rf"model\.safetensors\.({VARIANT})\.index\.json"),
 )
-"""Patterns of a variant's single file, of its index, and of its index as diffusers wrote it until 0.30."""
+"""Patterns of the names of a variant's files: its single file, its index, and its index as diffusers named it until
+version 0.30."""
 
 SHARD_OF_VARIANT = re.compile(rf"model\.{VARIANT}-\d{{5}}-of-\d{{5}}\.safetensors")
 
 SECOND_COPY = re.compile(r"(.+?)(?: ?\(\d+\)| - Copy(?: \(\d+\))?| copy(?: \d+)?)(\.[^./]+)")
-"""The pattern of names that browsers and file managers give to a second copy, such as `model (1).safetensors`."""
+"""The pattern of the names that browsers and file managers give to the second copy of a file. Example:
+`model (1).safetensors` for `model.safetensors`."""
 
 MAX_LISTED = 20
-"""Maximum number of faults listed individually."""
+"""Maximum number of faults of one checkpoint that an error message lists individually."""
 
 MAX_TENSORS, TENSORS_WITHOUT_DATA = 1 << 18, 50_000
-"""Maximum number of tensors in a checkpoint, and the maximum if they have less than 4 KiB each on average.
-
-DeepSeek-V3 has 91,991 tensors of 7 MB on average.
-"""
+"""Maximum number of tensors in a checkpoint, and the number that is always accepted. Between the two, a checkpoint may
+have one tensor for each 4 KiB of its size. DeepSeek-V3 has 91,991 tensors of 7 MB on average."""
 
 
 class Listed(Protocol):
-    """One file of a checkpoint."""
+    """One file of a checkpoint: where to read it, and its size in bytes."""
 
     @property
     def source(self) -> File: ...
@@ -57,9 +58,10 @@ class Listed(Protocol):
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """One set of weights: the names of its index (None for a single file) and of its shards.
+    """One set of weights: the names of its index and of its shards.
 
-    `weight_map` and `total_size` are copied from the index. `variant` is None for the plain weights.
+    For a single file, `index` is None and the file is the only shard. `weight_map` and `total_size` are copied from the
+    index. `variant` is the name of the variant, such as "fp16", or None for the plain weights.
     """
 
     index: str | None
@@ -78,15 +80,17 @@ def find_weights(
 ) -> WeightFiles:
     """Find the weights among the files of a checkpoint.
 
-    `root` is quoted in messages only. `weights` chooses between an index and a single file, `variant` between the plain
-    weights and variants. Without plain weights, the only variant is taken. Shards in `elsewhere` may be missing.
+    `root` is the checkpoint's place, which messages name. `weights` chooses between an index and a single file.
+    `variant` names the variant to take. If it is None, the plain weights are taken, or the only variant if no plain
+    weights exist. Shards in `elsewhere` may be missing.
 
-    Raises CheckpointError; AmbiguousWeights if several sets of weights exist and none was chosen.
+    Raises CheckpointError if the weights are missing or incomplete, and AmbiguousWeights if several sets of weights
+    exist and the arguments choose none of them.
     """
     variants = _find_variants(names)
     if variant is not None and variant not in variants:
-        remedy = f"the variants here: {', '.join(sorted(variants))}" if variants else "it has none"
-        raise CheckpointError(f"no variant {variant}", root, remedy)
+        remedy = f"choose one of its variants: {', '.join(sorted(variants))}" if variants else "it has no variants"
+        raise CheckpointError(f"the checkpoint has no variant {variant}", root, remedy)
     indices = _find_plain_indices(names)
     if variant is None and SINGLE not in names and not indices:
         variant = _find_only_variant(root, variants)
@@ -98,9 +102,10 @@ def find_weights(
     if not indices and not singles:
         singles = [_find_only_file(root, names)]
     if len(indices) > 1:
-        raise CheckpointError(f"several indices: {', '.join(indices)}", root, "keep the one that loaders read")
+        what = f"there are several indices: {', '.join(indices)}"
+        raise CheckpointError(what, root, "keep only the index that loaders read")
     if weights == "index" and not indices or weights == "single" and not singles:
-        raise CheckpointError(f"base.weights asks for {weights}, which does not exist", root)
+        raise CheckpointError(f"the choice of weights is {weights}, which the checkpoint does not have", root)
     if not _choose_index(root, names, indices, singles, weights):
         return WeightFiles(None, tuple(singles), variant=variant)
     shards, weight_map, total = _read_index(root, names, indices[0], elsewhere)
@@ -108,49 +113,54 @@ def find_weights(
 
 
 def _find_plain_indices(names: Iterable[str]) -> list[str]:
-    """Return the index of the usual name, or without it all indices of plain weights."""
+    """Return the names of the indices of the plain weights; if one has the usual name `INDEX`, only this name."""
     indices = [n for n in names if is_index(n, None)]
     return [INDEX] if INDEX in indices else indices
 
 
 def _find_only_variant(root: object, variants: Collection[str]) -> str | None:
-    """Return the only variant, None if no variant exists. Raises AmbiguousWeights for several."""
+    """Return the only variant; None if no variant exists. Raises AmbiguousWeights if several variants exist."""
     if len(variants) > 1:
-        what = f"no {SINGLE}, but the variants {', '.join(sorted(variants))}"
-        raise AmbiguousWeights(what, root, "say which: base.variant in a manifest, or the option --variant")
+        what = f"there is no {SINGLE}, but there are the variants {', '.join(sorted(variants))}"
+        remedy = "choose one with base.variant in a manifest, or with the option --variant"
+        raise AmbiguousWeights(what, root, remedy)
     return next(iter(variants), None)
 
 
 def _choose_index(
     root: object, names: Mapping[str, Listed], indices: list[str], singles: list[str], weights: Weights | None
 ) -> bool:
-    """Return True if the index is to be read, False for the single file. Raises AmbiguousWeights without a choice."""
+    """Return True if the index is to be read, False if the single file is.
+
+    `indices` and `singles` are the names of the files that exist, at most one of each kind. Raises AmbiguousWeights if
+    both kinds exist and `weights` is None, unless the index lists only the single file.
+    """
     one_set = not (singles and indices) or _is_index_of(singles[0], names[indices[0]], indices[0])
     if weights is None and not one_set:
         raise AmbiguousWeights(
-            f"two sets of weights, {singles[0]} and {indices[0]}: transformers loads the first, vLLM and mergekit "
-            "the second",
+            f"there are two sets of weights, {singles[0]} and {indices[0]}: transformers loads the first, vLLM and "
+            "mergekit load the second",
             root,
-            "say which, single or index: base.weights in a manifest, or the option --weights",
+            "choose single or index with base.weights in a manifest, or with the option --weights",
         )
     return bool(indices) and (weights != "single" or one_set)
 
 
 def has_several_sets(names: Collection[str]) -> bool:
-    """Return True if more than one single file or index exists, and thus more than one set of weights may."""
+    """Return True if the files `names` may contain several sets of weights: several single files or indices."""
     plain = [name for name in names if name == SINGLE or is_index(name, None)]
     return len(plain) + sum(map(len, _find_variants(names).values())) > 1
 
 
 def is_index(name: str, variant: str | None) -> bool:
-    """Return True if `name` is an index of `variant` (None is the plain weights)."""
+    """Return True if `name` is the name of an index of `variant`, or of the plain weights if `variant` is None."""
     if variant is None:
         return "/" not in name and name.endswith(INDEX_SUFFIX)
     return name in (f"model.safetensors.index.{variant}.json", f"model.safetensors.{variant}.index.json")
 
 
 def _find_variants(names: Iterable[str]) -> dict[str, list[str]]:
-    """Map the name of each variant to its single file and its indices."""
+    """Return the variants among the files `names`: the name of each variant, with its single file and its indices."""
     found: dict[str, list[str]] = {}
     for name in names:
         for pattern in VARIANT_FILES:
@@ -160,34 +170,43 @@ def _find_variants(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
-    """Return the only safetensors file of a checkpoint without files of the usual names. Raises CheckpointError."""
+    """Return the only safetensors file of a checkpoint that has neither `model.safetensors` nor an index.
+
+    Raises CheckpointError if there are none or several.
+    """
     loose = [n for n in names if SHARD_NAME.fullmatch(n)]
     if len(loose) == 1:
         return loose[0]
     for name, usual in _find_second_copies(names).items():
         if usual.endswith((".safetensors", INDEX_SUFFIX)):
-            what = f"no {usual}, but {quote(name)}, as a browser names a second download"
+            what = f"there is no {usual}, but there is {quote(name)}, as a browser names a second download"
             raise CheckpointError(what, root, f"rename it to {usual}")
     if loose and all(SHARD_OF_VARIANT.fullmatch(name) for name in loose):
-        what = f"{len(loose)} shards of a variant and no index"
-        raise CheckpointError(what, root, "get its model.safetensors.index.VARIANT.json too")
-    what = f"{len(loose)} safetensors files and no index" if loose else "no safetensors file"
-    raise CheckpointError(what, root, f"a checkpoint has one, or several and {INDEX}")
+        what = f"there are {len(loose)} shards of a variant and no index"
+        raise CheckpointError(what, root, "download model.safetensors.index.VARIANT.json too")
+    what = f"there are {len(loose)} safetensors files and no index" if loose else "there is no safetensors file"
+    raise CheckpointError(what, root, f"a checkpoint needs one safetensors file, or several and {INDEX}")
 
 
 def _is_index_of(single: str, index: Listed, name: str) -> bool:
-    """Return True if the index lists only the single file, as mlx-lm writes it: both are the same set of weights."""
+    """Return True if the index lists only the single file, so that both are the same set of weights.
+
+    mlx-lm writes such an index.
+    """
     try:
         weight_map = read_json(index.source, name).get("weight_map")
     except CheckpointError:
-        return False  # if this index is chosen, it is read again and the error reported
+        return False  # if this index is chosen, it is read again and that error is reported
     return type(weight_map) is dict and bool(weight_map) and all(shard == single for shard in weight_map.values())
 
 
 def _read_index(
     root: object, names: Mapping[str, Listed], index_name: str, elsewhere: Collection[str]
 ) -> tuple[list[str], dict[str, str], object]:
-    """Return the shards, the weight_map and the total_size of an index. Raises CheckpointError."""
+    """Return the names of the shards, the weight_map and the total_size that an index states.
+
+    Raises CheckpointError if the index is not valid or lists a shard that does not exist.
+    """
     index = read_json(names[index_name].source, index_name)
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict or not weight_map:
@@ -196,7 +215,7 @@ def _read_index(
     faults = []
     for shard in dict.fromkeys(json.dumps(v) if type(v) is not str else v for v in weight_map.values()):
         if not SHARD_NAME.fullmatch(shard):
-            faults.append(f"index points to {quote(shard)}, which is no plain name of a safetensors file: {index_name}")
+            faults.append(f"lists the shard {quote(shard)}, which is not a plain file name *.safetensors: {index_name}")
         elif shard not in names and shard not in elsewhere:
             faults.append(_describe_missing(root, names, shard))
     if faults:
@@ -207,27 +226,34 @@ def _read_index(
 
 
 def _describe_missing(root: object, names: Mapping[str, Listed], shard: str) -> str:
-    """Describe a missing shard, and mention a file that is named like a second download of it."""
+    """Return the message for a missing shard. It names a file that may be a second download of the shard."""
     renamed = next((name for name, usual in _find_second_copies(names).items() if usual == shard), None)
-    remedy = f"rename {quote(renamed)}, as a browser named it" if renamed else "the download is not complete"
+    remedy = f"rename {quote(renamed)} to it, as a browser changed the name" if renamed else "complete the download"
     return f"missing shard: {root}/{shard} ({remedy})"
 
 
 def _find_second_copies(names: Iterable[str]) -> dict[str, str]:
-    """Map the name of each second copy in the top folder to the usual name, sorted by the former."""
+    """Find the files that have the name of a second copy, such as `model (1).safetensors`.
+
+    Returns a dict from this name to the usual name `model.safetensors`, sorted. Files in folders do not count.
+    """
     matches = {name: SECOND_COPY.fullmatch(name) for name in sorted(names) if "/" not in name}
     return {name: match[1] + match[2] for name, match in matches.items() if match}
 
 
 def refuse_too_many(tensors: int, size: int, where: object) -> None:
-    """Raise CheckpointError for more tensors than a checkpoint of `size` bytes may have."""
+    """Raise CheckpointError if `tensors` is more than the number that a checkpoint of `size` bytes may have.
+
+    `where` is the checkpoint or the index, which the message names.
+    """
     limit = max(TENSORS_WITHOUT_DATA, min(MAX_TENSORS, size >> 12))
     if tensors > limit:
-        raise CheckpointError(f"more than the {limit} tensors accepted in a checkpoint of {size} bytes", where)
+        what = f"there are {tensors} tensors, but a checkpoint of {size} bytes may have at most {limit}"
+        raise CheckpointError(what, where)
 
 
 def format_some(faults: Iterable[str]) -> list[str]:
-    """Return the first MAX_LISTED faults, and a line with the number of the others."""
+    """Return the first MAX_LISTED faults, and, if there are more, a line with the number of the further faults."""
     faults = list(faults)
     more = len(faults) - MAX_LISTED
     return faults[:MAX_LISTED] + ([f"and {more} more of these"] if more > 0 else [])

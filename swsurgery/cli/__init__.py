@@ -113,10 +113,10 @@ def _describe_refusal(error: OSError) -> str:
 
 
 def _explain_shortage(error: BaseException) -> str:
-    """Return the message if too little memory or too few threads were available; "" for any other error."""
+    """Return the message for an error that too little memory or too few threads caused, or "" for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-        return "not enough memory (free some, or raise the limit on memory, then run the command again)"
+        return "not enough memory (free memory, or raise the limit on memory, then run the command again)"
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return "cannot start a thread (raise the limit on processes, then run the command again)"
     return ""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from swsurgery.checkpoint.weight_files import Weights
 
 MAX_SUMMARY_ROWS = 50
-"""Maximum number of findings in a table of the job summary, and of failures in its list."""
+"""Maximum number of findings in one table of the job summary, and maximum number of failures in its list."""
 
 MAX_CELL = 500
 """Maximum number of characters of text in a table cell, before escaping.
@@ -39,7 +39,7 @@ Escaping makes up to ten bytes of one character, and GitHub limits a job summary
 def run(inputs: Mapping[str, str], directory: Path) -> int:
     """Run the checks that `inputs` request, and write the three files to `directory`. Return the exit code.
 
-    0: the answer is "yes", or FAIL_ON_FINDINGS is false. 1: a check found errors. 2: a check could not be made.
+    0: no check found an error, or FAIL_ON_FINDINGS is false. 1: a check found an error. 2: a check could not be made.
     """
     reports: list[FindingReport] = []
     failures: list[str] = []
@@ -112,7 +112,7 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
 def _read_switch(inputs: Mapping[str, str], name: str, default: bool) -> bool:
     word = inputs.get(name) or str(default).lower()
     if word not in ("true", "false"):
-        raise SwsurgeryError(f"the input {name.lower().replace('_', '-')} must be true or false, but is {word}")
+        raise SwsurgeryError(f"the input `{name.lower().replace('_', '-')}` must be true or false, but is {word}")
     return word == "true"
 
 
@@ -125,7 +125,7 @@ def _choose_weights(inputs: Mapping[str, str]) -> Weights | None:
         case "single":
             return "single"
         case word:
-            raise SwsurgeryError(f"the input weights must be index or single, but is {word}")
+            raise SwsurgeryError(f"the input `weights` must be index or single, but is {word}")
 
 
 def _expand(line: str) -> list[Path]:

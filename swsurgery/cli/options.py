@@ -34,8 +34,8 @@ COMMON = (
 def command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., None]:
     """Make a command from a function, and add the options in COMMON to it.
 
-    The function receives these options as its first argument, an Output. `main` creates the Output, so it knows the
-    options too when it reports an error.
+    The function receives these options as its first argument, an Output. `main` creates the Output, so
+    `main` can use the options when it reports an error.
     """
 
     def run(context: typer.Context, *arguments: P.args, **named: P.kwargs) -> None:
@@ -61,7 +61,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def _restrain_hub(out: Output) -> None:
     """Silence huggingface_hub if --quiet was given, and its progress bars also if stderr is not a terminal.
 
-    huggingface_hub reads these environment variables when it is imported, so this must run before.
+    huggingface_hub reads these environment variables when it is imported, so this function must run before the import.
     """
     if out.quiet or not is_terminal(sys.stderr):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -91,7 +91,7 @@ PlacementOption = Annotated[
 ]
 WeightsOption = Annotated[
     Literal["index", "single"] | None,
-    typer.Option(help="Which weights to read if there are an index and a single file, but no record."),
+    typer.Option(help="Which weights to read if there are both an index of shards and a single file, and no record."),
 ]
 VariantOption = Annotated[
     str | None,

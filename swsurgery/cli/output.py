@@ -66,7 +66,7 @@ class Bar:
         self._bar: tqdm[NoReturn] | None = None
 
     def start(self, total: int, unit: str, label: str) -> None:
-        """Draw a new bar. If `unit` is "B", numbers are printed with a prefix, such as 1.50MB."""
+        """Draw a new bar. If `unit` is "B", numbers are printed with a unit prefix, such as 1.50MB."""
         self.close()
         if self._hidden:
             return
@@ -158,7 +158,7 @@ def _write(text: str, stream: TextIO | None = None) -> None:
 
 
 def open_standard_streams() -> None:
-    """Open the standard streams that the parent process closed. Escape characters that their encoding lacks.
+    """Open the standard streams that the parent process closed. Make the others escape characters they cannot encode.
 
     If stdout stayed closed, the next file opened would get its descriptor, and text would be printed into that file.
     """

@@ -166,7 +166,10 @@ def _scan_command(
     weights: str | None,
     variant: str | None,
 ) -> str:
-    """Return the command that repeats a scan. CHECKPOINT replaces the path, and options for the device are left out."""
+    """Return the command that repeats a scan.
+
+    The word CHECKPOINT stands for the path of the checkpoint. Options for the device are left out.
+    """
     words = ["swsurgery", "scan", "CHECKPOINT", "--method", method]
     for prompt in prompts or ():
         words += ["--prompt", shlex.quote(prompt)]

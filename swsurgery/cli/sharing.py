@@ -42,7 +42,7 @@ def publish(
 ) -> None:
     """Publish a patched checkpoint in one commit that uploads only what changed.
 
-    Exit 1 if a finding prevents publishing, or if the files on the Hub afterwards are not the planned ones.
+    Exit 1 if a finding prevents publishing, or if the files that the Hub then serves differ from the plan.
     """
     from swsurgery.sharing import publication, publish
 

@@ -104,7 +104,7 @@ def show_record(record: Record) -> None:
     print_text("")
     try:
         show_check(document["check"])
-    except (KeyError, TypeError, AttributeError, ValueError):  # the report has no schema
+    except (KeyError, TypeError, AttributeError, ValueError):  # the report is not validated when a record is read
         print_text("check     the report in the record cannot be read")
 
 

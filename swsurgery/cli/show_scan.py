@@ -112,7 +112,7 @@ def show_sweep(report: Sweep) -> None:
 
 def _print_confirmation(confirmation: Confirmation) -> None:
     print_text(
-        "\ncausal test: perplexity ratio to the base with this scalar zeroed (alone), and with all others (without)"
+        "\ncausal test: perplexity divided by the base's, if this scalar is zeroed (alone) or all others are (without)"
     )
     trials = confirmation.trials
     _print_table(
@@ -151,7 +151,8 @@ def _describe_scanned(report: Scan) -> str:
 def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
     """Return one line for each group of layers in which the same tensors were not read.
 
-    For example "layers 1 to 3: model.layers.*.mlp.down_proj.weight". Experts that were not read follow the layers.
+    For example "layers 1 to 3: model.layers.*.mlp.down_proj.weight". If only some experts were not read, their numbers
+    follow those of the layers, as in "layer 1, experts 3, 5: ...".
     """
     alike: dict[tuple[tuple[int, ...], tuple[str, ...]], list[int]] = {}
     for layer in unread:
@@ -280,5 +281,5 @@ def _format_range(ratios: Sequence[float]) -> str:
 
 
 def _format_cell(value: float | None) -> str | None:
-    """Format a number for a table, rounded. None stays None, an empty cell. --json prints all digits."""
+    """Round a number for a table; --json prints all digits. Returns None, which makes an empty cell, for None."""
     return None if value is None else format_number(value)

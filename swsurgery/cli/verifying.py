@@ -41,7 +41,10 @@ def verify(
         bool, typer.Option("--known", help="Check the known super weights of the model; needs no record.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="The known model it is made from, if its files do not name one. Implies --known.")
+        str | None,
+        typer.Option(
+            help="The known model that the checkpoint is made from, if its files do not name it. Implies --known."
+        ),
     ] = None,
     known_tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="The fraction of its value that a known super weight may have lost.")

@@ -26,7 +26,7 @@ def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
                 raise PlanError(
                     f"the base's record has sha256 {record.sha256}, but {who} has {wanted}",
                     f"{plan.checkpoint.root}/{name}",
-                    "is this the right checkpoint?",
+                    "give the right base",
                 )
     return pins
 

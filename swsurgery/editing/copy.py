@@ -1,8 +1,8 @@
 """Copy a base into a staged directory, make the splices of a plan and hash both.
 
-Files are copied as bytes: no tensor is built and no header is rewritten. A shard with splices is read once, and this
-yields its digest before and after the edit. A file that an interrupted run left in the stage is kept if it is byte for
-byte what would be written now; the base is read and hashed for that comparison.
+A splice replaces a few bytes of a file. Files are copied as bytes: no tensor is built and no header is rewritten. A
+shard with splices is read once to compute its digests before and after the edit. A file that an interrupted run left in
+the stage is kept if its bytes equal those to be written now; the base is read and hashed for that comparison.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ Link = Literal["auto", "clone", "copy", "hard"]
 class AppliedFile:
     """One file of the patched checkpoint.
 
-    `size` is in bytes. The digests are the sha256 of the base's and of the patched bytes; an edit in place leaves them
-    None if it did not need them. `how` is the way it was made: "kept" was copied by an interrupted run, "place" was
-    edited in place, and "elsewhere" remains in the base's repository. `unverified` is True if the digests were not
-    computed in this run but copied from the cache of digests or from an earlier record.
+    `size` is in bytes. `base_digest` and `patched_digest` are the sha256 of the file before and after the edit, or None
+    if an edit in place did not need them. `how` is how the file was made: "clone", "copy" and "hard" (a hard link) in
+    this run, and "kept" in an interrupted run. A file of an edit in place has "place", and a file that stays in the
+    base's repository has "elsewhere". `unverified` is True if the digests were not computed in this run but copied from
+    the cache of digests or from an earlier record.
     """
 
     name: str
@@ -54,7 +55,7 @@ class AppliedFile:
 
 @dataclass(frozen=True)
 class Copied:
-    """What was written into the staged directory."""
+    """The files of a patched checkpoint or of a restored base, and how each of them was made."""
 
     files: tuple[AppliedFile, ...]
 
@@ -64,8 +65,8 @@ class CopyJob:
     """The files of one checkpoint to copy, the splices to make and the digests that the base must have.
 
     `pins` maps a file name to (digest, who states it). `shards` are the shards from which the splices were planned;
-    the copied files must have the same headers. `elsewhere` are files that are not copied, only listed in the result;
-    each has a digest.
+    the copied files must have the same headers. `in_cache` is True if the files are in the Hugging Face cache.
+    `elsewhere` contains files that are listed in the result but not copied; the Hub lists the digest of each.
     """
 
     files: tuple[BaseFile, ...]
@@ -95,22 +96,22 @@ class CopyJob:
 
 
 def compute_folder_mode(files: Iterable[BaseFile]) -> int:
-    """Return the permissions for a new directory: those that all directories of these files have."""
+    """Return the permissions for a new directory: those that all directories of these files have in common."""
     folders = {file.entry.folder for file in files if file.entry}
     return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
 
 
 def compute_outside_mode(files: Sequence[BaseFile]) -> int:
-    """Return the permissions of a file that repeats weights and is written outside the directory of these files.
+    """Return the permissions for a file that contains values of weights and is outside the directory of these files.
 
-    A user who cannot read the weights, or cannot enter their directory, must not be able to read it.
+    A user who cannot read the weights, or cannot enter their directory, must not be able to read the new file.
     """
     may_enter = compute_folder_mode(files) & 0o111
-    return compute_record_mode(files) & may_enter * 0o7 | 0o600  # times 7: one bit of each class of users becomes rwx
+    return compute_record_mode(files) & may_enter * 0o7 | 0o600  # times 7: x becomes rwx for each class of users
 
 
 def compute_record_mode(files: Iterable[BaseFile]) -> int:
-    """Return the permissions for a file that repeats weights: those that all weights among these files have."""
+    """Return the permissions for a file that contains values of weights: those that all shards of `files` have."""
     modes = (file.mode for file in files if file.name.endswith(".safetensors"))
     return functools.reduce(operator.and_, modes, 0o666) | 0o600
 
@@ -124,13 +125,13 @@ def write_checkpoint(
     digests: DigestCache | None = None,
     reuse: bool = False,
 ) -> Copied:
-    """Write every file of `source` into the directory `stage`.
+    """Write every file of `source` into the directory `stage`, and return the files with their digests.
 
     Each file of the base is hashed, and its digest is stored in `digests`. With `reuse`, a file without splices and
-    without a pin is not hashed if `digests` contains it; its digests are then marked as unverified.
+    without a pin is not hashed if `digests` contains its digest, which is then marked as unverified.
 
-    Raises PlanError if this is not the base that was meant, CheckpointError if the base is unreadable or changed during
-    the copy, TargetError or NoSpace if the copy cannot be written.
+    Raises PlanError if a digest differs from its pin, CheckpointError if the base is unreadable or changed during the
+    copy, and TargetError or NoSpace if the copy cannot be written.
     """
     if link == "hard" and source.in_cache:
         raise TargetError(
@@ -175,7 +176,11 @@ def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
 
 @dataclass(frozen=True)
 class _Written:
-    """The way one file got into the stage, and the sha256 of the base's bytes and of the bytes in the stage."""
+    """How one file was put into the stage.
+
+    `digest` is the sha256 of the base's file, and `patched` is the sha256 of the file in the stage. `unverified` is
+    True if both were copied from the cache of digests.
+    """
 
     how: Literal["clone", "copy", "hard", "kept"]
     digest: str
@@ -184,7 +189,7 @@ class _Written:
 
 
 class _Copier:
-    """Copies files in a few threads. Hashing, reading and writing all release the interpreter's lock."""
+    """Copies files in several threads. They run in parallel, because reading, hashing and writing release the GIL."""
 
     def __init__(
         self, source: CopyJob, stage: Folder, link: Link, progress: Progress, digests: DigestCache, reuse: bool
@@ -214,7 +219,7 @@ class _Copier:
         return [f.result() for f in futures]
 
     def copy(self, file: BaseFile) -> AppliedFile:
-        """Put one file into the stage, or keep what an interrupted run left, and check the base's digest."""
+        """Put one file into the stage, or keep the copy left by an interrupted run, and check the base's digest."""
         splices = self.splices.get(file.name, [])
         target = self.stage / file.name
         started = time.time()
@@ -232,13 +237,13 @@ class _Copier:
             after = os.fstat(base.fd)
         if not written.unverified:
             check_digest(file, written.digest, self.source.pins)
-            # Our own hard link changes the ctime. If anything else did, other bytes may have been hashed.
+            # Making the hard link changes the ctime. After any other change, other bytes may have been hashed.
             if written.how == "hard" or after.st_ctime_ns == status.st_ctime_ns:
                 self.digests.put(after, written.digest, started)
         return AppliedFile(file.name, file.size, written.digest, written.patched, written.how, written.unverified)
 
     def link_to(self, base: LocalFile, file: BaseFile, target: Entry, known: str | None) -> _Written:
-        """Give the open file a second name. Raises CheckpointError if another file was linked."""
+        """Make a hard link to the base's file. Raises CheckpointError if the file was replaced meanwhile."""
         with filesystem.convert_os_errors(target):
             filesystem.make_hard_link(base.where, target)
             linked = target.stat()
@@ -255,17 +260,24 @@ class _Copier:
         return _Written("hard", digest, digest)
 
     def header_of(self, file: BaseFile) -> Shard | None:
-        """Return the header that the splices of a file were planned with; None if the file is not a shard."""
+        """Return the header from which the splices of a file were planned; None if the file is not a shard."""
         return self.source.shards.get(file.name)
 
     def look_up_digest(self, file: BaseFile, splices: list[Splice], status: os.stat_result) -> str | None:
-        """Return the digest from the cache if it may be used: the file has neither a splice nor a pin."""
+        """Return the cached digest of a file, or None if the file must be hashed.
+
+        A file must be hashed if it has a splice or a pin, if the Hub lists its digest, or if its digest is not cached.
+        """
         if not self.reuse or splices or file.digest is not None or file.name in self.source.pins:
             return None
         return self.digests.get(status)
 
     def keep(self, base: LocalFile, target: Entry, file: BaseFile, splices: list[Splice]) -> _Written | None:
-        """Keep what an interrupted run wrote if it is byte for byte what would be written now; None if it is not."""
+        """Keep the file that an interrupted run left in the stage, if its bytes equal those to be written now.
+
+        Returns None if there is no such file, if its bytes differ, or if it has other hard links or more permissions
+        than the base's file.
+        """
         if self.link == "hard" or not filesystem.is_there(target):
             return None
         read = 0
@@ -292,7 +304,7 @@ class _Copier:
     def write(
         self, base: LocalFile, target: Entry, file: BaseFile, splices: list[Splice], known: str | None
     ) -> _Written:
-        """Write one file and synchronise it with the disk; remove it after an error."""
+        """Write one file and synchronise it with the disk. Remove the file after an error."""
         try:
             with filesystem.convert_os_errors(target):
                 new = filesystem.create(target, file.mode)
@@ -310,7 +322,7 @@ class _Copier:
     def fill(
         self, base: LocalFile, new: int, target: Entry, file: BaseFile, splices: list[Splice], known: str | None
     ) -> _Written:
-        """Write the bytes of one file into the new, empty file `new`, by cloning it if possible."""
+        """Write the bytes of one file into the empty file with the descriptor `new`, by cloning it if possible."""
         cloned = self.link in ("auto", "clone") and filesystem.clone(base.fd, new)
         if self.link == "clone" and not cloned:
             raise TargetError("this file system cannot clone files", self.stage.path.parent, "use --link auto")
@@ -341,7 +353,11 @@ class _Copier:
         while offset < file.size:
             copied = filesystem.copy_range(base, new, offset, min(64 * CHUNK, file.size - offset))
             if not copied:
-                raise CheckpointError("the file ended while it was read", file.source, "it was truncated meanwhile")
+                raise CheckpointError(
+                    "the file was truncated while it was copied",
+                    file.source,
+                    "run again when no other program writes there",
+                )
             offset += copied
             self.advance(copied)
 
@@ -354,11 +370,11 @@ class _Copier:
 
 
 class _Different(Exception):
-    """Raised if a file in the stage is not what would be written now."""
+    """Raised if a file that an interrupted run left in the stage differs from the file to be written."""
 
 
 class _Comparison:
-    """A sink of `stream` that compares each chunk with a file; raises _Different at the first difference."""
+    """Compares each chunk from `stream` with the next bytes of a file. Raises _Different if they differ."""
 
     def __init__(self, file: LocalFile) -> None:
         self.file, self.offset = file, 0

@@ -129,7 +129,7 @@ def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterat
 
 
 def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Sequence[Splice]) -> list[str]:
-    """Report the base's other copies of the weights, such as *.bin, if the manifest does not set base.copies."""
+    """Report other copies of the weights in the base, such as pytorch_model.bin, if base.copies is not set."""
     if not splices or not checkpoint.copies or loaded.manifest.base.copies is not None:
         return []
     return [
@@ -164,7 +164,7 @@ def _collect_notes(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
 
 
 def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
-    """List every sign that this checkpoint is not the base that the manifest means."""
+    """List the signs that this checkpoint is not the base that the manifest means, and files with swsurgery's names."""
     base = loaded.manifest.base
     faults: list[str] = []
     for said, found, what in (
@@ -205,7 +205,7 @@ def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coor
             try:
                 facts[locate(checkpoint, entry.layer, entry.row, entry.col, entry.expert)] = entry
             except ArchitectureError:
-                continue  # The checkpoint differs from that model. An edit that names the super weight reports it.
+                continue  # The checkpoint has no such scalar. An edit that names this super weight reports it.
     return facts
 
 
@@ -264,7 +264,8 @@ def _find_tensor(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
 def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
     """Suggest the tensor with the most similar name, as in "did you mean ...?"; "" if no name is similar.
 
-    Only names with the same last two parts are compared, or all if there are none; at most 500, because of the time.
+    Only names with the same last two parts, such as `down_proj.weight`, are compared, or all names if no name has them.
+    At most 500 names are compared, because comparing more would be slow.
     """
     ending = name.rsplit(".", 2)[-2:]
     alike = [t for t in checkpoint.weight_map if t.rsplit(".", 2)[-2:] == ending] or list(checkpoint.weight_map)
@@ -273,7 +274,7 @@ def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
 
 
 def _check_index(info: TensorInfo, index: tuple[int, ...]) -> bool:
-    """Return True if an index has one number per axis of the tensor and each is below the axis's length."""
+    """Return True if an index has one number for each axis of the tensor and each number is below the axis's length."""
     return len(index) == len(info.shape) and all(i < n for i, n in zip(index, info.shape, strict=True))
 
 

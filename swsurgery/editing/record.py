@@ -1,6 +1,6 @@
-"""Build the record of a patched checkpoint (swsurgery.json) from a plan and from what applying it yielded.
+"""Build the record of a patched checkpoint (swsurgery.json) from a plan and the digests of the files.
 
-Reading a record needs none of this: see `checkpoint/record.py`.
+`checkpoint/record.py` reads a record.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ if TYPE_CHECKING:  # for annotations only
 
 
 LATER = Limits(1 << 20, 10_000)
-"""The size reserved for what a draft lacks: the report of the check, and a margin."""
+"""Bytes and commas reserved in a record for the report of the check, which a draft does not contain, and a margin."""
 
 PER_FILE = 300
-"""The number of bytes that a file takes in a record besides its name: its size and two digests, indented."""
+"""Bytes reserved in a record for each file, in addition to its name: its size and two digests, indented."""
 
 
 def draft_record(plan: Plan) -> Record:
     """Build the record of a plan that is not applied yet, without digests and without the report of the check.
 
-    Raises PlanError if the finished record would be larger than any command accepts.
+    Raises PlanError if the finished record or the manifest would be larger than any command accepts, and TargetError if
+    SOURCE_DATE_EPOCH is not a number.
     """
     base, checkpoint = plan.loaded.manifest.base, plan.checkpoint
     named_by: Literal["cache", "manifest"] | None = None
@@ -75,7 +76,7 @@ def complete_record(draft: Record, copied: Copied, check: dict[str, Any]) -> Rec
 
 
 def _refuse_unreadable(draft: Record, plan: Plan) -> None:
-    """Raise PlanError if swsurgery's own files would exceed what `read_record` accepts."""
+    """Raise PlanError if the finished record or the manifest would be larger than `read_record` accepts."""
     size, commas = LATER.size, LATER.commas
     for piece in draft.render_pieces():
         size += len(piece)
@@ -103,7 +104,9 @@ def read_source_date_epoch() -> int | None:
     """
     text = os.environ.get("SOURCE_DATE_EPOCH", "")
     if text and not re.fullmatch(r"[0-9]{1,18}", text):
-        raise TargetError(f"SOURCE_DATE_EPOCH is {text[:40]!r}", "the environment", "give seconds since 1970")
+        raise TargetError(
+            f"SOURCE_DATE_EPOCH is {text[:40]!r}, not a number", "the environment", "give seconds since 1970"
+        )
     return int(text) if text else None
 
 

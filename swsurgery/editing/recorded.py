@@ -35,7 +35,7 @@ def _get_done(record: ScalarRecord) -> str:
 
 
 def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
-    """Compare a recorded scalar with the result of the edit on its old bits; describe the difference, if any."""
+    """Compare a recorded scalar with the result of the edit on its old bits. Describe the difference; None if equal."""
     edit, dtype = asked.edit, DTYPES[record.dtype]
     done = record.op if isinstance(record, EditRecord) else "protect"
     if done != edit.op:
@@ -68,5 +68,5 @@ def explain_unlike_bases(manifest: Manifest, record: Record) -> Iterator[tuple[t
         entry = record.files.get(name)
         found = entry.base_sha256 if entry else None
         if found != digest:
-            what = f"the base's was {found}" if found else "the record has no digest of the base"
+            what = f"the record has {found}" if found else "the record has no digest of the base"
             yield ("base", "sha256", name), f"base.sha256 of {name} is {digest}, but {what}"

@@ -1,7 +1,7 @@
 """Find the scalars of a checkpoint that the edits of a manifest name.
 
-The planner, `verify --manifest`, the linter and `apply --in-place` use this module; the last to recognise a manifest
-that was already applied. It reads the headers of the checkpoint but no tensor data. It must not import the planner,
+The planner, `verify --manifest` and the linter use this module. `apply --in-place` uses it to recognise a manifest that
+was already applied. This module reads the headers of the checkpoint but no tensor data. It must not import the planner,
 because `verify --manifest` checks the planner's result.
 
 To add a target, write a class with the methods of `EditTarget` and return it from `read_target`.
@@ -110,9 +110,10 @@ class EditTarget(Protocol):
         """
 
     def find_entry(self, model: KnownModel | None) -> KnownCoordinate | None:
-        """Return the entry of `model` that this target refers to, without reading a checkpoint; None if there is none.
+        """Return the known super weight of `model` that this target refers to, without reading a checkpoint.
 
-        Raises LookupFailed if the target is an id that `model` does not have.
+        Returns None if there is none, or if the target is `known: all`. Raises LookupFailed for a target of the form
+        `known: ...` as `select_known` does, for example if `model` has no super weight with this id.
         """
 
 
@@ -234,9 +235,7 @@ def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, 
     only the coordinate's row is known.
     """
     if model is None:
-        raise LookupFailed(
-            "no known super weights of this base", name, "set base.model to the known model that the base is"
-        )
+        raise LookupFailed("no known super weights of this base", name, "set base.model to the name of the known model")
     entries = shipped.list_addressable(model) if name == "all" else (shipped.find(model, name),)
     if not entries:
         raise LookupFailed(f"no complete coordinate (layer, row and col) of {model.hf_id} is known", name)
@@ -265,9 +264,10 @@ def expect_known(entry: KnownCoordinate) -> MeasuredValue | None:
 def locate(checkpoint: Checkpoint, layer: int, row: int, col: int, expert: ExpertChoice) -> Coordinate:
     """Find the stored scalar that a paper calls (layer, row, col).
 
-    Raises ArchitectureError if the checkpoint has no such scalar, or if its architecture is not supported.
+    The scalar is in a down projection: `row` is its output channel, and `col` its input. Raises ArchitectureError if
+    `projections.locate` does not find exactly one such scalar, for example because the architecture is not supported.
     """
-    # Include tensors that index and shards place differently, so that the fault reported is the disagreement.
+    # Include tensors that the index and the headers place in different shards. The planner reports the disagreement.
     shapes = {
         tensor: shard.tensors[tensor].shape
         for shard in checkpoint.shards.values()

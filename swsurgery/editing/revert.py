@@ -44,10 +44,10 @@ def revert(
 ) -> Reverted:
     """Restore the base of a patched checkpoint, byte for byte, from the patched files and their record.
 
-    `checkpoint` is a directory; one on the Hub must be downloaded first. The base is written into the new directory
-    `output`, or replaces the patched checkpoint if there is no `output`. `link` is that of `apply`, without "hard". If
-    several manifests were applied one after the other, only the last is undone. If an edit in place was interrupted,
-    only that edit is undone.
+    `checkpoint` is a directory; a checkpoint on the Hub must be downloaded first. The base is written into the new
+    directory `output` or, without `output`, replaces the patched checkpoint. `link` is as in `apply`, but "hard" is not
+    accepted. If several manifests were applied one after the other, only the last one is undone. If an edit in place
+    was interrupted, only that edit is undone.
 
     Raises TypeError, HubError, CheckpointError; PlanError if a file was changed since the edit; TargetError if the
     target cannot be written.
@@ -57,7 +57,7 @@ def revert(
     root = parse_directory(require_location("checkpoint", checkpoint))
     if output is None:
         if link != "auto":
-            raise SwsurgeryError("--link needs -o")
+            raise SwsurgeryError("--link needs -o, because a reversion in place copies no files")
         return Reverted(root, revert_in_place(root, reporter))
     target = require_path("output", output)
     with held(root) as entered:

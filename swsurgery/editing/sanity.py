@@ -1,6 +1,6 @@
-"""Check a patched checkpoint: compare its bytes with the plan, and run it beside its base if possible.
+"""Check a patched checkpoint: compare its bytes with the plan, and run it and its base if possible.
 
-Decides what is checked. `model/check.py` runs the models.
+This module decides what is checked, and `model/check.py` runs the models.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Check = Literal["auto", "off", "weights", "forward"]
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What the sanity check does.
+    """Options of the sanity check.
 
-    `text` None means the built-in passage. `bounds` None, or a bound of it that is None, means the manifest's.
-    `windows` is the number of windows of text, each of `window` tokens.
+    `text` is the text to run, or None for the built-in passage. `bounds` take precedence over the manifest's bounds; a
+    bound that is None is taken from the manifest. `windows` is the number of windows of text, each of `window` tokens.
     """
 
     kind: Check = "auto"
@@ -105,13 +105,13 @@ def check(
 
     `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The perplexity is measured on at most
     `windows` windows of `window` tokens of `text`, by default the built-in passage, and each of `prompts` is continued
-    by one token. The bounds are limits on patched / base perplexity. A checkpoint without a record cannot be compared:
-    then the report has `compared` False, and bounds are refused. `weights` and `variant` choose between several sets of
-    weights if no record does. `device` is "auto", "cpu" or "cuda"; `placement` is "whole" (all weights in memory),
-    "streamed" (two layers at a time) or "auto".
+    by one token. `max_perplexity_ratio` and `min_perplexity_ratio` are limits on patched / base perplexity. A
+    checkpoint without a record has no base to compare with: its report has `compared` False, and limits raise
+    PlanError. `weights` and `variant` choose between several sets of weights if no record does. `device` is "auto",
+    "cpu" or "cuda"; `placement` is "whole" (all weights in memory), "streamed" (two layers at a time) or "auto".
 
-    Raises TypeError, HubError, CheckpointError, ModelError; PlanError for bounds without a record; TargetError while
-    another run edits the checkpoint in place.
+    Raises TypeError, HubError, CheckpointError, ModelError, PlanError; TargetError if another run is editing the
+    checkpoint in place.
     """
     reporter = require_reporter(reporter)
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
@@ -119,7 +119,7 @@ def check(
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
     where = parse_location(require_location("checkpoint", checkpoint))
-    if isinstance(where, Uri) and bounds:  # before the download of the weights
+    if isinstance(where, Uri) and bounds:  # raises before the weights are downloaded
         with held(open_location(where)) as remote:
             _refuse_bounds_without_base(where, find_record(remote), bounds)
     root = download_checkpoint(where)
@@ -156,9 +156,9 @@ def check(
 
 
 def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None:
-    """Return bounds on the perplexity ratio, or None without any.
+    """Return the bounds for a maximum and a minimum perplexity ratio; None if both are None.
 
-    Raises TypeError for a value that is no number, SwsurgeryError for one that no ratio can have.
+    Raises TypeError for a value that is not a number, and SwsurgeryError for a number that is not finite and above 0.
     """
     given = [
         None if value is None else require_number(f"{name}_perplexity_ratio", value)
@@ -171,7 +171,7 @@ def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None
 
 
 def _refuse_bounds_without_base(root: Path | Uri, patched: Patched | None, bounds: CheckedBounds | None) -> None:
-    """Raise PlanError for bounds on a checkpoint without a record."""
+    """Raise PlanError if bounds are given for a checkpoint without a record, because it has no base to compare with."""
     if patched is None and bounds not in (None, CheckedBounds()):
         raise PlanError(
             "a bound on the perplexity ratio needs a base to compare with, and no record names the base",
@@ -183,9 +183,9 @@ def _refuse_bounds_without_base(root: Path | Uri, patched: Patched | None, bound
 def run_check(
     plan: Plan, patched: Folder, options: CheckOptions, progress: Progress, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Check a checkpoint that is staged or being edited in place; return the report for the record, as JSON.
+    """Check a patched checkpoint, staged or edited in place, and return the report for its record, as JSON.
 
-    Raises CheckFailed if the checkpoint fails, ModelError if a check that was asked for cannot be made.
+    Raises CheckFailed if the checkpoint fails, and ModelError if the check that the user asked for cannot be made.
     """
     bounds = combine_bounds(plan, options)
     if options.kind == "off":
@@ -234,7 +234,7 @@ def combine_bounds(plan: Plan, options: CheckOptions) -> CheckedBounds:
     if options.kind in ("off", "weights") and options.bounds:
         raise PlanError(
             f"--check {options.kind} does not measure perplexity, but a bound on its ratio was given",
-            remedy="leave out one of the two",
+            remedy=f"leave out the bound or --check {options.kind}",
         )
     given, said = options.bounds or CheckedBounds(), plan.loaded.manifest.check
     most = said.max_perplexity_ratio if given.max_perplexity_ratio is None else given.max_perplexity_ratio
@@ -273,10 +273,10 @@ def _check_forward(
 
 
 def _check_weights(plan: Plan, patched: Folder, progress: Progress) -> dict[str, Any]:
-    """Reread the shards with edits: only the planned scalars differ from the base, and they have the planned values.
+    """Reread the shards with edits, and check that the planned scalars are stored and that nothing else was changed.
 
-    The first half is left out for an edit in place, which leaves no base to compare with, and for a base on the Hub.
-    Raises CheckFailed.
+    Comparing all other bytes with the base is left out for an edit in place, which overwrites the base, and for a base
+    on the Hub. Returns a report for the record. Raises CheckFailed.
     """
     touched = sorted({s.file for s in plan.splices})
     there = set(os.listdir(patched.fd))
@@ -295,7 +295,7 @@ def _check_weights(plan: Plan, patched: Folder, progress: Progress) -> dict[str,
             continue
         stored = result.shards[scalar.file].read_scalar(*scalar.coordinate)
         if stored != (scalar.new if isinstance(scalar, Splice) else scalar.old):
-            wrong.append(f"{scalar.coordinate} holds 0x{stored[::-1].hex()} after the edit")
+            wrong.append(f"{scalar.coordinate} has the bits 0x{stored[::-1].hex()}, not the planned bits")
     if wrong:
         raise CheckFailed.of(f"check failed: {line}" for line in wrong)
     return {"changed_scalars": len(plan.splices), "protected_scalars": len(plan.protected), "shards": touched}

@@ -28,7 +28,11 @@ def build_undo(record: Record, checkpoint: Checkpoint) -> tuple[Splice, ...]:
 
 
 def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
-    """Build the splice that undoes one edit; None if the scalar is not stored as the record states."""
+    """Build the splice that undoes one edit.
+
+    Returns None if the recorded scalar does not exist, or if its offset, dtype or width in bytes differ from the
+    record. The stored value is not read.
+    """
     shard = checkpoint.shards.get(edit.file)
     info = shard.tensors.get(edit.tensor) if shard else None
     if shard is None or info is None:

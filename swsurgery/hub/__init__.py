@@ -2,8 +2,8 @@
 
 It contains repository names and cached files (this module), remote files (remote.py), commits, tags and pull requests
 (commit.py), model cards (cards.py), limits on answers (guard.py), rules for names (names.py) and the conversion of
-errors (faults.py). It must not depend on any package of swsurgery except storage; the cache, the offline mode, tokens
-and mirrors are those of huggingface_hub, with its environment variables.
+errors (faults.py). It must not depend on any package of swsurgery except storage. huggingface_hub provides the cache,
+the offline mode, tokens and mirrors, and its environment variables configure them.
 """
 
 from __future__ import annotations
@@ -22,35 +22,36 @@ __all__ = [
     "RemoteFile",
     "RemoteTree",
     "Uri",
-    "cached",
-    "config_error",
-    "directory",
+    "download_checkpoint",
     "fetch",
-    "local",
-    "named",
-    "open_tree",
-    "parse_uri",
+    "find_cached",
+    "get_config_error",
+    "is_offline",
     "open_location",
+    "open_tree",
+    "parse_directory",
+    "parse_location",
+    "parse_uri",
 ]
 
 SCHEME = "hf://"
-"""A location on the Hub starts with this text."""
+"""Every location on the Hub starts with this text."""
 
 
 @dataclass(frozen=True)
 class Uri:
-    """A checkpoint on the Hub: hf://ORG/NAME[@REVISION][/sub]."""
+    """A checkpoint on the Hub: hf://ORG/NAME[@REVISION][/sub]. `sub` is a folder in the repository, or ""."""
 
     repo_id: str
     revision: str | None
     sub: str
 
     def __post_init__(self) -> None:
-        """Raise HubError for a revision or a folder that would lead to a path outside the cache."""
+        """Raise HubError if the revision or the folder is not a valid name: both become parts of paths in the cache."""
         if self.revision is not None and not is_revision(self.revision):
-            raise HubError("not a valid name of a branch, a tag or a commit", self.revision)
+            raise HubError("this is not a valid name of a branch, a tag or a commit", self.revision)
         if self.sub and not is_file_name(self.sub):
-            raise HubError("not a valid name of a folder in a repository", self.sub)
+            raise HubError("this is not a valid name of a folder in a repository", self.sub)
 
     @property
     def is_commit(self) -> bool:
@@ -63,13 +64,13 @@ class Uri:
 
 
 def parse_uri(text: str) -> Uri:
-    """Parse `hf://ORG/NAME[@REVISION][/sub]`, which must be a model. Raises HubError."""
+    """Parse the location of a model: hf://ORG/NAME[@REVISION][/sub]. Raises HubError, also for a dataset or a space."""
     from huggingface_hub import parse_hf_uri
 
     with convert_errors(text):
         uri = parse_hf_uri(text)
     if uri.type != "model":
-        raise HubError(f"a {uri.type}, not a model", text)
+        raise HubError(f"this is a {uri.type}, not a model", text)
     return Uri(uri.id, uri.revision, uri.path_in_repo.strip("/"))
 
 
@@ -83,7 +84,7 @@ def parse_location(text: str | Path) -> Path | Uri:
 
 
 def parse_directory(text: str | Path) -> Path:
-    """Parse the location of a checkpoint that must be on this machine. Raises HubError for one on the Hub."""
+    """Parse the location of a checkpoint on this machine. Raises HubError for a location on the Hub."""
     where = parse_location(text)
     if not isinstance(where, Uri):
         return where
@@ -103,9 +104,11 @@ def is_offline() -> bool:
 
 
 def open_location(checkpoint: Path | Uri) -> Path | RemoteTree:
-    """Choose where headers and single scalars are read: a directory, or a repository read in byte ranges.
+    """Choose where headers and single scalars are read: a directory, or byte ranges of files on the Hub.
 
-    A repository in the local cache is used if the revision is a full commit or the offline mode is on. Raises HubError.
+    For a repository, this is its folder in the local cache if the offline mode is on, or if the revision is a full
+    commit and the folder exists. Raises HubError, and CheckpointError if the offline mode is on and the folder is
+    missing.
     """
     if not isinstance(checkpoint, Uri):
         return checkpoint
@@ -116,15 +119,15 @@ def open_location(checkpoint: Path | Uri) -> Path | RemoteTree:
 
 
 def download_checkpoint(checkpoint: Path | Uri) -> Path:
-    """Return a directory with all files of a checkpoint, downloading missing ones to the cache. Raises HubError."""
+    """Return a directory with all files of a checkpoint. Downloads missing files to the cache. Raises HubError."""
     return fetch(checkpoint) if isinstance(checkpoint, Uri) else checkpoint
 
 
 def find_cached(uri: Uri) -> Path:
     """Return the folder of a repository in the local cache, without opening a connection.
 
-    Without a revision it is that of the main branch as last downloaded. Raises CheckpointError if it is missing or
-    incomplete.
+    If `uri` has no revision, returns the folder of the main branch as last downloaded. Raises CheckpointError if the
+    folder is missing or incomplete.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -133,7 +136,7 @@ def find_cached(uri: Uri) -> Path:
         folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, local_files_only=True))
     except LocalEntryNotFoundError:
         remedy = f"run hf download {uri.repo_id}{_format_option(uri)}, or give a directory with --base"
-        raise CheckpointError("not in the local Hugging Face cache", uri, remedy) from None
+        raise CheckpointError("the repository is not in the local Hugging Face cache", uri, remedy) from None
     except HFValidationError as error:
         raise CheckpointError(str(error), uri) from None
     return folder / uri.sub if uri.sub else folder
@@ -142,8 +145,8 @@ def find_cached(uri: Uri) -> Path:
 def fetch(uri: Uri, only: Sequence[str] | None = None) -> Path:
     """Download a repository to the local cache and return its folder.
 
-    `only` lists the files to download; by default all are. A complete folder of a full commit is used without a request
-    to the Hub. Raises HubError, CheckpointError.
+    `only` lists the files to download. By default all files are downloaded; then, if the revision is a full commit and
+    its folder is complete, no request is sent. Raises HubError, CheckpointError.
     """
     from huggingface_hub import snapshot_download
 
@@ -160,12 +163,12 @@ def fetch(uri: Uri, only: Sequence[str] | None = None) -> Path:
 
 
 def _escape_pattern(name: str) -> str:
-    """Build a pattern that matches only this name."""
+    """Build a pattern for `allow_patterns` of huggingface_hub that matches only this name."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def get_config_error() -> type[Exception]:
-    """Return the exception that huggingface_hub raises in transformers for contradictory values in a config.json."""
+    """Return the exception that transformers passes on from huggingface_hub for contradictory values in config.json."""
     from huggingface_hub.errors import StrictDataclassError
 
     return StrictDataclassError

@@ -1,4 +1,4 @@
-"""Read and write model cards like the Hub: front matter with ModelCard of huggingface_hub, then Markdown."""
+"""Read and write model cards: front matter in YAML, which huggingface_hub parses and renders, and Markdown below."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 MAX_FRONT_MATTER = 64 << 10
-"""Maximum length of front matter in characters. It has a few lines, and parsing hostile megabytes of YAML is slow."""
+"""Maximum length of front matter in characters. Parsing hostile megabytes of YAML would be slow."""
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
@@ -18,7 +18,7 @@ def read(text: str, fields: Collection[str]) -> tuple[dict[str, Any], str]:
 
     Front matter that cannot be read is treated as empty.
     """
-    import yaml  # huggingface_hub reads front matter with it
+    import yaml  # huggingface_hub parses front matter with yaml, and passes on its errors
     from huggingface_hub import ModelCard
 
     text = text.removeprefix("\ufeff")
@@ -44,7 +44,7 @@ def render(fields: dict[str, Any], body: str) -> bytes:
 
 @contextlib.contextmanager
 def _mute_logger() -> Iterator[None]:
-    """Disable the logger that would repeat the words of a stranger's card within the block."""
+    """Disable, during the block, the logger that would print parts of a card that somebody else wrote."""
     from huggingface_hub.utils import logging
 
     logger = logging.get_logger("huggingface_hub.repocard_data")

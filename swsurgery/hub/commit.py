@@ -1,7 +1,7 @@
-"""Write to the Hub (repositories, commits, tags, pull requests) and list what is there.
+"""Create repositories, branches, commits, tags and pull requests on the Hub, and list them.
 
-A commit is made with a `Draft`: large contents are uploaded first, invisible to readers, then one request moves the
-branch or fails. This module knows paths and bytes, and not what they mean.
+A commit is made with a `Draft`: first, large contents are uploaded, which readers cannot see yet; then one request
+moves the branch or fails. This module handles paths and bytes, and does not interpret the contents.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
 MAIN = "main"
-"""Every repository has a branch of this name."""
+"""Name of the branch that every repository has."""
 
 NOTHING_IGNORED = "# nothing is ignored\n"
-"""This text replaces the .gitignore of the repository, with which the Hub would silently omit files."""
+"""The .gitignore that is sent with an upload. The repository's own one could make the Hub silently omit files."""
 
 
 class Conflict(HubError):
@@ -34,16 +34,16 @@ class Conflict(HubError):
 
 
 class CopyRefused(HubError):
-    """The Hub refuses to copy the files `names` from the other repository."""
+    """The Hub refuses to copy the files `names` from another repository."""
 
     def __init__(self, names: Iterable[str], where: object):
-        super().__init__("the Hub does not copy them", where)
+        super().__init__("the Hub refuses to copy files from this repository", where)
         self.names = tuple(names)
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The place for a commit: the head of its branch, or that of main if the branch does not exist yet.
+    """Where to commit: on top of `head`, the head of the branch, or the head of main if the branch does not exist yet.
 
     `tags` maps the name of each tag to its commit.
     """
@@ -64,14 +64,14 @@ class Copy:
 
 @dataclass(frozen=True)
 class Sent:
-    """A commit that was made, and the number of its pull request, if any."""
+    """A commit that was made, and the number of its pull request (None for a commit to a branch)."""
 
     commit: str
     pull_request: int | None
 
 
 def open_visible_tree(repo_id: str, revision: str | None = None) -> RemoteTree | None:
-    """Open a tree like `open_tree`; None if it is missing or hidden from this token. Raises HubError."""
+    """List a tree like `open_tree`, but return None if it is missing or hidden from this token. Raises HubError."""
     from huggingface_hub import errors
 
     with convert_errors(_format_uri(repo_id, revision)):
@@ -86,7 +86,7 @@ def open_visible_tree(repo_id: str, revision: str | None = None) -> RemoteTree |
 
 
 def find_branch(repo_id: str, branch: str) -> Branch | None:
-    """Find the place for a commit; returns None if this token can see no such repository. Raises HubError."""
+    """Return where to commit, or None if the repository is missing or hidden from this token. Raises HubError."""
     from huggingface_hub import HfApi, errors
 
     with convert_errors(_format_uri(repo_id)):
@@ -117,7 +117,7 @@ def show_bars(bars: bool) -> Iterator[None]:
 
     hidden = are_progress_bars_disabled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an environment variable may have disabled them already
+        warnings.simplefilter("ignore")  # the library warns if an environment variable disables them already
         if not bars:
             disable_progress_bars()
         try:
@@ -139,8 +139,8 @@ def has_token(data: bytes) -> bool:
         try:
             token = get_token()
         except OIDCError:
-            remedy = "the job needs the permission id-token: write, or HF_OIDC_ID_TOKEN; or unset HF_OIDC_RESOURCE"
-            raise HubError("HF_OIDC_RESOURCE is set, and there is no identity to exchange", "", remedy) from None
+            remedy = "give the job the permission id-token: write, or set HF_OIDC_ID_TOKEN, or unset HF_OIDC_RESOURCE"
+            raise HubError("HF_OIDC_RESOURCE is set, but this job has no identity to exchange", "", remedy) from None
     return token.encode() in data if token else False
 
 
@@ -162,7 +162,7 @@ def is_private(repo_id: str) -> bool:
 
 
 def create_repository(repo_id: str, private: bool) -> None:
-    """Create a repository; an existing one is kept as it is. Raises HubError."""
+    """Create a repository. Does nothing if the repository exists. Raises HubError."""
     from huggingface_hub import HfApi
 
     with _explain_upload(_format_uri(repo_id)):
@@ -178,7 +178,7 @@ def create_branch(repo_id: str, branch: str, commit: str) -> None:
 
 
 def create_tag(repo_id: str, name: str, commit: str) -> None:
-    """Create a tag for a commit; an existing tag is kept as it is. Raises HubError."""
+    """Create a tag for a commit. Does nothing if the tag exists. Raises HubError."""
     from huggingface_hub import HfApi
 
     with _explain_upload(_format_uri(repo_id, name)):
@@ -186,16 +186,17 @@ def create_tag(repo_id: str, name: str, commit: str) -> None:
 
 
 class Draft:
-    """A commit that is being prepared on top of `parent`; with `create_pr`, in a new pull request."""
+    """A commit that is being prepared on top of `parent`. If `create_pr` is True, it becomes a new pull request."""
 
     def __init__(self, repo_id: str, branch: str, parent: str, create_pr: bool):
         self._repo_id, self._branch, self._parent, self._create_pr = repo_id, branch, parent, create_pr
         self._additions: dict[str, CommitOperationAdd] = {}
 
     def add(self, contents: Mapping[str, Path | bytes]) -> dict[str, str]:
-        """Upload those of `contents` that are large and not on the Hub yet; returns the sha256 of each, as read.
+        """Add files to the commit, and upload each large file that the Hub does not have yet.
 
-        `contents` maps paths in the repository to local files or bytes. Raises HubError.
+        `contents` maps paths in the repository to local files or bytes. Returns the sha256 of each file as it was read.
+        Raises HubError.
         """
         from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -261,15 +262,16 @@ class Draft:
 
 
 def _select_names(copies: Collection[Copy], digests: Collection[str] = ()) -> list[str]:
-    """Return the names of the copies with these digests, or of all copies if no digest matches."""
+    """Return the names of the copies with one of these digests, or of all copies if no digest matches."""
     return [c.name for c in copies if c.sha256 in digests] or [c.name for c in copies]
 
 
 @contextlib.contextmanager
 def _explain_upload(where: object) -> Iterator[None]:
-    """Convert errors of calls that write: the client validates answers and wraps errors of its threads.
+    """Convert errors of calls that write to the Hub to a HubError about `where`.
 
-    Its warnings repeat what the server wrote about the card, so they are not shown.
+    huggingface_hub raises ValueError or KeyError for an invalid answer, and wraps errors of its threads in a
+    RuntimeError. Its warnings repeat what the server wrote about the card, so they are not shown.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -288,6 +290,6 @@ def _explain_upload(where: object) -> Iterator[None]:
             if str(error).startswith("Invalid metadata in README.md"):
                 raise HubError("the Hub rejects the card's metadata", where) from None
             if str(error).startswith("LFS batch API returned errors"):
-                remedy = "is there storage left in this namespace?"
+                remedy = "check how much storage is left in this namespace"
                 raise HubError("the Hub rejects a large file", where, remedy) from None
             raise HubError("the Hub's answer is not valid", where, "run the same command again") from None

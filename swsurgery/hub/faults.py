@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from swsurgery.errors import HubError, SwsurgeryError
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
-"""A token of the Hub has this form."""
+"""Pattern of a token of the Hub."""
 
 _STATUS = {
     401: ("the Hub requires you to log in", "run hf auth login, or set HF_TOKEN"),
     403: ("the Hub refuses access", "check the permissions of your token"),
-    404: ("not found on the Hub", "is the name right? private and gated repositories need a token: hf auth login"),
+    404: ("not found on the Hub", "check the name; to read a private or gated repository, run hf auth login"),
     409: ("the Hub reports a conflict with what exists", "run the same command again"),
     412: ("somebody else committed meanwhile", "run the same command again"),
     429: ("the Hub limits the rate of requests", "wait a few minutes, then run the same command again"),
@@ -43,10 +43,10 @@ _FIXED = re.compile(r"(Retrying in|Rate limited\. Waiting) [0-9.]+s( before retr
 
 
 class _NoServersWords(logging.Filter):
-    """Reduce log records of the library to parts that no server can word: an HTTP status and a waiting time."""
+    """Reduce log records of huggingface_hub to texts that a server cannot choose: HTTP status and waiting time."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Shorten the record to its recognised part. Returns False, which drops it, if nothing is recognised."""
+        """Shorten the record to its recognised part. Returns False, which drops it, if no part is recognised."""
         text = record.getMessage()
         found = _FIXED.fullmatch(text) or _STATUS_LINE.match(text)
         if found is not None:
@@ -56,7 +56,7 @@ class _NoServersWords(logging.Filter):
 
 @functools.cache
 def _mute_library() -> None:
-    """Stop the library from logging the words of a server, for every handler of its log."""
+    """Stop huggingface_hub from logging the words of a server, whichever handlers its loggers have."""
     from swsurgery.hub.guard import LOGGERS
 
     only = _NoServersWords()
@@ -66,7 +66,7 @@ def _mute_library() -> None:
 
 @contextlib.contextmanager
 def convert_errors(where: object) -> Iterator[None]:
-    """Convert what the library raises within the block to a HubError about `where`."""
+    """Convert errors that huggingface_hub raises during the block to a HubError about `where`."""
     from huggingface_hub import errors, get_session
 
     from swsurgery.hub.guard import Refused, guard_requests
@@ -80,33 +80,34 @@ def convert_errors(where: object) -> Iterator[None]:
     except Refused as error:
         raise HubError(error.what, where, error.remedy) from None
     except errors.GatedRepoError:
-        raise HubError("a gated repository", where, "accept its terms on its page, and log in: hf auth login") from None
+        remedy = "accept the terms on its page, and run hf auth login"
+        raise HubError("the repository is gated", where, remedy) from None
     except errors.RevisionNotFoundError:
-        raise HubError("no such revision", where) from None
+        raise HubError("the repository has no such revision", where) from None
     except errors.RepositoryNotFoundError:
         raise HubError(*_describe_status(404, where)) from None
     except errors.OfflineModeIsEnabled:
         raise HubError("the offline mode is on", where, "unset HF_HUB_OFFLINE") from None
     except errors.RemoteEntryNotFoundError:
-        raise HubError("no such file or folder on the Hub", where) from None
+        raise HubError("there is no such file or folder on the Hub", where) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         raise HubError(*_describe_status(status, where)) from None
     except errors.LocalEntryNotFoundError:
-        what = "neither in the local Hugging Face cache nor available from the Hub"
-        raise HubError(what, where, "is there a network? is the name right?") from None
+        what = "the repository is neither in the local Hugging Face cache nor available from the Hub"
+        raise HubError(what, where, "check the network connection and the name") from None
     except (errors.HFValidationError, errors.HfUriError, errors.LocalTokenNotFoundError) as error:
         raise HubError(redact(str(error).splitlines()[0]), where) from None
     except errors.OIDCError:
-        what = "HF_OIDC_RESOURCE is set, and there is no identity to exchange"
-        raise HubError(what, where, "the job needs the permission id-token: write") from None
+        what = "HF_OIDC_RESOURCE is set, but this job has no identity to exchange"
+        raise HubError(what, where, "give the job the permission id-token: write") from None
     except errors.EntryNotFoundError:
-        raise HubError("no such file on the Hub", where) from None
+        raise HubError("there is no such file on the Hub", where) from None
     except OSError as error:
         raise HubError(f"cannot be reached or written ({type(error).__name__})", where) from None
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError, UnboundLocalError):
-        # The library reads documents of the Hub without validating them.
-        raise HubError("the Hub's answer is not valid", where, "is this the right Hub?") from None
+        # huggingface_hub reads documents of the Hub without validating them.
+        raise HubError("the Hub's answer is not valid", where, "check that HF_ENDPOINT names the right Hub") from None
     except Exception as error:
         # Exceptions of the transport are recognised by their package, the HTTP library that huggingface_hub uses.
         if type(error).__module__.split(".")[0] != type(get_session()).__module__.split(".")[0]:
@@ -116,7 +117,7 @@ def convert_errors(where: object) -> Iterator[None]:
 
 
 def _describe_status(status: int, where: object) -> tuple[str, object, str]:
-    """Describe an HTTP status; returns the arguments of a HubError."""
+    """Return the three arguments of a HubError that describe an HTTP status."""
     other = ("the Hub failed", "run the same command again") if status >= 500 else ("the Hub refused", "")
     what, remedy = _STATUS.get(status, other)
     return f"{what} (HTTP {status})", where, remedy

@@ -35,16 +35,16 @@ MAX_PAGES = 300
 """Maximum number of requests for lists (pages of 1,000 files) in one call."""
 
 MAX_SECONDS = 600.0
-"""Maximum duration of all requests for lists in one call."""
+"""Maximum duration of all requests for lists in one call, in seconds."""
 
 MAX_WAIT = 330
-"""Longest wait that the Hub may ask for, in seconds. Its own limits are per 300 seconds."""
+"""Longest wait that the Hub may ask for, in seconds. The Hub's rate limits are per 300 seconds."""
 
 GRACE = 60.0
-"""A body may take this number of seconds, and one more for every MIN_RATE bytes received."""
+"""The body of an answer may take this many seconds, and one more second per MIN_RATE bytes received."""
 
 MIN_RATE = 4096
-"""Minimum rate of a body after GRACE seconds, in bytes per second."""
+"""Minimum rate at which a body must arrive after GRACE seconds, in bytes per second."""
 
 READ_TIMEOUT = 60.0
 """Maximum number of seconds without a byte, for GET and HEAD requests without a timeout of their own."""
@@ -53,10 +53,10 @@ WRITE_TIMEOUT = 300.0
 """Maximum number of seconds without a byte for other requests; the Hub needs some time for a large commit."""
 
 ETAG = re.compile(r'(?:W/)?"?[0-9A-Za-z_][0-9A-Za-z_.+=:-]{0,127}"?')
-"""An ETag must have this form, because huggingface_hub uses it as a file name."""
+"""Pattern that an ETag must match, because huggingface_hub uses it as a file name."""
 
 BROKEN_OFF = _http._DEFAULT_RETRY_ON_EXCEPTIONS
-"""The transport raises one of these if a connection ends in the middle of an answer."""
+"""Exceptions that the HTTP client raises if a connection ends in the middle of an answer."""
 
 LOGGERS = tuple(
     f"huggingface_hub.{name}"
@@ -71,32 +71,32 @@ LOGGERS = tuple(
         "utils._xet",
     )
 )
-"""These loggers of huggingface_hub, one per module, repeat what a server sent: its words, headers and links."""
+"""Loggers of huggingface_hub, one per module, that repeat what a server sent: its words, headers and links."""
 
 stream_with_retries = _http.http_stream_backoff
-"""The library's streaming request with retries; the library exports it without declaring so."""
+"""Function of huggingface_hub that makes a streaming request with retries. Its name is not declared as exported."""
 
 _KIND = "swsurgery_kind"
-"""A request carries "content" or "answer" under this key of its extensions."""
+"""Key in the extensions of a request. The value is "content" if a file is requested, otherwise "answer"."""
 
 
 class Refused(Exception):
-    """A request or an answer beyond the limits. `convert_errors` makes a HubError of it that names the repository."""
+    """A request or an answer beyond the limits. `convert_errors` converts it to a HubError about the repository."""
 
-    def __init__(self, what: str, remedy: str = "is this the right Hub?"):
+    def __init__(self, what: str, remedy: str = "check that HF_ENDPOINT names the right Hub"):
         super().__init__(what)
         self.what, self.remedy = what, remedy
 
 
 @dataclass
 class _Budget:
-    """Requests for lists and time that one call has used so far."""
+    """Number of requests for lists that one call has made so far, and the time when the call began."""
 
     pages: int = 0
     begin: float = field(default_factory=time.monotonic)
 
     def spend(self) -> None:
-        """Count one request for a list. Raises Refused beyond a limit."""
+        """Count one request for a list. Raises Refused if a limit is exceeded."""
         self.pages += 1
         if self.pages > MAX_PAGES:
             raise Refused(f"the Hub's list has more than {MAX_PAGES} pages")
@@ -106,7 +106,7 @@ class _Budget:
 
 _budget: ContextVar[_Budget | None] = ContextVar("_budget", default=None)
 _active = 0
-_active_lock = threading.Lock()  # a global, because threads of the client do not inherit context variables
+_active_lock = threading.Lock()  # _active is global: threads of the client inherit no context variables
 
 
 def build_headers(api: HfApi) -> dict[str, str]:
@@ -116,7 +116,7 @@ def build_headers(api: HfApi) -> dict[str, str]:
 
 @contextlib.contextmanager
 def guard_requests() -> Iterator[None]:
-    """Check every request and answer of the client of huggingface_hub within the block. Raises Refused."""
+    """Check every request and answer of huggingface_hub's HTTP client during the block. Raises Refused."""
     global _active
     factory = _http._GLOBAL_CLIENT_FACTORY
     if not isinstance(factory, _GuardedFactory):
@@ -155,13 +155,13 @@ def _is_hub(url: httpx2.URL) -> bool:
 
 
 def _is_identity_provider(url: httpx2.URL) -> bool:
-    """Return True for the origin that issues the token of GitHub Actions, which trusted publishing exchanges."""
+    """Return True if this URL issues the identity tokens of GitHub Actions, which trusted publishing uses."""
     named = os.environ.get("ACTIONS_ID_TOKEN_REQUEST_URL")
     return named is not None and _http._url_origin(str(url)) == _http._url_origin(named)
 
 
 def _check_request(request: httpx2.Request) -> None:
-    """Check a request and set its limits. Raises Refused."""
+    """Check a request and set its timeouts. Raises Refused."""
     if not _active:
         return
     hub, path = _is_hub(request.url), request.url.path
@@ -182,7 +182,7 @@ def _check_request(request: httpx2.Request) -> None:
 
 
 def _check_response(response: httpx2.Response) -> None:
-    """Check an answer and bound its body. Raises Refused."""
+    """Check an answer and limit the size and duration of its body. Raises Refused."""
     if not _active:
         return
     request, headers = response.request, response.headers
@@ -273,7 +273,7 @@ class _Bounded(httpx2.SyncByteStream):
 
 
 def _check_document(response: httpx2.Response) -> None:
-    """Check the names, commits and sizes in a JSON document, which huggingface_hub does not. Raises Refused."""
+    """Check the names, commits and sizes in a JSON document, which huggingface_hub does not check. Raises Refused."""
     method, path = response.request.method, response.request.url.raw_path.decode("ascii", "replace").split("?")[0]
     check = next((c for verb, pattern, c in _DOCUMENTS if verb == method and pattern.search(path)), None)
     if check is None:
@@ -281,7 +281,8 @@ def _check_document(response: httpx2.Response) -> None:
     try:
         check(json.loads(response.read()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise Refused("the Hub's answer is not valid", "is this the right Hub? run the same command again") from None
+        remedy = "check that HF_ENDPOINT names the right Hub, and run the same command again"
+        raise Refused("the Hub's answer is not valid", remedy) from None
 
 
 def _require(condition: bool) -> None:

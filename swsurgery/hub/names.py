@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-"""A full commit has this form."""
+"""Pattern of a full commit id."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-"""A digest has this form."""
+"""Pattern of a sha256 digest or of a Xet hash."""
 
 
 def is_file_name(text: object) -> bool:
-    """Return True if `text` is a relative path that stays inside its repository."""
+    """Return True if `text` is a relative path inside a repository, without control characters or overlong names."""
     return (
         isinstance(text, str)
         and 0 < len(text) <= 1024
@@ -29,7 +29,7 @@ def is_revision(text: str) -> bool:
 _REPO_ID = re.compile(r"(?:hf:/?)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w.-]+)?)")
 
 
-# A Path removes the second slash, and may be relative to the current directory.
+# In a URL that was converted to a Path, the second slash is missing, and a directory may precede the URL.
 _URL = re.compile(
     r"(?:.*/)?(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co):?/+([\w.-]+/[\w.-]+?)"
     r"(?:/(?:tree|blob|resolve)/([^/?#]+)(?:/([^?#]*))?)?/?(?:[?#].*)?"
@@ -37,7 +37,7 @@ _URL = re.compile(
 
 
 def suggest_uri(given: str) -> str:
-    """Return a remedy if a path that does not exist looks like a repository of the Hub or its URL, else ""."""
+    """Return a remedy if `given`, a path that does not exist, looks like a repository of the Hub; otherwise ""."""
     if match := _URL.fullmatch(given):
         repo_id, revision, sub = match.groups()
         at = f"@{revision}" if revision and revision != "main" else ""

@@ -1,7 +1,7 @@
 """Read byte ranges of files on the Hub over HTTP, and count the bytes transferred.
 
-huggingface_hub handles redirects, tokens, mirrors and retries of a refused request. This module continues after a
-connection that breaks in the middle of an answer.
+huggingface_hub handles redirects, tokens, mirrors and retries of a refused request. If a connection breaks in the
+middle of an answer, this module requests the missing bytes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from swsurgery.errors import HubError
 from swsurgery.hub.faults import convert_errors, list_transport_errors
 
 HEAD = 64 << 10
-"""Number of bytes fetched at the first read near the start of a file; most headers fit, so one request is enough."""
+"""Number of bytes fetched by a file's first read near its start. Most headers are smaller, so one request is enough."""
 
 RETRIES = 5
-"""Maximum number of requests for one range."""
+"""Maximum number of requests for one range of bytes, if connections break."""
 
 
 @dataclass
@@ -58,11 +58,11 @@ class RemoteFile:
         return f"hf://{self.repo_id}@{self.commit}/{self.path}"
 
     def open(self) -> AbstractContextManager[RemoteFile]:
-        """Return the file as it is: no connection stays open between two reads."""
+        """Return a context that yields this file. Nothing is opened: no connection stays open between two reads."""
         return contextlib.nullcontext(self)
 
     def readinto(self, buffer: memoryview, offset: int) -> int:
-        """Read bytes from `offset` on into `buffer`, and return their number; 0 only at the end. Raises HubError."""
+        """Read bytes at `offset` into `buffer`, and return their number (0 only at the end). Raises HubError."""
         size = max(0, min(len(buffer), self.size - offset))
         if size:
             buffer[:size] = self._read(size, offset)
@@ -96,7 +96,7 @@ class RemoteFile:
                 with convert_errors(self), stream_with_retries("GET", url, headers=headers) as response:
                     hf_raise_for_status(response)
                     self._check_range(response.status_code, response.headers, size, offset + begin)
-                    # Suppressed here, because the library would request the whole range again and discard the answer.
+                    # Suppressed here, because huggingface_hub would request the whole range again and discard the data.
                     with contextlib.suppress(*list_transport_errors()):
                         for chunk in response.iter_raw():
                             data += chunk
@@ -111,7 +111,10 @@ class RemoteFile:
         raise HubError(f"the connection broke {RETRIES} times", self, "run the same command again")
 
     def _check_range(self, status: int, headers: Mapping[str, str], size: int, begin: int) -> None:
-        """Raise HubError unless the answer starts at `begin`. A mirror may answer with the whole of a small file."""
+        """Raise HubError if the answer does not start at `begin`.
+
+        For a range that is the whole file, a mirror may answer with status 200.
+        """
         if status == 200 and begin == 0 and size == self.size:
             return
         if status != 206:  # the body would be the whole file
@@ -140,7 +143,7 @@ class RemoteTree:
 
 
 def require_commit(commit: str | None) -> str:
-    """Return the commit that an answer of the Hub names. Raises ValueError if it names none."""
+    """Return the commit that an answer of the Hub names. Raises ValueError if the answer names no commit."""
     if commit is None:
         raise ValueError("the answer names no commit")
     return commit
@@ -154,7 +157,7 @@ def open_tree(repo_id: str, revision: str | None = None, sub: str = "") -> Remot
 
 
 def list_tree(repo_id: str, revision: str | None, sub: str = "") -> RemoteTree:
-    """List the files as `open_tree` does. Raises the errors of huggingface_hub."""
+    """List files like `open_tree`, but raise the errors of huggingface_hub instead of HubError."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 

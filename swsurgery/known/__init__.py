@@ -5,14 +5,15 @@ them. It must not depend on a running model, torch or numpy.
 
     schema.py    models, coordinates, measurements and sources
     shipped.py   reads the shipped TOML files, one per model family
-    own.py       the user's own entries, and lookup by name in both
-    table.py     the table for the terminal, and manifests
-    *.toml       the data; related.toml contains results without a coordinate, names.toml is a generated index
+    own.py       the user's own entries, and lookup by name in shipped and own entries
+    table.py     renders the table for the terminal, and manifests
+    *.toml       the shipped data; related.toml contains results without a coordinate, and names.toml is a generated
+                 index of the models' names
 
 To add a model, add a table to its family's file or add a new file, then run the first two commands in docs/known.py.
 The third command prints the table of a model that was scanned on this machine.
 
-`status` is the origin of a coordinate:
+`status` is the origin of a coordinate, or the doubt about it:
     paper                   printed in a paper, in a table or in a sentence
     measured                found by `swsurgery scan`: by this project, or by you if it is marked as own scan
     independent-detection   found by a third party's detector, in no paper
@@ -21,7 +22,8 @@ The third command prints the table of a model that was scanned on this machine.
     refuted                 a published test found no lasting effect, or the weight is not large
     insufficient            doubted by its own author, untested, or not supported by the evidence
 `causal_alone` is the effect on perplexity of zeroing only this scalar: catastrophic (x30 or more), strong (x4 to x30),
-moderate (x2 to x4), weak (x1.05 to x2), inert (below x1.05), untested. If only a row is published, the row was zeroed.
+moderate (x2 to x4), weak (x1.05 to x2), inert (below x1.05), untested. If only a row is published, the whole row was
+zeroed.
 """
 
 from swsurgery.known.own import find_by_repo, find_model, forget, list_all_models, list_own_models, refuse_name, save

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class KnownSuperWeights(TableResult):
-    """The known super weights of models; only those of the given statuses, unless `statuses` is None."""
+    """The known super weights of models. If `statuses` is not None, only coordinates with one of them are included."""
 
     models: tuple[KnownModel, ...]
     statuses: tuple[str, ...] | None = None
@@ -34,7 +34,7 @@ class KnownSuperWeights(TableResult):
         return shipped.build_json(self.models, self.statuses)
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per coordinate: model, id, tensor, row, col, value, dtype, status and effect of zeroing it."""
+        """Return one row per coordinate: its model, id, position, tensor, value, dtype, status and `causal_alone`."""
         columns = ("id", "layer", "expert", "row", "col", "tensor", "value", "dtype", "status", "causal_alone")
         return [
             {"model": model.hf_id, **{column: getattr(found, column) for column in columns}}
@@ -49,10 +49,10 @@ def lookup(
     """Return the known super weights of a model, the user's own scans included, or the record of a checkpoint.
 
     `model` is a model's name ("llama-7b"), or a patched checkpoint: a directory or hf://ORG/NAME[@REV][/sub]. `status`
-    selects coordinates by where they come from: one of the words that `swsurgery.known` explains, or several.
+    selects coordinates of a model: one status or several. The docstring of `swsurgery.known` explains the statuses.
 
-    Raises TypeError; LookupFailed for an unknown name, with near names, or an unknown status; CheckpointError and
-    HubError for a checkpoint without a record.
+    Raises TypeError; LookupFailed for an unknown status or an unknown name (the message suggests similar names);
+    CheckpointError or HubError for a checkpoint without a record; SwsurgeryError for a checkpoint with a `status`.
     """
     reporter = require_reporter(reporter)
     require_location("model", model)

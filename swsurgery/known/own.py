@@ -20,7 +20,8 @@ from swsurgery.known.shipped import find_shipped_by_repo, find_shipped_near, lis
 _REPO_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 
 _LONGEST, _KEPT = 100, 80
-"""Maximum bytes of an organisation's or a model's name in a file name, and bytes of a longer name before its digest.
+"""Maximum length in bytes of an organisation's or a model's name in a file name, and the length to which a longer name
+is cut before a digest of the whole name is appended.
 
 Two such names and an extension fit into the 255 bytes that a file name may have.
 """
@@ -68,10 +69,10 @@ def refuse_name(name: str, sizes: tuple[int, int, int]) -> str:
     shipped = _find_shipped(name)
     if shipped and _get_sizes(shipped) != sizes:
         raise LookupFailed(
-            f"the name of another model: layers, hidden and intermediate size of {shipped.hf_id} are "
+            f"this is the name of another model: layers, hidden and intermediate size of {shipped.hf_id} are "
             f"{_get_sizes(shipped)}, not {sizes}",
             name,
-            "give this one another name",
+            "choose another name",
         )
     return stem
 
@@ -91,7 +92,7 @@ def forget(name: str) -> Path:
 
 
 def load_own_entry(name: str) -> KnownModel:
-    """Return the own entry with this name, without the shipped entry. Raises LookupFailed if missing or damaged."""
+    """Return the own entry with this name, not merged with a shipped one. Raises LookupFailed if missing or damaged."""
     return _load(_find_own_file(name))
 
 
@@ -130,9 +131,9 @@ def find_model(name: str) -> KnownModel:
 
 
 def find_by_repo(repo_id: str) -> KnownModel | None:
-    """Return the shipped or own model with exactly this repo_id, or None.
+    """Return the shipped or own model with this repo_id, ignoring case; None if there is none.
 
-    Raises LookupFailed if its own entry is damaged.
+    Raises LookupFailed if the own entry of this model is damaged.
     """
     if model := find_shipped_by_repo(repo_id):
         return _merge_own(model)
@@ -144,8 +145,8 @@ def find_by_repo(repo_id: str) -> KnownModel | None:
 def identify(name: str | None, repo_ids: Iterable[object]) -> KnownModel | None:
     """Return the known model with this name or, if `name` is None, the first known model with one of `repo_ids`.
 
-    Values that are not repository ids are skipped. Returns None if no known model has any of the ids. Raises
-    LookupFailed if the name is unknown, or if the model's own entry is damaged.
+    Values in `repo_ids` that are not repository ids are skipped. Returns None if no known model has any of the ids.
+    Raises LookupFailed if the name is unknown, or if the model's own entry is damaged.
     """
     if name:
         return find_model(name)
@@ -269,7 +270,7 @@ def _find_own_file(name: str) -> Path:
     if paths:
         raise _make_several_error(name, paths)
     if shipped:
-        raise LookupFailed("no own entry of this model", name, "what is shipped cannot be forgotten")
+        raise LookupFailed("no own entry of this model", name, "shipped entries cannot be removed")
     names = ", ".join(model.hf_id for model in list_own_models())
     raise LookupFailed("no own entry of this name", name, f"own entries: {names}" if names else "there are none")
 

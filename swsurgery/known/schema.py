@@ -62,10 +62,10 @@ class StrictValue(BaseModel):
 
 
 class Citation(StrictValue):
-    """A source that can be cited.
+    """The source of a coordinate or of a measurement.
 
-    `commit` is a commit of the repository in `cite`. The kind `secondary` means that the source repeats another one.
-    The kind `scan` is a measurement by this project and `own scan` one by the user. Both cite the command to repeat it.
+    `commit` is a commit of the repository in `cite`. A source of the kind `secondary` repeats another source. `scan` is
+    a measurement by this project, and `own scan` a measurement by the user; `cite` is then the command to repeat it.
     """
 
     key: str
@@ -93,8 +93,8 @@ class Citation(StrictValue):
 class Conditions(StrictValue):
     """The conditions of a scan's measurement.
 
-    The text with this sha256 was run as `windows` windows of at most `window_tokens` tokens each, in `dtype` on
-    `device`. `scored_tokens` is the number of scored predictions; version 0.1.0 did not store it.
+    The text with the sha256 `text_sha256` was run as `windows` windows of at most `window_tokens` tokens each, in
+    `dtype` on `device`. `scored_tokens` is the number of scored predictions; version 0.1.0 did not store it.
     """
 
     text_sha256: str
@@ -130,7 +130,7 @@ class KnownEffect(StrictValue):
     def _drop_interval_from_tokens(self) -> KnownEffect:
         """Drop an interval measured by version 0.1.0, which did not store the number of scored tokens.
 
-        It was computed from blocks of tokens and contained the true ratio in only about half of all cases.
+        That version computed intervals from blocks of tokens; only about half of them contained the true ratio.
         """
         if self.conditions is not None and self.conditions.scored_tokens is None:
             object.__setattr__(self, "ci95", None)
@@ -189,7 +189,7 @@ class KnownCoordinate(StrictValue):
     @model_validator(mode="after")
     def _value_with_dtype(self) -> KnownCoordinate:
         if (self.value is None) != (self.dtype is None):
-            raise ValueError(f"{self.id} needs value and dtype, both or neither")
+            raise ValueError(f"{self.id} must have both value and dtype, or neither")
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class KnownCoordinate(StrictValue):
 
 
 class KnownJointSet(StrictValue):
-    """Coordinates that were edited together, by their ids, and the effects of that."""
+    """The ids of coordinates that were edited together, and the measured effects."""
 
     name: str | None = None
     coordinates: tuple[str, ...]
@@ -225,8 +225,8 @@ class KnownModel(StrictValue):
 
     The first alias is the short name. `tensor` is a template for tensor names with {layer} (and {expert}). `transposed`
     is True if the checkpoint stores [col, row]. `revision_measured` is the commit that was measured. `path` is the
-    directory of a checkpoint in no repository. `scans` contains the scans of the whole model, including those that
-    found nothing.
+    directory of a checkpoint that is not in a repository. `scans` contains the scans of the whole model,
+    including scans that found nothing.
     """
 
     aliases: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -254,7 +254,7 @@ class KnownModel(StrictValue):
 
     @property
     def own(self) -> bool:
-        """True if this entry includes a scan by the user, even one that found nothing."""
+        """True if this entry includes a scan by the user, even a scan that found nothing."""
         return any(source.kind == "own scan" for source in self.sources)
 
     @property
@@ -302,7 +302,7 @@ class SuperExperts(StrictValue):
 
 
 class SinkNeurons(StrictValue):
-    """Columns of a down projection that feed attention sinks; the relevant rows are not published."""
+    """Columns of a down projection that cause attention sinks. The relevant rows are not published."""
 
     model: str
     layer: Count
@@ -336,5 +336,5 @@ def select_by_status(model: KnownModel, status: str | Collection[str] | None = N
         return model.coordinates
     wanted = {status} if isinstance(status, str) else set(status)
     for word in sorted(wanted - set(STATUSES)):
-        raise LookupFailed("no such status", word, f"one of {', '.join(STATUSES)}")
+        raise LookupFailed("no such status", word, f"give one of {', '.join(STATUSES)}")
     return tuple(c for c in model.coordinates if c.status in wanted)

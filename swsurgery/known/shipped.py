@@ -36,7 +36,7 @@ _ID = re.compile(r"L(\d+)(?:\.E(\d+|shared))?\.(\d+)\.(\d+|\*)")
 def load_file(path: Path) -> tuple[KnownModel, ...]:
     """Read the models of one family's file.
 
-    Raises ValueError if it breaks the schema, cites a source that it does not list, or lists one that it does not cite.
+    Raises ValueError if the file breaks the schema, or if the sources that it lists and that it cites differ.
     """
     raw = _freeze(tomllib.loads(path.read_text("utf-8")))
     extra = set(raw) ^ {"sources", "models"}
@@ -63,7 +63,7 @@ def list_families() -> list[str]:
 
 @cache
 def load_family(name: str) -> tuple[KnownModel, ...]:
-    """Return the models of one family, named as its file without the extension."""
+    """Return the models of one family. `name` is the name of its file without the extension, such as `llama`."""
     return load_file(_FOLDER / f"{name}.toml")
 
 
@@ -89,7 +89,7 @@ def list_names(model: KnownModel) -> tuple[str, ...]:
 
 
 def find_shipped_by_repo(repo_id: str) -> KnownModel | None:
-    """Return the shipped model published under exactly this repo_id, or None."""
+    """Return the shipped model with this repo_id or alias, ignoring case; None if there is none."""
     models = (
         m for m in find_shipped_near(repo_id) if repo_id.lower() in (name.lower() for name in (m.hf_id, *m.aliases))
     )
@@ -97,9 +97,9 @@ def find_shipped_by_repo(repo_id: str) -> KnownModel | None:
 
 
 def find_shipped_near(name: str) -> list[KnownModel]:
-    """Return all models of each family in which some model has this name; empty if there is none.
+    """Return all models of each family that contains a model with this name; empty if no family does.
 
-    The index of names makes this ten times as fast as reading every family.
+    Reading the index of names and one family is ten times as fast as reading every family.
     """
     key = normalise(name)
     index = tomllib.loads((_FOLDER / _NAMES).read_text("utf-8"))
@@ -107,7 +107,7 @@ def find_shipped_near(name: str) -> list[KnownModel]:
 
 
 def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
-    """Return the one of `models` with this name, ignoring case and punctuation but never guessing.
+    """Return the model in `models` with this name, ignoring case and punctuation but never guessing.
 
     Raises LookupFailed if the name is unknown (the message suggests similar names) or if several models have it (the
     message lists them).
@@ -129,7 +129,9 @@ def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
             raise LookupFailed("no super weight is known", name, f"published result: {result.finding}")
     near = {hf_id: m for n in difflib.get_close_matches(key, table, 6, 0.5) for hf_id, m in table[n].items()}
     hint = (
-        f"did you mean {_join_either([m.slug for m in list(near.values())[:3]])}?" if near else "no known name is near"
+        f"did you mean {_join_either([m.slug for m in list(near.values())[:3]])}?"
+        if near
+        else "no known name is similar"
     )
     raise LookupFailed("no such known model", name, hint)
 
@@ -141,7 +143,7 @@ def find(model: KnownModel, coordinate_id: str) -> KnownCoordinate:
     """
     name, _, short = coordinate_id.rpartition(":")
     if name and normalise(name) not in map(normalise, list_names(model)):
-        raise LookupFailed("a coordinate of another model", coordinate_id, f"this one is {model.slug}")
+        raise LookupFailed("this is a coordinate of another model", coordinate_id, f"give one of {model.slug}")
     for coordinate in model.coordinates:
         if coordinate.id == short:
             return coordinate
@@ -151,9 +153,10 @@ def find(model: KnownModel, coordinate_id: str) -> KnownCoordinate:
 
 
 def list_addressable(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
-    """Return the coordinates that identify one scalar each, which are those that `known: all` in a manifest names.
+    """Return the coordinates with a known column, each of which identifies one scalar.
 
-    Without `status`, refuted coordinates are omitted, because tests found nothing at these positions.
+    Without `status`, refuted coordinates are omitted, because tests found no lasting effect of them. The result is then
+    what `known: all` in a manifest names.
     """
     chosen = set(STATUSES) - {"refuted"} if status is None else status
     return tuple(c for c in select_by_status(model, chosen) if c.col is not None)
@@ -171,7 +174,7 @@ def list_modules(model: KnownModel, status: str | Collection[str] | None = None)
 def build_json(
     models: KnownModel | Iterable[KnownModel], status: str | Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Convert models to the document that `lookup --json` prints. An infinity becomes the text "inf"."""
+    """Convert models to the document that `lookup --json` prints. Infinity becomes the text "inf"."""
     listed = [models] if isinstance(models, KnownModel) else models
     # The round trip through JSON converts tuples to lists, so that callers can compare documents.
     return {"models": [json.loads(json.dumps(m.to_json(status), allow_nan=False)) for m in listed]}

@@ -33,7 +33,10 @@ MAX_MANIFEST = 32 << 20
 """Maximum size of a manifest, in bytes."""
 
 MAX_MANIFEST_FAULTS = 50_000
-"""Maximum number of schema faults that are sorted by line to list the first MAX_FAULTS. More give one summary line."""
+"""Maximum number of schema faults that are sorted by line to list the first MAX_FAULTS.
+
+If there are more faults, only their number is reported.
+"""
 
 
 @dataclass(frozen=True, repr=False)

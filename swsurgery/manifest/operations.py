@@ -282,7 +282,10 @@ class Restore(Operation):
 
 
 class Protect(Operation):
-    """Keep the base's bits. An edit of the same scalar is an error; a rewrite of its tensor leaves it as it is."""
+    """Keep the base's bits. An edit of the same scalar is an error, also in a later manifest.
+
+    A rewrite of the scalar's tensor leaves it unchanged.
+    """
 
     writes: ClassVar[bool] = False
     op: Literal["protect"]

@@ -99,28 +99,28 @@ class Reader:
         if len(path) < 2 or path[0] != "edits" or not isinstance(path[1], int):
             self._nodes += 1
             if self._nodes > MAX_NODES:
-                self._refuse(event, f"more than {MAX_NODES} keys and values")
+                self._refuse(event, f"the manifest has more than {MAX_NODES} keys and values outside the edits")
             return True
         if len(path) == 2:
             self._nodes_of_edit = 0
             if path[1] == MAX_EDITS:
-                self._refuse(event, f"more than {MAX_EDITS} edits")
+                self._refuse(event, f"the manifest has more than {MAX_EDITS} edits")
         self._nodes_of_edit += 1
         self._nodes_of_edits += 1
         if self._nodes_of_edit > MAX_NODES_OF_EDIT:
-            self._refuse(event, f"more than {MAX_NODES_OF_EDIT} keys and values in one edit")
+            self._refuse(event, f"the edit has more than {MAX_NODES_OF_EDIT} keys and values")
         return len(path) == 2 or self._nodes_of_edits <= MAX_PLACED
 
     def _read(self, event: Any, path: NodePath) -> Any:
         if self._count(event, path):
             self.positions[path] = _start(event)
         if isinstance(event, yaml.AliasEvent):
-            self._fault(event, path, f"alias *{_cut(event.anchor or '')} (write the value out)")
+            self._fault(event, path, f"the alias *{_cut(event.anchor or '')} is not accepted (write the value out)")
             return None
         if event.anchor is not None:
-            self._fault(event, path, f"anchor &{_cut(event.anchor)} (write the value out)")
+            self._fault(event, path, f"the anchor &{_cut(event.anchor)} is not accepted (write the value out)")
         if event.tag is not None:
-            self._fault(event, path, f"tag {_cut(event.tag)} (leave it out)")
+            self._fault(event, path, f"the tag {_cut(event.tag)} is not accepted (leave it out)")
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event, path)
         if len(path) >= MAX_DEPTH:
@@ -137,16 +137,16 @@ class Reader:
         lines: dict[str, int] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
-                self._fault(event, path, "a key that is not a plain word")
+                self._fault(event, path, "the key is not a plain word")
                 self._read(event, (*path, "?"))
                 self._read(next(self._events), (*path, "?"))
                 continue
             key = sys.intern(event.value)
             placed = self._count(event, (*path, key))
             if event.anchor is not None or event.tag is not None:
-                self._fault(event, path, "a key with an anchor or a tag (leave it out)")
+                self._fault(event, path, "the key has an anchor or a tag (leave it out)")
             if key == "<<":
-                self._fault(event, path, "merge key << (write the fields out)")
+                self._fault(event, path, "the merge key << is not accepted (write the fields out)")
             value = self._read(next(self._events), (*path, key))
             if key in result:
                 self._fault(event, (*path, key), f"this key is repeated (first in line {lines[key]})")
@@ -163,7 +163,7 @@ class Reader:
             return sys.intern(text) if len(text) < 200 else text
         if len(text) > MAX_DIGITS:
             if _NUMBER_LIKE.fullmatch(text):
-                self._fault(event, path, f"a number of more than {MAX_DIGITS} digits")
+                self._fault(event, path, f"the number has more than {MAX_DIGITS} characters")
             return text
         if text in ("", "~", "null"):
             return None

@@ -1,8 +1,8 @@
-"""Load a checkpoint as a model, run variants of it on text and compare the results.
+"""Load a checkpoint as a model, run it on text with some weights changed, and compare the results.
 
-The only package that imports transformers, and one of two that import torch; importing it, `check`, `report`,
-`refusals`, `text`, `intervals`, `stopwords` or `tokenizer` loads neither. It must not depend on the packages that edit,
-scan, verify or share, and it writes nothing.
+This is the only package that imports transformers. Only this package and `scanning` import torch. Importing the package
+itself, or its module `check`, `report`, `refusals`, `text`, `intervals`, `stopwords` or `tokenizer`, loads neither
+library. The package must not depend on the packages that edit, scan, verify or share, and it writes no files.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal
 from swsurgery.storage.coordinate import Coordinate
 
 Placement = Literal["auto", "whole", "streamed"]
-"""How many weights are on the device at a time: "whole" is all of them, "streamed" is two layers, and "auto" is whole
-if all of them fit in float32."""
+"""Which weights are on the device at a time: "whole" means all of them, "streamed" those of two layers. "auto" means
+"whole" if all weights fit in float32, else "streamed"."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ScalarChange:
 def explain_unavailable() -> str | None:
     """Return why no model can run here, such as "torch is not installed"; None if torch and transformers are installed.
 
-    Imports neither library, so a broken installation is not noticed.
+    This function imports neither library, so it does not notice a broken installation.
     """
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if not missing:

@@ -13,20 +13,21 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """The arguments of one layer, without the hidden states."""
+    """The arguments with which a model calls one decoder layer, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class Unknown(Exception):
-    """Raised if a layer is called with, or returns, something that this module does not support."""
+    """Raised if the arguments or the return value of a layer have a form that this module does not support."""
 
 
 def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """Separate the hidden states (rows, tokens, channels) from the other arguments of a layer.
 
-    Raises Unknown if they are neither the first argument nor named hidden_states.
+    Raises Unknown if the hidden states are neither the first positional argument nor the keyword argument
+    hidden_states, or if they do not have these three axes.
     """
     if args:
         hidden, call = args[0], Call(args[1:], kwargs)
@@ -38,7 +39,10 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
 
 
 def find_hidden(returned: Any) -> Tensor:
-    """Return the hidden states in the return value of a layer. Raises Unknown if it has none."""
+    """Return the hidden states in a layer's return value: the tensor itself, or the first element of a tuple.
+
+    Raises Unknown if that is not a tensor.
+    """
     hidden = returned[0] if isinstance(returned, tuple) else returned
     if not isinstance(hidden, Tensor):
         raise Unknown
@@ -46,13 +50,16 @@ def find_hidden(returned: Any) -> Tensor:
 
 
 def replace_hidden(returned: Any, hidden: Tensor) -> Any:
-    """Return what a layer returned, with its hidden states replaced by `hidden`. Raises Unknown like `find_hidden`."""
+    """Return a copy of a layer's return value in which `hidden` replaces the hidden states.
+
+    Raises Unknown if `find_hidden` finds no hidden states in it.
+    """
     find_hidden(returned)
     return (hidden, *returned[1:]) if isinstance(returned, tuple) else hidden
 
 
 def list_leaves(value: Any) -> Iterator[Any]:
-    """Yield every value in nested mappings, tuples and lists."""
+    """Yield the values inside nested mappings, tuples and lists, such as the tensors among a layer's arguments."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (tuple, list)):
@@ -63,7 +70,11 @@ def list_leaves(value: Any) -> Iterator[Any]:
 
 
 def is_same_calls(calls: Iterable[Call], others: Iterable[Call]) -> bool:
-    """Return True if both sequences of calls have equal arguments; False for any that is no tensor or plain value."""
+    """Return True if two sequences of calls have equal arguments.
+
+    Returns False if an argument is neither a tensor nor a number, str, torch.dtype or None, because other types may not
+    have a reliable comparison.
+    """
     pairs = list(zip(list_leaves(list(calls)), list_leaves(list(others)), strict=True))
     for one, other in pairs:
         if isinstance(one, Tensor):

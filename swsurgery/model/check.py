@@ -1,7 +1,7 @@
-"""Run the sanity check: load the patched checkpoint once, run base and patched on a text and compare them.
+"""Run the sanity check: load the patched checkpoint, run it and its base on a text, and compare the results.
 
-`run_checks` defines the figures, `measure.py` computes them and `forward.py` runs two models from one set of weights.
-Importing this module does not load torch, which takes seconds and may not be installed.
+The docstring of `run_checks` defines the figures. `measure.py` computes them, and `forward.py` runs both models from
+one set of weights. Importing this module does not load torch, which takes seconds and may not be installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PROMPTS = (
     "Once upon a time, there was a",
     "Two plus two equals",
 )
-"""Prompts whose continuation a reader can judge; the first is an example in arXiv:2411.07191."""
+"""The default prompts. A reader can judge whether their continuations make sense. The first prompt is an example in
+arXiv:2411.07191."""
 
 
 def read_built_in_text() -> str:
@@ -48,25 +49,28 @@ def run_checks(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> CheckReport:
-    """Compare the patched `checkpoint` with its base, which differs from it by `changes`.
+    """Compare the patched `checkpoint` with its base, which differs from it in the scalars of `changes`.
 
-    The text is the first `windows` non-overlapping windows of `window` tokens of `text`. A shorter text has fewer
-    windows; a text shorter than one window is used as it is. Each window is an input of its own, and begins with BOS
-    if the tokenizer adds one. A window is never longer than the context length of the config. A position is scored if
-    its window contains the next token, so BOS is scored and the last token is not.
+    Both models run on the first `windows` non-overlapping windows of `text`, of `window` tokens each. The default text
+    is the built-in passage. A shorter text has fewer windows, and a text shorter than one window is a single shorter
+    window. Each window is a separate input, and begins with BOS if the tokenizer adds one. A window is never longer
+    than the context length of the config. A position is scored if the next token is in the same window, so BOS is
+    scored and the last token of a window is not.
 
-    The figures of each model, over the scored positions, are the perplexity (exp of the mean negative log-likelihood),
-    the mean probability of all stop words and the largest hidden state after any decoder layer. The figures of the
-    pair are the ratio of the perplexities and the mean KL(base || patched) in nats. For each prompt, the report lists
-    the five most likely next tokens of each model.
+    Each model has three figures: the perplexity (exp of the mean negative log-likelihood over the scored positions),
+    the mean probability of all stop words together at these positions, and the largest hidden state after any decoder
+    layer. Two figures compare the models: the perplexity of patched divided by that of base, and the mean KL(base ||
+    patched) in nats. For each prompt, the report lists the five most likely next tokens of each model.
 
     `device` is "auto", "cpu", "cuda" or "cuda:N". `placement` is "whole" (all weights in memory), "streamed" (two
-    layers at a time, read from the shards) or "auto" (streamed if all weights do not fit). Weights are in float32 if
-    that fits, else in the stored dtype. If `changes` is empty, the model runs once, and base and patched are equal.
+    layers at a time, read from the shards) or "auto" ("whole" if all weights fit in float32, else "streamed"). Streamed
+    weights, and whole weights that do not fit in float32, have the dtype of config.json. `say` receives a line if a
+    model that cannot be streamed is loaded whole. If `changes` is empty, the model runs once, and base and patched are
+    equal.
 
     Raises ModelError with one line if a library is missing, if the device does not work or is too small, if the model
-    or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check is not an
-    error: see `CheckReport.failures`.
+    or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check raises nothing:
+    its reasons are in `CheckReport.failures`.
     """
     directory = _prepare(checkpoint, changes)
     import torch
@@ -123,9 +127,10 @@ def run_checks(
 
 
 def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
-    """Run the checks that take no model, start the tokenizer's process, import torch, and return the directory.
+    """Check what can be checked without a model, start the tokenizer's process, and import torch and transformers.
 
-    Raises ModelError if a library, a file or memory is missing, or if a scalar does not have its patched value.
+    Returns the directory of `checkpoint`. Raises ModelError if a library, a file or memory is missing, or if a changed
+    scalar does not have its patched value.
     """
     if reason := explain_unavailable():
         raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
@@ -138,18 +143,22 @@ def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
         raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
     start()
     try:
-        from swsurgery.model import load, measure  # noqa: F401 (they import torch and transformers)
-    except (ImportError, OSError) as error:  # installed but broken, such as a missing shared library
+        from swsurgery.model import load, measure  # noqa: F401 (these modules import torch and transformers)
+    except (ImportError, OSError) as error:  # installed but broken: a shared library may be missing
         what = f"torch or transformers cannot be imported: {type(error).__name__}"
         raise Unrunnable(what, error, "install them again") from error
     return directory
 
 
 def _refuse_lengths(prompts: Sequence[str], sequences: Sequence[Sequence[int]], context: int) -> None:
-    """Raise ModelError for a prompt that is empty or longer than the context of the model."""
+    """Raise ModelError if a prompt has no tokens, or more than `context`, the maximum that the model accepts."""
     for prompt, ids in zip(prompts, sequences, strict=True):
         if not 1 <= len(ids) <= context:
-            raise ModelError(f"prompt of {len(ids)} tokens", repr(prompt), f"give 1 to {context} tokens")
+            raise ModelError(
+                f"the prompt has {len(ids)} tokens, but the model accepts 1 to {context}",
+                repr(prompt),
+                "give a prompt of that length",
+            )
 
 
 def _compare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> None:

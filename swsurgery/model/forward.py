@@ -1,15 +1,16 @@
 """Run several variants of one model side by side, layer by layer, reading its weights once.
 
-A variant is the stored checkpoint with other values for some scalars: the base of a patched model, a zeroed candidate
-or a factor of a sweep. Layers before the first changed one are computed once for all variants. In a changed layer, the
-scalars of each variant are written into the weights, its rows are computed, and the stored scalars are restored. The
-result equals loading each variant's checkpoint on its own, for scalars in any parameter: linear layers, experts, norms
-and the embedding.
+A variant is the stored checkpoint with other values for some scalars, for example the base of a patched checkpoint, or
+a checkpoint in which one candidate is zeroed. Layers before the first changed one are computed once for all variants.
+In a changed layer, the scalars of each variant are written into the weights, the variant's hidden states are computed,
+and the stored scalars are restored. The results are the same as if each variant were loaded from a checkpoint of its
+own and run alone. This holds for scalars of any parameter: linear layers, experts, norms and the embedding.
 
-A rehearsal finds out how the model calls its layers (masks, positions): the code of transformers runs with stand-ins
-for the layers, which record their arguments. Then this module calls the layers one after the other, so that only the
-running layer needs its weights (stream.py). The code of transformers computes the head. If the layers of a model cannot
-be called this way, the whole model runs once per variant.
+A rehearsal finds the arguments with which the model calls its layers, such as masks and positions: the code of
+transformers runs with stand-ins for the layers, which record their arguments. Afterwards this module calls the layers
+one after the other, so that only the layer that is running needs its weights in memory (stream.py). The code of
+transformers computes the head. If the layers of a model cannot be called this way, the whole model runs once per
+variant.
 
 This module must not depend on texts, tokenizers or metrics.
 """
@@ -43,14 +44,14 @@ from swsurgery.model.places import Places, Variant, find_decoder_layers
 from swsurgery.progress import Progress, Silent
 
 TOKENS_AT_ONCE = 2048
-"""Maximum number of tokens in one call of a layer. More tokens need more memory and keep a device no busier."""
+"""Maximum number of tokens in one call of a layer. More tokens would need more memory and gain no speed."""
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels that torch may use. cuDNN's kernel is excluded: on an H100 it takes half a second to plan each new
-shape, as long as the rest of a run of a 13.5 GB model."""
+input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
 
 REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-"""Exceptions that the code of a model raises for arguments that it does not expect."""
+"""Exceptions that the code of a model raises for arguments that it does not support."""
 
 
 class Peak(NamedTuple):
@@ -65,8 +66,8 @@ class Peak(NamedTuple):
 class Logits:
     """The logits (tokens, vocabulary) of each variant for one sequence, in the model's dtype.
 
-    They are computed on access and not stored, because together they may be larger than the model. They must be read
-    before the next sequence is requested.
+    Each access computes the logits of one variant. They are not stored, because together they may be larger than the
+    model. They must be read before the next sequence is requested.
     """
 
     def __init__(self, variants: int, compute: Callable[[int], Tensor]):
@@ -87,7 +88,8 @@ class Logits:
 class Outcomes(NamedTuple):
     """The results of all variants for the sequence with number `sequence`.
 
-    `peaks` contains the largest hidden state of each variant, or None if the model has no list of decoder layers.
+    `peaks` contains the largest hidden state of each variant, or None for each variant if the model has no list of
+    decoder layers.
     """
 
     sequence: int
@@ -96,18 +98,18 @@ class Outcomes(NamedTuple):
 
 
 class Watch(Protocol):
-    """An observer of the layers while they run."""
+    """An object that is passed to `LayeredModel.run` and observes each call of a decoder layer."""
 
     def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Return a context manager that is entered around one call of a decoder layer, while its weights are loaded.
+        """Return a context manager that is open during one call of the decoder layer `number`, with its weights loaded.
 
-        Each row of the batch is a (sequence, variant). Before the first changed layer, one row represents all variants
-        and its variant is 0.
+        `rows` contains the (sequence, variant) of each row of the batch. Before the first changed layer, the variants
+        do not differ yet, so one row represents all of them and its variant is 0.
         """
         ...
 
     def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
-        """Receive the hidden states (rows, tokens, channels) after the layer."""
+        """Receive the hidden states (rows, tokens, channels) that the decoder layer `number` returned for `rows`."""
         ...
 
 
@@ -116,16 +118,16 @@ class Weights(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Bytes of the weights of each layer."""
+        """Size of the weights of each layer, in bytes."""
 
     def layer(self, number: int) -> AbstractContextManager[torch.device]:
-        """Load the weights of one layer for the length of a block, which receives their device."""
+        """Load the weights of one layer for the length of a `with` block, which receives the weights' device."""
         ...
 
     def outside(self, head: bool) -> AbstractContextManager[torch.device]:
-        """Load the weights outside the layers for the length of a block, which receives their device.
+        """Load the weights outside the layers for the length of a `with` block, which receives the weights' device.
 
-        These are the embedding, the last norm and, if `head`, the head.
+        These are the weights of the embedding, of the last norm and, if `head` is True, of the language-model head.
         """
         ...
 
@@ -136,7 +138,11 @@ class Weights(Protocol):
 
 @dataclass
 class _Group:
-    """The sequences of one length, with their hidden states (sequences, variants or 1, tokens, channels)."""
+    """The sequences of one length, which run together.
+
+    `sequences` contains their numbers, and `calls` the arguments of each layer. `state` contains their hidden states
+    (sequences, variants, tokens, channels); its second axis has length 1 until the first changed layer.
+    """
 
     sequences: list[int]
     calls: list[Call]
@@ -147,8 +153,8 @@ class LayeredModel:
     """A causal language model whose variants are computed layer by layer.
 
     `model` is in evaluation mode. If `weights` is None, all of its weights are in memory. `run` raises ModelError if a
-    scalar of a variant is not in the loaded model, or if the loaded value differs from the stored one: the figures
-    would then be those of other weights.
+    scalar of a variant is not in the loaded model, or if its loaded value differs from the stored one, because the
+    results would then be those of other weights.
     """
 
     def __init__(
@@ -168,9 +174,11 @@ class LayeredModel:
 
     @property
     def method(self) -> str:
-        """How the model runs: "streamed", "layer by layer" (all weights in memory) or "whole passes" (neither works).
+        """How the model runs: "streamed", "layer by layer" or "whole passes".
 
-        The value is final after the first run.
+        With "streamed", the weights of two layers at a time are in memory; with "layer by layer", all weights are. With
+        "whole passes", the whole model runs once per variant, because its layers cannot be called separately. The value
+        is final after the first run.
         """
         if self._layered is False:
             return "whole passes"
@@ -187,10 +195,10 @@ class LayeredModel:
     ) -> Iterator[Outcomes]:
         """Run every sequence of token ids in every variant and yield one Outcomes per sequence, in order.
 
-        Sequences may differ in length. Besides the weights, memory holds sequences x variants x tokens x channels
-        hidden states. `progress` counts one step per layer and per sequence, or the bytes streamed. Its label names the
-        current layer or sequence. Raises ModelError as the class describes, and CheckpointError if a streamed shard
-        cannot be read.
+        Sequences may differ in length. In addition to the weights, memory holds one hidden state per sequence, variant,
+        token and channel. `progress` counts one step per layer and one per sequence, or bytes if the weights are
+        streamed. Its label names the current layer or sequence. Raises ModelError in the cases that the class
+        describes, and CheckpointError if a streamed shard cannot be read.
         """
         progress = progress or Silent()
         self.places.find(variants)
@@ -211,8 +219,9 @@ class LayeredModel:
     def is_layered(self, ids: Sequence[int]) -> bool:
         """Return True if this class can call the layers one by one.
 
-        This requires arguments that neither depend on the tokens nor carry state from call to call. Two rehearsals, of
-        the token ids `ids` and of their reverse, decide it on the first call.
+        It can if the arguments of the layers neither depend on the tokens nor carry state from call to call. The first
+        call of this method decides this for good: it compares two rehearsals, one with the token ids `ids` and one with
+        their reverse.
         """
         if self._layered is None:
             try:
@@ -273,7 +282,7 @@ class LayeredModel:
                 progress.advance(0 if self.weights else 1)
 
     def _enter(self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant]) -> list[_Group]:
-        """Compute the input of the first layer for every sequence. Sequences of equal length form one group."""
+        """Compute the input of the first layer for every sequence, and group the sequences by length."""
         lengths: dict[int, list[int]] = defaultdict(list)
         for number, ids in enumerate(sequences):
             lengths[len(ids)].append(number)
@@ -293,7 +302,10 @@ class LayeredModel:
         return groups
 
     def _advance(self, number: int, layer: nn.Module, group: _Group, columns: slice, watch: Watch | None) -> None:
-        """Run one layer on the variants `columns` of all sequences of a group, in batches of bounded size."""
+        """Run one layer on all sequences of a group, in batches of bounded size.
+
+        The slice `columns` selects the variants.
+        """
         state = group.state[:, columns]
         tokens = state.shape[2]
         variants = range(group.state.shape[1])[columns]
@@ -311,7 +323,7 @@ class LayeredModel:
             group.state[at, v] = hidden
 
     def _rehearse(self, ids: Sequence[int]) -> tuple[Tensor, list[Call]]:
-        """Run the model with stand-ins for its layers.
+        """Run the model on one sequence with stand-ins for its layers.
 
         Returns the hidden states (1, tokens, channels) that enter the first layer, and the other arguments of each
         layer. Raises Unknown if the model does not call every layer once, in a form that `calls.py` supports.
@@ -339,7 +351,10 @@ class LayeredModel:
         return entered[0], calls
 
     def _try_layer(self, number: int, layer: nn.Module, hidden: Tensor, call: Call) -> Any:
-        """Run one layer to learn the shape of its return value, without its weights if possible."""
+        """Run one layer to learn the form of its return value.
+
+        Streamed weights are loaded only if the layer cannot run on the meta device, which needs no weights.
+        """
         if self.weights is not None:
             kept = [(module, dict(module._buffers)) for module in layer.modules()]
             try:
@@ -355,7 +370,7 @@ class LayeredModel:
             return type(layer).forward(layer, hidden.to(device), *moved.args, **moved.kwargs)
 
     def _head(self, ids: Sequence[int], hidden: Tensor) -> Tensor:
-        """Compute the logits (tokens, vocabulary) from the output of the last layer."""
+        """Compute the logits (tokens, vocabulary) from `hidden`, the output of the last layer."""
 
         def stand_in(number: int, layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -369,7 +384,7 @@ class LayeredModel:
 
     @contextlib.contextmanager
     def _replace_forwards(self, stand_in: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
-        """Replace the forward method of each layer with the result of `stand_in` for the length of a block."""
+        """Replace the forward method of each layer with the result of `stand_in` for the length of a `with` block."""
         kept = [layer.__dict__.get("forward") for layer in self.layers]
         try:
             for number, layer in enumerate(self.layers):
@@ -439,11 +454,11 @@ class LayeredModel:
 
 
 class _Rehearsed(Exception):
-    """Raised by the last layer of a rehearsal to end it."""
+    """Raised by the stand-in for the last layer to end a rehearsal."""
 
 
 class _Peaks:
-    """The largest |hidden state| of each row after each decoder layer."""
+    """Collects the largest absolute hidden state of each sequence and variant after each decoder layer."""
 
     def __init__(self) -> None:
         self._seen: dict[int, list[tuple[int, int, Tensor, Tensor]]] = defaultdict(list)

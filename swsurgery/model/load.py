@@ -1,7 +1,8 @@
 """Open models and tokenizers in local directories: choose device and dtype, load, and explain failures.
 
-Only files of the directory are read, weights only from safetensors, and code in a checkpoint is never run. Progress
-bars, warnings and tracebacks of the libraries are suppressed. This module must not depend on what the model computes.
+Only files of the directory are read, and weights only from safetensors files. Code that comes with a checkpoint is
+never run. Progress bars, warnings and tracebacks of the libraries are suppressed. This module must not depend on what
+the model computes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from swsurgery.model.transformers_private import AutoClass, LoadingInfo, get_lan
 from swsurgery.model.weight_plan import plan_weights
 
 COMFORTABLE_SHARE = 0.6
-"""Maximum share of the free memory that float32 weights may fill. The rest is for logits."""
+"""Maximum share of a device's free memory that float32 weights may fill. The rest is left for logits."""
 
 LOADING_ERRORS = (
     OSError,
@@ -62,12 +63,12 @@ LOADING_ERRORS = (
     SafetensorError,
     get_config_error(),
 )
-"""Exceptions that transformers raises for a directory that it cannot load. RuntimeError includes lack of memory."""
+"""Exceptions that transformers raises for a directory that it cannot load. Lack of memory raises a RuntimeError."""
 
 
 @contextlib.contextmanager
 def hide_output() -> Iterator[None]:
-    """Hide progress bars and log lines of transformers, and all Python warnings, for the length of a block."""
+    """Hide progress bars and log lines of transformers, and all Python warnings, for the length of a `with` block."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     disable_bars: Callable[[], None] = logging.disable_progress_bar
     enable_bars: Callable[[], None] = logging.enable_progress_bar
@@ -86,14 +87,14 @@ def hide_output() -> Iterator[None]:
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`: "auto" (CUDA if available, else CPU), "cpu", "cuda" or "cuda:N".
 
-    Raises ModelError for another name, Unrunnable for a device that cannot do a trivial sum.
+    Raises ModelError for another name, and Unrunnable if the device does not exist or cannot compute a small sum.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
-        raise ModelError("no such device", name, "--device auto, cpu or cuda")
+        raise ModelError("no such device", name, "use --device auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise Unrunnable("no usable CUDA device", name, "--device cpu")
+        raise Unrunnable("no usable CUDA device", name, "use --device cpu")
     device = torch.device(name)
     try:
         torch.ones(2, device=device).sum().item()
@@ -106,7 +107,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def get_device_name(device: torch.device) -> str:
-    """Return the name of `device` in reports: "cpu", or the product name of the CUDA device."""
+    """Return the name of `device` for reports: "cpu", or the product name of the CUDA device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
@@ -117,16 +118,17 @@ def open_model(
     placement: Placement = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> LayeredModel:
-    """Open the model of `checkpoint` in evaluation mode on `device`, named as for `pick_device`.
+    """Open the model of `checkpoint` in evaluation mode on `device`, which is a name that `pick_device` accepts.
 
-    "whole" puts all weights on the device, in float32 if that fits comfortably, else in the dtype of config.json.
-    "streamed" uses the dtype of config.json and holds two layers at a time; "cuda" without a number then takes all CUDA
-    devices in turn. "auto" is "whole" if float32 fits comfortably. A model that cannot be streamed is loaded whole, and
-    `say` receives a line about it. If the user chose an index although a single file exists too, the model is always
-    streamed, because transformers would load the single file.
+    With `placement` "whole", all weights are on the device. They are in float32 if they then fill at most
+    COMFORTABLE_SHARE of its free memory, else in the dtype of config.json. With "streamed", the weights of two layers
+    at a time are on the device, in the dtype of config.json; "cuda" without a number then means all CUDA devices in
+    turn. "auto" means "whole" if the weights are small enough for float32, else "streamed". A model that cannot be
+    streamed is loaded whole, and `say` receives a line about it. If the checkpoint also has a single weight file and
+    the user chose the index, the model is always streamed, because transformers would load the single file.
 
-    Raises ModelError if transformers cannot load the model, if weights are missing (transformers would invent them) or
-    if memory is insufficient.
+    Raises ModelError if transformers cannot load the model, if weights are missing (transformers would initialise them
+    at random) or if memory is insufficient.
     """
     directory = checkpoint.directory
     refuse_pointers(directory)
@@ -136,8 +138,8 @@ def open_model(
     comfortable = elements * 4 <= COMFORTABLE_SHARE * _measure_free_bytes(target)
     aside = checkpoint.choice == "index"
     if aside and placement == "whole":
-        what = f"transformers would load {checkpoint.single}, not what the index lists"
-        raise ModelError(what, directory, "--placement streamed")
+        what = f"transformers would load {checkpoint.single}, not the shards that the index lists"
+        raise ModelError(what, directory, "use --placement streamed")
     if placement == "streamed" or aside or (placement == "auto" and not comfortable):
         try:
             return _open_streamed(checkpoint, target, device)
@@ -152,12 +154,15 @@ def open_model(
 
 
 def cast_module(model: nn.Module) -> nn.Module:
-    """Return `model` as a type whose `to` and `eval` have annotations; those of PreTrainedModel have none."""
+    """Return `model` unchanged, typed as nn.Module.
+
+    The methods `to` and `eval` of nn.Module have annotations; those of PreTrainedModel have none.
+    """
     return model
 
 
 def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> LayeredModel:
-    """Open a model whose weights are read layer by layer. Raises ModelError if it cannot be."""
+    """Open a model whose weights are read layer by layer. Raises ModelError if the model cannot be run that way."""
     everywhere = target.type == "cuda" and ":" not in name
     devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if everywhere else [target]
     try:
@@ -166,7 +171,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
         raise ModelError(f"cannot be read layer by layer: {get_first_line(error)}", checkpoint.root) from error
     layers = find_decoder_layers(model)
     if not layers:
-        raise ModelError("cannot be read layer by layer: no list of decoder layers", checkpoint.root)
+        raise ModelError("cannot be read layer by layer: its model has no list of decoder layers", checkpoint.root)
     with convert_run_errors(target, streamed=True):
         _move_computed_buffers(model, layers, devices)
         weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
@@ -177,26 +182,29 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
 
 
 def _build_without_weights(checkpoint: Checkpoint, target: torch.device) -> PreTrainedModel:
-    """Build the model of `checkpoint` with parameters on the meta device. Raises LOADING_ERRORS."""
+    """Build the model of `checkpoint` with parameters on the meta device, which takes no memory.
+
+    Raises ModelError if the model is quantised, and any of LOADING_ERRORS.
+    """
     config = transformers.AutoConfig.from_pretrained(
         checkpoint.directory, local_files_only=True, trust_remote_code=False
     )
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _find_stored_dtype(checkpoint)
     if target.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up later
+        with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up when it is first used
             threading.Thread(target=_wake, args=(target, dtype), daemon=True).start()
     if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
         raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
     with no_init_weights(), _build_on_meta():
         model = get_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         cast_module(model).eval()
-    model.tie_weights()  # part of the initialisation that no_init_weights skips
+    model.tie_weights()  # tying is part of the initialisation that no_init_weights skips
     return model
 
 
 def _move_computed_buffers(model: nn.Module, layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> None:
-    """Move the buffers that are not stored, such as rotary frequencies, to the devices of their layers."""
+    """Move the buffers that checkpoints do not store, such as rotary frequencies, to the devices of their layers."""
     device_of = {
         id(module): devices[number % len(devices)] for number, layer in enumerate(layers) for module in layer.modules()
     }
@@ -207,15 +215,18 @@ def _move_computed_buffers(model: nn.Module, layers: Sequence[nn.Module], device
 
 
 def _find_stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype of the first stored floating-point weight, which transformers uses if the config names none."""
+    """Return the dtype of the first stored floating-point weight; float32 if there is none.
+
+    Transformers uses this dtype if the config names none.
+    """
     found = (get_streamed_dtype(checkpoint.get_info(tensor).dtype.name) for tensor in checkpoint.shapes)
     return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
 def _wake(device: torch.device, dtype: torch.dtype) -> None:
-    """Make CUDA pin memory and load the kernels that every layer needs.
+    """Make CUDA pin memory and load the kernels that every layer needs, before the first layer runs.
 
-    This takes a second. A thread does it while the model is being built.
+    This takes a second, so a thread does it while the model is being built.
     """
     with contextlib.suppress(RuntimeError), torch.no_grad():
         del allocate_pinned_pieces()[:]  # torch keeps freed memory for the next request
@@ -235,7 +246,10 @@ def _wake(device: torch.device, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def _build_on_meta() -> Iterator[None]:
-    """Create parameters on the meta device, without memory, for the length of a block. Buffers are not affected."""
+    """Create parameters on the meta device, without memory, for the length of a `with` block.
+
+    Buffers are created as usual.
+    """
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.device.type == "meta":
@@ -250,9 +264,9 @@ def _build_on_meta() -> Iterator[None]:
 
 
 def get_auto_class(config: PreTrainedConfig) -> AutoClass:
-    """Return the class that builds a model of `config`: a language model, with or without image input.
+    """Return the class of transformers that builds a language model of `config`, with or without image input.
 
-    Raises Unrunnable for a model type that has neither.
+    Raises Unrunnable if transformers has no language model of this model type.
     """
     if auto := get_language_model_class(config):
         return auto
@@ -274,12 +288,12 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that the info lists them; refuse_invented refuses all
+            ignore_mismatched_sizes=True,  # `info` then lists them, and refuse_invented raises
         )
     except LOADING_ERRORS as error:
         raise make_load_error(error, directory) from error
     refuse_invented(info, directory)
-    checkpoint.refuse_changed()  # transformers opens its files by their paths
+    checkpoint.refuse_changed()  # transformers opens files by path, so they may have been replaced
     return model
 
 
@@ -293,10 +307,10 @@ def make_load_error(error: Exception, directory: Path) -> Unrunnable:
 
 
 def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
-    """Raise Unrunnable if transformers would use the codes of quantised weights as weights.
+    """Raise Unrunnable if transformers would use the codes of quantised weights as the weights themselves.
 
-    transformers dequantises only weights that the config declares as quantised. It ignores a `.scale` tensor beside an
-    FP8 weight with a warning.
+    Transformers dequantises only weights that the config declares as quantised. Without a declaration, it ignores a
+    `.scale` tensor beside an FP8 weight and only warns.
     """
     declared = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
     if not any(declared) and (name := checkpoint.quantisation.find_codes()):
@@ -307,7 +321,7 @@ def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
 def refuse_invented(info: LoadingInfo, directory: Path) -> None:
     """Raise Unrunnable if transformers initialised weights at random, because they are missing or have another shape.
 
-    `info` is the loading info of from_pretrained, which lists shapes if called with ignore_mismatched_sizes=True.
+    `info` is what from_pretrained reports with output_loading_info=True and ignore_mismatched_sizes=True.
     """
     misfits = sorted((name, list(stored), list(wanted)) for name, stored, wanted in info["mismatched_keys"])
     for name, stored, wanted in misfits[:1]:
@@ -319,15 +333,15 @@ def refuse_invented(info: LoadingInfo, directory: Path) -> None:
 
 
 def get_context_length(model: PreTrainedModel) -> int:
-    """Return the maximum number of tokens in one input, from the config; sys.maxsize if the config states none."""
+    """Return the maximum number of tokens in one input; sys.maxsize if the config does not state it."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else sys.maxsize
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load the tokenizer in `directory` in a process of its own.
+    """Load the tokenizer in `directory` in a separate process.
 
-    Raises Unrunnable if it cannot be loaded, if a file is a git-lfs pointer, or if transformers cannot read
+    Raises Unrunnable if the tokenizer cannot be loaded, if a file is a git-lfs pointer, or if transformers cannot read
     config.json.
     """
     refuse_pointers(directory)
@@ -346,7 +360,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 @contextlib.contextmanager
 def convert_run_errors(device: torch.device, streamed: bool = False) -> Iterator[None]:
-    """Convert errors of torch into Unrunnable while a model is moved to `device` or runs there."""
+    """Convert errors of torch into Unrunnable while a model is moved to `device` or runs there.
+
+    If `streamed` is True, the message for lack of memory does not suggest streaming.
+    """
     remedy = "" if device.type == "cpu" else "--device cpu"
     try:
         yield
@@ -360,7 +377,8 @@ def convert_run_errors(device: torch.device, streamed: bool = False) -> Iterator
 def get_first_line(error: Exception) -> str:
     """Return the first non-empty line of the message of `error`, at most 160 characters.
 
-    A line that ends in a colon is joined with the next one. An error without a message gives its type.
+    A line that ends in a colon is joined with the next one. If the message is empty, return the name of the error's
+    type.
     """
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
@@ -370,12 +388,12 @@ def get_first_line(error: Exception) -> str:
 
 
 def _measure_free_bytes(device: torch.device) -> int:
-    """Return the number of bytes of memory that `device` has free; for a CPU, those available without swapping."""
+    """Return the free memory of `device` in bytes; for a CPU, the memory available without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS has the latter
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS has the second
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,8 @@
 """Cut text into windows of token ids, and compute figures from logits: perplexity, KL, stop-word mass, next tokens.
 
-Figures are computed in float32 on slices of the logits, so that a large vocabulary takes tens of megabytes instead of
-gigabytes, and summed in float64. This module must not run a model or judge its figures.
+The stop-word mass is the mean probability of all stop words together. Figures are computed in float32 on slices of the
+logits, so that a large vocabulary takes tens of megabytes instead of gigabytes, and summed in float64. This module must
+not run a model or judge its figures.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.model.tokenizer import Tokenizer
 
 LOGITS_AT_ONCE = 2**22
-"""Number of logits in a slice. In float32 a slice has 16 MB, and a handful of such tensors exist at a time."""
+"""Maximum number of logits in a slice. In float32 a slice takes 16 MB, and a few tensors of this size exist at a
+time."""
 
 TOP_TOKENS = 5
-"""Number of next tokens in a report."""
+"""Number of most likely next tokens that a report lists for each prompt."""
 
 
 def get_bos_prefix(tokenizer: Tokenizer) -> list[int]:
-    """Return [BOS] if `tokenizer` begins what it encodes with that token by default, else [].
+    """Return a list of the BOS token's id if `tokenizer` puts BOS in front of a text by default; otherwise [].
 
-    Tokens that it appends by default (EOS) are never used, because they would end the text to be continued.
+    Tokens that a tokenizer appends by default, such as EOS, are never used: they would end the text that the model is
+    to continue.
     """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -45,16 +48,18 @@ def get_vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def refuse_unknown_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
-    """Raise ModelError if a token id is beyond the model's vocabulary."""
+    """Raise ModelError if `sequences` contain a token id that is not in the vocabulary of `model`."""
     vocabulary = get_vocabulary_size(model)
     if (largest := max((token for ids in sequences for token in ids), default=0)) >= vocabulary:
         raise ModelError(
-            f"the tokenizer gives token {largest}", f"the model has {vocabulary}", "use this model's tokenizer"
+            f"the tokenizer gives token id {largest}",
+            f"the model has {vocabulary} token ids, from 0",
+            "use this model's tokenizer",
         )
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the token ids of `text` without special tokens. Raises ModelError for text that UTF-8 cannot encode."""
+    """Return the token ids of `text` without special tokens. Raises ModelError if UTF-8 cannot encode the text."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -63,32 +68,35 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def cut_windows(ids: Sequence[int], bos: Sequence[int], windows: int, window: int) -> list[list[int]]:
-    """Cut the first `windows` non-overlapping windows of `window` tokens, and put `bos` in front of each.
+    """Cut the first `windows` non-overlapping windows of `window` tokens from `ids`, and put `bos` in front of each.
 
-    An incomplete window is left out unless it is the only one. Raises ModelError if the text or a window has fewer than
-    two tokens, because no token could be predicted.
+    An incomplete window is left out unless it is the only one. Raises ModelError if no window is asked for, or if the
+    text or a window has fewer than two tokens, because then no token could be predicted.
     """
     if windows < 1 or window < 2:
         raise ModelError(
-            "too few or too short windows",
+            "the windows are too few or too short",
             f"{windows} windows of {window} tokens",
-            "use at least one of at least two tokens",
+            "use at least 1 window, and at least 2 tokens in each",
         )
     if len(ids) < 2:
-        raise ModelError("the text is too short", f"{len(ids)} of at least 2 tokens", "give a longer one")
+        raise ModelError("the text is too short", f"{len(ids)} of the 2 tokens that are needed", "give a longer text")
     starts = range(0, max(1, len(ids) - window + 1), window)[:windows]
     return [[*bos, *ids[start : start + window]] for start in starts]
 
 
 def stop_word_tokens(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
-    """List the token ids below `vocabulary` that decode to a stop word, in any case, also after one leading space."""
+    """List the token ids below `vocabulary` whose text is a stop word, ignoring case and one leading space."""
     ids = range(min(vocabulary, len(tokenizer)))
     decoded = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     return [i for i, text in zip(ids, decoded, strict=True) if text.removeprefix(" ").lower() in STOP_WORDS]
 
 
 class Totals:
-    """Sums over the scored positions of all windows, for each variant; number 0 is the base."""
+    """Sums over the scored positions of all windows, kept separately for each variant.
+
+    The argument `number` of a method is the number of a variant; number 0 is the base.
+    """
 
     def __init__(self, stop_tokens: Sequence[int], variants: int = 2):
         self.stop_tokens = list(stop_tokens)
@@ -99,12 +107,12 @@ class Totals:
         self.finite = [True] * variants
         self.peaks: list[SuperActivation | None] = [None] * variants
         self.token_nll: list[list[Tensor]] = [[] for _ in range(variants)]
-        """The negative log-likelihoods of the scored tokens of each variant and window (float64, on the CPU)."""
+        """The negative log-likelihoods of the scored tokens, a tensor per variant and window (float64, on the CPU)."""
 
     def add_window(self, ids: Sequence[int], outcomes: Outcomes) -> None:
         """Add the outcomes of one window with the token ids `ids`.
 
-        Each position except the last is scored: the logits there predict the next token.
+        Each position except the last is scored: its logits predict the next token.
         """
         base = outcomes.logits[0]
         targets = torch.tensor(ids[1:], device=base.device)
@@ -119,7 +127,7 @@ class Totals:
         self.windows += 1
 
     def look(self, outcomes: Outcomes) -> None:
-        """Record whether the logits of a prompt are finite. A prompt is not scored."""
+        """Record whether the logits of a prompt are finite. The positions of a prompt are not scored."""
         for number, logits in enumerate(outcomes.logits):
             self._look(number, logits)
 
@@ -139,15 +147,21 @@ class Totals:
         return sum(float(window.sum()) for window in self.token_nll[number])
 
     def compute_mean_kl(self, number: int = 1) -> float:
-        """Return the mean KL(base || variant) per scored token in nats; a negative rounding error gives 0."""
+        """Return the mean KL(base || variant) per scored token in nats.
+
+        Only rounding can make this mean negative; the result is then 0.
+        """
         return max(self.kl[number] / self.scored, 0.0)
 
     def compute_perplexity_ratio(self, number: int = 1) -> float:
-        """Return the perplexity of a variant divided by that of the base; each may exceed the range of floats."""
+        """Return the perplexity of a variant divided by that of the base.
+
+        The ratio is computed from the losses, because each perplexity alone may exceed the range of floats.
+        """
         return _compute_exp((self.compute_nll(number) - self.compute_nll(0)) / self.scored)
 
     def summarise_side(self, number: int) -> Side:
-        """Return perplexity, stop-word mass, finiteness and largest hidden state of one variant."""
+        """Return the perplexity, stop-word mass, finiteness and largest hidden state of one variant."""
         return Side(
             perplexity=_compute_exp(self.compute_nll(number) / self.scored),
             stopword_mass=self.stop_mass[number] / self.scored,
@@ -164,7 +178,8 @@ def _split_parts(logits: Tensor) -> list[slice]:
 def list_top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float], ...]:
     """Return the most likely tokens after the last position of `logits` (tokens, vocabulary), as (text, probability).
 
-    Equal probabilities, which are common in bfloat16, are in the order of token ids. Empty if a logit is not finite.
+    Tokens of equal probability, which are common in bfloat16, are in the order of their ids. Returns an empty tuple if
+    a logit of the last position is not finite.
     """
     last = logits[-1].float()
     if not last.isfinite().all():
@@ -175,7 +190,10 @@ def list_top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, fl
 
 
 def _choose_larger(best: SuperActivation | None, peak: Peak | None, window: int) -> SuperActivation | None:
-    """Return `best` or `peak`, whichever is larger in magnitude; `best` if equal. A non-finite value is the largest."""
+    """Return the larger in magnitude of `best` and `peak`, or `best` if they are equal.
+
+    A non-finite value counts as the largest. `window` is the number of the window that contains `peak`.
+    """
 
     def magnitude(value: float) -> float:
         return abs(value) if math.isfinite(value) else math.inf

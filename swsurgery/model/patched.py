@@ -1,6 +1,6 @@
 """Load the model or the tensors of a checkpoint and apply planned splices in memory.
 
-This module must not depend on the planner, and writes nothing.
+A splice replaces the stored bytes of one scalar. This module must not depend on the planner, and it writes no files.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ from swsurgery.storage.splice import Scalar, Splice
 def load(
     checkpoint: Checkpoint, splices: Sequence[Splice], protected: Sequence[Scalar], options: dict[str, Any]
 ) -> PreTrainedModel:
-    """Load the model of `checkpoint` and apply every splice to its parameters; `options` go to from_pretrained.
+    """Load the model of `checkpoint` and apply every splice to its parameters.
 
-    Raises ModelError if transformers cannot load the model or would load other weights, if a parameter does not have
-    the stored value, or if it is not in memory.
+    `protected` contains scalars whose loaded values are only compared with the stored ones. `options` are passed to
+    from_pretrained of transformers. Raises ModelError if transformers cannot load the model or would load other
+    weights, or if a parameter to compare or edit does not have its stored value or is not in memory.
     """
     root = checkpoint.directory
     fixed = {"local_files_only": True, "use_safetensors": True, "variant": checkpoint.variant}
     if options.pop("trust_remote_code", False):
-        raise ModelError("code that comes with a checkpoint is not run", root, "leave trust_remote_code out")
+        raise ModelError("code that comes with a checkpoint is not run", root, "leave out trust_remote_code")
     if checkpoint.choice == "index":
-        what = f"transformers would load {checkpoint.single}, not what the index lists"
+        what = f"transformers would load {checkpoint.single}, not the shards that the index lists"
         raise ModelError(what, root, "apply the manifest with base.copies: omit, and load the result")
     try:
         with hide_output():
@@ -72,14 +73,17 @@ def load(
 
 
 def _set(places: Places, scalar: Scalar, new: bytes) -> None:
-    """Set a stored scalar to `new` in the loaded model, rounded to the dtype in which the weight was loaded."""
+    """Set a stored scalar to `new` in the loaded model, rounded to the dtype in which the weight was loaded.
+
+    `new` contains bytes in the stored dtype. Raises ModelError if the loaded value is not the stored one.
+    """
     place = places.find_place(scalar.coordinate)
     weight = place.weight
     if weight.device.type == "meta":
         raise ModelError(
             "the weight is offloaded, so it cannot be edited in memory",
             scalar.coordinate,
-            "give another device_map",
+            "choose a device_map that keeps it in memory",
         )
     old, wanted = (_make_scalar(scalar.dtype.name, data).to(weight.dtype) for data in (scalar.old, new))
     _check_expected(weight[place.index], old, scalar)
@@ -105,21 +109,25 @@ def _view_bits(tensor: Tensor) -> bytes:
 
 
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if index and shards disagree, and ModelError for a dtype that torch does not have."""
+    """Raise an error if a tensor cannot be read into torch.
+
+    The error is CheckpointError if index and shards disagree about a tensor, and ModelError if torch does not have its
+    dtype.
+    """
     if checkpoint.disagreements:
         name, what = min(checkpoint.disagreements.items())
         raise CheckpointError(f"index and shards disagree about {name}", what)
     for name in checkpoint.weight_map:
         dtype = checkpoint.get_info(name).dtype.name
         if dtype not in TORCH_DTYPES:
-            raise ModelError(f"torch has no {dtype}", name)
+            raise ModelError(f"torch has no dtype {dtype}", name)
 
 
 def load_tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) for every tensor of the weight_map, with the splices applied.
 
-    Tensors are yielded shard by shard, in the order of their data. Raises CheckpointError if a shard ends early or does
-    not contain the old bytes of a splice.
+    Tensors are yielded shard by shard, and within a shard in the order of their data. Raises CheckpointError if a shard
+    ends early or does not contain the old bytes of a splice.
     """
     for file, shard in checkpoint.shards.items():
         with shard.file.open() as opened:
@@ -131,7 +139,7 @@ def load_tensors(checkpoint: Checkpoint, splices: Sequence[Splice]) -> Iterator[
 
 
 def _read(opened: File, info: TensorInfo, offset: int, splices: Sequence[Splice], file: str) -> Tensor:
-    """Read one tensor, whose data begin at `offset` of the file, into new memory and apply its splices."""
+    """Read the tensor whose data begin at `offset` of the file into new memory, and apply its splices."""
     if not info.size:
         return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype.name])
     data = bytearray(info.size)

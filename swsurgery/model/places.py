@@ -1,4 +1,4 @@
-"""Find stored scalars in a loaded model, and give them other values for the length of a block.
+"""Find stored scalars in a loaded model, and give them other values for the length of a `with` block.
 
 This module uses modules and parameters of torch, and must not depend on texts or metrics.
 """
@@ -22,15 +22,16 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
 
 Variant = Mapping[Coordinate, float]
-"""Maps the scalars that differ from the stored checkpoint to their values; {} is the stored checkpoint."""
+"""Maps each scalar that differs from the stored checkpoint to its value; {} is the stored checkpoint itself."""
 
 
 @dataclass(frozen=True)
 class Place:
     """One scalar of the loaded model.
 
-    `owners` are the modules that share its parameter, each with the parameter's name in it. `layers` are the numbers of
-    the decoder layers that contain these modules; None stands for modules outside the layers.
+    `index` is its index in the loaded parameter, and `stored` its value in the checkpoint. `owners` are the modules
+    that share the parameter, each with the parameter's name in that module. `layers` are the numbers of the decoder
+    layers that contain these modules; None stands for modules outside the layers.
     """
 
     coordinate: Coordinate
@@ -47,7 +48,10 @@ class Place:
 
 
 class Places:
-    """The places of scalars in one model, found on first use."""
+    """Finds scalars in one loaded model and remembers their places.
+
+    `has_scalars_in` and `swap` accept only scalars that were passed to `find` before.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], checkpoint: Checkpoint):
         self._checkpoint = checkpoint
@@ -55,20 +59,21 @@ class Places:
         self._found: dict[Coordinate, Place] = {}
 
     def find(self, variants: Sequence[Variant]) -> None:
-        """Find every scalar of `variants`. Raises Unrunnable for one that is not in the loaded model."""
+        """Find every scalar of `variants`. Raises Unrunnable if a scalar is not in the loaded model."""
         for coordinate in {coordinate for variant in variants for coordinate in variant} - set(self._found):
             self._found[coordinate] = self.find_place(coordinate)
 
     def has_scalars_in(self, variant: Variant, where: int | None) -> bool:
-        """Return True if `variant` changes a weight of layer `where` (None: outside the layers)."""
+        """Return True if `variant` changes a weight of layer `where`, or outside the layers if `where` is None."""
         return any(where in self._found[coordinate].layers for coordinate in variant)
 
     @contextlib.contextmanager
     def swap(self, variant: Variant, where: int | None | object = ...) -> Iterator[None]:
-        """Give the weights of layer `where` the values of `variant` for the length of a block.
+        """Give the weights of layer `where` the values of `variant` for the length of a `with` block.
 
-        None stands for the weights outside the layers, and ... for all weights. The original bits are restored
-        afterwards, also after an exception. Raises Unrunnable if a loaded value differs from the stored one.
+        If `where` is None, the weights outside the layers get these values; without `where`, all weights do. The
+        original bits are restored afterwards, also after an exception. Raises Unrunnable if a loaded value differs from
+        the stored one.
         """
         kept: list[tuple[Tensor, tuple[int, ...], Tensor]] = []
         try:
@@ -77,7 +82,7 @@ class Places:
                 if where is not ... and where not in place.layers:
                     continue
                 weight = place.weight
-                if weight.device.type == "meta":  # the head, while only the embedding is loaded
+                if weight.device.type == "meta":  # not loaded: the head, while only the embedding is needed
                     continue
                 held = weight[place.index].clone()
                 expected = torch.tensor(place.stored, dtype=torch.float64).to(weight.dtype)
@@ -115,7 +120,10 @@ class Places:
 
 
 class _Owners(NamedTuple):
-    """The modules that share one parameter, its name in each, the layers that contain them, and its shape."""
+    """The modules that share one parameter, each with the parameter's name in that module.
+
+    `layers` are the numbers of the layers that contain these modules, as in Place, and `shape` is the parameter's.
+    """
 
     modules: tuple[tuple[nn.Module, str], ...]
     layers: frozenset[int | None]
@@ -123,7 +131,7 @@ class _Owners(NamedTuple):
 
 
 def _map_owners(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, _Owners]:
-    """Find the owners of each parameter, by name. A tied parameter has several names."""
+    """Map the full name of each parameter to its owners. A tied parameter has several names with the same owners."""
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
     holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     names: dict[str, nn.Parameter] = {}
@@ -146,7 +154,8 @@ def _map_owners(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, _Own
 def find_decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder layers of the text model in order.
 
-    They are the first ModuleList, from the outside in, whose length is num_hidden_layers. Empty if no list fits.
+    They are the first ModuleList, from the outside in, whose length is the config's num_hidden_layers. If there is
+    none, the result is empty.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for root in (find_decoder(model), model):
@@ -157,13 +166,13 @@ def find_decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module | None:
-    """Return the module of `model` that contains its decoder layers for text; None if transformers knows none."""
+    """Return the module of `model` that contains its decoder layers for text; None if transformers finds none."""
     get: Callable[[], nn.Module | None] = model.get_decoder
     return get()
 
 
 def find_output_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """Return the module that turns hidden states into logits; None if the model has none."""
+    """Return the module of `model` that turns hidden states into logits; None if it has none."""
     get: Callable[[], nn.Module | None] = model.get_output_embeddings
     return get()
 

@@ -1,6 +1,6 @@
-"""Explain why a model or a tokenizer cannot be loaded in cases for which transformers' own message is misleading.
+"""Explain why a model or a tokenizer cannot be loaded, in cases for which the message of transformers is misleading.
 
-This module reads small files of the directory and loads nothing. Importing it does not load torch.
+This module reads small files of the directory and loads no model. Importing it does not load torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from swsurgery.storage.files import LocalFile, recognise_format
 from swsurgery.storage.strict_json import read_config
 
 HEAD_NAMES = frozenset({"lm_head", "embed_out", "lm_loss", "output_projection", "generator_lm_head", "cls"})
-"""Names in transformers of the modules that turn hidden states into logits."""
+"""Names that transformers gives to the language-model head: the module that turns hidden states into logits."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
@@ -25,22 +25,22 @@ TOKENIZER_FILES = (
 """Names of the files from which transformers can load a vocabulary."""
 
 MAX_POINTER = 1 << 10
-"""Maximum size in bytes of a file that may be a git-lfs pointer. A pointer has about 130 bytes."""
+"""Maximum size in bytes of a file that is checked for being a git-lfs pointer. A pointer has about 130 bytes."""
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""Files with settings of a tokenizer, which do not make a tokenizer on their own."""
+"""Files with settings of a tokenizer. They do not make a tokenizer without a vocabulary."""
 
 _VOCABULARY = re.compile(r"token|vocab|merges|codes|dict|[.](model|bpe|spm|tiktoken)", re.IGNORECASE)
-"""Matches the name of a vocabulary file that TOKENIZER_FILES does not list."""
+"""Matches file names that may be those of a vocabulary although TOKENIZER_FILES does not list them."""
 
 _TEXT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-"""Suffixes of the files that transformers reads besides the weights."""
+"""Suffixes of the small files that transformers reads in addition to the weights."""
 
 
 def refuse_unrunnable(directory: Path) -> None:
     """Raise Unrunnable if file names and small files of the directory show that no model can be run.
 
-    Importing torch takes seconds and 400 MB, so this is checked first.
+    This check needs no torch, whose import takes seconds and 400 MB.
     """
     refuse_pointers(directory)
     if not (directory / "config.json").is_file():
@@ -50,7 +50,7 @@ def refuse_unrunnable(directory: Path) -> None:
 
 
 def refuse_pointers(directory: Path) -> None:
-    """Raise Unrunnable if a file that transformers reads beside the weights is a git-lfs pointer or a web page."""
+    """Raise Unrunnable if a file that transformers reads, other than weights, is a git-lfs pointer or a web page."""
     for path in sorted(directory.iterdir()):
         if path.suffix not in _TEXT or not path.is_file() or path.stat().st_size > MAX_POINTER:
             continue
@@ -84,7 +84,7 @@ def refuse_dtype(directory: Path) -> None:
 
 
 def may_have_tokenizer(directory: Path) -> bool:
-    """Return False if no file name of the directory looks like the vocabulary of a tokenizer."""
+    """Return True if a file in the directory may be the vocabulary of a tokenizer, judging by its name."""
     names = [path.name for path in directory.iterdir() if path.name not in _SETTINGS]
     return any(name in TOKENIZER_FILES or _VOCABULARY.search(name) for name in names)
 
@@ -100,7 +100,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def make_missing_error(missing: Iterable[str], directory: Path) -> Unrunnable:
-    """Make the error for weights that the model needs and the checkpoint does not store."""
+    """Make the error for the weights `missing`, which the model needs and the checkpoint does not store."""
     names = sorted(missing)
     if all(HEAD_NAMES & set(name.split(".")) for name in names):
         return Unrunnable(

@@ -1,7 +1,7 @@
 """Report the result of the sanity check: the figures of base and patched, and whether they are within the bounds.
 
-The bounds come from the manifest or the command line, and the record contains the result of `to_json`. This module must
-not depend on torch or on models.
+The bounds come from the manifest or the command line. The record (swsurgery.json) contains the result of `to_record`.
+This module must not depend on torch or on models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from swsurgery.storage.result import Result
 
 @dataclass(frozen=True)
 class CheckedBounds:
-    """Limits, both inclusive, on the perplexity of patched divided by that of base; None sets no limit."""
+    """Limits on the perplexity of patched divided by that of base.
+
+    A ratio equal to a limit passes. None sets no limit.
+    """
 
     max_perplexity_ratio: float | None = None
     min_perplexity_ratio: float | None = None
@@ -27,7 +30,7 @@ class SuperActivation:
     """The hidden state of largest magnitude after any decoder layer, over the whole text (arXiv:2411.07191).
 
     `token` is its position in the input, including BOS, and `window` the number of the window; both count from 0. A
-    non-finite value is larger than any other.
+    non-finite value counts as larger than any finite one.
     """
 
     layer: int
@@ -41,8 +44,8 @@ class SuperActivation:
 class Side:
     """The figures of one model, base or patched.
 
-    `finite` is True if every logit of the text and the prompts was finite. `super_activation` is None if the model has
-    no list of decoder layers.
+    `stopword_mass` is the mean probability of all stop words together. `finite` is True if every logit of the text and
+    the prompts was finite. `super_activation` is None if the model has no list of decoder layers.
     """
 
     perplexity: float
@@ -53,9 +56,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Continuations:
-    """The most likely next tokens after a prompt, by base and by patched, as (text, probability).
+    """The most likely next tokens after a prompt, from base and from patched, each as (text, probability).
 
-    The most likely token is first. A tuple is empty if a logit of its model is not finite.
+    The most likely token is first. The tuple of a model is empty if a logit after the prompt is not finite.
     """
 
     prompt: str
@@ -70,8 +73,8 @@ class CheckReport(Result):
     `kl` is the mean KL(base || patched) per scored token in nats. The text had `windows` windows of at most
     `window_tokens` tokens, in which `scored_tokens` predictions were scored. If there was no base to compare with,
     `compared` is False and `base` equals `patched`. `method` is "layer by layer" (both models side by side), "streamed"
-    (the same with two layers at a time in memory) or "whole passes" (one model after the other). The report contains no
-    date and no duration, so the same inputs give the same report.
+    (side by side with two layers at a time in memory) or "whole passes" (one model after the other). The report
+    contains no date and no duration, so the same inputs give the same report.
     """
 
     base: Side
@@ -95,11 +98,11 @@ class CheckReport(Result):
     def failures(self) -> tuple[str, ...]:
         """The reasons to reject the patched model, one line each; empty if it passed.
 
-        Non-finite logits of the patched model always fail. A non-finite ratio fails every bound; non-finite logits of
-        the base cause one too.
+        Non-finite logits of the patched model always fail. A non-finite perplexity ratio fails every bound; non-finite
+        logits of the base also make the ratio non-finite.
         """
         lines = []
-        # Weaker edits help only if the base is sound.
+        # Weaker edits help only if the logits of the base are finite.
         sound = self.base.finite or not self.compared
         base_fault = "those of the base are not finite either, so check the base: verify --finite"
         if not self.patched.finite and self.compared:
@@ -108,7 +111,7 @@ class CheckReport(Result):
         elif not self.patched.finite:
             lines.append("logits of the model are not finite: text or prompts (search its weights: verify --finite)")
         ratio, most, least = self.perplexity_ratio, self.bounds.max_perplexity_ratio, self.bounds.min_perplexity_ratio
-        # Written so that a NaN, for which every comparison is false, fails.
+        # A NaN must fail, and every comparison with it is false.
         if most is not None and not (math.isfinite(ratio) and ratio <= most):
             lines.append(
                 f"perplexity ratio above the bound: {ratio:.6g}, at most {most:g} allowed "
@@ -123,20 +126,20 @@ class CheckReport(Result):
 
     @property
     def ok(self) -> bool:
-        """True if there are no failures."""
+        """True if the patched model passed, so that `failures` is empty."""
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document that `check --json` prints: that of `to_record`, and always the field `compared`."""
+        """Return the document that `check --json` prints: that of `to_record`, always with the field `compared`."""
         return self.to_record() | {"compared": self.compared}
 
     def to_record(self) -> dict[str, Any]:
-        """Return the report as strict JSON types, as the record contains it.
+        """Return the report as the record contains it, in types of strict JSON.
 
         Figures have 6 significant digits, because further digits depend on the number of threads, which changes the
         order of float32 sums. NaN and infinities, which JSON does not have, become None. If there was no base to
-        compare with, `compared` is false and the figures that need a base are null or empty. Otherwise the field is
-        absent, so that the bytes of existing records do not change.
+        compare with, `compared` is false and the figures that need a base are null or empty. Otherwise the field
+        `compared` is absent, so that the bytes of existing records do not change.
         """
         prompts = [
             {"prompt": p.prompt, "base": _encode_tokens(p.base), "patched": _encode_tokens(p.patched)}

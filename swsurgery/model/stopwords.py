@@ -1,8 +1,8 @@
-"""List English function words.
+"""List English function words, which are the stop words of the check.
 
 They are articles, pronouns, prepositions, conjunctions, auxiliaries and some adverbs of degree and time. A model
-without its super weights gives such words more probability (arXiv:2411.07191), so their probability is a figure of the
-check. The list must not change: figures of different lists cannot be compared.
+without its super weights gives such words more probability (arXiv:2411.07191), so the check measures their total
+probability. The list must not change: figures measured with different lists cannot be compared.
 """
 
 from __future__ import annotations
@@ -22,4 +22,4 @@ can could may might must shall should will would ought
 again also already always ever never just only even still too very quite rather yet once here there now
 """
 STOP_WORDS = frozenset(_LIST.split())
-"""The words of the list, in lower case."""
+"""The stop words, in lower case."""

@@ -1,8 +1,9 @@
 """Read the weights of one layer at a time from the shards into reused buffers.
 
-Memory use is that of two layers, whatever the size of the model: the next layer is read while one is computed. On a
+Two layers are in memory at a time, however large the model is: while one layer is computed, the next one is read. On a
 CPU, shards are read directly into a buffer, and the parameters are views of it. For CUDA, the bytes pass through small
-pinned pieces of main memory, and a separate stream copies them. Several devices take the layers in turn.
+pieces of pinned main memory, from which a separate CUDA stream copies them to the device. Several devices take the
+layers in turn.
 
 `weight_plan.py` decides which stored bytes make up each parameter. This module moves the bytes, and must not depend on
 what a layer computes.
@@ -25,22 +26,22 @@ from swsurgery.storage.files import File, fill
 from swsurgery.threads import Pool
 
 STREAM_PIECE = 8 << 20
-"""Number of bytes that one task reads."""
+"""Maximum number of bytes that one task reads, and size of a piece of pinned memory."""
 
 READERS = max(2, min(8, os.cpu_count() or 2))
-"""Number of threads that read."""
+"""Number of threads that read shards."""
 
 
 _new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
 _new_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
-"""torch's constructors with the annotations that torch lacks."""
+"""The constructors of torch's CUDA streams and events, with the annotations that torch lacks."""
 
 
 class StreamedWeights:
     """A source of weights that reads the layers of a model in order, one layer ahead.
 
     `devices` take the layers in turn; weights outside the layers are on the first device. Methods raise CheckpointError
-    if a shard cannot be read, and torch.OutOfMemoryError if a device has no memory for two layers.
+    if a shard cannot be read, and torch.OutOfMemoryError if two layers do not fit into a device's memory.
     """
 
     def __init__(self, plan: WeightPlan, devices: Sequence[torch.device]):
@@ -54,7 +55,7 @@ class StreamedWeights:
 
     @contextlib.contextmanager
     def layer(self, number: int) -> Iterator[torch.device]:
-        """Load the weights of one layer for the length of a block, which receives their device."""
+        """Load the weights of one layer for the length of a `with` block, which receives the weights' device."""
         if not self._in_use:
             self._release()
         if self._loader is None or self._loader.next != number:
@@ -73,9 +74,10 @@ class StreamedWeights:
 
     @contextlib.contextmanager
     def outside(self, head: bool) -> Iterator[torch.device]:
-        """Load the weights outside the layers for the length of a block, with those of the head if `head`.
+        """Load the weights outside the layers for the length of a `with` block, which receives the weights' device.
 
-        These weights stay loaded until a layer is requested, so that consecutive blocks read them once.
+        The weights of the language-model head are included if `head` is True. The weights stay loaded until a layer is
+        requested, so that consecutive blocks read them once.
         """
         wanted = tuple(slot for slot in self.plan.outside if head or not slot.head)
         if wanted != self._bound:
@@ -91,7 +93,7 @@ class StreamedWeights:
             self._in_use -= 1
 
     def __del__(self) -> None:
-        self.close()  # for a model that was opened and refused before it ran
+        self.close()  # for a model that was opened but never run
 
     def close(self) -> None:
         """Stop reading ahead and free all memory. Layers can be loaded again afterwards."""
@@ -115,7 +117,7 @@ class StreamedWeights:
         if self._bound:
             self._unbind(self._bound)
             self._bound = ()
-            torch.cuda.empty_cache()  # no later allocation fits the freed block
+            torch.cuda.empty_cache()  # otherwise torch keeps the freed block, which no later allocation fits
 
     def _bind(self, slots: Sequence[Slot], memory: Tensor) -> None:
         for slot, begin in zip(slots, compute_layout(slots)[0], strict=True):
@@ -134,9 +136,10 @@ class StreamedWeights:
 
 @dataclass(frozen=True)
 class _Task:
-    """One read of at most PIECE bytes: `size` bytes at `offset` of the part's shard, to byte `begin` of a buffer.
+    """One read of at most STREAM_PIECE bytes from a shard into a buffer.
 
-    `dtype` is that of the parameter. If the part is stored in another dtype, its values are converted.
+    The `size` bytes at `offset` of the part's shard are written to the buffer from byte `begin` on. `dtype` is the
+    parameter's dtype. If the part is stored in another dtype, its values are converted.
     """
 
     part: Part
@@ -157,7 +160,7 @@ class _Task:
 
 
 def _split_tasks(slot: Slot, begin: int) -> Iterator[_Task]:
-    """Split the parts of a slot, which begins at `begin` in a buffer, into tasks of at most PIECE bytes."""
+    """Split the parts of a slot, which begins at `begin` in a buffer, into tasks of at most STREAM_PIECE bytes."""
     for part in slot.parts:
         at, end = part.offset, part.offset + part.size
         while at < end:
@@ -168,7 +171,7 @@ def _split_tasks(slot: Slot, begin: int) -> Iterator[_Task]:
 
 
 class _Files:
-    """Open shards, each opened at its first use. Safe to use from several threads."""
+    """The open shards. Each shard is opened when it is first read. Several threads may read at the same time."""
 
     def __init__(self) -> None:
         self._open: dict[File, File] = {}
@@ -176,12 +179,15 @@ class _Files:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Close all shards. Raises CheckpointError if one was changed since it was listed."""
+        """Close all shards. Raises CheckpointError if a shard was changed after its directory was listed."""
         self._open.clear()
         self._stack.close()
 
     def read(self, file: File, offset: int, memory: Tensor) -> None:
-        """Fill `memory`, a uint8 vector in main memory, with the bytes from `offset` on. Raises CheckpointError."""
+        """Fill `memory`, a uint8 vector in main memory, with the bytes of `file` from `offset` on.
+
+        Raises CheckpointError.
+        """
         with self._lock:
             if file not in self._open:
                 self._open[file] = self._stack.enter_context(file.open())
@@ -190,14 +196,17 @@ class _Files:
 
 
 def allocate_pinned_pieces() -> list[Tensor]:
-    """Allocate pinned memory, from which CUDA copies asynchronously: two pieces of PIECE bytes per reading thread."""
+    """Allocate two pieces of pinned memory, of STREAM_PIECE bytes each, per reading thread.
+
+    CUDA can copy from pinned memory while the program continues.
+    """
     return [torch.empty(STREAM_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * READERS)]
 
 
 class _Reader:
     """Reads shards into memory on several threads.
 
-    For CUDA, the bytes pass through pinned pieces, and a separate stream copies them.
+    For CUDA, the bytes pass through pieces of pinned memory, from which a separate CUDA stream copies them.
     """
 
     def __init__(self, devices: Sequence[torch.device]):
@@ -217,9 +226,10 @@ class _Reader:
     def start(
         self, slots: Sequence[Slot], memory: Tensor, device: torch.device, free: torch.cuda.Event | None
     ) -> torch.cuda.Event | None:
-        """Read `slots` into `memory` on `device`; copies wait for the event `free`, if one is given.
+        """Read `slots` and start to copy them to `memory` on `device`.
 
-        Returns the event after which `memory` may be used, or None if it can be used now.
+        The copies wait for the event `free`, if it is given. Returns the event after which `memory` may be used, or
+        None if it can be used now.
         """
         begins, _ = compute_layout(slots)
         tasks = [task for slot, begin in zip(slots, begins, strict=True) for task in _split_tasks(slot, begin)]
@@ -227,7 +237,7 @@ class _Reader:
         if stream is None:
             list(self._threads.map(lambda task: task.read(self._files, memory), tasks))
             return None
-        if free is None:  # earlier work on the device may still use memory that was just allocated
+        if free is None:  # earlier work on the device may still use the memory that torch has just reused
             stream.wait_stream(torch.cuda.current_stream(device))
         else:
             stream.wait_event(free)
@@ -237,14 +247,14 @@ class _Reader:
         return copied
 
     def close(self) -> None:
-        """Wait for the copies, end the threads and close the shards."""
+        """Wait until the copies are complete, end the threads and close the shards."""
         for stream in self._streams.values():
             stream.synchronize()
         self._threads.shutdown()
         self._files.close()
 
     def _through_pinned(self, task: _Task, memory: Tensor, stream: torch.cuda.Stream) -> None:
-        """Read a task into a pinned piece and start its copy to `memory` on `stream`."""
+        """Read a task into a piece of pinned memory and start its copy to `memory` on `stream`."""
         pinned, copied = self._pinned.get()
         try:
             copied.synchronize()
@@ -253,7 +263,7 @@ class _Reader:
             _Task(task.part, task.offset, task.size, 0, task.dtype).read(self._files, host)
             with torch.cuda.stream(stream):
                 memory[task.begin : task.begin + size].copy_(host[:size], non_blocking=host is pinned)
-            copied = stream.record_event()  # a new event: an event belongs to the device that recorded it first
+            copied = stream.record_event()  # a new event, because an event belongs to the device that first recorded it
         finally:
             self._pinned.put((pinned, copied))
 
@@ -261,7 +271,8 @@ class _Reader:
 class _Buffer:
     """Memory for one layer on one device.
 
-    For CUDA, the event `copied` means that the layer's bytes have arrived, and `used` that the layer has been computed.
+    For CUDA, the event `copied` occurs when the layer's bytes have arrived, and `used` when the layer has been
+    computed.
     """
 
     def __init__(self, size: int, device: torch.device):
@@ -273,7 +284,7 @@ class _Buffer:
 
 
 class _Loader:
-    """Reads the layers from number `first` on, in order, on a separate thread, into two buffers per device."""
+    """A thread that reads the layers in order, from number `first` on, into two buffers per device."""
 
     def __init__(self, plan: WeightPlan, devices: Sequence[torch.device], first: int, reader: _Reader):
         self.next = first
@@ -288,7 +299,10 @@ class _Loader:
         self._thread.start()
 
     def take(self) -> _Buffer:
-        """Return the buffer of the next layer. Raises the exception that ended the thread."""
+        """Wait until the next layer has been read, and return its buffer.
+
+        If an exception ended the thread, this method raises it.
+        """
         buffer = self._ready.get()
         if isinstance(buffer, BaseException):
             raise buffer
@@ -304,7 +318,7 @@ class _Loader:
         self._free[(self.next - 1) % len(self._devices)].put(buffer)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop reading and wait until the thread has ended."""
         self._stopped.set()
         for free in self._free:
             free.put(None)

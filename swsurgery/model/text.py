@@ -1,4 +1,7 @@
-"""Describe the amount of text behind a figure, in the same words for every command. Must not depend on torch."""
+"""Describe on how much text a figure was measured, in the same words for every command.
+
+This module must not depend on torch.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ class Measured(Protocol):
 
     @property
     def windows(self) -> int:
-        """Number of windows that were read."""
+        """Number of windows of text on which the model ran."""
 
     @property
     def window_tokens(self) -> int:
-        """Number of tokens of the text in each window."""
+        """Maximum number of tokens of the text in a window, without BOS."""
 
     @property
     def scored_tokens(self) -> int:
-        """Number of predictions that were scored in all windows."""
+        """Number of tokens in all windows whose prediction was scored."""
 
 
 def describe_measured_text(measured: Measured) -> str:
-    """Describe the text, such as "16 windows of 512 tokens (8,176 scored)"."""
+    """Describe the text on which a result was measured, such as "16 windows of 512 tokens (8,176 scored)"."""
     plural = "" if measured.windows == 1 else "s"
     return f"{measured.windows} window{plural} of {measured.window_tokens} tokens ({measured.scored_tokens:,} scored)"

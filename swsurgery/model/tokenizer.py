@@ -1,8 +1,9 @@
-"""Run a checkpoint's tokenizer in a separate process that may use 2 GB of memory and 60 seconds.
+"""Run a checkpoint's tokenizer in a separate process, limited to 2 GB of memory and 60 seconds.
 
-A tokenizer consists of regular expressions, replacements and tables of any size from an untrusted source. The process
-(`tokenizer_child.py`) loads the tokenizer with transformers and answers the requests of class `Tokenizer`. This module
-imports neither torch nor transformers, so that the process can start while its parent imports them.
+The limits are needed because a tokenizer from an untrusted source may contain regular expressions, replacements and
+tables of any size. The process (`tokenizer_child.py`) loads the tokenizer with transformers and answers the requests of
+class `Tokenizer`. This module imports neither torch nor transformers, so that the process can start while its parent
+imports them.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from swsurgery.errors import Unrunnable
 from swsurgery.model.refusals import make_tokenizer_error
 
 MEMORY = 2 << 30
-"""Maximum address space of the process, in bytes. Loading SmolLM2's tokenizer takes 220 MB."""
+"""Maximum address space of a tokenizer's process, in bytes. Loading SmolLM2's tokenizer takes 220 MB."""
 
 SECONDS = 60
-"""Maximum processor time of the process in seconds, and maximum time that its parent waits for it."""
+"""Maximum processor time of a tokenizer's process in seconds, and maximum time for which its parent waits for all of
+its answers together."""
 
 MAX_ANSWER = 128 << 20
-"""Maximum size of an answer in bytes. The decoded vocabulary of Gemma 3, the largest known, has 5 MB."""
+"""Maximum size of an answer in bytes. The decoded vocabulary of Gemma 3, the largest one known, takes 5 MB."""
 
 MAX_IDLE_SECONDS = 90
-"""Time in seconds after which an idle process is not used again. It ends soon after."""
+"""Maximum time in seconds for which a process may be idle and still be used. A process that is idle for longer soon
+ends itself (see IDLE_SECONDS in `tokenizer_child.py`)."""
 
 _idle: list[_Process] = []
-"""Processes that wait for the next tokenizer; at most one."""
+"""The process that waits for the next tokenizer. The list has at most one element."""
 
 
 _ENVIRONMENT = {
@@ -47,11 +50,11 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "OMP_NUM_THREADS": "1",
 }
-"""Environment variables for the process, which keep it small, offline and without torch."""
+"""Environment variables of the process, which keep it small, offline and without torch."""
 
 
 class _Process:
-    """A process that serves one tokenizer after the other."""
+    """A process that serves one tokenizer after another."""
 
     def __init__(self) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
@@ -75,7 +78,7 @@ class _Process:
         self._left, self.idle_since = 0.0, time.monotonic()
 
     def alive(self) -> bool:
-        """Return False if the process has ended or will end soon because it was idle for too long."""
+        """Return True if the process is running and became idle less than MAX_IDLE_SECONDS ago."""
         return self.end.alive and self._child.poll() is None and time.monotonic() - self.idle_since < MAX_IDLE_SECONDS
 
     def allow(self, seconds: float) -> None:
@@ -83,22 +86,22 @@ class _Process:
         self._left = seconds
 
     def ask(self, request: dict[str, object]) -> dict[str, object]:
-        """Send one request and return its answer. Raises _Failed."""
+        """Send one request and return its answer. Raises _Failed if the process ends, fails or exceeds a limit."""
         self._send(request)
         return self._receive()
 
     def _send(self, request: dict[str, object]) -> None:
-        """Send one request as a line of JSON. Raises _Failed."""
+        """Send one request as a line of JSON. Raises _Failed if the time is used up."""
         data = memoryview(json.dumps(request).encode() + b"\n")
         try:
             while data:
                 self._wait(self._requests, select.POLLOUT)
                 data = data[os.write(self._requests, data[: 1 << 16]) :]
         except BrokenPipeError:
-            pass  # _receive reads the last answer of the process
+            pass  # the process has ended, and _receive reads its last answer
 
     def _receive(self) -> dict[str, object]:
-        """Read one answer. Raises _Failed."""
+        """Read one answer. Raises _Failed if it is missing, incomplete, too large or an error."""
         data = bytearray()
         while not data.endswith(b"\n"):
             self._wait(self._answers, select.POLLIN)
@@ -118,7 +121,7 @@ class _Process:
         return document
 
     def _wait(self, descriptor: int, event: int) -> None:
-        """Wait until `descriptor` is ready. Raises _Failed if the time is used up."""
+        """Wait until `descriptor` is ready. Raises _Failed if the time that `allow` set is used up."""
         poll = select.poll()
         poll.register(descriptor, event)
         begin = time.monotonic()
@@ -129,11 +132,11 @@ class _Process:
 
 
 class _Failed(Exception):
-    """Raised if the process fails, with a message of a few words."""
+    """Raised if the process fails or exceeds a limit. Its message is a short clause, such as "its process ended"."""
 
 
 def _end_process(child: subprocess.Popen[bytes]) -> None:
-    """End a process with its workers, and close its streams."""
+    """End a process and the workers that it has forked, and close its streams."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -151,7 +154,7 @@ def start() -> None:
 
 
 def _take(directory: Path) -> _Process:
-    """Return an idle process or start one. Raises Unrunnable, naming `directory`, if none can be started."""
+    """Return the idle process, or start one. Raises Unrunnable, naming `directory`, if no process can be started."""
     while _idle:
         process = _idle.pop()
         if process.alive():
@@ -165,7 +168,10 @@ def _take(directory: Path) -> _Process:
 
 
 def _release(process: _Process) -> None:
-    """Keep a process for the next tokenizer if it is done with the present one within a second; else end it."""
+    """Keep a process for the next tokenizer if it unloads the present one within a second; else end it.
+
+    The process is also ended if another process is idle already.
+    """
     if not process.alive() or _idle:
         process.end()
         return
@@ -180,7 +186,7 @@ def _release(process: _Process) -> None:
 
 
 class Tokenizer:
-    """The tokenizer in `directory`, with the few methods of transformers' tokenizers that this package uses.
+    """The tokenizer in `directory`, with those methods of transformers' tokenizers that this package uses.
 
     The constructor and all methods raise Unrunnable if the tokenizer is missing, fails or exceeds a limit.
     """
@@ -195,7 +201,7 @@ class Tokenizer:
         size, bos, files = answer["size"], answer["bos"], answer["files"]
         assert isinstance(size, int) and (bos is None or isinstance(bos, int)) and isinstance(files, list)
         self._size, self.bos_token_id = size, bos
-        # For some model types, transformers invents an almost empty tokenizer if no file of one exists.
+        # For some model types, transformers invents an almost empty tokenizer if the directory has no tokenizer file.
         names = {"tokenizer.json", "tokenizer.model", "tekken.json", *map(str, files)}
         if not any((directory / name).is_file() for name in names):
             raise make_tokenizer_error(directory)
@@ -212,14 +218,14 @@ class Tokenizer:
         return {"input_ids": ids}
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], clean_up_tokenization_spaces: bool = False) -> list[str]:
-        """Return the text of each sequence of token ids, with unchanged spaces."""
+        """Return the text of each sequence of token ids. Spaces are not cleaned up."""
         assert not clean_up_tokenization_spaces
         texts = self._ask({"ids": [list(ids) for ids in sequences]})["texts"]
         assert isinstance(texts, list)
         return texts
 
     def _ask(self, request: dict[str, object]) -> dict[str, object]:
-        """Send one request and return its answer; end the process if that fails. Raises Unrunnable."""
+        """Send one request and return its answer. If that fails, end the process and raise Unrunnable."""
         try:
             return self._process.ask(request)
         except BaseException as error:  # also an interrupt: the answer may still arrive

@@ -1,8 +1,8 @@
-"""Serve a checkpoint's tokenizer: the program that `tokenizer.py` starts by its path in a separate process.
+"""Serve a checkpoint's tokenizer. `tokenizer.py` runs this file as a program in a separate process.
 
-It imports transformers once, without torch, and then forks a worker for each requested tokenizer. Requests and answers
-are lines of JSON on stdin and stdout. The worker has limits on memory, processor time and written files. If it dies,
-this program answers instead.
+The program imports transformers once, without torch, and then forks a worker for each requested tokenizer. Requests and
+answers are lines of JSON on stdin and stdout. The worker has limits on memory, processor time and written files. If the
+worker dies, the program answers in its place with an error.
 """
 
 import ctypes
@@ -18,20 +18,26 @@ IDLE_SECONDS = 120
 """Time in seconds without a request after which this program ends."""
 
 MAX_TOKENS = 4_000_000
-"""Maximum number of tokens in an encoded text."""
+"""Maximum number of tokens in a text that is encoded."""
 
 PR_SET_PDEATHSIG = 1
-"""Number of the prctl(2) option of this name."""
+"""The option of prctl(2) that sets the signal which a process receives when its parent ends."""
 
 
 def end_with_parent() -> None:
-    """Make Linux end this process when its parent ends. Other systems end it when its stdin is closed."""
+    """Make Linux end this process when its parent ends.
+
+    On other systems, the process ends when its stdin is closed.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def set_limits(memory: int, seconds: int) -> None:
-    """Limit this process to `memory` bytes of address space and `seconds` of processor time, and to writing no file."""
+    """Limit this process to `memory` bytes of address space and `seconds` of processor time.
+
+    The process is also forbidden to write files.
+    """
     for which, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, seconds),
@@ -40,14 +46,14 @@ def set_limits(memory: int, seconds: int) -> None:
     ):
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(which, (value, hard))  # the soft limit on time sends SIGXCPU, which identifies the cause
+        resource.setrlimit(which, (value, hard))  # past the soft limit on time, SIGXCPU identifies the cause
 
 
 def read_request() -> dict[str, object] | None:
-    """Read one line of JSON from descriptor 0; None at the end of the stream."""
+    """Read one request, which is a line of JSON, from stdin. Returns None at the end of stdin."""
     pieces = []
     while True:
-        piece = os.read(0, 1 << 20)  # the other side sends no more before it has the answer
+        piece = os.read(0, 1 << 20)  # the parent sends no further request before it has the answer
         pieces.append(piece)
         if not piece:
             return None
@@ -58,14 +64,14 @@ def read_request() -> dict[str, object] | None:
 
 
 def write_answer(document: dict[str, object]) -> None:
-    """Write one line of JSON to descriptor 1."""
+    """Write one answer, which is a line of JSON, to stdout."""
     data = memoryview(json.dumps(document).encode() + b"\n")
     while data:
         data = data[os.write(1, data) :]
 
 
 def serve(directory: str) -> None:
-    """Load the tokenizer in `directory` and answer requests about it until one contains "end"."""
+    """Load the tokenizer in `directory` and answer requests about it until a request contains the key "end"."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -79,7 +85,7 @@ def serve(directory: str) -> None:
         if "text" in request:
             ids = tokenizer(request["text"], add_special_tokens=request["special"])["input_ids"]
             if len(ids) > MAX_TOKENS:
-                raise ValueError(f"a text of {len(ids)} tokens")
+                raise ValueError(f"the text has {len(ids)} tokens, more than the {MAX_TOKENS} accepted")
             write_answer({"ids": [int(i) for i in ids]})
         else:
             sequences = request["ids"]
@@ -88,7 +94,10 @@ def serve(directory: str) -> None:
 
 
 def get_first_line(error: BaseException) -> str:
-    """Return the first line of the message of `error`, joined with the second if it ends in a colon, or its type."""
+    """Return the first line of the message of `error`, and the second too if the first ends in a colon.
+
+    If the message is empty, return the name of the error's type.
+    """
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     message = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
@@ -96,7 +105,10 @@ def get_first_line(error: BaseException) -> str:
 
 
 def work(request: dict[str, object]) -> None:
-    """Serve one tokenizer as the worker, answer with an error if that fails, and end the process."""
+    """Serve the tokenizer that `request` names, then end this process, which is a worker.
+
+    If an exception is raised, its message is the answer. If memory runs out, the worker ends with code 1 and no answer.
+    """
     code = 1
     try:
         end_with_parent()
@@ -113,10 +125,13 @@ def work(request: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Import transformers, then serve one tokenizer after the other until stdin ends or no request comes in time."""
+    """Import transformers, then serve one tokenizer after another.
+
+    The program ends when stdin ends, or when no request arrives for IDLE_SECONDS.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     end_with_parent()
-    sys.modules["torch"] = None  # type: ignore[assignment]  # no tokenizer needs it, and it takes seconds
+    sys.modules["torch"] = None  # type: ignore[assignment]  # no tokenizer needs torch
     try:
         import tokenizers  # noqa: F401 (imported before the fork)
         from transformers import AutoTokenizer  # noqa: F401

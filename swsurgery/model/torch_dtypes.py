@@ -1,6 +1,6 @@
-"""The torch dtype of each stored dtype, in one table.
+"""Maps stored dtypes to torch dtypes.
 
-A caller that supports fewer dtypes keeps a set of their names beside the reason.
+A caller that supports only some of them defines the set of their names in its own module and says why.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ TORCH_DTYPES = {
 """Maps the name of a safetensors dtype to the torch dtype with the same bits. Torch has no F4 or F6."""
 
 STREAMED = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"})
-"""Stored dtypes that can be read layer by layer. FP8 is excluded: its values need scales."""
+"""Stored dtypes that can be read layer by layer. FP8 is excluded because its values need scales."""
 
 
 def get_streamed_dtype(name: str) -> torch.dtype | None:
-    """Return the torch dtype of a stored dtype that can be read layer by layer, or None."""
+    """Return the torch dtype of a stored dtype; None if weights of that dtype cannot be read layer by layer."""
     return TORCH_DTYPES[name] if name in STREAMED else None

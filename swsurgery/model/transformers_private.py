@@ -1,6 +1,7 @@
 """The private names of transformers that this package uses.
 
-No other module uses one, so a release that drops a name breaks one function, and the test of that name says so.
+No other module uses such names. If a release of transformers drops one of them, one function breaks, and the test of
+that function fails.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ from transformers.initialization import no_init_weights
 __all__ = ["AutoClass", "get_language_model_class", "list_names_kept_in_float32", "no_init_weights"]
 
 LoadingInfo = Mapping[str, Collection[Any]]
-"""What from_pretrained reports with output_loading_info: for each kind of problem, the names or tuples found."""
+"""What from_pretrained reports if called with output_loading_info=True. It maps a kind of problem, such as
+"missing_keys", to the names of the weights concerned; "mismatched_keys" is mapped to tuples of a name and two
+shapes."""
 
 
 class AutoClass(Protocol):
-    """The two methods of transformers' automatic classes that are called here, with types."""
+    """An automatic class of transformers, such as AutoModelForCausalLM: the two methods used here, with types."""
 
     def from_config(self, config: PreTrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-        """Build a model without reading weights."""
+        """Build a model of `config` without reading weights."""
 
     def from_pretrained(self, directory: str | PathLike[str], /, **options: Any) -> tuple[PreTrainedModel, LoadingInfo]:
-        """Load a model. Returns its loading info too, so `options` must contain output_loading_info=True."""
+        """Load the model in `directory`, and return it with its loading info.
+
+        `options` must contain output_loading_info=True, without which transformers returns the model alone.
+        """
 
 
 def get_language_model_class(config: PreTrainedConfig) -> AutoClass | None:
-    """Return the automatic class that builds a model of `config`, or None if transformers has no language model for it.
+    """Return the automatic class that builds a language model of `config`; None if transformers has no such model.
 
     Language models that also accept images are included.
     """

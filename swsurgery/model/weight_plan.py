@@ -1,7 +1,8 @@
 """Plan which stored bytes make up each parameter of a model that is read layer by layer.
 
-A model with packed weights, or with a fusion that is not listed here, cannot be streamed and raises an error. This
-module works with names, shapes and offsets. It reads weights only to compare tied tensors that are stored twice.
+A model cannot be read this way if its weights are packed, or if transformers joins stored tensors in a way that STACKED
+does not list; `plan_weights` then raises ModelError. This module works with names, shapes and offsets. It reads weights
+only to compare tied tensors that are stored twice.
 """
 
 from __future__ import annotations
@@ -27,30 +28,27 @@ from swsurgery.storage.files import File, has_same_bytes
 ALIGNMENT = 256
 """Each parameter begins at a multiple of this many bytes in a buffer."""
 
-COMPARED = 4 << 20
-"""Number of bytes read at a time to compare two tied tensors."""
-
 RENAMED = (
     (".mlp.", ".block_sparse_moe."),
     (".mlp.router.", ".block_sparse_moe.gate."),
     ("lm_head.", "embed_out."),
 )
-"""Parts of names that differ between transformers and checkpoints, as (loaded, stored)."""
+"""Parts of names that differ between transformers and checkpoints, as (part in transformers, part in a checkpoint)."""
 
 STACKED = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "experts.down_proj": (("down_proj",), ("w2",)),
 }
-"""Parameters that transformers stacks over all experts, with the possible names of the stored parts.
-
-The parts of one expert are joined along the rows."""
+"""Parameters that transformers stacks over all experts, with the possible names of the tensors that are stored for each
+expert. If an expert has two stored tensors, they are joined along the rows."""
 
 
 @dataclass(frozen=True)
 class Part:
     """Stored bytes of some or all rows of a parameter.
 
-    They are `size` bytes at `offset` of a shard. Their first value has the flat index `element` in the parameter.
+    They are `size` bytes at `offset` of the shard `file`. Their first value has the flat index `element` in the
+    parameter.
     """
 
     file: File
@@ -62,10 +60,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter or buffer, and the parts from which it is read.
+    """One parameter or buffer of the model, and the stored parts from which it is read.
 
-    `owners` are the modules that share it, each with its name in the module; the first is `module` and `name`. `head`
-    is True if only the language-model head needs it.
+    `owners` are the modules that share the parameter, each with the parameter's name in that module. The first owner is
+    `module` with `name`. `head` is True if only the language-model head needs the parameter.
     """
 
     module: nn.Module
@@ -78,18 +76,18 @@ class Slot:
 
     @property
     def size(self) -> int:
-        """Bytes of the parameter in a buffer."""
+        """Size of the parameter in a buffer, in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 _Holder = tuple[str, nn.Module, str]
-"""One occurrence of a tensor in the model: its full name, its module and its name in the module."""
+"""One occurrence of a tensor in the model: the tensor's full name, its module, and its name in that module."""
 
 
 def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint: Checkpoint) -> WeightPlan:
     """Find the stored bytes of each parameter, for each layer and for the modules outside the layers.
 
-    Raises ModelError if a needed weight is stored in a form that only transformers can load.
+    Raises ModelError if a needed weight is not stored, or is stored in a form that only transformers can load.
     """
     prefixes = ("", *name_prefixes(checkpoint.config))
     layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
@@ -102,7 +100,9 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
         parts = _find_stored_parts(holders, tensor.shape, checkpoint, prefixes)
         dtype = _find_loaded_dtype(model, path, tensor)
         if any(part.dtype != dtype and not _is_both_floating(part.dtype, dtype) for part in parts):
-            raise ModelError(f"cannot be read layer by layer: stored as {parts[0].dtype}", path)
+            raise ModelError(
+                f"cannot be read layer by layer: its stored dtype {parts[0].dtype} cannot be converted to {dtype}", path
+            )
         for place in {layer_of.get(id(module)) for _, module, _ in holders}:
             mine = tuple((m, n) for _, m, n in holders if layer_of.get(id(m)) == place)
             slot = Slot(*mine[0], tensor.shape, dtype, parts, mine, all(module is head for module, _ in mine))
@@ -111,9 +111,9 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
 
 
 def _list_needed_tensors(model: PreTrainedModel) -> Iterable[list[_Holder]]:
-    """List the occurrences of each tensor that the text model and its head store; a tied tensor has several.
+    """List each tensor that the text model and its head load from a checkpoint, with all its occurrences.
 
-    The parts of a model that process images are not listed.
+    A tied tensor occurs several times. The parts of a model that process images are left out.
     """
     roots = [root for root in (find_decoder(model), find_output_embeddings(model)) if root is not None]
     needed = {id(module) for root in roots for module in root.modules()}
@@ -130,8 +130,8 @@ def _find_stored_parts(
 ) -> tuple[Part, ...]:
     """Find the stored bytes of a tensor, under one of its names.
 
-    A tied tensor is usually stored under one name. Raises ModelError if it is not stored, or if it is stored under
-    several names with different bytes: transformers would then load separate tensors.
+    A tied tensor is usually stored under one name. Raises ModelError if a tensor is not stored, or if it is stored
+    under several names with different bytes: transformers would then load separate tensors.
     """
     found = [(path, _find_parts(path, shape, checkpoint, prefixes)) for path, _, _ in holders]
     stored = [(path, parts) for path, parts in found if parts]
@@ -139,7 +139,7 @@ def _find_stored_parts(
         path = holders[0][0]
         if HEAD_NAMES & set(path.split(".")) and not any(HEAD_NAMES & set(t.split(".")) for t in checkpoint.shapes):
             raise make_missing_error([path], checkpoint.directory)
-        raise ModelError("cannot be read layer by layer: no stored form is known", path)
+        raise ModelError("cannot be read layer by layer: no stored tensor has a suitable name and shape", path)
     first, parts = stored[0]
     for path, others in stored[1:]:
         if others != parts and not _has_same_bytes(parts, others):
@@ -149,20 +149,20 @@ def _find_stored_parts(
 
 
 def _is_both_floating(one: torch.dtype, other: torch.dtype) -> bool:
-    """Return True if values of one dtype can be converted to the other."""
+    """Return True if both dtypes are floating-point, so that values of one can be converted to the other."""
     return one.is_floating_point and other.is_floating_point
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """The slots of each layer, and the slots of the modules outside the layers."""
+    """The slots to be read for each layer, and the slots of the modules outside the layers."""
 
     layers: tuple[tuple[Slot, ...], ...]
     outside: tuple[Slot, ...]
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest layer in a buffer."""
+        """Size in bytes of a buffer for the largest layer."""
         return max(compute_layout(slots)[1] for slots in self.layers)
 
 
@@ -176,7 +176,10 @@ def compute_layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
 
 
 def _find_loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which transformers would load a weight; it keeps some modules in float32."""
+    """Return the dtype in which transformers would load a weight.
+
+    This is float32 for the modules that transformers always keeps in float32.
+    """
     kept = list_names_kept_in_float32(model, tensor.dtype)
     if tensor.is_floating_point() and any(re.search(rf"(?:^|\.){re.escape(name)}(?:$|\.)", path) for name in kept):
         return torch.float32
@@ -184,7 +187,10 @@ def _find_loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> tor
 
 
 def _find_parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]) -> tuple[Part, ...]:
-    """Find the stored bytes of one parameter. Empty if no stored tensor of its name has its shape."""
+    """Find the stored bytes of one parameter.
+
+    Returns an empty tuple if the checkpoint has no tensor of a suitable name and shape.
+    """
     longest = max((prefix for prefix in prefixes if path.startswith(prefix)), key=len)
     bare = path.removeprefix(longest)
     names = [prefix + rest for rest in dict.fromkeys((path, bare)) for prefix in ("", longest, *prefixes)]
@@ -204,7 +210,11 @@ def _find_parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: 
 
 
 def _find_stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Checkpoint) -> tuple[Part, ...]:
-    """Find the parts of a parameter (experts, rows, columns) that is stored by expert; empty if one is missing."""
+    """Find the stored parts of a parameter (experts, rows, columns) whose experts are stored as separate tensors.
+
+    The name of a stored tensor is `stem`, the expert's number and one of `names`. Returns an empty tuple if a tensor is
+    missing or has another shape.
+    """
     experts, rows, columns = shape
     wanted = (rows // len(names), columns)
     found = []
@@ -218,7 +228,7 @@ def _find_stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint
 
 
 def _has_same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
-    """Return True if two stored forms of one parameter have the same bytes. Raises ShardError."""
+    """Return True if the parts of two stored copies of one parameter have the same bytes. Raises ShardError."""
     if [(part.size, part.dtype, part.element) for part in one] != [(p.size, p.dtype, p.element) for p in other]:
         return False
     pairs = zip(one, other, strict=True)
@@ -226,7 +236,7 @@ def _has_same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
 
 
 def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
-    """Return False if transformers transposes the stored tensor `name` when it loads it as the parameter `path`.
+    """Return True if transformers loads the stored tensor `name` as the parameter `path` without transposing it.
 
     Only down projections are known to be transposed.
     """
@@ -237,11 +247,14 @@ def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
 
 
 def _locate_part(name: str, element: int, checkpoint: Checkpoint) -> Part:
-    """Locate one stored tensor. Raises ModelError if it is quantised or has a dtype that cannot be streamed."""
+    """Return one stored tensor as a part whose first value has the flat index `element` in the parameter.
+
+    Raises ModelError if the tensor is quantised or has a dtype that cannot be streamed.
+    """
     info, shard = checkpoint.get_info(name), checkpoint.shards[checkpoint.weight_map[name]]
     if why := checkpoint.quantisation.explain_refusal(name):
         raise ModelError(f"cannot be read layer by layer: {why}", name)
     dtype = get_streamed_dtype(info.dtype.name)
     if dtype is None:
-        raise ModelError(f"cannot be read layer by layer: stored as {info.dtype.name}", name)
+        raise ModelError(f"cannot be read layer by layer: its stored dtype {info.dtype.name} is not supported", name)
     return Part(shard.file, shard.data_start + info.data_offsets[0], info.size, dtype, element)

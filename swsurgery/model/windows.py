@@ -1,4 +1,4 @@
-"""Cut a text into the windows of one model, and limit the number of variants by memory."""
+"""Cut a text into windows for one model, and limit the number of variants that run at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from swsurgery.model.forward import LayeredModel
 from swsurgery.model.tokenizer import Tokenizer
 
 STATES = 2 << 30
-"""Maximum bytes of hidden states in one pass over the weights: 32 variants of 16 windows of 512 tokens, for a 7B model
-in bfloat16. More variants take another pass. A pass of this size takes longer to compute than to read."""
+"""Maximum size in bytes of the hidden states in one pass over the weights. For a 7B model in bfloat16, this allows 32
+variants of 16 windows of 512 tokens. Further variants take another pass. A pass of this size takes longer to compute
+than to read, so a larger one would save little time."""
 
 
 def cut_text_windows(
@@ -21,7 +22,7 @@ def cut_text_windows(
     """Cut the first `windows` windows of `text`, as token ids, and return them with the number of text tokens in each.
 
     This number, which excludes BOS, is `window`, or less if the model's context or the text is shorter. Raises
-    ModelError if no window can be cut, or if a token id is beyond the model's vocabulary.
+    ModelError if no window can be cut, or if a token id is not in the model's vocabulary.
     """
     bos = measure.get_bos_prefix(tokenizer)
     longest = min(window, load.get_context_length(model) - len(bos))
@@ -31,9 +32,9 @@ def cut_text_windows(
 
 
 def count_variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]) -> int:
-    """Return the number of variants, besides the base, that may share one pass over the weights; at least one."""
+    """Return the number of variants, in addition to the base, that may run in one pass over the weights; at least 1."""
     config, element = model.model.config.get_text_config(), model.dtype.itemsize
     size: int = sum(map(len, windows)) * config.hidden_size * element
-    if not model.is_layered(windows[0]):  # then the logits of all variants exist at once
+    if not model.is_layered(windows[0]):  # the logits of all variants of a window then exist at once
         size += max(map(len, windows)) * config.vocab_size * element
     return max(1, STATES // size - 1)

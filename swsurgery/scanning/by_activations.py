@@ -1,13 +1,13 @@
 """Find super weights by their effect on the residual stream (`scan --method activations`).
 
 The method follows section 3.1 of arXiv:2411.07191. A super activation is a residual channel that becomes massive in one
-layer and stays massive over many. It is traced to the layers whose MLP makes it. The output y[row] of their down
-projection is the sum over its neurons of x[col] * W[row, col]. Scalars whose products make up a large share of this sum
-are candidates. One activation may hide others, so the candidates are set to zero and the model is run again until no
-new candidate is found.
+layer and stays massive over many layers. The scan finds the layer whose MLP makes the channel massive. The output
+y[row] of the MLP's down projection is the sum over its neurons of x[col] * W[row, col]. Scalars whose products make up
+a large share of this sum are candidates. One super activation may hide others, so the candidates are set to zero and
+the model is run again. This is repeated until a round finds no new candidate.
 
     spikes.py       runs the model; records which MLP makes or removes which massive hidden state
-    persistence.py  decides which of these states persist over many layers
+    persistence.py  decides which massive hidden states persist over many layers
     this module     finds the scalars that make the persistent states, in several rounds
 
 This module gives no verdicts; confirm.py measures the effect of each candidate. docs/detection.md explains when the
@@ -50,24 +50,25 @@ occur at such tokens (arXiv:2402.17762, figure 1)."""
 
 SHARE = 0.25
 """Minimum share x[col] * W[row, col] / y[row] of a scalar that becomes a candidate. In SmolLM2 two neurons make the
-activation of layer 11 (shares 0.73 and 0.26), and two make the activation of layer 2 (0.65 and 0.34). No other neuron
+activation of layer 11 (shares 0.73 and 0.26), and two others the activation of layer 2 (0.65 and 0.34). No other neuron
 has a share above 0.02. A scalar whose share is too small at first may reach the minimum in a later round, after the
 scalars with larger shares are set to zero."""
 
 OUTLIER = 10.0
-"""Minimum magnitude of x[col] and of y[row], each divided by the median magnitude of x or y for the same token. Both
-must reach it. In SmolLM2 the quotient is over 1,000 for the inputs and over 300 for the outputs."""
+"""Minimum magnitude of x[col] and of y[row], each divided by the median magnitude of x or y for the same token. Only a
+scalar for which both quotients reach the minimum becomes a candidate. In SmolLM2 they are over 1,000 for x and over 300
+for y."""
 
 MIN_COMPANION_SHARE = 0.25
-"""Minimum output at which a persistent activation is searched for its scalars, as a share of the MLP's largest output
-for the same token in the unedited model. A neuron that makes an activation also feeds other channels; an output below
-the minimum is only noted. The minimum is above the largest share of such a side effect in SmolLM2 (0.07). It is below
-the share of the second of two weights in one column of Llama-2-7B that matter together (0.92 / 1.56 = 0.59;
-docs/known.md)."""
+"""Minimum magnitude of an output y[row], as a share of the MLP's largest output for the same token in the unedited
+model. A smaller output is considered a side effect: the neuron that makes the largest output also feeds other channels.
+The scan adds a note about a side effect, but does not search for its scalars. In SmolLM2 the largest share of a side
+effect is 0.07. In Llama-2-7B two weights in one column matter together, and the share of the smaller output is 0.59
+(0.92 / 1.56; docs/known.md)."""
 
 EXPLAINED = 0.2
-"""Maximum relative difference between an output y[row] and the sum of the products x[col] * W[row, col]. A larger
-difference shows that the model did not multiply with the stored row W[row]."""
+"""Maximum difference between an output y[row] and the sum of the products x[col] * W[row, col], divided by y[row]. A
+larger difference shows that the model did not compute y[row] with the stored row W[row]."""
 
 
 def scan_activations(
@@ -115,13 +116,13 @@ def scan_sequences(
     """
     if not sequences or not all(sequences):
         raise ModelError(
-            "nothing to read: no prompts, or one without tokens",
+            "nothing to read: there is no prompt, or a prompt has no token",
             f"{len(sequences)} prompts",
-            "give prompts of at least one token",
+            "give at least one prompt, and no empty prompt",
         )
     checkpoint, layers = model.checkpoint, len(model.layers)
     if not layers:
-        raise Unrunnable("the model has no list of decoder layers", checkpoint.root)
+        raise Unrunnable("cannot find the list of decoder layers in the model", checkpoint.root)
     watch = LayerSpikes(model)
     search, least = _Search(checkpoint), count_layers_to_last(layers)
     unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
@@ -137,7 +138,7 @@ def scan_sequences(
             raise ModelError(
                 "hidden states are not finite",
                 f"layer {watch.broken}",
-                "a weight or an activation is too large for the dtype, or not a number",
+                "check the weights: a weight or an activation is NaN or too large for the dtype",
             )
         if watch.broken is not None:
             notes.append(
@@ -160,7 +161,7 @@ def scan_sequences(
         activations=tuple(search.activations),
         profile=profile,
         notes=(*notes, *search.notes),
-        # An unread layer may hide a super weight only if a massive state without a known cause begins there or later.
+        # An unread layer may contain a super weight only if a massive state of unknown cause begins there or later.
         unread=tuple(layer for layer in watch.unread if layer.layer <= max(search.untraced, default=-1)),
         settings={
             "rounds": rounds,
@@ -181,8 +182,8 @@ def scan_sequences(
 class _Scalar(NamedTuple):
     """One scalar W[row, col] of a down projection, with its input `x` = x[col] for one token.
 
-    `share` is the product x[col] * W[row, col] divided by the output y[row]. `outlier` is True if the magnitude of
-    x[col] is at least `OUTLIER` times the median magnitude of the projection's inputs for that token.
+    `share` is x[col] * W[row, col] / y[row], the share of the output that this scalar makes. `outlier` is True if the
+    magnitude of x[col] is at least `OUTLIER` times the median magnitude of the projection's inputs for that token.
     """
 
     projection: DownProjection
@@ -199,9 +200,9 @@ class _Scalar(NamedTuple):
 
 
 class _Search:
-    """Collects the candidates, activations and notes of all rounds. In round 1 the model is unedited.
+    """Collects the candidates, super activations and notes of all rounds. In round 1 the model is unedited.
 
-    `untraced` contains the first layers of persistent massive states that no observed MLP makes.
+    `untraced` contains, for each persistent massive state that no observed MLP makes, the layer where it begins.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -210,8 +211,8 @@ class _Search:
         self.activations: list[PersistentActivation] = []
         self.notes: list[str] = []
         self.untraced: set[int] = set()
-        # Of the unedited model: the MLP's largest output by (sequence, layer, token), and the places of the persistent
-        # states that are searched for scalars, as (sequence, layer, token, channel).
+        # From round 1: the largest output of the MLP by (sequence, layer, token), and the places (sequence, layer,
+        # token, channel) of the persistent states whose scalars are searched for.
         self._largest: dict[tuple[int, int, int], float] = {}
         self._main: set[tuple[int, int, int, int]] = set()
         self._rows: dict[tuple[DownProjection, int], Tensor] = {}
@@ -247,10 +248,10 @@ class _Search:
         return list(found)
 
     def _split(self, traces: Sequence[Trace], unedited: bool) -> tuple[list[Spell], list[Spell]]:
-        """Divide the persistent states into those to search for scalars and mere side effects of a larger output.
+        """Divide the persistent states into main states, whose scalars are searched for, and side effects.
 
-        A state belongs to the first list if its output is at least `MIN_COMPANION_SHARE` of the largest output for the
-        same token in the unedited model, or if it was in the first list in round 1.
+        A state is a main state if its output is at least `MIN_COMPANION_SHARE` of the MLP's largest output for the same
+        token in the unedited model, or if it was a main state in round 1. Returns (main states, side effects).
         """
         if unedited:
             for sequence, trace in enumerate(traces):
@@ -269,7 +270,7 @@ class _Search:
         return spells, companions
 
     def _decompose(self, move: Move) -> tuple[list[_Scalar], bool]:
-        """Return the scalars whose products make up the largest shares of an output, largest first.
+        """Return the scalars that make the largest shares of the output y[row] of `move`, largest share first.
 
         The second value is True if the products of the whole stored row add up to the output (see `EXPLAINED`).
         """
@@ -321,10 +322,10 @@ class _Search:
         )
 
     def _note_the_rest(self, traces: Sequence[Trace], spells: Sequence[Spell], companions: Sequence[Spell]) -> None:
-        """Add notes on observations in the unedited model that give no candidate.
+        """Add notes on observations in the unedited model that do not lead to a candidate.
 
-        The notes list channels that are massive only as a side effect (`companions`), scalars that remove an activation
-        again, and persistent massive states that no observed MLP makes.
+        The notes are about channels that are massive only as a side effect (`companions`), scalars that make a massive
+        channel small again, and persistent massive states that no observed MLP makes.
         """
         fed: dict[int, set[int]] = defaultdict(set)
         for spell in companions:
@@ -351,7 +352,7 @@ class _Search:
             )
 
     def _fetch_row(self, projection: DownProjection, row: int) -> Tensor:
-        """Return one stored row, (cols,) in float64, with the candidates of earlier rounds set to zero."""
+        """Return one row of a down projection, (cols,) in float64, with the candidates of earlier rounds set to 0."""
         key = (projection, row)
         if key not in self._rows:
             self._rows[key] = _read_row(self.checkpoint, projection, row)
@@ -359,22 +360,22 @@ class _Search:
 
 
 def _explain_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) -> str:
-    """Explain why no scalar makes an output: the first condition for a candidate that is not met."""
+    """Explain why none of the scalars became a candidate, by the first condition that is not met."""
     if not scalars:
         return "the down projection was not called"
     if not explained:
         return "the products of the stored row do not add up to the output"
     if not outlier:
-        return f"the output is below {OUTLIER:g} medians of its token"
+        return f"the output is below {OUTLIER:g} times the median for its token"
     largest = f"the largest share is {scalars[0].share:.2f}"
-    return largest if scalars[0].share < SHARE else f"{largest}, but its input is below {OUTLIER:g} medians"
+    return largest if scalars[0].share < SHARE else f"{largest}, but its input is below {OUTLIER:g} times the median"
 
 
 def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> Tensor:
     """Read one row of a down projection: (cols,), float64.
 
-    Raises ModelError if the projection is quantised, so that its elements are not weights. Raises ShardError if the
-    file cannot be read.
+    Raises ModelError if the elements of the projection are not weights, for example because it is quantised. Raises
+    ShardError if the file cannot be read.
     """
     refuse_quantised(checkpoint, projection.tensor)
     refuse_unweighted(checkpoint, projection.tensor)

@@ -4,13 +4,13 @@ Neuron i of a gated MLP computes silu(g_i . x) * (u_i . x), where g_i and u_i ar
 column W_down[:, i] multiplies this value, and the product is added to the residual stream. For large positive arguments
 silu is nearly the identity, so the value is about (g_i . x) * (u_i . x). Over unit vectors x its maximum is
 (|g_i||u_i| + g_i . u_i) / 2, which is large if both rows are long and point in the same direction. The term g_i . u_i
-alone ranks super weights best. The score of a scalar is therefore |W_down[k, i]| * |sum_d gain_d^2 g_id u_id|; the gain
-of the norm before the MLP multiplies both rows. In an MLP without a gate, the row fc_i replaces both g_i and u_i.
-docs/detection.md compares variants of the score.
+alone ranks super weights best. The score of a scalar is therefore |W_down[k, i]| * |sum_d gain_d^2 g_id u_id|. The gain
+is squared, because the gain of the norm before the MLP multiplies both rows. In an MLP without a gate, the row fc_i of
+its only input matrix replaces both g_i and u_i. docs/detection.md compares variants of the score.
 
 A norm after the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4) divides the whole output by its root mean square and
-multiplies channel k by gain_k, so the score is multiplied by |gain_k| too. The score leaves out the root mean square,
-because it depends on the input.
+multiplies channel k by gain_k, so the score is multiplied by |gain_k| too. The score does not include the division,
+because the root mean square depends on the input.
 
 This module finds the matrices of each MLP and decides which scores are outliers; scores.py computes the scores. Neither
 module runs a forward pass or imports torch.
@@ -55,23 +55,23 @@ to 6.9. Zeroing any one of five of them raises perplexity, and zeroing the sixth
 weights every z-score is below 3."""
 
 MIN_PEAK = 2.0
-"""Minimum magnitude of a candidate, divided by the median of the largest magnitudes of all columns of its layer. The
-quotient is 6.9 to 8.7 for the six scalars of SmolLM2 that `MIN_Z` mentions, and below 2 for random weights. Without
-this limit, a column whose large scalar was set to 0 would still be listed, with its second largest scalar."""
+"""Minimum magnitude of a candidate, as a multiple of its layer's usual column maximum: the median of the largest
+magnitudes of all columns. It is 6.9 to 8.7 for the six scalars of SmolLM2 that `MIN_Z` mentions, and below 2 for random
+weights. Without this limit, if a column's large scalar was set to 0, its second largest scalar would be listed."""
 
 LEAST_SPREAD = math.log(2)
-"""Minimum spread of the natural logarithms of a layer's scores, which corresponds to a factor of two. It prevents that
-small differences count as outliers in a layer whose scores are almost equal."""
+"""Minimum spread of the natural logarithms of a layer's scores; it corresponds to a factor of two. Without a minimum,
+small differences would count as outliers in a layer whose scores are almost equal."""
 
 MIN_ROW_SHARE = 0.5
-"""Minimum magnitude of a further scalar that is listed from a column, as a share of the column's largest magnitude."""
+"""Minimum magnitude of the second and third scalar listed from a column, as a share of its largest magnitude."""
 
 MAX_ROWS_PER_COLUMN = 3
 """Maximum number of scalars that are listed from one column."""
 
 
 class Inputs(NamedTuple):
-    """The stored names of an MLP's input matrices, and how the tensors contain gate and up.
+    """The stored names of an MLP's input matrices, and how the matrices contain the gate rows and the up rows.
 
     In `INPUTS`, a name such as "gate_proj" replaces the last part of the down projection's name. `how` is "pair" for
     two tensors, gate and up; "alone" for an MLP without a gate; "halves" for one tensor with all gate rows first and
@@ -104,21 +104,21 @@ INPUTS: dict[str, tuple[Inputs, ...]] = {
     "fc2": (_make_single("fc1", "alone"),),  # Phi-2, OPT
     "fc_out": (_make_single("fc_in", "alone"),),  # GPT-J
 }
-"""The possible input matrices, by the last part of the down projection's name. The first alternative whose tensors are
-in the checkpoint is used."""
+"""Maps the last part of a down projection's name to the possible names of the input matrices. The first alternative
+whose tensors are all in the checkpoint is used."""
 
 INTERLEAVED = ("gpt_oss",)
 """The model types whose gate_up_proj alternates between gate rows and up rows."""
 
 PRE_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm")
-"""Names of norms that are always before the MLP, whatever the model."""
+"""Names of norms that are before the MLP in every model that has them."""
 
 NORMS = (
     *PRE_NORMS,
     *("ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "final_layer_norm", "input_layernorm", "ln_1"),
 )
-"""Names of the norm before the MLP. The first name that the checkpoint contains is used. The last two names belong to
-models in which the MLP and attention run in parallel and share one norm."""
+"""Possible names of the norm before the MLP. The first name that the layer contains is used. The last two names belong
+to models in which the MLP and attention run in parallel and share one norm."""
 
 NO_PRE_NORM = "post_feedforward_layernorm"
 """The name of a norm after the MLP. A layer that has it, but no norm in `PRE_NORMS`, has no norm before its MLP (OLMo 2
@@ -148,10 +148,10 @@ ONE_PLUS = (
 
 
 class _Scored(NamedTuple):
-    """One MLP, with the score of the largest scalar in each neuron's column of the down projection.
+    """One MLP, with one scalar per neuron: the largest in the neuron's column of the down projection.
 
-    `scores`: (neurons,) float32, the scores of these scalars. `peaks`: (neurons,) float32, the magnitudes of these
-    scalars, multiplied by the gain of the norm after the MLP if there is such a norm.
+    `scores`: (neurons,) float32, the scores of these scalars. `peaks`: (neurons,) float32, their magnitudes. If a norm
+    follows the MLP, the magnitudes are multiplied by its gain.
     """
 
     projection: DownProjection
@@ -179,13 +179,13 @@ def scan_weights(
     the layer's spread. The spread is 1.4826 times the median absolute deviation, but at least `LEAST_SPREAD`. The
     statistics of a layer use one scalar per neuron, the one with the highest score, and include the neurons of all
     experts. A candidate must also be at least `MIN_PEAK` times as large as the layer's median column maximum. The
-    result does not depend on `threads`.
+    result does not depend on `threads`, the number of threads (None: `READ_THREADS`).
 
     Raises ArchitectureError if the model's MLPs are unknown, packed, or scaled by other tensors; ShardError if a file
     ends early; and ValueError if `top`, `min_z` or `threads` is not positive.
     """
     if top < 1 or not min_z > 0 or (threads is not None and threads < 1):
-        raise ValueError(f"top, min_z and threads must be positive, not {top}, {min_z} and {threads}")
+        raise ValueError(f"top, min_z and threads must be positive, but are {top}, {min_z} and {threads}")
     config = checkpoint.config
     names = _Names(checkpoint, checkpoint.shapes)
     projections = [p for p in list_down_projections(config, names.shapes) if p.rows and p.cols]
@@ -232,7 +232,7 @@ def scan_weights(
 
 
 class _Names:
-    """Finds the matrices and norms of each MLP by their stored names. `notes` contains lines for the user."""
+    """Finds the matrices and norms of each MLP by their stored names. `notes` collects lines for the user."""
 
     def __init__(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]):
         self.checkpoint, self.shapes = checkpoint, shapes
@@ -246,9 +246,9 @@ class _Names:
                 self._norms_behind[layer] = name
 
     def mlp(self, projection: DownProjection) -> Mlp:
-        """Find the MLP of a down projection.
+        """Find the matrices and the gains of the MLP that contains a down projection.
 
-        Raises ArchitectureError if a matrix is missing, or does not fit the down projection.
+        Raises ArchitectureError if an input matrix is missing, or if its shape does not fit the down projection.
         """
         stacked = projection.expert_axis is not None
         expert = projection.expert if stacked and isinstance(projection.expert, int) else None
@@ -316,7 +316,7 @@ class _Names:
     def _read_gain(self, name: str, channels: int) -> NDArray[np.float64]:
         """Read the factor by which one norm multiplies each channel: (channels,), float64.
 
-        Raises ArchitectureError if the tensor is not a float vector of this length, or if it is quantised.
+        Raises ArchitectureError if the tensor is quantised, or if it is not a float vector of `channels` elements.
         """
         info, shard = self.checkpoint.get_info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
         if info.shape != (channels,) or info.dtype.kind != "float":
@@ -334,7 +334,7 @@ def _has_type(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
 
 
 def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """List the sections of config.json that may contain the model type, that of the language model first."""
+    """List the sections of config.json that may contain the model type. Those of the language model come first."""
     nested = [config.get(key) for key in ("text_config", "llm_config")]
     return [section for section in nested if isinstance(section, Mapping)] + [config]
 
@@ -346,7 +346,7 @@ def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 class _Usual:
     """The statistics of the scores of each layer.
 
-    `layers` contains for each layer the median and the spread of the scores' logarithms, and the median of the column
+    `layers` maps each layer to the median of the logarithms of its scores, their spread, and the median of its column
     maxima. `silent` is the number of neurons whose score is 0 or not finite; the statistics exclude these neurons.
     """
 
@@ -389,8 +389,8 @@ def _find_candidates(
 ) -> list[Candidate]:
     """Find the candidates in the columns of the `top` neurons with the highest z-scores.
 
-    Only the largest magnitude of each column is known so far, so the down projections are read again to find the rows
-    of the candidates and their ranks.
+    So far only the largest magnitude of each column is known, so the down projections are read again to find the row
+    and the rank of each candidate.
     """
     neurons = []
     for number, one in enumerate(scored):
@@ -413,8 +413,8 @@ def _find_scalars(
 ) -> list[Candidate]:
     """Find the candidates in each of the columns `cols`, at most MAX_ROWS_PER_COLUMN per column.
 
-    They are the largest scalar of the column and the scalars with at least `MIN_ROW_SHARE` of its magnitude. Each must
-    also meet the conditions of `scan_weights`.
+    The candidates of a column are its largest scalar, and further scalars with at least `MIN_ROW_SHARE` of its
+    magnitude. Each must also meet the conditions of `scan_weights`.
     """
     projection = one.projection
     columns = read_columns(reader, one.mlp, cols)

@@ -1,14 +1,17 @@
-"""Measure what a model loses without each candidate of a scan, and without several of them at once.
+"""Test causally which candidates of a scan matter: zero them and measure the model's perplexity.
 
-Each candidate is zeroed alone, and in pairs. All candidates are zeroed together, with and without each of them. The
-null is zeroed for comparison: scalars of the same matrices with similar magnitudes that no detector lists. All of these
-are variants of one run of the model. Companions, which are other outliers in a candidate's column, share its input.
-They are tested too, although no detector lists them: Llama-2-7B's best known super weight has little effect without its
-companion (docs/known.md). Any large row of a spiking column may change the loss, so a companion is compared with the
-other large rows of its own column.
+Each candidate is zeroed alone and in pairs. All candidates are zeroed together, and all candidates but one. For
+comparison, null scalars are zeroed: random scalars of the same matrices with similar magnitudes. All of these variants
+of the model run at once, or in several runs if memory requires it.
 
-This module sets the bars and decides verdicts. `losses.py` measures, `suspects.py` chooses companions and both nulls,
-and `intervals.py` computes intervals. This module does not search for candidates and prints nothing.
+Companions are tested too. A companion is an outlier in a candidate's column of the down projection that no detector
+lists. Llama-2-7B's best known super weight has little effect when it is zeroed without its companion (docs/known.md).
+If the input of a column is very large, any large scalar of the column may change the loss. A companion is therefore
+compared with the other large scalars of its column.
+
+A bar is the effect that a scalar must exceed to count as critical. This module measures losses, sets the bars and
+decides the verdicts. `suspects.py` chooses the companions and the null scalars, and `model/intervals.py` computes
+intervals. This module does not search for candidates and prints nothing.
 """
 
 from __future__ import annotations
@@ -43,26 +46,26 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number
 
 INERT = 1.05
-"""Maximum perplexity ratio of an inert scalar. docs/known.md uses the same limit."""
+"""Maximum perplexity ratio (without the scalar / with it) of an inert scalar. docs/known.md uses the same limit."""
 
 LEAST_ROWS = 3
-"""Minimum number of other large rows in a column with which a companion is compared."""
+"""Minimum number of other large scalars in a companion's column. With fewer, the companion gets no verdict."""
 
 PAIRS = 28
-"""Maximum number of pairs that are tested: all pairs of eight candidates."""
+"""Maximum number of pairs of scalars that are tested. Eight candidates have 28 pairs."""
 
 CONTEXT_NULLS = 6
-"""Number of null scalars that are also zeroed on top of all candidates, because any change has a larger effect in a
-model that is broken already."""
+"""Maximum number of null scalars that are also zeroed together with all candidates. The model may already be broken
+without the candidates, and then any further change has a larger effect."""
 
 Zeroed = frozenset[Coordinate]
-"""A set of scalars that are zeroed together; the empty set is the model as stored."""
+"""A set of scalars that are zeroed together. The empty set stands for the model as stored."""
 
 Say = Callable[[str], None]
 
 
 def _ignore(line: str) -> None:
-    """Discard a line."""
+    """Discard a line for the user; the default of `say`."""
 
 
 def confirm(
@@ -81,8 +84,8 @@ def confirm(
 ) -> Confirmation:
     """Test `candidates` on the first `windows` windows of `window` tokens of `text` (None: the built-in text).
 
-    Windows, BOS and scored positions are those of `check.run_checks`. `confirm_windows` describes the method. Raises
-    ModelError if the tokenizer or the model cannot be loaded or run.
+    The text is cut into windows and scored as by `check.run_checks`. `confirm_windows` describes the test and the other
+    arguments. Raises ModelError if the tokenizer or the model cannot be loaded or run.
     """
     text = read_built_in_text() if text is None else text
     with load.hide_output():
@@ -94,7 +97,10 @@ def confirm(
 
 
 def refuse_text(checkpoint: Checkpoint, text: str | None, windows: int, window: int) -> None:
-    """Raise ModelError if the tokenizer cannot be loaded, or if the text is too short for a window."""
+    """Raise ModelError if the tokenizer cannot be loaded, or if `text` is too short to fill one window.
+
+    The scan calls this before it loads the model.
+    """
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         measure.cut_windows(
@@ -112,39 +118,45 @@ def confirm_windows(
     progress: Progress | None = None,
     say: Say = _ignore,
 ) -> Confirmation:
-    """Test `candidates` on token ids; each of `windows` is an input of its own.
+    """Test `candidates` on windows of token ids. The model runs on each window separately.
 
     The effect of zeroing some scalars is the model's perplexity without them divided by its perplexity with them. The
     95% interval of an effect is computed from the mean losses of whole windows (`intervals.py`). If there are fewer
     than eight windows, no interval is computed and every verdict is "untested".
 
-    An effect is clear if the low end of its interval is above 1.05 and above the effects that are common in the null.
-    The null are `nulls` scalars of the candidates' matrices, zeroed one at a time. They are drawn with `seed` from the
-    scalars within 10% of a candidate's magnitude or, if these are too few, from those with the nearest magnitudes. None
-    is in a candidate's column.
+    The effect of zeroing a scalar is the perplexity without it divided by the perplexity with it. The effect is clear
+    if the low end of its interval is above 1.05 and above the usual effects of null scalars. Null scalars are `nulls`
+    random scalars of the candidates' matrices, outside the columns of all tested scalars, zeroed one at a time. They
+    are drawn with `seed` from the scalars within 10% of a candidate's magnitude. If there are too few, the scalars with
+    the nearest magnitudes are added.
 
     A scalar is "critical alone" if its effect is clear. Any other scalar is "critical jointly" if it is in a joint set,
-    or if it clearly adds more to the effect of all other candidates than its effect alone. Some null scalars are zeroed
-    on top of all candidates to set the bar for this. A joint set is a group whose effect is clearly larger than the
-    product of the effects of its parts, which are smaller joint sets and single scalars. These groups are tested: pairs
-    of candidates, pairs within a column, and the group of all scalars that add to the effect of all candidates.
+    or if zeroing it together with all other candidates clearly adds more than zeroing it alone. To set the bar for this
+    addition, some null scalars are zeroed together with all candidates.
 
-    A companion is tested alone, in pairs, and on top of all candidates. Its bar is also above the effect predicted for
-    one more large row of its column (`intervals.py`), whether these rows raise the loss or lower it. A companion is
-    "untested" if its column has fewer than three other large rows.
+    A joint set is a group of scalars whose effect is clearly larger than the product of the effects of its parts. The
+    parts are smaller joint sets and single scalars. Three kinds of groups are tested: pairs of candidates, pairs within
+    a column, and the group of all scalars that add to the effect of all candidates.
 
-    `say` receives a line if the text is too short, if the null raises a bar, if a companion cannot be judged, if
-    zeroing a companion lowers the loss, and if a null scalar is critical.
+    A companion is tested alone, in pairs, and together with all candidates. Its effect must also exceed the effect
+    predicted for one more large scalar of its column (`model/intervals.py`). The prediction allows for scalars that
+    raise the loss and scalars that lower it. A companion is "untested" if its column contains fewer than three other
+    large scalars.
+
+    `say` receives a line for the user if the text is too short, if null scalars raise a bar, if a companion gets no
+    verdict, if zeroing a companion lowers the loss, or if a null scalar is critical.
 
     The same inputs on the same machine give the same result. Raises ModelError if no candidate or no window is given,
-    if a candidate is not a scalar of the checkpoint's down projections, if their elements are not weights, or if the
-    losses of the stored model are not finite.
+    if a window has fewer than two tokens, if a candidate is not a scalar of the checkpoint's down projections, if the
+    elements of such a projection are not weights, or if the losses of the stored model are not finite.
     """
     if not candidates:
-        raise ModelError("nothing to confirm", "no candidates")
+        raise ModelError("nothing to confirm: the list of candidates is empty")
     if not windows or any(len(window) < 2 for window in windows):
         raise ModelError(
-            "too few or too short windows", f"{len(windows)} windows", "use at least one of at least two tokens"
+            "no windows, or a window is too short",
+            f"{len(windows)} windows",
+            "give at least one window, each of at least two tokens",
         )
     suspects = _choose_suspects(model.checkpoint, candidates, nulls, seed)
     losses = _Losses(model, windows, suspects.tested)
@@ -187,12 +199,13 @@ def confirm_windows(
 
 @dataclass(frozen=True)
 class _Suspects:
-    """The scalars that a confirmation zeroes.
+    """The scalars that the causal test zeroes.
 
-    `tested` contains the candidates and then their companions, `together` the candidates alone. `null` contains the
-    random scalars, `crowded` those that are also zeroed on top of all candidates. `minor` contains the scalars that may
-    matter only because their column spikes, and `columns` the null of each of their columns. `pairs` are candidates for
-    joint sets.
+    `tested` contains the candidates, followed by their companions. `together` contains the candidates only. `null`
+    contains random scalars for comparison, and `crowded` the null scalars that are also zeroed together with all
+    candidates. `minor` contains the scalars that may have an effect only because the input of their column is large.
+    `columns` contains, for each column of a minor scalar, other large scalars of the column for comparison. `pairs`
+    contains the pairs that are tested as joint sets.
     """
 
     tested: list[Candidate]
@@ -208,11 +221,11 @@ class _Suspects:
         return [candidate.coordinate for candidate in self.tested]
 
     def lead(self, column: Column) -> Coordinate:
-        """Return the first tested candidate in `column`, whose companions the column's other scalars are."""
+        """Return the first candidate in `column`. The other tested scalars of the column are compared with it."""
         return next(candidate.coordinate for candidate in self.tested if get_column(candidate) == column)
 
     def groups(self) -> list[Zeroed]:
-        """List the sets of scalars to zero in the first run, before joint sets are known."""
+        """List the sets of scalars that are zeroed first. Larger joint sets are chosen from their results."""
         groups = [frozenset({name}) for name in (*self.names, *self.null)]
         for name in self.names:
             groups += [self.together | {name}, self.together - {name}]
@@ -242,9 +255,9 @@ def _choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nu
 
 
 def _choose_pairs(tested: Sequence[Candidate], listed: Zeroed) -> list[Zeroed]:
-    """Choose at most PAIRS pairs: of two candidates, or of any two scalars that share a column.
+    """Choose at most PAIRS pairs to test: two candidates, or any two tested scalars of the same column.
 
-    Pairs that share a column come first, then pairs that share a row, then the best ranked.
+    Pairs in one column come first, then pairs in one row, then the pairs that are earliest in the list of scalars.
     """
 
     def same_column(one: Candidate, other: Candidate) -> bool:
@@ -266,10 +279,10 @@ def _choose_pairs(tested: Sequence[Candidate], listed: Zeroed) -> list[Zeroed]:
 
 
 class _Bar(NamedTuple):
-    """The largest effect, up or down, predicted for one more row of a column.
+    """The largest rise or fall of the loss predicted for zeroing one more large scalar of a column.
 
-    Both are logarithms of perplexity ratios: of the row `alone`, and `joint`, beyond the sum of the effects of its
-    parts.
+    Both fields are logarithms of perplexity ratios. `alone` is the effect of zeroing the scalar alone. `joint` is the
+    effect of zeroing it together with candidates, minus the effects of zeroing the scalar and the candidates apart.
     """
 
     alone: float
@@ -281,10 +294,11 @@ _NO_BAR = _Bar(-math.inf, -math.inf)
 
 @dataclass(frozen=True)
 class _Bars:
-    """The logarithms of perplexity ratios that clear effects exceed.
+    """The bars for all tested scalars: logarithms of the perplexity ratios that a clear effect exceeds.
 
-    `floor` applies to an effect, and `joint_floor` to an effect beyond the sum of its parts. `of_minor` contains the
-    additional bars of minor scalars. `unjudged` contains the companions whose columns have too few rows for a bar.
+    `floor` is the bar for the effect of a scalar. `joint_floor` is the bar for the effect of a group beyond the sum of
+    the effects of its parts. `of_minor` contains additional bars for minor scalars. `unjudged` contains the companions
+    that get no verdict, because their columns contain too few large scalars to compute a bar.
     """
 
     floor: float
@@ -318,12 +332,12 @@ def _set_bars(losses: _Losses, suspects: _Suspects, say: Say) -> _Bars:
 
 
 def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[float, float]:
-    """Compute the bars for an effect and for an effect beyond the sum of its parts, as logarithms of ratios.
+    """Compute `floor` and `joint_floor` of `_Bars` from the effects of null scalars.
 
-    The first bar is the null's outer fence: the third quartile plus three times the distance between the quartiles
-    (J. W. Tukey, Exploratory Data Analysis, 1977). The null's largest effect would be a worse bar: another super weight
-    may be among the scalars of similar magnitude and would hide the candidates. `say` receives a line about such a
-    scalar.
+    `floor` is at least the outer fence of the effects of null scalars: the third quartile plus three times the distance
+    between the quartiles (J. W. Tukey, Exploratory Data Analysis, 1977). The largest of these effects would be a worse
+    bar: one of the random scalars may be a super weight, and its effect would then hide the candidates. `say` receives
+    a line about such a null scalar.
     """
     together = suspects.together
     alone = {scalar: losses.gain(frozenset({scalar})) for scalar in suspects.null}
@@ -340,7 +354,7 @@ def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[flo
         for scalar in suspects.crowded
         if alone[scalar].low <= floor
     ]
-    # If the losses without the candidates are infinite, zeroing one more scalar shows nothing.
+    # An infinite value means that the model without the candidates has infinite losses, and then shows nothing.
     joint_floor = max([floor, *filter(math.isfinite, common)])
     if joint_floor > floor:
         least = f"x{format_number(_compute_exp(joint_floor), 3)}"
@@ -361,7 +375,7 @@ def _set_column_bar(losses: _Losses, together: Zeroed, lead: Coordinate, rows: S
         [losses.gain(group | {row}, [group, frozenset({row})]).log for row in rows]
         for group in (together, frozenset({lead}))
     ]
-    # If the losses without the candidates are infinite, zeroing one more scalar shows nothing.
+    # A value that is not finite means that the model without the candidates has infinite losses, so it shows nothing.
     finite = [gains for gains in joint if all(map(math.isfinite, gains))]
     return _Bar(compute_prediction_bound(alone), max(map(compute_prediction_bound, finite), default=math.inf))
 
@@ -371,9 +385,10 @@ def _set_column_bar(losses: _Losses, together: Zeroed, lead: Coordinate, rows: S
 
 @dataclass(frozen=True)
 class _Judge:
-    """Decides verdicts from measurements.
+    """Decides the verdict of each scalar from the measured losses and the bars.
 
-    `jointly` contains the scalars that matter together with others. `enough` is True if the text has enough windows.
+    `jointly` contains the scalars that matter together with others. `enough` is True if the text has enough windows for
+    verdicts.
     """
 
     losses: _Losses
@@ -382,7 +397,7 @@ class _Judge:
     enough: bool
 
     def try_out(self, candidate: Candidate, together: Zeroed) -> Trial:
-        """Make the trial of one scalar; `together` contains all candidates that a detector lists."""
+        """Make the report of the test of one scalar. `together` contains all candidates that a detector lists."""
         name = candidate.coordinate
         others = together - {name}
         return Trial(
@@ -402,7 +417,7 @@ class _Judge:
 
 
 def _find_core(losses: _Losses, suspects: _Suspects, bars: _Bars) -> Zeroed:
-    """Find the scalars that clearly add more to the effect of all other candidates than their effect alone."""
+    """Find the scalars whose zeroing clearly adds more to zeroing all other candidates than it does alone."""
     together = suspects.together
     added = {n: losses.gain(together | {n}, [together - {n}, frozenset({n})]) for n in suspects.names}
     return frozenset(n for n in suspects.names if n not in bars.unjudged and added[n].low > bars.joint([n]))
@@ -411,7 +426,8 @@ def _find_core(losses: _Losses, suspects: _Suspects, bars: _Bars) -> Zeroed:
 def _find_joint_sets(losses: _Losses, groups: Sequence[Zeroed], bar: Callable[[Zeroed], float]) -> list[Zeroed]:
     """Find the groups whose effect is clearly larger than the product of the effects of their parts, strongest first.
 
-    The parts of a group are the smaller joint sets in it, strongest first, and the scalars that are in none of them.
+    The parts of a group are the smaller joint sets in the group, chosen from the strongest to the weakest without
+    overlap, and the remaining single scalars.
     """
     found: list[Zeroed] = []
     for group in sorted(groups, key=len):
@@ -435,7 +451,7 @@ def _measure_column_null(losses: _Losses, together: Zeroed, column: Column, rows
 
 
 def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: Say) -> None:
-    """Report companions that cannot be judged, and companions whose zeroing lowers the loss."""
+    """Tell the user which companions get no verdict, and which companions lower the loss when they are zeroed."""
     together = suspects.together
     for candidate in suspects.tested:
         name, rows = candidate.coordinate, suspects.columns.get(get_column(candidate), ())
@@ -457,7 +473,10 @@ def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: S
 
 
 class _Gain(NamedTuple):
-    """A rise of the logarithm of the perplexity, and the ends of its interval; NaN if there is no interval."""
+    """The rise `log` of the logarithm of the perplexity, and the ends `low` and `high` of its 95% interval.
+
+    The ends are NaN if the text has too few windows for an interval.
+    """
 
     log: float
     low: float
@@ -465,28 +484,28 @@ class _Gain(NamedTuple):
 
 
 class _Losses:
-    """Measures and stores the losses of the model on each window with sets of scalars zeroed.
+    """Runs the model with sets of scalars zeroed, and stores the loss of every set on every window.
 
-    Losses are stored by window, so that the difference between any two sets has an interval. All scalars to be zeroed
-    are in matrices of the `tested` scalars.
+    The loss is stored for each window separately, because the interval of an effect is computed from the windows. Only
+    scalars in the matrices of the `tested` scalars can be zeroed.
     """
 
     def __init__(self, model: LayeredModel, windows: Sequence[Sequence[int]], tested: Sequence[Candidate]):
         self.model, self.windows = model, windows
         self.scored = [len(window) - 1 for window in windows]
         self._layers = {candidate.coordinate.tensor: candidate.layer for candidate in tested}
-        # Zeroing a scalar that is zero has no effect at all, so such scalars are left out of every set.
+        # Zeroing a scalar that is already zero changes nothing, so such scalars are left out of every set.
         self._nothing = frozenset(candidate.coordinate for candidate in tested if candidate.value == 0)
         self._base: list[float] = []
-        # The additional loss in nats per token, by set of scalars and window.
+        # The loss in nats per token minus that of the stored model, by set of zeroed scalars, one value per window.
         self._extra: dict[Zeroed, list[float]] = {frozenset(): [0.0] * len(windows)}
         self._kl: dict[Zeroed, float] = {frozenset(): 0.0}
 
     def measure(self, groups: Iterable[Zeroed], progress: Progress | None) -> None:
-        """Measure each group that has not been measured, in as few runs of the model as memory allows.
+        """Measure the loss of each group of scalars that has not been measured, in few runs of the model.
 
-        Groups run in the order of their first layers, the last first, because the layers before the first edited one
-        are computed once for all groups of a run.
+        The number of groups in one run is limited by memory. Groups whose first edited layer is late run first. Groups
+        with similar first layers thus share a run, which computes the layers before the first edited layer only once.
         """
         wanted = [
             group for group in dict.fromkeys(group - self._nothing for group in groups) if group not in self._extra
@@ -502,7 +521,7 @@ class _Losses:
     def gain(self, group: Zeroed, parts: Iterable[Zeroed] = ()) -> _Gain:
         """Compute the rise in loss from zeroing `group`, minus the rises from zeroing each of `parts`.
 
-        The unit is nats per token, so the rise is also that of the logarithm of the perplexity.
+        The unit is nats per token, so this is also the rise of the logarithm of the perplexity.
         """
         taken = [self._extra[part - self._nothing] for part in parts]
         extra = [
@@ -510,11 +529,11 @@ class _Losses:
             for number, value in enumerate(self._extra[group - self._nothing])
         ]
         mean, low, high = compute_mean_interval(extra, self.scored)
-        # A difference of infinities is NaN, and every comparison with NaN is false.
+        # The difference of two infinite losses is NaN. No comparison with NaN is true, so it never exceeds a bar.
         return _Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
 
     def effect(self, group: Zeroed) -> Effect:
-        """Compute the effect of zeroing `group`: perplexity ratio, interval, and mean KL in nats."""
+        """Compute the effect of zeroing `group`: perplexity ratio, 95% interval, and mean KL in nats per token."""
         gain = self.gain(group)
         low, high = (None if math.isnan(end) else _compute_exp(end) for end in (gain.low, gain.high))
         return Effect(_compute_exp(gain.log), low, high, self._kl[group - self._nothing])
@@ -531,7 +550,7 @@ class _Losses:
         base = totals.token_nll[0]
         if not all(bool(window.isfinite().all()) for window in base):
             raise ModelError(
-                "losses of the model as it is stored are not finite", self.model.checkpoint.root, "try another dtype"
+                "losses of the stored model are not finite", self.model.checkpoint.root, "try another dtype"
             )
         self._base = [float(window.mean()) for window in base]
         for number, group in enumerate(groups, start=1):

@@ -1,8 +1,9 @@
 """List the MLP matrices of a checkpoint that a scan did not read, from the stored names and shapes alone.
 
-A scan reads the down projections that projections.py knows. If a family stores only some of its MLPs under such names
-(Jamba: the dense layers, not the experts), a scan that finds nothing does not prove that nothing exists. This module
-lists the remaining matrices. It reads no file and must not import torch or transformers.
+A scan reads only the down projections whose names projections.py knows. Some models store other MLPs under other names
+(in Jamba, the names of the dense layers are known, and the names of the experts are not). If the scan of such a model
+finds nothing, a super weight may still exist. This module lists the matrices that were not read. It reads no file and
+must not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ _MIXERS = (
     "lora_",
     "_hc",
 )
-"""Substrings of the names of modules that are not MLPs: those that mix tokens or residual streams (`ffn_hc`), normalise
-or embed."""
+"""Substrings of the names of modules that are not MLPs. These modules mix tokens or residual streams (`ffn_hc`),
+normalise, or embed."""
 
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "expert", "moe")
-"""Substrings of the names of MLPs. If one MLP of a layer was read, only other matrices with such names are listed."""
+"""Substrings of the names of MLPs. If an MLP of a layer was read, other matrices of the layer are listed only if a part
+of their name contains one of these substrings."""
 
 _ROUTERS = re.compile(r"(gate|wg|\w*router\w*|\w*expert_gates?)", re.IGNORECASE)
 _LAYER = re.compile(r"(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.DOTALL)
@@ -43,17 +45,17 @@ _EXPERT = re.compile(r"(?<=experts\.)(0|[1-9][0-9]{0,8})(?=\.)")
 def list_stored_layers(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> set[int]:
-    """Find the numbers of all layers, with or without an MLP, in the stacks that contain the projections."""
+    """List the numbers of all layers, with or without an MLP, in the stacks of layers that contain the projections."""
     return {layer for _, layer, _ in _list_tensors(config, shapes, projections)}
 
 
 def list_unread_layers(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> tuple[UnreadLayer, ...]:
-    """List the layers with matrices that may belong to an MLP and that are not in the MLP of any of the projections.
+    """List the layers with matrices that may belong to an MLP, but not to an MLP of `projections`.
 
-    In a layer without a known down projection, these are all matrices except those of attention, norms and the like. A
-    layer without such matrices has no MLP and is not listed.
+    In a layer without a known down projection, every matrix may belong to an MLP, except matrices of attention, norms
+    and other modules in `_MIXERS`, and of routers. A layer without any such matrix has no MLP and is not listed.
     """
     known = {projection.layer for projection in projections}
     modules = {_name_module(projection.tensor) for projection in projections}
@@ -76,25 +78,28 @@ def list_unread_layers(
 def _list_tensors(
     config: Mapping[str, object], shapes: Shapes, projections: Collection[DownProjection]
 ) -> Iterator[tuple[str, int, str]]:
-    """Yield (name, layer, rest of the name) of every tensor in the stacks of layers that contain the projections."""
+    """Yield (name, layer, rest of the name) for every tensor in the stacks of layers that contain the projections.
+
+    For "model.layers.3.mlp.up_proj.weight", the rest of the name is "mlp.up_proj.weight".
+    """
     limit = read_layer_limit(config)
     trunks = {format_layer_name(projection).removesuffix(str(projection.layer)) for projection in projections}
     for name in shapes:
         for trunk in trunks:
             match = _LAYER.fullmatch(name[len(trunk) :]) if name.startswith(trunk) else None
-            # Layers beyond num_hidden_layers predict further tokens and are not part of the model.
+            # Layers with numbers from num_hidden_layers on predict further tokens and are not part of the model.
             if match and (limit is None or int(match["layer"]) < limit):
                 yield name, int(match["layer"]), match["rest"]
 
 
 def format_layer_name(projection: DownProjection) -> str:
-    """Return the name of the layer that contains a down projection, such as model.layers.3."""
+    """Return the name of the layer that contains a down projection, such as "model.layers.3"."""
     steps = projection.tensor.split(".")
     return ".".join(steps[: steps.index(str(projection.layer)) + 1])
 
 
 def _name_module(tensor: str) -> str:
-    """Return the name of the module that contains a linear layer or stacked experts, such as model.layers.3.mlp."""
+    """Return the name of the module that contains a tensor's linear layer or stacked experts: "model.layers.3.mlp"."""
     return tensor.removesuffix(".weight").rpartition(".")[0]
 
 

@@ -1,8 +1,8 @@
 """Draw the figures of a scan and of a sweep; the only module that imports matplotlib.
 
-Drawing opens no window, sets no backend for the process and ignores the user's matplotlib settings, and the same report
-always gives the same bytes. Colours are those of Okabe and Ito, which can be distinguished with every kind of colour
-vision; shapes and words repeat what the colours mean.
+Drawing opens no window and sets no matplotlib backend for the process. It ignores the user's matplotlib settings, so
+the same report always gives the same bytes. The colours are those of Okabe and Ito, which people with any kind of
+colour vision can distinguish. Shapes and words repeat what the colours mean.
 """
 
 from __future__ import annotations
@@ -30,41 +30,42 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
     from matplotlib.typing import RcKeyType
 
-# Without these entries a file contains the time of writing, and the bytes differ.
+# Without these entries, matplotlib stores the current time in the file, so the same figure would give other bytes.
 FIGURE_FORMATS = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-"""The formats of a figure, by the ending of its file name, and the metadata that its file omits."""
+"""Maps each supported ending of a file name to the metadata for matplotlib; None omits an entry from the file."""
 
 WIDTH, HEIGHT, DPI = 1200, 800, 100
-"""Width and height of the sheet in pixels, and its resolution. Positions are in pixels from its lower left corner."""
+"""Width and height of the sheet (the whole figure) in pixels, and its resolution in dots per inch. All positions in
+this module are in pixels from the sheet's lower left corner."""
 
 LEFT, RIGHT, BOTTOM, TOP = 115, 1000, 62, 740
-"""The edges of the panels. The title is above them and the legend to their right."""
+"""The edges of the area for labels and panels. The title is above this area, and the legend is to the right of it."""
 
 GAP, ROW = 18, 18
-"""Distance between two panels, and height of a row of labels, in pixels."""
+"""Distance between two panels, and height of one row of labels, in pixels."""
 
 MAX_LABELS = 14
-"""Maximum number of labels, which then take at most a third of the sheet."""
+"""Maximum number of scalars with a label. Their rows then take at most a third of the sheet's height."""
 
 BLACK, GREY, PALE = "#222222", "#808080", "#c8c8c8"
 BLUE, VERMILION, ORANGE = "#0072b2", "#d55e00", "#e69f00"
 
 STYLE: dict[RcKeyType, object] = {
     "figure.dpi": DPI,
-    "font.family": "DejaVu Sans",  # it comes with matplotlib
+    "font.family": "DejaVu Sans",  # matplotlib includes this font
     "font.size": 9.5,
     "text.color": BLACK,
-    "text.parse_math": False,  # a dollar sign in a name starts no formula
+    "text.parse_math": False,  # a dollar sign in a name must not start a formula
     "axes.edgecolor": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.fonttype": "none",  # keeps text as text, for searching and copying
-    "svg.hashsalt": "swsurgery",  # identifiers would be random without it
+    "svg.fonttype": "none",  # text remains text, which can be searched and copied
+    "svg.hashsalt": "swsurgery",  # without a fixed salt, the identifiers in the file would be random
 }
 
 
 class Mark(NamedTuple):
-    """A marker in a figure: its meaning for the legend, its shape, and its two colours."""
+    """A marker: its meaning (the text in the legend), its shape in matplotlib's notation, and its two colours."""
 
     meaning: str
     shape: str
@@ -95,8 +96,8 @@ VERDICT_MARKS: dict[Verdict | None, Mark] = {
     "untested": Mark("untested", "v", BLACK, "white"),
     "inert": Mark("inert", "o", GREY, "white"),
 }
-"""The marks of verdicts, in the order in which candidates get labels. None means that there was no causal test, and
-"untested" that the test allowed no verdict."""
+"""The marker of each verdict. Candidates get labels in this order of verdicts. None means that the causal test was not
+run, and "untested" means that it was run but allowed no verdict."""
 
 BASE = Mark("as stored (factor 1)", "D", VERMILION, VERMILION)
 SCALED = Mark("scaled", "o", BLUE, BLUE)
@@ -104,39 +105,42 @@ NOT_FINITE = Mark("not finite", "X", BLACK, BLACK)
 
 
 class Found(NamedTuple):
-    """A scalar to mark, and its verdict (None without a causal test)."""
+    """A scalar to mark in the figure, and its verdict, or None if the causal test was not run."""
 
     candidate: Candidate
     verdict: Verdict | None
 
 
 def check_figure_path(path: Path) -> None:
-    """Raise TargetError if `plot_scan` and `plot_sweep` could not write `path`; called before the model runs.
+    """Raise TargetError if a figure cannot be written to `path`.
 
-    The reasons are an ending that is not in `FIGURE_FORMATS`, a directory that is missing or not writable, and that
-    matplotlib is not installed.
+    The file name must have an ending in `FIGURE_FORMATS`, the directory must exist and be writable, and matplotlib must
+    be installed. A command calls this function before it runs the model, so that no measurement is lost.
     """
     if path.suffix.lower() not in FIGURE_FORMATS:
         raise TargetError("unknown figure format", path, "end the name in .png, .svg or .pdf")
     if path.is_dir():
-        raise TargetError("this is a directory", path, "name the figure's file")
+        raise TargetError("this is a directory", path, "give the name of a file")
     if not path.parent.is_dir():
-        raise TargetError("no such directory", path.parent, "make the directory first")
+        raise TargetError("no such directory", path.parent, "create the directory first")
     if not os.access(path.parent, os.W_OK):
         raise TargetError("cannot write", path, "choose a place where you may write")
     try:
-        import matplotlib.figure  # noqa: F401  imported, because an installed package may be broken
+        import matplotlib.figure  # noqa: F401  to find a broken installation too
     except ImportError as error:
-        raise TargetError("a figure needs matplotlib", path, "pip install 'swsurgery[plot]'") from error
+        raise TargetError("matplotlib cannot be imported", path, "run pip install 'swsurgery[plot]'") from error
 
 
 def plot_scan(report: Scan, path: Path, model: str | None = None) -> None:
-    """Draw the measurements of a scan by layer, with marked super weights, and replace the file `path`.
+    """Draw the measurements of a scan by layer, mark its candidates, and write the figure to `path`.
 
-    From activations: the largest input and output of the down projection and the largest hidden state after the layer
-    (arXiv:2411.07191, figures 3 to 5), signed, on a scale that shows both 100 and 20,000. From weights: the robust
-    z-score of each candidate, and the threshold `min_z` of the report's settings. `model` replaces the model type in
-    the title. Raises TargetError like `check_figure_path`, and if the file cannot be written.
+    For a scan by activations, three panels show the largest input and the largest output of the down projection and the
+    largest hidden state after the layer (arXiv:2411.07191, figures 3 to 5). The values are signed, on a scale that
+    shows both 100 and 20,000. For a scan by weights, one panel shows the robust z-score of each candidate and the
+    threshold `min_z` from the report's settings.
+
+    `model` replaces the model type in the title. An existing file is replaced. Raises TargetError for the reasons that
+    `check_figure_path` gives, and if the file cannot be written.
     """
     check_figure_path(path)
     with _use_own_style():
@@ -163,10 +167,11 @@ def plot_scan(report: Scan, path: Path, model: str | None = None) -> None:
 
 
 def plot_sweep(report: Sweep, path: Path, model: str | None = None) -> None:
-    """Draw perplexity (logarithmic), KL(base || scaled) and stop-word mass by factor, and replace the file `path`.
+    """Draw perplexity, KL(base || scaled) and stop-word mass by factor, and write the figure to `path`.
 
-    The base is the point at factor 1. A value that is not finite is a gap in the line with a cross above it. The title
-    begins with `model`. Raises TargetError like `plot_scan`.
+    The axis of perplexity is logarithmic. The point at factor 1 is the base. A value that is not finite is a gap in the
+    line, with a cross at the top of the panel. `model` begins the title. An existing file is replaced. Raises
+    TargetError for the same reasons as `plot_scan`.
     """
     check_figure_path(path)
     with _use_own_style():
@@ -208,7 +213,7 @@ def _use_own_style() -> Iterator[None]:
 
 
 def _make_sheet(title: str) -> Axes:
-    """Make an empty figure with one invisible pair of axes that covers it and has pixels as units."""
+    """Make a figure with a title, and return invisible axes that cover the whole figure in units of pixels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), facecolor="white")
@@ -222,7 +227,7 @@ def _make_sheet(title: str) -> Axes:
 
 
 def _add_panels(paper: Axes, top: float, count: int) -> list[Axes]:
-    """Add `count` panels of equal height, one above the other, from `top` down."""
+    """Add `count` panels of equal height, one above the other, from `top` down to `BOTTOM`. The highest comes first."""
     height = (top - BOTTOM - GAP * (count - 1)) / count
     panels: list[Axes] = []
     for number in range(count):
@@ -263,7 +268,7 @@ def _save(paper: Axes, path: Path) -> None:
 
 
 def _get_figure(artist: Axes | Text) -> Figure:
-    """Return the figure that contains `artist`. A sheet has no subfigures, so this is never a SubFigure."""
+    """Return the figure that contains `artist`. A sheet has no subfigures, so the result is never a SubFigure."""
     return cast("Figure", artist.figure)
 
 
@@ -279,7 +284,7 @@ def _measure_width(text: Text) -> float:
 
 
 def _list_found(report: Scan) -> list[Found]:
-    """List the scalars to mark, the most important first, without companions that are inert or untested."""
+    """List the scalars to mark, in the order of `VERDICT_MARKS`. Companions are included only if they are critical."""
     trials = report.confirmation.trials if report.confirmation else ()
     found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
     tested = {trial.candidate.coordinate for trial in trials}
@@ -298,7 +303,7 @@ def _format_answer(report: Scan) -> str:
 
 
 def _compute_x(layer: int, layers: int) -> float:
-    """Compute the x position of a layer's middle on the sheet; it must agree with the limits in `_set_layer_axis`."""
+    """Compute the x position of the middle of a layer on the sheet, for the axis limits that `_set_layer_axis` sets."""
     return LEFT + (RIGHT - LEFT) * (layer + 0.5) / layers
 
 
@@ -308,10 +313,11 @@ def _set_layer_axis(panels: Sequence[Axes], layers: int) -> None:
 
 
 def _choose_rows(paper: Axes, candidates: Sequence[Candidate], layers: int) -> list[int]:
-    """Choose a row for the label of each candidate, 0 for the lowest, such that no labels overlap.
+    """Choose a row for the label of each candidate, so that no labels overlap. Row 0 is the lowest.
 
-    A label is a vertical line from its layer with a text to the right of it. From the last layer to the first, each
-    label gets the lowest row in which its text crosses no line of an earlier label.
+    A label is a vertical line above the candidate's layer, with the candidate's name to the right of the upper end.
+    Labels are placed from the last layer to the first. Each label gets the lowest row in which its name crosses no line
+    that was placed before.
     """
     poles: list[tuple[float, int]] = []
     rows = dict.fromkeys(range(len(candidates)), 0)
@@ -344,7 +350,7 @@ def _draw_profile(panels: Sequence[Axes], report: Scan, profile: Profile, found:
         ("largest hidden state\nafter the layer", profile.residuals),
     )
     threshold = _find_threshold([*profile.inputs, *profile.outputs])
-    # Spikes from later rounds may exceed those of the unedited model, and must fit into the panels.
+    # Spikes found in later rounds may be larger than all values of the unedited model, and must fit into the panels.
     spikes = [
         [v for v in values if v is not None]
         for values in zip(*((f.candidate.input_spike, f.candidate.output_spike) for f in found), strict=True)
@@ -354,14 +360,14 @@ def _draw_profile(panels: Sequence[Axes], report: Scan, profile: Profile, found:
         panel.set_ylabel(name)
         _draw_bars(panel, values, massive if panel is panels[2] else set())
         _set_signed_scale(panel, [*values, *marked], threshold)
-    for candidate, verdict in reversed(found):  # the most important is drawn last
+    for candidate, verdict in reversed(found):  # the most important candidate is drawn last, on top
         for panel, spike in zip(panels, (candidate.input_spike, candidate.output_spike), strict=False):
             if spike is not None and math.isfinite(spike):
                 VERDICT_MARKS[verdict].draw(panel, [candidate.layer], [spike])
 
 
 def _draw_bars(panel: Axes, values: Sequence[float], massive: Collection[int]) -> None:
-    """Draw one bar per layer, blue in the layers `massive`, and the word "infinite" instead of an infinite bar."""
+    """Draw one bar per layer, blue for the layers in `massive`. Write "infinite" instead of an infinite bar."""
     colours = [BLUE if layer in massive else PALE for layer in range(len(values))]
     finite = [value if math.isfinite(value) else 0 for value in values]
     panel.bar(range(len(values)), finite, width=0.8, color=colours)
@@ -372,13 +378,13 @@ def _draw_bars(panel: Axes, values: Sequence[float], massive: Collection[int]) -
 
 
 def _find_threshold(values: Iterable[float]) -> float:
-    """Compute the power of ten above twice the median magnitude. Most layers are below it and have small bars."""
+    """Round twice the median magnitude of `values` up to a power of ten. Most layers have smaller values."""
     typical = median([abs(value) for value in values if math.isfinite(value)] or [0])
     return 10.0 ** math.ceil(math.log10(2 * typical)) if typical else 1.0
 
 
 def _set_signed_scale(panel: Axes, values: Iterable[float], threshold: float) -> None:
-    """Scale a panel for small values and spikes of both signs: linear up to `threshold`, logarithmic beyond."""
+    """Scale a panel for small values and spikes of both signs: linear up to magnitude `threshold`, then logarithmic."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     largest = max(-low, high)
@@ -396,7 +402,10 @@ def _set_signed_scale(panel: Axes, values: Iterable[float], threshold: float) ->
 
 
 def _name_activations(paper: Axes, panel: Axes, activations: Sequence[PersistentActivation]) -> None:
-    """Write the channels of the blue bars beside the panel of hidden states."""
+    """Label the super activations (the blue bars).
+
+    Writes the channel, value and layers of the four largest activations to the right of the panel of hidden states.
+    """
     if not activations:
         return
     largest = sorted(activations, key=lambda a: -abs(a.value))
@@ -449,7 +458,7 @@ def _draw_curve(panel: Axes, factors: Sequence[float], values: Sequence[float]) 
 
 
 def _set_log_scale(panel: Axes, values: Iterable[float]) -> None:
-    """Set a logarithmic axis with at least two round ticks, even if the values hardly differ."""
+    """Make the y axis of a panel logarithmic, with at least two round ticks even if the values are almost equal."""
     finite = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
     low, high = min(finite) / 1.4, max(finite) * 1.7
     widen = max(1.0, math.sqrt(6 / (high / low)))
@@ -464,7 +473,10 @@ def _set_log_scale(panel: Axes, values: Iterable[float]) -> None:
 
 
 def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]) -> None:
-    """Write values above their points: those of base, best and worst first, then others that do not overlap."""
+    """Write the values above their points, except values that would overlap a value already written.
+
+    The order is: the value of the base, the lowest and the highest value, then all other values.
+    """
     points = [(f, v) for f, v in zip(factors, values, strict=True) if math.isfinite(v)]
     best, worst = min((v for _, v in points), default=0), max((v for _, v in points), default=0)
     points.sort(key=lambda point: (point[0] != 1, point[1] not in (best, worst)))
@@ -485,6 +497,6 @@ def _write_values(panel: Axes, factors: Sequence[float], values: Sequence[float]
 
 
 def _format_tick(value: float, _position: float | None = None) -> str:
-    """Format a number for reading, such as 23,941, 29.6 and 0.0012, with a true minus sign."""
+    """Format a number as in 23,941, 29.6 and 0.0012. A negative number gets a minus sign instead of a hyphen."""
     text = format_number(value, 3)
     return text.replace("-", "\N{MINUS SIGN}") if value < 0 else text

@@ -1,7 +1,7 @@
 """Read down projections as torch tensors from the shards of a checkpoint.
 
-`by_activations`, `suspects` and `confirm` share this module. The scan by weights must not load torch; it reads with
-`scores.py`.
+The modules by_activations.py, suspects.py and confirm.py share this module. The scan by weights must not load torch, so
+it reads matrices with scores.py instead.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import read_exactly
 
 BAND = 0.14
-"""Maximum distance between log2 of two magnitudes that count as similar: 10%."""
+"""Maximum difference between log2 of two magnitudes that are considered similar (they differ by at most 10%)."""
 
 MATRIX_PIECE = 1 << 22
-"""Number of elements of a matrix that are read at a time (one row if a row is longer)."""
+"""Number of elements of a matrix that are read at a time (one stored row if a stored row is longer)."""
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-"""The stored dtypes in which one element is one weight."""
+"""The stored dtypes in which each element is one weight. In other dtypes an element may be a code of a quantiser."""
 
 ProjectionKey = tuple[int, ExpertChoice]
-"""The layer and the expert of a down projection."""
+"""Identifies a down projection by its layer and its expert."""
 
 
 @dataclass(frozen=True)
 class StoredProjection:
-    """One down projection of a checkpoint, read from its shard on demand.
+    """One down projection of a checkpoint, whose weights are read from its shard on demand.
 
-    `outer` and `inner` are its two sizes in stored order: (rows, cols), or (cols, rows) if it is stored transposed.
+    `outer` and `inner` are the first and the second size of the stored matrix: rows and cols, or cols and rows if the
+    matrix is stored transposed.
     """
 
     checkpoint: Checkpoint
@@ -57,18 +58,18 @@ class StoredProjection:
         return Coordinate(self.projection.tensor, self.projection.find_index(row, col))
 
     def read_row(self, row: int) -> Tensor:
-        """Read the weights that feed one residual channel: (cols,), float64. Raises ShardError."""
+        """Read one row, the weights that produce one residual channel: (cols,), float64. Raises ShardError."""
         return self._read_inner(row) if not self.projection.transposed else self._read_across(row)
 
     def read_column(self, col: int) -> Tensor:
-        """Read the weights that one neuron's value is multiplied by: (rows,), float64. Raises ShardError."""
+        """Read one column, the weights that multiply the value of one neuron: (rows,), float64. Raises ShardError."""
         return self._read_inner(col) if self.projection.transposed else self._read_across(col)
 
     def read_pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Read the matrix in stored order, `MATRIX_PIECE` elements at a time.
+        """Read the matrix in stored order, in pieces of at most `MATRIX_PIECE` elements (or of one stored row).
 
-        Yields (first, piece): the outer index of the piece's first row, and its elements (outer, inner) in their stored
-        dtype. Raises ShardError.
+        Yields (first, piece). `piece` contains some stored rows, (stored rows, inner), in the stored dtype, and `first`
+        is the index of its first stored row. Raises ShardError.
         """
         step = max(1, MATRIX_PIECE // self.inner)
         for first in range(0, self.outer, step):
@@ -76,16 +77,19 @@ class StoredProjection:
             yield first, self._read([(first * self.inner, count)]).view(-1, self.inner)
 
     def compute_rank(self, value: float) -> int:
-        """Count the magnitudes of the matrix that are larger than that of `value`, plus 1. Compares in float64."""
+        """Compute the rank of the magnitude of `value` in the matrix: 1 plus the number of larger magnitudes.
+
+        Compares in float64. Raises ShardError.
+        """
         return 1 + sum(int((piece.double().abs() > abs(value)).sum()) for _, piece in self.read_pieces())
 
     def draw_similar(
         self, magnitudes: Sequence[float], count: int, avoid: set[int], seed: int
     ) -> list[list[Coordinate]]:
-        """Draw up to `count` scalars for each of `magnitudes`, outside the columns `avoid`.
+        """Draw up to `count` scalars of similar magnitude for each of `magnitudes`, outside the columns `avoid`.
 
-        They are drawn at random, with `seed`, from the scalars whose magnitude is within 10%. If there are too few of
-        these, the scalars with the nearest magnitudes are added. Raises ShardError.
+        The scalars are drawn at random, with `seed`, from those that differ by at most 10% in magnitude. If there are
+        fewer than `count`, the scalars with the nearest magnitudes are added. Raises ShardError.
         """
         generator = torch.Generator().manual_seed(seed)
         columns = torch.tensor(sorted(avoid), dtype=torch.long)
@@ -96,7 +100,7 @@ class StoredProjection:
                 logs[columns[(columns >= first) & (columns < first + len(piece))] - first] = math.nan
             else:
                 logs[:, columns] = math.nan
-            chance = torch.rand(logs.shape, generator=generator) * 1e-3  # decides between equal distances
+            chance = torch.rand(logs.shape, generator=generator) * 1e-3  # chooses among equal distances
             for number, magnitude in enumerate(magnitudes):
                 far = ((logs - math.log2(magnitude)).abs().clamp(min=BAND) + chance).flatten().nan_to_num(nan=math.inf)
                 near = far.topk(min(count, len(far)), largest=False)
@@ -120,7 +124,10 @@ class StoredProjection:
         return self._read([(outer * self.inner + inner, 1) for outer in range(self.outer)]).double()
 
     def _read(self, runs: Iterable[tuple[int, int]]) -> Tensor:
-        """Read runs (first, count) of elements, counted from the start of the matrix, in their stored dtype."""
+        """Read several runs of elements and join them: (elements,), in the stored dtype.
+
+        A run (first, count) begins at element `first` of the matrix, counted in stored order.
+        """
         name = self.projection.tensor
         info, shard = self.checkpoint.get_info(name), self.checkpoint.shards[self.checkpoint.weight_map[name]]
         start, size = shard.find_offset(name, self.projection.find_index(0, 0)), info.dtype.size
@@ -130,14 +137,14 @@ class StoredProjection:
 
 
 def refuse_unweighted(checkpoint: Checkpoint, tensor: str) -> None:
-    """Raise ModelError if the dtype of a tensor is not one in which each element is a weight."""
+    """Raise ModelError if the dtype of a tensor is not in `WEIGHT_DTYPES`."""
     dtype = checkpoint.get_info(tensor).dtype.name
     if dtype not in WEIGHT_DTYPES:
         raise ModelError(f"{dtype} elements are not weights", tensor)
 
 
 def refuse_quantised(checkpoint: Checkpoint, tensor: str) -> None:
-    """Raise ModelError if the elements of a tensor are codes of a quantiser."""
+    """Raise ModelError if a tensor is quantised, so that its elements are not plain weights."""
     if why := checkpoint.quantisation.explain_refusal(tensor):
         raise ModelError(why, tensor, "scan an unquantised copy")
 
@@ -145,8 +152,8 @@ def refuse_quantised(checkpoint: Checkpoint, tensor: str) -> None:
 def find_projections(checkpoint: Checkpoint, candidates: Sequence[Candidate]) -> dict[ProjectionKey, StoredProjection]:
     """Find the down projection of each candidate.
 
-    Raises ModelError if a candidate is not a scalar of its layer's down projection, or if the elements of that are not
-    weights.
+    Raises ModelError if a candidate is not a scalar of a down projection in its layer, or if the elements of the down
+    projection are not weights.
     """
     found: dict[ProjectionKey, StoredProjection] = {}
     for candidate in candidates:
@@ -159,5 +166,5 @@ def find_projections(checkpoint: Checkpoint, candidates: Sequence[Candidate]) ->
         projection = found[key].projection
         inside = 0 <= candidate.row < projection.rows and 0 <= candidate.col < projection.cols
         if not inside or found[key].make_coordinate(candidate.row, candidate.col) != candidate.coordinate:
-            raise ModelError("no such scalar of a down projection", candidate.coordinate)
+            raise ModelError("this is not a scalar of a down projection", candidate.coordinate)
     return found

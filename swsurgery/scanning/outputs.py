@@ -1,6 +1,6 @@
-"""Convert the result of a scan to an entry of known super weights and to a manifest.
+"""Convert the result of a scan to an entry for the known super weights, and to a manifest.
 
-This module measures nothing and writes nothing.
+This module runs no model and writes no files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from swsurgery.storage.numbers import format_number, round_number
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
 _EXACT: dict[str, Literal["F16", "BF16", "F32"]] = {"F16": "F16", "BF16": "BF16", "F32": "F32"}
-"""The dtypes for which an entry states an exact value."""
+"""The stored dtypes for which an entry has an exact numeric `value`. Values of other dtypes become text in
+`value_printed`, such as "0.5 F8_E4M3"."""
 
 
 def make_known_entry(
@@ -38,10 +39,11 @@ def make_known_entry(
 ) -> schema.KnownModel:
     """Make the entry of known super weights for a scanned checkpoint.
 
-    The entry contains the super weights and the members of joint sets, with stored values and measured figures. It
-    cites `command`, which repeats the scan. `hf_id` is a repository or, for a checkpoint in no repository, any other
-    name; the entry then contains the checkpoint's path. If the scan found nothing, the entry has a note instead of
-    coordinates. Raises ArchitectureError if the checkpoint has no known down projection.
+    The entry contains the super weights and the members of joint sets, each with its stored value and the measured
+    effects of zeroing it. If the scan found nothing, the entry has a note instead of coordinates. `hf_id` is the name
+    of a repository, such as "org/model", or any other name; with any other name, the entry also contains the
+    checkpoint's path. `revision` is the scanned commit. The entry cites `command`, the command line of the scan. Raises
+    ArchitectureError if the checkpoint has no known down projection.
     """
     source = _make_source(report, revision, command)
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
@@ -71,12 +73,13 @@ def make_known_entry(
 
 
 def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation, factor: float | None = None) -> str:
-    """Write the YAML text of a manifest that applies `op` to the super weights of a scan.
+    """Return the YAML text of a manifest that applies `op` to the super weights that a scan found.
 
-    Each edit expects the stored value. `base` contains the fields of the manifest's base: `path` (absolute, or relative
-    to the manifest), or `repo_id` and `revision`. If zeroing did large damage in the causal test, the check of a
-    manifest with `op` "zero" requires damage. Raises ManifestError if the scan found nothing, if `factor` does not fit
-    `op`, or if `base` is not valid in a manifest.
+    Each edit states the stored value as its `expect`. `base` contains the fields of the manifest's base: `path`
+    (absolute, or relative to the manifest), or `repo_id` and `revision`. If `op` is "zero" and zeroing multiplied the
+    perplexity by at least `LARGE_RATIO` in the causal test, the manifest's sanity check requires that perplexity rises.
+    Raises ManifestError if the scan found nothing, if `factor` does not fit `op`, or if `base` is not valid in a
+    manifest.
     """
     refuse_unfit(op, factor)
     found = report.super_weights
@@ -107,7 +110,7 @@ def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation
 
 
 def _write_notes(report: Scan, found: bool, source: schema.Citation) -> Iterator[str]:
-    """Yield the notes of an entry: that nothing was found, or which layers were not read."""
+    """Yield the notes of an entry: which layers the scan did not read, and whether it found nothing."""
     unread = ", ".join(str(layer.layer) for layer in report.unread)
     if unread and found:
         yield f"The scan did not read all of layers {unread}, so there may be further super weights: {source}."
@@ -118,7 +121,7 @@ def _write_notes(report: Scan, found: bool, source: schema.Citation) -> Iterator
 
 
 def _choose_scalars(report: Scan) -> tuple[Candidate, ...]:
-    """Choose the scalars of an entry: the super weights, and all members of joint sets whatever their verdict."""
+    """Choose the scalars that an entry lists: the super weights, and all members of joint sets with any verdict."""
     if report.confirmation is None:
         return report.super_weights
     joint = {c for s in report.confirmation.joint_sets for c in s.coordinates}
@@ -163,10 +166,11 @@ def _make_coordinate(
 def _list_joint(
     confirmation: Confirmation, ids: Mapping[Coordinate, str], source: schema.Citation
 ) -> tuple[tuple[schema.KnownJointSet, ...], tuple[schema.KnownEffect, ...]]:
-    """List the joint sets of an entry, and the effects that belong to no joint set.
+    """List the joint sets of an entry, and the measured effects that belong to no joint set.
 
-    The effect of zeroing all candidates becomes one more joint set if the entry contains all of them. Otherwise it
-    belongs to no joint set.
+    `ids` maps the coordinates in the entry to their ids. If the entry contains all candidates of the detector, they
+    become one more joint set with the effect of zeroing all of them. Otherwise this effect belongs to no joint set. It
+    is left out if there is only one candidate, or if the candidates are a joint set already.
     """
     sets = {
         frozenset(s.coordinates): schema.KnownJointSet(
@@ -175,7 +179,8 @@ def _list_joint(
         )
         for s in confirmation.joint_sets
     }
-    tested = [t.candidate.coordinate for t in confirmation.trials if t.listed]  # `together` does not include companions
+    # Only listed candidates, because `together` is the effect of zeroing them without their companions.
+    tested = [t.candidate.coordinate for t in confirmation.trials if t.listed]
     if len(tested) < 2 or frozenset(tested) in sets:
         return tuple(sets.values()), ()
     if set(tested) <= set(ids):
@@ -192,7 +197,10 @@ def _list_joint(
 def _make_effect(
     protocol: str, effect: Effect, confirmation: Confirmation, source: schema.Citation
 ) -> schema.KnownEffect:
-    """Convert an effect to that of an entry, with 6 significant digits. NaN becomes the words "not finite"."""
+    """Convert a measured effect to the form in which an entry states it.
+
+    Numbers are rounded to 6 significant digits. A perplexity ratio of NaN becomes "not finite".
+    """
     before, ratio = confirmation.base_perplexity, effect.ratio
     interval = tuple(round_number(end) for end in (effect.low, effect.high) if end is not None)
     return schema.KnownEffect(
@@ -231,7 +239,10 @@ def _make_source(report: Scan, revision: str | None, command: str) -> schema.Cit
 
 
 class _Shape(NamedTuple):
-    """The sizes of a model, and the template for the names of its down projections."""
+    """The sizes of a model, and where its down projections are stored.
+
+    `tensor` is a template for their names (see `_make_template`). `transposed` is True if they are stored [col, row].
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -241,7 +252,7 @@ class _Shape(NamedTuple):
 
 
 def _read_shape(checkpoint: Checkpoint) -> _Shape:
-    """Read the sizes of the model from its stored tensors, and the name and axis order of its first down projection."""
+    """Read a model's sizes from its stored tensors. The template and axis order are from the first down projection."""
     projections = list(list_down_projections(checkpoint.config, checkpoint.shapes))
     first = projections[0]
     experts = {p.expert for p in projections if isinstance(p.expert, int)}
@@ -266,7 +277,10 @@ def read_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
 
 
 def _make_template(tensor: str, layer: int, expert: ExpertChoice) -> str:
-    """Replace the numbers in a tensor's name, as in `model.layers.{layer}.mlp.experts.{expert}.down_proj.weight`."""
+    """Replace the numbers of the layer and the expert in a tensor's name by placeholders.
+
+    For example, "model.layers.3.mlp.down_proj.weight" becomes "model.layers.{layer}.mlp.down_proj.weight".
+    """
     name = re.sub(rf"(?<=\.){layer}(?=\.)", "{layer}", tensor, count=1)
     return name if expert is None else re.sub(rf"(?<=\.){expert}(?=\.)", "{expert}", name, count=1)
 
@@ -305,7 +319,10 @@ _nobody = schema.Citation(key="scan", kind="own scan", cite="this scan")
 
 
 def _find_largest_ratio(report: Scan) -> float:
-    """Find the largest perplexity ratio measured for zeroing some or all super weights; 1 if none was measured."""
+    """Find the largest perplexity ratio that the causal test measured for zeroing one, some or all super weights.
+
+    Returns 1 if there was no causal test, or if every ratio is NaN.
+    """
     if report.confirmation is None:
         return 1.0
     zeroed = {c.coordinate for c in report.super_weights}

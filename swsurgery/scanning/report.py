@@ -1,7 +1,8 @@
 """Define the results of scans and sweeps, from which tables, figures, manifests and JSON are made.
 
-A detector lists super activations and candidates (`Candidate`), the causal test, if it is run, measures them
-(`Trial`), and `Scan` contains both. All results are frozen. This module must not import torch and reads no files.
+A detector lists super activations (`PersistentActivation`) and candidates (`Candidate`). The causal test, if it is run,
+measures the effect of zeroing each candidate (`Trial`). A `Scan` contains both. All results are frozen. This module
+must not import torch, and it reads no files.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ Method = Literal["activations", "weights"]
 Answer = Literal["found", "none", "undecided"]
 Verdict = Literal["critical alone", "critical jointly", "inert", "untested"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-"""All verdicts, in the order in which they are counted. "untested" means that the measurement allowed no verdict."""
+"""All verdicts of the causal test, in the order in which printed summaries count them. "untested" means that the
+measurement allowed no verdict."""
 
 
 @dataclass(frozen=True)
 class PersistentActivation:
-    """A residual channel that is massive from `layer` through `last`.
+    """A super activation: a residual channel that is massive after each layer from `layer` through `last`.
 
-    `value` is the channel's signed hidden state of largest magnitude, found at `token` of prompt number `prompt` after
-    layer `peak`. `prompts` is the number of prompts in which the channel is massive.
+    `value` is the channel's hidden state with the largest magnitude, with its sign. It was found after layer `peak`, at
+    position `token` of prompt number `prompt`. `prompts` is the number of prompts in which the channel is massive.
     """
 
     layer: int
@@ -45,13 +47,17 @@ class PersistentActivation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One scalar that a detector lists as a possible super weight.
+    """One scalar W[row, col] that a detector lists as a possible super weight.
 
-    `score` is the method's own measure. `rank` is the rank of the scalar's magnitude in its matrix, 1 for the largest.
-    Fields that the method does not measure are None. A scan by activations sets `input_spike` = x[col], `output_spike`
-    = y[row] and `share` = x[col] * W[row, col] / y[row], from the prompt with the largest score; the number of
-    `prompts` that show the scalar; and the `round` that found it, counted from 1. A scan by weights sets `z`, the
-    robust z-score of the score's logarithm among those of all neurons of the layer.
+    Each method defines `score` in its own way. `rank` is the rank of the scalar's magnitude in its matrix, 1 for the
+    largest. Fields that the method does not measure are None.
+
+    A scan by activations sets `input_spike` = x[col], `output_spike` = y[row] and `share` = x[col] * W[row, col] /
+    y[row]; these values are from the prompt with the largest score. `prompts` is the number of prompts in which the
+    scalar was found, and `round` the number of the round that found it, counted from 1.
+
+    A scan by weights sets `z`, the robust z-score of the logarithm of the score among the logarithms of the scores of
+    all neurons in the layer.
     """
 
     coordinate: Coordinate
@@ -78,8 +84,9 @@ class Candidate:
 class Effect:
     """The effect of zeroing a set of scalars.
 
-    `ratio` is the perplexity without the scalars divided by that with them, and `low` and `high` are the ends of its
-    95% interval, or None if the text has too few windows. `kl` is the mean KL(with || without) per token in nats.
+    `ratio` is the perplexity after zeroing divided by the perplexity before. `low` and `high` are the ends of the 95%
+    confidence interval of `ratio`, or None if the text has too few windows. `kl` is the mean KL(before || after) per
+    token in nats.
     """
 
     ratio: float
@@ -95,8 +102,9 @@ class Effect:
 class Trial:
     """The causal test of one candidate.
 
-    `alone` is the effect of zeroing the candidate, and `without` the effect of zeroing all other candidates, or None if
-    there is no other. `listed` is False for a companion, an outlier in a candidate's column that no detector lists.
+    `alone` is the effect of zeroing only this candidate. `without` is the effect of zeroing all other candidates, or
+    None if there is no other candidate. `listed` is False for a companion: an outlier in the column of a candidate that
+    the detector did not list itself.
     """
 
     candidate: Candidate
@@ -108,7 +116,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class JointSet:
-    """Scalars that matter together: zeroing all of them has more effect than the product of their single effects."""
+    """Scalars that matter together: zeroing all of them has more effect than the product of the single effects."""
 
     coordinates: tuple[Coordinate, ...]
     effect: Effect
@@ -122,10 +130,10 @@ class JointSet:
 
 @dataclass(frozen=True)
 class ColumnNull:
-    """The effects of zeroing other large rows of a column, with which the column's companions are compared.
+    """The effects of zeroing other large scalars of column `col`, with which the column's companions are compared.
 
-    Both tuples contain one perplexity ratio per row. `alone` is the effect of zeroing the row, and `added` is what
-    zeroing it adds to the effect of zeroing all candidates.
+    Both tuples contain one perplexity ratio per scalar. In `alone` the scalar is zeroed alone. A ratio in `added` is
+    the perplexity after zeroing the scalar and all candidates, divided by the perplexity after zeroing the candidates.
     """
 
     layer: int
@@ -140,10 +148,11 @@ class ColumnNull:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """The whole causal test.
+    """The results and the conditions of the causal test.
 
-    `together` is the effect of zeroing all candidates. `null` contains one perplexity ratio for each random scalar of
-    similar magnitude in the same matrices, zeroed alone. The text had `windows` windows of `window_tokens` tokens, in
+    `trials` contains the candidates and their companions; `together` is the effect of zeroing all candidates. `null`
+    contains one perplexity ratio for each random scalar of similar magnitude in the same matrices, zeroed alone.
+    `base_perplexity` is the perplexity before zeroing. The text had `windows` windows of `window_tokens` tokens, in
     which `scored_tokens` predictions were scored.
     """
 
@@ -163,10 +172,11 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Profile:
-    """The largest values in each layer of the unedited model, over all prompts.
+    """The largest values that the unedited model computes in each layer, over all prompts.
 
-    Each tuple contains one signed value per layer, that of largest magnitude: among the inputs of the down projection,
-    among its outputs, and in the residual stream after the layer. NaN means that the layer has no such value.
+    Each tuple contains one value per layer: the value with the largest magnitude, with its sign. `inputs` and `outputs`
+    are from the input and the output of the down projection, and `residuals` from the hidden states after the layer.
+    NaN means that no value was observed.
     """
 
     inputs: tuple[float, ...]
@@ -179,10 +189,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class UnreadLayer:
-    """A layer with matrices that may belong to an MLP and that the scan did not read.
+    """A layer in which the scan did not read all matrices that may belong to an MLP.
 
-    `experts` contains the numbers of the unread experts. `tensors` contains the names of the matrices, with * instead
-    of an expert's number.
+    `tensors` contains the names of the unread matrices, with * in place of the number of an expert. `experts` contains
+    the numbers of the unread experts.
     """
 
     layer: int
@@ -197,8 +207,9 @@ class UnreadLayer:
 class Scan(TableResult):
     """The result of one scan.
 
-    `notes` contains lines for the user, such as the reason why nothing was found. `layers` is the number of layers of
-    the model, including those that were not read.
+    `candidates` and `activations` are what the detector lists, and `confirmation` is the causal test, or None if it was
+    not run. `notes` contains lines for the user, such as the reason why nothing was found. `layers` is the number of
+    layers of the model, and `unread` lists the layers that were not read completely.
     """
 
     method: Method
@@ -216,7 +227,10 @@ class Scan(TableResult):
 
     @property
     def super_weights(self) -> tuple[Candidate, ...]:
-        """The critical scalars and the candidates without a verdict; all candidates if there was no causal test."""
+        """The scalars that the causal test found critical and the candidates for which it allowed no verdict.
+
+        If the causal test was not run, these are all candidates.
+        """
         if self.confirmation is None:
             return self.candidates
         critical = ("critical alone", "critical jointly")
@@ -228,12 +242,12 @@ class Scan(TableResult):
 
     @property
     def confirmed(self) -> bool:
-        """True if there was a causal test with enough text for verdicts."""
+        """True if the causal test was run and gave at least one verdict other than "untested"."""
         return self.confirmation is not None and any(t.verdict != "untested" for t in self.confirmation.trials)
 
     @property
     def answer(self) -> Answer:
-        """The answer of the scan. If nothing was found it is "none" or, if a layer was not read, "undecided"."""
+        """The answer of the scan: "found"; "none"; or "undecided" if it found nothing but did not read all layers."""
         if self.super_weights:
             return "found"
         return "undecided" if self.unread else "none"
@@ -275,10 +289,11 @@ class Scan(TableResult):
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The measurements of the model with the swept scalars at `factor` times their stored values.
+    """What was measured with the swept scalars at `factor` times their stored values.
 
-    `ratio` is the perplexity divided by that of the base, and `kl` the mean KL(base || scaled) in nats per token.
-    `peak` is the signed hidden state of largest magnitude after any layer, or NaN if the model's layers are not known.
+    `ratio` is the perplexity divided by the perplexity of the base. `kl` is the mean KL(base || scaled) in nats per
+    token. `peak` is the hidden state with the largest magnitude after any layer, with its sign; it is NaN if the
+    model has no list of decoder layers.
     """
 
     factor: float
@@ -295,7 +310,10 @@ class SweepPoint:
 
 @dataclass(frozen=True, repr=False)
 class Sweep(TableResult):
-    """The quality of a model as a function of the factor; `base` is the model as stored."""
+    """The quality of a model as a function of the factor that scales some of its scalars.
+
+    `base` contains the measurements of the model as stored.
+    """
 
     coordinates: tuple[Coordinate, ...]
     base: SweepPoint
@@ -309,7 +327,7 @@ class Sweep(TableResult):
     scored_tokens: int
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per factor, in the given order: the fields of a SweepPoint."""
+        """Return one row per factor, in the order in which the factors were given, with the fields of a SweepPoint."""
         return [point.to_json() for point in self.points]
 
     def to_json(self) -> dict[str, Any]:
@@ -345,7 +363,7 @@ def _merge_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
 
 
 def _to_plain(value: object) -> Any:
-    """Convert a value to strict JSON: numbers that are not finite become strings."""
+    """Convert a value to a form for strict JSON: numbers that are not finite become strings such as "nan"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,14 +1,14 @@
 """Run the commands `scan` and `sweep` from beginning to end.
 
     open_checkpoint      the checkpoint's headers                            checkpoint/opening.py
-    scan_activations     scalars behind persistent activations               by_activations.py
-    scan_weights         scalars that could make one, from weights alone     by_weights.py
-    confirm              effects of zeroing them, against random scalars     confirm.py
-    known_entry          the entry that lookup prints                        outputs.py, known/own.py
-    scan_manifest        a manifest for apply                                outputs.py
-    sweep_checkpoint     quality as a function of a factor                   sweep.py
+    scan_activations     scalars that make persistent super activations      by_activations.py
+    scan_weights         scalars that may make one, found in weights alone   by_weights.py
+    confirm              effects of zeroing candidates and random scalars    confirm.py
+    make_known_entry     the entry that the command lookup prints            outputs.py, known/own.py
+    scan_manifest        a manifest for the command apply                    outputs.py
+    sweep_checkpoint     the model's quality by factor                       sweep.py
 
-Requests that must fail are refused before the model runs, and files are written only after it ran.
+Output files that cannot be written are refused before the model runs. Files are written after the model has run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ManifestOp = Literal["zero", "scale", "protect"]
 
 @dataclass(frozen=True)
 class _RunOptions:
-    """The options for running a model. `text` is the text to run it on; None is the built-in text."""
+    """The options for running a model. `text` is the text that the model reads; None means the built-in text."""
 
     device: str
     placement: Placement
@@ -74,10 +74,11 @@ class _RunOptions:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """The files that a scan is asked to write.
+    """The files that the user wants a scan to write.
 
-    `manifest` is the path of a manifest that applies `op` (with `factor`) to the super weights, and `plot` the path of
-    a figure. `register` is the name of an entry that lookup then finds; the entry cites `command` as its source.
+    `manifest` is the path of a manifest that applies `op` (with `factor`) to the super weights. `plot` is the path of a
+    figure. `register` is the model name under which the command lookup will find the super weights. The stored entry
+    cites `command` as its source.
     """
 
     manifest: Path | None = None
@@ -109,17 +110,18 @@ def scan(
     placement: Placement = "auto",
     reporter: Reporter | None = None,
 ) -> Scan:
-    """Find the super weights of a checkpoint (arXiv:2411.07191), and write the files that are asked for.
+    """Find the super weights of a checkpoint (arXiv:2411.07191), and write the requested files.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The method "activations" runs
-    `prompts` and looks for scalars behind persistent activations; "weights" reads the weights alone. With `confirm`,
-    the effect of zeroing each candidate is measured on at most `windows` windows of `window` tokens of `text`, by
-    default the built-in passage. `device` and `placement` are those of `check`. `weights` and `variant` choose between
-    several sets of weights if no record does.
+    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The method "activations" runs the
+    model on `prompts` and finds the scalars that make persistent super activations. The method "weights" reads the
+    weights and runs no model. With `confirm`, the effect of zeroing each candidate is measured on at most `windows`
+    windows of `window` tokens of `text` (None: the built-in text). `device` and `placement` have the meaning that they
+    have in `check`. If the directory contains several sets of weights and no record names one of them, `weights` and
+    `variant` choose the set.
 
-    `manifest` is a new file: a manifest that applies `op` (with `factor`) to the super weights. `plot` is a figure,
-    .png, .svg or .pdf. `register` is the name under which `lookup` finds the result from then on; the entry cites
-    `command` as its source. Impossible files are refused before the scan.
+    `manifest` is the path of a new manifest that applies `op` (with `factor`) to the super weights. `plot` is the path
+    of a figure and ends in .png, .svg or .pdf. `register` is the model name under which `lookup` will find the result.
+    The stored entry cites `command` as its source. Files that cannot be written are refused before the scan.
 
     Raises TypeError, HubError, CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError,
     TargetError. If a file cannot be written after the scan, the error's attribute `result` is the Scan.
@@ -160,7 +162,7 @@ def _find(
     options: _RunOptions,
     reporter: Reporter,
 ) -> Scan:
-    """Scan an open checkpoint, and confirm the candidates if requested."""
+    """Scan an open checkpoint. With `confirm`, measure the effects of zeroing the candidates too."""
     by_weights = "--method weights without --confirm" if confirm else "--method weights"
     without = "leave out --confirm" if method == "weights" else by_weights
     with add_remedy(without):
@@ -208,9 +210,9 @@ def _find(
 
 
 def _write_outputs(found: Scan, checkpoint: Checkpoint, outputs: _Outputs, reporter: Reporter) -> None:
-    """Write the files that `outputs` asks for.
+    """Write the files that `outputs` names.
 
-    The reporter gets a line about each file as soon as it is written, so that after a failure the user knows which
+    The reporter gets a line about each file as soon as it is written. After a failure the user thus knows which files
     exist. Raises TargetError if a file cannot be written, LookupFailed if the name belongs to another model, and
     Interrupted, which names the files written.
     """
@@ -261,8 +263,9 @@ def sweep(
 ) -> Sweep:
     """Measure the base of a manifest with the scalars that the manifest changes multiplied by each of `factors`.
 
-    `manifest` and `base` are those of `apply`; a base on the Hub is downloaded. The text and the model options are
-    those of `check`. `plot` is a figure, .png, .svg or .pdf. Writes nothing else.
+    `manifest` and `base` have the meaning that they have in `apply`; a base on the Hub is downloaded. `text`,
+    `windows`, `window`, `device` and `placement` have the meaning that they have in `check`. `plot` is the path of a
+    figure and ends in .png, .svg or .pdf. No other file is written.
 
     Raises TypeError, HubError, ManifestError, CheckpointError, PlanError, NumberError, ModelError, TargetError.
     """
@@ -305,7 +308,10 @@ def sweep(
 
 
 def _require_model(directory: Path) -> None:
-    """Start the tokenizer's process. Raises Unrunnable if this machine cannot run models, or not this one."""
+    """Check that the model in `directory` can be run on this machine, then start the tokenizer's process.
+
+    Raises Unrunnable if torch or transformers cannot be used, or if the directory contains no model that can be run.
+    """
     if reason := model.explain_unavailable():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
     refuse_unrunnable(directory)
@@ -335,10 +341,10 @@ def _choose_name(checkpoint: Checkpoint) -> str:
 
 
 def _make_base(checkpoint: Checkpoint, manifest: Path) -> dict[str, Any]:
-    """Return the fields of a manifest's base for the checkpoint.
+    """Return the fields of `base:` in a manifest for the checkpoint.
 
-    They are repo_id and revision if both are known, else the path relative to the manifest's directory. The user's
-    choice of weights is added, if there was one.
+    They are repo_id and revision if both are known. Otherwise the field is path, relative to the manifest's directory.
+    If the user chose a set of weights, the fields weights and variant are added.
     """
     chosen = {"weights": checkpoint.choice, "variant": checkpoint.variant}
     chosen = {key: value for key, value in chosen.items() if value}

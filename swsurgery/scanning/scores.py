@@ -1,8 +1,8 @@
 """Compute one score per neuron from stored bytes: how much it can add to the residual stream.
 
-The matrices of an MLP are read in chunks of a few MB into reused buffers and processed while they are in the
-processor's cache, so memory use does not depend on the size of a layer. This module must not import torch: a scan of
-13.5 GB takes about as long as importing it. by_weights.py determines which matrices belong together and which scores
+The matrices of an MLP are read in chunks of a few MB into reused buffers, so memory use does not depend on the size of
+a layer. Each chunk is processed while it is in the processor's cache. This module must not import torch, because a scan
+of 13.5 GB takes about as long as importing torch. by_weights.py finds the matrices of each MLP and decides which scores
 are outliers.
 """
 
@@ -33,22 +33,25 @@ R = TypeVar("R")
 Numbers = NDArray[np.floating | np.unsignedinteger]
 
 SCORE_CHUNK = 4 << 20
-"""Number of bytes of a matrix that are read at a time (one row if a row is longer)."""
+"""Size in bytes of the chunks in which a matrix is read (one row if a row is longer)."""
 
 SCORE_BLOCK = 256 << 10
-"""Number of elements that are converted to float32 at a time. Blocks an eighth as large would fit into the second-level
-cache, but take twice as long with two threads, because each numpy call releases the interpreter's lock."""
+"""Number of elements that are converted to float32 at a time. Blocks of an eighth of this size would fit into the
+second-level cache. But with two threads they would take twice as long, because each numpy call releases the
+interpreter's lock."""
 
 READ_THREADS = 2
-"""Default number of threads: one reads while the other computes. A third would wait for the interpreter's lock."""
+"""Default number of threads: one reads while the other computes. A third thread would wait for the interpreter's
+lock."""
 
 BOOST = 120
-"""Exponent of the power of two that multiplies F16 operands, because `_widen` returns 2**-112 times their values."""
+"""Exponent of the power of two that multiplies the weights of dot products with F16 matrices. Without it, the products
+would be too small for float32, because `_widen` returns 2**-112 times each F16 value."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in a shard, row-major from byte `offset` of the file: a tensor, or one expert of a stacked tensor."""
+    """A matrix in a shard: a tensor, or one expert of a stacked tensor. Row-major from byte `offset` of the file."""
 
     name: str
     file: File
@@ -59,14 +62,14 @@ class Matrix:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, tensor: str, expert: int | None = None) -> Matrix:
-        """Locate a stored tensor of rank 2, or matrix `expert` of a tensor of rank 3.
+        """Locate a stored tensor of rank 2, or matrix number `expert` of a tensor of rank 3.
 
-        Raises ArchitectureError if the tensor has another rank, a dtype that is not a float, or elements that another
-        tensor scales.
+        Raises ArchitectureError if the tensor has another rank or a dtype that is not a float, or if its elements are
+        not plain weights (they are codes, or another tensor scales them).
         """
         shard, info = checkpoint.shards[checkpoint.weight_map[tensor]], checkpoint.get_info(tensor)
         if len(info.shape) != (2 if expert is None else 3):
-            raise ArchitectureError(f"shape {list(info.shape)} is not that of an MLP's matrix", tensor)
+            raise ArchitectureError(f"a matrix of an MLP cannot have the shape {list(info.shape)}", tensor)
         if info.dtype.kind != "float":
             raise ArchitectureError(f"{info.dtype.name} numbers are not weights", tensor, "scan an unquantised copy")
         if why := checkpoint.quantisation.explain_refusal(tensor):
@@ -81,16 +84,16 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """The size in bytes."""
+        """The size of the matrix in bytes."""
         return self.rows * self.row_bytes
 
     def split_rows(self) -> Iterator[tuple[int, int]]:
-        """Yield the rows [first, end) of each chunk."""
+        """Yield the range of rows [first, end) of each chunk of `SCORE_CHUNK` bytes."""
         return _split_range(self.rows, _count_chunk_rows(self))
 
 
 class ScoreSide(NamedTuple):
-    """The input weights of an MLP's neurons: neuron i is at index first + i * step of the matrix's neuron axis."""
+    """The gate or up weights of an MLP. Neuron i is at index first + i * step on the neuron axis of the matrix."""
 
     matrix: Matrix
     first: int = 0
@@ -117,22 +120,23 @@ class Mlp:
 
     @property
     def sources(self) -> tuple[ScoreSide, ...]:
-        """The input matrices to read. A tensor that contains gate and up side by side is read once."""
+        """The input matrices to read: `gate` alone if reading it also reads `up`, and both otherwise."""
         both = self.gate != self.up and (self.axis == 0 or self.gate.matrix != self.up.matrix)
         return (self.gate, self.up) if both else (self.gate,)
 
     @property
     def size(self) -> int:
-        """The number of bytes that scoring reads."""
+        """Number of bytes that are read to score the neurons of the MLP."""
         rows = self.neurons if self.axis == 0 else self.gate.matrix.rows
         return rows * sum(side.matrix.row_bytes for side in self.sources) + self.down.size
 
 
 class NeuronScores(NamedTuple):
-    """The two factors of the scores of one MLP.
+    """The two factors whose product is the score of each neuron of an MLP.
 
-    `dots`: (neurons,) float32, the sum of gain * gate * up over the channels. `peaks`: (neurons,) float32, the largest
-    magnitude in each neuron's column of the down projection, multiplied by the gain of the norm after it, if any.
+    `dots`: (neurons,) float32, the sum of mlp.gain * gate * up over the channels. `peaks`: (neurons,) float32, the
+    largest magnitude in each neuron's column of the down projection. If a norm follows the MLP, the magnitudes are
+    multiplied by its gain first.
     """
 
     mlp: Mlp
@@ -141,7 +145,7 @@ class NeuronScores(NamedTuple):
 
 
 class Workspace:
-    """The reusable buffers of one thread: two for the bytes of chunks, and two for blocks of float32."""
+    """The reusable buffers of one thread: two for the bytes of chunks, and two for blocks of float32 values."""
 
     def __init__(self) -> None:
         self.raw = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
@@ -159,9 +163,10 @@ class Workspace:
 
 
 class BlockReader:
-    """Open shards, and threads that read chunks of them and compute on these; a context manager.
+    """Opens shards, reads chunks of their matrices and computes on the chunks, with several threads.
 
-    While one thread reads a chunk, another computes on the chunk that it has read.
+    A context manager: it starts the threads on entry, and stops them and closes the shards on exit. While one thread
+    waits for a chunk from the disk, another computes.
     """
 
     def __init__(self, threads: int):
@@ -183,7 +188,7 @@ class BlockReader:
         self._stack.__exit__(kind, error, trace)
 
     def open(self, matrices: Iterable[Matrix]) -> None:
-        """Open the shards of these matrices. Raises ShardError."""
+        """Open the shards that contain `matrices`, except open ones. Raises ShardError if a shard cannot be opened."""
         for matrix in matrices:
             if matrix.file not in self._files:
                 self._files[matrix.file] = self._stack.enter_context(matrix.file.open())
@@ -191,9 +196,10 @@ class BlockReader:
     def read_rows(
         self, space: Workspace, which: int, matrix: Matrix, first: int, end: int
     ) -> NDArray[np.unsignedinteger]:
-        """Read rows [first, end) into a buffer of `space`, as unsigned integers of the dtype's width.
+        """Read rows [first, end) of a matrix into buffer number `which` of `space`.
 
-        Returns (end - first, cols). Raises ShardError.
+        Returns the stored bit patterns, (end - first, cols), as unsigned integers of the dtype's width. They are valid
+        until the buffer is used again. Raises ShardError.
         """
         raw = space.take_bytes(which, (end - first) * matrix.row_bytes)
         fill(self._files[matrix.file], raw.data, matrix.offset + first * matrix.row_bytes)
@@ -202,7 +208,7 @@ class BlockReader:
     def map(self, function: Callable[[Workspace, T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
         """Run `function` on the threads, and yield (item, function(workspace, item)) in the order of the items.
 
-        At most 2 * threads + 1 items are taken before the first result is yielded, so memory use is bounded.
+        At most 2 * threads + 1 items are in progress at a time, so memory use is bounded.
         """
         pending: deque[tuple[T, Future[R]]] = deque()
         for item in items:
@@ -223,9 +229,10 @@ class BlockReader:
 
 
 class _Sums:
-    """The dot products and largest magnitudes of one MLP's neurons, over the rows read so far.
+    """The dot products and the largest magnitudes of the neurons of one MLP, over the rows read so far.
 
-    `peaks` contains bit patterns, or float32 values if the gain of a norm multiplies them.
+    `peaks` contains bit patterns of the stored dtype, or float32 values if the gain of a norm after the MLP multiplies
+    them.
     """
 
     def __init__(self, mlp: Mlp):
@@ -234,13 +241,16 @@ class _Sums:
         self.peaks = np.zeros(mlp.neurons, f"<u{mlp.down.dtype.size}" if mlp.behind is None else np.float32)
 
     def scores(self) -> NeuronScores:
-        with np.errstate(over="ignore"):  # overflow becomes infinity, which is no valid score
+        with np.errstate(over="ignore"):  # a value that overflows becomes infinite and is excluded later
             peaks = convert_patterns(self.peaks, self.mlp.down.dtype) if self.mlp.behind is None else self.peaks
             return NeuronScores(self.mlp, self.dots.astype(np.float32), peaks)
 
 
 class _Part(NamedTuple):
-    """Rows [first, end) of an MLP's input matrices (if `inputs`) or of its down projection; `last` ends the MLP."""
+    """A task: rows [first, end) of the input matrices of an MLP if `inputs` is True, else of its down projection.
+
+    `last` is True for the last part of an MLP.
+    """
 
     sums: _Sums
     inputs: bool
@@ -250,10 +260,10 @@ class _Part(NamedTuple):
 
 
 def score_neurons(reader: BlockReader, mlps: Iterable[Mlp], advance: Callable[[int], None]) -> Iterator[NeuronScores]:
-    """Yield the scores of each MLP, in order, and call `advance` with the number of bytes read after each chunk.
+    """Yield the scores of each MLP, in the order of `mlps`. After each chunk, call `advance` with its size in bytes.
 
-    No MLP may be empty. Sums are added in the order of the file whatever the number of threads, so that scans are
-    reproducible bit for bit. Raises ShardError.
+    No matrix of an MLP may be empty. With any number of threads, sums are added in the order of the file, so repeated
+    scans give exactly the same scores. Raises ShardError.
     """
     for part, (place, values, size) in reader.map(partial(_compute, reader), _split_mlps(reader, mlps)):
         sums = part.sums
@@ -267,7 +277,7 @@ def score_neurons(reader: BlockReader, mlps: Iterable[Mlp], advance: Callable[[i
 
 
 def read_columns(reader: BlockReader, mlp: Mlp, cols: Sequence[int]) -> NDArray[np.float32]:
-    """Read the magnitudes in some columns of the down projection: (channels, columns), float32."""
+    """Read the magnitudes in the columns `cols` of the down projection: (channels, len(cols)), float32."""
 
     def some_rows(space: Workspace, rows: tuple[int, int]) -> NDArray[np.unsignedinteger]:
         found = _clear_signs(reader.read_rows(space, 0, mlp.down, *rows))
@@ -292,7 +302,10 @@ def count_ranks(reader: BlockReader, matrix: Matrix, magnitudes: Sequence[float]
 
 
 def convert_patterns(patterns: NDArray[np.unsignedinteger], dtype: Dtype) -> NDArray[np.float32]:
-    """Convert stored bit patterns to float32 of the same shape; values beyond its range become infinite."""
+    """Convert stored bit patterns to an array of float32 of the same shape.
+
+    F64 values beyond the range of float32 become infinite. F16 infinities and NaN become positive infinity.
+    """
     values = np.empty(patterns.shape, np.float32)
     with np.errstate(over="ignore"):
         _widen(patterns, dtype, values)
@@ -314,7 +327,10 @@ def _split_mlps(reader: BlockReader, mlps: Iterable[Mlp]) -> Iterator[_Part]:
 
 
 def _compute(reader: BlockReader, space: Workspace, part: _Part) -> tuple[slice, Numbers, int]:
-    """Compute what one part adds: a slice of the neurons, values for their dots or peaks, and the bytes read."""
+    """Compute what one part contributes to the sums of its MLP.
+
+    Returns a slice of the neurons, a value for the `dots` or `peaks` of each of them, and the number of bytes read.
+    """
     mlp, rows = part.sums.mlp, (part.first, part.end)
     if part.inputs:
         return (_score_neuron_rows if mlp.axis == 0 else _score_channel_rows)(reader, space, mlp, *rows)
@@ -329,9 +345,9 @@ def _compute(reader: BlockReader, space: Workspace, part: _Part) -> tuple[slice,
 
 
 def _apply_gain(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, end: int) -> Numbers:
-    """Multiply rows [first, end) of the down projection by the gain of the norm after it.
+    """Multiply the magnitudes in rows [first, end) of the down projection by the gain of the norm after the MLP.
 
-    Returns the bit patterns unchanged if no norm follows.
+    Returns float32 values. If no norm follows the MLP, returns the bit patterns unchanged.
     """
     if mlp.behind is None:
         return magnitudes
@@ -341,9 +357,10 @@ def _apply_gain(magnitudes: NDArray[np.unsignedinteger], mlp: Mlp, first: int, e
 
 
 def _clear_signs(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-    """Clear the sign bits of bit patterns, in place.
+    """Clear the sign bit of each bit pattern, in place.
 
-    The resulting integers are ordered like the magnitudes. The maximum of integers is faster than that of floats.
+    The resulting integers have the same order as the magnitudes, and numpy finds a maximum of integers faster than a
+    maximum of floats.
     """
     np.bitwise_and(stored, stored.dtype.type((1 << (8 * stored.itemsize - 1)) - 1), out=stored)
     return stored
@@ -352,7 +369,10 @@ def _clear_signs(stored: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinte
 def _score_neuron_rows(
     reader: BlockReader, space: Workspace, mlp: Mlp, first: int, end: int
 ) -> tuple[slice, Numbers, int]:
-    """Compute the complete dot products of neurons [first, end), from input matrices [neuron, channel]."""
+    """Compute the dot products of neurons [first, end), from input matrices [neuron, channel].
+
+    Returns the same as `_compute`.
+    """
     stored = [
         reader.read_rows(space, which, side.matrix, side.first + first, side.first + end)
         for which, side in enumerate(mlp.sources)
@@ -373,7 +393,10 @@ def _score_neuron_rows(
 def _score_channel_rows(
     reader: BlockReader, space: Workspace, mlp: Mlp, first: int, end: int
 ) -> tuple[slice, Numbers, int]:
-    """Compute what channels [first, end) add to every neuron's dot product, from matrices [channel, neuron]."""
+    """Compute the terms that channels [first, end) add to the dot product of every neuron.
+
+    The input matrices are [channel, neuron]. Returns the same as `_compute`.
+    """
     stored = [reader.read_rows(space, which, side.matrix, first, end) for which, side in enumerate(mlp.sources)]
     gates, ups = (
         rows[:, side.first : side.first + mlp.neurons * side.step : side.step]
@@ -392,7 +415,10 @@ def _score_channel_rows(
 
 
 def _scale_gain(mlp: Mlp) -> tuple[NDArray[np.float32], float]:
-    """Return float32 weights (channels,) for the gain, and the factor that dot products with them still need."""
+    """Scale the squared gain so that float32 products neither overflow nor vanish.
+
+    Returns the scaled gain, (channels,), and the factor that undoes the scaling in the dot products.
+    """
     largest = float(mlp.gain.max(initial=0.0)) or 1.0
     missing = _get_missing_exponent(mlp.gate.matrix.dtype) + _get_missing_exponent(mlp.up.matrix.dtype)
     boost = BOOST if missing else 0
@@ -400,12 +426,12 @@ def _scale_gain(mlp: Mlp) -> tuple[NDArray[np.float32], float]:
 
 
 def _widen(stored: NDArray[np.unsignedinteger], dtype: Dtype, out: NDArray[np.float32]) -> None:
-    """Convert bit patterns to float32 values; for F16 the result is 2**-112 times the value.
+    """Convert bit patterns to float32 values in `out`. For F16, the result is 2**-112 times each value.
 
-    A shift converts a 16-bit pattern to a float32 pattern. F16 has 5 bits of exponent and float32 has 8. After a shift
-    by 13 the mantissa is in its position, and the exponent is that of 2**-112 times the value, also for subnormal
-    numbers. Shifting a signed integer repeats the sign bit, so a mask clears the copies. This is twice as fast as
-    numpy's own conversion. An F16 infinity becomes 65536, which is larger than any F16 weight.
+    A shift converts a 16-bit pattern to a float32 pattern. This is twice as fast as numpy's own conversion. F16 has 5
+    bits of exponent and float32 has 8. After a shift by 13, the mantissa is in its position, and the exponent is the
+    exponent of 2**-112 times the value, also for subnormal numbers. The shift of a signed integer repeats the sign bit,
+    so a mask clears the copies. F16 infinity becomes 65536 (times 2**-112), which is larger than any finite F16 value.
     """
     bits = out.view(np.int32)
     if dtype.name == "F16":
@@ -422,13 +448,13 @@ def _widen(stored: NDArray[np.unsignedinteger], dtype: Dtype, out: NDArray[np.fl
 
 
 def _get_missing_exponent(dtype: Dtype) -> int:
-    """Return the n for which `_widen` returns 2**-n times the value."""
+    """Return the number n for which `_widen` returns 2**-n times a value of this dtype."""
     return 112 if dtype.name == "F16" else 0
 
 
 @cache
 def _build_table(name: str) -> NDArray[np.float32]:
-    """Return the values of all bit patterns of an 8-bit float."""
+    """Return the values of all 256 bit patterns of the 8-bit float dtype `name`."""
     return np.array([decode(DTYPES[name], bytes([bits])) for bits in range(256)], np.float32)
 
 

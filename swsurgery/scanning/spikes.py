@@ -1,14 +1,14 @@
 """Observe what the down projections add to the residual stream while a model runs layer by layer.
 
-For every sequence, `LayerSpikes` stores the hidden states after each layer. For every massive hidden state that an MLP
-makes or removes (`Move`), it stores the inputs of the down projections. If a norm follows the MLP (Gemma 3, OLMo 2),
-the residual stream receives the norm's output, so both its input and its output are stored.
+For every sequence, `LayerSpikes` stores the hidden states after each layer. A hidden state is massive if its magnitude
+is at least `MASSIVE` times the median of its layer. For every massive state that an MLP makes or removes (`Move`),
+`LayerSpikes` stores the inputs of the down projections. If a norm follows the MLP (Gemma 3, OLMo 2), the residual
+stream receives the output of the norm. Then both the MLP's output and the norm's output are stored.
 
-This module reads no shard. sources.py observes the modules of down projections, and by_activations.py decides what is a
-super weight.
+This module reads no shard and decides nothing: by_activations.py decides which scalars are super weights.
 
-Memory holds the hidden states of all tokens after all layers in float32 (7B, five prompts of ten tokens: 26 MB), and
-one vector of neurons for each token with a massive state.
+Memory use: the hidden states of all tokens after all layers in float32 (for a 7B model and five prompts of ten tokens,
+26 MB), and the inputs of the down projections for each token with a massive state.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ from swsurgery.scanning.report import UnreadLayer
 from swsurgery.storage.coordinate import Coordinate
 
 MASSIVE = 400.0
-"""Minimum magnitude of a massive hidden state, in medians of |hidden state| of its layer and sequence.
+"""Minimum magnitude of a massive hidden state, divided by the median magnitude in the same layer and sequence.
 
-Calibrated on SmolLM2-135M-Instruct. The channel that its super weights make massive has 589 to 899 medians in layer 2.
-In layer 1, before they act, it has 200 to 300 medians, and zeroing that changes little. Any other channel before layer
-11 has at most 160. arXiv:2402.17762 uses about 1,000, which would miss layer 2. Random weights give 3 to 10.
+Calibrated on SmolLM2-135M-Instruct. In layer 2 the quotient is 589 to 899 for the channel that the super weights make
+massive. In layer 1, before they act, it is 200 to 300 for this channel, and zeroing the channel there changes little.
+For any other channel before layer 11 it is at most 160. arXiv:2402.17762 requires about 1,000, which would miss layer
+2. In models with random weights the largest quotient is 3 to 10.
 """
 
 MADE = 0.3
-"""Minimum share of a massive state that an MLP adds or subtracts, if it makes or removes the state. Calibrated like
-MASSIVE: layers 2 and 11 add 0.57 to 0.80 and 0.998, layers 28 and 9 remove 0.53 to 0.66 and 0.76 to 0.87, and layer 8,
-which removes no state, changes at most 0.16."""
+"""Minimum value that an MLP adds to a massive state if it makes or removes the state, as a share of the state.
+Calibrated like MASSIVE: layer 2 adds 0.57 to 0.80 of a state and layer 11 adds 0.998. Layer 28 removes 0.53 to 0.66
+and layer 9 removes 0.76 to 0.87. Layer 8 removes no state and changes at most 0.16."""
 
 TINY = torch.finfo(torch.float32).tiny
-"""The smallest normal float32, used as the least median."""
+"""The smallest normal float32. A smaller median is replaced with it, so that no threshold is zero."""
 
 
 @dataclass(frozen=True)
 class Multiplied:
-    """The neurons `x` of one down projection for one token: (cols,), float32.
+    """The input `x` of one down projection for one token: (cols,), float32.
 
-    The output of the projection is multiplied by `share` before it is added to the MLP's output. For an expert, `share`
-    is the router's weight.
+    The output of the projection is multiplied by `share` before it is added to the MLP's output. `share` is 1 in a
+    dense MLP, the router's weight for a routed expert, and the value of the gate for a shared MLP that has a gate.
     """
 
     projection: DownProjection
@@ -64,9 +65,10 @@ class Multiplied:
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """The neurons of all down projections for one token in one layer.
+    """What the MLP of one layer computed for one token.
 
-    `largest` and `typical` are the largest and the median magnitude of the MLP's output for the token.
+    `multiplied` contains the inputs of the layer's down projections; there are several if the layer has experts.
+    `largest` and `typical` are the largest and the median magnitude of the MLP's output over the channels.
     """
 
     multiplied: tuple[Multiplied, ...]
@@ -76,11 +78,11 @@ class TokenRecord:
 
 @dataclass(frozen=True)
 class Move:
-    """A massive hidden state that an MLP makes or removes.
+    """A massive hidden state that the MLP of `layer` makes or removes, in `channel` of `token`.
 
-    `output` is the output of the down projection and `added` is the value added to the residual stream. They differ if
-    a norm follows the MLP. `after` is the state after the layer, and `median` the median magnitude of the layer's
-    states.
+    `output` is the MLP's output in this channel, and `added` is the value that is added to the residual stream. They
+    differ if a norm or a multiplier follows the MLP. `after` is the hidden state after the layer. `median` is the
+    median magnitude of the hidden states of the sequence after the layer.
     """
 
     layer: int
@@ -94,16 +96,16 @@ class Move:
 
     @property
     def makes(self) -> bool:
-        """True if the MLP adds to the state with the sign that the state has after the layer."""
+        """True if the value that the MLP adds has the sign of the state after the layer: the MLP makes the state."""
         return self.added * self.after > 0
 
 
 @dataclass
 class Trace:
-    """The observations of one sequence.
+    """What was observed while the model ran on one sequence.
 
     `hidden` contains the hidden states after each layer: (tokens, channels), float32, on the CPU. `medians` contains
-    the median magnitude of each, and `moves` all moves by (layer, token, channel).
+    the median magnitude of the hidden states after each layer. `moves` contains all moves by (layer, token, channel).
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -114,9 +116,11 @@ class Trace:
 class LayerSpikes:
     """Runs a model and observes its down projections.
 
-    `unseen` contains the layers with a down projection that the loaded model does not have. `unread` contains these and
-    the layers with an MLP whose stored names are not known. Raises ArchitectureError if the model has no known down
-    projection.
+    `unseen` contains the numbers of the layers with a stored down projection that cannot be observed in the loaded
+    model. `unread` contains these layers and the layers with an MLP under unknown tensor names. After a run, `inputs`,
+    `outputs` and `residuals` contain the signed value of largest magnitude in each layer: among the inputs of the down
+    projections, among the MLP's outputs, and among the hidden states after the layer. Raises ArchitectureError if the
+    checkpoint has no known down projection.
     """
 
     def __init__(self, model: LayeredModel):
@@ -128,7 +132,7 @@ class LayerSpikes:
     def run(
         self, sequences: Sequence[Sequence[int]], removed: Sequence[Coordinate], progress: Progress | None = None
     ) -> list[Trace]:
-        """Run all sequences with the scalars `removed` set to zero, and return their traces."""
+        """Run the model on all sequences with the scalars `removed` set to zero. Returns one trace per sequence."""
         self._clear(len(sequences))
         for _ in self.model.run(sequences, [dict.fromkeys(removed, 0.0)], watch=self, progress=progress):
             pass  # the logits are not needed
@@ -186,9 +190,9 @@ class LayerSpikes:
             self._normed.append((arguments[0], output))
 
     def _find_normed(self, output: Tensor) -> Tensor:
-        """Find the values that were added to the residual stream for an MLP's output: (tokens, channels), float32.
+        """Return the output of the norm that follows the MLP: (tokens, channels), float32.
 
-        They are the output of the norm that was called with the MLP's output or, without such a norm, the MLP's output.
+        It is the norm whose input was `output`, the output of the MLP. Returns `output` itself if no norm follows.
         """
         for given, made in self._normed:
             if given.numel() == output.numel() and torch.allclose(given.reshape(output.shape).float(), output):
@@ -205,7 +209,10 @@ class LayerSpikes:
         sources: Sequence[_Source],
         start: int,
     ) -> None:
-        """Add one layer to the trace of one sequence, whose first token is number `start` of the batch."""
+        """Add what one layer computed for one sequence to the trace of the sequence.
+
+        `start` is the number of the sequence's first token among all tokens of the batch.
+        """
         hidden, output, added = (tensor.float().cpu() for tensor in (hidden, output, added))
         median = max(float(hidden.abs().median()), TINY)
         # The state before the first layer is not known, so the first layer cannot remove anything.
@@ -228,7 +235,7 @@ class LayerSpikes:
 
 
 class _Linear:
-    """Observes the down projection of a dense or shared MLP, and the gate that scales a shared MLP, if there is one."""
+    """Observes the down projection of a dense or shared MLP, and the gate that scales a shared MLP (Qwen2-MoE)."""
 
     def __init__(self, projection: DownProjection, module: nn.Module, gate: nn.Module | None):
         self.projection, self.module, self.gate = projection, module, gate
@@ -245,7 +252,7 @@ class _Linear:
         return handles
 
     def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        # A copy, because Falcon and Llama 4 later add to this tensor in place.
+        # The output is copied, because Falcon and Llama 4 later add to this tensor in place.
         self.called, self._x, self._y = True, arguments[0], output.clone()
 
     def _keep_gate(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -265,7 +272,7 @@ class _Linear:
 
 
 class _Experts:
-    """Observes the routed experts of a layer, which transformers 5 and later stack in one module."""
+    """Observes the routed experts of a layer. transformers 5 and later stack all of them in one module."""
 
     def __init__(self, module: nn.Module):
         self.projections: dict[int, DownProjection] = {}
@@ -280,11 +287,12 @@ class _Experts:
         return [self.module.register_forward_hook(self._keep, with_kwargs=True)]
 
     def _keep(self, module: nn.Module, arguments: tuple[object, ...], named: dict[str, object], output: Tensor) -> None:
-        """Keep the inputs and outputs of one call.
+        """Store the inputs of the down projections, the router's choice and the output of one call of the module.
 
-        The module receives hidden states (tokens, channels), and the chosen experts and their weights (tokens, chosen).
-        In Llama 4 it receives only hidden states (experts * tokens, channels), which the router has already multiplied
-        by its weights: zero for an expert that it did not choose.
+        The module receives three tensors: the hidden states (tokens, channels), the numbers of the chosen experts
+        (tokens, chosen), and their router weights (tokens, chosen). In Llama 4 it receives only hidden states
+        (experts * tokens, channels). The router has already multiplied them by its weights, which are zero for an
+        expert that was not chosen.
         """
         hidden, *routing = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -320,7 +328,7 @@ _Source = _Linear | _Experts
 
 
 class _StackedExperts(Protocol):
-    """The attributes that the modules of stacked experts in transformers have in common."""
+    """The attributes that are used of a module of stacked experts in transformers."""
 
     gate_up_proj: Tensor
     act_fn: Callable[[Tensor], Tensor]
@@ -330,9 +338,9 @@ class _StackedExperts(Protocol):
 def _compute_expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     """Compute the inputs of the down projections of each token's chosen experts: (tokens, chosen, cols).
 
-    No module has these neurons as its input, so they are computed again from the experts' inputs. `index` contains the
-    chosen experts (tokens, chosen). `hidden` is (tokens, channels), or (tokens, experts, channels) if each expert has
-    its own input.
+    A hook cannot observe these inputs, because the down projections of stacked experts are not modules. They are
+    computed again from the inputs of the experts. `index` contains the numbers of the chosen experts: (tokens, chosen).
+    `hidden` is (tokens, channels), or (tokens, experts, channels) if each expert has its own input.
     """
     experts = cast("_StackedExperts", module)
     found: Tensor | None = None
@@ -357,7 +365,11 @@ def _compute_expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) ->
 
 
 def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
-    """Find the modules of the down projections in the loaded model, by layer, and the layers that lack one."""
+    """Find the modules of the down projections in the loaded model.
+
+    Returns the observed modules of each layer, and the numbers of the layers with a down projection whose module was
+    not found or cannot be observed.
+    """
     modules = dict(model.model.named_modules(remove_duplicate=False))
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
     sources: list[list[_Source]] = [[] for _ in model.layers]
@@ -384,7 +396,10 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
 
 
 def _list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
-    """List the layers with an MLP that `LayerSpikes` does not observe or observes only in part."""
+    """List the layers whose MLP `LayerSpikes` does not observe, or observes only in part.
+
+    `unseen` contains the numbers of the layers with a known down projection that cannot be observed.
+    """
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
     projections = list(list_down_projections(config, shapes))
     unread = {layer.layer: layer for layer in list_unread_layers(config, shapes, projections)}
@@ -398,7 +413,10 @@ def _list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLaye
 def _find_loaded_module(
     modules: Mapping[str, nn.Module], config: Mapping[str, Any], shapes: Shapes, projection: DownProjection
 ) -> tuple[str, nn.Module | None, str]:
-    """Find the module of a down projection in the loaded model: its path, the module, and the name of the weight."""
+    """Find the module of a down projection in the loaded model. Returns its path, the module and the weight's name.
+
+    The module is None if the loaded model does not contain the projection.
+    """
     coordinate = Coordinate(projection.tensor, projection.find_index(0, 0))
     for candidate in list_loaded_candidates(config, coordinate, shapes):
         path, _, name = candidate.tensor.rpartition(".")
@@ -408,7 +426,7 @@ def _find_loaded_module(
 
 
 def _keep_largest(profile: list[float], layer: int, values: Tensor) -> None:
-    """Update a layer's signed value of largest magnitude."""
+    """Set `profile[layer]` to the element of `values` with the largest magnitude, unless it is already larger."""
     if values.numel():
         flat = values.flatten()
         value = float(flat[flat.abs().argmax()])

@@ -1,8 +1,9 @@
-"""Choose the scalars that a confirmation tests beside the candidates: companions and nulls.
+"""Choose the scalars that the causal test zeroes in addition to the candidates: companions and null scalars.
 
-A companion is an outlier in a candidate's column, so it has the same input. The null consists of scalars of the same
-matrices with similar magnitudes that no detector lists. Companions have a null of their own: the other large rows of
-their column. This module finds all of them in the stored down projections. It runs no model.
+A companion is an outlier in a candidate's column of the down projection, so both multiply the same input. Null scalars
+are zeroed for comparison. Candidates are compared with random scalars of similar magnitude in the same matrices.
+Companions are also compared with the other large scalars of their column. This module reads the stored down projections
+and runs no model.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
 
 COMPANIONS, COMPANION_SHARE, COMPANION_SIGMAS = 2, 1 / 6, 8.0
-"""Maximum number of companions of a candidate, their minimum share of the candidate's magnitude, and their minimum
-distance from zero in robust standard deviations of the column. Known companions have half the candidate's magnitude
-(Llama-2-7B, docs/known.md). In SmolLM2-135M the weakest companion with an effect has a fifth of the candidate's
-magnitude, and is 39 standard deviations from zero."""
+"""Maximum number of companions of a candidate. Minimum magnitude of a companion, as a share of its candidate's, and
+in robust standard deviations of the column. The companions known in Llama-2-7B have half the candidate's magnitude
+(docs/known.md). In SmolLM2-135M the weakest companion whose zeroing has an effect has a fifth of the candidate's
+magnitude, and its own magnitude is 39 standard deviations."""
 
 COLUMN_NULLS, LARGE_SIGMAS = 5, 4.0
-"""Maximum number of rows in the null of a companion, and minimum distance of a large row from zero in robust standard
-deviations of the column. In SmolLM2-135M the columns of the six best candidates have 2 to 8 rows beyond four standard
-deviations that are not companions; in a normal distribution, 0.04 of 576 rows are."""
+"""Maximum number of scalars of a column with which its companions are compared, and the minimum magnitude of each in
+robust standard deviations of the column. In SmolLM2-135M the columns of the six best candidates contain 2 to 8 scalars
+beyond four standard deviations that are not companions. Of 576 normally distributed values, 0.04 would be expected."""
 
 Column = tuple[int, ExpertChoice, int]
-"""The layer, expert and col of one neuron."""
+"""The layer, expert and col that identify one column of a down projection."""
 
 
 def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]) -> list[Candidate]:
-    """Find the outliers in the candidates' columns that are not candidates themselves. Raises ShardError."""
+    """Find the companions of the candidates: outliers in their columns that no detector lists. Raises ShardError."""
     found: dict[Coordinate, Candidate] = {candidate.coordinate: candidate for candidate in listed}
     for candidate in listed:
         matrix = matrices[candidate.layer, candidate.expert]
@@ -61,14 +62,14 @@ def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey
 
 
 def get_column(candidate: Candidate) -> Column:
-    """Return the column that contains a candidate."""
+    """Return the layer, expert and col of the column that contains a candidate."""
     return candidate.layer, candidate.expert, candidate.col
 
 
 def find_minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate]) -> set[Coordinate]:
-    """Find the scalars that may matter only because their column spikes.
+    """Find the minor scalars: those that may have an effect only because the input of their column is large.
 
-    They are all companions, and every candidate in whose column there is a larger candidate.
+    Minor scalars are all companions, and each candidate whose column contains a candidate of larger magnitude.
     """
     largest: dict[Column, float] = {}
     for candidate in listed:
@@ -80,7 +81,10 @@ def find_minor_scalars(listed: Sequence[Candidate], tested: Sequence[Candidate])
 def choose_column_rows(
     listed: Sequence[Candidate], tested: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]
 ) -> dict[Column, list[Coordinate]]:
-    """Find the null of each column with a minor scalar: its largest rows that are not tested, largest first."""
+    """Choose, for each column with a minor scalar, the scalars with which that minor scalar is compared.
+
+    They are the largest scalars of the column that are not tested, largest first, and at most `COLUMN_NULLS`.
+    """
     names, minor = {candidate.coordinate for candidate in tested}, find_minor_scalars(listed, tested)
     found: dict[Column, list[Coordinate]] = {}
     for column in dict.fromkeys(get_column(candidate) for candidate in tested if candidate.coordinate in minor):
@@ -104,7 +108,10 @@ def draw_nulls(
     nulls: int,
     seed: int,
 ) -> list[Coordinate]:
-    """Draw `nulls` scalars similar to the candidates, equally many for each; fewer if the matrices are too small."""
+    """Draw `nulls` random scalars whose magnitudes are similar to those of the candidates.
+
+    Every candidate gets the same number of them, give or take one. Matrices that are too small give fewer scalars.
+    """
     templates = [candidate for candidate in listed if candidate.value != 0]
     shares = {t.coordinate: len(range(number, nulls, len(templates))) for number, t in enumerate(templates)}
     drawn: list[Coordinate] = []

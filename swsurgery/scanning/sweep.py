@@ -1,8 +1,8 @@
-"""Measure a model's quality with some scalars at several multiples of their stored values.
+"""Measure a model's quality with some scalars multiplied by each of several factors.
 
-Every factor is a variant of one run of the model (`forward.py`), and the figures are those of the sanity check
-(`measure.py`). This module computes the scaled values, which are those that a manifest with `op: scale` writes, and
-collects the figures. It gives no verdicts.
+One run of the model measures several factors at once (`model/forward.py`). The measurements are those of the sanity
+check (`model/measure.py`). This module computes the scaled values, which equal those that a manifest with `op: scale`
+writes, and collects the measurements. It gives no verdicts.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def sweep_checkpoint(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
-    """Run the model with all of `coordinates` multiplied by each of `factors`.
+    """Measure the model's quality with all of `coordinates` multiplied by each of `factors`.
 
-    The text is the first `windows` windows of `window` tokens of `text` (None: the built-in text). Windows, BOS, scored
-    positions and figures are those of `check.run_checks`, and `device` and `placement` those of `load.open_model`.
+    The model runs on the first `windows` windows of `window` tokens of `text` (None: the built-in text). The text is
+    cut and scored as by `check.run_checks`. `device` and `placement` mean the same as in `load.open_model`.
     `sweep_windows` describes the method. Raises NumberError for an impossible factor, before the model is loaded, and
     ModelError if the tokenizer or the model cannot be loaded or run.
     """
@@ -69,11 +69,11 @@ def sweep_windows(
     *,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Sweep on token ids; each of `windows` is an input of its own. The points are in the order of `factors`.
+    """Sweep on windows of token ids. The model runs on each window separately. The points have the order of `factors`.
 
-    A scalar's value is the exact product, rounded once to the stored dtype; at factor 0 all its bits are zero. If a
-    factor changes no scalar, such as factor 1, its point equals that of the base. Many factors are run in groups, each
-    with the base, to limit memory.
+    A scaled value is the exact product of stored value and factor, rounded once to the stored dtype. At factor 0 all
+    bits of the value are zero. If a factor changes no scalar, such as factor 1, its point equals that of the base. To
+    limit memory, many factors are run in several groups, and the base is run with each group.
     """
     keys = [frozenset(variant.items()) for variant in compute_scaled_values(model.checkpoint, coordinates, factors)]
     wanted = list(dict.fromkeys(key for key in keys if key))
@@ -106,7 +106,7 @@ def sweep_windows(
 def compute_scaled_values(
     checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float]
 ) -> list[dict[Coordinate, float]]:
-    """Compute for each factor the scalars that it changes, with their new values, which the stored dtype represents.
+    """Compute for each factor the scalars that it changes and their new values, rounded to the stored dtype.
 
     Raises NumberError with all faults: no factor, a factor that is not finite or repeated, or a product that the dtype
     cannot represent. Raises ModelError if no scalar is given, or if a scalar is repeated or not in the checkpoint.
@@ -139,7 +139,7 @@ def compute_scaled_values(
 
 
 def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.Dtype, bytes]:
-    """Read the dtype and the bytes of one weight. Raises ModelError if it does not exist or is not a weight."""
+    """Read the dtype and the stored bytes of one scalar. Raises ModelError if the scalar is missing or not a weight."""
     tensor, index = coordinate
     shape = checkpoint.shapes.get(tensor, ())
     if index and len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True)):

@@ -160,8 +160,8 @@ def render_body(
 ) -> str:
     """Render the Markdown text of a checkpoint's card.
 
-    `base_card` is the base's card without its front matter. `accepted` are findings that did not prevent publishing.
-    `short` maps coordinates to their short forms; a coordinate without a short form is not in it.
+    `base_card` is the base's card without its front matter. `accepted` are the findings that the publisher accepted.
+    `short` maps each coordinate that has a short form to this form.
     """
     name = _get_base_name(record)
     parts = [

@@ -169,7 +169,7 @@ def _read_manifest(loaded: LoadedManifest, base: str | Path | None, progress: Pr
 
 
 def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
-    """Return the sha256 of each shard with an edit, as far as it is known.
+    """Return (file name -> sha256) for the shards with an edit. A shard whose sha256 is unknown is left out.
 
     A local shard is hashed; for a base on the Hub, the sha256 is the one that the Hub lists or the manifest
     pins. Raises PlanError if a digest differs from the one in the manifest or in the base's own record.
@@ -267,7 +267,7 @@ def _make_source(
         copies=manifest.base.copies,
     )
     missing = sorted({s.file for s in scalars} - set(digests))
-    notes = [f"no sha256 is known of {name}, so only the old values identify the base" for name in missing]
+    notes = [f"the sha256 of {name} is unknown, so only the old values identify the base" for name in missing]
     ordered = tuple(sorted(scalars, key=lambda s: (s.tensor, s.flat)))
     bounds = PatchBounds(**manifest.check.model_dump())
     codes = [

@@ -103,11 +103,11 @@ def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
     if "experts" in parts:
         reason = "is the weight of an expert, and transformers stacks the experts in one tensor"
     elif parts[-2:-1] and parts[-2] in OF_EXPERTS and any("experts" in key for key in config):
-        reason = "has a name that PEFT would apply to the experts"
+        reason = "has the name of a layer of the experts, to which PEFT would apply the adapter too"
     elif len(scalar.shape) != 2 or parts[-1] != "weight" or len(parts) < 2 or parts[-2] not in linear:
         reason = "is not known to be the weight of a linear layer"
     elif scalar.dtype.kind != "float":
-        reason = f"is stored as {scalar.dtype.name}"
+        reason = f"is stored as {scalar.dtype.name}, which is not a floating-point dtype"
     elif parts[-2] in ("lm_head", "embed_out") and is_tied_by_config(config):
         reason = "is tied to the embedding, which an adapter of the head would not change"
     elif _find_module(scalar.tensor, config) is None:
@@ -124,14 +124,17 @@ def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
 
 
 def _find_module(tensor: str, config: dict[str, Any]) -> str | None:
-    """Return the module that contains a stored weight in the model with its head, or None if that is uncertain."""
+    """Return the name that the module of a stored weight has in the loaded model, or None if it is uncertain.
+
+    The loaded model has a language-model head, even if the checkpoint was saved without one.
+    """
     module = tensor.removesuffix(".weight")
     if any(type(config.get(section)) is dict for section in ("text_config", "language_config", "llm_config")):
         return module if module.startswith("model.language_model.") else None
     trunk = name_prefixes(config)[:1]
     if module in ("lm_head", "embed_out") or not trunk or module.startswith(trunk[0]):
         return module
-    return trunk[0] + module  # saved without its head
+    return trunk[0] + module  # the checkpoint was saved without a head, so its names lack the trunk's prefix
 
 
 def _compute_delta(scalar: PatchScalar) -> tuple[bytes, list[str]]:

@@ -44,7 +44,7 @@ def make_publication(
     """Plan the publication of the patched checkpoint in `root`.
 
     `findings` are the accepted findings. If a finding concerns a file, the record's digest of the file is not trusted.
-    If `hashing` is False, a large file without a digest is planned as if it were equal to the base's file of the same
+    If `hashing` is False, a large file whose digest is unknown is assumed to equal the base's file of the same name and
     size. Raises HubError, and CheckpointError if the directory is not a patched checkpoint.
     """
     with held(root) as entered:
@@ -83,7 +83,7 @@ def make_publication(
 def _refuse_second_set(plan: Publication) -> None:
     """Raise HubError if the repository would contain both model.safetensors and an index of shards.
 
-    Some loaders would load the edited weights, and others the weights that were already in the repository.
+    Some loaders would then load the edited weights, and others the weights that were already in the repository.
     """
     sets = {"model.safetensors", "model.safetensors.index.json"}
     there = set(plan.target.head.files) if plan.target else set()
@@ -106,7 +106,7 @@ def assemble(
     target: Branch | None,
     message: str,
 ) -> Publication:
-    """Build the plan from its files, and add the files to delete and the tag.
+    """Build the plan from the files to publish. Adds the files to delete and the tag.
 
     Also adds the number of an open pull request that already has exactly these files, if a pull request was requested.
     """
@@ -211,7 +211,7 @@ class FilePlanner:
         return self._decide(_make_item(name, data, data), "made for this repository")
 
     def _find_in_base(self, name: str, sha256: str | None) -> RemoteFile | None:
-        """Return the base's file with this sha256, else the one with this name, else None."""
+        """Return the base's file with this sha256, or else the base's file with this name, or else None."""
         return self.by_digest.get(sha256 or "") or (
             self.base.files.get(join_base_path(self.record, name)) if self.base else None
         )
@@ -223,7 +223,7 @@ class FilePlanner:
             what = "the file is neither in the directory nor in the base's repository"
             raise CheckpointError(what, name, "apply the manifest again without --for-publish")
         blob = self.base.blobs.get(theirs.path) if self.base else None
-        return self._decide(Item(name, "upload", theirs.size, "", record.sha256, blob), "fetched first")
+        return self._decide(Item(name, "upload", theirs.size, "", record.sha256, blob), "downloaded first")
 
     def _decide(self, item: Item, why: str) -> Item:
         theirs = self._find_in_base(item.name, item.sha256)
@@ -302,8 +302,8 @@ def read_base_card(planner: FilePlanner, record: Record, base: RemoteTree | None
 
 
 def list_card_notes(names: Sequence[str]) -> list[str]:
-    """Return a list with one note that names the fields which the new card omits, or [] if `names` is empty."""
-    return [f"not copied from the base's card, or only in part: {', '.join(names)}"] if names else []
+    """Return a note on the fields `names`, which the new card omits, as a list; [] if there are no such fields."""
+    return [f"fields of the base's card that are not copied, or only in part: {', '.join(names)}"] if names else []
 
 
 def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, card.ShortForm]:
@@ -378,7 +378,7 @@ def summarise_edits(record: Record) -> str:
 def _find_pull_request(plan: Publication) -> int | None:
     """Return the number of an open pull request with exactly these files, or None.
 
-    An earlier run that did not get the Hub's answer may have opened it.
+    An earlier run may have opened it without receiving the Hub's answer.
     """
     for number in open_pull_requests(plan.wish.repo_id, plan.message):
         head = open_tree(plan.wish.repo_id, f"refs/pr/{number}")

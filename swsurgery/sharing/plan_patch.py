@@ -5,7 +5,7 @@
     SHA256SUMS          the digests of these two files
     README.md           the card: the edits, their base, and how to apply them
 
-The record is not published, because it describes files that are not in the repository. `apply` makes a new one.
+The record is not published, because it describes files that are not in the repository. `apply` writes a new record.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PATCH_NAME = "patch.safetensors"
 """Name of the file with the patch in a repository."""
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
-"""Endings of the names of weight files, which must not be in the same repository as a patch."""
+"""Endings of the names of weight files. A repository that contains other weights must not contain a patch."""
 
 
 def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress) -> Publication:
@@ -63,7 +63,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     notes = [*source.notes]
     if base is None:
         named = record.base.repo_id or "the base, which the record does not name,"
-        notes.append(f"{named} is not visible on this Hub, so whoever applies the patch needs a local copy")
+        notes.append(f"{named} is not visible on this Hub, so whoever applies the patch needs a local copy of it")
     elif base.private and not (target.head.private if target else wish.private):
         notes.append(f"{base.repo_id} is private, but the patch reveals names and single values of its weights")
     raw = patch_module.render(source.patch)

@@ -77,9 +77,10 @@ def is_ref_name(name: str) -> bool:
 class Wish:
     """The options of a publication that the user chose.
 
-    If `tag` is None, the tag is named after the base's commit. If `message` is None or empty, it is made from the
-    edits; leading and trailing blanks are removed, as git and the Hub do. Raises HubError for an invalid
-    name of a repository, branch or tag, before any work begins.
+    If `tag` is None, the tag is named after the base's commit. If `message` is None or empty, the message is made from
+    the edits. Leading and trailing blanks of the message are removed, as git and the Hub do.
+
+    Raises HubError for an invalid name of a repository, branch or tag, before any work begins.
     """
 
     repo_id: str

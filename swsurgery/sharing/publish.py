@@ -4,8 +4,8 @@
     make_publication   see plan_checkpoint.py and plan_patch.py                 -> a plan that can be shown first
     publish            one commit on top of the parent in the plan              -> the published state, read back
 
-Readers of the repository see nothing before the commit, and the commit is one request. If the work is interrupted, the
-repository has the old state or the new one, and the same call continues.
+The commit is one request, and readers of the repository see nothing before it. If the work is interrupted, the
+repository has either the old files or the new ones, and the same call finishes the work.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Published(TableResult):
     """Result of `publish`: the commit, and what was read back from the Hub.
 
     `already` is True if an earlier run had published everything. `uploaded`, `copied` and `read` are numbers of bytes;
-    `files` and `scalars` are the numbers of files and edited scalars that were compared with `plan` afterwards.
+    `files` and `scalars` are the numbers of files and edited scalars that were then compared with `plan`.
     `findings` report the differences.
     """
 
@@ -170,7 +170,7 @@ def publish(
     bars: bool = False,
     reporter: Reporter | None = None,
 ) -> Published | Proposal:
-    """Publish a patched checkpoint on the Hub in one commit, for which only changed files are uploaded.
+    """Publish a patched checkpoint on the Hub in one commit that uploads only the changed files.
 
     `checkpoint` is a directory, and `repo_id` is ORG/NAME. With `patch`, only the edits are published, and no weights.
     A repository that does not exist is created, `private` if requested; `create_pr` opens a pull request instead of
@@ -210,7 +210,7 @@ def _make_plan(
 
 
 def find_early(root: Path) -> list[Finding]:
-    """Find what prevents publishing without reading weights: a bad sanity check, and tokens in small files.
+    """Find a failed or missing sanity check, and tokens in small files. Reads no weights.
 
     Raises CheckpointError if the directory has no record.
     """
@@ -268,7 +268,10 @@ def make_refusal(findings: Iterable[Finding]) -> SwsurgeryError:
     """Make the error that refuses to publish and lists the findings (exit code 1)."""
     faults = [f"not published: {f.rule}: {f.file or f.tensor or '-'}: {f.message}" for f in findings]
     return CheckFailed.of(
-        [*faults, "not published: --accept RULE publishes despite such findings, and the card lists them"]
+        [
+            *faults,
+            "to publish despite a finding, give --accept with the name of its rule; the card then lists the finding",
+        ]
     )
 
 
@@ -311,7 +314,7 @@ def _carry_out(plan: Publication, bars: bool, reporter: Reporter) -> Published:
 def _refuse_secrets(plan: Publication) -> None:
     """Raise CheckFailed if the message or a generated file, such as the card, contains a token.
 
-    The gate could not see these texts, because they did not exist yet.
+    `check_gate` could not search these texts, because the plan that contains them was made later.
     """
     made = [(item.name, item.content) for item in plan.items if isinstance(item.content, bytes)]
     found = find_secrets([("the commit's message", plan.message.encode()), *made])
@@ -331,7 +334,7 @@ def _find_earlier_commit(plan: Publication) -> Sent | None:
 def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int]:
     """Make the commit. Returns it, and the numbers of bytes uploaded and copied."""
     target = _prepare_target(plan)
-    _refuse_public(plan)  # an upload may take hours
+    _refuse_public(plan)  # checked before the upload too, which may take hours
     draft = Draft(plan.wish.repo_id, plan.wish.branch, target.head.commit, plan.wish.create_pr)
     items = {item.name: item for item in plan.items}
     uploads = [item for item in plan.items if item.how == "upload"]
@@ -372,7 +375,10 @@ def _refuse_public(plan: Publication) -> None:
 
 
 def _prepare_target(plan: Publication) -> Branch:
-    """Create the repository and the branch if they do not exist. Raises Conflict if somebody else just did."""
+    """Create the repository and the branch if they do not exist.
+
+    Raises Conflict if somebody else created the repository in the meantime.
+    """
     wish, target = plan.wish, plan.target
     if target is None:
         hub.create_repository(wish.repo_id, wish.private)
@@ -389,7 +395,7 @@ def _prepare_target(plan: Publication) -> Branch:
 
 
 def _upload(draft: Draft, plan: Publication, items: Collection[Item], say: Callable[[str], None]) -> None:
-    """Upload the contents of `items` for the commit. A file that is not in the directory is first downloaded.
+    """Upload the contents of `items` for the commit. A file that is only in the base is first downloaded.
 
     Raises CheckpointError if a file changed since it was planned.
     """

@@ -44,7 +44,7 @@ class DigestCache:
         self._read: dict[str, str] | None = None
 
     def get(self, status: os.stat_result) -> str | None:
-        """Return the cached digest of the file whose stat result is `status`, or None if it is not cached."""
+        """Return the cached digest of the file whose stat result is `status`, or None if the digest is not cached."""
         if self._read is None:
             self._read = _load(self._path)
         return self._read.get(_make_identity(status))

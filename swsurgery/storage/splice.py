@@ -29,7 +29,7 @@ class Scalar:
         return self.offset + len(self.old)
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to the JSON object of the record."""
+        """Convert the scalar to a JSON object, in the form of the record."""
         return {
             "file": self.file,
             "tensor": self.coordinate.tensor,
@@ -53,7 +53,7 @@ class Splice(Scalar):
     factor: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to the JSON object of the record."""
+        """Convert the edit to a JSON object, in the form of the record."""
         document = Scalar.to_json(self)
         if self.factor is not None:
             document["factor"] = self.factor

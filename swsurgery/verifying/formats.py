@@ -31,9 +31,9 @@ class FindingReport(TableResult):
     """Findings of one command about one checkpoint or manifest.
 
     `subject` is the path as the user gave it; paths in the output begin with it. `command` is a name such as "verify".
-    `checked` lists what was proved, as lines of text. `details` are further fields of the JSON document. `rules` are
-    the names of the rules that were checked. `decided` is False if nothing could be compared: the answer is then
-    neither "yes" nor "no".
+    `checked` is text with one line for each fact that was proved. `details` are further fields of the JSON document.
+    `rules` are the names of the rules that were checked. `decided` is False if nothing could be compared: the answer is
+    then neither "yes" nor "no".
     """
 
     subject: str
@@ -250,7 +250,7 @@ def _make_uri(path: str) -> str:
 
 
 def _choose_path(report: FindingReport, finding: Finding) -> str:
-    """Return the path that a finding concerns: the manifest, else the checkpoint's file, else the checkpoint."""
+    """Return the path that a finding concerns: its manifest, or else its file, or else the checked checkpoint."""
     if finding.manifest is not None:
         return finding.manifest
     return str(PurePosixPath(report.subject) / finding.file) if finding.file else report.subject

@@ -176,7 +176,7 @@ def _read_statement(raw: bytes, name: str) -> tuple[dict[str, str], list[str]]:
 
 
 class _Hashing:
-    """Hashing configuration for model-signing that also stores the digests which the library computes.
+    """A hashing configuration for model-signing. It also stores the digests that the library computes.
 
     `found` maps the name of each file to its sha256. It is None until the library has hashed the files.
     """

@@ -43,7 +43,7 @@ class _Question:
 
     `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set. `public_key`
     (PEM) is required with `signature`. `weights` and `variant` choose the weights if the checkpoint has several sets
-    and neither the record nor the manifest names one.
+    and neither the record nor the manifest names a set.
     """
 
     base: str | Path | None = None

@@ -50,6 +50,6 @@ def test_every_name_stands_once_and_every_kind_of_file_is_there():
 
 def test_a_message_quotes_no_more_of_a_file_than_a_line_holds(tmp_path):
     text = '{"weight_map":{"a":"' + "../" * 10_000 + '"}}'
-    found = cost(Hostile("long", file("model.safetensors.index.json", text), "no plain name"), tmp_path)
+    found = cost(Hostile("long", file("model.safetensors.index.json", text), "not a plain file name"), tmp_path)
     assert found.code == 2
-    assert "no plain name" in found.said and len(found.said) < 400
+    assert "not a plain file name" in found.said and len(found.said) < 400

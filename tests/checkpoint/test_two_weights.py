@@ -51,7 +51,7 @@ def test_without_a_word_the_choice_is_refused_and_the_option_named(base, run, co
     name, *options = command.split()
     code, document, (line,) = run(name, base, *([base] if name == "diff" else []), *options)
     assert (code, document) == (2, {})
-    assert line.endswith("(say which, single or index: base.weights in a manifest, or the option --weights)")
+    assert line.endswith("(choose single or index with base.weights in a manifest, or with the option --weights)")
 
 
 def test_the_option_chooses_what_is_inspected(base, run):
@@ -90,7 +90,9 @@ def test_verify_takes_the_option_only_where_nothing_else_says(base, patched, run
     assert run("verify", base, "--finite", "--weights", "single")[0] == 0
     code, _, (line,) = run("verify", patched, "--weights", "single")
     assert (code, line) == (
-        2, "swsurgery: --weights single was given, and index are the weights of: swsurgery.json (leave --weights out)",
+        2,
+        "swsurgery: --weights single was given, but the choice index is stated in: swsurgery.json "
+        "(leave --weights out)",
     )  # fmt: skip
     assert run("check", patched, "--weights", "single")[0] == 2
     assert run("verify", patched, "--weights", "index")[0] == 0

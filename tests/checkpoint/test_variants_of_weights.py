@@ -116,16 +116,18 @@ def test_of_two_variants_without_plain_weights_one_is_chosen(base):
     (base / "model.safetensors").rename(base / "model.bf16.safetensors")
     with pytest.raises(AmbiguousWeights) as caught:
         open_checkpoint(base)
-    assert str(caught.value) == (f"no model.safetensors, but the variants bf16, fp16: {base.resolve()} (say which: "
-                                 "base.variant in a manifest, or the option --variant)")  # fmt: skip
+    assert str(caught.value) == (
+        f"there is no model.safetensors, but there are the variants bf16, fp16: {base.resolve()} "
+        "(choose one with base.variant in a manifest, or with the option --variant)"
+    )
     assert shards_of(base, None, "bf16") == (["model.bf16.safetensors"], "bf16")
 
 
 def test_a_variant_that_is_not_there_is_refused(base):
-    with pytest.raises(CheckpointError, match=r"no variant bf16: .* \(the variants here: fp16\)"):
+    with pytest.raises(CheckpointError, match=r"has no variant bf16: .* \(choose one of its variants: fp16\)"):
         open_checkpoint(base, None, "bf16")
     (base / FP16).unlink()
-    with pytest.raises(CheckpointError, match=r"no variant fp16: .* \(it has none\)"):
+    with pytest.raises(CheckpointError, match=r"has no variant fp16: .* \(it has no variants\)"):
         open_checkpoint(base, None, "fp16")
 
 
@@ -134,7 +136,7 @@ def test_shards_of_a_variant_without_their_index_say_so(base):
     (base / FP16).rename(base / SHARD)
     write_shard(base / "model.fp16-00002-of-00002.safetensors", {"x": tensor("F16", 2)})
     with pytest.raises(
-        CheckpointError, match=r"2 shards of a variant and no index: .* \(get its model.safetensors.ind"
+        CheckpointError, match=r"2 shards of a variant and no index: .* \(download model.safetensors.ind"
     ):
         open_checkpoint(base)
 
@@ -179,7 +181,8 @@ def test_another_variant_than_the_record_s_is_refused(base, patched, run):
     shutil.copy(patched / FP16, patched / "model.bf16.safetensors")
     code, _, lines = run("verify", patched, "--variant", "bf16")
     assert (code, lines) == (
-        2, ["swsurgery: --variant bf16 was given, and fp16 are the weights of: swsurgery.json (leave --variant out)"],
+        2,
+        ["swsurgery: --variant bf16 was given, but the choice fp16 is stated in: swsurgery.json (leave --variant out)"],
     )  # fmt: skip
     assert run("check", patched, "--variant", "bf16")[2] == lines
 
@@ -332,8 +335,8 @@ def test_a_browser_s_second_download_is_named(tmp_path, name):
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)
-    assert str(caught.value) == (f"no model.safetensors, but {name!r}, as a browser names a second download: "
-                                 f"{folder.resolve()} (rename it to model.safetensors)")  # fmt: skip
+    assert str(caught.value) == (f"there is no model.safetensors, but there is {name!r}, as a browser names a second "
+                                 f"download: {folder.resolve()} (rename it to model.safetensors)")  # fmt: skip
 
 
 def test_so_is_one_of_a_shard_or_of_the_index(tmp_path):
@@ -344,7 +347,7 @@ def test_so_is_one_of_a_shard_or_of_the_index(tmp_path):
     weight_map = {NAME: shards[0], "x": "model-00002-of-00002.safetensors"}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(
-        CheckpointError, match=r"\(rename 'model-00002-of-00002 \(1\).safetensors', as a browser named "
+        CheckpointError, match=r"\(rename 'model-00002-of-00002 \(1\).safetensors' to it, as a browser "
     ):
         open_checkpoint(folder)
     (folder / shards[1]).rename(folder / "model-00002-of-00002.safetensors")

@@ -115,7 +115,7 @@ def test_a_target_that_exists_is_left_alone(manifest, tmp_path, kind):
 def test_a_target_without_a_parent_is_refused(manifest, tmp_path):
     target = tmp_path / "no" / "out"
     assert refused(manifest, target) == (
-        f"cannot write (No such file or directory): {target} (make the directory first)"
+        f"cannot write (No such file or directory): {target} (create the directory first)"
     )
     assert not target.parent.exists()
 
@@ -341,7 +341,7 @@ def test_bounds_that_cannot_be_measured_are_not_met(base, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("where", "message"), [("beside", "it is not the base's, and no declared scalar"), ("on", "holds 0x")]
+    ("where", "message"), [("beside", "it is not the base's, and no declared scalar"), ("on", "has the bits 0x")]
 )
 def test_bytes_that_are_written_wrong_are_found_by_the_check(manifest, tmp_path, monkeypatch, where, message):
     """A bit falls over on its way to the disk, in a scalar that was not to change or in the one that was."""

@@ -292,7 +292,7 @@ def test_a_tensor_that_does_not_fit_the_config_is_named(llama, tmp_path):
 def test_a_dtype_that_torch_lacks_is_refused_at_once(tmp_path):
     base = write_llama(tmp_path / "base", {"odd": ("F4", (4,), bytes(2))})
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "row": 0, "col": 0})
-    with pytest.raises(ModelError, match="torch has no F4.*odd"):
+    with pytest.raises(ModelError, match="torch has no dtype F4.*odd"):
         swsurgery.patched_state_dict(manifest, base)
 
 

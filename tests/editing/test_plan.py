@@ -113,7 +113,7 @@ MISFITS = {
         "cannot set {d1}[2, 3]: 0x00000000 has 8 hex digits, but F16 takes 4",
     ),
     "known without a model": ({"op": "zero", "known": "L2.3968.7003"}, "no known super weights of this base"),
-    "all without a model": ({"op": "protect", "known": "all"}, "(set base.model to the known model that the base is)"),
+    "all without a model": ({"op": "protect", "known": "all"}, "(set base.model to the name of the known model)"),
 }
 
 

@@ -59,7 +59,7 @@ def test_an_unknown_name_gets_the_nearest_ones():
         own.find_model("qwen 7b")
     assert "did you mean" in str(caught.value) and "qwen2.5-7b" in str(caught.value)
     assert caught.value.exit_code == 2
-    with pytest.raises(LookupFailed, match="no known name is near"):
+    with pytest.raises(LookupFailed, match="no known name is similar"):
         own.find_model("zzz")
 
 

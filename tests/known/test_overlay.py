@@ -159,7 +159,7 @@ def test_an_alias_of_a_shipped_model_is_that_model_and_has_one_entry():
 
 
 def test_another_model_under_a_shipped_name_is_refused(own_data):
-    with pytest.raises(LookupFailed, match=r"are \(32, 4096, 11008\), not \(4, 64, 128\): llama-7b .give this one"):
+    with pytest.raises(LookupFailed, match=r"are \(32, 4096, 11008\), not \(4, 64, 128\): llama-7b .choose another"):
         own_module.save(one("llama-7b"))
     with pytest.raises(LookupFailed, match="the name of another model"):
         own_module.refuse_name("llama-7b", (4, 64, 128))
@@ -173,7 +173,7 @@ def test_the_short_name_of_a_shipped_model_stays_its_own():
     own_module.save(one("someone/llama-7b"))
     assert own_module.find_model("llama-7b") is shipped_module.find_shipped_by_repo("huggyllama/llama-7b")
     assert own_module.find_model("someone/llama-7b").own
-    with pytest.raises(LookupFailed, match="no own entry of this model: llama-7b .what is shipped cannot be forgotten"):
+    with pytest.raises(LookupFailed, match="no own entry of this model: llama-7b .shipped entries cannot be removed"):
         own_module.forget("llama-7b")
 
 

@@ -99,8 +99,8 @@ def test_a_fault_quotes_no_more_than_a_line_holds():
 
 
 def test_a_key_has_no_anchor_and_no_tag():
-    assert any("a key with an anchor or a tag" in fault for fault in refusal("&a version: 1\n"))
-    assert any("a key with an anchor or a tag" in fault for fault in refusal("!!str version: 1\n"))
+    assert any("the key has an anchor or a tag" in fault for fault in refusal("&a version: 1\n"))
+    assert any("the key has an anchor or a tag" in fault for fault in refusal("!!str version: 1\n"))
 
 
 def test_a_manifest_may_be_a_link_but_no_device_no_pipe_and_no_folder(tmp_path):

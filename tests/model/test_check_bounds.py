@@ -220,15 +220,15 @@ def test_a_tokenizer_of_another_model(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"text": ""}, "the text is too short: 0 of at least 2 tokens"),
-        ({"text": "a"}, "the text is too short: 1 of at least 2 tokens"),
-        ({"windows": 0}, "too few or too short windows: 0 windows of 24 tokens"),
-        ({"prompts": ("The river", "")}, "prompt of 0 tokens: ''"),
-        ({"prompts": ("!?" * 40,)}, "prompt of 80 tokens: "),
+        ({"text": ""}, "the text is too short: 0 of the 2 tokens that are needed"),
+        ({"text": "a"}, "the text is too short: 1 of the 2 tokens that are needed"),
+        ({"windows": 0}, "the windows are too few or too short: 0 windows of 24 tokens"),
+        ({"prompts": ("The river", "")}, "the prompt has 0 tokens, but the model accepts 1 to "),
+        ({"prompts": ("!?" * 40,)}, "the prompt has 80 tokens, but the model accepts 1 to "),
         ({"device": "tpu"}, "no such device: tpu"),
         ({"device": "cuda:x"}, "no such device: cuda:x"),
         ({"device": "cpu:1"}, "no such device: cpu:1"),
-        ({"device": "cuda:999"}, "no usable CUDA device: cuda:999 (--device cpu"),
+        ({"device": "cuda:999"}, "no usable CUDA device: cuda:999 (use --device cpu"),
     ],
 )
 def test_unusable_options(pair: Pair, options: dict[str, Any], line: str) -> None:
@@ -238,7 +238,7 @@ def test_unusable_options(pair: Pair, options: dict[str, Any], line: str) -> Non
 def test_no_cuda_device(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert refusal(pair, device="cuda") == "no usable CUDA device: cuda (--device cpu)"
+    assert refusal(pair, device="cuda") == "no usable CUDA device: cuda (use --device cpu)"
     assert run(pair, device="auto").device == "cpu"
 
 

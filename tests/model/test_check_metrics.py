@@ -223,7 +223,7 @@ def test_windows_do_not_overlap(tokens: int, windows: int, window: int, expected
 
 @pytest.mark.parametrize(("tokens", "windows", "window"), [(0, 16, 4), (1, 16, 4), (9, 0, 4), (9, 16, 1), (9, 16, 0)])
 def test_no_window_is_refused(tokens: int, windows: int, window: int) -> None:
-    with pytest.raises(ModelError, match=r"^(the text is too short|too few or too short windows): \d"):
+    with pytest.raises(ModelError, match=r"^(the text is too short|the windows are too few or too short): \d"):
         measure.cut_windows(range(tokens), [], windows, window)
 
 

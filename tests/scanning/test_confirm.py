@@ -608,7 +608,7 @@ def refusal(
 def test_what_cannot_be_tested_is_refused(plain: Bench) -> None:
     model, good = plain.model(), plain.candidate((0, 3, 7))
     text = [[1, 2, 3]]
-    assert refusal(model, [], text) == "nothing to confirm: no candidates"
+    assert refusal(model, [], text) == "nothing to confirm: the list of candidates is empty"
     assert "at least one" in refusal(model, [good], [])
     assert "at least two tokens" in refusal(model, [good], [[1, 2], [3]])
     tensor = good.coordinate.tensor
@@ -618,7 +618,7 @@ def test_what_cannot_be_tested_is_refused(plain: Bench) -> None:
         dataclasses.replace(good, row=16, coordinate=Coordinate(tensor, (16, 7))),
         dataclasses.replace(good, row=-1, coordinate=Coordinate(tensor, (-1, 7))),
     ):
-        assert refusal(model, [good, wrong], text) == f"no such scalar of a down projection: {wrong.coordinate}"
+        assert refusal(model, [good, wrong], text) == f"this is not a scalar of a down projection: {wrong.coordinate}"
     beyond = dataclasses.replace(good, layer=9)
     assert "beyond the model" in refusal(model, [beyond], text, ArchitectureError)
 

@@ -216,7 +216,8 @@ def test_another_ending_is_refused_and_the_endings_are_named(tmp_path, name):
 
 
 def test_a_missing_directory_is_refused(tmp_path):
-    assert refused(tmp_path / "no" / "figure.png") == f"no such directory: {tmp_path / 'no'} (make the directory first)"
+    directory = tmp_path / "no"
+    assert refused(directory / "figure.png") == f"no such directory: {directory} (create the directory first)"
 
 
 def test_a_directory_of_the_name_is_refused(tmp_path):

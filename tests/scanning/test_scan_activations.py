@@ -266,8 +266,8 @@ def test_an_activation_of_many_equal_scalars_is_noted(llama, tmp_path):
     [
         ((), False, False, True, "the down projection was not called"),
         ((1.0,), True, False, True, "the products of the stored row do not add up to the output"),
-        ((1.0,), True, True, False, "the output is below 10 medians of its token"),
-        ((1.0, 0.0), False, True, True, "the largest share is 1.00, but its input is below 10 medians"),
+        ((1.0,), True, True, False, "the output is below 10 times the median for its token"),
+        ((1.0, 0.0), False, True, True, "the largest share is 1.00, but its input is below 10 times the median"),
         ((0.2, 0.1), True, True, True, "the largest share is 0.20"),
     ],
 )
@@ -280,7 +280,7 @@ def test_a_scalar_whose_input_is_no_outlier_is_not_refused_for_its_share(llama, 
     assert places(scanned(llama, tmp_path / "found")) == [PLACE]
     monkeypatch.setattr(by_activations, "OUTLIER", 1e9)
     (note,) = scanned(llama, tmp_path / "refused").notes
-    assert note.endswith("explains it (the output is below 1e+09 medians of its token)")
+    assert note.endswith("explains it (the output is below 1e+09 times the median for its token)")
 
 
 def test_a_stored_row_that_is_not_what_was_multiplied_is_not_decomposed(llama, tmp_path):

@@ -493,7 +493,7 @@ MLP = "model.layers.1.mlp."
         (lambda t: t.update({f"{MLP}gate_proj.weight": tensor("F32", 40, CHANNELS)}),
          rf"shape \[40, 13\] is not \[41, 13\], which {MLP}down_proj.weight needs: {MLP}gate_proj.weight"),
         (lambda t: t.update({f"{MLP}gate_proj.weight": tensor("F32", NEURONS)}),
-         rf"shape \[41\] is not that of an MLP's matrix: {MLP}gate_proj.weight"),
+         rf"a matrix of an MLP cannot have the shape \[41\]: {MLP}gate_proj.weight"),
         (lambda t: t.update({f"{MLP}gate_proj.weight": tensor("I8", NEURONS, CHANNELS)}),
          rf"I8 numbers are not weights: {MLP}gate_proj.weight \("),
         (lambda t: t.update({f"{MLP}up_proj.weight_scale_inv": tensor("F32", 1, 1)}),

@@ -106,7 +106,7 @@ def test_a_confirmed_scan(lines):
     assert shown[2 : 2 + len(head)] == head
     assert shown[2 + len(head) :] == [
         "",
-        "causal test: perplexity ratio to the base with this scalar zeroed (alone), and with all others (without)",
+        "causal test: perplexity divided by the base's, if this scalar is zeroed (alone) or all others are (without)",
         "layer  row   col  value  alone  interval             KL  without  verdict",
         "   11  507  1229  5.875  5.574  5.100 to 5.960      1.7    1.310  critical alone",
         "    2  507    90  5.094  1.310  1.200 to 1.400      0.3    5.580  critical jointly",

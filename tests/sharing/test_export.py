@@ -324,7 +324,7 @@ def test_a_file_that_appears_while_it_is_written_is_not_replaced(tmp_path, monke
 def test_a_target_without_a_folder_is_one_line(tmp_path, form, capsys):
     manifest = write_manifest(tmp_path / "m.json", write_llama(tmp_path / "base"), ZERO)
     assert main(["export", str(manifest), "--format", form, "-o", str(tmp_path / "no" / "new")]) == 2
-    assert "make the directory first" in capsys.readouterr().err
+    assert "create the directory first" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

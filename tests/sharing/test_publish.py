@@ -36,7 +36,7 @@ def test_a_plan_names_what_of_the_bases_card_is_not_taken_over(hub, tmp_path, ca
         "---\nlicense: other\nlicense_name: a (b)\nlicense_link: ftp://x\ntags: [a|b]\n---\n"
     )
     patched = patch(hub, tmp_path, hub.add_repo(BASE, folder))
-    said = "not copied from the base's card, or only in part: license_link"
+    said = "fields of the base's card that are not copied, or only in part: license_link"
     _, document, _ = run(capsys, patched, NEW, "--dry-run")
     assert f"{said}, tags" in document["plan"]["notes"]
     _, document, _ = run(capsys, patched, NEW, "--patch", "--dry-run")

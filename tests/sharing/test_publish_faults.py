@@ -190,7 +190,7 @@ def test_a_commit_that_the_hub_refuses_is_one_line(hub, patched, capsys, status,
 def test_a_file_for_which_there_is_no_room_is_said_so(hub, patched, capsys):
     fault = hub.fail("POST", "objects/batch", ObjectError(507, "storage quota exceeded <script>"), times=None)
     assert publish(patched) == 2
-    remedy = "is there storage left in this namespace?"
+    remedy = "check how much storage is left in this namespace"
     said = f"swsurgery: the Hub rejects a large file: hf://{NEW} ({remedy})"
     assert lines(capsys.readouterr().err) == [said] and fault.hits == 1
     assert set(tree(hub)) == {".gitattributes"} and hub.traffic.requests(method="PUT") == []

@@ -181,7 +181,7 @@ def test_a_base_that_is_not_on_the_hub_has_to_be_at_hand(hub, tmp_path, commit, 
     swsurgery.apply(manifest, output=tmp_path / "out", check=CheckOptions("weights"))
     code, document, err = run(capsys, tmp_path / "out", "--yes", *ACCEPT)
     assert code == 0, err
-    assert "whoever applies the patch needs a local copy" in " ".join(document["plan"]["notes"])
+    assert "whoever applies the patch needs a local copy of it" in " ".join(document["plan"]["notes"])
     card = hub.read(NEW, "README.md").decode()
     assert "--base BASE -o patched" in card and "base_model" not in card and "not on the Hub" in card
 

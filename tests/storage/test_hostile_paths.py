@@ -19,7 +19,12 @@ from swsurgery.manifest.load import parse_manifest
 
 OK = "ok.safetensors"
 OUTSIDE = "x.safetensors"
-NO_NAME, MISSING, LINK, NO_FILE = "no plain name", "missing shard", "is a symbolic link", "is not a regular file"
+NO_NAME, MISSING, LINK, NO_FILE = (
+    "not a plain file name",
+    "missing shard",
+    "is a symbolic link",
+    "is not a regular file",
+)
 
 
 @pytest.fixture(autouse=True)

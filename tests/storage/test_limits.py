@@ -236,7 +236,7 @@ def test_a_fault_behind_the_kept_positions_points_at_its_edit(monkeypatch, tmp_p
 def test_more_edits_than_accepted_are_refused(monkeypatch, tmp_path):
     path = write_manifest(tmp_path / "m.json", Path("base"), *[{"op": "zero", "known": "all"}] * 5)
     monkeypatch.setattr(yaml_reader, "MAX_EDITS", 4)
-    with pytest.raises(ManifestError, match="m.json:8:1: more than 4 edits"):
+    with pytest.raises(ManifestError, match="m.json:8:1: the manifest has more than 4 edits"):
         load_manifest(path)
     monkeypatch.setattr(yaml_reader, "MAX_EDITS", 5)
     assert len(load_manifest(path).manifest.edits) == 5

@@ -369,7 +369,7 @@ def test_a_base_on_the_hub_whose_record_contradicts_a_pin(hub, tmp_path, capsys)
         assert code in (0, 2) and "Traceback" not in err
         if words[0] == "export":
             assert code == 2 and f"the base's record has sha256 {'0' * 64}, but the manifest has {'1' * 64}" in err
-            assert "/config.json (is this the right checkpoint?)" in err
+            assert "/config.json (give the right base)" in err
 
 
 def test_a_sweep_over_a_base_on_the_hub_runs_on_a_copy(hub, tmp_path, capsys):
