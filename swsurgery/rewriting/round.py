@@ -161,11 +161,12 @@ class RoundFunction:
         if self.levels == "nf4":
             _quantise_nf4(groups, _use_one_for_zero(high.astype(kind)))
             return True
+        lowest: Floats | np.floating
+        highest: Floats | np.floating
         if self.symmetric:
             top = (1 << (self.bits - 1)) - 1
             scale = _use_one_for_zero((high / top).astype(kind))
-            zero = np.full_like(high, top)
-            top *= 2
+            lowest, highest = kind(-top), kind(top)
         else:
             top = (1 << self.bits) - 1
             with np.errstate(over="ignore"):
@@ -174,10 +175,14 @@ class RoundFunction:
                 raise NumberError("the range of the scalars overflows float64", name)
             scale = _use_one_for_zero(exact.astype(kind))
             zero = np.clip(np.rint(-low / scale), 0, top)
-        lowest, highest = (-zero).astype(kind), (top - zero).astype(kind)
+            lowest, highest = (-zero).astype(kind), (top - zero).astype(kind)
         np.divide(groups, scale, out=groups)
         np.rint(groups, out=groups)
-        np.clip(groups, lowest, highest, out=groups)  # code - zero point
+        if self.symmetric:  # code - zero point
+            np.clip(groups, lowest, highest, out=groups)
+        else:  # faster than np.clip, if the limits are arrays
+            np.maximum(groups, lowest, out=groups)
+            np.minimum(groups, highest, out=groups)
         np.add(groups, kind(0), out=groups)  # -0.0 becomes 0.0
         with np.errstate(over="ignore"):  # refused later
             np.multiply(groups, scale, out=groups)
@@ -216,8 +221,14 @@ def _encode(name: str, dtype: FloatDtype, values: Floats, out: Words, safe: bool
 
 def _reduce(reduce: np.ufunc, groups: Floats) -> Doubles:
     """Reduce each group of a tile to one number."""
-    found: Doubles = reduce.reduce(reduce.reduce(groups, axis=3, keepdims=True), axis=1, keepdims=True)
-    return found.astype(np.float64)
+    down, height, across, width = groups.shape
+    if groups.flags.c_contiguous:  # twice as fast as `reduce.reduce` for short groups
+        starts = np.arange(0, groups.size, width)
+        found = reduce.reduceat(groups.reshape(-1), starts).reshape(down, height, across, 1)
+    else:
+        found = reduce.reduce(groups, axis=3, keepdims=True)
+    doubles: Doubles = reduce.reduce(found, axis=1, keepdims=True).astype(np.float64)
+    return doubles
 
 
 def _use_one_for_zero(scale: Floats) -> Floats:

@@ -167,7 +167,9 @@ def _round_to_float16(bits: NDArray[np.uint32], out: Words) -> None:
     signs = bits >> np.uint32(16)
     signs &= np.uint32(0x8000)
     bits &= np.uint32(0x7FFFFFFF)
-    tiny = bits < np.uint32(0x38800000)  # below 2**-14, the smallest normal float16
+    # All bits of `tiny` are 1 below 2**-14, the smallest normal float16.
+    tiny = (bits - np.uint32(0x38800000)).view(np.int32)
+    tiny >>= np.int32(31)
     subnormal = None
     if tiny.any():  # 0.5 + |w| is rounded to multiples of 2**-24, as subnormal float16 values are
         subnormal = (bits.view(np.float32) + np.float32(0.5)).view(np.uint32)
@@ -179,7 +181,9 @@ def _round_to_float16(bits: NDArray[np.uint32], out: Words) -> None:
     bits += np.uint32(0xFFF - (112 << 23) & 0xFFFFFFFF)  # the exponent's bias is 15 instead of 127
     bits >>= np.uint32(13)
     if subnormal is not None:
-        np.copyto(bits, subnormal, where=tiny)
+        subnormal ^= bits
+        subnormal &= tiny.view(np.uint32)
+        bits ^= subnormal
     bits |= signs
     np.copyto(out, bits, casting="unsafe")
 

@@ -10,6 +10,7 @@ from swsurgery.rewriting.prune import PruneFunction
 from swsurgery.rewriting.read import build_function
 from swsurgery.rewriting.round import RoundFunction
 from swsurgery.rewriting.scope import CHANNEL, TENSOR, Grouping
+from swsurgery.storage.numbers import Written
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,7 @@ from swsurgery.rewriting.scope import CHANNEL, TENSOR, Grouping
         ("scale", {"factor": 3}, ScaleFunction(3.0)),
         ("set", {"value": 7}, SetFunction(7)),
         ("set", {"value": 0.25, "bits": None}, SetFunction(0.25)),
+        ("set", {"value": "0.1"}, SetFunction(Written("0.1"))),
         ("set", {"bits": "0x40bc"}, SetFunction(bits="0x40bc")),
         ("clip", {"z": 5}, ClipFunction("z", 5.0)),
         ("clip", {"fraction": 0.01, "per": "tensor"}, ClipFunction("fraction", 0.01)),
