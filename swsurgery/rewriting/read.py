@@ -59,13 +59,13 @@ def _build_set(options: Options) -> Function:
 
 
 def _build_clip(options: Options) -> Function:
-    return read_clip(options)
+    return _read_clip("clip", options, "per", "block")
 
 
-def read_clip(options: Options) -> ClipFunction:
-    """Build a clip from exactly one of `z`, `fraction` and `iqr`, and `per` or `block`."""
-    _refuse_unknown("clip", options, *_RULES, "per", "block")
-    _require_one("clip", options, *_RULES)
+def _read_clip(op: str, options: Options, *scope: str) -> ClipFunction:
+    """Build a clip from exactly one of `z`, `fraction` and `iqr`, and the options of its scope."""
+    _refuse_unknown(op, options, *_RULES, *scope)
+    _require_one(op, options, *_RULES)
     rule = next(name for name in _RULES if options.get(name) is not None)
     amount = _read_number(rule, options[rule])
     if rule == "fraction":
@@ -102,7 +102,7 @@ def _build_round(options: Options) -> Function:
     if clip is not None and not isinstance(clip, Mapping):
         raise ValueError(f"clip is {clip!r}: give the options of a clip, such as {{'z': 5}}")
     scope = read_scope(options.get("per"), options.get("block"))
-    return RoundFunction(bits, symmetric, levels, scope, None if clip is None else read_clip(clip))
+    return RoundFunction(bits, symmetric, levels, scope, None if clip is None else _read_clip("clip of round", clip))
 
 
 FUNCTIONS: dict[str, Callable[[Options], Function]] = {

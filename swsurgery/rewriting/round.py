@@ -5,7 +5,6 @@ The scalars stay in their dtype: each one becomes the value that its quantised c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError
 from swsurgery.rewriting.clip import ClipFunction
-from swsurgery.rewriting.function import Source, Words
+from swsurgery.rewriting.function import CHUNK_SCALARS, Source, Words
 from swsurgery.rewriting.kept import Indices, KeptScalars
-from swsurgery.rewriting.scope import TENSOR, Grouping, Piece, find_pieces
+from swsurgery.rewriting.scope import TENSOR, Grouping, find_pieces
 from swsurgery.rewriting.statistics import check_piece, measure_range, read_pieces
 from swsurgery.rewriting.values import (
     Doubles,
@@ -60,7 +59,7 @@ class RoundFunction:
     are computed in float32; for F32 and F64 in float64. The arithmetic is thus at least 13 bits wider than the stored
     dtype (F64 excepted), so that the scalar of largest magnitude keeps its value in symmetric and NF4 groups.
 
-    `clip` is applied first, with the statistics of the unrounded tensor. Protected scalars count in no statistic.
+    `clip` is applied first, with limits for the whole unrounded tensor. Protected scalars count in no statistic.
     """
 
     bits: int
@@ -71,14 +70,18 @@ class RoundFunction:
     kept: KeptScalars = field(default_factory=KeptScalars, repr=False, compare=False)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if self.clip and not self.clip.scope.is_tensor:
+            raise ValueError("the clip of a rounding has limits for the whole tensor")
+
     @property
     def sparse(self) -> bool:
         """False: most scalars change."""
         return False
 
     def find_height(self, shape: Sequence[int]) -> int:
-        """Return the number of rows with whole groups, those of `clip` included."""
-        return math.lcm(self.scope.height, self.clip.scope.height if self.clip else 1)
+        """Return the number of rows of a group."""
+        return self.scope.height
 
     def measure(self, sources: Sequence[Source]) -> RoundFunction:
         """Return the function with what depends on whole tensors: the limits of `clip`, and ranges.
@@ -101,14 +104,15 @@ class RoundFunction:
         if out is None:
             out = np.empty_like(words)
         rows, columns = words.shape
-        pieces = list(self._find_pieces(rows, columns))
+        width = 1 if self.scope.is_tensor else self.scope.columns
+        pieces = list(find_pieces(rows, columns, self.scope.height, width))
         size = max((piece.scalars for piece in pieces), default=0)
         buffers: list[Floats] = [np.empty(size, np.float64 if floating.bits > 16 else np.float32) for _ in range(2)]
         for piece in pieces:
             part = piece.view(words)
             values, spare = (buffer[: piece.scalars].reshape(part.shape) for buffer in buffers)
             if self.clip:
-                part = self.clip.compute(name, dtype, row + piece.begin, np.ascontiguousarray(part))
+                part = self.clip.compute(name, dtype, 0, part)
             self._decode(floating, part, self.kept.find_in_piece(name, row, columns, piece), values)
             safe = True
             for tile in self.scope.find_tiles(*part.shape):
@@ -119,13 +123,6 @@ class RoundFunction:
                 safe &= self._quantise(name, floating, groups, low, high)
             _encode(name, floating, values, piece.view(out), safe)
         return out
-
-    def _find_pieces(self, rows: int, columns: int) -> Iterator[Piece]:
-        """Yield pieces with whole groups. If `clip` has groups too, pieces have all columns."""
-        height = self.find_height((rows, columns))
-        if self.clip and not self.clip.scope.is_tensor:
-            return find_pieces(rows, columns, height, None)
-        return find_pieces(rows, columns, height, 1 if self.scope.is_tensor else self.scope.columns)
 
     def _decode(self, dtype: FloatDtype, words: Words, kept: Indices, values: Floats) -> None:
         """Write the values to `values`, with 0, which changes no statistic, for protected scalars."""
@@ -194,14 +191,10 @@ def _clip_source(clip: ClipFunction | None, source: Source) -> Source:
     """Return a source that reads the clipped scalars of `source`."""
     if clip is None:
         return source
-    columns = source.shape[-1] if source.shape else 1
 
     def read() -> Iterator[Words]:
-        height = clip.scope.height
-        step = max((1 << 16) // max(columns, 1) // height, 1) * height
-        for first, words in read_pieces(source, step * max(columns, 1)):
-            block = words.reshape(-1, columns)
-            yield clip.compute(source.name, source.dtype, first // columns, block).reshape(-1)
+        for _, words in read_pieces(source, CHUNK_SCALARS):
+            yield clip.compute(source.name, source.dtype, 0, words[np.newaxis]).reshape(-1)
 
     return replace(source, read=read)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE_SCALARS = 65536
+PIECE_SCALARS = 65_536
 """Blocks are computed in pieces of about this many scalars, so that the buffers stay in the processor's cache."""
 
 

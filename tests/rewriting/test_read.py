@@ -86,8 +86,8 @@ def test_options_become_a_function(op, options, function):
         ("round", {"bits": 3, "levels": "nf4"}, "levels nf4 are 4 bits and symmetric"),
         ("round", {"bits": 4, "levels": "nf4", "symmetric": False}, "levels nf4 are 4 bits and symmetric"),
         ("round", {"bits": 4, "clip": 5}, "clip is 5: give the options of a clip"),
-        ("round", {"bits": 4, "clip": {}}, "clip needs exactly one of z, fraction, iqr"),
-        ("round", {"bits": 4, "clip": {"z": 5, "bits": 4}}, "clip has no option bits"),
+        ("round", {"bits": 4, "clip": {}}, "clip of round needs exactly one of z, fraction, iqr"),
+        ("round", {"bits": 4, "clip": {"z": 5, "block": 4}}, "clip of round has no option block"),
         ("round", {"bits": 4, "group": 128}, "round has no option group"),
     ],
 )
