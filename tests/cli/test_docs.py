@@ -42,5 +42,7 @@ def test_manifest_page_has_every_field():
     for field in ("version", "name", "description", "base.repo_id", "base.revision", "base.path", "base.model",
                   "base.sha256", "base.weights", "base.variant", "base.copies", "edits", "check.max_perplexity_ratio",
                   "check.min_perplexity_ratio", "zero", "scale", "set", "protect", "layer", "row", "col", "expert",
-                  "tensor", "index", "known", "expect", "factor", "value", "bits"):  # fmt: skip
+                  "tensor", "index", "known", "expect", "factor", "value", "bits", "neuron", "slice", "tensors", "flip",
+                  "clip", "prune_outliers", "round", "restore", "bit", "z", "fraction", "iqr", "per", "block", "count",
+                  "symmetric", "levels", "from"):  # fmt: skip
         assert field in named
