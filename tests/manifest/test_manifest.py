@@ -308,9 +308,20 @@ JSON = st.recursive(
 @given(
     st.fixed_dictionaries(
         {"version": JSON | st.just(1), "base": JSON | st.just({"path": "x"})},
-        optional={"edits": st.lists(st.dictionaries(st.sampled_from(["op", "layer", "row", "col", "tensor", "index",
-            "known", "expect", "factor", "value", "bits"]), JSON | st.sampled_from(["zero", "scale", "set"]),
-            max_size=5), max_size=3), "check": JSON, "name": JSON},
+        optional={
+            "edits": st.lists(
+                st.fixed_dictionaries(
+                    {"op": JSON | st.sampled_from(["zero", "scale", "set", "flip", "clip", "prune_outliers", "round",
+                                                   "restore", "protect"])},
+                    optional=dict.fromkeys(["layer", "row", "col", "neuron", "expert", "tensor", "index", "slice",
+                        "tensors", "known", "expect", "factor", "value", "bits", "bit", "raw", "z", "fraction", "iqr",
+                        "count", "per", "block", "levels", "symmetric", "clip", "from"], JSON),
+                ),
+                max_size=3,
+            ),
+            "check": JSON,
+            "name": JSON,
+        },
     )
 )  # fmt: skip
 def test_no_values_in_the_fields_give_anything_but_a_manifest_or_its_faults(value):

@@ -1,11 +1,13 @@
 """Every file in manifests/ is what `lookup --manifest` prints, and a manifest that apply takes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from swsurgery.cli import main
 from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own, shipped, table
 from swsurgery.manifest.load import load_manifest, parse_manifest
@@ -128,3 +130,13 @@ def test_both_kinds_of_model_occur_and_a_scan_restores_nothing():
         refuse_unfit("restore", None)
     with pytest.raises(ManifestError, match="restore takes no factor"):
         table.render_manifest(own.find_model("llama-7b"), "restore", 2.0)
+
+
+def test_the_command_prints_a_restore_manifest_as_text_and_as_json(capsys):
+    assert main(["lookup", "llama-7b", "--manifest", "restore"]) == 0
+    text = capsys.readouterr().out
+    assert text == table.render_manifest(own.find_model("llama-7b"), "restore")
+    assert main(["lookup", "llama-7b", "--manifest", "restore", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == parse_manifest(text.encode(), Path("m.yaml")).to_json()
+    assert main(["lookup", "llama-7b", "--manifest", "restore", "--factor", "2"]) == 2
+    assert capsys.readouterr().err == "swsurgery: restore takes no factor\n"
