@@ -192,6 +192,8 @@ class _Reading:
                     target = read_target(edit)
                     entry = target.find_entry(model)
                     name = entry.id if entry else None if edit.known else str(target)
+                    if entry and entry.col is None:  # only the row is published, so the edit names the row
+                        name, region = None, _name_fields(layer=entry.layer, row=entry.row, expert=entry.expert)
             except LookupFailed as error:
                 if model is not None or not misses:  # a model that was not found is reported once
                     place = loaded.find_position("edits", number, "known")
@@ -207,8 +209,12 @@ def _name_region(edit: Edit) -> str:
     if edit.slice is not None:
         axes = (axis.replace(" ", "") for axis in edit.slice.split(","))
         return f"{edit.tensor}[{', '.join(axes)}]"
-    values = {field: getattr(edit, field) for field in (*edit.form.fields, *edit.form.optional)}
-    return edit.tensors or ", ".join(f"{field} {value}" for field, value in values.items() if value is not None)
+    fields = (*edit.form.fields, *edit.form.optional)
+    return edit.tensors or _name_fields(**{field: getattr(edit, field) for field in fields})
+
+
+def _name_fields(**fields: int | str | None) -> str:
+    return ", ".join(f"{field} {value}" for field, value in fields.items() if value is not None)
 
 
 # One function for each rule. Each yields positions and messages -----------------------------------------------------
