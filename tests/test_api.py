@@ -54,6 +54,9 @@ PAIRS: dict[str, tuple[str, Callable[[], object]]] = {
     ),
     "lint": ("lint edits.json", lambda: swsurgery.lint("edits.json")),
     "lookup": ("lookup llama-7b --status paper", lambda: swsurgery.lookup("llama-7b", status="paper")),
+    "recipe": (
+        "recipe llama-7b --for torchao", lambda: swsurgery.recipe("llama-7b", "torchao"),
+    ),
     "lookup a record": ("lookup patched", lambda: swsurgery.lookup(Path("patched"))),
     "scan": ("scan base --method weights", lambda: swsurgery.scan("base", method="weights")),
     "verify": ("verify patched", lambda: swsurgery.verify("patched")),
@@ -159,6 +162,7 @@ LOCATIONS: dict[str, Callable[[object], object]] = {
     "lookup": lambda bad: swsurgery.lookup(bad),
     "open_checkpoint": lambda bad: swsurgery.open_checkpoint(bad),
     "publish": lambda bad: swsurgery.publish(bad, "org/new"),
+    "recipe": lambda bad: swsurgery.recipe(bad, "torchao"),
     "revert": lambda bad: swsurgery.revert(bad),
     "scan": lambda bad: swsurgery.scan(bad),
     "sign": lambda bad: swsurgery.sign(bad, "key.pem"),

@@ -135,22 +135,29 @@ def export(
         ),
     ],
     form: Annotated[
-        Literal["sparse", "peft", "vllm"],
+        Literal["sparse", "peft", "vllm", "outliers"],
         typer.Option(
             "--format",
-            help="sparse: one file for apply; peft: a LoRA adapter; vllm: arrays for vLLM's checkpoint patches.",
+            help="sparse: one file for apply; peft: a LoRA adapter; vllm: arrays for vLLM's checkpoint patches; "
+            "outliers: the values of protected scalars, to put back after quantisation.",
             show_default=False,
         ),
     ],
     target: Annotated[
-        Path, typer.Option("-o", "--output", help="The new file (sparse) or folder (peft, vllm).", show_default=False)
+        Path,
+        typer.Option(
+            "-o", "--output", help="The new file (sparse, outliers) or folder (peft, vllm).", show_default=False
+        ),
     ],
     base: BaseOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --format outliers: export the known super weights of this model.")
+    ] = None,
 ) -> None:
     """Write only the edits, without the checkpoint: a few kilobytes."""
     from swsurgery.sharing import export as export_module
 
-    exported = export_module.export(source, target, format=form, base=base, reporter=out.make_reporter())
+    exported = export_module.export(source, target, format=form, base=base, model=model, reporter=out.make_reporter())
     report_done(f"the output was written: {exported.output}")
     out.print_result(exported, _show_exported)
     if not out.json:
@@ -159,9 +166,8 @@ def export(
 
 
 def _show_exported(exported: Exported) -> None:
-    print_text(
-        f"{escape_control(str(exported.output))}: {pluralise(exported.scalars, 'changed scalar')} as {exported.format}"
-    )
+    what = pluralise(exported.scalars, "scalar" if exported.format == "outliers" else "changed scalar")
+    print_text(f"{escape_control(str(exported.output))}: {what} as {exported.format}")
     for name, size in exported.files.items():
         print_text(f"  {escape_control(name)}  {format_size(size)}")
 

@@ -1,5 +1,7 @@
 """Export edits as small files in the format sparse (a patch for `apply`), peft (a LoRA adapter) or vllm (for vLLM).
 
+The format outliers exports the scalars that must stay exact instead; outliers.py describes it.
+
 The files are made without torch. From a patched checkpoint, only headers and single scalars are read. If the source is
 a manifest, the shards of its base that it edits are also read once, to compute their digests. The first base of a
 checkpoint that was patched in several steps is the checkpoint before the first step.
@@ -21,21 +23,21 @@ from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import compute_outside_mode
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import CheckpointError, PlanError, TargetError
-from swsurgery.hub import RemoteTree, open_location, parse_location
+from swsurgery.hub import RemoteTree, Uri, open_location, parse_location
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.load import LoadedManifest, ManifestLike, load_manifest, parse_manifest
 from swsurgery.manifest.patch import Patch, PatchBase, PatchBounds, PatchScalar, render_safetensors
 from swsurgery.manifest.schema import Manifest
 from swsurgery.progress import Progress, Reporter, require_reporter
-from swsurgery.sharing import lora
+from swsurgery.sharing import lora, outliers
 from swsurgery.storage import filesystem, staging
-from swsurgery.storage.arguments import is_path, require_choice, require_path
+from swsurgery.storage.arguments import is_path, require_choice, require_path, require_type
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.hashing import check_digest, hash_file
 from swsurgery.storage.result import Result
 
-ExportFormat = Literal["sparse", "peft", "vllm"]
+ExportFormat = Literal["sparse", "peft", "vllm", "outliers"]
 
 TORCH_NAMES = {
     "F64": "float64",
@@ -96,22 +98,30 @@ def export(
     *,
     format: ExportFormat,
     base: str | Path | None = None,
+    model: str | None = None,
     reporter: Reporter | None = None,
 ) -> Exported:
     """Export edits without their checkpoint, as files of a few kilobytes.
 
     `source` is a patched checkpoint (a directory or hf://ORG/NAME[@REV][/sub]), or a manifest in any form that `apply`
     takes; `base` replaces the manifest's base. The format "sparse" makes one new file that `apply` takes, "peft" a new
-    folder with a LoRA adapter, and "vllm" a new folder with arrays for vLLM's checkpoint patches. Only headers and
-    single scalars are read, but for a manifest, each shard with an edit is also hashed.
+    folder with a LoRA adapter, and "vllm" a new folder with arrays for vLLM's checkpoint patches. The format "outliers"
+    makes one new file with the protected scalars instead of the edits; of a checkpoint without a record, or if `model`
+    names a known model, it contains the known super weights. Only headers and single scalars are read, but for a
+    manifest, each shard with an edit is also hashed.
 
     Raises TypeError, HubError, ManifestError, CheckpointError; TargetError if the output exists or cannot be written;
     PlanError for an edit that the format does not support.
     """
     reporter, target = require_reporter(reporter), require_path("output", output)
     require_choice("format", format, get_args(ExportFormat))
+    require_type("model", model, str, optional=True)
+    if model is not None and format != "outliers":
+        raise PlanError("--model is only for --format outliers", model, "leave it out")
     if filesystem.is_there(target):
         raise TargetError("the output already exists", target, "choose another -o, or remove it")
+    if format == "outliers":
+        return _export_outliers(source, target, base, model)
     found = read(source, base, reporter)
     files, notes = render(found, format)
     if format == "sparse":
@@ -123,6 +133,19 @@ def export(
                 filesystem.write_file(stage / name, data, found.mode)
     sizes = {name or target.name: len(data) for name, data in sorted(files.items())}
     return Exported(target, format, sizes, len(found.patch.scalars), (*found.notes, *notes))
+
+
+def _export_outliers(source: ManifestLike, target: Path, base: str | Path | None, model: str | None) -> Exported:
+    where = _find_checkpoint(source, base)
+    if where is not None:
+        found = outliers.read_checkpoint_outliers(open_location(where), model)
+    elif model is not None:
+        raise PlanError("--model is only for a checkpoint; a manifest names its model", model, "set base.model")
+    else:
+        found = outliers.read_manifest_outliers(load_manifest(source, base), base)
+    data = outliers.render(found)
+    _write_new(target, data, found.mode)
+    return Exported(target, "outliers", {target.name: len(data)}, found.scalars, ())
 
 
 def render(source: EditSource, form: ExportFormat) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -144,16 +167,27 @@ def read(source: ManifestLike, base: str | Path | None, progress: Progress) -> E
 
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
+    where = _find_checkpoint(source, base)
+    if where is None:
+        return _read_manifest(load_manifest(source, base), base, progress)
+    return read_edits(open_location(where))
+
+
+def _find_checkpoint(source: ManifestLike, base: str | Path | None) -> Path | Uri | None:
+    """Return the location of the checkpoint that `source` names, or None if `source` is a manifest or a patch.
+
+    Raises PlanError if `base` is given for a checkpoint.
+    """
     where = parse_location(source) if is_path(source) else None
     if where is None or (isinstance(where, Path) and not where.is_dir()):
-        return _read_manifest(load_manifest(source, base), base, progress)
+        return None
     if base is not None:
         raise PlanError(
             "--base is only for a manifest; this is a patched checkpoint, whose record names its base",
             where,
             "leave out --base",
         )
-    return read_edits(open_location(where))
+    return where
 
 
 def _read_manifest(loaded: LoadedManifest, base: str | Path | None, progress: Progress) -> EditSource:

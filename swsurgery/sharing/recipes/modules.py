@@ -13,14 +13,14 @@ from pathlib import Path
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.opening import open_for_reading, read_checkpoint
-from swsurgery.checkpoint.record import Patched, find_record
-from swsurgery.checkpoint.weight_files import Weights
+from swsurgery.checkpoint.opening import open_for_reading
+from swsurgery.checkpoint.record import Patched
 from swsurgery.errors import ArchitectureError, CheckpointError, PlanError
 from swsurgery.known import KnownModel, own
 from swsurgery.known.lookup import is_checkpoint
 from swsurgery.progress import Reporter
 from swsurgery.sharing.export import list_steps
+from swsurgery.sharing.reading import identify_model, read_with_record
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last parts of the names of the linear layers that choose experts. Examples of quantisers keep them unquantised."""
@@ -94,14 +94,6 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """The weights to read; a record names them."""
-
-    weights: Weights | None = None
-    variant: str | None = None
-
-
 def find_subject(subject: str | Path, model: str | None, reporter: Reporter) -> Subject:
     """Find the modules with super weights of a model's name, or of a checkpoint.
 
@@ -115,9 +107,7 @@ def find_subject(subject: str | Path, model: str | None, reporter: Reporter) -> 
             raise PlanError("--model is only for a checkpoint; this is the name of a model", subject, "leave it out")
         return _read_known(own.find_model(str(subject)))
     with open_for_reading("subject", subject, reporter) as root:
-        patched = find_record(root)
-        chosen = patched.record.base if patched else _Choice()
-        checkpoint = read_checkpoint(root, chosen, elsewhere=patched.record.elsewhere if patched else ())
+        checkpoint, patched = read_with_record(root)
         return _read_checkpoint(str(subject), checkpoint, patched, model)
 
 
@@ -141,9 +131,7 @@ def _read_checkpoint(name: str, checkpoint: Checkpoint, patched: Patched | None,
             if scalar.tensor in checkpoint.shapes:
                 place = projections.find_short_form(checkpoint.config, checkpoint.shapes, scalar.coordinate)
                 _add(modules, _make_module(checkpoint, scalar.tensor, place[3] if place else None))
-    base = patched.record.base.repo_id if patched else None
-    named = (patched.record.known or {}).get("hf_id") if patched else None
-    known = own.identify(model, (base, named, checkpoint.repo_id, checkpoint.config.get("_name_or_path")))
+    known = identify_model(checkpoint, patched, model)
     notes: list[str] = []
     for entry in known.coordinates if known else ():
         if entry.status == "refuted":
