@@ -1,4 +1,4 @@
-"""Find stored scalars in a loaded model, and give them other values for the length of a `with` block.
+"""Find stored scalars and regions in a loaded model, and give them other values for the length of a `with` block.
 
 This module uses modules and parameters of torch, and must not depend on texts or metrics.
 """
@@ -20,29 +20,36 @@ from swsurgery.checkpoint.projections import list_loaded_candidates
 from swsurgery.errors import Unrunnable
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
+from swsurgery.storage.region import Region
 
-Variant = Mapping[Coordinate, float]
-"""Maps each scalar that differs from the stored checkpoint to its value; {} is the stored checkpoint itself."""
+Variant = Mapping[Coordinate | Region, float]
+"""Maps each scalar that differs from the stored checkpoint to its value; {} is the stored checkpoint itself.
+
+A region stands for all of its scalars, which then have the same value, such as 0.0 in a zeroed expert.
+"""
+
+_MISSING = "no such scalar in the loaded model"
 
 
 @dataclass(frozen=True)
 class Place:
-    """One scalar of the loaded model.
+    """One scalar or region of the loaded model.
 
-    `index` is its index in the loaded parameter, and `stored` its value in the checkpoint. `owners` are the modules
-    that share the parameter, each with the parameter's name in that module. `layers` are the numbers of the decoder
-    layers that contain these modules; None stands for modules outside the layers.
+    `index` is its index in the loaded parameter: slices for a region. `stored` is the value of a scalar in the
+    checkpoint, and None for a region. `owners` are the modules that share the parameter, each with the parameter's name
+    in that module. `layers` are the numbers of the decoder layers that contain these modules; None stands for modules
+    outside the layers.
     """
 
-    coordinate: Coordinate
-    index: tuple[int, ...]
-    stored: float
+    coordinate: Coordinate | Region
+    index: tuple[int | slice, ...]
+    stored: float | None
     owners: tuple[tuple[nn.Module, str], ...]
     layers: frozenset[int | None]
 
     @property
     def weight(self) -> Tensor:
-        """The loaded parameter that contains the scalar."""
+        """The loaded parameter that contains the scalar or region."""
         module, name = self.owners[0]
         return module.get_parameter(name).data
 
@@ -56,12 +63,15 @@ class Places:
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self._owners = _map_owners(model, layers)
-        self._found: dict[Coordinate, Place] = {}
+        self._found: dict[Coordinate | Region, Place] = {}
 
     def find(self, variants: Sequence[Variant]) -> None:
-        """Find every scalar of `variants`. Raises Unrunnable if a scalar is not in the loaded model."""
-        for coordinate in {coordinate for variant in variants for coordinate in variant} - set(self._found):
-            self._found[coordinate] = self.find_place(coordinate)
+        """Find all scalars and regions of `variants`. Raises Unrunnable if one is not in the loaded model."""
+        for target in {target for variant in variants for target in variant} - set(self._found):
+            if isinstance(target, Region):
+                self._found[target] = self._find_region(target)
+            else:
+                self._found[target] = self.find_place(target)
 
     def has_scalars_in(self, variant: Variant, where: int | None) -> bool:
         """Return True if `variant` changes a weight of layer `where`, or outside the layers if `where` is None."""
@@ -75,7 +85,7 @@ class Places:
         original bits are restored afterwards, also after an exception. Raises Unrunnable if a loaded value differs from
         the stored one.
         """
-        kept: list[tuple[Tensor, tuple[int, ...], Tensor]] = []
+        kept: list[tuple[Tensor, tuple[int | slice, ...], Tensor]] = []
         try:
             for coordinate, value in variant.items():
                 place = self._found[coordinate]
@@ -85,13 +95,14 @@ class Places:
                 if weight.device.type == "meta":  # not loaded: the head, while only the embedding is needed
                     continue
                 held = weight[place.index].clone()
-                expected = torch.tensor(place.stored, dtype=torch.float64).to(weight.dtype)
-                if float(held) != float(expected):
-                    raise Unrunnable(
-                        "the loader changes a weight: "
-                        f"the loaded model holds {float(held):g}, not the stored value {float(expected):g}",
-                        coordinate,
-                    )
+                if place.stored is not None:
+                    expected = torch.tensor(place.stored, dtype=torch.float64).to(weight.dtype)
+                    if float(held) != float(expected):
+                        raise Unrunnable(
+                            "the loader changes a weight: "
+                            f"the loaded model holds {float(held):g}, not the stored value {float(expected):g}",
+                            coordinate,
+                        )
                 kept.append((weight, place.index, held))
                 weight[place.index] = value
             yield
@@ -104,19 +115,35 @@ class Places:
 
         Raises Unrunnable if the checkpoint or the loaded model has no such scalar.
         """
+        index, owners = self._find_loaded(coordinate)
+        shard = self._checkpoint.shards[self._checkpoint.weight_map[coordinate.tensor]]
+        try:
+            stored = shard.read_scalar(*coordinate)
+        except IndexError:
+            raise Unrunnable(_MISSING, coordinate) from None
+        value = float(decode(self._checkpoint.get_info(coordinate.tensor).dtype, stored))
+        return Place(coordinate, index, value, owners.modules, owners.layers)
+
+    def _find_region(self, region: Region) -> Place:
+        """Find a stored region in the loaded model by its first and its last scalar.
+
+        The loaded parameter may have its axes in another order and an additional axis for experts. The region is a box
+        there too. Raises Unrunnable if the loaded model has no such scalars.
+        """
+        first, owners = self._find_loaded(Coordinate(region.tensor, tuple(begin for begin, _ in region.bounds)))
+        last, _ = self._find_loaded(Coordinate(region.tensor, tuple(end - 1 for _, end in region.bounds)))
+        box = tuple(slice(begin, end + 1) for begin, end in zip(first, last, strict=True))
+        return Place(region, box, None, owners.modules, owners.layers)
+
+    def _find_loaded(self, coordinate: Coordinate) -> tuple[tuple[int, ...], _Owners]:
+        """Find the index of a stored scalar in a loaded parameter, and the owners of this parameter."""
         shapes = self._checkpoint.shapes
         if coordinate.tensor in shapes:
             for candidate in list_loaded_candidates(self._checkpoint.config, coordinate, shapes):
                 owners = self._owners.get(candidate.tensor)
                 if owners and _is_inside(candidate.index, owners.shape):
-                    shard = self._checkpoint.shards[self._checkpoint.weight_map[coordinate.tensor]]
-                    try:
-                        stored = shard.read_scalar(*coordinate)
-                    except IndexError:
-                        break
-                    value = float(decode(self._checkpoint.get_info(coordinate.tensor).dtype, stored))
-                    return Place(coordinate, candidate.index, value, owners.modules, owners.layers)
-        raise Unrunnable("no such scalar in the loaded model", coordinate)
+                    return candidate.index, owners
+        raise Unrunnable(_MISSING, coordinate)
 
 
 class _Owners(NamedTuple):

@@ -19,10 +19,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
@@ -30,6 +30,7 @@ from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS, compute_mean_interval, compute_prediction_bound
+from swsurgery.model.places import Variant
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
 from swsurgery.progress import Progress
 from swsurgery.scanning.matrices import find_projections
@@ -44,6 +45,7 @@ from swsurgery.scanning.suspects import (
 )
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number
+from swsurgery.storage.region import Region
 
 INERT = 1.05
 """Maximum perplexity ratio (without the scalar / with it) of an inert scalar. docs/known.md uses the same limit."""
@@ -60,6 +62,9 @@ without the candidates, and then any further change has a larger effect."""
 
 Zeroed = frozenset[Coordinate]
 """A set of scalars that are zeroed together. The empty set stands for the model as stored."""
+
+Part = TypeVar("Part", bound=Hashable)
+"""A part of the model that is zeroed or kept as a whole: a scalar, or an expert."""
 
 Say = Callable[[str], None]
 
@@ -159,7 +164,15 @@ def confirm_windows(
             "give at least one window, each of at least two tokens",
         )
     suspects = _choose_suspects(model.checkpoint, candidates, nulls, seed)
-    losses = _Losses(model, windows, suspects.tested)
+    layers = {candidate.coordinate.tensor: candidate.layer for candidate in suspects.tested}
+    losses = Losses[Coordinate](
+        model,
+        windows,
+        lambda name: layers[name.tensor],
+        lambda name: (name,),
+        # Zeroing a scalar that is zero has no effect at all, so such scalars are left out of every set.
+        frozenset(candidate.coordinate for candidate in suspects.tested if candidate.value == 0),
+    )
     losses.measure(suspects.groups(), progress)
     enough = len(windows) >= LEAST_WINDOWS
     if not enough:
@@ -172,7 +185,7 @@ def confirm_windows(
     pairs = suspects.pairs
     groups = [g for g in dict.fromkeys([*pairs, core] if len(core) > 1 else pairs) if not g & bars.unjudged]
     losses.measure(groups, progress)
-    joint = _find_joint_sets(losses, groups, bars.joint)
+    joint = find_joint_sets(losses, groups, bars.joint)
     _report_companions(losses, suspects, bars, say)
     judge = _Judge(losses, bars, core.union(*joint), enough)
     together = suspects.together
@@ -313,7 +326,7 @@ class _Bars:
         return max([self.joint_floor, *(self.of_minor.get(name, _NO_BAR).joint for name in group)])
 
 
-def _set_bars(losses: _Losses, suspects: _Suspects, say: Say) -> _Bars:
+def _set_bars(losses: Losses[Coordinate], suspects: _Suspects, say: Say) -> _Bars:
     floor, joint_floor = _compute_floors(losses, suspects, say)
     bars = {
         column: _set_column_bar(losses, suspects.together, suspects.lead(column), rows)
@@ -331,7 +344,7 @@ def _set_bars(losses: _Losses, suspects: _Suspects, say: Say) -> _Bars:
     )
 
 
-def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[float, float]:
+def _compute_floors(losses: Losses[Coordinate], suspects: _Suspects, say: Say) -> tuple[float, float]:
     """Compute `floor` and `joint_floor` of `_Bars` from the effects of null scalars.
 
     `floor` is at least the outer fence of the effects of null scalars: the third quartile plus three times the distance
@@ -341,13 +354,13 @@ def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[flo
     """
     together = suspects.together
     alone = {scalar: losses.gain(frozenset({scalar})) for scalar in suspects.null}
-    floor = max(math.log(INERT), _compute_outer_fence([gain.log for gain in alone.values()]))
+    floor = max(math.log(INERT), compute_outer_fence([gain.log for gain in alone.values()]))
     if floor > math.log(INERT):
-        least = format_number(_compute_exp(floor), 3)
+        least = format_number(compute_exp(floor), 3)
         say(f"random scalars of similar magnitude change perplexity too: only ratios above {least} count")
     for scalar in suspects.null:
         if alone[scalar].low > floor:
-            ratio = f"x{format_number(_compute_exp(alone[scalar].log), 3)} without it"
+            ratio = f"x{format_number(compute_exp(alone[scalar].log), 3)} without it"
             say(f"critical, but not a candidate: {scalar} (drawn for comparison; perplexity is {ratio})")
     common = [
         losses.gain(together | {scalar}, [together, frozenset({scalar})]).log
@@ -357,19 +370,19 @@ def _compute_floors(losses: _Losses, suspects: _Suspects, say: Say) -> tuple[flo
     # An infinite value means that the model without the candidates has infinite losses, and then shows nothing.
     joint_floor = max([floor, *filter(math.isfinite, common)])
     if joint_floor > floor:
-        least = f"x{format_number(_compute_exp(joint_floor), 3)}"
+        least = f"x{format_number(compute_exp(joint_floor), 3)}"
         say(f"without the candidates, random scalars have larger effects: only joint effects above {least} count")
     return floor, joint_floor
 
 
-def _compute_outer_fence(values: Sequence[float]) -> float:
+def compute_outer_fence(values: Sequence[float]) -> float:
     if not values:
         return -math.inf
     low, high = (sorted(values)[round(share * (len(values) - 1))] for share in (0.25, 0.75))
     return high + 3 * (high - low) if math.isfinite(high) else math.inf
 
 
-def _set_column_bar(losses: _Losses, together: Zeroed, lead: Coordinate, rows: Sequence[Coordinate]) -> _Bar:
+def _set_column_bar(losses: Losses[Coordinate], together: Zeroed, lead: Coordinate, rows: Sequence[Coordinate]) -> _Bar:
     alone = [losses.gain(frozenset({row})).log for row in rows]
     joint = [
         [losses.gain(group | {row}, [group, frozenset({row})]).log for row in rows]
@@ -391,7 +404,7 @@ class _Judge:
     verdicts.
     """
 
-    losses: _Losses
+    losses: Losses[Coordinate]
     bars: _Bars
     jointly: Zeroed
     enough: bool
@@ -416,22 +429,24 @@ class _Judge:
         return "critical jointly" if name in self.jointly else "inert"
 
 
-def _find_core(losses: _Losses, suspects: _Suspects, bars: _Bars) -> Zeroed:
+def _find_core(losses: Losses[Coordinate], suspects: _Suspects, bars: _Bars) -> Zeroed:
     """Find the scalars whose zeroing clearly adds more to zeroing all other candidates than it does alone."""
     together = suspects.together
     added = {n: losses.gain(together | {n}, [together - {n}, frozenset({n})]) for n in suspects.names}
     return frozenset(n for n in suspects.names if n not in bars.unjudged and added[n].low > bars.joint([n]))
 
 
-def _find_joint_sets(losses: _Losses, groups: Sequence[Zeroed], bar: Callable[[Zeroed], float]) -> list[Zeroed]:
+def find_joint_sets(
+    losses: Losses[Part], groups: Sequence[frozenset[Part]], bar: Callable[[frozenset[Part]], float]
+) -> list[frozenset[Part]]:
     """Find the groups whose effect is clearly larger than the product of the effects of their parts, strongest first.
 
     The parts of a group are the smaller joint sets in the group, chosen from the strongest to the weakest without
     overlap, and the remaining single scalars.
     """
-    found: list[Zeroed] = []
+    found: list[frozenset[Part]] = []
     for group in sorted(groups, key=len):
-        parts: list[Zeroed] = []
+        parts: list[frozenset[Part]] = []
         left = group
         for smaller in sorted(found, key=lambda known: -losses.gain(known).log):
             if smaller <= left:
@@ -442,22 +457,24 @@ def _find_joint_sets(losses: _Losses, groups: Sequence[Zeroed], bar: Callable[[Z
     return sorted(found, key=lambda known: -losses.gain(known).log)
 
 
-def _measure_column_null(losses: _Losses, together: Zeroed, column: Column, rows: Sequence[Coordinate]) -> ColumnNull:
+def _measure_column_null(
+    losses: Losses[Coordinate], together: Zeroed, column: Column, rows: Sequence[Coordinate]
+) -> ColumnNull:
     return ColumnNull(
         *column,
         alone=tuple(losses.effect(frozenset({row})).ratio for row in rows),
-        added=tuple(_compute_exp(losses.gain(together | {row}, [together]).log) for row in rows),
+        added=tuple(compute_exp(losses.gain(together | {row}, [together]).log) for row in rows),
     )
 
 
-def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: Say) -> None:
+def _report_companions(losses: Losses[Coordinate], suspects: _Suspects, bars: _Bars, say: Say) -> None:
     """Tell the user which companions get no verdict, and which companions lower the loss when they are zeroed."""
     together = suspects.together
     for candidate in suspects.tested:
         name, rows = candidate.coordinate, suspects.columns.get(get_column(candidate), ())
         if name in bars.unjudged:
             lead = suspects.lead(get_column(candidate))
-            both = _compute_exp(losses.gain(frozenset({lead, name})).log)
+            both = compute_exp(losses.gain(frozenset({lead, name})).log)
             say(
                 f"untested companion: {name} (other large rows in its column: {len(rows)}, at least {LEAST_ROWS} are "
                 f"needed for comparison; perplexity is x{format_number(both, 3)} without it and {lead})"
@@ -465,14 +482,14 @@ def _report_companions(losses: _Losses, suspects: _Suspects, bars: _Bars, say: S
         elif name in bars.of_minor and name not in together:
             added = losses.gain(together | {name}, [together])
             if added.high < -max(math.log(INERT), bars.of_minor[name].joint):
-                ratio = f"x{format_number(_compute_exp(added.log), 3)}"
+                ratio = f"x{format_number(compute_exp(added.log), 3)}"
                 say(f"companion that helps: {name} (zeroed on top of all candidates, perplexity is {ratio})")
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
 
 
-class _Gain(NamedTuple):
+class Gain(NamedTuple):
     """The rise `log` of the logarithm of the perplexity, and the ends `low` and `high` of its 95% interval.
 
     The ends are NaN if the text has too few windows for an interval.
@@ -483,25 +500,31 @@ class _Gain(NamedTuple):
     high: float
 
 
-class _Losses:
-    """Runs the model with sets of scalars zeroed, and stores the loss of every set on every window.
+class Losses(Generic[Part]):
+    """Measures and stores the losses of the model on each window with sets of parts zeroed.
 
-    The loss is stored for each window separately, because the interval of an effect is computed from the windows. Only
-    scalars in the matrices of the `tested` scalars can be zeroed.
+    A part is a scalar or an expert. Losses are stored by window, so that the difference between the losses of any two
+    sets has an interval. `find_layer` returns the number of the layer that contains a part, and `list_targets` the
+    scalars and regions that are zeroed for it. Parts in `nothing` are left out of every set.
     """
 
-    def __init__(self, model: LayeredModel, windows: Sequence[Sequence[int]], tested: Sequence[Candidate]):
+    def __init__(
+        self,
+        model: LayeredModel,
+        windows: Sequence[Sequence[int]],
+        find_layer: Callable[[Part], int],
+        list_targets: Callable[[Part], Collection[Coordinate | Region]],
+        nothing: frozenset[Part] = frozenset(),
+    ):
         self.model, self.windows = model, windows
         self.scored = [len(window) - 1 for window in windows]
-        self._layers = {candidate.coordinate.tensor: candidate.layer for candidate in tested}
-        # Zeroing a scalar that is already zero changes nothing, so such scalars are left out of every set.
-        self._nothing = frozenset(candidate.coordinate for candidate in tested if candidate.value == 0)
+        self._find_layer, self._list_targets, self._nothing = find_layer, list_targets, nothing
         self._base: list[float] = []
         # The loss in nats per token minus that of the stored model, by set of zeroed scalars, one value per window.
-        self._extra: dict[Zeroed, list[float]] = {frozenset(): [0.0] * len(windows)}
-        self._kl: dict[Zeroed, float] = {frozenset(): 0.0}
+        self._extra: dict[frozenset[Part], list[float]] = {frozenset(): [0.0] * len(windows)}
+        self._kl: dict[frozenset[Part], float] = {frozenset(): 0.0}
 
-    def measure(self, groups: Iterable[Zeroed], progress: Progress | None) -> None:
+    def measure(self, groups: Iterable[frozenset[Part]], progress: Progress | None) -> None:
         """Measure the loss of each group of scalars that has not been measured, in few runs of the model.
 
         The number of groups in one run is limited by memory. Groups whose first edited layer is late run first. Groups
@@ -510,7 +533,7 @@ class _Losses:
         wanted = [
             group for group in dict.fromkeys(group - self._nothing for group in groups) if group not in self._extra
         ]
-        wanted.sort(key=lambda group: -min((self._layers[name.tensor] for name in group), default=0))
+        wanted.sort(key=lambda group: -min(map(self._find_layer, group), default=0))
         if self._base and not wanted:
             return
         with load.convert_run_errors(self.model.device, self.model.weights is not None):
@@ -518,7 +541,7 @@ class _Losses:
             for begin in range(0, max(1, len(wanted)), at_once):
                 self._run(wanted[begin : begin + at_once], progress)
 
-    def gain(self, group: Zeroed, parts: Iterable[Zeroed] = ()) -> _Gain:
+    def gain(self, group: frozenset[Part], parts: Iterable[frozenset[Part]] = ()) -> Gain:
         """Compute the rise in loss from zeroing `group`, minus the rises from zeroing each of `parts`.
 
         The unit is nats per token, so this is also the rise of the logarithm of the perplexity.
@@ -530,21 +553,22 @@ class _Losses:
         ]
         mean, low, high = compute_mean_interval(extra, self.scored)
         # The difference of two infinite losses is NaN. No comparison with NaN is true, so it never exceeds a bar.
-        return _Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
+        return Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
 
-    def effect(self, group: Zeroed) -> Effect:
+    def effect(self, group: frozenset[Part]) -> Effect:
         """Compute the effect of zeroing `group`: perplexity ratio, 95% interval, and mean KL in nats per token."""
         gain = self.gain(group)
-        low, high = (None if math.isnan(end) else _compute_exp(end) for end in (gain.low, gain.high))
-        return Effect(_compute_exp(gain.log), low, high, self._kl[group - self._nothing])
+        low, high = (None if math.isnan(end) else compute_exp(end) for end in (gain.low, gain.high))
+        return Effect(compute_exp(gain.log), low, high, self._kl[group - self._nothing])
 
     @property
     def base_perplexity(self) -> float:
-        return _compute_exp(compute_mean_interval(self._base, self.scored).mean)
+        return compute_exp(compute_mean_interval(self._base, self.scored).mean)
 
-    def _run(self, groups: Sequence[Zeroed], progress: Progress | None) -> None:
+    def _run(self, groups: Sequence[frozenset[Part]], progress: Progress | None) -> None:
         totals = measure.Totals([], 1 + len(groups))
-        variants = [{}, *({name: 0.0 for name in group} for group in groups)]
+        variants: list[Variant] = [{}]
+        variants += [{target: 0.0 for part in group for target in self._list_targets(part)} for group in groups]
         for outcomes in self.model.run(self.windows, variants, progress=progress):
             totals.add_window(self.windows[outcomes.sequence], outcomes)
         base = totals.token_nll[0]
@@ -562,5 +586,5 @@ class _Losses:
             self._kl[group] = math.inf if math.isnan(kl) else kl
 
 
-def _compute_exp(log: float) -> float:
+def compute_exp(log: float) -> float:
     return math.exp(log) if not log > 709 else math.inf  # math.exp raises above 709; NaN stays NaN
