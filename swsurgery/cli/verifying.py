@@ -49,6 +49,12 @@ def verify(
     known_tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="The fraction of its value that a known super weight may have lost.")
     ] = 0.25,
+    protected: Annotated[
+        Path | None, typer.Option(help="Check that the scalars that this manifest protects kept their values.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="The relative difference that --protected permits, such as 0.01.")
+    ] = 0.0,
     weights: WeightsOption = None,
     variant: VariantOption = None,
     finite: Annotated[bool, typer.Option("--finite", help="Also search all values for NaN and infinities.")] = False,
@@ -64,7 +70,7 @@ def verify(
     from swsurgery.verifying import verify
 
     inputs = [parse_location(each) for each in (checkpoint, base) if each is not None]
-    refuse_replacing(file, [*inputs, manifest, signature, public_key])
+    refuse_replacing(file, [*inputs, manifest, protected, signature, public_key])
     verification = verify.verify(
         checkpoint,
         manifest=manifest,
@@ -77,6 +83,8 @@ def verify(
         public_key=public_key,
         weights=weights,
         variant=variant,
+        protected=protected,
+        protected_tolerance=tolerance,
         reporter=out.make_reporter(),
     )
     _write_findings(out, verification, format, file)

@@ -169,11 +169,11 @@ def _read_known(
         )
         file = checkpoint.weight_map[coordinate.tensor]
         kept = replace(kept, tensor=coordinate.tensor, index=coordinate.index, file=file)
-        value, step, raw = _read(checkpoint, coordinate)
-    except (ArchitectureError, _Unreadable) as error:
+        value, step, raw = read_weight(checkpoint, coordinate)
+    except (ArchitectureError, Unreadable) as error:
         return replace(kept, reason=str(error))
     dtype = checkpoint.get_info(coordinate.tensor).dtype
-    number, slack, signed = _read_known_value(entry)
+    number, slack, signed = read_known_value(entry)
     kept = replace(kept, stored=value, dtype=dtype.name, known=number)
     ratio = None
     if number is not None and math.isfinite(value):
@@ -189,7 +189,7 @@ def _read_known(
         same = explain_expectation(expected, dtype, raw) is None
     else:
         distance = abs(value - number) if signed else abs(abs(value) - abs(number))
-        same = distance <= slack + (step if step is not None else _compute_spacing(dtype, value))
+        same = distance <= slack + (step if step is not None else compute_spacing(dtype, value))
     return replace(kept, state="kept" if same else _judge(ratio, tolerance))
 
 
@@ -200,12 +200,12 @@ def _judge(ratio: float, tolerance: float) -> State:
     return "lost" if ratio < 1 - tolerance else "changed"
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """Raised if a coordinate cannot be read as one number. The message gives the reason."""
 
 
-def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
-    """Read one scalar. Returns (value, step, stored bytes). Raises _Unreadable.
+def read_weight(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
+    """Read one scalar. Returns (value, step, stored bytes). Raises Unreadable.
 
     If the stored number is multiplied by a scale, `step` is the distance from this value to the next value that can
     be stored with the same scale. If the stored number is the weight itself, `step` is None.
@@ -214,27 +214,27 @@ def _read(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float 
     info = checkpoint.get_info(name)
     reading = checkpoint.quantisation.get_reading(name)
     if reading.kind == "internal":
-        raise _Unreadable(f"{name} does not contain weights: {reading.reason}")
+        raise Unreadable(f"{name} does not contain weights: {reading.reason}")
     if reading.kind == "unreadable":
-        raise _Unreadable(f"{name} is quantised: {reading.reason}")
+        raise Unreadable(f"{name} is quantised: {reading.reason}")
     if info.dtype.kind == "opaque" or (info.dtype.kind != "float" and reading.scale is None):
-        raise _Unreadable(f"{name} is stored as {info.dtype.name} and has no scale, so its values are unknown")
+        raise Unreadable(f"{name} is stored as {info.dtype.name} and has no scale, so its values are unknown")
     raw = checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, index)
     value = dtypes.decode(info.dtype, raw)
     if reading.scale is None or not math.isfinite(value):
         return float(value), None, raw
     factor = _read_scale(checkpoint, reading.scale, info.shape, index)
-    step = abs(float(factor)) * (_compute_spacing(info.dtype, value) if info.dtype.kind == "float" else 1)
+    step = abs(float(factor)) * (compute_spacing(info.dtype, value) if info.dtype.kind == "float" else 1)
     return float(Fraction(value) * factor), step, raw
 
 
 def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Fraction:
-    """Read the scale for the scalar at `index`: there is one per tensor, per row or per block. Raises _Unreadable."""
+    """Read the scale for the scalar at `index`: there is one per tensor, per row or per block. Raises Unreadable."""
     if name in checkpoint.disagreements:
-        raise _Unreadable(f"index and shards disagree about the scale {name}")
+        raise Unreadable(f"index and shards disagree about the scale {name}")
     info = checkpoint.get_info(name)
     if info.dtype.kind != "float":
-        raise _Unreadable(f"the scale {name} is stored as {info.dtype.name}, which is not a floating-point dtype")
+        raise Unreadable(f"the scale {name} is stored as {info.dtype.name}, which is not a floating-point dtype")
     _refuse_turned(checkpoint, name)
     scale_shape = info.shape
     if math.prod(scale_shape) == 1:
@@ -244,31 +244,31 @@ def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index
     elif len(scale_shape) == len(shape):
         blocks = _find_blocks(checkpoint, shape, scale_shape)
         if blocks is None:
-            raise _Unreadable(
+            raise Unreadable(
                 f"the shape {list(scale_shape)} of {name} does not show which scale belongs to which block"
             )
         place = tuple(i // block for i, block in zip(index, blocks, strict=True))
     else:
-        raise _Unreadable(
+        raise Unreadable(
             f"the scale {name} of shape {list(scale_shape)} does not fit the weight of shape {list(shape)}"
         )
     value = dtypes.decode(info.dtype, checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, place))
     if not math.isfinite(value):
-        raise _Unreadable(f"the scale {name} contains {value}, which is not finite")
+        raise Unreadable(f"the scale {name} contains {value}, which is not finite")
     # LLM.int8 stores the largest magnitude of a row, which is 127 steps (arXiv:2208.07339, section 2.1).
     return Fraction(value) / 127 if name.endswith(".SCB") else Fraction(value)
 
 
 def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
-    """Raise _Unreadable if the `weight_format` of bitsandbytes is not 0: the matrix is then not stored by rows."""
+    """Raise Unreadable if the `weight_format` of bitsandbytes is not 0: the matrix is then not stored by rows."""
     form = scale.removesuffix("SCB") + "weight_format"
     if not scale.endswith(".SCB") or form not in checkpoint.shapes:
         return
     if math.prod(checkpoint.shapes[form]) != 1:
-        raise _Unreadable(f"{form} does not contain exactly one number")
+        raise Unreadable(f"{form} does not contain exactly one number")
     data = checkpoint.shards[checkpoint.weight_map[form]].read_scalar(form, (0,) * len(checkpoint.shapes[form]))
     if any(data):
-        raise _Unreadable(f"according to {form}, the matrix is not stored row by row")
+        raise Unreadable(f"according to {form}, the matrix is not stored row by row")
 
 
 def _find_blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -288,7 +288,7 @@ def _find_blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[i
     return tuple(n // count for n, count in zip(shape, scales, strict=True))
 
 
-def _compute_spacing(dtype: Dtype, value: float) -> float:
+def compute_spacing(dtype: Dtype, value: float) -> float:
     """Return the distance from `value` to the next larger magnitude in a float dtype."""
     if not isinstance(dtype, FloatDtype):
         raise ValueError(f"{dtype.name} is not a floating-point dtype")
@@ -296,13 +296,13 @@ def _compute_spacing(dtype: Dtype, value: float) -> float:
     return math.ldexp(1.0, exponent - dtype.mantissa)
 
 
-def _read_known_value(entry: KnownCoordinate) -> tuple[float | None, float, bool]:
+def read_known_value(entry: KnownCoordinate) -> tuple[float | None, float, bool]:
     """Return (known value, its uncertainty, True if its sign is known).
 
     A value printed in a paper is uncertain by half a unit of its last digit: 1.25 means 1.245 to 1.255.
     """
     if entry.value is not None and entry.dtype is not None:
-        return entry.value or None, _compute_spacing(DTYPES[entry.dtype], entry.value), True
+        return entry.value or None, compute_spacing(DTYPES[entry.dtype], entry.value), True
     text = entry.value_printed or ""
     match = re.match(r"-?\d+(?:\.(\d+))?", text)
     if match is None or float(match[0]) == 0:

@@ -54,6 +54,11 @@ RULES: dict[str, Rule] = {
             "A known super weight has more than four times its known value, so the stored numbers may not be weights.",
             "warning",
         ),
+        Rule("protected-lost", "A scalar that the manifest protects does not have the expected value."),
+        Rule(
+            "protected-unreadable",
+            "A scalar that the manifest protects cannot be found or read as one number, so it may be lost.",
+        ),
         Rule("non-finite", "A stored floating-point value is NaN or infinite."),
         Rule(
             "duplicate-weights",

@@ -35,13 +35,15 @@ if TYPE_CHECKING:  # each of these modules does one optional check and is import
     from swsurgery.manifest.load import LoadedManifest, ManifestLike
     from swsurgery.verifying.against_known import Survival
     from swsurgery.verifying.against_manifest import Wishes
+    from swsurgery.verifying.against_protected import Guard
 
 
 @dataclass(frozen=True)
 class _Question:
     """The options of `verify`: what to check a checkpoint against.
 
-    `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set. `public_key`
+    `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set, and
+    `protected_tolerance` only if `protected`, a manifest, is given. `public_key`
     (PEM) is required with `signature`. `weights` and `variant` choose the weights if the checkpoint has several sets
     and neither the record nor the manifest names a set.
     """
@@ -56,11 +58,14 @@ class _Question:
     public_key: Path | None = None
     weights: Weights | None = None
     variant: str | None = None
+    protected: ManifestLike | None = None
+    protected_tolerance: float = 0.0
 
     @property
     def needs_no_record(self) -> bool:
         """True if any requested check also works for a checkpoint without a record."""
-        return bool(self.known or self.manifest is not None or self.finite or self.signature)
+        manifests = (self.manifest, self.protected)
+        return bool(self.known or manifests != (None, None) or self.finite or self.signature)
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,6 +99,7 @@ class _Proof:
     finite: bool = False
     signature: Path | None = None
     notes: tuple[str, ...] = ()
+    guard: Guard | None = None
 
     @property
     def decided(self) -> bool:
@@ -107,6 +113,8 @@ class _Proof:
             document["manifest"] = {"path": str(self.manifest.path), "base": self.base and str(self.base)}
         if self.survival is not None:
             document["known"] = self.survival.to_json()
+        if self.guard is not None:
+            document["protected_values"] = self.guard.to_json()
         findings = [f.to_json() for f in self.findings]
         return document | {"findings": findings, "finite": self.finite, "notes": list(self.notes)}
 
@@ -140,6 +148,8 @@ class _Proof:
             yield f"manifest  exactly {self.manifest.path}: every edit recomputed {how}"
         if self.survival is not None:
             yield from _describe_survival(self.survival)
+        if self.guard is not None:
+            yield self.guard.describe()
         if self.signature is not None and not any(f.rule == "signature" for f in self.findings):
             yield f"signature {self.signature} covers every file, and no file was changed after signing"
         if self.finite and not any(f.rule == "non-finite" for f in self.findings):
@@ -161,6 +171,8 @@ def verify(
     public_key: str | Path | None = None,
     weights: Weights | None = None,
     variant: str | None = None,
+    protected: ManifestLike | None = None,
+    protected_tolerance: float = 0.0,
     reporter: Reporter | None = None,
 ) -> Verification:
     """Check a checkpoint against its record, and against a base, a manifest, known super weights and a signature.
@@ -171,6 +183,8 @@ def verify(
     `manifest`, in any form that `apply` takes, must describe exactly this checkpoint. With `known`, no known super
     weight of the checkpoint's model, or of `model`, may have lost more than the fraction `tolerance` of its value.
     With `finite`, all values are searched for NaN and infinities. `signature` is checked with `public_key` (PEM).
+    The scalars that the manifest `protected` protects must have their expected values: those of its `expect`, of
+    `base`, or of the known super weights, up to the relative difference `protected_tolerance`.
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
 
     Raises TypeError; CheckpointError if there is nothing to check against or a file cannot be read; HubError,
@@ -191,6 +205,8 @@ def verify(
         None if public_key is None else require_path("public_key", public_key),
         weights,
         variant,
+        protected,
+        require_number("protected_tolerance", protected_tolerance),
     )
     with open_for_reading("checkpoint", checkpoint, reporter) as root, contextlib.ExitStack() as bases:
         return _prove(root, question, reporter, bases).report(str(checkpoint))
@@ -227,6 +243,11 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         kept = _survey_known(question, checkpoint, patched, repo_ids)
         findings += kept.list_findings()
         rules += ("known-lost", "known-unreadable", "known-suspicious")
+    guard = None
+    if question.protected is not None:
+        guard = _check_protected(question, question.protected, checkpoint, base, repo_ids)
+        findings += guard.list_findings()
+        rules += ("protected-lost", "protected-unreadable")
     if question.signature is not None and question.public_key is not None:
         findings += _check_signature(root, question.signature, question.public_key)
         rules += ("signature",)
@@ -240,6 +261,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         question.finite,
         question.signature,
         checkpoint.notes,
+        guard,
     )
 
 
@@ -318,6 +340,20 @@ def _survey_known(
     if model is None:
         raise CheckpointError("cannot tell which known model this is", checkpoint.root, "name it with --model")
     return against_known.survey(checkpoint, model, declared, question.tolerance)
+
+
+def _check_protected(
+    question: _Question,
+    manifest: ManifestLike,
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    repo_ids: tuple[str | None, ...],
+) -> Guard:
+    from swsurgery.manifest.load import load_manifest
+    from swsurgery.verifying.against_protected import check_protected
+
+    loaded = load_manifest(manifest, question.base)
+    return check_protected(loaded, checkpoint, base, question.protected_tolerance, repo_ids)
 
 
 def _open_base(

@@ -1,0 +1,315 @@
+"""Check whether a derived checkpoint still has the values of the scalars that a manifest protects.
+
+Works on any checkpoint, such as a merged, fine-tuned or quantised one, and needs no record. The expected value of a
+scalar is the edit's `expect`, or else the value in a given base, or else the known value of a super weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from swsurgery.checkpoint import projections
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.editing.resolve import (
+    Expected,
+    KnownScalars,
+    LayerScalar,
+    Scope,
+    StoredScalar,
+    TargetPlace,
+    expect_known,
+    find_known,
+    locate,
+    read_target,
+)
+from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError, pluralise
+from swsurgery.known import KnownCoordinate, KnownModel, own
+from swsurgery.manifest.load import LoadedManifest
+from swsurgery.manifest.operations import explain_expectation
+from swsurgery.manifest.targets import SCALAR_FORMS, MeasuredValue
+from swsurgery.storage import dtypes
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.dtypes import Dtype
+from swsurgery.storage.numbers import format_exact, format_number
+from swsurgery.verifying.against_known import Unreadable, compute_spacing, read_known_value, read_weight
+from swsurgery.verifying.against_manifest import point_at
+from swsurgery.verifying.findings import Finding
+
+Origin = Literal["expect", "base", "known"]
+"""Where an expected value comes from: the edit, the base that the user gave, or the known super weights."""
+
+GuardState = Literal["kept", "lost", "unreadable"]
+"""State of a protected scalar: it has the expected value, it has another one, or it cannot be read as one number."""
+
+
+@dataclass(frozen=True)
+class ExpectedValue:
+    """The value that a protected scalar should have.
+
+    `value` is the number, or None if only bits of another width are known. `exact` is the form in which it is compared
+    exactly: a number, bits, or a number and its dtype; None if a paper printed a rounded number. `slack` is the
+    uncertainty of such a number, and `signed` is False if its sign is unknown.
+    """
+
+    origin: Origin
+    value: float | None
+    exact: Expected
+    slack: float = 0.0
+    signed: bool = True
+
+
+@dataclass(frozen=True)
+class GuardedScalar:
+    """One scalar that the manifest protects, and its state in the checkpoint.
+
+    `number` is the position of the edit in the manifest, counted from 0. `message` describes the state.
+    """
+
+    number: int
+    state: GuardState
+    message: str
+    coordinate: Coordinate | None = None
+    file: str | None = None
+    dtype: str | None = None
+    stored: float | None = None
+    expected: float | None = None
+    origin: Origin | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scalar as JSON. A number that is not finite becomes a text."""
+        numbers = {"stored": self.stored, "expected": self.expected}
+        return {
+            "edit": self.number,
+            "state": self.state,
+            "tensor": self.coordinate.tensor if self.coordinate else None,
+            "index": list(self.coordinate.index) if self.coordinate else None,
+            "file": self.file,
+            "dtype": self.dtype,
+            "origin": self.origin,
+            "message": self.message,
+            **{k: str(v) if v is not None and not math.isfinite(v) else v for k, v in numbers.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The states of all scalars that a manifest protects. `tolerance` is the permitted relative difference."""
+
+    loaded: LoadedManifest
+    tolerance: float
+    scalars: tuple[GuardedScalar, ...]
+
+    def list_findings(self) -> list[Finding]:
+        """Return one finding, with its position in the manifest, for each scalar that was not kept."""
+        found = []
+        for scalar in self.scalars:
+            if scalar.state != "kept":
+                tensor, index = scalar.coordinate or (None, None)
+                finding = Finding(f"protected-{scalar.state}", scalar.message, scalar.file, tensor, index)
+                found.append(point_at(self.loaded, finding, ("edits", scalar.number)))
+        return found
+
+    def describe(self) -> str:
+        """Return the line that `verify` prints."""
+        kept = sum(scalar.state == "kept" for scalar in self.scalars)
+        permitted = f", within {format_number(self.tolerance)} of the expected value" if self.tolerance else ""
+        return (
+            f"kept      {kept} of {pluralise(len(self.scalars), 'scalar')} that {self.loaded.path} protects{permitted}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the states as JSON."""
+        return {
+            "manifest": str(self.loaded.path),
+            "tolerance": self.tolerance,
+            "scalars": [scalar.to_json() for scalar in self.scalars],
+        }
+
+
+def check_protected(
+    loaded: LoadedManifest,
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    tolerance: float,
+    repo_ids: tuple[str | None, ...] = (),
+) -> Guard:
+    """Compare every scalar that a protect edit of the manifest names with its expected value.
+
+    A value is kept if it equals the expected one after rounding to the stored dtype, or if their difference is at most
+    the fraction `tolerance` of the expected value. `repo_ids` may name the known model.
+
+    Raises LookupFailed; PlanError if the manifest protects no scalar or something else than scalars, or if the expected
+    value of a scalar is not known.
+    """
+    manifest = loaded.manifest
+    names = (manifest.base.repo_id, checkpoint.repo_id, *repo_ids, checkpoint.config.get("_name_or_path"))
+    model = own.identify(manifest.base.model, names)
+    scalars: list[GuardedScalar] = []
+    faults: list[str] = []
+    edited = set(_list_edited(loaded, checkpoint, model))
+    for number, edit in enumerate(manifest.edits):
+        if edit.op != "protect":
+            continue
+        where = loaded.describe_position(number)
+        if edit.form.name not in SCALAR_FORMS:
+            faults.append(f"{where}: verify --protected compares single scalars, but the edit names a {edit.form.name}")
+            continue
+        places, misfits = _resolve(loaded, number, checkpoint, model)
+        scalars += [GuardedScalar(number, "unreadable", misfit) for misfit in misfits]
+        for place in places:
+            if edit.known == "all" and place.coordinate in edited:
+                continue
+            expected = _find_expected(place, checkpoint, base, model)
+            if expected is None:
+                faults.append(
+                    f"{where}: no value of {place.coordinate} is known (give --base, or expect in the manifest)"
+                )
+            else:
+                scalars.append(_compare(number, place.coordinate, expected, checkpoint, tolerance))
+    if faults:
+        raise PlanError.of(faults)
+    if not scalars:
+        raise PlanError("the manifest protects no scalar", loaded.path, "add an edit with op protect")
+    return Guard(loaded, tolerance, tuple(scalars))
+
+
+def _list_edited(loaded: LoadedManifest, checkpoint: Checkpoint, model: KnownModel | None) -> Iterator[Coordinate]:
+    """Yield the scalars that edits other than `known: all` name; `known: all` does not protect these."""
+    for number, edit in enumerate(loaded.manifest.edits):
+        if edit.form.name in SCALAR_FORMS and edit.known != "all":
+            yield from (place.coordinate for place in _resolve(loaded, number, checkpoint, model)[0])
+
+
+def _resolve(
+    loaded: LoadedManifest, number: int, checkpoint: Checkpoint, model: KnownModel | None
+) -> tuple[list[TargetPlace], tuple[str, ...]]:
+    """Return the scalars of an edit that the checkpoint has, and one message for each scalar that it does not have."""
+    target = read_target(loaded.manifest.edits[number])
+    places: list[TargetPlace] = []
+    try:
+        for place in target.resolve(Scope(checkpoint, partial(find_known, model))):
+            # The value that `known:` expects is found later, because the value in a base takes precedence over it.
+            places.append(place._replace(expect=None) if isinstance(target, KnownScalars) else place)
+    except (ArchitectureError, PlanError) as error:
+        return places, error.faults
+    except LookupFailed as error:
+        raise PlanError.of(f"{loaded.describe_position(number)}: {fault}" for fault in error.faults) from None
+    return places, ()
+
+
+def _find_expected(
+    place: TargetPlace, checkpoint: Checkpoint, base: Checkpoint | None, model: KnownModel | None
+) -> ExpectedValue | None:
+    """Find the expected value of a scalar. Returns None if neither the edit nor the base nor a source has one."""
+    if place.expect is not None:
+        info = checkpoint.shapes.get(place.coordinate.tensor)
+        dtype = checkpoint.get_info(place.coordinate.tensor).dtype if info is not None else None
+        return ExpectedValue("expect", _to_number(place.expect, dtype), place.expect)
+    short = projections.find_short_form(checkpoint.config, checkpoint.shapes, place.coordinate)
+    if base is not None and (found := _read_base(place.coordinate, short, base)) is not None:
+        return found
+    entry = _find_entry(place.coordinate, short, model)
+    if entry is None:
+        return None
+    number, slack, signed = read_known_value(entry)
+    return None if number is None else ExpectedValue("known", number, expect_known(entry), slack, signed)
+
+
+def _to_number(expect: Expected, dtype: Dtype | None) -> float | None:
+    """Return an expected value as a number; None for bits that do not have the width of the dtype."""
+    if isinstance(expect, MeasuredValue):
+        return float(expect.value)
+    if not isinstance(expect, str):
+        return None if expect is None else float(expect)
+    try:
+        return None if dtype is None else float(dtypes.decode(dtype, dtypes.parse_bits(dtype, expect)))
+    except (NumberError, ValueError):
+        return None
+
+
+def _read_base(
+    coordinate: Coordinate, short: tuple[int, int, int, Any] | None, base: Checkpoint
+) -> ExpectedValue | None:
+    """Read the value in the base, whose tensors may have other names. Returns None if it has no finite one."""
+    try:
+        there = locate(base, *short) if short else coordinate
+        value, step, _ = _read_stored(base, there)
+    except (ArchitectureError, Unreadable):
+        return None
+    if not math.isfinite(value):
+        return None
+    name = base.get_info(there.tensor).dtype.name
+    measured = MeasuredValue.model_validate({"value": value, "dtype": name}) if step is None else None
+    return ExpectedValue("base", value, measured, slack=0.0 if step is None else step)
+
+
+def _read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
+    """Read a weight as against_known.py does. Raises Unreadable if the checkpoint does not have it."""
+    if coordinate.tensor not in checkpoint.shapes:
+        raise Unreadable("the checkpoint has no tensor of this name")
+    try:
+        checkpoint.get_info(coordinate.tensor).flatten(coordinate.index)
+    except IndexError as error:
+        raise Unreadable(str(error)) from None
+    return read_weight(checkpoint, coordinate)
+
+
+def _find_entry(
+    coordinate: Coordinate, short: tuple[int, int, int, Any] | None, model: KnownModel | None
+) -> KnownCoordinate | None:
+    """Return the known super weight at a coordinate."""
+    if model is None:
+        return None
+    if short is not None:
+        layer, row, col, expert = short
+        return LayerScalar(layer, row, col, expert, None).find_entry(model)
+    return StoredScalar(coordinate, None).find_entry(model)
+
+
+def _compare(
+    number: int, coordinate: Coordinate, expected: ExpectedValue, checkpoint: Checkpoint, tolerance: float
+) -> GuardedScalar:
+    """Read one scalar and compare it with its expected value."""
+    scalar = GuardedScalar(number, "unreadable", "", coordinate, expected=expected.value, origin=expected.origin)
+    try:
+        value, step, raw = _read_stored(checkpoint, coordinate)
+    except Unreadable as error:
+        return replace(scalar, message=f"{coordinate} cannot be read as one scalar: {error}")
+    dtype = checkpoint.get_info(coordinate.tensor).dtype
+    kept = _is_exact(expected, value, step, raw, dtype) or _is_near(expected, value, tolerance)
+    wanted = expected.exact if expected.value is None else format_exact(expected.value)
+    ratio = f", x{format_number(value / expected.value)}" if expected.value and math.isfinite(value) else ""
+    message = (
+        f"{coordinate}: {wanted} ({expected.origin}) -> {format_exact(value)} ({dtype.name}){'' if kept else ratio}"
+    )
+    file = checkpoint.weight_map[coordinate.tensor]
+    return replace(scalar, state="kept" if kept else "lost", message=message, file=file, dtype=dtype.name, stored=value)
+
+
+def _is_exact(expected: ExpectedValue, value: float, step: float | None, raw: bytes, dtype: Dtype) -> bool:
+    """Return True if a stored value is the expected one, except for rounding to what the checkpoint can store.
+
+    `step` is the distance between values that can be stored with the same scale, or None if there is no scale.
+    """
+    if step is None and expected.exact is not None:
+        return explain_expectation(expected.exact, dtype, raw) is None
+    spacing = step if step is not None else compute_spacing(dtype, value) if math.isfinite(value) else 0.0
+    return _measure_distance(expected, value) <= expected.slack + spacing
+
+
+def _is_near(expected: ExpectedValue, value: float, tolerance: float) -> bool:
+    """Return True if the relative difference from the expected value is at most `tolerance`, which may be 0."""
+    if not tolerance or expected.value is None:
+        return False
+    return _measure_distance(expected, value) <= expected.slack + tolerance * abs(expected.value)
+
+
+def _measure_distance(expected: ExpectedValue, value: float) -> float:
+    """Return the distance from the expected value, of magnitudes if its sign is unknown; infinity if undefined."""
+    if expected.value is None or not math.isfinite(value):
+        return math.inf
+    return abs(value - expected.value) if expected.signed else abs(abs(value) - abs(expected.value))
