@@ -19,7 +19,7 @@ Each package imports only packages below it:
     known/         published and measured super weights
     checkpoint/    what a checkpoint contains: files, record, journal, projections, quantisation
     manifest/      what a user may request
-    rewriting/     new values for rows, columns, experts and whole tensors
+    rewriting/     new values for whole regions: statistics, rounding, clipping, reading and hashing regions
     hub/           bytes on the Hub; only this package imports huggingface_hub
     storage/       bytes on disk: files, headers, dtypes, staging, hashing
 

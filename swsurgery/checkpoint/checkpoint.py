@@ -90,6 +90,17 @@ class Checkpoint(TableResult):
         """The stored shape of every tensor in `weight_map`, except those in `disagreements`."""
         return {t: self.get_info(t).shape for t in self.weight_map if t not in self.disagreements}
 
+    @cached_property
+    def all_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Like `shapes`, with the tensors in `disagreements` too, so that an edit of one reports the disagreement."""
+        apart = {
+            tensor: shard.tensors[tensor].shape
+            for shard in self.shards.values()
+            for tensor in self.disagreements
+            if tensor in shard.tensors
+        }
+        return {**self.shapes, **apart}
+
     @property
     def single(self) -> str:
         """The name of a single file with all weights. If it exists, transformers loads it instead of an index."""

@@ -29,7 +29,7 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.arguments import require_choice, require_location, require_type
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.folder import Folder
-from swsurgery.storage.names import WORKING_FILES
+from swsurgery.storage.names import WORKING_FILES, is_undo_name
 from swsurgery.storage.numbers import format_size
 from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.storage.strict_json import read_config
@@ -154,7 +154,7 @@ def _read(
     if chosen.total_size is not None and chosen.total_size != stored and not elsewhere:
         notes.append(f"{chosen.index} states total_size {chosen.total_size}, but the shards contain {stored} bytes")
     config = read_config(names["config.json"].source, "config.json") if "config.json" in names else {}
-    rest = [f for f in listing.files if f.name not in shard_names and f.name != chosen.index]
+    rest = [f for f in listing.files if f.name not in {*shard_names, chosen.index} and not is_undo_name(f.name)]
     others = look_at_others(rest, shards, _read_headers)
     return Checkpoint(
         root=listing.root,

@@ -21,6 +21,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -35,9 +36,10 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.files import File
 from swsurgery.storage.folder import Folder
-from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.names import OWN_FILES, make_undo_name
+from swsurgery.storage.region import Region
 from swsurgery.storage.result import TableResult
-from swsurgery.storage.schema import OfVariant, Position, Strict, Version
+from swsurgery.storage.schema import OfVariant, Position, Strict, require_whole_number
 from swsurgery.storage.splice import list_scalar_rows
 from swsurgery.storage.strict_json import RECORD, describe_first_fault, parse_json, read_small, render_pieces
 
@@ -54,6 +56,9 @@ else:
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Bits = Annotated[str, Field(pattern=r"^0x[0-9a-f]{1,16}$")]
 Index = Annotated[tuple[Position, ...], FailFast(), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+RecordVersion = Annotated[Literal[1, 2], BeforeValidator(require_whole_number)]
 
 
 class FileRecord(Strict):
@@ -117,13 +122,25 @@ class ScalarRecord(Strict):
 class EditRecord(ScalarRecord):
     """One scalar that was edited: its operation, and its value before and after the edit.
 
-    `new_bits` are the bits after the edit in hexadecimal. `factor` is the factor of the operation "scale".
+    `new_bits` are the bits after the edit in hexadecimal. `factor` is the factor of the operation "scale", and `bit`
+    contains the numbers of the bits that the operation "flip" inverts.
     """
 
-    op: Literal["zero", "scale", "set"]
+    op: Literal["zero", "scale", "set", "flip", "restore"]
     new: int | float | str | None
     new_bits: Bits
     factor: float | None = None
+    bit: Annotated[tuple[Position, ...] | None, BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
+        None
+    )
+
+    @model_serializer(mode="wrap")
+    def _only_if_flipped(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `bit` if it is None, so that version 1 of the record keeps its bytes."""
+        fields: dict[str, Any] = serialize(self)
+        if self.bit is None:
+            fields.pop("bit", None)
+        return fields
 
     @property
     def new_bytes(self) -> bytes:
@@ -132,6 +149,50 @@ class EditRecord(ScalarRecord):
         Raises NumberError if `new_bits` has more or fewer bits than the dtype.
         """
         return dtypes.parse_bits(DTYPES[self.dtype], self.new_bits)
+
+
+class RegionRecord(Strict):
+    """A region that an edit protects: its tensor, its bounds in the stored shape, and the sha256 of its bytes.
+
+    `bounds` contains the first index and the index after the last one of each axis. The bytes are hashed in C order, so
+    that the digest of a whole tensor is that of its data. `target` is the edit's target as text, such as "L3 row 12".
+    """
+
+    target: str
+    file: str
+    tensor: str
+    bounds: Annotated[list[Annotated[list[Position], Field(min_length=2, max_length=2)]], FailFast()]
+    dtype: DtypeName
+    scalars: Position
+    sha256: Digest
+
+    @property
+    def region(self) -> Region:
+        """The region as a value."""
+        return Region(self.tensor, tuple((begin, end) for begin, end in self.bounds))
+
+
+class ChangeRecord(RegionRecord):
+    """A region that edit number `edit` of the manifest (from 0) changed by an operation with `options`.
+
+    `base_sha256` and `sha256` are digests of the region's bytes in the base and after the edit, and `changed` is the
+    number of scalars with other bits. `undo` is the prefix of the names of the undo file's tensors with the old bytes;
+    None if undoing needs the base.
+    """
+
+    edit: Position
+    op: Literal["zero", "scale", "set", "clip", "prune_outliers", "round", "restore"]
+    options: dict[str, Any]
+    changed: Position
+    base_sha256: Digest
+    undo: Annotated[str, Field(pattern=r"^edit\.[0-9]+\.[0-9]+$")] | None
+
+
+class UndoRecord(Strict):
+    """The undo file: its sha256, and its size in bytes."""
+
+    sha256: Digest
+    size: Position
 
 
 class BaseRecord(OfVariant):
@@ -171,9 +232,12 @@ class Record(TableResult, Strict):
     the base's repository. `protected` lists scalars that must keep the bits they have in the base.
 
     A checkpoint may be edited several times. Each edit is a step: `history` lists the earlier ones, the oldest first.
+
+    Version 2 is written if this or an earlier step needs it. It adds the operations "flip" and "restore", and the
+    fields `changes` (changed regions), `protected_regions` and `undo` (the undo file, None without one).
     """
 
-    registry_version: Version
+    registry_version: RecordVersion
     swsurgery_version: str
     created: int | None = None
     base: BaseRecord
@@ -186,6 +250,42 @@ class Record(TableResult, Strict):
     check: dict[str, Any]
     manifest_sha256: Digest
     history: Annotated[list[HistoryStep], FailFast()]
+    changes: Annotated[list[ChangeRecord], FailFast()] = []
+    protected_regions: Annotated[list[RegionRecord], FailFast()] = []
+    undo: UndoRecord | None = None
+
+    @model_validator(mode="after")
+    def _fits_version(self) -> Record:
+        if self.registry_version == 1 and needs_version_2(self):
+            raise ValueError("version 1 of the record has no changes of regions, flip, restore or undo file")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_in_version_2(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the fields of version 2 in version 1, so that version 1 keeps its bytes."""
+        fields: dict[str, Any] = serialize(self)
+        if self.registry_version == 1:
+            for name in ("changes", "protected_regions", "undo"):
+                fields.pop(name, None)
+        return fields
+
+    @property
+    def undo_name(self) -> str | None:
+        """Name of the undo file of this step; None if it has none."""
+        return make_undo_name(len(self.history) + 1) if self.undo else None
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Names of the files that swsurgery added in this step. The undo files of earlier steps are in `files`."""
+        return (*OWN_FILES, self.undo_name) if self.undo_name else OWN_FILES
+
+    def list_protected_regions(self) -> list[tuple[int, RegionRecord]]:
+        """Return the regions that this step and earlier steps protect, each as (number of the step, region).
+
+        Raises CheckpointError if an earlier record is not valid.
+        """
+        steps = [*(step.read() for step in self.history), self]
+        return [(number, entry) for number, step in enumerate(steps, 1) for entry in step.protected_regions]
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of swsurgery.json as a dict of JSON values."""
@@ -222,6 +322,8 @@ class Record(TableResult, Strict):
             "protected": (p.model_dump(mode="json") for p in self.protected),
             "history": (step.model_dump(mode="json") for step in self.history),
         }
+        if self.registry_version == 2:
+            lists["changes"] = (change.model_dump(mode="json") for change in self.changes)
         return render_pieces(self.model_dump(mode="json", exclude={*lists}), lists)
 
     def render(self) -> bytes:
@@ -230,6 +332,13 @@ class Record(TableResult, Strict):
         for piece in self.render_pieces():
             out.write(piece.encode())
         return out.getvalue()
+
+
+def needs_version_2(record: Record) -> bool:
+    """Return True if version 1 of the format cannot store what this step or an earlier one did."""
+    later = any(edit.op in ("flip", "restore") for edit in record.edits)
+    earlier = any(step.registry.get("registry_version") == 2 for step in record.history)
+    return bool(later or earlier or record.changes or record.protected_regions or record.undo)
 
 
 @dataclass(frozen=True)
@@ -265,9 +374,11 @@ class Patched:
         return Patched(record, record.render(), last.manifest.encode())
 
     def render_own_files(self) -> dict[str, bytes]:
-        """Return the three files that swsurgery adds, as a dict from name to bytes."""
+        """Return the files that swsurgery adds, without the undo file, as a dict from name to bytes."""
         sums = {name: record.sha256 for name, record in self.record.files.items() if record.sha256}
         sums |= {RECORD_NAME: _compute_sha256(self.record_raw), MANIFEST_NAME: _compute_sha256(self.manifest_raw)}
+        if self.record.undo and self.record.undo_name:
+            sums[self.record.undo_name] = self.record.undo.sha256
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         return {RECORD_NAME: self.record_raw, MANIFEST_NAME: self.manifest_raw, SUMS_NAME: lines.encode()}
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import read_exactly
+from swsurgery.storage.region import Region
 from swsurgery.storage.splice import Splice
 
 _TIED_BY_DEFAULT = """
@@ -162,9 +163,14 @@ def find_tied_partner(name: str, checkpoint: Checkpoint) -> str | None:
     return next((other for pair in pairs if name in pair for other in pair if other != name), None)
 
 
-def list_tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[str]:
-    """Return a message for every edit that changes only one tensor of a tied pair although both tensors are stored."""
-    if not splices:
+def list_tied_faults(
+    splices: Sequence[Splice], checkpoint: Checkpoint, regions: Collection[tuple[Region, str]] = ()
+) -> list[str]:
+    """Return a message for every edit that changes only one tensor of a tied pair although both tensors are stored.
+
+    `regions` are the changed regions, each with a text that is equal for equal operations.
+    """
+    if not splices and not regions:
         return []
     new = {splice.coordinate: splice.new for splice in splices}
     by_config = is_tied_by_config(checkpoint.config)
@@ -172,17 +178,22 @@ def list_tied_faults(splices: Sequence[Splice], checkpoint: Checkpoint) -> list[
     pairs = [(pair, by_config) for pair in _list_heads(names)] + [(pair, None) for pair in _list_copies(names)]
     faults = []
     for pair, tied in pairs:
-        one_sided = [
-            (splice.coordinate, partner)
-            for tensor, partner in (pair, pair[::-1])
-            for splice in splices
-            if splice.coordinate.tensor == tensor
-            and new.get(Coordinate(partner, splice.coordinate.index)) != splice.new
-        ]
+        one_sided: list[tuple[Coordinate | Region, str]] = []
+        for tensor, partner in (pair, pair[::-1]):
+            one_sided += [
+                (splice.coordinate, partner)
+                for splice in splices
+                if splice.coordinate.tensor == tensor
+                and new.get(Coordinate(partner, splice.coordinate.index)) != splice.new
+            ]
+            one_sided += [
+                (region, partner)
+                for region, operation in regions
+                if region.tensor == tensor and (Region(partner, region.bounds), operation) not in regions
+            ]
         if one_sided and (reason := _find_reason(*pair, tied, checkpoint)):
             faults += [
-                f"{coordinate} {reason.format(partner)} (edit both tensors in the same way)"
-                for coordinate, partner in one_sided
+                f"{place} {reason.format(partner)} (edit both tensors in the same way)" for place, partner in one_sided
             ]
     return faults
 

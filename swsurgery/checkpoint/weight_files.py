@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from swsurgery.errors import AmbiguousWeights, CheckpointError
 from swsurgery.storage.files import File
-from swsurgery.storage.names import SHARD_NAME, VARIANT
+from swsurgery.storage.names import SHARD_NAME, VARIANT, is_undo_name
 from swsurgery.storage.strict_json import quote, read_json
 
 Weights = Literal["index", "single"]
@@ -170,11 +170,8 @@ def _find_variants(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
-    """Return the only safetensors file of a checkpoint that has neither `model.safetensors` nor an index.
-
-    Raises CheckpointError if there are none or several.
-    """
-    loose = [n for n in names if SHARD_NAME.fullmatch(n)]
+    """Return the only safetensors file of a checkpoint without files of the usual names. Raises CheckpointError."""
+    loose = [n for n in names if SHARD_NAME.fullmatch(n) and not is_undo_name(n)]
     if len(loose) == 1:
         return loose[0]
     for name, usual in _find_second_copies(names).items():

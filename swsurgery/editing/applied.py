@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.checkpoint.record import Record
-from swsurgery.editing.copy import Copied
+from swsurgery.editing.copy_job import Copied
 from swsurgery.storage.result import TableResult
 
 SMALL_CHECKPOINT = 64 << 20

@@ -15,9 +15,10 @@ patched checkpoint and its record. Verification (`verifying/against_record.py`) 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import list_cached_files
@@ -25,7 +26,8 @@ from swsurgery.checkpoint.opening import describe_traffic, held, read_checkpoint
 from swsurgery.checkpoint.record import Patched
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests, find_base
-from swsurgery.editing.copy import CopyJob, Link, write_checkpoint
+from swsurgery.editing.copy import write_checkpoint
+from swsurgery.editing.copy_job import CopyJob, Link
 from swsurgery.editing.in_place import apply_in_place
 from swsurgery.editing.pins import check_left_out, check_planned
 from swsurgery.editing.plan import Plan, make_plan
@@ -35,12 +37,18 @@ from swsurgery.errors import ModelError, PlanError, SwsurgeryError, TargetError
 from swsurgery.hub import RemoteTree, Uri, download_checkpoint, fetch, open_location
 from swsurgery.manifest.load import ManifestLike, load_manifest
 from swsurgery.model.report import CheckedBounds
-from swsurgery.progress import Reporter, require_reporter
+from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage import filesystem, staging
-from swsurgery.storage.arguments import require_choice, require_path, require_type
+from swsurgery.storage.arguments import require_choice, require_integer, require_path, require_type
 from swsurgery.storage.digest_cache import DigestCache
 from swsurgery.storage.folder import Folder
-from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.names import OWN_FILES, make_undo_name
+
+if TYPE_CHECKING:
+    from swsurgery.rewriting.segments import Change
+
+UNDO_LIMIT = 256 << 20
+"""Maximum number of old bytes that are stored in the undo file, by default."""
 
 
 def plan(manifest: ManifestLike, base: str | Path | None = None, *, reporter: Reporter | None = None) -> Plan:
@@ -78,6 +86,7 @@ def apply(
     check: CheckOptions | Check | None = "auto",
     reuse_digests: bool = False,
     for_publish: bool = False,
+    undo_limit: int = UNDO_LIMIT,
     reporter: Reporter | None = None,
 ) -> Applied:
     """Write the patched checkpoint `output` with its record, if it passes the check. An error leaves no partial output.
@@ -92,7 +101,8 @@ def apply(
     is installed; "weights" only compares the stored bytes with the plan. With `for_publish`, only the small files and
     the shards with edits are downloaded, and `publish` copies the other files on the Hub. With `reuse_digests`, a file
     that an earlier run hashed is not hashed again if it has no edit and no pin (a required digest): its cached digest
-    goes into the record, marked as unverified.
+    goes into the record, marked as unverified. Old bytes of changed regions go into the undo file if they have at most
+    `undo_limit` bytes; undoing needs the base otherwise.
 
     Raises TypeError, HubError, ManifestError, CheckpointError, PlanError, ModelError; TargetError if the output exists
     or cannot be written; CheckFailed if the patched checkpoint fails the check.
@@ -101,6 +111,8 @@ def apply(
     require_choice("link", link, get_args(Link))
     for name, value in (("in_place", in_place), ("reuse_digests", reuse_digests), ("for_publish", for_publish)):
         require_type(name, value, bool)
+    if (undo_limit := require_integer("undo_limit", undo_limit)) < 0:
+        raise SwsurgeryError("undo_limit must be a number of bytes from 0", undo_limit)
     loaded = load_manifest(manifest, base)
     where = find_base(loaded, base)
     if in_place:
@@ -117,12 +129,13 @@ def apply(
         draft = draft_record(plan)
         for note in plan.notes:
             reporter.say(note)
-        job = _make_job(plan)
+        job = _make_job(plan, undo_limit, reporter)
         check_left_out(plan, job.names, job.pins, reporter)
         if for_publish:
             check = _restrict_check(plan, check)
             job = _download_touched(job, plan.checkpoint)
-        with staging.stage_output(target, job.names, OWN_FILES, job.folder_mode) as stage:
+        own = (*OWN_FILES, job.undo_name) if job.undo_name else OWN_FILES
+        with staging.stage_output(target, job.names, own, job.folder_mode) as stage:
             copied = write_checkpoint(
                 job, stage, link=link, progress=reporter, digests=DigestCache(), reuse=reuse_digests
             )
@@ -145,7 +158,7 @@ def _download_touched(job: CopyJob, base: Checkpoint) -> CopyJob:
             base.root,
             "give --base hf://ORG/NAME@REV",
         )
-    touched = {s.file for s in job.splices}
+    touched = job.touched
     stay = {f.name for f in job.files if f.name not in touched and f.size > SMALL_CHECKPOINT and f.digest}
     here = [f for f in job.files if f.name not in stay]
     if not base.in_cache:
@@ -175,12 +188,25 @@ def refuse_inside(output: Path, base: Checkpoint) -> None:
         raise TargetError("the output is inside the base", output, "choose another -o")
 
 
-def _make_job(plan: Plan) -> CopyJob:
+def _make_job(plan: Plan, undo_limit: int, progress: Progress) -> CopyJob:
     """Build the copy job of a plan: all files of the base except omitted files and swsurgery's own files."""
     leave = {*plan.omitted, *OWN_FILES}
-    files = tuple(f for f in plan.checkpoint.files if f.name not in leave)
     checkpoint = plan.checkpoint
-    return CopyJob(files, plan.splices, collect_known_digests(plan), checkpoint.in_cache, shards=checkpoint.shards)
+    changes: Mapping[str, Sequence[Change]] = {}
+    if plan.rewrites or plan.protected_regions:
+        from swsurgery.editing.measure import measure_changes
+
+        changes = measure_changes(plan.rewrites, plan.protected_regions, checkpoint, plan.loaded, progress)
+    return CopyJob(
+        tuple(f for f in checkpoint.files if f.name not in leave),
+        plan.splices,
+        collect_known_digests(plan),
+        checkpoint.in_cache,
+        shards=checkpoint.shards,
+        changes=changes,
+        undo_name=make_undo_name(1 + plan.earlier_steps) if plan.rewrites else None,
+        undo_limit=undo_limit,
+    )
 
 
 def write_own_files(stage: Folder, patched: Patched, mode: int) -> None:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import operator
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from swsurgery.editing.copy_job import AppliedFile, Copied, CopyJob, Link
 from swsurgery.editing.disk_space import refuse_without_room
 from swsurgery.errors import CheckpointError, TargetError
 from swsurgery.progress import Progress
@@ -31,89 +31,9 @@ from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice, group_by_file
 from swsurgery.threads import Pool
 
-Link = Literal["auto", "clone", "copy", "hard"]
-
-
-@dataclass(frozen=True)
-class AppliedFile:
-    """One file of the patched checkpoint.
-
-    `size` is in bytes. `base_digest` and `patched_digest` are the sha256 of the file before and after the edit, or None
-    if an edit in place did not need them. `how` is how the file was made: "clone", "copy" and "hard" (a hard link) in
-    this run, and "kept" in an interrupted run. A file of an edit in place has "place", and a file that stays in the
-    base's repository has "elsewhere". `unverified` is True if the digests were not computed in this run but copied from
-    the cache of digests or from an earlier record.
-    """
-
-    name: str
-    size: int
-    base_digest: str | None
-    patched_digest: str | None
-    how: Literal["clone", "copy", "hard", "kept", "place", "elsewhere"]
-    unverified: bool = False
-
-
-@dataclass(frozen=True)
-class Copied:
-    """The files of a patched checkpoint or of a restored base, and how each of them was made."""
-
-    files: tuple[AppliedFile, ...]
-
-
-@dataclass(frozen=True)
-class CopyJob:
-    """The files of one checkpoint to copy, the splices to make and the digests that the base must have.
-
-    `pins` maps a file name to (digest, who states it). `shards` are the shards from which the splices were planned;
-    the copied files must have the same headers. `in_cache` is True if the files are in the Hugging Face cache.
-    `elsewhere` contains files that are listed in the result but not copied; the Hub lists the digest of each.
-    """
-
-    files: tuple[BaseFile, ...]
-    splices: tuple[Splice, ...]
-    pins: dict[str, tuple[str, str]]
-    in_cache: bool = False
-    elsewhere: tuple[BaseFile, ...] = ()
-    shards: Mapping[str, Shard] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the files to copy."""
-        return [f.name for f in self.files]
-
-    @property
-    def own_mode(self) -> int:
-        """Permissions of swsurgery's own files, which contain values of weights.
-
-        Users who cannot read the base's files cannot read these files either.
-        """
-        return compute_record_mode(self.files)
-
-    @property
-    def folder_mode(self) -> int:
-        """Permissions of the new directory."""
-        return compute_folder_mode(self.files)
-
-
-def compute_folder_mode(files: Iterable[BaseFile]) -> int:
-    """Return the permissions for a new directory: those that all directories of these files have in common."""
-    folders = {file.entry.folder for file in files if file.entry}
-    return functools.reduce(operator.and_, (os.fstat(f.fd).st_mode for f in folders), 0o777) | 0o700
-
-
-def compute_outside_mode(files: Sequence[BaseFile]) -> int:
-    """Return the permissions for a file that contains values of weights and is outside the directory of these files.
-
-    A user who cannot read the weights, or cannot enter their directory, must not be able to read the new file.
-    """
-    may_enter = compute_folder_mode(files) & 0o111
-    return compute_record_mode(files) & may_enter * 0o7 | 0o600  # times 7: x becomes rwx for each class of users
-
-
-def compute_record_mode(files: Iterable[BaseFile]) -> int:
-    """Return the permissions for a file that contains values of weights: those that all shards of `files` have."""
-    modes = (file.mode for file in files if file.name.endswith(".safetensors"))
-    return functools.reduce(operator.and_, modes, 0o666) | 0o600
+if TYPE_CHECKING:  # these modules import numpy, which only changes of regions need
+    from swsurgery.editing.undo_file import UndoWriter
+    from swsurgery.rewriting.tally import Digests
 
 
 def write_checkpoint(
@@ -139,20 +59,43 @@ def write_checkpoint(
             stage.path.parent,
             "use --link auto",
         )
-    refuse_without_room(source.files, {s.file for s in source.splices}, stage, link)
+    refuse_without_room(source.files, source.touched, stage, link)
     _make_folders(source.files, stage)
     progress.start(sum(f.size for f in source.files), "B", "copying")
-    try:
-        applied = _Copier(source, stage, link, progress, digests or DigestCache(), reuse).run()
-    finally:
-        progress.close()
+    with contextlib.ExitStack() as opened:
+        undo = _open_undo(source, stage, opened)
+        copier = _Copier(source, stage, link, progress, digests or DigestCache(), reuse, undo)
+        try:
+            applied = copier.run()
+        finally:
+            progress.close()
+        written = undo.write(stage, source.own_mode) if undo else None
     if digests is not None:
         digests.save()
     for file in source.elsewhere:
         assert file.digest is not None  # the caller chose files whose digests are known
         check_digest(file, file.digest, source.pins)
         applied.append(AppliedFile(file.name, file.size, file.digest, file.digest, "elsewhere"))
-    return Copied(tuple(sorted(applied, key=lambda f: f.name)))
+    files = tuple(sorted(applied, key=lambda f: f.name))
+    found = sort_tallies(source, copier.tallies)
+    return Copied(files, *found, written)
+
+
+def sort_tallies(source: CopyJob, tallies: Mapping[str, Digests]) -> tuple[tuple[Digests, ...], tuple[Digests, ...]]:
+    """Return the digests of the changed and of the protected regions, each in the order of the edits."""
+    names = sorted((c.order, c.name, c.op) for changes in source.changes.values() for c in changes)
+    changed = tuple(tallies[name] for _, name, op in names if op != "keep")
+    return changed, tuple(tallies[name] for _, name, op in names if op == "keep")
+
+
+def _open_undo(source: CopyJob, stage: Folder, opened: contextlib.ExitStack) -> UndoWriter | None:
+    """Return the writer of the undo file; None if nothing is to be stored in it."""
+    if source.undo_name is None or not source.changes:
+        return None
+    from swsurgery.editing.undo_file import UndoWriter
+
+    changes = [change for group in source.changes.values() for change in group if change.op != "keep"]
+    return opened.enter_context(UndoWriter(source.undo_name, changes, source.undo_limit, stage))
 
 
 def _make_folders(files: Sequence[BaseFile], stage: Folder) -> None:
@@ -192,7 +135,14 @@ class _Copier:
     """Copies files in several threads. They run in parallel, because reading, hashing and writing release the GIL."""
 
     def __init__(
-        self, source: CopyJob, stage: Folder, link: Link, progress: Progress, digests: DigestCache, reuse: bool
+        self,
+        source: CopyJob,
+        stage: Folder,
+        link: Link,
+        progress: Progress,
+        digests: DigestCache,
+        reuse: bool,
+        undo: UndoWriter | None = None,
     ) -> None:
         self.source, self.stage, self.link = source, stage, link
         self.progress, self.digests, self.reuse = progress, digests, reuse
@@ -200,6 +150,8 @@ class _Copier:
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.splices = group_by_file(source.splices)
+        self.undo = undo
+        self.tallies: dict[str, Digests] = {}
 
     def run(self) -> list[AppliedFile]:
         """Copy all files. Raises the first error of a thread, after all threads have stopped."""
@@ -230,7 +182,7 @@ class _Copier:
                 with filesystem.convert_os_errors(target):
                     filesystem.remove_file(target)
                 known = self.look_up_digest(file, splices, status)
-                if self.link == "hard" and not splices:
+                if self.link == "hard" and not splices and file.name not in self.source.changes:
                     written = self.link_to(base, file, target, known)
                 else:
                     written = self.write(base, target, file, splices, known)
@@ -268,7 +220,12 @@ class _Copier:
 
         A file must be hashed if it has a splice or a pin, if the Hub lists its digest, or if its digest is not cached.
         """
-        if not self.reuse or splices or file.digest is not None or file.name in self.source.pins:
+        if (
+            not self.reuse
+            or splices
+            or file.digest is not None
+            or file.name in {*self.source.pins, *self.source.changes}
+        ):
             return None
         return self.digests.get(status)
 
@@ -295,7 +252,7 @@ class _Copier:
                 filesystem.sync(kept.fd)
                 filesystem.drop_cache(kept.fd)
             try:
-                digest, patched = stream(base, file, splices, advance, _Comparison(kept), self.header_of(file))
+                digest, patched = self.stream(base, file, splices, advance, _Comparison(kept))
             except _Different:
                 self.advance(-read)
                 return None
@@ -339,13 +296,46 @@ class _Copier:
         if not cloned:
             filesystem.disable_cache(new)
             write = functools.partial(filesystem.write_all, new)
-            digest, patched = stream(base, file, splices, self.advance, write, header)
+            digest, patched = self.stream(base, file, splices, self.advance, write)
             return _Written("copy", digest, patched)
         with LocalFile(target).open() as copy:  # hash the clone, because the base may change from now on
-            digest, patched = stream(copy, file, splices, self.advance, header=header)
+            place = functools.partial(filesystem.write_at, new)
+            digest, patched = self.stream(copy, file, splices, self.advance, place=place)
         for splice in splices:
             filesystem.write_at(new, splice.new, splice.offset)
         return _Written("clone", digest, patched)
+
+    def stream(
+        self,
+        opened: LocalFile,
+        file: BaseFile,
+        splices: list[Splice],
+        advance: Callable[[int], None],
+        sink: Callable[[memoryview], None] | None = None,
+        place: Callable[[bytes, int], None] | None = None,
+    ) -> tuple[str, str]:
+        """Read a file once, with its splices and changed regions made; return the digests before and after them.
+
+        `place` receives (bytes, offset) of each changed segment. The digests of regions are kept only if this succeeds.
+        """
+        header, changes = self.header_of(file), self.source.changes.get(file.name)
+        if not changes:
+            return stream(opened, file, splices, advance, sink, header)
+        from swsurgery.rewriting.segments import list_segments
+        from swsurgery.rewriting.stream import Receivers, stream_changed
+        from swsurgery.rewriting.tally import Tally
+
+        segments = list_segments(changes)
+        with contextlib.ExitStack() as spooled:
+            spool = spooled.enter_context(self.undo.open_spool()) if self.undo else None
+            tally = Tally(changes, spool.add if spool else None)
+            receivers = Receivers(sink, place, tally.observe)
+            digests = stream_changed(opened, file, splices, segments, advance, receivers, header)
+            if spool:
+                spool.keep()
+        with self.lock:
+            self.tallies |= tally.finish()
+        return digests
 
     def copy_in_kernel(self, base: int, new: int, file: BaseFile) -> None:
         """Copy a file whose bytes need not be hashed, without reading them into this process."""

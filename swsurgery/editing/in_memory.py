@@ -90,7 +90,7 @@ def _check_digests(plan: Plan) -> None:
     differs from its pin.
     """
     pins = collect_known_digests(plan)
-    touched = {s.file for s in plan.splices} | set(plan.loaded.manifest.base.sha256)
+    touched = plan.touched | set(plan.loaded.manifest.base.sha256)
     for name in sorted(touched & set(pins)):
         file = plan.checkpoint.get_file(name)
         check_digest(file, hash_file(file.source), pins)

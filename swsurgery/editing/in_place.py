@@ -23,13 +23,14 @@ from swsurgery.checkpoint.record import Patched, Record, ScalarRecord, find_reco
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests
-from swsurgery.editing.copy import AppliedFile, Copied, compute_record_mode
+from swsurgery.editing.copy_job import AppliedFile, Copied, compute_record_mode
 from swsurgery.editing.pins import check_left_out
 from swsurgery.editing.plan import make_plan
 from swsurgery.editing.record import complete_record, draft_record
 from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
-from swsurgery.editing.resolve import find_known, resolve
+from swsurgery.editing.resolve import resolve
 from swsurgery.editing.sanity import CheckOptions, combine_bounds, run_check
+from swsurgery.editing.targets import find_known
 from swsurgery.editing.undo import build_undo, list_reversion_notes
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri

@@ -23,7 +23,7 @@ def check_planned(plan: Plan, progress: Progress) -> Plan:
     the digests that the Hub lists are compared. Raises PlanError if a digest differs from its pin.
     """
     pins = collect_known_digests(plan)
-    touched = {splice.file for splice in plan.splices}
+    touched = plan.touched
     checked: list[str] = []
     for file in plan.checkpoint.files:
         if file.name not in pins:

@@ -6,7 +6,6 @@ reports all faults at once.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,17 +13,24 @@ from typing import Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, find_record
-from swsurgery.checkpoint.tying import find_tied_partner, list_tied_faults
-from swsurgery.editing.resolve import Asked, Misfit, find_conflicts, find_known, locate, resolve
-from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError
+from swsurgery.checkpoint.tying import list_tied_faults
+from swsurgery.editing.asked import Asked, Misfit
+from swsurgery.editing.conflicts import find_conflicts, find_region_conflicts
+from swsurgery.editing.plan_regions import make_signature, plan_regions
+from swsurgery.editing.plan_scalars import read_scalars
+from swsurgery.editing.resolve import resolve
+from swsurgery.editing.rewrite import ProtectedRegion, Rewrite
+from swsurgery.editing.sources import Sources
+from swsurgery.editing.targets import find_known, locate
+from swsurgery.errors import ArchitectureError, LookupFailed, PlanError, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest
-from swsurgery.manifest.operations import Protect, Scale, explain_expectation
 from swsurgery.manifest.yaml_reader import MAX_FAULTS
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.names import OWN_FILES, UNDO_NAME
+from swsurgery.storage.numbers import format_size
+from swsurgery.storage.region import Region
 from swsurgery.storage.result import TableResult
-from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice, list_scalar_rows
 
 MAX_NOTES = 20
@@ -38,7 +44,7 @@ class Plan(TableResult):
     `omitted` contains the base's files that are not copied. If the base is a patched checkpoint, `previous` contains
     its record. A pin is a digest that the manifest or this record requires of a file. A dry run compares the files in
     `pins_checked` with their pins, and not the files in `pins_unchecked`. `facts` maps coordinates to known super
-    weights.
+    weights. `rewrites` are changes of regions, whose new bytes are computed while the files are copied.
     """
 
     loaded: LoadedManifest
@@ -52,6 +58,18 @@ class Plan(TableResult):
     pins_checked: tuple[str, ...] = ()
     pins_unchecked: tuple[str, ...] = ()
     facts: Mapping[Coordinate, KnownCoordinate] = field(default_factory=dict, repr=False)
+    rewrites: tuple[Rewrite, ...] = ()
+    protected_regions: tuple[ProtectedRegion, ...] = ()
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the files that the edits change."""
+        return {splice.file for splice in self.splices} | {rewrite.file for rewrite in self.rewrites}
+
+    @property
+    def earlier_steps(self) -> int:
+        """The number of edits that were applied to the base before this one."""
+        return len(self.previous.record.history) + 1 if self.previous else 0
 
     def get_splices(self, file: str) -> list[Splice]:
         """List the splices of one file in the order of their offsets."""
@@ -67,6 +85,9 @@ class Plan(TableResult):
             "notes": list(self.notes),
             "check": None,
         }
+        if self.rewrites or self.protected_regions:
+            document["rewrites"] = [r.to_json() | {"bytes": r.size} for r in self.rewrites]
+            document["protected_regions"] = [p.to_json() | {"bytes": p.size} for p in self.protected_regions]
         if self.pins_checked or self.pins_unchecked:
             document["pins"] = {"checked": list(self.pins_checked), "not_checked": list(self.pins_unchecked)}
         return document
@@ -75,6 +96,22 @@ class Plan(TableResult):
         """Return one row per changed and per protected scalar: op, tensor, index, dtype, old, new, file, offset."""
         document = self.to_json()
         return list_scalar_rows(document["splices"], document["protected"])
+
+    def to_lines(self) -> list[str]:
+        """Return one line per edit of regions: its operation and target, and the number of scalars and bytes."""
+        groups: dict[tuple[int, str, str], list[ProtectedRegion]] = {}
+        for rewrite in self.rewrites:
+            groups.setdefault((rewrite.number, rewrite.op, rewrite.target), []).append(rewrite)
+        for region in self.protected_regions:
+            groups.setdefault((len(self.rewrites), "protect", region.target), []).append(region)
+        return [f"{op} {target}: {_describe_regions(parts)}" for (_, op, target), parts in groups.items()]
+
+
+def _describe_regions(parts: Sequence[ProtectedRegion]) -> str:
+    """Return the size of regions, such as "4096 scalars (8.2 kB) in 1 tensor"."""
+    scalars = pluralise(sum(part.region.scalars for part in parts), "scalar")
+    tensors = pluralise(len({part.region.tensor for part in parts}), "tensor")
+    return f"{scalars} ({format_size(sum(part.size for part in parts))}) in {tensors}"
 
 
 def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
@@ -86,51 +123,66 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     previous = find_record(checkpoint)
     model, unknown = _identify_model(loaded, checkpoint)
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
-    read, misfits = _read_scalars(resolution.asked, checkpoint)
+    sources = Sources(loaded.path.parent)
+    read, misfits = read_scalars(resolution.asked, checkpoint, sources)
     # Edits of a scalar that cannot be read are not in conflict: each of them has its own fault.
     misfits += [*resolution.misfits, *find_conflicts((one.number, one.coordinate) for one, _ in read)]
+    misfits += find_region_conflicts([one for one, _ in read], resolution.regions)
     misfits += _check_protected(resolution.asked, previous)
     splices = tuple(scalar for _, scalar in read if isinstance(scalar, Splice))
+    protected = tuple(scalar for _, scalar in read if not isinstance(scalar, Splice))
+    unfit = {misfit.number for misfit in misfits}
+    regions = plan_regions(
+        [one for one in resolution.regions if one.number not in unfit],
+        (scalar.coordinate for scalar in protected),
+        previous.record if previous else None,
+        checkpoint,
+        sources,
+    )
+    misfits += regions.misfits
     faults += unknown + [
         f"{loaded.describe_position(n)}: {message}" for n, message in sorted(misfits, key=lambda m: m.number)
     ]
-    faults += list_tied_faults(splices, checkpoint) + _check_copies(loaded, checkpoint, splices)
+    signed = {(r.region, make_signature(r)) for r in regions.rewrites}
+    faults += list_tied_faults(splices, checkpoint, signed)
+    faults += _check_copies(loaded, checkpoint, changes=bool(splices or regions.rewrites))
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
     omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
-    protected = tuple(scalar for _, scalar in read if not isinstance(scalar, Splice))
-    notes = tuple(_collect_notes(loaded, checkpoint))
-    facts = _locate_known(model, checkpoint)
-    return Plan(loaded, checkpoint, previous, model, splices, protected, omitted, notes, facts=facts)
-
-
-def _read_scalars(asked: Sequence[Asked], checkpoint: Checkpoint) -> tuple[list[tuple[Asked, Scalar]], list[Misfit]]:
-    """Read every scalar that the edits name.
-
-    Returns the scalars that can be edited, in the manifest's order, and a fault for each of the other scalars.
-    """
-    read: list[tuple[Asked, Scalar]] = []
-    misfits: list[Misfit] = []
-    for one in asked:
-        try:
-            read.append((one, _read_scalar(one, checkpoint)))
-        except (PlanError, NumberError) as error:
-            misfits += [Misfit(one.number, fault) for fault in error.faults]
-    return read, misfits
+    notes = (*_collect_notes(loaded, checkpoint), *resolution.notes)
+    return Plan(
+        loaded,
+        checkpoint,
+        previous,
+        model,
+        splices,
+        protected,
+        omitted,
+        notes,
+        facts=_locate_known(model, checkpoint),
+        rewrites=regions.rewrites,
+        protected_regions=regions.protected,
+    )
 
 
 def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterator[Misfit]:
     """Report every edit that would change a scalar protected by the base's own record."""
     protectors = previous.record.map_protectors() if previous else {}
+    regions: dict[str, list[tuple[int, Region]]] = {}
+    for step, entry in previous.record.list_protected_regions() if previous else ():
+        regions.setdefault(entry.tensor, []).append((step, entry.region))
     for one in asked:
-        if one.edit.writes and one.coordinate in protectors:
-            message = f"{one.coordinate} is protected by step {protectors[one.coordinate]} of the base's record"
+        around = regions.get(one.coordinate.tensor, ())
+        by_region = next((n for n, region in around if region.contains(one.coordinate)), None)
+        protector = protectors.get(one.coordinate, by_region)
+        if one.edit.writes and protector is not None:
+            message = f"{one.coordinate} is protected by step {protector} of the base's record"
             yield Misfit(one.number, f"{message} (revert that step, or start from the first base)")
 
 
-def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, splices: Sequence[Splice]) -> list[str]:
+def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, *, changes: bool) -> list[str]:
     """Report other copies of the weights in the base, such as pytorch_model.bin, if base.copies is not set."""
-    if not splices or not checkpoint.copies or loaded.manifest.base.copies is not None:
+    if not changes or not checkpoint.copies or loaded.manifest.base.copies is not None:
         return []
     return [
         f"{loaded.path}: the base contains more copies of the weights, which would not be edited: "
@@ -182,7 +234,7 @@ def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
     if "swsurgery.json" not in names:
         faults += [
             f"{checkpoint.root}/{name}: the base already has a file with this name, which swsurgery writes (rename it)"
-            for name in OWN_FILES
+            for name in (*OWN_FILES, UNDO_NAME)
             if any(n == name or n.startswith(f"{name}/") for n in names)
         ]
     return faults
@@ -207,87 +259,3 @@ def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coor
             except ArchitectureError:
                 continue  # The checkpoint has no such scalar. An edit that names this super weight reports it.
     return facts
-
-
-def _read_scalar(asked: Asked, checkpoint: Checkpoint) -> Scalar:
-    """Read one scalar, compare it with the value that the edit expects, and compute its new bytes.
-
-    Raises PlanError or NumberError if the scalar does not exist, differs, or cannot be edited.
-    """
-    edit, coordinate, expect = asked.edit, asked.coordinate, asked.expect
-    info = _find_tensor(coordinate, checkpoint)
-    name, index = coordinate
-    if edit.writes:
-        _refuse_quantised(name, checkpoint)
-    if not _check_index(info, index):
-        where = f"{name} of shape {list(info.shape)}"
-        raise PlanError(f"index {list(index)} is out of range", where, _explain_index(info, index))
-    if info.dtype.bits % 8:
-        raise PlanError(f"{info.dtype.name} {info.dtype.refusal}", coordinate)
-    file = checkpoint.weight_map[name]
-    shard = checkpoint.shards[file]
-    old = shard.read_scalar(name, index)
-    if expect is not None and (fault := explain_expectation(expect, info.dtype, old)):
-        hint = "is this the right base?"
-        swapped = index[::-1]
-        if len(index) == 2 and _check_index(info, swapped):
-            other = shard.read_scalar(name, swapped)
-            if explain_expectation(expect, info.dtype, other) is None:
-                hint = f"row and col look swapped: {list(swapped)} has this value"
-        raise PlanError(fault, coordinate, hint)
-    offset = shard.find_offset(name, index)
-    if isinstance(edit, Protect):
-        return Scalar(file, coordinate, info.dtype, offset, old)
-    try:
-        new = edit.compute_bytes(info.dtype, old)
-    except NumberError as error:
-        raise PlanError.of(f"cannot {edit.op} {coordinate}: {fault}" for fault in error.faults) from None
-    factor = edit.factor if isinstance(edit, Scale) else None
-    return Splice(file, coordinate, info.dtype, offset, old, op=edit.op, new=new, factor=factor)
-
-
-def _find_tensor(coordinate: Coordinate, checkpoint: Checkpoint) -> TensorInfo:
-    """Find the header entry of the tensor that a coordinate names.
-
-    Raises PlanError if the tensor is not stored, or if the index and the headers place it in different shards.
-    """
-    name = coordinate.tensor
-    if name in checkpoint.disagreements:
-        raise PlanError(f"index and shards disagree about {name}", checkpoint.disagreements[name])
-    if name not in checkpoint.weight_map:
-        if partner := find_tied_partner(name, checkpoint):
-            raise PlanError(f"{name} is tied to {partner} and not stored", remedy=f"edit {partner}")
-        raise PlanError("no such tensor", name, _suggest_tensor(name, checkpoint))
-    return checkpoint.get_info(name)
-
-
-def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
-    """Suggest the tensor with the most similar name, as in "did you mean ...?"; "" if no name is similar.
-
-    Only names with the same last two parts, such as `down_proj.weight`, are compared, or all names if no name has them.
-    At most 500 names are compared, because comparing more would be slow.
-    """
-    ending = name.rsplit(".", 2)[-2:]
-    alike = [t for t in checkpoint.weight_map if t.rsplit(".", 2)[-2:] == ending] or list(checkpoint.weight_map)
-    near = difflib.get_close_matches(name, alike[:500], 1, 0.8)
-    return f"did you mean {near[0]}?" if near else ""
-
-
-def _check_index(info: TensorInfo, index: tuple[int, ...]) -> bool:
-    """Return True if an index has one number for each axis of the tensor and each number is below the axis's length."""
-    return len(index) == len(info.shape) and all(i < n for i, n in zip(index, info.shape, strict=True))
-
-
-def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
-    """Explain why an index is out of range, as in "row and col look swapped"; "" if the reason is not obvious."""
-    if 0 in info.shape:
-        return "the tensor has no elements"
-    if len(index) == 2 and _check_index(info, index[::-1]):
-        return f"row and col look swapped: {list(index[::-1])} would fit"
-    return ""
-
-
-def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
-    """Raise PlanError if a tensor does not store plain weights."""
-    if why := checkpoint.quantisation.explain_refusal(name):
-        raise PlanError(why, name, "edit the model before it is quantised")

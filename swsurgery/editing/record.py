@@ -12,13 +12,22 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from swsurgery._version import __version__
-from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Record, ScalarRecord
+from swsurgery.checkpoint.record import (
+    BaseRecord,
+    ChangeRecord,
+    EditRecord,
+    FileRecord,
+    Record,
+    RegionRecord,
+    ScalarRecord,
+    needs_version_2,
+)
 from swsurgery.errors import PlanError, TargetError
 from swsurgery.known import shipped
 from swsurgery.storage.strict_json import MAX_JSON, RECORD, Limits
 
 if TYPE_CHECKING:  # for annotations only
-    from swsurgery.editing.copy import Copied
+    from swsurgery.editing.copy_job import Copied
     from swsurgery.editing.plan import Plan
     from swsurgery.storage.splice import Scalar
 
@@ -28,6 +37,13 @@ LATER = Limits(1 << 20, 10_000)
 
 PER_FILE = 300
 """Bytes reserved in a record for each file, in addition to its name: its size and two digests, indented."""
+
+
+NO_DIGEST = "0" * 64
+"""A digest in a draft, before the files are copied."""
+
+NOT_MEASURED = {"changed": (1 << 63) - 1, "base_sha256": NO_DIGEST, "sha256": NO_DIGEST, "undo": "edit.000000.000000"}
+"""What a draft says about a changed region before the files are copied. It is as long as the final text may be."""
 
 
 def draft_record(plan: Plan) -> Record:
@@ -41,7 +57,7 @@ def draft_record(plan: Plan) -> Record:
     if checkpoint.repo_id or base.repo_id:
         named_by = "cache" if checkpoint.repo_id else "manifest"
     draft = Record(
-        registry_version=1,
+        registry_version=2,
         swsurgery_version=__version__,
         created=read_source_date_epoch(),
         base=BaseRecord(
@@ -60,19 +76,43 @@ def draft_record(plan: Plan) -> Record:
         check={},
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
         history=plan.previous.extend_history() if plan.previous else [],
+        changes=[ChangeRecord.model_validate(r.to_json() | NOT_MEASURED) for r in plan.rewrites],
+        protected_regions=[
+            RegionRecord.model_validate(p.to_json() | {"sha256": NO_DIGEST}) for p in plan.protected_regions
+        ],
     )
+    if not needs_version_2(draft):
+        draft = draft.model_copy(update={"registry_version": 1})
     _refuse_unreadable(draft, plan)
     return draft
 
 
 def complete_record(draft: Record, copied: Copied, check: dict[str, Any]) -> Record:
-    """Add the digests of all files and the report of the check to a draft."""
+    """Add the digests of all files and changed regions, the undo file and the report of the check to a draft."""
     files = {
         f.name: FileRecord(size=f.size, base_sha256=f.base_digest, sha256=f.patched_digest, unverified=f.unverified)
         for f in copied.files
     }
     elsewhere = [f.name for f in copied.files if f.how == "elsewhere"]
-    return draft.model_copy(update={"files": files, "elsewhere": elsewhere, "check": check})
+    found: dict[str, Any] = {"files": files, "elsewhere": elsewhere, "check": check}
+    if draft.registry_version == 2:
+        found["changes"] = [
+            change.model_copy(
+                update={
+                    "changed": tally.changed,
+                    "base_sha256": tally.base_sha256,
+                    "sha256": tally.sha256,
+                    "undo": tally.name if copied.undo else None,
+                }
+            )
+            for change, tally in zip(draft.changes, copied.changes, strict=True)
+        ]
+        found["protected_regions"] = [
+            region.model_copy(update={"sha256": tally.sha256})
+            for region, tally in zip(draft.protected_regions, copied.protected, strict=True)
+        ]
+        found["undo"] = copied.undo
+    return draft.model_copy(update=found)
 
 
 def _refuse_unreadable(draft: Record, plan: Plan) -> None:

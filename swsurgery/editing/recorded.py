@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from swsurgery.checkpoint.record import EditRecord, Record, ScalarRecord
-from swsurgery.editing.resolve import Asked
+from swsurgery.editing.asked import Asked
 from swsurgery.errors import NumberError
-from swsurgery.manifest.operations import Scale, explain_expectation
+from swsurgery.manifest.operations import Clip, PruneOutliers, Restore, Round, Scale, explain_expectation
 from swsurgery.manifest.schema import Manifest
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
@@ -48,7 +48,14 @@ def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:
         factor = edit.factor if isinstance(edit, Scale) else None
         if factor != record.factor:
             return f"the record has the factor {record.factor}, not {factor}"
-        new = edit.compute_bytes(dtype, record.old_bytes)
+        if isinstance(edit, Restore):
+            if asked.value is None:
+                return None  # the bytes come from another checkpoint, which is not read here
+            new = dtypes.encode(dtype, asked.value.value)
+        elif isinstance(edit, Clip | PruneOutliers | Round):
+            return f"{edit.op} needs more than one scalar"
+        else:
+            new = edit.compute_bytes(dtype, record.old_bytes)
         return None if new == record.new_bytes else f"the record has {record.new_bits}, not {dtypes.format_bits(new)}"
     except NumberError as error:
         return str(error)

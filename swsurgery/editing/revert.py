@@ -8,7 +8,8 @@ from pathlib import Path
 from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.record import read_record
 from swsurgery.editing.apply import refuse_inside, write_own_files
-from swsurgery.editing.copy import CopyJob, Link, write_checkpoint
+from swsurgery.editing.copy import write_checkpoint
+from swsurgery.editing.copy_job import CopyJob, Link
 from swsurgery.editing.in_place import revert_in_place
 from swsurgery.editing.undo import build_undo, list_reversion_notes
 from swsurgery.errors import CheckpointError, SwsurgeryError

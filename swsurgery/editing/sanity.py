@@ -194,7 +194,7 @@ def run_check(
     reason = None
     if options.kind == "weights":
         reason = "only the weights were to be checked"
-    elif not plan.splices:
+    elif not plan.touched:
         _check_unchanged(bounds)
         reason = "nothing was changed"
     if reason is None:
@@ -212,7 +212,7 @@ def run_check(
             if not report.ok:
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
             return {"kind": "forward", "reason": None, "weights": weights, **report.to_record()}
-    if plan.splices:
+    if plan.touched:
         say(f"no forward check was made: {reason}")
     return {"kind": "weights", "reason": reason, "weights": weights}
 
@@ -278,7 +278,7 @@ def _check_weights(plan: Plan, patched: Folder, progress: Progress) -> dict[str,
     Comparing all other bytes with the base is left out for an edit in place, which overwrites the base, and for a base
     on the Hub. Returns a report for the record. Raises CheckFailed.
     """
-    touched = sorted({s.file for s in plan.splices})
+    touched = sorted(plan.touched)
     there = set(os.listdir(patched.fd))
     elsewhere = [name for name in plan.checkpoint.shards if name not in there]
     result = read_checkpoint(patched, plan.loaded.manifest.base, elsewhere=elsewhere)

@@ -25,7 +25,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.base import find_base
-from swsurgery.editing.copy import compute_outside_mode
+from swsurgery.editing.copy_job import compute_outside_mode
 from swsurgery.editing.pins import check_planned
 from swsurgery.editing.plan import make_plan
 from swsurgery.errors import Interrupted, PlanError, SwsurgeryError, TargetError, Unrunnable, add_remedy, report_done

@@ -20,7 +20,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.record import MANIFEST_NAME, Patched, Record, read_record
 from swsurgery.editing.base import collect_known_digests, find_base
-from swsurgery.editing.copy import compute_outside_mode
+from swsurgery.editing.copy_job import compute_outside_mode
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import RemoteTree, Uri, open_location, parse_location

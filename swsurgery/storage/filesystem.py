@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,6 +154,28 @@ def create(path: Path | Entry, mode: int = 0o666) -> int:
         return os.open(name, flags, mode, dir_fd=folder)
 
 
+def create_unnamed(folder: Folder) -> int:
+    """Create a file without a name in the file system of a directory, and return a descriptor for reading and writing.
+
+    The file disappears when the descriptor is closed, even if the process is killed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # O_TMPFILE: not on every file system, only on Linux
+        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder.fd)
+    name = f".swsurgery-spool-{secrets.token_hex(8)}"
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder.fd)
+    os.unlink(name, dir_fd=folder.fd)
+    return fd
+
+
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """Read `size` bytes at `offset`; fewer only at the end of the file."""
+    parts, left = [], size
+    while left and (part := os.pread(fd, left, offset + size - left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
 def open_for_patching(path: Path | Entry) -> int:
     """Open an existing file for reading and for overwriting parts of it, without following a link.
 
@@ -208,7 +231,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
                 raise
 
 
-def write_at(fd: int, data: bytes, offset: int) -> None:
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`, without moving the current position of the descriptor."""
     view = memoryview(data)
     while view:

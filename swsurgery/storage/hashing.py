@@ -59,7 +59,7 @@ def stream(
                 patched = digest.copy()  # base and patched file are equal up to this point
             if inside:
                 digest.update(chunk)
-                _apply_splices(chunk, offset, inside, file)
+                apply_to_chunk(chunk, offset, inside, file)
             for job in jobs:  # wait for the previous chunk, because its buffer is filled next
                 job.result()
             jobs = [lanes.submit(patched.update, chunk)] if patched is not None else []
@@ -125,7 +125,7 @@ def refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
         raise CheckpointError(reason, file.source, "run again when no other program writes to the base")
 
 
-def _apply_splices(chunk: memoryview, offset: int, splices: Sequence[Splice], file: BaseFile) -> None:
+def apply_to_chunk(chunk: memoryview, offset: int, splices: Sequence[Splice], file: BaseFile) -> None:
     """Apply splices to a chunk that starts at `offset` in the file. The bytes of one scalar may be in two chunks.
 
     Raises CheckpointError if the chunk does not contain the old bytes of a splice.

@@ -14,6 +14,22 @@ VARIANT = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 OWN_FILES = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 """Files that swsurgery adds to a patched checkpoint: the record, the applied manifest, and the digests of the files."""
 
+UNDO_NAME = "swsurgery-undo.safetensors"
+"""File with the bytes that the first step of a history overwrote, if the step changed more than single scalars."""
+
+_UNDO_FILE = re.compile(r"swsurgery-undo(-([2-9]|[1-9][0-9]{1,8}))?\.safetensors")
+
+
+def make_undo_name(step: int) -> str:
+    """Return the name of the undo file of a step, counted from 1. Each step has its own, so earlier ones survive."""
+    return UNDO_NAME if step == 1 else f"swsurgery-undo-{step}.safetensors"
+
+
+def is_undo_name(name: str) -> bool:
+    """Return True for the name of an undo file of any step. Such a file contains no weights of the checkpoint."""
+    return _UNDO_FILE.fullmatch(name) is not None
+
+
 JOURNAL, JOURNAL_NEW, ROOM = ".swsurgery-journal", ".swsurgery-journal.new", ".swsurgery-room"
 """Files that exist only while a checkpoint is edited in place: the journal, which contains the old bytes; the journal
 while it is being written; and a file that reserves disk space for the recovery."""

@@ -43,15 +43,31 @@ class Region(NamedTuple):
 
     def contains(self, coordinate: Coordinate) -> bool:
         """Return True if a scalar is in the region."""
-        return coordinate.tensor == self.tensor and all(
+        return (coordinate.tensor, len(coordinate.index)) == (self.tensor, len(self.bounds)) and all(
             begin <= i < end for i, (begin, end) in zip(coordinate.index, self.bounds, strict=True)
         )
 
     def overlaps(self, other: Region) -> bool:
         """Return True if a scalar is in both regions."""
-        return self.tensor == other.tensor and all(
+        return (self.tensor, len(self.bounds)) == (other.tensor, len(other.bounds)) and all(
             max(a, c) < min(b, d) for (a, b), (c, d) in zip(self.bounds, other.bounds, strict=True)
         )
+
+    def intersect(self, other: Region) -> Region:
+        """Return the scalars that are in both regions. The regions must overlap."""
+        axes = zip(self.bounds, other.bounds, strict=True)
+        return Region(self.tensor, tuple((max(a, c), min(b, d)) for (a, b), (c, d) in axes))
+
+    def list_positions(self, part: Region) -> Iterator[int]:
+        """Yield the flat index in this region of each scalar of `part`, a region inside it, in rising order."""
+        inner = tuple((begin - at, end - at) for (begin, end), (at, _) in zip(part.bounds, self.bounds, strict=True))
+        for first, length in list_runs(Region(self.tensor, inner), self.shape):
+            yield from range(first, first + length)
+
+    @classmethod
+    def of_scalar(cls, coordinate: Coordinate) -> Region:
+        """Return the region that is one scalar."""
+        return cls(coordinate.tensor, tuple((i, i + 1) for i in coordinate.index))
 
     def __str__(self) -> str:
         return f"{self.tensor}[{', '.join(_format_axis(*axis) for axis in self.bounds)}]"

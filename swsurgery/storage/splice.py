@@ -43,7 +43,9 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Splice(Scalar):
-    """An edit of one scalar by the operation `op`. `factor` is the factor of a scale, otherwise None.
+    """An edit of one scalar by the operation `op`.
+
+    `factor` is the factor of a scale, otherwise None. `bits` are the numbers of the bits that a flip inverts.
 
     While the file is copied, the bytes in the base must equal `old`, and the bytes `new` are written instead.
     """
@@ -51,12 +53,15 @@ class Splice(Scalar):
     op: str = ""
     new: bytes = b""
     factor: float | None = None
+    bits: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Convert the edit to a JSON object, in the form of the record."""
         document = Scalar.to_json(self)
         if self.factor is not None:
             document["factor"] = self.factor
+        if self.bits:
+            document["bit"] = list(self.bits)
         document["op"] = self.op
         document["new"] = convert_to_json(self.dtype, self.new)
         document["new_bits"] = format_bits(self.new)

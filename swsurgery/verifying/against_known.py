@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.editing.resolve import expect_known
+from swsurgery.editing.targets import expect_known
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.known import KnownCoordinate, KnownModel
 from swsurgery.manifest.operations import explain_expectation

@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, Record
+from swsurgery.editing.asked import Asked
 from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
-from swsurgery.editing.resolve import Asked, KnownPlace, find_known, resolve
+from swsurgery.editing.resolve import resolve
+from swsurgery.editing.targets import KnownPlace, find_known
 from swsurgery.errors import LookupFailed, ManifestError
 from swsurgery.known import own
 from swsurgery.manifest.load import LoadedManifest, parse_manifest

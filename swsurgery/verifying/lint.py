@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from swsurgery.editing.resolve import Expected, find_conflicts, read_target
+from swsurgery.editing.conflicts import find_conflicts
+from swsurgery.editing.targets import Expected, read_target
 from swsurgery.errors import LookupFailed, ManifestError, escape_control, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import IN_MEMORY, LoadedManifest, ManifestLike, load_manifest

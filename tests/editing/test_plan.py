@@ -334,7 +334,6 @@ def test_a_known_coordinate_brings_its_value(known_base):
     [
         ("qwen3-1.7b", "L2.1.1", "no such known coordinate of"),
         ("qwen3-1.7b", "L2.9.", "no such known coordinate of"),
-        ("smollm2-135m", "L11.507.*", "only the row of L11.507.* is known, not the column"),
         ("smollm2-135m", "all", "complete coordinate (layer, row and col) of HuggingFaceTB/SmolLM2-135M"),
     ],
 )

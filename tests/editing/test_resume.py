@@ -29,7 +29,7 @@ from killed import killed, names, run, signalled
 import swsurgery
 from swsurgery.cli import main
 from swsurgery.editing import apply
-from swsurgery.editing.copy import AppliedFile
+from swsurgery.editing.copy_job import AppliedFile
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import Interrupted, PlanError, SwsurgeryError, TargetError
 from swsurgery.storage import filesystem

@@ -1,0 +1,149 @@
+"""Write the undo file while a base is copied: the old bytes of all changed regions, or nothing if they are too many.
+
+The threads that copy files append old bytes to temporary files without a name, one for each file. When all files are
+copied, the parts are put in order. The result does not depend on the number of threads or the sizes of the segments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from swsurgery.checkpoint.record import UndoRecord
+from swsurgery.rewriting.function import Words
+from swsurgery.rewriting.segments import Change, Part, make_rows
+from swsurgery.rewriting.undo import UndoTensor, list_undo_tensors, render_header, sort_tensors
+from swsurgery.storage import filesystem
+from swsurgery.storage.files import CHUNK
+from swsurgery.storage.folder import Folder
+
+Piece = tuple[int, int, int]
+"""Bytes in a temporary file: (descriptor, offset, size)."""
+
+
+def is_sparse(change: Change) -> bool:
+    """Return True if only the changed scalars of a region are stored."""
+    return change.function.sparse
+
+
+class UndoWriter:
+    """Collects the old bytes of `changes` and writes them to the file `name`, if they have at most `limit` bytes."""
+
+    def __init__(self, name: str, changes: Sequence[Change], limit: int, folder: Folder):
+        self.name, self.changes, self.limit, self.folder = name, changes, limit, folder
+        dense = sum(c.region.scalars * c.info.dtype.size for c in changes if not is_sparse(c))
+        self.fits = dense <= limit
+        self.size = 0
+        self.lock = threading.Lock()
+        self.pieces: dict[str, list[Piece]] = {}
+        self.descriptors: list[int] = []
+
+    def __enter__(self) -> UndoWriter:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        for fd in self.descriptors:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def open_spool(self) -> Iterator[Spool]:
+        """Collect the old bytes of one file during the block. They are dropped unless the block calls `keep`."""
+        with filesystem.convert_os_errors(self.folder):
+            fd = filesystem.create_unnamed(self.folder)
+        spool = Spool(self, fd)
+        try:
+            yield spool
+        finally:
+            with self.lock:
+                if spool.kept:
+                    self.pieces |= spool.pieces
+                    self.descriptors.append(fd)
+                else:
+                    self.size -= spool.size
+                    os.close(fd)
+
+    def count(self, size: int) -> bool:
+        """Count bytes that are about to be stored. Returns False if all together exceed the limit."""
+        with self.lock:
+            self.size += size
+            self.fits = self.fits and self.size <= self.limit
+            return self.fits
+
+    def write(self, stage: Folder, mode: int) -> UndoRecord | None:
+        """Write the undo file; return None, and write nothing, if the old bytes exceed the limit."""
+        tensors = self._list_tensors() if self.fits else []
+        header = render_header(tensors) if tensors else None
+        if header is None:
+            return None
+        digest, size = hashlib.sha256(), 0
+        entry = stage / self.name
+        with filesystem.convert_os_errors(entry):
+            fd = filesystem.create(entry, mode)
+            try:
+                for data in self._read(header, tensors):
+                    digest.update(data)
+                    filesystem.write_all(fd, data)
+                    size += len(data)
+                filesystem.sync(fd)
+            finally:
+                os.close(fd)
+        return UndoRecord(sha256=digest.hexdigest(), size=size)
+
+    def _list_tensors(self) -> list[UndoTensor]:
+        """Return the tensors of the file in their order: by dtype, then by edit and region."""
+        tensors: list[UndoTensor] = []
+        for change in sorted(self.changes, key=lambda c: c.order):
+            count = sum(size for _, _, size in self.pieces.get(f"{change.name}.index", ())) // 8
+            [rows] = make_rows([change])
+            tensors += list_undo_tensors(
+                change.name, change.info.dtype.name, rows, count if is_sparse(change) else None
+            )
+        return sort_tensors(tensors)
+
+    def _read(self, header: bytes, tensors: Sequence[UndoTensor]) -> Iterator[bytes]:
+        """Yield the bytes of the file in chunks."""
+        yield header
+        for tensor in tensors:
+            for fd, offset, size in self.pieces.get(tensor.name, ()):
+                for at in range(offset, offset + size, CHUNK):
+                    yield filesystem.read_at(fd, min(CHUNK, offset + size - at), at)
+
+
+class Spool:
+    """A temporary file with the old bytes of the changed regions of one file."""
+
+    def __init__(self, writer: UndoWriter, fd: int):
+        self.writer, self.fd, self.size, self.kept = writer, fd, 0, False
+        self.pieces: dict[str, list[Piece]] = {}
+        self.end = 0
+
+    def keep(self) -> None:
+        """Keep what was added, because the file is complete."""
+        self.kept = True
+
+    def add(self, part: Part, old: Words, new: Words) -> None:
+        """Store the old bit patterns of a part of a region, unless the limit is exceeded."""
+        if not self.writer.fits:
+            return
+        name = part.change.name
+        if not is_sparse(part.change):
+            self._append(f"{name}.old", np.ascontiguousarray(old))
+            return
+        places = np.flatnonzero(old.reshape(-1) != new.reshape(-1))
+        if len(places):
+            flat = part.rows.find_flat(part.row, places.astype(np.int64))
+            self._append(f"{name}.index", flat.astype("<i8"))
+            self._append(f"{name}.old", old.reshape(-1)[places])
+
+    def _append(self, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> None:
+        self.size += array.nbytes
+        if self.writer.count(array.nbytes):
+            with filesystem.convert_os_errors(self.writer.folder):
+                filesystem.write_at(self.fd, array.reshape(-1).view(np.uint8).data, self.end)
+            self.pieces.setdefault(name, []).append((self.fd, self.end, array.nbytes))
+            self.end += array.nbytes
