@@ -58,6 +58,9 @@ Bits = Annotated[str, Field(pattern=r"^0x[0-9a-f]{1,16}$")]
 Index = Annotated[tuple[Position, ...], FailFast(), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
+LATER_OPERATIONS = ("flip", "restore")
+"""Operations on single scalars that version 1 of the record does not have."""
+
 RecordVersion = Annotated[Literal[1, 2], BeforeValidator(require_whole_number)]
 
 
@@ -219,6 +222,11 @@ class HistoryStep(Strict):
     registry: dict[str, Any]
     manifest: str
 
+    @property
+    def is_later(self) -> bool:
+        """True if the step has a record of version 2."""
+        return self.registry.get("registry_version") == 2
+
     def read(self) -> Record:
         """Return the earlier record with an empty history. Raises CheckpointError if it is not valid."""
         return _validate(self.registry | {"history": []})
@@ -256,8 +264,9 @@ class Record(TableResult, Strict):
 
     @model_validator(mode="after")
     def _fits_version(self) -> Record:
-        if self.registry_version == 1 and needs_version_2(self):
-            raise ValueError("version 1 of the record has no changes of regions, flip, restore or undo file")
+        needed = 2 if needs_version_2(self) else 1
+        if self.registry_version != needed:
+            raise ValueError(f"registry_version is {self.registry_version}, but these fields need version {needed}")
         return self
 
     @model_serializer(mode="wrap")
@@ -336,8 +345,8 @@ class Record(TableResult, Strict):
 
 def needs_version_2(record: Record) -> bool:
     """Return True if version 1 of the format cannot store what this step or an earlier one did."""
-    later = any(edit.op in ("flip", "restore") for edit in record.edits)
-    earlier = any(step.registry.get("registry_version") == 2 for step in record.history)
+    later = any(edit.op in LATER_OPERATIONS for edit in record.edits)
+    earlier = any(step.is_later for step in record.history)
     return bool(later or earlier or record.changes or record.protected_regions or record.undo)
 
 

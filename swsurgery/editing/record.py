@@ -9,18 +9,20 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from swsurgery._version import __version__
 from swsurgery.checkpoint.record import (
+    LATER_OPERATIONS,
     BaseRecord,
     ChangeRecord,
     EditRecord,
     FileRecord,
+    HistoryStep,
     Record,
     RegionRecord,
     ScalarRecord,
-    needs_version_2,
 )
 from swsurgery.errors import PlanError, TargetError
 from swsurgery.known import shipped
@@ -56,8 +58,9 @@ def draft_record(plan: Plan) -> Record:
     named_by: Literal["cache", "manifest"] | None = None
     if checkpoint.repo_id or base.repo_id:
         named_by = "cache" if checkpoint.repo_id else "manifest"
+    history = plan.previous.extend_history() if plan.previous else []
     draft = Record(
-        registry_version=2,
+        registry_version=_choose_version(plan, history),
         swsurgery_version=__version__,
         created=read_source_date_epoch(),
         base=BaseRecord(
@@ -75,16 +78,20 @@ def draft_record(plan: Plan) -> Record:
         known=shipped.build_json(plan.model)["models"][0] if plan.model else None,
         check={},
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
-        history=plan.previous.extend_history() if plan.previous else [],
+        history=history,
         changes=[ChangeRecord.model_validate(r.to_json() | NOT_MEASURED) for r in plan.rewrites],
         protected_regions=[
             RegionRecord.model_validate(p.to_json() | {"sha256": NO_DIGEST}) for p in plan.protected_regions
         ],
     )
-    if not needs_version_2(draft):
-        draft = draft.model_copy(update={"registry_version": 1})
     _refuse_unreadable(draft, plan)
     return draft
+
+
+def _choose_version(plan: Plan, history: Sequence[HistoryStep]) -> Literal[1, 2]:
+    """Return the version of the record's format: 1 if it suffices for this step and the earlier ones."""
+    later = plan.rewrites or plan.protected_regions or any(s.op in LATER_OPERATIONS for s in plan.splices)
+    return 2 if later or any(step.is_later for step in history) else 1
 
 
 def complete_record(draft: Record, copied: Copied, check: dict[str, Any]) -> Record:

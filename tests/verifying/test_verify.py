@@ -282,7 +282,8 @@ def test_a_scalar_forged_across_the_end_of_a_file_does_not_hang(patched):
         edit("unknown", 1),
         lambda d: d.pop("files"),
         lambda d: d.__setitem__("edits", {}),
-        lambda d: d.__setitem__("registry_version", 2),
+        lambda d: d.__setitem__("registry_version", 2),  # version 1 suffices
+        lambda d: d.__setitem__("registry_version", 3),
         lambda d: d["files"][FIRST].__setitem__("sha256", "0" * 63),
         lambda d: d["files"][FIRST].__setitem__("sha256", "Z" * 64),
         lambda d: d["files"][FIRST].__setitem__("size", 2.0),
