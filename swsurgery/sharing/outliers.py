@@ -17,9 +17,9 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.record import Patched
 from swsurgery.editing.base import find_base
-from swsurgery.editing.copy import compute_outside_mode
+from swsurgery.editing.copy_job import compute_outside_mode
 from swsurgery.editing.plan import make_plan
-from swsurgery.editing.resolve import locate
+from swsurgery.editing.targets import locate
 from swsurgery.errors import ArchitectureError, CheckpointError, PlanError
 from swsurgery.hub import RemoteTree, open_location
 from swsurgery.known import list_addressable
