@@ -22,7 +22,8 @@ from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage.hashing import check_digest, hash_file
 
 if TYPE_CHECKING:
-    from swsurgery.model.patched import PreTrainedModel, Tensor
+    from swsurgery.model.patched import PreTrainedModel
+    from swsurgery.model.read_tensors import Tensor
 
 
 def load_patched(
@@ -57,16 +58,16 @@ def patched_state_dict(
     cannot be loaded. The iteration raises CheckpointError if a shard has changed since the call.
     """
     _refuse_without("torch")
-    from swsurgery.model import patched
+    from swsurgery.model import read_tensors
 
     with contextlib.ExitStack() as stack:
         plan = stack.enter_context(_plan_held(manifest, base, require_reporter(reporter)))
-        patched.refuse_unreadable(plan.checkpoint)
+        read_tensors.refuse_unreadable(plan.checkpoint)
         held = stack.pop_all()
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with held:
-            yield from patched.load_tensors(plan.checkpoint, plan.splices)
+            yield from read_tensors.load_tensors(plan.checkpoint, plan.splices)
 
     return tensors()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from swsurgery.model import Placement, ScalarChange, explain_unavailable
 from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.model.report import CheckedBounds, CheckReport, Continuations
 from swsurgery.model.tokenizer import start
+from swsurgery.model.variant import Scalars, Variant
 from swsurgery.progress import Progress
 from swsurgery.storage.dtypes import decode
 from swsurgery.storage.numeric import load_numpy
@@ -39,6 +41,7 @@ def run_checks(
     checkpoint: Checkpoint,
     changes: Sequence[ScalarChange],
     *,
+    base: Variant | None = None,
     text: str | None = None,
     prompts: Sequence[str] | None = None,
     bounds: CheckedBounds | None = None,
@@ -77,7 +80,6 @@ def run_checks(
     import transformers
 
     from swsurgery.model import load, measure
-    from swsurgery.model.places import Variant
 
     text = read_built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts
@@ -93,8 +95,10 @@ def run_checks(
         _refuse_lengths(prompts, beginnings, context)
         measure.refuse_unknown_tokens(paired.model, pieces + beginnings)
 
-        base: Variant = {change.coordinate: change.base for change in changes}
-        variants = (base, {}) if changes else ({},)
+        wholly = base or Variant()
+        scalars: Scalars = {c.coordinate: c.base for c in changes if c.coordinate.tensor not in wholly.tensors}
+        old = replace(wholly, scalars=scalars)
+        variants = (Variant(),) if old.is_stored else (old, Variant())
         totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary), len(variants))
         continuations = []
         with load.convert_run_errors(paired.device, paired.weights is not None):

@@ -1,16 +1,16 @@
 """Run several variants of one model side by side, layer by layer, reading its weights once.
 
-A variant is the stored checkpoint with other values for some scalars, for example the base of a patched checkpoint, or
-a checkpoint in which one candidate is zeroed. Layers before the first changed one are computed once for all variants.
-In a changed layer, the scalars of each variant are written into the weights, the variant's hidden states are computed,
-and the stored scalars are restored. The results are the same as if each variant were loaded from a checkpoint of its
-own and run alone. This holds for scalars of any parameter: linear layers, experts, norms and the embedding.
+A variant is the stored checkpoint with other values for some scalars or with some tensors of another checkpoint: the
+base of a patched model, a zeroed candidate or a factor of a sweep. Layers before the first changed one are computed
+once for all variants. In a changed layer, the scalars and tensors of each variant are put into the weights, its rows
+are computed, and the stored weights are restored. The result equals loading each variant's checkpoint on its own, for
+changes in any parameter: linear layers, experts, norms and the embedding. If it is not known how transformers makes a
+parameter from a changed tensor, transformers loads that variant as a model of its own.
 
-A rehearsal finds the arguments with which the model calls its layers, such as masks and positions: the code of
-transformers runs with stand-ins for the layers, which record their arguments. Afterwards this module calls the layers
-one after the other, so that only the layer that is running needs its weights in memory (stream.py). The code of
-transformers computes the head. If the layers of a model cannot be called this way, the whole model runs once per
-variant.
+A rehearsal finds out how the model calls its layers (masks, positions): the code of transformers runs with stand-ins
+for the layers, which record their arguments. Then this module calls the layers one after the other, so that only the
+running layer needs its weights (stream.py). The code of transformers computes the head. If the layers of a model cannot
+be called this way, the whole model runs once per variant.
 
 This module must not depend on texts, tokenizers or metrics.
 """
@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.errors import ModelError, Unrunnable
+from swsurgery.model.activations import RoundInputs
 from swsurgery.model.calls import (
     Call,
     Unknown,
@@ -40,7 +42,10 @@ from swsurgery.model.calls import (
     replace_hidden,
     split,
 )
-from swsurgery.model.places import Places, Variant, find_decoder_layers
+from swsurgery.model.other_tensors import OtherTensors, find_changed_by_loader
+from swsurgery.model.places import Places, find_decoder_layers
+from swsurgery.model.variant import AnyVariant, Rounding, Variant
+from swsurgery.model.weight_plan import WeightPlan, plan_tensors
 from swsurgery.progress import Progress, Silent
 
 TOKENS_AT_ONCE = 2048
@@ -120,6 +125,10 @@ class Weights(Protocol):
     def sizes(self) -> Sequence[int]:
         """Size of the weights of each layer, in bytes."""
 
+    @property
+    def devices(self) -> Sequence[torch.device]:
+        """The devices that take the layers in turn; weights outside the layers are on the first one."""
+
     def layer(self, number: int) -> AbstractContextManager[torch.device]:
         """Load the weights of one layer for the length of a `with` block, which receives the weights' device."""
         ...
@@ -134,6 +143,10 @@ class Weights(Protocol):
     def close(self) -> None:
         """Stop reading ahead and free the memory. Layers can be loaded again afterwards."""
         ...
+
+
+LoadOther = Callable[[PreTrainedModel, Checkpoint, torch.device], PreTrainedModel]
+"""Type of a function that loads a checkpoint, which may be virtual, as a model like the given one, on a device."""
 
 
 @dataclass
@@ -152,9 +165,10 @@ class _Group:
 class LayeredModel:
     """A causal language model whose variants are computed layer by layer.
 
-    `model` is in evaluation mode. If `weights` is None, all of its weights are in memory. `run` raises ModelError if a
-    scalar of a variant is not in the loaded model, or if its loaded value differs from the stored one, because the
-    results would then be those of other weights.
+    `model` is in evaluation mode. If `weights` is None, all of its weights are in memory. `load_other` loads a variant
+    whose tensors have no known place in the model; if it is None, `run` raises ModelError for such a variant. `run`
+    raises ModelError if a scalar of a variant is not in the loaded model, or if the loaded value differs from the
+    stored one: the figures would then be those of other weights.
     """
 
     def __init__(
@@ -163,23 +177,28 @@ class LayeredModel:
         checkpoint: Checkpoint,
         weights: Weights | None = None,
         device: torch.device | None = None,
+        load_other: LoadOther | None = None,
     ):
         self.model, self.checkpoint, self.weights = model, checkpoint, weights
+        self.load_other = load_other
         self.layers = find_decoder_layers(model)
         self.dtype, self.device = model.dtype, device or model.device
         self.places = Places(model, self.layers, checkpoint)
         self._returned: Any = None  # the return value of one layer, a template for the stand-ins
         self._one_by_one = False
         self._layered: bool | None = None if self.layers else False
+        self._compared: frozenset[str] = frozenset()  # tensors whose loaded values are known to be the stored ones
+        self._separate = False
 
     @property
     def method(self) -> str:
         """How the model runs: "streamed", "layer by layer" or "whole passes".
 
-        With "streamed", the weights of two layers at a time are in memory; with "layer by layer", all weights are. With
-        "whole passes", the whole model runs once per variant, because its layers cannot be called separately. The value
-        is final after the first run.
+        "separate models" means that transformers loaded a variant as a model of its own. The value is final after the
+        first run.
         """
+        if self._separate:
+            return "separate models"
         if self._layered is False:
             return "whole passes"
         return "layer by layer" if self.weights is None else "streamed"
@@ -188,33 +207,87 @@ class LayeredModel:
     def run(
         self,
         sequences: Sequence[Sequence[int]],
-        variants: Sequence[Variant] = ({},),
+        variants: Sequence[AnyVariant] = ({},),
         *,
         watch: Watch | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Outcomes]:
         """Run every sequence of token ids in every variant and yield one Outcomes per sequence, in order.
 
-        Sequences may differ in length. In addition to the weights, memory holds one hidden state per sequence, variant,
-        token and channel. `progress` counts one step per layer and one per sequence, or bytes if the weights are
-        streamed. Its label names the current layer or sequence. Raises ModelError in the cases that the class
-        describes, and CheckpointError if a streamed shard cannot be read.
+        Sequences may differ in length. Besides the weights, memory holds sequences x variants x tokens x channels
+        hidden states. `progress` counts one step per layer and per sequence, or the bytes streamed. Its label names the
+        current layer or sequence. `watch` sees no variant that is loaded as a model of its own. Raises ModelError as
+        the class describes, and CheckpointError if a streamed shard cannot be read.
         """
-        progress = progress or Silent()
-        self.places.find(variants)
+        wanted = [Variant.of(variant) for variant in variants]
+        plans = [self._plan_tensors(variant) for variant in wanted]
+        apart = {index: self._load_apart(wanted[index]) for index, plan in enumerate(plans) if plan == "apart"}
+        here = [index for index in range(len(wanted)) if index not in apart]
+        self._separate = bool(apart)
+        inner = [plan for plan in plans if not isinstance(plan, str)]
+        mine = self._run_here(sequences, [wanted[index] for index in here], inner, watch, progress or Silent())
+        if not apart:
+            yield from mine
+            return
+        runs = [mine, *(one.run(sequences, [wanted[at].without_tensors()]) for at, one in apart.items())]
+        order = [*here, *apart]
+        for together in zip(*runs, strict=True):
+            yield _join(together, order)
+
+    def _run_here(
+        self,
+        sequences: Sequence[Sequence[int]],
+        variants: Sequence[Variant],
+        plans: Sequence[WeightPlan | None],
+        watch: Watch | None,
+        progress: Progress,
+    ) -> Iterator[Outcomes]:
+        """Run the variants that this model's modules can take."""
+        self.places.find([variant.scalars for variant in variants])
+        devices = [self.device] if self.weights is None else self.weights.devices
+        others = OtherTensors(plans, devices)
         try:
             layered = self.is_layered(sequences[0])
             steps = len(sequences) + (len(self.layers) if layered else 0)
             total, unit = (steps, "step") if self.weights is None else (sum(self.weights.sizes), "B")
             progress.start(total, unit, f"{len(self.layers)} layers")
             if layered:
-                yield from self._run_layers(sequences, variants, watch, progress)
+                yield from self._run_layers(sequences, variants, others, watch, progress)
             else:
-                yield from self._run_whole(sequences, variants, watch, progress)
+                yield from self._run_whole(sequences, variants, others, watch, progress)
         finally:
             progress.close()
+            others.close()
             if self.weights is not None:
                 self.weights.close()
+
+    def _plan_tensors(self, variant: Variant) -> WeightPlan | Literal["apart"] | None:
+        """Find the parameters that the tensors of a variant change; "apart" if it must be a model of its own.
+
+        Raises ModelError if the tensors do not fit the loaded checkpoint.
+        """
+        if not variant.tensors:
+            return None
+        merged = variant.merge(self.checkpoint)
+        if self.weights is not None:
+            self.weights.close()  # while weights are loaded, two tied parameters of a layer and outside are not one
+        try:
+            plan = plan_tensors(self.model, self.layers, merged, variant.tensors)
+            if self.weights is None and variant.tensors - self._compared:
+                loaded = plan_tensors(self.model, self.layers, self.checkpoint, variant.tensors - self._compared)
+                if tensor := find_changed_by_loader(loaded, self.device):
+                    raise Unrunnable("the loader changes a weight: it differs from the stored tensor", tensor)
+                self._compared |= variant.tensors
+        except ModelError:
+            if self.load_other is None:
+                raise
+            return "apart"
+        return plan
+
+    def _load_apart(self, variant: Variant) -> LayeredModel:
+        assert self.load_other is not None
+        merged = variant.merge(self.checkpoint)
+        return LayeredModel(self.load_other(self.model, merged, self.device), merged)
 
     def is_layered(self, ids: Sequence[int]) -> bool:
         """Return True if this class can call the layers one by one.
@@ -244,25 +317,28 @@ class LayeredModel:
         self,
         sequences: Sequence[Sequence[int]],
         variants: Sequence[Variant],
+        others: OtherTensors,
         watch: Watch | None,
         progress: Progress,
     ) -> Iterator[Outcomes]:
         with self._outside():
-            groups = self._enter(sequences, variants)
+            groups = self._enter(sequences, variants, others)
         peaks = _Peaks()
         for number, layer in enumerate(self.layers):
             progress.relabel(f"layer {number + 1}/{len(self.layers)}")
-            touched = any(self.places.has_scalars_in(variant, number) for variant in variants)
+            touched = any(self._is_touched(variant, index, number, others) for index, variant in enumerate(variants))
             with self._weights_of(number) as device:
                 for group in groups:
                     group.state = group.state.to(device)
                     if touched and group.state.shape[1] == 1:
                         group.state = group.state.repeat(1, len(variants), 1, 1)
-                    if touched:
-                        for index, variant in enumerate(variants):
-                            with self.places.swap(variant, number):
-                                self._advance(number, layer, group, slice(index, index + 1), watch)
-                    else:
+                for index, variant in enumerate(variants if touched else ()):
+                    with others.swap_layer(index, number), self.places.swap(variant.scalars, number):
+                        for group in groups:
+                            columns = slice(index, index + 1)
+                            self._advance(number, layer, group, columns, watch, variant.rounding)
+                for group in groups:
+                    if not touched:
                         self._advance(number, layer, group, slice(None), watch)
                     peaks.look(number, group)
             progress.advance(self.weights.sizes[number] if self.weights else 1)
@@ -274,49 +350,61 @@ class LayeredModel:
                 state = group.state[at].to(device).expand(len(variants), -1, -1)
 
                 def logits(index: int, ids: Sequence[int] = ids, state: Tensor = state) -> Tensor:
-                    with torch.no_grad(), self.places.swap(variants[index], None):
+                    swapped = others.swap_outside(index, keep=True)
+                    with torch.no_grad(), swapped, self.places.swap(variants[index].scalars, None):
                         return self._head(ids, state[index : index + 1])
 
                 found = tuple(peaks.of(number, index) for index in range(len(variants)))
                 yield Outcomes(number, Logits(len(variants), logits), found)
                 progress.advance(0 if self.weights else 1)
 
-    def _enter(self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant]) -> list[_Group]:
-        """Compute the input of the first layer for every sequence, and group the sequences by length."""
+    def _is_touched(self, variant: Variant, index: int, where: int | None, others: OtherTensors) -> bool:
+        """Return True if a variant changes what layer `where` computes (None: the modules outside the layers)."""
+        rounded = variant.rounding is not None and where is not None
+        return rounded or others.has(index, where) or self.places.has_scalars_in(variant.scalars, where)
+
+    def _enter(
+        self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant], others: OtherTensors
+    ) -> list[_Group]:
+        """Compute the input of the first layer for every sequence. Sequences of equal length form one group."""
         lengths: dict[int, list[int]] = defaultdict(list)
         for number, ids in enumerate(sequences):
             lengths[len(ids)].append(number)
-        apart = any(self.places.has_scalars_in(variant, None) for variant in variants)
-        groups = []
-        for numbers in lengths.values():
-            states: list[Tensor] = []
-            calls: list[Call] = []
-            for number in numbers:
-                rows = []
-                for variant in variants if apart else ({},):
-                    with self.places.swap(variant, None):
-                        hidden, calls = self._rehearse(sequences[number])
-                    rows.append(hidden[0])
-                states.append(torch.stack(rows))
-            groups.append(_Group(numbers, calls, torch.stack(states)))
-        return groups
+        apart = any(self._is_touched(variant, index, None, others) for index, variant in enumerate(variants))
+        rows: dict[int, list[Tensor]] = defaultdict(list)
+        calls: dict[int, list[Call]] = {}
+        for index, variant in enumerate(variants if apart else variants[:1]):
+            with others.swap_outside(index), self.places.swap(variant.scalars, None):
+                for number, ids in enumerate(sequences):
+                    hidden, calls[len(ids)] = self._rehearse(ids)
+                    rows[number].append(hidden[0])
+        return [
+            _Group(numbers, calls[length], torch.stack([torch.stack(rows[number]) for number in numbers]))
+            for length, numbers in lengths.items()
+        ]
 
-    def _advance(self, number: int, layer: nn.Module, group: _Group, columns: slice, watch: Watch | None) -> None:
-        """Run one layer on all sequences of a group, in batches of bounded size.
-
-        The slice `columns` selects the variants.
-        """
+    def _advance(
+        self,
+        number: int,
+        layer: nn.Module,
+        group: _Group,
+        columns: slice,
+        watch: Watch | None,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """Run one layer on the variants `columns` of all sequences of a group, in batches of bounded size."""
         state = group.state[:, columns]
         tokens = state.shape[2]
         variants = range(group.state.shape[1])[columns]
         rows = [(at, v) for at in range(len(group.sequences)) for v in variants]
-        size = 1 if self._one_by_one else max(1, TOKENS_AT_ONCE // tokens)
+        size = 1 if self._one_by_one or rounding else max(1, TOKENS_AT_ONCE // tokens)
         call = move_to_device(group.calls[number], group.state.device)
         for begin in range(0, len(rows), size):
             batch = rows[begin : begin + size]
             at, v = torch.tensor(batch, device=state.device).unbind(1)
             named = [(group.sequences[row], variant) for row, variant in batch]
-            with watch.around(number, layer, named) if watch else contextlib.nullcontext(), sdpa_kernel(ATTENTION):
+            watched = watch.around(number, layer, named) if watch else contextlib.nullcontext()
+            with watched, sdpa_kernel(ATTENTION), _round_inputs(rounding):
                 hidden = find_hidden(layer(group.state[at, v], *call.args, **call.kwargs))
             if watch:
                 watch.after(number, named, hidden)
@@ -415,6 +503,7 @@ class LayeredModel:
         self,
         sequences: Sequence[Sequence[int]],
         variants: Sequence[Variant],
+        others: OtherTensors,
         watch: Watch | None,
         progress: Progress,
     ) -> Iterator[Outcomes]:
@@ -423,23 +512,27 @@ class LayeredModel:
             logits: list[Tensor] = []
             found: list[Peak | None] = []
             for index, variant in enumerate(variants):
-                if index and not variant and not variants[0]:
+                if index and variant.is_stored and variants[0].is_stored:
                     logits.append(logits[0])
                     found.append(found[0])
                     continue
                 peaks = _Peaks()
-                with self.places.swap(variant), self._observe(number, index, watch, peaks):
+                observed = self._observe(number, index, watch, peaks, variant.rounding)
+                with others.swap_all(index), self.places.swap(variant.scalars), observed:
                     logits.append(self._logits(ids))
                 found.append(peaks.of(number, 0))
             yield Outcomes(number, Logits(len(logits), logits.__getitem__), tuple(found))
             progress.advance(1)
 
     @contextlib.contextmanager
-    def _observe(self, sequence: int, variant: int, watch: Watch | None, peaks: _Peaks) -> Iterator[None]:
+    def _observe(
+        self, sequence: int, variant: int, watch: Watch | None, peaks: _Peaks, rounding: Rounding | None
+    ) -> Iterator[None]:
         def watch_layer(number: int, layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 rows = [(sequence, variant)]
-                with watch.around(number, layer, rows) if watch else contextlib.nullcontext():
+                watched = watch.around(number, layer, rows) if watch else contextlib.nullcontext()
+                with watched, _round_inputs(rounding):
                     returned = type(layer).forward(layer, *args, **kwargs)
                 hidden = find_hidden(returned)
                 if watch:
@@ -451,6 +544,23 @@ class LayeredModel:
 
         with self._replace_forwards(watch_layer):
             yield
+
+
+def _round_inputs(rounding: Rounding | None) -> AbstractContextManager[object]:
+    return contextlib.nullcontext() if rounding is None else RoundInputs(rounding)
+
+
+def _join(parts: Sequence[Outcomes], order: Sequence[int]) -> Outcomes:
+    """Join the outcomes of several runs for one sequence. `order` contains the number of each variant in the result."""
+    places = [(part, at) for part in parts for at in range(len(part.logits))]
+    sorted_places = [place for _, place in sorted(zip(order, places, strict=True), key=lambda pair: pair[0])]
+
+    def compute(index: int) -> Tensor:
+        part, at = sorted_places[index]
+        return part.logits[at]
+
+    peaks = tuple(part.peaks[at] for part, at in sorted_places)
+    return Outcomes(parts[0].sequence, Logits(len(places), compute), peaks)
 
 
 class _Rehearsed(Exception):

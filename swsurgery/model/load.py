@@ -8,6 +8,7 @@ the model computes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import re
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -34,6 +36,7 @@ from swsurgery.hub import get_config_error
 from swsurgery.model import Placement
 from swsurgery.model.forward import ATTENTION, LayeredModel
 from swsurgery.model.places import find_decoder_layers
+from swsurgery.model.read_tensors import load_tensors, refuse_unreadable
 from swsurgery.model.refusals import (
     has_tokenizer,
     make_missing_error,
@@ -150,7 +153,7 @@ def open_model(
     model = _load_whole(checkpoint, torch.float32 if comfortable else "auto")
     with convert_run_errors(target):
         cast_module(model).to(target).eval()
-        return LayeredModel(model, checkpoint)
+        return LayeredModel(model, checkpoint, load_other=load_other)
 
 
 def cast_module(model: nn.Module) -> nn.Module:
@@ -175,7 +178,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
     with convert_run_errors(target, streamed=True):
         _move_computed_buffers(model, layers, devices)
         weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
-        streamed = LayeredModel(model, checkpoint, weights, devices[0])
+        streamed = LayeredModel(model, checkpoint, weights, devices[0], load_other)
         if not streamed.is_layered([0, 1, 2]):
             raise ModelError("cannot be read layer by layer: its layers cannot be called one by one", checkpoint.root)
     return streamed
@@ -295,6 +298,30 @@ def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedM
     refuse_invented(info, directory)
     checkpoint.refuse_changed()  # transformers opens files by path, so they may have been replaced
     return model
+
+
+def load_other(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
+    """Load a checkpoint, which may be virtual, on `device`, as a model with the config and dtype of `model`.
+
+    All its stored tensors are in memory while they are loaded. Raises ModelError if transformers cannot load them, and
+    CheckpointError if a shard cannot be read.
+    """
+    refuse_unreadable(checkpoint)
+    tensors = dict(load_tensors(checkpoint))
+    try:
+        other, info = cast(AutoClass, type(model)).from_pretrained(
+            None,
+            config=copy.deepcopy(model.config),
+            state_dict=tensors,
+            dtype=model.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except LOADING_ERRORS as error:
+        raise make_load_error(error, checkpoint.directory) from error
+    refuse_invented(info, checkpoint.directory)
+    cast_module(other).to(device).eval()
+    return other
 
 
 def make_load_error(error: Exception, directory: Path) -> Unrunnable:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,15 +18,10 @@ from transformers import PreTrainedModel
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import list_loaded_candidates
 from swsurgery.errors import Unrunnable
+from swsurgery.model.variant import Scalars
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
 from swsurgery.storage.region import Region
-
-Variant = Mapping[Coordinate | Region, float]
-"""Maps each scalar that differs from the stored checkpoint to its value; {} is the stored checkpoint itself.
-
-A region stands for all of its scalars, which then have the same value, such as 0.0 in a zeroed expert.
-"""
 
 _MISSING = "no such scalar in the loaded model"
 
@@ -65,7 +60,7 @@ class Places:
         self._owners = _map_owners(model, layers)
         self._found: dict[Coordinate | Region, Place] = {}
 
-    def find(self, variants: Sequence[Variant]) -> None:
+    def find(self, variants: Sequence[Scalars]) -> None:
         """Find all scalars and regions of `variants`. Raises Unrunnable if one is not in the loaded model."""
         for target in {target for variant in variants for target in variant} - set(self._found):
             if isinstance(target, Region):
@@ -73,12 +68,12 @@ class Places:
             else:
                 self._found[target] = self.find_place(target)
 
-    def has_scalars_in(self, variant: Variant, where: int | None) -> bool:
+    def has_scalars_in(self, variant: Scalars, where: int | None) -> bool:
         """Return True if `variant` changes a weight of layer `where`, or outside the layers if `where` is None."""
         return any(where in self._found[coordinate].layers for coordinate in variant)
 
     @contextlib.contextmanager
-    def swap(self, variant: Variant, where: int | None | object = ...) -> Iterator[None]:
+    def swap(self, variant: Scalars, where: int | None | object = ...) -> Iterator[None]:
         """Give the weights of layer `where` the values of `variant` for the length of a `with` block.
 
         If `where` is None, the weights outside the layers get these values; without `where`, all weights do. The

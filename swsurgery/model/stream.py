@@ -17,6 +17,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,9 @@ class StreamedWeights:
         self.plan, self.devices = plan, list(devices)
         self.sizes = [sum(slot.size for slot in slots) for slots in plan.layers]
         self._meta = {id(s): getattr(s.module, s.name) for s in (*plan.outside, *(x for y in plan.layers for x in y))}
-        self._reader: _Reader | None = None
-        self._loader: _Loader | None = None
+        self._reader: WeightReader | None = None
+        self._loader: Loader | None = None
+        self._next = 0
         self._bound: tuple[Slot, ...] = ()
         self._in_use = 0
 
@@ -58,18 +60,19 @@ class StreamedWeights:
         """Load the weights of one layer for the length of a `with` block, which receives the weights' device."""
         if not self._in_use:
             self._release()
-        if self._loader is None or self._loader.next != number:
+        if self._loader is None or self._next != number:
             self._stop()
-            self._loader = _Loader(self.plan, self.devices, number, self._open())
+            self._loader = Loader([self._make_job(at) for at in range(number, len(self.plan.layers))], self._open())
+        self._next = number + 1
         buffer = self._loader.take()
         slots = self.plan.layers[number]
         try:
-            self._bind(slots, buffer.memory)
+            set_parameters(slots, buffer.memory)
             yield buffer.memory.device
         finally:
             self._unbind(slots)
             self._loader.give(buffer)
-            if self._loader.next == len(self.plan.layers):
+            if self._next == len(self.plan.layers):
                 self._stop()
 
     @contextlib.contextmanager
@@ -84,7 +87,7 @@ class StreamedWeights:
             self._release()
             memory = torch.empty(compute_layout(wanted)[1], dtype=torch.uint8, device=self.devices[0])
             self._open().fill(wanted, memory, self.devices[0])
-            self._bind(wanted, memory)
+            set_parameters(wanted, memory)
             self._bound = wanted
         self._in_use += 1
         try:
@@ -103,9 +106,12 @@ class StreamedWeights:
             self._reader.close()
             self._reader = None
 
-    def _open(self) -> _Reader:
-        self._reader = self._reader or _Reader(self.devices)
+    def _open(self) -> WeightReader:
+        self._reader = self._reader or WeightReader(self.devices)
         return self._reader
+
+    def _make_job(self, number: int) -> Job:
+        return Job(self.plan.layers[number], self.devices[number % len(self.devices)])
 
     def _stop(self) -> None:
         if self._loader is not None:
@@ -119,19 +125,29 @@ class StreamedWeights:
             self._bound = ()
             torch.cuda.empty_cache()  # otherwise torch keeps the freed block, which no later allocation fits
 
-    def _bind(self, slots: Sequence[Slot], memory: Tensor) -> None:
-        for slot, begin in zip(slots, compute_layout(slots)[0], strict=True):
-            view = memory[begin : begin + slot.size].view(slot.dtype).view(slot.shape)
-            for module, name in slot.owners:
-                if name in module._parameters:
-                    module._parameters[name] = nn.Parameter(view, requires_grad=False)
-                else:
-                    module._buffers[name] = view
-
     def _unbind(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
             for module, name in slot.owners:
                 (module._parameters if name in module._parameters else module._buffers)[name] = self._meta[id(slot)]
+
+
+def set_parameters(slots: Sequence[Slot], memory: Tensor) -> None:
+    """Make the parameters and buffers of `slots` views of `memory`, which `WeightReader.fill` has filled."""
+    for slot, begin in zip(slots, compute_layout(slots)[0], strict=True):
+        view = memory[begin : begin + slot.size].view(slot.dtype).view(slot.shape)
+        parameter = nn.Parameter(view, requires_grad=False)
+        for module, name in slot.owners:
+            if name in module._parameters:
+                module._parameters[name] = parameter
+            else:
+                module._buffers[name] = view
+
+
+class Job(NamedTuple):
+    """What a loader reads into one buffer: the slots, and the device on which they are needed."""
+
+    slots: tuple[Slot, ...]
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -203,7 +219,7 @@ def allocate_pinned_pieces() -> list[Tensor]:
     return [torch.empty(STREAM_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * READERS)]
 
 
-class _Reader:
+class WeightReader:
     """Reads shards into memory on several threads.
 
     For CUDA, the bytes pass through pieces of pinned memory, from which a separate CUDA stream copies them.
@@ -268,7 +284,7 @@ class _Reader:
             self._pinned.put((pinned, copied))
 
 
-class _Buffer:
+class Buffer:
     """Memory for one layer on one device.
 
     For CUDA, the event `copied` occurs when the layer's bytes have arrived, and `used` when the layer has been
@@ -276,6 +292,7 @@ class _Buffer:
     """
 
     def __init__(self, size: int, device: torch.device):
+        self.device = device
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.copied: torch.cuda.Event | None = None
         self.used = _new_event() if device.type == "cuda" else None
@@ -283,56 +300,52 @@ class _Buffer:
             self.used.record(torch.cuda.current_stream(device))
 
 
-class _Loader:
-    """A thread that reads the layers in order, from number `first` on, into two buffers per device."""
+class Loader:
+    """Reads jobs in order, one ahead of the job that is used, on a separate thread, into two buffers per device."""
 
-    def __init__(self, plan: WeightPlan, devices: Sequence[torch.device], first: int, reader: _Reader):
-        self.next = first
-        self._layers, self._devices, self._reader = plan.layers, devices, reader
-        self._free: list[queue.SimpleQueue[_Buffer | None]] = [queue.SimpleQueue() for _ in devices]
-        self._ready: queue.SimpleQueue[_Buffer | BaseException] = queue.SimpleQueue()
-        for device, free in zip(devices, self._free, strict=True):
-            for _ in range(2):
-                free.put(_Buffer(plan.largest, device))
+    def __init__(self, jobs: Sequence[Job], reader: WeightReader):
+        self._jobs, self._reader = jobs, reader
+        self._free: dict[torch.device, queue.SimpleQueue[Buffer | None]] = {}
+        self._ready: queue.SimpleQueue[Buffer | BaseException] = queue.SimpleQueue()
+        for device in dict.fromkeys(job.device for job in jobs):
+            self._free[device] = queue.SimpleQueue()
+            mine = [job for job in jobs if job.device == device]
+            largest = max(compute_layout(job.slots)[1] for job in mine)
+            for _ in mine[:2]:
+                self._free[device].put(Buffer(largest, device))
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read_all, args=(first,), daemon=True)
+        self._thread = threading.Thread(target=self._read_all, daemon=True)
         self._thread.start()
 
-    def take(self) -> _Buffer:
-        """Wait until the next layer has been read, and return its buffer.
-
-        If an exception ended the thread, this method raises it.
-        """
+    def take(self) -> Buffer:
+        """Return the buffer of the next job. Raises the exception that ended the thread."""
         buffer = self._ready.get()
         if isinstance(buffer, BaseException):
             raise buffer
         if buffer.copied is not None:
             torch.cuda.current_stream(buffer.memory.device).wait_event(buffer.copied)
-        self.next += 1
         return buffer
 
-    def give(self, buffer: _Buffer) -> None:
-        """Release the buffer of the layer that was taken last, so that another layer can be read into it."""
+    def give(self, buffer: Buffer) -> None:
+        """Release a buffer that was taken, so that another job can be read into it."""
         if buffer.used is not None:
             buffer.used.record(torch.cuda.current_stream(buffer.memory.device))
-        self._free[(self.next - 1) % len(self._devices)].put(buffer)
+        self._free[buffer.device].put(buffer)
 
     def close(self) -> None:
         """Stop reading and wait until the thread has ended."""
         self._stopped.set()
-        for free in self._free:
+        for free in self._free.values():
             free.put(None)
         self._thread.join()
 
-    def _read_all(self, first: int) -> None:
+    def _read_all(self) -> None:
         try:
-            for number in range(first, len(self._layers)):
-                at = number % len(self._devices)
-                buffer = self._free[at].get()
+            for slots, device in self._jobs:
+                buffer = self._free[device].get()
                 if buffer is None or self._stopped.is_set():
                     return
-                device = self._devices[at]
-                buffer.copied = self._reader.start(self._layers[number], buffer.memory, device, buffer.used)
+                buffer.copied = self._reader.start(slots, buffer.memory, device, buffer.used)
                 self._ready.put(buffer)
         except BaseException as error:  # noqa: BLE001 (`take` raises it again)
             self._ready.put(error)

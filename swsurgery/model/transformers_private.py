@@ -29,10 +29,12 @@ class AutoClass(Protocol):
     def from_config(self, config: PreTrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
         """Build a model of `config` without reading weights."""
 
-    def from_pretrained(self, directory: str | PathLike[str], /, **options: Any) -> tuple[PreTrainedModel, LoadingInfo]:
-        """Load the model in `directory`, and return it with its loading info.
+    def from_pretrained(
+        self, directory: str | PathLike[str] | None, /, **options: Any
+    ) -> tuple[PreTrainedModel, LoadingInfo]:
+        """Load a model. Returns its loading info too, so `options` must contain output_loading_info=True.
 
-        `options` must contain output_loading_info=True, without which transformers returns the model alone.
+        `directory` is None if `options` contain the tensors as state_dict.
         """
 
 

@@ -7,8 +7,9 @@ only to compare tied tensors that are stored twice.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +48,11 @@ expert. If an expert has two stored tensors, they are joined along the rows."""
 class Part:
     """Stored bytes of some or all rows of a parameter.
 
-    They are `size` bytes at `offset` of the shard `file`. Their first value has the flat index `element` in the
-    parameter.
+    They are `size` bytes at `offset` of a shard, which store the tensor `tensor`. Their first value has the flat index
+    `element` in the parameter.
     """
 
+    tensor: str
     file: File
     offset: int
     size: int
@@ -89,63 +91,112 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
 
     Raises ModelError if a needed weight is not stored, or is stored in a form that only transformers can load.
     """
+    planner = _Planner(model, layers)
     prefixes = ("", *name_prefixes(checkpoint.config))
-    layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
-    head = find_output_embeddings(model)
-    in_layers: list[list[Slot]] = [[] for _ in layers]
-    outside: list[Slot] = []
-    for holders in _list_needed_tensors(model):
+    for holders in _list_tensors(model, _find_needed_modules(model)):
+        path, module, name = holders[0]
+        forms = _find_stored_forms(holders, getattr(module, name).shape, checkpoint, prefixes)
+        if not forms:
+            if HEAD_NAMES & set(path.split(".")) and not any(HEAD_NAMES & set(t.split(".")) for t in checkpoint.shapes):
+                raise make_missing_error([path], checkpoint.directory)
+            raise ModelError("cannot be read layer by layer: no stored form is known", path)
+        planner.add(holders, forms)
+    return planner.plan
+
+
+def plan_tensors(
+    model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint: Checkpoint, tensors: Collection[str]
+) -> WeightPlan:
+    """Find the stored bytes of those parameters that are stored, in part or as a whole, in one of `tensors`.
+
+    Parameters that do not affect the logits, such as those of a vision tower, are left out. Raises ModelError if the
+    parameter of a tensor is not known, or if it is stored in a form that only transformers can load.
+    """
+    planner = _Planner(model, layers)
+    prefixes = ("", *name_prefixes(checkpoint.config))
+    needed = _find_needed_modules(model)
+    unknown = set(tensors)
+    for holders in _list_tensors(model):
+        _, module, name = holders[0]
+        forms: list[_Form] = []
+        with contextlib.suppress(ModelError):  # a quantised tensor, which matters only if it is one of `tensors`
+            forms = _find_stored_forms(holders, getattr(module, name).shape, checkpoint, prefixes)
+        stored = {part.tensor for _, parts in forms for part in parts}
+        if stored.isdisjoint(tensors):
+            continue
+        unknown -= stored
+        if any(id(module) in needed for _, module, _ in holders):
+            planner.add(holders, forms)
+    if unknown:
+        raise ModelError("cannot be read layer by layer: the parameter of the tensor is not known", min(unknown))
+    return planner.plan
+
+
+class _Planner:
+    """Collects the slots of a plan."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module]):
+        self._model = model
+        self._layer_of = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
+        self._head = find_output_embeddings(model)
+        self._in_layers: list[list[Slot]] = [[] for _ in layers]
+        self._outside: list[Slot] = []
+
+    @property
+    def plan(self) -> WeightPlan:
+        """The plan of all slots added so far."""
+        return WeightPlan(tuple(tuple(slots) for slots in self._in_layers), tuple(self._outside))
+
+    def add(self, holders: Sequence[_Holder], forms: Sequence[_Form]) -> None:
+        """Add the slots of one tensor, which is stored in at least one form.
+
+        Raises ModelError if it is stored under several names with different bytes, because transformers would then load
+        separate tensors, or in a dtype that cannot be converted.
+        """
+        first, parts = forms[0]
+        for path, others in forms[1:]:
+            if others != parts and not _has_same_bytes(parts, others):
+                what = f"cannot be read layer by layer: it is tied to {path}, which is stored with other values"
+                raise ModelError(what, first)
         path, module, name = holders[0]
         tensor = getattr(module, name)
-        parts = _find_stored_parts(holders, tensor.shape, checkpoint, prefixes)
-        dtype = _find_loaded_dtype(model, path, tensor)
+        dtype = _find_loaded_dtype(self._model, path, tensor)
         if any(part.dtype != dtype and not _is_both_floating(part.dtype, dtype) for part in parts):
-            raise ModelError(
-                f"cannot be read layer by layer: its stored dtype {parts[0].dtype} cannot be converted to {dtype}", path
-            )
-        for place in {layer_of.get(id(module)) for _, module, _ in holders}:
-            mine = tuple((m, n) for _, m, n in holders if layer_of.get(id(m)) == place)
-            slot = Slot(*mine[0], tensor.shape, dtype, parts, mine, all(module is head for module, _ in mine))
-            (outside if place is None else in_layers[place]).append(slot)
-    return WeightPlan(tuple(tuple(slots) for slots in in_layers), tuple(outside))
+            raise ModelError(f"cannot be read layer by layer: stored as {parts[0].dtype}", path)
+        for place in {self._layer_of.get(id(module)) for _, module, _ in holders}:
+            mine = tuple((m, n) for _, m, n in holders if self._layer_of.get(id(m)) == place)
+            head = all(module is self._head for module, _ in mine)
+            slot = Slot(*mine[0], tensor.shape, dtype, parts, mine, head)
+            (self._outside if place is None else self._in_layers[place]).append(slot)
 
 
-def _list_needed_tensors(model: PreTrainedModel) -> Iterable[list[_Holder]]:
-    """List each tensor that the text model and its head load from a checkpoint, with all its occurrences.
-
-    A tied tensor occurs several times. The parts of a model that process images are left out.
-    """
+def _find_needed_modules(model: PreTrainedModel) -> set[int]:
+    """Return the ids of the modules of the text model and its head; those that process images are left out."""
     roots = [root for root in (find_decoder(model), find_output_embeddings(model)) if root is not None]
-    needed = {id(module) for root in roots for module in root.modules()}
+    return {id(module) for root in roots for module in root.modules()}
+
+
+def _list_tensors(model: PreTrainedModel, needed: Collection[int] | None = None) -> Iterable[list[_Holder]]:
+    """List the occurrences of each stored tensor of the model, in the modules `needed`; a tied tensor has several."""
     holders: dict[int, list[_Holder]] = {}
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in module._non_persistent_buffers_set and id(module) in needed:
+            stored = tensor is not None and name not in module._non_persistent_buffers_set
+            if stored and (needed is None or id(module) in needed):
                 holders.setdefault(id(tensor), []).append((f"{path}.{name}" if path else name, module, name))
     return holders.values()
 
 
-def _find_stored_parts(
-    holders: Sequence[_Holder], shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]
-) -> tuple[Part, ...]:
-    """Find the stored bytes of a tensor, under one of its names.
+_Form = tuple[str, tuple[Part, ...]]
+"""One stored form of a tensor: the name under which the model holds it, and the parts."""
 
-    A tied tensor is usually stored under one name. Raises ModelError if a tensor is not stored, or if it is stored
-    under several names with different bytes: transformers would then load separate tensors.
-    """
+
+def _find_stored_forms(
+    holders: Sequence[_Holder], shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]
+) -> list[_Form]:
+    """Find the stored bytes of a tensor under each of its names. A tied tensor is usually stored under one name."""
     found = [(path, _find_parts(path, shape, checkpoint, prefixes)) for path, _, _ in holders]
-    stored = [(path, parts) for path, parts in found if parts]
-    if not stored:
-        path = holders[0][0]
-        if HEAD_NAMES & set(path.split(".")) and not any(HEAD_NAMES & set(t.split(".")) for t in checkpoint.shapes):
-            raise make_missing_error([path], checkpoint.directory)
-        raise ModelError("cannot be read layer by layer: no stored tensor has a suitable name and shape", path)
-    first, parts = stored[0]
-    for path, others in stored[1:]:
-        if others != parts and not _has_same_bytes(parts, others):
-            what = f"cannot be read layer by layer: it is tied to {path}, which is stored with other values"
-            raise ModelError(what, first)
-    return parts
+    return [(path, parts) for path, parts in found if parts]
 
 
 def _is_both_floating(one: torch.dtype, other: torch.dtype) -> bool:
@@ -161,9 +212,9 @@ class WeightPlan:
     outside: tuple[Slot, ...]
 
     @property
-    def largest(self) -> int:
-        """Size in bytes of a buffer for the largest layer."""
-        return max(compute_layout(slots)[1] for slots in self.layers)
+    def slots(self) -> list[Slot]:
+        """All slots, those outside the layers first."""
+        return [*self.outside, *(slot for slots in self.layers for slot in slots)]
 
 
 def compute_layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
@@ -256,5 +307,5 @@ def _locate_part(name: str, element: int, checkpoint: Checkpoint) -> Part:
         raise ModelError(f"cannot be read layer by layer: {why}", name)
     dtype = get_streamed_dtype(info.dtype.name)
     if dtype is None:
-        raise ModelError(f"cannot be read layer by layer: its stored dtype {info.dtype.name} is not supported", name)
-    return Part(shard.file, shard.data_start + info.data_offsets[0], info.size, dtype, element)
+        raise ModelError(f"cannot be read layer by layer: stored as {info.dtype.name}", name)
+    return Part(name, shard.file, shard.data_start + info.data_offsets[0], info.size, dtype, element)

@@ -30,7 +30,7 @@ from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS, compute_mean_interval, compute_prediction_bound
-from swsurgery.model.places import Variant
+from swsurgery.model.variant import Scalars
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
 from swsurgery.progress import Progress
 from swsurgery.scanning.matrices import find_projections
@@ -567,7 +567,7 @@ class Losses(Generic[Part]):
 
     def _run(self, groups: Sequence[frozenset[Part]], progress: Progress | None) -> None:
         totals = measure.Totals([], 1 + len(groups))
-        variants: list[Variant] = [{}]
+        variants: list[Scalars] = [{}]
         variants += [{target: 0.0 for part in group for target in self._list_targets(part)} for group in groups]
         for outcomes in self.model.run(self.windows, variants, progress=progress):
             totals.add_window(self.windows[outcomes.sequence], outcomes)

@@ -21,7 +21,8 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model import Placement, forward, load
 from swsurgery.model.forward import LayeredModel, Peak
-from swsurgery.model.places import Variant, find_decoder_layers
+from swsurgery.model.places import find_decoder_layers
+from swsurgery.model.variant import AnyVariant, Scalars
 from swsurgery.storage.coordinate import Coordinate
 
 IDS = [1, 5, 9, 13, 6, 3, 5]
@@ -67,7 +68,7 @@ class Bench:
                 tensors[tensor] = torch.randn(tensors[tensor].shape, generator=numbers)
         save_file(tensors, self.base / "model.safetensors", {"format": "pt"})
         shutil.copytree(self.base, self.patched)
-        self.old: Variant = {Coordinate(tensor, index): float(tensors[tensor][index]) for tensor, index in places}
+        self.old: Scalars = {Coordinate(tensor, index): float(tensors[tensor][index]) for tensor, index in places}
         for tensor, index in places:
             tensors[tensor][index] += by
         save_file(tensors, self.patched / "model.safetensors", {"format": "pt"})
@@ -86,7 +87,7 @@ class Bench:
 
 
 def outcomes(
-    model: LayeredModel, variants: Sequence[Variant], sequences: Sequence[Sequence[int]] = (IDS,)
+    model: LayeredModel, variants: Sequence[AnyVariant], sequences: Sequence[Sequence[int]] = (IDS,)
 ) -> list[list[tuple[torch.Tensor, Peak | None]]]:
     """For each sequence and variant: logits and peak."""
     found = []
