@@ -126,6 +126,9 @@ def check(
     variant: VariantOption = None,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
+    base: Annotated[
+        str | None, typer.Option(help="The base, if the old bytes were too many for the undo file.")
+    ] = None,
 ) -> None:
     """Run a patched checkpoint and its base on the same text. Exit 1 if a bound is not met.
 
@@ -146,6 +149,7 @@ def check(
         variant=variant,
         device=device,
         placement=placement,
+        base=base,
         reporter=out.make_reporter(),
     )
     out.print_result(report, lambda report: show.show_check(report.to_json()))

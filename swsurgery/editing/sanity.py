@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from swsurgery import model
+from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes
 from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint, refuse_other_weights
-from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record
+from swsurgery.checkpoint.record import RECORD_NAME, Patched, Record, find_record
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.plan import Plan
-from swsurgery.errors import CheckFailed, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
+from swsurgery.errors import CheckFailed, CheckpointError, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
 from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.model.report import CheckedBounds, CheckReport
+from swsurgery.model.variant import Variant
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import (
     require_choice,
@@ -33,7 +35,10 @@ from swsurgery.storage.arguments import (
     require_type,
 )
 from swsurgery.storage.dtypes import DTYPES, decode
+from swsurgery.storage.files import File, has_same_bytes
 from swsurgery.storage.folder import Folder
+from swsurgery.storage.hashing import hash_file
+from swsurgery.storage.region import list_runs
 from swsurgery.storage.splice import Splice
 
 Check = Literal["auto", "off", "weights", "forward"]
@@ -99,6 +104,7 @@ def check(
     variant: str | None = None,
     device: str = "auto",
     placement: Placement = "auto",
+    base: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> CheckReport:
     """Run a checkpoint and, if it has a record, compare it with its base.
@@ -109,6 +115,9 @@ def check(
     checkpoint without a record has no base to compare with: its report has `compared` False, and limits raise
     PlanError. `weights` and `variant` choose between several sets of weights if no record does. `device` is "auto",
     "cpu" or "cuda"; `placement` is "whole" (all weights in memory), "streamed" (two layers at a time) or "auto".
+
+    If the record has no old bytes of a changed region, because they exceeded the limit of the undo file, `base` is the
+    directory or hf:// address of the base.
 
     Raises TypeError, HubError, CheckpointError, ModelError, PlanError; TargetError if another run is editing the
     checkpoint in place.
@@ -138,10 +147,12 @@ def check(
             )
             for e in (record.edits if record else ())
         ]
+        variant_of_base = _find_base_tensors(opened, record, base)
         with add_remedy("swsurgery verify, which does not run the model") if patched else contextlib.nullcontext():
             found = run_checks(
                 opened,
                 changes,
+                base=variant_of_base,
                 text=options.text,
                 prompts=options.prompts,
                 bounds=options.bounds,
@@ -153,6 +164,27 @@ def check(
                 say=reporter.say,
             )
         return replace(found, compared=patched is not None)
+
+
+def _find_base_tensors(patched: Checkpoint, record: Record | None, base: str | Path | None) -> Variant | None:
+    """Return the tensors with changed regions as they are in the base; None if only scalars were changed.
+
+    They are read from the files of `base`, or from the patched checkpoint with the old bytes of the undo file. Raises
+    CheckpointError if neither has them.
+    """
+    if record is None or not record.changes:
+        return None
+    tensors = frozenset(change.tensor for change in record.changes)
+    if base is None:
+        from swsurgery.editing.overlay_undone import overlay_undone
+
+        return Variant({}, tensors, overlay_undone(patched, record))
+    opened = open_checkpoint(download_checkpoint(parse_location(require_location("base", base))))
+    for name in sorted({change.file for change in record.changes}):
+        shard = opened.shards.get(name)
+        if shard is None or hash_file(shard.file) != record.files[name].base_sha256:
+            raise CheckpointError("is not the base of the patched checkpoint: its digest differs", f"{base}, {name}")
+    return Variant({}, tensors, opened)
 
 
 def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None:
@@ -257,9 +289,11 @@ def _check_forward(
         model.ScalarChange(s.coordinate, float(decode(s.dtype, s.old)), float(decode(s.dtype, s.new)))
         for s in plan.splices
     ]
+    tensors = frozenset(rewrite.region.tensor for rewrite in plan.rewrites)
     return run_checks(
         read_checkpoint(patched, plan.loaded.manifest.base),
         changes,
+        base=Variant({}, tensors, plan.checkpoint) if tensors else None,
         text=options.text,
         prompts=options.prompts,
         bounds=bounds,
@@ -288,8 +322,15 @@ def _check_weights(plan: Plan, patched: Folder, progress: Progress) -> dict[str,
     compared = plan.checkpoint.is_here and result.root != plan.checkpoint.root
     wrong: list[str] = []
     if compared:
-        differences = find_undeclared_changes(result, plan.checkpoint, touched, declared, progress)
+        rewritten = {rewrite.file for rewrite in plan.rewrites}
+        only_scalars = [name for name in touched if name not in rewritten]
+        differences = find_undeclared_changes(result, plan.checkpoint, only_scalars, declared, progress)
         wrong += [f"{difference.file}: {difference.message}" for difference in differences]
+        wrong += [
+            f"{name}: bytes that no edit names differ from the base's"
+            for name in sorted(rewritten)
+            if not _is_same_elsewhere(plan, name, result.shards[name].file)
+        ]
     for scalar in (*plan.splices, *plan.protected):
         if scalar.file in elsewhere:
             continue
@@ -299,3 +340,19 @@ def _check_weights(plan: Plan, patched: Folder, progress: Progress) -> dict[str,
     if wrong:
         raise CheckFailed.of(f"check failed: {line}" for line in wrong)
     return {"changed_scalars": len(plan.splices), "protected_scalars": len(plan.protected), "shards": touched}
+
+
+def _is_same_elsewhere(plan: Plan, name: str, patched: File) -> bool:
+    """Compare a patched shard with the base outside the changed regions and scalars. Returns True if equal."""
+    changed = [(splice.offset, splice.offset + len(splice.new)) for splice in plan.splices if splice.file == name]
+    for rewrite in plan.rewrites:
+        size = rewrite.info.dtype.size
+        for first, count in list_runs(rewrite.region, rewrite.info.shape) if rewrite.file == name else ():
+            changed.append((rewrite.start + first * size, rewrite.start + (first + count) * size))
+    with plan.checkpoint.shards[name].file.open() as ours, patched.open() as theirs:
+        at = 0
+        for begin, end in [*sorted(changed), (ours.size, ours.size)]:
+            if begin > at and not has_same_bytes(ours, theirs, begin - at, at, at):
+                return False
+            at = max(at, end)
+    return True
