@@ -207,7 +207,10 @@ def test_a_list_of_edits_needs_a_base():
         (lambda: swsurgery.verify("patched", signature=1, public_key="k"), "signature must be a str or a Path, not 1"),
         (lambda: swsurgery.check("base", windows=2.0), "windows must be an integer, not 2.0"),
         (lambda: swsurgery.check("base", max_perplexity_ratio="2"), "max_perplexity_ratio must be a number, not '2'"),
-        (lambda: swsurgery.scan("base", method="luck"), "method must be one of 'activations', 'weights', not 'luck'"),
+        (
+            lambda: swsurgery.scan("base", method="luck"),
+            "method must be one of 'activations', 'weights', 'experts', not 'luck'",
+        ),
         (lambda: swsurgery.scan("base", prompts="Say"), "prompts must be None or a list of strings, not 'Say'"),
         (lambda: swsurgery.scan("base", window=None), "window must be an integer, not None"),
         (lambda: swsurgery.sweep("edits.json", "0,1"), "factors must be a list of numbers, not '0,1'"),

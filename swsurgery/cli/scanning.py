@@ -31,7 +31,8 @@ def scan(
     out: Output,
     checkpoint: Annotated[str, typer.Argument(help="A directory, or hf://ORG/NAME[@REV].", show_default=False)],
     method: Annotated[
-        Literal["activations", "weights"], typer.Option(help="Run prompts through the model, or read the weights only.")
+        Literal["activations", "weights", "experts"],
+        typer.Option(help="Run prompts through the model, read the weights only, or find super experts by prompts."),
     ] = "activations",
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to run; may be repeated.")] = None,
     confirm: Annotated[bool, typer.Option("--confirm", help="Measure the effect of zeroing each candidate.")] = False,
@@ -57,9 +58,16 @@ def scan(
     placement: PlacementOption = "auto",
 ) -> None:
     """Find the super weights of a checkpoint. Exit 2 if none was found but some layers could not be read."""
-    from swsurgery.cli import show_scan
+    from swsurgery.cli import show_experts, show_scan
     from swsurgery.scanning import scan
+    from swsurgery.scanning.expert_report import ExpertScan
     from swsurgery.scanning.report import Scan
+
+    def show(report: Scan) -> None:
+        if isinstance(report, ExpertScan):
+            show_experts.show_experts(report)
+        else:
+            show_scan.show_scan(report)
 
     _refuse_idle(out.given, method, confirm, manifest)
     try:
@@ -85,11 +93,12 @@ def scan(
         )
     except (SwsurgeryError, Interrupted) as error:
         if isinstance(error.result, Scan):  # the scan took long, and only writing a file failed
-            out.print_result(error.result, show_scan.show_scan)
+            out.print_result(error.result, show)
         raise
-    out.print_result(found, show_scan.show_scan)
+    out.print_result(found, show)
     if found.answer == "undecided":
-        out.note("undecided: some layers were not read, and no super weight was found in the others")
+        what = "super expert" if method == "experts" else "super weight"
+        out.note(f"undecided: some layers were not read, and no {what} was found in the others")
         raise typer.Exit(2)
 
 
@@ -141,11 +150,11 @@ def parse_numbers(text: str) -> list[float]:
 
 def _refuse_idle(given: Collection[str], method: str, confirm: bool, manifest: Path | None) -> None:
     """Raise SwsurgeryError if the user gave an option that has no effect without another one, which is missing."""
-    activations = method == "activations"
+    runs = method in ("activations", "experts")
     for option, used, beside in (
-        ("prompt", activations, "--method activations"),
-        ("device", activations or confirm, "--method activations or --confirm"),
-        ("placement", activations or confirm, "--method activations or --confirm"),
+        ("prompt", runs, "--method activations or experts"),
+        ("device", runs or confirm, "--method activations or experts, or --confirm"),
+        ("placement", runs or confirm, "--method activations or experts, or --confirm"),
         ("text", confirm, "--confirm"),
         ("windows", confirm, "--confirm"),
         ("window", confirm, "--confirm"),

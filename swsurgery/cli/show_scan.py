@@ -34,13 +34,13 @@ Columns = dict[str, Sequence[object]]
 
 def show_scan(report: Scan) -> None:
     """Print the answer of a scan, then its candidates, the effects of zeroing them, and the notes."""
-    print_text(f"scanned   {_describe_scanned(report)}")
+    print_text(f"scanned   {describe_scanned(report)}")
     print_text(f"answer    {_describe_answer(report)}")
     for line in describe_unread(report.unread):
         print_text(f"unread    {escape_control(line)}")
     trials = report.confirmation.trials if report.confirmation else ()
     companions = [trial.candidate for trial in trials if not trial.listed]
-    for pattern in _list_patterns([*report.candidates, *companions]):
+    for pattern in list_patterns([*report.candidates, *companions]):
         print_text(f"tensor    {escape_control(pattern)}")
     if report.activations:
         _print_activations(report.activations)
@@ -56,12 +56,12 @@ def show_scan(report: Scan) -> None:
 
 def _print_activations(activations: Sequence[PersistentActivation]) -> None:
     print_text("\nsuper activations: channels with massive values after these layers")
-    _print_table(
+    print_columns(
         {
             "channel": [a.channel for a in activations],
             "from layer": [a.layer for a in activations],
             "to layer": [a.last for a in activations],
-            "value": [_format_cell(a.value) for a in activations],
+            "value": [format_cell(a.value) for a in activations],
             "peak after": [a.peak for a in activations],
             "prompt": [a.prompt for a in activations],
             "token": [a.token for a in activations],
@@ -72,16 +72,16 @@ def _print_activations(activations: Sequence[PersistentActivation]) -> None:
 
 def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
     print_text("\ncandidates")
-    _print_table(
+    print_columns(
         _format_places(candidates)
         | {
-            "input spike": [_format_cell(c.input_spike) for c in candidates],
-            "output spike": [_format_cell(c.output_spike) for c in candidates],
-            "share": [_format_cell(c.share) for c in candidates],
+            "input spike": [format_cell(c.input_spike) for c in candidates],
+            "output spike": [format_cell(c.output_spike) for c in candidates],
+            "share": [format_cell(c.share) for c in candidates],
             "prompts": [c.prompts for c in candidates],
             "round": [c.round for c in candidates],
-            "score": [_format_cell(c.score) if scored else None for c in candidates],
-            "z": [_format_cell(c.z) for c in candidates],
+            "score": [format_cell(c.score) if scored else None for c in candidates],
+            "z": [format_cell(c.z) for c in candidates],
             "rank of |W|": [f"{c.rank:,}" for c in candidates],
         }
     )
@@ -98,8 +98,8 @@ def show_sweep(report: Sweep) -> None:
         ("factor", "perplexity", "ratio", "KL", "stop-word mass", "largest hidden state", ""),
         [
             (
-                *(_format_cell(p.factor), _format_cell(p.perplexity), format_ratio(p.ratio)),
-                *(_format_cell(p.kl), _format_cell(p.stopword_mass), _format_cell(p.peak)),
+                *(format_cell(p.factor), format_cell(p.perplexity), format_ratio(p.ratio)),
+                *(format_cell(p.kl), format_cell(p.stopword_mass), format_cell(p.peak)),
                 " ".join((["base"] if p is report.base else []) + ([] if p.finite else ["NOT FINITE"])),
             )
             for p in points
@@ -115,21 +115,21 @@ def _print_confirmation(confirmation: Confirmation) -> None:
         "\ncausal test: perplexity divided by the base's, if this scalar is zeroed (alone) or all others are (without)"
     )
     trials = confirmation.trials
-    _print_table(
+    print_columns(
         _format_places([trial.candidate for trial in trials])
         | {
             "alone": [format_ratio(trial.alone.ratio) for trial in trials],
-            "interval": [_format_interval(trial.alone) for trial in trials],
-            "KL": [_format_cell(trial.alone.kl) for trial in trials],
+            "interval": [format_interval(trial.alone) for trial in trials],
+            "KL": [format_cell(trial.alone.kl) for trial in trials],
             "without": [format_ratio(trial.without.ratio) if trial.without else None for trial in trials],
             "verdict": [trial.verdict for trial in trials],
             "": [None if trial.listed else "companion" for trial in trials],
         }
     )
-    print_text(f"\ntogether  {_format_effect(confirmation.together)}")
+    print_text(f"\ntogether  {format_effect(confirmation.together)}")
     for joint in confirmation.joint_sets:
         names = escape_control(_format_short(joint.coordinates, confirmation))
-        print_text(f"joint     {_format_effect(joint.effect)}: {names}")
+        print_text(f"joint     {format_effect(joint.effect)}: {names}")
     for column in confirmation.column_nulls:
         print_text(f"null      {_format_column_null(column)}")
     if confirmation.null:
@@ -143,7 +143,7 @@ def _print_confirmation(confirmation: Confirmation) -> None:
     )
 
 
-def _describe_scanned(report: Scan) -> str:
+def describe_scanned(report: Scan) -> str:
     line = f"{pluralise(report.layers, 'layer')} of {escape_control(report.model_type)} by {report.method}"
     return f"{line}, {pluralise(len(report.prompts), 'prompt')}" if report.prompts else line
 
@@ -199,11 +199,11 @@ def _format_places(candidates: Sequence[Candidate]) -> Columns:
         "expert": [c.expert for c in candidates],
         "row": [c.row for c in candidates],
         "col": [c.col for c in candidates],
-        "value": [_format_cell(c.value) for c in candidates],
+        "value": [format_cell(c.value) for c in candidates],
     }
 
 
-def _print_table(columns: Columns) -> None:
+def print_columns(columns: Columns) -> None:
     kept = {header: cells for header, cells in columns.items() if any(cell is not None for cell in cells)}
     rows = [["" if cell is None else cell for cell in row] for row in zip(*kept.values(), strict=True)]
     print_table(list(kept), rows[:MAX_ROWS])
@@ -211,7 +211,7 @@ def _print_table(columns: Columns) -> None:
         print_text(f"... and {len(rows) - MAX_ROWS} more")
 
 
-def _list_patterns(candidates: Iterable[Candidate]) -> list[str]:
+def list_patterns(candidates: Iterable[Candidate]) -> list[str]:
     """Return each distinct tensor name with its axes, such as "model.layers.{layer}.mlp.down_proj.weight[row, col]".
 
     Placeholders replace the numbers of the layer and the expert.
@@ -253,8 +253,8 @@ def _name(candidate: Candidate) -> str:
     return f"L{candidate.layer}{expert} [{candidate.row}, {candidate.col}]"
 
 
-def _format_effect(effect: Effect) -> str:
-    interval = _format_interval(effect)
+def format_effect(effect: Effect) -> str:
+    interval = format_interval(effect)
     return (
         f"ratio {format_ratio(effect.ratio)}"
         + (f" ({interval})" if interval else "")
@@ -262,7 +262,7 @@ def _format_effect(effect: Effect) -> str:
     )
 
 
-def _format_interval(effect: Effect) -> str | None:
+def format_interval(effect: Effect) -> str | None:
     if effect.low is None or effect.high is None:
         return None
     return f"{format_ratio(effect.low)} to {format_ratio(effect.high)}"
@@ -280,6 +280,6 @@ def _format_range(ratios: Sequence[float]) -> str:
     return f"{format_ratio(min(ratios))} to {format_ratio(max(ratios))}"
 
 
-def _format_cell(value: float | None) -> str | None:
+def format_cell(value: float | None) -> str | None:
     """Round a number for a table; --json prints all digits. Returns None, which makes an empty cell, for None."""
     return None if value is None else format_number(value)

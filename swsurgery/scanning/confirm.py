@@ -63,7 +63,7 @@ without the candidates, and then any further change has a larger effect."""
 Zeroed = frozenset[Coordinate]
 """A set of scalars that are zeroed together. The empty set stands for the model as stored."""
 
-Part = TypeVar("Part", bound=Hashable)
+Unit = TypeVar("Unit", bound=Hashable)
 """A part of the model that is zeroed or kept as a whole: a scalar, or an expert."""
 
 Say = Callable[[str], None]
@@ -176,9 +176,7 @@ def confirm_windows(
     losses.measure(suspects.groups(), progress)
     enough = len(windows) >= LEAST_WINDOWS
     if not enough:
-        have = f"{len(windows)} window{'' if len(windows) == 1 else 's'}"
-        remedy = f"a verdict needs {LEAST_WINDOWS}: give a longer --text, more --windows or a shorter --window"
-        say(f"too little text for intervals and verdicts: {have} ({remedy})")
+        report_too_few_windows(windows, say)
         say = _ignore
     bars = _set_bars(losses, suspects, say)
     core = _find_core(losses, suspects, bars)
@@ -205,6 +203,13 @@ def confirm_windows(
         scored_tokens=sum(losses.scored),
         column_nulls=tuple(_measure_column_null(losses, together, *item) for item in suspects.columns.items()),
     )
+
+
+def report_too_few_windows(windows: Sequence[Sequence[int]], say: Say) -> None:
+    """Report that there are fewer than LEAST_WINDOWS windows, and what to do."""
+    have = f"{len(windows)} window{'' if len(windows) == 1 else 's'}"
+    remedy = f"a verdict needs {LEAST_WINDOWS}: give a longer --text, more --windows or a shorter --window"
+    say(f"too little text for intervals and verdicts: {have} ({remedy})")
 
 
 # The scalars that are tested -----------------------------------------------------------------------------------------
@@ -437,16 +442,16 @@ def _find_core(losses: Losses[Coordinate], suspects: _Suspects, bars: _Bars) -> 
 
 
 def find_joint_sets(
-    losses: Losses[Part], groups: Sequence[frozenset[Part]], bar: Callable[[frozenset[Part]], float]
-) -> list[frozenset[Part]]:
+    losses: Losses[Unit], groups: Sequence[frozenset[Unit]], bar: Callable[[frozenset[Unit]], float]
+) -> list[frozenset[Unit]]:
     """Find the groups whose effect is clearly larger than the product of the effects of their parts, strongest first.
 
     The parts of a group are the smaller joint sets in the group, chosen from the strongest to the weakest without
     overlap, and the remaining single scalars.
     """
-    found: list[frozenset[Part]] = []
+    found: list[frozenset[Unit]] = []
     for group in sorted(groups, key=len):
-        parts: list[frozenset[Part]] = []
+        parts: list[frozenset[Unit]] = []
         left = group
         for smaller in sorted(found, key=lambda known: -losses.gain(known).log):
             if smaller <= left:
@@ -500,31 +505,31 @@ class Gain(NamedTuple):
     high: float
 
 
-class Losses(Generic[Part]):
-    """Measures and stores the losses of the model on each window with sets of parts zeroed.
+class Losses(Generic[Unit]):
+    """Measures and stores the losses of the model on each window with sets of units zeroed.
 
-    A part is a scalar or an expert. Losses are stored by window, so that the difference between the losses of any two
-    sets has an interval. `find_layer` returns the number of the layer that contains a part, and `list_targets` the
-    scalars and regions that are zeroed for it. Parts in `nothing` are left out of every set.
+    A unit is a scalar or an expert. Losses are stored by window, so that the difference between the losses of any two
+    sets has an interval. `find_layer` returns the number of the layer that contains a unit, and `list_targets` the
+    scalars and regions that are zeroed for it. Units in `nothing` are left out of every set.
     """
 
     def __init__(
         self,
         model: LayeredModel,
         windows: Sequence[Sequence[int]],
-        find_layer: Callable[[Part], int],
-        list_targets: Callable[[Part], Collection[Coordinate | Region]],
-        nothing: frozenset[Part] = frozenset(),
+        find_layer: Callable[[Unit], int],
+        list_targets: Callable[[Unit], Collection[Coordinate | Region]],
+        nothing: frozenset[Unit] = frozenset(),
     ):
         self.model, self.windows = model, windows
         self.scored = [len(window) - 1 for window in windows]
         self._find_layer, self._list_targets, self._nothing = find_layer, list_targets, nothing
         self._base: list[float] = []
         # The loss in nats per token minus that of the stored model, by set of zeroed scalars, one value per window.
-        self._extra: dict[frozenset[Part], list[float]] = {frozenset(): [0.0] * len(windows)}
-        self._kl: dict[frozenset[Part], float] = {frozenset(): 0.0}
+        self._extra: dict[frozenset[Unit], list[float]] = {frozenset(): [0.0] * len(windows)}
+        self._kl: dict[frozenset[Unit], float] = {frozenset(): 0.0}
 
-    def measure(self, groups: Iterable[frozenset[Part]], progress: Progress | None) -> None:
+    def measure(self, groups: Iterable[frozenset[Unit]], progress: Progress | None) -> None:
         """Measure the loss of each group of scalars that has not been measured, in few runs of the model.
 
         The number of groups in one run is limited by memory. Groups whose first edited layer is late run first. Groups
@@ -541,7 +546,7 @@ class Losses(Generic[Part]):
             for begin in range(0, max(1, len(wanted)), at_once):
                 self._run(wanted[begin : begin + at_once], progress)
 
-    def gain(self, group: frozenset[Part], parts: Iterable[frozenset[Part]] = ()) -> Gain:
+    def gain(self, group: frozenset[Unit], parts: Iterable[frozenset[Unit]] = ()) -> Gain:
         """Compute the rise in loss from zeroing `group`, minus the rises from zeroing each of `parts`.
 
         The unit is nats per token, so this is also the rise of the logarithm of the perplexity.
@@ -555,7 +560,7 @@ class Losses(Generic[Part]):
         # The difference of two infinite losses is NaN. No comparison with NaN is true, so it never exceeds a bar.
         return Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
 
-    def effect(self, group: frozenset[Part]) -> Effect:
+    def effect(self, group: frozenset[Unit]) -> Effect:
         """Compute the effect of zeroing `group`: perplexity ratio, 95% interval, and mean KL in nats per token."""
         gain = self.gain(group)
         low, high = (None if math.isnan(end) else compute_exp(end) for end in (gain.low, gain.high))
@@ -565,10 +570,10 @@ class Losses(Generic[Part]):
     def base_perplexity(self) -> float:
         return compute_exp(compute_mean_interval(self._base, self.scored).mean)
 
-    def _run(self, groups: Sequence[frozenset[Part]], progress: Progress | None) -> None:
+    def _run(self, groups: Sequence[frozenset[Unit]], progress: Progress | None) -> None:
         totals = measure.Totals([], 1 + len(groups))
         variants: list[Scalars] = [{}]
-        variants += [{target: 0.0 for part in group for target in self._list_targets(part)} for group in groups]
+        variants += [{target: 0.0 for unit in group for target in self._list_targets(unit)} for group in groups]
         for outcomes in self.model.run(self.windows, variants, progress=progress):
             totals.add_window(self.windows[outcomes.sequence], outcomes)
         base = totals.token_nll[0]

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from swsurgery.errors import TargetError, escape_control
+from swsurgery.errors import TargetError, escape_control, pluralise
 from swsurgery.model.text import describe_measured_text
+from swsurgery.scanning.expert_report import ExpertScan
 from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, Scan, Sweep, Verdict
 from swsurgery.storage.filesystem import write_report
 from swsurgery.storage.numbers import format_number
@@ -285,6 +286,10 @@ def _measure_width(text: Text) -> float:
 
 def _list_found(report: Scan) -> list[Found]:
     """List the scalars to mark, in the order of `VERDICT_MARKS`. Companions are included only if they are critical."""
+    if isinstance(report, ExpertScan):
+        test = report.expert_confirmation
+        verdicts = {t.candidate.name: t.verdict for t in (test.trials if test else ())}
+        return [Found(expert.cause, verdicts.get(expert.name)) for expert in report.experts]
     trials = report.confirmation.trials if report.confirmation else ()
     found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
     tested = {trial.candidate.coordinate for trial in trials}
@@ -294,6 +299,9 @@ def _list_found(report: Scan) -> list[Found]:
 
 
 def _format_answer(report: Scan) -> str:
+    if isinstance(report, ExpertScan):
+        words = pluralise(len(report.super_experts), "super expert") if report.super_experts else "no super expert"
+        return f"{words} {'confirmed' if report.confirmed else 'found by experts'}"
     count = len(report.super_weights)
     words = "no super weight" if count == 0 else "1 super weight" if count == 1 else f"{count} super weights"
     if report.confirmation is not None and (report.confirmed or not count):

@@ -16,7 +16,7 @@ from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.result import TableResult
 
-Method = Literal["activations", "weights"]
+Method = Literal["activations", "weights", "experts"]
 Answer = Literal["found", "none", "undecided"]
 Verdict = Literal["critical alone", "critical jointly", "inert", "untested"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -42,7 +42,7 @@ class PersistentActivation:
     prompts: int
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _to_plain(value) for key, value in vars(self).items()}
+        return {key: convert_to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Candidate:
     round: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        fields = {key: _to_plain(value) for key, value in vars(self).items() if key != "coordinate"}
+        fields = {key: convert_to_plain(value) for key, value in vars(self).items() if key != "coordinate"}
         return {"tensor": self.coordinate.tensor, "index": list(self.coordinate.index), **fields}
 
 
@@ -95,7 +95,7 @@ class Effect:
     kl: float
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _to_plain(value) for key, value in vars(self).items()}
+        return {key: convert_to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class ColumnNull:
     added: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _to_plain(value) for key, value in vars(self).items()}
+        return {key: convert_to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Profile:
     residuals: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {key: [_to_plain(v) for v in values] for key, values in vars(self).items()}
+        return {key: [convert_to_plain(v) for v in values] for key, values in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class Scan(TableResult):
             "super_activations": [a.to_json() for a in self.activations],
             "joint_sets": [s.to_json() for s in (self.confirmation.joint_sets if self.confirmation else ())],
             "notes": list(self.notes),
-            "settings": {key: _to_plain(value) for key, value in self.settings.items()},
+            "settings": {key: convert_to_plain(value) for key, value in self.settings.items()},
         }
         if self.profile:
             document |= {"profile": self.profile.to_json(), "prompts": list(self.prompts)}
@@ -280,9 +280,9 @@ class Scan(TableResult):
             keys = ("base_perplexity", "windows", "window_tokens", "scored_tokens", "text_sha256", "dtype", "device")
             document["confirmation"] = {
                 "together": self.confirmation.together.to_json(),
-                "null_ratios": [_to_plain(ratio) for ratio in self.confirmation.null],
+                "null_ratios": [convert_to_plain(ratio) for ratio in self.confirmation.null],
                 "column_nulls": [column.to_json() for column in self.confirmation.column_nulls],
-                **{key: _to_plain(getattr(self.confirmation, key)) for key in keys},
+                **{key: convert_to_plain(getattr(self.confirmation, key)) for key in keys},
             }
         return document
 
@@ -305,7 +305,7 @@ class SweepPoint:
     peak: float
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _to_plain(value) for key, value in vars(self).items()}
+        return {key: convert_to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True, repr=False)
@@ -362,10 +362,10 @@ def _merge_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
     }
 
 
-def _to_plain(value: object) -> Any:
+def convert_to_plain(value: object) -> Any:
     """Convert a value to a form for strict JSON: numbers that are not finite become strings such as "nan"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_to_plain(v) for v in value]
+        return [convert_to_plain(v) for v in value]
     return value

@@ -3,9 +3,11 @@
     open_checkpoint      the checkpoint's headers                            checkpoint/opening.py
     scan_activations     scalars that make persistent super activations      by_activations.py
     scan_weights         scalars that may make one, found in weights alone   by_weights.py
+    scan_experts         experts with extreme outputs                        experts.py
     confirm              effects of zeroing candidates and random scalars    confirm.py
+    confirm_experts      effects of zeroing experts and random experts       confirm_experts.py
     make_known_entry     the entry that the command lookup prints            outputs.py, known/own.py
-    scan_manifest        a manifest for the command apply                    outputs.py
+    scan_manifest        a manifest for the command apply                    outputs.py, expert_manifest.py
     sweep_checkpoint     the model's quality by factor                       sweep.py
 
 Output files that cannot be written are refused before the model runs. Files are written after the model has run.
@@ -28,7 +30,16 @@ from swsurgery.editing.base import find_base
 from swsurgery.editing.copy_job import compute_outside_mode
 from swsurgery.editing.pins import check_planned
 from swsurgery.editing.plan import make_plan
-from swsurgery.errors import Interrupted, PlanError, SwsurgeryError, TargetError, Unrunnable, add_remedy, report_done
+from swsurgery.errors import (
+    Interrupted,
+    LookupFailed,
+    PlanError,
+    SwsurgeryError,
+    TargetError,
+    Unrunnable,
+    add_remedy,
+    report_done,
+)
 from swsurgery.hub import download_checkpoint, parse_location
 from swsurgery.known import own
 from swsurgery.manifest.load import ManifestLike, load_manifest
@@ -38,6 +49,8 @@ from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.progress import Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
 from swsurgery.scanning import outputs as outputs_module
+from swsurgery.scanning.expert_manifest import write_expert_manifest
+from swsurgery.scanning.expert_report import ExpertScan
 from swsurgery.scanning.report import Method, Scan, Sweep
 from swsurgery.storage import filesystem, numeric
 from swsurgery.storage.arguments import (
@@ -76,7 +89,7 @@ class _RunOptions:
 class _Outputs:
     """The files that the user wants a scan to write.
 
-    `manifest` is the path of a manifest that applies `op` (with `factor`) to the super weights. `plot` is the path of a
+    `manifest` is the path of a manifest that applies `op` (with `factor`) to what was found. `plot` is the path of a
     figure. `register` is the model name under which the command lookup will find the super weights. The stored entry
     cites `command` as its source.
     """
@@ -114,12 +127,13 @@ def scan(
 
     `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The method "activations" runs the
     model on `prompts` and finds the scalars that make persistent super activations. The method "weights" reads the
-    weights and runs no model. With `confirm`, the effect of zeroing each candidate is measured on at most `windows`
-    windows of `window` tokens of `text` (None: the built-in text). `device` and `placement` have the meaning that they
-    have in `check`. If the directory contains several sets of weights and no record names one of them, `weights` and
-    `variant` choose the set.
+    weights and runs no model. The method "experts" runs the model on `prompts` and finds the super experts of a mixture
+    of experts (arXiv:2507.23279); the result is then an ExpertScan. With `confirm`, the effect of zeroing each
+    candidate is measured on at most `windows` windows of `window` tokens of `text` (None: the built-in text). `device`
+    and `placement` have the meaning that they have in `check`. If the directory contains several sets of weights and no
+    record names one of them, `weights` and `variant` choose the set.
 
-    `manifest` is the path of a new manifest that applies `op` (with `factor`) to the super weights. `plot` is the path
+    `manifest` is the path of a new manifest that applies `op` (with `factor`) to what was found. `plot` is the path
     of a figure and ends in .png, .svg or .pdf. `register` is the model name under which `lookup` will find the result.
     The stored entry cites `command` as its source. Files that cannot be written are refused before the scan.
 
@@ -143,7 +157,7 @@ def scan(
     options = _RunOptions(device, placement, text, windows, window)
     with held(download_checkpoint(parse_location(require_location("checkpoint", checkpoint)))) as entered:
         opened = open_checkpoint(entered, weights, variant)
-        _refuse(outputs, opened)
+        _refuse(outputs, opened, method)
         found = _find(opened, method, prompts, confirm, options, reporter)
     # The directory is released before the files are written, because one of them may be in it.
     try:
@@ -163,6 +177,8 @@ def _find(
     reporter: Reporter,
 ) -> Scan:
     """Scan an open checkpoint. With `confirm`, measure the effects of zeroing the candidates too."""
+    if method == "experts":
+        return _find_experts(checkpoint, prompts, confirm, options, reporter)
     by_weights = "--method weights without --confirm" if confirm else "--method weights"
     without = "leave out --confirm" if method == "weights" else by_weights
     with add_remedy(without):
@@ -209,6 +225,44 @@ def _find(
     return found
 
 
+def _find_experts(
+    checkpoint: Checkpoint, prompts: Sequence[str] | None, confirm: bool, options: _RunOptions, reporter: Reporter
+) -> ExpertScan:
+    """Scan an open checkpoint for super experts, and confirm the candidates if requested."""
+    _require_model(checkpoint.directory)
+    from swsurgery.scanning.confirm import refuse_text
+    from swsurgery.scanning.confirm_experts import confirm_experts
+    from swsurgery.scanning.experts import scan_experts
+
+    if confirm:
+        with add_remedy("leave out --confirm"):
+            refuse_text(checkpoint, options.text, options.windows, options.window)
+    found = scan_experts(
+        checkpoint,
+        prompts=prompts,
+        device=options.device,
+        placement=options.placement,
+        progress=Rounds(reporter),
+        say=reporter.say,
+    )
+    if not confirm or not found.experts:
+        return found
+    said: list[str] = []
+    with add_remedy("leave out --confirm"):
+        confirmation = confirm_experts(
+            checkpoint,
+            found.experts,
+            device=options.device,
+            placement=options.placement,
+            text=options.text,
+            windows=options.windows,
+            window=options.window,
+            progress=Rounds(reporter, "confirmation round"),
+            say=said.append,
+        )
+    return dataclasses.replace(found, expert_confirmation=confirmation, notes=(*found.notes, *said))
+
+
 def _write_outputs(found: Scan, checkpoint: Checkpoint, outputs: _Outputs, reporter: Reporter) -> None:
     """Write the files that `outputs` names.
 
@@ -227,13 +281,15 @@ def _write_outputs(found: Scan, checkpoint: Checkpoint, outputs: _Outputs, repor
         if outputs.plot is not None:
             figures.plot_scan(found, outputs.plot, outputs.register or _choose_name(checkpoint))
             report(f"figure: {outputs.plot}")
-        if outputs.manifest is not None and not found.super_weights:
+        if outputs.manifest is not None and found.answer != "found":
             why = "the scan is undecided" if found.answer == "undecided" else "nothing was found"
             report(f"{why}, so no manifest was written: {outputs.manifest}")
         elif outputs.manifest is not None:
-            text = outputs_module.scan_manifest(
-                found, base=_make_base(checkpoint, outputs.manifest), op=outputs.op, factor=outputs.factor
-            )
+            base = _make_base(checkpoint, outputs.manifest)
+            if isinstance(found, ExpertScan):
+                text = write_expert_manifest(found, base=base, op=outputs.op, factor=outputs.factor)
+            else:
+                text = outputs_module.scan_manifest(found, base=base, op=outputs.op, factor=outputs.factor)
             filesystem.write_file(outputs.manifest, text.encode(), compute_outside_mode(checkpoint.files))
             report(f"manifest: {outputs.manifest}")
         if outputs.register is not None:
@@ -319,8 +375,10 @@ def _require_model(directory: Path) -> None:
     tokenizer.start()
 
 
-def _refuse(outputs: _Outputs, checkpoint: Checkpoint) -> None:
+def _refuse(outputs: _Outputs, checkpoint: Checkpoint, method: Method) -> None:
     refuse_unfit(outputs.op, outputs.factor)
+    if outputs.register is not None and method == "experts":
+        raise LookupFailed("super experts cannot be saved for lookup", outputs.register, "leave out --register")
     if outputs.register is not None:
         own.refuse_name(outputs.register, outputs_module.read_sizes(checkpoint))
     if outputs.plot is not None:

@@ -17,7 +17,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +125,8 @@ class LayerSpikes:
 
     def __init__(self, model: LayeredModel):
         self.model = model
-        self._sources, self.unseen = _find_sources(model)
-        self.unread = _list_unread(model, self.unseen)
+        self._sources, self.unseen = find_sources(model)
+        self.unread = list_unread(model, self.unseen)
         self._clear(0)
 
     def run(
@@ -174,11 +174,11 @@ class LayerSpikes:
         flat = hidden.reshape(-1, hidden.shape[-1])
         output = sum((source.output(len(flat)) for source in sources), torch.zeros_like(flat, dtype=torch.float32))
         added = self._find_normed(output) * self._multiplier
-        _keep_largest(self.residuals, number, hidden)
+        set_largest(self.residuals, number, hidden)
         if sources:
-            _keep_largest(self.outputs, number, output)
+            set_largest(self.outputs, number, output)
         for source in sources:
-            _keep_largest(self.inputs, number, source.neurons())
+            set_largest(self.inputs, number, source.neurons())
         for row, (sequence, _) in enumerate(rows):
             tokens = range(row * hidden.shape[1], (row + 1) * hidden.shape[1])
             self._look(number, self.traces[sequence], hidden[row], output[tokens], added[tokens], sources, tokens.start)
@@ -206,7 +206,7 @@ class LayerSpikes:
         hidden: Tensor,
         output: Tensor,
         added: Tensor,
-        sources: Sequence[_Source],
+        sources: Sequence[Source],
         start: int,
     ) -> None:
         """Add what one layer computed for one sequence to the trace of the sequence.
@@ -232,6 +232,20 @@ class LayerSpikes:
             trace.moves[(number, *at)] = Move(
                 number, *at, float(output[at]), float(added[at]), float(hidden[at]), median, records[token]
             )
+
+
+class ExpertCall(NamedTuple):
+    """The inputs and outputs of one expert's down projection in one call of a layer.
+
+    `tokens` are the numbers of the tokens in the batch (n,), `x` the neurons (n, cols), and `y` the outputs (n, rows)
+    before the router's weights. `weight` is the loaded matrix (rows, cols).
+    """
+
+    projection: DownProjection
+    tokens: Tensor
+    x: Tensor
+    y: Tensor
+    weight: Tensor
 
 
 class _Linear:
@@ -265,6 +279,17 @@ class _Linear:
 
     def neurons(self) -> Tensor:
         return self._x
+
+    @property
+    def experts(self) -> list[DownProjection]:
+        """The down projection, if it is that of a shared expert."""
+        return [self.projection] if self.projection.expert == "shared" else []
+
+    def list_expert_calls(self) -> Iterator[ExpertCall]:
+        """Yield the call of a shared expert, before the gate that scales it."""
+        for projection in self.experts:
+            x, y = self._x.flatten(0, -2), self._y.flatten(0, -2)
+            yield ExpertCall(projection, torch.arange(len(x)), x, y, self.module.get_parameter("weight"))
 
     def list_multiplied(self, token: int) -> list[Multiplied]:
         x = self._x.reshape(-1, self._x.shape[-1])[token].float().cpu()
@@ -315,6 +340,23 @@ class _Experts:
     def neurons(self) -> Tensor:
         return self._x
 
+    @property
+    def experts(self) -> list[DownProjection]:
+        """The down projections of all experts of the layer."""
+        return list(self.projections.values())
+
+    def list_expert_calls(self) -> Iterator[ExpertCall]:
+        """Yield the call of each expert that received a token."""
+        module = cast("_StackedExperts", self.module)
+        bias: Tensor | None = getattr(self.module, "down_proj_bias", None)
+        for expert in sorted(set(self._index.flatten().tolist()) & set(self.projections)):
+            tokens, place = (self._index == expert).nonzero(as_tuple=True)
+            x, weight = self._x[tokens, place], module.down_proj[expert]
+            turned = getattr(self.module, "is_transposed", weight.shape[0] == x.shape[-1])
+            weight = weight.T if turned else weight
+            y = nn.functional.linear(x, weight, None if bias is None else bias[expert])
+            yield ExpertCall(self.projections[expert], tokens, x, y, weight)
+
     def list_multiplied(self, token: int) -> list[Multiplied]:
         return [
             Multiplied(
@@ -324,13 +366,14 @@ class _Experts:
         ]
 
 
-_Source = _Linear | _Experts
+Source = _Linear | _Experts
 
 
 class _StackedExperts(Protocol):
     """The attributes that are used of a module of stacked experts in transformers."""
 
     gate_up_proj: Tensor
+    down_proj: Tensor
     act_fn: Callable[[Tensor], Tensor]
     _apply_gate: Callable[[Tensor], Tensor]
 
@@ -364,7 +407,7 @@ def _compute_expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) ->
     return found if found is not None else hidden.new_zeros(*index.shape, 1)
 
 
-def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
+def find_sources(model: LayeredModel) -> tuple[list[list[Source]], list[int]]:
     """Find the modules of the down projections in the loaded model.
 
     Returns the observed modules of each layer, and the numbers of the layers with a down projection whose module was
@@ -372,7 +415,7 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
     """
     modules = dict(model.model.named_modules(remove_duplicate=False))
     config, shapes = model.checkpoint.config, model.checkpoint.shapes
-    sources: list[list[_Source]] = [[] for _ in model.layers]
+    sources: list[list[Source]] = [[] for _ in model.layers]
     stacks: dict[nn.Module, _Experts] = {}
     unseen: set[int] = set()
     for projection in list_down_projections(config, shapes):
@@ -395,7 +438,7 @@ def _find_sources(model: LayeredModel) -> tuple[list[list[_Source]], list[int]]:
     return sources, sorted(unseen)
 
 
-def _list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
+def list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer, ...]:
     """List the layers whose MLP `LayerSpikes` does not observe, or observes only in part.
 
     `unseen` contains the numbers of the layers with a known down projection that cannot be observed.
@@ -425,7 +468,7 @@ def _find_loaded_module(
     return "", None, ""
 
 
-def _keep_largest(profile: list[float], layer: int, values: Tensor) -> None:
+def set_largest(profile: list[float], layer: int, values: Tensor) -> None:
     """Set `profile[layer]` to the element of `values` with the largest magnitude, unless it is already larger."""
     if values.numel():
         flat = values.flatten()

@@ -168,10 +168,10 @@ def test_each_command_names_a_way_out_that_it_has(here: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--method weights --prompt hi", "--prompt needs --method activations"),
-        ("--method weights --prompt hi --confirm", "--prompt needs --method activations"),
-        ("--method weights --device cpu", "--device needs --method activations or --confirm"),
-        ("--method weights --placement streamed", "--placement needs --method activations or --confirm"),
+        ("--method weights --prompt hi", "--prompt needs --method activations or experts"),
+        ("--method weights --prompt hi --confirm", "--prompt needs --method activations or experts"),
+        ("--method weights --device cpu", "--device needs --method activations or experts, or --confirm"),
+        ("--method weights --placement streamed", "--placement needs --method activations or experts, or --confirm"),
         ("--method weights --text nowhere.txt", "--text needs --confirm"),
         ("--text text.txt", "--text needs --confirm"),
         ("--windows 16", "--windows needs --confirm"),

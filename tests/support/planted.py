@@ -49,6 +49,19 @@ def build(family: str, seed: int = 0, layers: int = LAYERS, **settings: Any) -> 
     return model.eval()
 
 
+def build_experts(family: str, seed: int, experts: int = 4) -> transformers.PreTrainedModel:
+    """A random mixture of experts that routes each token to two experts, with biases in the experts of gpt-oss."""
+    settings: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS} if family == "gpt_oss" else {}
+    key = {"deepseek_v3": "n_routed_experts", "mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
+    settings[key.get(family, "num_experts")] = experts
+    model = build(family, seed, num_experts_per_tok=2, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name and name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+    return model
+
+
 def opened(model: transformers.PreTrainedModel, folder: Path) -> LayeredModel:
     """The model as a checkpoint on disk, and over it the loaded model itself."""
     model.save_pretrained(folder)

@@ -1,0 +1,257 @@
+"""Test causally which super experts of a scan matter: zero them and measure the model's perplexity.
+
+Each expert is zeroed alone and in pairs. All are zeroed together, and all but one. For comparison, random experts of
+the same layers are zeroed alone, and as many of them together as there are candidates (arXiv:2507.23279, table 3, calls
+this random pruning). The bars, intervals and verdicts are those of the causal test of scalars (confirm.py).
+
+Only the down projection of an expert and its bias are zeroed. The output is then exactly zero, as if all of the
+expert's matrices were zeroed. The router still chooses the expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import random
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.projections import find_down_projection, list_down_projections
+from swsurgery.checkpoint.structures import locate_expert
+from swsurgery.errors import ModelError
+from swsurgery.model import Placement, load
+from swsurgery.model.check import read_built_in_text
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.intervals import LEAST_WINDOWS
+from swsurgery.model.windows import cut_text_windows
+from swsurgery.progress import Progress
+from swsurgery.scanning.confirm import (
+    CONTEXT_NULLS,
+    INERT,
+    PAIRS,
+    Losses,
+    Say,
+    compute_exp,
+    compute_outer_fence,
+    find_joint_sets,
+    report_too_few_windows,
+)
+from swsurgery.scanning.expert_report import (
+    ExpertCandidate,
+    ExpertConfirmation,
+    ExpertJointSet,
+    ExpertName,
+    ExpertTrial,
+)
+from swsurgery.scanning.report import Verdict
+from swsurgery.storage.numbers import format_number
+from swsurgery.storage.region import Region
+
+JOINT_NULLS = 5
+"""Number of random sets of experts that are zeroed together (arXiv:2507.23279, table 3, uses as many)."""
+
+Group = frozenset[ExpertName]
+"""A set of experts that are zeroed together. The empty set stands for the model as stored."""
+
+
+def confirm_experts(
+    checkpoint: Checkpoint,
+    candidates: Sequence[ExpertCandidate],
+    *,
+    text: str | None = None,
+    device: str = "auto",
+    placement: Placement = "auto",
+    windows: int = 16,
+    window: int = 512,
+    nulls: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+    say: Say = lambda line: None,
+) -> ExpertConfirmation:
+    """Test `candidates` on the first `windows` windows of `window` tokens of `text` (None: the built-in text).
+
+    `confirm_expert_windows` describes the test. Raises ModelError if the tokenizer or the model cannot be loaded or
+    run, and ArchitectureError if the matrices of an expert are not known.
+    """
+    text = read_built_in_text() if text is None else text
+    with load.hide_output():
+        tokenizer = load.load_tokenizer(checkpoint.directory)
+        model = load.open_model(checkpoint, device=device, placement=placement, say=say)
+        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
+        found = confirm_expert_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
+    return dataclasses.replace(found, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def confirm_expert_windows(
+    model: LayeredModel,
+    candidates: Sequence[ExpertCandidate],
+    windows: Sequence[Sequence[int]],
+    *,
+    nulls: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+    say: Say = lambda line: None,
+) -> ExpertConfirmation:
+    """Test `candidates` on windows of token ids. The model runs on each window separately.
+
+    The effect of zeroing an expert is the perplexity without it divided by the perplexity with it. Its 95% interval is
+    computed from whole windows. The effect is clear if the low end is above 1.05 and above the usual effects of `nulls`
+    random routed experts of the same layers, which are drawn with `seed`.
+
+    An expert is "critical alone" if its effect is clear. Any other expert is "critical jointly" if it is in a joint
+    set, or if zeroing it together with all other candidates clearly adds more than zeroing it alone. With fewer than
+    eight windows, no interval is computed and every verdict is "untested".
+
+    `say` receives a line for the user if the text is too short, if random experts raise a bar, or if a random expert is
+    critical. Raises ModelError if no candidate or no window is given, if a window has fewer than two tokens, or if the
+    losses of the stored model are not finite.
+    """
+    if not candidates:
+        raise ModelError("nothing to confirm: the list of candidates is empty")
+    if not windows or any(len(window) < 2 for window in windows):
+        raise ModelError(
+            "no windows, or a window is too short",
+            f"{len(windows)} windows",
+            "give at least one window, each of at least two tokens",
+        )
+    names = [candidate.name for candidate in candidates]
+    plan = _plan(model.checkpoint, names, nulls, seed)
+    regions = {name: _list_output_regions(model.checkpoint, name) for name in plan.list_experts()}
+    losses = Losses[ExpertName](model, windows, lambda name: name[0], regions.__getitem__)
+    losses.measure(plan.list_groups(), progress)
+    enough = len(windows) >= LEAST_WINDOWS
+    if not enough:
+        report_too_few_windows(windows, say)
+        say = _ignore
+    floor, joint_floor = _compute_floors(losses, plan, say)
+    together = plan.together
+    added = {n: losses.gain(together | {n}, [together - {n}, frozenset({n})]) for n in names}
+    core = frozenset(name for name in names if added[name].low > joint_floor)
+    groups = list(dict.fromkeys([*plan.pairs, core] if len(core) > 1 else plan.pairs))
+    losses.measure(groups, progress)
+    joint = find_joint_sets(losses, groups, lambda group: joint_floor)
+    jointly = core.union(*joint)
+
+    def decide(name: ExpertName) -> Verdict:
+        if not enough:
+            return "untested"
+        if losses.gain(frozenset({name})).low > floor:
+            return "critical alone"
+        return "critical jointly" if name in jointly else "inert"
+
+    trials = [
+        ExpertTrial(
+            candidate,
+            alone=losses.effect(frozenset({candidate.name})),
+            without=losses.effect(together - {candidate.name}) if len(names) > 1 else None,
+            verdict=decide(candidate.name),
+        )
+        for candidate in candidates
+    ]
+    return ExpertConfirmation(
+        trials=tuple(trials),
+        together=losses.effect(together),
+        joint_sets=tuple(
+            ExpertJointSet(tuple(sorted(group, key=names.index)), losses.effect(group)) for group in joint
+        ),
+        null=tuple(losses.effect(frozenset({name})).ratio for name in plan.null),
+        joint_null=tuple(losses.effect(group).ratio for group in plan.joint_null),
+        base_perplexity=losses.base_perplexity,
+        windows=len(windows),
+        window_tokens=max(map(len, windows)),
+        text_sha256="",
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=load.get_device_name(model.device),
+        scored_tokens=sum(losses.scored),
+    )
+
+
+def _ignore(line: str) -> None:
+    """Discard a line for the user."""
+
+
+class _Plan(NamedTuple):
+    """The experts that are zeroed in the first run.
+
+    `null` contains random experts of the candidates' layers. `crowded` contains those that are also zeroed together
+    with all candidates. Each set of `joint_null` has as many random experts in each layer as the candidates.
+    """
+
+    together: Group
+    pairs: list[Group]
+    null: list[ExpertName]
+    crowded: list[ExpertName]
+    joint_null: list[Group]
+
+    def list_groups(self) -> Iterable[Group]:
+        singles = [frozenset({name}) for name in (*self.together, *self.null)]
+        others = [self.together - {name} for name in self.together]
+        crowded = [self.together | {name} for name in self.crowded]
+        return [*singles, self.together, *others, *self.pairs, *crowded, *self.joint_null]
+
+    def list_experts(self) -> Iterable[ExpertName]:
+        return {*self.together, *self.null, *(name for group in self.joint_null for name in group)}
+
+
+def _plan(checkpoint: Checkpoint, names: Sequence[ExpertName], nulls: int, seed: int) -> _Plan:
+    dice = random.Random(seed)
+    others: dict[int, list[ExpertName]] = {layer: [] for layer, _ in names}
+    for projection in list_down_projections(checkpoint.config, checkpoint.shapes):
+        name = projection.layer, projection.expert
+        if projection.layer in others and isinstance(name[1], int) and name not in names:
+            others[projection.layer].append((projection.layer, name[1]))
+    for group in others.values():
+        dice.shuffle(group)
+    # One expert of each layer after the other, so that every layer contributes equally many as long as it has some.
+    longest = max(map(len, others.values()))
+    null = [group[number] for number in range(longest) for group in others.values() if number < len(group)][:nulls]
+    counts = {layer: sum(name[0] == layer for name in names) for layer in others}
+    joint_null: list[Group] = []
+    if len(names) > 1 and all(len(others[layer]) >= count for layer, count in counts.items()):
+        for _ in range(JOINT_NULLS):
+            draw = frozenset(name for layer, n in counts.items() for name in dice.sample(others[layer], n))
+            joint_null += [] if draw in joint_null else [draw]
+    pairs = [frozenset(pair) for pair in combinations(names, 2)][:PAIRS]
+    crowded = null[:CONTEXT_NULLS] if len(names) > 1 else []
+    return _Plan(frozenset(names), pairs, null, crowded, joint_null)
+
+
+def _list_output_regions(checkpoint: Checkpoint, name: ExpertName) -> tuple[Region, ...]:
+    """List the regions of an expert that make its output zero: its down projection, and its bias if it has one."""
+    down = find_down_projection(checkpoint.config, checkpoint.shapes, *name).tensor
+    regions = locate_expert(checkpoint.config, checkpoint.shapes, *name)
+    return regions[[region.tensor for region in regions].index(down) :]
+
+
+def _compute_floors(losses: Losses[ExpertName], plan: _Plan, say: Say) -> tuple[float, float]:
+    """Compute the bar for the effect of an expert, and that for the effect of a group beyond its parts.
+
+    Both are logarithms of perplexity ratios. The first is at least the outer fence of the effects of random experts
+    (confirm.py explains why). `say` receives a line about a random expert with a clear effect.
+    """
+    together = plan.together
+    alone = {name: losses.gain(frozenset({name})) for name in plan.null}
+    floor = max(math.log(INERT), compute_outer_fence([gain.log for gain in alone.values()]))
+    if floor > math.log(INERT):
+        say(f"random experts change perplexity too: only ratios above {format_number(compute_exp(floor), 3)} count")
+    for name, gain in alone.items():
+        if gain.low > floor:
+            ratio = f"x{format_number(compute_exp(gain.log), 3)} without it"
+            layer, expert = name
+            say(
+                f"critical, but not a candidate: layer {layer} expert {expert} (drawn for comparison; perplexity is "
+                f"{ratio})"
+            )
+    common = [
+        losses.gain(together | {name}, [together, frozenset({name})]).log
+        for name in plan.crowded
+        if not alone[name].low > floor
+    ]
+    joint_floor = max([floor, *filter(math.isfinite, common)])
+    if joint_floor > floor:
+        least = f"x{format_number(compute_exp(joint_floor), 3)}"
+        say(f"without the candidates, random experts have larger effects: only joint effects above {least} count")
+    return floor, joint_floor

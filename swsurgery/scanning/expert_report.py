@@ -1,0 +1,174 @@
+"""Define the results of a scan for super experts.
+
+All results are frozen. This module must not import torch and reads no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from swsurgery.scanning.report import Answer, Candidate, Effect, Scan, Verdict, convert_to_plain
+
+ExpertName: TypeAlias = tuple[int, int | Literal["shared"]]
+"""The layer and the number of a routed expert, or "shared" for the expert that processes every token."""
+
+
+@dataclass(frozen=True)
+class ExpertCandidate:
+    """One expert whose down projection has a large enough output to be a super expert.
+
+    `output` is the signed output of largest magnitude, before the router's weight. It occurs in channel `row` at
+    `token` of prompt number `prompt`. `prompts` is the number of prompts in which the expert has an output above both
+    bars. `state` is the largest magnitude of the hidden state at the same token and channel after this layer or a later
+    one, in medians of that layer. `cause` is the scalar with the largest share of the output. The score of `cause` is
+    the magnitude of what it adds to the output.
+    """
+
+    layer: int
+    expert: int | Literal["shared"]
+    output: float
+    row: int
+    token: int
+    prompt: int
+    prompts: int
+    state: float
+    cause: Candidate
+
+    @property
+    def name(self) -> ExpertName:
+        return self.layer, self.expert
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {key: convert_to_plain(value) for key, value in vars(self).items() if key != "cause"}
+        return fields | {"cause": self.cause.to_json()}
+
+
+@dataclass(frozen=True)
+class ExpertMaximum:
+    """The signed output of largest magnitude of one expert's down projection, over all tokens of all prompts."""
+
+    layer: int
+    expert: int | Literal["shared"]
+    output: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: convert_to_plain(value) for key, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class ExpertTrial:
+    """The causal test of one expert.
+
+    `alone` is the effect of zeroing the expert. `without` is the effect of zeroing all other candidates, or None if
+    there is no other.
+    """
+
+    candidate: ExpertCandidate
+    alone: Effect
+    without: Effect | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class ExpertJointSet:
+    """Experts that matter together: zeroing all of them has more effect than the product of their single effects."""
+
+    experts: tuple[ExpertName, ...]
+    effect: Effect
+
+    def to_json(self) -> dict[str, Any]:
+        experts = [{"layer": layer, "expert": expert} for layer, expert in self.experts]
+        return {"experts": experts, "effect": self.effect.to_json()}
+
+
+@dataclass(frozen=True)
+class ExpertConfirmation:
+    """The whole causal test of the experts.
+
+    `together` is the effect of zeroing all candidates. `null` contains one perplexity ratio for each random expert of
+    the same layers, zeroed alone. `joint_null` contains one ratio for each random set with as many experts in each
+    layer as the candidates, zeroed together. The text had `windows` windows of `window_tokens` tokens, in which
+    `scored_tokens` predictions were scored.
+    """
+
+    trials: tuple[ExpertTrial, ...]
+    together: Effect
+    joint_sets: tuple[ExpertJointSet, ...]
+    null: tuple[float, ...]
+    joint_null: tuple[float, ...]
+    base_perplexity: float
+    windows: int
+    window_tokens: int
+    text_sha256: str
+    dtype: str
+    device: str
+    scored_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        keys = ("base_perplexity", "windows", "window_tokens", "scored_tokens", "text_sha256", "dtype", "device")
+        return {
+            "together": self.together.to_json(),
+            "null_ratios": convert_to_plain(self.null),
+            "joint_null_ratios": convert_to_plain(self.joint_null),
+            **{key: convert_to_plain(getattr(self, key)) for key in keys},
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class ExpertScan(Scan):
+    """The result of one scan for super experts.
+
+    `experts` contains the candidates, the largest output first, and `largest` the experts with the largest outputs
+    whether they are candidates or not. The fields of single scalars, such as `candidates`, are empty.
+    """
+
+    experts: tuple[ExpertCandidate, ...] = ()
+    largest: tuple[ExpertMaximum, ...] = ()
+    expert_confirmation: ExpertConfirmation | None = None
+    shown: ClassVar[tuple[str, ...]] = ("answer", "super_experts")
+
+    @property
+    def super_experts(self) -> tuple[ExpertCandidate, ...]:
+        """The critical experts and those without a verdict; all candidates if there was no causal test."""
+        if self.expert_confirmation is None:
+            return self.experts
+        return tuple(t.candidate for t in self.expert_confirmation.trials if t.verdict != "inert")
+
+    @property
+    def confirmed(self) -> bool:
+        """True if there was a causal test with enough text for verdicts."""
+        test = self.expert_confirmation
+        return test is not None and any(t.verdict != "untested" for t in test.trials)
+
+    @property
+    def answer(self) -> Answer:
+        """The answer of the scan. If nothing was found it is "none" or, if a layer was not read, "undecided"."""
+        return "found" if self.super_experts else super().answer
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """Return one row per candidate: its layer, expert, output, row, token, prompts, state and verdict."""
+        columns = ("layer", "expert", "output", "row", "token", "prompts", "state", "verdict")
+        return [{column: row.get(column) for column in columns} for row in self.to_json()["experts"]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `scan --method experts --json` prints."""
+        test = self.expert_confirmation
+        trials = {t.candidate.name: t for t in (test.trials if test else ())}
+        document = super().to_json() | {
+            "super_experts": [_merge_trial(e, trials.get(e.name)) for e in self.super_experts],
+            "experts": [_merge_trial(e, trials.get(e.name)) for e in self.experts],
+            "largest": [one.to_json() for one in self.largest],
+            "joint_sets": [s.to_json() for s in (test.joint_sets if test else ())],
+        }
+        return document | {"confirmation": test.to_json()} if test else document
+
+
+def _merge_trial(candidate: ExpertCandidate, trial: ExpertTrial | None) -> dict[str, Any]:
+    if trial is None:
+        return candidate.to_json()
+    return candidate.to_json() | {
+        "verdict": trial.verdict,
+        "alone": trial.alone.to_json(),
+        "without": trial.without.to_json() if trial.without else None,
+    }
