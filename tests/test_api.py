@@ -266,8 +266,8 @@ def test_a_manifest_may_be_given_in_each_form(room, form):
 
 
 def test_faults_of_a_dict_have_a_line(room):
-    with pytest.raises(swsurgery.SwsurgeryError, match=r"^manifest:\d+:\d+: edits\[0\]: row is missing|is missing row"):
-        swsurgery.plan([{"op": "zero", "layer": 1, "col": 3}], "base")
+    with pytest.raises(swsurgery.SwsurgeryError, match=r"^manifest:\d+:\d+: edits\[0\]: .*is missing layer"):
+        swsurgery.plan([{"op": "zero", "row": 1, "col": 3}], "base")
 
 
 def test_locations_on_the_hub(hub, room):

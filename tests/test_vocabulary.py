@@ -24,12 +24,13 @@ VERBS = frozenset({
     "merge", "move", "name", "normalise", "open", "order", "overlay", "pack", "parse", "pick", "plan", "plot",
     "pluralise", "point", "print", "publish", "quote", "read", "recognise", "recover", "redact", "refuse", "remove",
     "rename", "render", "replace", "report", "require", "reserve", "resolve", "restore", "restrict", "revert", "round",
-    "run", "save", "say", "scale", "scan", "scatter", "score", "select", "serve", "set", "show", "sign", "split",
-    "stage", "start", "stop", "stream", "suggest", "summarise", "survey", "sweep", "sync", "verify", "work", "write",
+    "run", "save", "say", "scale", "scan", "scatter", "score", "select", "serve", "set", "show", "sign", "sort",
+    "split", "stage", "start", "stop", "stream", "suggest", "summarise", "survey", "sweep", "sync", "verify", "work",
+    "write",
 })  # fmt: skip
 """First words of the names of functions: verbs in the imperative. `lookup` is the name of a command."""
 
-PREDICATES = frozenset({"can", "has", "is", "may"})
+PREDICATES = frozenset({"can", "has", "is", "may", "needs"})
 """First words of the names of functions that return a bool."""
 
 OTHER_NAMES = {

@@ -45,7 +45,7 @@ from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import OWN_FILES, make_undo_name
 
 if TYPE_CHECKING:
-    from swsurgery.rewriting.segments import Change
+    from swsurgery.rewriting.segments import RegionChange
 
 UNDO_LIMIT = 256 << 20
 """Maximum number of old bytes that are stored in the undo file, by default."""
@@ -192,7 +192,7 @@ def _make_job(plan: Plan, undo_limit: int, progress: Progress) -> CopyJob:
     """Build the copy job of a plan: all files of the base except omitted files and swsurgery's own files."""
     leave = {*plan.omitted, *OWN_FILES}
     checkpoint = plan.checkpoint
-    changes: Mapping[str, Sequence[Change]] = {}
+    changes: Mapping[str, Sequence[RegionChange]] = {}
     if plan.rewrites or plan.protected_regions:
         from swsurgery.editing.measure import measure_changes
 

@@ -15,7 +15,7 @@ from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice
 
 if TYPE_CHECKING:  # these modules import numpy, which only changes of regions need
-    from swsurgery.rewriting.segments import Change
+    from swsurgery.rewriting.segments import RegionChange
     from swsurgery.rewriting.tally import Digests
 
 Link = Literal["auto", "clone", "copy", "hard"]
@@ -70,7 +70,7 @@ class CopyJob:
     in_cache: bool = False
     elsewhere: tuple[BaseFile, ...] = ()
     shards: Mapping[str, Shard] = field(default_factory=dict)
-    changes: Mapping[str, Sequence[Change]] = field(default_factory=dict, repr=False)
+    changes: Mapping[str, Sequence[RegionChange]] = field(default_factory=dict, repr=False)
     undo_name: str | None = None
     undo_limit: int = 0
 

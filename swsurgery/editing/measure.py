@@ -16,9 +16,9 @@ load_numpy()
 
 from swsurgery.rewriting.function import Function, Source, Words  # noqa: E402
 from swsurgery.rewriting.read import build_function  # noqa: E402
-from swsurgery.rewriting.rows import Matrix, RegionRows  # noqa: E402
-from swsurgery.rewriting.segments import Change, list_segments, name_region  # noqa: E402
-from swsurgery.rewriting.stored import Keep, Place, StoredRows  # noqa: E402
+from swsurgery.rewriting.rows import RegionRows, StoredMatrix  # noqa: E402
+from swsurgery.rewriting.segments import RegionChange, list_segments, name_region  # noqa: E402
+from swsurgery.rewriting.stored import Keep, RegionPlace, StoredRows  # noqa: E402
 
 
 def measure_changes(
@@ -27,13 +27,13 @@ def measure_changes(
     checkpoint: Checkpoint,
     loaded: LoadedManifest,
     progress: Progress | None = None,
-) -> dict[str, list[Change]]:
+) -> dict[str, list[RegionChange]]:
     """Return the changes of each file with measured functions, and its protected regions, which are only hashed.
 
     The tensors are read once or a few times, if an operation needs statistics. Raises PlanError, with the position of
     the edit, if the statistics make an operation impossible, such as a clip that removes everything.
     """
-    changes: dict[str, list[Change]] = {}
+    changes: dict[str, list[RegionChange]] = {}
     progress = progress or Silent()
     for group in _group_by_operation(rewrites):
         first = group[0]
@@ -41,7 +41,7 @@ def measure_changes(
             functions = _measure_group(group, checkpoint, progress)
             for rewrite, function in zip(group, functions, strict=True):
                 order = (rewrite.number, rewrite.part)
-                change = Change(
+                change = RegionChange(
                     rewrite.name, rewrite.op, rewrite.info, rewrite.start, rewrite.region, function, rewrite.kept, order
                 )
                 changes.setdefault(rewrite.file, []).append(change)
@@ -52,7 +52,7 @@ def measure_changes(
         list_segments(group_of_file)  # raises before anything is written
     for number, region in enumerate(protected):
         name = f"protected.{number}"
-        kept = Change(name, "keep", region.info, region.start, region.region, Keep(), order=(number, 0))
+        kept = RegionChange(name, "keep", region.info, region.start, region.region, Keep(), order=(number, 0))
         changes.setdefault(region.file, []).append(kept)
     return changes
 
@@ -82,15 +82,15 @@ def _measure_group(group: Sequence[Rewrite], checkpoint: Checkpoint, progress: P
 
 def _make_restore(rewrite: Rewrite) -> Function:
     assert rewrite.source is not None  # the planner finds it for every restore
-    return StoredRows(rewrite.source.file, Place(rewrite.info, rewrite.source.start, rewrite.region))
+    return StoredRows(rewrite.source.file, RegionPlace(rewrite.info, rewrite.source.start, rewrite.region))
 
 
 def make_source(rewrite: Rewrite, checkpoint: Checkpoint, meter: _Meter | None = None) -> Source:
     """Return the source of statistics of a rewrite, which reads the region from the base."""
     file = checkpoint.shards[rewrite.file].file
-    rows = RegionRows(Matrix(rewrite.info, rewrite.start), rewrite.region)
+    rows = RegionRows(StoredMatrix(rewrite.info, rewrite.start), rewrite.region)
     if len(rewrite.info.shape) == 1:  # a long vector is read in parts
-        rows = RegionRows(Matrix(rewrite.info, rewrite.start, flat=True), rewrite.region)
+        rows = RegionRows(StoredMatrix(rewrite.info, rewrite.start, flat=True), rewrite.region)
 
     def read() -> Iterator[Words]:
         for words in rows.read_all(file):

@@ -16,8 +16,8 @@ from swsurgery.storage.splice import group_by_file
 
 load_numpy()
 
-from swsurgery.rewriting.segments import Change, list_segments  # noqa: E402
-from swsurgery.rewriting.stored import Place  # noqa: E402
+from swsurgery.rewriting.segments import RegionChange, list_segments  # noqa: E402
+from swsurgery.rewriting.stored import RegionPlace  # noqa: E402
 from swsurgery.rewriting.undo import make_undo_function  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def overlay_undone(patched: Checkpoint, record: Record) -> Checkpoint:
     return replace(patched, shards=shards)
 
 
-def _list_changes(patched: Checkpoint, record: Record) -> dict[str, list[Change]]:
+def _list_changes(patched: Checkpoint, record: Record) -> dict[str, list[RegionChange]]:
     """Return the changes that put old bytes back, for each file."""
     name = record.undo_name
     if name is None or record.undo is None or any(change.undo is None for change in record.changes):
@@ -48,12 +48,12 @@ def _list_changes(patched: Checkpoint, record: Record) -> dict[str, list[Change]
     if hash_file(file.source) != record.undo.sha256:
         raise CheckpointError("the undo file was modified", file.source, "give the base: --base")
     undo = open_shard(file.source)
-    changes: dict[str, list[Change]] = {}
+    changes: dict[str, list[RegionChange]] = {}
     for number, change in enumerate(record.changes):
         shard = patched.shards[change.file]
         info = shard.tensors[change.tensor]
         start = shard.data_start + info.data_offsets[0]
-        function = make_undo_function(undo, str(change.undo), Place(info, start, change.region))
-        undone = Change(str(change.undo), "restore", info, start, change.region, function, order=(number, 0))
+        function = make_undo_function(undo, str(change.undo), RegionPlace(info, start, change.region))
+        undone = RegionChange(str(change.undo), "restore", info, start, change.region, function, order=(number, 0))
         changes.setdefault(change.file, []).append(undone)
     return changes

@@ -268,22 +268,22 @@ def read_target(edit: Target) -> EditTarget:
     return _READERS[edit.form.name](edit)
 
 
-def _need(value: T | None) -> T:
+def _require(value: T | None) -> T:
     """Return the value of a field that the form of the target requires."""
     assert value is not None
     return value
 
 
 _READERS: dict[str, Callable[[Target], EditTarget]] = {
-    "scalar": lambda t: LayerScalar(_need(t.layer), _need(t.row), _need(t.col), t.expert, t.expect),
-    "scalar by index": lambda t: StoredScalar(Coordinate(_need(t.tensor), _need(t.index)), t.expect),
-    "row": lambda t: LayerPart("row", _need(t.layer), _need(t.row), t.expert),
-    "column": lambda t: LayerPart("column", _need(t.layer), _need(t.col), t.expert),
-    "neuron": lambda t: LayerPart("neuron", _need(t.layer), _need(t.neuron), t.expert),
-    "expert": lambda t: LayerExpert(_need(t.layer), _need(t.expert)),
-    "slice": lambda t: StoredSlice(_need(t.tensor), _need(t.slice)),
-    "tensors": lambda t: WholeTensors(_need(t.tensors)),
-    "known": lambda t: KnownScalars(_need(t.known)),
+    "scalar": lambda t: LayerScalar(_require(t.layer), _require(t.row), _require(t.col), t.expert, t.expect),
+    "scalar by index": lambda t: StoredScalar(Coordinate(_require(t.tensor), _require(t.index)), t.expect),
+    "row": lambda t: LayerPart("row", _require(t.layer), _require(t.row), t.expert),
+    "column": lambda t: LayerPart("column", _require(t.layer), _require(t.col), t.expert),
+    "neuron": lambda t: LayerPart("neuron", _require(t.layer), _require(t.neuron), t.expert),
+    "expert": lambda t: LayerExpert(_require(t.layer), _require(t.expert)),
+    "slice": lambda t: StoredSlice(_require(t.tensor), _require(t.slice)),
+    "tensors": lambda t: WholeTensors(_require(t.tensors)),
+    "known": lambda t: KnownScalars(_require(t.known)),
 }
 """The function that reads each form of a target (`manifest.targets.FORMS`)."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from swsurgery.checkpoint.record import UndoRecord
 from swsurgery.rewriting.function import Words
-from swsurgery.rewriting.segments import Change, Part, make_rows
+from swsurgery.rewriting.segments import RegionChange, RegionPart, make_rows
 from swsurgery.rewriting.undo import UndoTensor, list_undo_tensors, render_header, sort_tensors
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import CHUNK
@@ -26,7 +26,7 @@ Piece = tuple[int, int, int]
 """Bytes in a temporary file: (descriptor, offset, size)."""
 
 
-def is_sparse(change: Change) -> bool:
+def is_sparse(change: RegionChange) -> bool:
     """Return True if only the changed scalars of a region are stored."""
     return change.function.sparse
 
@@ -34,7 +34,7 @@ def is_sparse(change: Change) -> bool:
 class UndoWriter:
     """Collects the old bytes of `changes` and writes them to the file `name`, if they have at most `limit` bytes."""
 
-    def __init__(self, name: str, changes: Sequence[Change], limit: int, folder: Folder):
+    def __init__(self, name: str, changes: Sequence[RegionChange], limit: int, folder: Folder):
         self.name, self.changes, self.limit, self.folder = name, changes, limit, folder
         dense = sum(c.region.scalars * c.info.dtype.size for c in changes if not is_sparse(c))
         self.fits = dense <= limit
@@ -126,7 +126,7 @@ class Spool:
         """Keep what was added, because the file is complete."""
         self.kept = True
 
-    def add(self, part: Part, old: Words, new: Words) -> None:
+    def add(self, part: RegionPart, old: Words, new: Words) -> None:
         """Store the old bit patterns of a part of a region, unless the limit is exceeded."""
         if not self.writer.fits:
             return

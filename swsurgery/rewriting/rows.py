@@ -22,7 +22,7 @@ from swsurgery.storage.files import File, fill
 from swsurgery.storage.region import Region, list_runs
 from swsurgery.storage.shard import TensorInfo
 
-BAND = 4 << 20
+BAND_SIZE = 4 << 20
 """Number of bytes of a tensor that are read and computed at a time, if the operation permits."""
 
 Indices = NDArray[np.int64]
@@ -32,7 +32,7 @@ Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Matrix:
+class StoredMatrix:
     """A tensor as a matrix in a file.
 
     `start` is the offset of the data in bytes. If `flat` is True, a one-dimensional tensor is a matrix with one column,
@@ -75,7 +75,7 @@ class Matrix:
 class RegionRows:
     """The rows and columns of a matrix that form a region."""
 
-    matrix: Matrix
+    matrix: StoredMatrix
     region: Region
 
     @cached_property
@@ -157,8 +157,8 @@ class RegionRows:
         return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     def read_all(self, file: File) -> Iterator[Words]:
-        """Yield the bit patterns of the region in C order, in flat arrays of about BAND bytes of the tensor."""
-        step = max(1, BAND // max(self.matrix.row_size, 1))
+        """Yield the bit patterns of the region in C order, in flat arrays of about BAND_SIZE bytes of the tensor."""
+        step = max(1, BAND_SIZE // max(self.matrix.row_size, 1))
         with file.open() as opened:
             for begin in range(0, self.total, step):
                 yield self.read(opened, begin, min(begin + step, self.total)).reshape(-1)

@@ -1,7 +1,7 @@
 """Divide the changed regions of a file into segments: whole rows of a tensor that are read and computed at once.
 
 A segment never divides the rows that a function needs together. It is as small as that permits, and at most about
-BAND bytes otherwise.
+BAND_SIZE bytes otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from swsurgery.errors import PlanError
 from swsurgery.rewriting.function import Function, Words
-from swsurgery.rewriting.rows import BAND, Indices, Matrix, RegionRows, Runs
+from swsurgery.rewriting.rows import BAND_SIZE, Indices, RegionRows, Runs, StoredMatrix
 from swsurgery.storage.region import Region
 from swsurgery.storage.shard import TensorInfo
 
@@ -32,7 +32,7 @@ def name_region(region: Region, info: TensorInfo) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class RegionChange:
     """One region of a file that `function` changes.
 
     `name` identifies the region among all regions, and `order` sorts them as in the plan. `start` is the offset of the
@@ -71,10 +71,10 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Part:
+class RegionPart:
     """The part of a changed region in a segment: rows `runs` of the matrix, of which the first is row `row` of it."""
 
-    change: Change
+    change: RegionChange
     rows: RegionRows
     row: int
     runs: Runs
@@ -84,10 +84,10 @@ class Part:
 class Segment:
     """Rows `begin` to before `end` of a matrix, and the parts of the changed regions in them."""
 
-    matrix: Matrix
+    matrix: StoredMatrix
     begin: int
     end: int
-    parts: list[Part] = field(default_factory=list, repr=False)
+    parts: list[RegionPart] = field(default_factory=list, repr=False)
 
     @property
     def offset(self) -> int:
@@ -99,7 +99,9 @@ class Segment:
         """Size in bytes."""
         return (self.end - self.begin) * self.matrix.row_size
 
-    def compute(self, old: bytearray | memoryview, new: bytearray | memoryview) -> Iterator[tuple[Part, Words, Words]]:
+    def compute(
+        self, old: bytearray | memoryview, new: bytearray | memoryview
+    ) -> Iterator[tuple[RegionPart, Words, Words]]:
         """Compute the parts of the segment from its bytes `old`, and store them in `new`, a copy of `old`.
 
         Yields each part with the old and the new bit patterns (rows, columns) of its region.
@@ -112,26 +114,26 @@ class Segment:
             yield part, words, changed
 
 
-def list_segments(changes: Iterable[Change], band: int = BAND) -> list[Segment]:
+def list_segments(changes: Iterable[RegionChange], band: int = BAND_SIZE) -> list[Segment]:
     """Divide the changes of one file into segments, sorted by offset.
 
     Raises PlanError if the rows that a function needs together have more than MAX_SEGMENT bytes.
     """
-    groups: dict[int, list[Change]] = {}
+    groups: dict[int, list[RegionChange]] = {}
     for change in changes:
         groups.setdefault(change.start, []).append(change)
     return [segment for start in sorted(groups) for segment in _divide(groups[start], band)]
 
 
-def make_rows(changes: Sequence[Change]) -> list[RegionRows]:
+def make_rows(changes: Sequence[RegionChange]) -> list[RegionRows]:
     """Return the rows of each change of one tensor."""
     first = changes[0]
     flat = len(first.info.shape) == 1 and all(change.op in WIDE for change in changes)
-    matrix = Matrix(first.info, first.start, flat)
+    matrix = StoredMatrix(first.info, first.start, flat)
     return [RegionRows(matrix, change.region) for change in changes]
 
 
-def _divide(changes: Sequence[Change], band: int) -> list[Segment]:
+def _divide(changes: Sequence[RegionChange], band: int) -> list[Segment]:
     """Divide the changes of one tensor into segments."""
     rows = make_rows(changes)
     matrix = rows[0].matrix
@@ -171,7 +173,7 @@ def _join(runs: Iterable[tuple[int, int]], may_end: Callable[[int], bool]) -> li
     return intervals
 
 
-def _fill(segments: Sequence[Segment], changes: Sequence[Change], rows: Sequence[RegionRows]) -> None:
+def _fill(segments: Sequence[Segment], changes: Sequence[RegionChange], rows: Sequence[RegionRows]) -> None:
     """Add to each segment the parts of the changes in its rows."""
     begins = [segment.begin for segment in segments]
     for change, one in zip(changes, rows, strict=True):
@@ -183,4 +185,4 @@ def _fill(segments: Sequence[Segment], changes: Sequence[Change], rows: Sequence
                 parts.setdefault(at, []).append((row, stop - row))
                 row, at = stop, at + 1
         for at, runs in parts.items():
-            segments[at].parts.append(Part(change, one, one.count_before(runs[0][0]), tuple(runs)))
+            segments[at].parts.append(RegionPart(change, one, one.count_before(runs[0][0]), tuple(runs)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from swsurgery.errors import CheckpointError
 from swsurgery.rewriting.function import Source, Words
-from swsurgery.rewriting.rows import Indices, Matrix, RegionRows
+from swsurgery.rewriting.rows import Indices, RegionRows, StoredMatrix
 from swsurgery.storage.dtypes import Dtype
 from swsurgery.storage.files import File, read_exactly
 from swsurgery.storage.region import Region
@@ -47,7 +47,7 @@ class Keep(_Fixed):
 
 
 @dataclass(frozen=True)
-class Place:
+class RegionPlace:
     """A region of a tensor in a file. `start` is the offset of the tensor's data, in bytes."""
 
     info: TensorInfo
@@ -57,11 +57,11 @@ class Place:
     @cached_property
     def _rows(self) -> tuple[RegionRows, RegionRows]:
         flat = len(self.info.shape) == 1
-        whole, divided = Matrix(self.info, self.start), Matrix(self.info, self.start, flat)
+        whole, divided = StoredMatrix(self.info, self.start), StoredMatrix(self.info, self.start, flat)
         return RegionRows(whole, self.region), RegionRows(divided, self.region)
 
     def choose_rows(self, words: Words) -> RegionRows:
-        """Return the rows of the region, divided as the block `words` is: see `Matrix.flat`."""
+        """Return the rows of the region, divided as the block `words` is: see `StoredMatrix.flat`."""
         return self._rows[words.shape[1] == 1]
 
 
@@ -70,7 +70,7 @@ class StoredRows(_Fixed):
     """Copy the bit patterns of a region from `file`, in which they are at `place`."""
 
     file: File
-    place: Place
+    place: RegionPlace
 
     def measure(self, sources: Sequence[Source]) -> StoredRows:
         """Return the function itself."""
@@ -91,7 +91,7 @@ class SparseRows(_Fixed):
     """
 
     file: File
-    place: Place
+    place: RegionPlace
     count: int
     indices: int
     values: int

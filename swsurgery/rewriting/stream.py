@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from swsurgery.rewriting.function import Words
-from swsurgery.rewriting.segments import Part, Segment
+from swsurgery.rewriting.segments import RegionPart, Segment
 from swsurgery.storage.files import CHUNK, BaseFile, File, fill
 from swsurgery.storage.hashing import apply_to_chunk, count_threads, refuse_other_header
 from swsurgery.storage.shard import Shard
@@ -29,7 +29,7 @@ LARGE_SEGMENT = 8 << 20
 _large = threading.Lock()
 _by_offset = operator.attrgetter("offset")
 
-Observe = Callable[[Part, Words, Words], None]
+Observe = Callable[[RegionPart, Words, Words], None]
 """Receives a part of a changed region, and its old and its new bit patterns."""
 
 
@@ -147,7 +147,7 @@ class _Run:
             self.receivers.place(bytes(changed), segment.offset)
         self.add(changed)
 
-    def observe(self, parts: Sequence[tuple[Part, Words, Words]]) -> None:
+    def observe(self, parts: Sequence[tuple[RegionPart, Words, Words]]) -> None:
         """Pass the parts of a segment to the receiver."""
         assert self.receivers.observe is not None
         for part in parts:

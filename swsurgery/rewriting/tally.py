@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swsurgery.rewriting.function import Words
-from swsurgery.rewriting.segments import Change, Part
+from swsurgery.rewriting.segments import RegionChange, RegionPart
 from swsurgery.rewriting.stream import Observe
 
 
@@ -33,11 +33,11 @@ class _Sums:
 class Tally:
     """Collects the digests of all regions of a file. `more` receives every part too."""
 
-    def __init__(self, changes: Sequence[Change], more: Observe | None = None):
+    def __init__(self, changes: Sequence[RegionChange], more: Observe | None = None):
         self._sums = {change.name: _Sums() for change in changes}
         self._more = more
 
-    def observe(self, part: Part, old: Words, new: Words) -> None:
+    def observe(self, part: RegionPart, old: Words, new: Words) -> None:
         """Add a part of a region, which must follow the previous part of the same region."""
         sums = self._sums[part.change.name]
         sums.old.update(np.ascontiguousarray(old).data)

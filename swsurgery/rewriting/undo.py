@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from swsurgery.errors import CheckpointError
 from swsurgery.rewriting.function import Function
 from swsurgery.rewriting.rows import RegionRows
-from swsurgery.rewriting.stored import Place, SparseRows, StoredRows
+from swsurgery.rewriting.stored import RegionPlace, SparseRows, StoredRows
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.region import Region
 from swsurgery.storage.shard import Shard, parse_header
 
-ALIGNMENT = 8
+HEADER_ALIGNMENT = 8
 """The size of the header is a multiple of this number of bytes, as safetensors recommends."""
 
 
@@ -51,7 +51,7 @@ def render_header(tensors: Sequence[UndoTensor]) -> bytes | None:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps({"__metadata__": {"format": "swsurgery-undo"}} | header, sort_keys=True).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
     try:
         parse_header(text, at)
     except ValueError:
@@ -59,7 +59,7 @@ def render_header(tensors: Sequence[UndoTensor]) -> bytes | None:
     return struct.pack("<Q", len(text)) + text
 
 
-def make_undo_function(shard: Shard, prefix: str, place: Place) -> Function:
+def make_undo_function(shard: Shard, prefix: str, place: RegionPlace) -> Function:
     """Return the function that puts back the old bytes of a region. `shard` is the open undo file.
 
     Raises CheckpointError if the undo file has no such region with the dtype and shape of `place`.
@@ -73,7 +73,7 @@ def make_undo_function(shard: Shard, prefix: str, place: Place) -> Function:
         if old.shape != region.shape:
             what = f"{prefix}.old of the undo file has shape {list(old.shape)}, but the region {list(region.shape)}"
             raise CheckpointError(what, shard.file)
-        return StoredRows(shard.file, Place(old, start, Region.of_tensor(old)))
+        return StoredRows(shard.file, RegionPlace(old, start, Region.of_tensor(old)))
     if index.dtype.name != "I64" or len(index.shape) != 1 or old.shape != index.shape:
         raise CheckpointError(f"{prefix}.index and {prefix}.old of the undo file do not fit together", shard.file)
     return SparseRows(shard.file, place, old.shape[0], shard.data_start + index.data_offsets[0], start)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.editing.resolve import (
+from swsurgery.editing.targets import (
     Expected,
     KnownScalars,
     LayerScalar,
@@ -35,6 +35,7 @@ from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import Dtype
 from swsurgery.storage.numbers import format_exact, format_number
+from swsurgery.storage.region import Region
 from swsurgery.verifying.against_known import Unreadable, compute_spacing, read_known_value, read_weight
 from swsurgery.verifying.against_manifest import point_at
 from swsurgery.verifying.findings import Finding
@@ -159,6 +160,8 @@ def check_protected(
             faults.append(f"{where}: verify --protected compares single scalars, but the edit names a {edit.form.name}")
             continue
         places, misfits = _resolve(loaded, number, checkpoint, model)
+        if not places and not misfits:
+            faults.append(f"{where}: verify --protected compares single scalars, but {edit.known} is a row")
         scalars += [GuardedScalar(number, "unreadable", misfit) for misfit in misfits]
         for place in places:
             if edit.known == "all" and place.coordinate in edited:
@@ -192,6 +195,8 @@ def _resolve(
     places: list[TargetPlace] = []
     try:
         for place in target.resolve(Scope(checkpoint, partial(find_known, model))):
+            if isinstance(place, Region):  # `known:` with the id of a row
+                continue
             # The value that `known:` expects is found later, because the value in a base takes precedence over it.
             places.append(place._replace(expect=None) if isinstance(target, KnownScalars) else place)
     except (ArchitectureError, PlanError) as error:

@@ -300,7 +300,7 @@ def test_the_bytes_do_not_depend_on_threads_and_block_sizes(tmp_path, monkeypatc
     results = []
     for number, (threads, band, chunk) in enumerate([("4", 4 << 20, 4 << 20), ("1", 1, 64), ("2", 50, 4096)]):
         monkeypatch.setenv("SWSURGERY_THREADS", threads)
-        for module in ("rewriting.rows.BAND", "rewriting.segments.BAND"):
+        for module in ("rewriting.rows.BAND_SIZE", "rewriting.segments.BAND_SIZE"):
             monkeypatch.setattr(f"swsurgery.{module}", band)
         monkeypatch.setattr("swsurgery.rewriting.segments.list_segments.__defaults__", (band,))
         monkeypatch.setattr("swsurgery.rewriting.stream.CHUNK", chunk)
