@@ -63,6 +63,7 @@ REGISTRY = {
     },
     "editing/record.py": {"registry_version": "a key of the record"},
     "verifying/against_record.py": {'"registry"': "the name of a rule"},
+    "verifying/regions.py": {'"registry"': "the name of a rule"},
     "verifying/findings.py": {'"registry"': "the name of a rule"},
 }
 """Texts that may contain the word, by module: keys of the record and a rule, whose names are permanent."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.editing.base import collect_known_digests, find_base
+from swsurgery.editing.overlay import overlay_checkpoint
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import ModelError
 from swsurgery.hub import download_checkpoint
@@ -43,6 +45,9 @@ def load_patched(
     from swsurgery.model import patched
 
     with _plan_held(manifest, base, require_reporter(reporter)) as plan:
+        if plan.rewrites:
+            what = "load_patched edits only single scalars, but this manifest changes regions"
+            raise ModelError(what, plan.loaded.path, "apply the manifest and load the result")
         return patched.load(plan.checkpoint, plan.splices, plan.protected, options)
 
 
@@ -63,11 +68,12 @@ def patched_state_dict(
     with contextlib.ExitStack() as stack:
         plan = stack.enter_context(_plan_held(manifest, base, require_reporter(reporter)))
         read_tensors.refuse_unreadable(plan.checkpoint)
+        changed = overlay_checkpoint(replace(plan, splices=()), reporter)
         held = stack.pop_all()
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with held:
-            yield from read_tensors.load_tensors(plan.checkpoint, plan.splices)
+            yield from read_tensors.load_tensors(changed, plan.splices)
 
     return tensors()
 

@@ -62,6 +62,9 @@ def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions
             reporter.say(*found.notes)
             return found
         plan = make_plan(loaded, checkpoint)
+        if plan.rewrites or plan.protected_regions:
+            what = "an edit in place changes only single scalars, but this manifest names regions"
+            raise PlanError(what, loaded.path, "apply with -o")
         if plan.omitted:
             raise PlanError("an edit in place cannot leave files out", ", ".join(plan.omitted), "set base.copies: keep")
         combine_bounds(plan, check)  # raises before anything is hashed or written
@@ -102,6 +105,9 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
         root = folder.path
         patched = read_record(folder)
         record, previous = patched.record, patched.rebuild_previous()
+        if record.changes:
+            what = "the edit changed regions, and a reversion in place restores only single scalars"
+            raise CheckpointError(what, root, "revert with -o")
         checkpoint = read_checkpoint(folder, record.base)
         if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
             raise CheckpointError(
@@ -287,6 +293,9 @@ def _report_applied(
     agree with the record.
     """
     record = patched.record
+    if record.changes or record.protected_regions:
+        what = "the manifest was already applied; an edit in place cannot check its regions"
+        raise CheckpointError(what, folder.path, "run swsurgery verify")
     repo_ids = (record.base.repo_id, (record.known or {}).get("hf_id"))
     for coordinate, fault in _find_differences(loaded, checkpoint, record, repo_ids):
         raise _make_not_applied_error(fault, folder.path if coordinate is None else f"{folder.path}: {coordinate}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from swsurgery.checkpoint.opening import held, read_checkpoint
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint
 from swsurgery.checkpoint.record import read_record
 from swsurgery.editing.apply import refuse_inside, write_own_files
 from swsurgery.editing.copy import write_checkpoint
 from swsurgery.editing.copy_job import CopyJob, Link
 from swsurgery.editing.in_place import revert_in_place
-from swsurgery.editing.undo import build_undo, list_reversion_notes
+from swsurgery.editing.undo import build_undo, build_undo_changes, list_reversion_notes
 from swsurgery.errors import CheckpointError, SwsurgeryError
-from swsurgery.hub import parse_directory
+from swsurgery.hub import open_location, parse_directory, parse_location
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import staging
 from swsurgery.storage.arguments import require_choice, require_location, require_path
@@ -41,6 +43,7 @@ def revert(
     output: str | Path | None = None,
     *,
     link: Link = "auto",
+    base: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Reverted:
     """Restore the base of a patched checkpoint, byte for byte, from the patched files and their record.
@@ -48,7 +51,8 @@ def revert(
     `checkpoint` is a directory; a checkpoint on the Hub must be downloaded first. The base is written into the new
     directory `output` or, without `output`, replaces the patched checkpoint. `link` is as in `apply`, but "hard" is not
     accepted. If several manifests were applied one after the other, only the last one is undone. If an edit in place
-    was interrupted, only that edit is undone.
+    was interrupted, only that edit is undone. `base` is needed, with `output`, if the old bytes of changed regions
+    exceeded the undo limit.
 
     Raises TypeError, HubError, CheckpointError; PlanError if a file was changed since the edit; TargetError if the
     target cannot be written.
@@ -59,9 +63,11 @@ def revert(
     if output is None:
         if link != "auto":
             raise SwsurgeryError("--link needs -o, because a reversion in place copies no files")
+        if base is not None:
+            raise SwsurgeryError("--base needs -o")
         return Reverted(root, revert_in_place(root, reporter))
     target = require_path("output", output)
-    with held(root) as entered:
+    with held(root) as entered, contextlib.ExitStack() as bases:
         patched = read_record(entered)
         opened = read_checkpoint(entered, patched.record.base)
         refuse_inside(target, opened)
@@ -73,12 +79,14 @@ def revert(
                 opened.root,
                 "restore them",
             )
+        original = _open_base(base, bases) if base is not None else None
         job = CopyJob(
             files=tuple(f for f in opened.files if f.name in record.files),
             splices=build_undo(record, opened),
             pins={name: (entry.sha256, "its record") for name, entry in record.files.items() if entry.sha256},
             in_cache=opened.in_cache,
             shards=opened.shards,
+            changes=build_undo_changes(record, opened, original),
         )
         with staging.stage_output(target, job.names, OWN_FILES, job.folder_mode) as stage:
             copied = write_checkpoint(job, stage, link=link, progress=reporter)
@@ -90,3 +98,9 @@ def revert(
             if previous:
                 write_own_files(stage, previous, job.own_mode)
     return Reverted(target, list_reversion_notes(record))
+
+
+def _open_base(base: str | Path, bases: contextlib.ExitStack) -> Checkpoint:
+    """Open the base with the old bytes of changed regions, and lock it."""
+    where = open_location(parse_location(require_location("base", base)))
+    return open_checkpoint(bases.enter_context(held(where)))

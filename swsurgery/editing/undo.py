@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import EditRecord, Record
+from swsurgery.checkpoint.record import EditRecord, Record, RegionRecord
 from swsurgery.errors import CheckpointError, NumberError
+from swsurgery.storage.hashing import hash_file
+from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.storage.splice import Splice
+
+if TYPE_CHECKING:  # these modules import numpy, which only changes of regions need
+    from swsurgery.rewriting.function import Function
+    from swsurgery.rewriting.segments import RegionChange
+    from swsurgery.rewriting.stored import RegionPlace
 
 
 def build_undo(record: Record, checkpoint: Checkpoint) -> tuple[Splice, ...]:
@@ -45,6 +54,65 @@ def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
     except (IndexError, NumberError):
         return None
     return splice if (info.dtype.name, offset) == (edit.dtype, edit.offset) else None
+
+
+def build_undo_changes(
+    record: Record, checkpoint: Checkpoint, base: Checkpoint | None = None
+) -> dict[str, list[RegionChange]]:
+    """Return, for each file, the changes that put back the old bytes of the changed regions of a record.
+
+    The old bytes are read from the undo file, or from `base` if it is given. Raises CheckpointError if the record lists
+    a region that does not exist, if the undo file is missing, modified or belongs to another record, and if neither an
+    undo file nor a base contains the old bytes.
+    """
+    if not record.changes:
+        return {}
+    from swsurgery.rewriting.segments import RegionChange
+    from swsurgery.rewriting.stored import StoredRows
+    from swsurgery.rewriting.undo import make_undo_function
+
+    undo = None if base else _open_undo(record, checkpoint)
+    changes: dict[str, list[RegionChange]] = {}
+    for number, entry in enumerate(record.changes):
+        place = _find_place(entry, checkpoint) if entry.file in record.files else None
+        if place is None:
+            what = "the record lists a region that does not exist"
+            raise CheckpointError(what, f"{entry.region} in {entry.file}", "restore swsurgery.json")
+        if base is not None:
+            theirs = _find_place(entry, base)
+            if theirs is None:
+                raise CheckpointError(f"the base has no region {entry.region}", base.root, "give the right base")
+            function: Function = StoredRows(base.shards[entry.file].file, theirs)
+        else:
+            assert undo is not None
+            function = make_undo_function(undo, entry.undo or "", place)
+        name = f"undo.{number}"
+        change = RegionChange(name, "restore", place.info, place.start, place.region, function, order=(number, 0))
+        changes.setdefault(entry.file, []).append(change)
+    return changes
+
+
+def _open_undo(record: Record, checkpoint: Checkpoint) -> Shard:
+    """Open the undo file of a record. Raises CheckpointError if it is missing or is not the recorded file."""
+    if record.undo is None or record.undo_name is None:
+        what = "the old bytes were not stored, because they exceeded the undo limit"
+        raise CheckpointError(what, checkpoint.root, "give the base with --base")
+    file = next((f for f in checkpoint.files if f.name == record.undo_name), None)
+    if file is None:
+        where = f"{checkpoint.root}/{record.undo_name}"
+        raise CheckpointError("the undo file is missing", where, "restore it, or give the base with --base")
+    if file.size != record.undo.size or hash_file(file.source) != record.undo.sha256:
+        what = "the undo file was changed, or belongs to another record"
+        raise CheckpointError(what, file.source, "restore it, or give the base with --base")
+    return open_shard(file.source)
+
+
+def _find_place(entry: RegionRecord, checkpoint: Checkpoint) -> RegionPlace | None:
+    """Return the place of a recorded region; None if the headers have no such region of the recorded dtype."""
+    from swsurgery.rewriting.stored import find_place
+
+    shard = checkpoint.shards.get(entry.file)
+    return find_place(shard, entry.region, entry.dtype) if shard else None
 
 
 def list_reversion_notes(record: Record) -> tuple[str, ...]:

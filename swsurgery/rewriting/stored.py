@@ -14,7 +14,7 @@ from swsurgery.rewriting.rows import Indices, RegionRows, StoredMatrix
 from swsurgery.storage.dtypes import Dtype
 from swsurgery.storage.files import File, read_exactly
 from swsurgery.storage.region import Region
-from swsurgery.storage.shard import TensorInfo
+from swsurgery.storage.shard import Shard, TensorInfo
 
 PIECE = 1 << 16
 """Number of indices of a sparse undo that are read at a time."""
@@ -35,7 +35,7 @@ class _Fixed:
 
 @dataclass(frozen=True)
 class Keep(_Fixed):
-    """Change nothing: for regions that are only hashed."""
+    """RegionChange nothing: for regions that are only hashed."""
 
     def measure(self, sources: Sequence[Source]) -> Keep:
         """Return the function itself."""
@@ -63,6 +63,16 @@ class RegionPlace:
     def choose_rows(self, words: Words) -> RegionRows:
         """Return the rows of the region, divided as the block `words` is: see `StoredMatrix.flat`."""
         return self._rows[words.shape[1] == 1]
+
+
+def find_place(shard: Shard, region: Region, dtype: str) -> RegionPlace | None:
+    """Return the place of a region in a shard; None if the shard has no such region of this dtype."""
+    info = shard.tensors.get(region.tensor)
+    if info is None or info.dtype.name != dtype or info.dtype.bits % 8 or len(region.bounds) != len(info.shape):
+        return None
+    if not all(0 <= begin < end <= size for (begin, end), size in zip(region.bounds, info.shape, strict=True)):
+        return None
+    return RegionPlace(info, shard.data_start + info.data_offsets[0], region)
 
 
 @dataclass(frozen=True)

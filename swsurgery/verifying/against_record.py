@@ -11,22 +11,25 @@ import collections
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes, read_chunks
 from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Record, ScalarRecord
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
-from swsurgery.errors import NumberError
+from swsurgery.errors import NumberError, SwsurgeryError
 from swsurgery.progress import Progress
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.files import BaseFile
-from swsurgery.storage.names import CARD_NAME, GIT_NAME, OWN_FILES, SIGNATURE_NAME
+from swsurgery.storage.names import CARD_NAME, GIT_NAME, SIGNATURE_NAME
 from swsurgery.storage.result import Result
 from swsurgery.storage.strict_json import read_small
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.finite import FiniteScan
+
+if TYPE_CHECKING:  # imports numpy, which only regions need
+    from swsurgery.verifying.regions import RegionProof
 
 RULES_OF_RECORD = (
     "structure",
@@ -57,6 +60,10 @@ class RecordProof(Result):
     were checked.
     `unread`: edited files on the Hub that were not downloaded. Their digests are those that the Hub lists.
     `elsewhere`: unchanged files that are only in the base's repository.
+    `needs_base`: edited files whose old bytes no undo file contains. Only the digests of the file and of its changed
+    regions were compared with the record; the rest of the proof needs the base.
+
+    `changes` and `protected_regions` are the numbers of changed and of protected regions.
     """
 
     findings: tuple[Finding, ...]
@@ -70,6 +77,9 @@ class RecordProof(Result):
     unread: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
+    needs_base: tuple[str, ...] = ()
+    changes: int = 0
+    protected_regions: int = 0
     rules: tuple[str, ...] = field(default=RULES_OF_RECORD)
 
     @property
@@ -78,7 +88,12 @@ class RecordProof(Result):
         return not any(f.level == "error" for f in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        regions = {
+            "changes": self.changes,
+            "protected_regions": self.protected_regions,
+            "needs_base": list(self.needs_base),
+        }
+        return (regions if self.changes or self.protected_regions else {}) | {
             "ok": self.ok,
             "findings": [f.to_json() for f in self.findings],
             "files": self.files,
@@ -114,11 +129,14 @@ def verify_patched(
     findings += check_scalars(record, checkpoint)
     present = [name for name in record.files if name in names]
     unhashed = [name for name in present if record.files[name].sha256 is None]
-    edited = {edit.file for edit in record.edits}
+    edited = {edit.file for edit in record.edits} | {change.file for change in record.changes}
     unread = [n for n in present if n in edited and not finite and not names[n].is_here]
-    found, sound = _check_all_digests(record, checkpoint, present, finite, progress)
+    regions = _read_regions(record, checkpoint, progress)
+    findings += regions.findings if regions else ()
+    found, sound = _check_all_digests(record, checkpoint, present, finite, progress, regions)
     findings += found
-    proved = [name for name in sound if name not in unhashed and name not in unread]
+    needs_base = {change.file for change in record.changes} if regions is None else regions.needs_base
+    proved = [name for name in sound if name not in {*unhashed, *unread, *needs_base}]
     if base is not None:
         findings += _compare_with_base(checkpoint, base, record, progress)
     rules = RULES_OF_RECORD + (("base",) if base else ()) + (("non-finite",) if finite else ())
@@ -134,12 +152,29 @@ def verify_patched(
         unread=tuple(unread),
         elsewhere=tuple(n for n in record.elsewhere if n not in names),
         unverified=tuple(name for name in proved if record.files[name].unverified),
+        needs_base=tuple(name for name in sound if name in needs_base and name not in unread),
+        changes=len(record.changes),
+        protected_regions=len(record.list_protected_regions()) if regions else 0,
         rules=rules,
     )
 
 
+def _read_regions(record: Record, checkpoint: Checkpoint, progress: Progress) -> RegionProof | None:
+    """Match the regions of a record with the headers; None if it has none."""
+    if not record.changes and not record.list_protected_regions():
+        return None
+    from swsurgery.verifying.regions import read_regions
+
+    return read_regions(record, checkpoint, progress)
+
+
 def _check_all_digests(
-    record: Record, checkpoint: Checkpoint, names: Sequence[str], finite: bool, progress: Progress
+    record: Record,
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    finite: bool,
+    progress: Progress,
+    regions: RegionProof | None = None,
 ) -> tuple[list[Finding], list[str]]:
     """Check the digests of the named files, and search shards for NaN and infinities if `finite` is True.
 
@@ -156,7 +191,7 @@ def _check_all_digests(
     try:
         for name in names:
             scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
-            found = _check_digests(files[name], record.files[name], edited.get(name, []), scan, progress)
+            found = _check_digests(files[name], record.files[name], edited.get(name, []), scan, progress, regions)
             findings += found + (scan.list_findings() if scan else [])
             if not found:
                 sound.append(name)
@@ -209,7 +244,7 @@ def _check_file_list(record: Record, names: dict[str, BaseFile]) -> list[Finding
         for name in record.files
         if name not in names and name not in record.elsewhere
     ]
-    listed = {*record.files, *OWN_FILES, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
+    listed = {*record.files, *record.own_names, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
     extra = [
         Finding("file-undeclared", "this file exists, but the record does not list it", name)
         for name in names
@@ -248,7 +283,9 @@ def _check_operations(record: Record) -> list[Finding]:
     for edit in record.edits:
         dtype = DTYPES[edit.dtype]
         try:
-            if edit.op == "zero":
+            if edit.op == "flip":
+                new = _flip_bits(edit)
+            elif edit.op == "zero":
                 new = dtypes.make_zero(dtype)
             elif edit.op == "scale" and edit.factor is not None:
                 new = dtypes.scale_value(dtype, edit.old_bytes, edit.factor)
@@ -269,8 +306,21 @@ def _check_operations(record: Record) -> list[Finding]:
     return findings
 
 
+def _flip_bits(edit: EditRecord) -> bytes:
+    """Return the old bytes of a flip with its bits inverted. Raises NumberError for a bit outside the dtype."""
+    old = edit.old_bytes
+    if not edit.bit or max(edit.bit) >= 8 * len(old) or len(set(edit.bit)) < len(edit.bit):
+        raise NumberError(f"{edit.dtype} has no such bits: {list(edit.bit or ())}")
+    return (int.from_bytes(old, "little") ^ sum(1 << bit for bit in edit.bit)).to_bytes(len(old), "little")
+
+
 def _check_digests(
-    file: BaseFile, record: FileRecord, edits: list[EditRecord], scan: FiniteScan | None, progress: Progress
+    file: BaseFile,
+    record: FileRecord,
+    edits: list[EditRecord],
+    scan: FiniteScan | None,
+    progress: Progress,
+    regions: RegionProof | None = None,
 ) -> list[Finding]:
     """Check the digests of one file: of its stored bytes, and of the same bytes with the edits' old bytes put back.
 
@@ -280,14 +330,27 @@ def _check_digests(
         old = sorted((e.offset, e.old_bytes) for e in edits)
     except NumberError as error:
         return [Finding("registry", f"the record's old bits are invalid: {error}", file.name)]
-    findings = _check_file_record(file, record, bool(edits))
+    inside = regions is not None and file.name in regions.changes
+    findings = _check_file_record(file, record, bool(edits) or inside)
     if file.digest is not None and not file.is_here and scan is None:
         progress.advance(file.size)
         return findings + _check_hub_digest(file, record)
     hashed = record.sha256 is not None or record.base_sha256 is not None
-    if not hashed and scan is None:
+    if not hashed and scan is None and not inside:
         return findings
-    here, restored = _hash_twice(file, old, hashed, scan, progress)
+    if regions is not None and inside:
+        from swsurgery.verifying.regions import hash_with_regions
+
+        try:
+            look = scan.feed if scan else None
+            here, restored, found = hash_with_regions(file, edits, regions, look, progress)
+        except SwsurgeryError as error:
+            return [*findings, Finding("registry", f"the regions cannot be restored: {error}", file.name)]
+        findings += found
+        if file.name in regions.needs_base:
+            record = record.model_copy(update={"base_sha256": None})
+    else:
+        here, restored = _hash_twice(file, old, hashed, scan, progress)
     if record.sha256 is not None and here != record.sha256:
         findings.append(Finding("digest", f"the file's sha256 is {here}, not {record.sha256}", file.name))
     if record.base_sha256 is not None and restored != record.base_sha256:
@@ -356,6 +419,12 @@ def _compare_with_base(checkpoint: Checkpoint, base: Checkpoint, record: Record,
     declared: dict[str, set[int]] = {}
     for edit in record.edits:
         declared.setdefault(edit.file, set()).update(range(edit.offset, edit.offset + len(edit.old_bits) // 2 - 1))
+    rewritten = {change.file for change in record.changes}
     names = [f.name for f in checkpoint.files if f.name in record.files and f.name in theirs]
+    if rewritten:
+        from swsurgery.verifying.regions import compare_by_recomputing
+
+        findings += compare_by_recomputing(record, checkpoint, base, progress)
+        names = [name for name in names if name not in rewritten]
     changed = find_undeclared_changes(checkpoint, base, names, declared, progress)
     return findings + [Finding.of_difference(difference) for difference in changed]

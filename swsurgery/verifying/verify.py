@@ -462,6 +462,13 @@ def _describe_verification(verification: RecordProof) -> Iterable[str]:
     if verification.unverified:
         names, count = _format_some(verification.unverified), pluralise(len(verification.unverified), "file")
         yield f"unproved  {count} whose digests were copied into the record without hashing the base: {names}"
+    if verification.changes:
+        yield f"changed   {pluralise(verification.changes, 'region')} with the record's sha256"
+    if verification.protected_regions:
+        yield f"protected {pluralise(verification.protected_regions, 'region')} with the recorded sha256"
+    if verification.needs_base and not verification.compared_with_base:
+        names = _format_some(verification.needs_base)
+        yield f"unproved  no undo file has the old bytes of {names}: the proof needs the base (give --base)"
     if verification.unhashed:
         count = pluralise(len(verification.unhashed), "file")
         yield f"unhashed  {count} of which only the size is known: {_format_some(verification.unhashed)}"
