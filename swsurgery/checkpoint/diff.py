@@ -20,7 +20,7 @@ from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import require_integer
 from swsurgery.storage.dtypes import convert_to_json
 from swsurgery.storage.files import BaseFile, fill, has_same_bytes, read_exactly
-from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.names import OWN_FILES, is_undo_name
 from swsurgery.storage.result import TableResult
 from swsurgery.storage.shard import Shard, TensorInfo
 
@@ -73,7 +73,7 @@ class Difference(TableResult):
     @property
     def same(self) -> bool:
         """True if all tensors and all files are equal. The files that swsurgery adds to a checkpoint are ignored."""
-        others = [state for name, state in self.files.items() if name not in OWN_FILES]
+        others = [state for name, state in self.files.items() if name not in OWN_FILES and not is_undo_name(name)]
         return not self.tensors and not self.mismatched and all(state == "same" for state in others)
 
     def to_json(self) -> dict[str, Any]:

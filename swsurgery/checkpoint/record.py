@@ -40,7 +40,7 @@ from swsurgery.storage.names import OWN_FILES, make_undo_name
 from swsurgery.storage.region import Region
 from swsurgery.storage.result import TableResult
 from swsurgery.storage.schema import OfVariant, Position, Strict, require_whole_number
-from swsurgery.storage.splice import list_scalar_rows
+from swsurgery.storage.splice import list_rows
 from swsurgery.storage.strict_json import RECORD, describe_first_fault, parse_json, read_small, render_pieces
 
 RECORD_NAME, MANIFEST_NAME, SUMS_NAME = OWN_FILES
@@ -301,9 +301,10 @@ class Record(TableResult, Strict):
         return self.model_dump(mode="json")
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per edited and per protected scalar: op, tensor, index, dtype, old, new, file, offset."""
+        """Return one row per edited scalar, protected scalar, changed region and protected region; see `list_rows`."""
         document = self.to_json()
-        return list_scalar_rows(document["edits"], document["protected"])
+        regions = (document.get(name, ()) for name in ("changes", "protected_regions"))
+        return list_rows(document["edits"], document["protected"], *regions)
 
     def list_inherited(self) -> list[tuple[int, ScalarRecord]]:
         """Return the scalars that earlier steps protect, each as (number of the step, scalar).

@@ -38,6 +38,7 @@ def show_plan(plan: Plan) -> None:
         f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}{and_kept}"
     )
     _list_edits(document["splices"], document["protected"])
+    _list_lines("edit", plan.to_lines())
     if plan.pins_checked:
         print_text(f"pins      match the sha256 of {_format_names(plan.pins_checked)}")
     if plan.pins_unchecked:
@@ -53,6 +54,7 @@ def show_applied(applied: Applied) -> None:
     """Print the edits made, the report of the sanity check, and the commands that prove and undo the edits."""
     document = applied.to_json()
     _list_edits(document["splices"], document["protected"])
+    _list_regions(applied.record)
     print_text("")
     show_check(document["check"])
     print_text("")
@@ -92,11 +94,14 @@ def show_record(record: Record) -> None:
     print_text(f"steps     {len(record.history) + 1}")
     for number, step in enumerate(record.history, 1):
         print_text(f"\nstep {number}")
-        document = step.read().model_dump(mode="json")
+        earlier = step.read()
+        document = earlier.model_dump(mode="json")
         _list_edits(document["edits"], document["protected"])
+        _list_regions(earlier)
     print_text(f"\nstep {len(record.history) + 1}")
     document = record.model_dump(mode="json")
     _list_edits(document["edits"], document["protected"])
+    _list_regions(record)
     for scalar in (*record.edits, *record.protected):
         if scalar.known:
             fact = f"{scalar.coordinate}: {scalar.known.status}, zeroed alone {scalar.known.causal_alone}"
@@ -234,6 +239,26 @@ def _list_edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) ->
         print_table(("op", "tensor", "index", "dtype", "old", "new", "file", "offset"), rows[:MAX_ROWS])
     if len(rows) > MAX_ROWS:
         print_text(f"... and {len(rows) - MAX_ROWS} more")
+
+
+def _list_regions(record: Record) -> None:
+    """Print one line for each edit that changed or protects regions, and where the old bytes are."""
+    from swsurgery.checkpoint.region_summary import summarise_changes, summarise_protected
+
+    changes = summarise_changes(record)
+    _list_lines("edit", [s.describe() for s in (*changes, *summarise_protected(record.protected_regions))])
+    if record.undo:
+        print_text(f"old bytes {record.undo_name} ({format_size(record.undo.size)})")
+    elif changes:
+        print_text("old bytes not stored, because they exceed the limit of the undo file: undoing needs the base")
+
+
+def _list_lines(word: str, lines: list[str]) -> None:
+    """Print up to MAX_ROWS lines, each after a word, and the number of the rest."""
+    for line in lines[:MAX_ROWS]:
+        print_text(f"{word:9} {escape_control(line)}")
+    if len(lines) > MAX_ROWS:
+        print_text(f"... and {len(lines) - MAX_ROWS} more")
 
 
 def _format_names(names: tuple[str, ...]) -> str:

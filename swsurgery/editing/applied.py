@@ -41,6 +41,7 @@ class Applied(TableResult):
         document = self.record.model_dump(mode="json")
         records = (document["edits"], document["protected"])
         edits, protected = ([{k: v for k, v in r.items() if k != "known"} for r in each] for each in records)
+        regions = {name: document[name] for name in ("changes", "protected_regions", "undo") if name in document}
         return {
             "output": str(self.output),
             "splices": edits,
@@ -49,8 +50,9 @@ class Applied(TableResult):
             "notes": list(self.notes),
             "check": document["check"],
             "files": files,
+            **regions,
         }
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per edited scalar: tensor, index, dtype, old and new value, file and offset in bytes."""
+        """Return one row per edited scalar, protected scalar, changed region and protected region."""
         return self.record.to_rows()

@@ -31,7 +31,7 @@ from swsurgery.storage.names import OWN_FILES, UNDO_NAME
 from swsurgery.storage.numbers import format_size
 from swsurgery.storage.region import Region
 from swsurgery.storage.result import TableResult
-from swsurgery.storage.splice import Scalar, Splice, list_scalar_rows
+from swsurgery.storage.splice import Scalar, Splice, list_rows
 
 MAX_NOTES = 20
 """Maximum number of notes, each about one tensor on whose shard the index and the headers disagree."""
@@ -93,9 +93,10 @@ class Plan(TableResult):
         return document
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per changed and per protected scalar: op, tensor, index, dtype, old, new, file, offset."""
+        """Return one row per changed scalar, protected scalar, region to change and protected region."""
         document = self.to_json()
-        return list_scalar_rows(document["splices"], document["protected"])
+        regions = (document.get(name, ()) for name in ("rewrites", "protected_regions"))
+        return list_rows(document["splices"], document["protected"], *regions)
 
     def to_lines(self) -> list[str]:
         """Return one line per edit of regions: its operation and target, and the number of scalars and bytes."""

@@ -12,7 +12,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from swsurgery.checkpoint.record import EditRecord, Record, ScalarRecord
+from swsurgery.checkpoint.record import EditRecord, Record, RegionRecord, ScalarRecord
+from swsurgery.checkpoint.region_summary import (
+    RegionSummary,
+    count_changed,
+    summarise_changes,
+    summarise_protected,
+)
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import NO_COMMAS, format_number
@@ -166,11 +172,12 @@ def render_body(
     name = _get_base_name(record)
     parts = [
         f"# {escape(repo_id.split('/')[-1])}",
-        f"This is {name}, with {pluralise(len(record.edits), 'scalar')} changed and every other byte of its weights "
-        "unchanged. Made by swsurgery, which recorded each change in `swsurgery.json`.",
+        f"This is {name}, with {pluralise(count_changed(record), 'scalar')} changed and every other byte of its "
+        "weights unchanged. Made by swsurgery, which recorded each change in `swsurgery.json`.",
         "## What was changed",
-        _render_edits(record.edits, short or {}),
+        *_render_changes(record, short or {}),
         *_render_protected([*record.protected, *(entry for _, entry in record.list_inherited())]),
+        *_render_protected_regions([entry for _, entry in record.list_protected_regions()]),
         *_render_known(record),
         "## The check",
         _check(record.check),
@@ -178,12 +185,9 @@ def render_body(
         "## Verify",
         "On the Hub, or in a local copy:",
         fence(f"swsurgery verify hf://{repo_id}\nswsurgery verify DIRECTORY", "sh"),
-        "In a local copy, this hashes each file with the old values of the table above put back. If the result is the "
-        "base's sha256, which the base's own repository shows, the file is the base's with exactly these scalars "
-        "changed. On the Hub, it reads the edited scalars and relies on the sha256 that the Hub lists for large files.",
+        _describe_proof(record),
         "## Revert",
-        fence(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
-        "This restores the base's weights, byte for byte.",
+        *_render_reversion(record, repo_id),
         "## Manifest",
         _render_manifest(manifest),
         *_render_base_card(name, base_card),
@@ -215,10 +219,10 @@ def render_patch_body(
     parts = [
         f"# {escape(repo_id.split('/')[-1])}",
         f"A patch of {size} bytes for {_get_base_name(record)}, which changes "
-        f"{pluralise(len(record.edits), 'scalar')} of its weights. There are no weights in this repository. "
+        f"{pluralise(count_changed(record), 'scalar')} of its weights. There are no weights in this repository. "
         "Made by swsurgery.",
         "## What it changes",
-        _render_edits(record.edits, short or {}),
+        *_render_changes(record, short or {}),
         *_render_known(record),
         "## Apply",
         fence(
@@ -299,6 +303,81 @@ def _render_edits(edits: Sequence[EditRecord], short: Mapping[Coordinate, ShortF
     return _render_table(
         ("tensor", "index", "layer", "row", "column", "dtype", "old", "new", "operation", "bits"), rows
     )
+
+
+def _render_changes(record: Record, short: Mapping[Coordinate, ShortForm]) -> list[str]:
+    """Render a table of the edited scalars, and a table with one row per edit of regions."""
+    changes = summarise_changes(record)
+    scalars = [_render_edits(record.edits, short)] if record.edits or not changes else []
+    return [*scalars, _render_regions(changes)] if changes else scalars
+
+
+def _render_regions(changes: Sequence[RegionSummary]) -> str:
+    rows = [
+        [
+            render_code(change.op),
+            render_code(change.target),
+            ", ".join(
+                f"{escape(name)} {render_code(_shorten(value))}" for name, value in sorted(change.options.items())
+            )
+            or "\\-",
+            str(change.changed),
+            str(change.scalars),
+            _name_tensors(change.tensors),
+        ]
+        for change in changes
+    ]
+    header = ("operation", "target", "options", "changed scalars", "of", "tensors")
+    return _render_table(header, rows)
+
+
+def _shorten(value: object) -> str:
+    """Return an option as text; a group of options, such as `clip` of round, as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _name_tensors(names: Sequence[str]) -> str:
+    """Name the first tensor, and count the others."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{render_code(names[0])}{more}" if names else "\\-"
+
+
+def _render_protected_regions(regions: Sequence[RegionRecord]) -> list[str]:
+    if not regions:
+        return []
+    rows = [
+        [render_code(entry.target), str(entry.scalars), _name_tensors(entry.tensors)]
+        for entry in summarise_protected(regions)
+    ]
+    return ["## Protected regions: the same bits as in the base", _render_table(("target", "scalars", "tensors"), rows)]
+
+
+def _describe_proof(record: Record) -> str:
+    """Describe how `verify` proves the checkpoint."""
+    old = "the old values of the table above"
+    if record.undo:
+        old = f"the old values, which are in `swsurgery.json` and `{record.undo_name}`,"
+    elif record.changes:
+        return (
+            "The old values of the changed regions are not stored, because they are too large. In a local copy, "
+            "`swsurgery verify DIRECTORY --base BASE` computes each edit again from the base and compares every byte. "
+            "Without the base, `verify` compares the files and regions with the sha256 in `swsurgery.json`."
+        )
+    return (
+        f"In a local copy, this hashes each file with {old} put back. If the result is the "
+        "base's sha256, which the base's own repository shows, the file is the base's with exactly these scalars "
+        "changed. On the Hub, it reads the edited scalars and relies on the sha256 that the Hub lists for large files."
+    )
+
+
+def _render_reversion(record: Record, repo_id: str) -> list[str]:
+    """Render how to restore the base's weights."""
+    if record.changes and not record.undo:
+        return [f"The old values are not stored. Download the base instead: {_get_base_name(record)}."]
+    return [
+        fence(f"hf download {repo_id} --local-dir DIRECTORY\nswsurgery revert DIRECTORY", "sh"),
+        "This restores the base's weights, byte for byte.",
+    ]
 
 
 def _render_protected(protected: Sequence[ScalarRecord]) -> list[str]:
@@ -384,6 +463,10 @@ def describe(record: Record, accepted: Iterable[Finding]) -> str:
     lines = [f"{escape_control(str(e.coordinate))}: {e.old_bits} to {e.new_bits}" for e in record.edits[:20]]
     if len(record.edits) > 20:
         lines.append(f"and {len(record.edits) - 20} more")
+    changes = summarise_changes(record)
+    lines += [escape_control(change.describe()) for change in changes[:20]]
+    if len(changes) > 20:
+        lines.append(f"and {len(changes) - 20} more edits")
     lines += [f"accepted: {f.rule}: {escape_control(f.file or '-')}: {escape_control(f.message)}" for f in accepted]
     lines.append(f"base: {json.dumps({'repo_id': record.base.repo_id, 'revision': record.base.revision})}")
     return "\n".join(line[:500] for line in lines)

@@ -17,6 +17,7 @@ from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.projections import find_short_form
 from swsurgery.checkpoint.record import RECORD_NAME, FileRecord, Patched, Record, find_record, read_record
+from swsurgery.checkpoint.region_summary import count_changed
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError, pluralise
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
@@ -36,6 +37,10 @@ SMALL_FILE = 16 << 20
 
 No file that the Hub stores in git itself, without LFS, is larger.
 """
+
+
+UNDO = "the old bytes of the edits"
+"""Reason for publishing the undo file."""
 
 
 def make_publication(
@@ -190,7 +195,7 @@ class FilePlanner:
         progress: Progress,
     ):
         self.there = {f.name: f for f in checkpoint.files}
-        self.edited = {e.file for e in record.edits}
+        self.edited = {e.file for e in record.edits} | {c.file for c in record.changes}
         self.record, self.base, self.target = record, base, target
         self.distrusted, self.hashing, self.progress = distrusted, hashing, progress
         self.by_digest = {f.sha256: f for f in base.files.values() if f.sha256} if base else {}
@@ -204,7 +209,8 @@ class FilePlanner:
             found = _make_item(name, read_exactly(file.source, file.size, 0), file.source)
         else:
             found = Item(name, "upload", file.size, "", self._get_digest(file), None, file.source)
-        return self._decide(found, "edited" if name in self.edited else "")
+        why = UNDO if name == self.record.undo_name else "edited" if name in self.edited else ""
+        return self._decide(found, why)
 
     def plan_own(self, name: str, data: bytes) -> Item:
         """Plan a file that swsurgery makes for the repository, such as the card, with the content `data`."""
@@ -231,7 +237,7 @@ class FilePlanner:
             item = replace(item, source=theirs.path)
         if self.target and item.is_in(self.target.head):
             return replace(item, how="keep", why="already in the repository")
-        if why in ("edited", "made for this repository"):
+        if why in ("edited", UNDO, "made for this repository"):
             return replace(item, why=why)
         aside = f", {why}" if why else ""
         if self.base is None:
@@ -255,7 +261,7 @@ class FilePlanner:
 
         Returns None if the file would have to be hashed and `hashing` is False.
         """
-        record = self.record.files.get(file.name)
+        record = self.record.undo if file.name == self.record.undo_name else self.record.files.get(file.name)
         if record and record.sha256 and file.name not in self.distrusted:
             return record.sha256
         return hash_file(file.source, self.progress, f"hashing {file.name}") if self.hashing else None
@@ -329,7 +335,7 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
     if RECORD_NAME in head.files:
         try:
             patched = find_record(head)
-            earlier = patched.record.files if patched else ()
+            earlier = {*patched.record.files, *patched.record.own_names[len(OWN_FILES) :]} if patched else ()
         except CheckpointError:
             notes.append(
                 f"{RECORD_NAME} in the repository cannot be read, so files of an earlier publication are not removed"
@@ -369,7 +375,7 @@ def _choose_tag(
 
 def summarise_edits(record: Record) -> str:
     """Summarise the edits in one line, for the commit's message."""
-    number, base = len(record.edits), record.base
+    number, base = count_changed(record), record.base
     of = f" of {base.repo_id}" if base.repo_id else ""
     at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
     return f"{pluralise(number, 'scalar')}{of}{at} changed"

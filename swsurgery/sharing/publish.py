@@ -230,7 +230,7 @@ def _check_sanity(record: Record) -> list[Finding]:
             return []
         said = "; ".join(map(str, failures)) if isinstance(failures, list) and failures else "the check failed"
         return [Finding("check-failed", said, RECORD_NAME)]
-    if not record.edits:
+    if not record.edits and not record.changes:
         return []
     reason = check.get("reason")
     why = f" ({reason})" if isinstance(reason, str) else ""

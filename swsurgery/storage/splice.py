@@ -78,10 +78,20 @@ def group_by_file(splices: Iterable[Splice]) -> dict[str, list[Splice]]:
     return groups
 
 
-def list_scalar_rows(
-    edits: Iterable[Mapping[str, object]], protected: Iterable[Mapping[str, object]]
+def list_rows(
+    edits: Iterable[Mapping[str, object]],
+    protected: Iterable[Mapping[str, object]],
+    changes: Iterable[Mapping[str, object]] = (),
+    protected_regions: Iterable[Mapping[str, object]] = (),
 ) -> list[dict[str, object]]:
-    """Return one table row per edited and per protected scalar. The arguments contain JSON objects of the record."""
-    columns = ("op", "tensor", "index", "dtype", "old", "new", "file", "offset")
-    everything = [*edits, *({**scalar, "op": "protect"} for scalar in protected)]
-    return [{column: scalar.get(column) for column in columns} for scalar in everything]
+    """Return one table row per edited scalar, protected scalar, changed region and protected region.
+
+    The arguments contain JSON objects of the record. If there are regions, the table has the further columns "bounds",
+    "scalars" and "changed", which are None for scalars, while "index", "old", "new" and "offset" are None for regions.
+    """
+    columns = ["op", "tensor", "index", "dtype", "old", "new", "file", "offset"]
+    regions = [*changes, *({**region, "op": "protect"} for region in protected_regions)]
+    if regions:
+        columns += ["bounds", "scalars", "changed"]
+    everything = [*edits, *({**scalar, "op": "protect"} for scalar in protected), *regions]
+    return [{column: entry.get(column) for column in columns} for entry in everything]
