@@ -5,12 +5,12 @@ This module repeats the arithmetic on the record's old bits. It must not import 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from swsurgery.checkpoint.record import EditRecord, Record, ScalarRecord
-from swsurgery.editing.asked import Asked
+from swsurgery.checkpoint.record import ChangeRecord, EditRecord, Record, ScalarRecord
+from swsurgery.editing.asked import Asked, AskedRegion
 from swsurgery.errors import NumberError
-from swsurgery.manifest.operations import Clip, PruneOutliers, Restore, Round, Scale, explain_expectation
+from swsurgery.manifest.operations import Clip, PruneOutliers, Restore, Round, Scale, Set, explain_expectation
 from swsurgery.manifest.schema import Manifest
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
@@ -28,6 +28,42 @@ def find_unlike_records(asked: Mapping[Coordinate, Asked], record: Record) -> It
     for coordinate, entry in recorded.items():
         if coordinate not in asked:
             yield coordinate, f"{_get_done(entry)}, but the manifest does not ask for it"
+
+
+def find_unlike_regions(asked: Sequence[AskedRegion], record: Record) -> Iterator[tuple[int | None, str]]:
+    """Yield (number of the edit or None, difference in words) for each region on which manifest and record disagree.
+
+    Compares the operations, their options and the regions. The digests of the regions are not checked here.
+    """
+    changes = {(c.edit, c.region): c for c in record.changes}
+    protected = {p.region for p in record.protected_regions}
+    for one in asked:
+        if not one.edit.writes:
+            if one.region not in protected:
+                yield one.number, f"protect was requested: the record does not protect {one.region}"
+            protected.discard(one.region)
+            continue
+        change = changes.pop((one.number, one.region), None)
+        if change is None:
+            yield one.number, f"{one.edit.op} was requested: the record has no change of {one.region} by this edit"
+        elif change.op != one.edit.op or not _has_same_options(one, change):
+            done = f"{change.op} with the options {change.options}"
+            yield one.number, f"{one.edit.op} with the options {one.edit.options} was requested: the record has {done}"
+    for number, region in changes:
+        yield None, f"the record changes {region} by edits[{number}], but the manifest does not ask for it"
+    for region in sorted(protected):
+        yield None, f"the record protects {region}, but the manifest does not ask for it"
+
+
+def _has_same_options(one: AskedRegion, change: ChangeRecord) -> bool:
+    """Return True if a change has the options of its edit. A value to set may be recorded as its bits."""
+    if change.options == one.edit.options:
+        return True
+    if not isinstance(one.edit, Set) or set(change.options) != {"bits"}:
+        return False
+    return one.edit.compute_bytes(DTYPES[change.dtype], b"") == dtypes.parse_bits(
+        DTYPES[change.dtype], str(change.options["bits"])
+    )
 
 
 def _get_done(record: ScalarRecord) -> str:

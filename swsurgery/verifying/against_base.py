@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes
 from swsurgery.checkpoint.record import Record
+from swsurgery.editing.overlay import overlay_checkpoint
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import PlanError, escape_control
 from swsurgery.manifest.load import LoadedManifest
@@ -76,6 +77,9 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.end))
+    if plan.rewrites:
+        # The wanted bytes of every file can be read, so no difference is expected.
+        base, declared = overlay_checkpoint(plan, progress), {}
     changed = [
         Finding.of_difference(d)
         for d in find_undeclared_changes(checkpoint, base, sorted(ours & theirs), declared, progress)
@@ -94,7 +98,7 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
             findings.append(
                 wishes.make_finding(f"{made}, but the checkpoint has {dtypes.format_bits(stored)}", splice.coordinate)
             )
-    return findings + [wishes.attach_position(f) for f in changed] + list(_check_pins(wishes, base))
+    return findings + [wishes.attach_position(f) for f in changed] + list(_check_pins(wishes, plan.checkpoint))
 
 
 def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:

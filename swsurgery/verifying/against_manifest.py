@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, Record
-from swsurgery.editing.asked import Asked
-from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
+from swsurgery.editing.asked import Asked, AskedRegion
+from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records, find_unlike_regions
 from swsurgery.editing.resolve import resolve
 from swsurgery.editing.targets import KnownPlace, find_known
 from swsurgery.errors import LookupFailed, ManifestError
@@ -39,12 +39,14 @@ class Wishes:
     """What a manifest requests of a checkpoint.
 
     `asked` maps the coordinate of each scalar to what the edits request for it. `misfits` are findings about edits that
-    do not fit the checkpoint's headers, and about a model name that is not known.
+    do not fit the checkpoint's headers, and about a model name that is not known. `regions` are the regions that the
+    edits name.
     """
 
     loaded: LoadedManifest
     asked: dict[Coordinate, Asked]
     misfits: tuple[Finding, ...]
+    regions: tuple[AskedRegion, ...] = ()
 
     def make_finding(self, message: str, coordinate: Coordinate | None = None, *, path: Node | None = None) -> Finding:
         """Make a manifest-mismatch finding at the edit of `coordinate`, or else at the manifest's node `path`."""
@@ -90,7 +92,7 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
     for number, fault in resolution.list_misfits():
         misfits.append(point_at(loaded, Finding("manifest-mismatch", fault), ("edits", number)))
-    return Wishes(loaded, resolution.group_by_coordinate(), tuple(misfits))
+    return Wishes(loaded, resolution.group_by_coordinate(), tuple(misfits), resolution.regions)
 
 
 def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
@@ -104,6 +106,10 @@ def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
         for path, message in explain_unlike_bases(wishes.loaded.manifest, record)
     ]
     unlike = [wishes.make_finding(message, entry) for entry, message in find_unlike_records(wishes.asked, record)]
+    unlike += [
+        wishes.make_finding(message, path=("edits",) if number is None else ("edits", number))
+        for number, message in find_unlike_regions(wishes.regions, record)
+    ]
     return [*wishes.misfits, *identity, *unlike]
 
 
@@ -165,6 +171,9 @@ def _compare_own_manifest(
     for coordinate, message in find_unlike_records(asked, record):
         if coordinate in asked or coordinate not in afar or not unresolved:
             yield coordinate, message
+    shards = {*checkpoint.shards}
+    here = [one for one in resolution.regions if checkpoint.weight_map.get(one.region.tensor) in shards]
+    yield from ((None, message) for _, message in find_unlike_regions(here, record))
     for path, message in explain_unlike_bases(manifest, record):
         if path[-1] not in {*record.omitted, *OWN_FILES}:  # these files were not written
             yield None, message

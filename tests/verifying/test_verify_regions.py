@@ -204,3 +204,26 @@ def test_an_overlay_serves_the_bytes_of_the_patched_files(patched, tmp_path):
                     count = opened.readinto(memoryview(buffer), len(data))
                     data += buffer[:count]
             assert data == wanted
+
+
+def test_a_record_is_compared_with_its_manifest_and_with_another_one(patched, tmp_path):
+    assert found(patched, manifest=tmp_path / "out.json") == set()
+    base = tmp_path / "base"
+    other = [*EDITS[:2], {**EDITS[2], "factor": 4}, *EDITS[3:]]
+    wrong = write_manifest(tmp_path / "other.json", base, *other)
+    assert found(patched, manifest=wrong) == {("manifest-mismatch", None)}
+    fewer = write_manifest(tmp_path / "fewer.json", base, *EDITS[:1], *EDITS[3:])
+    messages = [f.message for f in swsurgery.verify(patched, manifest=fewer).findings]
+    assert any("the manifest does not ask for it" in message for message in messages)
+    more = write_manifest(
+        tmp_path / "more.json", base, *EDITS, {"op": "zero", "tensor": "lm_head.weight", "slice": "10"}
+    )
+    assert found(patched, manifest=more) == {("manifest-mismatch", None)}
+
+
+def test_a_checkpoint_without_a_record_is_compared_with_what_a_manifest_makes_of_the_base(patched, tmp_path):
+    for own in ("swsurgery.json", "manifest.yaml", "SHA256SUMS", UNDO):
+        (patched / own).unlink()
+    assert found(patched, manifest=tmp_path / "out.json") == set()
+    flip(patched / TWO, -1)
+    assert found(patched, manifest=tmp_path / "out.json") == {("undeclared-change", TWO)}
