@@ -43,9 +43,7 @@ def show_experts(report: ExpertScan) -> None:
 
 
 def _print_candidates(experts: Sequence[ExpertCandidate]) -> None:
-    print_text(
-        "\nsuper experts: the largest output of the down projection, and the scalar with the largest share of it"
-    )
+    print_text("\ncandidates: the largest output of the down projection, and the scalar with the largest share of it")
     print_columns(
         {
             "layer": [e.layer for e in experts],
