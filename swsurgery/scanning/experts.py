@@ -55,12 +55,19 @@ LARGEST = 10
 """Number of experts with the largest outputs that a report lists."""
 
 
-def refuse_dense(checkpoint: Checkpoint) -> None:
-    """Raise ArchitectureError if no layer of a checkpoint has experts, so that there is nothing to scan."""
+def refuse_unscannable(checkpoint: Checkpoint) -> None:
+    """Raise an error if the experts of a checkpoint cannot be scanned. The scan calls this before it loads the model.
+
+    Raises ArchitectureError if no layer has experts. Raises ModelError if the elements of a down projection of an
+    expert are not weights, because the checkpoint is quantised.
+    """
     projections = list(list_down_projections(checkpoint.config, checkpoint.shapes))
     unread = list_unread_layers(checkpoint.config, checkpoint.shapes, projections)
     if all(p.expert is None for p in projections) and not any(layer.experts for layer in unread):
         raise ArchitectureError("the model has no experts", checkpoint.root, "use --method activations")
+    for tensor in dict.fromkeys(p.tensor for p in projections if p.expert is not None):
+        refuse_quantised(checkpoint, tensor)
+        refuse_unweighted(checkpoint, tensor)
 
 
 def scan_experts(
@@ -74,9 +81,9 @@ def scan_experts(
 ) -> ExpertScan:
     """Find the super experts that `prompts` (None: `SCAN_PROMPTS`) reveal.
 
-    The arguments and errors are those of `scan_activations`. Raises ArchitectureError also if the model has no experts.
+    The arguments and errors are those of `scan_activations`, and the errors also those of `refuse_unscannable`.
     """
-    refuse_dense(checkpoint)
+    refuse_unscannable(checkpoint)
     prompts = SCAN_PROMPTS if prompts is None else tuple(prompts)
     with load.hide_output():
         model, sequences = open_with_prompts(checkpoint, prompts, device, placement, say)
@@ -285,8 +292,6 @@ def _get_name(projection: DownProjection) -> ExpertName:
 
 def _make_candidate(watch: ExpertOutputs, peak: ExpertPeak, bars: Bars) -> ExpertCandidate:
     checkpoint, projection = watch.model.checkpoint, peak.projection
-    refuse_quantised(checkpoint, projection.tensor)
-    refuse_unweighted(checkpoint, projection.tensor)
     stored = StoredProjection(checkpoint, projection)
     value = float(stored.read_row(peak.row)[peak.col])
     prompts = watch.count_prompts(projection, bars)

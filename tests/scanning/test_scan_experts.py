@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from planted import SEQUENCES, Place, build, build_experts, coordinate_of, opened, plant, weights_of
+from safetensors.torch import load_file, save_file
 
+from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ArchitectureError, ModelError
+from swsurgery.model import load
 from swsurgery.scanning.expert_report import ExpertScan
-from swsurgery.scanning.experts import compute_bars, refuse_dense, scan_expert_sequences
+from swsurgery.scanning.experts import compute_bars, refuse_unscannable, scan_expert_sequences
 
 PLACEMENTS = 6
 FAMILIES = {  # name: neurons of an expert, first layer with experts
@@ -172,6 +175,19 @@ def test_two_super_experts_are_listed_by_output(tmp_path: Path) -> None:
     assert outputs == sorted(outputs, reverse=True)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_streamed_weights_give_the_same(family: str, tmp_path: Path) -> None:
+    model = build_experts(family, 0)
+    plant(model, choose_place(family, 0))
+    checkpoint = opened(model, tmp_path).checkpoint
+    whole, streamed = (
+        scan_expert_sequences(load.open_model(checkpoint, device="cpu", placement=placement), SEQUENCES)
+        for placement in ("whole", "streamed")
+    )
+    assert names(whole) and streamed.experts == whole.experts and streamed.largest == whole.largest
+    assert (whole.settings["placement"], streamed.settings["placement"]) == ("layer by layer", "streamed")
+
+
 # The criterion -------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +218,17 @@ def test_no_expert_gives_bars_that_nothing_exceeds() -> None:
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     layered = opened(build("llama"), tmp_path)
     with pytest.raises(ArchitectureError, match="the model has no experts"):
-        refuse_dense(layered.checkpoint)
+        refuse_unscannable(layered.checkpoint)
+
+
+def test_quantised_experts_are_refused(tmp_path: Path) -> None:
+    build_experts("mixtral", 0).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="I8 elements are not weights"):
+        refuse_unscannable(open_checkpoint(tmp_path))
 
 
 def test_hidden_states_that_are_not_finite_are_refused(tmp_path: Path) -> None:
