@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from swsurgery.known.lookup import lookup
     from swsurgery.manifest.load import load_manifest
     from swsurgery.progress import Reporter, Silent
+    from swsurgery.scanning.compare import compare
     from swsurgery.scanning.scan import scan, sweep
     from swsurgery.sharing.export import export
     from swsurgery.sharing.publish import publish
@@ -60,6 +61,7 @@ _MODULES = {
     "SwsurgeryError": "errors",
     "apply": "editing.apply",
     "check": "editing.sanity",
+    "compare": "scanning.compare",
     "diff": "checkpoint.diff",
     "export": "sharing.export",
     "inspect": "checkpoint.inspect",
@@ -88,6 +90,7 @@ __all__ = [  # written out for tools that read this file without running it
     "__version__",
     "apply",
     "check",
+    "compare",
     "diff",
     "export",
     "inspect",

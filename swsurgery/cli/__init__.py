@@ -25,7 +25,7 @@ from swsurgery.cli.checkpoint import diff, inspect
 from swsurgery.cli.editing import apply, check, revert
 from swsurgery.cli.known import lookup
 from swsurgery.cli.manifest import schema
-from swsurgery.cli.scanning import scan, sweep
+from swsurgery.cli.scanning import compare, scan, sweep
 from swsurgery.cli.sharing import export, publish, recipe
 from swsurgery.cli.verifying import lint, sign, verify
 from swsurgery.errors import Interrupted, SwsurgeryError, escape_control, report_done
@@ -45,6 +45,7 @@ for command in (
     check,
     scan,
     sweep,
+    compare,
     verify,
     lint,
     diff,

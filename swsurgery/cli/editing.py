@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from swsurgery.cli.options import (
+    ActivationBitsOption,
+    ActivationPerOption,
     BaseOption,
     CheckpointArgument,
     DeviceOption,
@@ -129,6 +131,8 @@ def check(
     base: Annotated[
         str | None, typer.Option(help="The base, if the old bytes were too many for the undo file.")
     ] = None,
+    activation_bits: ActivationBitsOption = None,
+    activation_per: ActivationPerOption = "tensor",
 ) -> None:
     """Run a patched checkpoint and its base on the same text. Exit 1 if a bound is not met.
 
@@ -150,6 +154,8 @@ def check(
         device=device,
         placement=placement,
         base=base,
+        activation_bits=activation_bits,
+        activation_per=activation_per,
         reporter=out.make_reporter(),
     )
     out.print_result(report, lambda report: show.show_check(report.to_json()))

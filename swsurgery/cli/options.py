@@ -89,6 +89,13 @@ PlacementOption = Annotated[
         help="Keep all weights in memory (whole) or two layers (streamed); auto streams a model that does not fit."
     ),
 ]
+ActivationBitsOption = Annotated[
+    int | None,
+    typer.Option(min=2, max=16, help="Also measure with the inputs of linear layers rounded to this number of bits."),
+]
+ActivationPerOption = Annotated[
+    Literal["tensor", "token"], typer.Option(help="Which activations share one scale, with --activation-bits.")
+]
 WeightsOption = Annotated[
     Literal["index", "single"] | None,
     typer.Option(help="Which weights to read if there are both an index of shards and a single file, and no record."),

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from swsurgery.cli.options import (
+    ActivationBitsOption,
+    ActivationPerOption,
     BaseOption,
     DeviceOption,
     PlacementOption,
@@ -136,6 +138,42 @@ def sweep(
     if plot:
         report_done(f"figure: {plot}")
     out.print_result(report, show_scan.show_sweep)
+
+
+@command
+def compare(
+    out: Output,
+    manifests: Annotated[list[Path], typer.Argument(help="Manifests of one base.", show_default=False)],
+    base: BaseOption = None,
+    plot: PlotOption = None,
+    text: TextOption = None,
+    windows: WindowsOption = 16,
+    window: WindowOption = 512,
+    device: DeviceOption = "auto",
+    placement: PlacementOption = "auto",
+    activation_bits: ActivationBitsOption = None,
+    activation_per: ActivationPerOption = "tensor",
+) -> None:
+    """Measure a base and the result of each manifest in one run, without writing a checkpoint."""
+    from swsurgery.cli import show_scan
+    from swsurgery.scanning.compare import compare
+
+    report = compare(
+        manifests,
+        base,
+        plot=plot,
+        text=read_text(text),
+        windows=windows,
+        window=window,
+        device=device,
+        placement=placement,
+        activation_bits=activation_bits,
+        activation_per=activation_per,
+        reporter=out.make_reporter(),
+    )
+    if plot:
+        report_done(f"figure: {plot}")
+    out.print_result(report, show_scan.show_comparison)
 
 
 def parse_numbers(text: str) -> list[float]:

@@ -130,6 +130,7 @@ def show_check(document: Mapping[str, Any]) -> None:
     ]
     print_table(("", "base", "patched"), rows)
     print_text(f"perplexity ratio {document['perplexity_ratio']}, KL(base || patched) {document['kl']} nats per token")
+    _list_rounded(document)
     _list_continuations(document, ("base", "patched"))
     _describe_measured(document)
 
@@ -145,8 +146,20 @@ def _check_alone(document: Mapping[str, Any]) -> None:
     ]
     print_table(("", "this model"), rows)
     print_text("nothing was compared, because there is no record of the base")
+    _list_rounded(document)
     _list_continuations(document, ("patched",))
     _describe_measured(document)
+
+
+def _list_rounded(document: Mapping[str, Any]) -> None:
+    """Print the figures with rounded activations, if they were measured."""
+    rows = [
+        (side["side"], side["activations"], side["perplexity"], side["ratio"], side["kl"], side["stopword_mass"])
+        for side in document.get("rounded_activations", ())
+    ]
+    if rows:
+        print_text("")
+        print_table(("", "inputs of linear layers", "perplexity", "ratio", "KL", "stop-word mass"), rows)
 
 
 def _list_continuations(document: Mapping[str, Any], sides: tuple[str, ...]) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import permutations
 
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.cli.show import MAX_ROWS
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.model.text import describe_measured_text
+from swsurgery.scanning.comparison import Comparison
 from swsurgery.scanning.report import (
     VERDICTS,
     Candidate,
@@ -108,6 +109,40 @@ def show_sweep(report: Sweep) -> None:
     print_text("\nKL(base || scaled) is in nats per token; the largest hidden state is the largest after any layer")
     where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
     print_text(f"measured on {describe_measured_text(report)}, {where}")
+
+
+def show_comparison(report: Comparison) -> None:
+    """Print one row for the base and for each manifest, then the text and the device used."""
+    print_text(f"base      {escape_control(report.base)}")
+    print_text("")
+    rounded = any(model.activations != "as computed" for model in report.models)
+    print_table(
+        (
+            *("manifest", "activations")[: 1 + rounded],
+            *("scalars", "bytes", "norm", "relative", "perplexity", "ratio", "interval", "KL", "interval"),
+            *("stop-word mass", ""),
+        ),
+        [
+            (
+                *("base" if m.manifest is None else m.manifest, m.activations)[: 1 + rounded],
+                *(m.changed_scalars, m.changed_bytes, format_cell(m.norm), format_cell(m.relative_norm)),
+                *(format_cell(m.perplexity), format_ratio(m.ratio)),
+                _format_ends(m.ratio_low, m.ratio_high, format_ratio),
+                format_cell(m.kl),
+                _format_ends(m.kl_low, m.kl_high, format_number),
+                *(format_cell(m.stopword_mass), "" if m.finite else "NOT FINITE"),
+            )
+            for m in report.models
+        ],
+    )
+    print_text("\nnorm is the Frobenius norm of the change, relative to the changed tensors in the next column")
+    print_text("KL(base || model) is in nats per token; intervals are at 95%")
+    where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
+    print_text(f"measured on {describe_measured_text(report)}, {where}")
+
+
+def _format_ends(low: float | None, high: float | None, write: Callable[[float], str]) -> str | None:
+    return None if low is None or high is None else f"{write(low)} to {write(high)}"
 
 
 def _print_confirmation(confirmation: Confirmation) -> None:

@@ -24,7 +24,7 @@ from swsurgery.hub import Uri, download_checkpoint, open_location, parse_locatio
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.model.report import CheckedBounds, CheckReport
-from swsurgery.model.variant import Variant
+from swsurgery.model.variant import PerActivation, Variant, list_roundings
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import (
     require_choice,
@@ -105,6 +105,8 @@ def check(
     device: str = "auto",
     placement: Placement = "auto",
     base: str | Path | None = None,
+    activation_bits: int | None = None,
+    activation_per: PerActivation = "tensor",
     reporter: Reporter | None = None,
 ) -> CheckReport:
     """Run a checkpoint and, if it has a record, compare it with its base.
@@ -119,11 +121,15 @@ def check(
     If the record has no old bytes of a changed region, because they exceeded the limit of the undo file, `base` is the
     directory or hf:// address of the base.
 
+    With `activation_bits`, the models also run with the inputs of their linear layers rounded to so many bits, once as
+    they are and once with the super activation held out.
+
     Raises TypeError, HubError, CheckpointError, ModelError, PlanError; TargetError if another run is editing the
     checkpoint in place.
     """
     reporter = require_reporter(reporter)
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
+    roundings = list_roundings(activation_bits, activation_per)
     options = CheckOptions("forward", device, placement, text, prompts, bounds, windows, window)
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
@@ -153,6 +159,7 @@ def check(
                 opened,
                 changes,
                 base=variant_of_base,
+                roundings=roundings,
                 text=options.text,
                 prompts=options.prompts,
                 bounds=options.bounds,

@@ -10,17 +10,21 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model import Placement, ScalarChange, explain_unavailable
 from swsurgery.model.refusals import refuse_unrunnable
-from swsurgery.model.report import CheckedBounds, CheckReport, Continuations
+from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, RoundedSide
 from swsurgery.model.tokenizer import start
-from swsurgery.model.variant import Scalars, Variant
+from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
 from swsurgery.progress import Progress
 from swsurgery.storage.dtypes import decode
 from swsurgery.storage.numeric import load_numpy
+
+if TYPE_CHECKING:
+    from swsurgery.model.measure import Totals
 
 PROMPTS = (
     "Summer is hot. Winter is",
@@ -49,6 +53,7 @@ def run_checks(
     windows: int = 16,
     window: int = 512,
     placement: Placement = "auto",
+    roundings: Sequence[Rounding] = (),
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> CheckReport:
@@ -70,6 +75,9 @@ def run_checks(
     weights, and whole weights that do not fit in float32, have the dtype of config.json. `say` receives a line if a
     model that cannot be streamed is loaded whole. If `changes` is empty, the model runs once, and base and patched are
     equal.
+
+    With `roundings`, both models also run with rounded activations, and the report lists their figures. Bounds do not
+    apply to these.
 
     Raises ModelError with one line if a library is missing, if the device does not work or is too small, if the model
     or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check raises nothing:
@@ -98,7 +106,8 @@ def run_checks(
         wholly = base or Variant()
         scalars: Scalars = {c.coordinate: c.base for c in changes if c.coordinate.tensor not in wholly.tensors}
         old = replace(wholly, scalars=scalars)
-        variants = (Variant(),) if old.is_stored else (old, Variant())
+        pair = (Variant(),) if old.is_stored else (old, Variant())
+        variants = [*pair, *(replace(one, rounding=rounding) for rounding in roundings for one in pair)]
         totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary), len(variants))
         continuations = []
         with load.convert_run_errors(paired.device, paired.weights is not None):
@@ -108,9 +117,9 @@ def run_checks(
                     totals.add_window(pieces[outcomes.sequence], outcomes)
                     continue
                 totals.look(outcomes)
-                tops = [measure.list_top_tokens(tokenizer, logits) for logits in outcomes.logits]
+                tops = [measure.list_top_tokens(tokenizer, outcomes.logits[at]) for at in range(len(pair))]
                 continuations.append(Continuations(prompts[number], tops[0], tops[-1]))
-        last = len(variants) - 1
+        last = len(pair) - 1
         return CheckReport(
             base=totals.summarise_side(0),
             patched=totals.summarise_side(last),
@@ -127,7 +136,25 @@ def run_checks(
             torch=torch.__version__,
             transformers=transformers.__version__,
             bounds=bounds or CheckedBounds(),
+            rounded=tuple(
+                _make_rounded(totals, len(pair) * (1 + number) + at, "patched" if at == last else "base", rounding)
+                for number, rounding in enumerate(roundings)
+                for at in range(len(pair))
+            ),
         )
+
+
+def _make_rounded(totals: Totals, number: int, side: str, rounding: Rounding) -> RoundedSide:
+    found = totals.summarise_side(number)
+    return RoundedSide(
+        side=side,
+        activations=describe_rounding(rounding),
+        perplexity=found.perplexity,
+        ratio=totals.compute_perplexity_ratio(number),
+        kl=totals.compute_mean_kl(number),
+        stopword_mass=found.stopword_mass,
+        finite=found.finite,
+    )
 
 
 def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:

@@ -106,6 +106,8 @@ class Totals:
         self.stop_mass = [0.0] * variants
         self.finite = [True] * variants
         self.peaks: list[SuperActivation | None] = [None] * variants
+        self.window_kl: list[list[float]] = [[] for _ in range(variants)]
+        """The mean KL(base || variant) of the scored tokens of each variant and window, in nats per token."""
         self.token_nll: list[list[Tensor]] = [[] for _ in range(variants)]
         """The negative log-likelihoods of the scored tokens, a tensor per variant and window (float64, on the CPU)."""
 
@@ -119,9 +121,10 @@ class Totals:
         for number, peak in enumerate(outcomes.peaks):
             logits = base if number == 0 else outcomes.logits[number]
             self._look(number, logits)
-            scored = base[:-1], logits[:-1]
+            scored, before = (base[:-1], logits[:-1]), self.kl[number]
             nll = [self._add(number, *scored, targets, part) for part in _split_parts(logits[:-1])]
             self.token_nll[number].append(torch.cat(nll))
+            self.window_kl[number].append((self.kl[number] - before) / len(targets))
             self.peaks[number] = _choose_larger(self.peaks[number], peak, self.windows)
         self.scored += len(targets)
         self.windows += 1
@@ -158,12 +161,12 @@ class Totals:
 
         The ratio is computed from the losses, because each perplexity alone may exceed the range of floats.
         """
-        return _compute_exp((self.compute_nll(number) - self.compute_nll(0)) / self.scored)
+        return compute_exp((self.compute_nll(number) - self.compute_nll(0)) / self.scored)
 
     def summarise_side(self, number: int) -> Side:
         """Return the perplexity, stop-word mass, finiteness and largest hidden state of one variant."""
         return Side(
-            perplexity=_compute_exp(self.compute_nll(number) / self.scored),
+            perplexity=compute_exp(self.compute_nll(number) / self.scored),
             stopword_mass=self.stop_mass[number] / self.scored,
             finite=self.finite[number],
             super_activation=self.peaks[number],
@@ -207,5 +210,6 @@ def _sum(values: Tensor) -> float:
     return float(values.double().sum())
 
 
-def _compute_exp(x: float) -> float:
+def compute_exp(x: float) -> float:
+    """Return exp(x); infinity if it exceeds the range of floats."""
     return math.exp(x) if not x > 709 else math.inf  # math.exp raises beyond 709; the condition lets NaN through

@@ -66,6 +66,23 @@ class Continuations:
     patched: tuple[tuple[str, float], ...]
 
 
+@dataclass(frozen=True)
+class RoundedSide:
+    """The figures of one model with the inputs of its linear layers rounded (arXiv:2411.07191, section 4.1).
+
+    `side` is "base" or "patched", and `activations` describes the rounding. `ratio` is the perplexity divided by that
+    of the base with exact activations, and `kl` the mean KL from that base in nats per token.
+    """
+
+    side: str
+    activations: str
+    perplexity: float
+    ratio: float
+    kl: float
+    stopword_mass: float
+    finite: bool
+
+
 @dataclass(frozen=True, repr=False)
 class CheckReport(Result):
     """The figures of the forward check, how they were measured, and the verdict.
@@ -93,6 +110,7 @@ class CheckReport(Result):
     transformers: str
     bounds: CheckedBounds = field(default_factory=CheckedBounds)
     compared: bool = True
+    rounded: tuple[RoundedSide, ...] = ()
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -172,6 +190,11 @@ class CheckReport(Result):
             "dtype": self.dtype,
             "versions": {"torch": self.torch, "transformers": self.transformers},
         }
+        if self.rounded:
+            document["rounded_activations"] = [
+                {key: _encode_number(v) if isinstance(v, float) else v for key, v in vars(side).items()}
+                for side in self.rounded
+            ]
         if not self.compared:
             document |= {"compared": False, "base": None, "perplexity_ratio": None, "kl": None}
             document["stopword_mass"] = {"base": None, "patched": _encode_number(self.patched.stopword_mass)}

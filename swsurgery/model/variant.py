@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
+from swsurgery.storage.arguments import require_choice, require_integer
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.region import Region
 
@@ -19,6 +20,9 @@ Scalars: TypeAlias = Mapping[Coordinate | Region, float]
 
 A region stands for all of its scalars, which then have the same value, such as 0.0 in a zeroed expert.
 """
+
+PerActivation = Literal["tensor", "token"]
+"""The scalars that share one scale: the whole input of a linear layer, or one token of it."""
 
 OTHER = "other checkpoint: "
 """What `Variant.merge` puts before the names of the other checkpoint's shards. No file name contains a colon there."""
@@ -35,8 +39,30 @@ class Rounding:
     """
 
     bits: int
-    per: Literal["tensor", "token"] = "tensor"
+    per: PerActivation = "tensor"
     hold_out: bool = False
+
+
+def list_roundings(bits: int | None, per: PerActivation) -> tuple[Rounding, ...]:
+    """Return the roundings to measure: without and with the super activation held out; none if `bits` is None.
+
+    Raises TypeError for a wrong type or choice, and ModelError for bits other than 2 to 16.
+    """
+    require_choice("activation_per", per, get_args(PerActivation))
+    if bits is None:
+        return ()
+    count = require_integer("activation_bits", bits)
+    if not 2 <= count <= 16:
+        raise ModelError("activations cannot be rounded to this number of bits", count, "give 2 to 16")
+    return Rounding(count, per), Rounding(count, per, hold_out=True)
+
+
+def describe_rounding(rounding: Rounding | None) -> str:
+    """Describe a rounding for a table, such as "8 bits per token, super activation held out"."""
+    if rounding is None:
+        return "as computed"
+    held = ", super activation held out" if rounding.hold_out else ""
+    return f"{rounding.bits} bits per {rounding.per}{held}"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from swsurgery.errors import TargetError, escape_control, pluralise
 from swsurgery.model.text import describe_measured_text
+from swsurgery.scanning.comparison import Comparison
 from swsurgery.scanning.expert_report import ExpertScan
 from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, Scan, Sweep, Verdict
 from swsurgery.storage.filesystem import write_report
@@ -198,6 +199,51 @@ def plot_sweep(report: Sweep, path: Path, model: str | None = None) -> None:
         _draw_legend(paper, TOP, [BASE, SCALED, NOT_FINITE] if gap else [BASE, SCALED])
         _write_note(paper, f"{describe_measured_text(report)}, {report.dtype} on {report.device}")
         _save(paper, path)
+
+
+def plot_comparison(report: Comparison, path: Path) -> None:
+    """Draw perplexity, KL(base || model) and stop-word mass of each model, with 95% intervals, and write the figure.
+
+    The models are in the order of the report, from left to right; the base is the first. A value that is not finite is
+    left out. Raises TargetError for the same reasons as `plot_scan`.
+    """
+    check_figure_path(path)
+    with _use_own_style():
+        models = report.models
+        paper = _make_sheet(f"{report.base}: {len({m.manifest for m in models}) - 1} manifests compared")
+        base = models[0].perplexity
+        figures: dict[str, list[tuple[float, float | None, float | None]]] = {
+            "perplexity": [(m.perplexity, *_scale(base, m.ratio_low, m.ratio_high)) for m in models],
+            "KL(base || model)\nnats a token": [(m.kl, m.kl_low, m.kl_high) for m in models],
+            "stop-word mass": [(m.stopword_mass, None, None) for m in models],
+        }
+        panels = _add_panels(paper, TOP, len(figures))
+        for panel, (name, values) in zip(panels, figures.items(), strict=True):
+            panel.set_ylabel(name)
+            for at, (value, low, high) in enumerate(values):
+                if math.isfinite(value):
+                    (BASE if at == 0 else SCALED).draw(panel, [at], [value])
+                if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+                    panel.plot([at, at], [low, high], color=GREY, zorder=1)
+        _set_log_scale(panels[0], [value for value, _, _ in figures["perplexity"]])
+        for panel in panels[1:]:
+            panel.set_ylim(0, max(panel.get_ylim()[1], 1e-3))
+        panels[-1].set_xlim(-0.5, len(models) - 0.5)
+        panels[-1].set_xticks(range(len(models)), [str(number) for number in range(len(models))])
+        for number, model in enumerate(models):
+            name = "base" if model.manifest is None else Path(model.manifest).stem
+            rounded = "" if model.activations == "as computed" else f", {model.activations}"
+            lines = textwrap.wrap(escape_control(f"{number}  {name}{rounded}"), 30)
+            if number < MAX_LABELS:
+                paper.text(
+                    RIGHT + 12, TOP - 8 - number * 3 * ROW, "\n".join(lines), verticalalignment="top", fontsize=8
+                )
+        _write_note(paper, f"{describe_measured_text(report)}, {report.dtype} on {report.device}")
+        _save(paper, path)
+
+
+def _scale(base: float, low: float | None, high: float | None) -> tuple[float | None, float | None]:
+    return (None if low is None else base * low, None if high is None else base * high)
 
 
 # The sheet

@@ -67,7 +67,7 @@ ManifestOp = Literal["zero", "scale", "protect"]
 
 
 @dataclass(frozen=True)
-class _RunOptions:
+class RunOptions:
     """The options for running a model. `text` is the text that the model reads; None means the built-in text."""
 
     device: str
@@ -154,7 +154,7 @@ def scan(
         register,
         command,
     )
-    options = _RunOptions(device, placement, text, windows, window)
+    options = RunOptions(device, placement, text, windows, window)
     with held(download_checkpoint(parse_location(require_location("checkpoint", checkpoint)))) as entered:
         opened = open_checkpoint(entered, weights, variant)
         _refuse(outputs, opened, method)
@@ -173,7 +173,7 @@ def _find(
     method: Method,
     prompts: Sequence[str] | None,
     confirm: bool,
-    options: _RunOptions,
+    options: RunOptions,
     reporter: Reporter,
 ) -> Scan:
     """Scan an open checkpoint. With `confirm`, measure the effects of zeroing the candidates too."""
@@ -183,7 +183,7 @@ def _find(
     without = "leave out --confirm" if method == "weights" else by_weights
     with add_remedy(without):
         if method == "activations" or confirm:
-            _require_model(checkpoint.directory)
+            require_model(checkpoint.directory)
         if confirm:
             from swsurgery.scanning.confirm import refuse_text
 
@@ -226,10 +226,10 @@ def _find(
 
 
 def _find_experts(
-    checkpoint: Checkpoint, prompts: Sequence[str] | None, confirm: bool, options: _RunOptions, reporter: Reporter
+    checkpoint: Checkpoint, prompts: Sequence[str] | None, confirm: bool, options: RunOptions, reporter: Reporter
 ) -> ExpertScan:
     """Scan an open checkpoint for super experts, and confirm the candidates if requested."""
-    _require_model(checkpoint.directory)
+    require_model(checkpoint.directory)
     from swsurgery.scanning.confirm import refuse_text
     from swsurgery.scanning.confirm_experts import confirm_experts
     from swsurgery.scanning.experts import scan_experts
@@ -330,7 +330,7 @@ def sweep(
         raise TypeError(f"factors must be a list of numbers, not {factors!r:.80}")
     numbers = [require_number("factors", factor) for factor in factors]
     target = None if plot is None else require_path("plot", plot)
-    options = _RunOptions(device, placement, text, windows, window)
+    options = RunOptions(device, placement, text, windows, window)
     if target is not None:
         figures.check_figure_path(target)
     loaded = load_manifest(manifest, base)
@@ -342,7 +342,7 @@ def sweep(
             raise PlanError(
                 "no scalar is changed, so there is nothing to sweep", loaded.path, "add an edit other than protect"
             )
-        _require_model(plan.checkpoint.directory)
+        require_model(plan.checkpoint.directory)
         from swsurgery.scanning.sweep import sweep_checkpoint
 
         rounds = Rounds(reporter)
@@ -363,7 +363,7 @@ def sweep(
     return found
 
 
-def _require_model(directory: Path) -> None:
+def require_model(directory: Path) -> None:
     """Check that the model in `directory` can be run on this machine, then start the tokenizer's process.
 
     Raises Unrunnable if torch or transformers cannot be used, or if the directory contains no model that can be run.

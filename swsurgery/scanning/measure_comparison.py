@@ -1,0 +1,164 @@
+"""Run a base and several planned edits of it on one text, and compute their figures."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.editing.overlay import overlay_checkpoint
+from swsurgery.editing.plan import Plan
+from swsurgery.model import Placement, load, measure
+from swsurgery.model.check import read_built_in_text
+from swsurgery.model.intervals import Interval, compute_mean_interval
+from swsurgery.model.torch_dtypes import TORCH_DTYPES
+from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
+from swsurgery.model.windows import count_variants_at_once, cut_text_windows
+from swsurgery.progress import Progress
+from swsurgery.scanning.comparison import ComparedModel, Comparison
+from swsurgery.storage.dtypes import decode
+from swsurgery.storage.files import File, fill
+
+NORM_CHUNK = 1 << 22
+"""Bytes of a tensor that are compared at a time."""
+
+
+def compare_plans(
+    checkpoint: Checkpoint,
+    plans: Sequence[Plan],
+    roundings: Sequence[Rounding],
+    *,
+    text: str | None,
+    windows: int,
+    window: int,
+    device: str,
+    placement: Placement,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Comparison:
+    """Measure the base `checkpoint` and the checkpoint that each plan would write.
+
+    Every model runs as it is and with each of `roundings`. Variants share one pass over the weights, or a few if their
+    hidden states need too much memory.
+    """
+    text = read_built_in_text() if text is None else text
+    overlays = [overlay_checkpoint(plan, progress) for plan in plans]
+    edits = [_Edit(None, Variant(), 0, 0, 0.0, 0.0)]
+    edits += [_measure_edit(plan, overlay) for plan, overlay in zip(plans, overlays, strict=True)]
+    cases = [(edit, rounding) for edit in edits for rounding in (None, *roundings)]
+    variants = [replace(edit.variant, rounding=rounding) for edit, rounding in cases]
+    with load.hide_output():
+        tokenizer = load.load_tokenizer(checkpoint.directory)
+        model = load.open_model(checkpoint, device=device, placement=placement, say=say)
+        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
+        stop_tokens = measure.stop_word_tokens(tokenizer, measure.get_vocabulary_size(model.model))
+        models: list[ComparedModel] = []
+        with load.convert_run_errors(model.device, model.weights is not None):
+            at_once = count_variants_at_once(model, pieces)
+            for begin in range(1, max(2, len(variants)), at_once):
+                group = [0, *range(begin, min(begin + at_once, len(variants)))]
+                totals = measure.Totals(stop_tokens, len(group))
+                for outcomes in model.run(pieces, [variants[number] for number in group], progress=progress):
+                    totals.add_window(pieces[outcomes.sequence], outcomes)
+                first = 0 if begin == 1 else 1
+                models += [_make_model(totals, at, *cases[group[at]]) for at in range(first, len(group))]
+    return Comparison(
+        base=str(checkpoint.repo_id or checkpoint.root),
+        models=tuple(models),
+        windows=len(pieces),
+        window_tokens=longest,
+        scored_tokens=sum(len(piece) - 1 for piece in pieces),
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=load.get_device_name(model.device),
+        method=model.method,
+    )
+
+
+class _Edit:
+    """One manifest: the variant of the base, and how much it changes."""
+
+    def __init__(self, name: Path | None, variant: Variant, scalars: int, size: int, norm: float, relative: float):
+        self.name, self.variant = name, variant
+        self.scalars, self.size, self.norm, self.relative = scalars, size, norm, relative
+
+
+def _measure_edit(plan: Plan, patched: Checkpoint) -> _Edit:
+    """Compare each changed tensor with the base, and make the variant."""
+    rewritten = frozenset(rewrite.region.tensor for rewrite in plan.rewrites)
+    splices = {splice.coordinate: float(decode(splice.dtype, splice.new)) for splice in plan.splices}
+    scalars: Scalars = {
+        coordinate: value for coordinate, value in splices.items() if coordinate.tensor not in rewritten
+    }
+    count, size, squares, total = 0, 0, 0.0, 0.0
+    for tensor in sorted(rewritten | {coordinate.tensor for coordinate in splices}):
+        for old, new in _read_pairs(plan.checkpoint, patched, tensor):
+            differs = (_view_bits(old) != _view_bits(new)).view(len(old), -1).any(dim=1)
+            count += int(differs.sum())
+            size += int(differs.sum()) * old.element_size()
+            before, after = old.double(), new.double()
+            squares += float((after - before).square().sum())
+            total += float(before.square().sum())
+    relative = math.sqrt(squares / total) if total else 0.0
+    variant = Variant(scalars, rewritten, patched if rewritten else None)
+    return _Edit(plan.loaded.path, variant, count, size, math.sqrt(squares), relative)
+
+
+def _read_pairs(base: Checkpoint, patched: Checkpoint, tensor: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield flat pieces of a tensor in the base and in the patched checkpoint."""
+    info, name = base.get_info(tensor), base.weight_map[tensor]
+    begin = base.shards[name].data_start + info.data_offsets[0]
+    with base.shards[name].file.open() as ours, patched.shards[name].file.open() as theirs:
+        for at in range(0, info.size, NORM_CHUNK):
+            size = min(NORM_CHUNK, info.size - at)
+            yield (
+                _read(ours, begin + at, size, TORCH_DTYPES[info.dtype.name]),
+                _read(theirs, begin + at, size, TORCH_DTYPES[info.dtype.name]),
+            )
+
+
+def _read(file: File, offset: int, size: int, dtype: torch.dtype) -> Tensor:
+    data = bytearray(size)
+    fill(file, data, offset)
+    return torch.frombuffer(data, dtype=dtype)
+
+
+def _view_bits(values: Tensor) -> Tensor:
+    return values.view(torch.uint8).view(len(values), values.element_size())
+
+
+def _make_model(totals: measure.Totals, number: int, edit: _Edit, rounding: Rounding | None) -> ComparedModel:
+    side = totals.summarise_side(number)
+    ratio, kl = _compute_intervals(totals, number)
+    return ComparedModel(
+        manifest=None if edit.name is None else str(edit.name),
+        activations=describe_rounding(rounding),
+        changed_scalars=edit.scalars,
+        changed_bytes=edit.size,
+        norm=edit.norm,
+        relative_norm=edit.relative,
+        perplexity=side.perplexity,
+        ratio=totals.compute_perplexity_ratio(number),
+        ratio_low=None if ratio.low is None else measure.compute_exp(ratio.low),
+        ratio_high=None if ratio.high is None else measure.compute_exp(ratio.high),
+        kl=totals.compute_mean_kl(number),
+        kl_low=None if kl.low is None else max(kl.low, 0.0),
+        kl_high=kl.high,
+        stopword_mass=side.stopword_mass,
+        finite=side.finite,
+    )
+
+
+def _compute_intervals(totals: measure.Totals, number: int) -> tuple[Interval, Interval]:
+    """Return the intervals of the rise of the logarithm of the perplexity, and of KL, in nats per token."""
+    pairs = list(zip(totals.token_nll[number], totals.token_nll[0], strict=True))
+    rises = [float((mine.nan_to_num(nan=math.inf) - base).mean()) for mine, base in pairs]
+    weights = [len(base) for _, base in pairs]
+    kl = [math.inf if math.isnan(value) else value for value in totals.window_kl[number]]
+    return compute_mean_interval(rises, weights), compute_mean_interval(kl, weights)
