@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import tree, write_manifest
+from checkpoints import tree, write_manifest, write_sparse_shard
 
 import swsurgery
 from swsurgery.errors import PlanError, SwsurgeryError
@@ -474,3 +476,24 @@ def test_the_id_of_a_published_row_names_the_whole_row(tmp_path):
     wanted = read(base)
     wanted["model.layers.11.mlp.down_proj.weight"][507] = 0
     check_equal(read(tmp_path / "out"), wanted)
+
+
+MEASURE = """
+import resource, sys
+import swsurgery
+swsurgery.apply(sys.argv[1], output=sys.argv[2], check="off")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize(
+    "edit", [{"op": "round", "bits": 4, "block": [64, 64]}, {"op": "clip", "z": 3}], ids=lambda e: e["op"]
+)
+def test_a_tensor_of_a_gigabyte_needs_at_most_300_megabytes(tmp_path, edit):
+    (tmp_path / "base").mkdir()
+    write_sparse_shard(tmp_path / "base" / "model.safetensors", "lm_head.weight", "BF16", 32768, 16384)
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    manifest = write_manifest(tmp_path / "m.json", tmp_path / "base", {**edit, "tensors": "lm*"})
+    command = [sys.executable, "-c", MEASURE, str(manifest), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300_000, "kilobytes"
