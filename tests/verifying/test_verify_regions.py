@@ -227,3 +227,15 @@ def test_a_checkpoint_without_a_record_is_compared_with_what_a_manifest_makes_of
     assert found(patched, manifest=tmp_path / "out.json") == set()
     flip(patched / TWO, -1)
     assert found(patched, manifest=tmp_path / "out.json") == {("undeclared-change", TWO)}
+
+
+def test_a_scalar_is_edited_and_reverted_in_place_on_top_of_a_step_with_regions(tmp_path):
+    write_base(tmp_path / "base")
+    apply(tmp_path, {"op": "zero", "layer": 0, "row": 2}, output="first")
+    before = tree(tmp_path / "first")
+    manifest = write_manifest(tmp_path / "m.json", tmp_path / "first", {"op": "zero", "layer": 1, "row": 1, "col": 1})
+    record = swsurgery.apply(manifest, in_place=True, check="off").record
+    assert record.registry_version == 2 and record.changes == [] and record.undo is None
+    assert found(tmp_path / "first") == set()
+    swsurgery.revert(tmp_path / "first")
+    assert tree(tmp_path / "first") == before
