@@ -39,7 +39,12 @@ class RegionSummary:
 
     def describe_operation(self) -> str:
         """Return the operation with its options, such as "round bits=4 block=128"."""
-        return " ".join([self.op, *(f"{name}={_format_option(value)}" for name, value in sorted(self.options.items()))])
+        return describe_operation(self.op, self.options)
+
+
+def describe_operation(op: str, options: Mapping[str, Any]) -> str:
+    """Return an operation with its options, such as "round bits=4 block=128"."""
+    return " ".join([op, *(f"{name}={_format_option(value)}" for name, value in sorted(options.items()))])
 
 
 def summarise_changes(record: Record) -> list[RegionSummary]:

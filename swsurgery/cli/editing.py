@@ -52,6 +52,14 @@ def apply(
         Literal["auto", "off", "weights", "forward"],
         typer.Option(help="The sanity check; auto runs the model if torch is installed."),
     ] = "auto",
+    undo_limit: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Store the old bytes of rows, experts and tensors in an undo file of at most this size, such as 2GB. "
+            "Undoing a larger edit needs the base.",
+        ),
+    ] = "256MB",
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     text: TextOption = None,
@@ -74,9 +82,12 @@ def apply(
     """Apply a manifest: write a patched checkpoint with its record, or nothing if any step fails."""
     from swsurgery.cli import show
     from swsurgery.editing import apply, sanity
+    from swsurgery.storage.numbers import parse_size
 
+    limit = parse_size(undo_limit)
     if dry_run:
-        out.print_result(apply.plan(manifest, base, reporter=out.make_reporter()), show.show_plan)
+        planned = apply.plan(manifest, base, reporter=out.make_reporter())
+        out.print_result(planned, lambda plan: show.show_plan(plan, limit))
         return
     bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = sanity.CheckOptions(check, device, placement, read_text(text), prompt or None, bounds, windows, window)
@@ -89,6 +100,7 @@ def apply(
         check=options,
         reuse_digests=reuse_digests,
         for_publish=for_publish,
+        undo_limit=limit,
         reporter=out.make_reporter(),
     )
     out.print_result(applied, show.show_applied)
@@ -102,12 +114,16 @@ def revert(
         Path | None, typer.Option("-o", "--output", help="A new directory for the base; by default, undo in place.")
     ] = None,
     link: Annotated[Literal["auto", "clone", "copy"], typer.Option(help="How files are copied, with -o.")] = "auto",
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base, with -o: needed only if the old bytes exceeded the limit of the undo file."),
+    ] = None,
 ) -> None:
     """Restore the base of a patched checkpoint, byte for byte."""
     from swsurgery.cli import show
     from swsurgery.editing import revert
 
-    reverted = revert.revert(checkpoint, directory, link=link, reporter=out.make_reporter())
+    reverted = revert.revert(checkpoint, directory, link=link, base=base, reporter=out.make_reporter())
     out.print_result(reverted, show.show_reverted)
     if not out.json:
         for note in reverted.notes:

@@ -26,19 +26,23 @@ MAX_NAMES = 5
 """Maximum number of file names that are listed in one line."""
 
 
-def show_plan(plan: Plan) -> None:
-    """Print the edits that a plan would make, the checked pins and the notes."""
+def show_plan(plan: Plan, undo_limit: int) -> None:
+    """Print the edits that a plan would make, the checked pins and the notes. `undo_limit` is in bytes."""
     document = plan.to_json()
     print_text(f"base      {escape_control(str(plan.checkpoint.root))}")
     kept = set(plan.previous.record.map_protectors()) if plan.previous else set()
     kept -= {p.coordinate for p in plan.protected}
     and_kept = f", and {len(kept)} that earlier steps protect" if kept else ""
+    changed = len(plan.splices) + sum(rewrite.region.scalars for rewrite in plan.rewrites)
+    protected = len(plan.protected) + sum(one.region.scalars for one in plan.protected_regions)
     print_text(
-        f"changes   {pluralise(len(plan.splices), 'scalar')} in {len({s.file for s in plan.splices})} of "
-        f"{len(plan.checkpoint.shards)} shards; protects {len(plan.protected)}{and_kept}"
+        f"changes   {pluralise(changed, 'scalar')} in {len(plan.touched)} of "
+        f"{len(plan.checkpoint.shards)} shards; protects {protected}{and_kept}"
     )
     _list_edits(document["splices"], document["protected"])
     _list_lines("edit", plan.to_lines())
+    if plan.rewrites:
+        _show_undo(sum(rewrite.size for rewrite in plan.rewrites), undo_limit)
     if plan.pins_checked:
         print_text(f"pins      match the sha256 of {_format_names(plan.pins_checked)}")
     if plan.pins_unchecked:
@@ -264,6 +268,18 @@ def _list_regions(record: Record) -> None:
         print_text(f"old bytes {record.undo_name} ({format_size(record.undo.size)})")
     elif changes:
         print_text("old bytes not stored, because they exceed the limit of the undo file: undoing needs the base")
+
+
+def _show_undo(size: int, limit: int) -> None:
+    """Print whether the old bytes of regions of `size` bytes fit into the undo file."""
+    amount = f"{format_size(size)} of old bytes"
+    if size <= limit:
+        print_text(f"undo      an undo file would store at most {amount}")
+    else:
+        print_text(
+            f"undo      up to {amount} exceed --undo-limit ({format_size(limit)}): undoing may need the base; clip and "
+            "prune_outliers store only the scalars that they change"
+        )
 
 
 def _list_lines(word: str, lines: list[str]) -> None:

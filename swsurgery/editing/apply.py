@@ -47,7 +47,7 @@ from swsurgery.storage.names import OWN_FILES, make_undo_name
 if TYPE_CHECKING:
     from swsurgery.rewriting.segments import RegionChange
 
-UNDO_LIMIT = 256 << 20
+UNDO_LIMIT = 256 * 10**6
 """Maximum number of old bytes that are stored in the undo file, by default."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, find_record
+from swsurgery.checkpoint.region_summary import describe_operation
 from swsurgery.checkpoint.tying import list_tied_faults
 from swsurgery.editing.asked import Asked, Misfit
 from swsurgery.editing.conflicts import find_conflicts, find_region_conflicts
@@ -35,6 +36,10 @@ from swsurgery.storage.splice import Scalar, Splice, list_rows
 
 MAX_NOTES = 20
 """Maximum number of notes, each about one tensor on whose shard the index and the headers disagree."""
+
+
+MAX_TENSOR_NAMES = 3
+"""Maximum number of tensors that are named in the line of an edit."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,20 +104,28 @@ class Plan(TableResult):
         return list_rows(document["splices"], document["protected"], *regions)
 
     def to_lines(self) -> list[str]:
-        """Return one line per edit of regions: its operation and target, and the number of scalars and bytes."""
+        """Return one line per edit of regions: its operation and target, the number of scalars and bytes, the tensors.
+
+        At most MAX_TENSOR_NAMES tensors are named.
+        """
         groups: dict[tuple[int, str, str], list[ProtectedRegion]] = {}
         for rewrite in self.rewrites:
-            groups.setdefault((rewrite.number, rewrite.op, rewrite.target), []).append(rewrite)
+            operation = describe_operation(rewrite.op, rewrite.options)
+            groups.setdefault((rewrite.number, operation, rewrite.target), []).append(rewrite)
         for region in self.protected_regions:
             groups.setdefault((len(self.rewrites), "protect", region.target), []).append(region)
-        return [f"{op} {target}: {_describe_regions(parts)}" for (_, op, target), parts in groups.items()]
+        return [f"{op} {target}: {_describe_regions(target, parts)}" for (_, op, target), parts in groups.items()]
 
 
-def _describe_regions(parts: Sequence[ProtectedRegion]) -> str:
-    """Return the size of regions, such as "4096 scalars (8.2 kB) in 1 tensor"."""
+def _describe_regions(target: str, parts: Sequence[ProtectedRegion]) -> str:
+    """Return the size of regions and their tensors: "4096 scalars (8.2 kB) in model.layers.3.mlp.down_proj.weight"."""
     scalars = pluralise(sum(part.region.scalars for part in parts), "scalar")
-    tensors = pluralise(len({part.region.tensor for part in parts}), "tensor")
-    return f"{scalars} ({format_size(sum(part.size for part in parts))}) in {tensors}"
+    names = list(dict.fromkeys(part.region.tensor for part in parts))
+    amount = f"{scalars} ({format_size(sum(part.size for part in parts))})"
+    if len(names) == 1:
+        return amount if target.startswith(names[0]) else f"{amount} in {names[0]}"
+    more = f" and {len(names) - MAX_TENSOR_NAMES} more" if len(names) > MAX_TENSOR_NAMES else ""
+    return f"{amount} in {len(names)} tensors: {', '.join(names[:MAX_TENSOR_NAMES])}{more}"
 
 
 def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:

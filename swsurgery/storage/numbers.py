@@ -6,7 +6,10 @@ Every number that is printed with a chosen number of digits is formatted here. M
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
+
+from swsurgery.errors import NumberError
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -16,6 +19,20 @@ JSON_NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?"
 
 NO_COMMAS = (math.inf, math.inf)
 """Pass this as `commas` to `format_number` to write no number with commas."""
+
+
+UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+"""Bytes in a unit of size, by its lowercase name without the final b."""
 
 
 class Written(float):
@@ -94,6 +111,19 @@ def format_size(count: int) -> str:
         if number >= 1000:
             number, unit = number / 1000, larger
     return f"{count} B" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes with an optional unit: 4096, 256MB, 1.5G or 2GiB. kB, MB and GB are powers of 1000.
+
+    Raises NumberError if the text is anything else.
+    """
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kmgt]i?)?b?", text.strip(), re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise NumberError("not a size", repr(text[:40]), "give bytes, or a number with a unit such as 256MB or 2G")
+    number, unit = found[1], UNITS[(found[2] or "").lower()]
+    whole, _, part = number.partition(".")
+    return int(whole) * unit + int(part or "0") * unit // int("1" + "0" * len(part))
 
 
 def round_number(value: float) -> float:

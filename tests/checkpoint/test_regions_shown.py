@@ -56,10 +56,14 @@ def test_a_dry_run_and_an_edit_print_one_line_for_each_edit(base, capsys):
     assert main(["apply", str(manifest), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("edit ")] == [
-        "edit      zero L1 row 2: 10 scalars (20 B) in 1 tensor",
-        "edit      round lm_head.weight: 72 scalars (144 B) in 1 tensor",
-        "edit      protect L0 column 3: 6 scalars (12 B) in 1 tensor",
+        f"edit      zero L1 row 2: 10 scalars (20 B) in {down(1)}",
+        "edit      round bits=4 per=channel lm_head.weight: 72 scalars (144 B)",
+        f"edit      protect L0 column 3: 6 scalars (12 B) in {down(0)}",
     ]
+    assert "changes   82 scalars in 2 of 3 shards; protects 6" in lines
+    assert "undo      an undo file would store at most 164 B of old bytes" in lines
+    assert main(["apply", str(manifest), "--dry-run", "--undo-limit", "163"]) == 0
+    assert "undo      up to 164 B of old bytes exceed --undo-limit (163 B)" in capsys.readouterr().out
     out = base.parent / "out"
     assert main(["apply", str(manifest), "-o", str(out), "--check", "off"]) == 0
     lines = capsys.readouterr().out.splitlines()

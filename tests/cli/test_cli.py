@@ -19,7 +19,7 @@ from swsurgery.manifest.load import parse_manifest
 COMMANDS = {
     "apply": ["--base", "--output", "--dry-run", "--link", "--check", "--device", "--text", "--windows", "--window",
               "--prompt", "--max-perplexity-ratio", "--min-perplexity-ratio", "--reuse-digests", "--in-place",
-              "--for-publish", "--json", "--quiet", "--debug"],
+              "--for-publish", "--undo-limit", "--json", "--quiet", "--debug"],
     "lookup": ["--status", "--manifest", "--factor", "--forget", "--json", "--quiet"],
     "scan": ["--method", "--prompt", "--confirm", "--manifest", "--op", "--factor", "--plot", "--register", "--text",
              "--weights", "--variant", "--windows", "--window", "--device", "--placement", "--json", "--quiet",
@@ -36,7 +36,7 @@ COMMANDS = {
     "publish": ["--private", "--create-pr", "--dry-run", "--yes", "--accept", "--json", "--quiet", "--debug"],
     "export": ["--format", "--output", "--json", "--quiet", "--debug"],
     "diff": ["--weights", "--variant", "--json", "--quiet"],
-    "revert": ["--output", "--link", "--json", "--quiet"],
+    "revert": ["--output", "--link", "--base", "--json", "--quiet"],
     "schema": ["--json", "--quiet", "--debug"],
 }  # fmt: skip
 WITHOUT_MODEL = [

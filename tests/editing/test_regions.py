@@ -265,7 +265,8 @@ def test_clip_and_round_skip_vectors_and_say_so(tmp_path):
         "model.layers.1.input_layernorm.weight",
     )
     assert len(plan.rewrites) == len(read(base)) - 2
-    assert len(plan.to_lines()) == 1
+    names = f"lm_head.weight, model.embed_tokens.weight, {name(0, 'down')} and 5 more"
+    assert plan.to_lines() == [f"round bits=4 *: 504 scalars (1.0 kB) in 8 tensors: {names}"]
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
@@ -455,7 +456,8 @@ def test_a_plan_names_every_region_and_its_size(tmp_path):
     base = write_base(tmp_path / "base")
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "neuron": 4})
     plan = swsurgery.plan(manifest)
-    assert plan.to_lines() == ["zero L0 neuron 4: 18 scalars (36 B) in 3 tensors"]
+    names = ", ".join(name(0, part) for part in ("gate", "up", "down"))
+    assert plan.to_lines() == [f"zero L0 neuron 4: 18 scalars (36 B) in 3 tensors: {names}"]
     document = plan.to_json()
     assert [(r["tensor"], r["bounds"], r["bytes"]) for r in document["rewrites"]] == [
         (name(0, "gate"), [[4, 5], [0, HIDDEN]], 2 * HIDDEN),
