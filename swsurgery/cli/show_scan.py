@@ -90,8 +90,8 @@ def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
 
 def show_sweep(report: Sweep) -> None:
     """Print the model's quality for each factor and for the base, then the text and the device used."""
-    for coordinate in report.coordinates:
-        print_text(f"scaled    {escape_control(str(coordinate))}")
+    for name in (*map(str, report.coordinates), *report.regions):
+        print_text(f"scaled    {escape_control(name)}")
     others = (point for point in report.points if point.factor != 1)
     points = sorted([*others, report.base], key=lambda point: point.factor)
     print_text("")
@@ -141,8 +141,8 @@ def show_comparison(report: Comparison) -> None:
     print_text(f"measured on {describe_measured_text(report)}, {where}")
 
 
-def _format_ends(low: float | None, high: float | None, write: Callable[[float], str]) -> str | None:
-    return None if low is None or high is None else f"{write(low)} to {write(high)}"
+def _format_ends(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+    return "-" if low is None or high is None else f"{write(low)} to {write(high)}"
 
 
 def _print_confirmation(confirmation: Confirmation) -> None:

@@ -20,6 +20,7 @@ from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import ModelError
 from swsurgery.hub import download_checkpoint
 from swsurgery.manifest.load import ManifestLike, load_manifest
+from swsurgery.model.variant import Variant
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage.hashing import check_digest, hash_file
 
@@ -45,10 +46,10 @@ def load_patched(
     from swsurgery.model import patched
 
     with _plan_held(manifest, base, require_reporter(reporter)) as plan:
-        if plan.rewrites:
-            what = "load_patched edits only single scalars, but this manifest changes regions"
-            raise ModelError(what, plan.loaded.path, "apply the manifest and load the result")
-        return patched.load(plan.checkpoint, plan.splices, plan.protected, options)
+        changed = None
+        if tensors := frozenset(rewrite.region.tensor for rewrite in plan.rewrites):
+            changed = Variant({}, tensors, overlay_checkpoint(plan, reporter))
+        return patched.load(plan.checkpoint, plan.splices, plan.protected, options, changed)
 
 
 def patched_state_dict(

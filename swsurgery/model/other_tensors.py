@@ -142,12 +142,30 @@ def find_changed_by_loader(plan: WeightPlan, device: torch.device) -> str | None
             stored = memory[: slot.size].view(slot.dtype).view(slot.shape)
             loaded = _get_tensors(slot.module, slot.name)[slot.name]
             assert loaded is not None
+            if loaded.device.type == "meta" or loaded.dtype != slot.dtype:
+                return slot.parts[0].tensor
+            loaded = loaded.to(device)
             same = (loaded == stored) | ((loaded != loaded) & (stored != stored))
-            if loaded.dtype != slot.dtype or not bool(same.all()):
+            if not bool(same.all()):
                 return slot.parts[0].tensor
     finally:
         reader.close()
     return None
+
+
+def replace_parameters(plan: WeightPlan) -> None:
+    """Overwrite the loaded parameters of `plan` with their stored bytes, one parameter at a time."""
+    cpu = torch.device("cpu")
+    reader = WeightReader([cpu])
+    try:
+        for slot in plan.slots:
+            memory = torch.empty(compute_layout([slot])[1], dtype=torch.uint8)
+            reader.fill([slot], memory, cpu)
+            loaded = _get_tensors(slot.module, slot.name)[slot.name]
+            assert loaded is not None
+            loaded.data.copy_(memory[: slot.size].view(slot.dtype).view(slot.shape))
+    finally:
+        reader.close()
 
 
 def _get_tensors(module: nn.Module, name: str) -> dict[str, nn.Parameter | None] | dict[str, Tensor | None]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor as Tensor
+from torch import nn
 from transformers import AutoConfig
 from transformers import PreTrainedModel as PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.errors import ModelError
+from swsurgery.errors import ModelError, add_remedy
 from swsurgery.model.load import (
     LOADING_ERRORS,
     cast_module,
@@ -24,21 +25,29 @@ from swsurgery.model.load import (
     refuse_codes,
     refuse_invented,
 )
+from swsurgery.model.other_tensors import find_changed_by_loader, replace_parameters
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
+from swsurgery.model.variant import Variant
+from swsurgery.model.weight_plan import plan_tensors
 from swsurgery.storage.dtypes import format_bits
 from swsurgery.storage.splice import Scalar, Splice
 
 
 def load(
-    checkpoint: Checkpoint, splices: Sequence[Splice], protected: Sequence[Scalar], options: dict[str, Any]
+    checkpoint: Checkpoint,
+    splices: Sequence[Splice],
+    protected: Sequence[Scalar],
+    options: dict[str, Any],
+    changed: Variant | None = None,
 ) -> PreTrainedModel:
-    """Load the model of `checkpoint` and apply every splice to its parameters.
+    """Load the model of `checkpoint` and apply every splice to its parameters; `options` go to from_pretrained.
 
-    `protected` contains scalars whose loaded values are only compared with the stored ones. `options` are passed to
-    from_pretrained of transformers. Raises ModelError if transformers cannot load the model or would load other
-    weights, or if a parameter to compare or edit does not have its stored value or is not in memory.
+    `changed` contains the tensors that are read from another checkpoint, with all splices in them. Raises ModelError if
+    transformers cannot load the model or would load other weights, if a parameter does not have the stored value, or if
+    it is not in memory.
     """
+    changed = changed or Variant()
     root = checkpoint.directory
     fixed = {"local_files_only": True, "use_safetensors": True, "variant": checkpoint.variant}
     if options.pop("trust_remote_code", False):
@@ -62,12 +71,29 @@ def load(
         raise make_load_error(error, root) from error
     refuse_invented(info, root)
     checkpoint.refuse_changed()  # transformers opens files by path, so they may have been replaced
-    places = Places(model, find_decoder_layers(model), checkpoint)
-    for scalar in (*splices, *protected):
+    layers = find_decoder_layers(model)
+    places = Places(model, layers, checkpoint)
+    if changed.tensors:
+        _replace_tensors(model, layers, checkpoint, changed)
+    for scalar in (*(s for s in splices if s.coordinate.tensor not in changed.tensors), *protected):
         new = scalar.new if isinstance(scalar, Splice) else scalar.old
         _set(places, scalar, new)
     cast_module(model).eval()
     return model
+
+
+def _replace_tensors(
+    model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint: Checkpoint, changed: Variant
+) -> None:
+    """Give the loaded model the tensors of `changed`, converted to the dtype in which their parameters were loaded."""
+    remedy = "apply the manifest and load the result"
+    with add_remedy(remedy):
+        loaded = plan_tensors(model, layers, checkpoint, changed.tensors, only_text=False)
+        new = plan_tensors(model, layers, changed.merge(checkpoint), changed.tensors, only_text=False)
+    if tensor := find_changed_by_loader(loaded, torch.device("cpu")):
+        what = "the loaded model does not hold the stored values: the loader changes this weight, or it is offloaded"
+        raise ModelError(what, tensor, remedy)
+    replace_parameters(new)
 
 
 def _set(places: Places, scalar: Scalar, new: bytes) -> None:

@@ -105,12 +105,17 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
 
 
 def plan_tensors(
-    model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint: Checkpoint, tensors: Collection[str]
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    checkpoint: Checkpoint,
+    tensors: Collection[str],
+    *,
+    only_text: bool = True,
 ) -> WeightPlan:
     """Find the stored bytes of those parameters that are stored, in part or as a whole, in one of `tensors`.
 
-    Parameters that do not affect the logits, such as those of a vision tower, are left out. Raises ModelError if the
-    parameter of a tensor is not known, or if it is stored in a form that only transformers can load.
+    With `only_text`, parameters that do not affect the logits, such as those of a vision tower, are left out. Raises
+    ModelError if the parameter of a tensor is not known, or if it is stored in a form that only transformers can load.
     """
     planner = _Planner(model, layers)
     prefixes = ("", *name_prefixes(checkpoint.config))
@@ -125,7 +130,7 @@ def plan_tensors(
         if stored.isdisjoint(tensors):
             continue
         unknown -= stored
-        if any(id(module) in needed for _, module, _ in holders):
+        if not only_text or any(id(module) in needed for _, module, _ in holders):
             planner.add(holders, forms)
     if unknown:
         raise ModelError("cannot be read layer by layer: the parameter of the tensor is not known", min(unknown))

@@ -177,7 +177,8 @@ def plot_sweep(report: Sweep, path: Path, model: str | None = None) -> None:
     """
     check_figure_path(path)
     with _use_own_style():
-        scaled = str(report.coordinates[0]) if len(report.coordinates) == 1 else f"{len(report.coordinates)} scalars"
+        names = [*map(str, report.coordinates), *report.regions]
+        scaled = names[0] if len(names) == 1 else f"{len(names)} {'targets' if report.regions else 'scalars'}"
         paper = _make_sheet(f"{model}: {scaled}, scaled" if model else f"{scaled}, scaled")
         points = sorted([*(p for p in report.points if p.factor != 1), report.base], key=lambda point: point.factor)
         factors = [point.factor for point in points]

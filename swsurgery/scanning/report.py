@@ -325,6 +325,8 @@ class Sweep(TableResult):
     device: str
     method: str
     scored_tokens: int
+    regions: tuple[str, ...] = ()
+    """Regions that were scaled together with the coordinates, such as `lm_head.weight[3, 0:16]`."""
 
     def to_rows(self) -> list[dict[str, object]]:
         """Return one row per factor, in the order in which the factors were given, with the fields of a SweepPoint."""
@@ -334,6 +336,7 @@ class Sweep(TableResult):
         """Return the document that `sweep --json` prints."""
         return {
             "coordinates": [{"tensor": c.tensor, "index": list(c.index)} for c in self.coordinates],
+            **({"regions": list(self.regions)} if self.regions else {}),
             "base": self.base.to_json(),
             "points": [point.to_json() for point in self.points],
             **{

@@ -29,7 +29,7 @@ from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.base import find_base
 from swsurgery.editing.copy_job import compute_outside_mode
 from swsurgery.editing.pins import check_planned
-from swsurgery.editing.plan import make_plan
+from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import (
     Interrupted,
     LookupFailed,
@@ -46,13 +46,14 @@ from swsurgery.manifest.load import ManifestLike, load_manifest
 from swsurgery.manifest.writer import refuse_unfit
 from swsurgery.model import Placement, tokenizer
 from swsurgery.model.refusals import refuse_unrunnable
-from swsurgery.progress import Reporter, Rounds, require_reporter
+from swsurgery.model.variant import Variant
+from swsurgery.progress import Progress, Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
 from swsurgery.scanning import outputs as outputs_module
 from swsurgery.scanning.expert_manifest import write_expert_manifest
 from swsurgery.scanning.expert_report import ExpertScan
 from swsurgery.scanning.report import Method, Scan, Sweep
-from swsurgery.storage import filesystem, numeric
+from swsurgery.storage import dtypes, filesystem, numeric
 from swsurgery.storage.arguments import (
     require_choice,
     require_integer,
@@ -338,18 +339,24 @@ def sweep(
         plan = make_plan(loaded, read_checkpoint(entered, loaded.manifest.base))
         plan = check_planned(plan, reporter)
         coordinates = [splice.coordinate for splice in plan.splices]
-        if not coordinates:
+        if not plan.touched:
             raise PlanError(
                 "no scalar is changed, so there is nothing to sweep", loaded.path, "add an edit other than protect"
             )
         require_model(plan.checkpoint.directory)
-        from swsurgery.scanning.sweep import sweep_checkpoint
+        from swsurgery.scanning.sweep import Regions, sweep_checkpoint
+
+        def scale(factor: float) -> Variant:
+            return scale_regions(plan, factor, reporter)
+
+        regions = Regions([str(rewrite.region) for rewrite in plan.rewrites], scale) if plan.rewrites else None
 
         rounds = Rounds(reporter)
         found = sweep_checkpoint(
             plan.checkpoint,
             coordinates,
             numbers,
+            regions=regions,
             device=options.device,
             placement=options.placement,
             text=options.text,
@@ -361,6 +368,24 @@ def sweep(
     if target is not None:
         figures.plot_sweep(found, target, _choose_name(plan.checkpoint))
     return found
+
+
+def scale_regions(plan: Plan, factor: float, progress: Progress) -> Variant:
+    """Return the tensors in which a plan changes regions, with all scalars and regions of the plan scaled instead.
+
+    Protected scalars keep their values. Raises NumberError if the dtype cannot represent a product.
+    """
+    from swsurgery.editing.overlay import overlay_checkpoint
+
+    op, options = ("scale", {"factor": factor}) if factor else ("zero", dict[str, float]())
+    rewrites = tuple(dataclasses.replace(rewrite, op=op, options=options) for rewrite in plan.rewrites)
+    splices = tuple(
+        dataclasses.replace(s, new=dtypes.scale_value(s.dtype, s.old, factor) if factor else dtypes.make_zero(s.dtype))
+        for s in plan.splices
+    )
+    scaled = dataclasses.replace(plan, rewrites=rewrites, splices=splices)
+    tensors = frozenset(rewrite.region.tensor for rewrite in rewrites)
+    return Variant({}, tensors, overlay_checkpoint(scaled, progress))
 
 
 def require_model(directory: Path) -> None:

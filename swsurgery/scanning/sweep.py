@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
@@ -21,6 +22,7 @@ from swsurgery.errors import ModelError, NumberError
 from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
+from swsurgery.model.variant import Scalars, Variant
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
 from swsurgery.progress import Progress
 from swsurgery.scanning.report import Sweep, SweepPoint
@@ -28,11 +30,23 @@ from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 
 
+@dataclass(frozen=True)
+class Regions:
+    """Regions to scale: their names, and a function that returns the variant whose tensors contain them scaled.
+
+    The tensors of the variant contain the scaled scalars too.
+    """
+
+    names: Sequence[str]
+    scale: Callable[[float], Variant]
+
+
 def sweep_checkpoint(
     checkpoint: Checkpoint,
     coordinates: Sequence[Coordinate],
     factors: Sequence[float],
     *,
+    regions: Regions | None = None,
     text: str | None = None,
     device: str = "auto",
     placement: Placement = "auto",
@@ -48,7 +62,7 @@ def sweep_checkpoint(
     `sweep_windows` describes the method. Raises NumberError for an impossible factor, before the model is loaded, and
     ModelError if the tokenizer or the model cannot be loaded or run.
     """
-    compute_scaled_values(checkpoint, coordinates, factors)
+    compute_scaled_values(checkpoint, coordinates, factors, bool(regions))
     text = read_built_in_text() if text is None else text
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
@@ -56,7 +70,7 @@ def sweep_checkpoint(
         pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
         embeddings = cast("nn.Embedding", model.model.get_input_embeddings())
         stop_tokens = measure.stop_word_tokens(tokenizer, embeddings.num_embeddings)
-        report = sweep_windows(model, coordinates, factors, pieces, stop_tokens, progress=progress)
+        report = sweep_windows(model, coordinates, factors, pieces, stop_tokens, regions=regions, progress=progress)
     return dataclasses.replace(report, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -67,6 +81,7 @@ def sweep_windows(
     windows: Sequence[Sequence[int]],
     stop_tokens: Sequence[int] = (),
     *,
+    regions: Regions | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """Sweep on windows of token ids. The model runs on each window separately. The points have the order of `factors`.
@@ -75,21 +90,27 @@ def sweep_windows(
     bits of the value are zero. If a factor changes no scalar, such as factor 1, its point equals that of the base. To
     limit memory, many factors are run in several groups, and the base is run with each group.
     """
-    keys = [frozenset(variant.items()) for variant in compute_scaled_values(model.checkpoint, coordinates, factors)]
-    wanted = list(dict.fromkeys(key for key in keys if key))
-    figures: dict[frozenset[tuple[Coordinate, float]], SweepPoint] = {}
+    variants = _make_variants(model.checkpoint, coordinates, factors, regions)
+    keys = [None if one.is_stored else at for at, one in enumerate(variants)]
+    for at, one in enumerate(variants):  # factors that change no tensor and give the same scalars share a point
+        same = next((n for n in range(at) if not one.tensors and variants[n] == one), None)
+        keys[at] = keys[at] if same is None else keys[same]
+    wanted = [key for key in dict.fromkeys(keys) if key is not None]
+    figures: dict[int | None, SweepPoint] = {}
     with load.convert_run_errors(model.device, model.weights is not None):
         at_once = count_variants_at_once(model, windows)
         for begin in range(0, max(1, len(wanted)), at_once):
-            group = [frozenset(), *wanted[begin : begin + at_once]]
+            group: list[int | None] = [None, *wanted[begin : begin + at_once]]
             totals = measure.Totals(stop_tokens, len(group))
-            for outcomes in model.run(windows, [dict(key) for key in group], progress=progress):
+            running = [Variant() if key is None else variants[key] for key in group]
+            for outcomes in model.run(windows, running, progress=progress):
                 totals.add_window(windows[outcomes.sequence], outcomes)
             for number, key in enumerate(group):
                 figures.setdefault(key, _make_point(totals, number))
     return Sweep(
         coordinates=tuple(coordinates),
-        base=figures[frozenset()],
+        regions=tuple(regions.names) if regions else (),
+        base=figures[None],
         points=tuple(
             dataclasses.replace(figures[key], factor=factor) for key, factor in zip(keys, factors, strict=True)
         ),
@@ -103,15 +124,29 @@ def sweep_windows(
     )
 
 
+def _make_variants(
+    checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float], regions: Regions | None
+) -> list[Variant]:
+    """Return the variant of each factor: the scaled scalars, and the tensors with scaled regions."""
+    scaled = compute_scaled_values(checkpoint, coordinates, factors, bool(regions))
+    variants: list[Variant] = []
+    for factor, values in zip(factors, scaled, strict=True):
+        other = regions.scale(factor) if regions and factor != 1 else Variant()
+        scalars: Scalars = {place: value for place, value in values.items() if place.tensor not in other.tensors}
+        variants.append(dataclasses.replace(other, scalars=scalars))
+    return variants
+
+
 def compute_scaled_values(
-    checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float]
+    checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float], or_regions: bool = False
 ) -> list[dict[Coordinate, float]]:
     """Compute for each factor the scalars that it changes and their new values, rounded to the stored dtype.
 
     Raises NumberError with all faults: no factor, a factor that is not finite or repeated, or a product that the dtype
-    cannot represent. Raises ModelError if no scalar is given, or if a scalar is repeated or not in the checkpoint.
+    cannot represent. Raises ModelError if no scalar is given and `or_regions` is False, or if a scalar is repeated or
+    not in the checkpoint.
     """
-    if not coordinates:
+    if not coordinates and not or_regions:
         raise ModelError("nothing to sweep", "no coordinates")
     if not factors:
         raise NumberError("nothing to sweep", "no factors")

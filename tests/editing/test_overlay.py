@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file  # noqa: E402
 from tiny_checkpoint import DOWN, TEXT, load, write_pair  # noqa: E402
 
 import swsurgery  # noqa: E402
@@ -136,3 +137,15 @@ def test_a_change_outside_the_regions_fails_the_check(
     with pytest.raises(SwsurgeryError, match="bytes that no edit names differ from the base's"):
         swsurgery.apply(write_manifest(tmp_path, base, column), output=tmp_path / "patched", check="weights")
     assert not (tmp_path / "patched").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_in_memory_has_the_weights_of_the_patched_checkpoint(tmp_path: Path, base: Path, dtype: str) -> None:
+    manifest = write_manifest(tmp_path, base, EDITS)
+    swsurgery.apply(manifest, output=tmp_path / "patched", check="off")
+    expected = load(tmp_path / "patched").to(getattr(torch, dtype)).state_dict()
+    found = swsurgery.load_patched(manifest, dtype=getattr(torch, dtype)).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    stored = dict(swsurgery.patched_state_dict(manifest))
+    assert all(torch.equal(stored[key], load_file(tmp_path / "patched" / SHARD)[key]) for key in stored)
