@@ -139,8 +139,9 @@ def _find_faults(edit: Edit, target: EditTarget, regions: Sequence[Region], chec
     reasons = {name: why for name in names if (why := checkpoint.quantisation.explain_refusal(name))}
     if reasons:
         name, why = next(iter(reasons.items()))
-        count = f"{len(reasons)} of {pluralise(len(names), 'tensor')}" if len(names) > 1 else "the tensor"
-        yield f"{count} cannot be edited; the first is {name}: {why} (edit the model before it is quantised)"
+        first = f"{len(reasons)} of {len(names)} tensors cannot be edited; the first is {name}"
+        what = first if len(names) > 1 else f"{name} cannot be edited"
+        yield f"{what}: {why} (edit the model before it is quantised)"
     for name in names:
         dtype = checkpoint.get_info(name).dtype
         if name not in reasons and dtype.kind == "opaque":
