@@ -2,17 +2,17 @@
 
 The format outliers exports the scalars that must stay exact instead; outliers.py describes it.
 
-The files are made without torch. From a patched checkpoint, only headers and single scalars are read. If the source is
-a manifest, the shards of its base that it edits are also read once, to compute their digests. The first base of a
-checkpoint that was patched in several steps is the checkpoint before the first step.
+The files are made without torch. From a patched checkpoint, only headers, single scalars and changed regions are read.
+If the source is a manifest, the shards of its base that it edits are also read once, to compute their digests. The
+first base of a checkpoint that was patched in several steps is the checkpoint before the first step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,14 @@ from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import RemoteTree, Uri, open_location, parse_location
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.load import LoadedManifest, ManifestLike, load_manifest, parse_manifest
-from swsurgery.manifest.patch import Patch, PatchBase, PatchBounds, PatchScalar, render_safetensors
+from swsurgery.manifest.patch import (
+    Patch,
+    PatchBase,
+    PatchBounds,
+    PatchScalar,
+    choose_operation,
+    render_safetensors,
+)
 from swsurgery.manifest.schema import Manifest
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.sharing import lora, outliers
@@ -64,8 +71,10 @@ class EditSource:
     codes: tuple[str, ...] = ()
     """One message for each edit of a stored number that is not a weight, such as a quantised code.
 
-    Only the records that swsurgery 0.1.0 made can contain such an edit.
+    Only flips of raw bits and the records that swsurgery 0.1.0 made contain such an edit.
     """
+    zeros: Mapping[str, int] = field(default_factory=dict)
+    """The tensors in which an edit changes regions, and the number of their unchanged scalars that are -0.0."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,7 +131,7 @@ def export(
         raise TargetError("the output already exists", target, "choose another -o, or remove it")
     if format == "outliers":
         return _export_outliers(source, target, base, model)
-    found = read(source, base, reporter)
+    found = read(source, base, reporter, for_adapter=format == "peft")
     files, notes = render(found, format)
     if format == "sparse":
         _write_new(target, files[""], found.mode)
@@ -158,19 +167,21 @@ def render(source: EditSource, form: ExportFormat) -> tuple[dict[str, bytes], tu
     if form == "peft":
         if source.codes:
             raise PlanError.of(source.codes)
-        return lora.render_adapter(source.patch, source.config)
+        return lora.render_adapter(source.patch, source.config, source.zeros)
     return _render_vllm(source.patch), ()
 
 
-def read(source: ManifestLike, base: str | Path | None, progress: Progress) -> EditSource:
+def read(source: ManifestLike, base: str | Path | None, progress: Progress, *, for_adapter: bool = False) -> EditSource:
     """Read the edits that a patched checkpoint contains since its first base, or plan a manifest on its base.
+
+    `for_adapter` is True to count the scalars that are -0.0, which reads every tensor with a changed region.
 
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
     where = _find_checkpoint(source, base)
     if where is None:
-        return _read_manifest(load_manifest(source, base), base, progress)
-    return read_edits(open_location(where))
+        return _read_manifest(load_manifest(source, base), base, progress, for_adapter)
+    return read_edits(open_location(where), for_adapter)
 
 
 def _find_checkpoint(source: ManifestLike, base: str | Path | None) -> Path | Uri | None:
@@ -190,26 +201,36 @@ def _find_checkpoint(source: ManifestLike, base: str | Path | None) -> Path | Ur
     return where
 
 
-def _read_manifest(loaded: LoadedManifest, base: str | Path | None, progress: Progress) -> EditSource:
+def _read_manifest(
+    loaded: LoadedManifest, base: str | Path | None, progress: Progress, for_adapter: bool
+) -> EditSource:
     with held(open_location(find_base(loaded, base))) as entered:
         checkpoint = read_checkpoint(entered, loaded.manifest.base)
         plan = make_plan(loaded, checkpoint)
-        digests = _find_digests(plan, progress)
+        inside: list[PatchScalar] = []
+        if plan.rewrites:
+            from swsurgery.sharing import region_scalars  # imports numpy
+
+            inside = region_scalars.read_planned(plan, progress)
+        digests = _find_digests(plan, {s.file for s in (*plan.splices, *inside)}, progress)
+        named = [rewrite.region.tensor for rewrite in plan.rewrites] if for_adapter else []
+        zeros = _count_zeros(checkpoint, named, inside, after=False)
     said = loaded.manifest.base
     identity = checkpoint.repo_id or said.repo_id, checkpoint.revision or said.revision
     scalars = [_make_scalar(checkpoint, s.coordinate, s.old, s.new, s.op, s.factor) for s in plan.splices]
+    scalars = [s for s in scalars if s.old != s.new or s.op != "flip"]
     manifest_sha256 = hashlib.sha256(loaded.raw).hexdigest()
-    return _make_source(checkpoint, loaded.manifest, identity, digests, manifest_sha256, scalars)
+    return _make_source(checkpoint, loaded.manifest, identity, digests, manifest_sha256, [*scalars, *inside], zeros)
 
 
-def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
-    """Return (file name -> sha256) for the shards with an edit. A shard whose sha256 is unknown is left out.
+def _find_digests(plan: Plan, names: Collection[str], progress: Progress) -> dict[str, str]:
+    """Return (file name -> sha256) for the named shards. A shard whose sha256 is unknown is left out.
 
     A local shard is hashed; for a base on the Hub, the sha256 is the one that the Hub lists or the manifest
     pins. Raises PlanError if a digest differs from the one in the manifest or in the base's own record.
     """
     pins, found = collect_known_digests(plan), {}
-    for name in sorted({s.file for s in plan.splices}):
+    for name in sorted(names):
         file = plan.checkpoint.get_file(name)
         digest = hash_file(file.source, progress) if file.is_here else file.digest
         if digest:
@@ -221,22 +242,34 @@ def _find_digests(plan: Plan, progress: Progress) -> dict[str, str]:
     return found
 
 
-def read_edits(root: Path | Folder | RemoteTree) -> EditSource:
-    """Read the edits that a patched checkpoint contains since its first base. Raises CheckpointError."""
+def read_edits(root: Path | Folder | RemoteTree, for_adapter: bool = False) -> EditSource:
+    """Read the edits that a patched checkpoint contains since its first base; `for_adapter` as in `read`.
+
+    Raises CheckpointError, PlanError.
+    """
     with held(root) as entered:
         patched = read_record(entered)
-        return _read_edits(patched, read_checkpoint(entered, patched.record.base, elsewhere=patched.record.elsewhere))
+        checkpoint = read_checkpoint(entered, patched.record.base, elsewhere=patched.record.elsewhere)
+        return _read_edits(patched, checkpoint, for_adapter)
 
 
-def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
+def _read_edits(patched: Patched, checkpoint: Checkpoint, for_adapter: bool) -> EditSource:
     """Collect the edits of all steps, and check that the checkpoint contains their new values.
 
     Raises CheckpointError if a stored scalar differs from the record.
     """
     steps = list_steps(patched)
+    regions = [entry.region for record in steps for entry in record.changes]
+    inside: list[PatchScalar] = []
+    if regions:
+        from swsurgery.sharing import region_scalars  # imports numpy
+
+        inside = region_scalars.read_recorded(steps, checkpoint)
     changed: dict[Coordinate, PatchScalar] = {}
     for record in steps:
         for e in record.edits:
+            if any(region.contains(e.coordinate) for region in regions):
+                continue  # it is among those inside the region
             if e.tensor not in checkpoint.shapes or e.dtype != checkpoint.get_info(e.tensor).dtype.name:
                 what = "the record lists a scalar that does not exist"
                 raise CheckpointError(what, f"{e.coordinate} in {e.file}", "restore swsurgery.json")
@@ -245,18 +278,38 @@ def _read_edits(patched: Patched, checkpoint: Checkpoint) -> EditSource:
                 changed[e.coordinate] = _make_scalar(checkpoint, e.coordinate, earlier.old, e.new_bytes, "set", None)
             else:
                 changed[e.coordinate] = _make_scalar(checkpoint, e.coordinate, e.old_bytes, e.new_bytes, e.op, e.factor)
-    scalars = [s for s in changed.values() if s.old != s.new or len(steps) == 1]
+    scalars = [s for s in changed.values() if s.old != s.new or (len(steps) == 1 and s.op != "flip")]
     for s in scalars:
         stored = checkpoint.shards[s.file].read_scalar(*s.coordinate)
         if stored != s.new:
             where = f"{s.coordinate} in {s.file}"
             raise CheckpointError("the stored scalar differs from its record", where, "run swsurgery verify")
+    zeros = _count_zeros(checkpoint, (r.tensor for r in regions) if for_adapter else (), inside, after=True)
+    scalars += inside
     first, last = steps[0], steps[-1]
     digests = {s.file: first.files[s.file].base_sha256 for s in scalars}
     manifest = parse_manifest(patched.manifest_raw, Path(MANIFEST_NAME)).manifest
     identity = first.base.repo_id, first.base.revision
     known = {name: digest for name, digest in digests.items() if digest}
-    return _make_source(checkpoint, manifest, identity, known, last.manifest_sha256, scalars)
+    return _make_source(checkpoint, manifest, identity, known, last.manifest_sha256, scalars, zeros)
+
+
+def _count_zeros(
+    checkpoint: Checkpoint, tensors: Iterable[str], changed: Sequence[PatchScalar], *, after: bool
+) -> dict[str, int]:
+    """Count, in each tensor with a changed region, the scalars that are -0.0 and do not change.
+
+    `changed` are the scalars that change in these regions. `after` is True if the checkpoint is the patched one.
+    """
+    counts: dict[str, int] = {}
+    for tensor in dict.fromkeys(tensors):
+        from swsurgery.sharing.region_scalars import count_negative_zeros  # imports numpy
+
+        dtype = checkpoint.get_info(tensor).dtype
+        minus = (1 << dtype.bits - 1).to_bytes(dtype.size, "little")
+        also = sum((s.new if after else s.old) == minus for s in changed if s.tensor == tensor)
+        counts[tensor] = count_negative_zeros(checkpoint, tensor) - also
+    return counts
 
 
 def list_steps(patched: Patched | None) -> list[Record]:
@@ -277,6 +330,8 @@ def _make_scalar(
     except IndexError as error:
         raise CheckpointError(str(error), coordinate.tensor, "restore swsurgery.json") from None
     file = checkpoint.weight_map[coordinate.tensor]
+    if op == "restore":
+        op = choose_operation(op, info.dtype, new)
     return PatchScalar(coordinate.tensor, info.shape, info.dtype, flat, file, old, new, op, factor)
 
 
@@ -287,6 +342,7 @@ def _make_source(
     digests: dict[str, str],
     manifest_sha256: str,
     scalars: Sequence[PatchScalar],
+    zeros: Mapping[str, int],
 ) -> EditSource:
     if not scalars:
         raise PlanError("nothing is changed, so there is nothing to export", checkpoint.root)
@@ -315,6 +371,7 @@ def _make_source(
         compute_outside_mode(checkpoint.files),
         tuple(notes),
         tuple(codes),
+        zeros,
     )
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 from swsurgery.checkpoint.projections import name_prefixes
 from swsurgery.checkpoint.tying import is_tied_by_config
-from swsurgery.errors import NumberError, PlanError
+from swsurgery.errors import NumberError, PlanError, pluralise
 from swsurgery.manifest.patch import Patch, PatchScalar, render_json, render_safetensors
 from swsurgery.storage.dtypes import DTYPES, decode, encode, round_to
 from swsurgery.storage.numbers import format_exact
@@ -32,13 +34,30 @@ OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """Target names that PEFT 0.21 applies to the stacked experts of a mixture of experts, even if the layer is dense."""
 
 
-def render_adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+NO_ZEROS: Mapping[str, int] = MappingProxyType({})
+"""For edits of single scalars only."""
+
+
+def render_adapter(
+    patch: Patch, config: dict[str, Any], zeros: Mapping[str, int] = NO_ZEROS
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Render a LoRA adapter (arXiv:2106.09685): lora_B @ lora_A is new - old at each edited scalar and zero elsewhere.
 
-    A scalar needs rank 1; scalars in one row, or in one column, share a rank. Returns (file name -> bytes, notes on
-    values that PEFT cannot merge exactly). Raises PlanError, which lists every edit that an adapter cannot represent.
+    A scalar needs rank 1; scalars in one row, or in one column, share a rank. `zeros` contains the tensors in which an
+    edit changes regions, and the number of their unchanged scalars that are -0.0. Such a tensor must be exact, bit for
+    bit, when PEFT has merged the adapter.
+
+    Returns (file name -> bytes, notes on single scalars that PEFT cannot merge exactly). Raises PlanError, which lists
+    every edit that an adapter cannot represent, with one line for each tensor with regions.
     """
-    faults = [fault for s in patch.scalars if (fault := _explain_unfit(s, config))]
+    faults: list[str] = []
+    for group in patch.group_by_tensor():
+        found = [fault for s in group if (fault := _explain_unfit(s, config))]
+        if group[0].tensor in zeros:
+            found = found or _list_inexact(group, zeros[group[0].tensor])
+            more = f", and {len(found) - 1} more of this tensor" if len(found) > 1 else ""
+            found = [found[0] + more] if found else []
+        faults += found
     if faults:
         raise PlanError.of(faults)
     transposed = _get_kind(config) in TRANSPOSED
@@ -82,6 +101,22 @@ def render_adapter(patch: Patch, config: dict[str, Any]) -> tuple[dict[str, byte
         "adapter_config.json": render_json(settings),
         "adapter_model.safetensors": render_safetensors(arrays, origin),
     }, tuple(notes)
+
+
+def _list_inexact(group: Sequence[PatchScalar], zeros: int) -> list[str]:
+    """List the scalars of a tensor that do not have exactly the new bits when PEFT has merged the adapter.
+
+    `zeros` is the number of scalars of the tensor that are -0.0 and not edited.
+    """
+    faults: list[str] = []
+    for scalar in group:
+        negative = Fraction(decode(scalar.dtype, scalar.new)) == 0 and any(scalar.new)
+        notes = [f"{scalar.coordinate} becomes -0.0, which a sum never is"] if negative else _compute_delta(scalar)[1]
+        faults += [f"a LoRA adapter cannot represent this edit: {note} (use --format sparse)" for note in notes]
+    if zeros:
+        what = f"{pluralise(zeros, 'scalar')} of {group[0].tensor} would change from -0.0 to 0.0 when PEFT adds 0"
+        faults.append(f"a LoRA adapter cannot represent this edit: {what} (use --format sparse)")
+    return faults
 
 
 def _get_kind(config: dict[str, Any]) -> str:

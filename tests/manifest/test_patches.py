@@ -304,12 +304,14 @@ RULES = {
     "another factor": (say("tensors.2.edits.0.factor", 1.25), "which op scale does not produce"),
     "a zero that is none": (bits("1.new", b"\1\0"), "which op zero does not produce"),
     "not a number": (bits("0.new", b"\xc0\x7f"), "only finite values"),
-    "a version to come": (None, "version 2 of a patch"),
+    "a version to come": (None, "version 3 of a patch"),
+    "a version that it does not need": (None, "format_version is 2, but these scalars need 1"),
     "another format": (None, "a safetensors file, but not a patch"),
     "no metadata of ours": (None, "is not valid JSON"),
 }
 METADATA = {
-    "a version to come": {"format_version": "2"},
+    "a version to come": {"format_version": "3"},
+    "a version that it does not need": {"format_version": "2"},
     "another format": {"format": "pt"},
     "no metadata of ours": {"patch": "[1"},
 }
