@@ -212,7 +212,7 @@ def _read_manifest(
             from swsurgery.sharing import region_scalars  # imports numpy
 
             inside = region_scalars.read_planned(plan, progress)
-        digests = _find_digests(plan, {s.file for s in (*plan.splices, *inside)}, progress)
+        digests = _find_digests(plan, {*(s.file for s in plan.splices), *(s.file for s in inside)}, progress)
         named = [rewrite.region.tensor for rewrite in plan.rewrites] if for_adapter else []
         zeros = _count_zeros(checkpoint, named, inside, after=False)
     said = loaded.manifest.base
