@@ -24,6 +24,10 @@ LOGITS_AT_ONCE = 2**22
 """Maximum number of logits in a slice. In float32 a slice takes 16 MB, and a few tensors of this size exist at a
 time."""
 
+KEPT_LOGITS = 2**26
+"""Maximum number of the base's logits in one window whose logarithms are kept while other variants are compared with
+them: 256 MB in float32. They are computed again for each variant of a larger window."""
+
 TOP_TOKENS = 5
 """Number of most likely next tokens that a report lists for each prompt."""
 
@@ -117,12 +121,17 @@ class Totals:
         Each position except the last is scored: its logits predict the next token.
         """
         base = outcomes.logits[0]
+        kept = [_log(base[:-1][part]) for part in _split_parts(base[:-1])] if base.numel() <= KEPT_LOGITS else []
         targets = torch.tensor(ids[1:], device=base.device)
         for number, peak in enumerate(outcomes.peaks):
             logits = base if number == 0 else outcomes.logits[number]
             self._look(number, logits)
-            scored, before = (base[:-1], logits[:-1]), self.kl[number]
-            nll = [self._add(number, *scored, targets, part) for part in _split_parts(logits[:-1])]
+            before = self.kl[number]
+            nll = []
+            for at, part in enumerate(_split_parts(logits[:-1])):
+                reference = kept[at] if kept else _log(base[:-1][part])
+                log = _log(logits[:-1][part]) if number else reference
+                nll.append(self._add(number, reference, log, targets[part]))
             self.token_nll[number].append(torch.cat(nll))
             self.window_kl[number].append((self.kl[number] - before) / len(targets))
             self.peaks[number] = _choose_larger(self.peaks[number], peak, self.windows)
@@ -137,13 +146,12 @@ class Totals:
     def _look(self, number: int, logits: Tensor) -> None:
         self.finite[number] &= all(bool(logits[part].isfinite().all()) for part in _split_parts(logits))
 
-    def _add(self, number: int, base: Tensor, logits: Tensor, targets: Tensor, part: slice) -> Tensor:
-        log = logits[part].float().log_softmax(-1)
+    def _add(self, number: int, reference: Tensor, log: Tensor, targets: Tensor) -> Tensor:
+        """Add a slice of positions. `reference` and `log` are the log-probabilities of the base and of the variant."""
         if number:
-            reference = base[part].float().log_softmax(-1)
             self.kl[number] += _sum((reference.exp() * (reference - log)).sum(-1))
         self.stop_mass[number] += _sum(log[:, self.stop_tokens].exp().sum(-1))
-        return -log.gather(-1, targets[part, None])[:, 0].double().cpu()
+        return -log.gather(-1, targets[:, None])[:, 0].double().cpu()
 
     def compute_nll(self, number: int) -> float:
         """Return the negative log-likelihood of a variant, summed over all scored tokens, in nats."""
@@ -171,6 +179,10 @@ class Totals:
             finite=self.finite[number],
             super_activation=self.peaks[number],
         )
+
+
+def _log(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
 
 
 def _split_parts(logits: Tensor) -> list[slice]:

@@ -99,12 +99,13 @@ def _measure_edit(plan: Plan, patched: Checkpoint) -> _Edit:
     count, size, squares, total = 0, 0, 0.0, 0.0
     for tensor in sorted(rewritten | {coordinate.tensor for coordinate in splices}):
         for old, new in _read_pairs(plan.checkpoint, patched, tensor):
-            differs = (_view_bits(old) != _view_bits(new)).view(len(old), -1).any(dim=1)
-            count += int(differs.sum())
-            size += int(differs.sum()) * old.element_size()
-            before, after = old.double(), new.double()
-            squares += float((after - before).square().sum())
-            total += float(before.square().sum())
+            differs = int(_view_bits(old).ne(_view_bits(new)).sum())
+            count += differs
+            size += differs * old.element_size()
+            wide = torch.float32 if old.element_size() < 4 else torch.float64  # exact for bfloat16 and float16
+            before, after = old.to(wide), new.to(wide)
+            squares += float(torch.linalg.vector_norm(after.sub_(before), dtype=torch.float64)) ** 2
+            total += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
     relative = math.sqrt(squares / total) if total else 0.0
     variant = Variant(scalars, rewritten, patched if rewritten else None)
     return _Edit(plan.loaded.path, variant, count, size, math.sqrt(squares), relative)
@@ -130,7 +131,9 @@ def _read(file: File, offset: int, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _view_bits(values: Tensor) -> Tensor:
-    return values.view(torch.uint8).view(len(values), values.element_size())
+    """Return the bit patterns of scalars as integers of the same width."""
+    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(widths[values.element_size()])
 
 
 def _make_model(totals: measure.Totals, number: int, edit: _Edit, rounding: Rounding | None) -> ComparedModel:
