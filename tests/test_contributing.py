@@ -96,7 +96,8 @@ def test_links_to_files_of_the_repository_lead_somewhere(page):
 
 
 def test_there_is_a_recipe_for_each_extension_point():
-    assert set(RECIPES) == {"A dtype", "An operation", "A model family", "A rule", "A recipe", "A known model"}
+    points = {"A dtype", "An operation", "A target", "A model family", "A rule", "A recipe", "A known model"}
+    assert set(RECIPES) == points
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -111,6 +112,12 @@ def test_what_a_recipe_names_exists(recipe):
     assert any(path.startswith("swsurgery/") for path in paths) and any("::" in path for path in paths)
     for word in quoted - paths - {"python", "-m", "swsurgery.known", "entry", "NAME"}:
         assert any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for text in texts), word
+
+
+def test_the_modules_that_the_page_about_regions_names_exist():
+    modules = [name for cells in rows(ARCHITECTURE, "How regions are edited") for name in names(cells[1])]
+    assert len(modules) > 8
+    assert [name for name in modules if not (ROOT / "swsurgery" / name).is_file()] == []
 
 
 def test_every_operation_has_a_row_on_the_page():

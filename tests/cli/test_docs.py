@@ -32,6 +32,8 @@ def test_manifest_of_the_readme_is_sound():
     assert [e.op for e in parse_manifest(blocks[0].encode(), Path("README.md")).manifest.edits] == [
         "zero",
         "scale",
+        "zero",
+        "round",
         "protect",
     ]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -131,3 +134,15 @@ def test_a_slice_means_what_numpy_means(axes):
     except IndexError:  # 9 is outside the axis, which only the checkpoint's shape shows
         return
     assert np.array_equal(array[key], expected)
+
+
+def test_every_form_has_a_reader_and_a_row_on_the_page():
+    from swsurgery.editing import targets
+
+    assert list(targets._READERS) == [form.name for form in FORMS]
+    page = (Path(__file__).parents[2] / "docs" / "manifest.md").read_text()
+    section = re.split(r"\n##+ ", page.partition("\n### Targets\n")[2])[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    for form, row in zip(FORMS, rows, strict=True):
+        named = re.findall(r"`(\w+)`", row.split("|")[2])
+        assert named[: len(form.fields)] == list(form.fields), form.name

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+from typing import get_args
+
 import pytest
 
+from swsurgery.checkpoint.record import ChangeRecord
+from swsurgery.manifest import operations
 from swsurgery.rewriting.clip import ClipFunction
 from swsurgery.rewriting.elementwise import ScaleFunction, SetFunction, ZeroFunction
 from swsurgery.rewriting.prune import PruneFunction
-from swsurgery.rewriting.read import build_function
+from swsurgery.rewriting.read import FUNCTIONS, build_function
 from swsurgery.rewriting.round import RoundFunction
 from swsurgery.rewriting.scope import CHANNEL, TENSOR, Grouping
 from swsurgery.storage.numbers import Written
@@ -94,3 +100,14 @@ def test_options_become_a_function(op, options, function):
 def test_nonsense_is_refused(op, options, message):
     with pytest.raises(ValueError, match=message):
         build_function(op, options)
+
+
+def test_every_operation_that_computes_values_has_a_function():
+    """`restore` copies bytes and `protect` changes none; the other operations on regions are in the table."""
+    classes = get_args(get_args(operations.Edit)[0])
+    on_regions = [get_args(each.model_fields["op"].annotation)[0] for each in classes if each.on_regions]
+    assert set(FUNCTIONS) == {*on_regions} - {"restore", "protect"}
+    recorded = get_args(ChangeRecord.model_fields["op"].annotation)
+    assert {*recorded} == {*FUNCTIONS, "restore"}
+    tested = {op for op, _ in runpy.run_path(str(Path(__file__).parent / "test_blocks.py"))["OPERATIONS"]}
+    assert tested == {*FUNCTIONS}
