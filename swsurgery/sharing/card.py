@@ -203,14 +203,17 @@ def render_patch_body(
     size: int,
     accepted: Sequence[Finding] = (),
     short: Mapping[Coordinate, ShortForm] | None = None,
+    changed: int | None = None,
 ) -> str:
     """Render the Markdown text of the card of a patch, the file `patch_name` of `size` bytes.
 
     `record` contains all edits since the first base, and lists no files. `accepted` and `short`: see `render_body`.
+    `changed` is the number of scalars in the patch, by default that of the record.
     """
     place = _get_base_uri(record)
     base = place or "BASE"
     steps = len(record.history) + 1
+    number = count_changed(record) if changed is None else changed
     check = [_check(record.check)]
     if steps > 1:
         check.insert(
@@ -219,7 +222,7 @@ def render_patch_body(
     parts = [
         f"# {escape(repo_id.split('/')[-1])}",
         f"A patch of {size} bytes for {_get_base_name(record)}, which changes "
-        f"{pluralise(count_changed(record), 'scalar')} of its weights. There are no weights in this repository. "
+        f"{pluralise(number, 'scalar')} of its weights. There are no weights in this repository. "
         "Made by swsurgery.",
         "## What it changes",
         *_render_changes(record, short or {}),

@@ -373,9 +373,9 @@ def _choose_tag(
     return name
 
 
-def summarise_edits(record: Record) -> str:
-    """Summarise the edits in one line, for the commit's message."""
-    number, base = count_changed(record), record.base
+def summarise_edits(record: Record, changed: int | None = None) -> str:
+    """Summarise the edits in one line, for the commit's message. `changed` replaces the record's number of scalars."""
+    number, base = count_changed(record) if changed is None else changed, record.base
     of = f" of {base.repo_id}" if base.repo_id else ""
     at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
     return f"{pluralise(number, 'scalar')}{of}{at} changed"

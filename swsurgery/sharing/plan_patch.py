@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swsurgery.checkpoint.opening import held, read_checkpoint
-from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, EditRecord, Patched, Record, read_record
+from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, ChangeRecord, EditRecord, Patched, Record, read_record
 from swsurgery.errors import HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
@@ -73,19 +73,34 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     base_fields, _ = read_card(read_base_card(planner, patched.record, base), card.FIELDS)
     notes += list_card_notes(card.list_omitted_fields(base_fields, card.LICENCE))
     body = card.render_patch_body(
-        record, wish.repo_id, manifest, PATCH_NAME, len(raw), findings, find_short_forms(checkpoint, record)
+        record,
+        wish.repo_id,
+        manifest,
+        PATCH_NAME,
+        len(raw),
+        findings,
+        find_short_forms(checkpoint, record),
+        len(source.patch.scalars),
     )
     made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
     made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
     made[CARD_NAME] = render_card(card.make_patch_fields(record, base_fields), body)
     items = [planner.plan_own(name, data) for name, data in made.items()]
-    message = wish.message or f"a patch: {summarise_edits(record)}"
+    message = wish.message or f"a patch: {summarise_edits(record, len(source.patch.scalars))}"
     return assemble(root, wish, record, items, {}, notes, findings, base, target, message)
 
 
 def _merge_steps(patched: Patched, patch: Patch) -> Record:
-    """Return a record that contains all edits of a checkpoint since its first base, and lists no files."""
+    """Return a record that contains all edits of a checkpoint since its first base, and lists no files.
+
+    The changed regions are those of all steps. A scalar inside one of them is not listed again.
+    """
     steps = export.list_steps(patched)
+    changes: list[ChangeRecord] = []
+    for record in steps:
+        begin = changes[-1].edit + 1 if changes else 0  # edits of two steps are never taken for one edit
+        changes += [change.model_copy(update={"edit": begin + change.edit}) for change in record.changes]
+    regions = {change.region for change in changes}
     first: dict[Coordinate, EditRecord] = {}
     last: dict[Coordinate, EditRecord] = {}
     for record in steps:
@@ -94,11 +109,13 @@ def _merge_steps(patched: Patched, patch: Patch) -> Record:
             last[edit.coordinate] = edit
     edits = []
     for scalar in patch.scalars:
+        if scalar.coordinate not in first or any(region.contains(scalar.coordinate) for region in regions):
+            continue
         old = first[scalar.coordinate]
-        changes = {"old": old.old, "old_bits": old.old_bits, "op": scalar.op, "factor": scalar.factor}
-        edits.append(last[scalar.coordinate].model_copy(update=changes))
-    update = {"base": steps[0].base, "edits": edits, "files": {}, "omitted": [], "elsewhere": [], "protected": []}
-    return patched.record.model_copy(update=update)
+        fields = {"old": old.old, "old_bits": old.old_bits, "op": scalar.op, "factor": scalar.factor}
+        edits.append(last[scalar.coordinate].model_copy(update=fields))
+    empty: dict[str, object] = {"files": {}, "omitted": [], "elsewhere": [], "protected": [], "protected_regions": []}
+    return patched.record.model_copy(update={"base": steps[0].base, "edits": edits, "changes": changes, **empty})
 
 
 def _refuse_weights(target: Branch, repo_id: str) -> None:
