@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -28,16 +28,22 @@ ROUNDED_INPUTS |= {
 }
 
 
+MATRIX_PRODUCTS = frozenset({torch.bmm, torch.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.matmul})
+"""Functions that multiply two tensors. The first one is an input of a linear layer if the second is a parameter, as in
+stacked experts; otherwise both are activations, as in attention."""
+
+
 class RoundInputs(TorchFunctionMode):
-    """A context manager that rounds the inputs of all linear layers that run during its block.
+    """A context manager that rounds the inputs of the linear layers in `layer` that run during its block.
 
     The tokens of only one window of text may run at a time. Experts are linear layers too: the tokens that one call
     passes to them are one input.
     """
 
-    def __init__(self, rounding: Rounding):
+    def __init__(self, rounding: Rounding, layer: nn.Module):
         super().__init__()
         self._rounding = rounding
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
 
     def __torch_function__(
         self,
@@ -53,7 +59,14 @@ class RoundInputs(TorchFunctionMode):
             kwargs[name] = round_activations(kwargs[name], self._rounding)
         elif name:
             args = (*args[:at], round_activations(args[at], self._rounding), *args[at + 1 :])
+        elif func in MATRIX_PRODUCTS and len(args) == 2 and self._is_weight(args[1]) and not self._is_weight(args[0]):
+            args = (round_activations(args[0], self._rounding), args[1])
         return func(*args, **kwargs)
+
+    def _is_weight(self, tensor: object) -> bool:
+        """Return True if a tensor is a parameter of the layer, or a view of one."""
+        with torch._C.DisableTorchFunction():
+            return isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self._weights
 
 
 def round_activations(x: Tensor, rounding: Rounding) -> Tensor:

@@ -404,7 +404,7 @@ class LayeredModel:
             at, v = torch.tensor(batch, device=state.device).unbind(1)
             named = [(group.sequences[row], variant) for row, variant in batch]
             watched = watch.around(number, layer, named) if watch else contextlib.nullcontext()
-            with watched, sdpa_kernel(ATTENTION), _round_inputs(rounding):
+            with watched, sdpa_kernel(ATTENTION), _round_inputs(rounding, layer):
                 hidden = find_hidden(layer(group.state[at, v], *call.args, **call.kwargs))
             if watch:
                 watch.after(number, named, hidden)
@@ -532,7 +532,7 @@ class LayeredModel:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 rows = [(sequence, variant)]
                 watched = watch.around(number, layer, rows) if watch else contextlib.nullcontext()
-                with watched, _round_inputs(rounding):
+                with watched, _round_inputs(rounding, layer):
                     returned = type(layer).forward(layer, *args, **kwargs)
                 hidden = find_hidden(returned)
                 if watch:
@@ -546,8 +546,8 @@ class LayeredModel:
             yield
 
 
-def _round_inputs(rounding: Rounding | None) -> AbstractContextManager[object]:
-    return contextlib.nullcontext() if rounding is None else RoundInputs(rounding)
+def _round_inputs(rounding: Rounding | None, layer: nn.Module) -> AbstractContextManager[object]:
+    return contextlib.nullcontext() if rounding is None else RoundInputs(rounding, layer)
 
 
 def _join(parts: Sequence[Outcomes], order: Sequence[int]) -> Outcomes:
