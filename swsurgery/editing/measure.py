@@ -71,8 +71,7 @@ def _measure_group(group: Sequence[Rewrite], checkpoint: Checkpoint, progress: P
     if first.op == "restore":
         return [_make_restore(rewrite) for rewrite in group]
     function = build_function(first.op, first.options)
-    meter = _Meter(progress)
-    progress.start(sum(rewrite.size for rewrite in group), "B", f"measuring for {first.op}")
+    meter = _Meter(progress, sum(rewrite.size for rewrite in group), f"measuring for {first.op}")
     try:
         measured = function.measure([make_source(rewrite, checkpoint, meter) for rewrite in group])
     finally:
@@ -104,14 +103,19 @@ def make_source(rewrite: Rewrite, checkpoint: Checkpoint, meter: _Meter | None =
 
 
 class _Meter:
-    """Reports the first pass over each region to a Progress; some operations read a region more than once."""
+    """Reports the first pass over each region to a Progress; some operations read a region more than once.
 
-    def __init__(self, progress: Progress):
-        self.progress = progress
+    The task of `total` bytes begins with the first byte, because many operations need no statistics.
+    """
+
+    def __init__(self, progress: Progress, total: int, label: str):
+        self.progress, self.total, self.label = progress, total, label
         self.read: dict[str, int] = {}
 
     def count(self, name: str, size: int, limit: int) -> None:
         """Count bytes that were read of a region of `limit` bytes."""
+        if not self.read:
+            self.progress.start(self.total, "B", self.label)
         before = self.read.get(name, 0)
         self.read[name] = before + size
         self.progress.advance(max(min(size, limit - before), 0))

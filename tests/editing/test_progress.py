@@ -6,7 +6,9 @@ import io
 import sys
 
 import pytest
+from checkpoints import HEAD, NORM, write_llama, write_manifest
 
+import swsurgery
 from swsurgery.cli.output import Bar
 from swsurgery.progress import Progress, Rounds, Silent
 
@@ -50,3 +52,38 @@ def test_who_does_not_watch_sees_nothing(monkeypatch: pytest.MonkeyPatch, progre
     monkeypatch.setattr(sys, "stderr", Terminal())
     work(progress, 2)
     assert sys.stderr.getvalue() == ""
+
+
+class Phases(Silent):
+    """Records each phase as [label, bytes done, bytes in all]."""
+
+    def __init__(self) -> None:
+        self.phases: list[list] = []
+
+    def start(self, total: int, unit: str, label: str) -> None:
+        self.phases.append([label, 0, total])
+
+    def advance(self, n: int) -> None:
+        self.phases[-1][1] += n
+
+
+def test_an_edit_of_tensors_first_measures_and_then_copies(tmp_path) -> None:
+    edits = [
+        {"op": "round", "tensors": "model.layers.*", "bits": 4, "clip": {"z": 5}},
+        {"op": "clip", "tensors": HEAD, "fraction": 0.1},
+        {"op": "zero", "tensors": "model.embed_tokens.weight"},
+        {"op": "prune_outliers", "tensors": NORM, "count": 2},
+    ]
+    manifest = write_manifest(tmp_path / "m.json", write_llama(tmp_path / "base"), *edits)
+    watched = Phases()
+    swsurgery.apply(manifest, output=tmp_path / "out", check="off", reporter=watched)
+    assert [label for label, _, _ in watched.phases] == [
+        "measuring for round",
+        "measuring for clip",
+        "measuring for prune_outliers",
+        "copying",
+    ]
+    assert all(done == total > 0 for _, done, total in watched.phases)
+    watched.phases.clear()
+    swsurgery.verify(tmp_path / "out", reporter=watched)
+    assert all(done == total > 0 for _, done, total in watched.phases)
