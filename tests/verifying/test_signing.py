@@ -17,9 +17,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import FIRST, THIRD, write_llama
+from checkpoints import FIRST, THIRD, tree, write_llama, write_manifest
 from keys import write_keys
 
+import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError, SwsurgeryError, TargetError
@@ -411,3 +412,22 @@ def test_the_page_s_commands_make_keys_that_work(tmp_path):
     root = write_llama(tmp_path / "checkpoint")
     signature_module.sign(root, tmp_path / "key.pem")
     assert findings(root) == []
+
+
+def test_the_undo_file_is_signed_and_the_signature_is_not_reverted(tmp_path):
+    base = write_llama(tmp_path / "base")
+    manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 1, "row": 2})
+    root, undo = tmp_path / "checkpoint", tmp_path / "checkpoint" / "swsurgery-undo.safetensors"
+    swsurgery.apply(manifest, output=root, check="off")
+    signature_module.sign(root, write_keys(tmp_path))
+    assert findings(root) == [] and swsurgery.verify(root).ok
+    good = undo.read_bytes()
+    undo.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    [(file, _)] = findings(root)
+    assert file == undo.name
+    undo.unlink()
+    [(file, _)] = findings(root)
+    assert file == undo.name
+    undo.write_bytes(good)
+    swsurgery.revert(root, tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)
