@@ -316,6 +316,7 @@ def load_other(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.dev
             dtype=model.dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except LOADING_ERRORS as error:
         raise make_load_error(error, checkpoint.directory) from error
