@@ -81,7 +81,9 @@ def show_applied(applied: Applied) -> None:
         else f"unchanged {escape_control(str(applied.output))} (the manifest was already applied)"
     )
     print_text(f"prove it  swsurgery verify {escape_control(str(applied.output))}")
-    print_text(f"undo it   swsurgery revert {escape_control(str(applied.output))}{'' if in_place else ' -o DIR'}")
+    needed = " --base BASE" if any(change.undo is None for change in applied.record.changes) else ""
+    how = f" -o DIR{needed}" if needed or not in_place else ""
+    print_text(f"undo it   swsurgery revert {escape_control(str(applied.output))}{how}")
 
 
 def show_reverted(reverted: Reverted) -> None:

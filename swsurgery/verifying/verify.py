@@ -448,17 +448,19 @@ def _check_manifest(
 def _describe_verification(verification: RecordProof) -> Iterable[str]:
     yield f"verified  {pluralise(verification.files - len(verification.unhashed), 'file')} with the record's sha256"
     if verification.proved:
-        others = verification.unread or verification.unverified
-        put_back = (
-            "files not listed below" if others else f"with {pluralise(verification.edits, 'scalar')} put back, they"
-        )
+        others = verification.unread or verification.unverified or verification.needs_base
+        parts = [pluralise(verification.changes, "region")] if verification.changes else []
+        if verification.edits or not parts:
+            parts.insert(0, pluralise(verification.edits, "scalar"))
+        put_back = "files not listed below" if others else f"with {' and '.join(parts)} put back, they"
         yield f"proved    {put_back} have the base's sha256"
     if verification.unread:
         names = ", ".join(verification.unread)
         yield f"unread    {names}: only the edited scalars were read; the sha256 is the one that the Hub lists"
     if verification.elsewhere:
         yield f"elsewhere {pluralise(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
-    yield f"protected {pluralise(verification.protected, 'scalar')} with the base's bits"
+    if verification.protected or not verification.protected_regions:
+        yield f"protected {pluralise(verification.protected, 'scalar')} with the base's bits"
     if verification.unverified:
         names, count = _format_some(verification.unverified), pluralise(len(verification.unverified), "file")
         yield f"unproved  {count} whose digests were copied into the record without hashing the base: {names}"

@@ -90,6 +90,20 @@ def test_a_record_without_an_undo_file_says_that_undoing_needs_the_base(base, ca
     assert "old bytes not stored" in capsys.readouterr().out
 
 
+def test_the_command_that_undoes_an_edit_names_the_base_only_if_it_is_needed(base, capsys):
+    manifest = str(write_manifest(base.parent / "m.json", base, ROW, PROTECT))
+    for limit, needed in (("0", " --base BASE"), ("1k", "")):
+        out = str(base.parent / f"out{limit}")
+        assert main(["apply", manifest, "-o", out, "--check", "off", "--undo-limit", limit]) == 0
+        assert f"undo it   swsurgery revert {out} -o DIR{needed}\n" in capsys.readouterr().out
+        assert main(["verify", out]) == 0
+        proof = capsys.readouterr().out
+        assert ("unproved  no undo file has the old bytes of" in proof) == bool(needed)
+        put_back = "files not listed below" if needed else "with 1 region put back, they"
+        assert f"proved    {put_back} have the base's sha256\n" in proof
+        assert "protected 1 region with" in proof and "0 scalars" not in proof
+
+
 def test_an_edit_of_a_whole_tensor_is_a_few_lines_of_a_diff(tmp_path, capsys):
     count = 1200
     base = write_llama(
