@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import HEAD, HIDDEN, INNER, tensor, tree, write_llama, write_manifest
+from checkpoints import HEAD, HIDDEN, INNER, sha256, tensor, tree, write_llama, write_manifest, write_shard
 
 from swsurgery.cli import main
 
@@ -258,4 +258,70 @@ def test_a_process_ends_with_the_same_code_and_one_line(room):
     words = [sys.executable, "-m", "swsurgery", "apply", "bad.json", "-o", "out", "--check", "off"]
     done = subprocess.run(words, cwd=room, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert tree(room) == before
+
+
+def forge(folder: Path, change) -> None:
+    """Rewrite the undo file with other tensors, and make record and SHA256SUMS fit it."""
+    raw = (folder / UNDO).read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header.pop("__metadata__")
+    data = raw[8 + size :]
+    tensors = {
+        name: (entry["dtype"], tuple(entry["shape"]), data[slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    }
+    write_shard(folder / UNDO, change(tensors))
+    record = json.loads((folder / "swsurgery.json").read_text())
+    new = {"sha256": sha256(folder / UNDO), "size": (folder / UNDO).stat().st_size}
+    sums = (folder / "SHA256SUMS").read_text()
+    old = sha256(folder / "swsurgery.json")
+    sums = sums.replace(record["undo"]["sha256"], new["sha256"])
+    record["undo"] = new
+    (folder / "swsurgery.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    (folder / "SHA256SUMS").write_text(sums.replace(old, sha256(folder / "swsurgery.json")))
+
+
+def renumber(change):
+    """Replace the flat indices of the sparse edit by `change(indices)`."""
+
+    def edit(tensors: dict) -> dict:
+        dtype, shape, data = tensors["edit.1.0.index"]
+        indices = change(np.frombuffer(data, "<i8").copy())
+        return {**tensors, "edit.1.0.index": (dtype, (len(indices),), indices.astype("<i8").tobytes())}
+
+    return edit
+
+
+FORGED = {
+    "an index before the tensor": renumber(lambda n: np.r_[-1, n[1:]]),
+    "an index behind the tensor": renumber(lambda n: np.r_[n[:-1], 1 << 40]),
+    "falling indices": renumber(lambda n: n[::-1]),
+    "an index twice": renumber(lambda n: np.r_[n[0], n[0], n[2:]]),
+    "fewer indices": renumber(lambda n: n[:-1]),
+    "another index": renumber(lambda n: np.r_[n[:-1], n[-1] + 1]),
+    "a tensor of another dtype": lambda t: {**t, "edit.0.0.old": ("BF16", *t["edit.0.0.old"][1:])},
+    "a tensor of another shape": lambda t: {**t, "edit.0.0.old": ("F16", (INNER, 1), t["edit.0.0.old"][2])},
+    "other bytes": lambda t: {**t, "edit.0.0.old": (*t["edit.0.0.old"][:2], bytes(INNER * 2))},
+    "a tensor that is missing": lambda t: {k: v for k, v in t.items() if k != "edit.0.0.old"},
+}
+"""Undo files to which the record was made to fit: (change of the tensors)."""
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_forged_undo_file_with_a_fitting_record_proves_nothing(room, capsys, forgery):
+    write_manifest(room / "m.json", room / "base", ROW, {"op": "clip", "tensors": HEAD, "z": 1.0})
+    assert main(["apply", "m.json", "-o", "out", "--check", "off"]) == 0
+    forge(room / "out", dict)
+    assert main(["verify", "out"]) == 0, capsys.readouterr().out  # the twin: rewritten without a change
+    forge(room / "out", FORGED[forgery])
+    before = tree(room)
+    capsys.readouterr()
+    assert main(["verify", "out"]) == 1
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert main(["revert", "out", "-o", "back"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
     assert tree(room) == before
