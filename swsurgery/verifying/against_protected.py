@@ -1,7 +1,8 @@
 """Check whether a derived checkpoint still has the values of the scalars that a manifest protects.
 
 Works on any checkpoint, such as a merged, fine-tuned or quantised one, and needs no record. The expected value of a
-scalar is the edit's `expect`, or else the value in a given base, or else the known value of a super weight.
+scalar is the edit's `expect`, or else the value in a given base, or else the known value of a super weight. Rows,
+columns and other regions are compared with a base.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -39,6 +40,9 @@ from swsurgery.storage.region import Region
 from swsurgery.verifying.against_known import Unreadable, compute_spacing, read_known_value, read_weight
 from swsurgery.verifying.against_manifest import point_at
 from swsurgery.verifying.findings import Finding
+
+if TYPE_CHECKING:
+    from swsurgery.verifying.guarded_regions import GuardedRegion
 
 Origin = Literal["expect", "base", "known"]
 """Where an expected value comes from: the edit, the base that the user gave, or the known super weights."""
@@ -98,37 +102,48 @@ class GuardedScalar:
 
 @dataclass(frozen=True)
 class Guard:
-    """The states of all scalars that a manifest protects. `tolerance` is the permitted relative difference."""
+    """The states of all scalars and regions that a manifest protects.
+
+    `tolerance` is the permitted relative difference.
+    """
 
     loaded: LoadedManifest
     tolerance: float
     scalars: tuple[GuardedScalar, ...]
+    regions: tuple[GuardedRegion, ...] = ()
 
     def list_findings(self) -> list[Finding]:
-        """Return one finding, with its position in the manifest, for each scalar that was not kept."""
+        """Return one finding, with its position in the manifest, for each scalar that was not kept.
+
+        Of a region, some lost scalars have a finding each, and one more finding counts the others.
+        """
         found = []
         for scalar in self.scalars:
             if scalar.state != "kept":
                 tensor, index = scalar.coordinate or (None, None)
                 finding = Finding(f"protected-{scalar.state}", scalar.message, scalar.file, tensor, index)
                 found.append(point_at(self.loaded, finding, ("edits", scalar.number)))
+        for region in self.regions:
+            found += [point_at(self.loaded, finding, ("edits", region.number)) for finding in region.list_findings()]
         return found
 
     def describe(self) -> str:
         """Return the line that `verify` prints."""
-        kept = sum(scalar.state == "kept" for scalar in self.scalars)
+        kept = sum(scalar.state == "kept" for scalar in self.scalars) + sum(region.kept for region in self.regions)
+        count = len(self.scalars) + sum(region.scalars for region in self.regions)
         permitted = f", within {format_number(self.tolerance)} of the expected value" if self.tolerance else ""
-        return (
-            f"kept      {kept} of {pluralise(len(self.scalars), 'scalar')} that {self.loaded.path} protects{permitted}"
-        )
+        return f"kept      {kept} of {pluralise(count, 'scalar')} that {self.loaded.path} protects{permitted}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the states as JSON."""
-        return {
+        document: dict[str, Any] = {
             "manifest": str(self.loaded.path),
             "tolerance": self.tolerance,
             "scalars": [scalar.to_json() for scalar in self.scalars],
         }
+        if self.regions:
+            document["regions"] = [region.to_json() for region in self.regions]
+        return document
 
 
 def check_protected(
@@ -138,30 +153,33 @@ def check_protected(
     tolerance: float,
     repo_ids: tuple[str | None, ...] = (),
 ) -> Guard:
-    """Compare every scalar that a protect edit of the manifest names with its expected value.
+    """Compare every scalar and region that a protect edit of the manifest names with its expected values.
+
+    The expected values of a region are those of the base.
 
     A value is kept if it equals the expected one after rounding to the stored dtype, or if their difference is at most
     the fraction `tolerance` of the expected value. `repo_ids` may name the known model.
 
-    Raises LookupFailed; PlanError if the manifest protects no scalar or something else than scalars, or if the expected
-    value of a scalar is not known.
+    Raises LookupFailed; PlanError if the manifest protects nothing, or if the expected value of a scalar or region is
+    not known.
     """
     manifest = loaded.manifest
     names = (manifest.base.repo_id, checkpoint.repo_id, *repo_ids, checkpoint.config.get("_name_or_path"))
     model = own.identify(manifest.base.model, names)
     scalars: list[GuardedScalar] = []
+    regions: list[GuardedRegion] = []
     faults: list[str] = []
     edited = set(_list_edited(loaded, checkpoint, model))
     for number, edit in enumerate(manifest.edits):
         if edit.op != "protect":
             continue
         where = loaded.describe_position(number)
-        if edit.form.name not in SCALAR_FORMS:
-            faults.append(f"{where}: verify --protected compares single scalars, but the edit names a {edit.form.name}")
-            continue
         places, misfits = _resolve(loaded, number, checkpoint, model)
         if not places and not misfits:
-            faults.append(f"{where}: verify --protected compares single scalars, but {edit.known} is a row")
+            if base is None:
+                faults.append(f"{where}: the values of {read_target(edit)} are not known (give --base)")
+            else:
+                regions += _compare_regions(loaded, number, (checkpoint, base), model, tolerance)
         scalars += [GuardedScalar(number, "unreadable", misfit) for misfit in misfits]
         for place in places:
             if edit.known == "all" and place.coordinate in edited:
@@ -175,9 +193,47 @@ def check_protected(
                 scalars.append(_compare(number, place.coordinate, expected, checkpoint, tolerance))
     if faults:
         raise PlanError.of(faults)
-    if not scalars:
+    if not scalars and not regions:
         raise PlanError("the manifest protects no scalar", loaded.path, "add an edit with op protect")
-    return Guard(loaded, tolerance, tuple(scalars))
+    return Guard(loaded, tolerance, tuple(scalars), tuple(regions))
+
+
+def _compare_regions(
+    loaded: LoadedManifest,
+    number: int,
+    checkpoints: tuple[Checkpoint, Checkpoint],
+    model: KnownModel | None,
+    tolerance: float,
+) -> Iterator[GuardedRegion]:
+    """Compare the regions that an edit names in a checkpoint with those in its base.
+
+    Both pairs begin with the checkpoint. Raises PlanError if the base does not have what the edit names.
+    """
+    from swsurgery.verifying.guarded_regions import GuardedRegion, compare_region  # imports numpy
+
+    checkpoint, base = checkpoints
+    target = read_target(loaded.manifest.edits[number])
+    find = partial(find_known, model)
+    ours, theirs = (
+        [place for place in target.resolve(Scope(one, find)) if isinstance(place, Region)] for one in checkpoints
+    )
+    pairs: list[tuple[Region | None, Region]] = [*zip(ours, theirs, strict=False)]
+    if [region.shape for region in ours] != [region.shape for region in theirs]:
+        pairs = [(region if region in ours else None, region) for region in theirs]
+
+    def compare_one(coordinate: Coordinate, there: Coordinate) -> tuple[bool, str]:
+        expected = _read_expected(there, base)
+        if expected is None:
+            return False, f"{coordinate}: the base's value cannot be read as a finite number"
+        scalar = _compare(number, coordinate, expected, checkpoint, tolerance)
+        return scalar.state == "kept", scalar.message
+
+    for our, their in pairs:
+        if our is None:
+            reason = f"the checkpoint does not have {their}"
+            yield GuardedRegion(number, str(target), their, None, their.scalars, reason=reason)
+        else:
+            yield compare_region(number, str(target), (our, their), checkpoints, tolerance, compare_one)
 
 
 def _list_edited(loaded: LoadedManifest, checkpoint: Checkpoint, model: KnownModel | None) -> Iterator[Coordinate]:
@@ -241,9 +297,16 @@ def _read_base(
 ) -> ExpectedValue | None:
     """Read the value in the base, whose tensors may have other names. Returns None if it has no finite one."""
     try:
-        there = locate(base, *short) if short else coordinate
+        return _read_expected(locate(base, *short) if short else coordinate, base)
+    except ArchitectureError:
+        return None
+
+
+def _read_expected(there: Coordinate, base: Checkpoint) -> ExpectedValue | None:
+    """Read the value at a coordinate of the base. Returns None if it is not finite or cannot be read as a number."""
+    try:
         value, step, _ = _read_stored(base, there)
-    except (ArchitectureError, Unreadable):
+    except Unreadable:
         return None
     if not math.isfinite(value):
         return None

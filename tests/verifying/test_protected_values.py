@@ -224,7 +224,7 @@ def test_every_format_reports_the_finding(room, capsys):
         ([{"op": "zero", "layer": 1, "row": 2, "col": 3}], "the manifest protects no scalar"),
         (
             [{"op": "protect", "layer": 1, "row": 2}],
-            "verify --protected compares single scalars, but the edit names a row",
+            "edits[0]: the values of L1 row 2 are not known (give --base)",
         ),
         ([{"op": "protect", "known": "all"}], "no known super weights of this base"),
     ],
