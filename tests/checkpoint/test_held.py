@@ -90,6 +90,8 @@ FUNCTIONS: dict[str, Callable[[Room], object]] = {
     "lookup": lambda room: swsurgery.lookup(room.model),
     "scan": lambda room: swsurgery.scan(room.model, method="weights"),
     "sweep": lambda room: swsurgery.sweep(room.third, [0.0, 1.0]),
+    "compare": lambda room: swsurgery.compare([room.third]),
+    "recipe": lambda room: swsurgery.recipe(room.model, "torchao"),
     "export": lambda room: swsurgery.export(room.model, room.out, format="sparse"),
     "export of a manifest": lambda room: swsurgery.export(room.third, room.out, format="sparse"),
     "publish": lambda room: publish.find_early(room.model),
@@ -107,6 +109,7 @@ COMMANDS = (
     "inspect {model} --tensor lm_head.weight --at 0,0", "lookup {model}", "diff {model} {model}", "diff {twin} {model}",
     "revert {model}", "revert {model} -o {out}", "apply {third} --dry-run", "apply {third} -o {out} --check off",
     "check {model}", "scan {model} --method weights", "scan {model}", "sweep {third} --factors 0,1",
+    "compare {third}", "recipe {model} --for torchao",
     "export {model} --format sparse -o {out}", "export {third} --format sparse -o {out}",
 )  # fmt: skip
 
