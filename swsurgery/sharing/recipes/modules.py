@@ -6,7 +6,7 @@ A module is named as the checkpoint stores it, without the ending ".weight". Mus
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_for_reading
 from swsurgery.checkpoint.record import Patched
-from swsurgery.errors import ArchitectureError, CheckpointError, PlanError
+from swsurgery.errors import ArchitectureError, CheckpointError, PlanError, pluralise
 from swsurgery.known import KnownModel, own
 from swsurgery.known.lookup import is_checkpoint
 from swsurgery.progress import Reporter
 from swsurgery.sharing.export import list_steps
 from swsurgery.sharing.reading import identify_model, read_with_record
+from swsurgery.storage.region import Region
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last parts of the names of the linear layers that choose experts. Examples of quantisers keep them unquantised."""
@@ -34,8 +35,19 @@ _SAFE = re.compile(r"[A-Za-z0-9_.\-]+")
 _EXPERT = re.compile(r"(?P<block>.*)\.experts\.(?P<expert>\d+)\.\w+")
 """Name of one expert's matrix that is stored as a tensor of its own."""
 
-_STACK = re.compile(r"(?P<block>.*)\.(?:experts\.\w+|output_linear)")
+_STACK = re.compile(r"(?P<block>.*)\.(?:experts\.\w+|output_linear|input_linear)")
 """Name of a tensor that contains the matrices of all experts of a layer."""
+
+_PARTS = {
+    "w1": ("gate_proj",),
+    "w3": ("up_proj",),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "input_linear": ("gate_proj", "up_proj"),
+}
+"""Maps the last part of an expert's stored name to the names of its matrices in transformers. Any other name is that of
+a down projection."""
 
 _STORED_WRAPPER, _LOADED_WRAPPER = "language_model.model.", "model.language_model."
 """Prefix of the language model in the files of some vision-language models, and the same prefix in transformers."""
@@ -74,9 +86,14 @@ class KeptModule:
         """
         names = [self.name]
         if self.stack is not None:
-            names.append(f"{self.stack}.{self.expert}.down_proj" if split else self.stack)
+            parts = _PARTS.get(self.name.rpartition(".")[2], ("down_proj",))
+            names += [f"{self.stack}.{self.expert}.{part}" for part in parts] if split else [self.stack]
         loaded = [_LOADED_WRAPPER + n.removeprefix(_STORED_WRAPPER) for n in names if n.startswith(_STORED_WRAPPER)]
         return tuple(dict.fromkeys((*names, *loaded)))
+
+
+Modules = dict[tuple[str, ExpertChoice], KeptModule]
+"""Maps (stored name, expert) to a module. One stored name may contain several experts."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,8 @@ def find_subject(subject: str | Path, model: str | None, reporter: Reporter) -> 
     """Find the modules with super weights of a model's name, or of a checkpoint.
 
     For a name, these are the modules of the known super weights, except refuted ones. For a checkpoint, the modules of
-    the edited and protected scalars in its record are added; `model` names the known model if the checkpoint does not.
+    the edited and protected scalars, and of the protected and restored regions in its record are added; `model` names
+    the known model if the checkpoint does not.
 
     Raises LookupFailed, HubError, CheckpointError; PlanError for a module whose name a recipe cannot contain.
     """
@@ -112,7 +130,7 @@ def find_subject(subject: str | Path, model: str | None, reporter: Reporter) -> 
 
 
 def _read_known(known: KnownModel) -> Subject:
-    modules: dict[str, KeptModule] = {}
+    modules: Modules = {}
     for entry in known.coordinates:
         if entry.status != "refuted":
             stacked = entry.expert is not None and _EXPERT.fullmatch(_strip(entry.tensor)) is None
@@ -125,14 +143,24 @@ def _read_known(known: KnownModel) -> Subject:
 
 
 def _read_checkpoint(name: str, checkpoint: Checkpoint, patched: Patched | None, model: str | None) -> Subject:
-    modules: dict[str, KeptModule] = {}
+    modules: Modules = {}
+    others = 0
     for record in list_steps(patched):
         for scalar in (*record.edits, *record.protected):
             if scalar.tensor in checkpoint.shapes:
                 place = projections.find_short_form(checkpoint.config, checkpoint.shapes, scalar.coordinate)
                 _add(modules, _make_module(checkpoint, scalar.tensor, place[3] if place else None))
+        restored = [change for change in record.changes if change.op == "restore"]
+        for region in (entry.region for entry in (*record.protected_regions, *restored)):
+            for expert in _list_experts(region):
+                if len(checkpoint.shapes.get(region.tensor, ())) > 1:  # vectors, such as norms, are not quantised
+                    _add(modules, _make_module(checkpoint, region.tensor, expert))
+        others += len({change.edit for change in record.changes}) - len({change.edit for change in restored})
     known = identify_model(checkpoint, patched, model)
     notes: list[str] = []
+    if others:
+        what = f"{pluralise(others, 'edit')} of rows, columns, experts or tensors"
+        notes.append(f"the modules of {what} are not in the recipe: protect or restore what must stay exact")
     for entry in known.coordinates if known else ():
         if entry.status == "refuted":
             continue
@@ -143,8 +171,9 @@ def _read_checkpoint(name: str, checkpoint: Checkpoint, patched: Patched | None,
         else:
             _add(modules, _make_module(checkpoint, found.tensor, entry.expert))
     if not modules:
+        without = "its record protects and restores nothing" if patched else "the checkpoint has no record"
         raise CheckpointError(
-            "no module with a super weight was found, because the checkpoint has no record and its model is not known",
+            f"no module with a super weight was found, because {without} and its model is not known",
             name,
             "name the model with --model, or find super weights with swsurgery scan",
         )
@@ -158,18 +187,25 @@ def _read_checkpoint(name: str, checkpoint: Checkpoint, patched: Patched | None,
     )
 
 
+def _list_experts(region: Region) -> Sequence[ExpertChoice]:
+    """Return the experts to which a region belongs; [None] if it belongs to none."""
+    if match := _EXPERT.fullmatch(_strip(region.tensor)):
+        return [int(match["expert"])]
+    return range(*region.bounds[0]) if len(region.bounds) == 3 else [None]
+
+
 def _make_module(checkpoint: Checkpoint, tensor: str, expert: ExpertChoice) -> KeptModule:
     info = checkpoint.get_info(tensor)
     return KeptModule(_strip(tensor), expert, len(info.shape) == 3, info.dtype.name)
 
 
-def _add(modules: dict[str, KeptModule], module: KeptModule) -> None:
-    """Add a module under its name, unless it was added before. Raises PlanError if a recipe cannot contain its name."""
+def _add(modules: Modules, module: KeptModule) -> None:
+    """Add a module, unless it was added before. Raises PlanError if a recipe cannot contain its name."""
     if not _SAFE.fullmatch(module.name):
         raise PlanError(
             "a recipe cannot contain this name, which is not made of letters, digits, _, - and dots", repr(module.name)
         )
-    modules.setdefault(module.name, module)
+    modules.setdefault((module.name, module.expert), module)
 
 
 def _strip(tensor: str) -> str:

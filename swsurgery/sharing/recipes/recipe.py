@@ -46,8 +46,8 @@ def recipe(
     """Return the configuration of a quantiser that keeps the modules with super weights in high precision.
 
     `subject` is the name of a known model ("llama-7b"), or a checkpoint: a directory or hf://ORG/NAME[@REV][/sub]. If
-    the checkpoint has a record, the modules of the edited and protected scalars are kept too. `model` names the known
-    model of a checkpoint whose files do not name it.
+    the checkpoint has a record, the modules of the edited and protected scalars, and of the protected and restored
+    regions, are kept too. `model` names the known model of a checkpoint whose files do not name it.
 
     Raises TypeError; LookupFailed for an unknown model; HubError; CheckpointError if no super weight is known, or a
     file cannot be read; PlanError for a module that the tool cannot name.
@@ -59,5 +59,5 @@ def recipe(
     found = find_subject(subject, model, reporter)
     chosen = next(each for each in TOOLS if each.name == tool)
     rendered = chosen.render(found)
-    names = tuple(module.name for module in found.modules)
+    names = tuple(dict.fromkeys(module.name for module in found.modules))
     return Recipe(tool, found.model, names, rendered.patterns, rendered.text, (*found.notes, *rendered.notes))
