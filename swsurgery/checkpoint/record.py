@@ -167,7 +167,7 @@ class RegionRecord(Strict):
     bounds: Annotated[list[Annotated[list[Position], Field(min_length=2, max_length=2)]], FailFast()]
     dtype: DtypeName
     scalars: Position
-    sha256: Digest
+    sha256: Digest | None
 
     @property
     def region(self) -> Region:
@@ -178,16 +178,16 @@ class RegionRecord(Strict):
 class ChangeRecord(RegionRecord):
     """A region that edit number `edit` of the manifest (from 0) changed by an operation with `options`.
 
-    `base_sha256` and `sha256` are digests of the region's bytes in the base and after the edit, and `changed` is the
-    number of scalars with other bits. `undo` is the prefix of the names of the undo file's tensors with the old bytes;
-    None if undoing needs the base.
+    `base_sha256` and `sha256` are digests of the region's bytes in the base and after the edit. Both are None for a
+    large region, because the digests of its file prove its bytes. `changed` is the number of scalars with other bits.
+    `undo` is the prefix of the names of the undo file's tensors with the old bytes; None if undoing needs the base.
     """
 
     edit: Position
     op: Literal["zero", "scale", "set", "clip", "prune_outliers", "round", "restore"]
     options: dict[str, Any]
     changed: Position
-    base_sha256: Digest
+    base_sha256: Digest | None
     undo: Annotated[str, Field(pattern=r"^edit\.[0-9]+\.[0-9]+$")] | None
 
 

@@ -174,13 +174,14 @@ def _compare_digests(proof: RegionProof, found: Mapping[str, Digests]) -> Iterat
     for name, digests in found.items():
         entry = proof.entries[name]
         where = (entry.file, entry.tensor)
-        if digests.base_sha256 != entry.sha256:
+        hashed = entry.sha256 is not None or not isinstance(entry, ChangeRecord)
+        if hashed and digests.base_sha256 != entry.sha256:
             rule = "edit-changed" if isinstance(entry, ChangeRecord) else "protected-changed"
             message = f"{entry.region} has the sha256 {digests.base_sha256}, not {entry.sha256}"
             yield Finding(rule, message, *where)
         if not isinstance(entry, ChangeRecord) or entry.file in proof.needs_base:
             continue
-        if digests.sha256 != entry.base_sha256:
+        if hashed and digests.sha256 != entry.base_sha256:
             message = f"the old bytes of {entry.region} have the sha256 {digests.sha256}, not {entry.base_sha256}"
             yield Finding("registry", message, *where)
         if digests.changed != entry.changed:
