@@ -1,0 +1,61 @@
+"""A region that is too large for digests of its own is proved by the digests of its file."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import swsurgery
+from swsurgery.rewriting import tally
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file({"a.weight": torch.randn(64, 96), "b.weight": torch.randn(8, 8)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def scale(base, output, **options):
+    edits = [
+        {"op": "scale", "tensors": "a.weight", "factor": 2.0},
+        {"op": "protect", "tensor": "b.weight", "slice": "3"},
+    ]
+    return swsurgery.apply(edits, base, output, check="weights", **options)
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 64 * 96 * 4, 64 * 96 * 4 - 1, 0])
+def test_only_a_small_region_has_digests(base, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(tally, "DIGESTED_SIZE", limit)
+    scale(base, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "swsurgery.json").read_text())
+    [change] = record["changes"]
+    small = limit >= 64 * 96 * 4
+    assert (change["sha256"] is not None, change["base_sha256"] is not None) == (small, small)
+    assert record["protected_regions"][0]["sha256"] is not None
+    assert swsurgery.verify(tmp_path / "out").ok
+    swsurgery.revert(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("tensor", ["a.weight", "b.weight"])
+def test_a_changed_byte_is_found_without_digests(base, tmp_path, monkeypatch, tensor):
+    monkeypatch.setattr(tally, "DIGESTED_SIZE", 0)
+    scale(base, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors[tensor][3, 5] += 1
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    assert not swsurgery.verify(tmp_path / "out").ok
+
+
+def test_a_protected_region_cannot_lose_its_digest(base, tmp_path):
+    scale(base, tmp_path / "out")
+    path = tmp_path / "out" / "swsurgery.json"
+    record = json.loads(path.read_text())
+    record["protected_regions"][0]["sha256"] = None
+    path.write_text(json.dumps(record))
+    assert any(finding.rule == "protected-changed" for finding in swsurgery.verify(tmp_path / "out").findings)
