@@ -256,7 +256,8 @@ def _list_repository(repo: RemoteTree) -> _Listing:
 def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Shard]:
     """Return the shards in these files, as a dict from the file's name to the shard with its header.
 
-    Raises CheckpointError that lists every malformed header, or if the shards have too many tensors.
+    Raises CheckpointError if headers are malformed, with at most MAX_LISTED of them listed. Also raises it if the
+    shards have too many tensors.
     """
     faults: list[str] = []
     shards: dict[str, Shard] = {}

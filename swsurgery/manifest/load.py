@@ -184,9 +184,10 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
 
 
 def _list_schema_faults(error: ValidationError, reader: Reader) -> list[tuple[LineColumn, str]]:
-    """List the schema faults in file order, at most MAX_FAULTS + 1. The caller prints MAX_FAULTS of them.
+    """Return the first MAX_FAULTS + 1 schema faults in file order.
 
-    The additional fault tells the caller that there are more. Over MAX_MANIFEST_FAULTS faults give one summary line.
+    The caller prints MAX_FAULTS of them. One more shows that the list is incomplete. If there are more than
+    MAX_MANIFEST_FAULTS faults, only their number is returned, as a single fault.
     """
     if error.error_count() > MAX_MANIFEST_FAULTS:
         return [((1, 1), f"{error.error_count()} faults, too many to list (is this a manifest?)")]

@@ -265,7 +265,7 @@ def _read_record(root: Folder | RemoteTree, question: _Question) -> Patched | No
 
 
 def _choose_weights(question: _Question, patched: Patched | None, loaded: LoadedManifest | None) -> _Question:
-    """Return the question with the weights that the record names or, without a record, that the manifest names.
+    """Return `question` with `weights` and `variant` from the record or, without a record, from the manifest.
 
     Raises CheckpointError if the user chose other weights.
     """
