@@ -175,6 +175,27 @@ def test_a_location_is_a_str_or_a_path(room, name, bad):
     assert tree(room) == before
 
 
+PATHS = LOCATIONS | {
+    "apply, output": lambda bad: swsurgery.apply("edits.json", output=bad, check="off"),
+    "export, source": lambda bad: swsurgery.export(bad, "new", format="sparse"),
+    "load_manifest": lambda bad: swsurgery.load_manifest(bad),
+    "plan, the manifest's base": lambda bad: swsurgery.plan({"version": 1, "base": {"path": bad}, "edits": [EDIT]}),
+    "revert, output": lambda bad: swsurgery.revert("patched", bad),
+    "scan, manifest": lambda bad: swsurgery.scan("base", method="weights", manifest=bad),
+    "sign, key": lambda bad: swsurgery.sign("patched", bad),
+    "verify, manifest": lambda bad: swsurgery.verify("patched", manifest=bad),
+}
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "x" * 5000, "x/" * 3000], ids=["NUL", "long name", "long path"])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_cannot_exist_is_an_error_of_the_library(room, name, bad):
+    before = tree(room)
+    with pytest.raises(swsurgery.SwsurgeryError):
+        PATHS[name](bad)
+    assert tree(room) == before
+
+
 @pytest.mark.parametrize(
     "bad",
     [None, 3, object(), [3], ["edits.json"], {1, 2}],

@@ -146,7 +146,7 @@ def _load_file(path: Path) -> LoadedManifest:
         raw = read_at_most(LocalFile(real), MAX_MANIFEST + 1)
     except SwsurgeryError as error:
         raise ManifestError.of(f"cannot read the manifest: {fault}" for fault in error.faults) from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a link to itself; ValueError: a NUL character
         raise ManifestError(f"cannot read the manifest ({getattr(error, 'strerror', error)})", path) from None
     if len(raw) > MAX_MANIFEST:
         raise ManifestError(f"manifest is larger than {MAX_MANIFEST} bytes", path)

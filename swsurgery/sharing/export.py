@@ -145,7 +145,7 @@ def read(source: ManifestLike, base: str | Path | None, progress: Progress) -> E
     Raises HubError, ManifestError, CheckpointError, PlanError.
     """
     where = parse_location(source) if is_path(source) else None
-    if where is None or (isinstance(where, Path) and not where.is_dir()):
+    if where is None or (isinstance(where, Path) and not os.path.isdir(where)):
         return _read_manifest(load_manifest(source, base), base, progress)
     if base is not None:
         raise PlanError(
