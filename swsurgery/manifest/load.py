@@ -109,8 +109,14 @@ IN_MEMORY = Path("manifest")
 
 
 def _render_document(document: object) -> bytes:
-    """Render the content of a manifest as JSON, one field per line so that messages can name lines."""
-    return json.dumps(document, indent=1, default=_convert_value).encode()
+    """Render the content of a manifest as JSON, one field per line so that messages can name lines.
+
+    Raises ManifestError if the document contains itself or is nested too deeply.
+    """
+    try:
+        return json.dumps(document, indent=1, default=_convert_value).encode()
+    except (ValueError, RecursionError):
+        raise ManifestError("contains itself, or is nested too deeply", IN_MEMORY) from None
 
 
 def _convert_value(value: object) -> object:

@@ -67,7 +67,13 @@ def require_integer(name: str, value: object) -> int:
 
 
 def require_number(name: str, value: object) -> float:
-    """Convert an int, a float or a real number of numpy to a float. Raises TypeError for anything else."""
+    """Convert an int, a float or a real number of numpy to a float.
+
+    Raises TypeError for anything else, and SwsurgeryError for a number that is too large for a float.
+    """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise SwsurgeryError(f"{name} is a number that is too large for a float") from None
     raise TypeError(f"{name} must be a number, not {value!r:.80}")
