@@ -179,6 +179,27 @@ def test_a_location_is_a_str_or_a_path(room, name, bad):
     assert tree(room) == before
 
 
+PATHS = LOCATIONS | {
+    "apply, output": lambda bad: swsurgery.apply("edits.json", output=bad, check="off"),
+    "export, source": lambda bad: swsurgery.export(bad, "new", format="sparse"),
+    "load_manifest": lambda bad: swsurgery.load_manifest(bad),
+    "plan, the manifest's base": lambda bad: swsurgery.plan({"version": 1, "base": {"path": bad}, "edits": [EDIT]}),
+    "revert, output": lambda bad: swsurgery.revert("patched", bad),
+    "scan, manifest": lambda bad: swsurgery.scan("base", method="weights", manifest=bad),
+    "sign, key": lambda bad: swsurgery.sign("patched", bad),
+    "verify, manifest": lambda bad: swsurgery.verify("patched", manifest=bad),
+}
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "x" * 5000, "x/" * 3000], ids=["NUL", "long name", "long path"])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_cannot_exist_is_an_error_of_the_library(room, name, bad):
+    before = tree(room)
+    with pytest.raises(swsurgery.SwsurgeryError):
+        PATHS[name](bad)
+    assert tree(room) == before
+
+
 @pytest.mark.parametrize(
     "bad",
     [None, 3, object(), [3], ["edits.json"], {1, 2}],
@@ -217,6 +238,11 @@ def test_a_list_of_edits_needs_a_base():
         (lambda: swsurgery.sweep("edits.json", [True]), "factors must be a number, not True"),
         (lambda: swsurgery.export("patched", "new", format="zip"), "format must be one of 'sparse', 'peft', 'vllm', "),
         (lambda: swsurgery.apply("edits.json", in_place="yes"), "in_place must be a bool, not 'yes'"),
+        (lambda: swsurgery.publish("patched", "org/new", revision=3), "revision must be a str, not 3"),
+        (lambda: swsurgery.publish("patched", "org/new", tag=b"v1"), "tag must be None or a str, not b'v1'"),
+        (lambda: swsurgery.publish("patched", "org/new", message=["a"]), "message must be None or a str, not ['a']"),
+        (lambda: swsurgery.verify("patched", weights=["index"]), "weights must be None or one of 'index', 'single', "),
+        (lambda: swsurgery.verify("patched", variant=3), "variant must be None or a str, not 3"),
         (lambda: swsurgery.publish("patched", "org/new", accept="secret"), "accept must be None or a list of strings"),
         (lambda: swsurgery.lookup("llama-7b", status=3), "status must be None or a list of strings, not 3"),
         (lambda: swsurgery.lint("edits.json", strict=1), "strict must be a bool, not 1"),
@@ -227,6 +253,35 @@ def test_an_argument_of_a_wrong_type_names_what_is_accepted(room, call, said):
     with pytest.raises(TypeError) as caught:
         call()
     assert str(caught.value).startswith(said)
+
+
+def nest(levels: int) -> dict[str, object]:
+    document: dict[str, object] = {}
+    for _ in range(levels):
+        document = {"base": document}
+    return document
+
+
+CIRCLE: dict[str, object] = {"version": 1}
+CIRCLE["base"] = CIRCLE
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: swsurgery.diff("base", "patched", limit=-1), "limit must be at least 0: -1"),
+        (lambda: swsurgery.verify("patched", tolerance=float("nan")), "tolerance must be between 0 and 1: nan"),
+        (lambda: swsurgery.verify("patched", tolerance=5), "tolerance must be between 0 and 1: 5.0"),
+        (lambda: swsurgery.verify("patched", tolerance=10**400), "tolerance is a number that is too large for a float"),
+        (lambda: swsurgery.sweep("edits.json", [10**400]), "factors is a number that is too large for a float"),
+        (lambda: swsurgery.plan(CIRCLE), "contains itself, or is nested too deeply: manifest"),
+        (lambda: swsurgery.plan(nest(100_000)), "contains itself, or is nested too deeply: manifest"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_an_error_of_the_library(room, call, said):
+    with pytest.raises(swsurgery.SwsurgeryError) as caught:
+        call()
+    assert str(caught.value) == said
 
 
 INTEGERS = st.sampled_from([np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64, int])

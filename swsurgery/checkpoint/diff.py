@@ -16,6 +16,7 @@ import numpy as np
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_checkpoint, open_for_reading
 from swsurgery.checkpoint.weight_files import Weights
+from swsurgery.errors import SwsurgeryError
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import require_integer
 from swsurgery.storage.dtypes import convert_to_json
@@ -124,9 +125,12 @@ def diff(
     has several sets of weights, `weights` and `variant` choose one. Memory use does not depend on the size of the
     checkpoints.
 
-    Raises TypeError, HubError, CheckpointError; TargetError while another run edits one of them in place.
+    Raises TypeError, HubError, CheckpointError; TargetError while another run edits one of them in place, and
+    SwsurgeryError for a negative `limit`.
     """
     reporter, limit = require_reporter(reporter), require_integer("limit", limit)
+    if limit < 0:
+        raise SwsurgeryError("limit must be at least 0", limit)
     with open_for_reading("a", a, reporter) as first, open_for_reading("b", b, reporter) as second:
         return _compare_checkpoints(
             open_checkpoint(first, weights, variant), open_checkpoint(second, weights, variant), limit, reporter

@@ -378,9 +378,10 @@ class _Held:
 
 
 def _open_files(folder: Folder, journal: Journal, moved: bool, opened: contextlib.ExitStack) -> list[_Held]:
-    """Open the shards that the journal describes for reading. `opened` closes them.
+    """Open, for reading, the shards that the journal describes. They are closed when the stack `opened` is closed.
 
-    `moved` is as for `recover`. Raises CheckpointError if a shard is not the file that the journal describes.
+    If `moved` is True, the directory may have been copied together with its journal. Raises CheckpointError if a shard
+    is not the file that the journal describes.
     """
     files = []
     for name, file in journal.files.items():

@@ -181,9 +181,9 @@ def parse_journal(raw: bytes, path: Entry) -> Journal:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"is not a valid journal: {place}: {first['msg']}", path) from None
+        raise CheckpointError(f"the journal of an edit in place is invalid: {place}: {first['msg']}", path) from None
     except ValueError as error:
-        raise CheckpointError(f"is not a valid journal: {error}", path) from None
+        raise CheckpointError(f"the journal of an edit in place is invalid: {error}", path) from None
 
 
 def _build_version_1(head: _Head1, alone: bool) -> Journal:

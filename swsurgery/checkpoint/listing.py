@@ -30,7 +30,7 @@ def open_directory(root: Path) -> Folder:
     try:
         return Folder.at(root)
     except OSError as error:
-        raise CheckpointError(f"cannot be opened ({os.strerror(error.errno or 0)})", root) from error
+        raise CheckpointError(f"the directory cannot be opened ({os.strerror(error.errno or 0)})", root) from error
 
 
 def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:

@@ -212,11 +212,15 @@ def refuse_other_weights(
 def _open_directory(root: Path) -> Folder:
     """Open the directory of a checkpoint.
 
-    Raises CheckpointError if `root` does not exist, is a file, or is a folder of the Hugging Face cache above the
-    snapshots.
+    Raises CheckpointError if `root` does not exist, is a file, cannot be looked up, or is a folder of the Hugging Face
+    cache above the snapshots.
     """
     path = Path(os.path.realpath(root))
-    if not path.is_dir():
+    try:
+        is_there = path.is_dir()
+    except OSError as error:  # the name is too long, or a folder above it is not readable
+        raise CheckpointError(f"cannot open the checkpoint ({error.strerror})", path) from None
+    if not is_there:
         raise _explain_no_directory(root, path)
     if not is_cache_snapshot(path) and is_cache_folder(path):
         raise CheckpointError("is a folder of the Hugging Face cache, not a checkpoint", path, suggest_snapshot(path))
@@ -256,7 +260,8 @@ def _list_repository(repo: RemoteTree) -> _Listing:
 def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Shard]:
     """Return the shards in these files, as a dict from the file's name to the shard with its header.
 
-    Raises CheckpointError that lists every malformed header, or if the shards have too many tensors.
+    Raises CheckpointError if headers are malformed, with at most MAX_LISTED of them listed. Also raises it if the
+    shards have too many tensors.
     """
     faults: list[str] = []
     shards: dict[str, Shard] = {}

@@ -60,7 +60,7 @@ class DownProjection:
 
     @property
     def expert_axis(self) -> int | None:
-        """The axis of the tensor that counts experts, which is 0; None if the tensor does not stack experts."""
+        """Position of the expert axis in the stored shape: 0, or None if the tensor does not stack experts."""
         return 0 if "expert" in self.axes else None
 
     def find_index(self, row: int, col: int) -> tuple[int, ...]:

@@ -311,7 +311,10 @@ class Quantisation:
         return ""
 
     def _find_scaled(self, name: str) -> str | None:
-        """Return the stacked codes to which `name` belongs: `experts.down_proj` for `experts.down_proj_scale`."""
+        """Return the name of the quantised tensor to which the tensor `name` belongs, or None.
+
+        For example, `experts.down_proj_scale` belongs to `experts.down_proj`.
+        """
         for match in re.finditer("_", _get_last_part(name)):
             cut = len(name) - len(_get_last_part(name)) + match.start()
             for base in (name[:cut], f"{name[:cut]}.weight"):

@@ -79,7 +79,7 @@ class FileRecord(Strict):
 
     @model_serializer(mode="wrap")
     def _only_if_unverified(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `unverified` if it is False, so that the record has the bytes that swsurgery 0.1.0 wrote."""
+        """Leave out `unverified` if it is False, because swsurgery 0.1.0 wrote records without this field."""
         fields: dict[str, Any] = serialize(self)
         if not self.unverified:
             fields.pop("unverified", None)  # it may be excluded already

@@ -232,8 +232,8 @@ class _Copier:
     def keep(self, base: LocalFile, target: Entry, file: BaseFile, splices: list[Splice]) -> _Written | None:
         """Keep the file that an interrupted run left in the stage, if its bytes equal those to be written now.
 
-        Returns None if there is no such file, if its bytes differ, or if it has other hard links or more permissions
-        than the base's file.
+        Returns None if no file was kept: there is none, its bytes differ, it has more than one hard link, it has a
+        permission that the base's file lacks, or `link` is "hard".
         """
         if self.link == "hard" or not filesystem.is_there(target):
             return None

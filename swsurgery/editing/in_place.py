@@ -152,7 +152,7 @@ def _find_directory(root: Path | Uri) -> Path:
         raise TargetError(
             "a checkpoint on the Hub cannot be edited in place", root, "download it, and give the directory with --base"
         )
-    if root.is_symlink():
+    if os.path.islink(root):
         raise TargetError("the directory is a symbolic link", root, "give the directory itself")
     real = Path(os.path.realpath(root))
     if is_cache_snapshot(real):

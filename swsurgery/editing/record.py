@@ -139,9 +139,8 @@ def _refuse_unreadable(draft: Record, plan: Plan) -> None:
         what = f"the record of {count} scalars and {len(draft.history)} earlier steps would have {fault}"
         raise PlanError(what, plan.loaded.path, remedy)
     if len(plan.loaded.raw) > MAX_JSON:
-        raise PlanError(
-            f"the manifest has more than {MAX_JSON} bytes, the most that a checkpoint stores", plan.loaded.path, remedy
-        )
+        what = f"the manifest is too large to be stored in the patched checkpoint: it has more than {MAX_JSON} bytes"
+        raise PlanError(what, plan.loaded.path, remedy)
 
 
 def read_source_date_epoch() -> int | None:

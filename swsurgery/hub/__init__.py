@@ -89,7 +89,7 @@ def parse_directory(text: str | Path) -> Path:
     if not isinstance(where, Uri):
         return where
     remedy = f"download it: hf download {where.repo_id}{_format_option(where)} --local-dir DIRECTORY"
-    raise HubError("needs a local copy", where, remedy)
+    raise HubError("a local copy is needed", where, remedy)
 
 
 def _format_option(uri: Uri) -> str:

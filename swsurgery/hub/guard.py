@@ -212,7 +212,7 @@ def _check_headers(response: httpx2.Response) -> None:
             raise Refused("the Hub returned another commit than requested")
     etags = [headers.get("X-Linked-ETag"), headers.get("ETag") if request.method == "HEAD" else None]
     if not all(ETAG.fullmatch(etag) for etag in etags if etag is not None):
-        raise Refused("the Hub's answer has an ETag that cannot be the name of a file")
+        raise Refused("the Hub's answer has an invalid ETag, which would be used as a file name")
     xet = headers.get("X-Xet-Hash")
     if xet is not None and not SHA256.fullmatch(xet):
         raise Refused("the Hub's answer has an invalid Xet hash")

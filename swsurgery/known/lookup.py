@@ -75,4 +75,7 @@ def is_checkpoint(model: str | Path) -> bool:
     """Return True for the location of a checkpoint, False for the name of a model."""
     if not isinstance(model, str) or model.startswith("hf://"):
         return True
-    return (os.sep in model and Path(model).is_dir()) or Path(model, "swsurgery.json").is_file()
+    try:
+        return (os.sep in model and Path(model).is_dir()) or Path(model, "swsurgery.json").is_file()
+    except OSError:  # the name is too long, or a folder above it is not readable
+        return os.sep in model

@@ -92,7 +92,10 @@ def forget(name: str) -> Path:
 
 
 def load_own_entry(name: str) -> KnownModel:
-    """Return the own entry with this name, not merged with a shipped one. Raises LookupFailed if missing or damaged."""
+    """Return the user's own entry for the model `name`, without the data of a shipped entry.
+
+    Raises LookupFailed if the entry is missing or damaged.
+    """
     return _load(_find_own_file(name))
 
 

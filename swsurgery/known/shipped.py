@@ -46,7 +46,7 @@ def load_file(path: Path) -> tuple[KnownModel, ...]:
     models = tuple(_build_model(fields, sources) for fields in raw["models"])
     unused = set(sources) - {s.key for m in models for s in m.sources}
     if unused:
-        raise ValueError(f"{path.name}: sources {sorted(unused)} are listed and not cited")
+        raise ValueError(f"{path.name}: sources {sorted(unused)} are listed but not cited")
     return models
 
 
@@ -182,7 +182,7 @@ def build_json(
 
 class _Sources(dict[str, Citation]):
     def __missing__(self, key: str) -> Citation:
-        raise ValueError(f"source {key!r} is cited and not listed")
+        raise ValueError(f"source {key!r} is cited but not listed")
 
 
 def _build_model(fields: dict[str, Any], sources: _Sources) -> KnownModel:

@@ -110,8 +110,14 @@ IN_MEMORY = Path("manifest")
 
 
 def _render_document(document: object) -> bytes:
-    """Render the content of a manifest as JSON, one field per line so that messages can name lines."""
-    return json.dumps(document, indent=1, default=_convert_value).encode()
+    """Render the content of a manifest as JSON, one field per line so that messages can name lines.
+
+    Raises ManifestError if the document contains itself or is nested too deeply.
+    """
+    try:
+        return json.dumps(document, indent=1, default=_convert_value).encode()
+    except (ValueError, RecursionError):
+        raise ManifestError("contains itself, or is nested too deeply", IN_MEMORY) from None
 
 
 def _convert_value(value: object) -> object:
@@ -147,7 +153,7 @@ def _load_file(path: Path) -> LoadedManifest:
         raw = read_at_most(LocalFile(real), MAX_MANIFEST + 1)
     except SwsurgeryError as error:
         raise ManifestError.of(f"cannot read the manifest: {fault}" for fault in error.faults) from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a link to itself; ValueError: a NUL character
         raise ManifestError(f"cannot read the manifest ({getattr(error, 'strerror', error)})", path) from None
     if len(raw) > MAX_MANIFEST:
         raise ManifestError(f"manifest is larger than {MAX_MANIFEST} bytes", path)
@@ -185,9 +191,10 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
 
 
 def _list_schema_faults(error: ValidationError, reader: Reader) -> list[tuple[LineColumn, str]]:
-    """List the schema faults in file order, at most MAX_FAULTS + 1. The caller prints MAX_FAULTS of them.
+    """Return the first MAX_FAULTS + 1 schema faults in file order.
 
-    The additional fault tells the caller that there are more. Over MAX_MANIFEST_FAULTS faults give one summary line.
+    The caller prints MAX_FAULTS of them. One more shows that the list is incomplete. If there are more than
+    MAX_MANIFEST_FAULTS faults, only their number is returned, as a single fault.
     """
     if error.error_count() > MAX_MANIFEST_FAULTS:
         return [((1, 1), f"{error.error_count()} faults, too many to list (is this a manifest?)")]

@@ -299,7 +299,7 @@ def parse(raw: bytes, path: Path) -> Patch:
 def render_manifest(raw: bytes, path: Path) -> bytes:
     """Convert the bytes of a patch to a manifest in JSON that makes the same changes.
 
-    Each edit expects the old bits, and the manifest pins the base's digests that the patch contains. Raises
+    Each edit expects the old bits. The manifest pins each file of the base whose digest the patch contains. Raises
     ManifestError for a damaged patch.
     """
     patch = parse(raw, path)

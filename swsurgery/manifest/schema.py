@@ -58,6 +58,8 @@ class Base(Strict):
             raise ValueError("needs either repo_id or path")
         if self.revision is not None and self.repo_id is None:
             raise ValueError("has a revision without a repo_id")
+        if "\0" in (self.path or ""):
+            raise ValueError("has a path that contains a NUL character")
         return self
 
 

@@ -188,7 +188,7 @@ def _refuse_lengths(prompts: Sequence[str], sequences: Sequence[Sequence[int]], 
             raise ModelError(
                 f"the prompt has {len(ids)} tokens, but the model accepts 1 to {context}",
                 repr(prompt),
-                "give a prompt of that length",
+                "give a shorter prompt" if ids else "give a longer prompt",
             )
 
 

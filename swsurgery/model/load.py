@@ -66,7 +66,8 @@ LOADING_ERRORS = (
     SafetensorError,
     get_config_error(),
 )
-"""Exceptions that transformers raises for a directory that it cannot load. Lack of memory raises a RuntimeError."""
+"""Exceptions that transformers raises for a directory that it cannot load. torch raises RuntimeError if memory is
+insufficient."""
 
 
 @contextlib.contextmanager

@@ -211,7 +211,7 @@ def _is_both_floating(one: torch.dtype, other: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """The slots to be read for each layer, and the slots of the modules outside the layers."""
+    """The parameters and buffers (slots) to be read for each layer, and those of the modules outside the layers."""
 
     layers: tuple[tuple[Slot, ...], ...]
     outside: tuple[Slot, ...]

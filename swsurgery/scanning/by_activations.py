@@ -260,10 +260,11 @@ class _Search:
         return list(found)
 
     def _split(self, traces: Sequence[Trace], unedited: bool) -> tuple[list[Spell], list[Spell]]:
-        """Divide the persistent states into main states, whose scalars are searched for, and side effects.
+        """Divide the persistent massive hidden states into main states and side effects.
 
-        A state is a main state if its output is at least `MIN_COMPANION_SHARE` of the MLP's largest output for the same
-        token in the unedited model, or if it was a main state in round 1. Returns (main states, side effects).
+        Only the scalars that make main states are searched for. A state is a main state if the MLP output that makes it
+        is at least `MIN_COMPANION_SHARE` of the MLP's largest output for the same token in the unedited model, or if it
+        was a main state in round 1. Returns (main states, side effects).
         """
         if unedited:
             for sequence, trace in enumerate(traces):

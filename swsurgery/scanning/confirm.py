@@ -376,7 +376,9 @@ def _compute_floors(losses: Losses[Coordinate], suspects: _Suspects, say: Say) -
     joint_floor = max([floor, *filter(math.isfinite, common)])
     if joint_floor > floor:
         least = f"x{format_number(compute_exp(joint_floor), 3)}"
-        say(f"without the candidates, random scalars have larger effects: only joint effects above {least} count")
+        say(
+            f"random scalars have larger effects once the candidates are zeroed: only joint effects above {least} count"
+        )
     return floor, joint_floor
 
 

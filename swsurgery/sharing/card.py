@@ -58,8 +58,8 @@ MAX_CARD_ROWS, MAX_NAME, MAX_QUOTED_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200
 characters of the base's card that it quotes. What the card omits is in the files themselves."""
 
 _LINE = re.compile(r"(?=.*\S)[^<>]{1,200}")
-"""Matches text that YAML always writes as a string. It excludes < and >, because a Markdown reader that does not know
-front matter would read them as HTML. A match must also be printable."""
+"""Pattern for free text in the front matter, such as a licence's name. It excludes < and >, because a Markdown reader
+that does not know front matter would read them as HTML. `_is_match` refuses line breaks and control characters."""
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,99}")

@@ -190,7 +190,7 @@ def _find_checkpoint(source: ManifestLike, base: str | Path | None) -> Path | Ur
     Raises PlanError if `base` is given for a checkpoint.
     """
     where = parse_location(source) if is_path(source) else None
-    if where is None or (isinstance(where, Path) and not where.is_dir()):
+    if where is None or (isinstance(where, Path) and not os.path.isdir(where)):
         return None
     if base is not None:
         raise PlanError(

@@ -32,9 +32,10 @@ the repository. "delete": it is removed from the repository.
 class Item:
     """One file of the plan: a file of the new revision, or a file to delete.
 
-    `why` is the reason for `how`. `content` is None if the file is not in the directory. `sha256` is None if the file
-    is not hashed yet. `blob` is git's sha1 digest of a small file. `source` is the path of the file in the base's
-    repository, which differs from `name` if the base is a folder of its repository.
+    `how` is what happens to the file in the commit, and `why` is the reason. `content` is None if the file is not in
+    the directory. `sha256` is None if the file is not hashed yet. `blob` is git's sha1 digest of a small file. `source`
+    is the path of the file in the base's repository, which differs from `name` if the base is a folder of its
+    repository.
     """
 
     name: str

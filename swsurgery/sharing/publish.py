@@ -189,6 +189,9 @@ def publish(
     require_strings("accept", accept)
     for name, value in (("patch", patch), ("private", private), ("create_pr", create_pr), ("dry_run", dry_run)):
         require_type(name, value, bool)
+    require_type("revision", revision, str)
+    require_type("tag", tag, str, optional=True)
+    require_type("message", message, str, optional=True)
     wish = Wish(repo_id, private, create_pr, revision, tag, message)
     early = find_early(root)
     if dry_run:

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeGuard
 
+from swsurgery.errors import SwsurgeryError
+
 
 def require_choice(name: str, value: object, choices: Collection[str], *, optional: bool = False) -> None:
     """Raise TypeError if `value` is not one of the strings `choices`. With `optional`, None is accepted too."""
@@ -38,14 +40,19 @@ def is_path(value: object) -> TypeGuard[str | Path]:
 
 
 def require_location(name: str, value: object) -> str | Path:
-    """Return the location of a checkpoint, a str or a Path, unchanged. Raises TypeError for any other value."""
+    """Return the location of a checkpoint, a str or a Path, unchanged.
+
+    Raises TypeError for any other value, and SwsurgeryError for a path that the system cannot open.
+    """
     if is_path(value):
+        if "\0" in str(value):
+            raise SwsurgeryError(f"{name} contains a NUL character, so it is not a path", value)
         return value
     raise TypeError(f"{name} must be a str or a Path, not {value!r:.80}")
 
 
 def require_path(name: str, value: object) -> Path:
-    """Convert a str or a Path to a Path. Raises TypeError for any other value."""
+    """Convert a str or a Path to a Path. Raises the errors of `require_location`."""
     return Path(require_location(name, value))
 
 
@@ -60,7 +67,13 @@ def require_integer(name: str, value: object) -> int:
 
 
 def require_number(name: str, value: object) -> float:
-    """Convert an int, a float or a real number of numpy to a float. Raises TypeError for anything else."""
+    """Convert an int, a float or a real number of numpy to a float.
+
+    Raises TypeError for anything else, and SwsurgeryError for a number that is too large for a float.
+    """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise SwsurgeryError(f"{name} is a number that is too large for a float") from None
     raise TypeError(f"{name} must be a number, not {value!r:.80}")

@@ -201,7 +201,7 @@ class Entry:
     def refuse_changed(self, fd: int, *ignored: Field) -> None:
         """Raise CheckpointError if the open file `fd` is not the listed file, or was changed after the listing.
 
-        The fields `ignored` of the identity are not compared. If the entry has no identity, nothing is compared.
+        `ignored` names the fields of the identity that may differ. If the entry has no identity, nothing is compared.
         """
         self._refuse(os.fstat(fd), ignored)
 

@@ -135,7 +135,7 @@ def apply_to_chunk(chunk: memoryview, offset: int, splices: Sequence[Splice], fi
         part, at = slice(begin - splice.offset, end - splice.offset), slice(begin - offset, end - offset)
         if chunk[at] != splice.old[part]:
             raise CheckpointError(
-                f"{splice.coordinate} does not have the planned bits {format_bits(splice.old)}",
+                f"{splice.coordinate} does not have the bits {format_bits(splice.old)} that the edit should replace",
                 file.source,
                 "run again when no other program writes to the base",
             )

@@ -143,10 +143,10 @@ def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dic
     `data_size` is the size of the data section in bytes. Raises ValueError, which names the violated rule.
     """
     if not raw.startswith(b"{"):
-        raise ValueError("it does not begin with {")
+        raise ValueError("the header does not begin with {")
     limit = max(COMMAS_WITHOUT_DATA, min(MAX_HEADER_COMMAS, data_size >> 9))
     if raw.count(b",") > limit:
-        raise ValueError(f"it has more than {limit} values")
+        raise ValueError(f"the header has more than {limit} values")
     header = _parse_object(raw)
     metadata = header.pop("__metadata__", {})
     if metadata is None:  # the official parser reads null as absent

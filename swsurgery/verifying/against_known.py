@@ -109,7 +109,7 @@ class Survival:
         return any(c.held and c.state not in UNDECIDED for c in self.coordinates)
 
     def list_findings(self) -> list[Finding]:
-        """Return one finding for each `held` coordinate that is lost, suspicious or unreadable."""
+        """Return one finding for each lost, suspicious or unreadable coordinate whose `held` is True."""
         found = []
         for c in self.coordinates:
             if c.held and c.state in ("lost", *UNDECIDED):

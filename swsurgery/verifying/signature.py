@@ -281,10 +281,12 @@ def _find_links(root: Path) -> list[str]:
 
     The content of a link or of a special file is not in the directory, so it can change after signing.
 
-    Raises CheckpointError if the directory does not exist, or is a snapshot of the Hugging Face cache, which
-    consists of links.
+    Raises CheckpointError if the directory does not exist or cannot be looked up, or is a snapshot of the Hugging Face
+    cache, which consists of links.
     """
-    if not root.is_dir():
+    with _convert_os_errors(root):
+        is_there = root.is_dir()
+    if not is_there:
         raise CheckpointError("no such checkpoint", root)
     if is_cache_snapshot(root):
         what = "a snapshot of the Hugging Face cache consists of links, which cannot be signed"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import (
@@ -25,7 +25,13 @@ from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError, escape_control, pluralise
 from swsurgery.hub import RemoteTree, open_location, parse_location
 from swsurgery.progress import Progress, Reporter, require_reporter
-from swsurgery.storage.arguments import require_location, require_number, require_path, require_type
+from swsurgery.storage.arguments import (
+    require_choice,
+    require_location,
+    require_number,
+    require_path,
+    require_type,
+)
 from swsurgery.storage.folder import Folder
 from swsurgery.verifying.against_record import RecordProof, check_structure, scan_finite, verify_patched
 from swsurgery.verifying.findings import Finding
@@ -188,18 +194,24 @@ def verify(
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
 
     Raises TypeError; CheckpointError if there is nothing to check against or a file cannot be read; HubError,
-    ManifestError, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key.
+    ManifestError, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key or a
+    `tolerance` that is not between 0 and 1.
     """
     reporter = require_reporter(reporter)
     require_type("known", known, bool)
     require_type("finite", finite, bool)
     require_type("model", model, str, optional=True)
+    require_choice("weights", weights, get_args(Weights), optional=True)
+    require_type("variant", variant, str, optional=True)
+    loss = require_number("tolerance", tolerance)
+    if not 0 <= loss <= 1:  # with NaN or more than 1, no super weight would ever be lost
+        raise SwsurgeryError("tolerance must be between 0 and 1", loss)
     question = _Question(
         None if base is None else require_location("base", base),
         manifest,
         known or model is not None,
         model,
-        require_number("tolerance", tolerance),
+        loss,
         finite,
         None if signature is None else require_path("signature", signature),
         None if public_key is None else require_path("public_key", public_key),
@@ -287,7 +299,7 @@ def _read_record(root: Folder | RemoteTree, question: _Question) -> Patched | No
 
 
 def _choose_weights(question: _Question, patched: Patched | None, loaded: LoadedManifest | None) -> _Question:
-    """Return the question with the weights that the record names or, without a record, that the manifest names.
+    """Return `question` with `weights` and `variant` from the record or, without a record, from the manifest.
 
     Raises CheckpointError if the user chose other weights.
     """

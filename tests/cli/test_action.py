@@ -237,7 +237,10 @@ def test_manifests_are_linted_by_pattern_in_the_same_run(use, patched, workspace
         ({"CHECKPOINT": "patched", "KNOWN": "true", "MODEL": "no-such-model"}, "no-such-model"),
         ({"CHECKPOINT": "none", "FAIL_ON_FINDINGS": "false"}, "none"),
         ({"CHECKPOINT": "--help"}, "--help"),
-        ({"CHECKPOINT": "hf://org/x@main"}, "needs a local copy: hf://org/x@main (download it: hf download org/x --"),
+        (
+            {"CHECKPOINT": "hf://org/x@main"},
+            "a local copy is needed: hf://org/x@main (download it: hf download org/x --",
+        ),
     ],
     ids=lambda value: " ".join(value.values()) if isinstance(value, dict) else "",
 )

@@ -113,9 +113,9 @@ def test_bad_usage_is_exit_2_without_a_traceback(run, arguments):
 def test_a_command_that_needs_a_directory_refuses_the_hub_by_name(directory, capsys, command):
     assert main([command[0], "hf://org/x@main/sub", *command[1:]]) == 2
     remedy = "(download it: hf download org/x --revision main --local-dir DIRECTORY)"
-    assert capsys.readouterr().err == f"swsurgery: needs a local copy: hf://org/x@main/sub {remedy}\n"
+    assert capsys.readouterr().err == f"swsurgery: a local copy is needed: hf://org/x@main/sub {remedy}\n"
     assert main([command[0], str(directory / "hf:" / "x"), *command[1:]]) == 2  # the twin: a path like any other
-    assert "needs a local copy" not in capsys.readouterr().err
+    assert "a local copy is needed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", WITHOUT_MODEL, ids=" ".join)

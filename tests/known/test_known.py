@@ -170,8 +170,8 @@ def test_a_minimal_file_loads(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ('cite = "A" }', 'cite = "A" }\nb = { kind = "paper", cite = "B" }', "listed and not cited"),
-        ('sources = ["a"]', 'sources = ["b"]', "cited and not listed"),
+        ('cite = "A" }', 'cite = "A" }\nb = { kind = "paper", cite = "B" }', "listed but not cited"),
+        ('sources = ["a"]', 'sources = ["b"]', "cited but not listed"),
         ('kind = "paper"', 'kind = "hearsay"', "kind"),
         ('status = "paper"', 'status = "rumour"', "status"),
         ('causal_alone = "untested"', 'causal_alone = "awful"', "causal_alone"),

@@ -384,3 +384,9 @@ def test_each_operation_makes_its_bytes():
             Set(op="set", bits=bits, **spot).compute_bytes(BF16, b"\0\0")
     with pytest.raises(NumberError, match="0x40 has 2 hex digits, but BF16 takes 4"):
         Set(op="set", bits="0x40", **spot).compute_bytes(BF16, b"\0\0")
+
+
+def test_a_path_with_a_nul_character_is_a_fault_of_the_manifest(tmp_path):
+    manifest = {"version": 1, "base": {"path": "a\0b"}, "edits": [{"op": "zero", "layer": 1, "row": 2, "col": 3}]}
+    with pytest.raises(ManifestError, match=r":\d+: base: has a path that contains a NUL character"):
+        load_manifest(manifest)

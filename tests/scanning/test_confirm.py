@@ -480,7 +480,9 @@ def test_in_a_broken_model_any_change_counts_little(plain: Bench) -> None:
     assert verdicts(found) == ["critical alone", "inert", "inert"]
     assert found.joint_sets == ()
     (line,) = said
-    assert line.startswith("without the candidates, random scalars have larger effects: only joint effects above x1.2")
+    assert line.startswith(
+        "random scalars have larger effects once the candidates are zeroed: only joint effects above x1.2"
+    )
 
 
 COMPANION = (0, 8, 7)

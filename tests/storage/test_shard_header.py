@@ -165,8 +165,8 @@ def test_no_bytes_give_anything_but_a_header_or_a_value_error(raw):
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 RULES = [
-    (b"[]", 0, "it does not begin with {"),
-    (b" {}", 0, "it does not begin with {"),
+    (b"[]", 0, "the header does not begin with {"),
+    (b" {}", 0, "the header does not begin with {"),
     (b'{"\xff":1}', 0, "it is not UTF-8 at byte 2"),
     (b'{"a":}', 0, "it is not JSON"),
     (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", 0, "it is nested too deeply"),
@@ -174,7 +174,7 @@ RULES = [
     (b'{"a":-1}', 0, "-1 is not an unsigned 64-bit integer"),
     (json.dumps({"a": ONE | {"shape": [1 << 64]}}).encode(), 4, "tensor 'a' has a number that is not an unsigned 64"),
     (b'{"a":' + b"1" * 5000 + b"}", 0, "it has a number of thousands of digits"),
-    (b'{"a":[' + b"1," * (1 << 17) + b"1,1]}", 0, "it has more than 131072 values"),
+    (b'{"a":[' + b"1," * (1 << 17) + b"1,1]}", 0, "the header has more than 131072 values"),
     (b'{"a":1e3}', 0, "1e3 is not an unsigned"),
     (b'{"a":NaN}', 0, "NaN is not an unsigned"),
     (b'{"__metadata__":{"a":1}}', 0, "__metadata__ is not a map from string to string"),
