@@ -5,7 +5,8 @@ write is synced. If an edit was interrupted, `opening.held` restores the old byt
 uses the directory. All paths are relative to one descriptor of the directory, and each shard is opened once. Bytes that
 are neither old nor new were written by another program: they are reported and never overwritten.
 
-The writes are given as splices. This module must not interpret the bytes or decide whether they may be changed.
+The writes are given as splices and places. This module must not interpret the bytes or decide whether they may be
+changed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from swsurgery.checkpoint.journal_format import MAX_JOURNAL, Journal, JournalFile, JournalPlace, parse_journal
 from swsurgery.errors import CheckpointError, Interrupted, SwsurgeryError, TargetError, report_done
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_exactly
 from swsurgery.storage.folder import Entry, Folder, Identity
-from swsurgery.storage.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES
-from swsurgery.storage.splice import Splice, group_by_file
+from swsurgery.storage.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES, make_working_name
+from swsurgery.storage.splice import Splice
 from swsurgery.storage.strict_json import read_small
 
 _log = logging.getLogger(__name__)
@@ -102,21 +104,26 @@ def apply_splices(
     shards: Mapping[str, OpenShard],
     splices: Sequence[Splice],
     *,
+    places: Mapping[str, Sequence[JournalPlace]] | None = None,
+    undo_name: str | None = None,
     reverts: bool = False,
     mode: int = 0o600,
 ) -> Iterator[dict[str, bytes | None]]:
     """Apply the splices to the open `shards` before the `with` block, and undo them if the block raises an exception.
 
+    `places` are the changes of regions in each shard; they must not overlap the splices. `undo_name` is the name of the
+    undo file that the block adds or removes. `reverts` is True if an earlier edit is undone; messages then say so.
+
     Yields an empty dict. The block fills it with the new contents of swsurgery's own files, such as swsurgery.json
     (name -> bytes, or None to remove the file). They are written when the block ends without an exception. These files
-    and the journal get the permissions `mode`, reduced by the umask. `reverts` is True if the splices undo an earlier
-    edit; messages then say so. The caller must hold the directory's exclusive lock.
+    and the journal get the permissions `mode`, reduced by the umask. The caller must hold the directory's exclusive
+    lock.
 
     Raises TargetError if the directory cannot be written. Raises CheckpointError if another program changes the
     directory meanwhile; the bytes that the other program wrote are then left as they are.
     """
     own: dict[str, bytes | None] = {}
-    journal = _build_journal(folder, shards, splices, reverts)
+    journal = _build_journal(folder, shards, splices, places, undo_name, reverts)
     raw = journal.render()
     parse_journal(raw, folder / JOURNAL)  # recovery must be able to read what is about to be written
     ending = False
@@ -127,6 +134,7 @@ def apply_splices(
             filesystem.reserve(folder / ROOM, ROOM_BYTES + 2 * JOURNAL_BLOCK * journal.list_blocks(JOURNAL_BLOCK))
             filesystem.write_file(folder / JOURNAL_NEW, raw, mode)
             filesystem.rename_new(folder / JOURNAL_NEW, folder / JOURNAL)
+            del raw  # with the undo file it may have many megabytes
             filesystem.sync_directory(folder)
             for name, file in journal.files.items():
                 _write(shards[name], file.places)
@@ -229,29 +237,39 @@ def recover(folder: Folder, *, moved: bool = False) -> Journal | None:
 
 
 def _build_journal(
-    folder: Folder, shards: Mapping[str, OpenShard], splices: Sequence[Splice], reverts: bool
+    folder: Folder,
+    shards: Mapping[str, OpenShard],
+    splices: Sequence[Splice],
+    places: Mapping[str, Sequence[JournalPlace]] | None,
+    undo_name: str | None,
+    reverts: bool,
 ) -> Journal:
-    """Build the journal of an edit from its splices, before the first write. Reads swsurgery's own files."""
-    files = {}
-    for name, mine in sorted(group_by_file(splices).items()):
-        identity = shards[name].identity
-        files[name] = JournalFile(identity.ino, identity.size, _join_splices(mine))
-    own = {name: _read_own(folder, name) for name in OWN_FILES}
-    return Journal(2, reverts, os.fstat(folder.fd).st_ino, files, own)
+    """Build the journal of an edit, before the first write. Reads swsurgery's own files.
 
-
-def _join_splices(splices: list[Splice]) -> list[JournalPlace]:
-    """Return the places of a shard that the splices change: adjacent splices become one place.
-
-    The splices must be sorted by offset.
+    Version 2 of the format is used unless regions are changed.
     """
-    places: list[list[Splice]] = []
+    mine: dict[str, list[JournalPlace]] = {name: [*found] for name, found in (places or {}).items()}
     for splice in splices:
-        if places and places[-1][-1].end == splice.offset:
-            places[-1].append(splice)
+        mine.setdefault(splice.file, []).append(JournalPlace(splice.offset, splice.old, splice.new))
+    files = {}
+    for name, found in sorted(mine.items()):
+        identity = shards[name].identity
+        files[name] = JournalFile(identity.ino, identity.size, _join_places(found))
+    names = (*OWN_FILES, undo_name) if undo_name else OWN_FILES
+    own = {name: _read_own(folder, name) for name in names}
+    version: Literal[2, 3] = 2 if places is None and undo_name is None else 3
+    return Journal(version, reverts, os.fstat(folder.fd).st_ino, files, own)
+
+
+def _join_places(places: list[JournalPlace]) -> list[JournalPlace]:
+    """Return the places of a shard sorted by offset, with adjacent places joined to one."""
+    joined: list[list[JournalPlace]] = []
+    for place in sorted(places, key=operator.attrgetter("offset")):
+        if joined and joined[-1][-1].end == place.offset:
+            joined[-1].append(place)
         else:
-            places.append([splice])
-    return [JournalPlace(p[0].offset, b"".join(s.old for s in p), b"".join(s.new for s in p)) for p in places]
+            joined.append([place])
+    return [JournalPlace(p[0].offset, b"".join(s.old for s in p), b"".join(s.new or b"" for s in p)) for p in joined]
 
 
 def _write(shard: OpenShard, places: list[JournalPlace]) -> None:
@@ -316,7 +334,7 @@ def _put(folder: Folder, name: str, data: bytes | None, mode: int) -> None:
     else:
         with contextlib.suppress(FileNotFoundError):  # an existing file gets no permissions that it does not have
             mode &= (folder / name).stat().st_mode & 0o777 | 0o600
-        filesystem.replace_file(folder / name, data, folder / f".{name}.new", mode)
+        filesystem.replace_file(folder / name, data, folder / make_working_name(name), mode)
 
 
 def _read_journal(folder: Folder) -> Journal | None:

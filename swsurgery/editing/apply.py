@@ -93,8 +93,8 @@ def apply(
 
     `manifest` and `base` are those of `plan`; a base on the Hub is downloaded. Without `output`, the patched checkpoint
     is a folder of the current directory with the manifest's name. With `in_place`, the base itself becomes the patched
-    checkpoint: only the edited scalars are overwritten, and no file is copied. If this manifest was the last one
-    applied to the directory, nothing is written.
+    checkpoint: only the changed bytes are overwritten, and no file is copied. If this manifest was the last one applied
+    to the directory, nothing is written.
 
     `link` selects how files are copied: "auto" clones them if the file system can and copies them otherwise; "hard"
     makes hard links of the files without edits. `check` selects the sanity check: "auto" runs both checkpoints if torch
@@ -102,7 +102,7 @@ def apply(
     the shards with edits are downloaded, and `publish` copies the other files on the Hub. With `reuse_digests`, a file
     that an earlier run hashed is not hashed again if it has no edit and no pin (a required digest): its cached digest
     goes into the record, marked as unverified. Old bytes of changed regions go into the undo file if they have at most
-    `undo_limit` bytes; undoing needs the base otherwise.
+    `undo_limit` bytes; undoing needs the base otherwise, so that `in_place` is refused.
 
     Raises TypeError, HubError, ManifestError, CheckpointError, PlanError, ModelError; TargetError if the output exists
     or cannot be written; CheckFailed if the patched checkpoint fails the check.
@@ -120,7 +120,7 @@ def apply(
             raise SwsurgeryError(
                 "--in-place writes no copy, so it cannot be combined with -o, --link, --reuse-digests or --for-publish"
             )
-        return apply_in_place(loaded, where, check, reporter)
+        return apply_in_place(loaded, where, check, undo_limit, reporter)
     target = Path.cwd() / loaded.path.stem if output is None else require_path("output", output)
     with held(open_location(where) if for_publish else download_checkpoint(where)) as root:
         plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))

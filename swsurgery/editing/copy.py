@@ -33,6 +33,7 @@ from swsurgery.threads import Pool
 
 if TYPE_CHECKING:  # these modules import numpy, which only changes of regions need
     from swsurgery.editing.undo_file import UndoWriter
+    from swsurgery.rewriting.segments import RegionChange
     from swsurgery.rewriting.tally import Digests
 
 
@@ -77,13 +78,15 @@ def write_checkpoint(
         check_digest(file, file.digest, source.pins)
         applied.append(AppliedFile(file.name, file.size, file.digest, file.digest, "elsewhere"))
     files = tuple(sorted(applied, key=lambda f: f.name))
-    found = sort_tallies(source, copier.tallies)
+    found = sort_tallies(source.changes, copier.tallies)
     return Copied(files, *found, written)
 
 
-def sort_tallies(source: CopyJob, tallies: Mapping[str, Digests]) -> tuple[tuple[Digests, ...], tuple[Digests, ...]]:
+def sort_tallies(
+    changes: Mapping[str, Sequence[RegionChange]], tallies: Mapping[str, Digests]
+) -> tuple[tuple[Digests, ...], tuple[Digests, ...]]:
     """Return the digests of the changed and of the protected regions, each in the order of the edits."""
-    names = sorted((c.order, c.name, c.op) for changes in source.changes.values() for c in changes)
+    names = sorted((c.order, c.name, c.op) for group in changes.values() for c in group)
     changed = tuple(tallies[name] for _, name, op in names if op != "keep")
     return changed, tuple(tallies[name] for _, name, op in names if op == "keep")
 

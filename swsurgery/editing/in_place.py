@@ -2,7 +2,7 @@
 
 After the edit the base no longer exists, so its digests are checked before the edit: each shard with edits is hashed
 once, and the manifest or an earlier record must state the same digest. `checkpoint/journal.py` keeps the old bytes
-until the edit is complete.
+until the edit is complete. The changed bytes of regions are found in the same pass (`changed_bytes.py`).
 """
 
 from __future__ import annotations
@@ -11,44 +11,58 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Collection, Iterator
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import held_for_editing, read_checkpoint
-from swsurgery.checkpoint.record import Patched, Record, ScalarRecord, find_record, read_record
-from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
+from swsurgery.checkpoint.record import Patched, Record, UndoRecord, find_record, read_record
+from swsurgery.editing.already_applied import report_applied
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests
+from swsurgery.editing.copy import sort_tallies
 from swsurgery.editing.copy_job import AppliedFile, Copied, compute_record_mode
+from swsurgery.editing.in_place_regions import (
+    MAX_UNDO,
+    Changes,
+    apply_changed,
+    make_changed,
+    make_collector,
+    measure_regions,
+    refuse_unlike_regions,
+    render_undo,
+    show_base,
+)
 from swsurgery.editing.pins import check_left_out
 from swsurgery.editing.plan import make_plan
 from swsurgery.editing.record import complete_record, draft_record
-from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records
-from swsurgery.editing.resolve import resolve
 from swsurgery.editing.sanity import CheckOptions, combine_bounds, run_check
-from swsurgery.editing.targets import find_known
-from swsurgery.editing.undo import build_undo, list_reversion_notes
+from swsurgery.editing.undo import build_undo, build_undo_changes, list_reversion_notes
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri
-from swsurgery.known import own
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.progress import Progress, Reporter
 from swsurgery.storage import filesystem
-from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.folder import Entry, Folder
-from swsurgery.storage.hashing import check_digest, hash_file, hash_twice, stream
-from swsurgery.storage.names import OWN_FILES
+from swsurgery.storage.hashing import check_digest, hash_file, stream
+from swsurgery.storage.names import OWN_FILES, make_undo_name
+from swsurgery.storage.shard import MAX_HEADER
 from swsurgery.storage.splice import Splice, group_by_file
 
+if TYPE_CHECKING:  # this module imports numpy, which only changes of regions need
+    from swsurgery.editing.changed_bytes import Changed
 
-def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions, reporter: Reporter) -> Applied:
+
+def apply_in_place(
+    loaded: LoadedManifest, base: Path | Uri, check: CheckOptions, undo_limit: int, reporter: Reporter
+) -> Applied:
     """Turn the base itself into the patched checkpoint with its record; restore the base after an error.
 
-    If this manifest was the last one applied to the directory, nothing is written.
+    If this manifest was the last one applied to the directory, nothing is written. An edit of regions whose old bytes
+    exceed `undo_limit` or MAX_UNDO is refused, because nothing could undo it.
 
     Raises CheckpointError, PlanError, ModelError; TargetError if the directory or a file in it must not be written;
     CheckFailed if the patched checkpoint fails the check.
@@ -58,13 +72,10 @@ def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions
         checkpoint = read_checkpoint(folder, loaded.manifest.base)
         previous = find_record(checkpoint)
         if previous and previous.record.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
-            found = _report_applied(folder, checkpoint, loaded, previous, reporter)
+            found = report_applied(folder, checkpoint, loaded, previous, reporter)
             reporter.say(*found.notes)
             return found
         plan = make_plan(loaded, checkpoint)
-        if plan.rewrites or plan.protected_regions:
-            what = "an edit in place changes only single scalars, but this manifest names regions"
-            raise PlanError(what, loaded.path, "apply with -o")
         if plan.omitted:
             raise PlanError("an edit in place cannot leave files out", ", ".join(plan.omitted), "set base.copies: keep")
         combine_bounds(plan, check)  # raises before anything is hashed or written
@@ -73,20 +84,34 @@ def apply_in_place(loaded: LoadedManifest, base: Path | Uri, check: CheckOptions
             reporter.say(note)
         pins = collect_known_digests(plan)
         check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, reporter)
-        shards = _open_shards(folder, plan.checkpoint, plan.splices, opened)
-        touched = _hash_touched(plan.checkpoint, shards, plan.splices, pins, reporter)
+        shards = _open_shards(folder, plan.checkpoint, plan.touched, opened)
+        undo_name = make_undo_name(1 + plan.earlier_steps) if plan.rewrites else None
+        if undo_name in {file.name for file in checkpoint.files}:
+            what = "the base already has a file with this name, which swsurgery writes"
+            raise CheckpointError(what, f"{root}/{undo_name}", "rename it")
+        changes = measure_regions(plan, reporter)
+        changed = make_collector(plan, changes, undo_name, undo_limit, opened)
+        touched = _hash_touched(plan.checkpoint, shards, plan.splices, changes, changed, pins, reporter)
+        unchanged = _hash_protected(plan.checkpoint, changes, changed, pins, reporter)
+        undo_raw = render_undo(changed, plan, undo_limit)
         stated = loaded.manifest.base.sha256
         before = previous.record if previous else None
-        rest = _describe_untouched(plan.checkpoint, touched, before, pins, stated, reporter)
+        rest = _describe_untouched(plan.checkpoint, {*touched, *unchanged}, before, pins, stated, reporter)
         edited = [
-            AppliedFile(name, plan.checkpoint.get_file(name).size, *both, "place") for name, both in touched.items()
+            AppliedFile(name, plan.checkpoint.get_file(name).size, *both, "place")
+            for name, both in (touched | unchanged).items()
         ]
-        copied = Copied(tuple(sorted([*edited, *rest], key=lambda f: f.name)))
+        tallies = sort_tallies(changes, changed.tallies) if changed else ((), ())
+        undo = UndoRecord(sha256=hashlib.sha256(undo_raw).hexdigest(), size=len(undo_raw)) if undo_raw else None
+        copied = Copied(tuple(sorted([*edited, *rest], key=lambda f: f.name)), *tallies, undo)
         _refuse_changed(checkpoint, touched)
-        _refuse_changed_records(folder, checkpoint)
-        with journal.apply_splices(folder, shards, plan.splices, mode=compute_record_mode(checkpoint.files)) as own:
-            result = run_check(plan, folder, check, reporter, reporter.say)
+        _refuse_changed_records(folder, checkpoint, undo_name)
+        mode = compute_record_mode(checkpoint.files)
+        with apply_changed(folder, shards, plan.splices, changed, undo_name, mode=mode) as own:
+            result = run_check(show_base(plan, shards, changed), folder, check, reporter, reporter.say)
             record = complete_record(draft, copied, result)
+            if undo_name:
+                own[undo_name] = undo_raw
             own |= Patched(record, record.render(), loaded.raw).render_own_files()
             _refuse_changed(checkpoint, touched)
     return Applied(folder.path, copied, record, plan.notes)
@@ -105,8 +130,8 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
         root = folder.path
         patched = read_record(folder)
         record, previous = patched.record, patched.rebuild_previous()
-        if record.changes:
-            what = "the edit changed regions, and a reversion in place restores only single scalars"
+        if record.undo and record.undo.size > MAX_UNDO + MAX_HEADER:
+            what = f"the undo file has {record.undo.size} bytes, too many to revert in place"
             raise CheckpointError(what, root, "revert with -o")
         checkpoint = read_checkpoint(folder, record.base)
         if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
@@ -124,8 +149,11 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
                 "restore them",
             )
         pins = {name: (entry.sha256, "its record") for name, entry in record.files.items() if entry.sha256}
-        shards = _open_shards(folder, checkpoint, splices, opened)
-        touched = _hash_touched(checkpoint, shards, splices, pins, progress)
+        changes: Changes = build_undo_changes(record, checkpoint)
+        changed = make_changed("revert with -o") if changes else None
+        shards = _open_shards(folder, checkpoint, {s.file for s in splices} | {*changes}, opened)
+        touched = _hash_touched(checkpoint, shards, splices, changes, changed, pins, progress)
+        refuse_unlike_regions(record, changed, root)
         _describe_untouched(checkpoint, touched, record, pins, (), progress)
         for name, (_, restored) in touched.items():
             if restored != record.files[name].base_sha256:
@@ -133,10 +161,11 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
                     "reverting this file would not restore the base, because the record was changed", root / name
                 )
         _refuse_changed(checkpoint, touched)
-        _refuse_changed_records(folder, checkpoint)
-        with journal.apply_splices(
-            folder, shards, splices, reverts=True, mode=compute_record_mode(checkpoint.files)
-        ) as own:
+        _refuse_changed_records(folder, checkpoint, record.undo_name)
+        mode = compute_record_mode(checkpoint.files)
+        with apply_changed(folder, shards, splices, changed, record.undo_name, reverts=True, mode=mode) as own:
+            if record.undo_name:
+                own[record.undo_name] = None
             own |= previous.render_own_files() if previous else dict.fromkeys(OWN_FILES)
             _refuse_changed(checkpoint, touched)
     return list_reversion_notes(record)
@@ -165,14 +194,14 @@ def _find_directory(root: Path | Uri) -> Path:
 
 
 def _open_shards(
-    folder: Folder, checkpoint: Checkpoint, splices: tuple[Splice, ...], opened: contextlib.ExitStack
+    folder: Folder, checkpoint: Checkpoint, names: Collection[str], opened: contextlib.ExitStack
 ) -> dict[str, journal.OpenShard]:
-    """Open each file with splices once, for hashing and for writing.
+    """Open each file to edit once, for hashing and for writing.
 
     Raises TargetError for a file that must not be written, and CheckpointError for a file that was replaced.
     """
     shards: dict[str, journal.OpenShard] = {}
-    for name in sorted({s.file for s in splices}):
+    for name in sorted(names):
         file = checkpoint.get_file(name)
         entry = file.entry
         if entry is None or entry.folder is not folder:
@@ -187,13 +216,16 @@ def _hash_touched(
     checkpoint: Checkpoint,
     shards: dict[str, journal.OpenShard],
     splices: tuple[Splice, ...],
+    changes: Changes,
+    changed: Changed | None,
     pins: dict[str, tuple[str, str]],
     progress: Progress,
 ) -> dict[str, tuple[str, str]]:
-    """Read each file with splices once, and return name -> (sha256 before the splices, sha256 after them).
+    """Read each file to edit once, and return name -> (sha256 before the edit, sha256 after it).
 
-    Nothing is written. `pins` contains the required sha256 of each file. Raises PlanError if a file has another sha256
-    before the splices or is not in `pins`, and CheckpointError if a file changes while it is read.
+    Nothing is written. `changed` collects the changed bytes of regions. `pins` contains the required sha256 of each
+    file. Raises PlanError if a file has another sha256 before the edit or is not in `pins`, or if too many bytes
+    change, and CheckpointError if a file changes while it is read.
     """
     mine = group_by_file(splices)
     touched: dict[str, tuple[str, str]] = {}
@@ -202,7 +234,11 @@ def _hash_touched(
     try:
         for name, shard in shards.items():
             file = checkpoint.get_file(name)
-            touched[name] = stream(shard.file, file, mine[name], progress.advance)
+            edits, header = mine.get(name, []), checkpoint.shards.get(name)
+            if changed is not None and name in changes:
+                touched[name] = changed.read(shard.file, file, edits, changes[name], progress, header)
+            else:
+                touched[name] = stream(shard.file, file, edits, progress.advance)
             shard.refuse_changed()
             digest = touched[name][0]
             check_digest(file, digest, pins)
@@ -216,6 +252,32 @@ def _hash_touched(
     return touched
 
 
+def _hash_protected(
+    checkpoint: Checkpoint,
+    changes: Changes,
+    changed: Changed | None,
+    pins: dict[str, tuple[str, str]],
+    progress: Progress,
+) -> dict[str, tuple[str, str]]:
+    """Read each file that only has protected regions, and return name -> (sha256, the same sha256).
+
+    Raises PlanError if a digest differs from its pin.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for name in sorted(changes):
+        if changed is None or any(change.op != "keep" for change in changes[name]) or name in changed.places:
+            continue
+        file = checkpoint.get_file(name)
+        progress.start(file.size, "B", "hashing")
+        try:
+            with file.require_local().open() as opened:
+                found[name] = changed.read(opened, file, (), changes[name], progress, checkpoint.shards.get(name))
+        finally:
+            progress.close()
+        check_digest(file, found[name][0], pins)
+    return found
+
+
 def _refuse_changed(checkpoint: Checkpoint, touched: Collection[str]) -> None:
     """Raise CheckpointError if a file without edits was replaced or changed since it was listed."""
     for file in checkpoint.files:
@@ -223,10 +285,10 @@ def _refuse_changed(checkpoint: Checkpoint, touched: Collection[str]) -> None:
             file.entry.refuse_replaced()
 
 
-def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint) -> None:
+def _refuse_changed_records(folder: Folder, checkpoint: Checkpoint, undo_name: str | None) -> None:
     """Raise CheckpointError if one of swsurgery's own files was changed or created since the files were listed."""
     listed = {file.name: file.entry for file in checkpoint.files}
-    for name in OWN_FILES:
+    for name in (*OWN_FILES, undo_name) if undo_name else OWN_FILES:
         entry = listed.get(name)
         if entry:
             entry.refuse_replaced()
@@ -282,72 +344,3 @@ def _describe_untouched(
         check_digest(file, digest, pins)
         found.append(AppliedFile(file.name, file.size, digest, digest, "place"))
     return found
-
-
-def _report_applied(
-    folder: Folder, checkpoint: Checkpoint, loaded: LoadedManifest, patched: Patched, progress: Progress
-) -> Applied:
-    """Return the result for a manifest that an earlier run applied to the directory, so that nothing is written.
-
-    Raises CheckpointError if the record does not contain exactly the edits of this manifest, or if the files do not
-    agree with the record.
-    """
-    record = patched.record
-    if record.changes or record.protected_regions:
-        what = "the manifest was already applied; an edit in place cannot check its regions"
-        raise CheckpointError(what, folder.path, "run swsurgery verify")
-    repo_ids = (record.base.repo_id, (record.known or {}).get("hf_id"))
-    for coordinate, fault in _find_differences(loaded, checkpoint, record, repo_ids):
-        raise _make_not_applied_error(fault, folder.path if coordinate is None else f"{folder.path}: {coordinate}")
-    for entry, fault in _find_other_scalars(record, checkpoint):
-        raise _make_not_applied_error(fault, f"{entry.file}: {entry.coordinate}")
-    mine, files = group_by_file(build_undo(record, checkpoint)), {f.name: f for f in checkpoint.files}
-    for name in sorted({*mine, *loaded.manifest.base.sha256}):
-        file, stated = files.get(name), record.files.get(name)
-        if file is None or stated is None:
-            raise _make_not_applied_error("the file is missing", folder.path / name)
-        here, restored = hash_twice(file, mine.get(name, []), progress)
-        if stated.sha256 not in (here, None) or stated.base_sha256 not in (restored, None):
-            raise _make_not_applied_error("the file was changed later", file.source)
-        if loaded.manifest.base.sha256.get(name, restored) != restored:
-            raise _make_not_applied_error("the base of this file does not have the pinned sha256", file.source)
-    with filesystem.convert_os_errors(folder):
-        filesystem.sync_directory(folder)
-    done = tuple(
-        AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in record.files.items()
-    )
-    note = "the manifest was already applied; nothing was written"
-    return Applied(folder.path, Copied(done), record, (note,), written=False)
-
-
-def _find_differences(
-    loaded: LoadedManifest, checkpoint: Checkpoint, record: Record, repo_ids: Collection[str | None]
-) -> Iterator[tuple[Coordinate | None, str]]:
-    """Yield each difference between a manifest and a record, as (scalar, fault).
-
-    The scalar is None if the fault concerns the base, or an edit that does not fit the checkpoint.
-    """
-    base = loaded.manifest.base
-    model = own.identify(base.model, (base.repo_id, checkpoint.repo_id, *repo_ids))
-    resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
-    yield from ((None, fault) for _, fault in resolution.list_misfits())
-    yield from ((None, fault) for _, fault in explain_unlike_bases(loaded.manifest, record))
-    yield from find_unlike_records(resolution.group_by_coordinate(), record)
-
-
-def _find_other_scalars(record: Record, checkpoint: Checkpoint) -> Iterator[tuple[ScalarRecord, str]]:
-    """Yield (recorded scalar, fault) for each scalar that the checkpoint stores differently or that is recorded twice.
-
-    Scalars that an earlier step protects are compared too.
-    """
-    for entry in (*record.edits, *list_protected(record, checkpoint)):
-        if fault := compare_scalar(entry, checkpoint):
-            yield entry, fault.message
-    for entry in find_repeated(record):
-        yield entry, "the record lists this scalar twice"
-
-
-def _make_not_applied_error(what: str, where: object) -> CheckpointError:
-    """Build the error for a record that does not match the manifest or the files."""
-    fault = f"the record says that this manifest was applied; however, {what}"
-    return CheckpointError(fault, where, "run swsurgery verify")

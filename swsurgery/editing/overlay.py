@@ -10,21 +10,53 @@ import bisect
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing.plan import Plan
 from swsurgery.progress import Progress
 from swsurgery.storage.files import File, fill
-from swsurgery.storage.splice import Splice, group_by_file
+from swsurgery.storage.splice import group_by_file
 
 if TYPE_CHECKING:  # imports numpy, which only changes of regions need
     from swsurgery.rewriting.segments import Segment
 
 CACHED_SEGMENTS = 4
 """Number of computed segments that each file remembers, each of about 4 MB. Reads are often smaller than a segment."""
+
+
+class NewBytes(Protocol):
+    """New bytes of a file, from `offset` to before `end`. A splice is one."""
+
+    @property
+    def offset(self) -> int:
+        """Offset of the first byte."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte after the last one."""
+        ...
+
+    @property
+    def new(self) -> bytes:
+        """The new bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """Bytes that are read instead of those in a file."""
+
+    offset: int
+    new: bytes = field(repr=False)
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte after the last one."""
+        return self.offset + len(self.new)
 
 
 class _Cache:
@@ -52,7 +84,7 @@ class PatchedFile:
     """A `File` with the bytes of `base` after the edit. `splices` and `segments` are sorted by offset."""
 
     base: File
-    splices: Sequence[Splice] = field(repr=False)
+    splices: Sequence[NewBytes] = field(repr=False)
     segments: Sequence[Segment] = field(default=(), repr=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
 
@@ -122,6 +154,11 @@ def overlay_checkpoint(plan: Plan, progress: Progress | None = None) -> Checkpoi
         name: PatchedFile(checkpoint.shards[name].file, splices.get(name, ()), segments.get(name, ()))
         for name in plan.touched
     }
+    return replace_shards(checkpoint, patched)
+
+
+def replace_shards(checkpoint: Checkpoint, patched: Mapping[str, PatchedFile]) -> Checkpoint:
+    """Return a checkpoint whose shards in `patched` are read from these files."""
     shards = {
         name: replace(shard, file=patched[name]) if name in patched else shard
         for name, shard in checkpoint.shards.items()

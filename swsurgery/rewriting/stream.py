@@ -38,14 +38,15 @@ class Receivers:
     """Who receives the bytes of a streamed file.
 
     `sink` gets the changed file in chunks. `place` gets (bytes, offset) of each changed segment, for a file that
-    already contains all other bytes. `observe` gets every changed part, in order, and `look` gets (offset, bytes) of
-    the file as it is. Each of them may be None.
+    already contains all other bytes. `compare` gets (offset, old bytes, new bytes) of each changed segment. `observe`
+    gets every changed part, in order, and `look` gets (offset, bytes) of the file as it is. Each of them may be None.
     """
 
     sink: Callable[[memoryview], None] | None = None
     place: Callable[[bytes, int], None] | None = None
     observe: Observe | None = None
     look: Callable[[int, bytearray | memoryview], None] | None = None
+    compare: Callable[[int, bytearray, bytearray], None] | None = None
 
 
 def stream_changed(
@@ -145,6 +146,8 @@ class _Run:
         apply_to_chunk(changed, segment.offset, splices, self.file)
         if self.receivers.place:
             self.receivers.place(bytes(changed), segment.offset)
+        if self.receivers.compare:
+            self.receivers.compare(segment.offset, old, new)
         self.add(changed)
 
     def observe(self, parts: Sequence[tuple[RegionPart, Words, Words]]) -> None:

@@ -30,6 +30,11 @@ def is_undo_name(name: str) -> bool:
     return _UNDO_FILE.fullmatch(name) is not None
 
 
+def make_working_name(name: str) -> str:
+    """Return the name of one of swsurgery's own files while an edit in place writes it."""
+    return f".{UNDO_NAME if is_undo_name(name) else name}.new"
+
+
 JOURNAL, JOURNAL_NEW, ROOM = ".swsurgery-journal", ".swsurgery-journal.new", ".swsurgery-room"
 """Files that exist only while a checkpoint is edited in place: the journal, which contains the old bytes; the journal
 while it is being written; and a file that reserves disk space for the recovery."""
@@ -38,7 +43,7 @@ STAGE_TOKEN = ".swsurgery-token"
 """Name of a file in the directory of a new checkpoint. The file exists only while the directory is being renamed to
 its final name; see staging.py."""
 
-WORKING_FILES = (JOURNAL, JOURNAL_NEW, ROOM, *(f".{name}.new" for name in OWN_FILES))
+WORKING_FILES = (JOURNAL, JOURNAL_NEW, ROOM, *(make_working_name(name) for name in (*OWN_FILES, UNDO_NAME)))
 """Files that an interrupted edit in place may leave. They are not part of the checkpoint, and recovery removes them."""
 
 SIGNATURE_NAME = "model.sig"

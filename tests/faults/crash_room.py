@@ -41,7 +41,7 @@ from swsurgery.editing import sanity
 from swsurgery.editing.apply import apply
 from swsurgery.editing.revert import revert
 from swsurgery.errors import Interrupted, SwsurgeryError
-from swsurgery.storage.names import STAGE_TOKEN
+from swsurgery.storage.names import STAGE_TOKEN, UNDO_NAME
 from swsurgery.verifying.verify import verify
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
@@ -101,6 +101,10 @@ def edit(room: Room, manifest: str = "pinned.json") -> object:
     return apply(room.folder / manifest, in_place=True, base=str(room.image / "model"), check=NO_CHECK)
 
 
+def edit_regions(room: Room) -> object:
+    return edit(room, "regions.json")
+
+
 def edit_again(room: Room) -> object:
     return edit(room, "second.json")
 
@@ -132,6 +136,8 @@ TASKS = (
     Task("edit in place, a second time", edit_again, "edited", "edited twice", "edited", put_back, "base"),
     Task("edit in place after a killed edit", edit, "edit killed", "edited", "base", put_back),
     Task("revert in place", put_back, "edited", "base", "edited", edit),
+    Task("edit of regions in place", edit_regions, "model", "regions", "base", put_back),
+    Task("revert of regions in place", put_back, "regions", "base", "regions", edit_regions),
     Task("recovery of a killed edit", look, "edit killed", "base", "base", look),
 )
 
@@ -185,6 +191,10 @@ class Room:
             self.trees[name] = held(tree(self.image / "model"), self.patched(*manifests))
             self._keep(name)
         self._kill("edit killed", TASKS[7], "write", -5)
+        self.starts["model"].write(self.image)
+        self.must(edit_regions)
+        self.trees["regions"] = held(tree(self.image / "model"), self.patched("regions.json"))
+        self._keep("regions")
 
     def _keep(self, start: str) -> None:
         self.starts[start] = Start.of(self.image).image()
@@ -322,6 +332,11 @@ def write_base(folder: Path) -> dict[str, dict[tuple[str, str, tuple[int, ...]],
             (SECOND, down(1), (15, 23)): bytes(2),
         },
         "second.json": {(FIRST, down(0), (0, 1)): struct.pack("<f", -0.25)},
+        "regions.json": {
+            **{(FIRST, down(0), (3, col)): bytes(4) for col in range(24)},
+            **{(SECOND, down(1), (row, 5)): bytes(2) for row in range(16)},
+            (SECOND, down(1), (15, 23)): bytes(2),
+        },
     }
 
 
@@ -331,19 +346,27 @@ def _is_across(folder: Path, index: tuple[int, int]) -> bool:
 
 
 def write_manifests(folder: Path, edits: dict[str, dict[tuple[str, str, tuple[int, ...]], bytes]]) -> None:
-    """m.json for copies of the base, pinned.json and then second.json for edits in place."""
+    """m.json for copies of the base, pinned.json and then second.json for edits in place, and regions.json alone."""
+    scalars = {name: those for name, those in edits.items() if name != "regions.json"}
     asked = {
         name: [
             {"op": "set", "tensor": t, "index": list(i), "value": struct.unpack("<f", new)[0]} if any(new) else
             {"op": "zero", "tensor": t, "index": list(i)}
             for (_, t, i), new in those.items()
         ]
-        for name, those in edits.items()
+        for name, those in scalars.items()
     }  # fmt: skip
+    regions = (
+        {"op": "zero", "tensor": down(0), "slice": "3"},
+        {"op": "zero", "tensor": down(1), "slice": ":, 5"},
+        {"op": "zero", "tensor": down(1), "index": [15, 23]},
+        {"op": "protect", "tensors": NORM},
+    )
     pins = {name: sha256(folder / "base" / name) for name in (FIRST, SECOND)}
     write_manifest(folder / "m.json", {"path": "base"}, *asked["pinned.json"])
     write_manifest(folder / "pinned.json", {"path": "model", "sha256": pins}, *asked["pinned.json"])
     write_manifest(folder / "second.json", {"path": "model"}, *asked["second.json"])
+    write_manifest(folder / "regions.json", {"path": "model", "sha256": pins}, *regions)
 
 
 def tree(folder: Path) -> Tree | None:
@@ -357,7 +380,7 @@ def held(made: Tree | None, wanted: Tree) -> Tree:
     """`made`, after its files were held against `wanted`, and its sums against its files."""
     made = made or {}
     sums = "".join(f"{hashlib.sha256(d).hexdigest()}  {n}\n" for n, d in sorted(made.items()) if d is not None)
-    if {n: d for n, d in made.items() if n not in OWN} != wanted or not set(OWN) <= set(made):
+    if {n: d for n, d in made.items() if n not in (*OWN, UNDO_NAME)} != wanted or not set(OWN) <= set(made):
         raise AssertionError(f"an undisturbed run gives other files: {sorted(made)}")
     listed = (made[OWN[2]] or b"").decode().splitlines()
     if not listed or not set(listed) <= set(sums.splitlines()):
