@@ -23,7 +23,8 @@ from swsurgery.hub.commit import Branch
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.patch import Patch
 from swsurgery.progress import Progress
-from swsurgery.sharing import card, export
+from swsurgery.sharing import card, edit_source
+from swsurgery.sharing.edit_source import group_regions, is_inside
 from swsurgery.sharing.plan_checkpoint import (
     FilePlanner,
     assemble,
@@ -54,7 +55,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     """
     with held(root) as entered:
         patched = read_record(entered)
-        source = export.read_edits(entered)
+        source = edit_source.read_edits(entered)
         checkpoint = read_checkpoint(entered, patched.record.base, elsewhere=patched.record.elsewhere)
     record = _merge_steps(patched, source.patch)
     base, target = list_base(record), find_target(wish)
@@ -95,12 +96,12 @@ def _merge_steps(patched: Patched, patch: Patch) -> Record:
 
     The changed regions are those of all steps. A scalar inside one of them is not listed again.
     """
-    steps = export.list_steps(patched)
+    steps = edit_source.list_steps(patched)
     changes: list[ChangeRecord] = []
     for record in steps:
         begin = changes[-1].edit + 1 if changes else 0  # edits of two steps are never taken for one edit
         changes += [change.model_copy(update={"edit": begin + change.edit}) for change in record.changes]
-    regions = {change.region for change in changes}
+    regions = group_regions(change.region for change in changes)
     first: dict[Coordinate, EditRecord] = {}
     last: dict[Coordinate, EditRecord] = {}
     for record in steps:
@@ -109,7 +110,7 @@ def _merge_steps(patched: Patched, patch: Patch) -> Record:
             last[edit.coordinate] = edit
     edits = []
     for scalar in patch.scalars:
-        if scalar.coordinate not in first or any(region.contains(scalar.coordinate) for region in regions):
+        if scalar.coordinate not in first or is_inside(scalar.coordinate, regions):
             continue
         old = first[scalar.coordinate]
         fields = {"old": old.old, "old_bits": old.old_bits, "op": scalar.op, "factor": scalar.factor}

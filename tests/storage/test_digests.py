@@ -20,7 +20,7 @@ from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckpointError, PlanError
 from swsurgery.progress import Silent
-from swsurgery.sharing import export
+from swsurgery.sharing import edit_source
 from swsurgery.storage import digest_cache, filesystem
 from swsurgery.storage.digest_cache import DigestCache
 
@@ -160,9 +160,9 @@ def test_exports_and_loaded_models_compute_the_digests_of_what_they_touch(base, 
     apply(pinned, tmp_path / "first")
     flip(base / SECOND)
     with pytest.raises(PlanError, match="its sha256 is .*but the manifest says"):
-        export.read(pinned, None, Silent())
+        edit_source.read(pinned, None, Silent())
     free = write_manifest(tmp_path / "free.json", base, ZERO)
-    assert export.read(free, None, Silent()).patch.base.sha256 == {SECOND: sha256(base / SECOND)}
+    assert edit_source.read(free, None, Silent()).patch.base.sha256 == {SECOND: sha256(base / SECOND)}
 
 
 def test_a_reversion_hashes_what_it_writes(manifest, tmp_path, same_identity):

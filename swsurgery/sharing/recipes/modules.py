@@ -19,7 +19,7 @@ from swsurgery.errors import ArchitectureError, CheckpointError, PlanError, plur
 from swsurgery.known import KnownModel, own
 from swsurgery.known.lookup import is_checkpoint
 from swsurgery.progress import Reporter
-from swsurgery.sharing.export import list_steps
+from swsurgery.sharing.edit_source import list_steps
 from swsurgery.sharing.reading import identify_model, read_with_record
 from swsurgery.storage.region import Region
 
