@@ -28,7 +28,7 @@ from swsurgery.rewriting.values import (
     pack_singles,
     require_float,
 )
-from swsurgery.storage.dtypes import Dtype, FloatDtype
+from swsurgery.storage.dtypes import Dtype, FloatDtype, decode
 
 Levels = Literal["integer", "nf4"]
 Floats = NDArray[np.floating]
@@ -108,20 +108,22 @@ class RoundFunction:
         pieces = list(find_pieces(rows, columns, self.scope.height, width))
         size = max((piece.scalars for piece in pieces), default=0)
         buffers: list[Floats] = [np.empty(size, np.float64 if floating.bits > 16 else np.float32) for _ in range(2)]
+        limit = decode(floating, floating.largest.to_bytes(floating.size, "little"))
         for piece in pieces:
             part = piece.view(words)
             values, spare = (buffer[: piece.scalars].reshape(part.shape) for buffer in buffers)
             if self.clip:
                 part = self.clip.compute(name, dtype, 0, part)
             self._decode(floating, part, self.kept.find_in_piece(name, row, columns, piece), values)
-            safe = True
+            smallest, largest = np.inf, 0.0
             for tile in self.scope.find_tiles(*part.shape):
                 groups, free = tile.view(values), tile.view(spare)
                 low, high = self._find_ranges(name, groups, free)
-                if not (np.isfinite(low).all() and np.isfinite(high).all()):
+                if not (low.min() >= -limit and high.max() <= limit):  # or NaN
                     check_piece(self.kept, name, floating, row, columns, piece, part)
-                safe &= self._quantise(name, floating, groups, low, high)
-            _encode(name, floating, values, piece.view(out), safe)
+                least, most = self._quantise(name, groups, low, high)
+                smallest, largest = min(smallest, least), max(largest, most)
+            _encode(name, floating, values, piece.view(out), spare, smallest, largest)
         return out
 
     def _decode(self, dtype: FloatDtype, words: Words, kept: Indices, values: Floats) -> None:
@@ -129,7 +131,7 @@ class RoundFunction:
         if values.dtype == np.float64:
             decode_doubles(dtype, words, cast(Doubles, values))
         else:
-            decode_singles(dtype, words, cast(Singles, values))
+            decode_singles(dtype, words, cast(Singles, values), finite=True)
         if len(kept):
             values.reshape(-1)[kept] = 0
 
@@ -152,12 +154,17 @@ class RoundFunction:
     def _is_symmetric(self) -> bool:
         return self.symmetric or self.levels == "nf4"
 
-    def _quantise(self, name: str, dtype: FloatDtype, groups: Floats, low: Doubles, high: Doubles) -> bool:
-        """Replace values by those of their codes. Returns False if a result may be larger than the dtype's largest."""
+    def _quantise(self, name: str, groups: Floats, low: Doubles, high: Doubles) -> tuple[float, float]:
+        """Replace values by those of their codes.
+
+        Returns bounds of the magnitudes of the results other than 0: none is smaller than the first bound or larger
+        than the second one.
+        """
         kind = groups.dtype.type
         if self.levels == "nf4":
-            _quantise_nf4(groups, _use_one_for_zero(high.astype(kind)))
-            return True
+            scale = _use_one_for_zero(high.astype(kind))
+            _quantise_nf4(groups, scale)
+            return float(scale.min()) / 16, float(scale.max())  # the smallest level is 0.0796
         lowest: Floats | np.floating
         highest: Floats | np.floating
         if self.symmetric:
@@ -176,7 +183,9 @@ class RoundFunction:
         np.divide(groups, scale, out=groups)
         np.rint(groups, out=groups)
         if self.symmetric:  # code - zero point
-            np.clip(groups, lowest, highest, out=groups)
+            # No quotient in a group is larger than that of its extreme, since division and rint are monotonic.
+            if self.scope.is_tensor or np.rint(high.astype(kind) / scale).max() > top:
+                np.clip(groups, lowest, highest, out=groups)
         else:  # faster than np.clip, if the limits are arrays
             np.maximum(groups, lowest, out=groups)
             np.minimum(groups, highest, out=groups)
@@ -184,7 +193,7 @@ class RoundFunction:
         with np.errstate(over="ignore"):  # refused later
             np.multiply(groups, scale, out=groups)
         reach = np.maximum(np.abs(lowest), highest) * scale.astype(np.float64)
-        return bool(reach.max() < _find_safe_limit(dtype))
+        return float(scale.min()), float(reach.max())
 
 
 def _clip_source(clip: ClipFunction | None, source: Source) -> Source:
@@ -199,13 +208,19 @@ def _clip_source(clip: ClipFunction | None, source: Source) -> Source:
     return replace(source, read=read)
 
 
-def _encode(name: str, dtype: FloatDtype, values: Floats, out: Words, safe: bool) -> None:
-    """Round values to the dtype. Raises NumberError for an overflow, which cannot occur if `safe` is True."""
+def _encode(
+    name: str, dtype: FloatDtype, values: Floats, out: Words, spare: Floats, smallest: float, largest: float
+) -> None:
+    """Round values to the dtype. Raises NumberError for an overflow.
+
+    `smallest` and `largest` are bounds of the magnitudes other than 0. Overwrites the buffer `spare`.
+    """
     try:
         if values.dtype == np.float64:
             encode_doubles(dtype, cast(Doubles, values), out)
-        elif safe:
-            pack_singles(dtype, cast(Singles, values), out)
+        elif largest < _find_safe_limit(dtype):
+            normal = smallest >= 2.0 ** (1 - dtype.bias)
+            pack_singles(dtype, cast(Singles, values), out, normal, cast(Singles, spare))
         else:
             encode_singles(dtype, cast(Singles, values), out)
     except NumberError as error:

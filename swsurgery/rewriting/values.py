@@ -32,8 +32,11 @@ def require_float(dtype: Dtype, name: str) -> FloatDtype:
     raise NumberError(f"{dtype.name} is not a floating-point dtype", name, "only zero and set accept it")
 
 
-def decode_singles(dtype: FloatDtype, words: Words, out: Singles | None = None) -> Singles:
-    """Convert bit patterns of a dtype of at most 32 bits to float32. Every value is exact; NaN stays NaN."""
+def decode_singles(dtype: FloatDtype, words: Words, out: Singles | None = None, finite: bool = False) -> Singles:
+    """Convert bit patterns of a dtype of at most 32 bits to float32. Every value is exact; NaN stays NaN.
+
+    `finite` is faster for F16. NaN and infinity then become values of magnitude 65,536 or more, which F16 has not.
+    """
     if out is None:
         out = np.empty(words.shape, np.float32)
     if dtype.name == "F32":
@@ -42,6 +45,8 @@ def decode_singles(dtype: FloatDtype, words: Words, out: Singles | None = None) 
         bits = out.view(np.uint32)
         np.copyto(bits, words)
         np.left_shift(bits, np.uint32(16), out=bits)
+    elif dtype.name == "F16" and finite:
+        _decode_float16(words, out)
     else:  # mode "wrap" skips the check of the indices, which cannot be out of range
         np.take(_make_decode_table(dtype.name), words, out=out, mode="wrap")
     return out
@@ -75,13 +80,23 @@ def encode_singles(dtype: FloatDtype, values: Singles, out: Words | None = None)
     return out
 
 
-def pack_singles(dtype: FloatDtype, values: Singles, out: Words) -> None:
-    """Write to `out` what `encode_singles` returns, without looking for values that it would refuse."""
+def pack_singles(
+    dtype: FloatDtype, values: Singles, out: Words, normal: bool = False, spare: Singles | None = None
+) -> None:
+    """Write to `out` what `encode_singles` returns, without looking for values that it would refuse.
+
+    `normal` is faster for F16. It promises that no value is subnormal in the dtype, and that none overflows. `spare`
+    is a buffer of the shape of `values`. Overwrites both.
+    """
+    if spare is None:
+        spare = np.empty_like(values)
     bits = values.view(np.uint32)
     if dtype.name == "F32":
         np.copyto(out, bits)
     elif dtype.name == "BF16":
-        _round_to_bfloat16(bits, out)
+        _round_to_bfloat16(bits, out, spare.view(np.uint32))
+    elif dtype.name == "F16" and normal:
+        _round_to_normal_float16(values, out, spare.view(np.int32))
     elif dtype.name == "F16":
         _round_to_float16(bits, out)
     else:
@@ -149,13 +164,44 @@ def restore_words(dtype: FloatDtype, keys: NDArray[np.signedinteger], out: Words
     return out
 
 
-def _round_to_bfloat16(bits: NDArray[np.uint32], out: Words) -> None:
-    """Round float32 bit patterns to the upper 16 bits, half to even. Overwrites `bits`."""
-    odd = bits >> np.uint32(16)
+def _decode_float16(words: Words, out: Singles) -> None:
+    """Convert finite float16 bit patterns to float32.
+
+    The sign is moved by 16 bits, and exponent and fraction by 13. As the exponent's bias is 127 instead of 15, that is
+    the value times 2**-112, also for subnormal values.
+    """
+    bits = out.view(np.int32)
+    np.copyto(bits, words.view("<i2"))
+    bits <<= np.int32(13)
+    bits &= np.int32(~0x70000000)  # copies of the sign
+    out *= np.float32(2.0**112)
+
+
+def _round_to_bfloat16(bits: NDArray[np.uint32], out: Words, odd: NDArray[np.uint32]) -> None:
+    """Round float32 bit patterns to the upper 16 bits, half to even. Overwrites `bits` and the buffer `odd`."""
+    np.right_shift(bits, np.uint32(16), out=odd)
     odd &= np.uint32(1)
     odd += np.uint32(0x7FFF)
     bits += odd
     bits >>= np.uint32(16)
+    np.copyto(out, bits, casting="unsafe")
+
+
+def _round_to_normal_float16(values: Singles, out: Words, spare: NDArray[np.int32]) -> None:
+    """Round float32 values to float16, half to even, if each is 0 or at least 2**-14, and none overflows.
+
+    Overwrites `values` and the buffer `spare`.
+    """
+    values *= np.float32(2.0**-112)  # exact; the exponent's bias is 15 instead of 127
+    bits = values.view(np.int32)
+    np.right_shift(bits, np.int32(13), out=spare)
+    spare &= np.int32(1)
+    spare += np.int32(0xFFF)
+    bits += spare
+    bits >>= np.int32(13)
+    np.right_shift(bits, np.int32(3), out=spare)
+    spare &= np.int32(0x8000)  # the sign
+    bits |= spare
     np.copyto(out, bits, casting="unsafe")
 
 
