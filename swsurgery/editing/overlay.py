@@ -127,7 +127,7 @@ class PatchedFile:
         if found is None:
             old = bytearray(segment.size)
             fill(self.base, old, segment.offset)
-            new = bytearray(old)
+            new = bytearray(segment.size)
             for _ in segment.compute(old, new):
                 pass
             found = bytes(new)

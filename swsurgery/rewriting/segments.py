@@ -59,9 +59,12 @@ class RegionChange:
         """The protected scalars as an array."""
         return np.array(self.kept, np.int64)
 
-    def compute(self, row: int, words: Words) -> Words:
-        """Return the new bit patterns of a block whose first row is row `row` of the region; kept ones stay."""
-        new = self.function.compute(self.label, self.info.dtype, row, words)
+    def compute(self, row: int, words: Words, out: Words | None = None) -> Words:
+        """Return the new bit patterns of a block whose first row is row `row` of the region; kept ones stay.
+
+        They are written to `out`, which is another array than `words`, if it is given.
+        """
+        new = self.function.compute(self.label, self.info.dtype, row, words, out)
         if self.kept:
             first = row * words.shape[1]
             begin, end = np.searchsorted(self.kept_indices, [first, first + words.size])
@@ -102,16 +105,26 @@ class Segment:
     def compute(
         self, old: bytearray | memoryview, new: bytearray | memoryview
     ) -> Iterator[tuple[RegionPart, Words, Words]]:
-        """Compute the parts of the segment from its bytes `old`, and store them in `new`, a copy of `old`.
+        """Compute the bytes of the segment from its bytes `old`, and store them in `new`, a buffer of the same size.
 
-        Yields each part with the old and the new bit patterns (rows, columns) of its region.
+        Yields each part with the old and the new bit patterns (rows, columns) of its region, which may be views of the
+        buffers.
         """
         before, after = self.matrix.view(old), self.matrix.view(new)
+        if len(self.parts) == 1 and self._is_all(self.parts[0]):
+            [part] = self.parts
+            yield part, before, part.change.compute(part.row, before, after)
+            return
+        np.copyto(after, before)
         for part in self.parts:
             words = np.ascontiguousarray(part.rows.take(before, self.begin, part.runs))
             changed = part.change.compute(part.row, words)
             part.rows.put(after, self.begin, part.runs, changed)
             yield part, words, changed
+
+    def _is_all(self, part: RegionPart) -> bool:
+        """Return True if a part is the whole segment."""
+        return part.runs == ((self.begin, self.end - self.begin),) and part.rows.width == self.matrix.columns
 
 
 def list_segments(changes: Iterable[RegionChange], band: int = BAND_SIZE) -> list[Segment]:

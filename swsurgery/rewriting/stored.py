@@ -42,8 +42,11 @@ class Keep(_Fixed):
         return self
 
     def compute(self, name: str, dtype: Dtype, row: int, words: Words, out: Words | None = None) -> Words:
-        """Return the block itself."""
-        return words
+        """Return the block itself, or a copy in `out`."""
+        if out is None:
+            return words
+        np.copyto(out, words)
+        return out
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,11 @@ class StoredRows(_Fixed):
     def compute(self, name: str, dtype: Dtype, row: int, words: Words, out: Words | None = None) -> Words:
         """Return the stored rows. Raises CheckpointError if they cannot be read."""
         rows = self.place.choose_rows(words)
-        return rows.read(self.file, row, row + len(words)).reshape(words.shape)
+        new = rows.read(self.file, row, row + len(words)).reshape(words.shape)
+        if out is None:
+            return new
+        np.copyto(out, new)
+        return out
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,9 @@ class SparseRows(_Fixed):
 
     def compute(self, name: str, dtype: Dtype, row: int, words: Words, out: Words | None = None) -> Words:
         """Return the block with the old scalars. Raises CheckpointError if an index is not in the region."""
-        new, rows = words.copy(), self.place.choose_rows(words)
+        new = np.empty_like(words) if out is None else out
+        np.copyto(new, words)
+        rows = self.place.choose_rows(words)
         runs, columns, word = rows.select(row, row + len(words)), rows.matrix.columns, rows.matrix.word_type
         at, end = self._find(runs[0][0] * columns), self._find(sum(runs[-1]) * columns)
         while at < end:

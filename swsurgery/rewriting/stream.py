@@ -135,7 +135,7 @@ class _Run:
         fill(opened, old, segment.offset)
         self.wait_for_segment()
         self.start_change()
-        new = bytearray(old)
+        new = bytearray(segment.size)
         parts = list(segment.compute(old, new))
         if self.receivers.look:
             self.receivers.look(segment.offset, old)

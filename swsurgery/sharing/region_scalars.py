@@ -76,7 +76,7 @@ def read_planned(plan: Plan, progress: Progress) -> list[PatchScalar]:
             for segment in list_segments(group):
                 old = bytearray(segment.size)
                 fill(opened, old, segment.offset)
-                for part, before, after in segment.compute(old, bytearray(old)):
+                for part, before, after in segment.compute(old, bytearray(segment.size)):
                     collector.add(file, "zero" if part.change.op == "zero" else "set", part, before, after)
     return [*collector.found.values()]
 
@@ -126,7 +126,7 @@ def _undo_step(record: Record, checkpoint: Checkpoint, views: dict[str, File]) -
             for segment in segments:
                 data = bytearray(segment.size)
                 fill(opened, data, segment.offset)
-                for part, new, old in segment.compute(data, bytearray(data)):
+                for part, new, old in segment.compute(data, bytearray(segment.size)):
                     tally.observe(part, new, old)
         digests = tally.finish()
         for change in group:
