@@ -139,6 +139,17 @@ def test_the_size_of_a_block_does_not_matter(kind, scope):
     assert not function.sparse
 
 
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_the_size_of_a_piece_does_not_matter(name, kind, scope, monkeypatch):
+    words = draw_weights(name, (60, 70), seed=6)
+    words[:20] &= 0x83FF  # subnormal values of F16
+    expected = compute_region(build_function("round", kind | scope), "w", DTYPES[name], words)
+    monkeypatch.setattr("swsurgery.rewriting.scope.PIECE_SCALARS", 256)
+    assert np.array_equal(compute_region(build_function("round", kind | scope), "w", DTYPES[name], words), expected)
+
+
 def test_a_clip_of_blocks_is_refused():
     with pytest.raises(ValueError, match="limits for the whole tensor"):
         rounding.RoundFunction(4, clip=ClipFunction("z", 3, CHANNEL))

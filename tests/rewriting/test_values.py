@@ -166,3 +166,25 @@ def test_the_word_type_has_the_width_of_the_dtype(name, width):
 def test_other_dtypes_are_refused(name):
     with pytest.raises(NumberError, match=f"{name} is not a floating-point dtype: model.w"):
         values.require_float(DTYPES[name], "model.w")
+
+
+def test_finite_float16_patterns_are_decoded_without_a_table():
+    words = np.arange(1 << 16).astype(np.uint16)
+    found = values.decode_singles(DTYPES["F16"], words, finite=True)
+    expected = words.view(np.float16).astype(np.float32)
+    finite = np.isfinite(expected)
+    assert np.array_equal(found[finite].view(np.uint32), expected[finite].view(np.uint32))
+    assert (np.abs(found[~finite]) >= 65_536).all()
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 1])
+def test_normal_float16_values_and_the_middles_between_them_are_rounded_half_to_even(steps):
+    patterns = np.arange(0x0400, 0x7BFF).astype(np.uint16)
+    singles = patterns.view(np.float16).astype(np.float32)
+    middles = (singles + (patterns + np.uint16(1)).view(np.float16).astype(np.float32)) / 2
+    near = (middles.view(np.int32) + np.int32(steps)).view(np.float32)
+    singles = np.concatenate([singles, near, -singles, -near, np.float32([0.0, -0.0])])
+    expected = singles.astype(np.float16).view(np.uint16)
+    out = np.empty(singles.shape, np.uint16)
+    values.pack_singles(DTYPES["F16"], singles.copy(), out, normal=True)
+    assert np.array_equal(out, expected)
