@@ -140,10 +140,10 @@ def measure_moments(source: Source) -> Moments:
         if not math.isfinite(top):
             check_finite(source)
         largest = max(largest, top)
-        total += float(np.add.reduce(values))
+        total += float(add_rows(values[np.newaxis])[0])
         with np.errstate(over="ignore", under="ignore"):
             np.multiply(values, values, out=values)
-        squares += float(np.add.reduce(values))
+        squares += float(add_rows(values[np.newaxis])[0])
     count = count_scalars(source)
     if not math.isfinite(squares):
         raise NumberError("the squares of the scalars overflow float64", source.name)
@@ -169,10 +169,20 @@ def measure_range(source: Source) -> tuple[float, float]:
 
 
 def add_rows(values: Doubles) -> Doubles:
-    """Sum each row of a C-contiguous matrix in float64, over chunks of 65,536 columns that are added in order."""
-    total: Doubles = np.add.reduce(values[:, :CHUNK_SCALARS], axis=1)
-    for begin in range(CHUNK_SCALARS, values.shape[1], CHUNK_SCALARS):
-        total += np.add.reduce(values[:, begin : begin + CHUNK_SCALARS], axis=1)
+    """Sum each row of a matrix in float64, over chunks of 65,536 columns that are added in order.
+
+    A chunk is folded: its second half is added to its first until one number is left. numpy's own sum may use another
+    order in another version or on another processor.
+    """
+    total = np.zeros(len(values), np.float64)
+    for begin in range(0, values.shape[1], CHUNK_SCALARS):
+        part = values[:, begin : begin + CHUNK_SCALARS].copy()
+        count = part.shape[1]
+        while count > 1:
+            half = (count + 1) // 2
+            part[:, : count - half] += part[:, half:count]
+            count = half
+        total += part[:, 0]
     return total
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -195,7 +196,7 @@ def verify(
 
     Raises TypeError; CheckpointError if there is nothing to check against or a file cannot be read; HubError,
     ManifestError, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key or a
-    `tolerance` that is not between 0 and 1.
+    `tolerance` that is not between 0 and 1, and for a `protected_tolerance` that is negative or not finite.
     """
     reporter = require_reporter(reporter)
     require_type("known", known, bool)
@@ -206,6 +207,9 @@ def verify(
     loss = require_number("tolerance", tolerance)
     if not 0 <= loss <= 1:  # with NaN or more than 1, no super weight would ever be lost
         raise SwsurgeryError("tolerance must be between 0 and 1", loss)
+    difference = require_number("protected_tolerance", protected_tolerance)
+    if not 0 <= difference < math.inf:
+        raise SwsurgeryError("protected_tolerance must be a finite number from 0", difference)
     question = _Question(
         None if base is None else require_location("base", base),
         manifest,
@@ -218,7 +222,7 @@ def verify(
         weights,
         variant,
         protected,
-        require_number("protected_tolerance", protected_tolerance),
+        difference,
     )
     with open_for_reading("checkpoint", checkpoint, reporter) as root, contextlib.ExitStack() as bases:
         return _prove(root, question, reporter, bases).report(str(checkpoint))

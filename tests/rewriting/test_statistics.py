@@ -82,10 +82,19 @@ def test_moments_of_no_scalars(shape):
 def test_sums_of_rows_do_not_depend_on_the_number_of_rows(columns):
     values = np.random.default_rng(0).normal(size=(5, columns))
     expected = [
-        sum(float(row[b : b + CHUNK_SCALARS].sum()) for b in range(0, columns, CHUNK_SCALARS)) for row in values
+        sum(fold(row[b : b + CHUNK_SCALARS].tolist()) for b in range(0, columns, CHUNK_SCALARS)) for row in values
     ]
     assert statistics.add_rows(values).tolist() == expected
     assert [statistics.add_rows(values[n : n + 1])[0] for n in range(5)] == expected
+    assert np.allclose(expected, values.sum(axis=1), rtol=1e-12)
+
+
+def fold(numbers):
+    """Add the second half of a list to its first half until one number is left."""
+    while len(numbers) > 1:
+        half = (len(numbers) + 1) // 2
+        numbers = [a + b for a, b in zip(numbers[:half], [*numbers[half:], 0.0], strict=False)]
+    return numbers[0]
 
 
 @pytest.mark.parametrize("name", FLOATS)

@@ -243,7 +243,7 @@ def test_the_report_may_not_replace_the_manifest(room, capsys):
     assert main(words) == 2 and "overwrite an input" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["-1", "nan", "much"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "much"])
 def test_a_tolerance_is_a_number_from_0(room, capsys, value):
     assert main(["verify", "base", "--protected", "protect.json", "--base", "base", "--tolerance", value]) == 2
 

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import tree, write_manifest
 
 import swsurgery
-from swsurgery.errors import CheckpointError, SwsurgeryError
+from swsurgery.errors import CheckpointError
 
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parents[1] / "editing"))
@@ -161,20 +161,6 @@ def test_a_region_protected_by_an_earlier_step_keeps_its_bits(tmp_path):
     check_equal(read(tmp_path / "second"), wanted)
     assert found(tmp_path / "second") == set()
     assert found(tmp_path / "second", base=tmp_path / "first") == set()
-
-
-def test_regions_are_not_edited_in_place(tmp_path):
-    base = write_base(tmp_path / "base")
-    before = tree(base)
-    manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "row": 2})
-    with pytest.raises(SwsurgeryError, match="apply with -o"):
-        swsurgery.apply(manifest, in_place=True, check="off")
-    assert tree(base) == before
-    apply(tmp_path, {"op": "zero", "layer": 0, "row": 2})
-    patched = tree(tmp_path / "out")
-    with pytest.raises(SwsurgeryError, match="revert with -o"):
-        swsurgery.revert(tmp_path / "out")
-    assert tree(tmp_path / "out") == patched
 
 
 def test_the_check_of_the_weights_finds_nothing_wrong(tmp_path):

@@ -5,6 +5,7 @@ A module is named as the checkpoint stores it, without the ending ".weight". Mus
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def find_subject(subject: str | Path, model: str | None, reporter: Reporter) -> 
 
     Raises LookupFailed, HubError, CheckpointError; PlanError for a module whose name a recipe cannot contain.
     """
-    if not is_checkpoint(subject) and not Path(subject).is_dir():
+    if not is_checkpoint(subject) and not os.path.isdir(subject):
         if model is not None:
             raise PlanError("--model is only for a checkpoint; this is the name of a model", subject, "leave it out")
         return _read_known(own.find_model(str(subject)))
