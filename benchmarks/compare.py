@@ -68,7 +68,7 @@ def main() -> None:
         for label, names in sets.items():
             files = [str(Path(folder, f"{name}.yaml")) for name in names]
             ours = [sys.executable, "-m", "swsurgery", "compare", *files, "--quiet", "--text", str(text)]
-            ours += ["--windows", sizes[0], "--window", sizes[1], "--placement", "whole"]
+            ours += ["--windows", sizes[0], "--window", sizes[1], "--placement", "whole", "--device", "cpu"]
             pairs = [(measure(plain), measure(ours)) for _ in range(asked.rounds)]
             once, together = (statistics.median(column) for column in zip(*pairs, strict=True))
             count = len(names) + 1
