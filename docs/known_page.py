@@ -31,6 +31,10 @@ def render_page() -> str:
         "`down_proj.weight[row, col]`. `*` means that the column was not published. `llama-7b:L2.3968.7003` names a "
         "model and a coordinate.",
         "",
+        "Some parts were published as a whole: `L1.E68` is an expert (every matrix of it), `L11.507.*` a row and "
+        "`L1.*.7890` a column of a down projection. `known:` in a manifest accepts these ids like that of a "
+        "coordinate, for example `{op: zero, known: L1.E68}`. `known: all` does not include them.",
+        "",
         "## Status",
         "",
         *_markdown(("status", "meaning"), STATUSES.items()),
@@ -68,6 +72,15 @@ def render_page() -> str:
                 for c in model.coordinates
             ],
         )
+        if model.parts:
+            out += [""]
+            out += _markdown(
+                ("expert or column", "status", "zeroed alone", "source"),
+                [
+                    (f"{p.id} ({p.note})" if p.note else p.id, p.status, p.causal_alone, "; ".join(map(str, p.sources)))
+                    for p in model.parts
+                ],
+            )
         for warning in model.disputes:
             out += ["", f"**Warning.** {warning}"]
     known = list_related()

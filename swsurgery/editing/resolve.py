@@ -101,7 +101,7 @@ def _find_value(coordinate: Coordinate, scope: Scope) -> MeasuredValue | None:
     """Return the known value of a scalar; None if it is no known super weight, or only an inexact value is known."""
     for known in scope.find_known("all"):
         try:
-            if known.col is None:
+            if known.row is None or known.col is None:
                 continue
             if locate(scope.checkpoint, known.layer, known.row, known.col, known.expert) == coordinate:
                 return known.expect
@@ -132,6 +132,9 @@ def _find_faults(edit: Edit, target: EditTarget, regions: Sequence[Region], chec
         return
     if not edit.on_regions:
         yield f"{edit.op} changes one scalar, but {target} is {regions[0]}"
+        return
+    if isinstance(edit, Restore) and edit.source is None:
+        yield f"only the values of single scalars are known, but {target} is {regions[0]} (give from: CHECKPOINT)"
         return
     if not edit.writes:
         return

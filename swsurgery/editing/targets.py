@@ -18,7 +18,7 @@ from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.tying import find_tied_partner
 from swsurgery.errors import ArchitectureError, LookupFailed, PlanError
-from swsurgery.known import KnownCoordinate, KnownModel, shipped
+from swsurgery.known import KnownCoordinate, KnownEntry, KnownExpert, KnownModel, shipped
 from swsurgery.known.schema import format_coordinate_id
 from swsurgery.manifest.targets import AxisSlice, MeasuredValue, Target, parse_slice
 from swsurgery.storage.coordinate import Coordinate
@@ -40,16 +40,28 @@ class TargetPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class KnownPlace:
-    """The position and the expected value of a known super weight that an edit names with `known:`.
+    """The position and the expected value of a known super weight, or of a larger part, that an edit names by id.
 
-    `col` is None for the id of a whole row, of which no single scalar was published.
+    `col` is None for a whole row, `row` for a whole column, and both for a whole expert. Only a single scalar has an
+    expected value.
     """
 
     layer: int
-    row: int
+    row: int | None
     col: int | None
     expert: ExpertChoice
-    expect: MeasuredValue | None
+    expect: MeasuredValue | None = None
+
+    def find_part(self) -> LayerPart | LayerExpert | None:
+        """Return the row, column or expert; None for a single scalar."""
+        if self.row is not None and self.col is not None:
+            return None
+        if self.row is not None:
+            return LayerPart("row", self.layer, self.row, self.expert)
+        if self.col is not None:
+            return LayerPart("column", self.layer, self.col, self.expert)
+        assert self.expert is not None  # the id of a known expert contains it
+        return LayerExpert(self.layer, self.expert)
 
 
 FindKnown = Callable[[str], Sequence[KnownPlace]]
@@ -76,8 +88,10 @@ class EditTarget(Protocol):
         Afterwards, raises ArchitectureError, LookupFailed or PlanError if a part of it could not be located.
         """
 
-    def find_entry(self, model: KnownModel | None) -> KnownCoordinate | None:
-        """Return the known super weight of `model` that this target refers to, without reading a checkpoint.
+    def find_entry(self, model: KnownModel | None) -> KnownEntry | None:
+        """Return the known super weight, or larger part, of `model` that this target refers to.
+
+        Does not read a checkpoint.
 
         Returns None if there is none, or if the target is `known: all`. Raises LookupFailed for a target of the form
         `known: ...` as `select_known` does, for example if `model` has no super weight with this id.
@@ -237,7 +251,7 @@ class WholeTensors(_Unpublished):
 
 @dataclass(frozen=True)
 class KnownScalars:
-    """All known super weights of a model (`name` is "all"), or the one, or the row, whose id is `name`."""
+    """All known super weights of a model (`name` is "all"), or the scalar, row, column or expert with the id `name`."""
 
     name: str
 
@@ -248,17 +262,18 @@ class KnownScalars:
         faults: list[str] = []
         for known in scope.find_known(self.name):
             try:
-                if known.col is None:
-                    yield from LayerPart("row", known.layer, known.row, known.expert).resolve(scope)
+                if part := known.find_part():
+                    yield from part.resolve(scope)
                     continue
-                coordinate = locate(scope.checkpoint, known.layer, known.row, known.col, known.expert)
+                row, col = _require(known.row), _require(known.col)
+                coordinate = locate(scope.checkpoint, known.layer, row, col, known.expert)
                 yield TargetPlace(coordinate, known.expect)
             except ArchitectureError as error:
                 faults += error.faults
         if faults:
             raise PlanError.of(faults)
 
-    def find_entry(self, model: KnownModel | None) -> KnownCoordinate | None:
+    def find_entry(self, model: KnownModel | None) -> KnownEntry | None:
         entries = select_known(model, self.name)
         return None if self.name == "all" else entries[0]
 
@@ -288,13 +303,14 @@ _READERS: dict[str, Callable[[Target], EditTarget]] = {
 """The function that reads each form of a target (`manifest.targets.FORMS`)."""
 
 
-def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, ...]:
-    """Return the coordinates of a model for the text after `known:`, which is "all" or an id.
+def select_known(model: KnownModel | None, name: str) -> tuple[KnownEntry, ...]:
+    """Return what the text after `known:`, which is "all" or an id, names of a model.
 
-    With "all", each coordinate has a column. Raises LookupFailed if `model` is None or has no such coordinate.
+    With "all", each entry is a single scalar. Raises LookupFailed if `model` is None or has nothing with this id.
     """
     if model is None:
         raise LookupFailed("no known super weights of this base", name, "set base.model to the name of the known model")
+    entries: tuple[KnownEntry, ...]
     entries = shipped.list_addressable(model) if name == "all" else (shipped.find(model, name),)
     if not entries:
         raise LookupFailed(f"no complete coordinate (layer, row and col) of {model.hf_id} is known", name)
@@ -302,11 +318,14 @@ def select_known(model: KnownModel | None, name: str) -> tuple[KnownCoordinate, 
 
 
 def find_known(model: KnownModel | None, name: str) -> list[KnownPlace]:
-    """Return position and expected value of each super weight that `select_known` selects. Raises LookupFailed."""
-    return [
-        KnownPlace(entry.layer, entry.row, entry.col, entry.expert, expect_known(entry))
-        for entry in select_known(model, name)
-    ]
+    """Return position and expected value of everything that `select_known` selects. Raises LookupFailed."""
+    return [_make_place(entry) for entry in select_known(model, name)]
+
+
+def _make_place(entry: KnownEntry) -> KnownPlace:
+    if isinstance(entry, KnownCoordinate):
+        return KnownPlace(entry.layer, entry.row, entry.col, entry.expert, expect_known(entry))
+    return KnownPlace(entry.layer, None, None if isinstance(entry, KnownExpert) else entry.col, entry.expert)
 
 
 def expect_known(entry: KnownCoordinate) -> MeasuredValue | None:

@@ -3,7 +3,7 @@
 The package contains the shipped data, the user's own scans, lookup in both, and the tables and manifests made from
 them. It must not depend on a running model, torch or numpy.
 
-    schema.py    models, coordinates, measurements and sources
+    schema.py    models, coordinates, whole experts and columns, measurements and sources
     shipped.py   reads the shipped TOML files, one per model family
     own.py       the user's own entries, and lookup by name in shipped and own entries
     table.py     renders the table for the terminal, and manifests
@@ -27,7 +27,7 @@ zeroed.
 """
 
 from swsurgery.known.own import find_by_repo, find_model, forget, list_all_models, list_own_models, refuse_name, save
-from swsurgery.known.schema import CAUSAL, STATUSES, KnownCoordinate, KnownModel
+from swsurgery.known.schema import CAUSAL, STATUSES, KnownColumn, KnownCoordinate, KnownEntry, KnownExpert, KnownModel
 from swsurgery.known.shipped import build_json, find, list_addressable, list_names
 from swsurgery.known.table import render_manifest, render_table
 
@@ -35,7 +35,10 @@ __all__ = [
     "CAUSAL",
     "STATUSES",
     "build_json",
+    "KnownColumn",
     "KnownCoordinate",
+    "KnownEntry",
+    "KnownExpert",
     "KnownModel",
     "list_addressable",
     "list_all_models",

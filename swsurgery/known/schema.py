@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,10 +48,21 @@ def classify_ratio(ratio: float) -> Causal:
     return next((word for word, floor in _FLOORS.items() if ratio >= floor), "inert")
 
 
-def format_coordinate_id(layer: int, expert: Expert, row: int, col: int | None) -> str:
-    """Return an id such as `L2.3968.7003`, `L1.E68.940.711` or `L1.Eshared.940.711`; `*` is an unknown column."""
-    within = "" if expert is None else f".E{expert}"
-    return f"L{layer}{within}.{row}.{'*' if col is None else col}"
+def format_coordinate_id(layer: int, expert: Expert, row: int | None, col: int | None) -> str:
+    """Return an id such as `L2.3968.7003`, `L1.E68.940.711` or `L1.Eshared.940.711`.
+
+    `*` is the row of a whole column, and the column of a whole row.
+    """
+    return f"{_format_mlp(layer, expert)}.{'*' if row is None else row}.{'*' if col is None else col}"
+
+
+def format_expert_id(layer: int, expert: Expert) -> str:
+    """Return the id of a whole expert, such as `L1.E68` or `L8.Eshared`."""
+    return _format_mlp(layer, expert)
+
+
+def _format_mlp(layer: int, expert: Expert) -> str:
+    return f"L{layer}" if expert is None else f"L{layer}.E{expert}"
 
 
 class StrictValue(BaseModel):
@@ -152,7 +163,7 @@ class KnownCoordinate(StrictValue):
     """One coordinate, published or measured.
 
     `row` is the output channel (below hidden_size) and `col` the intermediate neuron (below intermediate_size). `col`
-    is None if only a row was published; a manifest cannot target such a row. `tensor` is the published name of the
+    is None if only a row was published; a manifest can name only the whole row. `tensor` is the published name of the
     stored tensor. `value` is exact in `dtype`, named as in safetensors; an inexact published value is `value_printed`.
     `causal_alone` is the effect of zeroing only this scalar or, if `col` is None, the whole row.
     """
@@ -203,6 +214,58 @@ class KnownCoordinate(StrictValue):
         }
 
 
+class KnownPart(StrictValue):
+    """A part of a layer that was published as a whole; no scalar is meant.
+
+    `causal_alone` is the effect of zeroing the whole part.
+    """
+
+    id: str
+    layer: Count
+    status: Status
+    causal_alone: Causal = "untested"
+    note: str | None = None
+    effects: tuple[KnownEffect, ...] = ()
+    sources: Annotated[tuple[Citation, ...], Field(min_length=1)]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"sources", "effects"}) | {
+            "effects": [e.to_json() for e in self.effects],
+            "sources": [str(s) for s in self.sources],
+        }
+
+
+class KnownExpert(KnownPart):
+    """One expert of a mixture of experts, such as a super expert: every matrix of it. Its id is such as `L1.E68`."""
+
+    expert: Count | Literal["shared"]
+
+    @model_validator(mode="after")
+    def _id_agrees(self) -> KnownExpert:
+        if self.id != format_expert_id(self.layer, self.expert):
+            raise ValueError(f"{self.id} is not the id of expert {self.expert} of layer {self.layer}")
+        return self
+
+
+class KnownColumn(KnownPart):
+    """One column of a down projection: all weights that read one neuron. Its id is such as `L1.*.7890`."""
+
+    col: Count
+    expert: Expert = None
+
+    @model_validator(mode="after")
+    def _id_agrees(self) -> KnownColumn:
+        if self.id != format_coordinate_id(self.layer, self.expert, None, self.col):
+            raise ValueError(f"{self.id} is not the id of column {self.col} of layer {self.layer}")
+        return self
+
+
+KnownEntry = KnownCoordinate | KnownExpert | KnownColumn
+"""Everything that the text after `known:` can name by an id."""
+
+E = TypeVar("E", KnownCoordinate, KnownExpert, KnownColumn)
+
+
 class KnownJointSet(StrictValue):
     """The ids of coordinates that were edited together, and the measured effects."""
 
@@ -226,7 +289,7 @@ class KnownModel(StrictValue):
     The first alias is the short name. `tensor` is a template for tensor names with {layer} (and {expert}). `transposed`
     is True if the checkpoint stores [col, row]. `revision_measured` is the commit that was measured. `path` is the
     directory of a checkpoint that is not in a repository. `scans` contains the scans of the whole model,
-    including scans that found nothing.
+    including scans that found nothing. `experts` and `columns` were published as a whole.
     """
 
     aliases: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -247,6 +310,8 @@ class KnownModel(StrictValue):
     effects: tuple[KnownEffect, ...] = ()
     coordinates: tuple[KnownCoordinate, ...]
     joint_sets: tuple[KnownJointSet, ...] = ()
+    experts: tuple[KnownExpert, ...] = ()
+    columns: tuple[KnownColumn, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -258,18 +323,28 @@ class KnownModel(StrictValue):
         return any(source.kind == "own scan" for source in self.sources)
 
     @property
+    def parts(self) -> tuple[KnownExpert | KnownColumn, ...]:
+        """Everything that was published as a whole: experts, then columns."""
+        return (*self.experts, *self.columns)
+
+    @property
+    def entries(self) -> tuple[KnownEntry, ...]:
+        """Everything that has an id: coordinates, then experts and columns."""
+        return (*self.coordinates, *self.parts)
+
+    @property
     def sources(self) -> tuple[Citation, ...]:
         """All sources cited by this model, in order of first use."""
         effects = [*self.effects, *(e for j in self.joint_sets for e in j.effects)]
-        cited = [s for c in self.coordinates for s in (*(e.source for e in c.effects), *c.sources)]
+        cited = [s for c in self.entries for s in (*(e.source for e in c.effects), *c.sources)]
         return tuple({s.key: s for s in [*cited, *(e.source for e in effects), *self.scans]}.values())
 
     @model_validator(mode="after")
     def _ids(self) -> KnownModel:
-        ids = [c.id for c in self.coordinates]
+        ids = [c.id for c in self.entries]
         if len(set(ids)) != len(ids):
             raise ValueError(f"{self.hf_id} has a coordinate twice")
-        strangers = {i for j in self.joint_sets for i in j.coordinates} - set(ids)
+        strangers = {i for j in self.joint_sets for i in j.coordinates} - {c.id for c in self.coordinates}
         if strangers:
             raise ValueError(f"{self.hf_id} has a joint set of unknown coordinates: {', '.join(sorted(strangers))}")
         return self
@@ -282,6 +357,8 @@ class KnownModel(StrictValue):
             "own": self.own,
             "aliases": list(self.aliases),
             "coordinates": [c.to_json() for c in select_by_status(self, status)],
+            "experts": [e.to_json() for e in select_entries(self.experts, status)],
+            "columns": [c.to_json() for c in select_entries(self.columns, status)],
             "joint_sets": [j.to_json() for j in self.joint_sets],
             "effects": [e.to_json() for e in self.effects],
             "disputes": list(self.disputes),
@@ -332,9 +409,17 @@ def select_by_status(model: KnownModel, status: str | Collection[str] | None = N
 
     Raises LookupFailed for an unknown status.
     """
+    return select_entries(model.coordinates, status)
+
+
+def select_entries(entries: tuple[E, ...], status: str | Collection[str] | None = None) -> tuple[E, ...]:
+    """Return the entries with one of the given statuses, or all entries if `status` is None.
+
+    Raises LookupFailed for an unknown status.
+    """
     if status is None:
-        return model.coordinates
+        return entries
     wanted = {status} if isinstance(status, str) else set(status)
     for word in sorted(wanted - set(STATUSES)):
         raise LookupFailed("no such status", word, f"give one of {', '.join(STATUSES)}")
-    return tuple(c for c in model.coordinates if c.status in wanted)
+    return tuple(entry for entry in entries if entry.status in wanted)

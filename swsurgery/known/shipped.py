@@ -20,8 +20,11 @@ from swsurgery.errors import LookupFailed
 from swsurgery.known.schema import (
     STATUSES,
     Citation,
+    KnownColumn,
     KnownCoordinate,
     KnownEffect,
+    KnownEntry,
+    KnownExpert,
     KnownJointSet,
     KnownModel,
     Related,
@@ -30,7 +33,10 @@ from swsurgery.known.schema import (
 
 _FOLDER = Path(__file__).parent
 _RELATED, _NAMES = "related.toml", "names.toml"
-_ID = re.compile(r"L(\d+)(?:\.E(\d+|shared))?\.(\d+)\.(\d+|\*)")
+_LAYER = r"L(\d+)(?:\.E(\d+|shared))?"
+_ID = re.compile(_LAYER + r"\.(\d+)\.(\d+|\*)")
+_EXPERT_ID = re.compile(r"L(\d+)\.E(\d+|shared)")
+_COLUMN_ID = re.compile(_LAYER + r"\.\*\.(\d+)")
 
 
 def load_file(path: Path) -> tuple[KnownModel, ...]:
@@ -136,20 +142,34 @@ def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
     raise LookupFailed("no such known model", name, hint)
 
 
-def find(model: KnownModel, coordinate_id: str) -> KnownCoordinate:
-    """Return the coordinate with this id: `L2.3968.7003` or, with a name of the model, `llama-7b:L2.3968.7003`.
+def find(model: KnownModel, coordinate_id: str) -> KnownEntry:
+    """Return the coordinate, expert or column with this id.
 
-    Raises LookupFailed if the model has no such coordinate; the message suggests similar ids.
+    An id is such as `L2.3968.7003`, `L1.E68` for an expert and `L1.*.7890` for a column. A name of the model may
+    precede it, as in `llama-7b:L2.3968.7003`. Raises LookupFailed if nothing of the model has this id; the message
+    suggests similar ids.
     """
     name, _, short = coordinate_id.rpartition(":")
     if name and normalise(name) not in map(normalise, list_names(model)):
         raise LookupFailed("this is a coordinate of another model", coordinate_id, f"give one of {model.slug}")
-    for coordinate in model.coordinates:
-        if coordinate.id == short:
-            return coordinate
-    near = difflib.get_close_matches(short, [c.id for c in model.coordinates], 3, 0.5)
+    for entry in model.entries:
+        if entry.id == short:
+            return entry
+    kind, alike = _list_alike(model, short)
+    if not alike:
+        raise LookupFailed(f"no {kind} of {model.slug} is known", coordinate_id, f"see swsurgery lookup {model.slug}")
+    near = difflib.get_close_matches(short, alike, 3, 0.5)
     hint = f"did you mean {_join_either(near)}?" if near else f"swsurgery lookup {model.slug} lists them"
-    raise LookupFailed(f"no such known coordinate of {model.slug}", coordinate_id, hint)
+    raise LookupFailed(f"no such known {kind} of {model.slug}", coordinate_id, hint)
+
+
+def _list_alike(model: KnownModel, entry_id: str) -> tuple[str, list[str]]:
+    """Return what an id names by its form, and the ids of the model that have this form."""
+    if _EXPERT_ID.fullmatch(entry_id):
+        return "expert", [e.id for e in model.experts]
+    if _COLUMN_ID.fullmatch(entry_id):
+        return "column", [c.id for c in model.columns]
+    return "coordinate", [c.id for c in model.coordinates]
 
 
 def list_addressable(model: KnownModel, status: str | Collection[str] | None = None) -> tuple[KnownCoordinate, ...]:
@@ -194,6 +214,14 @@ def _build_model(fields: dict[str, Any], sources: _Sources) -> KnownModel:
     resolved["joint_sets"] = tuple(
         KnownJointSet.model_validate(_expand_effects(j, sources)) for j in fields.get("joint_sets", ())
     )
+    resolved["experts"] = tuple(
+        KnownExpert.model_validate(_parse_expert_id(e) | _expand_effects(e, sources, "sources"))
+        for e in fields.get("experts", ())
+    )
+    resolved["columns"] = tuple(
+        KnownColumn.model_validate(_parse_column_id(c) | _expand_effects(c, sources, "sources"))
+        for c in fields.get("columns", ())
+    )
     return KnownModel.model_validate(resolved)
 
 
@@ -209,10 +237,32 @@ def _parse_id(fields: dict[str, Any], template: str) -> dict[str, Any]:
     match = _ID.fullmatch(fields.get("id", ""))
     if match is None:
         raise ValueError(f"{fields.get('id')!r} is not an id like L2.3968.7003, L1.E68.940.711 or L11.507.*")
-    layer, number, row, col = (int(p) if p and p.isdigit() else None for p in match.groups())
-    expert = "shared" if match[2] == "shared" else number
-    tensor = template.format(layer=layer, expert=expert)
-    return {"layer": layer, "expert": expert, "row": row, "col": col, "tensor": tensor}
+    row, col = (_parse_number(part) for part in match.groups()[2:])
+    place = _parse_layer(match)
+    return {**place, "row": row, "col": col, "tensor": template.format(**place)}
+
+
+def _parse_expert_id(fields: dict[str, Any]) -> dict[str, Any]:
+    match = _EXPERT_ID.fullmatch(fields.get("id", ""))
+    if match is None:
+        raise ValueError(f"{fields.get('id')!r} is not the id of an expert, like L1.E68 or L8.Eshared")
+    return _parse_layer(match)
+
+
+def _parse_column_id(fields: dict[str, Any]) -> dict[str, Any]:
+    match = _COLUMN_ID.fullmatch(fields.get("id", ""))
+    if match is None:
+        raise ValueError(f"{fields.get('id')!r} is not the id of a column, like L1.*.7890 or L1.E68.*.711")
+    return {**_parse_layer(match), "col": int(match[3])}
+
+
+def _parse_layer(match: re.Match[str]) -> dict[str, Any]:
+    """Return layer and expert, the first two groups of every id."""
+    return {"layer": int(match[1]), "expert": "shared" if match[2] == "shared" else _parse_number(match[2])}
+
+
+def _parse_number(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None
 
 
 def _freeze(value: Any) -> Any:

@@ -16,11 +16,14 @@ from swsurgery.known.schema import (
     STATUSES,
     Citation,
     Figure,
+    KnownColumn,
     KnownCoordinate,
     KnownEffect,
+    KnownExpert,
     KnownJointSet,
     KnownModel,
     select_by_status,
+    select_entries,
 )
 from swsurgery.known.shipped import list_addressable
 from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
@@ -39,15 +42,17 @@ LARGE_RATIO = 4.0
 def render_table(model: KnownModel, width: int = 100, status: str | Collection[str] | None = None) -> str:
     """Render one model as a table for a terminal of `width` columns.
 
-    The table contains the coordinates with tensor, value, status and the effect of zeroing each alone, then joint sets,
-    other measurements, warnings, notes, and the sources as numbered footnotes. Raises LookupFailed for an unknown
-    status.
+    The table contains the coordinates with tensor, value, status and the effect of zeroing each alone, then whole
+    experts and columns, joint sets, other measurements, warnings, notes, and the sources as numbered footnotes. Raises
+    LookupFailed for an unknown status.
     """
     shown = select_by_status(model, status)
     notes = _Footnotes()
     out = _Page(width)
     _add_heading(out, model)
     _add_coordinates(out, model, shown, notes)
+    _add_parts(out, "expert", select_entries(model.experts, status), notes)
+    _add_parts(out, "column", select_entries(model.columns, status), notes)
     _add_joint_sets(out, model, shown, notes)
     out.section("measured otherwise", [f"{e.protocol}: {_describe_effect(e, notes)}" for e in model.effects])
     out.section("", [f"WARNING: {warning}" for warning in _list_warnings(model, shown)], indent=0)
@@ -83,6 +88,21 @@ def _add_coordinates(out: _Page, model: KnownModel, shown: Sequence[KnownCoordin
             out.line(detail, indent=4)
     if not shown:
         out.line("none of this status" if model.coordinates else "none")
+
+
+def _add_parts(out: _Page, what: str, parts: Sequence[KnownExpert | KnownColumn], notes: _Footnotes) -> None:
+    """Add the experts or columns that were published as a whole, with status, effect of zeroing each, and sources."""
+    if not parts:
+        return
+    rows = [(f"whole {what}", "status"), *((part.id, part.status) for part in parts)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *cells = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    out.line()
+    out.line(f"{head}  zeroed alone")
+    for part, cell in zip(parts, cells, strict=True):
+        effects = "".join(f"; {_describe_protocol(e)}: {_describe_effect(e, notes)}" for e in part.effects)
+        remark = f" ({part.note})" if part.note else ""
+        out.line(f"{cell}  {part.causal_alone}{effects} {notes.mark(*part.sources)}{remark}", hanging=4)
 
 
 def _add_joint_sets(out: _Page, model: KnownModel, shown: Iterable[KnownCoordinate], notes: _Footnotes) -> None:

@@ -113,6 +113,16 @@ def check_by_record(wishes: Wishes, record: Record) -> list[Finding]:
     return [*wishes.misfits, *identity, *unlike]
 
 
+class _RecordedPart(BaseModel):
+    """A known expert or column, with the fields that the record quotes from the data of `lookup`."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    id: str
+    layer: Position
+    col: Position | None = None
+    expert: Position | Literal["shared"] | None
+
+
 class _RecordedPlace(BaseModel):
     """A known super weight, with the fields that the record quotes from the data of `lookup`."""
 
@@ -180,20 +190,31 @@ def _compare_own_manifest(
 
 
 def _find_recorded(record: Record, name: str) -> list[KnownPlace]:
-    """Find the super weights that `known: NAME` meant when the edit was made, as the record quotes them.
+    """Find the super weights, or the larger part, that `known: NAME` meant when the edit was made.
 
-    Raises LookupFailed if the record quotes no super weight of this name.
+    They are read from what the record quotes. Raises LookupFailed if it quotes nothing of this name.
     """
+    quotes = record.known or {}
     try:
-        found = [_RecordedPlace.model_validate(quoted) for quoted in (record.known or {})["coordinates"]]
+        found = [_RecordedPlace.model_validate(quoted) for quoted in quotes["coordinates"]]
+        parts = [  # earlier versions quoted neither experts nor columns
+            _RecordedPart.model_validate(quoted) for key in ("experts", "columns") for quoted in quotes.get(key, ())
+        ]
     except (KeyError, TypeError, ValidationError):
         raise LookupFailed("the record does not list the known super weights", name) from None
     wanted = name.rpartition(":")[2]
+    whole = [KnownPlace(p.layer, None, p.col, p.expert) for p in parts if p.id == wanted]
+    if whole:
+        return whole
     chosen = [p for p in found if (p.status != "refuted" if name == "all" else p.id == wanted)]
     if not chosen:
         raise LookupFailed("the record has no such known super weight", name)
     try:
-        return [KnownPlace(p.layer, p.row, p.col, p.expert, _read_expected(p)) for p in chosen if p.col is not None]
+        return [
+            KnownPlace(p.layer, p.row, p.col, p.expert, _read_expected(p))
+            for p in chosen
+            if p.col is not None or name != "all"
+        ]
     except ValidationError:
         raise LookupFailed(f"the record has no valid value of {name}") from None
 

@@ -251,7 +251,7 @@ def _resolve(
     places: list[TargetPlace] = []
     try:
         for place in target.resolve(Scope(checkpoint, partial(find_known, model))):
-            if isinstance(place, Region):  # `known:` with the id of a row
+            if isinstance(place, Region):  # `known:` with the id of a row, column or expert
                 continue
             # The value that `known:` expects is found later, because the value in a base takes precedence over it.
             places.append(place._replace(expect=None) if isinstance(target, KnownScalars) else place)

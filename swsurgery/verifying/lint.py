@@ -16,7 +16,7 @@ from typing import cast
 from swsurgery.editing.conflicts import find_conflicts
 from swsurgery.editing.targets import Expected, read_target
 from swsurgery.errors import LookupFailed, ManifestError, escape_control, pluralise
-from swsurgery.known import KnownCoordinate, KnownModel, own
+from swsurgery.known import KnownCoordinate, KnownEntry, KnownExpert, KnownModel, own
 from swsurgery.manifest.load import IN_MEMORY, LoadedManifest, ManifestLike, load_manifest
 from swsurgery.manifest.operations import Edit, Restore, Scale, Set, Zero
 from swsurgery.manifest.targets import SCALAR_FORMS, MeasuredValue
@@ -186,15 +186,18 @@ class _Reading:
         same_model = published is not None and model is not None and published.hf_id == model.hf_id
         same_values = base.repo_id is None or same_model
         for number, edit in enumerate(loaded.manifest.edits):
-            name = entry = None
+            name: str | None = None
+            entry: KnownCoordinate | None = None
             region = None if edit.form.name in SCALAR_FORMS else _name_region(edit)
             try:
                 if region is None:
                     target = read_target(edit)
-                    entry = target.find_entry(model)
-                    name = entry.id if entry else None if edit.known else str(target)
-                    if entry and entry.col is None:  # only the row is published, so the edit names the row
-                        name, region = None, _name_fields(layer=entry.layer, row=entry.row, expert=entry.expert)
+                    found = target.find_entry(model)
+                    name = found.id if found else None if edit.known else str(target)
+                    if found is not None and (region := _name_part(found)):
+                        name = None
+                    elif isinstance(found, KnownCoordinate):
+                        entry = found
             except LookupFailed as error:
                 if model is not None or not misses:  # a model that was not found is reported once
                     place = loaded.find_position("edits", number, "known")
@@ -212,6 +215,15 @@ def _name_region(edit: Edit) -> str:
         return f"{edit.tensor}[{', '.join(axes)}]"
     fields = (*edit.form.fields, *edit.form.optional)
     return edit.tensors or _name_fields(**{field: getattr(edit, field) for field in fields})
+
+
+def _name_part(entry: KnownEntry) -> str | None:
+    """Name the row, column or expert of an entry as `_name_region` does; None for the entry of a single scalar."""
+    if isinstance(entry, KnownExpert):
+        return _name_fields(layer=entry.layer, expert=entry.expert)
+    if isinstance(entry, KnownCoordinate):
+        return _name_fields(layer=entry.layer, row=entry.row, expert=entry.expert) if entry.col is None else None
+    return _name_fields(layer=entry.layer, col=entry.col, expert=entry.expert)
 
 
 def _name_fields(**fields: int | str | None) -> str:

@@ -18,6 +18,7 @@ from swsurgery.verifying.lint import LINTS, lint, lint_manifest
 ROOT = Path(__file__).parents[2]
 REVISION = "4782ad278652c7c71b72204d462d6d01eaaf7549"
 LLAMA = f'base: {{repo_id: huggyllama/llama-7b, revision: "{REVISION}"}}'
+MOE = LLAMA.replace("huggyllama/llama-7b", "Qwen/Qwen3-30B-A3B")
 DIRECTORY = 'base: {path: checkpoint, sha256: {model.safetensors: "' + 64 * "0" + '"}}'
 UNPINNED = "base: {path: checkpoint}"
 BOUNDS = "check: {min_perplexity_ratio: 2.0}"
@@ -58,6 +59,12 @@ CASES = [
     ("edit-duplicate",
      text(LLAMA, f"op: zero, {HERE}, expect: {VALUE}", f"@op: protect, {HERE}"),
      text(LLAMA, f"op: zero, {HERE}, expect: {VALUE}", "op: protect, layer: 2, row: 3968, col: 7004")),
+    ("edit-duplicate",
+     text(MOE, "op: zero, known: L1.E68", "@op: zero, layer: 1, expert: 68"),
+     text(MOE, "op: zero, known: L1.E68", "op: zero, layer: 1, expert: 67")),
+    ("edit-duplicate",
+     text(LLAMA, "op: zero, known: L2.*.7003", "@op: zero, layer: 2, col: 7003"),
+     text(LLAMA, "op: zero, known: L2.*.7003", "op: zero, layer: 2, col: 7004")),
     ("edit-duplicate",
      text(LLAMA, "op: zero, known: L2.3968.7003", f"@op: protect, tensor: {DOWN}, index: [3968, 7003]"),
      text(LLAMA, "op: zero, known: L2.3968.7003", f"op: protect, tensor: {DOWN}, index: [3968, 7004]")),
@@ -119,6 +126,12 @@ CASES = [
     ("known-missing",
      text(LLAMA, "op: protect, known: @L2.3968.7004"),
      text(LLAMA, "op: protect, known: L2.3968.7003")),
+    ("known-missing",
+     text(MOE, "op: protect, known: @L1.E69"),
+     text(MOE, "op: protect, known: L1.E68")),
+    ("known-missing",
+     text(LLAMA, "op: protect, known: @L2.*.7004"),
+     text(LLAMA, "op: protect, known: L2.*.7003")),
     ("known-missing",
      text(DIRECTORY, "op: protect, known: @all"),
      text(DIRECTORY.replace("path: checkpoint", "path: checkpoint, model: llama-7b"), "op: protect, known: all")),
