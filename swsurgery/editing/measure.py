@@ -14,11 +14,12 @@ from swsurgery.storage.numeric import load_numpy
 
 load_numpy()
 
-from swsurgery.rewriting.function import Function, Source, Words  # noqa: E402
+from swsurgery.rewriting.function import Function, Source  # noqa: E402
 from swsurgery.rewriting.read import build_function  # noqa: E402
 from swsurgery.rewriting.rows import RegionRows, StoredMatrix  # noqa: E402
 from swsurgery.rewriting.segments import RegionChange, list_segments, name_region  # noqa: E402
 from swsurgery.rewriting.stored import Keep, RegionPlace, StoredRows  # noqa: E402
+from swsurgery.storage.arrays import Words  # noqa: E402
 
 
 def measure_changes(

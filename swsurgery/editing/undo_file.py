@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from swsurgery.checkpoint.record import UndoRecord
-from swsurgery.rewriting.function import Words
 from swsurgery.rewriting.segments import RegionChange, RegionPart, make_rows
 from swsurgery.rewriting.undo import UndoTensor, list_undo_tensors, render_header, sort_tensors
 from swsurgery.storage import filesystem
+from swsurgery.storage.arrays import Words
 from swsurgery.storage.files import CHUNK
 from swsurgery.storage.folder import Folder
 

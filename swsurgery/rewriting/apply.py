@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from swsurgery.rewriting.function import Function, Source, Words
+from swsurgery.rewriting.function import Function, Source
+from swsurgery.storage.arrays import Words
 from swsurgery.storage.dtypes import Dtype
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError
-from swsurgery.rewriting.function import Source, Words
+from swsurgery.rewriting.function import Source
 from swsurgery.rewriting.kept import Indices, KeptScalars
 from swsurgery.rewriting.scope import TENSOR, Grouping, find_pieces, gather, scatter
 from swsurgery.rewriting.statistics import (
@@ -26,8 +26,9 @@ from swsurgery.rewriting.statistics import (
     find_ordered,
     measure_moments,
 )
-from swsurgery.rewriting.values import (
+from swsurgery.storage.arrays import (
     Doubles,
+    Words,
     decode_doubles,
     encode_doubles,
     find_magnitudes,

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError, pluralise
-from swsurgery.rewriting.function import CHUNK_SCALARS, Source, Words
+from swsurgery.rewriting.function import CHUNK_SCALARS, Source
 from swsurgery.rewriting.kept import KeptScalars
 from swsurgery.rewriting.statistics import read_pieces
-from swsurgery.rewriting.values import get_word_type, require_float
 from swsurgery.storage import dtypes
+from swsurgery.storage.arrays import Words, get_word_type, require_float
 from swsurgery.storage.dtypes import Dtype, FloatDtype
 
 

@@ -9,13 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from swsurgery.storage.arrays import Words
 from swsurgery.storage.dtypes import Dtype
-
-Words = NDArray[np.unsignedinteger]
-"""An array of bit patterns, one per scalar, of the unsigned integer type with the width of the dtype."""
 
 CHUNK_SCALARS = 65_536
 """Statistics are float64 sums over this many scalars, added in the order of the chunks, so that the result does not

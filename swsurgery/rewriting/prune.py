@@ -10,10 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError, pluralise
-from swsurgery.rewriting.function import CHUNK_SCALARS, Source, Words
+from swsurgery.rewriting.function import CHUNK_SCALARS, Source
 from swsurgery.rewriting.kept import KeptScalars
 from swsurgery.rewriting.statistics import count_fraction, count_scalars, find_largest, read_pieces
-from swsurgery.rewriting.values import decode_doubles, encode_doubles, find_magnitudes, get_word_type, require_float
+from swsurgery.storage.arrays import (
+    Words,
+    decode_doubles,
+    encode_doubles,
+    find_magnitudes,
+    get_word_type,
+    require_float,
+)
 from swsurgery.storage.dtypes import Dtype, FloatDtype
 
 

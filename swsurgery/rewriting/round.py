@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError
 from swsurgery.rewriting.clip import ClipFunction
-from swsurgery.rewriting.function import CHUNK_SCALARS, Source, Words
+from swsurgery.rewriting.function import CHUNK_SCALARS, Source
 from swsurgery.rewriting.kept import Indices, KeptScalars
 from swsurgery.rewriting.scope import TENSOR, Grouping, find_pieces
 from swsurgery.rewriting.statistics import check_piece, measure_range, read_pieces
-from swsurgery.rewriting.values import (
+from swsurgery.storage.arrays import (
     Doubles,
     Singles,
+    Words,
     decode_doubles,
     decode_singles,
     encode_doubles,

@@ -16,8 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from swsurgery.rewriting.function import Words
-from swsurgery.rewriting.values import get_word_type
+from swsurgery.storage.arrays import Words, get_word_type
 from swsurgery.storage.files import File, fill
 from swsurgery.storage.region import Region, list_runs
 from swsurgery.storage.shard import TensorInfo

@@ -14,8 +14,9 @@ from functools import cached_property
 import numpy as np
 
 from swsurgery.errors import PlanError
-from swsurgery.rewriting.function import Function, Words
+from swsurgery.rewriting.function import Function
 from swsurgery.rewriting.rows import BAND_SIZE, Indices, RegionRows, Runs, StoredMatrix
+from swsurgery.storage.arrays import Words
 from swsurgery.storage.region import Region
 from swsurgery.storage.shard import TensorInfo
 

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError, pluralise
-from swsurgery.rewriting.function import CHUNK_SCALARS, Source, Words
+from swsurgery.rewriting.function import CHUNK_SCALARS, Source
 from swsurgery.rewriting.kept import KeptScalars
 from swsurgery.rewriting.scope import Piece
-from swsurgery.rewriting.values import (
+from swsurgery.storage.arrays import (
     Doubles,
+    Words,
     decode_doubles,
     find_magnitudes,
     find_not_finite,

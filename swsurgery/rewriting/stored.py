@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from swsurgery.errors import CheckpointError
-from swsurgery.rewriting.function import Source, Words
+from swsurgery.rewriting.function import Source
 from swsurgery.rewriting.rows import Indices, RegionRows, StoredMatrix
+from swsurgery.storage.arrays import Words
 from swsurgery.storage.dtypes import Dtype
 from swsurgery.storage.files import File, read_exactly
 from swsurgery.storage.region import Region

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from swsurgery.rewriting.function import Words
 from swsurgery.rewriting.segments import RegionPart, Segment
+from swsurgery.storage.arrays import Words
 from swsurgery.storage.files import CHUNK, BaseFile, File, fill
 from swsurgery.storage.hashing import apply_to_chunk, count_threads, refuse_other_header
 from swsurgery.storage.shard import Shard

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swsurgery.rewriting.function import Words
 from swsurgery.rewriting.segments import RegionChange, RegionPart
 from swsurgery.rewriting.stream import Observe
+from swsurgery.storage.arrays import Words
 
 DIGESTED_SIZE = 1 << 20
 """Maximum size in bytes of a changed region that has digests of its own. A larger region is proved by the digests of

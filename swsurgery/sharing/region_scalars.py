@@ -27,11 +27,11 @@ load_numpy()
 import numpy as np  # noqa: E402
 
 from swsurgery.editing.measure import measure_changes  # noqa: E402
-from swsurgery.rewriting.function import Words  # noqa: E402
 from swsurgery.rewriting.rows import RegionRows, StoredMatrix  # noqa: E402
 from swsurgery.rewriting.segments import RegionChange, RegionPart, list_segments  # noqa: E402
 from swsurgery.rewriting.stored import Keep  # noqa: E402
 from swsurgery.rewriting.tally import Tally  # noqa: E402
+from swsurgery.storage.arrays import Words  # noqa: E402
 
 
 @dataclass

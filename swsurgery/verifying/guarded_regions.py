@@ -26,9 +26,8 @@ load_numpy()
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from swsurgery.rewriting.function import Words  # noqa: E402
 from swsurgery.rewriting.rows import BAND_SIZE, RegionRows, StoredMatrix  # noqa: E402
-from swsurgery.rewriting.values import Doubles, decode_doubles, encode_doubles  # noqa: E402
+from swsurgery.storage.arrays import Doubles, Words, decode_doubles, encode_doubles  # noqa: E402
 
 MAX_SINGLE = 1 << 16
 """Maximum number of scalars of a region that are compared one by one."""

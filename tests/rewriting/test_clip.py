@@ -15,7 +15,7 @@ from swsurgery.errors import NumberError
 from swsurgery.rewriting.apply import compute_region
 from swsurgery.rewriting.clip import ClipFunction
 from swsurgery.rewriting.read import build_function
-from swsurgery.rewriting.values import find_not_finite, get_word_type
+from swsurgery.storage.arrays import find_not_finite, get_word_type
 from swsurgery.storage.dtypes import DTYPES
 
 CLIPS = [{"z": 3}, {"z": 0.5}, {"fraction": 0.1}, {"fraction": 0.34}, {"iqr": 1.5}, {"iqr": 0}]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from swsurgery.errors import NumberError
 from swsurgery.rewriting.apply import Array, compute_region, compute_regions
 from swsurgery.rewriting.elementwise import ScaleFunction, SetFunction, ZeroFunction
-from swsurgery.rewriting.values import get_word_type
 from swsurgery.storage import dtypes
+from swsurgery.storage.arrays import get_word_type
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.numbers import Written
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from swsurgery.rewriting.apply import Array, make_source
 from swsurgery.rewriting.function import Source
-from swsurgery.rewriting.values import decode_doubles, encode_doubles, find_not_finite, get_word_type
+from swsurgery.storage.arrays import decode_doubles, encode_doubles, find_not_finite, get_word_type
 from swsurgery.storage.dtypes import DTYPES, Dtype
 
 FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]

@@ -57,7 +57,7 @@ TAKES_LONG = (
     "model/test_model_refused.py",
     "rewriting/test_clip.py",
     "rewriting/test_round.py",
-    "rewriting/test_values.py::test_a_float64_near_the_middle_of_two_values_rounds_once",
+    "storage/test_arrays.py::test_a_float64_near_the_middle_of_two_values_rounds_once",
     "sharing/test_card.py::test_front_matter_is_read_as_far_as_it_can_be",
     "sharing/test_card.py::test_ten_thousand_hostile_strings_stay_text",
     "sharing/test_publish.py",

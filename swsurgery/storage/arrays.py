@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError, pluralise
-from swsurgery.rewriting.function import Words
 from swsurgery.storage.dtypes import DTYPES, Dtype, FloatDtype, decode
+
+Words = NDArray[np.unsignedinteger]
+"""An array of bit patterns, one per scalar, of the unsigned integer type with the width of the dtype."""
 
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]

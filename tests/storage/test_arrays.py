@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swsurgery.errors import NumberError
-from swsurgery.rewriting import values
+from swsurgery.storage import arrays
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
 
@@ -28,12 +28,12 @@ ANY_SINGLE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
 def all_words(name: str) -> np.ndarray:
-    return np.arange(1 << DTYPES[name].bits).astype(values.get_word_type(DTYPES[name]))
+    return np.arange(1 << DTYPES[name].bits).astype(arrays.get_word_type(DTYPES[name]))
 
 
 def finite_words(name: str) -> np.ndarray:
     words = all_words(name)
-    return words[~values.find_not_finite(DTYPES[name], words)]
+    return words[~arrays.find_not_finite(DTYPES[name], words)]
 
 
 def encode(dtype, value: float) -> int | None:
@@ -50,7 +50,7 @@ def encode(dtype, value: float) -> int | None:
 def test_every_pattern_has_the_value_of_the_scalar_function(name):
     dtype, words = DTYPES[name], all_words(name)
     expected = [dtypes.decode(dtype, int(w).to_bytes(dtype.size, "little")) for w in words]
-    for found in (values.decode_singles(dtype, words), values.decode_doubles(dtype, words)):
+    for found in (arrays.decode_singles(dtype, words), arrays.decode_doubles(dtype, words)):
         assert np.array_equal(found, expected, equal_nan=True)
         with np.errstate(invalid="ignore"):
             assert np.array_equal(found, words.view(NUMPY[name]).astype(np.float64), equal_nan=True)
@@ -60,34 +60,34 @@ def test_every_pattern_has_the_value_of_the_scalar_function(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_every_finite_pattern_comes_back(name):
     dtype, words = DTYPES[name], finite_words(name)
-    assert np.array_equal(values.encode_singles(dtype, values.decode_singles(dtype, words)), words)
-    assert np.array_equal(values.encode_doubles(dtype, values.decode_doubles(dtype, words)), words)
+    assert np.array_equal(arrays.encode_singles(dtype, arrays.decode_singles(dtype, words)), words)
+    assert np.array_equal(arrays.encode_doubles(dtype, arrays.decode_doubles(dtype, words)), words)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_values_between_neighbours_round_half_to_even(name):
     dtype = DTYPES[name]
-    points = np.unique(values.decode_doubles(dtype, finite_words(name)))
+    points = np.unique(arrays.decode_doubles(dtype, finite_words(name)))
     middle = (points[1:] + points[:-1]) / 2
     tried = np.concatenate([middle, np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf)])
     tried = tried[np.random.default_rng(0).permutation(len(tried))][:3000]
     expected = [encode(dtype, v) for v in tried.tolist()]
-    assert values.encode_doubles(dtype, tried.copy()).tolist() == expected
+    assert arrays.encode_doubles(dtype, tried.copy()).tolist() == expected
     singles = tried.astype(np.float32)
     expected = [encode(dtype, v) for v in singles.tolist()]
-    assert values.encode_singles(dtype, singles.copy()).tolist() == expected
+    assert arrays.encode_singles(dtype, singles.copy()).tolist() == expected
 
 
 @pytest.mark.parametrize("name", FLOATS)
 @given(value=ANY_FLOAT)
 def test_a_float64_rounds_once(name, value):
-    check_encoding(DTYPES[name], values.encode_doubles, np.float64, value)
+    check_encoding(DTYPES[name], arrays.encode_doubles, np.float64, value)
 
 
 @pytest.mark.parametrize("name", FLOATS[1:])
 @given(value=ANY_SINGLE)
 def test_a_float32_rounds_once(name, value):
-    check_encoding(DTYPES[name], values.encode_singles, np.float32, value)
+    check_encoding(DTYPES[name], arrays.encode_singles, np.float32, value)
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -99,7 +99,7 @@ def test_a_float64_near_the_middle_of_two_values_rounds_once(name, data):
     value = float((low + high) / 2)
     for _ in range(data.draw(st.integers(0, 2))):
         value = math.nextafter(value, data.draw(st.sampled_from([math.inf, -math.inf])))
-    check_encoding(dtype, values.encode_doubles, np.float64, value * data.draw(st.sampled_from([1, -1])))
+    check_encoding(dtype, arrays.encode_doubles, np.float64, value * data.draw(st.sampled_from([1, -1])))
 
 
 def check_encoding(dtype, function, kind, value):
@@ -118,38 +118,38 @@ def test_a_value_that_is_not_finite_is_refused(name, value):
         (value,) = struct.unpack("<d", b"\xff" * 8)
     two = np.array([1, value])
     with pytest.raises(NumberError, match="1 result not finite"):
-        values.encode_doubles(DTYPES[name], two)
+        arrays.encode_doubles(DTYPES[name], two)
     if name != "F64":
         with pytest.raises(NumberError, match="1 result not finite"):
-            values.encode_singles(DTYPES[name], two.astype(np.float32))
+            arrays.encode_singles(DTYPES[name], two.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", FLOATS)
 @given(data=st.data())
 def test_results_go_to_out(name, data):
     dtype = DTYPES[name]
-    words = np.array(data.draw(st.lists(st.integers(0, dtype.largest), max_size=5)), values.get_word_type(dtype))
+    words = np.array(data.draw(st.lists(st.integers(0, dtype.largest), max_size=5)), arrays.get_word_type(dtype))
     doubles, back = np.empty(words.shape), np.empty_like(words)
-    assert values.decode_doubles(dtype, words, doubles) is doubles
-    assert values.encode_doubles(dtype, doubles, back) is back
+    assert arrays.decode_doubles(dtype, words, doubles) is doubles
+    assert arrays.encode_doubles(dtype, doubles, back) is back
     assert np.array_equal(back, words)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_not_finite_patterns_are_found(name):
     dtype, words = DTYPES[name], all_words(name)
-    expected = ~np.isfinite(values.decode_doubles(dtype, words))
-    assert np.array_equal(values.find_not_finite(dtype, words), expected)
-    assert all(values.has_not_finite(dtype, words[n : n + 1]) == bad for n, bad in enumerate(expected))
-    assert not values.has_not_finite(dtype, words[:0])
+    expected = ~np.isfinite(arrays.decode_doubles(dtype, words))
+    assert np.array_equal(arrays.find_not_finite(dtype, words), expected)
+    assert all(arrays.has_not_finite(dtype, words[n : n + 1]) == bad for n, bad in enumerate(expected))
+    assert not arrays.has_not_finite(dtype, words[:0])
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_ordered_integers_are_ordered_like_the_values(name):
     dtype, words = DTYPES[name], finite_words(name)
-    keys = values.order_words(dtype, words)
-    assert np.array_equal(values.restore_words(dtype, keys), words)
-    found = values.decode_doubles(dtype, words[np.argsort(keys)])
+    keys = arrays.order_words(dtype, words)
+    assert np.array_equal(arrays.restore_words(dtype, keys), words)
+    found = arrays.decode_doubles(dtype, words[np.argsort(keys)])
     assert (np.diff(found) >= 0).all() and len(np.unique(keys)) == len(keys)
 
 
@@ -157,20 +157,20 @@ def test_ordered_integers_are_ordered_like_the_values(name):
 def test_the_word_type_has_the_width_of_the_dtype(name, width):
     if width is None:
         with pytest.raises(NumberError, match=name):
-            values.get_word_type(DTYPES[name])
+            arrays.get_word_type(DTYPES[name])
     else:
-        assert values.get_word_type(DTYPES[name]).itemsize == width
+        assert arrays.get_word_type(DTYPES[name]).itemsize == width
 
 
 @pytest.mark.parametrize("name", ["I8", "BOOL", "F8_E8M0", "C64"])
 def test_other_dtypes_are_refused(name):
     with pytest.raises(NumberError, match=f"{name} is not a floating-point dtype: model.w"):
-        values.require_float(DTYPES[name], "model.w")
+        arrays.require_float(DTYPES[name], "model.w")
 
 
 def test_finite_float16_patterns_are_decoded_without_a_table():
     words = np.arange(1 << 16).astype(np.uint16)
-    found = values.decode_singles(DTYPES["F16"], words, finite=True)
+    found = arrays.decode_singles(DTYPES["F16"], words, finite=True)
     expected = words.view(np.float16).astype(np.float32)
     finite = np.isfinite(expected)
     assert np.array_equal(found[finite].view(np.uint32), expected[finite].view(np.uint32))
@@ -186,5 +186,5 @@ def test_normal_float16_values_and_the_middles_between_them_are_rounded_half_to_
     singles = np.concatenate([singles, near, -singles, -near, np.float32([0.0, -0.0])])
     expected = singles.astype(np.float16).view(np.uint16)
     out = np.empty(singles.shape, np.uint16)
-    values.pack_singles(DTYPES["F16"], singles.copy(), out, normal=True)
+    arrays.pack_singles(DTYPES["F16"], singles.copy(), out, normal=True)
     assert np.array_equal(out, expected)
