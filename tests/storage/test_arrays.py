@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swsurgery.errors import NumberError
-from swsurgery.storage import arrays
-from swsurgery.storage import dtypes
+from swsurgery.storage import arrays, dtypes
 from swsurgery.storage.dtypes import DTYPES
 
 FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
