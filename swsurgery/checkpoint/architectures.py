@@ -31,10 +31,15 @@ class InputLayout:
     "up_proj"), or one name if the MLP has no gate. `fusion` is "apart" if each matrix is a tensor. Otherwise one tensor
     has gate and up: "halves" stores all neurons of the gate before those of up, "alternating" stores gate and up of
     neuron 0, then of neuron 1, and so on. The axes are those of the down projection with row and col exchanged.
+
+    `adapters` is the name of a list of low-rank adapters, each stored as two matrices (`NAME.0.0` and `NAME.0.1`), or
+    None. The second matrix of an adapter has the rows of the input projections, and the model adds its products to
+    theirs.
     """
 
     names: tuple[str, ...]
     fusion: Fusion = "apart"
+    adapters: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Layout:
     running model; rows and columns are supported then, but not neurons and experts. `stored_only` is True if
     transformers transposes the tensors while loading them, so that only files have this layout and no loaded model
     does.
+
+    `rows_key` is the key of config.json that states the number of rows, such as "moe_latent_size", if it can differ
+    from the hidden size. `direct` is False if another matrix multiplies the output before it is added to the residual
+    stream, so that a row is no channel of the residual stream.
     """
 
     kind: ProjectionKind
@@ -53,6 +62,8 @@ class Layout:
     axes: Axes
     inputs: InputLayout | None
     stored_only: bool = False
+    rows_key: str | None = None
+    direct: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,9 @@ class Family:
     """Model types (as in config.json) that store their down projections in the same way.
 
     `trunks` are the prefixes of tensor names in a text-only model: one if the model has a language-modelling head
-    ("model."), one if it has none (""). A mixture of experts has several layouts: one for each kind of layer, and one
-    for each way to store the experts.
+    ("model."), one if it has none (""). Nemotron-H has one more, because files and loaded models have different
+    prefixes. A mixture of experts has several layouts: one for each kind of layer, and one for each way to store the
+    experts.
     """
 
     name: str
@@ -75,9 +87,10 @@ class Family:
         return list_prefixes(self.trunks)
 
 
-WRAPPERS = ("language_model.", "model.language_model.", "text_model.", "model.text_model.")
-"""Prefixes of the language model in vision-language models. Each may precede or replace the trunk of any family.
-Example: LLaVA stores "language_model.model.layers.", and transformers loads it as "model.language_model.layers."."""
+WRAPPERS = ("language_model.", "model.language_model.", "text_model.", "model.text_model.", "thinker.")
+"""Prefixes of the language model in multimodal models. Each may precede or replace the trunk of any family. Example:
+LLaVA stores "language_model.model.layers.", and transformers loads it as "model.language_model.layers.". Qwen-Omni
+stores "thinker.model.layers.", beside another language model for speech ("talker.model.layers.")."""
 
 
 @cache
@@ -94,11 +107,17 @@ _FUSED = InputLayout(("gate_up_proj",), "halves")
 _FUSED_LINEAR = InputLayout(("input_linear",), "halves")
 _C_FC = InputLayout(("c_fc",))
 _FC1 = InputLayout(("fc1",))
+_UP = InputLayout(("up_proj",))
+_W1_W3 = InputLayout(("w1", "w3"))
 _H_TO_4H = InputLayout(("dense_h_to_4h",))
 _DENSE = Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _GATED)
 _EXPERTS = Layout("routed", "layers.{layer}.mlp.experts.{expert}.down_proj.weight", "row col", _GATED)
 # transformers >= 5 stacks the experts while loading, and saves the stacked form if save_original_format=False.
 _STACKED = Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert row col", _FUSED)
+_SHARED = Layout("shared", "layers.{layer}.mlp.shared_experts.down_proj.weight", "row col", _GATED)
+_W2 = Layout("dense", "layers.{layer}.feed_forward.w2.weight", "row col", _W1_W3)
+_W2_EXPERTS = Layout("routed", "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", "row col", _W1_W3)
+_STACKED_FF = Layout("routed", "layers.{layer}.feed_forward.experts.down_proj", "expert row col", _FUSED)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -107,13 +126,14 @@ FAMILIES: tuple[Family, ...] = (
             *("llama", "mistral", "smollm3", "granite", "stablelm"),  # SmolLM2, DeepSeek-LLM, EuroLLM: llama
             *("cohere", "cohere2", "olmo", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text"),
             *("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"),
+            *("qwen2_5_omni", "qwen2_5_omni_thinker", "qwen2_5_omni_text", "hunyuan_v1_dense"),
         ),
         _MODEL,
         (_DENSE,),
     ),
     Family(
         "Phi-3 and GLM-4",
-        ("phi3", "glm", "glm4"),
+        ("phi3", "phi4_multimodal", "glm", "glm4"),
         _MODEL,
         (Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _FUSED),),
     ),
@@ -157,19 +177,14 @@ FAMILIES: tuple[Family, ...] = (
         "MPT",
         ("mpt",),
         _TRANSFORMER,
-        (Layout("dense", "blocks.{layer}.ffn.down_proj.weight", "row col", InputLayout(("up_proj",))),),
+        (Layout("dense", "blocks.{layer}.ffn.down_proj.weight", "row col", _UP),),
     ),
     Family(
         "Mixtral",
         ("mixtral", "phimoe"),
         _MODEL,
         (
-            Layout(
-                "routed",
-                "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-                "row col",
-                InputLayout(("w1", "w3")),
-            ),
+            _W2_EXPERTS,
             _STACKED,
         ),
     ),
@@ -192,7 +207,7 @@ FAMILIES: tuple[Family, ...] = (
             _DENSE,
             _EXPERTS,
             _STACKED,
-            Layout("shared", "layers.{layer}.mlp.shared_experts.down_proj.weight", "row col", _GATED),
+            _SHARED,
         ),
     ),
     Family("OLMoE", ("olmoe",), _MODEL, (_EXPERTS, _STACKED)),
@@ -238,6 +253,183 @@ FAMILIES: tuple[Family, ...] = (
             _DENSE,
             _STACKED,
             Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert col row", _FUSED, stored_only=True),
+        ),
+    ),
+    # transformers 5.23, models/nemotron: the activation is relu2, and the MLP has no gate.
+    Family(
+        "Nemotron", ("nemotron",), _MODEL, (Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _UP),)
+    ),
+    # The published files have "backbone.", which transformers renames. A layer has a mixer: an MLP, a mixture of
+    # experts, attention or Mamba. The routed experts of Nemotron 3 may read and write a smaller latent space.
+    Family(
+        "Nemotron-H and Nemotron 3",
+        ("nemotron_h",),
+        ("backbone.", *_MODEL),
+        (
+            Layout("dense", "layers.{layer}.mixer.down_proj.weight", "row col", _UP),
+            Layout(
+                "routed",
+                "layers.{layer}.mixer.experts.{expert}.down_proj.weight",
+                "row col",
+                _UP,
+                rows_key="moe_latent_size",
+            ),
+            Layout(
+                "routed",
+                "layers.{layer}.mixer.experts.down_proj",
+                "expert row col",
+                _UP,
+                rows_key="moe_latent_size",
+            ),
+            Layout("shared", "layers.{layer}.mixer.shared_experts.down_proj.weight", "row col", _UP),
+        ),
+    ),
+    # InternLM2 has no class in transformers. Its modeling_internlm2.py computes w2(silu(w1(x)) * w3(x)).
+    Family("LFM2 and InternLM2", ("lfm2", "internlm2"), _MODEL, (_W2,)),
+    Family(
+        "LFM2-MoE",
+        ("lfm2_moe",),
+        _MODEL,
+        (
+            _W2,
+            Layout("routed", "layers.{layer}.feed_forward.experts.{expert}.w2.weight", "row col", _W1_W3),
+            _STACKED_FF,
+        ),
+    ),
+    Family(
+        "Jamba",
+        ("jamba",),
+        _MODEL,
+        (
+            Layout("dense", "layers.{layer}.feed_forward.down_proj.weight", "row col", _GATED),
+            Layout("routed", "layers.{layer}.feed_forward.experts.{expert}.down_proj.weight", "row col", _GATED),
+            _STACKED_FF,
+        ),
+    ),
+    # The published files have no "model.". transformers saves one, and the names of the published files after it.
+    Family(
+        "DeepSeek-V4",
+        ("deepseek_v4",),
+        _MODEL,
+        (
+            Layout("routed", "layers.{layer}.ffn.experts.{expert}.w2.weight", "row col", _W1_W3),
+            _STACKED,
+            Layout("shared", "layers.{layer}.ffn.shared_experts.w2.weight", "row col", _W1_W3),
+            _SHARED,
+        ),
+    ),
+    # The published files name the dense layers "mlp"; transformers saves them as "block_sparse_moe" too.
+    Family(
+        "Kimi-Linear",
+        ("kimi_linear",),
+        _MODEL,
+        (
+            _DENSE,
+            Layout("dense", "layers.{layer}.block_sparse_moe.down_proj.weight", "row col", _GATED),
+            _W2_EXPERTS,
+            _STACKED,
+            Layout("shared", "layers.{layer}.block_sparse_moe.shared_experts.down_proj.weight", "row col", _GATED),
+            _SHARED,
+        ),
+    ),
+    Family(
+        "HunYuan-MoE",
+        ("hunyuan_v1_moe",),
+        _MODEL,
+        (
+            _EXPERTS,
+            _STACKED,
+            Layout("shared", "layers.{layer}.mlp.shared_mlp.down_proj.weight", "row col", _GATED),
+        ),
+    ),
+    # transformers has a class for Step-3.5 and 3.7 only. Step-3 has the same names: vLLM,
+    # vllm/model_executor/models/step3_text.py (Step3TextForCausalLM.load_weights).
+    Family(
+        "Step-3",
+        ("step3_vl", "step3_text", "step3p5", "step3p7"),
+        _MODEL,
+        (
+            _DENSE,
+            Layout("routed", "layers.{layer}.moe.down_proj.weight", "expert row col", _GATED),
+            _STACKED,
+            Layout("shared", "layers.{layer}.share_expert.down_proj.weight", "row col", _GATED),
+            _SHARED,
+        ),
+    ),
+    # Each layer also has two dense MLPs, `mlps.0` and `mlps.1`. A layer number does not tell them apart, so they have
+    # no short form.
+    Family("LongCat-Flash", ("longcat_flash",), _MODEL, (_EXPERTS, _STACKED)),
+    # No class in transformers; the names are those of vLLM, vllm/model_executor/models/arctic.py (load_weights). The
+    # residual MLP processes every token beside the experts, like the shared expert of other families.
+    Family(
+        "Arctic",
+        ("arctic",),
+        _MODEL,
+        (
+            Layout("dense", "layers.{layer}.block_sparse_moe.mlp.w2.weight", "row col", _W1_W3),
+            _W2_EXPERTS,
+            Layout("shared", "layers.{layer}.residual_mlp.w2.weight", "row col", _W1_W3),
+        ),
+    ),
+    # Several layers use one MLP, which is stored in the first of them. `linear` multiplies the output of the block.
+    Family(
+        "Zamba",
+        ("zamba",),
+        _MODEL,
+        (
+            Layout(
+                "dense",
+                "layers.{layer}.shared_transf.feed_forward.down_proj.weight",
+                "row col",
+                _GATED,
+                direct=False,
+            ),
+        ),
+    ),
+    Family(
+        "Zamba 2",
+        ("zamba2",),
+        _MODEL,
+        (
+            Layout(
+                "dense",
+                "layers.{layer}.shared_transformer.feed_forward.down_proj.weight",
+                "row col",
+                InputLayout(("gate_up_proj",), "halves", "gate_up_proj_adapter_list"),
+                direct=False,
+            ),
+        ),
+    ),
+    Family(
+        "RecurrentGemma",
+        ("recurrent_gemma",),
+        _MODEL,
+        (Layout("dense", "layers.{layer}.mlp_block.down_proj.weight", "row col", _GATED),),
+    ),
+    # transformers 5.23, models/modernbert: the activation is applied to the first half of Wi, so that half is the gate.
+    Family(
+        "ModernBERT",
+        ("modernbert", "modernbert-decoder"),
+        _MODEL,
+        (Layout("dense", "layers.{layer}.mlp.Wo.weight", "row col", InputLayout(("Wi",), "halves")),),
+    ),
+    # The files of Phi-4-multimodal before transformers had a class: each matrix has the adapters of two modalities.
+    Family(
+        "Phi-4-multimodal with adapters",
+        ("phi4mm",),
+        _MODEL,
+        (Layout("dense", "layers.{layer}.mlp.down_proj.base_layer.weight", "row col", _FUSED),),
+    ),
+    # No class in transformers. ChatGLM2, ChatGLM3 and GLM-4-9B have a gate: vLLM,
+    # vllm/model_executor/models/chatglm.py (GLMMLP). The first ChatGLM-6B has other prefixes and no gate.
+    Family(
+        "ChatGLM",
+        ("chatglm",),
+        ("transformer.encoder.", "encoder."),
+        (
+            Layout(
+                "dense", "layers.{layer}.mlp.dense_4h_to_h.weight", "row col", InputLayout(("dense_h_to_4h",), "halves")
+            ),
         ),
     ),
 )

@@ -12,7 +12,7 @@ import torch or transformers. Its functions receive config.json as a mapping, an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -33,6 +33,9 @@ from swsurgery.storage.coordinate import Coordinate
 
 _BY_NAME = "name the scalar by tensor and index instead"
 """The remedy in most error messages of this module."""
+
+_SECTIONS = ("text_config", "llm_config", "thinker_config")
+"""Keys of config.json whose values describe the language model of a multimodal model."""
 
 _Match: TypeAlias = tuple[Family, Layout, int, ExpertChoice]
 """What a tensor's name says if it is the name of a down projection: the family, the layout, the layer and the expert.
@@ -233,6 +236,16 @@ def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(prefix for family in _get_families(config) for prefix in family.prefixes))
 
 
+def has_residual_rows(config: Mapping[str, Any], projection: DownProjection) -> bool:
+    """Return True if each row of a down projection is a channel of the residual stream.
+
+    The rows are other channels if another matrix multiplies the output of the MLP, as in Zamba, or of the experts, as
+    in a Nemotron 3 with a latent space.
+    """
+    layouts = list_layouts(config, projection)
+    return all(layout.direct for layout in layouts) and _read_row_count(config, layouts) == _read_hidden_size(config)
+
+
 def list_layouts(config: Mapping[str, Any], projection: DownProjection) -> tuple[Layout, ...]:
     """List the layouts that a down projection may have: one kind of MLP for a known family, several for others."""
     matches = _list_matches(_get_families(config), projection.tensor)
@@ -263,17 +276,17 @@ def _get_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
 
 def find_known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     """Return the families that have the model type in config.json; an empty tuple if no family has it."""
-    for section in _list_sections(config):
+    for section in list_sections(config):
         known = tuple(family for family in FAMILIES if section.get("model_type") in family.model_types)
         if known:
             return known
     return ()
 
 
-def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the parts of config.json that may describe the language model, the most specific first."""
-    nested = [config.get(key) for key in ("text_config", "llm_config")]
-    return [section for section in nested if isinstance(section, Mapping)] + [config]
+    nested = [config.get(key) for key in _SECTIONS]
+    return [inner for section in nested if isinstance(section, Mapping) for inner in list_sections(section)] + [config]
 
 
 def _find_number(config: Mapping[str, Any], *keys: str) -> int | None:
@@ -281,13 +294,13 @@ def _find_number(config: Mapping[str, Any], *keys: str) -> int | None:
 
     The most specific section is searched first, and in each section the keys in the given order.
     """
-    values = (section.get(key) for section in _list_sections(config) for key in keys)
+    values = (section.get(key) for section in list_sections(config) for key in keys)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def read_model_type(config: Mapping[str, Any]) -> str:
     """Return the model type of the language model in config.json, for messages; "not given" if there is none."""
-    types = [section["model_type"] for section in _list_sections(config) if "model_type" in section]
+    types = [section["model_type"] for section in list_sections(config) if "model_type" in section]
     return str(types[0]) if types else "not given"
 
 
@@ -401,9 +414,15 @@ def _read_hidden_size(config: Mapping[str, Any]) -> int | None:
     return _find_number(config, "hidden_size", "n_embd", "n_embed", "d_model")
 
 
+def _read_row_count(config: Mapping[str, Any], layouts: Sequence[Layout]) -> int | None:
+    """Return the number of rows that config.json states for a down projection; None if it states none."""
+    stated = (_find_number(config, layout.rows_key) for layout in layouts if layout.rows_key)
+    return next((rows for rows in stated if rows is not None), None) or _read_hidden_size(config)
+
+
 def _list_fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: list[Layout]) -> set[Axes]:
-    """Return the possible orders of a tensor's axes that agree with its shape and the hidden size in config.json."""
-    hidden = _read_hidden_size(config)
+    """Return the possible orders of a tensor's axes that agree with its shape and the row count in config.json."""
+    hidden = _read_row_count(config, layouts)
     return {
         axes
         for axes in _list_possible_axes(config, layouts)
@@ -413,7 +432,7 @@ def _list_fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layout
 
 def _find_orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], layouts: list[Layout]) -> Axes:
     """Return the order of a tensor's axes that fits its shape. Raises ArchitectureError if no order or several fit."""
-    hidden = _read_hidden_size(config)
+    hidden = _read_row_count(config, layouts)
     fitting = _list_fitting_axes(config, shape, layouts)
     if not fitting:
         possible = sorted(_list_possible_axes(config, layouts))

@@ -9,6 +9,7 @@ is missing or superfluous, or the tensor is packed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,9 @@ from swsurgery.checkpoint.projections import (
 )
 from swsurgery.errors import ArchitectureError
 from swsurgery.storage.region import Region
+
+_SUFFIXES = (".base_layer.weight", ".weight")
+"""Endings of a matrix's name after the module's name; the first one if the module has LoRA adapters."""
 
 _BY_SLICE = "name the tensors with `tensor` and `slice` instead"
 """The remedy in most messages of this module."""
@@ -70,8 +74,9 @@ def locate_neuron(
     """Find everything that one neuron of an MLP has alone: its gate row, its up row and its down column.
 
     A neuron of an MLP without a gate has one input row and a down column. A neuron includes its bias: if the input
-    projections have biases, its elements of them are found too, and zeros in all regions make its activation exactly
-    zero. The order is gate, gate bias, up, up bias, down. The regions do not overlap.
+    projections have biases or adapters, its elements of them are found too, and zeros in all regions make its
+    activation exactly zero. The order is gate, gate bias, up, up bias, down; adapters come after biases. The regions do
+    not overlap.
 
     Raises ArchitectureError also if the gate of the family is unknown, or a tensor of the MLP is missing or has a shape
     that does not fit.
@@ -123,7 +128,7 @@ def _find_inputs(config: Mapping[str, Any], projection: DownProjection, shapes: 
     families = find_known_families(config)
     found = [layout.inputs for layout in list_layouts(config, projection) if layout.inputs is not None]
     if not families:
-        stored = [inputs for inputs in found if all(_name_sibling(projection, n) in shapes for n in inputs.names)]
+        stored = [inputs for inputs in found if all(name_sibling(projection, n) in shapes for n in inputs.names)]
         found = [inputs for inputs in stored if len(inputs.names) == 2 or (whole and inputs.fusion != "apart")]
     if not found:
         family = f"model type {read_model_type(config)}"
@@ -148,14 +153,31 @@ def _list_input_tensors(projection: DownProjection, inputs: InputLayout, shapes:
     axes = tuple(exchanged.get(axis, axis) for axis in projection.axes.split())
     width = projection.cols if inputs.fusion == "apart" else 2 * projection.cols
     for module in inputs.names:
-        name = _name_sibling(projection, module)
+        name = name_sibling(projection, module)
         refuse_packed(name, shapes, module)
         refuse_otherwise_stored(name, shapes, module)
         if name not in shapes:
             raise ArchitectureError(f"the MLP of {projection.tensor} has no {module}", name, _BY_SLICE)
-        matrix = _read_tensor(name, axes, shapes, _map_sizes(projection, shapes) | {"col": width})
+        sizes = _map_sizes(projection, shapes) | {"col": width}
+        if "expert" in axes:  # LongCat stores input projections, but no down projections, for its zero experts
+            sizes["expert"] = max(sizes["expert"], next(iter(shapes[name]), 0))
+        matrix = _read_tensor(name, axes, shapes, sizes)
         yield matrix
         yield from _read_bias(matrix, shapes, "col", width)
+    if inputs.adapters:
+        yield from _list_adapters(name_sibling(projection, inputs.adapters), shapes, width)
+
+
+def _list_adapters(name: str, shapes: Shapes, width: int) -> Iterator[_Stored]:
+    """Yield the second matrix of each low-rank adapter of the input projections: (width, rank).
+
+    `name` is the name of the list of adapters with the ending of a weight. An input projection has one adapter for each
+    layer that uses the MLP. The first matrix of an adapter belongs to all neurons together.
+    """
+    pattern = re.compile(re.escape(name.removesuffix(".weight")) + r"\.[0-9]+\.1\.weight")
+    for adapter in sorted(filter(pattern.fullmatch, shapes)):
+        rank = shapes[adapter][1] if len(shapes[adapter]) == 2 else 0
+        yield _read_tensor(adapter, ("col", "rank"), shapes, {"col": width, "rank": rank})
 
 
 def _read_bias(matrix: _Stored, shapes: Shapes, axis: str, size: int) -> Iterator[_Stored]:
@@ -182,12 +204,12 @@ def _map_sizes(projection: DownProjection, shapes: Shapes) -> dict[str, int]:
 
 def _split_name(tensor: str) -> tuple[str, str, str]:
     """Split a matrix's name around its module: ("model.layers.2.mlp.", "down_proj", ".weight")."""
-    suffix = ".weight" if tensor.endswith(".weight") else ""
+    suffix = next((suffix for suffix in _SUFFIXES if tensor.endswith(suffix)), "")
     parent, dot, module = tensor.removesuffix(suffix).rpartition(".")
     return parent + dot, module, suffix
 
 
-def _name_sibling(projection: DownProjection, module: str) -> str:
+def name_sibling(projection: DownProjection, module: str) -> str:
     """Return the name of the matrix of another module of the same MLP."""
     parent, _, suffix = _split_name(projection.tensor)
     return parent + module + suffix

@@ -32,12 +32,14 @@ ALIGNMENT = 256
 RENAMED = (
     (".mlp.", ".block_sparse_moe."),
     (".mlp.router.", ".block_sparse_moe.gate."),
+    (".self_attn.forget_gate.", ".self_attn."),
     ("lm_head.", "embed_out."),
 )
 """Parts of names that differ between transformers and checkpoints, as (part in transformers, part in a checkpoint)."""
 
 STACKED = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "experts.up_proj": (("up_proj",),),
     "experts.down_proj": (("down_proj",), ("w2",)),
 }
 """Parameters that transformers stacks over all experts, with the possible names of the tensors that are stored for each

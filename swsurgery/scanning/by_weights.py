@@ -27,8 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from swsurgery.checkpoint.architectures import InputLayout
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import DownProjection, list_down_projections
+from swsurgery.checkpoint.projections import DownProjection, list_down_projections, list_layouts, list_sections
+from swsurgery.checkpoint.structures import name_sibling
 from swsurgery.errors import ArchitectureError
 from swsurgery.progress import Progress, Silent
 from swsurgery.scanning.coverage import format_layer_name, list_stored_layers, list_unread_layers
@@ -91,6 +93,9 @@ def _make_single(name: str, how: str) -> Inputs:
     return Inputs(name, name, how)
 
 
+_HOW = {"halves": "halves", "alternating": "interleaved"}
+"""Maps `fusion` of an InputLayout with a fused tensor to `how` of Inputs."""
+
 INPUTS: dict[str, tuple[Inputs, ...]] = {
     "down_proj": (
         _make_pair("gate_proj", "up_proj"),
@@ -104,21 +109,25 @@ INPUTS: dict[str, tuple[Inputs, ...]] = {
     "fc2": (_make_single("fc1", "alone"),),  # Phi-2, OPT
     "fc_out": (_make_single("fc_in", "alone"),),  # GPT-J
 }
-"""Maps the last part of a down projection's name to the possible names of the input matrices. The first alternative
-whose tensors are all in the checkpoint is used."""
+"""Maps the last part of a down projection's name to the possible names of the input matrices. They are used if the
+matrices of the model's own layout are not stored. The first alternative whose tensors are all in the checkpoint is
+used."""
 
-INTERLEAVED = ("gpt_oss",)
-"""The model types whose gate_up_proj alternates between gate rows and up rows."""
-
-PRE_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm")
+PRE_NORMS = (
+    *("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm"),
+    *("channel_pre_norm", "mlp_norm"),  # RecurrentGemma, ModernBERT
+    *("shared_transf.pre_ff_layernorm", "shared_transformer.pre_ff_layernorm"),  # Zamba
+)
 """Names of norms that are before the MLP in every model that has them."""
 
 NORMS = (
     *PRE_NORMS,
-    *("ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "final_layer_norm", "input_layernorm", "ln_1"),
+    *("ln_mlp", "ln_2", "norm_2", "post_attention_layernorm", "post_attention_layernorm.0", "final_layer_norm"),
+    *("input_layernorm", "ln_1", "norm"),
 )
-"""Possible names of the norm before the MLP. The first name that the layer contains is used. The last two names belong
-to models in which the MLP and attention run in parallel and share one norm."""
+"""Possible names of the norm before the MLP. The first name that the layer contains is used. `input_layernorm` and
+`ln_1` belong to models in which the MLP and attention run in parallel and share one norm, `norm` to models whose layers
+have one block each (Nemotron-H)."""
 
 NO_PRE_NORM = "post_feedforward_layernorm"
 """The name of a norm after the MLP. A layer that has it, but no norm in `PRE_NORMS`, has no norm before its MLP (OLMo 2
@@ -126,6 +135,9 @@ and 3, EXAONE 4)."""
 
 POST_NORM = re.compile(r"post_(feed_?forward|mlp|ffn|ff|moe)_(layer|rms)?norm")
 """Matches the name of a norm that is applied to the MLP's output before the residual addition."""
+
+ARCTIC_RESIDUAL = ".residual_mlp."
+"""Part of the names of the MLP that runs beside the experts of Arctic, and that has a norm of its own."""
 
 NO_GAIN = "no gain of a norm before the MLP is stored, so the score uses a gain of 1"
 
@@ -140,7 +152,7 @@ NORM_OF_THE_SUM = (
 )
 
 ONE_PLUS = (
-    *("gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma", "nemotron"),
+    *("gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma", "nemotron", "recurrent_gemma"),
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
     *("minimax_m3_vl", "minimax_m3_vl_text", "muse_glimmer", "muse_glimmer_text", "step3p7", "step3p5"),
 )
@@ -213,7 +225,7 @@ def scan_weights(
         notes.append(why.replace("no super weight", "no super weight in what was read", 1) if unread else why)
     return Scan(
         method="weights",
-        model_type=next((str(s["model_type"]) for s in _list_sections(config) if s.get("model_type")), "unknown"),
+        model_type=next((str(s["model_type"]) for s in list_sections(config) if s.get("model_type")), "unknown"),
         layers=len(list_stored_layers(config, names.shapes, projections)),
         candidates=tuple(candidates),
         notes=tuple(notes),
@@ -237,8 +249,9 @@ class _Names:
     def __init__(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]):
         self.checkpoint, self.shapes = checkpoint, shapes
         self.notes: list[str] = []
-        # The squared gain of the norm before the MLP and the gain of the norm after it, by layer: experts share norms.
-        self._gains: dict[int, tuple[NDArray[np.float64], NDArray[np.float32] | None]] = {}
+        # The squared gain of the norm before the MLP and the gain of the norm after it, by layer and by the number of
+        # rows: experts share norms. True: the residual MLP of Arctic, which has a norm of its own.
+        self._gains: dict[tuple[int, int, bool], tuple[NDArray[np.float64], NDArray[np.float32] | None]] = {}
         self._norms_behind: dict[str, str] = {}
         for name in shapes:
             layer, _, norm = name.removesuffix(".weight").rpartition(".")
@@ -266,19 +279,19 @@ class _Names:
         else:
             sides = ScoreSide(gate), ScoreSide(up, neurons if how == "halves" else 0)
         down = Matrix.of(self.checkpoint, projection.tensor, expert)
-        if projection.layer not in self._gains:
-            self._gains[projection.layer] = self._read_gain_before(projection) ** 2, self._read_gain_behind(projection)
-        return Mlp(neurons, 1 if projection.transposed else 0, *sides, down, *self._gains[projection.layer])
+        key = (projection.layer, projection.rows, ARCTIC_RESIDUAL in projection.tensor)
+        if key not in self._gains:
+            self._gains[key] = self._read_gain_before(projection) ** 2, self._read_gain_behind(projection)
+        return Mlp(neurons, 1 if projection.transposed else 0, *sides, down, *self._gains[key])
 
     def _find_inputs(self, projection: DownProjection) -> Inputs:
-        suffix = ".weight" if projection.tensor.endswith(".weight") else ""
-        trunk, _, last = projection.tensor.removesuffix(suffix).rpartition(".")
+        last = projection.tensor.removesuffix(".weight").rpartition(".")[2]
+        layouts = [layout.inputs for layout in list_layouts(self.checkpoint.config, projection) if layout.inputs]
         sought = []
-        for gate, up, how in INPUTS.get(last, ()):
-            gate, up = (f"{trunk}.{name}{suffix}" for name in (gate, up))
+        for gate, up, how in dict.fromkeys((*map(_convert, layouts), *INPUTS.get(last, ()))):
+            gate, up = (name_sibling(projection, name) for name in (gate, up))
             if gate in self.shapes and up in self.shapes:
-                interleaved = how == "halves" and _has_type(self.checkpoint.config, INTERLEAVED)
-                return Inputs(gate, up, "interleaved" if interleaved else how)
+                return Inputs(gate, up, how)
             sought.append(gate if gate == up else f"{gate} and {up}")
         raise ArchitectureError(
             "the matrices before the down projection are not stored under a known name",
@@ -294,7 +307,12 @@ class _Names:
         if self.checkpoint.config.get("do_layer_norm_before") is False:
             norms = ("self_attn_layer_norm",)
             self._note(NORM_OF_THE_SUM)
+        if ARCTIC_RESIDUAL in projection.tensor:
+            norms = ("residual_layernorm",)
         stored = [name for name in norms if f"{layer}.{name}.weight" in self.shapes]
+        latent = any(layout.rows_key for layout in list_layouts(self.checkpoint.config, projection))
+        if latent and stored and self.shapes[f"{layer}.{stored[0]}.weight"] != (projection.rows,):
+            stored = []  # a matrix between the norm and the experts changes the channels
         if not stored or (f"{layer}.{NO_PRE_NORM}.weight" in self.shapes and stored[0] not in PRE_NORMS):
             self._note(NO_GAIN)
             return np.ones(projection.rows)
@@ -330,13 +348,14 @@ class _Names:
 
 
 def _has_type(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
-    return any(section.get("model_type") in model_types for section in _list_sections(config))
+    return any(section.get("model_type") in model_types for section in list_sections(config))
 
 
-def _list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """List the sections of config.json that may contain the model type. Those of the language model come first."""
-    nested = [config.get(key) for key in ("text_config", "llm_config")]
-    return [section for section in nested if isinstance(section, Mapping)] + [config]
+def _convert(inputs: InputLayout) -> Inputs:
+    """Return the names of an InputLayout as Inputs."""
+    if inputs.fusion == "apart":
+        return _make_pair(*inputs.names) if len(inputs.names) == 2 else _make_single(inputs.names[0], "alone")
+    return _make_single(inputs.names[0], _HOW[inputs.fusion])
 
 
 # Which scores are outliers -------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """List the MLP matrices of a checkpoint that a scan did not read, from the stored names and shapes alone.
 
 A scan reads only the down projections whose names projections.py knows. Some models store other MLPs under other names
-(in Jamba, the names of the dense layers are known, and the names of the experts are not). If the scan of such a model
+(LongCat-Flash has experts with known names, and two dense MLPs in each layer without). If the scan of such a model
 finds nothing, a super weight may still exist. This module lists the matrices that were not read. It reads no file and
 must not import torch or transformers.
 """
@@ -28,7 +28,9 @@ _MIXERS = (
     "embed",
     "temporal_block",
     "lora_",
+    "adapter",
     "_hc",
+    "hc_",
 )
 """Substrings of the names of modules that are not MLPs. These modules mix tokens or residual streams (`ffn_hc`),
 normalise, or embed."""
@@ -36,6 +38,12 @@ normalise, or embed."""
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "expert", "moe")
 """Substrings of the names of MLPs. If an MLP of a layer was read, other matrices of the layer are listed only if a part
 of their name contains one of these substrings."""
+
+_MIXER = re.compile(r"mixer\.([qkvo]|in|out|x|dt)_proj\.weight")
+"""Matches matrices of attention and Mamba in models that name every block "mixer" (Nemotron-H, Mamba 2)."""
+
+_AFTER_BLOCK = "linear.weight"
+"""The matrix through which Zamba passes the output of its shared block."""
 
 _ROUTERS = re.compile(r"(gate|wg|\w*router\w*|\w*expert_gates?)", re.IGNORECASE)
 _LAYER = re.compile(r"(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.DOTALL)
@@ -100,11 +108,13 @@ def format_layer_name(projection: DownProjection) -> str:
 
 def _name_module(tensor: str) -> str:
     """Return the name of the module that contains a tensor's linear layer or stacked experts: "model.layers.3.mlp"."""
-    return tensor.removesuffix(".weight").rpartition(".")[0]
+    return tensor.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[0]
 
 
 def _may_be_mlp(rest: str, shape: tuple[int, ...], any_name: bool) -> bool:
     *modules, last = rest.removesuffix(".weight").split(".")
+    if rest == _AFTER_BLOCK or _MIXER.fullmatch(rest):
+        return False
     if len(shape) < 2 or 0 in shape or last.endswith("bias") or _ROUTERS.fullmatch(last):
         return False
     if any(_ROUTERS.fullmatch(module) or any(word in module for word in _MIXERS) for module in (*modules, last)):

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from swsurgery._version import __version__
 from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import list_down_projections
+from swsurgery.checkpoint.projections import has_residual_rows, list_down_projections
 from swsurgery.errors import ManifestError
 from swsurgery.known import schema
 from swsurgery.known.table import LARGE_RATIO, UNDECIDED_NOTE, describe
@@ -257,7 +257,7 @@ def _read_shape(checkpoint: Checkpoint) -> _Shape:
     first = projections[0]
     experts = {p.expert for p in projections if isinstance(p.expert, int)}
     return _Shape(
-        hidden_size=first.rows,
+        hidden_size=next((p for p in projections if has_residual_rows(checkpoint.config, p)), first).rows,
         intermediate_size=max(p.cols for p in projections),
         num_experts=len(experts) or None,
         tensor=_make_template(first.tensor, first.layer, first.expert),

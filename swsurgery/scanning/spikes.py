@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -24,7 +24,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from swsurgery.checkpoint.architectures import Shapes
-from swsurgery.checkpoint.projections import DownProjection, list_down_projections, list_loaded_candidates
+from swsurgery.checkpoint.projections import (
+    DownProjection,
+    has_residual_rows,
+    list_down_projections,
+    list_loaded_candidates,
+)
 from swsurgery.errors import Unrunnable
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
@@ -331,7 +336,7 @@ class _Experts:
             self._index = torch.arange(experts, device=hidden.device).expand(len(hidden), -1)
             self._weights = torch.ones(self._index.shape)
             self._y = output.reshape(experts, len(hidden), -1).sum(0)
-        self._x = _compute_expert_neurons(module, hidden, self._index)
+        self._x = _compute_expert_neurons(module, hidden, self._index, self.projections)
         self.called = True
 
     def output(self, tokens: int) -> Tensor:
@@ -363,6 +368,7 @@ class _Experts:
                 self.projections[expert], float(self._weights[token, place]), self._x[token, place].float().cpu()
             )
             for place, expert in enumerate(self._index[token].tolist())
+            if expert in self.projections  # the zero experts of LongCat have no down projection
         ]
 
 
@@ -373,30 +379,35 @@ class _StackedExperts(Protocol):
     """The attributes that are used of a module of stacked experts in transformers."""
 
     gate_up_proj: Tensor
+    up_proj: Tensor  # instead of gate_up_proj, if the experts have no gate (Nemotron-H)
     down_proj: Tensor
     act_fn: Callable[[Tensor], Tensor]
     _apply_gate: Callable[[Tensor], Tensor]
 
 
-def _compute_expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
+def _compute_expert_neurons(module: nn.Module, hidden: Tensor, index: Tensor, known: Collection[int]) -> Tensor:
     """Compute the inputs of the down projections of each token's chosen experts: (tokens, chosen, cols).
 
     A hook cannot observe these inputs, because the down projections of stacked experts are not modules. They are
     computed again from the inputs of the experts. `index` contains the numbers of the chosen experts: (tokens, chosen).
-    `hidden` is (tokens, channels), or (tokens, experts, channels) if each expert has its own input.
+    `hidden` is (tokens, channels), or (tokens, experts, channels) if each expert has its own input. `known` contains
+    the numbers of the experts that have a down projection. The result is 0 for any other expert.
     """
     experts = cast("_StackedExperts", module)
+    gated = hasattr(module, "gate_up_proj")
     found: Tensor | None = None
-    for expert in sorted(set(index.flatten().tolist())):
+    for expert in sorted(set(index.flatten().tolist()) & set(known)):
         token, place = (index == expert).nonzero(as_tuple=True)
         given = hidden[token] if hidden.dim() == 2 else hidden[token, place]
-        weight = experts.gate_up_proj[expert]
+        weight = experts.gate_up_proj[expert] if gated else experts.up_proj[expert]
         turned = getattr(module, "is_transposed", weight.shape[0] == given.shape[-1])
         gate_up = given @ (weight if turned else weight.T)
         bias: Tensor | None = getattr(module, "gate_up_proj_bias", None)
         if bias is not None:
             gate_up = gate_up + bias[expert]
-        if hasattr(module, "_apply_gate"):  # all expert classes of transformers except Llama 4's
+        if not gated:
+            x = experts.act_fn(gate_up)
+        elif hasattr(module, "_apply_gate"):  # all expert classes of transformers except Llama 4's
             x = experts._apply_gate(gate_up)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
@@ -422,10 +433,11 @@ def find_sources(model: LayeredModel) -> tuple[list[list[Source]], list[int]]:
         if projection.layer >= len(sources):
             continue
         path, module, name = _find_loaded_module(modules, config, shapes, projection)
-        if module is None:
+        if module is None or not has_residual_rows(config, projection):
             unseen.add(projection.layer)
         elif isinstance(projection.expert, int):
-            if name == "weight" or not hasattr(module, "gate_up_proj"):  # each expert is a module
+            if name == "weight" or not (hasattr(module, "gate_up_proj") or hasattr(module, "up_proj")):
+                # each expert is a module
                 unseen.add(projection.layer)
                 continue
             if module not in stacks:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from multiplied import VARIANTS, products, write_variant
@@ -20,6 +21,7 @@ from swsurgery.checkpoint.projections import (
     DownProjection,
     find_down_projection,
     find_short_form,
+    has_residual_rows,
     list_down_projections,
     list_loaded_candidates,
     locate,
@@ -90,13 +92,20 @@ DENSE = [(0, None), (1, None)]
 ALL_EXPERTS = [(layer, expert) for layer in (0, 1) for expert in range(4)]
 DENSE_THEN_EXPERTS = [(0, None), (1, 0), (1, 1), (1, 2), (1, 3)]
 PLACES = {
-    **dict.fromkeys(("mixtral", "olmoe", "gpt_oss", "granitemoe"), ALL_EXPERTS),
+    **dict.fromkeys(("mixtral", "olmoe", "gpt_oss", "granitemoe", "longcat_flash"), ALL_EXPERTS),
     "phimoe": [(0, 0), (0, 1), (1, 0), (1, 1)],
-    **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe"), DENSE_THEN_EXPERTS),
+    **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe", "lfm2_moe", "jamba"), DENSE_THEN_EXPERTS),
     **dict.fromkeys(
-        ("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4", "llama4_text"), [*DENSE_THEN_EXPERTS, (1, "shared")]
+        ("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4", "llama4_text", "kimi_linear", "step3p7"),
+        [*DENSE_THEN_EXPERTS, (1, "shared")],
     ),
-    "granitemoeshared": [*ALL_EXPERTS[:4], (0, "shared"), *ALL_EXPERTS[4:], (1, "shared")],
+    **dict.fromkeys(
+        ("granitemoeshared", "deepseek_v4", "hunyuan_v1_moe"),
+        [*ALL_EXPERTS[:4], (0, "shared"), *ALL_EXPERTS[4:], (1, "shared")],
+    ),
+    # Layers of Mamba and attention have no MLP, and Zamba stores the MLP that several layers share once.
+    "nemotron_h": [*ALL_EXPERTS[4:], (1, "shared"), (3, None)],
+    "zamba": [(1, None)],
 }
 
 
@@ -115,7 +124,11 @@ def test_every_model_type_of_the_table_is_built():
     for name in tiny_models.MODELS:
         config = tiny_models.build(name).config
         built |= {config.model_type, config.get_text_config().model_type}
-    assert {model_type for family in FAMILIES for model_type in family.model_types} <= built
+    listed = {model_type for family in FAMILIES for model_type in family.model_types}
+    not_built = listed - built
+    assert not_built <= {model_type for model_type, *_ in PUBLISHED}
+    # Qwen2.5-Omni is its thinker, which is built, and a model for speech.
+    assert {model_type for model_type in not_built if model_type in transformers.CONFIG_MAPPING} <= {"qwen2_5_omni"}
 
 
 # Names of published checkpoints --------------------------------------------------------------------------------------
@@ -195,6 +208,76 @@ PUBLISHED = [
         ["model.language_model.layers.{layer}.mlp.down_proj.weight"],
         (0, 3, 20, None),
         "model.language_model.layers.0.mlp.down_proj.weight",
+    ),
+    # Model types of which transformers has no class, and files whose names transformers changes.
+    (
+        "internlm2",
+        ["model.layers.{layer}.feed_forward.w2.weight"],
+        (1, 3, 20, None),
+        "model.layers.1.feed_forward.w2.weight",
+    ),
+    (
+        "internvl_chat",
+        ["language_model.model.layers.{layer}.feed_forward.w2.weight"],
+        (1, 3, 20, None),
+        "language_model.model.layers.1.feed_forward.w2.weight",
+    ),
+    (
+        "chatglm",
+        ["transformer.encoder.layers.{layer}.mlp.dense_4h_to_h.weight"],
+        (1, 3, 20, None),
+        "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight",
+    ),
+    (
+        "arctic",
+        ["model.layers.{layer}.block_sparse_moe.mlp.w2.weight"],
+        (0, 3, 20, None),
+        "model.layers.0.block_sparse_moe.mlp.w2.weight",
+    ),
+    (
+        "arctic",
+        [
+            *experts("model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"),
+            "model.layers.{layer}.residual_mlp.w2.weight",
+        ],
+        (1, 3, 20, "shared"),
+        "model.layers.1.residual_mlp.w2.weight",
+    ),
+    *(
+        (
+            model_type,
+            ["model.layers.{layer}.share_expert.down_proj.weight"],
+            (1, 3, 20, "shared"),
+            "model.layers.1.share_expert.down_proj.weight",
+        )
+        for model_type in ("step3_vl", "step3_text", "step3p5")
+    ),
+    (
+        "phi4mm",
+        [
+            "model.layers.{layer}.mlp.down_proj.base_layer.weight",
+            "model.layers.{layer}.mlp.down_proj.lora_B.vision.weight",
+        ],
+        (1, 3, 20, None),
+        "model.layers.1.mlp.down_proj.base_layer.weight",
+    ),
+    (
+        "qwen2_5_omni",
+        ["thinker.model.layers.{layer}.mlp.down_proj.weight", "talker.model.layers.{layer}.mlp.down_proj.weight"],
+        (1, 3, 20, None),
+        "thinker.model.layers.1.mlp.down_proj.weight",
+    ),
+    (
+        "deepseek_v4",
+        [*experts("layers.{layer}.ffn.experts.{expert}.w2.weight"), "mtp.{layer}.ffn.shared_experts.w2.weight"],
+        (1, 3, 20, 3),
+        "layers.1.ffn.experts.3.w2.weight",
+    ),
+    (
+        "nemotron_h",
+        ["backbone.layers.{layer}.mixer.down_proj.weight", "mtp.layers.{layer}.mixer.down_proj.weight"],
+        (1, 3, 20, None),
+        "backbone.layers.1.mixer.down_proj.weight",
     ),
     # Model types that the table does not know, whose names it does: Baichuan, and Phi-2 before transformers had it.
     (
@@ -338,6 +421,32 @@ def test_short_form_is_the_inverse_of_locate(model):
     assert found.tensor in shapes
     assert len(found.index) == len(shapes[found.tensor])
     assert find_short_form(config, shapes, found) == (layer, row, col, expert)
+
+
+def test_the_sections_of_an_omni_model_are_read_in_depth():
+    """The configuration of the language model is two sections deep; the speech model has another number of layers."""
+    text = {"model_type": "qwen2_5_omni_text", "num_hidden_layers": 1, "hidden_size": 16}
+    config = {"model_type": "qwen2_5_omni", "thinker_config": {"model_type": "other", "text_config": text}}
+    names = ("thinker.model.layers.{layer}.mlp.down_proj.weight", "talker.model.layers.{layer}.mlp.down_proj.weight")
+    _, shapes = table("", *names)
+    [projection] = list_down_projections(config, shapes)
+    assert projection.tensor == "thinker.model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(ArchitectureError, match="layer 1 is beyond the model"):
+        locate(config, shapes, layer=1, row=0, col=0)
+
+
+def test_experts_with_a_latent_space_have_other_rows_than_the_hidden_size():
+    """Nemotron 3 projects the residual stream to `moe_latent_size` channels before its routed experts."""
+    routed = "backbone.layers.{layer}.mixer.experts.{expert}.down_proj.weight"
+    config, shapes = table("nemotron_h", *experts(routed), shape=(8, 24), hidden_size=16, moe_latent_size=8)
+    _, shared = table("nemotron_h", "backbone.layers.{layer}.mixer.shared_experts.down_proj.weight")
+    found = {p.expert: p for p in list_down_projections(config, shapes | shared) if p.layer == 1}
+    assert {expert: (p.rows, has_residual_rows(config, p)) for expert, p in found.items()} == {
+        **dict.fromkeys(range(4), (8, False)),
+        "shared": (16, True),
+    }
+    with pytest.raises(ArchitectureError, match="with 16 rows is expected"):
+        list_down_projections(config | {"moe_latent_size": None}, shapes)
 
 
 LLAMA = table(

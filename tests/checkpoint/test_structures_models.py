@@ -38,7 +38,7 @@ BIASED = {  # options that store biases of the MLP where the family has none by 
 }
 # EXAONE-4 is in no family; the names of its tensors are those of Llama.
 CASES = [*VARIANTS, ("exaone4", ""), *((name, "biased") for name in BIASED)]
-MOE = [c for c in CASES if re.search("moe|mixtral|deepseek|gpt_oss|llama4", c[0])]
+MOE = [c for c in CASES if re.search("moe|mixtral|deepseek|gpt_oss|llama4|nemotron_h|jamba|kimi|longcat|step3", c[0])]
 
 
 def write_case(name: str, variant: str, folder: Path) -> None:
@@ -114,7 +114,10 @@ def test_every_layout_of_the_table_is_stored_by_one_of_the_models(tmp_path):
         config, shapes = tiny_models.read(folder)
         for projection in list_down_projections(config, shapes):
             stored.update(list_layouts(config, projection))
-    assert {layout for family in FAMILIES for layout in family.layouts if layout.inputs} <= stored
+    # No class of transformers stores these; test_structures.py has their published names.
+    published = ("residual_mlp.w2", "block_sparse_moe.mlp.w2", "base_layer", "layers.{layer}.mlp.dense_4h_to_h")
+    layouts = {layout for family in FAMILIES for layout in family.layouts if layout.inputs} - stored
+    assert not [layout for layout in layouts if not any(name in layout.name for name in published)]
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -123,12 +126,12 @@ def test_a_located_neuron_is_the_one_that_dies(name, variant, tmp_path):
     noise = np.random.default_rng(2)
     for projection in case.choose():
         place = (projection.layer, projection.expert)
-        alive = case.product(case.base, projection, 0).left.abs().amin(0)
+        alive = case.product(case.base, projection, 0).left.abs().amax(0)
         neuron = case.chance.choice([n for n in range(projection.cols) if alive[n] > 0])
         others = [n for n in range(projection.cols) if n != neuron]
         *inputs, down = locate_neuron(case.config, case.shapes, place[0], neuron, place[1])
         before = case.product(case.base, projection, neuron)
-        assert before.left[:, neuron].abs().min() > 0
+        assert before.left[:, neuron].abs().max() > 0
 
         # The no-op twin: the same bytes give the same activations.
         same = case.product(case.change([*inputs, down], lambda part: part), projection, neuron)
@@ -172,8 +175,8 @@ def test_the_neurons_of_an_mlp_use_each_of_its_scalars_once(name, variant, tmp_p
         assert np.array_equal(count_used(case.shapes, rows)[projection.tensor], used[projection.tensor])
         if expert is None:
             parent = projection.tensor.removesuffix(".weight").rpartition(".")[0]
-            mlp = "fc[12]" if name == "opt" else r"\w+"
-            stored = {t for t in case.shapes if re.fullmatch(rf"{re.escape(parent)}\.{mlp}\.(weight|bias)", t)}
+            mlp = {"opt": "fc[12]", "zamba2": r"\w+|gate_up_proj_adapter_list\.\d\.1"}.get(name, r"\w+")
+            stored = {t for t in case.shapes if re.fullmatch(rf"{re.escape(parent)}\.({mlp})\.(weight|bias)", t)}
             bias = projection.tensor.replace(".weight", ".bias")
             assert used.keys() == stored - {bias}
             assert all(counts.all() for counts in used.values())
@@ -202,7 +205,7 @@ def test_a_located_expert_is_the_one_that_dies(name, variant, tmp_path):
         # By the names of the loaded model: every number of the expert is zero, and no other number has changed.
         found = 0
         for n, parameter in dead.named_parameters():
-            mine = re.search(rf"\.{layer}\.", n) and ("shared_mlp" in n or re.search(r"\.shared_experts?\.", n))
+            mine = re.search(rf"\.{layer}\.", n) and re.search(r"\.shared_(mlp|experts?)\.", n)
             if expert != "shared":
                 mine = re.search(rf"\.{layer}\..*\bexperts\.", n) and "shared" not in n
             if not mine:

@@ -58,6 +58,69 @@ SHARED = model(
     gate__weight=(4, 16),
 )
 
+# Families of which transformers has no class, or whose published files have other names than it saves.
+W123 = {"w1__weight": (24, 16), "w2__weight": (16, 24), "w3__weight": (24, 16)}
+INTERNLM_2 = model("internlm2", "model.layers.1.feed_forward.", **W123)
+ARCTIC_DENSE = model("arctic", "model.layers.1.block_sparse_moe.mlp.", **W123)
+ARCTIC_RESIDUAL = model("arctic", "model.layers.1.residual_mlp.", **W123)
+CHATGLM = model(
+    "chatglm",
+    "transformer.encoder.layers.1.mlp.",
+    dense_h_to_4h__weight=(48, 16),
+    dense_h_to_4h__bias=(48,),
+    dense_4h_to_h__weight=(16, 24),
+)
+STEP_3 = model(
+    "step3_vl",
+    "model.layers.1.moe.",
+    gate__weight=(4, 16),
+    gate_proj__weight=(4, 24, 16),
+    up_proj__weight=(4, 24, 16),
+    down_proj__weight=(4, 16, 24),
+)
+PHI_4_MM = model(
+    "phi4mm",
+    MLP,
+    gate_up_proj__base_layer__weight=(48, 16),
+    gate_up_proj__lora_B__vision__weight=(48, 2),
+    down_proj__base_layer__weight=(16, 24),
+    down_proj__lora_A__vision__weight=(2, 24),
+)
+NEMOTRON = model("nemotron", MLP, up_proj__weight=(24, 16), down_proj__weight=(16, 24))
+NEMOTRON_H = model(
+    "nemotron_h",
+    "backbone.layers.1.mixer.experts.2.",
+    up_proj__weight=(24, 16),
+    down_proj__weight=(16, 24),
+)
+ZAMBA_2 = model(
+    "zamba2",
+    "model.layers.1.shared_transformer.feed_forward.",
+    gate_up_proj__weight=(48, 16),
+    gate_up_proj_adapter_list__0__0__weight=(2, 16),
+    gate_up_proj_adapter_list__0__1__weight=(48, 2),
+    gate_up_proj_adapter_list__10__1__weight=(48, 2),
+    down_proj__weight=(16, 24),
+)
+
+
+def but(checkpoint, **changes):
+    """The same checkpoint with other shapes; None leaves a tensor away."""
+    config, shapes = checkpoint
+    prefix = next(iter(shapes)).partition("mlp.")[0] + "mlp."
+    new = shapes | {prefix + name.replace("__", "."): shape for name, shape in changes.items()}
+    return config, {name: shape for name, shape in new.items() if shape is not None}
+
+
+def typed(checkpoint, model_type):
+    return checkpoint[0] | {"model_type": model_type}, checkpoint[1]
+
+
+def but_adapter(checkpoint, shape):
+    """The same checkpoint whose first adapter has another shape."""
+    config, shapes = checkpoint
+    return config, {name: shape if name.endswith("list.0.1.weight") else old for name, old in shapes.items()}
+
 
 @pytest.mark.parametrize(
     ("checkpoint", "expert", "row", "column"),
@@ -94,6 +157,44 @@ def test_rows_and_columns(checkpoint, expert, row, column):
         ),
         (MIXTRAL, 2, ["w1.weight[7, 0:16]", "w3.weight[7, 0:16]", "w2.weight[0:16, 7]"]),
         (SHARED, "shared", ["gate_proj.weight[7, 0:16]", "up_proj.weight[7, 0:16]", "down_proj.weight[0:16, 7]"]),
+        *(
+            (one, expert, ["w1.weight[7, 0:16]", "w3.weight[7, 0:16]", "w2.weight[0:16, 7]"])
+            for one, expert in ((INTERNLM_2, None), (ARCTIC_DENSE, None), (ARCTIC_RESIDUAL, "shared"))
+        ),
+        (
+            CHATGLM,
+            None,
+            [
+                *("dense_h_to_4h.weight[7, 0:16]", "dense_h_to_4h.bias[7]"),
+                *("dense_h_to_4h.weight[31, 0:16]", "dense_h_to_4h.bias[31]", "dense_4h_to_h.weight[0:16, 7]"),
+            ],
+        ),
+        (
+            STEP_3,
+            2,
+            ["gate_proj.weight[2, 7, 0:16]", "up_proj.weight[2, 7, 0:16]", "down_proj.weight[2, 0:16, 7]"],
+        ),
+        (
+            PHI_4_MM,
+            None,
+            [f"gate_up_proj.base_layer.weight[{n}, 0:16]" for n in (7, 31)] + ["down_proj.base_layer.weight[0:16, 7]"],
+        ),
+        (NEMOTRON, None, ["up_proj.weight[7, 0:16]", "down_proj.weight[0:16, 7]"]),
+        (NEMOTRON_H, 2, ["experts.2.up_proj.weight[7, 0:16]", "experts.2.down_proj.weight[0:16, 7]"]),
+        (
+            ZAMBA_2,
+            None,
+            [
+                part
+                for n in (7, 31)
+                for part in (
+                    f"gate_up_proj.weight[{n}, 0:16]",
+                    f"gate_up_proj_adapter_list.0.1.weight[{n}, 0:2]",
+                    f"gate_up_proj_adapter_list.10.1.weight[{n}, 0:2]",
+                )
+            ]
+            + ["down_proj.weight[0:16, 7]"],
+        ),
     ],
 )
 def test_neurons(checkpoint, expert, parts):
@@ -116,24 +217,21 @@ def test_neurons(checkpoint, expert, parts):
         ),
         (MIXTRAL, 2, [f"experts.2.{part}" for part in ("w1.weight[", "w3.weight[", "w2.weight[0:16, 0:24]")]),
         (SHARED, "shared", [f"shared_expert.{part}_proj.weight[" for part in ("gate", "up", "down")]),
+        (ARCTIC_RESIDUAL, "shared", [f"residual_mlp.{part}.weight[" for part in ("w1", "w3", "w2")]),
+        (STEP_3, 3, [f"moe.{part}_proj.weight[3, " for part in ("gate", "up", "down")]),
+        (NEMOTRON_H, 2, [f"mixer.experts.2.{part}_proj.weight[" for part in ("up", "down")]),
+        # LongCat's zero experts have input projections only.
+        (
+            typed(but(STACKED, experts__gate_up_proj=(6, 24, 16)), "longcat_flash"),
+            3,
+            ["experts.gate_up_proj[3, 0:24, 0:16]", "experts.down_proj[3, 0:16, 0:12]"],
+        ),
     ],
 )
 def test_experts(checkpoint, expert, parts):
     found = [str(region) for region in locate_expert(*checkpoint, 1, expert)]
     assert len(found) == len(parts)
     assert all(f".{part}" in one for part, one in zip(parts, found, strict=True))
-
-
-def but(checkpoint, **changes):
-    """The same checkpoint with other shapes; None leaves a tensor away."""
-    config, shapes = checkpoint
-    prefix = next(iter(shapes)).partition("mlp.")[0] + "mlp."
-    new = shapes | {prefix + name.replace("__", "."): shape for name, shape in changes.items()}
-    return config, {name: shape for name, shape in new.items() if shape is not None}
-
-
-def typed(checkpoint, model_type):
-    return checkpoint[0] | {"model_type": model_type}, checkpoint[1]
 
 
 BY_SLICE = r" \(name the tensors with `tensor` and `slice` instead\)"
@@ -168,10 +266,22 @@ BY_SLICE = r" \(name the tensors with `tensor` and `slice` instead\)"
         (typed(STACKED, "mystery"), 0, 2, r"the gate of model type mystery is unknown: \S+" + BY_SLICE),
         (typed(OPT, "mystery"), 0, None, r"the gate of model type mystery is unknown: \S+" + BY_SLICE),
         (
-            typed(but(LLAMA, gate_proj__weight=None), "nemotron"),
+            typed(but(LLAMA, gate_proj__weight=None), "mystery"),
             0,
             None,
-            r"the gate of model type nemotron is unknown: \S+" + BY_SLICE,
+            r"the gate of model type mystery is unknown: \S+" + BY_SLICE,
+        ),
+        (
+            but_adapter(ZAMBA_2, (24, 2)),
+            0,
+            None,
+            r"shape \[24, 2\] is not \[48, 2\]: \S+gate_up_proj_adapter_list\.0\.1\.weight" + BY_SLICE,
+        ),
+        (
+            but_adapter(ZAMBA_2, (48,)),
+            0,
+            None,
+            r"shape \[48\] is not \[48, 0\]: \S+gate_up_proj_adapter_list\.0\.1\.weight" + BY_SLICE,
         ),
         # Packed and quantised in parts.
         (

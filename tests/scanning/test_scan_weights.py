@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -148,6 +149,53 @@ def granitemoeshared(t: Tensors) -> list[Neurons]:
     return experts
 
 
+def pairs(*parts: tuple[str, str, str], plus: float = 0.0, prefix: str = "model."):
+    """Each part: the path of an MLP in the model, the norm before it, and the names of gate, up and down."""
+
+    def neurons(t: Tensors) -> list[Neurons]:
+        found = []
+        for path, norm, names in parts:
+            number = re.search(r"experts\.(\d)\.", path)
+            expert = int(number[1]) if number else "shared" if "share" in path.split(".")[-2] else None
+            found.append(gated(t, f"{prefix}{path}", norm, names, expert, plus))
+        return found
+
+    return neurons
+
+
+def halves(path: str, fused: str, down: str, norm: str):
+    def neurons(t: Tensors) -> list[Neurons]:
+        found = []
+        for n in (0, 1):
+            layer = f"model.layers.{n}."
+            both = t[f"{layer}{path}{fused}.weight"]
+            found.append(
+                Neurons(n, None, both[:24], both[24:], t[f"{layer}{path}{down}.weight"], t[f"{layer}{norm}.weight"])
+            )
+        return found
+
+    return neurons
+
+
+def nemotron_h(t: Tensors) -> list[Neurons]:
+    found = []
+    for path, expert in [*((f"1.mixer.experts.{e}", e) for e in range(4)), ("1.mixer.shared_experts", "shared")]:
+        up, down = (t[f"backbone.layers.{path}.{name}_proj.weight"] for name in ("up", "down"))
+        found.append(Neurons(1, expert, up, up, down, t["backbone.layers.1.norm.weight"]))
+    up, down = (t[f"backbone.layers.3.mixer.{name}_proj.weight"] for name in ("up", "down"))
+    return [*found, Neurons(3, None, up, up, down, t["backbone.layers.3.norm.weight"])]
+
+
+def step3p7(t: Tensors) -> list[Neurons]:
+    first, norm = "model.layers.1.", "post_attention_layernorm"
+    gain = t[f"{first}{norm}.weight"]
+    dense = gated(t, "model.layers.0.mlp.", norm, plus=1.0)
+    shared = gated(t, f"{first}share_expert.", norm, expert="shared", plus=1.0)
+    gate, up, down = (t[f"{first}moe.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return [dense, *(Neurons(1, e, gate[e], up[e], down[e], gain, 1.0) for e in range(4)), shared]
+
+
+PROJECTIONS = "gate_proj up_proj down_proj"
 BEHIND = "post_feedforward_layernorm"
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 EVEN, ODD = slice(0, None, 2), slice(1, None, 2)
@@ -179,6 +227,24 @@ FAMILIES = {
     ],
     "gpt_oss": stacked((0, 1), *EXPERTS, EVEN, ODD, True),
     "granitemoeshared": granitemoeshared,
+    "lfm2_moe": pairs(
+        ("layers.0.feed_forward.", "ffn_norm", "w1 w3 w2"),
+        *((f"layers.1.feed_forward.experts.{e}.", "ffn_norm", "w1 w3 w2") for e in range(4)),
+    ),
+    "jamba": pairs(
+        ("layers.0.feed_forward.", "pre_ff_layernorm", PROJECTIONS),
+        *((f"layers.1.feed_forward.experts.{e}.", "pre_ff_layernorm", PROJECTIONS) for e in range(4)),
+    ),
+    "recurrent_gemma": pairs(*((f"layers.{n}.mlp_block.", "channel_pre_norm", PROJECTIONS) for n in (0, 1)), plus=1.0),
+    "zamba": pairs(
+        ("layers.1.shared_transf.feed_forward.", "shared_transf.pre_ff_layernorm", PROJECTIONS),
+    ),
+    "zamba2": halves(
+        "shared_transformer.feed_forward.", "gate_up_proj", "down_proj", "shared_transformer.pre_ff_layernorm"
+    ),
+    "modernbert": halves("mlp.", "Wi", "Wo", "mlp_norm"),
+    "nemotron_h": nemotron_h,
+    "step3p7": step3p7,
 }
 
 

@@ -15,10 +15,12 @@ from swsurgery.storage.coordinate import Coordinate
 VARIANTS = [
     *((name, "") for name in tiny_models.MODELS),
     # Saved without the head, so without the leading "model." or "transformer.": as the original GPT-2 files are.
-    *((name, "base") for name in ("gpt2", "bloom", "gpt_neox", "opt", "mpt", "llama", "mixtral", "llava")),
+    *((name, "base") for name in ("gpt2", "bloom", "gpt_neox", "opt", "mpt", "llama", "mixtral", "llava", "lfm2")),
     # Saved as transformers >= 5 holds them in memory: the experts of a layer in one tensor.
     *((name, "stacked") for name in ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe", "granitemoe")),
-    *((name, "stacked") for name in ("llava", "gemma3", "qwen2_5_vl")),
+    *((name, "stacked") for name in ("llava", "gemma3", "qwen2_5_vl", "qwen2_5_omni_thinker")),
+    *((name, "stacked") for name in ("nemotron_h", "lfm2_moe", "jamba", "deepseek_v4", "kimi_linear", "longcat_flash")),
+    *((name, "stacked") for name in ("hunyuan_v1_moe", "step3p7")),
     # As published, [expert, in, out]; transformers turns it while loading.
     ("qwen3_vl_moe", "published"),
 ]
@@ -74,4 +76,4 @@ def products(model: torch.nn.Module, coordinate: Coordinate) -> list[Product]:
     parameter = dict(model.named_parameters(remove_duplicate=False))[coordinate.tensor]
     with torch.no_grad(), Products(parameter, coordinate.index) as watch:
         model(input_ids=tiny_models.TOKENS)
-    return watch.seen
+    return watch.seen[:1] if model.config.model_type == "zamba" else watch.seen  # two of its layers share one MLP

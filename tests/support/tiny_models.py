@@ -76,10 +76,27 @@ _QWEN_3_VISION = _QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visua
 _M_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _IMAGE = {"image_token_index": 31, "boi_token_index": 29, "eoi_token_index": 30}
 
+_MAMBA = {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2}
+_OTHER_KEYS = ("num_hidden_layers", "intermediate_size", "num_experts_per_tok")
+_LONGCAT = {key: value for key, value in _DEEPSEEK.items() if key not in _OTHER_KEYS}
+_OMNI = {
+    "text_config": _TEXT | _M_ROPE,
+    "vision_config": _QWEN_VISION | {"fullatt_block_indexes": [1]},
+    "audio_config": {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 20,
+        "num_mel_bins": 8,
+        "output_dim": 16,
+    },
+}
+
 TEXT_MODELS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "smollm3", "granite", "stablelm", "phi3", "cohere", "cohere2"), _TEXT),
     **dict.fromkeys(("olmo", "olmo2", "olmo3", "qwen2", "phi", "starcoder2", "gpt_neox"), _TEXT),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen3", "glm", "glm4"), _TEXT_8),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen3", "glm", "glm4", "hunyuan_v1_dense"), _TEXT_8),
+    "nemotron": _TEXT,
     "falcon": {
         "vocab_size": 32,
         "hidden_size": 16,
@@ -125,6 +142,91 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "llama4_text": _LLAMA_4,
     "granitemoe": _TEXT | _LOCAL,
     "granitemoeshared": _TEXT | _LOCAL | {"shared_intermediate_size": 20},
+    "nemotron_h": _TEXT_8
+    | {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 12,
+        "moe_shared_expert_intermediate_size": 20,
+        "ssm_state_size": 4,
+        "mamba_num_heads": 2,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "chunk_size": 4,
+        "conv_kernel": 2,
+    },
+    "lfm2": _TEXT | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": _TEXT | _MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "jamba": _TEXT
+    | _MAMBA
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_dt_rank": 2,
+        "use_cache": False,
+    },
+    "deepseek_v4": _DEEPSEEK
+    | {
+        "intermediate_size": 12,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "hc_mult": 2,
+        "o_groups": 2,
+        "o_lora_rank": 4,
+        "index_n_heads": 2,
+        "index_head_dim": 4,
+        "index_topk": 4,
+        "sliding_window": 8,
+    },
+    "kimi_linear": _DEEPSEEK
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_local_experts": 4,
+        "linear_head_dim": 8,
+        "linear_num_heads": 2,
+        "linear_conv_kernel_dim": 2,
+        "q_lora_rank": None,
+    },
+    "hunyuan_v1_moe": _TEXT_8 | {"num_experts": 4, "moe_topk": 4},
+    "longcat_flash": _LONGCAT
+    | {
+        "num_layers": 2,
+        "ffn_hidden_size": 24,
+        "expert_ffn_hidden_size": 12,
+        "moe_topk": 6,
+        "zero_expert_num": 2,
+        "head_dim": 4,
+    },
+    "zamba": _TEXT
+    | _MAMBA
+    | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "n_mamba_heads": 2},
+    "zamba2": _TEXT
+    | _MAMBA
+    | {
+        "layers_block_type": ["hybrid", "hybrid"],
+        "n_mamba_heads": 2,
+        "num_mem_blocks": 2,
+        "adapter_rank": 2,
+        "chunk_size": 4,
+    },
+    "recurrent_gemma": _TEXT
+    | {
+        "intermediate_size": 48,  # of the gate and the up projection together
+        "block_types": ["recurrent", "attention"],
+        "lru_width": 16,
+        "conv1d_width": 2,
+        "attention_window_size": 8,
+    },
+    "modernbert-decoder": _TEXT | {"cls_token_id": 1, "sep_token_id": 2},
+    "phi4_multimodal": _TEXT
+    | {
+        "vision_config": _VISION,
+        "audio_config": {"hidden_size": 16, "intermediate_size": 20, "num_blocks": 1, "num_attention_heads": 2},
+    },
 }
 
 VISION_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
@@ -189,19 +291,46 @@ VISION_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
         },
         **_IMAGE,
     },
+    "step3p7": {
+        "text_config": _TEXT_8
+        | {
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["full_attention", "full_attention"],
+            "sliding_window": 8,
+            "num_local_experts": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 12,
+            "share_expert_dim": 20,
+        },
+        "vision_config": _VISION,
+        "image_token_id": 31,
+    },
+    "qwen2_5_omni_thinker": _OMNI,
 }
 
-OTHER_MODELS: dict[str, dict[str, Any]] = {"exaone4": _TEXT_8, "jamba": _TEXT}
-"""Model types that no family of the product names; their tensors have the names of known ones, some of Jamba's not."""
+ENCODERS: dict[str, dict[str, Any]] = {
+    "modernbert": _TEXT | {"cls_token_id": 1, "sep_token_id": 2, "reference_compile": False}
+}
 
-MODELS = TEXT_MODELS | VISION_LANGUAGE_MODELS
+OTHER_MODELS: dict[str, dict[str, Any]] = {"exaone4": _TEXT_8}
+"""Model types that no family of the product names; their tensors have the names of known ones."""
+
+MODELS = TEXT_MODELS | VISION_LANGUAGE_MODELS | ENCODERS
+
+
+def get_loader(name: str) -> Any:
+    """The automatic class that builds models of a type with their head."""
+    if name in ENCODERS:
+        return transformers.AutoModelForMaskedLM
+    vision = name in VISION_LANGUAGE_MODELS
+    return transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
 
 
 def build(name: str, *, base: bool = False, seed: int = 0) -> transformers.PreTrainedModel:
     """One random float32 model, the same for the same seed; `base` leaves the language-modelling head away."""
     config = transformers.AutoConfig.for_model(name, **(MODELS | OTHER_MODELS)[name])
-    loader = transformers.AutoModelForImageTextToText if name in VISION_LANGUAGE_MODELS else None
-    loader = transformers.AutoModel if base else loader or transformers.AutoModelForCausalLM
+    loader = transformers.AutoModel if base else get_loader(name)
     torch.manual_seed(seed)
     model = loader.from_config(config)
     with torch.no_grad():
@@ -229,6 +358,4 @@ def load(name: str, folder: Path) -> transformers.PreTrainedModel:
     A head that the file does not hold is random, but the same each time.
     """
     torch.manual_seed(0)
-    vision = name in VISION_LANGUAGE_MODELS
-    loader = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    return loader.from_pretrained(folder, experts_implementation="eager").eval()
+    return get_loader(name).from_pretrained(folder, experts_implementation="eager").eval()
