@@ -25,8 +25,8 @@ VERBS = frozenset({
     "pluralise", "point", "print", "publish", "quote", "read", "recognise", "recover", "redact", "refuse", "remove",
     "rename", "render", "replace", "report", "require", "reserve", "resolve", "restore", "restrict", "revert", "round",
     "run", "save", "say", "scale", "scan", "scatter", "score", "select", "serve", "set", "show", "sign", "sort",
-    "split", "stage", "start", "stop", "stream", "suggest", "summarise", "survey", "sweep", "sync", "verify", "work",
-    "write",
+    "split", "stage", "start", "stop", "stream", "suggest", "summarise", "survey", "sweep", "sync", "unpack", "verify",
+    "work", "write",
 })  # fmt: skip
 """First words of the names of functions: verbs in the imperative. `lookup` is the name of a command."""
 

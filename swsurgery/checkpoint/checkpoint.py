@@ -88,7 +88,12 @@ class Checkpoint(TableResult):
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The stored shape of every tensor in `weight_map`, except those in `disagreements`."""
-        return {t: self.get_info(t).shape for t in self.weight_map if t not in self.disagreements}
+        return {tensor: info.shape for tensor, info in self.infos.items()}
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """The header entry of every tensor in `weight_map`, except those in `disagreements`."""
+        return {t: self.get_info(t) for t in self.weight_map if t not in self.disagreements}
 
     @cached_property
     def all_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -112,7 +117,7 @@ class Checkpoint(TableResult):
         tensors: dict[str, TensorInfo] = {}
         for shard in self.shards.values():
             tensors |= shard.tensors
-        tensors |= {t: self.get_info(t) for t in self.shapes}
+        tensors |= self.infos
         return Quantisation(
             tensors, self.config, (f.name for f in self.files), (shard.metadata for shard in self.shards.values())
         )

@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from typing import Any, Literal
 
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.layouts.cells import CannotTell
+from swsurgery.checkpoint.layouts.find import WeightShapes, find_codes, find_matrix, make_reader
 from swsurgery.editing.targets import expect_known
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.known import KnownCoordinate, KnownModel
@@ -165,14 +166,15 @@ def _read_known(
     kept = Kept(entry.id, entry.status, entry.causal_alone, "unreadable", entry.status not in NOT_HELD)
     try:
         coordinate = projections.locate(
-            checkpoint.config, checkpoint.shapes, layer=entry.layer, row=entry.row, col=col, expert=entry.expert
+            checkpoint.config, WeightShapes(checkpoint), layer=entry.layer, row=entry.row, col=col, expert=entry.expert
         )
-        file = checkpoint.weight_map[coordinate.tensor]
+        codes = find_codes(checkpoint, coordinate.tensor) or coordinate.tensor
+        file = checkpoint.weight_map[codes]
         kept = replace(kept, tensor=coordinate.tensor, index=coordinate.index, file=file)
         value, step, raw = read_weight(checkpoint, coordinate)
     except (ArchitectureError, Unreadable) as error:
         return replace(kept, reason=str(error))
-    dtype = checkpoint.get_info(coordinate.tensor).dtype
+    dtype = checkpoint.get_info(codes).dtype
     number, slack, signed = read_known_value(entry)
     kept = replace(kept, stored=value, dtype=dtype.name, known=number)
     ratio = None
@@ -207,85 +209,26 @@ class Unreadable(Exception):
 def read_weight(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
     """Read one scalar. Returns (value, step, stored bytes). Raises Unreadable.
 
-    If the stored number is multiplied by a scale, `step` is the distance from this value to the next value that can
-    be stored with the same scale. If the stored number is the weight itself, `step` is None.
+    If the weight is quantised, `step` is the distance from this value to the next value that can be stored with the
+    same scale, and the bytes are empty. Otherwise `step` is None.
     """
     name, index = coordinate
+    try:
+        matrix = find_matrix(checkpoint, name)
+        if matrix is not None:
+            cell = matrix.find_cell(index)
+            value = cell.values[cell.read_code(make_reader(checkpoint))]
+            return value, cell.compute_step(value), b""
+    except CannotTell as error:
+        raise Unreadable(str(error)) from None
     info = checkpoint.get_info(name)
     reading = checkpoint.quantisation.get_reading(name)
     if reading.kind == "internal":
         raise Unreadable(f"{name} does not contain weights: {reading.reason}")
-    if reading.kind == "unreadable":
-        raise Unreadable(f"{name} is quantised: {reading.reason}")
-    if info.dtype.kind == "opaque" or (info.dtype.kind != "float" and reading.scale is None):
+    if info.dtype.kind != "float":
         raise Unreadable(f"{name} is stored as {info.dtype.name} and has no scale, so its values are unknown")
     raw = checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, index)
-    value = dtypes.decode(info.dtype, raw)
-    if reading.scale is None or not math.isfinite(value):
-        return float(value), None, raw
-    factor = _read_scale(checkpoint, reading.scale, info.shape, index)
-    step = abs(float(factor)) * (compute_spacing(info.dtype, value) if info.dtype.kind == "float" else 1)
-    return float(Fraction(value) * factor), step, raw
-
-
-def _read_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Fraction:
-    """Read the scale for the scalar at `index`: there is one per tensor, per row or per block. Raises Unreadable."""
-    if name in checkpoint.disagreements:
-        raise Unreadable(f"index and shards disagree about the scale {name}")
-    info = checkpoint.get_info(name)
-    if info.dtype.kind != "float":
-        raise Unreadable(f"the scale {name} is stored as {info.dtype.name}, which is not a floating-point dtype")
-    _refuse_turned(checkpoint, name)
-    scale_shape = info.shape
-    if math.prod(scale_shape) == 1:
-        place = (0,) * len(scale_shape)
-    elif len(scale_shape) == 1 and scale_shape == shape[:1]:
-        place = index[:1]
-    elif len(scale_shape) == len(shape):
-        blocks = _find_blocks(checkpoint, shape, scale_shape)
-        if blocks is None:
-            raise Unreadable(
-                f"the shape {list(scale_shape)} of {name} does not show which scale belongs to which block"
-            )
-        place = tuple(i // block for i, block in zip(index, blocks, strict=True))
-    else:
-        raise Unreadable(
-            f"the scale {name} of shape {list(scale_shape)} does not fit the weight of shape {list(shape)}"
-        )
-    value = dtypes.decode(info.dtype, checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, place))
-    if not math.isfinite(value):
-        raise Unreadable(f"the scale {name} contains {value}, which is not finite")
-    # LLM.int8 stores the largest magnitude of a row, which is 127 steps (arXiv:2208.07339, section 2.1).
-    return Fraction(value) / 127 if name.endswith(".SCB") else Fraction(value)
-
-
-def _refuse_turned(checkpoint: Checkpoint, scale: str) -> None:
-    """Raise Unreadable if the `weight_format` of bitsandbytes is not 0: the matrix is then not stored by rows."""
-    form = scale.removesuffix("SCB") + "weight_format"
-    if not scale.endswith(".SCB") or form not in checkpoint.shapes:
-        return
-    if math.prod(checkpoint.shapes[form]) != 1:
-        raise Unreadable(f"{form} does not contain exactly one number")
-    data = checkpoint.shards[checkpoint.weight_map[form]].read_scalar(form, (0,) * len(checkpoint.shapes[form]))
-    if any(data):
-        raise Unreadable(f"according to {form}, the matrix is not stored row by row")
-
-
-def _find_blocks(checkpoint: Checkpoint, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the shape of the blocks of a weight that share one scale, such as (128, 128).
-
-    `shape` is the shape of the weight, and `scales` is the shape of its scales. Returns None if the two shapes do not
-    determine the shape of the blocks.
-    """
-    config = checkpoint.config.get("quantization_config")
-    said = config.get("weight_block_size") if isinstance(config, dict) else None
-    if isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said):
-        blocks = (*(1,) * (len(shape) - 2), *said)
-        if all(-(-n // block) == count for n, block, count in zip(shape, blocks, scales, strict=True)):
-            return blocks
-    if any(count == 0 or n % count for n, count in zip(shape, scales, strict=True)):
-        return None
-    return tuple(n // count for n, count in zip(shape, scales, strict=True))
+    return float(dtypes.decode(info.dtype, raw)), None, raw
 
 
 def compute_spacing(dtype: Dtype, value: float) -> float:

@@ -1,0 +1,144 @@
+"""Find the layout of a quantised weight, and the shapes of all weights of a checkpoint, quantised ones included.
+
+`LAYOUTS` lists one function for each layout. To add a layout, write a module with such a function and a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.storage.numeric import load_numpy
+
+load_numpy()
+
+from swsurgery.checkpoint.layouts.cells import CannotTell, QuantisedMatrix, ReadBytes  # noqa: E402
+from swsurgery.checkpoint.layouts.module import QuantisedModule  # noqa: E402
+from swsurgery.checkpoint.layouts.scaled import find_scaled  # noqa: E402
+from swsurgery.storage.files import read_exactly  # noqa: E402
+
+FindLayout = Callable[[QuantisedModule], QuantisedMatrix | None]
+"""Type of a function that recognises one layout. It returns None for a module of another layout.
+
+It raises CannotTell if the module has this layout, but the stored tensors do not decide what the weight is.
+"""
+
+LAYOUTS: tuple[FindLayout, ...] = (find_scaled,)
+
+WEIGHT_ENDINGS = (
+    (".weight_packed", ".weight"),
+    (".qweight", ".weight"),
+    ("_blocks", ""),
+    ("._weight_qdata", ".weight"),
+    (".weight._data", ".weight"),
+)
+"""Endings of the names of tensors of codes, with the ending of the name of the weight in a loaded model."""
+
+
+def find_matrix(checkpoint: Checkpoint, weight: str) -> QuantisedMatrix | None:
+    """Find how the weight of this name is quantised. Returns None if it is stored as a plain tensor or not at all.
+
+    Raises CannotTell if no layout, or more than one, describes the tensors of its module, or if they do not decide what
+    the weight is.
+    """
+    if weight in checkpoint.disagreements:
+        raise CannotTell(f"index and shards disagree about {weight}")
+    module = _read_module(checkpoint, weight)
+    if module is None:
+        return None
+    found = [matrix for find in LAYOUTS if (matrix := find(module)) is not None]
+    if len(found) > 1:
+        raise CannotTell(f"{weight} may be {' or '.join(matrix.layout for matrix in found)}")
+    if not found:
+        raise CannotTell(_explain_unknown(checkpoint, weight))
+    return found[0]
+
+
+def _read_module(checkpoint: Checkpoint, weight: str) -> QuantisedModule | None:
+    """Return the module with a quantised weight; None if the weight is plain or not stored."""
+    coded = find_codes(checkpoint, weight)
+    if coded is None:
+        return None
+    reading = checkpoint.quantisation.get_reading(coded)
+    shard = checkpoint.shards[checkpoint.weight_map[coded]]
+    scale = reading.scale if coded == weight and reading.kind == "scaled" else None
+    return QuantisedModule(weight, checkpoint.config, shard.metadata, checkpoint.infos, make_reader(checkpoint), scale)
+
+
+def find_codes(checkpoint: Checkpoint, weight: str) -> str | None:
+    """Return the name of the tensor that stores the codes of a weight; None if the weight is plain or not stored."""
+    for ending, rest in WEIGHT_ENDINGS:
+        if weight.endswith(rest) and (name := weight.removesuffix(rest) + ending) in checkpoint.shapes:
+            return name
+    if weight in checkpoint.shapes and checkpoint.quantisation.get_reading(weight).kind in ("scaled", "unreadable"):
+        return weight
+    return None
+
+
+def make_reader(checkpoint: Checkpoint) -> ReadBytes:
+    """Return a function that reads the data of the tensors of a checkpoint: (name, first byte, bytes to read)."""
+
+    def read(name: str, begin: int, size: int) -> bytes:
+        shard = checkpoint.shards[checkpoint.weight_map[name]]
+        return read_exactly(shard.file, size, shard.data_start + shard.tensors[name].data_offsets[0] + begin)
+
+    return read
+
+
+def _explain_unknown(checkpoint: Checkpoint, weight: str) -> str:
+    """Explain why no layout describes a quantised weight."""
+    coded = find_codes(checkpoint, weight) or weight
+    return f"{coded} is quantised: {checkpoint.quantisation.get_reading(coded).reason}"
+
+
+class WeightShapes(Mapping[str, tuple[int, ...]]):
+    """The shapes of the weights of a checkpoint, by name.
+
+    A quantised weight has the name and the shape that it has in a loaded model, if its layout can be decided; the
+    tensors that store its codes are then left out. All other tensors have their stored shapes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._found: dict[str, tuple[int, ...] | None] = {}
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self._found:
+            self._found[name] = self._find_shape(name)
+        shape = self._found[name]
+        if shape is None:
+            raise KeyError(name)
+        return shape
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(self._name_weight(name) for name in self._checkpoint.shapes))
+
+    def _name_weight(self, name: str) -> str:
+        """Return the name of the weight whose codes the tensor `name` stores, or `name` itself."""
+        for ending, rest in WEIGHT_ENDINGS:
+            if name.endswith(ending) and self._is_readable(weight := name.removesuffix(ending) + rest):
+                return weight
+        return name
+
+    def _is_readable(self, weight: str) -> bool:
+        try:
+            return find_matrix(self._checkpoint, weight) is not None
+        except CannotTell:
+            return False
+
+    def _find_shape(self, name: str) -> tuple[int, ...] | None:
+        if self._name_weight(name) != name:
+            return None
+        try:
+            matrix = find_matrix(self._checkpoint, name)
+        except CannotTell:
+            matrix = None
+        return matrix.shape if matrix is not None else self._checkpoint.shapes.get(name)
