@@ -28,13 +28,11 @@ from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS
 from swsurgery.model.windows import cut_text_windows
 from swsurgery.progress import Progress
-from swsurgery.scanning.confirm import (
+from swsurgery.scanning.causal_test import (
     CONTEXT_NULLS,
     INERT,
     PAIRS,
-    Losses,
     Say,
-    compute_exp,
     compute_outer_fence,
     find_joint_sets,
     report_too_few_windows,
@@ -46,6 +44,7 @@ from swsurgery.scanning.expert_report import (
     ExpertName,
     ExpertTrial,
 )
+from swsurgery.scanning.losses import Losses, compute_exp
 from swsurgery.scanning.report import Verdict
 from swsurgery.storage.numbers import format_number
 from swsurgery.storage.region import Region
@@ -230,7 +229,7 @@ def _compute_floors(losses: Losses[ExpertName], plan: _Plan, say: Say) -> tuple[
     """Compute the bar for the effect of an expert, and that for the effect of a group beyond its parts.
 
     Both are logarithms of perplexity ratios. The first is at least the outer fence of the effects of random experts
-    (confirm.py explains why). `say` receives a line about a random expert with a clear effect.
+    (bars.py explains why). `say` receives a line about a random expert with a clear effect.
     """
     together = plan.together
     alone = {name: losses.gain(frozenset({name})) for name in plan.null}

@@ -1,6 +1,6 @@
 """Read down projections as torch tensors from the shards of a checkpoint.
 
-The modules by_activations.py, suspects.py and confirm.py share this module. The scan by weights must not load torch, so
+The modules by_activations.py, suspects.py and experts.py share this module. The scan by weights must not load torch, so
 it reads matrices with scores.py instead.
 """
 

@@ -186,7 +186,7 @@ def _find(
         if method == "activations" or confirm:
             require_model(checkpoint.directory)
         if confirm:
-            from swsurgery.scanning.confirm import refuse_text
+            from swsurgery.scanning.causal_test import refuse_text
 
             refuse_text(checkpoint, options.text, options.windows, options.window)
         if method == "activations":
@@ -231,7 +231,7 @@ def _find_experts(
 ) -> ExpertScan:
     """Scan an open checkpoint for super experts, and confirm the candidates if requested."""
     require_model(checkpoint.directory)
-    from swsurgery.scanning.confirm import refuse_text
+    from swsurgery.scanning.causal_test import refuse_text
     from swsurgery.scanning.confirm_experts import confirm_experts
     from swsurgery.scanning.experts import scan_experts
 

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 from swsurgery.checkpoint.architectures import ExpertChoice
-from swsurgery.scanning.matrices import ProjectionKey, StoredProjection
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.scanning.causal_test import CONTEXT_NULLS, PAIRS
+from swsurgery.scanning.matrices import ProjectionKey, StoredProjection, find_projections
 from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
 
@@ -29,6 +33,9 @@ beyond four standard deviations that are not companions. Of 576 normally distrib
 
 Column = tuple[int, ExpertChoice, int]
 """The layer, expert and col that identify one column of a down projection."""
+
+Zeroed = frozenset[Coordinate]
+"""A set of scalars that are zeroed together. The empty set stands for the model as stored."""
 
 
 def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey, StoredProjection]) -> list[Candidate]:
@@ -123,3 +130,82 @@ def draw_nulls(
         for template, choice in zip(here, choices, strict=True):
             drawn += [name for name in choice if name not in drawn][: shares[template.coordinate]]
     return drawn
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """The scalars that the causal test zeroes.
+
+    `tested` contains the candidates, followed by their companions. `together` contains the candidates only. `null`
+    contains random scalars for comparison, and `crowded` the null scalars that are also zeroed together with all
+    candidates. `minor` contains the scalars that may have an effect only because the input of their column is large.
+    `columns` contains, for each column of a minor scalar, other large scalars of the column for comparison. `pairs`
+    contains the pairs that are tested as joint sets.
+    """
+
+    tested: list[Candidate]
+    together: Zeroed
+    null: list[Coordinate]
+    crowded: list[Coordinate]
+    columns: dict[Column, list[Coordinate]]
+    minor: set[Coordinate]
+    pairs: list[Zeroed]
+
+    @property
+    def names(self) -> list[Coordinate]:
+        return [candidate.coordinate for candidate in self.tested]
+
+    def lead(self, column: Column) -> Coordinate:
+        """Return the first candidate in `column`. The other tested scalars of the column are compared with it."""
+        return next(candidate.coordinate for candidate in self.tested if get_column(candidate) == column)
+
+    def groups(self) -> list[Zeroed]:
+        """List the sets of scalars that are zeroed first. Larger joint sets are chosen from their results."""
+        groups = [frozenset({name}) for name in (*self.names, *self.null)]
+        for name in self.names:
+            groups += [self.together | {name}, self.together - {name}]
+        groups += [*self.pairs, *(self.together | {scalar} for scalar in self.crowded)]
+        for column, rows in self.columns.items():
+            for row in rows:
+                groups += [frozenset({row}), self.together | {row}, frozenset({self.lead(column), row})]
+        return groups
+
+
+def choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nulls: int, seed: int) -> Suspects:
+    """Choose all scalars that the causal test zeroes; `nulls` null scalars are drawn with `seed`. Raises ShardError."""
+    listed = list({candidate.coordinate: candidate for candidate in candidates}.values())
+    matrices = find_projections(checkpoint, listed)
+    tested = listed + find_companions(listed, matrices)
+    null = draw_nulls(listed, tested, matrices, nulls, seed)
+    together = frozenset(candidate.coordinate for candidate in listed)
+    count = min(CONTEXT_NULLS, len(null)) if len(tested) > 1 else 0
+    return Suspects(
+        tested=tested,
+        together=together,
+        null=null,
+        crowded=[null[number * len(null) // count] for number in range(count)],
+        columns=choose_column_rows(listed, tested, matrices),
+        minor=find_minor_scalars(listed, tested),
+        pairs=_choose_pairs(tested, together),
+    )
+
+
+def _choose_pairs(tested: Sequence[Candidate], listed: Zeroed) -> list[Zeroed]:
+    """Choose at most PAIRS pairs to test: two candidates, or any two tested scalars of the same column.
+
+    Pairs in one column come first, then pairs in one row, then the pairs that are earliest in the list of scalars.
+    """
+
+    def same_column(one: Candidate, other: Candidate) -> bool:
+        return (one.layer, one.expert, one.col) == (other.layer, other.expert, other.col)
+
+    def order(pair: tuple[int, int]) -> tuple[bool, bool, int]:
+        one, other = (tested[place] for place in pair)
+        return not same_column(one, other), one.row != other.row, sum(pair)
+
+    chosen = [
+        frozenset({tested[one].coordinate, tested[other].coordinate})
+        for one, other in sorted(combinations(range(len(tested)), 2), key=order)
+        if same_column(tested[one], tested[other]) or {tested[one].coordinate, tested[other].coordinate} <= listed
+    ]
+    return chosen[:PAIRS]

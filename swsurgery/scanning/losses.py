@@ -1,0 +1,126 @@
+"""Measure and store the losses of a model with sets of its parts zeroed.
+
+A part is a scalar or an expert. The causal tests (confirm.py, confirm_experts.py) compute their effects and verdicts
+from these losses. This module chooses no parts and sets no bars.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from swsurgery.errors import ModelError
+from swsurgery.model import load, measure
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.intervals import compute_mean_interval
+from swsurgery.model.variant import Scalars
+from swsurgery.model.windows import count_variants_at_once
+from swsurgery.progress import Progress
+from swsurgery.scanning.report import Effect
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.region import Region
+
+Unit = TypeVar("Unit", bound=Hashable)
+"""A part of the model that is zeroed or kept as a whole: a scalar, or an expert."""
+
+
+class Gain(NamedTuple):
+    """The rise `log` of the logarithm of the perplexity, and the ends `low` and `high` of its 95% interval.
+
+    The ends are NaN if the text has too few windows for an interval.
+    """
+
+    log: float
+    low: float
+    high: float
+
+
+class Losses(Generic[Unit]):
+    """Measures and stores the losses of the model on each window with sets of units zeroed.
+
+    A unit is a scalar or an expert. Losses are stored by window, so that the difference between the losses of any two
+    sets has an interval. `find_layer` returns the number of the layer that contains a unit, and `list_targets` the
+    scalars and regions that are zeroed for it. Units in `nothing` are left out of every set.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        windows: Sequence[Sequence[int]],
+        find_layer: Callable[[Unit], int],
+        list_targets: Callable[[Unit], Collection[Coordinate | Region]],
+        nothing: frozenset[Unit] = frozenset(),
+    ):
+        self.model, self.windows = model, windows
+        self.scored = [len(window) - 1 for window in windows]
+        self._find_layer, self._list_targets, self._nothing = find_layer, list_targets, nothing
+        self._base: list[float] = []
+        # The loss in nats per token minus that of the stored model, by set of zeroed scalars, one value per window.
+        self._extra: dict[frozenset[Unit], list[float]] = {frozenset(): [0.0] * len(windows)}
+        self._kl: dict[frozenset[Unit], float] = {frozenset(): 0.0}
+
+    def measure(self, groups: Iterable[frozenset[Unit]], progress: Progress | None) -> None:
+        """Measure the loss of each group of scalars that has not been measured, in few runs of the model.
+
+        The number of groups in one run is limited by memory. Groups whose first edited layer is late run first. Groups
+        with similar first layers thus share a run, which computes the layers before the first edited layer only once.
+        """
+        wanted = [
+            group for group in dict.fromkeys(group - self._nothing for group in groups) if group not in self._extra
+        ]
+        wanted.sort(key=lambda group: -min(map(self._find_layer, group), default=0))
+        if self._base and not wanted:
+            return
+        with load.convert_run_errors(self.model.device, self.model.weights is not None):
+            at_once = count_variants_at_once(self.model, self.windows)
+            for begin in range(0, max(1, len(wanted)), at_once):
+                self._run(wanted[begin : begin + at_once], progress)
+
+    def gain(self, group: frozenset[Unit], parts: Iterable[frozenset[Unit]] = ()) -> Gain:
+        """Compute the rise in loss from zeroing `group`, minus the rises from zeroing each of `parts`.
+
+        The unit is nats per token, so this is also the rise of the logarithm of the perplexity.
+        """
+        taken = [self._extra[part - self._nothing] for part in parts]
+        extra = [
+            value - sum(part[number] for part in taken)
+            for number, value in enumerate(self._extra[group - self._nothing])
+        ]
+        mean, low, high = compute_mean_interval(extra, self.scored)
+        # The difference of two infinite losses is NaN. No comparison with NaN is true, so it never exceeds a bar.
+        return Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
+
+    def effect(self, group: frozenset[Unit]) -> Effect:
+        """Compute the effect of zeroing `group`: perplexity ratio, 95% interval, and mean KL in nats per token."""
+        gain = self.gain(group)
+        low, high = (None if math.isnan(end) else compute_exp(end) for end in (gain.low, gain.high))
+        return Effect(compute_exp(gain.log), low, high, self._kl[group - self._nothing])
+
+    @property
+    def base_perplexity(self) -> float:
+        return compute_exp(compute_mean_interval(self._base, self.scored).mean)
+
+    def _run(self, groups: Sequence[frozenset[Unit]], progress: Progress | None) -> None:
+        totals = measure.Totals([], 1 + len(groups))
+        variants: list[Scalars] = [{}]
+        variants += [{target: 0.0 for unit in group for target in self._list_targets(unit)} for group in groups]
+        for outcomes in self.model.run(self.windows, variants, progress=progress):
+            totals.add_window(self.windows[outcomes.sequence], outcomes)
+        base = totals.token_nll[0]
+        if not all(bool(window.isfinite().all()) for window in base):
+            raise ModelError(
+                "losses of the stored model are not finite", self.model.checkpoint.root, "try another dtype"
+            )
+        self._base = [float(window.mean()) for window in base]
+        for number, group in enumerate(groups, start=1):
+            self._extra[group] = [
+                float((nll.nan_to_num(nan=math.inf, posinf=math.inf) - stored).mean())
+                for nll, stored in zip(totals.token_nll[number], base, strict=True)
+            ]
+            kl = totals.compute_mean_kl(number)
+            self._kl[group] = math.inf if math.isnan(kl) else kl
+
+
+def compute_exp(log: float) -> float:
+    return math.exp(log) if not log > 709 else math.inf  # math.exp raises above 709; NaN stays NaN
