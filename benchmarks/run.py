@@ -24,6 +24,7 @@ from pathlib import Path
 
 SIZES = {  # hidden, intermediate, layers, key-value width, vocabulary, gigabytes per shard
     "0.3 GB": (1024, 2816, 10, 1024, 32000, 0.1),
+    "1.9 GB": (2048, 5632, 16, 2048, 32000, 1.0),
     "5.6 GB": (3072, 8192, 26, 1024, 32000, 2.0),
     "13.5 GB": (4096, 11008, 32, 4096, 32000, 5.0),
     "141 GB": (8192, 28672, 80, 1024, 128256, 5.0),  # the shapes of Llama-3-70B

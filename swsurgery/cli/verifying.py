@@ -58,6 +58,13 @@ def verify(
     weights: WeightsOption = None,
     variant: VariantOption = None,
     finite: Annotated[bool, typer.Option("--finite", help="Also search all values for NaN and infinities.")] = False,
+    values: Annotated[
+        bool,
+        typer.Option(
+            "--values",
+            help="Like --finite, and find constant or identical matrices, overflows of float16 and subnormal values.",
+        ),
+    ] = False,
     signature: Annotated[
         Path | None, typer.Option(help="Also check this signature of the checkpoint; needs --public-key.")
     ] = None,
@@ -79,6 +86,7 @@ def verify(
         model=model,
         tolerance=known_tolerance,
         finite=finite,
+        values=values,
         signature=signature,
         public_key=public_key,
         weights=weights,

@@ -26,10 +26,10 @@ from swsurgery.storage.names import CARD_NAME, GIT_NAME, SIGNATURE_NAME
 from swsurgery.storage.result import Result
 from swsurgery.storage.strict_json import read_small
 from swsurgery.verifying.findings import Finding
-from swsurgery.verifying.finite import FiniteScan
 
-if TYPE_CHECKING:  # imports numpy, which only regions need
+if TYPE_CHECKING:  # these import numpy, which only regions and the search of values need
     from swsurgery.verifying.regions import RegionProof
+    from swsurgery.verifying.value_search import ShardScan, ValueSearch
 
 RULES_OF_RECORD = (
     "structure",
@@ -114,13 +114,14 @@ def verify_patched(
     checkpoint: Checkpoint,
     progress: Progress,
     base: Checkpoint | None = None,
-    finite: bool = False,
+    search: ValueSearch | None = None,
     of_manifest: Sequence[Finding] = (),
 ) -> RecordProof:
     """Verify an open checkpoint against its record, and against an open base if given.
 
-    With `finite`, all files are also searched for NaN and infinities. `of_manifest` are findings about the manifest
-    stored in the checkpoint. The caller makes them, because resolving a manifest needs code of the editing package.
+    With `search`, all shards are also searched for NaN and infinities, and `search` keeps the figures of their tensors.
+    `of_manifest` are findings about the manifest stored in the checkpoint. The caller makes them, because resolving a
+    manifest needs code of the editing package.
     """
     record = patched.record
     names = {f.name: f for f in checkpoint.files}
@@ -130,16 +131,18 @@ def verify_patched(
     present = [name for name in record.files if name in names]
     unhashed = [name for name in present if record.files[name].sha256 is None]
     edited = {edit.file for edit in record.edits} | {change.file for change in record.changes}
-    unread = [n for n in present if n in edited and not finite and not names[n].is_here]
+    unread = [n for n in present if n in edited and search is None and not names[n].is_here]
     regions = _read_regions(record, checkpoint, progress)
     findings += regions.findings if regions else ()
-    found, sound = _check_all_digests(record, checkpoint, present, finite, progress, regions)
+    found, sound = _check_all_digests(record, checkpoint, present, search, progress, regions)
     findings += found
+    if search is not None:
+        findings += scan_values(search, progress)
     needs_base = {change.file for change in record.changes} if regions is None else regions.needs_base
     proved = [name for name in sound if name not in {*unhashed, *unread, *needs_base}]
     if base is not None:
         findings += _compare_with_base(checkpoint, base, record, progress)
-    rules = RULES_OF_RECORD + (("base",) if base else ()) + (("non-finite",) if finite else ())
+    rules = RULES_OF_RECORD + (("base",) if base else ()) + (("non-finite",) if search else ())
     return RecordProof(
         tuple(findings),
         files=len(present),
@@ -148,7 +151,7 @@ def verify_patched(
         proved=tuple(name for name in proved if not record.files[name].unverified),
         compared_with_base=base is not None,
         unhashed=tuple(unhashed),
-        finite=finite,
+        finite=search is not None,
         unread=tuple(unread),
         elsewhere=tuple(n for n in record.elsewhere if n not in names),
         unverified=tuple(name for name in proved if record.files[name].unverified),
@@ -172,11 +175,11 @@ def _check_all_digests(
     record: Record,
     checkpoint: Checkpoint,
     names: Sequence[str],
-    finite: bool,
+    search: ValueSearch | None,
     progress: Progress,
     regions: RegionProof | None = None,
 ) -> tuple[list[Finding], list[str]]:
-    """Check the digests of the named files, and search shards for NaN and infinities if `finite` is True.
+    """Check the digests of the named files. The bytes that are read for this are also fed to `search`.
 
     Returns all findings, and the names of the files whose digests are correct.
     """
@@ -186,13 +189,13 @@ def _check_all_digests(
         edited.setdefault(edit.file, []).append(edit)
     findings: list[Finding] = []
     sound: list[str] = []
-    size = sum(files[name].size for name in names if finite or record.files[name].sha256 is not None)
+    size = sum(files[name].size for name in names if search or record.files[name].sha256 is not None)
     progress.start(size, "B", "verifying")
     try:
         for name in names:
-            scan = FiniteScan(name, checkpoint.shards[name]) if finite and name in checkpoint.shards else None
+            scan = search.follow(name) if search else None
             found = _check_digests(files[name], record.files[name], edited.get(name, []), scan, progress, regions)
-            findings += found + (scan.list_findings() if scan else [])
+            findings += found
             if not found:
                 sound.append(name)
     finally:
@@ -222,20 +225,12 @@ def check_structure(checkpoint: Checkpoint) -> list[Finding]:
     ]
 
 
-def scan_finite(checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
-    """Search all shards for NaN and infinities. Reads each shard once."""
-    findings: list[Finding] = []
-    progress.start(sum(shard.size for shard in checkpoint.shards.values()), "B", "searching for NaN and infinities")
-    try:
-        for name, shard in checkpoint.shards.items():
-            scan = FiniteScan(name, shard)
-            for offset, chunk in read_chunks(checkpoint.get_file(name), []):
-                scan.feed(offset, chunk)
-                progress.advance(len(chunk))
-            findings += scan.list_findings()
-    finally:
-        progress.close()
-    return findings
+def scan_values(search: ValueSearch, progress: Progress) -> list[Finding]:
+    """Read the shards that `search` has not read yet. Returns a finding for each tensor with NaN or infinities."""
+    from swsurgery.verifying.value_findings import list_not_finite
+
+    search.read_rest(progress)
+    return list_not_finite(search)
 
 
 def _check_file_list(record: Record, names: dict[str, BaseFile]) -> list[Finding]:
@@ -318,13 +313,13 @@ def _check_digests(
     file: BaseFile,
     record: FileRecord,
     edits: list[EditRecord],
-    scan: FiniteScan | None,
+    scan: ShardScan | None,
     progress: Progress,
     regions: RegionProof | None = None,
 ) -> list[Finding]:
     """Check the digests of one file: of its stored bytes, and of the same bytes with the edits' old bytes put back.
 
-    `scan` searches the stored bytes for NaN and infinities.
+    `scan` gets the stored bytes and counts their values.
     """
     try:
         old = sorted((e.offset, e.old_bytes) for e in edits)
@@ -365,7 +360,7 @@ def _check_digests(
 
 
 def _hash_twice(
-    file: BaseFile, old: list[tuple[int, bytes]], hashed: bool, scan: FiniteScan | None, progress: Progress
+    file: BaseFile, old: list[tuple[int, bytes]], hashed: bool, scan: ShardScan | None, progress: Progress
 ) -> tuple[str, str]:
     """Read a file once and return two sha256 digests: of its bytes, and with the `old` (offset, bytes) put back.
 

@@ -60,6 +60,14 @@ RULES: dict[str, Rule] = {
             "A scalar that the manifest protects cannot be found or read as one number, so it may be lost.",
         ),
         Rule("non-finite", "A stored floating-point value is NaN or infinite."),
+        Rule("constant-weights", "All values of a weight matrix are 0, or all are the same."),
+        Rule("identical-weights", "Matrices of two layers or experts have the same bytes.", "warning"),
+        Rule("dtype-overflow", "A stored weight is outside the range of float16.", "warning"),
+        Rule(
+            "subnormal-weights",
+            "More than a tenth of the values of a matrix are subnormal, so they have lost precision.",
+            "warning",
+        ),
         Rule(
             "duplicate-weights",
             "The checkpoint contains a second copy of the weights, which edits of the shards do not change.",

@@ -34,7 +34,8 @@ from swsurgery.storage.arguments import (
     require_type,
 )
 from swsurgery.storage.folder import Folder
-from swsurgery.verifying.against_record import RecordProof, check_structure, scan_finite, verify_patched
+from swsurgery.storage.numeric import load_numpy
+from swsurgery.verifying.against_record import RecordProof, check_structure, scan_values, verify_patched
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.formats import FindingReport
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:  # each of these modules does one optional check and is import
     from swsurgery.verifying.against_known import Survival
     from swsurgery.verifying.against_manifest import Wishes
     from swsurgery.verifying.against_protected import Guard
+    from swsurgery.verifying.value_findings import ValueReport
+    from swsurgery.verifying.value_search import ValueSearch
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,13 @@ class _Question:
     variant: str | None = None
     protected: ManifestLike | None = None
     protected_tolerance: float = 0.0
+    values: bool = False
 
     @property
     def needs_no_record(self) -> bool:
         """True if any requested check also works for a checkpoint without a record."""
         manifests = (self.manifest, self.protected)
-        return bool(self.known or manifests != (None, None) or self.finite or self.signature)
+        return bool(self.known or manifests != (None, None) or self.finite or self.values or self.signature)
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,12 +85,13 @@ class Verification(FindingReport):
 
     `record` is the proof from the checkpoint's record, or None if it has no record. `known` contains the states of the
     known super weights, or is None if they were not requested. `base` is the location of the base that was compared, or
-    None.
+    None. `values` contains the figures of all tensors, or is None if they were not requested.
     """
 
     record: RecordProof | None = None
     known: Survival | None = field(default=None, repr=False)
     base: Path | RemoteTree | None = None
+    values: ValueReport | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class _Proof:
     signature: Path | None = None
     notes: tuple[str, ...] = ()
     guard: Guard | None = None
+    values: ValueReport | None = None
 
     @property
     def decided(self) -> bool:
@@ -122,6 +128,8 @@ class _Proof:
             document["known"] = self.survival.to_json()
         if self.guard is not None:
             document["protected_values"] = self.guard.to_json()
+        if self.values is not None:
+            document["values"] = self.values.to_json()
         findings = [f.to_json() for f in self.findings]
         return document | {"findings": findings, "finite": self.finite, "notes": list(self.notes)}
 
@@ -139,6 +147,7 @@ class _Proof:
             self.verification,
             self.survival,
             self.base,
+            self.values,
         )
 
     def lines(self) -> Iterable[str]:
@@ -161,6 +170,8 @@ class _Proof:
             yield f"signature {self.signature} covers every file, and no file was changed after signing"
         if self.finite and not any(f.rule == "non-finite" for f in self.findings):
             yield "finite    no stored floating-point value is NaN or infinite"
+        if self.values is not None:
+            yield self.values.describe()
         for note in self.notes:
             yield f"note      {note}"
 
@@ -174,6 +185,7 @@ def verify(
     model: str | None = None,
     tolerance: float = 0.25,
     finite: bool = False,
+    values: bool = False,
     signature: str | Path | None = None,
     public_key: str | Path | None = None,
     weights: Weights | None = None,
@@ -189,7 +201,9 @@ def verify(
     that the checkpoint is its base with exactly the declared scalars changed. `base` is compared byte by byte.
     `manifest`, in any form that `apply` takes, must describe exactly this checkpoint. With `known`, no known super
     weight of the checkpoint's model, or of `model`, may have lost more than the fraction `tolerance` of its value.
-    With `finite`, all values are searched for NaN and infinities. `signature` is checked with `public_key` (PEM).
+    With `finite`, all values are searched for NaN and infinities. With `values`, also for constant and identical
+    matrices, values outside float16's range and subnormal values, and the result has the figures of all tensors.
+    `signature` is checked with `public_key` (PEM).
     The scalars that the manifest `protected` protects must have their expected values: those of its `expect`, of
     `base`, or of the known super weights, up to the relative difference `protected_tolerance`.
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
@@ -201,6 +215,7 @@ def verify(
     reporter = require_reporter(reporter)
     require_type("known", known, bool)
     require_type("finite", finite, bool)
+    require_type("values", values, bool)
     require_type("model", model, str, optional=True)
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
@@ -216,13 +231,14 @@ def verify(
         known or model is not None,
         model,
         loss,
-        finite,
+        finite or values,
         None if signature is None else require_path("signature", signature),
         None if public_key is None else require_path("public_key", public_key),
         weights,
         variant,
         protected,
         difference,
+        values,
     )
     with open_for_reading("checkpoint", checkpoint, reporter) as root, contextlib.ExitStack() as bases:
         return _prove(root, question, reporter, bases).report(str(checkpoint))
@@ -243,17 +259,23 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
     repo_ids = _list_repo_ids(patched)
     wishes = _resolve_wishes(loaded, checkpoint, repo_ids)
     verification = None
+    search = _begin_search(checkpoint) if question.finite else None
     if patched is not None:
-        verification = _verify_with_manifest(patched, checkpoint, progress, base, question.finite)
+        verification = _verify_with_manifest(patched, checkpoint, progress, base, search)
         findings, rules = [*verification.findings], verification.rules
         if any(f.index is not None for f in findings):
             wanted = wishes or _resolve_own_manifest(root, patched, checkpoint, repo_ids)
             findings = [wanted.attach_position(f) for f in findings] if wanted else findings
     else:
-        findings, rules = _check_files(checkpoint, question.finite, progress)
+        findings, rules = _check_files(checkpoint, search, progress)
     if wishes is not None:
         findings += _check_manifest(wishes, patched, checkpoint, base, progress)
         rules += ("manifest-mismatch", "undeclared-change", "file-missing", "file-undeclared", "base")
+    figures = None
+    if search is not None and question.values:
+        figures, found = _examine_values(search, patched, progress)
+        findings += found
+        rules += ("constant-weights", "identical-weights", "dtype-overflow", "subnormal-weights")
     kept = None
     if question.known:
         kept = _survey_known(question, checkpoint, patched, repo_ids)
@@ -278,17 +300,18 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         question.signature,
         checkpoint.notes,
         guard,
+        figures,
     )
 
 
 def _verify_with_manifest(
-    patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None, finite: bool
+    patched: Patched, checkpoint: Checkpoint, progress: Progress, base: Checkpoint | None, search: ValueSearch | None
 ) -> RecordProof:
     """Verify an open checkpoint against its record, and the record against the manifest in the checkpoint."""
     from swsurgery.verifying.against_manifest import find_own_differences
 
     differences = find_own_differences(patched, checkpoint)
-    return verify_patched(patched, checkpoint, progress, base, finite, differences)
+    return verify_patched(patched, checkpoint, progress, base, search, differences)
 
 
 def _read_record(root: Folder | RemoteTree, question: _Question) -> Patched | None:
@@ -320,12 +343,32 @@ def _has_shards(root: Folder | RemoteTree) -> bool:
     return not isinstance(root, RemoteTree) and any(root.path.glob("*.safetensors"))
 
 
-def _check_files(checkpoint: Checkpoint, finite: bool, progress: Progress) -> tuple[list[Finding], tuple[str, ...]]:
+def _check_files(
+    checkpoint: Checkpoint, search: ValueSearch | None, progress: Progress
+) -> tuple[list[Finding], tuple[str, ...]]:
     """Check a checkpoint that has no record. Returns the findings and the rules that were checked."""
     findings, rules = check_structure(checkpoint), ("structure", "duplicate-weights")
-    if not finite:
+    if search is None:
         return findings, rules
-    return findings + scan_finite(checkpoint, progress), (*rules, "non-finite")
+    return findings + scan_values(search, progress), (*rules, "non-finite")
+
+
+def _begin_search(checkpoint: Checkpoint) -> ValueSearch:
+    """Return the search of all values of a checkpoint, which has read nothing yet."""
+    load_numpy()
+    from swsurgery.verifying.value_search import ValueSearch
+
+    return ValueSearch(checkpoint)
+
+
+def _examine_values(
+    search: ValueSearch, patched: Patched | None, progress: Progress
+) -> tuple[ValueReport, list[Finding]]:
+    """Return the figures of all tensors, and what is wrong with their values besides NaN and infinities."""
+    from swsurgery.verifying.value_findings import list_findings, make_report
+
+    edited = frozenset(change.tensor for change in patched.record.changes) if patched else frozenset()
+    return make_report(search), list_findings(search, edited, progress)
 
 
 def _check_signature(root: Folder | RemoteTree, signature: Path, public_key: Path) -> list[Finding]:

@@ -200,6 +200,11 @@ def test_each_question_of_verify_has_its_input(use, patched, workspace):
     write_base(workspace / "broken", arrays)
     job = use(checkpoint="broken", finite="true")
     assert job.code == 1 and "| error | non-finite |" in job.summary
+    arrays[DOWN][:] = 0
+    write_base(workspace / "empty", arrays)
+    assert use(checkpoint="empty", finite="true").code == 0
+    job = use(checkpoint="empty", values="true")
+    assert job.code == 1 and "| error | constant-weights |" in job.summary
 
 
 def test_manifests_are_linted_by_pattern_in_the_same_run(use, patched, workspace):

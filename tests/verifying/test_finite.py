@@ -14,19 +14,21 @@ from swsurgery.cli import main
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.verifying.findings import Finding
-from swsurgery.verifying.finite import MAX_NONFINITE, FiniteScan
+from swsurgery.verifying.value_findings import MAX_REPORTED, list_not_finite
+from swsurgery.verifying.value_search import ValueSearch
 
 FLOATS = [name for name, dtype in DTYPES.items() if dtype.kind == "float"]
 
 
 def scan(root, step: int) -> list[Finding]:
     """The findings of model.safetensors when it is fed in pieces of `step` bytes."""
-    (shard,) = open_checkpoint(root).shards.values()
+    search = ValueSearch(open_checkpoint(root))
     data = (root / "model.safetensors").read_bytes()
-    search = FiniteScan("model.safetensors", shard)
+    scan = search.follow("model.safetensors")
     for offset in range(0, len(data), step):
-        search.feed(offset, data[offset : offset + step])
-    return search.list_findings()
+        scan.feed(offset, data[offset : offset + step])
+    assert scan.complete
+    return list_not_finite(search)
 
 
 def patterns(dtype: str) -> bytes:
@@ -82,9 +84,9 @@ def test_scales_and_complex_numbers_have_nans_too(tmp_path):
 
 def test_many_broken_tensors_are_summarised(tmp_path):
     inf = ("F16", (1,), b"\x00\x7c")
-    write_single(tmp_path, {f"t{i:02}": inf for i in range(MAX_NONFINITE + 5)})
+    write_single(tmp_path, {f"t{i:02}": inf for i in range(MAX_REPORTED + 5)})
     findings = scan(tmp_path, 1 << 20)
-    assert len(findings) == MAX_NONFINITE + 1 and "5 more tensors" in findings[-1].message
+    assert len(findings) == MAX_REPORTED + 1 and "5 more tensors" in findings[-1].message
 
 
 def test_the_command_searches_on_request_and_needs_no_record(tmp_path, capsys):
