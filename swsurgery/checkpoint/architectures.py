@@ -264,7 +264,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Nemotron-H and Nemotron 3",
         ("nemotron_h",),
-        ("backbone.", *_MODEL),
+        (*_MODEL, "backbone."),
         (
             Layout("dense", "layers.{layer}.mixer.down_proj.weight", "row col", _UP),
             Layout(

@@ -176,21 +176,28 @@ def _map_owners(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, _Own
 def find_decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder layers of the text model in order.
 
-    They are the first ModuleList, from the outside in, whose length is the config's num_hidden_layers. If there is
-    none, the result is empty.
+    They are the first ModuleList, from the outside in, whose length is the config's num_hidden_layers, or else its
+    num_layers (in LongCat-Flash, num_hidden_layers counts both attention blocks of each layer). If there is none, the
+    result is empty.
     """
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for root in (find_decoder(model), model):
-        for module in root.modules() if root is not None else ():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                return list(module)
+    config = model.config.get_text_config()
+    for key in ("num_hidden_layers", "num_layers"):
+        for root in (find_decoder(model), model):
+            for module in root.modules() if root is not None else ():
+                if isinstance(module, nn.ModuleList) and len(module) == getattr(config, key, None):
+                    return list(module)
     return []
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module | None:
-    """Return the module of `model` that contains its decoder layers for text; None if transformers finds none."""
+    """Return the module of `model` that contains its decoder layers for text; None if transformers finds none.
+
+    In ModernBERT's decoder, the attribute `decoder` is the head, and transformers returns it.
+    """
     get: Callable[[], nn.Module | None] = model.get_decoder
-    return get()
+    found = get()
+    base: nn.Module = model.base_model
+    return base if found is not None and found is find_output_embeddings(model) else found
 
 
 def find_output_embeddings(model: PreTrainedModel) -> nn.Module | None:

@@ -8,6 +8,7 @@ only to compare tied tensors that are stored twice.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,11 @@ ALIGNMENT = 256
 RENAMED = (
     (".mlp.", ".block_sparse_moe."),
     (".mlp.router.", ".block_sparse_moe.gate."),
-    (".self_attn.forget_gate.", ".self_attn."),
+    (".self_attn.forget_gate.", ".self_attn."),  # Kimi-Linear
+    (".mlp.shared_experts.", ".share_expert."),  # Step-3.5, and the next three
+    (".mlp.gate.e_score_correction_bias", ".moe.router_bias"),
+    (".mlp.gate.", ".moe.gate."),
+    (".mlp.experts.down_proj", ".moe.down_proj.weight"),
     ("lm_head.", "embed_out."),
 )
 """Parts of names that differ between transformers and checkpoints, as (part in transformers, part in a checkpoint)."""
@@ -44,6 +49,13 @@ STACKED = {
 }
 """Parameters that transformers stacks over all experts, with the possible names of the tensors that are stored for each
 expert. If an expert has two stored tensors, they are joined along the rows."""
+
+JOINED = {
+    "self_attn.conv1d.weight": (0, tuple(f"self_attn.{letter}_conv1d.weight" for letter in "qkv")),  # Kimi-Linear
+    "mlp.experts.gate_up_proj": (1, ("moe.gate_proj.weight", "moe.up_proj.weight")),  # Step-3.5
+}
+"""Parameters that transformers makes by joining several stored tensors, as (the axis, the endings of the stored names
+in order)."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +190,12 @@ class _Planner:
 
 
 def _find_needed_modules(model: PreTrainedModel) -> set[int]:
-    """Return the ids of the modules of the text model and its head; those that process images are left out."""
-    roots = [root for root in (find_decoder(model), find_output_embeddings(model)) if root is not None]
+    """Return the ids of the modules of the text model and its head; those that process images are left out.
+
+    ModernBERT's decoder has an `lm_head` before the matrix that returns the logits.
+    """
+    head = getattr(model, "lm_head", None)
+    roots = [root for root in (find_decoder(model), find_output_embeddings(model), head) if root is not None]
     return {id(module) for root in roots for module in root.modules()}
 
 
@@ -264,7 +280,36 @@ def _find_parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: 
                     found = _find_stacked(stem, parts, shape, checkpoint)
                     if found:
                         return found
+    for ending, (axis, endings) in JOINED.items():
+        for name in names:
+            stored = [name.removesuffix(ending) + one for one in endings]
+            if name.endswith(ending) and (found := _find_joined(stored, axis, shape, checkpoint)):
+                return found
     return ()
+
+
+def _find_joined(names: Sequence[str], axis: int, shape: torch.Size, checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """Find the parts of a parameter that consists of the stored tensors `names`, joined along `axis`.
+
+    Returns an empty tuple if a tensor is missing or has another shape.
+    """
+    wanted = (*shape[:axis], shape[axis] // len(names), *shape[axis + 1 :])
+    if shape[axis] % len(names) or any(checkpoint.shapes.get(name) != wanted for name in names):
+        return ()
+    wholes = [_locate_part(name, 0, checkpoint) for name in names]
+    count, run = math.prod(shape[:axis]), math.prod(wanted[axis:])
+    return tuple(
+        Part(
+            whole.tensor,
+            whole.file,
+            whole.offset + at * (whole.size // count),
+            whole.size // count,
+            whole.dtype,
+            (at * len(wholes) + number) * run,
+        )
+        for at in range(count)
+        for number, whole in enumerate(wholes)
+    )
 
 
 def _find_stacked(stem: str, names: Sequence[str], shape: torch.Size, checkpoint: Checkpoint) -> tuple[Part, ...]:

@@ -33,6 +33,8 @@ TRANSPOSED = {"gpt2": frozenset({"c_attn", "c_fc", "c_proj"}), "openai-gpt": fro
 OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """Target names that PEFT 0.21 applies to the stacked experts of a mixture of experts, even if the layer is dense."""
 
+SHARED_BLOCKS = frozenset({"shared_transf", "shared_transformer"})
+"""Names of blocks that several layers of Zamba share. PEFT would apply an adapter in one of these layers only."""
 
 NO_ZEROS: Mapping[str, int] = MappingProxyType({})
 """For edits of single scalars only."""
@@ -139,6 +141,8 @@ def _explain_unfit(scalar: PatchScalar, config: dict[str, Any]) -> str | None:
         reason = "is the weight of an expert, and transformers stacks the experts in one tensor"
     elif parts[-2:-1] and parts[-2] in OF_EXPERTS and any("experts" in key for key in config):
         reason = "has the name of a layer of the experts, to which PEFT would apply the adapter too"
+    elif not SHARED_BLOCKS.isdisjoint(parts):
+        reason = "belongs to a block that several layers share, and PEFT would change it in one of them"
     elif len(scalar.shape) != 2 or parts[-1] != "weight" or len(parts) < 2 or parts[-2] not in linear:
         reason = "is not known to be the weight of a linear layer"
     elif scalar.dtype.kind != "float":
@@ -169,6 +173,8 @@ def _find_module(tensor: str, config: dict[str, Any]) -> str | None:
     trunk = name_prefixes(config)[:1]
     if module in ("lm_head", "embed_out") or not trunk or module.startswith(trunk[0]):
         return module
+    if module.startswith("backbone."):  # Nemotron-H: transformers loads it under another name
+        return None
     return trunk[0] + module  # the checkpoint was saved without a head, so its names lack the trunk's prefix
 
 
