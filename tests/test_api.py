@@ -57,6 +57,8 @@ PAIRS: dict[str, tuple[str, Callable[[], object]]] = {
     "recipe": (
         "recipe llama-7b --for torchao", lambda: swsurgery.recipe("llama-7b", "torchao"),
     ),
+    "lookup all models": ("lookup", lambda: swsurgery.lookup()),
+    "lookup all models of a status": ("lookup --status paper", lambda: swsurgery.lookup(status="paper")),
     "lookup a record": ("lookup patched", lambda: swsurgery.lookup(Path("patched"))),
     "scan": ("scan base --method weights", lambda: swsurgery.scan("base", method="weights")),
     "verify": ("verify patched", lambda: swsurgery.verify("patched")),
@@ -159,7 +161,7 @@ LOCATIONS: dict[str, Callable[[object], object]] = {
     "diff": lambda bad: swsurgery.diff("base", bad),
     "export": lambda bad: swsurgery.export("patched", bad, format="sparse"),
     "inspect": lambda bad: swsurgery.inspect(bad),
-    "lookup": lambda bad: swsurgery.lookup(bad),
+    "lookup": lambda bad: swsurgery.lookup(0 if bad is None else bad),  # None lists all models
     "open_checkpoint": lambda bad: swsurgery.open_checkpoint(bad),
     "publish": lambda bad: swsurgery.publish(bad, "org/new"),
     "recipe": lambda bad: swsurgery.recipe(bad, "torchao"),

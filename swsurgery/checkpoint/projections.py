@@ -243,7 +243,7 @@ def has_residual_rows(config: Mapping[str, Any], projection: DownProjection) -> 
     in a Nemotron 3 with a latent space.
     """
     layouts = list_layouts(config, projection)
-    return all(layout.direct for layout in layouts) and _read_row_count(config, layouts) == _read_hidden_size(config)
+    return all(layout.direct for layout in layouts) and _read_row_count(config, layouts) == read_hidden_size(config)
 
 
 def list_layouts(config: Mapping[str, Any], projection: DownProjection) -> tuple[Layout, ...]:
@@ -289,7 +289,7 @@ def list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [inner for section in nested if isinstance(section, Mapping) for inner in list_sections(section)] + [config]
 
 
-def _find_number(config: Mapping[str, Any], *keys: str) -> int | None:
+def find_number(config: Mapping[str, Any], *keys: str) -> int | None:
     """Return the first positive integer that config.json has under one of the keys; None if it has none.
 
     The most specific section is searched first, and in each section the keys in the given order.
@@ -306,7 +306,7 @@ def read_model_type(config: Mapping[str, Any]) -> str:
 
 def read_layer_limit(config: Mapping[str, Any]) -> int | None:
     """Return the number of layers that config.json states; None if it states no number."""
-    return _find_number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return find_number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 # Names --------------------------------------------------------------------------------------------------------------
@@ -409,15 +409,15 @@ def _split_tail(layout: Layout) -> tuple[str, int]:
     return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:]), len(layout.axes.split())
 
 
-def _read_hidden_size(config: Mapping[str, Any]) -> int | None:
+def read_hidden_size(config: Mapping[str, Any]) -> int | None:
     """Return the hidden size that config.json states; None if it states none."""
-    return _find_number(config, "hidden_size", "n_embd", "n_embed", "d_model")
+    return find_number(config, "hidden_size", "n_embd", "n_embed", "d_model")
 
 
 def _read_row_count(config: Mapping[str, Any], layouts: Sequence[Layout]) -> int | None:
     """Return the number of rows that config.json states for a down projection; None if it states none."""
-    stated = (_find_number(config, layout.rows_key) for layout in layouts if layout.rows_key)
-    return next((rows for rows in stated if rows is not None), None) or _read_hidden_size(config)
+    stated = (find_number(config, layout.rows_key) for layout in layouts if layout.rows_key)
+    return next((rows for rows in stated if rows is not None), None) or read_hidden_size(config)
 
 
 def _list_fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: list[Layout]) -> set[Axes]:

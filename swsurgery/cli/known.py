@@ -8,17 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from swsurgery.cli.options import command, get_width
-from swsurgery.cli.output import Output, print_json, print_text
+from swsurgery.cli.output import Output, print_json, print_table, print_text
 from swsurgery.errors import SwsurgeryError, escape_control, report_done
 
 if TYPE_CHECKING:
     from swsurgery.known.lookup import KnownSuperWeights
 
 
+_LIST_HEADER = ("name", "coordinates", "status", "maximum activation")
+"""Titles of the columns of the list of all known models."""
+
+
 @command
 def lookup(
     out: Output,
-    model: Annotated[str, typer.Argument(help="The name of a model, or a patched checkpoint.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="The name of a model, or a patched checkpoint.", show_default=False)
+    ] = None,
     status: Annotated[
         list[str] | None, typer.Option(help="Print only super weights with this status; may be repeated.")
     ] = None,
@@ -33,25 +39,27 @@ def lookup(
     ] = "table",
     forget: Annotated[bool, typer.Option("--forget", help="Remove your own entry, made by scan --register.")] = False,
 ) -> None:
-    """Print the known super weights of a model, or the record of a patched checkpoint."""
-    from swsurgery.known import lookup, table
+    """Print a model's known super weights or the record of a patched checkpoint. Without MODEL, list all models."""
+    from swsurgery.known import listing, lookup, table
 
     chosen = bool(status or manifest or factor is not None)
+    if model is None and (manifest or factor is not None or form == "modules" or forget):
+        raise SwsurgeryError("--manifest, --factor, --as and --forget need the name of a model")
     if form == "modules" and (manifest or forget):
         raise SwsurgeryError("--as cannot be combined with --manifest or --forget")
-    if forget:
+    if model is not None and forget:
         if chosen:
             raise SwsurgeryError("--forget cannot be combined with --status, --manifest or --factor")
         _forget(out, model)
         return
-    if chosen and lookup.is_checkpoint(model):
-        raise SwsurgeryError("--status, --manifest and --factor need the name of a model, not a checkpoint", model)
-    if form == "modules" and lookup.is_checkpoint(model):
-        raise SwsurgeryError("--as needs the name of a model", model, "swsurgery recipe lists modules of a checkpoint")
+    if model is not None and lookup.is_checkpoint(model):
+        _refuse_options_of_models(model, chosen, form)
     if factor is not None and manifest is None:
         raise SwsurgeryError("--factor needs --manifest scale")
     found = lookup.lookup(model, status=status or None, reporter=out.make_reporter())
-    if not isinstance(found, lookup.KnownSuperWeights):
+    if isinstance(found, listing.KnownModels):
+        out.print_result(found, lambda found: print_table(_LIST_HEADER, found.render_cells()))
+    elif not isinstance(found, lookup.KnownSuperWeights):
         from swsurgery.cli import show
 
         out.print_result(found, show.show_record)
@@ -63,6 +71,15 @@ def lookup(
         out.print_result(
             found, lambda found: print_text(table.render_table(found.models[0], get_width(), found.statuses))
         )
+
+
+def _refuse_options_of_models(checkpoint: str, chosen: bool, form: str) -> None:
+    """Raise SwsurgeryError if an option was given that only the name of a model takes."""
+    if chosen:
+        raise SwsurgeryError("--status, --manifest and --factor need the name of a model, not a checkpoint", checkpoint)
+    if form == "modules":
+        remedy = "swsurgery recipe lists modules of a checkpoint"
+        raise SwsurgeryError("--as needs the name of a model", checkpoint, remedy)
 
 
 def _print_modules(out: Output, found: KnownSuperWeights) -> None:

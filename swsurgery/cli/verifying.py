@@ -43,7 +43,7 @@ def verify(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The known model that the checkpoint is made from, if its files do not name it. Implies --known."
+            help="The known model that the checkpoint is made from, if it cannot be identified. Implies --known."
         ),
     ] = None,
     known_tolerance: Annotated[

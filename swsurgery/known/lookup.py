@@ -1,4 +1,4 @@
-"""Look up the known super weights of a model, or the record of a patched checkpoint.
+"""Look up the known super weights of a model, the list of known models, or the record of a patched checkpoint.
 
 Must not load anything slow: `swsurgery lookup` answers in a fraction of a second.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from swsurgery.errors import SwsurgeryError
 from swsurgery.known import own, shipped
+from swsurgery.known.listing import KnownModels, list_models
 from swsurgery.known.schema import KnownModel, select_by_status
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage.arguments import require_location, require_strings
@@ -44,19 +45,23 @@ class KnownSuperWeights(TableResult):
 
 
 def lookup(
-    model: str | Path, *, status: str | Sequence[str] | None = None, reporter: Reporter | None = None
-) -> KnownSuperWeights | Record:
+    model: str | Path | None = None, *, status: str | Sequence[str] | None = None, reporter: Reporter | None = None
+) -> KnownSuperWeights | KnownModels | Record:
     """Return the known super weights of a model, the user's own scans included, or the record of a checkpoint.
 
-    `model` is a model's name ("llama-7b"), or a patched checkpoint: a directory or hf://ORG/NAME[@REV][/sub]. `status`
-    selects coordinates of a model: one status or several. The docstring of `swsurgery.known` explains the statuses.
+    `model` is a model's name ("llama-7b"), or a patched checkpoint: a directory or hf://ORG/NAME[@REV][/sub]. Without
+    `model`, all known models are listed. `status` selects coordinates: one status or several. The docstring of
+    `swsurgery.known` explains the statuses.
 
     Raises TypeError; LookupFailed for an unknown status or an unknown name (the message suggests similar names);
     CheckpointError or HubError for a checkpoint without a record; SwsurgeryError for a checkpoint with a `status`.
     """
     reporter = require_reporter(reporter)
-    require_location("model", model)
     statuses = (status,) if isinstance(status, str) else status
+    if model is None:
+        require_strings("status", statuses)
+        return list_models(statuses)
+    require_location("model", model)
     require_strings("status", statuses)
     if not is_checkpoint(model):
         found = own.find_model(str(model))

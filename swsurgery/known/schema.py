@@ -263,6 +263,9 @@ class KnownColumn(KnownPart):
 KnownEntry = KnownCoordinate | KnownExpert | KnownColumn
 """Everything that the text after `known:` can name by an id."""
 
+LARGEST_FLOAT16 = 65504.0
+"""Largest finite number in float16 (IEEE 754 binary16)."""
+
 E = TypeVar("E", KnownCoordinate, KnownExpert, KnownColumn)
 
 
@@ -283,13 +286,38 @@ class KnownJointSet(StrictValue):
         }
 
 
+class MaxActivation(StrictValue):
+    """The largest activation that a published measurement saw in a model.
+
+    `value` has the sign of that activation. `place` is where it was seen, such as "hidden state" or "mlp output", and
+    `layer` the number of the layer; None if the source gives no number. `from_layer` is the first layer whose hidden
+    state reaches half of the magnitude of `value`.
+    """
+
+    value: Finite
+    layer: Count | None = None
+    place: str
+    from_layer: Count | None = None
+    source: Citation
+
+    @property
+    def fits_float16(self) -> bool:
+        """True if float16 can represent the value."""
+        return abs(self.value) <= LARGEST_FLOAT16
+
+    def to_json(self) -> dict[str, Any]:
+        fields = self.model_dump(exclude={"source"})
+        return fields | {"fits_float16": self.fits_float16, "source": str(self.source)}
+
+
 class KnownModel(StrictValue):
     """One model and its known super weights.
 
     The first alias is the short name. `tensor` is a template for tensor names with {layer} (and {expert}). `transposed`
     is True if the checkpoint stores [col, row]. `revision_measured` is the commit that was measured. `path` is the
     directory of a checkpoint that is not in a repository. `scans` contains the scans of the whole model,
-    including scans that found nothing. `experts` and `columns` were published as a whole.
+    including scans that found nothing. `experts` and `columns` were published as a whole. `vocab_size` is None if no
+    config.json that states it was read. A model may have a `max_activation` and no coordinates.
     """
 
     aliases: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -299,6 +327,7 @@ class KnownModel(StrictValue):
     intermediate_size: Count
     num_layers: Count
     num_experts: Count | None = None
+    vocab_size: Count | None = None
     sizes_from: str
     tensor: str
     transposed: bool = False
@@ -312,6 +341,7 @@ class KnownModel(StrictValue):
     joint_sets: tuple[KnownJointSet, ...] = ()
     experts: tuple[KnownExpert, ...] = ()
     columns: tuple[KnownColumn, ...] = ()
+    max_activation: MaxActivation | None = None
 
     @property
     def slug(self) -> str:
@@ -337,7 +367,8 @@ class KnownModel(StrictValue):
         """All sources cited by this model, in order of first use."""
         effects = [*self.effects, *(e for j in self.joint_sets for e in j.effects)]
         cited = [s for c in self.entries for s in (*(e.source for e in c.effects), *c.sources)]
-        return tuple({s.key: s for s in [*cited, *(e.source for e in effects), *self.scans]}.values())
+        measured = [self.max_activation.source] if self.max_activation else []
+        return tuple({s.key: s for s in [*cited, *(e.source for e in effects), *self.scans, *measured]}.values())
 
     @model_validator(mode="after")
     def _ids(self) -> KnownModel:
@@ -352,7 +383,9 @@ class KnownModel(StrictValue):
     def to_json(self, status: str | Collection[str] | None = None) -> dict[str, Any]:
         return {
             **self.model_dump(include={"hf_id", "family", "hidden_size", "intermediate_size", "num_layers"}),
-            **self.model_dump(include={"num_experts", "tensor", "transposed", "revision_measured", "sizes_from"}),
+            **self.model_dump(
+                include={"num_experts", "vocab_size", "tensor", "transposed", "revision_measured", "sizes_from"}
+            ),
             "slug": self.slug,
             "own": self.own,
             "aliases": list(self.aliases),
@@ -361,6 +394,7 @@ class KnownModel(StrictValue):
             "columns": [c.to_json() for c in select_entries(self.columns, status)],
             "joint_sets": [j.to_json() for j in self.joint_sets],
             "effects": [e.to_json() for e in self.effects],
+            "max_activation": self.max_activation and self.max_activation.to_json(),
             "disputes": list(self.disputes),
             "notes": list(self.notes),
             "sources": {s.key: s.model_dump(exclude={"key"}) for s in self.sources},
@@ -387,6 +421,27 @@ class SinkNeurons(StrictValue):
     cite: str
 
 
+class KnownRow(StrictValue):
+    """One row of a down projection whose zeroing was measured, in a model that is not listed with its sizes.
+
+    `effect` is the relative change of the model's own loss if the whole row is zeroed.
+    """
+
+    model: str
+    layer: Count
+    row: Count
+    effect: str
+    cite: str
+
+
+class WrongValue(StrictValue):
+    """A number in circulation that is wrong: where it was published, what it claims, and what is true."""
+
+    where: str
+    claim: str
+    truth: str
+
+
 class NegativeResult(StrictValue):
     """Models in which a search or a test found nothing."""
 
@@ -400,6 +455,8 @@ class Related(StrictValue):
 
     super_experts: tuple[SuperExperts, ...]
     sink_neurons: tuple[SinkNeurons, ...]
+    rows: tuple[KnownRow, ...]
+    wrong_values: tuple[WrongValue, ...]
     negative_results: tuple[NegativeResult, ...]
     open_questions: tuple[str, ...]
 

@@ -27,6 +27,7 @@ from swsurgery.known.schema import (
     KnownExpert,
     KnownJointSet,
     KnownModel,
+    MaxActivation,
     Related,
     select_by_status,
 )
@@ -222,6 +223,9 @@ def _build_model(fields: dict[str, Any], sources: _Sources) -> KnownModel:
         KnownColumn.model_validate(_parse_column_id(c) | _expand_effects(c, sources, "sources"))
         for c in fields.get("columns", ())
     )
+    if measured := fields.get("max_activation"):
+        source = sources[measured.get("source")]
+        resolved["max_activation"] = MaxActivation.model_validate(measured | {"source": source})
     return KnownModel.model_validate(resolved)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from swsurgery.errors import LookupFailed, escape_control
 from swsurgery.known.schema import (
+    LARGEST_FLOAT16,
     STATUSES,
     Citation,
     Figure,
@@ -22,6 +23,7 @@ from swsurgery.known.schema import (
     KnownExpert,
     KnownJointSet,
     KnownModel,
+    MaxActivation,
     select_by_status,
     select_entries,
 )
@@ -42,14 +44,14 @@ LARGE_RATIO = 4.0
 def render_table(model: KnownModel, width: int = 100, status: str | Collection[str] | None = None) -> str:
     """Render one model as a table for a terminal of `width` columns.
 
-    The table contains the coordinates with tensor, value, status and the effect of zeroing each alone, then whole
-    experts and columns, joint sets, other measurements, warnings, notes, and the sources as numbered footnotes. Raises
-    LookupFailed for an unknown status.
+    The table contains the maximum activation, the coordinates with tensor, value, status and the effect of zeroing each
+    alone, then whole experts and columns, joint sets, other measurements, warnings, notes, and the sources as numbered
+    footnotes. Raises LookupFailed for an unknown status.
     """
     shown = select_by_status(model, status)
     notes = _Footnotes()
     out = _Page(width)
-    _add_heading(out, model)
+    _add_heading(out, model, notes)
     _add_coordinates(out, model, shown, notes)
     _add_parts(out, "expert", select_entries(model.experts, status), notes)
     _add_parts(out, "column", select_entries(model.columns, status), notes)
@@ -62,17 +64,23 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
     return out.text()
 
 
-def _add_heading(out: _Page, model: KnownModel) -> None:
+def _add_heading(out: _Page, model: KnownModel, notes: _Footnotes) -> None:
     out.line(f"{model.hf_id} ({model.family})")
     out.line(
         f"{model.num_layers} layers, hidden {model.hidden_size}, intermediate {model.intermediate_size}"
         + (f", {model.num_experts} experts" if model.num_experts else "")
+        + (f", vocabulary {model.vocab_size}" if model.vocab_size else "")
         + (f"; also called {', '.join(model.aliases)}" if model.aliases != (model.hf_id,) else "")
     )
     if model.own:
         out.line(f"with an own scan, which swsurgery lookup {shlex.quote(model.slug)} --forget removes")
     if model.revision_measured:
         out.line(f"measured at revision {model.revision_measured}")
+    if model.max_activation:
+        out.line(
+            f"maximum activation {describe_max_activation(model.max_activation)} "
+            f"{notes.mark(model.max_activation.source)}"
+        )
     out.line()
 
 
@@ -187,6 +195,24 @@ def describe(effect: KnownEffect) -> str:
     return f"{metric} {format_figure(effect.after)}"
 
 
+def describe_max_activation(found: MaxActivation) -> str:
+    """Describe a maximum activation, as in `-13,248 in layer 13 (hidden state); half of it from layer 3`."""
+    where = f"in layer {found.layer} ({found.place})" if found.layer is not None else f"({found.place})"
+    start = f"; half of it from layer {found.from_layer}" if found.from_layer is not None else ""
+    return f"{found.value:,g} {where}{start}"
+
+
+def explain_overflow(model: KnownModel) -> str | None:
+    """Return a warning if float16 cannot represent a model's maximum activation; None if it can or if none is known."""
+    found = model.max_activation
+    if found is None or found.fits_float16:
+        return None
+    return (
+        f"float16 cannot represent the maximum activation: {abs(found.value):,.0f} > {LARGEST_FLOAT16:,.0f}; "
+        "run this model in bfloat16 or float32"
+    )
+
+
 def format_figure(value: Figure) -> str:
     """Format a measured number with four digits, or as an integer from 1000; words stay unchanged."""
     if isinstance(value, str):
@@ -277,7 +303,8 @@ def _describe_effect(effect: KnownEffect, notes: _Footnotes) -> str:
 
 
 def _list_warnings(model: KnownModel, shown: Sequence[KnownCoordinate]) -> list[str]:
-    warnings = list(model.disputes)
+    overflow = explain_overflow(model)
+    warnings = [*model.disputes, *([overflow] if overflow else [])]
     alone = [c.id for c in shown if c.independent.location == 1 and c.status != "measured"]
     if alone:
         warnings.append(f"reported by one group only: {', '.join(alone)}")

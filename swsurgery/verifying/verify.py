@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # each of these modules does one optional check and is import
     from swsurgery.verifying.against_known import Survival
     from swsurgery.verifying.against_manifest import Wishes
     from swsurgery.verifying.against_protected import Guard
+    from swsurgery.verifying.identification import Identification
     from swsurgery.verifying.value_findings import ValueReport
     from swsurgery.verifying.value_search import ValueSearch
 
@@ -84,14 +85,16 @@ class Verification(FindingReport):
     """The findings of all checks. `ok` is True if no finding is an error and something could be compared.
 
     `record` is the proof from the checkpoint's record, or None if it has no record. `known` contains the states of the
-    known super weights, or is None if they were not requested. `base` is the location of the base that was compared, or
-    None. `values` contains the figures of all tensors, or is None if they were not requested.
+    known super weights, and `identified` says which model they are of and how it was identified; both are None if they
+    were not requested. `base` is the location of the base that was compared, or None. `values` contains the figures of
+    all tensors, or is None if they were not requested.
     """
 
     record: RecordProof | None = None
     known: Survival | None = field(default=None, repr=False)
     base: Path | RemoteTree | None = None
     values: ValueReport | None = field(default=None, repr=False)
+    identified: Identification | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class _Proof:
     notes: tuple[str, ...] = ()
     guard: Guard | None = None
     values: ValueReport | None = None
+    identified: Identification | None = None
 
     @property
     def decided(self) -> bool:
@@ -125,7 +129,8 @@ class _Proof:
         if self.manifest is not None:
             document["manifest"] = {"path": str(self.manifest.path), "base": self.base and str(self.base)}
         if self.survival is not None:
-            document["known"] = self.survival.to_json()
+            identified = self.identified and self.identified.to_json()
+            document["known"] = self.survival.to_json() | {"identified": identified}
         if self.guard is not None:
             document["protected_values"] = self.guard.to_json()
         if self.values is not None:
@@ -148,6 +153,7 @@ class _Proof:
             self.survival,
             self.base,
             self.values,
+            self.identified,
         )
 
     def lines(self) -> Iterable[str]:
@@ -163,7 +169,7 @@ class _Proof:
             )
             yield f"manifest  exactly {self.manifest.path}: every edit recomputed {how}"
         if self.survival is not None:
-            yield from _describe_survival(self.survival)
+            yield from _describe_survival(self.survival, self.identified)
         if self.guard is not None:
             yield self.guard.describe()
         if self.signature is not None and not any(f.rule == "signature" for f in self.findings):
@@ -200,7 +206,8 @@ def verify(
     files are read; for large files, the digests that the Hub lists are used. The record alone, without the base, proves
     that the checkpoint is its base with exactly the declared scalars changed. `base` is compared byte by byte.
     `manifest`, in any form that `apply` takes, must describe exactly this checkpoint. With `known`, no known super
-    weight of the checkpoint's model, or of `model`, may have lost more than the fraction `tolerance` of its value.
+    weight of the checkpoint's model, or of `model`, may have lost more than the fraction `tolerance` of its value. A
+    model that neither `model` nor the files name is identified from its sizes and from its values.
     With `finite`, all values are searched for NaN and infinities. With `values`, also for constant and identical
     matrices, values outside float16's range and subnormal values, and the result has the figures of all tensors.
     `signature` is checked with `public_key` (PEM).
@@ -208,9 +215,10 @@ def verify(
     `base`, or of the known super weights, up to the relative difference `protected_tolerance`.
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
 
-    Raises TypeError; CheckpointError if there is nothing to check against or a file cannot be read; HubError,
-    ManifestError, LookupFailed for an unknown model, and SwsurgeryError for a signature without a public key or a
-    `tolerance` that is not between 0 and 1, and for a `protected_tolerance` that is negative or not finite.
+    Raises TypeError; CheckpointError if there is nothing to check against, if a file cannot be read, if the known model
+    cannot be identified, or if `model` has other sizes than the checkpoint; HubError; ManifestError; LookupFailed for
+    an unknown model; SwsurgeryError for a signature without a public key, for a `tolerance` that is not between 0 and
+    1, and for a `protected_tolerance` that is negative or not finite.
     """
     reporter = require_reporter(reporter)
     require_type("known", known, bool)
@@ -276,9 +284,9 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         figures, found = _examine_values(search, patched, progress)
         findings += found
         rules += ("constant-weights", "identical-weights", "dtype-overflow", "subnormal-weights")
-    kept = None
+    identified = kept = None
     if question.known:
-        kept = _survey_known(question, checkpoint, patched, repo_ids)
+        identified, kept = _survey_known(question, checkpoint, patched, repo_ids)
         findings += kept.list_findings()
         rules += ("known-lost", "known-unreadable", "known-suspicious")
     guard = None
@@ -301,6 +309,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         checkpoint.notes,
         guard,
         figures,
+        identified,
     )
 
 
@@ -390,15 +399,14 @@ def _load_manifest(question: _Question) -> LoadedManifest | None:
 
 def _survey_known(
     question: _Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
-) -> Survival:
-    from swsurgery.known import own
+) -> tuple[Identification, Survival]:
     from swsurgery.verifying import against_known
+    from swsurgery.verifying.identification import identify_checkpoint
 
     declared = {e.coordinate for e in patched.record.edits} if patched else set()
-    model = own.identify(question.model, (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path")))
-    if model is None:
-        raise CheckpointError("cannot tell which known model this is", checkpoint.root, "name it with --model")
-    return against_known.survey(checkpoint, model, declared, question.tolerance)
+    names = (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path"))
+    identified = identify_checkpoint(checkpoint, question.model, names, declared)
+    return identified, against_known.survey(checkpoint, identified.model, declared, question.tolerance)
 
 
 def _check_protected(
@@ -537,7 +545,7 @@ def _describe_verification(verification: RecordProof) -> Iterable[str]:
         yield "compared  byte by byte with the base: nothing else differs"
 
 
-def _describe_survival(survived: Survival) -> Iterable[str]:
+def _describe_survival(survived: Survival, identified: Identification | None) -> Iterable[str]:
     from swsurgery.verifying.against_known import UNDECIDED, describe_kept
 
     held = [c for c in survived.coordinates if c.held]
@@ -546,6 +554,8 @@ def _describe_survival(survived: Survival) -> Iterable[str]:
     edited = sum(c.state == "declared" for c in held)
     aside = f", {edited} of them edited on purpose" if edited else ""
     yield f"known     {len(there)} of {pluralise(len(held), 'super weight')} of {survived.model} not lost{aside}"
+    if identified is not None:
+        yield f"          {identified.describe()}"
     for c in survived.coordinates:
         aside = "" if c.held else f" (not counted: {c.status})"
         yield f"          {c.id:16} {describe_kept(c)}{aside}"

@@ -36,13 +36,15 @@ TABLE_2 = {
 
 
 def test_counts():
-    assert len(MODELS) == 40
-    assert len(COORDINATES) == 114
-    assert sum(all(c.col is None for c in m.coordinates) for m in MODELS) == 5
+    assert len(MODELS) == 68
+    assert len(COORDINATES) == 122
+    assert sum(m.max_activation is not None for m in MODELS) == 27
+    assert sum(not m.entries for m in MODELS) == 22
+    assert sum(bool(m.coordinates) and all(c.col is None for c in m.coordinates) for m in MODELS) == 10
     statuses = [c.status for _, c in COORDINATES]
     assert {s: statuses.count(s) for s in schema.STATUSES} == {
-        "paper": 31, "measured": 6, "independent-detection": 26, "code-only": 6, "disputed": 1, "refuted": 9,
-        "insufficient": 35,
+        "paper": 31, "measured": 6, "independent-detection": 28, "code-only": 6, "disputed": 1, "refuted": 9,
+        "insufficient": 41,
     }  # fmt: skip
     assert sum(c.value is not None or c.value_printed is not None for _, c in COORDINATES) == 84
     assert sum(len(m.joint_sets) for m in MODELS) == 26
@@ -130,7 +132,9 @@ def test_what_is_known_without_a_coordinate():
     experts = {f"L{c.layer}.E{c.expert}" for c in moe.coordinates}
     assert experts == set(list_related().super_experts[3].experts)
     assert len(list_related().sink_neurons) == 4
-    assert len(list_related().negative_results) == 5
+    assert len(list_related().negative_results) == 8
+    assert len(list_related().rows) == 7
+    assert len(list_related().wrong_values) == 4
 
 
 COORDINATE = """
@@ -183,6 +187,10 @@ def test_a_minimal_file_loads(tmp_path):
         ('id = "L1.2.3"', 'id = "L1.2.3"\nvalue = 1.0', "value and dtype"),
         ('id = "L1.2.3"', 'id = "L1.2.3"\nvalue = 1.0\ndtype = "float16"', "dtype"),
         ("[sources]", "extra = 1\n[sources]", "unknown or missing tables"),
+        ("num_layers = 2", 'num_layers = 2\nmax_activation = { value = 1.0, place = "p" }', "cited but not listed"),
+        ("num_layers = 2", 'num_layers = 2\nmax_activation = { value = 1.0, source = "a" }', "place"),
+        ("num_layers = 2", 'num_layers = 2\nmax_activation = { value = nan, place = "p", source = "a" }', "value"),
+        ("num_layers = 2", 'num_layers = 2\nvocab_size = -1', "vocab_size"),
         ('sources = ["a"]', 'sources = ["a"]\n[[models.joint_sets]]\ncoordinates = ["L9.9.9"]\neffects = []', "L9.9.9"),
         ("[[models.coordinates]]", f"[[models.coordinates]]\n{COORDINATE}[[models.coordinates]]", "twice"),
     ],
@@ -228,7 +236,7 @@ def test_json_has_the_promised_shape():
 def test_json_of_everything_is_plain_and_keeps_infinities_as_words():
     document = shipped.build_json(MODELS)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert sum(len(m["coordinates"]) for m in document["models"]) == 114
+    assert sum(len(m["coordinates"]) for m in document["models"]) == 122
     [llama] = shipped.build_json(own.find_model("llama-2-7b"))["models"]
     assert llama["joint_sets"][0]["effects"][0]["ratio"] == "inf"
     [only] = shipped.build_json(own.find_model("llama-2-7b"), "paper")["models"]
@@ -332,9 +340,56 @@ def test_table_of_one_status():
     assert "none of this status" in table.render_table(own.find_model("olmo-1b"), 80, status="code-only")
 
 
+PEAKS = """
+qwen2.5-1.5b -7968 5 1; qwen2.5-1.5b-instruct -7968 5 1; qwen2.5-7b -13248 13 3; qwen2.5-7b-instruct -13312 13 3
+qwen2.5-32b 30848 63 5; qwen2.5-32b-instruct 22144 42 4; qwen2.5-vl-3b -3984 30 2; qwen2.5-vl-7b -8256 13 3
+qwen2.5-vl-32b 22144 44 4; qwen3-1.7b 14208 25 2; qwen3-8b 17664 16 6; qwen3-32b 35328 44 6; qwen3-30b-a3b 1512 3 2
+gemma-2b -2992 11 6; gemma-2-9b 1664 41 15; gemma-2-27b 157696 38 25; gemma-3-4b-it 245760 29 13
+gemma-3-27b-it 696320 46 23; gpt-oss-20b -145408 23 23; ling-mini-5t -7648 - 5; ling-mini-10t -9024 - 5
+ling-mini-15t -10112 - 1; ling-mini-20t -11776 - 1; qwen3.5-0.8b -122 - -; qwen3.5-9b 956 - -; qwen3.5-27b 1848 - -
+qwen3.5-35b-a3b 132 - -
+"""
+"""The 27 maximum activations of arXiv:2605.15572: name, value, layer, first layer with half of it."""
+
+
+def test_every_maximum_activation_of_the_paper_is_there_and_in_range():
+    listed = [line.split() for line in PEAKS.replace("\n", ";").split(";") if line.strip()]
+    found = {m.slug: m.max_activation for m in MODELS if m.max_activation}
+    assert len(listed) == len(found) == 27
+    for slug, value, *layers in listed:
+        numbers = [None if layer == "-" else int(layer) for layer in layers]
+        assert [found[slug].value, found[slug].layer, found[slug].from_layer] == [float(value), *numbers], slug
+        assert all(n is None or n < own.find_model(slug).num_layers for n in numbers)
+    assert {str(each.source) for each in found.values()} == {
+        "clx1415926/Max_act_llm: results/*/json/*_activation_stats.json@d3a0f2eab08e0fad2bc4d667d976f87a20bc96bd"
+    }
+
+
+def test_a_maximum_activation_that_float16_cannot_represent_is_a_warning():
+    too_large = {m.slug for m in MODELS if m.max_activation and not m.max_activation.fits_float16}
+    assert too_large == {"gemma-2-27b", "gemma-3-4b-it", "gemma-3-27b-it", "gpt-oss-20b"}
+    for model in MODELS:
+        flat = " ".join(table.render_table(model, 80).split())
+        assert ("WARNING: float16 cannot represent" in flat) == (model.slug in too_large)
+    flat = " ".join(table.render_table(own.find_model("gemma-3-27b"), 80).split())
+    assert "maximum activation 696,320 in layer 46 (hidden state); half of it from layer 23 [1]" in flat
+    assert "float16 cannot represent the maximum activation: 696,320 > 65,504; run this model in bfloat16" in flat
+    [document] = shipped.build_json(own.find_model("gpt-oss-20b"))["models"]
+    assert document["max_activation"]["fits_float16"] is False and document["max_activation"]["layer"] == 23
+
+
+@pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (-65504.0, True), (65505.0, False), (-65536.0, False)])
+def test_the_largest_float16_is_65504(value, fits):
+    found = schema.MaxActivation(value=value, place="p", source=schema.Citation(key="a", kind="paper", cite="A"))
+    assert found.fits_float16 == fits
+    assert struct.unpack("<e", b"\xff\x7b") == (schema.LARGEST_FLOAT16,)  # the bits before infinity
+
+
 def test_documentation_is_up_to_date():
     page = Path(__file__).parents[2] / "docs" / "known.md"
     assert page.read_text("utf-8") == render_page(), "run python docs/known.py > docs/known.md"
+    assert all(w.where in render_page() and w.truth in render_page() for w in list_related().wrong_values)
+    assert all(", ".join(n.hf_ids) in render_page() for n in list_related().negative_results)
     for model, coordinate in COORDINATES:
         assert f"### {model.slug}\n" in render_page()
         assert f"| {coordinate.id} |" in render_page()
