@@ -8,38 +8,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from swsurgery.cli.output import print_text
-from swsurgery.cli.show_scan import (
-    describe_scanned,
-    describe_unread,
+from swsurgery.cli.scan_parts import (
+    describe_undecided,
     format_cell,
     format_effect,
-    format_interval,
-    list_patterns,
+    format_trials,
     print_columns,
+    print_head,
+    print_measured,
+    print_notes,
 )
-from swsurgery.errors import escape_control, pluralise
-from swsurgery.model.text import describe_measured_text
+from swsurgery.errors import pluralise
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertConfirmation, ExpertMaximum, ExpertScan
-from swsurgery.storage.numbers import format_number, format_ratio
+from swsurgery.storage.numbers import format_ratio
 
 
 def show_experts(report: ExpertScan) -> None:
     """Print the answer of a scan, then its candidates, the effects of zeroing them, and the notes."""
-    print_text(f"scanned   {describe_scanned(report)}")
-    print_text(f"answer    {_describe_answer(report)}")
-    for line in describe_unread(report.unread):
-        print_text(f"unread    {escape_control(line)}")
-    for pattern in list_patterns([expert.cause for expert in report.experts]):
-        print_text(f"tensor    {escape_control(pattern)}")
+    print_head(report, _describe_answer(report), [expert.cause for expert in report.experts])
     if report.experts:
         _print_candidates(report.experts)
     _print_largest(report.largest)
     if report.expert_confirmation is not None:
         _print_confirmation(report.expert_confirmation)
-    if report.notes:
-        print_text("")
-    for note in report.notes:
-        print_text(f"note      {escape_control(note)}")
+    print_notes(report.notes)
 
 
 def _print_candidates(experts: Sequence[ExpertCandidate]) -> None:
@@ -85,11 +77,7 @@ def _print_confirmation(confirmation: ExpertConfirmation) -> None:
         {
             "layer": [trial.candidate.layer for trial in trials],
             "expert": [trial.candidate.expert for trial in trials],
-            "alone": [format_ratio(trial.alone.ratio) for trial in trials],
-            "interval": [format_interval(trial.alone) for trial in trials],
-            "KL": [format_cell(trial.alone.kl) for trial in trials],
-            "without": [format_ratio(trial.without.ratio) if trial.without else None for trial in trials],
-            "verdict": [trial.verdict for trial in trials],
+            **format_trials(trials),
         }
     )
     print_text(f"\ntogether  {format_effect(confirmation.together)}")
@@ -101,17 +89,12 @@ def _print_confirmation(confirmation: ExpertConfirmation) -> None:
             how = "each alone" if what == "random expert" else "of as many experts, zeroed together"
             span = f"{format_ratio(min(ratios))} to {format_ratio(max(ratios))}"
             print_text(f"null      {pluralise(len(ratios), what)} of the same layers, {how}: ratio {span}")
-    print_text(
-        f"measured  base perplexity {format_number(confirmation.base_perplexity)} on "
-        f"{describe_measured_text(confirmation)}, {confirmation.dtype} on {escape_control(confirmation.device)}"
-    )
+    print_measured(confirmation)
 
 
 def _describe_answer(report: ExpertScan) -> str:
     if report.answer == "undecided":
-        layers = pluralise(len(report.unread), "layer")
-        what = "confirmed" if report.experts else "found"
-        return f"undecided: nothing was {what}, but {layers} of {report.layers} were not read completely"
+        return describe_undecided(report, bool(report.experts))
     count = pluralise(len(report.super_experts), "super expert")
     if not report.super_experts:
         return f"none: no super expert was {'confirmed' if report.experts else 'found'}"

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from swsurgery.model.intervals import compute_prediction_bound
-from swsurgery.scanning.causal_test import INERT, Say, compute_outer_fence
-from swsurgery.scanning.losses import Losses, compute_exp
+from swsurgery.scanning.causal_test import NullTexts, Say, compute_floors
+from swsurgery.scanning.losses import Losses
 from swsurgery.scanning.suspects import Suspects, Zeroed, get_column
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.numbers import format_number
 
 LEAST_ROWS = 3
 """Minimum number of other large scalars in a companion's column. With fewer, the companion gets no verdict."""
@@ -35,6 +34,12 @@ class _Bar(NamedTuple):
 
 
 _NO_BAR = _Bar(-math.inf, -math.inf)
+
+_NULL_TEXTS = NullTexts(
+    "random scalars of similar magnitude change perplexity too",
+    "random scalars have larger effects once the candidates are zeroed",
+    str,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class EffectBars:
 
 def set_bars(losses: Losses[Coordinate], suspects: Suspects, say: Say) -> EffectBars:
     """Set the bars of all tested scalars from the measured losses. `say` receives a line if null scalars raise one."""
-    floor, joint_floor = _compute_floors(losses, suspects, say)
+    floor, joint_floor = compute_floors(losses, suspects.together, suspects.null, suspects.crowded, _NULL_TEXTS, say)
     bars = {
         column: _set_column_bar(losses, suspects.together, suspects.lead(column), rows)
         for column, rows in suspects.columns.items()
@@ -75,39 +80,6 @@ def set_bars(losses: Losses[Coordinate], suspects: Suspects, say: Say) -> Effect
         },
         unjudged={c.coordinate for c in companions if get_column(c) not in bars},
     )
-
-
-def _compute_floors(losses: Losses[Coordinate], suspects: Suspects, say: Say) -> tuple[float, float]:
-    """Compute `floor` and `joint_floor` of `EffectBars` from the effects of null scalars.
-
-    `floor` is at least the outer fence of the effects of null scalars: the third quartile plus three times the distance
-    between the quartiles (J. W. Tukey, Exploratory Data Analysis, 1977). The largest of these effects would be a worse
-    bar: one of the random scalars may be a super weight, and its effect would then hide the candidates. `say` receives
-    a line about such a null scalar.
-    """
-    together = suspects.together
-    alone = {scalar: losses.gain(frozenset({scalar})) for scalar in suspects.null}
-    floor = max(math.log(INERT), compute_outer_fence([gain.log for gain in alone.values()]))
-    if floor > math.log(INERT):
-        least = format_number(compute_exp(floor), 3)
-        say(f"random scalars of similar magnitude change perplexity too: only ratios above {least} count")
-    for scalar in suspects.null:
-        if alone[scalar].low > floor:
-            ratio = f"x{format_number(compute_exp(alone[scalar].log), 3)} without it"
-            say(f"critical, but not a candidate: {scalar} (drawn for comparison; perplexity is {ratio})")
-    common = [
-        losses.gain(together | {scalar}, [together, frozenset({scalar})]).log
-        for scalar in suspects.crowded
-        if alone[scalar].low <= floor
-    ]
-    # An infinite value means that the model without the candidates has infinite losses, and then shows nothing.
-    joint_floor = max([floor, *filter(math.isfinite, common)])
-    if joint_floor > floor:
-        least = f"x{format_number(compute_exp(joint_floor), 3)}"
-        say(
-            f"random scalars have larger effects once the candidates are zeroed: only joint effects above {least} count"
-        )
-    return floor, joint_floor
 
 
 def _set_column_bar(losses: Losses[Coordinate], together: Zeroed, lead: Coordinate, rows: Sequence[Coordinate]) -> _Bar:

@@ -6,14 +6,22 @@ of both tests, the bar that random parts set, and the search for joint sets. It 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.model import load, measure
+from swsurgery.errors import ModelError
+from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import read_built_in_text
+from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS
-from swsurgery.scanning.losses import Losses, Unit
+from swsurgery.model.windows import cut_text_windows
+from swsurgery.scanning.causal_report import CausalTest
+from swsurgery.scanning.losses import Losses, Unit, compute_exp
+from swsurgery.storage.numbers import format_number
 
 INERT = 1.05
 """Maximum perplexity ratio (without the scalar / with it) of an inert scalar. docs/known.md uses the same limit."""
@@ -26,6 +34,31 @@ CONTEXT_NULLS = 6
 without the candidates, and then any further change has a larger effect."""
 
 Say = Callable[[str], None]
+
+Result = TypeVar("Result", bound=CausalTest[Any, Any])
+
+
+class TestConditions(TypedDict):
+    """The fields of a CausalTest that state how it was measured."""
+
+    base_perplexity: float
+    windows: int
+    window_tokens: int
+    text_sha256: str
+    dtype: str
+    device: str
+    scored_tokens: int
+
+
+class NullTexts(NamedTuple):
+    """The words in which random parts of the model are described to the user.
+
+    `alone` and `joint` state that such parts have effects, and `describe` names one of them.
+    """
+
+    alone: str
+    joint: str
+    describe: Callable[[Any], str]
 
 
 def say_nothing(line: str) -> None:
@@ -44,11 +77,98 @@ def refuse_text(checkpoint: Checkpoint, text: str | None, windows: int, window: 
         )
 
 
+def run_on_text(
+    test: Callable[[LayeredModel, Sequence[Sequence[int]]], Result],
+    checkpoint: Checkpoint,
+    *,
+    text: str | None,
+    device: str,
+    placement: Placement,
+    windows: int,
+    window: int,
+    say: Say,
+) -> Result:
+    """Load the model, and call `test` with the first `windows` windows of `window` tokens of `text`.
+
+    None stands for the built-in text. The text is cut into windows and scored as by `check.run_checks`. Raises
+    ModelError if the tokenizer or the model cannot be loaded or run.
+    """
+    text = read_built_in_text() if text is None else text
+    with load.hide_output():
+        tokenizer = load.load_tokenizer(checkpoint.directory)
+        model = load.open_model(checkpoint, device=device, placement=placement, say=say)
+        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
+        found = test(model, pieces)
+    return dataclasses.replace(found, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def refuse_untestable(candidates: Sequence[object], windows: Sequence[Sequence[int]]) -> None:
+    """Raise ModelError if there is no candidate or no window, or if a window has fewer than two tokens."""
+    if not candidates:
+        raise ModelError("nothing to confirm: the list of candidates is empty")
+    if not windows or any(len(window) < 2 for window in windows):
+        raise ModelError(
+            "no windows, or a window is too short",
+            f"{len(windows)} windows",
+            "give at least one window, each of at least two tokens",
+        )
+
+
+def list_conditions(losses: Losses[Any]) -> TestConditions:
+    """Return how the losses were measured. The digest of the text is empty, because only the tokens are known."""
+    return TestConditions(
+        base_perplexity=losses.base_perplexity,
+        windows=len(losses.windows),
+        window_tokens=max(map(len, losses.windows)),
+        text_sha256="",
+        dtype=str(losses.model.dtype).removeprefix("torch."),
+        device=load.get_device_name(losses.model.device),
+        scored_tokens=sum(losses.scored),
+    )
+
+
 def report_too_few_windows(windows: Sequence[Sequence[int]], say: Say) -> None:
     """Report that there are fewer than LEAST_WINDOWS windows, and what to do."""
     have = f"{len(windows)} window{'' if len(windows) == 1 else 's'}"
     remedy = f"a verdict needs {LEAST_WINDOWS}: give a longer --text, more --windows or a shorter --window"
     say(f"too little text for intervals and verdicts: {have} ({remedy})")
+
+
+def compute_floors(
+    losses: Losses[Unit],
+    together: frozenset[Unit],
+    null: Iterable[Unit],
+    crowded: Iterable[Unit],
+    texts: NullTexts,
+    say: Say,
+) -> tuple[float, float]:
+    """Compute the bar for the effect of a unit, and that for the effect of a group beyond its parts.
+
+    Both are logarithms of perplexity ratios, computed from the effects of the random units in `null`. The units in
+    `crowded` were also zeroed with all candidates, `together`. The first bar is at least the outer fence of the effects
+    of random units: the third quartile plus three times the distance between the quartiles (J. W. Tukey, Exploratory
+    Data Analysis, 1977). The largest of these effects would be a worse bar: one of the random units may be critical,
+    and its effect would then hide the candidates. `say` receives a line about such a unit.
+    """
+    alone = {unit: losses.gain(frozenset({unit})) for unit in null}
+    floor = max(math.log(INERT), compute_outer_fence([gain.log for gain in alone.values()]))
+    if floor > math.log(INERT):
+        say(f"{texts.alone}: only ratios above {format_number(compute_exp(floor), 3)} count")
+    for unit, gain in alone.items():
+        if gain.low > floor:
+            ratio = f"x{format_number(compute_exp(gain.log), 3)} without it"
+            name = texts.describe(unit)
+            say(f"critical, but not a candidate: {name} (drawn for comparison; perplexity is {ratio})")
+    common = [
+        losses.gain(together | {unit}, [together, frozenset({unit})]).log
+        for unit in crowded
+        if alone[unit].low <= floor
+    ]
+    # An infinite value means that the model without the candidates has infinite losses, and then shows nothing.
+    joint_floor = max([floor, *filter(math.isfinite, common)])
+    if joint_floor > floor:
+        say(f"{texts.joint}: only joint effects above x{format_number(compute_exp(joint_floor), 3)} count")
+    return floor, joint_floor
 
 
 def compute_outer_fence(values: Sequence[float]) -> float:

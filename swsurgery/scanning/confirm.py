@@ -22,30 +22,29 @@ This module does not search for candidates and prints nothing.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.errors import ModelError
-from swsurgery.model import Placement, load
-from swsurgery.model.check import read_built_in_text
+from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS
-from swsurgery.model.windows import cut_text_windows
 from swsurgery.progress import Progress
 from swsurgery.scanning.bars import LEAST_ROWS, EffectBars, set_bars
+from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.causal_test import (
     INERT,
     Say,
     find_joint_sets,
+    list_conditions,
+    refuse_untestable,
     report_too_few_windows,
+    run_on_text,
     say_nothing,
 )
 from swsurgery.scanning.losses import Losses, compute_exp
-from swsurgery.scanning.report import Candidate, ColumnNull, Confirmation, JointSet, Trial, Verdict
+from swsurgery.scanning.report import Candidate, ColumnNull, Confirmation, JointSet, Trial
 from swsurgery.scanning.suspects import (
     Column,
     Suspects,
@@ -76,13 +75,13 @@ def confirm(
     The text is cut into windows and scored as by `check.run_checks`. `confirm_windows` describes the test and the other
     arguments. Raises ModelError if the tokenizer or the model cannot be loaded or run.
     """
-    text = read_built_in_text() if text is None else text
-    with load.hide_output():
-        tokenizer = load.load_tokenizer(checkpoint.directory)
-        model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
-        found = confirm_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
-    return dataclasses.replace(found, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
+
+    def test(model: LayeredModel, pieces: Sequence[Sequence[int]]) -> Confirmation:
+        return confirm_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
+
+    return run_on_text(
+        test, checkpoint, text=text, device=device, placement=placement, windows=windows, window=window, say=say
+    )
 
 
 def confirm_windows(
@@ -127,14 +126,7 @@ def confirm_windows(
     if a window has fewer than two tokens, if a candidate is not a scalar of the checkpoint's down projections, if the
     elements of such a projection are not weights, or if the losses of the stored model are not finite.
     """
-    if not candidates:
-        raise ModelError("nothing to confirm: the list of candidates is empty")
-    if not windows or any(len(window) < 2 for window in windows):
-        raise ModelError(
-            "no windows, or a window is too short",
-            f"{len(windows)} windows",
-            "give at least one window, each of at least two tokens",
-        )
+    refuse_untestable(candidates, windows)
     suspects = choose_suspects(model.checkpoint, candidates, nulls, seed)
     layers = {candidate.coordinate.tensor: candidate.layer for candidate in suspects.tested}
     losses = Losses[Coordinate](
@@ -166,13 +158,7 @@ def confirm_windows(
             JointSet(tuple(sorted(group, key=suspects.names.index)), losses.effect(group)) for group in joint
         ),
         null=tuple(losses.effect(frozenset({scalar})).ratio for scalar in suspects.null),
-        base_perplexity=losses.base_perplexity,
-        windows=len(windows),
-        window_tokens=max(map(len, windows)),
-        text_sha256="",
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=load.get_device_name(model.device),
-        scored_tokens=sum(losses.scored),
+        **list_conditions(losses),
         column_nulls=tuple(_measure_column_null(losses, together, *item) for item in suspects.columns.items()),
     )
 

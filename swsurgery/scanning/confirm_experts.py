@@ -10,9 +10,6 @@ expert's matrices were zeroed. The router still chooses the expert.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import math
 import random
 from collections.abc import Iterable, Sequence
 from itertools import combinations
@@ -21,21 +18,23 @@ from typing import NamedTuple
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import find_down_projection, list_down_projections
 from swsurgery.checkpoint.structures import locate_expert
-from swsurgery.errors import ModelError
-from swsurgery.model import Placement, load
-from swsurgery.model.check import read_built_in_text
+from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS
-from swsurgery.model.windows import cut_text_windows
 from swsurgery.progress import Progress
+from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.causal_test import (
     CONTEXT_NULLS,
-    INERT,
     PAIRS,
+    NullTexts,
     Say,
-    compute_outer_fence,
+    compute_floors,
     find_joint_sets,
+    list_conditions,
+    refuse_untestable,
     report_too_few_windows,
+    run_on_text,
+    say_nothing,
 )
 from swsurgery.scanning.expert_report import (
     ExpertCandidate,
@@ -44,13 +43,17 @@ from swsurgery.scanning.expert_report import (
     ExpertName,
     ExpertTrial,
 )
-from swsurgery.scanning.losses import Losses, compute_exp
-from swsurgery.scanning.report import Verdict
-from swsurgery.storage.numbers import format_number
+from swsurgery.scanning.losses import Losses
 from swsurgery.storage.region import Region
 
 JOINT_NULLS = 5
 """Number of random sets of experts that are zeroed together (arXiv:2507.23279, table 3, uses as many)."""
+
+_NULL_TEXTS = NullTexts(
+    "random experts change perplexity too",
+    "without the candidates, random experts have larger effects",
+    lambda name: f"layer {name[0]} expert {name[1]}",
+)
 
 Group = frozenset[ExpertName]
 """A set of experts that are zeroed together. The empty set stands for the model as stored."""
@@ -68,20 +71,20 @@ def confirm_experts(
     nulls: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
-    say: Say = lambda line: None,
+    say: Say = say_nothing,
 ) -> ExpertConfirmation:
     """Test `candidates` on the first `windows` windows of `window` tokens of `text` (None: the built-in text).
 
     `confirm_expert_windows` describes the test. Raises ModelError if the tokenizer or the model cannot be loaded or
     run, and ArchitectureError if the matrices of an expert are not known.
     """
-    text = read_built_in_text() if text is None else text
-    with load.hide_output():
-        tokenizer = load.load_tokenizer(checkpoint.directory)
-        model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
-        found = confirm_expert_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
-    return dataclasses.replace(found, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
+
+    def test(model: LayeredModel, pieces: Sequence[Sequence[int]]) -> ExpertConfirmation:
+        return confirm_expert_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
+
+    return run_on_text(
+        test, checkpoint, text=text, device=device, placement=placement, windows=windows, window=window, say=say
+    )
 
 
 def confirm_expert_windows(
@@ -92,7 +95,7 @@ def confirm_expert_windows(
     nulls: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
-    say: Say = lambda line: None,
+    say: Say = say_nothing,
 ) -> ExpertConfirmation:
     """Test `candidates` on windows of token ids. The model runs on each window separately.
 
@@ -108,14 +111,7 @@ def confirm_expert_windows(
     critical. Raises ModelError if no candidate or no window is given, if a window has fewer than two tokens, or if the
     losses of the stored model are not finite.
     """
-    if not candidates:
-        raise ModelError("nothing to confirm: the list of candidates is empty")
-    if not windows or any(len(window) < 2 for window in windows):
-        raise ModelError(
-            "no windows, or a window is too short",
-            f"{len(windows)} windows",
-            "give at least one window, each of at least two tokens",
-        )
+    refuse_untestable(candidates, windows)
     names = [candidate.name for candidate in candidates]
     plan = _plan(model.checkpoint, names, nulls, seed)
     regions = {name: _list_output_regions(model.checkpoint, name) for name in plan.list_experts()}
@@ -124,8 +120,8 @@ def confirm_expert_windows(
     enough = len(windows) >= LEAST_WINDOWS
     if not enough:
         report_too_few_windows(windows, say)
-        say = _ignore
-    floor, joint_floor = _compute_floors(losses, plan, say)
+        say = say_nothing
+    floor, joint_floor = compute_floors(losses, plan.together, plan.null, plan.crowded, _NULL_TEXTS, say)
     together = plan.together
     added = {n: losses.gain(together | {n}, [together - {n}, frozenset({n})]) for n in names}
     core = frozenset(name for name in names if added[name].low > joint_floor)
@@ -158,18 +154,8 @@ def confirm_expert_windows(
         ),
         null=tuple(losses.effect(frozenset({name})).ratio for name in plan.null),
         joint_null=tuple(losses.effect(group).ratio for group in plan.joint_null),
-        base_perplexity=losses.base_perplexity,
-        windows=len(windows),
-        window_tokens=max(map(len, windows)),
-        text_sha256="",
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=load.get_device_name(model.device),
-        scored_tokens=sum(losses.scored),
+        **list_conditions(losses),
     )
-
-
-def _ignore(line: str) -> None:
-    """Discard a line for the user."""
 
 
 class _Plan(NamedTuple):
@@ -223,34 +209,3 @@ def _list_output_regions(checkpoint: Checkpoint, name: ExpertName) -> tuple[Regi
     down = find_down_projection(checkpoint.config, checkpoint.shapes, *name).tensor
     regions = locate_expert(checkpoint.config, checkpoint.shapes, *name)
     return regions[[region.tensor for region in regions].index(down) :]
-
-
-def _compute_floors(losses: Losses[ExpertName], plan: _Plan, say: Say) -> tuple[float, float]:
-    """Compute the bar for the effect of an expert, and that for the effect of a group beyond its parts.
-
-    Both are logarithms of perplexity ratios. The first is at least the outer fence of the effects of random experts
-    (bars.py explains why). `say` receives a line about a random expert with a clear effect.
-    """
-    together = plan.together
-    alone = {name: losses.gain(frozenset({name})) for name in plan.null}
-    floor = max(math.log(INERT), compute_outer_fence([gain.log for gain in alone.values()]))
-    if floor > math.log(INERT):
-        say(f"random experts change perplexity too: only ratios above {format_number(compute_exp(floor), 3)} count")
-    for name, gain in alone.items():
-        if gain.low > floor:
-            ratio = f"x{format_number(compute_exp(gain.log), 3)} without it"
-            layer, expert = name
-            say(
-                f"critical, but not a candidate: layer {layer} expert {expert} (drawn for comparison; perplexity is "
-                f"{ratio})"
-            )
-    common = [
-        losses.gain(together | {name}, [together, frozenset({name})]).log
-        for name in plan.crowded
-        if not alone[name].low > floor
-    ]
-    joint_floor = max([floor, *filter(math.isfinite, common)])
-    if joint_floor > floor:
-        least = f"x{format_number(compute_exp(joint_floor), 3)}"
-        say(f"without the candidates, random experts have larger effects: only joint effects above {least} count")
-    return floor, joint_floor

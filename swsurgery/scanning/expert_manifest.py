@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
-from swsurgery._version import __version__
 from swsurgery.errors import ManifestError
-from swsurgery.known.table import LARGE_RATIO
-from swsurgery.manifest.load import parse_manifest
-from swsurgery.manifest.writer import Operation, refuse_unfit, write_manifest
+from swsurgery.manifest.writer import Operation, refuse_unfit
+from swsurgery.scanning.causal_report import find_largest_ratio
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertScan, ExpertTrial
+from swsurgery.scanning.outputs import write_found
 from swsurgery.storage.numbers import format_number, format_ratio
 
 
@@ -31,18 +29,9 @@ def write_expert_manifest(
         tested = f"all {len(report.experts)} candidates are inert" if report.experts else "there is no candidate"
         raise ManifestError(f"nothing to {op}: the scan found no super expert", remedy=tested)
     trials = {t.candidate.name: t for t in (report.expert_confirmation.trials if report.expert_confirmation else ())}
-    how = "found and confirmed" if report.confirmed else "found, not confirmed"
-    what = f"{len(found)} super expert{'s' if len(found) > 1 else ''} that a scan by experts {how}"
-    text = write_manifest(
-        head=[f"written by swsurgery scan, version {__version__}"],
-        name=f"scan-experts-{op}" + (f"-{factor:g}" if factor is not None else ""),
-        description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
-        base=base,
-        edits=[(_describe(expert, trials.get(expert.name)), _list_fields(expert, op, factor)) for expert in found],
-        damaging=op == "zero" and _find_largest_ratio(report) >= LARGE_RATIO,
-    )
-    parse_manifest(text.encode(), Path("the scan's manifest"))  # `base` comes from the caller and may be invalid
-    return text
+    edits = [(_describe(expert, trials.get(expert.name)), _list_fields(expert, op, factor)) for expert in found]
+    ratio = find_largest_ratio(report.expert_confirmation, {expert.name for expert in found})
+    return write_found(report, edits, base, op, factor, prefix="scan-experts", noun="super expert", ratio=ratio)
 
 
 def _list_fields(expert: ExpertCandidate, op: Operation, factor: float | None) -> dict[str, object]:
@@ -57,15 +46,3 @@ def _describe(expert: ExpertCandidate, trial: ExpertTrial | None) -> str:
     if trial is None or trial.verdict == "untested":
         return f"{output}; not confirmed"
     return f"{output}; {trial.verdict}, perplexity x{format_ratio(trial.alone.ratio)} without it"
-
-
-def _find_largest_ratio(report: ExpertScan) -> float:
-    """Find the largest perplexity ratio measured for zeroing super experts; 1 if none was measured."""
-    test, zeroed = report.expert_confirmation, {expert.name for expert in report.super_experts}
-    if test is None:
-        return 1.0
-    ratios = [t.alone.ratio for t in test.trials if t.candidate.name in zeroed]
-    ratios += [s.effect.ratio for s in test.joint_sets if zeroed.issuperset(s.experts)]
-    if zeroed == {t.candidate.name for t in test.trials}:
-        ratios.append(test.together.ratio)
-    return max((ratio for ratio in ratios if not math.isnan(ratio)), default=1.0)

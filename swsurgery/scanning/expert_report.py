@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from swsurgery.scanning.report import Answer, Candidate, Effect, Scan, Verdict, convert_to_plain
+from swsurgery.scanning.causal_report import CausalTest, Effect, UnitTrial, convert_to_plain, merge_trial
+from swsurgery.scanning.report import Answer, Candidate, Scan
 
 ExpertName: TypeAlias = tuple[int, int | Literal["shared"]]
 """The layer and the number of a routed expert, or "shared" for the expert that processes every token."""
@@ -39,6 +40,10 @@ class ExpertCandidate:
     def name(self) -> ExpertName:
         return self.layer, self.expert
 
+    @property
+    def unit(self) -> ExpertName:
+        return self.name
+
     def to_json(self) -> dict[str, Any]:
         fields = {key: convert_to_plain(value) for key, value in vars(self).items() if key != "cause"}
         return fields | {"cause": self.cause.to_json()}
@@ -57,17 +62,8 @@ class ExpertMaximum:
 
 
 @dataclass(frozen=True)
-class ExpertTrial:
-    """The causal test of one expert.
-
-    `alone` is the effect of zeroing the expert. `without` is the effect of zeroing all other candidates, or None if
-    there is no other.
-    """
-
-    candidate: ExpertCandidate
-    alone: Effect
-    without: Effect | None
-    verdict: Verdict
+class ExpertTrial(UnitTrial[ExpertCandidate]):
+    """The causal test of one expert."""
 
 
 @dataclass(frozen=True)
@@ -77,42 +73,27 @@ class ExpertJointSet:
     experts: tuple[ExpertName, ...]
     effect: Effect
 
+    @property
+    def units(self) -> tuple[ExpertName, ...]:
+        return self.experts
+
     def to_json(self) -> dict[str, Any]:
         experts = [{"layer": layer, "expert": expert} for layer, expert in self.experts]
         return {"experts": experts, "effect": self.effect.to_json()}
 
 
 @dataclass(frozen=True)
-class ExpertConfirmation:
-    """The whole causal test of the experts.
+class ExpertConfirmation(CausalTest[ExpertTrial, ExpertJointSet]):
+    """The causal test of experts.
 
-    `together` is the effect of zeroing all candidates. `null` contains one perplexity ratio for each random expert of
-    the same layers, zeroed alone. `joint_null` contains one ratio for each random set with as many experts in each
-    layer as the candidates, zeroed together. The text had `windows` windows of `window_tokens` tokens, in which
-    `scored_tokens` predictions were scored.
+    The experts of `null` are random experts of the same layers. `joint_null` contains one ratio for each random set
+    with as many experts in each layer as the candidates, zeroed together.
     """
 
-    trials: tuple[ExpertTrial, ...]
-    together: Effect
-    joint_sets: tuple[ExpertJointSet, ...]
-    null: tuple[float, ...]
-    joint_null: tuple[float, ...]
-    base_perplexity: float
-    windows: int
-    window_tokens: int
-    text_sha256: str
-    dtype: str
-    device: str
-    scored_tokens: int
+    joint_null: tuple[float, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        keys = ("base_perplexity", "windows", "window_tokens", "scored_tokens", "text_sha256", "dtype", "device")
-        return {
-            "together": self.together.to_json(),
-            "null_ratios": convert_to_plain(self.null),
-            "joint_null_ratios": convert_to_plain(self.joint_null),
-            **{key: convert_to_plain(getattr(self, key)) for key in keys},
-        }
+    def list_further_nulls(self) -> dict[str, Any]:
+        return {"joint_null_ratios": convert_to_plain(self.joint_null)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -138,8 +119,7 @@ class ExpertScan(Scan):
     @property
     def confirmed(self) -> bool:
         """True if there was a causal test with enough text for verdicts."""
-        test = self.expert_confirmation
-        return test is not None and any(t.verdict != "untested" for t in test.trials)
+        return self.expert_confirmation is not None and self.expert_confirmation.has_verdicts
 
     @property
     def answer(self) -> Answer:
@@ -156,19 +136,9 @@ class ExpertScan(Scan):
         test = self.expert_confirmation
         trials = {t.candidate.name: t for t in (test.trials if test else ())}
         document = super().to_json() | {
-            "super_experts": [_merge_trial(e, trials.get(e.name)) for e in self.super_experts],
-            "experts": [_merge_trial(e, trials.get(e.name)) for e in self.experts],
+            "super_experts": [merge_trial(e, trials.get(e.name)) for e in self.super_experts],
+            "experts": [merge_trial(e, trials.get(e.name)) for e in self.experts],
             "largest": [one.to_json() for one in self.largest],
             "joint_sets": [s.to_json() for s in (test.joint_sets if test else ())],
         }
         return document | {"confirmation": test.to_json()} if test else document
-
-
-def _merge_trial(candidate: ExpertCandidate, trial: ExpertTrial | None) -> dict[str, Any]:
-    if trial is None:
-        return candidate.to_json()
-    return candidate.to_json() | {
-        "verdict": trial.verdict,
-        "alone": trial.alone.to_json(),
-        "without": trial.without.to_json() if trial.without else None,
-    }

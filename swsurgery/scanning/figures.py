@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from swsurgery.errors import TargetError, escape_control, pluralise
 from swsurgery.model.text import describe_measured_text
+from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.comparison import Comparison
 from swsurgery.scanning.expert_report import ExpertScan
-from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, Scan, Sweep, Verdict
+from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, Scan, Sweep
 from swsurgery.storage.filesystem import write_report
 from swsurgery.storage.numbers import format_number
 

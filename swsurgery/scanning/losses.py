@@ -17,7 +17,7 @@ from swsurgery.model.intervals import compute_mean_interval
 from swsurgery.model.variant import Scalars
 from swsurgery.model.windows import count_variants_at_once
 from swsurgery.progress import Progress
-from swsurgery.scanning.report import Effect
+from swsurgery.scanning.causal_report import Effect
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.region import Region
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,8 +22,9 @@ from swsurgery.known.table import LARGE_RATIO, UNDECIDED_NOTE, describe
 from swsurgery.manifest.load import parse_manifest
 from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
 from swsurgery.model.text import describe_measured_text
+from swsurgery.scanning.causal_report import Effect, find_largest_ratio
 from swsurgery.scanning.coverage import list_stored_layers
-from swsurgery.scanning.report import Candidate, Confirmation, Effect, Scan, Trial
+from swsurgery.scanning.report import Candidate, Confirmation, Scan, Trial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number, round_number
 
@@ -89,21 +90,45 @@ def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation
             tested += f", and {len(report.unread)} layers were not read"
         raise ManifestError(f"nothing to {op}: the scan found no super weight", remedy=tested)
     trials = {t.candidate.coordinate: t for t in (report.confirmation.trials if report.confirmation else ())}
+    edits = [
+        (
+            f"{_make_id(c)}: {_describe_trial(c, trials.get(c.coordinate), report)}",
+            list_edit_fields(c, op, factor, _guard(c)),
+        )
+        for c in found
+    ]
+    units, test = {c.coordinate for c in found}, report.confirmation
+    return write_found(
+        report, edits, base, op, factor, prefix="scan", noun="super weight", ratio=find_largest_ratio(test, units)
+    )
+
+
+def write_found(
+    report: Scan,
+    edits: Sequence[tuple[str, Mapping[str, object]]],
+    base: Mapping[str, str | None],
+    op: Operation,
+    factor: float | None,
+    *,
+    prefix: str,
+    noun: str,
+    ratio: float,
+) -> str:
+    """Write the YAML text of a manifest with one edit for each part of the model that a scan found.
+
+    An edit is its comment and its fields. The name of the manifest begins with `prefix`, and its description calls
+    each part a `noun`. `ratio` is the largest perplexity ratio measured for zeroing them. Raises ManifestError if
+    `base` is not valid in a manifest.
+    """
     how = "found and confirmed" if report.confirmed else "found, not confirmed"
-    what = f"{len(found)} super weight{'s' if len(found) > 1 else ''} that a scan by {report.method} {how}"
+    what = f"{len(edits)} {noun}{'s' if len(edits) > 1 else ''} that a scan by {report.method} {how}"
     text = write_manifest(
         head=[f"written by swsurgery scan, version {__version__}"],
-        name=f"scan-{op}" + (f"-{factor:g}" if factor is not None else ""),
+        name=f"{prefix}-{op}" + (f"-{factor:g}" if factor is not None else ""),
         description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
         base=base,
-        edits=[
-            (
-                f"{_make_id(c)}: {_describe_trial(c, trials.get(c.coordinate), report)}",
-                list_edit_fields(c, op, factor, _guard(c)),
-            )
-            for c in found
-        ],
-        damaging=op == "zero" and _find_largest_ratio(report) >= LARGE_RATIO,
+        edits=edits,
+        damaging=op == "zero" and ratio >= LARGE_RATIO,
     )
     parse_manifest(text.encode(), Path("the scan's manifest"))  # `base` comes from the caller and may be invalid
     return text
@@ -316,18 +341,3 @@ def _describe_trial(candidate: Candidate, trial: Trial | None, report: Scan) -> 
 
 
 _nobody = schema.Citation(key="scan", kind="own scan", cite="this scan")
-
-
-def _find_largest_ratio(report: Scan) -> float:
-    """Find the largest perplexity ratio that the causal test measured for zeroing one, some or all super weights.
-
-    Returns 1 if there was no causal test, or if every ratio is NaN.
-    """
-    if report.confirmation is None:
-        return 1.0
-    zeroed = {c.coordinate for c in report.super_weights}
-    ratios = [t.alone.ratio for t in report.confirmation.trials if t.candidate.coordinate in zeroed]
-    ratios += [s.effect.ratio for s in report.confirmation.joint_sets if zeroed.issuperset(s.coordinates)]
-    if zeroed == {t.candidate.coordinate for t in report.confirmation.trials}:
-        ratios.append(report.confirmation.together.ratio)
-    return max((r for r in ratios if not math.isnan(r)), default=1.0)

@@ -7,21 +7,17 @@ must not import torch, and it reads no files.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from swsurgery.checkpoint.architectures import ExpertChoice
+from swsurgery.scanning.causal_report import CausalTest, Effect, UnitTrial, convert_to_plain, merge_trial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.result import TableResult
 
 Method = Literal["activations", "weights", "experts"]
 Answer = Literal["found", "none", "undecided"]
-Verdict = Literal["critical alone", "critical jointly", "inert", "untested"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-"""All verdicts of the causal test, in the order in which printed summaries count them. "untested" means that the
-measurement allowed no verdict."""
 
 
 @dataclass(frozen=True)
@@ -75,43 +71,26 @@ class Candidate:
     prompts: int | None = None
     round: int | None = None
 
+    @property
+    def unit(self) -> Coordinate:
+        return self.coordinate
+
     def to_json(self) -> dict[str, Any]:
         fields = {key: convert_to_plain(value) for key, value in vars(self).items() if key != "coordinate"}
         return {"tensor": self.coordinate.tensor, "index": list(self.coordinate.index), **fields}
 
 
 @dataclass(frozen=True)
-class Effect:
-    """The effect of zeroing a set of scalars.
+class Trial(UnitTrial[Candidate]):
+    """The causal test of one scalar.
 
-    `ratio` is the perplexity after zeroing divided by the perplexity before. `low` and `high` are the ends of the 95%
-    confidence interval of `ratio`, or None if the text has too few windows. `kl` is the mean KL(before || after) per
-    token in nats.
+    `listed` is False for a companion: an outlier in the column of a candidate that the detector did not list itself.
     """
 
-    ratio: float
-    low: float | None
-    high: float | None
-    kl: float
+    listed: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        return {key: convert_to_plain(value) for key, value in vars(self).items()}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The causal test of one candidate.
-
-    `alone` is the effect of zeroing only this candidate. `without` is the effect of zeroing all other candidates, or
-    None if there is no other candidate. `listed` is False for a companion: an outlier in the column of a candidate that
-    the detector did not list itself.
-    """
-
-    candidate: Candidate
-    alone: Effect
-    without: Effect | None
-    verdict: Verdict
-    listed: bool = True
+        return super().to_json() | {"listed": self.listed}
 
 
 @dataclass(frozen=True)
@@ -120,6 +99,10 @@ class JointSet:
 
     coordinates: tuple[Coordinate, ...]
     effect: Effect
+
+    @property
+    def units(self) -> tuple[Coordinate, ...]:
+        return self.coordinates
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -147,27 +130,17 @@ class ColumnNull:
 
 
 @dataclass(frozen=True)
-class Confirmation:
-    """The results and the conditions of the causal test.
+class Confirmation(CausalTest[Trial, JointSet]):
+    """The causal test of scalars.
 
-    `trials` contains the candidates and their companions; `together` is the effect of zeroing all candidates. `null`
-    contains one perplexity ratio for each random scalar of similar magnitude in the same matrices, zeroed alone.
-    `base_perplexity` is the perplexity before zeroing. The text had `windows` windows of `window_tokens` tokens, in
-    which `scored_tokens` predictions were scored.
+    `trials` contains the candidates and their companions. The scalars of `null` are in the same matrices and have
+    similar magnitudes. `column_nulls` contains the scalars with which companions were compared.
     """
 
-    trials: tuple[Trial, ...]
-    together: Effect
-    joint_sets: tuple[JointSet, ...]
-    null: tuple[float, ...]
-    base_perplexity: float
-    windows: int
-    window_tokens: int
-    text_sha256: str
-    dtype: str
-    device: str
-    scored_tokens: int
     column_nulls: tuple[ColumnNull, ...] = ()
+
+    def list_further_nulls(self) -> dict[str, Any]:
+        return {"column_nulls": [column.to_json() for column in self.column_nulls]}
 
 
 @dataclass(frozen=True)
@@ -243,7 +216,7 @@ class Scan(TableResult):
     @property
     def confirmed(self) -> bool:
         """True if the causal test was run and gave at least one verdict other than "untested"."""
-        return self.confirmation is not None and any(t.verdict != "untested" for t in self.confirmation.trials)
+        return self.confirmation is not None and self.confirmation.has_verdicts
 
     @property
     def answer(self) -> Answer:
@@ -267,8 +240,8 @@ class Scan(TableResult):
             "layers": self.layers,
             "answer": self.answer,
             "unread": [layer.to_json() for layer in self.unread],
-            "super_weights": [_merge_trial(c, trials.get(c.coordinate)) for c in self.super_weights],
-            "candidates": [_merge_trial(c, trials.get(c.coordinate)) for c in tested],
+            "super_weights": [merge_trial(c, trials.get(c.coordinate)) for c in self.super_weights],
+            "candidates": [merge_trial(c, trials.get(c.coordinate)) for c in tested],
             "super_activations": [a.to_json() for a in self.activations],
             "joint_sets": [s.to_json() for s in (self.confirmation.joint_sets if self.confirmation else ())],
             "notes": list(self.notes),
@@ -277,13 +250,7 @@ class Scan(TableResult):
         if self.profile:
             document |= {"profile": self.profile.to_json(), "prompts": list(self.prompts)}
         if self.confirmation:
-            keys = ("base_perplexity", "windows", "window_tokens", "scored_tokens", "text_sha256", "dtype", "device")
-            document["confirmation"] = {
-                "together": self.confirmation.together.to_json(),
-                "null_ratios": [convert_to_plain(ratio) for ratio in self.confirmation.null],
-                "column_nulls": [column.to_json() for column in self.confirmation.column_nulls],
-                **{key: convert_to_plain(getattr(self.confirmation, key)) for key in keys},
-            }
+            document["confirmation"] = self.confirmation.to_json()
         return document
 
 
@@ -352,23 +319,3 @@ class Sweep(TableResult):
                 )
             },
         }
-
-
-def _merge_trial(candidate: Candidate, trial: Trial | None) -> dict[str, Any]:
-    if trial is None:
-        return candidate.to_json()
-    return candidate.to_json() | {
-        "verdict": trial.verdict,
-        "alone": trial.alone.to_json(),
-        "without": trial.without.to_json() if trial.without else None,
-        "listed": trial.listed,
-    }
-
-
-def convert_to_plain(value: object) -> Any:
-    """Convert a value to a form for strict JSON: numbers that are not finite become strings such as "nan"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [convert_to_plain(v) for v in value]
-    return value

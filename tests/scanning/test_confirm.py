@@ -26,8 +26,9 @@ from swsurgery.errors import ArchitectureError, ModelError
 from swsurgery.model import load
 from swsurgery.model import windows as windows_module
 from swsurgery.model.forward import LayeredModel, Outcomes
+from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.confirm import confirm, confirm_windows
-from swsurgery.scanning.report import Candidate, Confirmation, Effect, Trial
+from swsurgery.scanning.report import Candidate, Confirmation, Trial
 from swsurgery.storage.coordinate import Coordinate
 
 Short = tuple[int, int, int] | tuple[int, int, int, int]

@@ -19,11 +19,11 @@ from matplotlib.textpath import TextPath
 
 from swsurgery.errors import TargetError
 from swsurgery.scanning import figures
+from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.figures import check_figure_path, plot_scan, plot_sweep
 from swsurgery.scanning.report import (
     Candidate,
     Confirmation,
-    Effect,
     PersistentActivation,
     Profile,
     Scan,

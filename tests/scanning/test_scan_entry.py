@@ -24,8 +24,9 @@ from swsurgery.known.schema import Citation, classify_ratio
 from swsurgery.known.schema import KnownEffect as KnownEffect
 from swsurgery.known.shipped import load_file
 from swsurgery.manifest.load import load_manifest, parse_manifest
+from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.outputs import make_known_entry, scan_manifest
-from swsurgery.scanning.report import Candidate, Confirmation, Effect, JointSet, Scan, Trial
+from swsurgery.scanning.report import Candidate, Confirmation, JointSet, Scan, Trial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES, decode
 

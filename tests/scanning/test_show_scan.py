@@ -8,11 +8,11 @@ import math
 import pytest
 
 from swsurgery.cli.show_scan import show_scan, show_sweep
+from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.report import (
     Candidate,
     ColumnNull,
     Confirmation,
-    Effect,
     JointSet,
     PersistentActivation,
     Scan,
