@@ -8,7 +8,7 @@ threads. Memory holds one block for each thread, whatever the size of the checkp
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -21,6 +21,20 @@ from swsurgery.verifying.figures import SUM_WORD, Figures, count_values
 
 VALUE_BLOCK = 2 << 20
 """Bytes that one thread reads and counts at a time: few enough to stay in the cache of a core."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The bytes from `begin` to `end` of the data of one tensor."""
+
+    info: TensorInfo
+    begin: int
+    end: int
+
+
+_Parts = Sequence[_Part]
+_Apply = Callable[[Callable[[_Parts], list[Figures]], Iterable[_Parts]], Iterator[list[Figures]]]
+"""Applies a function to each item and yields the results in the order of the items: `map` or `Pool.map`."""
 
 
 class ShardScan:
@@ -97,10 +111,12 @@ class ValueSearch:
         progress.start(sum(self.checkpoint.shards[n].size for n in names), "B", "examining values")
         try:
             local = all(self.checkpoint.get_file(name).is_here for name in names)
-            with Pool((self._threads or count_threads()) if local else 1) as pool:
+            threads = (self._threads or count_threads()) if local else 1
+            with Pool(threads) as pool:
+                apply = pool.map if threads > 1 else map  # without threads, Pool.map shows no progress until its end
                 for name in names:
                     file, shard = self.checkpoint.get_file(name), self.checkpoint.shards[name]
-                    self.scans[name] = _scan_shard(file, shard, self._block, pool, progress)
+                    self.scans[name] = _scan_shard(file, shard, self._block, apply, progress)
         finally:
             progress.close()
 
@@ -111,19 +127,11 @@ class ValueSearch:
             yield from ((name, tensors[tensor], figures) for tensor, figures in scan.figures.items())
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The bytes from `begin` to `end` of the data of one tensor."""
-
-    info: TensorInfo
-    begin: int
-    end: int
-
-
-def _scan_shard(file: BaseFile, shard: Shard, block: int, pool: Pool, progress: Progress) -> ShardScan:
+def _scan_shard(file: BaseFile, shard: Shard, block: int, apply: _Apply, progress: Progress) -> ShardScan:
+    """Count the values of all tensors of a shard. `apply` calls a function for each block, perhaps in threads."""
     scan, buffers = ShardScan(shard), threading.local()
 
-    def count_block(parts: Sequence[_Part]) -> list[Figures]:
+    def count_block(parts: _Parts) -> list[Figures]:
         if not hasattr(buffers, "view"):
             buffers.view = memoryview(bytearray(block))
         return list(_count_parts(opened, shard, parts, buffers.view))
@@ -131,7 +139,7 @@ def _scan_shard(file: BaseFile, shard: Shard, block: int, pool: Pool, progress: 
     progress.advance(shard.data_start)
     blocks = list(_divide(shard, block))
     with file.source.open() as opened:
-        for parts, counted in zip(blocks, pool.map(count_block, blocks), strict=True):
+        for parts, counted in zip(blocks, apply(count_block, blocks), strict=True):
             for part, figures in zip(parts, counted, strict=True):
                 scan.add(part.info, figures)
             progress.advance(sum(part.end - part.begin for part in parts))
@@ -139,7 +147,7 @@ def _scan_shard(file: BaseFile, shard: Shard, block: int, pool: Pool, progress: 
     return scan
 
 
-def _count_parts(opened: File, shard: Shard, parts: Sequence[_Part], buffer: memoryview) -> Iterator[Figures]:
+def _count_parts(opened: File, shard: Shard, parts: _Parts, buffer: memoryview) -> Iterator[Figures]:
     """Read adjacent parts of a file into the buffer at once, and yield the figures of each."""
     first = parts[0].info.data_offsets[0] + parts[0].begin
     view = buffer[: sum(part.end - part.begin for part in parts)]

@@ -154,3 +154,13 @@ def test_an_edited_scalar_that_the_hub_holds_is_told_from_the_base(any_hub, base
     any_hub.add_repo(BASE, base)
     code, found, err = run(capsys, "diff", f"hf://{any_hub.name(BASE)}", base)
     assert code == 0 and found["changes"] == [] and down(1), err
+
+
+def test_all_values_are_read_once(hub, base, capsys):
+    hub.add_repo(BASE, base)
+    _, here, _ = run(capsys, "verify", base, "--values")
+    hub.traffic.clear()
+    code, there, _ = run(capsys, "verify", f"hf://{BASE}", "--values")
+    assert code == 0 and there["values"] == here["values"] and len(there["values"]["tensors"]) > 3
+    size = sum((base / name).stat().st_size for name in (FIRST, SECOND, THIRD))
+    assert hub.traffic.sent(origin="store") <= size + 3 * remote.HEAD

@@ -163,16 +163,21 @@ def test_many_findings_are_summarised(tmp_path):
 
 def test_elements_that_are_no_numbers_are_reported_as_not_examined(tmp_path, capsys):
     codes = ("BF16", SHAPE, b"\xff" * 255 + b"\0")
-    extra = {"a.b_blocks": ("F6_E2M3", (64,), bytes(range(48))), "model.layers.0.q.W_q": codes}
+    nf4 = {
+        "model.layers.0.k.weight": ("BF16", (64, 1), b"\xff" * 128),
+        "model.layers.0.k.weight.absmax": tensor("U8", 2),
+    }
+    extra = {"a.b_blocks": ("F6_E2M3", (64,), bytes(range(48))), "model.layers.0.q.W_q": codes, **nf4}
     write_single(tmp_path, {**clean(), **extra})
     result = swsurgery.verify(tmp_path, values=True)
     assert result.ok and not result.findings
     document = result.to_json()["values"]
     assert document["not_examined"]["model.layers.0.q.W_q"] == "stores packed codes in BF16 elements"
+    assert document["not_examined"]["model.layers.0.k.weight"] == "stores packed codes in BF16 elements"
     assert "packs several elements" in document["not_examined"]["a.b_blocks"]
-    assert set(document["tensors"]) == set(clean())
+    assert set(document["tensors"]) == {*clean(), "model.layers.0.k.weight.absmax"}
     assert main(["verify", str(tmp_path), "--values", "--quiet"]) == 0
-    assert "2 tensors not examined, such as " in capsys.readouterr().out
+    assert "3 tensors not examined, such as " in capsys.readouterr().out
 
 
 def test_every_format_reports_the_findings(tmp_path, capsys):
@@ -228,6 +233,13 @@ def test_finite_is_a_subset(tmp_path):
     assert not swsurgery.verify(tmp_path, values=True).ok
     with pytest.raises(TypeError):
         swsurgery.verify(tmp_path, values="yes")
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_the_answer_does_not_depend_on_the_threads(tmp_path, monkeypatch, threads):
+    monkeypatch.setenv("SWSURGERY_THREADS", threads)
+    write_single(tmp_path, {**clean(), MATRICES[0]: ("BF16", SHAPE, bytes(256))})
+    assert [f.tensor for f in swsurgery.verify(tmp_path, values=True).findings] == [MATRICES[0]]
 
 
 def test_tensors_without_elements_and_odd_offsets(tmp_path):
