@@ -190,9 +190,7 @@ def _build_without_weights(checkpoint: Checkpoint, target: torch.device) -> PreT
 
     Raises ModelError if the model is quantised, and any of LOADING_ERRORS.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        checkpoint.directory, local_files_only=True, trust_remote_code=False
-    )
+    config = _read_config(checkpoint.directory)
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _find_stored_dtype(checkpoint)
     if target.type == "cuda":
@@ -205,6 +203,20 @@ def _build_without_weights(checkpoint: Checkpoint, target: torch.device) -> PreT
         cast_module(model).eval()
     model.tie_weights()  # tying is part of the initialisation that no_init_weights skips
     return model
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    """Read the config of the language model in `directory`. Raises any of LOADING_ERRORS.
+
+    An omni model (Qwen2.5-Omni) has a language model for text, its thinker, and one for speech. Transformers has a
+    class that loads only the thinker, from the files of the whole.
+    """
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    thinker = getattr(config, "thinker_config", None)
+    if isinstance(thinker, PreTrainedConfig) and not get_language_model_class(config):
+        thinker.name_or_path = config.name_or_path
+        return thinker
+    return config
 
 
 def _move_computed_buffers(model: nn.Module, layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> None:
@@ -281,7 +293,7 @@ def get_auto_class(config: PreTrainedConfig) -> AutoClass:
 def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
     directory = checkpoint.directory
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = _read_config(directory)
         refuse_codes(checkpoint, config)
         model, info = get_auto_class(config).from_pretrained(
             directory,

@@ -433,8 +433,12 @@ def find_sources(model: LayeredModel) -> tuple[list[list[Source]], list[int]]:
         if projection.layer >= len(sources):
             continue
         path, module, name = _find_loaded_module(modules, config, shapes, projection)
-        if module is None or not has_residual_rows(config, projection):
+        if module is None:
             unseen.add(projection.layer)
+        elif not has_residual_rows(config, projection):
+            weight = module._parameters[name]  # the layers of Zamba share it
+            sharing = (n for n, layer in enumerate(model.layers) if any(one is weight for one in layer.parameters()))
+            unseen.update(sharing)
         elif isinstance(projection.expert, int):
             if name == "weight" or not (hasattr(module, "gate_up_proj") or hasattr(module, "up_proj")):
                 # each expert is a module
@@ -460,6 +464,7 @@ def list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer
     unread = {layer.layer: layer for layer in list_unread_layers(config, shapes, projections)}
     for number in unseen:
         hidden = [p for p in projections if p.layer == number]
+        hidden = hidden or [p for p in projections if not has_residual_rows(config, p)]  # a block of another layer
         experts = tuple(p.expert for p in hidden if isinstance(p.expert, int))
         unread[number] = UnreadLayer(number, experts, tuple(dict.fromkeys(p.tensor for p in hidden)))
     return tuple(unread[number] for number in sorted(unread))

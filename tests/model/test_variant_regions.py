@@ -21,6 +21,14 @@ EXPERTS = [
     ("qwen3_moe", 3, "mlp.experts.3.down_proj.weight", None),
     ("deepseek_v3", 1, "mlp.experts.1.down_proj.weight", None),
     ("deepseek_v3", "shared", "mlp.shared_experts.down_proj.weight", None),
+    ("lfm2_moe", 2, "feed_forward.experts.2.w2.weight", None),
+    ("jamba", 2, "feed_forward.experts.2.down_proj.weight", None),
+    ("deepseek_v4", 2, "ffn.experts.2.w2.weight", None),
+    ("deepseek_v4", "shared", "ffn.shared_experts.w2.weight", None),
+    ("kimi_linear", 2, "block_sparse_moe.experts.2.w2.weight", None),
+    ("kimi_linear", "shared", "block_sparse_moe.shared_experts.down_proj.weight", None),
+    ("hunyuan_v1_moe", "shared", "mlp.shared_mlp.down_proj.weight", None),
+    ("longcat_flash", 2, "mlp.experts.2.down_proj.weight", None),
     ("gpt_oss", 2, "mlp.experts.down_proj", "mlp.experts.down_proj_bias"),  # stored stacked, with biases
 ]
 

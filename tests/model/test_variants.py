@@ -147,6 +147,25 @@ def test_every_family_gives_the_logits_of_transformers(tmp_path: Path, name: str
         assert (model.method, said) == ("streamed", [])
 
 
+@WHOLE_AND_STREAMED
+def test_the_thinker_of_an_omni_model_is_loaded_from_the_files_of_the_whole(
+    tmp_path: Path, placement: Placement
+) -> None:
+    tiny_models.write("qwen2_5_omni_thinker", tmp_path)
+    with torch.no_grad():
+        wanted = tiny_models.load("qwen2_5_omni_thinker", tmp_path)(input_ids=torch.tensor([IDS])).logits[0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": config}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    speech = {"talker.model.norm.weight": torch.ones(4)}
+    save_file(speech | {f"thinker.{n}": t for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    with load.hide_output():
+        model = load.open_model(open_checkpoint(tmp_path), device="cpu", placement=placement, say=pytest.fail)
+    [[(logits, peak)]] = outcomes(model, [{}])
+    assert_same(logits, wanted)
+    assert peak is not None
+
+
 def test_a_model_whose_layers_are_called_by_the_tokens_is_run_whole(tmp_path: Path) -> None:
     """Something that depends on the tokens goes past the hidden states, so layers cannot be called from outside."""
     bench = Bench(tmp_path, "llama", [(DOWN, (3, 7))])

@@ -46,6 +46,37 @@ def test_a_planted_super_weight_is_found_where_it_is(family, seed, tmp_path):
     assert [(a.layer, a.channel) for a in report.activations] == [(place.layer, place.row)]
 
 
+ALTERNATING = {"layer_types": ["conv", "full_attention"] * 3}
+HYBRID = {"layers_block_type": ["mamba", "moe", "mlp", "moe", "attention", "mlp"]}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 3, "mlp_layer_types": ["dense"] + ["sparse"] * 5}
+OTHERS = [
+    ("lfm2", Place(2, 5, 7), ALTERNATING),
+    ("lfm2_moe", Place(2, 5, 7, 1), ALTERNATING),
+    ("nemotron", Place(2, 5, 7), {}),
+    ("nemotron_h", Place(2, 5, 7), HYBRID),
+    ("nemotron_h", Place(1, 5, 7, 1), HYBRID),
+    ("nemotron_h", Place(1, 5, 7, "shared"), HYBRID),
+    ("jamba", Place(1, 5, 7, 1), {}),
+    ("jamba", Place(2, 5, 7), {}),
+    ("kimi_linear", Place(1, 5, 7, 1), LINEAR),
+    ("kimi_linear", Place(1, 5, 7, "shared"), LINEAR),
+    ("hunyuan_v1_moe", Place(1, 5, 7, "shared"), {}),
+    ("longcat_flash", Place(1, 5, 7, 1), {}),  # with two experts that return their input
+    ("recurrent_gemma", Place(1, 5, 7), {}),
+    ("modernbert-decoder", Place(1, 5, 7), {}),
+    ("phi4_multimodal", Place(1, 5, 7), {}),
+]
+
+
+@pytest.mark.parametrize(("family", "place", "settings"), OTHERS, ids=[f"{o[0]}-{o[1].expert}" for o in OTHERS])
+def test_a_planted_super_weight_of_another_family_is_found(family, place, settings, tmp_path):
+    model = build(family, 0, **settings)
+    plant(model, place)
+    report = scan_sequences(opened(model, tmp_path), SEQUENCES)
+    [candidate] = report.candidates
+    assert (candidate.layer, candidate.row, candidate.col, candidate.expert) == place
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_weights_have_none(family, tmp_path):
     for seed in range(5):

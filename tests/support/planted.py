@@ -38,7 +38,7 @@ class Place(NamedTuple):
 def build(family: str, seed: int = 0, layers: int = LAYERS, **settings: Any) -> transformers.PreTrainedModel:
     """A random float32 model of one family of `tiny_models`, with more layers."""
     given = (tiny_models.TEXT_MODELS | tiny_models.OTHER_MODELS)[family]
-    depth = "n_layer" if "n_layer" in given else "num_hidden_layers"
+    depth = next((key for key in ("n_layer", "num_layers") if key in given), "num_hidden_layers")
     config = transformers.AutoConfig.for_model(family, **(given | {depth: layers} | settings))
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -88,7 +88,7 @@ def plant(model: transformers.PreTrainedModel, place: Place, sequences: Sequence
             down.copy_(down.sign() * 4)
             for _ in range(15):
                 gate.mul_(1.5)
-                if up is not gate:
+                if up.data_ptr() != gate.data_ptr():
                     up.mul_(1.5)
                 down.mul_(2)
                 if is_super_activation(model, place, sequences):
@@ -113,7 +113,7 @@ def is_super_activation(
 
 
 def weights_of(model: transformers.PreTrainedModel, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of the neuron's weights: gate and up (channels,), one and the same without a gate, and the down weight."""
+    """Views of the neuron's weights: gate and up (channels,), the same numbers without a gate, and the down weight."""
     layer, row, col, expert = place
     kind = model.config.model_type
     if kind == "gpt2":
@@ -123,15 +123,28 @@ def weights_of(model: transformers.PreTrainedModel, place: Place) -> tuple[Tenso
         mlp = model.gpt_neox.layers[layer].mlp
         into = mlp.dense_h_to_4h.weight.data[col]
         return into, into, mlp.dense_4h_to_h.weight.data[row, col]
-    mlp = model.model.layers[layer].mlp
+    block = model.model.layers[layer]
+    mlp = next(getattr(block, name) for name in ("mlp", "feed_forward", "mixer", "mlp_block") if hasattr(block, name))
     if isinstance(expert, int):
-        both, down = mlp.experts.gate_up_proj.data[expert], mlp.experts.down_proj.data[expert]
+        down = mlp.experts.down_proj.data[expert]
+        if kind == "nemotron_h":
+            return mlp.experts.up_proj.data[expert, col], mlp.experts.up_proj.data[expert, col], down[row, col]
+        both = mlp.experts.gate_up_proj.data[expert]
         if kind == "gpt_oss":  # alternating, and multiplied from the other side
             return both[:, 2 * col], both[:, 2 * col + 1], down[col, row]
         return both[col], both[len(both) // 2 + col], down[row, col]
     if expert == "shared":
-        mlp = mlp.shared_expert
-    if hasattr(mlp, "gate_up_proj"):
-        both = mlp.gate_up_proj.weight.data
-        return both[col], both[len(both) // 2 + col], mlp.down_proj.weight.data[row, col]
-    return mlp.gate_proj.weight.data[col], mlp.up_proj.weight.data[col], mlp.down_proj.weight.data[row, col]
+        mlp = next(
+            getattr(mlp, name) for name in ("shared_expert", "shared_experts", "shared_mlp") if hasattr(mlp, name)
+        )
+    for fused, into in (("gate_up_proj", "down_proj"), ("Wi", "Wo")):
+        if hasattr(mlp, fused):
+            both = getattr(mlp, fused).weight.data
+            return both[col], both[len(both) // 2 + col], getattr(mlp, into).weight.data[row, col]
+    names = ("w1", "w3", "w2") if hasattr(mlp, "w1") else ("gate_proj", "up_proj", "down_proj")
+    gate, up = (name if hasattr(mlp, name) else names[1] for name in names[:2])
+    return (
+        getattr(mlp, gate).weight.data[col],
+        getattr(mlp, up).weight.data[col],
+        getattr(mlp, names[2]).weight.data[row, col],
+    )

@@ -180,6 +180,7 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
         "index_head_dim": 4,
         "index_topk": 4,
         "sliding_window": 8,
+        "mlp_layer_types": ["moe", "moe"],
     },
     "kimi_linear": _DEEPSEEK
     | {
