@@ -6,6 +6,7 @@ opening.py builds the values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,15 @@ class Checkpoint(TableResult):
             if tensor in shard.tensors
         }
         return {**self.shapes, **apart}
+
+    @cached_property
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Like `all_shapes`, but a quantised weight has the name and shape that it has in a loaded model."""
+        if not self.quantisation.has_codes:
+            return self.all_shapes
+        from swsurgery.checkpoint.layouts.find import WeightShapes  # imports numpy
+
+        return WeightShapes(self)
 
     @property
     def single(self) -> str:

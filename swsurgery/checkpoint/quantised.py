@@ -19,6 +19,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Literal, Protocol
 
@@ -179,6 +180,12 @@ class Quantisation:
         if reading.kind == "internal":
             return "packed or scaling values of a quantised layer, not weights"
         return f"quantised: {reading.reason}"
+
+    @cached_property
+    def has_codes(self) -> bool:
+        """True if a stored tensor of integers, or of floats of at most 8 bits, is no plain weight or buffer."""
+        coded = (name for name, header in self._tensors.items() if _is_code(header.dtype))
+        return any(self.get_reading(name).kind != "plain" for name in coded)
 
     def find_codes(self) -> str | None:
         """Find the first quantised weight that is stored as F8 or integers; None if there is none."""

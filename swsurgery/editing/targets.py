@@ -341,7 +341,7 @@ def locate(checkpoint: Checkpoint, layer: int, row: int, col: int, expert: Exper
     The scalar is in a down projection: `row` is its output channel, and `col` its input. Raises ArchitectureError if
     `projections.locate` does not find exactly one such scalar, for example because the architecture is not supported.
     """
-    return projections.locate(checkpoint.config, checkpoint.all_shapes, layer=layer, row=row, col=col, expert=expert)
+    return projections.locate(checkpoint.config, checkpoint.weight_shapes, layer=layer, row=row, col=col, expert=expert)
 
 
 def find_tensor(name: str, checkpoint: Checkpoint) -> TensorInfo:

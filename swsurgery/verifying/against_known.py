@@ -16,7 +16,7 @@ from typing import Any, Literal
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.layouts.cells import CannotTell
-from swsurgery.checkpoint.layouts.find import WeightShapes, find_codes, find_matrix, make_reader
+from swsurgery.checkpoint.layouts.find import find_codes, find_matrix, make_reader
 from swsurgery.editing.targets import expect_known
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.known import KnownCoordinate, KnownModel
@@ -166,7 +166,7 @@ def _read_known(
     kept = Kept(entry.id, entry.status, entry.causal_alone, "unreadable", entry.status not in NOT_HELD)
     try:
         coordinate = projections.locate(
-            checkpoint.config, WeightShapes(checkpoint), layer=entry.layer, row=entry.row, col=col, expert=entry.expert
+            checkpoint.config, checkpoint.weight_shapes, layer=entry.layer, row=entry.row, col=col, expert=entry.expert
         )
         codes = find_codes(checkpoint, coordinate.tensor) or coordinate.tensor
         file = checkpoint.weight_map[codes]

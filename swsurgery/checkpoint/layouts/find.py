@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from typing import Protocol
 
-from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.quantised import Quantisation
 from swsurgery.storage.numeric import load_numpy
 
 load_numpy()
@@ -17,6 +18,33 @@ from swsurgery.checkpoint.layouts.cells import CannotTell, QuantisedMatrix, Read
 from swsurgery.checkpoint.layouts.module import QuantisedModule  # noqa: E402
 from swsurgery.checkpoint.layouts.scaled import find_scaled  # noqa: E402
 from swsurgery.storage.files import read_exactly  # noqa: E402
+from swsurgery.storage.shard import Shard, TensorInfo  # noqa: E402
+
+
+class StoredTensors(Protocol):
+    """What this module needs of an opened checkpoint; `checkpoint.Checkpoint` documents the properties."""
+
+    @property
+    def config(self) -> Mapping[str, object]: ...
+
+    @property
+    def shards(self) -> Mapping[str, Shard]: ...
+
+    @property
+    def weight_map(self) -> Mapping[str, str]: ...
+
+    @property
+    def disagreements(self) -> Mapping[str, str]: ...
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def all_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def quantisation(self) -> Quantisation: ...
+
 
 FindLayout = Callable[[QuantisedModule], QuantisedMatrix | None]
 """Type of a function that recognises one layout. It returns None for a module of another layout.
@@ -36,7 +64,7 @@ WEIGHT_ENDINGS = (
 """Endings of the names of tensors of codes, with the ending of the name of the weight in a loaded model."""
 
 
-def find_matrix(checkpoint: Checkpoint, weight: str) -> QuantisedMatrix | None:
+def find_matrix(checkpoint: StoredTensors, weight: str) -> QuantisedMatrix | None:
     """Find how the weight of this name is quantised. Returns None if it is stored as a plain tensor or not at all.
 
     Raises CannotTell if no layout, or more than one, describes the tensors of its module, or if they do not decide what
@@ -55,7 +83,7 @@ def find_matrix(checkpoint: Checkpoint, weight: str) -> QuantisedMatrix | None:
     return found[0]
 
 
-def _read_module(checkpoint: Checkpoint, weight: str) -> QuantisedModule | None:
+def _read_module(checkpoint: StoredTensors, weight: str) -> QuantisedModule | None:
     """Return the module with a quantised weight; None if the weight is plain or not stored."""
     coded = find_codes(checkpoint, weight)
     if coded is None:
@@ -66,17 +94,17 @@ def _read_module(checkpoint: Checkpoint, weight: str) -> QuantisedModule | None:
     return QuantisedModule(weight, checkpoint.config, shard.metadata, checkpoint.infos, make_reader(checkpoint), scale)
 
 
-def find_codes(checkpoint: Checkpoint, weight: str) -> str | None:
+def find_codes(checkpoint: StoredTensors, weight: str) -> str | None:
     """Return the name of the tensor that stores the codes of a weight; None if the weight is plain or not stored."""
     for ending, rest in WEIGHT_ENDINGS:
-        if weight.endswith(rest) and (name := weight.removesuffix(rest) + ending) in checkpoint.shapes:
+        if weight.endswith(rest) and (name := weight.removesuffix(rest) + ending) in checkpoint.infos:
             return name
-    if weight in checkpoint.shapes and checkpoint.quantisation.get_reading(weight).kind in ("scaled", "unreadable"):
+    if weight in checkpoint.infos and checkpoint.quantisation.get_reading(weight).kind in ("scaled", "unreadable"):
         return weight
     return None
 
 
-def make_reader(checkpoint: Checkpoint) -> ReadBytes:
+def make_reader(checkpoint: StoredTensors) -> ReadBytes:
     """Return a function that reads the data of the tensors of a checkpoint: (name, first byte, bytes to read)."""
 
     def read(name: str, begin: int, size: int) -> bytes:
@@ -86,7 +114,7 @@ def make_reader(checkpoint: Checkpoint) -> ReadBytes:
     return read
 
 
-def _explain_unknown(checkpoint: Checkpoint, weight: str) -> str:
+def _explain_unknown(checkpoint: StoredTensors, weight: str) -> str:
     """Explain why no layout describes a quantised weight."""
     coded = find_codes(checkpoint, weight) or weight
     return f"{coded} is quantised: {checkpoint.quantisation.get_reading(coded).reason}"
@@ -99,7 +127,7 @@ class WeightShapes(Mapping[str, tuple[int, ...]]):
     tensors that store its codes are then left out. All other tensors have their stored shapes.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: StoredTensors):
         self._checkpoint = checkpoint
         self._found: dict[str, tuple[int, ...] | None] = {}
 
@@ -119,7 +147,7 @@ class WeightShapes(Mapping[str, tuple[int, ...]]):
 
     @cached_property
     def _names(self) -> list[str]:
-        return list(dict.fromkeys(self._name_weight(name) for name in self._checkpoint.shapes))
+        return list(dict.fromkeys(self._name_weight(name) for name in self._checkpoint.all_shapes))
 
     def _name_weight(self, name: str) -> str:
         """Return the name of the weight whose codes the tensor `name` stores, or `name` itself."""
@@ -141,4 +169,4 @@ class WeightShapes(Mapping[str, tuple[int, ...]]):
             matrix = find_matrix(self._checkpoint, name)
         except CannotTell:
             matrix = None
-        return matrix.shape if matrix is not None else self._checkpoint.shapes.get(name)
+        return matrix.shape if matrix is not None else self._checkpoint.all_shapes.get(name)
