@@ -211,7 +211,9 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     An omni model (Qwen2.5-Omni) has a language model for text, its thinker, and one for speech. Transformers has a
     class that loads only the thinker, from the files of the whole.
     """
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    )
     thinker = getattr(config, "thinker_config", None)
     if isinstance(thinker, PreTrainedConfig) and not get_language_model_class(config):
         thinker.name_or_path = config.name_or_path
