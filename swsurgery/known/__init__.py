@@ -4,6 +4,7 @@ The package contains the shipped data, the user's own scans, lookup in both, and
 them. It must not depend on a running model, torch or numpy.
 
     schema.py    models, coordinates, whole experts and columns, measurements and sources
+    related.py   results without a coordinate: super experts, sink neurons, negative results, wrong values
     shipped.py   reads the shipped TOML files, one per model family
     own.py       the user's own entries, and lookup by name in shipped and own entries
     listing.py   lists all known models

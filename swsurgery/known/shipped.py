@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.errors import LookupFailed
+from swsurgery.known.related import NegativeResult, Related
 from swsurgery.known.schema import (
     STATUSES,
     Citation,
@@ -28,7 +29,6 @@ from swsurgery.known.schema import (
     KnownJointSet,
     KnownModel,
     MaxActivation,
-    Related,
     select_by_status,
 )
 
@@ -79,6 +79,12 @@ def list_related() -> Related:
     """Return results without an exact coordinate: super experts, sink neurons and searches that found nothing."""
     raw = tomllib.loads((_FOLDER / _RELATED).read_text("utf-8"))
     return Related.model_validate(_freeze(raw))
+
+
+def list_negative_results(model: KnownModel) -> tuple[NegativeResult, ...]:
+    """Return the published searches and tests of this model that found nothing."""
+    names = set(map(normalise, list_names(model)))
+    return tuple(r for r in list_related().negative_results if names.intersection(map(normalise, r.hf_ids)))
 
 
 def normalise(name: str) -> str:
@@ -197,8 +203,12 @@ def build_json(
 ) -> dict[str, Any]:
     """Convert models to the document that `lookup --json` prints. Infinity becomes the text "inf"."""
     listed = [models] if isinstance(models, KnownModel) else models
+    documents = [
+        model.to_json(status) | {"negative_results": [r.model_dump() for r in list_negative_results(model)]}
+        for model in listed
+    ]
     # The round trip through JSON converts tuples to lists, so that callers can compare documents.
-    return {"models": [json.loads(json.dumps(m.to_json(status), allow_nan=False)) for m in listed]}
+    return {"models": json.loads(json.dumps(documents, allow_nan=False))}
 
 
 class _Sources(dict[str, Citation]):

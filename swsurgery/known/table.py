@@ -27,7 +27,7 @@ from swsurgery.known.schema import (
     select_by_status,
     select_entries,
 )
-from swsurgery.known.shipped import list_addressable
+from swsurgery.known.shipped import list_addressable, list_negative_results
 from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
 from swsurgery.storage.numbers import format_number
 
@@ -45,8 +45,8 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
     """Render one model as a table for a terminal of `width` columns.
 
     The table contains the maximum activation, the coordinates with tensor, value, status and the effect of zeroing each
-    alone, then whole experts and columns, joint sets, other measurements, warnings, notes, and the sources as numbered
-    footnotes. Raises LookupFailed for an unknown status.
+    alone, then whole experts and columns, joint sets, other measurements, warnings, negative results, notes, and the
+    sources as numbered footnotes. Raises LookupFailed for an unknown status.
     """
     shown = select_by_status(model, status)
     notes = _Footnotes()
@@ -58,6 +58,8 @@ def render_table(model: KnownModel, width: int = 100, status: str | Collection[s
     _add_joint_sets(out, model, shown, notes)
     out.section("measured otherwise", [f"{e.protocol}: {_describe_effect(e, notes)}" for e in model.effects])
     out.section("", [f"WARNING: {warning}" for warning in _list_warnings(model, shown)], indent=0)
+    found = [f"- {result.finding} ({result.cite})" for result in list_negative_results(model)]
+    out.section("published without a super weight", found)
     out.section("notes", [f"- {note}" for note in model.notes])
     notes.mark(*model.scans)
     _add_sources(out, notes.sources)
@@ -378,7 +380,9 @@ def _make_command(model: KnownModel, op: Operation, factor: float | None, status
 def _explain_none(model: KnownModel, op: Operation, status: str | Collection[str] | None) -> str:
     if not model.coordinates:
         undecided = any(note.startswith(UNDECIDED_NOTE) for note in model.notes)
-        return "its scan is undecided" if undecided else "a scan found none"
+        if undecided:
+            return "its scan is undecided"
+        return "a scan found none" if model.scans else "none is published"
     left = list_addressable(model)
     if status is None and left:
         return f"all are insufficient, none was shown to matter; --status insufficient would {op} them"

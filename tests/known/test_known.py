@@ -378,6 +378,20 @@ def test_a_maximum_activation_that_float16_cannot_represent_is_a_warning():
     assert document["max_activation"]["fits_float16"] is False and document["max_activation"]["layer"] == 23
 
 
+def test_negative_results_of_a_listed_model_are_shown_with_it():
+    flat = " ".join(table.render_table(own.find_model("gemma-2-9b"), 80).split())
+    assert "published without a super weight - zeroing the massive activation does no harm (Owen et al." in flat
+    [document] = shipped.build_json(own.find_model("qwen2.5-1.5b-instruct"))["models"]
+    [result] = document["negative_results"]
+    assert "zeroing the two largest weights" in result["finding"] and "arXiv:2607.08733" in result["cite"]
+    assert "published without" not in table.render_table(own.find_model("llama-7b"), 80)
+
+
+def test_a_manifest_of_a_model_without_coordinates_says_why_there_is_none():
+    with pytest.raises(LookupFailed, match="no whole coordinate to zero: gemma-2-27b .none is published"):
+        table.render_manifest(own.find_model("gemma-2-27b"), "zero")
+
+
 @pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (-65504.0, True), (65505.0, False), (-65536.0, False)])
 def test_the_largest_float16_is_65504(value, fits):
     found = schema.MaxActivation(value=value, place="p", source=schema.Citation(key="a", kind="paper", cite="A"))
