@@ -37,8 +37,8 @@ class _Pattern:
 
     Words are compared without their sign, after `word & mask`. They are not finite above `largest`, and equal to
     `infinity` if infinite. They are subnormal from 1 to `normal` - 1, and too large for float16 above `float16`.
-    `not_a_number` is the only NaN of a FNUZ dtype: the word of negative zero in other dtypes. `number` is the dtype of
-    one word; None if a word is not a number, because elements are smaller than a byte.
+    `not_a_number` is the only NaN of a FNUZ dtype, whose word is that of negative zero in other dtypes. `number` is the
+    dtype of one word; None if a word is not a number, because elements are smaller than a byte.
     """
 
     size: int
@@ -115,42 +115,36 @@ class Figures:
         }
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a tensor that begins `start` bytes into its data, with its bytes as words."""
+
+    info: TensorInfo
+    pattern: _Pattern
+    start: int
+    data: memoryview | bytes
+    words: _Words
+
+    def find_first(self, chosen: NDArray[np.bool_]) -> Place | None:
+        """Return the first element of which a word is chosen; None if there is no such element."""
+        at = int(np.argmax(chosen))
+        if not chosen[at]:
+            return None
+        size = self.info.dtype.size
+        begin = at * self.pattern.size // size * size
+        return (self.start + begin) // size, bytes(self.data[begin : begin + size])
+
+
 def count_values(info: TensorInfo, start: int, data: memoryview | bytes) -> Figures:
     """Count the values of a part of a tensor that begins `start` bytes into its data.
 
     `start` is a multiple of SUM_WORD. `data` is not empty and ends with a whole element.
     """
     pattern = _describe_words(info.dtype)
-    words: _Words = np.frombuffer(data, pattern.word)
-    lowest, highest, total = int(words.min()), int(words.max()), _sum_bytes(data)
-    if not isinstance(pattern.number, FloatDtype):
-        return _count_whole_numbers(info, pattern, start, data, words, (lowest, highest, total))
-    magnitudes: _Words = words & words.dtype.type(pattern.mask)
-    top = int(magnitudes.max())
-    zeros = len(words) - int(np.count_nonzero(magnitudes))
-    nan = infinite = beyond_float16 = 0
-    bad = beyond = None
-    if pattern.not_a_number is not None and highest >= pattern.not_a_number:
-        is_bad = words == words.dtype.type(pattern.not_a_number)
-        nan = int(np.count_nonzero(is_bad))
-        zeros -= nan
-        bad = _find_first(info, pattern, start, data, is_bad)
-    if top > pattern.largest:
-        is_bad = magnitudes > words.dtype.type(pattern.largest)
-        infinite = 0 if pattern.infinity is None else int(np.count_nonzero(magnitudes == pattern.infinity))
-        nan += int(np.count_nonzero(is_bad)) - infinite
-        bad = _find_first(info, pattern, start, data, is_bad)
-        top = int(np.where(is_bad, words.dtype.type(0), magnitudes).max())
-    if pattern.float16 is not None and top > pattern.float16:
-        is_beyond = magnitudes > words.dtype.type(pattern.float16)
-        is_beyond &= magnitudes <= words.dtype.type(pattern.largest)
-        beyond_float16 = int(np.count_nonzero(is_beyond))
-        beyond = _find_first(info, pattern, start, data, is_beyond)
-    largest = top if nan + infinite < len(words) else None
-    magnitudes -= words.dtype.type(1)  # zero becomes the highest word, so that it is not counted as subnormal
-    subnormal = int(np.count_nonzero(magnitudes < words.dtype.type(pattern.normal - 1)))
-    counts = (len(words), nan, infinite, zeros, subnormal, beyond_float16)
-    return Figures(*counts, largest, lowest, highest, total, bad, beyond)
+    piece = _Piece(info, pattern, start, data, np.frombuffer(data, pattern.word))
+    if isinstance(pattern.number, FloatDtype):
+        return _count_floats(piece)
+    return _count_whole_numbers(piece)
 
 
 def decode_largest(dtype: Dtype, figures: Figures) -> float | None:
@@ -178,34 +172,76 @@ def decode_constant(dtype: Dtype, figures: Figures) -> Value | str | None:
     return dtypes.decode(pattern.number, data)
 
 
-def _count_whole_numbers(
-    info: TensorInfo,
-    pattern: _Pattern,
-    start: int,
-    data: memoryview | bytes,
-    words: _Words,
-    extremes: tuple[int, int, int],
-) -> Figures:
+def _count_floats(piece: _Piece) -> Figures:
+    """Count the values of a part of a floating-point or complex tensor."""
+    pattern, words = piece.pattern, piece.words
+    magnitudes: _Words = words & words.dtype.type(pattern.mask)
+    zeros = len(words) - int(np.count_nonzero(magnitudes))
+    top = int(magnitudes.max())
+    is_bad = _find_not_finite(pattern, words, magnitudes, top)
+    nan = infinite = 0
+    if is_bad is not None:
+        infinite = 0 if pattern.infinity is None else int(np.count_nonzero(magnitudes == pattern.infinity))
+        nan = int(np.count_nonzero(is_bad)) - infinite
+        zeros -= 0 if pattern.not_a_number is None else nan  # a FNUZ NaN has no bits besides its sign
+        top = int(np.where(is_bad, words.dtype.type(0), magnitudes).max())
+    beyond_float16, beyond = _count_beyond_float16(piece, magnitudes, top)
+    magnitudes -= words.dtype.type(1)  # zero becomes the highest word, so that it is not counted as subnormal
+    return Figures(
+        values=len(words),
+        nan=nan,
+        infinite=infinite,
+        zeros=zeros,
+        subnormal=int(np.count_nonzero(magnitudes < words.dtype.type(pattern.normal - 1))),
+        beyond_float16=beyond_float16,
+        largest=top if nan + infinite < len(words) else None,
+        lowest=int(words.min()),
+        highest=int(words.max()),
+        total=_sum_bytes(piece.data),
+        bad=None if is_bad is None else piece.find_first(is_bad),
+        beyond=beyond,
+    )
+
+
+def _find_not_finite(pattern: _Pattern, words: _Words, magnitudes: _Words, top: int) -> NDArray[np.bool_] | None:
+    """Return True for each word that is NaN or infinite; None if all are finite. `top` is the largest magnitude."""
+    if pattern.not_a_number is not None:
+        found = np.equal(words, words.dtype.type(pattern.not_a_number))
+        return found if found.any() else None
+    return np.greater(magnitudes, words.dtype.type(pattern.largest)) if top > pattern.largest else None
+
+
+def _count_beyond_float16(piece: _Piece, magnitudes: _Words, top: int) -> tuple[int, Place | None]:
+    """Count the finite values beyond the range of float16, and find the first.
+
+    `top` is the largest finite magnitude.
+    """
+    limit = piece.pattern.float16
+    if limit is None or top <= limit:
+        return 0, None
+    is_beyond = magnitudes > magnitudes.dtype.type(limit)
+    is_beyond &= magnitudes <= magnitudes.dtype.type(piece.pattern.largest)
+    return int(np.count_nonzero(is_beyond)), piece.find_first(is_beyond)
+
+
+def _count_whole_numbers(piece: _Piece) -> Figures:
     """Count the values of a part of a tensor of integers, of E8M0 scales, or of elements smaller than a byte."""
-    scales = info.dtype.name == "F8_E8M0"  # a power of two is never 0, and 0xff is NaN
-    zeros = 0 if scales else len(words) - int(np.count_nonzero(words))
-    nan, bad = 0, None
-    if scales and extremes[1] > pattern.largest:
-        is_bad = words > words.dtype.type(pattern.largest)
-        nan, bad = int(np.count_nonzero(is_bad)), _find_first(info, pattern, start, data, is_bad)
-    return Figures(len(words), nan, 0, zeros, 0, 0, None, *extremes, bad)
-
-
-def _find_first(
-    info: TensorInfo, pattern: _Pattern, start: int, data: memoryview | bytes, chosen: NDArray[np.bool_]
-) -> Place | None:
-    """Return the first element of which a word is chosen; None if there is no such element."""
-    at = int(np.argmax(chosen))
-    if not chosen[at]:
-        return None
-    size = info.dtype.size
-    begin = at * pattern.size // size * size
-    return (start + begin) // size, bytes(data[begin : begin + size])
+    words = piece.words
+    scales = piece.info.dtype.name == "F8_E8M0"  # a power of two is never 0, and 0xff is NaN
+    is_bad = words > words.dtype.type(piece.pattern.largest) if scales else None
+    return Figures(
+        values=len(words),
+        nan=0 if is_bad is None else int(np.count_nonzero(is_bad)),
+        infinite=0,
+        zeros=0 if scales else len(words) - int(np.count_nonzero(words)),
+        subnormal=0,
+        beyond_float16=0,
+        largest=None,
+        lowest=int(words.min()),
+        highest=int(words.max()),
+        total=_sum_bytes(piece.data),
+        bad=None if is_bad is None else piece.find_first(is_bad),
+    )
 
 
 def _sum_bytes(data: memoryview | bytes) -> int:
