@@ -39,7 +39,8 @@ from swsurgery.scanning.coverage import list_unread_layers
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertMaximum, ExpertName, ExpertScan
 from swsurgery.scanning.matrices import StoredProjection, refuse_quantised, refuse_unweighted
 from swsurgery.scanning.report import Candidate, Profile
-from swsurgery.scanning.spikes import MASSIVE, TINY, ExpertCall, Source, find_sources, list_unread, set_largest
+from swsurgery.scanning.sources import ExpertCall, Source, find_sources, list_unread
+from swsurgery.scanning.spikes import MASSIVE, TINY, set_largest
 
 PERCENTILE = 99.5
 """The percentile of all experts' largest outputs that a super expert exceeds (arXiv:2507.23279, equation 8)."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import load
-from swsurgery.scanning import by_activations, spikes
+from swsurgery.scanning import by_activations, sources, spikes
 from swsurgery.scanning.by_activations import SCAN_PROMPTS, scan_activations, scan_sequences
 from swsurgery.scanning.report import Scan
 from swsurgery.scanning.spikes import LayerSpikes
@@ -389,7 +389,7 @@ def test_products_add_up_to_outputs_in_every_family(family, tmp_path, monkeypatc
 
 
 def test_a_down_projection_that_is_not_in_the_loaded_model_is_said(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(spikes, "list_loaded_candidates", lambda config, coordinate, shapes: ())
+    monkeypatch.setattr(sources, "list_loaded_candidates", lambda config, coordinate, shapes: ())
     report = scanned(llama, tmp_path)
     assert report.candidates == ()
     assert report.notes[0] == "layers 0, 1, 2, 3, 4, 5: the down projection is not observed"
