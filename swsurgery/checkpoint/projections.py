@@ -22,6 +22,7 @@ from swsurgery.checkpoint.architectures import (
     Axes,
     ExpertChoice,
     Family,
+    InputLayout,
     Layout,
     ProjectionKind,
     Shapes,
@@ -251,6 +252,27 @@ def list_layouts(config: Mapping[str, Any], projection: DownProjection) -> tuple
     matches = _list_matches(_get_families(config), projection.tensor)
     known = find_known_families(config)
     return tuple(layout for _, layout, _, _ in matches if not known or layout.axes == projection.axes)
+
+
+def list_input_layouts(config: Mapping[str, Any], projection: DownProjection) -> list[InputLayout]:
+    """List the ways in which the input projections of an MLP may be stored, the most likely first.
+
+    The layouts of the model's own family come first. Those of other families follow, if the down projection's module
+    has the same name there: some checkpoints store the experts or the gate in another way than their family does. Each
+    set of names occurs once.
+    """
+    module = _get_module_name(projection.tensor)
+    everything = (layout for family in FAMILIES for layout in family.layouts)
+    others = (layout for layout in everything if _get_module_name(layout.name) == module)
+    found: dict[tuple[str, ...], InputLayout] = {}
+    for layout in (*list_layouts(config, projection), *others):
+        if layout.inputs is not None:
+            found.setdefault(layout.inputs.names, layout.inputs)
+    return list(found.values())
+
+
+def _get_module_name(tensor: str) -> str:
+    return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
 # Choosing the family ------------------------------------------------------------------------------------------------

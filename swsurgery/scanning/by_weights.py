@@ -29,7 +29,13 @@ from numpy.typing import NDArray
 
 from swsurgery.checkpoint.architectures import InputLayout
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import DownProjection, list_down_projections, list_layouts, list_sections
+from swsurgery.checkpoint.projections import (
+    DownProjection,
+    list_down_projections,
+    list_input_layouts,
+    list_layouts,
+    list_sections,
+)
 from swsurgery.checkpoint.structures import name_sibling
 from swsurgery.errors import ArchitectureError
 from swsurgery.progress import Progress, Silent
@@ -71,47 +77,6 @@ MIN_ROW_SHARE = 0.5
 MAX_ROWS_PER_COLUMN = 3
 """Maximum number of scalars that are listed from one column."""
 
-
-class Inputs(NamedTuple):
-    """The stored names of an MLP's input matrices, and how the matrices contain the gate rows and the up rows.
-
-    In `INPUTS`, a name such as "gate_proj" replaces the last part of the down projection's name. `how` is "pair" for
-    two tensors, gate and up; "alone" for an MLP without a gate; "halves" for one tensor with all gate rows first and
-    then all up rows; and "interleaved" for one tensor in which gate rows and up rows alternate.
-    """
-
-    gate: str
-    up: str
-    how: str
-
-
-def _make_pair(gate: str, up: str) -> Inputs:
-    return Inputs(gate, up, "pair")
-
-
-def _make_single(name: str, how: str) -> Inputs:
-    return Inputs(name, name, how)
-
-
-_HOW = {"halves": "halves", "alternating": "interleaved"}
-"""Maps `fusion` of an InputLayout with a fused tensor to `how` of Inputs."""
-
-INPUTS: dict[str, tuple[Inputs, ...]] = {
-    "down_proj": (
-        _make_pair("gate_proj", "up_proj"),
-        _make_single("gate_up_proj", "halves"),  # Phi-3, and stacked experts
-        _make_single("up_proj", "alone"),  # MPT
-    ),
-    "w2": (_make_pair("w1", "w3"),),  # Mixtral's experts
-    "output_linear": (_make_single("input_linear", "halves"),),  # Granite-MoE
-    "dense_4h_to_h": (_make_single("dense_h_to_4h", "alone"),),  # GPT-NeoX, Falcon, BLOOM
-    "c_proj": (_make_single("c_fc", "alone"),),  # GPT-2 and its relatives, StarCoder2
-    "fc2": (_make_single("fc1", "alone"),),  # Phi-2, OPT
-    "fc_out": (_make_single("fc_in", "alone"),),  # GPT-J
-}
-"""Maps the last part of a down projection's name to the possible names of the input matrices. They are used if the
-matrices of the model's own layout are not stored. The first alternative whose tensors are all in the checkpoint is
-used."""
 
 PRE_NORMS = (
     *("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm"),
@@ -265,34 +230,33 @@ class _Names:
         """
         stacked = projection.expert_axis is not None
         expert = projection.expert if stacked and isinstance(projection.expert, int) else None
-        gate_name, up_name, how = self._find_inputs(projection)
-        gate, up = (Matrix.of(self.checkpoint, name, expert) for name in (gate_name, up_name))
-        neurons, both = projection.cols, how in ("halves", "interleaved")
-        axes = (neurons * (2 if both else 1), projection.rows)
+        inputs, names = self._find_inputs(projection)
+        gate, up = (Matrix.of(self.checkpoint, name, expert) for name in (names[0], names[-1]))
+        neurons = projection.cols
+        axes = (neurons * (1 if inputs.fusion == "apart" else 2), projection.rows)
         for matrix in (gate, up):
             wanted = axes[::-1] if projection.transposed else axes
             if (matrix.rows, matrix.cols) != wanted:
                 stored = f"shape [{matrix.rows}, {matrix.cols}]"
                 raise ArchitectureError(f"{stored} is not {list(wanted)}, which {projection.tensor} needs", matrix.name)
-        if how == "interleaved":
+        if inputs.fusion == "alternating":
             sides = ScoreSide(gate, 0, 2), ScoreSide(up, 1, 2)
         else:
-            sides = ScoreSide(gate), ScoreSide(up, neurons if how == "halves" else 0)
+            sides = ScoreSide(gate), ScoreSide(up, neurons if inputs.fusion == "halves" else 0)
         down = Matrix.of(self.checkpoint, projection.tensor, expert)
         key = (projection.layer, projection.rows, ARCTIC_RESIDUAL in projection.tensor)
         if key not in self._gains:
             self._gains[key] = self._read_gain_before(projection) ** 2, self._read_gain_behind(projection)
         return Mlp(neurons, 1 if projection.transposed else 0, *sides, down, *self._gains[key])
 
-    def _find_inputs(self, projection: DownProjection) -> Inputs:
-        last = projection.tensor.removesuffix(".weight").rpartition(".")[2]
-        layouts = [layout.inputs for layout in list_layouts(self.checkpoint.config, projection) if layout.inputs]
+    def _find_inputs(self, projection: DownProjection) -> tuple[InputLayout, list[str]]:
+        """Find how the input matrices of an MLP are stored, and the names of their tensors."""
         sought = []
-        for gate, up, how in dict.fromkeys((*map(_convert, layouts), *INPUTS.get(last, ()))):
-            gate, up = (name_sibling(projection, name) for name in (gate, up))
-            if gate in self.shapes and up in self.shapes:
-                return Inputs(gate, up, how)
-            sought.append(gate if gate == up else f"{gate} and {up}")
+        for inputs in list_input_layouts(self.checkpoint.config, projection):
+            names = [name_sibling(projection, name) for name in inputs.names]
+            if all(name in self.shapes for name in names):
+                return inputs, names
+            sought.append(" and ".join(names))
         raise ArchitectureError(
             "the matrices before the down projection are not stored under a known name",
             projection.tensor,
@@ -349,13 +313,6 @@ class _Names:
 
 def _has_type(config: Mapping[str, Any], model_types: Sequence[str]) -> bool:
     return any(section.get("model_type") in model_types for section in list_sections(config))
-
-
-def _convert(inputs: InputLayout) -> Inputs:
-    """Return the names of an InputLayout as Inputs."""
-    if inputs.fusion == "apart":
-        return _make_pair(*inputs.names) if len(inputs.names) == 2 else _make_single(inputs.names[0], "alone")
-    return _make_single(inputs.names[0], _HOW[inputs.fusion])
 
 
 # Which scores are outliers -------------------------------------------------------------------------------------------
