@@ -176,8 +176,8 @@ def test_lookup_shows_experts_and_columns(capsys):
 def test_published_parts_are_those_of_the_related_results():
     related = shipped.list_related()
     experts = {m.hf_id: tuple(e.id for e in m.experts) for m in shipped.list_shipped_models() if m.experts}
-    published = {s.hf_id: s.experts for s in related.super_experts}
-    assert experts and all(published[hf_id] == ids for hf_id, ids in experts.items())
+    published = {hf_id: s.experts for s in related.super_experts for hf_id in (s.hf_id, *s.also)}
+    assert experts == published
     columns = {(c.layer, c.col) for m in shipped.list_shipped_models() for c in m.columns}
     assert columns == {(n.layer, col) for n in related.sink_neurons for col in n.columns}
 

@@ -36,7 +36,7 @@ TABLE_2 = {
 
 
 def test_counts():
-    assert len(MODELS) == 68
+    assert len(MODELS) == 76
     assert len(COORDINATES) == 122
     assert sum(m.max_activation is not None for m in MODELS) == 27
     assert sum(not m.entries for m in MODELS) == 22

@@ -91,7 +91,7 @@ def test_an_ambiguous_name_is_refused_with_all_its_models():
 
 def test_slugs_are_unique_lower_case_and_first():
     slugs = [m.slug for m in own.list_all_models()]
-    assert len(set(slugs)) == 68
+    assert len(set(slugs)) == 76
     assert all(slug == slug.lower() == m.aliases[0] for slug, m in zip(slugs, own.list_all_models(), strict=True))
     assert {"llama-7b", "llama-2-7b", "llama-3.1-8b-instruct", "smollm2-135m", "olmo-1b"} <= set(slugs)
 
