@@ -1,15 +1,16 @@
-"""Split, compare and move the arguments and the return value of a decoder layer.
+"""Split, compare and move the arguments and the return value of a decoder layer, and replace how layers are called.
 
 This module must not depend on weights or models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Call(NamedTuple):
@@ -96,3 +97,20 @@ def move_to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(move_to_device(item, device) for item in value)
     return value
+
+
+@contextlib.contextmanager
+def replace_forwards(
+    layers: Sequence[nn.Module], stand_in: Callable[[int, nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace the forward method of each layer with the result of `stand_in` for the length of a `with` block."""
+    kept = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for number, layer in enumerate(layers):
+            layer.forward = stand_in(number, layer)
+        yield
+    finally:
+        for layer, forward in zip(layers, kept, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward

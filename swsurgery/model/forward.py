@@ -12,6 +12,9 @@ for the layers, which record their arguments. Then this module calls the layers 
 running layer needs its weights (stream.py). The code of transformers computes the head. If the layers of a model cannot
 be called this way, the whole model runs once per variant.
 
+    outcomes.py       what a run returns
+    interfaces.py     what a run expects of the objects that load weights and observe layers
+
 This module must not depend on texts, tokenizers or metrics.
 """
 
@@ -21,8 +24,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +41,13 @@ from swsurgery.model.calls import (
     is_same_calls,
     list_leaves,
     move_to_device,
+    replace_forwards,
     replace_hidden,
     split,
 )
+from swsurgery.model.interfaces import LoadOther, Watch, Weights
 from swsurgery.model.other_tensors import OtherTensors, find_changed_by_loader
+from swsurgery.model.outcomes import Group, Logits, Outcomes, Peak, Peaks, join_outcomes
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.variant import AnyVariant, Rounding, Variant
 from swsurgery.model.weight_plan import WeightPlan, plan_tensors
@@ -57,109 +62,6 @@ input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
 
 REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 """Exceptions that the code of a model raises for arguments that it does not support."""
-
-
-class Peak(NamedTuple):
-    """The hidden state of largest magnitude after any decoder layer: its position and its signed value."""
-
-    layer: int
-    token: int
-    channel: int
-    value: float
-
-
-class Logits:
-    """The logits (tokens, vocabulary) of each variant for one sequence, in the model's dtype.
-
-    Each access computes the logits of one variant. They are not stored, because together they may be larger than the
-    model. They must be read before the next sequence is requested.
-    """
-
-    def __init__(self, variants: int, compute: Callable[[int], Tensor]):
-        self._variants, self._compute = variants, compute
-
-    def __len__(self) -> int:
-        return self._variants
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(self._compute, range(self._variants))
-
-    def __getitem__(self, variant: int) -> Tensor:
-        if not 0 <= variant < self._variants:
-            raise IndexError(variant)
-        return self._compute(variant)
-
-
-class Outcomes(NamedTuple):
-    """The results of all variants for the sequence with number `sequence`.
-
-    `peaks` contains the largest hidden state of each variant, or None for each variant if the model has no list of
-    decoder layers.
-    """
-
-    sequence: int
-    logits: Logits
-    peaks: tuple[Peak | None, ...]
-
-
-class Watch(Protocol):
-    """An object that is passed to `LayeredModel.run` and observes each call of a decoder layer."""
-
-    def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Return a context manager that is open during one call of the decoder layer `number`, with its weights loaded.
-
-        `rows` contains the (sequence, variant) of each row of the batch. Before the first changed layer, the variants
-        do not differ yet, so one row represents all of them and its variant is 0.
-        """
-        ...
-
-    def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
-        """Receive the hidden states (rows, tokens, channels) that the decoder layer `number` returned for `rows`."""
-        ...
-
-
-class Weights(Protocol):
-    """A source of weights for a model whose weights are not all in memory."""
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """Size of the weights of each layer, in bytes."""
-
-    @property
-    def devices(self) -> Sequence[torch.device]:
-        """The devices that take the layers in turn; weights outside the layers are on the first one."""
-
-    def layer(self, number: int) -> AbstractContextManager[torch.device]:
-        """Load the weights of one layer for the length of a `with` block, which receives the weights' device."""
-        ...
-
-    def outside(self, head: bool) -> AbstractContextManager[torch.device]:
-        """Load the weights outside the layers for the length of a `with` block, which receives the weights' device.
-
-        These are the weights of the embedding, of the last norm and, if `head` is True, of the language-model head.
-        """
-        ...
-
-    def close(self) -> None:
-        """Stop reading ahead and free the memory. Layers can be loaded again afterwards."""
-        ...
-
-
-LoadOther = Callable[[PreTrainedModel, Checkpoint, torch.device], PreTrainedModel]
-"""Type of a function that loads a checkpoint, which may be virtual, as a model like the given one, on a device."""
-
-
-@dataclass
-class _Group:
-    """The sequences of one length, which run together.
-
-    `sequences` contains their numbers, and `calls` the arguments of each layer. `state` contains their hidden states
-    (sequences, variants, tokens, channels); its second axis has length 1 until the first changed layer.
-    """
-
-    sequences: list[int]
-    calls: list[Call]
-    state: Tensor
 
 
 class LayeredModel:
@@ -232,7 +134,7 @@ class LayeredModel:
         runs = [mine, *(one.run(sequences, [wanted[at].without_tensors()]) for at, one in apart.items())]
         order = [*here, *apart]
         for together in zip(*runs, strict=True):
-            yield _join(together, order)
+            yield join_outcomes(together, order)
 
     def _run_here(
         self,
@@ -323,7 +225,7 @@ class LayeredModel:
     ) -> Iterator[Outcomes]:
         with self._outside():
             groups = self._enter(sequences, variants, others)
-        peaks = _Peaks()
+        peaks = Peaks()
         for number, layer in enumerate(self.layers):
             progress.relabel(f"layer {number + 1}/{len(self.layers)}")
             touched = any(self._is_touched(variant, index, number, others) for index, variant in enumerate(variants))
@@ -365,7 +267,7 @@ class LayeredModel:
 
     def _enter(
         self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant], others: OtherTensors
-    ) -> list[_Group]:
+    ) -> list[Group]:
         """Compute the input of the first layer for every sequence. Sequences of equal length form one group."""
         lengths: dict[int, list[int]] = defaultdict(list)
         for number, ids in enumerate(sequences):
@@ -379,7 +281,7 @@ class LayeredModel:
                     hidden, calls[len(ids)] = self._rehearse(ids)
                     rows[number].append(hidden[0])
         return [
-            _Group(numbers, calls[length], torch.stack([torch.stack(rows[number]) for number in numbers]))
+            Group(numbers, calls[length], torch.stack([torch.stack(rows[number]) for number in numbers]))
             for length, numbers in lengths.items()
         ]
 
@@ -387,7 +289,7 @@ class LayeredModel:
         self,
         number: int,
         layer: nn.Module,
-        group: _Group,
+        group: Group,
         columns: slice,
         watch: Watch | None,
         rounding: Rounding | None = None,
@@ -432,7 +334,7 @@ class LayeredModel:
 
             return forward
 
-        with self._replace_forwards(stand_in), contextlib.suppress(_Rehearsed):
+        with replace_forwards(self.layers, stand_in), contextlib.suppress(_Rehearsed):
             self.model(input_ids=self._tokens(ids), use_cache=False)
         if len(calls) != len(self.layers):
             raise Unknown
@@ -467,22 +369,8 @@ class LayeredModel:
 
             return forward
 
-        with self._replace_forwards(stand_in):
+        with replace_forwards(self.layers, stand_in):
             return self._logits(ids)
-
-    @contextlib.contextmanager
-    def _replace_forwards(self, stand_in: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
-        """Replace the forward method of each layer with the result of `stand_in` for the length of a `with` block."""
-        kept = [layer.__dict__.get("forward") for layer in self.layers]
-        try:
-            for number, layer in enumerate(self.layers):
-                layer.forward = stand_in(number, layer)
-            yield
-        finally:
-            for layer, forward in zip(self.layers, kept, strict=True):
-                layer.__dict__.pop("forward", None)
-                if forward is not None:
-                    layer.forward = forward
 
     def _weights_of(self, number: int) -> AbstractContextManager[torch.device]:
         return self.weights.layer(number) if self.weights else contextlib.nullcontext(self.device)
@@ -516,7 +404,7 @@ class LayeredModel:
                     logits.append(logits[0])
                     found.append(found[0])
                     continue
-                peaks = _Peaks()
+                peaks = Peaks()
                 observed = self._observe(number, index, watch, peaks, variant.rounding)
                 with others.swap_all(index), self.places.swap(variant.scalars), observed:
                     logits.append(self._logits(ids))
@@ -526,7 +414,7 @@ class LayeredModel:
 
     @contextlib.contextmanager
     def _observe(
-        self, sequence: int, variant: int, watch: Watch | None, peaks: _Peaks, rounding: Rounding | None
+        self, sequence: int, variant: int, watch: Watch | None, peaks: Peaks, rounding: Rounding | None
     ) -> Iterator[None]:
         def watch_layer(number: int, layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -537,12 +425,12 @@ class LayeredModel:
                 hidden = find_hidden(returned)
                 if watch:
                     watch.after(number, rows, hidden)
-                peaks.look(number, _Group([sequence], [], hidden[:, None]))
+                peaks.look(number, Group([sequence], [], hidden[:, None]))
                 return returned
 
             return forward
 
-        with self._replace_forwards(watch_layer):
+        with replace_forwards(self.layers, watch_layer):
             yield
 
 
@@ -550,44 +438,5 @@ def _round_inputs(rounding: Rounding | None, layer: nn.Module) -> AbstractContex
     return contextlib.nullcontext() if rounding is None else RoundInputs(rounding, layer)
 
 
-def _join(parts: Sequence[Outcomes], order: Sequence[int]) -> Outcomes:
-    """Join the outcomes of several runs for one sequence. `order` contains the number of each variant in the result."""
-    places = [(part, at) for part in parts for at in range(len(part.logits))]
-    sorted_places = [place for _, place in sorted(zip(order, places, strict=True), key=lambda pair: pair[0])]
-
-    def compute(index: int) -> Tensor:
-        part, at = sorted_places[index]
-        return part.logits[at]
-
-    peaks = tuple(part.peaks[at] for part, at in sorted_places)
-    return Outcomes(parts[0].sequence, Logits(len(places), compute), peaks)
-
-
 class _Rehearsed(Exception):
     """Raised by the stand-in for the last layer to end a rehearsal."""
-
-
-class _Peaks:
-    """Collects the largest absolute hidden state of each sequence and variant after each decoder layer."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, list[tuple[int, int, Tensor, Tensor]]] = defaultdict(list)
-
-    def look(self, layer: int, group: _Group) -> None:
-        flat = group.state.flatten(2)  # (sequences, variants, tokens * channels)
-        where = torch.empty(flat.shape[:2], dtype=torch.long, device=flat.device)
-        for at, rows in enumerate(flat):  # one sequence at a time, because abs() allocates a copy
-            where[at] = rows.abs().nan_to_num(nan=torch.inf).argmax(dim=1)
-        values = flat.gather(2, where[..., None])[..., 0]
-        for at, sequence in enumerate(group.sequences):
-            self._seen[sequence].append((layer, group.state.shape[-1], where[at], values[at]))
-
-    def of(self, sequence: int, variant: int) -> Peak | None:
-        best, largest = None, -1.0
-        for layer, channels, where, values in self._seen[sequence]:
-            at = min(variant, len(values) - 1)
-            value = float(values[at])
-            magnitude = torch.inf if value != value else abs(value)  # NaN counts as the largest
-            if magnitude > largest:
-                best, largest = Peak(layer, *divmod(int(where[at]), channels), value), magnitude
-        return best

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from swsurgery.errors import ModelError
-from swsurgery.model.forward import Outcomes, Peak
+from swsurgery.model.outcomes import Outcomes, Peak
 from swsurgery.model.report import Side, SuperActivation
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.model.tokenizer import Tokenizer

@@ -23,7 +23,8 @@ from swsurgery.cli import show
 from swsurgery.errors import ModelError
 from swsurgery.model import load, measure
 from swsurgery.model.check import PROMPTS, read_built_in_text, run_checks
-from swsurgery.model.forward import LayeredModel, Outcomes
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.outcomes import Outcomes
 from swsurgery.model.report import CheckReport
 from swsurgery.model.stopwords import STOP_WORDS
 

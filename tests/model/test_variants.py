@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model import Placement, forward, load
-from swsurgery.model.forward import LayeredModel, Peak
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.outcomes import Peak
 from swsurgery.model.places import find_decoder_layers
 from swsurgery.model.variant import AnyVariant, Scalars
 from swsurgery.storage.coordinate import Coordinate

@@ -25,7 +25,8 @@ from swsurgery.checkpoint.projections import locate
 from swsurgery.errors import ArchitectureError, ModelError
 from swsurgery.model import load
 from swsurgery.model import windows as windows_module
-from swsurgery.model.forward import LayeredModel, Outcomes
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.outcomes import Outcomes
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.confirm import confirm, confirm_windows
 from swsurgery.scanning.report import Candidate, Confirmation, Trial

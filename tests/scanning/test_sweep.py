@@ -24,7 +24,8 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ModelError, NumberError
 from swsurgery.model import load
 from swsurgery.model import windows as windows_module
-from swsurgery.model.forward import LayeredModel, Outcomes
+from swsurgery.model.forward import LayeredModel
+from swsurgery.model.outcomes import Outcomes
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.scanning.report import Sweep
 from swsurgery.scanning.sweep import sweep_checkpoint, sweep_windows
