@@ -40,7 +40,7 @@ from swsurgery.scanning.persistence import (
     find_untraced,
     merge_spells,
 )
-from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, Scan
+from swsurgery.scanning.report import Candidate, PersistentActivation, Scan
 from swsurgery.scanning.spikes import MADE, MASSIVE, LayerSpikes, Move, Trace
 from swsurgery.storage.coordinate import Coordinate
 
@@ -158,7 +158,7 @@ def scan_sequences(
             )
             break
         rounds += 1
-        profile = profile or Profile(tuple(watch.inputs), tuple(watch.outputs), tuple(watch.residuals))
+        profile = profile or watch.make_profile()
         fresh = search.look(traces, rounds)
         say(f"round {rounds}: {', '.join(map(str, fresh)) or 'nothing else persists'}")
         if not fresh:

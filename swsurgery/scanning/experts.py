@@ -18,15 +18,13 @@ This module gives no verdicts.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, cast
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import DownProjection, list_down_projections
@@ -38,9 +36,9 @@ from swsurgery.scanning.by_activations import SCAN_PROMPTS, open_with_prompts
 from swsurgery.scanning.coverage import list_unread_layers
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertMaximum, ExpertName, ExpertScan
 from swsurgery.scanning.matrices import StoredProjection, refuse_quantised, refuse_unweighted
-from swsurgery.scanning.report import Candidate, Profile
-from swsurgery.scanning.sources import ExpertCall, Source, find_sources, list_unread
-from swsurgery.scanning.spikes import MASSIVE, TINY, set_largest
+from swsurgery.scanning.report import Candidate
+from swsurgery.scanning.sources import ExpertCall, SourceWatch, find_sources, list_unread, set_largest
+from swsurgery.scanning.spikes import MASSIVE, TINY
 
 PERCENTILE = 99.5
 """The percentile of all experts' largest outputs that a super expert exceeds (arXiv:2507.23279, equation 8)."""
@@ -119,7 +117,7 @@ def scan_expert_sequences(
         model_type=str(checkpoint.config.get("model_type", "not given")),
         layers=layers,
         candidates=(),
-        profile=Profile(tuple(watch.inputs), tuple(watch.outputs), tuple(watch.residuals)),
+        profile=watch.make_profile(),
         notes=tuple(_write_notes(watch, [peak for peak in above if peak not in found], layers)),
         unread=watch.unread,
         settings={
@@ -180,7 +178,7 @@ class ExpertPeak(NamedTuple):
     share: float
 
 
-class ExpertOutputs:
+class ExpertOutputs(SourceWatch):
     """Runs a model and keeps the largest output of every expert. It is a Watch of forward.py.
 
     `projections` contains the down projections of all observed experts, and `unread` the layers with an MLP that is not
@@ -188,15 +186,14 @@ class ExpertOutputs:
     those of a `Profile`.
     """
 
+    method = "experts"
+
     def __init__(self, model: LayeredModel):
-        self.model = model
         sources, unseen = find_sources(model)
-        self._sources: list[list[Source]] = [[source for source in layer if source.experts] for layer in sources]
-        self.projections = [p for layer in self._sources for source in layer for p in source.experts]
+        super().__init__(model, [[source for source in layer if source.experts] for layer in sources])
+        self.projections = [p for layer in self.sources for source in layer for p in source.experts]
         self.unread = list_unread(model, unseen)
         self.peaks: dict[ExpertName, ExpertPeak] = {}
-        self.inputs, self.outputs, self.residuals = ([math.nan] * len(model.layers) for _ in range(3))
-        self.broken: int | None = None  # the first layer whose hidden states are not all finite
         self._sizes: dict[ExpertName, dict[int, float]] = defaultdict(dict)
         self._states: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -227,29 +224,11 @@ class ExpertOutputs:
 
     # The Watch of forward.py ----------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> Iterator[None]:
-        handles: list[RemovableHandle] = []
-        try:
-            for source in self._sources[number]:
-                handles += source.watch()
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
-        if hidden.ndim != 3:  # Gemma 3n and DeepSeek-V4 pass several streams on
-            raise Unrunnable(
-                "its layers pass several residual streams on, and a scan by experts follows one",
-                self.model.checkpoint.root,
-            )
-        if self.broken is None and not bool(hidden.isfinite().all()):
-            self.broken = number
-        set_largest(self.residuals, number, hidden)
+        self.keep_residuals(number, hidden)
         for row, (sequence, _) in enumerate(rows):
             self._states[sequence].append(hidden[row].float().cpu())
-        for source in self._sources[number]:
+        for source in self.sources[number]:
             if source.called:
                 for call in source.list_expert_calls():
                     set_largest(self.inputs, number, call.x)

@@ -6,9 +6,11 @@ experts.py read from the sources after each layer has run. This module keeps not
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,10 @@ from swsurgery.checkpoint.projections import (
     list_down_projections,
     list_loaded_candidates,
 )
+from swsurgery.errors import Unrunnable
 from swsurgery.model.forward import LayeredModel
 from swsurgery.scanning.coverage import list_unread_layers
-from swsurgery.scanning.report import UnreadLayer
+from swsurgery.scanning.report import Method, Profile, UnreadLayer
 from swsurgery.storage.coordinate import Coordinate
 
 
@@ -284,3 +287,60 @@ def _find_loaded_module(
         if path in modules and name in modules[path]._parameters:
             return path, modules[path], name
     return "", None, ""
+
+
+class SourceWatch:
+    """Observes the sources of each layer while a model runs. It is a Watch of forward.py.
+
+    `sources` contains the sources of each layer. After a run, `inputs`, `outputs` and `residuals` contain the values of
+    a `Profile`, and `broken` is the number of the first layer whose hidden states are not all finite, or None.
+    """
+
+    method: ClassVar[Method]
+
+    def __init__(self, model: LayeredModel, sources: Sequence[Sequence[Source]]):
+        self.model, self.sources = model, sources
+        self.clear_profile()
+
+    def clear_profile(self) -> None:
+        self.inputs, self.outputs, self.residuals = ([math.nan] * len(self.model.layers) for _ in range(3))
+        self.broken: int | None = None
+
+    def make_profile(self) -> Profile:
+        return Profile(tuple(self.inputs), tuple(self.outputs), tuple(self.residuals))
+
+    @contextlib.contextmanager
+    def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> Iterator[None]:
+        handles: list[RemovableHandle] = []
+        try:
+            for source in self.sources[number]:
+                handles += source.watch()
+            handles += self.watch_layer(layer)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def watch_layer(self, layer: nn.Module) -> list[RemovableHandle]:
+        """Observe further modules of a layer; none in this class."""
+        return []
+
+    def keep_residuals(self, number: int, hidden: Tensor) -> None:
+        """Keep the largest hidden state after a layer. Raises Unrunnable if the layer passes several streams on."""
+        if hidden.ndim != 3:  # Gemma 3n and DeepSeek-V4
+            raise Unrunnable(
+                f"its layers pass several residual streams on, and a scan by {self.method} follows one",
+                self.model.checkpoint.root,
+            )
+        if self.broken is None and not bool(hidden.isfinite().all()):
+            self.broken = number
+        set_largest(self.residuals, number, hidden)
+
+
+def set_largest(profile: list[float], layer: int, values: Tensor) -> None:
+    """Set `profile[layer]` to the element of `values` with the largest magnitude, unless it is already larger."""
+    if values.numel():
+        flat = values.flatten()
+        value = float(flat[flat.abs().argmax()])
+        if math.isnan(profile[layer]) or abs(value) > abs(profile[layer]):
+            profile[layer] = value

@@ -13,19 +13,16 @@ Memory use: the hidden states of all tokens after all layers in float32 (for a 7
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from swsurgery.errors import Unrunnable
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
-from swsurgery.scanning.sources import Multiplied, Source, find_sources, list_unread
+from swsurgery.scanning.sources import Multiplied, Source, SourceWatch, find_sources, list_unread, set_largest
 from swsurgery.storage.coordinate import Coordinate
 
 MASSIVE = 400.0
@@ -96,7 +93,7 @@ class Trace:
     moves: dict[tuple[int, int, int], Move] = field(default_factory=dict)
 
 
-class LayerSpikes:
+class LayerSpikes(SourceWatch):
     """Runs a model and observes its down projections.
 
     `unseen` contains the numbers of the layers with a stored down projection that cannot be observed in the loaded
@@ -106,9 +103,11 @@ class LayerSpikes:
     checkpoint has no known down projection.
     """
 
+    method = "activations"
+
     def __init__(self, model: LayeredModel):
-        self.model = model
-        self._sources, self.unseen = find_sources(model)
+        sources, self.unseen = find_sources(model)
+        super().__init__(model, sources)
         self.unread = list_unread(model, self.unseen)
         self._clear(0)
 
@@ -122,42 +121,23 @@ class LayerSpikes:
         return self.traces
 
     def _clear(self, sequences: int) -> None:
-        count = len(self.model.layers)
+        self.clear_profile()
         self.traces = [Trace() for _ in range(sequences)]
-        self.inputs, self.outputs, self.residuals = ([math.nan] * count for _ in range(3))
-        self.broken: int | None = None  # the first layer whose hidden states are not all finite
 
     # The Watch of forward.py ----------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> Iterator[None]:
+    def watch_layer(self, layer: nn.Module) -> list[RemovableHandle]:
         self._normed: list[tuple[Tensor, Tensor]] = []
         self._multiplier = float(getattr(layer, "residual_multiplier", 1.0))  # Granite
-        handles: list[RemovableHandle] = []
-        try:
-            for source in self._sources[number]:
-                handles += source.watch()
-            for module in layer.modules():
-                if "norm" in type(module).__name__.lower():
-                    handles.append(module.register_forward_hook(self._keep_norm))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        norms = [module for module in layer.modules() if "norm" in type(module).__name__.lower()]
+        return [norm.register_forward_hook(self._keep_norm) for norm in norms]
 
     def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
-        if hidden.ndim != 3:  # Gemma 3n and DeepSeek-V4 pass several streams on
-            raise Unrunnable(
-                "its layers pass several residual streams on, and a scan by activations follows one",
-                self.model.checkpoint.root,
-            )
-        if self.broken is None and not bool(hidden.isfinite().all()):
-            self.broken = number
-        sources = [source for source in self._sources[number] if source.called]
+        self.keep_residuals(number, hidden)
+        sources = [source for source in self.sources[number] if source.called]
         flat = hidden.reshape(-1, hidden.shape[-1])
         output = sum((source.output(len(flat)) for source in sources), torch.zeros_like(flat, dtype=torch.float32))
         added = self._find_normed(output) * self._multiplier
-        set_largest(self.residuals, number, hidden)
         if sources:
             set_largest(self.outputs, number, output)
         for source in sources:
@@ -215,12 +195,3 @@ class LayerSpikes:
             trace.moves[(number, *at)] = Move(
                 number, *at, float(output[at]), float(added[at]), float(hidden[at]), median, records[token]
             )
-
-
-def set_largest(profile: list[float], layer: int, values: Tensor) -> None:
-    """Set `profile[layer]` to the element of `values` with the largest magnitude, unless it is already larger."""
-    if values.numel():
-        flat = values.flatten()
-        value = float(flat[flat.abs().argmax()])
-        if math.isnan(profile[layer]) or abs(value) > abs(profile[layer]):
-            profile[layer] = value
