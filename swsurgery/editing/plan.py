@@ -6,7 +6,7 @@ reports all faults at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from swsurgery.checkpoint.record import Patched, find_record
 from swsurgery.checkpoint.region_summary import describe_operation
 from swsurgery.checkpoint.tying import list_tied_faults
 from swsurgery.editing.asked import Asked, Misfit
+from swsurgery.editing.code_edit import CodeEdit, PlannedCodes
 from swsurgery.editing.conflicts import find_conflicts, find_region_conflicts
 from swsurgery.editing.plan_regions import make_signature, plan_regions
 from swsurgery.editing.plan_scalars import read_scalars
@@ -49,7 +50,8 @@ class Plan(TableResult):
     `omitted` contains the base's files that are not copied. If the base is a patched checkpoint, `previous` contains
     its record. A pin is a digest that the manifest or this record requires of a file. A dry run compares the files in
     `pins_checked` with their pins, and not the files in `pins_unchecked`. `facts` maps coordinates to known super
-    weights. `rewrites` are changes of regions, whose new bytes are computed while the files are copied.
+    weights. `rewrites` are changes of regions, whose new bytes are computed while the files are copied. `codes` are the
+    edits of elements of quantised matrices; `splices` contains the stored numbers that they change.
     """
 
     loaded: LoadedManifest
@@ -65,6 +67,7 @@ class Plan(TableResult):
     facts: Mapping[Coordinate, KnownCoordinate] = field(default_factory=dict, repr=False)
     rewrites: tuple[Rewrite, ...] = ()
     protected_regions: tuple[ProtectedRegion, ...] = ()
+    codes: tuple[CodeEdit, ...] = ()
 
     @property
     def touched(self) -> set[str]:
@@ -90,6 +93,8 @@ class Plan(TableResult):
             "notes": list(self.notes),
             "check": None,
         }
+        if self.codes:
+            document["codes"] = [edit.to_json() | {"error": edit.error} for edit in self.codes]
         if self.rewrites or self.protected_regions:
             document["rewrites"] = [r.to_json() | {"bytes": r.size} for r in self.rewrites]
             document["protected_regions"] = [p.to_json() | {"bytes": p.size} for p in self.protected_regions]
@@ -138,13 +143,16 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     model, unknown = _identify_model(loaded, checkpoint)
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
     sources = Sources(loaded.path.parent)
-    read, misfits = read_scalars(resolution.asked, checkpoint, sources)
+    plain, codes = _plan_codes(resolution.asked, checkpoint, sources)
+    read, misfits = read_scalars(plain, checkpoint, sources)
     # Edits of a scalar that cannot be read are not in conflict: each of them has its own fault.
     misfits += [*resolution.misfits, *find_conflicts((one.number, one.coordinate) for one, _ in read)]
     misfits += find_region_conflicts([one for one, _ in read], resolution.regions)
-    misfits += _check_protected(resolution.asked, previous)
-    splices = tuple(scalar for _, scalar in read if isinstance(scalar, Splice))
-    protected = tuple(scalar for _, scalar in read if not isinstance(scalar, Splice))
+    misfits += codes.list_misfits(read)
+    changed = [(one.number, one.coordinate) for one in plain if one.edit.writes]
+    misfits += _check_protected([*changed, *((n, splice.coordinate) for n, splice in codes.splices)], previous)
+    splices = tuple(scalar for _, scalar in [*read, *codes.splices] if isinstance(scalar, Splice))
+    protected = tuple(scalar for _, scalar in [*read, *codes.protected] if not isinstance(scalar, Splice))
     unfit = {misfit.number for misfit in misfits}
     regions = plan_regions(
         [one for one in resolution.regions if one.number not in unfit],
@@ -176,22 +184,39 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         facts=_locate_known(model, checkpoint),
         rewrites=regions.rewrites,
         protected_regions=regions.protected,
+        codes=tuple(codes.edits),
     )
 
 
-def _check_protected(asked: Sequence[Asked], previous: Patched | None) -> Iterator[Misfit]:
-    """Report every edit that would change a scalar protected by the base's own record."""
+def _plan_codes(
+    asked: Sequence[Asked], checkpoint: Checkpoint, sources: Sources
+) -> tuple[Sequence[Asked], PlannedCodes]:
+    """Plan the edits of quantised elements. Returns the other edits too."""
+    if not checkpoint.quantisation.has_codes:
+        return asked, PlannedCodes()
+    from swsurgery.editing.plan_codes import is_coded, plan_codes  # imports numpy
+
+    coded = {id(one) for one in asked if is_coded(one, checkpoint)}
+    plain = [one for one in asked if id(one) not in coded]
+    return plain, plan_codes([one for one in asked if id(one) in coded], checkpoint, sources)
+
+
+def _check_protected(changed: Iterable[tuple[int, Coordinate]], previous: Patched | None) -> Iterator[Misfit]:
+    """Report every edit that would change a scalar protected by the base's own record.
+
+    `changed` contains the number of each edit and the stored scalar that it changes.
+    """
     protectors = previous.record.map_protectors() if previous else {}
     regions: dict[str, list[tuple[int, Region]]] = {}
     for step, entry in previous.record.list_protected_regions() if previous else ():
         regions.setdefault(entry.tensor, []).append((step, entry.region))
-    for one in asked:
-        around = regions.get(one.coordinate.tensor, ())
-        by_region = next((n for n, region in around if region.contains(one.coordinate)), None)
-        protector = protectors.get(one.coordinate, by_region)
-        if one.edit.writes and protector is not None:
-            message = f"{one.coordinate} is protected by step {protector} of the base's record"
-            yield Misfit(one.number, f"{message} (revert that step, or start from the first base)")
+    for number, coordinate in changed:
+        around = regions.get(coordinate.tensor, ())
+        by_region = next((n for n, region in around if region.contains(coordinate)), None)
+        protector = protectors.get(coordinate, by_region)
+        if protector is not None:
+            message = f"{coordinate} is protected by step {protector} of the base's record"
+            yield Misfit(number, f"{message} (revert that step, or start from the first base)")
 
 
 def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, *, changes: bool) -> list[str]:

@@ -19,6 +19,7 @@ from swsurgery.manifest.operations import (
     Round,
     Scale,
     explain_expectation,
+    names_stored_number,
 )
 from swsurgery.storage import dtypes
 from swsurgery.storage.files import read_exactly
@@ -51,8 +52,8 @@ def _read_scalar(asked: Asked, checkpoint: Checkpoint, sources: Sources) -> Scal
     edit, coordinate, expect = asked.edit, asked.coordinate, asked.expect
     info = find_tensor(coordinate.tensor, checkpoint)
     name, index = coordinate
-    if edit.writes and not (isinstance(edit, Flip) and _may_flip(edit, name, checkpoint)):
-        _refuse_quantised(name, checkpoint, edit)
+    if edit.writes and not _may_change(edit, name, checkpoint):
+        _refuse_quantised(name, checkpoint)
     if not _check_index(info, index):
         where = f"{name} of shape {list(info.shape)}"
         raise PlanError(f"index {list(index)} is out of range", where, _explain_index(info, index))
@@ -96,8 +97,10 @@ def _compute_bytes(asked: Asked, info: TensorInfo, old: bytes, sources: Sources)
     return read_exactly(tensor.file, size, tensor.start + info.flatten(asked.coordinate.index) * size)
 
 
-def _may_flip(edit: Flip, name: str, checkpoint: Checkpoint) -> bool:
-    """Return True if a bit may be flipped although the tensor stores no plain weights."""
+def _may_change(edit: Edit, name: str, checkpoint: Checkpoint) -> bool:
+    """Return True if an edit may change a stored number of a tensor even if it stores no plain weights."""
+    if not isinstance(edit, Flip):
+        return names_stored_number(edit)
     reading = checkpoint.quantisation.get_reading(name)
     is_float_code = reading.kind == "scaled" and checkpoint.get_info(name).dtype.kind == "float"
     return edit.raw or is_float_code
@@ -117,12 +120,7 @@ def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
     return ""
 
 
-def _refuse_quantised(name: str, checkpoint: Checkpoint, edit: Edit) -> None:
+def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
     """Raise PlanError if a tensor does not store plain weights."""
     if why := checkpoint.quantisation.explain_refusal(name):
-        remedy = (
-            "set raw: true to flip the stored bits"
-            if isinstance(edit, Flip)
-            else "edit the model before it is quantised"
-        )
-        raise PlanError(why, name, remedy)
+        raise PlanError(why, name, "set raw: true to change a stored number, or edit the model before it is quantised")

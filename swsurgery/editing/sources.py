@@ -27,9 +27,7 @@ class Sources:
 
         Raises PlanError if it has none, and the errors of `open_checkpoint`.
         """
-        checkpoint = self.opened.get(name)
-        if checkpoint is None:
-            checkpoint = self.opened[name] = self._open(name)
+        checkpoint = self.open(name)
         shard = checkpoint.shards.get(checkpoint.weight_map.get(info.name, ""))
         found = shard.tensors.get(info.name) if shard else None
         if shard is None or found is None or info.name in checkpoint.disagreements:
@@ -39,9 +37,13 @@ class Sources:
             raise PlanError(f"{info.name} is {info.dtype.name} of shape {list(info.shape)}, but {theirs} in {name}")
         return StoredTensor(_detach(shard.file), shard.data_start + found.data_offsets[0], found)
 
-    def _open(self, name: str) -> Checkpoint:
-        where = parse_location(name)
-        return open_checkpoint(open_location(where) if isinstance(where, Uri) else self.beside / where)
+    def open(self, name: str) -> Checkpoint:
+        """Return the checkpoint `name`, which is opened on first use. Raises the errors of `open_checkpoint`."""
+        if name not in self.opened:
+            where = parse_location(name)
+            root = open_location(where) if isinstance(where, Uri) else self.beside / where
+            self.opened[name] = open_checkpoint(root)
+        return self.opened[name]
 
 
 def _detach(file: File) -> File:

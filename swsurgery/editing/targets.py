@@ -351,6 +351,9 @@ def find_tensor(name: str, checkpoint: Checkpoint) -> TensorInfo:
     """
     if name in checkpoint.disagreements:
         raise PlanError(f"index and shards disagree about {name}", checkpoint.disagreements[name])
+    if name not in checkpoint.weight_map and name in checkpoint.weight_shapes:
+        remedy = "name a stored tensor of the layer, with raw: true"
+        raise PlanError("the weight is quantised, so it is stored as codes and scales", name, remedy)
     if name not in checkpoint.weight_map:
         if partner := find_tied_partner(name, checkpoint):
             raise PlanError(f"{name} is tied to {partner} and not stored", remedy=f"edit {partner}")

@@ -80,8 +80,38 @@ class Operation(Target):
         return self
 
 
-class Zero(Operation):
-    """Set all bits to zero."""
+class _OfStoredNumbers(Operation):
+    """An operation that may change a stored number of a quantised layer, instead of the weight that it encodes."""
+
+    raw: bool = Field(
+        False, description="change a stored number itself: packed integers, scales and zero points of quantised layers"
+    )
+
+    @model_validator(mode="after")
+    def _raw_scalar(self) -> _OfStoredNumbers:
+        if self.raw and self.form.name not in SCALAR_FORMS:
+            raise ValueError(f"has raw: true, which changes one stored number, but it names {self.form.phrase}")
+        return self
+
+
+class _OfValues(_OfStoredNumbers):
+    """An operation that stores a value. In a quantised layer, that is the nearest value which the layer can store."""
+
+    max_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="largest difference between the wanted value and the nearest value that a quantised layer has"
+    )
+
+    @model_validator(mode="after")
+    def _limits_one_element(self) -> _OfValues:
+        if self.max_error is not None and self.form.name not in SCALAR_FORMS:
+            raise ValueError(f"has max_error, which limits the error of one element, but it names {self.form.phrase}")
+        if self.max_error is not None and self.raw:
+            raise ValueError("has both max_error and raw: true, which stores the exact number")
+        return self
+
+
+class Zero(_OfStoredNumbers):
+    """Set all bits to zero. In a quantised layer, the element gets the code whose value is 0."""
 
     op: Literal["zero"]
 
@@ -90,7 +120,7 @@ class Zero(Operation):
         return dtypes.make_zero(dtype)
 
 
-class Scale(Operation):
+class Scale(_OfValues):
     """Multiply the stored value by `factor`: the exact product, rounded once to the stored dtype, half to even."""
 
     op: Literal["scale"]
@@ -109,7 +139,7 @@ class Scale(Operation):
         return dtypes.scale_value(dtype, old, self.factor)
 
 
-class Set(Operation):
+class Set(_OfValues):
     """Store a given value, rounded once to the stored dtype, or given bits."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": [require_one_of("value", "bits")]})
@@ -142,7 +172,7 @@ class Set(Operation):
         return new
 
 
-class Flip(Operation):
+class Flip(_OfStoredNumbers):
     """Invert bits of one stored scalar. Bit 0 is the least significant one: bit 15 of a BF16 is its sign."""
 
     on_regions: ClassVar[bool] = False
@@ -154,7 +184,6 @@ class Flip(Operation):
         ],
         Field(description="number of the bit, or a list of numbers; bit 0 is the least significant one"),
     ]
-    raw: bool = Field(False, description="also flip bits of packed integers, scales and zero points")
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -261,7 +290,7 @@ class Round(_Scoped):
         return self
 
 
-class Restore(Operation):
+class Restore(_OfValues):
     """Put back the values of another checkpoint, or the known values of super weights."""
 
     model_config = ConfigDict(
@@ -304,6 +333,11 @@ OPERATIONS: tuple[type[Operation], ...] = get_args(get_args(Edit)[0])
 
 ScalarEdit = Zero | Scale | Set | Flip | Protect
 """Operations that compute the new bytes of a scalar from its old bytes alone."""
+
+
+def names_stored_number(edit: Edit) -> bool:
+    """Return True if an edit of a scalar names a stored number, and not the weight that the number may encode."""
+    return isinstance(edit, Flip) or (isinstance(edit, _OfStoredNumbers) and edit.raw)
 
 
 def explain_expectation(expect: float | str | MeasuredValue, dtype: Dtype, stored: bytes) -> str | None:
