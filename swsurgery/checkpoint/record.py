@@ -191,6 +191,45 @@ class ChangeRecord(RegionRecord):
     undo: Annotated[str, Field(pattern=r"^edit\.[0-9]+\.[0-9]+$")] | None
 
 
+class ElementRecord(Strict):
+    """One stored number: the name of its tensor, and its index in the stored shape."""
+
+    tensor: str
+    index: Annotated[tuple[Position, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+    @property
+    def coordinate(self) -> Coordinate:
+        """The stored number as a value."""
+        return Coordinate(self.tensor, self.index)
+
+
+class CodeRecord(Strict):
+    """One element of a quantised matrix that edit number `edit` of the manifest (from 0) changed or protects.
+
+    `weight` and `index` name the element in the weight that the codes encode, and `layout` is the layout of the matrix.
+    `wanted` is the value that the edit asked for; `old` and `new` are the values of `old_code` and `new_code`.
+    `elements` are the stored numbers with the bits of the code, which `edits` or `protected` lists.
+    """
+
+    edit: Position
+    op: Literal["zero", "scale", "set", "restore", "protect"]
+    factor: float | None
+    weight: str
+    index: Annotated[tuple[Position, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+    layout: str
+    wanted: Annotated[float, Field(allow_inf_nan=False)]
+    old: Annotated[float, Field(allow_inf_nan=False)]
+    new: Annotated[float, Field(allow_inf_nan=False)]
+    old_code: Position
+    new_code: Position
+    elements: Annotated[list[ElementRecord], Field(min_length=1)]
+
+    @property
+    def coordinate(self) -> Coordinate:
+        """The element in the weight that the codes encode."""
+        return Coordinate(self.weight, self.index)
+
+
 class UndoRecord(Strict):
     """The undo file: its sha256, and its size in bytes."""
 
@@ -242,7 +281,8 @@ class Record(TableResult, Strict):
     A checkpoint may be edited several times. Each edit is a step: `history` lists the earlier ones, the oldest first.
 
     Version 2 is written if this or an earlier step needs it. It adds the operations "flip" and "restore", and the
-    fields `changes` (changed regions), `protected_regions` and `undo` (the undo file, None without one).
+    fields `changes` (changed regions), `protected_regions` and `undo` (the undo file, None without one). The field
+    `codes` (elements of quantised matrices) exists only if there are any.
     """
 
     registry_version: RecordVersion
@@ -261,6 +301,7 @@ class Record(TableResult, Strict):
     changes: Annotated[list[ChangeRecord], FailFast()] = []
     protected_regions: Annotated[list[RegionRecord], FailFast()] = []
     undo: UndoRecord | None = None
+    codes: Annotated[list[CodeRecord], FailFast()] = []
 
     @model_validator(mode="after")
     def _fits_version(self) -> Record:
@@ -276,6 +317,8 @@ class Record(TableResult, Strict):
         if self.registry_version == 1:
             for name in ("changes", "protected_regions", "undo"):
                 fields.pop(name, None)
+        if not self.codes:
+            fields.pop("codes", None)
         return fields
 
     @property
@@ -348,7 +391,7 @@ def needs_version_2(record: Record) -> bool:
     """Return True if version 1 of the format cannot store what this step or an earlier one did."""
     later = any(edit.op in LATER_OPERATIONS for edit in record.edits)
     earlier = any(step.is_later for step in record.history)
-    return bool(later or earlier or record.changes or record.protected_regions or record.undo)
+    return bool(later or earlier or record.changes or record.protected_regions or record.undo or record.codes)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ This module must not compute anything or import torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.errors import escape_control, pluralise
-from swsurgery.storage.numbers import format_size
+from swsurgery.storage.numbers import format_number, format_size
 
 if TYPE_CHECKING:
     from swsurgery.checkpoint.diff import Difference
@@ -40,6 +40,7 @@ def show_plan(plan: Plan, undo_limit: int) -> None:
         f"{len(plan.checkpoint.shards)} shards; protects {protected}{and_kept}"
     )
     _list_edits(document["splices"], document["protected"])
+    _list_codes(document.get("codes", ()))
     _list_lines("edit", plan.to_lines())
     if plan.rewrites:
         _show_undo(sum(rewrite.size for rewrite in plan.rewrites), undo_limit)
@@ -58,6 +59,7 @@ def show_applied(applied: Applied) -> None:
     """Print the edits made, the report of the sanity check, and the commands that prove and undo the edits."""
     document = applied.to_json()
     _list_edits(document["splices"], document["protected"])
+    _list_codes(document.get("codes", ()))
     _list_regions(applied.record)
     print_text("")
     show_check(document["check"])
@@ -103,10 +105,12 @@ def show_record(record: Record) -> None:
         earlier = step.read()
         document = earlier.model_dump(mode="json")
         _list_edits(document["edits"], document["protected"])
+        _list_codes(document.get("codes", ()))
         _list_regions(earlier)
     print_text(f"\nstep {len(record.history) + 1}")
     document = record.model_dump(mode="json")
     _list_edits(document["edits"], document["protected"])
+    _list_codes(document.get("codes", ()))
     _list_regions(record)
     for scalar in (*record.edits, *record.protected):
         if scalar.known:
@@ -258,6 +262,19 @@ def _list_edits(edits: list[dict[str, Any]], protected: list[dict[str, Any]]) ->
         print_table(("op", "tensor", "index", "dtype", "old", "new", "file", "offset"), rows[:MAX_ROWS])
     if len(rows) > MAX_ROWS:
         print_text(f"... and {len(rows) - MAX_ROWS} more")
+
+
+def _list_codes(codes: Iterable[Mapping[str, Any]]) -> None:
+    """Print one line for each element of a quantised matrix: its values, its codes and the rounding error."""
+    lines = []
+    for code in codes:
+        line = f"{code['op']} {code['weight']}{_format_index(code['index'])}: {format_number(code['old'])}"
+        if code["op"] != "protect":
+            wanted, error = code["wanted"], abs(code["new"] - code["wanted"])
+            line += f" -> {format_number(code['new'])} (wanted {format_number(wanted)}, error {format_number(error)}; "
+            line += f"code {code['old_code']} -> {code['new_code']})"
+        lines.append(line)
+    _list_lines("quantised", lines)
 
 
 def _list_regions(record: Record) -> None:

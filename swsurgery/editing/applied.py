@@ -41,7 +41,7 @@ class Applied(TableResult):
         document = self.record.model_dump(mode="json")
         records = (document["edits"], document["protected"])
         edits, protected = ([{k: v for k, v in r.items() if k != "known"} for r in each] for each in records)
-        later = ("changes", "protected_regions", "undo")
+        later = ("changes", "protected_regions", "undo", "codes")
         regions: dict[str, Any] = {name: document[name] for name in later if name in document}
         return {
             "output": str(self.output),

@@ -17,6 +17,7 @@ from swsurgery.checkpoint.record import (
     LATER_OPERATIONS,
     BaseRecord,
     ChangeRecord,
+    CodeRecord,
     EditRecord,
     FileRecord,
     HistoryStep,
@@ -83,6 +84,7 @@ def draft_record(plan: Plan) -> Record:
         protected_regions=[
             RegionRecord.model_validate(p.to_json() | {"sha256": NO_DIGEST}) for p in plan.protected_regions
         ],
+        codes=[CodeRecord.model_validate(edit.to_json()) for edit in plan.codes],
     )
     _refuse_unreadable(draft, plan)
     return draft
@@ -90,7 +92,7 @@ def draft_record(plan: Plan) -> Record:
 
 def _choose_version(plan: Plan, history: Sequence[HistoryStep]) -> Literal[1, 2]:
     """Return the version of the record's format: 1 if it suffices for this step and the earlier ones."""
-    later = plan.rewrites or plan.protected_regions or any(s.op in LATER_OPERATIONS for s in plan.splices)
+    later = plan.rewrites or plan.protected_regions or plan.codes or any(s.op in LATER_OPERATIONS for s in plan.splices)
     return 2 if later or any(step.is_later for step in history) else 1
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from swsurgery.checkpoint.record import ChangeRecord, EditRecord, Record, ScalarRecord
+from swsurgery.checkpoint.record import ChangeRecord, CodeRecord, EditRecord, Record, ScalarRecord
 from swsurgery.editing.asked import Asked, AskedRegion
 from swsurgery.errors import NumberError
 from swsurgery.manifest.operations import Clip, PruneOutliers, Restore, Round, Scale, Set, explain_expectation
@@ -20,14 +20,22 @@ from swsurgery.storage.dtypes import DTYPES
 def find_unlike_records(asked: Mapping[Coordinate, Asked], record: Record) -> Iterator[tuple[Coordinate, str]]:
     """Yield (coordinate, difference in words) for each scalar that the manifest and the record treat differently."""
     recorded = {r.coordinate: r for r in (*record.edits, *record.protected)}
+    codes = {code.coordinate: code for code in record.codes}
     for coordinate, wish in asked.items():
         entry = recorded.get(coordinate)
-        message = "the record does not list the scalar" if entry is None else _explain_unlike(wish, entry)
+        if coordinate in codes:
+            message = _explain_unlike_code(wish, codes[coordinate])
+        else:
+            message = "the record does not list the scalar" if entry is None else _explain_unlike(wish, entry)
         if message:
             yield coordinate, f"{wish.edit.op} was requested: {message}"
+    elements = {element.coordinate for code in record.codes for element in code.elements}
     for coordinate, entry in recorded.items():
-        if coordinate not in asked:
+        if coordinate not in asked and coordinate not in elements:
             yield coordinate, f"{_get_done(entry)}, but the manifest does not ask for it"
+    for coordinate, code in codes.items():
+        if coordinate not in asked:
+            yield coordinate, f"the record has {code.op}, but the manifest does not ask for it"
 
 
 def find_unlike_regions(asked: Sequence[AskedRegion], record: Record) -> Iterator[tuple[int | None, str]]:
@@ -68,6 +76,30 @@ def _has_same_options(one: AskedRegion, change: ChangeRecord) -> bool:
 
 def _get_done(record: ScalarRecord) -> str:
     return f"the record has {record.op}" if isinstance(record, EditRecord) else "the record protects the scalar"
+
+
+def _explain_unlike_code(asked: Asked, code: CodeRecord) -> str | None:
+    """Compare a recorded element of a quantised matrix with its edit. Describe the difference; None if they agree.
+
+    Whether `new_code` is the code nearest to `wanted` is not checked here, because the layout is needed for that.
+    """
+    edit = asked.edit
+    if code.op != edit.op:
+        return f"the record has {code.op}"
+    factor = edit.factor if isinstance(edit, Scale) else None
+    if factor != code.factor:
+        return f"the record has the factor {code.factor}, not {factor}"
+    wanted = None
+    if isinstance(edit, Set) and edit.value is not None:
+        wanted = float(edit.value)
+    elif isinstance(edit, Restore) and asked.value is not None:
+        wanted = float(asked.value.value)
+    if wanted is not None and wanted != code.wanted:
+        return f"the record has the wanted value {code.wanted}, not {wanted}"
+    limit = edit.max_error if isinstance(edit, Scale | Set | Restore) else None
+    if limit is not None and abs(code.new - code.wanted) > limit:
+        return f"the record has {code.new}, which differs from {code.wanted} by more than max_error {limit}"
+    return None
 
 
 def _explain_unlike(asked: Asked, record: ScalarRecord) -> str | None:

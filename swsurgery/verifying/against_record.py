@@ -210,7 +210,16 @@ def check_scalars(record: Record, checkpoint: Checkpoint) -> list[Finding]:
         findings += _check_scalar(entry, checkpoint)
     twice = "the record lists this scalar twice"
     repeated = [_make_finding(entry, "registry", twice) for entry in find_repeated(record)]
-    return findings + _check_operations(record) + repeated
+    return findings + _check_operations(record) + repeated + _check_codes(record, checkpoint)
+
+
+def _check_codes(record: Record, checkpoint: Checkpoint) -> list[Finding]:
+    """Check the recorded elements of quantised matrices, if there are any."""
+    if not record.codes:
+        return []
+    from swsurgery.verifying.coded_edits import check_codes  # imports numpy
+
+    return list(check_codes(record, checkpoint))
 
 
 def check_structure(checkpoint: Checkpoint) -> list[Finding]:

@@ -1,0 +1,248 @@
+"""Plan edits of single elements of quantised matrices: choose the nearest code, and change the bits that hold it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import NamedTuple
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell, QuantisedMatrix
+from swsurgery.checkpoint.layouts.find import find_codes, find_matrix, make_reader
+from swsurgery.editing.asked import Asked, Misfit
+from swsurgery.editing.code_edit import CodeEdit, PlannedCodes
+from swsurgery.editing.sources import Sources
+from swsurgery.errors import NumberError, PlanError, SwsurgeryError
+from swsurgery.manifest.operations import Edit, Protect, Restore, Scale, Set, Zero, names_stored_number
+from swsurgery.manifest.targets import MeasuredValue
+from swsurgery.storage import dtypes
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.numbers import Written, format_exact, format_number
+from swsurgery.storage.splice import Scalar, Splice
+
+_BEFORE = "edit the model before it is quantised, or set raw: true to edit stored numbers"
+"""The remedy if a quantised weight cannot be edited."""
+
+
+def is_coded(asked: Asked, checkpoint: Checkpoint) -> bool:
+    """Return True if an edit names an element of a quantised matrix by its weight, and not a stored number."""
+    return not names_stored_number(asked.edit) and find_codes(checkpoint, asked.coordinate.tensor) is not None
+
+
+def plan_codes(asked: Sequence[Asked], checkpoint: Checkpoint, sources: Sources) -> PlannedCodes:
+    """Plan the edits of quantised elements, for which `is_coded` is True, in the manifest's order."""
+    planned = PlannedCodes()
+    opened = _Opened(checkpoint, sources)
+    changed: dict[Coordinate, _Element] = {}
+    for one in asked:
+        try:
+            found = opened.find(one.coordinate)
+            _check_expectation(one, found)
+            edit = _choose_code(one, found, opened)
+            planned.edits.append(edit)
+            if not one.edit.writes:
+                planned.protect(one.number, map(opened.read_element, edit.elements))
+                continue
+            for place in edit.elements:
+                if place not in changed:
+                    changed[place] = _Element(one.number, opened.read_element(place))
+                changed[place].put(found.cell, edit.new_code, opened)
+        except SwsurgeryError as error:
+            planned.misfits += [Misfit(one.number, fault) for fault in error.faults]
+    planned.splices = [(element.number, element.make_splice()) for element in changed.values()]
+    return planned
+
+
+class _Found(NamedTuple):
+    """An element of a quantised matrix, its code and the value of the code."""
+
+    coordinate: Coordinate
+    layout: str
+    cell: Cell
+    code: int
+    value: float
+
+
+@dataclass
+class _Opened:
+    """The checkpoint to edit, with the matrices that were found in it."""
+
+    checkpoint: Checkpoint
+    sources: Sources
+    matrices: dict[str, QuantisedMatrix] = field(default_factory=dict)
+
+    def find(self, coordinate: Coordinate) -> _Found:
+        """Find an element of a quantised matrix. Raises PlanError if there is none, or its layout cannot be decided."""
+        name, index = coordinate
+        try:
+            if name not in self.matrices:
+                matrix = find_matrix(self.checkpoint, name)
+                assert matrix is not None  # is_coded
+                self.matrices[name] = matrix
+            matrix = self.matrices[name]
+            _require_index(index, matrix)
+            cell = matrix.find_cell(index)
+            code = cell.read_code(make_reader(self.checkpoint))
+        except CannotTell as reason:
+            raise PlanError(f"cannot tell what its codes mean: {reason}", coordinate, _BEFORE) from None
+        return _Found(coordinate, matrix.layout, cell, code, cell.values[code])
+
+    def list_elements(self, found: _Found) -> list[Coordinate]:
+        """List the stored numbers that contain the code of an element. Raises PlanError for an opaque dtype."""
+        places: dict[Coordinate, None] = {}
+        for bits in found.cell.fields:
+            info = self.checkpoint.get_info(bits.tensor)
+            if info.dtype.bits % 8 or info.dtype.kind == "opaque":
+                raise PlanError(f"{info.dtype.name} {info.dtype.refusal}", bits.tensor)
+            first, last = bits.start // info.dtype.bits, (bits.start + bits.width - 1) // info.dtype.bits
+            places |= {Coordinate(bits.tensor, info.unflatten(n)): None for n in range(first, last + 1)}
+        return list(places)
+
+    def read_element(self, place: Coordinate) -> Scalar:
+        """Read one stored number."""
+        file = self.checkpoint.weight_map[place.tensor]
+        shard = self.checkpoint.shards[file]
+        old = shard.read_scalar(*place)
+        return Scalar(file, place, shard.tensors[place.tensor].dtype, shard.find_offset(*place), old)
+
+
+@dataclass
+class _Element:
+    """A stored number whose bits the edits change. `number` is that of the first edit."""
+
+    number: int
+    scalar: Scalar
+    bits: int = -1
+
+    def put(self, cell: Cell, code: int, opened: _Opened) -> None:
+        """Replace the bits of this number that hold the code of `cell`."""
+        if self.bits < 0:
+            self.bits = int.from_bytes(self.scalar.old, "little")
+        flat = opened.checkpoint.get_info(self.scalar.coordinate.tensor).flatten(self.scalar.coordinate.index)
+        begin = flat * self.scalar.dtype.bits
+        for bits in cell.fields:
+            self._put_field(bits, code & (1 << bits.width) - 1, begin)
+            code >>= bits.width
+
+    def _put_field(self, bits: BitField, part: int, begin: int) -> None:
+        """Replace the common bits of a field and of this number, whose first bit is bit `begin` of the tensor."""
+        if bits.tensor != self.scalar.coordinate.tensor:
+            return
+        low, high = max(bits.start, begin), min(bits.start + bits.width, begin + self.scalar.dtype.bits)
+        if low < high:
+            mask = (1 << high - low) - 1
+            self.bits &= ~(mask << low - begin)
+            self.bits |= (part >> low - bits.start & mask) << low - begin
+
+    def make_splice(self) -> Splice:
+        """Return the splice that stores the changed bits."""
+        old = self.scalar
+        new = self.bits.to_bytes(len(old.old), "little")
+        return Splice(old.file, old.coordinate, old.dtype, old.offset, old.old, op="set", new=new)
+
+
+def _require_index(index: tuple[int, ...], matrix: QuantisedMatrix) -> None:
+    """Raise PlanError if an index is out of range."""
+    shape = matrix.shape
+    if len(index) != len(shape) or not all(i < n for i, n in zip(index, shape, strict=True)):
+        raise PlanError(f"index {list(index)} is out of range", f"{matrix.weight} of shape {list(shape)}")
+
+
+def _check_expectation(asked: Asked, found: _Found) -> None:
+    """Raise PlanError if an element has another value than its edit expects.
+
+    An expected number must have the stored code as its nearest code. A value measured in another checkpoint, such as a
+    known one, may also be one step of the grid away, because quantisers do not all round to the nearest code.
+    """
+    expect = asked.expect
+    if expect is None:
+        return
+    if isinstance(expect, str):
+        what = "the bits of a quantised element are those of a stored number"
+        raise PlanError(what, asked.coordinate, "expect a value, or name the stored tensor with raw: true")
+    measured = isinstance(expect, MeasuredValue)
+    value = float(expect.value if isinstance(expect, MeasuredValue) else expect)
+    slack = found.cell.compute_step(found.value) if measured else 0.0
+    try:
+        near = found.cell.values[found.cell.find_nearest(value)]
+    except NumberError:
+        near = math.inf
+    if near != found.value and not abs(value - found.value) <= slack:
+        what = f"expected {format_exact(value)}, stored is {format_exact(found.value)}"
+        raise PlanError(what, asked.coordinate, "is this the right base?")
+
+
+def _choose_code(asked: Asked, found: _Found, opened: _Opened) -> CodeEdit:
+    """Choose the code whose value is nearest to the value that an edit asks for. Raises PlanError."""
+    edit, cell = asked.edit, found.cell
+    try:
+        wanted = _compute_wanted(asked, found, opened)
+        code = found.code if isinstance(edit, Protect) else _find_code(edit, cell, wanted)
+    except NumberError as error:
+        raise PlanError.of(f"cannot {edit.op} {found.coordinate}: {fault}" for fault in error.faults) from None
+    done = CodeEdit(
+        asked.number,
+        edit.op,
+        edit.factor if isinstance(edit, Scale) else None,
+        found.coordinate,
+        found.layout,
+        wanted,
+        found.value,
+        cell.values[code],
+        found.code,
+        code,
+        tuple(opened.list_elements(found)),
+    )
+    limit = edit.max_error if isinstance(edit, Scale | Set | Restore) else None
+    if limit is not None and done.error > limit:
+        near = f"the nearest value of the grid is {format_number(done.new)}"
+        what = f"{near}, which differs from {format_number(wanted)} by {format_number(done.error)}"
+        raise PlanError(f"cannot {edit.op} {found.coordinate}: {what}, more than max_error {format_number(limit)}")
+    return done
+
+
+def _find_code(edit: Edit, cell: Cell, wanted: float) -> int:
+    """Return the code that an edit stores for a wanted value. Raises NumberError."""
+    return cell.find_zero() if isinstance(edit, Zero) else cell.find_nearest(wanted)
+
+
+def _compute_wanted(asked: Asked, found: _Found, opened: _Opened) -> float:
+    """Return the value that an edit asks for, rounded to float64. Raises NumberError and PlanError."""
+    edit = asked.edit
+    if isinstance(edit, Zero):
+        return 0.0
+    if isinstance(edit, Protect):
+        return found.value
+    if isinstance(edit, Scale):
+        if not math.isfinite(found.value):
+            raise NumberError(f"the stored value is {found.value}, which cannot be scaled", remedy="use set or zero")
+        return float(Fraction(found.value) * Fraction(edit.factor))
+    if isinstance(edit, Set):
+        if edit.value is None:
+            raise NumberError("bits are those of a stored number", remedy="give a value, or set raw: true")
+        return float(edit.value.exact if isinstance(edit.value, Written) else edit.value)
+    if isinstance(edit, Restore):
+        if edit.source is None:
+            assert asked.value is not None  # `resolve` reports a scalar without a known value
+            return float(asked.value.value)
+        return _read_source(edit.source, found.coordinate, opened.sources)
+    raise PlanError(f"{edit.op} needs more than one scalar", asked.coordinate)
+
+
+def _read_source(name: str, coordinate: Coordinate, sources: Sources) -> float:
+    """Read the value of a weight, plain or quantised, in the checkpoint that `from:` names. Raises PlanError."""
+    checkpoint = sources.open(name)
+    tensor, index = coordinate
+    if tensor not in checkpoint.weight_shapes:
+        raise PlanError(f"{name} has no weight {tensor}", remedy="give the base in from:")
+    if len(index) != len(shape := checkpoint.weight_shapes[tensor]) or any(
+        i >= n for i, n in zip(index, shape, strict=True)
+    ):
+        raise PlanError(f"{tensor} has the shape {list(shape)} in {name}", remedy="give the base in from:")
+    if find_codes(checkpoint, tensor) is not None:
+        return _Opened(checkpoint, sources).find(coordinate).value
+    info = checkpoint.get_info(tensor)
+    data = checkpoint.shards[checkpoint.weight_map[tensor]].read_scalar(tensor, index)
+    return float(dtypes.decode(info.dtype, data))

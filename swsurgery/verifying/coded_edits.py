@@ -1,0 +1,107 @@
+"""Check the edits of quantised elements that a record lists: their codes, and the stored bits that hold them.
+
+The layout of each matrix is found again from the checkpoint. This module must not import the planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell
+from swsurgery.checkpoint.layouts.find import find_matrix, make_reader
+from swsurgery.checkpoint.record import CodeRecord, EditRecord, Record
+from swsurgery.errors import NumberError
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.verifying.findings import Finding
+
+
+def check_codes(record: Record, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield a finding for each recorded element of a quantised matrix that contradicts the layout or the record."""
+    edits = {edit.coordinate: edit for edit in record.edits}
+    held: dict[Coordinate, int] = {}
+    for code in record.codes:
+        if any(element.tensor not in checkpoint.weight_map for element in code.elements):
+            continue  # the shard is elsewhere
+        try:
+            cell = _find_cell(code, checkpoint)
+            fault = _explain_fault(code, cell, _OldBytes(edits, checkpoint))
+            for bits in cell.fields:
+                _mark(bits, checkpoint, held)
+        except (CannotTell, NumberError) as error:
+            fault = str(error)
+        if fault:
+            message = f"the record's edit of a quantised element is wrong: {fault}"
+            yield Finding("registry", message, tensor=code.weight, index=code.index)
+    for coordinate in {element.coordinate for code in record.codes for element in code.elements} & edits.keys():
+        edit = edits[coordinate]
+        changed = int.from_bytes(edit.old_bytes, "little") ^ int.from_bytes(edit.new_bytes, "little")
+        if changed & ~held.get(coordinate, 0):
+            message = "the record changes bits of a stored number that hold none of the edited codes"
+            yield Finding("registry", message, edit.file, edit.tensor, edit.index)
+
+
+def _find_cell(code: CodeRecord, checkpoint: Checkpoint) -> Cell:
+    """Find the recorded element. Raises CannotTell if the layout cannot be decided or the element does not exist."""
+    matrix = find_matrix(checkpoint, code.weight)
+    if matrix is None:
+        raise CannotTell("the weight is not quantised")
+    shape = matrix.shape
+    if len(code.index) != len(shape) or not all(i < n for i, n in zip(code.index, shape, strict=True)):
+        raise CannotTell(f"the index is out of range for the shape {list(shape)}")
+    return matrix.find_cell(code.index)
+
+
+def _explain_fault(code: CodeRecord, cell: Cell, old: _OldBytes) -> str | None:
+    """Explain how a recorded element contradicts its layout or its operation; None if it does not.
+
+    Raises NumberError if no code is near the wanted value.
+    """
+    if max(code.old_code, code.new_code) >= len(cell.values):
+        return f"the element has only {len(cell.values)} codes"
+    if (cell.values[code.old_code], cell.values[code.new_code]) != (code.old, code.new):
+        return "the codes do not have the recorded values"
+    if cell.read_code(make_reader(old.checkpoint)) != code.new_code:
+        return f"the stored code is not {code.new_code}"
+    if cell.read_code(old.read) != code.old_code:
+        return f"the old bits do not contain the code {code.old_code}"
+    wanted = {"zero": 0.0, "protect": code.old}.get(code.op, code.wanted)
+    if code.op == "scale" and code.factor is not None:
+        wanted = float(Fraction(code.old) * Fraction(code.factor))
+    if wanted != code.wanted or (code.op == "scale") != (code.factor is not None):
+        return f"{code.op} does not ask for {code.wanted}"
+    if code.op == "protect":
+        return None if code.old_code == code.new_code else "a protected code was changed"
+    nearest = cell.find_zero() if code.op == "zero" else cell.find_nearest(wanted)
+    return None if nearest == code.new_code else f"the code nearest to {wanted} is {nearest}, not {code.new_code}"
+
+
+@dataclass(frozen=True)
+class _OldBytes:
+    """The data of the tensors before the edits of a record."""
+
+    edits: Mapping[Coordinate, EditRecord]
+    checkpoint: Checkpoint
+
+    def read(self, name: str, begin: int, size: int) -> bytes:
+        """Read bytes of a tensor's data, with the recorded old bytes of the edited numbers."""
+        info = self.checkpoint.get_info(name)
+        width = info.dtype.size
+        first, last = begin // width, (begin + size - 1) // width
+        data = bytearray(make_reader(self.checkpoint)(name, first * width, (last - first + 1) * width))
+        for flat in range(first, last + 1):
+            edit = self.edits.get(Coordinate(name, info.unflatten(flat)))
+            if edit is not None:
+                data[(flat - first) * width : (flat - first + 1) * width] = edit.old_bytes
+        return bytes(data[begin - first * width :][:size])
+
+
+def _mark(bits: BitField, checkpoint: Checkpoint, held: dict[Coordinate, int]) -> None:
+    """Add the bits of a field to the masks of the stored numbers that contain them."""
+    info = checkpoint.get_info(bits.tensor)
+    width = info.dtype.bits
+    for position in range(bits.start, bits.start + bits.width):
+        place = Coordinate(bits.tensor, info.unflatten(position // width))
+        held[place] = held.get(place, 0) | 1 << position % width
