@@ -1,4 +1,4 @@
-"""Write docs/commands.md and docs/manifest.schema.json from the code. usage: python docs/generate.py"""
+"""Write the pages that are made from the code: commands, families and the schema. usage: python docs/generate.py"""
 
 from __future__ import annotations
 
@@ -35,6 +35,25 @@ def schema() -> str:
     return json.dumps(render_schema(), indent=2, sort_keys=True) + "\n"
 
 
+KINDS = {"dense": "dense", "routed": "experts", "shared": "shared expert"}
+"""Words of docs/families.md for the kinds of down projections."""
+
+
+def families() -> str:
+    """Return docs/families.md: the table of families, and what follows the last generated line of the page."""
+    from swsurgery.checkpoint.architectures import FAMILIES
+
+    rows = ["| family | model types | down projections, as stored or loaded |", "| --- | --- | --- |"]
+    for family in FAMILIES:
+        names = dict.fromkeys(f"{KINDS[layout.kind]}: `{layout.name}`" for layout in family.layouts)
+        rows.append(f"| {family.name} | {', '.join(family.model_types)} | {'<br>'.join(names)} |")
+    before, mark, after = (DOCS / "families.md").read_text().partition("<!-- generated -->\n")
+    notes = after.partition("<!-- end -->\n")[2]
+    table = "\n".join(rows)
+    return f"{before}{mark}{table}\n<!-- end -->\n{notes}"
+
+
 if __name__ == "__main__":
     (DOCS / "commands.md").write_text(commands())
+    (DOCS / "families.md").write_text(families())
     (DOCS / "manifest.schema.json").write_text(schema())

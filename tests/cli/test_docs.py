@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+from swsurgery.checkpoint.architectures import FAMILIES
 from swsurgery.cli import app
 from swsurgery.manifest.load import parse_manifest
 
@@ -24,6 +25,13 @@ def test_every_command_is_on_the_page():
 
 def test_schema_file_is_what_the_command_prints():
     assert (ROOT / "docs" / "manifest.schema.json").read_text() == GENERATE["schema"]()
+
+
+def test_families_page_lists_the_table_of_the_code():
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert page == GENERATE["families"]()
+    for family in FAMILIES:
+        assert f"\n| {family.name} | {', '.join(family.model_types)} | " in page
 
 
 def test_manifest_of_the_readme_is_sound():

@@ -26,6 +26,7 @@ from swsurgery.scanning.by_activations import scan_sequences
 from swsurgery.scanning.by_weights import scan_weights
 from swsurgery.scanning.coverage import list_unread_layers
 from swsurgery.scanning.report import UnreadLayer
+from swsurgery.scanning.spikes import find_sources, list_unread
 
 CHANNELS, NEURONS, LAYERS = 16, 24, 6
 JAMBA = {
@@ -156,6 +157,24 @@ def test_an_activation_that_begins_at_an_unread_layer_is_undecided(
     report = scan_sequences(planted.opened(jamba, tmp_path / "planted"), SEQUENCES)
     assert (report.candidates, report.answer) == ((), "undecided")
     assert report.unread == UNREAD[:1]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "layers"),
+    [
+        ("zamba", {"layers_block_type": ["mamba", "hybrid"] * 3}, [1, 3, 5]),
+        ("nemotron_h", {"layers_block_type": ["moe", "mlp"] * 3, "moe_latent_size": 8, "use_cache": False}, [0, 2, 4]),
+    ],
+)
+def test_mlps_whose_rows_are_no_channels_of_the_residual_stream_are_not_observed(
+    family: str, settings: dict[str, object], layers: list[int], tmp_path: Path
+) -> None:
+    model = planted.opened(planted.build(family, **settings), tmp_path)
+    _, unseen = find_sources(model)
+    assert unseen == layers
+    unread = list_unread(model, unseen)
+    assert [layer.layer for layer in unread] == layers
+    assert all(layer.tensors for layer in unread)  # layers 3 and 5 of Zamba use the MLP that is stored in layer 1
 
 
 @pytest.mark.parametrize("name", [*tiny_models.MODELS, *tiny_models.OTHER_MODELS])
