@@ -14,7 +14,10 @@ from swsurgery.storage.numeric import load_numpy
 
 load_numpy()
 
+from swsurgery.checkpoint.layouts.auto_round import find_auto_round  # noqa: E402
+from swsurgery.checkpoint.layouts.awq import find_awq  # noqa: E402
 from swsurgery.checkpoint.layouts.cells import CannotTell, QuantisedMatrix, ReadBytes  # noqa: E402
+from swsurgery.checkpoint.layouts.gptq import find_gptq  # noqa: E402
 from swsurgery.checkpoint.layouts.module import QuantisedModule  # noqa: E402
 from swsurgery.checkpoint.layouts.scaled import find_scaled  # noqa: E402
 from swsurgery.storage.files import read_exactly  # noqa: E402
@@ -52,7 +55,7 @@ FindLayout = Callable[[QuantisedModule], QuantisedMatrix | None]
 It raises CannotTell if the module has this layout, but the stored tensors do not decide what the weight is.
 """
 
-LAYOUTS: tuple[FindLayout, ...] = (find_scaled,)
+LAYOUTS: tuple[FindLayout, ...] = (find_scaled, find_gptq, find_awq, find_auto_round)
 
 WEIGHT_ENDINGS = (
     (".weight_packed", ".weight"),
