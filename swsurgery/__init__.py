@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from swsurgery.sharing.publish import publish
     from swsurgery.sharing.recipes.recipe import recipe
     from swsurgery.verifying.lint import lint
+    from swsurgery.verifying.preflight import preflight
     from swsurgery.verifying.signature import sign
     from swsurgery.verifying.verify import verify
 
@@ -72,6 +73,7 @@ _MODULES = {
     "open_checkpoint": "checkpoint.opening",
     "patched_state_dict": "editing.in_memory",
     "plan": "editing.apply",
+    "preflight": "verifying.preflight",
     "publish": "sharing.publish",
     "recipe": "sharing.recipes.recipe",
     "revert": "editing.revert",
@@ -101,6 +103,7 @@ __all__ = [  # written out for tools that read this file without running it
     "open_checkpoint",
     "patched_state_dict",
     "plan",
+    "preflight",
     "publish",
     "recipe",
     "revert",

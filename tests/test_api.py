@@ -62,6 +62,8 @@ PAIRS: dict[str, tuple[str, Callable[[], object]]] = {
     "lookup a record": ("lookup patched", lambda: swsurgery.lookup(Path("patched"))),
     "scan": ("scan base --method weights", lambda: swsurgery.scan("base", method="weights")),
     "verify": ("verify patched", lambda: swsurgery.verify("patched")),
+    "verify --complete": ("verify base --complete", lambda: swsurgery.verify("base", complete=True)),
+    "preflight": ("preflight base", lambda: swsurgery.preflight("base")),
     "verify more": (
         "verify patched --base base --manifest edits.json --finite",
         lambda: swsurgery.verify("patched", base="base", manifest="edits.json", finite=True),

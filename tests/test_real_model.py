@@ -133,3 +133,9 @@ def test_fp8_codes_prove_nothing_without_a_scale_of_a_known_format(tmp_path, end
     known = json.loads(done.stdout)["known"]
     assert {c["state"] for c in known["coordinates"]} == states
     assert known["decided"] is (code < 2)
+
+
+def test_it_is_complete_by_its_headers_and_by_transformers():
+    assert run("preflight", MODEL)["answer"].startswith("complete: 30 layers, 272 tensors in ")
+    verified = run("verify", MODEL, "--complete", "--transformers")
+    assert verified["findings"] == [] and verified["complete"]["transformers"]["missing"] == []

@@ -38,6 +38,7 @@ OTHER_NAMES = {
     "entry": "the entry point of the command",
     "command": "the decorator of commands",
     "schema": "the name of a command",
+    "preflight": "the name of a command",
     "recipe": "the name of a command",
     "held": "the context manager by which every public function opens a directory",
     "held_for_editing": "the same, for an edit in place",

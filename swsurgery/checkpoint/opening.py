@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Protocol, TypeVar, get_args
 
 from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.copies import look_at_others
+from swsurgery.checkpoint.damage import Survey, find_present_weights, read_damaged_shards
 from swsurgery.checkpoint.hints import is_cache_folder, suggest_snapshot
 from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snapshot, list_files, open_directory
 from swsurgery.checkpoint.record import find_record_among
-from swsurgery.checkpoint.weight_files import Weights, find_weights, format_some, has_several_sets, refuse_too_many
+from swsurgery.checkpoint.weight_files import (
+    WeightFiles,
+    Weights,
+    find_weights,
+    format_some,
+    has_several_sets,
+    refuse_too_many,
+)
 from swsurgery.errors import CheckpointError, TargetError
 from swsurgery.hub import RemoteTree, open_location, parse_location
 from swsurgery.hub.names import suggest_uri
@@ -34,6 +42,8 @@ from swsurgery.storage.numbers import format_size
 from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.storage.strict_json import read_config
 from swsurgery.threads import Pool
+
+T = TypeVar("T")
 
 
 class Chosen(Protocol):
@@ -133,28 +143,60 @@ def read_checkpoint(root: Folder | RemoteTree, chosen: Chosen, *, elsewhere: Col
     return _read(_list(root), chosen.weights, chosen.variant, elsewhere)
 
 
+def survey_checkpoint(
+    root: Folder | RemoteTree, weights: Weights | None, variant: str | None, elsewhere: Collection[str] = ()
+) -> Survey:
+    """List the files of a checkpoint and read the headers of its shards, although shards may be missing or truncated.
+
+    The arguments are those of `read_checkpoint`, which raises an error for such shards. Raises the other errors of
+    `read_checkpoint`.
+    """
+    listing = _list(root)
+    names = _check_choice(listing, weights, variant)
+    chosen, damages = find_present_weights(listing.root, names, weights, variant, elsewhere)
+    present = [names[name] for name in chosen.shards if name in names]
+    shards, faults = read_damaged_shards(present, _map_files, listing.root)
+    return Survey(
+        checkpoint=_build(listing, names, chosen, shards, compare_size=False),
+        damages=(*damages, *faults),
+        unseen={tensor: shard for tensor, shard in chosen.weight_map.items() if shard not in shards},
+        total_size=chosen.total_size if type(chosen.total_size) is int else None,
+    )
+
+
 def _read(
     listing: _Listing, weights: Weights | None, variant: str | None, elsewhere: Collection[str] = ()
 ) -> Checkpoint:
     """Find the weights among the files of a listing, and read the index, the headers of the shards and config.json."""
+    names = _check_choice(listing, weights, variant)
+    chosen = find_weights(listing.root, names, weights, variant, elsewhere)
+    shards = _read_shards([names[name] for name in chosen.shards if name in names], listing.root)
+    return _build(listing, names, chosen, shards, compare_size=not elsewhere)
+
+
+def _check_choice(listing: _Listing, weights: Weights | None, variant: str | None) -> dict[str, BaseFile]:
+    """Return the files of a listing by name. Raises TypeError or ValueError for an invalid choice of weights."""
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
-    names = {f.name: f for f in listing.files}
-    chosen = find_weights(listing.root, names, weights, variant, elsewhere)
-    shard_names = [name for name in chosen.shards if name in names]
-    shards = _read_shards([names[name] for name in shard_names], listing.root)
+    return {f.name: f for f in listing.files}
+
+
+def _build(
+    listing: _Listing, names: dict[str, BaseFile], chosen: WeightFiles, shards: dict[str, Shard], compare_size: bool
+) -> Checkpoint:
+    """Build the checkpoint from its shards. With `compare_size`, add a note if their size is not that of the index."""
     disagreements: dict[str, str] = {}
     if chosen.index is None:
         weight_map = {tensor: name for name, shard in shards.items() for tensor in shard.tensors}
     else:
-        weight_map = {tensor: name for tensor, name in chosen.weight_map.items() if name in shard_names}
-        disagreements = _find_disagreements(chosen.index, weight_map, shards)
+        weight_map = {tensor: name for tensor, name in chosen.weight_map.items() if name in shards}
+        disagreements = _find_disagreements(chosen, weight_map, shards)
     notes = []
     stored = sum(shard.size - shard.data_start for shard in shards.values())
-    if chosen.total_size is not None and chosen.total_size != stored and not elsewhere:
+    if chosen.total_size is not None and chosen.total_size != stored and compare_size:
         notes.append(f"{chosen.index} states total_size {chosen.total_size}, but the shards contain {stored} bytes")
     config = read_config(names["config.json"].source, "config.json") if "config.json" in names else {}
-    rest = [f for f in listing.files if f.name not in {*shard_names, chosen.index} and not is_undo_name(f.name)]
+    rest = [f for f in listing.files if f.name not in {*chosen.shards, chosen.index} and not is_undo_name(f.name)]
     others = look_at_others(rest, shards, _read_headers)
     return Checkpoint(
         root=listing.root,
@@ -278,29 +320,39 @@ def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Sh
 
 
 def _read_headers(files: Sequence[BaseFile]) -> Iterator[tuple[str, Shard | CheckpointError]]:
-    """Yield (name, shard) for each file, or (name, error) if the header of the file is malformed.
+    """Yield (name, shard) for each file, or (name, error) if the header of the file is malformed."""
+
+    def read_header(file: BaseFile) -> Shard | CheckpointError:
+        try:
+            return open_shard(file.source)
+        except CheckpointError as error:
+            return error
+
+    return _map_files(files, read_header)
+
+
+def _map_files(files: Sequence[BaseFile], read: Callable[[BaseFile], T]) -> Iterator[tuple[str, T]]:
+    """Yield (name, what `read` returns) for each file.
 
     Each header in a repository takes one request, so eight headers are read at a time.
     """
 
-    def read_header(file: BaseFile) -> tuple[str, Shard | CheckpointError]:
-        try:
-            return file.name, open_shard(file.source)
-        except CheckpointError as error:
-            return file.name, error
+    def read_named(file: BaseFile) -> tuple[str, T]:
+        return file.name, read(file)
 
     if not all(file.is_here for file in files):
         with Pool(8) as pool:
-            yield from pool.map(read_header, files)
+            yield from pool.map(read_named, files)
     else:
-        yield from map(read_header, files)
+        yield from map(read_named, files)
 
 
-def _find_disagreements(index_name: str, weight_map: dict[str, str], shards: dict[str, Shard]) -> dict[str, str]:
+def _find_disagreements(chosen: WeightFiles, weight_map: dict[str, str], shards: dict[str, Shard]) -> dict[str, str]:
     """Find the tensors for which the index contradicts the shards.
 
     Returns a dict from the tensor's name to a description of the contradiction.
     """
+    index_name = chosen.index
     homes: dict[str, list[str]] = {}
     for name, shard in shards.items():
         for tensor in shard.tensors:
@@ -313,6 +365,11 @@ def _find_disagreements(index_name: str, weight_map: dict[str, str], shards: dic
     for tensor, names in homes.items():
         if len(names) > 1:
             found.setdefault(tensor, f"it is stored in {len(names)} shards: {', '.join(names)}")
-        if tensor not in weight_map:
+        if tensor in chosen.weight_map:
+            if tensor not in weight_map:
+                found.setdefault(
+                    tensor, f"{index_name} puts it in {chosen.weight_map[tensor]}, but it is in {names[0]}"
+                )
+        else:
             found.setdefault(tensor, f"it is in {names[0]}, but {index_name} does not list it, so loaders skip it")
     return found

@@ -128,7 +128,7 @@ def is_tied_by_config(config: Mapping[str, object]) -> bool | None:
     5 uses the outermost section and other loaders the innermost. Returns None if loaders would decide differently, or
     if the default of a model type is unknown.
     """
-    sections = list(_list_sections(config))
+    sections = list(list_sections(config))
     stated = [_read_setting(section) for section in sections]
     values = [
         default if value is None else value for value, default in zip(stated, map(_get_default, sections), strict=True)
@@ -242,12 +242,12 @@ def _read_rows(tensor: str, rows: Sequence[int], checkpoint: Checkpoint) -> Iter
             yield read_exactly(file, min(size, _SAMPLED_BYTES), shard.data_start + info.data_offsets[0] + row * size)
 
 
-def _list_sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+def list_sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """Yield the parts of config.json that may describe the language model, the innermost first."""
     for key in _TEXT_SECTIONS:
         section = config.get(key)
         if isinstance(section, Mapping):
-            yield from _list_sections(section)
+            yield from list_sections(section)
     yield config
 
 

@@ -77,12 +77,14 @@ def find_weights(
     weights: Weights | None = None,
     variant: str | None = None,
     elsewhere: Collection[str] = (),
+    *,
+    may_miss: bool = False,
 ) -> WeightFiles:
     """Find the weights among the files of a checkpoint.
 
     `root` is the checkpoint's place, which messages name. `weights` chooses between an index and a single file.
     `variant` names the variant to take. If it is None, the plain weights are taken, or the only variant if no plain
-    weights exist. Shards in `elsewhere` may be missing.
+    weights exist. Shards in `elsewhere` may be missing, and with `may_miss` any shard of an index may.
 
     Raises CheckpointError if the weights are missing or incomplete, and AmbiguousWeights if several sets of weights
     exist and the arguments choose none of them.
@@ -108,7 +110,7 @@ def find_weights(
         raise CheckpointError(f"the choice of weights is {weights}, which the checkpoint does not have", root)
     if not _choose_index(root, names, indices, singles, weights):
         return WeightFiles(None, tuple(singles), variant=variant)
-    shards, weight_map, total = _read_index(root, names, indices[0], elsewhere)
+    shards, weight_map, total = _read_index(root, names, indices[0], elsewhere, may_miss)
     return WeightFiles(indices[0], tuple(shards), weight_map, total, variant)
 
 
@@ -198,11 +200,11 @@ def _is_index_of(single: str, index: Listed, name: str) -> bool:
 
 
 def _read_index(
-    root: object, names: Mapping[str, Listed], index_name: str, elsewhere: Collection[str]
+    root: object, names: Mapping[str, Listed], index_name: str, elsewhere: Collection[str], may_miss: bool
 ) -> tuple[list[str], dict[str, str], object]:
     """Return the names of the shards, the weight_map and the total_size that an index states.
 
-    Raises CheckpointError if the index is not valid or lists a shard that does not exist.
+    Raises CheckpointError if the index is not valid, or, without `may_miss`, lists a shard that does not exist.
     """
     index = read_json(names[index_name].source, index_name)
     weight_map = index.get("weight_map")
@@ -213,7 +215,7 @@ def _read_index(
     for shard in dict.fromkeys(json.dumps(v) if type(v) is not str else v for v in weight_map.values()):
         if not SHARD_NAME.fullmatch(shard):
             faults.append(f"lists the shard {quote(shard)}, which is not a plain file name *.safetensors: {index_name}")
-        elif shard not in names and shard not in elsewhere:
+        elif shard not in names and shard not in elsewhere and not may_miss:
             faults.append(_describe_missing(root, names, shard))
     if faults:
         raise CheckpointError.of(format_some(faults))

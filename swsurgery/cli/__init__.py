@@ -27,7 +27,7 @@ from swsurgery.cli.known import lookup
 from swsurgery.cli.manifest import schema
 from swsurgery.cli.scanning import compare, scan, sweep
 from swsurgery.cli.sharing import export, publish, recipe
-from swsurgery.cli.verifying import lint, sign, verify
+from swsurgery.cli.verifying import lint, preflight, sign, verify
 from swsurgery.errors import Interrupted, SwsurgeryError, escape_control, report_done
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ for command in (
     sweep,
     compare,
     verify,
+    preflight,
     lint,
     diff,
     revert,

@@ -79,7 +79,7 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
 
     steps: list[Callable[[], FindingReport]] = []
     strict, known = (_read_switch(inputs, name, False) for name in ("STRICT", "KNOWN"))
-    finite, values = (_read_switch(inputs, name, False) for name in ("FINITE", "VALUES"))
+    finite, values, complete = (_read_switch(inputs, name, False) for name in ("FINITE", "VALUES", "COMPLETE"))
     if lines := [line.strip() for line in inputs.get("LINT", "").splitlines() if line.strip()]:
         paths = [path for line in lines for path in _expand(line)]
         steps.append(lambda: lint(paths, strict=strict))
@@ -97,6 +97,7 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
                 known=known,
                 model=model,
                 finite=finite,
+                complete=complete,
                 values=values,
                 signature=files.get("SIGNATURE"),
                 public_key=files.get("PUBLIC_KEY"),
@@ -104,7 +105,7 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
                 variant=variant,
             )
         )
-    elif base or model or files or known or finite or values or weights or variant:
+    elif base or model or files or known or finite or values or complete or weights or variant:
         raise SwsurgeryError("an input of verify is set, but not the input `checkpoint`", "", "set `checkpoint`")
     if not steps:
         raise SwsurgeryError("nothing to do: set the input `checkpoint`, `lint`, or both")

@@ -1,4 +1,4 @@
-"""Commands that check checkpoints and manifests, and sign checkpoints: verify, lint, sign."""
+"""Commands that check checkpoints and manifests, and sign checkpoints: verify, preflight, lint, sign."""
 
 from __future__ import annotations
 
@@ -65,6 +65,14 @@ def verify(
             help="Like --finite, and find constant or identical matrices, overflows of float16 and subnormal values.",
         ),
     ] = False,
+    complete: Annotated[
+        bool,
+        typer.Option("--complete", help="Check that all layers, experts and tensors of config.json are there."),
+    ] = False,
+    transformers: Annotated[
+        bool,
+        typer.Option("--transformers", help="With --complete: compare with the model of transformers; loads torch."),
+    ] = False,
     signature: Annotated[
         Path | None, typer.Option(help="Also check this signature of the checkpoint; needs --public-key.")
     ] = None,
@@ -93,9 +101,29 @@ def verify(
         variant=variant,
         protected=protected,
         protected_tolerance=tolerance,
+        complete=complete,
+        transformers=transformers,
         reporter=out.make_reporter(),
     )
     _write_findings(out, verification, format, file)
+
+
+@command
+def preflight(
+    out: Output,
+    checkpoint: CheckpointArgument,
+    weights: WeightsOption = None,
+    variant: VariantOption = None,
+    format: FormatOption = "text",
+    file: ReportFile = None,
+) -> None:
+    """Check that a checkpoint is complete, from headers and the index alone. Exit 1 if something is missing."""
+    from swsurgery.hub import parse_location
+    from swsurgery.verifying import preflight
+
+    refuse_replacing(file, [parse_location(checkpoint)])
+    report = preflight.preflight(checkpoint, weights=weights, variant=variant, reporter=out.make_reporter())
+    _write_findings(out, report, format, file)
 
 
 @command

@@ -15,7 +15,13 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-__all__ = ["AutoClass", "get_language_model_class", "list_names_kept_in_float32", "no_init_weights"]
+__all__ = [
+    "AutoClass",
+    "get_declared_class",
+    "get_language_model_class",
+    "list_names_kept_in_float32",
+    "no_init_weights",
+]
 
 LoadingInfo = Mapping[str, Collection[Any]]
 """What from_pretrained reports if called with output_loading_info=True. It maps a kind of problem, such as
@@ -47,6 +53,19 @@ def get_language_model_class(config: PreTrainedConfig) -> AutoClass | None:
         if type(config) in auto._model_mapping:
             return cast(AutoClass, auto)  # its annotations name neither the model classes nor the loading info
     return None
+
+
+def get_declared_class(config: PreTrainedConfig) -> AutoClass | None:
+    """Return the class of transformers that `architectures` in config.json names, else its language model.
+
+    Returns None if transformers has neither.
+    """
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return cast(AutoClass, found)
+    auto = get_language_model_class(config)
+    return cast(AutoClass, cast(Any, auto)._model_mapping[type(config)]) if auto else None
 
 
 def list_names_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:

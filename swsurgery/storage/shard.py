@@ -91,6 +91,11 @@ class Shard:
         """Offset of the data section in the file: the size of the header plus the 8 bytes before it."""
         return 8 + self.header_size
 
+    @property
+    def data_size(self) -> int:
+        """Size that the header gives to the data section, in bytes."""
+        return max((info.data_offsets[1] for info in self.tensors.values()), default=0)
+
     def find_offset(self, name: str, index: tuple[int, ...]) -> int:
         """Return the byte offset of one scalar in the file. Raises KeyError, IndexError."""
         info = self.tensors[name]
@@ -111,11 +116,40 @@ def open_shard(file: File) -> Shard:
         length = read_exactly(opened, min(size, 8), 0)
         header_size = decode_header_length(length, size, file)
         raw = read_exactly(opened, header_size, 8)
+    return _build_shard(file, size, length, raw, may_be_truncated=False)
+
+
+def open_truncated_shard(file: File) -> tuple[Shard | None, int]:
+    """Read and check the header of a safetensors file whose end may be missing, as after an interrupted download.
+
+    Returns the shard and the number of bytes that are missing at its end: 0 for a whole file. If the header itself is
+    cut off, the shard is None, and at least the returned number of bytes is missing. Raises ShardError for any other
+    fault.
+    """
+    with file.open() as opened:
+        size = opened.size
+        length = read_exactly(opened, min(size, 8), 0)
+        needed = 8 + int.from_bytes(length, "little")
+        if size < 8:
+            return None, 8 - size
+        if size < needed <= 8 + MAX_HEADER and not recognise_format(length):
+            return None, needed - size
+        header_size = decode_header_length(length, size, file)
+        raw = read_exactly(opened, header_size, 8)
+    shard = _build_shard(file, size, length, raw, may_be_truncated=True)
+    return shard, max(0, shard.data_start + shard.data_size - size)
+
+
+def _build_shard(file: File, size: int, length: bytes, raw: bytes, may_be_truncated: bool) -> Shard:
+    """Parse the header of a file of `size` bytes. `length` are the 8 bytes before the JSON header `raw`.
+
+    Raises ShardError, which names the violated rule.
+    """
     try:
-        tensors, metadata = parse_header(raw, size - 8 - header_size)
+        tensors, metadata = parse_header(raw, size - 8 - len(raw), may_be_truncated)
     except ValueError as error:
         raise ShardError(f"malformed safetensors header: {error}", file) from None
-    return Shard(file, size, header_size, tensors, metadata, hashlib.sha256(length + raw).hexdigest())
+    return Shard(file, size, len(raw), tensors, metadata, hashlib.sha256(length + raw).hexdigest())
 
 
 def decode_header_length(start: bytes, size: int, file: object) -> int:
@@ -137,10 +171,13 @@ def decode_header_length(start: bytes, size: int, file: object) -> int:
     return length
 
 
-def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def parse_header(
+    raw: bytes, data_size: int, may_be_truncated: bool = False
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Parse the JSON header. Returns the tensors by name, sorted by data offset, and the metadata.
 
-    `data_size` is the size of the data section in bytes. Raises ValueError, which names the violated rule.
+    `data_size` is the size of the data section in bytes. If `may_be_truncated` is True, it may be smaller than the
+    tensors need. Raises ValueError, which names the violated rule.
     """
     if not raw.startswith(b"{"):
         raise ValueError("the header does not begin with {")
@@ -158,7 +195,9 @@ def parse_header(raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], dic
         _refuse_surrogates(metadata.values())
         _refuse_surrogates(header)
     infos = sorted((_parse_tensor(name, entry) for name, entry in header.items()), key=lambda info: info.data_offsets)
-    _check_layout(infos, data_size)
+    end = _check_layout(infos)
+    if end != data_size and not (may_be_truncated and end > data_size):
+        raise ValueError(f"the tensors end at byte {end} of the data section, which has {data_size} bytes")
     return {info.name: info for info in infos}, metadata
 
 
@@ -220,10 +259,10 @@ def _parse_tensor(name: str, entry: Any) -> TensorInfo:
     return TensorInfo(name, DTYPES[dtype], tuple(shape), (offsets[0], offsets[1]))
 
 
-def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
-    """Check that tensors fill the data section without gaps or overlaps and that each size matches its shape.
+def _check_layout(infos: list[TensorInfo]) -> int:
+    """Check that tensors follow one another without gaps or overlaps and that each size matches its shape.
 
-    `infos` is sorted by data offset. Raises ValueError.
+    `infos` is sorted by data offset. Returns the size in bytes that the data section must have. Raises ValueError.
     """
     position = 0
     for info in infos:
@@ -242,5 +281,4 @@ def _check_layout(infos: list[TensorInfo], data_size: int) -> None:
         if bits // 8 != end - begin:
             raise ValueError(f"tensor {quote(info.name)} has {end - begin} bytes, but its shape needs {bits // 8}")
         position = end
-    if position != data_size:
-        raise ValueError(f"the tensors end at byte {position} of the data section, which has {data_size} bytes")
+    return position

@@ -32,6 +32,7 @@ class FindingReport(TableResult):
 
     `subject` is the path as the user gave it; paths in the output begin with it. `command` is a name such as "verify".
     `checked` is text with one line for each fact that was proved. `details` are further fields of the JSON document.
+    `headline` is the answer as one line of text; if it is "", the number of findings is printed instead.
     `rules` are the names of the rules that were checked. `decided` is False if nothing could be compared: the answer is
     then neither "yes" nor "no".
     """
@@ -43,6 +44,7 @@ class FindingReport(TableResult):
     details: dict[str, Any] = field(default_factory=dict, repr=False)
     rules: tuple[str, ...] = field(default=(), repr=False)
     decided: bool = True
+    headline: str = field(default="", repr=False, kw_only=True)
     shown: ClassVar[tuple[str, ...]] = ("ok",)
 
     @property
@@ -67,6 +69,7 @@ class FindingReport(TableResult):
             "ok": self.ok,
             "decided": self.decided,
             "subject": self.subject,
+            **({"answer": self.headline} if self.headline else {}),
             "findings": [f.to_json() for f in self.findings],
             "rules": list(_list_rules(self)),
             "swsurgery_version": __version__,
@@ -87,11 +90,11 @@ def render(report: FindingReport, format: ReportFormat) -> str:
 
 
 def _render_text(report: FindingReport) -> str:
-    lines = []
+    lines = [_escape_plain(report.headline)] if report.headline else []
     for finding in report.findings:
         word = "FINDING" if finding.level == "error" else "warning"
         lines.append(f"{word}   {finding.rule}: {_render_sentence(report, finding)}")
-    if report.errors:
+    if report.errors and not report.headline:
         lines.append(f"{pluralise(report.errors, 'finding')} in {_escape_plain(report.subject)}")
     lines += _describe_checked(report)
     if not lines:

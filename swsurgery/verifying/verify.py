@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +20,7 @@ from swsurgery.checkpoint.opening import (
     open_for_reading,
     read_checkpoint,
     refuse_other_weights,
+    survey_checkpoint,
 )
 from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, find_record, read_record
 from swsurgery.checkpoint.weight_files import Weights
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # each of these modules does one optional check and is import
     from swsurgery.verifying.against_known import Survival
     from swsurgery.verifying.against_manifest import Wishes
     from swsurgery.verifying.against_protected import Guard
+    from swsurgery.verifying.complete import Completeness
     from swsurgery.verifying.identification import Identification
     from swsurgery.verifying.value_findings import ValueReport
     from swsurgery.verifying.value_search import ValueSearch
@@ -55,8 +57,8 @@ class _Question:
 
     `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set, and
     `protected_tolerance` only if `protected`, a manifest, is given. `public_key`
-    (PEM) is required with `signature`. `weights` and `variant` choose the weights if the checkpoint has several sets
-    and neither the record nor the manifest names a set.
+    (PEM) is required with `signature`. `transformers` applies only if `complete` is set. `weights` and `variant` choose
+    the weights if the checkpoint has several sets and neither the record nor the manifest names a set.
     """
 
     base: str | Path | None = None
@@ -72,12 +74,16 @@ class _Question:
     protected: ManifestLike | None = None
     protected_tolerance: float = 0.0
     values: bool = False
+    complete: bool = False
+    transformers: bool = False
 
     @property
     def needs_no_record(self) -> bool:
         """True if any requested check also works for a checkpoint without a record."""
         manifests = (self.manifest, self.protected)
-        return bool(self.known or manifests != (None, None) or self.finite or self.values or self.signature)
+        return bool(
+            self.known or manifests != (None, None) or self.finite or self.values or self.signature or self.complete
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,7 +93,8 @@ class Verification(FindingReport):
     `record` is the proof from the checkpoint's record, or None if it has no record. `known` contains the states of the
     known super weights, and `identified` says which model they are of and how it was identified; both are None if they
     were not requested. `base` is the location of the base that was compared, or None. `values` contains the figures of
-    all tensors, or is None if they were not requested.
+    all tensors, or is None if they were not requested. `complete` is the comparison with config.json,
+    or None if it was not requested.
     """
 
     record: RecordProof | None = None
@@ -95,6 +102,7 @@ class Verification(FindingReport):
     base: Path | RemoteTree | None = None
     values: ValueReport | None = field(default=None, repr=False)
     identified: Identification | None = None
+    complete: Completeness | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,12 @@ class _Proof:
     guard: Guard | None = None
     values: ValueReport | None = None
     identified: Identification | None = None
+    complete: Completeness | None = None
 
     @property
     def decided(self) -> bool:
-        """False if known super weights were requested and none of them could be compared."""
-        return self.survival is None or self.survival.decided
+        """False if known super weights or completeness were requested and could not be compared."""
+        return (self.survival is None or self.survival.decided) and (self.complete is None or self.complete.decided)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of the proof from the record, with the results of the other checks added."""
@@ -135,6 +144,8 @@ class _Proof:
             document["protected_values"] = self.guard.to_json()
         if self.values is not None:
             document["values"] = self.values.to_json()
+        if self.complete is not None:
+            document["complete"] = self.complete.to_json()
         findings = [f.to_json() for f in self.findings]
         return document | {"findings": findings, "finite": self.finite, "notes": list(self.notes)}
 
@@ -154,6 +165,7 @@ class _Proof:
             self.base,
             self.values,
             self.identified,
+            self.complete,
         )
 
     def lines(self) -> Iterable[str]:
@@ -178,6 +190,10 @@ class _Proof:
             yield "finite    no stored floating-point value is NaN or infinite"
         if self.values is not None:
             yield self.values.describe()
+        if self.complete is not None and self.complete.undecided:
+            yield f"undecided {self.complete.undecided}, so whether all layers are there is unknown"
+        elif self.complete is not None and not self.complete.errors:
+            yield f"complete  {self.complete.describe()}"
         for note in self.notes:
             yield f"note      {note}"
 
@@ -198,6 +214,8 @@ def verify(
     variant: str | None = None,
     protected: ManifestLike | None = None,
     protected_tolerance: float = 0.0,
+    complete: bool = False,
+    transformers: bool = False,
     reporter: Reporter | None = None,
 ) -> Verification:
     """Check a checkpoint against its record, and against a base, a manifest, known super weights and a signature.
@@ -213,17 +231,24 @@ def verify(
     `signature` is checked with `public_key` (PEM).
     The scalars that the manifest `protected` protects must have their expected values: those of its `expect`, of
     `base`, or of the known super weights, up to the relative difference `protected_tolerance`.
+    With `complete`, the checkpoint must contain all layers, experts and other tensors that its config.json declares.
+    With `transformers` too, the names and shapes must be those of the model of transformers, which loads torch.
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
 
     Raises TypeError; CheckpointError if there is nothing to check against, if a file cannot be read, if the known model
     cannot be identified, or if `model` has other sizes than the checkpoint; HubError; ManifestError; LookupFailed for
     an unknown model; SwsurgeryError for a signature without a public key, for a `tolerance` that is not between 0 and
-    1, and for a `protected_tolerance` that is negative or not finite.
+    1, for a `protected_tolerance` that is negative or not finite, and for `transformers` without `complete`;
+    Unrunnable if transformers cannot build the model.
     """
     reporter = require_reporter(reporter)
     require_type("known", known, bool)
     require_type("finite", finite, bool)
     require_type("values", values, bool)
+    require_type("complete", complete, bool)
+    require_type("transformers", transformers, bool)
+    if transformers and not complete:
+        raise SwsurgeryError("--transformers applies to --complete, which was not given", remedy="add --complete")
     require_type("model", model, str, optional=True)
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
@@ -247,6 +272,8 @@ def verify(
         protected,
         difference,
         values,
+        complete,
+        transformers,
     )
     with open_for_reading("checkpoint", checkpoint, reporter) as root, contextlib.ExitStack() as bases:
         return _prove(root, question, reporter, bases).report(str(checkpoint))
@@ -258,12 +285,19 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
     loaded = _load_manifest(question)
     question = _choose_weights(question, patched, loaded)
     base = _open_base(root, question, loaded, patched, bases)
+    elsewhere = patched.record.elsewhere if patched else ()
+    completeness = None
     try:
-        checkpoint = read_checkpoint(root, question, elsewhere=patched.record.elsewhere if patched else ())
+        if question.complete:
+            checkpoint, completeness = _check_complete(root, question, elsewhere)
+        else:
+            checkpoint = read_checkpoint(root, question, elsewhere=elsewhere)
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise
         return _Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
+    if completeness is not None and completeness.damaged:
+        return _Proof(completeness.findings, completeness.rules, manifest=loaded, complete=completeness)
     repo_ids = _list_repo_ids(patched)
     wishes = _resolve_wishes(loaded, checkpoint, repo_ids)
     verification = None
@@ -294,6 +328,9 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         guard = _check_protected(question, question.protected, checkpoint, base, repo_ids)
         findings += guard.list_findings()
         rules += ("protected-lost", "protected-unreadable")
+    if completeness is not None:
+        findings = [*completeness.merge(findings)]
+        rules += completeness.rules
     if question.signature is not None and question.public_key is not None:
         findings += _check_signature(root, question.signature, question.public_key)
         rules += ("signature",)
@@ -310,7 +347,28 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         guard,
         figures,
         identified,
+        completeness,
     )
+
+
+def _check_complete(
+    root: Folder | RemoteTree, question: _Question, elsewhere: Collection[str]
+) -> tuple[Checkpoint, Completeness]:
+    """Open a checkpoint, and compare it with its config.json and, if requested, with the model of transformers.
+
+    Transformers is not asked if files are damaged. Raises SwsurgeryError if it is to be asked about a repository,
+    whose config.json it cannot read, and Unrunnable if it cannot build the model.
+    """
+    from swsurgery.verifying.complete import check_complete
+
+    survey = survey_checkpoint(root, question.weights, question.variant, elsewhere)
+    if not question.transformers or survey.damages:
+        return survey.checkpoint, check_complete(survey)
+    if isinstance(root, RemoteTree):
+        raise SwsurgeryError("--transformers needs the files on this machine", root, "download it with hf download")
+    from swsurgery.model.expected_names import compare_with_transformers
+
+    return survey.checkpoint, check_complete(survey, compare_with_transformers(survey.checkpoint))
 
 
 def _verify_with_manifest(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from patched import DOWN, FIRST, HIDDEN, MANIFEST, WIDE, apply_text, bfloat16, flip, place, tensors, write_base
+from whole_models import list_shapes, write_model
 
 from swsurgery.cli.action import MAX_SUMMARY_ROWS, render_summary, run
 from swsurgery.verifying.findings import Finding
@@ -195,11 +196,16 @@ def test_each_question_of_verify_has_its_input(use, patched, workspace):
     job = use(checkpoint="patched", manifest="other.yaml")
     assert job.code == 1 and "| error | manifest-mismatch |" in job.summary
     assert use(checkpoint="base", finite="true").code == 0
+    write_model(workspace / "whole")
+    assert use(checkpoint="whole", complete="true").code == 0
     arrays = tensors()
     arrays[DOWN][0, 0] = 0x7FC0  # NaN
     write_base(workspace / "broken", arrays)
     job = use(checkpoint="broken", finite="true")
     assert job.code == 1 and "| error | non-finite |" in job.summary
+    shapes = {name: shape for name, shape in list_shapes().items() if "layers.2." not in name}
+    job = use(checkpoint=str(write_model(workspace / "part", shapes).relative_to(workspace)), complete="true")
+    assert job.code == 1 and "| error | layer-missing |" in job.summary
     arrays[DOWN][:] = 0
     write_base(workspace / "empty", arrays)
     assert use(checkpoint="empty", finite="true").code == 0

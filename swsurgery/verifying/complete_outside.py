@@ -1,0 +1,96 @@
+"""Check the tensors outside the layers: the embedding, the language-modelling head and the last norm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from swsurgery.checkpoint.declared import Declared
+from swsurgery.checkpoint.projections import find_known_families
+from swsurgery.checkpoint.tying import EMBEDDINGS, HEADS, is_tied_by_config
+from swsurgery.verifying.complete_layers import Lack
+from swsurgery.verifying.complete_names import Shape, is_other_tower
+
+_WITH_HEAD = re.compile(r".*(ForCausalLM|LMHeadModel|ForConditionalGeneration)", re.DOTALL)
+"""The pattern of names of model classes that have a language-modelling head."""
+
+_LAST_NORMS = (
+    "norm.weight", "norm_f.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight",
+    "final_norm.weight", "embedding_norm.weight", "layer_norm.weight",
+)  # fmt: skip
+"""Names of the norm after the last layer, without their prefixes."""
+
+_WITHOUT_NORM = frozenset({"olmo", "opt"})
+"""Model types of known families whose last norm has no weight, or does not always exist."""
+
+
+def check_outside(
+    outside: Mapping[str, Shape | None], declared: Declared, config: Mapping[str, object], usual: bool
+) -> list[Lack]:
+    """Check the tensors outside the layers. `outside` maps their names to their shapes, or None if unknown.
+
+    `usual` is True if the names of the layers begin with "model.layers.", as in most models of unknown type.
+    """
+    own = {name: shape for name, shape in outside.items() if not is_other_tower(name)}
+    heads, embedding = _find_heads(own), _find_embedding(own)
+    lacks = [*_check_head(heads, embedding, config)]
+    known = bool(find_known_families(config))
+    if embedding is None and (known or usual) and not (heads and is_tied_by_config(config)):
+        lacks.append(
+            Lack("tensor-missing", "", "no embedding is stored under a known name", names=_list_weights(EMBEDDINGS))
+        )
+    model_type = {config.get("model_type")}
+    if known and model_type.isdisjoint(_WITHOUT_NORM) and not any(_has_ending(name, _LAST_NORMS) for name in own):
+        lacks.append(
+            Lack("tensor-missing", "", "no norm after the last layer is stored under a known name", names=_LAST_NORMS)
+        )
+    for name in [*([embedding] if embedding else []), *heads]:
+        lacks += _check_rows(name, own[name], declared)
+    return lacks
+
+
+def _check_head(heads: list[str], embedding: str | None, config: Mapping[str, object]) -> Iterator[Lack]:
+    """Yield a finding if config.json declares a head of its own and none is stored."""
+    classes = config.get("architectures")
+    has_head = isinstance(classes, list) and any(isinstance(c, str) and _WITH_HEAD.fullmatch(c) for c in classes)
+    if has_head and not heads and embedding is not None and is_tied_by_config(config) is False:
+        what = f"no language-modelling head is stored, and config.json does not tie it to {embedding}"
+        yield Lack("head-missing", "", what, names=_list_weights(HEADS))
+
+
+def _check_rows(name: str, shape: Shape | None, declared: Declared) -> Iterator[Lack]:
+    """Yield a finding if a matrix has fewer rows than tokens, or rows of a length that config.json does not contain."""
+    if shape is None or len(shape) != 2:
+        return
+    if declared.vocabulary is not None and shape[0] < declared.vocabulary:
+        what = f"has {shape[0]} rows, but config.json declares a vocabulary of {declared.vocabulary} tokens"
+        yield Lack("vocabulary", name, what, name)
+    elif shape[1] not in declared.numbers and declared.vocabulary is not None:
+        what = f"is stored as {list(shape)}, but config.json contains no size {shape[1]}"
+        yield Lack("shape-mismatch", name, what, name)
+
+
+def _find_heads(names: Mapping[str, object]) -> list[str]:
+    """Return the names of the language-modelling heads among `names`."""
+    return [name for name in names if _has_ending(name, _list_weights(HEADS))]
+
+
+def _list_weights(modules: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{module}.weight" for module in modules)
+
+
+def _has_ending(name: str, endings: tuple[str, ...]) -> bool:
+    """Return True if a name is one of `endings`, or ends in one after a prefix with a period."""
+    return name.endswith(endings) and any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _find_embedding(names: Mapping[str, object]) -> str | None:
+    """Return the name of the embedding, or None. The first of EMBEDDINGS that is stored decides."""
+    for embedding in EMBEDDINGS:
+        ending = f"{embedding}.weight"
+        if ending in names:
+            return ending
+        found = next((name for name in names if name.endswith(f".{ending}")), None)
+        if found is not None:
+            return found
+    return next((name for name in names if name.endswith("embeddings.word_embeddings.weight")), None)
