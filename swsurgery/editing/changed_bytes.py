@@ -76,7 +76,7 @@ class Changed:
         segments = list_segments(changes)
         places = [JournalPlace(s.offset, s.old, s.new) for s in _list_outside(splices, segments)]
 
-        def compare(offset: int, old: bytearray, new: bytearray) -> None:
+        def compare(offset: int, old: memoryview, new: memoryview) -> None:
             self._compare(offset, old, new, places, file)
 
         with contextlib.ExitStack() as spooled:
@@ -90,7 +90,9 @@ class Changed:
         self.tallies |= tally.finish()
         return digests
 
-    def _compare(self, offset: int, old: bytearray, new: bytearray, places: list[JournalPlace], file: BaseFile) -> None:
+    def _compare(
+        self, offset: int, old: memoryview, new: memoryview, places: list[JournalPlace], file: BaseFile
+    ) -> None:
         """Add the runs in which the bytes `old` and `new` at `offset` of a file differ."""
         before, after = np.frombuffer(old, np.uint8), np.frombuffer(new, np.uint8)
         for at in range(0, len(old), BLOCK):

@@ -5,6 +5,7 @@ The scalars stay in their dtype: each one becomes the value that its quantised c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
@@ -16,7 +17,8 @@ from swsurgery.errors import NumberError
 from swsurgery.rewriting.clip import ClipFunction
 from swsurgery.rewriting.function import CHUNK_SCALARS, Source
 from swsurgery.rewriting.kept import Indices, KeptScalars
-from swsurgery.rewriting.scope import TENSOR, Grouping, find_pieces
+from swsurgery.rewriting.magnitudes import Magnitudes, can_round_magnitudes
+from swsurgery.rewriting.scope import TENSOR, Grouping, Piece, Scalar, find_pieces
 from swsurgery.rewriting.statistics import check_piece, measure_range, read_pieces
 from swsurgery.storage.arrays import (
     Doubles,
@@ -107,25 +109,50 @@ class RoundFunction:
         rows, columns = words.shape
         width = 1 if self.scope.is_tensor else self.scope.columns
         pieces = list(find_pieces(rows, columns, self.scope.height, width))
-        size = max((piece.scalars for piece in pieces), default=0)
-        buffers: list[Floats] = [np.empty(size, np.float64 if floating.bits > 16 else np.float32) for _ in range(2)]
-        limit = decode(floating, floating.largest.to_bytes(floating.size, "little"))
+        block = _Block(name, floating, row, columns, max((piece.scalars for piece in pieces), default=0))
         for piece in pieces:
-            part = piece.view(words)
-            values, spare = (buffer[: piece.scalars].reshape(part.shape) for buffer in buffers)
+            part, target = piece.view(words), piece.view(out)
             if self.clip:
                 part = self.clip.compute(name, dtype, 0, part)
-            self._decode(floating, part, self.kept.find_in_piece(name, row, columns, piece), values)
-            smallest, largest = np.inf, 0.0
-            for tile in self.scope.find_tiles(*part.shape):
-                groups, free = tile.view(values), tile.view(spare)
-                low, high = self._find_ranges(name, groups, free)
-                if not (low.min() >= -limit and high.max() <= limit):  # or NaN
-                    check_piece(self.kept, name, floating, row, columns, piece, part)
-                least, most = self._quantise(name, groups, low, high)
-                smallest, largest = min(smallest, least), max(largest, most)
-            _encode(name, floating, values, piece.view(out), spare, smallest, largest)
+            if not self._round_magnitudes(block, piece, part, target):
+                self._round_values(block, piece, part, target)
         return out
+
+    def _round_magnitudes(self, block: _Block, piece: Piece, words: Words, out: Words) -> bool:
+        """Round a piece as `_round_values` does, but faster. Returns False if it cannot, and leaves `out` as it is."""
+        if block.magnitudes is None or not self.symmetric or self.levels != "integer":
+            return False
+        dtype, top = block.dtype, self._top
+        magnitudes = block.magnitudes.take(words)
+        magnitudes.reshape(-1)[self.kept.find_in_piece(block.name, block.row, block.columns, piece)] = 0
+        for tile in self.scope.find_tiles(*words.shape):
+            groups = tile.view(magnitudes)
+            if self.scope.is_tensor:
+                high = np.full((1, 1, 1, 1), max(map(abs, self.ranges[block.name])))
+            else:
+                high = decode_singles(dtype, _reduce(np.maximum, groups), finite=True).astype(np.float64)
+            scale = _find_scale(high, top, np.float32)
+            if not high.max() <= block.limit or scale.min() < 2.0 ** (1 - dtype.bias):  # a subnormal result may follow
+                return False
+            limited = self.scope.is_tensor or _exceeds(high, scale, top)
+            block.magnitudes.round_groups(groups, scale, top if limited else None)
+        block.magnitudes.add_signs(words, out)
+        return True
+
+    def _round_values(self, block: _Block, piece: Piece, words: Words, out: Words) -> None:
+        """Round a piece in floating-point arithmetic."""
+        values, spare = block.make_buffers(words.shape)
+        kept = self.kept.find_in_piece(block.name, block.row, block.columns, piece)
+        self._decode(block.dtype, words, kept, values)
+        smallest, largest = np.inf, 0.0
+        for tile in self.scope.find_tiles(*words.shape):
+            groups, free = tile.view(values), tile.view(spare)
+            low, high = self._find_ranges(block.name, groups, free)
+            if not (low.min() >= -block.limit and high.max() <= block.limit):  # or NaN
+                check_piece(self.kept, block.name, block.dtype, block.row, block.columns, piece, words)
+            least, most = self._quantise(block.name, groups, low, high)
+            smallest, largest = min(smallest, least), max(largest, most)
+        _encode(block.name, block.dtype, values, out, spare, smallest, largest)
 
     def _decode(self, dtype: FloatDtype, words: Words, kept: Indices, values: Floats) -> None:
         """Write the values to `values`, with 0, which changes no statistic, for protected scalars."""
@@ -145,11 +172,16 @@ class RoundFunction:
                 low = -high
         elif self._is_symmetric:
             np.abs(groups, out=spare)
-            high = _reduce(np.maximum, spare)
+            high = _reduce(np.maximum, spare).astype(np.float64)
             low = -high
         else:
-            low, high = _reduce(np.minimum, groups), _reduce(np.maximum, groups)
+            low, high = (_reduce(end, groups).astype(np.float64) for end in (np.minimum, np.maximum))
         return np.minimum(low, 0), np.maximum(high, 0)
+
+    @property
+    def _top(self) -> int:
+        """The largest code. Of symmetric levels, -top is the smallest one."""
+        return (1 << (self.bits - 1 if self.symmetric else self.bits)) - 1
 
     @property
     def _is_symmetric(self) -> bool:
@@ -166,14 +198,13 @@ class RoundFunction:
             scale = _use_one_for_zero(high.astype(kind))
             _quantise_nf4(groups, scale)
             return float(scale.min()) / 16, float(scale.max())  # the smallest level is 0.0796
+        top = self._top
         lowest: Floats | np.floating
         highest: Floats | np.floating
         if self.symmetric:
-            top = (1 << (self.bits - 1)) - 1
-            scale = _use_one_for_zero((high / top).astype(kind))
+            scale = _find_scale(high, top, kind)
             lowest, highest = kind(-top), kind(top)
         else:
-            top = (1 << self.bits) - 1
             with np.errstate(over="ignore"):
                 exact = (high - low) / top
             if not np.isfinite(exact).all():
@@ -184,8 +215,7 @@ class RoundFunction:
         np.divide(groups, scale, out=groups)
         np.rint(groups, out=groups)
         if self.symmetric:  # code - zero point
-            # No quotient in a group is larger than that of its extreme, since division and rint are monotonic.
-            if self.scope.is_tensor or np.rint(high.astype(kind) / scale).max() > top:
+            if self.scope.is_tensor or _exceeds(high, scale, top):
                 np.clip(groups, lowest, highest, out=groups)
         else:  # faster than np.clip, if the limits are arrays
             np.maximum(groups, lowest, out=groups)
@@ -195,6 +225,23 @@ class RoundFunction:
             np.multiply(groups, scale, out=groups)
         reach = np.maximum(np.abs(lowest), highest) * scale.astype(np.float64)
         return float(scale.min()), float(reach.max())
+
+
+class _Block:
+    """The place of a block in its source, and buffers for its pieces, of which none has more than `size` scalars."""
+
+    def __init__(self, name: str, dtype: FloatDtype, row: int, columns: int, size: int) -> None:
+        self.name, self.dtype, self.row, self.columns, self.size = name, dtype, row, columns, size
+        self.limit = decode(dtype, dtype.largest.to_bytes(dtype.size, "little"))
+        self.magnitudes = Magnitudes(dtype) if can_round_magnitudes(dtype) else None
+        self._buffers: list[Floats] = []
+
+    def make_buffers(self, shape: tuple[int, ...]) -> list[Floats]:
+        """Return two arrays of a shape, for values and results of operations."""
+        if not self._buffers:
+            kind = np.float64 if self.dtype.bits > 16 else np.float32
+            self._buffers = [np.empty(self.size, kind) for _ in range(2)]
+        return [buffer[: math.prod(shape)].reshape(shape) for buffer in self._buffers]
 
 
 def _clip_source(clip: ClipFunction | None, source: Source) -> Source:
@@ -228,7 +275,7 @@ def _encode(
         raise NumberError(str(error), name, "round symmetrically") from error
 
 
-def _reduce(reduce: np.ufunc, groups: Floats) -> Doubles:
+def _reduce(reduce: np.ufunc, groups: NDArray[Scalar]) -> NDArray[Scalar]:
     """Reduce each group of a tile to one number."""
     down, height, across, width = groups.shape
     if groups.flags.c_contiguous:  # twice as fast as `reduce.reduce` for short groups
@@ -236,8 +283,21 @@ def _reduce(reduce: np.ufunc, groups: Floats) -> Doubles:
         found = reduce.reduceat(groups.reshape(-1), starts).reshape(down, height, across, 1)
     else:
         found = reduce.reduce(groups, axis=3, keepdims=True)
-    doubles: Doubles = reduce.reduce(found, axis=1, keepdims=True).astype(np.float64)
-    return doubles
+    reduced: NDArray[Scalar] = reduce.reduce(found, axis=1, keepdims=True) if height > 1 else found
+    return reduced
+
+
+def _find_scale(high: Doubles, top: int, kind: type[np.floating]) -> Floats:
+    """Return the scale of symmetric levels for each group, of which `high` is the largest magnitude."""
+    return _use_one_for_zero((high / top).astype(kind))
+
+
+def _exceeds(high: Doubles, scale: Floats, top: int) -> bool:
+    """Return True if a code of a group may exceed `top`, because the scale was rounded down.
+
+    No quotient in a group is larger than that of its extreme, since division and rint are monotonic.
+    """
+    return bool(np.rint(high.astype(scale.dtype) / scale).max() > top)
 
 
 def _use_one_for_zero(scale: Floats) -> Floats:

@@ -45,8 +45,8 @@ class Receivers:
     sink: Callable[[memoryview], None] | None = None
     place: Callable[[bytes, int], None] | None = None
     observe: Observe | None = None
-    look: Callable[[int, bytearray | memoryview], None] | None = None
-    compare: Callable[[int, bytearray, bytearray], None] | None = None
+    look: Callable[[int, memoryview], None] | None = None
+    compare: Callable[[int, memoryview, memoryview], None] | None = None
 
 
 def stream_changed(
@@ -99,6 +99,25 @@ def _divide(size: int, segments: Sequence[Segment]) -> Iterator[tuple[int, int, 
             at += segment.size
 
 
+class _Buffers:
+    """`count` buffers that are used in turn, because new memory costs as much time as a pass over it.
+
+    Larger segments than LARGE_SEGMENT get buffers of their own, which are not kept.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.buffers = [bytearray() for _ in range(count)]
+
+    def take(self, size: int) -> memoryview:
+        """Return a buffer of `size` bytes, with any content."""
+        if size > LARGE_SEGMENT:
+            return memoryview(bytearray(size))
+        if size > len(self.buffers[0]):
+            self.buffers[0] = bytearray(size)
+        self.buffers.append(self.buffers.pop(0))
+        return memoryview(self.buffers[-1])[:size]
+
+
 class _Run:
     """The state of one pass over a file: two digests, and the chunk that is being filled."""
 
@@ -110,6 +129,7 @@ class _Run:
         self.skip = 0
         self.buffers = [memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))]
         self.filled = 0
+        self.olds, self.news = _Buffers(2), _Buffers(1)  # while one segment is hashed, the next one is read
         self.chunk_jobs: list[Future[None]] = []
         self.segment_jobs: list[Future[None]] = []
 
@@ -131,24 +151,23 @@ class _Run:
 
     def change(self, opened: File, segment: Segment, splices: Sequence[Splice]) -> None:
         """Read a segment, compute its new bytes, and add them to the chunk."""
-        old = bytearray(segment.size)
+        old = self.olds.take(segment.size)
         fill(opened, old, segment.offset)
         self.wait_for_segment()
         self.start_change()
-        new = bytearray(segment.size)
+        self.segment_jobs = [self.lanes.submit(self.digest.update, old)]
+        new = self.news.take(segment.size)
         parts = list(segment.compute(old, new))
         if self.receivers.look:
             self.receivers.look(segment.offset, old)
-        self.segment_jobs = [self.lanes.submit(self.digest.update, old)]
         if self.receivers.observe:
             self.segment_jobs.append(self.lanes.submit(self.observe, parts))
-        changed = memoryview(new)
-        apply_to_chunk(changed, segment.offset, splices, self.file)
+        apply_to_chunk(new, segment.offset, splices, self.file)
         if self.receivers.place:
-            self.receivers.place(bytes(changed), segment.offset)
+            self.receivers.place(bytes(new), segment.offset)
         if self.receivers.compare:
             self.receivers.compare(segment.offset, old, new)
-        self.add(changed)
+        self.add(new)
 
     def observe(self, parts: Sequence[tuple[RegionPart, Words, Words]]) -> None:
         """Pass the parts of a segment to the receiver."""

@@ -150,6 +150,31 @@ def test_the_size_of_a_piece_does_not_matter(name, kind, scope, monkeypatch):
     assert np.array_equal(compute_region(build_function("round", kind | scope), "w", DTYPES[name], words), expected)
 
 
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_bit_patterns_and_values_are_rounded_alike(name, bits, scope, monkeypatch):
+    """Every finite value is in some group, also beside values of about the same magnitude."""
+    finite = np.array([w for w in range(1 << 16) if w & 0x7FFF <= DTYPES[name].largest], np.uint16)
+    mixed = np.random.default_rng(8).permutation(finite)
+    words = np.concatenate([finite, mixed])[: len(finite) * 2 // 100 * 100].reshape(-1, 100)
+    function = build_function("round", {"bits": bits} | scope)
+    monkeypatch.setattr("swsurgery.rewriting.scope.PIECE_SCALARS", 500)  # a small group affects only its piece
+    monkeypatch.setattr("swsurgery.rewriting.magnitudes.STRIP_SCALARS", 200)
+    found = compute_region(function, "w", DTYPES[name], words)
+    monkeypatch.setattr(rounding, "can_round_magnitudes", lambda dtype: False)
+    assert np.array_equal(found, compute_region(function, "w", DTYPES[name], words))
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_common_weights_are_rounded_on_bit_patterns(name, monkeypatch):
+    words = draw_weights(name, (20, 256))
+    words[3, :128] = 0
+    monkeypatch.setattr(rounding.RoundFunction, "_round_values", None)
+    compute_region(build_function("round", {"bits": 4, "block": 128}), "w", DTYPES[name], words)
+    compute_region(build_function("round", {"bits": 4}), "w", DTYPES[name], words)
+
+
 def test_a_clip_of_blocks_is_refused():
     with pytest.raises(ValueError, match="limits for the whole tensor"):
         rounding.RoundFunction(4, clip=ClipFunction("z", 3, CHANNEL))
