@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 
 from swsurgery.errors import TargetError
-from swsurgery.scanning import figures
 from swsurgery.scanning.causal_report import Effect
-from swsurgery.scanning.figures import check_figure_path, plot_scan, plot_sweep
+from swsurgery.scanning.figures import check_figure_path, curve_figures, plot_scan, plot_sweep, scan_figure
 from swsurgery.scanning.report import (
     Candidate,
     Confirmation,
@@ -127,7 +126,8 @@ def draw(tmp_path, monkeypatch):
 
     def draw(report: Scan | Sweep):
         sheets: list[Figure] = []
-        monkeypatch.setattr(figures, "_save", lambda paper, path: sheets.append(paper.figure))
+        for module in (scan_figure, curve_figures):
+            monkeypatch.setattr(module, "save_figure", lambda paper, path: sheets.append(paper.figure))
         (plot_scan if isinstance(report, Scan) else plot_sweep)(report, tmp_path / "figure.png")
         return sheets[0].axes[1:]
 
