@@ -1,8 +1,9 @@
 """Publish a patched checkpoint: check it, plan, make one commit, and read the result back.
 
-    check_gate         findings of `verify`, of the sanity check, and secrets   -> accepted findings, or an error
+    check_gate         see gate.py: verify, the sanity check, secrets           -> accepted findings, or an error
     make_publication   see plan_checkpoint.py and plan_patch.py                 -> a plan that can be shown first
-    publish            one commit on top of the parent in the plan              -> the published state, read back
+    publish            one commit on top of the parent in the plan              -> the published state
+    compare_published  see read_back.py: what the Hub serves                    -> findings
 
 The commit is one request, and readers of the repository see nothing before it. If the work is interrupted, the
 repository has either the old files or the new ones, and the same call finishes the work.
@@ -10,46 +11,32 @@ repository has either the old files or the new ones, and the same call finishes 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.opening import held
-from swsurgery.checkpoint.record import RECORD_NAME, Record, read_record
 from swsurgery.errors import (
-    CheckFailed,
     CheckpointError,
     HubError,
     Interrupted,
-    ShardError,
-    SwsurgeryError,
-    escape_control,
 )
 from swsurgery.hub import Uri, fetch, parse_directory
 from swsurgery.hub import commit as hub
 from swsurgery.hub.commit import Branch, Conflict, Copy, CopyRefused, Draft, Sent
-from swsurgery.hub.remote import RemoteTree, open_tree
+from swsurgery.hub.remote import open_tree
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.sharing import card
-from swsurgery.sharing.plan_checkpoint import SMALL_FILE, make_publication
+from swsurgery.sharing.gate import check_gate, find_early, refuse_secrets
+from swsurgery.sharing.plan_checkpoint import make_publication
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published
+from swsurgery.sharing.read_back import compare_published
 from swsurgery.storage.arguments import require_location, require_strings, require_type
-from swsurgery.storage.files import File, LocalFile, read_at_most
+from swsurgery.storage.files import File, LocalFile
 from swsurgery.storage.folder import Entry
-from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.result import TableResult
-from swsurgery.storage.shard import Shard, open_shard
-from swsurgery.verifying.findings import RULES, Finding
-from swsurgery.verifying.verify import verify
-
-TOKEN_BYTES = re.compile(rb"hf_(?:jwt_|oauth_)?[A-Za-z0-9]{20,}")
-"""Matches what looks like an access token of the Hub in the bytes of a file.
-
-Shorter strings that begin with hf_ are not matched, because they are identifiers in program code.
-"""
+from swsurgery.verifying.findings import Finding
 
 
 @dataclass(frozen=True, repr=False)
@@ -212,72 +199,6 @@ def _make_plan(
     return make_publication(root, wish, accepted, progress, hashing=hashing)
 
 
-def find_early(root: Path) -> list[Finding]:
-    """Find a failed or missing sanity check, and tokens in small files. Reads no weights.
-
-    Raises CheckpointError if the directory has no record.
-    """
-    with held(root) as entered:
-        findings = _check_sanity(read_record(entered).record)
-        names = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
-        small = (name for name in names if name.parts[0] not in LEFT_OUT and (root / name).stat().st_size <= SMALL_FILE)
-        return findings + find_secrets((name.as_posix(), (root / name).read_bytes()) for name in small)
-
-
-def _check_sanity(record: Record) -> list[Finding]:
-    """Report a sanity check that failed, or that never ran the edited model."""
-    check = record.check
-    if check.get("kind") == "forward":
-        failures = check.get("failures")
-        if check.get("ok") is True and not failures:
-            return []
-        said = "; ".join(map(str, failures)) if isinstance(failures, list) and failures else "the check failed"
-        return [Finding("check-failed", said, RECORD_NAME)]
-    if not record.edits and not record.changes:
-        return []
-    reason = check.get("reason")
-    why = f" ({reason})" if isinstance(reason, str) else ""
-    return [Finding("check-missing", f"the edited model was never run{why}", RECORD_NAME)]
-
-
-def find_secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
-    """Find tokens in files, given as (name, content). The findings do not contain the token."""
-    return [
-        Finding("secret", "the text contains what looks like a token of the Hub", name)
-        for name, data in files
-        if TOKEN_BYTES.search(data) or hub.has_token(data)
-    ]
-
-
-def check_gate(root: Path, accept: Collection[str], early: Sequence[Finding], reporter: Reporter) -> list[Finding]:
-    """Verify the directory before it is published. Returns the findings, which are all accepted.
-
-    A finding is accepted if its rule is in `accept`. Further copies of the weights are ignored, because they are
-    not published. Raises CheckFailed, which lists the findings that are not accepted, SwsurgeryError for a rule that
-    does not exist, and CheckpointError.
-    """
-    if unknown := sorted(set(accept) - set(RULES)):
-        raise SwsurgeryError(
-            "no rule has this name", ", ".join(unknown), "give the name of a rule, as publish and verify print it"
-        )
-    findings = [*early, *verify(root, reporter=reporter).findings]
-    findings = [f for f in findings if f.rule != "duplicate-weights"]
-    if any(f.rule not in accept for f in findings):
-        raise make_refusal([f for f in findings if f.rule not in accept])
-    return findings
-
-
-def make_refusal(findings: Iterable[Finding]) -> SwsurgeryError:
-    """Make the error that refuses to publish and lists the findings (exit code 1)."""
-    faults = [f"not published: {f.rule}: {f.file or f.tensor or '-'}: {f.message}" for f in findings]
-    return CheckFailed.of(
-        [
-            *faults,
-            "to publish despite a finding, give --accept with the name of its rule; the card then lists the finding",
-        ]
-    )
-
-
 def _carry_out(plan: Publication, bars: bool, reporter: Reporter) -> Published:
     """Carry out the plan. Files that the Hub refuses to copy are uploaded, and `reporter` prints their names.
 
@@ -285,7 +206,7 @@ def _carry_out(plan: Publication, bars: bool, reporter: Reporter) -> Published:
     Interrupted.
     """
     try:
-        _refuse_secrets(plan)
+        refuse_secrets(plan)
         sent, uploaded, copied = _find_earlier_commit(plan), 0, 0
         already = sent is not None
         if sent is None:
@@ -293,7 +214,7 @@ def _carry_out(plan: Publication, bars: bool, reporter: Reporter) -> Published:
                 sent, uploaded, copied = _send(plan, reporter.say)
         if plan.tag and not (plan.target and plan.tag in plan.target.tags):
             hub.create_tag(plan.wish.repo_id, plan.tag, sent.commit)
-        findings, listing, scalars = _read_back(plan, sent, reporter)
+        findings, listing, scalars = compare_published(plan, sent, reporter)
     except Interrupted as error:
         raise error.replace_left(
             "the repository is either unchanged or has the whole commit; run the same command again"
@@ -312,17 +233,6 @@ def _carry_out(plan: Publication, bars: bool, reporter: Reporter) -> Published:
         plan.tag,
         tuple(findings),
     )
-
-
-def _refuse_secrets(plan: Publication) -> None:
-    """Raise CheckFailed if the message or a generated file, such as the card, contains a token.
-
-    `check_gate` could not search these texts, because the plan that contains them was made later.
-    """
-    made = [(item.name, item.content) for item in plan.items if isinstance(item.content, bytes)]
-    found = find_secrets([("the commit's message", plan.message.encode()), *made])
-    if found and not any(f.rule == "secret" for f in plan.accepted):
-        raise make_refusal(found)
 
 
 def _find_earlier_commit(plan: Publication) -> Sent | None:
@@ -370,7 +280,7 @@ def _refuse_public(plan: Publication) -> None:
     """Raise HubError if the repository is public although the plan requires a private one.
 
     The Hub does not check this when it makes a commit. A change between this request and the commit is reported only
-    afterwards, by `_read_back`.
+    afterwards, by `compare_published`.
     """
     if plan.private and not hub.is_private(plan.wish.repo_id):
         remedy = "make it private in its settings, then run the same command again"
@@ -428,70 +338,3 @@ def _check_content(content: File | bytes) -> Path | bytes:
     assert isinstance(content, LocalFile) and isinstance(content.where, Entry), "other files are downloaded first"
     content.where.refuse_replaced()
     return content.where.path
-
-
-def _read_back(plan: Publication, sent: Sent, progress: Progress) -> tuple[list[Finding], RemoteTree, int]:
-    """Compare the new revision with the plan: the Hub's listing of it, and the bytes that the Hub serves.
-
-    Returns the findings, the new listing, and the number of scalars that were compared.
-    """
-    listing = open_tree(plan.wish.repo_id, sent.commit)
-    findings: list[Finding] = []
-    if plan.private and not listing.private:
-        exposed = "the repository has become public, so anybody may have read what was published"
-        findings.append(Finding("public", f"{exposed}: make it private in its settings, or delete it"))
-    for item in plan.items:
-        findings += _compare_file(item, listing)
-        if isinstance(item.content, bytes) and item.name in listing.files:
-            data = read_at_most(listing.files[item.name], listing.files[item.name].size)
-            if data != item.content:
-                findings.append(
-                    Finding("digest", "the Hub serves bytes that differ from the published ones", item.name)
-                )
-    changed, scalars = _compare_scalars(plan.record, listing, progress)
-    return findings + changed, listing, scalars
-
-
-def _compare_scalars(record: Record, listing: RemoteTree, progress: Progress) -> tuple[list[Finding], int]:
-    """Compare the edited scalars that the Hub serves with the record. Returns the findings and the number compared."""
-    findings: list[Finding] = []
-    shards: dict[str, Shard] = {}
-    edits = [e for e in record.edits if e.file in listing.files]
-    progress.start(len(edits), "scalar", "reading back")
-    try:
-        for edit in edits:
-            try:
-                if edit.file not in shards:
-                    shards[edit.file] = open_shard(listing.files[edit.file])
-                stored = shards[edit.file].read_scalar(edit.tensor, edit.index)
-            except (ShardError, KeyError, IndexError):
-                found = "a shard without this scalar"
-            else:
-                found = "" if stored == edit.new_bytes else f"0x{stored[::-1].hex()}"
-            if found:
-                what = f"the Hub serves {found}, not {edit.new_bits}"
-                findings.append(Finding("edit-changed", what, edit.file, edit.tensor, edit.index))
-            progress.advance(1)
-    finally:
-        progress.close()
-    return findings, len(edits)
-
-
-def _compare_file(item: Item, listing: RemoteTree) -> list[Finding]:
-    """Compare one file of the plan with the new listing."""
-    there = listing.files.get(item.name)
-    if item.how == "delete":
-        return (
-            [Finding("file-undeclared", "the file should have been deleted, but still exists", item.name)]
-            if there
-            else []
-        )
-    if there is None:
-        return [Finding("file-missing", "the file was published but does not exist", item.name)]
-    if item.is_in(listing) or there.sha256 is None and item.blob is None and hash_file(there) == item.sha256:
-        return []
-    return [
-        Finding(
-            "digest", f"the file on the Hub does not have the sha256 {escape_control(item.sha256 or '?')}", item.name
-        )
-    ]

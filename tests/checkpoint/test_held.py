@@ -17,7 +17,7 @@ from swsurgery.checkpoint.opening import held
 from swsurgery.cli import app, main
 from swsurgery.editing import in_place
 from swsurgery.errors import SwsurgeryError, TargetError
-from swsurgery.sharing import publish
+from swsurgery.sharing import gate
 from swsurgery.storage import filesystem
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import JOURNAL, WORKING_FILES
@@ -94,7 +94,7 @@ FUNCTIONS: dict[str, Callable[[Room], object]] = {
     "recipe": lambda room: swsurgery.recipe(room.model, "torchao"),
     "export": lambda room: swsurgery.export(room.model, room.out, format="sparse"),
     "export of a manifest": lambda room: swsurgery.export(room.third, room.out, format="sparse"),
-    "publish": lambda room: publish.find_early(room.model),
+    "publish": lambda room: gate.find_early(room.model),
 }
 """Functions that leave the directory as it was before the edit that was cut off, or raise an error afterwards."""
 

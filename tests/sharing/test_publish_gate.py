@@ -16,7 +16,7 @@ from hub.wire import Call, table
 from publishing import NEW, patch, put_base, tree
 
 from swsurgery.cli import main
-from swsurgery.sharing import publish as publish_module
+from swsurgery.sharing import gate
 from swsurgery.verifying.findings import RULES, Finding
 
 any_hub, hub = fixture.any_hub, fixture.hub
@@ -114,7 +114,7 @@ def test_a_token_in_a_file_is_refused_and_not_repeated(hub, patched, capsys):
 
 
 def test_the_very_token_of_the_requests_is_found_whatever_it_looks_like(hub, patched, capsys):
-    assert not publish_module.TOKEN_BYTES.search(hub.token.encode()), "the other way of finding it"
+    assert not gate.TOKEN_BYTES.search(hub.token.encode()), "the other way of finding it"
     (patched / "notes.txt").write_text(hub.token)
     assert publish(patched, accept=("check-missing", "file-undeclared")) == 1
     assert "secret: notes.txt" in capsys.readouterr().err
@@ -140,11 +140,11 @@ def test_a_token_in_the_bases_own_card_is_not_quoted(hub, patched, capsys):
 
 @pytest.mark.parametrize("text", ["hf_hub_download_of_a_file_with_a_long_name", "hf_short", "self_attn"])
 def test_words_of_program_code_are_no_secret(hub, text):
-    assert publish_module.find_secrets([("code.py", text.encode())]) == []
+    assert gate.find_secrets([("code.py", text.encode())]) == []
 
 
 def test_a_secret_is_a_finding_that_names_only_the_file(hub):
-    found = publish_module.find_secrets([("a", b"x"), ("b", TOKEN.encode()), ("c", b"hf_jwt_" + b"A" * 40)])
+    found = gate.find_secrets([("a", b"x"), ("b", TOKEN.encode()), ("c", b"hf_jwt_" + b"A" * 40)])
     assert found == [Finding("secret", "the text contains what looks like a token of the Hub", name) for name in "bc"]
 
 
