@@ -20,6 +20,7 @@ from swsurgery.checkpoint.region_summary import (
     summarise_protected,
 )
 from swsurgery.errors import escape_control, pluralise
+from swsurgery.sharing.markdown import MAX_CARD_ROWS, escape, fence, render_code, render_table
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import NO_COMMAS, format_number
 from swsurgery.verifying.findings import Finding
@@ -53,9 +54,9 @@ OWN_TAGS = ("swsurgery", "super-weights")
 PATCH_TAGS = (*OWN_TAGS, "patch")
 """Tags of every published patch."""
 
-MAX_CARD_ROWS, MAX_NAME, MAX_QUOTED_MANIFEST, MAX_CARD = 200, 200, 64 << 10, 200 << 10
-"""Limits of a card: rows of a table or a list, characters of a name, bytes of the manifest that it quotes, and
-characters of the base's card that it quotes. What the card omits is in the files themselves."""
+MAX_QUOTED_MANIFEST, MAX_CARD = 64 << 10, 200 << 10
+"""Limits of a card: bytes of the manifest that it quotes, and characters of the base's card that it quotes. What the
+card omits is in the files themselves."""
 
 _LINE = re.compile(r"(?=.*\S)[^<>]{1,200}")
 """Pattern for free text in the front matter, such as a licence's name. It excludes < and >, because a Markdown reader
@@ -83,31 +84,6 @@ _LISTS = ("language", "license", "tags")
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
 _FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
-_CODE = re.compile(r"[A-Za-z0-9_.+/\[-]([A-Za-z0-9_.,+/\[\] -]*[A-Za-z0-9_.+/\]-])?")
-_PUNCTUATION = re.compile(r"([!-,./:-@\[-`{-~]|(?<![A-Za-z0-9])-|-(?![A-Za-z0-9]))")
-"""Matches all ASCII punctuation except a hyphen within a word."""
-
-
-def escape(value: object) -> str:
-    """Escape `value` as one line of Markdown with at most MAX_NAME characters, which is safe in a table's cell."""
-    text = escape_control(str(value))
-    if len(text) > MAX_NAME:
-        text = text[: MAX_NAME - 3] + "..."
-    return _PUNCTUATION.sub(r"\\\1", text.strip()) or "\\-"
-
-
-def render_code(value: object) -> str:
-    """Render `value` as inline code, or as escaped text if it contains characters that are unsafe in code."""
-    text = str(value)
-    return f"`{text}`" if len(text) <= MAX_NAME and _CODE.fullmatch(text) else escape(text)
-
-
-def fence(text: str, language: str = "") -> str:
-    """Render `text` as a code block that its content cannot close."""
-    lines = [escape_control(line.replace("\t", "    ")) for line in text.splitlines()]
-    longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return "\n".join([fence + language, *lines, fence])
 
 
 def make_fields(record: Record, base_fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,14 +243,6 @@ def _get_base_uri(record: Record) -> str | None:
     return f"hf://{base.repo_id}@{base.revision}" + (f"/{base.sub}" if base.sub else "")
 
 
-def _render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows[:MAX_CARD_ROWS]]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    if len(rows) > MAX_CARD_ROWS:
-        table += f"\n\nand {len(rows) - MAX_CARD_ROWS} more, all in `swsurgery.json`."
-    return table
-
-
 def _format_index(record: ScalarRecord) -> str:
     return render_code(list(record.index))
 
@@ -303,9 +271,7 @@ def _render_edits(edits: Sequence[EditRecord], short: Mapping[Coordinate, ShortF
         ]
         for e in edits
     ]
-    return _render_table(
-        ("tensor", "index", "layer", "row", "column", "dtype", "old", "new", "operation", "bits"), rows
-    )
+    return render_table(("tensor", "index", "layer", "row", "column", "dtype", "old", "new", "operation", "bits"), rows)
 
 
 def _render_changes(record: Record, short: Mapping[Coordinate, ShortForm]) -> list[str]:
@@ -331,7 +297,7 @@ def _render_regions(changes: Sequence[RegionSummary]) -> str:
         for change in changes
     ]
     header = ("operation", "target", "options", "changed scalars", "of", "tensors")
-    return _render_table(header, rows)
+    return render_table(header, rows)
 
 
 def _shorten(value: object) -> str:
@@ -352,7 +318,7 @@ def _render_protected_regions(regions: Sequence[RegionRecord]) -> list[str]:
         [render_code(entry.target), str(entry.scalars), _name_tensors(entry.tensors)]
         for entry in summarise_protected(regions)
     ]
-    return ["## Protected regions: the same bits as in the base", _render_table(("target", "scalars", "tensors"), rows)]
+    return ["## Protected regions: the same bits as in the base", render_table(("target", "scalars", "tensors"), rows)]
 
 
 def _describe_proof(record: Record) -> str:
@@ -392,7 +358,7 @@ def _render_protected(protected: Sequence[ScalarRecord]) -> list[str]:
     ]
     return [
         "## Protected: the same bits as in the base",
-        _render_table(("tensor", "index", "dtype", "value", "bits"), rows),
+        render_table(("tensor", "index", "dtype", "value", "bits"), rows),
     ]
 
 
@@ -402,7 +368,7 @@ def _render_known(record: Record) -> list[str]:
         if fact := entry.known:
             sources = ", ".join(render_code(str(source.get("cite", ""))) for source in fact.sources[:20])
             rows.append([render_code(fact.id), render_code(entry.coordinate), render_code(fact.status), sources])
-    return ["## Known super weights", _render_table(("known as", "scalar", "status", "sources"), rows)] if rows else []
+    return ["## Known super weights", render_table(("known as", "scalar", "status", "sources"), rows)] if rows else []
 
 
 def _check(check: Mapping[str, Any]) -> str:
@@ -424,7 +390,7 @@ def _check(check: Mapping[str, Any]) -> str:
     tokens = text.get("scored_tokens") if isinstance(text, dict) else None
     lines = [
         "Base and patched model on the same text, side by side:",
-        _render_table(("figure", "base", "patched"), rows),
+        render_table(("figure", "base", "patched"), rows),
         f"Perplexity ratio {_format_figure(check.get('perplexity_ratio'))}, "
         f"KL divergence {_format_figure(check.get('kl'))}, over {_format_figure(tokens)} tokens; "
         f"device {render_code(check.get('device'))}, dtype "
@@ -444,7 +410,7 @@ def _render_accepted(accepted: Sequence[Finding]) -> list[str]:
         return []
     rows = [[render_code(f.rule), render_code(f.file or "-"), escape(f.message)] for f in accepted]
     said = "The publisher knew these findings and accepted them."
-    return ["## Accepted findings", said, _render_table(("finding", "file", "what"), rows)]
+    return ["## Accepted findings", said, render_table(("finding", "file", "what"), rows)]
 
 
 def _render_manifest(manifest: bytes) -> str:

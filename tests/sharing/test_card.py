@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Record, ScalarRecord
 from swsurgery.hub import cards
-from swsurgery.sharing import card
+from swsurgery.sharing import card, markdown
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying.findings import Finding
 
@@ -189,7 +189,7 @@ def test_a_base_that_is_not_on_the_hub_is_no_base_model():
 def test_many_edits_and_a_long_manifest_are_left_to_their_files():
     edit = record().edits[0]
     _, body = split(rendered(record(edits=[edit] * 1000), manifest=b"x" * 100_000))
-    assert len(table(body, "What was changed")) == card.MAX_CARD_ROWS + 1 and "and 800 more" in body
+    assert len(table(body, "What was changed")) == markdown.MAX_CARD_ROWS + 1 and "and 800 more" in body
     assert "Its 100000 bytes are in `manifest.yaml`" in body and len(body) < 200_000
 
 
@@ -312,7 +312,7 @@ def test_a_thousand_hostile_strings_stay_text_in_a_patchs_card():
 
 def test_escaping_says_what_was_there():
     for text in ("a|b", "<b>", "a`b", "x*y*", "[a](b)", "\\"):
-        inline = PARSER.parse(card.escape(text))[1]
+        inline = PARSER.parse(markdown.escape(text))[1]
         assert "".join(child.content for child in inline.children) == text
 
 
