@@ -39,12 +39,10 @@ from swsurgery.checkpoint.projections import (
 from swsurgery.checkpoint.structures import name_sibling
 from swsurgery.errors import ArchitectureError
 from swsurgery.progress import Progress, Silent
+from swsurgery.scanning.blocks import READ_THREADS, BlockReader, Matrix
 from swsurgery.scanning.coverage import format_layer_name, list_stored_layers, list_unread_layers
 from swsurgery.scanning.report import Candidate, Scan
 from swsurgery.scanning.scores import (
-    READ_THREADS,
-    BlockReader,
-    Matrix,
     Mlp,
     NeuronScores,
     ScoreSide,

@@ -1,7 +1,7 @@
 """Read down projections as torch tensors from the shards of a checkpoint.
 
 The modules by_activations.py, suspects.py and experts.py share this module. The scan by weights must not load torch, so
-it reads matrices with scores.py instead.
+it reads matrices with blocks.py instead.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from swsurgery.checkpoint.quantised import SCALES, Quantisation
 from swsurgery.cli import main
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import ArchitectureError, ModelError, PlanError
-from swsurgery.scanning.scores import Matrix
+from swsurgery.scanning.blocks import Matrix
 from swsurgery.sharing import export
 from swsurgery.storage.dtypes import DTYPES
 

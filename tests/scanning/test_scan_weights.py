@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ArchitectureError, CheckpointError
-from swsurgery.scanning import scores
+from swsurgery.scanning import blocks, scores
 from swsurgery.scanning.by_weights import MIN_Z, scan_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -440,8 +440,9 @@ def test_chunks_and_threads_change_nothing(family, tiny, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(saved(tiny(family), tmp_path, tensors))
     whole = scan_weights(checkpoint, threads=1)
     assert scan_weights(checkpoint, threads=5) == whole
-    monkeypatch.setattr(scores, "SCORE_CHUNK", 500)
-    monkeypatch.setattr(scores, "SCORE_BLOCK", 70)
+    monkeypatch.setattr(blocks, "SCORE_CHUNK", 500)
+    for module in (blocks, scores):
+        monkeypatch.setattr(module, "SCORE_BLOCK", 70)
     pieces = scan_weights(checkpoint, threads=1)
     assert scan_weights(checkpoint, threads=3) == pieces
     (one,), (other,) = whole.candidates, pieces.candidates
