@@ -21,11 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from swsurgery.checkpoint.edited_shard import OpenShard, make_change_error
 from swsurgery.checkpoint.journal_format import MAX_JOURNAL, Journal, JournalFile, JournalPlace, parse_journal
 from swsurgery.errors import CheckpointError, Interrupted, SwsurgeryError, TargetError, report_done
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_exactly
-from swsurgery.storage.folder import Entry, Folder, Identity
+from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.names import JOURNAL, JOURNAL_NEW, OWN_FILES, ROOM, WORKING_FILES, make_working_name
 from swsurgery.storage.splice import Splice
 from swsurgery.storage.strict_json import read_small
@@ -40,62 +41,6 @@ File systems that copy on write need free space for every write.
 
 JOURNAL_BLOCK = 4096
 """The size of a file system block in bytes, as assumed when the space to reserve is computed."""
-
-
-class OpenShard:
-    """A shard that is open for reading and writing.
-
-    `identity` is the identity of the file after the last write of this run. If it differs later, another program
-    changed the file.
-    """
-
-    def __init__(self, entry: Entry):
-        """Open the file of a directory entry for writing.
-
-        Raises TargetError if it cannot be written, CheckpointError if the file was replaced after it was listed.
-        """
-        self.entry = entry
-        with filesystem.convert_os_errors(entry):
-            self.fd = filesystem.open_for_patching(entry)
-        self.identity = entry.identity or Identity.of(os.fstat(self.fd))
-
-    @property
-    def file(self) -> LocalFile:
-        """The open shard as a file to read from."""
-        return LocalFile(self.entry, self.fd)
-
-    def close(self) -> None:
-        """Close the descriptor of the shard."""
-        os.close(self.fd)
-
-    def settle(self) -> None:
-        """Set `identity` to the present identity of the file. To be called after each write of this run."""
-        self.identity = Identity.of(os.fstat(self.fd))
-
-    def refuse_changed(self) -> None:
-        """Raise CheckpointError if another program changed, removed or replaced the file."""
-        try:
-            named = Identity.of(self.entry.stat())
-        except OSError as error:
-            raise _make_change_error("was removed", self.entry) from error
-        if (named.dev, named.ino) != (self.identity.dev, self.identity.ino):
-            raise _make_change_error("was replaced", self.entry)
-        if Identity.of(os.fstat(self.fd)) != self.identity:
-            raise _make_change_error("was changed", self.entry)
-
-    def refuse_unlike(self, place: JournalPlace, wanted: bytes) -> None:
-        """Raise CheckpointError if the file does not contain the bytes `wanted` at the offset of `place`."""
-        if read_exactly(self.file, len(wanted), place.offset) != wanted:
-            raise _make_change_error(f"was changed at byte {place.offset}", self.entry)
-
-
-def _make_change_error(what: str, where: object) -> CheckpointError:
-    """Return the error for a file or directory `where` that another program changed.
-
-    `what` is the change, such as "was removed".
-    """
-    what = f"{what} by another program while it was edited in place"
-    return CheckpointError(what, where, "run again when no other program writes there")
 
 
 @contextlib.contextmanager
@@ -147,7 +92,7 @@ def apply_splices(
             filesystem.sync_directory(folder)
             for name, data in own.items():
                 if _classify_own_file(folder, journal, name) == "foreign":
-                    raise _make_change_error("was changed", folder / name)
+                    raise make_change_error("was changed", folder / name)
                 _put(folder, name, data, mode)
             filesystem.sync_directory(folder)
             _refuse_disturbed(folder, shards, journal)
@@ -299,13 +244,13 @@ def _refuse_disturbed(folder: Folder, shards: Mapping[str, OpenShard], journal: 
             shards[name].refuse_unlike(place, place.new or b"")
     for name in journal.made or ():
         if _classify_own_file(folder, journal, name) == "foreign":
-            raise _make_change_error("was changed", folder / name)
+            raise make_change_error("was changed", folder / name)
     try:
         moved = not os.path.samestat(os.lstat(folder.path), os.fstat(folder.fd))
     except OSError:
         moved = True
     if moved:
-        raise _make_change_error("was moved or replaced", folder)
+        raise make_change_error("was moved or replaced", folder)
 
 
 def _read_own(folder: Folder, name: str) -> bytes | None:
@@ -391,7 +336,7 @@ class _Held:
         fd = filesystem.open_for_patching(self.path)
         if not os.path.samestat(os.fstat(fd), os.fstat(self.fd)):
             os.close(fd)
-            raise _make_change_error("was replaced", self.path)
+            raise make_change_error("was replaced", self.path)
         return fd
 
 

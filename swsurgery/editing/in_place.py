@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swsurgery.checkpoint import journal
+from swsurgery.checkpoint import edited_shard
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import held_for_editing, read_checkpoint
@@ -195,26 +195,26 @@ def _find_directory(root: Path | Uri) -> Path:
 
 def _open_shards(
     folder: Folder, checkpoint: Checkpoint, names: Collection[str], opened: contextlib.ExitStack
-) -> dict[str, journal.OpenShard]:
+) -> dict[str, edited_shard.OpenShard]:
     """Open each file to edit once, for hashing and for writing.
 
     Raises TargetError for a file that must not be written, and CheckpointError for a file that was replaced.
     """
-    shards: dict[str, journal.OpenShard] = {}
+    shards: dict[str, edited_shard.OpenShard] = {}
     for name in sorted(names):
         file = checkpoint.get_file(name)
         entry = file.entry
         if entry is None or entry.folder is not folder:
             raise TargetError("the file is not in the directory to edit", file.source)
         _refuse_shared(entry)
-        shards[name] = journal.OpenShard(entry)
+        shards[name] = edited_shard.OpenShard(entry)
         opened.callback(shards[name].close)
     return shards
 
 
 def _hash_touched(
     checkpoint: Checkpoint,
-    shards: dict[str, journal.OpenShard],
+    shards: dict[str, edited_shard.OpenShard],
     splices: tuple[Splice, ...],
     changes: Changes,
     changed: Changed | None,

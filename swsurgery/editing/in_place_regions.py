@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from swsurgery.checkpoint import journal
+from swsurgery.checkpoint import edited_shard, journal
 from swsurgery.checkpoint.record import Record
 from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckpointError, PlanError
@@ -88,7 +88,7 @@ def _make_undo_error(plan: Plan, undo_limit: int) -> PlanError:
 
 def apply_changed(
     folder: Folder,
-    shards: dict[str, journal.OpenShard],
+    shards: dict[str, edited_shard.OpenShard],
     splices: tuple[Splice, ...],
     changed: Changed | None,
     undo_name: str | None,
@@ -105,7 +105,7 @@ def apply_changed(
     return journal.apply_splices(folder, shards, alone, places=places, undo_name=undo_name, reverts=reverts, mode=mode)
 
 
-def show_base(plan: Plan, shards: dict[str, journal.OpenShard], changed: Changed | None) -> Plan:
+def show_base(plan: Plan, shards: dict[str, edited_shard.OpenShard], changed: Changed | None) -> Plan:
     """Return the plan with a base whose changed regions are read as they were, for the check after the edit."""
     if changed is None:
         return plan

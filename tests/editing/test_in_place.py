@@ -35,6 +35,7 @@ from checkpoints import (
 )
 
 import swsurgery
+from swsurgery.checkpoint import journal
 from swsurgery.cli import main, output
 from swsurgery.editing import in_place
 from swsurgery.editing import plan as plan_module
@@ -739,7 +740,7 @@ def test_a_cut_off_edit_is_undone_for_those_who_load_it_from_python(base, manife
 
 
 def test_bounds_that_nothing_can_hold_are_refused_before_anything_is_written(base, tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(in_place.journal, "apply_splices", lambda *arguments, **more: pytest.fail("it was written"))
+    monkeypatch.setattr(journal, "apply_splices", lambda *arguments, **more: pytest.fail("it was written"))
     check = {"min_perplexity_ratio": 2.0, "max_perplexity_ratio": 1.0}
     line = refused(pinned(tmp_path / "m.json", base, ZERO, check=check), base)
     assert "no perplexity ratio is at least 2 and at most 1" in line

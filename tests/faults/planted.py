@@ -161,7 +161,7 @@ COPY_RACES = (
 IN_PLACE_RACES = (
     Bug(
         "a shard is not compared with what it was",
-        "checkpoint/journal.py",
+        "checkpoint/edited_shard.py",
         """\
         try:
             named = Identity.of(self.entry.stat())
@@ -174,7 +174,7 @@ IN_PLACE_RACES = (
     ),
     Bug(
         "old bytes are not read before they are overwritten",
-        "checkpoint/journal.py",
+        "checkpoint/edited_shard.py",
         "        if read_exactly(self.file, len(wanted), place.offset) != wanted:\n",
         "        if False:\n",
     ),
