@@ -172,6 +172,10 @@ class Quantisation:
             self._readings[name] = self._read(name)
         return self._readings[name]
 
+    def list_others(self, weight: str) -> list[str]:
+        """List the other tensors of the module of a weight, except its bias. The weight itself may be missing."""
+        return list(self._others(weight))
+
     def explain_refusal(self, name: str) -> str | None:
         """Explain why the tensor `name` does not store plain weights; None if it does."""
         reading = self.get_reading(name)

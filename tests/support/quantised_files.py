@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -75,15 +76,19 @@ def open_matrix(folder: Path, weight: str) -> tuple[Checkpoint, QuantisedMatrix]
 
 
 def compare_cells(checkpoint: Checkpoint, matrix: QuantisedMatrix, values: NDArray[np.float64]) -> None:
-    """200 random elements and the corners, read one by one, have these values; so have all rows in pieces."""
-    rows, cols = matrix.shape
+    """200 random elements and the corners, read one by one, have these values; so have all rows in pieces.
+
+    `values` counts the axes before the last as one.
+    """
+    rows = len(values)
     draw = random.Random(7)
-    places = [(r, c) for r in (0, rows - 1) for c in (0, cols - 1)]
-    places += [(draw.randrange(rows), draw.randrange(cols)) for _ in range(200)]
+    places = list(itertools.product(*((0, length - 1) for length in matrix.shape)))
+    places += [tuple(draw.randrange(length) for length in matrix.shape) for _ in range(200)]
     read = make_reader(checkpoint)
     for place in places:
         cell = matrix.find_cell(place)
-        assert cell.values[cell.read_code(read)] == values[place], place
+        row = int(np.ravel_multi_index(place[:-1], matrix.shape[:-1]))
+        assert cell.values[cell.read_code(read)] == values[row, place[-1]], place
     for begin, end in ((0, 1), (3, 14), (rows - 5, rows), (rows // 2, rows // 2)):
         assert np.array_equal(matrix.dequantise(begin, end), values[begin:end])
 

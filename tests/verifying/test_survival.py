@@ -255,7 +255,7 @@ def test_what_scales_activations_does_not_hide_a_weight(tmp_path, ending, beside
     assert only(root, fact(value=-2.25, dtype="BF16")).state == "kept"
 
 
-@pytest.mark.parametrize("name", ["scale", "scale_weight", "qscale_weight", "weights_scaling_factor", "unheard_of"])
+@pytest.mark.parametrize("name", ["scale", "qscale_weight", "weights_scaling_factor", "unheard_of"])
 def test_codes_with_a_scale_of_an_unknown_name_are_unreadable(tmp_path, name):
     """The raw code -224 is 90 times the known value, and 90 times as much is no proof that it is there."""
     scale = down(0).replace("weight", name)
@@ -288,7 +288,7 @@ F32_ONE = ("F32", (1,), struct.pack("<f", 1.0))
         ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": F32_ONE, down(0) + "_scale_2": F32_ONE}, "scale_2"),
         ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": tensor("F32", 4, 4)}, "which block"),
         ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": tensor("F32", 5)}, "does not fit"),
-        ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": tensor("F8_E8M0", 1)}, "stored as F8_E8M0"),
+        ({down(0): tensor("F8_E4M3", *SHAPE), down(0) + "_scale": tensor("U8", 1)}, "stored as U8"),
         ({down(0): tensor("I8", *SHAPE), down(0) + "_scale": F32_ONE, down(0) + "_zero_point": F32_ONE}, "zero_point"),
         ({down(0): tensor("BF16", 3, INNER)}, "rows"),
         ({"other": tensor("BF16", 2)}, "no known down projection"),

@@ -17,6 +17,13 @@ load_numpy()
 from swsurgery.checkpoint.layouts.auto_round import find_auto_round  # noqa: E402
 from swsurgery.checkpoint.layouts.awq import find_awq  # noqa: E402
 from swsurgery.checkpoint.layouts.cells import CannotTell, QuantisedMatrix, ReadBytes  # noqa: E402
+from swsurgery.checkpoint.layouts.compressed import find_pack_quantized, find_plain_codes  # noqa: E402
+from swsurgery.checkpoint.layouts.fp4 import (  # noqa: E402
+    find_fp4_in_bytes,
+    find_modelopt_fp4,
+    find_packed_fp4,
+    find_stacked_fp4,
+)
 from swsurgery.checkpoint.layouts.gptq import find_gptq  # noqa: E402
 from swsurgery.checkpoint.layouts.module import QuantisedModule  # noqa: E402
 from swsurgery.checkpoint.layouts.scaled import find_scaled  # noqa: E402
@@ -55,7 +62,18 @@ FindLayout = Callable[[QuantisedModule], QuantisedMatrix | None]
 It raises CannotTell if the module has this layout, but the stored tensors do not decide what the weight is.
 """
 
-LAYOUTS: tuple[FindLayout, ...] = (find_scaled, find_gptq, find_awq, find_auto_round)
+LAYOUTS: tuple[FindLayout, ...] = (
+    find_scaled,
+    find_pack_quantized,
+    find_plain_codes,
+    find_packed_fp4,
+    find_modelopt_fp4,
+    find_fp4_in_bytes,
+    find_stacked_fp4,
+    find_gptq,
+    find_awq,
+    find_auto_round,
+)
 
 WEIGHT_ENDINGS = (
     (".weight_packed", ".weight"),
@@ -94,7 +112,10 @@ def _read_module(checkpoint: StoredTensors, weight: str) -> QuantisedModule | No
     reading = checkpoint.quantisation.get_reading(coded)
     shard = checkpoint.shards[checkpoint.weight_map[coded]]
     scale = reading.scale if coded == weight and reading.kind == "scaled" else None
-    return QuantisedModule(weight, checkpoint.config, shard.metadata, checkpoint.infos, make_reader(checkpoint), scale)
+    others = tuple(name for name in checkpoint.quantisation.list_others(weight) if name != coded)
+    return QuantisedModule(
+        weight, checkpoint.config, shard.metadata, checkpoint.infos, make_reader(checkpoint), scale, others
+    )
 
 
 def find_codes(checkpoint: StoredTensors, weight: str) -> str | None:

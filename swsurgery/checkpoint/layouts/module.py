@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,11 @@ from swsurgery.checkpoint.layouts.cells import CannotTell, ReadBytes
 from swsurgery.storage.arrays import Doubles, Words, decode_doubles, get_word_type
 from swsurgery.storage.dtypes import FloatDtype, decode
 from swsurgery.storage.shard import TensorInfo
+
+_ACTIVATIONS = re.compile(
+    r"\.((input|output|[qkv]|kv)_(global_)?(scale|zero_point)|activation_scale|scale_input|weight_format)|_bias"
+)
+"""The pattern of endings of names of tensors that do not change the value of the weight beside them."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class QuantisedModule:
     `weight` is the name that the weight has in a loaded model, such as "model.layers.2.mlp.down_proj.weight" or
     "model.layers.2.mlp.experts.down_proj". `config` is config.json, and `metadata` the metadata of the shard with the
     module. `tensors` are the headers of all stored tensors. `scale` is the name of the tensor that multiplies the
-    weight, if checkpoint/quantised.py recognises one.
+    weight, if checkpoint/quantised.py recognises one. `others` are the names of all other tensors of the module except
+    its bias.
     """
 
     weight: str
@@ -94,6 +101,7 @@ class QuantisedModule:
     tensors: Mapping[str, TensorInfo]
     read: ReadBytes
     scale: str | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -116,6 +124,16 @@ class QuantisedModule:
         """The quantisation method that config.json declares, such as "gptq"; "" if it declares none."""
         method = self.quantisation.get("quant_method")
         return method if isinstance(method, str) else ""
+
+    def refuse_others(self, endings: Collection[str]) -> None:
+        """Raise CannotTell if the module has a tensor whose ending is not in `endings` and that may change the weight.
+
+        Scales of activations do not change it.
+        """
+        for name in self.others:
+            ending = name.removeprefix(self.name)
+            if ending not in endings and not _ACTIVATIONS.fullmatch(ending):
+                raise CannotTell(f"{name} is stored too, and may change what the codes mean")
 
     def find(self, ending: str) -> ModuleTensor | None:
         """Return the tensor with the module's name and `ending`, such as ".weight_packed"; None if it is not stored."""

@@ -1,107 +1,102 @@
-"""Read F8 and I8 weights that are multiplied by one scale per tensor, row or block.
+"""Read F8 and I8 weights that are multiplied by one scale per tensor, row or block, except compressed-tensors'.
 
-Covers `weight_scale` and `weight_scale_inv` (DeepSeek-V3, transformers' fine-grained FP8, compressed-tensors'
-float-quantized and int-quantized without zero points) and `SCB` (LLM.int8).
+Covers `weight_scale_inv` (DeepSeek-V3 and transformers' fine-grained FP8), `scale` (DeepSeek's own names),
+`weight_scale` (static FP8 of several writers), `scale_weight` (ComfyUI) and `SCB` (LLM.int8). A scale that is stored as
+F8_E8M0, or as U8 under a method that says so, is a power of two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-
-from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell
+from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, StoredGrid, make_shape_error, require_matrix
+from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.codes import decode_codes
 from swsurgery.checkpoint.layouts.module import ModuleTensor, QuantisedModule
-from swsurgery.storage.arrays import Doubles
+from swsurgery.checkpoint.layouts.packing import PackedRows
+from swsurgery.checkpoint.layouts.scales import require_float
+from swsurgery.checkpoint.layouts.schemes import is_compressed
+
+_INT8_STEPS = 127
+"""LLM.int8 stores the largest magnitude of a row, which is 127 steps (arXiv:2208.07339, section 2.1)."""
 
 
-@dataclass(frozen=True)
-class ScaledMatrix:
-    """A matrix of F8 or I8 codes, of which each block of `block` elements (one length per axis) shares a scale.
-
-    `divisor` is the number by which scales are divided: LLM.int8 stores the largest magnitude of a row, which is 127
-    steps (arXiv:2208.07339, section 2.1).
-    """
-
-    weight: str
-    layout: str
-    codes: ModuleTensor
-    scales: ModuleTensor
-    block: tuple[int, ...]
-    divisor: int = 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.codes.shape
-
-    def find_cell(self, index: tuple[int, ...]) -> Cell:
-        scale = self.scales.read_number(self._find_scale(index)) / self.divisor
-        at = BitField(self.codes.name, self.codes.info.flatten(index) * 8, 8)
-        return Cell((at,), [value * scale for value in decode_codes(self.codes.info.dtype)], scale)
-
-    def dequantise(self, begin: int, end: int) -> Doubles:
-        *above, cols = self.shape
-        values = self.codes.read_numbers(begin * cols, end * cols).reshape(end - begin, cols)
-        for number in range(begin, end):
-            values[number - begin] *= self._read_row_scales(np.unravel_index(number, above), cols)
-        return values
-
-    def _find_scale(self, index: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the index of the scale of an element, or of the first element of a row without its last axis."""
-        if self.scales.count == 1:
-            return (0,) * len(self.scales.shape)
-        place = tuple(i // size for i, size in zip(index, self.block, strict=True))
-        return place[: len(self.scales.shape)]
-
-    def _read_row_scales(self, row: Sequence[np.intp], cols: int) -> Doubles:
-        """Return the scales of one row's elements, as float64 [cols]."""
-        first = self.scales.info.flatten(self._find_scale((*map(int, row), 0)))
-        count = self.scales.shape[-1] if len(self.scales.shape) == len(self.shape) else 1
-        scales = self.scales.read_numbers(first, first + count)
-        return np.repeat(scales, self.block[-1])[:cols] / self.divisor
-
-
-def find_scaled(module: QuantisedModule) -> ScaledMatrix | None:
-    """Recognise a weight whose scale checkpoint/quantised.py has found.
+def find_scaled(module: QuantisedModule) -> BlockMatrix | None:
+    """Recognise an F8 or I8 weight with one scale of a known name.
 
     Raises CannotTell if the scale does not fit the weight, or if the matrix is not stored row by row.
     """
-    if module.scale is None:
+    scales = None if is_compressed(module) else _find_scale(module)
+    if scales is None:
         return None
     codes = ModuleTensor(module.tensors[module.weight], module.read)
-    scales = ModuleTensor(module.tensors[module.scale], module.read)
-    if scales.info.dtype.kind != "float":
-        raise CannotTell(f"the scale {scales.name} is stored as {scales.dtype}, which is not a floating-point dtype")
     is_int8 = scales.name.endswith(".SCB")
+    exponents = _is_exponent(module, scales)
+    if not exponents:
+        require_float(scales)
     if is_int8:
         _refuse_turned(module)
-    block = _find_block(module, codes.shape, scales)
+    require_matrix(codes, stacked=True)
     name = "LLM.int8" if is_int8 else f"{codes.dtype} with {scales.name.rpartition('.')[2]}"
-    return ScaledMatrix(module.weight, name, codes, scales, block, 127 if is_int8 else 1)
+    blocks = _make_blocks(module, codes.shape, scales, StoredGrid(scales, 1, exponents))
+    if is_int8:
+        blocks = Blocks(StoredGrid(scales, 1, divisor=_INT8_STEPS), blocks.rows, blocks.height, blocks.width)
+    packed = PackedRows(codes, codes.count // codes.shape[-1], codes.shape[-1], 8)
+    return BlockMatrix(module.weight, name, codes.shape, packed, decode_codes(codes.info.dtype), blocks)
 
 
-def _find_block(module: QuantisedModule, shape: tuple[int, ...], scales: ModuleTensor) -> tuple[int, ...]:
-    """Return the lengths of the blocks that share a scale, one for each axis. Raises CannotTell."""
+def _find_scale(module: QuantisedModule) -> ModuleTensor | None:
+    """Return the scale of a weight: the one that checkpoint/quantised.py recognises, or one of two further names."""
+    if module.scale is not None:
+        return ModuleTensor(module.tensors[module.scale], module.read)
+    codes = module.tensors.get(module.weight)
+    if codes is None or not codes.dtype.name.startswith(("F8_E4M3", "F8_E5M2")):
+        return None
+    allowed = ".scale" if module.method == "fp8" else ".scale_weight" if module.method == "" else ""
+    found = module.find(allowed) if allowed else None
+    if found is not None:
+        module.refuse_others((allowed,))
+    if found is not None and allowed == ".scale_weight" and found.count != 1:
+        raise make_shape_error(found, "a weight with one scale")
+    return found
+
+
+def _is_exponent(module: QuantisedModule, scales: ModuleTensor) -> bool:
+    """Return True if the scales are powers of two that are stored as exponents. Raises CannotTell if they may be."""
+    if scales.dtype == "F8_E8M0":
+        return True
+    if scales.dtype != "U8":
+        return False
+    if module.method in ("fp8", "mxfp8") or module.quantisation.get("quant_algo") == "MXFP8":
+        return True
+    raise CannotTell(f"the scale {scales.name} is stored as U8, and config.json does not say what its bytes mean")
+
+
+def _make_blocks(module: QuantisedModule, shape: tuple[int, ...], scales: ModuleTensor, grid: StoredGrid) -> Blocks:
+    """Describe which elements share a scale. Raises CannotTell."""
+    *above, rows, cols = shape
     if scales.count == 1:
-        return tuple(max(length, 1) for length in shape)
+        total = rows * (above[0] if above else 1)
+        return Blocks(grid, total, total, cols)
     if len(scales.shape) == 1 and scales.shape == shape[:1]:
-        return (1, *(max(length, 1) for length in shape[1:]))
-    if len(scales.shape) != len(shape):
-        what = f"the scale {scales.name} of shape {list(scales.shape)} does not fit the weight of shape {list(shape)}"
-        raise CannotTell(what)
-    pairs = list(zip(shape, scales.shape, strict=True))
+        return Blocks(grid, rows, rows if above else 1, cols)
+    if len(scales.shape) != len(shape) or scales.shape[:-2] != tuple(above):
+        raise make_shape_error(scales, f"the weight of shape {list(shape)}")
+    height, width = _find_block(module, (rows, cols), scales)
+    return Blocks(StoredGrid(scales, scales.shape[-1], grid.exponents), rows, height, width)
+
+
+def _find_block(module: QuantisedModule, shape: tuple[int, int], scales: ModuleTensor) -> tuple[int, int]:
+    """Return the height and the width of the blocks that share a scale. Raises CannotTell."""
+    pairs = list(zip(shape, scales.shape[-2:], strict=True))
     said = module.quantisation.get("weight_block_size")
     if isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said):
-        block = (*(1,) * (len(shape) - 2), *said)
-        if all(-(-length // size) == count for (length, count), size in zip(pairs, block, strict=True)):
-            return block
+        height, width = said
+        if tuple(-(-length // size) for length, size in zip(shape, said, strict=True)) == scales.shape[-2:]:
+            return height, width
     if any(count == 0 or length % count for length, count in pairs):
         what = f"the shape {list(scales.shape)} of {scales.name} does not show which scale belongs to which block"
         raise CannotTell(what)
-    return tuple(length // count for length, count in pairs)
+    height, width = (length // count for length, count in pairs)
+    return height, width
 
 
 def _refuse_turned(module: QuantisedModule) -> None:
