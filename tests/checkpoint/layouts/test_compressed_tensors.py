@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 pytest.importorskip("compressed_tensors")
 from compressed_tensors import compressors, quantization
 from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.entrypoints.convert.converters import ModelOptNvfp4Converter
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from compressed_tensors.quantization.utils.helpers import maybe_pad_tensor_for_block_quant
 
@@ -180,6 +181,34 @@ def test_the_nearest_code_changes_one_scalar_for_the_library(case, tmp_path):
         assert after[index] == torch.tensor(value).to(torch.float32).to(after.dtype)
         changed = (after != before).nonzero().tolist()
         assert changed == ([list(index)] if before[index] != after[index] else [])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_of_modelopt_are_what_the_converter_makes_of_them(tmp_path):
+    """The global scale becomes a power of two, so that its inverse, which ModelOpt stores, is exact."""
+    folder = quantise(tmp_path / "made", *CASES["NVFP4"])
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("weight_global_scale")]:
+        tensors[name] = torch.exp2(torch.floor(torch.log2(tensors[name])))
+    modules = [name.removesuffix("weight_packed") for name in tensors if name.endswith("weight_packed")]
+    renamed = {
+        module + new: tensors[module + old]
+        for module in modules
+        for old, new in (("weight_packed", "weight"), ("weight_scale", "weight_scale"))
+    }
+    renamed |= {f"{module}weight_scale_2": 1 / tensors[f"{module}weight_global_scale"] for module in modules}
+    config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+    other = write_checkpoint(tmp_path / "modelopt", renamed, config)
+
+    converted = ModelOptNvfp4Converter(targets=["Linear"]).process(load_file(other / "model.safetensors"))
+    assert set(converted) == set(tensors)
+    scheme = quantization.QuantizationScheme(
+        targets=["Linear"], weights=quantization.QuantizationArgs(**CASES["NVFP4"][1])
+    )
+    compressor = compressors.BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    for module in modules:
+        state = {last: converted[module + last] for last in ("weight_packed", "weight_scale", "weight_global_scale")}
+        compare(other, f"{module}weight", compressor.decompress(state, scheme)["weight"], torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore")
