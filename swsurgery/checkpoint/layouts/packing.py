@@ -14,10 +14,8 @@ import numpy as np
 from swsurgery.checkpoint.layouts.cells import BitField, Cell
 from swsurgery.checkpoint.layouts.codes import Codes
 from swsurgery.checkpoint.layouts.module import ModuleTensor
+from swsurgery.checkpoint.layouts.words import WORD, list_fields
 from swsurgery.storage.arrays import Doubles
-
-WORD = 32
-"""Bits of one word."""
 
 
 def count_words(codes: int, bits: int, *, padded: bool = False) -> int:
@@ -88,16 +86,9 @@ class PackedColumns:
 
     def read_number(self, row: int, col: int) -> float:
         """Read one zero point."""
-        word, place = divmod(find_start(row, self.bits, padded=self.padded), WORD)
-        lower = min(self.bits, WORD - place)
-        fields = [self._find_bits(word, col, place, lower)]
-        if lower < self.bits:
-            fields.append(self._find_bits(word + 1, col, 0, self.bits - lower))
+        fields = list_fields(self.tensor, col, find_start(row, self.bits, padded=self.padded), self.bits)
         code = Cell(tuple(fields), (), 1.0).read_code(self.tensor.read)
         return float(code - (1 << (self.bits - 1)))
-
-    def _find_bits(self, word: int, col: int, place: int, width: int) -> BitField:
-        return BitField(self.tensor.name, (word * self.cols + col) * WORD + place, width)
 
     def read_numbers(self, begin: int, end: int) -> Doubles:
         """Read the zero points of the rows `begin` to `end` (excluded), as float64 [end - begin, cols]."""

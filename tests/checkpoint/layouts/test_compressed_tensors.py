@@ -8,17 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from layout_files import (
-    LAYERS,
-    assert_located,
-    compare,
-    name_down,
-    needs_model,
-    open_matrix,
-    read_weights,
-    write_checkpoint,
-    write_code,
-)
+from checkpoints import down
+from layout_files import compare, compare_super, only_with_model, read_weights, write_tensors
+from quantised_files import LAYERS, differ_once, open_matrix, set_nearest
 from safetensors.torch import load_file
 
 pytest.importorskip("compressed_tensors")
@@ -30,7 +22,7 @@ from compressed_tensors.quantization.utils.helpers import maybe_pad_tensor_for_b
 
 from swsurgery.verifying.verify import verify
 
-pytestmark = needs_model
+pytestmark = only_with_model
 
 GROUP = {"strategy": "group", "group_size": 128}
 CHANNEL, TENSOR = {"strategy": "channel"}, {"strategy": "tensor"}
@@ -95,7 +87,7 @@ class Holder(torch.nn.Module):
         super().__init__()
         layers = torch.nn.ModuleDict()
         for layer in LAYERS:
-            weight = weights[name_down(layer)]
+            weight = weights[down(layer)]
             linear = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
             linear.weight.data = weight
             layers[str(layer)] = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"down_proj": linear})})
@@ -118,7 +110,7 @@ def quantise(folder: Path, form: str, arguments: dict, dtype: torch.dtype = torc
         fill_parameters(module, scheme.weights)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
-    write_checkpoint(folder, model.state_dict(), {})
+    write_tensors(folder, model.state_dict())
     compressor.update_config(str(folder))
     return folder
 
@@ -156,11 +148,11 @@ def test_every_scalar_is_what_the_library_computes(case, tmp_path):
     single = arguments.get("symmetric") is False and arguments.get("type") == "float"
     folder = quantise(tmp_path / "made", form, arguments, torch.float32 if single else torch.bfloat16)
     for layer in LAYERS:
-        expected = decompress(folder, name_down(layer))
+        expected = decompress(folder, down(layer))
         assert torch.isfinite(expected).all() and expected.count_nonzero() > 1000
-        matrix = compare(folder, name_down(layer), expected, torch.float32)
+        matrix = compare(folder, down(layer), expected, torch.float32)
     assert form in matrix.layout
-    assert_located(folder)
+    compare_super(folder, decompress(folder, down(11)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -168,19 +160,18 @@ def test_every_scalar_is_what_the_library_computes(case, tmp_path):
                                   "NVFP4", "MXFP4", "MXFP8"])  # fmt: skip
 def test_the_nearest_code_changes_one_scalar_for_the_library(case, tmp_path):
     folder = quantise(tmp_path / "made", *CASES[case])
-    weight = name_down(11)
-    matrix = open_matrix(folder, weight)
+    weight = down(11)
+    _, matrix = open_matrix(folder, weight)
     before = decompress(folder, weight)
     for index in ((507, 1229), (0, 10), (575, 1535)):
         grid = matrix.find_cell(index).grid
         wanted = 0.3 * grid[0][0] + 0.7 * grid[-1][0]
         copy = tmp_path / f"edited {index}"
-        value = write_code(folder, copy, matrix, index, wanted)
+        value = set_nearest(folder, copy, weight, index, wanted)
         assert abs(value - wanted) == min(abs(v - wanted) for v, _ in grid)
         after = decompress(copy, weight)
         assert after[index] == torch.tensor(value).to(torch.float32).to(after.dtype)
-        changed = (after != before).nonzero().tolist()
-        assert changed == ([list(index)] if before[index] != after[index] else [])
+        assert differ_once(before.float().numpy(), after.float().numpy(), index) or before[index] == after[index]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -197,8 +188,7 @@ def test_files_of_modelopt_are_what_the_converter_makes_of_them(tmp_path):
         for old, new in (("weight_packed", "weight"), ("weight_scale", "weight_scale"))
     }
     renamed |= {f"{module}weight_scale_2": 1 / tensors[f"{module}weight_global_scale"] for module in modules}
-    config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
-    other = write_checkpoint(tmp_path / "modelopt", renamed, config)
+    other = write_tensors(tmp_path / "modelopt", renamed, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
 
     converted = ModelOptNvfp4Converter(targets=["Linear"]).process(load_file(other / "model.safetensors"))
     assert set(converted) == set(tensors)
@@ -215,5 +205,5 @@ def test_files_of_modelopt_are_what_the_converter_makes_of_them(tmp_path):
 def test_verify_reads_the_known_super_weights(tmp_path):
     folder = quantise(tmp_path / "made", *CASES["8 bits"])
     survival = verify(folder, known=True, model="HuggingFaceTB/SmolLM2-135M-Instruct").known
-    states = {(*c.index, c.state) for c in survival.coordinates if c.tensor == name_down(11)}
+    states = {(*c.index, c.state) for c in survival.coordinates if c.tensor == down(11)}
     assert (507, 1229, "kept") in states and not math.isnan(survival.coordinates[0].stored)

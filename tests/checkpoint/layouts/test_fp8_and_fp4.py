@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from layout_files import (
-    LAYERS,
-    assert_located,
-    compare,
-    name_down,
-    needs_model,
-    open_matrix,
-    read_weights,
-    write_checkpoint,
-    write_code,
-)
+from checkpoints import down
+from layout_files import compare, compare_super, only_with_model, read_weights, write_tensors
+from quantised_files import LAYERS, SHARD, differ_once, set_nearest
 from safetensors.torch import load_file
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
@@ -27,7 +20,7 @@ from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.layouts.find import WeightShapes, make_reader
 from swsurgery.checkpoint.opening import open_checkpoint
 
-pytestmark = needs_model
+pytestmark = only_with_model
 MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
 """The numbers between the magnitudes of E2M1: 0, 0.5, 1, 1.5, 2, 3, 4 and 6."""
 
@@ -53,16 +46,14 @@ def pack_fp4(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tenso
     return codes[..., 0::2] | codes[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
 
 
-def write(folder, name: str, parts: dict[int, dict[str, torch.Tensor]], config: dict):
+def write(folder, name: str, parts: dict[int, dict[str, torch.Tensor]], config: dict | None):
     tensors = {
-        name_down(layer).removesuffix("weight") + last: tensor
-        for layer in parts
-        for last, tensor in parts[layer].items()
+        down(layer).removesuffix("weight") + last: tensor for layer in parts for last, tensor in parts[layer].items()
     }
-    return write_checkpoint(folder / name, tensors, config)
+    return write_tensors(folder / name, tensors, config)
 
 
-FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 128]}}
+FP8 = {"quant_method": "fp8", "weight_block_size": [64, 128]}
 
 
 @pytest.mark.parametrize("kind", ["float", "ue8m0", "ue8m0 as bytes", "scale", "one scale", "scale_weight"])
@@ -80,12 +71,12 @@ def test_fp8_is_what_transformers_computes(kind, tmp_path):
         if kind == "scale":
             part["scale"] = part.pop("weight_scale_inv")
         if kind == "scale_weight":
-            part["scale_weight"], config = part.pop("weight_scale_inv").reshape(()), {}
+            part["scale_weight"], config = part.pop("weight_scale_inv").reshape(()), None
             part["scale_input"] = torch.ones(())
     folder = write(tmp_path, "made", parts, config)
     for layer in LAYERS:
-        compare(folder, name_down(layer), expected[layer], torch.float32, torch.bfloat16)
-    assert_located(folder)
+        compare(folder, down(layer), expected[layer], torch.float32, torch.bfloat16)
+    compare_super(folder, expected[11])
 
 
 @pytest.mark.parametrize("name", ["scale", "weight_scale_inv"])
@@ -96,16 +87,18 @@ def test_fp4_in_bytes_is_what_transformers_computes(name, tmp_path):
         scales = exponents.view(torch.float8_e8m0fnu)
         parts[layer] = {"weight": packed.view(torch.int8), name: scales}
         expected[layer] = dequantise(parts[layer]["weight"], scales)
-    folder = write(tmp_path, "made", parts, {**FP8, "expert_dtype": "fp4"})
+    folder = write(tmp_path, "made", parts, FP8)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "expert_dtype": "fp4"}))
     for layer in LAYERS:
-        compare(folder, name_down(layer), expected[layer], torch.float32, torch.bfloat16)
-    assert_located(folder)
-    weight = name_down(11)
-    value = write_code(folder, tmp_path / "edited", open_matrix(folder, weight), (507, 1229), 3.2)
-    stored = load_file(tmp_path / "edited" / "model.safetensors")
+        compare(folder, down(layer), expected[layer], torch.float32, torch.bfloat16)
+    compare_super(folder, expected[11])
+    weight = down(11)
+    value = set_nearest(folder, tmp_path / "edited", weight, (507, 1229), 3.2)
+    stored = load_file(tmp_path / "edited" / SHARD)
     after = dequantise(stored[weight], stored[weight.removesuffix("weight") + name])
     assert after[507, 1229] == value
-    assert (after != expected[11]).nonzero().tolist() == [[507, 1229]]
+    assert differ_once(after.float().numpy(), expected[11].float().numpy(), (507, 1229))
 
 
 def test_experts_of_gpt_oss_are_what_transformers_computes(tmp_path):
@@ -117,8 +110,9 @@ def test_experts_of_gpt_oss_are_what_transformers_computes(tmp_path):
     tensors = {f"{weight}_blocks": blocks, f"{weight}_scales": exponents, f"{weight}_bias": torch.zeros(3, 576)}
     tensors["model.layers.1.mlp.experts.gate_up_proj_blocks"] = blocks.clone()
     tensors["model.layers.1.mlp.experts.gate_up_proj_scales"] = exponents.clone()
-    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
-    folder = write_checkpoint(tmp_path / "made", tensors, config)
+    folder = write_tensors(tmp_path / "made", tensors, {"quant_method": "mxfp4"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt_oss"}))
     matrix = compare(folder, weight, expected, torch.float32, torch.bfloat16)
     compare(folder, "model.layers.1.mlp.experts.gate_up_proj", expected, torch.float32, torch.bfloat16)
     values = matrix.dequantise(0, 3 * 1536)
@@ -130,7 +124,8 @@ def test_experts_of_gpt_oss_are_what_transformers_computes(tmp_path):
     cell = matrix.find_cell(found.index)
     assert cell.values[cell.read_code(make_reader(checkpoint))] == expected[1, 1229, 507]
 
-    value = write_code(folder, tmp_path / "edited", matrix, found.index, 3.2)
-    stored = load_file(tmp_path / "edited" / "model.safetensors")
+    value = set_nearest(folder, tmp_path / "edited", weight, found.index, 3.2)
+    stored = load_file(tmp_path / "edited" / SHARD)
     after = convert_moe_packed_tensors(stored[f"{weight}_blocks"], stored[f"{weight}_scales"])
-    assert after[found.index] == value and (after != expected).nonzero().tolist() == [[1, 1229, 507]]
+    assert after[found.index] == value
+    assert differ_once(after.float().numpy(), expected.float().numpy(), found.index)
