@@ -36,8 +36,14 @@ BIASED = {  # options that store biases of the MLP where the family has none by 
     "starcoder2": {"use_bias": False},
     "opt": {"enable_bias": False},
 }
+SAME = ("hunyuan_v1_dense", "phi4_multimodal", "qwen2_5_omni_thinker")
+"""Models whose only layout is that of another model of `VARIANTS`."""
 # EXAONE-4 is in no family; the names of its tensors are those of Llama.
-CASES = [*VARIANTS, ("exaone4", ""), *((name, "biased") for name in BIASED)]
+CASES = [
+    *(variant for variant in VARIANTS if variant[0] not in SAME),
+    ("exaone4", ""),
+    *((name, "biased") for name in BIASED),
+]
 MOE = [c for c in CASES if re.search("moe|mixtral|deepseek|gpt_oss|llama4|nemotron_h|jamba|kimi|longcat|step3", c[0])]
 
 

@@ -19,8 +19,7 @@ VARIANTS = [
     # Saved as transformers >= 5 holds them in memory: the experts of a layer in one tensor.
     *((name, "stacked") for name in ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe", "granitemoe")),
     *((name, "stacked") for name in ("llava", "gemma3", "qwen2_5_vl", "qwen2_5_omni_thinker")),
-    *((name, "stacked") for name in ("nemotron_h", "lfm2_moe", "jamba", "deepseek_v4", "kimi_linear", "longcat_flash")),
-    *((name, "stacked") for name in ("hunyuan_v1_moe", "step3p7")),
+    *((name, "stacked") for name in ("nemotron_h", "lfm2_moe", "kimi_linear", "longcat_flash")),
     # As published, [expert, in, out]; transformers turns it while loading.
     ("qwen3_vl_moe", "published"),
 ]
