@@ -102,6 +102,11 @@ def test_a_library_is_imported_in_its_packages_only(library):
     assert {u for u in users if not f"{u}.".startswith(tuple(f"{wall}." for wall in WALLS[library]))} == set()
 
 
+def test_only_the_check_for_completeness_may_ask_a_model():
+    users = {m for m, names in IMPORTS.items() if any(name.startswith("swsurgery.model") for name in names)}
+    assert {user for user in users if user.startswith("swsurgery.verifying")} == {"swsurgery.verifying.complete"}
+
+
 def test_no_module_imports_one_that_imports_it():
     graph = {module: (names & SOURCES.keys()) - {module} for module, names in IMPORTS.items()}
     assert "swsurgery.editing.plan" in graph["swsurgery.editing.apply"]
@@ -143,6 +148,8 @@ def test_the_package_alone_loads_nothing(directory):
         ["apply", "patched.yaml", "--dry-run"],
         ["apply", "patched.yaml", "--check", "off", "-o", "new"],
         ["verify", "patched"],
+        ["verify", "patched", "--complete"],
+        ["preflight", "patched"],
         ["lint", "patched.yaml"],
         ["diff", "base", "patched"],
         ["revert", "patched", "-o", "back"],

@@ -115,7 +115,10 @@ def _read_depths(sections: list[Config]) -> dict[str, int]:
         both = {"encoder": encoder, "decoder": decoder or encoder}
         return {side: depth for side, depth in both.items() if depth}
     kinds = (section.get(key) for section in sections for key in LAYER_TYPES)
-    depth = _read_first(sections, DEPTHS) or next((len(k) for k in kinds if isinstance(k, list | str)), 0)
+    # LongCat counts two attentions in each layer for num_hidden_layers, so the smaller number is the one of layers.
+    stated = ([n for key in DEPTHS if (n := _read_count(section, key))] for section in sections)
+    depth = next((min(numbers) for numbers in stated if numbers), 0)
+    depth = depth or next((len(k) for k in kinds if isinstance(k, list | str)), 0)
     return {"": depth} if 0 < depth <= MAX_COUNT else {}
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.damage import Damage, Survey
 from swsurgery.checkpoint.declared import Declared, read_declared
-from swsurgery.errors import pluralise
+from swsurgery.checkpoint.opening import survey_checkpoint
+from swsurgery.checkpoint.weight_files import Weights
+from swsurgery.errors import SwsurgeryError, pluralise
 from swsurgery.hub.remote import RemoteTree
+from swsurgery.storage.folder import Folder
 from swsurgery.storage.numbers import format_size
 from swsurgery.verifying.complete_layers import Lack, compare_layers, select_listed
 from swsurgery.verifying.complete_names import LayerList, Sorted, find_main_lists, sort_names
@@ -112,6 +115,30 @@ class Completeness:
             "undecided": self.undecided,
             "transformers": self.expected.to_json() if self.expected else None,
         }
+
+
+def open_and_check(
+    root: Folder | RemoteTree,
+    weights: Weights | None,
+    variant: str | None,
+    elsewhere: Collection[str],
+    *,
+    transformers: bool,
+) -> tuple[Checkpoint, Completeness]:
+    """Open a checkpoint, and compare it with its config.json and, if requested, with the model of transformers.
+
+    Transformers is not asked if files are damaged. Raises the errors of `survey_checkpoint`, SwsurgeryError if
+    transformers is to be asked about a repository, whose config.json it cannot read, and Unrunnable if it cannot build
+    the model.
+    """
+    if transformers and isinstance(root, RemoteTree):
+        raise SwsurgeryError("--transformers needs the files on this machine", root, "download it with hf download")
+    survey = survey_checkpoint(root, weights, variant, elsewhere)
+    if not transformers or survey.damages:
+        return survey.checkpoint, check_complete(survey)
+    from swsurgery.model.expected_names import compare_with_transformers
+
+    return survey.checkpoint, check_complete(survey, compare_with_transformers(survey.checkpoint))
 
 
 def check_complete(survey: Survey, expected: Expectation | None = None) -> Completeness:

@@ -19,7 +19,7 @@ from swsurgery.storage.folder import Folder
 from swsurgery.verifying.against_record import check_structure
 from swsurgery.verifying.complete import Completeness, check_complete
 from swsurgery.verifying.findings import Finding
-from swsurgery.verifying.verify import Verification
+from swsurgery.verifying.verification import Verification
 
 
 def preflight(

@@ -12,7 +12,8 @@ from patched import DOWN, EDITED, FIRST, MANIFEST, PROTECTED, SCALED, SECOND, ap
 
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError, ManifestError
-from swsurgery.verifying.verify import Verification, verify
+from swsurgery.verifying.verification import Verification
+from swsurgery.verifying.verify import verify
 
 OWN = ("swsurgery.json", "manifest.yaml", "SHA256SUMS")
 

@@ -30,7 +30,7 @@ import swsurgery
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError
 from swsurgery.verifying.findings import RULES
-from swsurgery.verifying.verify import Verification
+from swsurgery.verifying.verification import Verification
 
 RECORD = "swsurgery.json"
 
