@@ -1,0 +1,191 @@
+"""The result of `verify`: the findings of all checks, and the text and JSON that describe what was proved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swsurgery.errors import escape_control, pluralise
+from swsurgery.hub import RemoteTree
+from swsurgery.verifying.against_record import RecordProof
+from swsurgery.verifying.findings import Finding
+from swsurgery.verifying.formats import FindingReport
+
+if TYPE_CHECKING:  # each of these modules does one optional check and is imported only for this check
+    from swsurgery.manifest.load import LoadedManifest
+    from swsurgery.verifying.against_known import Survival
+    from swsurgery.verifying.against_protected import Guard
+    from swsurgery.verifying.complete import Completeness
+    from swsurgery.verifying.identification import Identification
+    from swsurgery.verifying.value_findings import ValueReport
+
+
+@dataclass(frozen=True, repr=False)
+class Verification(FindingReport):
+    """The findings of all checks. `ok` is True if no finding is an error and something could be compared.
+
+    `record` is the proof from the checkpoint's record, or None if it has no record. `known` contains the states of the
+    known super weights, and `identified` says which model they are of and how it was identified; both are None if they
+    were not requested. `base` is the location of the base that was compared, or None. `values` contains the figures of
+    all tensors, or is None if they were not requested. `complete` is the comparison with config.json,
+    or None if it was not requested.
+    """
+
+    record: RecordProof | None = None
+    known: Survival | None = field(default=None, repr=False)
+    base: Path | RemoteTree | None = None
+    values: ValueReport | None = field(default=None, repr=False)
+    identified: Identification | None = None
+    complete: Completeness | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Result of all checks: the findings, and the result of each check.
+
+    `verification` is None if the checkpoint has no record. `base` is the location of the base that was compared.
+    `notes` describe the checkpoint's files and do not change the answer.
+    """
+
+    findings: tuple[Finding, ...]
+    rules: tuple[str, ...]
+    verification: RecordProof | None = None
+    survival: Survival | None = None
+    manifest: LoadedManifest | None = None
+    base: Path | RemoteTree | None = None
+    finite: bool = False
+    signature: Path | None = None
+    notes: tuple[str, ...] = ()
+    guard: Guard | None = None
+    values: ValueReport | None = None
+    identified: Identification | None = None
+    complete: Completeness | None = None
+
+    @property
+    def decided(self) -> bool:
+        """False if known super weights or completeness were requested and could not be compared."""
+        return (self.survival is None or self.survival.decided) and (self.complete is None or self.complete.decided)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON document of the proof from the record, with the results of the other checks added."""
+        document = self.verification.to_json() if self.verification else {}
+        if self.manifest is not None:
+            document["manifest"] = {"path": str(self.manifest.path), "base": self.base and str(self.base)}
+        if self.survival is not None:
+            identified = self.identified and self.identified.to_json()
+            document["known"] = self.survival.to_json() | {"identified": identified}
+        if self.guard is not None:
+            document["protected_values"] = self.guard.to_json()
+        if self.values is not None:
+            document["values"] = self.values.to_json()
+        if self.complete is not None:
+            document["complete"] = self.complete.to_json()
+        findings = [f.to_json() for f in self.findings]
+        return document | {"findings": findings, "finite": self.finite, "notes": list(self.notes)}
+
+    def report(self, subject: str) -> Verification:
+        """Build the report that the output formats render. `subject` is the checkpoint's path as the user wrote it."""
+        checked = "\n".join(map(escape_control, self.lines()))
+        return Verification(
+            subject,
+            "verify",
+            self.findings,
+            checked,
+            self.to_json(),
+            self.rules,
+            self.decided,
+            self.verification,
+            self.survival,
+            self.base,
+            self.values,
+            self.identified,
+            self.complete,
+        )
+
+    def lines(self) -> Iterable[str]:
+        """Yield what was proved, as text. A claim is omitted if any finding contradicts it."""
+        clean = not any(f.level == "error" for f in self.findings)
+        if self.verification is not None and clean:
+            yield from _describe_verification(self.verification)
+        if self.manifest is not None and clean:
+            how = (
+                f"and compared byte by byte with {self.base}"
+                if self.base
+                else "from the base's bits, which the record proves"
+            )
+            yield f"manifest  exactly {self.manifest.path}: every edit recomputed {how}"
+        if self.survival is not None:
+            yield from _describe_survival(self.survival, self.identified)
+        if self.guard is not None:
+            yield self.guard.describe()
+        if self.signature is not None and not any(f.rule == "signature" for f in self.findings):
+            yield f"signature {self.signature} covers every file, and no file was changed after signing"
+        if self.finite and not any(f.rule == "non-finite" for f in self.findings):
+            yield "finite    no stored floating-point value is NaN or infinite"
+        if self.values is not None:
+            yield self.values.describe()
+        if self.complete is not None and self.complete.undecided:
+            yield f"undecided {self.complete.undecided}, so whether all layers are there is unknown"
+        elif self.complete is not None and not self.complete.errors:
+            yield f"complete  {self.complete.describe()}"
+        for note in self.notes:
+            yield f"note      {note}"
+
+
+def _describe_verification(verification: RecordProof) -> Iterable[str]:
+    yield f"verified  {pluralise(verification.files - len(verification.unhashed), 'file')} with the record's sha256"
+    if verification.proved:
+        others = verification.unread or verification.unverified or verification.needs_base
+        parts = [pluralise(verification.changes, "region")] if verification.changes else []
+        if verification.edits or not parts:
+            parts.insert(0, pluralise(verification.edits, "scalar"))
+        put_back = "files not listed below" if others else f"with {' and '.join(parts)} put back, they"
+        yield f"proved    {put_back} have the base's sha256"
+    if verification.unread:
+        names = ", ".join(verification.unread)
+        yield f"unread    {names}: only the edited scalars were read; the sha256 is the one that the Hub lists"
+    if verification.elsewhere:
+        yield f"elsewhere {pluralise(len(verification.elsewhere), 'unchanged file')} in the base's repository, not here"
+    if verification.protected or not verification.protected_regions:
+        yield f"protected {pluralise(verification.protected, 'scalar')} with the base's bits"
+    if verification.unverified:
+        names, count = _format_some(verification.unverified), pluralise(len(verification.unverified), "file")
+        yield f"unproved  {count} whose digests were copied into the record without hashing the base: {names}"
+    if verification.changes:
+        yield f"changed   {pluralise(verification.changes, 'region')} with the record's sha256"
+    if verification.protected_regions:
+        yield f"protected {pluralise(verification.protected_regions, 'region')} with the recorded sha256"
+    if verification.needs_base and not verification.compared_with_base:
+        names = _format_some(verification.needs_base)
+        yield f"unproved  no undo file has the old bytes of {names}: the proof needs the base (give --base)"
+    if verification.unhashed:
+        count = pluralise(len(verification.unhashed), "file")
+        yield f"unhashed  {count} of which only the size is known: {_format_some(verification.unhashed)}"
+    if verification.compared_with_base:
+        yield "compared  byte by byte with the base: nothing else differs"
+
+
+def _describe_survival(survived: Survival, identified: Identification | None) -> Iterable[str]:
+    from swsurgery.verifying.against_known import UNDECIDED, describe_kept
+
+    held = [c for c in survived.coordinates if c.held]
+    read = [c for c in held if c.state not in UNDECIDED]
+    there = [c for c in read if c.state != "lost"]
+    edited = sum(c.state == "declared" for c in held)
+    aside = f", {edited} of them edited on purpose" if edited else ""
+    yield f"known     {len(there)} of {pluralise(len(held), 'super weight')} of {survived.model} not lost{aside}"
+    if identified is not None:
+        yield f"          {identified.describe()}"
+    for c in survived.coordinates:
+        aside = "" if c.held else f" (not counted: {c.status})"
+        yield f"          {c.id:16} {describe_kept(c)}{aside}"
+    if survived.rows:
+        yield f"          not read, because only the row is known: {', '.join(survived.rows)}"
+    if not survived.decided:
+        yield "          none of them could be compared, so the answer is neither yes nor no"
+
+
+def _format_some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
