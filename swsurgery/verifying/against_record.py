@@ -340,9 +340,10 @@ def _check_digests(
         progress.advance(file.size)
         return findings + _check_hub_digest(file, record)
     hashed = record.sha256 is not None or record.base_sha256 is not None
-    if not hashed and scan is None and not inside:
+    changes = regions.changes.get(file.name) if regions else None
+    if not hashed and scan is None and not changes:
         return findings
-    if regions is not None and inside:
+    if regions is not None and changes:
         from swsurgery.verifying.regions import hash_with_regions
 
         try:
@@ -351,10 +352,10 @@ def _check_digests(
         except SwsurgeryError as error:
             return [*findings, Finding("registry", f"the regions cannot be restored: {error}", file.name)]
         findings += found
-        if file.name in regions.needs_base:
-            record = record.model_copy(update={"base_sha256": None})
     else:
         here, restored = _hash_twice(file, old, hashed, scan, progress)
+    if regions is not None and file.name in regions.needs_base:
+        record = record.model_copy(update={"base_sha256": None})
     if record.sha256 is not None and here != record.sha256:
         findings.append(Finding("digest", f"the file's sha256 is {here}, not {record.sha256}", file.name))
     if record.base_sha256 is not None and restored != record.base_sha256:

@@ -44,8 +44,9 @@ Look = Callable[[int, bytes | bytearray], None]
 class RegionProof:
     """The regions of a record that fit the headers of the checkpoint, and what is wrong with the others.
 
-    `changes` contains what is done to each file to restore the base: the old bytes are put back, or, without an undo
-    file, the regions are only hashed. `needs_base` contains the names of the files that cannot be restored.
+    `changes` contains what is done to each file with regions to restore the base: the old bytes are put back, or,
+    without an undo file, the regions are only hashed. A region that can be neither restored nor compared with a digest
+    is left out, because nothing needs its bytes. `needs_base` contains the names of the files that cannot be restored.
     """
 
     entries: Mapping[str, RegionRecord]
@@ -84,11 +85,17 @@ def read_regions(record: Record, checkpoint: Checkpoint, progress: Progress) -> 
             except CheckpointError as error:
                 findings.append(Finding("registry", error.faults[0], record.undo_name))
                 needs_base.add(entry.file)
+        here = changes.setdefault(entry.file, [])
         op = "keep" if isinstance(function, Keep) else "restore"
-        change = RegionChange(name, op, place.info, place.start, place.region, function, order=(number, 0))
-        entries[name] = entry
-        changes.setdefault(entry.file, []).append(change)
+        if op == "restore" or has_digest(entry):
+            entries[name] = entry
+            here.append(RegionChange(name, op, place.info, place.start, place.region, function, order=(number, 0)))
     return RegionProof(entries, changes, (*findings, *_find_overlaps(record)), frozenset(needs_base))
+
+
+def has_digest(entry: RegionRecord) -> bool:
+    """Return True if a region has to match a digest of its own. A large changed region has none."""
+    return entry.sha256 is not None or not isinstance(entry, ChangeRecord)
 
 
 def _list_entries(record: Record) -> Iterator[tuple[str, RegionRecord]]:
@@ -144,7 +151,7 @@ def hash_with_regions(
 ) -> tuple[str, str, list[Finding]]:
     """Read a file once. Returns its sha256, its sha256 with the old bytes put back, and findings about its regions."""
     changes = proof.changes[file.name]
-    tally = Tally(changes)
+    tally = Tally(changes, hashed={change.name for change in changes if has_digest(proof.entries[change.name])})
     with file.source.open() as opened:
         splices = _put_back(file, opened if isinstance(opened, LocalFile) else None, edits)
         here, restored = stream_changed(
@@ -174,7 +181,7 @@ def _compare_digests(proof: RegionProof, found: Mapping[str, Digests]) -> Iterat
     for name, digests in found.items():
         entry = proof.entries[name]
         where = (entry.file, entry.tensor)
-        hashed = entry.sha256 is not None or not isinstance(entry, ChangeRecord)
+        hashed = has_digest(entry)
         if hashed and digests.base_sha256 != entry.sha256:
             rule = "edit-changed" if isinstance(entry, ChangeRecord) else "protected-changed"
             message = f"{entry.region} has the sha256 {digests.base_sha256}, not {entry.sha256}"

@@ -1,6 +1,8 @@
 """A region that is too large for digests of its own is proved by the digests of its file."""
 
+import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import swsurgery
 from swsurgery.rewriting import tally
+from swsurgery.verifying import regions
 
 
 @pytest.fixture
@@ -50,6 +53,63 @@ def test_a_changed_byte_is_found_without_digests(base, tmp_path, monkeypatch, te
     tensors[tensor][3, 5] += 1
     save_file(tensors, tmp_path / "out" / "model.safetensors")
     assert not swsurgery.verify(tmp_path / "out").ok
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """Counts the bytes of regions that get a digest of their own, and the bytes of regions that are computed."""
+    found = {"hashed": 0, "computed": 0}
+
+    class Counting:
+        def __init__(self):
+            self.digest = hashlib.sha256()
+            self.hexdigest = self.digest.hexdigest
+
+        def update(self, data):
+            found["hashed"] += len(data.cast("B"))
+            self.digest.update(data)
+
+    class Counted(tally.Tally):
+        def observe(self, part, old, new):
+            found["computed"] += old.nbytes
+            super().observe(part, old, new)
+
+    monkeypatch.setattr(tally, "hashlib", SimpleNamespace(sha256=Counting))
+    monkeypatch.setattr(regions, "Tally", Counted)
+    return found
+
+
+LARGE, ROW = 64 * 96 * 4, 8 * 4
+"""Sizes in bytes of the scaled tensor and of the protected row."""
+
+
+@pytest.mark.parametrize(
+    ("limit", "options", "hashed", "computed"),
+    [
+        (LARGE, {}, 2 * LARGE + ROW, LARGE + ROW),
+        (LARGE - 1, {}, ROW, LARGE + ROW),
+        (LARGE, {"undo_limit": 0}, LARGE + ROW, LARGE + ROW),
+        (LARGE - 1, {"undo_limit": 0}, ROW, ROW),
+    ],
+    ids=["digests", "no digests", "digests without undo file", "neither"],
+)
+def test_verify_hashes_and_computes_only_regions_that_something_is_compared_with(
+    base, tmp_path, monkeypatch, count, limit, options, hashed, computed
+):
+    monkeypatch.setattr(tally, "DIGESTED_SIZE", limit)
+    scale(base, tmp_path / "out", **options)
+    count.update(hashed=0, computed=0)
+    assert swsurgery.verify(tmp_path / "out").ok
+    assert count == {"hashed": hashed, "computed": computed}
+
+
+def test_a_changed_byte_of_a_region_that_is_not_computed_is_found(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(tally, "DIGESTED_SIZE", 0)
+    scale(base, tmp_path / "out", undo_limit=0)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["a.weight"][3, 5] += 1
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    assert [f.rule for f in swsurgery.verify(tmp_path / "out").findings] == ["digest"]
 
 
 def test_a_protected_region_cannot_lose_its_digest(base, tmp_path):
