@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swsurgery.checkpoint.record import ChangeRecord, Record, RegionRecord
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import ChangeRecord, RegionRecord
 from swsurgery.errors import pluralise
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import EditRecord, Record, ScalarRecord
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import EditRecord, ScalarRecord
 from swsurgery.errors import NumberError
 from swsurgery.storage.dtypes import convert_to_json
 

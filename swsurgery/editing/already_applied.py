@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import Patched, Record, RegionRecord, ScalarRecord
+from swsurgery.checkpoint.record import Patched, Record
+from swsurgery.checkpoint.record_entries import RegionRecord, ScalarRecord
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
 from swsurgery.editing.applied import Applied
 from swsurgery.editing.copy_job import AppliedFile, Copied

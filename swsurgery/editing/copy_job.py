@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from swsurgery.checkpoint.record import UndoRecord
+from swsurgery.checkpoint.record_entries import UndoRecord
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice

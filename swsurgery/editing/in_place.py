@@ -19,7 +19,8 @@ from swsurgery.checkpoint import edited_shard
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import is_cache_snapshot
 from swsurgery.checkpoint.opening import held_for_editing, read_checkpoint
-from swsurgery.checkpoint.record import Patched, Record, UndoRecord, find_record, read_record
+from swsurgery.checkpoint.record import Patched, Record, find_record, read_record
+from swsurgery.checkpoint.record_entries import UndoRecord
 from swsurgery.editing.already_applied import report_applied
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests

@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from swsurgery._version import __version__
-from swsurgery.checkpoint.record import (
-    LATER_OPERATIONS,
+from swsurgery.checkpoint.record import LATER_OPERATIONS, HistoryStep, Record
+from swsurgery.checkpoint.record_entries import (
     BaseRecord,
     ChangeRecord,
     CodeRecord,
     EditRecord,
     FileRecord,
-    HistoryStep,
-    Record,
     RegionRecord,
     ScalarRecord,
 )

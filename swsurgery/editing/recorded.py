@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from swsurgery.checkpoint.record import ChangeRecord, CodeRecord, EditRecord, Record, ScalarRecord
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import ChangeRecord, CodeRecord, EditRecord, ScalarRecord
 from swsurgery.editing.asked import Asked, AskedRegion
 from swsurgery.errors import NumberError
 from swsurgery.manifest.operations import Clip, PruneOutliers, Restore, Round, Scale, Set, explain_expectation

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import EditRecord, Record, RegionRecord
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import EditRecord, RegionRecord
 from swsurgery.errors import CheckpointError, NumberError
 from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.shard import Shard, open_shard

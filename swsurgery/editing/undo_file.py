@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from swsurgery.checkpoint.record import UndoRecord
+from swsurgery.checkpoint.record_entries import UndoRecord
 from swsurgery.rewriting.segments import RegionChange, RegionPart, make_rows
 from swsurgery.rewriting.undo import UndoTensor, list_undo_tensors, render_header, sort_tensors
 from swsurgery.storage import filesystem

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from swsurgery.checkpoint.record import EditRecord, Record, RegionRecord, ScalarRecord
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import EditRecord, RegionRecord, ScalarRecord
 from swsurgery.checkpoint.region_summary import (
     RegionSummary,
     count_changed,

@@ -16,7 +16,8 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import LEFT_OUT
 from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.projections import find_short_form
-from swsurgery.checkpoint.record import RECORD_NAME, FileRecord, Patched, Record, find_record, read_record
+from swsurgery.checkpoint.record import RECORD_NAME, Patched, Record, find_record, read_record
+from swsurgery.checkpoint.record_entries import FileRecord
 from swsurgery.checkpoint.region_summary import count_changed
 from swsurgery.errors import ArchitectureError, CheckpointError, HubError, pluralise
 from swsurgery.hub.cards import read as read_card

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swsurgery.checkpoint.opening import held, read_checkpoint
-from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, ChangeRecord, EditRecord, Patched, Record, read_record
+from swsurgery.checkpoint.record import MANIFEST_NAME, SUMS_NAME, Patched, Record, read_record
+from swsurgery.checkpoint.record_entries import ChangeRecord, EditRecord
 from swsurgery.errors import HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import ChangeRecord, Record
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import ChangeRecord
 from swsurgery.editing.overlay import PatchedFile
 from swsurgery.editing.plan import Plan
 from swsurgery.editing.undo import build_undo, build_undo_changes

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes, read_chunks
-from swsurgery.checkpoint.record import EditRecord, FileRecord, Patched, Record, ScalarRecord
+from swsurgery.checkpoint.record import Patched, Record
+from swsurgery.checkpoint.record_entries import EditRecord, FileRecord, ScalarRecord
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
 from swsurgery.errors import NumberError, SwsurgeryError
 from swsurgery.progress import Progress

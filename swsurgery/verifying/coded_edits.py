@@ -12,7 +12,8 @@ from fractions import Fraction
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell
 from swsurgery.checkpoint.layouts.find import find_matrix, make_reader
-from swsurgery.checkpoint.record import CodeRecord, EditRecord, Record
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import CodeRecord, EditRecord
 from swsurgery.errors import NumberError
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying.findings import Finding

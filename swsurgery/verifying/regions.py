@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import ChangeRecord, EditRecord, Record, RegionRecord
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import ChangeRecord, EditRecord, RegionRecord
 from swsurgery.errors import CheckpointError, NumberError, PlanError, SwsurgeryError
 from swsurgery.progress import Progress
 from swsurgery.storage.coordinate import Coordinate

@@ -10,7 +10,8 @@ import pytest
 from checkpoints import HEAD, down, write_llama, write_manifest
 
 import swsurgery
-from swsurgery.checkpoint.record import ChangeRecord, EditRecord, Record, RegionRecord
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import ChangeRecord, EditRecord, RegionRecord
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402

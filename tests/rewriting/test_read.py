@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from swsurgery.checkpoint.record import ChangeRecord
+from swsurgery.checkpoint.record_entries import ChangeRecord
 from swsurgery.manifest import operations
 from swsurgery.rewriting.clip import ClipFunction
 from swsurgery.rewriting.elementwise import ScaleFunction, SetFunction, ZeroFunction

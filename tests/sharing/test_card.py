@@ -11,7 +11,8 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from swsurgery.checkpoint.record import BaseRecord, EditRecord, FileRecord, Record, ScalarRecord
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import BaseRecord, EditRecord, FileRecord, ScalarRecord
 from swsurgery.hub import cards
 from swsurgery.sharing import card, markdown
 from swsurgery.storage.coordinate import Coordinate

@@ -14,7 +14,8 @@ import pytest
 from checkpoints import FIRST, SECOND, THIRD, sha256, tree, write_llama, write_manifest
 
 import swsurgery
-from swsurgery.checkpoint.record import FileRecord, Record
+from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record_entries import FileRecord
 from swsurgery.cli import main
 from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions
