@@ -22,13 +22,24 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import Written, format_exact, format_number
 from swsurgery.storage.splice import Scalar, Splice
 
-_BEFORE = "edit the model before it is quantised, or set raw: true to edit stored numbers"
+_BEFORE = "edit the model before it is quantised, or set raw: true to change a stored number"
 """The remedy if a quantised weight cannot be edited."""
 
 
 def is_coded(asked: Asked, checkpoint: Checkpoint) -> bool:
-    """Return True if an edit names an element of a quantised matrix by its weight, and not a stored number."""
-    return not names_stored_number(asked.edit) and find_codes(checkpoint, asked.coordinate.tensor) is not None
+    """Return True if an edit names an element of a quantised matrix by its weight, and not a stored number.
+
+    A stored number can always be protected, even if the layout of its matrix cannot be decided.
+    """
+    name = asked.coordinate.tensor
+    if names_stored_number(asked.edit) or find_codes(checkpoint, name) is None:
+        return False
+    if asked.edit.writes or name not in checkpoint.weight_map:
+        return True
+    try:
+        return find_matrix(checkpoint, name) is not None
+    except CannotTell:
+        return False
 
 
 def plan_codes(asked: Sequence[Asked], checkpoint: Checkpoint, sources: Sources) -> PlannedCodes:

@@ -123,4 +123,4 @@ def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
 def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
     """Raise PlanError if a tensor does not store plain weights."""
     if why := checkpoint.quantisation.explain_refusal(name):
-        raise PlanError(why, name, "set raw: true to change a stored number, or edit the model before it is quantised")
+        raise PlanError(why, name, "edit the model before it is quantised, or set raw: true to change a stored number")

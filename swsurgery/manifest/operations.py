@@ -87,6 +87,12 @@ class _OfStoredNumbers(Operation):
         False, description="change a stored number itself: packed integers, scales and zero points of quantised layers"
     )
 
+    @classmethod
+    def describe_targets(cls) -> JsonDict:
+        """Return the part of a JSON Schema that requires a target on which the operation and its options work."""
+        raw: JsonDict = {"required": ["raw"], "properties": {"raw": {"const": True}}}
+        return {"allOf": [super().describe_targets(), {"if": raw, "then": select_forms(SCALAR_FORMS)}]}
+
     @model_validator(mode="after")
     def _raw_scalar(self) -> _OfStoredNumbers:
         if self.raw and self.form.name not in SCALAR_FORMS:
@@ -100,6 +106,13 @@ class _OfValues(_OfStoredNumbers):
     max_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="largest difference between the wanted value and the nearest value that a quantised layer has"
     )
+
+    @classmethod
+    def describe_targets(cls) -> JsonDict:
+        """Return the part of a JSON Schema that requires a target on which the operation and its options work."""
+        limited: JsonDict = require_fields("max_error")
+        then: JsonDict = {**select_forms(SCALAR_FORMS), "properties": {"raw": {"const": False}}}
+        return {"allOf": [super().describe_targets(), {"if": limited, "then": then}]}
 
     @model_validator(mode="after")
     def _limits_one_element(self) -> _OfValues:

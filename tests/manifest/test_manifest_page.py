@@ -36,7 +36,7 @@ def test_the_table_of_operations_has_every_operation_and_its_fields():
     for operation in OPERATIONS:
         name = operation.model_fields["op"].annotation.__args__[0]
         own = {field.alias or key for key, field in operation.model_fields.items()} - {*Operation.model_fields}
-        assert own <= set(re.findall("`([a-z]+)[`:]", rows[name])), name
+        assert own <= set(re.findall("`([a-z_]+)[`:]", rows[name])), name
         kinds = {"all": (True, True), "single scalars": (True, False), "all but single scalars": (False, True)}
         targets = rows[name].removesuffix(" |").rpartition("| ")[2].partition(";")[0]
         assert kinds[targets] == (operation.on_scalars, operation.on_regions), name
@@ -45,7 +45,7 @@ def test_the_table_of_operations_has_every_operation_and_its_fields():
 def test_the_blocks_of_the_page_load_and_show_every_operation():
     blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     edits = [edit for block in blocks for edit in load(block)]
-    assert len(blocks) == 2 and {type(edit) for edit in edits} == {*OPERATIONS}
+    assert len(blocks) == 4 and {type(edit) for edit in edits} == {*OPERATIONS}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -161,6 +161,7 @@ VALUES = {
     "bits": st.sampled_from(["0x40bc", 1, 2, 4, 8, 9]),
     "bit": SMALL | st.lists(SMALL, max_size=3),
     "raw": st.booleans(),
+    "max_error": st.sampled_from([0, 0.5, -1]),
     "z": st.sampled_from([0, 5, 0.5]),
     "iqr": st.sampled_from([0, 1.5, -1]),
     "fraction": st.sampled_from([0, 0.5, 1]),
