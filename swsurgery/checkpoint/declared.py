@@ -33,6 +33,9 @@ EXPERTS = (
 )  # fmt: skip
 """Keys that state the number of routed experts in a layer."""
 
+WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
+"""Keys that state the number of residual channels. Multimodal models may omit it, as it has a default."""
+
 VOCABULARY = ("vocab_size", "padded_vocab_size")
 
 _FIRST = ("first_k_dense_replace", "num_dense_layers", "n_dense_layers", "moe_layer_start_index", "num_hash_layers")
@@ -61,6 +64,9 @@ MAX_COUNT, MAX_KINDS = 10_000, 64
 """Maximum number of layers or experts, and of keys that divide the layers. A number above the first is not used: no
 published model comes near it, and config.json may be hostile."""
 
+MAX_SIZE = 1 << 40
+"""Maximum number of tokens or channels. A number above it is not used."""
+
 _NESTED = re.compile(r"(?!.*(vision|audio|text|quant)).*_config")
 """The pattern of keys whose object may contain keys that divide the layers, such as "linear_attn_config"."""
 
@@ -84,13 +90,15 @@ class Declared:
     `depths` maps a part of the names of tensors to the number of layers whose names have this part: "" for a model with
     one list of layers, "encoder" and "decoder" for an encoder-decoder. `experts` are the numbers of routed experts that
     the sections state; if there are several, one of them counts something else. `numbers` are all integers of the
-    sections. `vocabulary` is the number of tokens, or None. `kinds` are the divisions of the layers into kinds.
+    sections, and `has_width` is True if one of them is the number of residual channels. `vocabulary` is the number of
+    tokens, or None. `kinds` are the divisions of the layers into kinds.
     """
 
     depths: dict[str, int]
     experts: frozenset[int]
     vocabulary: int | None
     numbers: frozenset[int]
+    has_width: bool
     kinds: tuple[LayerKinds, ...] = field(repr=False)
 
 
@@ -102,8 +110,9 @@ def read_declared(config: Config) -> Declared:
     return Declared(
         depths=depths,
         experts=frozenset(number for section in sections for key in EXPERTS if (number := _read_count(section, key))),
-        vocabulary=next((n for section in sections for key in VOCABULARY if (n := _read_count(section, key))), None),
+        vocabulary=_read_first(sections, VOCABULARY, MAX_SIZE),
         numbers=frozenset(_list_numbers(sections)),
+        has_width=_read_first(sections, WIDTHS, MAX_SIZE) is not None,
         kinds=tuple(islice((kinds for section in sections for kinds in _list_kinds(section, layers)), MAX_KINDS)),
     )
 
@@ -122,14 +131,15 @@ def _read_depths(sections: list[Config]) -> dict[str, int]:
     return {"": depth} if 0 < depth <= MAX_COUNT else {}
 
 
-def _read_first(sections: list[Config], keys: tuple[str, ...]) -> int | None:
-    return next((n for section in sections for key in keys if (n := _read_count(section, key))), None)
+def _read_first(sections: list[Config], keys: tuple[str, ...], limit: int = MAX_COUNT) -> int | None:
+    """Return the first positive number that a section states under one of `keys`, up to `limit`; None if none does."""
+    return next((n for section in sections for key in keys if (n := _read_count(section, key, limit))), None)
 
 
-def _read_count(section: Config, key: str) -> int | None:
-    """Return a positive number of a section; None if it has none, or one above MAX_COUNT."""
+def _read_count(section: Config, key: str, limit: int = MAX_COUNT) -> int | None:
+    """Return a positive number of a section; None if it has none, or one above `limit`."""
     value = section.get(key)
-    return value if type(value) is int and 0 < value <= MAX_COUNT else None
+    return value if type(value) is int and 0 < value <= limit else None
 
 
 def _list_numbers(sections: list[Config]) -> Iterator[int]:

@@ -65,7 +65,7 @@ def _check_rows(name: str, shape: Shape | None, declared: Declared) -> Iterator[
     if declared.vocabulary is not None and shape[0] < declared.vocabulary:
         what = f"has {shape[0]} rows, but config.json declares a vocabulary of {declared.vocabulary} tokens"
         yield Lack("vocabulary", name, what, name)
-    elif shape[1] not in declared.numbers and declared.vocabulary is not None:
+    elif shape[1] not in declared.numbers and declared.has_width:
         what = f"is stored as {list(shape)}, but config.json contains no size {shape[1]}"
         yield Lack("shape-mismatch", name, what, name)
 

@@ -148,6 +148,15 @@ def test_two_layers_with_another_shape_each_and_no_majority_are_decided_by_confi
     assert errors(tmp_path) == [("shape-mismatch", "model.safetensors", name)]
 
 
+def test_a_realistic_vocabulary_is_compared_and_an_unstated_width_is_not(tmp_path):
+    wide = {name: (151_936, HIDDEN) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    shapes = list_shapes() | wide
+    assert errors(write_model(tmp_path, shapes, {"vocab_size": 151_936})) == []
+    assert {rule for rule, _, _ in errors(write_model(tmp_path, shapes, {"vocab_size": 151_937}))} == {"vocabulary"}
+    config = {"vocab_size": VOCABULARY, "hidden_size": None}
+    assert errors(write_model(tmp_path, config=config)) == []
+
+
 # Kinds of layers -----------------------------------------------------------------------------------------------------
 
 KEYS = {
