@@ -102,7 +102,7 @@ _OFFSHOOT = re.compile(r"_(\w+_)?(scales?|scale_inv|zeros?|zero_points?|absmax|s
 """The pattern of the ending that the scale of a stacked tensor adds to its name: `experts.down_proj_scale_inv`."""
 
 _HARMLESS = re.compile(
-    r"bias|input_(scale|zero_point)|activation_scale|output_scale|[qkv]_scale|kv_scale|weight_format"
+    r"bias|input_(scale(_ub)?|zero_point)|activation_scale|output_scale|[qkv]_scale|kv_scale|weight_format"
     r"|scale_input|qscale_act|activation_scaling_factor"
 )
 """The pattern of last parts of names of tensors beside a scaled weight that do not change its value, such as the scales

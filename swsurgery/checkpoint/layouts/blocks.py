@@ -74,28 +74,52 @@ class StoredGrid:
 
 
 @dataclass(frozen=True)
+class ColumnOrder:
+    """The group of each column of a matrix, if the columns of a group are not adjacent (`weight_g_idx`).
+
+    Each of `count` groups has `size` columns.
+    """
+
+    tensor: ModuleTensor
+    size: int
+    count: int
+
+    @cached_property
+    def groups(self) -> NDArray[np.intp]:
+        """The group of each column. Raises CannotTell if a group has another number of columns."""
+        groups = self.tensor.read_numbers(0, self.tensor.count).astype(np.intp)
+        if groups.min() < 0 or groups.max() >= self.count or (np.bincount(groups) != self.size).any():
+            raise CannotTell(f"{self.tensor.name} does not name {self.size} columns for each of {self.count} groups")
+        return groups
+
+
+@dataclass(frozen=True)
 class Blocks:
     """The numbers of a grid, each of which belongs to a block of `height` x `width` elements of a matrix.
 
     `rows` is the number of rows of one matrix. If several matrices are stacked, each begins with a new row of blocks.
+    If `order` is given, it says to which block a column belongs.
     """
 
     grid: Grid
     rows: int
     height: int
     width: int
+    order: ColumnOrder | None = None
 
     def find_number(self, row: int, col: int) -> float:
         """Read the number that belongs to one element. Raises CannotTell if it is not finite."""
         matrix, row = divmod(row, self.rows)
-        return self.grid.read_number(matrix * -(-self.rows // self.height) + row // self.height, col // self.width)
+        block = col // self.width if self.order is None else int(self.order.groups[col])
+        return self.grid.read_number(matrix * -(-self.rows // self.height) + row // self.height, block)
 
     def read_rows(self, begin: int, end: int, columns: NDArray[np.intp]) -> Doubles:
         """Read the numbers that belong to the elements of rows and columns, as float64 [end - begin, columns]."""
         matrix, row = np.divmod(np.arange(begin, end), self.rows)
         block = matrix * -(-self.rows // self.height) + row // self.height
         numbers = self.grid.read_numbers(int(block[0]), int(block[-1]) + 1)
-        spread: Doubles = numbers[(block - block[0])[:, None], (columns // self.width)[None, :]]
+        groups = columns // self.width if self.order is None else self.order.groups[columns]
+        spread: Doubles = numbers[(block - block[0])[:, None], groups[None, :]]
         return spread
 
 

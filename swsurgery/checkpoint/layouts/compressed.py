@@ -6,14 +6,15 @@ of words in a row shows which packing was used. `int-quantized`, `float-quantize
 in each element of `weight`, I8 or F8_E4M3. `mxfp8-quantized` stores F8_E4M3 with one power of two for 32 elements.
 
 Compared with compressors/pack_quantized, compressors/naive_quantized, compressors/mxfp8 and quantization/lifecycle of
-compressed-tensors 0.20.1. `weight_g_idx` was removed from it, so a weight with one is refused.
+compressed-tensors 0.20.1. `weight_g_idx`, which names the group of each column, was removed from it in August 2026; the
+older quantization/lifecycle/forward.py sorts the columns by it.
 """
 
 from __future__ import annotations
 
 import math
 
-from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, make_shape_error, require_matrix
+from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, ColumnOrder, make_shape_error, require_matrix
 from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.codes import decode_codes, list_integers
 from swsurgery.checkpoint.layouts.module import ModuleTensor, QuantisedModule
@@ -48,8 +49,7 @@ def find_plain_codes(module: QuantisedModule) -> BlockMatrix | None:
 
 def _fit_packed(module: QuantisedModule, scheme: Scheme) -> BlockMatrix:
     """Describe packed integers under a scheme. Raises CannotTell."""
-    module.refuse_others((".weight_scale", ".weight_shape", *_name_zeros(scheme)))
-    _require_adjacent(scheme)
+    module.refuse_others((".weight_scale", ".weight_shape", *_name_optional(scheme)))
     if scheme.kind != "int" or not 1 <= scheme.bits <= 8 or scheme.strategy == "tensor_group":
         raise CannotTell(f"{module.name} is declared as {scheme.kind} of {scheme.describe()}")
     packed, scales = module.require(".weight_packed"), module.require(".weight_scale")
@@ -60,14 +60,15 @@ def _fit_packed(module: QuantisedModule, scheme: Scheme) -> BlockMatrix:
     if rows != packed.shape[0]:
         raise make_shape_error(packed, f"a weight of shape {[rows, cols]}")
     padded = _find_packing(packed, (rows, cols), scheme.bits, zeros)
+    order = _find_order(module, scheme, cols)
     return BlockMatrix(
         module.weight,
         f"compressed-tensors pack-quantized, {scheme.describe()}",
         (rows, cols),
         PackedRows(packed, rows, cols, scheme.bits, padded),
         tuple(list_integers(scheme.bits)),
-        make_blocks(scheme, scales, (rows, cols)),
-        None if zeros is None else _find_packed_zeros(zeros, scheme, (rows, cols), padded),
+        make_blocks(scheme, scales, (rows, cols), order),
+        None if zeros is None else _find_packed_zeros(zeros, scheme, (rows, cols), padded, order),
     )
 
 
@@ -90,15 +91,17 @@ def _find_packing(packed: ModuleTensor, shape: tuple[int, int], bits: int, zeros
     return possible[0]
 
 
-def _find_packed_zeros(zeros: ModuleTensor, scheme: Scheme, shape: tuple[int, int], padded: bool) -> Blocks:
+def _find_packed_zeros(
+    zeros: ModuleTensor, scheme: Scheme, shape: tuple[int, int], padded: bool, order: ColumnOrder | None
+) -> Blocks:
     """Describe the zero points beside packed codes: packed along the columns, or one I8 for each scale."""
     if zeros.dtype == "I8":
-        return make_blocks(scheme, zeros, shape)
+        return make_blocks(scheme, zeros, shape, order)
     (rows, cols), (height, width) = find_grid(scheme, shape)
     require_dtype(zeros, "I32")
     if zeros.shape != (count_words(rows, scheme.bits, padded=padded), cols) or scheme.strategy in ("tensor", "block"):
         raise make_shape_error(zeros, f"the zero points of a weight of shape {list(shape)} with {scheme.describe()}")
-    return Blocks(PackedColumns(zeros, cols, scheme.bits, padded), shape[0], height, width)
+    return Blocks(PackedColumns(zeros, cols, scheme.bits, padded), shape[0], height, width, order)
 
 
 def _read_shape(stored: ModuleTensor) -> tuple[int, int]:
@@ -113,8 +116,7 @@ def _read_shape(stored: ModuleTensor) -> tuple[int, int]:
 
 def _fit_codes(module: QuantisedModule, scheme: Scheme) -> BlockMatrix:
     """Describe a weight with one code in each element under a scheme. Raises CannotTell."""
-    module.refuse_others((".weight_scale", *_name_zeros(scheme)))
-    _require_adjacent(scheme)
+    module.refuse_others((".weight_scale", *_name_optional(scheme)))
     codes, scales = module.require(".weight"), module.require(".weight_scale")
     require_matrix(codes)
     require_dtype(codes, *_PLAIN_FORMATS[scheme.format])
@@ -127,10 +129,11 @@ def _fit_codes(module: QuantisedModule, scheme: Scheme) -> BlockMatrix:
         require_dtype(scales, "U8", "F8_E8M0")
     else:
         require_float(scales)
-    zeros = None if scheme.symmetric else _find_plain_zeros(module, scheme, (rows, cols))
+    order = _find_order(module, scheme, cols)
+    zeros = None if scheme.symmetric else _find_plain_zeros(module, scheme, (rows, cols), order)
     name = f"compressed-tensors {scheme.format}, {scheme.describe()}"
     packed = PackedRows(codes, rows, cols, 8)
-    blocks = make_blocks(scheme, scales, (rows, cols), exponents)
+    blocks = make_blocks(scheme, scales, (rows, cols), order, exponents)
     return BlockMatrix(module.weight, name, (rows, cols), packed, _list_values(codes, scheme), blocks, zeros)
 
 
@@ -150,19 +153,26 @@ def _list_values(codes: ModuleTensor, scheme: Scheme) -> tuple[float, ...]:
     return tuple(value if -half <= value < half else math.nan for value in values)
 
 
-def _find_plain_zeros(module: QuantisedModule, scheme: Scheme, shape: tuple[int, int]) -> Blocks:
+def _find_plain_zeros(
+    module: QuantisedModule, scheme: Scheme, shape: tuple[int, int], order: ColumnOrder | None
+) -> Blocks:
     zeros = module.require(".weight_zero_point")
     if zeros.info.dtype.kind not in ("int", "float"):
         raise CannotTell(f"the zero points {zeros.name} are stored as {zeros.dtype}")
-    return make_blocks(scheme, zeros, shape)
+    return make_blocks(scheme, zeros, shape, order)
 
 
-def _name_zeros(scheme: Scheme) -> tuple[str, ...]:
-    """Return the ending of the name of the zero points: a symmetric weight must not have any."""
-    return () if scheme.symmetric else (".weight_zero_point",)
+def _name_optional(scheme: Scheme) -> list[str]:
+    """List the endings of the tensors that only some schemes need: zero points, and the groups of the columns."""
+    named = ((not scheme.symmetric, ".weight_zero_point"), (scheme.actorder is not None, ".weight_g_idx"))
+    return [ending for needed, ending in named if needed]
 
 
-def _require_adjacent(scheme: Scheme) -> None:
-    """Raise CannotTell if the columns of a group are not adjacent."""
-    if scheme.actorder is not None:
-        raise CannotTell("config.json (actorder) declares groups of columns that are not adjacent")
+def _find_order(module: QuantisedModule, scheme: Scheme, cols: int) -> ColumnOrder | None:
+    """Return the group of each column if the columns of a group are not adjacent. Raises CannotTell."""
+    if scheme.actorder is None:
+        return None
+    order, size = module.require(".weight_g_idx"), scheme.block[1]
+    if scheme.strategy != "group" or order.dtype not in ("I32", "I64") or order.shape != (cols,) or cols % size:
+        raise make_shape_error(order, f"{cols} columns with {scheme.describe()}")
+    return ColumnOrder(order, size, cols // size)

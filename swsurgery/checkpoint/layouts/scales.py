@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from swsurgery.checkpoint.layouts.blocks import Blocks, StoredGrid, make_shape_error
+from swsurgery.checkpoint.layouts.blocks import Blocks, ColumnOrder, StoredGrid, make_shape_error
 from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.module import ModuleTensor
 from swsurgery.checkpoint.layouts.schemes import Scheme
 
 
-def make_blocks(scheme: Scheme, tensor: ModuleTensor, shape: tuple[int, int], exponents: bool = False) -> Blocks:
+def make_blocks(
+    scheme: Scheme,
+    tensor: ModuleTensor,
+    shape: tuple[int, int],
+    order: ColumnOrder | None = None,
+    exponents: bool = False,
+) -> Blocks:
     """Describe the blocks of a weight [rows, cols] whose scales or zero points `tensor` stores, by their scheme.
 
-    Raises CannotTell if the tensor has another shape than the scheme needs, or no floating-point dtype.
+    Raises CannotTell if the tensor has another shape than the scheme needs.
     """
     grid, block = find_grid(scheme, shape)
     allowed = [grid]
@@ -21,7 +27,7 @@ def make_blocks(scheme: Scheme, tensor: ModuleTensor, shape: tuple[int, int], ex
         allowed.append(())
     if tensor.shape not in allowed:
         raise make_shape_error(tensor, f"a weight of shape {list(shape)} with {scheme.describe()}")
-    return Blocks(StoredGrid(tensor, grid[1], exponents), shape[0], *block)
+    return Blocks(StoredGrid(tensor, grid[1], exponents), shape[0], *block, order)
 
 
 def find_grid(scheme: Scheme, shape: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, int]]:

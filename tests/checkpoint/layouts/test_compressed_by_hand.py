@@ -118,6 +118,34 @@ def test_zero_points_that_are_not_packed_are_read(tmp_path):
     assert np.array_equal(matrix.dequantise(0, 6), (codes - points) * scales)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_columns_of_a_group_need_not_be_adjacent(zeros, tmp_path):
+    """Quantised in sorted order and stored in the order of the weight: the group of a column is its number."""
+    tensors, config, _ = packed_case(6, 24, group=4, zeros=zeros)
+    order = np.random.default_rng(3).permutation(np.repeat(np.arange(6, dtype="<i4"), 4))
+    tensors[f"{M}.weight_g_idx"] = stored("I32", order)
+    _, plain = read(tmp_path / "plain", *packed_case(6, 24, group=4, zeros=zeros)[:2])
+    checkpoint, matrix = read(tmp_path / "ordered", tensors, change(config, actorder="group"))
+    codes = plain.codes.read_rows(0, 6).astype(np.float64) - 8
+    scales, points = floats(6, 6).astype(np.float64), np.zeros((6, 6))
+    if zeros:
+        points = np.stack([plain.zeros.grid.read_numbers(row, row + 1)[0] for row in range(6)])
+    expected = (codes - points[:, order]) * scales[:, order]
+    assert np.array_equal(matrix.dequantise(0, 6), expected)
+    for col in range(24):
+        cell = matrix.find_cell((4, col))
+        assert cell.values[cell.read_code(make_reader(checkpoint))] == expected[4, col]
+
+
+@pytest.mark.parametrize("order", [[0] * 12 + [1] * 12, [-1] * 24, [9] * 24, list(range(24))])
+def test_an_order_of_columns_that_is_none_gives_no_value(order, tmp_path):
+    tensors, config, _ = packed_case(6, 24, group=4)
+    tensors[f"{M}.weight_g_idx"] = stored("I32", np.array(order, "<i4"))
+    _, matrix = read(tmp_path, tensors, change(config, actorder="group"))
+    with pytest.raises(CannotTell, match="does not name 4 columns for each of 6 groups"):
+        matrix.find_cell((0, 0))
+
+
 def change(config: dict, **weights: object) -> dict:
     config = copy.deepcopy(config)
     config["quantization_config"]["config_groups"]["group_0"]["weights"].update(weights)
@@ -149,7 +177,10 @@ REFUSED = {
     "an unknown strategy": ({}, lambda c: change(c, strategy="row"), "'row'"),
     "a block that is no pair": ({}, lambda c: change(c, strategy="block", block_structure=[1]), "block_structure"),
     "an unknown order": ({}, lambda c: change(c, actorder="magic"), "actorder 'magic'"),
-    "groups in another order": ({}, lambda c: change(c, actorder="group"), "not adjacent"),
+    "groups in another order": ({}, lambda c: change(c, actorder="group"), "weight_g_idx is not stored"),
+    "rows in another order": (
+        {"weight_g_idx": stored("I32", np.zeros(12, "<i4"))}, lambda c: change(c, actorder="group"), "does not fit",
+    ),
     "floats": ({}, lambda c: change(c, type="float"), "declared as float"),
     "nine bits": ({}, lambda c: change(c, num_bits=9), "9 bits"),
     "other bits": ({}, lambda c: change(c, num_bits=8), "does not fit 12 codes of 8 bits"),
