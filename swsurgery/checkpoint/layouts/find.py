@@ -16,6 +16,7 @@ load_numpy()
 
 from swsurgery.checkpoint.layouts.auto_round import find_auto_round  # noqa: E402
 from swsurgery.checkpoint.layouts.awq import find_awq  # noqa: E402
+from swsurgery.checkpoint.layouts.bitsandbytes import find_bitsandbytes  # noqa: E402
 from swsurgery.checkpoint.layouts.cells import CannotTell, QuantisedMatrix, ReadBytes  # noqa: E402
 from swsurgery.checkpoint.layouts.compressed import find_pack_quantized, find_plain_codes  # noqa: E402
 from swsurgery.checkpoint.layouts.fp4 import (  # noqa: E402
@@ -73,6 +74,7 @@ LAYOUTS: tuple[FindLayout, ...] = (
     find_gptq,
     find_awq,
     find_auto_round,
+    find_bitsandbytes,
 )
 
 WEIGHT_ENDINGS = (
@@ -83,6 +85,10 @@ WEIGHT_ENDINGS = (
     (".weight._data", ".weight"),
 )
 """Endings of the names of tensors of codes, with the ending of the name of the weight in a loaded model."""
+
+
+_LEFT_OUT = (*WEIGHT_ENDINGS, (".weight.absmax", ".weight"))
+"""WEIGHT_ENDINGS, and the same for a tensor beside codes that shows by its name that they are packed."""
 
 
 def find_matrix(checkpoint: StoredTensors, weight: str) -> QuantisedMatrix | None:
@@ -147,8 +153,9 @@ def _explain_unknown(checkpoint: StoredTensors, weight: str) -> str:
 class WeightShapes(Mapping[str, tuple[int, ...]]):
     """The shapes of the weights of a checkpoint, by name.
 
-    A quantised weight has the name and the shape that it has in a loaded model, if its layout can be decided; the
-    tensors that store its codes are then left out. All other tensors have their stored shapes.
+    A quantised weight has the name and the shape that it has in a loaded model, if its layout can be decided.
+    The tensors that store its codes, and the scales of bitsandbytes, are then left out. All other tensors have their
+    stored shapes.
     """
 
     def __init__(self, checkpoint: StoredTensors):
@@ -175,7 +182,7 @@ class WeightShapes(Mapping[str, tuple[int, ...]]):
 
     def _name_weight(self, name: str) -> str:
         """Return the name of the weight whose codes the tensor `name` stores, or `name` itself."""
-        for ending, rest in WEIGHT_ENDINGS:
+        for ending, rest in _LEFT_OUT:
             if name.endswith(ending) and self._is_readable(weight := name.removesuffix(ending) + rest):
                 return weight
         return name
