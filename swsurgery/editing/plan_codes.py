@@ -15,7 +15,7 @@ from swsurgery.editing.asked import Asked, Misfit
 from swsurgery.editing.code_edit import CodeEdit, PlannedCodes
 from swsurgery.editing.sources import Sources
 from swsurgery.errors import NumberError, PlanError, SwsurgeryError
-from swsurgery.manifest.operations import Edit, Protect, Restore, Scale, Set, Zero, names_stored_number
+from swsurgery.manifest.operations import Edit, Protect, Restore, Scale, Set, Zero, is_of_stored_number
 from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
@@ -32,7 +32,7 @@ def is_coded(asked: Asked, checkpoint: Checkpoint) -> bool:
     A stored number can always be protected, even if the layout of its matrix cannot be decided.
     """
     name = asked.coordinate.tensor
-    if names_stored_number(asked.edit) or find_codes(checkpoint, name) is None:
+    if is_of_stored_number(asked.edit) or find_codes(checkpoint, name) is None:
         return False
     if asked.edit.writes or name not in checkpoint.weight_map:
         return True

@@ -19,7 +19,7 @@ from swsurgery.manifest.operations import (
     Round,
     Scale,
     explain_expectation,
-    names_stored_number,
+    is_of_stored_number,
 )
 from swsurgery.storage import dtypes
 from swsurgery.storage.files import read_exactly
@@ -100,7 +100,7 @@ def _compute_bytes(asked: Asked, info: TensorInfo, old: bytes, sources: Sources)
 def _may_change(edit: Edit, name: str, checkpoint: Checkpoint) -> bool:
     """Return True if an edit may change a stored number of a tensor even if it stores no plain weights."""
     if not isinstance(edit, Flip):
-        return names_stored_number(edit)
+        return is_of_stored_number(edit)
     reading = checkpoint.quantisation.get_reading(name)
     is_float_code = reading.kind == "scaled" and checkpoint.get_info(name).dtype.kind == "float"
     return edit.raw or is_float_code

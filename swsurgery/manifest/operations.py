@@ -348,7 +348,7 @@ ScalarEdit = Zero | Scale | Set | Flip | Protect
 """Operations that compute the new bytes of a scalar from its old bytes alone."""
 
 
-def names_stored_number(edit: Edit) -> bool:
+def is_of_stored_number(edit: Edit) -> bool:
     """Return True if an edit of a scalar names a stored number, and not the weight that the number may encode."""
     return isinstance(edit, Flip) or (isinstance(edit, _OfStoredNumbers) and edit.raw)
 
