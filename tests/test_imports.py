@@ -28,6 +28,7 @@ WALLS = {
     "typer": ("swsurgery.cli",),
     "tqdm": ("swsurgery.cli.output",),
     "matplotlib": ("swsurgery.scanning.figures",),
+    "gguf": ("swsurgery.checkpoint.layouts.gguf",),
 }
 
 

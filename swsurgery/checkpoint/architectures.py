@@ -87,6 +87,10 @@ class Family:
         return list_prefixes(self.trunks)
 
 
+GGUF_TYPE = "gguf"
+"""The model type that the config of a GGUF file has in this package, whatever its architecture is: llama.cpp gives the
+tensors of all architectures the same names."""
+
 WRAPPERS = ("language_model.", "model.language_model.", "text_model.", "model.text_model.", "thinker.")
 """Prefixes of the language model in multimodal models. Each may precede or replace the trunk of any family. Example:
 LLaVA stores "language_model.model.layers.", and transformers loads it as "model.language_model.layers.". Qwen-Omni
@@ -430,6 +434,19 @@ FAMILIES: tuple[Family, ...] = (
             Layout(
                 "dense", "layers.{layer}.mlp.dense_4h_to_h.weight", "row col", InputLayout(("dense_h_to_4h",), "halves")
             ),
+        ),
+    ),
+    # The names that llama.cpp gives to the tensors of every family: gguf-py/gguf/constants.py (TENSOR_NAMES). Its
+    # converters store each down projection as [row, col], and permute only the query and key projections.
+    Family(
+        "GGUF",
+        (GGUF_TYPE,),
+        ("",),
+        (
+            Layout("dense", "blk.{layer}.ffn_down.weight", "row col", None),
+            Layout("routed", "blk.{layer}.ffn_down_exps.weight", "expert row col", None),
+            Layout("routed", "blk.{layer}.ffn_down.{expert}.weight", "row col", None),
+            Layout("shared", "blk.{layer}.ffn_down_shexp.weight", "row col", None),
         ),
     ),
 )

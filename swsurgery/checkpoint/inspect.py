@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import overload
 
 from swsurgery.checkpoint import projections
+from swsurgery.checkpoint.architectures import Shapes
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_checkpoint, open_for_reading
 from swsurgery.checkpoint.weight_files import Weights
@@ -19,6 +20,8 @@ from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage.arguments import require_integer, require_type
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import convert_to_json, format_bits
+from swsurgery.storage.ggml import BlockDtype
+from swsurgery.storage.numeric import load_numpy
 from swsurgery.storage.result import Result
 
 
@@ -29,6 +32,10 @@ class Details(Result):
     Both have the fields tensor, file, dtype and shape. A tensor also has bytes (its size) and data_offsets. A scalar
     also has index, offset (in bytes from the start of the file), value and bits. If the scalar is in a down projection,
     it has layer, row, col and expert. If the stored numbers are not weights, the field note gives the reason.
+
+    An element of a matrix that is stored as packed codes has layout, code and step instead of bits: the name of the
+    layout, the stored code, and the distance to the next value that another code has. If one code stands for several
+    elements, code and offset are None.
     """
 
     fields: Mapping[str, object]
@@ -76,16 +83,17 @@ def inspect(
 ) -> Checkpoint | Details:
     """Describe a checkpoint: all its files and tensors, or one tensor, or one scalar with its value and bits.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]. Without `tensor`, the opened checkpoint is returned. `at`
-    is the index of a scalar in the stored shape of `tensor`: integers, or text such as "3968,7003". If the checkpoint
-    has several sets of weights, `weights` and `variant` choose one. Of the stored tensors, only this scalar is read.
+    `checkpoint` is a directory, a GGUF file or hf://ORG/NAME[@REV][/sub]. Without `tensor`, the opened checkpoint is
+    returned. `at` is the index of a scalar in the stored shape of `tensor`: integers, or text such as "3968,7003". An
+    element of a packed matrix is given by the name and the index that it has in a loaded model. If the checkpoint has
+    several sets of weights, `weights` and `variant` choose one. Of the stored tensors, only this scalar is read.
 
     Raises TypeError, HubError, CheckpointError; TargetError while another run edits the checkpoint in place.
     """
     require_type("tensor", tensor, str, optional=True)
     index = None if at is None else _parse_index(at)
     with open_for_reading("checkpoint", checkpoint, require_reporter(reporter)) as root:
-        opened = open_checkpoint(root, weights, variant)
+        opened = open_checkpoint(root, weights, variant, gguf=True)
         if tensor is None and at is None:
             return opened
         if tensor is None:
@@ -95,6 +103,8 @@ def inspect(
 
 def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None) -> dict[str, object]:
     """Return the fields of `Details` for a tensor, or for its scalar at `index`. Raises CheckpointError."""
+    if index is not None and _is_packed(checkpoint, tensor):
+        return _describe_element(checkpoint, tensor, index)
     if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
         raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
     info, file = checkpoint.get_info(tensor), checkpoint.weight_map[tensor]
@@ -110,13 +120,34 @@ def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None
     except IndexError as error:
         raise CheckpointError(str(error), tensor) from None
     data = checkpoint.shards[file].read_scalar(tensor, index)
-    try:
-        short = projections.find_short_form(checkpoint.config, checkpoint.shapes, Coordinate(tensor, index))
-    except ArchitectureError:
-        short = None
-    place = dict(zip(("layer", "row", "col", "expert"), short, strict=True)) if short else {}
+    place = _find_place(checkpoint, checkpoint.shapes, Coordinate(tensor, index))
     value = convert_to_json(info.dtype, data)
     return found | {"index": list(index), "offset": offset, "value": value, "bits": format_bits(data), **place}
+
+
+def _is_packed(checkpoint: Checkpoint, name: str) -> bool:
+    """Return True if `name` is a weight whose elements are packed codes, so that none fills bytes of its own."""
+    if name in checkpoint.infos:
+        return isinstance(checkpoint.infos[name].dtype, BlockDtype)
+    return name not in checkpoint.weight_map and checkpoint.quantisation.has_codes and name in checkpoint.weight_shapes
+
+
+def _describe_element(checkpoint: Checkpoint, weight: str, index: tuple[int, ...]) -> dict[str, object]:
+    """Return the fields of `Details` for one element of a packed matrix. Raises CheckpointError."""
+    load_numpy()
+    from swsurgery.checkpoint.layouts.show import describe_element
+
+    found = describe_element(checkpoint, weight, index)
+    return found | _find_place(checkpoint, checkpoint.weight_shapes, Coordinate(weight, index))
+
+
+def _find_place(checkpoint: Checkpoint, shapes: Shapes, coordinate: Coordinate) -> dict[str, object]:
+    """Return the layer, row, col and expert of a scalar in a down projection; an empty dict for other scalars."""
+    try:
+        short = projections.find_short_form(checkpoint.config, shapes, coordinate)
+    except ArchitectureError:
+        short = None
+    return dict(zip(("layer", "row", "col", "expert"), short, strict=True)) if short else {}
 
 
 def _parse_index(at: str | int | Sequence[int]) -> tuple[int, ...]:

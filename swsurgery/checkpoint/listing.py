@@ -86,7 +86,7 @@ def find_files(root: Folder, names: Iterable[str]) -> dict[str, File]:
     Raises CheckpointError if a link of a snapshot points out of its cache.
     """
     cache = _Cache(root) if is_cache_snapshot(root.path) else None
-    there = [root / name for name in names if filesystem.is_there(root / name)]
+    there = [root / name for name in names if root.has_visible(name) and filesystem.is_there(root / name)]
     return {entry.name: cache.file(entry).source if cache else LocalFile(entry) for entry in there}
 
 

@@ -17,6 +17,7 @@ from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.copies import look_at_others
 from swsurgery.checkpoint.damage import Survey, find_present_weights, read_damaged_shards
+from swsurgery.checkpoint.gguf_config import make_config, refuse_split
 from swsurgery.checkpoint.hints import is_cache_folder, suggest_snapshot
 from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snapshot, list_files, open_directory
@@ -24,9 +25,12 @@ from swsurgery.checkpoint.record import find_record_among
 from swsurgery.checkpoint.weight_files import (
     WeightFiles,
     Weights,
+    explain_gguf,
+    find_gguf_weights,
     find_weights,
     format_some,
     has_several_sets,
+    is_gguf,
     refuse_too_many,
 )
 from swsurgery.errors import CheckpointError, TargetError
@@ -36,7 +40,8 @@ from swsurgery.progress import Reporter
 from swsurgery.storage import filesystem
 from swsurgery.storage.arguments import require_choice, require_location, require_type
 from swsurgery.storage.files import BaseFile
-from swsurgery.storage.folder import Folder
+from swsurgery.storage.folder import Folder, SingleFile
+from swsurgery.storage.gguf import open_gguf
 from swsurgery.storage.names import WORKING_FILES, is_undo_name
 from swsurgery.storage.numbers import format_size
 from swsurgery.storage.shard import Shard, open_shard
@@ -73,7 +78,11 @@ class _Listing:
 
 
 def open_checkpoint(
-    root: str | Path | Folder | RemoteTree, weights: Weights | None = None, variant: str | None = None
+    root: str | Path | Folder | RemoteTree,
+    weights: Weights | None = None,
+    variant: str | None = None,
+    *,
+    gguf: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint: list its files and read the headers of its shards, but no tensor.
 
@@ -81,8 +90,8 @@ def open_checkpoint(
     be a directory or repository that is already open. A directory is entered with `held`.
 
     If several sets of weights exist, `weights` and `variant` choose one. If neither is given, the choice in the record
-    of a patched checkpoint is used. Raises the errors of `held` and `read_checkpoint`, and CheckpointError if the
-    record is damaged.
+    of a patched checkpoint is used. With `gguf`, the weights may be a GGUF file, if there are no safetensors files.
+    Raises the errors of `held` and `read_checkpoint`, and CheckpointError if the record is damaged.
     """
     if not isinstance(root, Folder | RemoteTree):
         root = open_location(parse_location(require_location("root", root)))
@@ -92,7 +101,7 @@ def open_checkpoint(
             patched = find_record_among({file.name: file.source for file in listing.files}, listing.root)
             if patched is not None:
                 weights, variant = patched.record.base.weights, patched.record.base.variant
-        return _read(listing, weights, variant)
+        return _read(listing, weights, variant, gguf=gguf)
 
 
 @contextlib.contextmanager
@@ -130,17 +139,20 @@ def held_for_editing(root: Path | Folder, *, moved: bool = False) -> Iterator[tu
         yield folder, journal.recover(folder, moved=moved)
 
 
-def read_checkpoint(root: Folder | RemoteTree, chosen: Chosen, *, elsewhere: Collection[str] = ()) -> Checkpoint:
+def read_checkpoint(
+    root: Folder | RemoteTree, chosen: Chosen, *, elsewhere: Collection[str] = (), gguf: bool = False
+) -> Checkpoint:
     """List the files of a checkpoint and read the headers of its shards.
 
     `root` is a repository, or a directory that the caller has entered with `held`. `chosen.weights` decides between an
     index and a single file if both exist. `chosen.variant` is the variant to read, such as "fp16". If it is None, the
-    plain weights are read, or the only variant if no plain weights exist. Shards in `elsewhere` may be missing.
+    plain weights are read, or the only variant if no plain weights exist. Shards in `elsewhere` may be missing. With
+    `gguf`, the weights may be a GGUF file, if there are no safetensors files.
 
     Raises CheckpointError that lists every fault found, AmbiguousWeights if several sets of weights exist and `chosen`
     names none of them, and HubError.
     """
-    return _read(_list(root), chosen.weights, chosen.variant, elsewhere)
+    return _read(_list(root), chosen.weights, chosen.variant, elsewhere, gguf)
 
 
 def survey_checkpoint(
@@ -165,10 +177,16 @@ def survey_checkpoint(
 
 
 def _read(
-    listing: _Listing, weights: Weights | None, variant: str | None, elsewhere: Collection[str] = ()
+    listing: _Listing,
+    weights: Weights | None,
+    variant: str | None,
+    elsewhere: Collection[str] = (),
+    gguf: bool = False,
 ) -> Checkpoint:
     """Find the weights among the files of a listing, and read the index, the headers of the shards and config.json."""
     names = _check_choice(listing, weights, variant)
+    if gguf and (found := find_gguf_weights(listing.root, names)) is not None:
+        return _read_gguf(listing, names[found])
     chosen = find_weights(listing.root, names, weights, variant, elsewhere)
     shards = _read_shards([names[name] for name in chosen.shards if name in names], listing.root)
     return _build(listing, names, chosen, shards, compare_size=not elsewhere)
@@ -217,15 +235,35 @@ def _build(
     )
 
 
+def _read_gguf(listing: _Listing, file: BaseFile) -> Checkpoint:
+    """Read the header of the GGUF file that contains all weights of a checkpoint. Raises CheckpointError."""
+    opened = open_gguf(file.source)
+    refuse_split(opened.metadata, file.source)
+    return Checkpoint(
+        root=listing.root,
+        files=listing.files,
+        shards={file.name: opened.shard},
+        weight_map=dict.fromkeys(opened.shard.tensors, file.name),
+        index_name=None,
+        config=make_config(opened.metadata),
+        left_out=listing.left_out,
+        repo_id=listing.repo_id,
+        revision=listing.revision,
+        in_cache=listing.in_cache,
+        sub=listing.sub,
+    )
+
+
 @contextlib.contextmanager
 def open_for_reading(name: str, checkpoint: str | Path, reporter: Reporter) -> Iterator[Folder | RemoteTree]:
-    """Yield the checkpoint to read: a directory entered with `held`, or an open repository.
+    """Yield the checkpoint to read: a directory entered with `held`, a GGUF file, or an open repository.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], and `name` is the name of the caller's argument, which
-    error messages quote. After the `with` block, the reporter prints how many bytes were read from the repository.
-    Raises TypeError, HubError and the errors of `held`.
+    `checkpoint` is a directory, a GGUF file or hf://ORG/NAME[@REV][/sub], and `name` is the name of the caller's
+    argument, which error messages quote. After the `with` block, the reporter prints how many bytes were read from the
+    repository. Raises TypeError, HubError and the errors of `held`.
     """
-    with held(open_location(parse_location(require_location(name, checkpoint)))) as root:
+    where = open_location(parse_location(require_location(name, checkpoint)))
+    with held(where if isinstance(where, RemoteTree) else _find_single_file(where) or where) as root:
         yield root
     if isinstance(root, RemoteTree):
         reporter.say(describe_traffic(root))
@@ -251,6 +289,14 @@ def refuse_other_weights(
             )
 
 
+def _find_single_file(path: Path) -> SingleFile | None:
+    """Return the GGUF file at `path`; None if `path` is not a file with the ending of GGUF files."""
+    try:
+        return SingleFile.find(path) if is_gguf(path.name) and path.is_file() else None
+    except OSError as error:
+        raise CheckpointError(f"cannot open the file ({error.strerror})", path) from None
+
+
 def _open_directory(root: Path) -> Folder:
     """Open the directory of a checkpoint.
 
@@ -274,13 +320,16 @@ def _list(root: Folder | RemoteTree) -> _Listing:
     if not isinstance(root, Folder):
         return _list_repository(root)
     files, left_out = list_files(root)
-    return _Listing(root.path, files, left_out, *identify_cache(root.path), is_cache_snapshot(root.path))
+    where = root.path / root.name if isinstance(root, SingleFile) else root.path
+    return _Listing(where, files, left_out, *identify_cache(root.path), is_cache_snapshot(root.path))
 
 
 def _explain_no_directory(given: Path, path: Path) -> CheckpointError:
     """Return the error for a path that is not a directory. `path` is `given` with all links resolved."""
     if not path.exists():
         return CheckpointError("no such checkpoint", path, suggest_uri(str(given)))
+    if is_gguf(path.name) or is_gguf(given.name):
+        return explain_gguf(given)
     remedy = suggest_snapshot(given.absolute()) or suggest_snapshot(path) or "give the directory that contains the file"
     return CheckpointError("a checkpoint is a directory, but this is a file", path, remedy)
 

@@ -24,6 +24,7 @@ from itertools import takewhile
 from typing import Literal, Protocol
 
 from swsurgery.storage.dtypes import Dtype
+from swsurgery.storage.ggml import BlockDtype
 
 StorageKind = Literal["plain", "scaled", "unreadable", "internal"]
 
@@ -213,6 +214,8 @@ class Quantisation:
 
     def _read_codes(self, name: str, dtype: Dtype) -> Reading:
         """Decide what the numbers of an F8 or integer tensor are. Internal tensors are excluded before."""
+        if isinstance(dtype, BlockDtype):
+            return Reading("unreadable", f"its elements are stored in blocks of the GGML type {dtype.name}")
         if _BUFFERS.fullmatch(_get_last_part(name)):
             return PLAIN
         others = list(self._others(name)) or list(self._floats_beside(name))
@@ -373,8 +376,9 @@ def _get_last_part(name: str) -> str:
 
 
 def _is_code(dtype: Dtype) -> bool:
-    """Return True if numbers of this dtype may be codes: floats of at most 8 bits and all integers."""
-    return dtype.kind in ("int", "uint") or dtype.name.startswith(("F8_", "F6_", "F4"))
+    """Return True if numbers of this dtype may be codes: floats of at most 8 bits, all integers, blocks of GGUF."""
+    is_small = dtype.kind in ("int", "uint") or dtype.name.startswith(("F8_", "F6_", "F4"))
+    return is_small or isinstance(dtype, BlockDtype)
 
 
 def _describe_declaration(

@@ -176,6 +176,8 @@ def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
     loose = [n for n in names if SHARD_NAME.fullmatch(n) and not is_undo_name(n)]
     if len(loose) == 1:
         return loose[0]
+    if not loose and (packed := [name for name in names if is_gguf(name)]):
+        raise explain_gguf(root if str(root).endswith(packed[0]) else f"{root}/{packed[0]}")
     for name, usual in _find_second_copies(names).items():
         if usual.endswith((".safetensors", INDEX_SUFFIX)):
             what = f"there is no {usual}, but there is {quote(name)}, as a browser names a second download"
@@ -185,6 +187,31 @@ def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
         raise CheckpointError(what, root, "download model.safetensors.index.VARIANT.json too")
     what = f"there are {len(loose)} safetensors files and no index" if loose else "there is no safetensors file"
     raise CheckpointError(what, root, f"a checkpoint needs one safetensors file, or several and {INDEX}")
+
+
+def is_gguf(name: str) -> bool:
+    """Return True if the file `name` of a checkpoint's top folder is a GGUF file."""
+    return "/" not in name and name.lower().endswith(".gguf")
+
+
+def explain_gguf(where: object) -> CheckpointError:
+    """Return the error of a command that reads no GGUF files, and edits none. `where` is the file."""
+    what = "GGUF files cannot be edited or run, and only inspect, verify --known and verify --finite read them"
+    return CheckpointError(what, where, "give the safetensors checkpoint from which the file was converted")
+
+
+def find_gguf_weights(root: object, names: Collection[str]) -> str | None:
+    """Return the name of the GGUF file with the weights; None if there is none, or if there are safetensors files.
+
+    Raises CheckpointError if there are several GGUF files.
+    """
+    found = sorted(name for name in names if is_gguf(name))
+    if not found or any("/" not in name and name.endswith((".safetensors", INDEX_SUFFIX)) for name in names):
+        return None
+    if len(found) > 1:
+        what = f"there are {len(found)} GGUF files, such as {found[0]}"
+        raise CheckpointError(what, root, f"choose one: give {root}/NAME.gguf")
+    return found[0]
 
 
 def _is_index_of(single: str, index: Listed, name: str) -> bool:

@@ -111,9 +111,41 @@ class Folder:
         finally:
             os.close(fd)
 
+    def has_visible(self, name: str) -> bool:
+        """Return True if a file of this name would be part of the directory's contents, whether it exists or not."""
+        return True
+
     def _entry(self, fd: int, name: str, last: str) -> Entry:
         status = os.stat(last, dir_fd=fd, follow_symlinks=False)
         return Entry.from_status(self, name, status)
+
+
+class SingleFile(Folder):
+    """An open directory of which only the file `name` is visible; all other files are treated as if they were absent.
+
+    Its `str()` is the path of the file.
+    """
+
+    def __init__(self, fd: int, path: Path, name: str):
+        super().__init__(fd, path)
+        self.name = name
+
+    @classmethod
+    def find(cls, path: Path) -> SingleFile:
+        """Open the directory of the file `path`. Raises OSError."""
+        folder = Path(os.path.realpath(path.parent))
+        return cls(os.open(folder, _DIRECTORY), folder, path.name)
+
+    def __str__(self) -> str:
+        return str(self.path / self.name)
+
+    def scan(self, name: str = "") -> list[Entry]:
+        """List the file alone. Raises OSError."""
+        return [] if name else [self._entry(self.fd, self.name, self.name)]
+
+    def has_visible(self, name: str) -> bool:
+        """Return True for the name of the file."""
+        return name == self.name
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
                 root, question.weights, question.variant, elsewhere, transformers=question.transformers
             )
         else:
-            checkpoint = read_checkpoint(root, question, elsewhere=elsewhere)
+            checkpoint = read_checkpoint(root, question, elsewhere=elsewhere, gguf=True)
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise

@@ -279,6 +279,14 @@ PUBLISHED = [
         (1, 3, 20, None),
         "backbone.layers.1.mixer.down_proj.weight",
     ),
+    (
+        "gguf",
+        ["blk.{layer}.ffn_down.weight", "blk.{layer}.attn_output.weight"],
+        (1, 3, 20, None),
+        "blk.1.ffn_down.weight",
+    ),
+    ("gguf", experts("blk.{layer}.ffn_down.{expert}.weight"), (1, 3, 20, 3), "blk.1.ffn_down.3.weight"),
+    ("gguf", ["blk.{layer}.ffn_down_shexp.weight"], (1, 3, 20, "shared"), "blk.1.ffn_down_shexp.weight"),
     # Model types that the table does not know, whose names it does: Baichuan, and Phi-2 before transformers had it.
     (
         "baichuan",

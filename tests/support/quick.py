@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-EXTRAS = {"matplotlib", "model_signing", "peft", "torch", "transformers"}
+EXTRAS = {"gguf", "matplotlib", "model_signing", "peft", "torch", "transformers"}
 """Libraries that the extra `test` does not install."""
 
 NEEDS_TORCH = (

@@ -46,11 +46,15 @@ class Cell:
     `fields` hold the bits of its code, the least significant bits first. `values` contains the value of each code, in
     the order of the codes; NaN or infinity is the value of a code that is no number. `scale` is the factor by which a
     code of this element is multiplied, for messages.
+
+    In some layouts, one code stands for several elements. Such an element has no fields, and its value is the only one.
+    `refusal` then explains why no other value can be stored.
     """
 
     fields: tuple[BitField, ...]
     values: Sequence[float]
     scale: float
+    refusal: str = ""
 
     @cached_property
     def grid(self) -> list[tuple[float, int]]:
@@ -75,7 +79,9 @@ class Cell:
         """Return the code whose value is nearest to `wanted`; of two equally near values, the one nearer to zero.
 
         Raises NumberError if `wanted` is not finite, or is not between the smallest and the largest value of the grid.
+        Also raises it if the element has no code of its own.
         """
+        self._require_code()
         values = [value for value, _ in self.grid]
         if not values:
             raise NumberError("no code of this element has a finite value")
@@ -88,11 +94,17 @@ class Cell:
         return min(near, key=lambda entry: (abs(Fraction(entry[0]) - exact), abs(entry[0])))[1]
 
     def find_zero(self) -> int:
-        """Return the code whose value is 0. Raises NumberError if no code has this value."""
+        """Return the code whose value is 0. Raises NumberError if no code has this value, or there is no code."""
+        self._require_code()
         code = next((code for value, code in self.grid if value == 0), None)
         if code is None:
             raise NumberError("no code of this element has the value 0")
         return code
+
+    def _require_code(self) -> None:
+        """Raise NumberError if the element has no code of its own."""
+        if self.refusal:
+            raise NumberError(self.refusal)
 
     def compute_step(self, value: float) -> float:
         """Return the larger of the distances from `value` to the next smaller and larger value of the grid.

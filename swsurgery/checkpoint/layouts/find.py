@@ -25,6 +25,7 @@ from swsurgery.checkpoint.layouts.fp4 import (  # noqa: E402
     find_packed_fp4,
     find_stacked_fp4,
 )
+from swsurgery.checkpoint.layouts.gguf import find_gguf  # noqa: E402
 from swsurgery.checkpoint.layouts.gptq import find_gptq  # noqa: E402
 from swsurgery.checkpoint.layouts.module import QuantisedModule  # noqa: E402
 from swsurgery.checkpoint.layouts.scaled import find_scaled  # noqa: E402
@@ -75,6 +76,7 @@ LAYOUTS: tuple[FindLayout, ...] = (
     find_awq,
     find_auto_round,
     find_bitsandbytes,
+    find_gguf,
 )
 
 WEIGHT_ENDINGS = (
