@@ -32,6 +32,7 @@ from swsurgery.editing.in_place import apply_in_place
 from swsurgery.editing.pins import check_left_out, check_planned
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.record import complete_record, draft_record
+from swsurgery.editing.rewrite import MEASURED
 from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
 from swsurgery.errors import ModelError, PlanError, SwsurgeryError, TargetError
 from swsurgery.hub import RemoteTree, Uri, download_checkpoint, fetch, open_location
@@ -60,7 +61,8 @@ def plan(manifest: ManifestLike, base: str | Path | None = None, *, reporter: Re
 
     A pin is the digest that the manifest, or the base's own record, requires of a file. From a repository, only headers
     and single scalars are read, and the digests that the Hub lists are compared with the pins. In a directory, the
-    pinned shards with edits are hashed. The plan lists the pins that were not checked.
+    pinned shards with edits are hashed. The plan lists the pins that were not checked. The new values of regions are
+    not computed; a note names the operations that `apply` may still refuse, such as a clip that removes everything.
 
     Raises TypeError, HubError, ManifestError, CheckpointError; PlanError, which lists every fault; TargetError if
     another run is editing the base in place.
@@ -70,10 +72,19 @@ def plan(manifest: ManifestLike, base: str | Path | None = None, *, reporter: Re
     with held(open_location(find_base(loaded, base))) as root:
         found = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
         draft_record(found)  # so that a dry run refuses what `apply` would refuse
-        found = check_planned(found, reporter)
+        found = replace(check_planned(found, reporter), notes=(*found.notes, *_list_unmeasured(found)))
     if isinstance(root, RemoteTree):
         reporter.say(describe_traffic(root))
     return found
+
+
+def _list_unmeasured(found: Plan) -> list[str]:
+    """Return a note if the plan has changes of regions that `apply` may refuse once it has read their values."""
+    ops = [op for op in MEASURED if any(rewrite.op == op for rewrite in found.rewrites)]
+    if not ops:
+        return []
+    refused = "apply refuses results that overflow, and a clip that removes everything"
+    return [f"not computed in a dry run: {', '.join(ops)} ({refused})"]
 
 
 def apply(

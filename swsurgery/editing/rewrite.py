@@ -14,6 +14,10 @@ from swsurgery.storage.files import File
 from swsurgery.storage.region import Region
 from swsurgery.storage.shard import TensorInfo
 
+MEASURED = ("scale", "clip", "prune_outliers", "round")
+"""Operations on regions that the values of the base can make impossible: a product may overflow, a clip may remove
+everything, and only finite values can be clipped, pruned and rounded."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:

@@ -43,6 +43,49 @@ def test_the_rows_of_a_record_name_scalars_and_regions(base):
     assert [r | {"changed": None} for r in rows] == planned
 
 
+DATA = {
+    "scale": {"op": "scale", "layer": 0, "row": 1, "factor": 1e300},
+    "clip": {"op": "clip", "tensors": HEAD, "fraction": 0.5},
+    "round": {"op": "round", "tensors": HEAD, "bits": 4},
+    "prune_outliers": {"op": "prune_outliers", "tensors": HEAD, "fraction": 0.5},
+}
+UNCOMPUTED = "not computed in a dry run: {} (apply refuses results that overflow, and a clip that removes everything)"
+
+
+@pytest.mark.parametrize(
+    ("edits", "ops"),
+    [
+        *[([edit], op) for op, edit in DATA.items()],
+        ([DATA["round"], ROW, DATA["scale"]], "scale, round"),
+        ([ROW, SCALAR, PROTECT, {"op": "set", "layer": 0, "row": 1, "value": 2.0}], None),
+    ],
+)
+def test_a_dry_run_names_the_operations_whose_result_depends_on_the_values(base, capsys, edits, ops):
+    manifest = write_manifest(base.parent / "m.json", base, *edits)
+    assert main(["apply", str(manifest), "--dry-run"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "dry run" in line]
+    assert notes == ([] if ops is None else [f"note      {UNCOMPUTED.format(ops)}"])
+    assert [note for note in swsurgery.plan(manifest).notes if "dry run" in note] == [note[10:] for note in notes]
+
+
+@pytest.mark.parametrize(("op", "refused"), [("scale", "overflows"), ("clip", "removes everything")])
+def test_only_an_edit_finds_what_the_values_forbid(base, capsys, op, refused):
+    apply(base, {"op": "zero", "tensor": HEAD, "slice": "1:"}, name="sparse")
+    manifest = write_manifest(base.parent / "m.json", base.parent / "sparse", DATA[op])
+    assert main(["apply", str(manifest), "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["apply", str(manifest), "-o", str(base.parent / "out"), "--check", "off"]) == 2
+    assert refused in capsys.readouterr().err
+    assert not (base.parent / "out").exists()
+
+
+def test_an_edit_does_not_print_the_note_of_a_dry_run(base, capsys):
+    manifest = write_manifest(base.parent / "m.json", base, DATA["round"])
+    assert main(["apply", str(manifest), "-o", str(base.parent / "out"), "--check", "off"]) == 0
+    printed = capsys.readouterr()
+    assert "dry run" not in printed.out + printed.err
+
+
 def test_the_rows_without_regions_have_the_columns_of_version_1(base):
     applied = apply(base, SCALAR)
     assert [list(row) for row in applied.to_rows()] == [COLUMNS]
