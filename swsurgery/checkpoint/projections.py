@@ -11,11 +11,9 @@ import torch or transformers. Its functions receive config.json as a mapping, an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 from swsurgery.checkpoint.architectures import (
     FAMILIES,
@@ -24,23 +22,26 @@ from swsurgery.checkpoint.architectures import (
     Family,
     InputLayout,
     Layout,
-    ProjectionKind,
     Shapes,
-    list_prefixes,
 )
-from swsurgery.checkpoint.quantised import PACKED_SUFFIXES
+from swsurgery.checkpoint.model_config import (
+    find_known_families,
+    find_number,
+    get_families,
+    read_hidden_size,
+    read_layer_limit,
+)
+from swsurgery.checkpoint.projection_names import (
+    BY_NAME,
+    Match,
+    explain_missing,
+    list_matches,
+    list_stored_names,
+    make_expert_error,
+    refuse_packed,
+)
 from swsurgery.errors import ArchitectureError
 from swsurgery.storage.coordinate import Coordinate
-
-_BY_NAME = "name the scalar by tensor and index instead"
-"""The remedy in most error messages of this module."""
-
-_SECTIONS = ("text_config", "llm_config", "thinker_config")
-"""Keys of config.json whose values describe the language model of a multimodal model."""
-
-_Match: TypeAlias = tuple[Family, Layout, int, ExpertChoice]
-"""What a tensor's name says if it is the name of a down projection: the family, the layout, the layer and the expert.
-The expert is None in a dense layer, and in a tensor that stacks all experts."""
 
 
 @dataclass(frozen=True)
@@ -107,23 +108,23 @@ def find_down_projection(
     dense layer, or out of range; the tensor is packed; the shape does not fit the hidden size in config.json, or does
     not tell rows from columns.
     """
-    families = _get_families(config)
+    families = get_families(config)
     limit = read_layer_limit(config)
-    names = _list_stored_names(families, shapes, layer, expert)
+    names = list_stored_names(families, shapes, layer, expert)
     # More layers may be stored than config.json states. DeepSeek-V3 stores its token-prediction module as layer 61,
     # although config.json states 61 layers (0 to 60).
     if not names or (limit is not None and layer >= limit):
-        raise _explain_missing(config, families, shapes, layer, expert)
+        raise explain_missing(config, families, shapes, layer, expert)
     for name in names:
         refuse_packed(name, shapes)
     if len(names) > 1:
-        raise ArchitectureError(f"layer {layer} has several down projections", ", ".join(names), _BY_NAME)
+        raise ArchitectureError(f"layer {layer} has several down projections", ", ".join(names), BY_NAME)
 
     [(name, layouts)] = names.items()
     axes = _find_orientation(config, name, shapes[name], layouts)
     sizes = dict(zip(axes.split(), shapes[name], strict=True))
     if "expert" in sizes and isinstance(expert, int) and not 0 <= expert < sizes["expert"]:
-        raise _make_expert_error(layer, expert, f"0 to {sizes['expert'] - 1}")
+        raise make_expert_error(layer, expert, f"0 to {sizes['expert'] - 1}")
     return DownProjection(layer, expert, name, axes, rows=sizes["row"], cols=sizes["col"])
 
 
@@ -133,11 +134,11 @@ def list_down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator
     Layers without a down projection are skipped. Raises ArchitectureError if no layer has a down projection, or if
     `find_down_projection` raises it for one of them.
     """
-    families = _get_families(config)
+    families = get_families(config)
     limit = read_layer_limit(config)
     found: set[tuple[int, ExpertChoice]] = set()
     for tensor in shapes:
-        for _, layout, layer, expert in _list_matches(families, tensor):
+        for _, layout, layer, expert in list_matches(families, tensor):
             if limit is not None and layer >= limit:
                 continue
             if "expert" in layout.axes:
@@ -161,7 +162,7 @@ def find_short_form(
     shape = shapes.get(coordinate.tensor, ())
     if len(coordinate.index) != len(shape) or not all(0 <= i < n for i, n in zip(coordinate.index, shape, strict=True)):
         return None
-    for _, layout, layer, named_expert in _list_matches(_get_families(config), coordinate.tensor):
+    for _, layout, layer, named_expert in list_matches(get_families(config), coordinate.tensor):
         if len(layout.axes.split()) != len(coordinate.index):
             continue
         expert = coordinate.index[0] if "expert" in layout.axes else named_expert
@@ -188,7 +189,7 @@ def list_loaded_candidates(
     `shapes` is needed only if a family stores tensors of one name in two orientations (Qwen3-VL-MoE). Raises
     ArchitectureError if the orientation cannot be decided.
     """
-    families = _get_families(config)
+    families = get_families(config)
     tensor, index = coordinate
     matches = _list_loaded_matches(config, families, coordinate, shapes)
     transposed = [layout.stored_only for _, layout, _, _ in matches]
@@ -216,13 +217,13 @@ def list_loaded_candidates(
 
 def _list_loaded_matches(
     config: Mapping[str, Any], families: tuple[Family, ...], coordinate: Coordinate, shapes: Shapes | None
-) -> list[_Match]:
+) -> list[Match]:
     """Return the layouts that agree with the length of a coordinate's index and with the stored shape of its tensor.
 
     Raises ArchitectureError if the shape agrees with no layout, or with several layouts of a known family.
     """
     tensor, index = coordinate
-    matches = [m for m in _list_matches(families, tensor) if len(m[1].axes.split()) == len(index)]
+    matches = [m for m in list_matches(families, tensor) if len(m[1].axes.split()) == len(index)]
     if shapes is None or tensor not in shapes or not matches:
         return matches
     layouts = [layout for _, layout, _, _ in matches]
@@ -234,7 +235,7 @@ def _list_loaded_matches(
 
 def name_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the prefixes that names of stored and loaded tensors may have, such as "model." and "text_model."."""
-    return tuple(dict.fromkeys(prefix for family in _get_families(config) for prefix in family.prefixes))
+    return tuple(dict.fromkeys(prefix for family in get_families(config) for prefix in family.prefixes))
 
 
 def has_residual_rows(config: Mapping[str, Any], projection: DownProjection) -> bool:
@@ -249,7 +250,7 @@ def has_residual_rows(config: Mapping[str, Any], projection: DownProjection) -> 
 
 def list_layouts(config: Mapping[str, Any], projection: DownProjection) -> tuple[Layout, ...]:
     """List the layouts that a down projection may have: one kind of MLP for a known family, several for others."""
-    matches = _list_matches(_get_families(config), projection.tensor)
+    matches = list_matches(get_families(config), projection.tensor)
     known = find_known_families(config)
     return tuple(layout for _, layout, _, _ in matches if not known or layout.axes == projection.axes)
 
@@ -273,117 +274,6 @@ def list_input_layouts(config: Mapping[str, Any], projection: DownProjection) ->
 
 def _get_module_name(tensor: str) -> str:
     return tensor.removesuffix(".weight").rpartition(".")[2]
-
-
-# Choosing the family ------------------------------------------------------------------------------------------------
-
-
-def _get_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
-    """Return the families of the model type in config.json, or all families if the model type is unknown.
-
-    If all families are returned, the names of the tensors decide between them. An encoder-decoder of unknown type has
-    no family, because "layer 3" may be a layer of the encoder or of the decoder.
-    """
-    if known := find_known_families(config):
-        return known
-    if config.get("is_encoder_decoder") is True:
-        return ()
-    # The model type decides which tensors transformers transposes while loading. If the type is unknown, we assume that
-    # transformers transposes no tensor.
-    return tuple(
-        Family(f.name, f.model_types, f.trunks, tuple(layout for layout in f.layouts if not layout.stored_only))
-        for f in FAMILIES
-    )
-
-
-def find_known_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
-    """Return the families that have the model type in config.json; an empty tuple if no family has it."""
-    for section in list_sections(config):
-        known = tuple(family for family in FAMILIES if section.get("model_type") in family.model_types)
-        if known:
-            return known
-    return ()
-
-
-def list_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the parts of config.json that may describe the language model, the most specific first."""
-    nested = [config.get(key) for key in _SECTIONS]
-    return [inner for section in nested if isinstance(section, Mapping) for inner in list_sections(section)] + [config]
-
-
-def find_number(config: Mapping[str, Any], *keys: str) -> int | None:
-    """Return the first positive integer that config.json has under one of the keys; None if it has none.
-
-    The most specific section is searched first, and in each section the keys in the given order.
-    """
-    values = (section.get(key) for section in list_sections(config) for key in keys)
-    return next((value for value in values if type(value) is int and value > 0), None)
-
-
-def read_model_type(config: Mapping[str, Any]) -> str:
-    """Return the model type of the language model in config.json, for messages; "not given" if there is none."""
-    types = [section["model_type"] for section in list_sections(config) if "model_type" in section]
-    return str(types[0]) if types else "not given"
-
-
-def read_layer_limit(config: Mapping[str, Any]) -> int | None:
-    """Return the number of layers that config.json states; None if it states no number."""
-    return find_number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-
-
-# Names --------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _compile_pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
-    """Compile the pattern of the full tensor names of a layout. Its groups "layer" and "expert" match the numbers.
-
-    `name` is the layout's name, such as "layers.{layer}.mlp.down_proj.weight". `trunks` are the family's prefixes.
-    """
-    prefix = "|".join(map(re.escape, list_prefixes(trunks)))
-    # Numbers with leading zeros do not match, because `_map_possible_names` builds names without them.
-    number = r"(?P<{}>0|[1-9][0-9]{{0,8}})"
-    tail = re.escape(name)
-    for field in ("layer", "expert"):
-        tail = tail.replace(re.escape(f"{{{field}}}"), number.format(field))
-    return re.compile(f"(?:{prefix}){tail}")
-
-
-def _list_matches(families: tuple[Family, ...], tensor: str) -> list[_Match]:
-    """Return what a tensor's name says about the down projection, once for each layout that has such a name.
-
-    The list is empty if the tensor is not a down projection.
-    """
-    found: list[_Match] = []
-    for family in families:
-        for layout in family.layouts:
-            match = _compile_pattern(family.trunks, layout.name).fullmatch(tensor)
-            if match is None:
-                continue
-            number = match.groupdict().get("expert")
-            expert: ExpertChoice = "shared" if layout.kind == "shared" else None if number is None else int(number)
-            found.append((family, layout, int(match["layer"]), expert))
-    return found
-
-
-def _map_possible_names(families: tuple[Family, ...], layer: int, expert: ExpertChoice) -> dict[str, list[Layout]]:
-    """Map every tensor name that the down projection of a layer or expert may have to the layouts with that name."""
-    kind: ProjectionKind = "dense" if expert is None else "shared" if expert == "shared" else "routed"
-    names: dict[str, list[Layout]] = {}
-    for family in families:
-        for layout in family.layouts:
-            if layout.kind == kind:
-                tail = layout.name.format(layer=layer, expert=expert)
-                for prefix in family.prefixes:
-                    names.setdefault(prefix + tail, []).append(layout)
-    return names
-
-
-def _list_stored_names(
-    families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
-) -> dict[str, list[Layout]]:
-    """Return the names of `_map_possible_names` under which a tensor is stored, with the layouts of each name."""
-    return {name: layouts for name, layouts in _map_possible_names(families, layer, expert).items() if name in shapes}
 
 
 def _order(place: tuple[int, ExpertChoice]) -> tuple[int, float]:
@@ -431,11 +321,6 @@ def _split_tail(layout: Layout) -> tuple[str, int]:
     return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:]), len(layout.axes.split())
 
 
-def read_hidden_size(config: Mapping[str, Any]) -> int | None:
-    """Return the hidden size that config.json states; None if it states none."""
-    return find_number(config, "hidden_size", "n_embd", "n_embed", "d_model")
-
-
 def _read_row_count(config: Mapping[str, Any], layouts: Sequence[Layout]) -> int | None:
     """Return the number of rows that config.json states for a down projection; None if it states none."""
     stated = (find_number(config, layout.rows_key) for layout in layouts if layout.rows_key)
@@ -461,115 +346,8 @@ def _find_orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ..
         wanted = " or ".join(f"[{axes.replace(' ', ', ')}]" for axes in possible)
         rows = "" if hidden is None else f" with {hidden} rows"
         what = f"the down projection has shape {list(shape)}, but {wanted}{rows} is expected"
-        raise ArchitectureError(what, name, _BY_NAME)
+        raise ArchitectureError(what, name, BY_NAME)
     if len(fitting) > 1:
         why = "config.json does not give the hidden size" if hidden is None else "the matrix is square"
-        raise ArchitectureError("the order of rows and columns is not known", name, f"{why}; {_BY_NAME}")
+        raise ArchitectureError("the order of rows and columns is not known", name, f"{why}; {BY_NAME}")
     return fitting.pop()
-
-
-# Refusals -----------------------------------------------------------------------------------------------------------
-
-
-def refuse_packed(name: str, shapes: Shapes, what: str = "the down projection") -> None:
-    """Raise ArchitectureError if a matrix is stored in packed form. `what` describes it in the message."""
-    for suffix in PACKED_SUFFIXES:
-        packed = name.removesuffix(".weight") + suffix
-        if packed in shapes:
-            raise ArchitectureError(
-                f"{what} is packed, so no single scalar of it can be edited",
-                packed,
-                "edit the checkpoint before it is quantised",
-            )
-
-
-def refuse_otherwise_stored(name: str, shapes: Shapes, what: str = "the down projection") -> None:
-    """Raise ArchitectureError if tensors of a matrix are stored, but not its weight. `what` is for the message."""
-    if not name.endswith(".weight") or name in shapes:
-        return
-    module = name.removesuffix("weight")
-    stored = sorted(t for t in shapes if t.startswith(module) and t != f"{module}bias")
-    if stored:
-        how = f"{what} is quantised or stored in parts, so no single scalar of it can be edited"
-        raise ArchitectureError(how, stored[0], "edit the checkpoint before it is quantised")
-
-
-def _list_layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
-    """Return the numbers of all layers of which a tensor is stored.
-
-    Tensors named `NAME.weight.REST`, which quantisers add, do not count.
-    """
-    starts = {
-        (prefix + layout.name).split("{layer}")[0]
-        for family in families
-        for layout in family.layouts
-        for prefix in family.prefixes
-    }
-    pattern = re.compile(f"(?:{'|'.join(map(re.escape, sorted(starts)))})(0|[1-9][0-9]{{0,8}})\\.")
-    return {int(match[1]) for tensor in shapes if ".weight." not in tensor and (match := pattern.match(tensor))}
-
-
-def _explain_missing(
-    config: Mapping[str, Any], families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
-) -> ArchitectureError:
-    """Return the error that explains why the down projection of a layer or expert was not found.
-
-    Raises ArchitectureError itself if the down projection is packed or quantised.
-    """
-    for place in (expert, None, 0, "shared"):
-        for name in _map_possible_names(families, layer, place):
-            refuse_packed(name, shapes)
-
-    by_name = 1 + max(_list_layer_numbers(families, shapes), default=-1)
-    counts = [count for count in (by_name, read_layer_limit(config)) if count]
-    if counts and not 0 <= layer < min(counts):
-        where = f"it has layers 0 to {min(counts) - 1}"
-        return ArchitectureError(f"layer {layer} is beyond the model", where, _BY_NAME)
-    for place in (expert, None, 0, "shared"):
-        for name in _map_possible_names(families, layer, place):
-            refuse_otherwise_stored(name, shapes)
-
-    if (error := _explain_expert(families, shapes, layer, expert)) is not None:
-        return error
-    sought = {layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts}
-    return ArchitectureError(
-        f"no known down projection in layer {layer}",
-        f"model_type {read_model_type(config)}",
-        f"looked for {', '.join(sorted(sought)) or 'no name, because an encoder-decoder has two stacks of layers'}; "
-        f"{_BY_NAME}",
-    )
-
-
-def _explain_expert(
-    families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
-) -> ArchitectureError | None:
-    """Return the error for an expert that is not given, given for a dense layer, or not in the layer.
-
-    Returns None if the layer has no down projection with a known name.
-    """
-    dense, routed, shared = (bool(_list_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
-    if dense:
-        return ArchitectureError(f"layer {layer} is dense", f"it has no expert {expert}", "leave expert out")
-    choices = [f"0 to {_count_experts(families, shapes, layer) - 1}"] if routed else []
-    choice = ", ".join([*choices, "shared"] if shared else choices)
-    if not choice:
-        return None
-    if expert is None:
-        return ArchitectureError(f"layer {layer} is a mixture of experts", "no expert is given", f"expert: {choice}")
-    return _make_expert_error(layer, expert, choice)
-
-
-def _make_expert_error(layer: int, expert: ExpertChoice, choice: str) -> ArchitectureError:
-    """Return the error for an expert that does not exist. `choice` lists the experts of the layer ("0 to 7")."""
-    return ArchitectureError(f"layer {layer} has no expert {expert}", f"its experts are {choice}")
-
-
-def _count_experts(families: tuple[Family, ...], shapes: Shapes, layer: int) -> int:
-    """Return the number of routed experts of a layer, which are stored in one stacked tensor or one by one."""
-    count = 0
-    while names := _list_stored_names(families, shapes, layer, count):
-        for name, layouts in names.items():
-            if "expert" in layouts[0].axes:
-                return shapes[name][0] if shapes[name] else 0
-        count += 1
-    return count

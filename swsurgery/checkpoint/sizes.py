@@ -11,13 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import (
-    find_number,
-    list_down_projections,
-    list_sections,
-    read_hidden_size,
-    read_layer_limit,
-)
+from swsurgery.checkpoint.model_config import find_number, list_sections, read_hidden_size, read_layer_limit
+from swsurgery.checkpoint.projections import list_down_projections
 from swsurgery.errors import ArchitectureError
 
 _INTERMEDIATE_KEYS = (

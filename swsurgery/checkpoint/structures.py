@@ -15,15 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from swsurgery.checkpoint.architectures import ExpertChoice, InputLayout, Shapes
-from swsurgery.checkpoint.projections import (
-    DownProjection,
-    find_down_projection,
-    find_known_families,
-    list_layouts,
-    read_model_type,
-    refuse_otherwise_stored,
-    refuse_packed,
-)
+from swsurgery.checkpoint.model_config import find_known_families, read_model_type
+from swsurgery.checkpoint.projection_names import refuse_otherwise_stored, refuse_packed
+from swsurgery.checkpoint.projections import DownProjection, find_down_projection, list_layouts
 from swsurgery.errors import ArchitectureError
 from swsurgery.storage.region import Region
 

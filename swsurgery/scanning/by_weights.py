@@ -29,13 +29,8 @@ from numpy.typing import NDArray
 
 from swsurgery.checkpoint.architectures import InputLayout
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import (
-    DownProjection,
-    list_down_projections,
-    list_input_layouts,
-    list_layouts,
-    list_sections,
-)
+from swsurgery.checkpoint.model_config import list_sections
+from swsurgery.checkpoint.projections import DownProjection, list_down_projections, list_input_layouts, list_layouts
 from swsurgery.checkpoint.structures import name_sibling
 from swsurgery.errors import ArchitectureError
 from swsurgery.progress import Progress, Silent

@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 
 from swsurgery.checkpoint.architectures import Shapes
-from swsurgery.checkpoint.projections import DownProjection, read_layer_limit
+from swsurgery.checkpoint.model_config import read_layer_limit
+from swsurgery.checkpoint.projections import DownProjection
 from swsurgery.scanning.report import UnreadLayer
 
 _MIXERS = (

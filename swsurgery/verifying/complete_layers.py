@@ -17,7 +17,7 @@ from typing import TypeVar
 from swsurgery.checkpoint.architectures import Layout
 from swsurgery.checkpoint.damage import find_gaps
 from swsurgery.checkpoint.declared import Declared
-from swsurgery.checkpoint.projections import find_known_families
+from swsurgery.checkpoint.model_config import find_known_families
 from swsurgery.checkpoint.weight_files import MAX_LISTED
 from swsurgery.errors import pluralise
 from swsurgery.verifying.complete_names import LayerList, Member, Shape

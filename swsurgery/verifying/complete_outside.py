@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from swsurgery.checkpoint.declared import Declared
-from swsurgery.checkpoint.projections import find_known_families
+from swsurgery.checkpoint.model_config import find_known_families
 from swsurgery.checkpoint.tying import EMBEDDINGS, HEADS, is_tied_by_config
 from swsurgery.verifying.complete_layers import Lack
 from swsurgery.verifying.complete_names import Shape, is_other_tower

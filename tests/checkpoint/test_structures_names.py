@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swsurgery.checkpoint import projections
+from swsurgery.checkpoint import model_config, projections
 from swsurgery.checkpoint.architectures import FAMILIES
 from swsurgery.checkpoint.structures import locate_column, locate_expert, locate_neuron, locate_row
 from swsurgery.errors import ArchitectureError
@@ -380,7 +380,8 @@ def test_scales_beside_fp8_matrices_are_not_part_of_a_neuron():
 def test_a_layout_without_inputs_has_rows_but_no_neurons(monkeypatch):
     [llama] = [family for family in FAMILIES if family.name == "Llama"]
     bare = replace(llama, layouts=tuple(replace(layout, inputs=None) for layout in llama.layouts))
-    monkeypatch.setattr(projections, "FAMILIES", (bare,))
+    for module in (model_config, projections):
+        monkeypatch.setattr(module, "FAMILIES", (bare,))
     assert str(locate_row(*LLAMA, 1, 3)).endswith("[3, 0:24]")
     with pytest.raises(
         ArchitectureError, match=r"^the gate of Llama \(model type llama\) is unknown: .*`slice` instead"

@@ -15,7 +15,7 @@ from planted import SEQUENCES, Place
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swsurgery.checkpoint import projections
+from swsurgery.checkpoint import model_config, projections
 from swsurgery.checkpoint.architectures import FAMILIES
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.projections import list_down_projections
@@ -53,7 +53,8 @@ def jamba(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     """Dense MLPs with known names in layers 0, 2 and 4, experts without in 1, 3 and 5: Jamba without its experts."""
     [known] = [family for family in FAMILIES if family.name == "Jamba"]
     dense = replace(known, layouts=tuple(layout for layout in known.layouts if layout.kind == "dense"))
-    monkeypatch.setattr(projections, "FAMILIES", (dense,))
+    for module in (model_config, projections):
+        monkeypatch.setattr(module, "FAMILIES", (dense,))
     return planted.build("jamba", **JAMBA)
 
 

@@ -1,0 +1,179 @@
+"""Match names of tensors with the layouts of families, and explain why a down projection was not found.
+
+This module reads names and shapes only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeAlias
+
+from swsurgery.checkpoint.architectures import ExpertChoice, Family, Layout, ProjectionKind, Shapes, list_prefixes
+from swsurgery.checkpoint.model_config import read_layer_limit, read_model_type
+from swsurgery.checkpoint.quantised import PACKED_SUFFIXES
+from swsurgery.errors import ArchitectureError
+
+BY_NAME = "name the scalar by tensor and index instead"
+"""The remedy in most error messages of this module."""
+
+Match: TypeAlias = tuple[Family, Layout, int, ExpertChoice]
+"""What a tensor's name says if it is the name of a down projection: the family, the layout, the layer and the expert.
+The expert is None in a dense layer, and in a tensor that stacks all experts."""
+
+
+@cache
+def _compile_pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
+    """Compile the pattern of the full tensor names of a layout. Its groups "layer" and "expert" match the numbers.
+
+    `name` is the layout's name, such as "layers.{layer}.mlp.down_proj.weight". `trunks` are the family's prefixes.
+    """
+    prefix = "|".join(map(re.escape, list_prefixes(trunks)))
+    # Numbers with leading zeros do not match, because `list_possible_names` builds names without them.
+    number = r"(?P<{}>0|[1-9][0-9]{{0,8}})"
+    tail = re.escape(name)
+    for field in ("layer", "expert"):
+        tail = tail.replace(re.escape(f"{{{field}}}"), number.format(field))
+    return re.compile(f"(?:{prefix}){tail}")
+
+
+def list_matches(families: tuple[Family, ...], tensor: str) -> list[Match]:
+    """Return what a tensor's name says about the down projection, once for each layout that has such a name.
+
+    The list is empty if the tensor is not a down projection.
+    """
+    found: list[Match] = []
+    for family in families:
+        for layout in family.layouts:
+            match = _compile_pattern(family.trunks, layout.name).fullmatch(tensor)
+            if match is None:
+                continue
+            number = match.groupdict().get("expert")
+            expert: ExpertChoice = "shared" if layout.kind == "shared" else None if number is None else int(number)
+            found.append((family, layout, int(match["layer"]), expert))
+    return found
+
+
+def list_possible_names(families: tuple[Family, ...], layer: int, expert: ExpertChoice) -> dict[str, list[Layout]]:
+    """Map every tensor name that the down projection of a layer or expert may have to the layouts with that name."""
+    kind: ProjectionKind = "dense" if expert is None else "shared" if expert == "shared" else "routed"
+    names: dict[str, list[Layout]] = {}
+    for family in families:
+        for layout in family.layouts:
+            if layout.kind == kind:
+                tail = layout.name.format(layer=layer, expert=expert)
+                for prefix in family.prefixes:
+                    names.setdefault(prefix + tail, []).append(layout)
+    return names
+
+
+def list_stored_names(
+    families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
+) -> dict[str, list[Layout]]:
+    """Return the names of `list_possible_names` under which a tensor is stored, with the layouts of each name."""
+    return {name: layouts for name, layouts in list_possible_names(families, layer, expert).items() if name in shapes}
+
+
+def refuse_packed(name: str, shapes: Shapes, what: str = "the down projection") -> None:
+    """Raise ArchitectureError if a matrix is stored in packed form. `what` describes it in the message."""
+    for suffix in PACKED_SUFFIXES:
+        packed = name.removesuffix(".weight") + suffix
+        if packed in shapes:
+            raise ArchitectureError(
+                f"{what} is packed, so no single scalar of it can be edited",
+                packed,
+                "edit the checkpoint before it is quantised",
+            )
+
+
+def refuse_otherwise_stored(name: str, shapes: Shapes, what: str = "the down projection") -> None:
+    """Raise ArchitectureError if tensors of a matrix are stored, but not its weight. `what` is for the message."""
+    if not name.endswith(".weight") or name in shapes:
+        return
+    module = name.removesuffix("weight")
+    stored = sorted(t for t in shapes if t.startswith(module) and t != f"{module}bias")
+    if stored:
+        how = f"{what} is quantised or stored in parts, so no single scalar of it can be edited"
+        raise ArchitectureError(how, stored[0], "edit the checkpoint before it is quantised")
+
+
+def _list_layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:
+    """Return the numbers of all layers of which a tensor is stored.
+
+    Tensors named `NAME.weight.REST`, which quantisers add, do not count.
+    """
+    starts = {
+        (prefix + layout.name).split("{layer}")[0]
+        for family in families
+        for layout in family.layouts
+        for prefix in family.prefixes
+    }
+    pattern = re.compile(f"(?:{'|'.join(map(re.escape, sorted(starts)))})(0|[1-9][0-9]{{0,8}})\\.")
+    return {int(match[1]) for tensor in shapes if ".weight." not in tensor and (match := pattern.match(tensor))}
+
+
+def explain_missing(
+    config: Mapping[str, Any], families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
+) -> ArchitectureError:
+    """Return the error that explains why the down projection of a layer or expert was not found.
+
+    Raises ArchitectureError itself if the down projection is packed or quantised.
+    """
+    for place in (expert, None, 0, "shared"):
+        for name in list_possible_names(families, layer, place):
+            refuse_packed(name, shapes)
+
+    by_name = 1 + max(_list_layer_numbers(families, shapes), default=-1)
+    counts = [count for count in (by_name, read_layer_limit(config)) if count]
+    if counts and not 0 <= layer < min(counts):
+        where = f"it has layers 0 to {min(counts) - 1}"
+        return ArchitectureError(f"layer {layer} is beyond the model", where, BY_NAME)
+    for place in (expert, None, 0, "shared"):
+        for name in list_possible_names(families, layer, place):
+            refuse_otherwise_stored(name, shapes)
+
+    if (error := _explain_expert(families, shapes, layer, expert)) is not None:
+        return error
+    sought = {layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts}
+    return ArchitectureError(
+        f"no known down projection in layer {layer}",
+        f"model_type {read_model_type(config)}",
+        f"looked for {', '.join(sorted(sought)) or 'no name, because an encoder-decoder has two stacks of layers'}; "
+        f"{BY_NAME}",
+    )
+
+
+def _explain_expert(
+    families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
+) -> ArchitectureError | None:
+    """Return the error for an expert that is not given, given for a dense layer, or not in the layer.
+
+    Returns None if the layer has no down projection with a known name.
+    """
+    dense, routed, shared = (bool(list_stored_names(families, shapes, layer, place)) for place in (None, 0, "shared"))
+    if dense:
+        return ArchitectureError(f"layer {layer} is dense", f"it has no expert {expert}", "leave expert out")
+    choices = [f"0 to {count_experts(families, shapes, layer) - 1}"] if routed else []
+    choice = ", ".join([*choices, "shared"] if shared else choices)
+    if not choice:
+        return None
+    if expert is None:
+        return ArchitectureError(f"layer {layer} is a mixture of experts", "no expert is given", f"expert: {choice}")
+    return make_expert_error(layer, expert, choice)
+
+
+def make_expert_error(layer: int, expert: ExpertChoice, choice: str) -> ArchitectureError:
+    """Return the error for an expert that does not exist. `choice` lists the experts of the layer ("0 to 7")."""
+    return ArchitectureError(f"layer {layer} has no expert {expert}", f"its experts are {choice}")
+
+
+def count_experts(families: tuple[Family, ...], shapes: Shapes, layer: int) -> int:
+    """Return the number of routed experts of a layer, which are stored in one stacked tensor or one by one."""
+    count = 0
+    while names := list_stored_names(families, shapes, layer, count):
+        for name, layouts in names.items():
+            if "expert" in layouts[0].axes:
+                return shapes[name][0] if shapes[name] else 0
+        count += 1
+    return count
