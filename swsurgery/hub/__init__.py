@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swsurgery.errors import CheckpointError, HubError
@@ -106,6 +106,8 @@ def is_offline() -> bool:
 def open_location(checkpoint: Path | Uri) -> Path | RemoteTree:
     """Choose where headers and single scalars are read: a directory, or byte ranges of files on the Hub.
 
+    A GGUF file may be named instead: hf://ORG/NAME/FILE.gguf is a repository with this file alone.
+
     For a repository, this is its folder in the local cache if the offline mode is on, or if the revision is a full
     commit and the folder exists. Raises HubError, and CheckpointError if the offline mode is on and the folder is
     missing.
@@ -115,7 +117,13 @@ def open_location(checkpoint: Path | Uri) -> Path | RemoteTree:
     if is_offline() or checkpoint.is_commit:
         with contextlib.suppress(CheckpointError) if not is_offline() else contextlib.nullcontext():
             return find_cached(checkpoint)
-    return open_tree(checkpoint.repo_id, checkpoint.revision, checkpoint.sub)
+    if not checkpoint.sub.lower().endswith(".gguf"):
+        return open_tree(checkpoint.repo_id, checkpoint.revision, checkpoint.sub)
+    folder, _, name = checkpoint.sub.rpartition("/")
+    tree = open_tree(checkpoint.repo_id, checkpoint.revision, folder)
+    if name not in tree.files:
+        raise HubError("the repository has no such file", checkpoint)
+    return replace(tree, files={name: tree.files[name]})
 
 
 def download_checkpoint(checkpoint: Path | Uri) -> Path:

@@ -33,6 +33,7 @@ from swsurgery.storage.arguments import (
     require_type,
 )
 from swsurgery.storage.folder import Folder
+from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.numeric import load_numpy
 from swsurgery.verifying.against_record import RecordProof, check_structure, scan_values, verify_patched
 from swsurgery.verifying.findings import Finding
@@ -286,7 +287,12 @@ def _check_files(
     findings, rules = check_structure(checkpoint), ("structure", "duplicate-weights")
     if search is None:
         return findings, rules
-    return findings + scan_values(search, progress), (*rules, "non-finite")
+    findings += scan_values(search, progress)
+    if any(isinstance(info.dtype, BlockDtype) for info in checkpoint.infos.values()):
+        from swsurgery.verifying.block_values import list_blocks_not_finite
+
+        findings += list_blocks_not_finite(checkpoint, progress)
+    return findings, (*rules, "non-finite")
 
 
 def _begin_search(checkpoint: Checkpoint) -> ValueSearch:
