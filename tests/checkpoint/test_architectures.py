@@ -642,8 +642,9 @@ def with_tensor(model, name, shape=(8, 24)):
         (
             ({"model_type": "mamba", "num_hidden_layers": 2}, {"backbone.layers.0.mixer.out_proj.weight": (16, 32)}),
             (0, 0, 0, None),
-            r"no known down projection in layer 0: model_type mamba \(looked for blocks\.0\.ffn\.down_proj\.weight, "
-            r".*, layers\.0\.mlp\.down_proj\.weight, .*; name the scalar by tensor and index instead\)",
+            r"no known down projection in layer 0: model_type mamba \(looked for .*, "
+            r"blocks\.0\.ffn\.down_proj\.weight, .*, layers\.0\.mlp\.down_proj\.weight, .*; "
+            r"name the scalar by tensor and index instead\)",
         ),
         (
             ({"model_type": "phi"}, {"model.layers.0.mlp.down_proj.weight": (16, 24)}),
