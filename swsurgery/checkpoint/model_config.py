@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from swsurgery.checkpoint.architectures import FAMILIES, Family
+from swsurgery.checkpoint.architectures import FAMILIES
+from swsurgery.checkpoint.family import Family
 
 _SECTIONS = ("text_config", "llm_config", "thinker_config")
 """Keys of config.json whose values describe the language model of a multimodal model."""

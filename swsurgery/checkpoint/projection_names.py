@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeAlias
 
-from swsurgery.checkpoint.architectures import ExpertChoice, Family, Layout, ProjectionKind, Shapes, list_prefixes
+from swsurgery.checkpoint.architectures import ExpertChoice, Shapes
+from swsurgery.checkpoint.family import Family, Layout, ProjectionKind, list_prefixes
 from swsurgery.checkpoint.model_config import read_layer_limit, read_model_type
 from swsurgery.checkpoint.quantised import PACKED_SUFFIXES
 from swsurgery.errors import ArchitectureError

@@ -15,15 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swsurgery.checkpoint.architectures import (
-    FAMILIES,
-    Axes,
-    ExpertChoice,
-    Family,
-    InputLayout,
-    Layout,
-    Shapes,
-)
+from swsurgery.checkpoint.architectures import FAMILIES, ExpertChoice, Shapes
+from swsurgery.checkpoint.family import Axes, Family, InputLayout, Layout
 from swsurgery.checkpoint.model_config import (
     find_known_families,
     find_number,

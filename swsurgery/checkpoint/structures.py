@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from swsurgery.checkpoint.architectures import ExpertChoice, InputLayout, Shapes
+from swsurgery.checkpoint.architectures import ExpertChoice, Shapes
+from swsurgery.checkpoint.family import InputLayout
 from swsurgery.checkpoint.model_config import find_known_families, read_model_type
 from swsurgery.checkpoint.projection_names import refuse_otherwise_stored, refuse_packed
 from swsurgery.checkpoint.projections import DownProjection, find_down_projection, list_layouts

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swsurgery.checkpoint.architectures import InputLayout
 from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.family import InputLayout
 from swsurgery.checkpoint.model_config import list_sections
 from swsurgery.checkpoint.projections import DownProjection, list_down_projections, list_input_layouts, list_layouts
 from swsurgery.checkpoint.structures import name_sibling

@@ -14,9 +14,9 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import TypeVar
 
-from swsurgery.checkpoint.architectures import Layout
 from swsurgery.checkpoint.damage import find_gaps
 from swsurgery.checkpoint.declared import Declared
+from swsurgery.checkpoint.family import Layout
 from swsurgery.checkpoint.model_config import find_known_families
 from swsurgery.checkpoint.weight_files import MAX_LISTED
 from swsurgery.errors import pluralise
