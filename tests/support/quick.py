@@ -15,6 +15,10 @@ EXTRAS = {"gguf", "matplotlib", "model_signing", "peft", "torch", "transformers"
 """Libraries that the extra `test` does not install."""
 
 NEEDS_TORCH = (
+    "checkpoint/layouts/test_auto_round.py",
+    "checkpoint/layouts/test_bitsandbytes.py",
+    "checkpoint/layouts/test_quanto.py",
+    "checkpoint/layouts/test_torchao.py",
     "checkpoint/test_quantised.py::test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded",
     "checkpoint/test_quantised.py::test_nothing_reads_codes_as_weights",
     "cli/test_action.py::test_findings_need_not_fail_the_job",

@@ -98,6 +98,7 @@ def build_awq(module: QuantisedModule, name: str, symmetric: bool) -> GroupedMat
     refuse_rotation(config)
     if read_count(config, "bits") != _BITS:
         raise CannotTell("bits in config.json is not 4, the only width of AWQ gemm")
+    module.refuse_others((".qweight", ".qzeros", ".scales", ".g_idx"))
     codes, zeros, scales = (module.require(ending) for ending in (".qweight", ".qzeros", ".scales"))
     if not (codes.dtype == zeros.dtype == "I32" and len(codes.shape) == len(zeros.shape) == 2 and codes.count):
         raise CannotTell(f"{codes.name} and {zeros.name} are not matrices of I32")

@@ -38,6 +38,12 @@ TABLES = {
 }  # fmt: skip
 """The float32 values of the 16 codes of each type, before multiplication by the scale."""
 
+_ENDINGS = (
+    ".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map",
+    ".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4",
+)  # fmt: skip
+"""Endings of the names of all tensors of a module except its bias."""
+
 _BLOCK_SIZES = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
 _MAX_STATE = 4096
 """Maximum size of the JSON in a tensor, in bytes. bitsandbytes writes about 200."""
@@ -121,6 +127,7 @@ def find_bitsandbytes(module: QuantisedModule) -> NormalFloatMatrix | None:
         raise CannotTell(f"{module.weight} is stored as {' and as '.join(kinds)}, which config.json contradicts")
     kind = kinds[0]
     state = _read_state(module.require(f".weight.quant_state.bitsandbytes__{kind}"), kind)
+    module.refuse_others(_ENDINGS)
     codes, scales, table = (module.require(end) for end in (".weight", ".weight.absmax", ".weight.quant_map"))
     _require_shape(table, "F32", 16)
     if _read_singles(table).tobytes() != TABLES[kind].tobytes() and (_read_singles(table) != TABLES[kind]).any():

@@ -28,7 +28,9 @@ from swsurgery.checkpoint.layouts.fp4 import (  # noqa: E402
 from swsurgery.checkpoint.layouts.gguf import find_gguf  # noqa: E402
 from swsurgery.checkpoint.layouts.gptq import find_gptq  # noqa: E402
 from swsurgery.checkpoint.layouts.module import QuantisedModule  # noqa: E402
+from swsurgery.checkpoint.layouts.quanto import find_quanto  # noqa: E402
 from swsurgery.checkpoint.layouts.scaled import find_scaled  # noqa: E402
+from swsurgery.checkpoint.layouts.torchao import find_torchao  # noqa: E402
 from swsurgery.storage.files import read_exactly  # noqa: E402
 from swsurgery.storage.shard import Shard, TensorInfo  # noqa: E402
 
@@ -77,6 +79,8 @@ LAYOUTS: tuple[FindLayout, ...] = (
     find_auto_round,
     find_bitsandbytes,
     find_gguf,
+    find_torchao,
+    find_quanto,
 )
 
 WEIGHT_ENDINGS = (
@@ -85,6 +89,7 @@ WEIGHT_ENDINGS = (
     ("_blocks", ""),
     ("._weight_qdata", ".weight"),
     (".weight._data", ".weight"),
+    (".weight._data._data", ".weight"),
 )
 """Endings of the names of tensors of codes, with the ending of the name of the weight in a loaded model."""
 

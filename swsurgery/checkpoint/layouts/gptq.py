@@ -105,6 +105,7 @@ def build_gptq(module: QuantisedModule, name: str, minus_one: bool, one_way: boo
     """
     config = module.quantisation
     refuse_rotation(config)
+    module.refuse_others((".qweight", ".qzeros", ".scales", ".g_idx"))
     codes, zeros, scales = (module.require(ending) for ending in (".qweight", ".qzeros", ".scales"))
     bits = _find_bits(config, codes, zeros, overrides)
     cols, rows = codes.shape[0] * WORD // bits, codes.shape[1]

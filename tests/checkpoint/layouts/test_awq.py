@@ -169,6 +169,7 @@ BAD: dict[str, tuple[dict[str, object], Arrays, str]] = {
     "no zero points": ({}, change(SMALL, qzeros=None), "qzeros is not stored"),
     "no scales": ({}, change(SMALL, scales=None), "scales is not stored"),
     "an order": ({}, change(SMALL, g_idx=np.zeros(64, np.int32)), "g_idx is stored, which AWQ does not have"),
+    "another tensor": ({}, change(SMALL, smooth=SCALES), "may change what the codes mean"),
     "words of another type": ({}, change(SMALL, qweight=QWEIGHT.astype(np.int64)), "are not matrices of I32"),
     "codes without an axis": ({}, change(SMALL, qweight=QWEIGHT.reshape(-1)), "are not matrices of I32"),
     "turned": ({}, change(SMALL, qweight=np.zeros((8, 16), np.int32)), "do not fit"),

@@ -242,6 +242,7 @@ BAD: dict[str, tuple[dict[str, NDArray | None], str]] = {
     "no scales": (change(SMALL, absmax=None), "absmax is not stored"),
     "too few scales": (change(SMALL, absmax=np.ones(2, np.float32)), "not 3 F32"),
     "float16 scales": (change(SMALL, absmax=np.ones(3, np.float16)), "not 3 F32"),
+    "another tensor": (change(SMALL, offset=NF4), "may change what the codes mean"),
     "a vector": (change(SMALL, state=STATE | {"shape": [ROWS * COLS]}), "is not that of a matrix"),
     "a negative shape": (change(SMALL, state=STATE | {"shape": [-ROWS, -COLS]}), "is not that of a matrix"),
     "a shape of flags": (change(SMALL, state=STATE | {"shape": [True, ROWS * COLS]}), "is not that of a matrix"),

@@ -253,6 +253,7 @@ BAD: dict[str, tuple[dict[str, object], Arrays, str]] = {
     "no groups": ({}, change(SMALL, qzeros=QZEROS[:0], scales=SCALES[:0]), "do not fit the shapes"),
     "an order of floats": ({}, change(SMALL, g_idx=ORDER.astype(np.float32)), "is not one integer for each of 64"),
     "a short order": ({}, change(SMALL, g_idx=ORDER[:-1].astype(np.int32)), "is not one integer for each of 64"),
+    "another tensor": ({}, change(SMALL, smooth=SCALES), "may change what the codes mean"),
     "no order": ({"desc_act": True}, change(SMALL, g_idx=None), "no g_idx is stored"),
 }
 
