@@ -196,7 +196,8 @@ def is_gguf(name: str) -> bool:
 
 def explain_gguf(where: object) -> CheckpointError:
     """Return the error of a command that reads no GGUF files, and edits none. `where` is the file."""
-    what = "GGUF files cannot be edited or run, and only inspect, verify --known and verify --finite read them"
+    readers = "inspect, and verify with --known, --protected, --finite or --values"
+    what = f"a GGUF file cannot be edited or run, and is read only by {readers}"
     return CheckpointError(what, where, "give the safetensors checkpoint from which the file was converted")
 
 

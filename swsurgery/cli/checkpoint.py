@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from swsurgery.cli.options import CheckpointArgument, VariantOption, WeightsOption, command
+from swsurgery.cli.options import CheckpointArgument, ReadableArgument, VariantOption, WeightsOption, command
 from swsurgery.cli.output import Output
 
 
 @command
 def inspect(
     out: Output,
-    checkpoint: CheckpointArgument,
+    checkpoint: ReadableArgument,
     tensor: Annotated[str | None, typer.Option(help="Print only this tensor.")] = None,
     at: Annotated[
         str | None, typer.Option(help="Print one scalar of the tensor: its index, such as 3968,7003.")

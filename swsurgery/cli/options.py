@@ -72,6 +72,10 @@ def _restrain_hub(out: Output) -> None:
 CheckpointArgument = Annotated[
     str, typer.Argument(help="A checkpoint: a directory, or hf://ORG/NAME[@REV][/sub].", show_default=False)
 ]
+ReadableArgument = Annotated[
+    str,
+    typer.Argument(help="A checkpoint: a directory, a GGUF file, or hf://ORG/NAME[@REV][/sub].", show_default=False),
+]
 DirectoryArgument = Annotated[str, typer.Argument(help="The checkpoint's directory.", show_default=False)]
 BaseOption = Annotated[
     str | None, typer.Option(help="The base, instead of the manifest's base: a directory or hf://ORG/NAME[@REV].")

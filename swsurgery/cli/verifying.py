@@ -10,6 +10,7 @@ import typer
 from swsurgery.cli.options import (
     CheckpointArgument,
     DirectoryArgument,
+    ReadableArgument,
     VariantOption,
     WeightsOption,
     command,
@@ -30,7 +31,7 @@ ReportFile = Annotated[Path | None, typer.Option("--output", help="Write the fin
 @command
 def verify(
     out: Output,
-    checkpoint: CheckpointArgument,
+    checkpoint: ReadableArgument,
     base: Annotated[
         str | None, typer.Option(help="Also compare byte by byte with this base: a directory or hf://ORG/NAME[@REV].")
     ] = None,

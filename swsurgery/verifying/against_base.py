@@ -84,7 +84,8 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
         Finding.of_difference(d)
         for d in find_undeclared_changes(checkpoint, base, sorted(ours & theirs), declared, progress)
     ]
-    sound = {name for name, shard in checkpoint.shards.items() if shard.size == base.get_file(name).size}
+    sizes = {file.name: file.size for file in base.files}
+    sound = {name for name, shard in checkpoint.shards.items() if shard.size == sizes.get(name)}
     for splice in (s for s in plan.splices if s.file in sound):
         tensor, index = splice.coordinate
         try:

@@ -76,6 +76,12 @@ class _Question:
     transformers: bool = False
 
     @property
+    def reads_gguf(self) -> bool:
+        """True if every requested check can read a GGUF file. The others compare files that swsurgery could edit."""
+        with_base = self.base is None or self.protected is not None
+        return self.manifest is None and self.signature is None and with_base
+
+    @property
     def needs_no_record(self) -> bool:
         """True if any requested check also works for a checkpoint without a record."""
         manifests = (self.manifest, self.protected)
@@ -106,12 +112,13 @@ def verify(
 ) -> Verification:
     """Check a checkpoint against its record, and against a base, a manifest, known super weights and a signature.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]. From a repository, only headers, edited scalars and small
-    files are read; for large files, the digests that the Hub lists are used. The record alone, without the base, proves
-    that the checkpoint is its base with exactly the declared scalars changed. `base` is compared byte by byte.
-    `manifest`, in any form that `apply` takes, must describe exactly this checkpoint. With `known`, no known super
-    weight of the checkpoint's model, or of `model`, may have lost more than the fraction `tolerance` of its value. A
-    model that neither `model` nor the files name is identified from its sizes and from its values.
+    `checkpoint` is a directory, a GGUF file or hf://ORG/NAME[@REV][/sub]. From a repository, only headers, edited
+    scalars and small files are read; for large files, the digests that the Hub lists are used. The record alone,
+    without the base, proves that the checkpoint is its base with exactly the declared scalars changed. `base` is
+    compared byte by byte. `manifest`, in any form that `apply` takes, must describe exactly this checkpoint. With
+    `known`, no known super weight of the checkpoint's model, or of `model`, may have lost more than the fraction
+    `tolerance` of its value. A model that neither `model` nor the files name is identified from its sizes and from its
+    values.
     With `finite`, all values are searched for NaN and infinities. With `values`, also for constant and identical
     matrices, values outside float16's range and subnormal values, and the result has the figures of all tensors.
     `signature` is checked with `public_key` (PEM).
@@ -181,7 +188,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
                 root, question.weights, question.variant, elsewhere, transformers=question.transformers
             )
         else:
-            checkpoint = read_checkpoint(root, question, elsewhere=elsewhere, gguf=True)
+            checkpoint = read_checkpoint(root, question, elsewhere=elsewhere, gguf=question.reads_gguf)
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise

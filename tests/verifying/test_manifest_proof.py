@@ -168,6 +168,14 @@ def pinned(digest: str) -> str:
     return MANIFEST.replace("base: {path: base}", f"base:\n  path: base\n  sha256:\n    {SECOND}: '{digest}'")
 
 
+def test_a_shard_of_another_name_is_missing_and_undeclared(folder):
+    [index] = (folder / "bare").glob("*.index.json")
+    index.write_text(index.read_text().replace(FIRST, "renamed.safetensors"))
+    (folder / "bare" / FIRST).rename(folder / "bare" / "renamed.safetensors")
+    findings = {(finding.rule, finding.file) for finding in ask(folder, "bare").findings}
+    assert {("file-missing", FIRST), ("file-undeclared", "renamed.safetensors")} <= findings
+
+
 def test_a_pin_is_held_against_the_base_or_the_record(folder):
     digest = hashlib.sha256((folder / "base" / SECOND).read_bytes()).hexdigest()
     for name in ("patched", "bare"):
