@@ -17,7 +17,7 @@ from swsurgery.errors import NumberError
 from swsurgery.rewriting.clip import ClipFunction
 from swsurgery.rewriting.function import CHUNK_SCALARS, Source
 from swsurgery.rewriting.kept import Indices, KeptScalars
-from swsurgery.rewriting.magnitudes import Magnitudes, can_round_magnitudes
+from swsurgery.rewriting.magnitudes import SMALLEST_SCALES, Magnitudes
 from swsurgery.rewriting.scope import TENSOR, Grouping, Piece, Scalar, find_pieces
 from swsurgery.rewriting.statistics import check_piece, measure_range, read_pieces
 from swsurgery.storage.arrays import (
@@ -124,19 +124,25 @@ class RoundFunction:
             return False
         dtype, top = block.dtype, self._top
         magnitudes = block.magnitudes.take(words)
-        magnitudes.reshape(-1)[self.kept.find_in_piece(block.name, block.row, block.columns, piece)] = 0
+        kept = self.kept.find_in_piece(block.name, block.row, block.columns, piece)
+        if len(kept):
+            block.magnitudes.clear(magnitudes, kept)
         for tile in self.scope.find_tiles(*words.shape):
             groups = tile.view(magnitudes)
             if self.scope.is_tensor:
-                high = np.full((1, 1, 1, 1), max(map(abs, self.ranges[block.name])))
+                high = np.full((1, 1, 1, 1), max(map(abs, self.ranges[block.name])), np.float32)
             else:
-                high = decode_singles(dtype, _reduce(np.maximum, groups), finite=True).astype(np.float64)
+                maxima = block.magnitudes.get_patterns(_reduce(np.maximum, groups))
+                if maxima.max() > dtype.largest:  # NaN or infinite
+                    return False
+                high = decode_singles(dtype, maxima, finite=True)
+            # The float32 quotient is the float64 quotient rounded to float32, because `high` has at most 11 bits.
             scale = _find_scale(high, top, np.float32)
-            if not high.max() <= block.limit or scale.min() < 2.0 ** (1 - dtype.bias):  # a subnormal result may follow
+            if scale.min() < SMALLEST_SCALES[dtype.name]:
                 return False
-            limited = self.scope.is_tensor or _exceeds(high, scale, top)
-            block.magnitudes.round_groups(groups, scale, top if limited else None)
-        block.magnitudes.add_signs(words, out)
+            # No code of a group exceeds `top`, because the relative error of its scale is at most 2**-24.
+            block.magnitudes.round_groups(groups, scale, top if self.scope.is_tensor else None)
+        block.magnitudes.put_signs(magnitudes, words, out)
         return True
 
     def _round_values(self, block: _Block, piece: Piece, words: Words, out: Words) -> None:
@@ -233,7 +239,7 @@ class _Block:
     def __init__(self, name: str, dtype: FloatDtype, row: int, columns: int, size: int) -> None:
         self.name, self.dtype, self.row, self.columns, self.size = name, dtype, row, columns, size
         self.limit = decode(dtype, dtype.largest.to_bytes(dtype.size, "little"))
-        self.magnitudes = Magnitudes(dtype) if can_round_magnitudes(dtype) else None
+        self.magnitudes = Magnitudes(dtype) if dtype.name in SMALLEST_SCALES else None
         self._buffers: list[Floats] = []
 
     def make_buffers(self, shape: tuple[int, ...]) -> list[Floats]:
@@ -287,12 +293,12 @@ def _reduce(reduce: np.ufunc, groups: NDArray[Scalar]) -> NDArray[Scalar]:
     return reduced
 
 
-def _find_scale(high: Doubles, top: int, kind: type[np.floating]) -> Floats:
+def _find_scale(high: Floats, top: int, kind: type[np.floating]) -> Floats:
     """Return the scale of symmetric levels for each group, of which `high` is the largest magnitude."""
     return _use_one_for_zero((high / top).astype(kind))
 
 
-def _exceeds(high: Doubles, scale: Floats, top: int) -> bool:
+def _exceeds(high: Floats, scale: Floats, top: int) -> bool:
     """Return True if a code of a group may exceed `top`, because the scale was rounded down.
 
     No quotient in a group is larger than that of its extreme, since division and rint are monotonic.

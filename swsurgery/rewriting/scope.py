@@ -9,10 +9,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE_SCALARS = 262_144
+PIECE_SCALARS = 131_072
 """Blocks are computed in pieces of about this many scalars, so that the buffers stay in the processor's cache.
 
-Smaller pieces are slower: each one needs about 50 microseconds beside the time for its scalars."""
+Smaller pieces are slower: each one needs about 20 microseconds beside the time for its scalars."""
 
 
 Scalar = TypeVar("Scalar", bound=np.generic)

@@ -160,10 +160,27 @@ def test_bit_patterns_and_values_are_rounded_alike(name, bits, scope, monkeypatc
     words = np.concatenate([finite, mixed])[: len(finite) * 2 // 100 * 100].reshape(-1, 100)
     function = build_function("round", {"bits": bits} | scope)
     monkeypatch.setattr("swsurgery.rewriting.scope.PIECE_SCALARS", 500)  # a small group affects only its piece
-    monkeypatch.setattr("swsurgery.rewriting.magnitudes.STRIP_SCALARS", 200)
     found = compute_region(function, "w", DTYPES[name], words)
-    monkeypatch.setattr(rounding, "can_round_magnitudes", lambda dtype: False)
+    monkeypatch.setattr(rounding, "SMALLEST_SCALES", {})
     assert np.array_equal(found, compute_region(function, "w", DTYPES[name], words))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_every_product_of_a_code_and_a_scale_is_rounded_to_nearest(name, bits, monkeypatch):
+    """Each row has another largest fraction and, with both signs, every code. Exponents do not change the fractions."""
+    dtype, top = DTYPES[name], 2 ** (bits - 1) - 1
+    one = 0x3C00 if name == "F16" else 0x3F80
+    highest = values_of(name, np.arange(one, one + (1 << dtype.mantissa), dtype=np.uint16))
+    exact = np.outer(highest, np.arange(-top, top + 1) / top)
+    if name == "F16":
+        words = exact.astype(np.float16).view(np.uint16)
+    else:
+        words = (exact.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    function = build_function("round", {"bits": bits, "per": "channel"})
+    found = compute_region(function, "w", dtype, words)
+    monkeypatch.setattr(rounding, "SMALLEST_SCALES", {})
+    assert np.array_equal(found, compute_region(function, "w", dtype, words))
 
 
 @pytest.mark.parametrize("name", ["F16", "BF16"])
