@@ -23,6 +23,9 @@ Match: TypeAlias = tuple[Family, Layout, int, ExpertChoice]
 """What a tensor's name says if it is the name of a down projection: the family, the layout, the layer and the expert.
 The expert is None in a dense layer, and in a tensor that stacks all experts."""
 
+MAX_SOUGHT = 4
+"""Maximum number of tensor names that a message lists as looked for."""
+
 
 @cache
 def _compile_pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
@@ -136,12 +139,17 @@ def explain_missing(
 
     if (error := _explain_expert(families, shapes, layer, expert)) is not None:
         return error
-    sought = {layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts}
+    sought = list(
+        dict.fromkeys(
+            layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts
+        )
+    )
+    more = f" and {len(sought) - MAX_SOUGHT} other names" if len(sought) > MAX_SOUGHT else ""
+    names = ", ".join(sought[:MAX_SOUGHT]) or "no name, because an encoder-decoder has two stacks of layers"
     return ArchitectureError(
         f"no known down projection in layer {layer}",
         f"model_type {read_model_type(config)}",
-        f"looked for {', '.join(sorted(sought)) or 'no name, because an encoder-decoder has two stacks of layers'}; "
-        f"{BY_NAME}",
+        f"looked for {names}{more}; {BY_NAME}",
     )
 
 

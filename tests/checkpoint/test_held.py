@@ -81,6 +81,7 @@ FUNCTIONS: dict[str, Callable[[Room], object]] = {
     "revert in place": lambda room: swsurgery.revert(room.model),
     "check": lambda room: swsurgery.check(room.model),
     "verify": lambda room: swsurgery.verify(room.model),
+    "preflight": lambda room: swsurgery.preflight(room.model),
     "verify, and it is its own base": lambda room: swsurgery.verify(room.model, base=room.model, finite=True),
     "verify, and it is the base": lambda room: swsurgery.verify(room.twin, base=room.model, finite=True),
     "verify, and it is the manifest's": lambda room: swsurgery.verify(room.twin, manifest=room.third, finite=True),
@@ -104,8 +105,9 @@ NEED_TORCH: dict[str, Callable[[Room], object]] = {
 }
 
 COMMANDS = (
-    "verify {model}", "verify {model} --known", "verify {model} --finite", "verify {model} --base {model}",
-    "verify {twin} --finite --base {model}", "verify {twin} --manifest {third}", "inspect {model}",
+    "verify {model}", "verify {model} --known", "verify {model} --finite", "preflight {model}",
+    "verify {model} --base {model}", "verify {twin} --finite --base {model}", "verify {twin} --manifest {third}",
+    "inspect {model}",
     "inspect {model} --tensor lm_head.weight --at 0,0", "lookup {model}", "diff {model} {model}", "diff {twin} {model}",
     "revert {model}", "revert {model} -o {out}", "apply {third} --dry-run", "apply {third} -o {out} --check off",
     "check {model}", "scan {model} --method weights", "scan {model}", "sweep {third} --factors 0,1",
