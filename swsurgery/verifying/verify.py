@@ -20,9 +20,9 @@ from swsurgery.checkpoint.opening import (
     read_checkpoint,
     refuse_other_weights,
 )
-from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, find_record, read_record
+from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record, read_record
 from swsurgery.checkpoint.weight_files import Weights
-from swsurgery.errors import AmbiguousWeights, CheckpointError, ManifestError, SwsurgeryError
+from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError
 from swsurgery.hub import RemoteTree, open_location, parse_location
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import (
@@ -37,12 +37,12 @@ from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.numeric import load_numpy
 from swsurgery.verifying.against_record import RecordProof, check_structure, scan_values, verify_patched
 from swsurgery.verifying.findings import Finding
+from swsurgery.verifying.manifest_check import check_manifest, resolve_own_manifest, resolve_wishes
 from swsurgery.verifying.verification import Proof, Verification
 
 if TYPE_CHECKING:  # each of these modules does one optional check and is imported only for this check
     from swsurgery.manifest.load import LoadedManifest, ManifestLike
     from swsurgery.verifying.against_known import Survival
-    from swsurgery.verifying.against_manifest import Wishes
     from swsurgery.verifying.against_protected import Guard
     from swsurgery.verifying.identification import Identification
     from swsurgery.verifying.value_findings import ValueReport
@@ -196,19 +196,19 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
     if completeness is not None and completeness.damaged:
         return Proof(completeness.findings, completeness.rules, manifest=loaded, complete=completeness)
     repo_ids = _list_repo_ids(patched)
-    wishes = _resolve_wishes(loaded, checkpoint, repo_ids)
+    wishes = resolve_wishes(loaded, checkpoint, repo_ids)
     verification = None
     search = _begin_search(checkpoint) if question.finite else None
     if patched is not None:
         verification = _verify_with_manifest(patched, checkpoint, progress, base, search)
         findings, rules = [*verification.findings], verification.rules
         if any(f.index is not None for f in findings):
-            wanted = wishes or _resolve_own_manifest(root, patched, checkpoint, repo_ids)
+            wanted = wishes or resolve_own_manifest(root, patched, checkpoint, repo_ids)
             findings = [wanted.attach_position(f) for f in findings] if wanted else findings
     else:
         findings, rules = _check_files(checkpoint, search, progress)
     if wishes is not None:
-        findings += _check_manifest(wishes, patched, checkpoint, base, progress)
+        findings += check_manifest(wishes, patched, checkpoint, base, progress)
         rules += ("manifest-mismatch", "undeclared-change", "file-missing", "file-undeclared", "base")
     figures = None
     if search is not None and question.values:
@@ -407,46 +407,3 @@ def _list_repo_ids(patched: Patched | None) -> tuple[str | None, ...]:
         return ()
     facts = patched.record.known or {}
     return patched.record.base.repo_id, facts.get("hf_id")
-
-
-def _resolve_wishes(
-    loaded: LoadedManifest | None, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
-) -> Wishes | None:
-    if loaded is None:
-        return None
-    from swsurgery.verifying.against_manifest import read_wishes
-
-    return read_wishes(loaded, checkpoint, repo_ids)
-
-
-def _resolve_own_manifest(
-    root: Folder | RemoteTree, patched: Patched, checkpoint: Checkpoint, repo_ids: tuple[str | None, ...]
-) -> Wishes | None:
-    """Resolve the manifest in the checkpoint, so that findings can name its lines. Returns None if it is invalid."""
-    from swsurgery.manifest.load import parse_manifest
-
-    try:
-        beside = Path() if isinstance(root, RemoteTree) else root.path
-        loaded = parse_manifest(patched.manifest_raw, beside / MANIFEST_NAME)
-    except ManifestError:
-        return None  # the manifest was changed by hand, which its digest already reports
-    return _resolve_wishes(loaded, checkpoint, repo_ids)
-
-
-def _check_manifest(
-    wishes: Wishes, patched: Patched | None, checkpoint: Checkpoint, base: Checkpoint | None, progress: Progress
-) -> list[Finding]:
-    from swsurgery.verifying.against_manifest import check_by_record
-
-    findings = check_by_record(wishes, patched.record) if patched else []
-    if base is None:
-        return findings
-    from swsurgery.verifying.against_base import check_by_base, plan_against_record, plan_or_report
-
-    plan, misfits = plan_or_report(wishes.loaded, base)
-    if plan is None:
-        said = {(f.line, f.message) for f in findings}
-        return findings + [f for f in misfits if (f.line, f.message) not in said]
-    if patched:
-        return findings + plan_against_record(wishes, plan, patched.record)
-    return check_by_base(wishes, plan, checkpoint, progress)
