@@ -35,7 +35,8 @@ class Details(Result):
 
     An element of a matrix that is stored as packed codes has layout, code and step instead of bits: the name of the
     layout, the stored code, and the distance to the next value that another code has. If one code stands for several
-    elements, code and offset are None.
+    elements, code and offset are None. If each code fills bytes of its own, as in FP8, value is the stored number, and
+    weight is the value of the element, which scales multiply.
     """
 
     fields: Mapping[str, object]
@@ -122,7 +123,22 @@ def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None
     data = checkpoint.shards[file].read_scalar(tensor, index)
     place = _find_place(checkpoint, checkpoint.shapes, Coordinate(tensor, index))
     value = convert_to_json(info.dtype, data)
-    return found | {"index": list(index), "offset": offset, "value": value, "bits": format_bits(data), **place}
+    code = _describe_stored_code(checkpoint, tensor, index) if "note" in found else {}
+    return found | {"index": list(index), "offset": offset, "value": value, "bits": format_bits(data), **code, **place}
+
+
+def _describe_stored_code(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...]) -> dict[str, object]:
+    """Return weight, code, step and layout of an element whose code fills bytes of its own; empty if unknown."""
+    load_numpy()
+    from swsurgery.checkpoint.layouts.show import describe_element
+
+    try:
+        found = describe_element(checkpoint, tensor, index)
+    except CheckpointError:  # no layout describes the tensor, and its note says so
+        return {}
+    if found["shape"] != list(checkpoint.shapes[tensor]):  # `index` counts stored bytes that hold several codes
+        return {}
+    return {"weight": found["value"]} | {key: found[key] for key in ("code", "step", "layout")}
 
 
 def _is_packed(checkpoint: Checkpoint, name: str) -> bool:

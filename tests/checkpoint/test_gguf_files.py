@@ -65,6 +65,17 @@ def test_a_file_and_its_directory_are_inspected(place, tmp_path, capsys):
     assert code == 0 and (found["value"], found["bits"]) == (3.0, "0x40400000")
 
 
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_a_matrix_without_blocks_is_plain(kind, tmp_path, capsys):
+    values = np.array([[1.5, -2.0], [0.25, 5.875]], np.float32)
+    number = gguf.GGMLQuantizationType[kind]
+    tensors = {DOWN: (gguf.quantize(values, number), number)}
+    write_gguf(tmp_path / "model.gguf", tensors, block_count=2, embedding_length=2)
+    code, found, _ = run(capsys, "inspect", tmp_path / "model.gguf", "--tensor", DOWN, "--at", "1,1")
+    assert code == 0 and (found["dtype"], found["value"], found["row"], found["col"]) == (kind, 5.875, 1, 1)
+    assert "note" not in found and "layout" not in found
+
+
 def test_files_beside_the_named_one_are_not_read(tmp_path, capsys):
     write(tmp_path / "model.gguf")
     (tmp_path / "other.gguf").write_bytes(b"damaged")
