@@ -17,6 +17,7 @@ EXTRAS = {"gguf", "matplotlib", "model_signing", "peft", "torch", "transformers"
 NEEDS_TORCH = (
     "checkpoint/layouts/test_auto_round.py",
     "checkpoint/layouts/test_bitsandbytes.py",
+    "checkpoint/layouts/test_hostile_layouts.py",
     "checkpoint/layouts/test_quanto.py",
     "checkpoint/layouts/test_torchao.py",
     "checkpoint/test_quantised.py::test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded",
