@@ -149,6 +149,7 @@ NORMS = {
     "gemma3_text": ("gemma3", "Gemma3RMSNorm"),
     "vaultgemma": ("vaultgemma", "VaultGemmaRMSNorm"),
     "nemotron": ("nemotron", "NemotronLayerNorm1P"),
+    "recurrent_gemma": ("recurrent_gemma", "RecurrentGemmaRMSNorm"),
     "qwen3_next": ("qwen3_next", "Qwen3NextRMSNorm"),
     "qwen3_5": ("qwen3_5", "Qwen3_5RMSNorm"),
     "qwen3_5_text": ("qwen3_5", "Qwen3_5RMSNorm"),
