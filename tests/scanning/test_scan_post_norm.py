@@ -178,7 +178,7 @@ def test_these_norms_multiply_by_one_plus_the_weight(model_type):
         assert torch.allclose(norm(x), 2 * plain)
 
 
-UNKNOWN = {"recurrent_gemma", "t5gemma", "t5gemma2", "videoprism", "muse_spark", "qwen4_exp"}
+UNKNOWN = {"t5gemma", "t5gemma2", "videoprism", "muse_spark", "qwen4_exp"}
 """Folders of transformers with such norms whose MLPs or norms a scan of the weights does not know by name."""
 
 
