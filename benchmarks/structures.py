@@ -1,9 +1,10 @@
 """Measure edits of structures and of whole tensors: the ratios of their times to `cp -r` + sync and to one scalar.
 
-usage: python benchmarks/structures.py [--work DIR] [--rounds N] [--size "13.5 GB"] [--write]
+usage: python benchmarks/structures.py [--work DIR] [--rounds N] [--size "13.5 GB"] [--only TEXT] [--write]
 
 Every time is that of a whole process and a sync, measured from outside. The compared commands take turns. --write
-replaces the section "Structures and whole tensors" of docs/benchmarks.md.
+replaces the section "Structures and whole tensors" of docs/benchmarks.md. --only measures the edits whose names begin
+with TEXT. Edits of whole tensors are not compared with one scalar.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", choices=[*SIZES], default="13.5 GB")
+    parser.add_argument("--only", default="", help="measure the edits whose names begin so")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -87,7 +89,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     dense, mixture = work / options.size.replace(" ", ""), work / "mixture"
     make(dense, write_checkpoint, options.size)
-    make(mixture, write_mixture)
+    if EXPERT.startswith(options.only):
+        make(mixture, write_mixture)
 
     def apply(base: Path, edit: str) -> list[str]:
         manifest = work / "edit.yaml"
@@ -101,26 +104,36 @@ def main() -> None:
         *((dense, name, edit) for name, edit in EDITS.items()),
         (mixture, EXPERT, "{op: zero, layer: 1, expert: 3}"),
     ):
+        if not name.startswith(options.only):
+            continue
         of_copy, of_scalar, ours = [], [], []
+        whole = "tensors:" in edit
         reference = scalar if base == dense else "{op: zero, layer: 1, expert: 3, row: 17, col: 90}"
         for _ in range(options.rounds):
             copied = run(["cp", "-r", str(base), str(out)], out)
-            one = run(apply(base, reference), out)
+            one = None if whole else run(apply(base, reference), out)
             ours.append(run(apply(base, edit), out))
             of_copy.append(ours[-1][0] / copied[0])
-            of_scalar.append(ours[-1][0] / one[0])
+            if one:
+                of_scalar.append(ours[-1][0] / one[0])
         seconds, megabytes = median(ours)
-        rows.append((name, seconds, megabytes, statistics.median(of_copy), statistics.median(of_scalar)))
-        print("  {}: {:.1f} s, {:.0f} MB, {:.2f} of cp + sync, {:.2f} of one scalar".format(*rows[-1]), flush=True)
+        scalars = f"{statistics.median(of_scalar):.2f}" if of_scalar else ""
+        rows.append((name, seconds, megabytes, statistics.median(of_copy), scalars))
+        print(
+            "  {}: {:.1f} s, {:.0f} MB, {:.2f} of cp + sync, {} of one scalar".format(*rows[-1][:4], scalars or "-"),
+            flush=True,
+        )
     lines = [
+        "Made by `python benchmarks/structures.py --write`.",
+        "",
         f"Edits of a {options.size} F16 checkpoint, and of a mixture of experts of 5.6 GB for the expert. Times are of",
-        f"whole processes, including sync: medians of {options.rounds} rounds in turn. Each ratio compares with",
-        "`cp -r` + sync, or with the edit of one scalar, in the same round.",
+        f"whole processes, including sync, and medians of {options.rounds} rounds in turn. Each ratio compares",
+        "with `cp -r` + sync, or with the edit of one scalar, in the same round.",
         f"{len(os.sched_getaffinity(0))} cores, Linux {platform.release()}, Python {platform.python_version()}.",
         "",
         "| edit | seconds | peak memory | relative to cp -r + sync | relative to one scalar |",
         "|---|---:|---:|---:|---:|",
-        *(f"| {name} | {s:.1f} | {mb:.0f} MB | {copy:.2f} | {one:.2f} |" for name, s, mb, copy, one in rows),
+        *(f"| {name} | {s:.1f} | {mb:.0f} MB | {copy:.2f} | {one} |" for name, s, mb, copy, one in rows),
     ]
     print("\n".join(lines))
     if options.write:
