@@ -123,12 +123,13 @@ def main() -> None:
             "  {}: {:.1f} s, {:.0f} MB, {:.2f} of cp + sync, {} of one scalar".format(*rows[-1][:4], scalars or "-"),
             flush=True,
         )
+    rounds = "one round" if options.rounds == 1 else f"medians of {options.rounds} rounds in turn"
     lines = [
         "Made by `python benchmarks/structures.py --write`.",
         "",
-        f"Edits of a {options.size} F16 checkpoint, and of a mixture of experts of 5.6 GB for the expert. Times are of",
-        f"whole processes, including sync, and medians of {options.rounds} rounds in turn. Each ratio compares",
-        "with `cp -r` + sync, or with the edit of one scalar, in the same round.",
+        f"Edits of a {options.size} F16 checkpoint; an expert is one of a mixture of experts of 5.6 GB. Times are of",
+        f"whole processes, including sync: {rounds}. Each ratio compares with `cp -r` + sync, or with",
+        "the edit of one scalar, in the same round.",
         f"{len(os.sched_getaffinity(0))} cores, Linux {platform.release()}, Python {platform.python_version()}.",
         "",
         "| edit | seconds | peak memory | relative to cp -r + sync | relative to one scalar |",
