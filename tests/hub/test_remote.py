@@ -59,7 +59,7 @@ def test_every_reading_command_moves_headers_and_says_so(hub, base, tmp_path, ca
     for words in (
         ["inspect", place],
         ["apply", manifest, "--dry-run"],
-        ["verify", place, "--known", "--model", "llama-7b"],
+        ["verify", place, "--complete"],
         ["diff", place, base],
     ):
         hub.traffic.clear()
