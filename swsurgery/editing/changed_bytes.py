@@ -17,6 +17,7 @@ from swsurgery.editing.undo_file import UndoWriter
 from swsurgery.errors import PlanError
 from swsurgery.progress import Progress
 from swsurgery.storage.files import BaseFile, LocalFile
+from swsurgery.storage.numbers import format_size
 from swsurgery.storage.numeric import load_numpy
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice
@@ -104,7 +105,7 @@ class Changed:
             self.size += int((last - first + 1).sum())
             self.count += len(first)
             if self.size > MAX_CHANGED or self.count > MAX_PLACES:
-                most = f"{MAX_CHANGED} bytes" if self.size > MAX_CHANGED else f"{MAX_PLACES} separate runs of bytes"
+                most = format_size(MAX_CHANGED) if self.size > MAX_CHANGED else f"{MAX_PLACES} separate runs of bytes"
                 raise PlanError(f"the edit changes more than {most}, too many to do in place", file.source, self.remedy)
             for begin, end in zip(first.tolist(), (last + 1).tolist(), strict=True):
                 places.append(JournalPlace(offset + begin, bytes(old[begin:end]), bytes(new[begin:end])))

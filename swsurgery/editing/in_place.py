@@ -50,6 +50,7 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.hashing import check_digest, hash_file, stream
 from swsurgery.storage.names import OWN_FILES, make_undo_name
+from swsurgery.storage.numbers import format_size
 from swsurgery.storage.shard import MAX_HEADER
 from swsurgery.storage.splice import Splice, group_by_file
 
@@ -132,7 +133,7 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
         patched = read_record(folder)
         record, previous = patched.record, patched.rebuild_previous()
         if record.undo and record.undo.size > MAX_UNDO + MAX_HEADER:
-            what = f"the undo file has {record.undo.size} bytes, too many to revert in place"
+            what = f"the undo file has {format_size(record.undo.size)}, too much to revert in place"
             raise CheckpointError(what, root, "revert with -o")
         checkpoint = read_checkpoint(folder, record.base)
         if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:

@@ -18,6 +18,7 @@ from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckpointError, PlanError
 from swsurgery.progress import Progress
 from swsurgery.storage.folder import Folder
+from swsurgery.storage.numbers import format_size
 from swsurgery.storage.splice import Splice
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ def render_undo(changed: Changed | None, plan: Plan, undo_limit: int) -> bytes |
 
 def _make_undo_error(plan: Plan, undo_limit: int) -> PlanError:
     """Build the error for an edit in place that nothing could undo."""
-    limit = min(undo_limit, MAX_UNDO)
-    what = f"the old bytes of the changed regions exceed {limit} bytes, so an edit in place could not be undone"
+    limit = format_size(min(undo_limit, MAX_UNDO))
+    what = f"the old bytes of the changed regions exceed {limit}, so an edit in place could not be undone"
     return PlanError(what, plan.loaded.path, "apply with -o")
 
 

@@ -87,8 +87,9 @@ def build_undo_changes(
         else:
             assert undo is not None
             function = make_undo_function(undo, entry.undo or "", place)
-        name = f"undo.{number}"
-        change = RegionChange(name, "restore", place.info, place.start, place.region, function, order=(number, 0))
+        where = (place.info, place.start, place.region)
+        digested = (entry.base_sha256, entry.sha256) != (None, None)
+        change = RegionChange(f"undo.{number}", "restore", *where, function, order=(number, 0), digested=digested)
         changes.setdefault(entry.file, []).append(change)
     return changes
 

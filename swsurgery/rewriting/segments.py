@@ -38,7 +38,8 @@ class RegionChange:
 
     `name` identifies the region among all regions, and `order` sorts them as in the plan. `start` is the offset of the
     tensor's data in the file. `kept` contains the flat indices in the region of protected scalars, in rising order.
-    `op` is the operation's name, or "keep" for a region that is only hashed.
+    `op` is the operation's name, or "keep" for a region that is only hashed. `digested` says whether the region gets
+    digests of its own; None leaves that to `tally.has_digests`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class RegionChange:
     function: Function = field(repr=False)
     kept: tuple[int, ...] = field(default=(), repr=False)
     order: tuple[int, int] = (0, 0)
+    digested: bool | None = None
 
     @property
     def label(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,9 @@ class Digests:
 
 
 def has_digests(change: RegionChange) -> bool:
-    """Return True if a region has digests of its own: small, protected and restored regions have."""
+    """Return True if a region gets digests of its own: small, protected and restored regions do by default."""
+    if change.digested is not None:
+        return change.digested
     size = change.region.scalars * change.info.dtype.size
     return size <= DIGESTED_SIZE or change.op in ("keep", "restore")
 
@@ -52,17 +54,10 @@ class _Sums:
 
 
 class Tally:
-    """Collects the digests of all regions of a file. `more` receives every part too.
+    """Collects the digests of all regions of a file. `more` receives every part too."""
 
-    `hashed` contains the names of the regions that get digests; None stands for those that `has_digests` names.
-    """
-
-    def __init__(
-        self, changes: Sequence[RegionChange], more: Observe | None = None, *, hashed: Collection[str] | None = None
-    ):
-        self._sums = {
-            change.name: _Sums(has_digests(change) if hashed is None else change.name in hashed) for change in changes
-        }
+    def __init__(self, changes: Sequence[RegionChange], more: Observe | None = None):
+        self._sums = {change.name: _Sums(has_digests(change)) for change in changes}
         self._more = more
 
     def observe(self, part: RegionPart, old: Words, new: Words) -> None:

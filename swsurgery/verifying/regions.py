@@ -90,7 +90,8 @@ def read_regions(record: Record, checkpoint: Checkpoint, progress: Progress) -> 
         op = "keep" if isinstance(function, Keep) else "restore"
         if op == "restore" or has_digest(entry):
             entries[name] = entry
-            here.append(RegionChange(name, op, place.info, place.start, place.region, function, order=(number, 0)))
+            where = (place.info, place.start, place.region)
+            here.append(RegionChange(name, op, *where, function, order=(number, 0), digested=has_digest(entry)))
     return RegionProof(entries, changes, (*findings, *_find_overlaps(record)), frozenset(needs_base))
 
 
@@ -152,7 +153,7 @@ def hash_with_regions(
 ) -> tuple[str, str, list[Finding]]:
     """Read a file once. Returns its sha256, its sha256 with the old bytes put back, and findings about its regions."""
     changes = proof.changes[file.name]
-    tally = Tally(changes, hashed={change.name for change in changes if has_digest(proof.entries[change.name])})
+    tally = Tally(changes)
     with file.source.open() as opened:
         splices = _put_back(file, opened if isinstance(opened, LocalFile) else None, edits)
         here, restored = stream_changed(

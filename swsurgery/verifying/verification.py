@@ -154,7 +154,7 @@ def _describe_verification(verification: RecordProof) -> Iterable[str]:
         names, count = _format_some(verification.unverified), pluralise(len(verification.unverified), "file")
         yield f"unproved  {count} whose digests were copied into the record without hashing the base: {names}"
     if verification.changes:
-        yield f"changed   {pluralise(verification.changes, 'region')} with the record's sha256"
+        yield f"changed   {pluralise(verification.changes, 'region')} as in the record"
     if verification.protected_regions:
         yield f"protected {pluralise(verification.protected_regions, 'region')} with the recorded sha256"
     if verification.needs_base and not verification.compared_with_base:

@@ -212,9 +212,9 @@ def test_the_command_refuses_in_one_line(base, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["row", "clip"])
 def test_old_bytes_beyond_the_undo_limit_are_refused(base, tmp_path, monkeypatch, name):
     manifest = pinned(tmp_path / "m.json", base, *EDITS[name])
-    refuse(base, lambda: edit(manifest, undo_limit=8), "exceed 8 bytes", "could not be undone", "apply with -o")
+    refuse(base, lambda: edit(manifest, undo_limit=8), "exceed 8 B,", "could not be undone", "apply with -o")
     monkeypatch.setattr(in_place_regions, "MAX_UNDO", 9)
-    refuse(base, lambda: edit(manifest), "exceed 9 bytes")
+    refuse(base, lambda: edit(manifest), "exceed 9 B,")
 
 
 def test_a_copy_without_old_bytes_is_not_reverted_in_place(base, tmp_path):
@@ -231,7 +231,7 @@ def test_an_undo_file_that_is_too_large_or_changed_or_missing_is_refused(base, t
     with monkeypatch.context() as patch:
         patch.setattr(in_place, "MAX_HEADER", 0)
         patch.setattr(in_place, "MAX_UNDO", 10)
-        refuse(base, lambda: swsurgery.revert(base), "too many to revert in place", "revert with -o")
+        refuse(base, lambda: swsurgery.revert(base), "too much to revert in place", "revert with -o")
     raw = (base / UNDO_NAME).read_bytes()
     (base / UNDO_NAME).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     refuse(base, lambda: swsurgery.revert(base), "the undo file was changed")

@@ -119,3 +119,32 @@ def test_a_protected_region_cannot_lose_its_digest(base, tmp_path):
     record["protected_regions"][0]["sha256"] = None
     path.write_text(json.dumps(record))
     assert any(finding.rule == "protected-changed" for finding in swsurgery.verify(tmp_path / "out").findings)
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 0], ids=["digests", "no digests"])
+@pytest.mark.parametrize("op", ["scale", "restore"])
+def test_an_edit_in_place_is_recognised_and_reverted(base, tmp_path, monkeypatch, limit, op):
+    monkeypatch.setattr(tally, "DIGESTED_SIZE", limit)
+    pinned = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    edit = {"op": op, "tensors": "a.weight", **({"factor": 2.0} if op == "scale" else {"from": str(scale_all(base))})}
+    manifest = {"version": 1, "base": {"path": str(base), "sha256": {"model.safetensors": pinned}}, "edits": [edit]}
+    assert swsurgery.apply(manifest, in_place=True, check="off").written
+    assert not swsurgery.apply(manifest, in_place=True, check="off").written
+    swsurgery.revert(base)
+    assert hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest() == pinned
+
+
+def scale_all(base):
+    output = base.parent / "other"
+    swsurgery.apply([{"op": "scale", "tensors": "a.weight", "factor": 3.0}], base, output, check="off")
+    return output
+
+
+def test_an_export_needs_no_digests(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(tally, "DIGESTED_SIZE", 0)
+    scale(base, tmp_path / "out")
+    swsurgery.export(tmp_path / "out", tmp_path / "edit.safetensors", format="sparse")
+    swsurgery.apply(tmp_path / "edit.safetensors", base, tmp_path / "again", check="off")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
