@@ -21,18 +21,18 @@ from swsurgery.storage.ggml import GGML_TYPES, BlockDtype
 from swsurgery.storage.shard import Shard, TensorInfo
 from swsurgery.storage.strict_json import quote
 
-MAX_GGUF_HEADER = 64 << 20
+MAX_GGUF_HEADER = 32 << 20
 """Maximum size of a header in bytes. The tokenizer makes the headers of published files up to 20 MB large."""
 
-MAX_KEYS, MAX_GGUF_TENSORS = 1 << 16, 1 << 18
+MAX_KEYS, MAX_GGUF_TENSORS = 1 << 14, 1 << 16
 """Maximum number of keys of the metadata, and of tensors. Published files have below 100 keys and 3,000 tensors."""
 
 MAX_GGUF_NAME = 1024
 """Maximum length of a key or of a tensor's name in bytes. llama.cpp accepts names of tensors below 64 bytes."""
 
-LONGEST_KEPT = 4096
-"""Maximum number of elements of an array that is kept. Of longer arrays, and of arrays of texts, only the number of
-elements is kept; they belong to the tokenizer."""
+LONGEST_KEPT, MAX_KEPT = 4096, 1 << 16
+"""Maximum number of elements of an array that is kept, and of all kept arrays together. Of other arrays, and of arrays
+of texts, only the number of elements is kept; they belong to the tokenizer."""
 
 FIRST_READ = 64 << 10
 """Number of bytes that are read first. Each further read doubles what was read so far."""
@@ -75,7 +75,7 @@ def open_gguf(file: File) -> GgufFile:
             infos = _place_tensors(tensors, _read_alignment(metadata))
         except ValueError as error:
             raise ShardError(f"malformed GGUF header: {error}", file) from None
-    needed = start + max((info.data_offsets[1] for info in infos), default=0)
+    needed = start + infos[-1].data_offsets[1] if infos else 0
     if needed > size:
         what = f"is truncated: its tensors end at byte {needed}, but the file has only {size} bytes"
         raise ShardError(what, file, "download it again")
@@ -95,13 +95,14 @@ class _Tensor(NamedTuple):
 class _Reader:
     """Reads a header from its start. `data` contains the bytes read so far, and `position` is the next byte to parse.
 
-    The methods raise ValueError if the file ends, or if the header is too large.
+    `kept` is the number of elements of the arrays kept so far. The methods raise ValueError if the file ends, or if the
+    header is too large.
     """
 
     def __init__(self, file: File, size: int):
         self.file, self.size = file, size
         self.data = bytearray()
-        self.position = 0
+        self.position = self.kept = 0
 
     def require(self, count: int) -> None:
         """Read so many bytes that `count` bytes after `position` are in `data`."""
@@ -208,7 +209,8 @@ def _read_array(reader: _Reader, key: str) -> MetadataValue:
         return SkippedArray(count)
     if kind not in _SCALARS:
         raise ValueError(f"the key {quote(key)} is an array of the type {kind}, which is not read")
-    if count <= LONGEST_KEPT:
+    if count <= LONGEST_KEPT and reader.kept + count <= MAX_KEPT:
+        reader.kept += count
         return reader.read_numbers(_SCALARS[kind], count)
     reader.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"))
     return SkippedArray(count)

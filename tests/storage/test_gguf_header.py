@@ -105,8 +105,8 @@ BAD = {
     "version 1": (make(version=1), "has version 1, and only versions 2 and 3 are read"),
     "version 4": (make(version=4), "has version 4, and only versions 2 and 3 are read"),
     "big-endian": (make(version=3 << 24), "is big-endian, and only little-endian files are read"),
-    "tensors": (make(counts=(1 << 19, 0)), "has 524288 tensors, and at most 262144 are accepted"),
-    "keys": (make(counts=(0, 1 << 17)), "has 131072 keys, and at most 65536 are accepted"),
+    "tensors": (make(counts=(1 << 19, 0)), "has 524288 tensors, and at most 65536 are accepted"),
+    "keys": (make(counts=(0, 1 << 17)), "has 131072 keys, and at most 16384 are accepted"),
     "more keys than stored": (make(counts=(2, 3)), "has the unknown type|continues to byte|text of"),
     "same key": (make((KEYS[0], KEYS[0])), "has the key 'general.architecture' twice"),
     "long key": (make((key("k" * 1025, U32, bytes(4)),)), "has a text of 1025 bytes where at most 1024 are accepted"),
@@ -162,6 +162,12 @@ def test_a_bad_header_is_one_line(why, tmp_path):
         read(tmp_path, raw)
     assert len(caught.value.faults) == 1 and "\n" not in str(caught.value)
     assert str(caught.value).startswith("malformed GGUF header: ")
+
+
+def test_the_arrays_that_are_kept_have_a_total_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "MAX_KEPT", 5)
+    keys = tuple(key(name, ARRAY, array(0, 3, b"\1\2\3")) for name in "ab")
+    assert read(tmp_path, make(keys)).metadata == {"a": (1, 2, 3), "b": SkippedArray(3)}
 
 
 def test_a_truncated_file_is_one_line(tmp_path):
