@@ -30,7 +30,7 @@ MAX_KEYS, MAX_GGUF_TENSORS = 1 << 14, 1 << 16
 MAX_GGUF_NAME = 1024
 """Maximum length of a key or of a tensor's name in bytes. llama.cpp accepts names of tensors below 64 bytes."""
 
-LONGEST_KEPT, MAX_KEPT = 4096, 1 << 16
+LONGEST_KEPT, MAX_KEPT_NUMBERS = 4096, 1 << 16
 """Maximum number of elements of an array that is kept, and of all kept arrays together. Of other arrays, and of arrays
 of texts, only the number of elements is kept; they belong to the tokenizer."""
 
@@ -209,7 +209,7 @@ def _read_array(reader: _Reader, key: str) -> MetadataValue:
         return SkippedArray(count)
     if kind not in _SCALARS:
         raise ValueError(f"the key {quote(key)} is an array of the type {kind}, which is not read")
-    if count <= LONGEST_KEPT and reader.kept + count <= MAX_KEPT:
+    if count <= LONGEST_KEPT and reader.kept + count <= MAX_KEPT_NUMBERS:
         reader.kept += count
         return reader.read_numbers(_SCALARS[kind], count)
     reader.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"))

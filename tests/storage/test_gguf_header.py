@@ -165,7 +165,7 @@ def test_a_bad_header_is_one_line(why, tmp_path):
 
 
 def test_the_arrays_that_are_kept_have_a_total_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_KEPT", 5)
+    monkeypatch.setattr(reader, "MAX_KEPT_NUMBERS", 5)
     keys = tuple(key(name, ARRAY, array(0, 3, b"\1\2\3")) for name in "ab")
     assert read(tmp_path, make(keys)).metadata == {"a": (1, 2, 3), "b": SkippedArray(3)}
 
