@@ -173,7 +173,7 @@ class Quantisation:
             self._readings[name] = self._read(name)
         return self._readings[name]
 
-    def scales_weights(self, name: str) -> bool:
+    def has_effect_on_weights(self, name: str) -> bool:
         """Return True if only a quantiser needs the tensor `name`, and the values of weights depend on it."""
         return self.get_reading(name).kind == "internal" and not _HARMLESS.fullmatch(_get_last_part(name))
 

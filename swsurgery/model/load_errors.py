@@ -81,7 +81,7 @@ def _find_ignored(unexpected: frozenset[str], checkpoint: Checkpoint) -> str | N
     for name in sorted(unexpected & checkpoint.shapes.keys()):
         module = name.rpartition(".")[0]
         rest = [other for other in checkpoint.shapes if other.rpartition(".")[0] == module]
-        if checkpoint.quantisation.scales_weights(name) and not unexpected.issuperset(rest):
+        if checkpoint.quantisation.has_effect_on_weights(name) and not unexpected.issuperset(rest):
             return name
     return None
 
