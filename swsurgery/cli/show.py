@@ -175,9 +175,9 @@ def _list_rounded(document: Mapping[str, Any]) -> None:
 
 def _list_continuations(document: Mapping[str, Any], sides: tuple[str, ...]) -> None:
     for prompt in document["prompts"]:
-        print_text(f"\n{escape_control(prompt['prompt'])!r}")
+        print_text(f"\n{escape_control(repr(prompt['prompt']))}")
         for side in sides:
-            tokens = ", ".join(f"{escape_control(token)!r} {p:.3f}" for token, p in prompt[side])
+            tokens = ", ".join(f"{escape_control(repr(token))} {p:.3f}" for token, p in prompt[side])
             print_text(f"  {side if len(sides) > 1 else '':8} {tokens or 'no finite logits'}")
 
 

@@ -21,6 +21,7 @@ from swsurgery.cli.scan_parts import (
     print_notes,
 )
 from swsurgery.errors import escape_control, pluralise
+from swsurgery.model.intervals import LEAST_WINDOWS
 from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.causal_report import VERDICTS
 from swsurgery.scanning.comparison import Comparison
@@ -131,7 +132,10 @@ def show_comparison(report: Comparison) -> None:
         ],
     )
     print_text("\nnorm is the Frobenius norm of the change, relative to the changed tensors in the next column")
-    print_text("KL(base || model) is in nats per token; intervals are at 95%")
+    intervals = "intervals are at 95%"
+    if all(model.kl_low is None for model in report.models):
+        intervals = f"95% intervals need at least {LEAST_WINDOWS} windows"
+    print_text(f"KL(base || model) is in nats per token; {intervals}")
     where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
     print_text(f"measured on {describe_measured_text(report)}, {where}")
 

@@ -346,14 +346,12 @@ def _compare(
     try:
         value, step, raw = _read_stored(checkpoint, coordinate)
     except Unreadable as error:
-        return replace(scalar, message=f"{coordinate} cannot be read as one scalar: {error}")
+        return replace(scalar, message=f"the scalar cannot be read as one number: {error}")
     dtype = checkpoint.get_info(coordinate.tensor).dtype
     kept = _is_exact(expected, value, step, raw, dtype) or _is_near(expected, value, tolerance)
     wanted = expected.exact if expected.value is None else format_exact(expected.value)
     ratio = f", x{format_number(value / expected.value)}" if expected.value and math.isfinite(value) else ""
-    message = (
-        f"{coordinate}: {wanted} ({expected.origin}) -> {format_exact(value)} ({dtype.name}){'' if kept else ratio}"
-    )
+    message = f"{wanted} ({expected.origin}) -> {format_exact(value)} ({dtype.name}){'' if kept else ratio}"
     file = checkpoint.weight_map[coordinate.tensor]
     return replace(scalar, state="kept" if kept else "lost", message=message, file=file, dtype=dtype.name, stored=value)
 

@@ -69,7 +69,9 @@ class GuardedRegion:
         for coordinate, message in self.examples:
             yield Finding("protected-lost", message, self.file, *coordinate)
         if more := self.lost - len(self.examples):
-            yield Finding("protected-lost", f"{self.region}: and {pluralise(more, 'more scalar')}", self.file, tensor)
+            yield Finding(
+                "protected-lost", f"and {pluralise(more, 'more lost scalar')} of {self.target}", self.file, tensor
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the region as JSON."""

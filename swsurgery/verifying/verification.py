@@ -137,11 +137,14 @@ class Proof:
 def _describe_verification(verification: RecordProof) -> Iterable[str]:
     yield f"verified  {pluralise(verification.files - len(verification.unhashed), 'file')} with the record's sha256"
     if verification.proved:
-        others = verification.unread or verification.unverified or verification.needs_base
+        alone = verification.needs_base and not verification.compared_with_base
+        others = verification.unread or verification.unverified or alone
         parts = [pluralise(verification.changes, "region")] if verification.changes else []
         if verification.edits or not parts:
             parts.insert(0, pluralise(verification.edits, "scalar"))
         put_back = "files not listed below" if others else f"with {' and '.join(parts)} put back, they"
+        if verification.needs_base and not others:
+            put_back = "files whose old bytes are stored"
         yield f"proved    {put_back} have the base's sha256"
     if verification.unread:
         names = ", ".join(verification.unread)

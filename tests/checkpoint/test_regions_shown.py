@@ -145,6 +145,10 @@ def test_the_command_that_undoes_an_edit_names_the_base_only_if_it_is_needed(bas
         put_back = "files not listed below" if needed else "with 1 region put back, they"
         assert f"proved    {put_back} have the base's sha256\n" in proof
         assert "protected 1 region with" in proof and "0 scalars" not in proof
+        assert main(["verify", out, "--base", str(base)]) == 0
+        proof = capsys.readouterr().out
+        assert "listed below" not in proof and "unproved" not in proof
+        assert ("proved    files whose old bytes are stored have" in proof) == bool(needed)
 
 
 def test_an_edit_of_a_whole_tensor_is_a_few_lines_of_a_diff(tmp_path, capsys):

@@ -85,6 +85,14 @@ def test_a_text_shorter_than_a_window_is_counted_by_its_own_tokens(
     assert f"measured on {len(ids) + bos - 1} tokens in 1 window, float32" in capsys.readouterr().out
 
 
+def test_tokens_are_shown_as_python_text(report: CheckReport, capsys: pytest.CaptureFixture[str]) -> None:
+    document = report.to_json()
+    document["prompts"] = [{"prompt": "a\nb", "base": [["\n", 0.5], ["\u202e", 0.1]], "patched": [["\\", 0.5]]}]
+    show.show_check(document)
+    out = capsys.readouterr().out
+    assert "'a\\nb'" in out and "'\\n' 0.500, '\\u202e' 0.100" in out and "'\\\\' 0.500" in out
+
+
 def test_perplexity_is_that_of_the_loss_of_transformers(pair: Pair, report: CheckReport) -> None:
     perplexities = []
     for folder, side in ((pair.base, report.base), (pair.patched, report.patched)):

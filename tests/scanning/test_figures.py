@@ -19,6 +19,7 @@ from matplotlib.textpath import TextPath
 
 from swsurgery.errors import TargetError
 from swsurgery.scanning.causal_report import Effect
+from swsurgery.scanning.comparison import ComparedModel, Comparison
 from swsurgery.scanning.figures import check_figure_path, curve_figures, plot_scan, plot_sweep, scan_figure
 from swsurgery.scanning.report import (
     Candidate,
@@ -480,3 +481,20 @@ def test_the_perplexity_axis_has_round_ticks_for_any_range(draw, perplexities):
     ticks = [tick for tick in panel.get_yticks() if low <= tick <= high]
     assert low < min(perplexities) and max(perplexities) < high
     assert 2 <= len(ticks) <= 10 and {f"{tick:e}"[0] for tick in ticks} <= {"1", "2", "5"}
+
+
+@pytest.mark.parametrize("count", [2, 15, 24, 70])
+def test_compared_models_are_named_beside_the_panels_or_counted(tmp_path, count):
+    kinds = ("as computed", "8 bits per token", "8 bits per token, super activation held out")
+    figures = (1, 2, 0.5, 0.1, 30.0, 1.0, None, None, 0.1, None, None, 0.4, True)
+    models = tuple(
+        ComparedModel(f"m{n}.yaml" if n > 2 else None, kinds[n % 3] if n else kinds[0], *figures) for n in range(count)
+    )
+    report = Comparison("base", models, 2, 128, 254, "ab" * 32, "float32", "cpu", "whole")
+    curve_figures.plot_comparison(report, tmp_path / "figure.svg")
+    names = [(text, y) for text, x, y in texts(tmp_path / "figure.svg") if x > 1000 * PIXEL]
+    assert all(0 < y < 750 * PIXEL for _, y in names)
+    named = {int(text.split()[0]) for text, _ in names if text[0].isdigit()}
+    left = [int(text.split()[1]) for text, _ in names if text.startswith("and ")]
+    assert named == set(range(len(named))) and len(named) + sum(left) == count
+    assert bool(left) == (count > 24)

@@ -72,7 +72,7 @@ def test_lost_scalars_are_counted_and_the_first_ones_named(room, capsys, name):
     found = [f for f in document["findings"] if f["rule"] == "protected-lost"]
     assert len(found) == min(lost.size, 10) + (lost.size > 10)
     if lost.size > 10:
-        assert f"and {lost.size - 10} more scalars" in found[-1]["message"]
+        assert f"and {lost.size - 10} more lost scalars of {region['target']}" in found[-1]["message"]
     oracle, base = {n: a for n, a in values.items()}, random()
     layer = next(n for n in range(3) if down(n) == region["tensor"])
     for each in found[:10]:

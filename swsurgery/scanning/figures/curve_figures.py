@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 
 from swsurgery.errors import escape_control
 from swsurgery.model.text import describe_measured_text
-from swsurgery.scanning.comparison import Comparison
+from swsurgery.scanning.comparison import ComparedModel, Comparison
 from swsurgery.scanning.figures.sheet import (
     BLACK,
     BLUE,
+    BOTTOM,
     GREY,
-    MAX_LABELS,
     PALE,
     RIGHT,
-    ROW,
     TOP,
     VERMILION,
     Mark,
@@ -39,6 +38,8 @@ from swsurgery.scanning.report import Sweep
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SMALL_ROW = 14
+"""Height in pixels of one line of the names of compared models."""
 
 BASE = Mark("as stored (factor 1)", "D", VERMILION, VERMILION)
 SCALED = Mark("scaled", "o", BLUE, BLUE)
@@ -108,16 +109,29 @@ def plot_comparison(report: Comparison, path: Path) -> None:
             panel.set_ylim(0, max(panel.get_ylim()[1], 1e-3))
         panels[-1].set_xlim(-0.5, len(models) - 0.5)
         panels[-1].set_xticks(range(len(models)), [str(number) for number in range(len(models))])
-        for number, model in enumerate(models):
-            name = "base" if model.manifest is None else Path(model.manifest).stem
-            rounded = "" if model.activations == "as computed" else f", {model.activations}"
-            lines = textwrap.wrap(escape_control(f"{number}  {name}{rounded}"), 30)
-            if number < MAX_LABELS:
-                paper.text(
-                    RIGHT + 12, TOP - 8 - number * 3 * ROW, "\n".join(lines), verticalalignment="top", fontsize=8
-                )
+        _list_models(paper, models)
         write_note(paper, f"{describe_measured_text(report)}, {report.dtype} on {report.device}")
         save_figure(paper, path)
+
+
+def _list_models(paper: Axes, models: Sequence[ComparedModel]) -> None:
+    """Write the number and the name of each model beside the panels; models without room there are only counted."""
+    labels = [textwrap.wrap(_name_model(number, model), 30) for number, model in enumerate(models)]
+    y, gap = float(TOP - 8), SMALL_ROW / 2
+    for number, lines in enumerate(labels):
+        rest = sum(len(each) * SMALL_ROW + gap for each in labels[number:])
+        if len(lines) * SMALL_ROW + SMALL_ROW > y - BOTTOM and rest > y - BOTTOM:
+            paper.text(RIGHT + 12, y, f"and {len(labels) - number} more", verticalalignment="top", fontsize=8)
+            return
+        paper.text(RIGHT + 12, y, "\n".join(lines), verticalalignment="top", fontsize=8)
+        y -= len(lines) * SMALL_ROW + gap
+
+
+def _name_model(number: int, model: ComparedModel) -> str:
+    """Return the label of a model: its number on the axis, the manifest's name, and how activations were rounded."""
+    name = "base" if model.manifest is None else Path(model.manifest).stem
+    rounded = "" if model.activations == "as computed" else f", {model.activations}"
+    return escape_control(f"{number}  {name}{rounded}")
 
 
 def _scale(base: float, low: float | None, high: float | None) -> tuple[float | None, float | None]:
