@@ -4,7 +4,8 @@
     ├── ManifestError         the manifest is wrong; carries every fault
     ├── CheckpointError       the checkpoint on disk is wrong or ambiguous
     │   ├── ShardError        one safetensors file is malformed
-    │   └── AmbiguousWeights  an index and a single file exist, and the caller did not choose one
+    │   ├── AmbiguousWeights  an index and a single file exist, and the caller did not choose one
+    │   └── Unidentified      the known model that a checkpoint is made from cannot be identified
     ├── ArchitectureError     layer/row/col has no meaning for this model
     ├── NumberError           a value that the dtype cannot represent
     ├── PlanError             manifest and checkpoint do not match; carries every mismatch
@@ -83,6 +84,10 @@ class ShardError(CheckpointError):
 
 
 class AmbiguousWeights(CheckpointError):
+    pass
+
+
+class Unidentified(CheckpointError):
     pass
 
 

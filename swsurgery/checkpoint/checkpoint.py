@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.quantised import Quantisation
 from swsurgery.checkpoint.weight_files import SINGLE, Weights, is_index
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.files import BaseFile
+from swsurgery.storage.numeric import load_numpy
 from swsurgery.storage.result import TableResult
 from swsurgery.storage.shard import Shard, TensorInfo
+
+if TYPE_CHECKING:
+    from swsurgery.checkpoint.layouts.summary import LayoutSummary
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,6 +69,7 @@ class Checkpoint(TableResult):
             "copies": list(self.copies),
             "disagreements": self.disagreements,
             "notes": list(self.notes),
+            "quantised": self.layouts and self.layouts.to_json(),
         }
 
     def to_rows(self) -> list[dict[str, object]]:
@@ -115,6 +120,16 @@ class Checkpoint(TableResult):
         from swsurgery.checkpoint.layouts.find import WeightShapes  # imports numpy
 
         return WeightShapes(self)
+
+    @cached_property
+    def layouts(self) -> LayoutSummary | None:
+        """The layouts of the quantised weights, and the matrices in high precision; None if nothing is quantised."""
+        if not self.quantisation.has_codes:
+            return None
+        load_numpy()
+        from swsurgery.checkpoint.layouts.summary import summarise_layouts  # imports numpy
+
+        return summarise_layouts(self)
 
     @property
     def single(self) -> str:

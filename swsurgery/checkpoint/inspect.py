@@ -33,10 +33,12 @@ class Details(Result):
     also has index, offset (in bytes from the start of the file), value and bits. If the scalar is in a down projection,
     it has layer, row, col and expert. If the stored numbers are not weights, the field note gives the reason.
 
-    An element of a matrix that is stored as packed codes has layout, code and step instead of bits: the name of the
-    layout, the stored code, and the distance to the next value that another code has. If one code stands for several
-    elements, code and offset are None. If each code fills bytes of its own, as in FP8, value is the stored number, and
-    weight is the value of the element, which scales multiply.
+    An element of a matrix that is stored as packed codes has layout, code, scale, step and stored instead of bits: the
+    name of the layout, the stored code, the factor that multiplies it, the distance to the next value that another code
+    has, and a list of the stored numbers that contain the code, with tensor, index and bits. If one code stands for
+    several elements, code, scale and offset are None. If each code fills bytes of its own, as in FP8, value is the
+    stored number, and weight is the value of the element, which scales multiply. A matrix of packed codes has layout,
+    shape and stored: a list of its tensors, with tensor, file, dtype and shape.
     """
 
     fields: Mapping[str, object]
@@ -96,6 +98,7 @@ def inspect(
     with open_for_reading("checkpoint", checkpoint, require_reporter(reporter)) as root:
         opened = open_checkpoint(root, weights, variant, gguf=True)
         if tensor is None and at is None:
+            opened.layouts  # noqa: B018 - reads a few bytes, while the files are open
             return opened
         if tensor is None:
             raise CheckpointError("--at needs --tensor", at or "")
@@ -104,8 +107,8 @@ def inspect(
 
 def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None) -> dict[str, object]:
     """Return the fields of `Details` for a tensor, or for its scalar at `index`. Raises CheckpointError."""
-    if index is not None and _is_packed(checkpoint, tensor):
-        return _describe_element(checkpoint, tensor, index)
+    if _is_packed(checkpoint, tensor, index):
+        return _describe_packed(checkpoint, tensor, index)
     if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
         raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
     info, file = checkpoint.get_info(tensor), checkpoint.weight_map[tensor]
@@ -138,21 +141,35 @@ def _describe_stored_code(checkpoint: Checkpoint, tensor: str, index: tuple[int,
         return {}
     if found["shape"] != list(checkpoint.shapes[tensor]):  # `index` counts stored bytes that hold several codes
         return {}
-    return {"weight": found["value"]} | {key: found[key] for key in ("code", "step", "layout")}
+    return {"weight": found["value"]} | {key: found[key] for key in ("code", "scale", "step", "layout")}
 
 
-def _is_packed(checkpoint: Checkpoint, name: str) -> bool:
-    """Return True if `name` is a weight whose elements are packed codes, so that none fills bytes of its own."""
-    if name in checkpoint.infos:
-        return isinstance(checkpoint.infos[name].dtype, BlockDtype)
-    return name not in checkpoint.weight_map and checkpoint.quantisation.has_codes and name in checkpoint.weight_shapes
+def _is_packed(checkpoint: Checkpoint, name: str, index: tuple[int, ...] | None) -> bool:
+    """Return True if `name` is a weight whose elements are packed codes, so that none fills bytes of its own.
 
-
-def _describe_element(checkpoint: Checkpoint, weight: str, index: tuple[int, ...]) -> dict[str, object]:
-    """Return the fields of `Details` for one element of a packed matrix. Raises CheckpointError."""
+    The tensor of codes may have the name of the weight. It is then described as stored if no index is given, or if its
+    layout cannot be decided.
+    """
+    if not checkpoint.quantisation.has_codes:
+        return False
     load_numpy()
-    from swsurgery.checkpoint.layouts.show import describe_element
+    from swsurgery.checkpoint.layouts.find import find_codes
 
+    codes = find_codes(checkpoint, name)
+    if name not in checkpoint.weight_map:
+        return codes is not None
+    if codes != name or index is None:
+        return False
+    packed = isinstance(checkpoint.infos[name].dtype, BlockDtype)
+    return packed or checkpoint.weight_shapes[name] != checkpoint.shapes[name]
+
+
+def _describe_packed(checkpoint: Checkpoint, weight: str, index: tuple[int, ...] | None) -> dict[str, object]:
+    """Return the fields of `Details` for a packed matrix, or for its element at `index`. Raises CheckpointError."""
+    from swsurgery.checkpoint.layouts.show import describe_element, describe_matrix
+
+    if index is None:
+        return describe_matrix(checkpoint, weight)
     found = describe_element(checkpoint, weight, index)
     return found | _find_place(checkpoint, checkpoint.weight_shapes, Coordinate(weight, index))
 

@@ -103,6 +103,7 @@ def _choose_steps(inputs: Mapping[str, str]) -> list[Callable[[], FindingReport]
                 public_key=files.get("PUBLIC_KEY"),
                 weights=weights,
                 variant=variant,
+                strict=strict,
             )
         )
     elif base or model or files or known or finite or values or complete or weights or variant:
@@ -160,8 +161,7 @@ def render_summary(reports: list[FindingReport], failures: list[str]) -> str:
     lines = ["### swsurgery", ""]
     for report in reports:
         lines += [f"**{report.command} {_escape_cell(report.subject)}: {_render_verdict(report)}**", ""]
-        said = [report.headline] if report.headline else []
-        lines += [f"- {_escape_cell(' '.join(line.split()))}" for line in (*said, *report.checked.splitlines())]
+        lines += [f"- {_escape_cell(' '.join(line.split()))}" for line in report.checked.splitlines()]
         if report.findings:
             lines += ["", "| level | rule | where | what |", "|---|---|---|---|"]
             lines += [_render_row(finding) for finding in report.findings[:MAX_SUMMARY_ROWS]]

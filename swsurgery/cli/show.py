@@ -125,9 +125,8 @@ def show_record(record: Record) -> None:
 
 def show_check(document: Mapping[str, Any]) -> None:
     """Print the report of a sanity check. `document` is its JSON, from a record or from `to_json`."""
-    if (kind := document.get("kind", "forward")) != "forward":
-        what = "only the weights were checked" if kind == "weights" else "no check was made"
-        print_text(f"check     {what}: {escape_control(document['reason'])}")
+    if document.get("kind", "forward") != "forward":
+        print_text(f"check     no forward check was made: {escape_control(document['reason'])}")
         return
     if document.get("compared") is False:
         _check_alone(document)
@@ -238,6 +237,8 @@ def show_files(document: Mapping[str, Any]) -> None:
         print_text(f"\nanother copy of the weights: {escape_control(copy)}")
     for tensor, why in document["disagreements"].items():
         print_text(f"\nindex and shards disagree about {escape_control(tensor)}: {escape_control(why)}")
+    for line in document["quantised"]["text"] if document["quantised"] else ():
+        print_text(f"\n{escape_control(line)}")
     for note in document["notes"]:
         print_text(f"\n{escape_control(note)}")
 
@@ -246,6 +247,12 @@ def show_tensor(document: Mapping[str, Any]) -> None:
     """Print the facts about one tensor or one scalar, one fact per line."""
     for key, value in document.items():
         if key == "expert" and value is None:  # the layer has no experts
+            continue
+        if key == "stored":
+            for number in value:
+                facts = [number["tensor"] + _format_index(number.get("index") or number["shape"])]
+                facts += [str(number[fact]) for fact in ("bits", "dtype", "file") if number.get(fact) is not None]
+                print_text(f"{key:13} {escape_control(' '.join(facts))}")
             continue
         print_text(f"{key:13} {escape_control(_format_index(value) if isinstance(value, list) else str(value))}")
 

@@ -74,6 +74,9 @@ def verify(
         bool,
         typer.Option("--transformers", help="With --complete: compare with the model of transformers; loads torch."),
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit 1 instead of 2 if what was asked could not be compared.")
+    ] = False,
     signature: Annotated[
         Path | None, typer.Option(help="Also check this signature of the checkpoint; needs --public-key.")
     ] = None,
@@ -104,6 +107,7 @@ def verify(
         protected_tolerance=tolerance,
         complete=complete,
         transformers=transformers,
+        strict=strict,
         reporter=out.make_reporter(),
     )
     _write_findings(out, verification, format, file)
@@ -130,9 +134,7 @@ def preflight(
 @command
 def lint(
     out: Output,
-    manifests: Annotated[
-        list[Path], typer.Argument(help="Manifests (YAML or JSON), or folders of them.", show_default=False)
-    ],
+    manifests: Annotated[list[Path], typer.Argument(help="Manifests (YAML or JSON).", show_default=False)],
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     format: FormatOption = "text",
     file: ReportFile = None,

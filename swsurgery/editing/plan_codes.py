@@ -11,6 +11,7 @@ from typing import NamedTuple
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell, QuantisedMatrix
 from swsurgery.checkpoint.layouts.find import find_codes, find_matrix, make_reader
+from swsurgery.checkpoint.layouts.module import list_elements
 from swsurgery.editing.asked import Asked, Misfit
 from swsurgery.editing.code_edit import CodeEdit, PlannedCodes
 from swsurgery.editing.sources import Sources
@@ -102,14 +103,11 @@ class _Opened:
 
     def list_elements(self, found: _Found) -> list[Coordinate]:
         """List the stored numbers that contain the code of an element. Raises PlanError for an opaque dtype."""
-        places: dict[Coordinate, None] = {}
         for bits in found.cell.fields:
-            info = self.checkpoint.get_info(bits.tensor)
-            if info.dtype.bits % 8 or info.dtype.kind == "opaque":
-                raise PlanError(f"{info.dtype.name} {info.dtype.refusal}", bits.tensor)
-            first, last = bits.start // info.dtype.bits, (bits.start + bits.width - 1) // info.dtype.bits
-            places |= {Coordinate(bits.tensor, info.unflatten(n)): None for n in range(first, last + 1)}
-        return list(places)
+            dtype = self.checkpoint.get_info(bits.tensor).dtype
+            if dtype.bits % 8 or dtype.kind == "opaque":
+                raise PlanError(f"{dtype.name} {dtype.refusal}", bits.tensor)
+        return list_elements(found.cell, self.checkpoint.infos)
 
     def read_element(self, place: Coordinate) -> Scalar:
         """Read one stored number."""

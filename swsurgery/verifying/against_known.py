@@ -1,66 +1,29 @@
 """Check whether a checkpoint still has the known super weights of its model, with their values.
 
 Works on any checkpoint, including fine-tuned, merged and quantised ones: one scalar is read for each known coordinate.
-checkpoint/quantised.py decides whether a stored number is a weight, must be multiplied by a scale, or cannot be read.
-Nothing is guessed. This module must not depend on the record: its callers pass the set of edited coordinates.
+known_states.py decides what became of each of them. This module must not depend on the record: its callers pass the set
+of edited coordinates.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.layouts.cells import CannotTell
-from swsurgery.checkpoint.layouts.find import find_codes, find_matrix, make_reader
-from swsurgery.editing.targets import expect_known
+from swsurgery.checkpoint.layouts.find import find_codes, find_matrix
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.known import KnownCoordinate, KnownModel
-from swsurgery.manifest.operations import explain_expectation
-from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.dtypes import DTYPES, Dtype, FloatDtype
 from swsurgery.storage.numbers import format_exact, format_number
 from swsurgery.verifying.findings import Finding
-
-State = Literal["kept", "changed", "suspicious", "lost", "present", "declared", "unreadable"]
-"""State of a known super weight in a checkpoint.
-
-"kept": it has its known value, except for rounding. "changed": it has another value of the same sign, which is neither
-lost nor suspicious. "lost": it is zero or not finite, has the opposite sign, or is smaller than TOLERANCE permits.
-"suspicious": it is larger than SUSPICIOUS permits. "present": no value of it was published, so nothing is
-compared. "declared": the record contains an edit of it. "unreadable": it cannot be read as one number.
-"""
-
-TOLERANCE = 0.25
-"""Maximum fraction of its known value that a super weight may lose before it is reported as lost.
-
-The shipped sweeps of Mistral-7B and OLMo-1B show where damage begins. If the super weight is scaled to 0.75 of its
-value, perplexity is multiplied by 1.03; at 0.5 it is multiplied by 1.39 and 8.3, and at 0.25 by 83 and 279. A super
-weight that became larger, up to SUSPICIOUS, is shown but is not a finding: at twice the value, zero-shot accuracy
-changes by about half a point (Llama-7B 70.1 to 70.6, Mistral-7B 74.0 to 73.8). Rounding to FP8 changes a value by at
-most 1/16 of it, which is permitted.
-"""
-
-NOT_HELD = ("disputed", "refuted", "insufficient")
-"""Statuses of known coordinates that never make the answer "no".
-
-The sources disagree about such a coordinate, or the weight there may never have been large.
-"""
-
-SUSPICIOUS = 4.0
-"""A stored value larger than this multiple of the known value is suspicious.
-
-No fine-tuning is known to change a super weight this much. The stored numbers are more probably the codes of a
-quantiser, which are larger than the weights by the factor 1 / scale.
-"""
-
-UNDECIDED = ("suspicious", "unreadable")
-"""States in which it remains unknown whether a super weight was kept or lost."""
+from swsurgery.verifying.known_search import FoundElsewhere, find_elsewhere
+from swsurgery.verifying.known_states import NOT_HELD, TOLERANCE, UNDECIDED, State, classify_weight, read_known_number
+from swsurgery.verifying.stored_weight import CodedWeight, StoredWeight, Unreadable, read_weight
 
 
 @dataclass(frozen=True)
@@ -70,6 +33,11 @@ class Kept:
     `known` is the published value, and `stored` is the checkpoint's value, multiplied by its scale if it is quantised.
     `ratio` is stored / known, or the ratio of magnitudes if the published sign is unknown. `held` is False if the
     status is in NOT_HELD: then the state does not affect the answer. `reason` explains the state "unreadable".
+
+    `step` is the distance from the stored value to the next value of its dtype or of its grid. `layout` describes how a
+    quantised weight is stored, and `code` is its code; both are None for a plain float. `high_precision` is True for a
+    plain float in a checkpoint that contains quantised weights. `found` is an element of the same matrix that has the
+    value of a lost super weight.
     """
 
     id: str
@@ -85,9 +53,15 @@ class Kept:
     dtype: str | None = None
     ratio: float | None = None
     reason: str | None = None
+    layout: str | None = None
+    code: int | None = None
+    step: float | None = None
+    high_precision: bool = False
+    found: FoundElsewhere | None = None
 
     def to_json(self) -> dict[str, Any]:
         document = asdict(self) | {"index": None if self.index is None else list(self.index)}
+        document["found"] = self.found and self.found.to_json()
         return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in document.items()}
 
 
@@ -132,12 +106,27 @@ def describe_kept(kept: Kept) -> str:
     """Describe the state of one coordinate as text, such as "kept: 3.5 -> 3.5 (BF16)"."""
     if kept.stored is None:
         return f"cannot be read as one scalar: {kept.reason}"
-    stored = f"{format_exact(kept.stored)} ({kept.dtype})"
+    value = format_number(kept.stored + 0.0, 6) if kept.layout else format_exact(kept.stored)
+    stored = f"{value} ({_describe_storage(kept)})"
     if kept.known is None:
         return f"{kept.state}: {stored} is stored, and no value is known"
-    ratio = "" if kept.ratio is None or kept.state == "kept" else f", x{format_number(kept.ratio)}"
-    doubt = ", so the stored numbers may not be weights" if kept.state == "suspicious" else ""
-    return f"{kept.state}: {format_exact(kept.known)} -> {stored}{ratio}{doubt}"
+    parts = [f"{kept.state}: {format_exact(kept.known)} -> {stored}"]
+    if kept.ratio is not None and kept.state != "kept":
+        parts.append(f"x{format_number(kept.ratio + 0.0)}")  # -0.0 + 0.0 is 0.0
+    if kept.step is not None and (kept.layout is not None or kept.state in ("close", "changed")):
+        parts.append(f"grid step {format_number(kept.step)}")
+    if kept.found is not None:
+        parts.append(f"found at {list(kept.found.index)}")
+    if kept.state == "suspicious":
+        parts.append("so the stored numbers may not be weights")
+    return ", ".join(parts)
+
+
+def _describe_storage(kept: Kept) -> str:
+    """Describe how a weight is stored: by its layout and its code, or by its dtype."""
+    if kept.layout is not None:
+        return kept.layout if kept.code is None else f"{kept.layout}, code {kept.code}"
+    return f"kept in {kept.dtype}" if kept.high_precision else str(kept.dtype)
 
 
 def survey(
@@ -159,6 +148,25 @@ def survey(
     return Survival(model.hf_id, tolerance, coordinates, tuple(c.id for c in model.coordinates if c.col is None))
 
 
+def find_moved(checkpoint: Checkpoint, model: KnownModel, survival: Survival) -> Survival:
+    """Search the matrix of each lost super weight for an element with its value, and add what is found.
+
+    This reads the whole matrix of each super weight that is lost and `held`, and nothing else.
+    """
+    entries = {entry.id: entry for entry in model.coordinates}
+    places = {Coordinate(c.tensor, c.index) for c in survival.coordinates if c.tensor and c.index}
+    found = tuple(_search(checkpoint, kept, entries[kept.id], places) for kept in survival.coordinates)
+    return replace(survival, coordinates=found)
+
+
+def _search(checkpoint: Checkpoint, kept: Kept, entry: KnownCoordinate, places: Collection[Coordinate]) -> Kept:
+    """Return `kept` with the element that has its value, if it is lost and exactly one such element is found."""
+    known = read_known_number(entry)
+    if kept.state != "lost" or not kept.held or known is None or kept.tensor is None or kept.index is None:
+        return kept
+    return replace(kept, found=find_elsewhere(checkpoint, Coordinate(kept.tensor, kept.index), known, places))
+
+
 def _read_known(
     entry: KnownCoordinate, col: int, checkpoint: Checkpoint, declared: Collection[Coordinate], tolerance: float
 ) -> Kept:
@@ -171,83 +179,36 @@ def _read_known(
         codes = find_codes(checkpoint, coordinate.tensor) or coordinate.tensor
         file = checkpoint.weight_map[codes]
         kept = replace(kept, tensor=coordinate.tensor, index=coordinate.index, file=file)
-        value, step, raw = read_weight(checkpoint, coordinate)
-    except (ArchitectureError, Unreadable) as error:
+        stored = read_weight(checkpoint, coordinate)
+    except ArchitectureError as error:
+        return replace(kept, reason=_explain_packed(checkpoint, entry) or str(error))
+    except Unreadable as error:
         return replace(kept, reason=str(error))
-    dtype = checkpoint.get_info(codes).dtype
-    number, slack, signed = read_known_value(entry)
-    kept = replace(kept, stored=value, dtype=dtype.name, known=number)
-    ratio = None
-    if number is not None and math.isfinite(value):
-        ratio = value / number if signed else abs(value / number)
-        kept = replace(kept, ratio=ratio)
-    if coordinate in declared:
-        return replace(kept, state="declared")
-    if not math.isfinite(value) or value == 0:
-        return replace(kept, state="lost")
-    if number is None or ratio is None:
-        return replace(kept, state="present")
-    if step is None and (expected := expect_known(entry)) is not None:
-        same = explain_expectation(expected, dtype, raw) is None
-    else:
-        distance = abs(value - number) if signed else abs(abs(value) - abs(number))
-        same = distance <= slack + (step if step is not None else compute_spacing(dtype, value))
-    return replace(kept, state="kept" if same else _judge(ratio, tolerance))
+    known = read_known_number(entry)
+    kept = replace(
+        _describe_stored(kept, stored, checkpoint),
+        dtype=checkpoint.get_info(codes).dtype.name,
+        known=None if known is None else known.value,
+    )
+    if known is not None and math.isfinite(stored.value):
+        kept = replace(kept, ratio=stored.value / known.orient(stored.value))
+    return replace(kept, state="declared" if coordinate in declared else classify_weight(known, stored, tolerance))
 
 
-def _judge(ratio: float, tolerance: float) -> State:
-    """Return the state of a scalar that is not "kept" and whose value is `ratio` times the known value."""
-    if ratio > SUSPICIOUS:
-        return "suspicious"
-    return "lost" if ratio < 1 - tolerance else "changed"
-
-
-class Unreadable(Exception):
-    """Raised if a coordinate cannot be read as one number. The message gives the reason."""
-
-
-def read_weight(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
-    """Read one scalar. Returns (value, step, stored bytes). Raises Unreadable.
-
-    If the weight is quantised, `step` is the distance from this value to the next value that can be stored with the
-    same scale, and the bytes are empty. Otherwise `step` is None.
-    """
-    name, index = coordinate
+def _explain_packed(checkpoint: Checkpoint, entry: KnownCoordinate) -> str | None:
+    """Explain why the layout of a packed matrix cannot be decided; None if no such matrix is stored."""
+    if find_codes(checkpoint, entry.tensor) is None:
+        return None
     try:
-        matrix = find_matrix(checkpoint, name)
-        if matrix is not None:
-            cell = matrix.find_cell(index)
-            value = cell.values[cell.read_code(make_reader(checkpoint))]
-            return value, cell.compute_step(value), b""
+        find_matrix(checkpoint, entry.tensor)
     except CannotTell as error:
-        raise Unreadable(str(error)) from None
-    info = checkpoint.get_info(name)
-    reading = checkpoint.quantisation.get_reading(name)
-    if reading.kind == "internal":
-        raise Unreadable(f"{name} does not contain weights: {reading.reason}")
-    if info.dtype.kind != "float":
-        raise Unreadable(f"{name} is stored as {info.dtype.name} and has no scale, so its values are unknown")
-    raw = checkpoint.shards[checkpoint.weight_map[name]].read_scalar(name, index)
-    return float(dtypes.decode(info.dtype, raw)), None, raw
+        return f"the matrix is packed in a way that cannot be read: {error}"
+    return None
 
 
-def compute_spacing(dtype: Dtype, value: float) -> float:
-    """Return the distance from `value` to the next larger magnitude in a float dtype."""
-    if not isinstance(dtype, FloatDtype):
-        raise ValueError(f"{dtype.name} is not a floating-point dtype")
-    exponent = max(math.frexp(value)[1] - 1, 1 - dtype.bias) if value else 1 - dtype.bias
-    return math.ldexp(1.0, exponent - dtype.mantissa)
-
-
-def read_known_value(entry: KnownCoordinate) -> tuple[float | None, float, bool]:
-    """Return (known value, its uncertainty, True if its sign is known).
-
-    A value printed in a paper is uncertain by half a unit of its last digit: 1.25 means 1.245 to 1.255.
-    """
-    if entry.value is not None and entry.dtype is not None:
-        return entry.value or None, compute_spacing(DTYPES[entry.dtype], entry.value), True
-    text = entry.value_printed or ""
-    match = re.match(r"-?\d+(?:\.(\d+))?", text)
-    if match is None or float(match[0]) == 0:
-        return None, 0.0, True
-    return float(match[0]), 0.5 * 10.0 ** -len(match[1] or ""), "sign" not in text
+def _describe_stored(kept: Kept, stored: StoredWeight, checkpoint: Checkpoint) -> Kept:
+    """Return `kept` with the stored value, and with the code and the grid step of a quantised weight."""
+    step = stored.step or None
+    if isinstance(stored, CodedWeight):
+        return replace(kept, stored=stored.value, step=step, code=stored.code, layout=stored.layout)
+    return replace(kept, stored=stored.value, step=step, high_precision=checkpoint.quantisation.has_codes)

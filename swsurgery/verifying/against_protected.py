@@ -37,9 +37,10 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import Dtype
 from swsurgery.storage.numbers import format_exact, format_number
 from swsurgery.storage.region import Region
-from swsurgery.verifying.against_known import Unreadable, compute_spacing, read_known_value, read_weight
 from swsurgery.verifying.against_manifest import point_at
 from swsurgery.verifying.findings import Finding
+from swsurgery.verifying.known_states import read_known_value
+from swsurgery.verifying.stored_weight import PlainWeight, StoredWeight, Unreadable, read_weight
 
 if TYPE_CHECKING:
     from swsurgery.verifying.guarded_regions import GuardedRegion
@@ -305,17 +306,18 @@ def _read_base(
 def _read_expected(there: Coordinate, base: Checkpoint) -> ExpectedValue | None:
     """Read the value at a coordinate of the base. Returns None if it is not finite or cannot be read as a number."""
     try:
-        value, step, _ = _read_stored(base, there)
+        stored = _read_stored(base, there)
     except Unreadable:
         return None
-    if not math.isfinite(value):
+    if not math.isfinite(stored.value):
         return None
-    name = base.get_info(there.tensor).dtype.name
-    measured = MeasuredValue.model_validate({"value": value, "dtype": name}) if step is None else None
-    return ExpectedValue("base", value, measured, slack=0.0 if step is None else step)
+    if not isinstance(stored, PlainWeight):
+        return ExpectedValue("base", stored.value, None, slack=stored.step)
+    measured = MeasuredValue.model_validate({"value": stored.value, "dtype": stored.dtype.name})
+    return ExpectedValue("base", stored.value, measured)
 
 
-def _read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[float, float | None, bytes]:
+def _read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> StoredWeight:
     """Read a weight as against_known.py does. Raises Unreadable if the checkpoint does not have it."""
     if coordinate.tensor not in checkpoint.shapes:
         raise Unreadable("the checkpoint has no tensor of this name")
@@ -344,11 +346,11 @@ def _compare(
     """Read one scalar and compare it with its expected value."""
     scalar = GuardedScalar(number, "unreadable", "", coordinate, expected=expected.value, origin=expected.origin)
     try:
-        value, step, raw = _read_stored(checkpoint, coordinate)
+        stored = _read_stored(checkpoint, coordinate)
     except Unreadable as error:
         return replace(scalar, message=f"the scalar cannot be read as one number: {error}")
-    dtype = checkpoint.get_info(coordinate.tensor).dtype
-    kept = _is_exact(expected, value, step, raw, dtype) or _is_near(expected, value, tolerance)
+    dtype, value = checkpoint.get_info(coordinate.tensor).dtype, stored.value
+    kept = _is_exact(expected, stored) or _is_near(expected, value, tolerance)
     wanted = expected.exact if expected.value is None else format_exact(expected.value)
     ratio = f", x{format_number(value / expected.value)}" if expected.value and math.isfinite(value) else ""
     message = f"{wanted} ({expected.origin}) -> {format_exact(value)} ({dtype.name}){'' if kept else ratio}"
@@ -356,15 +358,11 @@ def _compare(
     return replace(scalar, state="kept" if kept else "lost", message=message, file=file, dtype=dtype.name, stored=value)
 
 
-def _is_exact(expected: ExpectedValue, value: float, step: float | None, raw: bytes, dtype: Dtype) -> bool:
-    """Return True if a stored value is the expected one, except for rounding to what the checkpoint can store.
-
-    `step` is the distance between values that can be stored with the same scale, or None if there is no scale.
-    """
-    if step is None and expected.exact is not None:
-        return explain_expectation(expected.exact, dtype, raw) is None
-    spacing = step if step is not None else compute_spacing(dtype, value) if math.isfinite(value) else 0.0
-    return _measure_distance(expected, value) <= expected.slack + spacing
+def _is_exact(expected: ExpectedValue, stored: StoredWeight) -> bool:
+    """Return True if a stored value is the expected one, except for rounding to what the checkpoint can store."""
+    if isinstance(stored, PlainWeight) and expected.exact is not None:
+        return explain_expectation(expected.exact, stored.dtype, stored.raw) is None
+    return _measure_distance(expected, stored.value) <= expected.slack + stored.step
 
 
 def _is_near(expected: ExpectedValue, value: float, tolerance: float) -> bool:

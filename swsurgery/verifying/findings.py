@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
             "A known super weight has more than four times its known value, so the stored numbers may not be weights.",
             "warning",
         ),
+        Rule("undecided", "Something that was asked could not be compared, so the answer is neither yes nor no."),
         Rule("protected-lost", "A scalar that the manifest protects does not have the expected value."),
         Rule(
             "protected-unreadable",

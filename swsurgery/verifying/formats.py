@@ -22,6 +22,12 @@ from swsurgery.errors import escape_control, pluralise
 from swsurgery.storage.result import TableResult
 from swsurgery.verifying.findings import RULES, Finding
 
+_UNDECIDED = Finding("undecided", "nothing could be compared")
+"""The finding that JUnit and SARIF report if the answer is neither "yes" nor "no".
+
+Readers of both formats take a report without an error as "yes".
+"""
+
 ReportFormat = Literal["text", "json", "junit", "sarif", "github"]
 REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
@@ -125,11 +131,6 @@ def _describe_checked(report: FindingReport) -> list[str]:
     return [_escape_plain(line) for line in report.checked.split("\n")] if report.checked else []
 
 
-def _list_facts(report: FindingReport) -> list[str]:
-    """Return the lines of the answer and of what was proved."""
-    return ([_escape_plain(report.headline)] if report.headline else []) + _describe_checked(report)
-
-
 def _escape_plain(text: str) -> str:
     """Escape text to one line that GitHub's log does not read as a workflow command.
 
@@ -167,7 +168,7 @@ def _render_junit(report: FindingReport) -> str:
     suite = ElementTree.SubElement(
         suites, "testsuite", name=f"swsurgery {report.command} {_escape_plain(report.subject)}"
     )
-    failed = skipped = 0
+    failed = undecided = 0
     for name in _list_rules(report) or ("all",):
         case = ElementTree.SubElement(suite, "testcase", classname=f"swsurgery.{report.command}", name=name, time="0")
         sentences = [_render_sentence(report, f) for f in report.findings if f.rule == name]
@@ -180,17 +181,17 @@ def _render_junit(report: FindingReport) -> str:
         else:
             ElementTree.SubElement(case, "system-out").text = "\n".join(sentences)
     if not report.decided and not failed:
-        skipped = 1
+        undecided = 1
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"swsurgery.{report.command}", name="decided", time="0"
         )
-        ElementTree.SubElement(case, "skipped", message="nothing could be compared")
-    counts = {"tests": str(len(suite)), "failures": str(failed), "errors": "0", "skipped": str(skipped)}
+        ElementTree.SubElement(case, "error", type=_UNDECIDED.rule, message=_UNDECIDED.message)
+    counts = {"tests": str(len(suite)), "failures": str(failed), "errors": str(undecided), "skipped": "0"}
     suites.attrib.update(counts)
     suite.attrib.update(counts, time="0")
-    if facts := _list_facts(report):
+    if report.checked:
         output = ElementTree.SubElement(suite, "system-out")
-        output.text = "\n".join(facts)
+        output.text = "\n".join(_describe_checked(report))
     ElementTree.indent(suites)
     body = ElementTree.tostring(suites, encoding="unicode").replace("##[", "&#35;#[")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
@@ -203,7 +204,8 @@ def _render_sarif(report: FindingReport) -> str:
     names = list(RULES)
     seen: Counter[str] = Counter()
     results = []
-    for finding in report.findings:
+    undecided = [] if report.decided or report.errors else [_UNDECIDED]
+    for finding in [*report.findings, *undecided]:
         identity = json.dumps([finding.rule, finding.file, finding.tensor, finding.index])
         seen[identity] += 1
         fingerprint = hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest()
@@ -282,7 +284,7 @@ def _render_github(report: FindingReport) -> str:
         )
         lines.append(f"::{finding.level} {given}::{_escape_data(_render_sentence(report, finding))}")
     if report.ok:
-        proved = "; ".join(" ".join(line.split()) for line in _list_facts(report)) or "nothing was found"
+        proved = "; ".join(" ".join(line.split()) for line in _describe_checked(report)) or "nothing was found"
         lines.append(
             f"::notice title=swsurgery {report.command}::{_escape_data(_escape_plain(f'{report.subject}: {proved}'))}"
         )

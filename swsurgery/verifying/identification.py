@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.sizes import ModelSizes, read_sizes
-from swsurgery.errors import CheckpointError, pluralise
+from swsurgery.errors import CheckpointError, Unidentified, pluralise
 from swsurgery.known import KnownModel, own
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.verifying.against_known import TOLERANCE, Kept, survey
+from swsurgery.verifying.against_known import Kept, survey
+from swsurgery.verifying.known_states import TOLERANCE
 
 TELLING = 0.1
 """Minimum magnitude of a known value that can identify a model.
@@ -106,15 +107,26 @@ def collect_evidence(model: KnownModel, coordinates: Iterable[Kept]) -> Evidence
         if each.known is not None and each.ratio is not None and abs(each.known) >= TELLING and each.state != "declared"
     }
     near = {name for name, distance in distances.items() if distance <= CLOSE}
-    kept = frozenset(each.id for each in listed if each.state == "kept" and each.id in near)
+    states = {each.id: _simplify_state(each) for each in listed}
+    kept = frozenset(name for name in near if states[name] == "kept")
     return Evidence(
         model,
         kept,
         frozenset(near) - kept,
         frozenset(distances) - near,
         distances,
-        tuple((each.id, each.state, each.held) for each in listed),
+        tuple((each.id, states[each.id], each.held) for each in listed),
     )
+
+
+def _simplify_state(kept: Kept) -> str:
+    """Return the state of a coordinate, with "kept" or "changed" instead of "close".
+
+    Quantisers do not all round to the nearest code, so a close value of a quantised matrix counts as kept.
+    """
+    if kept.state == "close":
+        return "changed" if kept.layout is None else "kept"
+    return kept.state
 
 
 def choose(evidence: Sequence[Evidence]) -> tuple[Evidence, ...]:
@@ -158,8 +170,8 @@ def identify_checkpoint(
     """Identify the known model of a checkpoint: by `name`, by a repository in `repo_ids`, or from sizes and values.
 
     A repository whose model has other sizes is ignored, because the files may name a model that was reshaped later.
-    Values in `declared` were edited on purpose and are no evidence. Raises LookupFailed for an unknown name, and
-    CheckpointError if the named model has other sizes or if no model can be identified.
+    Values in `declared` were edited on purpose and are no evidence. Raises LookupFailed for an unknown name,
+    CheckpointError if the named model has other sizes, and Unidentified if no model can be identified.
     """
     sizes = read_sizes(checkpoint)
     if name is not None:
@@ -194,19 +206,19 @@ def _identify_by_values(checkpoint: Checkpoint, sizes: ModelSizes, declared: Col
     alike = [model for model in own.list_all_models() if has_sizes(model, sizes)]
     if not alike:
         what = f"cannot tell which known model this is: none has its sizes ({sizes})"
-        raise CheckpointError(what, checkpoint.root, _REMEDY)
+        raise Unidentified(what, checkpoint.root, _REMEDY)
     readable = [model for model in alike if any(c.col is not None for c in model.coordinates)]
     evidence = [collect_evidence(model, survey(checkpoint, model, declared).coordinates) for model in readable]
     best = choose(evidence)
     if not best:
         names = _join([model.hf_id for model in alike])
         what = f"undecided: not identified: it has the sizes of {names}, but no known value is stored at its place"
-        raise CheckpointError(what, checkpoint.root, _REMEDY)
+        raise Unidentified(what, checkpoint.root, _REMEDY)
     first, *others = best
     if any(each.states != first.states for each in others):
         names = _join([each.model.hf_id for each in best])
         what = f"undecided: not identified: its sizes and values fit {names}"
-        raise CheckpointError(what, checkpoint.root, "name one of them with --model")
+        raise Unidentified(what, checkpoint.root, "name one of them with --model")
     twins = tuple(each.model.hf_id for each in others)
     return Identification(first.model, "values", sizes, len(first.fitting), len(first.compared), twins)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,14 @@ class Proof:
     def decided(self) -> bool:
         """False if known super weights or completeness were requested and could not be compared."""
         return (self.survival is None or self.survival.decided) and (self.complete is None or self.complete.decided)
+
+    def refuse_undecided(self) -> Proof:
+        """Return this proof with a finding if something that was requested could not be compared."""
+        rules = (*self.rules, "undecided")
+        if self.decided:
+            return replace(self, rules=rules)
+        finding = Finding("undecided", "what was requested could not be compared, and --strict counts this as no")
+        return replace(self, findings=(*self.findings, finding), rules=rules)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of the proof from the record, with the results of the other checks added."""
@@ -171,7 +179,8 @@ def _describe_verification(verification: RecordProof) -> Iterable[str]:
 
 
 def _describe_survival(survived: Survival, identified: Identification | None) -> Iterable[str]:
-    from swsurgery.verifying.against_known import UNDECIDED, describe_kept
+    from swsurgery.verifying.against_known import describe_kept
+    from swsurgery.verifying.known_states import UNDECIDED
 
     held = [c for c in survived.coordinates if c.held]
     read = [c for c in held if c.state not in UNDECIDED]

@@ -22,7 +22,7 @@ from swsurgery.checkpoint.opening import (
 )
 from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record, read_record
 from swsurgery.checkpoint.weight_files import Weights
-from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError
+from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, Unidentified
 from swsurgery.hub import RemoteTree, open_location, parse_location
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import (
@@ -55,8 +55,9 @@ class _Question:
 
     `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set, and
     `protected_tolerance` only if `protected`, a manifest, is given. `public_key`
-    (PEM) is required with `signature`. `transformers` applies only if `complete` is set. `weights` and `variant` choose
-    the weights if the checkpoint has several sets and neither the record nor the manifest names a set.
+    (PEM) is required with `signature`. `transformers` applies only if `complete` is set. `strict` turns the answer
+    "undecided" into "no". `weights` and `variant` choose the weights if the checkpoint has several sets and neither the
+    record nor the manifest names a set.
     """
 
     base: str | Path | None = None
@@ -74,6 +75,7 @@ class _Question:
     values: bool = False
     complete: bool = False
     transformers: bool = False
+    strict: bool = False
 
     @property
     def reads_gguf(self) -> bool:
@@ -108,6 +110,7 @@ def verify(
     protected_tolerance: float = 0.0,
     complete: bool = False,
     transformers: bool = False,
+    strict: bool = False,
     reporter: Reporter | None = None,
 ) -> Verification:
     """Check a checkpoint against its record, and against a base, a manifest, known super weights and a signature.
@@ -126,13 +129,14 @@ def verify(
     `base`, or of the known super weights, up to the relative difference `protected_tolerance`.
     With `complete`, the checkpoint must contain all layers, experts and other tensors that its config.json declares.
     With `transformers` too, the names and shapes must be those of the model of transformers, which loads torch.
+    With `strict`, known super weights or completeness that could not be compared are a finding, so the answer is no.
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
 
-    Raises TypeError; CheckpointError if there is nothing to check against, if a file cannot be read, if the known model
-    cannot be identified, or if `model` has other sizes than the checkpoint; HubError; ManifestError; LookupFailed for
-    an unknown model; SwsurgeryError for a signature without a public key, for a `tolerance` that is not between 0 and
-    1, for a `protected_tolerance` that is negative or not finite, and for `transformers` without `complete`;
-    Unrunnable if transformers cannot build the model.
+    Raises TypeError; CheckpointError if there is nothing to check against, if a file cannot be read, or if `model` has
+    other sizes than the checkpoint; Unidentified, without `strict`, if the known model cannot be identified; HubError;
+    ManifestError; LookupFailed for an unknown model; SwsurgeryError for a signature without a public key, for a
+    `tolerance` that is not between 0 and 1, for a `protected_tolerance` that is negative or not finite, and for
+    `transformers` without `complete`; Unrunnable if transformers cannot build the model.
     """
     reporter = require_reporter(reporter)
     require_type("known", known, bool)
@@ -140,6 +144,7 @@ def verify(
     require_type("values", values, bool)
     require_type("complete", complete, bool)
     require_type("transformers", transformers, bool)
+    require_type("strict", strict, bool)
     if transformers and not complete:
         raise SwsurgeryError("--transformers applies to --complete, which was not given", remedy="add --complete")
     require_type("model", model, str, optional=True)
@@ -167,6 +172,7 @@ def verify(
         values,
         complete,
         transformers,
+        strict,
     )
     with open_for_reading("checkpoint", checkpoint, reporter) as root, contextlib.ExitStack() as bases:
         return _prove(root, question, reporter, bases).report(str(checkpoint))
@@ -217,9 +223,9 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         rules += ("constant-weights", "identical-weights", "dtype-overflow", "subnormal-weights")
     identified = kept = None
     if question.known:
-        identified, kept = _survey_known(question, checkpoint, patched, repo_ids)
-        findings += kept.list_findings()
-        rules += ("known-lost", "known-unreadable", "known-suspicious")
+        identified, kept, found = _survey_known(question, checkpoint, patched, repo_ids)
+        findings += found
+        rules += ("known-lost", "known-unreadable", "known-suspicious") if kept else ()
     guard = None
     if question.protected is not None:
         guard = _check_protected(question, question.protected, checkpoint, base, repo_ids)
@@ -231,7 +237,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
     if question.signature is not None and question.public_key is not None:
         findings += _check_signature(root, question.signature, question.public_key)
         rules += ("signature",)
-    return Proof(
+    proof = Proof(
         tuple(findings),
         rules,
         verification,
@@ -246,6 +252,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         identified,
         completeness,
     )
+    return proof.refuse_undecided() if question.strict else proof
 
 
 def _verify_with_manifest(
@@ -339,14 +346,25 @@ def _load_manifest(question: _Question) -> LoadedManifest | None:
 
 def _survey_known(
     question: _Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
-) -> tuple[Identification, Survival]:
+) -> tuple[Identification | None, Survival | None, list[Finding]]:
+    """Identify the model and read its known super weights. Returns the findings too.
+
+    If no model can be identified, this is a finding if `strict` is set, and Unidentified is raised otherwise.
+    """
     from swsurgery.verifying import against_known
     from swsurgery.verifying.identification import identify_checkpoint
 
     declared = {e.coordinate for e in patched.record.edits} if patched else set()
     names = (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path"))
-    identified = identify_checkpoint(checkpoint, question.model, names, declared)
-    return identified, against_known.survey(checkpoint, identified.model, declared, question.tolerance)
+    try:
+        identified = identify_checkpoint(checkpoint, question.model, names, declared)
+    except Unidentified as error:
+        if not question.strict:
+            raise
+        return None, None, [Finding("undecided", fault) for fault in error.faults]
+    survival = against_known.survey(checkpoint, identified.model, declared, question.tolerance)
+    survival = against_known.find_moved(checkpoint, identified.model, survival)
+    return identified, survival, survival.list_findings()
 
 
 def _check_protected(

@@ -133,9 +133,22 @@ def test_junit_of_a_clean_report_passes_what_was_checked():
     assert suite.get("tests") == "1"
 
 
-def test_junit_of_an_undecided_report_is_skipped():
-    (suite,) = junit(FindingReport("m", "verify", (), decided=False, rules=("known-lost",)))
-    assert (suite.get("skipped"), suite.get("failures"), suite.get("tests")) == ("1", "0", "2")
+def test_an_undecided_report_is_an_error_in_junit_and_in_sarif():
+    report = FindingReport("m", "verify", (COPY,), decided=False, rules=("known-lost",))
+    (suite,) = junit(report)
+    assert [suite.get(count) for count in ("errors", "skipped", "failures", "tests")] == ["1", "0", "0", "3"]
+    assert suite.find("testcase[@name='decided']/error").get("type") == "undecided"
+    assert [(r["ruleId"], r["level"]) for r in sarif(report)["results"]] == [
+        ("duplicate-weights", "warning"), ("undecided", "error"),
+    ]  # fmt: skip
+    assert sarif(report)["invocations"] == [{"executionSuccessful": False}]
+
+
+def test_an_undecided_report_with_a_finding_says_no_in_junit_and_in_sarif():
+    report = FindingReport("m", "verify", (LOST,), decided=False)
+    (suite,) = junit(report)
+    assert [suite.get(count) for count in ("errors", "failures", "tests")] == ["0", "1", "1"]
+    assert [r["ruleId"] for r in sarif(report)["results"]] == ["known-lost"]
 
 
 REQUIRED = {

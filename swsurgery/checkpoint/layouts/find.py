@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Protocol
@@ -141,6 +142,14 @@ def find_codes(checkpoint: StoredTensors, weight: str) -> str | None:
     return None
 
 
+def is_readable(checkpoint: StoredTensors, weight: str) -> bool:
+    """Return True if a weight is quantised and its layout can be decided."""
+    try:
+        return find_matrix(checkpoint, weight) is not None
+    except CannotTell:
+        return False
+
+
 def make_reader(checkpoint: StoredTensors) -> ReadBytes:
     """Return a function that reads the data of the tensors of a checkpoint: (name, first byte, bytes to read)."""
 
@@ -157,54 +166,84 @@ def _explain_unknown(checkpoint: StoredTensors, weight: str) -> str:
     return f"{coded} is quantised: {checkpoint.quantisation.get_reading(coded).reason}"
 
 
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+
+
+def get_role(name: str) -> str:
+    """Return a tensor's name with * for each number, such as "model.layers.*.mlp.down_proj.weight"."""
+    return _NUMBER.sub("*", name)
+
+
+def describe_headers(checkpoint: StoredTensors, weight: str) -> object:
+    """Return the role of a weight, and the names, dtypes and shapes of the tensors of its module.
+
+    Weights for which this is equal have the same layout, unless an author stored them in different ways on purpose.
+    """
+    module = weight.removesuffix(".weight")
+    names = (find_codes(checkpoint, weight) or weight, *checkpoint.quantisation.list_others(weight))
+    infos = [checkpoint.infos[name] for name in names if name in checkpoint.infos]
+    return get_role(weight), tuple((info.name.removeprefix(module), info.dtype.name, info.shape) for info in infos)
+
+
+def name_weight(name: str) -> str:
+    """Return the name of the weight whose codes a tensor of this name would store, or `name` itself."""
+    for ending, rest in _LEFT_OUT:
+        if name.endswith(ending):
+            return name.removesuffix(ending) + rest
+    return name
+
+
 class WeightShapes(Mapping[str, tuple[int, ...]]):
     """The shapes of the weights of a checkpoint, by name.
 
     A quantised weight has the name and the shape that it has in a loaded model, if its layout can be decided.
     The tensors that store its codes, and the scales of bitsandbytes, are then left out. All other tensors have their
-    stored shapes.
+    stored shapes. Looking up one name reads a few bytes of this one module. Iteration reads a few bytes of one module
+    of each role, and takes the others with the same headers to be stored in the same way.
     """
 
     def __init__(self, checkpoint: StoredTensors):
         self._checkpoint = checkpoint
         self._found: dict[str, tuple[int, ...] | None] = {}
+        self._alike: dict[object, bool] = {}
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
-        if name not in self._found:
-            self._found[name] = self._find_shape(name)
-        shape = self._found[name]
+        weight = name_weight(name)
+        shape = self._read_shape(weight)
+        if shape is None:
+            shape = self._checkpoint.all_shapes.get(name)
+        elif weight != name:
+            shape = None
         if shape is None:
             raise KeyError(name)
         return shape
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._names if name in self)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._names)
 
     @cached_property
     def _names(self) -> list[str]:
-        return list(dict.fromkeys(self._name_weight(name) for name in self._checkpoint.all_shapes))
-
-    def _name_weight(self, name: str) -> str:
-        """Return the name of the weight whose codes the tensor `name` stores, or `name` itself."""
-        for ending, rest in _LEFT_OUT:
-            if name.endswith(ending) and self._is_readable(weight := name.removesuffix(ending) + rest):
-                return weight
-        return name
+        listed = self._checkpoint.all_shapes
+        return list(dict.fromkeys(name_weight(n) if self._is_readable(name_weight(n)) else n for n in listed))
 
     def _is_readable(self, weight: str) -> bool:
-        try:
-            return find_matrix(self._checkpoint, weight) is not None
-        except CannotTell:
+        """Return True if a weight is quantised and its layout can be decided, or that of a weight like it."""
+        if find_codes(self._checkpoint, weight) is None:
             return False
+        alike = describe_headers(self._checkpoint, weight)
+        if alike not in self._alike:
+            self._alike[alike] = self._read_shape(weight) is not None
+        return self._alike[alike]
 
-    def _find_shape(self, name: str) -> tuple[int, ...] | None:
-        if self._name_weight(name) != name:
-            return None
-        try:
-            matrix = find_matrix(self._checkpoint, name)
-        except CannotTell:
-            matrix = None
-        return matrix.shape if matrix is not None else self._checkpoint.all_shapes.get(name)
+    def _read_shape(self, weight: str) -> tuple[int, ...] | None:
+        """Return the shape of a quantised weight; None if it is not quantised, or if its layout cannot be decided."""
+        if weight not in self._found:
+            try:
+                matrix = find_matrix(self._checkpoint, weight)
+            except CannotTell:
+                matrix = None
+            self._found[weight] = None if matrix is None else matrix.shape
+        return self._found[weight]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swsurgery.checkpoint.layouts.cells import CannotTell, ReadBytes
+from swsurgery.checkpoint.layouts.cells import CannotTell, Cell, ReadBytes
 from swsurgery.storage.arrays import Doubles, Words, decode_doubles, get_word_type
+from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import FloatDtype, decode
 from swsurgery.storage.shard import TensorInfo
 
@@ -82,6 +83,16 @@ class ModuleTensor:
 def decode_exponent(byte: int) -> float:
     """Return the power of two that an E8M0 byte encodes (OCP Microscaling Formats 1.0, section 5.4.1); NaN for 255."""
     return math.nan if byte == 255 else math.ldexp(1.0, byte - 127)
+
+
+def list_elements(cell: Cell, infos: Mapping[str, TensorInfo]) -> list[Coordinate]:
+    """List the stored numbers that contain bits of a code. `infos` are the headers of all stored tensors."""
+    places: dict[Coordinate, None] = {}
+    for bits in cell.fields:
+        info = infos[bits.tensor]
+        first, last = bits.start // info.dtype.bits, (bits.start + bits.width - 1) // info.dtype.bits
+        places |= {Coordinate(bits.tensor, info.unflatten(n)): None for n in range(first, last + 1)}
+    return list(places)
 
 
 @dataclass(frozen=True)
