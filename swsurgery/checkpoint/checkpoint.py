@@ -24,6 +24,35 @@ if TYPE_CHECKING:
     from swsurgery.checkpoint.layouts.summary import LayoutSummary
 
 
+@dataclass(frozen=True)
+class Step:
+    """One of the manifests that were applied to a checkpoint one after the other. Steps are numbered from 1.
+
+    `name` is the name that the manifest states, or None. `edits` describes each edited or protected scalar, region and
+    quantised element in one line. `created` is the time in seconds since 1970 if SOURCE_DATE_EPOCH was set, else None.
+    """
+
+    number: int
+    name: str | None
+    edits: tuple[str, ...]
+    created: int | None
+    swsurgery_version: str
+    manifest_sha256: str
+    manifest: str = field(repr=False)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the step as an entry of `steps` in the document that `inspect --json` prints."""
+        return {
+            "number": self.number,
+            "name": self.name,
+            "edits": list(self.edits),
+            "created": self.created,
+            "swsurgery_version": self.swsurgery_version,
+            "manifest_sha256": self.manifest_sha256,
+            "manifest": self.manifest,
+        }
+
+
 @dataclass(frozen=True, repr=False)
 class Checkpoint(TableResult):
     """Every file of a checkpoint and the headers of its shards.
@@ -32,7 +61,8 @@ class Checkpoint(TableResult):
     the shards that contain the weights a second time (such as GGUF). `left_out` lists names in the directory that are
     not part of the checkpoint (such as ".git"). `disagreements` maps each tensor for which the index contradicts the
     shards to a description of the contradiction. `revision` is the commit of the repository, `sub` the folder in the
-    repository, and `variant` the chosen variant of the weights (such as "fp16").
+    repository, and `variant` the chosen variant of the weights (such as "fp16"). `steps` are the manifests that were
+    applied; only `inspect` fills it in.
     """
 
     root: Path | RemoteTree
@@ -50,6 +80,7 @@ class Checkpoint(TableResult):
     in_cache: bool = False
     sub: str = ""
     variant: str | None = None
+    steps: tuple[Step, ...] = ()
 
     @property
     def is_here(self) -> bool:
@@ -70,6 +101,7 @@ class Checkpoint(TableResult):
             "disagreements": self.disagreements,
             "notes": list(self.notes),
             "quantised": self.layouts and self.layouts.to_json(),
+            "steps": [step.to_json() for step in self.steps],
         }
 
     def to_rows(self) -> list[dict[str, object]]:

@@ -6,7 +6,7 @@ Of the stored tensors, only the scalar that is asked for is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -14,6 +14,8 @@ from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.architectures import Shapes
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_checkpoint, open_for_reading
+from swsurgery.checkpoint.record import find_record
+from swsurgery.checkpoint.steps import list_steps
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import ArchitectureError, CheckpointError
 from swsurgery.progress import Reporter, require_reporter
@@ -84,12 +86,13 @@ def inspect(
     variant: str | None = None,
     reporter: Reporter | None = None,
 ) -> Checkpoint | Details:
-    """Describe a checkpoint: all its files and tensors, or one tensor, or one scalar with its value and bits.
+    """Describe a checkpoint: its files, tensors and steps, or one tensor, or one scalar with its value and bits.
 
     `checkpoint` is a directory, a GGUF file or hf://ORG/NAME[@REV][/sub]. Without `tensor`, the opened checkpoint is
-    returned. `at` is the index of a scalar in the stored shape of `tensor`: integers, or text such as "3968,7003". An
-    element of a packed matrix is given by the name and the index that it has in a loaded model. If the checkpoint has
-    several sets of weights, `weights` and `variant` choose one. Of the stored tensors, only this scalar is read.
+    returned, and its `steps` are the manifests that were applied to it. `at` is the index of a scalar in the stored
+    shape of `tensor`: integers, or text such as "3968,7003". An element of a packed matrix is given by the name and the
+    index that it has in a loaded model. If the checkpoint has several sets of weights, `weights` and `variant` choose
+    one. Of the stored tensors, only this scalar is read.
 
     Raises TypeError, HubError, CheckpointError; TargetError while another run edits the checkpoint in place.
     """
@@ -98,11 +101,22 @@ def inspect(
     with open_for_reading("checkpoint", checkpoint, require_reporter(reporter)) as root:
         opened = open_checkpoint(root, weights, variant, gguf=True)
         if tensor is None and at is None:
-            opened.layouts  # noqa: B018 - reads a few bytes, while the files are open
-            return opened
+            described = _add_steps(opened)
+            described.layouts  # noqa: B018 - reads a few bytes, while the files are open
+            return described
         if tensor is None:
             raise CheckpointError("--at needs --tensor", at or "")
         return Details(_describe(opened, tensor, index))
+
+
+def _add_steps(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the steps of its record, or with a note if the record cannot be read."""
+    try:
+        patched = find_record(checkpoint)
+        return replace(checkpoint, steps=list_steps(patched)) if patched else checkpoint
+    except CheckpointError as error:
+        note = f"the steps cannot be listed: {error.faults[0]}"
+        return replace(checkpoint, notes=(*checkpoint.notes, note))
 
 
 def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None) -> dict[str, object]:

@@ -21,7 +21,7 @@ def inspect(
     weights: WeightsOption = None,
     variant: VariantOption = None,
 ) -> None:
-    """List files and tensors, or print one scalar with its bits."""
+    """List files, tensors and the manifests that were applied, or print one scalar with its bits."""
     from swsurgery.checkpoint import inspect
     from swsurgery.checkpoint.checkpoint import Checkpoint
     from swsurgery.cli import show

@@ -5,6 +5,7 @@ This module must not compute anything or import torch.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +242,27 @@ def show_files(document: Mapping[str, Any]) -> None:
         print_text(f"\n{escape_control(line)}")
     for note in document["notes"]:
         print_text(f"\n{escape_control(note)}")
+    for step in document["steps"]:
+        _show_step(step)
+
+
+def _show_step(step: Mapping[str, Any]) -> None:
+    """Print one step of a patched checkpoint: its manifest, its date if the record has one, and its edits."""
+    date = "" if step["created"] is None else f", {_format_date(step['created'])}"
+    name = step["name"] or "manifest without a name"
+    print_text(f"\nstep {step['number']}: {escape_control(name)} (sha256 {step['manifest_sha256'][:12]}){date}")
+    for line in step["edits"][:MAX_ROWS]:
+        print_text(f"  {escape_control(line)}")
+    if len(step["edits"]) > MAX_ROWS:
+        print_text(f"  ... and {len(step['edits']) - MAX_ROWS} more")
+
+
+def _format_date(seconds: int) -> str:
+    """Return a time in seconds since 1970 as text, such as "2026-01-31 12:00:00 UTC"."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):  # later than the year 9999
+        return f"{seconds} seconds since 1970"
 
 
 def show_tensor(document: Mapping[str, Any]) -> None:

@@ -19,12 +19,17 @@ from swsurgery.errors import CheckpointError, ManifestError, PlanError
 
 HIDDEN, INNER, LAYERS = 6, 10, 2
 DOWN = "model.layers.1.mlp.down_proj.weight"
+WEIGHTS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": HIDDEN,
     "intermediate_size": INNER,
     "num_hidden_layers": LAYERS,
-    "quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"},
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"all": {"targets": ["Linear"], "weights": WEIGHTS}},
+    },
 }
 
 
