@@ -74,7 +74,7 @@ def resolve(manifest: Manifest, checkpoint: Checkpoint, find_known: FindKnown) -
             misfits += [Misfit(number, fault) for fault in error.faults]
         found, note = _skip_vectors(edit, found, checkpoint)
         notes += [f"edits[{number}]: {note}"] if note and found else []
-        misfits += [Misfit(number, note)] if note and not found else []
+        misfits += [Misfit(number, f"{note}; the edit names no other tensor")] if note and not found else []
         misfits += [Misfit(number, fault) for fault in _find_faults(edit, target, found, checkpoint)]
         regions += [AskedRegion(number, part, edit, region, str(target)) for part, region in enumerate(found)]
     misfits += _refuse_lone_scalars(asked)

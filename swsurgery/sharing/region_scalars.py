@@ -19,6 +19,7 @@ from swsurgery.errors import CheckpointError, PlanError
 from swsurgery.manifest.patch import MAX_SCALARS, PatchScalar, choose_operation
 from swsurgery.progress import Progress
 from swsurgery.storage.files import File, fill
+from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.numeric import load_numpy
 from swsurgery.storage.region import Region
 from swsurgery.storage.splice import group_by_file
@@ -94,6 +95,7 @@ def read_recorded(steps: Sequence[Record], checkpoint: Checkpoint) -> list[Patch
             raise PlanError(what, checkpoint.root, "export its manifest.yaml with --base instead")
     if len(steps) == 1 and sum(change.changed for change in steps[0].changes) > MAX_SCALARS:
         raise refuse_many(checkpoint.root)
+    _refuse_other_files(steps, checkpoint)
     before: dict[str, File] = {}
     for record in reversed(steps):
         _undo_step(record, checkpoint, before)
@@ -109,6 +111,19 @@ def read_recorded(steps: Sequence[Record], checkpoint: Checkpoint) -> list[Patch
                     was, now = (part.rows.take(view, segment.begin, part.runs) for view in views)
                     collector.add(file, "set", part, was, now)
     return [*collector.found.values()]
+
+
+def _refuse_other_files(steps: Sequence[Record], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a file with a region that has no digest of its own has another sha256 than recorded.
+
+    Local files are hashed; of a file on the Hub, the sha256 is the one that the Hub lists, if it lists one.
+    """
+    large = {entry.file for record in steps for entry in record.changes if entry.sha256 is None}
+    for name in sorted(large & {*checkpoint.shards} & {*steps[-1].files}):
+        file = checkpoint.get_file(name)
+        digest = hash_file(file.source) if file.is_here or file.digest is None else file.digest
+        if digest != steps[-1].files[name].sha256:
+            raise CheckpointError("the file differs from its record", file.source, "run swsurgery verify")
 
 
 def _undo_step(record: Record, checkpoint: Checkpoint, views: dict[str, File]) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import swsurgery
+from swsurgery.errors import CheckpointError
 from swsurgery.rewriting import tally
 from swsurgery.verifying import regions
 
@@ -148,3 +149,13 @@ def test_an_export_needs_no_digests(base, tmp_path, monkeypatch):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
+
+
+def test_an_export_of_a_changed_file_is_refused_without_digests(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(tally, "DIGESTED_SIZE", 0)
+    scale(base, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["a.weight"][3, 5] += 1
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="the file differs from its record"):
+        swsurgery.export(tmp_path / "out", tmp_path / "edit.safetensors", format="sparse")

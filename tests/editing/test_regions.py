@@ -359,7 +359,7 @@ BAD = {
         [{"op": "zero", "layer": 0, "row": 2}, {"op": "protect", "tensors": "*down*"}],
         "every scalar is protected",
     ),
-    "a clip of a vector": ([{"op": "clip", "z": 3, "tensors": NORM}], "clip skips 1 one-dimensional tensor"),
+    "a clip of a vector": ([{"op": "clip", "z": 3, "tensors": NORM}], "; the edit names no other tensor"),
     "a bit outside the dtype": (
         [{"op": "flip", "layer": 0, "row": 1, "col": 1, "bit": 16}],
         "BF16 has no bit 16",
