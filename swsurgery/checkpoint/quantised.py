@@ -173,6 +173,10 @@ class Quantisation:
             self._readings[name] = self._read(name)
         return self._readings[name]
 
+    def has_effect_on_weights(self, name: str) -> bool:
+        """Return True if only a quantiser needs the tensor `name`, and the values of weights depend on it."""
+        return self.get_reading(name).kind == "internal" and not _HARMLESS.fullmatch(_get_last_part(name))
+
     def list_others(self, weight: str) -> list[str]:
         """List the other tensors of the module of a weight, except its bias. The weight itself may be missing."""
         return list(self._others(weight))

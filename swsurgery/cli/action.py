@@ -161,7 +161,8 @@ def render_summary(reports: list[FindingReport], failures: list[str]) -> str:
     lines = ["### swsurgery", ""]
     for report in reports:
         lines += [f"**{report.command} {_escape_cell(report.subject)}: {_render_verdict(report)}**", ""]
-        lines += [f"- {_escape_cell(' '.join(line.split()))}" for line in report.checked.splitlines()]
+        said = [report.headline] if report.headline else []
+        lines += [f"- {_escape_cell(' '.join(line.split()))}" for line in (*said, *report.checked.splitlines())]
         if report.findings:
             lines += ["", "| level | rule | where | what |", "|---|---|---|---|"]
             lines += [_render_row(finding) for finding in report.findings[:MAX_SUMMARY_ROWS]]

@@ -126,8 +126,9 @@ def show_record(record: Record) -> None:
 
 def show_check(document: Mapping[str, Any]) -> None:
     """Print the report of a sanity check. `document` is its JSON, from a record or from `to_json`."""
-    if document.get("kind", "forward") != "forward":
-        print_text(f"check     no forward check was made: {escape_control(document['reason'])}")
+    if (kind := document.get("kind", "forward")) != "forward":
+        what = "only the weights were checked" if kind == "weights" else "no check was made"
+        print_text(f"check     {what}: {escape_control(document['reason'])}")
         return
     if document.get("compared") is False:
         _check_alone(document)

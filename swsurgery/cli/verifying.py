@@ -134,7 +134,9 @@ def preflight(
 @command
 def lint(
     out: Output,
-    manifests: Annotated[list[Path], typer.Argument(help="Manifests (YAML or JSON).", show_default=False)],
+    manifests: Annotated[
+        list[Path], typer.Argument(help="Manifests (YAML or JSON), or folders of them.", show_default=False)
+    ],
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     format: FormatOption = "text",
     file: ReportFile = None,

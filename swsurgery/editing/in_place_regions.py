@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from swsurgery.checkpoint import edited_shard, journal
 from swsurgery.checkpoint.record import Record
+from swsurgery.editing.overlay import PatchedFile, Replacement, replace_shards
 from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckpointError, PlanError
 from swsurgery.progress import Progress
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.numbers import format_size
-from swsurgery.storage.splice import Splice
+from swsurgery.storage.splice import Splice, group_by_file
 
 if TYPE_CHECKING:
     from swsurgery.editing.changed_bytes import Changed
@@ -107,13 +108,16 @@ def apply_changed(
 
 
 def show_base(plan: Plan, shards: dict[str, edited_shard.OpenShard], changed: Changed | None) -> Plan:
-    """Return the plan with a base whose changed regions are read as they were, for the check after the edit."""
-    if changed is None:
-        return plan
-    from swsurgery.editing.changed_bytes import overlay_old
-    from swsurgery.editing.overlay import replace_shards
+    """Return the plan with a base whose changed bytes are read as they were, for the check after the edit."""
+    old = {
+        name: PatchedFile(shards[name].file, [Replacement(splice.offset, splice.old) for splice in group])
+        for name, group in group_by_file(plan.splices).items()
+    }
+    if changed is not None:  # the places of a file with changed regions contain its splices too
+        from swsurgery.editing.changed_bytes import overlay_old
 
-    old = {name: overlay_old(shards[name].file, places) for name, places in changed.places.items() if name in shards}
+        places = changed.places.items()
+        old |= {name: overlay_old(shards[name].file, group) for name, group in places if name in shards}
     return replace(plan, checkpoint=replace_shards(plan.checkpoint, old))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -174,24 +174,36 @@ def check(
 
 
 def _find_base_tensors(patched: Checkpoint, record: Record | None, base: str | Path | None) -> Variant | None:
-    """Return the tensors with changed regions as they are in the base; None if only scalars were changed.
+    """Return the tensors with changed regions or codes as they are in the base; None if only weights were changed.
 
-    They are read from the files of `base`, or from the patched checkpoint with the old bytes of the undo file. Raises
-    CheckpointError if neither has them.
+    They are read from the files of `base`, or from the patched checkpoint with the old bytes of the record and of the
+    undo file. Raises CheckpointError if neither has them.
     """
-    if record is None or not record.changes:
+    if record is None:
         return None
     tensors = frozenset(change.tensor for change in record.changes)
+    tensors |= _find_coded((edit.tensor for edit in record.edits), patched)
+    if not tensors:
+        return None
     if base is None:
         from swsurgery.editing.overlay_undone import overlay_undone
 
         return Variant({}, tensors, overlay_undone(patched, record))
     opened = open_checkpoint(download_checkpoint(parse_location(require_location("base", base))))
-    for name in sorted({change.file for change in record.changes}):
+    for name in sorted({patched.weight_map[tensor] for tensor in tensors}):
         shard = opened.shards.get(name)
         if shard is None or hash_file(shard.file) != record.files[name].base_sha256:
             raise CheckpointError("is not the base of the patched checkpoint: its digest differs", f"{base}, {name}")
     return Variant({}, tensors, opened)
+
+
+def _find_coded(tensors: Iterable[str], checkpoint: Checkpoint) -> frozenset[str]:
+    """Return those of the tensors that store no plain weights, such as codes and scales of quantised layers.
+
+    A model loaded from them does not contain them, so one loaded model cannot stand for base and patched checkpoint.
+    """
+    stored = {name for name in tensors if name in checkpoint.shapes}
+    return frozenset(name for name in stored if checkpoint.quantisation.explain_refusal(name))
 
 
 def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None:
@@ -252,7 +264,7 @@ def run_check(
                 raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
             return {"kind": "forward", "reason": None, "weights": weights, **report.to_record()}
     if plan.touched:
-        say(f"no forward check was made: {reason}")
+        say(f"only the weights were checked: {reason}")
     return {"kind": "weights", "reason": reason, "weights": weights}
 
 
@@ -297,6 +309,7 @@ def _check_forward(
         for s in plan.splices
     ]
     tensors = frozenset(rewrite.region.tensor for rewrite in plan.rewrites)
+    tensors |= _find_coded((splice.coordinate.tensor for splice in plan.splices), plan.checkpoint)
     return run_checks(
         read_checkpoint(patched, plan.loaded.manifest.base),
         changes,

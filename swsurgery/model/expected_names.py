@@ -18,7 +18,8 @@ from torch import Tensor
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import Unrunnable
-from swsurgery.model.load import LOADING_ERRORS, get_first_line, hide_output, make_load_error
+from swsurgery.model.load import hide_output
+from swsurgery.model.load_errors import LOADING_ERRORS, get_first_line, make_load_error
 from swsurgery.model.refusals import refuse_dtype, refuse_pointers
 from swsurgery.model.torch_dtypes import get_streamed_dtype
 from swsurgery.model.transformers_private import get_declared_class

@@ -171,6 +171,8 @@ class LayeredModel:
         if not variant.tensors:
             return None
         merged = variant.merge(self.checkpoint)
+        if self.load_other and any(map(self.checkpoint.quantisation.explain_refusal, variant.tensors)):
+            return "apart"  # only a quantiser of transformers knows how it makes parameters of stored codes
         if self.weights is not None:
             self.weights.close()  # while weights are loaded, two tied parameters of a layer and outside are not one
         try:

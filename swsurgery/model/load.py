@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import logging as python_logging
 import math
 import os
 import re
@@ -16,13 +18,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from logging import CRITICAL
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import sdpa_kernel
@@ -32,60 +32,59 @@ from transformers.utils import logging
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
-from swsurgery.hub import get_config_error
 from swsurgery.model import Placement
 from swsurgery.model.forward import ATTENTION, LayeredModel
+from swsurgery.model.load_errors import (
+    LOADING_ERRORS,
+    get_first_line,
+    make_load_error,
+    refuse_codes,
+    refuse_invented,
+)
 from swsurgery.model.places import find_decoder_layers
+from swsurgery.model.quantisers import find_method
 from swsurgery.model.read_tensors import load_tensors, refuse_unreadable
 from swsurgery.model.refusals import (
     has_tokenizer,
-    make_missing_error,
     make_tokenizer_error,
     refuse_dtype,
     refuse_pointers,
+    refuse_uninstalled,
 )
 from swsurgery.model.stream import StreamedWeights, allocate_pinned_pieces
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.torch_dtypes import get_streamed_dtype
-from swsurgery.model.transformers_private import AutoClass, LoadingInfo, get_language_model_class, no_init_weights
+from swsurgery.model.transformers_private import AutoClass, get_language_model_class, no_init_weights, serve_metadata
 from swsurgery.model.weight_plan import plan_weights
 
 COMFORTABLE_SHARE = 0.6
 """Maximum share of a device's free memory that float32 weights may fill. The rest is left for logits."""
 
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    ArithmeticError,
-    AssertionError,
-    SafetensorError,
-    get_config_error(),
-)
-"""Exceptions that transformers raises for a directory that it cannot load. torch raises RuntimeError if memory is
-insufficient."""
-
 
 @contextlib.contextmanager
 def hide_output() -> Iterator[None]:
-    """Hide progress bars and log lines of transformers, and all Python warnings, for the length of a `with` block."""
+    """Hide progress bars of transformers, log lines and all Python warnings for the length of a `with` block."""
+    disabled = python_logging.root.manager.disable
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     disable_bars: Callable[[], None] = logging.disable_progress_bar
     enable_bars: Callable[[], None] = logging.enable_progress_bar
-    logging.set_verbosity(CRITICAL)
+    logging.set_verbosity(python_logging.CRITICAL)
+    python_logging.disable(python_logging.CRITICAL)  # quantisers log for each layer that they run
     disable_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        python_logging.disable(disabled)
         logging.set_verbosity(verbosity)
         if bars:
             enable_bars()
+
+
+def _hide_bars() -> contextlib.redirect_stderr[io.StringIO]:
+    """Hide progress bars that a quantiser draws itself. Nothing of swsurgery writes in the `with` block."""
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 def pick_device(name: str) -> torch.device:
@@ -129,7 +128,8 @@ def open_model(
     at a time are on the device, in the dtype of config.json; "cuda" without a number then means all CUDA devices in
     turn. "auto" means "whole" if the weights are small enough for float32, else "streamed". A model that cannot be
     streamed is loaded whole, and `say` receives a line about it. If the checkpoint also has a single weight file and
-    the user chose the index, the model is always streamed, because transformers would load the single file.
+    the user chose the index, the model is always streamed, because transformers would load the single file. A quantised
+    model is loaded whole by its quantiser, in the dtype of config.json.
 
     Raises ModelError if transformers cannot load the model, if weights are missing (transformers would initialise them
     at random) or if memory is insufficient.
@@ -137,23 +137,30 @@ def open_model(
     directory = checkpoint.directory
     refuse_pointers(directory)
     refuse_dtype(directory)
+    refuse_uninstalled(directory)
     target = pick_device(device)
+    quantised = find_method(checkpoint.config) is not None
     elements = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     comfortable = elements * 4 <= COMFORTABLE_SHARE * _measure_free_bytes(target)
     aside = checkpoint.choice == "index"
     if aside and placement == "whole":
         what = f"transformers would load {checkpoint.single}, not the shards that the index lists"
         raise ModelError(what, directory, "use --placement streamed")
-    if placement == "streamed" or aside or (placement == "auto" and not comfortable):
+    if placement == "streamed" or aside or (placement == "auto" and not comfortable and not quantised):
         try:
             return _open_streamed(checkpoint, target, device)
         except ModelError as error:
             if aside or placement == "streamed" and not any("layer by layer" in fault for fault in error.faults):
                 raise
             say(f"the model is loaded whole: {error}")
-    model = _load_whole(checkpoint, torch.float32 if comfortable else "auto")
     with convert_run_errors(target):
-        cast_module(model).to(target).eval()
+        if quantised:
+            model = _load_whole(checkpoint, "auto", device_map={"": target})
+            _finish_loading(model)
+        else:
+            model = _load_whole(checkpoint, torch.float32 if comfortable else "auto")
+            cast_module(model).to(target)
+        cast_module(model).eval()
         return LayeredModel(model, checkpoint, load_other=load_other)
 
 
@@ -292,25 +299,28 @@ def get_auto_class(config: PreTrainedConfig) -> AutoClass:
     raise Unrunnable(what, config.name_or_path, "an embedding, reward or encoder model predicts no tokens")
 
 
-def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+    """Load a model with all its weights in `dtype`; `options` go to from_pretrained."""
     directory = checkpoint.directory
     try:
         config = _read_config(directory)
         refuse_codes(checkpoint, config)
-        model, info = get_auto_class(config).from_pretrained(
-            directory,
-            config=config,
-            variant=checkpoint.variant,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `info` then lists them, and refuse_invented raises
-        )
+        with _hide_bars():
+            model, info = get_auto_class(config).from_pretrained(
+                directory,
+                config=config,
+                variant=checkpoint.variant,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `info` then lists them, and refuse_invented raises
+                **options,
+            )
     except LOADING_ERRORS as error:
         raise make_load_error(error, directory) from error
-    refuse_invented(info, directory)
+    refuse_invented(info, checkpoint)
     checkpoint.refuse_changed()  # transformers opens files by path, so they may have been replaced
     return model
 
@@ -323,56 +333,37 @@ def load_other(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.dev
     """
     refuse_unreadable(checkpoint)
     tensors = dict(load_tensors(checkpoint))
+    quantised = find_method(checkpoint.config) is not None
+    metadata = {key: value for shard in checkpoint.shards.values() for key, value in shard.metadata.items()}
     try:
-        other, info = cast(AutoClass, type(model)).from_pretrained(
-            None,
-            config=copy.deepcopy(model.config),
-            state_dict=tensors,
-            dtype=model.dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
+        with serve_metadata(metadata), _hide_bars():
+            other, info = cast(AutoClass, type(model)).from_pretrained(
+                None,
+                # A quantiser changes the config of the model that it loads.
+                config=_read_config(checkpoint.directory) if quantised else copy.deepcopy(model.config),
+                state_dict=tensors,
+                dtype="auto" if quantised else model.dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **({"device_map": {"": device}} if quantised else {}),
+            )
     except LOADING_ERRORS as error:
         raise make_load_error(error, checkpoint.directory) from error
-    refuse_invented(info, checkpoint.directory)
-    cast_module(other).to(device).eval()
+    refuse_invented(info, checkpoint)
+    if quantised:
+        _finish_loading(other)
+    else:
+        cast_module(other).to(device)
+    cast_module(other).eval()
     return other
 
 
-def make_load_error(error: Exception, directory: Path) -> Unrunnable:
-    """Make the error for an exception that transformers raised while it loaded the model in `directory`."""
-    return Unrunnable(
-        f"transformers cannot load the model: {get_first_line(error)}",
-        directory,
-        "repair its config.json, or upgrade transformers",
-    )
-
-
-def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
-    """Raise Unrunnable if transformers would use the codes of quantised weights as the weights themselves.
-
-    Transformers dequantises only weights that the config declares as quantised. Without a declaration, it ignores a
-    `.scale` tensor beside an FP8 weight and only warns.
-    """
-    declared = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
-    if not any(declared) and (name := checkpoint.quantisation.find_codes()):
-        why = checkpoint.quantisation.explain_refusal(name)
-        raise Unrunnable(f"transformers would use its codes as weights: {why}", name, "load an unquantised copy")
-
-
-def refuse_invented(info: LoadingInfo, directory: Path) -> None:
-    """Raise Unrunnable if transformers initialised weights at random, because they are missing or have another shape.
-
-    `info` is what from_pretrained reports with output_loading_info=True and ignore_mismatched_sizes=True.
-    """
-    misfits = sorted((name, list(stored), list(wanted)) for name, stored, wanted in info["mismatched_keys"])
-    for name, stored, wanted in misfits[:1]:
-        more = f", and {len(misfits) - 1} more tensors do not fit it" if len(misfits) > 1 else ""
-        what = f"{name} is stored as {stored}, but config.json asks for {wanted}{more}"
-        raise Unrunnable(what, directory, "repair its config.json")
-    if missing := sorted(info["missing_keys"]):
-        raise make_missing_error(missing, directory)
+@torch.no_grad()
+def _finish_loading(model: PreTrainedModel) -> None:
+    """Run one token through a quantised model, because compressed-tensors dequantises weights when it runs first."""
+    with _hide_bars():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def get_context_length(model: PreTrainedModel) -> int:
@@ -415,19 +406,6 @@ def convert_run_errors(device: torch.device, streamed: bool = False) -> Iterator
         raise Unrunnable("not enough memory on the device", device, ", or ".join(ways)) from error
     except RuntimeError as error:
         raise Unrunnable(f"the model cannot be run: {get_first_line(error)}", device, remedy) from error
-
-
-def get_first_line(error: Exception) -> str:
-    """Return the first non-empty line of the message of `error`, at most 160 characters.
-
-    A line that ends in a colon is joined with the next one. If the message is empty, return the name of the error's
-    type.
-    """
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        lines[0] += f" {lines[1]}"
-    return (lines[0].rstrip(":") if lines else type(error).__name__)[:160]
 
 
 def _measure_free_bytes(device: torch.device) -> int:

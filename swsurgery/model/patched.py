@@ -16,15 +16,8 @@ from transformers import PreTrainedModel as PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, add_remedy
-from swsurgery.model.load import (
-    LOADING_ERRORS,
-    cast_module,
-    get_auto_class,
-    hide_output,
-    make_load_error,
-    refuse_codes,
-    refuse_invented,
-)
+from swsurgery.model.load import cast_module, get_auto_class, hide_output
+from swsurgery.model.load_errors import LOADING_ERRORS, make_load_error, refuse_codes, refuse_invented
 from swsurgery.model.other_tensors import find_changed_by_loader, replace_parameters
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
@@ -69,7 +62,7 @@ def load(
             )
     except LOADING_ERRORS as error:
         raise make_load_error(error, root) from error
-    refuse_invented(info, root)
+    refuse_invented(info, checkpoint)
     checkpoint.refuse_changed()  # transformers opens files by path, so they may have been replaced
     layers = find_decoder_layers(model)
     places = Places(model, layers, checkpoint)

@@ -9,8 +9,10 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from swsurgery.errors import CheckpointError, Unrunnable
+from swsurgery.model.quantisers import explain_missing
 from swsurgery.storage.files import LocalFile, recognise_format
 from swsurgery.storage.strict_json import read_config
 
@@ -40,11 +42,13 @@ _TEXT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 def refuse_unrunnable(directory: Path) -> None:
     """Raise Unrunnable if file names and small files of the directory show that no model can be run.
 
-    This check needs no torch, whose import takes seconds and 400 MB.
+    This is also the case if the model is quantised and a package that loads it is missing. This check needs no torch,
+    whose import takes seconds and 400 MB.
     """
     refuse_pointers(directory)
     if not (directory / "config.json").is_file():
         raise Unrunnable("no config.json", directory, "copy the base model's config.json there")
+    refuse_uninstalled(directory)
     if not may_have_tokenizer(directory):
         raise make_tokenizer_error(directory)
 
@@ -58,15 +62,17 @@ def refuse_pointers(directory: Path) -> None:
             raise Unrunnable(found[0], path, found[1])
 
 
+def refuse_uninstalled(directory: Path) -> None:
+    """Raise Unrunnable if the model is quantised and a package without which transformers cannot load it is missing."""
+    if (directory / "config.json").is_file() and (missing := explain_missing(_read_config(directory))):
+        raise Unrunnable(missing[0], remedy=missing[1])
+
+
 def refuse_dtype(directory: Path) -> None:
     """Raise Unrunnable if config.json names a dtype that torch does not have."""
-    path = directory / "config.json"
-    if not path.is_file():
+    if not (directory / "config.json").is_file():
         return
-    try:
-        config = read_config(LocalFile(path.resolve()), "config.json")
-    except CheckpointError as error:
-        raise Unrunnable(f"config.json cannot be read: {error}", directory) from error
+    config = _read_config(directory)
     import torch
 
     known = [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]
@@ -81,6 +87,14 @@ def refuse_dtype(directory: Path) -> None:
             raise Unrunnable(
                 f"{key} in config.json is {named[:40]!r}, which is not a dtype of torch", directory, remedy
             )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json. Raises Unrunnable if it is not valid."""
+    try:
+        return read_config(LocalFile((directory / "config.json").resolve()), "config.json")
+    except CheckpointError as error:
+        raise Unrunnable(f"config.json cannot be read: {error}", directory) from error
 
 
 def may_have_tokenizer(directory: Path) -> bool:

@@ -6,7 +6,8 @@ that function fails.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from typing import Any, Protocol, cast
 
@@ -14,11 +15,15 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 __all__ = [
     "AutoClass",
     "get_declared_class",
     "get_language_model_class",
+    "serve_metadata",
+    "has_quantiser",
     "list_names_kept_in_float32",
     "no_init_weights",
 ]
@@ -73,3 +78,25 @@ def list_names_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> tu
     strict = model._keep_in_fp32_modules_strict or ()
     half = model._keep_in_fp32_modules or ()
     return (*strict, *half) if dtype == torch.float16 else tuple(strict)
+
+
+def has_quantiser(declared: Mapping[str, object]) -> bool:
+    """Return True if transformers has the quantiser that `quantization_config` declares.
+
+    It loads the model as if it were not quantised otherwise. Raises ValueError if no method is declared.
+    """
+    return bool(cast(Any, AutoHfQuantizer).supports_quant_method(declared))
+
+
+@contextlib.contextmanager
+def serve_metadata(metadata: Mapping[str, str]) -> Iterator[None]:
+    """Let transformers find the metadata of shards for the length of a block in which it loads tensors, not files.
+
+    The metadata tell which torchao tensors belong together. Transformers reads them only from files.
+    """
+    quantiser = cast(Any, TorchAoHfQuantizer)
+    quantiser.metadata = dict(metadata)
+    try:
+        yield
+    finally:
+        del quantiser.metadata

@@ -131,6 +131,11 @@ def _describe_checked(report: FindingReport) -> list[str]:
     return [_escape_plain(line) for line in report.checked.split("\n")] if report.checked else []
 
 
+def _list_facts(report: FindingReport) -> list[str]:
+    """Return the lines of the answer and of what was proved."""
+    return ([_escape_plain(report.headline)] if report.headline else []) + _describe_checked(report)
+
+
 def _escape_plain(text: str) -> str:
     """Escape text to one line that GitHub's log does not read as a workflow command.
 
@@ -189,9 +194,9 @@ def _render_junit(report: FindingReport) -> str:
     counts = {"tests": str(len(suite)), "failures": str(failed), "errors": str(undecided), "skipped": "0"}
     suites.attrib.update(counts)
     suite.attrib.update(counts, time="0")
-    if report.checked:
+    if facts := _list_facts(report):
         output = ElementTree.SubElement(suite, "system-out")
-        output.text = "\n".join(_describe_checked(report))
+        output.text = "\n".join(facts)
     ElementTree.indent(suites)
     body = ElementTree.tostring(suites, encoding="unicode").replace("##[", "&#35;#[")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
@@ -284,7 +289,7 @@ def _render_github(report: FindingReport) -> str:
         )
         lines.append(f"::{finding.level} {given}::{_escape_data(_render_sentence(report, finding))}")
     if report.ok:
-        proved = "; ".join(" ".join(line.split()) for line in _describe_checked(report)) or "nothing was found"
+        proved = "; ".join(" ".join(line.split()) for line in _list_facts(report)) or "nothing was found"
         lines.append(
             f"::notice title=swsurgery {report.command}::{_escape_data(_escape_plain(f'{report.subject}: {proved}'))}"
         )

@@ -7,6 +7,7 @@ weights are read.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,19 +60,25 @@ def lint(
 ) -> LintReport:
     """Find what is wrong with manifests, offline and without a checkpoint.
 
-    `manifests` is one manifest, or a list of them: paths, texts as bytes, dicts, or a Manifest. The findings are in the
-    order of the manifests and their lines. With `strict`, a warning makes the answer "no", as an error does.
+    `manifests` is one manifest, or a list of them: paths, texts as bytes, dicts, or a Manifest. A folder stands for all
+    files in it and its subfolders that end in .yaml or .yml. The findings are in the order of the manifests and their
+    lines. With `strict`, a warning makes the answer "no", as an error does.
 
-    Raises TypeError; ManifestError, which names all unreadable files, if any file cannot be read.
+    Raises TypeError; ManifestError, which names all unreadable files and all folders without manifests.
     """
     require_reporter(reporter)
     require_type("strict", strict, bool)
     several = isinstance(manifests, list | tuple)
     given = cast("Sequence[ManifestLike]", manifests if several else [manifests])
-    paths = [Path(each) if isinstance(each, str) else each for each in given]
-    different = [each for number, each in enumerate(paths) if each not in paths[:number]]
     findings: list[Finding] = []
     unreadable: list[str] = []
+    paths: list[ManifestLike] = []
+    for each in given:
+        try:
+            paths += _list_manifests(each)
+        except ManifestError as error:
+            unreadable += error.faults
+    different = [each for number, each in enumerate(paths) if each not in paths[:number]]
     for each in different:
         try:
             findings += lint_manifest(each)
@@ -80,17 +87,43 @@ def lint(
     if unreadable:
         raise ManifestError.of(unreadable)
     count = pluralise(len(different), "manifest")
-    faulty = {f.manifest for f in findings}
     names = [str(_name(each)) for each in different]
     return LintReport(
         subject=names[0] if len(names) == 1 else count,
         command="lint",
         findings=tuple(findings),
-        checked=f"{len(names) - len(faulty)} of {count} without a finding",
         details={"manifests": names},
         rules=("manifest-invalid", *LINTS),
+        headline=f"{count}: {_count_levels(findings)}",
         strict=strict,
     )
+
+
+def _list_manifests(manifest: ManifestLike) -> list[ManifestLike]:
+    """Return the manifests that an argument stands for: itself, or the YAML files in a folder and its subfolders.
+
+    Hidden folders are left out, and links to folders are not followed. Raises ManifestError for a folder without YAML
+    files.
+    """
+    if not isinstance(manifest, str | Path) or not os.path.isdir(manifest):
+        return [Path(manifest) if isinstance(manifest, str) else manifest]
+    found: list[ManifestLike] = []
+    for folder, folders, names in os.walk(manifest):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in sorted(names) if name.endswith((".yaml", ".yml"))]
+    if not found:
+        raise ManifestError(
+            "no manifest in this folder", manifest, "in a folder, lint reads files ending in .yaml or .yml"
+        )
+    return found
+
+
+def _count_levels(findings: Sequence[Finding]) -> str:
+    """Return the numbers of errors and warnings as text, such as "no errors, 3 warnings"."""
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = len(findings) - errors
+    words = [pluralise(n, word) if n else f"no {word}s" for n, word in ((errors, "error"), (warnings, "warning"))]
+    return ", ".join(words)
 
 
 def lint_manifest(manifest: ManifestLike) -> list[Finding]:

@@ -336,7 +336,7 @@ def test_bounds_that_cannot_be_measured_are_not_met(base, tmp_path, monkeypatch)
     outcome = swsurgery.apply(
         write_manifest(tmp_path / "free.json", base, ZERO), output=tmp_path / "out", reporter=Listener(said.append)
     )
-    assert said == ["no forward check was made: no tokenizer: here"]
+    assert said == ["only the weights were checked: no tokenizer: here"]
     assert (outcome.record.check["kind"], outcome.record.check["reason"]) == ("weights", "no tokenizer: here")
 
 

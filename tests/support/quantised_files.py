@@ -21,7 +21,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.layouts.cells import BitField, QuantisedMatrix
 from swsurgery.checkpoint.layouts.find import WeightShapes, find_matrix, make_reader
 from swsurgery.checkpoint.opening import open_checkpoint
-from swsurgery.verifying.against_known import read_weight
+from swsurgery.verifying.stored_weight import read_weight
 
 MODEL = os.environ.get("SWSURGERY_TEST_MODEL")
 LAYERS = (2, 11, 29)
@@ -103,7 +103,8 @@ def locate_super(folder: Path) -> tuple[float, float]:
     assert matrix is not None
     cell = matrix.find_cell(at.index)
     value = cell.values[cell.read_code(make_reader(checkpoint))]
-    assert read_weight(checkpoint, at)[:2] == (value, cell.compute_step(value))  # what `verify --known` reads
+    stored = read_weight(checkpoint, at)  # what `verify --known` reads
+    assert (stored.value, stored.step) == (value, cell.compute_step(value))
     return value, cell.compute_step(value)
 
 

@@ -236,7 +236,20 @@ def test_a_manifest_that_is_named_twice_is_linted_once(tmp_path):
     path = tmp_path / "edits.yaml"
     path.write_text(text(UNPINNED, "op: protect, tensor: t, index: [1]"))
     report = lint([path, path])
-    assert len(report.findings) == 1 and report.checked == "0 of 1 manifest without a finding"
+    assert len(report.findings) == 1 and report.headline == "1 manifest: no errors, 1 warning"
+
+
+def test_a_folder_stands_for_its_yaml_files(tmp_path, capsys):
+    for name in ("b.yaml", "sub/a.yml", ".hidden/c.yaml", "config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text(UNPINNED, "op: protect, tensor: t, index: [1]"))
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    report = lint([tmp_path, tmp_path / "b.yaml"])
+    assert [f.manifest for f in report.findings] == [str(tmp_path / name) for name in ("b.yaml", "sub/a.yml")]
+    assert report.headline == "2 manifests: no errors, 2 warnings" and report.ok
+    (tmp_path / "empty").mkdir()
+    assert main(["lint", str(tmp_path / "empty")]) == 2
+    assert capsys.readouterr().err.endswith("(in a folder, lint reads files ending in .yaml or .yml)\n")
 
 
 def test_a_json_manifest_is_linted_too(found):
@@ -289,7 +302,7 @@ def test_files_that_cannot_be_read_are_named_together(tmp_path):
     with pytest.raises(ManifestError) as error:
         lint([tmp_path / "none.yaml", ROOT / "manifests" / "llama-7b-zero.yaml", tmp_path / "folder"])
     assert len(error.value.faults) == 2
-    assert "none.yaml" in error.value.faults[0] and "folder" in error.value.faults[1]
+    assert "folder" in error.value.faults[0] and "none.yaml" in error.value.faults[1]
 
 
 # The command -------------------------------------------------------------------------------------------------------
@@ -329,9 +342,9 @@ def test_the_exit_code(files, capsys, arguments, code):
 def test_text_names_file_line_and_column(files, capsys):
     main(["lint", "error.yaml", "warning.yaml", "sound.yaml"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("FINDING   expect-contradicts: error.yaml:4:56: edits[0].expect: expects 1")
-    assert lines[1].startswith("warning   expect-missing: warning.yaml:4:5: ")
-    assert lines[-1] == "1 of 3 manifests without a finding"
+    assert lines[0] == "3 manifests: 1 error, 1 warning"
+    assert lines[1].startswith("FINDING   expect-contradicts: error.yaml:4:56: edits[0].expect: expects 1")
+    assert lines[2].startswith("warning   expect-missing: warning.yaml:4:5: ")
 
 
 def test_every_format_says_the_same(files, capsys):
