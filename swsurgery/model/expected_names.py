@@ -144,6 +144,7 @@ def _load_on_meta(checkpoint: Checkpoint, config: transformers.PreTrainedConfig)
             device_map={"": "meta"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except RuntimeError as error:
         return Expectation((), (), (), get_first_line(error))

@@ -138,10 +138,15 @@ def run_auto_round() -> str:
 
 def compare_llama_cpp() -> None:
     gguf = require("gguf")
-    architectures = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.DEEPSEEK2, gguf.MODEL_ARCH.GRANITE_MOE)
+    architectures = (
+        gguf.MODEL_ARCH.LLAMA,
+        gguf.MODEL_ARCH.DEEPSEEK2,
+        gguf.MODEL_ARCH.GRANITE_MOE,
+        gguf.MODEL_ARCH.MODERN_BERT,
+    )
     maps = [gguf.get_tensor_name_map(each, 32) for each in architectures]
     for part, name in llama_cpp.PARTS.items():
-        stored = [f"{prefix}.11.{part}" for prefix in ("model.layers", "transformer.h", "gpt_neox.layers")]
+        stored = [f"{prefix}.11.{part}" for prefix in ("model.layers", "transformer.h", "gpt_neox.layers", "layers")]
         stored.append(f"transformer.blocks.11.{part}")
         found = {m.get_name(each) for m in maps for each in stored} - {None}
         wanted = f"blk.11.{name}"

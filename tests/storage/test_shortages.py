@@ -72,7 +72,7 @@ def numpy_error() -> Exception:
     ],
 )
 def test_a_shortage_is_one_line(base, capsys, monkeypatch, error, line):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(inspect, "open_checkpoint", fail)
