@@ -44,6 +44,60 @@ def escape_control(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+class Fault(str):
+    """One line of an error message, `what: where (remedy)`, which keeps its parts. Control characters are escaped.
+
+    `position` is a place in a manifest, such as `edit.yaml:3:5`. The line then begins with it. Parts that are missing
+    are "".
+    """
+
+    what: str
+    where: str
+    remedy: str
+    position: str
+
+    def __new__(cls, what: str, where: object = "", remedy: str = "", position: str = "") -> Fault:
+        what, place, remedy, position = map(escape_control, (what, str(where), remedy, position))
+        line = ": ".join(part for part in (position, what, place) if part)
+        fault = super().__new__(cls, f"{line} ({remedy})" if remedy else line)
+        fault.what, fault.where, fault.remedy, fault.position = what, place, remedy, position
+        return fault
+
+    @classmethod
+    def parse(cls, line: str, position: str = "") -> Fault:
+        """Make a fault from a line without its position. Text in parentheses at the end of the line is the remedy.
+
+        A Fault keeps its parts. If both have a position, they are joined.
+        """
+        if isinstance(line, Fault):
+            position = ": ".join(part for part in (position, line.position) if part)
+            return cls(line.what, line.where, line.remedy, position)
+        what, remedy = _split_remedy(line)
+        return cls(what, "", remedy, position)
+
+    def add_context(self, context: str) -> Fault:
+        """Return this fault with `context` and a colon before its `what`."""
+        return Fault(f"{context}: {self.what}", self.where, self.remedy, self.position)
+
+    def to_json(self) -> dict[str, str]:
+        """Return the parts of the line: what, where and remedy. The position is the beginning of `where`."""
+        where = ": ".join(part for part in (self.position, self.where) if part)
+        return {"what": self.what, "where": where, "remedy": self.remedy}
+
+
+def _split_remedy(line: str) -> tuple[str, str]:
+    """Split a line into the text before the last pair of parentheses and the text in them; "" if it has no remedy."""
+    if not line.endswith(")"):
+        return line, ""
+    depth = 0
+    for at in range(len(line) - 1, 0, -1):
+        depth += {")": 1, "(": -1}.get(line[at], 0)
+        if depth == 0:
+            what, remedy = line[: at - 1], line[at + 1 : -1]
+            return (what, remedy) if what and remedy and line[at - 1] == " " else (line, "")
+    return line, ""
+
+
 class SwsurgeryError(Exception):
     """Base class of all errors that swsurgery raises on purpose. `faults` contains one line per fault.
 
@@ -54,19 +108,14 @@ class SwsurgeryError(Exception):
     result: object = None
 
     def __init__(self, what: str, where: object = "", remedy: str = ""):
-        line = escape_control(what)
-        if str(where):
-            line += f": {escape_control(str(where))}"
-        if remedy:
-            line += f" ({escape_control(remedy)})"
-        self.faults: tuple[str, ...] = (line,)
-        super().__init__(line)
+        self.faults: tuple[Fault, ...] = (Fault(what, where, remedy),)
+        super().__init__(str(self.faults[0]))
 
     @classmethod
     def of(cls, faults: Iterable[str]) -> SwsurgeryError:
         """Make one error with several faults. Each fault is a complete line, such as "what: where (remedy)"."""
         error = cls.__new__(cls)
-        error.faults = tuple(escape_control(f) for f in faults)
+        error.faults = tuple(map(Fault.parse, faults))
         Exception.__init__(error, "\n".join(error.faults))
         return error
 

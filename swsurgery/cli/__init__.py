@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -20,7 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from swsurgery._version import __version__
-from swsurgery.cli import output
+from swsurgery.cli import failures, output
 from swsurgery.cli.checkpoint import diff, inspect
 from swsurgery.cli.editing import apply, check, revert
 from swsurgery.cli.known import lookup
@@ -28,7 +27,7 @@ from swsurgery.cli.manifest import schema
 from swsurgery.cli.scanning import compare, scan, sweep
 from swsurgery.cli.sharing import export, publish, recipe
 from swsurgery.cli.verifying import lint, preflight, sign, verify
-from swsurgery.errors import Interrupted, SwsurgeryError, escape_control, report_done
+from swsurgery.errors import Interrupted, report_done
 
 app = typer.Typer(
     help="Change single scalars of a checkpoint: exactly, safely and provably.",
@@ -73,68 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, or the answer is "yes". 1: the answer is "no". 2: bad input. 3: a bug. 130: interrupted.
     """
     report_done(None)
-    out = output.Output()
+    words = sys.argv[1:] if argv is None else list(argv)
+    out = output.Output(json=failures.is_json_wanted(words))
     with _convert_signals(), _print_log():
         try:
-            app(sys.argv[1:] if argv is None else list(argv), prog_name="swsurgery", obj=out)
+            code = app(words, prog_name="swsurgery", obj=out, standalone_mode=False)
+            return code if isinstance(code, int) else 0
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else 0
         except BrokenPipeError:
             # The program that read stdout, such as `head`, has ended. Python would report the error again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except typer.TyperException as error:
+            return failures.report_usage(error, out)
         except (Exception, Interrupted) as error:  # noqa: BLE001 - every error ends here
-            return _report_error(error, out.debug)
-    return 0
-
-
-def _report_error(error: Exception | Interrupted, debug: bool) -> int:
-    """Print an error on stderr, with its traceback if it is a bug or `debug` is set. Return the exit code."""
-    known: BaseException = error
-    if _received and not isinstance(error, Interrupted | OSError):
-        known = _received[0]  # a library caught the Interrupted and raised its own error instead
-    if isinstance(known, SwsurgeryError | Interrupted):
-        lines, code = known.faults, known.exit_code
-    elif shortage := _explain_shortage(error):
-        lines, code = (shortage,), 2
-    elif isinstance(error, OSError):  # no module handled it: a disk failed, or a file was removed meanwhile
-        lines, code = (_describe_refusal(error),), 2
-    else:
-        lines, code = ("this is a bug in swsurgery: please report it with the lines above",), 3
-    if debug or code == 3:
-        traceback.print_exception(error)
-    for line in lines:
-        output.say(line)
-    return code
-
-
-def _describe_refusal(error: OSError) -> str:
-    where = f": {escape_control(str(error.filename))}" if error.filename else ""
-    remedy = "check the disk and the permissions, then run the command again"
-    return f"the system reported an error ({error.strerror or type(error).__name__}){where} ({remedy})"
-
-
-def _explain_shortage(error: BaseException) -> str:
-    """Return the message for an error that too little memory or too few threads caused, or "" for any other error."""
-    text = str(error)
-    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-        return "not enough memory (free memory, or raise the limit on memory, then run the command again)"
-    if isinstance(error, RuntimeError) and "can't start new thread" in text:
-        return "cannot start a thread (raise the limit on processes, then run the command again)"
-    return ""
-
-
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "annot allocate memory",
-    "failed to map segment",
-    "std::bad_alloc",
-)
-"""Parts of the messages by which torch, the dynamic linker and C++ report that memory ran out.
-
-Their errors have no type of their own. numpy raises MemoryError, and system calls raise OSError.
-"""
+            signal_received = _received[0] if _received else None
+            return failures.report_error(error, out, signal_received)
 
 
 class _StderrHandler(logging.Handler):

@@ -88,7 +88,7 @@ def _print_modules(out: Output, found: KnownSuperWeights) -> None:
     [model] = found.models
     modules = shipped.list_modules(model, found.statuses)
     if out.json:
-        print_json({"model": model.hf_id, "modules": list(modules)})
+        out.print_document({"model": model.hf_id, "modules": list(modules)})
     else:
         for module in modules:
             print_text(module)
@@ -100,7 +100,7 @@ def _forget(out: Output, model: str) -> None:
     removed = str(own.forget(model))
     report_done(f"your entry was removed: {removed}")
     if out.json:
-        print_json({"forgotten": removed})
+        out.print_document({"forgotten": removed})
     else:
         print_text(f"{escape_control(removed)}: your entry was removed; entries shipped with swsurgery remain")
 
@@ -117,6 +117,7 @@ def _print_manifest(
     if out.json:
         from swsurgery.manifest.load import parse_manifest
 
+        out.printed = True
         print_json(parse_manifest(text.encode(), Path(f"{operation}.yaml")).to_json())
     else:
         print_text(text)

@@ -41,6 +41,7 @@ def command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., N
     def run(context: typer.Context, *arguments: P.args, **named: P.kwargs) -> None:
         out: Output = context.obj
         out.json, out.quiet, out.debug = (named.pop(option.name) is True for option in COMMON)
+        out.command = function.__name__
         out.given = frozenset(name for name in named if _is_given(context, name))
         _restrain_hub(out)
         function(out, *arguments, **named)

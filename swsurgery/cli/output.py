@@ -10,12 +10,12 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from swsurgery.errors import TargetError, describe_done, escape_control
-from swsurgery.storage.result import Result
+from swsurgery.storage.result import Result, name_schema
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -28,21 +28,29 @@ R = TypeVar("R", bound=Result)
 class Output:
     """How a command prints: the values of --json, --quiet and --debug, which every command has.
 
-    `given` contains the names of the command's other parameters that the user gave. `main` creates the Output, and the
-    command sets its fields as soon as the command line is parsed.
+    `command` is the name of the command, and `given` contains the names of its other parameters that the user gave.
+    `printed` is True once a JSON document was printed. `main` creates the Output, and the command sets its fields as
+    soon as the command line is parsed.
     """
 
     json: bool = False
     quiet: bool = False
     debug: bool = False
     given: frozenset[str] = frozenset()
+    command: str = ""
+    printed: bool = False
 
     def print_result(self, result: R, show: Callable[[R], None]) -> None:
         """Print a result on stdout: as one JSON document, or as text by calling `show`."""
         if self.json:
-            print_json(result.to_json())
+            self.print_document(result.to_json())
         else:
             show(result)
+
+    def print_document(self, document: Mapping[str, object]) -> None:
+        """Print one JSON document on stdout, with the name of its schema, such as "swsurgery/diff/1"."""
+        self.printed = True
+        print_json({**document, "schema": name_schema(self.command)})
 
     def note(self, line: str) -> None:
         """Print one message on stderr, unless --quiet was given."""

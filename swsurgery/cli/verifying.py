@@ -154,6 +154,7 @@ def _write_findings(out: Output, report: FindingReport, form: Format, file: Path
     from swsurgery.verifying import formats
 
     text = formats.render(report, "json" if out.json else form)
+    out.printed = file is None
     if file is None:
         print_text(text)
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from swsurgery.editing.asked import Asked, AskedRegion, Misfit
+from swsurgery.errors import Fault
 from swsurgery.storage.region import Region
 
 
@@ -77,4 +78,4 @@ def _find_overlaps(group: Sequence[AskedRegion]) -> Iterator[tuple[AskedRegion, 
 
 
 def _make_misfit(number: int, other: int, what: object) -> Misfit:
-    return Misfit(number, f"{what} has two operations (the other is edits[{other}])")
+    return Misfit(number, Fault(f"{what} has two operations (the other is edits[{other}])"))

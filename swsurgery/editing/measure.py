@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing.rewrite import ProtectedRegion, Rewrite
-from swsurgery.errors import NumberError, PlanError
+from swsurgery.errors import Fault, NumberError, PlanError
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage.numeric import load_numpy
@@ -48,7 +48,9 @@ def measure_changes(
                 changes.setdefault(rewrite.file, []).append(change)
         except NumberError as error:
             position = loaded.describe_position(first.number)
-            raise PlanError.of(f"{position}: cannot {first.op}: {fault}" for fault in error.faults) from None
+            raise PlanError.of(
+                Fault.parse(fault.add_context(f"cannot {first.op}"), position) for fault in error.faults
+            ) from None
     for group_of_file in changes.values():
         list_segments(group_of_file)  # raises before anything is written
     for number, region in enumerate(protected):

@@ -24,7 +24,7 @@ from swsurgery.editing.resolve import resolve
 from swsurgery.editing.rewrite import ProtectedRegion, Rewrite
 from swsurgery.editing.sources import Sources
 from swsurgery.editing.targets import find_known, locate
-from swsurgery.errors import ArchitectureError, LookupFailed, PlanError, pluralise
+from swsurgery.errors import ArchitectureError, Fault, LookupFailed, PlanError, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS
@@ -163,7 +163,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     )
     misfits += regions.misfits
     faults += unknown + [
-        f"{loaded.describe_position(n)}: {message}" for n, message in sorted(misfits, key=lambda m: m.number)
+        Fault.parse(message, loaded.describe_position(n)) for n, message in sorted(misfits, key=lambda m: m.number)
     ]
     signed = {(r.region, make_signature(r)) for r in regions.rewrites}
     faults += list_tied_faults(splices, checkpoint, signed)
@@ -263,13 +263,16 @@ def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
         (base.revision, checkpoint.revision, "revision"),
     ):
         if said and found and said != found:
-            faults.append(f"{loaded.path}: base.{what} is {said}, but the checkpoint has {found} (give the right base)")
+            what = f"base.{what} is {said}, but the checkpoint has {found}"
+            faults.append(Fault(what, remedy="give the right base", position=str(loaded.path)))
     names = {f.name: f for f in checkpoint.files}
     for name, digest in base.sha256.items():
         if name not in names:
-            faults.append(f"{loaded.path}: base.sha256 names {name}, which the base does not have")
+            what = f"base.sha256 names {name}, which the base does not have"
+            faults.append(Fault(what, position=str(loaded.path)))
         elif names[name].digest not in (None, digest):
-            faults.append(f"{loaded.path}: wrong base: {name} has digest {names[name].digest}, not {digest}")
+            what = f"wrong base: {name} has digest {names[name].digest}, not {digest}"
+            faults.append(Fault(what, position=str(loaded.path)))
     if "swsurgery.json" not in names:
         faults += [
             f"{checkpoint.root}/{name}: the base already has a file with this name, which swsurgery writes (rename it)"
@@ -285,7 +288,7 @@ def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> tuple[Kno
     try:
         return own.identify(base.model, (base.repo_id, checkpoint.repo_id)), []
     except LookupFailed as error:
-        return None, [f"{loaded.path}: base.model: {fault}" for fault in error.faults]
+        return None, [Fault.parse(fault, f"{loaded.path}: base.model") for fault in error.faults]
 
 
 def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:

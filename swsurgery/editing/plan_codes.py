@@ -190,7 +190,7 @@ def _choose_code(asked: Asked, found: _Found, opened: _Opened) -> CodeEdit:
         wanted = _compute_wanted(asked, found, opened)
         code = found.code if isinstance(edit, Protect) else _find_code(edit, cell, wanted)
     except NumberError as error:
-        raise PlanError.of(f"cannot {edit.op} {found.coordinate}: {fault}" for fault in error.faults) from None
+        raise PlanError.of(f.add_context(f"cannot {edit.op} {found.coordinate}") for f in error.faults) from None
     done = CodeEdit(
         asked.number,
         edit.op,

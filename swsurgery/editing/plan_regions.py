@@ -99,7 +99,7 @@ def _plan_rewrite(
     try:
         options, source = _find_options(edit, info, sources)
     except NumberError as error:
-        raise PlanError.of(f"cannot {edit.op} {region}: {fault}" for fault in error.faults) from None
+        raise PlanError.of(f.add_context(f"cannot {edit.op} {region}") for f in error.faults) from None
     file, start, _ = find_place(region.tensor, checkpoint)
     return Rewrite(one.target, file, region, info, start, one.number, one.part, edit.op, options, kept, source)
 

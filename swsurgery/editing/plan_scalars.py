@@ -76,7 +76,7 @@ def _read_scalar(asked: Asked, checkpoint: Checkpoint, sources: Sources) -> Scal
     try:
         new = _compute_bytes(asked, info, old, sources)
     except NumberError as error:
-        raise PlanError.of(f"cannot {edit.op} {coordinate}: {fault}" for fault in error.faults) from None
+        raise PlanError.of(f.add_context(f"cannot {edit.op} {coordinate}") for f in error.faults) from None
     factor = edit.factor if isinstance(edit, Scale) else None
     bits = edit.numbers if isinstance(edit, Flip) else ()
     return Splice(file, coordinate, info.dtype, offset, old, op=edit.op, new=new, factor=factor, bits=bits)

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from swsurgery.errors import ManifestError, SwsurgeryError
+from swsurgery.errors import Fault, ManifestError, SwsurgeryError
 from swsurgery.manifest import patch
 from swsurgery.manifest.operations import OPERATIONS
 from swsurgery.manifest.schema import Base, Bounds, Manifest
@@ -152,7 +152,7 @@ def _load_file(path: Path) -> LoadedManifest:
         real = path.resolve(strict=True)  # the path may be a link, but its target must be a file
         raw = read_at_most(LocalFile(real), MAX_MANIFEST + 1)
     except SwsurgeryError as error:
-        raise ManifestError.of(f"cannot read the manifest: {fault}" for fault in error.faults) from None
+        raise ManifestError.of(f.add_context("cannot read the manifest") for f in error.faults) from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a link to itself; ValueError: a NUL character
         raise ManifestError(f"cannot read the manifest ({getattr(error, 'strerror', error)})", path) from None
     if len(raw) > MAX_MANIFEST:
@@ -170,7 +170,8 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise ManifestError.of([f"{path}:{line}:{column}: not UTF-8 (save the file as UTF-8)"]) from None
+        fault = Fault("not UTF-8", remedy="save the file as UTF-8", position=f"{path}:{line}:{column}")
+        raise ManifestError.of([fault]) from None
     if text.startswith("version https://git-lfs"):
         raise ManifestError(f"{path}:1:1: is a git-lfs pointer, not the file itself", remedy="run git lfs pull")
     reader = Reader(text)
@@ -184,9 +185,9 @@ def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:
             faults += _list_schema_faults(error, reader)
     # A value that matches no member of a union gives the same line once per member.
     faults = sorted(set(faults))
-    lines = [f"{path}:{line}:{column}: {what}" for (line, column), what in faults[:MAX_FAULTS]]
+    lines = [Fault.parse(what, f"{path}:{line}:{column}") for (line, column), what in faults[:MAX_FAULTS]]
     if len(faults) > MAX_FAULTS or reader.stopped:
-        lines.append(f"{path}: and more of these")
+        lines.append(Fault("and more of these", position=str(path)))
     raise ManifestError.of(lines)
 
 

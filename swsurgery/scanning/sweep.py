@@ -18,7 +18,7 @@ from typing import cast
 from torch import nn
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.errors import ModelError, NumberError
+from swsurgery.errors import Fault, ModelError, NumberError
 from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
@@ -150,8 +150,8 @@ def compute_scaled_values(
         raise ModelError("nothing to sweep", "no coordinates")
     if not factors:
         raise NumberError("nothing to sweep", "no factors")
-    faults = [f"factor is not finite: {factor}" for factor in factors if not math.isfinite(factor)]
-    faults += [f"factor is given twice: {factor:g}" for factor, times in Counter(factors).items() if times > 1]
+    faults = [Fault("factor is not finite", factor) for factor in factors if not math.isfinite(factor)]
+    faults += [Fault("factor is given twice", f"{factor:g}") for factor, times in Counter(factors).items() if times > 1]
     if faults:
         raise NumberError.of(faults)
     if twice := [coordinate for coordinate, times in Counter(coordinates).items() if times > 1]:
@@ -164,7 +164,7 @@ def compute_scaled_values(
                 new = dtypes.scale_value(dtype, data, factor) if factor else dtypes.make_zero(dtype)
                 old, value = dtypes.decode(dtype, data), dtypes.decode(dtype, new)
             except NumberError as error:
-                faults += [f"cannot scale {coordinate} by {factor:g}: {fault}" for fault in error.faults]
+                faults += [fault.add_context(f"cannot scale {coordinate} by {factor:g}") for fault in error.faults]
             else:
                 if value != old:
                     variant[coordinate] = float(value)

@@ -22,7 +22,7 @@ from swsurgery.editing.base import find_base
 from swsurgery.editing.copy_job import compute_outside_mode
 from swsurgery.editing.plan import make_plan
 from swsurgery.editing.targets import locate
-from swsurgery.errors import ArchitectureError, CheckpointError, PlanError
+from swsurgery.errors import ArchitectureError, CheckpointError, Fault, PlanError
 from swsurgery.hub import RemoteTree, open_location
 from swsurgery.known import list_addressable
 from swsurgery.manifest.load import LoadedManifest
@@ -182,7 +182,7 @@ def _collect(
         if coordinate.tensor not in checkpoint.shapes:
             faults.append(f"the shard with {coordinate} is not here: export from the base's repository")
         elif refusal := checkpoint.quantisation.explain_refusal(coordinate.tensor):
-            faults.append(f"{coordinate} cannot be put back, because it is not a weight ({refusal})")
+            faults.append(Fault(f"{coordinate} cannot be put back, because it is not a weight ({refusal})"))
         else:
             info = checkpoint.get_info(coordinate.tensor)
             shard = checkpoint.shards[checkpoint.weight_map[coordinate.tensor]]

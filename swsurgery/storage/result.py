@@ -23,6 +23,18 @@ MAX_HTML_ROWS = 40
 """Maximum number of rows of a table in a notebook."""
 
 
+SCHEMA_VERSIONS: dict[str, int] = {}
+"""Versions of the JSON documents of commands. A command without an entry has version 1.
+
+A version changes if a field is removed or gets another meaning. New fields do not change it.
+"""
+
+
+def name_schema(command: str) -> str:
+    """Return the name of the JSON Schema of a command's document, such as "swsurgery/verify/1"."""
+    return f"swsurgery/{command}/{SCHEMA_VERSIONS.get(command, 1)}"
+
+
 class Result:
     """A frozen value that a public function returns. It has a one-line repr and a JSON document."""
 
@@ -30,7 +42,10 @@ class Result:
     """Names of the properties that the repr shows before the fields."""
 
     def to_json(self) -> Mapping[str, object]:
-        """Return the document that the command for this result prints with --json, as strict JSON types."""
+        """Return the document that the command for this result prints with --json, as strict JSON types.
+
+        The command adds the field `schema`, the name of the JSON Schema of the document.
+        """
         raise NotImplementedError
 
     def __repr__(self) -> str:

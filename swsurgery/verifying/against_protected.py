@@ -27,7 +27,7 @@ from swsurgery.editing.targets import (
     locate,
     read_target,
 )
-from swsurgery.errors import ArchitectureError, LookupFailed, NumberError, PlanError, pluralise
+from swsurgery.errors import ArchitectureError, Fault, LookupFailed, NumberError, PlanError, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.manifest.operations import explain_expectation
@@ -178,7 +178,8 @@ def check_protected(
         places, misfits = _resolve(loaded, number, checkpoint, model)
         if not places and not misfits:
             if base is None:
-                faults.append(f"{where}: the values of {read_target(edit)} are not known (give --base)")
+                what = f"the values of {read_target(edit)} are not known"
+                faults.append(Fault(what, remedy="give --base", position=where))
             else:
                 regions += _compare_regions(loaded, number, (checkpoint, base), model, tolerance)
         scalars += [GuardedScalar(number, "unreadable", misfit) for misfit in misfits]
@@ -187,9 +188,8 @@ def check_protected(
                 continue
             expected = _find_expected(place, checkpoint, base, model)
             if expected is None:
-                faults.append(
-                    f"{where}: no value of {place.coordinate} is known (give --base, or expect in the manifest)"
-                )
+                remedy = "give --base, or expect in the manifest"
+                faults.append(Fault(f"no value of {place.coordinate} is known", remedy=remedy, position=where))
             else:
                 scalars.append(_compare(number, place.coordinate, expected, checkpoint, tolerance))
     if faults:
@@ -259,7 +259,7 @@ def _resolve(
     except (ArchitectureError, PlanError) as error:
         return places, error.faults
     except LookupFailed as error:
-        raise PlanError.of(f"{loaded.describe_position(number)}: {fault}" for fault in error.faults) from None
+        raise PlanError.of(Fault.parse(f, loaded.describe_position(number)) for f in error.faults) from None
     return places, ()
 
 

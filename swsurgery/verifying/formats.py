@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from swsurgery._version import __version__
 from swsurgery.errors import escape_control, pluralise
-from swsurgery.storage.result import TableResult
+from swsurgery.storage.result import TableResult, name_schema
 from swsurgery.verifying.findings import RULES, Finding
 
 _UNDECIDED = Finding("undecided", "nothing could be compared")
@@ -149,7 +149,7 @@ def _escape_plain(text: str) -> str:
 
 
 def _render_json(report: FindingReport) -> str:
-    return _dump(report.to_json())
+    return _dump({**report.to_json(), "schema": name_schema(report.command)})
 
 
 def _dump(document: Any) -> str:

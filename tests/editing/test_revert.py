@@ -128,5 +128,9 @@ def test_notes_what_the_base_had_besides(tmp_path, monkeypatch):
 
 def test_exit_codes_and_json(patched, tmp_path, capsys):
     assert main(["revert", str(patched), "-o", str(tmp_path / "back"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "back"), "notes": []}
+    assert json.loads(capsys.readouterr().out) == {
+        "output": str(tmp_path / "back"),
+        "notes": [],
+        "schema": "swsurgery/revert/1",
+    }
     assert main(["revert", str(patched), "-o", str(tmp_path / "back")]) == 2

@@ -29,7 +29,8 @@ def test_shows_every_edit_and_protected_scalar(patched, capsys):
 
 def test_json_is_the_record(patched, capsys):
     assert main(["lookup", str(patched), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((patched / "swsurgery.json").read_text())
+    record = json.loads((patched / "swsurgery.json").read_text())
+    assert json.loads(capsys.readouterr().out) == record | {"schema": "swsurgery/lookup/1"}
 
 
 def test_shows_the_steps_of_two_manifests(patched, tmp_path, capsys):

@@ -332,7 +332,7 @@ def test_the_command_shows_and_forgets(capsys):
     [model] = json.loads(capsys.readouterr().out)["models"]
     assert [c["own"] for c in model["coordinates"]] == [False, True]
     assert main(["lookup", "mine", "--forget", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"forgotten": str(path)}
+    assert json.loads(capsys.readouterr().out) == {"forgotten": str(path), "schema": "swsurgery/lookup/1"}
     assert main(["lookup", "mine", "--forget"]) == 2
     assert "no own entry of this name: mine" in capsys.readouterr().err
     assert main(["lookup", "llama-7b", "--forget"]) == 0

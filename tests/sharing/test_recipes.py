@@ -291,6 +291,7 @@ def test_lookup_prints_the_modules_of_known_super_weights(capsys):
     assert json.loads(capsys.readouterr().out) == {
         "model": "huggyllama/llama-7b",
         "modules": ["model.layers.2.mlp.down_proj"],
+        "schema": "swsurgery/lookup/1",
     }
     assert main(["lookup", "google/gemma-3-12b-it", "--as", "modules"]) == 0
     assert capsys.readouterr().out == ""

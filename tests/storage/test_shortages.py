@@ -85,7 +85,7 @@ def test_a_shortage_is_one_line(base, capsys, monkeypatch, error, line):
     "error", [RuntimeError("memory of an elephant"), ValueError("can't start new thread"), ImportError("x")]
 )
 def test_another_error_is_still_a_bug(base, capsys, monkeypatch, error):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(inspect, "open_checkpoint", fail)
