@@ -30,7 +30,7 @@ from swsurgery.sharing.publication import Item, Publication, Wish, is_published
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import BaseFile, File, read_at_most, read_exactly
 from swsurgery.storage.hashing import hash_file
-from swsurgery.storage.names import CARD_NAME, OWN_FILES, SIGNATURE_NAME
+from swsurgery.storage.names import CARD_NAME, OWN_FILES, SIGNATURE_NAME, is_undo_name
 from swsurgery.verifying.findings import Finding
 
 SMALL_FILE = 16 << 20
@@ -70,6 +70,7 @@ def make_publication(
         names = [n for n in record.files if n not in left_out and (n in planner.there or n in record.elsewhere)]
         names += [n for n in planner.there if n not in record.files and n not in left_out and n not in OWN_FILES]
         items = [planner.plan_item(name) for name in sorted(names)]
+        notes += list_loader_notes(names)
         published = _make_record(record, items, base)
         records = Patched(published, published.render(), patched.manifest_raw)
         text = read_base_card(planner, record, base)
@@ -311,6 +312,16 @@ def read_base_card(planner: FilePlanner, record: Record, base: RemoteTree | None
 def list_card_notes(names: Sequence[str]) -> list[str]:
     """Return a note on the fields `names`, which the new card omits, as a list; [] if there are no such fields."""
     return [f"fields of the base's card that are not copied, or only in part: {', '.join(names)}"] if names else []
+
+
+def list_loader_notes(names: Collection[str]) -> list[str]:
+    """Return a note about loaders that read an undo file as weights, as a list; [] if none of `names` is one."""
+    undo = sorted(name for name in names if is_undo_name(name))
+    if not undo or "model.safetensors.index.json" in names:
+        return []
+    return [
+        f"without an index of shards, vLLM reads {undo[0]} as weights and fails (apply --undo-limit 0 leaves it out)"
+    ]
 
 
 def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, card.ShortForm]:

@@ -16,6 +16,7 @@ import swsurgery
 from swsurgery.cli import main
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.manifest import patch as patch_module
+from swsurgery.sharing.plan_checkpoint import list_loader_notes
 
 any_hub, hub = fixture.any_hub, fixture.hub
 ACCEPT = ("--accept", "check-missing")
@@ -86,6 +87,14 @@ def test_a_modified_undo_file_is_not_published(hub, patched, capsys):
     (patched / UNDO).write_bytes(raw)
     code, _, err = run(capsys, patched, NEW, "--yes", *ACCEPT)
     assert code == 1 and f"not published: digest: {UNDO}" in err and NEW not in hub.state.repos
+
+
+def test_a_note_names_a_loader_that_reads_the_undo_file_as_weights(hub, patched, capsys):
+    _, document, _ = run(capsys, patched, NEW, "--dry-run")
+    assert not any("vLLM" in note for note in document["plan"]["notes"])  # the index tells vLLM what to read
+    assert list_loader_notes(["model.safetensors", "swsurgery.json"]) == []
+    [note] = list_loader_notes(["model.safetensors", "swsurgery-undo-2.safetensors"])
+    assert "vLLM reads swsurgery-undo-2.safetensors as weights" in note
 
 
 def test_without_an_undo_file_the_card_names_the_base(hub, tmp_path, commit, capsys):
