@@ -64,6 +64,7 @@ REGISTRY = {
     },
     "editing/record.py": {"registry_version": "a key of the record"},
     "verifying/against_record.py": {'"registry"': "the name of a rule"},
+    "verifying/file_digests.py": {'"registry"': "the name of a rule"},
     "verifying/coded_edits.py": {'"registry"': "the name of a rule"},
     "verifying/regions.py": {'"registry"': "the name of a rule"},
     "verifying/findings.py": {'"registry"': "the name of a rule"},

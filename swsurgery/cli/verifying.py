@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Format = Literal["text", "json", "junit", "sarif", "github"]
 FormatOption = Annotated[Format, typer.Option(help="The format of the findings.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")]
 ReportFile = Annotated[Path | None, typer.Option("--output", help="Write the findings to this file instead of stdout.")]
 
 
@@ -74,13 +75,11 @@ def verify(
         bool,
         typer.Option("--transformers", help="With --complete: compare with the model of transformers; loads torch."),
     ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit 1 instead of 2 if what was asked could not be compared.")
-    ] = False,
     signature: Annotated[
         Path | None, typer.Option(help="Also check this signature of the checkpoint; needs --public-key.")
     ] = None,
     public_key: Annotated[Path | None, typer.Option(help="The signer's public key, a PEM file.")] = None,
+    strict: StrictOption = False,
     format: FormatOption = "text",
     file: ReportFile = None,
 ) -> None:
@@ -137,7 +136,7 @@ def lint(
     manifests: Annotated[
         list[Path], typer.Argument(help="Manifests (YAML or JSON), or folders of them.", show_default=False)
     ],
-    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    strict: StrictOption = False,
     format: FormatOption = "text",
     file: ReportFile = None,
 ) -> None:

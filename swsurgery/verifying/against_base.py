@@ -62,7 +62,12 @@ def plan_against_record(wishes: Wishes, plan: Plan, record: Record) -> list[Find
 
 
 def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
-    """Check that a checkpoint without a record has the base's files, and that exactly the planned scalars differ."""
+    """Check that a checkpoint without a record has the base's files, and that exactly the planned scalars differ.
+
+    If the base does not have the pinned digests, only this is reported, because all else follows from it.
+    """
+    if pins := list(_check_pins(wishes, plan.checkpoint)):
+        return pins
     base = plan.checkpoint
     theirs = {f.name for f in base.files} - {*plan.omitted, *OWN_FILES}
     ours = {f.name for f in checkpoint.files}
@@ -99,7 +104,7 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
             findings.append(
                 wishes.make_finding(f"{made}, but the checkpoint has {dtypes.format_bits(stored)}", splice.coordinate)
             )
-    return findings + [wishes.attach_position(f) for f in changed] + list(_check_pins(wishes, plan.checkpoint))
+    return findings + [wishes.attach_position(f) for f in changed]
 
 
 def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:

@@ -83,11 +83,15 @@ class Survival:
         """True if at least one coordinate gives an answer: it is `held`, and its state is not in UNDECIDED."""
         return any(c.held and c.state not in UNDECIDED for c in self.coordinates)
 
+    def is_finding(self, kept: Kept) -> bool:
+        """Return True if `list_findings` reports this coordinate."""
+        return kept.held and kept.state in ("lost", *UNDECIDED)
+
     def list_findings(self) -> list[Finding]:
         """Return one finding for each lost, suspicious or unreadable coordinate whose `held` is True."""
         found = []
         for c in self.coordinates:
-            if c.held and c.state in ("lost", *UNDECIDED):
+            if self.is_finding(c):
                 message = f"{c.id} ({c.status}, zeroed alone: {c.causal_alone}): {describe_kept(c)}"
                 found.append(Finding(f"known-{c.state}", message, c.file, c.tensor, c.index))
         return found

@@ -7,18 +7,15 @@ changed. The base itself is needed only for a byte-by-byte comparison with it.
 
 from __future__ import annotations
 
-import collections
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.compare import find_undeclared_changes, read_chunks
 from swsurgery.checkpoint.record import Patched, Record
-from swsurgery.checkpoint.record_entries import EditRecord, FileRecord, ScalarRecord
+from swsurgery.checkpoint.record_entries import EditRecord, ScalarRecord
 from swsurgery.checkpoint.scalars import compare_scalar, find_repeated, list_protected
-from swsurgery.errors import NumberError, SwsurgeryError
+from swsurgery.errors import NumberError
 from swsurgery.progress import Progress
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
@@ -26,11 +23,12 @@ from swsurgery.storage.files import BaseFile
 from swsurgery.storage.names import CARD_NAME, GIT_NAME, SIGNATURE_NAME
 from swsurgery.storage.result import Result
 from swsurgery.storage.strict_json import read_small
+from swsurgery.verifying.file_digests import Explanation, check_digests
 from swsurgery.verifying.findings import Finding
 
 if TYPE_CHECKING:  # these import numpy, which only regions and the search of values need
     from swsurgery.verifying.regions import RegionProof
-    from swsurgery.verifying.value_search import ShardScan, ValueSearch
+    from swsurgery.verifying.value_search import ValueSearch
 
 RULES_OF_RECORD = (
     "structure",
@@ -135,14 +133,16 @@ def verify_patched(
     unread = [n for n in present if n in edited and search is None and not names[n].is_here]
     regions = _read_regions(record, checkpoint, progress)
     findings += regions.findings if regions else ()
-    found, sound = _check_all_digests(record, checkpoint, present, search, progress, regions)
+    found, sound = _check_all_digests(record, checkpoint, present, search, progress, findings, regions)
     findings += found
     if search is not None:
         findings += scan_values(search, progress)
     needs_base = {change.file for change in record.changes} if regions is None else regions.needs_base
     proved = [name for name in sound if name not in {*unhashed, *unread, *needs_base}]
     if base is not None:
-        findings += _compare_with_base(checkpoint, base, record, progress)
+        from swsurgery.verifying.compared_base import compare_with_base
+
+        findings = compare_with_base(checkpoint, base, record, findings, progress)
     rules = RULES_OF_RECORD + (("base",) if base else ()) + (("non-finite",) if search else ())
     return RecordProof(
         tuple(findings),
@@ -178,11 +178,13 @@ def _check_all_digests(
     names: Sequence[str],
     search: ValueSearch | None,
     progress: Progress,
+    known: Sequence[Finding],
     regions: RegionProof | None = None,
 ) -> tuple[list[Finding], list[str]]:
     """Check the digests of the named files. The bytes that are read for this are also fed to `search`.
 
-    Returns all findings, and the names of the files whose digests are correct.
+    Returns the findings, and the names of the files whose digests are correct. A wrong digest is no finding if the
+    changed scalars among the findings `known` explain it.
     """
     files = {file.name: file for file in checkpoint.files}
     edited: dict[str, list[EditRecord]] = {}
@@ -195,9 +197,12 @@ def _check_all_digests(
     try:
         for name in names:
             scan = search.follow(name) if search else None
-            found = _check_digests(files[name], record.files[name], edited.get(name, []), scan, progress, regions)
+            changed = Explanation.of(name, known, record, checkpoint)
+            found, right = check_digests(
+                files[name], record.files[name], edited.get(name, []), scan, progress, changed, regions
+            )
             findings += found
-            if not found:
+            if right:
                 sound.append(name)
     finally:
         progress.close()
@@ -317,120 +322,3 @@ def _flip_bits(edit: EditRecord) -> bytes:
     if not edit.bit or max(edit.bit) >= 8 * len(old) or len(set(edit.bit)) < len(edit.bit):
         raise NumberError(f"{edit.dtype} has no such bits: {list(edit.bit or ())}")
     return (int.from_bytes(old, "little") ^ sum(1 << bit for bit in edit.bit)).to_bytes(len(old), "little")
-
-
-def _check_digests(
-    file: BaseFile,
-    record: FileRecord,
-    edits: list[EditRecord],
-    scan: ShardScan | None,
-    progress: Progress,
-    regions: RegionProof | None = None,
-) -> list[Finding]:
-    """Check the digests of one file: of its stored bytes, and of the same bytes with the edits' old bytes put back.
-
-    `scan` gets the stored bytes and counts their values.
-    """
-    try:
-        old = sorted((e.offset, e.old_bytes) for e in edits)
-    except NumberError as error:
-        return [Finding("registry", f"the record's old bits are invalid: {error}", file.name)]
-    inside = regions is not None and file.name in regions.changes
-    findings = _check_file_record(file, record, bool(edits) or inside)
-    if file.digest is not None and not file.is_here and scan is None:
-        progress.advance(file.size)
-        return findings + _check_hub_digest(file, record)
-    hashed = record.sha256 is not None or record.base_sha256 is not None
-    changes = regions.changes.get(file.name) if regions else None
-    if not hashed and scan is None and not changes:
-        return findings
-    if regions is not None and changes:
-        from swsurgery.verifying.regions import hash_with_regions
-
-        try:
-            look = scan.feed if scan else None
-            here, restored, found = hash_with_regions(file, edits, regions, look, progress)
-        except SwsurgeryError as error:
-            return [*findings, Finding("registry", f"the regions cannot be restored: {error}", file.name)]
-        findings += found
-    else:
-        here, restored = _hash_twice(file, old, hashed, scan, progress)
-    if regions is not None and file.name in regions.needs_base:
-        record = record.model_copy(update={"base_sha256": None})
-    if record.sha256 is not None and here != record.sha256:
-        findings.append(Finding("digest", f"the file's sha256 is {here}, not {record.sha256}", file.name))
-    if record.base_sha256 is not None and restored != record.base_sha256:
-        findings.append(
-            Finding(
-                "undeclared-change",
-                "even with the old bits of the declared scalars put back, the file differs from the base's",
-                file.name,
-            )
-        )
-    return findings
-
-
-def _hash_twice(
-    file: BaseFile, old: list[tuple[int, bytes]], hashed: bool, scan: ShardScan | None, progress: Progress
-) -> tuple[str, str]:
-    """Read a file once and return two sha256 digests: of its bytes, and with the `old` (offset, bytes) put back.
-
-    If `hashed` is False, the file is only read for `scan`, and the digests have no meaning.
-    """
-    here, restored = hashlib.sha256(), hashlib.sha256()
-    remaining = collections.deque(old)
-    for offset, chunk in read_chunks(file, [(at, len(b)) for at, b in old]):
-        if scan:
-            scan.feed(offset, chunk)
-        if hashed:
-            here.update(chunk)
-        if hashed and old:
-            while remaining and remaining[0][0] < offset + len(chunk):
-                at, data = remaining.popleft()
-                chunk[at - offset : at - offset + len(data)] = data
-            restored.update(chunk)
-        progress.advance(len(chunk))
-    return here.hexdigest(), (restored if old else here).hexdigest()
-
-
-def _check_hub_digest(file: BaseFile, record: FileRecord) -> list[Finding]:
-    """Compare the record of a file that was not downloaded with the sha256 that the Hub lists for the file."""
-    if record.sha256 in (None, file.digest):
-        return []
-    return [Finding("digest", f"the file's sha256 is {file.digest}, not {record.sha256}", file.name)]
-
-
-def _check_file_record(file: BaseFile, record: FileRecord, edited: bool) -> list[Finding]:
-    findings = []
-    if file.size != record.size:
-        findings.append(
-            Finding("digest", f"the file has {file.size} bytes, but {record.size} according to the record", file.name)
-        )
-    if (record.sha256 is None) != (record.base_sha256 is None):
-        findings.append(
-            Finding("registry", "the record has only one of the file's two digests (sha256 and base_sha256)", file.name)
-        )
-    elif record.sha256 is None and edited:
-        findings.append(
-            Finding("registry", "the record declares edits of this file, but has no digest of it", file.name)
-        )
-    return findings
-
-
-def _compare_with_base(checkpoint: Checkpoint, base: Checkpoint, record: Record, progress: Progress) -> list[Finding]:
-    theirs, findings = {f.name: f for f in base.files}, []
-    for name in record.files:
-        if name not in theirs:
-            findings.append(Finding("base", "the base does not have this file", name))
-    declared: dict[str, set[int]] = {}
-    for edit in record.edits:
-        declared.setdefault(edit.file, set()).update(range(edit.offset, edit.offset + len(edit.old_bits) // 2 - 1))
-    rewritten = {change.file for change in record.changes}
-    names = [f.name for f in checkpoint.files if f.name in record.files and f.name in theirs]
-    if rewritten:
-        from swsurgery.verifying.regions import compare_by_recomputing
-
-        findings += compare_by_recomputing(record, checkpoint, base, progress)
-        names = [name for name in names if name not in rewritten]
-    changed = find_undeclared_changes(checkpoint, base, names, declared, progress)
-    return findings + [Finding.of_difference(difference) for difference in changed]

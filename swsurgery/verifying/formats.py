@@ -40,7 +40,7 @@ class FindingReport(TableResult):
     `checked` is text with one line for each fact that was proved. `details` are further fields of the JSON document.
     `headline` is the answer as one line of text; if it is "", the number of findings is printed instead.
     `rules` are the names of the rules that were checked. `decided` is False if nothing could be compared: the answer is
-    then neither "yes" nor "no".
+    then neither "yes" nor "no". If `strict` is True, a warning makes the answer "no", as an error does.
     """
 
     subject: str
@@ -51,12 +51,13 @@ class FindingReport(TableResult):
     rules: tuple[str, ...] = field(default=(), repr=False)
     decided: bool = True
     headline: str = field(default="", repr=False, kw_only=True)
+    strict: bool = field(default=False, repr=False, kw_only=True)
     shown: ClassVar[tuple[str, ...]] = ("ok",)
 
     @property
     def errors(self) -> int:
         """Number of findings that make the answer "no"."""
-        return sum(f.level == "error" for f in self.findings)
+        return sum(self.strict or f.level == "error" for f in self.findings)
 
     @property
     def ok(self) -> bool:
@@ -98,7 +99,7 @@ def render(report: FindingReport, format: ReportFormat) -> str:
 def _render_text(report: FindingReport) -> str:
     lines = [_escape_plain(report.headline)] if report.headline else []
     for finding in report.findings:
-        word = "FINDING" if finding.level == "error" else "warning"
+        word = "FINDING" if report.strict or finding.level == "error" else "warning"
         lines.append(f"{word}   {finding.rule}: {_render_sentence(report, finding)}")
     if report.errors and not report.headline:
         lines.append(f"{pluralise(report.errors, 'finding')} in {_escape_plain(report.subject)}")
@@ -179,7 +180,7 @@ def _render_junit(report: FindingReport) -> str:
         sentences = [_render_sentence(report, f) for f in report.findings if f.rule == name]
         if not sentences:
             continue
-        if RULES[name].level == "error":
+        if report.strict or RULES[name].level == "error":
             failed += 1
             failure = ElementTree.SubElement(case, "failure", type=name, message=RULES[name].meaning)
             failure.text = "\n".join(sentences)

@@ -43,21 +43,9 @@ There is no row for two digits, because too many dtypes have eight bits.
 """
 
 
-@dataclass(frozen=True, repr=False)
-class LintReport(FindingReport):
-    """Findings in manifests. If `strict` is True, a warning makes the answer "no", as an error does."""
-
-    strict: bool = False
-
-    @property
-    def errors(self) -> int:
-        """Number of findings that make the answer "no"."""
-        return len(self.findings) if self.strict else super().errors
-
-
 def lint(
     manifests: ManifestLike | Sequence[ManifestLike], *, strict: bool = False, reporter: Reporter | None = None
-) -> LintReport:
+) -> FindingReport:
     """Find what is wrong with manifests, offline and without a checkpoint.
 
     `manifests` is one manifest, or a list of them: paths, texts as bytes, dicts, or a Manifest. A folder stands for all
@@ -88,7 +76,7 @@ def lint(
         raise ManifestError.of(unreadable)
     count = pluralise(len(different), "manifest")
     names = [str(_name(each)) for each in different]
-    return LintReport(
+    return FindingReport(
         subject=names[0] if len(names) == 1 else count,
         command="lint",
         findings=tuple(findings),

@@ -62,6 +62,7 @@ class Proof:
     values: ValueReport | None = None
     identified: Identification | None = None
     complete: Completeness | None = None
+    strict: bool = False
 
     @property
     def decided(self) -> bool:
@@ -110,11 +111,25 @@ class Proof:
             self.values,
             self.identified,
             self.complete,
+            headline=self.summarise(subject),
+            strict=self.strict,
         )
+
+    def summarise(self, subject: str) -> str:
+        """Return the answer as one line that begins with OK, NO or UNDECIDED. `subject` is the checkpoint's path."""
+        errors = sum(self.strict or finding.level == "error" for finding in self.findings)
+        if errors:
+            return f"NO: {pluralise(errors, 'finding')} in {escape_control(subject)}"
+        if not self.decided:
+            why = self.complete.undecided if self.complete is not None else ""
+            return f"UNDECIDED: {escape_control(subject)}: {why or 'none of the known super weights could be compared'}"
+        answer = _describe_proved(self.verification) if self.verification else "nothing is wrong in what was checked"
+        warnings = f" ({pluralise(len(self.findings), 'warning')})" if self.findings else ""
+        return f"OK: {escape_control(subject)}: {answer}{warnings}"
 
     def lines(self) -> Iterable[str]:
         """Yield what was proved, as text. A claim is omitted if any finding contradicts it."""
-        clean = not any(f.level == "error" for f in self.findings)
+        clean = not any(self.strict or f.level == "error" for f in self.findings)
         if self.verification is not None and clean:
             yield from _describe_verification(self.verification)
         if self.manifest is not None and clean:
@@ -134,12 +149,20 @@ class Proof:
             yield "finite    no stored floating-point value is NaN or infinite"
         if self.values is not None:
             yield self.values.describe()
-        if self.complete is not None and self.complete.undecided:
-            yield f"undecided {self.complete.undecided}, so whether all layers are there is unknown"
-        elif self.complete is not None and not self.complete.errors:
+        if self.complete is not None and not self.complete.undecided and not self.complete.errors:
             yield f"complete  {self.complete.describe()}"
         for note in self.notes:
             yield f"note      {note}"
+
+
+def _describe_proved(verification: RecordProof) -> str:
+    """Describe the proof from the record in one clause, such as "its base with exactly 2 scalars changed"."""
+    parts = [pluralise(verification.changes, "region")] if verification.changes else []
+    if verification.edits or not parts:
+        parts.insert(0, pluralise(verification.edits, "scalar"))
+    changed = f"its base with exactly {' and '.join(parts)} changed"
+    unproved = verification.unverified or (verification.needs_base and not verification.compared_with_base)
+    return f"it agrees with its record: {changed}, not proved for all files" if unproved else changed
 
 
 def _describe_verification(verification: RecordProof) -> Iterable[str]:
@@ -191,12 +214,12 @@ def _describe_survival(survived: Survival, identified: Identification | None) ->
     if identified is not None:
         yield f"          {identified.describe()}"
     for c in survived.coordinates:
+        if survived.is_finding(c):
+            continue  # it is listed as a finding
         aside = "" if c.held else f" (not counted: {c.status})"
         yield f"          {c.id:16} {describe_kept(c)}{aside}"
     if survived.rows:
         yield f"          not read, because only the row is known: {', '.join(survived.rows)}"
-    if not survived.decided:
-        yield "          none of them could be compared, so the answer is neither yes nor no"
 
 
 def _format_some(names: Sequence[str]) -> str:

@@ -54,10 +54,10 @@ class _Question:
     """The options of `verify`: what to check a checkpoint against.
 
     `base` is a directory or hf://ORG/NAME[@REV]. `model` and `tolerance` apply only if `known` is set, and
-    `protected_tolerance` only if `protected`, a manifest, is given. `public_key`
-    (PEM) is required with `signature`. `transformers` applies only if `complete` is set. `strict` turns the answer
-    "undecided" into "no". `weights` and `variant` choose the weights if the checkpoint has several sets and neither the
-    record nor the manifest names a set.
+    `protected_tolerance` only if `protected`, a manifest, is given. `public_key` (PEM) is required with `signature`.
+    `transformers` applies only if `complete` is set. `strict` turns warnings and the answer "undecided" into "no".
+    `weights` and `variant` choose the weights if the checkpoint has several sets and neither the record nor the
+    manifest names a set.
     """
 
     base: str | Path | None = None
@@ -129,7 +129,8 @@ def verify(
     `base`, or of the known super weights, up to the relative difference `protected_tolerance`.
     With `complete`, the checkpoint must contain all layers, experts and other tensors that its config.json declares.
     With `transformers` too, the names and shapes must be those of the model of transformers, which loads torch.
-    With `strict`, known super weights or completeness that could not be compared are a finding, so the answer is no.
+    With `strict`, a warning makes the answer no, as an error does, and so do known super weights or completeness that
+    could not be compared.
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
 
     Raises TypeError; CheckpointError if there is nothing to check against, if a file cannot be read, or if `model` has
@@ -198,9 +199,16 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not _has_shards(root)):
             raise
-        return Proof(tuple(Finding("structure", fault) for fault in error.faults), ("structure",), manifest=loaded)
+        faults = tuple(Finding("structure", fault) for fault in error.faults)
+        return Proof(faults, ("structure",), manifest=loaded, strict=question.strict)
     if completeness is not None and completeness.damaged:
-        return Proof(completeness.findings, completeness.rules, manifest=loaded, complete=completeness)
+        return Proof(
+            completeness.findings,
+            completeness.rules,
+            manifest=loaded,
+            complete=completeness,
+            strict=question.strict,
+        )
     repo_ids = _list_repo_ids(patched)
     wishes = resolve_wishes(loaded, checkpoint, repo_ids)
     verification = None
@@ -214,7 +222,8 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
     else:
         findings, rules = _check_files(checkpoint, search, progress)
     if wishes is not None:
-        findings += check_manifest(wishes, patched, checkpoint, base, progress)
+        right = None if any(f.rule == "base" for f in findings) else base
+        findings += check_manifest(wishes, patched, checkpoint, right, progress)
         rules += ("manifest-mismatch", "undeclared-change", "file-missing", "file-undeclared", "base")
     figures = None
     if search is not None and question.values:
@@ -251,6 +260,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         figures,
         identified,
         completeness,
+        question.strict,
     )
     return proof.refuse_undecided() if question.strict else proof
 

@@ -83,9 +83,12 @@ def test_the_planner_is_not_needed(patched, tmp_path):
 
 
 @pytest.mark.parametrize("file", [FIRST, SECOND, "tokenizer.json"])
-def test_a_flipped_byte_is_a_digest_and_an_undeclared_change(patched, file):
+def test_a_flipped_byte_is_one_finding(patched, file):
     flip(patched / file, -1)
-    assert found(patched) == {("digest", file), ("undeclared-change", file)}
+    (finding,) = run(patched).findings
+    assert (finding.rule, finding.file) == ("digest", file)
+    (finding,) = run(patched, patched.parent / "base").findings
+    assert (finding.rule, finding.file) == ("undeclared-change", file)
 
 
 def test_a_configuration_that_is_no_json_any_more(patched):
@@ -96,7 +99,7 @@ def test_a_configuration_that_is_no_json_any_more(patched):
 def test_a_configuration_that_says_something_else(patched):
     path = patched / "config.json"
     path.write_text(path.read_text().replace("1e-05", "2e-05"))
-    assert found(patched) == {("digest", "config.json"), ("undeclared-change", "config.json")}
+    assert found(patched) == {("digest", "config.json")}
 
 
 def test_a_proved_file_is_not_listed_once_it_is_changed(patched):
@@ -107,17 +110,22 @@ def test_a_proved_file_is_not_listed_once_it_is_changed(patched):
 
 def test_an_edited_scalar_that_was_changed_again(patched):
     flip(patched / FIRST, place(patched / FIRST, DOWN, EDITED))
-    findings = run(patched).findings
-    assert ("edit-changed", DOWN, EDITED) in {(f.rule, f.tensor, f.index) for f in findings}
+    verification = run(patched)
     # What is put back in its place is the base's scalar, so the rest of the file is still proved the base's.
-    assert "undeclared-change" not in {f.rule for f in findings}
+    assert [(f.rule, f.tensor, f.index) for f in verification.findings] == [("edit-changed", DOWN, EDITED)]
+    assert FIRST not in verification.record.proved
+    flip(patched / FIRST, -1)
+    assert found(patched) == {("edit-changed", FIRST), ("digest", FIRST)}
 
 
 def test_a_protected_scalar_that_was_changed(patched):
     flip(patched / FIRST, place(patched / FIRST, DOWN, PROTECTED))
-    findings = {(f.rule, f.tensor, f.index) for f in run(patched).findings}
-    assert ("protected-changed", DOWN, PROTECTED) in findings
-    assert ("edit-changed", DOWN, SCALED) not in findings
+    for base in (None, patched.parent / "base"):
+        verification = run(patched, base)
+        assert [(f.rule, f.tensor, f.index) for f in verification.findings] == [("protected-changed", DOWN, PROTECTED)]
+        assert FIRST not in verification.record.proved
+    flip(patched / FIRST, -1)
+    assert found(patched) == {("protected-changed", FIRST), ("digest", FIRST)}
 
 
 def test_a_flipped_byte_in_the_length_of_a_header(patched):
@@ -136,7 +144,7 @@ def test_a_changed_word_of_a_headers_metadata(patched):
     """Nothing that a loader would notice."""
     path = patched / FIRST
     path.write_bytes(path.read_bytes().replace(b'"pt"', b'"tp"'))
-    assert found(patched) == {("digest", FIRST), ("undeclared-change", FIRST)}
+    assert found(patched) == {("digest", FIRST)}
 
 
 def test_a_missing_side_file(patched):
@@ -327,13 +335,14 @@ def test_without_a_record_there_is_nothing_to_verify(patched):
         run(patched.parent / "base")
 
 
-def test_another_base_names_the_scalar(patched, tmp_path):
+def test_another_base_is_one_finding_that_names_a_scalar(patched, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "base", other)
     flip(other / FIRST, place(other / FIRST, DOWN, (2, 0)))
+    flip(other / SECOND, -1)
     (finding,) = run(patched, other).findings
-    assert (finding.rule, finding.tensor, finding.index) == ("undeclared-change", DOWN, (2, 0))
-    assert finding.file == FIRST
+    assert finding.rule == "base" and f"({FIRST}, {SECOND}; it differs in {DOWN}[2, 0])" in finding.message
+    assert finding.message.startswith("this is not the base of the checkpoint: 2 of 5 files have another sha256")
 
 
 def test_another_base_that_lacks_a_file(patched, tmp_path):
@@ -344,14 +353,43 @@ def test_another_base_that_lacks_a_file(patched, tmp_path):
 
 
 def test_many_differences_from_a_base_are_summarised(patched, tmp_path):
-    other = tmp_path / "other"
-    write_base(other)
-    data = bytearray((other / SECOND).read_bytes())
+    """The base is the right one, so each difference is the checkpoint's."""
+    data = bytearray((patched / SECOND).read_bytes())
     data[-60:] = bytes(60)
-    (other / SECOND).write_bytes(data)
-    findings = run(patched, other).findings
-    assert len(findings) == 11
+    (patched / SECOND).write_bytes(data)
+    findings = run(patched, tmp_path / "base").findings
+    assert len(findings) == 11 and {f.rule for f in findings} == {"undeclared-change"}
     assert "more" in findings[-1].message
+
+
+def test_a_wrong_base_is_one_finding_with_a_manifest_too(patched, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "base", other)
+    flip(other / FIRST, place(other / FIRST, DOWN, EDITED))
+    report = swsurgery.verify(patched, base=other, manifest=patched / "manifest.yaml")
+    assert [f.rule for f in report.findings] == ["base"]
+
+
+def test_the_answer_is_the_first_line(patched, capsys):
+    assert main(["verify", str(patched)]) == 0
+    assert capsys.readouterr().out.startswith(f"OK: {patched}: its base with exactly 2 scalars changed\n")
+    (patched / "model.gguf").write_bytes(b"GGUF")
+    assert main(["verify", str(patched), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["answer"] == f"NO: 1 finding in {patched}"
+
+
+def test_strict_makes_a_warning_an_error(tmp_path, capsys):
+    root = write_base(tmp_path / "base")
+    (root / "model.gguf").write_bytes(b"GGUF")
+    assert main(["verify", str(root), "--finite"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        f"OK: {root}: nothing is wrong in what was checked (1 warning)\nwarning   duplicate-weights: "
+    )
+    assert main(["verify", str(root), "--finite", "--strict"]) == 1
+    assert capsys.readouterr().out.startswith(f"NO: 1 finding in {root}\nFINDING   duplicate-weights: ")
+    assert main(["verify", str(root), "--finite", "--strict", "--format", "junit"]) == 1
+    assert ElementTree.fromstring(capsys.readouterr().out).get("failures") == "1"
 
 
 def caught(root: Path) -> bool:
@@ -434,7 +472,7 @@ def test_a_file_of_unknown_digest_is_held_to_its_size_and_listed(patched, capsys
     assert SECOND not in verification.record.proved and FIRST in verification.record.proved
     assert main(["verify", str(patched), "--quiet"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "verified  3 files with the record's sha256"
+    assert lines[1] == "verified  3 files with the record's sha256"
     assert f"unhashed  2 files of which only the size is known: {SECOND}, tokenizer.json" in lines
     (patched / "tokenizer.json").write_text("{}")
     assert found(patched) == {("digest", "tokenizer.json")}
@@ -487,7 +525,7 @@ def test_a_finding_about_an_edit_points_into_the_manifest_beside_the_record(patc
     for rule, word in (("edit-changed", "op: scale"), ("protected-changed", "op: protect")):
         assert lines[rule]["artifactLocation"]["uri"].endswith("patched/manifest.yaml")
         assert word in manifest[lines[rule]["region"]["startLine"] - 1]
-    assert "region" not in lines["digest"]
+    assert set(lines) == {"edit-changed", "protected-changed"}
 
 
 def test_a_finding_without_a_manifest_that_can_be_read_still_is_one(patched):

@@ -77,7 +77,7 @@ def test_every_changed_byte_of_a_shard_is_found(tmp_path, limit):
     size = (tmp_path / "out" / TWO).stat().st_size
     for at in range(size - 300, size, 37):
         flip(tmp_path / "out" / TWO, at)
-        assert ("digest", TWO) in found(tmp_path / "out")
+        assert found(tmp_path / "out") & {("digest", TWO), ("edit-changed", TWO)}
         flip(tmp_path / "out" / TWO, at)
     assert found(tmp_path / "out") == set()
 
