@@ -88,9 +88,6 @@ def apply_in_place(
         check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, reporter)
         shards = _open_shards(folder, plan.checkpoint, plan.touched, opened)
         undo_name = make_undo_name(1 + plan.earlier_steps) if plan.rewrites else None
-        if undo_name in {file.name for file in checkpoint.files}:
-            what = "the base already has a file with this name, which swsurgery writes"
-            raise CheckpointError(what, f"{root}/{undo_name}", "rename it")
         changes = measure_regions(plan, reporter)
         changed = make_collector(plan, changes, undo_name, undo_limit, opened)
         touched = _hash_touched(plan.checkpoint, shards, plan.splices, changes, changed, pins, reporter)

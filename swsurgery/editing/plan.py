@@ -29,7 +29,7 @@ from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.names import OWN_FILES, UNDO_NAME
+from swsurgery.storage.names import OWN_FILES, UNDO_NAME, make_undo_name
 from swsurgery.storage.numbers import format_size
 from swsurgery.storage.region import Region
 from swsurgery.storage.result import TableResult
@@ -168,6 +168,8 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     signed = {(r.region, make_signature(r)) for r in regions.rewrites}
     faults += list_tied_faults(splices, checkpoint, signed)
     faults += _check_copies(loaded, checkpoint, changes=bool(splices or regions.rewrites))
+    if previous and regions.rewrites:
+        faults += _list_taken_names([make_undo_name(len(previous.record.history) + 2)], checkpoint)
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
     omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
@@ -273,13 +275,16 @@ def _check_base(loaded: LoadedManifest, checkpoint: Checkpoint) -> list[str]:
         elif names[name].digest not in (None, digest):
             what = f"wrong base: {name} has digest {names[name].digest}, not {digest}"
             faults.append(Fault(what, position=str(loaded.path)))
-    if "swsurgery.json" not in names:
-        faults += [
-            f"{checkpoint.root}/{name}: the base already has a file with this name, which swsurgery writes (rename it)"
-            for name in (*OWN_FILES, UNDO_NAME)
-            if any(n == name or n.startswith(f"{name}/") for n in names)
-        ]
-    return faults
+    return faults if "swsurgery.json" in names else [*faults, *_list_taken_names((*OWN_FILES, UNDO_NAME), checkpoint)]
+
+
+def _list_taken_names(ours: Iterable[str], checkpoint: Checkpoint) -> list[str]:
+    """Return a fault for each of the names `ours`, of files that swsurgery writes, that a file of the base has."""
+    return [
+        f"{checkpoint.root}/{name}: the base already has a file with this name, which swsurgery writes (rename it)"
+        for name in ours
+        if any(file.name == name or file.name.startswith(f"{name}/") for file in checkpoint.files)
+    ]
 
 
 def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> tuple[KnownModel | None, list[str]]:

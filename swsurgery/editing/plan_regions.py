@@ -95,7 +95,7 @@ def _plan_rewrite(
     if not region.scalars:
         raise PlanError("the region has no scalars", region)
     if len(kept) == region.scalars:
-        raise PlanError("every scalar is protected", region, "leave out one of the two edits")
+        raise PlanError("every scalar is protected", region, "leave out this edit, or what protects the region")
     try:
         options, source = _find_options(edit, info, sources)
     except NumberError as error:

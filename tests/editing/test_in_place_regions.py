@@ -244,7 +244,9 @@ def test_a_file_with_the_name_of_the_undo_file_is_not_overwritten(base, tmp_path
     edit(pinned(tmp_path / "one.json", base, SCALAR))
     (base / "swsurgery-undo-2.safetensors").write_bytes(b"mine")
     manifest = write_manifest(tmp_path / "two.json", base, {"op": "zero", "tensors": HEAD})
-    refuse(base, lambda: edit(manifest), "already has a file with this name")
+    refuse(base, lambda: edit(manifest), "swsurgery-undo-2.safetensors: the base already has a file with this name")
+    with pytest.raises(PlanError, match="swsurgery-undo-2.safetensors: the base already has a file with this name"):
+        swsurgery.apply(manifest, output=tmp_path / "out", check="off")
 
 
 def test_an_unknown_digest_is_refused_with_what_to_add(base, tmp_path):
