@@ -33,7 +33,11 @@ from swsurgery.cli.output import Output
 def apply(
     out: Output,
     manifest: Annotated[
-        Path, typer.Argument(help="A manifest (YAML or JSON), or a patch that export wrote.", show_default=False)
+        list[Path],
+        typer.Argument(
+            help="A manifest (YAML or JSON), or a patch that export wrote. Several for one base are merged.",
+            show_default=False,
+        ),
     ],
     base: BaseOption = None,
     directory: Annotated[
@@ -79,7 +83,7 @@ def apply(
         ),
     ] = False,
 ) -> None:
-    """Apply a manifest: write a patched checkpoint with its record, or nothing if any step fails."""
+    """Apply manifests: write a patched checkpoint with its record, or nothing if any step fails."""
     from swsurgery.cli import show
     from swsurgery.editing import apply, sanity
     from swsurgery.storage.numbers import parse_size

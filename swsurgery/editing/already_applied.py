@@ -88,7 +88,7 @@ def _find_differences(
     base = loaded.manifest.base
     model = own.identify(base.model, (base.repo_id, checkpoint.repo_id, *repo_ids))
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
-    yield from ((None, fault) for _, fault in resolution.list_misfits())
+    yield from ((None, misfit.explain()) for misfit in resolution.list_misfits())
     yield from ((None, fault) for _, fault in explain_unlike_bases(loaded.manifest, record))
     yield from find_unlike_records(resolution.group_by_coordinate(), record)
     yield from ((None, fault) for _, fault in find_unlike_regions(resolution.regions, record))

@@ -1,6 +1,6 @@
 """Apply a manifest to a copy of its base: the whole operation on one page.
 
-    load_manifest     reads what the user asked for                                         manifest/load.py
+    load_merged       reads what the user asked for, in one manifest or several             manifest/merge.py
     open_checkpoint   lists the files and reads their headers                               checkpoint/opening.py
     make_plan         converts edits to splices (bytes to replace), or reports all faults   plan.py
     write_checkpoint  copies the files into a temporary directory, splices and hashes       copy.py
@@ -36,7 +36,7 @@ from swsurgery.editing.rewrite import MEASURED
 from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
 from swsurgery.errors import ModelError, PlanError, SwsurgeryError, TargetError
 from swsurgery.hub import RemoteTree, Uri, download_checkpoint, fetch, open_location
-from swsurgery.manifest.load import ManifestLike, load_manifest
+from swsurgery.manifest.merge import ManifestsLike, load_merged
 from swsurgery.model.report import CheckedBounds
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage import filesystem, staging
@@ -52,12 +52,13 @@ UNDO_LIMIT = 256 * 10**6
 """Maximum number of old bytes that are stored in the undo file, by default."""
 
 
-def plan(manifest: ManifestLike, base: str | Path | None = None, *, reporter: Reporter | None = None) -> Plan:
+def plan(manifest: ManifestsLike, base: str | Path | None = None, *, reporter: Reporter | None = None) -> Plan:
     """Read a manifest, open its base and return what `apply` would change; write nothing.
 
     `manifest` is a path to a manifest or a patch, a manifest's text as bytes, a dict, a Manifest, a LoadedManifest or a
-    list of edits, which needs `base`. `base` replaces the base that the manifest names: a directory or
-    hf://ORG/NAME[@REV][/sub].
+    list of edits, which needs `base`. A list of manifests for one base, such as paths, is merged into one manifest: an
+    edit that repeats a change of an earlier manifest is left out, and scalars that two of them change differently are
+    an error. `base` replaces the base that the manifest names: a directory or hf://ORG/NAME[@REV][/sub].
 
     A pin is the digest that the manifest, or the base's own record, requires of a file. From a repository, only headers
     and single scalars are read, and the digests that the Hub lists are compared with the pins. In a directory, the
@@ -68,7 +69,7 @@ def plan(manifest: ManifestLike, base: str | Path | None = None, *, reporter: Re
     another run is editing the base in place.
     """
     reporter = require_reporter(reporter)
-    loaded = load_manifest(manifest, base)
+    loaded = load_merged(manifest, base)
     with held(open_location(find_base(loaded, base))) as root:
         found = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
         draft_record(found)  # so that a dry run refuses what `apply` would refuse
@@ -88,7 +89,7 @@ def _list_unmeasured(found: Plan) -> list[str]:
 
 
 def apply(
-    manifest: ManifestLike,
+    manifest: ManifestsLike,
     base: str | Path | None = None,
     output: str | Path | None = None,
     *,
@@ -103,9 +104,9 @@ def apply(
     """Write the patched checkpoint `output` with its record, if it passes the check. An error leaves no partial output.
 
     `manifest` and `base` are those of `plan`; a base on the Hub is downloaded. Without `output`, the patched checkpoint
-    is a folder of the current directory with the manifest's name. With `in_place`, the base itself becomes the patched
-    checkpoint: only the changed bytes are overwritten, and no file is copied. If this manifest was the last one applied
-    to the directory, nothing is written.
+    is a folder of the current directory with the manifest's name, or the names of several with "+" between them. With
+    `in_place`, the base itself becomes the patched checkpoint: only the changed bytes are overwritten, and no file is
+    copied. If this manifest was the last one applied to the directory, nothing is written.
 
     `link` selects how files are copied: "auto" clones them if the file system can and copies them otherwise; "hard"
     makes hard links of the files without edits. `check` selects the sanity check: "auto" runs both checkpoints if torch
@@ -124,7 +125,7 @@ def apply(
         require_type(name, value, bool)
     if (undo_limit := require_integer("undo_limit", undo_limit)) < 0:
         raise SwsurgeryError("undo_limit must be a number of bytes from 0", undo_limit)
-    loaded = load_manifest(manifest, base)
+    loaded = load_merged(manifest, base)
     where = find_base(loaded, base)
     if in_place:
         if output is not None or link != "auto" or reuse_digests or for_publish:
@@ -152,7 +153,7 @@ def apply(
             )
             result = run_check(plan, stage, check, reporter, reporter.say)
             record = complete_record(draft, copied, result)
-            write_own_files(stage, Patched(record, record.render(), loaded.raw), job.own_mode)
+            write_own_files(stage, Patched(record, record.render(), plan.loaded.raw), job.own_mode)
     return Applied(target, copied, record, plan.notes)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from swsurgery.editing.targets import Expected
+from swsurgery.errors import Fault
 from swsurgery.manifest.operations import Edit
 from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.storage.coordinate import Coordinate
@@ -43,7 +45,17 @@ class AskedRegion:
 
 
 class Misfit(NamedTuple):
-    """The reason why an edit cannot be made. `number` is the edit's position in the manifest, counted from 0."""
+    """The reason why an edit cannot be made. `number` is the edit's position in the manifest, counted from 0.
+
+    `other` is the number of another edit with which this edit is in conflict, or None.
+    """
 
     number: int
     message: str
+    other: int | None = None
+
+    def explain(self, name_edit: Callable[[int], str] = "edits[{}]".format) -> str:
+        """Return the message, with the name of the other edit."""
+        if self.other is None:
+            return self.message
+        return Fault(f"{self.message} (the other is {name_edit(self.other)})")  # the parentheses contain no remedy

@@ -86,12 +86,12 @@ class PlannedCodes:
         kept |= {scalar.coordinate: one.number for one, scalar in others if not one.edit.writes}
         for number, splice in self.splices:
             if splice.coordinate in kept:
-                why = f"{splice.coordinate} also holds bits that edits[{kept[splice.coordinate]}] protects"
-                found.append(Misfit(number, why))
+                why = f"{splice.coordinate} also holds bits that another edit protects"
+                found.append(Misfit(number, why, kept[splice.coordinate]))
         layers = {edit.coordinate.tensor.removesuffix(".weight"): edit.number for edit in self.edits}
         for one, _ in others:
             for layer, number in layers.items():
                 if one.edit.writes and one.coordinate.tensor.startswith((f"{layer}.", f"{layer}_")):
-                    what = f"edits[{one.number}] changes {one.coordinate.tensor}, which this edit's value depends on"
-                    found.append(Misfit(number, what))
+                    what = f"another edit changes {one.coordinate.tensor}, which this edit's value depends on"
+                    found.append(Misfit(number, what, one.number))
         return found

@@ -78,4 +78,4 @@ def _find_overlaps(group: Sequence[AskedRegion]) -> Iterator[tuple[AskedRegion, 
 
 
 def _make_misfit(number: int, other: int, what: object) -> Misfit:
-    return Misfit(number, Fault(f"{what} has two operations (the other is edits[{other}])"))
+    return Misfit(number, f"{what} has two operations", other)

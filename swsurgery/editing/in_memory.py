@@ -19,7 +19,7 @@ from swsurgery.editing.overlay import overlay_checkpoint
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import ModelError
 from swsurgery.hub import download_checkpoint
-from swsurgery.manifest.load import ManifestLike, load_manifest
+from swsurgery.manifest.merge import ManifestsLike, load_merged
 from swsurgery.model.variant import Variant
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage.hashing import check_digest, hash_file
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def load_patched(
-    manifest: ManifestLike, base: str | Path | None = None, *, reporter: Reporter | None = None, **options: Any
+    manifest: ManifestsLike, base: str | Path | None = None, *, reporter: Reporter | None = None, **options: Any
 ) -> PreTrainedModel:
     """Load the model that transformers would load from the patched checkpoint, in evaluation mode; write nothing.
 
@@ -53,7 +53,7 @@ def load_patched(
 
 
 def patched_state_dict(
-    manifest: ManifestLike, base: str | Path | None = None, *, reporter: Reporter | None = None
+    manifest: ManifestsLike, base: str | Path | None = None, *, reporter: Reporter | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) for every tensor of the patched checkpoint; write nothing.
 
@@ -80,9 +80,9 @@ def patched_state_dict(
 
 
 @contextlib.contextmanager
-def _plan_held(manifest: ManifestLike, base: str | Path | None, reporter: Reporter) -> Iterator[Plan]:
+def _plan_held(manifest: ManifestsLike, base: str | Path | None, reporter: Reporter) -> Iterator[Plan]:
     """Plan a manifest, and lock its base during the block, so that no other run edits the base in place."""
-    loaded = load_manifest(manifest, base)
+    loaded = load_merged(manifest, base)
     with held(download_checkpoint(find_base(loaded, base))) as root:
         plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
         _check_digests(plan)

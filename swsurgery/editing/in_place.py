@@ -111,7 +111,7 @@ def apply_in_place(
             record = complete_record(draft, copied, result)
             if undo_name:
                 own[undo_name] = undo_raw
-            own |= Patched(record, record.render(), loaded.raw).render_own_files()
+            own |= Patched(record, record.render(), plan.loaded.raw).render_own_files()
             _refuse_changed(checkpoint, touched)
     return Applied(folder.path, copied, record, plan.notes)
 

@@ -15,11 +15,12 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, find_record
 from swsurgery.checkpoint.region_summary import describe_operation
 from swsurgery.checkpoint.tying import list_tied_faults
-from swsurgery.editing.asked import Asked, Misfit
-from swsurgery.editing.code_edit import CodeEdit, PlannedCodes
+from swsurgery.editing.asked import Misfit
+from swsurgery.editing.code_edit import CodeEdit
+from swsurgery.editing.compose import drop_repeated
 from swsurgery.editing.conflicts import find_conflicts, find_region_conflicts
 from swsurgery.editing.plan_regions import make_signature, plan_regions
-from swsurgery.editing.plan_scalars import read_scalars
+from swsurgery.editing.plan_scalars import plan_elements, read_scalars
 from swsurgery.editing.resolve import resolve
 from swsurgery.editing.rewrite import ProtectedRegion, Rewrite
 from swsurgery.editing.sources import Sources
@@ -136,14 +137,20 @@ def _describe_regions(target: str, parts: Sequence[ProtectedRegion]) -> str:
 def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     """Turn every edit of a manifest into splices and protected scalars of a checkpoint.
 
+    If several manifests were merged, an edit that only repeats a change of an earlier one is left out.
+
     Raises PlanError with all faults, and CheckpointError if the base's own record is damaged.
     """
     faults = _check_base(loaded, checkpoint)
     previous = find_record(checkpoint)
     model, unknown = _identify_model(loaded, checkpoint)
-    resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
+    find = partial(find_known, model)
+    if loaded.parts:
+        loaded, hidden = drop_repeated(loaded, checkpoint, find)
+        faults += hidden
+    resolution = resolve(loaded.manifest, checkpoint, find)
     sources = Sources(loaded.path.parent)
-    plain, codes = _plan_codes(resolution.asked, checkpoint, sources)
+    plain, codes = plan_elements(resolution.asked, checkpoint, sources)
     read, misfits = read_scalars(plain, checkpoint, sources)
     # Edits of a scalar that cannot be read are not in conflict: each of them has its own fault.
     misfits += [*resolution.misfits, *find_conflicts((one.number, one.coordinate) for one, _ in read)]
@@ -163,7 +170,8 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     )
     misfits += regions.misfits
     faults += unknown + [
-        Fault.parse(message, loaded.describe_position(n)) for n, message in sorted(misfits, key=lambda m: m.number)
+        Fault.parse(misfit.explain(loaded.name_edit), loaded.describe_position(misfit.number))
+        for misfit in sorted(misfits, key=lambda m: m.number)
     ]
     signed = {(r.region, make_signature(r)) for r in regions.rewrites}
     faults += list_tied_faults(splices, checkpoint, signed)
@@ -188,19 +196,6 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         protected_regions=regions.protected,
         codes=tuple(codes.edits),
     )
-
-
-def _plan_codes(
-    asked: Sequence[Asked], checkpoint: Checkpoint, sources: Sources
-) -> tuple[Sequence[Asked], PlannedCodes]:
-    """Plan the edits of quantised elements. Returns the other edits too."""
-    if not checkpoint.quantisation.has_codes:
-        return asked, PlannedCodes()
-    from swsurgery.editing.plan_codes import is_coded, plan_codes  # imports numpy
-
-    coded = {id(one) for one in asked if is_coded(one, checkpoint)}
-    plain = [one for one in asked if id(one) not in coded]
-    return plain, plan_codes([one for one in asked if id(one) in coded], checkpoint, sources)
 
 
 def _check_protected(changed: Iterable[tuple[int, Coordinate]], previous: Patched | None) -> Iterator[Misfit]:

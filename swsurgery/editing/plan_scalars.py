@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing.asked import Asked, Misfit
+from swsurgery.editing.code_edit import PlannedCodes
 from swsurgery.editing.sources import Sources
 from swsurgery.editing.targets import find_tensor
 from swsurgery.errors import NumberError, PlanError, SwsurgeryError
@@ -25,6 +26,19 @@ from swsurgery.storage import dtypes
 from swsurgery.storage.files import read_exactly
 from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice
+
+
+def plan_elements(
+    asked: Sequence[Asked], checkpoint: Checkpoint, sources: Sources
+) -> tuple[Sequence[Asked], PlannedCodes]:
+    """Plan the edits of quantised elements. Returns the other edits too."""
+    if not checkpoint.quantisation.has_codes:
+        return asked, PlannedCodes()
+    from swsurgery.editing.plan_codes import is_coded, plan_codes  # imports numpy
+
+    coded = {id(one) for one in asked if is_coded(one, checkpoint)}
+    plain = [one for one in asked if id(one) not in coded]
+    return plain, plan_codes([one for one in asked if id(one) in coded], checkpoint, sources)
 
 
 def read_scalars(

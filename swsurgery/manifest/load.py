@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -39,14 +39,26 @@ If there are more faults, only their number is reported.
 """
 
 
+class Origin(NamedTuple):
+    """The source of an edit of a merged manifest: the number of the file, and that of the edit there, both from 0."""
+
+    part: int
+    number: int
+
+
 @dataclass(frozen=True, repr=False)
 class LoadedManifest(Result):
-    """A manifest with its source text and the position of each node."""
+    """A manifest with its source text and the position of each node.
+
+    A manifest that was merged from several ones has them as `parts`, and the origin of each edit.
+    """
 
     path: Path
     raw: bytes
     manifest: Manifest
     positions: dict[NodePath, LineColumn] = field(repr=False)
+    parts: tuple[LoadedManifest, ...] = field(default=(), repr=False)
+    origins: tuple[Origin, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, object]:
         """Return the manifest's fields as written, without defaults."""
@@ -60,8 +72,15 @@ class LoadedManifest(Result):
 
     def describe_position(self, edit: int) -> str:
         """Return the position of edit number `edit`, counted from 0, as `file:line:column: edits[0]`."""
+        if self.origins:
+            part, number = self.origins[edit]
+            return self.parts[part].describe_position(number)
         line, column = self.positions[("edits", edit)]
         return f"{self.path}:{line}:{column}: edits[{edit}]"
+
+    def name_edit(self, edit: int) -> str:
+        """Name an edit in a message about another one: `edits[0]`, with its position if several files were merged."""
+        return self.describe_position(edit) if self.origins else f"edits[{edit}]"
 
 
 ManifestLike = (

@@ -90,8 +90,9 @@ def read_wishes(loaded: LoadedManifest, checkpoint: Checkpoint, repo_ids: tuple[
         misfits = [point_at(loaded, Finding("manifest-mismatch", fault), ("base", "model")) for fault in error.faults]
         model = own.identify(None, repo_ids)
     resolution = resolve(loaded.manifest, checkpoint, partial(find_known, model))
-    for number, fault in resolution.list_misfits():
-        misfits.append(point_at(loaded, Finding("manifest-mismatch", fault), ("edits", number)))
+    for misfit in resolution.list_misfits():
+        found = Finding("manifest-mismatch", misfit.explain(loaded.name_edit))
+        misfits.append(point_at(loaded, found, ("edits", misfit.number)))
     return Wishes(loaded, resolution.group_by_coordinate(), tuple(misfits), resolution.regions)
 
 
@@ -176,8 +177,8 @@ def _compare_own_manifest(
     asked, faults = resolution.group_by_coordinate(), resolution.list_misfits()
     # Protected scalars of shards that stay in the base's repository cannot be resolved without the shard's header.
     afar = {r.coordinate for r in record.protected if r.file in elsewhere and r.file not in checkpoint.shards}
-    unresolved = {number for number, _ in faults if afar and manifest.edits[number].op == "protect"}
-    yield from ((None, f"edits[{number}]: {fault}") for number, fault in faults if number not in unresolved)
+    unresolved = {fault.number for fault in faults if afar and manifest.edits[fault.number].op == "protect"}
+    yield from ((None, f"edits[{f.number}]: {f.explain()}") for f in faults if f.number not in unresolved)
     for coordinate, message in find_unlike_records(asked, record):
         if coordinate in asked or coordinate not in afar or not unresolved:
             yield coordinate, message

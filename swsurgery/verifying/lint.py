@@ -258,8 +258,8 @@ def _find_duplicates(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
     writers, protectors = reading.list_regions()
     scalars = [(n, name) for n, name in enumerate(reading.names) if name is not None]
     for named in (scalars, writers, protectors):
-        for number, message in find_conflicts(named):
-            yield reading.locate("edits", number), f"edits[{number}]: {message}"
+        for misfit in find_conflicts(named):
+            yield reading.locate("edits", misfit.number), f"edits[{misfit.number}]: {misfit.explain()}"
 
 
 def _check_ranges(reading: _Reading) -> Iterator[tuple[LinePlace, str]]:
