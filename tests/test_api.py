@@ -206,7 +206,7 @@ def test_a_path_that_cannot_exist_is_an_error_of_the_library(room, name, bad):
 
 @pytest.mark.parametrize(
     "bad",
-    [None, 3, object(), [3], ["edits.json"], {1, 2}],
+    [None, 3, object(), [3], ["edits.json", 3], {1, 2}],
     ids=lambda bad: "object" if type(bad) is object else repr(bad),
 )
 @pytest.mark.parametrize("verb", ["apply", "plan", "load_manifest", "load_patched", "patched_state_dict"])

@@ -18,7 +18,7 @@ from swsurgery.editing.sources import Sources
 from swsurgery.editing.targets import FindKnown
 from swsurgery.errors import Fault
 from swsurgery.manifest.load import LoadedManifest, Origin
-from swsurgery.manifest.merge import keep_edits
+from swsurgery.manifest.merge import select_edits
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.region import Region
 from swsurgery.storage.splice import Splice
@@ -63,7 +63,7 @@ def drop_repeated(
         repeated |= {Origin(at, number) for number in seen - fresh}
     kept = [origin for origin in loaded.origins if origin not in repeated]
     faults = [fault for at in range(len(parts)) for fault in _list_hidden(parts, at)]
-    return (keep_edits(loaded, kept) if repeated else loaded), faults
+    return (select_edits(loaded, kept) if repeated else loaded), faults
 
 
 def _read_part(part: LoadedManifest, checkpoint: Checkpoint, find_known: FindKnown) -> _Part:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from swsurgery.editing.asked import Asked, AskedRegion, Misfit
-from swsurgery.errors import Fault
 from swsurgery.storage.region import Region
 
 

@@ -49,7 +49,7 @@ def load_merged(manifests: ManifestsLike, base: str | Path | None = None) -> Loa
     return parts[0] if len(parts) == 1 else _merge(parts, base is not None)
 
 
-def keep_edits(loaded: LoadedManifest, kept: Collection[Origin]) -> LoadedManifest:
+def select_edits(loaded: LoadedManifest, kept: Collection[Origin]) -> LoadedManifest:
     """Return a merged manifest with only the edits in `kept`."""
     document = json.loads(loaded.raw, parse_float=Written)
     pairs = [pair for pair in zip(document["edits"], loaded.origins, strict=True) if pair[1] in kept]
