@@ -100,9 +100,8 @@ def make_source(rewrite: Rewrite, checkpoint: Checkpoint, meter: _Meter | None =
             if meter:
                 meter.count(rewrite.name, words.nbytes, rewrite.size)
 
-    return Source(
-        name_region(rewrite.region, rewrite.info), rewrite.info.dtype, rewrite.region.shape, read, rewrite.kept
-    )
+    name, origin = name_region(rewrite.region, rewrite.info), tuple(begin for begin, _ in rewrite.region.bounds)
+    return Source(name, rewrite.info.dtype, rewrite.region.shape, read, rewrite.kept, origin)
 
 
 class _Meter:

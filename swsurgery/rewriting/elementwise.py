@@ -109,11 +109,11 @@ class ScaleFunction(_Independent):
 
     def compute(self, name: str, dtype: Dtype, row: int, words: Words, out: Words | None = None) -> Words:
         """Return the products. Raises NumberError if some of them cannot be represented."""
-        first = row * words.shape[1]
-        new, refused = self._scale(require_float(dtype, name), words.reshape(-1))
+        first, number = row * words.shape[1], require_float(dtype, name)
+        new, refused = self._scale(number, words.reshape(-1))
         if len(refused.places):
-            refused = refused.remove(self.kept.find(name, first, words.size))
-            self._raise_for(name, refused.move(first))
+            kept = self.kept.find(name, first, words.size)
+            self._raise_for(name, self._leave_out(kept, refused, number, words.reshape(-1)).move(first))
         new = new.reshape(words.shape)
         if out is None:
             return new
@@ -124,7 +124,15 @@ class ScaleFunction(_Independent):
         for first, words in read_pieces(source, CHUNK_SCALARS):
             refused = self._scale(dtype, words)[1]
             if len(refused.places):
-                yield refused.remove(self.kept.find(source.name, first, len(words))).move(first)
+                kept = self.kept.find(source.name, first, len(words))
+                yield self._leave_out(kept, refused, dtype, words).move(first)
+
+    def _leave_out(self, kept: NDArray[np.int64], refused: _Refused, dtype: FloatDtype, words: Words) -> _Refused:
+        """Leave out the protected scalars `kept`; the error becomes that of the first scalar that remains."""
+        if not len(kept):
+            return refused
+        places = np.setdiff1d(refused.places, kept)
+        return self._scale(dtype, words[places])[1].replace_places(places)
 
     def _raise_for(self, name: str, refused: _Refused) -> None:
         if len(refused.places):
@@ -188,8 +196,8 @@ class _Refused:
         given = [part for part in parts if len(part.places)]
         return cls(np.concatenate([part.places for part in given]), given[0].error) if given else _NOTHING_REFUSED
 
-    def remove(self, kept: NDArray[np.int64]) -> _Refused:
-        return _Refused(np.setdiff1d(self.places, kept), self.error) if len(kept) else self
+    def replace_places(self, places: NDArray[np.int64]) -> _Refused:
+        return _Refused(places, self.error)
 
     def move(self, first: int) -> _Refused:
         return _Refused(self.places + first, self.error)

@@ -23,7 +23,8 @@ class Source:
 
     `name` identifies the region within an edit: an edit that changes two regions of one tensor uses two names. `shape`
     is the shape of the region. `read` yields its bit patterns in C order, in flat arrays of any length that may share
-    one buffer. `kept` are the flat indices in the region of protected scalars, in rising order.
+    one buffer. `kept` are the flat indices in the region of protected scalars, in rising order. `origin` is the index
+    of the region's first scalar in the tensor, for messages; () for a whole tensor.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Source:
     shape: tuple[int, ...]
     read: Callable[[], Iterator[Words]]
     kept: tuple[int, ...] = ()
+    origin: tuple[int, ...] = ()
 
 
 class Function(Protocol):

@@ -21,16 +21,17 @@ NOTHING.flags.writeable = False
 
 @dataclass(frozen=True)
 class KeptScalars:
-    """The protected scalars and the shape of each source of an edit, by the name of the source."""
+    """The protected scalars, the shape and the origin of each source of an edit, by the name of the source."""
 
     indices: Mapping[str, Indices] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    origins: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_sources(cls, sources: Sequence[Source]) -> KeptScalars:
         """Collect the protected scalars of `sources`."""
         indices = {s.name: np.array(s.kept, np.int64) for s in sources if s.kept}
-        return cls(indices, {s.name: s.shape for s in sources})
+        return cls(indices, {s.name: s.shape for s in sources}, {s.name: s.origin for s in sources})
 
     def find(self, name: str, first: int, count: int) -> Indices:
         """Return the protected scalars among the `count` scalars from flat index `first`, relative to `first`."""
@@ -53,6 +54,9 @@ class KeptScalars:
         return down[inside] * (piece.right - piece.left) + across[inside] - piece.left
 
     def format_index(self, name: str, flat: int) -> str:
-        """Format the index of a scalar in its source, as in `[3, 17]`."""
+        """Format the index in the tensor of a scalar, as in `[3, 17]`. `flat` is its flat index in its source."""
         shape = self.shapes.get(name)
-        return str([int(i) for i in np.unravel_index(flat, shape)]) if shape else f"[{flat}]"
+        if not shape:
+            return f"[{flat}]"
+        begin = self.origins.get(name) or (0,) * len(shape)
+        return str([int(i) + first for i, first in zip(np.unravel_index(flat, shape), begin, strict=True)])
