@@ -1,7 +1,7 @@
 """Define how the library reports progress and notes.
 
-This module contains the protocols and a silent implementation. The visible progress bar is in `cli/output.py` and is
-passed in.
+This module contains the protocols and a silent implementation. The visible progress bar is in `cli/progress_bar.py`
+and is passed in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ class Progress(Protocol):
     """Receives the progress of one task at a time: `start`, any number of `advance`, then `close`."""
 
     def start(self, total: int, unit: str, label: str) -> None:
-        """Begin a task of `total` units, each called `unit` ("B" for bytes), shown as `label`."""
+        """Begin a task of `total` units, each called `unit` ("B" for bytes), shown as `label`.
+
+        `total` is 0 if it is unknown, such as for loading a library.
+        """
 
     def advance(self, n: int) -> None:
         """Count `n` further units as done."""

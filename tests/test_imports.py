@@ -26,7 +26,7 @@ WALLS = {
     "transformers": ("swsurgery.model",),
     "huggingface_hub": ("swsurgery.hub",),
     "typer": ("swsurgery.cli",),
-    "tqdm": ("swsurgery.cli.output",),
+    "tqdm": ("swsurgery.cli.progress_bar",),
     "matplotlib": ("swsurgery.scanning.figures",),
     "gguf": ("swsurgery.checkpoint.layouts.gguf",),
 }

@@ -6,12 +6,12 @@ This module must not compute anything or import torch.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.errors import escape_control, pluralise
-from swsurgery.storage.numbers import format_number, format_size
+from swsurgery.storage.numbers import format_number, format_ratio, format_size
 
 if TYPE_CHECKING:
     from swsurgery.checkpoint.diff import Difference
@@ -133,15 +133,9 @@ def show_check(document: Mapping[str, Any]) -> None:
     if document.get("compared") is False:
         _check_alone(document)
         return
-    base, patched, mass = document["base"], document["patched"], document["stopword_mass"]
-    rows = [
-        ("perplexity", base["perplexity"], patched["perplexity"]),
-        ("stop-word mass", mass["base"], mass["patched"]),
-        ("super activation", *(_format_activation(side["super_activation"]) for side in (base, patched))),
-        ("logits finite", *("yes" if side["finite"] else "NO" for side in (base, patched))),
-    ]
-    print_table(("", "base", "patched"), rows)
-    print_text(f"perplexity ratio {document['perplexity_ratio']}, KL(base || patched) {document['kl']} nats per token")
+    print_table(("", "base", "patched"), _list_measurements(document, ("base", "patched")))
+    ratio, kl = _format_figure(document["perplexity_ratio"], format_ratio), _format_figure(document["kl"])
+    print_text(f"perplexity ratio {ratio}, KL(base || patched) {kl} nats per token")
     _list_rounded(document)
     _list_continuations(document, ("base", "patched"))
     _describe_measured(document)
@@ -149,24 +143,43 @@ def show_check(document: Mapping[str, Any]) -> None:
 
 def _check_alone(document: Mapping[str, Any]) -> None:
     """Print the measurements of a model that has no base to be compared with."""
-    patched = document["patched"]
-    rows = [
-        ("perplexity", patched["perplexity"]),
-        ("stop-word mass", document["stopword_mass"]["patched"]),
-        ("super activation", _format_activation(patched["super_activation"])),
-        ("logits finite", "yes" if patched["finite"] else "NO"),
-    ]
-    print_table(("", "this model"), rows)
+    print_table(("", "this model"), _list_measurements(document, ("patched",)))
     print_text("nothing was compared, because there is no record of the base")
     _list_rounded(document)
     _list_continuations(document, ("patched",))
     _describe_measured(document)
 
 
+def _list_measurements(document: Mapping[str, Any], sides: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the rows of the table of a check: a name, then one cell for each side of the report."""
+    measured, mass = [document[side] for side in sides], document["stopword_mass"]
+    peaks = [one["super_activation"] for one in measured]
+    return [
+        ("perplexity", *(_format_figure(one["perplexity"]) for one in measured)),
+        ("stop-word mass", *(_format_figure(mass[side]) for side in sides)),
+        ("super activation", *(_format_figure(peak["value"]) if peak else "-" for peak in peaks)),
+        ("  in layer, token, channel", *(_format_place(peak) if peak else "-" for peak in peaks)),
+        ("logits finite", *("yes" if one["finite"] else "NO" for one in measured)),
+    ]
+
+
+def _format_figure(value: object, write: Callable[[float], str] = format_number) -> str:
+    """Format a measured number of a JSON document, which contains a word such as "inf" instead of an infinity."""
+    return write(value) if isinstance(value, int | float) else str(value)
+
+
+def _format_place(peak: Mapping[str, Any]) -> str:
+    return f"{peak['layer']}, {peak['token']}, {peak['channel']}"
+
+
 def _list_rounded(document: Mapping[str, Any]) -> None:
     """Print the figures with rounded activations, if they were measured."""
     rows = [
-        (side["side"], side["activations"], side["perplexity"], side["ratio"], side["kl"], side["stopword_mass"])
+        (
+            *(side["side"], side["activations"], _format_figure(side["perplexity"])),
+            *(_format_figure(side["ratio"], format_ratio), _format_figure(side["kl"])),
+            _format_figure(side["stopword_mass"]),
+        )
         for side in document.get("rounded_activations", ())
     ]
     if rows:
@@ -187,7 +200,7 @@ def _describe_measured(document: Mapping[str, Any]) -> None:
         print_text(f"FAILED    {escape_control(failure)}")
     text = document["text"]
     print_text(
-        f"\nmeasured on {text['scored_tokens']} tokens in {pluralise(text['windows'], 'window')}, "
+        f"\nmeasured on {text['scored_tokens']:,} tokens in {pluralise(text['windows'], 'window')}, "
         f"{document['dtype']} on {document['device']}"
     )
 
@@ -347,9 +360,3 @@ def _format_names(names: tuple[str, ...]) -> str:
 
 def _format_index(numbers: list[int]) -> str:
     return "[" + ", ".join(map(str, numbers)) + "]"
-
-
-def _format_activation(peak: dict[str, Any] | None) -> str:
-    if not peak:
-        return "-"
-    return f"{peak['value']} (layer {peak['layer']}, token {peak['token']}, channel {peak['channel']})"
