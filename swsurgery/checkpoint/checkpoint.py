@@ -6,6 +6,7 @@ opening.py builds the values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,6 +128,11 @@ class Checkpoint(TableResult):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The stored shape of every tensor in `weight_map`, except those in `disagreements`."""
         return {tensor: info.shape for tensor, info in self.infos.items()}
+
+    @cached_property
+    def scalars(self) -> int:
+        """The number of scalars that the tensors in `shapes` store."""
+        return sum(map(math.prod, self.shapes.values()))
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:

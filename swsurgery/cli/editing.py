@@ -16,6 +16,7 @@ from swsurgery.cli.options import (
     DirectoryArgument,
     MaxRatio,
     MinRatio,
+    PageOption,
     PlacementOption,
     PromptOption,
     TextOption,
@@ -27,6 +28,7 @@ from swsurgery.cli.options import (
     read_text,
 )
 from swsurgery.cli.output import Output
+from swsurgery.cli.pages import refuse_page, write_page
 
 
 @command
@@ -82,6 +84,7 @@ def apply(
             help="Use earlier digests of unedited files instead of hashing them; the record marks them as unverified.",
         ),
     ] = False,
+    page: PageOption = None,
 ) -> None:
     """Apply manifests: write a patched checkpoint with its record, or nothing if any step fails."""
     from swsurgery.cli import show
@@ -89,9 +92,11 @@ def apply(
     from swsurgery.storage.numbers import parse_size
 
     limit = parse_size(undo_limit)
+    refuse_page(page, manifest, base, directory)
     if dry_run:
         planned = apply.plan(manifest, base, reporter=out.make_reporter())
         out.print_result(planned, lambda plan: show.show_plan(plan, limit))
+        write_page(out, page, "apply", str(manifest), planned.to_json())
         return
     bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = sanity.CheckOptions(check, device, placement, read_text(text), prompt or None, bounds, windows, window)
@@ -108,6 +113,7 @@ def apply(
         reporter=out.make_reporter(),
     )
     out.print_result(applied, show.show_applied)
+    write_page(out, page, "apply", str(manifest), applied.to_json())
 
 
 @command
@@ -153,6 +159,7 @@ def check(
     ] = None,
     activation_bits: ActivationBitsOption = None,
     activation_per: ActivationPerOption = "tensor",
+    page: PageOption = None,
 ) -> None:
     """Run a patched checkpoint and its base on the same text. Exit 1 if a bound is not met.
 
@@ -161,6 +168,7 @@ def check(
     from swsurgery.cli import show
     from swsurgery.editing import sanity
 
+    refuse_page(page, checkpoint, base, text)
     report = sanity.check(
         checkpoint,
         text=read_text(text),
@@ -179,5 +187,6 @@ def check(
         reporter=out.make_reporter(),
     )
     out.print_result(report, lambda report: show.show_check(report.to_json()))
+    write_page(out, page, "check", checkpoint, report.to_json())
     if not report.ok:
         raise typer.Exit(1)

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from swsurgery.cli.options import command, get_width
+from swsurgery.cli.options import PageOption, command, get_width
 from swsurgery.cli.output import Output, print_json, print_table, print_text
+from swsurgery.cli.pages import refuse_page, write_page
 from swsurgery.errors import SwsurgeryError, escape_control, report_done
 
 if TYPE_CHECKING:
+    from swsurgery.checkpoint.record import Record
+    from swsurgery.known.listing import KnownModels
     from swsurgery.known.lookup import KnownSuperWeights
+
+Operation = Literal["zero", "scale", "protect", "restore"]
+"""The operations of a manifest that `lookup --manifest` prints."""
 
 
 _LIST_HEADER = ("name", "coordinates", "status", "maximum activation")
@@ -29,7 +35,7 @@ def lookup(
         list[str] | None, typer.Option(help="Print only super weights with this status; may be repeated.")
     ] = None,
     manifest: Annotated[
-        Literal["zero", "scale", "protect", "restore"] | None,
+        Operation | None,
         typer.Option(help="Print a manifest that uses this operation."),
     ] = None,
     factor: Annotated[float | None, typer.Option(help="The factor for --manifest scale.")] = None,
@@ -38,13 +44,17 @@ def lookup(
         typer.Option("--as", help="What to print: a table, or only the names of the modules with super weights."),
     ] = "table",
     forget: Annotated[bool, typer.Option("--forget", help="Remove your own entry, made by scan --register.")] = False,
+    page: PageOption = None,
 ) -> None:
     """Print a model's known super weights or the record of a patched checkpoint. Without MODEL, list all models."""
-    from swsurgery.known import listing, lookup, table
+    from swsurgery.known import lookup
 
     chosen = bool(status or manifest or factor is not None)
     if model is None and (manifest or factor is not None or form == "modules" or forget):
         raise SwsurgeryError("--manifest, --factor, --as and --forget need the name of a model")
+    if page is not None and (manifest or form == "modules" or forget):
+        raise SwsurgeryError("--page cannot be combined with --manifest, --as or --forget")
+    refuse_page(page, model if model is not None and lookup.is_checkpoint(model) else None)
     if form == "modules" and (manifest or forget):
         raise SwsurgeryError("--as cannot be combined with --manifest or --forget")
     if model is not None and forget:
@@ -57,6 +67,20 @@ def lookup(
     if factor is not None and manifest is None:
         raise SwsurgeryError("--factor needs --manifest scale")
     found = lookup.lookup(model, status=status or None, reporter=out.make_reporter())
+    _print_found(out, found, manifest, factor, form)
+    write_page(out, page, "lookup", model or "", found.to_json())
+
+
+def _print_found(
+    out: Output,
+    found: KnownSuperWeights | KnownModels | Record,
+    manifest: Operation | None,
+    factor: float | None,
+    form: str,
+) -> None:
+    """Print what was found: a list of models, a record, or the super weights of one model."""
+    from swsurgery.known import listing, lookup, table
+
     if isinstance(found, listing.KnownModels):
         out.print_result(found, lambda found: print_table(_LIST_HEADER, found.render_cells()))
     elif not isinstance(found, lookup.KnownSuperWeights):
@@ -108,7 +132,7 @@ def _forget(out: Output, model: str) -> None:
 def _print_manifest(
     out: Output,
     found: KnownSuperWeights,
-    operation: Literal["zero", "scale", "protect", "restore"],
+    operation: Operation,
     factor: float | None,
 ) -> None:
     from swsurgery.known import table

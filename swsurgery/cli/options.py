@@ -110,6 +110,7 @@ VariantOption = Annotated[
     typer.Option(help="Which variant of the weights to read, such as fp16 for model.fp16.safetensors."),
 ]
 PlotOption = Annotated[Path | None, typer.Option(help="Draw the figure to this file: .png, .svg or .pdf.")]
+PageOption = Annotated[Path | None, typer.Option(help="Also write the result as an HTML page to this file.")]
 WindowsOption = Annotated[int, typer.Option(min=1, help="Maximum number of windows of text to measure on.")]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in each window; shorter windows are faster.")]
 
@@ -132,9 +133,10 @@ def read_text(path: Path | None) -> str | None:
         raise SwsurgeryError(f"cannot read the text ({reason})", path) from None
 
 
-def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
+def refuse_replacing(report: Path | None, inputs: Iterable[object], option: str = "--output") -> None:
     """Raise TargetError if the file `report` would replace a local input, or a file inside an input directory.
 
+    `option` is the option that names the report.
     The path of `report` is checked with and without following its last link, because the files of a checkpoint in the
     Hub's cache are symbolic links.
     """
@@ -142,5 +144,5 @@ def refuse_replacing(report: Path | None, inputs: Iterable[object]) -> None:
     reals = [os.path.realpath(each) for each in inputs if isinstance(each, Path)]
     if any(place.is_relative_to(real) for place in places for real in reals):
         raise TargetError(
-            "the report would overwrite an input, or be written inside it", report, "choose another --output"
+            "the report would overwrite an input, or be written inside it", report, f"choose another {option}"
         )

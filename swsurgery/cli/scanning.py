@@ -14,6 +14,7 @@ from swsurgery.cli.options import (
     ActivationPerOption,
     BaseOption,
     DeviceOption,
+    PageOption,
     PlacementOption,
     PlotOption,
     TextOption,
@@ -25,6 +26,7 @@ from swsurgery.cli.options import (
     read_text,
 )
 from swsurgery.cli.output import Output
+from swsurgery.cli.pages import refuse_page, write_page
 from swsurgery.errors import Interrupted, SwsurgeryError, report_done
 
 
@@ -44,6 +46,7 @@ def scan(
     ] = "zero",
     factor: Annotated[float | None, typer.Option(help="The factor for --op scale.")] = None,
     plot: PlotOption = None,
+    page: PageOption = None,
     register: Annotated[
         str | None, typer.Option(help="Save the result, so that lookup finds it under this name.")
     ] = None,
@@ -72,6 +75,7 @@ def scan(
             show_scan.show_scan(report)
 
     _refuse_idle(out.given, method, confirm, manifest)
+    refuse_page(page, checkpoint, manifest, text)
     try:
         found = scan.scan(
             checkpoint,
@@ -98,6 +102,7 @@ def scan(
             out.print_result(error.result, show)
         raise
     out.print_result(found, show)
+    write_page(out, page, "scan", checkpoint, found.to_json())
     if found.answer == "undecided":
         what = "super expert" if method == "experts" else "super weight"
         out.note(f"undecided: some layers were not read, and no {what} was found in the others")
@@ -113,6 +118,7 @@ def sweep(
     ],
     base: BaseOption = None,
     plot: PlotOption = None,
+    page: PageOption = None,
     text: TextOption = None,
     windows: WindowsOption = 16,
     window: WindowOption = 512,
@@ -123,6 +129,7 @@ def sweep(
     from swsurgery.cli import show_scan
     from swsurgery.scanning import scan
 
+    refuse_page(page, manifest, base, text)
     report = scan.sweep(
         manifest,
         parse_numbers(factors),
@@ -138,6 +145,7 @@ def sweep(
     if plot:
         report_done(f"figure: {plot}")
     out.print_result(report, show_scan.show_sweep)
+    write_page(out, page, "sweep", str(manifest), report.to_json())
 
 
 @command
@@ -146,6 +154,7 @@ def compare(
     manifests: Annotated[list[Path], typer.Argument(help="Manifests of one base.", show_default=False)],
     base: BaseOption = None,
     plot: PlotOption = None,
+    page: PageOption = None,
     text: TextOption = None,
     windows: WindowsOption = 16,
     window: WindowOption = 512,
@@ -158,6 +167,7 @@ def compare(
     from swsurgery.cli import show_scan
     from swsurgery.scanning.compare import compare
 
+    refuse_page(page, *manifests, base, text)
     report = compare(
         manifests,
         base,
@@ -174,6 +184,7 @@ def compare(
     if plot:
         report_done(f"figure: {plot}")
     out.print_result(report, show_scan.show_comparison)
+    write_page(out, page, "compare", report.base, report.to_json())
 
 
 def parse_numbers(text: str) -> list[float]:

@@ -10,6 +10,7 @@ import typer
 from swsurgery.cli.options import (
     CheckpointArgument,
     DirectoryArgument,
+    PageOption,
     ReadableArgument,
     VariantOption,
     WeightsOption,
@@ -17,6 +18,7 @@ from swsurgery.cli.options import (
     refuse_replacing,
 )
 from swsurgery.cli.output import Output, print_text
+from swsurgery.cli.pages import refuse_page, write_page
 from swsurgery.errors import escape_control, pluralise, report_done
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ def verify(
     strict: StrictOption = False,
     format: FormatOption = "text",
     file: ReportFile = None,
+    page: PageOption = None,
 ) -> None:
     """Prove that a patched checkpoint is its base with exactly the declared scalars changed. Exit 1 if it is not."""
     from swsurgery.hub import parse_location
@@ -89,6 +92,7 @@ def verify(
 
     inputs = [parse_location(each) for each in (checkpoint, base) if each is not None]
     refuse_replacing(file, [*inputs, manifest, protected, signature, public_key])
+    refuse_page(page, checkpoint, base, manifest, protected, signature, public_key, file)
     verification = verify.verify(
         checkpoint,
         manifest=manifest,
@@ -110,6 +114,8 @@ def verify(
         reporter=out.make_reporter(),
     )
     _write_findings(out, verification, format, file)
+    write_page(out, page, "verify", checkpoint, verification.to_json() | {"checked": verification.checked.splitlines()})
+    _exit(verification)
 
 
 @command
@@ -128,6 +134,7 @@ def preflight(
     refuse_replacing(file, [parse_location(checkpoint)])
     report = preflight.preflight(checkpoint, weights=weights, variant=variant, reporter=out.make_reporter())
     _write_findings(out, report, format, file)
+    _exit(report)
 
 
 @command
@@ -144,11 +151,13 @@ def lint(
     from swsurgery.verifying import lint
 
     refuse_replacing(file, manifests)
-    _write_findings(out, lint.lint(manifests, strict=strict, reporter=out.make_reporter()), format, file)
+    report = lint.lint(manifests, strict=strict, reporter=out.make_reporter())
+    _write_findings(out, report, format, file)
+    _exit(report)
 
 
 def _write_findings(out: Output, report: FindingReport, form: Format, file: Path | None) -> None:
-    """Print the findings, or write them to `file`. Raises typer.Exit if the exit code of the report is not 0."""
+    """Print the findings, or write them to `file`."""
     from swsurgery.storage import filesystem
     from swsurgery.verifying import formats
 
@@ -159,6 +168,10 @@ def _write_findings(out: Output, report: FindingReport, form: Format, file: Path
     else:
         filesystem.write_report(file, text.encode())
         out.note(f"{pluralise(report.errors, 'finding')} in {file}")
+
+
+def _exit(report: FindingReport) -> None:
+    """Raise typer.Exit if the exit code of the report is not 0."""
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 

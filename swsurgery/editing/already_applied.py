@@ -75,7 +75,7 @@ def report_applied(
         AppliedFile(n, r.size, r.base_sha256, r.sha256, "place", r.unverified) for n, r in record.files.items()
     )
     note = "the manifest was already applied; nothing was written"
-    return Applied(folder.path, Copied(done), record, (note,), written=False)
+    return Applied(folder.path, Copied(done), record, (note,), written=False, scalars=checkpoint.scalars)
 
 
 def _find_differences(

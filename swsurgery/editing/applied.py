@@ -22,7 +22,8 @@ class Applied(TableResult):
     """The result of `apply`: the patched checkpoint in the directory `output`.
 
     `copied` lists its files, and `record` is the content of its swsurgery.json. `written` is False if an earlier edit
-    in place had already applied the manifest, so that nothing was written.
+    in place had already applied the manifest, so that nothing was written. `scalars` is the number of scalars that all
+    tensors of the checkpoint store.
     """
 
     output: Path
@@ -30,6 +31,7 @@ class Applied(TableResult):
     record: Record
     notes: tuple[str, ...] = ()
     written: bool = True
+    scalars: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Build the JSON document that `apply --json` prints."""
@@ -45,6 +47,7 @@ class Applied(TableResult):
         regions: dict[str, Any] = {name: document[name] for name in later if name in document}
         return {
             "output": str(self.output),
+            "scalars": self.scalars,
             "splices": edits,
             "protected": protected,
             "omitted": document["omitted"],

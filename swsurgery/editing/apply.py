@@ -154,7 +154,7 @@ def apply(
             result = run_check(plan, stage, check, reporter, reporter.say)
             record = complete_record(draft, copied, result)
             write_own_files(stage, Patched(record, record.render(), plan.loaded.raw), job.own_mode)
-    return Applied(target, copied, record, plan.notes)
+    return Applied(target, copied, record, plan.notes, scalars=plan.checkpoint.scalars)
 
 
 def _download_touched(job: CopyJob, base: Checkpoint) -> CopyJob:

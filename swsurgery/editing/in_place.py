@@ -113,7 +113,7 @@ def apply_in_place(
                 own[undo_name] = undo_raw
             own |= Patched(record, record.render(), plan.loaded.raw).render_own_files()
             _refuse_changed(checkpoint, touched)
-    return Applied(folder.path, copied, record, plan.notes)
+    return Applied(folder.path, copied, record, plan.notes, scalars=plan.checkpoint.scalars)
 
 
 def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:

@@ -88,6 +88,7 @@ class Plan(TableResult):
         """Build the JSON document that `apply --dry-run --json` prints."""
         document: dict[str, Any] = {
             "output": None,
+            "scalars": self.checkpoint.scalars,
             "splices": [s.to_json() for s in self.splices],
             "protected": [p.to_json() for p in self.protected],
             "omitted": list(self.omitted),

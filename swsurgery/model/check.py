@@ -120,10 +120,13 @@ def run_checks(
                 tops = [measure.list_top_tokens(tokenizer, outcomes.logits[at]) for at in range(len(pair))]
                 continuations.append(Continuations(prompts[number], tops[0], tops[-1]))
         last = len(pair) - 1
+        interval = totals.compute_ratio_interval(last)
         return CheckReport(
             base=totals.summarise_side(0),
             patched=totals.summarise_side(last),
             perplexity_ratio=totals.compute_perplexity_ratio(last),
+            ratio_low=interval.low,
+            ratio_high=interval.high,
             kl=totals.compute_mean_kl(last),
             prompts=tuple(continuations),
             windows=len(pieces),

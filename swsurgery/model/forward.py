@@ -258,7 +258,7 @@ class LayeredModel:
                     with torch.no_grad(), swapped, self.places.swap(variants[index].scalars, None):
                         return self._head(ids, state[index : index + 1])
 
-                found = tuple(peaks.of(number, index) for index in range(len(variants)))
+                found = tuple(peaks.list_by_layer(number, index) for index in range(len(variants)))
                 yield Outcomes(number, Logits(len(variants), logits), found)
                 progress.advance(0 if self.weights else 1)
 
@@ -400,7 +400,7 @@ class LayeredModel:
         for number, ids in enumerate(sequences):
             progress.relabel(f"sequence {number + 1}/{len(sequences)}")
             logits: list[Tensor] = []
-            found: list[Peak | None] = []
+            found: list[tuple[Peak, ...]] = []
             for index, variant in enumerate(variants):
                 if index and variant.is_stored and variants[0].is_stored:
                     logits.append(logits[0])
@@ -410,7 +410,7 @@ class LayeredModel:
                 observed = self._observe(number, index, watch, peaks, variant.rounding)
                 with others.swap_all(index), self.places.swap(variant.scalars), observed:
                     logits.append(self._logits(ids))
-                found.append(peaks.of(number, 0))
+                found.append(peaks.list_by_layer(number, 0))
             yield Outcomes(number, Logits(len(logits), logits.__getitem__), tuple(found))
             progress.advance(1)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from swsurgery.errors import ModelError
-from swsurgery.model.outcomes import Outcomes, Peak
+from swsurgery.model.intervals import Interval, compute_mean_interval
+from swsurgery.model.outcomes import Outcomes, Peak, compute_magnitude
 from swsurgery.model.report import Side, SuperActivation
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.model.tokenizer import Tokenizer
@@ -110,6 +111,8 @@ class Totals:
         self.stop_mass = [0.0] * variants
         self.finite = [True] * variants
         self.peaks: list[SuperActivation | None] = [None] * variants
+        self.by_layer: list[dict[int, float]] = [{} for _ in range(variants)]
+        """The hidden state of largest magnitude after each layer, by variant and number of the layer."""
         self.window_kl: list[list[float]] = [[] for _ in range(variants)]
         """The mean KL(base || variant) of the scored tokens of each variant and window, in nats per token."""
         self.token_nll: list[list[Tensor]] = [[] for _ in range(variants)]
@@ -135,6 +138,9 @@ class Totals:
             self.token_nll[number].append(torch.cat(nll))
             self.window_kl[number].append((self.kl[number] - before) / len(targets))
             self.peaks[number] = _choose_larger(self.peaks[number], peak, self.windows)
+            for one in outcomes.by_layer[number]:
+                largest = self.by_layer[number].setdefault(one.layer, one.value)
+                self.by_layer[number][one.layer] = max(largest, one.value, key=compute_magnitude)
         self.scored += len(targets)
         self.windows += 1
 
@@ -171,6 +177,20 @@ class Totals:
         """
         return compute_exp((self.compute_nll(number) - self.compute_nll(0)) / self.scored)
 
+    def compute_ratio_interval(self, number: int = 1) -> Interval:
+        """Return the perplexity of a variant divided by that of the base, with the 95% interval of this ratio."""
+        pairs = list(zip(self.token_nll[number], self.token_nll[0], strict=True))
+        rises = [float((mine.nan_to_num(nan=math.inf) - base).mean()) for mine, base in pairs]
+        mean, low, high = compute_mean_interval(rises, [len(base) for _, base in pairs])
+        ends = (None if end is None else compute_exp(end) for end in (low, high))
+        return Interval(compute_exp(mean), *ends)
+
+    def compute_kl_interval(self, number: int = 1) -> Interval:
+        """Return the mean KL(base || variant) per scored token in nats, with its 95% interval."""
+        values = [math.inf if math.isnan(value) else value for value in self.window_kl[number]]
+        mean, low, high = compute_mean_interval(values, [len(window) for window in self.token_nll[0]])
+        return Interval(mean, None if low is None else max(low, 0.0), high)
+
     def summarise_side(self, number: int) -> Side:
         """Return the perplexity, stop-word mass, finiteness and largest hidden state of one variant."""
         return Side(
@@ -178,6 +198,7 @@ class Totals:
             stopword_mass=self.stop_mass[number] / self.scored,
             finite=self.finite[number],
             super_activation=self.peaks[number],
+            largest_by_layer=tuple(value for _, value in sorted(self.by_layer[number].items())),
         )
 
 
@@ -210,10 +231,7 @@ def _choose_larger(best: SuperActivation | None, peak: Peak | None, window: int)
     A non-finite value counts as the largest. `window` is the number of the window that contains `peak`.
     """
 
-    def magnitude(value: float) -> float:
-        return abs(value) if math.isfinite(value) else math.inf
-
-    if peak is None or (best is not None and magnitude(peak.value) <= magnitude(best.value)):
+    if peak is None or (best is not None and compute_magnitude(peak.value) <= compute_magnitude(best.value)):
         return best
     return SuperActivation(peak.layer, peak.token, peak.channel, peak.value, window)
 

@@ -5,6 +5,7 @@ This module runs no model.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,13 +51,25 @@ class Logits:
 class Outcomes(NamedTuple):
     """The results of all variants for the sequence with number `sequence`.
 
-    `peaks` contains the largest hidden state of each variant, or None for each variant if the model has no list of
-    decoder layers.
+    `by_layer` contains, for each variant, the hidden state of largest magnitude after each decoder layer, in the order
+    of the layers. It is empty for each variant if the model has no list of decoder layers.
     """
 
     sequence: int
     logits: Logits
-    peaks: tuple[Peak | None, ...]
+    by_layer: tuple[tuple[Peak, ...], ...]
+
+    @property
+    def peaks(self) -> tuple[Peak | None, ...]:
+        """The hidden state of largest magnitude of each variant after any layer; None without a list of layers."""
+        return tuple(
+            max(peaks, key=lambda peak: compute_magnitude(peak.value), default=None) for peaks in self.by_layer
+        )
+
+
+def compute_magnitude(value: float) -> float:
+    """Return the magnitude of a hidden state for comparisons. A value that is not finite counts as the largest."""
+    return abs(value) if math.isfinite(value) else math.inf
 
 
 @dataclass
@@ -81,15 +94,15 @@ def join_outcomes(parts: Sequence[Outcomes], order: Sequence[int]) -> Outcomes:
         part, at = sorted_places[index]
         return part.logits[at]
 
-    peaks = tuple(part.peaks[at] for part, at in sorted_places)
-    return Outcomes(parts[0].sequence, Logits(len(places), compute), peaks)
+    by_layer = tuple(part.by_layer[at] for part, at in sorted_places)
+    return Outcomes(parts[0].sequence, Logits(len(places), compute), by_layer)
 
 
 class Peaks:
     """Collects the largest absolute hidden state of each sequence and variant after each decoder layer."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, list[tuple[int, int, Tensor, Tensor]]] = defaultdict(list)
+        self._seen: dict[int, list[tuple[int, int, list[int], list[float]]]] = defaultdict(list)
 
     def look(self, layer: int, group: Group) -> None:
         flat = group.state.flatten(2)  # (sequences, variants, tokens * channels)
@@ -98,14 +111,17 @@ class Peaks:
             where[at] = rows.abs().nan_to_num(nan=torch.inf).argmax(dim=1)
         values = flat.gather(2, where[..., None])[..., 0]
         for at, sequence in enumerate(group.sequences):
-            self._seen[sequence].append((layer, group.state.shape[-1], where[at], values[at]))
+            self._seen[sequence].append((layer, group.state.shape[-1], where[at].tolist(), values[at].tolist()))
 
-    def of(self, sequence: int, variant: int) -> Peak | None:
-        best, largest = None, -1.0
+    def list_by_layer(self, sequence: int, variant: int) -> tuple[Peak, ...]:
+        """Return the largest hidden state of a variant in a sequence after each layer, in the order of the layers.
+
+        If the model runs a layer several times, the entry of the layer is the largest of all runs.
+        """
+        found: dict[int, Peak] = {}
         for layer, channels, where, values in self._seen[sequence]:
             at = min(variant, len(values) - 1)
-            value = float(values[at])
-            magnitude = torch.inf if value != value else abs(value)  # NaN counts as the largest
-            if magnitude > largest:
-                best, largest = Peak(layer, *divmod(int(where[at]), channels), value), magnitude
-        return best
+            peak = Peak(layer, *divmod(where[at], channels), values[at])
+            if layer not in found or compute_magnitude(peak.value) > compute_magnitude(found[layer].value):
+                found[layer] = peak
+        return tuple(found[layer] for layer in sorted(found))

@@ -45,13 +45,15 @@ class Side:
     """The figures of one model, base or patched.
 
     `stopword_mass` is the mean probability of all stop words together. `finite` is True if every logit of the text and
-    the prompts was finite. `super_activation` is None if the model has no list of decoder layers.
+    the prompts was finite. `super_activation` is None if the model has no list of decoder layers. `largest_by_layer`
+    contains the hidden state of largest magnitude after each layer, with its sign, over the whole text.
     """
 
     perplexity: float
     stopword_mass: float
     finite: bool
     super_activation: SuperActivation | None
+    largest_by_layer: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,12 @@ class RoundedSide:
 class CheckReport(Result):
     """The figures of the forward check, how they were measured, and the verdict.
 
-    `kl` is the mean KL(base || patched) per scored token in nats. The text had `windows` windows of at most
-    `window_tokens` tokens, in which `scored_tokens` predictions were scored. If there was no base to compare with,
-    `compared` is False and `base` equals `patched`. `method` is "layer by layer" (both models side by side), "streamed"
-    (side by side with two layers at a time in memory) or "whole passes" (one model after the other). The report
-    contains no date and no duration, so the same inputs give the same report.
+    `kl` is the mean KL(base || patched) per scored token in nats. `ratio_low` and `ratio_high` are the ends of the
+    95% interval of `perplexity_ratio`, or None if the text has fewer than eight windows. The text had `windows`
+    windows of at most `window_tokens` tokens, in which `scored_tokens` predictions were scored. If there was no
+    base to compare with, `compared` is False and `base` equals `patched`. `method` is "layer by layer" (both models
+    side by side), "streamed" (side by side with two layers at a time in memory) or "whole passes" (one model after
+    the other). The report contains no date and no duration, so the same inputs give the same report.
     """
 
     base: Side
@@ -111,6 +114,8 @@ class CheckReport(Result):
     bounds: CheckedBounds = field(default_factory=CheckedBounds)
     compared: bool = True
     rounded: tuple[RoundedSide, ...] = ()
+    ratio_low: float | None = None
+    ratio_high: float | None = None
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -167,6 +172,8 @@ class CheckReport(Result):
             "base": _encode_side(self.base),
             "patched": _encode_side(self.patched),
             "perplexity_ratio": _encode_number(self.perplexity_ratio),
+            "ratio_low": _encode_number(self.ratio_low),
+            "ratio_high": _encode_number(self.ratio_high),
             "kl": _encode_number(self.kl),
             "stopword_mass": {
                 "base": _encode_number(self.base.stopword_mass),
@@ -196,14 +203,15 @@ class CheckReport(Result):
                 for side in self.rounded
             ]
         if not self.compared:
-            document |= {"compared": False, "base": None, "perplexity_ratio": None, "kl": None}
+            names = ("base", "perplexity_ratio", "ratio_low", "ratio_high", "kl")
+            document |= {"compared": False, **dict.fromkeys(names)}
             document["stopword_mass"] = {"base": None, "patched": _encode_number(self.patched.stopword_mass)}
             document["prompts"] = [{**prompt, "base": []} for prompt in prompts]
         return document
 
 
-def _encode_number(value: float) -> float | None:
-    return round_number(value) if math.isfinite(value) else None
+def _encode_number(value: float | None) -> float | None:
+    return round_number(value) if value is not None and math.isfinite(value) else None
 
 
 def _encode_side(side: Side) -> dict[str, Any]:
@@ -219,6 +227,7 @@ def _encode_side(side: Side) -> dict[str, Any]:
             "value": _encode_number(peak.value),
             "window": peak.window,
         },
+        "largest_by_layer": [_encode_number(value) for value in side.largest_by_layer],
     }
 
 

@@ -91,9 +91,9 @@ def scan_activations(
     """
     prompts = SCAN_PROMPTS if prompts is None else tuple(prompts)
     with load.hide_output():
-        model, sequences = open_with_prompts(checkpoint, prompts, device, placement, say)
+        model, sequences, has_bos = open_with_prompts(checkpoint, prompts, device, placement, say)
         found = scan_sequences(model, sequences, max_rounds=max_rounds, progress=progress, say=say)
-    return replace(found, prompts=tuple(prompts))
+    return replace(found, prompts=tuple(prompts), settings={**found.settings, "bos": has_bos})
 
 
 def open_with_prompts(
@@ -102,14 +102,17 @@ def open_with_prompts(
     device: str,
     placement: Placement,
     say: Callable[[str], None],
-) -> tuple[LayeredModel, list[list[int]]]:
-    """Load the model and the token ids of `prompts`, as `scan_activations` describes."""
+) -> tuple[LayeredModel, list[list[int]], bool]:
+    """Load the model and the token ids of `prompts`, as `scan_activations` describes.
+
+    The last element is True if the prompts begin with BOS.
+    """
     tokenizer = load.load_tokenizer(checkpoint.directory)
     model = load.open_model(checkpoint, device=device, placement=placement, say=say)
     bos, longest = measure.get_bos_prefix(tokenizer), load.get_context_length(model.model)
     sequences = [[*bos, *measure.encode(tokenizer, prompt)][:longest] for prompt in prompts]
     measure.refuse_unknown_tokens(model.model, sequences)
-    return model, sequences
+    return model, sequences, bool(bos)
 
 
 def scan_sequences(

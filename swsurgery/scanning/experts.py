@@ -85,9 +85,9 @@ def scan_experts(
     refuse_unscannable(checkpoint)
     prompts = SCAN_PROMPTS if prompts is None else tuple(prompts)
     with load.hide_output():
-        model, sequences = open_with_prompts(checkpoint, prompts, device, placement, say)
+        model, sequences, has_bos = open_with_prompts(checkpoint, prompts, device, placement, say)
         found = scan_expert_sequences(model, sequences, progress=progress)
-    return replace(found, prompts=tuple(prompts))
+    return replace(found, prompts=tuple(prompts), settings={**found.settings, "bos": has_bos})
 
 
 def scan_expert_sequences(

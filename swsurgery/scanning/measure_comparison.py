@@ -16,7 +16,6 @@ from swsurgery.editing.overlay import overlay_checkpoint
 from swsurgery.editing.plan import Plan
 from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import read_built_in_text
-from swsurgery.model.intervals import Interval, compute_mean_interval
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
@@ -138,7 +137,7 @@ def _view_bits(values: Tensor) -> Tensor:
 
 def _make_model(totals: measure.Totals, number: int, edit: _Edit, rounding: Rounding | None) -> ComparedModel:
     side = totals.summarise_side(number)
-    ratio, kl = _compute_intervals(totals, number)
+    ratio, kl = totals.compute_ratio_interval(number), totals.compute_kl_interval(number)
     return ComparedModel(
         manifest=None if edit.name is None else str(edit.name),
         activations=describe_rounding(rounding),
@@ -148,20 +147,11 @@ def _make_model(totals: measure.Totals, number: int, edit: _Edit, rounding: Roun
         relative_norm=edit.relative,
         perplexity=side.perplexity,
         ratio=totals.compute_perplexity_ratio(number),
-        ratio_low=None if ratio.low is None else measure.compute_exp(ratio.low),
-        ratio_high=None if ratio.high is None else measure.compute_exp(ratio.high),
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
         kl=totals.compute_mean_kl(number),
-        kl_low=None if kl.low is None else max(kl.low, 0.0),
+        kl_low=kl.low,
         kl_high=kl.high,
         stopword_mass=side.stopword_mass,
         finite=side.finite,
     )
-
-
-def _compute_intervals(totals: measure.Totals, number: int) -> tuple[Interval, Interval]:
-    """Return the intervals of the rise of the logarithm of the perplexity, and of KL, in nats per token."""
-    pairs = list(zip(totals.token_nll[number], totals.token_nll[0], strict=True))
-    rises = [float((mine.nan_to_num(nan=math.inf) - base).mean()) for mine, base in pairs]
-    weights = [len(base) for _, base in pairs]
-    kl = [math.inf if math.isnan(value) else value for value in totals.window_kl[number]]
-    return compute_mean_interval(rises, weights), compute_mean_interval(kl, weights)

@@ -23,6 +23,7 @@ from swsurgery.checkpoint.region_summary import (
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.sharing.markdown import MAX_CARD_ROWS, escape, fence, render_code, render_table
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.names import FIGURE_NAME
 from swsurgery.storage.numbers import NO_COMMAS, format_number
 from swsurgery.verifying.findings import Finding
 
@@ -58,6 +59,9 @@ PATCH_TAGS = (*OWN_TAGS, "patch")
 MAX_QUOTED_MANIFEST, MAX_CARD = 64 << 10, 200 << 10
 """Limits of a card: bytes of the manifest that it quotes, and characters of the base's card that it quotes. What the
 card omits is in the files themselves."""
+
+FIGURE = f"![Perplexity of base and patched model, and the largest hidden state after each layer]({FIGURE_NAME})"
+"""The line of Markdown that shows the figure of the check."""
 
 _LINE = re.compile(r"(?=.*\S)[^<>]{1,200}")
 """Pattern for free text in the front matter, such as a licence's name. It excludes < and >, because a Markdown reader
@@ -140,11 +144,13 @@ def render_body(
     base_card: str | None = None,
     accepted: Sequence[Finding] = (),
     short: Mapping[Coordinate, ShortForm] | None = None,
+    has_figure: bool = False,
 ) -> str:
     """Render the Markdown text of a checkpoint's card.
 
     `base_card` is the base's card without its front matter. `accepted` are the findings that the publisher accepted.
-    `short` maps each coordinate that has a short form to this form.
+    `short` maps each coordinate that has a short form to this form. `has_figure` is True if the repository contains the
+    figure of the check.
     """
     name = _get_base_name(record)
     parts = [
@@ -158,6 +164,7 @@ def render_body(
         *_render_known(record),
         "## The check",
         _check(record.check),
+        *([FIGURE] if has_figure else []),
         *_render_accepted(accepted),
         "## Verify",
         "On the Hub, or in a local copy:",
@@ -181,17 +188,19 @@ def render_patch_body(
     accepted: Sequence[Finding] = (),
     short: Mapping[Coordinate, ShortForm] | None = None,
     changed: int | None = None,
+    has_figure: bool = False,
 ) -> str:
     """Render the Markdown text of the card of a patch, the file `patch_name` of `size` bytes.
 
-    `record` contains all edits since the first base, and lists no files. `accepted` and `short`: see `render_body`.
+    `record` contains all edits since the first base, and lists no files. `accepted`, `short` and
+    `has_figure`: see `render_body`.
     `changed` is the number of scalars in the patch, by default that of the record.
     """
     place = _get_base_uri(record)
     base = place or "BASE"
     steps = len(record.history) + 1
     number = count_changed(record) if changed is None else changed
-    check = [_check(record.check)]
+    check = [_check(record.check), *([FIGURE] if has_figure else [])]
     if steps > 1:
         check.insert(
             0, f"The edits were made in {steps} steps. The check of the last step compares it with the step before:"

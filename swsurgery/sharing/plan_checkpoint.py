@@ -26,11 +26,12 @@ from swsurgery.hub.commit import Branch, find_branch, open_pull_requests, open_v
 from swsurgery.hub.remote import RemoteFile, RemoteTree, open_tree
 from swsurgery.progress import Progress
 from swsurgery.sharing import card
+from swsurgery.sharing.page import draw_record
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import BaseFile, File, read_at_most, read_exactly
 from swsurgery.storage.hashing import hash_file
-from swsurgery.storage.names import CARD_NAME, OWN_FILES, SIGNATURE_NAME, is_undo_name
+from swsurgery.storage.names import CARD_NAME, FIGURE_NAME, OWN_FILES, SIGNATURE_NAME, is_undo_name
 from swsurgery.verifying.findings import Finding
 
 SMALL_FILE = 16 << 20
@@ -76,10 +77,18 @@ def make_publication(
         text = read_base_card(planner, record, base)
         base_fields, base_text = read_card(text, card.FIELDS)
         notes += list_card_notes(card.list_omitted_fields(base_fields))
+        figure = draw_record(published)
         body = card.render_body(
-            published, wish.repo_id, patched.manifest_raw, base_text, findings, find_short_forms(checkpoint, record)
+            published,
+            wish.repo_id,
+            patched.manifest_raw,
+            base_text,
+            findings,
+            find_short_forms(checkpoint, record),
+            figure is not None,
         )
         own = records.render_own_files() | {CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
+        own |= {FIGURE_NAME: figure} if figure else {}
         items += [planner.plan_own(name, data) for name, data in own.items()]
     message = wish.message or summarise_edits(record)
     plan = assemble(root, wish, published, items, left_out, notes, findings, base, target, message)
@@ -176,6 +185,7 @@ def _list_left_out(checkpoint: Checkpoint, record: Record) -> dict[str, str]:
     for name, why in (
         (SIGNATURE_NAME, "signs the local directory, whose card and record are not the published ones"),
         (CARD_NAME, "is replaced by the new card, which quotes it"),
+        (FIGURE_NAME, "shows the edit of the base"),
     ):
         if name in names:
             left[name] = why
@@ -348,6 +358,7 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
         try:
             patched = find_record(head)
             earlier = {*patched.record.files, *patched.record.own_names[len(OWN_FILES) :]} if patched else ()
+            earlier = {*earlier, FIGURE_NAME}
         except CheckpointError:
             notes.append(
                 f"{RECORD_NAME} in the repository cannot be read, so files of an earlier publication are not removed"

@@ -1,9 +1,10 @@
 """Plan the publication of edits without weights, in a repository that contains only a patch.
 
-    patch.safetensors   the sparse format, which `apply` reads
-    manifest.yaml       the same edits as text
-    SHA256SUMS          the digests of these two files
-    README.md           the card: the edits, their base, and how to apply them
+    patch.safetensors      the sparse format, which `apply` reads
+    manifest.yaml          the same edits as text
+    SHA256SUMS             the digests of these two files
+    README.md              the card: the edits, their base, and how to apply them
+    swsurgery-figure.svg   the figure in the card, if the check ran the model
 
 The record is not published, because it describes files that are not in the repository. `apply` writes a new record.
 """
@@ -26,6 +27,7 @@ from swsurgery.manifest.patch import Patch
 from swsurgery.progress import Progress
 from swsurgery.sharing import card, edit_source
 from swsurgery.sharing.edit_source import group_regions, is_inside
+from swsurgery.sharing.page import draw_record
 from swsurgery.sharing.plan_checkpoint import (
     FilePlanner,
     assemble,
@@ -38,7 +40,7 @@ from swsurgery.sharing.plan_checkpoint import (
 )
 from swsurgery.sharing.publication import Publication, Wish
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.names import CARD_NAME, OWN_FILES
+from swsurgery.storage.names import CARD_NAME, FIGURE_NAME, OWN_FILES
 from swsurgery.verifying.findings import Finding
 
 PATCH_NAME = "patch.safetensors"
@@ -74,6 +76,7 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     planner = FilePlanner(checkpoint, patched.record, base, target, {f.file for f in findings}, False, progress)
     base_fields, _ = read_card(read_base_card(planner, patched.record, base), card.FIELDS)
     notes += list_card_notes(card.list_omitted_fields(base_fields, card.LICENCE))
+    figure = draw_record(record)
     body = card.render_patch_body(
         record,
         wish.repo_id,
@@ -83,10 +86,12 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
         findings,
         find_short_forms(checkpoint, record),
         len(source.patch.scalars),
+        figure is not None,
     )
     made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
     made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
     made[CARD_NAME] = render_card(card.make_patch_fields(record, base_fields), body)
+    made |= {FIGURE_NAME: figure} if figure else {}
     items = [planner.plan_own(name, data) for name, data in made.items()]
     message = wish.message or f"a patch: {summarise_edits(record, len(source.patch.scalars))}"
     return assemble(root, wish, record, items, {}, notes, findings, base, target, message)

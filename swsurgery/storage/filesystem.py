@@ -267,6 +267,19 @@ def replace_file(path: Path | Entry, data: bytes, temporary: Path | Entry | None
         raise
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raise TargetError if a report cannot be written to `path`: a directory has this name, or its folder is missing.
+
+    A command calls this function before it runs a model, so that no measurement is lost.
+    """
+    if path.is_dir():
+        raise TargetError("this is a directory", path, "give the name of a file")
+    if not path.parent.is_dir():
+        raise TargetError("no such directory", path.parent, "create the directory first")
+    if not os.access(path.parent, os.W_OK):
+        raise TargetError("cannot write", path, "choose a place where you may write")
+
+
 def write_report(path: Path, data: bytes) -> None:
     """Write a report to the path that the user named. Raises TargetError.
 

@@ -54,5 +54,9 @@ CARD_NAME = "README.md"
 """File name of the model card. The card of a published checkpoint quotes the record, so the record cannot list it.
 A card that a record does list is the card of the base, and must have the listed digest."""
 
+FIGURE_NAME = "swsurgery-figure.svg"
+"""File name of the figure that the card of a published checkpoint shows. Like the card, it is drawn from the record, so
+the record cannot list it. A figure that a record does list is that of the base, and must have the listed digest."""
+
 GIT_NAME = ".gitattributes"
 """Git settings of a repository. The Hub adds this file if the base has none; reading weights does not depend on it."""

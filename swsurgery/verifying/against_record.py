@@ -20,7 +20,7 @@ from swsurgery.progress import Progress
 from swsurgery.storage import dtypes
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.files import BaseFile
-from swsurgery.storage.names import CARD_NAME, GIT_NAME, SIGNATURE_NAME
+from swsurgery.storage.names import CARD_NAME, FIGURE_NAME, GIT_NAME, SIGNATURE_NAME
 from swsurgery.storage.result import Result
 from swsurgery.storage.strict_json import read_small
 from swsurgery.verifying.file_digests import Explanation, check_digests
@@ -254,7 +254,7 @@ def _check_file_list(record: Record, names: dict[str, BaseFile]) -> list[Finding
         for name in record.files
         if name not in names and name not in record.elsewhere
     ]
-    listed = {*record.files, *record.own_names, SIGNATURE_NAME, CARD_NAME, GIT_NAME}
+    listed = {*record.files, *record.own_names, SIGNATURE_NAME, CARD_NAME, FIGURE_NAME, GIT_NAME}
     extra = [
         Finding("file-undeclared", "this file exists, but the record does not list it", name)
         for name in names

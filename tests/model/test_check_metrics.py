@@ -207,7 +207,7 @@ def test_a_perplexity_too_large_for_a_float_is_infinite_and_the_ratio_is_not() -
     totals = measure.Totals([])
     for heights in ((1500.0, 1501.0), (1500.0, 1500.0)):  # the wrong token is surer by so many nats
         logits = tuple(torch.tensor([[0.0, height], [0.0, 0.0]]) for height in heights)
-        totals.add_window([0, 0], Outcomes(0, logits, (None, None)))
+        totals.add_window([0, 0], Outcomes(0, logits, ((), ())))
     assert [totals.summarise_side(number).perplexity for number in (0, 1)] == [math.inf, math.inf]
     assert totals.compute_perplexity_ratio() == pytest.approx(math.exp(0.5))
 

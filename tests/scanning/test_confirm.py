@@ -397,7 +397,7 @@ class Told:
                 side = torch.full((len(ids), 32), -torch.inf)
                 side[:, 0], side[:, 1] = 0.0, other
                 logits.append(side.clamp(min=-1e4))
-            yield Outcomes(number, tuple(logits), (None,) * len(variants))
+            yield Outcomes(number, tuple(logits), ((),) * len(variants))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
+import xml.etree.ElementTree as xml
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,9 @@ from swsurgery.checkpoint.record import Record
 from swsurgery.checkpoint.record_entries import BaseRecord, EditRecord, FileRecord, ScalarRecord
 from swsurgery.hub import cards
 from swsurgery.sharing import card, markdown
+from swsurgery.sharing.page import draw_record
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.names import FIGURE_NAME
 from swsurgery.verifying.findings import Finding
 
 COMMIT = "ab" * 20
@@ -344,3 +347,22 @@ def test_a_commits_description_is_lines():
     text = card.describe(record(edits=[edit] * 30), [Finding("digest", "a\nb", "c")])
     assert len(text.splitlines()) == 20 + 1 + 1 + 1
     assert "accepted: digest: c: a\\nb" in text and "and 10 more" in text
+
+
+def test_the_figure_of_the_check_is_in_the_card_and_loads_nothing():
+    made = record(check=FORWARD)
+    drawn = draw_record(made)
+    assert drawn is not None and drawn == draw_record(made)
+    figure = xml.fromstring(drawn)
+    texts = ["".join(e.itertext()) for e in figure.iter("{http://www.w3.org/2000/svg}text")]
+    assert any(text.startswith("Perplexity: x") for text in texts) and {"base", "patched"} <= set(texts)
+    assert not re.search(rb"url\(|@import|<script|href|\bon\w+=", drawn)
+    line = f"]({FIGURE_NAME})"
+    assert line in card.render_body(made, "org/name", b"", has_figure=True)
+    assert line not in card.render_body(made, "org/name", b"")
+    assert line in patch_card(made, has_figure=True) and line not in patch_card(made)
+
+
+@pytest.mark.parametrize("check", [{"kind": "off"}, {"kind": "weights", "reason": "x"}, {"kind": "forward"}, {}])
+def test_a_card_without_a_forward_check_has_no_figure(check):
+    assert draw_record(record().model_copy(update={"check": check})) is None

@@ -8,14 +8,13 @@ colour vision can distinguish. Shapes and words repeat what the colours mean.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from swsurgery.errors import TargetError, escape_control
-from swsurgery.storage.filesystem import write_report
+from swsurgery.storage.filesystem import refuse_unwritable, write_report
 from swsurgery.storage.numbers import format_number
 
 if TYPE_CHECKING:
@@ -92,12 +91,7 @@ def check_figure_path(path: Path) -> None:
     """
     if path.suffix.lower() not in FIGURE_FORMATS:
         raise TargetError("unknown figure format", path, "end the name in .png, .svg or .pdf")
-    if path.is_dir():
-        raise TargetError("this is a directory", path, "give the name of a file")
-    if not path.parent.is_dir():
-        raise TargetError("no such directory", path.parent, "create the directory first")
-    if not os.access(path.parent, os.W_OK):
-        raise TargetError("cannot write", path, "choose a place where you may write")
+    refuse_unwritable(path)
     try:
         import matplotlib.figure  # noqa: F401  to find a broken installation too
     except ImportError as error:

@@ -1,0 +1,128 @@
+"""Render the causal test of a scan: the effects of zeroing candidates alone, together, and of random parts."""
+
+from __future__ import annotations
+
+from swsurgery.errors import pluralise
+from swsurgery.sharing.page.markup import Markup, make_facts, make_section, make_tag
+from swsurgery.sharing.page.parts import MARKS_BY_VERDICT, show_figure, show_figures, show_measured
+from swsurgery.sharing.page.svg import NULL_MARK, OTHER_MARK, DotRow, Line, Point, draw_dots, draw_lines
+from swsurgery.sharing.page.values import (
+    Document,
+    read_integer,
+    read_map,
+    read_maps,
+    read_number,
+    read_numbers,
+    read_text,
+    show_number,
+)
+
+AXIS = "perplexity ratio: without / with"
+"""Title of the axis of the effects."""
+
+
+def show_effects(document: Document) -> list[Markup]:
+    """Render the effects, if a causal test was made."""
+    test = read_map(document, "confirmation") or read_map(document, "expert_confirmation")
+    if not test:
+        return []
+    alone = _list_alone(document)
+    joint = _list_joint(document, test)
+    null = _list_null(test)
+    figures = [
+        show_figure(f"{caption}, with 95% intervals.", draw_dots(caption, dots, AXIS))
+        for caption, dots in (("Zeroed alone", alone), ("Zeroed together", joint))
+        if dots
+    ]
+    if null:
+        words = "Zeroed for comparison: each circle is one part of the model."
+        figures.append(show_figure(words, draw_dots(words, null, AXIS)))
+    base = show_number(test.get("base_perplexity"))
+    facts = make_facts([("perplexity as stored", base)])
+    return [
+        make_section("Effects", show_figures(figures), facts, show_measured(test, test)),
+        make_section("Dose", *_show_dose(test)),
+    ]
+
+
+def _list_alone(document: Document) -> list[DotRow]:
+    dots = []
+    for one in [*read_maps(document, "candidates"), *read_maps(document, "experts")]:
+        verdict = read_text(one, "verdict")
+        if verdict:
+            label = f"{format_short_name(one)}: {verdict}{', companion' if one.get('listed') is False else ''}"
+            dots.append(_make_dot(label, read_map(one, "alone"), verdict))
+    return dots
+
+
+def _list_joint(document: Document, test: Document) -> list[DotRow]:
+    dots = [_make_dot("all candidates", read_map(test, "together"), "critical jointly")]
+    for group in read_maps(document, "joint_sets") or read_maps(document, "expert_joint_sets"):
+        parts = [_name_in(document, part) for part in read_maps(group, "coordinates") or read_maps(group, "experts")]
+        dots.append(_make_dot(" + ".join(parts), read_map(group, "effect"), "critical jointly"))
+    for one in [*read_maps(document, "candidates"), *read_maps(document, "experts")]:
+        if without := read_map(one, "without"):
+            dots.append(_make_dot(f"all candidates but {format_short_name(one)}", without, "inert"))
+    return dots
+
+
+def _list_null(test: Document) -> list[DotRow]:
+    rows = []
+    if ratios := _read_ratios(test, "null_ratios"):
+        rows.append(
+            DotRow(f"{len(ratios)} random ones of similar size, each alone", None, mark=NULL_MARK, others=ratios)
+        )
+    if ratios := _read_ratios(test, "joint_null_ratios"):
+        rows.append(DotRow(f"{len(ratios)} random sets of as many", None, mark=NULL_MARK, others=ratios))
+    for column in read_maps(test, "column_nulls"):
+        place = f"layer {read_integer(column, 'layer')} column {read_integer(column, 'col')}"
+        for key, words in (("alone", "alone"), ("added", "beside all candidates")):
+            if ratios := _read_ratios(column, key):
+                label = f"{pluralise(len(ratios), 'large scalar')} of {place}, {words}"
+                rows.append(DotRow(label, None, mark=NULL_MARK, others=ratios))
+    return rows
+
+
+def _read_ratios(document: Document, key: str) -> list[float]:
+    return [value for value in read_numbers(document, key) if value is not None]
+
+
+def _make_dot(label: str, effect: Document, verdict: str) -> DotRow:
+    low, high = read_number(effect, "low"), read_number(effect, "high")
+    mark = MARKS_BY_VERDICT.get(verdict, OTHER_MARK)
+    return DotRow(label, read_number(effect, "ratio"), low, high, mark)
+
+
+def format_short_name(one: Document) -> str:
+    """Return the short name of a scalar or an expert, such as "L11 [507, 1229]" or "L1 expert 68"."""
+    expert = one.get("expert")
+    aside = "" if expert is None else f" expert {expert}"
+    place = f" [{one.get('row')}, {one.get('col')}]" if "col" in one else ""
+    return f"L{one.get('layer')}{aside}{place}"
+
+
+def _name_in(document: Document, part: Document) -> str:
+    """Return the short name of a scalar that is given by its tensor and index, or of an expert."""
+    if "tensor" not in part:
+        return format_short_name(part)
+    for one in read_maps(document, "candidates"):
+        if one.get("tensor") == part.get("tensor") and one.get("index") == part.get("index"):
+            return format_short_name(one)
+    return read_text(part, "tensor")
+
+
+def _show_dose(test: Document) -> list[Markup]:
+    """Render perplexity by the factor that multiplies all candidates, if it was measured."""
+    points = []
+    for dose in read_maps(test, "doses"):
+        factor = read_number(dose, "factor")
+        if factor is not None:
+            ends = read_number(dose, "low"), read_number(dose, "high")
+            points.append(Point(factor, read_number(dose, "ratio"), *ends))
+    if len(points) < 2:
+        return []
+    points.sort(key=lambda point: point.x)
+    caption = "All candidates multiplied by a factor at once. Factor 1 is the stored model; 0 is zeroing."
+    lines = [Line("perplexity, divided by that of the stored model", points, OTHER_MARK)]
+    figure = draw_lines(caption, lines, "factor", "", stored=1.0)
+    return [show_figure(caption, figure), make_tag("p", "Intervals are at 95%.", class_="aside")]
