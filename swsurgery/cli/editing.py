@@ -92,11 +92,11 @@ def apply(
     from swsurgery.storage.numbers import parse_size
 
     limit = parse_size(undo_limit)
-    refuse_page(page, manifest, base, directory)
+    refuse_page(page, *manifest, base, directory)
     if dry_run:
         planned = apply.plan(manifest, base, reporter=out.make_reporter())
         out.print_result(planned, lambda plan: show.show_plan(plan, limit))
-        write_page(out, page, "apply", str(manifest), planned.to_json())
+        write_page(out, page, "apply", ", ".join(map(str, manifest)), planned.to_json())
         return
     bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     options = sanity.CheckOptions(check, device, placement, read_text(text), prompt or None, bounds, windows, window)
@@ -113,7 +113,7 @@ def apply(
         reporter=out.make_reporter(),
     )
     out.print_result(applied, show.show_applied)
-    write_page(out, page, "apply", str(manifest), applied.to_json())
+    write_page(out, page, "apply", ", ".join(map(str, manifest)), applied.to_json())
 
 
 @command

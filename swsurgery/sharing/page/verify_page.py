@@ -44,8 +44,10 @@ def render_verification(subject: str, document: Document) -> Page:
 
 
 def _describe(document: Document) -> Markup:
-    if answer := read_text(document, "answer"):
-        return escape(answer)
+    word, colon, rest = read_text(document, "answer").partition(":")
+    if colon:
+        kind = {"OK": "good", "NO": "bad"}.get(word)
+        return join([make_tag("span", word, class_=kind), colon, rest])
     findings = read_maps(document, "findings")
     errors = sum(read_text(finding, "level") == "error" for finding in findings)
     if errors:
