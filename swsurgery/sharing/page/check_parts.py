@@ -35,6 +35,7 @@ from swsurgery.sharing.page.svg import (
     format_figure,
 )
 from swsurgery.sharing.page.values import (
+    MAX_LAYERS,
     Document,
     convert_number,
     is_finite,
@@ -96,7 +97,7 @@ def draw_largest_by_layer(check: Document) -> Figure | None:
     """Draw the magnitude of the largest hidden state after each layer; None if the report does not contain it."""
     lines = []
     for side, mark in SIDES:
-        values = read_numbers(check, side, "largest_by_layer")[:1000]
+        values = read_numbers(check, side, "largest_by_layer")[:MAX_LAYERS]
         points = [Point(layer, None if value is None else abs(value)) for layer, value in enumerate(values)]
         lines += [Line(side, points, mark)] if points else []
     title = "Magnitude of the largest hidden state after each layer"

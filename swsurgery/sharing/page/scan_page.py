@@ -24,6 +24,7 @@ from swsurgery.sharing.page.markup import (
 from swsurgery.sharing.page.parts import MARKS_BY_VERDICT, Page, show_figure, show_figures
 from swsurgery.sharing.page.svg import DotRow, draw_layers, format_figure
 from swsurgery.sharing.page.values import (
+    MAX_LAYERS,
     Document,
     is_finite,
     read_integer,
@@ -129,7 +130,7 @@ def _show_profile(document: Document) -> Markup:
     massive = _list_massive(document)
     figures = []
     for key, spike, caption in PANELS:
-        values = read_numbers(profile, key)[:1000]
+        values = read_numbers(profile, key)[:MAX_LAYERS]
         spikes = []
         for one in marked if spike else ():
             layer, value = read_integer(one, "layer"), read_number(one, spike or "")
@@ -147,7 +148,7 @@ def _list_massive(document: Document) -> set[int]:
     layers: set[int] = set()
     for one in read_maps(document, "super_activations"):
         first, last = read_integer(one, "layer"), read_integer(one, "last")
-        if first is not None and last is not None and 0 <= first <= last < 1000:
+        if first is not None and last is not None and 0 <= first <= last < MAX_LAYERS:
             layers.update(range(first, last + 1))
     return layers
 

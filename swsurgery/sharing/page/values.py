@@ -14,6 +14,9 @@ from swsurgery.storage.numbers import format_number, format_ratio
 Document = Mapping[str, object]
 """A JSON object, such as the document that a command prints with --json."""
 
+MAX_LAYERS = 300
+"""Maximum number of layers that a figure shows."""
+
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
