@@ -60,9 +60,9 @@ class CodeEdit:
 class PlannedCodes:
     """The edits of quantised elements, and the stored numbers that change.
 
-    Several edits may change bits of one stored number: it has one splice. `protected` are the stored numbers that hold
-    the codes of protected elements. Each splice and scalar has the number of the first edit that names it. `misfits`
-    are the edits that do not fit the checkpoint.
+    If several edits change bits of one stored number, the number has one splice. `protected` are the stored numbers
+    that hold the codes of protected elements. Each splice and scalar has the number of the first edit that names it.
+    `misfits` are the edits that do not fit the checkpoint.
     """
 
     edits: list[CodeEdit] = field(default_factory=list)

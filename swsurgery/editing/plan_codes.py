@@ -1,4 +1,4 @@
-"""Plan edits of single elements of quantised matrices: choose the nearest code, and change the bits that hold it."""
+"""Plan edits of single elements of quantised matrices: choose the nearest code, and change the bits that store it."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class _Opened:
 
 @dataclass
 class _Element:
-    """A stored number whose bits the edits change. `number` is that of the first edit."""
+    """A stored number whose bits the edits change. `number` is the number of the first of these edits."""
 
     number: int
     scalar: Scalar
@@ -136,7 +136,10 @@ class _Element:
             code >>= bits.width
 
     def _put_field(self, bits: BitField, part: int, begin: int) -> None:
-        """Replace the common bits of a field and of this number, whose first bit is bit `begin` of the tensor."""
+        """Replace the bits that `part` and this number share.
+
+        The first bit of this number is bit `begin` of the tensor.
+        """
         if bits.tensor != self.scalar.coordinate.tensor:
             return
         low, high = max(bits.start, begin), min(bits.start + bits.width, begin + self.scalar.dtype.bits)
@@ -169,7 +172,7 @@ def _check_expectation(asked: Asked, found: _Found) -> None:
     if expect is None:
         return
     if isinstance(expect, str):
-        what = "the bits of a quantised element are those of a stored number"
+        what = "expect cannot name the bits of a quantised element: only a stored number has bits"
         raise PlanError(what, asked.coordinate, "expect a value, or name the stored tensor with raw: true")
     measured = isinstance(expect, MeasuredValue)
     value = float(expect.value if isinstance(expect, MeasuredValue) else expect)
@@ -230,7 +233,7 @@ def _compute_wanted(asked: Asked, found: _Found, opened: _Opened) -> float:
         return float(Fraction(found.value) * Fraction(edit.factor))
     if isinstance(edit, Set):
         if edit.value is None:
-            raise NumberError("bits are those of a stored number", remedy="give a value, or set raw: true")
+            raise NumberError("only a stored number has bits", remedy="give a value, or set raw: true")
         return float(edit.value.exact if isinstance(edit.value, Written) else edit.value)
     if isinstance(edit, Restore):
         if edit.source is None:

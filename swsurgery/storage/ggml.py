@@ -13,7 +13,7 @@ from swsurgery.storage.dtypes import DTYPES, Dtype
 
 @dataclass(frozen=True)
 class BlockDtype(Dtype):
-    """A GGML type that stores a block of consecutive elements in `block_size` bytes, with scales that they share.
+    """A GGML type that stores a block of consecutive elements and their common scales in `block_size` bytes.
 
     `block` is the number of elements in a block. `bits` is the average width of one element, rounded up, which is never
     a multiple of 8.
@@ -24,7 +24,7 @@ class BlockDtype(Dtype):
 
 
 def _make_block(name: str, block: int, block_size: int) -> BlockDtype:
-    refusal = "stores elements in blocks that share scales, so no element fills bytes of its own"
+    refusal = "stores elements in blocks that share scales, so no element has bytes of its own"
     return BlockDtype(name, -(-8 * block_size // block), "opaque", refusal, block=block, block_size=block_size)
 
 

@@ -22,20 +22,23 @@ from swsurgery.storage.shard import Shard, TensorInfo
 from swsurgery.storage.strict_json import quote
 
 MAX_GGUF_HEADER = 32 << 20
-"""Maximum size of a header in bytes. The tokenizer makes the headers of published files up to 20 MB large."""
+"""Maximum size of a header in bytes. Published files have headers of up to 20 MB, most of which is the tokenizer."""
 
 MAX_KEYS, MAX_GGUF_TENSORS = 1 << 14, 1 << 16
-"""Maximum number of keys of the metadata, and of tensors. Published files have below 100 keys and 3,000 tensors."""
+"""Maximum number of keys of the metadata, and of tensors. Published files have fewer than 100 keys and 3,000
+tensors.
+"""
 
 MAX_GGUF_NAME = 1024
 """Maximum length of a key or of a tensor's name in bytes. llama.cpp accepts names of tensors below 64 bytes."""
 
 LONGEST_KEPT, MAX_KEPT_NUMBERS = 4096, 1 << 16
-"""Maximum number of elements of an array that is kept, and of all kept arrays together. Of other arrays, and of arrays
-of texts, only the number of elements is kept; they belong to the tokenizer."""
+"""Maximum number of elements of an array that is kept, and of all kept arrays together. For longer arrays and for
+arrays of texts, only the number of elements is kept. They belong to the tokenizer.
+"""
 
 FIRST_READ = 64 << 10
-"""Number of bytes that are read first. Each further read doubles what was read so far."""
+"""Number of bytes that are read first. Each further read doubles the number of bytes read."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Formats (of `struct`) of the metadata types that are single numbers."""
@@ -93,10 +96,10 @@ class _Tensor(NamedTuple):
 
 
 class _Reader:
-    """Reads a header from its start. `data` contains the bytes read so far, and `position` is the next byte to parse.
+    """A reader that parses a header from its start.
 
-    `kept` is the number of elements of the arrays kept so far. The methods raise ValueError if the file ends, or if the
-    header is too large.
+    `data` contains the bytes read so far, and `position` is the next byte to parse. `kept` is the number of elements of
+    the arrays kept so far. The methods raise ValueError if the file ends, or if the header is too large.
     """
 
     def __init__(self, file: File, size: int):
@@ -105,7 +108,7 @@ class _Reader:
         self.position = self.kept = 0
 
     def require(self, count: int) -> None:
-        """Read so many bytes that `count` bytes after `position` are in `data`."""
+        """Read from the file until `data` contains `count` bytes after `position`."""
         end = self.position + count
         if end <= len(self.data):
             return
@@ -130,10 +133,10 @@ class _Reader:
         return int(self.read_numbers(form)[0])
 
     def read_bytes(self, limit: int) -> bytes:
-        """Read a text: its length in bytes, at most `limit`, and its bytes."""
+        """Read a text of at most `limit` bytes. The header stores its length before it."""
         length = self.read_count()
         if length > limit:
-            raise ValueError(f"it has a text of {length} bytes where at most {limit} are accepted")
+            raise ValueError(f"it has a text of {length} bytes, but at most {limit} are accepted")
         self.require(length)
         found = bytes(self.data[self.position : self.position + length])
         self.position += length
@@ -155,7 +158,7 @@ class _Reader:
     def skip_texts(self, count: int) -> None:
         """Skip `count` texts."""
         if self.position + 8 * count > min(self.size, MAX_GGUF_HEADER):
-            raise ValueError(f"it has an array of {count} texts, for which it has no room")
+            raise ValueError(f"it has an array of {count} texts, which do not fit into the file")
         unpack = struct.Struct("<Q").unpack_from
         for _ in range(count):
             if self.position + 8 > len(self.data):
@@ -217,7 +220,7 @@ def _read_array(reader: _Reader, key: str) -> MetadataValue:
 
 
 def _read_alignment(metadata: dict[str, MetadataValue]) -> int:
-    """Return the number of bytes of which the places of tensors are multiples. Raises ValueError."""
+    """Return the alignment in bytes: the place of each tensor is a multiple of it. Raises ValueError."""
     found = metadata.get("general.alignment", 32)
     if type(found) is not int or not 8 <= found <= 1 << 20 or found & (found - 1):
         raise ValueError("general.alignment is not a power of two from 8 to 1048576")

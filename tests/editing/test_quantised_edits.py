@@ -154,7 +154,7 @@ def test_a_number_of_the_layer_itself_needs_raw(base):
         ([{"op": "set", "value": 1.5, "row": 2, "max_error": 1e-9}], "more than max_error"),
         ([{"op": "set", "value": 1.5, "row": 2, "expect": 77.0}], "expected 77"),
         ([{"op": "set", "value": 1.5, "row": 2, "expect": "0x40bc"}], "bits of a quantised element"),
-        ([{"op": "set", "bits": "0x40", "row": 2}], "bits are those of a stored number"),
+        ([{"op": "set", "bits": "0x40", "row": 2}], "only a stored number has bits"),
         ([{"op": "zero", "row": 2}, {"op": "scale", "factor": 0.5, "row": 2}], "has two operations"),
         ([{"op": "zero", "row": HIDDEN}], "out of range"),
         ([{"op": "flip", "bit": 0, "row": 2}], "raw: true"),

@@ -109,7 +109,7 @@ BAD = {
     "keys": (make(counts=(0, 1 << 17)), "has 131072 keys, and at most 16384 are accepted"),
     "more keys than stored": (make(counts=(2, 3)), "has the unknown type|continues to byte|text of"),
     "same key": (make((KEYS[0], KEYS[0])), "has the key 'general.architecture' twice"),
-    "long key": (make((key("k" * 1025, U32, bytes(4)),)), "has a text of 1025 bytes where at most 1024 are accepted"),
+    "long key": (make((key("k" * 1025, U32, bytes(4)),)), "has a text of 1025 bytes, but at most 1024 are accepted"),
     "key not UTF-8": (make((key(b"\xff", U32, bytes(4)),)), "has a name that is not UTF-8"),
     "unknown value": (make((key("k", 13, bytes(8)),)), "the key 'k' has the unknown type 13"),
     "array of arrays": (
@@ -119,7 +119,7 @@ BAD = {
     "huge text": (make((key("k", TEXT, struct.pack("<Q", HUGE)),)), "has a text of 18446744073709551615 bytes"),
     "text beyond the file": (make((key("k", TEXT, struct.pack("<Q", 1 << 20)),)), "continues to byte"),
     "huge array": (make((key("k", ARRAY, array(12, HUGE, b"")),)), "continues to byte"),
-    "huge array of texts": (make((key("k", ARRAY, array(TEXT, HUGE, b"")),)), "texts, for which it has no room"),
+    "huge array of texts": (make((key("k", ARRAY, array(TEXT, HUGE, b"")),)), "texts, which do not fit into the file"),
     "huge text in array": (
         make((key("k", ARRAY, array(TEXT, 1, struct.pack("<Q", HUGE))),)), "continues to byte",
     ),

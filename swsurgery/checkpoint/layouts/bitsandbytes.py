@@ -64,7 +64,7 @@ class NestedScales:
 
 @dataclass(frozen=True)
 class NormalFloatMatrix:
-    """A matrix of NF4 or FP4 codes, of which each `block` consecutive elements share a scale."""
+    """A matrix of NF4 or FP4 codes. Each `block` consecutive elements share a scale."""
 
     weight: str
     layout: str
@@ -114,7 +114,7 @@ def _compute_nested(nested: NestedScales, codes: ModuleTensor, begin: int, end: 
 
 
 def find_bitsandbytes(module: QuantisedModule) -> NormalFloatMatrix | None:
-    """Recognise a 4-bit weight of bitsandbytes, whose config declares the method "bitsandbytes".
+    """Recognise a 4-bit weight of a checkpoint whose config declares the method "bitsandbytes".
 
     Raises CannotTell if the tensors, the JSON and the config do not fit each other.
     """
@@ -145,7 +145,7 @@ def find_bitsandbytes(module: QuantisedModule) -> NormalFloatMatrix | None:
 def _read_state(tensor: ModuleTensor, kind: str) -> Mapping[str, object]:
     """Read the JSON of a weight. Raises CannotTell if it has unknown keys, or contradicts the name of its tensor."""
     if tensor.dtype != "U8" or len(tensor.shape) != 1 or tensor.count > _MAX_STATE:
-        raise CannotTell(f"{tensor.name} is not a short text")
+        raise CannotTell(f"{tensor.name} does not contain a text of at most {_MAX_STATE} bytes")
     try:
         state = parse_json(tensor.read(tensor.name, 0, tensor.count), tensor.name)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Define matrices whose value is (code - zero point) * scale, with one scale for each block of elements.
+"""Define matrices of elements (value of the code - zero point) * scale, with one scale for each block of elements.
 
 Most layouts are of this kind. They differ in where the codes, the scales and the zero points are stored.
 """
@@ -19,8 +19,8 @@ from swsurgery.checkpoint.layouts.packing import PackedRows
 from swsurgery.storage.arrays import Doubles
 
 
-class Grid(Protocol):
-    """Numbers in rows and columns, such as the scales of all blocks of a matrix."""
+class BlockNumbers(Protocol):
+    """Numbers in rows and columns: one number, such as a scale, for each block of a matrix."""
 
     def read_number(self, row: int, col: int) -> float:
         """Read one number. Raises CannotTell if it is not finite."""
@@ -30,8 +30,8 @@ class Grid(Protocol):
 
 
 @dataclass(frozen=True)
-class StoredGrid:
-    """A grid whose numbers are the elements of a tensor, multiplied by `factor` and divided by `divisor`.
+class StoredNumbers:
+    """Block numbers that are the elements of a tensor, multiplied by `factor` and divided by `divisor`.
 
     If `exponents` is True, each byte of the tensor is the exponent of a power of two, as in E8M0. If `single` is True,
     the factor and the divisor are float32 numbers, and every result is rounded to float32.
@@ -89,19 +89,19 @@ class ColumnOrder:
         """The group of each column. Raises CannotTell if a group has another number of columns."""
         groups = self.tensor.read_numbers(0, self.tensor.count).astype(np.intp)
         if groups.min() < 0 or groups.max() >= self.count or (np.bincount(groups) != self.size).any():
-            raise CannotTell(f"{self.tensor.name} does not name {self.size} columns for each of {self.count} groups")
+            raise CannotTell(f"{self.tensor.name} does not assign {self.size} columns to each of {self.count} groups")
         return groups
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The numbers of a grid, each of which belongs to a block of `height` x `width` elements of a matrix.
+    """The numbers that belong to the blocks of a matrix, one for each block of `height` x `width` elements.
 
     `rows` is the number of rows of one matrix. If several matrices are stacked, each begins with a new row of blocks.
-    If `order` is given, it says to which block a column belongs.
+    If `order` is given, it contains the group of each column.
     """
 
-    grid: Grid
+    numbers: BlockNumbers
     rows: int
     height: int
     width: int
@@ -111,13 +111,13 @@ class Blocks:
         """Read the number that belongs to one element. Raises CannotTell if it is not finite."""
         matrix, row = divmod(row, self.rows)
         block = col // self.width if self.order is None else int(self.order.groups[col])
-        return self.grid.read_number(matrix * -(-self.rows // self.height) + row // self.height, block)
+        return self.numbers.read_number(matrix * -(-self.rows // self.height) + row // self.height, block)
 
     def read_rows(self, begin: int, end: int, columns: NDArray[np.intp]) -> Doubles:
         """Read the numbers that belong to the elements of rows and columns, as float64 [end - begin, columns]."""
         matrix, row = np.divmod(np.arange(begin, end), self.rows)
         block = matrix * -(-self.rows // self.height) + row // self.height
-        numbers = self.grid.read_numbers(int(block[0]), int(block[-1]) + 1)
+        numbers = self.numbers.read_numbers(int(block[0]), int(block[-1]) + 1)
         groups = columns // self.width if self.order is None else self.order.groups[columns]
         spread: Doubles = numbers[(block - block[0])[:, None], groups[None, :]]
         return spread
@@ -167,7 +167,7 @@ class BlockMatrix:
 
 @dataclass(frozen=True)
 class TransposedMatrices:
-    """Matrices that a loaded model has transposed: element [matrix, col, row] is [matrix, row, col] of `stored`."""
+    """Matrices that are stored transposed: [matrix, col, row] of the weight is [matrix, row, col] of `stored`."""
 
     stored: BlockMatrix
 
@@ -201,7 +201,7 @@ class TransposedMatrices:
 
 
 def require_matrix(tensor: ModuleTensor, *, stacked: bool = False) -> None:
-    """Raise CannotTell if a tensor has another number of axes than a matrix, or no elements.
+    """Raise CannotTell if a tensor is not a matrix, or has no elements.
 
     With `stacked`, the tensor may have one more axis, which counts matrices.
     """

@@ -1,7 +1,7 @@
 """Define what a layout knows about one element of a quantised matrix: where its code is, and what each code means.
 
-A *code* is the unsigned integer that the bits of one element form. The *grid* of an element are the values that it can
-have: one for each code, under the scale and the zero point that are stored.
+A *code* is the unsigned integer that the bits of one element form. The *grid* of an element is the set of values that
+it can have: one value for each code, under the stored scale and zero point.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class BitField(NamedTuple):
 class Cell:
     """One element of a quantised matrix.
 
-    `fields` hold the bits of its code, the least significant bits first. `values` contains the value of each code, in
+    `fields` are the bits of its code, the least significant bits first. `values` contains the value of each code, in
     the order of the codes; NaN or infinity is the value of a code that is no number. `scale` is the factor by which a
     code of this element is multiplied, for messages.
 
-    In some layouts, one code stands for several elements. Such an element has no fields, and its value is the only one.
-    `refusal` then explains why no other value can be stored.
+    In some layouts, one code stands for several elements. Such an element has no fields, and `values` contains only its
+    present value. `refusal` then explains why no other value can be stored.
     """
 
     fields: tuple[BitField, ...]
@@ -58,7 +58,7 @@ class Cell:
 
     @cached_property
     def grid(self) -> list[tuple[float, int]]:
-        """The finite values with their codes, sorted by value; of several codes with one value, the smallest code."""
+        """The finite values with their codes, sorted by value. If codes share a value, only the smallest is listed."""
         smallest: dict[float, int] = {}
         for code, value in enumerate(self.values):
             if math.isfinite(value):
@@ -94,7 +94,10 @@ class Cell:
         return min(near, key=lambda entry: (abs(Fraction(entry[0]) - exact), abs(entry[0])))[1]
 
     def find_zero(self) -> int:
-        """Return the code whose value is 0. Raises NumberError if no code has this value, or there is no code."""
+        """Return the code whose value is 0.
+
+        Raises NumberError if none has, or if the element has no code of its own.
+        """
         self._require_code()
         code = next((code for value, code in self.grid if value == 0), None)
         if code is None:
@@ -136,13 +139,14 @@ class QuantisedMatrix(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def find_cell(self, index: tuple[int, ...]) -> Cell:
-        """Find the element at `index`, and read its scale and its zero point. `index` is in range.
+        """Find the element at `index`, and read its scale and its zero point.
 
-        Raises CannotTell if the stored numbers do not decide what the element is.
+        `index` must be in range. Raises CannotTell if the stored numbers do not decide what the element is.
         """
 
     def dequantise(self, begin: int, end: int) -> Doubles:
         """Return the values of the rows `begin` to `end` (excluded) as float64 [end - begin, cols].
 
-        The axes before the last are counted as one. The value of an element equals `find_cell(index).values[code]`.
+        All axes before the last are joined into one axis of rows. The value of an element equals
+        `find_cell(index).values[code]`.
         """

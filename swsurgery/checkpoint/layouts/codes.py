@@ -38,7 +38,7 @@ def unpack_stream(data: bytes, bits: int, count: int) -> Codes:
 
 
 def unpack_nibbles(data: bytes, *, low_first: bool = True) -> Codes:
-    """Return two codes of 4 bits for each byte: the low nibble first, or the high one."""
+    """Return the two codes of 4 bits in each byte, the low nibble first unless `low_first` is False."""
     packed = np.frombuffer(data, np.uint8)
     halves = (packed & 15, packed >> 4)
     return np.stack(halves if low_first else halves[::-1], axis=1).reshape(-1)

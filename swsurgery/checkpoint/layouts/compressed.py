@@ -5,9 +5,9 @@ and, with zero points, `weight_zero_point`. Until June 2026, codes of 3, 5, 6 an
 of words in a row shows which packing was used. `int-quantized`, `float-quantized` and `naive-quantized` store one code
 in each element of `weight`, I8 or F8_E4M3. `mxfp8-quantized` stores F8_E4M3 with one power of two for 32 elements.
 
-Compared with compressors/pack_quantized, compressors/naive_quantized, compressors/mxfp8 and quantization/lifecycle of
-compressed-tensors 0.20.1. `weight_g_idx`, which names the group of each column, was removed from it in August 2026; the
-older quantization/lifecycle/forward.py sorts the columns by it.
+Source: compressors/pack_quantized, compressors/naive_quantized, compressors/mxfp8 and quantization/lifecycle of
+compressed-tensors 0.20.1. Versions before August 2026 may also write `weight_g_idx`, the group of each column. Their
+quantization/lifecycle/forward.py sorts the columns by group.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.codes import decode_codes, list_integers
 from swsurgery.checkpoint.layouts.module import ModuleTensor, QuantisedModule
 from swsurgery.checkpoint.layouts.packing import PackedColumns, PackedRows, count_words
-from swsurgery.checkpoint.layouts.scales import find_grid, make_blocks, require_dtype, require_float
+from swsurgery.checkpoint.layouts.scales import make_blocks, measure_blocks, require_dtype, require_float
 from swsurgery.checkpoint.layouts.schemes import Scheme, find_by_schemes, is_compressed
 
 _PLAIN_FORMATS = {
@@ -32,7 +32,7 @@ _PLAIN_FORMATS = {
 
 
 def find_pack_quantized(module: QuantisedModule) -> BlockMatrix | None:
-    """Recognise the format pack-quantized of compressed-tensors. Raises CannotTell if a scheme fits no tensor."""
+    """Recognise the format pack-quantized of compressed-tensors. Raises CannotTell if no scheme fits."""
     packed = module.find(".weight_packed")
     if not is_compressed(module) or packed is None or packed.dtype != "I32":
         return None
@@ -51,7 +51,9 @@ def _fit_packed(module: QuantisedModule, scheme: Scheme) -> BlockMatrix:
     """Describe packed integers under a scheme. Raises CannotTell."""
     module.refuse_others((".weight_scale", ".weight_shape", *_name_optional(scheme)))
     if scheme.kind != "int" or not 1 <= scheme.bits <= 8 or scheme.strategy == "tensor_group":
-        raise CannotTell(f"{module.name} is declared as {scheme.kind} of {scheme.describe()}")
+        raise CannotTell(
+            f"{module.name} is declared as {scheme.kind} of {scheme.describe()}, which pack-quantized does not store"
+        )
     packed, scales = module.require(".weight_packed"), module.require(".weight_scale")
     require_matrix(packed)
     require_float(scales)
@@ -73,9 +75,10 @@ def _fit_packed(module: QuantisedModule, scheme: Scheme) -> BlockMatrix:
 
 
 def _find_packing(packed: ModuleTensor, shape: tuple[int, int], bits: int, zeros: ModuleTensor | None) -> bool:
-    """Return True if no code crosses a word, judged by the numbers of words of codes and zero points.
+    """Return True if no code crosses a word. The numbers of words of codes and zero points show this.
 
-    Raises CannotTell if no packing needs these numbers, or if both do and store a code in different bits.
+    Raises CannotTell if neither packing needs these numbers of words. Also raises it if both packings need them, but
+    store a code in different bits.
     """
     rows, cols = shape
     counts = [(packed, cols, packed.shape[1])]
@@ -87,7 +90,9 @@ def _find_packing(packed: ModuleTensor, shape: tuple[int, int], bits: int, zeros
         if not possible:
             raise make_shape_error(tensor, f"{codes} codes of {bits} bits")
     if len(possible) == 2 and 32 % bits and any(codes > 32 // bits for _, codes, _ in counts):
-        raise CannotTell(f"the codes of {packed.name} may cross words or not: both need the same number of words")
+        raise CannotTell(
+            f"it is unclear whether codes of {packed.name} cross words: both packings need the same number of words"
+        )
     return possible[0]
 
 
@@ -97,7 +102,7 @@ def _find_packed_zeros(
     """Describe the zero points beside packed codes: packed along the columns, or one I8 for each scale."""
     if zeros.dtype == "I8":
         return make_blocks(scheme, zeros, shape, order)
-    (rows, cols), (height, width) = find_grid(scheme, shape)
+    (rows, cols), (height, width) = measure_blocks(scheme, shape)
     require_dtype(zeros, "I32")
     if zeros.shape != (count_words(rows, scheme.bits, padded=padded), cols) or scheme.strategy in ("tensor", "block"):
         raise make_shape_error(zeros, f"the zero points of a weight of shape {list(shape)} with {scheme.describe()}")
@@ -110,7 +115,7 @@ def _read_shape(stored: ModuleTensor) -> tuple[int, int]:
         raise CannotTell(f"{stored.name} does not contain the shape of a matrix")
     rows, cols = (stored.read_number((axis,)) for axis in (0, 1))
     if not (1 <= rows < 2**31 and 1 <= cols < 2**31):
-        raise CannotTell(f"{stored.name} contains the shape {[int(rows), int(cols)]}")
+        raise CannotTell(f"{stored.name} contains {[int(rows), int(cols)]}, which is not the shape of a matrix")
     return int(rows), int(cols)
 
 

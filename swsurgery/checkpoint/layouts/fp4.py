@@ -17,7 +17,7 @@ from __future__ import annotations
 from swsurgery.checkpoint.layouts.blocks import (
     BlockMatrix,
     Blocks,
-    StoredGrid,
+    StoredNumbers,
     TransposedMatrices,
     make_shape_error,
     require_matrix,
@@ -54,11 +54,11 @@ def _fit_fp4(module: QuantisedModule, scheme: Scheme) -> BlockMatrix:
     if is_nvidia:
         require_dtype(scales, "F8_E4M3")
         divisor = _read_single(module.require(".weight_global_scale"))
-        grid = StoredGrid(scales, _count_groups(packed, size), divisor=divisor, single=True)
+        numbers = StoredNumbers(scales, _count_groups(packed, size), divisor=divisor, single=True)
     else:
         require_dtype(scales, "U8", "F8_E8M0")
-        grid = StoredGrid(scales, _count_groups(packed, size), exponents=True)
-    return _make_matrix(module, name, packed, grid, size)
+        numbers = StoredNumbers(scales, _count_groups(packed, size), exponents=True)
+    return _make_matrix(module, name, packed, numbers, size)
 
 
 def find_modelopt_fp4(module: QuantisedModule) -> BlockMatrix | None:
@@ -76,8 +76,8 @@ def find_modelopt_fp4(module: QuantisedModule) -> BlockMatrix | None:
     if algorithm is not None and algorithm not in _MODELOPT:
         raise CannotTell(f"config.json (quant_algo) is {quote(algorithm)}, and {second.name} is stored")
     module.refuse_others((".weight_scale", ".weight_scale_2"))
-    grid = StoredGrid(scales, _count_groups(packed, 16), factor=_read_single(second))
-    return _make_matrix(module, "ModelOpt NVFP4, groups of 16", packed, grid, 16)
+    numbers = StoredNumbers(scales, _count_groups(packed, 16), factor=_read_single(second))
+    return _make_matrix(module, "ModelOpt NVFP4, groups of 16", packed, numbers, 16)
 
 
 def find_fp4_in_bytes(module: QuantisedModule) -> BlockMatrix | None:
@@ -95,8 +95,8 @@ def find_fp4_in_bytes(module: QuantisedModule) -> BlockMatrix | None:
     exponents = scales.dtype in ("U8", "F8_E8M0")
     if not exponents:
         require_float(scales)
-    grid = StoredGrid(scales, _count_groups(packed, 32), exponents=exponents)
-    return _make_matrix(module, "FP4 in I8, groups of 32", packed, grid, 32)
+    numbers = StoredNumbers(scales, _count_groups(packed, 32), exponents=exponents)
+    return _make_matrix(module, "FP4 in I8, groups of 32", packed, numbers, 32)
 
 
 def find_stacked_fp4(module: QuantisedModule) -> TransposedMatrices | None:
@@ -115,9 +115,9 @@ def find_stacked_fp4(module: QuantisedModule) -> TransposedMatrices | None:
         raise make_shape_error(scales, f"{blocks.name} of shape {list(blocks.shape)}")
     experts, rows, count, _ = blocks.shape
     codes = PackedRows(blocks, experts * rows, count * 32, 4)
-    grid = Blocks(StoredGrid(scales, count, exponents=True), rows, 1, 32)
+    numbers = Blocks(StoredNumbers(scales, count, exponents=True), rows, 1, 32)
     shape = (experts, rows, count * 32)
-    return TransposedMatrices(BlockMatrix(module.weight, "MXFP4 in blocks of 32", shape, codes, E2M1, grid))
+    return TransposedMatrices(BlockMatrix(module.weight, "MXFP4 in blocks of 32", shape, codes, E2M1, numbers))
 
 
 def _count_groups(packed: ModuleTensor, size: int) -> int:
@@ -128,12 +128,14 @@ def _count_groups(packed: ModuleTensor, size: int) -> int:
     return packed.shape[1] * 2 // size
 
 
-def _make_matrix(module: QuantisedModule, name: str, packed: ModuleTensor, grid: StoredGrid, size: int) -> BlockMatrix:
+def _make_matrix(
+    module: QuantisedModule, name: str, packed: ModuleTensor, numbers: StoredNumbers, size: int
+) -> BlockMatrix:
     """Describe a weight with two codes in each byte and a scale for each group of `size` codes. Raises CannotTell."""
     rows, cols = packed.shape[0], packed.shape[1] * 2
-    if grid.tensor.shape != (rows, grid.cols):
-        raise make_shape_error(grid.tensor, f"a weight of shape {[rows, cols]} with groups of {size}")
-    blocks = Blocks(grid, rows, 1, size)
+    if numbers.tensor.shape != (rows, numbers.cols):
+        raise make_shape_error(numbers.tensor, f"a weight of shape {[rows, cols]} with groups of {size}")
+    blocks = Blocks(numbers, rows, 1, size)
     return BlockMatrix(module.weight, name, (rows, cols), PackedRows(packed, rows, cols, 4), E2M1, blocks)
 
 

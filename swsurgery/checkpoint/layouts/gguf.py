@@ -1,9 +1,9 @@
 """Read matrices of GGUF files: blocks of elements that share scales, as llama.cpp stores them.
 
-The package `gguf` computes all values. This module knows where the bits of one code are in a block. It gets the value
-of each code from the package too: it puts the code into a copy of the block and dequantises the copy. A test compares
-both with each other for every type. In the types of `_FORMS`, each element has a code of its own. In the other types,
-a code stands for several elements, so such an element has a value but no grid.
+The package `gguf` computes all values. This module knows where the bits of one code are in a block. To get the value of
+a code, it puts the code into a copy of the block and lets the package dequantise the copy. A test compares the places
+of the bits with the package for every type. In the types of `_FORMS`, each element has a code of its own. In the other
+types, a code stands for several elements, so such an element has a value but no grid.
 
 Source of the places of the bits: ggml/src/ggml-quants.c of llama.cpp, functions `dequantize_row_*`.
 """
@@ -59,7 +59,7 @@ def _find_bit(first: int, at: int) -> tuple[int, int]:
 
 
 _E2M1_STEP, _NL_STEP = (0, 2, 1), (7, 8, 11)
-"""Codes 0 and 2 of E2M1 are 0 and 1; codes 7 and 8 of the table of IQ4_NL are -10 and 1."""
+"""Codes 0 and 2 of E2M1 have the values 0 and 1. Codes 7 and 8 of IQ4_NL have the values -10 and 1."""
 
 _FORMS = {
     "Q8_0": _Form(lambda at: ((8 * (2 + at), 8),)),
@@ -130,7 +130,7 @@ class GgufMatrix:
             return np.empty((0, self.dtype.block))
         dequantise = _load_package()
         try:
-            with np.errstate(all="ignore"):  # a scale may be infinite or NaN, and so are the values then
+            with np.errstate(all="ignore"):  # an infinite or NaN scale makes the values infinite or NaN
                 values = dequantise(blocks, self.dtype.name)
         except (KeyError, NotImplementedError):
             raise CannotTell(f"the installed package gguf cannot dequantise the type {self.dtype.name}") from None
@@ -151,7 +151,7 @@ def find_gguf(module: QuantisedModule) -> GgufMatrix | None:
 
 
 def _put_all_codes(block: Blocks, bits: Bits) -> Blocks:
-    """Return a copy of a block for each code, in order, in which the code is stored in these bits."""
+    """Return one copy of a block for each code, in the order of the codes, with this code stored in `bits`."""
     places = np.concatenate([np.arange(start, start + width) for start, width in bits])
     codes = np.arange(1 << len(places))
     copies = np.tile(np.unpackbits(block, bitorder="little"), (len(codes), 1))
@@ -169,6 +169,6 @@ def _load_package() -> Callable[[Blocks, str], Singles]:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError as error:
-        what = "the package gguf computes the values of a GGUF file, and it cannot be imported"
+        what = "the package gguf, which computes the values of a GGUF file, cannot be imported"
         raise CheckpointError(what, error, "run pip install 'swsurgery[gguf]'") from None
     return lambda blocks, name: dequantize(blocks, GGMLQuantizationType[name])

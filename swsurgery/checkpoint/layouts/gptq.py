@@ -5,9 +5,10 @@ output features, both as streams of bits in 32-bit words. Format "gptq" stores z
 them unchanged. Source: GPTQModel 7.7, nn_modules/qlinear/__init__.py and utils/model.py.
 
 A zero point of 0 cannot be stored minus one. Some exporters subtract from whole words, so that the subtraction borrows
-from the next zero points; others write ones into all later bits of the word, and readers differ too. A field of ones
-is therefore undecided, and so are the fields above it in its word. With 3 bits, versions of GPTQModel subtract
-different constants, which give the same bits only in AutoGPTQ's reading of a symmetric matrix.
+from the next zero points; others write ones into all later bits of the word, and readers differ too. The zero point in
+a field of ones is therefore undecided, and so are those in the higher fields of the same word. With 3 bits, versions of
+GPTQModel subtract different constants. They give the same bits only if the matrix is symmetric and is read as AutoGPTQ
+reads it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _FORMATS = {"gptq": True, "gptq_v2": False}
 class GptqPacking:
     """The places of codes in `codes` [words, rows] and of zero points in `zeros` [groups, words].
 
-    `minus_one` is True if zero points are stored minus one. `one_way` is True if the exporter is known to subtract
-    from each zero point alone.
+    `minus_one` is True if zero points are stored minus one. `one_way` is True if the exporter is known to subtract 1
+    from each zero point separately, not from whole words.
     """
 
     codes: ModuleTensor
@@ -70,7 +71,7 @@ class GptqPacking:
         return unpack_stream(data, self.bits, count)
 
     def _decode(self, stored: Codes) -> Doubles:
-        """Return the zero points that whole words of stored ones mean; NaN if undecided."""
+        """Decode stored zero points that fill whole words. An undecided zero point becomes NaN."""
         if not self.minus_one:
             return stored.astype(np.float64)
         if self.bits == 3 and not self.one_way:
@@ -99,9 +100,10 @@ def find_gptq(module: QuantisedModule) -> GroupedMatrix | None:
 
 
 def build_gptq(module: QuantisedModule, name: str, minus_one: bool, one_way: bool, overrides: str) -> GroupedMatrix:
-    """Return the matrix of a module in the format `name`; `minus_one` and `one_way` as in `GptqPacking`.
+    """Return the matrix of a module in the format `name`.
 
-    `overrides` is the key of the config under which single modules have other options. Raises CannotTell.
+    `minus_one` and `one_way` have the same meaning as in `GptqPacking`. `overrides` is the key of the config under
+    which single modules have other options. Raises CannotTell.
     """
     config = module.quantisation
     refuse_rotation(config)

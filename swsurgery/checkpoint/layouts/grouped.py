@@ -1,7 +1,7 @@
 """Define matrices of integer codes with a scale and a zero point for each output feature and group of input features.
 
-GPTQ and AWQ share this arithmetic. They differ in the places of the codes and in the encoding of zero points, which
-a `Packing` knows.
+GPTQ and AWQ share this arithmetic. They differ in the places of the codes and in the encoding of zero points. A
+`Packing` describes both.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Packing(Protocol):
 class ColumnGroups:
     """The group of each column of a matrix.
 
-    Groups of `size` columns are consecutive. If `order` is given, it contains the group of each column (`g_idx`), and
-    the groups need not be consecutive if `free` is True.
+    Without `order`, each group is `size` consecutive columns. If `order` (`g_idx`) is given, it contains the group of
+    each column. The columns of a group need not be consecutive if `free` is True.
     """
 
     size: int
@@ -128,15 +128,16 @@ def read_count(config: Mapping[str, object], key: str) -> int:
 
 
 def find_groups(module_size: int, cols: int, groups: int, order: ModuleTensor | None, free: bool) -> ColumnGroups:
-    """Return the groups of `cols` columns. `module_size` is the declared group size; -1 means one group for all.
+    """Return the groups of `cols` columns.
 
-    Raises CannotTell if the groups do not fit the shapes.
+    `module_size` is the declared group size; -1 means one group for all columns. Raises CannotTell if the groups do not
+    fit the shapes.
     """
     size = cols if module_size == -1 else module_size
     if size <= 0 or -(-cols // size) != groups:
-        raise CannotTell(f"{cols} columns in groups of {module_size} are not the {groups} groups that are stored")
+        raise CannotTell(f"{groups} groups are stored, which do not fit {cols} columns in groups of {module_size}")
     if order is not None and (order.dtype not in ("I32", "I64") or order.shape != (cols,)):
-        raise CannotTell(f"{order.name} is not one integer for each of {cols} columns")
+        raise CannotTell(f"{order.name} does not contain one integer for each of {cols} columns")
     if order is None and free:
         raise CannotTell("desc_act in config.json is true, but no g_idx is stored")
     return ColumnGroups(size, groups, order, free)

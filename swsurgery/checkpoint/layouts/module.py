@@ -86,7 +86,10 @@ def decode_exponent(byte: int) -> float:
 
 
 def list_elements(cell: Cell, infos: Mapping[str, TensorInfo]) -> list[Coordinate]:
-    """List the stored numbers that contain bits of a code. `infos` are the headers of all stored tensors."""
+    """List the stored numbers that contain bits of the code of `cell`.
+
+    `infos` are the headers of all stored tensors.
+    """
     places: dict[Coordinate, None] = {}
     for bits in cell.fields:
         info = infos[bits.tensor]
@@ -97,7 +100,7 @@ def list_elements(cell: Cell, infos: Mapping[str, TensorInfo]) -> list[Coordinat
 
 @dataclass(frozen=True)
 class QuantisedModule:
-    """A module with a quantised weight, as far as a layout may look at it.
+    """A module with a quantised weight, with all that a layout may read.
 
     `weight` is the name that the weight has in a loaded model, such as "model.layers.2.mlp.down_proj.weight" or
     "model.layers.2.mlp.experts.down_proj". `config` is config.json, and `metadata` the metadata of the shard with the

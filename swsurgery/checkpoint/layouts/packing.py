@@ -19,12 +19,12 @@ from swsurgery.storage.arrays import Doubles
 
 
 def count_words(codes: int, bits: int, *, padded: bool = False) -> int:
-    """Return the number of words that store so many codes of `bits` bits."""
+    """Return the number of 32-bit words that store this number of codes of `bits` bits."""
     return -(-codes // (WORD // bits)) if padded else -(-codes * bits // WORD)
 
 
 def find_start(code: int, bits: int, *, padded: bool) -> int:
-    """Return the number of the first bit of a code, counted from the first bit of code 0."""
+    """Return the number of the first bit of code number `code`, counted from the first bit of code 0."""
     if not padded:
         return code * bits
     word, place = divmod(code, WORD // bits)
@@ -47,7 +47,7 @@ def unpack_rows(packed: Codes, bits: int, count: int, *, padded: bool = False) -
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The codes of a matrix [rows, cols] whose every row begins at a new byte. `bits` is the width of one code."""
+    """The codes of a matrix [rows, cols] in which every row begins at a new byte. `bits` is the width of one code."""
 
     tensor: ModuleTensor
     rows: int

@@ -7,7 +7,7 @@ optimum-quanto 0.2.7, nn/qmodule.py and tensor/qbytes.py.
 
 from __future__ import annotations
 
-from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, StoredGrid, make_shape_error, require_matrix
+from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, StoredNumbers, make_shape_error, require_matrix
 from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.codes import decode_codes
 from swsurgery.checkpoint.layouts.module import QuantisedModule
@@ -27,7 +27,7 @@ def find_quanto(module: QuantisedModule) -> BlockMatrix | None:
     if module.method not in ("", "quanto") or codes is None is packed:
         return None
     if codes is None:
-        raise CannotTell(f"{module.weight} has 2 or 4 bits, which are not read for quanto")
+        raise CannotTell(f"{module.weight} is a weight of quanto with 2 or 4 bits, but only 8 bits are read")
     if codes.dtype not in _TYPES or module.find(".weight._shift") is not None:
         raise CannotTell(f"{codes.name} is not a weight of 8 bits")
     declared = module.quantisation.get("weights", _TYPES[codes.dtype])
@@ -41,7 +41,7 @@ def find_quanto(module: QuantisedModule) -> BlockMatrix | None:
     if scales.shape not in ((rows, 1), (1,), ()):
         raise make_shape_error(scales, f"{rows} rows")
     height = rows if scales.count == 1 else 1
-    blocks = Blocks(StoredGrid(scales, 1), rows, height, cols)
+    blocks = Blocks(StoredNumbers(scales, 1), rows, height, cols)
     table = decode_codes(codes.info.dtype)
     layout = f"quanto {_TYPES[codes.dtype]}"
     return BlockMatrix(module.weight, layout, codes.shape, PackedRows(codes, rows, cols, 8), table, blocks)

@@ -1,13 +1,13 @@
-"""Read F8 and I8 weights that are multiplied by one scale per tensor, row or block, except compressed-tensors'.
+"""Read F8 and I8 weights that are multiplied by one scale per tensor, row or block, except those of compressed-tensors.
 
 Covers `weight_scale_inv` (DeepSeek-V3 and transformers' fine-grained FP8), `scale` (DeepSeek's own names),
 `weight_scale` (static FP8 of several writers), `scale_weight` (ComfyUI) and `SCB` (LLM.int8). A scale that is stored as
-F8_E8M0, or as U8 under a method that says so, is a power of two.
+F8_E8M0, or as U8 by a method that is known to store exponents, is a power of two.
 """
 
 from __future__ import annotations
 
-from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, StoredGrid, make_shape_error, require_matrix
+from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, StoredNumbers, make_shape_error, require_matrix
 from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.codes import decode_codes
 from swsurgery.checkpoint.layouts.module import ModuleTensor, QuantisedModule
@@ -16,7 +16,7 @@ from swsurgery.checkpoint.layouts.scales import require_float
 from swsurgery.checkpoint.layouts.schemes import is_compressed
 
 _INT8_STEPS = 127
-"""LLM.int8 stores the largest magnitude of a row, which is 127 steps (arXiv:2208.07339, section 2.1)."""
+"""Steps in the scale of LLM.int8, which is the largest magnitude of a row (arXiv:2208.07339, section 2.1)."""
 
 
 def find_scaled(module: QuantisedModule) -> BlockMatrix | None:
@@ -36,9 +36,9 @@ def find_scaled(module: QuantisedModule) -> BlockMatrix | None:
         _refuse_turned(module)
     require_matrix(codes, stacked=True)
     name = "LLM.int8" if is_int8 else f"{codes.dtype} with {scales.name.rpartition('.')[2]}"
-    blocks = _make_blocks(module, codes.shape, scales, StoredGrid(scales, 1, exponents))
+    blocks = _make_blocks(module, codes.shape, scales, StoredNumbers(scales, 1, exponents))
     if is_int8:
-        blocks = Blocks(StoredGrid(scales, 1, divisor=_INT8_STEPS), blocks.rows, blocks.height, blocks.width)
+        blocks = Blocks(StoredNumbers(scales, 1, divisor=_INT8_STEPS), blocks.rows, blocks.height, blocks.width)
     packed = PackedRows(codes, codes.count // codes.shape[-1], codes.shape[-1], 8)
     return BlockMatrix(module.weight, name, codes.shape, packed, decode_codes(codes.info.dtype), blocks)
 
@@ -60,7 +60,10 @@ def _find_scale(module: QuantisedModule) -> ModuleTensor | None:
 
 
 def _is_exponent(module: QuantisedModule, scales: ModuleTensor) -> bool:
-    """Return True if the scales are powers of two that are stored as exponents. Raises CannotTell if they may be."""
+    """Return True if the scales are powers of two that are stored as exponents.
+
+    Raises CannotTell if it is undecided.
+    """
     if scales.dtype == "F8_E8M0":
         return True
     if scales.dtype != "U8":
@@ -70,18 +73,20 @@ def _is_exponent(module: QuantisedModule, scales: ModuleTensor) -> bool:
     raise CannotTell(f"the scale {scales.name} is stored as U8, and config.json does not say what its bytes mean")
 
 
-def _make_blocks(module: QuantisedModule, shape: tuple[int, ...], scales: ModuleTensor, grid: StoredGrid) -> Blocks:
+def _make_blocks(
+    module: QuantisedModule, shape: tuple[int, ...], scales: ModuleTensor, numbers: StoredNumbers
+) -> Blocks:
     """Describe which elements share a scale. Raises CannotTell."""
     *above, rows, cols = shape
     if scales.count == 1:
         total = rows * (above[0] if above else 1)
-        return Blocks(grid, total, total, cols)
+        return Blocks(numbers, total, total, cols)
     if len(scales.shape) == 1 and scales.shape == shape[:1]:
-        return Blocks(grid, rows, rows if above else 1, cols)
+        return Blocks(numbers, rows, rows if above else 1, cols)
     if len(scales.shape) != len(shape) or scales.shape[:-2] != tuple(above):
         raise make_shape_error(scales, f"the weight of shape {list(shape)}")
     height, width = _find_block(module, (rows, cols), scales)
-    return Blocks(StoredGrid(scales, scales.shape[-1], grid.exponents), rows, height, width)
+    return Blocks(StoredNumbers(scales, scales.shape[-1], numbers.exponents), rows, height, width)
 
 
 def _find_block(module: QuantisedModule, shape: tuple[int, int], scales: ModuleTensor) -> tuple[int, int]:

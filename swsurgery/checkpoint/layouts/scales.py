@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swsurgery.checkpoint.layouts.blocks import Blocks, ColumnOrder, StoredGrid, make_shape_error
+from swsurgery.checkpoint.layouts.blocks import Blocks, ColumnOrder, StoredNumbers, make_shape_error
 from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.module import ModuleTensor
 from swsurgery.checkpoint.layouts.schemes import Scheme
@@ -15,23 +15,23 @@ def make_blocks(
     order: ColumnOrder | None = None,
     exponents: bool = False,
 ) -> Blocks:
-    """Describe the blocks of a weight [rows, cols] whose scales or zero points `tensor` stores, by their scheme.
+    """Describe the blocks of a weight of `shape` [rows, cols]. `tensor` stores their scales or zero points.
 
     Raises CannotTell if the tensor has another shape than the scheme needs.
     """
-    grid, block = find_grid(scheme, shape)
-    allowed = [grid]
-    if grid[1] == 1:
-        allowed.append(grid[:1])
+    count, block = measure_blocks(scheme, shape)
+    allowed = [count]
+    if count[1] == 1:
+        allowed.append(count[:1])
     if scheme.strategy == "tensor":
         allowed.append(())
     if tensor.shape not in allowed:
         raise make_shape_error(tensor, f"a weight of shape {list(shape)} with {scheme.describe()}")
-    return Blocks(StoredGrid(tensor, grid[1], exponents), shape[0], *block, order)
+    return Blocks(StoredNumbers(tensor, count[1], exponents), shape[0], *block, order)
 
 
-def find_grid(scheme: Scheme, shape: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Return the shape of the grid of scales, and the height and width of a block."""
+def measure_blocks(scheme: Scheme, shape: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Return the numbers of blocks in a column and in a row, and the height and width of a block."""
     rows, cols = shape
     height, width = {"tensor": (rows, cols), "channel": (1, cols)}.get(scheme.strategy, scheme.block)
     return (-(-rows // height), -(-cols // width)), (height, width)

@@ -14,7 +14,7 @@ from swsurgery.storage.shard import TensorInfo
 
 
 def describe_matrix(checkpoint: StoredTensors, weight: str) -> dict[str, object]:
-    """Return the facts about a quantised weight that is stored under other names.
+    """Return the facts about a quantised weight whose tensors have other names.
 
     The keys are tensor, layout, shape and stored: a list of the module's tensors, with tensor, file, dtype and shape.
     Raises CheckpointError if the layout cannot be decided.
@@ -62,7 +62,7 @@ def _find(checkpoint: StoredTensors, weight: str) -> QuantisedMatrix:
 
 
 def _make_error(weight: str, reason: CannotTell) -> CheckpointError:
-    return CheckpointError(f"the layout does not tell what this element is: {reason}", weight)
+    return CheckpointError(f"the value of this weight cannot be determined: {reason}", weight)
 
 
 def _describe(checkpoint: StoredTensors, matrix: QuantisedMatrix, index: tuple[int, ...]) -> dict[str, object]:

@@ -22,7 +22,10 @@ from swsurgery.errors import pluralise
 from swsurgery.storage.dtypes import FloatDtype
 
 MAX_EXAMINED = 200
-"""Maximum number of weights whose layout is looked for. A model with experts has about twenty roles."""
+"""Maximum number of weights whose layout is determined. A model with experts has about twenty roles."""
+
+_UNEXAMINED = f"only {MAX_EXAMINED} kinds of weights are examined"
+"""Reason for a weight after the first MAX_EXAMINED that differ in role, dtypes or shapes."""
 
 MAX_ROLES = 5
 """Maximum number of names, or of roles, that are listed in one line."""
@@ -78,7 +81,7 @@ def summarise_layouts(checkpoint: StoredTensors) -> LayoutSummary:
     for weight in dict.fromkeys(_list_quantised(checkpoint)):
         alike = describe_headers(checkpoint, weight)
         if alike not in found:
-            found[alike] = _find_layout(checkpoint, weight) if len(found) < MAX_EXAMINED else (None, "of many others")
+            found[alike] = _find_layout(checkpoint, weight) if len(found) < MAX_EXAMINED else (None, _UNEXAMINED)
         counts[found[alike]] = counts.get(found[alike], 0) + 1
     if not counts:
         return LayoutSummary()

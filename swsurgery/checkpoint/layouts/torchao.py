@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, StoredGrid, make_shape_error, require_matrix
+from swsurgery.checkpoint.layouts.blocks import BlockMatrix, Blocks, StoredNumbers, make_shape_error, require_matrix
 from swsurgery.checkpoint.layouts.cells import CannotTell, Cell, QuantisedMatrix
 from swsurgery.checkpoint.layouts.codes import decode_codes
 from swsurgery.checkpoint.layouts.module import ModuleTensor, QuantisedModule
@@ -123,7 +123,7 @@ def _make_blocks(stored: TorchaoWeight, numbers: ModuleTensor) -> Blocks:
     fitting = [(down, across)] + ([(down,)] if across == 1 else []) + ([()] if down == across == 1 else [])
     if rows % height or cols % width or numbers.shape not in fitting:
         raise make_shape_error(numbers, f"blocks of {height} x {width} in {rows} x {cols}")
-    return Blocks(StoredGrid(numbers, across), rows, height, width)
+    return Blocks(StoredNumbers(numbers, across), rows, height, width)
 
 
 def _read_target(stored: TorchaoWeight) -> int:

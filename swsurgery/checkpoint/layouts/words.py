@@ -1,4 +1,4 @@
-"""Address and unpack codes in tensors of 32-bit words [word, column], of which each column is a stream of bits.
+"""Find and unpack codes in tensors of 32-bit words [words, columns]. Each column is a stream of bits.
 
 GPTQ and AWQ store weights in such tensors, with one column for each output feature or for eight of them.
 """
@@ -18,11 +18,11 @@ WORD = 32
 """Bits of a word."""
 
 _CHUNK = 1 << 22
-"""Approximate number of bytes that one read takes from a tensor of which only some columns are needed."""
+"""Approximate number of bytes of one read, if only some columns of a tensor are needed."""
 
 
 def list_fields(tensor: ModuleTensor, column: int, first: int, width: int) -> Iterator[BitField]:
-    """Yield the bits `first` to `first + width` (excluded) of a column, as one field for each word that has some.
+    """Yield the bits `first` to `first + width` (excluded) of a column, with one field for each word.
 
     Bit 0 is the least significant bit of the first word. `tensor` has the shape [words, columns].
     """
@@ -51,7 +51,7 @@ def read_columns(tensor: ModuleTensor, begin: int, end: int) -> Words:
 def unpack_columns(words: Words, bits: int) -> Codes:
     """Return the codes of `bits` bits of each column of 32-bit words [words, columns], as [columns, codes].
 
-    The bits of a column are a multiple of `bits`.
+    The number of bits in a column must be a multiple of `bits`.
     """
     count = words.shape[0] * WORD // bits
     stream = np.ascontiguousarray(words.T).tobytes()

@@ -164,7 +164,7 @@ BAD: dict[str, tuple[dict[str, object], Arrays, str]] = {
     "no bits": ({"bits": None}, SMALL, "bits in config.json is not an integer"),
     "a zero point that is no flag": ({"zero_point": 1}, SMALL, "zero_point in config.json is neither true nor false"),
     "a rotation": ({"rotation_config": {"a": 1}}, SMALL, "says that the weights were rotated"),
-    "other groups": ({"group_size": 64}, SMALL, "in groups of 64 are not the 2 groups"),
+    "other groups": ({"group_size": 64}, SMALL, "2 groups are stored, which do not fit"),
     "no group size": ({"group_size": None}, SMALL, "group_size in config.json is not an integer"),
     "no zero points": ({}, change(SMALL, qzeros=None), "qzeros is not stored"),
     "no scales": ({}, change(SMALL, scales=None), "scales is not stored"),
@@ -175,7 +175,7 @@ BAD: dict[str, tuple[dict[str, object], Arrays, str]] = {
     "turned": ({}, change(SMALL, qweight=np.zeros((8, 16), np.int32)), "do not fit"),
     "scales of another shape": ({}, change(SMALL, scales=SCALES[:, :8]), "do not fit"),
     "scales of integers": ({}, change(SMALL, scales=SCALES.astype(np.int32)), "do not fit"),
-    "no groups": ({}, change(SMALL, qzeros=QZEROS[:0], scales=SCALES[:0]), "are not the 0 groups"),
+    "no groups": ({}, change(SMALL, qzeros=QZEROS[:0], scales=SCALES[:0]), "0 groups are stored, which do not fit"),
     "AutoRound's unknown packing": ({"quant_method": "auto-round"}, SMALL, "packing_format in config.json is none"),
     "AutoRound's floats": (
         {"quant_method": "auto-round", "data_type": "mx_fp", "packing_format": "auto_round:auto_awq"},

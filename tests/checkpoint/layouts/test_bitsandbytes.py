@@ -231,7 +231,7 @@ BAD: dict[str, tuple[dict[str, NDArray | None], str]] = {
     "NaN": (change(DOUBLE, state=STATE | NESTED | {"nested_offset": float("nan")}), "JSON"),
     "long JSON": (
         SMALL | {".quant_state.bitsandbytes__nf4": np.full(5000, 32, np.uint8)},
-        "is not a short text",
+        "does not contain a text of at most",
     ),
     "another key": (change(SMALL, state=STATE | {"axis": 1}), "are not the known ones"),
     "a missing key": (change(SMALL, state={"quant_type": "nf4"}), "are not the known ones"),

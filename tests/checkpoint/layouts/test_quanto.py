@@ -88,7 +88,7 @@ def test_the_nearest_code_changes_one_scalar(tmp_path):
 @needs_model
 def test_fewer_bits_are_not_read(tmp_path):
     quantise(tmp_path, "qint4", layers=(11,))
-    with pytest.raises(CannotTell, match="has 2 or 4 bits"):
+    with pytest.raises(CannotTell, match="with 2 or 4 bits"):
         find_matrix(open_checkpoint(tmp_path), down(11))
 
 
