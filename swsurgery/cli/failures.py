@@ -38,6 +38,8 @@ def report_error(error: Exception | Interrupted, out: Output, received: Interrup
 
 def report_usage(error: typer.TyperException, out: Output) -> int:
     """Print an error in the command line, such as an unknown option, and the usage. Return the exit code."""
+    if isinstance(message := getattr(error, "message", None), str):
+        vars(error)["message"] = message.replace("Value error, ", "")  # a prefix that says nothing to a user
     error.show()  # type: ignore[attr-defined]  # every error that typer raises has it, but TyperException does not
     context: typer.Context | None = getattr(error, "ctx", None)
     command = context.command_path if context else "swsurgery"

@@ -87,7 +87,7 @@ TextOption = Annotated[
 PromptOption = Annotated[list[str] | None, typer.Option(help="A prompt for the model to continue; may be repeated.")]
 MaxRatio = Annotated[float | None, typer.Option(help="Fail if the perplexity ratio patched/base is above this.")]
 MinRatio = Annotated[float | None, typer.Option(help="Fail if the perplexity ratio patched/base is below this.")]
-DeviceOption = Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="The device that runs the model.")]
+DeviceOption = Annotated[str, typer.Option(help="The device that runs the model: auto, cpu, cuda or cuda:N.")]
 PlacementOption = Annotated[
     Literal["auto", "whole", "streamed"],
     typer.Option(
@@ -123,14 +123,20 @@ def get_width() -> int:
 
 
 def read_text(path: Path | None) -> str | None:
-    """Return the contents of a UTF-8 file, or None if `path` is None. Raises SwsurgeryError if it cannot be read."""
+    """Return the contents of a UTF-8 file, or None if `path` is None.
+
+    Raises SwsurgeryError if the file cannot be read or is empty.
+    """
     if path is None:
         return None
     try:
-        return path.read_text("utf-8")
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise SwsurgeryError(f"cannot read the text ({reason})", path) from None
+    if not text:
+        raise SwsurgeryError("the text is empty", path, "give a longer text")
+    return text
 
 
 def refuse_replacing(report: Path | None, inputs: Iterable[object], option: str = "--output") -> None:

@@ -24,6 +24,7 @@ from swsurgery.hub import Uri, download_checkpoint, open_location, parse_locatio
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.model.report import CheckedBounds, CheckReport
+from swsurgery.model.run_arguments import refuse_device, refuse_empty_text
 from swsurgery.model.variant import PerActivation, Variant, list_roundings
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import (
@@ -62,7 +63,7 @@ class CheckOptions:
     window: int = 512
 
     def __post_init__(self) -> None:
-        """Raise TypeError for a field of the wrong type or an unknown choice."""
+        """Raise TypeError for a field of the wrong type, and ModelError for an unknown device or an empty text."""
         require_choice("kind", self.kind, get_args(Check))
         require_type("device", self.device, str)
         require_choice("placement", self.placement, get_args(Placement))
@@ -71,6 +72,8 @@ class CheckOptions:
         require_type("bounds", self.bounds, CheckedBounds, optional=True)
         for name in ("windows", "window"):
             object.__setattr__(self, name, require_integer(name, getattr(self, name)))
+        refuse_device(self.device)
+        refuse_empty_text(self.text)
 
     @classmethod
     def of(cls, check: CheckOptions | Check | None) -> CheckOptions:

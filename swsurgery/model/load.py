@@ -13,7 +13,6 @@ import io
 import logging as python_logging
 import math
 import os
-import re
 import sys
 import threading
 import warnings
@@ -51,6 +50,7 @@ from swsurgery.model.refusals import (
     refuse_pointers,
     refuse_uninstalled,
 )
+from swsurgery.model.run_arguments import refuse_device
 from swsurgery.model.stream import StreamedWeights, allocate_pinned_pieces
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.torch_dtypes import get_streamed_dtype
@@ -92,10 +92,9 @@ def pick_device(name: str) -> torch.device:
 
     Raises ModelError for another name, and Unrunnable if the device does not exist or cannot compute a small sum.
     """
+    refuse_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
-        raise ModelError("no such device", name, "use --device auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
         raise Unrunnable("no usable CUDA device", name, "use --device cpu")
     device = torch.device(name)

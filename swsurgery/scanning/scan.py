@@ -46,12 +46,14 @@ from swsurgery.manifest.load import ManifestLike, load_manifest
 from swsurgery.manifest.writer import refuse_unfit
 from swsurgery.model import Placement, tokenizer
 from swsurgery.model.refusals import refuse_unrunnable
+from swsurgery.model.run_arguments import refuse_device, refuse_empty_text
 from swsurgery.model.variant import Variant
 from swsurgery.progress import Progress, Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
 from swsurgery.scanning import outputs as outputs_module
 from swsurgery.scanning.expert_manifest import write_expert_manifest
 from swsurgery.scanning.expert_report import ExpertScan
+from swsurgery.scanning.factors import compute_scaled_values, refuse_factors
 from swsurgery.scanning.report import Method, Scan, Sweep
 from swsurgery.storage import dtypes, filesystem, numeric
 from swsurgery.storage.arguments import (
@@ -78,12 +80,14 @@ class RunOptions:
     window: int
 
     def __post_init__(self) -> None:
-        """Raise TypeError for a field of the wrong type or an unknown choice."""
+        """Raise TypeError for a field of the wrong type, and ModelError for an unknown device or an empty text."""
         require_type("device", self.device, str)
         require_choice("placement", self.placement, get_args(Placement))
         require_type("text", self.text, str, optional=True)
         for name in ("windows", "window"):
             object.__setattr__(self, name, require_integer(name, getattr(self, name)))
+        refuse_device(self.device)
+        refuse_empty_text(self.text)
 
 
 @dataclass(frozen=True)
@@ -334,6 +338,7 @@ def sweep(
     options = RunOptions(device, placement, text, windows, window)
     if target is not None:
         figures.check_figure_path(target)
+    refuse_factors(numbers)
     loaded = load_manifest(manifest, base)
     with held(download_checkpoint(find_base(loaded, base))) as entered:
         plan = make_plan(loaded, read_checkpoint(entered, loaded.manifest.base))
@@ -343,6 +348,7 @@ def sweep(
             raise PlanError(
                 "no scalar is changed, so there is nothing to sweep", loaded.path, "add an edit other than protect"
             )
+        compute_scaled_values(plan.checkpoint, coordinates, numbers, bool(plan.rewrites))  # refuses overflows
         require_model(plan.checkpoint.directory)
         from swsurgery.scanning.sweep import Regions, sweep_checkpoint
 

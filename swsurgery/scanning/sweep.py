@@ -1,8 +1,8 @@
 """Measure a model's quality with some scalars multiplied by each of several factors.
 
 One run of the model measures several factors at once (`model/forward.py`). The measurements are those of the sanity
-check (`model/measure.py`). This module computes the scaled values, which equal those that a manifest with `op: scale`
-writes, and collects the measurements. It gives no verdicts.
+check (`model/measure.py`). `factors.py` computes the scaled values. This module collects the measurements, and gives no
+verdicts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -18,15 +17,14 @@ from typing import cast
 from torch import nn
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.errors import Fault, ModelError, NumberError
 from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.variant import Scalars, Variant
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
 from swsurgery.progress import Progress
+from swsurgery.scanning.factors import compute_scaled_values
 from swsurgery.scanning.report import Sweep, SweepPoint
-from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import Coordinate
 
 
@@ -135,54 +133,6 @@ def _make_variants(
         scalars: Scalars = {place: value for place, value in values.items() if place.tensor not in other.tensors}
         variants.append(dataclasses.replace(other, scalars=scalars))
     return variants
-
-
-def compute_scaled_values(
-    checkpoint: Checkpoint, coordinates: Sequence[Coordinate], factors: Sequence[float], or_regions: bool = False
-) -> list[dict[Coordinate, float]]:
-    """Compute for each factor the scalars that it changes and their new values, rounded to the stored dtype.
-
-    Raises NumberError with all faults: no factor, a factor that is not finite or repeated, or a product that the dtype
-    cannot represent. Raises ModelError if no scalar is given and `or_regions` is False, or if a scalar is repeated or
-    not in the checkpoint.
-    """
-    if not coordinates and not or_regions:
-        raise ModelError("nothing to sweep", "no coordinates")
-    if not factors:
-        raise NumberError("nothing to sweep", "no factors")
-    faults = [Fault("factor is not finite", factor) for factor in factors if not math.isfinite(factor)]
-    faults += [Fault("factor is given twice", f"{factor:g}") for factor, times in Counter(factors).items() if times > 1]
-    if faults:
-        raise NumberError.of(faults)
-    if twice := [coordinate for coordinate, times in Counter(coordinates).items() if times > 1]:
-        raise ModelError("coordinate is given twice", twice[0])
-    values: list[dict[Coordinate, float]] = [{} for _ in factors]
-    for coordinate in coordinates:
-        dtype, data = read_stored(checkpoint, coordinate)
-        for variant, factor in zip(values, factors, strict=True):
-            try:
-                new = dtypes.scale_value(dtype, data, factor) if factor else dtypes.make_zero(dtype)
-                old, value = dtypes.decode(dtype, data), dtypes.decode(dtype, new)
-            except NumberError as error:
-                faults += [fault.add_context(f"cannot scale {coordinate} by {factor:g}") for fault in error.faults]
-            else:
-                if value != old:
-                    variant[coordinate] = float(value)
-    if faults:
-        raise NumberError.of(faults)
-    return values
-
-
-def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.Dtype, bytes]:
-    """Read the dtype and the stored bytes of one scalar. Raises ModelError if the scalar is missing or not a weight."""
-    tensor, index = coordinate
-    shape = checkpoint.shapes.get(tensor, ())
-    if index and len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True)):
-        if why := checkpoint.quantisation.explain_refusal(tensor):
-            raise ModelError(why, coordinate)
-        shard = checkpoint.shards[checkpoint.weight_map[tensor]]
-        return shard.tensors[tensor].dtype, shard.read_scalar(tensor, index)
-    raise ModelError("no such scalar in the checkpoint", coordinate)
 
 
 def _make_point(totals: measure.Totals, number: int) -> SweepPoint:

@@ -420,7 +420,7 @@ def test_nothing_reads_codes_as_weights(tmp_path: Path, tensors, capsys):
     from swsurgery.checkpoint.projections import find_down_projection
     from swsurgery.model.weight_plan import _locate_part
     from swsurgery.scanning.by_activations import _read_row
-    from swsurgery.scanning.sweep import compute_scaled_values
+    from swsurgery.scanning.factors import compute_scaled_values
     from swsurgery.storage.coordinate import Coordinate
 
     root = write_single(tmp_path, {down(0): tensor("F8_E4M3", HIDDEN, INNER), **tensors})

@@ -1,0 +1,87 @@
+"""A mistake that can be seen without a model is reported before torch is imported."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from patched import write_patched
+
+from swsurgery.cli import main
+
+EMPTY = "the text is empty: empty.txt (give a longer text)"
+NO_DEVICE = "no such device: gpu (use --device auto, cpu, cuda or cuda:N)"
+NO_GPU = "no usable CUDA device: cuda (use --device cpu)"
+NO_FILE = "cannot read the text (No such file or directory): nothere.txt"
+NO_FORMAT = "unknown figure format: x.gif (end the name in .png, .svg or .pdf)"
+NO_FOLDER = "no such directory: nothere (create the directory first)"
+COMMANDS = {
+    "apply": ["apply", "edit.yaml", "-o", "out"],
+    "check": ["check", "base"],
+    "scan": ["scan", "base", "--confirm"],
+    "sweep": ["sweep", "edit.yaml", "--factors", "0,2"],
+    "compare": ["compare", "edit.yaml"],
+}
+"""The commands that run a model, with arguments without a mistake."""
+
+
+@pytest.fixture
+def no_torch(tmp_path, monkeypatch):
+    """Make a folder with a checkpoint, a manifest and an empty text the current one, and torch impossible to import."""
+    from swsurgery.model import run_arguments
+
+    write_patched(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "edit.yaml").write_text(
+        "version: 1\nbase: {path: base}\nedits:\n"
+        "  - {op: zero, tensor: model.layers.0.mlp.down_proj.weight, index: [0, 0]}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(run_arguments, "GPU_FILES", ())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("--text", "empty.txt", EMPTY),
+        ("--text", "nothere.txt", NO_FILE),
+        ("--device", "gpu", NO_DEVICE),
+        ("--device", "cuda", NO_GPU),
+    ],
+)
+def test_every_command_that_runs_a_model_refuses(no_torch, capsys, command, option, value, line):
+    assert main([*COMMANDS[command], option, value]) == 2
+    assert capsys.readouterr().err == f"swsurgery: {line}\n"
+
+
+@pytest.mark.parametrize("command", ["scan", "sweep", "compare"])
+@pytest.mark.parametrize(("path", "line"), [("x.gif", NO_FORMAT), ("nothere/x.svg", NO_FOLDER)])
+def test_a_figure_that_cannot_be_written_is_refused(no_torch, capsys, command, path, line):
+    assert main([*COMMANDS[command], "--plot", path]) == 2
+    assert capsys.readouterr().err == f"swsurgery: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("factors", "line"),
+    [
+        ("1,1", "factor is given twice: 1"),
+        ("0,nan", "factor is not finite: nan"),
+        ("0,inf", "factor is not finite: inf"),
+        ("0,1e50", "cannot scale "),
+        ("0,a", "factors must be numbers separated by commas: '0,a'"),
+        ("", "factors must be numbers separated by commas: ''"),
+    ],
+)
+def test_an_impossible_factor_is_refused(no_torch, capsys, factors, line):
+    assert main(["sweep", "edit.yaml", "--factors", factors]) == 2
+    assert capsys.readouterr().err.startswith(f"swsurgery: {line}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="device files are looked up on Linux")
+def test_a_machine_with_a_driver_is_not_refused(monkeypatch):
+    from swsurgery.model import run_arguments
+
+    monkeypatch.setattr(run_arguments, "GPU_FILES", ("/dev/null",))
+    run_arguments.refuse_device("cuda:1")
