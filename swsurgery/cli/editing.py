@@ -155,15 +155,20 @@ def check(
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     base: Annotated[
-        str | None, typer.Option(help="The base, if the old bytes were too many for the undo file.")
+        str | None,
+        typer.Option(help="Compare with this checkpoint of the same architecture, instead of the record's base."),
     ] = None,
+    generate: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Also continue each prompt by N tokens with both models.")
+    ] = 0,
     activation_bits: ActivationBitsOption = None,
     activation_per: ActivationPerOption = "tensor",
     page: PageOption = None,
 ) -> None:
     """Run a patched checkpoint and its base on the same text. Exit 1 if a bound is not met.
 
-    A checkpoint without a record is run alone: it is compared with nothing, so a bound is an error.
+    With --base, any two checkpoints of one architecture are compared. Without it, a checkpoint that has no record is
+    run alone: it is compared with nothing, so a bound is an error.
     """
     from swsurgery.cli import show
     from swsurgery.editing import sanity
@@ -182,6 +187,7 @@ def check(
         device=device,
         placement=placement,
         base=base,
+        generate=generate,
         activation_bits=activation_bits,
         activation_per=activation_per,
         reporter=out.make_reporter(),

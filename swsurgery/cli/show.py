@@ -144,7 +144,7 @@ def show_check(document: Mapping[str, Any]) -> None:
 def _check_alone(document: Mapping[str, Any]) -> None:
     """Print the measurements of a model that has no base to be compared with."""
     print_table(("", "this model"), _list_measurements(document, ("patched",)))
-    print_text("nothing was compared, because there is no record of the base")
+    print_text("nothing was compared, because there is no record of the base and no --base")
     _list_rounded(document)
     _list_continuations(document, ("patched",))
     _describe_measured(document)
@@ -195,7 +195,21 @@ def _list_continuations(document: Mapping[str, Any], sides: tuple[str, ...]) -> 
             print_text(f"  {side if len(sides) > 1 else '':8} {tokens or 'no finite logits'}")
 
 
+def _list_generations(document: Mapping[str, Any]) -> None:
+    """Print how the models continue each prompt, if this was asked for."""
+    for number, made in enumerate(document.get("generations", ())):
+        if not number:
+            print_text("\ncontinued by the most likely tokens")
+        print_text(f"\n{escape_control(repr(made['prompt']))}")
+        for side in ("base", "patched"):
+            if made[side] is not None:
+                print_text(f"  {side if made['base'] is not None else '':8} {escape_control(repr(made[side]))}")
+
+
 def _describe_measured(document: Mapping[str, Any]) -> None:
+    _list_generations(document)
+    for note in document.get("notes", ()):
+        print_text(f"note      {escape_control(note)}")
     for failure in document["failures"]:
         print_text(f"FAILED    {escape_control(failure)}")
     text = document["text"]

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from swsurgery import model
-from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes
 from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint, refuse_other_weights
-from swsurgery.checkpoint.record import RECORD_NAME, Patched, Record, find_record
+from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record
 from swsurgery.checkpoint.weight_files import Weights
+from swsurgery.editing.check_base import find_checked_base, find_coded
 from swsurgery.editing.plan import Plan
-from swsurgery.errors import CheckFailed, CheckpointError, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
+from swsurgery.errors import CheckFailed, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
 from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
@@ -38,7 +38,6 @@ from swsurgery.storage.arguments import (
 from swsurgery.storage.dtypes import DTYPES, decode
 from swsurgery.storage.files import File, has_same_bytes
 from swsurgery.storage.folder import Folder
-from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.region import list_runs
 from swsurgery.storage.splice import Splice
 
@@ -110,19 +109,22 @@ def check(
     base: str | Path | None = None,
     activation_bits: int | None = None,
     activation_per: PerActivation = "tensor",
+    generate: int = 0,
     reporter: Reporter | None = None,
 ) -> CheckReport:
-    """Run a checkpoint and, if it has a record, compare it with its base.
+    """Run a checkpoint and compare it with `base` or, if it has a record, with the base of the record.
 
     `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The perplexity is measured on at most
     `windows` windows of `window` tokens of `text`, by default the built-in passage, and each of `prompts` is continued
-    by one token. `max_perplexity_ratio` and `min_perplexity_ratio` are limits on patched / base perplexity. A
-    checkpoint without a record has no base to compare with: its report has `compared` False, and limits raise
+    by one token. With `generate`, both models also continue each prompt by at most so many tokens, always by the most
+    likely one. `max_perplexity_ratio` and `min_perplexity_ratio` are limits on patched / base perplexity. Without a
+    record and without `base` there is nothing to compare with: the report has `compared` False, and limits raise
     PlanError. `weights` and `variant` choose between several sets of weights if no record does. `device` is "auto",
     "cpu" or "cuda"; `placement` is "whole" (all weights in memory), "streamed" (two layers at a time) or "auto".
 
-    If the record has no old bytes of a changed region, because they exceeded the limit of the undo file, `base` is the
-    directory or hf:// address of the base.
+    `base` is a directory or hf:// address of any checkpoint of the same architecture and sizes. It is needed if the
+    record has no old bytes of a changed region, because they exceeded the limit of the undo file. If names or dtypes of
+    its tensors differ, as in a quantised copy, both models are in memory.
 
     With `activation_bits`, the models also run with the inputs of their linear layers rounded to so many bits, once as
     they are and once with the super activation held out.
@@ -133,17 +135,21 @@ def check(
     reporter = require_reporter(reporter)
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     roundings = list_roundings(activation_bits, activation_per)
+    tokens = require_integer("generate", generate)
+    if tokens < 0:
+        raise SwsurgeryError("the number of tokens to generate must not be negative", tokens)
     options = CheckOptions("forward", device, placement, text, prompts, bounds, windows, window)
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
     where = parse_location(require_location("checkpoint", checkpoint))
-    if isinstance(where, Uri) and bounds:  # raises before the weights are downloaded
+    if isinstance(where, Uri) and bounds and base is None:  # raises before the weights are downloaded
         with held(open_location(where)) as remote:
             _refuse_bounds_without_base(where, find_record(remote), bounds)
     root = download_checkpoint(where)
-    with held(root) as entered:
+    with held(root) as entered, contextlib.ExitStack() as bases:
         patched = find_record(entered)
-        _refuse_bounds_without_base(root, patched, options.bounds)
+        if base is None:
+            _refuse_bounds_without_base(root, patched, options.bounds)
         record = patched.record if patched else None
         said = record.base if record else None
         if said is not None:
@@ -154,14 +160,15 @@ def check(
             model.ScalarChange(
                 e.coordinate, float(decode(DTYPES[e.dtype], e.old_bytes)), float(decode(DTYPES[e.dtype], e.new_bytes))
             )
-            for e in (record.edits if record else ())
+            for e in (record.edits if record and base is None else ())
         ]
-        variant_of_base = _find_base_tensors(opened, record, base)
+        found_base = find_checked_base(opened, record, base, bases, reporter.say)
         with add_remedy("swsurgery verify, which does not run the model") if patched else contextlib.nullcontext():
             found = run_checks(
                 opened,
                 changes,
-                base=variant_of_base,
+                base=found_base,
+                generate=tokens,
                 roundings=roundings,
                 text=options.text,
                 prompts=options.prompts,
@@ -173,40 +180,7 @@ def check(
                 progress=reporter,
                 say=reporter.say,
             )
-        return replace(found, compared=patched is not None)
-
-
-def _find_base_tensors(patched: Checkpoint, record: Record | None, base: str | Path | None) -> Variant | None:
-    """Return the tensors with changed regions or codes as they are in the base; None if only weights were changed.
-
-    They are read from the files of `base`, or from the patched checkpoint with the old bytes of the record and of the
-    undo file. Raises CheckpointError if neither has them.
-    """
-    if record is None:
-        return None
-    tensors = frozenset(change.tensor for change in record.changes)
-    tensors |= _find_coded((edit.tensor for edit in record.edits), patched)
-    if not tensors:
-        return None
-    if base is None:
-        from swsurgery.editing.overlay_undone import overlay_undone
-
-        return Variant({}, tensors, overlay_undone(patched, record))
-    opened = open_checkpoint(download_checkpoint(parse_location(require_location("base", base))))
-    for name in sorted({patched.weight_map[tensor] for tensor in tensors}):
-        shard = opened.shards.get(name)
-        if shard is None or hash_file(shard.file) != record.files[name].base_sha256:
-            raise CheckpointError("is not the base of the patched checkpoint: its digest differs", f"{base}, {name}")
-    return Variant({}, tensors, opened)
-
-
-def _find_coded(tensors: Iterable[str], checkpoint: Checkpoint) -> frozenset[str]:
-    """Return those of the tensors that store no plain weights, such as codes and scales of quantised layers.
-
-    A model loaded from them does not contain them, so one loaded model cannot stand for base and patched checkpoint.
-    """
-    stored = {name for name in tensors if name in checkpoint.shapes}
-    return frozenset(name for name in stored if checkpoint.quantisation.explain_refusal(name))
+        return replace(found, compared=patched is not None or base is not None)
 
 
 def make_bounds(most: float | None, least: float | None) -> CheckedBounds | None:
@@ -230,7 +204,7 @@ def _refuse_bounds_without_base(root: Path | Uri, patched: Patched | None, bound
         raise PlanError(
             "a bound on the perplexity ratio needs a base to compare with, and no record names the base",
             root,
-            "leave out the bounds, or give a patched checkpoint",
+            "give the base with --base, or leave out the bounds",
         )
 
 
@@ -312,7 +286,7 @@ def _check_forward(
         for s in plan.splices
     ]
     tensors = frozenset(rewrite.region.tensor for rewrite in plan.rewrites)
-    tensors |= _find_coded((splice.coordinate.tensor for splice in plan.splices), plan.checkpoint)
+    tensors |= find_coded((splice.coordinate.tensor for splice in plan.splices), plan.checkpoint)
     return run_checks(
         read_checkpoint(patched, plan.loaded.manifest.base),
         changes,

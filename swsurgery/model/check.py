@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,10 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model import Placement, ScalarChange, explain_unavailable
 from swsurgery.model.refusals import refuse_unrunnable
-from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, RoundedSide
+from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Generation, RoundedSide
 from swsurgery.model.tokenizer import start
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
-from swsurgery.progress import Progress
+from swsurgery.progress import Progress, Silent
 from swsurgery.storage.dtypes import decode
 from swsurgery.storage.numeric import load_numpy
 
@@ -45,7 +44,7 @@ def run_checks(
     checkpoint: Checkpoint,
     changes: Sequence[ScalarChange],
     *,
-    base: Variant | None = None,
+    base: Variant | Checkpoint | None = None,
     text: str | None = None,
     prompts: Sequence[str] | None = None,
     bounds: CheckedBounds | None = None,
@@ -54,10 +53,14 @@ def run_checks(
     window: int = 512,
     placement: Placement = "auto",
     roundings: Sequence[Rounding] = (),
+    generate: int = 0,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> CheckReport:
     """Compare the patched `checkpoint` with its base, which differs from it in the scalars of `changes`.
+
+    `base` contains further tensors that differ, or is another checkpoint of the same architecture. The tokenizer is
+    that of the patched checkpoint.
 
     Both models run on the first `windows` non-overlapping windows of `text`, of `window` tokens each. The default text
     is the built-in passage. A shorter text has fewer windows, and a text shorter than one window is a single shorter
@@ -76,6 +79,8 @@ def run_checks(
     model that cannot be streamed is loaded whole. If `changes` is empty, the model runs once, and base and patched are
     equal.
 
+    With `generate`, both models continue each prompt by at most so many tokens, always by the most likely one.
+
     With `roundings`, both models also run with rounded activations, and the report lists their figures. Bounds do not
     apply to these.
 
@@ -88,12 +93,15 @@ def run_checks(
     import transformers
 
     from swsurgery.model import load, measure
+    from swsurgery.model.pair import open_pair
 
     text = read_built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts
     with load.hide_output():
         tokenizer = load.load_tokenizer(directory)
-        paired = load.open_model(checkpoint, device=device, placement=placement, say=say)
+        old: Scalars = {c.coordinate: c.base for c in changes}
+        pair = open_pair(checkpoint, base, old, device=device, placement=placement, say=say)
+        paired, sides = pair.patched, 2 if pair.has_base else 1
         vocabulary = measure.get_vocabulary_size(paired.model)
         context = load.get_context_length(paired.model)
         bos = measure.get_bos_prefix(tokenizer)
@@ -103,23 +111,21 @@ def run_checks(
         _refuse_lengths(prompts, beginnings, context)
         measure.refuse_unknown_tokens(paired.model, pieces + beginnings)
 
-        wholly = base or Variant()
-        scalars: Scalars = {c.coordinate: c.base for c in changes if c.coordinate.tensor not in wholly.tensors}
-        old = replace(wholly, scalars=scalars)
-        pair = (Variant(),) if old.is_stored else (old, Variant())
-        variants = [*pair, *(replace(one, rounding=rounding) for rounding in roundings for one in pair)]
-        totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary), len(variants))
+        count = sides * (1 + len(roundings))
+        totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary), count)
         continuations = []
         with load.convert_run_errors(paired.device, paired.weights is not None):
-            for outcomes in paired.run([*pieces, *beginnings], variants, progress=progress):
+            for outcomes in pair.run([*pieces, *beginnings], roundings, progress):
                 number = outcomes.sequence - len(pieces)
                 if number < 0:
                     totals.add_window(pieces[outcomes.sequence], outcomes)
                     continue
                 totals.look(outcomes)
-                tops = [measure.list_top_tokens(tokenizer, outcomes.logits[at]) for at in range(len(pair))]
+                tops = [measure.list_top_tokens(tokenizer, outcomes.logits[at]) for at in range(sides)]
                 continuations.append(Continuations(prompts[number], tops[0], tops[-1]))
-        last = len(pair) - 1
+            made = pair.generate(beginnings, generate, context, progress or Silent()) if generate else []
+        texts = [tokenizer.batch_decode(side) for side in made]
+        last = sides - 1
         interval = totals.compute_ratio_interval(last)
         return CheckReport(
             base=totals.summarise_side(0),
@@ -133,16 +139,20 @@ def run_checks(
             window_tokens=max(map(len, pieces)) - len(bos),
             scored_tokens=totals.scored,
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            method=paired.method,
+            method=pair.method,
             device=load.get_device_name(paired.device),
             dtype=str(paired.dtype).removeprefix("torch."),
             torch=torch.__version__,
             transformers=transformers.__version__,
             bounds=bounds or CheckedBounds(),
             rounded=tuple(
-                _make_rounded(totals, len(pair) * (1 + number) + at, "patched" if at == last else "base", rounding)
+                _make_rounded(totals, sides * (1 + number) + at, "patched" if at == last else "base", rounding)
                 for number, rounding in enumerate(roundings)
-                for at in range(len(pair))
+                for at in range(sides)
+            ),
+            generations=tuple(
+                Generation(prompt, texts[0][at] if len(texts) > 1 else None, texts[-1][at])
+                for at, prompt in enumerate(prompts if texts else ())
             ),
         )
 

@@ -122,7 +122,7 @@ class LayeredModel:
         the class describes, and CheckpointError if a streamed shard cannot be read.
         """
         wanted = [Variant.of(variant) for variant in variants]
-        plans = [self._plan_tensors(variant) for variant in wanted]
+        plans = [self.plan_variant(variant) for variant in wanted]
         apart = {index: self._load_apart(wanted[index]) for index, plan in enumerate(plans) if plan == "apart"}
         here = [index for index in range(len(wanted)) if index not in apart]
         self._separate = bool(apart)
@@ -163,7 +163,7 @@ class LayeredModel:
             if self.weights is not None:
                 self.weights.close()
 
-    def _plan_tensors(self, variant: Variant) -> WeightPlan | Literal["apart"] | None:
+    def plan_variant(self, variant: Variant) -> WeightPlan | Literal["apart"] | None:
         """Find the parameters that the tensors of a variant change; "apart" if it must be a model of its own.
 
         Raises ModelError if the tensors do not fit the loaded checkpoint.
@@ -187,6 +187,10 @@ class LayeredModel:
                 raise
             return "apart"
         return plan
+
+    def open_apart(self, variant: Variant) -> LayeredModel | None:
+        """Load a variant that must be a model of its own; None if `run` can run it with this model."""
+        return self._load_apart(variant) if self.plan_variant(variant) == "apart" else None
 
     def _load_apart(self, variant: Variant) -> LayeredModel:
         assert self.load_other is not None

@@ -13,6 +13,9 @@ from typing import Any
 from swsurgery.storage.numbers import round_number
 from swsurgery.storage.result import Result
 
+ENOUGH_TOKENS = 500
+"""Number of scored tokens below which a report contains a note that its figures are uncertain."""
+
 
 @dataclass(frozen=True)
 class CheckedBounds:
@@ -69,6 +72,18 @@ class Continuations:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """The greedy continuations of a prompt by base and by patched, without the prompt.
+
+    `base` is None if there was no base to compare with.
+    """
+
+    prompt: str
+    base: str | None
+    patched: str
+
+
+@dataclass(frozen=True)
 class RoundedSide:
     """The figures of one model with the inputs of its linear layers rounded (arXiv:2411.07191, section 4.1).
 
@@ -116,6 +131,15 @@ class CheckReport(Result):
     rounded: tuple[RoundedSide, ...] = ()
     ratio_low: float | None = None
     ratio_high: float | None = None
+    generations: tuple[Generation, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What limits the figures, one line each; usually empty."""
+        if self.scored_tokens >= ENOUGH_TOKENS:
+            return ()
+        few = f"only {self.scored_tokens} tokens were scored, so the figures are uncertain"
+        return (f"{few} (give a longer text or more windows: at least {ENOUGH_TOKENS} tokens)",)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -202,6 +226,10 @@ class CheckReport(Result):
                 {key: _encode_number(v) if isinstance(v, float) else v for key, v in vars(side).items()}
                 for side in self.rounded
             ]
+        if self.generations:
+            document["generations"] = [dict(vars(each)) for each in self.generations]
+        if self.notes:
+            document["notes"] = list(self.notes)
         if not self.compared:
             names = ("base", "perplexity_ratio", "ratio_low", "ratio_high", "kl")
             document |= {"compared": False, **dict.fromkeys(names)}

@@ -50,7 +50,7 @@ def test_a_bound_without_a_base_is_bad_input(base, option, capsys):
     assert (out, err) == (
         "",
         "swsurgery: a bound on the perplexity ratio needs a base to compare with, and no record names the base: "
-        f"{base} (leave out the bounds, or give a patched checkpoint)\n",
+        f"{base} (give the base with --base, or leave out the bounds)\n",
     )
 
 
@@ -84,7 +84,7 @@ def test_without_a_bound_the_document_says_that_nothing_was_compared(base, capsy
 def test_without_a_bound_the_text_says_so_too(base, capsys):
     assert main(["check", str(base)]) == 0
     out = capsys.readouterr().out
-    assert "nothing was compared, because there is no record of the base\n" in out
+    assert "nothing was compared, because there is no record of the base and no --base\n" in out
     assert "ratio" not in out and "patched" not in out
     assert "perplexity" in out and "' yes' 0.500" in out
 
