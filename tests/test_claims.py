@@ -1,0 +1,50 @@
+"""What the project says about itself: supported systems and how to cite it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import swsurgery
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def test_linux_is_the_only_system_that_the_package_claims():
+    systems = [line for line in PROJECT["classifiers"] if line.startswith("Operating System")]
+    assert systems == ["Operating System :: POSIX :: Linux"]
+
+
+def test_the_tests_run_on_the_claimed_system_and_pythons():
+    workflows = "\n".join(path.read_text() for path in WORKFLOWS)
+    assert {re.match(r"[a-z]+", name)[0] for name in re.findall(r"runs-on: (\S+)", workflows)} == {"ubuntu"}
+    claimed = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)}
+    assert claimed == set(re.findall(r'"(3\.\d+)"', re.search(r"python-version: \[(.*)\]", workflows)[1]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_other_systems_only_to_say_that_they_are_untested(page):
+    for paragraph in page.read_text().split("\n\n"):
+        if re.search(r"\bmacOS\b|\bWindows (?:1|PC|computer)|\bWSL\b", paragraph):
+            assert re.search(r"not covered|not tested|not supported", paragraph), paragraph
+
+
+def test_the_citation_is_a_valid_cff_file_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys(), "required by version 1.2.0 of the format"
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert str(citation["version"]) == swsurgery.__version__
+    assert citation["license"] == PROJECT["license"]
+    assert citation["authors"] == PROJECT["authors"]
+    texts = [citation["message"], citation["title"], citation["abstract"], *citation["keywords"]]
+    assert all(isinstance(text, str) and text for text in texts)
+    [article] = citation["references"]
+    assert article["identifiers"] == [{"type": "other", "value": "arXiv:2411.07191"}]
+    assert all({"family-names", "given-names"} == author.keys() for author in article["authors"])
