@@ -47,7 +47,7 @@ def render_page() -> str:
         "",
         *_markdown(("status", "meaning"), STATUSES.items()),
         "",
-        "A status describes the source of a coordinate. It does not mean that the coordinate is critical alone: many "
+        "A status describes the source of a coordinate. It does not mean that the coordinate is needed alone: many "
         "matter only together with others. `known: all` in a manifest means every coordinate except the refuted ones "
         "and those without a column. Printed zero and scale manifests also leave out the insufficient ones.",
         "",

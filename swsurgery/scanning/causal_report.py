@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
-Verdict = Literal["critical alone", "critical jointly", "inert", "untested"]
+Verdict = Literal["needed alone", "needed jointly", "inert", "untested"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """All verdicts of the causal test, in the order in which printed summaries count them. "untested" means that the
 measurement allowed no verdict."""

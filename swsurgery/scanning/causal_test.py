@@ -158,7 +158,7 @@ def compute_floors(
         if gain.low > floor:
             ratio = f"x{format_number(compute_exp(gain.log), 3)} without it"
             name = texts.describe(unit)
-            say(f"critical, but not a candidate: {name} (drawn for comparison; perplexity is {ratio})")
+            say(f"needed alone, but not a candidate: {name} (drawn for comparison; perplexity is {ratio})")
     common = [
         losses.gain(together | {unit}, [together, frozenset({unit})]).log
         for unit in crowded

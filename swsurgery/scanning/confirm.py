@@ -106,7 +106,7 @@ def confirm_windows(
     are drawn with `seed` from the scalars within 10% of a candidate's magnitude. If there are too few, the scalars with
     the nearest magnitudes are added.
 
-    A scalar is "critical alone" if its effect is clear. Any other scalar is "critical jointly" if it is in a joint set,
+    A scalar is "needed alone" if its effect is clear. Any other scalar is "needed jointly" if it is in a joint set,
     or if zeroing it together with all other candidates clearly adds more than zeroing it alone. To set the bar for this
     addition, some null scalars are zeroed together with all candidates.
 
@@ -195,8 +195,8 @@ class _Judge:
         if not self.enough or name in self.bars.unjudged:
             return "untested"
         if self.losses.gain(frozenset({name})).low > self.bars.alone(name):
-            return "critical alone"
-        return "critical jointly" if name in self.jointly else "inert"
+            return "needed alone"
+        return "needed jointly" if name in self.jointly else "inert"
 
 
 def _find_core(losses: Losses[Coordinate], suspects: Suspects, bars: EffectBars) -> Zeroed:

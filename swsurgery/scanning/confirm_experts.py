@@ -103,7 +103,7 @@ def confirm_expert_windows(
     computed from whole windows. The effect is clear if the low end is above 1.05 and above the usual effects of `nulls`
     random routed experts of the same layers, which are drawn with `seed`.
 
-    An expert is "critical alone" if its effect is clear. Any other expert is "critical jointly" if it is in a joint
+    An expert is "needed alone" if its effect is clear. Any other expert is "needed jointly" if it is in a joint
     set, or if zeroing it together with all other candidates clearly adds more than zeroing it alone. With fewer than
     eight windows, no interval is computed and every verdict is "untested".
 
@@ -134,8 +134,8 @@ def confirm_expert_windows(
         if not enough:
             return "untested"
         if losses.gain(frozenset({name})).low > floor:
-            return "critical alone"
-        return "critical jointly" if name in jointly else "inert"
+            return "needed alone"
+        return "needed jointly" if name in jointly else "inert"
 
     trials = [
         ExpertTrial(

@@ -206,7 +206,7 @@ class Scan(TableResult):
         """
         if self.confirmation is None:
             return self.candidates
-        critical = ("critical alone", "critical jointly")
+        critical = ("needed alone", "needed jointly")
         return tuple(
             t.candidate
             for t in self.confirmation.trials

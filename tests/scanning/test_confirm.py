@@ -147,7 +147,7 @@ def test_each_effect_is_that_of_a_model_without_the_scalar(
         assert one.without.ratio == pytest.approx(ratios[other], rel=1e-4)
         assert one.listed
     assert found.together.ratio == pytest.approx(bench.ratio([critical, inert]), rel=1e-4)
-    assert verdicts(found) == ["critical alone", "inert"]
+    assert verdicts(found) == ["needed alone", "inert"]
     assert found.joint_sets == ()
     base = bench.log_probabilities([])
     without = bench.log_probabilities([critical])
@@ -181,7 +181,7 @@ def test_a_text_of_fewer_than_eight_windows_gives_no_interval_and_no_verdict(
     assert ratios == [pytest.approx(bench.ratio([short]), rel=1e-4) for short in ((0, 3, 7), (1, 9, 20))]
     assert (found.windows, found.scored_tokens) == (windows, windows * (LENGTH - 1))
     if enough:
-        assert verdicts(found) == ["critical alone", "inert"] and said == []
+        assert verdicts(found) == ["needed alone", "inert"] and said == []
         assert found.together.low < found.together.ratio < found.together.high
     else:
         assert verdicts(found) == ["untested", "untested"] and found.joint_sets == ()
@@ -197,7 +197,7 @@ def test_two_copies_are_critical_only_jointly(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "llama", "llama", {first: HUGE, second: HUGE}, copies={12: 7})
     found = bench.confirm([first, second, other])
     assert bench.ratio([first]) < 1.05 and bench.ratio([second]) < 1.05 < 1.3 < bench.ratio([first, second])
-    assert verdicts(found) == ["critical jointly", "critical jointly", "inert"]
+    assert verdicts(found) == ["needed jointly", "needed jointly", "inert"]
     (joint,) = found.joint_sets
     assert joint.coordinates == (bench.coordinate(first), bench.coordinate(second))
     assert joint.effect.ratio == pytest.approx(bench.ratio([first, second]), rel=1e-4)
@@ -213,7 +213,7 @@ def test_three_copies_among_five_are_found_though_no_pair_of_them_does_anything(
     assert set(joint.coordinates) == {bench.coordinate(short) for short in copies}
     assert joint.effect.ratio == pytest.approx(bench.ratio(copies), rel=1e-4)
     for short in (*copies, *others):
-        assert trial(found, bench, short).verdict == ("critical jointly" if short in copies else "inert")
+        assert trial(found, bench, short).verdict == ("needed jointly" if short in copies else "inert")
 
 
 def test_a_scalar_that_is_zero_already_has_no_effect_to_the_last_digit(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_single_candidate_has_no_others(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "llama", "llama", {(0, 3, 7): HUGE})
     found = bench.confirm([(0, 3, 7), (0, 3, 7)])  # named twice: still one
     (one,) = found.trials
-    assert (one.verdict, one.without) == ("critical alone", None)
+    assert (one.verdict, one.without) == ("needed alone", None)
     assert found.together == one.alone
     assert found.joint_sets == ()
     assert len(found.null) == 16
@@ -418,14 +418,14 @@ def test_a_loss_that_is_no_number_is_an_infinite_ratio(plain: Bench) -> None:
     found, _ = told(plain, lambda zeroed: math.nan if first in zeroed else 0.0)
     effect = found.trials[0].alone
     assert (effect.ratio, effect.low, effect.high, effect.kl) == (math.inf,) * 4
-    assert verdicts(found) == ["critical alone", "inert", "inert"]
+    assert verdicts(found) == ["needed alone", "inert", "inert"]
     assert found.joint_sets == ()
 
 
 def test_what_is_critical_jointly_may_be_beyond_numbers(plain: Bench) -> None:
     both = {plain.coordinate(s) for s in NAMES[:2]}
     found, _ = told(plain, lambda zeroed: math.inf if both <= zeroed else 0.0)
-    assert verdicts(found) == ["critical jointly", "critical jointly", "inert"]
+    assert verdicts(found) == ["needed jointly", "needed jointly", "inert"]
     assert [set(joint.coordinates) for joint in found.joint_sets] == [both]
     assert found.joint_sets[0].effect.ratio == math.inf
 
@@ -433,7 +433,7 @@ def test_what_is_critical_jointly_may_be_beyond_numbers(plain: Bench) -> None:
 def test_effects_that_multiply_are_no_joint_set(plain: Bench) -> None:
     cost = dict(zip((plain.coordinate(s) for s in NAMES), (1.0, 0.5, 0.02), strict=True))
     found, said = told(plain, lambda zeroed: sum(cost.get(name, 0.0) for name in zeroed))
-    assert verdicts(found) == ["critical alone", "critical alone", "inert"]
+    assert verdicts(found) == ["needed alone", "needed alone", "inert"]
     assert found.joint_sets == ()
     assert found.together.ratio == pytest.approx(math.exp(1.52), rel=0.01)
     assert said == []
@@ -444,14 +444,14 @@ def test_two_joint_pairs_are_two_sets_and_not_a_third_of_four(plain: Bench) -> N
     names = [plain.coordinate(s) for s in shorts]
     found, _ = told(plain, lambda z: 1.0 * ({*names[:2]} <= z) + 2.0 * ({*names[2:]} <= z), shorts)
     assert [joint.coordinates for joint in found.joint_sets] == [tuple(names[2:]), tuple(names[:2])]
-    assert verdicts(found) == ["critical jointly"] * 4
+    assert verdicts(found) == ["needed jointly"] * 4
 
 
 def test_what_random_scalars_do_too_is_inert(plain: Bench) -> None:
     names = {plain.coordinate(s) for s in NAMES}
     first = plain.coordinate(NAMES[0])
     found, said = told(plain, lambda z: 1.0 * (first in z) + 0.3 * (len(z) == 1 and not z & names))
-    assert verdicts(found) == ["critical alone", "inert", "inert"]
+    assert verdicts(found) == ["needed alone", "inert", "inert"]
     assert max(found.null) == pytest.approx(math.exp(0.3), rel=0.02)
     found, said = told(plain, lambda z: 0.3 * (first in z) + 1.0 * (len(z) == 1 and not z & names))
     assert verdicts(found) == ["inert"] * 3
@@ -469,9 +469,9 @@ def test_a_super_weight_among_the_null_is_named_and_hides_nothing(plain: Bench) 
         return 0.5 * (names[0] in zeroed) + 2.0 * bool(zeroed & {*unlisted})
 
     found, said = told(plain, extra)
-    assert verdicts(found) == ["critical alone", "inert", "inert"]
+    assert verdicts(found) == ["needed alone", "inert", "inert"]
     (line,) = said
-    assert line.startswith(f"critical, but not a candidate: {unlisted[0]} ") and "x7.3" in line
+    assert line.startswith(f"needed alone, but not a candidate: {unlisted[0]} ") and "x7.3" in line
     assert max(found.null) == pytest.approx(math.exp(2.0), rel=0.02)
 
 
@@ -479,7 +479,7 @@ def test_in_a_broken_model_any_change_counts_little(plain: Bench) -> None:
     """Without the first scalar whatever else is taken out changes the loss: it is no sign of anything."""
     first = plain.coordinate(NAMES[0])
     found, said = told(plain, lambda z: (first in z) * (3.0 + 0.2 * (len(z) - 1)))
-    assert verdicts(found) == ["critical alone", "inert", "inert"]
+    assert verdicts(found) == ["needed alone", "inert", "inert"]
     assert found.joint_sets == ()
     (line,) = said
     assert line.startswith(
@@ -503,7 +503,7 @@ def test_what_a_companion_joins_is_found(column: Bench) -> None:
     names = (column.coordinate(NAMES[0]), column.coordinate(COMPANION))
     found, said = told(column, lambda z: 1.0 * ({*names} <= z))
     assert [t.listed for t in found.trials] == [True, True, True, False]
-    assert verdicts(found) == ["critical jointly", "inert", "inert", "critical jointly"]
+    assert verdicts(found) == ["needed jointly", "inert", "inert", "needed jointly"]
     assert [joint.coordinates for joint in found.joint_sets] == [names]
     assert found.together.ratio == pytest.approx(1.0, abs=0.02)
     (null,) = found.column_nulls
@@ -522,9 +522,9 @@ def test_a_companion_that_does_no_more_than_other_rows_of_its_column_is_inert(co
         return (lead in zeroed) * (3.0 + 0.25 * (companion in zeroed) + sign * 0.15 * len(zeroed & rows))
 
     found, _ = told(column, extra)
-    assert verdicts(found)[3] == "critical jointly", "0.25 nats are more than 0.15"
+    assert verdicts(found)[3] == "needed jointly", "0.25 nats are more than 0.15"
     found, _ = told(column, lambda z: extra(z) + (lead in z) * sign * 0.4 * len(z & rows))
-    assert verdicts(found) == ["critical alone", "inert", "inert", "inert"]
+    assert verdicts(found) == ["needed alone", "inert", "inert", "inert"]
     assert found.joint_sets == ()
     assert found.column_nulls[0].added == pytest.approx([math.exp(sign * 0.55)] * 3, rel=0.03)
 
@@ -532,7 +532,7 @@ def test_a_companion_that_does_no_more_than_other_rows_of_its_column_is_inert(co
 def test_a_companion_that_does_no_more_alone_than_other_rows_of_its_column_is_inert(column: Bench) -> None:
     companion, rows = column.coordinate(COMPANION), {column.coordinate(row) for row in ROWS}
     found, _ = told(column, lambda z: 0.3 * (companion in z) - 0.2 * len(z & rows))
-    assert verdicts(found)[3] == "critical alone"
+    assert verdicts(found)[3] == "needed alone"
     found, _ = told(column, lambda z: 0.3 * (companion in z) - 0.5 * len(z & rows))
     assert verdicts(found)[3] == "inert"
 
@@ -540,7 +540,7 @@ def test_a_companion_that_does_no_more_alone_than_other_rows_of_its_column_is_in
 def test_a_companion_that_helps_is_said_and_not_critical(column: Bench) -> None:
     lead, companion = column.coordinate(NAMES[0]), column.coordinate(COMPANION)
     found, said = told(column, lambda z: (lead in z) * (3.0 - 1.0 * (companion in z)))
-    assert verdicts(found) == ["critical alone", "inert", "inert", "inert"]
+    assert verdicts(found) == ["needed alone", "inert", "inert", "inert"]
     (line,) = said
     assert line == f"companion that helps: {companion} (zeroed on top of all candidates, perplexity is x0.368)"
 
@@ -569,7 +569,7 @@ def test_a_second_candidate_of_a_column_is_compared_with_its_other_rows_too(colu
 
     found, _ = told(column, extra, [NAMES[0], COMPANION])
     assert [t.listed for t in found.trials[:2]] == [True, True]
-    assert verdicts(found)[:2] == ["critical alone", "inert"]
+    assert verdicts(found)[:2] == ["needed alone", "inert"]
 
 
 def test_of_a_planted_column_the_companion_that_matters_is_critical(tmp_path: Path) -> None:
@@ -579,7 +579,7 @@ def test_of_a_planted_column_the_companion_that_matters_is_critical(tmp_path: Pa
     assert bench.ratio([lead, companion]) > 1.3 * max(bench.ratio([lead]), bench.ratio([companion]))
     found = bench.confirm([lead])
     one = trial(found, bench, companion)
-    assert not one.listed and one.verdict.startswith("critical")
+    assert not one.listed and one.verdict.startswith("needed")
     assert {bench.coordinate(lead), bench.coordinate(companion)} in [set(j.coordinates) for j in found.joint_sets]
     (null,) = found.column_nulls
     assert null.alone == pytest.approx([bench.ratio([row]) for row in rows], rel=1e-4)

@@ -115,7 +115,7 @@ def test_a_planted_expert_matters_and_random_ones_do_not(tmp_path: Path, family:
     bench = Bench(tmp_path / family, family, planted.Place(1, 3, 4, expert), quiet=True)
     found = bench.confirm([(1, expert)])
     [trial] = found.trials
-    assert trial.verdict == "critical alone" and trial.without is None
+    assert trial.verdict == "needed alone" and trial.without is None
     assert trial.alone.low > max(1.05, *found.null)
     assert found.joint_sets == () and found.joint_null == ()
     assert len(found.null) == 7  # all others of the layer
@@ -124,7 +124,7 @@ def test_a_planted_expert_matters_and_random_ones_do_not(tmp_path: Path, family:
 def test_an_expert_that_does_not_matter_is_inert(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "m", "mixtral", planted.Place(1, 3, 4, 3), quiet=True)
     found = bench.confirm([(1, 3), (4, 0)])
-    assert [t.verdict for t in found.trials] == ["critical alone", "inert"]
+    assert [t.verdict for t in found.trials] == ["needed alone", "inert"]
     assert 1 <= len(found.joint_null) <= 5
 
 

@@ -258,16 +258,16 @@ def test_bars_are_the_profile_and_blue_where_a_super_activation_persists(draw):
 
 
 def test_marks_stand_on_the_spikes_with_the_shape_of_their_verdict(draw):
-    report = confirmed(REPORT, MAKER="critical alone", HELPER="critical jointly", ERASER="inert")
+    report = confirmed(REPORT, MAKER="needed alone", HELPER="needed jointly", ERASER="inert")
     inputs, outputs, residuals = draw(report)
     assert marks(inputs) == {
-        "critical alone": {(11, 4072.0)},
-        "critical jointly": {(2, 95.5)},
+        "needed alone": {(11, 4072.0)},
+        "needed jointly": {(2, 95.5)},
         "inert": {(28, 4990.0)},
     }
     assert marks(outputs) == {
-        "critical alone": {(11, 23880.0)},
-        "critical jointly": {(2, 486.0)},
+        "needed alone": {(11, 23880.0)},
+        "needed jointly": {(2, 486.0)},
         "inert": {(28, -23800.0)},
     }
     assert marks(residuals) == {}
@@ -276,7 +276,7 @@ def test_marks_stand_on_the_spikes_with_the_shape_of_their_verdict(draw):
 
 
 def test_an_untested_candidate_has_a_mark_of_its_own_and_an_untested_companion_none(draw):
-    report = confirmed(REPORT, MAKER="critical alone", HELPER="untested", ERASER="inert", COMPANION="untested")
+    report = confirmed(REPORT, MAKER="needed alone", HELPER="untested", ERASER="inert", COMPANION="untested")
     inputs, _, _ = draw(report)
     assert marks(inputs)["untested"] == {(2, 95.5)}
     shapes = {line.get_label(): line.get_marker() for line in inputs.lines if line.get_linestyle() == "None"}
@@ -295,26 +295,26 @@ def test_labels_legend_and_title_say_what_was_found(svg):
     found = words(REPORT, svg, "SmolLM2")
     assert "SmolLM2, 30 layers: 3 super weights found by activations, not confirmed" in found
     assert {"L11 [507, 1229]", "L2 [507, 90]", "L28 [507, 678]", "not tested"} <= set(found)
-    assert not {"critical alone", "critical jointly", "inert"} & set(found)
+    assert not {"needed alone", "needed jointly", "inert"} & set(found)
     assert "channel 507: 23,941" in found and "after layers 11 to 27" in found
 
 
 def test_after_a_causal_test_only_the_critical_ones_are_counted(svg):
-    report = confirmed(REPORT, MAKER="critical alone", HELPER="critical jointly", ERASER="inert")
+    report = confirmed(REPORT, MAKER="needed alone", HELPER="needed jointly", ERASER="inert")
     found = words(report, svg)
     assert "llama, 30 layers: 2 super weights confirmed" in found
     assert {"L11 [507, 1229]", "L2 [507, 90]", "L28 [507, 678]"} <= set(found)
-    assert {"critical alone", "critical jointly", "inert"} <= set(found) and "not tested" not in found
+    assert {"needed alone", "needed jointly", "inert"} <= set(found) and "not tested" not in found
 
 
 def test_a_candidate_that_no_trial_looked_at_is_not_tested(svg):
-    found = words(confirmed(REPORT, MAKER="critical alone"), svg)
-    assert {"critical alone", "not tested", "L2 [507, 90]"} <= set(found)
+    found = words(confirmed(REPORT, MAKER="needed alone"), svg)
+    assert {"needed alone", "not tested", "L2 [507, 90]"} <= set(found)
 
 
-@pytest.mark.parametrize(("verdict", "named"), [("critical jointly", True), ("inert", False)])
+@pytest.mark.parametrize(("verdict", "named"), [("needed jointly", True), ("inert", False)])
 def test_a_companion_is_named_only_where_it_matters(svg, verdict, named):
-    found = words(confirmed(REPORT, MAKER="critical alone", COMPANION=verdict), svg)
+    found = words(confirmed(REPORT, MAKER="needed alone", COMPANION=verdict), svg)
     assert ("L11 [88, 1229]" in found) is named
 
 

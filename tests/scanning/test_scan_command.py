@@ -68,7 +68,7 @@ def test_what_scan_finds_is_what_the_other_commands_take(here: Path, capsys: pyt
     (found,) = [s for s in report["candidates"] if (s["layer"], s["row"], s["col"]) == PLACE[:3]]
     assert (found["tensor"], found["index"], found["value"]) == (DOWN, [5, 7], value)
     assert report["confirmation"]["windows"] >= 8 and report["confirmation"]["window_tokens"] == 16
-    assert found["prompts"] >= 1 and found["verdict"] in ("critical alone", "critical jointly", "inert")
+    assert found["prompts"] >= 1 and found["verdict"] in ("needed alone", "needed jointly", "inert")
     assert (found in report["super_weights"]) == (found["verdict"] != "inert")
     assert {a["channel"] for a in report["super_activations"]} == {5}
     assert [line for line in printed.err.splitlines() if line.startswith("swsurgery: registered")] == [

@@ -74,7 +74,7 @@ def report(checkpoint) -> Scan:
     return Scan(
         "activations", "llama", LAYERS, (first, second, third),
         confirmation=confirmation(
-            trial(first, 5.5, "critical alone"), trial(second, 1.01, "critical jointly", listed=False),
+            trial(first, 5.5, "needed alone"), trial(second, 1.01, "needed jointly", listed=False),
             trial(third, 0.99, "inert"), together=55.0, joint=(joint,),
         ),
     )  # fmt: skip
@@ -98,7 +98,7 @@ def test_the_entry_says_what_was_measured(checkpoint, report):
     assert first.value == report.candidates[0].value and second.value == report.candidates[1].value
     assert [c.status for c in model.coordinates] == ["measured", "measured"]
     assert [c.causal_alone for c in model.coordinates] == ["strong", "inert"]
-    assert [c.role for c in model.coordinates] == ["critical alone", "critical jointly"]
+    assert [c.role for c in model.coordinates] == ["needed alone", "needed jointly"]
     alone, without = first.effects
     assert (alone.protocol, alone.ratio, alone.ci95, alone.kl) == ("zero", 5.5, (4.95, 6.05), 0.25)
     assert (alone.before, alone.after) == (29.6, 162.8)
@@ -243,7 +243,7 @@ def test_the_manifest_loads_and_plans(checkpoint, report, tmp_path, op, factor, 
     assert [e.expect for e in loaded.manifest.edits] == values and len(values) == 2
     assert [(e.op, e.layer, e.row, e.col) for e in loaded.manifest.edits] == [(op, 1, 2, 3), (op, 2, 2, 5)]
     assert "2 super weights" in loaded.manifest.description
-    assert "# L1.2.3: critical alone; zeroed alone ppl 29.6 -> 162.8\n" in path.read_text()
+    assert "# L1.2.3: needed alone; zeroed alone ppl 29.6 -> 162.8\n" in path.read_text()
     plan = make_plan(loaded, checkpoint)
     if new is None:
         assert [p.coordinate.index for p in plan.protected] == [(2, 3), (2, 5)] and plan.splices == ()
@@ -264,7 +264,7 @@ def test_a_zero_manifest_asks_for_damage_only_where_it_was_measured(report):
     base = {"path": "tiny"}
     assert "min_perplexity_ratio" in scan_manifest(report, base=base, op="zero")
     assert "min_perplexity_ratio" not in scan_manifest(replace(report, confirmation=None), base=base, op="zero")
-    weak = trial(report.candidates[0], 3.9, "critical alone")
+    weak = trial(report.candidates[0], 3.9, "needed alone")
     alone = replace(report, confirmation=confirmation(weak, together=3.9))
     assert "min_perplexity_ratio" not in scan_manifest(alone, base=base, op="zero")
     jointly = replace(report, confirmation=confirmation(weak, report.confirmation.trials[1], together=4.1))

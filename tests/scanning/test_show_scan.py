@@ -48,8 +48,8 @@ CONFIRMED = dataclasses.replace(
     SCAN,
     confirmation=Confirmation(
         trials=(
-            Trial(MAKER, Effect(5.5743, 5.1, 5.96, 1.7), Effect(1.31, 1.2, 1.4, 0.3), "critical alone"),
-            Trial(HELPER, Effect(1.31, 1.2, 1.4, 0.3), Effect(5.58, 5.1, 6.0, 1.7), "critical jointly"),
+            Trial(MAKER, Effect(5.5743, 5.1, 5.96, 1.7), Effect(1.31, 1.2, 1.4, 0.3), "needed alone"),
+            Trial(HELPER, Effect(1.31, 1.2, 1.4, 0.3), Effect(5.58, 5.1, 6.0, 1.7), "needed jointly"),
             Trial(COMPANION, INERT, Effect(54.26, 49, 60, 3.1), "inert", listed=False),
         ),
         together=Effect(54.257, 49.0, 60.0, 3.1),
@@ -101,16 +101,16 @@ def test_a_scan_by_activations(lines):
 
 def test_a_confirmed_scan(lines):
     shown = lines(CONFIRMED)
-    assert shown[1] == "answer    2 super weights confirmed (1 critical alone, 1 critical jointly, 1 inert)"
+    assert shown[1] == "answer    2 super weights confirmed (1 needed alone, 1 needed jointly, 1 inert)"
     head = FOUND.splitlines()
     assert shown[2 : 2 + len(head)] == head
     assert shown[2 + len(head) :] == [
         "",
         "causal test: perplexity divided by the base's, if this scalar is zeroed (alone) or all others are (without)",
         "layer  row   col  value  alone  interval             KL  without  verdict",
-        "   11  507  1229  5.875  5.574  5.100 to 5.960      1.7    1.310  critical alone",
-        "    2  507    90  5.094  1.310  1.200 to 1.400      0.3    5.580  critical jointly",
-        "   11   88  1229   0.61  1.000  0.9995 to 1.001  0.0001    54.26  inert             companion",
+        "   11  507  1229  5.875  5.574  5.100 to 5.960      1.7    1.310  needed alone",
+        "    2  507    90  5.094  1.310  1.200 to 1.400      0.3    5.580  needed jointly",
+        "   11   88  1229   0.61  1.000  0.9995 to 1.001  0.0001    54.26  inert           companion",
         "",
         "together  ratio 54.26 (49.00 to 60.00), KL 3.1",
         "joint     ratio 54.26 (49.00 to 60.00), KL 3.1: L11 [507, 1229] + L2 [507, 90]",
@@ -125,7 +125,7 @@ def test_the_only_candidate_has_no_others_and_an_absent_null_is_not_shown(lines)
     alone = dataclasses.replace(CONFIRMED.confirmation.trials[0], without=None)
     confirmation = dataclasses.replace(CONFIRMED.confirmation, trials=(alone,), joint_sets=(), null=(), column_nulls=())
     shown = lines(dataclasses.replace(CONFIRMED, candidates=(MAKER,), confirmation=confirmation))
-    assert shown[1] == "answer    1 super weight confirmed (1 critical alone)"
+    assert shown[1] == "answer    1 super weight confirmed (1 needed alone)"
     assert "layer  row   col  value  alone  interval         KL  verdict" in shown
     assert not [line for line in shown if line.startswith(("joint", "null"))]
 
@@ -158,7 +158,7 @@ def test_on_too_little_text_nothing_is_confirmed_and_no_interval_is_shown(lines)
 def test_an_untested_companion_is_counted_and_is_no_super_weight(lines):
     trials = (*CONFIRMED.confirmation.trials[:2], Trial(COMPANION, INERT, INERT, "untested", listed=False))
     report = dataclasses.replace(CONFIRMED, confirmation=dataclasses.replace(CONFIRMED.confirmation, trials=trials))
-    assert lines(report)[1] == "answer    2 super weights confirmed (1 critical alone, 1 critical jointly, 1 untested)"
+    assert lines(report)[1] == "answer    2 super weights confirmed (1 needed alone, 1 needed jointly, 1 untested)"
     assert report.super_weights == (MAKER, HELPER)
     assert report.to_json()["confirmation"]["column_nulls"] == [
         {"layer": 11, "expert": None, "col": 1229, "alone": [0.998, 1.002, 1.0], "added": [0.51, 1.16, 1.0]}
@@ -273,7 +273,7 @@ def test_the_widest_numbers_of_a_real_model_fit_120_columns(lines):
     tensor = "model.language_model.layers.{}.mlp.experts.{}.down_proj.weight"
     worst = candidate(125, 18431, 53247, -0.00012207, 1234567890, tensor=tensor, expert=127, **wide)
     effect = Effect(12345678.9, 12345678.9, 12345678.9, 0.00012345)
-    trial = Trial(worst, effect, effect, "critical jointly", listed=False)
+    trial = Trial(worst, effect, effect, "needed jointly", listed=False)
     confirmation = dataclasses.replace(CONFIRMED.confirmation, trials=(trial,), joint_sets=())
     shown = lines(dataclasses.replace(CONFIRMED, candidates=(worst,), confirmation=confirmation))
     assert max(map(len, shown)) <= 120

@@ -40,7 +40,7 @@ MAKER = candidate(11, 507, 1229, 5.875, input_spike=4072.0, output_spike=23880.0
 HELPER = candidate(2, 507, 90, 5.094, input_spike=-95.5, output_spike=486.0, share=0.3, prompts=1, round=1)
 STRONG, WEAK = Effect(5.6, 5.1, 6.2, 1.9), Effect(1.02, 0.99, 1.05, 0.1)
 CONFIRMATION = Confirmation(
-    trials=(Trial(MAKER, STRONG, WEAK, "critical alone"), Trial(HELPER, WEAK, None, "inert", listed=False)),
+    trials=(Trial(MAKER, STRONG, WEAK, "needed alone"), Trial(HELPER, WEAK, None, "inert", listed=False)),
     together=replace(STRONG, ratio=float("inf"), high=float("inf")),
     joint_sets=(JointSet((MAKER.coordinate, HELPER.coordinate), STRONG),),
     null=(0.998, 1.001),

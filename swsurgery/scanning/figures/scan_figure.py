@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 
 VERDICT_MARKS: dict[Verdict | None, Mark] = {
-    "critical alone": Mark("critical alone", "D", VERMILION, VERMILION),
-    "critical jointly": Mark("critical jointly", "^", BLACK, ORANGE),
+    "needed alone": Mark("needed alone", "D", VERMILION, VERMILION),
+    "needed jointly": Mark("needed jointly", "^", BLACK, ORANGE),
     None: Mark("not tested", "s", VERMILION, "white"),
     "untested": Mark("untested", "v", BLACK, "white"),
     "inert": Mark("inert", "o", GREY, "white"),
@@ -106,7 +106,7 @@ def _list_found(report: Scan) -> list[Found]:
         verdicts = {t.candidate.name: t.verdict for t in (test.trials if test else ())}
         return [Found(expert.cause, verdicts.get(expert.name)) for expert in report.experts]
     trials = report.confirmation.trials if report.confirmation else ()
-    found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("critical")]
+    found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("needed")]
     tested = {trial.candidate.coordinate for trial in trials}
     found += [Found(candidate, None) for candidate in report.candidates if candidate.coordinate not in tested]
     order = list(VERDICT_MARKS)

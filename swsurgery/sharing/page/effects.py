@@ -56,10 +56,10 @@ def _list_alone(document: Document) -> list[DotRow]:
 
 
 def _list_joint(document: Document, test: Document) -> list[DotRow]:
-    dots = [_make_dot("all candidates", read_map(test, "together"), "critical jointly")]
+    dots = [_make_dot("all candidates", read_map(test, "together"), "needed jointly")]
     for group in read_maps(document, "joint_sets") or read_maps(document, "expert_joint_sets"):
         parts = [_name_in(document, part) for part in read_maps(group, "coordinates") or read_maps(group, "experts")]
-        dots.append(_make_dot(" + ".join(parts), read_map(group, "effect"), "critical jointly"))
+        dots.append(_make_dot(" + ".join(parts), read_map(group, "effect"), "needed jointly"))
     for one in [*read_maps(document, "candidates"), *read_maps(document, "experts")]:
         if without := read_map(one, "without"):
             dots.append(_make_dot(f"all candidates but {format_short_name(one)}", without, "inert"))

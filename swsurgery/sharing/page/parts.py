@@ -20,8 +20,8 @@ class Page:
 
 
 MARKS_BY_VERDICT = {
-    "critical alone": BASE_MARK,
-    "critical jointly": SvgMark("triangle", "orange"),
+    "needed alone": BASE_MARK,
+    "needed jointly": SvgMark("triangle", "orange"),
     "inert": NULL_MARK,
     "untested": SvgMark("triangle", "ink", solid=False),
     "": SvgMark("square", "vermilion", solid=False),

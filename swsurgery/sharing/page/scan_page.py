@@ -95,7 +95,7 @@ def _describe(document: Document, experts: bool) -> Markup:
     found = read_maps(document, "super_experts" if experts else "super_weights")
     noun = "super expert" if experts else "super weight"
     answer = read_text(document, "answer")
-    confirmed = any(read_text(one, "verdict").startswith("critical") for one in found)
+    confirmed = any(read_text(one, "verdict").startswith("needed") for one in found)
     if answer == "undecided":
         unread = len(read_maps(document, "unread"))
         return escape(f"Undecided: no {noun} was found, but {pluralise(unread, 'layer')} could not be read completely.")
