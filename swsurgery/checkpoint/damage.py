@@ -1,4 +1,4 @@
-"""Find what is wrong with the files of a checkpoint whose download may be incomplete, without giving up at a fault.
+"""Find what is wrong with the files of a checkpoint whose download may be incomplete, and continue after a fault.
 
 `find_present_weights` chooses the weights although shards are missing, and `read_damaged_shards` reads headers although
 files are truncated. Both report each fault as a `Damage`. All other commands use `opening.read_checkpoint`, which

@@ -1,6 +1,6 @@
-"""Read from config.json what a checkpoint must contain: how many layers and experts, and which layers are alike.
+"""Read from config.json what a checkpoint must contain: how many layers and experts, and which layers are of one kind.
 
-The keys are those of the configurations of transformers and of published checkpoints. This module knows no tensors.
+The keys are those of the configurations of transformers and of published checkpoints. This module reads no tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXPERTS = (
 """Keys that state the number of routed experts in a layer."""
 
 WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
-"""Keys that state the number of residual channels. Multimodal models may omit it, as it has a default."""
+"""Keys that state the number of residual channels. Multimodal models may omit it, because it has a default."""
 
 VOCABULARY = ("vocab_size", "padded_vocab_size")
 
@@ -52,7 +52,9 @@ _PERIODS = (
 """Keys K with the meaning: every K-th layer differs from the others."""
 
 _INDICES = re.compile(r"layer|block|idx|ids|indices|indexes|attn|attention|moe|mlp")
-"""The pattern of keys whose list of numbers below the number of layers may name the layers that differ."""
+"""The pattern of keys whose value may be a list of the layers that differ. Each number is below the number of
+layers.
+"""
 
 _ATTENTIONS = ("full_attention", "sliding_attention", "chunked_attention")
 """Values of `layer_types` that name layers with the same modules. Only the attention may have other shapes."""
@@ -61,11 +63,12 @@ _OF_MLP = re.compile(r"moe|dense|sparse|expert|mlp|ffn|intermediate|hash")
 _OF_ATTENTION = re.compile(r"attn|attention|kv|key_value|sliding|heads|rope|cla_")
 
 MAX_COUNT, MAX_KINDS = 10_000, 64
-"""Maximum number of layers or experts, and of keys that divide the layers. A number above the first is not used: no
-published model comes near it, and config.json may be hostile."""
+"""Maximum number of layers or experts, and of keys that divide the layers. A larger number of layers or experts is
+ignored: no published model has so many, and config.json may be hostile.
+"""
 
 MAX_SIZE = 1 << 40
-"""Maximum number of tokens or channels. A number above it is not used."""
+"""Maximum number of tokens or channels. A larger number is ignored."""
 
 _NESTED = re.compile(r"(?!.*(vision|audio|text|quant)).*_config")
 """The pattern of keys whose object may contain keys that divide the layers, such as "linear_attn_config"."""
@@ -143,14 +146,14 @@ def _read_count(section: Config, key: str, limit: int = MAX_COUNT) -> int | None
 
 
 def _list_numbers(sections: list[Config]) -> Iterator[int]:
-    """Yield all integers of the sections, and those of lists in them."""
+    """Yield all integers of the sections, including those in lists."""
     for section in sections:
         for value in section.values():
             yield from (n for n in (value if isinstance(value, list) else [value]) if type(n) is int)
 
 
 def _list_kinds(section: Config, layers: int) -> Iterator[LayerKinds]:
-    """Yield the divisions of the layers that the keys of one section make, also those of objects in it."""
+    """Yield the divisions of the layers that the keys of one section make, including the keys of nested objects."""
     if not layers:
         return
     for key, value in section.items():

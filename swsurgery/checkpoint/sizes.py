@@ -29,7 +29,7 @@ _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|tok_embeddings|wte|word_embed
 class ModelSizes:
     """Sizes of a language model. A size that is neither stated nor visible in a stored shape is None.
 
-    `intermediate` contains each size that an MLP or an expert of the model has, in rising order; it is empty if none is
+    `intermediate` contains each size that an MLP or an expert of the model has, smallest first; it is empty if none is
     known.
     """
 
@@ -50,6 +50,7 @@ class ModelSizes:
         return ", ".join(filter(None, parts)) or "no known sizes"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON. A size that is not known is null."""
         return {
             "layers": self.layers,
             "hidden": self.hidden,

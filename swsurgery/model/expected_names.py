@@ -60,7 +60,8 @@ class Expectation:
     def list_faults(self, covered: Collection[str]) -> Iterator[tuple[str, str, None, str | None]]:
         """Yield (rule, message, None, tensor) for each fault that the names in `covered` do not explain already.
 
-        A name in `covered` that ends in a period is a prefix. A name outside the layers may lack its own prefix.
+        A name in `covered` that ends in a period is a prefix. The name of a tensor outside the layers may lack its
+        prefix.
         """
         known = [_get_tail(name) for name in covered]
         missing = [name for name in self.missing if not _is_covered(name, known)]

@@ -1,4 +1,4 @@
-"""Tell whether transformers can load a quantised model with the packages that are installed.
+"""Decide whether transformers can load a quantised model with the packages that are installed.
 
 The answer depends on config.json and on the names of the installed packages. This module must not import torch.
 """
@@ -58,8 +58,8 @@ def find_method(config: Mapping[str, object]) -> str | None:
 def explain_missing(config: Mapping[str, object]) -> tuple[str, str] | None:
     """Explain which packages the quantised model of `config` needs that are not installed; None if there are none.
 
-    Returns (reason, remedy), such as ("GPTQ models need gptqmodel, which is not installed", "pip install gptqmodel").
-    A method that PACKAGES does not contain needs nothing that is known.
+    Returns (reason, remedy), such as ("GPTQ models need gptqmodel, which is not installed", "pip install gptqmodel"). A
+    method that PACKAGES does not contain is assumed to need no package.
     """
     name, packages = PACKAGES.get(find_method(config) or "", ("", ()))
     missing = [package for package in packages if not _is_installed(package)]

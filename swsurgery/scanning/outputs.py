@@ -331,7 +331,7 @@ def _list_traits(candidate: Candidate, trial: Trial | None) -> Iterator[str]:
     if candidate.z is not None:
         yield f"robust z-score {format_number(candidate.z)}"
     if trial and not trial.listed:
-        yield "no detector listed it, it shares the column of one that was"
+        yield "no detector listed it, but it is in the column of a scalar that one listed"
 
 
 def _describe_trial(candidate: Candidate, trial: Trial | None, report: Scan) -> str:

@@ -1,4 +1,4 @@
-"""Check the edits of quantised elements that a record lists: their codes, and the stored bits that hold them.
+"""Check the edits of quantised elements that a record lists: their codes, and the stored bits of the codes.
 
 The layout of each matrix is found again from the checkpoint. This module must not import the planner.
 """
@@ -25,7 +25,7 @@ def check_codes(record: Record, checkpoint: Checkpoint) -> Iterator[Finding]:
     held: dict[Coordinate, int] = {}
     for code in record.codes:
         if any(element.tensor not in checkpoint.weight_map for element in code.elements):
-            continue  # the shard is elsewhere
+            continue  # this shard stays in the base's repository until `publish` copies it
         try:
             cell = _find_cell(code, checkpoint)
             fault = _explain_fault(code, cell, _OldBytes(edits, checkpoint))
@@ -40,7 +40,7 @@ def check_codes(record: Record, checkpoint: Checkpoint) -> Iterator[Finding]:
         edit = edits[coordinate]
         changed = int.from_bytes(edit.old_bytes, "little") ^ int.from_bytes(edit.new_bytes, "little")
         if changed & ~held.get(coordinate, 0):
-            message = "the record changes bits of a stored number that hold none of the edited codes"
+            message = "the record changes bits of a stored number that belong to none of the edited codes"
             yield Finding("registry", message, edit.file, edit.tensor, edit.index)
 
 

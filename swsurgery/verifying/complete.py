@@ -1,7 +1,8 @@
 """Check whether a checkpoint contains what its config.json declares, from headers and the index alone.
 
 complete_names.py sorts the tensors, complete_layers.py compares the layers, and complete_outside.py checks the rest.
-This module adds the files, turns every fault into a finding with the one file to download again, and sums up.
+This module also checks the files. It turns every fault into a finding that names the file to download again, and
+combines the findings into one answer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from swsurgery.verifying.complete_names import LayerList, Sorted, find_main_list
 from swsurgery.verifying.complete_outside import check_outside
 from swsurgery.verifying.findings import Finding
 
-if TYPE_CHECKING:  # this module is imported only if transformers is to be asked, because it loads torch
+if TYPE_CHECKING:  # at run time it is imported only for --transformers, because it loads torch
     from swsurgery.model.expected_names import Expectation
 
 RULES_OF_COMPLETE = (
@@ -76,7 +77,7 @@ class Completeness:
 
     @property
     def decided(self) -> bool:
-        """False if the layers could not be checked and no other fault was found."""
+        """True if the layers were checked, or if another fault was found."""
         return self.undecided is None or self.errors > 0
 
     def describe(self) -> str:
@@ -89,7 +90,7 @@ class Completeness:
     def merge(self, others: Sequence[Finding]) -> tuple[Finding, ...]:
         """Return the findings of another check and those of this one.
 
-        What `others` report about the index is left out for tensors that this check reports as missing.
+        Findings of `others` about the index are left out for tensors that this check reports as missing.
         """
         missing = {finding.tensor for finding in self.findings if finding.rule == "tensor-missing"}
         return (*(f for f in others if f.rule != "structure" or f.tensor not in missing), *self.findings)
@@ -127,9 +128,9 @@ def open_and_check(
 ) -> tuple[Checkpoint, Completeness]:
     """Open a checkpoint, and compare it with its config.json and, if requested, with the model of transformers.
 
-    Transformers is not asked if files are damaged. Raises the errors of `survey_checkpoint`, SwsurgeryError if
-    transformers is to be asked about a repository, whose config.json it cannot read, and Unrunnable if it cannot build
-    the model.
+    Transformers is not asked if files are damaged. Raises the errors of `survey_checkpoint`. With `transformers`, also
+    raises SwsurgeryError for a repository on the Hub, because transformers needs the files on this machine, and
+    Unrunnable if transformers cannot build the model.
     """
     if transformers and isinstance(root, RemoteTree):
         raise SwsurgeryError("--transformers needs the files on this machine", root, "download it with hf download")
@@ -252,7 +253,10 @@ class _Remedies:
         return self._listed.get(name)
 
     def fetch(self, file: str, again: str = "") -> str:
-        """Return the remedy for a file: the command that downloads it, or for a file on the Hub what else to do."""
+        """Return the remedy for a file, such as the command that downloads it.
+
+        For a file on the Hub, the remedy is to tell the publisher of the repository.
+        """
         checkpoint = self._survey.checkpoint
         if isinstance(checkpoint.root, RemoteTree):
             return f"the repository itself has this fault: tell the publisher of {checkpoint.root.repo_id}"

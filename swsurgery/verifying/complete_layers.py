@@ -1,7 +1,7 @@
 """Compare the layers of a model with one another, and with the numbers of layers and experts in config.json.
 
 Layers of one kind have the same tensors with the same shapes. A layer that lacks a tensor of its peers is damaged,
-unless a key of config.json sets it apart from them, as `first_k_dense_replace` and `layer_types` do. The comparison
+unless a key of config.json, such as `first_k_dense_replace` or `layer_types`, gives it another kind. The comparison
 needs no table of tensors for each model family. The family adds one rule, which also holds for a layer without peers:
 the matrices of one MLP belong together.
 """
@@ -86,7 +86,7 @@ def _find_near(layer: Mapping[str, Sequence[Member]], pattern: str) -> str | Non
 
 
 class _Kinds:
-    """Answers whether a key of config.json sets a layer apart from others."""
+    """The keys of config.json that divide the layers into kinds."""
 
     def __init__(self, declared: Declared | None):
         self._kinds = declared.kinds if declared else ()
@@ -304,7 +304,7 @@ def _list_other_stacks(inside: Mapping[int, Mapping[str, Sequence[Member]]], dec
 
 
 def _count(number: int, noun: str) -> str:
-    """Return a subject and its verb, as in "1 peer has" and "2 peers have"."""
+    """Return a counted noun and its verb, as in "1 peer has" and "2 peers have"."""
     return f"{pluralise(number, noun)} {'has' if number == 1 else 'have'}"
 
 

@@ -1,7 +1,7 @@
 """Sort the names of a checkpoint's tensors into lists of layers, layers, modules and experts.
 
-A quantised matrix counts as one tensor with the name that it would have without quantisation, so that a layer that a
-quantiser left alone has the same tensors as its peers. This module decides nothing; complete_layers.py compares.
+A quantised matrix counts as one tensor with the name that it would have without quantisation, so that a layer that was
+not quantised has the same tensors as its peers. This module reports no faults: complete_layers.py compares the layers.
 """
 
 from __future__ import annotations

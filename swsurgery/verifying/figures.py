@@ -37,8 +37,8 @@ class _Pattern:
 
     Words are compared without their sign, after `word & mask`. They are not finite above `largest`, and equal to
     `infinity` if infinite. They are subnormal from 1 to `normal` - 1, and too large for float16 above `float16`.
-    `not_a_number` is the only NaN of a FNUZ dtype, whose word is that of negative zero in other dtypes. `number` is the
-    dtype of one word; None if a word is not a number, because elements are smaller than a byte.
+    `not_a_number` is the word of the only NaN of a FNUZ dtype. In other dtypes this word is negative zero. `number` is
+    the dtype of one word; None if a word is not a number, because elements are smaller than a byte.
     """
 
     size: int
@@ -52,6 +52,7 @@ class _Pattern:
 
     @property
     def word(self) -> np.dtype[np.unsignedinteger]:
+        """Dtype of one word: a little-endian unsigned integer of `size` bytes."""
         return np.dtype(f"<u{self.size}")
 
 
@@ -126,7 +127,7 @@ class _Piece:
     words: _Words
 
     def find_first(self, chosen: NDArray[np.bool_]) -> Place | None:
-        """Return the first element of which a word is chosen; None if there is no such element."""
+        """Return the first element that contains a chosen word; None if no word is chosen."""
         at = int(np.argmax(chosen))
         if not chosen[at]:
             return None

@@ -1,8 +1,9 @@
 """Decide which known model a checkpoint is or was made from.
 
-The caller may name the model, or the files may: the record, the Hugging Face cache or config.json. Otherwise the sizes
-of the checkpoint select candidates, and the values stored at their known coordinates decide. Equal sizes prove nothing,
-because unrelated models share them. So a model is never identified without a stored value that fits.
+The caller may name the model. Otherwise the files may name it: the record, the Hugging Face cache or config.json. If
+nothing names it, the sizes of the checkpoint select candidates, and the values stored at their known coordinates
+decide. Equal sizes prove nothing, because unrelated models have the same sizes. So a model is never identified without
+a stored value that fits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ CLOSE = TOLERANCE
 """A stored value fits a known one if it differs by at most this fraction of the known value."""
 
 RESIZED = 1024
-"""Maximum difference between two vocabularies of one model: tokens that were added, and rows that pad the embedding."""
+"""Maximum difference between the vocabulary sizes of two versions of a model, which may add tokens or pad the
+embedding.
+"""
 
 _REMEDY = "name it with --model if you know it"
 
@@ -62,6 +65,7 @@ class Identification:
         return f"identified as {names} from its sizes and {values}"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the identification as JSON: by, text and sizes, and fitting, compared and twins if by is "values"."""
         document: dict[str, Any] = {"by": self.by, "text": self.describe(), "sizes": self.sizes.to_json()}
         if self.by == "values":
             document |= {"fitting": self.fitting, "compared": self.compared, "twins": list(self.twins)}
@@ -70,7 +74,7 @@ class Identification:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the values stored at the known coordinates of one model say about it.
+    """The values that a checkpoint stores at the known coordinates of one model, as evidence for this model.
 
     `kept` are the coordinates that have the known value except for rounding, `close` those that differ by at most
     CLOSE, and `other` those that have another value. Only known values from TELLING are compared.
@@ -86,10 +90,12 @@ class Evidence:
 
     @property
     def fitting(self) -> frozenset[str]:
+        """The compared coordinates whose stored value fits the known one."""
         return self.kept | self.close
 
     @property
     def compared(self) -> frozenset[str]:
+        """The coordinates whose known value is compared with the stored one."""
         return self.fitting | self.other
 
     @property
@@ -132,20 +138,21 @@ def _simplify_state(kept: Kept) -> str:
 def choose(evidence: Sequence[Evidence]) -> tuple[Evidence, ...]:
     """Return the models that explain the stored values best.
 
-    The result is empty if no value of any model fits. It has several models if the values do not decide between them.
-    Models with the same coordinates in the same states are indistinguishable and all returned.
+    The result is empty if no value of any model fits. It contains several models if the values do not decide between
+    them. Models with the same coordinates in the same states are indistinguishable and all returned.
     """
     viable = tuple(each for each in evidence if each.viable)
     best = tuple(one for one in viable if not any(is_better(other, one) for other in viable))
-    return best or viable  # three models may each be better than the next, and then no one is best
+    return best or viable  # each of three models may be better than the next one, and then none is the best
 
 
 def is_better(first: Evidence, second: Evidence) -> bool:
     """Return True if the stored values are explained better by `first` than by `second`.
 
-    At the coordinates that both models have, the model with more kept values is better, then the one with fewer other
-    values, then the one whose values are less than half as far away. If that does not decide, the model is better
-    whose remaining coordinates speak more for it: fitting ones for it, others against it.
+    First, only the coordinates that both models have are compared. The model with more kept values is better. If these
+    numbers are equal, the model with fewer other values is better. If these are equal too, the model is better whose
+    sum of distances is less than half of the other sum. If that does not decide, the remaining coordinates of each
+    model are counted: the number of fitting values minus the number of other values.
     """
     shared = first.compared & second.compared
     for ours, theirs in (

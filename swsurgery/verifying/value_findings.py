@@ -38,7 +38,7 @@ MAX_REPORTED = 20
 
 SUBNORMAL_SHARE = 0.1
 """Share of subnormal values above which a tensor is reported. In float16, weights with a standard deviation of 0.02
-have a share of 0.002, and of 0.0005 a share of 0.1."""
+have a share of 0.002. Weights with a standard deviation of 0.0005 have a share of 0.1."""
 
 RULES_OF_VALUES = ("non-finite", "constant-weights", "identical-weights", "dtype-overflow", "subnormal-weights")
 """Names of the rules about stored values."""
@@ -108,10 +108,10 @@ def list_not_finite(search: ValueSearch) -> list[Finding]:
 
 
 def list_findings(search: ValueSearch, edited: frozenset[str], progress: Progress) -> list[Finding]:
-    """Return the findings of all rules about values but `non-finite`.
+    """Return the findings of all rules about values except `non-finite`.
 
-    `edited` names tensors of which an edit changed regions on purpose: they may be constant. Tensors whose figures are
-    the same are read once more, because only their bytes can prove that they are identical.
+    `edited` names the tensors in which an edit changed regions on purpose. They may be constant. Tensors whose figures
+    are the same are read once more, because only their bytes can prove that they are identical.
     """
     checkpoint = search.checkpoint
     examined = [t for t in search.list_figures() if explain_unexamined(checkpoint, t[1]) is None]

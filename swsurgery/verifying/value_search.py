@@ -1,8 +1,8 @@
 """Read the values of all tensors of a checkpoint once, and keep the figures of each tensor.
 
 The bytes arrive in one of two ways. If a file is read for its digests, the reader feeds its bytes to a ShardScan. All
-other shards are read in blocks by several threads. The figures are the same for every way, block size and number of
-threads. Memory holds one block for each thread, whatever the size of the checkpoint.
+other shards are read in blocks by several threads. Neither the way, the block size nor the number of threads changes
+the figures. Memory use is one block for each thread, and does not depend on the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Part:
 
 _Parts = Sequence[_Part]
 _Apply = Callable[[Callable[[_Parts], list[Figures]], Iterable[_Parts]], Iterator[list[Figures]]]
-"""Applies a function to each item and yields the results in the order of the items: `map` or `Pool.map`."""
+"""Type of a function that applies a function to each item, and yields the results in order: `map` or `Pool.map`."""
 
 
 class ShardScan:
@@ -104,7 +104,10 @@ class ValueSearch:
         return self.scans[name]
 
     def read_rest(self, progress: Progress) -> None:
-        """Read all shards whose bytes nobody fed completely. Raises the errors of `File.open` and `fill`."""
+        """Read all shards that the caller did not feed completely to a scan.
+
+        Raises the errors of `File.open` and `fill`.
+        """
         names = [n for n in self.checkpoint.shards if n not in self.scans or not self.scans[n].complete]
         if not names:
             return
