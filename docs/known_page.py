@@ -73,7 +73,8 @@ def render_page() -> str:
         "",
         "## Coordinates",
         "",
-        "The column `groups` counts the independent groups that reported the location. A paper and its code count once.",
+        "The column `groups` counts the independent groups that reported the location. A paper and its code "
+        "count once.",
     ]
     for model in listed:
         out += ["", f"### {model.slug}", "", f"`{model.tensor}` of {model.hf_id}", ""]
