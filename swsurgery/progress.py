@@ -64,6 +64,10 @@ def require_reporter(reporter: Reporter | None) -> Reporter:
     return reporter
 
 
+LOADING = "loading torch and the model"
+"""Label of the task that lasts from the import of torch until the model begins to run. Its length is unknown."""
+
+
 class Rounds:
     """A Progress that forwards several similar tasks to `progress`, one after another, and numbers them.
 

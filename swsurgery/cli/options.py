@@ -44,7 +44,10 @@ def command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., N
         out.command = function.__name__
         out.given = frozenset(name for name in named if _is_given(context, name))
         _restrain_hub(out)
-        function(out, *arguments, **named)
+        try:
+            function(out, *arguments, **named)
+        finally:
+            out.end_progress()
 
     functools.update_wrapper(run, function)
     signature = inspect.signature(function, eval_str=True)

@@ -42,6 +42,7 @@ class Output:
     given: frozenset[str] = frozenset()
     command: str = ""
     printed: bool = False
+    _bar: Bar | None = None
 
     def print_result(self, result: R, show: Callable[[R], None]) -> None:
         """Print a result on stdout: as one JSON document, or as text by calling `show`."""
@@ -62,7 +63,13 @@ class Output:
 
     def make_reporter(self) -> Bar:
         """Make a Reporter that draws a progress bar and prints notes, or nothing if --quiet was given."""
-        return Bar(self.quiet)
+        self._bar = Bar(self.quiet)
+        return self._bar
+
+    def end_progress(self) -> None:
+        """Remove the progress bar of a task that did not end, because an error stopped it."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def print_json(document: object) -> None:

@@ -18,7 +18,7 @@ from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Generation, RoundedSide
 from swsurgery.model.tokenizer import start
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
-from swsurgery.progress import Progress, Silent
+from swsurgery.progress import LOADING, Progress, Silent
 from swsurgery.storage.dtypes import decode
 from swsurgery.storage.numeric import load_numpy
 
@@ -88,7 +88,7 @@ def run_checks(
     or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check raises nothing:
     its reasons are in `CheckReport.failures`.
     """
-    directory = _prepare(checkpoint, changes)
+    directory = _prepare(checkpoint, changes, Silent() if progress is None else progress)
     import torch
     import transformers
 
@@ -170,7 +170,7 @@ def _make_rounded(totals: Totals, number: int, side: str, rounding: Rounding) ->
     )
 
 
-def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
+def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange], progress: Progress) -> Path:
     """Check what can be checked without a model, start the tokenizer's process, and import torch and transformers.
 
     Returns the directory of `checkpoint`. Raises ModelError if a library, a file or memory is missing, or if a changed
@@ -181,6 +181,7 @@ def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange]) -> Path:
     _compare(checkpoint, changes)
     directory = checkpoint.directory
     refuse_unrunnable(directory)
+    progress.start(0, "", LOADING)
     try:
         load_numpy()
     except MemoryError as error:

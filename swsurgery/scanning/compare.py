@@ -63,7 +63,7 @@ def compare(
         entered = stack.enter_context(held(download_checkpoint(find_base(loaded[0], base))))
         checkpoint = read_checkpoint(entered, loaded[0].manifest.base)
         plans = [check_planned(make_plan(one, checkpoint), reporter) for one in loaded]
-        require_model(checkpoint.directory)
+        require_model(checkpoint.directory, reporter)
         from swsurgery.scanning.measure_comparison import compare_plans
 
         found = compare_plans(

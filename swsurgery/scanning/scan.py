@@ -48,7 +48,7 @@ from swsurgery.model import Placement, tokenizer
 from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.model.run_arguments import refuse_device, refuse_empty_text
 from swsurgery.model.variant import Variant
-from swsurgery.progress import Progress, Reporter, Rounds, require_reporter
+from swsurgery.progress import LOADING, Progress, Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
 from swsurgery.scanning import outputs as outputs_module
 from swsurgery.scanning.expert_manifest import write_expert_manifest
@@ -188,7 +188,7 @@ def _find(
     without = "leave out --confirm" if method == "weights" else by_weights
     with add_remedy(without):
         if method == "activations" or confirm:
-            require_model(checkpoint.directory)
+            require_model(checkpoint.directory, reporter)
         if confirm:
             from swsurgery.scanning.causal_test import refuse_text
 
@@ -234,7 +234,7 @@ def _find_experts(
     checkpoint: Checkpoint, prompts: Sequence[str] | None, confirm: bool, options: RunOptions, reporter: Reporter
 ) -> ExpertScan:
     """Scan an open checkpoint for super experts, and confirm the candidates if requested."""
-    require_model(checkpoint.directory)
+    require_model(checkpoint.directory, reporter)
     from swsurgery.scanning.causal_test import refuse_text
     from swsurgery.scanning.confirm_experts import confirm_experts
     from swsurgery.scanning.experts import scan_experts
@@ -349,7 +349,7 @@ def sweep(
                 "no scalar is changed, so there is nothing to sweep", loaded.path, "add an edit other than protect"
             )
         compute_scaled_values(plan.checkpoint, coordinates, numbers, bool(plan.rewrites))  # refuses overflows
-        require_model(plan.checkpoint.directory)
+        require_model(plan.checkpoint.directory, reporter)
         from swsurgery.scanning.sweep import Regions, sweep_checkpoint
 
         def scale(factor: float) -> Variant:
@@ -394,14 +394,17 @@ def scale_regions(plan: Plan, factor: float, progress: Progress) -> Variant:
     return Variant({}, tensors, overlay_checkpoint(scaled, progress))
 
 
-def require_model(directory: Path) -> None:
+def require_model(directory: Path, progress: Progress) -> None:
     """Check that the model in `directory` can be run on this machine, then start the tokenizer's process.
+
+    `progress` receives the start of a task called LOADING, which ends when the next task begins.
 
     Raises Unrunnable if torch or transformers cannot be used, or if the directory contains no model that can be run.
     """
     if reason := model.explain_unavailable():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
     refuse_unrunnable(directory)
+    progress.start(0, "", LOADING)
     numeric.load_numpy()
     tokenizer.start()
 
