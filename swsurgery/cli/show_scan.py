@@ -173,7 +173,7 @@ def _describe_answer(report: Scan) -> str:
         return describe_undecided(report, bool(report.candidates))
     count = len(report.super_weights)
     if report.confirmation is None or (count and not report.confirmed):
-        return f"{pluralise(count, 'super weight')}, not confirmed" if count else "none: no super weight was found"
+        return f"{pluralise(count, 'candidate')}, not confirmed" if count else "none: no super weight was found"
     verdicts = Counter(trial.verdict for trial in report.confirmation.trials)
     tally = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS if verdicts[v])
     if not count:

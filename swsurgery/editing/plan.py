@@ -182,7 +182,8 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
     omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
-    notes = (*_collect_notes(loaded, checkpoint), *resolution.notes)
+    idle = _list_idle(loaded, [(one.number, scalar) for one, scalar in read] + [*codes.splices])
+    notes = (*_collect_notes(loaded, checkpoint), *resolution.notes, *idle)
     return Plan(
         loaded,
         checkpoint,
@@ -197,6 +198,16 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         protected_regions=regions.protected,
         codes=tuple(codes.edits),
     )
+
+
+def _list_idle(loaded: LoadedManifest, scalars: Iterable[tuple[int, Scalar]]) -> list[str]:
+    """Return a note for each edit of a scalar that writes the bits that are stored already."""
+    idle = [(number, one) for number, one in scalars if isinstance(one, Splice) and one.new == one.old]
+    notes = [
+        f"{loaded.describe_position(number)}: {scalar.op} has no effect: {scalar.coordinate} already has this value"
+        for number, scalar in idle
+    ]
+    return _shorten(notes, MAX_NOTES)
 
 
 def _check_protected(changed: Iterable[tuple[int, Coordinate]], previous: Patched | None) -> Iterator[Misfit]:

@@ -23,6 +23,7 @@ The third command prints the table of a model that was scanned on this machine.
     disputed                sources disagree about its position or its importance
     refuted                 a published test found no lasting effect, or the weight is not large
     insufficient            doubted by its own author, untested, or not supported by the evidence
+    candidate               found by your own scan, whose causal test was not made or gave no verdict
 `causal_alone` is the effect on perplexity of zeroing only this scalar: catastrophic (x30 or more), strong (x4 to x30),
 moderate (x2 to x4), weak (x1.05 to x2), inert (below x1.05), untested. If only a row is published, the whole row was
 zeroed.

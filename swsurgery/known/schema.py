@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swsurgery.errors import LookupFailed
 
-Status = Literal["paper", "measured", "independent-detection", "code-only", "disputed", "refuted", "insufficient"]
+Status = Literal[
+    "paper", "measured", "independent-detection", "code-only", "disputed", "refuted", "insufficient", "candidate"
+]
 Causal = Literal["catastrophic", "strong", "moderate", "weak", "inert", "untested"]
 Count = Annotated[int, Field(ge=0)]
 Expert = Count | Literal["shared"] | None
@@ -29,6 +31,7 @@ STATUSES: dict[str, str] = {
     "disputed": "sources disagree about its position or its importance",
     "refuted": "a published test found no lasting effect, or the weight is not large",
     "insufficient": "doubted by its own author, untested, or not supported by the evidence",
+    "candidate": "found by your own scan, whose causal test was not made or gave no verdict",
 }
 CAUSAL: dict[str, str] = {
     "catastrophic": "perplexity x30 or more",

@@ -177,7 +177,7 @@ def _make_coordinate(
         value=candidate.value if exact else None,
         dtype=exact,
         value_printed=None if exact else f"{candidate.value!r} {dtype}",
-        status="measured",
+        status="measured" if trial and trial.verdict != "untested" else "candidate",
         causal_alone=schema.classify_ratio(trial.alone.ratio) if trial and trial.verdict != "untested" else "untested",
         role=trial.verdict if trial else "not confirmed",
         located_by=(f"swsurgery scan --method {report.method}",),

@@ -34,10 +34,10 @@ changes by about half a point (Llama-7B 70.1 to 70.6, Mistral-7B 74.0 to 73.8). 
 most 1/16 of it, which is permitted.
 """
 
-NOT_HELD = ("disputed", "refuted", "insufficient")
+NOT_HELD = ("disputed", "refuted", "insufficient", "candidate")
 """Statuses of known coordinates that never make the answer "no".
 
-The sources disagree about such a coordinate, or the weight there may never have been large.
+The sources disagree about such a coordinate, the weight there may never have been large, or no test has confirmed it.
 """
 
 SUSPICIOUS = 4.0

@@ -28,6 +28,7 @@ from checkpoints import (
 from listening import Listener
 
 import swsurgery
+from swsurgery.cli import main
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import PlanError
 
@@ -73,6 +74,17 @@ def test_planning_writes_nothing(base, tmp_path):
     before = tree(tmp_path)
     swsurgery.plan(manifest)
     assert tree(tmp_path) == before
+
+
+def test_an_edit_without_effect_is_noted(base, tmp_path, capsys):
+    swsurgery.apply(write_manifest(tmp_path / "m.json", base, ZERO), output=tmp_path / "once", check=OFF)
+    again = write_manifest(
+        tmp_path / "again.json", tmp_path / "once", ZERO, {"op": "zero", "tensor": NORM, "index": [5]}
+    )
+    (note,) = swsurgery.plan(again).notes
+    assert note.endswith(f": edits[0]: zero has no effect: {down(1)}[2, 3] already has this value")
+    assert main(["apply", str(again), "-o", str(tmp_path / "twice"), "--check", "off"]) == 0
+    assert f"swsurgery: {note}\n" in capsys.readouterr().err
 
 
 MISFITS = {

@@ -44,7 +44,7 @@ def test_counts():
     statuses = [c.status for _, c in COORDINATES]
     assert {s: statuses.count(s) for s in schema.STATUSES} == {
         "paper": 31, "measured": 6, "independent-detection": 28, "code-only": 6, "disputed": 1, "refuted": 9,
-        "insufficient": 41,
+        "insufficient": 41, "candidate": 0,
     }  # fmt: skip
     assert sum(c.value is not None or c.value_printed is not None for _, c in COORDINATES) == 84
     assert sum(len(m.joint_sets) for m in MODELS) == 26

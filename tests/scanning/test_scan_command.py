@@ -92,7 +92,7 @@ def test_on_too_little_text_the_candidates_are_kept_as_not_confirmed(
     words = ["scan", "planted", *ASK, "--confirm", "--text", "text.txt", "--windows", "7", "--window", "16"]
     assert main([*words, "--device", "cpu", "--manifest", "zero.yaml", "--register", "short"]) == 0
     shown = capsys.readouterr().out
-    assert "answer    1 super weight, not confirmed" in shown
+    assert "answer    1 candidate, not confirmed" in shown
     assert "note      too little text for intervals and verdicts: 7 windows (a verdict needs 8" in shown
     assert "on 7 windows of 16 tokens (" in shown
     assert "found, not confirmed" in (here / "zero.yaml").read_text()
@@ -104,7 +104,7 @@ def test_on_too_little_text_the_candidates_are_kept_as_not_confirmed(
 
 def test_a_manifest_of_candidates_can_be_applied(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scan", "planted", *ASK, "--manifest", "zero.yaml", "--quiet", "--device", "cpu"]) == 0
-    assert "answer    1 super weight, not confirmed" in capsys.readouterr().out
+    assert "answer    1 candidate, not confirmed" in capsys.readouterr().out
     assert main(["apply", "zero.yaml", "--dry-run", "--json"]) == 0
     splices = json.loads(capsys.readouterr().out)["splices"]
     assert [(s["tensor"], s["index"], s["new"]) for s in splices] == [(DOWN, [5, 7], 0.0)]

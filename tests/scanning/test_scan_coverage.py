@@ -112,7 +112,7 @@ def test_what_is_found_counts_and_what_is_unread_is_still_listed(
     raise_neuron(folder, 2)
     assert main(["scan", str(folder), "--method", "weights", "--register", "tiny"]) == 0
     out, _ = capsys.readouterr()
-    assert out.splitlines()[1] == "answer    1 super weight, not confirmed"
+    assert out.splitlines()[1] == "answer    1 candidate, not confirmed"
     assert "unread    layers 1, 3, 5, experts 0 to 3" in out
     assert main(["lookup", "tiny"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -204,6 +204,18 @@ def test_logits_that_were_not_finite_are_kept_as_words(checkpoint, report):
     assert "not finite" in table_module.render_table(model, 100) and "infinite" in table_module.render_table(model, 100)
 
 
+def test_what_was_not_confirmed_is_a_candidate_that_verify_does_not_enforce(checkpoint, report, capsys):
+    model = make_known_entry(replace(report, confirmation=None), checkpoint, hf_id="tiny", command=COMMAND)
+    assert [(c.status, c.causal_alone) for c in model.coordinates] == [("candidate", "untested")] * 3
+    own.save(
+        model.model_copy(update={"coordinates": tuple(c.model_copy(update={"value": 99.0}) for c in model.coordinates)})
+    )
+    assert main(["verify", str(checkpoint.root), "--model", "tiny"]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("UNDECIDED: ") and out.count("(not counted: candidate)") == 3 and "FINDING" not in out
+    assert main(["lookup", "tiny"]) == 0 and "candidate" in capsys.readouterr().out
+
+
 def test_found_again_by_lookup_and_in_the_plan(checkpoint, report, tmp_path, capsys):
     model = make_known_entry(report, checkpoint, hf_id="My Tiny", command=COMMAND)
     own.save(model)

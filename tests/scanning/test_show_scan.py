@@ -95,7 +95,7 @@ layer  row   col  value  input spike  output spike  share  prompts  round  rank 
 
 
 def test_a_scan_by_activations(lines):
-    head = "scanned   30 layers of llama by activations, 4 prompts\nanswer    2 super weights, not confirmed\n"
+    head = "scanned   30 layers of llama by activations, 4 prompts\nanswer    2 candidates, not confirmed\n"
     assert lines(SCAN) == (head + FOUND).splitlines()
 
 
@@ -143,7 +143,7 @@ def test_on_too_little_text_nothing_is_confirmed_and_no_interval_is_shown(lines)
     )  # fmt: skip
     report = dataclasses.replace(CONFIRMED, confirmation=confirmation)
     shown = lines(report)
-    assert shown[1] == "answer    2 super weights, not confirmed"
+    assert shown[1] == "answer    2 candidates, not confirmed"
     assert report.super_weights == (MAKER, HELPER) and not report.confirmed
     assert "   11  507  1229  5.875  5.574  1.7    5.574  untested" in shown
     assert "together  ratio 5.574, KL 1.7" in shown
@@ -191,7 +191,7 @@ def test_a_scan_by_weights(lines):
     )
     assert lines(Scan("weights", "llama", 30, found)) == [
         "scanned   30 layers of llama by weights",
-        "answer    2 super weights, not confirmed",
+        "answer    2 candidates, not confirmed",
         "tensor    model.layers.{layer}.mlp.down_proj.weight[row, col]",
         "",
         "candidates",
