@@ -41,7 +41,7 @@ class OpenShard:
         os.close(self.fd)
 
     def settle(self) -> None:
-        """Set `identity` to the present identity of the file. To be called after each write of this run."""
+        """Set `identity` to the present identity of the file. Call this method after each write of this run."""
         self.identity = Identity.of(os.fstat(self.fd))
 
     def refuse_changed(self) -> None:

@@ -33,7 +33,7 @@ class _Part:
     outcomes: dict[Coordinate, Hashable]
 
     def list_units(self) -> Iterator[tuple[int, Coordinate | Region, Hashable]]:
-        """Yield (number of the edit, scalar or region, what is done to it); None if that is unknown."""
+        """Yield (number of the edit, scalar or region, what is done to it or None if this is unknown)."""
         for one in self.resolution.asked:
             yield one.number, one.coordinate, self.outcomes.get(one.coordinate)
         for region in self.resolution.regions:
@@ -46,8 +46,8 @@ def drop_repeated(
 ) -> tuple[LoadedManifest, list[str]]:
     """Leave out each edit of merged manifests that only repeats what earlier manifests do.
 
-    Also returns the faults that a plan of the merged edits would hide: `known: all` leaves out the scalars that other
-    edits name, which must not happen across manifests.
+    Also returns the conflicts that a plan of the merged edits does not report, because `known: all` leaves out the
+    scalars that other edits name. Across manifests, two different operations on such a scalar are a conflict.
     """
     parts = [_read_part(part, checkpoint, find_known) for part in loaded.parts]
     first: dict[Coordinate | Region, tuple[int, Hashable]] = {}

@@ -1,8 +1,8 @@
 """Merge several manifests or patches for one base into one manifest.
 
-The merged manifest has the edits of all, in their order, and remembers the file of each edit for messages. Whether two
-edits change the same scalar depends on the base, so the planner decides that. This module must not depend on
-checkpoints.
+The merged manifest has the edits of all manifests, in their order, and stores the file of each edit for messages.
+Whether two edits change the same scalar depends on the base, so the planner decides that. This module must not depend
+on checkpoints.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def load_merged(manifests: ManifestsLike, base: str | Path | None = None) -> Loa
     Several manifests are a list of paths, texts as bytes, Manifest or LoadedManifest. A list of dicts is a list of
     edits. With `base`, the manifests may name different directories as their base.
 
-    Raises TypeError, and ManifestError with the faults of all files, or if they contradict each other about the base.
+    Raises TypeError. Raises ManifestError with the faults of all files, or if the files contradict each other about the
+    base.
     """
     given = cast("Sequence[ManifestLike]", manifests)
     if not isinstance(manifests, list | tuple) or not manifests or not all(map(_is_manifest, manifests)):
@@ -62,7 +63,10 @@ def _is_manifest(value: object) -> bool:
 
 
 def _merge(parts: Sequence[LoadedManifest], has_base: bool) -> LoadedManifest:
-    """Merge manifests. `has_base` is True if the user gave the base, so that directories need not agree."""
+    """Merge manifests.
+
+    `has_base` is True if the user gave the base, so that the manifests may name different directories.
+    """
     first = parts[0]
     path = first.path.parent / f"{'+'.join(part.path.stem for part in parts)[:200]}.yaml"
     sources = (f"{part.path.name} (sha256 {hashlib.sha256(part.raw).hexdigest()})" for part in parts)

@@ -1,8 +1,8 @@
 """Round F16 and BF16 scalars to symmetric levels with few passes over memory, on bit patterns without signs.
 
-`round` defines the results, and computes them for every dtype. Division, rounding half to even and multiplication treat
-w and -w alike. Therefore this module computes with |w| and puts the signs back last. Maxima are those of 16-bit
-integers.
+`round` defines the results, and computes them for every dtype. Division, rounding half to even and multiplication give
+results of equal magnitude for w and -w. Therefore this module computes with |w| and restores the signs last. Maxima are
+those of 16-bit integers.
 
 |w| becomes a float32 by a shift of its bit pattern. For BF16 that is the value. F16 has 5 bits of exponent with the
 bias 15, and the sign bit is set first, which adds 32 to the exponent. The float32, whose bias is 127, is then the value
@@ -35,7 +35,7 @@ _SIGN, _REST = np.uint16(0x8000), np.uint16(0x7FFF)
 class Magnitudes:
     """The magnitudes of a piece of scalars of a dtype in SMALLEST_SCALES.
 
-    Buffers are used again for the next piece, so that threads cannot share an instance.
+    The buffers are used again for the next piece, so threads must not share an instance.
     """
 
     def __init__(self, dtype: FloatDtype) -> None:

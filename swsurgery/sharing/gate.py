@@ -21,7 +21,7 @@ from swsurgery.verifying.findings import RULES, Finding
 from swsurgery.verifying.verify import verify
 
 TOKEN_BYTES = re.compile(rb"hf_(?:jwt_|oauth_)?[A-Za-z0-9]{20,}")
-"""Matches what looks like an access token of the Hub in the bytes of a file.
+"""Matches text in the bytes of a file that has the form of an access token of the Hub.
 
 Shorter strings that begin with hf_ are not matched, because they are identifiers in program code.
 """

@@ -26,7 +26,7 @@ BLOCK_ELEMENTS = 1 << 19
 """Approximate number of elements of a block. A block of float64 has 4 MiB."""
 
 MAX_LARGE = 8
-"""Maximum number of elements as large as the known value that a matrix may have for one of them to be the lost one."""
+"""Maximum number of elements as large as the known value. If a matrix has more, none of them is reported."""
 
 FAR = 10.0
 """Minimum ratio of a super weight to the root mean square of the other elements of its matrix.
@@ -69,10 +69,11 @@ def find_elsewhere(
 ) -> FoundElsewhere | None:
     """Find the element that has the known value of the super weight that is lost at `lost`.
 
-    It is returned only if no other element has the known value except for rounding (or, if none has, is one step of its
-    dtype or grid away), or if it alone has the value exactly. Besides, at most MAX_LARGE elements may be as large, and
-    it must be FAR larger than the others. `others` are coordinates of other known super weights. Of experts that are
-    stacked in one tensor, only that of `lost` is searched.
+    A candidate is an element that has the known value except for rounding. If there is none, the candidates are the
+    elements one step of their dtype or grid away. A candidate must be FAR larger than the other elements. It is
+    returned if it is the only one, or the only one with exactly the known value. Nothing is returned if more than
+    MAX_LARGE elements are as large as the known value. `others` are coordinates of other known super weights, which are
+    no candidates. If experts are stacked in one tensor, only the expert of `lost` is searched.
 
     Returns None also if the matrix is on the Hub, because it would have to be downloaded.
     """
@@ -122,7 +123,7 @@ def _choose(
 
 
 def _pick(candidates: list[_Candidate]) -> FoundElsewhere | None:
-    """Return the only candidate. Of several, return the nearest one if it is exact and the others are not."""
+    """Return the only candidate. If there are several, return the nearest one if it is the only exact one."""
     if len(candidates) < 2:
         return candidates[0].found if candidates else None
     nearest, second = sorted(candidates, key=lambda each: each.distance)[:2]
@@ -169,7 +170,10 @@ def _read_blocks(checkpoint: Checkpoint, lost: Coordinate) -> Iterator[tuple[int
 
 
 def _read_plain(checkpoint: Checkpoint, name: str, begin: int, end: int) -> Doubles:
-    """Read rows of a plain tensor as float64. The axes before the last are counted as one. Raises CannotTell."""
+    """Read rows of a plain tensor as float64.
+
+    All axes before the last are joined into one axis of rows. Raises CannotTell.
+    """
     tensor = ModuleTensor(checkpoint.get_info(name), make_reader(checkpoint))
     if not isinstance(tensor.info.dtype, FloatDtype):
         raise CannotTell(f"{name} does not contain floats")

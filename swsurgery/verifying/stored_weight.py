@@ -1,7 +1,7 @@
 """Read one weight of a checkpoint: its value, its code if it is quantised, and the distance to the next values.
 
 checkpoint/quantised.py decides whether a stored number is a weight, a code of a quantiser, or neither. The layouts give
-codes their values. Nothing is guessed.
+codes their values. A weight whose layout is not certain is unreadable.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class CodedWeight:
 
     @cached_property
     def step(self) -> float:
-        """Distance to the next value of the grid, the larger one of two; 0 if there is none."""
+        """The larger of the distances to the two neighbouring values of the grid; 0 if there is no other value."""
         return self.cell.compute_step(self.value) if math.isfinite(self.value) else 0.0
 
     def is_nearest(self, wanted: float, slack: float = 0.0) -> bool:
         """Return True if the stored value is the nearest one of the grid to a number from wanted - slack to + slack.
 
-        A number outside the grid, such as a maximum that was rounded with its scale, has the last value of the grid as
-        its nearest one only if it is at most one step away.
+        For a number outside the grid, such as a maximum that was rounded with its scale, the last value of the grid
+        counts only if the number is at most one step away from it.
         """
         values = [value for value, _ in self.cell.grid]
         if self.code is None or not values or abs(self.value - wanted) > self.step + slack:

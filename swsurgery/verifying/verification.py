@@ -1,4 +1,4 @@
-"""The result of `verify`: the findings of all checks, and the text and JSON that describe what was proved."""
+"""Define the result of `verify`: the findings of all checks, and the text and JSON that describe what was proved."""
 
 from __future__ import annotations
 

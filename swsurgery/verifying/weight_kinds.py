@@ -1,4 +1,4 @@
-"""Decide from names, shapes and dtypes which stored tensors are trained matrices, and which hold no values at all.
+"""Decide from names, shapes and dtypes which stored tensors are trained matrices, and which contain no numbers.
 
 In a trained matrix the values differ, and two layers have different matrices. Norms, biases, masks, scales, zero points
 and tables of positions are often constant or the same in every layer, so the rules about values leave them out.
