@@ -5,6 +5,7 @@ Of the stored tensors, only the scalar that is asked for is read.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,7 +125,9 @@ def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None
     if _is_packed(checkpoint, tensor, index):
         return _describe_packed(checkpoint, tensor, index)
     if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
-        raise CheckpointError("no such tensor", tensor, "swsurgery inspect lists them")
+        near = difflib.get_close_matches(tensor, list(checkpoint.weight_map)[:500], 1, 0.8)
+        hint = f"did you mean {near[0]}?" if near else "swsurgery inspect lists them"
+        raise CheckpointError("no such tensor", tensor, hint)
     info, file = checkpoint.get_info(tensor), checkpoint.weight_map[tensor]
     found: dict[str, object] = {"tensor": tensor, "file": file, "dtype": info.dtype.name, "shape": list(info.shape)}
     if why := checkpoint.quantisation.explain_refusal(tensor):

@@ -185,6 +185,9 @@ def _find_only_file(root: object, names: Mapping[str, Listed]) -> str:
     if loose and all(SHARD_OF_VARIANT.fullmatch(name) for name in loose):
         what = f"there are {len(loose)} shards of a variant and no index"
         raise CheckpointError(what, root, "download model.safetensors.index.VARIANT.json too")
+    if not loose and any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        remedy = "load it with transformers, and save it with save_pretrained"
+        raise CheckpointError("the weights are not in safetensors files", root, remedy)
     what = f"there are {len(loose)} safetensors files and no index" if loose else "there is no safetensors file"
     raise CheckpointError(what, root, f"a checkpoint needs one safetensors file, or several and {INDEX}")
 

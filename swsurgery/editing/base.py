@@ -44,6 +44,9 @@ def find_base(loaded: LoadedManifest, base: str | Path | None) -> Path | Uri:
         return Uri(said.repo_id, said.revision, "")
     assert said.path is not None  # the schema requires either repo_id or path
     where = loaded.path.parent / said.path
-    if not os.path.lexists(where) and suggest_uri(said.path):
-        raise CheckpointError("no such checkpoint", where, "for a repository on the Hub, use base.repo_id")
+    if not os.path.lexists(where):
+        remedy = "base.path is relative to the folder of the manifest"
+        if suggest_uri(said.path):
+            remedy += "; for a repository on the Hub, use base.repo_id"
+        raise CheckpointError("no such checkpoint", where, remedy)
     return where

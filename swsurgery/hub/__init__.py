@@ -67,6 +67,8 @@ def parse_uri(text: str) -> Uri:
     """Parse the location of a model: hf://ORG/NAME[@REVISION][/sub]. Raises HubError, also for a dataset or a space."""
     from huggingface_hub import parse_hf_uri
 
+    if "/" not in text.removeprefix(SCHEME).strip("/"):
+        raise HubError("the name of a repository has two parts", text, "write hf://ORG/NAME")
     with convert_errors(text):
         uri = parse_hf_uri(text)
     if uri.type != "model":

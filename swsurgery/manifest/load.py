@@ -218,6 +218,8 @@ def _list_schema_faults(error: ValidationError, reader: Reader) -> list[tuple[Li
     """
     if error.error_count() > MAX_MANIFEST_FAULTS:
         return [((1, 1), f"{error.error_count()} faults, too many to list (is this a manifest?)")]
+    if isinstance(reader.value, dict) and not {"version", "base", "edits"} & reader.value.keys():
+        return [((1, 1), "this is not a manifest (a manifest has the fields version, base and edits)")]
     items = [(*_locate(item, reader), item) for item in error.errors(include_url=False, include_input=False)]
     items.sort(key=lambda found: found[0])
     found: dict[tuple[LineColumn, str], None] = {}

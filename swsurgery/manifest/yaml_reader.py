@@ -69,6 +69,9 @@ class Reader:
             problem = error.problem or ""
             if "Unicode character escape" in problem:
                 problem = "half a surrogate pair, or no character (write the character itself)"
+            mark = error.problem_mark
+            if mark and "any token" in problem and text[mark.index : mark.index + 1] == "\t":
+                problem = "a line is indented with a tab (indent with spaces)"
             self.faults.append((_get_line_column(error.problem_mark or error.context_mark), f"not YAML: {problem}"))
 
     def _read_document(self) -> bool:

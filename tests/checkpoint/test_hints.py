@@ -199,7 +199,7 @@ def test_another_url_is_refused_too():
 def test_a_repository_as_the_path_of_a_manifest(tmp_path, capsys, path):
     manifest = write_manifest(tmp_path / "m.json", {"path": path}, EDIT)
     assert main(["apply", str(manifest), "--dry-run"]) == 2
-    assert capsys.readouterr().err.rstrip().endswith("(for a repository on the Hub, use base.repo_id)")
+    assert capsys.readouterr().err.rstrip().endswith("; for a repository on the Hub, use base.repo_id)")
 
 
 @pytest.mark.parametrize("command", ["verify", "publish", "check"])
