@@ -317,10 +317,11 @@ class KnownModel(StrictValue):
     """One model and its known super weights.
 
     The first alias is the short name. `tensor` is a template for tensor names with {layer} (and {expert}). `transposed`
-    is True if the checkpoint stores [col, row]. `revision_measured` is the commit that was measured. `path` is the
-    directory of a checkpoint that is not in a repository. `scans` contains the scans of the whole model,
-    including scans that found nothing. `experts` and `columns` were published as a whole. `vocab_size` is None if no
-    config.json that states it was read. A model may have a `max_activation` and no coordinates.
+    is True if the checkpoint stores [col, row]. `revision_measured` is the commit that was measured. If it is None,
+    manifests pin `revision`, a commit of the repository that no source measured. `path` is the directory of a
+    checkpoint that is not in a repository. `scans` contains the scans of the whole model, including scans that found
+    nothing. `experts` and `columns` were published as a whole. `vocab_size` is None if no config.json that states it
+    was read. A model may have a `max_activation` and no coordinates.
     """
 
     aliases: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -334,6 +335,7 @@ class KnownModel(StrictValue):
     sizes_from: str
     tensor: str
     transposed: bool = False
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     revision_measured: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     path: str | None = None
     scans: tuple[Citation, ...] = ()
@@ -345,6 +347,11 @@ class KnownModel(StrictValue):
     experts: tuple[KnownExpert, ...] = ()
     columns: tuple[KnownColumn, ...] = ()
     max_activation: MaxActivation | None = None
+
+    @property
+    def pinned_revision(self) -> str | None:
+        """The commit that manifests of this model name; None if no commit is known."""
+        return self.revision_measured or self.revision
 
     @property
     def slug(self) -> str:

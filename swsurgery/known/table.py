@@ -28,7 +28,7 @@ from swsurgery.known.schema import (
     select_entries,
 )
 from swsurgery.known.shipped import list_addressable, list_negative_results
-from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
+from swsurgery.manifest.writer import Operation, is_gentle, list_edit_fields, refuse_unfit, write_manifest
 from swsurgery.storage.numbers import format_number
 
 UNDECIDED_NOTE = "A scan is undecided."
@@ -171,7 +171,7 @@ def render_manifest(
     elif model.path:
         base = {"path": model.path, "model": model.hf_id}
     else:
-        base = {"repo_id": model.hf_id, "revision": model.revision_measured}
+        base = {"repo_id": model.hf_id, "revision": model.pinned_revision}
     return write_manifest(
         head=head,
         name=f"{model.slug}-{op}" + (f"-{factor:g}" if factor is not None else ""),
@@ -179,6 +179,7 @@ def render_manifest(
         base=base,
         edits=[(_make_comment(c, op), _make_edit(c, op, factor)) for c in coordinates],
         damaging=op == "zero" and _find_largest_ratio(model, coordinates) >= LARGE_RATIO,
+        gentle=is_gentle(op, factor),
     )
 
 

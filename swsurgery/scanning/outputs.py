@@ -20,7 +20,7 @@ from swsurgery.errors import ManifestError
 from swsurgery.known import schema
 from swsurgery.known.table import LARGE_RATIO, UNDECIDED_NOTE, describe
 from swsurgery.manifest.load import parse_manifest
-from swsurgery.manifest.writer import Operation, list_edit_fields, refuse_unfit, write_manifest
+from swsurgery.manifest.writer import Operation, is_gentle, list_edit_fields, refuse_unfit, write_manifest
 from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.causal_report import Effect, find_largest_ratio
 from swsurgery.scanning.coverage import list_stored_layers
@@ -129,6 +129,7 @@ def write_found(
         base=base,
         edits=edits,
         damaging=op == "zero" and ratio >= LARGE_RATIO,
+        gentle=is_gentle(op, factor),
     )
     parse_manifest(text.encode(), Path("the scan's manifest"))  # `base` comes from the caller and may be invalid
     return text

@@ -63,7 +63,7 @@ def test_every_addressable_model_has_a_protect_manifest_that_loads(model):
         (c.layer, c.row, c.col) for c in shipped.list_addressable(model)
     ]
     assert manifest.check.min_perplexity_ratio is None
-    assert manifest.base.revision == model.revision_measured
+    assert manifest.base.revision == model.pinned_revision
 
 
 def test_scale_manifest():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -294,7 +295,7 @@ def test_the_shipped_manifests_have_no_error():
     report = lint(paths)
     assert report.ok and report.errors == 0 and len(paths) > 30
     assert {f.rule for f in report.findings} <= {"base-unpinned", "bounds-missing"}
-    assert not lint(paths, strict=True).ok, "some say no revision"
+    assert lint(paths, strict=True).ok
 
 
 def test_files_that_cannot_be_read_are_named_together(tmp_path):
@@ -410,3 +411,12 @@ def test_it_opens_the_manifests_and_loads_no_network_and_no_model(files):
     ])  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "['error.yaml'] set()"
+
+
+def test_shipped_manifests_and_the_example_of_the_readme_have_no_warning():
+    assert (
+        lint(ROOT / "manifests").headline
+        == f"{len([*(ROOT / 'manifests').rglob('*.yaml')])} manifests: no errors, no warnings"
+    )
+    examples = re.findall(r"```yaml\n(version: 1\n.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert examples and [lint(example.encode()).findings for example in examples] == [()] * len(examples)
