@@ -138,7 +138,8 @@ def _render_activations(models: Iterable[KnownModel]) -> list[str]:
         "",
         "The largest activation that a published measurement saw. float16 represents numbers up to "
         f"{LARGEST_FLOAT16:,.0f}: a model with a larger activation must run in bfloat16 or float32. `swsurgery lookup "
-        "MODEL` warns of this.",
+        "MODEL` warns of this. `half of it from layer 6` means that layer 6 is the first one whose hidden state "
+        "reaches half of the largest magnitude.",
         "",
         *_markdown(("name", "largest activation", "float16 can represent it", "source"), rows),
     ]

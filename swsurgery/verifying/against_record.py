@@ -291,29 +291,36 @@ def _check_operations(record: Record) -> list[Finding]:
     """Check that each edit's operation, applied to its old bits, gives its new bits."""
     findings = []
     for edit in record.edits:
-        dtype = DTYPES[edit.dtype]
         try:
-            if edit.op == "flip":
-                new = _flip_bits(edit)
-            elif edit.op == "zero":
-                new = dtypes.make_zero(dtype)
-            elif edit.op == "scale" and edit.factor is not None:
-                new = dtypes.scale_value(dtype, edit.old_bytes, edit.factor)
-            else:
-                new = edit.new_bytes
-            if (edit.op == "scale") != (edit.factor is not None):
-                findings.append(
-                    _make_finding(
-                        edit, "registry", f"in the record, the operation {edit.op} and the factor contradict each other"
-                    )
-                )
-            elif new != edit.new_bytes:
-                by = f" by {edit.factor}" if edit.op == "scale" else ""
-                made = f"{edit.op}{by} gives {dtypes.format_bits(new)} from {edit.old_bits}"
-                findings.append(_make_finding(edit, "registry", f"{made}, not {edit.new_bits}"))
+            fault = _find_fault(edit)
         except NumberError as error:
-            findings.append(_make_finding(edit, "registry", f"the record's operation {edit.op} is invalid: {error}"))
+            fault = f"the record's operation {edit.op} is invalid: {error}"
+        if fault:
+            findings.append(_make_finding(edit, "registry", fault))
     return findings
+
+
+def _find_fault(edit: EditRecord) -> str | None:
+    """Explain why an edit's operation does not give its new bits; None if it gives them. Raises NumberError."""
+    new = _compute_new_bytes(edit)
+    if (edit.op == "scale") != (edit.factor is not None):
+        return f"in the record, the operation {edit.op} and the factor contradict each other"
+    if new == edit.new_bytes:
+        return None
+    by = f" by {edit.factor}" if edit.op == "scale" else ""
+    return f"{edit.op}{by} gives {dtypes.format_bits(new)} from {edit.old_bits}, not {edit.new_bits}"
+
+
+def _compute_new_bytes(edit: EditRecord) -> bytes:
+    """Apply a flip, zero or scale to the old bytes; otherwise return the recorded new bytes. Raises NumberError."""
+    dtype = DTYPES[edit.dtype]
+    if edit.op == "flip":
+        return _flip_bits(edit)
+    if edit.op == "zero":
+        return dtypes.make_zero(dtype)
+    if edit.op == "scale" and edit.factor is not None:
+        return dtypes.scale_value(dtype, edit.old_bytes, edit.factor)
+    return edit.new_bytes
 
 
 def _flip_bits(edit: EditRecord) -> bytes:

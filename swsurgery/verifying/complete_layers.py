@@ -197,16 +197,7 @@ def _list_missing_experts(
     layers: LayerList, inside: Mapping[int, Mapping[str, Sequence[Member]]], declared: Declared
 ) -> Iterator[Lack]:
     """Yield each expert that is missing, and each tensor that one expert lacks."""
-    stacks: dict[tuple[str, int], dict[int, dict[str, str]]] = {}
-    for number, layer in inside.items():
-        for pattern, members in layer.items():
-            if "*" not in pattern:
-                continue
-            stem, _, leaf = pattern.partition("*.")
-            experts = stacks.setdefault((stem, number), {})
-            for member in members:
-                if member.expert is not None:
-                    experts.setdefault(member.expert, {})[leaf] = member.name
+    stacks = _sort_experts(inside)
     counts: dict[str, int] = {}
     for (stem, _), experts in stacks.items():
         counts[stem] = max(counts.get(stem, 0), max(experts) + 1)
@@ -214,6 +205,20 @@ def _list_missing_experts(
         # LongCat stores matrices for its zero experts too, which config.json does not count.
         count = max((n for n in declared.experts if n <= counts[stem]), default=min(declared.experts, default=0))
         yield from _list_lacks_of_experts(f"{layers.prefix}{number}.{stem}", experts, count or counts[stem])
+
+
+def _sort_experts(
+    inside: Mapping[int, Mapping[str, Sequence[Member]]],
+) -> dict[tuple[str, int], dict[int, dict[str, str]]]:
+    """Return the experts of each mixture, by (name up to the expert's number, layer): the stored names by leaf."""
+    stacks: dict[tuple[str, int], dict[int, dict[str, str]]] = {}
+    for number, layer in inside.items():
+        for pattern, members in layer.items():
+            stem, _, leaf = pattern.partition("*.")
+            numbered = [(member.expert, member.name) for member in members if member.expert is not None]
+            for expert, name in numbered:
+                stacks.setdefault((stem, number), {}).setdefault(expert, {})[leaf] = name
+    return stacks
 
 
 def _list_lacks_of_experts(prefix: str, experts: Mapping[int, Mapping[str, str]], count: int) -> Iterator[Lack]:

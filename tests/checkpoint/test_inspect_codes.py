@@ -51,12 +51,14 @@ def test_an_element_of_packed_codes_is_named_as_in_the_model(tmp_path, capsys):
 @pytest.mark.parametrize(("tensor", "at"), [(down(0), "8,0"), (down(0), "0"), (down(1), "0,0")])
 def test_an_element_that_is_not_there(tensor, at, tmp_path, capsys):
     write_gptq(tmp_path)
-    assert ask(tmp_path, capsys, tensor, at) == (2, {})
+    code, found = ask(tmp_path, capsys, tensor, at)
+    assert code == 2 and list(found) == ["error", "schema"]
 
 
 def test_a_layout_that_is_not_known_has_no_elements(tmp_path, capsys):
     write_gptq(tmp_path, checkpoint_format="marlin")
-    assert ask(tmp_path, capsys, down(0), "0,0") == (2, {})
+    code, found = ask(tmp_path, capsys, down(0), "0,0")
+    assert code == 2 and "marlin" in found["error"]["what"]
     code, found = ask(tmp_path, capsys, f"{MODULE}.qweight", "0,0")
     assert code == 0 and "weight" not in found and found["note"]
 

@@ -10,7 +10,7 @@ from swsurgery.checkpoint.layouts.module import list_elements
 from swsurgery.errors import CheckpointError
 from swsurgery.storage.dtypes import format_bits
 from swsurgery.storage.ggml import BlockDtype
-from swsurgery.storage.shard import TensorInfo
+from swsurgery.storage.shard import Shard, TensorInfo
 
 
 def describe_matrix(checkpoint: StoredTensors, weight: str) -> dict[str, object]:
@@ -69,7 +69,7 @@ def _describe(checkpoint: StoredTensors, matrix: QuantisedMatrix, index: tuple[i
     """Return the facts about an element. Raises CheckpointError for a wrong index, and CannotTell."""
     name = find_codes(checkpoint, matrix.weight) or matrix.weight
     file = checkpoint.weight_map[name]
-    shard, dtype = checkpoint.shards[file], checkpoint.infos[name].dtype
+    dtype = checkpoint.infos[name].dtype
     try:
         TensorInfo(matrix.weight, dtype, matrix.shape, (0, 0)).flatten(index)
     except IndexError as error:
@@ -77,10 +77,6 @@ def _describe(checkpoint: StoredTensors, matrix: QuantisedMatrix, index: tuple[i
     cell = matrix.find_cell(index)
     code = cell.read_code(make_reader(checkpoint))
     value = cell.values[code]
-    offset = None
-    if cell.fields:
-        first = cell.fields[0]
-        offset = shard.data_start + shard.tensors[first.tensor].data_offsets[0] + first.start // 8
     return {
         "tensor": matrix.weight,
         "file": file,
@@ -88,13 +84,21 @@ def _describe(checkpoint: StoredTensors, matrix: QuantisedMatrix, index: tuple[i
         "shape": list(matrix.shape),
         "layout": matrix.layout,
         "index": list(index),
-        "offset": offset,
+        "offset": _find_offset(checkpoint.shards[file], cell),
         "value": value if math.isfinite(value) else str(value),
         "code": code if cell.fields else None,
         "scale": cell.scale if cell.fields else None,
         "step": cell.compute_step(value) if math.isfinite(value) else None,
         "stored": [] if isinstance(dtype, BlockDtype) else _list_stored(checkpoint, cell),
     }
+
+
+def _find_offset(shard: Shard, cell: Cell) -> int | None:
+    """Return the offset in the file of the byte with the lowest bit of a code; None if the element has no code."""
+    if not cell.fields:
+        return None
+    first = cell.fields[0]
+    return shard.data_start + shard.tensors[first.tensor].data_offsets[0] + first.start // 8
 
 
 def _list_stored(checkpoint: StoredTensors, cell: Cell) -> list[dict[str, object]]:
