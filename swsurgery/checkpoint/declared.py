@@ -18,7 +18,7 @@ Config = Mapping[str, object]
 Part = Literal["attention", "mlp", "any"]
 """The part of a layer that a key of config.json concerns."""
 
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "num_layers_per_stack")
 """Keys that state the number of layers of a model with one list of layers."""
 
 LAYER_TYPES = ("layers_block_type", "layer_types", "hybrid_override_pattern")
@@ -112,12 +112,20 @@ def read_declared(config: Config) -> Declared:
     layers = depths.get("", 0)
     return Declared(
         depths=depths,
-        experts=frozenset(number for section in sections for key in EXPERTS if (number := _read_count(section, key))),
+        experts=frozenset(_list_experts(sections)),
         vocabulary=_read_first(sections, VOCABULARY, MAX_SIZE),
         numbers=frozenset(_list_numbers(sections)),
         has_width=_read_first(sections, WIDTHS, MAX_SIZE) is not None,
         kinds=tuple(islice((kinds for section in sections for kinds in _list_kinds(section, layers)), MAX_KINDS)),
     )
+
+
+def _list_experts(sections: list[Config]) -> Iterator[int]:
+    """Yield the numbers of routed experts. A stack may also have matrices for the zero experts of LongCat."""
+    zeros = _read_first(sections, ("zero_expert_num",)) or 0
+    for section in sections:
+        for number in filter(None, (_read_count(section, key) for key in EXPERTS)):
+            yield from (number, number + zeros)
 
 
 def _read_depths(sections: list[Config]) -> dict[str, int]:
@@ -127,7 +135,8 @@ def _read_depths(sections: list[Config]) -> dict[str, int]:
         both = {"encoder": encoder, "decoder": decoder or encoder}
         return {side: depth for side, depth in both.items() if depth}
     kinds = (section.get(key) for section in sections for key in LAYER_TYPES)
-    # LongCat counts two attentions in each layer for num_hidden_layers, so the smaller number is the one of layers.
+    # LongCat counts two attentions in each layer for num_hidden_layers, and HRM the layers of all passes through its
+    # stacks. So the smaller number is the one of layers.
     stated = ([n for key in DEPTHS if (n := _read_count(section, key))] for section in sections)
     depth = next((min(numbers) for numbers in stated if numbers), 0)
     depth = depth or next((len(k) for k in kinds if isinstance(k, list | str)), 0)

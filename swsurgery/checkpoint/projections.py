@@ -299,9 +299,12 @@ def _list_possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set
     """Return the orders of axes that a tensor may have if its name fits these layouts.
 
     If the family is unknown, these are the orders in which known families store tensors with the same last part of the
-    name. For example, known families store `experts.down_proj` in both orientations.
+    name. For example, known families store `experts.down_proj` in both orientations. Quantisers put a linear layer in
+    the place of the Conv1D of GPT-2, so its matrices may be stored as [row, col] after quantisation.
     """
     axes = {layout.axes for layout in layouts}
+    if "col row" in axes and config.get("quantization_config"):
+        axes.add("row col")
     if find_known_families(config):
         return axes
     tails = {_split_tail(layout) for layout in layouts}

@@ -85,7 +85,7 @@ model.decoder.embed_tokens decoder.embed_tokens model.encoder.text_model.embed_t
 model.embed_tokens.word_embeddings model.local_encoder.embed_tokens transformer.wte wte transformer.word_embeddings
 word_embeddings transformer.word_embedding transformer.embeddings transformer.tokens_embed transformer.w
 backbone.embeddings backbone.embedding rwkv.embeddings gpt_neox.embed_in gpt_neox_japanese.embed_in embed_in
-biogpt.embed_tokens led.shared prophetnet.word_embeddings embedding.word_embeddings
+biogpt.embed_tokens led.shared prophetnet.word_embeddings embedding.word_embeddings model.embeddings
 """
 EMBEDDINGS = (*(trunk + name for trunk in _TRUNKS for name in _INPUTS), *_EMBEDDINGS.split())
 """Names of embeddings, without the prefix that they have in common with the head and without the ending ".weight". The

@@ -209,8 +209,8 @@ def _choose_code(asked: Asked, found: _Found, opened: _Opened) -> CodeEdit:
     )
     limit = edit.max_error if isinstance(edit, Scale | Set | Restore) else None
     if limit is not None and done.error > limit:
-        near = f"the nearest value of the grid is {format_number(done.new)}"
-        what = f"{near}, which differs from {format_number(wanted)} by {format_number(done.error)}"
+        near = f"the nearest value of the grid is {format_exact(done.new)}"
+        what = f"{near}, which differs from {format_exact(wanted)} by {format_number(done.error)}"
         raise PlanError(f"cannot {edit.op} {found.coordinate}: {what}, more than max_error {format_number(limit)}")
     return done
 

@@ -191,7 +191,7 @@ def _list_lacks(survey: Survey, declared: Declared, found: Sorted, lists: dict[s
         lacks += compare_layers(layers, declared.depths[side], declared, config, side)
     absent = _list_listed_but_absent(survey.checkpoint)
     if lists:
-        usual = any(layers.prefix.endswith("model.layers.") for layers in lists.values())
+        usual = [layers for layers in lists.values() if layers.prefix.endswith("model.layers.")]
         lacks += check_outside({**found.outside, **dict.fromkeys(absent)}, declared, config, usual)
     prefixes = tuple(lack.name for lack in lacks if lack.name.endswith("."))
     names = {lack.name for lack in lacks}

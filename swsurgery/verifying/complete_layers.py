@@ -24,9 +24,11 @@ from swsurgery.verifying.complete_names import LayerList, Member, Shape
 
 K = TypeVar("K", bound=Hashable)
 
-_NOT_IN_EVERY_LAYER = re.compile(r"(.*\.)?(relative_attention_bias|ln0|attn_norm|shared_transf(ormer)?)\..*")
-"""The pattern of tensors that only the first layer has (T5, RWKV) or lacks (ModernBERT), or that layers share
-(Zamba)."""
+_NOT_IN_EVERY_LAYER = re.compile(
+    r"(.*\.)?(relative_attention_bias|ln0|attn_norm|attention_input|shared_transf(ormer)?)\..*"
+)
+"""The pattern of tensors that only the first layer has (T5, RWKV) or lacks (ModernBERT, Inkling 2), or that layers
+share (Zamba)."""
 
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|(^|\.)fc|shared|router|gate")
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|temporal|ssm")

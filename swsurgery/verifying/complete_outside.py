@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from swsurgery.checkpoint.declared import Declared
 from swsurgery.checkpoint.model_config import find_known_families
 from swsurgery.checkpoint.tying import EMBEDDINGS, HEADS, is_tied_by_config
 from swsurgery.verifying.complete_layers import Lack
-from swsurgery.verifying.complete_names import Shape, is_other_tower
+from swsurgery.verifying.complete_names import LayerList, Shape, is_other_tower
 
 _WITH_HEAD = re.compile(r".*(ForCausalLM|LMHeadModel|ForConditionalGeneration)", re.DOTALL)
 """The pattern of names of model classes that have a language-modelling head."""
@@ -20,16 +20,22 @@ _LAST_NORMS = (
 )  # fmt: skip
 """Names of the norm after the last layer, without their prefixes."""
 
+_NORM = re.compile(r"norm\d*\.weight$")
+"""The pattern of names of norms in layers. A model of unknown type whose layers have norms has one after them."""
+
 _WITHOUT_NORM = frozenset({"olmo", "opt"})
 """Model types of known families whose last norm has no weight, or does not always exist."""
 
 
 def check_outside(
-    outside: Mapping[str, Shape | None], declared: Declared, config: Mapping[str, object], usual: bool
+    outside: Mapping[str, Shape | None],
+    declared: Declared,
+    config: Mapping[str, object],
+    usual: Collection[LayerList],
 ) -> list[Lack]:
     """Check the tensors outside the layers. `outside` maps their names to their shapes, or None if unknown.
 
-    `usual` is True if the names of the layers begin with "model.layers.", as in most models of unknown type.
+    `usual` are the lists of layers whose names begin with "model.layers.", as in most models of unknown type.
     """
     own = {name: shape for name, shape in outside.items() if not is_other_tower(name)}
     heads, embedding = _find_heads(own), _find_embedding(own)
@@ -40,7 +46,9 @@ def check_outside(
             Lack("tensor-missing", "", "no embedding is stored under a known name", names=_list_weights(EMBEDDINGS))
         )
     model_type = {config.get("model_type")}
-    if known and model_type.isdisjoint(_WITHOUT_NORM) and not any(_has_ending(name, _LAST_NORMS) for name in own):
+    normed = any(_NORM.search(pattern) for each in usual for layer in each.layers.values() for pattern in layer)
+    expected = known and model_type.isdisjoint(_WITHOUT_NORM) or not known and normed
+    if expected and not any(_has_ending(name, _LAST_NORMS) for name in own):
         lacks.append(
             Lack("tensor-missing", "", "no norm after the last layer is stored under a known name", names=_LAST_NORMS)
         )

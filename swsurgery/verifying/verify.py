@@ -365,6 +365,7 @@ def _survey_known(
     from swsurgery.verifying.identification import identify_checkpoint
 
     declared = {e.coordinate for e in patched.record.edits} if patched else set()
+    declared |= {code.coordinate for code in patched.record.codes} if patched else set()
     names = (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path"))
     try:
         identified = identify_checkpoint(checkpoint, question.model, names, declared)

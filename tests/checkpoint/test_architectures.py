@@ -308,6 +308,23 @@ def test_published_names(model_type, names, place, tensor):
     assert find_short_form(config, shapes, found) == place
 
 
+@pytest.mark.parametrize(
+    ("shape", "index"),
+    [((24, 16), (11, 3)), ((16, 24), (3, 11)), ((16, 16), None)],
+    ids=["as before", "turned", "square"],
+)
+def test_quantisers_may_turn_the_matrices_of_gpt_2(shape, index):
+    config, shapes = table("gpt2", "transformer.h.{layer}.mlp.c_proj.weight", shape=shape, n_embd=16)
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    if index is None:
+        with pytest.raises(ArchitectureError, match="the matrix is square"):
+            locate(config, shapes, layer=1, row=3, col=11)
+        return
+    found = locate(config, shapes, layer=1, row=3, col=11)
+    assert found == ("transformer.h.1.mlp.c_proj.weight", index)
+    assert find_short_form(config, shapes, found) == (1, 3, 11, None)
+
+
 def stacked(model_type: str, shape: tuple[int, ...], **config: Any):
     return table(model_type, "model.layers.{layer}.mlp.experts.down_proj", shape=shape, **config)
 

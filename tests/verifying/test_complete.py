@@ -210,6 +210,34 @@ def test_without_a_number_of_layers_there_is_no_answer(tmp_path, capsys, missing
     assert re.fullmatch(r"UNDECIDED: .*: (there is no|config\.json|no tensor).*\n", capsys.readouterr().out)
 
 
+def test_a_model_of_unknown_type_has_a_norm_after_its_layers_if_they_have_norms(tmp_path):
+    config = {"model_type": "unknown", "architectures": ["UnknownForCausalLM"]}
+    assert errors(write_model(tmp_path / "whole", config=config)) == []
+    found = errors(write_model(tmp_path / "without", drop("model.norm"), config))
+    assert found == [("tensor-missing", "model.safetensors", None)]
+    assert errors(write_model(tmp_path / "no norms", drop("norm"), config)) == []
+
+
+NO_FAULTS = {
+    "a head for images": ({"model.generation_head.proj_out.weight": (VOCABULARY - 5, HIDDEN)}, {}),
+    "layers that are used several times": ({}, {"num_hidden_layers": 8 * LAYERS, "num_layers_per_stack": LAYERS}),
+    "an input that the first layer lacks": (
+        {f"model.layers.{n}.attention_input.query": (HIDDEN,) for n in range(1, LAYERS)}, {},
+    ),
+    "matrices of zero experts": (
+        {f"model.layers.{n}.mlp.experts.extra_proj": (EXPERTS + 2, 3, HIDDEN) for n in range(1, LAYERS)},
+        {"zero_expert_num": 2},
+    ),
+}  # fmt: skip
+"""Name -> (further tensors, further keys of config.json)."""
+
+
+@pytest.mark.parametrize("name", NO_FAULTS)
+def test_what_some_architectures_store_is_no_fault(tmp_path, name):
+    more, config = NO_FAULTS[name]
+    assert errors(write_model(tmp_path, list_shapes() | more, config)) == []
+
+
 # Quantised checkpoints -----------------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIG, HIDDEN, INNER, down, write_shard, write_single
+from checkpoints import CONFIG, HIDDEN, INNER, down, write_manifest, write_shard, write_single
 from quantised_files import MODEL, needs_model, read_down
 
+import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main
 from swsurgery.known import KnownCoordinate, KnownModel, own
@@ -270,6 +271,14 @@ def test_strict_turns_undecided_into_no(tmp_path, known, capsys):
     document = json.loads(capsys.readouterr().out)
     assert [f["rule"] for f in document["findings"]] == ["known-unreadable", "undecided"]
     assert (document["ok"], document["decided"]) == (False, False)
+
+
+def test_an_edited_code_is_declared(tmp_path, known, capsys):
+    root = coded(tmp_path / "m", 5)
+    manifest = write_manifest(tmp_path / "zero.yaml", root, {"op": "zero", "layer": 0, "row": ROW, "col": COL})
+    swsurgery.apply(manifest, output=tmp_path / "out", check="off")
+    assert main(["verify", str(tmp_path / "out"), "--model", "tiny"]) == 0
+    assert "declared: 2.5 -> 0 (compressed-tensors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("code", "reason"), [(0, "no known value is stored at its place"), (5, "none has its sizes")])

@@ -109,6 +109,8 @@ def build_awq(module: QuantisedModule, name: str, symmetric: bool) -> GroupedMat
     if zeros.shape[1] != words or scales.shape != (groups, rows) or scales.dtype not in ("F16", "BF16", "F32"):
         raise CannotTell(f"the shapes of {zeros.name} and {scales.name} do not fit {list(codes.shape)} words of codes")
     column_groups = find_groups(read_count(config, "group_size"), cols, groups, None, free=False)
+    if cols % column_groups.size:
+        raise CannotTell(f"groups of {column_groups.size} do not divide {cols} columns, as AWQ requires")
     layout = f"{name}, {_BITS} bits, groups of {column_groups.size}"
     return GroupedMatrix(
         module.weight, layout, (rows, cols), _BITS, AwqPacking(codes, zeros, symmetric), column_groups, scales

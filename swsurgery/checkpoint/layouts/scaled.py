@@ -97,11 +97,21 @@ def _find_block(module: QuantisedModule, shape: tuple[int, int], scales: ModuleT
         height, width = said
         if tuple(-(-length // size) for length, size in zip(shape, said, strict=True)) == scales.shape[-2:]:
             return height, width
-    if any(count == 0 or length % count for length, count in pairs):
+    if any(not _is_division(length, count) for length, count in pairs):
         what = f"the shape {list(scales.shape)} of {scales.name} does not show which scale belongs to which block"
         raise CannotTell(what)
     height, width = (length // count for length, count in pairs)
     return height, width
+
+
+def _is_division(length: int, count: int) -> bool:
+    """Return True if `count` scales divide an axis in the only plausible way: one block, or sizes of a power of two.
+
+    Four scales of 500 rows are no blocks of 125 rows: they belong to blocks of 128, of which the last one is smaller.
+    """
+    if count == 0 or length % count:
+        return False
+    return count == 1 or (length // count).bit_count() == 1
 
 
 def _refuse_turned(module: QuantisedModule) -> None:

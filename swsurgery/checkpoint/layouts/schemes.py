@@ -93,6 +93,9 @@ def list_schemes(module: QuantisedModule) -> list[Scheme]:
     """List the schemes of config.json that quantise weights. Raises CannotTell if one of them cannot be read."""
     config = module.quantisation
     _refuse_changes(config)
+    ignored = config.get("ignore")
+    if isinstance(ignored, list) and module.name in ignored:
+        raise CannotTell(f"config.json (ignore) says that {module.name} is not quantised")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CannotTell("config.json (config_groups) does not say how the weights are quantised")

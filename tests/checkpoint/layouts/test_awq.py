@@ -165,6 +165,7 @@ BAD: dict[str, tuple[dict[str, object], Arrays, str]] = {
     "a zero point that is no flag": ({"zero_point": 1}, SMALL, "zero_point in config.json is neither true nor false"),
     "a rotation": ({"rotation_config": {"a": 1}}, SMALL, "says that the weights were rotated"),
     "other groups": ({"group_size": 64}, SMALL, "2 groups are stored, which do not fit"),
+    "groups that do not divide": ({"group_size": 48}, SMALL, "groups of 48 do not divide 64 columns"),
     "no group size": ({"group_size": None}, SMALL, "group_size in config.json is not an integer"),
     "no zero points": ({}, change(SMALL, qzeros=None), "qzeros is not stored"),
     "no scales": ({}, change(SMALL, scales=None), "scales is not stored"),

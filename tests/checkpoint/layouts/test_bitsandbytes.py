@@ -26,10 +26,12 @@ from quantised_files import (
     write_config,
 )
 
+from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.find import find_matrix, make_reader
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main
+from swsurgery.verifying.stored_weight import read_weight
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -125,6 +127,28 @@ def test_a_model_that_transformers_saves_has_its_super_weights(tmp_path, capsys)
     assert not [entry for entry in known if entry["state"] == "unreadable"]
     found = open_matrix(tmp_path, down(11))[1].dequantise(0, 576)
     assert torch.equal(round_like(found, torch.bfloat16), dequantise(tmp_path, 11).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_gpt_2_is_read_by_row_and_col(tmp_path, bits):
+    """transformers replaces Conv1D, which stores [col, row], by a linear layer, which stores [row, col]."""
+    pytest.importorskip("bitsandbytes")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "n_embd": 64, "n_inner": 128, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    plain.save_pretrained(tmp_path / "plain")
+    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=config, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "coded")
+    checkpoint = open_checkpoint(tmp_path / "coded")
+    for row, col in ((3, 100), (60, 7), (0, 0)):
+        at = projections.locate(checkpoint.config, checkpoint.weight_shapes, layer=0, row=row, col=col)
+        expected = float(plain.transformer.h[0].mlp.c_proj.weight[col, row])
+        stored = read_weight(checkpoint, at)
+        assert abs(stored.value - expected) <= stored.step
 
 
 @needs_model

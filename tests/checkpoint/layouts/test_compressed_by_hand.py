@@ -171,6 +171,7 @@ REFUSED = {
     "mixed formats without one for the group": ({}, lambda c: change_top(c, format="mixed-precision"), "the format"),
     "sparse": ({}, lambda c: change_top(c, sparsity_config={"format": "sparse-24-bitmask"}), "'sparse-24-bitmask'"),
     "rotated": ({}, lambda c: change_top(c, transform_config={"config_groups": {"u": 1}}), "transform_config"),
+    "ignored": ({}, lambda c: change_top(c, ignore=["lm_head", M]), "(ignore) says that"),
     "an unknown key": ({}, lambda c: change(c, swizzle="x"), "unknown key 'swizzle'"),
     "bits that are no number": ({}, lambda c: change(c, num_bits="4"), "num_bits"),
     "a strategy without a size": ({}, lambda c: change(c, strategy="group"), "group_size"),

@@ -183,6 +183,9 @@ REFUSED = {
     "blocks that do not divide": (
         {**CODED, "weight_scale_inv": stored("F32", F32[:4, :2].copy())}, declare("fp8"), "which block",
     ),
+    "blocks of a size that nobody uses": (
+        {**CODED, "weight_scale_inv": stored("F32", F32[:2, :2].copy())}, declare("fp8"), "which block",
+    ),
 }  # fmt: skip
 """Name -> (tensors of the module, config.json, a part of the reason)."""
 
