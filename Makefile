@@ -40,7 +40,7 @@ bench: $(VENV)/.test
 
 # The tools of the site have an environment of their own, which needs no torch.
 docs: $(VENV)-docs/.docs
-	$(VENV)-docs/bin/python -m mkdocs build --strict --quiet
+	$(VENV)-docs/bin/python -m mkdocs build --strict
 	$(VENV)-docs/bin/python docs/site/links.py build/site
 
 model: $(MODEL)/config.json

@@ -9,20 +9,22 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")
+LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)]+)\)")
 
 
 def describe(readme: str, source: str | None) -> str:
     """Return the README with its relative links made absolute: below `source`, the address of the repository.
 
-    If `source` is None, each relative link becomes plain text.
+    If `source` is None, each relative link becomes plain text, and each image of the repository is left out.
     """
 
     def replace(link: re.Match[str]) -> str:
-        text, target = link.groups()
+        image, text, target = link.groups()
         if "://" in target or target.startswith("#"):
             return link[0]
-        return f"[{text}]({source.rstrip('/')}/blob/HEAD/{target})" if source else text
+        if source is None:
+            return "" if image else text
+        return f"{image}[{text}]({source.rstrip('/')}/{'raw' if image else 'blob'}/HEAD/{target})"
 
     return LINK.sub(replace, readme)
 

@@ -54,8 +54,8 @@ def families() -> str:
 
 
 TOOLS = {  # what the row measures, the proof and the way back, by the name in docs/measured/tools.json
-    "swsurgery --in-place": ("`swsurgery apply --in-place`", "sha256 of the base, without the base", "`revert`, exact"),
-    "swsurgery": ("`swsurgery apply -o`", "sha256 of the base, without the base", "`revert`, exact"),
+    "swsurgery --in-place": ("`swsurgery apply --in-place`", "`verify`, without the base", "`revert`, exact"),
+    "swsurgery": ("`swsurgery apply -o`", "`verify`, without the base", "`revert`, exact"),
     "transformers": ("transformers: load, edit, save", "none", "keep the base"),
     "safetensors": ("safetensors: load the shard, edit, save, copy the rest", "none", "keep the base"),
     "mergekit": ("mergekit passthrough: copies, edits nothing", "none", "keep the base"),

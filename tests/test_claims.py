@@ -36,6 +36,14 @@ def test_a_page_names_other_systems_only_to_say_that_they_are_untested(page):
             assert re.search(r"not covered|not tested|not supported", paragraph), paragraph
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_a_page_that_installs_a_release_says_what_to_do_before_the_first(page):
+    if "\n## 0.1.0 (unreleased)\n" in (ROOT / "CHANGELOG.md").read_text():
+        text = page.read_text()
+        if re.search(r"""pip install\s+["']?swsurgery|v0\.1\.0""", text):
+            assert "faq.md#how-do-i-install-it" in text or page.name == "faq.md"
+
+
 def test_the_citation_is_a_valid_cff_file_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys(), "required by version 1.2.0 of the format"

@@ -144,6 +144,8 @@ def test_the_readme_of_a_package_index_has_no_relative_link():
     assert [target for target in targets if "://" not in target] == []
     assert describe("[a](b.md), [c](https://d) [e](#f)", None) == "a, [c](https://d) [e](#f)"
     assert describe("[a](b.md)", "https://host/x/") == "[a](https://host/x/blob/HEAD/b.md)"
+    assert describe("a ![b](c.svg) d", None) == "a  d"
+    assert describe("![b](c.svg)", "https://host/x") == "![b](https://host/x/raw/HEAD/c.svg)"
 
 
 @pytest.mark.parametrize("entry", quick.NEEDS_TORCH + quick.TAKES_LONG)
