@@ -7,7 +7,10 @@ import runpy
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pytest
 import yaml
+
+import swsurgery
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -75,3 +78,9 @@ def test_the_checker_of_links_finds_what_leads_nowhere(tmp_path):
 
 def test_a_folder_without_pages_is_a_fault(tmp_path):
     assert LINKS["find_faults"](tmp_path) == [f"{tmp_path}: there is no page"]
+
+
+@pytest.mark.parametrize("name", sorted(set(swsurgery.__all__) - {"__version__"}))
+def test_the_docstring_of_a_public_name_has_no_accidental_link(name):
+    text = re.sub(r"`[^`]*`", "", getattr(swsurgery, name).__doc__)
+    assert not re.search(r"\]\s?[\[(]", text), "the site would take it for a Markdown link; quote it with backticks"

@@ -120,7 +120,7 @@ def diff(
 ) -> Difference:
     """Compare every tensor, scalar by scalar, and every other file of two checkpoints.
 
-    `a` and `b` are directories or hf://ORG/NAME[@REV][/sub]. All changes are counted, but at most `limit` changes of
+    `a` and `b` are directories or `hf://ORG/NAME[@REV][/sub]`. All changes are counted, but at most `limit` changes of
     each tensor are listed. If both checkpoints are on the Hub, files with the same sha256 are not read. If a checkpoint
     has several sets of weights, `weights` and `variant` choose one. Memory use does not depend on the size of the
     checkpoints.

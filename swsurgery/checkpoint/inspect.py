@@ -89,7 +89,7 @@ def inspect(
 ) -> Checkpoint | Details:
     """Describe a checkpoint: its files, tensors and steps, or one tensor, or one scalar with its value and bits.
 
-    `checkpoint` is a directory, a GGUF file or hf://ORG/NAME[@REV][/sub]. Without `tensor`, the opened checkpoint is
+    `checkpoint` is a directory, a GGUF file or `hf://ORG/NAME[@REV][/sub]`. Without `tensor`, the opened checkpoint is
     returned, and its `steps` are the manifests that were applied to it. `at` is the index of a scalar in the stored
     shape of `tensor`: integers, or text such as "3968,7003". An element of a packed matrix is given by the name and the
     index that it has in a loaded model. If the checkpoint has several sets of weights, `weights` and `variant` choose

@@ -86,8 +86,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint: list its files and read the headers of its shards, but no tensor.
 
-    `root` is a directory, or a repository as hf://ORG/NAME[@REV][/sub], of which only byte ranges are read. It may also
-    be a directory or repository that is already open. A directory is entered with `held`.
+    `root` is a directory, or a repository as `hf://ORG/NAME[@REV][/sub]`, of which only byte ranges are read. It may
+    also be a directory or repository that is already open. A directory is entered with `held`.
 
     If several sets of weights exist, `weights` and `variant` choose one. If neither is given, the choice in the record
     of a patched checkpoint is used. With `gguf`, the weights may be a GGUF file, if there are no safetensors files.
@@ -258,7 +258,7 @@ def _read_gguf(listing: _Listing, file: BaseFile) -> Checkpoint:
 def open_for_reading(name: str, checkpoint: str | Path, reporter: Reporter) -> Iterator[Folder | RemoteTree]:
     """Yield the checkpoint to read: a directory entered with `held`, a GGUF file, or an open repository.
 
-    `checkpoint` is a directory, a GGUF file or hf://ORG/NAME[@REV][/sub], and `name` is the name of the caller's
+    `checkpoint` is a directory, a GGUF file or `hf://ORG/NAME[@REV][/sub]`, and `name` is the name of the caller's
     argument, which error messages quote. After the `with` block, the reporter prints how many bytes were read from the
     repository. Raises TypeError, HubError and the errors of `held`.
     """

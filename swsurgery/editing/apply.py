@@ -58,7 +58,7 @@ def plan(manifest: ManifestsLike, base: str | Path | None = None, *, reporter: R
     `manifest` is a path to a manifest or a patch, a manifest's text as bytes, a dict, a Manifest, a LoadedManifest or a
     list of edits, which needs `base`. A list of manifests for one base, such as paths, is merged into one manifest: an
     edit that repeats a change of an earlier manifest is left out, and scalars that two of them change differently are
-    an error. `base` replaces the base that the manifest names: a directory or hf://ORG/NAME[@REV][/sub].
+    an error. `base` replaces the base that the manifest names: a directory or `hf://ORG/NAME[@REV][/sub]`.
 
     A pin is the digest that the manifest, or the base's own record, requires of a file. From a repository, only headers
     and single scalars are read, and the digests that the Hub lists are compared with the pins. In a directory, the

@@ -114,13 +114,14 @@ def check(
 ) -> CheckReport:
     """Run a checkpoint and compare it with `base` or, if it has a record, with the base of the record.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The perplexity is measured on at most
-    `windows` windows of `window` tokens of `text`, by default the built-in passage, and each of `prompts` is continued
-    by one token. With `generate`, both models also continue each prompt by at most so many tokens, always by the most
-    likely one. `max_perplexity_ratio` and `min_perplexity_ratio` are limits on patched / base perplexity. Without a
-    record and without `base` there is nothing to compare with: the report has `compared` False, and limits raise
-    PlanError. `weights` and `variant` choose between several sets of weights if no record does. `device` is "auto",
-    "cpu" or "cuda"; `placement` is "whole" (all weights in memory), "streamed" (two layers at a time) or "auto".
+    `checkpoint` is a directory or `hf://ORG/NAME[@REV][/sub]`, which is downloaded. The perplexity is measured on at
+    most `windows` windows of `window` tokens of `text`, by default the built-in passage, and each of `prompts` is
+    continued by one token. With `generate`, both models also continue each prompt by at most so many tokens, always by
+    the most likely one. `max_perplexity_ratio` and `min_perplexity_ratio` are limits on patched / base perplexity.
+    Without a record and without `base` there is nothing to compare with: the report has `compared` False, and limits
+    raise PlanError. `weights` and `variant` choose between several sets of weights if no record does. `device` is
+    "auto", "cpu" or "cuda"; `placement` is "whole" (all weights in memory), "streamed" (two layers at a time) or
+    "auto".
 
     `base` is a directory or hf:// address of any checkpoint of the same architecture and sizes. It is needed if the
     record has no old bytes of a changed region, because they exceeded the limit of the undo file. If names or dtypes of

@@ -49,7 +49,7 @@ def lookup(
 ) -> KnownSuperWeights | KnownModels | Record:
     """Return the known super weights of a model, the user's own scans included, or the record of a checkpoint.
 
-    `model` is a model's name ("llama-7b"), or a patched checkpoint: a directory or hf://ORG/NAME[@REV][/sub]. Without
+    `model` is a model's name ("llama-7b"), or a patched checkpoint: a directory or `hf://ORG/NAME[@REV][/sub]`. Without
     `model`, all known models are listed. `status` selects coordinates: one status or several. The docstring of
     `swsurgery.known` explains the statuses.
 

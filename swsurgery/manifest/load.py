@@ -158,7 +158,7 @@ def _convert_value(value: object) -> object:
 
 
 def _describe_base(base: str | Path) -> dict[str, str]:
-    """Return the field `base` of a manifest for a directory or hf://ORG/NAME[@REV][/sub]."""
+    """Return the field `base` of a manifest for a directory or `hf://ORG/NAME[@REV][/sub]`."""
     match = re.fullmatch(r"hf://([^/@]+(?:/[^/@]+)?)(?:@([^/]+))?(?:/.*)?", str(base))
     if match is None:
         return {"path": str(base)}

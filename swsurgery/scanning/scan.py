@@ -130,7 +130,7 @@ def scan(
 ) -> Scan:
     """Find the super weights of a checkpoint (arXiv:2411.07191), and write the requested files.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub], which is downloaded. The method "activations" runs the
+    `checkpoint` is a directory or `hf://ORG/NAME[@REV][/sub]`, which is downloaded. The method "activations" runs the
     model on `prompts` and finds the scalars that make persistent super activations. The method "weights" reads the
     weights and runs no model. The method "experts" runs the model on `prompts` and finds the super experts of a mixture
     of experts (arXiv:2507.23279); the result is then an ExpertScan. With `confirm`, the effect of zeroing each

@@ -80,12 +80,12 @@ def export(
 ) -> Exported:
     """Export edits without their checkpoint, as files of a few kilobytes.
 
-    `source` is a patched checkpoint (a directory or hf://ORG/NAME[@REV][/sub]), or a manifest in any form that `apply`
-    takes; `base` replaces the manifest's base. The format "sparse" makes one new file that `apply` takes, "peft" a new
-    folder with a LoRA adapter, and "vllm" a new folder with arrays for vLLM's checkpoint patches. The format "outliers"
-    makes one new file with the protected scalars instead of the edits; of a checkpoint without a record, or if `model`
-    names a known model, it contains the known super weights. Only headers, single scalars and changed regions are read,
-    but for a manifest, each shard with an edit is also hashed.
+    `source` is a patched checkpoint (a directory or `hf://ORG/NAME[@REV][/sub]`), or a manifest in any form that
+    `apply` takes; `base` replaces the manifest's base. The format "sparse" makes one new file that `apply` takes,
+    "peft" a new folder with a LoRA adapter, and "vllm" a new folder with arrays for vLLM's checkpoint patches. The
+    format "outliers" makes one new file with the protected scalars instead of the edits; of a checkpoint without a
+    record, or if `model` names a known model, it contains the known super weights. Only headers, single scalars and
+    changed regions are read, but for a manifest, each shard with an edit is also hashed.
 
     Raises TypeError, HubError, ManifestError, CheckpointError; TargetError if the output exists or cannot be written;
     PlanError for an edit that the format does not support.

@@ -31,7 +31,7 @@ def preflight(
 ) -> Verification:
     """Check whether a checkpoint contains all that its config.json declares, from headers and the index alone.
 
-    `checkpoint` is a directory or hf://ORG/NAME[@REV][/sub]. `weights` and `variant` choose between several sets of
+    `checkpoint` is a directory or `hf://ORG/NAME[@REV][/sub]`. `weights` and `variant` choose between several sets of
     weights. The answer is in `headline`, such as "complete: 30 layers, 272 tensors in 5 shards, 269.0 MB". `exit_code`
     is 2 if config.json does not state the number of layers.
 

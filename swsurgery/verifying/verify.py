@@ -115,7 +115,7 @@ def verify(
 ) -> Verification:
     """Check a checkpoint against its record, and against a base, a manifest, known super weights and a signature.
 
-    `checkpoint` is a directory, a GGUF file or hf://ORG/NAME[@REV][/sub]. From a repository, only headers, edited
+    `checkpoint` is a directory, a GGUF file or `hf://ORG/NAME[@REV][/sub]`. From a repository, only headers, edited
     scalars and small files are read; for large files, the digests that the Hub lists are used. The record alone,
     without the base, proves that the checkpoint is its base with exactly the declared scalars changed. `base` is
     compared byte by byte. `manifest`, in any form that `apply` takes, must describe exactly this checkpoint. With

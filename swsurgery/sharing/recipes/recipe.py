@@ -45,7 +45,7 @@ def recipe(
 ) -> Recipe:
     """Return the configuration of a quantiser that keeps the modules with super weights in high precision.
 
-    `subject` is the name of a known model ("llama-7b"), or a checkpoint: a directory or hf://ORG/NAME[@REV][/sub]. If
+    `subject` is the name of a known model ("llama-7b"), or a checkpoint: a directory or `hf://ORG/NAME[@REV][/sub]`. If
     the checkpoint has a record, the modules of the edited and protected scalars, and of the protected and restored
     regions, are kept too. `model` names the known model of a checkpoint whose files do not name it.
 
