@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swsurgery.errors import SwsurgeryError
+from swsurgery.errors import LookupFailed, SwsurgeryError
 from swsurgery.known import own, shipped
 from swsurgery.known.listing import KnownModels, list_models
 from swsurgery.known.schema import KnownModel, select_by_status
@@ -64,7 +64,7 @@ def lookup(
     require_location("model", model)
     require_strings("status", statuses)
     if not is_checkpoint(model):
-        found = own.find_model(str(model))
+        found = _find_model(str(model))
         select_by_status(found, statuses)  # refuses an unknown status
         return KnownSuperWeights((found,), None if statuses is None else tuple(statuses))
     if statuses is not None:
@@ -74,6 +74,18 @@ def lookup(
 
     with open_for_reading("model", model, reporter) as root:
         return read_record(root).record
+
+
+def _find_model(name: str) -> KnownModel:
+    """Return the known model called `name`. Raises LookupFailed, which also mentions a directory of this name."""
+    try:
+        return own.find_model(name)
+    except LookupFailed as error:
+        if os.path.isdir(name):
+            fault = error.faults[0]
+            more = "; the directory of this name has no record, swsurgery scan finds its super weights"
+            raise LookupFailed(fault.what, fault.where, fault.remedy + more) from None
+        raise
 
 
 def is_checkpoint(model: str | Path) -> bool:

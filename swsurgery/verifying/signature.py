@@ -235,11 +235,20 @@ def _open_key(path: Path, *, private: bool) -> Iterator[Path]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise SwsurgeryError("the key is not a regular file", path)
+        _refuse_other_half(os.pread(fd, 4096, 0), path, private)
         if private and stat.S_IMODE(status.st_mode) & 0o077:
             raise SwsurgeryError("other users can read or write the private key", path, f"chmod 600 {path}")
         yield _open_file(fd)
     finally:
         os.close(fd)
+
+
+def _refuse_other_half(beginning: bytes, path: Path, private: bool) -> None:
+    """Raise SwsurgeryError if a PEM file contains a public key but a private one is needed, or the reverse."""
+    if private and b"-----BEGIN PUBLIC KEY-----" in beginning:
+        raise SwsurgeryError("this is a public key", path, "give the private key")
+    if not private and b"PRIVATE KEY-----" in beginning:
+        raise SwsurgeryError("this is a private key", path, "give the public key")
 
 
 @contextlib.contextmanager

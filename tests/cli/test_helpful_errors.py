@@ -47,3 +47,27 @@ def test_an_error_names_the_remedy(tmp_path, monkeypatch, capsys, words, line):
     (tmp_path / "pickled/pytorch_model.bin").touch()
     assert main(words) == 2
     assert capsys.readouterr().err == f"swsurgery: {line.format(root=tmp_path)}\n"
+
+
+def test_a_directory_without_a_record_is_not_only_an_unknown_name(tmp_path, monkeypatch, capsys):
+    write_patched(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["lookup", "base"]) == 2
+    assert (
+        "; the directory of this name has no record, swsurgery scan finds its super weights)" in capsys.readouterr().err
+    )
+
+
+def test_a_public_and_a_private_key_are_told_apart(tmp_path, monkeypatch, capsys):
+    from keys import write_keys
+
+    write_patched(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    private, public = write_keys(tmp_path), tmp_path / "key.pub"
+    public.chmod(0o600)
+    assert main(["sign", "patched", "--key", str(public)]) == 2
+    assert capsys.readouterr().err == f"swsurgery: this is a public key: {public} (give the private key)\n"
+    assert main(["sign", "patched", "--key", str(private)]) == 0
+    capsys.readouterr()
+    assert main(["verify", "patched", "--signature", "patched/model.sig", "--public-key", str(private)]) == 2
+    assert f"this is a private key: {private} (give the public key)" in capsys.readouterr().err

@@ -365,7 +365,11 @@ def test_the_command_signs(tmp_path, capsys):
     root, key = write_llama(tmp_path / "checkpoint"), write_keys(tmp_path)
     assert main(["sign", str(root), "--key", str(key), "--json"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == {"checkpoint": str(root), "signature": str(root / SIGNATURE)}
+    assert json.loads(printed.out) == {
+        "checkpoint": str(root),
+        "signature": str(root / SIGNATURE),
+        "schema": "swsurgery/sign/1",
+    }
     assert printed.err == "" and findings(root) == []
     assert main(["sign", str(root), "--key", str(key)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
