@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
 import swsurgery
+from swsurgery.cli import app
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -27,6 +29,17 @@ def test_the_tests_run_on_the_claimed_system_and_pythons():
     assert {re.match(r"[a-z]+", name)[0] for name in re.findall(r"runs-on: (\S+)", workflows)} == {"ubuntu"}
     claimed = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)}
     assert claimed == set(re.findall(r'"(3\.\d+)"', re.search(r"python-version: \[(.*)\]", workflows)[1]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_on_a_page_have_the_options_that_it_uses(page):
+    commands = get_command(app).commands
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = re.match(r"(?:\$ |- run: |    - )?swsurgery ([a-z]+)\b([^#|>]*)", line.strip())
+            if words and page.name != "commands.md":
+                known = {option for each in commands[words[1]].params for option in each.opts}
+                assert set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", words[2])) <= known, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
