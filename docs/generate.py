@@ -1,4 +1,4 @@
-"""Write the pages that are made from the code: commands, families and the schema. usage: python docs/generate.py"""
+"""Write the pages that are made from the code: commands, families and schemas. usage: python docs/generate.py"""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def schema() -> str:
     from swsurgery.manifest.schema import render_schema
 
     return json.dumps(render_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def output_schemas() -> dict[str, str]:
+    """Return the JSON Schema of what each command prints with --json, by the name of its file in docs/schemas."""
+    from swsurgery.cli.documents.schemas import DOCUMENTS, render_output_schema
+
+    return {
+        f"{command}.schema.json": json.dumps(render_output_schema(command), indent=2, sort_keys=True) + "\n"
+        for command in DOCUMENTS
+    }
 
 
 KINDS = {"dense": "dense", "routed": "experts", "shared": "shared expert"}
@@ -112,3 +122,6 @@ if __name__ == "__main__":
     (DOCS / "manifest.schema.json").write_text(schema())
     (DOCS.parent / "README.md").write_text(readme())
     (DOCS / "comparison.md").write_text(comparison())
+    (DOCS / "schemas").mkdir(exist_ok=True)
+    for name, text in output_schemas().items():
+        (DOCS / "schemas" / name).write_text(text)

@@ -7,6 +7,7 @@ import os
 import pytest
 import quick
 from hub.fixture import any_hub, hub  # noqa: F401 - fixtures
+from json_documents import examined_output, valid_documents  # noqa: F401 - fixtures
 
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")  # read once, when numpy or torch is loaded

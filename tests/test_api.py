@@ -38,11 +38,13 @@ def room(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(capsys: pytest.CaptureFixture[str], words: str) -> object:
-    """What a command prints with --json."""
+def run(capsys: pytest.CaptureFixture[str], words: str) -> dict[str, object]:
+    """What a command prints with --json, without the name of its schema."""
     capsys.readouterr()
     assert main([*words.split(), "--json"]) in (0, 1)
-    return json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    assert document.pop("schema") == f"swsurgery/{words.split()[0]}/1"
+    return document
 
 
 PAIRS: dict[str, tuple[str, Callable[[], object]]] = {

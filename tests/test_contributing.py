@@ -98,7 +98,7 @@ def test_links_to_files_of_the_repository_lead_somewhere(page):
 def test_there_is_a_recipe_for_each_extension_point():
     points = {
         "A dtype", "An operation", "A target", "A model family", "A layout of quantised weights", "A rule", "A recipe",
-        "A known model",
+        "A known model", "A JSON document",
     }  # fmt: skip
     assert set(RECIPES) == points
 

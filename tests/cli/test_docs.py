@@ -27,6 +27,11 @@ def test_schema_file_is_what_the_command_prints():
     assert (ROOT / "docs" / "manifest.schema.json").read_text() == GENERATE["schema"]()
 
 
+def test_schemas_of_outputs_are_what_the_command_prints():
+    files = {path.name: path.read_text() for path in (ROOT / "docs" / "schemas").iterdir()}
+    assert files == GENERATE["output_schemas"]()
+
+
 def test_families_page_lists_the_table_of_the_code():
     page = (ROOT / "docs" / "families.md").read_text()
     assert page == GENERATE["families"]()

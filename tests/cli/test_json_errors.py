@@ -136,15 +136,15 @@ def test_errors_that_no_command_expects_are_documents(directory, capsys, monkeyp
 
 def test_a_result_that_was_printed_is_the_only_document(directory, capsys, monkeypatch):
     """A scan prints what it found although writing a file failed. The error is then on stderr alone."""
-    import swsurgery.cli.checkpoint as commands
+    import swsurgery.cli.editing as commands
 
     def print_and_fail(out, *arguments):
-        type(out).print_document(out, {"found": 1})
+        type(out).print_document(out, {"output": "x", "notes": []})
         raise SwsurgeryError("cannot write", "scan.png")
 
     monkeypatch.setattr(commands.Output, "print_result", print_and_fail)
-    code, out, err = run(capsys, "diff", "base", "patched", "--json")
-    assert code == 2 and json.loads(out) == {"found": 1, "schema": "swsurgery/diff/1"}
+    code, out, err = run(capsys, "revert", "patched", "-o", "back", "--json")
+    assert code == 2 and json.loads(out)["schema"] == "swsurgery/revert/1"
     assert err == "swsurgery: cannot write: scan.png\n"
 
 

@@ -303,7 +303,8 @@ def test_revert_gives_the_base_back_with_its_names(base, manifest, apply, capsys
     apply(manifest)
     assert tree(base) != before
     assert main(["revert", str(base), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"output": str(base), "notes": []}
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"output": str(base), "notes": [], "schema": "swsurgery/revert/1"}
     assert tree(base) == before
     assert sorted(p.name for p in base.iterdir()) == sorted({name.split("/")[0] for name in before})
 

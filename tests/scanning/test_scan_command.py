@@ -412,4 +412,5 @@ def test_what_a_scan_writes_is_as_private_as_the_weights_that_it_repeats(here: P
 def test_scan_in_python_says_what_the_command_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = swsurgery.scan("planted", prompts=PROMPTS, device="cpu")
     assert main(["scan", "planted", *ASK, "--json", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report.to_json()))
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads(json.dumps(report.to_json())) | {"schema": "swsurgery/scan/1"}

@@ -1,0 +1,235 @@
+"""Describe the documents of `scan`, `sweep` and `compare`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from swsurgery.cli.documents.document import ABSENT, Document, DocumentPart, ExpertNumber, Number, PlainNumber
+
+
+class EffectItem(DocumentPart):
+    """The effect of zeroing: the perplexity ratio with its 95% interval, and the mean KL in nats per token."""
+
+    ratio: PlainNumber
+    low: PlainNumber | None
+    high: PlainNumber | None
+    kl: PlainNumber
+
+
+class ScalarItem(DocumentPart):
+    """A candidate: one scalar of a down projection, and what the method measured of it.
+
+    `verdict`, `alone`, `without` and `listed` exist after a causal test. `listed` is false for a scalar of the same
+    column that the method did not list itself.
+    """
+
+    tensor: str
+    index: list[int]
+    layer: int
+    row: int
+    col: int
+    expert: ExpertNumber
+    value: PlainNumber
+    score: PlainNumber
+    rank: int
+    z: PlainNumber | None
+    input_spike: PlainNumber | None
+    output_spike: PlainNumber | None
+    share: PlainNumber | None
+    prompts: int | None
+    round: int | None
+    verdict: str = ABSENT
+    alone: EffectItem = ABSENT
+    without: EffectItem | None = ABSENT
+    listed: bool = ABSENT
+
+
+class ActivationItem(DocumentPart):
+    """A residual channel that is massive after each layer from `layer` through `last`."""
+
+    layer: int
+    last: int
+    channel: int
+    value: PlainNumber
+    peak: int
+    token: int
+    prompt: int
+    prompts: int
+
+
+class CoordinateItem(DocumentPart):
+    """One scalar: a tensor and an index in its stored shape."""
+
+    tensor: str
+    index: list[int]
+
+
+class ExpertItem(DocumentPart):
+    """One expert of a layer."""
+
+    layer: int
+    expert: int | Literal["shared"]
+
+
+class JointItem(DocumentPart):
+    """Scalars or experts that matter together, and the effect of zeroing all of them."""
+
+    coordinates: list[CoordinateItem] = ABSENT
+    experts: list[ExpertItem] = ABSENT
+    effect: EffectItem
+
+
+class UnreadItem(DocumentPart):
+    """A layer that was not read completely: the names of its unread matrices, and the numbers of its unread experts."""
+
+    layer: int
+    experts: list[int]
+    tensors: list[str]
+
+
+class ProfileItem(DocumentPart):
+    """The largest values in each layer, over all prompts: inputs and outputs of the down projection, hidden states."""
+
+    inputs: list[PlainNumber]
+    outputs: list[PlainNumber]
+    residuals: list[PlainNumber]
+
+
+class ColumnNullItem(DocumentPart):
+    """The perplexity ratios of other scalars of a column, zeroed alone, and in addition to all candidates."""
+
+    layer: int
+    expert: ExpertNumber
+    col: int
+    alone: list[PlainNumber]
+    added: list[PlainNumber]
+
+
+class ConfirmationItem(DocumentPart):
+    """The conditions of the causal test, the effect of zeroing all candidates, and the ratios of random ones.
+
+    `column_nulls` exists for scalars, and `joint_null_ratios` for experts.
+    """
+
+    together: EffectItem
+    null_ratios: list[PlainNumber]
+    column_nulls: list[ColumnNullItem] = ABSENT
+    joint_null_ratios: list[PlainNumber] = ABSENT
+    base_perplexity: PlainNumber
+    windows: int
+    window_tokens: int
+    scored_tokens: int
+    text_sha256: str
+    dtype: str
+    device: str
+
+
+class ScanDocument(Document):
+    """What a scan for super weights found. `profile` and `prompts` exist if prompts were run."""
+
+    method: Literal["activations", "weights", "experts"]
+    model_type: str
+    layers: int
+    answer: Literal["found", "none", "undecided"]
+    unread: list[UnreadItem]
+    super_weights: list[ScalarItem]
+    candidates: list[ScalarItem]
+    super_activations: list[ActivationItem]
+    joint_sets: list[JointItem]
+    notes: list[str]
+    settings: dict[str, Any]
+    profile: ProfileItem = ABSENT
+    prompts: list[str] = ABSENT
+    confirmation: ConfirmationItem = ABSENT
+
+
+class ExpertCandidateItem(ExpertItem):
+    """A candidate for a super expert, and the scalar `cause` with the largest share of its output."""
+
+    output: PlainNumber
+    row: int
+    token: int
+    prompt: int
+    prompts: int
+    state: PlainNumber
+    cause: ScalarItem
+    verdict: str = ABSENT
+    alone: EffectItem = ABSENT
+    without: EffectItem | None = ABSENT
+
+
+class ExpertOutput(ExpertItem):
+    """The output of largest magnitude of an expert."""
+
+    output: PlainNumber
+
+
+class ExpertScanDocument(ScanDocument):
+    """What a scan for super experts found."""
+
+    super_experts: list[ExpertCandidateItem]
+    experts: list[ExpertCandidateItem]
+    largest: list[ExpertOutput]
+
+
+class PointItem(DocumentPart):
+    """The figures of a model whose scalars are multiplied by `factor`."""
+
+    factor: float
+    perplexity: PlainNumber
+    ratio: PlainNumber
+    kl: PlainNumber
+    stopword_mass: PlainNumber
+    finite: bool
+    peak: PlainNumber
+
+
+class SweepDocument(Document):
+    """The quality of a model as a function of the factor. `base` has the figures of the model as stored."""
+
+    coordinates: list[CoordinateItem]
+    regions: list[str] = ABSENT
+    base: PointItem
+    points: list[PointItem]
+    windows: int
+    window_tokens: int
+    scored_tokens: int
+    text_sha256: str
+    dtype: str
+    device: str
+    method: str
+
+
+class ComparedItem(DocumentPart):
+    """The figures of the base (`manifest` null) or of the base with the edits of one manifest."""
+
+    manifest: str | None
+    activations: str
+    changed_scalars: int
+    changed_bytes: int
+    norm: Number
+    relative_norm: Number
+    perplexity: Number
+    ratio: Number
+    ratio_low: Number
+    ratio_high: Number
+    kl: Number
+    kl_low: Number
+    kl_high: Number
+    stopword_mass: Number
+    finite: bool
+
+
+class ComparisonDocument(Document):
+    """The figures of a base and of several edits of it, on the same text."""
+
+    version: Literal[1]
+    base: str
+    models: list[ComparedItem]
+    windows: int
+    window_tokens: int
+    scored_tokens: int
+    text_sha256: str
+    dtype: str
+    device: str
+    method: str
