@@ -1,6 +1,6 @@
 """Describe a checkpoint for `inspect`: its files and tensors, one tensor, or one scalar.
 
-Of the stored tensors, only the scalar that is asked for is read.
+From the data of tensors, only the requested scalar and a few bytes of quantised weights are read.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def inspect(
     returned, and its `steps` are the manifests that were applied to it. `at` is the index of a scalar in the stored
     shape of `tensor`: integers, or text such as "3968,7003". An element of a packed matrix is given by the name and the
     index that it has in a loaded model. If the checkpoint has several sets of weights, `weights` and `variant` choose
-    one. Of the stored tensors, only this scalar is read.
+    one. From the data of tensors, only this scalar and a few bytes of quantised weights are read.
 
     Raises TypeError, HubError, CheckpointError; TargetError while another run edits the checkpoint in place.
     """

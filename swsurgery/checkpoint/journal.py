@@ -134,7 +134,7 @@ def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal
     """Undo the writes of this run after the exception `error`.
 
     Bytes that another program wrote are left, with a warning. Raises TargetError if undoing fails. If `error` is an
-    Interrupted, raises an Interrupted whose message tells whether the old bytes were restored.
+    Interrupted, raises an Interrupted whose message states whether the old bytes were restored.
     """
     begun = filesystem.is_there(folder / JOURNAL)
     files = [_Held(shards[name].fd, folder / name, file, writable=True) for name, file in journal.files.items()]

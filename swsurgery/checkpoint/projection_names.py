@@ -178,7 +178,7 @@ def make_expert_error(layer: int, expert: ExpertChoice, choice: str) -> Architec
 
 
 def count_experts(families: tuple[Family, ...], shapes: Shapes, layer: int) -> int:
-    """Return the number of routed experts of a layer, which are stored in one stacked tensor or one by one."""
+    """Return the number of routed experts of a layer, whether they are stacked in one tensor or stored one by one."""
     count = 0
     while names := list_stored_names(families, shapes, layer, count):
         for name, layouts in names.items():

@@ -202,7 +202,7 @@ class BaseRecord(OfVariant):
     """The identity of the base: its repository, the commit `revision`, and the folder `sub` in the repository.
 
     `named_by` is the source of the identity: "cache" if the base was read from the Hub or from its local cache,
-    "manifest" if only the manifest states it. `weights` tells which set of weights was edited if the base has both an
+    "manifest" if only the manifest states it. `weights` states which set of weights was edited if the base has both an
     index and a single file. `variant` (such as "fp16") is the variant of the weights that the manifest chose.
     """
 

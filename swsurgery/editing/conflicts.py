@@ -1,7 +1,7 @@
 """Find edits that name the same scalar.
 
 Two operations on one scalar are an error whatever their order, with one exception: a scalar or region that one edit
-protects may be inside a region that another edit changes. The change then leaves it as it is.
+protects may be inside a region that another edit changes. The change then leaves it unchanged.
 """
 
 from __future__ import annotations

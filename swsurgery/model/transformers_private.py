@@ -1,4 +1,4 @@
-"""The private names of transformers that this package uses.
+"""Wrap the private names of transformers that this package uses.
 
 No other module uses such names. If a release of transformers drops one of them, one function breaks, and the test of
 that function fails.

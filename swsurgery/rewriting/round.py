@@ -119,7 +119,7 @@ class RoundFunction:
         return out
 
     def _round_magnitudes(self, block: _Block, piece: Piece, words: Words, out: Words) -> bool:
-        """Round a piece as `_round_values` does, but faster. Returns False if it cannot, and leaves `out` as it is."""
+        """Round a piece as `_round_values` does, but faster. Returns False if it cannot, and leaves `out` unchanged."""
         if block.magnitudes is None or not self.symmetric or self.levels != "integer":
             return False
         dtype, top = block.dtype, self._top

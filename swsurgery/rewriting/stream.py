@@ -1,4 +1,4 @@
-"""Read a file once and hash it twice: as it is, and with splices and changed regions.
+"""Read a file once and hash it twice: as stored, and with splices and changed regions.
 
 `storage.hashing.stream` does the same for splices alone. Changed regions are computed in segments. All other bytes are
 read directly into the chunks that are written, so that a small change does not slow down the copy of its file.
@@ -39,7 +39,7 @@ class Receivers:
 
     `sink` gets the changed file in chunks. `place` gets (bytes, offset) of each changed segment, for a file that
     already contains all other bytes. `compare` gets (offset, old bytes, new bytes) of each changed segment. `observe`
-    gets every changed part, in order, and `look` gets (offset, bytes) of the file as it is. Each of them may be None.
+    gets every changed part, in order, and `look` gets (offset, bytes) of the stored file. Each of them may be None.
     """
 
     sink: Callable[[memoryview], None] | None = None

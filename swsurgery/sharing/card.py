@@ -44,8 +44,9 @@ FIELDS = (
 """Fields that the front matter, the YAML block at the top of the card, may contain, in order."""
 
 RELATION = "finetune"
-"""How the Hub relates a patched checkpoint to its base. Of the Hub's four relations (adapter, merge, quantized and
-finetune), "finetune" fits best, because values are changed and the format is not."""
+"""How the Hub relates a patched checkpoint to its base. The Hub has four relations: adapter, merge, quantized and
+finetune. "finetune" fits best, because values change and the format does not.
+"""
 
 PATCH_RELATION = "adapter"
 """How the Hub relates a patch to its base: as an adapter, because the patch is useless without the base."""

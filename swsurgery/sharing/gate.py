@@ -65,11 +65,11 @@ def find_secrets(files: Iterable[tuple[str, bytes]]) -> list[Finding]:
 
 
 def check_gate(root: Path, accept: Collection[str], early: Sequence[Finding], reporter: Reporter) -> list[Finding]:
-    """Verify the directory before it is published. Returns the findings, which are all accepted.
+    """Verify the directory before it is published.
 
-    A finding is accepted if its rule is in `accept`. Further copies of the weights are ignored, because they are
-    not published. Raises CheckFailed, which lists the findings that are not accepted, SwsurgeryError for a rule that
-    does not exist, and CheckpointError.
+    Returns the accepted findings. A finding is accepted if its rule is in `accept`. Further copies of the weights are
+    ignored, because they are not published. Raises CheckFailed, which lists the findings that are not accepted,
+    SwsurgeryError for a rule that does not exist, and CheckpointError.
     """
     if unknown := sorted(set(accept) - set(RULES)):
         raise SwsurgeryError(

@@ -116,7 +116,7 @@ class Guard:
     def list_findings(self) -> list[Finding]:
         """Return one finding, with its position in the manifest, for each scalar that was not kept.
 
-        Of a region, some lost scalars have a finding each, and one more finding counts the others.
+        For a region, some lost scalars have a finding each, and one more finding counts the others.
         """
         found = []
         for scalar in self.scalars:

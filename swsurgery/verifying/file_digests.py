@@ -72,8 +72,8 @@ def check_digests(
     """Check the digests of one file: of its stored bytes, and of the same bytes with the edits' old bytes put back.
 
     `scan` gets the stored bytes and counts their values. Returns the findings, and True if both digests are correct.
-    Each fault is one finding. A file of another size or with a changed scalar has another digest too, which is not
-    reported again.
+    Each fault is one finding. A file of another size or with a changed scalar also has another digest, but the digest
+    is not reported then.
     """
     try:
         old = sorted((e.offset, e.old_bytes) for e in edits)

@@ -1,4 +1,4 @@
-"""The rules for checkpoints and manifests, and the finding that reports a broken rule.
+"""Define the rules for checkpoints and manifests, and the finding that reports a broken rule.
 
 The rules are one hand-written table of stable names. Scripts, suppressions and dashboards rely on these names, so a
 name never changes its meaning. To add a rule, add a row; a test fails until some code reports the rule and

@@ -16,7 +16,7 @@ from swsurgery.checkpoint.layouts.scales import require_float
 from swsurgery.checkpoint.layouts.schemes import is_compressed
 
 _INT8_STEPS = 127
-"""Steps in the scale of LLM.int8, which is the largest magnitude of a row (arXiv:2208.07339, section 2.1)."""
+"""Steps in one scale of LLM.int8: it stores the largest magnitude of each row (arXiv:2208.07339, section 2.1)."""
 
 
 def find_scaled(module: QuantisedModule) -> BlockMatrix | None:
