@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import NamedTuple
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -230,7 +229,7 @@ def _compute_wanted(asked: Asked, found: _Found, opened: _Opened) -> float:
     if isinstance(edit, Scale):
         if not math.isfinite(found.value):
             raise NumberError(f"the stored value is {found.value}, which cannot be scaled", remedy="use set or zero")
-        return float(Fraction(found.value) * Fraction(edit.factor))
+        return found.value * edit.factor  # rounded once, to float64
     if isinstance(edit, Set):
         if edit.value is None:
             raise NumberError("only a stored number has bits", remedy="give a value, or set raw: true")

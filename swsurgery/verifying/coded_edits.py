@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell
 from swsurgery.checkpoint.layouts.find import find_matrix, make_reader
+from swsurgery.checkpoint.layouts.module import list_elements
 from swsurgery.checkpoint.record import Record
 from swsurgery.checkpoint.record_entries import CodeRecord, EditRecord
 from swsurgery.errors import NumberError
@@ -62,6 +62,8 @@ def _explain_fault(code: CodeRecord, cell: Cell, old: _OldBytes) -> str | None:
     """
     if max(code.old_code, code.new_code) >= len(cell.values):
         return f"the element has only {len(cell.values)} codes"
+    if {element.coordinate for element in code.elements} != set(list_elements(cell, old.checkpoint.infos)):
+        return "its code is in other stored numbers than the record lists"
     if (cell.values[code.old_code], cell.values[code.new_code]) != (code.old, code.new):
         return "the codes do not have the recorded values"
     if cell.read_code(make_reader(old.checkpoint)) != code.new_code:
@@ -70,7 +72,7 @@ def _explain_fault(code: CodeRecord, cell: Cell, old: _OldBytes) -> str | None:
         return f"the old bits do not contain the code {code.old_code}"
     wanted = {"zero": 0.0, "protect": code.old}.get(code.op, code.wanted)
     if code.op == "scale" and code.factor is not None:
-        wanted = float(Fraction(code.old) * Fraction(code.factor))
+        wanted = code.old * code.factor  # rounded once, to float64
     if wanted != code.wanted or (code.op == "scale") != (code.factor is not None):
         return f"{code.op} does not ask for {code.wanted}"
     if code.op == "protect":

@@ -5,6 +5,7 @@ The oracle computes the codes with numpy; it shares no code with the package.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -211,9 +212,40 @@ def forge(record: dict, **changes: object) -> None:
 def test_a_record_that_says_something_else_is_refuted(base, forgery):
     patched = apply(base, {"op": "set", "layer": 1, "row": 2, "col": 7, "value": 1.5})
     record = json.loads((patched / "swsurgery.json").read_text())
+    write_record(patched, record)
+    assert verify(patched)
     forgery(record)
-    (patched / "swsurgery.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    write_record(patched, record)
     assert not verify(patched)
+
+
+def write_record(patched: Path, record: dict) -> None:
+    """Replace the record, and its digest in SHA256SUMS."""
+    data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    sums = (patched / "SHA256SUMS").read_text()
+    old, new = (hashlib.sha256(each).hexdigest() for each in ((patched / "swsurgery.json").read_bytes(), data))
+    assert old in sums
+    (patched / "swsurgery.json").write_bytes(data)
+    (patched / "SHA256SUMS").write_text(sums.replace(old, new))
+
+
+def test_the_record_is_refuted_without_the_manifest_too(base):
+    patched = apply(base, {"op": "scale", "layer": 1, "row": 2, "col": 7, "factor": 0.5})
+    record = json.loads((patched / "swsurgery.json").read_text())
+    for change in (
+        {"elements": [{"tensor": DOWN, "index": [2, 7]}, {"tensor": DOWN, "index": [2, 8]}]},
+        {"factor": 1e308},
+    ):
+        forged = copy.deepcopy(record)
+        forge(forged, **change)
+        write_record(patched, forged)
+        found = swsurgery.verify(patched).findings
+        assert any("edit of a quantised element is wrong" in finding.message for finding in found)
+
+
+def test_a_product_beyond_float64_is_outside_the_grid(base):
+    with pytest.raises(PlanError, match="inf is outside the grid"):
+        apply(base, {"op": "scale", "layer": 1, "row": 2, "col": 7, "factor": 1.7e308})
 
 
 def test_the_value_is_restored_from_a_plain_base(base, tmp_path):
