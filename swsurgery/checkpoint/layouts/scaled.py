@@ -107,7 +107,8 @@ def _find_block(module: QuantisedModule, shape: tuple[int, int], scales: ModuleT
 def _is_division(length: int, count: int) -> bool:
     """Return True if `count` scales divide an axis in the only plausible way: one block, or sizes of a power of two.
 
-    Four scales of 500 rows are no blocks of 125 rows: they belong to blocks of 128, of which the last one is smaller.
+    For example, four scales of 500 rows do not belong to blocks of 125 rows, but to blocks of 128 with a smaller last
+    one.
     """
     if count == 0 or length % count:
         return False
