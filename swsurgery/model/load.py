@@ -360,9 +360,16 @@ def load_other(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.dev
 
 @torch.no_grad()
 def _finish_loading(model: PreTrainedModel) -> None:
-    """Run one token through a quantised model, because compressed-tensors dequantises weights when it runs first."""
-    with _hide_bars():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    """Run one token through a quantised model, because compressed-tensors dequantises weights when it runs first.
+
+    Raises Unrunnable if a package is missing that the model needs to run: some versions of transformers import the
+    kernels of FP8 only then.
+    """
+    try:
+        with _hide_bars():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    except ImportError as error:
+        raise Unrunnable(f"the quantised model cannot be run: {get_first_line(error)}", model.device) from error
 
 
 def get_context_length(model: PreTrainedModel) -> int:

@@ -83,6 +83,8 @@ def write_torchao(plain: Path, folder: Path) -> Path:
 
 def write_fp8(plain: Path, folder: Path) -> Path:
     """FP8 with one scale for each block of 128 x 128, which transformers reads without another package."""
+    if torch.cuda.is_available():
+        pytest.skip("beside a GPU, transformers runs FP8 by kernels that are not installed, on the CPU too")
     shutil.copytree(plain, folder)
     tensors = {}
     for name, weight in load_file(plain / "model.safetensors").items():
