@@ -43,6 +43,7 @@ from swsurgery.scanning.causal_test import (
     run_on_text,
     say_nothing,
 )
+from swsurgery.scanning.doses import choose_doses, report_doses
 from swsurgery.scanning.losses import Losses, compute_exp
 from swsurgery.scanning.report import Candidate, ColumnNull, Confirmation, JointSet, Trial
 from swsurgery.scanning.suspects import (
@@ -137,8 +138,9 @@ def confirm_windows(
         # Zeroing a scalar that is zero has no effect at all, so such scalars are left out of every set.
         frozenset(candidate.coordinate for candidate in suspects.tested if candidate.value == 0),
     )
-    losses.measure(suspects.groups(), progress)
     enough = len(windows) >= LEAST_WINDOWS
+    doses = choose_doses(model.checkpoint, suspects.together) if enough else {}
+    losses.measure(suspects.groups(), progress, doses)
     if not enough:
         report_too_few_windows(windows, say)
         say = say_nothing
@@ -160,6 +162,7 @@ def confirm_windows(
         null=tuple(losses.effect(frozenset({scalar})).ratio for scalar in suspects.null),
         **list_conditions(losses),
         column_nulls=tuple(_measure_column_null(losses, together, *item) for item in suspects.columns.items()),
+        doses=report_doses(losses, together, doses),
     )
 
 

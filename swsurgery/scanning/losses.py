@@ -7,7 +7,7 @@ from these losses. This module chooses no parts and sets no bars.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from swsurgery.errors import ModelError
@@ -57,14 +57,21 @@ class Losses(Generic[Unit]):
         self._find_layer, self._list_targets, self._nothing = find_layer, list_targets, nothing
         self._base: list[float] = []
         # The loss in nats per token minus that of the stored model, by set of zeroed scalars, one value per window.
-        self._extra: dict[frozenset[Unit], list[float]] = {frozenset(): [0.0] * len(windows)}
-        self._kl: dict[frozenset[Unit], float] = {frozenset(): 0.0}
+        # A float is the factor of a dose.
+        self._extra: dict[frozenset[Unit] | float, list[float]] = {frozenset(): [0.0] * len(windows)}
+        self._kl: dict[frozenset[Unit] | float, float] = {frozenset(): 0.0}
 
-    def measure(self, groups: Iterable[frozenset[Unit]], progress: Progress | None) -> None:
+    def measure(
+        self,
+        groups: Iterable[frozenset[Unit]],
+        progress: Progress | None,
+        doses: Mapping[float, Scalars] | None = None,
+    ) -> None:
         """Measure the loss of each group of scalars that has not been measured, in few runs of the model.
 
         The number of groups in one run is limited by memory. Groups whose first edited layer is late run first. Groups
         with similar first layers thus share a run, which computes the layers before the first edited layer only once.
+        `doses` maps factors to the values of the scalars that are multiplied by the factor; they are measured too.
         """
         wanted = [
             group for group in dict.fromkeys(group - self._nothing for group in groups) if group not in self._extra
@@ -74,8 +81,13 @@ class Losses(Generic[Unit]):
             return
         with load.convert_run_errors(self.model.device, self.model.weights is not None):
             at_once = count_variants_at_once(self.model, self.windows)
-            for begin in range(0, max(1, len(wanted)), at_once):
-                self._run(wanted[begin : begin + at_once], progress)
+            variants: list[tuple[frozenset[Unit] | float, Scalars]] = [(group, self._zero(group)) for group in wanted]
+            variants += (doses or {}).items()
+            for begin in range(0, max(1, len(variants)), at_once):
+                self._run(variants[begin : begin + at_once], progress)
+
+    def _zero(self, group: frozenset[Unit]) -> Scalars:
+        return {target: 0.0 for unit in group for target in self._list_targets(unit)}
 
     def gain(self, group: frozenset[Unit], parts: Iterable[frozenset[Unit]] = ()) -> Gain:
         """Compute the rise in loss from zeroing `group`, minus the rises from zeroing each of `parts`.
@@ -93,19 +105,25 @@ class Losses(Generic[Unit]):
 
     def effect(self, group: frozenset[Unit]) -> Effect:
         """Compute the effect of zeroing `group`: perplexity ratio, 95% interval, and mean KL in nats per token."""
-        gain = self.gain(group)
-        low, high = (None if math.isnan(end) else compute_exp(end) for end in (gain.low, gain.high))
-        return Effect(compute_exp(gain.log), low, high, self._kl[group - self._nothing])
+        return self._make_effect(group - self._nothing)
+
+    def get_dose_effect(self, factor: float) -> Effect:
+        """Compute the effect of a dose that was measured."""
+        return self._make_effect(factor)
+
+    def _make_effect(self, key: frozenset[Unit] | float) -> Effect:
+        mean, low, high = compute_mean_interval(self._extra[key], self.scored)
+        low, high = (None if end is None else compute_exp(end) for end in (low, high))
+        return Effect(compute_exp(mean), low, high, self._kl[key])
 
     @property
     def base_perplexity(self) -> float:
         return compute_exp(compute_mean_interval(self._base, self.scored).mean)
 
-    def _run(self, groups: Sequence[frozenset[Unit]], progress: Progress | None) -> None:
-        totals = measure.Totals([], 1 + len(groups))
-        variants: list[Scalars] = [{}]
-        variants += [{target: 0.0 for unit in group for target in self._list_targets(unit)} for group in groups]
-        for outcomes in self.model.run(self.windows, variants, progress=progress):
+    def _run(self, variants: Sequence[tuple[frozenset[Unit] | float, Scalars]], progress: Progress | None) -> None:
+        totals = measure.Totals([], 1 + len(variants))
+        scalars = [{}, *(scalars for _, scalars in variants)]
+        for outcomes in self.model.run(self.windows, scalars, progress=progress):
             totals.add_window(self.windows[outcomes.sequence], outcomes)
         base = totals.token_nll[0]
         if not all(bool(window.isfinite().all()) for window in base):
@@ -113,13 +131,13 @@ class Losses(Generic[Unit]):
                 "losses of the stored model are not finite", self.model.checkpoint.root, "try another dtype"
             )
         self._base = [float(window.mean()) for window in base]
-        for number, group in enumerate(groups, start=1):
-            self._extra[group] = [
+        for number, (key, _) in enumerate(variants, start=1):
+            self._extra[key] = [
                 float((nll.nan_to_num(nan=math.inf, posinf=math.inf) - stored).mean())
                 for nll, stored in zip(totals.token_nll[number], base, strict=True)
             ]
             kl = totals.compute_mean_kl(number)
-            self._kl[group] = math.inf if math.isnan(kl) else kl
+            self._kl[key] = math.inf if math.isnan(kl) else kl
 
 
 def compute_exp(log: float) -> float:

@@ -130,17 +130,33 @@ class ColumnNull:
 
 
 @dataclass(frozen=True)
+class Dose:
+    """The effect of multiplying all candidates of a scan by `factor` at once."""
+
+    factor: float
+    effect: Effect
+
+    def to_json(self) -> dict[str, Any]:
+        return {"factor": self.factor, **self.effect.to_json()}
+
+
+@dataclass(frozen=True)
 class Confirmation(CausalTest[Trial, JointSet]):
     """The causal test of scalars.
 
     `trials` contains the candidates and their companions. The scalars of `null` are in the same matrices and have
-    similar magnitudes. `column_nulls` contains the scalars with which companions were compared.
+    similar magnitudes. `column_nulls` contains the scalars with which companions were compared. `doses` contains the
+    effects of multiplying all candidates by factors from 0 (zeroing) to 1 (no effect).
     """
 
     column_nulls: tuple[ColumnNull, ...] = ()
+    doses: tuple[Dose, ...] = ()
 
     def list_further_nulls(self) -> dict[str, Any]:
         return {"column_nulls": [column.to_json() for column in self.column_nulls]}
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"doses": [dose.to_json() for dose in self.doses]}
 
 
 @dataclass(frozen=True)

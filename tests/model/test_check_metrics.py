@@ -174,6 +174,23 @@ def test_super_activation_is_the_largest_hidden_state_of_all_windows(pair: Pair,
         peak = side.super_activation
         assert (peak.window, peak.layer, peak.token, peak.channel) == (window, layer, token, channel)
         assert peak.value == pytest.approx(float(table[window, layer, token, channel]), rel=1e-5)
+        flat = table.transpose(0, 1).flatten(1)  # layer, window and token and channel
+        largest = flat.gather(1, flat.abs().argmax(1, keepdim=True))[:, 0]
+        assert side.largest_by_layer == pytest.approx(largest.tolist(), rel=1e-5)
+
+
+def test_the_ratio_has_an_interval_from_the_means_of_windows(pair: Pair) -> None:
+    report = check(pair, text=TEXT * 9, prompts=(), windows=9)
+    losses = []
+    for folder in (pair.base, pair.patched):
+        windows = windows_of(pair, TEXT * 9)[:9]
+        logs = log_probabilities(folder, windows)
+        losses.append([-x[range(len(x) - 1), ids[1:]].mean() for x, ids in zip(logs, windows, strict=True)])
+    rises = np.subtract(losses[1], losses[0])
+    reach = 2.306004 * rises.std(ddof=1) * math.sqrt(3 / 9)  # Student's t with 8 degrees of freedom, design effect 3
+    assert math.log(report.ratio_low) == pytest.approx(rises.mean() - reach, abs=1e-5)
+    assert math.log(report.ratio_high) == pytest.approx(rises.mean() + reach, abs=1e-5)
+    assert report.to_json()["ratio_low"] == float(f"{report.ratio_low:.6g}")
 
 
 def test_without_changes_base_and_patched_are_one(pair: Pair) -> None:

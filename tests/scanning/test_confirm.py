@@ -30,6 +30,7 @@ from swsurgery.model.outcomes import Outcomes
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.confirm import confirm, confirm_windows
 from swsurgery.scanning.report import Candidate, Confirmation, Trial
+from swsurgery.scanning.sweep import sweep_windows
 from swsurgery.storage.coordinate import Coordinate
 
 Short = tuple[int, int, int] | tuple[int, int, int, int]
@@ -168,6 +169,22 @@ def test_the_interval_is_that_of_the_means_of_whole_windows(tmp_path: Path) -> N
     reach = 2.200985 * means.std(ddof=1) * math.sqrt(3 / WINDOWS)
     assert math.log(effect.low) == pytest.approx(means.mean() - reach, abs=1e-4)
     assert math.log(effect.high) == pytest.approx(means.mean() + reach, abs=1e-4)
+
+
+def test_a_dose_is_what_a_sweep_of_the_candidates_measures(tmp_path: Path) -> None:
+    shorts = [(0, 3, 7), (1, 9, 20)]
+    bench = Bench(tmp_path / "llama", "llama", {(0, 3, 7): HUGE})
+    found = bench.confirm(shorts, nulls=2)
+    assert [dose.factor for dose in found.doses] == [0, 0.25, 0.5, 0.75, 1]
+    assert found.doses[0].effect == found.together
+    assert found.doses[-1].effect == Effect(1.0, 1.0, 1.0, 0.0)
+    swept = sweep_windows(bench.model(), [bench.coordinate(s) for s in shorts], [0, 0.25, 0.5, 0.75, 1], bench.windows)
+    for dose, point in zip(found.doses, swept.points, strict=True):
+        assert dose.effect.ratio == pytest.approx(point.ratio, rel=1e-5)
+        assert dose.effect.kl == pytest.approx(point.kl, rel=1e-4, abs=1e-6)
+        assert dose.effect.low <= dose.effect.ratio <= dose.effect.high
+    assert found.to_json()["doses"][1] == {"factor": 0.25, **found.doses[1].effect.to_json()}
+    assert confirm_windows(bench.model(), [bench.candidate((0, 3, 7))], bench.windows[:7], nulls=0).doses == ()
 
 
 @pytest.mark.parametrize(("windows", "enough"), [(7, False), (8, True)])
