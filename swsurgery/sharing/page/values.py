@@ -104,11 +104,11 @@ def show_interval(low: object, high: object) -> str | None:
 
 
 def show_value(value: object) -> str | None:
-    """Format a stored value exactly as JSON does; None if it is missing."""
+    """Format a stored value exactly, such as 5.09375 and 0; None if it is missing."""
     number = convert_number(value)
     if number is None:
         return None
-    return f"{number:,.0f}" if number.is_integer() and 10**4 <= abs(number) < 10**15 else f"{value}"
+    return f"{number:,.0f}" if number.is_integer() and abs(number) < 10**15 else f"{value}"
 
 
 def show_index(index: object) -> str:

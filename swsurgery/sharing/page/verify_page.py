@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from swsurgery.errors import pluralise
@@ -38,7 +39,7 @@ def render_verification(subject: str, document: Document) -> Page:
         make_section("Known super weights", _show_known(read_map(document, "known"))),
         make_section("Rules that were checked", _show_rules(read_texts(document, "rules"))),
         show_notes(document),
-        make_section("Repeat it", show_commands([f"swsurgery verify {subject}"])),
+        make_section("Repeat it", show_commands([f"swsurgery verify {shlex.quote(subject)}"])),
     )
     return Page(f"Verification of {subject}", _describe(document), sections)
 
