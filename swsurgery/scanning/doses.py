@@ -8,10 +8,10 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import NumberError
 from swsurgery.model.variant import Scalars
 from swsurgery.scanning.causal_report import Effect
+from swsurgery.scanning.factors import compute_scaled_values
 from swsurgery.scanning.losses import Losses
 from swsurgery.scanning.report import Dose
 from swsurgery.scanning.suspects import Zeroed
-from swsurgery.scanning.sweep import compute_scaled_values
 from swsurgery.storage.coordinate import Coordinate
 
 DOSES = (0.25, 0.5, 0.75)

@@ -105,15 +105,22 @@ class ColumnNullItem(DocumentPart):
     added: list[PlainNumber]
 
 
+class DoseItem(EffectItem):
+    """The effect of multiplying all candidates by `factor` at once."""
+
+    factor: float
+
+
 class ConfirmationItem(DocumentPart):
     """The conditions of the causal test, the effect of zeroing all candidates, and the ratios of random ones.
 
-    `column_nulls` exists for scalars, and `joint_null_ratios` for experts.
+    `column_nulls` and `doses` exist for scalars, and `joint_null_ratios` for experts.
     """
 
     together: EffectItem
     null_ratios: list[PlainNumber]
     column_nulls: list[ColumnNullItem] = ABSENT
+    doses: list[DoseItem] = ABSENT
     joint_null_ratios: list[PlainNumber] = ABSENT
     base_perplexity: PlainNumber
     windows: int
