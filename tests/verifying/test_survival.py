@@ -204,7 +204,11 @@ def quantised(root: Path, value: float, name: str, scale: np.ndarray, config=Non
         ("_scale_inv", np.array([[0.01]]), {}),
         ("_scale", np.where(np.arange(HIDDEN) == ROW, 0.01, 9.0)[:, None], {}),
         ("_scale", np.where(np.arange(HIDDEN) == ROW, 0.01, 9.0), {}),
-        ("_scale_inv", np.array([[9.0, 9.0], [9.0, 0.01]]), {}),
+        (
+            "_scale_inv",
+            np.array([[9.0, 9.0], [9.0, 0.01]]),
+            {"quantization_config": {"weight_block_size": [3, 5]}},
+        ),
         (
             "_scale_inv",
             np.array([[9.0, 9.0, 9.0], [9.0, 0.01, 9.0]]),

@@ -124,14 +124,16 @@ class QuantisedModule:
 
     @property
     def quantisation(self) -> Mapping[str, object]:
-        """The section of config.json that declares quantisation, at the top level or below; empty if there is none."""
+        """The section of config.json that declares quantisation, at the top level or below; empty if there is none.
+
+        Raises CannotTell if there are several sections that differ.
+        """
         sections = [self.config, *(v for v in self.config.values() if isinstance(v, Mapping))]
-        for section in sections:
-            for key in ("quantization_config", "compression_config"):
-                found = section.get(key)
-                if isinstance(found, Mapping):
-                    return found
-        return {}
+        keys = ("quantization_config", "compression_config")
+        found = [section[key] for section in sections for key in keys if isinstance(section.get(key), Mapping)]
+        if any(each != found[0] for each in found):
+            raise CannotTell("config.json declares quantisation in several places, which differ")
+        return found[0] if found else {}
 
     @property
     def method(self) -> str:

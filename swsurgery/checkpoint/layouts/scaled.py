@@ -14,9 +14,16 @@ from swsurgery.checkpoint.layouts.module import ModuleTensor, QuantisedModule
 from swsurgery.checkpoint.layouts.packing import PackedRows
 from swsurgery.checkpoint.layouts.scales import require_float
 from swsurgery.checkpoint.layouts.schemes import is_compressed
+from swsurgery.storage.strict_json import quote
 
 _INT8_STEPS = 127
 """Steps in one scale of LLM.int8: it stores the largest magnitude of each row (arXiv:2208.07339, section 2.1)."""
+
+_OTHER_METHODS = frozenset(
+    {"aqlm", "awq", "bitsandbytes", "eetq", "gptq", "higgs", "hqq", "quanto", "spqr", "torchao", "vptq"}
+)
+"""Methods whose weights have other names than `weight` and `weight_scale`, or the axes in another order. LLM.int8 of
+bitsandbytes has `SCB`."""
 
 
 def find_scaled(module: QuantisedModule) -> BlockMatrix | None:
@@ -29,6 +36,8 @@ def find_scaled(module: QuantisedModule) -> BlockMatrix | None:
         return None
     codes = ModuleTensor(module.tensors[module.weight], module.read)
     is_int8 = scales.name.endswith(".SCB")
+    if module.method in _OTHER_METHODS and not (is_int8 and module.method == "bitsandbytes"):
+        raise CannotTell(f"config.json declares the method {quote(module.method)}, and {scales.name} is stored")
     exponents = _is_exponent(module, scales)
     if not exponents:
         require_float(scales)

@@ -183,6 +183,12 @@ REFUSED = {
     "blocks that do not divide": (
         {**CODED, "weight_scale_inv": stored("F32", F32[:4, :2].copy())}, declare("fp8"), "which block",
     ),
+    "a scale of a method that has none": ({**CODED, "weight_scale": stored("F32", ONE)}, declare("gptq"), "'gptq'"),
+    "codes that may be turned": ({**CODED, "weight_scale": stored("F32", F32[:, 0].copy())}, declare("eetq"), "'eetq'"),
+    "two declarations": (
+        {**CODED, "weight_scale": stored("F32", ONE)},
+        {**declare("fp8"), "text_config": declare("fp8", weight_block_size=[4, 40])}, "in several places, which differ",
+    ),
     "blocks of a size that nobody uses": (
         {**CODED, "weight_scale_inv": stored("F32", F32[:2, :2].copy())}, declare("fp8"), "which block",
     ),
