@@ -229,6 +229,14 @@ def test_every_figure_shows_the_values_of_the_document():
     assert "scaled, 0: 165" in titles and "scaled, 1: 29.6" in titles and "scaled, 2: 71" in titles
 
 
+def test_a_value_that_is_not_finite_is_a_gap_in_its_line():
+    page = render_page("check", "x", DOCUMENTS["check"][1]).decode()
+    figure = next(f for f in re.findall(r"<svg .*?</svg>", page, re.S) if "after each layer" in f)
+    lines = [len(e.get("points").split()) for e in xml.fromstring(figure).iter("{http://www.w3.org/2000/svg}polyline")]
+    assert lines == [3], "base has three layers, and patched is infinite after the middle one"
+    assert "patched, 1: not finite" in figure and "patched, 2: 300" in figure
+
+
 def test_more_rows_than_a_table_has_are_counted():
     splice = DOCUMENTS["apply"][1]["splices"][0]
     document = DOCUMENTS["apply"][1] | {"splices": [splice] * 1000}

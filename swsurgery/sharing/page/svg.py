@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from swsurgery.sharing.page.markup import Markup, join, make_tag
@@ -173,7 +174,10 @@ def draw_lines(
     x_values = [point.x for point in points] or [0.0]
     low, high = min(x_values), max(x_values)
     x_scale = Axis("linear", low, high if high > low else low + 1, AREA_LEFT + 10, AREA_RIGHT - 10)
-    parts = [_draw_ticks_left(y_scale, y_axis, top), _draw_ticks_below(x_scale, bottom, bottom, x_axis)]
+    parts = [
+        _draw_ticks_left(y_scale, y_axis, top),
+        _draw_ticks_below(x_scale, bottom, bottom, x_axis, whole=x_axis == "layer"),
+    ]
     if stored is not None and low <= stored <= high:
         parts.append(_draw_line(x_scale.find_position(stored), top, x_scale.find_position(stored), bottom, "reference"))
     for number, line in enumerate(lines):
@@ -186,24 +190,29 @@ def draw_lines(
 
 
 def _draw_points(line: Line, x_scale: Axis, y_scale: Axis, top: float) -> list[Markup]:
-    drawn = [p for p in line.points if p.y is not None and math.isfinite(p.y) and (y_scale.kind != "log" or p.y > 0)]
-    path = " ".join(
-        f"{_format(x_scale.find_position(p.x))},{_format(y_scale.find_position(p.y or 0.0))}" for p in drawn
-    )
-    parts = [make_tag("polyline", points=path, class_=f"line line-{line.mark.colour}")] if len(drawn) > 1 else []
+    parts: list[Markup] = []
+    for drawn, points in groupby(line.points, key=lambda point: _is_drawn(point, y_scale)):
+        run = list(points)
+        if drawn and len(run) > 1:
+            places = ((x_scale.find_position(p.x), y_scale.find_position(p.y or 0.0)) for p in run)
+            path = " ".join(f"{_format(x)},{_format(y)}" for x, y in places)
+            parts.append(make_tag("polyline", points=path, class_=f"line line-{line.mark.colour}"))
     for point in line.points:
-        x = x_scale.find_position(point.x)
-        if point in drawn and point.y is not None:
-            if point.low is not None and point.high is not None and not math.isnan(point.low + point.high):
-                parts.append(
-                    _draw_line(x, y_scale.find_position(point.low), x, y_scale.find_position(point.high), "interval")
-                )
-            words = f"{line.name}, {format_figure(point.x)}: {format_figure(point.y)}"
-            parts.append(draw_mark(point.mark or line.mark, x, y_scale.find_position(point.y), words, size=3.2))
-        else:
-            words = f"{line.name}, {format_figure(point.x)}: not finite"
-            parts.append(draw_mark(NOT_FINITE_MARK, x, top + 4, words, size=3.2))
+        x, words = x_scale.find_position(point.x), f"{line.name}, {format_figure(point.x)}"
+        if not _is_drawn(point, y_scale) or point.y is None:
+            parts.append(draw_mark(NOT_FINITE_MARK, x, top + 4, f"{words}: not finite", size=3.2))
+            continue
+        if point.low is not None and point.high is not None and not math.isnan(point.low + point.high):
+            low, high = (y_scale.find_position(end) for end in (point.low, point.high))
+            parts.append(_draw_line(x, low, x, high, "interval"))
+        y = y_scale.find_position(point.y)
+        parts.append(draw_mark(point.mark or line.mark, x, y, f"{words}: {format_figure(point.y)}", size=3.2))
     return parts
+
+
+def _is_drawn(point: Point, scale: Axis) -> bool:
+    """Return True if a point has a place on the axis. A logarithmic axis has none for 0 and negative values."""
+    return point.y is not None and math.isfinite(point.y) and (scale.kind != "log" or point.y > 0)
 
 
 def draw_layers(
