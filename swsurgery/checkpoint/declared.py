@@ -92,13 +92,15 @@ class Declared:
 
     `depths` maps a part of the names of tensors to the number of layers whose names have this part: "" for a model with
     one list of layers, "encoder" and "decoder" for an encoder-decoder. `experts` are the numbers of routed experts that
-    the sections state; if there are several, one of them counts something else. `numbers` are all integers of the
-    sections, and `has_width` is True if one of them is the number of residual channels. `vocabulary` is the number of
-    tokens, or None. `kinds` are the divisions of the layers into kinds.
+    the sections state; if there are several, one of them counts something else. `zero_experts` is the number of further
+    experts without a computation of their own, for which a stack may store matrices (LongCat). `numbers` are all
+    integers of the sections, and `has_width` is True if one of them is the number of residual channels. `vocabulary` is
+    the number of tokens, or None. `kinds` are the divisions of the layers into kinds.
     """
 
     depths: dict[str, int]
     experts: frozenset[int]
+    zero_experts: int
     vocabulary: int | None
     numbers: frozenset[int]
     has_width: bool
@@ -112,20 +114,13 @@ def read_declared(config: Config) -> Declared:
     layers = depths.get("", 0)
     return Declared(
         depths=depths,
-        experts=frozenset(_list_experts(sections)),
+        experts=frozenset(number for section in sections for key in EXPERTS if (number := _read_count(section, key))),
+        zero_experts=_read_first(sections, ("zero_expert_num",)) or 0,
         vocabulary=_read_first(sections, VOCABULARY, MAX_SIZE),
         numbers=frozenset(_list_numbers(sections)),
         has_width=_read_first(sections, WIDTHS, MAX_SIZE) is not None,
         kinds=tuple(islice((kinds for section in sections for kinds in _list_kinds(section, layers)), MAX_KINDS)),
     )
-
-
-def _list_experts(sections: list[Config]) -> Iterator[int]:
-    """Yield the numbers of routed experts. A stack may also have matrices for the zero experts of LongCat."""
-    zeros = _read_first(sections, ("zero_expert_num",)) or 0
-    for section in sections:
-        for number in filter(None, (_read_count(section, key) for key in EXPERTS)):
-            yield from (number, number + zeros)
 
 
 def _read_depths(sections: list[Config]) -> dict[str, int]:

@@ -304,7 +304,7 @@ def _list_other_stacks(inside: Mapping[int, Mapping[str, Sequence[Member]]], dec
             if pattern in seen or shape is None or len(shape) < 3 or not _STACKED.fullmatch(pattern):
                 continue
             seen.add(pattern)
-            if declared.experts and shape[0] not in declared.experts:
+            if declared.experts and declared.experts.isdisjoint((shape[0], shape[0] - declared.zero_experts)):
                 stated = " or ".join(map(str, sorted(declared.experts)))
                 what = f"is stored as {list(shape)} with {shape[0]} experts, but config.json declares {stated}"
                 yield Lack("shape-mismatch", members[0].name, what, members[0].name)

@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
 import torch
 from checkpoints import down
-from quantised_files import LAYERS, MODEL, SHARD, compare_cells, locate_super, open_matrix, read_down, write_config
+from quantised_files import LAYERS, SHARD, compare_cells, locate_super, open_matrix, read_down, write_config
 from safetensors.torch import save_file
 
 from swsurgery.checkpoint.layouts.cells import QuantisedMatrix
-
-only_with_model = [pytest.mark.model, pytest.mark.skipif(not MODEL, reason="SWSURGERY_TEST_MODEL names no model")]
 
 
 def read_weights(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

@@ -30,9 +30,15 @@ SUPER = (507, 1229)
 """Row and column of the super weight in layer 11 of SmolLM2, whose value is 5.875."""
 
 
+only_with_model = [pytest.mark.model, pytest.mark.skipif(not MODEL, reason="SWSURGERY_TEST_MODEL names no model")]
+"""The marks of tests that need SmolLM2."""
+
+
 def needs_model(test):
     """Mark a test that needs SmolLM2."""
-    return pytest.mark.model(pytest.mark.skipif(not MODEL, reason="SWSURGERY_TEST_MODEL names no model")(test))
+    for mark in only_with_model:
+        test = mark(test)
+    return test
 
 
 def read_down(layer: int) -> NDArray[np.float32]:

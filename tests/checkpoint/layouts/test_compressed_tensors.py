@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import down
-from layout_files import compare, compare_super, only_with_model, read_weights, write_tensors
-from quantised_files import LAYERS, differ_once, open_matrix, set_nearest
+from layout_files import compare, compare_super, read_weights, write_tensors
+from quantised_files import LAYERS, differ_once, only_with_model, open_matrix, set_nearest
 from safetensors.torch import load_file
 
 pytest.importorskip("compressed_tensors")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import down
-from layout_files import compare, compare_super, only_with_model, read_weights, write_tensors
-from quantised_files import LAYERS, SHARD, differ_once, set_nearest
+from layout_files import compare, compare_super, read_weights, write_tensors
+from quantised_files import LAYERS, SHARD, differ_once, only_with_model, set_nearest
 from safetensors.torch import load_file
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
