@@ -10,8 +10,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 COMMANDS = (
-    "apply", "lookup", "scan", "sweep", "compare", "inspect", "check", "verify", "preflight", "lint", "diff", "revert",
-    "publish", "export", "recipe", "sign", "schema",
+    "apply", "lookup", "scan", "sweep", "compare", "inspect", "check", "verify", "preflight", "lint", "pin", "diff",
+    "revert", "publish", "export", "recipe", "sign", "schema",
 )  # fmt: skip
 
 

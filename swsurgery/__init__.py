@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from swsurgery.checkpoint.opening import open_checkpoint
     from swsurgery.editing.apply import apply, plan
     from swsurgery.editing.in_memory import load_patched, patched_state_dict
+    from swsurgery.editing.pin import pin
     from swsurgery.editing.revert import revert
     from swsurgery.editing.sanity import CheckOptions, check
     from swsurgery.errors import SwsurgeryError
@@ -72,6 +73,7 @@ _MODULES = {
     "lookup": "known.lookup",
     "open_checkpoint": "checkpoint.opening",
     "patched_state_dict": "editing.in_memory",
+    "pin": "editing.pin",
     "plan": "editing.apply",
     "preflight": "verifying.preflight",
     "publish": "sharing.publish",
@@ -102,6 +104,7 @@ __all__ = [  # written out for tools that read this file without running it
     "lookup",
     "open_checkpoint",
     "patched_state_dict",
+    "pin",
     "plan",
     "preflight",
     "publish",

@@ -21,7 +21,7 @@ import typer
 from swsurgery._version import __version__
 from swsurgery.cli import failures, output
 from swsurgery.cli.checkpoint import diff, inspect
-from swsurgery.cli.editing import apply, check, revert
+from swsurgery.cli.editing import apply, check, pin, revert
 from swsurgery.cli.known import lookup
 from swsurgery.cli.manifest import schema
 from swsurgery.cli.scanning import compare, scan, sweep
@@ -48,6 +48,7 @@ for command in (
     verify,
     preflight,
     lint,
+    pin,
     diff,
     revert,
     publish,

@@ -27,8 +27,9 @@ from swsurgery.cli.options import (
     command,
     read_text,
 )
-from swsurgery.cli.output import Output
+from swsurgery.cli.output import Output, print_text
 from swsurgery.cli.pages import refuse_page, write_page
+from swsurgery.errors import escape_control
 
 
 @command
@@ -196,3 +197,27 @@ def check(
     write_page(out, page, "check", checkpoint, report.to_json())
     if not report.ok:
         raise typer.Exit(1)
+
+
+@command
+def pin(
+    out: Output,
+    manifest: Annotated[Path, typer.Argument(help="A manifest (YAML or JSON).", show_default=False)],
+    base: BaseOption = None,
+    file: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the manifest to this file, instead of replacing it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifest and write nothing.")] = False,
+) -> None:
+    """Fill in what a manifest lacks to identify its base: revision, sha256 and expect. Keeps comments."""
+    from swsurgery.editing.pin import Pinned, pin
+
+    def show(pinned: Pinned) -> None:
+        if dry_run:
+            print_text(pinned.text)
+            return
+        for name in pinned.added:
+            print_text(f"added     {escape_control(name)}")
+        print_text(f"wrote     {escape_control(str(pinned.output))}" if pinned.added or file else "nothing was missing")
+
+    out.print_result(pin(manifest, base, file, dry_run=dry_run, reporter=out.make_reporter()), show)

@@ -138,6 +138,10 @@ def _print_manifest(
     from swsurgery.known import table
 
     text = table.render_manifest(found.models[0], operation, factor, found.statuses)
+    if (path := found.models[0].path) and operation != "restore" and Path(path).is_dir():
+        from swsurgery.editing import pin  # the user's own entry of a local checkpoint
+
+        text = pin.pin(text.encode()).text
     if out.json:
         from swsurgery.manifest.load import parse_manifest
 

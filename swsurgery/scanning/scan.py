@@ -28,6 +28,7 @@ from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.base import find_base
 from swsurgery.editing.copy_job import compute_outside_mode
+from swsurgery.editing.pin import pin_manifest
 from swsurgery.editing.pins import check_planned
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.errors import (
@@ -42,7 +43,7 @@ from swsurgery.errors import (
 )
 from swsurgery.hub import download_checkpoint, parse_location
 from swsurgery.known import own
-from swsurgery.manifest.load import ManifestLike, load_manifest
+from swsurgery.manifest.load import ManifestLike, load_manifest, parse_manifest
 from swsurgery.manifest.writer import refuse_unfit
 from swsurgery.model import Placement, tokenizer
 from swsurgery.model.refusals import refuse_unrunnable
@@ -295,6 +296,7 @@ def _write_outputs(found: Scan, checkpoint: Checkpoint, outputs: _Outputs, repor
                 text = write_expert_manifest(found, base=base, op=outputs.op, factor=outputs.factor)
             else:
                 text = outputs_module.scan_manifest(found, base=base, op=outputs.op, factor=outputs.factor)
+            text = pin_manifest(parse_manifest(text.encode(), outputs.manifest), checkpoint, reporter).text
             filesystem.write_file(outputs.manifest, text.encode(), compute_outside_mode(checkpoint.files))
             report(f"manifest: {outputs.manifest}")
         if outputs.register is not None:

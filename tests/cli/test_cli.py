@@ -38,6 +38,7 @@ COMMANDS = {
                "--quiet"],
     "preflight": ["--weights", "--variant", "--format", "--output", "--json", "--quiet", "--debug"],
     "lint": ["--strict", "--format", "--output", "--json", "--quiet", "--debug"],
+    "pin": ["--base", "--output", "--dry-run", "--json", "--quiet", "--debug"],
     "sign": ["--key", "--signature", "--json", "--quiet"],
     "publish": ["--private", "--create-pr", "--dry-run", "--yes", "--accept", "--json", "--quiet", "--debug"],
     "export": ["--format", "--output", "--json", "--quiet", "--debug"],

@@ -53,6 +53,7 @@ def documents(tmp_path, monkeypatch, capsys):
     verify patched --base base --values
     preflight base
     lint patched.yaml
+    pin patched.yaml --dry-run
     lookup
     lookup llama-7b
     lookup patched

@@ -80,10 +80,19 @@ class RoundedItem(DocumentPart):
     finite: bool
 
 
+class GenerationItem(DocumentPart):
+    """How both models continue a prompt, always by the most likely token. `base` is null without a base."""
+
+    prompt: str
+    base: str | None
+    patched: str
+
+
 class ForwardCheck(DocumentPart):
     """The figures of the forward check. `kl` is KL(base || patched) in nats per token. Without a base it is null.
 
-    `ratio_low` and `ratio_high` are the ends of the 95% interval of `perplexity_ratio`.
+    `ratio_low` and `ratio_high` are the ends of the 95% interval of `perplexity_ratio`. `generations` exist if they
+    were asked for, and `notes` if something limits the figures, such as a short text.
     """
 
     base: SideItem | None
@@ -103,6 +112,8 @@ class ForwardCheck(DocumentPart):
     dtype: str
     versions: dict[str, str]
     rounded_activations: list[RoundedItem] = ABSENT
+    generations: list[GenerationItem] = ABSENT
+    notes: list[str] = ABSENT
     compared: bool = ABSENT
 
 
@@ -221,3 +232,12 @@ class PlanDocument(Document):
     rewrites: list[PlannedRewrite] = ABSENT
     protected_regions: list[PlannedRegion] = ABSENT
     pins: PlannedPins = ABSENT
+
+
+class PinnedDocument(Document):
+    """A manifest with its pins: the whole text, the fields that were added, and the file that was written, or null."""
+
+    manifest: str
+    output: str | None
+    added: list[str]
+    text: str

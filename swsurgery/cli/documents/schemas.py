@@ -37,6 +37,7 @@ DOCUMENTS: dict[str, tuple[type[BaseModel], ...]] = {
         known.ForgottenDocument,
         Record,
     ),
+    "pin": (edits.PinnedDocument,),
     "preflight": (findings.PreflightDocument,),
     "publish": (sharing.PublishedDocument, sharing.ProposalDocument),
     "recipe": (sharing.RecipeDocument,),
