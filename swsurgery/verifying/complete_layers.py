@@ -25,10 +25,13 @@ from swsurgery.verifying.complete_names import LayerList, Member, Shape
 K = TypeVar("K", bound=Hashable)
 
 _NOT_IN_EVERY_LAYER = re.compile(
-    r"(.*\.)?(relative_attention_bias|ln0|attn_norm|attention_input|shared_transf(ormer)?)\..*"
+    r"(.*\.)?((relative_attention_bias|ln0|attn_norm|attention_input|shared_transf(ormer)?)\..*|router_states_scale)"
 )
-"""The pattern of tensors that only the first layer has (T5, RWKV) or lacks (ModernBERT, Inkling 2), or that layers
-share (Zamba)."""
+"""The pattern of tensors that only the first layer has (T5, RWKV) or lacks (ModernBERT, Inkling 2, Zaya), or that
+layers share (Zamba)."""
+
+_TABLE = re.compile(r"(.*\.)?rel_pos_[hw]")
+"""The pattern of tables of relative positions. Layers with local and with global attention have tables of two sizes."""
 
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|(^|\.)fc|shared|router|gate")
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|temporal|ssm")
@@ -271,7 +274,8 @@ def _list_other_shapes(
     members: dict[str, list[Member]] = {}
     for layer in inside.values():
         for pattern, each in layer.items():
-            members.setdefault(pattern, []).extend(m for m in each if m.shape is not None)
+            if not _TABLE.fullmatch(pattern):
+                members.setdefault(pattern, []).extend(m for m in each if m.shape is not None)
     for pattern, each in members.items():
         shapes: dict[Shape, list[Member]] = {}
         for member in each:

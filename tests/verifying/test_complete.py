@@ -224,6 +224,12 @@ NO_FAULTS = {
     "an input that the first layer lacks": (
         {f"model.layers.{n}.attention_input.query": (HIDDEN,) for n in range(1, LAYERS)}, {},
     ),
+    "a scale that the first layer lacks": (
+        {f"model.layers.{n}.mlp.gate.router_states_scale": (HIDDEN,) for n in range(1, LAYERS)}, {},
+    ),
+    "tables of positions of two sizes": (
+        {f"model.layers.{n}.self_attn.rel_pos_h": (3 if n == 2 else 5, HIDDEN) for n in range(LAYERS)}, {},
+    ),
     "matrices of zero experts": (
         {f"model.layers.{n}.mlp.experts.extra_proj": (EXPERTS + 2, 3, HIDDEN) for n in range(1, LAYERS)},
         {"zero_expert_num": 2},
