@@ -246,7 +246,7 @@ def test_the_bar_says_which_round_and_which_layer(here: Path, monkeypatch: pytes
             ["scan", "planted", "--manifest", "a.svg", "--plot", "a.svg"],
             "the manifest and the figure have the same name",
         ),
-        (["scan", "planted", "--confirm", "--text", "/dev/null"], "the text is too short"),
+        (["scan", "planted", "--confirm", "--text", "/dev/null"], "the text is empty: /dev/null"),
         (["scan", "planted", "--prompt", "\udcff"], "the text is not valid Unicode"),
         (["scan", "nowhere"], "no such checkpoint: "),
         (["scan", "planted", "--text", "nowhere.txt", "--confirm"], "cannot read the text"),

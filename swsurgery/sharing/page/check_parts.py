@@ -69,7 +69,13 @@ def show_check(check: Document) -> list[Markup]:
     if not read_map(check, "patched"):
         return []
     return [
-        make_section("The check", _show_failures(check), show_figures(_show_main_figures(check)), _show_facts(check)),
+        make_section(
+            "The check",
+            _show_failures(check),
+            make_list(read_texts(check, "notes")),
+            show_figures(_show_main_figures(check)),
+            _show_facts(check),
+        ),
         make_section("Inputs rounded to few bits", _show_rounded(check)),
         make_section("Next tokens", *_show_prompts(check)),
         make_section("Continuations", *_show_generations(check)),
