@@ -37,6 +37,7 @@ OTHER_NAMES = {
     "main": "the name that Python programs use",
     "entry": "the entry point of the command",
     "command": "the decorator of commands",
+    "table_command": "the decorator of commands whose result is a table",
     "schema": "the name of a command",
     "preflight": "the name of a command",
     "recipe": "the name of a command",

@@ -7,7 +7,7 @@ numpy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,10 @@ class Difference(TableResult):
     def to_rows(self) -> list[dict[str, object]]:
         """Return one row per entry of `changes`: tensor, index, count, old, new and last (the run's last index)."""
         return [{**vars(c), "index": list(c.index), "last": list(c.last or c.index)} for c in self.changes]
+
+    def list_columns(self) -> tuple[str, ...]:
+        """Return the keys of the rows."""
+        return tuple(column.name for column in fields(Change))
 
 
 @dataclass

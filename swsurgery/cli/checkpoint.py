@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from swsurgery.cli.options import CheckpointArgument, ReadableArgument, VariantOption, WeightsOption, command
+from swsurgery.cli.options import CheckpointArgument, ReadableArgument, VariantOption, WeightsOption, table_command
 from swsurgery.cli.output import Output
 
 
-@command
+@table_command
 def inspect(
     out: Output,
     checkpoint: ReadableArgument,
@@ -31,7 +31,7 @@ def inspect(
     out.print_result(found, lambda found: show_document(found.to_json()))
 
 
-@command
+@table_command
 def diff(
     out: Output,
     a: CheckpointArgument,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from swsurgery.cli.options import PageOption, command, get_width
+from swsurgery.cli.options import PageOption, get_width, table_command
 from swsurgery.cli.output import Output, print_json, print_table, print_text
 from swsurgery.cli.pages import refuse_page, write_page
 from swsurgery.errors import SwsurgeryError, escape_control, report_done
@@ -25,7 +25,7 @@ _LIST_HEADER = ("name", "coordinates", "status", "maximum activation")
 """Titles of the columns of the list of all known models."""
 
 
-@command
+@table_command
 def lookup(
     out: Output,
     model: Annotated[
@@ -52,6 +52,8 @@ def lookup(
     chosen = bool(status or manifest or factor is not None)
     if model is None and (manifest or factor is not None or form == "modules" or forget):
         raise SwsurgeryError("--manifest, --factor, --as and --forget need the name of a model")
+    if out.table and (manifest or form == "modules" or forget):
+        raise out.make_table_error()
     if page is not None and (manifest or form == "modules" or forget):
         raise SwsurgeryError("--page cannot be combined with --manifest, --as or --forget")
     refuse_page(page, model if model is not None and lookup.is_checkpoint(model) else None)

@@ -30,6 +30,12 @@ COMMON = (
 )
 """Options of every command."""
 
+TABLE_OPTIONS = (
+    _declare("csv", "Print the table as CSV, with all digits."),
+    _declare("latex", "Print the table for LaTeX."),
+)
+"""Options of the commands whose result is a table."""
+
 
 def command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., None]:
     """Make a command from a function, and add the options in COMMON to it.
@@ -37,12 +43,25 @@ def command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., N
     The function receives these options as its first argument, an Output. `main` creates the Output, so
     `main` can use the options when it reports an error.
     """
+    return _make_command(function, COMMON)
 
+
+def table_command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., None]:
+    """Make a command from a function whose result is a table, and add the options in TABLE_OPTIONS and COMMON to it."""
+    return _make_command(function, (*TABLE_OPTIONS, *COMMON))
+
+
+def _make_command(
+    function: Callable[Concatenate[Output, P], None], options: tuple[inspect.Parameter, ...]
+) -> Callable[..., None]:
     def run(context: typer.Context, *arguments: P.args, **named: P.kwargs) -> None:
         out: Output = context.obj
-        out.json, out.quiet, out.debug = (named.pop(option.name) is True for option in COMMON)
+        chosen = {option.name for option in options if named.pop(option.name) is True}
+        out.json, out.quiet, out.debug = (option.name in chosen for option in COMMON)
         out.command = function.__name__
-        out.given = frozenset(name for name in named if _is_given(context, name))
+        given = frozenset(str(name) for name in (*named, *chosen) if _is_given(context, str(name)))
+        out.given = given - chosen
+        _choose_form(out, chosen, given)
         _restrain_hub(out)
         try:
             function(out, *arguments, **named)
@@ -53,8 +72,21 @@ def command(function: Callable[Concatenate[Output, P], None]) -> Callable[..., N
     signature = inspect.signature(function, eval_str=True)
     own = list(signature.parameters.values())[1:]
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    vars(run)["__signature__"] = signature.replace(parameters=[context, *own, *COMMON])
+    vars(run)["__signature__"] = signature.replace(parameters=[context, *own, *options])
     return run
+
+
+def _choose_form(out: Output, chosen: set[str], given: frozenset[str]) -> None:
+    """Set whether the result is printed as JSON or as a table of some form. Raises SwsurgeryError for two forms.
+
+    An option on the command line takes precedence over one in the environment.
+    """
+    asked = [f"--{name}" for name in ("json", "csv", "latex", "format") if name in given]
+    if len(asked) > 1:
+        raise SwsurgeryError(f"{' and '.join(asked)} cannot be combined", remedy="give one of them")
+    forms = {name for name in ("json", "csv", "latex") if name in (given if asked else chosen)}
+    out.json = "json" in forms
+    out.table = None if out.json else "csv" if "csv" in forms else "latex" if "latex" in forms else None
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

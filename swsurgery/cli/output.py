@@ -1,4 +1,4 @@
-"""Print the results of commands on stdout, as text or JSON."""
+"""Print the results of commands on stdout, as text, JSON, CSV or LaTeX."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TypeVar
 
 from swsurgery.cli.progress_bar import Bar
 from swsurgery.cli.streams import format_verdict, is_terminal, measure_terminal, open_standard_streams, say, write
+from swsurgery.cli.table_formats import TableForm, render_table
 from swsurgery.cli.tables import format_table
-from swsurgery.storage.result import Result, name_schema
+from swsurgery.errors import SwsurgeryError
+from swsurgery.storage.result import Result, TableResult, name_schema
 
 __all__ = [
     "Bar",
@@ -33,7 +35,7 @@ class Output:
 
     `command` is the name of the command, and `given` contains the names of its other parameters that the user gave.
     `printed` is True once a JSON document was printed. `main` creates the Output, and the command sets its fields as
-    soon as the command line is parsed.
+    soon as the command line is parsed. `table` is the form that --csv or --latex asks for, or None.
     """
 
     json: bool = False
@@ -42,14 +44,26 @@ class Output:
     given: frozenset[str] = frozenset()
     command: str = ""
     printed: bool = False
+    table: TableForm | None = None
     _bar: Bar | None = None
 
     def print_result(self, result: R, show: Callable[[R], None]) -> None:
-        """Print a result on stdout: as one JSON document, or as text by calling `show`."""
+        """Print a result on stdout: as one JSON document, as CSV or LaTeX, or as text by calling `show`.
+
+        Raises SwsurgeryError if a table was requested and the result is none.
+        """
         if self.json:
             self.print_document(result.to_json())
+        elif self.table is not None:
+            if not isinstance(result, TableResult):
+                raise self.make_table_error()
+            write(render_table(self.table, result.list_columns(), result.to_rows()))
         else:
             show(result)
+
+    def make_table_error(self) -> SwsurgeryError:
+        """Make the error for a table that was requested of a result that is none."""
+        return SwsurgeryError(f"--{self.table} needs a table, but this result is none", remedy="give --json instead")
 
     def print_document(self, document: Mapping[str, object]) -> None:
         """Print one JSON document on stdout, with the name of its schema, such as "swsurgery/diff/1"."""

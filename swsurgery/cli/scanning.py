@@ -22,15 +22,15 @@ from swsurgery.cli.options import (
     WeightsOption,
     WindowOption,
     WindowsOption,
-    command,
     read_text,
+    table_command,
 )
 from swsurgery.cli.output import Output
 from swsurgery.cli.pages import refuse_page, write_page
 from swsurgery.errors import Interrupted, SwsurgeryError, report_done
 
 
-@command
+@table_command
 def scan(
     out: Output,
     checkpoint: Annotated[str, typer.Argument(help="A directory, or hf://ORG/NAME[@REV].", show_default=False)],
@@ -109,7 +109,7 @@ def scan(
         raise typer.Exit(2)
 
 
-@command
+@table_command
 def sweep(
     out: Output,
     manifest: Annotated[Path, typer.Argument(help="A manifest (YAML or JSON) with the scalars.", show_default=False)],
@@ -148,7 +148,7 @@ def sweep(
     write_page(out, page, "sweep", str(manifest), report.to_json())
 
 
-@command
+@table_command
 def compare(
     out: Output,
     manifests: Annotated[list[Path], typer.Argument(help="Manifests of one base.", show_default=False)],

@@ -91,11 +91,16 @@ def show_sweep(report: Sweep) -> None:
     others = (point for point in report.points if point.factor != 1)
     points = sorted([*others, report.base], key=lambda point: point.factor)
     print_text("")
+    known = any(point.ratio_low is not None for point in points)
     print_table(
-        ("factor", "perplexity", "ratio", "KL", "stop-word mass", "largest hidden state", ""),
+        (
+            *("factor", "perplexity", "ratio", "interval")[: 3 + known],
+            *("KL", "stop-word mass", "largest hidden state", ""),
+        ),
         [
             (
                 *(format_cell(p.factor), format_cell(p.perplexity), format_ratio(p.ratio)),
+                *[_format_ends(p.ratio_low, p.ratio_high, format_ratio)][:known],
                 *(format_cell(p.kl), format_cell(p.stopword_mass), format_cell(p.peak)),
                 " ".join((["base"] if p is report.base else []) + ([] if p.finite else ["NOT FINITE"])),
             )
@@ -103,6 +108,8 @@ def show_sweep(report: Sweep) -> None:
         ],
     )
     print_text("\nKL(base || scaled) is in nats per token; the largest hidden state is the largest after any layer")
+    if known:
+        print_text("intervals are at 95%")
     where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
     print_text(f"measured on {describe_measured_text(report)}, {where}")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from swsurgery.errors import escape_control
-from swsurgery.storage.numbers import format_number
+from swsurgery.storage.numbers import NO_COMMAS, format_number
 
 TableForm = Literal["csv", "latex"]
 
@@ -85,7 +85,9 @@ def _render_latex_cell(cell: object) -> str:
         return "yes" if cell else "no"
     if isinstance(cell, float) and math.isfinite(cell):
         return _render_latex_number(cell)
-    if isinstance(cell, int | float) or cell in _NUMBER_WORDS:
+    if isinstance(cell, int):
+        return f"${cell}$" if cell < 0 else str(cell)
+    if isinstance(cell, float) or cell in _NUMBER_WORDS:
         return f"${str(cell).replace('inf', INFINITY).replace('nan', NOT_A_NUMBER)}$"
     return _escape_latex(cell if isinstance(cell, str) else json.dumps(cell))
 
@@ -94,9 +96,11 @@ INFINITY, NOT_A_NUMBER = "\\infty", "\\mathrm{nan}"
 
 
 def _render_latex_number(number: float) -> str:
-    """Render a number in math mode, such as `$-3.5$` or `$1.513\\times 10^{10}$`."""
-    mantissa, mark, exponent = format_number(number).replace(",", "").partition("e")
-    return f"${mantissa}\\times 10^{{{int(exponent)}}}$" if mark else f"${mantissa}$"
+    """Render a number, in math mode if it needs it: `3.5`, `$-3.5$` or `$1.513\\times 10^{10}$`."""
+    mantissa, mark, exponent = format_number(number, commas=NO_COMMAS).partition("e")
+    if mark:
+        return f"${mantissa}\\times 10^{{{int(exponent)}}}$"
+    return f"${mantissa}$" if mantissa.startswith("-") else mantissa
 
 
 _LATEX = {

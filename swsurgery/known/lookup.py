@@ -36,12 +36,15 @@ class KnownSuperWeights(TableResult):
 
     def to_rows(self) -> list[dict[str, object]]:
         """Return one row per coordinate: its model, id, position, tensor, value, dtype, status and `causal_alone`."""
-        columns = ("id", "layer", "expert", "row", "col", "tensor", "value", "dtype", "status", "causal_alone")
         return [
-            {"model": model.hf_id, **{column: getattr(found, column) for column in columns}}
+            {"model": model.hf_id, **{column: getattr(found, column) for column in self.list_columns()[1:]}}
             for model in self.models
             for found in select_by_status(model, self.statuses)
         ]
+
+    def list_columns(self) -> tuple[str, ...]:
+        """Return the keys of the rows."""
+        return ("model", "id", "layer", "expert", "row", "col", "tensor", "value", "dtype", "status", "causal_alone")
 
 
 def lookup(

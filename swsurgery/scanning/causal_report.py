@@ -7,7 +7,7 @@ not import torch, and it reads no files.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
@@ -143,6 +143,17 @@ def find_largest_ratio(test: CausalTest[Any, Any] | None, zeroed: AbstractSet[Ha
 def merge_trial(candidate: TestedT, trial: UnitTrial[TestedT] | None) -> dict[str, Any]:
     """Return the JSON of a candidate, with the results of its causal test if there was one."""
     return candidate.to_json() | (trial.to_json() if trial else {})
+
+
+EFFECT_COLUMNS = ("ratio", "ratio_low", "ratio_high", "kl")
+"""Columns of a table with the effect of zeroing one candidate alone: perplexity ratio, its 95% interval, and KL."""
+
+
+def make_row(columns: Sequence[str], entry: Mapping[str, Any]) -> dict[str, object]:
+    """Return the table row of a candidate from its JSON. Columns without a value are None."""
+    alone = entry.get("alone") or {}
+    effect = (alone.get(key) for key in ("ratio", "low", "high", "kl"))
+    return {column: entry.get(column) for column in columns} | dict(zip(EFFECT_COLUMNS, effect, strict=True))
 
 
 def convert_to_plain(value: object) -> Any:

@@ -8,7 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from swsurgery.scanning.causal_report import CausalTest, Effect, UnitTrial, convert_to_plain, merge_trial
+from swsurgery.scanning.causal_report import (
+    EFFECT_COLUMNS,
+    CausalTest,
+    Effect,
+    UnitTrial,
+    convert_to_plain,
+    make_row,
+    merge_trial,
+)
 from swsurgery.scanning.report import Answer, Candidate, Scan
 
 ExpertName: TypeAlias = tuple[int, int | Literal["shared"]]
@@ -127,9 +135,12 @@ class ExpertScan(Scan):
         return "found" if self.super_experts else super().answer
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per candidate: its layer, expert, output, row, token, prompts, state and verdict."""
-        columns = ("layer", "expert", "output", "row", "token", "prompts", "state", "verdict")
-        return [{column: row.get(column) for column in columns} for row in self.to_json()["experts"]]
+        """Return one row per candidate: its place, output, state and verdict, and the effect of zeroing it alone."""
+        return [make_row(self.list_columns(), entry) for entry in self.to_json()["experts"]]
+
+    def list_columns(self) -> tuple[str, ...]:
+        """Return the keys of the rows."""
+        return ("layer", "expert", "output", "row", "token", "prompts", "state", "verdict", *EFFECT_COLUMNS)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `scan --method experts --json` prints."""

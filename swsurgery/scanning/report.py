@@ -11,8 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from swsurgery._version import __version__
 from swsurgery.checkpoint.architectures import ExpertChoice
-from swsurgery.scanning.causal_report import CausalTest, Effect, UnitTrial, convert_to_plain, merge_trial
+from swsurgery.scanning.causal_report import (
+    EFFECT_COLUMNS,
+    CausalTest,
+    Effect,
+    UnitTrial,
+    convert_to_plain,
+    make_row,
+    merge_trial,
+)
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.result import TableResult
 
@@ -242,9 +251,12 @@ class Scan(TableResult):
         return "undecided" if self.unread else "none"
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per candidate: its tensor, index, layer, row, col, expert, value, score and verdict."""
-        columns = ("tensor", "index", "layer", "row", "col", "expert", "value", "score", "verdict")
-        return [{column: row.get(column) for column in columns} for row in self.to_json()["candidates"]]
+        """Return one row per candidate: its place, value, score and verdict, and the effect of zeroing it alone."""
+        return [make_row(self.list_columns(), entry) for entry in self.to_json()["candidates"]]
+
+    def list_columns(self) -> tuple[str, ...]:
+        """Return the keys of the rows."""
+        return ("tensor", "index", "layer", "row", "col", "expert", "value", "score", "verdict", *EFFECT_COLUMNS)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `scan --json` prints."""
@@ -275,8 +287,8 @@ class SweepPoint:
     """What was measured with the swept scalars at `factor` times their stored values.
 
     `ratio` is the perplexity divided by the perplexity of the base. `kl` is the mean KL(base || scaled) in nats per
-    token. `peak` is the hidden state with the largest magnitude after any layer, with its sign; it is NaN if the
-    model has no list of decoder layers.
+    token. The ends of their 95% intervals are None if the text has fewer than eight windows. `peak` is the hidden state
+    with the largest magnitude after any layer, with its sign; it is NaN if the model has no list of decoder layers.
     """
 
     factor: float
@@ -286,6 +298,10 @@ class SweepPoint:
     stopword_mass: float
     finite: bool
     peak: float
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {key: convert_to_plain(value) for key, value in vars(self).items()}
@@ -295,7 +311,8 @@ class SweepPoint:
 class Sweep(TableResult):
     """The quality of a model as a function of the factor that scales some of its scalars.
 
-    `base` contains the measurements of the model as stored.
+    `base` contains the measurements of the model as stored. `model` is its repository or directory, and `revision` its
+    commit if that is known. `manifest` is the path of the manifest, and `manifest_sha256` the digest of its text.
     """
 
     coordinates: tuple[Coordinate, ...]
@@ -310,6 +327,10 @@ class Sweep(TableResult):
     scored_tokens: int
     regions: tuple[str, ...] = ()
     """Regions that were scaled together with the coordinates, such as `lm_head.weight[3, 0:16]`."""
+    model: str = ""
+    revision: str | None = None
+    manifest: str = ""
+    manifest_sha256: str = ""
 
     def to_rows(self) -> list[dict[str, object]]:
         """Return one row per factor, in the order in which the factors were given, with the fields of a SweepPoint."""
@@ -318,6 +339,11 @@ class Sweep(TableResult):
     def to_json(self) -> dict[str, Any]:
         """Return the document that `sweep --json` prints."""
         return {
+            "model": self.model,
+            "revision": self.revision,
+            "manifest": self.manifest,
+            "manifest_sha256": self.manifest_sha256,
+            "swsurgery_version": __version__,
             "coordinates": [{"tensor": c.tensor, "index": list(c.index)} for c in self.coordinates],
             **({"regions": list(self.regions)} if self.regions else {}),
             "base": self.base.to_json(),

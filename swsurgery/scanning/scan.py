@@ -16,6 +16,7 @@ Output files that cannot be written are refused before the model runs. Files are
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -373,6 +374,13 @@ def sweep(
             progress=rounds,
             say=reporter.say,
         )
+    found = dataclasses.replace(
+        found,
+        model=_choose_name(plan.checkpoint),
+        revision=plan.checkpoint.revision,
+        manifest=str(loaded.path),
+        manifest_sha256=hashlib.sha256(loaded.raw).hexdigest(),
+    )
     if target is not None:
         figures.plot_sweep(found, target, _choose_name(plan.checkpoint))
     return found

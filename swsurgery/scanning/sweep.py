@@ -137,6 +137,7 @@ def _make_variants(
 
 def _make_point(totals: measure.Totals, number: int) -> SweepPoint:
     side = totals.summarise_side(number)
+    ratio, kl = totals.compute_ratio_interval(number), totals.compute_kl_interval(number)
     return SweepPoint(
         factor=1.0,
         perplexity=side.perplexity,
@@ -145,4 +146,8 @@ def _make_point(totals: measure.Totals, number: int) -> SweepPoint:
         stopword_mass=side.stopword_mass,
         finite=side.finite,
         peak=math.nan if side.super_activation is None else side.super_activation.value,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        kl_low=kl.low,
+        kl_high=kl.high,
     )

@@ -67,6 +67,10 @@ class TableResult(Result):
         """Return one dict per row, all with the same keys. pandas.DataFrame accepts the list."""
         raise NotImplementedError
 
+    def list_columns(self) -> tuple[str, ...]:
+        """Return the keys of the rows. A result that may have no rows returns them then too."""
+        return tuple(next(iter(self.to_rows()), ()))
+
     def _repr_html_(self) -> str:
         """Render the repr and the first MAX_HTML_ROWS rows for a notebook."""
         rows = self.to_rows()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -285,6 +286,10 @@ def test_a_sweep_measures_each_factor(here: Path, capsys: pytest.CaptureFixture[
     report = json.loads(capsys.readouterr().out)
     assert (here / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert report["coordinates"] == [{"tensor": DOWN, "index": [5, 7]}]
+    text = (here / "zero.yaml").read_bytes()
+    assert (report["model"], report["revision"], report["manifest"]) == ("planted", None, "zero.yaml")
+    assert report["manifest_sha256"] == hashlib.sha256(text).hexdigest()
+    assert report["swsurgery_version"] == swsurgery.__version__
     points = {point["factor"]: point for point in report["points"]}
     assert list(points) == [0.0, 0.5, 1.0, 2.0]
     assert (points[1.0]["ratio"], points[1.0]["kl"]) == (1.0, 0.0)

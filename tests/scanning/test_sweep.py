@@ -25,6 +25,7 @@ from swsurgery.errors import ModelError, NumberError
 from swsurgery.model import load
 from swsurgery.model import windows as windows_module
 from swsurgery.model.forward import LayeredModel
+from swsurgery.model.intervals import DESIGN_EFFECT
 from swsurgery.model.outcomes import Outcomes
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.scanning.report import Sweep
@@ -67,9 +68,9 @@ def scaled(base: Path, folder: Path, factor: float, coordinates: Sequence[Coordi
     return folder
 
 
-def windows_of(base: Path) -> list[list[int]]:
+def windows_of(base: Path, window: int = WINDOW) -> list[list[int]]:
     ids = transformers.AutoTokenizer.from_pretrained(base)(TEXT, add_special_tokens=False)["input_ids"]
-    return [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    return [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
 
 
 class Alone:
@@ -113,6 +114,31 @@ def test_each_point_is_the_model_whose_file_holds_the_scaled_scalars(base: Path,
         assert point.peak == pytest.approx(alone.peak, rel=1e-5)
         assert point.finite
     assert len({point.perplexity for point in report.points}) == len(FACTORS)
+
+
+def window_losses(folder: Path, windows: list[list[int]]) -> list[float]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return [float(model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss) for ids in windows]
+
+
+def test_intervals_are_those_of_the_losses_of_single_windows(
+    base: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    windows = windows_of(base, 8)[:8]
+    found = swept(checkpoint, [0.0, 40.0], windows=8, window=8)
+    stored = window_losses(base, windows)
+    for number, point in enumerate(found.points):
+        alone = window_losses(scaled(base, tmp_path / str(number), point.factor), windows)
+        rises = np.subtract(alone, stored)
+        # Student's t for 7 degrees of freedom, and the factor for the correlation of neighbours
+        reach = 2.3646 * math.sqrt(DESIGN_EFFECT) * rises.std(ddof=1) / math.sqrt(8)
+        ends = np.exp([rises.mean() - reach, rises.mean() + reach])
+        assert [point.ratio_low, point.ratio_high] == pytest.approx(list(ends), rel=1e-4)
+        assert point.kl_low <= point.kl <= point.kl_high
+    assert found.base.ratio_low == found.base.ratio_high == 1.0
+    few = swept(checkpoint, [0.0], windows=7, window=8).points[0]
+    assert few.ratio_low is few.ratio_high is few.kl_low is few.kl_high is None
 
 
 def test_factor_one_is_the_base_to_the_last_digit(report: Sweep) -> None:

@@ -91,4 +91,5 @@ def valid_documents():
     """Fail the test whose documents do not fit their schemas."""
     faults.clear()
     yield
-    assert faults == []
+    if faults:
+        pytest.fail("\n".join(faults), pytrace=False)

@@ -180,7 +180,7 @@ class ExpertScanDocument(ScanDocument):
 
 
 class PointItem(DocumentPart):
-    """The figures of a model whose scalars are multiplied by `factor`."""
+    """The figures of a model whose scalars are multiplied by `factor`, and the ends of two 95% intervals."""
 
     factor: float
     perplexity: PlainNumber
@@ -189,11 +189,23 @@ class PointItem(DocumentPart):
     stopword_mass: PlainNumber
     finite: bool
     peak: PlainNumber
+    ratio_low: PlainNumber | None
+    ratio_high: PlainNumber | None
+    kl_low: PlainNumber | None
+    kl_high: PlainNumber | None
 
 
 class SweepDocument(Document):
-    """The quality of a model as a function of the factor. `base` has the figures of the model as stored."""
+    """The quality of a model as a function of the factor. `base` has the figures of the model as stored.
 
+    `model` is its repository or directory, and `revision` its commit if that is known.
+    """
+
+    model: str
+    revision: str | None
+    manifest: str
+    manifest_sha256: str
+    swsurgery_version: str
     coordinates: list[CoordinateItem]
     regions: list[str] = ABSENT
     base: PointItem

@@ -50,8 +50,8 @@ def plot_sweep(report: Sweep, path: Path, model: str | None = None) -> None:
     """Draw perplexity, KL(base || scaled) and stop-word mass by factor, and write the figure to `path`.
 
     The axis of perplexity is logarithmic. The point at factor 1 is the base. A value that is not finite is a gap in the
-    line, with a cross at the top of the panel. `model` begins the title. An existing file is replaced. Raises
-    TargetError for the same reasons as `plot_scan`.
+    line, with a cross at the top of the panel. Grey lines are 95% intervals. `model` begins the title. An existing file
+    is replaced. Raises TargetError for the same reasons as `plot_scan`.
     """
     check_figure_path(path)
     with set_own_style():
@@ -69,6 +69,9 @@ def plot_sweep(report: Sweep, path: Path, model: str | None = None) -> None:
         for panel, (name, values) in zip(panels, curves.items(), strict=True):
             panel.set_ylabel(name)
             _draw_curve(panel, factors, values)
+        for point in points:
+            _draw_interval(panels[0], point.factor, *_scale(report.base.perplexity, point.ratio_low, point.ratio_high))
+            _draw_interval(panels[1], point.factor, point.kl_low, point.kl_high)
         _set_log_scale(panels[0], curves["perplexity"])
         _write_values(panels[0], factors, curves["perplexity"])
         for panel in panels[1:]:
@@ -102,8 +105,7 @@ def plot_comparison(report: Comparison, path: Path) -> None:
             for at, (value, low, high) in enumerate(values):
                 if math.isfinite(value):
                     (BASE if at == 0 else SCALED).draw(panel, [at], [value])
-                if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
-                    panel.plot([at, at], [low, high], color=GREY, zorder=1)
+                _draw_interval(panel, at, low, high)
         _set_log_scale(panels[0], [value for value, _, _ in figures["perplexity"]])
         for panel in panels[1:]:
             panel.set_ylim(0, max(panel.get_ylim()[1], 1e-3))
@@ -136,6 +138,12 @@ def _name_model(number: int, model: ComparedModel) -> str:
 
 def _scale(base: float, low: float | None, high: float | None) -> tuple[float | None, float | None]:
     return (None if low is None else base * low, None if high is None else base * high)
+
+
+def _draw_interval(panel: Axes, x: float, low: float | None, high: float | None) -> None:
+    """Draw an interval as a vertical line, if both ends are known and finite."""
+    if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+        panel.plot([x, x], [low, high], color=GREY, zorder=1)
 
 
 def _draw_curve(panel: Axes, factors: Sequence[float], values: Sequence[float]) -> None:
