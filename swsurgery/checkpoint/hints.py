@@ -1,12 +1,17 @@
 """Suggest a remedy for a path that is not a checkpoint but in a Hugging Face cache.
 
-Reads only the names of files, and the file refs/main of a cached repository.
+Reads only the names of files and directories, and the file refs/main of a cached repository.
 """
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import os
 from pathlib import Path
+
+MAX_NEIGHBOURS = 1000
+"""Maximum number of entries of a directory that are compared with a misspelled name."""
 
 
 def suggest_snapshot(place: Path) -> str:
@@ -26,6 +31,20 @@ def suggest_snapshot(place: Path) -> str:
     if len(found) == 1 or commit in found:
         return f"give the snapshot: {repo / 'snapshots' / (commit if commit in found else found[0])}"
     return f"give one of the {len(found)} snapshots in {repo / 'snapshots'}" if found else ""
+
+
+def suggest_neighbour(path: Path) -> str:
+    """Return a remedy that names a directory beside `path`, which does not exist; "" if no name is similar.
+
+    At most MAX_NEIGHBOURS entries of the parent directory are compared.
+    """
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MAX_NEIGHBOURS) if entry.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name[:100], names, 1, 0.75)
+    return f"did you mean {path.parent / near[0]}?" if near else ""
 
 
 def is_cache_folder(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.copies import look_at_others
 from swsurgery.checkpoint.damage import Survey, find_present_weights, read_damaged_shards
 from swsurgery.checkpoint.gguf_config import make_config, refuse_split
-from swsurgery.checkpoint.hints import is_cache_folder, suggest_snapshot
+from swsurgery.checkpoint.hints import is_cache_folder, suggest_neighbour, suggest_snapshot
 from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snapshot, list_files, open_directory
 from swsurgery.checkpoint.record import find_record_among
@@ -327,10 +327,11 @@ def _list(root: Folder | RemoteTree) -> _Listing:
 def _explain_no_directory(given: Path, path: Path) -> CheckpointError:
     """Return the error for a path that is not a directory. `path` is `given` with all links resolved."""
     if not path.exists():
-        return CheckpointError("no such checkpoint", path, suggest_uri(str(given)))
+        return CheckpointError("no such checkpoint", path, suggest_neighbour(given) or suggest_uri(str(given)))
     if is_gguf(path.name) or is_gguf(given.name):
         return explain_gguf(given)
-    remedy = suggest_snapshot(given.absolute()) or suggest_snapshot(path) or "give the directory that contains the file"
+    remedy = suggest_snapshot(given.absolute()) or suggest_snapshot(path)
+    remedy = remedy or f"give the directory that contains the file: {given.parent}"
     return CheckpointError("a checkpoint is a directory, but this is a file", path, remedy)
 
 

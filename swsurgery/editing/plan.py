@@ -14,6 +14,7 @@ from typing import Any
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, find_record
 from swsurgery.checkpoint.region_summary import describe_operation
+from swsurgery.checkpoint.sizes import read_sizes
 from swsurgery.checkpoint.tying import list_tied_faults
 from swsurgery.editing.asked import Misfit
 from swsurgery.editing.code_edit import CodeEdit
@@ -38,6 +39,10 @@ from swsurgery.storage.splice import Scalar, Splice, list_rows
 
 MAX_NOTES = 20
 """Maximum number of notes, each about one tensor on whose shard the index and the headers disagree."""
+
+
+OUTSIDE = ("out of range", "beyond the model")
+"""Words of a fault of an edit that names a layer, row or column which the checkpoint does not have."""
 
 
 MAX_TENSOR_NAMES = 3
@@ -170,6 +175,8 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         sources,
     )
     misfits += regions.misfits
+    if any(words in misfit.message for misfit in misfits for words in OUTSIDE):
+        faults += _explain_sizes(loaded, model, checkpoint)
     faults += unknown + [
         Fault.parse(misfit.explain(loaded.name_edit), loaded.describe_position(misfit.number))
         for misfit in sorted(misfits, key=lambda m: m.number)
@@ -301,6 +308,17 @@ def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> tuple[Kno
         return own.identify(base.model, (base.repo_id, checkpoint.repo_id)), []
     except LookupFailed as error:
         return None, [Fault.parse(fault, f"{loaded.path}: base.model") for fault in error.faults]
+
+
+def _explain_sizes(loaded: LoadedManifest, model: KnownModel | None, checkpoint: Checkpoint) -> list[Fault]:
+    """Return a fault if the base has other sizes than the known model of the manifest, so that edits do not fit."""
+    sizes = read_sizes(checkpoint)
+    pairs = ((sizes.layers, model.num_layers), (sizes.hidden, model.hidden_size)) if model else ()
+    if model is None or not any(stored and stored != known for stored, known in pairs):
+        return []
+    known = f"{model.num_layers} layers, hidden {model.hidden_size}, intermediate {model.intermediate_size}"
+    what = f"the base is not {model.hf_id}: it has {sizes}; {model.hf_id} has {known}"
+    return [Fault(what, position=str(loaded.path))]
 
 
 def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:

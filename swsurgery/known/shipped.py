@@ -144,7 +144,7 @@ def lookup_in(models: Iterable[KnownModel], name: str) -> KnownModel:
     hint = (
         f"did you mean {_join_either([m.slug for m in list(near.values())[:3]])}?"
         if near
-        else "no known name is similar"
+        else "no known name is similar; swsurgery lookup lists all names"
     )
     raise LookupFailed("no such known model", name, hint)
 

@@ -33,6 +33,17 @@ HEAD = "version: 1\nbase: {path: nothere}\nedits:\n"
             "the weights are not in safetensors files: {root}/pickled "
             "(load it with transformers, and save it with save_pretrained)",
         ),
+        (["verify", "pathced"], "no such checkpoint: {root}/pathced (did you mean patched?)"),
+        (
+            ["verify", "org/model"],
+            "no such checkpoint: {root}/org/model (a repository of the Hub is written hf://org/model)",
+        ),
+        (
+            ["check", "base/config.json"],
+            "a checkpoint is a directory, but this is a file: {root}/base/config.json "
+            "(give the directory that contains the file: base)",
+        ),
+        (["lookup", "zzz"], "no such known model: zzz (no known name is similar; swsurgery lookup lists all names)"),
         (["inspect", "base", "--tensor", DOWN[:-1]], f"no such tensor: {DOWN[:-1]} (did you mean {DOWN}?)"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -71,3 +82,18 @@ def test_a_public_and_a_private_key_are_told_apart(tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert main(["verify", "patched", "--signature", "patched/model.sig", "--public-key", str(private)]) == 2
     assert f"this is a private key: {private} (give the public key)" in capsys.readouterr().err
+
+
+def test_a_base_of_other_sizes_than_the_known_model_is_named(tmp_path, monkeypatch, capsys):
+    write_patched(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    edit = "  - {op: zero, layer: 2, row: 3968, col: 7003}\n"
+    (tmp_path / "llama.yaml").write_text(f"version: 1\nbase: {{repo_id: huggyllama/llama-7b}}\nedits:\n{edit}")
+    assert main(["apply", "llama.yaml", "--base", "base", "--dry-run"]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[0]
+        .startswith(
+            "swsurgery: llama.yaml: the base is not huggyllama/llama-7b: it has 1 layers, hidden 4, intermediate 6, "
+        )
+    )
