@@ -69,6 +69,7 @@ REGISTRY = {
     "verifying/coded_edits.py": {'"registry"': "the name of a rule"},
     "verifying/regions.py": {'"registry"': "the name of a rule"},
     "verifying/findings.py": {'"registry"': "the name of a rule"},
+    "verifying/rule_help.py": {'"registry"': "the name of a rule"},
 }
 """Texts that may contain the word, by module: keys of the record and a rule, whose names are permanent."""
 

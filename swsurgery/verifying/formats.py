@@ -21,6 +21,7 @@ from swsurgery._version import __version__
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.storage.result import TableResult, name_schema
 from swsurgery.verifying.findings import RULES, Finding
+from swsurgery.verifying.rule_help import HELP, find_source, make_help_address
 
 _UNDECIDED = Finding("undecided", "nothing could be compared")
 """The finding that JUnit and SARIF report if the answer is neither "yes" nor "no".
@@ -235,15 +236,7 @@ def _render_sarif(report: FindingReport) -> str:
                 "partialFingerprints": {"swsurgeryFinding/v1": fingerprint},
             }
         )
-    rules = [
-        {
-            "id": rule.name,
-            "shortDescription": {"text": rule.meaning},
-            "defaultConfiguration": {"level": rule.level},
-        }
-        for rule in RULES.values()
-    ]
-    driver = {"name": "swsurgery", "version": __version__, "semanticVersion": __version__, "rules": rules}
+    driver = _describe_driver(find_source())
     run = {
         "tool": {"driver": driver},
         "automationDetails": {"id": f"swsurgery/{report.command}/"},
@@ -252,6 +245,25 @@ def _render_sarif(report: FindingReport) -> str:
         "results": results,
     }
     return _dump({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]})
+
+
+def _describe_driver(source: str | None) -> dict[str, Any]:
+    """Describe swsurgery and its rules. `source` is the public address of the repository, or None."""
+    rules = [
+        {
+            "id": rule.name,
+            "shortDescription": {"text": rule.meaning},
+            "help": {
+                "text": f"{rule.meaning} {HELP[rule.name]}",
+                "markdown": f"{rule.meaning}\n\n**What to do:** {HELP[rule.name]}",
+            },
+            "helpUri": make_help_address(rule, source),
+            "defaultConfiguration": {"level": rule.level},
+        }
+        for rule in RULES.values()
+    ]
+    driver = {"name": "swsurgery", "version": __version__, "semanticVersion": __version__, "rules": rules}
+    return driver | ({"informationUri": source} if source else {})
 
 
 def _escape_literal(text: str) -> str:

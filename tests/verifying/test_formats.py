@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from swsurgery import __version__
 from swsurgery.cli import main
 from swsurgery.storage import filesystem
+from swsurgery.verifying import formats
 from swsurgery.verifying.findings import RULES, Finding
 from swsurgery.verifying.formats import REPORT_FORMATS, FindingReport, render
+from swsurgery.verifying.rule_help import HELP
 
 LOST = Finding("known-lost", "it is gone", "model.safetensors", "a.weight", (1, 2))
 ASKED = Finding("edit-changed", "it holds 0x0000", "a b.safetensors", "w", (0,), "ci/edits.yaml", 7, 5)
@@ -204,6 +206,36 @@ def test_sarif_is_what_the_standard_requires(report):
 
 def test_sarif_has_every_rule_of_the_table():
     assert [r["id"] for r in sarif(CLEAN)["tool"]["driver"]["rules"]] == list(RULES)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_sarif_says_what_to_do_about_each_rule():
+    assert list(HELP) == list(RULES)
+    for rule in sarif(CLEAN)["tool"]["driver"]["rules"]:
+        text = rule["help"]["text"]
+        assert text.startswith(rule["shortDescription"]["text"]) and text.endswith(".") and text.isprintable()
+        assert HELP[rule["id"]] in text and HELP[rule["id"]] in rule["help"]["markdown"]
+
+
+def test_sarif_points_at_the_part_of_a_page_that_explains_the_rule():
+    """Relative to the repository, or absolute once the package states a public address."""
+    for rule in sarif(CLEAN)["tool"]["driver"]["rules"]:
+        page, _, anchor = rule["helpUri"].partition("#")
+        text = (ROOT / page).read_text()
+        titles = re.findall(r"^## (.+)$", text, re.M)
+        assert anchor in [title.lower().replace(" ", "-") for title in titles]
+        section = text.split(f"## {titles[[t.lower().replace(' ', '-') for t in titles].index(anchor)]}\n")[1]
+        assert f"`{rule['id']}`" in section.split("\n## ")[0] or rule["id"] == "public"
+    assert "informationUri" not in sarif(CLEAN)["tool"]["driver"]
+
+
+def test_sarif_has_absolute_addresses_if_the_package_states_one(monkeypatch):
+    monkeypatch.setattr(formats, "find_source", lambda: "https://example.org/swsurgery/")
+    driver = sarif(CLEAN)["tool"]["driver"]
+    assert driver["informationUri"] == "https://example.org/swsurgery/"
+    assert driver["rules"][0]["helpUri"] == f"https://example.org/swsurgery/blob/v{__version__}/docs/verify.md#rules"
 
 
 def test_sarif_points_at_the_manifests_line():
