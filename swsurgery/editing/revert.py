@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint
-from swsurgery.checkpoint.record import read_record
+from swsurgery.checkpoint.record import Record, read_record
 from swsurgery.editing.apply import refuse_inside, write_own_files
 from swsurgery.editing.copy import write_checkpoint
 from swsurgery.editing.copy_job import CopyJob, Link
@@ -21,6 +22,9 @@ from swsurgery.storage import staging
 from swsurgery.storage.arguments import require_choice, require_location, require_path
 from swsurgery.storage.names import OWN_FILES
 from swsurgery.storage.result import Result
+
+MAX_NOTED_FILES = 20
+"""Maximum number of files that a note about left-out files names."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +101,16 @@ def revert(
                     )
             if previous:
                 write_own_files(stage, previous, job.own_mode)
-    return Reverted(target, list_reversion_notes(record))
+    return Reverted(target, (*list_reversion_notes(record), *_list_left_out(record, names)))
+
+
+def _list_left_out(record: Record, names: Iterable[str]) -> list[str]:
+    """Return a note about the files of the patched checkpoint that the new directory does not contain."""
+    extra = sorted(set(names) - {*record.files, *record.own_names})
+    if not extra:
+        return []
+    more = f" and {len(extra) - MAX_NOTED_FILES} more" if len(extra) > MAX_NOTED_FILES else ""
+    return [f"left out, because the record does not list them: {', '.join(extra[:MAX_NOTED_FILES])}{more}"]
 
 
 def _open_base(base: str | Path, bases: contextlib.ExitStack) -> Checkpoint:

@@ -145,7 +145,7 @@ def find_cached(uri: Uri) -> Path:
     try:
         folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        remedy = f"run hf download {uri.repo_id}{_format_option(uri)}, or give a directory with --base"
+        remedy = f"run hf download {uri.repo_id}{_format_option(uri)} while you are online, or give a directory"
         raise CheckpointError("the repository is not in the local Hugging Face cache", uri, remedy) from None
     except HFValidationError as error:
         raise CheckpointError(str(error), uri) from None

@@ -45,6 +45,10 @@ RULES_OF_RECORD = (
 """Names of the rules that every verification of a record checks."""
 
 
+EXEMPT = (CARD_NAME, FIGURE_NAME, GIT_NAME, SIGNATURE_NAME)
+"""Names of files that may be added to a patched checkpoint: they describe or sign it, and no loader reads them."""
+
+
 @dataclass(frozen=True, repr=False)
 class RecordProof(Result):
     """Result of verifying a patched checkpoint against its record.
@@ -62,6 +66,8 @@ class RecordProof(Result):
     `needs_base`: edited files whose old bytes no undo file contains. Only the digests of the file and of its changed
     regions were compared with the record; the rest of the proof needs the base.
 
+    `uncovered`: files that the record does not list and that may be added, such as README.md.
+
     `changes` and `protected_regions` are the numbers of changed and of protected regions.
     """
 
@@ -77,6 +83,7 @@ class RecordProof(Result):
     elsewhere: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     needs_base: tuple[str, ...] = ()
+    uncovered: tuple[str, ...] = ()
     changes: int = 0
     protected_regions: int = 0
     rules: tuple[str, ...] = field(default=RULES_OF_RECORD)
@@ -103,6 +110,7 @@ class RecordProof(Result):
             "unhashed": list(self.unhashed),
             "unread": list(self.unread),
             "elsewhere": list(self.elsewhere),
+            "uncovered": list(self.uncovered),
             "compared_with_base": self.compared_with_base,
             "finite": self.finite,
         }
@@ -157,6 +165,7 @@ def verify_patched(
         elsewhere=tuple(n for n in record.elsewhere if n not in names),
         unverified=tuple(name for name in proved if record.files[name].unverified),
         needs_base=tuple(name for name in sound if name in needs_base and name not in unread),
+        uncovered=tuple(name for name in EXEMPT if name in names and name not in record.files),
         changes=len(record.changes),
         protected_regions=len(record.list_protected_regions()) if regions else 0,
         rules=rules,
@@ -254,7 +263,7 @@ def _check_file_list(record: Record, names: dict[str, BaseFile]) -> list[Finding
         for name in record.files
         if name not in names and name not in record.elsewhere
     ]
-    listed = {*record.files, *record.own_names, SIGNATURE_NAME, CARD_NAME, FIGURE_NAME, GIT_NAME}
+    listed = {*record.files, *record.own_names, *EXEMPT}
     extra = [
         Finding("file-undeclared", "this file exists, but the record does not list it", name)
         for name in names

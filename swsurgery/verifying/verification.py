@@ -197,6 +197,8 @@ def _describe_verification(verification: RecordProof) -> Iterable[str]:
     if verification.unhashed:
         count = pluralise(len(verification.unhashed), "file")
         yield f"unhashed  {count} of which only the size is known: {_format_some(verification.unhashed)}"
+    if verification.uncovered:
+        yield f"excluded  {', '.join(verification.uncovered)}: the record does not list them, and no loader reads them"
     if verification.compared_with_base:
         yield "compared  byte by byte with the base: nothing else differs"
 

@@ -39,6 +39,14 @@ def test_gives_the_base_back_byte_for_byte(patched, tmp_path):
     assert contents(patched) == before, "the patched checkpoint is left as it was"
 
 
+def test_files_that_were_added_since_are_named(patched, tmp_path, capsys):
+    for name in ("notes.txt", "README.md"):
+        (patched / name).write_text("added")
+    assert main(["revert", str(patched), "-o", str(tmp_path / "back")]) == 0
+    assert "left out, because the record does not list them: README.md, notes.txt\n" in capsys.readouterr().err
+    assert contents(tmp_path / "back") == contents(tmp_path / "base")
+
+
 def test_undoes_the_last_of_two_manifests_and_then_the_first(patched, tmp_path):
     apply_text(tmp_path, SECOND_STEP, "again")
     revert(tmp_path / "again", tmp_path / "once")

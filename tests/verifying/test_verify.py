@@ -378,6 +378,13 @@ def test_the_answer_is_the_first_line(patched, capsys):
     assert json.loads(capsys.readouterr().out)["answer"] == f"NO: 1 finding in {patched}"
 
 
+def test_files_that_need_not_be_recorded_are_named(patched, capsys):
+    (patched / "README.md").write_text("a card")
+    assert main(["verify", str(patched)]) == 0
+    assert "excluded  README.md: the record does not list them, and no loader reads them\n" in capsys.readouterr().out
+    assert run(patched).record.uncovered == ("README.md",)
+
+
 def test_strict_makes_a_warning_an_error(tmp_path, capsys):
     root = write_base(tmp_path / "base")
     (root / "model.gguf").write_bytes(b"GGUF")

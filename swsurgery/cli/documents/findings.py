@@ -209,8 +209,9 @@ class VerifyDocument(FindingDocument):
 
     The fields from `files` to `compared_with_base` exist if the checkpoint has a record: numbers of files, edited and
     protected scalars, and the names of the files that were proved, that have digests which were not computed for this
-    record, that have no digest, that were not read, or that are only in the base's repository. `changes`,
-    `protected_regions` and `needs_base` exist if regions were edited. The other fields exist if they were asked for.
+    record, that have no digest, that were not read, that are only in the base's repository, or that the record does not
+    list. `changes`, `protected_regions` and `needs_base` exist if regions were edited. The other fields exist if they
+    were asked for.
     """
 
     finite: bool
@@ -223,6 +224,7 @@ class VerifyDocument(FindingDocument):
     unhashed: list[str] = ABSENT
     unread: list[str] = ABSENT
     elsewhere: list[str] = ABSENT
+    uncovered: list[str] = ABSENT
     compared_with_base: bool = ABSENT
     changes: int = ABSENT
     protected_regions: int = ABSENT
