@@ -90,6 +90,7 @@ FUNCTIONS: dict[str, Callable[[Room], object]] = {
     "inspect a scalar": lambda room: swsurgery.inspect(room.model, down(1), (2, 3)),
     "lookup": lambda room: swsurgery.lookup(room.model),
     "scan": lambda room: swsurgery.scan(room.model, method="weights"),
+    "pin": lambda room: swsurgery.pin(room.third),
     "sweep": lambda room: swsurgery.sweep(room.third, [0.0, 1.0]),
     "compare": lambda room: swsurgery.compare([room.third]),
     "recipe": lambda room: swsurgery.recipe(room.model, "torchao"),
@@ -112,7 +113,7 @@ COMMANDS = (
     "revert {model}", "revert {model} -o {out}", "apply {third} --dry-run", "apply {third} -o {out} --check off",
     "check {model}", "scan {model} --method weights", "scan {model}", "sweep {third} --factors 0,1",
     "compare {third}", "recipe {model} --for torchao",
-    "export {model} --format sparse -o {out}", "export {third} --format sparse -o {out}",
+    "export {model} --format sparse -o {out}", "export {third} --format sparse -o {out}", "pin {third}",
 )  # fmt: skip
 
 

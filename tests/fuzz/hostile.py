@@ -178,7 +178,9 @@ HOSTILE = (
     Hostile("manifest: 8 MiB of a: lines", manifest("a:\n" * (MANIFEST_SIZE // 3)), "this key is repeated"),
     Hostile("manifest: 8 MiB of &a", manifest("&a " * (MANIFEST_SIZE // 3)), "not YAML"),
     Hostile(
-        "manifest: 8 MiB of one quoted string", manifest(lambda: filled('name: "', "a", '"', MANIFEST_SIZE)), "name: "
+        "manifest: 8 MiB of one quoted string",
+        manifest(lambda: filled('name: "', "a", '"', MANIFEST_SIZE)),
+        "not a manifest",
     ),
     Hostile("manifest: 8 MiB of one word", manifest("a" * MANIFEST_SIZE), "should be a map"),
     Hostile("manifest: 8 MiB of comment", manifest("#" * MANIFEST_SIZE), "is empty"),

@@ -301,12 +301,16 @@ class Recorder:
         self.calls.append(("close",))
 
 
+LOADING = [("start", 0, "", "loading torch and the model")]
+
+
 def test_progress_counts_layers_and_sequences(pair: Pair) -> None:
     progress = Recorder()
     report = check(pair, progress=progress)
     sequences = report.windows + len(BEGINNINGS)
     labels = [f"layer {n}/2" for n in (1, 2)] + [f"sequence {n}/{sequences}" for n in range(1, sequences + 1)]
     assert progress.calls == [
+        *LOADING,
         ("start", 2 + sequences, "step", "2 layers"),
         *(call for label in labels for call in (("relabel", label), ("advance", 1))),
         ("close",),
@@ -316,7 +320,7 @@ def test_progress_counts_layers_and_sequences(pair: Pair) -> None:
 def test_progress_of_a_streamed_model_counts_bytes_and_layers(pair: Pair) -> None:
     progress = Recorder()
     check(pair, progress=progress, placement="streamed")
-    (_, total, unit, _), *_ = progress.calls
+    (_, total, unit, _), *_ = progress.calls[len(LOADING) :]
     assert unit == "B" and total == sum(call[1] for call in progress.calls if call[0] == "advance")
     assert [call[1] for call in progress.calls if call[0] == "relabel"][:3] == [
         "layer 1/2",
@@ -330,8 +334,8 @@ def test_progress_of_whole_passes_counts_sequences(pair: Pair, monkeypatch: pyte
     progress = Recorder()
     report = check(pair, progress=progress)
     sequences = report.windows + len(BEGINNINGS)
-    assert progress.calls[:3] == [
-        ("start", sequences, "step", "2 layers"), ("relabel", f"sequence 1/{sequences}"), ("advance", 1),
+    assert progress.calls[:4] == [
+        *LOADING, ("start", sequences, "step", "2 layers"), ("relabel", f"sequence 1/{sequences}"), ("advance", 1),
     ]  # fmt: skip
     assert progress.calls.count(("advance", 1)) == sequences
 
@@ -346,7 +350,7 @@ def test_progress_is_closed_and_the_error_is_one_line_when_a_pass_fails(
     progress = Recorder()
     with pytest.raises(ModelError, match="^the model cannot be run: no kernel for this: cpu$"):
         check(pair, progress=progress)
-    assert [call[0] for call in progress.calls] == ["start", "relabel", "close"]
+    assert [call[0] for call in progress.calls] == ["start", "start", "relabel", "close"]
 
 
 def test_nothing_is_printed_and_the_settings_come_back(pair: Pair, capfd: pytest.CaptureFixture[str]) -> None:

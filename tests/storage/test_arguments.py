@@ -86,7 +86,7 @@ def test_options_of_a_wrong_type_are_a_type_error(fields):
 
 
 def test_every_sound_option_is_taken():
-    CheckOptions("forward", "cuda:1", "streamed", "text", ("prompt",), CheckedBounds(2.0))
+    CheckOptions("forward", "cpu", "streamed", "text", ("prompt",), CheckedBounds(2.0))
     CheckOptions(prompts=["a", "b"])
 
 
