@@ -34,7 +34,7 @@ from swsurgery.checkpoint.projection_names import (
     refuse_packed,
 )
 from swsurgery.errors import ArchitectureError
-from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.coordinate import Coordinate, is_valid_index
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def find_short_form(
     Returns None if the scalar does not exist, or if it is not part of a down projection that can be found.
     """
     shape = shapes.get(coordinate.tensor, ())
-    if len(coordinate.index) != len(shape) or not all(0 <= i < n for i, n in zip(coordinate.index, shape, strict=True)):
+    if not is_valid_index(coordinate.index, shape):
         return None
     for _, layout, layer, named_expert in list_matches(get_families(config), coordinate.tensor):
         if len(layout.axes.split()) != len(coordinate.index):

@@ -18,7 +18,7 @@ from swsurgery.errors import NumberError, PlanError, SwsurgeryError
 from swsurgery.manifest.operations import Edit, Protect, Restore, Scale, Set, Zero, is_of_stored_number
 from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.storage import dtypes
-from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.coordinate import Coordinate, is_valid_index
 from swsurgery.storage.numbers import Written, format_exact, format_number
 from swsurgery.storage.splice import Scalar, Splice
 
@@ -157,7 +157,7 @@ class _Element:
 def _require_index(index: tuple[int, ...], matrix: QuantisedMatrix) -> None:
     """Raise PlanError if an index is out of range."""
     shape = matrix.shape
-    if len(index) != len(shape) or not all(i < n for i, n in zip(index, shape, strict=True)):
+    if not is_valid_index(index, shape):
         raise PlanError(f"index {list(index)} is out of range", f"{matrix.weight} of shape {list(shape)}")
 
 
@@ -248,9 +248,7 @@ def _read_source(name: str, coordinate: Coordinate, sources: Sources) -> float:
     tensor, index = coordinate
     if tensor not in checkpoint.weight_shapes:
         raise PlanError(f"{name} has no weight {tensor}", remedy="give the base in from:")
-    if len(index) != len(shape := checkpoint.weight_shapes[tensor]) or any(
-        i >= n for i, n in zip(index, shape, strict=True)
-    ):
+    if not is_valid_index(index, shape := checkpoint.weight_shapes[tensor]):
         raise PlanError(f"{tensor} has the shape {list(shape)} in {name}", remedy="give the base in from:")
     if find_codes(checkpoint, tensor) is not None:
         return _Opened(checkpoint, sources).find(coordinate).value

@@ -23,6 +23,7 @@ from swsurgery.manifest.operations import (
     is_of_stored_number,
 )
 from swsurgery.storage import dtypes
+from swsurgery.storage.coordinate import is_valid_index
 from swsurgery.storage.files import read_exactly
 from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice
@@ -68,7 +69,7 @@ def _read_scalar(asked: Asked, checkpoint: Checkpoint, sources: Sources) -> Scal
     name, index = coordinate
     if edit.writes and not _may_change(edit, name, checkpoint):
         _refuse_quantised(name, checkpoint)
-    if not _check_index(info, index):
+    if not is_valid_index(index, info.shape):
         where = f"{name} of shape {list(info.shape)}"
         raise PlanError(f"index {list(index)} is out of range", where, _explain_index(info, index))
     if info.dtype.bits % 8:  # such an element has no address of its own
@@ -79,7 +80,7 @@ def _read_scalar(asked: Asked, checkpoint: Checkpoint, sources: Sources) -> Scal
     if expect is not None and (fault := explain_expectation(expect, info.dtype, old)):
         hint = "is this the right base?"
         swapped = index[::-1]
-        if len(index) == 2 and _check_index(info, swapped):
+        if len(index) == 2 and is_valid_index(swapped, info.shape):
             other = shard.read_scalar(name, swapped)
             if explain_expectation(expect, info.dtype, other) is None:
                 hint = f"row and col look swapped: {list(swapped)} has this value"
@@ -120,16 +121,11 @@ def _may_change(edit: Edit, name: str, checkpoint: Checkpoint) -> bool:
     return edit.raw or is_float_code
 
 
-def _check_index(info: TensorInfo, index: tuple[int, ...]) -> bool:
-    """Return True if an index has one number for each axis of the tensor and each number is below the axis's length."""
-    return len(index) == len(info.shape) and all(i < n for i, n in zip(index, info.shape, strict=True))
-
-
 def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
     """Explain why an index is out of range, as in "row and col look swapped"; "" if the reason is not obvious."""
     if 0 in info.shape:
         return "the tensor has no elements"
-    if len(index) == 2 and _check_index(info, index[::-1]):
+    if len(index) == 2 and is_valid_index(index[::-1], info.shape):
         return f"row and col look swapped: {list(index[::-1])} would fit"
     return ""
 

@@ -19,7 +19,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import list_loaded_candidates
 from swsurgery.errors import Unrunnable
 from swsurgery.model.variant import Scalars
-from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.coordinate import Coordinate, is_valid_index
 from swsurgery.storage.dtypes import decode
 from swsurgery.storage.region import Region
 
@@ -136,7 +136,7 @@ class Places:
         if coordinate.tensor in shapes:
             for candidate in list_loaded_candidates(self._checkpoint.config, coordinate, shapes):
                 owners = self._owners.get(candidate.tensor)
-                if owners and _is_inside(candidate.index, owners.shape):
+                if owners and is_valid_index(candidate.index, owners.shape):
                     return candidate.index, owners
         raise Unrunnable(_MISSING, coordinate)
 
@@ -204,7 +204,3 @@ def find_output_embeddings(model: PreTrainedModel) -> nn.Module | None:
     """Return the module of `model` that turns hidden states into logits; None if it has none."""
     get: Callable[[], nn.Module | None] = model.get_output_embeddings
     return get()
-
-
-def _is_inside(index: tuple[int, ...], shape: Sequence[int]) -> bool:
-    return len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True))

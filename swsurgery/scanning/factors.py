@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import Fault, ModelError, NumberError
 from swsurgery.storage import dtypes
-from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.coordinate import Coordinate, is_valid_index
 
 
 def refuse_factors(factors: Sequence[float]) -> None:
@@ -61,7 +61,7 @@ def read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[dtypes.
     """Read the dtype and the stored bytes of one scalar. Raises ModelError if the scalar is missing or not a weight."""
     tensor, index = coordinate
     shape = checkpoint.shapes.get(tensor, ())
-    if index and len(index) == len(shape) and all(0 <= i < size for i, size in zip(index, shape, strict=True)):
+    if index and is_valid_index(index, shape):
         if why := checkpoint.quantisation.explain_refusal(tensor):
             raise ModelError(why, coordinate)
         shard = checkpoint.shards[checkpoint.weight_map[tensor]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -16,3 +17,8 @@ class Coordinate(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.tensor}[{', '.join(map(str, self.index))}]"
+
+
+def is_valid_index(index: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return True if `index` has one number per axis of `shape`, each from 0 and below the length of its axis."""
+    return len(index) == len(shape) and all(0 <= i < length for i, length in zip(index, shape, strict=True))

@@ -15,7 +15,7 @@ from swsurgery.checkpoint.layouts.module import list_elements
 from swsurgery.checkpoint.record import Record
 from swsurgery.checkpoint.record_entries import CodeRecord, EditRecord
 from swsurgery.errors import NumberError
-from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.coordinate import Coordinate, is_valid_index
 from swsurgery.verifying.findings import Finding
 
 
@@ -50,7 +50,7 @@ def _find_cell(code: CodeRecord, checkpoint: Checkpoint) -> Cell:
     if matrix is None:
         raise CannotTell("the weight is not quantised")
     shape = matrix.shape
-    if len(code.index) != len(shape) or not all(i < n for i, n in zip(code.index, shape, strict=True)):
+    if not is_valid_index(code.index, shape):
         raise CannotTell(f"the index is out of range for the shape {list(shape)}")
     return matrix.find_cell(code.index)
 

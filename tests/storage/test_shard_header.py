@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swsurgery.errors import CheckpointError, ShardError
+from swsurgery.storage.coordinate import is_valid_index
 from swsurgery.storage.dtypes import DTYPES
 from swsurgery.storage.files import LocalFile
 from swsurgery.storage.shard import MAX_HEADER, open_shard, parse_header
@@ -284,6 +285,7 @@ def test_scalars_are_read_where_numpy_wrote_them(written):
         start = shard.find_offset("w", index)
         assert path.read_bytes()[start : start + 4] == data
         assert info.unflatten(info.flatten(index)) == index
+        assert is_valid_index(index, array.shape)
     assert info.size == array.nbytes
     assert shard.read_scalar("v", (4,)) == struct.pack("<q", 4)
 
@@ -296,6 +298,7 @@ def test_an_index_outside_the_tensor_is_refused(index, message, written):
     shard = open_shard(LocalFile(written(safetensors.numpy.save({"w": np.zeros((2, 3, 4), np.float32)}))))
     with pytest.raises(IndexError, match=message):
         shard.read_scalar("w", index)
+    assert not is_valid_index(index, (2, 3, 4))
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_an_error_and_no_crash(written):

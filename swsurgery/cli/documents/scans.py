@@ -111,7 +111,18 @@ class DoseItem(EffectItem):
     factor: float
 
 
-class ConfirmationItem(DocumentPart):
+class RunConditions(DocumentPart):
+    """The conditions of a measurement: the text on which the model was run, the dtype and the device."""
+
+    windows: int
+    window_tokens: int
+    scored_tokens: int
+    text_sha256: str
+    dtype: str
+    device: str
+
+
+class ConfirmationItem(RunConditions):
     """The conditions of the causal test, the effect of zeroing all candidates, and the ratios of random ones.
 
     `column_nulls` and `doses` exist for scalars, and `joint_null_ratios` for experts.
@@ -123,12 +134,6 @@ class ConfirmationItem(DocumentPart):
     doses: list[DoseItem] = ABSENT
     joint_null_ratios: list[PlainNumber] = ABSENT
     base_perplexity: PlainNumber
-    windows: int
-    window_tokens: int
-    scored_tokens: int
-    text_sha256: str
-    dtype: str
-    device: str
 
 
 class ScanDocument(Document):
@@ -195,7 +200,7 @@ class PointItem(DocumentPart):
     kl_high: PlainNumber | None
 
 
-class SweepDocument(Document):
+class SweepDocument(Document, RunConditions):
     """The quality of a model as a function of the factor. `base` has the figures of the model as stored.
 
     `model` is its repository or directory, and `revision` its commit if that is known.
@@ -210,12 +215,6 @@ class SweepDocument(Document):
     regions: list[str] = ABSENT
     base: PointItem
     points: list[PointItem]
-    windows: int
-    window_tokens: int
-    scored_tokens: int
-    text_sha256: str
-    dtype: str
-    device: str
     method: str
 
 
@@ -239,16 +238,10 @@ class ComparedItem(DocumentPart):
     finite: bool
 
 
-class ComparisonDocument(Document):
+class ComparisonDocument(Document, RunConditions):
     """The figures of a base and of several edits of it, on the same text."""
 
     version: Literal[1]
     base: str
     models: list[ComparedItem]
-    windows: int
-    window_tokens: int
-    scored_tokens: int
-    text_sha256: str
-    dtype: str
-    device: str
     method: str
