@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.layouts.find import find_codes
 from swsurgery.editing.targets import (
     Expected,
     KnownScalars,
@@ -40,7 +41,7 @@ from swsurgery.storage.region import Region
 from swsurgery.verifying.against_manifest import point_at
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.known_states import read_known_value
-from swsurgery.verifying.stored_weight import PlainWeight, StoredWeight, Unreadable, read_weight
+from swsurgery.verifying.stored_weight import CodedWeight, PlainWeight, StoredWeight, Unreadable, read_weight
 
 if TYPE_CHECKING:
     from swsurgery.verifying.guarded_regions import GuardedRegion
@@ -72,7 +73,9 @@ class ExpectedValue:
 class GuardedScalar:
     """One scalar that the manifest protects, and its state in the checkpoint.
 
-    `number` is the position of the edit in the manifest, counted from 0. `message` describes the state.
+    `number` is the position of the edit in the manifest, counted from 0. `message` describes the state. `dtype` is that
+    of the stored number, or of the codes of a quantised weight. Such a weight also has a `layout`, a `code` unless one
+    code stands for several elements, and the distance `step` to the next value of its grid.
     """
 
     number: int
@@ -81,6 +84,9 @@ class GuardedScalar:
     coordinate: Coordinate | None = None
     file: str | None = None
     dtype: str | None = None
+    layout: str | None = None
+    code: int | None = None
+    step: float | None = None
     stored: float | None = None
     expected: float | None = None
     origin: Origin | None = None
@@ -95,6 +101,9 @@ class GuardedScalar:
             "index": list(self.coordinate.index) if self.coordinate else None,
             "file": self.file,
             "dtype": self.dtype,
+            "layout": self.layout,
+            "code": self.code,
+            "step": self.step,
             "origin": self.origin,
             "message": self.message,
             **{k: str(v) if v is not None and not math.isfinite(v) else v for k, v in numbers.items()},
@@ -319,12 +328,14 @@ def _read_expected(there: Coordinate, base: Checkpoint) -> ExpectedValue | None:
 
 def _read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> StoredWeight:
     """Read a weight as against_known.py does. Raises Unreadable if the checkpoint does not have it."""
-    if coordinate.tensor not in checkpoint.shapes:
+    name, index = coordinate
+    codes = find_codes(checkpoint, name)
+    if name not in checkpoint.shapes and codes is None:
         raise Unreadable("the checkpoint has no tensor of this name")
-    try:
-        checkpoint.get_info(coordinate.tensor).flatten(coordinate.index)
-    except IndexError as error:
-        raise Unreadable(str(error)) from None
+    # The layout of a quantised weight may be undecided. It has no shape then, and read_weight gives the reason.
+    shape = checkpoint.weight_shapes.get(name) if codes else checkpoint.shapes[name]
+    if shape is not None and (len(index) != len(shape) or any(i >= n for i, n in zip(index, shape, strict=True))):
+        raise Unreadable(f"index {list(index)} is out of range for shape {list(shape)}")
     return read_weight(checkpoint, coordinate)
 
 
@@ -349,13 +360,27 @@ def _compare(
         stored = _read_stored(checkpoint, coordinate)
     except Unreadable as error:
         return replace(scalar, message=f"the scalar cannot be read as one number: {error}")
-    dtype, value = checkpoint.get_info(coordinate.tensor).dtype, stored.value
+    name = find_codes(checkpoint, coordinate.tensor) or coordinate.tensor
+    scalar = _describe_stored(scalar, stored, name, checkpoint)
+    if scalar.layout and isinstance(expected.exact, str):
+        return replace(scalar, message="expect names bits, but the weight is quantised (expect a number)")
+    value = stored.value
     kept = _is_exact(expected, stored) or _is_near(expected, value, tolerance)
     wanted = expected.exact if expected.value is None else format_exact(expected.value)
     ratio = f", x{format_number(value / expected.value)}" if expected.value and math.isfinite(value) else ""
-    message = f"{wanted} ({expected.origin}) -> {format_exact(value)} ({dtype.name}){'' if kept else ratio}"
-    file = checkpoint.weight_map[coordinate.tensor]
-    return replace(scalar, state="kept" if kept else "lost", message=message, file=file, dtype=dtype.name, stored=value)
+    stored_as = scalar.layout or scalar.dtype
+    message = f"{wanted} ({expected.origin}) -> {format_exact(value)} ({stored_as}){'' if kept else ratio}"
+    return replace(scalar, state="kept" if kept else "lost", message=message)
+
+
+def _describe_stored(scalar: GuardedScalar, stored: StoredWeight, name: str, checkpoint: Checkpoint) -> GuardedScalar:
+    """Return `scalar` with its value, and with the file and the dtype of the tensor `name` that stores it."""
+    found = replace(
+        scalar, file=checkpoint.weight_map[name], dtype=checkpoint.get_info(name).dtype.name, stored=stored.value
+    )
+    if isinstance(stored, CodedWeight):
+        return replace(found, layout=stored.layout, code=stored.code, step=stored.step or None)
+    return found
 
 
 def _is_exact(expected: ExpectedValue, stored: StoredWeight) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import CONFIG, HIDDEN, INNER, down, write_manifest, write_shard, write_single
+from packed_codes import COMPRESSED, LAYOUT, bf16, pack
 from quantised_files import MODEL, needs_model, read_down
 
 import swsurgery
@@ -24,12 +24,6 @@ from swsurgery.verifying.stored_weight import CodedWeight, read_weight
 
 SOURCE = Citation(key="s", kind="notes", cite="a test")
 ROW, COL = 4, 7
-COMPRESSED = {
-    "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-    "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
-        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}}},
-}  # fmt: skip
-LAYOUT = "compressed-tensors pack-quantized, 4 bits"
 
 
 def fact(layer: int = 0, row: int = ROW, col: int = COL, **fields) -> KnownCoordinate:
@@ -46,24 +40,6 @@ def model(*facts: KnownCoordinate, **sizes) -> KnownModel:
         sizes_from="a test", tensor="model.layers.{layer}.mlp.down_proj.weight", coordinates=facts,
     )  # fmt: skip
     return KnownModel(**(common | sizes))
-
-
-def bf16(values: np.ndarray) -> bytes:
-    return (np.asarray(values, "<f4").view("<u4") >> 16).astype("<u2").tobytes()
-
-
-def pack(layer: int, codes: np.ndarray, scales: np.ndarray) -> Mapping[str, tuple]:
-    """The tensors of a matrix of signed 4-bit codes [rows, cols] with scales [rows, groups]."""
-    rows, cols = codes.shape
-    padded = np.zeros((rows, -(-cols // 8) * 8), np.uint32)
-    padded[:, :cols] = codes + 8
-    words = sum(padded[:, n::8] << np.uint32(4 * n) for n in range(8)).astype("<u4")
-    module = down(layer).removesuffix(".weight")
-    return {
-        f"{module}.weight_packed": ("I32", words.shape, words.tobytes()),
-        f"{module}.weight_scale": ("BF16", (rows, scales.size // rows), bf16(scales)),
-        f"{module}.weight_shape": ("I64", (2,), struct.pack("<qq", rows, cols)),
-    }
 
 
 def coded(root: Path, code: int, others: int = 0, **changed: int) -> Path:

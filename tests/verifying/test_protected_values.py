@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import CONFIG, down, tensor, tree, write_llama, write_manifest, write_single
+from packed_codes import COMPRESSED, LAYOUT, pack
 
 import swsurgery
 from swsurgery.cli import main
@@ -149,6 +150,47 @@ def test_the_nearest_scaled_code_is_the_value(room, capsys, shift):
     code, [found] = states("fp8", "--protected", "protect.json", "--base", "base", capsys=capsys)
     assert found["dtype"] == "F8_E4M3" and found["state"] == ("lost" if shift == 20 else "kept")
     assert code == (shift == 20)
+
+
+def packed(folder: Path, code: int, **config: object) -> Path:
+    """A checkpoint whose down projections are packed codes with steps of 0.5 and have `code` at [2, 3]."""
+    tensors = {}
+    for layer in range(3):
+        codes = np.full((6, 10), 1)
+        codes[2, 3] = code
+        tensors |= pack(layer, codes, np.full(6, 0.5))
+    return write_single(folder, tensors, CONFIG | {"quantization_config": COMPRESSED | config})
+
+
+@pytest.mark.parametrize(("code", "state"), [(5, "kept"), (4, "kept"), (6, "kept"), (3, "lost"), (-5, "lost")])
+@pytest.mark.parametrize("place", [{"layer": 1, "row": 2, "col": 3}, {"tensor": down(1), "index": [2, 3]}])
+def test_a_packed_weight_is_read_by_its_name(room, capsys, code, state, place):
+    values = random()
+    values[1][2, 3] = 2.5
+    make(Path("plain"), values)
+    packed(Path("packed"), code)
+    manifest(Path(), {"op": "protect", **place}, path="plain")
+    got, [found] = states("packed", "--protected", "protect.json", "--base", "plain", capsys=capsys)
+    assert got == (state == "lost") and found["state"] == state
+    assert found["layout"] == f"{LAYOUT}, one scale a row" and found["code"] == code + 8 and found["step"] == 0.5
+    assert found["stored"] == code * 0.5 and found["dtype"] == "I32" and LAYOUT in found["message"]
+    got, [found] = states("packed", "--protected", "protect.json", "--base", "packed", capsys=capsys)
+    assert got == 0 and found["origin"] == "base" and found["expected"] == code * 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "edit", "reason"),
+    [
+        ({}, {"layer": 1, "row": 2, "col": 3, "expect": "0x4020"}, "expect names bits, but the weight is quantised"),
+        ({}, {"tensor": down(1), "index": [6, 0], "expect": 2.5}, "out of range for shape [6, 10]"),
+        ({"sparsity_config": {"format": "sparse-24"}}, {"tensor": down(1), "index": [2, 3], "expect": 2.5}, "sparse"),
+    ],
+)
+def test_a_packed_weight_that_cannot_be_compared_is_unreadable(room, capsys, config, edit, reason):
+    packed(Path("packed"), 5, **config)
+    manifest(Path(), {"op": "protect", **edit}, path="packed")
+    code, [found] = states("packed", "--protected", "protect.json", capsys=capsys)
+    assert code == 1 and found["state"] == "unreadable" and reason in found["message"]
 
 
 def test_what_cannot_be_read_is_a_finding(room, capsys):

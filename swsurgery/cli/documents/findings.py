@@ -146,7 +146,10 @@ class SurvivalItem(DocumentPart):
 
 
 class GuardedItem(DocumentPart):
-    """A scalar that the manifest protects. `edit` is the number of the edit, from 0."""
+    """A scalar that the manifest protects. `edit` is the number of the edit, from 0.
+
+    Only a quantised weight has `layout`, `code` and `step`, the distance to the next value that it can have.
+    """
 
     edit: int
     state: Literal["kept", "lost", "unreadable"]
@@ -154,6 +157,9 @@ class GuardedItem(DocumentPart):
     index: list[int] | None
     file: str | None
     dtype: str | None
+    layout: str | None
+    code: int | None
+    step: float | None
     origin: str | None
     message: str
     stored: PlainNumber | None
