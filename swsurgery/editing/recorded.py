@@ -39,6 +39,14 @@ def find_unlike_records(asked: Mapping[Coordinate, Asked], record: Record) -> It
             yield coordinate, f"the record has {code.op}, but the manifest does not ask for it"
 
 
+def find_misnumbered_codes(asked: Mapping[Coordinate, Asked], record: Record) -> Iterator[tuple[Coordinate, str]]:
+    """Yield (element, difference in words) for each element of a quantised matrix that has another edit's number."""
+    for code in record.codes:
+        wish = asked.get(code.coordinate)
+        if wish is not None and wish.number != code.edit:
+            yield code.coordinate, f"edits[{wish.number}] names this element, but the record says edits[{code.edit}]"
+
+
 def find_unlike_regions(asked: Sequence[AskedRegion], record: Record) -> Iterator[tuple[int | None, str]]:
     """Yield (number of the edit or None, difference in words) for each region on which manifest and record disagree.
 

@@ -18,7 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import MANIFEST_NAME, RECORD_NAME, Patched, Record
 from swsurgery.editing.asked import Asked, AskedRegion
-from swsurgery.editing.recorded import explain_unlike_bases, find_unlike_records, find_unlike_regions
+from swsurgery.editing.recorded import (
+    explain_unlike_bases,
+    find_misnumbered_codes,
+    find_unlike_records,
+    find_unlike_regions,
+)
 from swsurgery.editing.resolve import resolve
 from swsurgery.editing.targets import KnownPlace, find_known
 from swsurgery.errors import LookupFailed, ManifestError
@@ -182,6 +187,7 @@ def _compare_own_manifest(
     for coordinate, message in find_unlike_records(asked, record):
         if coordinate in asked or coordinate not in afar or not unresolved:
             yield coordinate, message
+    yield from find_misnumbered_codes(asked, record)
     shards = {*checkpoint.shards}
     here = [one for one in resolution.regions if checkpoint.weight_map.get(one.region.tensor) in shards]
     yield from ((None, message) for _, message in find_unlike_regions(here, record))

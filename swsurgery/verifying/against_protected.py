@@ -34,7 +34,7 @@ from swsurgery.manifest.load import LoadedManifest
 from swsurgery.manifest.operations import explain_expectation
 from swsurgery.manifest.targets import SCALAR_FORMS, MeasuredValue
 from swsurgery.storage import dtypes
-from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.coordinate import Coordinate, is_valid_index
 from swsurgery.storage.dtypes import Dtype
 from swsurgery.storage.numbers import format_exact, format_number
 from swsurgery.storage.region import Region
@@ -334,7 +334,7 @@ def _read_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> StoredWeight
         raise Unreadable("the checkpoint has no tensor of this name")
     # The layout of a quantised weight may be undecided. It has no shape then, and read_weight gives the reason.
     shape = checkpoint.weight_shapes.get(name) if codes else checkpoint.shapes[name]
-    if shape is not None and (len(index) != len(shape) or any(i >= n for i, n in zip(index, shape, strict=True))):
+    if shape is not None and not is_valid_index(index, shape):
         raise Unreadable(f"index {list(index)} is out of range for shape {list(shape)}")
     return read_weight(checkpoint, coordinate)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell
+from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell, QuantisedMatrix
 from swsurgery.checkpoint.layouts.find import find_matrix, make_reader
 from swsurgery.checkpoint.layouts.module import list_elements
 from swsurgery.checkpoint.record import Record
@@ -27,10 +27,13 @@ def check_codes(record: Record, checkpoint: Checkpoint) -> Iterator[Finding]:
         if any(element.tensor not in checkpoint.weight_map for element in code.elements):
             continue  # this shard stays in the base's repository until `publish` copies it
         try:
-            cell = _find_cell(code, checkpoint)
+            matrix = _find_matrix(code, checkpoint)
+            cell = matrix.find_cell(code.index)
             fault = _explain_fault(code, cell, _OldBytes(edits, checkpoint))
-            for bits in cell.fields:
-                _mark(bits, checkpoint, held)
+            if code.layout != matrix.layout:
+                fault = f"the layout is {matrix.layout}, not {code.layout}"
+            if any([_mark(bits, checkpoint, held) for bits in cell.fields]):
+                fault = "the record lists this element twice"
         except (CannotTell, NumberError) as error:
             fault = str(error)
         if fault:
@@ -44,15 +47,15 @@ def check_codes(record: Record, checkpoint: Checkpoint) -> Iterator[Finding]:
             yield Finding("registry", message, edit.file, edit.tensor, edit.index)
 
 
-def _find_cell(code: CodeRecord, checkpoint: Checkpoint) -> Cell:
-    """Find the recorded element. Raises CannotTell if the layout cannot be decided or the element does not exist."""
+def _find_matrix(code: CodeRecord, checkpoint: Checkpoint) -> QuantisedMatrix:
+    """Find the matrix of an element. Raises CannotTell if the layout is undecided or the element does not exist."""
     matrix = find_matrix(checkpoint, code.weight)
     if matrix is None:
         raise CannotTell("the weight is not quantised")
     shape = matrix.shape
     if not is_valid_index(code.index, shape):
         raise CannotTell(f"the index is out of range for the shape {list(shape)}")
-    return matrix.find_cell(code.index)
+    return matrix
 
 
 def _explain_fault(code: CodeRecord, cell: Cell, old: _OldBytes) -> str | None:
@@ -101,10 +104,17 @@ class _OldBytes:
         return bytes(data[begin - first * width :][:size])
 
 
-def _mark(bits: BitField, checkpoint: Checkpoint, held: dict[Coordinate, int]) -> None:
-    """Add the bits of a field to the masks of the stored numbers that contain them."""
+def _mark(bits: BitField, checkpoint: Checkpoint, held: dict[Coordinate, int]) -> bool:
+    """Add the bits of a field to the masks of the stored numbers that contain them.
+
+    Returns True if the mask of one of these numbers had one of the bits already.
+    """
     info = checkpoint.get_info(bits.tensor)
     width = info.dtype.bits
+    again = False
     for position in range(bits.start, bits.start + bits.width):
         place = Coordinate(bits.tensor, info.unflatten(position // width))
-        held[place] = held.get(place, 0) | 1 << position % width
+        mask = 1 << position % width
+        again |= bool(held.get(place, 0) & mask)
+        held[place] = held.get(place, 0) | mask
+    return again

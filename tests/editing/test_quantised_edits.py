@@ -206,6 +206,9 @@ def forge(record: dict, **changes: object) -> None:
         lambda record: forge(record, op="protect"),
         lambda record: forge(record, factor=2.0),
         lambda record: forge(record, elements=[{"tensor": DOWN, "index": [2, 8]}]),
+        lambda record: forge(record, layout="gptq, 4 bits"),
+        lambda record: forge(record, edit=1),
+        lambda record: record["codes"].append(record["codes"][0]),
         lambda record: record.pop("codes"),
     ],
 )
@@ -235,12 +238,31 @@ def test_the_record_is_refuted_without_the_manifest_too(base):
     for change in (
         {"elements": [{"tensor": DOWN, "index": [2, 7]}, {"tensor": DOWN, "index": [2, 8]}]},
         {"factor": 1e308},
+        {"layout": "another layout"},
     ):
         forged = copy.deepcopy(record)
         forge(forged, **change)
         write_record(patched, forged)
         found = swsurgery.verify(patched).findings
         assert any("edit of a quantised element is wrong" in finding.message for finding in found)
+
+
+def test_an_element_that_the_record_lists_twice_and_a_wrong_number_of_its_edit_are_named(base):
+    edits = [{"op": "zero", "layer": 0, "row": 0, "col": 0}, {"op": "zero", "layer": 1, "row": 2, "col": 7}]
+    patched = apply(base, *edits)
+    record = json.loads((patched / "swsurgery.json").read_text())
+    assert verify(patched) and [code["edit"] for code in record["codes"]] == [0, 1]
+    doubled, misnumbered = copy.deepcopy(record), copy.deepcopy(record)
+    doubled["codes"].append(record["codes"][1])
+    misnumbered["codes"][1]["edit"] = 0
+    for forged, rule, words in (
+        (doubled, "registry", "the record lists this element twice"),
+        (misnumbered, "manifest", "edits[1] names this element, but the record says edits[0]"),
+    ):
+        write_record(patched, forged)
+        [finding] = swsurgery.verify(patched).findings
+        assert finding.rule == rule and words in finding.message
+        assert (finding.tensor, finding.index) == (DOWN, (2, 7))
 
 
 def test_a_product_beyond_float64_is_outside_the_grid(base):
