@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.layouts.cells import BitField, QuantisedMatrix
+from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, QuantisedMatrix
 from swsurgery.checkpoint.layouts.find import WeightShapes, find_matrix, make_reader
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.verifying.stored_weight import read_weight
@@ -82,6 +82,39 @@ def open_matrix(folder: Path, weight: str) -> tuple[Checkpoint, QuantisedMatrix]
     return checkpoint, matrix
 
 
+def read_matrix(folder: Path, weight: str) -> tuple[QuantisedMatrix, NDArray[np.float64]]:
+    """A quantised matrix and all its values, one row for each combination of the axes before the last.
+
+    Single elements have the same values.
+    """
+    checkpoint, matrix = open_matrix(folder, weight)
+    values = matrix.dequantise(0, int(np.prod(matrix.shape[:-1])))
+    compare_cells(checkpoint, matrix, values)
+    return matrix, values
+
+
+def refuse_matrix(folder: Path, weight: str, message: str) -> None:
+    """The layout of that weight cannot be decided, for this reason."""
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CannotTell, match=message):
+        find_matrix(checkpoint, weight)
+
+
+def refuse_values(folder: Path, weight: str, message: str) -> None:
+    """The layout of that weight is found, but neither its last element nor the whole matrix is read."""
+    _, matrix = open_matrix(folder, weight)
+    with pytest.raises(CannotTell, match=message):
+        matrix.find_cell(tuple(length - 1 for length in matrix.shape))
+    with pytest.raises(CannotTell, match=message):
+        matrix.dequantise(0, matrix.shape[0])
+
+
+def change_module(weight: str, arrays: Mapping[str, NDArray], **changed: NDArray | None) -> dict[str, NDArray]:
+    """Other tensors of the module of that weight, by the last parts of their names; None for one that is missing."""
+    named = {f"{weight.removesuffix('weight')}{last}": array for last, array in changed.items()}
+    return {name: array for name, array in {**arrays, **named}.items() if array is not None}
+
+
 def compare_cells(checkpoint: Checkpoint, matrix: QuantisedMatrix, values: NDArray[np.float64]) -> None:
     """200 random elements and the corners, read one by one, have these values; so have all rows in pieces.
 
@@ -112,6 +145,12 @@ def locate_super(folder: Path) -> tuple[float, float]:
     stored = read_weight(checkpoint, at)  # what `verify --known` reads
     assert (stored.value, stored.step) == (value, cell.compute_step(value))
     return value, cell.compute_step(value)
+
+
+def find_super(folder: Path) -> None:
+    """The super weight of layer 11 is at most one step of its grid away from its value in SmolLM2."""
+    value, step = locate_super(folder)
+    assert abs(value - 5.875) <= step
 
 
 def set_nearest(folder: Path, copy: Path, weight: str, index: tuple[int, ...], wanted: float) -> float:

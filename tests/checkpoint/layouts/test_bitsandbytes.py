@@ -15,12 +15,13 @@ from quantised_files import (
     MODEL,
     SHARD,
     SUPER,
-    compare_cells,
     differ_once,
-    locate_super,
+    find_super,
     needs_model,
     open_matrix,
     read_down,
+    read_matrix,
+    refuse_matrix,
     set_nearest,
     write_arrays,
     write_config,
@@ -85,14 +86,11 @@ FORMS = [
 def test_every_scalar_is_what_bitsandbytes_computes(tmp_path, form):
     folder = quantise(tmp_path / "model", form)
     for layer in LAYERS:
-        checkpoint, matrix = open_matrix(folder, down(layer))
-        found = matrix.dequantise(0, 576)
+        _, found = read_matrix(folder, down(layer))
         expected = dequantise(folder, layer)
         assert expected.dtype == form["dtype"]
         assert torch.equal(round_like(found, form["dtype"]), expected)
-        compare_cells(checkpoint, matrix, found)
-    value, step = locate_super(folder)
-    assert abs(value - 5.875) <= step
+    find_super(folder)
 
 
 @needs_model
@@ -164,15 +162,12 @@ def test_eight_bits_are_what_bitsandbytes_computes(tmp_path):
     write_config(tmp_path, {"quant_method": "bitsandbytes", "load_in_8bit": True})
     safetensors.save_file(stored, tmp_path / SHARD, {"format": "pt"})
     for layer in LAYERS:
-        checkpoint, matrix = open_matrix(tmp_path, down(layer))
-        found = matrix.dequantise(0, 576)
+        _, found = read_matrix(tmp_path, down(layer))
         module = down(layer).removesuffix("weight")
         expected = bitsandbytes.functional.int8_vectorwise_dequant(stored[down(layer)], stored[f"{module}SCB"])
         # bitsandbytes multiplies by 1/127 in float32, which is rounded; two roundings follow.
         assert np.allclose(found, expected.double(), rtol=2e-7, atol=0)
-        compare_cells(checkpoint, matrix, found)
-    value, step = locate_super(tmp_path)
-    assert abs(value - 5.875) <= step
+    find_super(tmp_path)
 
 
 WEIGHT = down(0)
@@ -288,9 +283,7 @@ BAD: dict[str, tuple[dict[str, NDArray | None], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_is_not_read(tmp_path, name):
     arrays, message = BAD[name]
-    checkpoint = open_checkpoint(write_small(tmp_path, arrays))
-    with pytest.raises(CannotTell, match=message):
-        find_matrix(checkpoint, WEIGHT)
+    refuse_matrix(write_small(tmp_path, arrays), WEIGHT, message)
 
 
 @pytest.mark.parametrize("config", [{"quant_method": "other"}, FOUR_BITS | {"bnb_4bit_quant_type": "fp4"}])

@@ -12,20 +12,18 @@ from quantised_files import (
     LAYERS,
     SHARD,
     SUPER,
-    compare_cells,
     differ_once,
-    locate_super,
+    find_super,
     needs_model,
     open_matrix,
     read_down,
+    read_matrix,
+    refuse_matrix,
+    refuse_values,
     set_nearest,
     write_arrays,
     write_config,
 )
-
-from swsurgery.checkpoint.layouts.cells import CannotTell
-from swsurgery.checkpoint.layouts.find import find_matrix
-from swsurgery.checkpoint.opening import open_checkpoint
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of quanto, when it is imported
@@ -66,12 +64,9 @@ def load(folder: Path, kind: str, layer: int) -> torch.Tensor:
 def test_every_scalar_is_what_quanto_computes(tmp_path, kind):
     quantise(tmp_path, kind)
     for layer in LAYERS:
-        checkpoint, matrix = open_matrix(tmp_path, down(layer))
-        found = matrix.dequantise(0, 576)
+        _, found = read_matrix(tmp_path, down(layer))
         assert torch.equal(torch.from_numpy(found).bfloat16(), load(tmp_path, kind, layer))
-        compare_cells(checkpoint, matrix, found)
-    value, step = locate_super(tmp_path)
-    assert abs(value - 5.875) <= step
+    find_super(tmp_path)
 
 
 @needs_model
@@ -88,8 +83,7 @@ def test_the_nearest_code_changes_one_scalar(tmp_path):
 @needs_model
 def test_fewer_bits_are_not_read(tmp_path):
     quantise(tmp_path, "qint4", layers=(11,))
-    with pytest.raises(CannotTell, match="with 2 or 4 bits"):
-        find_matrix(open_checkpoint(tmp_path), down(11))
+    refuse_matrix(tmp_path, down(11), "with 2 or 4 bits")
 
 
 WEIGHT = down(0)
@@ -131,13 +125,8 @@ BAD: dict[str, tuple[dict[str, object], dict[str, NDArray], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_is_not_read(tmp_path, name):
     config, arrays, message = BAD[name]
-    with pytest.raises(CannotTell, match=message):
-        find_matrix(open_checkpoint(write_small(tmp_path, config, **arrays)), WEIGHT)
+    refuse_matrix(write_small(tmp_path, config, **arrays), WEIGHT, message)
 
 
 def test_scales_that_are_not_finite_are_not_used(tmp_path):
-    _, matrix = open_matrix(write_small(tmp_path, QUANTO, data=CODES, scale=SCALES * np.float32(np.nan)), WEIGHT)
-    with pytest.raises(CannotTell, match="not finite"):
-        matrix.find_cell((0, 0))
-    with pytest.raises(CannotTell, match="not finite"):
-        matrix.dequantise(0, 6)
+    refuse_values(write_small(tmp_path, QUANTO, data=CODES, scale=SCALES * np.float32(np.nan)), WEIGHT, "not finite")
