@@ -32,7 +32,7 @@ from swsurgery.errors import Interrupted, report_done
 app = typer.Typer(
     help="Change single scalars of a checkpoint: exactly, safely and provably.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from swsurgery.cli.completion import complete_model, complete_status
 from swsurgery.cli.options import PageOption, get_width, table_command
 from swsurgery.cli.output import Output, print_json, print_table, print_text
 from swsurgery.cli.pages import refuse_page, write_page
@@ -29,10 +30,16 @@ _LIST_HEADER = ("name", "coordinates", "status", "maximum activation")
 def lookup(
     out: Output,
     model: Annotated[
-        str | None, typer.Argument(help="The name of a model, or a patched checkpoint.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The name of a model, or a patched checkpoint.", show_default=False, autocompletion=complete_model
+        ),
     ] = None,
     status: Annotated[
-        list[str] | None, typer.Option(help="Print only super weights with this status; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Print only super weights with this status; may be repeated.", autocompletion=complete_status
+        ),
     ] = None,
     manifest: Annotated[
         Operation | None,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from swsurgery.cli.completion import complete_document
 from swsurgery.cli.options import command
 from swsurgery.cli.output import Output, print_json
 
@@ -18,6 +19,7 @@ def schema(
         typer.Option(
             metavar="COMMAND",
             help="Print the schema of what this command prints with --json, or of errors (error).",
+            autocompletion=complete_document,
         ),
     ] = None,
 ) -> None:

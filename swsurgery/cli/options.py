@@ -12,6 +12,7 @@ from typing import Annotated, Concatenate, Literal, ParamSpec
 
 import typer
 
+from swsurgery.cli.completion import complete_device
 from swsurgery.cli.output import Output, is_terminal
 from swsurgery.errors import SwsurgeryError, TargetError
 
@@ -122,7 +123,10 @@ TextOption = Annotated[
 PromptOption = Annotated[list[str] | None, typer.Option(help="A prompt for the model to continue; may be repeated.")]
 MaxRatio = Annotated[float | None, typer.Option(help="Fail if the perplexity ratio patched/base is above this.")]
 MinRatio = Annotated[float | None, typer.Option(help="Fail if the perplexity ratio patched/base is below this.")]
-DeviceOption = Annotated[str, typer.Option(help="The device that runs the model: auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(help="The device that runs the model: auto, cpu, cuda or cuda:N.", autocompletion=complete_device),
+]
 PlacementOption = Annotated[
     Literal["auto", "whole", "streamed"],
     typer.Option(

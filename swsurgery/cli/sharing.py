@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from swsurgery.cli.completion import complete_model
 from swsurgery.cli.options import BaseOption, DirectoryArgument, command
 from swsurgery.cli.output import Output, print_text, say
 from swsurgery.errors import SwsurgeryError, escape_control, pluralise, report_done
@@ -151,7 +152,10 @@ def export(
     ],
     base: BaseOption = None,
     model: Annotated[
-        str | None, typer.Option(help="With --format outliers: export the known super weights of this model.")
+        str | None,
+        typer.Option(
+            help="With --format outliers: export the known super weights of this model.", autocompletion=complete_model
+        ),
     ] = None,
 ) -> None:
     """Write only the edits, without the checkpoint: a few kilobytes."""
@@ -193,11 +197,16 @@ def recipe(
             metavar="CHECKPOINT|MODEL",
             help="A checkpoint (a directory or hf://ORG/NAME[@REV]), or the name of a known model.",
             show_default=False,
+            autocompletion=complete_model,
         ),
     ],
     tool: Annotated[Quantiser, typer.Option("--for", help="The quantiser that the recipe is for.", show_default=False)],
     model: Annotated[
-        str | None, typer.Option(help="The known model that the checkpoint is made from, if its files do not name one.")
+        str | None,
+        typer.Option(
+            help="The known model that the checkpoint is made from, if its files do not name one.",
+            autocompletion=complete_model,
+        ),
     ] = None,
 ) -> None:
     """Print the configuration of a quantiser that keeps the modules with super weights in high precision."""

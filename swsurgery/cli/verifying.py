@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from swsurgery.cli.completion import complete_model
 from swsurgery.cli.options import (
     CheckpointArgument,
     DirectoryArgument,
@@ -47,7 +48,8 @@ def verify(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The known model that the checkpoint is made from, if it cannot be identified. Implies --known."
+            help="The known model that the checkpoint is made from, if it cannot be identified. Implies --known.",
+            autocompletion=complete_model,
         ),
     ] = None,
     known_tolerance: Annotated[

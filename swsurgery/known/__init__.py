@@ -8,6 +8,7 @@ them. It must not depend on a running model, torch or numpy.
     shipped.py   reads the shipped TOML files, one per model family
     own.py       the user's own entries, and lookup by name in shipped and own entries
     listing.py   lists all known models
+    names.py     lists their names alone, for shell completion
     table.py     renders the table for the terminal, and manifests
     *.toml       the shipped data; related.toml contains results without a coordinate, and names.toml is a generated
                  index of the models' names

@@ -236,7 +236,7 @@ def _shorten(text: str) -> str:
     return f"{raw[:_KEPT].decode(errors='ignore').rstrip('-')}-{digest}"
 
 
-def _list_files() -> list[Path]:
+def list_own_files() -> list[Path]:
     """List the files of own entries; empty if the folder does not exist or cannot be read."""
     try:
         names = os.listdir(get_own_folder())
@@ -259,7 +259,7 @@ def _list_files_named(name: str) -> list[Path]:
     hyphen, equal `name`.
     """
     stem, key = _make_stem(name), _shorten(normalise(name))
-    paths = _list_files()
+    paths = list_own_files()
     exact = [path for path in paths if path.stem == stem]
     return exact or [p for p in paths if key in (p.stem.replace(".", "-"), p.stem.rpartition(".")[2])]
 
@@ -286,7 +286,7 @@ def _make_several_error(name: str, paths: list[Path]) -> LookupFailed:
 
 
 def _list_readable() -> Iterator[tuple[Path, KnownModel]]:
-    for path in _list_files():
+    for path in list_own_files():
         try:
             yield path, _load(path)
         except LookupFailed:
