@@ -22,18 +22,17 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from page import replace_section
 
-from hub.server import Hub  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # before this folder, which has a hub.py too
+
+from hub.server import Hub
 
 TENSOR, INDEX = "model.layers.2.mlp.down_proj.weight", [17, 90]
 BASE, NEW = "org/base", "ada/edited"
 SHARD_HEADER, BESIDE, DRY_RUN = 2_000_000, 64_000, 1.0
 """Targets: bytes read from one shard by `inspect --at`, bytes of everything else that it reads, and seconds of
 `publish --dry-run`."""
-
-HEADING = "## The Hub"
 
 
 @dataclass
@@ -139,16 +138,15 @@ def _round_trips(hub: Hub, number: int) -> float:
     return time.perf_counter() - begin
 
 
-def section(base: Path, rows: list[Row], seconds: dict[str, float], load: float, busy: bool) -> str:
-    """Return the results as a section in Markdown."""
+def section(base: Path, rows: list[Row], seconds: dict[str, float], load: float, busy: bool) -> list[str]:
+    """Return the results as lines in Markdown."""
     total = sum(file.stat().st_size for file in base.iterdir()) / 1e9
     other = f"busy with other work (load {load:.1f} before it began)" if busy else f"idle (load {load:.1f})"
     table = [
         "| what | measured | at most |", "|---|---:|---:|",
         *(f"| {row.what} | {row.measured} | {row.target}{'' if row.met else ', **missed**'} |" for row in rows),
     ]  # fmt: skip
-    return "\n".join([
-        HEADING, "",
+    return [
         "Made by `python benchmarks/hub.py BASE --write`: a server with the Hub's protocol on loopback, the real",
         f"client, a base of {total:.1f} GB, one edited scalar. Only the bodies of requests and answers are",
         f"counted. {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()};",
@@ -161,7 +159,7 @@ def section(base: Path, rows: list[Row], seconds: dict[str, float], load: float,
         "the model; Xet may save some of them.", "",
         "Seconds here, with almost no time for a round trip: "
         + ", ".join(f"`{name}` {value:.1f}" for name, value in seconds.items()) + ".",
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 def main() -> int:
@@ -179,11 +177,10 @@ def main() -> int:
         rows, seconds = measured(options.base.resolve(), work, busy)
     finally:
         shutil.rmtree(work)
-    text = section(options.base, rows, seconds, load, busy)
-    print(text)
+    lines = section(options.base, rows, seconds, load, busy)
+    print("\n".join(lines))
     if options.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(page.read_text().split(HEADING)[0].rstrip() + f"\n\n{text}\n")
+        replace_section("The Hub", lines)
     return 0 if all(row.met for row in rows) else 1
 
 

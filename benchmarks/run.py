@@ -20,7 +20,10 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from page import PAGE
 
 SIZES = {  # hidden, intermediate, layers, key-value width, vocabulary, gigabytes per shard
     "0.3 GB": (1024, 2816, 10, 1024, 32000, 0.1),
@@ -116,6 +119,17 @@ def write_checkpoint(folder: Path, size: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def make_once(base: Path, write: Callable[..., None], *arguments: object) -> None:
+    """Write a checkpoint if it does not exist yet.
+
+    A process of its own writes it: the peak memory of a command counts from the fork, so this process must stay small.
+    """
+    if not base.exists():
+        writer = multiprocessing.get_context("spawn").Process(target=write, args=(base, *arguments))
+        writer.start()
+        writer.join()
+
+
 def run(command: list[str], output: Path, **environment: str) -> tuple[float, float]:
     """Run a command and a sync. Return the seconds of both, and the peak resident MB of the largest process."""
     output.unlink() if output.is_file() else shutil.rmtree(output, ignore_errors=True)
@@ -171,11 +185,7 @@ def main() -> None:
     rows, memory = [], []
     for size in ["0.3 GB", "5.6 GB", *(["13.5 GB"] if options.full else [])]:
         base = work / size.replace(" ", "")
-        if not base.exists():
-            # In a process of its own: a command's peak memory counts from the fork, so this one must stay small.
-            writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(base, size))
-            writer.start()
-            writer.join()
+        make_once(base, write_checkpoint, size)
         print(size, flush=True)
         copy = ["cp", "-r", str(base), str(out)]
         rounds = options.rounds if size == "5.6 GB" else 1
@@ -238,9 +248,8 @@ def main() -> None:
     print("\n".join(lines))
     if options.write:
         head = "# Benchmarks\n\nMade by `make bench BENCH=--write`; see benchmarks/run.py.\n\n"
-        page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-        _, hub, rest = page.read_text().partition("\n## The Hub\n")  # by benchmarks/hub.py
-        page.write_text(head + "\n".join(lines) + "\n" + hub + rest)
+        _, hub, rest = PAGE.read_text().partition("\n## The Hub\n")  # by benchmarks/hub.py
+        PAGE.write_text(head + "\n".join(lines) + "\n" + hub + rest)
 
 
 if __name__ == "__main__":

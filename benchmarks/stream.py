@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -20,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from run import write_checkpoint
+from run import make_once, write_checkpoint
 
 PREAMBLE = """
 import json, resource, sys, time, warnings
@@ -135,10 +134,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="write the table to this file")
     options = parser.parse_args()
     folder = options.work.resolve() / options.size.replace(" ", "")
-    if not folder.exists():
-        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(folder, options.size))
-        writer.start()
-        writer.join()
+    make_once(folder, write_checkpoint, options.size)
     jobs = {name: job for name, job in JOBS[options.device].items() if not options.only_ours or job is OURS}
     against = list(JOBS[options.device])[1]
     runs: dict[str, list[dict]] = {name: [] for name in jobs}

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import platform
 import statistics
 from pathlib import Path
 
-from run import SIZES, SWSURGERY, median, run, write_checkpoint
+from page import describe_machine, replace_section
+from run import SIZES, SWSURGERY, make_once, median, run, write_checkpoint
 
 EDITS = {
     "one scalar: zero": "{op: zero, layer: 2, row: 17, col: 90}",
@@ -33,7 +31,6 @@ EDITS = {
 """What is measured. Each is one edit of a manifest."""
 
 EXPERT = "one expert of 8: zero"
-HEADING = "\n## Structures and whole tensors\n"
 
 
 def write_mixture(folder: Path) -> None:
@@ -68,14 +65,6 @@ def _rename(file: Path, names: dict[str, str]) -> None:
         shard.write(raw + b" " * (size - len(raw)))
 
 
-def make(base: Path, write: object, *arguments: object) -> None:
-    """Write a checkpoint once, in a process of its own, because peak memory counts from the fork."""
-    if not base.exists():
-        writer = multiprocessing.get_context("spawn").Process(target=write, args=(base, *arguments))
-        writer.start()
-        writer.join()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
@@ -88,9 +77,9 @@ def main() -> None:
     out = work / "out"
     work.mkdir(parents=True, exist_ok=True)
     dense, mixture = work / options.size.replace(" ", ""), work / "mixture"
-    make(dense, write_checkpoint, options.size)
+    make_once(dense, write_checkpoint, options.size)
     if EXPERT.startswith(options.only):
-        make(mixture, write_mixture)
+        make_once(mixture, write_mixture)
 
     def apply(base: Path, edit: str) -> list[str]:
         manifest = work / "edit.yaml"
@@ -130,7 +119,7 @@ def main() -> None:
         f"Edits of a {options.size} F16 checkpoint; an expert is one of a mixture of experts of 5.6 GB. Times are of",
         f"whole processes, including sync: {rounds}. Each ratio compares with `cp -r` + sync, or with",
         "the edit of one scalar, in the same round.",
-        f"{len(os.sched_getaffinity(0))} cores, Linux {platform.release()}, Python {platform.python_version()}.",
+        describe_machine(),
         "",
         "| edit | seconds | peak memory | relative to cp -r + sync | relative to one scalar |",
         "|---|---:|---:|---:|---:|",
@@ -138,10 +127,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if options.write:
-        page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-        before, _, rest = page.read_text().partition(HEADING)
-        _, heading, after = rest.partition("\n## ")
-        page.write_text(before.rstrip("\n") + "\n" + HEADING + "\n" + "\n".join(lines) + "\n" + heading + after)
+        replace_section("Structures and whole tensors", lines)
 
 
 if __name__ == "__main__":

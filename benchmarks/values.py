@@ -13,17 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 from pathlib import Path
 
-from run import SIZES, SWSURGERY, median, run, write_checkpoint
-from structures import make
+from page import describe_machine, replace_section
+from run import SIZES, SWSURGERY, make_once, median, run, write_checkpoint
 
 OPENSSL = (
     "import hashlib, sys\nfor name in sys.argv[1:]:\n    with open(name, 'rb') as f: hashlib.file_digest(f, 'sha256')"
 )
-HEADING = "\n## Values\n"
 
 
 def write_distinct(folder: Path, size: str) -> None:
@@ -60,7 +58,7 @@ def main() -> None:
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     folder = work / ("distinct-" + options.size.replace(" ", ""))
-    make(folder, write_distinct, options.size)
+    make_once(folder, write_distinct, options.size)
     files = sorted(folder.glob("*.safetensors"))
     names = [str(file) for file in files]
     jobs = {
@@ -83,7 +81,7 @@ def main() -> None:
     lines = [
         f"Made by `python benchmarks/values.py --write`: all values of an F16 checkpoint of {options.size}, the page",
         f"cache of its shards emptied before each run. Medians of {options.rounds} rounds in turn, whole processes.",
-        f"{len(os.sched_getaffinity(0))} cores, Linux {platform.release()}, Python {platform.python_version()}.",
+        describe_machine(),
         "",
         "| what | seconds | peak memory | relative to sha256sum | relative to OpenSSL |",
         "|---|---:|---:|---:|---:|",
@@ -95,10 +93,7 @@ def main() -> None:
         )
     print("\n".join(lines))
     if options.write:
-        page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-        before, _, rest = page.read_text().partition(HEADING)
-        _, heading, after = rest.partition("\n## ")
-        page.write_text(before.rstrip("\n") + "\n" + HEADING + "\n" + "\n".join(lines) + "\n" + heading + after)
+        replace_section("Values", lines)
 
 
 if __name__ == "__main__":
