@@ -75,6 +75,11 @@ class HistoryStep(Strict):
         """True if the step has a record of version 2."""
         return self.registry.get("registry_version") == 2
 
+    @property
+    def has_codes(self) -> bool:
+        """True if the step edited or protected an element of a quantised matrix."""
+        return bool(self.registry.get("codes"))
+
     def read(self) -> Record:
         """Return the earlier record with an empty history. Raises CheckpointError if it is not valid."""
         return _validate(self.registry | {"history": []})
@@ -157,6 +162,15 @@ class Record(TableResult, Strict):
         document = self.to_json()
         regions = (document.get(name, ()) for name in ("changes", "protected_regions"))
         return list_rows(document["edits"], document["protected"], *regions)
+
+    def list_protected_codes(self) -> list[tuple[int, CodeRecord]]:
+        """Return the quantised elements that this step and earlier steps protect, each as (number of the step, code).
+
+        Raises CheckpointError if an earlier record is not valid.
+        """
+        earlier = [(n, step.read()) for n, step in enumerate(self.history, 1) if step.has_codes]
+        steps = [*earlier, (len(self.history) + 1, self)]
+        return [(number, code) for number, step in steps for code in step.codes if code.op == "protect"]
 
     def list_inherited(self) -> list[tuple[int, ScalarRecord]]:
         """Return the scalars that earlier steps protect, each as (number of the step, scalar).

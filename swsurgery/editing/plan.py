@@ -164,7 +164,9 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     misfits += codes.list_misfits(read)
     changed = [(one.number, one.coordinate) for one in plain if one.edit.writes]
     misfits += _check_protected([*changed, *((n, splice.coordinate) for n, splice in codes.splices)], previous)
-    splices = tuple(scalar for _, scalar in [*read, *codes.splices] if isinstance(scalar, Splice))
+    changes = [*((one.number, scalar) for one, scalar in read), *codes.splices]
+    misfits += _check_protected_codes(changes, previous, checkpoint)
+    splices = tuple(scalar for _, scalar in changes if isinstance(scalar, Splice))
     protected = tuple(scalar for _, scalar in [*read, *codes.protected] if not isinstance(scalar, Splice))
     unfit = {misfit.number for misfit in misfits}
     regions = plan_regions(
@@ -233,6 +235,18 @@ def _check_protected(changed: Iterable[tuple[int, Coordinate]], previous: Patche
         if protector is not None:
             message = f"{coordinate} is protected by step {protector} of the base's record"
             yield Misfit(number, f"{message} (revert that step, or start from the first base)")
+
+
+def _check_protected_codes(
+    changes: Iterable[tuple[int, Scalar]], previous: Patched | None, checkpoint: Checkpoint
+) -> Sequence[Misfit]:
+    """Report every edit that would change the value of a quantised element that the base's own record protects."""
+    if previous is None or not previous.record.list_protected_codes():
+        return ()
+    from swsurgery.editing.protected_codes import find_changed_codes  # imports numpy
+
+    splices = [(number, scalar) for number, scalar in changes if isinstance(scalar, Splice)]
+    return list(find_changed_codes(splices, previous.record, checkpoint))
 
 
 def _check_copies(loaded: LoadedManifest, checkpoint: Checkpoint, *, changes: bool) -> list[str]:

@@ -229,12 +229,12 @@ def check_scalars(record: Record, checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _check_codes(record: Record, checkpoint: Checkpoint) -> list[Finding]:
-    """Check the recorded elements of quantised matrices, if there are any."""
-    if not record.codes:
+    """Check the elements of quantised matrices that this step or an earlier one recorded, if there are any."""
+    if not record.codes and not record.list_protected_codes():
         return []
-    from swsurgery.verifying.coded_edits import check_codes  # imports numpy
+    from swsurgery.verifying.coded_edits import check_codes, check_protected_codes  # imports numpy
 
-    return list(check_codes(record, checkpoint))
+    return [*check_codes(record, checkpoint), *check_protected_codes(record, checkpoint)]
 
 
 def check_structure(checkpoint: Checkpoint) -> list[Finding]:

@@ -16,6 +16,7 @@ from swsurgery.checkpoint.record import Record
 from swsurgery.checkpoint.record_entries import CodeRecord, EditRecord
 from swsurgery.errors import NumberError
 from swsurgery.storage.coordinate import Coordinate, is_valid_index
+from swsurgery.storage.numbers import format_exact
 from swsurgery.verifying.findings import Finding
 
 
@@ -45,6 +46,23 @@ def check_codes(record: Record, checkpoint: Checkpoint) -> Iterator[Finding]:
         if changed & ~held.get(coordinate, 0):
             message = "the record changes bits of a stored number that belong to none of the edited codes"
             yield Finding("registry", message, edit.file, edit.tensor, edit.index)
+
+
+def check_protected_codes(record: Record, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield a finding for each quantised element that an earlier step protects and that has another value now."""
+    for step, code in record.list_protected_codes():
+        here = all(element.tensor in checkpoint.weight_map for element in code.elements)
+        if step > len(record.history) or not here:
+            continue
+        try:
+            cell = _find_matrix(code, checkpoint).find_cell(code.index)
+            value = cell.values[cell.read_code(make_reader(checkpoint))]
+            fault = None if value == code.old else f"it is {format_exact(value)}, not {format_exact(code.old)}"
+        except CannotTell as error:
+            fault = str(error)
+        if fault:
+            message = f"step {step} protects this quantised element: {fault}"
+            yield Finding("protected-changed", message, tensor=code.weight, index=code.index)
 
 
 def _find_matrix(code: CodeRecord, checkpoint: Checkpoint) -> QuantisedMatrix:

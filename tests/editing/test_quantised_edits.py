@@ -137,6 +137,38 @@ def test_a_protected_element_keeps_its_code(base):
         swsurgery.apply(manifest, output=base.parent / "again", check="off")
 
 
+def scale_row(row: int, factor: float = 2.0) -> dict:
+    return {"op": "scale", "factor": factor, "raw": True, "tensor": f"{DOWN}_scale", "index": [row, 0]}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_later_step_cannot_change_the_scale_of_a_protected_element(base, in_place):
+    protect = {"op": "protect", "layer": 1, "row": 2, "col": 7}
+    patched = apply(base, protect, {"op": "zero", "layer": 1, "row": 0, "col": 1})
+    patched = apply(patched, {"op": "zero", "layer": 0, "row": 0, "col": 0}, name="second")
+    before = tree(patched)
+    manifest = write_manifest(base.parent / "m.yaml", patched, scale_row(3), scale_row(2))
+    output = {"in_place": True} if in_place else {"output": base.parent / "third"}
+    with pytest.raises(PlanError) as caught:
+        swsurgery.apply(manifest, check="off", **output)
+    [fault] = caught.value.faults
+    old = float(build()[DOWN][2, 7]) * float(build()[f"{DOWN}_scale"][2, 0])
+    assert "edits[1]: " in fault and f"{DOWN}[2, 7], which is protected by step 1 of the base's record" in fault
+    assert f"would become {old * 2!r} instead of {old!r}" in fault
+    assert tree(patched) == before and not (base.parent / "third").exists()
+    third = apply(patched, scale_row(3), scale_row(2, 1.0), name="third")
+    assert verify(third) and differences(patched, third) == {f"{DOWN}_scale": [(3, 0)]}
+
+
+def test_a_protected_value_that_another_tool_changed_is_found(base, monkeypatch):
+    patched = apply(base, {"op": "protect", "layer": 1, "row": 2, "col": 7})
+    monkeypatch.setattr("swsurgery.editing.plan._check_protected_codes", lambda *_: ())
+    changed = apply(patched, scale_row(2), name="changed")
+    [finding] = swsurgery.verify(changed).findings
+    assert finding.rule == "protected-changed" and "step 1 protects this quantised element" in finding.message
+    assert (finding.tensor, finding.index) == (DOWN, (2, 7))
+
+
 def test_a_number_of_the_layer_itself_needs_raw(base):
     scale = {"tensor": f"{DOWN}_scale", "index": [2, 0]}
     with pytest.raises(PlanError, match="set raw: true"):

@@ -99,15 +99,17 @@ _LEFT_OUT = (*WEIGHT_ENDINGS, (".weight.absmax", ".weight"))
 """WEIGHT_ENDINGS, and the same for a tensor beside codes that shows by its name that they are packed."""
 
 
-def find_matrix(checkpoint: StoredTensors, weight: str) -> QuantisedMatrix | None:
+def find_matrix(checkpoint: StoredTensors, weight: str, read: ReadBytes | None = None) -> QuantisedMatrix | None:
     """Find how the weight of this name is quantised. Returns None if it is stored as a plain tensor or not at all.
+
+    `read` may be given to read the data of the tensors with changes that are not written yet.
 
     Raises CannotTell if no layout, or more than one, describes the tensors of its module, or if they do not decide what
     the weight is.
     """
     if weight in checkpoint.disagreements:
         raise CannotTell(f"index and shards disagree about {weight}")
-    module = _read_module(checkpoint, weight)
+    module = _read_module(checkpoint, weight, read or make_reader(checkpoint))
     if module is None:
         return None
     found = [matrix for find in LAYOUTS if (matrix := find(module)) is not None]
@@ -118,7 +120,7 @@ def find_matrix(checkpoint: StoredTensors, weight: str) -> QuantisedMatrix | Non
     return found[0]
 
 
-def _read_module(checkpoint: StoredTensors, weight: str) -> QuantisedModule | None:
+def _read_module(checkpoint: StoredTensors, weight: str, read: ReadBytes) -> QuantisedModule | None:
     """Return the module with a quantised weight; None if the weight is plain or not stored."""
     coded = find_codes(checkpoint, weight)
     if coded is None:
@@ -127,9 +129,7 @@ def _read_module(checkpoint: StoredTensors, weight: str) -> QuantisedModule | No
     shard = checkpoint.shards[checkpoint.weight_map[coded]]
     scale = reading.scale if coded == weight and reading.kind == "scaled" else None
     others = tuple(name for name in checkpoint.quantisation.list_others(weight) if name != coded)
-    return QuantisedModule(
-        weight, checkpoint.config, shard.metadata, checkpoint.infos, make_reader(checkpoint), scale, others
-    )
+    return QuantisedModule(weight, checkpoint.config, shard.metadata, checkpoint.infos, read, scale, others)
 
 
 def find_codes(checkpoint: StoredTensors, weight: str) -> str | None:
