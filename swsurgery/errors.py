@@ -101,7 +101,8 @@ def _split_remedy(line: str) -> tuple[str, str]:
 class SwsurgeryError(Exception):
     """Base class of all errors that swsurgery raises on purpose. `faults` contains one line per fault.
 
-    `result` is the result of the command if it was computed and only writing it to a file failed, otherwise None.
+    `result` is what the command had computed when it failed: a scan that could not be written to a file, or an edit
+    that the check rejected. It is None for all other errors.
     """
 
     exit_code = 2

@@ -14,6 +14,7 @@ from swsurgery.cli.options import (
     CheckpointArgument,
     DeviceOption,
     DirectoryArgument,
+    GenerateOption,
     MaxRatio,
     MinRatio,
     PageOption,
@@ -29,7 +30,7 @@ from swsurgery.cli.options import (
 )
 from swsurgery.cli.output import Output, print_text
 from swsurgery.cli.pages import refuse_page, write_page
-from swsurgery.errors import escape_control
+from swsurgery.errors import CheckFailed, escape_control
 
 
 @command
@@ -73,6 +74,7 @@ def apply(
     windows: WindowsOption = 16,
     window: WindowOption = 512,
     prompt: PromptOption = None,
+    generate: GenerateOption = 0,
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
     for_publish: Annotated[
@@ -90,31 +92,39 @@ def apply(
     """Apply manifests: write a patched checkpoint with its record, or nothing if any step fails."""
     from swsurgery.cli import show
     from swsurgery.editing import apply, sanity
+    from swsurgery.editing.rejected import Rejected
     from swsurgery.storage.numbers import parse_size
 
-    limit = parse_size(undo_limit)
+    limit, subject = parse_size(undo_limit), ", ".join(map(str, manifest))
     refuse_page(page, *manifest, base, directory)
     if dry_run:
         planned = apply.plan(manifest, base, reporter=out.make_reporter())
         out.print_result(planned, lambda plan: show.show_plan(plan, limit))
-        write_page(out, page, "apply", ", ".join(map(str, manifest)), planned.to_json())
+        write_page(out, page, "apply", subject, planned.to_json())
         return
     bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
-    options = sanity.CheckOptions(check, device, placement, read_text(text), prompt or None, bounds, windows, window)
-    applied = apply.apply(
-        manifest,
-        base,
-        directory,
-        in_place=in_place,
-        link=link,
-        check=options,
-        reuse_digests=reuse_digests,
-        for_publish=for_publish,
-        undo_limit=limit,
-        reporter=out.make_reporter(),
+    options = sanity.CheckOptions(
+        check, device, placement, read_text(text), prompt or None, bounds, windows, window, generate
     )
+    try:
+        applied = apply.apply(
+            manifest,
+            base,
+            directory,
+            in_place=in_place,
+            link=link,
+            check=options,
+            reuse_digests=reuse_digests,
+            for_publish=for_publish,
+            undo_limit=limit,
+            reporter=out.make_reporter(),
+        )
+    except CheckFailed as error:
+        if isinstance(error.result, Rejected):
+            write_page(out, page, "apply", subject, error.result.to_json())
+        raise
     out.print_result(applied, show.show_applied)
-    write_page(out, page, "apply", ", ".join(map(str, manifest)), applied.to_json())
+    write_page(out, page, "apply", subject, applied.to_json())
 
 
 @command
@@ -159,9 +169,7 @@ def check(
         str | None,
         typer.Option(help="Compare with this checkpoint of the same architecture, instead of the record's base."),
     ] = None,
-    generate: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Also continue each prompt by N tokens with both models.")
-    ] = 0,
+    generate: GenerateOption = 0,
     activation_bits: ActivationBitsOption = None,
     activation_per: ActivationPerOption = "tensor",
     page: PageOption = None,

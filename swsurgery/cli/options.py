@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -63,7 +64,7 @@ def _make_command(
         given = frozenset(str(name) for name in (*named, *chosen) if _is_given(context, str(name)))
         out.given = given - chosen
         _choose_form(out, chosen, given)
-        _restrain_hub(out)
+        _restrain_libraries(out)
         try:
             function(out, *arguments, **named)
         finally:
@@ -95,11 +96,14 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _restrain_hub(out: Output) -> None:
+def _restrain_libraries(out: Output) -> None:
     """Silence huggingface_hub if --quiet was given, and its progress bars also if stderr is not a terminal.
 
     huggingface_hub reads these environment variables when it is imported, so this function must run before the import.
+    torchao, which transformers imports if it is installed, logs warnings about its own files: they are silenced too.
     """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if out.quiet or not is_terminal(sys.stderr):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if out.quiet:
@@ -150,6 +154,9 @@ VariantOption = Annotated[
 ]
 PlotOption = Annotated[Path | None, typer.Option(help="Draw the figure to this file: .png, .svg or .pdf.")]
 PageOption = Annotated[Path | None, typer.Option(help="Also write the result as an HTML page to this file.")]
+GenerateOption = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Also continue each prompt by N tokens with both models.")
+]
 WindowsOption = Annotated[int, typer.Option(min=1, help="Maximum number of windows of text to measure on.")]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in each window; shorter windows are faster.")]
 

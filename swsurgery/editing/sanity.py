@@ -19,6 +19,7 @@ from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.editing.check_base import find_checked_base, find_coded
 from swsurgery.editing.plan import Plan
+from swsurgery.editing.rejected import Rejected
 from swsurgery.errors import CheckFailed, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
 from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 from swsurgery.model import Placement
@@ -50,6 +51,7 @@ class CheckOptions:
 
     `text` is the text to run, or None for the built-in passage. `bounds` take precedence over the manifest's bounds; a
     bound that is None is taken from the manifest. `windows` is the number of windows of text, each of `window` tokens.
+    `generate` is the number of tokens by which both models continue each prompt.
     """
 
     kind: Check = "auto"
@@ -60,17 +62,23 @@ class CheckOptions:
     bounds: CheckedBounds | None = None
     windows: int = 16
     window: int = 512
+    generate: int = 0
 
     def __post_init__(self) -> None:
-        """Raise TypeError for a field of the wrong type, and ModelError for an unknown device or an empty text."""
+        """Raise TypeError for a field of the wrong type.
+
+        Raises ModelError for an unknown device or an empty text, and SwsurgeryError if `generate` is negative.
+        """
         require_choice("kind", self.kind, get_args(Check))
         require_type("device", self.device, str)
         require_choice("placement", self.placement, get_args(Placement))
         require_type("text", self.text, str, optional=True)
         require_strings("prompts", self.prompts)
         require_type("bounds", self.bounds, CheckedBounds, optional=True)
-        for name in ("windows", "window"):
+        for name in ("windows", "window", "generate"):
             object.__setattr__(self, name, require_integer(name, getattr(self, name)))
+        if self.generate < 0:
+            raise SwsurgeryError("the number of tokens to generate must not be negative", self.generate)
         refuse_device(self.device)
         refuse_empty_text(self.text)
 
@@ -89,8 +97,7 @@ class CheckOptions:
     @property
     def asked(self) -> bool:
         """True if the user set any option that needs a forward pass."""
-        given = (self.device, self.placement, self.text, self.prompts, self.windows, self.window)
-        return given != ("auto", "auto", None, None, 16, 512)
+        return replace(self, kind="auto", bounds=None) != CheckOptions()
 
 
 def check(
@@ -136,10 +143,7 @@ def check(
     reporter = require_reporter(reporter)
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     roundings = list_roundings(activation_bits, activation_per)
-    tokens = require_integer("generate", generate)
-    if tokens < 0:
-        raise SwsurgeryError("the number of tokens to generate must not be negative", tokens)
-    options = CheckOptions("forward", device, placement, text, prompts, bounds, windows, window)
+    options = CheckOptions("forward", device, placement, text, prompts, bounds, windows, window, generate)
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
     where = parse_location(require_location("checkpoint", checkpoint))
@@ -169,7 +173,7 @@ def check(
                 opened,
                 changes,
                 base=found_base,
-                generate=tokens,
+                generate=options.generate,
                 roundings=roundings,
                 text=options.text,
                 prompts=options.prompts,
@@ -214,7 +218,8 @@ def run_check(
 ) -> dict[str, Any]:
     """Check a patched checkpoint, staged or edited in place, and return the report for its record, as JSON.
 
-    Raises CheckFailed if the checkpoint fails, and ModelError if the check that the user asked for cannot be made.
+    Raises CheckFailed if the checkpoint fails; its `result` is a Rejected if the models were run. Raises ModelError if
+    the check that the user asked for cannot be made.
     """
     bounds = combine_bounds(plan, options)
     if options.kind == "off":
@@ -222,7 +227,7 @@ def run_check(
     weights = _check_weights(plan, patched, progress)
     reason = None
     if options.kind == "weights":
-        reason = "only the weights were to be checked"
+        reason = "no more was requested"
     elif not plan.touched:
         _check_unchanged(bounds)
         reason = "nothing was changed"
@@ -238,10 +243,13 @@ def run_check(
             # The path of the stage is temporary and must not appear in the record.
             reason = model.explain_unavailable() or str(error).replace(str(patched), "the checkpoint")
         else:
+            document = {"kind": "forward", "reason": None, "weights": weights, **report.to_record()}
             if not report.ok:
-                raise CheckFailed.of(f"check failed: {line}" for line in report.failures)
-            return {"kind": "forward", "reason": None, "weights": weights, **report.to_record()}
-    if plan.touched:
+                failed = CheckFailed.of(f"check failed: {line}" for line in report.failures)
+                failed.result = Rejected(plan, document)
+                raise failed
+            return document
+    if plan.touched and options.kind != "weights":
         say(f"only the weights were checked: {reason}")
     return {"kind": "weights", "reason": reason, "weights": weights}
 
@@ -260,10 +268,18 @@ def combine_bounds(plan: Plan, options: CheckOptions) -> CheckedBounds:
 
     Raises PlanError if no ratio satisfies both bounds, or if the chosen check does not measure the ratio.
     """
-    if options.kind in ("off", "weights") and options.bounds:
+    unmet = [
+        text
+        for text, given in (
+            ("measure perplexity, but a bound on its ratio was given", options.bounds),
+            ("run the model, but --generate was given", options.generate),
+        )
+        if given and options.kind in ("off", "weights")
+    ]
+    if unmet:
+        option = "the bound" if options.bounds else "--generate"
         raise PlanError(
-            f"--check {options.kind} does not measure perplexity, but a bound on its ratio was given",
-            remedy=f"leave out the bound or --check {options.kind}",
+            f"--check {options.kind} does not {unmet[0]}", remedy=f"leave out {option} or --check {options.kind}"
         )
     given, said = options.bounds or CheckedBounds(), plan.loaded.manifest.check
     most = said.max_perplexity_ratio if given.max_perplexity_ratio is None else given.max_perplexity_ratio
@@ -299,6 +315,7 @@ def _check_forward(
         placement=options.placement,
         windows=options.windows,
         window=options.window,
+        generate=options.generate,
         progress=progress,
         say=say,
     )

@@ -312,7 +312,7 @@ def test_a_check_that_fails_leaves_no_target(manifest, tmp_path, monkeypatch, ca
 
     def no(staged: Checkpoint, changes: list, **rest: object) -> SimpleNamespace:
         seen.append((staged.root, [c.coordinate.index for c in changes], sorted(tree(staged.root))))
-        return SimpleNamespace(ok=False, failures=["worse than it may be", "and worse"])
+        return SimpleNamespace(ok=False, failures=["worse than it may be", "and worse"], to_record=dict)
 
     monkeypatch.setattr(sanity, "run_checks", no)
     code = cli.main(["apply", str(manifest), "-o", str(tmp_path / "out"), "--check", "forward"])

@@ -52,7 +52,9 @@ def render_apply(subject: str, document: Document) -> Page:
         show_notes(document),
         _show_next(output, document) if output else Markup(""),
     ]
+    failures = read_list(document, "check", "failures")
     title = f"{subject} applied" if output else f"{subject}: what it would change"
+    title = f"{subject}: rejected by the check" if failures else title
     return Page(title, _describe(document, edits, output), tuple(sections))
 
 
@@ -99,7 +101,11 @@ def _describe(document: Document, edits: Sequence[Document], output: str) -> Mar
     amount = f"{changed:,} of {total:,} scalars" if total else pluralise(changed, "scalar")
     if not output:
         most = "at most " if read_maps(document, "rewrites") else ""
-        return escape(f"{most}{amount} would differ. Nothing was written.".capitalize())
+        effect = describe_effect(read_map(document, "check"))
+        answer = f"{most}{amount} would differ{f'; {effect}' if effect else ''}."
+        rejected = read_list(document, "check", "failures")
+        why = "The check rejected the edit, so nothing was written." if rejected else "Nothing was written."
+        return escape(f"{answer[0].upper()}{answer[1:]} {why}")
     parts: list[object] = [f"{amount} {'differs' if changed == 1 and not total else 'differ'}"]
     if effect := describe_effect(read_map(document, "check")):
         parts.append(f"; {effect}")
