@@ -23,12 +23,6 @@ from swsurgery.storage.result import TableResult, name_schema
 from swsurgery.verifying.findings import RULES, Finding
 from swsurgery.verifying.rule_help import HELP, find_source, make_help_address
 
-_UNDECIDED = Finding("undecided", "nothing could be compared")
-"""The finding that JUnit and SARIF report if the answer is neither "yes" nor "no".
-
-Readers of both formats take a report without an error as "yes".
-"""
-
 ReportFormat = Literal["text", "json", "junit", "sarif", "github"]
 REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
@@ -41,7 +35,8 @@ class FindingReport(TableResult):
     `checked` is text with one line for each fact that was proved. `details` are further fields of the JSON document.
     `headline` is the answer as one line of text; if it is "", the number of findings is printed instead.
     `rules` are the names of the rules that were checked. `decided` is False if nothing could be compared: the answer is
-    then neither "yes" nor "no". If `strict` is True, a warning makes the answer "no", as an error does.
+    then neither "yes" nor "no", and `reason` explains it. If `strict` is True, a warning makes the answer "no", as an
+    error does.
     """
 
     subject: str
@@ -53,6 +48,7 @@ class FindingReport(TableResult):
     decided: bool = True
     headline: str = field(default="", repr=False, kw_only=True)
     strict: bool = field(default=False, repr=False, kw_only=True)
+    reason: str = field(default="", repr=False, kw_only=True)
     shown: ClassVar[tuple[str, ...]] = ("ok",)
 
     @property
@@ -95,6 +91,16 @@ def render(report: FindingReport, format: ReportFormat) -> str:
 
 
 # For people ---------------------------------------------------------------------------------------------------------
+
+
+def _list_undecided(report: FindingReport) -> list[Finding]:
+    """Return the finding that reports for programs contain if the answer is neither "yes" nor "no"; [] otherwise.
+
+    Readers of JUnit and SARIF take a report without an error as "yes".
+    """
+    if report.decided or report.errors:
+        return []
+    return [Finding("undecided", report.reason or "nothing could be compared")]
 
 
 def _render_text(report: FindingReport) -> str:
@@ -175,7 +181,7 @@ def _render_junit(report: FindingReport) -> str:
     suite = ElementTree.SubElement(
         suites, "testsuite", name=f"swsurgery {report.command} {_escape_plain(report.subject)}"
     )
-    failed = undecided = 0
+    failed = 0
     for name in _list_rules(report) or ("all",):
         case = ElementTree.SubElement(suite, "testcase", classname=f"swsurgery.{report.command}", name=name, time="0")
         sentences = [_render_sentence(report, f) for f in report.findings if f.rule == name]
@@ -187,13 +193,13 @@ def _render_junit(report: FindingReport) -> str:
             failure.text = "\n".join(sentences)
         else:
             ElementTree.SubElement(case, "system-out").text = "\n".join(sentences)
-    if not report.decided and not failed:
-        undecided = 1
+    undecided = _list_undecided(report)
+    for finding in undecided:
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"swsurgery.{report.command}", name="decided", time="0"
         )
-        ElementTree.SubElement(case, "error", type=_UNDECIDED.rule, message=_UNDECIDED.message)
-    counts = {"tests": str(len(suite)), "failures": str(failed), "errors": str(undecided), "skipped": "0"}
+        ElementTree.SubElement(case, "error", type=finding.rule, message=_escape_plain(finding.message))
+    counts = {"tests": str(len(suite)), "failures": str(failed), "errors": str(len(undecided)), "skipped": "0"}
     suites.attrib.update(counts)
     suite.attrib.update(counts, time="0")
     if facts := _list_facts(report):
@@ -211,8 +217,7 @@ def _render_sarif(report: FindingReport) -> str:
     names = list(RULES)
     seen: Counter[str] = Counter()
     results = []
-    undecided = [] if report.decided or report.errors else [_UNDECIDED]
-    for finding in [*report.findings, *undecided]:
+    for finding in [*report.findings, *_list_undecided(report)]:
         identity = json.dumps([finding.rule, finding.file, finding.tensor, finding.index])
         seen[identity] += 1
         fingerprint = hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest()
@@ -306,8 +311,8 @@ def _render_github(report: FindingReport) -> str:
         lines.append(
             f"::notice title=swsurgery {report.command}::{_escape_data(_escape_plain(f'{report.subject}: {proved}'))}"
         )
-    elif not report.errors:
-        message = _escape_data(_escape_plain(f"{report.subject}: nothing could be compared"))
+    for finding in _list_undecided(report):
+        message = _escape_data(_escape_plain(f"{report.subject}: {finding.message}"))
         lines.append(f"::error title=swsurgery {report.command}::{message}")
     return "\n".join(lines) + "\n"
 

@@ -212,19 +212,19 @@ def has_sizes(model: KnownModel, sizes: ModelSizes, whole: bool = True) -> bool:
 def _identify_by_values(checkpoint: Checkpoint, sizes: ModelSizes, declared: Collection[Coordinate]) -> Identification:
     alike = [model for model in own.list_all_models() if has_sizes(model, sizes)]
     if not alike:
-        what = f"cannot tell which known model this is: none has its sizes ({sizes})"
+        what = f"not identified: no known model has its sizes ({sizes})"
         raise Unidentified(what, checkpoint.root, _REMEDY)
     readable = [model for model in alike if any(c.col is not None for c in model.coordinates)]
     evidence = [collect_evidence(model, survey(checkpoint, model, declared).coordinates) for model in readable]
     best = choose(evidence)
     if not best:
         names = _join([model.hf_id for model in alike])
-        what = f"undecided: not identified: it has the sizes of {names}, but no known value is stored at its place"
+        what = f"not identified: it has the sizes of {names}, but no known value is stored at its place"
         raise Unidentified(what, checkpoint.root, _REMEDY)
     first, *others = best
     if any(each.states != first.states for each in others):
         names = _join([each.model.hf_id for each in best])
-        what = f"undecided: not identified: its sizes and values fit {names}"
+        what = f"not identified: its sizes and values fit {names}"
         raise Unidentified(what, checkpoint.root, "name one of them with --model")
     twins = tuple(each.model.hf_id for each in others)
     return Identification(first.model, "values", sizes, len(first.fitting), len(first.compared), twins)

@@ -51,6 +51,7 @@ def preflight(
         completeness.decided,
         headline=escape_control(completeness.summarise(findings)),
         complete=completeness,
+        reason=escape_control(completeness.undecided or ""),
     )
 
 

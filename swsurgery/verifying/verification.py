@@ -46,7 +46,8 @@ class Proof:
     """Result of all checks: the findings, and the result of each check.
 
     `verification` is None if the checkpoint has no record. `base` is the location of the base that was compared.
-    `notes` describe the checkpoint's files and do not change the answer.
+    `notes` describe the checkpoint's files and do not change the answer. `unidentified` explains why the known model
+    could not be identified; it is "" if it was identified or not requested.
     """
 
     findings: tuple[Finding, ...]
@@ -63,18 +64,30 @@ class Proof:
     identified: Identification | None = None
     complete: Completeness | None = None
     strict: bool = False
+    unidentified: str = ""
 
     @property
     def decided(self) -> bool:
         """False if known super weights or completeness were requested and could not be compared."""
-        return (self.survival is None or self.survival.decided) and (self.complete is None or self.complete.decided)
+        return not self.explain_undecided()
+
+    def explain_undecided(self) -> str:
+        """Explain why known super weights or completeness could not be compared; "" if they were, or not requested."""
+        if self.unidentified:
+            return self.unidentified
+        if self.survival is not None and not self.survival.decided:
+            return "none of the known super weights could be compared"
+        if self.complete is not None and not self.complete.decided:
+            return self.complete.undecided or ""
+        return ""
 
     def refuse_undecided(self) -> Proof:
         """Return this proof with a finding if something that was requested could not be compared."""
         rules = (*self.rules, "undecided")
         if self.decided:
             return replace(self, rules=rules)
-        finding = Finding("undecided", "what was requested could not be compared, and --strict counts this as no")
+        what = self.unidentified or "what was requested could not be compared, and --strict counts this as no"
+        finding = Finding("undecided", what)
         return replace(self, findings=(*self.findings, finding), rules=rules)
 
     def to_json(self) -> dict[str, Any]:
@@ -113,6 +126,7 @@ class Proof:
             self.complete,
             headline=self.summarise(subject),
             strict=self.strict,
+            reason=escape_control(self.explain_undecided()),
         )
 
     def summarise(self, subject: str) -> str:
@@ -121,8 +135,7 @@ class Proof:
         if errors:
             return f"NO: {pluralise(errors, 'finding')} in {escape_control(subject)}"
         if not self.decided:
-            why = self.complete.undecided if self.complete is not None else ""
-            return f"UNDECIDED: {escape_control(subject)}: {why or 'none of the known super weights could be compared'}"
+            return f"UNDECIDED: {escape_control(subject)}: {self.explain_undecided()}"
         answer = _describe_proved(self.verification) if self.verification else "nothing is wrong in what was checked"
         warnings = f" ({pluralise(len(self.findings), 'warning')})" if self.findings else ""
         return f"OK: {escape_control(subject)}: {answer}{warnings}"
@@ -141,6 +154,8 @@ class Proof:
             yield f"manifest  exactly {self.manifest.path}: every edit recomputed {how}"
         if self.survival is not None:
             yield from _describe_survival(self.survival, self.identified)
+        if self.unidentified and not clean and not self.strict:
+            yield f"known     not compared: {self.unidentified}"
         if self.guard is not None:
             yield self.guard.describe()
         if self.signature is not None and not any(f.rule == "signature" for f in self.findings):

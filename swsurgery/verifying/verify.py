@@ -134,7 +134,7 @@ def verify(
     `weights` and `variant` choose between several sets of weights if neither the record nor the manifest does.
 
     Raises TypeError; CheckpointError if there is nothing to check against, if a file cannot be read, or if `model` has
-    other sizes than the checkpoint; Unidentified, without `strict`, if the known model cannot be identified; HubError;
+    other sizes than the checkpoint; HubError;
     ManifestError; LookupFailed for an unknown model; SwsurgeryError for a signature without a public key, for a
     `tolerance` that is not between 0 and 1, for a `protected_tolerance` that is negative or not finite, and for
     `transformers` without `complete`; Unrunnable if transformers cannot build the model.
@@ -231,9 +231,13 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         findings += found
         rules += ("constant-weights", "identical-weights", "dtype-overflow", "subnormal-weights")
     identified = kept = None
+    unidentified = ""
     if question.known:
-        identified, kept, found = _survey_known(question, checkpoint, patched, repo_ids)
-        findings += found
+        try:
+            identified, kept = _survey_known(question, checkpoint, patched, repo_ids)
+            findings += kept.list_findings()
+        except Unidentified as error:
+            unidentified = "; ".join(f"{fault.what} ({fault.remedy})" for fault in error.faults)
         rules += ("known-lost", "known-unreadable", "known-suspicious") if kept else ()
     guard = None
     if question.protected is not None:
@@ -261,6 +265,7 @@ def _prove(root: Folder | RemoteTree, question: _Question, progress: Progress, b
         identified,
         completeness,
         question.strict,
+        unidentified,
     )
     return proof.refuse_undecided() if question.strict else proof
 
@@ -356,26 +361,18 @@ def _load_manifest(question: _Question) -> LoadedManifest | None:
 
 def _survey_known(
     question: _Question, checkpoint: Checkpoint, patched: Patched | None, repo_ids: tuple[str | None, ...]
-) -> tuple[Identification | None, Survival | None, list[Finding]]:
-    """Identify the model and read its known super weights. Returns the findings too.
-
-    If no model can be identified, this is a finding if `strict` is set, and Unidentified is raised otherwise.
-    """
+) -> tuple[Identification, Survival]:
+    """Identify the model and read its known super weights. Raises Unidentified."""
     from swsurgery.verifying import against_known
     from swsurgery.verifying.identification import identify_checkpoint
 
     declared = {e.coordinate for e in patched.record.edits} if patched else set()
     declared |= {code.coordinate for code in patched.record.codes} if patched else set()
     names = (*repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path"))
-    try:
-        identified = identify_checkpoint(checkpoint, question.model, names, declared)
-    except Unidentified as error:
-        if not question.strict:
-            raise
-        return None, None, [Finding("undecided", fault) for fault in error.faults]
+    identified = identify_checkpoint(checkpoint, question.model, names, declared)
     survival = against_known.survey(checkpoint, identified.model, declared, question.tolerance)
     survival = against_known.find_moved(checkpoint, identified.model, survival)
-    return identified, survival, survival.list_findings()
+    return identified, survival
 
 
 def _check_protected(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -257,16 +258,56 @@ def test_an_edited_code_is_declared(tmp_path, known, capsys):
     assert "declared: 2.5 -> 0 (compressed-tensors" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("code", "reason"), [(0, "no known value is stored at its place"), (5, "none has its sizes")])
+@pytest.mark.parametrize(
+    ("code", "reason"), [(0, "no known value is stored at its place"), (5, "no known model has its sizes")]
+)
 def test_a_model_that_is_not_identified_is_undecided(tmp_path, known, capsys, code, reason):
     root = coded(tmp_path / "m", code)
     if code:
         (root / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 99, "quantization_config": COMPRESSED}))
     assert main(["verify", str(root), "--known"]) == 2
-    assert reason in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out.startswith(f"UNDECIDED: {root}: not identified: ") and reason in out and not err
+    assert main(["verify", str(root), "--known", "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert (document["ok"], document["decided"]) == (False, False) and reason in document["answer"]
     assert main(["verify", str(root), "--known", "--strict", "--format", "sarif"]) == 1
     (result,) = json.loads(capsys.readouterr().out)["runs"][0]["results"]
     assert (result["ruleId"], result["level"]) == ("undecided", "error") and reason in result["message"]["text"]
+
+
+def test_reports_for_programs_say_that_a_model_is_not_identified(tmp_path, known, capsys):
+    root = coded(tmp_path / "m", 0)
+    reason = "no known value is stored at its place"
+    words = ["verify", str(root), "--known", "--finite"]
+    assert main([*words, "--format", "junit", "--output", str(tmp_path / "report.xml")]) == 2
+    suites = ElementTree.fromstring((tmp_path / "report.xml").read_text())
+    (error,) = suites.iter("error")
+    assert suites.get("errors") == "1" and suites.get("failures") == "0" and reason in error.get("message")
+    assert main([*words, "--format", "sarif", "--output", str(tmp_path / "report.sarif")]) == 2
+    (run,) = json.loads((tmp_path / "report.sarif").read_text())["runs"]
+    (result,) = run["results"]
+    assert (result["ruleId"], result["level"]) == ("undecided", "error") and reason in result["message"]["text"]
+    assert run["invocations"] == [{"executionSuccessful": False}]
+    capsys.readouterr()
+    assert main([*words, "--format", "github"]) == 2
+    line = capsys.readouterr().out
+    assert line.startswith("::error title=swsurgery verify::") and reason in line
+    assert main([*words, "--page", str(tmp_path / "page.html")]) == 2
+    assert reason in (tmp_path / "page.html").read_text()
+    report = swsurgery.verify(root, known=True)
+    assert (report.decided, report.exit_code, report.known) == (False, 2, None) and reason in report.reason
+    nan = np.full((4, 4), np.nan, "<f4")
+    write_shard(
+        root / "model.safetensors",
+        {
+            **pack(0, np.zeros((HIDDEN, INNER), int), np.full(HIDDEN, 0.5)),
+            "other.weight": ("F32", nan.shape, nan.tobytes()),
+        },
+    )
+    assert main([*words, "--format", "junit"]) == 1
+    text = capsys.readouterr().out
+    assert "non-finite" in text and "<error" not in text
 
 
 # The real super weight of SmolLM2. Its matrix has another element of about the same size, 6.0625. ---------------------

@@ -345,7 +345,7 @@ def test_a_model_is_known_by_its_config_or_by_the_name_given(mistral, capsys):
     assert "L1.2070.7310     kept: -0.2734375 -> -0.2734375 (BF16)" in capsys.readouterr().out
     unnamed = mistral(0.0, _name_or_path="../local")
     assert main(["verify", str(unnamed), "--known"]) == 2
-    assert "name it with --model" in capsys.readouterr().err
+    assert "name it with --model" in capsys.readouterr().out
     unnamed = mistral(-0.2734375, _name_or_path="../local")
     assert main(["verify", str(unnamed), "--known", "--model", "mistral-7b"]) == 0
     assert main(["verify", str(unnamed), "--model", "mistral-7b"]) == 0, "--model alone asks for it"
