@@ -9,10 +9,14 @@ import quick
 from hub.fixture import any_hub, hub  # noqa: F401 - fixtures
 from json_documents import examined_output, valid_documents  # noqa: F401 - fixtures
 
+from swsurgery.cli.environment import PERMITTED
+
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")  # read once, when numpy or torch is loaded
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests that speak to a Hub start their own, and say so
+for variable in PERMITTED.values():
+    os.environ.pop(variable, None)  # the developer's own defaults of options
 os.environ["XDG_DATA_HOME"] = os.devnull  # while tests are collected too, the developer's own entries are not there
 
 

@@ -103,8 +103,20 @@ def apply(
         write_page(out, page, "apply", subject, planned.to_json())
         return
     bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
+    if check in ("off", "weights") and "generate" not in out.given:
+        generate = 0  # a variable asks for it, but this check generates nothing
+    asked = not out.given.isdisjoint(("device", "placement", "text", "prompt", "windows", "window", "generate"))
     options = sanity.CheckOptions(
-        check, device, placement, read_text(text), prompt or None, bounds, windows, window, generate
+        check,
+        device,
+        placement,
+        read_text(text),
+        prompt or None,
+        bounds,
+        windows,
+        window,
+        generate,
+        required=asked,
     )
     try:
         applied = apply.apply(

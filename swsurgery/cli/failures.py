@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from swsurgery.cli.environment import explain_bad_value, hide_variable, is_set, name_variable
 from swsurgery.cli.output import Output, print_json, say
 from swsurgery.errors import Fault, Interrupted, SwsurgeryError
 
@@ -30,6 +31,7 @@ def report_error(error: Exception | Interrupted, out: Output, received: Interrup
         faults, code = (Fault("this is a bug in swsurgery: please report it with the lines above"),), 3
     if out.debug or code == 3:
         traceback.print_exception(error)
+    faults = [name_variable(fault, out.variables) for fault in faults]
     for fault in faults:
         say(fault)
     _print_document(faults, out)
@@ -37,9 +39,17 @@ def report_error(error: Exception | Interrupted, out: Output, received: Interrup
 
 
 def report_usage(error: typer.TyperException, out: Output) -> int:
-    """Print an error in the command line, such as an unknown option, and the usage. Return the exit code."""
+    """Print an error in the command line, such as an unknown option, and the usage. Return the exit code.
+
+    A bad value of an environment variable is one line, because the command line is not wrong.
+    """
     if isinstance(message := getattr(error, "message", None), str):
         vars(error)["message"] = message.replace("Value error, ", "")  # a prefix that says nothing to a user
+    if fault := explain_bad_value(error):
+        say(fault)
+        _print_document((fault,), out)
+        return error.exit_code
+    hide_variable(error)
     error.show()  # type: ignore[attr-defined]  # every error that typer raises has it, but TyperException does not
     context: typer.Context | None = getattr(error, "ctx", None)
     command = context.command_path if context else "swsurgery"
@@ -48,9 +58,10 @@ def report_usage(error: typer.TyperException, out: Output) -> int:
 
 
 def is_json_wanted(words: Sequence[str]) -> bool:
-    """Return True if a command line contains the option --json. Errors in the command line itself need it."""
+    """Return True if a command line or a variable asks for JSON. Errors in the command line itself need it."""
     options = words[: words.index("--")] if "--" in words else words
-    return "--json" in options
+    others = any(word.startswith(("--csv", "--latex", "--format")) for word in options)
+    return "--json" in options or (is_set("json") and not others)
 
 
 def _print_document(faults: Sequence[Fault], out: Output) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Concatenate, Literal, ParamSpec
 import typer
 
 from swsurgery.cli.completion import complete_device
+from swsurgery.cli.environment import add_variable, find_used
 from swsurgery.cli.output import Output, is_terminal
 from swsurgery.errors import SwsurgeryError, TargetError
 
@@ -63,6 +64,7 @@ def _make_command(
         out.command = function.__name__
         given = frozenset(str(name) for name in (*named, *chosen) if _is_given(context, str(name)))
         out.given = given - chosen
+        out.variables = find_used(context)
         _choose_form(out, chosen, given)
         _restrain_libraries(out)
         try:
@@ -74,7 +76,7 @@ def _make_command(
     signature = inspect.signature(function, eval_str=True)
     own = list(signature.parameters.values())[1:]
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    vars(run)["__signature__"] = signature.replace(parameters=[context, *own, *options])
+    vars(run)["__signature__"] = signature.replace(parameters=[context, *map(add_variable, (*own, *options))])
     return run
 
 

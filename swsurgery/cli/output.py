@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from swsurgery.cli.progress_bar import Bar
@@ -34,6 +34,7 @@ class Output:
     """How a command prints: the values of --json, --quiet and --debug, which every command has.
 
     `command` is the name of the command, and `given` contains the names of its other parameters that the user gave.
+    `variables` maps the environment variables from which the command took values to these values.
     `printed` is True once a JSON document was printed. `main` creates the Output, and the command sets its fields as
     soon as the command line is parsed. `table` is the form that --csv or --latex asks for, or None.
     """
@@ -42,6 +43,7 @@ class Output:
     quiet: bool = False
     debug: bool = False
     given: frozenset[str] = frozenset()
+    variables: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     printed: bool = False
     table: TableForm | None = None

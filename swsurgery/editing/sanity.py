@@ -52,6 +52,7 @@ class CheckOptions:
     `text` is the text to run, or None for the built-in passage. `bounds` take precedence over the manifest's bounds; a
     bound that is None is taken from the manifest. `windows` is the number of windows of text, each of `window` tokens.
     `generate` is the number of tokens by which both models continue each prompt.
+    `required` says whether a check that cannot be made is an error; None: it is one if any other option was set.
     """
 
     kind: Check = "auto"
@@ -63,6 +64,7 @@ class CheckOptions:
     windows: int = 16
     window: int = 512
     generate: int = 0
+    required: bool | None = None
 
     def __post_init__(self) -> None:
         """Raise TypeError for a field of the wrong type.
@@ -96,7 +98,9 @@ class CheckOptions:
 
     @property
     def asked(self) -> bool:
-        """True if the user set any option that needs a forward pass."""
+        """True if the user set any option that needs a forward pass, so it must be made."""
+        if self.required is not None:
+            return self.required
         return replace(self, kind="auto", bounds=None) != CheckOptions()
 
 
