@@ -81,14 +81,14 @@ class Proof:
             return self.complete.undecided or ""
         return ""
 
+    def add(self, findings: Iterable[Finding], rules: Iterable[str]) -> Proof:
+        """Return this proof with the findings of another check, and the names of the rules that it checked."""
+        return replace(self, findings=(*self.findings, *findings), rules=(*self.rules, *rules))
+
     def refuse_undecided(self) -> Proof:
         """Return this proof with a finding if something that was requested could not be compared."""
-        rules = (*self.rules, "undecided")
-        if self.decided:
-            return replace(self, rules=rules)
         what = self.unidentified or "what was requested could not be compared, and --strict counts this as no"
-        finding = Finding("undecided", what)
-        return replace(self, findings=(*self.findings, finding), rules=rules)
+        return self.add([] if self.decided else [Finding("undecided", what)], ["undecided"])
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of the proof from the record, with the results of the other checks added."""
