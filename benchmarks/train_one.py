@@ -176,9 +176,10 @@ def run_schedule(
         recent.append(mean.detach())
         step += 1
         if step % SYNC == 0 or settings.steps:
-            curve.append([step, round(float(torch.stack(recent).mean()), 4)])
-            recent.clear()
+            curve.append(summarise(step, recent))
         progress = find_progress(start, step, settings)
+    if recent:
+        curve.append(summarise(step, recent))
     seconds = time.time() - start
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
@@ -189,6 +190,13 @@ def run_schedule(
         "largest_gpu_memory": torch.cuda.max_memory_allocated() if settings.device == "cuda" else None,
         "loss": thin_curve(curve),
     }
+
+
+def summarise(step: int, recent: list[torch.Tensor]) -> list[float]:
+    """Return the number of the step and the mean of the losses in `recent`, in nats, and empty `recent`."""
+    mean = round(float(torch.stack(recent).mean()), 4)
+    recent.clear()
+    return [step, mean]
 
 
 def make_optimizer(masters: list[torch.Tensor], settings: Settings) -> torch.optim.AdamW:

@@ -75,6 +75,7 @@ def test_the_schedule_ends_with_the_time(corpus, tmp_path):
         compute_loss, torch.nn.ParameterList([weight]), batches, settings, train_models.RECIPES["llama-1"]
     )
     assert 1 < history["seconds"] < 10 and history["steps"] > 10
+    assert history["loss"][-1][0] == history["steps"]
 
 
 def test_the_rate_rises_and_then_falls():
