@@ -128,7 +128,19 @@ def build_model(
     if has_experts(config):
         options["experts_implementation"] = "grouped_mm" if grouped else "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-    return model.to(device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16).train()
+    if device != "cpu":
+        cast_parameters(model, torch.bfloat16)
+    return model.to(device).train()
+
+
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters of `model` to `dtype`, and leave its buffers as they are.
+
+    `Module.to` converts buffers too. The frequencies of the rotary embedding are such a buffer, and a loaded model has
+    them in float32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def has_experts(config: transformers.PretrainedConfig) -> bool:

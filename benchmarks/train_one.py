@@ -16,7 +16,16 @@ import torch
 import transformers
 from train_corpus import BOS_TEXT, EOS_TEXT, Corpus, add_bos
 from train_measure import measure_model
-from train_models import BOS, RECIPES, Recipe, build_model, compile_layers, has_experts, make_config
+from train_models import (
+    BOS,
+    RECIPES,
+    Recipe,
+    build_model,
+    cast_parameters,
+    compile_layers,
+    has_experts,
+    make_config,
+)
 
 WARM_UP = 0.03
 """Part of the schedule during which the learning rate rises."""
@@ -236,12 +245,13 @@ def find_progress(start: float, step: int, settings: Settings) -> float:
 
 def thin_curve(curve: list[list[float]]) -> list[list[float]]:
     """Return about 60 points of a loss curve, each the number of the step and the loss in nats."""
-    return curve[:: max(1, len(curve) // 60)] + curve[-1:]
+    return curve[: -1 : max(1, len(curve) // 60)] + curve[-1:]
 
 
 def save_model(model: transformers.PreTrainedModel, folder: Path, settings: Settings, recipe: Recipe) -> None:
     """Write the weights in bfloat16 as safetensors, the configuration and the tokenizer to `folder`."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    cast_parameters(model, torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer = tokenizers.Tokenizer.from_file(str(settings.corpus / "tokenizer.json"))
     if recipe.bos:
         add_bos(tokenizer)

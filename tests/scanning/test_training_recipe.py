@@ -54,6 +54,21 @@ def test_a_model_is_trained_saved_and_measured(corpus, tmp_path, name):
         assert all(layer["ratio"] >= layer["smallest_ratio"] > 1 for layer in report[case]["layers"])
 
 
+@pytest.mark.parametrize("name", list(train_models.RECIPES))
+@pytest.mark.filterwarnings("default")
+def test_a_saved_model_computes_what_the_trained_one_did(corpus, tmp_path, name):
+    recipe = train_models.RECIPES[name]
+    config = train_models.make_config(recipe, vocabulary=VOCABULARY, context=CONTEXT, tiny=True)
+    model = train_models.build_model(recipe, config, "cpu", grouped=True)
+    train_models.cast_parameters(model, torch.bfloat16)
+    train_one.save_model(model, tmp_path / name, make_settings(corpus[0], tmp_path), recipe)
+    options = {"experts_implementation": "grouped_mm"} if train_models.has_experts(config) else {}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, **options)
+    ids = torch.arange(2, 2 + CONTEXT)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, loaded.eval()(ids).logits)
+
+
 def test_the_loss_falls(corpus, tmp_path):
     train_one.train_model("llama-1", make_settings(corpus[0], tmp_path, steps=80))
     losses = [loss for _, loss in json.loads((tmp_path / "llama-1" / "train.json").read_text())["loss"]]
