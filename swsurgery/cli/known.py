@@ -54,8 +54,11 @@ def lookup(
     page: PageOption = None,
 ) -> None:
     """Print a model's known super weights or the record of a patched checkpoint. Without MODEL, list all models."""
+    from swsurgery.hub.names import read_url
     from swsurgery.known import lookup
 
+    if model is not None and (location := read_url(model)):
+        model = location.removeprefix("hf://").partition("@")[0]  # a model is known by the id of its repository
     chosen = bool(status or manifest or factor is not None)
     if model is None and (manifest or factor is not None or form == "modules" or forget):
         raise SwsurgeryError("--manifest, --factor, --as and --forget need the name of a model")

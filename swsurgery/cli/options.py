@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Concatenate, Literal, ParamSpec
+from typing import Annotated, Concatenate, Literal, ParamSpec, TypeVar
 
 import typer
 
@@ -19,12 +19,16 @@ from swsurgery.cli.output import Output, is_terminal
 from swsurgery.errors import SwsurgeryError, TargetError
 
 P = ParamSpec("P")
+L = TypeVar("L")
 
 
 def _declare(name: str, text: str) -> inspect.Parameter:
     annotation = Annotated[bool, typer.Option(f"--{name}", help=text)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
 
+
+LOCATIONS = frozenset({"a", "b", "base", "checkpoint", "source"})
+"""Names of the parameters that are the location of a checkpoint, on this machine or on the Hub."""
 
 COMMON = (
     _declare("json", "Print one JSON document instead of text."),
@@ -67,6 +71,8 @@ def _make_command(
         out.variables = find_used(context)
         _choose_form(out, chosen, given)
         _restrain_libraries(out)
+        for place in places:
+            named[place] = read_location(out, place, named[place])
         try:
             function(out, *arguments, **named)
         finally:
@@ -75,6 +81,7 @@ def _make_command(
     functools.update_wrapper(run, function)
     signature = inspect.signature(function, eval_str=True)
     own = list(signature.parameters.values())[1:]
+    places = [each.name for each in own if each.name in LOCATIONS and each.annotation != DirectoryArgument]
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     vars(run)["__signature__"] = signature.replace(parameters=[context, *map(add_variable, (*own, *options))])
     return run
@@ -161,6 +168,21 @@ GenerateOption = Annotated[
 ]
 WindowsOption = Annotated[int, typer.Option(min=1, help="Maximum number of windows of text to measure on.")]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in each window; shorter windows are faster.")]
+
+
+def read_location(out: Output, name: str, given: L) -> L | str:
+    """Return the location of a checkpoint as hf://ORG/NAME[@REV] if it was typed as ORG/NAME or as a URL, and say so.
+
+    Anything else is returned unchanged.
+    """
+    if not isinstance(given, str) or "/" not in given or given.startswith("hf://"):
+        return given
+    from swsurgery.hub.names import read_repo_id, read_url
+
+    meant = read_url(given) or read_repo_id(given)
+    if meant:
+        out.note(f"{name}: {meant}")
+    return meant or given
 
 
 def get_width() -> int:

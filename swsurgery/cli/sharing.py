@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from swsurgery.cli.completion import complete_model
-from swsurgery.cli.options import BaseOption, DirectoryArgument, command
+from swsurgery.cli.options import BaseOption, DirectoryArgument, command, read_location
 from swsurgery.cli.output import Output, print_text, say
 from swsurgery.errors import SwsurgeryError, escape_control, pluralise, report_done
 from swsurgery.storage.numbers import format_size
@@ -210,8 +210,11 @@ def recipe(
     ] = None,
 ) -> None:
     """Print the configuration of a quantiser that keeps the modules with super weights in high precision."""
+    from swsurgery.known.own import is_known
     from swsurgery.sharing.recipes.recipe import recipe
 
+    if not is_known(subject):
+        subject = read_location(out, "subject", subject)
     made = recipe(subject, tool, model=model, reporter=out.make_reporter())
     out.print_result(made, _show_recipe)
     if not out.json:

@@ -9,7 +9,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.editing.rewrite import StoredTensor
 from swsurgery.errors import PlanError
-from swsurgery.hub import Uri, open_location, parse_location
+from swsurgery.hub import Uri, open_location, parse_field
 from swsurgery.storage.files import File, LocalFile
 from swsurgery.storage.folder import Entry
 from swsurgery.storage.shard import TensorInfo
@@ -40,7 +40,7 @@ class Sources:
     def open(self, name: str) -> Checkpoint:
         """Return the checkpoint `name`, which is opened on first use. Raises the errors of `open_checkpoint`."""
         if name not in self.opened:
-            where = parse_location(name)
+            where = parse_field(name)
             root = open_location(where) if isinstance(where, Uri) else self.beside / where
             self.opened[name] = open_checkpoint(root)
         return self.opened[name]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from swsurgery.errors import CheckpointError, HubError
 from swsurgery.hub.faults import convert_errors
-from swsurgery.hub.names import COMMIT, is_file_name, is_revision, suggest_uri
+from swsurgery.hub.names import COMMIT, is_file_name, is_revision, read_repo_id, read_url, suggest_uri
 from swsurgery.hub.remote import RemoteFile, RemoteTree, open_tree
 
 __all__ = [
@@ -30,12 +30,15 @@ __all__ = [
     "open_location",
     "open_tree",
     "parse_directory",
+    "parse_field",
     "parse_location",
     "parse_uri",
 ]
 
 SCHEME = "hf://"
 """Every location on the Hub starts with this text."""
+
+_URL_STARTS = ("https://", "http://", "huggingface.co/", "hf.co/")
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,36 @@ def parse_uri(text: str) -> Uri:
 
 
 def parse_location(text: str | Path) -> Path | Uri:
-    """Parse the location of a checkpoint: a directory, or hf://ORG/NAME[@REVISION][/sub]. Raises HubError."""
+    """Parse the location of a checkpoint as a user types it. Raises HubError.
+
+    It is a directory, hf://ORG/NAME[@REVISION][/sub], or the URL of a model on the Hub. The text ORG/NAME[@REVISION] is
+    a repository if nothing on this machine has this path and no folder is called ORG. A Path is a directory.
+    """
+    typed = read_repo_id(text) if isinstance(text, str) else ""
+    return parse_uri(typed) if typed else _parse_explicit(text)
+
+
+def parse_field(text: str) -> Path | Uri:
+    """Parse the location of a checkpoint in a manifest: a path, or hf://ORG/NAME[@REVISION][/sub]. Raises HubError."""
+    if text.startswith(_URL_STARTS):
+        raise HubError("a URL is not a checkpoint", text, suggest_uri(text) or "give a path, or hf://ORG/NAME")
+    return _parse_explicit(text)
+
+
+def _parse_explicit(text: str | Path) -> Path | Uri:
+    """Parse a location that is a repository only if it says so, by hf:// or a URL. Raises HubError."""
     if isinstance(text, str) and text.startswith(SCHEME):
         return parse_uri(text)
-    if isinstance(text, str) and text.startswith(("https://", "http://", "huggingface.co/", "hf.co/")):
-        raise HubError("a URL is not a checkpoint", text, suggest_uri(text) or "give a directory, or hf://ORG/NAME")
+    if isinstance(text, str) and text.startswith(_URL_STARTS):
+        if uri := read_url(text):
+            return parse_uri(uri)
+        raise HubError("this URL is not one of a model on the Hub", text, "give a directory, or hf://ORG/NAME")
     return Path(text)
 
 
 def parse_directory(text: str | Path) -> Path:
     """Parse the location of a checkpoint on this machine. Raises HubError for a location on the Hub."""
-    where = parse_location(text)
+    where = _parse_explicit(text)
     if not isinstance(where, Uri):
         return where
     remedy = f"download it: hf download {where.repo_id}{_format_option(where)} --local-dir DIRECTORY"

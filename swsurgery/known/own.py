@@ -133,6 +133,15 @@ def find_model(name: str) -> KnownModel:
     return lookup_in(list_all_models(), name)
 
 
+def is_known(name: str) -> bool:
+    """Return True if `find_model` finds a model with this name."""
+    try:
+        find_model(name)
+    except LookupFailed:
+        return False
+    return True
+
+
 def find_by_repo(repo_id: str) -> KnownModel | None:
     """Return the shipped or own model with this repo_id, ignoring case; None if there is none.
 

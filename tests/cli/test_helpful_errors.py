@@ -35,8 +35,8 @@ HEAD = "version: 1\nbase: {path: nothere}\nedits:\n"
         ),
         (["verify", "pathced"], "no such checkpoint: {root}/pathced (did you mean patched?)"),
         (
-            ["verify", "org/model"],
-            "no such checkpoint: {root}/org/model (a repository of the Hub is written hf://org/model)",
+            ["verify", "pickled/model"],
+            "no such checkpoint: {root}/pickled/model (a repository of the Hub is written hf://pickled/model)",
         ),
         (
             ["check", "base/config.json"],
