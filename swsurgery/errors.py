@@ -169,6 +169,10 @@ class HubError(SwsurgeryError):
     pass
 
 
+class HubUnreachable(HubError):
+    """The Hub did not answer: there is no connection, or the offline mode is on."""
+
+
 class ModelError(SwsurgeryError):
     pass
 

@@ -186,11 +186,12 @@ def sign(
     signature: Annotated[
         Path | None, typer.Option(help="The file to write the signature to; by default model.sig in the checkpoint.")
     ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier signature in this file.")] = False,
 ) -> None:
     """Sign every file of a checkpoint with a private key."""
     from swsurgery.verifying import signature as signature_module
 
-    signed = signature_module.sign(checkpoint, key, signature, reporter=out.make_reporter())
+    signed = signature_module.sign(checkpoint, key, signature, replace=replace, reporter=out.make_reporter())
     report_done(f"the signature was written: {signed.signature}")
     out.print_result(signed, _show_signed)
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from swsurgery.editing.plan import Plan
-from swsurgery.errors import CheckpointError, PlanError
+from swsurgery.errors import CheckpointError, Fault, PlanError
 from swsurgery.hub import Uri, parse_location
 from swsurgery.hub.names import suggest_uri
 from swsurgery.manifest.load import LoadedManifest
@@ -48,5 +48,8 @@ def find_base(loaded: LoadedManifest, base: str | Path | None) -> Path | Uri:
         remedy = "base.path is relative to the folder of the manifest"
         if suggest_uri(said.path):
             remedy += "; for a repository on the Hub, use base.repo_id"
-        raise CheckpointError("no such checkpoint", where, remedy)
+        first = loaded.parts[0] if loaded.parts else loaded
+        line, column = first.find_position("base", "path")
+        position = f"{first.path}:{line}:{column}"
+        raise CheckpointError.of([Fault("base.path: no such checkpoint", str(where), remedy, position)])
     return where

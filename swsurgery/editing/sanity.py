@@ -231,7 +231,7 @@ def run_check(
     weights = _check_weights(plan, patched, progress)
     reason = None
     if options.kind == "weights":
-        reason = "no more was requested"
+        reason = "a forward check was not requested"
     elif not plan.touched:
         _check_unchanged(bounds)
         reason = "nothing was changed"

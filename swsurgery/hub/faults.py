@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterator
 
-from swsurgery.errors import HubError, SwsurgeryError
+from swsurgery.errors import HubError, HubUnreachable, SwsurgeryError
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
 """Pattern of a token of the Hub."""
@@ -87,7 +87,7 @@ def convert_errors(where: object) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         raise HubError(*_describe_status(404, where)) from None
     except errors.OfflineModeIsEnabled:
-        raise HubError("the offline mode is on", where, "unset HF_HUB_OFFLINE") from None
+        raise HubUnreachable("the offline mode is on", where, "unset HF_HUB_OFFLINE") from None
     except errors.RemoteEntryNotFoundError:
         raise HubError("there is no such file or folder on the Hub", where) from None
     except errors.HfHubHTTPError as error:
@@ -113,7 +113,8 @@ def convert_errors(where: object) -> Iterator[None]:
         if type(error).__module__.split(".")[0] != type(get_session()).__module__.split(".")[0]:
             raise
         what = f"the connection to the Hub failed ({type(error).__name__})"
-        raise HubError(what, where, "run the same command again") from None
+        remedy = "check the network, the proxy and HF_ENDPOINT, then run the same command again"
+        raise HubUnreachable(what, where, remedy) from None
 
 
 def _describe_status(status: int, where: object) -> tuple[str, object, str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import DownProjection
-from swsurgery.errors import ModelError, Unrunnable
+from swsurgery.errors import ModelError, Unrunnable, pluralise
 from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import PROMPTS as CONTINUED
 from swsurgery.model.forward import LayeredModel
@@ -163,7 +163,7 @@ def scan_sequences(
         rounds += 1
         profile = profile or watch.make_profile()
         fresh = search.look(traces, rounds)
-        say(f"round {rounds}: {', '.join(map(str, fresh)) or 'nothing else persists'}")
+        say(_describe_round(rounds, fresh, search))
         if not fresh:
             break
     else:
@@ -396,6 +396,17 @@ def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> T
     refuse_quantised(checkpoint, projection.tensor)
     refuse_unweighted(checkpoint, projection.tensor)
     return StoredProjection(checkpoint, projection).read_row(row)
+
+
+def _describe_round(number: int, fresh: Sequence[Coordinate], search: _Search) -> str:
+    """Return a line about the scalars that a round found. From round 2 on, those found before were set to zero."""
+    before = len(search.candidates) - len(fresh)
+    without = f", with {'it' if before == 1 else f'these {before}'} set to zero" if before else ""
+    if not fresh:
+        what = "no scalar causes" if number == 1 else "no further scalar causes"
+        return f"round {number}{without}: {what} an activation that persists"
+    layers = _format_numbers("layer", {search.candidates[each].layer for each in fresh})
+    return f"round {number}{without}: found {pluralise(len(fresh), 'scalar')} in {layers}"
 
 
 def _format_numbers(noun: str, numbers: Iterable[int]) -> str:

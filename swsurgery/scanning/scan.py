@@ -431,7 +431,7 @@ def _refuse(outputs: _Outputs, checkpoint: Checkpoint, method: Method) -> None:
         if outputs.plot is not None and os.path.abspath(outputs.manifest) == os.path.abspath(outputs.plot):
             raise TargetError("the manifest and the figure have the same name", outputs.manifest, "give two names")
         if filesystem.is_there(outputs.manifest):
-            raise TargetError("the manifest exists already", outputs.manifest, "give another name, or remove it")
+            raise TargetError("the manifest already exists", outputs.manifest, "choose another --manifest")
         if not outputs.manifest.absolute().parent.is_dir():
             raise TargetError("no such directory", outputs.manifest.absolute().parent, "make it first")
         if not os.access(outputs.manifest.absolute().parent, os.W_OK):

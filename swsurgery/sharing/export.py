@@ -96,7 +96,7 @@ def export(
     if model is not None and format != "outliers":
         raise PlanError("--model is only for --format outliers", model, "leave it out")
     if filesystem.is_there(target):
-        raise TargetError("the output already exists", target, "choose another -o, or remove it")
+        raise TargetError("the output already exists", target, "choose another -o")
     if format == "outliers":
         return _export_outliers(source, target, base, model)
     found = read_source(source, base, reporter, for_adapter=format == "peft")

@@ -41,33 +41,45 @@ No file that the Hub stores in git itself, without LFS, is larger.
 """
 
 
+MAX_IN_GIT = 10 << 20
+"""Size in bytes above which the Hub does not accept a file in git itself, so that it can copy the file."""
+
+
 UNDO = "the old bytes of the edits"
 """Reason for publishing the undo file."""
 
 
 def make_publication(
-    root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress, *, hashing: bool = True
+    root: Path,
+    wish: Wish,
+    findings: Sequence[Finding],
+    progress: Progress,
+    *,
+    hashing: bool = True,
+    offline: bool = False,
 ) -> Publication:
     """Plan the publication of the patched checkpoint in `root`.
 
     `findings` are the accepted findings. If a finding concerns a file, the record's digest of the file is not trusted.
     If `hashing` is False, a large file whose digest is unknown is assumed to equal the base's file of the same name and
-    size. Raises HubError, and CheckpointError if the directory is not a patched checkpoint.
+    size. With `offline`, the Hub is not asked: what is copied on the Hub is decided from the record alone.
+
+    Raises HubError, and CheckpointError if the directory is not a patched checkpoint.
     """
     with held(root) as entered:
         patched = read_record(entered)
         record = patched.record
         notes: list[str] = []
         checkpoint = read_checkpoint(entered, record.base, elsewhere=record.elsewhere)
-        base, target = list_base(record), find_target(wish)
-        if base is None:
+        base, target = (None, None) if offline else (list_base(record), find_target(wish))
+        if base is None and not offline:
             named = record.base.repo_id or "the base, which the record does not name,"
             notes.append(f"{named} is not visible on this Hub, so nothing is copied from it")
-        elif base.private and not (target.head.private if target else wish.private):
+        elif base and base.private and not (target.head.private if target else wish.private):
             notes.append(f"{base.repo_id} is private, but the files copied from it will be public")
         left_out = _list_left_out(checkpoint, record)
         distrusted = {f.file for f in findings}
-        planner = FilePlanner(checkpoint, record, base, target, distrusted, hashing, progress)
+        planner = FilePlanner(checkpoint, record, base, target, distrusted, hashing, progress, offline)
         names = [n for n in record.files if n not in left_out and (n in planner.there or n in record.elsewhere)]
         names += [n for n in planner.there if n not in record.files and n not in left_out and n not in OWN_FILES]
         items = [planner.plan_item(name) for name in sorted(names)]
@@ -93,7 +105,7 @@ def make_publication(
     message = wish.message or summarise_edits(record)
     plan = assemble(root, wish, published, items, left_out, notes, findings, base, target, message)
     _refuse_second_set(plan)
-    return plan
+    return replace(plan, offline=offline)
 
 
 def _refuse_second_set(plan: Publication) -> None:
@@ -205,11 +217,12 @@ class FilePlanner:
         distrusted: set[str | None],
         hashing: bool,
         progress: Progress,
+        offline: bool = False,
     ):
         self.there = {f.name: f for f in checkpoint.files}
         self.edited = {e.file for e in record.edits} | {c.file for c in record.changes}
         self.record, self.base, self.target = record, base, target
-        self.distrusted, self.hashing, self.progress = distrusted, hashing, progress
+        self.distrusted, self.hashing, self.progress, self.offline = distrusted, hashing, progress, offline
         self.by_digest = {f.sha256: f for f in base.files.values() if f.sha256} if base else {}
 
     def plan_item(self, name: str) -> Item:
@@ -236,6 +249,8 @@ class FilePlanner:
 
     def _plan_elsewhere(self, name: str, record: FileRecord) -> Item:
         """Plan a file that is only in the base's repository. Raises CheckpointError if the file is not there."""
+        if self.offline:
+            return Item(name, "copy", record.size, "only in the base's repository", record.sha256)
         theirs = self._find_in_base(name, record.sha256)
         if theirs is None or theirs.size != record.size or (theirs.sha256 or record.sha256) != record.sha256:
             what = "the file is neither in the directory nor in the base's repository"
@@ -252,6 +267,8 @@ class FilePlanner:
         if why in ("edited", UNDO, "made for this repository"):
             return replace(item, why=why)
         aside = f", {why}" if why else ""
+        if self.offline:
+            return self._decide_offline(item)
         if self.base is None:
             return replace(item, why=f"the base is not visible on this Hub{aside}")
         if theirs is None:
@@ -267,6 +284,17 @@ class FilePlanner:
         if theirs.xet is None:
             return replace(item, why=f"the Hub copies only files with a Xet hash, and this one has none{aside}")
         return replace(item, how="copy", why="unchanged from the base")
+
+    def _decide_offline(self, item: Item) -> Item:
+        """Decide from the record. The Hub stores files of weights, and other large files, so that it can copy them."""
+        if self.record.base.repo_id is None:
+            return replace(item, why="the record names no repository of the base")
+        entry = self.record.files.get(item.name)
+        if entry is None or entry.sha256 != entry.base_sha256 or item.name in self.distrusted:
+            return replace(item, why="not the base's file")
+        if item.size > MAX_IN_GIT or item.name.endswith(".safetensors"):
+            return replace(item, how="copy", why="unchanged from the base")
+        return replace(item, why="a small file")
 
     def _get_digest(self, file: BaseFile) -> str | None:
         """Return the sha256 in the record. If it is missing or not trusted, hash the file.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from swsurgery.checkpoint.opening import held, read_checkpoint
@@ -50,25 +51,29 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
 """Endings of the names of weight files. A repository that contains other weights must not contain a patch."""
 
 
-def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress) -> Publication:
+def make_patch_publication(
+    root: Path, wish: Wish, findings: Sequence[Finding], progress: Progress, *, offline: bool = False
+) -> Publication:
     """Plan the publication of a patched checkpoint's edits. `findings` are the accepted findings.
 
-    If the checkpoint was patched several times, the patch contains all edits since the first base. Raises HubError,
-    CheckpointError if the directory is not a patched checkpoint, and PlanError if nothing is changed.
+    With `offline`, the Hub is not asked. If the checkpoint was patched several times, the patch contains all edits
+    since the first base.
+
+    Raises HubError, CheckpointError if the directory is not a patched checkpoint, and PlanError if nothing is changed.
     """
     with held(root) as entered:
         patched = read_record(entered)
         source = edit_source.read_edits(entered)
         checkpoint = read_checkpoint(entered, patched.record.base, elsewhere=patched.record.elsewhere)
     record = _merge_steps(patched, source.patch)
-    base, target = list_base(record), find_target(wish)
+    base, target = (None, None) if offline else (list_base(record), find_target(wish))
     if target:
         _refuse_weights(target, wish.repo_id)
     notes = [*source.notes]
-    if base is None:
+    if base is None and not offline:
         named = record.base.repo_id or "the base, which the record does not name,"
         notes.append(f"{named} is not visible on this Hub, so whoever applies the patch needs a local copy of it")
-    elif base.private and not (target.head.private if target else wish.private):
+    elif base and base.private and not (target.head.private if target else wish.private):
         notes.append(f"{base.repo_id} is private, but the patch reveals names and single values of its weights")
     raw = patch_module.render(source.patch)
     once = not patched.record.history
@@ -94,7 +99,8 @@ def make_patch_publication(root: Path, wish: Wish, findings: Sequence[Finding], 
     made |= {FIGURE_NAME: figure} if figure else {}
     items = [planner.plan_own(name, data) for name, data in made.items()]
     message = wish.message or f"a patch: {summarise_edits(record, len(source.patch.scalars))}"
-    return assemble(root, wish, record, items, {}, notes, findings, base, target, message)
+    plan = assemble(root, wish, record, items, {}, notes, findings, base, target, message)
+    return replace(plan, offline=offline)
 
 
 def _merge_steps(patched: Patched, patch: Patch) -> Record:

@@ -108,7 +108,8 @@ class Publication(TableResult):
 
     `left_out` maps the names of files that are not published to the reasons. `base` is None if the Hub cannot copy from
     the base, and `target` is None if the repository does not exist yet. `pull_request` is the number of
-    an open pull request that already has exactly these files.
+    an open pull request that already has exactly these files. If `offline`, the plan was made without asking the Hub,
+    and both are None.
     """
 
     root: Path
@@ -123,6 +124,7 @@ class Publication(TableResult):
     tag: str | None
     message: str
     pull_request: int | None = None
+    offline: bool = False
 
     @property
     def private(self) -> bool:
@@ -153,7 +155,8 @@ class Publication(TableResult):
         return {
             "repo_id": self.wish.repo_id,
             "branch": self.wish.branch,
-            "created": self.target is None,
+            "created": None if self.offline else self.target is None,
+            "offline": self.offline,
             "private": self.private,
             "create_pr": self.wish.create_pr,
             "parent": self.target.head.commit if self.target else None,
@@ -179,7 +182,9 @@ def format_lines(plan: Publication) -> Iterator[str]:
     kind = "private" if plan.private else "public"
     at = f"branch {plan.wish.branch}" if plan.wish.branch != MAIN else "main"
     what = f"a pull request to {at}" if plan.wish.create_pr else at
-    if plan.target is None:
+    if plan.offline:
+        yield f"{plan.wish.repo_id}: {kind} if it is new; one commit to {what}"
+    elif plan.target is None:
         yield f"{plan.wish.repo_id}: new, {kind}; one commit to {what}"
     else:
         yield f"{plan.wish.repo_id}: {kind}; one commit to {what} on top of {plan.target.head.commit}"

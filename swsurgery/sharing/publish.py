@@ -20,6 +20,7 @@ from swsurgery.checkpoint.opening import held
 from swsurgery.errors import (
     CheckpointError,
     HubError,
+    HubUnreachable,
     Interrupted,
 )
 from swsurgery.hub import Uri, fetch, parse_directory
@@ -165,8 +166,9 @@ def publish(
     `tag` is named after the base's commit, and `message` summarises the edits.
 
     `confirm` is called with the plan before anything is sent, and can raise an exception to stop. By default, nobody is
-    asked. With `dry_run`, nothing is sent and a Proposal is returned. `bars` lets the Hub's client draw its own
-    progress bars. If the work is interrupted, the same call finishes it.
+    asked. With `dry_run`, nothing is sent and a Proposal is returned; if the Hub does not answer, its plan is made from
+    the directory and its record alone. `bars` lets the Hub's client draw its own progress bars. If the work is
+    interrupted, the same call finishes it.
 
     Raises TypeError, CheckpointError, HubError; CheckFailed, which lists the findings that are not accepted.
     """
@@ -182,21 +184,39 @@ def publish(
     wish = Wish(repo_id, private, create_pr, revision, tag, message)
     early = find_early(root)
     if dry_run:
-        return Proposal(_make_plan(root, wish, (), patch, False, reporter), tuple(early))
+        return Proposal(_propose(root, wish, patch, reporter), tuple(early))
     accepted = check_gate(root, accept, early, reporter)
     plan = _make_plan(root, wish, accepted, patch, True, reporter)
     confirm(plan)
     return _carry_out(plan, bars, reporter)
 
 
+def _propose(root: Path, wish: Wish, patch: bool, progress: Progress) -> Publication:
+    """Plan without hashing. If the Hub does not answer, the plan is made from the directory and its record alone."""
+    try:
+        return _make_plan(root, wish, (), patch, False, progress)
+    except HubUnreachable as error:
+        plan = _make_plan(root, wish, (), patch, False, progress, offline=True)
+        fault = error.faults[0]
+        note = f"{fault.what}, so the plan does not consider what the repositories contain ({fault.remedy})"
+        return replace(plan, notes=(note, *plan.notes))
+
+
 def _make_plan(
-    root: Path, wish: Wish, accepted: Sequence[Finding], patch: bool, hashing: bool, progress: Progress
+    root: Path,
+    wish: Wish,
+    accepted: Sequence[Finding],
+    patch: bool,
+    hashing: bool,
+    progress: Progress,
+    *,
+    offline: bool = False,
 ) -> Publication:
     if patch:
         from swsurgery.sharing.plan_patch import make_patch_publication
 
-        return make_patch_publication(root, wish, accepted, progress)
-    return make_publication(root, wish, accepted, progress, hashing=hashing)
+        return make_patch_publication(root, wish, accepted, progress, offline=offline)
+    return make_publication(root, wish, accepted, progress, hashing=hashing, offline=offline)
 
 
 def _carry_out(plan: Publication, bars: bool, reporter: Reporter) -> Published:

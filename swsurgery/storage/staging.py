@@ -182,7 +182,7 @@ def _lock_stage(where: _Names, names: set[str], mode: int) -> tuple[Folder, bool
 
 
 def _make_target_error(where: _Names) -> TargetError:
-    return TargetError("the output already exists", where.target, "choose another -o, or remove it")
+    return TargetError("the output already exists", where.target, "choose another -o")
 
 
 def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str], mode: int) -> bool:
@@ -201,12 +201,12 @@ def _claim_stage(where: _Names, folder: Folder, unreported: bool, names: set[str
         _remove_leftover(where.marker)
         raise _make_target_error(where)
     if os.fstat(folder.fd).st_uid != os.geteuid():  # the other user could change the directory after this check
-        raise TargetError("this directory belongs to another user", here, "remove it, or choose another -o")
+        raise TargetError("this directory belongs to another user", here, "choose another -o")
     if unreported:
         filesystem.rename_new(where.target, where.stage)
     filesystem.restrict(folder, mode)  # the base may have stricter permissions than when the stage was made
     if not _remove_leftover(where.marker):
-        raise TargetError("this file is in the way", where.marker, "remove it, or choose another -o")
+        raise TargetError("this file is in the way", where.marker, "choose another -o")
     return True
 
 

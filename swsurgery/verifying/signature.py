@@ -24,7 +24,7 @@ from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, 
 from swsurgery.hub import parse_directory
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import filesystem
-from swsurgery.storage.arguments import require_location, require_path
+from swsurgery.storage.arguments import require_location, require_path, require_type
 from swsurgery.storage.files import LocalFile, read_exactly
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import SIGNATURE_NAME
@@ -54,24 +54,28 @@ def sign(
     key: str | Path,
     signature: str | Path | None = None,
     *,
+    replace: bool = False,
     reporter: Reporter | None = None,
 ) -> Signed:
     """Sign every file of a checkpoint with a private key (PEM; P-256, P-384 or P-521).
 
     `checkpoint` is a directory; a checkpoint on the Hub must be downloaded first. The signature, in the format of
-    OpenSSF Model Signing, is written to the new file `signature`, by default model.sig in the checkpoint.
+    OpenSSF Model Signing, is written to the new file `signature`, by default model.sig in the checkpoint. With
+    `replace`, a signature in this file is replaced, as it has to be after an edit in place.
 
-    Raises TypeError, HubError, CheckpointError; TargetError if the file `signature` exists; SwsurgeryError if the key
+    Raises TypeError, HubError, CheckpointError; TargetError if the file `signature` exists, unless it is a signature
+    and `replace` is True; SwsurgeryError if the key
     cannot be used.
     """
     require_reporter(reporter)
     given = parse_directory(require_location("checkpoint", checkpoint))
     key = require_path("key", key)
+    require_type("replace", replace, bool)
     target = None if signature is None else require_path("signature", signature)
-    return Signed(given, _sign(given, key, target))
+    return Signed(given, _sign(given, key, target, replace))
 
 
-def _sign(root: Path, key: Path, signature: Path | None) -> Path:
+def _sign(root: Path, key: Path, signature: Path | None, replace: bool) -> Path:
     library = _load_library()
     root = Path(os.path.realpath(root))
     signature = root / SIGNATURE_NAME if signature is None else Path(os.path.abspath(signature))
@@ -84,7 +88,7 @@ def _sign(root: Path, key: Path, signature: Path | None) -> Path:
             open_checkpoint(entered, "index")
             checkpoint = open_checkpoint(entered, "single")
         if filesystem.is_there(signature):
-            raise TargetError("the signature already exists", signature, "remove it, or choose another --signature")
+            _refuse_replacing(signature, replace)
         with _open_key(key, private=True) as key_path:
             if Path(os.path.realpath(key)).is_relative_to(root):
                 remedy = "move it out, so that it is not shared with the checkpoint"
@@ -103,6 +107,16 @@ def _sign(root: Path, key: Path, signature: Path | None) -> Path:
         filesystem.replace_file(signature, data, temporary)
         filesystem.sync_directory(signature.parent)
     return signature
+
+
+def _refuse_replacing(signature: Path, replace: bool) -> None:
+    """Raise TargetError if the existing file must not be replaced: without `replace`, or if it is not a signature."""
+    if not replace:
+        raise TargetError("the signature already exists", signature, "give --replace, or choose another --signature")
+    try:
+        _read_statement(read_small(LocalFile(signature), str(signature)), signature.name)
+    except (SwsurgeryError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise TargetError("this file is not a signature", signature, "choose another --signature") from None
 
 
 def verify_signature(root: Path | Folder, signature: Path, public_key: Path) -> list[Finding]:

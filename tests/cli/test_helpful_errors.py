@@ -26,7 +26,8 @@ HEAD = "version: 1\nbase: {path: nothere}\nedits:\n"
         ),
         (
             ["apply", "moved.yaml"],
-            "no such checkpoint: nothere (base.path is relative to the folder of the manifest)",
+            "moved.yaml:2:14: base.path: no such checkpoint: nothere "
+            "(base.path is relative to the folder of the manifest)",
         ),
         (
             ["inspect", "pickled"],

@@ -91,7 +91,7 @@ def test_a_check_of_the_weights_alone_is_reported_once(manifest, capsys):
     assert main(["apply", "m.json", "-o", "out", "--check", "weights"]) == 0
     out, err = capsys.readouterr()
     assert (out + err).count("only the weights were checked") == 1
-    assert "check     only the weights were checked: no more was requested\n" in out
+    assert "check     only the weights were checked: a forward check was not requested\n" in out
 
 
 def test_torchao_is_imported_without_its_log_lines(manifest):

@@ -414,7 +414,10 @@ def test_prompts_are_read_by_the_models_own_tokenizer(placement, tmp_path):
     )
     assert places(report) == [PLACE] and report.prompts == tuple(prompts)
     assert report.settings["placement"] == {"whole": "layer by layer", "streamed": "streamed"}[placement]
-    assert said == [f"round 1: {report.candidates[0].coordinate}", "round 2: nothing else persists"]
+    assert said == [
+        f"round 1: found 1 scalar in layer {report.candidates[0].layer}",
+        "round 2, with it set to zero: no further scalar causes an activation that persists",
+    ]
     given = scan_sequences(load.open_model(checkpoint, device="cpu", placement="whole"), encoded)
     assert given.candidates[0].score == pytest.approx(report.candidates[0].score, rel=1e-4)
 

@@ -232,7 +232,10 @@ def test_the_bar_says_which_round_and_which_layer(here: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["scan", "planted", "--manifest", "text.txt"], "the manifest exists already: text.txt"),
+        (
+            ["scan", "planted", "--manifest", "text.txt"],
+            "the manifest already exists: text.txt (choose another --manifest)",
+        ),
         (["scan", "planted", "--manifest", "no/zero.yaml"], "no such directory: "),
         (["scan", "planted", "--plot", "scan.jpg"], ".png"),
         (["scan", "planted", "--manifest", "m.yaml", "--op", "scale"], "scale needs a factor"),

@@ -58,6 +58,23 @@ def test_a_dry_run_says_what_would_move_and_sends_nothing(hub, patched, capsys):
     assert NEW not in hub.state.repos
 
 
+def test_a_dry_run_without_a_network_plans_from_the_record(hub, patched, capsys, monkeypatch):
+    _, online, _ = run(capsys, patched, NEW, "--dry-run")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.traffic.clear()
+    code, document, _ = run(capsys, patched, NEW, "--dry-run")
+    plan = document["plan"]
+    assert code == 0 and hub.traffic.requests() == []
+    assert (plan["offline"], plan["created"], online["plan"]["offline"]) == (True, None, False)
+    assert plan["notes"][0].startswith("the offline mode is on, so the plan does not consider what the repositories")
+    assert how(document) == how(online)
+    assert main(["publish", str(patched), NEW, "--dry-run"]) == 0
+    assert f"{NEW}: public if it is new; one commit to main\n" in capsys.readouterr().out
+    code, document, _ = run(capsys, patched, NEW, "--patch", "--dry-run")
+    assert code == 0 and document["plan"]["offline"] and "patch.safetensors" in how(document)
+    assert run(capsys, patched, NEW, "--yes", *ACCEPT)[0] == 2  # only a dry run does without the Hub
+
+
 def test_a_first_publication_moves_the_edited_shard_and_small_files(hub, commit, patched, capsys):
     hub.traffic.clear()
     code, document, _ = run(capsys, patched, NEW, "--yes", *ACCEPT)

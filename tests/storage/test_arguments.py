@@ -53,7 +53,7 @@ def test_a_check_turned_off_is_off(manifest, tmp_path, check):
 def test_weights_by_its_name_checks_the_weights(manifest, tmp_path):
     swsurgery.apply(manifest, output=tmp_path / "out", check="weights")
     found = read_record(Folder.at(tmp_path / "out")).record.check
-    assert (found["kind"], found["reason"]) == ("weights", "no more was requested")
+    assert (found["kind"], found["reason"]) == ("weights", "a forward check was not requested")
 
 
 @pytest.mark.parametrize(("check", "kind"), [(None, "auto"), ("auto", "auto"), ("forward", "forward")])

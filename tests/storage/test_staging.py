@@ -100,7 +100,7 @@ def test_a_directory_that_its_user_took_over_after_a_kill_is_not_rewritten(manif
     before = tree(out)
     assert apply(manifest, out) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == f"swsurgery: the output already exists: {out} (choose another -o, or remove it)"
+    assert line == f"swsurgery: the output already exists: {out} (choose another -o)"
     assert tree(out) == before and not marker(out).exists(), "what is left of the kill does not stay"
 
 
@@ -165,8 +165,8 @@ def test_what_is_no_marker_of_ours_is_neither_believed_nor_removed(manifest, out
     assert apply(manifest, out) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "swsurgery: " + (
-        f"the output already exists: {out} (choose another -o, or remove it)" if there else
-        f"this file is in the way: {marker(out)} (remove it, or choose another -o)"
+        f"the output already exists: {out} (choose another -o)" if there else
+        f"this file is in the way: {marker(out)} (choose another -o)"
     )  # fmt: skip
     assert os.path.lexists(marker(out)) and (tree(out) if there else None) == before
     assert not out.with_name(".out.partial").exists()

@@ -314,6 +314,23 @@ def test_a_signature_is_never_overwritten(signed, tmp_path):
     assert findings(signed, signature=tmp_path / "second.sig") == []
 
 
+def test_a_signature_is_replaced_on_request_after_an_edit(signed, tmp_path):
+    shard = next(signed.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    assert findings(signed) != []
+    assert main(["sign", str(signed), "--key", str(tmp_path / "key.pem"), "--replace"]) == 0
+    assert findings(signed) == []
+
+
+def test_only_a_signature_is_replaced(signed, tmp_path, capsys):
+    for name, content in (("note.txt", b"text"), ("list.json", b"[]"), ("other.json", b'{"dsseEnvelope": 3}')):
+        (tmp_path / name).write_bytes(content)
+        words = ["sign", str(signed), "--key", str(tmp_path / "key.pem"), "--signature", str(tmp_path / name)]
+        assert main([*words, "--replace"]) == 2
+        assert "this file is not a signature" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == content
+
+
 def test_a_signature_of_another_name_inside_does_not_cover_itself(tmp_path):
     root = write_llama(tmp_path / "checkpoint")
     signature_module.sign(root, write_keys(tmp_path), root / "assets" / "mine.sig")

@@ -32,11 +32,15 @@ class BaseCommit(DocumentPart):
 
 
 class PublicationItem(DocumentPart):
-    """The plan of a publication. `parent` is the commit that it follows; null if the repository is `created`."""
+    """The plan of a publication. `parent` is the commit that it follows; null if the repository is `created`.
+
+    If the Hub could not be reached in a dry run, `offline` is true and `created` is null.
+    """
 
     repo_id: str
     branch: str
-    created: bool
+    created: bool | None
+    offline: bool
     private: bool
     create_pr: bool
     parent: str | None
