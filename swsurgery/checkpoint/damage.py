@@ -26,6 +26,7 @@ from swsurgery.checkpoint.weight_files import (
 )
 from swsurgery.errors import CheckpointError
 from swsurgery.storage.files import BaseFile
+from swsurgery.storage.gguf import MetadataValue
 from swsurgery.storage.names import SHARD_NAME, is_undo_name
 from swsurgery.storage.numbers import format_size
 from swsurgery.storage.shard import Shard, open_truncated_shard
@@ -55,12 +56,14 @@ class Survey:
 
     `checkpoint` contains the shards whose headers could be read. `unseen` maps each tensor that the index puts in any
     other shard to this shard; its shape is unknown. `total_size` is the value that the index states, if it is a number.
+    `gguf` is the metadata of a GGUF file, or {} if it could not be read; None for any other checkpoint.
     """
 
     checkpoint: Checkpoint
     damages: tuple[Damage, ...]
     unseen: dict[str, str]
     total_size: int | None
+    gguf: Mapping[str, MetadataValue] | None = None
 
 
 def find_present_weights(

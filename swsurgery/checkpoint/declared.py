@@ -95,7 +95,8 @@ class Declared:
     the sections state; if there are several, one of them counts something else. `zero_experts` is the number of further
     experts without a computation of their own, for which a stack may store matrices (LongCat). `numbers` are all
     integers of the sections, and `has_width` is True if one of them is the number of residual channels. `vocabulary` is
-    the number of tokens, or None. `kinds` are the divisions of the layers into kinds.
+    the number of tokens, or None. `kinds` are the divisions of the layers into kinds. `source` names what was
+    read, for messages.
     """
 
     depths: dict[str, int]
@@ -105,6 +106,7 @@ class Declared:
     numbers: frozenset[int]
     has_width: bool
     kinds: tuple[LayerKinds, ...] = field(repr=False)
+    source: str = "config.json"
 
 
 def read_declared(config: Config) -> Declared:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, get_args
@@ -18,6 +18,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.copies import look_at_others
 from swsurgery.checkpoint.damage import Survey, find_present_weights, read_damaged_shards
 from swsurgery.checkpoint.gguf_config import make_config, refuse_split
+from swsurgery.checkpoint.gguf_survey import check_parts, find_parts, read_damaged_parts, refuse_part
 from swsurgery.checkpoint.hints import is_cache_folder, suggest_neighbour, suggest_snapshot
 from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snapshot, list_files, open_directory
@@ -29,6 +30,7 @@ from swsurgery.checkpoint.weight_files import (
     find_gguf_weights,
     find_weights,
     format_some,
+    has_only_gguf,
     has_several_sets,
     is_gguf,
     refuse_too_many,
@@ -165,6 +167,10 @@ def survey_checkpoint(
     """
     listing = _list(root)
     names = _check_choice(listing, weights, variant)
+    if has_only_gguf(names):
+        if isinstance(root, SingleFile):
+            refuse_part(listing.root, root.name)
+        return _survey_gguf(listing, names)
     chosen, damages = find_present_weights(listing.root, names, weights, variant, elsewhere)
     present = [names[name] for name in chosen.shards if name in names]
     shards, faults = read_damaged_shards(present, _map_files, listing.root)
@@ -174,6 +180,28 @@ def survey_checkpoint(
         unseen={tensor: shard for tensor, shard in chosen.weight_map.items() if shard not in shards},
         total_size=chosen.total_size if type(chosen.total_size) is int else None,
     )
+
+
+def _survey_gguf(listing: _Listing, names: Mapping[str, BaseFile]) -> Survey:
+    """Read the header of the GGUF file, or of each part of a split one, with the weights of a checkpoint."""
+    found, damages = find_parts(listing.root, names)
+    parts, faults = read_damaged_parts([names[name] for name in found], _map_files)
+    first = parts.get(found[0])
+    checkpoint = Checkpoint(
+        root=listing.root,
+        files=listing.files,
+        shards={name: part.shard for name, part in parts.items()},
+        weight_map={tensor: name for name, part in parts.items() for tensor in part.shard.tensors},
+        index_name=None,
+        config=make_config(first.metadata) if first else {},
+        left_out=listing.left_out,
+        repo_id=listing.repo_id,
+        revision=listing.revision,
+        in_cache=listing.in_cache,
+        sub=listing.sub,
+    )
+    damages += [*faults, *check_parts(parts, missing=bool(damages or faults))]
+    return Survey(checkpoint, tuple(damages), {}, None, first.metadata if first else {})
 
 
 def _read(

@@ -197,9 +197,15 @@ def is_gguf(name: str) -> bool:
     return "/" not in name and name.lower().endswith(".gguf")
 
 
+def has_only_gguf(names: Collection[str]) -> bool:
+    """Return True if the top folder of a checkpoint has GGUF files and no safetensors files."""
+    others = (name for name in names if "/" not in name and not is_undo_name(name))
+    return any(map(is_gguf, names)) and not any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in others)
+
+
 def explain_gguf(where: object) -> CheckpointError:
     """Return the error of a command that reads no GGUF files, and edits none. `where` is the file."""
-    readers = "inspect, and verify with --known, --protected, --finite or --values"
+    readers = "inspect, preflight, and verify with --known, --protected, --finite, --values or --complete"
     what = f"a GGUF file cannot be edited or run, and is read only by {readers}"
     return CheckpointError(what, where, "give the safetensors checkpoint from which the file was converted")
 

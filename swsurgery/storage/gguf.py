@@ -69,6 +69,23 @@ class GgufFile:
 
 def open_gguf(file: File) -> GgufFile:
     """Read and check the header of a GGUF file, without reading tensor data. Raises ShardError."""
+    try:
+        found, short = open_truncated_gguf(file)
+    except HeaderCutOff as error:
+        raise ShardError(f"malformed GGUF header: {error}", file) from None
+    if short:
+        size = found.shard.size
+        what = f"is truncated: its tensors end at byte {size + short}, but the file has only {size} bytes"
+        raise ShardError(what, file, "download it again")
+    return found
+
+
+def open_truncated_gguf(file: File) -> tuple[GgufFile, int]:
+    """Read and check the header of a GGUF file whose end may be missing, as after an interrupted download.
+
+    Returns the header and the number of bytes that are missing at the end of the file: 0 for a whole file. Raises
+    HeaderCutOff if the file ends in its header, and ShardError for any other fault.
+    """
     with file.open() as opened:
         size = opened.size
         reader = _Reader(opened, size)
@@ -76,14 +93,18 @@ def open_gguf(file: File) -> GgufFile:
             metadata, tensors = _read_header(reader)
             start = _align(reader.position, _read_alignment(metadata))
             infos = _place_tensors(tensors, _read_alignment(metadata))
+        except HeaderCutOff:
+            raise
         except ValueError as error:
             raise ShardError(f"malformed GGUF header: {error}", file) from None
     needed = start + infos[-1].data_offsets[1] if infos else 0
-    if needed > size:
-        what = f"is truncated: its tensors end at byte {needed}, but the file has only {size} bytes"
-        raise ShardError(what, file, "download it again")
     digest = hashlib.sha256(reader.data[: reader.position]).hexdigest()
-    return GgufFile(Shard(file, size, start - 8, {info.name: info for info in infos}, {}, digest), metadata)
+    shard = Shard(file, size, start - 8, {info.name: info for info in infos}, {}, digest)
+    return GgufFile(shard, metadata), max(0, needed - size)
+
+
+class HeaderCutOff(ValueError):
+    """Raised if a GGUF file ends in its header. The message says where."""
 
 
 class _Tensor(NamedTuple):
@@ -113,7 +134,7 @@ class _Reader:
         if end <= len(self.data):
             return
         if end > self.size:
-            raise ValueError(f"it continues to byte {end}, but the file has only {self.size} bytes")
+            raise HeaderCutOff(f"it continues to byte {end}, but the file has only {self.size} bytes")
         if end > MAX_GGUF_HEADER:
             raise ValueError(f"it has more than the {MAX_GGUF_HEADER} bytes accepted")
         wanted = max(end, 2 * len(self.data), FIRST_READ)

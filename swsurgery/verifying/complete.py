@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -21,7 +21,16 @@ from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import SwsurgeryError, pluralise
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.folder import Folder
+from swsurgery.storage.gguf import MetadataValue
 from swsurgery.storage.numbers import format_size
+from swsurgery.verifying.complete_gguf import (
+    GgufHeader,
+    check_gguf,
+    explain_undecided,
+    find_depths,
+    list_unexamined,
+    make_declared_config,
+)
 from swsurgery.verifying.complete_layers import Lack, compare_layers, select_listed
 from swsurgery.verifying.complete_names import LayerList, Sorted, find_main_lists, sort_names
 from swsurgery.verifying.complete_outside import check_outside
@@ -53,7 +62,7 @@ class Completeness:
     `layers` is the number of layers that config.json declares, or None. `size` is the size of the stored tensors in
     bytes. `undecided` explains why the layers could not be checked, or is None. `damaged` is True if a file is missing
     or damaged, so that other checks cannot open the checkpoint. `expected` is what transformers expects, or None if
-    transformers was not asked.
+    transformers was not asked. `unexamined` lists what was not examined, with the reasons.
     """
 
     findings: tuple[Finding, ...]
@@ -64,6 +73,7 @@ class Completeness:
     undecided: str | None = None
     damaged: bool = False
     expected: Expectation | None = field(default=None, repr=False)
+    unexamined: tuple[str, ...] = ()
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -114,6 +124,7 @@ class Completeness:
             "shards": self.shards,
             "bytes": self.size,
             "undecided": self.undecided,
+            "not_examined": list(self.unexamined),
             "transformers": self.expected.to_json() if self.expected else None,
         }
 
@@ -135,6 +146,9 @@ def open_and_check(
     if transformers and isinstance(root, RemoteTree):
         raise SwsurgeryError("--transformers needs the files on this machine", root, "download it with hf download")
     survey = survey_checkpoint(root, weights, variant, elsewhere)
+    if transformers and survey.gguf is not None:
+        what = "--transformers compares the names of transformers, which a GGUF file does not have"
+        raise SwsurgeryError(what, survey.checkpoint.root, "leave --transformers out")
     if not transformers or survey.damages:
         return survey.checkpoint, check_complete(survey)
     from swsurgery.model.expected_names import compare_with_transformers
@@ -143,33 +157,75 @@ def open_and_check(
 
 
 def check_complete(survey: Survey, expected: Expectation | None = None) -> Completeness:
-    """Check whether the checkpoint contains what its config.json declares, and what transformers expects if given."""
+    """Check whether the checkpoint contains what its config.json declares, and what transformers expects if given.
+
+    For a GGUF file, its metadata takes the place of config.json.
+    """
     checkpoint = survey.checkpoint
-    declared = read_declared(checkpoint.config)
     remedies = _Remedies(survey)
     findings = [_report_damage(damage, remedies) for damage in survey.damages]
-    undecided = None
-    lacks: list[Lack] = []
-    if not (survey.damages and checkpoint.index_name is None):  # otherwise it is unknown what the lost shards contain
-        found = sort_names(survey)
-        lists = find_main_lists(found, declared.depths, checkpoint.config)
-        undecided = _explain_undecided(checkpoint, declared, lists)
-        lacks = _list_lacks(survey, declared, found, lists)
-        findings += [remedies.report(lack) for lack in select_listed(lacks)]
+    examined = _examine(survey) if survey.gguf is None else _examine_gguf(survey, survey.gguf)
+    findings += [remedies.report(lack) for lack in select_listed(examined.lacks)]
     findings += _check_total(survey)
     if expected is not None:
-        covered = [name for lack in lacks for name in (lack.name, *lack.names) if name]
+        covered = [name for lack in examined.lacks for name in (lack.name, *lack.names) if name]
         findings += [Finding(*each) for each in expected.list_faults(covered)]
     return Completeness(
         tuple(findings),
-        sum(declared.depths.values()) or None,
+        sum(examined.declared.depths.values()) or None,
         len(checkpoint.weight_map),
         len(checkpoint.shards),
         sum(shard.data_size for shard in checkpoint.shards.values()),
-        undecided,
+        examined.undecided,
         bool(survey.damages),
         expected,
+        tuple(examined.unexamined),
     )
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """What a checkpoint declares, what is missing among its tensors, and what could not be examined."""
+
+    declared: Declared
+    lacks: list[Lack] = field(default_factory=list)
+    undecided: str | None = None
+    unexamined: list[str] = field(default_factory=list)
+
+
+def _examine(survey: Survey) -> _Examined:
+    """Compare the tensors with config.json."""
+    checkpoint = survey.checkpoint
+    declared = read_declared(checkpoint.config)
+    if survey.damages and checkpoint.index_name is None:  # it is unknown what the lost shards contain
+        return _Examined(declared)
+    found = sort_names(survey)
+    lists = find_main_lists(found, declared.depths, checkpoint.config)
+    undecided = _explain_undecided(checkpoint, declared, lists)
+    return _Examined(declared, _list_lacks(survey, declared, found, lists), undecided)
+
+
+def _examine_gguf(survey: Survey, metadata: Mapping[str, MetadataValue]) -> _Examined:
+    """Compare the tensors of a GGUF file with its metadata."""
+    config = make_declared_config(metadata)
+    declared = read_declared(config)
+    depth = declared.depths.get("", 0)
+    declared = replace(declared, depths=find_depths(metadata, depth), source="the metadata")
+    undecided = explain_undecided(metadata)
+    if survey.damages or undecided:
+        return _Examined(declared, undecided=undecided)
+    header = GgufHeader(metadata, sort_names(survey))
+    lists = find_main_lists(header.found, declared.depths, config)
+    if len(lists) < len(declared.depths):
+        return _Examined(declared, undecided="no tensor has the name of a block")
+    lacks = [
+        lack
+        for side, blocks in lists.items()
+        for lack in compare_layers(blocks, declared.depths[side], declared, config, side)
+    ]
+    named = {lack.name for lack in lacks}
+    lacks += [lack for lack in check_gguf(header, lists.get(""), depth) if lack.name not in named]
+    return _Examined(declared, lacks, unexamined=list_unexamined(header, depth))
 
 
 def _explain_undecided(checkpoint: Checkpoint, declared: Declared, lists: dict[str, LayerList]) -> str | None:

@@ -65,7 +65,7 @@ def compare_layers(
     """Compare the layers 0 to `depth` - 1 of one list. `side` is the key of `Declared.depths` for this list."""
     inside = {number: layer for number, layer in layers.layers.items() if number < depth}
     kinds = _Kinds(declared if not side else None)
-    lacks = [*_list_missing_layers(layers.prefix, inside, depth)]
+    lacks = [*_list_missing_layers(layers.prefix, inside, depth, declared.source)]
     absent = dict(_list_absent(inside, kinds))
     for number, matrices in _list_absent_in_mlps(inside, config):
         absent[number] = dict.fromkeys(matrices, 0) | absent.get(number, {})
@@ -117,10 +117,10 @@ def _find_part(pattern: str) -> str:
 # Layers -------------------------------------------------------------------------------------------------------------
 
 
-def _list_missing_layers(prefix: str, inside: Mapping[int, object], depth: int) -> Iterator[Lack]:
+def _list_missing_layers(prefix: str, inside: Mapping[int, object], depth: int, source: str) -> Iterator[Lack]:
     gaps, count = find_gaps(inside.keys(), 0, depth)
     for number in gaps:
-        why = f"none of its tensors is stored, but config.json declares {pluralise(depth, 'layer')}"
+        why = f"none of its tensors is stored, but {source} declares {pluralise(depth, 'layer')}"
         yield Lack("layer-missing", f"{prefix}{number}.", f"layer {number} is missing: {why}")
     if count > len(gaps):
         yield Lack("layer-missing", prefix, f"{count - len(gaps)} more layers are missing")

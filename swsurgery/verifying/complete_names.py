@@ -16,7 +16,7 @@ from swsurgery.checkpoint.projections import name_prefixes
 
 Shape = tuple[int, ...]
 
-_LAYER = re.compile(r"(?:^|(?<=\.))(?:layers|layer|h|blocks|block|resblocks)\.(\d{1,5})\.", re.ASCII)
+_LAYER = re.compile(r"(?:^|(?<=\.))(?:layers|layer|h|blocks|block|resblocks|blk)\.(\d{1,5})\.", re.ASCII)
 """The pattern of the first number of a layer in a name."""
 
 _EXPERT = re.compile(r"(?<=experts\.)(\d{1,5})(?=\.)", re.ASCII)
@@ -121,7 +121,7 @@ def _list_tensors(survey: Survey) -> dict[str, _Tensor]:
     """Return what each tensor is, by its stored name."""
     checkpoint = survey.checkpoint
     tensors: dict[str, _Tensor] = {}
-    quantised = is_quantised(checkpoint)
+    quantised = survey.gguf is None and is_quantised(checkpoint)  # GGUF files keep names and shapes
     for name, shape in checkpoint.all_shapes.items():
         tensors[name] = _read_quantised(name, shape, checkpoint) if quantised else (name, shape, False)
     for name in survey.unseen:

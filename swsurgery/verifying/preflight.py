@@ -45,7 +45,7 @@ def preflight(
         str(checkpoint),
         "preflight",
         findings,
-        "",
+        "\n".join(f"not examined: {escape_control(what)}" for what in completeness.unexamined),
         {"complete": completeness.to_json()},
         completeness.rules,
         completeness.decided,

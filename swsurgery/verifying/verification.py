@@ -166,6 +166,8 @@ class Proof:
             yield self.values.describe()
         if self.complete is not None and not self.complete.undecided and not self.complete.errors:
             yield f"complete  {self.complete.describe()}"
+        for what in self.complete.unexamined if self.complete is not None else ():
+            yield f"          not examined: {what}"
         for note in self.notes:
             yield f"note      {note}"
 

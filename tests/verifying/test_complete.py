@@ -62,7 +62,7 @@ def test_a_whole_checkpoint_is_complete(tmp_path, shards):
     assert report.headline == f"complete: {LAYERS} layers, {count} tensors in {files}, {size / 1000:.1f} kB"
     assert report.complete.to_json() | {"bytes": 0} == {
         "complete": True, "layers": LAYERS, "tensors": count, "shards": shards, "bytes": 0, "undecided": None,
-        "transformers": None,
+        "not_examined": [], "transformers": None,
     }  # fmt: skip
 
 

@@ -68,6 +68,7 @@ class CompletenessItem(DocumentPart):
     shards: int
     bytes: int
     undecided: str | None
+    not_examined: list[str]
     transformers: ExpectedNames | None
 
 
