@@ -175,7 +175,7 @@ def test_no_command_edits_or_runs_a_gguf_file(tmp_path, capsys):
     for words in commands:
         code, _, err = run(capsys, *words)
         assert code == 2 and len(err.splitlines()) == 1, (words, err)
-        assert "a GGUF file cannot be edited or run, and is read only by inspect, and verify with --known" in err
+        assert "a GGUF file cannot be edited or run, and is read only by inspect, preflight, and verify with" in err
     assert model.read_bytes() == before and not (tmp_path / "out").exists()
 
 
