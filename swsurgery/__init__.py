@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from swsurgery.manifest.load import load_manifest
     from swsurgery.progress import Reporter, Silent
     from swsurgery.scanning.compare import compare
-    from swsurgery.scanning.scan import scan, sweep
+    from swsurgery.scanning.scan import scan
+    from swsurgery.scanning.sweep import sweep
     from swsurgery.sharing.export import export
     from swsurgery.sharing.publish import publish
     from swsurgery.sharing.recipes.recipe import recipe
@@ -81,7 +82,7 @@ _MODULES = {
     "revert": "editing.revert",
     "scan": "scanning.scan",
     "sign": "verifying.signature",
-    "sweep": "scanning.scan",
+    "sweep": "scanning.sweep",
     "verify": "verifying.verify",
 }
 """Maps each public name to the module (below `swsurgery.`) from which it is loaded on first use."""

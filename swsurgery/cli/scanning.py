@@ -127,10 +127,10 @@ def sweep(
 ) -> None:
     """Multiply the scalars of a manifest by each factor, and measure the model's quality."""
     from swsurgery.cli import show_scan
-    from swsurgery.scanning import scan
+    from swsurgery.scanning import sweep
 
     refuse_page(page, manifest, base, text)
-    report = scan.sweep(
+    report = sweep.sweep(
         manifest,
         parse_numbers(factors),
         base,

@@ -21,7 +21,7 @@ from swsurgery.model.variant import PerActivation, list_roundings
 from swsurgery.progress import Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
 from swsurgery.scanning.comparison import Comparison
-from swsurgery.scanning.scan import RunOptions, require_model
+from swsurgery.scanning.run_options import RunOptions, require_model
 from swsurgery.storage.arguments import require_path
 
 
@@ -70,13 +70,9 @@ def compare(
             checkpoint,
             plans,
             roundings,
-            text=options.text,
-            windows=options.windows,
-            window=options.window,
-            device=options.device,
-            placement=options.placement,
             progress=Rounds(reporter),
             say=reporter.say,
+            **options.on_text,
         )
     if target is not None:
         figures.plot_comparison(found, target)

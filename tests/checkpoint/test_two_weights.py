@@ -16,7 +16,7 @@ from swsurgery.editing.in_memory import load_patched
 from swsurgery.errors import ModelError
 from swsurgery.model.check import run_checks
 from swsurgery.model.load import open_model
-from swsurgery.scanning import scan
+from swsurgery.scanning import scan_files
 
 BOTH = "{path: base, weights: index, copies: keep}"
 EDITED = ["--tensor", DOWN, "--at", "1,2"]
@@ -81,9 +81,9 @@ def test_diff_reads_the_weights_that_were_edited(base, patched, run):
 
 def test_scan_writes_a_manifest_of_the_weights_that_it_read(base):
     read = open_checkpoint(base, "single")
-    assert scan._make_base(read, base / "m.yaml") == {"path": ".", "weights": "single"}
+    assert scan_files.make_base(read, base / "m.yaml") == {"path": ".", "weights": "single"}
     (base / "model.safetensors").unlink()
-    assert scan._make_base(open_checkpoint(base), base / "m.yaml") == {"path": "."}
+    assert scan_files.make_base(open_checkpoint(base), base / "m.yaml") == {"path": "."}
 
 
 def test_verify_takes_the_option_only_where_nothing_else_says(base, patched, run, tmp_path):

@@ -31,7 +31,7 @@ from swsurgery.editing.in_memory import load_patched
 from swsurgery.errors import AmbiguousWeights, CheckpointError, ModelError
 from swsurgery.model.check import run_checks
 from swsurgery.model.load import open_model
-from swsurgery.scanning import scan
+from swsurgery.scanning import scan_files
 from swsurgery.storage.folder import Folder
 
 NAME = down(0)
@@ -228,8 +228,8 @@ def test_a_patch_carries_the_variant_and_only_then(base, tmp_path, run):
 
 def test_scan_writes_the_variant_into_its_manifest(base, tmp_path):
     read = open_checkpoint(base, variant="fp16")
-    assert scan._make_base(read, base / "m.yaml") == {"path": ".", "variant": "fp16"}
-    assert scan._make_base(open_checkpoint(base), base / "m.yaml") == {"path": "."}
+    assert scan_files.make_base(read, base / "m.yaml") == {"path": ".", "variant": "fp16"}
+    assert scan_files.make_base(open_checkpoint(base), base / "m.yaml") == {"path": "."}
 
 
 def test_the_action_takes_the_variant(base, tmp_path, capsys, monkeypatch):

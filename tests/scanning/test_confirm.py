@@ -29,8 +29,8 @@ from swsurgery.model.forward import LayeredModel
 from swsurgery.model.outcomes import Outcomes
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.confirm import confirm, confirm_windows
+from swsurgery.scanning.measure_sweep import sweep_windows
 from swsurgery.scanning.report import Candidate, Confirmation, Trial
-from swsurgery.scanning.sweep import sweep_windows
 from swsurgery.storage.coordinate import Coordinate
 
 Short = tuple[int, int, int] | tuple[int, int, int, int]

@@ -28,8 +28,8 @@ from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import DESIGN_EFFECT
 from swsurgery.model.outcomes import Outcomes
 from swsurgery.model.stopwords import STOP_WORDS
+from swsurgery.scanning.measure_sweep import sweep_checkpoint, sweep_windows
 from swsurgery.scanning.report import Sweep
-from swsurgery.scanning.sweep import sweep_checkpoint, sweep_windows
 from swsurgery.storage.coordinate import Coordinate
 
 WINDOW = 24

@@ -1,0 +1,104 @@
+"""Find the candidates of an open checkpoint with one method, and measure the effects of zeroing them.
+
+Each method imports its module, and with it torch, only when it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.errors import add_remedy
+from swsurgery.progress import Reporter, Rounds
+from swsurgery.scanning.expert_report import ExpertScan
+from swsurgery.scanning.report import Method, Scan
+from swsurgery.scanning.run_options import RunOptions, require_model
+from swsurgery.storage import numeric
+
+
+def find_candidates(
+    checkpoint: Checkpoint,
+    method: Method,
+    prompts: Sequence[str] | None,
+    confirm: bool,
+    options: RunOptions,
+    reporter: Reporter,
+) -> Scan:
+    """Scan an open checkpoint. With `confirm`, measure the effects of zeroing the candidates too.
+
+    Raises Unrunnable, ModelError and ArchitectureError. The remedy names the options that need no model.
+    """
+    if method == "experts":
+        return _find_experts(checkpoint, prompts, confirm, options, reporter)
+    by_weights = "--method weights without --confirm" if confirm else "--method weights"
+    with add_remedy("leave out --confirm" if method == "weights" else by_weights):
+        if method == "activations" or confirm:
+            require_model(checkpoint.directory, reporter)
+        if confirm:
+            _refuse_text(checkpoint, options)
+        if method == "activations":
+            found = _scan_activations(checkpoint, prompts, options, reporter)
+        else:
+            found = _scan_weights(checkpoint, reporter)
+    return _confirm(found, checkpoint, options, reporter) if confirm and found.candidates else found
+
+
+def _scan_activations(
+    checkpoint: Checkpoint, prompts: Sequence[str] | None, options: RunOptions, reporter: Reporter
+) -> Scan:
+    from swsurgery.scanning.by_activations import scan_activations
+
+    progress = Rounds(reporter)
+    return scan_activations(checkpoint, prompts=prompts, progress=progress, say=reporter.say, **options.on_device)
+
+
+def _scan_weights(checkpoint: Checkpoint, reporter: Reporter) -> Scan:
+    numeric.load_numpy()
+    from swsurgery.scanning.by_weights import scan_weights
+
+    return scan_weights(checkpoint, progress=reporter)
+
+
+def _find_experts(
+    checkpoint: Checkpoint, prompts: Sequence[str] | None, confirm: bool, options: RunOptions, reporter: Reporter
+) -> ExpertScan:
+    """Scan an open checkpoint for super experts, and confirm the candidates if requested."""
+    require_model(checkpoint.directory, reporter)
+    from swsurgery.scanning.experts import scan_experts
+
+    if confirm:
+        with add_remedy("leave out --confirm"):
+            _refuse_text(checkpoint, options)
+    progress = Rounds(reporter)
+    found = scan_experts(checkpoint, prompts=prompts, progress=progress, say=reporter.say, **options.on_device)
+    return _confirm_experts(found, checkpoint, options, reporter) if confirm and found.experts else found
+
+
+def _refuse_text(checkpoint: Checkpoint, options: RunOptions) -> None:
+    """Refuse a text that is too short for the causal test, before the scan. Raises ModelError."""
+    from swsurgery.scanning.causal_test import refuse_text
+
+    refuse_text(checkpoint, options.text, options.windows, options.window)
+
+
+def _confirm(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> Scan:
+    """Measure the effects of zeroing the scalars that a scan found."""
+    from swsurgery.scanning.confirm import confirm
+
+    said: list[str] = []
+    progress = Rounds(reporter, "confirmation round")
+    with add_remedy("leave out --confirm"):
+        confirmation = confirm(checkpoint, found.candidates, progress=progress, say=said.append, **options.on_text)
+    return dataclasses.replace(found, confirmation=confirmation, notes=(*found.notes, *said))
+
+
+def _confirm_experts(found: ExpertScan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> ExpertScan:
+    """Measure the effects of zeroing the experts that a scan found."""
+    from swsurgery.scanning.confirm_experts import confirm_experts
+
+    said: list[str] = []
+    progress = Rounds(reporter, "confirmation round")
+    with add_remedy("leave out --confirm"):
+        confirmation = confirm_experts(checkpoint, found.experts, progress=progress, say=said.append, **options.on_text)
+    return dataclasses.replace(found, expert_confirmation=confirmation, notes=(*found.notes, *said))

@@ -1,0 +1,77 @@
+"""Define the options for running a model, and check that the model can be run, before torch is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, get_args
+
+from swsurgery import model
+from swsurgery.errors import Unrunnable
+from swsurgery.model import Placement, tokenizer
+from swsurgery.model.refusals import refuse_unrunnable
+from swsurgery.model.run_arguments import refuse_device, refuse_empty_text
+from swsurgery.progress import LOADING, Progress
+from swsurgery.storage import numeric
+from swsurgery.storage.arguments import require_choice, require_integer, require_type
+
+
+class DeviceArguments(TypedDict):
+    """Keyword arguments of every function that loads a model."""
+
+    device: str
+    placement: Placement
+
+
+class RunArguments(DeviceArguments):
+    """Keyword arguments of every function that runs a model on windows of a text."""
+
+    text: str | None
+    windows: int
+    window: int
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options for running a model. `text` is the text that the model reads; None means the built-in text."""
+
+    device: str
+    placement: Placement
+    text: str | None
+    windows: int
+    window: int
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for a field of the wrong type, and ModelError for an unknown device or an empty text."""
+        require_type("device", self.device, str)
+        require_choice("placement", self.placement, get_args(Placement))
+        require_type("text", self.text, str, optional=True)
+        for name in ("windows", "window"):
+            object.__setattr__(self, name, require_integer(name, getattr(self, name)))
+        refuse_device(self.device)
+        refuse_empty_text(self.text)
+
+    @property
+    def on_device(self) -> DeviceArguments:
+        """The options for loading a model, as keyword arguments."""
+        return {"device": self.device, "placement": self.placement}
+
+    @property
+    def on_text(self) -> RunArguments:
+        """All options, as keyword arguments."""
+        return {**self.on_device, "text": self.text, "windows": self.windows, "window": self.window}
+
+
+def require_model(directory: Path, progress: Progress) -> None:
+    """Check that the model in `directory` can be run on this machine, then start the tokenizer's process.
+
+    `progress` receives the start of a task called LOADING, which ends when the next task begins.
+
+    Raises Unrunnable if torch or transformers cannot be used, or if the directory contains no model that can be run.
+    """
+    if reason := model.explain_unavailable():
+        raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
+    refuse_unrunnable(directory)
+    progress.start(0, "", LOADING)
+    numeric.load_numpy()
+    tokenizer.start()
